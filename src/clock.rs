@@ -1,0 +1,160 @@
+//! Time: moments on the boot clock, the database's own time, and the seam through which tests give the time.
+//!
+//! Never reads the host's wall clock: no decision may depend on it.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+/// A moment on `CLOCK_BOOTTIME`, in nanoseconds since the machine started. Unlike [`std::time::Instant`] it goes on
+/// while the machine is suspended, so nothing held can outlive a pause unnoticed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Moment(u64);
+
+impl Moment {
+    /// A moment `nanos` nanoseconds after the machine started.
+    #[must_use]
+    pub const fn from_nanos(nanos: u64) -> Self {
+        Self(nanos)
+    }
+
+    /// Time from `earlier` to `self`; zero if `earlier` is in fact later.
+    #[must_use]
+    pub const fn since(self, earlier: Self) -> Duration {
+        Duration::from_nanos(self.0.saturating_sub(earlier.0))
+    }
+
+    /// `self` plus `wait`; the end of time if that does not fit.
+    #[must_use]
+    pub fn after(self, wait: Duration) -> Self {
+        Self(self.0.saturating_add(u64::try_from(wait.as_nanos()).unwrap_or(u64::MAX)))
+    }
+
+    const fn micros(self) -> i64 {
+        (self.0 / 1_000).cast_signed() // u64 / 1000 always fits an i64
+    }
+}
+
+/// A point in time by the database's clock: microseconds since the Unix epoch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct DatabaseTime(i64);
+
+impl DatabaseTime {
+    /// From microseconds since the Unix epoch.
+    #[must_use]
+    pub const fn from_micros(micros: i64) -> Self {
+        Self(micros)
+    }
+
+    /// Microseconds since the Unix epoch.
+    #[must_use]
+    pub const fn micros(self) -> i64 {
+        self.0
+    }
+
+    /// Time from `earlier` to `self`; zero if `earlier` is in fact later.
+    #[must_use]
+    pub fn since(self, earlier: Self) -> Duration {
+        Duration::from_micros(u64::try_from(self.0.saturating_sub(earlier.0)).unwrap_or(0))
+    }
+
+    /// `self` plus `wait`.
+    #[must_use]
+    pub fn after(self, wait: Duration) -> Self {
+        Self(self.0.saturating_add(i64::try_from(wait.as_micros()).unwrap_or(i64::MAX)))
+    }
+}
+
+/// What the time is. The real one is [`SystemClock`]; tests pass [`ManualClock`].
+pub trait Clock: Send + Sync + 'static {
+    /// The present moment.
+    fn now(&self) -> Moment;
+}
+
+/// `CLOCK_BOOTTIME` of this machine.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct SystemClock;
+
+impl Clock for SystemClock {
+    fn now(&self) -> Moment {
+        let time = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
+        // The kernel's boot clock is never negative and its nanoseconds are below 1e9.
+        Moment(time.tv_sec.cast_unsigned() * 1_000_000_000 + time.tv_nsec.cast_unsigned())
+    }
+}
+
+/// A clock that stands still until it is told to go on.
+#[derive(Debug, Default)]
+pub struct ManualClock(AtomicU64);
+
+impl ManualClock {
+    /// A clock that shows `start`.
+    #[must_use]
+    pub fn at(start: Moment) -> Arc<Self> {
+        Arc::new(Self(AtomicU64::new(start.0)))
+    }
+
+    /// Moves the clock on by `step`.
+    pub fn advance(&self, step: Duration) {
+        self.0.fetch_add(u64::try_from(step.as_nanos()).unwrap_or(u64::MAX), Ordering::SeqCst);
+    }
+}
+
+impl Clock for ManualClock {
+    fn now(&self) -> Moment {
+        Moment(self.0.load(Ordering::SeqCst))
+    }
+}
+
+/// The database's clock as seen from here: an offset to the boot clock, renewed by every answered read.
+///
+/// The estimate is never behind the database: it takes the read to have happened when it was sent. It may be ahead by
+/// the length of that read, which ages values and ends keys a little early, never late.
+#[derive(Debug, Default)]
+pub struct DatabaseClock {
+    offset_micros: AtomicI64,
+    known: AtomicBool,
+}
+
+impl DatabaseClock {
+    /// Takes note that a read sent at `sent` found the database's clock at `shown`.
+    pub fn observe(&self, sent: Moment, shown: DatabaseTime) {
+        self.offset_micros.store(shown.micros().saturating_sub(sent.micros()), Ordering::Relaxed);
+        self.known.store(true, Ordering::Release);
+    }
+
+    /// The database's time at `now`, or `None` before the first answered read.
+    #[must_use]
+    pub fn at(&self, now: Moment) -> Option<DatabaseTime> {
+        self.known
+            .load(Ordering::Acquire)
+            .then(|| DatabaseTime(now.micros().saturating_add(self.offset_micros.load(Ordering::Relaxed))))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_database_clock_is_unknown_until_a_read_and_then_never_behind() {
+        let clock = DatabaseClock::default();
+        let sent = Moment::from_nanos(5_000_000_000);
+        assert_eq!(clock.at(sent), None);
+        clock.observe(sent, DatabaseTime::from_micros(1_000_000_000));
+        let later = sent.after(Duration::from_millis(250));
+        assert_eq!(clock.at(later), Some(DatabaseTime::from_micros(1_000_250_000)));
+    }
+
+    #[test]
+    fn moments_never_underflow() {
+        let (early, late) = (Moment::from_nanos(1), Moment::from_nanos(9));
+        assert_eq!(early.since(late), Duration::ZERO);
+        assert_eq!(late.since(early), Duration::from_nanos(8));
+        assert_eq!(late.after(Duration::MAX), Moment::from_nanos(u64::MAX));
+    }
+}

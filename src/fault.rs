@@ -1,0 +1,103 @@
+//! Why a request could not be decided. A fault is never the caller's doing, and "no such key" is not one.
+//!
+//! Never picks an answer: `wire::response` alone says what a fault looks like to Envoy.
+
+use std::{error::Error, sync::Arc, time::Duration};
+
+/// Where a record can be found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Tier {
+    /// The cache in this process.
+    L1,
+    /// Redis.
+    L2,
+    /// The database.
+    Store,
+}
+
+impl Tier {
+    /// The word for labels and logs.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::L1 => "l1",
+            Self::L2 => "l2",
+            Self::Store => "store",
+        }
+    }
+}
+
+/// The error beneath a fault. Shared, since everybody who waited for the same read gets the same fault.
+pub type Source = Arc<dyn Error + Send + Sync>;
+
+/// Why a lookup could not be answered.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum Fault {
+    /// A tier took too long.
+    #[error("{} gave no answer within {limit:?}", tier.as_str())]
+    Timeout {
+        /// Which tier.
+        tier: Tier,
+        /// How long it was given.
+        limit: Duration,
+    },
+    /// A tier failed or cannot be reached.
+    #[error("{} cannot be used: {source}", tier.as_str())]
+    Unreachable {
+        /// Which tier.
+        tier: Tier,
+        /// What it said.
+        source: Source,
+    },
+    /// A tier failed so often that it is left alone for a moment.
+    #[error("{} failed repeatedly and is given a pause", tier.as_str())]
+    Paused {
+        /// Which tier.
+        tier: Tier,
+    },
+    /// A tier holds something that is not a record.
+    #[error("{} holds a record that cannot be read: {problem}", tier.as_str())]
+    Corrupt {
+        /// Which tier.
+        tier: Tier,
+        /// What is wrong with it.
+        problem: &'static str,
+    },
+    /// More is going on than the limits allow.
+    #[error("over the limit of {limit}")]
+    Overloaded {
+        /// The setting that says so.
+        limit: &'static str,
+    },
+    /// The whole check took longer than `decision.deadline`.
+    #[error("the check was not decided within {limit:?}")]
+    Late {
+        /// The deadline.
+        limit: Duration,
+    },
+    /// What was read could not be confirmed: it kept changing under the reader.
+    #[error("what was read could not be confirmed")]
+    Unconfirmed,
+    /// A route asks for something this server does not know.
+    #[error("the route's context extension {name:?} cannot be understood")]
+    Route {
+        /// The context extension.
+        name: &'static str,
+    },
+    /// A part of this server ended before its time.
+    #[error("a task ended before it answered")]
+    Ended,
+}
+
+impl Fault {
+    /// A tier failed with `source`.
+    pub fn unreachable(tier: Tier, source: impl Error + Send + Sync + 'static) -> Self {
+        Self::Unreachable { tier, source: Arc::new(source) }
+    }
+
+    /// Whether the tier itself is to blame, so that its breaker should hear of it.
+    #[must_use]
+    pub const fn blames_tier(&self) -> bool {
+        matches!(self, Self::Timeout { .. } | Self::Unreachable { .. } | Self::Corrupt { .. })
+    }
+}

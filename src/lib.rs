@@ -1,0 +1,9 @@
+//! trustgate: whose request is this, and may it pass?
+pub mod breaker;
+pub mod clock;
+pub mod fault;
+pub mod record;
+pub mod secret;
+pub mod settings;
+pub mod store;
+pub mod units;

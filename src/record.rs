@@ -1,0 +1,228 @@
+//! What the store knows of a key, and the date that belongs to every value read from it.
+//!
+//! Plain data: never reads, decides or sends anything.
+
+use std::fmt;
+
+use ipnet::IpNet;
+use subtle::ConstantTimeEq;
+use uuid::Uuid;
+
+use crate::clock::{DatabaseTime, Moment};
+
+/// The tenant organisation a key speaks for. Given by the store, never taken from a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct TrustId(pub Uuid);
+
+/// The id of a key's row. Safe to log, show and use in commands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct KeyId(pub Uuid);
+
+impl fmt::Display for TrustId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+impl fmt::Display for KeyId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// HMAC-SHA-256 (FIPS 198-1) of a key under the pepper, or its plain SHA-256 (FIPS 180-4): the only form of a key that
+/// is kept. 32 bytes.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+pub struct ApiKeyDigest([u8; 32]);
+
+impl ApiKeyDigest {
+    /// A digest that was computed or stored before.
+    #[must_use]
+    pub const fn from_bytes(bytes: [u8; 32]) -> Self {
+        Self(bytes)
+    }
+
+    /// From 64 hexadecimal digits, in either case.
+    #[must_use]
+    pub fn from_hex(text: &str) -> Option<Self> {
+        let (pairs, []) = text.as_bytes().as_chunks::<2>() else { return None };
+        let digit = |byte: u8| char::from(byte).to_digit(16).and_then(|digit| u8::try_from(digit).ok());
+        let bytes: Option<Vec<u8>> = pairs.iter().map(|[high, low]| Some(digit(*high)? << 4 | digit(*low)?)).collect();
+        bytes?.try_into().ok().map(Self)
+    }
+
+    /// The digest as bytes, for storage and lookup.
+    #[must_use]
+    pub const fn as_bytes(&self) -> &[u8; 32] {
+        &self.0
+    }
+
+    /// The digest as 64 lower-case hexadecimal digits.
+    #[must_use]
+    pub fn to_hex(&self) -> String {
+        self.0.iter().map(|byte| format!("{byte:02x}")).collect()
+    }
+
+    /// Whether two digests are the same, in constant time. Maps may use `Eq`; the last comparison before a grant uses
+    /// this.
+    #[must_use]
+    pub fn matches(&self, stored: &Self) -> bool {
+        self.0.ct_eq(&stored.0).into()
+    }
+}
+
+/// Four bytes: enough to join two log lines, useless to an attacker.
+impl fmt::Debug for ApiKeyDigest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let [a, b, c, d, ..] = self.0;
+        write!(f, "ApiKeyDigest({a:02x}{b:02x}{c:02x}{d:02x}…)")
+    }
+}
+
+/// How a digest was made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Scheme {
+    /// Plain SHA-256 of the key.
+    Sha256,
+    /// HMAC-SHA-256 of the key under the server's pepper.
+    Hmac,
+}
+
+impl Scheme {
+    /// The number that stands for it in the database and in Redis.
+    #[must_use]
+    pub const fn number(self) -> i16 {
+        match self {
+            Self::Sha256 => 0,
+            Self::Hmac => 1,
+        }
+    }
+
+    /// The scheme of `number`, if this release knows it.
+    #[must_use]
+    pub const fn from_number(number: i16) -> Option<Self> {
+        match number {
+            0 => Some(Self::Sha256),
+            1 => Some(Self::Hmac),
+            _ => None,
+        }
+    }
+
+    /// The word for listings.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Sha256 => "sha256",
+            Self::Hmac => "hmac-sha256",
+        }
+    }
+}
+
+/// The digests one presented key may be stored under.
+#[derive(Clone, Debug)]
+pub struct Digests {
+    /// Under the scheme in force: what caches are keyed by.
+    pub current: ApiKeyDigest,
+    /// Under schemes that were in force before (a pepper was set or changed), newest first.
+    pub older: Vec<ApiKeyDigest>,
+}
+
+impl Digests {
+    /// Every digest, the current one first.
+    pub fn all(&self) -> impl Iterator<Item = &ApiKeyDigest> {
+        std::iter::once(&self.current).chain(&self.older)
+    }
+
+    /// Whether `stored` is one of them; compares with each, in constant time.
+    #[must_use]
+    pub fn hold(&self, stored: &ApiKeyDigest) -> bool {
+        self.all().fold(false, |found, digest| found | digest.matches(stored))
+    }
+}
+
+/// A key and its trust, as far as decisions need them.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Record {
+    /// The key's row.
+    pub key_id: KeyId,
+    /// Whom it speaks for.
+    pub trust_id: TrustId,
+    /// Whether the trust is enabled.
+    pub trust_enabled: bool,
+    /// The digest it is stored under.
+    pub digest: ApiKeyDigest,
+    /// What the key may be used for; sorted, without duplicates.
+    pub scopes: Vec<String>,
+    /// Where it may be used from; empty: anywhere.
+    pub allowed_cidrs: Vec<IpNet>,
+    /// Not valid before this time.
+    pub not_before: Option<DatabaseTime>,
+    /// Not valid from this time on.
+    pub expires_at: Option<DatabaseTime>,
+    /// Revoked at this time; any value revokes it.
+    pub revoked_at: Option<DatabaseTime>,
+}
+
+/// Number of a committed change, in commit order.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Version(pub u64);
+
+/// The random name of a version: two versions with the same number but another nonce are of different histories.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Nonce(pub [u8; 16]);
+
+/// Which history a version belongs to: a restored copy or a promoted standby is another one.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Lineage {
+    /// Written at the first migration, and anew whenever history is known to be lost.
+    pub incarnation: Uuid,
+    /// PostgreSQL's system identifier; 0 for SQLite.
+    pub system: u64,
+    /// PostgreSQL's timeline; 0 for SQLite.
+    pub timeline: u32,
+}
+
+/// `T` as the store held it at a version. Value and date come from one statement.
+#[derive(Clone, Debug)]
+pub struct Dated<T> {
+    /// The value.
+    pub value: T,
+    /// The newest version when it was read.
+    pub as_of: Version,
+    /// That version's nonce.
+    pub nonce: Nonce,
+    /// The history that version belongs to.
+    pub lineage: Lineage,
+    /// The database's clock during the read. Age is counted from here, through every tier.
+    pub read_at: DatabaseTime,
+    /// When the read was sent, by this machine's clock; for a value out of Redis, when it was fetched from there.
+    pub sent_at: Moment,
+}
+
+impl<T> Dated<T> {
+    /// The same date for something made of the value.
+    pub fn map<U>(self, make: impl FnOnce(T) -> U) -> Dated<U> {
+        let Self { value, as_of, nonce, lineage, read_at, sent_at } = self;
+        Dated { value: make(value), as_of, nonce, lineage, read_at, sent_at }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hexadecimal_goes_both_ways_and_nothing_else_passes() {
+        let digest = ApiKeyDigest::from_bytes(std::array::from_fn(|i| u8::try_from(i * 7).unwrap()));
+        assert_eq!(ApiKeyDigest::from_hex(&digest.to_hex()), Some(digest));
+        assert_eq!(ApiKeyDigest::from_hex(&digest.to_hex().to_uppercase()), Some(digest));
+        for bad in ["", "00", &"0".repeat(63), &"0".repeat(65), &"g".repeat(64), &"é".repeat(32)] {
+            assert_eq!(ApiKeyDigest::from_hex(bad), None, "{bad}");
+        }
+    }
+
+    #[test]
+    fn debug_shows_four_bytes_at_most() {
+        assert_eq!(format!("{:?}", ApiKeyDigest::from_bytes([0xab; 32])), "ApiKeyDigest(abababab…)");
+    }
+}

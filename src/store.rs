@@ -1,0 +1,84 @@
+//! The system of record: what the check path reads of it, and what management changes in it.
+//!
+//! Adapters: `sqlite` (embedded default) and `postgres`. One contract test-suite runs on both. Reads go to the primary.
+//! "No such key" is `Ok(None)`; an error is never turned into absence.
+
+pub mod ledger;
+pub mod lookup;
+pub mod pool;
+pub mod postgres;
+pub mod sqlite;
+
+use std::{path::PathBuf, time::Duration};
+
+pub use ledger::{Actor, AuditEntry, Ledger, LedgerError};
+pub use lookup::Lookup;
+
+use crate::secret::Secret;
+
+crate::settings! {
+    /// The database that holds trusts and keys.
+    pub struct StoreSettings in "store" {
+        /// Where the database is: `sqlite:///path/to/trustgate.db`, or `postgres://user@host/database?sslmode=verify-full`.
+        /// Unset: an embedded SQLite file in `$STATE_DIRECTORY`, else in `$XDG_STATE_HOME/trustgate`, else in
+        /// `~/.local/state/trustgate`.
+        url: Option<Secret> = "",
+        /// A file that holds the URL; read again at every connect.
+        url_file: Option<PathBuf> = "",
+        /// The password, where the URL holds none.
+        password: Option<Secret> = "",
+        /// A file that holds the password; read again at every connect.
+        password_file: Option<PathBuf> = "",
+        /// What `migrate`, `trust` and `key` connect to, where they use a role of their own. Unset: `url`.
+        management_url: Option<Secret> = "",
+        /// A file that holds the management URL.
+        management_url_file: Option<PathBuf> = "",
+        /// The PostgreSQL schema that holds the tables.
+        schema: SchemaName = "trustgate",
+        /// `trust-table`: read an existing table `trust(id uuid, api_key_hash char(64) null)` instead of our own tables.
+        preset: Option<Preset> = "",
+        /// Connections to the database for reads of checks, at most; one more is used to watch it.
+        connections_max: u32 = "8",
+        /// Reads of checks that may wait or run at one time. A quarter is kept for keys that were good before.
+        reads_max: u32 = "64",
+        /// How long one read may take. Must leave room inside `decision.deadline`.
+        read_timeout: Duration = "100ms",
+        /// How long connecting may take.
+        connect_timeout: Duration = "2s",
+        /// Failed reads in a row after which the database is given a pause.
+        breaker_failures: u32 = "5",
+        /// How long that pause is.
+        breaker_open: Duration = "250ms",
+    }
+}
+
+crate::words! {
+    /// Somebody else's tables, read as they are.
+    pub enum Preset ("\"trust-table\"") {
+        /// `trust(id uuid, api_key_hash char(64) null)`: one SHA-256 digest in hexadecimal per trust.
+        TrustTable = "trust-table",
+    }
+}
+
+/// The name of a PostgreSQL schema that needs no quotes: `[a-z_][a-z0-9_]*`, at most 63 bytes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SchemaName(String);
+
+impl SchemaName {
+    /// The name, safe to stand in a statement as it is.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl crate::settings::Setting for SchemaName {
+    const EXPECTED: &'static str = "a schema name of small letters, digits and _";
+    fn read(written: &crate::settings::Written) -> Option<Self> {
+        let name = String::read(written)?;
+        let fits = name.len() <= 63
+            && name.starts_with(|c: char| c.is_ascii_lowercase() || c == '_')
+            && name.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'_');
+        fits.then_some(Self(name))
+    }
+}

@@ -1,0 +1,234 @@
+//! What management holds of the store: everything that changes, each with its audit entry in the same transaction.
+//!
+//! Never used on the path of a check.
+
+use async_trait::async_trait;
+use ipnet::IpNet;
+use serde::Serialize;
+
+use crate::{
+    clock::DatabaseTime,
+    record::{ApiKeyDigest, Digests, KeyId, Scheme, TrustId, Version},
+};
+
+/// Who makes a change, for the audit: `cli:USER`, `api:...`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Actor(pub String);
+
+/// What the audit keeps of a change. Never holds a key or a digest.
+#[derive(Clone, Debug, Serialize)]
+pub struct AuditEntry {
+    /// What was done: `trust.create`, `key.revoke`, ...
+    pub action: &'static str,
+    /// The id of what it was done to.
+    pub object: String,
+    /// The object before, where there was one.
+    pub before: Option<serde_json::Value>,
+    /// The object after, where there is one.
+    pub after: Option<serde_json::Value>,
+}
+
+/// A trust as management sees it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Trust {
+    /// Its id.
+    pub id: TrustId,
+    /// Its name, unique.
+    pub name: String,
+    /// Whether its keys are granted.
+    pub enabled: bool,
+    /// When it was created.
+    pub created_at: DatabaseTime,
+    /// How many keys it has, whatever their state.
+    pub keys: u64,
+}
+
+/// A key to be stored.
+#[derive(Clone, Debug)]
+pub struct NewKey {
+    /// Its id.
+    pub id: KeyId,
+    /// Its digest.
+    pub digest: ApiKeyDigest,
+    /// How the digest was made.
+    pub scheme: Scheme,
+    /// What people recognise it by.
+    pub hint: String,
+    /// What it is for, in somebody's words.
+    pub name: Option<String>,
+    /// Sorted, without duplicates.
+    pub scopes: Vec<String>,
+    /// Where it may be used from; empty: anywhere.
+    pub allowed_cidrs: Vec<IpNet>,
+    /// Not valid before this time.
+    pub not_before: Option<DatabaseTime>,
+    /// How long it is valid, counted by the database's clock from the commit's transaction start.
+    pub expires_in: Option<std::time::Duration>,
+}
+
+/// A key as management sees it: everything but its digest.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Key {
+    /// Its id.
+    pub id: KeyId,
+    /// Its trust.
+    pub trust_id: TrustId,
+    /// Its trust's name.
+    pub trust_name: String,
+    /// Whether its trust is enabled.
+    pub trust_enabled: bool,
+    /// What people recognise it by.
+    pub hint: String,
+    /// How its digest was made.
+    pub scheme: Scheme,
+    /// What it is for.
+    pub name: Option<String>,
+    /// What it may be used for.
+    pub scopes: Vec<String>,
+    /// Where it may be used from.
+    pub allowed_cidrs: Vec<IpNet>,
+    /// When it was stored.
+    pub created_at: DatabaseTime,
+    /// Not valid before.
+    pub not_before: Option<DatabaseTime>,
+    /// Not valid from then on.
+    pub expires_at: Option<DatabaseTime>,
+    /// Revoked then.
+    pub revoked_at: Option<DatabaseTime>,
+}
+
+/// A replica that gave a sign of life.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Replica {
+    /// Its id, new at every start.
+    pub id: uuid::Uuid,
+    /// The version it has applied.
+    pub applied: Version,
+    /// Its last sign of life.
+    pub seen_at: DatabaseTime,
+}
+
+/// Why a change was not made.
+#[derive(Debug, thiserror::Error)]
+pub enum LedgerError {
+    /// There is no trust of that id or name.
+    #[error("there is no trust {0:?}")]
+    NoTrust(String),
+    /// There is no key of that id.
+    #[error("there is no key {0}")]
+    NoKey(KeyId),
+    /// The name is taken.
+    #[error("there already is a trust {0:?}")]
+    NameTaken(String),
+    /// The digest is stored already.
+    #[error("a key with this digest is already stored (key id {0})")]
+    DigestTaken(KeyId),
+    /// A trust with keys is not deleted unless that was asked for.
+    #[error("the trust still has {0} keys; disable it, or delete it with --with-keys")]
+    HasKeys(u64),
+    /// There is no SQLite database where one was expected.
+    #[error(
+        "no database at {path}: start `trustgate serve` or run `trustgate migrate` to create it, or point `store.url` at the database you mean"
+    )]
+    NoDatabase {
+        /// Where it was looked for.
+        path: std::path::PathBuf,
+    },
+    /// The tables are missing, too old, or too new for this release.
+    #[error("{0}")]
+    Schema(String),
+    /// The configured tables are not ours to change.
+    #[error("with `store.preset` the keys live in a table of yours: trustgate reads it and never changes it")]
+    NotOurs,
+    /// The database cannot be used as it is: a network filesystem, wrong permissions, a bad URL.
+    #[error("{0}")]
+    Unusable(String),
+    /// The database failed.
+    #[error("the database failed: {0}")]
+    Database(#[from] sqlx::Error),
+}
+
+/// Which trust is meant.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum TrustRef {
+    /// By id.
+    Id(TrustId),
+    /// By name.
+    Name(String),
+}
+
+/// Everything that changes. Every change writes its audit entry in the same transaction and is all or nothing.
+#[async_trait]
+pub trait Ledger: Send + Sync {
+    /// Creates a trust, enabled, named `name`.
+    ///
+    /// # Errors
+    /// [`LedgerError::NameTaken`], or the database failed.
+    async fn create_trust(&mut self, actor: &Actor, id: TrustId, name: &str) -> Result<Trust, LedgerError>;
+    /// Every trust, by name.
+    ///
+    /// # Errors
+    /// The database failed.
+    async fn trusts(&mut self) -> Result<Vec<Trust>, LedgerError>;
+    /// One trust.
+    ///
+    /// # Errors
+    /// [`LedgerError::NoTrust`], or the database failed.
+    async fn trust(&mut self, which: &TrustRef) -> Result<Trust, LedgerError>;
+    /// Enables or disables a trust; returns it as it is after.
+    ///
+    /// # Errors
+    /// [`LedgerError::NoTrust`], or the database failed.
+    async fn enable_trust(&mut self, actor: &Actor, which: &TrustRef, enabled: bool) -> Result<Trust, LedgerError>;
+    /// Deletes a trust, with its keys if `with_keys`; returns it as it was.
+    ///
+    /// # Errors
+    /// [`LedgerError::NoTrust`], [`LedgerError::HasKeys`], or the database failed.
+    async fn delete_trust(&mut self, actor: &Actor, which: &TrustRef, with_keys: bool) -> Result<Trust, LedgerError>;
+    /// Stores one key.
+    ///
+    /// # Errors
+    /// [`LedgerError::NoTrust`], [`LedgerError::DigestTaken`], or the database failed.
+    async fn add_key(&mut self, actor: &Actor, trust: &TrustRef, key: NewKey) -> Result<Key, LedgerError>;
+    /// Stores many keys in one transaction with one audit entry; those whose digest is stored already are left as they
+    /// are. Returns how many were new.
+    ///
+    /// # Errors
+    /// [`LedgerError::NoTrust`], or the database failed: then none was stored.
+    async fn import_keys(&mut self, actor: &Actor, trust: &TrustRef, keys: Vec<NewKey>) -> Result<u64, LedgerError>;
+    /// Keys, newest first: of one trust, or of all.
+    ///
+    /// # Errors
+    /// [`LedgerError::NoTrust`], or the database failed.
+    async fn keys(&mut self, trust: Option<&TrustRef>) -> Result<Vec<Key>, LedgerError>;
+    /// One key.
+    ///
+    /// # Errors
+    /// [`LedgerError::NoKey`], or the database failed.
+    async fn key(&mut self, id: KeyId) -> Result<Key, LedgerError>;
+    /// The key stored under one of `digests`, if any.
+    ///
+    /// # Errors
+    /// The database failed.
+    async fn identify(&mut self, digests: &Digests) -> Result<Option<Key>, LedgerError>;
+    /// Revokes a key; a key already revoked stays as it was. Returns it as it is after.
+    ///
+    /// # Errors
+    /// [`LedgerError::NoKey`], or the database failed.
+    async fn revoke_key(&mut self, actor: &Actor, id: KeyId) -> Result<Key, LedgerError>;
+    /// Draws a version "everything changed", so that no replica uses what it read before.
+    ///
+    /// # Errors
+    /// The database failed.
+    async fn clear_caches(&mut self, actor: &Actor) -> Result<Version, LedgerError>;
+    /// Replicas that gave a sign of life within the last 30 s by the database's clock.
+    ///
+    /// # Errors
+    /// The database failed.
+    async fn replicas(&mut self) -> Result<Vec<Replica>, LedgerError>;
+    /// The database's present time.
+    ///
+    /// # Errors
+    /// The database failed.
+    async fn now(&mut self) -> Result<DatabaseTime, LedgerError>;
+}
