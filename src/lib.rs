@@ -1,6 +1,7 @@
 //! trustgate: whose request is this, and may it pass?
 pub mod breaker;
 pub mod clock;
+pub mod credential;
 pub mod fault;
 pub mod record;
 pub mod secret;
