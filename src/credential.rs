@@ -3,6 +3,7 @@
 //! Needs no I/O and never keeps a key.
 
 pub mod digest;
+pub mod extract;
 pub mod format;
 pub mod source;
 

@@ -2,9 +2,12 @@
 pub mod breaker;
 pub mod clock;
 pub mod credential;
+pub mod decision;
+pub mod demand;
 pub mod fault;
 pub mod record;
 pub mod secret;
 pub mod settings;
 pub mod store;
 pub mod units;
+pub mod wire;
