@@ -1,4 +1,5 @@
 //! trustgate: whose request is this, and may it pass?
+pub mod admin;
 pub mod breaker;
 pub mod cache;
 pub mod check;
@@ -9,6 +10,7 @@ pub mod demand;
 pub mod fault;
 pub mod freshness;
 pub mod metrics;
+pub mod net;
 pub mod record;
 pub mod redis;
 pub mod secret;
