@@ -5,14 +5,21 @@
 
 pub mod ledger;
 pub mod lookup;
+pub mod open;
+pub mod place;
 pub mod pool;
-pub mod postgres;
-pub mod sqlite;
+mod postgres;
+mod reader;
+mod rows;
+mod schema;
+mod sqlite;
 
 use std::{path::PathBuf, time::Duration};
 
 pub use ledger::{Actor, AuditEntry, Ledger, LedgerError};
-pub use lookup::Lookup;
+pub use lookup::{Lookup, Missing, Source};
+pub use open::{describe, open_lookup};
+pub use place::{Env, default_path};
 
 use crate::secret::Secret;
 
