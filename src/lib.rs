@@ -1,10 +1,19 @@
 //! trustgate: whose request is this, and may it pass?
+pub mod admin;
+pub mod api;
 pub mod breaker;
+pub mod cache;
+pub mod check;
 pub mod clock;
+pub mod config;
 pub mod credential;
 pub mod fault;
+pub mod freshness;
+pub mod net;
 pub mod record;
+pub mod redis;
 pub mod secret;
 pub mod settings;
 pub mod store;
+pub mod telemetry;
 pub mod units;
