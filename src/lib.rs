@@ -1,6 +1,7 @@
 //! trustgate: whose request is this, and may it pass?
 pub mod admin;
 pub mod api;
+pub mod app;
 pub mod breaker;
 pub mod cache;
 pub mod check;
@@ -9,6 +10,7 @@ pub mod config;
 pub mod credential;
 pub mod fault;
 pub mod freshness;
+pub mod manage;
 pub mod net;
 pub mod record;
 pub mod redis;
