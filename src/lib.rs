@@ -5,6 +5,7 @@ pub mod app;
 pub mod breaker;
 pub mod cache;
 pub mod check;
+pub mod cli;
 pub mod clock;
 pub mod config;
 pub mod credential;

@@ -18,8 +18,6 @@ use crate::{
 pub const KEYS_MAX: usize = 500_000;
 /// The longest line that is read, in bytes: a key, spaces around it, or a comment.
 const LINE_BYTES_MAX: usize = 2 * KEY_BYTES_MAX;
-/// After how many lines progress is told.
-const PROGRESS_LINES: usize = 1_024;
 
 /// What stands on a line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -71,7 +69,7 @@ impl fmt::Display for BadLines {
 
 impl Manager {
     /// Stores the keys of `input` for a trust: one a line; blank lines and those that begin with `#` are left out.
-    /// `progress` hears now and then how many lines were read, and at the end that all were.
+    /// `when_read` hears how many keys there are, once all are read and before they are stored.
     ///
     /// # Errors
     /// There is no such trust, the input cannot be read, some of its lines are wrong (all are named), or the database
@@ -81,29 +79,22 @@ impl Manager {
         trust: &TrustRef,
         form: Form,
         input: impl Read,
-        mut progress: impl FnMut(usize),
+        when_read: impl FnOnce(usize),
     ) -> Result<Imported, ManageError> {
         let trust = self.ledger.trust(trust).await?; // before the reading, which may take long
-        let keys = self.read_keys(form, input, &mut progress)?;
+        let keys = self.read_keys(form, input)?;
         let count = keys.len() as u64;
         if count == 0 {
             return Err(ManageError::Invalid { what: "the input", expected: "one key a line; there is none in it" });
         }
+        when_read(keys.len());
         let new = self.ledger.import_keys(&self.actor, &TrustRef::Id(trust.id), keys).await?;
         Ok(Imported { trust, new, known: count - new })
     }
 
-    fn read_keys(
-        &self,
-        form: Form,
-        input: impl Read,
-        progress: &mut impl FnMut(usize),
-    ) -> Result<Vec<NewKey>, ManageError> {
+    fn read_keys(&self, form: Form, input: impl Read) -> Result<Vec<NewKey>, ManageError> {
         let (mut lines, mut keys, mut bad) = (Lines::of(input), Vec::new(), BadLines::default());
         while let Some(line) = lines.next()? {
-            if line.number.is_multiple_of(PROGRESS_LINES) {
-                progress(line.number);
-            }
             let text = line.bytes.trim_ascii();
             if line.whole && (text.is_empty() || text.starts_with(b"#")) {
                 continue;
