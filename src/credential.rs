@@ -7,7 +7,7 @@ pub mod extract;
 pub mod format;
 pub mod source;
 
-use std::path::PathBuf;
+use std::{io, path::PathBuf};
 
 use crate::secret::Secret;
 pub use digest::Hasher;
@@ -32,6 +32,19 @@ crate::settings! {
         pepper_file: Option<PathBuf> = "",
         /// Files that hold earlier peppers, newest first: keys stored under them keep working.
         previous_pepper_files: Vec<PathBuf> = "",
+    }
+}
+
+impl CredentialSettings {
+    /// The hasher under the peppers set here; reads their files.
+    ///
+    /// # Errors
+    /// What the operating system says of a file that cannot be read.
+    pub fn hasher(&self) -> io::Result<Hasher> {
+        let file = self.pepper_file.as_deref().map(Secret::read).transpose()?;
+        let previous: Vec<_> =
+            self.previous_pepper_files.iter().map(|file| Secret::read(file)).collect::<Result<_, _>>()?;
+        Ok(Hasher::new(self.pepper.as_ref().or(file.as_ref()), &previous))
     }
 }
 

@@ -7,10 +7,12 @@ pub mod poll;
 use std::{
     sync::{
         Mutex, PoisonError,
-        atomic::{AtomicBool, AtomicU64, Ordering},
+        atomic::{AtomicU64, Ordering},
     },
     time::Duration,
 };
+
+use tokio::sync::watch;
 
 use crate::{
     clock::DatabaseClock,
@@ -41,7 +43,7 @@ crate::settings! {
 /// new epoch, to which no value read before belongs.
 #[derive(Debug, Default)]
 pub struct View {
-    confirmed: AtomicBool,
+    confirmed: watch::Sender<bool>,
     epoch: AtomicU64,
     floor: AtomicU64,
     known: Mutex<Option<Known>>,
@@ -78,7 +80,13 @@ impl View {
     /// Whether the store has confirmed anything yet.
     #[must_use]
     pub fn is_confirmed(&self) -> bool {
-        self.confirmed.load(Ordering::Acquire)
+        *self.confirmed.borrow()
+    }
+
+    /// Returns once the store has confirmed something.
+    pub async fn confirmed(&self) {
+        // The sender is `self`'s own.
+        let _ = self.confirmed.subscribe().wait_for(|confirmed| *confirmed).await;
     }
 
     /// The version applied.
@@ -106,7 +114,7 @@ impl View {
         if applied != Applied::Nothing {
             self.floor.store(next.version.0, Ordering::Release);
         }
-        self.confirmed.store(true, Ordering::Release);
+        self.confirmed.send_if_modified(|confirmed| !std::mem::replace(confirmed, true));
         applied
     }
 

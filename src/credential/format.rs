@@ -13,7 +13,7 @@ const RANDOM_CHARS: usize = 43;
 /// 62^6 > 2^32: enough characters for a CRC-32.
 const CHECKSUM_CHARS: usize = 6;
 /// Characters of a key of ours after its prefix and `_`.
-const BODY_CHARS: usize = RANDOM_CHARS + CHECKSUM_CHARS;
+pub const BODY_CHARS: usize = RANDOM_CHARS + CHECKSUM_CHARS;
 /// How many characters of a key of ours, after the prefix, make its hint.
 const HINT_CHARS: usize = 5;
 

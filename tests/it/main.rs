@@ -1,0 +1,8 @@
+//! Everything that needs the real program or real servers, in one binary.
+
+// All of it is tests: what fails here should fail loudly, and nobody else uses it.
+#![allow(clippy::unwrap_used, unreachable_pub)]
+
+mod cli;
+mod config;
+mod program;
