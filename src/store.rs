@@ -3,6 +3,7 @@
 //! Adapters: `sqlite` (embedded default) and `postgres`. One contract test-suite runs on both. Reads go to the primary.
 //! "No such key" is `Ok(None)`; an error is never turned into absence.
 
+mod book;
 pub mod ledger;
 pub mod lookup;
 pub mod open;
@@ -18,7 +19,7 @@ use std::{path::PathBuf, time::Duration};
 
 pub use ledger::{Actor, AuditEntry, Ledger, LedgerError};
 pub use lookup::{Lookup, Missing, Source};
-pub use open::{describe, open_lookup};
+pub use open::{describe, grants, migrate, open_ledger, open_lookup};
 pub use place::{Env, default_path};
 
 use crate::secret::Secret;

@@ -3,11 +3,12 @@
 use std::{sync::Arc, time::Duration};
 
 use super::{
-    LedgerError, Source, StoreSettings,
+    Ledger, LedgerError, Missing, Source, StoreSettings,
+    book::Book,
     place::{Address, Env, Place, Role},
-    postgres::lookup::Postgres,
+    postgres::{self, lookup::Postgres},
     reader::Reader,
-    sqlite::lookup::Sqlite,
+    sqlite::{self, lookup::Sqlite},
 };
 use crate::clock::Clock;
 
@@ -42,6 +43,51 @@ pub fn open_lookup(
             Arc::new(Reader::new(Postgres { address, schema, preset, statement_timeout }, settings, clock))
         }
     })
+}
+
+/// What management changes trusts and keys through. Connects at once.
+///
+/// # Errors
+/// [`LedgerError::NotOurs`] with a preset; [`LedgerError::NoDatabase`] and [`LedgerError::Schema`] where there is nothing
+/// to work on; or the database cannot be reached.
+pub async fn open_ledger(settings: &StoreSettings, env: Env<'_>) -> Result<Box<dyn Ledger>, LedgerError> {
+    if settings.preset.is_some() {
+        return Err(LedgerError::NotOurs);
+    }
+    let address = Address::of(settings, Role::Manage);
+    match address.place(env)? {
+        Place::Sqlite(path) => Ok(Box::new(Book::new(sqlite::ledger::open(&path).await?))),
+        Place::Postgres => {
+            let opened = postgres::ledger::open(&address, &settings.schema, settings.connect_timeout).await?;
+            Ok(Box::new(Book::new(opened)))
+        }
+    }
+}
+
+/// Makes the tables, or adds what a newer release needs. Can be repeated, and run by several at once.
+///
+/// # Errors
+/// [`LedgerError::NotOurs`] with a preset; [`LedgerError::Schema`] where the tables are too new; a file that cannot be
+/// used; or the database cannot be reached.
+pub async fn migrate(settings: &StoreSettings, env: Env<'_>) -> Result<(), LedgerError> {
+    if settings.preset.is_some() {
+        return Err(LedgerError::NotOurs);
+    }
+    let address = Address::of(settings, Role::Manage);
+    match address.place(env)? {
+        Place::Sqlite(path) => {
+            sqlite::file::prepare(&path, Missing::Create)?;
+            sqlite::migrate::run(&path).await
+        }
+        Place::Postgres => postgres::migrate::run(&address, &settings.schema, settings.connect_timeout).await,
+    }
+}
+
+/// The statements that give the roles of `serve` and of management the rights they need on the tables, for their owner to
+/// run. With an SQLite file nobody needs any.
+#[must_use]
+pub fn grants(settings: &StoreSettings, serve: &str, manage: &str) -> String {
+    postgres::migrate::grants(&settings.schema, serve, manage)
 }
 
 /// How much longer than a read's deadline the server may go on with it: the deadline here comes first.

@@ -27,6 +27,11 @@ async fn connect_within(address: &Address, limit: Duration) -> Result<PgConnecti
     })
 }
 
+/// The database and the schema in words.
+fn describe(address: &Address, schema: &SchemaName) -> String {
+    format!("{}, schema {:?},", address.describe_postgres(), schema.as_str())
+}
+
 /// `text` with every `{s}` replaced by the schema, whose name needs no quotes.
 fn in_schema(text: &str, schema: &SchemaName) -> AssertSqlSafe<String> {
     AssertSqlSafe(text.replace("{s}", schema.as_str()))

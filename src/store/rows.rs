@@ -3,6 +3,8 @@
 //! Both adapters select the same columns in the same order and the same plain forms: whole numbers, texts, lists as
 //! JSON, times as microseconds, digests and nonces in hexadecimal. Never talks to a database.
 
+use std::time::Duration;
+
 use ipnet::IpNet;
 use sqlx::{ColumnIndex, Decode, Row, Type};
 use uuid::Uuid;
@@ -232,6 +234,19 @@ pub(crate) fn replica(row: &impl Plain) -> Result<Replica, sqlx::Error> {
 pub(crate) fn json_list<T: ToString>(list: &[T]) -> String {
     serde_json::Value::from(list.iter().map(ToString::to_string).collect::<Vec<_>>()).to_string()
 }
+
+/// Networks without the bits that name a host in them, which PostgreSQL's `cidr` refuses.
+pub(crate) fn networks(cidrs: &[IpNet]) -> Vec<IpNet> {
+    cidrs.iter().map(IpNet::trunc).collect()
+}
+
+/// A length of time in microseconds; what does not fit is as good as for ever.
+pub(crate) fn micros(time: Duration) -> i64 {
+    i64::try_from(time.as_micros()).unwrap_or(i64::MAX).min(FOR_EVER)
+}
+
+/// Some 146 000 years: added to the present time it still is a time to both databases.
+const FOR_EVER: i64 = i64::MAX / 2;
 
 const NO_VERSION: Corrupt = Corrupt("the tables have no version, or no incarnation");
 

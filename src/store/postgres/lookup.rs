@@ -13,7 +13,7 @@ use super::{
         pool::Connect,
         reader::{Dialect, Ours},
     },
-    code, connect, is_missing, migrate,
+    code, connect, describe, is_missing, migrate,
 };
 use crate::record::{Digests, KeyId, Version};
 
@@ -110,8 +110,7 @@ impl Dialect for Postgres {
     }
 
     fn place(&self) -> String {
-        let place = self.address.describe_postgres();
-        if self.preset.is_some() { place } else { format!("{place}, schema {:?},", self.schema.as_str()) }
+        if self.preset.is_some() { self.address.describe_postgres() } else { describe(&self.address, &self.schema) }
     }
 
     fn is_missing(error: &sqlx::Error) -> bool {

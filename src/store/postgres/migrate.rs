@@ -7,7 +7,7 @@ use uuid::Uuid;
 
 use super::{
     super::{LedgerError, SchemaName, place::Address, schema},
-    connect_within, in_schema, is_missing,
+    connect_within, describe, in_schema, is_missing,
 };
 
 /// The version of the tables, newest first.
@@ -28,8 +28,7 @@ pub(crate) async fn run(address: &Address, name: &SchemaName, connect_timeout: D
     let tables = self::tables(&mut transaction, name).await?;
     transaction.commit().await?;
     connection.close().await?;
-    let place = format!("{}, schema {:?},", address.describe_postgres(), name.as_str());
-    schema::check(tables, &place)
+    schema::check(tables, &describe(address, name))
 }
 
 /// What `serve`'s role and management's role need, as statements for the owner of the tables to run: as little as
@@ -44,7 +43,10 @@ pub(crate) fn grants(schema: &SchemaName, serve: &str, manage: &str) -> String {
 /// SHA-256("trustgate migrate").
 const LOCK: &str = "SET LOCAL lock_timeout = '60s'; SET LOCAL statement_timeout = 0; SELECT pg_advisory_xact_lock(2242996985564621124)";
 
-async fn tables(connection: &mut PgConnection, name: &SchemaName) -> Result<Option<schema::Tables>, sqlx::Error> {
+pub(super) async fn tables(
+    connection: &mut PgConnection,
+    name: &SchemaName,
+) -> Result<Option<schema::Tables>, sqlx::Error> {
     // A savepoint: a table that is not there must not end the transaction.
     let mut attempt = connection.begin().await?;
     match sqlx::raw_sql(in_schema(SCHEMA, name)).fetch_all(&mut *attempt).await {

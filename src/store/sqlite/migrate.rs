@@ -52,7 +52,8 @@ async fn attempt(path: &Path) -> Result<(), LedgerError> {
     schema::check(tables, &describe_sqlite(path))
 }
 
-async fn tables(connection: &mut SqliteConnection) -> Result<Option<schema::Tables>, sqlx::Error> {
+/// The version of the tables, or `None` where there are none.
+pub(super) async fn tables(connection: &mut SqliteConnection) -> Result<Option<schema::Tables>, sqlx::Error> {
     match sqlx::raw_sql(SCHEMA).fetch_all(connection).await {
         Ok(rows) => match rows.first() {
             None => Ok(None),
