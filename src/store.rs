@@ -90,26 +90,3 @@ impl crate::settings::Setting for SchemaName {
         fits.then_some(Self(name))
     }
 }
-
-// Stand-ins until the adapters are merged.
-/// x
-pub struct Migrated {
-    /// x
-    pub database: String,
-    /// x
-    pub version: i64,
-    /// x
-    pub changed: bool,
-}
-/// x
-pub async fn open_ledger(_: &StoreSettings, _: Env<'_>) -> Result<Box<dyn Ledger>, LedgerError> {
-    Err(LedgerError::NotOurs)
-}
-/// x
-pub async fn migrate(_: &StoreSettings, _: Env<'_>) -> Result<Migrated, LedgerError> {
-    Err(LedgerError::NotOurs)
-}
-/// x
-pub fn grants(_: &StoreSettings) -> Result<String, LedgerError> {
-    Err(LedgerError::NotOurs)
-}

@@ -3,7 +3,7 @@
 //! Never writes anywhere: `cli` does.
 
 use comfy_table::{Table, presets};
-use serde_json::{Value, json};
+use serde_json::Value;
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 
 use super::DONE;

@@ -88,11 +88,11 @@ fn block_on<T>(work: impl Future<Output = T>) -> Result<T, CliError> {
 
 async fn migrate(config: &Config, environment: &Environment, print_grants: bool) -> Result<Answer, LedgerError> {
     if print_grants {
-        return Ok(Answer::text(store::grants(&config.store)?));
+        return Ok(Answer::text(store::grants(&config.store, "trustgate_serve", "trustgate_manage")));
     }
     let variable = |name: &str| variable(environment, name);
-    let done = store::migrate(&config.store, &variable).await?;
-    Ok(Answer::object(json!({ "database": done.database, "version": done.version, "changed": done.changed })))
+    store::migrate(&config.store, &variable).await?;
+    Ok(Answer::object(json!({ "database": store::describe(&config.store, &variable) })))
 }
 
 /// A variable of the environment, if it is there and is text.
