@@ -3,12 +3,15 @@
 //! Never reads the host's wall clock: no decision may depend on it.
 
 use std::{
+    fmt,
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering},
     },
     time::Duration,
 };
+
+use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 
 /// A moment on `CLOCK_BOOTTIME`, in nanoseconds since the machine started. Unlike [`std::time::Instant`] it goes on
 /// while the machine is suspended, so nothing held can outlive a pause unnoticed.
@@ -66,6 +69,17 @@ impl DatabaseTime {
     #[must_use]
     pub fn after(self, wait: Duration) -> Self {
         Self(self.0.saturating_add(i64::try_from(wait.as_micros()).unwrap_or(i64::MAX)))
+    }
+}
+
+/// RFC 3339 in UTC. A time that no calendar has is shown as its number.
+impl fmt::Display for DatabaseTime {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let at = OffsetDateTime::from_unix_timestamp_nanos(i128::from(self.0) * 1_000);
+        match at.ok().and_then(|at| at.format(&Rfc3339).ok()) {
+            Some(text) => f.write_str(&text),
+            None => write!(f, "{} us", self.0),
+        }
     }
 }
 

@@ -1,1 +1,9 @@
-fn main() {}
+//! The program `trustgate`: hands what it was started with to [`trustgate::cli`], and nothing more.
+
+use std::{io, process::ExitCode};
+
+fn main() -> ExitCode {
+    let environment: Vec<_> = std::env::vars_os().collect();
+    let code = trustgate::cli::run(std::env::args_os(), &environment, &mut io::stdout().lock(), &mut io::stderr());
+    ExitCode::from(code)
+}

@@ -1,8 +1,14 @@
-//! Everything that needs real servers or whole parts together: one binary, one module for each subject.
+//! Everything that needs the real program or real servers, in one binary.
+
+// All of it is tests: what fails here should fail loudly, and nobody else uses it.
+#![allow(clippy::unwrap_used, unreachable_pub)]
 
 #[path = "../support/mod.rs"]
 mod support;
 
+mod cli;
+mod config;
+mod program;
 mod sqlite_file;
 mod store_contract;
 mod store_pool;

@@ -1,7 +1,7 @@
 //! What tests share: real servers, private to the test and gone with it, and waiting without sleeping blindly.
 
-pub(crate) mod postgres;
-pub(crate) mod process;
+pub mod postgres;
+pub mod process;
 
 use std::{future::Future, time::Duration};
 
@@ -9,7 +9,7 @@ use std::{future::Future, time::Duration};
 ///
 /// # Panics
 /// If it still says no by then, naming `what`.
-pub(crate) async fn eventually<F: Future<Output = bool>>(what: &str, limit: Duration, mut question: impl FnMut() -> F) {
+pub async fn eventually<F: Future<Output = bool>>(what: &str, limit: Duration, mut question: impl FnMut() -> F) {
     let asked = tokio::time::timeout(limit, async {
         while !question().await {
             tokio::time::sleep(Duration::from_millis(10)).await;

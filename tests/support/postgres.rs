@@ -20,7 +20,7 @@ use super::{eventually, process::Guarded};
 
 /// A running server. Its superuser is `admin`, and everybody may log in without a password over the socket; over TCP
 /// passwords are asked for.
-pub(crate) struct Postgres {
+pub struct Postgres {
     dir: PathBuf,
     port: u16,
     server: Option<Guarded>,
@@ -31,7 +31,7 @@ impl Postgres {
     ///
     /// # Panics
     /// If PostgreSQL is not installed, with how to install it.
-    pub(crate) async fn start() -> Self {
+    pub async fn start() -> Self {
         let dir = tempfile::Builder::new().prefix("trustgate-pg").tempdir().expect("a directory").keep();
         if let Some((user, group)) = unprivileged() {
             chown(&dir, Some(user), Some(group)).expect("root may");
@@ -55,13 +55,13 @@ impl Postgres {
     }
 
     /// One server for all tests of the binary that do not harm it; it ends with the process.
-    pub(crate) async fn shared() -> Arc<Self> {
+    pub async fn shared() -> Arc<Self> {
         static SERVER: OnceCell<Arc<Postgres>> = OnceCell::const_new();
         Arc::clone(SERVER.get_or_init(|| async { Arc::new(Self::start().await) }).await)
     }
 
     /// Starts the server again after [`Self::stop`], at the same place.
-    pub(crate) async fn resume(&mut self) {
+    pub async fn resume(&mut self) {
         // Somebody may take a free port before the server does; it says so by ending.
         for _ in 0..10 {
             if self.port == 0 {
@@ -114,12 +114,12 @@ impl Postgres {
     }
 
     /// Ends the server at once, as a crash would; its data stays.
-    pub(crate) fn stop(&mut self) {
+    pub fn stop(&mut self) {
         self.server.take().expect("running").stop();
     }
 
     /// Stops every process of the server without ending it (SIGSTOP), until the answer is dropped.
-    pub(crate) fn freeze(&self) -> Frozen {
+    pub fn freeze(&self) -> Frozen {
         let postmaster = self.server.as_ref().and_then(Guarded::pid).expect("running");
         // The postmaster first, so that it starts nobody while the others are counted.
         signal("STOP", &[postmaster]);
@@ -131,17 +131,17 @@ impl Postgres {
     }
 
     /// The URL for `user` and `database` over the socket.
-    pub(crate) fn url(&self, user: &str, database: &str) -> String {
+    pub fn url(&self, user: &str, database: &str) -> String {
         format!("postgres://{user}@{}:{}/{database}?sslmode=disable", text(&self.dir).replace('/', "%2F"), self.port)
     }
 
     /// The URL for `user` and `database` over TCP, where a password is asked for.
-    pub(crate) fn tcp_url(&self, user: &str, database: &str) -> String {
+    pub fn tcp_url(&self, user: &str, database: &str) -> String {
         format!("postgres://{user}@127.0.0.1:{}/{database}?sslmode=disable", self.port)
     }
 
     /// Makes a database of its own; returns its name.
-    pub(crate) async fn database(&self) -> String {
+    pub async fn database(&self) -> String {
         static NUMBER: AtomicU32 = AtomicU32::new(0);
         let name = format!("db{}", NUMBER.fetch_add(1, Ordering::Relaxed));
         self.execute("postgres", &format!("CREATE DATABASE {name}")).await;
@@ -149,7 +149,7 @@ impl Postgres {
     }
 
     /// Runs statements as superuser.
-    pub(crate) async fn execute(&self, database: &str, sql: &str) {
+    pub async fn execute(&self, database: &str, sql: &str) {
         let mut connection = self.admin(database).await;
         sqlx::raw_sql(AssertSqlSafe(sql))
             .execute(&mut connection)
@@ -159,14 +159,14 @@ impl Postgres {
     }
 
     /// A superuser's connection.
-    pub(crate) async fn admin(&self, database: &str) -> PgConnection {
+    pub async fn admin(&self, database: &str) -> PgConnection {
         let options: PgConnectOptions = self.url("admin", database).parse().expect("a URL");
         PgConnection::connect_with(&options).await.expect("connects")
     }
 }
 
 /// Processes that are stopped.
-pub(crate) struct Frozen(Vec<u32>);
+pub struct Frozen(Vec<u32>);
 
 impl Drop for Frozen {
     fn drop(&mut self) {

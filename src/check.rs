@@ -1,0 +1,288 @@
+//! A check from message to reply: one orchestration for every transport.
+//!
+//! Synchronous on an L1 hit; only a miss waits. Never answers with a gRPC error of its own making unless
+//! `decision.on_fault = "error"` asks for it.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use tokio::time::timeout;
+
+use crate::{
+    cache::{Cache, api_key::ApiKey, l1::Held},
+    clock::{Clock, Moment},
+    credential::{
+        CredentialSettings, Hasher,
+        extract::{CredentialError, Removals, extract},
+    },
+    decision::{Decision, DenyReason, decide},
+    demand::{Demands, Freshness, is_preflight},
+    fault::Fault,
+    freshness::View as History,
+    metrics::{Histogram, HistogramOpts, IntCounter, IntCounterVec, Opts, Registry, SHORT_SECONDS, register},
+    record::ApiKeyDigest,
+    wire::{
+        response::{OnFault, Replies, Reply},
+        view::View,
+    },
+};
+
+crate::settings! {
+    /// What is answered.
+    pub struct DecisionSettings in "decision" {
+        /// What Envoy is told when we cannot decide: `deny` (503, always enforced), `error` (gRPC UNAVAILABLE: Envoy's
+        /// retry, `failure_mode_allow` and `status_on_error` decide) or `error_response` (503, Envoy 1.37 and later).
+        on_fault: OnFault = "deny",
+        /// What happens to a CORS preflight: `check` it like any request, or let it `pass` as anonymous (for proxies
+        /// that run ext_authz before cors, such as Istio).
+        preflight: Preflight = "check",
+        /// How long one check may take in all.
+        deadline: Duration = "150ms",
+        /// Envoy's own timeout for the check, `grpc_service.timeout` of its filter. `deadline` must be below it.
+        envoy_timeout: Duration = "200ms",
+        /// What `Retry-After` tells clients when we cannot decide; whole seconds.
+        retry_after: Duration = "1s",
+    }
+}
+
+crate::words! {
+    /// What happens to a CORS preflight.
+    pub enum Preflight ("\"check\" or \"pass\"") {
+        /// Checked like any request.
+        Check = "check",
+        /// Passes as anonymous.
+        Pass = "pass",
+    }
+}
+
+/// What a checker is made of.
+pub struct Parts {
+    /// What is answered.
+    pub decision: DecisionSettings,
+    /// Where credentials stand.
+    pub credential: CredentialSettings,
+    /// How fresh records must be where a route does not say so.
+    pub freshness: Freshness,
+    /// From key to digest.
+    pub hasher: Hasher,
+    /// Where records are found.
+    pub cache: Arc<Cache<ApiKey>>,
+    /// What this replica knows of the store's history.
+    pub history: Arc<History>,
+    /// The time.
+    pub clock: Arc<dyn Clock>,
+}
+
+/// Decides checks.
+pub struct Checker {
+    parts: Parts,
+    replies: Replies,
+    metrics: CheckMetrics,
+    fault_log: FaultLog,
+}
+
+/// What a check came to, before it is put into words for Envoy.
+type Outcome<'r> = Result<Decision<'r>, Fault>;
+
+impl Checker {
+    /// A checker of `parts`.
+    ///
+    /// # Errors
+    /// When a metric of that name exists already.
+    pub fn new(parts: Parts, registry: &Registry) -> prometheus::Result<Self> {
+        let replies = Replies::new(parts.decision.on_fault, parts.decision.retry_after);
+        Ok(Self { replies, metrics: CheckMetrics::register(registry)?, parts, fault_log: FaultLog::default() })
+    }
+
+    /// Decides the request in `message`, the bytes of a `CheckRequest`.
+    ///
+    /// # Cancel safety
+    /// Safe: a dropped check is counted as cancelled, and what it waited for goes on for others.
+    pub async fn check(&self, message: &[u8]) -> Reply {
+        let now = self.parts.clock.now();
+        let observed = self.metrics.start(&*self.parts.clock, now);
+        let Ok(view) = View::parse(message) else { return observed.denied(&self.replies, DenyReason::Undecodable) };
+        if !view.is_http {
+            return observed.denied(&self.replies, DenyReason::Undecodable);
+        }
+        let extracted = extract(&self.parts.credential, &view);
+        let demands = match Demands::of(&view) {
+            Ok(demands) => demands,
+            Err(fault) => return self.answer(observed, Err(fault), &extracted.removals, now),
+        };
+        if self.parts.decision.preflight == Preflight::Pass && is_preflight(&view) {
+            return self.answer(observed, Ok(Decision::Anonymous), &extracted.removals, now);
+        }
+        let key = match &extracted.key {
+            Ok(key) => key.expose(),
+            Err(CredentialError::Missing) if demands.optional => {
+                return self.answer(observed, Ok(Decision::Anonymous), &extracted.removals, now);
+            }
+            Err(error) => return observed.denied(&self.replies, (*error).into()),
+        };
+        let digest = self.parts.hasher.current(key);
+        let freshness = demands.freshness.unwrap_or(self.parts.freshness);
+        if freshness == Freshness::Ttl
+            && let Some(held) = self.parts.cache.hit(&digest, now)
+        {
+            let outcome = self.decide(&digest, &held, &demands, now);
+            return self.answer(observed, outcome, &extracted.removals, now);
+        }
+        let found = self.find(digest, key, freshness).await;
+        let outcome = match &found {
+            Ok(held) => self.decide(&digest, held, &demands, self.parts.clock.now()),
+            Err(fault) => Err(fault.clone()),
+        };
+        self.answer(observed, outcome, &extracted.removals, now)
+    }
+
+    /// The reply to a message that was refused unread.
+    pub fn refuse(&self, reason: DenyReason) -> Reply {
+        self.metrics.start(&*self.parts.clock, self.parts.clock.now()).denied(&self.replies, reason)
+    }
+
+    /// The reply to a message that there is no room for.
+    pub fn shed(&self, limit: &'static str) -> Reply {
+        let now = self.parts.clock.now();
+        let observed = self.metrics.start(&*self.parts.clock, now);
+        self.answer(observed, Err(Fault::Overloaded { limit }), &Removals::default(), now)
+    }
+
+    async fn find(&self, digest: ApiKeyDigest, key: &[u8], freshness: Freshness) -> Result<Arc<Held<ApiKey>>, Fault> {
+        let Parts { hasher, cache, decision, .. } = &self.parts;
+        let query = hasher.digests(digest, key);
+        let found = async {
+            match freshness {
+                Freshness::Ttl => cache.find(query).await,
+                Freshness::Live => cache.find_live(query).await,
+            }
+        };
+        let limit = decision.deadline;
+        timeout(limit, found).await.unwrap_or(Err(Fault::Late { limit }))
+    }
+
+    fn decide<'h>(
+        &self,
+        digest: &ApiKeyDigest,
+        held: &'h Held<ApiKey>,
+        demands: &Demands<'_>,
+        now: Moment,
+    ) -> Outcome<'h> {
+        // The map found it; what was hashed from this request says once more that it is the one, in constant time.
+        if !digest.matches(held.key()) {
+            return Ok(Decision::Deny(DenyReason::Unknown));
+        }
+        // A value was read from the database, so its clock is known by now.
+        let now = self.parts.history.database_clock.at(now).ok_or(Fault::Unconfirmed)?;
+        Ok(decide(held.value(), demands, now))
+    }
+
+    fn answer(&self, observed: Observed<'_>, outcome: Outcome<'_>, removals: &Removals<'_>, now: Moment) -> Reply {
+        match outcome {
+            Ok(decision) => {
+                observed.end(match &decision {
+                    Decision::Allow(_) => &self.metrics.allowed,
+                    Decision::Anonymous => &self.metrics.anonymous,
+                    Decision::Deny(reason) => &self.metrics.denied[*reason as usize],
+                });
+                self.replies.decision(&decision, removals)
+            }
+            Err(fault) => {
+                observed.end(&self.metrics.fault);
+                self.fault_log.note(&fault, now);
+                self.replies.fault()
+            }
+        }
+    }
+}
+
+/// Faults are logged at most once a second, with how many were not: an outage must not become a flood of lines.
+#[derive(Default)]
+struct FaultLog {
+    quiet_until: AtomicU64,
+    silent: AtomicU64,
+}
+
+impl FaultLog {
+    fn note(&self, fault: &Fault, now: Moment) {
+        let second = now.since(Moment::from_nanos(0)).as_secs() + 1; // 0 is before the first
+        if self.quiet_until.fetch_max(second, Ordering::Relaxed) >= second {
+            self.silent.fetch_add(1, Ordering::Relaxed);
+        } else {
+            let before = self.silent.swap(0, Ordering::Relaxed);
+            tracing::warn!(%fault, others_not_logged = before, "a check could not be decided");
+        }
+    }
+}
+
+/// Checks answered. Children are resolved here, since looking them up hashes and locks.
+struct CheckMetrics {
+    allowed: IntCounter,
+    anonymous: IntCounter,
+    denied: [IntCounter; DenyReason::ALL.len()],
+    fault: IntCounter,
+    cancelled: IntCounter,
+    seconds: Histogram,
+}
+
+impl CheckMetrics {
+    fn register(registry: &Registry) -> prometheus::Result<Self> {
+        let checks = IntCounterVec::new(
+            Opts::new(
+                "trustgate_checks_total",
+                "Checks by decision (allow, deny, fault, cancelled) and the reason for it.",
+            ),
+            &["decision", "reason"],
+        );
+        let checks = register(registry, checks)?;
+        let seconds = HistogramOpts::new(
+            "trustgate_check_duration_seconds",
+            "How long checks took from the whole message to the reply, in seconds.",
+        );
+        let count = |decision, reason| checks.with_label_values(&[decision, reason]);
+        Ok(Self {
+            allowed: count("allow", "key"),
+            anonymous: count("allow", "anonymous"),
+            denied: DenyReason::ALL.map(|reason| count("deny", reason.as_str())),
+            fault: count("fault", "fault"),
+            cancelled: count("cancelled", "cancelled"),
+            seconds: register(registry, Histogram::with_opts(seconds.buckets(SHORT_SECONDS.to_vec())))?,
+        })
+    }
+
+    fn start<'a>(&'a self, clock: &'a dyn Clock, began: Moment) -> Observed<'a> {
+        Observed { metrics: self, clock, began, counter: &self.cancelled }
+    }
+}
+
+/// One check being observed. Dropped without an end, Envoy gave up: that is not a success.
+struct Observed<'a> {
+    metrics: &'a CheckMetrics,
+    clock: &'a dyn Clock,
+    began: Moment,
+    counter: &'a IntCounter,
+}
+
+impl<'a> Observed<'a> {
+    fn end(mut self, counter: &'a IntCounter) {
+        self.counter = counter;
+    }
+
+    fn denied(self, replies: &Replies, reason: DenyReason) -> Reply {
+        let counter = &self.metrics.denied[reason as usize];
+        self.end(counter);
+        replies.denial(reason)
+    }
+}
+
+impl Drop for Observed<'_> {
+    fn drop(&mut self) {
+        self.counter.inc();
+        self.metrics.seconds.observe(self.clock.now().since(self.began).as_secs_f64());
+    }
+}

@@ -1,0 +1,69 @@
+//! The command line: reads what is wanted, lets others do it, and shows what came of it.
+//!
+//! Answers go to standard output, everything else to standard error. Never changes anything itself, and shows a key only
+//! once, right after it was made.
+
+mod answer;
+mod args;
+mod commands;
+mod error;
+mod key;
+mod stdin;
+mod trust;
+
+use std::{ffi::OsString, io::Write};
+
+use clap::Parser;
+
+use answer::Answer;
+use args::{Arguments, Output};
+use error::CliError;
+
+/// Everything went well.
+const DONE: u8 = 0;
+/// What was wanted could not be done.
+const FAILED: u8 = 1;
+/// What was wanted makes no sense.
+const USAGE: u8 = 2;
+/// The key that was checked is denied.
+const DENIED: u8 = 3;
+
+/// The environment the program was started with.
+type Environment = [(OsString, OsString)];
+
+/// Does what `arguments` want in this `environment` and returns the exit code: 0 done, 1 failed, 2 used wrongly, 3 the checked key is denied.
+pub fn run(
+    arguments: impl IntoIterator<Item = OsString>,
+    environment: &Environment,
+    out: &mut dyn Write,
+    err: &mut dyn Write,
+) -> u8 {
+    let arguments = match Arguments::try_parse_from(arguments) {
+        Ok(arguments) => arguments,
+        Err(usage) => return show_usage(&usage, out, err),
+    };
+    let output = arguments.output;
+    // Whoever closed the pipe has seen enough; nobody is left to be told.
+    match commands::run(arguments, environment) {
+        Ok(answer) => show(&answer, output, out).map_or(FAILED, |()| answer.code),
+        Err(error) => {
+            let _ = writeln!(err, "{error}");
+            error.code
+        }
+    }
+}
+
+fn show(answer: &Answer, output: Output, out: &mut dyn Write) -> std::io::Result<()> {
+    match (output, &answer.json) {
+        (Output::Json, Some(json)) => writeln!(out, "{json:#}")?,
+        _ => write!(out, "{}", answer.text)?,
+    }
+    out.flush()
+}
+
+fn show_usage(usage: &clap::Error, out: &mut dyn Write, err: &mut dyn Write) -> u8 {
+    let wrong = usage.use_stderr();
+    let to: &mut dyn Write = if wrong { err } else { out };
+    let _ = write!(to, "{}", usage.render());
+    if wrong { USAGE } else { DONE }
+}

@@ -1,0 +1,122 @@
+//! What a command has to say, as text and as data.
+//!
+//! Never writes anywhere: `cli` does.
+
+use comfy_table::{Table, presets};
+use serde_json::Value;
+use time::{OffsetDateTime, format_description::well_known::Rfc3339};
+
+use super::DONE;
+use crate::clock::DatabaseTime;
+
+/// What a command has to say.
+pub(super) struct Answer {
+    /// For people, with its last line end.
+    pub(super) text: String,
+    /// For programs; `None` where the text is for programs already.
+    pub(super) json: Option<Value>,
+    /// The exit code.
+    pub(super) code: u8,
+}
+
+impl Answer {
+    /// Text that is the same for people and programs.
+    pub(super) const fn text(text: String) -> Self {
+        Self { text, json: None, code: DONE }
+    }
+
+    /// One object, shown as its fields, one a line.
+    pub(super) fn object(object: Value) -> Self {
+        let rows = object.as_object().into_iter().flatten().map(|(name, value)| vec![name.clone(), cell(value)]);
+        Self { text: table(None, rows), json: Some(object), code: DONE }
+    }
+
+    /// Objects, shown as one row each with these of their fields.
+    pub(super) fn list(objects: Vec<Value>, columns: &[&str]) -> Self {
+        let rows = objects.iter().map(|object| columns.iter().map(|column| cell(&object[*column])).collect());
+        Self { text: table(Some(columns), rows), json: Some(Value::Array(objects)), code: DONE }
+    }
+
+    /// The same with more to say below, to people.
+    pub(super) fn note(mut self, note: &str) -> Self {
+        self.text.push('\n');
+        self.text.push_str(note);
+        self.text.push('\n');
+        self
+    }
+
+    /// The same with another exit code.
+    pub(super) const fn exit(mut self, code: u8) -> Self {
+        self.code = code;
+        self
+    }
+}
+
+/// A time as RFC 3339 in UTC.
+pub(super) fn time(at: DatabaseTime) -> Value {
+    Value::String(at.to_string())
+}
+
+/// A time that may not be set.
+pub(super) fn time_or_null(at: Option<DatabaseTime>) -> Value {
+    at.map_or(Value::Null, time)
+}
+
+/// Columns side by side, without lines around them: easy to read, and easy to cut with other tools.
+fn table(header: Option<&[&str]>, rows: impl Iterator<Item = Vec<String>>) -> String {
+    let mut table = Table::new();
+    table.load_style(presets::NOTHING);
+    if let Some(header) = header {
+        table.set_header(header.iter().map(|name| name.to_uppercase()));
+    }
+    for row in rows {
+        table.add_row(row);
+    }
+    let lines = table.lines().map(|line| format!("{}\n", line.trim_end()));
+    lines.collect::<Vec<_>>().concat()
+}
+
+/// A value for people: without quotes, `-` for nothing, times to the second, and nothing that could steer a terminal.
+fn cell(value: &Value) -> String {
+    let text = match value {
+        Value::Null => return "-".to_owned(),
+        Value::Bool(true) => "yes".to_owned(),
+        Value::Bool(false) => "no".to_owned(),
+        Value::Number(number) => number.to_string(),
+        Value::String(text) if text.is_empty() => return "-".to_owned(),
+        Value::String(text) => seconds(text),
+        Value::Array(values) if values.is_empty() => return "-".to_owned(),
+        Value::Array(values) => values.iter().map(cell).collect::<Vec<_>>().join(" "),
+        Value::Object(_) => value.to_string(),
+    };
+    text.replace(char::is_control, "\u{fffd}")
+}
+
+/// An RFC 3339 time without its fraction of a second; any other text as it is.
+fn seconds(text: &str) -> String {
+    let Ok(at) = OffsetDateTime::parse(text, &Rfc3339) else { return text.to_owned() };
+    let whole = at.replace_nanosecond(0).unwrap_or(at);
+    whole.format(&Rfc3339).unwrap_or_else(|_| text.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_are_utc_and_to_the_microsecond_for_programs() {
+        let at = DatabaseTime::from_micros(1_700_000_000_123_456);
+        assert_eq!(time(at), json!("2023-11-14T22:13:20.123456Z"));
+        assert_eq!(cell(&time(at)), "2023-11-14T22:13:20Z");
+        assert_eq!(time(DatabaseTime::from_micros(i64::MAX)), json!(i64::MAX));
+    }
+
+    #[test]
+    fn tables_are_plain_columns() {
+        let objects = vec![json!({"name": "acme", "on": true}), json!({"name": "a\u{1b}[31m", "on": null})];
+        let answer = Answer::list(objects, &["name", "on"]);
+        let words: Vec<Vec<_>> = answer.text.lines().map(|line| line.split_whitespace().collect()).collect();
+        assert_eq!(words, [["NAME", "ON"], ["acme", "yes"], ["a\u{fffd}[31m", "-"]]);
+        assert!(!answer.text.contains('|'));
+    }
+}

@@ -1,0 +1,224 @@
+//! What can be written on the command line.
+//!
+//! Never holds a key: keys come on standard input, where other users of the machine cannot see them.
+
+use std::{net::IpAddr, path::PathBuf, time::Duration};
+
+use clap::{
+    Args, Parser, Subcommand, ValueEnum,
+    builder::{NonEmptyStringValueParser, TypedValueParser},
+};
+use clap_complete::Shell;
+use ipnet::IpNet;
+use uuid::Uuid;
+
+use crate::{manage::trusts::trust_ref, record::KeyId, store::ledger::TrustRef, units::parse_duration};
+
+const VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), " (", env!("TRUSTGATE_COMMIT"), ")");
+
+/// Decides for Envoy whose request it is and whether it may pass.
+#[derive(Parser)]
+#[command(name = "trustgate", version = VERSION, arg_required_else_help = true)]
+pub(super) struct Arguments {
+    /// The configuration file; else the one that the variable `TRUSTGATE_CONFIG` names, else none.
+    #[arg(long, global = true, value_name = "FILE")]
+    pub(super) config: Option<PathBuf>,
+    /// How answers are shown.
+    #[arg(long, global = true, value_enum, default_value_t = Output::Table)]
+    pub(super) output: Output,
+    #[command(subcommand)]
+    pub(super) command: Command,
+}
+
+/// How answers are shown.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(super) enum Output {
+    /// For people.
+    Table,
+    /// For programs.
+    Json,
+}
+
+#[derive(Subcommand)]
+pub(super) enum Command {
+    /// Answer Envoy's checks until told to stop.
+    Serve,
+    /// Create or upgrade the tables in the database.
+    Migrate {
+        /// Only print the rights that `serve` and management need in PostgreSQL.
+        #[arg(long)]
+        print_grants: bool,
+    },
+    /// The organisations that keys speak for.
+    #[command(subcommand)]
+    Trust(Trust),
+    /// API keys.
+    #[command(subcommand)]
+    Key(Key),
+    /// What replicas remember.
+    #[command(subcommand)]
+    Cache(Cache),
+    /// The configuration.
+    #[command(subcommand)]
+    Config(Config),
+    /// Decide one key, read from standard input, and say why. Exit code 3: denied.
+    Check,
+    /// Print completions for a shell.
+    Completions {
+        /// Which shell.
+        shell: Shell,
+    },
+}
+
+#[derive(Subcommand)]
+pub(super) enum Trust {
+    /// Create a trust.
+    Create {
+        /// Its name.
+        name: String,
+    },
+    /// List all trusts.
+    List,
+    /// Show one trust.
+    Show(WhichTrust),
+    /// Let the keys of a trust be granted again.
+    Enable(WhichTrust),
+    /// Deny every key of a trust until it is enabled again.
+    Disable(WhichTrust),
+    /// Delete a trust.
+    Delete {
+        #[command(flatten)]
+        which: WhichTrust,
+        /// Delete its keys too.
+        #[arg(long)]
+        with_keys: bool,
+    },
+}
+
+#[derive(Args)]
+pub(super) struct WhichTrust {
+    /// Name or id of the trust.
+    #[arg(value_name = "NAME_OR_ID", value_parser = to_trust())]
+    pub(super) trust: TrustRef,
+}
+
+#[derive(Subcommand)]
+pub(super) enum Key {
+    /// Make a key and show it, once.
+    Issue(Issue),
+    /// List keys, newest first.
+    List {
+        /// Only those of this trust.
+        #[arg(long, value_name = "NAME_OR_ID", value_parser = to_trust())]
+        trust: Option<TrustRef>,
+    },
+    /// Show one key.
+    Show(WhichKey),
+    /// Revoke a key for good.
+    Revoke(WhichKey),
+    /// Read a key, or any text that may hold keys, from standard input and say whose they are. Exit code 1: no key of
+    /// this database.
+    Identify,
+    /// Store keys made elsewhere, one a line, all or none.
+    Import(Import),
+}
+
+#[derive(Args)]
+pub(super) struct WhichKey {
+    /// Id of the key.
+    #[arg(value_name = "KEY_ID", value_parser = to_key)]
+    pub(super) id: KeyId,
+}
+
+#[derive(Args)]
+pub(super) struct Issue {
+    /// Whom the key speaks for.
+    #[arg(long, value_name = "NAME_OR_ID", value_parser = to_trust())]
+    pub(super) trust: TrustRef,
+    /// What the key is for.
+    #[arg(long, value_name = "TEXT")]
+    pub(super) name: Option<String>,
+    /// How long it is valid, such as 90d or 12h; without it, until it is revoked.
+    #[arg(long, value_name = "DURATION", value_parser = to_duration)]
+    pub(super) expires_in: Option<Duration>,
+    /// What it may be used for; can be given several times.
+    #[arg(long = "scope", value_name = "SCOPE")]
+    pub(super) scopes: Vec<String>,
+    /// A network it may be used from, such as 192.0.2.0/24; can be given several times. Without it, from anywhere.
+    #[arg(long = "allow-cidr", value_name = "CIDR", value_parser = to_network)]
+    pub(super) allowed_cidrs: Vec<IpNet>,
+}
+
+#[derive(Args)]
+pub(super) struct Import {
+    /// Whom the keys speak for.
+    #[arg(long, value_name = "NAME_OR_ID", value_parser = to_trust())]
+    pub(super) trust: TrustRef,
+    /// The lines are keys, to be hashed at once, instead of SHA-256 digests in hexadecimal.
+    #[arg(long)]
+    pub(super) plaintext: bool,
+    /// Where to read from; - is standard input.
+    #[arg(value_name = "FILE", default_value = "-")]
+    pub(super) file: PathBuf,
+}
+
+#[derive(Subcommand)]
+pub(super) enum Cache {
+    /// Make every replica forget what it read from the database, and wait until all have.
+    Clear,
+}
+
+#[derive(Subcommand)]
+pub(super) enum Config {
+    /// Tell every mistake in the configuration.
+    Check,
+    /// Print a configuration file with every setting, its meaning and its default.
+    Default,
+}
+
+fn to_trust() -> impl TypedValueParser<Value = TrustRef> {
+    NonEmptyStringValueParser::new().map(|text| trust_ref(&text))
+}
+
+// What was written is not repeated: somebody may have put a key there.
+fn to_key(text: &str) -> Result<KeyId, String> {
+    Uuid::parse_str(text)
+        .map(KeyId)
+        .map_err(|_| "expected a key's id, a UUID as `trustgate key list` shows it".to_owned())
+}
+
+fn to_duration(text: &str) -> Result<Duration, String> {
+    parse_duration(text).ok_or_else(|| "expected a duration with its unit, such as 90d or 12h".to_owned())
+}
+
+fn to_network(text: &str) -> Result<IpNet, String> {
+    let network = text.parse().ok().or_else(|| text.parse().ok().map(|address: IpAddr| address.into()));
+    network.ok_or_else(|| "expected a network, such as 192.0.2.0/24 or 2001:db8::/32".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_declarations_hold_together_and_every_command_explains_itself() {
+        fn explained(command: &clap::Command) {
+            assert!(command.get_about().is_some(), "{}", command.get_name());
+            for argument in command.get_arguments() {
+                assert!(argument.get_help().is_some(), "{} {}", command.get_name(), argument.get_id());
+            }
+            command.get_subcommands().for_each(explained);
+        }
+        let command = Arguments::command();
+        command.clone().debug_assert();
+        explained(&command);
+    }
+
+    #[test]
+    fn an_address_is_a_network_of_one() {
+        assert_eq!(to_network("192.0.2.1").unwrap().to_string(), "192.0.2.1/32");
+        assert!(to_network("192.0.2.0/33").is_err());
+    }
+}

@@ -1,0 +1,166 @@
+//! Each command from its arguments to its answer.
+//!
+//! Never writes an answer and never decides: it opens what is needed and passes it on.
+
+use clap::CommandFactory;
+use serde_json::json;
+
+use super::{
+    Answer, Arguments, CliError, DENIED, Environment, FAILED,
+    args::{self, Command},
+    error::At,
+    key, stdin, trust,
+};
+use crate::{
+    app::{self, Explanation},
+    clock::SystemClock,
+    config::{self, Config, ConfigError, Purpose, document},
+    manage::{Effect, Manager},
+    secret::Secret,
+    store::{self, Actor, LedgerError},
+};
+
+pub(super) fn run(arguments: Arguments, environment: &Environment) -> Result<Answer, CliError> {
+    let Arguments { config: file, command, .. } = arguments;
+    let load = |purpose| config::load(file.as_deref(), environment.iter().cloned(), purpose);
+    match command {
+        Command::Completions { shell } => Ok(completions(shell)),
+        Command::Config(args::Config::Default) => {
+            Ok(Answer { json: Some(document::json()), ..Answer::text(document::toml()) })
+        }
+        Command::Config(args::Config::Check) => checked(load(Purpose::Check)),
+        Command::Serve => {
+            let config = load(Purpose::Serve)?;
+            Ok(app::serve(config, &|name| variable(environment, name)).map(|()| Answer::text(String::new()))?)
+        }
+        Command::Check => {
+            let config = load(Purpose::Serve)?;
+            let text = stdin::text().map_err(|error| CliError::new(format!("cannot read the key: {error}")))?;
+            Ok(explained(&app::explain(
+                config,
+                &|name| variable(environment, name),
+                &Secret::new(text.expose().trim().to_owned()),
+            )?))
+        }
+        Command::Migrate { print_grants } => {
+            let config = load(Purpose::Manage)?;
+            let migrated = block_on(migrate(&config, environment, print_grants))?;
+            migrated.map_err(|error| CliError::of_store(error, &config))
+        }
+        Command::Trust(command) => managing(&load(Purpose::Manage)?, environment, async |manager, config| {
+            trust::run(manager, command).await.map_err(|error| error.at(config))
+        }),
+        Command::Key(command) => managing(&load(Purpose::Manage)?, environment, async |manager, config| {
+            key::run(manager, config, command).await.map_err(|error| error.at(config))
+        }),
+        Command::Cache(args::Cache::Clear) => {
+            managing(&load(Purpose::Manage)?, environment, async |manager, config| {
+                manager
+                    .clear_caches(&SystemClock)
+                    .await
+                    .map(|effect| cleared(&effect))
+                    .map_err(|error| error.at(config))
+            })
+        }
+    }
+}
+
+/// Runs `command` with management of the configured database.
+fn managing(
+    config: &Config,
+    environment: &Environment,
+    command: impl AsyncFnOnce(&mut Manager, &Config) -> Result<Answer, CliError>,
+) -> Result<Answer, CliError> {
+    block_on(async {
+        let variable = |name: &str| variable(environment, name);
+        let ledger = store::open_ledger(&config.store, &variable).await;
+        let ledger = ledger.map_err(|error| CliError::of_store(error, config))?;
+        let mut manager = Manager::new(ledger, actor(environment), config.credential.clone())
+            .map_err(|error| CliError::new(format!("cannot read the pepper: {error}")))?;
+        command(&mut manager, config).await
+    })?
+}
+
+fn block_on<T>(work: impl Future<Output = T>) -> Result<T, CliError> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    Ok(runtime.map_err(|error| CliError::new(format!("cannot start: {error}")))?.block_on(work))
+}
+
+async fn migrate(config: &Config, environment: &Environment, print_grants: bool) -> Result<Answer, LedgerError> {
+    if print_grants {
+        return Ok(Answer::text(store::grants(&config.store, "trustgate_serve", "trustgate_manage")));
+    }
+    let variable = |name: &str| variable(environment, name);
+    store::migrate(&config.store, &variable).await?;
+    Ok(Answer::object(json!({ "database": store::describe(&config.store, &variable) })))
+}
+
+/// A variable of the environment, if it is there and is text.
+fn variable(environment: &Environment, name: &str) -> Option<String> {
+    environment.iter().find(|(found, _)| found == name)?.1.to_str().map(str::to_owned)
+}
+
+/// Who is at the terminal, by their own account: for the audit's readers, not a proof.
+fn actor(environment: &Environment) -> Actor {
+    let user = ["USER", "LOGNAME"].iter().find_map(|name| variable(environment, name).filter(|user| !user.is_empty()));
+    let user: String =
+        user.unwrap_or_else(|| "unknown".to_owned()).chars().filter(|c| !c.is_control()).take(64).collect();
+    Actor(format!("cli:{user}"))
+}
+
+fn completions(shell: clap_complete::Shell) -> Answer {
+    let mut script = Vec::new();
+    clap_complete::generate(shell, &mut Arguments::command(), "trustgate", &mut script);
+    Answer::text(String::from_utf8_lossy(&script).into_owned())
+}
+
+fn checked(config: Result<Config, ConfigError>) -> Result<Answer, CliError> {
+    match config {
+        Ok(_) => Ok(Answer { json: Some(json!({ "ok": true, "mistakes": [] })), ..Answer::text("ok\n".to_owned()) }),
+        Err(ConfigError::Mistakes(mistakes)) => {
+            let objects: Vec<_> = mistakes
+                .0
+                .iter()
+                .map(|mistake| json!({ "setting": mistake.setting, "origin": mistake.origin, "problem": mistake.problem }))
+                .collect();
+            let json = Some(json!({ "ok": false, "mistakes": objects }));
+            Ok(Answer { json, ..Answer::text(format!("{mistakes}\n")) }.exit(FAILED))
+        }
+        Err(error) => Err(error.into()),
+    }
+}
+
+fn cleared(effect: &Effect) -> Answer {
+    let missing: Vec<_> = effect
+        .missing
+        .iter()
+        .map(|replica| json!({ "id": replica.id.to_string(), "seen_at": super::answer::time(replica.seen_at) }))
+        .collect();
+    let json = json!({
+        "version": effect.version.0,
+        "replicas": effect.replicas,
+        "applied": effect.replicas - effect.missing.len(),
+        "after_ms": u64::try_from(effect.after.as_millis()).unwrap_or(u64::MAX),
+        "missing": missing,
+    });
+    let mut lines = vec![effect.to_string()];
+    lines.extend(effect.missing.iter().map(|replica| {
+        let seen = super::answer::time(replica.seen_at);
+        format!("not yet on replica {}, last seen {}", replica.id, seen.as_str().unwrap_or("never"))
+    }));
+    let answer = Answer { json: Some(json), ..Answer::text(lines.join("\n") + "\n") };
+    if effect.missing.is_empty() { answer } else { answer.exit(FAILED) }
+}
+
+fn explained(explanation: &Explanation) -> Answer {
+    let Explanation { allowed, reason, sentence, trust_id, key_id, scopes } = explanation;
+    let answer = Answer::object(json!({
+        "decision": if *allowed { "allow" } else { "deny" },
+        "reason": reason,
+        "sentence": sentence,
+        "trust_id": trust_id.map(|id| id.to_string()),
+        "key_id": key_id.map(|id| id.to_string()),
+        "scopes": scopes,
+    }));
+    if *allowed { answer } else { answer.exit(DENIED) }
+}

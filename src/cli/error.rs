@@ -1,0 +1,99 @@
+//! What went wrong, for the person at the terminal: what it is, where it was set, what to do.
+//!
+//! Never holds a secret: the errors it is made of hold none.
+
+use std::fmt;
+
+use super::{FAILED, USAGE};
+use crate::{
+    app::AppError,
+    config::{Config, ConfigError},
+    manage::ManageError,
+    store::LedgerError,
+};
+
+/// Why a command did not do what was wanted.
+#[derive(Debug)]
+pub(super) struct CliError {
+    problem: String,
+    place: Option<String>,
+    /// The exit code.
+    pub(super) code: u8,
+}
+
+impl CliError {
+    /// A plain failure.
+    pub(super) const fn new(problem: String) -> Self {
+        Self { problem, place: None, code: FAILED }
+    }
+
+    /// Says where the database was configured, when it is the database that is to blame.
+    pub(super) fn of_store(error: LedgerError, config: &Config) -> Self {
+        ManageError::from(error).at(config)
+    }
+}
+
+/// An error together with the configuration it happened under.
+pub(super) trait At {
+    /// The error, with the place in the configuration that led there.
+    fn at(self, config: &Config) -> CliError;
+}
+
+impl At for ManageError {
+    fn at(self, config: &Config) -> CliError {
+        let code = if matches!(self, Self::Invalid { .. }) { USAGE } else { FAILED };
+        let place = match &self {
+            Self::Ledger(LedgerError::NotOurs) => {
+                config.origin("store", "preset").map(|origin| format!("store.preset is set in {origin}"))
+            }
+            Self::Ledger(error) if blames_database(error) => Some(database_place(config)),
+            _ => None,
+        };
+        CliError { problem: self.to_string(), place, code }
+    }
+}
+
+/// Whether it helps to know where the database was configured.
+const fn blames_database(error: &LedgerError) -> bool {
+    match error {
+        LedgerError::NoDatabase { .. }
+        | LedgerError::Schema(_)
+        | LedgerError::Unusable(_)
+        | LedgerError::Database(_)
+        | LedgerError::Fault(_) => true,
+        LedgerError::NotOurs
+        | LedgerError::NoTrust(_)
+        | LedgerError::NoKey(_)
+        | LedgerError::NameTaken(_)
+        | LedgerError::DigestTaken(_)
+        | LedgerError::HasKeys(_) => false,
+    }
+}
+
+fn database_place(config: &Config) -> String {
+    let settings = ["management_url", "management_url_file", "url", "url_file"];
+    let set = settings.iter().find_map(|name| Some((name, config.origin("store", name)?)));
+    set.map_or_else(
+        || "store.url is not set, so this is the embedded database at its default path".to_owned(),
+        |(name, origin)| format!("store.{name} is set in {origin}"),
+    )
+}
+
+impl From<ConfigError> for CliError {
+    fn from(error: ConfigError) -> Self {
+        Self::new(error.to_string())
+    }
+}
+
+impl From<AppError> for CliError {
+    fn from(error: AppError) -> Self {
+        Self::new(error.to_string())
+    }
+}
+
+impl fmt::Display for CliError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "error: {}", self.problem)?;
+        self.place.as_ref().map_or(Ok(()), |place| write!(f, "\n  {place}"))
+    }
+}

@@ -1,0 +1,142 @@
+//! The commands about keys.
+//!
+//! Shows a key right after it was made and at no other time; what was read from standard input is never shown.
+
+use std::{fs::File, path::Path};
+
+use indicatif::{ProgressBar, ProgressStyle};
+use serde_json::{Value, json};
+
+use super::{
+    FAILED,
+    answer::{self, Answer},
+    args, stdin,
+};
+use crate::{
+    clock::DatabaseTime,
+    config::Config,
+    credential::format,
+    demand::Freshness,
+    manage::{
+        ManageError, Manager, import,
+        keys::{Identified, Issued, KeyState, Wanted},
+    },
+    store::ledger::Key,
+};
+
+const COLUMNS: &[&str] = &["id", "trust_name", "hint", "name", "state", "scopes", "created_at", "expires_at"];
+const IDENTIFIED_COLUMNS: &[&str] = &["line", "result", "key_id", "trust_name", "hint", "name"];
+
+pub(super) async fn run(manager: &mut Manager, config: &Config, command: args::Key) -> Result<Answer, ManageError> {
+    match command {
+        args::Key::Issue(args::Issue { trust, name, expires_in, scopes, allowed_cidrs }) => {
+            let wanted = Wanted { trust, name, scopes, allowed_cidrs, expires_in };
+            Ok(issued(&manager.issue_key(wanted).await?))
+        }
+        args::Key::List { trust } => {
+            let (keys, now) = manager.keys(trust.as_ref()).await?;
+            Ok(Answer::list(keys.iter().map(|key| data(key, now)).collect(), COLUMNS))
+        }
+        args::Key::Show(which) => {
+            let (key, now) = manager.key(which.id).await?;
+            Ok(Answer::object(data(&key, now)))
+        }
+        args::Key::Revoke(which) => {
+            let (key, now) = manager.revoke_key(which.id).await?;
+            Ok(Answer::object(data(&key, now)).note(&when_effective(config)))
+        }
+        args::Key::Identify => {
+            let (found, now) = manager.identify_keys(stdin::text()?.expose()).await?;
+            Ok(identified(&found, now))
+        }
+        args::Key::Import(args::Import { trust, plaintext, file }) => {
+            let form = if plaintext { import::Form::Plaintext } else { import::Form::Digests };
+            let input = if file == Path::new("-") { stdin::open()? } else { File::open(&file)? };
+            let length = input.metadata().ok().filter(std::fs::Metadata::is_file).map(|metadata| metadata.len());
+            let progress = progress(length);
+            let storing = |count| {
+                progress.set_style(ProgressStyle::default_spinner());
+                progress.set_message(format!("storing {count} keys"));
+            };
+            let imported = manager.import_keys(&trust, form, progress.wrap_read(input), storing).await;
+            progress.finish_and_clear();
+            Ok(stored(&imported?))
+        }
+    }
+}
+
+fn issued(Issued { key, secret }: &Issued) -> Answer {
+    let mut object = data(key, key.created_at);
+    object["key"] = json!(secret.expose());
+    Answer::object(object).note("This is the only time the key is shown: store it now.")
+}
+
+fn stored(imported: &import::Imported) -> Answer {
+    Answer::object(json!({
+        "trust_id": imported.trust.id.to_string(),
+        "trust_name": imported.trust.name,
+        "imported": imported.new,
+        "already_stored": imported.known,
+    }))
+}
+
+fn identified(found: &[Identified], now: DatabaseTime) -> Answer {
+    let known = found.iter().any(|one| one.key.is_some());
+    let objects = found.iter().map(|one| {
+        let result = match (&one.key, one.form) {
+            (Some(key), _) => KeyState::of(key, now).as_str(),
+            (None, format::Form::Ours) => "unknown",
+            (None, format::Form::Mistyped) => "mistyped",
+            (None, format::Form::Foreign) => "foreign",
+        };
+        let key = one.key.as_ref();
+        json!({
+            "line": one.line,
+            "result": result,
+            "key_id": key.map(|key| key.id.to_string()),
+            "trust_id": key.map(|key| key.trust_id.to_string()),
+            "trust_name": key.map(|key| &key.trust_name),
+            "hint": key.map(|key| &key.hint),
+            "name": key.and_then(|key| key.name.as_ref()),
+        })
+    });
+    let answer = Answer::list(objects.collect(), IDENTIFIED_COLUMNS);
+    if known { answer } else { answer.note("No key of this database is in the text.").exit(FAILED) }
+}
+
+/// Whoever revokes a key wants to know from when on it is of no use.
+fn when_effective(config: &Config) -> String {
+    let clear = "`trustgate cache clear` makes it effective at once";
+    match config.freshness.mode {
+        Freshness::Live => "Effective with the next request, where `freshness.mode` is \"live\".".to_owned(),
+        Freshness::Ttl => {
+            format!("Effective within {} (`freshness.ttl`); {clear}.", humantime::format_duration(config.freshness.ttl))
+        }
+    }
+}
+
+/// How much was read, on standard error and only if that is a terminal.
+fn progress(length: Option<u64>) -> ProgressBar {
+    let template = if length.is_some() { "{wide_bar} {bytes}/{total_bytes}" } else { "{bytes} read" };
+    let style = ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar());
+    length.map_or_else(ProgressBar::new_spinner, ProgressBar::new).with_style(style)
+}
+
+fn data(key: &Key, now: DatabaseTime) -> Value {
+    let cidrs: Vec<_> = key.allowed_cidrs.iter().map(ToString::to_string).collect();
+    json!({
+        "id": key.id.to_string(),
+        "trust_id": key.trust_id.to_string(),
+        "trust_name": key.trust_name,
+        "hint": key.hint,
+        "name": key.name,
+        "state": KeyState::of(key, now).as_str(),
+        "scheme": key.scheme.as_str(),
+        "scopes": key.scopes,
+        "allowed_cidrs": cidrs,
+        "created_at": answer::time(key.created_at),
+        "not_before": answer::time_or_null(key.not_before),
+        "expires_at": answer::time_or_null(key.expires_at),
+        "revoked_at": answer::time_or_null(key.revoked_at),
+    })
+}

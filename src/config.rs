@@ -1,0 +1,246 @@
+//! The configuration: one TOML file, overlaid by environment variables, checked as a whole.
+//!
+//! The environment is an argument. Never prints what was written: a value may be a secret.
+
+mod check;
+pub mod document;
+mod environment;
+mod file;
+mod nearest;
+
+use std::{
+    collections::BTreeMap,
+    ffi::OsString,
+    fmt, io,
+    path::{Path, PathBuf},
+};
+
+use crate::{
+    admin::AdminSettings,
+    api::ApiSettings,
+    cache::CacheSettings,
+    check::DecisionSettings,
+    credential::CredentialSettings,
+    freshness::FreshnessSettings,
+    net::{GrpcSettings, LimitsSettings},
+    redis::RedisSettings,
+    settings::{Field, Mistake, Origin, Reader, Section},
+    store::StoreSettings,
+    telemetry::LogSettings,
+};
+
+/// The variable that names the file where `--config` does not.
+pub const FILE_VARIABLE: &str = "TRUSTGATE_CONFIG";
+
+/// Lists the sections; a new one is a new line where this is used.
+macro_rules! sections {
+    ($($name:ident: $Section:ty,)+) => {
+        /// Everything that is set, or its default.
+        #[derive(Clone, Debug, Default)]
+        pub struct Config {
+            $( #[doc = concat!("`[", stringify!($name), "]`")] pub $name: $Section, )+
+            origins: BTreeMap<String, Origin>,
+        }
+
+        /// Every section, in the order to be shown.
+        pub const SECTIONS: &[SectionInfo] = &[
+            $( SectionInfo { name: <$Section>::NAME, doc: <$Section>::DOC, fields: <$Section>::FIELDS }, )+
+        ];
+
+        fn read(reader: &mut Reader) -> Config {
+            Config { $( $name: <$Section>::read(reader), )+ origins: BTreeMap::new() }
+        }
+    };
+}
+
+sections! {
+    grpc: GrpcSettings,
+    admin: AdminSettings,
+    api: ApiSettings,
+    store: StoreSettings,
+    redis: RedisSettings,
+    credential: CredentialSettings,
+    decision: DecisionSettings,
+    cache: CacheSettings,
+    freshness: FreshnessSettings,
+    limits: LimitsSettings,
+    log: LogSettings,
+}
+
+/// A section as documentation sees it.
+#[derive(Clone, Copy, Debug)]
+pub struct SectionInfo {
+    /// Its name: `[name]` in the file.
+    pub name: &'static str,
+    /// What it is about.
+    pub doc: &'static str,
+    /// Its settings.
+    pub fields: &'static [Field],
+}
+
+/// Why there is no configuration to run with.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file cannot be read.
+    #[error("cannot read the configuration file {path} (named by {named_by}): {source}")]
+    Unreadable {
+        /// Which file.
+        path: PathBuf,
+        /// `--config`, or the variable.
+        named_by: &'static str,
+        /// What the operating system says.
+        source: io::Error,
+    },
+    /// There are mistakes in it; all of them.
+    #[error("{0}")]
+    Mistakes(Mistakes),
+}
+
+/// All mistakes of a configuration; never empty.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Mistakes(pub Vec<Mistake>);
+
+impl fmt::Display for Mistakes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let count = self.0.len();
+        write!(f, "the configuration has {count} mistake{}:", if count == 1 { "" } else { "s" })?;
+        for Mistake { setting, origin, problem } in &self.0 {
+            match origin {
+                Some(origin) if setting.is_empty() => write!(f, "\n  {origin}: {problem}")?,
+                Some(origin) => write!(f, "\n  {origin}: {setting}: {problem}")?,
+                None => write!(f, "\n  {setting} (not set): {problem}")?,
+            }
+        }
+        Ok(())
+    }
+}
+
+/// What the configuration is for: which of its secret files must be readable.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Purpose {
+    /// Answering checks. The management URL is none of this process's business.
+    Serve,
+    /// Changing trusts and keys. Redis is none of this process's business.
+    Manage,
+    /// Finding every mistake.
+    Check,
+}
+
+impl Config {
+    /// Where `section.name` was set, if it was.
+    #[must_use]
+    pub fn origin(&self, section: &str, name: &str) -> Option<&str> {
+        self.origins.get(&format!("{section}.{name}")).map(String::as_str)
+    }
+}
+
+/// Reads `file` (else the file that `TRUSTGATE_CONFIG` names, else none) and overlays it with `environment`.
+///
+/// # Errors
+/// When the file cannot be read, or with every mistake there is.
+pub fn load(
+    file: Option<&Path>,
+    environment: impl IntoIterator<Item = (OsString, OsString)>,
+    purpose: Purpose,
+) -> Result<Config, ConfigError> {
+    let variables: Vec<_> = environment.into_iter().collect();
+    let named = variables.iter().find(|(name, value)| name == FILE_VARIABLE && !value.is_empty());
+    let file = file.map(|path| (path, "--config")).or(named.map(|(_, path)| (Path::new(path), FILE_VARIABLE)));
+
+    let mut reader = Reader::default();
+    if let Some((path, named_by)) = file {
+        let text = std::fs::read_to_string(path).map_err(|source| ConfigError::Unreadable {
+            path: path.to_owned(),
+            named_by,
+            source,
+        })?;
+        file::put(&mut reader, &path.display().to_string(), &text);
+    }
+    environment::put(&mut reader, &variables);
+
+    let mut config = read(&mut reader);
+    check::run(&config, purpose, &mut reader);
+    config.origins = origins(&reader);
+    let mistakes = reader.into_mistakes();
+    if mistakes.is_empty() { Ok(config) } else { Err(ConfigError::Mistakes(Mistakes(mistakes))) }
+}
+
+fn origins(reader: &Reader) -> BTreeMap<String, Origin> {
+    let names = SECTIONS.iter().flat_map(|section| section.fields.iter().map(|field| (section.name, field.name)));
+    names
+        .filter_map(|(section, name)| Some((format!("{section}.{name}"), reader.origin(section, name)?.clone())))
+        .collect()
+}
+
+fn section(name: &str) -> Option<&'static SectionInfo> {
+    SECTIONS.iter().find(|section| section.name == name)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The mistakes in a file with this text and this environment, one a line, as a person sees them.
+    pub(super) fn mistakes(text: &str, environment: &[(&str, &str)]) -> Vec<String> {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("trustgate.toml");
+        std::fs::write(&path, text).unwrap();
+        let variables = environment.iter().map(|(name, value)| (OsString::from(name), OsString::from(value)));
+        match load(Some(&path), variables, Purpose::Check) {
+            Ok(_) => Vec::new(),
+            Err(ConfigError::Mistakes(mistakes)) => mistakes
+                .to_string()
+                .replace(&format!("{}/", dir.path().display()), "")
+                .lines()
+                .skip(1)
+                .map(|line| line.trim().to_owned())
+                .collect(),
+            Err(error) => panic!("{error}"),
+        }
+    }
+
+    #[test]
+    fn nothing_set_is_the_defaults() {
+        let config = load(None, [], Purpose::Serve).unwrap();
+        assert_eq!(config.grpc.listen, vec!["127.0.0.1:50051".parse().unwrap()]);
+        assert!(config.store.url.is_none());
+        assert_eq!(config.origin("grpc", "listen"), None);
+    }
+
+    #[test]
+    fn the_environment_wins_over_the_file_and_where_is_remembered() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("t.toml");
+        std::fs::write(&path, "[grpc]\nlisten = [\"127.0.0.1:1\", \"127.0.0.1:2\"]\n[cache]\nsize = \"1GiB\"\n")
+            .unwrap();
+        let set = [("TRUSTGATE__GRPC__LISTEN", "127.0.0.1:3, 127.0.0.1:4"), ("TRUSTGATE_PORT", "tcp://10.0.0.1:1")];
+        let config = load(Some(&path), set.map(|(name, value)| (name.into(), value.into())), Purpose::Serve).unwrap();
+        assert_eq!(config.grpc.listen, ["127.0.0.1:3", "127.0.0.1:4"].map(|address| address.parse().unwrap()));
+        assert_eq!(config.cache.size.to_string(), "1GiB");
+        assert_eq!(config.origin("grpc", "listen"), Some("TRUSTGATE__GRPC__LISTEN"));
+        assert_eq!(config.origin("cache", "size"), Some(format!("{}:4", path.display()).as_str()));
+    }
+
+    #[test]
+    fn every_mistake_is_told_at_once_with_its_place() {
+        let text = "[grpc]\nlisten = \"nowhere\"\n\n[chache]\nsize = 1\n[store]\nurls = \"x\"\nread_timeout = 100\n";
+        assert_eq!(
+            mistakes(text, &[("TRUSTGATE__LIMITS__MESAGE_SIZE", "1MiB"), ("TRUSTGATE__CACHE__SIZE", "lots")]),
+            [
+                "trustgate.toml:4: chache: there is no such section; did you mean [cache]?",
+                "trustgate.toml:7: store.urls: there is no such setting; did you mean store.url?",
+                "TRUSTGATE__LIMITS__MESAGE_SIZE: there is no such setting; did you mean TRUSTGATE__LIMITS__MESSAGE_SIZE?",
+                "trustgate.toml:2: grpc.listen: expected an address with its port, such as \"127.0.0.1:50051\"",
+                "trustgate.toml:8: store.read_timeout: expected a duration with its unit, such as \"150ms\", \"20s\" or \"15m\"",
+                "TRUSTGATE__CACHE__SIZE: cache.size: expected a size with its unit, such as \"256KiB\" or \"128MiB\"",
+            ]
+        );
+    }
+
+    #[test]
+    fn a_file_that_is_not_there_names_who_named_it() {
+        let missing = OsString::from("/nowhere/trustgate.toml");
+        let error = load(None, [(FILE_VARIABLE.into(), missing)], Purpose::Serve).unwrap_err().to_string();
+        assert!(error.contains("/nowhere/trustgate.toml (named by TRUSTGATE_CONFIG)"), "{error}");
+    }
+}

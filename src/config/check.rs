@@ -1,0 +1,316 @@
+//! What no setting can know alone: pairs that exclude each other, deadlines that must nest, files that must be readable.
+//!
+//! Never connects anywhere, and says nothing about a setting that has a mistake already.
+
+use std::{
+    fs::File,
+    io::{self, Read},
+    path::Path,
+    time::Duration,
+};
+
+use super::{Config, Purpose};
+use crate::{secret::Secret, settings::Reader, units::ByteSize};
+
+/// The longest message that `limits.message_size` may allow; the protocol layer refuses longer ones.
+const MESSAGE_SIZE_MAX: ByteSize = ByteSize::from_bytes(4 << 20);
+
+/// Notes every mistake between the settings of `config` in `reader`.
+pub(super) fn run(config: &Config, purpose: Purpose, reader: &mut Reader) {
+    listeners(config, reader);
+    store(config, reader);
+    redis(config, reader);
+    credential(config, reader);
+    deadlines(config, reader);
+    amounts(config, reader);
+    files(config, purpose, reader);
+}
+
+/// Whether none of `settings` has a mistake, so that comparing them makes sense.
+fn sound(reader: &Reader, settings: &[&str]) -> bool {
+    !reader.mistakes().iter().any(|mistake| settings.contains(&mistake.setting.as_str()))
+}
+
+fn listeners(config: &Config, reader: &mut Reader) {
+    for (section, listen) in [("grpc", &config.grpc.listen), ("admin", &config.admin.listen)] {
+        if listen.is_empty() && sound(reader, &[&format!("{section}.listen")]) {
+            reader.refuse(section, "listen", "needs at least one address".to_owned());
+        }
+    }
+    if let Some(both) = config.grpc.listen.iter().find(|at| at.port() != 0 && config.admin.listen.contains(at)) {
+        reader.refuse("admin", "listen", format!("{both} is also in grpc.listen: each needs a port of its own"));
+    }
+    if !config.api.listen.is_empty() {
+        reader.refuse("api", "listen", "this release has no management API: leave it unset".to_owned());
+    }
+}
+
+fn store(config: &Config, reader: &mut Reader) {
+    let store = &config.store;
+    either(reader, "store", "url", store.url.is_some(), store.url_file.is_some());
+    either(reader, "store", "password", store.password.is_some(), store.password_file.is_some());
+    either(reader, "store", "management_url", store.management_url.is_some(), store.management_url_file.is_some());
+
+    let schemes = ["sqlite://", "postgres://", "postgresql://"];
+    let expected = "expected sqlite:///path/to/trustgate.db or postgres://user@host/database";
+    for (name, url) in [("url", &store.url), ("management_url", &store.management_url)] {
+        scheme(reader, "store", name, url.as_ref(), &schemes, expected);
+    }
+    let no_url = store.url.is_none() && store.url_file.is_none();
+    for (name, set) in [
+        ("password", store.password.is_some()),
+        ("password_file", store.password_file.is_some()),
+        ("management_url", store.management_url.is_some()),
+        ("management_url_file", store.management_url_file.is_some()),
+    ] {
+        if set && no_url {
+            reader.refuse("store", name, "needs store.url: the embedded SQLite database has no use for it".to_owned());
+        }
+    }
+    if store.preset.is_some() {
+        if no_url {
+            reader.refuse("store", "preset", "needs store.url: where is the table?".to_owned());
+        }
+        if config.credential.pepper.is_some() || config.credential.pepper_file.is_some() {
+            let name = if config.credential.pepper.is_some() { "pepper" } else { "pepper_file" };
+            let problem = "does nothing with store.preset, whose digests are plain SHA-256: unset one of them";
+            reader.refuse("credential", name, problem.to_owned());
+        }
+    }
+}
+
+fn redis(config: &Config, reader: &mut Reader) {
+    let redis = &config.redis;
+    either(reader, "redis", "url", redis.url.is_some(), redis.url_file.is_some());
+    either(reader, "redis", "password", redis.password.is_some(), redis.password_file.is_some());
+    let expected = "expected redis://user@host:6379/0 or rediss://user@host:6379/0";
+    scheme(reader, "redis", "url", redis.url.as_ref(), &["redis://", "rediss://"], expected);
+    let no_url = redis.url.is_none() && redis.url_file.is_none();
+    for (name, set) in [
+        ("password", redis.password.is_some()),
+        ("password_file", redis.password_file.is_some()),
+        ("mac_key_file", redis.mac_key_file.is_some()),
+        ("ca_file", redis.ca_file.is_some()),
+    ] {
+        if set && no_url {
+            reader.refuse("redis", name, "needs redis.url: without it there is no Redis".to_owned());
+        }
+    }
+    let plain = redis.url.as_ref().is_some_and(|url| url.expose().starts_with("redis://"));
+    if plain && redis.ca_file.is_some() {
+        reader.refuse("redis", "ca_file", "needs a redis.url that begins with rediss://, for TLS".to_owned());
+    }
+}
+
+fn credential(config: &Config, reader: &mut Reader) {
+    let credential = &config.credential;
+    either(reader, "credential", "pepper", credential.pepper.is_some(), credential.pepper_file.is_some());
+    if credential.sources.is_empty() && sound(reader, &["credential.sources"]) {
+        reader.refuse("credential", "sources", "needs at least one source".to_owned());
+    }
+    let no_pepper = credential.pepper.is_none() && credential.pepper_file.is_none();
+    if no_pepper && !credential.previous_pepper_files.is_empty() {
+        let problem = "needs credential.pepper_file: the pepper in force; new keys are stored under it";
+        reader.refuse("credential", "previous_pepper_files", problem.to_owned());
+    }
+}
+
+fn deadlines(config: &Config, reader: &mut Reader) {
+    let (read, redis) = (config.store.read_timeout, config.redis.timeout);
+    let (deadline, envoy) = (config.decision.deadline, config.decision.envoy_timeout);
+    if sound(reader, &["store.read_timeout", "redis.timeout", "decision.deadline"]) && read + redis > deadline {
+        let problem = format!(
+            "store.read_timeout ({read:?}) and redis.timeout ({redis:?}) must together fit into decision.deadline \
+             ({deadline:?})"
+        );
+        let settings = [("store", "read_timeout"), ("redis", "timeout"), ("decision", "deadline")];
+        refuse_whichever_was_set(reader, &settings, problem);
+    }
+    if sound(reader, &["decision.deadline", "decision.envoy_timeout"]) && deadline >= envoy {
+        let problem = format!(
+            "decision.deadline ({deadline:?}) must be shorter than decision.envoy_timeout ({envoy:?}), or Envoy stops \
+             waiting before it gets an answer"
+        );
+        refuse_whichever_was_set(reader, &[("decision", "deadline"), ("decision", "envoy_timeout")], problem);
+    }
+}
+
+fn amounts(config: &Config, reader: &mut Reader) {
+    let Config { store, redis, decision, cache, freshness, limits, .. } = config;
+    for (section, name, duration) in [
+        ("store", "read_timeout", store.read_timeout),
+        ("store", "connect_timeout", store.connect_timeout),
+        ("store", "breaker_open", store.breaker_open),
+        ("redis", "timeout", redis.timeout),
+        ("redis", "breaker_open", redis.breaker_open),
+        ("decision", "deadline", decision.deadline),
+        ("cache", "value_age_max", cache.value_age_max),
+        ("freshness", "ttl", freshness.ttl),
+        ("freshness", "absence_ttl", freshness.absence_ttl),
+        ("freshness", "poll_interval", freshness.poll_interval),
+        ("limits", "preface_timeout", limits.preface_timeout),
+        ("limits", "keepalive_interval", limits.keepalive_interval),
+        ("limits", "keepalive_timeout", limits.keepalive_timeout),
+        ("limits", "connection_age", limits.connection_age),
+    ] {
+        if duration == Duration::ZERO {
+            reader.refuse(section, name, "must be longer than nothing".to_owned());
+        }
+    }
+    for (section, name, size) in [
+        ("cache", "size", cache.size),
+        ("cache", "absences_size", cache.absences_size),
+        ("limits", "message_size", limits.message_size),
+    ] {
+        if size.bytes() == 0 {
+            reader.refuse(section, name, "must be more than nothing".to_owned());
+        }
+    }
+    let (message, all) = (limits.message_size, limits.messages_in_flight_size);
+    if message > MESSAGE_SIZE_MAX {
+        reader.refuse("limits", "message_size", format!("must be {MESSAGE_SIZE_MAX} at most"));
+    }
+    if sound(reader, &["limits.message_size", "limits.messages_in_flight_size"]) && all < message {
+        let problem =
+            format!("limits.messages_in_flight_size ({all}) must hold at least one limits.message_size ({message})");
+        let settings = [("limits", "messages_in_flight_size"), ("limits", "message_size")];
+        refuse_whichever_was_set(reader, &settings, problem);
+    }
+}
+
+/// Secrets are read again whenever they are used; that they can be read at all is found out here.
+fn files(config: &Config, purpose: Purpose, reader: &mut Reader) {
+    let Config { store, redis, credential, .. } = config;
+    let own_management = store.management_url.is_some() || store.management_url_file.is_some();
+    let (serve, manage) = (purpose != Purpose::Manage, purpose != Purpose::Serve);
+    for (section, name, file, used) in [
+        ("store", "url_file", &store.url_file, serve || !own_management),
+        ("store", "password_file", &store.password_file, true),
+        ("store", "management_url_file", &store.management_url_file, manage),
+        ("redis", "url_file", &redis.url_file, serve),
+        ("redis", "password_file", &redis.password_file, serve),
+        ("credential", "pepper_file", &credential.pepper_file, true),
+    ] {
+        if let (Some(file), true) = (file, used) {
+            readable(reader, section, name, file, Secret::read(file).map(drop));
+        }
+    }
+    for file in &credential.previous_pepper_files {
+        readable(reader, "credential", "previous_pepper_files", file, Secret::read(file).map(drop));
+    }
+    // Not texts: that they have a first byte is enough here.
+    for (name, file) in [("mac_key_file", &redis.mac_key_file), ("ca_file", &redis.ca_file)] {
+        if let (Some(file), true) = (file, serve) {
+            readable(reader, "redis", name, file, File::open(file).and_then(|mut file| file.read_exact(&mut [0])));
+        }
+    }
+}
+
+fn readable(reader: &mut Reader, section: &str, name: &str, file: &Path, read: io::Result<()>) {
+    if let Err(error) = read {
+        reader.refuse(section, name, format!("cannot read {}: {error}", file.display()));
+    }
+}
+
+/// Two settings for one value, of which one is to be chosen.
+fn either(reader: &mut Reader, section: &str, name: &str, value: bool, file: bool) {
+    if value && file {
+        let other = reader.origin(section, name).cloned().unwrap_or_default();
+        let problem = format!("{section}.{name} is set too ({other}): set one of the two");
+        reader.refuse(section, &format!("{name}_file"), problem);
+    }
+}
+
+/// A URL that begins like none of `schemes`; `expected` says how it should. The URL itself is never shown.
+fn scheme(reader: &mut Reader, section: &str, name: &str, url: Option<&Secret>, schemes: &[&str], expected: &str) {
+    if url.is_some_and(|url| !schemes.iter().any(|scheme| url.expose().starts_with(scheme))) {
+        reader.refuse(section, name, expected.to_owned());
+    }
+}
+
+/// A mistake between `settings` belongs to the first that somebody set.
+fn refuse_whichever_was_set(reader: &mut Reader, settings: &[(&str, &str)], problem: String) {
+    let set = settings.iter().find(|(section, name)| reader.origin(section, name).is_some());
+    // The defaults agree with each other, so one was set.
+    let Some((section, name)) = set.or(settings.first()) else { return };
+    reader.refuse(section, name, problem);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::mistakes;
+
+    #[test]
+    fn what_does_not_go_together_is_refused() {
+        for (text, want) in [
+            ("grpc.listen = []", "trustgate.toml:1: grpc.listen: needs at least one address"),
+            (
+                "admin.listen = \"127.0.0.1:50051\"",
+                "trustgate.toml:1: admin.listen: 127.0.0.1:50051 is also in grpc.listen",
+            ),
+            ("api.listen = \"127.0.0.1:1\"", "trustgate.toml:1: api.listen: this release has no management API"),
+            ("store.url = \"mysql://hunter2@h/d\"", "trustgate.toml:1: store.url: expected sqlite:///"),
+            ("store.password = \"hunter2\"", "trustgate.toml:1: store.password: needs store.url"),
+            ("store.preset = \"trust-table\"", "trustgate.toml:1: store.preset: needs store.url"),
+            (
+                "store.url = \"postgres://h/d\"\nstore.preset = \"trust-table\"\ncredential.pepper = \"hunter2\"",
+                "trustgate.toml:3: credential.pepper: does nothing with store.preset",
+            ),
+            ("redis.url = \"http://hunter2@h\"", "trustgate.toml:1: redis.url: expected redis://"),
+            ("redis.ca_file = \"/dev/zero\"\n#", "trustgate.toml:1: redis.ca_file: needs redis.url"),
+            ("credential.sources = []", "trustgate.toml:1: credential.sources: needs at least one source"),
+            (
+                "decision.deadline = \"110ms\"",
+                "trustgate.toml:1: decision.deadline: store.read_timeout (100ms) and redis.timeout (20ms) must",
+            ),
+            (
+                "decision.deadline = \"200ms\"",
+                "trustgate.toml:1: decision.deadline: decision.deadline (200ms) must be shorter",
+            ),
+            (
+                "decision.envoy_timeout = \"150ms\"",
+                "trustgate.toml:1: decision.envoy_timeout: decision.deadline (150ms) must",
+            ),
+            (
+                "redis.timeout = \"60ms\"",
+                "trustgate.toml:1: redis.timeout: store.read_timeout (100ms) and redis.timeout (60ms) must",
+            ),
+            ("freshness.poll_interval = \"0ms\"", "trustgate.toml:1: freshness.poll_interval: must be longer"),
+            ("cache.size = \"0B\"", "trustgate.toml:1: cache.size: must be more"),
+            ("limits.message_size = \"5MiB\"", "trustgate.toml:1: limits.message_size: must be 4MiB at most"),
+            (
+                "limits.messages_in_flight_size = \"1KiB\"",
+                "trustgate.toml:1: limits.messages_in_flight_size: limits.mess",
+            ),
+            (
+                "credential.pepper_file = \"/nowhere\"",
+                "trustgate.toml:1: credential.pepper_file: cannot read /nowhere: No such",
+            ),
+            (
+                "credential.pepper_file = \"/dev/null\"",
+                "trustgate.toml:1: credential.pepper_file: cannot read /dev/null: the file is empty",
+            ),
+        ] {
+            let got = mistakes(&text.replace("/dev/zero", "/proc/version"), &[]);
+            assert!(got.len() == 1 && got[0].starts_with(want), "{text:?}: {got:?}");
+            assert!(!got[0].contains("hunter2"), "{got:?}");
+        }
+    }
+
+    #[test]
+    fn a_value_and_its_file_exclude_each_other_wherever_they_were_set() {
+        let text = "[credential]\npepper_file = \"/proc/version\"";
+        assert_eq!(
+            mistakes(text, &[("TRUSTGATE__CREDENTIAL__PEPPER", "hunter2")]),
+            [
+                "trustgate.toml:2: credential.pepper_file: credential.pepper is set too (TRUSTGATE__CREDENTIAL__PEPPER): set one of the two"
+            ]
+        );
+    }
+
+    #[test]
+    fn a_mistaken_value_is_not_compared() {
+        let got = mistakes("store.read_timeout = \"long\"\ndecision.deadline = \"110ms\"", &[]);
+        assert_eq!(got.len(), 1, "{got:?}");
+    }
+}

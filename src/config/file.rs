@@ -1,0 +1,124 @@
+//! The TOML file: what it says, and on which line.
+//!
+//! Never gives a value a type, and never shows one.
+
+use toml_edit::{Document, TableLike, Value};
+
+use super::{SECTIONS, SectionInfo, nearest, section};
+use crate::settings::{Reader, Written};
+
+/// Puts everything that `text`, the content of `path`, says into `reader`; unknown names are mistakes.
+pub(super) fn put(reader: &mut Reader, path: &str, text: &str) {
+    let lines = Lines { path, text };
+    let document = match Document::parse(text) {
+        Ok(document) => document,
+        // Its `Display` would quote the line, which may hold a secret.
+        Err(error) => {
+            return reader.refuse_at("not TOML".to_owned(), lines.origin(error.span()), error.message().to_owned());
+        }
+    };
+    let root = document.as_table();
+    for (name, item) in root {
+        let origin = lines.origin(root.key(name).and_then(toml_edit::Key::span).or_else(|| item.span()));
+        match (section(name), item.as_table_like()) {
+            (Some(section), Some(table)) => put_section(reader, section, table, &lines),
+            (Some(_), None) => reader.refuse_at(name.to_owned(), origin, format!("expected a section: [{name}]")),
+            (None, _) => {
+                let problem =
+                    no_such("section", name, SECTIONS.iter().map(|section| section.name), |name| format!("[{name}]"));
+                reader.refuse_at(name.to_owned(), origin, problem);
+            }
+        }
+    }
+}
+
+fn put_section(reader: &mut Reader, section: &SectionInfo, table: &dyn TableLike, lines: &Lines<'_>) {
+    for (name, item) in table.iter() {
+        let origin = lines.origin(table.key(name).and_then(toml_edit::Key::span).or_else(|| item.span()));
+        let full = format!("{}.{name}", section.name);
+        let known = section.fields.iter().any(|field| field.name == name);
+        match item.as_value().and_then(written) {
+            Some(written) if known => reader.put(section.name, name, written, origin),
+            None if known => reader.refuse_at(full, origin, "expected a value or a list of values".to_owned()),
+            _ => {
+                let names = section.fields.iter().map(|field| field.name);
+                let problem = no_such("setting", name, names, |name| format!("{}.{name}", section.name));
+                reader.refuse_at(full, origin, problem);
+            }
+        }
+    }
+}
+
+/// Why `wrong` is refused: with the nearest of `names`, else with all of them.
+pub(super) fn no_such<'n>(
+    what: &str,
+    wrong: &str,
+    names: impl Iterator<Item = &'n str> + Clone,
+    show: impl Fn(&str) -> String,
+) -> String {
+    if let Some(near) = nearest::to(wrong, names.clone()) {
+        return format!("there is no such {what}; did you mean {}?", show(near));
+    }
+    let all: Vec<_> = names.map(show).collect();
+    format!("there is no such {what}; there are {}", all.join(", "))
+}
+
+/// A value as text; numbers and booleans become what was meant by them.
+fn written(value: &Value) -> Option<Written> {
+    match value {
+        Value::Array(array) => array.iter().map(scalar).collect::<Option<Vec<_>>>().map(Written::Many),
+        value => scalar(value).map(Written::One),
+    }
+}
+
+fn scalar(value: &Value) -> Option<String> {
+    match value {
+        Value::String(text) => Some(text.value().clone()),
+        Value::Integer(number) => Some(number.value().to_string()),
+        Value::Float(number) => Some(number.value().to_string()),
+        Value::Boolean(truth) => Some(truth.value().to_string()),
+        Value::Datetime(_) | Value::Array(_) | Value::InlineTable(_) => None,
+    }
+}
+
+/// Finds the line of a place in the text.
+struct Lines<'t> {
+    path: &'t str,
+    text: &'t str,
+}
+
+impl Lines<'_> {
+    fn origin(&self, span: Option<std::ops::Range<usize>>) -> String {
+        let Some(span) = span else { return self.path.to_owned() };
+        let before = self.text.get(..span.start).unwrap_or_default();
+        format!("{}:{}", self.path, before.matches('\n').count() + 1)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::mistakes;
+
+    #[test]
+    fn what_is_not_a_section_or_a_value_is_refused() {
+        for (text, want) in [
+            ("grpc = 1", "trustgate.toml:1: grpc: expected a section: [grpc]"),
+            ("[[grpc]]\nlisten = \"127.0.0.1:1\"", "trustgate.toml:1: grpc: expected a section: [grpc]"),
+            ("[grpc]\nlisten = {a = 1}", "trustgate.toml:2: grpc.listen: expected a value or a list of values"),
+            ("\n\n[grpc\nlisten = 1", "trustgate.toml:3: not TOML: "),
+            ("[redis]\npassword = \"hunter2", "trustgate.toml:2: not TOML: "),
+            ("[cache]\nsize = 5.5", "trustgate.toml:2: cache.size: expected a size with its unit"),
+        ] {
+            let got = mistakes(text, &[]);
+            assert!(got.len() == 1 && got[0].starts_with(want), "{text:?}: {got:?}");
+            assert!(!got[0].contains("hunter2"), "{got:?}");
+        }
+    }
+
+    #[test]
+    fn dotted_and_inline_forms_are_the_same() {
+        for text in ["grpc.listen = \"127.0.0.1:1\"", "grpc = {listen = \"127.0.0.1:1\"}"] {
+            assert_eq!(mistakes(text, &[]), [""; 0], "{text}");
+        }
+    }
+}

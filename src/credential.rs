@@ -1,0 +1,76 @@
+//! The credential of a request: where it may stand, what it must look like, and its digest.
+//!
+//! Needs no I/O and never keeps a key.
+
+pub mod digest;
+pub mod extract;
+pub mod format;
+pub mod source;
+
+use std::{io, path::PathBuf};
+
+use crate::secret::Secret;
+pub use digest::Hasher;
+pub use format::Prefix;
+pub use source::Source;
+
+crate::settings! {
+    /// Where a request's API key stands and what it looks like.
+    pub struct CredentialSettings in "credential" {
+        /// Where to look, in this order: `header:NAME`, `authorization:bearer`, `authorization:apikey`, `query:NAME`,
+        /// `cookie:NAME`.
+        sources: Vec<Source> = "header:x-api-key",
+        /// What to do when two sources hold different keys: `deny`, or take the `first`.
+        on_multiple: OnMultiple = "deny",
+        /// What our own keys begin with, before the `_`.
+        prefix: Prefix = "tg",
+        /// Refuse keys that are not of our own form. Set it when every client has a key issued here.
+        require_checksum: bool = "false",
+        /// The pepper: a secret without which the stored digests are useless. Unset: digests are plain SHA-256.
+        pepper: Option<Secret> = "",
+        /// A file that holds the pepper.
+        pepper_file: Option<PathBuf> = "",
+        /// Files that hold earlier peppers, newest first: keys stored under them keep working.
+        previous_pepper_files: Vec<PathBuf> = "",
+    }
+}
+
+impl CredentialSettings {
+    /// The hasher under the peppers set here; reads their files.
+    ///
+    /// # Errors
+    /// What the operating system says of a file that cannot be read.
+    pub fn hasher(&self) -> io::Result<Hasher> {
+        let file = self.pepper_file.as_deref().map(Secret::read).transpose()?;
+        let previous: Vec<_> =
+            self.previous_pepper_files.iter().map(|file| Secret::read(file)).collect::<Result<_, _>>()?;
+        Ok(Hasher::new(self.pepper.as_ref().or(file.as_ref()), &previous))
+    }
+}
+
+crate::words! {
+    /// What to do when two sources hold different keys.
+    pub enum OnMultiple ("\"deny\" or \"first\"") {
+        /// Deny: nobody can tell which of them the application would believe.
+        Deny = "deny",
+        /// Take the first in the order of `sources`.
+        First = "first",
+    }
+}
+
+/// The shortest credential that is looked up, in bytes.
+pub const KEY_BYTES_MIN: usize = 16;
+/// The longest credential that is looked up, in bytes.
+pub const KEY_BYTES_MAX: usize = 512;
+
+/// Why `key` cannot be looked up, or `None` if it can: 16 to 512 bytes of visible ASCII, no comma, and not a mistyped key of ours.
+#[must_use]
+pub fn is_well_formed(settings: &CredentialSettings, key: &[u8]) -> bool {
+    (KEY_BYTES_MIN..=KEY_BYTES_MAX).contains(&key.len())
+        && key.iter().all(u8::is_ascii_graphic)
+        && match format::form(&settings.prefix, key) {
+            format::Form::Ours => true,
+            format::Form::Mistyped => false,
+            format::Form::Foreign => !settings.require_checksum,
+        }
+}

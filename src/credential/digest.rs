@@ -1,0 +1,90 @@
+//! From key to digest: HMAC-SHA-256 under the pepper when one is set, else plain SHA-256.
+//!
+//! The key is hashed where it lies; no copy of it is made.
+
+use hmac::{Hmac, KeyInit, Mac};
+use sha2::{Digest, Sha256};
+
+use crate::{
+    record::{ApiKeyDigest, Digests, Scheme},
+    secret::Secret,
+};
+
+/// The schemes of this server: the one in force, and those that keys may still be stored under.
+#[derive(Clone)]
+pub struct Hasher {
+    /// HMAC states with the pepper worked in already; the current one first. Empty: plain SHA-256 alone.
+    peppers: Vec<Hmac<Sha256>>,
+}
+
+impl Hasher {
+    /// A hasher under `pepper` (`None`: plain SHA-256) that also knows `previous` peppers, newest first. Keys stored
+    /// under plain SHA-256 are always known, so that a pepper can be set on a store that has keys.
+    #[must_use]
+    pub fn new(pepper: Option<&Secret>, previous: &[Secret]) -> Self {
+        let keyed = |secret: &Secret| {
+            // HMAC (RFC 2104) takes a key of any length.
+            Hmac::new_from_slice(secret.expose().as_bytes()).unwrap_or_else(|_| unreachable!("HMAC takes any length"))
+        };
+        Self { peppers: pepper.into_iter().chain(previous).map(keyed).collect() }
+    }
+
+    /// The digest under the scheme in force: all that a cache hit needs.
+    #[must_use]
+    pub fn current(&self, key: &[u8]) -> ApiKeyDigest {
+        self.peppers.first().map_or_else(|| plain(key), |pepper| peppered(pepper, key))
+    }
+
+    /// The scheme in force.
+    #[must_use]
+    pub const fn scheme(&self) -> Scheme {
+        if self.peppers.is_empty() { Scheme::Sha256 } else { Scheme::Hmac }
+    }
+
+    /// `current` and every digest that `key` may be stored under from before. Costs one hash a scheme: for misses.
+    #[must_use]
+    pub fn digests(&self, current: ApiKeyDigest, key: &[u8]) -> Digests {
+        let older = match self.peppers.as_slice() {
+            [] => Vec::new(),
+            [_, previous @ ..] => previous.iter().map(|pepper| peppered(pepper, key)).chain([plain(key)]).collect(),
+        };
+        Digests { current, older }
+    }
+}
+
+fn plain(key: &[u8]) -> ApiKeyDigest {
+    ApiKeyDigest::from_bytes(Sha256::digest(key).into())
+}
+
+fn peppered(pepper: &Hmac<Sha256>, key: &[u8]) -> ApiKeyDigest {
+    ApiKeyDigest::from_bytes(pepper.clone().chain_update(key).finalize().into_bytes().into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn known_digests_stay_as_they_are() {
+        // FIPS 180-4 example "abc", and RFC 4231 test case 2.
+        assert_eq!(
+            Hasher::new(None, &[]).current(b"abc").to_hex(),
+            "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+        );
+        assert_eq!(
+            Hasher::new(Some(&Secret::new("Jefe".into())), &[]).current(b"what do ya want for nothing?").to_hex(),
+            "5bdcc146bf60754e6a042426089575c75a003f089d2739839dec58b964ec3843"
+        );
+    }
+
+    #[test]
+    fn keys_stored_before_a_pepper_or_under_an_older_one_are_found() {
+        let (old, new) = (Secret::new("old".into()), Secret::new("new".into()));
+        let now = Hasher::new(Some(&new), std::slice::from_ref(&old));
+        let digests = now.digests(now.current(b"key"), b"key");
+        for before in [Hasher::new(None, &[]), Hasher::new(Some(&old), &[]), Hasher::new(Some(&new), &[])] {
+            assert!(digests.hold(&before.current(b"key")));
+        }
+        assert!(!digests.hold(&Hasher::new(None, &[]).current(b"other")));
+    }
+}

@@ -1,0 +1,102 @@
+//! A ledger in memory, for the tests of management alone: what the database does is tested on the database.
+//!
+//! Never checks names or trusts: every trust exists and is "acme".
+
+use async_trait::async_trait;
+
+use crate::{
+    clock::DatabaseTime,
+    record::{ApiKeyDigest, Digests, KeyId, TrustId, Version},
+    store::{
+        Actor, Ledger, LedgerError,
+        ledger::{Key, NewKey, Replica, Trust, TrustRef},
+    },
+};
+
+/// Keys with their digests, and what [`Ledger::replicas`] is to answer, call by call; the last answer stays.
+#[derive(Default)]
+pub(super) struct FakeLedger {
+    pub(super) keys: Vec<(ApiKeyDigest, Key)>,
+    pub(super) rounds: Vec<Vec<Replica>>,
+}
+
+fn acme(name: &str) -> Trust {
+    let created_at = DatabaseTime::from_micros(0);
+    Trust { id: TrustId(uuid::Uuid::from_u128(1)), name: name.to_owned(), enabled: true, created_at, keys: 0 }
+}
+
+fn stored(new: NewKey) -> Key {
+    let NewKey { id, scheme, hint, name, scopes, allowed_cidrs, not_before, expires_in, .. } = new;
+    let created_at = DatabaseTime::from_micros(0);
+    Key {
+        id,
+        trust_id: acme("acme").id,
+        trust_name: "acme".to_owned(),
+        trust_enabled: true,
+        hint,
+        scheme,
+        name,
+        scopes,
+        allowed_cidrs,
+        created_at,
+        not_before,
+        expires_at: expires_in.map(|life| created_at.after(life)),
+        revoked_at: None,
+    }
+}
+
+#[async_trait]
+impl Ledger for FakeLedger {
+    async fn create_trust(&mut self, _: &Actor, _: TrustId, name: &str) -> Result<Trust, LedgerError> {
+        Ok(acme(name))
+    }
+    async fn trusts(&mut self) -> Result<Vec<Trust>, LedgerError> {
+        Ok(vec![acme("acme")])
+    }
+    async fn trust(&mut self, _: &TrustRef) -> Result<Trust, LedgerError> {
+        Ok(acme("acme"))
+    }
+    async fn enable_trust(&mut self, _: &Actor, _: &TrustRef, enabled: bool) -> Result<Trust, LedgerError> {
+        Ok(Trust { enabled, ..acme("acme") })
+    }
+    async fn delete_trust(&mut self, _: &Actor, _: &TrustRef, _: bool) -> Result<Trust, LedgerError> {
+        Ok(acme("acme"))
+    }
+    async fn add_key(&mut self, _: &Actor, _: &TrustRef, key: NewKey) -> Result<Key, LedgerError> {
+        let (digest, key) = (key.digest, stored(key));
+        self.keys.push((digest, key.clone()));
+        Ok(key)
+    }
+    async fn import_keys(&mut self, _: &Actor, _: &TrustRef, keys: Vec<NewKey>) -> Result<u64, LedgerError> {
+        let before = self.keys.len();
+        for key in keys {
+            if self.keys.iter().all(|(digest, _)| *digest != key.digest) {
+                self.keys.push((key.digest, stored(key)));
+            }
+        }
+        Ok((self.keys.len() - before) as u64)
+    }
+    async fn keys(&mut self, _: Option<&TrustRef>) -> Result<Vec<Key>, LedgerError> {
+        Ok(self.keys.iter().map(|(_, key)| key.clone()).collect())
+    }
+    async fn key(&mut self, id: KeyId) -> Result<Key, LedgerError> {
+        let found = self.keys.iter().find(|(_, key)| key.id == id);
+        found.map(|(_, key)| key.clone()).ok_or(LedgerError::NoKey(id))
+    }
+    async fn identify(&mut self, digests: &Digests) -> Result<Option<Key>, LedgerError> {
+        Ok(self.keys.iter().find(|(digest, _)| digests.hold(digest)).map(|(_, key)| key.clone()))
+    }
+    async fn revoke_key(&mut self, _: &Actor, id: KeyId) -> Result<Key, LedgerError> {
+        let revoked_at = Some(self.now().await?);
+        Ok(Key { revoked_at, ..self.key(id).await? })
+    }
+    async fn clear_caches(&mut self, _: &Actor) -> Result<Version, LedgerError> {
+        Ok(Version(7))
+    }
+    async fn replicas(&mut self) -> Result<Vec<Replica>, LedgerError> {
+        Ok(if self.rounds.len() > 1 { self.rounds.remove(0) } else { self.rounds[0].clone() })
+    }
+    async fn now(&mut self) -> Result<DatabaseTime, LedgerError> {
+        Ok(DatabaseTime::from_micros(0))
+    }
+}

@@ -1,0 +1,310 @@
+//! Keys: made, listed, revoked, recognised. A key is shown once, by whoever called [`Manager::issue_key`].
+//!
+//! Never stores a key, only its digest and a hint.
+
+use std::time::Duration;
+
+use ipnet::IpNet;
+use uuid::Uuid;
+
+use super::{ManageError, Manager};
+use crate::{
+    clock::DatabaseTime,
+    credential::{
+        self,
+        format::{self, Form},
+    },
+    record::KeyId,
+    secret::Secret,
+    store::ledger::{Key, NewKey, TrustRef},
+};
+
+/// The longest name of a key, in characters.
+const NAME_CHARS_MAX: usize = 200;
+/// Scopes of one key, at most.
+const SCOPES_MAX: usize = 64;
+/// The longest scope, in bytes.
+const SCOPE_BYTES_MAX: usize = 128;
+/// Networks of one key, at most.
+const CIDRS_MAX: usize = 64;
+/// The longest life of a key: 100 years. More is a mistake, and none at all is for ever.
+const LIFE_MAX: Duration = Duration::from_hours(100 * 366 * 24);
+/// Key-like strings that one call of [`Manager::identify_keys`] looks up, at most.
+const IDENTIFY_MAX: usize = 1_000;
+
+/// What a new key is to be.
+#[derive(Clone, Debug)]
+pub struct Wanted {
+    /// Whom it speaks for.
+    pub trust: TrustRef,
+    /// What it is for.
+    pub name: Option<String>,
+    /// What it may be used for.
+    pub scopes: Vec<String>,
+    /// Where it may be used from; empty: anywhere.
+    pub allowed_cidrs: Vec<IpNet>,
+    /// How long it is valid; `None`: until it is revoked.
+    pub expires_in: Option<Duration>,
+}
+
+/// A key just made.
+#[derive(Clone, Debug)]
+pub struct Issued {
+    /// What is stored of it.
+    pub key: Key,
+    /// The key itself, which is nowhere else.
+    pub secret: Secret,
+}
+
+/// Whether a key works.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum KeyState {
+    /// It is granted.
+    Active,
+    /// Somebody revoked it.
+    Revoked,
+    /// Its time is over.
+    Expired,
+    /// Its time has not come.
+    NotYetValid,
+    /// Its trust is disabled.
+    TrustDisabled,
+}
+
+impl KeyState {
+    /// The state of `key` at `now`, by the database's clock.
+    #[must_use]
+    pub fn of(key: &Key, now: DatabaseTime) -> Self {
+        if key.revoked_at.is_some() {
+            Self::Revoked
+        } else if key.expires_at.is_some_and(|end| end <= now) {
+            Self::Expired
+        } else if key.not_before.is_some_and(|start| now < start) {
+            Self::NotYetValid
+        } else if key.trust_enabled {
+            Self::Active
+        } else {
+            Self::TrustDisabled
+        }
+    }
+
+    /// The word for it.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Active => "active",
+            Self::Revoked => "revoked",
+            Self::Expired => "expired",
+            Self::NotYetValid => "not_yet_valid",
+            Self::TrustDisabled => "trust_disabled",
+        }
+    }
+}
+
+/// What became of one string that looked like a key. Does not hold the string.
+#[derive(Clone, Debug)]
+pub struct Identified {
+    /// The line of the text it stands in, from 1.
+    pub line: usize,
+    /// What its form says.
+    pub form: Form,
+    /// The key it is, if it is one.
+    pub key: Option<Key>,
+}
+
+impl Manager {
+    /// Makes a key and stores its digest.
+    ///
+    /// # Errors
+    /// What is wanted makes no sense, there is no such trust, or the database failed.
+    pub async fn issue_key(&mut self, wanted: Wanted) -> Result<Issued, ManageError> {
+        check(&wanted)?;
+        let secret = format::generate(&self.credential.prefix).map_err(ManageError::Randomness)?;
+        let Wanted { trust, name, mut scopes, allowed_cidrs, expires_in } = wanted;
+        scopes.sort_unstable();
+        scopes.dedup();
+        let bytes = secret.expose().as_bytes();
+        let new = NewKey {
+            id: KeyId(Uuid::now_v7()),
+            digest: self.hasher.current(bytes),
+            scheme: self.hasher.scheme(),
+            hint: format::hint(&self.credential.prefix, bytes),
+            name,
+            scopes,
+            allowed_cidrs: allowed_cidrs.iter().map(IpNet::trunc).collect(),
+            not_before: None,
+            expires_in,
+        };
+        let key = self.ledger.add_key(&self.actor, &trust, new).await?;
+        Ok(Issued { key, secret })
+    }
+
+    /// Keys, newest first: of one trust, or of all; and the database's time, by which they are valid or not.
+    ///
+    /// # Errors
+    /// There is no such trust, or the database failed.
+    pub async fn keys(&mut self, trust: Option<&TrustRef>) -> Result<(Vec<Key>, DatabaseTime), ManageError> {
+        Ok((self.ledger.keys(trust).await?, self.ledger.now().await?))
+    }
+
+    /// One key, and the database's time.
+    ///
+    /// # Errors
+    /// There is none, or the database failed.
+    pub async fn key(&mut self, id: KeyId) -> Result<(Key, DatabaseTime), ManageError> {
+        Ok((self.ledger.key(id).await?, self.ledger.now().await?))
+    }
+
+    /// Revokes a key for good. One that is revoked already stays as it was.
+    ///
+    /// # Errors
+    /// There is none, or the database failed.
+    pub async fn revoke_key(&mut self, id: KeyId) -> Result<(Key, DatabaseTime), ManageError> {
+        Ok((self.ledger.revoke_key(&self.actor, id).await?, self.ledger.now().await?))
+    }
+
+    /// Says of every key-like string in `text` whose it is: keys of our own form anywhere in a line, else the line as a
+    /// whole. And the database's time.
+    ///
+    /// # Errors
+    /// There are too many such strings, or the database failed.
+    pub async fn identify_keys(&mut self, text: &str) -> Result<(Vec<Identified>, DatabaseTime), ManageError> {
+        let prefix = self.credential.prefix.clone();
+        let strings: Vec<_> = text
+            .lines()
+            .enumerate()
+            .flat_map(|(index, line)| key_like(&prefix, line).into_iter().map(move |string| (index + 1, string)))
+            .collect();
+        if strings.len() > IDENTIFY_MAX {
+            return Err(ManageError::Invalid { what: "the text", expected: "shorter: at most 1000 keys at a time" });
+        }
+        let mut found = Vec::with_capacity(strings.len());
+        for (line, string) in strings {
+            let digests = self.hasher.digests(self.hasher.current(string), string);
+            let key = self.ledger.identify(&digests).await?;
+            found.push(Identified { line, form: format::form(&prefix, string), key });
+        }
+        Ok((found, self.ledger.now().await?))
+    }
+}
+
+/// The strings of `line` that may be keys.
+fn key_like<'l>(prefix: &credential::Prefix, line: &'l str) -> Vec<&'l [u8]> {
+    let start = format!("{}_", prefix.as_str());
+    let ours: Vec<_> = line
+        .match_indices(&start)
+        .filter_map(|(at, _)| line.as_bytes().get(at..at + start.len() + format::BODY_CHARS))
+        .filter(|string| format::form(prefix, string) == Form::Ours)
+        .collect();
+    let whole = line.trim().as_bytes();
+    let lengths = credential::KEY_BYTES_MIN..=credential::KEY_BYTES_MAX;
+    if ours.is_empty() && lengths.contains(&whole.len()) && whole.iter().all(u8::is_ascii_graphic) {
+        return vec![whole];
+    }
+    ours
+}
+
+fn check(wanted: &Wanted) -> Result<(), ManageError> {
+    let invalid = |what, expected| Err(ManageError::Invalid { what, expected });
+    let name_fits = |name: &String| {
+        (1..=NAME_CHARS_MAX).contains(&name.chars().count()) && name.trim() == name && !name.contains(char::is_control)
+    };
+    if !wanted.name.as_ref().is_none_or(name_fits) {
+        return invalid(
+            "the name of a key",
+            "1 to 200 characters, none of them a control character, and no space around them",
+        );
+    }
+    // RFC 6749, section 3.3, without the comma, so that lists of scopes can be written in any way.
+    let scope_fits = |scope: &String| {
+        (1..=SCOPE_BYTES_MAX).contains(&scope.len())
+            && scope.bytes().all(|byte| byte.is_ascii_graphic() && !b"\"\\,".contains(&byte))
+    };
+    if wanted.scopes.len() > SCOPES_MAX || !wanted.scopes.iter().all(scope_fits) {
+        return invalid(
+            "the scopes of a key",
+            "64 at most, each of 1 to 128 visible ASCII characters without \", \\ and comma",
+        );
+    }
+    if wanted.allowed_cidrs.len() > CIDRS_MAX {
+        return invalid("the networks of a key", "64 at most");
+    }
+    if wanted.expires_in.is_some_and(|life| life.is_zero() || life > LIFE_MAX) {
+        return invalid("the life of a key", "longer than nothing and at most 100 years");
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{credential::CredentialSettings, manage::fake::FakeLedger, record::Scheme, store::Actor};
+
+    fn manager() -> Manager {
+        let pepper = Some(Secret::new("pepper".to_owned()));
+        let credential = CredentialSettings { pepper, ..CredentialSettings::default() };
+        Manager::new(Box::new(FakeLedger::default()), Actor("test".to_owned()), credential).unwrap()
+    }
+
+    fn wanted() -> Wanted {
+        let trust = TrustRef::Name("acme".to_owned());
+        Wanted { trust, name: None, scopes: Vec::new(), allowed_cidrs: Vec::new(), expires_in: None }
+    }
+
+    #[tokio::test]
+    async fn a_key_is_found_again_wherever_it_leaked() {
+        let mut manager = manager();
+        let issued = manager.issue_key(wanted()).await.unwrap();
+        assert_eq!((issued.key.scheme, issued.key.hint.as_str()), (Scheme::Hmac, &issued.secret.expose()[..8]));
+        let key = issued.secret.expose();
+        for (text, line) in [
+            (key.to_owned(), 1),
+            (format!("\n  {key}\r\n"), 2),
+            (format!("curl -H 'X-Api-Key: {key}' tg_ http://host/?k=tg_nonsense"), 1),
+            (format!("tg_{key}{key}x"), 1),
+        ] {
+            let (found, _) = manager.identify_keys(&text).await.unwrap();
+            assert_eq!(found[0].line, line, "{text}");
+            assert_eq!(found[0].key.as_ref().map(|key| key.id), Some(issued.key.id), "{text}");
+        }
+        for text in ["", "short", "a-foreign-key-nobody-issued", "two words that are no key"] {
+            let (found, _) = manager.identify_keys(text).await.unwrap();
+            assert!(found.iter().all(|one| one.key.is_none()), "{text}");
+        }
+    }
+
+    #[tokio::test]
+    async fn what_makes_no_sense_is_refused() {
+        let mut manager = manager();
+        for (name, bad) in [
+            ("name", Wanted { name: Some("a\u{1b}b".to_owned()), ..wanted() }),
+            ("empty scope", Wanted { scopes: vec![String::new()], ..wanted() }),
+            ("scope with space", Wanted { scopes: vec!["a b".to_owned()], ..wanted() }),
+            ("scopes", Wanted { scopes: vec!["a".to_owned(); 65], ..wanted() }),
+            ("no life", Wanted { expires_in: Some(Duration::ZERO), ..wanted() }),
+            ("long life", Wanted { expires_in: Some(Duration::MAX), ..wanted() }),
+        ] {
+            let got = manager.issue_key(bad).await;
+            assert!(matches!(got, Err(ManageError::Invalid { .. })), "{name}");
+        }
+        let good = Wanted { scopes: ["b", "a", "b"].map(str::to_owned).to_vec(), ..wanted() };
+        assert_eq!(manager.issue_key(good).await.unwrap().key.scopes, ["a", "b"]);
+    }
+
+    #[tokio::test]
+    async fn a_key_is_valid_from_its_start_to_just_before_its_end() {
+        let key = manager().issue_key(wanted()).await.unwrap().key;
+        let at = DatabaseTime::from_micros;
+        let limited = Key { not_before: Some(at(10)), expires_at: Some(at(20)), ..key.clone() };
+        for (key, now, want) in [
+            (&limited, 9, KeyState::NotYetValid),
+            (&limited, 10, KeyState::Active),
+            (&limited, 19, KeyState::Active),
+            (&limited, 20, KeyState::Expired),
+            (&Key { revoked_at: Some(at(1)), ..limited.clone() }, 10, KeyState::Revoked),
+            (&Key { trust_enabled: false, ..limited.clone() }, 10, KeyState::TrustDisabled),
+        ] {
+            assert_eq!(KeyState::of(key, at(now)), want, "{now}");
+        }
+    }
+}

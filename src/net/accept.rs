@@ -1,0 +1,49 @@
+//! Accepts connections within their bound, and waits a moment where the machine has no more of something.
+//!
+//! Never ends because accepting failed: a server that stopped listening under load would be down for good.
+
+use std::{sync::Arc, time::Duration};
+
+use tokio::{net::TcpListener, time::sleep};
+use tokio_util::task::TaskTracker;
+
+use super::{Service, Signals, connection};
+
+/// The wait after a failed accept (out of file descriptors, say); it doubles up to the longest one.
+const ACCEPT_WAIT: Duration = Duration::from_millis(10);
+const ACCEPT_WAIT_MAX: Duration = Duration::from_secs(1);
+
+/// Serves `listener` until `signals.drain`, then closes it. Connections live on in `tasks`.
+pub async fn run(listener: TcpListener, service: Arc<Service>, signals: Signals, tasks: TaskTracker) {
+    let mut wait = ACCEPT_WAIT;
+    loop {
+        let accepted = signals.drain.run_until_cancelled(async {
+            // The semaphore is never closed; without a permit there would be no bound, so none means stop.
+            let permit = Arc::clone(&service.connections).acquire_owned().await.ok()?;
+            Some((permit, listener.accept().await))
+        });
+        let Some(Some((permit, accepted))) = accepted.await else { return };
+        let (stream, peer) = match accepted {
+            Ok(accepted) => accepted,
+            Err(error) => {
+                tracing::warn!(%error, "a connection could not be accepted; trying again in {wait:?}");
+                sleep(wait).await;
+                wait = (wait * 2).min(ACCEPT_WAIT_MAX);
+                continue;
+            }
+        };
+        wait = ACCEPT_WAIT;
+        let age = spread_age(service.limits.connection_age, peer.port());
+        let serving = connection(Arc::clone(&service), stream, signals.clone(), tasks.clone(), age);
+        let end = signals.end.clone();
+        tasks.spawn(async move {
+            end.run_until_cancelled(serving).await;
+            drop(permit);
+        });
+    }
+}
+
+/// `age` +-20 %, so that connections that came together do not leave together. The peer's port is random enough.
+fn spread_age(age: Duration, port: u16) -> Duration {
+    age.mul_f64(0.8 + 0.4 * f64::from(port.wrapping_mul(40_503)) / f64::from(u16::MAX))
+}

@@ -1,0 +1,303 @@
+//! A borrowed view over the bytes of an `envoy.service.auth.v3.CheckRequest`: what a decision needs, where it lies.
+//!
+//! It accepts what a generated decoder accepts, and header values that are not UTF-8 besides: Envoy forwards the bytes
+//! of a client, and a decoder that refuses them turns into a gRPC error, which `failure_mode_allow` lets in
+//! (GHSA-9g5w-hqr3-w2ph). Fields that no decision needs are skipped without a look inside.
+//! Never copies a value and never panics. Memory: 32 bytes for each header or context extension beyond the inline ones.
+//!
+//! Field numbers: `envoy/service/auth/v3/attribute_context.proto`, `external_auth.proto`, `config/core/v3/address.proto`
+//! and `base.proto`. Wire format: <https://protobuf.dev/programming-guides/encoding/>.
+
+use smallvec::SmallVec;
+
+/// The message is not a `CheckRequest`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the message cannot be decoded")]
+pub struct Undecodable;
+
+/// One request header as Envoy sent it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Header<'m> {
+    /// Its name. Envoy sends lower case; compare without regard to case all the same.
+    pub name: &'m str,
+    /// Its value: any bytes.
+    pub value: &'m [u8],
+}
+
+/// Where a connection to Envoy came from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Peer<'m> {
+    /// An IP address, as text.
+    Socket(&'m str),
+    /// A Unix socket, which has no address.
+    Pipe,
+}
+
+/// What a decision needs of a `CheckRequest`. Texts that the request did not carry are empty.
+#[derive(Debug, Default)]
+pub struct View<'m> {
+    /// Whether there was a `request.http` at all: a TCP connection has none.
+    pub is_http: bool,
+    /// The method, as the client wrote it.
+    pub method: &'m str,
+    /// Path and query, undecoded.
+    pub path: &'m str,
+    /// The authority.
+    pub host: &'m str,
+    /// The direct peer of Envoy.
+    pub peer: Option<Peer<'m>>,
+    /// The peer's identity from its certificate, where there is mTLS.
+    pub principal: &'m str,
+    map: SmallVec<[Header<'m>; 32]>,
+    raw: SmallVec<[Header<'m>; 32]>,
+    extensions: SmallVec<[(&'m str, &'m str); 4]>,
+}
+
+impl<'m> View<'m> {
+    /// Reads `message`.
+    ///
+    /// # Errors
+    /// [`Undecodable`], where a generated decoder would refuse the message too.
+    pub fn parse(message: &'m [u8]) -> Result<Self, Undecodable> {
+        let mut view = Self::default();
+        each(message, |number, field| match number {
+            1 => view.attributes(field.bytes()?),
+            _ => Ok(()),
+        })?;
+        Ok(view)
+    }
+
+    /// The request's headers: the raw list where Envoy sent one (`encode_raw_headers`), else the map. Never both: only
+    /// one of them is what the client sent.
+    #[must_use]
+    pub fn headers(&self) -> &[Header<'m>] {
+        if self.raw.is_empty() { &self.map } else { &self.raw }
+    }
+
+    /// The values of every header named `name`, which is lower case.
+    pub fn header<'a>(&'a self, name: &'a str) -> impl Iterator<Item = &'m [u8]> + 'a {
+        self.headers().iter().filter(move |header| header.name.eq_ignore_ascii_case(name)).map(|header| header.value)
+    }
+
+    /// The route's context extensions. A key that occurs twice counts as it does in a map: the last one.
+    pub fn context_extensions(&self) -> impl Iterator<Item = (&'m str, &'m str)> + '_ {
+        self.extensions.iter().enumerate().filter_map(|(at, pair)| {
+            let again = self.extensions[at + 1..].iter().any(|(key, _)| *key == pair.0);
+            (!again).then_some(*pair)
+        })
+    }
+
+    fn attributes(&mut self, message: &'m [u8]) -> Result<(), Undecodable> {
+        each(message, |number, field| match number {
+            1 => self.source(field.bytes()?),
+            4 => each(field.bytes()?, |number, field| match number {
+                2 => self.http(field.bytes()?),
+                _ => Ok(()),
+            }),
+            10 => {
+                let (key, value) = entry(field.bytes()?)?;
+                self.extensions.push((text(key)?, text(value)?));
+                Ok(())
+            }
+            _ => Ok(()),
+        })
+    }
+
+    /// `AttributeContext.Peer`.
+    fn source(&mut self, message: &'m [u8]) -> Result<(), Undecodable> {
+        each(message, |number, field| {
+            match number {
+                1 => self.address(field.bytes()?)?,
+                4 => self.principal = text(field.bytes()?)?,
+                _ => {}
+            }
+            Ok(())
+        })
+    }
+
+    /// `core.Address`: a oneof, so the last one counts.
+    fn address(&mut self, message: &'m [u8]) -> Result<(), Undecodable> {
+        each(message, |number, field| {
+            match number {
+                1 => {
+                    let mut address = match self.peer {
+                        Some(Peer::Socket(address)) => address, // a message that occurs twice is merged
+                        _ => "",
+                    };
+                    each(field.bytes()?, |number, field| {
+                        if number == 2 {
+                            address = text(field.bytes()?)?;
+                        }
+                        Ok(())
+                    })?;
+                    self.peer = Some(Peer::Socket(address));
+                }
+                2 => {
+                    field.bytes()?;
+                    self.peer = Some(Peer::Pipe);
+                }
+                3 => {
+                    field.bytes()?;
+                    self.peer = None; // an internal listener's address says nothing about a network
+                }
+                _ => {}
+            }
+            Ok(())
+        })
+    }
+
+    /// `AttributeContext.HttpRequest`.
+    fn http(&mut self, message: &'m [u8]) -> Result<(), Undecodable> {
+        self.is_http = true;
+        each(message, |number, field| {
+            match number {
+                2 => self.method = text(field.bytes()?)?,
+                3 => {
+                    let (name, value) = entry(field.bytes()?)?;
+                    self.map.push(Header { name: text(name)?, value });
+                }
+                4 => self.path = text(field.bytes()?)?,
+                5 => self.host = text(field.bytes()?)?,
+                13 => each(field.bytes()?, |number, field| {
+                    if number == 1 {
+                        self.raw.push(header_value(field.bytes()?)?);
+                    }
+                    Ok(())
+                })?,
+                _ => {}
+            }
+            Ok(())
+        })
+    }
+}
+
+/// A map entry: field 1 is the key, field 2 the value; what is missing is empty.
+fn entry(message: &[u8]) -> Result<(&[u8], &[u8]), Undecodable> {
+    let (mut key, mut value): (&[u8], &[u8]) = (&[], &[]);
+    each(message, |number, field| {
+        match number {
+            1 => key = field.bytes()?,
+            2 => value = field.bytes()?,
+            _ => {}
+        }
+        Ok(())
+    })?;
+    Ok((key, value))
+}
+
+/// `core.HeaderValue`: Envoy fills `raw_value` here and leaves `value` empty.
+fn header_value(message: &[u8]) -> Result<Header<'_>, Undecodable> {
+    let mut header = Header::default();
+    let mut raw: &[u8] = &[];
+    each(message, |number, field| {
+        match number {
+            1 => header.name = text(field.bytes()?)?,
+            2 => header.value = field.bytes()?,
+            3 => raw = field.bytes()?,
+            _ => {}
+        }
+        Ok(())
+    })?;
+    if !raw.is_empty() {
+        header.value = raw;
+    }
+    Ok(header)
+}
+
+fn text(bytes: &[u8]) -> Result<&str, Undecodable> {
+    std::str::from_utf8(bytes).map_err(|_| Undecodable)
+}
+
+/// What a field holds, as far as its wire type tells.
+#[derive(Clone, Copy)]
+enum Field<'m> {
+    Bytes(&'m [u8]),
+    Other,
+}
+
+impl<'m> Field<'m> {
+    /// The bytes of a length-delimited field; another wire type is not the field it claims to be.
+    const fn bytes(self) -> Result<&'m [u8], Undecodable> {
+        match self {
+            Self::Bytes(bytes) => Ok(bytes),
+            Self::Other => Err(Undecodable),
+        }
+    }
+}
+
+/// Calls `take` with number and content of every field of `message`.
+fn each<'m>(
+    mut message: &'m [u8],
+    mut take: impl FnMut(u64, Field<'m>) -> Result<(), Undecodable>,
+) -> Result<(), Undecodable> {
+    while !message.is_empty() {
+        let (number, kind) = key(&mut message)?;
+        let field = match kind {
+            2 => Field::Bytes(length_delimited(&mut message)?),
+            kind => {
+                skip(&mut message, number, kind)?;
+                Field::Other
+            }
+        };
+        take(number, field)?;
+    }
+    Ok(())
+}
+
+/// A field's key: its number, 1 or more, and its wire type.
+fn key(message: &mut &[u8]) -> Result<(u64, u64), Undecodable> {
+    let key = varint(message)?;
+    let (number, kind) = (key >> 3, key & 7);
+    if number == 0 || key > u64::from(u32::MAX) { Err(Undecodable) } else { Ok((number, kind)) }
+}
+
+/// Passes over a field that is not length-delimited. Groups may nest 100 deep, as in generated decoders.
+fn skip(message: &mut &[u8], number: u64, kind: u64) -> Result<(), Undecodable> {
+    let mut open: SmallVec<[u64; 8]> = SmallVec::new();
+    let (mut number, mut kind) = (number, kind);
+    loop {
+        match kind {
+            0 => drop(varint(message)?),
+            1 => drop(take(message, 8)?),
+            2 => drop(length_delimited(message)?),
+            3 if open.len() < 100 => open.push(number),
+            4 if open.pop() == Some(number) => {}
+            5 => drop(take(message, 4)?),
+            _ => return Err(Undecodable),
+        }
+        if open.is_empty() {
+            return Ok(());
+        }
+        (number, kind) = key(message)?;
+    }
+}
+
+fn length_delimited<'m>(message: &mut &'m [u8]) -> Result<&'m [u8], Undecodable> {
+    let length = usize::try_from(varint(message)?).map_err(|_| Undecodable)?;
+    take(message, length)
+}
+
+fn take<'m>(message: &mut &'m [u8], length: usize) -> Result<&'m [u8], Undecodable> {
+    let (taken, rest) = message.split_at_checked(length).ok_or(Undecodable)?;
+    *message = rest;
+    Ok(taken)
+}
+
+/// A varint: at most ten bytes, at most 64 bits.
+fn varint(message: &mut &[u8]) -> Result<u64, Undecodable> {
+    let mut value = 0;
+    for (at, byte) in message.iter().take(10).enumerate() {
+        if at == 9 && *byte > 1 {
+            return Err(Undecodable);
+        }
+        value |= u64::from(byte & 0x7f) << (7 * at);
+        if byte & 0x80 == 0 {
+            *message = &message[at + 1..];
+            return Ok(value);
+        }
+    }
+    Err(Undecodable)
+}
+
+#[cfg(test)]
+mod tests;

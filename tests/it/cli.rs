@@ -1,0 +1,260 @@
+//! The command line as somebody meets it who runs the program, on the embedded database.
+
+use std::fs;
+
+use serde_json::{Value, json};
+
+use crate::program::Place;
+
+#[test]
+fn a_key_lives_from_issue_to_revocation_and_is_shown_once() {
+    let place = Place::migrated();
+    let trust = place.json(&["trust", "create", "acme"]);
+    assert_eq!((&trust["name"], &trust["enabled"], &trust["keys"]), (&json!("acme"), &json!(true), &json!(0)));
+
+    let scopes = ["--scope", "write", "--scope", "read"];
+    let limits = ["--expires-in", "90d", "--allow-cidr", "192.0.2.7/24", "--allow-cidr", "2001:db8::1"];
+    let issue = [&["key", "issue", "--trust", "acme", "--name", "ci"], &scopes[..], &limits[..]].concat();
+    let issued = place.json(&issue);
+    let (key, id) = (issued["key"].as_str().unwrap(), issued["id"].as_str().unwrap());
+    assert_eq!(issued["trust_id"], trust["id"]);
+    assert_eq!(issued["hint"], key[..8]);
+    assert_eq!(issued["scopes"], json!(["read", "write"]));
+    assert_eq!(issued["allowed_cidrs"], json!(["192.0.2.0/24", "2001:db8::1/128"]));
+
+    let shown = place.json(&["key", "show", id]);
+    assert_eq!((&shown["state"], &shown["name"], &shown["scheme"]), (&json!("active"), &json!("ci"), &json!("sha256")));
+    let days = |field: &str| time(&shown[field]).unix_timestamp() / 86_400;
+    assert_eq!(days("expires_at") - days("created_at"), 90);
+    assert_eq!(place.json(&["key", "list", "--trust", trust["id"].as_str().unwrap()])[0], shown);
+    assert_eq!(place.json(&["trust", "show", "acme"])["keys"], 1);
+
+    let leaked = format!("curl -H 'x-api-key: {key}' http://host/\n");
+    let found = place.feed(&["--output", "json", "key", "identify"], &leaked).done();
+    assert_eq!((&found.parsed()[0]["key_id"], &found.parsed()[0]["result"]), (&json!(id), &json!("active")));
+
+    let revoked = place.json(&["key", "revoke", id]);
+    assert_eq!(revoked["state"], "revoked");
+    assert_eq!(place.json(&["key", "revoke", id]), revoked, "a second time changes nothing");
+    let again = place.feed(&["key", "identify"], &leaked).done();
+    assert!(again.out.contains("revoked") && again.out.contains("acme"), "{again:?}");
+
+    for ran in [found, again, place.run(&["key", "list"]), place.run(&["key", "show", id])] {
+        ran.hides(key);
+    }
+}
+
+fn time(value: &Value) -> time::OffsetDateTime {
+    let format = &time::format_description::well_known::Rfc3339;
+    time::OffsetDateTime::parse(value.as_str().unwrap(), format).unwrap()
+}
+
+#[test]
+fn people_get_columns_and_are_told_what_a_script_need_not_know() {
+    let place = Place::migrated();
+    place.run(&["trust", "create", "acme"]).done();
+    let issued = place.run(&["key", "issue", "--trust", "acme"]).done().out;
+    assert!(issued.contains("This is the only time the key is shown"), "{issued}");
+    let field = |name: &str| {
+        let lines = issued.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
+        lines.filter(|words| words.first() == Some(&name)).map(|words| words[1].to_owned()).next().unwrap()
+    };
+    let list = place.run(&["key", "list"]).done();
+    assert!(
+        list.out.starts_with("ID ") && list.out.contains(&field("hint")) && list.out.contains("active"),
+        "{list:?}"
+    );
+    list.hides(&field("key"));
+    let revoked = place.run(&["key", "revoke", &field("id")]).done().out;
+    assert!(revoked.contains("Effective within 1m (`freshness.ttl`)"), "{revoked}");
+    let trusts = place.run(&["trust", "list"]).done().out;
+    let words: Vec<Vec<_>> = trusts.lines().map(|line| line.split_whitespace().collect()).collect();
+    assert_eq!(words[0], ["NAME", "ID", "ENABLED", "KEYS", "CREATED_AT"]);
+    assert_eq!((words[1][0], words[1][2], words[1][3]), ("acme", "yes", "1"));
+    assert!(words[1][4].ends_with('Z'), "{trusts}");
+}
+
+#[test]
+fn a_trust_is_disabled_enabled_and_deleted_only_with_its_keys() {
+    let place = Place::migrated();
+    place.json(&["trust", "create", "acme"]);
+    place.run(&["trust", "create", "acme"]).failed(1, &["there already is a trust \"acme\""]);
+    place.run(&["trust", "create", ""]).failed(2, &["the name of a trust must be"]);
+    let key = place.json(&["key", "issue", "--trust", "acme"]);
+    assert_eq!(place.json(&["trust", "disable", "acme"])["enabled"], false);
+    assert_eq!(place.json(&["key", "show", key["id"].as_str().unwrap()])["state"], "trust_disabled");
+    assert_eq!(place.json(&["trust", "enable", "acme"])["enabled"], true);
+    place.run(&["trust", "delete", "acme"]).failed(1, &["still has 1 keys", "--with-keys"]);
+    assert_eq!(place.json(&["trust", "delete", "acme", "--with-keys"])["name"], "acme");
+    assert_eq!(place.json(&["trust", "list"]), json!([]));
+    place.run(&["trust", "show", "acme"]).failed(1, &["there is no trust \"acme\""]);
+}
+
+#[test]
+fn ten_thousand_digests_are_imported_once_and_a_bad_line_stops_them_all() {
+    let place = Place::migrated();
+    place.json(&["trust", "create", "acme"]);
+    let digests: Vec<_> = (0..10_000).map(|number| format!("{number:064x}")).collect();
+    let import = ["--output", "json", "key", "import", "--trust", "acme"];
+
+    let mut bad = digests.clone();
+    bad[41] = "hunter2-hunter2-hunter2".to_owned();
+    bad[9_999] = "0".repeat(63);
+    let refused = place.feed(&import, &bad.join("\n")).failed(
+        1,
+        &["nothing was imported, because of 2 lines", "line 42: expected a SHA-256 digest", "line 10000: expected"],
+    );
+    refused.hides("hunter2");
+    assert_eq!(place.json(&["trust", "show", "acme"])["keys"], 0);
+
+    let file = place.write("digests", &format!("# old gateway\n\n{}\n", digests.join("\r\n")));
+    let ran = place.run(&[&import[..], &[file.to_str().unwrap()]].concat()).done().parsed();
+    assert_eq!((&ran["imported"], &ran["already_stored"]), (&json!(10_000), &json!(0)));
+    let ran = place.feed(&import, &digests[..7].join("\n")).done().parsed();
+    assert_eq!((&ran["imported"], &ran["already_stored"]), (&json!(0), &json!(7)));
+    assert_eq!(place.json(&["trust", "show", "acme"])["keys"], 10_000);
+}
+
+#[test]
+fn foreign_keys_are_imported_as_plaintext_and_found_under_a_pepper() {
+    let place = Place::migrated().with("TRUSTGATE__CREDENTIAL__PEPPER", "pepper-hunter2");
+    place.json(&["trust", "create", "acme"]);
+    let keys = "first-foreign-key-1234\nsecond-foreign-key-5678\n";
+    let ran = place.feed(&["key", "import", "--trust", "acme", "--plaintext"], keys).done();
+    assert!(ran.out.contains("imported"), "{ran:?}");
+    let found = place.feed(&["--output", "json", "key", "identify"], "  second-foreign-key-5678\n").done();
+    assert_eq!(found.parsed()[0]["hint"], "seco");
+    assert_eq!(place.json(&["key", "list"])[0]["scheme"], "hmac-sha256");
+    let bad = place.feed(&["key", "import", "--trust", "acme", "--plaintext"], "short\nanother-foreign-key-9\n");
+    let bad = bad.failed(1, &["line 1: expected a key of 16 to 512 visible ASCII characters"]);
+    for secret in ["first-foreign-key", "second-foreign-key", "another-foreign", "pepper-hunter2"] {
+        for ran in [&ran, &found, &bad] {
+            ran.hides(secret);
+        }
+    }
+    // The database keeps no key, in any of its files.
+    for file in fs::read_dir(place.path()).unwrap() {
+        let content = fs::read(file.unwrap().path()).unwrap();
+        assert!(!String::from_utf8_lossy(&content).contains("foreign-key"));
+    }
+}
+
+#[test]
+fn what_is_no_key_of_ours_is_said_to_be_none() {
+    let place = Place::migrated();
+    let unknown = "tg_yhjskwdA6OZ1AL1YmHWZWm8LLG7HjnuCA2j5rOw8Xp10Xwm86";
+    for (input, result) in
+        [(unknown, "unknown"), (&unknown.replace("86", "87"), "mistyped"), ("foreign-foreign-foreign", "foreign")]
+    {
+        let ran = place.feed(&["--output", "json", "key", "identify"], input);
+        assert_eq!((ran.code, &ran.parsed()[0]["result"]), (1, &json!(result)), "{ran:?}");
+        ran.hides(input);
+    }
+    let ran = place.feed(&["key", "identify"], "nothing here\n");
+    assert!(ran.code == 1 && ran.out.contains("No key of this database"), "{ran:?}");
+}
+
+#[test]
+fn only_serve_and_migrate_make_a_database() {
+    let place = Place::new();
+    let path = place.path().join("trustgate.db");
+    let id = "00000000-0000-0000-0000-000000000001";
+    for command in [
+        &["trust", "list"][..],
+        &["trust", "create", "a"],
+        &["key", "show", id],
+        &["key", "identify"],
+        &["cache", "clear"],
+    ] {
+        let no_database = format!("error: no database at {}", path.display());
+        let ways_out = ["trustgate serve", "trustgate migrate", "store.url is not set"];
+        place.run(command).failed(1, &[&[no_database.as_str()], &ways_out[..]].concat());
+        assert!(!path.exists(), "{command:?}");
+    }
+    place.write("t.toml", "\n[store]\nurl = \"sqlite:///nowhere/at/all.db\"");
+    place
+        .run(&["--config", "t.toml", "trust", "list"])
+        .failed(1, &["no database at /nowhere/at/all.db", "store.url is set in t.toml:3"]);
+    place.run(&["migrate"]).done();
+    assert!(path.exists());
+    place.run(&["migrate"]).done();
+    assert_eq!(place.json(&["trust", "list"]), json!([]));
+}
+
+#[test]
+fn a_database_that_does_not_answer_is_named_without_its_password() {
+    let url = "postgres://somebody:url-hunter2@127.0.0.1:1/db";
+    let place = Place::new().with("TRUSTGATE__STORE__URL", url);
+    let ran = place.run(&["trust", "list"]).failed(1, &["store.url is set in TRUSTGATE__STORE__URL"]);
+    ran.hides("hunter2");
+    let place = Place::new().with("TRUSTGATE__STORE__URL", "sqlite://relative-hunter2.db");
+    place.run(&["trust", "list"]).failed(1, &["store.url"]).hides("hunter2");
+}
+
+#[test]
+fn clearing_caches_without_replicas_is_done_at_once() {
+    let place = Place::migrated();
+    assert_eq!(place.run(&["cache", "clear"]).done().out, "effective: no replica was seen within the last 30 s\n");
+    let cleared = place.json(&["cache", "clear"]);
+    assert_eq!((&cleared["replicas"], &cleared["missing"]), (&json!(0), &json!([])));
+}
+
+#[test]
+fn wrong_use_is_exit_code_2_and_says_what_is_right() {
+    let place = Place::new();
+    for (command, text) in [
+        (&["trsut", "list"][..], "trust"),
+        (&["trust"], "create"),
+        (&["key", "issue"], "--trust"),
+        (&["key", "issue", "--trust", ""], "--trust"),
+        (&["key", "issue", "--trust", "a", "--expires-in", "90"], "with its unit"),
+        (&["key", "issue", "--trust", "a", "--allow-cidr", "nowhere"], "expected a network"),
+        (&["--output", "xml", "trust", "list"], "table, json"),
+    ] {
+        place.run(command).failed(2, &[text]);
+    }
+    place.run(&["key", "show", "x"]).failed(2, &["expected a key's id"]);
+}
+
+#[test]
+fn every_command_explains_itself() {
+    let place = Place::new();
+    for command in [
+        "",
+        "serve",
+        "migrate",
+        "trust",
+        "trust create",
+        "trust list",
+        "trust show",
+        "trust enable",
+        "trust disable",
+        "trust delete",
+        "key",
+        "key issue",
+        "key list",
+        "key show",
+        "key revoke",
+        "key identify",
+        "key import",
+        "cache",
+        "cache clear",
+        "config",
+        "config check",
+        "config default",
+        "check",
+        "completions",
+    ] {
+        let arguments: Vec<_> = command.split_whitespace().chain(["--help"]).collect();
+        let help = place.run(&arguments).done().out;
+        assert!(
+            help.contains("Usage: trustgate") && help.contains("--config") && help.contains("--output"),
+            "{command}: {help}"
+        );
+    }
+    let version = place.run(&["--version"]).done().out;
+    assert!(version.starts_with(concat!("trustgate ", env!("CARGO_PKG_VERSION"), " (")), "{version}");
+    for shell in ["bash", "zsh", "fish"] {
+        assert!(place.run(&["completions", shell]).done().out.contains("trustgate"), "{shell}");
+    }
+}
