@@ -1,9 +1,19 @@
 //! What tests share: real servers, private to the test and gone with it, and waiting without sleeping blindly.
 
+// Each test binary uses a part of it.
+#![allow(dead_code)]
+
+pub mod envoy;
+pub mod grpc;
+pub mod http;
 pub mod postgres;
 pub mod process;
+pub mod redis;
+pub mod server;
 
 use std::{future::Future, time::Duration};
+
+use tokio::sync::{Mutex, MutexGuard};
 
 /// Asks `question` until it says yes, at most `limit` long.
 ///
@@ -16,4 +26,10 @@ pub async fn eventually<F: Future<Output = bool>>(what: &str, limit: Duration, m
         }
     });
     assert!(asked.await.is_ok(), "not within {limit:?}: {what}");
+}
+
+/// Held by a test for as long as it runs: tests that measure time or load the machine go one after the other.
+pub async fn alone() -> MutexGuard<'static, ()> {
+    static ONE: Mutex<()> = Mutex::const_new(());
+    ONE.lock().await
 }

@@ -1,0 +1,9 @@
+//! The real server among real ones: Envoy, PostgreSQL, Redis and Prometheus. One binary, one module for each subject.
+
+// All of it is tests: what fails here should fail loudly, and nobody else uses it.
+#![allow(clippy::unwrap_used, unreachable_pub)]
+
+#[path = "../support/mod.rs"]
+mod support;
+
+mod revocation;

@@ -1,0 +1,1 @@
+//! Revoked keys end when they should.
