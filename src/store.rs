@@ -87,23 +87,18 @@ impl crate::settings::Setting for SchemaName {
 /// x
 pub type Env<'a> = &'a dyn Fn(&str) -> Option<String>;
 /// x
-pub struct Migrated {
-    /// x
-    pub database: String,
-    /// x
-    pub version: i64,
-    /// x
-    pub changed: bool,
+pub fn describe(_: &StoreSettings, _: Env<'_>) -> String {
+    String::new()
 }
 /// x
 pub async fn open_ledger(_: &StoreSettings, _: Env<'_>) -> Result<Box<dyn Ledger>, LedgerError> {
     Err(LedgerError::NotOurs)
 }
 /// x
-pub async fn migrate(_: &StoreSettings, _: Env<'_>) -> Result<Migrated, LedgerError> {
+pub async fn migrate(_: &StoreSettings, _: Env<'_>) -> Result<(), LedgerError> {
     Err(LedgerError::NotOurs)
 }
 /// x
-pub fn grants(_: &StoreSettings) -> Result<String, LedgerError> {
-    Err(LedgerError::NotOurs)
+pub fn grants(_: &StoreSettings, _: &str, _: &str) -> String {
+    String::new()
 }

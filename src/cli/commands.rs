@@ -35,9 +35,12 @@ pub(super) fn run(arguments: Arguments, environment: &Environment) -> Result<Ans
             let text = stdin::text().map_err(|error| CliError::new(format!("cannot read the key: {error}")))?;
             Ok(explained(&app::explain(config, Secret::new(text.expose().trim().to_owned()))?))
         }
-        Command::Migrate { print_grants } => {
+        Command::Migrate { print_grants: true, serve_role, manage_role } => {
+            Ok(Answer::text(store::grants(&load(Purpose::Manage)?.store, &serve_role, &manage_role)))
+        }
+        Command::Migrate { .. } => {
             let config = load(Purpose::Manage)?;
-            let migrated = block_on(migrate(&config, environment, print_grants))?;
+            let migrated = block_on(migrate(&config, environment))?;
             migrated.map_err(|error| CliError::of_store(error, &config))
         }
         Command::Trust(command) => managing(&load(Purpose::Manage)?, environment, async |manager, config| {
@@ -79,13 +82,12 @@ fn block_on<T>(work: impl Future<Output = T>) -> Result<T, CliError> {
     Ok(runtime.map_err(|error| CliError::new(format!("cannot start: {error}")))?.block_on(work))
 }
 
-async fn migrate(config: &Config, environment: &Environment, print_grants: bool) -> Result<Answer, LedgerError> {
-    if print_grants {
-        return Ok(Answer::text(store::grants(&config.store)?));
-    }
+async fn migrate(config: &Config, environment: &Environment) -> Result<Answer, LedgerError> {
     let variable = |name: &str| variable(environment, name);
-    let done = store::migrate(&config.store, &variable).await?;
-    Ok(Answer::object(json!({ "database": done.database, "version": done.version, "changed": done.changed })))
+    store::migrate(&config.store, &variable).await?;
+    let database = store::describe(&config.store, &variable);
+    let json = Some(json!({ "database": database, "migrated": true }));
+    Ok(Answer { json, ..Answer::text(format!("{database} has the tables of this release\n")) })
 }
 
 /// A variable of the environment, if it is there and is text.
