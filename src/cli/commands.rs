@@ -87,7 +87,7 @@ async fn migrate(config: &Config, environment: &Environment) -> Result<Answer, L
     store::migrate(&config.store, &variable).await?;
     let database = store::describe(&config.store, &variable);
     let json = Some(json!({ "database": database, "migrated": true }));
-    Ok(Answer { json, ..Answer::text(format!("{database} has the tables of this release\n")) })
+    Ok(Answer { json, ..Answer::text(format!("{database} has the tables of this release")) })
 }
 
 /// A variable of the environment, if it is there and is text.
@@ -111,7 +111,7 @@ fn completions(shell: clap_complete::Shell) -> Answer {
 
 fn checked(config: Result<Config, ConfigError>) -> Result<Answer, CliError> {
     match config {
-        Ok(_) => Ok(Answer { json: Some(json!({ "ok": true, "mistakes": [] })), ..Answer::text("ok\n".to_owned()) }),
+        Ok(_) => Ok(Answer { json: Some(json!({ "ok": true, "mistakes": [] })), ..Answer::text("ok".to_owned()) }),
         Err(ConfigError::Mistakes(mistakes)) => {
             let objects: Vec<_> = mistakes
                 .0
@@ -119,7 +119,7 @@ fn checked(config: Result<Config, ConfigError>) -> Result<Answer, CliError> {
                 .map(|mistake| json!({ "setting": mistake.setting, "origin": mistake.origin, "problem": mistake.problem }))
                 .collect();
             let json = Some(json!({ "ok": false, "mistakes": objects }));
-            Ok(Answer { json, ..Answer::text(format!("{mistakes}\n")) }.exit(FAILED))
+            Ok(Answer { json, ..Answer::text(mistakes.to_string()) }.exit(FAILED))
         }
         Err(error) => Err(error.into()),
     }
@@ -143,19 +143,20 @@ fn cleared(effect: &Effect) -> Answer {
         let seen = super::answer::time(replica.seen_at);
         format!("not yet on replica {}, last seen {}", replica.id, seen.as_str().unwrap_or("never"))
     }));
-    let answer = Answer { json: Some(json), ..Answer::text(lines.join("\n") + "\n") };
+    let answer = Answer { json: Some(json), ..Answer::text(lines.join("\n")) };
     if effect.missing.is_empty() { answer } else { answer.exit(FAILED) }
 }
 
 fn explained(explanation: &Explanation) -> Answer {
     let Explanation { allowed, reason, sentence, trust_id, key_id, scopes } = explanation;
-    let answer = Answer::object(json!({
+    let object = json!({
         "decision": if *allowed { "allow" } else { "deny" },
         "reason": reason,
         "sentence": sentence,
         "trust_id": trust_id.map(|id| id.to_string()),
         "key_id": key_id.map(|id| id.to_string()),
         "scopes": scopes,
-    }));
+    });
+    let answer = Answer::object(object, &["decision", "reason", "sentence"]);
     if *allowed { answer } else { answer.exit(DENIED) }
 }
