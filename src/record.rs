@@ -45,10 +45,7 @@ impl ApiKeyDigest {
     /// From 64 hexadecimal digits, in either case.
     #[must_use]
     pub fn from_hex(text: &str) -> Option<Self> {
-        let (pairs, []) = text.as_bytes().as_chunks::<2>() else { return None };
-        let digit = |byte: u8| char::from(byte).to_digit(16).and_then(|digit| u8::try_from(digit).ok());
-        let bytes: Option<Vec<u8>> = pairs.iter().map(|[high, low]| Some(digit(*high)? << 4 | digit(*low)?)).collect();
-        bytes?.try_into().ok().map(Self)
+        bytes_from_hex(text).map(Self)
     }
 
     /// The digest as bytes, for storage and lookup.
@@ -77,6 +74,15 @@ impl fmt::Debug for ApiKeyDigest {
         let [a, b, c, d, ..] = self.0;
         write!(f, "ApiKeyDigest({a:02x}{b:02x}{c:02x}{d:02x}…)")
     }
+}
+
+/// `N` bytes from `2 * N` hexadecimal digits, in either case.
+#[must_use]
+pub fn bytes_from_hex<const N: usize>(text: &str) -> Option<[u8; N]> {
+    let (pairs, []) = text.as_bytes().as_chunks::<2>() else { return None };
+    let digit = |byte: u8| char::from(byte).to_digit(16).and_then(|digit| u8::try_from(digit).ok());
+    let bytes: Option<Vec<u8>> = pairs.iter().map(|[high, low]| Some(digit(*high)? << 4 | digit(*low)?)).collect();
+    bytes?.try_into().ok()
 }
 
 /// How a digest was made.

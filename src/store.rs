@@ -3,16 +3,24 @@
 //! Adapters: `sqlite` (embedded default) and `postgres`. One contract test-suite runs on both. Reads go to the primary.
 //! "No such key" is `Ok(None)`; an error is never turned into absence.
 
+mod book;
 pub mod ledger;
 pub mod lookup;
+pub mod open;
+pub mod place;
 pub mod pool;
-pub mod postgres;
-pub mod sqlite;
+mod postgres;
+mod reader;
+mod rows;
+mod schema;
+mod sqlite;
 
 use std::{path::PathBuf, time::Duration};
 
 pub use ledger::{Actor, AuditEntry, Ledger, LedgerError};
-pub use lookup::Lookup;
+pub use lookup::{Lookup, Missing, Source};
+pub use open::{describe, grants, migrate, open_ledger, open_lookup};
+pub use place::{Env, default_path};
 
 use crate::secret::Secret;
 
@@ -81,24 +89,4 @@ impl crate::settings::Setting for SchemaName {
             && name.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'_');
         fits.then_some(Self(name))
     }
-}
-
-// Stand-ins until the adapters are merged.
-/// x
-pub type Env<'a> = &'a dyn Fn(&str) -> Option<String>;
-/// x
-pub fn describe(_: &StoreSettings, _: Env<'_>) -> String {
-    String::new()
-}
-/// x
-pub async fn open_ledger(_: &StoreSettings, _: Env<'_>) -> Result<Box<dyn Ledger>, LedgerError> {
-    Err(LedgerError::NotOurs)
-}
-/// x
-pub async fn migrate(_: &StoreSettings, _: Env<'_>) -> Result<(), LedgerError> {
-    Err(LedgerError::NotOurs)
-}
-/// x
-pub fn grants(_: &StoreSettings, _: &str, _: &str) -> String {
-    String::new()
 }

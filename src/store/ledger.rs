@@ -146,6 +146,18 @@ pub enum LedgerError {
     /// The database failed.
     #[error("the database failed: {0}")]
     Database(#[from] sqlx::Error),
+    /// The database could not be read.
+    #[error("{0}")]
+    Fault(#[from] crate::fault::Fault),
+}
+
+impl LedgerError {
+    /// Whether the same may go well later without a change of the configuration: the server comes back, somebody
+    /// migrates.
+    #[must_use]
+    pub const fn is_transient(&self) -> bool {
+        matches!(self, Self::Database(_) | Self::Fault(_) | Self::Schema(_))
+    }
 }
 
 /// Which trust is meant.

@@ -47,3 +47,27 @@ pub trait Lookup: Send + Sync + 'static {
     /// As [`Self::find`].
     async fn redis_mac_key(&self) -> Result<Option<[u8; 32]>, Fault>;
 }
+
+/// Whether a database that is not there is made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Missing {
+    /// It is made, and brought up to date: for `serve`. Means the embedded database; a server's is made by `migrate`.
+    Create,
+    /// It is a mistake: for every other command.
+    Refuse,
+}
+
+/// A [`Lookup`] with a life of its own: made without any I/O, prepared when the database answers, closed at the end.
+#[async_trait]
+pub trait Source: Lookup {
+    /// Finds out whether the database can serve: makes the embedded one if it may, checks the version of the tables, and
+    /// sends every read once. Can be repeated until it succeeds.
+    ///
+    /// # Errors
+    /// What is wrong, in words for an operator and without any secret: unreachable, not migrated, too new, a missing
+    /// right. [`super::LedgerError::is_transient`] says whether waiting may help.
+    async fn prepare(&self, missing: Missing) -> Result<(), super::LedgerError>;
+
+    /// Closes every connection and waits for them.
+    async fn close(&self);
+}

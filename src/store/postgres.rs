@@ -1,1 +1,48 @@
-//! x
+//! PostgreSQL: for more than one replica. Its tables are made by `trustgate migrate`.
+//!
+//! Everything works through a pooler in transaction mode: reads use the simple protocol, writers stay inside one
+//! transaction, and nothing is set for a whole session.
+
+pub(crate) mod ledger;
+pub(crate) mod lookup;
+pub(crate) mod migrate;
+
+use std::time::Duration;
+
+use sqlx::{AssertSqlSafe, Connection, PgConnection};
+
+use super::{SchemaName, place::Address};
+
+/// Opens a connection. Reads the URL and the password anew.
+async fn connect(address: &Address) -> Result<PgConnection, sqlx::Error> {
+    let options = address.postgres().map_err(|error| sqlx::Error::Configuration(Box::new(error)))?;
+    PgConnection::connect_with(&options).await
+}
+
+/// As [`connect`], given up after `limit`.
+async fn connect_within(address: &Address, limit: Duration) -> Result<PgConnection, sqlx::Error> {
+    tokio::time::timeout(limit, connect(address)).await.unwrap_or_else(|_| {
+        let problem = format!("no answer within {limit:?} while connecting");
+        Err(sqlx::Error::Io(std::io::Error::new(std::io::ErrorKind::TimedOut, problem)))
+    })
+}
+
+/// The database and the schema in words.
+fn describe(address: &Address, schema: &SchemaName) -> String {
+    format!("{}, schema {:?},", address.describe_postgres(), schema.as_str())
+}
+
+/// `text` with every `{s}` replaced by the schema, whose name needs no quotes.
+fn in_schema(text: &str, schema: &SchemaName) -> AssertSqlSafe<String> {
+    AssertSqlSafe(text.replace("{s}", schema.as_str()))
+}
+
+/// The code of a database error: five characters, of which the first two are its class.
+fn code(error: &sqlx::Error) -> Option<String> {
+    error.as_database_error().and_then(|error| error.code()).map(std::borrow::Cow::into_owned)
+}
+
+/// Whether `error` says that a table, or the schema, is not there.
+fn is_missing(error: &sqlx::Error) -> bool {
+    matches!(code(error).as_deref(), Some("42P01" | "3F000"))
+}

@@ -1,1 +1,44 @@
-//! x
+//! The embedded database: one SQLite file, made and brought up to date by `serve` itself.
+//!
+//! For one process that serves and the commands beside it, on a local disk. Never used over a network filesystem.
+
+pub(crate) mod file;
+pub(crate) mod ledger;
+pub(crate) mod lookup;
+pub(crate) mod migrate;
+
+use std::{path::Path, time::Duration};
+
+use sqlx::{
+    ConnectOptions, Connection, SqliteConnection,
+    sqlite::{SqliteConnectOptions, SqliteSynchronous},
+};
+
+/// How long a statement waits for another process's write to end.
+pub(crate) const BUSY_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// The present time in microseconds since the Unix epoch. SQLite's own clock counts milliseconds.
+pub(crate) const NOW: &str = "CAST(round(unixepoch('subsec') * 1000) AS INTEGER) * 1000";
+
+/// Opens the database at `path`, which must exist.
+async fn connect(path: &Path) -> Result<SqliteConnection, sqlx::Error> {
+    let options = SqliteConnectOptions::new()
+        .filename(path)
+        .foreign_keys(true)
+        .synchronous(SqliteSynchronous::Full)
+        .busy_timeout(BUSY_TIMEOUT)
+        .disable_statement_logging(); // they hold digests
+    SqliteConnection::connect_with(&options).await
+}
+
+/// Whether `error` says that a table is not there.
+fn is_missing(error: &sqlx::Error) -> bool {
+    error.as_database_error().is_some_and(|error| error.message().starts_with("no such table"))
+}
+
+/// Whether `error` says that somebody else is writing.
+fn is_busy(error: &sqlx::Error) -> bool {
+    // The primary code is in the low byte of an extended one; 5 is SQLITE_BUSY.
+    let code = error.as_database_error().and_then(|error| error.code()).and_then(|code| code.parse::<u32>().ok());
+    code.is_some_and(|code| code & 0xff == 5)
+}

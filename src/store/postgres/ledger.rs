@@ -1,0 +1,219 @@
+//! The statements of management on PostgreSQL.
+
+use std::time::Duration;
+
+use async_trait::async_trait;
+use sqlx::{Executor, PgConnection, Row, postgres::PgArguments};
+
+use super::{
+    super::{
+        LedgerError, SchemaName,
+        book::{Purpose, Tables, Which},
+        ledger::{Actor, AuditEntry, Key, NewKey, Replica, Trust, TrustRef},
+        place::Address,
+        rows, schema,
+    },
+    connect_within, describe, in_schema,
+    lookup::micros,
+    migrate,
+};
+use crate::{
+    clock::DatabaseTime,
+    record::{KeyId, TrustId},
+};
+
+/// One connection to a PostgreSQL database, and the schema of our tables.
+pub(crate) struct PostgresTables {
+    /// The connection.
+    pub(crate) connection: PgConnection,
+    /// The schema.
+    pub(crate) schema: SchemaName,
+}
+
+/// Connects to the database, which must hold our tables.
+pub(crate) async fn open(
+    address: &Address,
+    schema: &SchemaName,
+    connect_timeout: Duration,
+) -> Result<PostgresTables, LedgerError> {
+    let mut connection = connect_within(address, connect_timeout).await?;
+    let tables = migrate::tables(&mut connection, schema).await?;
+    schema::check(tables, &describe(address, schema))?;
+    Ok(PostgresTables { connection, schema: schema.clone() })
+}
+
+type Prepared<'q> = sqlx::query::Query<'q, sqlx::Postgres, PgArguments>;
+
+impl PostgresTables {
+    /// A statement of ours. Not kept by name on the server: the next transaction may run on another one.
+    fn query<'q>(&self, sql: &str) -> Prepared<'q> {
+        sqlx::query(in_schema(sql, &self.schema)).persistent(false)
+    }
+
+    async fn change(&mut self, query: Prepared<'_>) -> Result<u64, sqlx::Error> {
+        Ok(self.connection.execute(query).await?.rows_affected())
+    }
+}
+
+#[async_trait]
+impl Tables for PostgresTables {
+    async fn begin(&mut self, _purpose: Purpose) -> Result<(), sqlx::Error> {
+        // Who waits longer for somebody else's lock would only lengthen the queue behind it.
+        self.connection.execute(sqlx::raw_sql("BEGIN; SET LOCAL lock_timeout = '2s'")).await.map(drop)
+    }
+
+    async fn commit(&mut self) -> Result<(), sqlx::Error> {
+        self.connection.execute(sqlx::raw_sql("COMMIT")).await.map(drop)
+    }
+
+    async fn rollback(&mut self) -> Result<(), sqlx::Error> {
+        self.connection.execute(sqlx::raw_sql("ROLLBACK")).await.map(drop)
+    }
+
+    async fn now(&mut self) -> Result<i64, sqlx::Error> {
+        let query = self.query(&format!("SELECT {}", micros("clock_timestamp()")));
+        self.connection.fetch_one(query).await?.try_get(0)
+    }
+
+    async fn hold_trust(&mut self, which: &TrustRef) -> Result<(), sqlx::Error> {
+        let query = match which {
+            TrustRef::Id(id) => self.query("SELECT FROM {s}.trust WHERE id = $1 FOR UPDATE").bind(id.0),
+            TrustRef::Name(name) => self.query("SELECT FROM {s}.trust WHERE name = $1 FOR UPDATE").bind(name.clone()),
+        };
+        self.change(query).await.map(drop)
+    }
+
+    async fn trusts(&mut self, which: Option<&TrustRef>) -> Result<Vec<Trust>, sqlx::Error> {
+        let select = |condition: &str| {
+            format!(
+                "SELECT t.id::text, t.name, t.enabled::int::bigint, {created},
+                    (SELECT count(*) FROM {{s}}.api_key k WHERE k.trust_id = t.id)
+                 FROM {{s}}.trust t WHERE {condition} ORDER BY t.name",
+                created = micros("t.created_at"),
+            )
+        };
+        let query = match which {
+            None => self.query(&select("true")),
+            Some(TrustRef::Id(id)) => self.query(&select("t.id = $1")).bind(id.0),
+            Some(TrustRef::Name(name)) => self.query(&select("t.name = $1")).bind(name.clone()),
+        };
+        self.connection.fetch_all(query).await?.iter().map(rows::trust).collect()
+    }
+
+    async fn insert_trust(&mut self, id: TrustId, name: &str) -> Result<bool, sqlx::Error> {
+        let sql = "INSERT INTO {s}.trust (id, name) VALUES ($1, $2) ON CONFLICT (name) DO NOTHING";
+        let query = self.query(sql).bind(id.0).bind(name.to_owned());
+        Ok(self.change(query).await? == 1)
+    }
+
+    async fn set_enabled(&mut self, id: TrustId, enabled: bool) -> Result<(), sqlx::Error> {
+        let query = self.query("UPDATE {s}.trust SET enabled = $2 WHERE id = $1").bind(id.0).bind(enabled);
+        self.change(query).await.map(drop)
+    }
+
+    async fn delete_trust(&mut self, id: TrustId) -> Result<(), sqlx::Error> {
+        let query = self.query("DELETE FROM {s}.trust WHERE id = $1").bind(id.0);
+        self.change(query).await.map(drop)
+    }
+
+    async fn delete_keys(&mut self, trust: TrustId) -> Result<(), sqlx::Error> {
+        let query = self.query("DELETE FROM {s}.api_key WHERE trust_id = $1").bind(trust.0);
+        self.change(query).await.map(drop)
+    }
+
+    async fn keys(&mut self, which: Which<'_>) -> Result<Vec<Key>, sqlx::Error> {
+        let select = |condition: &str| {
+            format!(
+                "SELECT k.id::text, t.id::text, t.name, t.enabled::int::bigint, k.hint, k.scheme::bigint, k.name,
+                    array_to_json(k.scopes)::text, array_to_json(k.allowed_cidrs)::text,
+                    {created}, {not_before}, {expires_at}, {revoked_at}
+                 FROM {{s}}.api_key k JOIN {{s}}.trust t ON t.id = k.trust_id
+                 WHERE {condition} ORDER BY k.created_at DESC, k.id",
+                created = micros("k.created_at"),
+                not_before = micros("k.not_before"),
+                expires_at = micros("k.expires_at"),
+                revoked_at = micros("k.revoked_at"),
+            )
+        };
+        let query = match which {
+            Which::All => self.query(&select("true")),
+            Which::Of(trust) => self.query(&select("k.trust_id = $1")).bind(trust.0),
+            Which::Id(id) => self.query(&select("k.id = $1")).bind(id.0),
+            Which::Digests(digests) => {
+                let digests: Vec<Vec<u8>> = digests.all().map(|digest| digest.as_bytes().to_vec()).collect();
+                self.query(&select("k.digest = ANY($1)")).bind(digests)
+            }
+        };
+        self.connection.fetch_all(query).await?.iter().map(rows::key).collect()
+    }
+
+    async fn insert_keys(&mut self, trust: TrustId, keys: &[NewKey]) -> Result<u64, sqlx::Error> {
+        // One statement for all: a column is an array, and the lists within travel as JSON.
+        let sql = "INSERT INTO {s}.api_key
+                (id, trust_id, digest, scheme, hint, name, scopes, allowed_cidrs, not_before, expires_at)
+             SELECT n.id, $1, n.digest, n.scheme, n.hint, n.name,
+                ARRAY(SELECT json_array_elements_text(n.scopes::json)),
+                ARRAY(SELECT json_array_elements_text(n.cidrs::json))::cidr[],
+                to_timestamp(0) + n.not_before * interval '1 microsecond',
+                now() + n.expires_in * interval '1 microsecond'
+             FROM unnest($2::uuid[], $3::bytea[], $4::int2[], $5::text[], $6::text[], $7::text[], $8::text[],
+                $9::int8[], $10::int8[]) AS n (id, digest, scheme, hint, name, scopes, cidrs, not_before, expires_in)
+             ON CONFLICT (digest) DO NOTHING";
+        let query = self
+            .query(sql)
+            .bind(trust.0)
+            .bind(column(keys, |key| key.id.0))
+            .bind(column(keys, |key| key.digest.as_bytes().to_vec()))
+            .bind(column(keys, |key| key.scheme.number()))
+            .bind(column(keys, |key| key.hint.clone()))
+            .bind(column(keys, |key| key.name.clone()))
+            .bind(column(keys, |key| rows::json_list(&key.scopes)))
+            .bind(column(keys, |key| rows::json_list(&rows::networks(&key.allowed_cidrs))))
+            .bind(column(keys, |key| key.not_before.map(DatabaseTime::micros)))
+            .bind(column(keys, |key| key.expires_in.map(rows::micros)));
+        self.change(query).await
+    }
+
+    async fn revoke_key(&mut self, id: KeyId) -> Result<bool, sqlx::Error> {
+        let sql = "UPDATE {s}.api_key SET revoked_at = clock_timestamp() WHERE id = $1 AND revoked_at IS NULL";
+        let query = self.query(sql).bind(id.0);
+        Ok(self.change(query).await? == 1)
+    }
+
+    async fn insert_version(&mut self, nonce: [u8; 16]) -> Result<i64, sqlx::Error> {
+        // Version order must be commit order: one at a time, until the commit. The number is the first 8 bytes of
+        // SHA-256("trustgate version").
+        self.connection.execute(sqlx::raw_sql("SELECT pg_advisory_xact_lock(-7816041823221308939)")).await?;
+        let sql = "INSERT INTO {s}.version (version, nonce) SELECT max(version) + 1, $1 FROM {s}.version
+             RETURNING version";
+        let query = self.query(sql).bind(nonce.to_vec());
+        self.connection.fetch_one(query).await?.try_get(0)
+    }
+
+    async fn replicas(&mut self, seconds: i64) -> Result<Vec<Replica>, sqlx::Error> {
+        let sql = format!(
+            "SELECT id::text, applied, {seen} FROM {{s}}.replica
+             WHERE seen_at >= clock_timestamp() - $1 * interval '1 second' ORDER BY id",
+            seen = micros("seen_at"),
+        );
+        let query = self.query(&sql).bind(seconds);
+        self.connection.fetch_all(query).await?.iter().map(rows::replica).collect()
+    }
+
+    async fn insert_audit(&mut self, actor: &Actor, entry: &AuditEntry) -> Result<(), sqlx::Error> {
+        let sql = "INSERT INTO {s}.audit (actor, action, object, before, after)
+             VALUES ($1, $2, $3, $4::text::jsonb, $5::text::jsonb)";
+        let query = self
+            .query(sql)
+            .bind(actor.0.clone())
+            .bind(entry.action)
+            .bind(entry.object.clone())
+            .bind(entry.before.as_ref().map(ToString::to_string))
+            .bind(entry.after.as_ref().map(ToString::to_string));
+        self.change(query).await.map(drop)
+    }
+}
+
+fn column<V>(keys: &[NewKey], value: impl Fn(&NewKey) -> V) -> Vec<V> {
+    keys.iter().map(value).collect()
+}

@@ -1,0 +1,153 @@
+//! The tables on PostgreSQL, and the rights on them. A migration only adds.
+
+use std::time::Duration;
+
+use sqlx::{Connection, PgConnection, Row};
+use uuid::Uuid;
+
+use super::{
+    super::{LedgerError, SchemaName, place::Address, schema},
+    connect_within, describe, in_schema, is_missing,
+};
+
+/// The version of the tables, newest first.
+pub(crate) const SCHEMA: &str = "SELECT version, compatible_from FROM {s}.schema ORDER BY version DESC LIMIT 1";
+
+/// Makes the tables, or adds what is missing. Several may run at once: one works, the others wait for it.
+///
+/// # Errors
+/// [`LedgerError::Schema`] where the tables are too new for this release; or the database failed.
+pub(crate) async fn run(address: &Address, name: &SchemaName, connect_timeout: Duration) -> Result<(), LedgerError> {
+    let mut connection = connect_within(address, connect_timeout).await?;
+    let mut transaction = connection.begin().await?;
+    sqlx::raw_sql(LOCK).execute(&mut *transaction).await?;
+    let tables = tables(&mut transaction, name).await?;
+    if tables.is_none() {
+        first(&mut transaction, name).await?;
+    }
+    let tables = self::tables(&mut transaction, name).await?;
+    transaction.commit().await?;
+    connection.close().await?;
+    schema::check(tables, &describe(address, name))
+}
+
+/// What `serve`'s role and management's role need, as statements for the owner of the tables to run: as little as
+/// possible.
+#[must_use]
+pub(crate) fn grants(schema: &SchemaName, serve: &str, manage: &str) -> String {
+    let quoted = |role: &str| format!("\"{}\"", role.replace('"', "\"\""));
+    GRANTS.replace("{s}", schema.as_str()).replace("{serve}", &quoted(serve)).replace("{manage}", &quoted(manage))
+}
+
+/// One lock for every schema of the database: migrations are rare. The number is the first 8 bytes of
+/// SHA-256("trustgate migrate").
+const LOCK: &str = "SET LOCAL lock_timeout = '60s'; SET LOCAL statement_timeout = 0; SELECT pg_advisory_xact_lock(2242996985564621124)";
+
+pub(super) async fn tables(
+    connection: &mut PgConnection,
+    name: &SchemaName,
+) -> Result<Option<schema::Tables>, sqlx::Error> {
+    // A savepoint: a table that is not there must not end the transaction.
+    let mut attempt = connection.begin().await?;
+    match sqlx::raw_sql(in_schema(SCHEMA, name)).fetch_all(&mut *attempt).await {
+        Ok(rows) => match rows.first() {
+            None => Ok(None),
+            Some(row) => Ok(Some(schema::Tables { version: row.try_get(0)?, compatible_from: row.try_get(1)? })),
+        },
+        Err(error) if is_missing(&error) => attempt.rollback().await.map(|()| None),
+        Err(error) => Err(error),
+    }
+}
+
+/// Version 1: everything, the first version, and the key of the Redis MAC.
+async fn first(connection: &mut PgConnection, name: &SchemaName) -> Result<(), LedgerError> {
+    // CREATE SCHEMA asks for the right to make one even where it exists.
+    let exists = sqlx::query("SELECT FROM pg_namespace WHERE nspname = $1")
+        .bind(name.as_str())
+        .fetch_optional(&mut *connection)
+        .await?
+        .is_some();
+    if !exists {
+        sqlx::raw_sql(in_schema("CREATE SCHEMA {s}", name)).execute(&mut *connection).await?;
+    }
+    sqlx::raw_sql(in_schema(FIRST, name)).execute(&mut *connection).await?;
+    sqlx::query(in_schema("INSERT INTO {s}.meta (incarnation) VALUES ($1)", name))
+        .bind(Uuid::new_v4())
+        .execute(&mut *connection)
+        .await?;
+    sqlx::query(in_schema("INSERT INTO {s}.version (version, nonce) VALUES (1, $1)", name))
+        .bind(schema::random::<16>()?.to_vec())
+        .execute(&mut *connection)
+        .await?;
+    sqlx::query(in_schema("INSERT INTO {s}.setting (name, value) VALUES ('redis_mac_key', $1)", name))
+        .bind(schema::random::<32>()?.to_vec())
+        .execute(&mut *connection)
+        .await?;
+    sqlx::query(in_schema("INSERT INTO {s}.schema (version, compatible_from) VALUES ($1, $2)", name))
+        .bind(schema::VERSION)
+        .bind(schema::COMPATIBLE_FROM)
+        .execute(connection)
+        .await?;
+    Ok(())
+}
+
+const FIRST: &str = "
+CREATE TABLE {s}.schema (
+    version bigint PRIMARY KEY, compatible_from bigint NOT NULL, at timestamptz NOT NULL DEFAULT now()
+);
+CREATE TABLE {s}.meta (
+    one boolean PRIMARY KEY DEFAULT true CHECK (one), incarnation uuid NOT NULL
+);
+CREATE TABLE {s}.version (
+    version bigint PRIMARY KEY CHECK (version > 0),
+    nonce bytea NOT NULL CHECK (octet_length(nonce) = 16),
+    at timestamptz NOT NULL DEFAULT clock_timestamp()
+);
+CREATE TABLE {s}.setting (name text PRIMARY KEY, value bytea NOT NULL);
+CREATE TABLE {s}.trust (
+    id uuid PRIMARY KEY,
+    name text NOT NULL UNIQUE CHECK (name <> ''),
+    enabled boolean NOT NULL DEFAULT true,
+    created_at timestamptz NOT NULL DEFAULT now()
+);
+CREATE TABLE {s}.api_key (
+    id uuid PRIMARY KEY,
+    trust_id uuid NOT NULL REFERENCES {s}.trust (id),
+    digest bytea NOT NULL UNIQUE CHECK (octet_length(digest) = 32),
+    scheme smallint NOT NULL,
+    hint text NOT NULL,
+    name text,
+    scopes text[] NOT NULL DEFAULT '{}',
+    allowed_cidrs cidr[] NOT NULL DEFAULT '{}',
+    not_before timestamptz CHECK (isfinite(not_before)),
+    expires_at timestamptz CHECK (isfinite(expires_at)),
+    revoked_at timestamptz CHECK (isfinite(revoked_at)),
+    created_at timestamptz NOT NULL DEFAULT now()
+);
+CREATE INDEX api_key_trust ON {s}.api_key (trust_id);
+CREATE TABLE {s}.key_use (
+    key_id uuid PRIMARY KEY REFERENCES {s}.api_key (id) ON DELETE CASCADE, last_used_at timestamptz NOT NULL
+);
+CREATE TABLE {s}.replica (id uuid PRIMARY KEY, applied bigint NOT NULL, seen_at timestamptz NOT NULL);
+CREATE TABLE {s}.audit (
+    id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    at timestamptz NOT NULL DEFAULT clock_timestamp(),
+    actor text NOT NULL,
+    action text NOT NULL,
+    object text NOT NULL,
+    before jsonb,
+    after jsonb
+);
+";
+
+const GRANTS: &str = "\
+-- For the role that `trustgate serve` connects as:
+GRANT USAGE ON SCHEMA {s} TO {serve};
+GRANT SELECT ON {s}.schema, {s}.meta, {s}.version, {s}.setting, {s}.trust, {s}.api_key, {s}.replica TO {serve};
+GRANT INSERT, UPDATE, DELETE ON {s}.replica TO {serve};
+-- For the role that `trustgate trust`, `key` and `cache clear` connect as (store.management_url):
+GRANT USAGE ON SCHEMA {s} TO {manage};
+GRANT SELECT ON {s}.schema, {s}.version, {s}.trust, {s}.api_key, {s}.replica TO {manage};
+GRANT INSERT, UPDATE, DELETE ON {s}.trust, {s}.api_key TO {manage};
+GRANT INSERT ON {s}.version, {s}.audit TO {manage};
+";

@@ -1,0 +1,277 @@
+//! What the statements of both adapters return, and how it becomes records, trusts and keys.
+//!
+//! Both adapters select the same columns in the same order and the same plain forms: whole numbers, texts, lists as
+//! JSON, times as microseconds, digests and nonces in hexadecimal. Never talks to a database.
+
+use std::time::Duration;
+
+use ipnet::IpNet;
+use sqlx::{ColumnIndex, Decode, Row, Type};
+use uuid::Uuid;
+
+use super::ledger::{Key, Replica, Trust};
+use crate::{
+    clock::{DatabaseTime, Moment},
+    fault::{Fault, Tier},
+    record::{ApiKeyDigest, Dated, Digests, KeyId, Lineage, Nonce, Record, Scheme, TrustId, Version, bytes_from_hex},
+};
+
+/// The columns of a read for a decision, in this order; those from `key_id` on are null where there is no key.
+pub(crate) struct Read {
+    version: i64,
+    nonce: String,
+    incarnation: String,
+    system: i64,
+    timeline: i64,
+    clock: i64,
+    key: Option<KeyRow>,
+}
+
+struct KeyRow {
+    id: String,
+    trust_id: String,
+    trust_enabled: i64,
+    digest: String,
+    scheme: i64,
+    scopes: String,
+    allowed_cidrs: String,
+    not_before: Option<i64>,
+    expires_at: Option<i64>,
+    revoked_at: Option<i64>,
+}
+
+/// A row whose whole numbers and texts can be taken out by position.
+pub(crate) trait Plain {
+    /// A whole number.
+    fn number(&self, column: usize) -> Result<i64, sqlx::Error>;
+    /// A whole number or null.
+    fn number_or_null(&self, column: usize) -> Result<Option<i64>, sqlx::Error>;
+    /// A text.
+    fn text(&self, column: usize) -> Result<String, sqlx::Error>;
+    /// A text or null.
+    fn text_or_null(&self, column: usize) -> Result<Option<String>, sqlx::Error>;
+}
+
+impl<R> Plain for R
+where
+    R: Row,
+    usize: ColumnIndex<R>,
+    i64: Type<R::Database> + for<'r> Decode<'r, R::Database>,
+    String: Type<R::Database> + for<'r> Decode<'r, R::Database>,
+{
+    fn number(&self, column: usize) -> Result<i64, sqlx::Error> {
+        self.try_get(column)
+    }
+    fn number_or_null(&self, column: usize) -> Result<Option<i64>, sqlx::Error> {
+        self.try_get(column)
+    }
+    fn text(&self, column: usize) -> Result<String, sqlx::Error> {
+        self.try_get(column)
+    }
+    fn text_or_null(&self, column: usize) -> Result<Option<String>, sqlx::Error> {
+        self.try_get(column)
+    }
+}
+
+/// A row that is not what it should be.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub(crate) struct Corrupt(pub(crate) &'static str);
+
+impl From<Corrupt> for Fault {
+    fn from(Corrupt(problem): Corrupt) -> Self {
+        Self::Corrupt { tier: Tier::Store, problem }
+    }
+}
+
+impl From<Corrupt> for sqlx::Error {
+    fn from(corrupt: Corrupt) -> Self {
+        Self::Decode(Box::new(corrupt))
+    }
+}
+
+impl Read {
+    /// Takes the columns out of a row.
+    pub(crate) fn of(row: &impl Plain) -> Result<Self, sqlx::Error> {
+        let key = match row.text_or_null(6)? {
+            None => None,
+            Some(id) => Some(KeyRow {
+                id,
+                trust_id: row.text(7)?,
+                trust_enabled: row.number(8)?,
+                digest: row.text(9)?,
+                scheme: row.number(10)?,
+                scopes: row.text(11)?,
+                allowed_cidrs: row.text(12)?,
+                not_before: row.number_or_null(13)?,
+                expires_at: row.number_or_null(14)?,
+                revoked_at: row.number_or_null(15)?,
+            }),
+        };
+        Ok(Self {
+            version: row.number(0)?,
+            nonce: row.text(1)?,
+            incarnation: row.text(2)?,
+            system: row.number(3)?,
+            timeline: row.number(4)?,
+            clock: row.number(5)?,
+            key,
+        })
+    }
+
+    fn date(&self, sent_at: Moment) -> Result<Dated<()>, Corrupt> {
+        Ok(Dated {
+            value: (),
+            as_of: version(self.version)?,
+            nonce: Nonce(bytes_from_hex(&self.nonce).ok_or(Corrupt("the nonce of a version is not 16 bytes"))?),
+            lineage: Lineage {
+                incarnation: uuid(&self.incarnation)?,
+                system: self.system.cast_unsigned(), // 64 bits that PostgreSQL shows as a signed number
+                timeline: u32::try_from(self.timeline)
+                    .map_err(|_| Corrupt("the timeline is not a number of 32 bits"))?,
+            },
+            read_at: DatabaseTime::from_micros(self.clock),
+            sent_at,
+        })
+    }
+}
+
+impl KeyRow {
+    fn record(self) -> Result<Record, Corrupt> {
+        scheme(self.scheme)?;
+        Ok(Record {
+            key_id: KeyId(uuid(&self.id)?),
+            trust_id: TrustId(uuid(&self.trust_id)?),
+            trust_enabled: self.trust_enabled != 0,
+            digest: ApiKeyDigest::from_hex(&self.digest).ok_or(Corrupt("a digest is not 32 bytes"))?,
+            scopes: texts(&self.scopes)?,
+            allowed_cidrs: cidrs(&self.allowed_cidrs)?,
+            not_before: time(self.not_before),
+            expires_at: time(self.expires_at),
+            revoked_at: time(self.revoked_at),
+        })
+    }
+}
+
+/// The date in the rows of a read that asks for no key.
+pub(crate) fn date(rows: &[Read], sent_at: Moment) -> Result<Dated<()>, Corrupt> {
+    rows.first().ok_or(NO_VERSION)?.date(sent_at)
+}
+
+/// What a read by id found.
+pub(crate) fn by_id(mut rows: Vec<Read>, sent_at: Moment) -> Result<Dated<Option<Record>>, Corrupt> {
+    if rows.len() > 1 {
+        return Err(Corrupt("two rows have the same id"));
+    }
+    let row = rows.pop().ok_or(NO_VERSION)?;
+    let date = row.date(sent_at)?;
+    let record = row.key.map(KeyRow::record).transpose()?;
+    Ok(date.map(|()| record))
+}
+
+/// What a read by digests found: of several rows the one stored under the newest scheme.
+pub(crate) fn by_digests(
+    rows: Vec<Read>,
+    digests: &Digests,
+    sent_at: Moment,
+) -> Result<Dated<Option<Record>>, Corrupt> {
+    let date = rows.first().ok_or(NO_VERSION)?.date(sent_at)?;
+    let found: Vec<Record> =
+        rows.into_iter().filter_map(|row| row.key).map(KeyRow::record).collect::<Result<_, _>>()?;
+    for digest in digests.all() {
+        let mut same = found.iter().filter(|record| record.digest.matches(digest));
+        if let Some(record) = same.next() {
+            if same.next().is_some() {
+                return Err(Corrupt("two rows have the same digest"));
+            }
+            return Ok(date.map(|()| Some(record.clone())));
+        }
+    }
+    if found.is_empty() { Ok(date.map(|()| None)) } else { Err(Corrupt("a row with another digest than asked for")) }
+}
+
+/// A trust, from its id, name, enabled, created and number of keys.
+pub(crate) fn trust(row: &impl Plain) -> Result<Trust, sqlx::Error> {
+    Ok(Trust {
+        id: TrustId(uuid(&row.text(0)?)?),
+        name: row.text(1)?,
+        enabled: row.number(2)? != 0,
+        created_at: DatabaseTime::from_micros(row.number(3)?),
+        keys: row.number(4)?.cast_unsigned(), // a count
+    })
+}
+
+/// A key, from its id, trust (id, name, enabled), hint, scheme, name, scopes, allowed CIDRs, created, not before,
+/// expires, revoked.
+pub(crate) fn key(row: &impl Plain) -> Result<Key, sqlx::Error> {
+    Ok(Key {
+        id: KeyId(uuid(&row.text(0)?)?),
+        trust_id: TrustId(uuid(&row.text(1)?)?),
+        trust_name: row.text(2)?,
+        trust_enabled: row.number(3)? != 0,
+        hint: row.text(4)?,
+        scheme: scheme(row.number(5)?)?,
+        name: row.text_or_null(6)?,
+        scopes: texts(&row.text(7)?)?,
+        allowed_cidrs: cidrs(&row.text(8)?)?,
+        created_at: DatabaseTime::from_micros(row.number(9)?),
+        not_before: time(row.number_or_null(10)?),
+        expires_at: time(row.number_or_null(11)?),
+        revoked_at: time(row.number_or_null(12)?),
+    })
+}
+
+/// A replica, from its id, applied version and last sign of life.
+pub(crate) fn replica(row: &impl Plain) -> Result<Replica, sqlx::Error> {
+    Ok(Replica {
+        id: uuid(&row.text(0)?)?,
+        applied: version(row.number(1)?)?,
+        seen_at: DatabaseTime::from_micros(row.number(2)?),
+    })
+}
+
+/// A list as both adapters take it.
+pub(crate) fn json_list<T: ToString>(list: &[T]) -> String {
+    serde_json::Value::from(list.iter().map(ToString::to_string).collect::<Vec<_>>()).to_string()
+}
+
+/// Networks without the bits that name a host in them, which PostgreSQL's `cidr` refuses.
+pub(crate) fn networks(cidrs: &[IpNet]) -> Vec<IpNet> {
+    cidrs.iter().map(IpNet::trunc).collect()
+}
+
+/// A length of time in microseconds; what does not fit is as good as for ever.
+pub(crate) fn micros(time: Duration) -> i64 {
+    i64::try_from(time.as_micros()).unwrap_or(i64::MAX).min(FOR_EVER)
+}
+
+/// Some 146 000 years: added to the present time it still is a time to both databases.
+const FOR_EVER: i64 = i64::MAX / 2;
+
+const NO_VERSION: Corrupt = Corrupt("the tables have no version, or no incarnation");
+
+fn version(number: i64) -> Result<Version, Corrupt> {
+    u64::try_from(number).map(Version).map_err(|_| Corrupt("a version is negative"))
+}
+
+fn uuid(text: &str) -> Result<Uuid, Corrupt> {
+    Uuid::parse_str(text).map_err(|_| Corrupt("an id is not a UUID"))
+}
+
+fn scheme(number: i64) -> Result<Scheme, Corrupt> {
+    i16::try_from(number).ok().and_then(Scheme::from_number).ok_or(Corrupt("a digest's scheme is unknown"))
+}
+
+fn texts(json: &str) -> Result<Vec<String>, Corrupt> {
+    serde_json::from_str(json).map_err(|_| Corrupt("scopes are not a list of texts"))
+}
+
+fn cidrs(json: &str) -> Result<Vec<IpNet>, Corrupt> {
+    const PROBLEM: Corrupt = Corrupt("allowed addresses are not a list of CIDRs");
+    let texts: Vec<String> = serde_json::from_str(json).map_err(|_| PROBLEM)?;
+    texts.iter().map(|text| text.parse()).collect::<Result<_, _>>().map_err(|_| PROBLEM)
+}
+
+fn time(micros: Option<i64>) -> Option<DatabaseTime> {
+    micros.map(DatabaseTime::from_micros)
+}

@@ -1,0 +1,178 @@
+//! The statements of management on SQLite.
+
+use std::path::Path;
+
+use async_trait::async_trait;
+use sqlx::{AssertSqlSafe, Executor, Row, Sqlite, SqliteConnection, sqlite::SqliteArguments};
+
+use super::{
+    super::{
+        LedgerError, Missing,
+        book::{Purpose, Tables, Which},
+        ledger::{Actor, AuditEntry, Key, NewKey, Replica, Trust, TrustRef},
+        place::describe_sqlite,
+        rows, schema,
+    },
+    NOW, connect, file, migrate,
+};
+use crate::{
+    clock::DatabaseTime,
+    record::{ApiKeyDigest, KeyId, TrustId},
+};
+
+/// One connection to an SQLite file that holds our tables.
+pub(crate) struct SqliteTables(pub(crate) SqliteConnection);
+
+/// Opens the database at `path`, which must exist and hold our tables.
+pub(crate) async fn open(path: &Path) -> Result<SqliteTables, LedgerError> {
+    file::prepare(path, Missing::Refuse)?;
+    let mut connection = connect(path).await?;
+    schema::check(migrate::tables(&mut connection).await?, &describe_sqlite(path))?;
+    Ok(SqliteTables(connection))
+}
+
+type Prepared<'q> = sqlx::query::Query<'q, Sqlite, SqliteArguments>;
+
+impl SqliteTables {
+    async fn change(&mut self, query: Prepared<'_>) -> Result<u64, sqlx::Error> {
+        Ok(self.0.execute(query).await?.rows_affected())
+    }
+}
+
+#[async_trait]
+impl Tables for SqliteTables {
+    async fn begin(&mut self, purpose: Purpose) -> Result<(), sqlx::Error> {
+        let begin = match purpose {
+            Purpose::Read => "BEGIN",
+            // With the write lock from the start, nobody else can come between a look and the change made on it.
+            Purpose::Change => "BEGIN IMMEDIATE",
+        };
+        self.0.execute(begin).await.map(drop)
+    }
+
+    async fn commit(&mut self) -> Result<(), sqlx::Error> {
+        self.0.execute("COMMIT").await.map(drop)
+    }
+
+    async fn rollback(&mut self) -> Result<(), sqlx::Error> {
+        match self.0.execute("ROLLBACK").await {
+            // SQLite undoes a transaction by itself after some errors, and one whose BEGIN failed never was.
+            Err(sqlx::Error::Database(error)) if error.message().contains("no transaction is active") => Ok(()),
+            outcome => outcome.map(drop),
+        }
+    }
+
+    async fn now(&mut self) -> Result<i64, sqlx::Error> {
+        self.0.fetch_one(sqlx::query(AssertSqlSafe(format!("SELECT {NOW}")))).await?.try_get(0)
+    }
+
+    async fn hold_trust(&mut self, _which: &TrustRef) -> Result<(), sqlx::Error> {
+        Ok(()) // the transaction holds the whole database
+    }
+
+    async fn trusts(&mut self, which: Option<&TrustRef>) -> Result<Vec<Trust>, sqlx::Error> {
+        let (condition, value) = match which {
+            None => ("? = ''", String::new()),
+            Some(TrustRef::Id(id)) => ("t.id = ?", id.to_string()),
+            Some(TrustRef::Name(name)) => ("t.name = ?", name.clone()),
+        };
+        let sql = format!(
+            "SELECT t.id, t.name, t.enabled, t.created_at, (SELECT count(*) FROM api_key k WHERE k.trust_id = t.id)
+             FROM trust t WHERE {condition} ORDER BY t.name"
+        );
+        let found = self.0.fetch_all(sqlx::query(AssertSqlSafe(sql)).bind(value)).await?;
+        found.iter().map(rows::trust).collect()
+    }
+
+    async fn insert_trust(&mut self, id: TrustId, name: &str) -> Result<bool, sqlx::Error> {
+        let sql =
+            format!("INSERT INTO trust (id, name, created_at) VALUES (?, ?, {NOW}) ON CONFLICT (name) DO NOTHING");
+        let query = sqlx::query(AssertSqlSafe(sql)).bind(id.to_string()).bind(name.to_owned());
+        Ok(self.change(query).await? == 1)
+    }
+
+    async fn set_enabled(&mut self, id: TrustId, enabled: bool) -> Result<(), sqlx::Error> {
+        let query = sqlx::query("UPDATE trust SET enabled = ? WHERE id = ?").bind(enabled).bind(id.to_string());
+        self.change(query).await.map(drop)
+    }
+
+    async fn delete_trust(&mut self, id: TrustId) -> Result<(), sqlx::Error> {
+        self.change(sqlx::query("DELETE FROM trust WHERE id = ?").bind(id.to_string())).await.map(drop)
+    }
+
+    async fn delete_keys(&mut self, trust: TrustId) -> Result<(), sqlx::Error> {
+        self.change(sqlx::query("DELETE FROM api_key WHERE trust_id = ?").bind(trust.to_string())).await.map(drop)
+    }
+
+    async fn keys(&mut self, which: Which<'_>) -> Result<Vec<Key>, sqlx::Error> {
+        let (condition, values) = match which {
+            Which::All => ("true".to_owned(), vec![]),
+            Which::Of(trust) => ("k.trust_id = ?".to_owned(), vec![trust.to_string()]),
+            Which::Id(id) => ("k.id = ?".to_owned(), vec![id.to_string()]),
+            Which::Digests(digests) => {
+                let marks = vec!["unhex(?)"; digests.all().count()].join(", ");
+                (format!("k.digest IN ({marks})"), digests.all().map(ApiKeyDigest::to_hex).collect())
+            }
+        };
+        let sql = format!(
+            "SELECT k.id, t.id, t.name, t.enabled, k.hint, k.scheme, k.name, k.scopes, k.allowed_cidrs, k.created_at,
+                k.not_before, k.expires_at, k.revoked_at
+             FROM api_key k JOIN trust t ON t.id = k.trust_id WHERE {condition} ORDER BY k.created_at DESC, k.id"
+        );
+        let query = values.into_iter().fold(sqlx::query(AssertSqlSafe(sql)), Prepared::bind);
+        self.0.fetch_all(query).await?.iter().map(rows::key).collect()
+    }
+
+    async fn insert_keys(&mut self, trust: TrustId, keys: &[NewKey]) -> Result<u64, sqlx::Error> {
+        let sql = format!(
+            "INSERT INTO api_key (id, trust_id, digest, scheme, hint, name, scopes, allowed_cidrs, not_before,
+                expires_at, created_at)
+             VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, {NOW} + ?, {NOW}) ON CONFLICT (digest) DO NOTHING"
+        );
+        let mut stored = 0;
+        for key in keys {
+            let query = sqlx::query(AssertSqlSafe(sql.clone()))
+                .bind(key.id.to_string())
+                .bind(trust.to_string())
+                .bind(key.digest.as_bytes().to_vec())
+                .bind(key.scheme.number())
+                .bind(key.hint.clone())
+                .bind(key.name.clone())
+                .bind(rows::json_list(&key.scopes))
+                .bind(rows::json_list(&rows::networks(&key.allowed_cidrs)))
+                .bind(key.not_before.map(DatabaseTime::micros))
+                .bind(key.expires_in.map(rows::micros));
+            stored += self.change(query).await?;
+        }
+        Ok(stored)
+    }
+
+    async fn revoke_key(&mut self, id: KeyId) -> Result<bool, sqlx::Error> {
+        let sql = format!("UPDATE api_key SET revoked_at = {NOW} WHERE id = ? AND revoked_at IS NULL");
+        Ok(self.change(sqlx::query(AssertSqlSafe(sql)).bind(id.to_string())).await? == 1)
+    }
+
+    async fn insert_version(&mut self, nonce: [u8; 16]) -> Result<i64, sqlx::Error> {
+        let sql = format!(
+            "INSERT INTO version (version, nonce, at) SELECT max(version) + 1, ?, {NOW} FROM version RETURNING version"
+        );
+        self.0.fetch_one(sqlx::query(AssertSqlSafe(sql)).bind(nonce.to_vec())).await?.try_get(0)
+    }
+
+    async fn replicas(&mut self, seconds: i64) -> Result<Vec<Replica>, sqlx::Error> {
+        let sql = format!("SELECT id, applied, seen_at FROM replica WHERE seen_at >= {NOW} - ? * 1000000 ORDER BY id");
+        let found = self.0.fetch_all(sqlx::query(AssertSqlSafe(sql)).bind(seconds)).await?;
+        found.iter().map(rows::replica).collect()
+    }
+
+    async fn insert_audit(&mut self, actor: &Actor, entry: &AuditEntry) -> Result<(), sqlx::Error> {
+        let sql = format!("INSERT INTO audit (at, actor, action, object, before, after) VALUES ({NOW}, ?, ?, ?, ?, ?)");
+        let query = sqlx::query(AssertSqlSafe(sql))
+            .bind(actor.0.clone())
+            .bind(entry.action)
+            .bind(entry.object.clone())
+            .bind(entry.before.as_ref().map(ToString::to_string))
+            .bind(entry.after.as_ref().map(ToString::to_string));
+        self.change(query).await.map(drop)
+    }
+}

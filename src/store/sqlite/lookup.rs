@@ -1,0 +1,171 @@
+//! The reads of checks on SQLite.
+
+use std::path::PathBuf;
+
+use sqlx::{AssertSqlSafe, Connection, SqliteConnection, sqlite::SqliteRow};
+use uuid::Uuid;
+
+use super::{
+    super::{
+        LedgerError, Preset,
+        lookup::Missing,
+        place::describe_sqlite,
+        pool::Connect,
+        reader::{Dialect, Ours},
+    },
+    NOW, connect, file, is_missing, migrate,
+};
+use crate::record::{Digests, KeyId, Version};
+
+/// One SQLite file and whose tables it holds.
+#[derive(Clone, Debug)]
+pub(crate) struct Sqlite {
+    /// The file.
+    pub(crate) path: PathBuf,
+    /// Somebody else's table, if it is one.
+    pub(crate) preset: Option<Preset>,
+}
+
+/// A statement and its values.
+pub(crate) struct Query {
+    sql: String,
+    values: Vec<Value>,
+}
+
+enum Value {
+    Text(String),
+    Bytes(Vec<u8>),
+    Number(i64),
+}
+
+impl Query {
+    fn new(sql: impl Into<String>, values: impl IntoIterator<Item = Value>) -> Self {
+        Self { sql: sql.into(), values: values.into_iter().collect() }
+    }
+}
+
+impl Connect for Sqlite {
+    type Connection = SqliteConnection;
+    type Query = Query;
+    type Row = SqliteRow;
+
+    async fn connect(&self) -> Result<SqliteConnection, sqlx::Error> {
+        connect(&self.path).await
+    }
+
+    async fn run(&self, connection: &mut SqliteConnection, query: &Query) -> Result<Vec<SqliteRow>, sqlx::Error> {
+        // Made of this module's constants and placeholders alone.
+        let mut bound = sqlx::query(AssertSqlSafe(query.sql.clone()));
+        for value in &query.values {
+            bound = match value {
+                Value::Text(text) => bound.bind(text.as_str()),
+                Value::Bytes(bytes) => bound.bind(bytes.as_slice()),
+                Value::Number(number) => bound.bind(*number),
+            };
+        }
+        // To its end: an unfinished SELECT would pin the snapshot.
+        bound.fetch_all(connection).await
+    }
+
+    async fn close(connection: SqliteConnection) {
+        // It is gone either way.
+        let _ = connection.close().await;
+    }
+
+    fn lost(error: &sqlx::Error) -> bool {
+        matches!(error, sqlx::Error::WorkerCrashed | sqlx::Error::Io(_))
+    }
+}
+
+impl Dialect for Sqlite {
+    fn find(&self, digests: &Digests) -> Query {
+        let marks = vec!["?"; digests.all().count()].join(", ");
+        match self.preset {
+            None => Query::new(
+                own(&format!("k.digest IN ({marks})")),
+                digests.all().map(|digest| Value::Bytes(digest.as_bytes().to_vec())),
+            ),
+            Some(Preset::TrustTable) => Query::new(
+                trust_table(&format!("t.api_key_hash IN ({marks})")),
+                digests.all().map(|digest| Value::Text(digest.to_hex())),
+            ),
+        }
+    }
+
+    fn find_by_id(&self, key: KeyId) -> Query {
+        match self.preset {
+            None => Query::new(own("k.id = ?"), [Value::Text(key.to_string())]),
+            // Ids in somebody else's table may be written in any of the usual ways.
+            Some(Preset::TrustTable) => {
+                let (hyphens, simple) = (key.0.hyphenated().to_string(), key.0.simple().to_string());
+                let forms = [hyphens.to_uppercase(), simple.to_uppercase(), hyphens, simple];
+                Query::new(trust_table("t.id IN (?, ?, ?, ?)"), forms.map(Value::Text))
+            }
+        }
+    }
+
+    fn newest(&self) -> Query {
+        let sql = match self.preset {
+            None => own("false"),
+            Some(Preset::TrustTable) => trust_table("false"),
+        };
+        Query::new(sql, [])
+    }
+
+    fn ours(&self) -> Option<Ours<Query>> {
+        self.preset.is_none().then(|| Ours {
+            schema: Query::new(migrate::SCHEMA, []),
+            redis_mac_key: Query::new("SELECT hex(value) FROM setting WHERE name = 'redis_mac_key'", []),
+        })
+    }
+
+    fn report(&self, replica: Uuid, applied: Version) -> Query {
+        Query::new(
+            format!(
+                "INSERT INTO replica (id, applied, seen_at) VALUES (?, ?, {NOW})
+                 ON CONFLICT (id) DO UPDATE SET applied = excluded.applied, seen_at = excluded.seen_at"
+            ),
+            [Value::Text(replica.to_string()), Value::Number(applied.0.cast_signed())],
+        )
+    }
+
+    async fn prepare(&self, missing: Missing) -> Result<(), LedgerError> {
+        // Somebody else's table is never made.
+        let missing = if self.preset.is_some() { Missing::Refuse } else { missing };
+        file::prepare(&self.path, missing)?;
+        if missing == Missing::Create {
+            migrate::run(&self.path).await?;
+        }
+        Ok(())
+    }
+
+    fn place(&self) -> String {
+        describe_sqlite(&self.path)
+    }
+
+    fn is_missing(error: &sqlx::Error) -> bool {
+        is_missing(error)
+    }
+}
+
+/// The newest version and, where `condition` holds, a key with its trust: one statement, so one snapshot.
+fn own(condition: &str) -> String {
+    format!(
+        "SELECT v.version, hex(v.nonce), m.incarnation, 0, 0, {NOW},
+            k.id, t.id, t.enabled, hex(k.digest), k.scheme, k.scopes, k.allowed_cidrs,
+            k.not_before, k.expires_at, k.revoked_at
+         FROM (SELECT version, nonce FROM version ORDER BY version DESC LIMIT 1) v
+         CROSS JOIN meta m
+         LEFT JOIN (api_key k JOIN trust t ON t.id = k.trust_id) ON {condition}"
+    )
+}
+
+/// The same columns from a table `trust(id, api_key_hash)`. It has no versions: everything is dated with number 0.
+fn trust_table(condition: &str) -> String {
+    format!(
+        "SELECT 0, '00000000000000000000000000000000', '00000000-0000-0000-0000-000000000000', 0, 0, {NOW},
+            t.id, t.id, 1, t.api_key_hash, 0, '[]', '[]', NULL, NULL, NULL
+         FROM (SELECT 1) v
+         LEFT JOIN trust t ON t.api_key_hash IS NOT NULL AND {condition}"
+    )
+}

@@ -1,0 +1,131 @@
+//! The tables on SQLite. A migration only adds.
+
+use std::{path::Path, time::Duration};
+
+use sqlx::{Connection, Row, SqliteConnection};
+use uuid::Uuid;
+
+use super::{
+    super::{LedgerError, place::describe_sqlite, schema},
+    NOW, connect, is_busy, is_missing,
+};
+
+/// The version of the tables, newest first.
+pub(crate) const SCHEMA: &str = "SELECT version, compatible_from FROM schema ORDER BY version DESC LIMIT 1";
+
+/// Makes the tables, or adds what is missing. The file must exist. Can be run by several processes at once.
+///
+/// # Errors
+/// [`LedgerError::Schema`] where the tables are too new for this release; or the database failed.
+pub(crate) async fn run(path: &Path) -> Result<(), LedgerError> {
+    let mut left = ATTEMPTS;
+    loop {
+        match attempt(path).await {
+            // Two that turn on the write-ahead log at once are told so without waiting for each other.
+            Err(LedgerError::Database(error)) if is_busy(&error) && left > 0 => {
+                left -= 1;
+                tokio::time::sleep(PAUSE).await;
+            }
+            outcome => return outcome,
+        }
+    }
+}
+
+const ATTEMPTS: u32 = 100;
+const PAUSE: Duration = Duration::from_millis(20);
+
+async fn attempt(path: &Path) -> Result<(), LedgerError> {
+    let mut connection = connect(path).await?;
+    let tables = tables(&mut connection).await?;
+    if !matches!(tables, Some(tables) if tables.version >= schema::VERSION) {
+        // Kept in the file; readers then never wait for the writer.
+        sqlx::raw_sql("PRAGMA journal_mode = WAL").execute(&mut connection).await?;
+        let mut transaction = connection.begin_with("BEGIN IMMEDIATE").await?;
+        // Somebody may have been faster.
+        if self::tables(&mut transaction).await?.is_none() {
+            first(&mut transaction).await?;
+        }
+        transaction.commit().await?;
+    }
+    let tables = self::tables(&mut connection).await?;
+    connection.close().await?;
+    schema::check(tables, &describe_sqlite(path))
+}
+
+/// The version of the tables, or `None` where there are none.
+pub(super) async fn tables(connection: &mut SqliteConnection) -> Result<Option<schema::Tables>, sqlx::Error> {
+    match sqlx::raw_sql(SCHEMA).fetch_all(connection).await {
+        Ok(rows) => match rows.first() {
+            None => Ok(None),
+            Some(row) => Ok(Some(schema::Tables { version: row.try_get(0)?, compatible_from: row.try_get(1)? })),
+        },
+        Err(error) if is_missing(&error) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// Version 1: everything, the first version, and the key of the Redis MAC.
+async fn first(connection: &mut SqliteConnection) -> Result<(), LedgerError> {
+    sqlx::raw_sql(FIRST).execute(&mut *connection).await?;
+    sqlx::query("INSERT INTO meta (incarnation) VALUES (?)")
+        .bind(Uuid::new_v4().to_string())
+        .execute(&mut *connection)
+        .await?;
+    sqlx::query(sqlx::AssertSqlSafe(format!("INSERT INTO version (version, nonce, at) VALUES (1, ?, {NOW})")))
+        .bind(schema::random::<16>()?.to_vec())
+        .execute(&mut *connection)
+        .await?;
+    sqlx::query("INSERT INTO setting (name, value) VALUES ('redis_mac_key', ?)")
+        .bind(schema::random::<32>()?.to_vec())
+        .execute(&mut *connection)
+        .await?;
+    sqlx::query(sqlx::AssertSqlSafe(format!("INSERT INTO schema (version, compatible_from, at) VALUES (?, ?, {NOW})")))
+        .bind(schema::VERSION)
+        .bind(schema::COMPATIBLE_FROM)
+        .execute(connection)
+        .await?;
+    Ok(())
+}
+
+/// Times are microseconds since the Unix epoch, ids UUIDs with hyphens in small letters, lists JSON.
+const FIRST: &str = "
+CREATE TABLE schema (
+    version INTEGER PRIMARY KEY, compatible_from INTEGER NOT NULL, at INTEGER NOT NULL
+) STRICT;
+CREATE TABLE meta (
+    one INTEGER PRIMARY KEY DEFAULT 1 CHECK (one = 1), incarnation TEXT NOT NULL
+) STRICT;
+CREATE TABLE version (
+    version INTEGER PRIMARY KEY CHECK (version > 0), nonce BLOB NOT NULL CHECK (length(nonce) = 16), at INTEGER NOT NULL
+) STRICT;
+CREATE TABLE setting (name TEXT PRIMARY KEY, value BLOB NOT NULL) STRICT;
+CREATE TABLE trust (
+    id TEXT PRIMARY KEY CHECK (length(id) = 36),
+    name TEXT NOT NULL UNIQUE CHECK (name <> ''),
+    enabled INTEGER NOT NULL DEFAULT 1 CHECK (enabled IN (0, 1)),
+    created_at INTEGER NOT NULL
+) STRICT;
+CREATE TABLE api_key (
+    id TEXT PRIMARY KEY CHECK (length(id) = 36),
+    trust_id TEXT NOT NULL REFERENCES trust (id),
+    digest BLOB NOT NULL UNIQUE CHECK (length(digest) = 32),
+    scheme INTEGER NOT NULL,
+    hint TEXT NOT NULL,
+    name TEXT,
+    scopes TEXT NOT NULL DEFAULT '[]' CHECK (json_valid(scopes)),
+    allowed_cidrs TEXT NOT NULL DEFAULT '[]' CHECK (json_valid(allowed_cidrs)),
+    not_before INTEGER,
+    expires_at INTEGER,
+    revoked_at INTEGER,
+    created_at INTEGER NOT NULL
+) STRICT;
+CREATE INDEX api_key_trust ON api_key (trust_id);
+CREATE TABLE key_use (
+    key_id TEXT PRIMARY KEY REFERENCES api_key (id) ON DELETE CASCADE, last_used_at INTEGER NOT NULL
+) STRICT;
+CREATE TABLE replica (id TEXT PRIMARY KEY, applied INTEGER NOT NULL, seen_at INTEGER NOT NULL) STRICT;
+CREATE TABLE audit (
+    id INTEGER PRIMARY KEY AUTOINCREMENT, at INTEGER NOT NULL, actor TEXT NOT NULL, action TEXT NOT NULL,
+    object TEXT NOT NULL, before TEXT, after TEXT
+) STRICT;
+";
