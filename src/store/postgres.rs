@@ -39,7 +39,7 @@ fn in_schema(text: &str, schema: &SchemaName) -> AssertSqlSafe<String> {
 
 /// The code of a database error: five characters, of which the first two are its class.
 fn code(error: &sqlx::Error) -> Option<String> {
-    error.as_database_error().and_then(|error| error.code()).map(std::borrow::Cow::into_owned)
+    error.as_database_error().and_then(sqlx::error::DatabaseError::code).map(std::borrow::Cow::into_owned)
 }
 
 /// Whether `error` says that a table, or the schema, is not there.

@@ -39,6 +39,7 @@ fn is_missing(error: &sqlx::Error) -> bool {
 /// Whether `error` says that somebody else is writing.
 fn is_busy(error: &sqlx::Error) -> bool {
     // The primary code is in the low byte of an extended one; 5 is SQLITE_BUSY.
-    let code = error.as_database_error().and_then(|error| error.code()).and_then(|code| code.parse::<u32>().ok());
+    let code =
+        error.as_database_error().and_then(sqlx::error::DatabaseError::code).and_then(|code| code.parse::<u32>().ok());
     code.is_some_and(|code| code & 0xff == 5)
 }
