@@ -22,6 +22,12 @@ pub struct Answer {
 }
 
 impl Answer {
+    /// A header as the [`application`] got it; `None` as well where it was not the application that answered.
+    pub fn saw_or_none(&self, header: &str) -> Option<String> {
+        let seen: Value = serde_json::from_str(&self.body).ok()?;
+        seen["headers"][header].as_str().map(str::to_owned)
+    }
+
     /// A header as the [`application`] got it.
     ///
     /// # Panics

@@ -145,3 +145,11 @@ impl Redis {
         std::fs::read_to_string(self.file("log")).unwrap_or_default()
     }
 }
+
+impl Drop for Redis {
+    fn drop(&mut self) {
+        drop(self.server.take());
+        // Gone already, unless the server was killed before.
+        let _ = std::fs::remove_dir_all(&self.dir);
+    }
+}

@@ -1,1 +1,0 @@
-//! Revoked keys end when they should.
