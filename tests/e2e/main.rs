@@ -6,5 +6,7 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod herd;
 mod outage;
+mod revocation;
 mod stage;

@@ -31,7 +31,7 @@ const PATIENCE: Duration = Duration::from_secs(30);
 async fn redis_killed_restarted_and_hung_changes_no_answer_and_delays_none() {
     const PER_SECOND: u32 = 1_000;
     const LENGTH: Duration = Duration::from_secs(20);
-    let _alone = alone().await;
+    let _turn = alone().await;
     let mut stage = Stage::new(&[]).await;
     // 20 hot keys, always the same; 20 cold ones, replaced ten times a second by ones that were never asked for.
     let mut hot = stage.keys(18).await;
@@ -88,7 +88,7 @@ async fn redis_killed_restarted_and_hung_changes_no_answer_and_delays_none() {
 
     // That Redis was used, was missed, and is used again.
     for server in [&one, &other] {
-        assert!(l2(server, "hit").await > 0.0 && l2(server, "miss").await > 0.0 && l2(server, "error").await > 0.0);
+        assert!(server.l2("hit").await > 0.0 && server.l2("error").await > 0.0);
         for text in ["the connection to redis broke", "redis failed repeatedly", "redis is used again"] {
             server.until_logged(text).await;
         }
@@ -114,7 +114,7 @@ async fn postgresql_hung_leaves_cached_keys_until_their_age_is_up() {
 async fn postgresql_lost(loss: Loss) {
     const TTL: Duration = Duration::from_secs(4);
     const LENGTH: Duration = Duration::from_secs(7);
-    let _alone = alone().await;
+    let _turn = alone().await;
     let mut stage = Stage::new(&[("freshness.ttl", "4s")]).await;
     let (hot, cold) = (stage.keys(20).await, stage.keys(800).await);
     let server = stage.site.serve().await;
@@ -187,7 +187,7 @@ async fn postgresql_lost(loss: Loss) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn started_with_both_down_it_says_why_and_serves_within_a_second_of_their_return() {
-    let _alone = alone().await;
+    let _turn = alone().await;
     let mut stage = Stage::new(&[]).await;
     let shot = stage.keys(1).await.remove(0);
     stage.redis.kill();
@@ -206,7 +206,7 @@ async fn started_with_both_down_it_says_why_and_serves_within_a_second_of_their_
 
 #[tokio::test(flavor = "multi_thread")]
 async fn started_with_both_hanging_it_says_why_and_serves_within_a_second_of_their_return() {
-    let _alone = alone().await;
+    let _turn = alone().await;
     let stage = Stage::new(&[]).await;
     let shot = stage.keys(1).await.remove(0);
     let (redis, postgres) = (stage.redis.freeze(), stage.postgres.freeze());
@@ -252,11 +252,12 @@ fn quick_checks(log: &[Value], count: usize) {
     took.sort();
     assert_eq!(took.len(), count, "a request without a check");
     let at = |share: usize| took[took.len() * share / 1000];
-    println!("checks: {count}, median {:?}, 99 % {:?}, 99.9 % {:?}, all {:?}", at(500), at(990), at(999), took[count - 1]);
+    println!(
+        "checks: {count}, median {:?}, 99 % {:?}, 99.9 % {:?}, all {:?}",
+        at(500),
+        at(990),
+        at(999),
+        took[count - 1]
+    );
     assert!(took[count - 1] <= CHECK_MAX, "the longest check took {:?}", took[count - 1]);
-}
-
-async fn l2(server: &Server, outcome: &str) -> f64 {
-    let labels = format!("kind=\"api_key\",outcome=\"{outcome}\",tier=\"l2\"");
-    server.metric(&format!("trustgate_cache_lookups_total{{{labels}}}")).await
 }

@@ -81,11 +81,7 @@ async fn shoot(
     Hit { due, took: (start + due).elapsed(), shot, answer }
 }
 
-async fn answer(
-    server: SocketAddr,
-    idle: &Mutex<Vec<Connection>>,
-    key: &str,
-) -> hyper::Result<(u16, Option<String>)> {
+async fn answer(server: SocketAddr, idle: &Mutex<Vec<Connection>>, key: &str) -> hyper::Result<(u16, Option<String>)> {
     let mut connection = match idle_connection(idle).await {
         Some(connection) => connection,
         None => http::connect(server).await?,

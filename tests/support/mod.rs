@@ -10,11 +10,12 @@ pub mod load;
 pub mod postgres;
 pub mod process;
 pub mod redis;
+pub mod seam;
 pub mod server;
 
 use std::{future::Future, time::Duration};
 
-use tokio::sync::{Mutex, MutexGuard};
+use tokio::sync::{RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 /// Asks `question` until it says yes, at most `limit` long.
 ///
@@ -29,8 +30,14 @@ pub async fn eventually<F: Future<Output = bool>>(what: &str, limit: Duration, m
     assert!(asked.await.is_ok(), "not within {limit:?}: {what}");
 }
 
-/// Held by a test for as long as it runs: tests that measure time or load the machine go one after the other.
-pub async fn alone() -> MutexGuard<'static, ()> {
-    static ONE: Mutex<()> = Mutex::const_new(());
-    ONE.lock().await
+/// Held by tests that measure time: no other test runs meanwhile.
+pub async fn alone() -> RwLockWriteGuard<'static, ()> {
+    TURN.write().await
 }
+
+/// Held by every other test of a binary in which some measure time.
+pub async fn among_others() -> RwLockReadGuard<'static, ()> {
+    TURN.read().await
+}
+
+static TURN: RwLock<()> = RwLock::const_new(());

@@ -202,15 +202,15 @@ impl Server {
         http::get(self.admin, "/readyz", &[]).await
     }
 
-    /// The value of one metric, written with its labels as `/metrics` does.
-    ///
-    /// # Panics
-    /// If there is no such metric.
+    /// The value of one metric, as [`metric`].
     pub async fn metric(&self, name: &str) -> f64 {
-        let metrics = http::get(self.admin, "/metrics", &[]).await.body;
-        let value = metrics.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
-        let value = value.unwrap_or_else(|| panic!("no {name} in\n{metrics}"));
-        value.parse().expect("a number")
+        metric(self.admin, name).await
+    }
+
+    /// How many lookups in Redis had this outcome.
+    pub async fn l2(&self, outcome: &str) -> f64 {
+        let labels = format!("kind=\"api_key\",outcome=\"{outcome}\",tier=\"l2\"");
+        self.metric(&format!("trustgate_cache_lookups_total{{{labels}}}")).await
     }
 
     /// Waits until the log holds `text`.
@@ -238,6 +238,17 @@ impl Server {
     pub async fn ended(self, limit: Duration) -> (i32, String) {
         self.program.ended(limit).await
     }
+}
+
+/// The value of one metric of the server at `admin`, by its name with its labels as `/metrics` writes it.
+///
+/// # Panics
+/// If there is no such metric.
+pub async fn metric(admin: SocketAddr, name: &str) -> f64 {
+    let metrics = http::get(admin, "/metrics", &[]).await.body;
+    let value = metrics.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+    let value = value.unwrap_or_else(|| panic!("no {name} in\n{metrics}"));
+    value.parse().expect("a number")
 }
 
 /// A key that nobody issued; as it is imported, or as somebody guesses.
