@@ -6,7 +6,10 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod drain;
 mod herd;
 mod outage;
+mod prometheus;
+mod redis_tls;
 mod revocation;
 mod stage;

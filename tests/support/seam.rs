@@ -60,22 +60,25 @@ impl Gate {
     }
 
     async fn pass(&self) {
-        self.waiting.fetch_add(1, Ordering::SeqCst);
-        let left = scopeguard(|| drop(self.waiting.fetch_sub(1, Ordering::SeqCst)));
+        let _waiting = Waiting::at(&self.waiting);
         self.open.subscribe().wait_for(|open| *open).await.expect("the sender is ours");
-        drop(left);
     }
 }
 
-/// Runs `end` when it is dropped.
-fn scopeguard<F: FnMut()>(end: F) -> impl Drop {
-    struct Guard<F: FnMut()>(F);
-    impl<F: FnMut()> Drop for Guard<F> {
-        fn drop(&mut self) {
-            (self.0)();
-        }
+/// Somebody who waits; also counted out when they give up.
+struct Waiting<'g>(&'g AtomicUsize);
+
+impl<'g> Waiting<'g> {
+    fn at(gate: &'g AtomicUsize) -> Self {
+        gate.fetch_add(1, Ordering::SeqCst);
+        Self(gate)
     }
-    Guard(end)
+}
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::SeqCst);
+    }
 }
 
 impl Seam {

@@ -1,0 +1,174 @@
+//! The end of a server: nobody notices, or at least nobody is cut off.
+
+use std::{net::SocketAddr, time::Duration};
+
+use bytes::Bytes;
+use h2::client::{ResponseFuture, SendRequest};
+use tokio::{
+    net::TcpStream,
+    time::{Instant, sleep_until},
+};
+use tonic::transport::Channel;
+use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient};
+use trustgate::wire::grpc::{CHECK_PATH, SERVICE, frame};
+
+use crate::{
+    stage::Stage,
+    support::{
+        alone, among_others,
+        envoy::Envoy,
+        eventually,
+        grpc::{Asker, Verdict, request, verdict},
+        http, load,
+        server::Site,
+    },
+};
+
+const PATIENCE: Duration = Duration::from_secs(30);
+/// `limits.drain_delay` and `limits.drain_grace` as they are by default.
+const DELAY: Duration = Duration::from_secs(5);
+const GRACE: Duration = Duration::from_secs(20);
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_of_two_replicas_ends_under_load_and_no_request_fails() {
+    let _turn = alone().await;
+    let stage = Stage::new(&[]).await;
+    let mut keys = stage.keys(300).await;
+    keys.push(stage.revoked_key().await);
+    let (leaving, staying) = (stage.site.serve().await, stage.site.serve().await);
+    let envoy = Envoy::start(http::application().await, &[leaving.grpc(), staying.grpc()]).await;
+    let mut number = 0;
+    let aim = move |_| {
+        number += 1;
+        keys[number % keys.len()].clone()
+    };
+    let length = Duration::from_secs(10);
+    let start = Instant::now();
+    let firing = tokio::spawn(load::fire(envoy.address(), 250, length, aim));
+    sleep_until(start + Duration::from_secs(2)).await;
+    let its_share = leaving.metric("trustgate_checks_total{decision=\"allow\",reason=\"key\"}").await;
+    assert!(its_share > 0.0, "{its_share}");
+    leaving.signal("TERM");
+    let told = Instant::now();
+    let (code, log) = leaving.ended(DELAY + GRACE).await;
+    let took = told.elapsed();
+    assert_eq!(code, 0, "{log}");
+    assert!(start.elapsed() < length, "there was no load in the end: {took:?}");
+    let hits = firing.await.unwrap();
+    load::figures("while one of two replicas ends", hits.iter());
+    println!("ended {took:?} after SIGTERM");
+    let wrong: Vec<_> = hits.iter().filter(|hit| !hit.is_right()).collect();
+    assert!(wrong.is_empty(), "{} failed, among them {:?}", wrong.len(), wrong[0]);
+    assert_eq!(hits.len(), 2_500);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn calls_in_flight_are_finished_after_goaway() {
+    let _turn = among_others().await;
+    let stage = Stage::new(&[
+        ("limits.drain_delay", "1s"),
+        ("store.read_timeout", "60s"),
+        ("decision.deadline", "70s"),
+        ("decision.envoy_timeout", "80s"),
+    ])
+    .await;
+    let key = stage.site.issue("acme", &[]).await;
+    let server = stage.site.serve().await;
+    let (admin, grpc) = (server.admin(), server.grpc());
+    let mut health =
+        HealthClient::new(Channel::from_shared(format!("http://{grpc}")).unwrap().connect().await.unwrap());
+    let mut serving = async || {
+        let asked = health.check(HealthCheckRequest { service: SERVICE.to_owned() }).await;
+        asked.map(|answer| answer.into_inner().status())
+    };
+    assert_eq!(serving().await.unwrap(), ServingStatus::Serving);
+
+    let mut connection = connect(grpc).await;
+    let frozen = stage.postgres.freeze();
+    let in_flight = call(&mut connection, &key.key);
+    eventually("the call has begun", PATIENCE, || async {
+        server.metric("trustgate_cache_lookups_total{kind=\"api_key\",outcome=\"miss\",tier=\"l1\"}").await > 0.0
+    })
+    .await;
+    server.signal("TERM");
+    eventually("it is not ready", PATIENCE, || async {
+        let readiness = http::get(admin, "/readyz", &[]).await;
+        readiness.status == 503 && readiness.body.starts_with("draining")
+    })
+    .await;
+    // Not ready, and still serving: Envoys need a moment to turn away.
+    assert_eq!(serving().await.unwrap(), ServingStatus::NotServing);
+    let bad = call(&mut connection, "too-short");
+    assert_eq!(answer(bad).await.status, 401);
+    let goaway = loop {
+        match connection.clone().ready().await {
+            Ok(_) => tokio::task::yield_now().await,
+            Err(error) => break error,
+        }
+    };
+    assert!(goaway.is_go_away() && goaway.is_remote(), "{goaway}");
+    assert_eq!(goaway.reason(), Some(h2::Reason::NO_ERROR));
+    eventually("nobody listens", PATIENCE, || async { TcpStream::connect(grpc).await.is_err() }).await;
+    assert!(server.is_running());
+
+    drop(frozen);
+    let granted = answer(in_flight).await;
+    assert_eq!((granted.status, granted.trust_id), (200, Some(key.trust_id)));
+    let (code, log) = server.ended(GRACE).await;
+    assert_eq!(code, 0, "{log}");
+    assert!(log.contains("\"stopped\""), "{log}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn at_a_terminal_there_is_no_delay() {
+    let _turn = among_others().await;
+    let site = Site::new().with("limits.drain_delay", "10m");
+    let server = site.serve().await;
+    let asker = Asker::connect(server.grpc()).await;
+    assert_eq!(asker.check("key-that-nobody-issued").await.status, 401);
+    server.signal("INT");
+    let (code, log) = server.ended(GRACE).await;
+    assert_eq!(code, 0, "{log}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_address_in_use_is_an_error_that_names_the_setting() {
+    let _turn = among_others().await;
+    let mut site = Site::new();
+    let server = site.serve().await;
+    for (setting, address) in [("grpc.listen", server.grpc()), ("admin.listen", server.admin())] {
+        site.set(setting, address.to_string());
+        let ran = site.run(&["serve"]).await;
+        assert_eq!(ran.code, 1, "{ran:?}");
+        let variable = format!("TRUSTGATE__{}", setting.to_uppercase().replace('.', "__"));
+        for text in [setting, &variable, &address.to_string(), "in use"] {
+            assert!(ran.err.contains(text), "no {text:?} in {ran:?}");
+        }
+        site.set(setting, "127.0.0.1:0");
+    }
+    assert_eq!(server.readiness().await.status, 200);
+}
+
+async fn connect(server: SocketAddr) -> SendRequest<Bytes> {
+    let stream = TcpStream::connect(server).await.unwrap();
+    let (sender, connection) = h2::client::handshake(stream).await.unwrap();
+    tokio::spawn(connection);
+    sender.ready().await.unwrap()
+}
+
+fn call(connection: &mut SendRequest<Bytes>, key: &str) -> ResponseFuture {
+    let head = ::http::Request::post(format!("http://trustgate{CHECK_PATH}"))
+        .header("content-type", "application/grpc")
+        .header("te", "trailers")
+        .body(())
+        .unwrap();
+    let (answer, mut stream) = connection.send_request(head, false).unwrap();
+    stream.send_data(frame(&request(key, &[])), true).unwrap();
+    answer
+}
+
+async fn answer(answer: ResponseFuture) -> Verdict {
+    let mut body = answer.await.unwrap().into_body();
+    let message = body.data().await.unwrap().unwrap();
+    verdict(&prost::Message::decode(&message[5..]).unwrap())
+}

@@ -1,0 +1,160 @@
+//! Redis with TLS and a password, and a Redis in which somebody else writes: it never decides anything.
+
+use std::time::Duration;
+
+use redis::{AsyncCommands as _, aio::MultiplexedConnection};
+use sha2::{Digest as _, Sha256};
+
+use crate::{
+    stage::Stage,
+    support::{
+        among_others, eventually,
+        grpc::Asker,
+        postgres::Postgres,
+        redis::{Redis, USER},
+        server::{Server, Site, made_up_key},
+    },
+};
+
+const PATIENCE: Duration = Duration::from_secs(30);
+
+#[tokio::test(flavor = "multi_thread")]
+async fn with_tls_user_and_password_replicas_share_what_they_read() {
+    let _turn = among_others().await;
+    let (redis, mut site, _postgres) = secured().await;
+    site.set("redis.ca_file", redis.ca_file().display().to_string());
+    let key = site.issue("acme", &[]).await;
+    let (one, other) = (site.serve().await, site.serve().await);
+    for server in [&one, &other] {
+        until_connected(server).await;
+    }
+    assert_eq!(Asker::connect(one.grpc()).await.check(&key.key).await.trust_id.as_ref(), Some(&key.trust_id));
+    let mut connection = redis.connection().await;
+    eventually("the value is in Redis", PATIENCE, || async {
+        connection.clone().exists::<_, bool>(name(&key.key)).await.unwrap()
+    })
+    .await;
+    assert_eq!(Asker::connect(other.grpc()).await.check(&key.key).await.trust_id.as_ref(), Some(&key.trust_id));
+    assert!(other.l2("hit").await > 0.0);
+    let value: Vec<u8> = connection.get(name(&key.key)).await.unwrap();
+    assert!(!value.windows(16).any(|part| key.key.as_bytes().windows(16).any(|of_key| of_key == part)));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn with_the_wrong_password_it_serves_without_redis_and_says_why() {
+    let _turn = among_others().await;
+    let (redis, mut site, _postgres) = secured().await;
+    site.set("redis.ca_file", redis.ca_file().display().to_string());
+    std::fs::write(site.path().join("password"), "wrong").unwrap();
+    let server = serves_without(&site, "AuthenticationFailed").await;
+    // The file is read at every connect: no restart is needed.
+    std::fs::write(site.path().join("password"), USER.1).unwrap();
+    until_connected(&server).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn with_the_wrong_authority_it_serves_without_redis_and_says_why() {
+    let _turn = among_others().await;
+    let (_redis, mut site, _postgres) = secured().await;
+    let stranger = Redis::start_secured().await;
+    site.set("redis.ca_file", stranger.ca_file().display().to_string());
+    serves_without(&site, "certificate").await;
+}
+
+async fn serves_without(site: &Site, why: &str) -> Server {
+    let key = site.issue("acme", &[]).await;
+    let server = site.serve().await;
+    server.until_logged("cannot connect to redis").await;
+    let log = server.log();
+    let line = log.lines().find(|line| line.contains("cannot connect to redis")).unwrap();
+    assert!(line.contains(why), "{line}");
+    assert!(!log.contains(USER.1), "{log}");
+    let asker = Asker::connect(server.grpc()).await;
+    assert_eq!(asker.check(&key.key).await.trust_id.as_ref(), Some(&key.trust_id));
+    assert_eq!(asker.check(&made_up_key()).await.status, 401);
+    assert!(server.metric("trustgate_redis_up").await < 1.0);
+    server
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_others_write_into_redis_is_refused_deleted_and_grants_nothing() {
+    let _turn = among_others().await;
+    let stage = Stage::new(&[]).await;
+    let server = stage.site.serve().await;
+    until_connected(&server).await;
+    let asker = Asker::connect(server.grpc()).await;
+    let mut connection = stage.redis.connection().await;
+    let good = stage.site.issue("acme", &[]).await;
+    let other = stage.site.issue("globex", &[]).await;
+    assert_eq!(asker.check(&good.key).await.status, 200);
+    let genuine = genuine(&mut connection, &good.key).await;
+
+    let mut forged = vec![
+        ("nothing", Vec::new()),
+        ("text", b"{\"trust_id\":\"00000000-0000-0000-0000-000000000001\"}".to_vec()),
+        ("noise", (0..genuine.len()).map(|at| u8::try_from(at * 37 % 256).unwrap()).collect()),
+        ("the value of another key", genuine.clone()),
+        ("half of it", genuine[..genuine.len() / 2].to_vec()),
+        ("more than it", [&genuine[..], b"x"].concat()),
+        ("another layout", [&[2], &genuine[1..]].concat()),
+    ];
+    forged.extend((0..genuine.len()).step_by(16).map(|at| {
+        let mut changed = genuine.clone();
+        changed[at] ^= 1;
+        ("a changed bit", changed)
+    }));
+    let count = forged.len();
+    for (what, value) in forged {
+        // Under a key that nobody issued ...
+        let stranger = made_up_key();
+        connection.set::<_, _, ()>(name(&stranger), value).await.unwrap();
+        let verdict = asker.check(&stranger).await;
+        assert_eq!((verdict.status, verdict.reason.as_deref()), (401, Some("unknown")), "{what}");
+        assert!(!connection.exists::<_, bool>(name(&stranger)).await.unwrap(), "{what} was not deleted");
+    }
+    assert!((server.l2("refused").await - f64::from(u32::try_from(count).unwrap())).abs() < 0.5);
+    // ... and under one that belongs to somebody else: who it belongs to, the database says.
+    connection.set::<_, _, ()>(name(&other.key), &genuine).await.unwrap();
+    assert_eq!(asker.check(&other.key).await.trust_id, Some(other.trust_id));
+    eventually("a genuine value took its place", PATIENCE, || async {
+        let value: Option<Vec<u8>> = connection.clone().get(name(&other.key)).await.unwrap();
+        value.is_some_and(|value| value != genuine)
+    })
+    .await;
+    // Not even a string: an error of Redis, and still no matter.
+    let stranger = made_up_key();
+    connection.lpush::<_, _, ()>(name(&stranger), &genuine).await.unwrap();
+    assert_eq!(asker.check(&stranger).await.status, 401);
+}
+
+/// A Redis with TLS and a password, and settings that name them, without the authority to trust.
+async fn secured() -> (Redis, Site, std::sync::Arc<Postgres>) {
+    let (postgres, redis) = (Postgres::shared().await, Redis::start_secured().await);
+    let database = postgres.database().await;
+    let mut site = Site::new().with("store.url", postgres.url("admin", &database)).with("redis.url", redis.url());
+    let password = site.path().join("password");
+    std::fs::write(&password, USER.1).unwrap();
+    site.set("redis.password_file", password.display().to_string());
+    site.migrate().await;
+    site.trust("acme").await;
+    (redis, site, postgres)
+}
+
+async fn until_connected(server: &Server) {
+    eventually("Redis is connected", PATIENCE, || async { server.metric("trustgate_redis_up").await > 0.0 }).await;
+}
+
+/// Where the value of `key` stands in Redis.
+fn name(key: &str) -> String {
+    let hex: String = Sha256::digest(key).iter().map(|byte| format!("{byte:02x}")).collect();
+    format!("trustgate:api_key:{hex}")
+}
+
+/// The value of `key`, once it is there.
+async fn genuine(connection: &mut MultiplexedConnection, key: &str) -> Vec<u8> {
+    eventually("the value is in Redis", PATIENCE, || async {
+        connection.clone().exists::<_, bool>(name(key)).await.unwrap()
+    })
+    .await;
+    connection.get(name(key)).await.unwrap()
+}
