@@ -1,7 +1,8 @@
 //! The real server among real ones: Envoy, PostgreSQL, Redis and Prometheus. One binary, one module for each subject.
 
 // All of it is tests: what fails here should fail loudly, and nobody else uses it.
-#![allow(clippy::unwrap_used, unreachable_pub)]
+// What is measured is shown.
+#![allow(clippy::unwrap_used, clippy::print_stdout, unreachable_pub)]
 
 #[path = "../support/mod.rs"]
 mod support;

@@ -80,10 +80,11 @@ async fn redis_killed_restarted_and_hung_changes_no_answer_and_delays_none() {
         let within = Duration::from_secs(from)..Duration::from_secs(to);
         load::figures(&format!("Redis {name}"), hits.iter().filter(|hit| within.contains(&hit.due)));
     }
-    println!("new keys while Redis hangs: {new_keys:?}");
+    let slowest = new_keys.iter().max().unwrap();
+    println!("{} new keys while Redis hangs, the slowest in {slowest:?}", new_keys.len());
     assert_eq!(hits.len(), 20_000);
     all_right(hits.iter());
-    assert!(new_keys.iter().max().unwrap() < &Duration::from_millis(200), "{new_keys:?}");
+    assert!(slowest < &Duration::from_millis(200), "{new_keys:?}");
     quick_checks(&envoy.access_log(hits.len() + new_keys.len()).await, hits.len() + new_keys.len());
 
     // That Redis was used, was missed, and is used again.
@@ -135,7 +136,7 @@ async fn postgresql_lost(loss: Loss) {
     let start = Instant::now();
     let firing = tokio::spawn(load::fire(envoy.address(), 200, LENGTH, aim));
     sleep_until(start + Duration::from_secs(1)).await;
-    let lost_from = Instant::now();
+    let losing = Instant::now();
     let frozen = match loss {
         Loss::Killed => {
             stage.postgres.stop();
@@ -143,7 +144,7 @@ async fn postgresql_lost(loss: Loss) {
         }
         Loss::Hung => Some(stage.postgres.freeze()),
     };
-    let lost = Instant::now();
+    let gone = Instant::now();
     let mut says_so = false;
     while start.elapsed() < LENGTH {
         let readiness = server.readiness().await;
@@ -158,10 +159,10 @@ async fn postgresql_lost(loss: Loss) {
     let is_hot = |hit: &&Hit| hot.iter().any(|shot| shot.key == hit.shot.key);
     let due = |hit: &Hit| start + hit.due;
     let answered = |hit: &Hit| start + hit.due + hit.took;
-    let sound: Vec<_> = hits.iter().filter(|hit| answered(hit) < lost_from).collect();
+    let sound: Vec<_> = hits.iter().filter(|hit| answered(hit) < losing).collect();
     let cached: Vec<_> = hits.iter().filter(is_hot).filter(|hit| answered(hit) < before + TTL).collect();
     let aged: Vec<_> = hits.iter().filter(is_hot).filter(|hit| due(hit) > after + TTL).collect();
-    let unread: Vec<_> = hits.iter().filter(|hit| !is_hot(hit) && due(hit) > lost).collect();
+    let unread: Vec<_> = hits.iter().filter(|hit| !is_hot(hit) && due(hit) > gone).collect();
     for (name, hits) in [("there", &sound), ("lost, cached", &cached), ("lost, aged", &aged), ("lost, new", &unread)] {
         load::figures(&format!("PostgreSQL {name}"), hits.iter().copied());
         assert!(hits.len() > 100, "{name}: only {}", hits.len());
@@ -251,13 +252,6 @@ fn quick_checks(log: &[Value], count: usize) {
     let mut took: Vec<_> = log.iter().filter_map(check).map(Duration::from_micros).collect();
     took.sort();
     assert_eq!(took.len(), count, "a request without a check");
-    let at = |share: usize| took[took.len() * share / 1000];
-    println!(
-        "checks: {count}, median {:?}, 99 % {:?}, 99.9 % {:?}, all {:?}",
-        at(500),
-        at(990),
-        at(999),
-        took[count - 1]
-    );
+    load::quantiles("checks", &took);
     assert!(took[count - 1] <= CHECK_MAX, "the longest check took {:?}", took[count - 1]);
 }

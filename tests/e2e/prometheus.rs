@@ -7,6 +7,7 @@ use std::{
     time::Duration,
 };
 
+use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
 use serde_json::Value;
 
 use crate::{
@@ -92,7 +93,7 @@ async fn start(target: SocketAddr) -> (Guarded, SocketAddr) {
 
 /// The one value that `query` gives at the moment.
 async fn value(prometheus: SocketAddr, query: &str) -> Option<String> {
-    let encoded: String = query.bytes().map(|byte| format!("%{byte:02x}")).collect();
+    let encoded = utf8_percent_encode(query, NON_ALPHANUMERIC);
     let answer = http::get(prometheus, &format!("/api/v1/query?query={encoded}"), &[]).await.body;
     let answer: Value = serde_json::from_str(&answer).unwrap();
     let result = answer["data"]["result"].as_array().unwrap_or_else(|| panic!("{query}: {answer}"));

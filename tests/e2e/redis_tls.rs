@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use redis::{AsyncCommands as _, aio::MultiplexedConnection};
 use sha2::{Digest as _, Sha256};
+use trustgate::record::ApiKeyDigest;
 
 use crate::{
     stage::Stage,
@@ -146,8 +147,8 @@ async fn until_connected(server: &Server) {
 
 /// Where the value of `key` stands in Redis.
 fn name(key: &str) -> String {
-    let hex: String = Sha256::digest(key).iter().map(|byte| format!("{byte:02x}")).collect();
-    format!("trustgate:api_key:{hex}")
+    let digest = ApiKeyDigest::from_bytes(Sha256::digest(key).into());
+    format!("trustgate:api_key:{}", digest.to_hex())
 }
 
 /// The value of `key`, once it is there.

@@ -33,7 +33,7 @@ async fn within_the_ttl() {
     granted(&asker, &key).await;
     stage.site.revoke(&key).await;
     let revoked = Instant::now();
-    let last = last_grant(&asker, &key).await.map(|asked| asked.duration_since(revoked));
+    let last = last_grant(&asker, &key).await.map(|began| began.duration_since(revoked));
     println!("last granted {last:?} after the revocation, of {ttl:?}");
     assert!(last.is_none_or(|late| late <= ttl), "{last:?}");
 }
@@ -119,7 +119,7 @@ async fn age_is_counted_from_the_database_through_both_tiers() {
     sleep_until(read + ttl * 5 / 8).await;
     granted(&at_other, &key).await;
     assert!(other.l2("hit").await > 0.0, "it came out of Redis");
-    let last = last_grant(&at_other, &key).await.map(|asked| asked.duration_since(read));
+    let last = last_grant(&at_other, &key).await.map(|began| began.duration_since(read));
     println!("last granted {last:?} after the read, of {ttl:?}");
     assert!(last.is_none_or(|late| late <= ttl), "{last:?}");
 }
@@ -183,14 +183,14 @@ async fn refused(asker: &Asker, key: &IssuedKey, reason: &str) {
 async fn last_grant(asker: &Asker, key: &IssuedKey) -> Option<Instant> {
     let (start, mut last) = (Instant::now(), None);
     loop {
-        let asked = Instant::now();
+        let began = Instant::now();
         let verdict = asker.check(&key.key).await;
         if verdict.status != 200 {
             assert_eq!((verdict.status, verdict.reason.as_deref()), (401, Some("revoked")), "{verdict:?}");
             return last;
         }
         assert!(start.elapsed() < PATIENCE, "still granted");
-        last = Some(asked);
+        last = Some(began);
         sleep(Duration::from_millis(2)).await;
     }
 }

@@ -106,6 +106,15 @@ async fn idle_connection(idle: &Mutex<Vec<Connection>>) -> Option<Connection> {
 pub fn figures<'h>(name: &str, hits: impl Iterator<Item = &'h Hit>) {
     let mut took: Vec<_> = hits.map(|hit| hit.took).collect();
     took.sort();
-    let at = |share: usize| took.get((took.len() * share / 1000).min(took.len().saturating_sub(1)));
-    println!("{name}: {} requests, median {:?}, 99 % {:?}, all {:?}", took.len(), at(500), at(990), took.last());
+    quantiles(name, &took);
+}
+
+/// The figures of some times, the shortest first.
+///
+/// # Panics
+/// If there are none.
+pub fn quantiles(name: &str, took: &[Duration]) {
+    let at = |share: usize| took[(took.len() * share / 1000).min(took.len() - 1)];
+    let (count, median, most, nearly_all, all) = (took.len(), at(500), at(990), at(999), at(1000));
+    println!("{name}: {count}, median {median:?}, 99 % {most:?}, 99.9 % {nearly_all:?}, all {all:?}");
 }

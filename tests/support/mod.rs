@@ -1,7 +1,7 @@
 //! What tests share: real servers, private to the test and gone with it, and waiting without sleeping blindly.
 
-// Each test binary uses a part of it.
-#![allow(dead_code)]
+// Each test binary uses a part of it; what is measured is shown.
+#![allow(dead_code, clippy::print_stdout)]
 
 pub mod envoy;
 pub mod grpc;
