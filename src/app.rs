@@ -10,6 +10,7 @@ use std::{
     time::Duration,
 };
 
+use futures_util::FutureExt as _;
 use tokio::{
     net::TcpListener,
     runtime::{Builder, Handle, Runtime},
@@ -154,35 +155,22 @@ impl AppBuilder {
         let breakers = breaker_gauges(&registry)?;
         let l2 = start_redis(&config, &registry, &breakers, &clock, &stop, (&mut parts, &io.handle()))?;
         let mac_key = l2.as_ref().map(|(_, mac_key)| Arc::clone(mac_key));
-        let cache = Arc::new(Cache::new(
-            cache::Parts {
-                store: Arc::clone(&source) as _,
-                l2: l2.map(|(redis, mac_key)| L2::new(redis, mac_key)),
-                view: Arc::clone(&view),
-                clock: Arc::clone(&clock),
-                io: io.handle(),
-                limits: store_limits(&config),
-                lifetimes: lifetimes(&config),
-                settings: config.cache.clone(),
-            },
-            &registry,
-            &breakers,
-        )?);
+        let tiers = cache::Parts {
+            store: Arc::clone(&source) as _,
+            l2: l2.map(|(redis, mac_key)| L2::new(redis, mac_key)),
+            view: Arc::clone(&view),
+            clock: Arc::clone(&clock),
+            io: io.handle(),
+            limits: store_limits(&config),
+            lifetimes: lifetimes(&config),
+            settings: config.cache.clone(),
+        };
+        let cache = Arc::new(Cache::new(tiers, &registry, &breakers)?);
         let checker = Arc::new(Checker::new(check_parts(&config, &cache, &view, &clock)?, &registry)?);
-        let poll_metrics = PollMetrics::register(&registry)?;
 
-        parts.spawn_on(
-            confirm(
-                place,
-                Arc::clone(&source),
-                Arc::clone(&view),
-                mac_key,
-                poll_metrics.clone(),
-                config.clone(),
-                stop.clone(),
-            ),
-            &io.handle(),
-        );
+        let poll = PollMetrics::register(&registry)?;
+        let database = Database { place, source: Arc::clone(&source), view: Arc::clone(&view), mac_key };
+        parts.spawn_on(confirm(database, poll.clone(), config.clone(), stop.clone()), &io.handle());
         let (routes, health) = health().await;
         parts.spawn(announce(Arc::clone(&view), life.clone(), health, stop.clone()));
 
@@ -190,32 +178,18 @@ impl AppBuilder {
         let (signals, tasks) = (Signals::default(), TaskTracker::new());
         for listener in grpc {
             let accepting = net::accept::run(listener, Arc::clone(&service), signals.clone(), tasks.clone());
-            parts.spawn(async move {
-                accepting.await;
-                Ok(())
-            });
+            parts.spawn(accepting.map(Ok));
         }
         let counted = Arc::clone(&cache);
-        let admin_parts = Arc::new(Admin {
+        let shown = Admin {
             registry,
             life: life.clone(),
             view,
-            poll: poll_metrics,
+            poll,
             serving: Handle::current(),
             before_scrape: Box::new(move || counted.observe_entries()),
-        });
-        let admin_runtime = IoRuntime::start("trustgate-admin", 1)?;
-        for listener in admin {
-            let listener = listener.into_std()?;
-            let (admin, stop) = (Arc::clone(&admin_parts), stop.clone());
-            parts.spawn_on(
-                async move {
-                    // A listener belongs to the runtime it is made on.
-                    admin::run(TcpListener::from_std(listener)?, admin, stop).await.map_err(AppError::Start)
-                },
-                &admin_runtime.handle(),
-            );
-        }
+        };
+        let admin_runtime = start_admin(admin, shown, &stop, &mut parts)?;
         tracing::info!(grpc = ?addresses.0, admin = ?addresses.1, "listening");
         let runtimes = (io, admin_runtime);
         Ok(Running { config, addresses, checker, cache, source, life, stop, signals, tasks, parts, runtimes })
@@ -363,10 +337,10 @@ pub struct Explanation {
 pub fn explain(config: Config, env: Env<'_>, key: &Secret) -> Result<Explanation, AppError> {
     let bytes = key.expose().as_bytes();
     if bytes.is_empty() {
-        return Ok(explained(Decision::Deny(DenyReason::Missing), None));
+        return Ok(explained(&Decision::Deny(DenyReason::Missing), None));
     }
     if !is_well_formed(&config.credential, bytes) {
-        return Ok(explained(Decision::Deny(DenyReason::Malformed), None));
+        return Ok(explained(&Decision::Deny(DenyReason::Malformed), None));
     }
     let hasher = hasher(&config)?;
     let digests = hasher.digests(hasher.current(bytes), bytes);
@@ -381,7 +355,7 @@ pub fn explain(config: Config, env: Env<'_>, key: &Secret) -> Result<Explanation
         let record = found.value.as_ref();
         // Where a request comes from is not known here: a key that is bound to networks is explained as if from one.
         let demands = Demands { source: record.and_then(from_an_allowed_network), ..Demands::default() };
-        Ok(explained(decide(record, &demands, found.read_at), record))
+        Ok(explained(&decide(record, &demands, found.read_at), record))
     })
 }
 
@@ -389,7 +363,7 @@ fn from_an_allowed_network(record: &Record) -> Option<std::net::IpAddr> {
     record.allowed_cidrs.first().map(ipnet::IpNet::addr)
 }
 
-fn explained(decision: Decision<'_>, record: Option<&Record>) -> Explanation {
+fn explained(decision: &Decision<'_>, record: Option<&Record>) -> Explanation {
     let date = |time: Option<DatabaseTime>| time.map(|time| time.to_string()).unwrap_or_default();
     let (reason, sentence) = match decision {
         Decision::Allow(_) => match record.map_or(&[][..], |record| &*record.allowed_cidrs) {
@@ -506,13 +480,7 @@ fn start_redis(
         mac_key.get_or_init(|| key);
     }
     let (redis, keeper) = Redis::new(config.redis.clone(), Arc::clone(clock), metrics, stop.clone());
-    parts.spawn_on(
-        async {
-            keeper.await;
-            Ok(())
-        },
-        io,
-    );
+    parts.spawn_on(keeper.map(Ok), io);
     Ok(Some((redis, mac_key)))
 }
 
@@ -523,6 +491,26 @@ fn read_mac_key(file: &Path) -> io::Result<[u8; 32]> {
     <[u8; 32]>::try_from(&*bytes).ok().or_else(from_hex).ok_or_else(|| {
         io::Error::new(io::ErrorKind::InvalidData, "expected a file with 32 bytes or 64 hexadecimal digits")
     })
+}
+
+/// The admin listeners, on a thread of their own.
+fn start_admin(
+    listeners: Vec<TcpListener>,
+    shown: Admin,
+    stop: &CancellationToken,
+    parts: &mut JoinSet<Result<(), AppError>>,
+) -> io::Result<IoRuntime> {
+    let (runtime, shown) = (IoRuntime::start("trustgate-admin", 1)?, Arc::new(shown));
+    for listener in listeners {
+        let listener = listener.into_std()?;
+        let (shown, stop) = (Arc::clone(&shown), stop.clone());
+        let serving = async move {
+            // A listener belongs to the runtime it is made on.
+            admin::run(TcpListener::from_std(listener)?, shown, stop).await.map_err(AppError::Start)
+        };
+        parts.spawn_on(serving, &runtime.handle());
+    }
+    Ok(runtime)
 }
 
 fn store_limits(config: &Config) -> StoreLimits {
@@ -563,12 +551,17 @@ fn check_parts(
 /// The wait between attempts to prepare the database.
 const PREPARE_WAIT: Duration = Duration::from_millis(250);
 
-/// Prepares the database, however long that takes, then polls it.
-async fn confirm(
+/// What the task that watches the database works with.
+struct Database {
     place: String,
     source: Arc<dyn Source>,
     view: Arc<View>,
     mac_key: Option<MacKey>,
+}
+
+/// Prepares the database, however long that takes, then polls it.
+async fn confirm(
+    Database { place, source, view, mac_key }: Database,
     metrics: PollMetrics,
     config: Config,
     stop: CancellationToken,

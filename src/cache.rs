@@ -216,7 +216,7 @@ impl<K: Kind> Cache<K> {
     /// Flights in the air.
     #[must_use]
     pub fn flights(&self) -> usize {
-        self.flights.len()
+        self.flights.in_the_air()
     }
 }
 

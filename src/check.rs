@@ -35,11 +35,12 @@ use crate::{
 crate::settings! {
     /// What is answered.
     pub struct DecisionSettings in "decision" {
-        /// What Envoy is told when we cannot decide: `deny` (503, always enforced), `error` (gRPC UNAVAILABLE: Envoy's
-        /// retry, `failure_mode_allow` and `status_on_error` decide) or `error_response` (503, Envoy 1.37 and later).
+        /// What Envoy is told when we cannot decide: `deny` (503, always enforced), `error` (the gRPC error UNAVAILABLE:
+        /// Envoy's retry, `failure_mode_allow` and `status_on_error` decide) or `error_response` (503 that counts as an
+        /// error; Envoy 1.37 and later).
         on_fault: OnFault = "deny",
         /// What happens to a CORS preflight: `check` it like any request, or let it `pass` as anonymous (for proxies
-        /// that run ext_authz before cors, such as Istio).
+        /// that ask us before they apply CORS, such as Istio).
         preflight: Preflight = "check",
         /// How long one check may take in all.
         deadline: Duration = "150ms",

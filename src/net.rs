@@ -42,7 +42,7 @@ crate::settings! {
     pub struct LimitsSettings in "limits" {
         /// Calls at one time on one connection. Envoy's own default for its side is the same.
         streams_per_connection: u32 = "1024",
-        /// A larger CheckRequest is denied with 431, unread. Envoy's headers are at most 60 KiB unless configured.
+        /// A larger `CheckRequest` is denied with 431, unread. Envoy's headers are at most 60 KiB unless configured.
         message_size: ByteSize = "256KiB",
         /// Messages held at one time, over all connections.
         messages_in_flight_size: ByteSize = "64MiB",

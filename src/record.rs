@@ -57,7 +57,7 @@ impl ApiKeyDigest {
     /// The digest as 64 lower-case hexadecimal digits.
     #[must_use]
     pub fn to_hex(&self) -> String {
-        self.0.iter().map(|byte| format!("{byte:02x}")).collect()
+        hex(&self.0)
     }
 
     /// Whether two digests are the same, in constant time. Maps may use `Eq`; the last comparison before a grant uses
@@ -71,8 +71,7 @@ impl ApiKeyDigest {
 /// Four bytes: enough to join two log lines, useless to an attacker.
 impl fmt::Debug for ApiKeyDigest {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let [a, b, c, d, ..] = self.0;
-        write!(f, "ApiKeyDigest({a:02x}{b:02x}{c:02x}{d:02x}…)")
+        write!(f, "ApiKeyDigest({}…)", hex(&self.0[..4]))
     }
 }
 
@@ -83,6 +82,16 @@ pub fn bytes_from_hex<const N: usize>(text: &str) -> Option<[u8; N]> {
     let digit = |byte: u8| char::from(byte).to_digit(16).and_then(|digit| u8::try_from(digit).ok());
     let bytes: Option<Vec<u8>> = pairs.iter().map(|[high, low]| Some(digit(*high)? << 4 | digit(*low)?)).collect();
     bytes?.try_into().ok()
+}
+
+/// `bytes` as lower-case hexadecimal digits.
+#[must_use]
+pub fn hex(bytes: &[u8]) -> String {
+    bytes
+        .iter()
+        .flat_map(|byte| [byte >> 4, byte & 15])
+        .filter_map(|digit| char::from_digit(digit.into(), 16))
+        .collect()
 }
 
 /// How a digest was made.

@@ -101,7 +101,6 @@ pub enum RedisDown {
 
 impl Redis {
     /// A handle, and the task that keeps its connection until `stop`; the caller runs it.
-    #[must_use]
     pub fn new(
         settings: RedisSettings,
         clock: Arc<dyn Clock>,

@@ -79,7 +79,7 @@ mod tests {
     fn durations_need_their_unit() {
         for (text, want) in [
             ("150ms", Some(Duration::from_millis(150))),
-            ("90d", Some(Duration::from_secs(90 * 86_400))),
+            ("90d", Some(Duration::from_hours(90 * 24))),
             ("0s", Some(Duration::ZERO)),
             ("0", None),
             ("150", None),

@@ -74,9 +74,9 @@ impl Kind for ApiKey {
             trust_id: TrustId(Uuid::from_bytes(*take(&mut rest)?)),
             trust_enabled: take_flag(&mut rest)?,
             digest: ApiKeyDigest::from_bytes(*take(&mut rest)?),
-            not_before: take_time(&mut rest)?,
-            expires_at: take_time(&mut rest)?,
-            revoked_at: take_time(&mut rest)?,
+            not_before: take_time(&mut rest).ok()?,
+            expires_at: take_time(&mut rest).ok()?,
+            revoked_at: take_time(&mut rest).ok()?,
             scopes: take_texts(&mut rest)?.map(str::to_owned).collect(),
             allowed_cidrs: take_texts(&mut rest)?.map(|cidr| cidr.parse().ok()).collect::<Option<_>>()?,
         };
@@ -131,10 +131,11 @@ fn take_flag(rest: &mut &[u8]) -> Option<bool> {
     }
 }
 
-fn take_time(rest: &mut &[u8]) -> Option<Option<DatabaseTime>> {
-    let is_set = take_flag(rest)?;
-    let time = DatabaseTime::from_micros(i64::from_be_bytes(*take(rest)?));
-    Some(is_set.then_some(time))
+/// A time that may not be set; an error where there is none to be read.
+fn take_time(rest: &mut &[u8]) -> Result<Option<DatabaseTime>, ()> {
+    let is_set = take_flag(rest).ok_or(())?;
+    let time = DatabaseTime::from_micros(i64::from_be_bytes(*take(rest).ok_or(())?));
+    Ok(is_set.then_some(time))
 }
 
 fn take_length(rest: &mut &[u8]) -> Option<usize> {

@@ -67,7 +67,7 @@ impl<K: Kind> Flights<K> {
     }
 
     /// Flights and reads that have not ended.
-    pub fn len(&self) -> usize {
+    pub fn in_the_air(&self) -> usize {
         self.tasks.len()
     }
 

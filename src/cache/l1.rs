@@ -106,9 +106,11 @@ impl<K: Kind> L1<K> {
         }
     }
 
-    /// How many values are held, about.
+    /// How many values are held. Catches up with moka's own book-keeping first: for scrapes, not for checks.
     #[must_use]
     pub fn entries(&self) -> u64 {
+        self.records.run_pending_tasks();
+        self.absences.run_pending_tasks();
         self.records.entry_count() + self.absences.entry_count()
     }
 }

@@ -1,6 +1,6 @@
 //! L2: records in Redis, shared between replicas, each with its date and a MAC.
 //!
-//! A value: version byte, MAC (32), lineage (16 + 8 + 4), as_of (8), nonce (16), database time (8), record. The MAC is
+//! A value: version byte, MAC (32), lineage (16 + 8 + 4), `as_of` (8), nonce (16), database time (8), record. The MAC is
 //! HMAC-SHA-256 over kind, key and everything after it, and is checked before anything is parsed.
 //! Never holds an absence, and never trusts what it reads: whoever can write to Redis can at most make us ask the store.
 
@@ -17,7 +17,7 @@ use uuid::Uuid;
 use super::{kind::Kind, l1::Held};
 use crate::{
     clock::{DatabaseTime, Moment},
-    record::{Dated, Lineage, Nonce, Version},
+    record::{Dated, Lineage, Nonce, Version, hex},
     redis::{Redis, RedisDown},
 };
 
@@ -59,14 +59,14 @@ impl<K: Kind> L2<K> {
         let name = redis_key::<K>(key);
         match self.redis.query::<Option<Vec<u8>>>(redis::cmd("GET").arg(&name)).await {
             Ok(None) => Answer::Absent,
-            Ok(Some(bytes)) => match open::<K>(mac_key, key, &bytes, now) {
-                Some(found) => Answer::Found(found),
-                None => {
-                    // Best effort: what cannot be read now cannot be read later either.
-                    let _ = self.redis.query::<()>(redis::cmd("DEL").arg(&name)).await;
-                    Answer::Refused
+            Ok(Some(bytes)) => {
+                if let Some(found) = open::<K>(mac_key, key, &bytes, now) {
+                    return Answer::Found(found);
                 }
-            },
+                // Best effort: what cannot be read now cannot be read later either.
+                let _ = self.redis.query::<()>(redis::cmd("DEL").arg(&name)).await;
+                Answer::Refused
+            }
             Err(RedisDown::Paused | RedisDown::Failed(_)) => Answer::Down,
         }
     }
@@ -86,12 +86,11 @@ impl<K: Kind> L2<K> {
 }
 
 /// Values leave Redis after this time even if they might be used longer.
-const LIFE_MAX: Duration = Duration::from_secs(600);
+const LIFE_MAX: Duration = Duration::from_mins(10);
 
 /// `trustgate:KIND:HEX`. Holds the digest, never the key.
 fn redis_key<K: Kind>(key: &K::Key) -> String {
-    let hex: String = key.as_ref().iter().map(|byte| format!("{byte:02x}")).collect();
-    format!("trustgate:{}:{hex}", K::NAME)
+    format!("trustgate:{}:{}", K::NAME, hex(key.as_ref()))
 }
 
 fn mac<K: Kind>(mac_key: &[u8; 32], key: &K::Key, body: &[u8]) -> Hmac<Sha256> {

@@ -21,13 +21,18 @@ pub(super) struct Answer {
 
 impl Answer {
     /// Text that is the same for people and programs.
-    pub(super) const fn text(text: String) -> Self {
+    pub(super) fn text(mut text: String) -> Self {
+        if !text.is_empty() && !text.ends_with('\n') {
+            text.push('\n');
+        }
         Self { text, json: None, code: DONE }
     }
 
-    /// One object, shown as its fields, one a line.
-    pub(super) fn object(object: Value) -> Self {
-        let rows = object.as_object().into_iter().flatten().map(|(name, value)| vec![name.clone(), cell(value)]);
+    /// One object, shown as its fields, one a line: `first` those, in this order, then the others.
+    pub(super) fn object(object: Value, first: &[&str]) -> Self {
+        let others = object.as_object().into_iter().flatten().map(|(name, _)| name.as_str());
+        let names = first.iter().copied().chain(others.filter(|name| !first.contains(name)));
+        let rows = names.filter_map(|name| Some(vec![name.to_owned(), cell(object.get(name)?)]));
         Self { text: table(None, rows), json: Some(object), code: DONE }
     }
 
@@ -72,6 +77,9 @@ fn table(header: Option<&[&str]>, rows: impl Iterator<Item = Vec<String>>) -> St
     for row in rows {
         table.add_row(row);
     }
+    for column in table.column_iter_mut() {
+        column.set_padding((0, 2));
+    }
     let lines = table.lines().map(|line| format!("{}\n", line.trim_end()));
     lines.collect::<Vec<_>>().concat()
 }
@@ -101,6 +109,8 @@ fn seconds(text: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
 
     #[test]

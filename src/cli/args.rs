@@ -45,9 +45,15 @@ pub(super) enum Command {
     Serve,
     /// Create or upgrade the tables in the database.
     Migrate {
-        /// Only print the rights that `serve` and management need in PostgreSQL.
+        /// Only print the statements that give the roles in PostgreSQL the rights they need.
         #[arg(long)]
         print_grants: bool,
+        /// The role of `serve` in these statements.
+        #[arg(long, value_name = "ROLE", default_value = "trustgate_serve", requires = "print_grants")]
+        serve_role: String,
+        /// The role of `trust`, `key` and `cache` in these statements.
+        #[arg(long, value_name = "ROLE", default_value = "trustgate_manage", requires = "print_grants")]
+        manage_role: String,
     },
     /// The organisations that keys speak for.
     #[command(subcommand)]

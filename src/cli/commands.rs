@@ -42,9 +42,12 @@ pub(super) fn run(arguments: Arguments, environment: &Environment) -> Result<Ans
                 &Secret::new(text.expose().trim().to_owned()),
             )?))
         }
-        Command::Migrate { print_grants } => {
+        Command::Migrate { print_grants: true, serve_role, manage_role } => {
+            Ok(Answer::text(store::grants(&load(Purpose::Manage)?.store, &serve_role, &manage_role)))
+        }
+        Command::Migrate { .. } => {
             let config = load(Purpose::Manage)?;
-            let migrated = block_on(migrate(&config, environment, print_grants))?;
+            let migrated = block_on(migrate(&config, environment))?;
             migrated.map_err(|error| CliError::of_store(error, &config))
         }
         Command::Trust(command) => managing(&load(Purpose::Manage)?, environment, async |manager, config| {
@@ -86,13 +89,12 @@ fn block_on<T>(work: impl Future<Output = T>) -> Result<T, CliError> {
     Ok(runtime.map_err(|error| CliError::new(format!("cannot start: {error}")))?.block_on(work))
 }
 
-async fn migrate(config: &Config, environment: &Environment, print_grants: bool) -> Result<Answer, LedgerError> {
-    if print_grants {
-        return Ok(Answer::text(store::grants(&config.store, "trustgate_serve", "trustgate_manage")));
-    }
+async fn migrate(config: &Config, environment: &Environment) -> Result<Answer, LedgerError> {
     let variable = |name: &str| variable(environment, name);
     store::migrate(&config.store, &variable).await?;
-    Ok(Answer::object(json!({ "database": store::describe(&config.store, &variable) })))
+    let database = store::describe(&config.store, &variable);
+    let json = Some(json!({ "database": database, "migrated": true }));
+    Ok(Answer { json, ..Answer::text(format!("{database} has the tables of this release")) })
 }
 
 /// A variable of the environment, if it is there and is text.
@@ -116,7 +118,7 @@ fn completions(shell: clap_complete::Shell) -> Answer {
 
 fn checked(config: Result<Config, ConfigError>) -> Result<Answer, CliError> {
     match config {
-        Ok(_) => Ok(Answer { json: Some(json!({ "ok": true, "mistakes": [] })), ..Answer::text("ok\n".to_owned()) }),
+        Ok(_) => Ok(Answer { json: Some(json!({ "ok": true, "mistakes": [] })), ..Answer::text("ok".to_owned()) }),
         Err(ConfigError::Mistakes(mistakes)) => {
             let objects: Vec<_> = mistakes
                 .0
@@ -124,7 +126,7 @@ fn checked(config: Result<Config, ConfigError>) -> Result<Answer, CliError> {
                 .map(|mistake| json!({ "setting": mistake.setting, "origin": mistake.origin, "problem": mistake.problem }))
                 .collect();
             let json = Some(json!({ "ok": false, "mistakes": objects }));
-            Ok(Answer { json, ..Answer::text(format!("{mistakes}\n")) }.exit(FAILED))
+            Ok(Answer { json, ..Answer::text(mistakes.to_string()) }.exit(FAILED))
         }
         Err(error) => Err(error.into()),
     }
@@ -148,19 +150,20 @@ fn cleared(effect: &Effect) -> Answer {
         let seen = super::answer::time(replica.seen_at);
         format!("not yet on replica {}, last seen {}", replica.id, seen.as_str().unwrap_or("never"))
     }));
-    let answer = Answer { json: Some(json), ..Answer::text(lines.join("\n") + "\n") };
+    let answer = Answer { json: Some(json), ..Answer::text(lines.join("\n")) };
     if effect.missing.is_empty() { answer } else { answer.exit(FAILED) }
 }
 
 fn explained(explanation: &Explanation) -> Answer {
     let Explanation { allowed, reason, sentence, trust_id, key_id, scopes } = explanation;
-    let answer = Answer::object(json!({
+    let object = json!({
         "decision": if *allowed { "allow" } else { "deny" },
         "reason": reason,
         "sentence": sentence,
         "trust_id": trust_id.map(|id| id.to_string()),
         "key_id": key_id.map(|id| id.to_string()),
         "scopes": scopes,
-    }));
+    });
+    let answer = Answer::object(object, &["decision", "reason", "sentence"]);
     if *allowed { answer } else { answer.exit(DENIED) }
 }

@@ -55,19 +55,15 @@ impl At for ManageError {
 
 /// Whether it helps to know where the database was configured.
 const fn blames_database(error: &LedgerError) -> bool {
-    match error {
-        LedgerError::NoDatabase { .. }
-        | LedgerError::Schema(_)
-        | LedgerError::Unusable(_)
-        | LedgerError::Database(_)
-        | LedgerError::Fault(_) => true,
+    !matches!(
+        error,
         LedgerError::NotOurs
-        | LedgerError::NoTrust(_)
-        | LedgerError::NoKey(_)
-        | LedgerError::NameTaken(_)
-        | LedgerError::DigestTaken(_)
-        | LedgerError::HasKeys(_) => false,
-    }
+            | LedgerError::NoTrust(_)
+            | LedgerError::NoKey(_)
+            | LedgerError::NameTaken(_)
+            | LedgerError::DigestTaken(_)
+            | LedgerError::HasKeys(_)
+    )
 }
 
 fn database_place(config: &Config) -> String {

@@ -39,11 +39,11 @@ pub(super) async fn run(manager: &mut Manager, config: &Config, command: args::K
         }
         args::Key::Show(which) => {
             let (key, now) = manager.key(which.id).await?;
-            Ok(Answer::object(data(&key, now)))
+            Ok(Answer::object(data(&key, now), COLUMNS))
         }
         args::Key::Revoke(which) => {
             let (key, now) = manager.revoke_key(which.id).await?;
-            Ok(Answer::object(data(&key, now)).note(&when_effective(config)))
+            Ok(Answer::object(data(&key, now), COLUMNS).note(&when_effective(config)))
         }
         args::Key::Identify => {
             let (found, now) = manager.identify_keys(stdin::text()?.expose()).await?;
@@ -68,16 +68,17 @@ pub(super) async fn run(manager: &mut Manager, config: &Config, command: args::K
 fn issued(Issued { key, secret }: &Issued) -> Answer {
     let mut object = data(key, key.created_at);
     object["key"] = json!(secret.expose());
-    Answer::object(object).note("This is the only time the key is shown: store it now.")
+    Answer::object(object, &["key", "id"]).note("This is the only time the key is shown: store it now.")
 }
 
 fn stored(imported: &import::Imported) -> Answer {
-    Answer::object(json!({
+    let object = json!({
         "trust_id": imported.trust.id.to_string(),
         "trust_name": imported.trust.name,
         "imported": imported.new,
         "already_stored": imported.known,
-    }))
+    });
+    Answer::object(object, &["imported", "already_stored"])
 }
 
 fn identified(found: &[Identified], now: DatabaseTime) -> Answer {

@@ -16,16 +16,20 @@ use crate::{
 const COLUMNS: &[&str] = &["name", "id", "enabled", "keys", "created_at"];
 
 pub(super) async fn run(manager: &mut Manager, command: args::Trust) -> Result<Answer, ManageError> {
-    Ok(match command {
-        args::Trust::Create { name } => Answer::object(data(&manager.create_trust(&name).await?)),
-        args::Trust::List => Answer::list(manager.trusts().await?.iter().map(data).collect(), COLUMNS),
-        args::Trust::Show(which) => Answer::object(data(&manager.trust(&which.trust).await?)),
-        args::Trust::Enable(which) => Answer::object(data(&manager.enable_trust(&which.trust, true).await?)),
-        args::Trust::Disable(which) => Answer::object(data(&manager.enable_trust(&which.trust, false).await?)),
-        args::Trust::Delete { which, with_keys } => {
-            Answer::object(data(&manager.delete_trust(&which.trust, with_keys).await?)).note("The trust is deleted.")
+    let trust = match command {
+        args::Trust::List => {
+            return Ok(Answer::list(manager.trusts().await?.iter().map(data).collect(), COLUMNS));
         }
-    })
+        args::Trust::Create { name } => manager.create_trust(&name).await?,
+        args::Trust::Show(which) => manager.trust(&which.trust).await?,
+        args::Trust::Enable(which) => manager.enable_trust(&which.trust, true).await?,
+        args::Trust::Disable(which) => manager.enable_trust(&which.trust, false).await?,
+        args::Trust::Delete { which, with_keys } => {
+            let trust = manager.delete_trust(&which.trust, with_keys).await?;
+            return Ok(Answer::object(data(&trust), COLUMNS).note("The trust is deleted."));
+        }
+    };
+    Ok(Answer::object(data(&trust), COLUMNS))
 }
 
 fn data(trust: &Trust) -> Value {

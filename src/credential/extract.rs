@@ -4,6 +4,7 @@
 
 use std::borrow::Cow;
 
+use percent_encoding::percent_decode_str;
 use smallvec::SmallVec;
 
 use super::{CredentialSettings, OnMultiple, Source, is_well_formed, source::Scheme};
@@ -147,34 +148,10 @@ fn query<'m>(path: &'m str, name: &str) -> Found<'m> {
     let path = path.split('#').next().unwrap_or_default();
     let Some((_, query)) = path.split_once('?') else { return Found::new() };
     let value = |pair: &'m str| match pair.split_once('=') {
-        Some((key, value)) => (key == name).then(|| percent_decoded(value)),
+        Some((key, value)) => (key == name).then(|| percent_decode_str(value).into()),
         None => (pair == name).then(|| Cow::Borrowed(&b""[..])),
     };
     query.split('&').filter_map(value).collect()
-}
-
-/// RFC 3986, section 2.1. What is not a valid escape stays as it is.
-fn percent_decoded(text: &str) -> Cow<'_, [u8]> {
-    if !text.contains('%') {
-        return Cow::Borrowed(text.as_bytes());
-    }
-    let digit = |byte: Option<&u8>| byte.and_then(|byte| char::from(*byte).to_digit(16));
-    let bytes = text.as_bytes();
-    let mut decoded = Vec::with_capacity(bytes.len());
-    let mut at = 0;
-    while let Some(byte) = bytes.get(at) {
-        match (byte, digit(bytes.get(at + 1)), digit(bytes.get(at + 2))) {
-            (b'%', Some(high), Some(low)) => {
-                decoded.push((high << 4 | low).to_le_bytes()[0]); // both below 16
-                at += 3;
-            }
-            _ => {
-                decoded.push(*byte);
-                at += 1;
-            }
-        }
-    }
-    Cow::Owned(decoded)
 }
 
 /// The cookies of a request, `name=value` each. Separated by `;` (RFC 6265), and by `,` where Envoy joined two lines.
@@ -237,7 +214,7 @@ mod tests {
             .iter()
             .map(|(key, value)| HeaderValue {
                 key: (*key).into(),
-                raw_value: value.as_bytes().to_vec().into(),
+                raw_value: value.as_bytes().to_vec(),
                 ..Default::default()
             })
             .collect();

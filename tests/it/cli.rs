@@ -192,6 +192,28 @@ fn a_database_that_does_not_answer_is_named_without_its_password() {
 }
 
 #[test]
+fn tables_of_somebody_else_are_not_changed() {
+    let place = Place::migrated();
+    let url = format!("sqlite://{}", place.path().join("trustgate.db").display());
+    place.write("t.toml", &format!("[store]\nurl = \"{url}\"\npreset = \"trust-table\"\n"));
+    for command in [&["trust", "create", "acme"][..], &["key", "list"], &["migrate"], &["cache", "clear"]] {
+        let ran = place.run(&[&["--config", "t.toml"], command].concat());
+        ran.failed(1, &["reads it and never changes it", "store.preset is set in t.toml:3"]);
+    }
+}
+
+#[test]
+fn the_pepper_may_be_in_a_file_that_must_be_there() {
+    let place = Place::migrated().with("TRUSTGATE__CREDENTIAL__PEPPER_FILE", "pepper");
+    place
+        .run(&["trust", "list"])
+        .failed(1, &["TRUSTGATE__CREDENTIAL__PEPPER_FILE: credential.pepper_file: cannot read pepper"]);
+    place.write("pepper", "pepper-hunter2\n");
+    place.json(&["trust", "create", "acme"]);
+    assert_eq!(place.json(&["key", "issue", "--trust", "acme"])["scheme"], "hmac-sha256");
+}
+
+#[test]
 fn clearing_caches_without_replicas_is_done_at_once() {
     let place = Place::migrated();
     assert_eq!(place.run(&["cache", "clear"]).done().out, "effective: no replica was seen within the last 30 s\n");

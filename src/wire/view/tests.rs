@@ -34,7 +34,7 @@ fn header_value() -> impl Strategy<Value = HeaderValue> {
     ("[a-zA-Z0-9:_-]{0,12}", any::<String>(), vec(any::<u8>(), 0..20)).prop_map(|(key, value, raw_value)| HeaderValue {
         key,
         value,
-        raw_value: raw_value.into(),
+        raw_value,
     })
 }
 
@@ -52,7 +52,7 @@ fn http() -> impl Strategy<Value = HttpRequest> {
             size,
             headers,
             header_map: raw.map(|headers| HeaderMap { headers }),
-            raw_body: raw_body.into(),
+            raw_body,
             ..Default::default()
         })
 }
