@@ -4,6 +4,7 @@ use std::{os::unix::fs::PermissionsExt, path::Path, sync::Arc};
 
 use trustgate::{
     clock::SystemClock,
+    fault::Fault,
     store::{self, LedgerError, Missing, StoreSettings},
 };
 
@@ -61,6 +62,27 @@ async fn a_file_that_is_no_database_is_told_and_left_alone() {
     let problem = lookup.prepare(Missing::Create).await.unwrap_err().to_string();
     assert!(problem.contains("not a database"), "{problem}");
     assert_eq!(std::fs::read(&path).unwrap(), before);
+}
+
+#[tokio::test]
+async fn a_file_that_was_replaced_or_removed_is_not_read_any_longer() {
+    let dir = tempfile::tempdir().unwrap();
+    let settings = |name: &str| StoreSettings {
+        url: Some(trustgate::secret::Secret::new(format!("sqlite://{}/{name}.db", dir.path().display()))),
+        ..StoreSettings::default()
+    };
+    let lookup = store::open_lookup(&settings("used"), &|_| None, Arc::new(SystemClock)).unwrap();
+    lookup.prepare(Missing::Create).await.unwrap();
+    store::migrate(&settings("other"), &|_| None).await.unwrap();
+    let first = lookup.newest().await.unwrap();
+    for beside in ["-wal", "-shm"] {
+        let _ = std::fs::remove_file(dir.path().join(format!("used.db{beside}")));
+    }
+    std::fs::rename(dir.path().join("other.db"), dir.path().join("used.db")).unwrap();
+    let second = lookup.newest().await.unwrap();
+    assert_ne!(first.lineage, second.lineage, "the one that lies there now");
+    std::fs::remove_file(dir.path().join("used.db")).unwrap();
+    assert!(matches!(lookup.newest().await, Err(Fault::Unreachable { .. })), "an error, never an absence");
 }
 
 #[tokio::test]

@@ -325,7 +325,7 @@ async fn an_import_can_be_repeated(db: Db) {
         let key = |number: u32| {
             let mut digest = [0; 32];
             digest[..4].copy_from_slice(&number.to_be_bytes());
-            let name = (number % 2 == 0).then(|| format!("number {number}"));
+            let name = number.is_multiple_of(2).then(|| format!("number {number}"));
             let scopes = vec!["s".to_owned(); usize::try_from(number % 3).unwrap()];
             NewKey { id: KeyId(Uuid::new_v4()), digest: ApiKeyDigest::from_bytes(digest), name, scopes, ..new_key(1) }
         };
@@ -546,9 +546,10 @@ async fn a_row_that_cannot_be_read_is_a_fault(db: Db) {
     with_acme(&mut *ledger).await;
     ledger.add_key(&actor(), &acme(), new_key(1)).await.unwrap();
     let mut breaks = vec!["scheme = 77"];
-    breaks.extend(match db.is_postgres() {
-        true => vec!["scopes = '{a,NULL}'", "allowed_cidrs = '{NULL}'"],
-        false => vec!["scopes = '{}'", "allowed_cidrs = '[\"10.0.0.0/99\"]'"],
+    breaks.extend(if db.is_postgres() {
+        ["scopes = '{a,NULL}'", "allowed_cidrs = '{NULL}'"]
+    } else {
+        ["scopes = '{}'", "allowed_cidrs = '[\"10.0.0.0/99\"]'"]
     });
     for broken in breaks {
         db.execute(&format!("UPDATE api_key SET scheme = 0, scopes = '{0}', allowed_cidrs = '{0}'", empty(&db))).await;

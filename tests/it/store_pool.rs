@@ -76,7 +76,8 @@ async fn after_a_restart_of_the_server_the_next_read_works() {
     lookup.prepare(Missing::Refuse).await.unwrap();
     read_at_once(&lookup, 9).await;
     server.stop();
-    let fault = lookup.find(&nobody()).await.unwrap_err();
+    let refused = tokio::time::timeout(20 * SECONDS, lookup.find(&nobody())).await;
+    let fault = refused.expect("a connect that is refused keeps nobody waiting").unwrap_err();
     assert!(matches!(fault, Fault::Unreachable { .. }), "refused at once: {fault:?}");
     let text = fault.to_string();
     assert!(!text.contains("reader") && !text.contains("postgres://"), "{text}");
@@ -209,6 +210,10 @@ async fn a_password_file_is_read_at_every_connect() {
     server.execute("postgres", "ALTER ROLE reader PASSWORD 'second'; SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'reader'").await;
     std::fs::write(&password_file, "second").unwrap();
     lookup.find(&nobody()).await.unwrap();
+    // A password in the URL goes before the file's.
+    let own = server.tcp_url("manager", "postgres").replace("manager@", "manager:other@");
+    let with_own = StoreSettings { url: Some(Secret::new(own)), url_file: None, ..settings.clone() };
+    store::open_ledger(&with_own, &|_| None).await.unwrap();
     std::fs::remove_file(&url_file).unwrap();
     server.execute("postgres", "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'reader'").await;
     let gone = lookup.find(&nobody()).await.unwrap_err().to_string();
@@ -335,7 +340,8 @@ async fn a_closed_pool_leaves_nothing_behind_and_nobody_waiting() {
         async move { pool.read(&()).await }
     });
     eventually("it connects", 10 * SECONDS, || async { staged.connects.load(Ordering::SeqCst) == 1 }).await;
-    pool.close().await;
+    let closed = tokio::time::timeout(20 * SECONDS, pool.close()).await;
+    assert!(closed.is_ok(), "it does not wait for the connect");
     assert!(matches!(reading.await.unwrap(), Err(Trouble::Closed)));
     assert!(matches!(pool.read(&()).await, Err(Trouble::Closed)));
     assert_eq!((pool.connections(), staged.open.load(Ordering::SeqCst)), (0, 0));

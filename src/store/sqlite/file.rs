@@ -2,7 +2,7 @@
 
 use std::{
     fs::{self, DirBuilder, OpenOptions},
-    io::ErrorKind,
+    io::{self, ErrorKind},
     os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt},
     path::Path,
 };
@@ -66,6 +66,16 @@ pub(crate) fn prepare(path: &Path, missing: Missing) -> Result<(), LedgerError> 
         }
         Err(error) => Err(unusable("cannot use the database", &error)),
     }
+}
+
+/// Which file it is, whatever its path: device and inode.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Identity(u64, u64);
+
+/// Which file lies at `path` now.
+pub(crate) fn identity(path: &Path) -> io::Result<Identity> {
+    let found = fs::metadata(path)?;
+    Ok(Identity(found.dev(), found.ino()))
 }
 
 fn refuse_network(path: &Path) -> Result<(), LedgerError> {

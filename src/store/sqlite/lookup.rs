@@ -26,6 +26,13 @@ pub(crate) struct Sqlite {
     pub(crate) preset: Option<Preset>,
 }
 
+/// A connection and the file it was made to. SQLite would go on reading a file that was removed or replaced, and see no
+/// change made in the new one.
+pub(crate) struct Opened {
+    connection: SqliteConnection,
+    file: file::Identity,
+}
+
 /// A statement and its values.
 pub(crate) struct Query {
     sql: String,
@@ -45,15 +52,19 @@ impl Query {
 }
 
 impl Connect for Sqlite {
-    type Connection = SqliteConnection;
+    type Connection = Opened;
     type Query = Query;
     type Row = SqliteRow;
 
-    async fn connect(&self) -> Result<SqliteConnection, sqlx::Error> {
-        connect(&self.path).await
+    async fn connect(&self) -> Result<Opened, sqlx::Error> {
+        let file = file::identity(&self.path)?;
+        Ok(Opened { connection: connect(&self.path).await?, file })
     }
 
-    async fn run(&self, connection: &mut SqliteConnection, query: &Query) -> Result<Vec<SqliteRow>, sqlx::Error> {
+    async fn run(&self, opened: &mut Opened, query: &Query) -> Result<Vec<SqliteRow>, sqlx::Error> {
+        if file::identity(&self.path)? != opened.file {
+            return Err(sqlx::Error::Io(std::io::Error::other("the database was replaced by another file")));
+        }
         // Made of this module's constants and placeholders alone.
         let mut bound = sqlx::query(AssertSqlSafe(query.sql.clone()));
         for value in &query.values {
@@ -64,12 +75,12 @@ impl Connect for Sqlite {
             };
         }
         // To its end: an unfinished SELECT would pin the snapshot.
-        bound.fetch_all(connection).await
+        bound.fetch_all(&mut opened.connection).await
     }
 
-    async fn close(connection: SqliteConnection) {
+    async fn close(opened: Opened) {
         // It is gone either way.
-        let _ = connection.close().await;
+        let _ = opened.connection.close().await;
     }
 
     fn lost(error: &sqlx::Error) -> bool {
