@@ -1,6 +1,6 @@
 //! HTTP/1.1 on both sides: a client that asks one thing, and an application that answers with what it saw.
 
-use std::{collections::BTreeMap, net::SocketAddr};
+use std::{collections::BTreeMap, error::Error, net::SocketAddr};
 
 use axum::{Router, extract::Request, serve::ListenerExt as _};
 use http_body_util::{BodyExt as _, Empty};
@@ -38,10 +38,13 @@ impl Answer {
     }
 }
 
+/// What can go wrong on the way to a server.
+pub type Trouble = Box<dyn Error + Send + Sync>;
+
 /// Connects to a server.
-pub async fn connect(server: SocketAddr) -> hyper::Result<Connection> {
-    let stream = TcpStream::connect(server).await.expect("somebody listens");
-    stream.set_nodelay(true).expect("a TCP socket");
+pub async fn connect(server: SocketAddr) -> Result<Connection, Trouble> {
+    let stream = TcpStream::connect(server).await?;
+    stream.set_nodelay(true)?;
     let (sender, connection) = http1::handshake(TokioIo::new(stream)).await?;
     // It ends with its sender, or says there what went wrong.
     tokio::spawn(connection);
@@ -49,7 +52,7 @@ pub async fn connect(server: SocketAddr) -> hyper::Result<Connection> {
 }
 
 /// Asks for `path` on a connection that is ready.
-pub async fn ask(connection: &mut Connection, path: &str, headers: &[(&str, &str)]) -> Result<Answer, hyper::Error> {
+pub async fn ask(connection: &mut Connection, path: &str, headers: &[(&str, &str)]) -> Result<Answer, Trouble> {
     let mut request = hyper::Request::get(path).header("host", "service.example");
     for (name, value) in headers {
         request = request.header(*name, *value);
@@ -73,13 +76,12 @@ pub async fn ask(connection: &mut Connection, path: &str, headers: &[(&str, &str
 /// # Panics
 /// If there is no answer.
 pub async fn get(server: SocketAddr, path: &str, headers: &[(&str, &str)]) -> Answer {
-    let mut connection = connect(server).await.expect("HTTP");
+    let mut connection = connect(server).await.unwrap_or_else(|error| panic!("{server}: {error}"));
     ask(&mut connection, path, headers).await.unwrap_or_else(|error| panic!("{server}{path}: {error}"))
 }
 
 /// The same, where it may be that nobody listens.
 pub async fn try_get(server: SocketAddr, path: &str) -> Option<Answer> {
-    TcpStream::connect(server).await.ok()?;
     ask(&mut connect(server).await.ok()?, path, &[]).await.ok()
 }
 

@@ -11,7 +11,7 @@ use tokio::{
     time::{Instant, sleep_until},
 };
 
-use super::http::{self, Connection};
+use super::http::{self, Connection, Trouble};
 
 /// One request.
 #[derive(Clone, Debug)]
@@ -81,7 +81,11 @@ async fn shoot(
     Hit { due, took: (start + due).elapsed(), shot, answer }
 }
 
-async fn answer(server: SocketAddr, idle: &Mutex<Vec<Connection>>, key: &str) -> hyper::Result<(u16, Option<String>)> {
+async fn answer(
+    server: SocketAddr,
+    idle: &Mutex<Vec<Connection>>,
+    key: &str,
+) -> Result<(u16, Option<String>), Trouble> {
     let mut connection = match idle_connection(idle).await {
         Some(connection) => connection,
         None => http::connect(server).await?,
