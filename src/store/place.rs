@@ -10,7 +10,7 @@ use super::{LedgerError, StoreSettings};
 use crate::secret::Secret;
 
 /// How a variable of the environment is looked up.
-pub type Env<'a> = &'a dyn Fn(&str) -> Option<String>;
+pub type Env<'a> = &'a (dyn Fn(&str) -> Option<String> + Sync);
 
 /// Which database, by its kind.
 #[derive(Clone, Debug, PartialEq, Eq)]

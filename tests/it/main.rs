@@ -3,6 +3,12 @@
 // All of it is tests: what fails here should fail loudly, and nobody else uses it.
 #![allow(clippy::unwrap_used, unreachable_pub)]
 
+#[path = "../support/mod.rs"]
+mod support;
+
 mod cli;
 mod config;
 mod program;
+mod sqlite_file;
+mod store_contract;
+mod store_pool;

@@ -1,0 +1,77 @@
+//! The embedded database as a file: who may read it, who makes it, and where it lies by default.
+
+use std::{os::unix::fs::PermissionsExt, path::Path, sync::Arc};
+
+use trustgate::{
+    clock::SystemClock,
+    store::{self, LedgerError, Missing, StoreSettings},
+};
+
+fn mode(path: &Path) -> u32 {
+    std::fs::metadata(path).unwrap().permissions().mode() & 0o777
+}
+
+#[tokio::test]
+async fn only_serve_and_migrate_make_the_file_and_only_its_owner_can_read_it() {
+    let home = tempfile::tempdir().unwrap();
+    let path = home.path().join(".local/state/trustgate/trustgate.db");
+    let vars = home.path().to_str().unwrap().to_owned();
+    let env = move |name: &str| (name == "HOME").then(|| vars.clone());
+    let settings = StoreSettings::default();
+    assert_eq!(store::describe(&settings, &env), format!("the SQLite database at {}", path.display()));
+    let lookup = store::open_lookup(&settings, &env, Arc::new(SystemClock)).unwrap();
+
+    // Every other command.
+    for outcome in [lookup.prepare(Missing::Refuse).await, store::open_ledger(&settings, &env).await.map(drop)] {
+        let problem = outcome.unwrap_err();
+        assert!(matches!(&problem, LedgerError::NoDatabase { path: missing } if *missing == path));
+        let text = problem.to_string();
+        assert!(text.contains(path.to_str().unwrap()) && text.contains("trustgate serve"), "{text}");
+        assert!(!problem.is_transient());
+    }
+    assert!(!path.exists() && std::fs::read_dir(home.path()).unwrap().next().is_none(), "nothing was made");
+
+    // Serve.
+    lookup.prepare(Missing::Create).await.unwrap();
+    lookup.report(uuid::Uuid::nil(), lookup.newest().await.unwrap().as_of).await.unwrap();
+    assert_eq!(mode(&path), 0o600);
+    assert_eq!(mode(path.parent().unwrap()), 0o700);
+    for beside in ["trustgate.db-wal", "trustgate.db-shm"] {
+        assert_eq!(mode(&path.with_file_name(beside)), 0o600, "{beside}");
+    }
+    store::open_ledger(&settings, &env).await.unwrap();
+    lookup.close().await;
+
+    // A file that others may read is used all the same; the warning is in the log.
+    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o644)).unwrap();
+    store::migrate(&settings, &env).await.unwrap();
+    assert_eq!(mode(&path), 0o644);
+}
+
+#[tokio::test]
+async fn a_file_that_is_no_database_is_told_and_left_alone() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("trustgate.db");
+    std::fs::write(&path, "notes of somebody's, longer than any header could be".repeat(50)).unwrap();
+    let before = std::fs::read(&path).unwrap();
+    let state = dir.path().to_str().unwrap().to_owned();
+    let env = move |name: &str| (name == "STATE_DIRECTORY").then(|| state.clone());
+    let settings = StoreSettings::default();
+    let lookup = store::open_lookup(&settings, &env, Arc::new(SystemClock)).unwrap();
+    let problem = lookup.prepare(Missing::Create).await.unwrap_err().to_string();
+    assert!(problem.contains("not a database"), "{problem}");
+    assert_eq!(std::fs::read(&path).unwrap(), before);
+}
+
+#[tokio::test]
+async fn a_preset_never_makes_a_file() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("theirs.db");
+    let url = Some(trustgate::secret::Secret::new(format!("sqlite://{}", path.display())));
+    let settings = StoreSettings { url, preset: Some(store::Preset::TrustTable), ..StoreSettings::default() };
+    let lookup = store::open_lookup(&settings, &|_| None, Arc::new(SystemClock)).unwrap();
+    assert!(matches!(lookup.prepare(Missing::Create).await, Err(LedgerError::NoDatabase { .. })));
+    assert!(!path.exists());
+    let nowhere = StoreSettings { url: None, ..settings };
+    assert!(store::open_lookup(&nowhere, &|_| None, Arc::new(SystemClock)).is_err(), "whose table would it be?");
+}

@@ -1,0 +1,596 @@
+//! What every store does, run on each adapter against the real database.
+
+use std::{collections::HashSet, future::poll_fn, path::PathBuf, pin::pin, sync::Arc, task::Poll, time::Duration};
+
+use sqlx::{AssertSqlSafe, Connection, Row, SqliteConnection, sqlite::SqliteConnectOptions};
+use trustgate::{
+    clock::{DatabaseTime, SystemClock},
+    fault::{Fault, Tier},
+    record::{ApiKeyDigest, Digests, KeyId, Lineage, Nonce, Scheme, TrustId, Version},
+    secret::Secret,
+    store::{
+        self, Actor, Ledger, LedgerError, Missing, Preset, Source, StoreSettings,
+        ledger::{NewKey, TrustRef},
+    },
+};
+use uuid::Uuid;
+
+use crate::support::postgres::Postgres;
+
+macro_rules! contract {
+    ($($name:ident)+) => {
+        mod sqlite {
+            $( #[tokio::test] async fn $name() { super::$name(super::Db::sqlite()).await; } )+
+        }
+        mod postgres {
+            $( #[tokio::test] async fn $name() { super::$name(super::Db::postgres().await).await; } )+
+        }
+    };
+}
+
+contract! {
+    a_key_is_found_and_an_unknown_one_is_a_dated_absence
+    a_key_stored_under_an_older_scheme_is_found
+    every_field_a_decision_needs_comes_back
+    a_trust_lives_and_dies_with_its_keys
+    names_and_digests_are_taken_once
+    an_import_can_be_repeated
+    a_key_is_identified_without_being_shown
+    revoking_twice_keeps_the_first_time
+    clearing_the_caches_draws_a_new_version_with_a_new_nonce
+    a_change_and_its_audit_are_one
+    replicas_that_give_signs_of_life_are_listed
+    a_table_of_somebody_else_is_read_as_it_is
+    a_table_of_somebody_else_that_lacks_a_column_is_told_at_start
+    tables_that_are_too_new_are_refused_and_newer_compatible_ones_are_not
+    migrating_twice_and_at_once_is_the_same_as_once
+    a_row_that_cannot_be_read_is_a_fault
+    a_ledger_call_dropped_in_the_middle_leaves_the_next_one_whole
+}
+
+/// An empty database.
+struct Db {
+    settings: StoreSettings,
+    place: Place,
+}
+
+enum Place {
+    Sqlite { path: PathBuf, _dir: tempfile::TempDir },
+    Postgres { server: Arc<Postgres>, database: String },
+}
+
+impl Db {
+    fn sqlite() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("made/trustgate.db");
+        let url = Some(Secret::new(format!("sqlite://{}", path.display())));
+        Self { settings: StoreSettings { url, ..patient() }, place: Place::Sqlite { path, _dir: dir } }
+    }
+
+    async fn postgres() -> Self {
+        let server = Postgres::shared().await;
+        let database = server.database().await;
+        // So that the same statements of a test find the tables on both.
+        server.execute("postgres", &format!("ALTER DATABASE {database} SET search_path = trustgate, public")).await;
+        let url = Some(Secret::new(server.url("admin", &database)));
+        Self { settings: StoreSettings { url, ..patient() }, place: Place::Postgres { server, database } }
+    }
+
+    /// With our tables.
+    async fn migrated(self) -> Self {
+        store::migrate(&self.settings, NO_ENV).await.unwrap();
+        self
+    }
+
+    async fn lookup(&self) -> Arc<dyn Source> {
+        let lookup = self.open();
+        lookup.prepare(Missing::Refuse).await.unwrap();
+        lookup
+    }
+
+    fn open(&self) -> Arc<dyn Source> {
+        store::open_lookup(&self.settings, NO_ENV, Arc::new(SystemClock)).unwrap()
+    }
+
+    async fn ledger(&self) -> Box<dyn Ledger> {
+        store::open_ledger(&self.settings, NO_ENV).await.unwrap()
+    }
+
+    /// Runs statements of the test's own.
+    async fn execute(&self, sql: &str) {
+        match &self.place {
+            Place::Postgres { server, database } => server.execute(database, sql).await,
+            Place::Sqlite { path, .. } => {
+                std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+                let options = SqliteConnectOptions::new().filename(path).create_if_missing(true);
+                let mut connection = SqliteConnection::connect_with(&options).await.unwrap();
+                sqlx::raw_sql(AssertSqlSafe(sql)).execute(&mut connection).await.unwrap();
+                connection.close().await.unwrap();
+            }
+        }
+    }
+
+    /// The texts in the first column.
+    async fn texts(&self, sql: &str) -> Vec<String> {
+        match &self.place {
+            Place::Postgres { server, database } => {
+                let rows =
+                    sqlx::raw_sql(AssertSqlSafe(sql)).fetch_all(&mut server.admin(database).await).await.unwrap();
+                rows.iter().map(|row| row.get(0)).collect()
+            }
+            Place::Sqlite { path, .. } => {
+                let options = SqliteConnectOptions::new().filename(path);
+                let mut connection = SqliteConnection::connect_with(&options).await.unwrap();
+                let rows = sqlx::raw_sql(AssertSqlSafe(sql)).fetch_all(&mut connection).await.unwrap();
+                rows.iter().map(|row| row.get(0)).collect()
+            }
+        }
+    }
+
+    fn is_postgres(&self) -> bool {
+        matches!(self.place, Place::Postgres { .. })
+    }
+}
+
+const NO_ENV: store::Env<'static> = &|_| None;
+
+/// Tests share their machine: no deadline here may fail them.
+fn patient() -> StoreSettings {
+    let second = Duration::from_secs(1);
+    StoreSettings { read_timeout: 20 * second, connect_timeout: 20 * second, ..StoreSettings::default() }
+}
+
+fn actor() -> Actor {
+    Actor("test:somebody".into())
+}
+
+fn digest(number: u8) -> ApiKeyDigest {
+    ApiKeyDigest::from_bytes([number; 32])
+}
+
+fn only(current: ApiKeyDigest) -> Digests {
+    Digests { current, older: Vec::new() }
+}
+
+fn new_key(number: u8) -> NewKey {
+    NewKey {
+        id: KeyId(Uuid::from_u128(u128::from(number))),
+        digest: digest(number),
+        scheme: Scheme::Sha256,
+        hint: "tg_abcde".into(),
+        name: None,
+        scopes: Vec::new(),
+        allowed_cidrs: Vec::new(),
+        not_before: None,
+        expires_in: None,
+    }
+}
+
+fn acme() -> TrustRef {
+    TrustRef::Name("acme".into())
+}
+
+async fn with_acme(ledger: &mut dyn Ledger) -> TrustId {
+    ledger.create_trust(&actor(), TrustId(Uuid::new_v4()), "acme").await.unwrap().id
+}
+
+async fn a_key_is_found_and_an_unknown_one_is_a_dated_absence(db: Db) {
+    let db = db.migrated().await;
+    let (lookup, mut ledger) = (db.lookup().await, db.ledger().await);
+    let trust = with_acme(&mut *ledger).await;
+    let before = ledger.now().await.unwrap();
+    ledger.add_key(&actor(), &acme(), new_key(1)).await.unwrap();
+
+    let found = lookup.find(&only(digest(1))).await.unwrap();
+    let absent = lookup.find(&only(digest(2))).await.unwrap();
+    let after = ledger.now().await.unwrap();
+    let record = found.value.expect("stored");
+    assert_eq!((record.key_id, record.trust_id, record.digest), (new_key(1).id, trust, digest(1)));
+    assert!(record.trust_enabled);
+    assert_eq!(absent.value, None);
+
+    let by_id = lookup.find_by_id(new_key(1).id).await.unwrap();
+    assert_eq!(by_id.value, Some(record));
+    assert_eq!(lookup.find_by_id(new_key(2).id).await.unwrap().value, None);
+    let newest = lookup.newest().await.unwrap();
+    for (as_of, nonce, lineage, read_at) in [
+        (found.as_of, found.nonce, found.lineage, found.read_at),
+        (absent.as_of, absent.nonce, absent.lineage, absent.read_at),
+        (by_id.as_of, by_id.nonce, by_id.lineage, before),
+    ] {
+        assert_eq!((as_of, nonce, lineage), (newest.as_of, newest.nonce, newest.lineage));
+        assert!(read_at >= before && read_at <= after, "{before:?} {read_at:?} {after:?}");
+    }
+    assert_eq!(newest.as_of, Version(1));
+    assert_ne!(newest.nonce, Nonce::default());
+    assert_ne!(newest.lineage.incarnation, Uuid::nil());
+    assert_eq!(newest.lineage.timeline, u32::from(db.is_postgres()));
+    assert_eq!(newest.lineage.system != 0, db.is_postgres());
+    lookup.close().await;
+    assert!(matches!(lookup.find(&only(digest(1))).await, Err(Fault::Ended)));
+}
+
+async fn a_key_stored_under_an_older_scheme_is_found(db: Db) {
+    let db = db.migrated().await;
+    let (lookup, mut ledger) = (db.lookup().await, db.ledger().await);
+    with_acme(&mut *ledger).await;
+    for number in [7, 8] {
+        ledger.add_key(&actor(), &acme(), new_key(number)).await.unwrap();
+    }
+    let find = async |current, older: &[u8]| {
+        let digests = Digests { current: digest(current), older: older.iter().copied().map(digest).collect() };
+        lookup.find(&digests).await.unwrap().value.map(|record| record.digest)
+    };
+    assert_eq!(find(1, &[2, 7]).await, Some(digest(7)));
+    assert_eq!(find(8, &[7]).await, Some(digest(8)), "the scheme in force comes first");
+    assert_eq!(find(7, &[8]).await, Some(digest(7)), "the scheme in force comes first");
+    assert_eq!(find(1, &[2, 3]).await, None);
+}
+
+async fn every_field_a_decision_needs_comes_back(db: Db) {
+    let db = db.migrated().await;
+    let (lookup, mut ledger) = (db.lookup().await, db.ledger().await);
+    let trust = with_acme(&mut *ledger).await;
+    let not_before = DatabaseTime::from_micros(1_700_000_000_123_456);
+    let key = NewKey {
+        name: Some("for 'invoices'; \\ \"x\"".into()),
+        scheme: Scheme::Hmac,
+        scopes: vec!["a:read".into(), "ü\"',{}".into()],
+        allowed_cidrs: ["10.1.2.3/8", "2001:db8::/32", "192.0.2.7/32"].map(|cidr| cidr.parse().unwrap()).to_vec(),
+        not_before: Some(not_before),
+        expires_in: Some(Duration::from_hours(1)),
+        ..new_key(1)
+    };
+    let before = ledger.now().await.unwrap();
+    let stored = ledger.add_key(&actor(), &acme(), key.clone()).await.unwrap();
+    let after = ledger.now().await.unwrap();
+    assert_eq!((stored.id, stored.trust_id, &*stored.trust_name, stored.trust_enabled), (key.id, trust, "acme", true));
+    assert_eq!((stored.hint, stored.scheme, stored.name), (key.hint, key.scheme, key.name));
+    assert_eq!((stored.not_before, stored.revoked_at), (Some(not_before), None));
+    assert!(stored.created_at >= before && stored.created_at <= after);
+
+    let record = lookup.find(&only(digest(1))).await.unwrap().value.expect("stored");
+    assert_eq!(record.scopes, key.scopes);
+    let networks: Vec<String> = record.allowed_cidrs.iter().map(ToString::to_string).collect();
+    assert_eq!(networks, ["10.0.0.0/8", "2001:db8::/32", "192.0.2.7/32"]);
+    assert_eq!((stored.scopes, stored.allowed_cidrs), (record.scopes, record.allowed_cidrs));
+    assert_eq!((record.not_before, record.revoked_at), (Some(not_before), None));
+    let expires = record.expires_at.expect("set");
+    let hour = Duration::from_hours(1);
+    assert!(expires >= before.after(hour) && expires <= after.after(hour), "{expires:?}");
+    assert_eq!(stored.expires_at, Some(expires));
+
+    // For ever is long, but still a time.
+    let endless = NewKey { expires_in: Some(Duration::MAX), ..new_key(2) };
+    assert!(ledger.add_key(&actor(), &acme(), endless).await.unwrap().expires_at > Some(expires));
+}
+
+async fn a_trust_lives_and_dies_with_its_keys(db: Db) {
+    let db = db.migrated().await;
+    let (lookup, mut ledger) = (db.lookup().await, db.ledger().await);
+    let id = with_acme(&mut *ledger).await;
+    ledger.create_trust(&actor(), TrustId(Uuid::new_v4()), "Zebra").await.unwrap();
+    ledger.add_key(&actor(), &TrustRef::Id(id), new_key(1)).await.unwrap();
+    ledger.add_key(&actor(), &acme(), new_key(2)).await.unwrap();
+
+    let trust = ledger.trust(&acme()).await.unwrap();
+    assert_eq!((trust.id, trust.enabled, trust.keys), (id, true, 2));
+    assert_eq!(ledger.trust(&TrustRef::Id(id)).await.unwrap(), trust);
+    let mut names: Vec<_> = ledger.trusts().await.unwrap().into_iter().map(|trust| trust.name).collect();
+    names.sort();
+    assert_eq!(names, ["Zebra", "acme"]);
+    assert_eq!(ledger.keys(Some(&acme())).await.unwrap().len(), 2);
+    assert_eq!(ledger.keys(None).await.unwrap().len(), 2);
+    assert_eq!(ledger.keys(Some(&TrustRef::Name("Zebra".into()))).await.unwrap(), []);
+
+    assert!(!ledger.enable_trust(&actor(), &acme(), false).await.unwrap().enabled);
+    assert!(!lookup.find(&only(digest(1))).await.unwrap().value.unwrap().trust_enabled);
+    assert!(ledger.enable_trust(&actor(), &acme(), true).await.unwrap().enabled);
+    assert!(lookup.find(&only(digest(1))).await.unwrap().value.unwrap().trust_enabled);
+
+    assert!(matches!(ledger.delete_trust(&actor(), &acme(), false).await, Err(LedgerError::HasKeys(2))));
+    assert!(lookup.find(&only(digest(1))).await.unwrap().value.is_some());
+    assert_eq!(ledger.delete_trust(&actor(), &acme(), true).await.unwrap(), trust);
+    assert_eq!(lookup.find(&only(digest(1))).await.unwrap().value, None);
+    assert_eq!(lookup.find_by_id(new_key(1).id).await.unwrap().value, None);
+    let nobody = |outcome: Result<_, LedgerError>| matches!(outcome, Err(LedgerError::NoTrust(name)) if name == "acme");
+    assert!(nobody(ledger.trust(&acme()).await.map(drop)));
+    assert!(nobody(ledger.enable_trust(&actor(), &acme(), true).await.map(drop)));
+    assert!(nobody(ledger.delete_trust(&actor(), &acme(), true).await.map(drop)));
+    assert!(nobody(ledger.add_key(&actor(), &acme(), new_key(3)).await.map(drop)));
+    assert!(nobody(ledger.keys(Some(&acme())).await.map(drop)));
+    assert!(matches!(ledger.key(new_key(1).id).await, Err(LedgerError::NoKey(_))));
+    ledger.delete_trust(&actor(), &TrustRef::Name("Zebra".into()), false).await.unwrap();
+}
+
+async fn names_and_digests_are_taken_once(db: Db) {
+    let db = db.migrated().await;
+    let mut ledger = db.ledger().await;
+    with_acme(&mut *ledger).await;
+    let again = ledger.create_trust(&actor(), TrustId(Uuid::new_v4()), "acme").await;
+    assert!(matches!(again, Err(LedgerError::NameTaken(name)) if name == "acme"));
+    ledger.add_key(&actor(), &acme(), new_key(1)).await.unwrap();
+    let other = NewKey { id: KeyId(Uuid::new_v4()), ..new_key(1) };
+    let again = ledger.add_key(&actor(), &acme(), other).await;
+    assert!(matches!(again, Err(LedgerError::DigestTaken(id)) if id == new_key(1).id));
+    assert_eq!(ledger.keys(None).await.unwrap().len(), 1);
+    assert_eq!(ledger.trusts().await.unwrap().len(), 1);
+}
+
+async fn an_import_can_be_repeated(db: Db) {
+    let db = db.migrated().await;
+    let mut ledger = db.ledger().await;
+    with_acme(&mut *ledger).await;
+    let keys = |count: u32| -> Vec<NewKey> {
+        let key = |number: u32| {
+            let mut digest = [0; 32];
+            digest[..4].copy_from_slice(&number.to_be_bytes());
+            let name = (number % 2 == 0).then(|| format!("number {number}"));
+            let scopes = vec!["s".to_owned(); usize::try_from(number % 3).unwrap()];
+            NewKey { id: KeyId(Uuid::new_v4()), digest: ApiKeyDigest::from_bytes(digest), name, scopes, ..new_key(1) }
+        };
+        (0..count).map(key).collect()
+    };
+    assert_eq!(ledger.import_keys(&actor(), &acme(), keys(1_500)).await.unwrap(), 1_500);
+    assert_eq!(ledger.import_keys(&actor(), &acme(), keys(1_600)).await.unwrap(), 100);
+    assert_eq!(ledger.import_keys(&actor(), &acme(), Vec::new()).await.unwrap(), 0);
+    let stored = ledger.keys(None).await.unwrap();
+    assert_eq!(stored.len(), 1_600);
+    assert_eq!(stored.iter().map(|key| key.scopes.len()).sum::<usize>(), 1_599, "each with its own scopes");
+    assert_eq!(stored.iter().filter(|key| key.name.is_some()).count(), 800);
+    // One broken row, and nothing of it is stored: an id twice.
+    let mut broken = keys(1_700).split_off(1_600);
+    broken[99].id = broken[0].id;
+    assert!(ledger.import_keys(&actor(), &acme(), broken).await.is_err());
+    assert_eq!(ledger.keys(None).await.unwrap().len(), 1_600);
+}
+
+async fn a_key_is_identified_without_being_shown(db: Db) {
+    let db = db.migrated().await;
+    let mut ledger = db.ledger().await;
+    with_acme(&mut *ledger).await;
+    let stored = ledger.add_key(&actor(), &acme(), new_key(9)).await.unwrap();
+    let digests = Digests { current: digest(1), older: vec![digest(9)] };
+    assert_eq!(ledger.identify(&digests).await.unwrap(), Some(stored.clone()));
+    assert_eq!(ledger.identify(&only(digest(1))).await.unwrap(), None);
+    let shown = format!("{stored:?}");
+    assert!(!shown.contains("0909") && !shown.contains("9, 9"), "{shown}");
+}
+
+async fn revoking_twice_keeps_the_first_time(db: Db) {
+    let db = db.migrated().await;
+    let (lookup, mut ledger) = (db.lookup().await, db.ledger().await);
+    with_acme(&mut *ledger).await;
+    ledger.add_key(&actor(), &acme(), new_key(1)).await.unwrap();
+    ledger.add_key(&actor(), &acme(), new_key(2)).await.unwrap();
+    let before = ledger.now().await.unwrap();
+    let revoked = ledger.revoke_key(&actor(), new_key(1).id).await.unwrap();
+    assert!(revoked.revoked_at.unwrap() >= before);
+    assert_eq!(lookup.find(&only(digest(1))).await.unwrap().value.unwrap().revoked_at, revoked.revoked_at);
+    assert_eq!(lookup.find(&only(digest(2))).await.unwrap().value.unwrap().revoked_at, None);
+    assert_eq!(ledger.revoke_key(&actor(), new_key(1).id).await.unwrap(), revoked);
+    assert_eq!(ledger.key(new_key(1).id).await.unwrap(), revoked);
+    assert!(matches!(ledger.revoke_key(&actor(), new_key(3).id).await, Err(LedgerError::NoKey(_))));
+    let noted = db.texts("SELECT object FROM audit WHERE action = 'key.revoke'").await;
+    assert_eq!(noted, [new_key(1).id.to_string()], "only what changed something");
+}
+
+async fn clearing_the_caches_draws_a_new_version_with_a_new_nonce(db: Db) {
+    let db = db.migrated().await;
+    let (lookup, mut ledger) = (db.lookup().await, db.ledger().await);
+    let first = lookup.newest().await.unwrap();
+    let drawn = ledger.clear_caches(&actor()).await.unwrap();
+    let second = lookup.newest().await.unwrap();
+    assert!(drawn > first.as_of);
+    assert_eq!((second.as_of, second.lineage), (drawn, first.lineage));
+    assert_ne!(second.nonce, first.nonce);
+    assert_eq!(lookup.find(&only(digest(1))).await.unwrap().as_of, drawn);
+
+    // Many at once: each draws its own.
+    let mut clearing = tokio::task::JoinSet::new();
+    for _ in 0..8 {
+        let mut ledger = db.ledger().await;
+        clearing.spawn(async move { ledger.clear_caches(&actor()).await.unwrap() });
+    }
+    let versions: HashSet<u64> = clearing.join_all().await.into_iter().map(|version| version.0).collect();
+    assert_eq!(versions.len(), 8);
+    assert_eq!(lookup.newest().await.unwrap().as_of.0, *versions.iter().max().unwrap());
+}
+
+async fn a_change_and_its_audit_are_one(db: Db) {
+    let db = db.migrated().await;
+    let mut ledger = db.ledger().await;
+    let id = with_acme(&mut *ledger).await;
+    ledger.add_key(&actor(), &acme(), new_key(0xab)).await.unwrap();
+    ledger.enable_trust(&actor(), &acme(), false).await.unwrap();
+    ledger.enable_trust(&actor(), &acme(), false).await.unwrap();
+    ledger.import_keys(&actor(), &acme(), vec![new_key(2)]).await.unwrap();
+    ledger.revoke_key(&actor(), new_key(2).id).await.unwrap();
+    ledger.clear_caches(&actor()).await.unwrap();
+    let all = ["trust.create", "key.issue", "trust.disable", "key.import", "key.revoke", "cache.clear"];
+    assert_eq!(db.texts("SELECT action FROM audit ORDER BY id").await, all);
+    let whole =
+        "SELECT actor || ' ' || object || coalesce(CAST(before AS text), '-') || coalesce(CAST(after AS text), '-')
+        FROM audit ORDER BY id";
+    let entries = db.texts(whole).await;
+    assert!(entries.iter().all(|entry| entry.starts_with("test:somebody ")));
+    assert!(entries[0].contains(&id.to_string()) && entries[0].contains("acme"), "{}", entries[0]);
+    assert!(entries.iter().all(|entry| !entry.to_lowercase().contains("abab")), "no digest is noted");
+
+    // Without an audit entry there is no change.
+    db.execute("ALTER TABLE audit RENAME TO away").await;
+    assert!(ledger.create_trust(&actor(), TrustId(Uuid::new_v4()), "other").await.is_err());
+    assert!(ledger.add_key(&actor(), &acme(), new_key(3)).await.is_err());
+    assert!(ledger.enable_trust(&actor(), &acme(), true).await.is_err());
+    assert!(ledger.revoke_key(&actor(), new_key(0xab).id).await.is_err());
+    assert!(ledger.import_keys(&actor(), &acme(), vec![new_key(4)]).await.is_err());
+    assert!(ledger.clear_caches(&actor()).await.is_err());
+    assert!(ledger.delete_trust(&actor(), &acme(), true).await.is_err());
+    assert_eq!(ledger.trusts().await.unwrap().len(), 1);
+    assert!(!ledger.trust(&acme()).await.unwrap().enabled);
+    assert_eq!(ledger.keys(None).await.unwrap().len(), 2);
+    assert_eq!(ledger.key(new_key(0xab).id).await.unwrap().revoked_at, None);
+    assert_eq!(db.lookup().await.newest().await.unwrap().as_of, Version(2));
+    db.execute("ALTER TABLE away RENAME TO audit").await;
+    ledger.delete_trust(&actor(), &acme(), true).await.unwrap();
+    assert_eq!(db.texts("SELECT action FROM audit ORDER BY id").await.last().unwrap(), "trust.delete");
+}
+
+async fn replicas_that_give_signs_of_life_are_listed(db: Db) {
+    let db = db.migrated().await;
+    let (lookup, mut ledger) = (db.lookup().await, db.ledger().await);
+    assert_eq!(ledger.replicas().await.unwrap(), []);
+    let (one, other) = (Uuid::from_u128(1), Uuid::from_u128(2));
+    lookup.report(one, Version(1)).await.unwrap();
+    lookup.report(one, Version(5)).await.unwrap();
+    lookup.report(other, Version(3)).await.unwrap();
+    let seen = ledger.replicas().await.unwrap();
+    let applied: Vec<_> = seen.iter().map(|replica| (replica.id, replica.applied.0)).collect();
+    assert_eq!(applied, [(one, 5), (other, 3)]);
+    let now = ledger.now().await.unwrap();
+    assert!(seen.iter().all(|replica| replica.seen_at <= now && now.since(replica.seen_at) < Duration::from_secs(20)));
+    let long_ago = if db.is_postgres() { "seen_at - interval '31 seconds'" } else { "seen_at - 31000000" };
+    db.execute(&format!("UPDATE replica SET seen_at = {long_ago} WHERE applied = 5")).await;
+    assert_eq!(ledger.replicas().await.unwrap().len(), 1);
+    let key = lookup.redis_mac_key().await.unwrap().expect("made by the first migration");
+    assert_ne!(key, [0; 32]);
+    assert_eq!(db.lookup().await.redis_mac_key().await.unwrap(), Some(key));
+}
+
+async fn a_table_of_somebody_else_is_read_as_it_is(mut db: Db) {
+    let id_type = if db.is_postgres() { "uuid" } else { "text" };
+    db.execute(&format!("CREATE TABLE trust (id {id_type} PRIMARY KEY, api_key_hash char(64) NULL)")).await;
+    db.settings.preset = Some(Preset::TrustTable);
+    let (first, second) = (Uuid::from_u128(0xabc), Uuid::from_u128(2));
+    db.execute(&format!("INSERT INTO trust VALUES ('{first}', '{}'), ('{second}', NULL)", digest(1).to_hex())).await;
+
+    let lookup = db.lookup().await;
+    let digests = Digests { current: digest(5), older: vec![digest(1)] };
+    let found = lookup.find(&digests).await.unwrap();
+    assert_eq!((found.as_of, found.nonce, found.lineage.incarnation), (Version(0), Nonce::default(), Uuid::nil()));
+    let absent = lookup.find(&only(digest(5))).await.unwrap();
+    assert_eq!((absent.as_of, absent.lineage, absent.value.as_ref()), (Version(0), Lineage::default(), None));
+    assert!(found.read_at.micros() > 1_700_000_000_000_000 && found.read_at <= lookup.newest().await.unwrap().read_at);
+    let record = found.value.expect("there");
+    assert_eq!((record.trust_id, record.key_id, record.digest), (TrustId(first), KeyId(first), digest(1)));
+    assert!(record.trust_enabled && record.scopes.is_empty() && record.allowed_cidrs.is_empty());
+    assert_eq!(lookup.find_by_id(KeyId(first)).await.unwrap().value, Some(record));
+    assert_eq!(lookup.find_by_id(KeyId(second)).await.unwrap().value, None, "a row that is being made has no key");
+    if !db.is_postgres() {
+        let odd = first.simple().to_string().to_uppercase();
+        db.execute(&format!("UPDATE trust SET id = '{odd}' WHERE id = '{first}'")).await;
+        assert!(lookup.find_by_id(KeyId(first)).await.unwrap().value.is_some(), "{odd}");
+    }
+    db.execute(&format!("UPDATE trust SET api_key_hash = '{}'", digest(1).to_hex())).await;
+    assert!(matches!(lookup.find(&only(digest(1))).await, Err(Fault::Corrupt { .. })), "whose is it?");
+    db.execute("UPDATE trust SET api_key_hash = NULL").await;
+    assert_eq!(lookup.find(&only(digest(1))).await.unwrap().value, None);
+
+    assert_eq!(lookup.redis_mac_key().await.unwrap(), None);
+    lookup.report(first, Version(0)).await.unwrap();
+    assert!(matches!(store::open_ledger(&db.settings, NO_ENV).await, Err(LedgerError::NotOurs)));
+    assert!(matches!(store::migrate(&db.settings, NO_ENV).await, Err(LedgerError::NotOurs)));
+}
+
+async fn a_table_of_somebody_else_that_lacks_a_column_is_told_at_start(mut db: Db) {
+    db.settings.preset = Some(Preset::TrustTable);
+    db.execute("CREATE TABLE trust (id text)").await;
+    let problem = db.open().prepare(Missing::Create).await.unwrap_err().to_string();
+    assert!(problem.contains("api_key_hash"), "{problem}");
+}
+
+async fn tables_that_are_too_new_are_refused_and_newer_compatible_ones_are_not(db: Db) {
+    // None at all: the other commands say so, and who serves PostgreSQL as well.
+    if db.is_postgres() {
+        let problem = db.open().prepare(Missing::Create).await.unwrap_err();
+        assert!(matches!(problem, LedgerError::Schema(_)) && problem.to_string().contains("trustgate migrate"));
+        assert!(matches!(store::open_ledger(&db.settings, NO_ENV).await, Err(LedgerError::Schema(_))));
+    } else {
+        assert!(matches!(db.open().prepare(Missing::Refuse).await, Err(LedgerError::NoDatabase { .. })));
+        assert!(matches!(store::open_ledger(&db.settings, NO_ENV).await, Err(LedgerError::NoDatabase { .. })));
+    }
+    let db = db.migrated().await;
+    let at = if db.is_postgres() { "now()" } else { "0" };
+    db.execute(&format!("INSERT INTO schema (version, compatible_from, at) VALUES (50, 1, {at})")).await;
+    db.lookup().await;
+    db.ledger().await;
+    store::migrate(&db.settings, NO_ENV).await.unwrap();
+    db.execute(&format!("INSERT INTO schema (version, compatible_from, at) VALUES (51, 51, {at})")).await;
+    for problem in [
+        db.open().prepare(Missing::Create).await.unwrap_err(),
+        store::open_ledger(&db.settings, NO_ENV).await.err().expect("refused"),
+        store::migrate(&db.settings, NO_ENV).await.unwrap_err(),
+    ] {
+        let text = problem.to_string();
+        assert!(matches!(problem, LedgerError::Schema(_)) && text.contains("version 51"), "{text}");
+    }
+}
+
+async fn migrating_twice_and_at_once_is_the_same_as_once(db: Db) {
+    let mut migrating = tokio::task::JoinSet::new();
+    for _ in 0..6 {
+        let settings = db.settings.clone();
+        migrating.spawn(async move { store::migrate(&settings, NO_ENV).await.unwrap() });
+    }
+    migrating.join_all().await;
+    let first = db.lookup().await.newest().await.unwrap();
+    store::migrate(&db.settings, NO_ENV).await.unwrap();
+    let again = db.lookup().await.newest().await.unwrap();
+    assert_eq!((again.as_of, again.nonce, again.lineage), (first.as_of, first.nonce, first.lineage));
+    assert_eq!(db.texts("SELECT CAST(count(*) AS text) FROM setting").await, ["1"]);
+}
+
+async fn a_row_that_cannot_be_read_is_a_fault(db: Db) {
+    let db = db.migrated().await;
+    let (lookup, mut ledger) = (db.lookup().await, db.ledger().await);
+    with_acme(&mut *ledger).await;
+    ledger.add_key(&actor(), &acme(), new_key(1)).await.unwrap();
+    let mut breaks = vec!["scheme = 77"];
+    breaks.extend(match db.is_postgres() {
+        true => vec!["scopes = '{a,NULL}'", "allowed_cidrs = '{NULL}'"],
+        false => vec!["scopes = '{}'", "allowed_cidrs = '[\"10.0.0.0/99\"]'"],
+    });
+    for broken in breaks {
+        db.execute(&format!("UPDATE api_key SET scheme = 0, scopes = '{0}', allowed_cidrs = '{0}'", empty(&db))).await;
+        assert!(lookup.find(&only(digest(1))).await.unwrap().value.is_some());
+        db.execute(&format!("UPDATE api_key SET {broken}")).await;
+        let outcome = lookup.find(&only(digest(1))).await;
+        assert!(matches!(outcome, Err(Fault::Corrupt { tier: Tier::Store, .. })), "{broken}: {outcome:?}");
+        let absent = lookup.find(&only(digest(2))).await;
+        assert_eq!(absent.unwrap().value, None, "others are not concerned");
+    }
+    db.execute("DELETE FROM version").await;
+    let outcome = lookup.find(&only(digest(2))).await;
+    assert!(matches!(outcome, Err(Fault::Corrupt { .. })), "no date, no answer: {outcome:?}");
+}
+
+fn empty(db: &Db) -> &'static str {
+    if db.is_postgres() { "{}" } else { "[]" }
+}
+
+async fn a_ledger_call_dropped_in_the_middle_leaves_the_next_one_whole(db: Db) {
+    let db = db.migrated().await;
+    let mut ledger = db.ledger().await;
+    // However far each call gets before it is dropped, none leaves half a change.
+    for polls in 0..40 {
+        let name = format!("trust {polls}");
+        let actor = actor();
+        polled(ledger.create_trust(&actor, TrustId(Uuid::new_v4()), &name), polls).await;
+    }
+    with_acme(&mut *ledger).await;
+    let trusts = ledger.trusts().await.unwrap().len().to_string();
+    assert_eq!(db.texts("SELECT CAST(count(*) AS text) FROM audit").await, [trusts]);
+}
+
+/// Polls `future` as often as said, then drops it.
+async fn polled(future: impl Future, polls: u32) {
+    let (mut future, mut left) = (pin!(future), polls);
+    poll_fn(|context| {
+        if left == 0 {
+            return Poll::Ready(());
+        }
+        left -= 1;
+        future.as_mut().poll(context).map(drop)
+    })
+    .await;
+}

@@ -1,0 +1,237 @@
+//! A private PostgreSQL: its own data directory, its own socket, ended with the test.
+
+use std::{
+    cell::Cell,
+    os::unix::fs::chown,
+    path::{Path, PathBuf},
+    process::{Command, Output},
+    sync::{
+        Arc,
+        atomic::{AtomicU32, Ordering},
+    },
+    time::Duration,
+};
+
+use sqlx::{AssertSqlSafe, Connection, PgConnection, postgres::PgConnectOptions};
+
+use tokio::sync::OnceCell;
+
+use super::{eventually, process::Guarded};
+
+/// A running server. Its superuser is `admin`, and everybody may log in without a password over the socket; over TCP
+/// passwords are asked for.
+pub struct Postgres {
+    dir: PathBuf,
+    port: u16,
+    server: Option<Guarded>,
+}
+
+impl Postgres {
+    /// Makes and starts a server.
+    ///
+    /// # Panics
+    /// If PostgreSQL is not installed, with how to install it.
+    pub async fn start() -> Self {
+        let dir = tempfile::Builder::new().prefix("trustgate-pg").tempdir().expect("a directory").keep();
+        if let Some((user, group)) = unprivileged() {
+            chown(&dir, Some(user), Some(group)).expect("root may");
+        }
+        let data = dir.join("data");
+        let made = as_owner(&[
+            text(&binary("initdb")),
+            "--no-sync",
+            "--username=admin",
+            "--auth-local=trust",
+            "--auth-host=scram-sha-256",
+            "--encoding=UTF8",
+            "--no-locale",
+            "-D",
+            text(&data),
+        ]);
+        assert!(made.status.success(), "initdb: {}", String::from_utf8_lossy(&made.stderr));
+        let mut postgres = Self { dir, port: 0, server: None };
+        postgres.resume().await;
+        postgres
+    }
+
+    /// One server for all tests of the binary that do not harm it; it ends with the process.
+    pub async fn shared() -> Arc<Self> {
+        static SERVER: OnceCell<Arc<Postgres>> = OnceCell::const_new();
+        Arc::clone(SERVER.get_or_init(|| async { Arc::new(Self::start().await) }).await)
+    }
+
+    /// Starts the server again after [`Self::stop`], at the same place.
+    pub async fn resume(&mut self) {
+        // Somebody may take a free port before the server does; it says so by ending.
+        for _ in 0..10 {
+            if self.port == 0 {
+                self.port = free_port();
+            }
+            let data = self.dir.join("data");
+            let (port, sockets) = (self.port.to_string(), format!("unix_socket_directories={}", text(&self.dir)));
+            let mut command = owner_prefix();
+            let postgres = binary("postgres");
+            command.extend(
+                [
+                    text(&postgres),
+                    "-D",
+                    text(&data),
+                    "-p",
+                    &port,
+                    "-c",
+                    &sockets,
+                    "-c",
+                    "listen_addresses=127.0.0.1",
+                    "-c",
+                    "fsync=off",
+                    "-c",
+                    "max_connections=50",
+                    "-c",
+                    "shared_buffers=16MB",
+                ]
+                .map(str::to_owned),
+            );
+            let server = Guarded::start(&self.dir, &command.iter().map(String::as_str).collect::<Vec<_>>());
+            self.server = Some(server);
+            if self.came_up().await {
+                return;
+            }
+            self.port = 0;
+        }
+        panic!("PostgreSQL does not start: {}", std::fs::read_to_string(self.dir.join("log")).unwrap_or_default());
+    }
+
+    async fn came_up(&self) -> bool {
+        let server = self.server.as_ref().expect("started");
+        let up = Cell::new(false);
+        eventually("PostgreSQL answers or ends", Duration::from_secs(30), || async {
+            let Some(pid) = server.pid() else { return false };
+            up.set(PgConnection::connect(&self.url("admin", "postgres")).await.is_ok());
+            up.get() || has_ended(pid)
+        })
+        .await;
+        up.get()
+    }
+
+    /// Ends the server at once, as a crash would; its data stays.
+    pub fn stop(&mut self) {
+        self.server.take().expect("running").stop();
+    }
+
+    /// Stops every process of the server without ending it (SIGSTOP), until the answer is dropped.
+    pub fn freeze(&self) -> Frozen {
+        let postmaster = self.server.as_ref().and_then(Guarded::pid).expect("running");
+        // The postmaster first, so that it starts nobody while the others are counted.
+        signal("STOP", &[postmaster]);
+        let mut pids = vec![postmaster];
+        let children = std::fs::read_to_string(format!("/proc/{postmaster}/task/{postmaster}/children"));
+        pids.extend(children.expect("readable").split_whitespace().map(|pid| pid.parse::<u32>().expect("a number")));
+        signal("STOP", &pids[1..]);
+        Frozen(pids)
+    }
+
+    /// The URL for `user` and `database` over the socket.
+    pub fn url(&self, user: &str, database: &str) -> String {
+        format!("postgres://{user}@{}:{}/{database}?sslmode=disable", text(&self.dir).replace('/', "%2F"), self.port)
+    }
+
+    /// The URL for `user` and `database` over TCP, where a password is asked for.
+    pub fn tcp_url(&self, user: &str, database: &str) -> String {
+        format!("postgres://{user}@127.0.0.1:{}/{database}?sslmode=disable", self.port)
+    }
+
+    /// Makes a database of its own; returns its name.
+    pub async fn database(&self) -> String {
+        static NUMBER: AtomicU32 = AtomicU32::new(0);
+        let name = format!("db{}", NUMBER.fetch_add(1, Ordering::Relaxed));
+        self.execute("postgres", &format!("CREATE DATABASE {name}")).await;
+        name
+    }
+
+    /// Runs statements as superuser.
+    pub async fn execute(&self, database: &str, sql: &str) {
+        let mut connection = self.admin(database).await;
+        sqlx::raw_sql(AssertSqlSafe(sql))
+            .execute(&mut connection)
+            .await
+            .unwrap_or_else(|error| panic!("{sql}: {error}"));
+        connection.close().await.expect("closes");
+    }
+
+    /// A superuser's connection.
+    pub async fn admin(&self, database: &str) -> PgConnection {
+        let options: PgConnectOptions = self.url("admin", database).parse().expect("a URL");
+        PgConnection::connect_with(&options).await.expect("connects")
+    }
+}
+
+/// Processes that are stopped.
+pub struct Frozen(Vec<u32>);
+
+impl Drop for Frozen {
+    fn drop(&mut self) {
+        signal("CONT", &self.0);
+    }
+}
+
+fn signal(name: &str, pids: &[u32]) {
+    let pids = pids.iter().map(u32::to_string);
+    // A process that ended meanwhile is none to signal.
+    Command::new("kill").arg(format!("-{name}")).args(pids).output().expect("kill is there");
+}
+
+fn has_ended(pid: u32) -> bool {
+    std::fs::read_to_string(format!("/proc/{pid}/stat")).map_or(true, |stat| stat.contains(") Z "))
+}
+
+fn free_port() -> u16 {
+    std::net::TcpListener::bind("127.0.0.1:0").and_then(|socket| socket.local_addr()).expect("a free port").port()
+}
+
+/// The newest PostgreSQL installed, or what `POSTGRES_BIN` names.
+fn binary(name: &str) -> PathBuf {
+    let named = std::env::var_os("POSTGRES_BIN").map(PathBuf::from);
+    let mut found: Vec<PathBuf> = named.map_or_else(
+        || {
+            let versions = std::fs::read_dir("/usr/lib/postgresql").into_iter().flatten().flatten();
+            versions.map(|version| version.path().join("bin")).collect()
+        },
+        |dir| vec![dir],
+    );
+    found.retain(|dir| dir.join(name).exists());
+    found.sort_by_key(|dir| {
+        dir.parent().and_then(Path::file_name).and_then(|name| name.to_str()).and_then(|name| name.parse::<u32>().ok())
+    });
+    let dir = found.pop().unwrap_or_else(|| {
+        panic!(
+            "this test needs PostgreSQL's {name}: `apt-get install postgresql`, or set POSTGRES_BIN to its directory"
+        )
+    });
+    dir.join(name)
+}
+
+/// PostgreSQL refuses to run as root: then it runs as the user that its package made.
+fn unprivileged() -> Option<(u32, u32)> {
+    let number = |option: &str, user: &[&str]| -> u32 {
+        let output = Command::new("id").arg(option).args(user).output().expect("id is there");
+        let shown = String::from_utf8_lossy(&output.stdout);
+        shown.trim().parse().unwrap_or_else(|_| panic!("there is no user {user:?}: `apt-get install postgresql`"))
+    };
+    (number("-u", &[]) == 0).then(|| (number("-u", &["postgres"]), number("-g", &["postgres"])))
+}
+
+fn owner_prefix() -> Vec<String> {
+    unprivileged().map_or_else(Vec::new, |(user, group)| {
+        vec!["setpriv".into(), format!("--reuid={user}"), format!("--regid={group}"), "--clear-groups".into()]
+    })
+}
+
+fn as_owner(command: &[&str]) -> Output {
+    let mut words = owner_prefix();
+    words.extend(command.iter().map(|word| (*word).to_owned()));
+    Command::new(&words[0]).args(&words[1..]).current_dir("/").output().expect("can be started")
+}
+
+fn text(path: &Path) -> &str {
+    path.to_str().expect("a path in UTF-8")
+}
