@@ -74,7 +74,10 @@ fn it_is_whole() {
     // Every identity header, forged.
     for header in trustgate::wire::identity::HEADERS {
         let forged = |name: &String| name.eq_ignore_ascii_case(header);
-        assert!(table.rows().any(|row| row.send.headers.iter().any(|(name, _)| forged(name))), "no row forges {header}");
+        assert!(
+            table.rows().any(|row| row.send.headers.iter().any(|(name, _)| forged(name))),
+            "no row forges {header}"
+        );
     }
 }
 

@@ -111,9 +111,7 @@ impl Request {
         let place = match self.from.as_str() {
             "" => return None,
             "unix" => Place::Pipe(Pipe { path: "@".to_owned(), mode: 0 }),
-            address => {
-                Place::SocketAddress(SocketAddress { address: address.to_owned(), ..Default::default() })
-            }
+            address => Place::SocketAddress(SocketAddress { address: address.to_owned(), ..Default::default() }),
         };
         Some(Address { address: Some(place) })
     }

@@ -1,13 +1,6 @@
 //! The servers of the table, one for each configuration in it, on one database with one key of every kind.
 
-use std::{
-    collections::BTreeMap,
-    io::Write as _,
-    net::SocketAddr,
-    path::Path,
-    sync::Arc,
-    time::Duration,
-};
+use std::{collections::BTreeMap, io::Write as _, net::SocketAddr, path::Path, sync::Arc, time::Duration};
 
 use percent_encoding::{NON_ALPHANUMERIC, percent_encode};
 use serde_json::{Value, json};
@@ -54,6 +47,11 @@ pub struct Made {
 
 impl Stage {
     pub async fn start() -> Self {
+        Self::of(|_| true).await
+    }
+
+    /// The servers that `wanted` picks by name.
+    pub async fn of(wanted: impl Fn(&str) -> bool) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let table = Table::read();
         let configs = table.servers.iter().map(|(name, more)| (name.clone(), configured(dir.path(), more)));
@@ -61,7 +59,7 @@ impl Stage {
         store::migrate(&configs["default"].store, &|_| None).await.unwrap();
         let keys = Workshop { store: configs["default"].store.clone() }.make(&configs["pepper"].credential).await;
         let mut servers = BTreeMap::new();
-        for (name, config) in configs {
+        for (name, config) in configs.into_iter().filter(|(name, _)| wanted(name)) {
             let running = AppBuilder::new(config.clone(), &|_| None).unwrap().start().await.unwrap();
             servers.insert(name, (running, config));
         }
