@@ -152,7 +152,7 @@ fn the_worst_messages_take_a_small_multiple_of_their_size() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(512))]
+    #![proptest_config(ProptestConfig::with_cases(256))]
 
     #[test]
     fn no_bytes_take_more(bytes in vec(any::<u8>(), 0..2_000)) {
@@ -164,7 +164,7 @@ proptest! {
 
     /// Pieces that mean something, in any order.
     #[test]
-    fn no_requests_take_more(pieces in vec(piece(), 0..300)) {
+    fn no_requests_take_more(pieces in vec(piece(), 0..60)) {
         let (settings, replies) = parts();
         assert_small("a request", &settings, &replies, &http(&pieces.concat()));
     }

@@ -35,7 +35,8 @@ pub struct Denial {
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Group {
-    group: String,
+    #[serde(rename = "group")]
+    name: String,
     server: Option<String>,
     rows: Vec<Row>,
 }
@@ -43,7 +44,8 @@ struct Group {
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Row {
-    row: String,
+    #[serde(rename = "row")]
+    name: String,
     pub send: Send,
     pub want: Want,
     map: Option<Want>,
@@ -104,7 +106,7 @@ impl Table {
     pub fn read() -> Self {
         let table: Self = serde_json::from_str(include_str!("../table.json")).unwrap();
         for group in &table.groups {
-            assert!(group.server.as_ref().is_none_or(|server| table.servers.contains_key(server)), "{}", group.group);
+            assert!(group.server.as_ref().is_none_or(|server| table.servers.contains_key(server)), "{}", group.name);
         }
         table
     }
@@ -123,7 +125,7 @@ impl Table {
             let raw = self.answer(&row.want, stage);
             let request = row.send.request(stage);
             Expected {
-                name: format!("{}: {}", group.group, row.row),
+                name: format!("{}: {}", group.name, row.name),
                 server: group.server.clone().unwrap_or_else(|| "default".to_owned()),
                 map: row.map.as_ref().map_or_else(|| raw.clone(), |want| self.answer(want, stage)),
                 path: row.want.path.clone().unwrap_or_else(|| request.path.clone()),
