@@ -63,8 +63,13 @@ pub async fn run(
     let mut ticks = tokio::time::interval(interval);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let report_every = (REPORT_INTERVAL.as_millis() / interval.as_millis().max(1)).max(1);
-    let (mut up, mut until_report) = (None, 0);
+    let (mut up, mut until_report, mut known) = (None, 0, false);
     while stop.run_until_cancelled(ticks.tick()).await.is_some() {
+        if !known {
+            // Before it relies on what it reads: whoever clears the caches must not overlook a replica that is starting
+            // or was cut off.
+            known = matches!(timeout(limit, store.report(replica, view.applied())).await, Ok(Ok(())));
+        }
         let answer = timeout(limit, store.newest()).await.unwrap_or(Err(Fault::Timeout { tier: Tier::Store, limit }));
         match answer {
             Ok(newest) => {
@@ -85,6 +90,7 @@ pub async fn run(
                 until_report -= 1;
             }
             Err(fault) => {
+                known = false;
                 if up.replace(false) != Some(false) {
                     tracing::warn!(%fault, "the database does not answer; trying again every {interval:?}");
                 }

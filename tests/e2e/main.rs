@@ -1,7 +1,14 @@
-//! Whole servers, asked as Envoy asks and by Envoy itself, in one binary.
+//! The real server among real ones: Envoy, PostgreSQL, Redis and Prometheus. One binary, one module for each subject.
 
 // All of it is tests: what fails here should fail loudly, nobody else uses it, and it says how much it looked at.
 #![allow(clippy::unwrap_used, clippy::print_stdout, unreachable_pub)]
 
+#[path = "../support/mod.rs"]
+mod support;
+
+mod herd;
 mod messages;
+mod outage;
+mod revocation;
+mod stage;
 mod table;

@@ -1,9 +1,21 @@
 //! What tests share: real servers, private to the test and gone with it, and waiting without sleeping blindly.
 
+// Each test binary uses a part of it.
+#![allow(dead_code)]
+
+pub mod envoy;
+pub mod grpc;
+pub mod http;
+pub mod load;
 pub mod postgres;
 pub mod process;
+pub mod redis;
+pub mod seam;
+pub mod server;
 
 use std::{future::Future, time::Duration};
+
+use tokio::sync::{RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 /// Asks `question` until it says yes, at most `limit` long.
 ///
@@ -17,3 +29,15 @@ pub async fn eventually<F: Future<Output = bool>>(what: &str, limit: Duration, m
     });
     assert!(asked.await.is_ok(), "not within {limit:?}: {what}");
 }
+
+/// Held by tests that measure time: no other test runs meanwhile.
+pub async fn alone() -> RwLockWriteGuard<'static, ()> {
+    TURN.write().await
+}
+
+/// Held by every other test of a binary in which some measure time.
+pub async fn among_others() -> RwLockReadGuard<'static, ()> {
+    TURN.read().await
+}
+
+static TURN: RwLock<()> = RwLock::const_new(());

@@ -13,10 +13,12 @@ use std::{
 };
 
 use sqlx::{AssertSqlSafe, Connection, PgConnection, postgres::PgConnectOptions};
-
 use tokio::sync::OnceCell;
 
-use super::{eventually, process::Guarded};
+use super::{
+    eventually,
+    process::{Frozen, Guarded, free_port, has_ended, signal},
+};
 
 /// A running server. Its superuser is `admin`, and everybody may log in without a password over the socket; over TCP
 /// passwords are asked for.
@@ -163,29 +165,6 @@ impl Postgres {
         let options: PgConnectOptions = self.url("admin", database).parse().expect("a URL");
         PgConnection::connect_with(&options).await.expect("connects")
     }
-}
-
-/// Processes that are stopped.
-pub struct Frozen(Vec<u32>);
-
-impl Drop for Frozen {
-    fn drop(&mut self) {
-        signal("CONT", &self.0);
-    }
-}
-
-fn signal(name: &str, pids: &[u32]) {
-    let pids = pids.iter().map(u32::to_string);
-    // A process that ended meanwhile is none to signal.
-    Command::new("kill").arg(format!("-{name}")).args(pids).output().expect("kill is there");
-}
-
-fn has_ended(pid: u32) -> bool {
-    std::fs::read_to_string(format!("/proc/{pid}/stat")).map_or(true, |stat| stat.contains(") Z "))
-}
-
-fn free_port() -> u16 {
-    std::net::TcpListener::bind("127.0.0.1:0").and_then(|socket| socket.local_addr()).expect("a free port").port()
 }
 
 /// The newest PostgreSQL installed, or what `POSTGRES_BIN` names.

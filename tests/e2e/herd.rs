@@ -1,0 +1,149 @@
+//! A thousand callers for one key that nobody has asked for before: one read of the database serves them all, whoever
+//! leaves meanwhile.
+
+use std::{future::poll_fn, pin::Pin, sync::Arc, task::Poll, time::Duration};
+
+use prost::Message as _;
+use tokio::task::JoinSet;
+use trustgate::{
+    app::{Delay, Running},
+    wire::response::Reply,
+};
+
+use crate::support::{
+    among_others, eventually,
+    grpc::{Asker, Verdict, request, verdict},
+    seam::Seam,
+    server::{IssuedKey, Site, metric},
+};
+
+const CALLERS: usize = 1_000;
+const LEAVING: usize = 500;
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// A server whose deadlines leave the test all the time it wants, and a key.
+async fn start(mode: &str) -> (Running, Arc<Seam>, IssuedKey, Site) {
+    let site = Site::new()
+        .with("freshness.mode", mode)
+        .with("store.read_timeout", "60s")
+        .with("decision.deadline", "70s")
+        .with("decision.envoy_timeout", "80s");
+    site.migrate().await;
+    site.trust("acme").await;
+    let key = site.issue("acme", &[]).await;
+    let (running, seam) = Seam::start(&site, |_| ()).await;
+    running.ready().await;
+    (running, seam, key, site)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn in_process_one_read_serves_those_who_stay_when_its_leader_leaves() {
+    let _turn = among_others().await;
+    let (running, seam, key, _site) = start("ttl").await;
+    seam.before_find().close();
+    let message = request(&key.key, &[]).encode_to_vec();
+    let mut calls: Vec<_> = (0..CALLERS).map(|_| check(&running, &message)).collect();
+    for call in &mut calls {
+        // Asked once, each waits; the first of them has begun the flight.
+        assert!(poll_fn(|context| Poll::Ready(call.as_mut().poll(context))).await.is_pending());
+    }
+    eventually("the read is held open", PATIENCE, || async { seam.before_find().waiting() == 1 }).await;
+    assert_eq!(running.flights(), 1);
+
+    drop(calls.drain(..LEAVING));
+    seam.before_find().open();
+    for call in calls {
+        granted(&decoded(&call.await), &key);
+    }
+    ends_with_one_read(running, &seam).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn over_grpc_one_read_serves_those_who_stay_when_its_leader_leaves() {
+    let _turn = among_others().await;
+    let (running, seam, key, _site) = start("ttl").await;
+    let asker = Asker::connect(running.grpc_address()).await;
+    seam.before_find().close();
+    let call = |asker: Asker| {
+        let key = key.key.clone();
+        async move { asker.check(&key).await }
+    };
+    let leader = tokio::spawn(call(asker.clone()));
+    eventually("the leader's read is held open", PATIENCE, || async { seam.before_find().waiting() == 1 }).await;
+    let (mut leaving, mut staying) = (JoinSet::new(), JoinSet::new());
+    for _ in 0..LEAVING - 1 {
+        leaving.spawn(call(asker.clone()));
+    }
+    for _ in LEAVING..CALLERS {
+        staying.spawn(call(asker.clone()));
+    }
+    let misses = "trustgate_cache_lookups_total{kind=\"api_key\",outcome=\"miss\",tier=\"l1\"}";
+    until_metric(&running, misses, CALLERS).await;
+
+    leader.abort();
+    leaving.abort_all();
+    until_metric(&running, "trustgate_checks_total{decision=\"cancelled\",reason=\"cancelled\"}", LEAVING).await;
+    assert_eq!((seam.finds(), running.flights()), (1, 1));
+    seam.before_find().open();
+    let verdicts = staying.join_all().await;
+    assert_eq!(verdicts.len(), CALLERS - LEAVING);
+    for verdict in verdicts {
+        granted(&verdict, &key);
+    }
+    ends_with_one_read(running, &seam).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_read_that_panics_is_a_fault_for_all_who_waited_and_the_next_works() {
+    let _turn = among_others().await;
+    for mode in ["ttl", "live"] {
+        let (running, seam, key, _site) = start(mode).await;
+        seam.before_find().close();
+        seam.set_panics(true);
+        let message = request(&key.key, &[]).encode_to_vec();
+        let mut calls = JoinSet::new();
+        for _ in 0..10 {
+            calls.spawn(check(&running, &message));
+        }
+        let reads = if mode == "ttl" { 1 } else { 10 };
+        eventually("all wait", PATIENCE, || async { seam.before_find().waiting() == reads }).await;
+        seam.before_find().open();
+        for reply in calls.join_all().await {
+            let verdict = decoded(&reply);
+            assert_eq!((verdict.status, verdict.reason.as_deref()), (503, Some("fault")), "{mode}");
+        }
+        seam.set_panics(false);
+        granted(&decoded(&check(&running, &message).await), &key);
+        eventually("no flight is left", PATIENCE, || async { running.flights() == 0 }).await;
+        running.stop(Delay::None).await.unwrap();
+    }
+}
+
+type Call = Pin<Box<dyn Future<Output = Reply> + Send>>;
+
+fn check(running: &Running, message: &[u8]) -> Call {
+    let (checker, message) = (running.checker(), message.to_owned());
+    Box::pin(async move { checker.check(&message).await })
+}
+
+fn decoded(reply: &Reply) -> Verdict {
+    let Reply::Message(framed) = reply else { panic!("a gRPC error") };
+    verdict(&prost::Message::decode(&framed[5..]).unwrap())
+}
+
+#[track_caller]
+fn granted(verdict: &Verdict, key: &IssuedKey) {
+    assert_eq!((verdict.status, verdict.trust_id.as_ref()), (200, Some(&key.trust_id)));
+}
+
+async fn until_metric(running: &Running, name: &str, value: usize) {
+    let what = format!("{name} is {value}");
+    let wanted = f64::from(u32::try_from(value).unwrap());
+    eventually(&what, PATIENCE, || async { metric(running.admin_address(), name).await >= wanted }).await;
+}
+
+async fn ends_with_one_read(running: Running, seam: &Seam) {
+    eventually("no flight is left", PATIENCE, || async { running.flights() == 0 }).await;
+    assert_eq!((seam.finds(), seam.before_find().waiting()), (1, 0));
+    running.stop(Delay::None).await.unwrap();
+}

@@ -1,0 +1,263 @@
+//! Redis and PostgreSQL go away, come back and hang, under load through Envoy.
+//!
+//! How long a check took is what Envoy says in its access log: from when its filter sent the check until it had the
+//! answer.
+
+use std::time::Duration;
+
+use serde_json::Value;
+use tokio::time::{Instant, sleep, sleep_until};
+
+use crate::{
+    stage::Stage,
+    support::{
+        alone,
+        envoy::Envoy,
+        eventually,
+        grpc::Asker,
+        http,
+        load::{self, Hit, Shot},
+        server::{Server, made_up_key},
+    },
+};
+
+/// No check may take longer, whatever is broken.
+const CHECK_MAX: Duration = Duration::from_millis(150);
+
+/// Far beyond any time that is promised; only a failure takes so long.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+#[tokio::test(flavor = "multi_thread")]
+async fn redis_killed_restarted_and_hung_changes_no_answer_and_delays_none() {
+    const PER_SECOND: u32 = 1_000;
+    const LENGTH: Duration = Duration::from_secs(20);
+    let _turn = alone().await;
+    let mut stage = Stage::new(&[]).await;
+    // 20 hot keys, always the same; 20 cold ones, replaced ten times a second by ones that were never asked for.
+    let mut hot = stage.keys(18).await;
+    hot.extend([stage.revoked_key().await, stage.revoked_key().await]);
+    let mut cold = stage.keys(200 * 20).await;
+    cold.iter_mut().step_by(20).for_each(|shot| *shot = Shot { key: made_up_key(), owner: None });
+    let (one, other) = (stage.site.serve().await, stage.site.serve().await);
+    let envoy = Envoy::start(http::application().await, &[one.grpc(), other.grpc()]).await;
+
+    let mut number = 0;
+    let aim = move |due: Duration| {
+        number += 1;
+        let of_twenty = number / 2 % 20;
+        if number % 2 == 0 {
+            hot[of_twenty].clone()
+        } else {
+            let tenth = usize::try_from(due.as_millis() / 100).unwrap();
+            cold[tenth * 20 + of_twenty].clone()
+        }
+    };
+    let start = Instant::now();
+    let firing = tokio::spawn(load::fire(envoy.address(), PER_SECOND, LENGTH, aim));
+    let at = |seconds| sleep_until(start + Duration::from_secs(seconds));
+
+    at(3).await;
+    stage.redis.kill();
+    at(7).await;
+    stage.redis.resume().await;
+    at(10).await;
+    let frozen = stage.redis.freeze();
+    let mut new_keys = Vec::new();
+    while start.elapsed() < Duration::from_secs(15) {
+        let new = stage.site.issue("globex", &[]).await;
+        let asked = Instant::now();
+        let answer = envoy.get("/new", &[("x-api-key", &new.key)]).await;
+        new_keys.push(asked.elapsed());
+        assert_eq!((answer.status, answer.saw("x-trust-id")), (200, Some(new.trust_id)));
+    }
+    at(16).await;
+    drop(frozen);
+    let hits = firing.await.unwrap();
+
+    for (name, from, to) in
+        [("all is well", 0, 3), ("killed", 3, 7), ("restarted", 7, 10), ("hung", 10, 16), ("well again", 16, 20)]
+    {
+        let within = Duration::from_secs(from)..Duration::from_secs(to);
+        load::figures(&format!("Redis {name}"), hits.iter().filter(|hit| within.contains(&hit.due)));
+    }
+    println!("new keys while Redis hangs: {new_keys:?}");
+    assert_eq!(hits.len(), 20_000);
+    all_right(hits.iter());
+    assert!(new_keys.iter().max().unwrap() < &Duration::from_millis(200), "{new_keys:?}");
+    quick_checks(&envoy.access_log(hits.len() + new_keys.len()).await, hits.len() + new_keys.len());
+
+    // That Redis was used, was missed, and is used again.
+    for server in [&one, &other] {
+        assert!(server.l2("hit").await > 0.0 && server.l2("error").await > 0.0);
+        for text in ["the connection to redis broke", "redis failed repeatedly", "redis is used again"] {
+            server.until_logged(text).await;
+        }
+    }
+}
+
+/// How PostgreSQL goes away.
+enum Loss {
+    Killed,
+    Hung,
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn postgresql_killed_leaves_cached_keys_until_their_age_is_up() {
+    postgresql_lost(Loss::Killed).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn postgresql_hung_leaves_cached_keys_until_their_age_is_up() {
+    postgresql_lost(Loss::Hung).await;
+}
+
+async fn postgresql_lost(loss: Loss) {
+    const TTL: Duration = Duration::from_secs(4);
+    const LENGTH: Duration = Duration::from_secs(7);
+    let _turn = alone().await;
+    let mut stage = Stage::new(&[("freshness.ttl", "4s")]).await;
+    let (hot, cold) = (stage.keys(20).await, stage.keys(800).await);
+    let server = stage.site.serve().await;
+    let envoy = Envoy::start(http::application().await, &[server.grpc()]).await;
+
+    // Every hot key is read from the database between `before` and `after`.
+    let before = Instant::now();
+    for shot in &hot {
+        assert_eq!(envoy.get("/", &[("x-api-key", &shot.key)]).await.status, 200);
+    }
+    let after = Instant::now();
+    // From then on each hot key ten times a second, and as often as all of them a cold one that nobody asked for before.
+    let (hot_keys, mut new, mut number) = (hot.clone(), cold.clone().into_iter(), 0);
+    let aim = move |_| {
+        number += 1;
+        if number % 2 == 0 { hot_keys[number / 2 % 20].clone() } else { new.next().unwrap() }
+    };
+    let start = Instant::now();
+    let firing = tokio::spawn(load::fire(envoy.address(), 200, LENGTH, aim));
+    sleep_until(start + Duration::from_secs(1)).await;
+    let lost_from = Instant::now();
+    let frozen = match loss {
+        Loss::Killed => {
+            stage.postgres.stop();
+            None
+        }
+        Loss::Hung => Some(stage.postgres.freeze()),
+    };
+    let lost = Instant::now();
+    let mut says_so = false;
+    while start.elapsed() < LENGTH {
+        let readiness = server.readiness().await;
+        assert_eq!(readiness.status, 200, "{readiness:?}");
+        says_so |= readiness.body.contains("database: lost; what is cached is still granted");
+        assert!(server.is_running(), "{}", server.log());
+        sleep(Duration::from_millis(100)).await;
+    }
+    assert!(says_so, "{:?}", server.readiness().await);
+    let hits = firing.await.unwrap();
+
+    let is_hot = |hit: &&Hit| hot.iter().any(|shot| shot.key == hit.shot.key);
+    let due = |hit: &Hit| start + hit.due;
+    let answered = |hit: &Hit| start + hit.due + hit.took;
+    let sound: Vec<_> = hits.iter().filter(|hit| answered(hit) < lost_from).collect();
+    let cached: Vec<_> = hits.iter().filter(is_hot).filter(|hit| answered(hit) < before + TTL).collect();
+    let aged: Vec<_> = hits.iter().filter(is_hot).filter(|hit| due(hit) > after + TTL).collect();
+    let unread: Vec<_> = hits.iter().filter(|hit| !is_hot(hit) && due(hit) > lost).collect();
+    for (name, hits) in [("there", &sound), ("lost, cached", &cached), ("lost, aged", &aged), ("lost, new", &unread)] {
+        load::figures(&format!("PostgreSQL {name}"), hits.iter().copied());
+        assert!(hits.len() > 100, "{name}: only {}", hits.len());
+    }
+    all_right(sound.into_iter().chain(cached));
+    let wrong: Vec<_> = aged.into_iter().chain(unread).filter(|hit| !hit.is_fault()).take(5).collect();
+    assert!(wrong.is_empty(), "{wrong:?}");
+    quick_checks(&envoy.access_log(20 + hits.len()).await, 20 + hits.len());
+    let fault = envoy.get("/", &[("x-api-key", &hot[0].key)]).await;
+    assert_eq!((fault.status, fault.headers["retry-after"].as_str()), (503, "1"), "{fault:?}");
+
+    match frozen {
+        Some(frozen) => drop(frozen),
+        None => stage.postgres.resume().await,
+    }
+    eventually("the database is used again", PATIENCE, || async {
+        envoy.get("/", &[("x-api-key", &hot[0].key)]).await.saw_or_none("x-trust-id") == hot[0].owner
+    })
+    .await;
+    eventually("and /readyz says so", PATIENCE, || async { server.readiness().await.body.contains("database: ok") })
+        .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn started_with_both_down_it_says_why_and_serves_within_a_second_of_their_return() {
+    let _turn = alone().await;
+    let mut stage = Stage::new(&[]).await;
+    let shot = stage.keys(1).await.remove(0);
+    stage.redis.kill();
+    stage.postgres.stop();
+    let server = stage.site.listening().await;
+    let asker = Asker::connect(server.grpc()).await;
+    not_ready(&server, &asker, &shot).await;
+    server.until_logged("cannot connect to redis").await;
+
+    stage.redis.resume().await;
+    not_ready(&server, &asker, &shot).await;
+    stage.postgres.resume().await;
+    serves_within_a_second(&server, &asker, &shot).await;
+    eventually("Redis is used", PATIENCE, || async { server.metric("trustgate_redis_up").await > 0.0 }).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn started_with_both_hanging_it_says_why_and_serves_within_a_second_of_their_return() {
+    let _turn = alone().await;
+    let stage = Stage::new(&[]).await;
+    let shot = stage.keys(1).await.remove(0);
+    let (redis, postgres) = (stage.redis.freeze(), stage.postgres.freeze());
+    let server = stage.site.listening().await;
+    let asker = Asker::connect(server.grpc()).await;
+    not_ready(&server, &asker, &shot).await;
+    server.until_logged("cannot connect to redis").await;
+
+    drop((redis, postgres));
+    serves_within_a_second(&server, &asker, &shot).await;
+    eventually("Redis is used", PATIENCE, || async { server.metric("trustgate_redis_up").await > 0.0 }).await;
+}
+
+/// It runs, is not ready, says why, and answers checks as faults.
+async fn not_ready(server: &Server, asker: &Asker, shot: &Shot) {
+    let readiness = server.readiness().await;
+    assert_eq!(readiness.status, 503, "{readiness:?}");
+    assert!(readiness.body.contains("starting") && readiness.body.contains("see the log for the reason"));
+    assert_eq!(http::get(server.admin(), "/livez", &[]).await.status, 200);
+    server.until_logged("not ready: the database cannot be used yet").await;
+    let verdict = asker.check(&shot.key).await;
+    assert_eq!((verdict.status, verdict.reason.as_deref()), (503, Some("fault")));
+}
+
+async fn serves_within_a_second(server: &Server, asker: &Asker, shot: &Shot) {
+    let back = Instant::now();
+    eventually("a key is granted", PATIENCE, || async { asker.check(&shot.key).await.trust_id == shot.owner }).await;
+    eventually("it is ready", PATIENCE, || async { server.readiness().await.status == 200 }).await;
+    let took = back.elapsed();
+    println!("serves {took:?} after their return");
+    assert!(took < Duration::from_secs(1), "{took:?}\n{}", server.log());
+}
+
+fn all_right<'h>(hits: impl Iterator<Item = &'h Hit>) {
+    let wrong: Vec<_> = hits.filter(|hit| !hit.is_right()).collect();
+    assert!(wrong.is_empty(), "{} wrong, among them {:?}", wrong.len(), &wrong[..wrong.len().min(5)]);
+}
+
+/// Every line tells of a check, and none took too long.
+fn quick_checks(log: &[Value], count: usize) {
+    let check = |line: &Value| line["check_us"].as_str().and_then(|micros| micros.parse().ok());
+    let mut took: Vec<_> = log.iter().filter_map(check).map(Duration::from_micros).collect();
+    took.sort();
+    assert_eq!(took.len(), count, "a request without a check");
+    let at = |share: usize| took[took.len() * share / 1000];
+    println!(
+        "checks: {count}, median {:?}, 99 % {:?}, 99.9 % {:?}, all {:?}",
+        at(500),
+        at(990),
+        at(999),
+        took[count - 1]
+    );
+    assert!(took[count - 1] <= CHECK_MAX, "the longest check took {:?}", took[count - 1]);
+}

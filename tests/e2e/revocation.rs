@@ -1,0 +1,205 @@
+//! A revoked key is refused when it must be: within the TTL, at once where a request asks the database, at once after the
+//! caches were cleared.
+
+use std::time::Duration;
+
+use serde_json::Value;
+use tokio::time::{Instant, sleep, sleep_until};
+use trustgate::app::Delay;
+
+use crate::{
+    stage::Stage,
+    support::{
+        among_others,
+        envoy::Envoy,
+        eventually,
+        grpc::Asker,
+        http,
+        seam::Seam,
+        server::{IssuedKey, Site},
+    },
+};
+
+const PATIENCE: Duration = Duration::from_secs(30);
+
+#[tokio::test(flavor = "multi_thread")]
+async fn within_the_ttl() {
+    let _turn = among_others().await;
+    let ttl = Duration::from_secs(2);
+    let stage = Stage::new(&[("freshness.ttl", "2s")]).await;
+    let key = stage.site.issue("acme", &[]).await;
+    let server = stage.site.serve().await;
+    let asker = Asker::connect(server.grpc()).await;
+    granted(&asker, &key).await;
+    stage.site.revoke(&key).await;
+    let revoked = Instant::now();
+    let last = last_grant(&asker, &key).await.map(|asked| asked.duration_since(revoked));
+    println!("last granted {last:?} after the revocation, of {ttl:?}");
+    assert!(last.is_none_or(|late| late <= ttl), "{last:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn at_once_where_every_request_asks() {
+    let _turn = among_others().await;
+    let stage = Stage::new(&[("freshness.mode", "live")]).await;
+    let server = stage.site.serve().await;
+    let asker = Asker::connect(server.grpc()).await;
+    for _ in 0..3 {
+        let key = stage.site.issue("acme", &[]).await;
+        granted(&asker, &key).await; // by a full look-up
+        granted(&asker, &key).await; // by primary key
+        stage.site.revoke(&key).await;
+        refused(&asker, &key, "revoked").await;
+    }
+    let key = stage.site.issue("globex", &[]).await;
+    granted(&asker, &key).await;
+    stage.site.json(&["trust", "disable", "globex"]).await;
+    refused(&asker, &key, "trust_disabled").await;
+    stage.site.json(&["trust", "enable", "globex"]).await;
+    granted(&asker, &key).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn at_once_on_a_route_that_asks_though_the_others_do_not() {
+    let _turn = among_others().await;
+    let stage = Stage::new(&[("freshness.ttl", "10m")]).await;
+    let key = stage.site.issue("acme", &["--scope", "admin"]).await;
+    let server = stage.site.serve().await;
+    let envoy = Envoy::start(http::application().await, &[server.grpc()]).await;
+    let status = async |path: &str| envoy.get(path, &[("x-api-key", &key.key)]).await.status;
+    assert_eq!((status("/").await, status("/admin/x").await), (200, 200));
+    stage.site.revoke(&key).await;
+    assert_eq!(status("/admin/x").await, 401);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn at_once_after_the_caches_were_cleared_on_every_replica_and_in_redis() {
+    let _turn = among_others().await;
+    let stage = Stage::new(&[("freshness.ttl", "10m")]).await;
+    let (one, other) = (stage.site.serve().await, stage.site.serve().await);
+    let (at_one, at_other) = (Asker::connect(one.grpc()).await, Asker::connect(other.grpc()).await);
+    let (everywhere, one_only, good) =
+        (stage.site.issue("acme", &[]).await, stage.site.issue("acme", &[]).await, stage.site.issue("acme", &[]).await);
+    for key in [&everywhere, &one_only, &good] {
+        granted(&at_one, key).await;
+    }
+    granted(&at_other, &everywhere).await;
+    until_shared(&stage, 3).await;
+    stage.site.revoke(&everywhere).await;
+    stage.site.revoke(&one_only).await;
+    // That it is the clearing which ends them: until then, caches know no better.
+    granted(&at_one, &one_only).await;
+    granted(&at_other, &everywhere).await;
+
+    let cleared = stage.site.json(&["cache", "clear"]).await;
+    println!("cleared: {cleared}");
+    assert_eq!((&cleared["replicas"], &cleared["applied"]), (&2.into(), &2.into()), "{cleared}");
+    // The other one first: what it does not hold itself it finds in Redis, as old as it is.
+    for asker in [&at_other, &at_one] {
+        refused(asker, &everywhere, "revoked").await;
+        refused(asker, &one_only, "revoked").await;
+        granted(asker, &good).await;
+    }
+    assert!(other.l2("refused").await > 0.0, "Redis held a value from before the clearing");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn age_is_counted_from_the_database_through_both_tiers() {
+    let _turn = among_others().await;
+    let ttl = Duration::from_secs(4);
+    let stage = Stage::new(&[("freshness.ttl", "4s")]).await;
+    let (one, other) = (stage.site.serve().await, stage.site.serve().await);
+    let (at_one, at_other) = (Asker::connect(one.grpc()).await, Asker::connect(other.grpc()).await);
+    let key = stage.site.issue("acme", &[]).await;
+    granted(&at_one, &key).await;
+    let read = Instant::now();
+    until_shared(&stage, 1).await;
+    stage.site.revoke(&key).await;
+    // Late in the life of the value the other replica gets it out of Redis: that does not make it young again.
+    sleep_until(read + ttl * 5 / 8).await;
+    granted(&at_other, &key).await;
+    assert!(other.l2("hit").await > 0.0, "it came out of Redis");
+    let last = last_grant(&at_other, &key).await.map(|asked| asked.duration_since(read));
+    println!("last granted {last:?} after the read, of {ttl:?}");
+    assert!(last.is_none_or(|late| late <= ttl), "{last:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_read_from_before_the_clearing_serves_nobody_after_it() {
+    let _turn = among_others().await;
+    let site = Site::new()
+        .with("store.read_timeout", "60s")
+        .with("decision.deadline", "70s")
+        .with("decision.envoy_timeout", "80s");
+    site.migrate().await;
+    site.trust("acme").await;
+    let key = site.issue("acme", &[]).await;
+    let (running, seam) = Seam::start(&site, |_| ()).await;
+    running.ready().await;
+    let asker = Asker::connect(running.grpc_address()).await;
+    seam.after_find().close();
+    let waiting = tokio::spawn({
+        let (asker, key) = (asker.clone(), key.key.clone());
+        async move { asker.check(&key).await }
+    });
+    eventually("the key was read", PATIENCE, || async { seam.after_find().waiting() == 1 }).await;
+    site.revoke(&key).await;
+    let cleared = site.json(&["cache", "clear"]).await;
+    assert_eq!((&cleared["replicas"], &cleared["applied"]), (&1.into(), &1.into()), "{cleared}");
+    seam.after_find().open();
+    let verdict = waiting.await.unwrap();
+    assert_eq!((verdict.status, verdict.reason.as_deref()), (401, Some("revoked")));
+    refused(&asker, &key, "revoked").await;
+    running.stop(Delay::None).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_clearing_does_not_overlook_a_replica_that_is_just_starting() {
+    let _turn = among_others().await;
+    let site = Site::new();
+    site.migrate().await;
+    let (running, seam) = Seam::start(&site, |seam| seam.after_newest().close()).await;
+    // It has read the newest version and is about to serve what it reads.
+    eventually("the version was read", PATIENCE, || async { seam.after_newest().waiting() == 1 }).await;
+    let cleared = site.run(&["--output", "json", "cache", "clear"]).await;
+    let counts: Value = serde_json::from_str(&cleared.out).unwrap();
+    assert_eq!((cleared.code, &counts["replicas"], &counts["applied"]), (1, &1.into(), &0.into()), "{cleared:?}");
+    seam.after_newest().open();
+    running.ready().await;
+    running.stop(Delay::None).await.unwrap();
+}
+
+async fn granted(asker: &Asker, key: &IssuedKey) {
+    let verdict = asker.check(&key.key).await;
+    assert_eq!((verdict.status, verdict.trust_id.as_ref()), (200, Some(&key.trust_id)), "{verdict:?}");
+}
+
+async fn refused(asker: &Asker, key: &IssuedKey, reason: &str) {
+    let verdict = asker.check(&key.key).await;
+    assert_eq!((verdict.status, verdict.reason.as_deref()), (401, Some(reason)), "{verdict:?}");
+}
+
+/// Asks again and again until the key is refused; returns when the last request that was granted began.
+async fn last_grant(asker: &Asker, key: &IssuedKey) -> Option<Instant> {
+    let (start, mut last) = (Instant::now(), None);
+    loop {
+        let asked = Instant::now();
+        let verdict = asker.check(&key.key).await;
+        if verdict.status != 200 {
+            assert_eq!((verdict.status, verdict.reason.as_deref()), (401, Some("revoked")), "{verdict:?}");
+            return last;
+        }
+        assert!(start.elapsed() < PATIENCE, "still granted");
+        last = Some(asked);
+        sleep(Duration::from_millis(2)).await;
+    }
+}
+
+/// Waits until Redis holds this many values.
+async fn until_shared(stage: &Stage, count: u64) {
+    eventually("values are in Redis", PATIENCE, || async {
+        let size = redis::cmd("DBSIZE").query_async::<u64>(&mut stage.redis.connection().await).await;
+        size.unwrap() == count
+    })
+    .await;
+}

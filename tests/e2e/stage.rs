@@ -1,0 +1,52 @@
+//! What most of these tests begin with: PostgreSQL, Redis, the settings that name them, and a few trusts.
+
+use crate::support::{load::Shot, postgres::Postgres, redis::Redis, server::Site};
+
+/// Servers of this test's own, which it may harm, and settings that name them.
+pub struct Stage {
+    pub postgres: Postgres,
+    pub redis: Redis,
+    pub site: Site,
+    /// Names and ids.
+    pub trusts: Vec<(String, String)>,
+}
+
+impl Stage {
+    /// Everything up, the tables made, nothing served yet.
+    pub async fn new(settings: &[(&str, &str)]) -> Self {
+        let (postgres, redis) = (Postgres::start().await, Redis::start().await);
+        let database = postgres.database().await;
+        let mut site = Site::new().with("store.url", postgres.url("admin", &database)).with("redis.url", redis.url());
+        for (setting, value) in settings {
+            site.set(setting, *value);
+        }
+        site.migrate().await;
+        let mut trusts = Vec::new();
+        for name in ["acme", "globex", "initech"] {
+            trusts.push((name.to_owned(), site.trust(name).await));
+        }
+        Self { postgres, redis, site, trusts }
+    }
+
+    /// `count` keys, those of each trust among those of the others.
+    pub async fn keys(&self, count: usize) -> Vec<Shot> {
+        let mut shots = Vec::new();
+        for (name, id) in &self.trusts {
+            let keys = self.site.import(name, count.div_ceil(self.trusts.len())).await;
+            shots.push(keys.into_iter().map(|key| Shot { key, owner: Some(id.clone()) }));
+        }
+        let mut mixed = Vec::new();
+        while mixed.len() < count {
+            mixed.extend(shots.iter_mut().filter_map(Iterator::next));
+        }
+        mixed.truncate(count);
+        mixed
+    }
+
+    /// A key that was revoked before anybody asked for it.
+    pub async fn revoked_key(&self) -> Shot {
+        let issued = self.site.issue(&self.trusts[0].0, &[]).await;
+        self.site.revoke(&issued).await;
+        Shot { key: issued.key, owner: None }
+    }
+}

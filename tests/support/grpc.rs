@@ -1,0 +1,102 @@
+//! A client that asks a trustgate as Envoy does, without Envoy between.
+
+use std::net::SocketAddr;
+
+use envoy_types::pb::{
+    envoy::service::auth::v3::{
+        AttributeContext, CheckRequest, CheckResponse,
+        attribute_context::{HttpRequest, Request},
+        authorization_client::AuthorizationClient,
+        check_response::HttpResponse,
+    },
+    google::protobuf::value::Kind,
+};
+use tonic::{Status, transport::Channel};
+
+/// A connection to one trustgate.
+#[derive(Clone)]
+pub struct Asker(AuthorizationClient<Channel>);
+
+/// What a check came to, in Envoy's eyes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Verdict {
+    /// 200 for a grant, else what the client would see.
+    pub status: u16,
+    /// `x-trust-id` as it would be set.
+    pub trust_id: Option<String>,
+    /// The reason in the metadata of a denial.
+    pub reason: Option<String>,
+}
+
+impl Asker {
+    /// Connects.
+    ///
+    /// # Panics
+    /// If nobody listens.
+    pub async fn connect(server: SocketAddr) -> Self {
+        let endpoint = Channel::from_shared(format!("http://{server}")).expect("a URL");
+        Self(AuthorizationClient::new(endpoint.connect().await.expect("somebody listens")))
+    }
+
+    /// Asks for a request with `key` in `x-api-key`.
+    pub async fn check(&self, key: &str) -> Verdict {
+        self.check_with(key, &[]).await.expect("an answer")
+    }
+
+    /// The same with context extensions of a route; a gRPC error is one here.
+    pub async fn check_with(&self, key: &str, extensions: &[(&str, &str)]) -> Result<Verdict, Status> {
+        let answer = self.0.clone().check(request(key, extensions)).await?;
+        Ok(verdict(&answer.into_inner()))
+    }
+}
+
+/// The `CheckRequest` for a request with `key` in `x-api-key`.
+pub fn request(key: &str, extensions: &[(&str, &str)]) -> CheckRequest {
+    let headers = [(":method", "GET"), (":path", "/"), (":authority", "service.example"), ("x-api-key", key)];
+    let http = HttpRequest {
+        method: "GET".to_owned(),
+        path: "/".to_owned(),
+        host: "service.example".to_owned(),
+        headers: headers.map(|(name, value)| (name.to_owned(), value.to_owned())).into(),
+        ..HttpRequest::default()
+    };
+    let extensions = extensions.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned()));
+    CheckRequest {
+        attributes: Some(AttributeContext {
+            request: Some(Request { http: Some(http), ..Request::default() }),
+            context_extensions: extensions.collect(),
+            ..AttributeContext::default()
+        }),
+    }
+}
+
+/// What Envoy makes of `answer`.
+pub fn verdict(answer: &CheckResponse) -> Verdict {
+    let granted = answer.status.as_ref().is_none_or(|status| status.code == 0);
+    let mut verdict = Verdict { status: if granted { 200 } else { 403 }, trust_id: None, reason: None };
+    match &answer.http_response {
+        Some(HttpResponse::OkResponse(ok)) if granted => {
+            let headers = ok.headers.iter().filter_map(|header| header.header.as_ref());
+            verdict.trust_id = headers
+                .filter(|header| header.key == "x-trust-id")
+                .map(|header| {
+                    if header.raw_value.is_empty() {
+                        header.value.clone()
+                    } else {
+                        String::from_utf8_lossy(&header.raw_value).into_owned()
+                    }
+                })
+                .next();
+        }
+        Some(HttpResponse::DeniedResponse(denied)) => {
+            let code = denied.status.as_ref().map_or(403, |status| status.code);
+            verdict.status = u16::try_from(code).expect("an HTTP status");
+        }
+        _ => {}
+    }
+    let reason = answer.dynamic_metadata.as_ref().and_then(|metadata| metadata.fields.get("reason"));
+    if let Some(Kind::StringValue(reason)) = reason.and_then(|reason| reason.kind.as_ref()) {
+        verdict.reason = Some(reason.clone());
+    }
+    verdict
+}

@@ -1,0 +1,105 @@
+//! HTTP/1.1 on both sides: a client that asks one thing, and an application that answers with what it saw.
+
+use std::{collections::BTreeMap, net::SocketAddr};
+
+use axum::{Router, extract::Request, serve::ListenerExt as _};
+use http_body_util::{BodyExt as _, Empty};
+use hyper::{body::Bytes, client::conn::http1};
+use hyper_util::rt::TokioIo;
+use serde_json::{Value, json};
+use tokio::net::{TcpListener, TcpStream};
+
+/// One connection to a server.
+pub type Connection = http1::SendRequest<Empty<Bytes>>;
+
+/// An answer.
+#[derive(Clone, Debug)]
+pub struct Answer {
+    pub status: u16,
+    /// By name in lower case; several of one name are joined with a comma.
+    pub headers: BTreeMap<String, String>,
+    pub body: String,
+}
+
+impl Answer {
+    /// A header as the [`application`] got it; `None` as well where it was not the application that answered.
+    pub fn saw_or_none(&self, header: &str) -> Option<String> {
+        let seen: Value = serde_json::from_str(&self.body).ok()?;
+        seen["headers"][header].as_str().map(str::to_owned)
+    }
+
+    /// A header as the [`application`] got it.
+    ///
+    /// # Panics
+    /// If it was not the application that answered.
+    pub fn saw(&self, header: &str) -> Option<String> {
+        let seen: Value = serde_json::from_str(&self.body).unwrap_or_else(|_| panic!("not the application: {self:?}"));
+        seen["headers"][header].as_str().map(str::to_owned)
+    }
+}
+
+/// Connects to a server.
+pub async fn connect(server: SocketAddr) -> hyper::Result<Connection> {
+    let stream = TcpStream::connect(server).await.expect("somebody listens");
+    stream.set_nodelay(true).expect("a TCP socket");
+    let (sender, connection) = http1::handshake(TokioIo::new(stream)).await?;
+    // It ends with its sender, or says there what went wrong.
+    tokio::spawn(connection);
+    Ok(sender)
+}
+
+/// Asks for `path` on a connection that is ready.
+pub async fn ask(connection: &mut Connection, path: &str, headers: &[(&str, &str)]) -> Result<Answer, hyper::Error> {
+    let mut request = hyper::Request::get(path).header("host", "service.example");
+    for (name, value) in headers {
+        request = request.header(*name, *value);
+    }
+    let answer = connection.send_request(request.body(Empty::new()).expect("a request")).await?;
+    let (head, body) = answer.into_parts();
+    let mut joined = BTreeMap::<String, String>::new();
+    for (name, value) in &head.headers {
+        let value = String::from_utf8_lossy(value.as_bytes());
+        joined
+            .entry(name.as_str().to_owned())
+            .and_modify(|before| *before = format!("{before},{value}"))
+            .or_insert_with(|| value.clone().into_owned());
+    }
+    let body = String::from_utf8_lossy(&body.collect().await?.to_bytes()).into_owned();
+    Ok(Answer { status: head.status.as_u16(), headers: joined, body })
+}
+
+/// Asks for `path` on a connection of its own.
+///
+/// # Panics
+/// If there is no answer.
+pub async fn get(server: SocketAddr, path: &str, headers: &[(&str, &str)]) -> Answer {
+    let mut connection = connect(server).await.expect("HTTP");
+    ask(&mut connection, path, headers).await.unwrap_or_else(|error| panic!("{server}{path}: {error}"))
+}
+
+/// The same, where it may be that nobody listens.
+pub async fn try_get(server: SocketAddr, path: &str) -> Option<Answer> {
+    TcpStream::connect(server).await.ok()?;
+    ask(&mut connect(server).await.ok()?, path, &[]).await.ok()
+}
+
+/// Starts an application that answers every request with its path and headers, as JSON. It ends with the test.
+pub async fn application() -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+    let address = listener.local_addr().expect("bound");
+    let listener = listener.tap_io(|stream| drop(stream.set_nodelay(true)));
+    tokio::spawn(axum::serve(listener, Router::new().fallback(echo)).into_future());
+    address
+}
+
+async fn echo(request: Request) -> String {
+    let mut headers = BTreeMap::<&str, String>::new();
+    for (name, value) in request.headers() {
+        let value = String::from_utf8_lossy(value.as_bytes());
+        headers
+            .entry(name.as_str())
+            .and_modify(|before| *before = format!("{before},{value}"))
+            .or_insert_with(|| value.clone().into_owned());
+    }
+    json!({"path": request.uri().to_string(), "headers": headers}).to_string()
+}

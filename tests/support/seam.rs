@@ -1,0 +1,177 @@
+//! A server inside the test, with a seam between it and its database: reads are counted, held open, and made to fail.
+
+use std::{
+    ffi::OsString,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicUsize, Ordering},
+    },
+};
+
+use async_trait::async_trait;
+use tokio::sync::watch;
+use trustgate::{
+    app::{AppBuilder, Running},
+    config::{self, Purpose},
+    fault::Fault,
+    record::{Dated, Digests, KeyId, Record, Version},
+    store::{LedgerError, Lookup, Missing, Source},
+};
+use uuid::Uuid;
+
+use super::server::Site;
+
+/// The seam. Open at first.
+pub struct Seam {
+    inner: Arc<dyn Source>,
+    finds: AtomicUsize,
+    before_find: Gate,
+    after_find: Gate,
+    after_newest: Gate,
+    panics: AtomicBool,
+}
+
+/// Where callers pass, or wait until they may.
+pub struct Gate {
+    open: watch::Sender<bool>,
+    waiting: AtomicUsize,
+}
+
+impl Default for Gate {
+    fn default() -> Self {
+        Self { open: watch::Sender::new(true), waiting: AtomicUsize::new(0) }
+    }
+}
+
+impl Gate {
+    /// From now on callers wait.
+    pub fn close(&self) {
+        self.open.send_replace(false);
+    }
+
+    /// Lets everybody pass, and those that come later.
+    pub fn open(&self) {
+        self.open.send_replace(true);
+    }
+
+    /// Callers that wait.
+    pub fn waiting(&self) -> usize {
+        self.waiting.load(Ordering::SeqCst)
+    }
+
+    async fn pass(&self) {
+        self.waiting.fetch_add(1, Ordering::SeqCst);
+        let left = scopeguard(|| drop(self.waiting.fetch_sub(1, Ordering::SeqCst)));
+        self.open.subscribe().wait_for(|open| *open).await.expect("the sender is ours");
+        drop(left);
+    }
+}
+
+/// Runs `end` when it is dropped.
+fn scopeguard<F: FnMut()>(end: F) -> impl Drop {
+    struct Guard<F: FnMut()>(F);
+    impl<F: FnMut()> Drop for Guard<F> {
+        fn drop(&mut self) {
+            (self.0)();
+        }
+    }
+    Guard(end)
+}
+
+impl Seam {
+    /// Starts a server with the settings of `site` and a seam in it.
+    pub async fn start(site: &Site, prepare: impl FnOnce(&Self)) -> (Running, Arc<Self>) {
+        let variables = site.variables();
+        let environment = variables.iter().map(|(name, value)| (OsString::from(name), OsString::from(value)));
+        let config = config::load(None, environment, Purpose::Serve).expect("good settings");
+        let variable = |name: &str| variables.iter().find(|(set, _)| set == name).map(|(_, value)| value.clone());
+        let mut made = None;
+        let builder = AppBuilder::new(config, &variable).expect("good settings").wrap_store(|inner| {
+            let seam = Arc::new(Self {
+                inner,
+                finds: AtomicUsize::new(0),
+                before_find: Gate::default(),
+                after_find: Gate::default(),
+                after_newest: Gate::default(),
+                panics: AtomicBool::new(false),
+            });
+            prepare(&seam);
+            made = Some(Arc::clone(&seam));
+            seam
+        });
+        (builder.start().await.expect("it starts"), made.expect("wrapped"))
+    }
+
+    /// Reads of keys by digest that were begun.
+    pub fn finds(&self) -> usize {
+        self.finds.load(Ordering::SeqCst)
+    }
+
+    /// Before a key is read.
+    pub const fn before_find(&self) -> &Gate {
+        &self.before_find
+    }
+
+    /// After a key was read, before the answer is given.
+    pub const fn after_find(&self) -> &Gate {
+        &self.after_find
+    }
+
+    /// After the newest version was read, before the answer is given.
+    pub const fn after_newest(&self) -> &Gate {
+        &self.after_newest
+    }
+
+    /// Whether reads of keys panic, once they are through the gate.
+    pub fn set_panics(&self, panics: bool) {
+        self.panics.store(panics, Ordering::SeqCst);
+    }
+
+    async fn enter(&self) {
+        self.finds.fetch_add(1, Ordering::SeqCst);
+        self.before_find.pass().await;
+        assert!(!self.panics.load(Ordering::SeqCst), "a test asked for this panic");
+    }
+}
+
+#[async_trait]
+impl Lookup for Seam {
+    async fn find(&self, digests: &Digests) -> Result<Dated<Option<Record>>, Fault> {
+        self.enter().await;
+        let found = self.inner.find(digests).await;
+        self.after_find.pass().await;
+        found
+    }
+
+    async fn find_by_id(&self, key: KeyId) -> Result<Dated<Option<Record>>, Fault> {
+        self.enter().await;
+        let found = self.inner.find_by_id(key).await;
+        self.after_find.pass().await;
+        found
+    }
+
+    async fn newest(&self) -> Result<Dated<()>, Fault> {
+        let newest = self.inner.newest().await;
+        self.after_newest.pass().await;
+        newest
+    }
+
+    async fn report(&self, replica: Uuid, applied: Version) -> Result<(), Fault> {
+        self.inner.report(replica, applied).await
+    }
+
+    async fn redis_mac_key(&self) -> Result<Option<[u8; 32]>, Fault> {
+        self.inner.redis_mac_key().await
+    }
+}
+
+#[async_trait]
+impl Source for Seam {
+    async fn prepare(&self, missing: Missing) -> Result<(), LedgerError> {
+        self.inner.prepare(missing).await
+    }
+
+    async fn close(&self) {
+        self.inner.close().await;
+    }
+}

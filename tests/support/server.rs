@@ -1,0 +1,266 @@
+//! The real program: its commands, and the server as a process of its own.
+
+use std::{
+    ffi::OsString,
+    io::Write as _,
+    net::SocketAddr,
+    path::Path,
+    process::{Command, Stdio},
+    time::Duration,
+};
+
+use serde_json::Value;
+use tempfile::TempDir;
+use uuid::Uuid;
+
+use super::{
+    eventually, http,
+    process::{End, Guarded, directory},
+};
+
+/// A set of settings, and a directory for the embedded database. Everything runs with these and nothing else.
+pub struct Site {
+    dir: TempDir,
+    settings: Vec<(String, String)>,
+}
+
+/// What a command came to.
+#[derive(Debug)]
+pub struct Ran {
+    pub code: i32,
+    pub out: String,
+    pub err: String,
+}
+
+/// A key that was issued.
+#[derive(Clone, Debug)]
+pub struct IssuedKey {
+    pub id: String,
+    pub key: String,
+    pub trust_id: String,
+}
+
+impl Site {
+    /// The embedded database and defaults, except that the server listens on free ports.
+    pub fn new() -> Self {
+        let settings = [("TRUSTGATE__GRPC__LISTEN", "127.0.0.1:0"), ("TRUSTGATE__ADMIN__LISTEN", "127.0.0.1:0")];
+        let settings = settings.map(|(name, value)| (name.to_owned(), value.to_owned())).to_vec();
+        Self { dir: tempfile::tempdir().expect("a directory"), settings }
+    }
+
+    /// The same with `section.name` set to `value`.
+    pub fn with(mut self, setting: &str, value: impl Into<String>) -> Self {
+        self.set(setting, value);
+        self
+    }
+
+    /// Sets `section.name` for what is started from now on.
+    pub fn set(&mut self, setting: &str, value: impl Into<String>) {
+        let name = format!("TRUSTGATE__{}", setting.to_uppercase().replace('.', "__"));
+        self.settings.retain(|(set, _)| *set != name);
+        self.settings.push((name, value.into()));
+    }
+
+    /// The settings as environment variables, for a server inside the test.
+    pub fn variables(&self) -> Vec<(String, String)> {
+        let mut variables = self.settings.clone();
+        variables.push(("STATE_DIRECTORY".to_owned(), self.path().display().to_string()));
+        variables.push(("USER".to_owned(), "somebody".to_owned()));
+        variables
+    }
+
+    pub fn path(&self) -> &Path {
+        self.dir.path()
+    }
+
+    /// Runs the program with `input` on standard input.
+    pub async fn feed(&self, arguments: &[&str], input: &str) -> Ran {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_trustgate"));
+        command.args(arguments).env_clear().envs(self.variables()).current_dir(self.path());
+        let input = input.to_owned();
+        let running = tokio::task::spawn_blocking(move || {
+            let mut child = command
+                .stdin(Stdio::piped())
+                .stdout(Stdio::piped())
+                .stderr(Stdio::piped())
+                .spawn()
+                .expect("the program is there");
+            let mut stdin = child.stdin.take().expect("piped");
+            // A command that fails early does not read its input.
+            let feeder = std::thread::spawn(move || drop(stdin.write_all(input.as_bytes())));
+            let output = child.wait_with_output().expect("it ends");
+            feeder.join().expect("no panic");
+            output
+        });
+        let output = running.await.expect("no panic");
+        Ran {
+            code: output.status.code().expect("no signal"),
+            out: String::from_utf8(output.stdout).expect("UTF-8"),
+            err: String::from_utf8(output.stderr).expect("UTF-8"),
+        }
+    }
+
+    /// Runs the program.
+    pub async fn run(&self, arguments: &[&str]) -> Ran {
+        self.feed(arguments, "").await
+    }
+
+    /// Runs the program and returns what it answers as JSON.
+    ///
+    /// # Panics
+    /// If it fails.
+    pub async fn json(&self, arguments: &[&str]) -> Value {
+        let ran = self.run(&[&["--output", "json"], arguments].concat()).await;
+        assert_eq!(ran.code, 0, "{arguments:?}: {ran:?}");
+        serde_json::from_str(&ran.out).unwrap_or_else(|_| panic!("{arguments:?}: {ran:?}"))
+    }
+
+    /// Makes the tables.
+    pub async fn migrate(&self) {
+        self.json(&["migrate"]).await;
+    }
+
+    /// Makes a trust; returns its id.
+    pub async fn trust(&self, name: &str) -> String {
+        text(&self.json(&["trust", "create", name]).await["id"])
+    }
+
+    /// Issues a key with further options of `key issue`.
+    pub async fn issue(&self, trust: &str, options: &[&str]) -> IssuedKey {
+        let issued = self.json(&[&["key", "issue", "--trust", trust], options].concat()).await;
+        IssuedKey { id: text(&issued["id"]), key: text(&issued["key"]), trust_id: text(&issued["trust_id"]) }
+    }
+
+    /// Revokes a key.
+    pub async fn revoke(&self, key: &IssuedKey) {
+        self.json(&["key", "revoke", &key.id]).await;
+    }
+
+    /// Makes `count` keys for a trust, all at once; returns them.
+    pub async fn import(&self, trust: &str, count: usize) -> Vec<String> {
+        let keys: Vec<_> = (0..count).map(|_| made_up_key()).collect();
+        let arguments = ["--output", "json", "key", "import", "--trust", trust, "--plaintext", "-"];
+        let ran = self.feed(&arguments, &keys.join("\n")).await;
+        assert_eq!(ran.code, 0, "{ran:?}");
+        keys
+    }
+
+    /// Starts the server and waits until it listens. Whether it is ready is another matter.
+    ///
+    /// # Panics
+    /// If it ends instead, with its log.
+    pub async fn listening(&self) -> Server {
+        let variables = self.variables().into_iter().map(|(name, value)| format!("{name}={value}").into());
+        let mut words = vec![OsString::from("env"), "-i".into()];
+        words.extend(variables);
+        words.extend([env!("CARGO_BIN_EXE_trustgate").into(), "serve".into()]);
+        let program = Guarded::start_to(End::Kill, &directory("serve"), &words);
+        let listening = program.until(async || {
+            let log = program.log();
+            let line = log.lines().find(|line| line.contains("\"listening\""))?;
+            let line: Value = serde_json::from_str(line).ok()?;
+            Some((first(&line["grpc"])?, first(&line["admin"])?))
+        });
+        let Some((grpc, admin)) = listening.await else { panic!("the server ended:\n{}", program.log()) };
+        Server { program, grpc, admin }
+    }
+
+    /// Starts the server and waits until it is ready.
+    pub async fn serve(&self) -> Server {
+        let server = self.listening().await;
+        server.until_ready().await;
+        server
+    }
+}
+
+/// A server that is running; killed when dropped.
+pub struct Server {
+    program: Guarded,
+    grpc: SocketAddr,
+    admin: SocketAddr,
+}
+
+impl Server {
+    /// Where Envoy calls.
+    pub const fn grpc(&self) -> SocketAddr {
+        self.grpc
+    }
+
+    /// Metrics and probes.
+    pub const fn admin(&self) -> SocketAddr {
+        self.admin
+    }
+
+    /// Waits until it is ready.
+    pub async fn until_ready(&self) {
+        let ready = self.program.until(async || (self.readiness().await.status == 200).then_some(()));
+        assert!(ready.await.is_some(), "the server ended:\n{}", self.log());
+    }
+
+    /// What `/readyz` says.
+    pub async fn readiness(&self) -> http::Answer {
+        http::get(self.admin, "/readyz", &[]).await
+    }
+
+    /// The value of one metric, as [`metric`].
+    pub async fn metric(&self, name: &str) -> f64 {
+        metric(self.admin, name).await
+    }
+
+    /// How many lookups in Redis had this outcome.
+    pub async fn l2(&self, outcome: &str) -> f64 {
+        let labels = format!("kind=\"api_key\",outcome=\"{outcome}\",tier=\"l2\"");
+        self.metric(&format!("trustgate_cache_lookups_total{{{labels}}}")).await
+    }
+
+    /// Waits until the log holds `text`.
+    pub async fn until_logged(&self, text: &str) {
+        let what = format!("{text:?} in the log");
+        eventually(&what, Duration::from_secs(30), || async { self.log().contains(text) }).await;
+    }
+
+    /// What it logged so far.
+    pub fn log(&self) -> String {
+        self.program.log()
+    }
+
+    /// Whether the process is still there.
+    pub fn is_running(&self) -> bool {
+        !self.program.has_ended()
+    }
+
+    /// Sends a signal, such as `TERM`.
+    pub fn signal(&self, name: &str) {
+        self.program.signal(name);
+    }
+
+    /// Waits at most `limit` for the process to end by itself; returns its exit code and its log.
+    pub async fn ended(self, limit: Duration) -> (i32, String) {
+        self.program.ended(limit).await
+    }
+}
+
+/// The value of one metric of the server at `admin`, by its name with its labels as `/metrics` writes it.
+///
+/// # Panics
+/// If there is no such metric.
+pub async fn metric(admin: SocketAddr, name: &str) -> f64 {
+    let metrics = http::get(admin, "/metrics", &[]).await.body;
+    let value = metrics.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+    let value = value.unwrap_or_else(|| panic!("no {name} in\n{metrics}"));
+    value.parse().expect("a number")
+}
+
+/// A key that nobody issued; as it is imported, or as somebody guesses.
+pub fn made_up_key() -> String {
+    format!("key-{}", Uuid::new_v4().simple())
+}
+
+fn text(value: &Value) -> String {
+    value.as_str().unwrap_or_else(|| panic!("not a text: {value}")).to_owned()
+}
+
+/// The first address of a list in the log.
+fn first(list: &Value) -> Option<SocketAddr> {
+    list.as_str()?.trim_matches(['[', ']']).split(", ").next()?.parse().ok()
+}
