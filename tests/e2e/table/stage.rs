@@ -5,6 +5,7 @@ use std::{collections::BTreeMap, io::Write as _, net::SocketAddr, path::Path, sy
 use percent_encoding::{NON_ALPHANUMERIC, percent_encode};
 use serde_json::{Value, json};
 use tempfile::TempDir;
+use tokio::sync::RwLockReadGuard;
 use trustgate::{
     app::{AppBuilder, Delay, Running},
     check::Checker,
@@ -19,6 +20,7 @@ use trustgate::{
 };
 
 use super::rows::Table;
+use crate::support::among_others;
 
 /// What every server of the table is set to. Times are long: this is about answers, on whatever machine.
 const SETTINGS: [(&str, &str); 5] = [
@@ -34,6 +36,7 @@ pub struct Stage {
     servers: BTreeMap<String, (Running, Config)>,
     keys: BTreeMap<&'static str, Made>,
     _dir: TempDir,
+    _turn: RwLockReadGuard<'static, ()>,
 }
 
 /// A key of the table.
@@ -52,7 +55,7 @@ impl Stage {
 
     /// The servers that `wanted` picks by name.
     pub async fn of(wanted: impl Fn(&str) -> bool) -> Self {
-        let dir = tempfile::tempdir().unwrap();
+        let (turn, dir) = (among_others().await, tempfile::tempdir().unwrap());
         let table = Table::read();
         let configs = table.servers.iter().map(|(name, more)| (name.clone(), configured(dir.path(), more)));
         let configs: BTreeMap<String, Config> = configs.collect();
@@ -66,7 +69,7 @@ impl Stage {
         for (running, _) in servers.values() {
             running.ready().await;
         }
-        Self { servers, keys, _dir: dir }
+        Self { servers, keys, _dir: dir, _turn: turn }
     }
 
     /// Ends every server; each must end well.
