@@ -46,7 +46,7 @@ impl<'m> Demands<'m> {
         for (name, value) in view.context_extensions() {
             let Some(name) = name.strip_prefix(PREFIX) else { continue };
             match (name, value) {
-                ("scopes", scopes) => demands.scopes.extend(scopes.split_ascii_whitespace()),
+                ("scopes", scopes) => demands.scopes = scopes.split_ascii_whitespace().collect(),
                 ("freshness", "ttl") => demands.freshness = Some(Freshness::Ttl),
                 ("freshness", "live") => demands.freshness = Some(Freshness::Live),
                 ("freshness", _) => return Err(Fault::Route { name: "trustgate.freshness" }),

@@ -67,8 +67,11 @@ pub struct Removals<'s> {
     pub cookies: Option<String>,
 }
 
-/// What one source holds.
+/// What one source holds, of which [`FOUND_MAX`] are looked at.
 type Found<'m> = SmallVec<[Cow<'m, [u8]>; 1]>;
+
+/// Two in one source are ambiguous, however many follow.
+const FOUND_MAX: usize = 2;
 
 /// The credential of the request in `view`, by the rules of `settings`.
 #[must_use]
@@ -77,8 +80,8 @@ pub fn extract<'m, 's>(settings: &'s CredentialSettings, view: &View<'m>) -> Ext
     let mut keys: Found<'m> = SmallVec::new();
     let mut ambiguous = false;
     for source in &settings.sources {
-        let mut found = match source {
-            Source::Header(name) => view.header(name).map(Cow::Borrowed).collect(),
+        let mut found: Found<'m> = match source {
+            Source::Header(name) => view.header(name).map(Cow::Borrowed).take(FOUND_MAX).collect(),
             Source::Authorization(scheme) => authorization(view, *scheme),
             Source::Query(name) => query(view.path, name),
             Source::Cookie(name) => cookies(view, name),
@@ -129,6 +132,9 @@ fn authorization<'m>(view: &View<'m>, scheme: Scheme) -> Found<'m> {
     let mut found = Found::new();
     let mut other = false;
     for value in view.header("authorization") {
+        if found.len() == FOUND_MAX {
+            break;
+        }
         match ours(value) {
             Some(key) => found.push(Cow::Borrowed(key)),
             None if value.split(|byte| *byte == b',').any(|part| ours(part).is_some()) => {
@@ -151,14 +157,12 @@ fn query<'m>(path: &'m str, name: &str) -> Found<'m> {
         Some((key, value)) => (key == name).then(|| percent_decode_str(value).into()),
         None => (pair == name).then(|| Cow::Borrowed(&b""[..])),
     };
-    query.split('&').filter_map(value).collect()
+    query.split('&').filter_map(value).take(FOUND_MAX).collect()
 }
 
 /// The cookies of a request, `name=value` each. Separated by `;` (RFC 6265), and by `,` where Envoy joined two lines.
-fn each_cookie<'m>(view: &View<'m>) -> impl Iterator<Item = &'m [u8]> {
-    let lines: SmallVec<[&[u8]; 2]> = view.header("cookie").collect();
-    lines
-        .into_iter()
+fn each_cookie<'a, 'm>(view: &'a View<'m>) -> impl Iterator<Item = &'m [u8]> + 'a {
+    view.header("cookie")
         .flat_map(|line| line.split(|byte| *byte == b';' || *byte == b','))
         .map(<[u8]>::trim_ascii)
         .filter(|cookie| !cookie.is_empty())
@@ -170,7 +174,7 @@ fn cookie_value<'m>(cookie: &'m [u8], name: &str) -> Option<&'m [u8]> {
 }
 
 fn cookies<'m>(view: &View<'m>, name: &str) -> Found<'m> {
-    each_cookie(view).filter_map(|cookie| cookie_value(cookie, name)).map(Cow::Borrowed).collect()
+    each_cookie(view).filter_map(|cookie| cookie_value(cookie, name)).map(Cow::Borrowed).take(FOUND_MAX).collect()
 }
 
 /// The cookies that may go on to the upstream, where one of them was a credential. A cookie that is not visible ASCII
@@ -185,11 +189,17 @@ fn cookies_left(settings: &CredentialSettings, view: &View<'_>) -> Option<String
     if !each_cookie(view).any(is_ours) {
         return None;
     }
-    let left: Vec<&str> = each_cookie(view)
-        .filter(|cookie| !is_ours(cookie) && cookie.iter().all(|byte| matches!(byte, b' '..=b'~')))
-        .filter_map(|cookie| std::str::from_utf8(cookie).ok())
-        .collect();
-    Some(left.join("; "))
+    let mut left = String::new();
+    for cookie in each_cookie(view).filter(|cookie| !is_ours(cookie)) {
+        match std::str::from_utf8(cookie) {
+            Ok(cookie) if cookie.bytes().all(|byte| matches!(byte, b' '..=b'~')) => {
+                left.push_str(if left.is_empty() { "" } else { "; " });
+                left.push_str(cookie);
+            }
+            _ => {}
+        }
+    }
+    Some(left)
 }
 
 #[cfg(test)]

@@ -1,6 +1,9 @@
 //! Where a credential may stand in a request.
 
-use crate::settings::{Setting, Written};
+use crate::{
+    settings::{Setting, Written},
+    wire::identity,
+};
 
 /// One place a key may stand in.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -35,11 +38,32 @@ impl Setting for Source {
         match (place, name) {
             ("authorization", "bearer") => Some(Self::Authorization(Scheme::Bearer)),
             ("authorization", "apikey") => Some(Self::Authorization(Scheme::ApiKey)),
-            ("header", "authorization" | "cookie") => None,
-            ("header", name) if plain => Some(Self::Header(name.to_ascii_lowercase())),
+            ("header", name) if plain => header(name.to_ascii_lowercase()),
             ("query", name) if plain => Some(Self::Query(name.to_owned())),
             ("cookie", name) if plain => Some(Self::Cookie(name.to_owned())),
             _ => None,
         }
+    }
+}
+
+/// Headers with a source of their own, and those that an answer sets: a credential is removed from where it was found, and
+/// a removal comes after everything that is set.
+fn header(name: String) -> Option<Source> {
+    let taken = ["authorization", "cookie"].contains(&name.as_str()) || identity::HEADERS.contains(&name.as_str());
+    (!taken).then_some(Source::Header(name))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_header_that_answers_set_is_a_source() {
+        let read = |text: &str| Source::read(&Written::One(text.to_owned()));
+        assert_eq!(read("header:X-Api-Key"), Some(Source::Header("x-api-key".to_owned())));
+        for name in ["authorization", "Authorization", "cookie", "Cookie"].iter().chain(&identity::HEADERS) {
+            assert_eq!(read(&format!("header:{name}")), None, "{name}");
+        }
+        assert_eq!(read("header:X-Trust-Id"), None);
     }
 }

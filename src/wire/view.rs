@@ -3,7 +3,8 @@
 //! It accepts what a generated decoder accepts, and header values that are not UTF-8 besides: Envoy forwards the bytes
 //! of a client, and a decoder that refuses them turns into a gRPC error, which `failure_mode_allow` lets in
 //! (GHSA-9g5w-hqr3-w2ph). Fields that no decision needs are skipped without a look inside.
-//! Never copies a value and never panics. Memory: 32 bytes for each header or context extension beyond the inline ones.
+//! Never copies a value and never panics. Memory: 32 bytes for each header or context extension beyond the inline ones;
+//! those without a name, which no HTTP request has, are not kept.
 //!
 //! Field numbers: `envoy/service/auth/v3/attribute_context.proto`, `external_auth.proto`, `config/core/v3/address.proto`
 //! and `base.proto`. Wire format: <https://protobuf.dev/programming-guides/encoding/>.
@@ -79,12 +80,9 @@ impl<'m> View<'m> {
         self.headers().iter().filter(move |header| header.name.eq_ignore_ascii_case(name)).map(|header| header.value)
     }
 
-    /// The route's context extensions. A key that occurs twice counts as it does in a map: the last one.
+    /// The route's context extensions. Of a key that occurs twice the last one counts, as in a map.
     pub fn context_extensions(&self) -> impl Iterator<Item = (&'m str, &'m str)> + '_ {
-        self.extensions.iter().enumerate().filter_map(|(at, pair)| {
-            let again = self.extensions[at + 1..].iter().any(|(key, _)| *key == pair.0);
-            (!again).then_some(*pair)
-        })
+        self.extensions.iter().copied()
     }
 
     fn attributes(&mut self, message: &'m [u8]) -> Result<(), Undecodable> {
@@ -96,7 +94,10 @@ impl<'m> View<'m> {
             }),
             10 => {
                 let (key, value) = entry(field.bytes()?)?;
-                self.extensions.push((text(key)?, text(value)?));
+                let (key, value) = (text(key)?, text(value)?);
+                if !key.is_empty() {
+                    self.extensions.push((key, value));
+                }
                 Ok(())
             }
             _ => Ok(()),
@@ -154,13 +155,13 @@ impl<'m> View<'m> {
                 2 => self.method = text(field.bytes()?)?,
                 3 => {
                     let (name, value) = entry(field.bytes()?)?;
-                    self.map.push(Header { name: text(name)?, value });
+                    keep(&mut self.map, Header { name: text(name)?, value });
                 }
                 4 => self.path = text(field.bytes()?)?,
                 5 => self.host = text(field.bytes()?)?,
                 13 => each(field.bytes()?, |number, field| {
                     if number == 1 {
-                        self.raw.push(header_value(field.bytes()?)?);
+                        keep(&mut self.raw, header_value(field.bytes()?)?);
                     }
                     Ok(())
                 })?,
@@ -168,6 +169,12 @@ impl<'m> View<'m> {
             }
             Ok(())
         })
+    }
+}
+
+fn keep<'m>(headers: &mut SmallVec<[Header<'m>; 32]>, header: Header<'m>) {
+    if !header.name.is_empty() {
+        headers.push(header);
     }
 }
 

@@ -2,6 +2,7 @@
 
 // All of it is tests: what fails here should fail loudly, and nobody else uses it.
 // What is measured is shown.
+// All of it is tests: what fails here should fail loudly, nobody else uses it, and it says how much it looked at.
 #![allow(clippy::unwrap_used, clippy::print_stdout, unreachable_pub)]
 
 #[path = "../support/mod.rs"]
@@ -9,8 +10,10 @@ mod support;
 
 mod drain;
 mod herd;
+mod messages;
 mod outage;
 mod prometheus;
 mod redis_tls;
 mod revocation;
 mod stage;
+mod table;

@@ -1,0 +1,190 @@
+//! What a message can make the server allocate: a small multiple of its own size, whatever is in it.
+//!
+//! In a binary of its own, since it counts every allocation of the process (of the thread that asks).
+
+#![allow(clippy::unwrap_used)]
+#![expect(
+    unsafe_code,
+    reason = "an allocator is an unsafe trait; this one counts and hands everything to the system's"
+)]
+
+use std::{
+    alloc::{GlobalAlloc, Layout, System},
+    cell::Cell,
+    time::Duration,
+};
+
+use proptest::{collection::vec, prelude::*};
+use trustgate::{
+    credential::{CredentialSettings, extract::extract},
+    decision::{Decision, DenyReason},
+    demand::Demands,
+    settings::{Reader, Section as _, Written},
+    wire::{
+        response::{OnFault, Replies},
+        view::View,
+    },
+};
+
+struct Counting;
+
+thread_local! {
+    static LIVE: Cell<usize> = const { Cell::new(0) };
+    static PEAK: Cell<usize> = const { Cell::new(0) };
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+// SAFETY: every call is handed on to `System` with the arguments it came with, and its answer handed back; the counters are
+// thread-local cells without a destructor, so that counting allocates nothing and cannot fail.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        LIVE.set(LIVE.get().wrapping_add(layout.size()));
+        PEAK.set(PEAK.get().max(LIVE.get()));
+        // SAFETY: the caller keeps the contract of `GlobalAlloc::alloc`, which is that of `System`.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, memory: *mut u8, layout: Layout) {
+        LIVE.set(LIVE.get().wrapping_sub(layout.size()));
+        // SAFETY: `memory` came from `System.alloc` above with this layout.
+        unsafe { System.dealloc(memory, layout) }
+    }
+}
+
+/// The most that was allocated at one time during `work`, in bytes.
+fn peak_of(work: impl FnOnce()) -> usize {
+    LIVE.set(0);
+    PEAK.set(0);
+    work();
+    PEAK.get()
+}
+
+fn settings() -> CredentialSettings {
+    let mut reader = Reader::default();
+    let sources = "header:k,authorization:bearer,authorization:apikey,query:k,cookie:k";
+    reader.put("credential", "sources", Written::One(sources.into()), String::new());
+    CredentialSettings::read(&mut reader)
+}
+
+/// Everything that a check does with a message besides looking up its key.
+fn check(settings: &CredentialSettings, replies: &Replies, message: &[u8]) {
+    let Ok(view) = View::parse(message) else { return drop(replies.denial(DenyReason::Undecodable)) };
+    let extracted = extract(settings, &view);
+    let demands = Demands::of(&view);
+    drop(replies.decision(&Decision::Anonymous, &extracted.removals));
+    drop((demands, extracted));
+}
+
+fn field(number: u8, content: &[u8]) -> Vec<u8> {
+    let mut field = vec![number << 3 | 2];
+    let mut length = content.len();
+    while length >= 0x80 {
+        field.push((length & 0x7f | 0x80).to_le_bytes()[0]);
+        length >>= 7;
+    }
+    field.push(length.to_le_bytes()[0]);
+    field.extend_from_slice(content);
+    field
+}
+
+/// A message with this `attributes.request.http`.
+fn http(content: &[u8]) -> Vec<u8> {
+    field(1, &field(4, &field(2, content)))
+}
+
+fn raw_header(name: &[u8], value: &[u8]) -> Vec<u8> {
+    field(1, &[field(1, name), field(3, value)].concat())
+}
+
+fn map_header(name: &[u8], value: &[u8]) -> Vec<u8> {
+    field(3, &[field(1, name), field(2, value)].concat())
+}
+
+/// Bytes allocated at one time for each byte of message, at most. The shortest header takes 5 bytes of message and 32 of
+/// memory in a list that doubles: 19. The shortest scope 2 and 16: 24. A generated decoder would need more.
+const MULTIPLE: usize = 32;
+/// What the smallest message may need: an answer.
+const FIXED: usize = 4 << 10;
+
+fn assert_small(what: &str, settings: &CredentialSettings, replies: &Replies, message: &[u8]) {
+    let peak = peak_of(|| check(settings, replies, message));
+    assert!(peak <= FIXED + MULTIPLE * message.len(), "{what}: {peak} bytes for a message of {}", message.len());
+}
+
+#[test]
+fn counting_counts() {
+    assert_eq!(peak_of(|| drop(std::hint::black_box(vec![0_u8; 12_345]))), 12_345);
+}
+
+#[test]
+fn the_worst_messages_take_a_small_multiple_of_their_size() {
+    let (settings, replies) = parts();
+    // Just above a power of two, where a list that doubles has most room to spare.
+    for count in [1, 33, 1_025, 65_537] {
+        let many = |content: &[u8]| content.repeat(count);
+        let raw = |content: &[u8]| http(&field(13, &many(content)));
+        let cookies = raw_header(b"cookie", b"k=");
+        for (what, message) in [
+            ("raw headers without anything", raw(&[10, 0])),
+            ("lists of one raw header", http(&many(&field(13, &raw_header(b"a", b""))))),
+            ("map headers without anything", http(&many(&[26, 0]))),
+            ("short raw headers", raw(&raw_header(b"a", b""))),
+            ("short map headers", http(&many(&map_header(b"a", b"")))),
+            ("keys in raw headers", raw(&raw_header(b"k", b""))),
+            ("short extensions", field(1, &many(&field(10, &field(1, b"a"))))),
+            ("requests", field(1, &field(4, &many(&[18, 0])))),
+            ("keys in the query", http(&field(4, &[b"?".as_slice(), &many(b"k&")].concat()))),
+            ("an encoded key", http(&field(4, &[b"?k=".as_slice(), &many(b"%41")].concat()))),
+            ("encoded keys", http(&field(4, &[b"?".as_slice(), &many(b"k=%41&")].concat()))),
+            ("keys in cookies", http(&map_header(b"cookie", &many(b"k=;")))),
+            ("cookies", http(&map_header(b"cookie", &[b"k=;".as_slice(), &many(b"a;")].concat()))),
+            ("cookie headers", http(&field(13, &[cookies, many(&raw_header(b"cookie", b"a"))].concat()))),
+            ("bearers", http(&many(&map_header(b"authorization", b"bearer")))),
+            ("schemes", http(&map_header(b"authorization", &many(b"bearer,")))),
+            ("groups", field(1, &many(&[0x0b, 0x0c]))),
+            ("scopes", field(1, &field(10, &[field(1, b"trustgate.scopes"), field(2, &many(b"a "))].concat()))),
+        ] {
+            assert_small(&format!("{count} {what}"), &settings, &replies, &message);
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(256))]
+
+    #[test]
+    fn no_bytes_take_more(bytes in vec(any::<u8>(), 0..2_000)) {
+        let (settings, replies) = parts();
+        assert_small("bytes", &settings, &replies, &bytes);
+        assert_small("bytes as a request", &settings, &replies, &http(&bytes));
+        assert_small("bytes as headers", &settings, &replies, &http(&field(13, &bytes)));
+    }
+
+    /// Pieces that mean something, in any order.
+    #[test]
+    fn no_requests_take_more(pieces in vec(piece(), 0..60)) {
+        let (settings, replies) = parts();
+        assert_small("a request", &settings, &replies, &http(&pieces.concat()));
+    }
+}
+
+fn parts() -> (CredentialSettings, Replies) {
+    (settings(), Replies::new(OnFault::Deny, Duration::from_secs(1)))
+}
+
+fn piece() -> impl Strategy<Value = Vec<u8>> {
+    let name = prop_oneof!["", "k", "cookie", "authorization", "[a-z-]{1,9}"].prop_map(String::into_bytes);
+    let value = prop_oneof![
+        "(k=[a-z]{0,3}; ?|[a-z];){0,20}".prop_map(String::into_bytes),
+        "(bearer |apikey |,){0,9}".prop_map(String::into_bytes),
+        vec(any::<u8>(), 0..30),
+    ];
+    (name, value, 0..4).prop_map(|(name, value, kind)| match kind {
+        0 => field(13, &raw_header(&name, &value)),
+        1 => map_header(&name, &value),
+        2 => field(4, &[b"/?k=%41&k&".as_slice(), &value].concat()),
+        _ => field(2, &name),
+    })
+}

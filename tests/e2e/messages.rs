@@ -1,0 +1,201 @@
+//! Messages and bodies that Envoy does not send: whatever comes, the answer is a `CheckResponse`, never a gRPC error, for
+//! `failure_mode_allow` lets a request in on an error.
+
+use std::convert::Infallible;
+
+use bytes::Bytes;
+use futures_util::stream;
+use http::{HeaderMap, Request as HttpRequest, StatusCode};
+use http_body::Frame;
+use http_body_util::{BodyExt as _, StreamBody};
+use proptest::{
+    collection::vec,
+    prelude::*,
+    test_runner::{Config, TestRunner},
+};
+use serde_json::Value;
+use tokio::runtime::Handle;
+use tonic::{body::Body, transport::Channel};
+use tower_service::Service as _;
+use trustgate::wire::{grpc::CHECK_PATH, response::Reply};
+
+use crate::table::{
+    answer,
+    request::{Encoding, Request},
+    stage::Stage,
+};
+
+/// `limits.message_size` by default.
+const MESSAGE_BYTES_MAX: usize = 256 << 10;
+
+async fn stage() -> Stage {
+    Stage::of(|server| server == "default").await
+}
+
+fn good(stage: &Stage) -> Request {
+    Request::default().with_header("x-note", "before").with_header("x-api-key", &stage.key("scoped").secret)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn every_truncation_of_a_good_message_is_denied() {
+    let stage = stage().await;
+    let checker = stage.checker("default");
+    for encoding in Encoding::BOTH {
+        let message = good(&stage).message(encoding);
+        for length in 0..message.len() {
+            let got = answer::read(checker.check(&message[..length]).await);
+            let reason = got["metadata"]["reason"].as_str();
+            assert_eq!(
+                (&got["kind"], reason),
+                (&"denied".into(), Some("undecodable")),
+                "{length} bytes ({encoding:?})"
+            );
+        }
+        assert_eq!(answer::read(checker.check(&message).await)["kind"], "ok");
+    }
+    stage.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn whatever_the_bytes_are_the_answer_is_a_response() {
+    let stage = stage().await;
+    let (checker, handle) = (stage.checker("default"), Handle::current());
+    let message = good(&stage).message(Encoding::Raw);
+    let damage = vec((any::<prop::sample::Index>(), any::<u8>()), 0..4);
+    tokio::task::block_in_place(|| {
+        let strategy = (vec(any::<u8>(), 0..400), damage);
+        TestRunner::new(Config::with_cases(512)).run(&strategy, |(bytes, damage)| {
+            let mut damaged = message.clone();
+            for (at, byte) in damage {
+                let at = at.index(damaged.len());
+                damaged[at] = byte;
+            }
+            for message in [&bytes, &damaged] {
+                let reply = handle.block_on(checker.check(message));
+                prop_assert!(matches!(reply, Reply::Message(_)));
+                answer::read(reply); // asserts what must be true of every response
+            }
+            Ok(())
+        })
+    })
+    .unwrap();
+    stage.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn whatever_the_body_is_the_answer_is_a_response() {
+    let stage = stage().await;
+    let mut client = Client::connect(&stage).await;
+    let message = good(&stage).message(Encoding::Raw);
+    let framed = frame(0, message.len(), &message);
+    let longer = message.len() + 1;
+    for (name, body, want) in [
+        ("a good one", framed.clone(), "ok"),
+        ("none", vec![], "undecodable"),
+        ("an empty message", frame(0, 0, &[]), "undecodable"),
+        ("less than a prefix", vec![0, 0, 0, 0], "undecodable"),
+        ("a prefix alone", framed[..5].to_vec(), "undecodable"),
+        ("one byte missing", framed[..framed.len() - 1].to_vec(), "undecodable"),
+        ("one byte more", [&*framed, b"x"].concat(), "undecodable"),
+        ("no prefix", message.clone(), "undecodable"),
+        ("said to be compressed", frame(1, message.len(), &message), "undecodable"),
+        ("an unknown flag", frame(255, message.len(), &message), "undecodable"),
+        ("a length that is too long", frame(0, longer, &message), "undecodable"),
+        ("a length that is too short", frame(0, message.len() - 1, &message), "undecodable"),
+        ("a length of 4 GiB", frame(0, u32::MAX as usize, &message), "too_large"),
+        ("two messages", [&*framed, &framed].concat(), "undecodable"),
+        ("an empty message before it", [&*frame(0, 0, &[]), &framed].concat(), "undecodable"),
+    ] {
+        assert_eq!(client.outcome(Body::new(http_body_util::Full::new(body.into()))).await, want, "{name}");
+    }
+    let bytes = framed.iter().map(|byte| Ok::<_, Infallible>(Frame::data(Bytes::copy_from_slice(&[*byte]))));
+    let bytes: Vec<_> = bytes.collect();
+    assert_eq!(client.outcome(Body::new(StreamBody::new(stream::iter(bytes)))).await, "ok", "byte by byte");
+    let trailers = [Ok::<_, Infallible>(Frame::data(framed.into())), Ok(Frame::trailers(HeaderMap::new()))];
+    assert_eq!(client.outcome(Body::new(StreamBody::new(stream::iter(trailers)))).await, "ok", "with trailers");
+    stage.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_bound_on_messages_is_exact_and_a_larger_one_is_a_denial() {
+    let stage = stage().await;
+    let mut client = Client::connect(&stage).await;
+    for encoding in Encoding::BOTH {
+        let at_bound = padded(&stage, encoding, MESSAGE_BYTES_MAX);
+        assert_eq!(client.outcome(framed(&at_bound)).await, "ok", "{encoding:?}");
+        for size in [MESSAGE_BYTES_MAX + 1, 1 << 20, 4 << 20, (4 << 20) + 1, 5 << 20, 20 << 20] {
+            let outcome = client.outcome(framed(&padded(&stage, encoding, size))).await;
+            assert_eq!(outcome, "too_large", "{size} bytes ({encoding:?})");
+        }
+        // The connection is in order afterwards.
+        assert_eq!(client.outcome(framed(&at_bound)).await, "ok", "{encoding:?}");
+    }
+    stage.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn bytes_that_are_not_utf8_in_the_map_are_no_error() {
+    // Envoy puts `!` there; what other proxies do, nobody promised. A generated decoder refuses the whole message.
+    let stage = stage().await;
+    let mut client = Client::connect(&stage).await;
+    let secret = &stage.key("scoped").secret;
+    let damaged = format!("{}{MARK}", &secret[..secret.len() - MARK.len()]);
+    for (name, note, key, want) in [
+        ("beside the key", MARK, secret.as_str(), "ok"),
+        ("inside the key", "plain", &damaged, "malformed"),
+        ("both", MARK, &damaged, "malformed"),
+    ] {
+        let request = Request::default().with_header("x-note", note).with_header("x-api-key", key);
+        let mut message = request.message(Encoding::Map);
+        while let Some(at) = message.windows(MARK.len()).position(|bytes| bytes == MARK.as_bytes()) {
+            message[at..at + MARK.len()].fill(0xff);
+        }
+        assert_eq!(client.outcome(framed(&message)).await, want, "{name}");
+    }
+    stage.stop().await;
+}
+
+/// Stands where bytes that are not UTF-8 come to stand.
+const MARK: &str = "~~~~~~";
+
+/// A good message of exactly `size` bytes.
+fn padded(stage: &Stage, encoding: Encoding, size: usize) -> Vec<u8> {
+    let with = |pad: usize| good(stage).with_header("x-pad", &"p".repeat(pad)).message(encoding);
+    // What is around the padding takes as much for this much less of it: lengths are as long.
+    let around = with(size - 1_000).len() - (size - 1_000);
+    let message = with(size - around);
+    assert_eq!(message.len(), size);
+    message
+}
+
+fn frame(flag: u8, length: usize, message: &[u8]) -> Vec<u8> {
+    [&[flag], &u32::try_from(length).unwrap().to_be_bytes()[..], message].concat()
+}
+
+fn framed(message: &[u8]) -> Body {
+    Body::new(http_body_util::Full::new(frame(0, message.len(), message).into()))
+}
+
+/// A caller that sends any body.
+struct Client(Channel);
+
+impl Client {
+    async fn connect(stage: &Stage) -> Self {
+        let url = format!("http://{}", stage.address("default"));
+        Self(Channel::from_shared(url).unwrap().connect().await.unwrap())
+    }
+
+    /// `ok`, or the reason of the denial. Everything else is no answer.
+    async fn outcome(&mut self, body: Body) -> String {
+        std::future::poll_fn(|cx| self.0.poll_ready(cx)).await.unwrap();
+        let request = HttpRequest::post(CHECK_PATH).header("content-type", "application/grpc").header("te", "trailers");
+        let response = self.0.call(request.body(body).unwrap()).await.unwrap();
+        assert_eq!(response.status(), StatusCode::OK);
+        assert_eq!(response.headers()["content-type"], "application/grpc");
+        assert_eq!(response.headers().get("grpc-status"), None, "a gRPC error");
+        let body = response.into_body().collect().await.unwrap();
+        assert_eq!(body.trailers().unwrap()["grpc-status"], "0");
+        let got: Value = answer::read(Reply::Message(body.to_bytes()));
+        if got["kind"] == "ok" { "ok".to_owned() } else { got["metadata"]["reason"].as_str().unwrap().to_owned() }
+    }
+}

@@ -1,0 +1,271 @@
+//! The servers of the table, one for each configuration in it, on one database with one key of every kind.
+
+use std::{collections::BTreeMap, io::Write as _, net::SocketAddr, path::Path, sync::Arc, time::Duration};
+
+use percent_encoding::{NON_ALPHANUMERIC, percent_encode};
+use serde_json::{Value, json};
+use tempfile::TempDir;
+use tokio::sync::RwLockReadGuard;
+use trustgate::{
+    app::{AppBuilder, Delay, Running},
+    check::Checker,
+    config::{self, Config, Purpose},
+    credential::{CredentialSettings, Hasher, Source, format},
+    manage::{Manager, import::Form, keys::Wanted},
+    record::KeyId,
+    store::{
+        self, Actor, StoreSettings,
+        ledger::{NewKey, TrustRef},
+    },
+};
+
+use super::rows::Table;
+use crate::support::among_others;
+
+/// What every server of the table is set to. Times are long: this is about answers, on whatever machine.
+const SETTINGS: [(&str, &str); 5] = [
+    ("TRUSTGATE__GRPC__LISTEN", "127.0.0.1:0"),
+    ("TRUSTGATE__ADMIN__LISTEN", "127.0.0.1:0"),
+    ("TRUSTGATE__STORE__READ_TIMEOUT", "8s"),
+    ("TRUSTGATE__DECISION__DEADLINE", "9s"),
+    ("TRUSTGATE__DECISION__ENVOY_TIMEOUT", "10s"),
+];
+
+/// Servers and keys.
+pub struct Stage {
+    servers: BTreeMap<String, (Running, Config)>,
+    keys: BTreeMap<&'static str, Made>,
+    _dir: TempDir,
+    _turn: RwLockReadGuard<'static, ()>,
+}
+
+/// A key of the table.
+#[derive(Clone, Debug, Default)]
+pub struct Made {
+    pub secret: String,
+    pub id: String,
+    pub trust: String,
+    pub scopes: Vec<String>,
+}
+
+impl Stage {
+    pub async fn start() -> Self {
+        Self::of(|_| true).await
+    }
+
+    /// The servers that `wanted` picks by name.
+    pub async fn of(wanted: impl Fn(&str) -> bool) -> Self {
+        let (turn, dir) = (among_others().await, tempfile::tempdir().unwrap());
+        let table = Table::read();
+        let configs = table.servers.iter().map(|(name, more)| (name.clone(), configured(dir.path(), more)));
+        let configs: BTreeMap<String, Config> = configs.collect();
+        store::migrate(&configs["default"].store, &|_| None).await.unwrap();
+        let keys = Workshop { store: configs["default"].store.clone() }.make(&configs["pepper"].credential).await;
+        let mut servers = BTreeMap::new();
+        for (name, config) in configs.into_iter().filter(|(name, _)| wanted(name)) {
+            let running = AppBuilder::new(config.clone(), &|_| None).unwrap().start().await.unwrap();
+            servers.insert(name, (running, config));
+        }
+        for (running, _) in servers.values() {
+            running.ready().await;
+        }
+        Self { servers, keys, _dir: dir, _turn: turn }
+    }
+
+    /// Ends every server; each must end well.
+    pub async fn stop(self) {
+        for (running, _) in self.servers.into_values() {
+            running.stop(Delay::None).await.unwrap();
+        }
+    }
+
+    pub fn checker(&self, server: &str) -> Arc<Checker> {
+        self.servers[server].0.checker()
+    }
+
+    pub fn address(&self, server: &str) -> SocketAddr {
+        self.servers[server].0.grpc_address()
+    }
+
+    pub fn key(&self, name: &str) -> &Made {
+        self.keys.get(name).unwrap_or_else(|| panic!("there is no key {name:?}"))
+    }
+
+    /// Every key itself: what no application may see.
+    pub fn secrets(&self) -> Vec<&str> {
+        self.keys.values().map(|key| key.secret.as_str()).collect()
+    }
+
+    /// The servers for the Python runners: where each is, and which headers its answers may change besides the identity
+    /// headers.
+    pub fn servers(&self) -> Value {
+        let header = |source: &Source| match source {
+            Source::Header(name) => Some(name.clone()),
+            Source::Authorization(_) => Some("authorization".to_owned()),
+            Source::Cookie(_) => Some("cookie".to_owned()),
+            Source::Query(_) => None,
+        };
+        let one = |(running, config): &(Running, Config)| {
+            let headers: Vec<_> = config.credential.sources.iter().filter_map(header).collect();
+            json!({ "port": running.grpc_address().port(), "credential_headers": headers })
+        };
+        self.servers.iter().map(|(name, server)| (name.clone(), one(server))).collect()
+    }
+
+    /// `text` with its placeholders and escapes replaced.
+    pub fn spell(&self, text: &str) -> Vec<u8> {
+        let mut spelt = Vec::with_capacity(text.len());
+        let mut rest = text;
+        while let Some(at) = rest.find(['{', '\\']) {
+            spelt.extend_from_slice(&rest.as_bytes()[..at]);
+            rest = &rest[at..];
+            if let Some(escape) = rest.strip_prefix("\\x") {
+                spelt.push(u8::from_str_radix(&escape[..2], 16).unwrap());
+                rest = &escape[2..];
+            } else {
+                let (name, behind) = rest[1..].split_once('}').unwrap();
+                spelt.extend(self.placeholder(name));
+                rest = behind;
+            }
+        }
+        spelt.extend_from_slice(rest.as_bytes());
+        spelt
+    }
+
+    fn placeholder(&self, name: &str) -> Vec<u8> {
+        if let Some(length) = name.strip_prefix("pad:") {
+            return vec![b'p'; length.parse().unwrap()];
+        }
+        let (name, part) = name.split_once('.').unwrap_or((name, ""));
+        let Made { secret, id, trust, .. } = self.key(name);
+        match part {
+            "" => secret.clone().into_bytes(),
+            "id" => id.clone().into_bytes(),
+            "trust" => trust.clone().into_bytes(),
+            "digest" => Hasher::new(None, &[]).current(secret.as_bytes()).to_hex().into_bytes(),
+            "encoded" => percent_encode(secret.as_bytes(), NON_ALPHANUMERIC).to_string().into_bytes(),
+            other => panic!("a key has no {other:?}"),
+        }
+    }
+}
+
+fn configured(dir: &Path, more: &str) -> Config {
+    let mut file = tempfile::NamedTempFile::new_in(dir).unwrap();
+    file.write_all(more.as_bytes()).unwrap();
+    let url = format!("sqlite://{}/trustgate.db", dir.display());
+    let settings = SETTINGS.into_iter().chain([("TRUSTGATE__STORE__URL", url.as_str())]);
+    let settings = settings.map(|(name, value)| (name.into(), value.into()));
+    config::load(Some(file.path()), settings, Purpose::Serve).unwrap_or_else(|error| panic!("{error}"))
+}
+
+/// Makes the keys of the table.
+struct Workshop {
+    store: StoreSettings,
+}
+
+impl Workshop {
+    async fn make(&self, peppered: &CredentialSettings) -> BTreeMap<&'static str, Made> {
+        let plain = CredentialSettings::default();
+        let mut manager = self.manager(&plain).await;
+        for trust in ["alpha", "beta", "disabled", "deleted"] {
+            manager.create_trust(trust).await.unwrap();
+        }
+        let mut keys = BTreeMap::new();
+        for (name, wanted) in [
+            ("good", wanted("alpha")),
+            ("other", wanted("beta")),
+            ("scoped", Wanted { scopes: ["read", "write"].map(str::to_owned).to_vec(), ..wanted("alpha") }),
+            (
+                "cidr",
+                Wanted {
+                    allowed_cidrs: ["127.1.0.0/16", "10.0.0.0/8", "2001:db8::/32"]
+                        .map(|cidr| cidr.parse().unwrap())
+                        .to_vec(),
+                    ..wanted("alpha")
+                },
+            ),
+            ("revoked", wanted("alpha")),
+            ("expired", Wanted { expires_in: Some(Duration::from_micros(1)), ..wanted("alpha") }),
+            ("expiring", Wanted { expires_in: Some(Duration::from_hours(1)), ..wanted("beta") }),
+            ("disabled", wanted("disabled")),
+            ("deleted", wanted("deleted")),
+        ] {
+            keys.insert(name, issue(&mut manager, wanted).await);
+        }
+        manager.revoke_key(KeyId(keys["revoked"].id.parse().unwrap())).await.unwrap();
+        manager.enable_trust(&named("disabled"), false).await.unwrap();
+        manager.delete_trust(&named("deleted"), true).await.unwrap();
+        keys.insert("peppered", issue(&mut self.manager(peppered).await, wanted("beta")).await);
+        let longest = "l".repeat(512);
+        for (name, secret) in
+            [("foreign", "sk/live+AbCd==0123~456!"), ("shortest", "sixteen-bytes-ok"), ("longest", longest.as_str())]
+        {
+            keys.insert(name, import(&mut manager, secret).await);
+        }
+        keys.insert("not_yet", self.not_yet().await);
+        let unknown = format::generate(&plain.prefix).unwrap().expose().to_owned();
+        let last = if keys["good"].secret.ends_with('0') { "1" } else { "0" };
+        let mistyped = keys["good"].secret[..51].to_owned() + last;
+        keys.insert("unknown", Made { secret: unknown, ..Made::default() });
+        keys.insert("mistyped", Made { secret: mistyped, ..Made::default() });
+        keys
+    }
+
+    async fn manager(&self, credential: &CredentialSettings) -> Manager {
+        let ledger = store::open_ledger(&self.store, &|_| None).await.unwrap();
+        Manager::new(ledger, actor(), credential.clone()).unwrap()
+    }
+
+    /// A key whose time has not come: no command makes one, so it is put into the store as such.
+    async fn not_yet(&self) -> Made {
+        let mut ledger = store::open_ledger(&self.store, &|_| None).await.unwrap();
+        let (credential, hasher) = (CredentialSettings::default(), Hasher::new(None, &[]));
+        let secret = format::generate(&credential.prefix).unwrap();
+        let bytes = secret.expose().as_bytes();
+        let new = NewKey {
+            id: KeyId(uuid::Uuid::new_v4()),
+            digest: hasher.current(bytes),
+            scheme: hasher.scheme(),
+            hint: format::hint(&credential.prefix, bytes),
+            name: None,
+            scopes: Vec::new(),
+            allowed_cidrs: Vec::new(),
+            not_before: Some(ledger.now().await.unwrap().after(Duration::from_hours(24))),
+            expires_in: None,
+        };
+        let key = ledger.add_key(&actor(), &named("alpha"), new).await.unwrap();
+        made(secret.expose(), &key)
+    }
+}
+
+fn actor() -> Actor {
+    Actor("table".to_owned())
+}
+
+fn named(trust: &str) -> TrustRef {
+    TrustRef::Name(trust.to_owned())
+}
+
+fn wanted(trust: &str) -> Wanted {
+    Wanted { trust: named(trust), name: None, scopes: Vec::new(), allowed_cidrs: Vec::new(), expires_in: None }
+}
+
+async fn issue(manager: &mut Manager, wanted: Wanted) -> Made {
+    let issued = manager.issue_key(wanted).await.unwrap();
+    made(issued.secret.expose(), &issued.key)
+}
+
+async fn import(manager: &mut Manager, secret: &str) -> Made {
+    manager.import_keys(&named("beta"), Form::Plaintext, secret.as_bytes(), |_| ()).await.unwrap();
+    let (found, _) = manager.identify_keys(secret).await.unwrap();
+    made(secret, found[0].key.as_ref().unwrap())
+}
+
+fn made(secret: &str, key: &store::ledger::Key) -> Made {
+    Made {
+        secret: secret.to_owned(),
+        id: key.id.0.to_string(),
+        trust: key.trust_id.0.to_string(),
+        scopes: key.scopes.clone(),
+    }
+}
