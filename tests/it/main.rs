@@ -3,6 +3,8 @@
 // All of it is tests: what fails here should fail loudly, and nobody else uses it.
 #![allow(clippy::unwrap_used, unreachable_pub)]
 
+mod agreement;
 mod cli;
 mod config;
+mod layers;
 mod program;
