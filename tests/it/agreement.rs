@@ -142,10 +142,10 @@ fn the_readme_lists_every_command_with_its_options_and_no_other() {
     let mut seen = 0;
     for page in ["README.md", "SECURITY.md", "CHANGELOG.md", "docs/architecture.md", "docs/metrics.md"] {
         let text = file(page);
-        let fenced = text.lines().filter_map(|line| line.trim_start().strip_prefix("trustgate "));
-        let piped = text.lines().filter_map(|line| line.split_once("| trustgate ").map(|(_, rest)| rest));
+        let shell = blocks(&text, "sh").concat();
+        let fenced = shell.lines().filter_map(|line| line.split("| ").last()?.strip_prefix("trustgate "));
         let inline = quoted(&text).into_iter().filter_map(|code| code.strip_prefix("trustgate "));
-        for command in fenced.chain(piped).chain(inline) {
+        for command in fenced.chain(inline) {
             let told = command.split_whitespace().skip_while(|word| word.starts_with("--"));
             let told: Vec<_> = told.take_while(|word| word.chars().all(|c| c.is_ascii_lowercase())).collect();
             let exists = commands.keys().any(|known| {
@@ -200,7 +200,7 @@ fn the_yaml_for_an_existing_envoy_is_that_of_the_whole_example() {
 /// YAML without comments, empty lines and indentation.
 fn plain_yaml(text: &str) -> String {
     let lines = text.lines().map(|line| line.split_once(" #").map_or(line, |(code, _)| code).trim());
-    lines.filter(|line| !line.is_empty() && !line.starts_with('#')).map(|line| format!("{line}\n")).collect()
+    lines.filter(|line| !line.is_empty() && !line.starts_with('#')).flat_map(|line| [line, "\n"]).collect()
 }
 
 #[test]
@@ -313,5 +313,5 @@ fn blocks(text: &str, language: &str) -> Vec<String> {
 fn section(text: &str, heading: &str) -> String {
     let mut lines = text.lines().skip_while(|line| *line != heading);
     assert!(lines.next().is_some(), "no {heading:?}");
-    lines.take_while(|line| !line.starts_with("## ")).map(|line| format!("{line}\n")).collect()
+    lines.take_while(|line| !line.starts_with("## ")).flat_map(|line| [line, "\n"]).collect()
 }

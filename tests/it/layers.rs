@@ -121,9 +121,9 @@ fn layers() -> Vec<String> {
     let listed = map.lines().filter_map(|line| line.strip_prefix("//! - "));
     listed
         .map(|line| {
-            let (name, meaning) = line.split_once(": ").unwrap_or_else(|| panic!("not `NAME: MEANING`: {line}"));
+            let (name, meaning) = line.split_once(", ").unwrap_or_else(|| panic!("not `NAME, MEANING`: {line}"));
             assert!(!meaning.is_empty());
-            name.trim_matches(['[', ']', '`']).to_owned()
+            name.trim_matches(['[', ']', '`']).trim_start_matches("mod@").to_owned()
         })
         .collect()
 }
