@@ -54,8 +54,8 @@ envoy-check: setup ## a real Envoy reads every configuration in envoy/
 	@set -e; for config in envoy/*.yaml; do $(envoy) --mode validate --log-level warning -c "$$config"; done
 
 .PHONY: helm-check
-helm-check: ## the chart: lint, render, check against the Kubernetes schemas
-	helm/check
+helm-check: ## the chart: lint, render, check against the Kubernetes schemas and, where it is built, the server
+	helm/check $(if $(wildcard $(trustgate)),--trustgate $(trustgate))
 
 # Advisories need a database from the network. A machine without it says so and goes on.
 .PHONY: deny

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import tomllib
 from pathlib import Path
 
@@ -44,7 +45,7 @@ RENDERINGS = [
     ("postgres", values("postgres"), {"ServiceAccount", "Job", "PodDisruptionBudget"}),
     ("postgres-one-replica", sets(*secret("storeUrl"), "serviceAccount.create=false", "networkPolicy.enabled=true"),
      {"Job", "NetworkPolicy"}),
-    ("postgres-migrated-by-others", sets(POSTGRES, "migrate.enabled=false", "replicas=2"),
+    ("postgres-not-our-table", sets(POSTGRES, "config.store.preset=trust-table", "migrate.enabled=false", "replicas=2"),
      {"ServiceAccount", "PodDisruptionBudget"}),
     ("everything", values("everything"), {"ServiceAccount", "Job", "NetworkPolicy", "PodDisruptionBudget"}),
 ]
@@ -77,7 +78,7 @@ REFUSED = [
 # --- The order of things ----------------------------------------------------------------------------------------------
 
 
-def check(helm, configs):
+def check(helm, trustgate):
     """Makes every check and prints its outcome. The exit code."""
     tally = Tally()
     claim = Claims(tally)
@@ -85,11 +86,9 @@ def check(helm, configs):
         code, output = helm("lint", "--strict", CHART, *values(name))
         claim(f"helm lint: ci/{name}-values.yaml", code == 0, output)
     claim.look("the chart's files", check_chart)
-    if configs:
-        configs.mkdir(parents=True, exist_ok=True)
     for name, arguments, kinds in RENDERINGS:
         print()
-        Claims(tally, f"{name}: ").look("the rendering", check_rendering, name, arguments, kinds, helm, configs)
+        Claims(tally, f"{name}: ").look("the rendering", check_rendering, name, arguments, kinds, helm, trustgate)
     print()
     for wrong, arguments, message in REFUSED:
         code, output = helm("template", "edge", CHART, *arguments)
@@ -174,10 +173,8 @@ class Rendering:
 # --- One rendering ----------------------------------------------------------------------------------------------------
 
 
-def check_rendering(name, arguments, kinds, helm, configs, claim):
+def check_rendering(name, arguments, kinds, helm, trustgate, claim):
     rendering = Rendering(name, helm.render(*arguments))
-    if configs:
-        (configs / f"{name}.toml").write_text(rendering.toml_text)
     kinds = sorted(kinds | {"ConfigMap", "Deployment", "Service"})
     claim.same(f"renders {', '.join(kinds)}", sorted(rendering.kinds), kinds)
     check_schemas(rendering, claim)
@@ -194,6 +191,24 @@ def check_rendering(name, arguments, kinds, helm, configs, claim):
         check_postgres(rendering, claim)
     if "Job" in rendering.kinds:
         check_migration(rendering, claim)
+    if trustgate:
+        for kind in rendering.templates:
+            check_configuration(kind, rendering, trustgate, claim)
+
+
+def check_configuration(kind, rendering, trustgate, claim):
+    """The server itself reads the file and the variables; the Secrets are files of a directory that stands in for theirs."""
+    with tempfile.TemporaryDirectory() as directory:
+        def here(text):
+            for path in re.findall(r"/run/secrets/trustgate/[\w.-]+", text):
+                (Path(directory) / Path(path).name).write_text("0" * 64)
+            return text.replace("/run/secrets/trustgate", directory)
+
+        file = Path(directory) / "trustgate.toml"
+        file.write_text(here(rendering.toml_text))
+        env = {name: here(value) for name, value in rendering.env(kind).items() if name != "TRUSTGATE_CONFIG"}
+        done = subprocess.run([trustgate, "--config", file, "config", "check"], env=env, capture_output=True, text=True)
+    claim(f"{kind}: the server takes the configuration", done.returncode == 0, done.stdout + done.stderr)
 
 
 def check_schemas(rendering, claim):
@@ -444,7 +459,8 @@ def check_chart(claim):
     settings = {(section, name) for section in sections for name in sections[section]["properties"]}
     configs = postgres["config"], everything["config"]
     tried = {(section, name) for config in configs for section in config for name in config[section]}
-    claim.same("ci/ tries every setting", tried, settings)
+    # The preset has a rendering of its own.
+    claim.same("ci/ tries every setting", tried | {("store", "preset")}, settings)
     crate = tomllib.loads((ROOT / "Cargo.toml").read_text())["package"]["version"]
     chart = yaml.safe_load((CHART / "Chart.yaml").read_text())
     claim.same("appVersion is the crate's version", chart["appVersion"], crate)

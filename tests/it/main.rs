@@ -6,8 +6,10 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod agreement;
 mod cli;
 mod config;
+mod layers;
 mod program;
 mod sqlite_file;
 mod store_contract;

@@ -1,0 +1,317 @@
+//! What is written in more than one place says the same in each: documentation, envoy/, helm/ and the code.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    ffi::OsString,
+    fs,
+    path::Path,
+};
+
+use serde_json::Value;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpStream,
+};
+use trustgate::{
+    app::{AppBuilder, Delay},
+    config::{self, Purpose, SECTIONS},
+    wire::identity,
+};
+
+use crate::program::Place;
+
+/// The header that holds the key unless somebody sets another one.
+const DEFAULT_CREDENTIAL_HEADER: &str = "x-api-key";
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_page_of_metrics_lists_exactly_what_a_server_exposes() {
+    let dir = tempfile::tempdir().unwrap();
+    let variables = [
+        ("TRUSTGATE__GRPC__LISTEN", "127.0.0.1:0"),
+        ("TRUSTGATE__ADMIN__LISTEN", "127.0.0.1:0"),
+        ("TRUSTGATE__REDIS__URL", "redis://127.0.0.1:1/0"), // nobody listens there, but its metrics exist
+    ];
+    let variables = variables.map(|(name, value)| (OsString::from(name), OsString::from(value)));
+    let config = config::load(None, variables, Purpose::Serve).unwrap();
+    let state = dir.path().to_str().unwrap();
+    let env = |name: &str| (name == "STATE_DIRECTORY").then(|| state.to_owned());
+    let running = AppBuilder::new(config, &env).unwrap().start().await.unwrap();
+    running.ready().await;
+
+    let mut admin = TcpStream::connect(running.admin_address()).await.unwrap();
+    admin.write_all(b"GET /metrics HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n").await.unwrap();
+    let mut exposed = String::new();
+    admin.read_to_string(&mut exposed).await.unwrap();
+    running.stop(Delay::None).await.unwrap();
+
+    assert_eq!(documented_metrics(&file("docs/metrics.md")), exposed_metrics(&exposed));
+}
+
+/// Name to type and labels, from the text format.
+fn exposed_metrics(text: &str) -> BTreeMap<String, (String, BTreeSet<String>)> {
+    let mut metrics = BTreeMap::new();
+    for line in text.lines() {
+        if let Some((name, kind)) = line.strip_prefix("# TYPE ").and_then(|rest| rest.split_once(' ')) {
+            metrics.insert(name.to_owned(), (kind.to_owned(), BTreeSet::new()));
+        } else if let Some((name, rest)) = line.split_once('{').filter(|_| !line.starts_with('#')) {
+            let labels = rest.split_once('}').unwrap().0.split(',').map(|label| label.split_once('=').unwrap().0);
+            let name = metrics.get(name).map_or_else(|| name.rsplit_once('_').unwrap().0, |_| name).to_owned();
+            metrics.get_mut(&name).unwrap().1.extend(labels.filter(|name| *name != "le").map(str::to_owned));
+        }
+    }
+    metrics
+}
+
+/// The same from the tables of the page: name, type and labels are its first columns.
+fn documented_metrics(page: &str) -> BTreeMap<String, (String, BTreeSet<String>)> {
+    let rows = rows(page).filter(|cells| cells.len() > 3);
+    rows.map(|cells| {
+        let labels = quoted(&cells[2]).into_iter().map(str::to_owned).collect();
+        (cells[0].trim_matches('`').to_owned(), (cells[1].clone(), labels))
+    })
+    .collect()
+}
+
+#[test]
+fn the_readme_names_only_metrics_and_settings_that_exist() {
+    let settings = settings();
+    let metrics = documented_metrics(&file("docs/metrics.md"));
+    let (mut settings_named, mut metrics_named) = (0, 0);
+    for page in ["README.md", "SECURITY.md", "CHANGELOG.md", "docs/architecture.md", "docs/metrics.md"] {
+        let text = file(page);
+        for word in quoted(&text).into_iter().flat_map(str::split_whitespace) {
+            let name = word.trim_matches(|c: char| !c.is_alphanumeric());
+            let name = name.split(['=', '{', '"']).next().unwrap();
+            if let Some(rest) = name.strip_prefix("TRUSTGATE__") {
+                let setting = rest.to_lowercase().replacen("__", ".", 1);
+                assert!(setting == "section.name" || settings.contains(&setting), "{page}: {name}");
+                settings_named += 1;
+            } else if name.starts_with("trustgate_") && !name.contains('.') {
+                let base = ["_bucket", "_sum", "_count"].iter().find_map(|end| name.strip_suffix(end)).unwrap_or(name);
+                let is_role = ["trustgate_serve", "trustgate_manage"].contains(&name);
+                assert!(is_role || metrics.contains_key(base), "{page}: there is no metric {name}");
+                metrics_named += 1;
+            } else if let Some((section, rest)) = name.split_once('.')
+                && SECTIONS.iter().any(|one| one.name == section)
+                && !rest.contains(['.', '/', ':'])
+                && !["rs", "md", "yaml"].contains(&rest)
+            {
+                assert!(settings.contains(name), "{page}: there is no setting {name}");
+                settings_named += 1;
+            }
+        }
+    }
+    assert!(settings_named > 20 && metrics_named > 10, "{settings_named} settings, {metrics_named} metrics");
+}
+
+#[test]
+fn the_configuration_in_the_readme_is_accepted() {
+    let readme = file("README.md");
+    let blocks = blocks(&readme, "toml");
+    assert!(!blocks.is_empty());
+    for block in blocks {
+        let place = Place::new();
+        place.write("trustgate.toml", &block);
+        let told = place.run(&["--config", "trustgate.toml", "--output", "json", "config", "check"]).parsed();
+        let mistakes = told["mistakes"].as_array().unwrap().iter();
+        // The files with the secrets are on another machine.
+        let wrong: Vec<_> =
+            mistakes.filter(|mistake| !mistake["problem"].as_str().unwrap().starts_with("cannot read /")).collect();
+        assert!(wrong.is_empty(), "{wrong:?} in\n{block}");
+    }
+}
+
+#[test]
+fn the_readme_lists_every_command_with_its_options_and_no_other() {
+    let place = Place::new();
+    let mut commands = BTreeMap::new();
+    leaf_commands(&place, &mut Vec::new(), &mut commands);
+    let readme = file("README.md");
+    let mut listed = BTreeMap::new();
+    for cells in rows(&section(&readme, "## Commands")) {
+        let usage = cells[0].trim_matches('`');
+        let words = usage.split_whitespace().take_while(|word| word.chars().all(|c| c.is_ascii_lowercase()));
+        let options = usage.split(|c: char| !c.is_ascii_lowercase() && c != '-').filter(|word| word.starts_with("--"));
+        let command = words.collect::<Vec<_>>().join(" ");
+        let options = options.map(str::to_owned).collect::<BTreeSet<_>>();
+        assert!(listed.insert(command, options).is_none(), "{usage} is listed twice");
+    }
+    assert_eq!(listed, commands);
+
+    // What the text tells to run, wherever it does.
+    let mut seen = 0;
+    for page in ["README.md", "SECURITY.md", "CHANGELOG.md", "docs/architecture.md", "docs/metrics.md"] {
+        let text = file(page);
+        let shell = blocks(&text, "sh").concat();
+        let fenced = shell.lines().filter_map(|line| line.split("| ").last()?.strip_prefix("trustgate "));
+        let inline = quoted(&text).into_iter().filter_map(|code| code.strip_prefix("trustgate "));
+        for command in fenced.chain(inline) {
+            let told = command.split_whitespace().skip_while(|word| word.starts_with("--"));
+            let told: Vec<_> = told.take_while(|word| word.chars().all(|c| c.is_ascii_lowercase())).collect();
+            let exists = commands.keys().any(|known| {
+                let known: Vec<_> = known.split(' ').collect();
+                known.starts_with(&told) || told.starts_with(&known)
+            });
+            assert!(exists, "{page}: trustgate {command}");
+            seen += 1;
+        }
+    }
+    assert!(seen > 15, "only {seen} commands were seen");
+}
+
+/// Every command that has none below it, with its options, as its help tells them.
+fn leaf_commands(place: &Place, path: &mut Vec<String>, found: &mut BTreeMap<String, BTreeSet<String>>) {
+    let arguments: Vec<_> = path.iter().map(String::as_str).chain(["--help"]).collect();
+    let help = place.run(&arguments).done().out;
+    let first_words = |heading: &str| -> Vec<String> {
+        let lines = help.lines().skip_while(|line| *line != heading).skip(1).take_while(|line| !line.is_empty());
+        lines.filter_map(|line| line.split_whitespace().next()).map(str::to_owned).collect()
+    };
+    let below = first_words("Commands:");
+    if below.is_empty() {
+        let common = ["--config", "--output", "--help", "--version"];
+        let options = help.lines().filter_map(|line| {
+            let word = line.trim_start().trim_start_matches("-h, ").trim_start_matches("-V, ");
+            let option = word.split(|c: char| !c.is_ascii_lowercase() && c != '-').next()?;
+            (word.starts_with("--") && !common.contains(&option)).then(|| option.to_owned())
+        });
+        found.insert(path.join(" "), options.collect());
+    }
+    for command in below.into_iter().filter(|command| command != "help") {
+        path.push(command);
+        leaf_commands(place, path, found);
+        path.pop();
+    }
+}
+
+#[test]
+fn the_yaml_for_an_existing_envoy_is_that_of_the_whole_example() {
+    let readme = file("README.md");
+    let whole = plain_yaml(&file("envoy/envoy.yaml"));
+    let steps = section(&readme, "## Into an existing Envoy in five minutes");
+    let blocks = blocks(&steps, "yaml");
+    assert_eq!(blocks.len(), 3, "the early strip, the filter and the cluster");
+    for block in blocks {
+        let block = plain_yaml(&block);
+        assert!(whole.contains(&block), "not in envoy/envoy.yaml, in one piece:\n{block}");
+    }
+}
+
+/// YAML without comments, empty lines and indentation.
+fn plain_yaml(text: &str) -> String {
+    let lines = text.lines().map(|line| line.split_once(" #").map_or(line, |(code, _)| code).trim());
+    lines.filter(|line| !line.is_empty() && !line.starts_with('#')).flat_map(|line| [line, "\n"]).collect()
+}
+
+#[test]
+fn whoever_strips_identity_headers_strips_all_of_them() {
+    let envoy = file("envoy/envoy.yaml");
+    let removed: Vec<_> = between(&envoy, "identity headers")
+        .lines()
+        .map(|line| line.trim().strip_prefix("- remove: ").unwrap_or_else(|| panic!("{line}")).to_owned())
+        .collect();
+    assert_eq!(removed, identity::HEADERS);
+
+    let expression = between(&envoy, "identity expression");
+    let names = [&identity::HEADERS[..], &[DEFAULT_CREDENTIAL_HEADER]].concat().join("|");
+    assert_eq!(expression.trim(), format!("allow_expression: {{regex: \"^({names})$\"}}"));
+
+    for page in ["README.md", "SECURITY.md"] {
+        for block in blocks(&file(page), "yaml").iter().filter(|block| block.contains(identity::TRUST_ID)) {
+            for name in identity::HEADERS {
+                assert!(block.contains(name), "{page}: {name} is missing in\n{block}");
+            }
+        }
+    }
+}
+
+/// The lines between `# BEGIN name` and `# END name`.
+fn between(text: &str, name: &str) -> String {
+    let (begin, end) = (format!("# BEGIN {name}"), format!("# END {name}"));
+    let lines = text.lines().skip_while(|line| !line.contains(&begin)).skip(1);
+    let found: Vec<_> = lines.take_while(|line| !line.contains(&end)).collect();
+    assert!(!found.is_empty() && text.contains(&end), "no lines between {begin} and {end}");
+    found.join("\n")
+}
+
+#[test]
+fn the_chart_knows_every_setting_but_listeners_and_secrets() {
+    let schema: Value = serde_json::from_str(&file("helm/trustgate/values.schema.json")).unwrap();
+    let sections = schema["properties"]["config"]["properties"].as_object().unwrap();
+    let known: BTreeSet<_> = sections
+        .iter()
+        .flat_map(|(section, schema)| {
+            let names = schema["properties"].as_object().unwrap().keys();
+            names.map(move |name| format!("{section}.{name}"))
+        })
+        .collect();
+    let listens = |setting: &str| setting.ends_with(".listen");
+    // Secrets are files of Secrets, which the chart mounts and names itself.
+    let is_secret = |setting: &str| {
+        let name = setting.split_once('.').unwrap().1;
+        name.ends_with("_file") || name.ends_with("_files") || ["password", "pepper", "management_url"].contains(&name)
+    };
+    let wanted: BTreeSet<_> =
+        settings().into_iter().filter(|setting| !listens(setting) && !is_secret(setting)).collect();
+    assert_eq!(known, wanted);
+}
+
+#[test]
+fn one_version_is_everywhere() {
+    let version = env!("CARGO_PKG_VERSION");
+    let chart = file("helm/trustgate/Chart.yaml");
+    assert!(chart.lines().any(|line| line == format!("appVersion: \"{version}\"")), "Chart.yaml: appVersion");
+    let changes = file("CHANGELOG.md");
+    let newest = changes.lines().find(|line| line.starts_with("## ")).unwrap();
+    assert!(newest.starts_with(&format!("## [{version}] - ")), "CHANGELOG.md begins with {newest}");
+    let manifest: toml_edit::Document<String> = file("Cargo.toml").parse().unwrap();
+    let compiler = manifest["package"]["rust-version"].as_str().unwrap();
+    assert!(file("README.md").contains(&format!("Rust {compiler}")), "README.md: the version of Rust");
+}
+
+fn settings() -> BTreeSet<String> {
+    let all = SECTIONS.iter().flat_map(|section| section.fields.iter().map(|field| (section.name, field.name)));
+    all.map(|(section, name)| format!("{section}.{name}")).collect()
+}
+
+fn file(path: &str) -> String {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(path);
+    fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
+}
+
+/// The cells of every row of the tables in `page`, the headings aside.
+fn rows(page: &str) -> impl Iterator<Item = Vec<String>> {
+    let lines = page.lines().filter_map(|line| line.strip_prefix('|')?.strip_suffix('|'));
+    let cells = lines.map(|line| {
+        // `\|` is a bar inside a cell.
+        let line = line.replace("\\|", "\u{0}");
+        line.split('|').map(|cell| cell.trim().replace('\u{0}', "|")).collect::<Vec<_>>()
+    });
+    cells.filter(|cells| cells[0].starts_with('`'))
+}
+
+/// What stands between backticks, in blocks and in lines.
+fn quoted(text: &str) -> Vec<&str> {
+    let mut found = Vec::new();
+    for (at, part) in text.split("```").enumerate() {
+        if at % 2 == 1 {
+            found.push(part);
+        } else {
+            found.extend(part.split('`').skip(1).step_by(2));
+        }
+    }
+    found
+}
+
+/// The blocks of code in that language.
+fn blocks(text: &str, language: &str) -> Vec<String> {
+    let fence = format!("```{language}\n");
+    text.split(&fence).skip(1).map(|rest| rest.split("```").next().unwrap().to_owned()).collect()
+}
+
+/// From this heading to the next of its rank.
+fn section(text: &str, heading: &str) -> String {
+    let mut lines = text.lines().skip_while(|line| *line != heading);
+    assert!(lines.next().is_some(), "no {heading:?}");
+    lines.take_while(|line| !line.starts_with("## ")).flat_map(|line| [line, "\n"]).collect()
+}
