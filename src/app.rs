@@ -265,9 +265,11 @@ impl Running {
     /// # Errors
     /// [`AppError::GraceExceeded`] when calls had to be cut off, or what a part ended with.
     pub async fn stop(mut self, delay: Delay) -> Result<(), AppError> {
+        // Nobody was ever told to come here before it was ready, so nobody needs time to turn away.
+        let was_ready = self.life.phase() == Phase::Serve;
         self.life.advance(Phase::Drain);
         tracing::info!("draining: not ready, still serving");
-        if delay == Delay::Full {
+        if delay == Delay::Full && was_ready {
             sleep(self.config.limits.drain_delay).await;
         }
         self.life.advance(Phase::Stop);
@@ -469,10 +471,10 @@ fn start_redis(
     stop: &CancellationToken,
     (parts, io): (&mut JoinSet<Result<(), AppError>>, &Handle),
 ) -> Result<Option<(Redis, MacKey)>, AppError> {
-    let metrics = RedisMetrics::register(registry, breakers.with_label_values(&[Tier::L2.as_str()]))?;
     if !config.redis.is_configured() {
-        return Ok(None);
+        return Ok(None); // and no metric says that it is down
     }
+    let metrics = RedisMetrics::register(registry, breakers.with_label_values(&[Tier::L2.as_str()]))?;
     let mac_key = MacKey::new(OnceLock::new());
     if let Some(file) = &config.redis.mac_key_file {
         let key =

@@ -63,7 +63,8 @@ pub const KEY_BYTES_MIN: usize = 16;
 /// The longest credential that is looked up, in bytes.
 pub const KEY_BYTES_MAX: usize = 512;
 
-/// Why `key` cannot be looked up, or `None` if it can: 16 to 512 bytes of visible ASCII, no comma, and not a mistyped key of ours.
+/// Whether `key` can be looked up: 16 to 512 bytes of visible ASCII, and not a mistyped key of ours (nor a foreign one,
+/// where a checksum is required).
 #[must_use]
 pub fn is_well_formed(settings: &CredentialSettings, key: &[u8]) -> bool {
     (KEY_BYTES_MIN..=KEY_BYTES_MAX).contains(&key.len())

@@ -1,6 +1,6 @@
 //! What a setting is: a name in a section, a typed value, a default, and a sentence for the person who sets it.
 //!
-//! Each module declares the section it is set by with [`settings!`]; reading files and the environment is `config`'s.
+//! Each module declares the section it is set by with `settings!`; reading files and the environment is `config`'s.
 //! Never prints a value: a setting may be a secret.
 
 use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf, time::Duration};

@@ -1,8 +1,6 @@
 //! The real server among real ones: Envoy, PostgreSQL, Redis and Prometheus. One binary, one module for each subject.
 
-// All of it is tests: what fails here should fail loudly, and nobody else uses it.
-// What is measured is shown.
-// All of it is tests: what fails here should fail loudly, nobody else uses it, and it says how much it looked at.
+// All of it is tests: what fails here should fail loudly, nobody else uses it, and it says what it measured.
 #![allow(clippy::unwrap_used, clippy::print_stdout, unreachable_pub)]
 
 #[path = "../support/mod.rs"]
