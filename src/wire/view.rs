@@ -3,6 +3,7 @@
 //! It accepts what a generated decoder accepts, and header values that are not UTF-8 besides: Envoy forwards the bytes
 //! of a client, and a decoder that refuses them turns into a gRPC error, which `failure_mode_allow` lets in
 //! (GHSA-9g5w-hqr3-w2ph). Fields that no decision needs are skipped without a look inside.
+//! Stricter in one thing: a map entry whose key names another wire type is refused, where prost reads it all the same.
 //! Never copies a value and never panics. Memory: 32 bytes for each header or context extension beyond the inline ones;
 //! those without a name, which no HTTP request has, are not kept.
 //!
