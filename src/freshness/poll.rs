@@ -12,7 +12,8 @@ use super::{Applied, View};
 use crate::{
     fault::{Fault, Tier},
     metrics::{IntGauge, Opts, Registry, register},
-    store::Lookup,
+    record::Version,
+    store::{Lookup, PollError, SignOfLife},
 };
 
 /// A sign of life for whoever waits for replicas, at least this often.
@@ -68,9 +69,10 @@ pub async fn run(
         if !known {
             // Before it relies on what it reads: whoever clears the caches must not overlook a replica that is starting
             // or was cut off.
-            known = matches!(timeout(limit, store.report(replica, view.applied())).await, Ok(Ok(())));
+            known = matches!(timeout(limit, store.report(&sign(replica, view.applied()))).await, Ok(Ok(())));
         }
-        let answer = timeout(limit, store.newest()).await.unwrap_or(Err(Fault::Timeout { tier: Tier::Store, limit }));
+        let late = Err(PollError::NoAnswer(Fault::Timeout { tier: Tier::Store, limit }));
+        let answer = timeout(limit, store.poll(None)).await.unwrap_or(late).map(|polled| polled.newest);
         match answer {
             Ok(newest) => {
                 let applied = view.apply(&newest);
@@ -84,7 +86,7 @@ pub async fn run(
                 }
                 metrics.store_up.set(1);
                 if until_report == 0 {
-                    let reported = timeout(limit, store.report(replica, newest.as_of)).await;
+                    let reported = timeout(limit, store.report(&sign(replica, newest.as_of))).await;
                     until_report = if matches!(reported, Ok(Ok(()))) { report_every } else { 1 };
                 }
                 until_report -= 1;
@@ -98,6 +100,10 @@ pub async fn run(
             }
         }
     }
+}
+
+fn sign(replica: Uuid, applied: Version) -> SignOfLife {
+    SignOfLife { replica, name: String::new(), applied, lasts: Duration::from_secs(30) }
 }
 
 fn log(applied: Applied, version: u64) {

@@ -8,7 +8,7 @@ use uuid::Uuid;
 use super::{
     super::{
         LedgerError, Preset, SchemaName,
-        lookup::Missing,
+        lookup::{Missing, SignOfLife},
         place::Address,
         pool::Connect,
         reader::{Dialect, Ours},
@@ -83,26 +83,36 @@ impl Dialect for Postgres {
         }
     }
 
-    fn newest(&self) -> String {
-        match self.preset {
-            None => self.own("false"),
-            Some(Preset::TrustTable) => self.trust_table("false"),
-        }
+    fn poll(&self, _since: Option<Version>, _echo: i64) -> String {
+        todo!()
+    }
+
+    fn answered(_error: &sqlx::Error) -> bool {
+        todo!()
+    }
+
+    async fn listen(&self, _changed: &(dyn Fn() + Send + Sync)) -> sqlx::Error {
+        todo!()
+    }
+
+    async fn restore_watch(&self) -> Result<(), sqlx::Error> {
+        todo!()
+    }
+
+    async fn renew_incarnation(&self, _lost: Uuid) -> Result<(), sqlx::Error> {
+        todo!()
     }
 
     fn ours(&self) -> Option<Ours<String>> {
         self.preset.is_none().then(|| Ours {
             schema: self.timed(migrate::SCHEMA),
             redis_mac_key: self.timed("SELECT encode(value, 'hex') FROM {s}.setting WHERE name = 'redis_mac_key'"),
+            prune: todo!(),
         })
     }
 
-    fn report(&self, replica: Uuid, applied: Version) -> String {
-        self.timed(&format!(
-            "INSERT INTO {{s}}.replica (id, applied, seen_at) VALUES ('{replica}', {}, statement_timestamp())
-             ON CONFLICT (id) DO UPDATE SET applied = excluded.applied, seen_at = excluded.seen_at",
-            applied.0
-        ))
+    fn report(&self, _sign: &SignOfLife) -> String {
+        todo!()
     }
 
     async fn prepare(&self, _missing: Missing) -> Result<(), LedgerError> {

@@ -8,7 +8,7 @@ use uuid::Uuid;
 use super::{
     super::{
         LedgerError, Preset,
-        lookup::Missing,
+        lookup::{Missing, SignOfLife},
         place::describe_sqlite,
         pool::Connect,
         reader::{Dialect, Ours},
@@ -115,29 +115,36 @@ impl Dialect for Sqlite {
         }
     }
 
-    fn newest(&self) -> Query {
-        let sql = match self.preset {
-            None => own("false"),
-            Some(Preset::TrustTable) => trust_table("false"),
-        };
-        Query::new(sql, [])
+    fn poll(&self, _since: Option<Version>, _echo: i64) -> Query {
+        todo!()
+    }
+
+    fn answered(_error: &sqlx::Error) -> bool {
+        todo!()
+    }
+
+    async fn listen(&self, _changed: &(dyn Fn() + Send + Sync)) -> sqlx::Error {
+        todo!()
+    }
+
+    async fn restore_watch(&self) -> Result<(), sqlx::Error> {
+        todo!()
+    }
+
+    async fn renew_incarnation(&self, _lost: Uuid) -> Result<(), sqlx::Error> {
+        todo!()
     }
 
     fn ours(&self) -> Option<Ours<Query>> {
         self.preset.is_none().then(|| Ours {
             schema: Query::new(migrate::SCHEMA, []),
             redis_mac_key: Query::new("SELECT hex(value) FROM setting WHERE name = 'redis_mac_key'", []),
+            prune: todo!(),
         })
     }
 
-    fn report(&self, replica: Uuid, applied: Version) -> Query {
-        Query::new(
-            format!(
-                "INSERT INTO replica (id, applied, seen_at) VALUES (?, ?, {NOW})
-                 ON CONFLICT (id) DO UPDATE SET applied = excluded.applied, seen_at = excluded.seen_at"
-            ),
-            [Value::Text(replica.to_string()), Value::Number(applied.0.cast_signed())],
-        )
+    fn report(&self, _sign: &SignOfLife) -> Query {
+        todo!()
     }
 
     async fn prepare(&self, missing: Missing) -> Result<(), LedgerError> {
