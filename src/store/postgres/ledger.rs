@@ -181,15 +181,24 @@ impl Tables for PostgresTables {
     }
 
     async fn change_everything(&mut self) -> Result<(), sqlx::Error> {
-        todo!()
+        let query = self.query("SELECT {s}.everything()");
+        self.change(query).await.map(drop)
     }
 
     async fn newest(&mut self) -> Result<i64, sqlx::Error> {
-        todo!()
+        let query = self.query("SELECT max(version) FROM {s}.version");
+        self.connection.fetch_one(query).await?.try_get(0)
     }
 
     async fn replicas(&mut self) -> Result<Vec<Replica>, sqlx::Error> {
-        todo!()
+        let sql = format!(
+            "SELECT id::text, name, applied, {seen}, {until} FROM {{s}}.replica
+             WHERE until >= clock_timestamp() ORDER BY name, id",
+            seen = micros("seen_at"),
+            until = micros("until"),
+        );
+        let query = self.query(&sql);
+        self.connection.fetch_all(query).await?.iter().map(rows::replica).collect()
     }
 
     async fn insert_audit(&mut self, actor: &Actor, entry: &AuditEntry) -> Result<(), sqlx::Error> {
