@@ -5,9 +5,7 @@
 use async_trait::async_trait;
 use serde_json::{Value, json};
 
-use super::{
-    ledger::{Actor, AuditEntry, Key, Ledger, LedgerError, NewKey, Replica, Trust, TrustRef},
-};
+use super::ledger::{Actor, AuditEntry, Key, Ledger, LedgerError, NewKey, Replica, Trust, TrustRef};
 use crate::{
     clock::DatabaseTime,
     record::{Digests, KeyId, TrustId, Version},
