@@ -91,7 +91,7 @@ pub struct Polled {
     /// Versions from the one that was asked from on, itself included, oldest first; there may be gaps. For a replica that
     /// begins: from the smallest version stamped within the last 15 minutes on, or the newest alone.
     pub versions: Vec<(Version, Nonce)>,
-    /// What the versions after the one that was asked from named, in no particular order.
+    /// What the versions after the one that was asked from named, oldest first; within a version what is gone comes last.
     pub changes: Vec<(Version, Change)>,
     /// False where there was more than a poll takes: then `changes` and `versions` are not all of them.
     pub complete: bool,

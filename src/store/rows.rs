@@ -199,10 +199,12 @@ pub(crate) fn polled(rows: &[impl Plain], echo: i64, sent_at: Moment) -> Result<
             let number = version(number)?;
             match row.text_or_null(12)? {
                 Some(nonce) => polled.versions.push((number, self::nonce(&nonce)?)),
-                None => polled.changes.push((number, change(&row.text(13)?, row.text_or_null(14)?)?)),
+                None => polled.changes.push((number, change(&row.text(13)?, row.text_or_null(14)?.as_deref()))),
             }
         }
         polled.versions.sort_by_key(|(version, _)| *version);
+        // A key that was revoked is named as one that may be there and as one that is gone: the latter holds.
+        polled.changes.sort_by_key(|(version, change)| (*version, matches!(change, Change::Gone(_))));
         Ok(Some(polled))
     };
     match read() {
@@ -219,20 +221,18 @@ pub(crate) fn polled(rows: &[impl Plain], echo: i64, sent_at: Moment) -> Result<
     }
 }
 
-/// What a row names. A kind that this release does not know counts as everything; an object that is not one is a mistake.
-fn change(kind: &str, object: Option<String>) -> Result<Change, Corrupt> {
-    let digest = |hex: &str| ApiKeyDigest::from_hex(hex).ok_or(Corrupt("a change names a digest that is not 32 bytes"));
-    Ok(match (kind, object.as_deref()) {
-        ("key", Some(id)) => Change::Key(KeyId(uuid(id)?)),
-        ("key", None) => Change::Whole(ChangeKind::Keys),
-        ("trust", Some(id)) => Change::Trust(TrustId(uuid(id)?)),
-        ("trust", None) => Change::Whole(ChangeKind::Trusts),
-        ("absent", Some(hex)) => Change::Absent(digest(hex)?),
-        ("absent", None) => Change::Whole(ChangeKind::Absences),
-        ("gone", Some(hex)) => Change::Gone(digest(hex)?),
-        ("gone", None) => Change::Whole(ChangeKind::Gone),
+/// What a row names. A kind that this release does not know counts as everything, and an object that it cannot read as
+/// its whole kind: one odd row must not end all confirmation.
+fn change(kind: &str, object: Option<&str>) -> Change {
+    let digest = |change: fn(ApiKeyDigest) -> Change| object.and_then(ApiKeyDigest::from_hex).map(change);
+    let id = |change: fn(Uuid) -> Change| object.and_then(|id| uuid(id).ok()).map(change);
+    match kind {
+        "key" => id(|id| Change::Key(KeyId(id))).unwrap_or(Change::Whole(ChangeKind::Keys)),
+        "trust" => id(|id| Change::Trust(TrustId(id))).unwrap_or(Change::Whole(ChangeKind::Trusts)),
+        "absent" => digest(Change::Absent).unwrap_or(Change::Whole(ChangeKind::Absences)),
+        "gone" => digest(Change::Gone).unwrap_or(Change::Whole(ChangeKind::Gone)),
         _ => Change::Everything,
-    })
+    }
 }
 
 /// What a read by id found.

@@ -13,7 +13,7 @@ use super::{
         place::describe_sqlite,
         rows, schema,
     },
-    NOW, connect, file, migrate,
+    NOW, connect, file, migrate, watch,
 };
 use crate::{
     clock::DatabaseTime,
@@ -153,15 +153,16 @@ impl Tables for SqliteTables {
     }
 
     async fn change_everything(&mut self) -> Result<(), sqlx::Error> {
-        todo!()
+        watch::everything(&mut self.0).await
     }
 
     async fn newest(&mut self) -> Result<i64, sqlx::Error> {
-        todo!()
+        self.0.fetch_one("SELECT max(version) FROM version").await?.try_get(0)
     }
 
     async fn replicas(&mut self) -> Result<Vec<Replica>, sqlx::Error> {
-        todo!()
+        let sql = format!("SELECT id, name, applied, seen_at, until FROM replica WHERE until >= {NOW} ORDER BY id");
+        self.0.fetch_all(sqlx::query(AssertSqlSafe(sql))).await?.iter().map(rows::replica).collect()
     }
 
     async fn insert_audit(&mut self, actor: &Actor, entry: &AuditEntry) -> Result<(), sqlx::Error> {
