@@ -109,7 +109,7 @@ impl Dialect for Postgres {
             .replace("{since}", &since)
             .replace("{named}", &named)
             .replace("{limit}", &(POLL_ROWS_MAX + 1).to_string());
-        self.timed(&poll)
+        self.timed_within(POLL_WITHIN, &poll)
     }
 
     fn answered(error: &sqlx::Error) -> bool {
@@ -142,7 +142,7 @@ impl Dialect for Postgres {
         self.preset.is_none().then(|| Ours {
             schema: self.timed(migrate::SCHEMA),
             redis_mac_key: self.timed("SELECT encode(value, 'hex') FROM {s}.setting WHERE name = 'redis_mac_key'"),
-            prune: self.timed("SELECT {s}.prune()"),
+            prune: self.timed_within(POLL_WITHIN, "SELECT {s}.prune()"),
         })
     }
 
@@ -242,7 +242,11 @@ impl Postgres {
 
     /// `text` in our schema, with a limit for the server. `SET LOCAL` ends with the implicit transaction around both.
     fn timed(&self, text: &str) -> String {
-        let limit = self.statement_timeout.as_millis().max(1);
+        self.timed_within(self.statement_timeout, text)
+    }
+
+    fn timed_within(&self, limit: Duration, text: &str) -> String {
+        let limit = limit.as_millis().max(1);
         format!("SET LOCAL statement_timeout = {limit}; {}", text.replace("{s}", self.schema.as_str()))
     }
 }
@@ -251,6 +255,8 @@ fn lost(problem: &'static str) -> sqlx::Error {
     sqlx::Error::Io(std::io::Error::new(std::io::ErrorKind::ConnectionAborted, problem))
 }
 
+/// How long the server may work on a poll, whatever its asker's deadline: for statements whose connection was closed.
+const POLL_WITHIN: Duration = Duration::from_secs(2);
 /// How often a connection that only listens is asked whether it is still there, and how long it has to answer.
 const LISTEN_CHECK: Duration = Duration::from_secs(5);
 /// How long connecting to listen may take.

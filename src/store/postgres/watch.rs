@@ -119,24 +119,29 @@ END $$;
 -- Everything by which changes are named: tables with their children, triggers, functions. Altering any of them gives
 -- another fingerprint, also for good by a second alteration: xmin is the transaction that last wrote the catalog's row.
 CREATE OR REPLACE FUNCTION {s}.fingerprint() RETURNS text
-LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
-    WITH watched AS (
-        SELECT c.oid, c.relfilenode FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
-        WHERE n.nspname = '{s}' AND c.relname IN ('api_key', 'trust', 'tx')
-    ), parts AS (
-        SELECT concat_ws(' ', 't', oid, CASE WHEN oid = to_regclass('{s}.tx') THEN 0 ELSE relfilenode END) AS part
-        FROM watched
-        UNION ALL
-        SELECT concat_ws(' ', 'c', i.inhparent, i.inhrelid) FROM pg_inherits i JOIN watched w ON w.oid IN (i.inhparent, i.inhrelid)
-        UNION ALL
-        SELECT concat_ws(' ', 'g', t.tgrelid, t.oid, t.tgname, t.tgenabled, t.tgfoid, t.xmin) FROM pg_trigger t
-        JOIN watched w ON w.oid = t.tgrelid WHERE NOT t.tgisinternal
-        UNION ALL
-        SELECT concat_ws(' ', 'f', p.oid, p.proname, p.xmin) FROM pg_proc p
-        JOIN pg_namespace n ON n.oid = p.pronamespace WHERE n.nspname = '{s}'
-    )
-    SELECT encode(sha256(convert_to(coalesce(string_agg(part, ',' ORDER BY part), ''), 'UTF8')), 'hex') FROM parts
-$$;
+-- plpgsql keeps the plan: every poll calls this.
+LANGUAGE plpgsql STABLE SET search_path = pg_catalog, pg_temp AS $$
+BEGIN
+    RETURN (
+        WITH watched AS (
+            SELECT to_regclass('{s}.' || name) AS oid, name FROM (VALUES ('api_key'), ('trust'), ('tx')) AS names (name)
+        ), parts AS (
+            SELECT concat_ws(' ', 't', w.oid, CASE WHEN w.name <> 'tx' THEN c.relfilenode END) AS part
+            FROM watched w LEFT JOIN pg_class c ON c.oid = w.oid
+            UNION ALL
+            SELECT concat_ws(' ', 'c', i.inhparent, i.inhrelid)
+            FROM watched w JOIN pg_inherits i ON i.inhparent = w.oid OR i.inhrelid = w.oid
+            UNION ALL
+            SELECT concat_ws(' ', 'g', t.tgrelid, t.oid, t.tgname, t.tgenabled, t.tgfoid, t.xmin)
+            FROM watched w JOIN pg_trigger t ON t.tgrelid = w.oid WHERE NOT t.tgisinternal
+            UNION ALL
+            SELECT concat_ws(' ', 'f', p.oid, p.proname, p.xmin)
+            FROM (VALUES ('name'), ('name_whole'), ('api_key_changed'), ('trust_changed'), ('stamp')) AS names (name)
+            JOIN pg_proc p ON p.proname = names.name AND p.pronamespace = to_regnamespace('{s}')
+        )
+        SELECT encode(sha256(convert_to(coalesce(string_agg(part, ',' ORDER BY part), ''), 'UTF8')), 'hex') FROM parts
+    );
+END $$;
 
 -- Makes sure that changes are named, and draws a version 'everything changed' for what may have passed meanwhile.
 CREATE OR REPLACE FUNCTION {s}.restore_watch() RETURNS void
@@ -230,19 +235,26 @@ REVOKE ALL ON FUNCTION {s}.name(text, text), {s}.name_whole(text), {s}.restore_w
 
 /// The poll. `{since}`: the version from which on versions are asked for, or the statement that finds out where to begin;
 /// `{named}`: the condition on versions whose changes are asked for.
+///
+/// Compiling a plan takes longer than running it, and a plan by statistics that are not there yet would read whole tables:
+/// what is asked for is always few rows by their index.
 pub(super) const POLL: &str = "
-SELECT {echo}::bigint,
-    CASE WHEN pg_is_in_recovery() THEN 'standby'
-         WHEN current_setting('transaction_read_only') = 'on' THEN 'read-only' ELSE 'primary' END,
-    n.oldest, n.version, encode(n.nonce, 'hex'), m.incarnation::text, c.system_identifier,
-    CASE WHEN pg_is_in_recovery() THEN 0 ELSE {timeline} END, {clock},
-    (m.fingerprint = {s}.fingerprint())::int::bigint, {at}, r.version, r.nonce, r.kind, r.object
-FROM (
-    SELECT version, nonce, at, (SELECT min(version) FROM {s}.version) AS oldest FROM {s}.version
-    ORDER BY version DESC LIMIT 1
-) n
-CROSS JOIN {s}.meta m
-CROSS JOIN pg_control_system() c
+SET LOCAL jit = off; SET LOCAL enable_seqscan = off; SET LOCAL enable_hashjoin = off; SET LOCAL enable_mergejoin = off;
+WITH header AS MATERIALIZED ( -- once, not for each row
+    SELECT {echo}::bigint AS echo,
+        CASE WHEN pg_is_in_recovery() THEN 'standby'
+             WHEN current_setting('transaction_read_only') = 'on' THEN 'read-only' ELSE 'primary' END AS state,
+        n.oldest, n.version, encode(n.nonce, 'hex') AS nonce, m.incarnation::text, c.system_identifier,
+        CASE WHEN pg_is_in_recovery() THEN 0 ELSE {timeline} END AS timeline, {clock} AS clock,
+        (m.fingerprint = {s}.fingerprint())::int::bigint AS watched, {at} AS at
+    FROM (
+        SELECT version, nonce, at, (SELECT min(version) FROM {s}.version) AS oldest FROM {s}.version
+        ORDER BY version DESC LIMIT 1
+    ) n
+    CROSS JOIN {s}.meta m
+    CROSS JOIN pg_control_system() c
+)
+SELECT h.*, r.version, r.nonce, r.kind, r.object FROM header h
 LEFT JOIN LATERAL (
     SELECT v.version, encode(v.nonce, 'hex') AS nonce, NULL AS kind, NULL AS object FROM {s}.version v
     WHERE v.version = {since}
