@@ -23,7 +23,7 @@ use crate::{
 };
 
 const COLUMNS: &[&str] = &["kind", "id", "set_at", "until"];
-/// Two readings of the list in Redis, and some time for each.
+/// The interval between two readings of the list in Redis is half of that.
 const EFFECTIVE: &str = "Every replica that reaches Redis has this within 1 s, with the database or without.";
 
 pub(super) async fn run(config: &Config, env: Env<'_>, command: args::Deny) -> Result<Answer, CliError> {
@@ -31,8 +31,8 @@ pub(super) async fn run(config: &Config, env: Env<'_>, command: args::Deny) -> R
     telemetry::start(&LogSettings { level: Level::Warn, format: Format::Text });
     let (which, life) = match command {
         args::Deny::List => (Vec::new(), None),
-        args::Deny::Add { which, life } => (denied(which, config)?, Some(life)),
-        args::Deny::Remove { which } => (denied(which, config)?, None),
+        args::Deny::Add { which, life } => (denied(&which, config)?, Some(life)),
+        args::Deny::Remove { which } => (denied(&which, config)?, None),
     };
     change(config, env, &which, life).await.map_err(|error| error.at(config))
 }
@@ -75,7 +75,7 @@ fn data(entry: &Entry) -> Value {
     })
 }
 
-fn denied(which: args::WhichDenied, config: &Config) -> Result<Vec<Denied>, CliError> {
+fn denied(which: &args::WhichDenied, config: &Config) -> Result<Vec<Denied>, CliError> {
     let args::WhichDenied { key, trust, digest, stdin: _ } = which;
     let given = [key.map(Denied::Key), trust.map(Denied::Trust), digest.map(Denied::Digest)];
     if let Some(denied) = given.into_iter().flatten().next() {

@@ -288,11 +288,10 @@ impl DenyList {
             (Source::File, Some(path)) => format!("freshness.deny_file {}", path.display()),
             _ => "the list in Redis".to_owned(),
         };
-        match &problem {
-            Some(problem) => {
-                tracing::error!(problem, "the deny list cannot be read in full from {name}; entries read before stay");
-            }
-            None => tracing::info!("the deny list is as {name} has it"),
+        if let Some(problem) = &problem {
+            tracing::error!(problem, "the deny list cannot be read in full from {name}; entries read before stay");
+        } else {
+            tracing::info!("the deny list is as {name} has it");
         }
         *told = problem;
     }

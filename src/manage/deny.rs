@@ -71,15 +71,16 @@ pub enum DenyError {
 }
 
 fn without_redis(denied: &[Denied]) -> String {
-    let lines: String = denied.iter().map(|denied| format!("\n  {}", denied.line())).collect();
-    let start = "redis.url is not set, so there is no list that every replica reads; what is denied stands in the file that \
-                 freshness.deny_file names, on each of them";
-    match &*lines {
-        "" => start.to_owned(),
-        lines => format!(
-            "{start}. For this entry add\n{lines}\n\nto that file; ` until 2026-01-31T12:00:00Z` after it gives it an end"
-        ),
+    let place = "redis.url is not set, so there is no list that every replica reads; what is denied stands in the file \
+                 that freshness.deny_file names, on each of them";
+    if denied.is_empty() {
+        return place.to_owned();
     }
+    let lines: Vec<_> = denied.iter().map(|denied| format!("  {}", denied.line())).collect();
+    format!(
+        "{place}. For this entry add\n\n{}\n\nto that file; ` until 2026-01-31T12:00:00Z` after it gives it an end",
+        lines.join("\n")
+    )
 }
 
 fn of_redis(error: &SharedError) -> String {

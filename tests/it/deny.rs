@@ -38,7 +38,7 @@ struct Replica {
 
 impl Replica {
     fn start(redis: &Redis) -> Self {
-        let variables = [("TRUSTGATE__REDIS__URL", redis.url()), ("TRUSTGATE__REDIS__TIMEOUT", "100ms".to_owned())];
+        let variables = [("TRUSTGATE__REDIS__URL", redis.url()), ("TRUSTGATE__REDIS__TIMEOUT", "50ms".to_owned())];
         let variables = variables.map(|(name, value)| (OsString::from(name), OsString::from(value)));
         let config = config::load(None, variables, Purpose::Deny).unwrap();
         let (registry, stop) = (Registry::new(), CancellationToken::new());
@@ -230,6 +230,29 @@ async fn a_key_on_standard_input_is_denied_under_every_digest_it_may_have() {
     let ids: Vec<_> = added.as_array().unwrap().iter().map(|entry| entry["id"].as_str().unwrap().to_owned()).collect();
     // SHA-256 of the key alone, and under the pepper.
     assert_eq!(ids.len(), 2, "{ids:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_key_of_the_mac_comes_from_the_database_where_no_file_has_it() {
+    let redis = Redis::start().await;
+    let url = redis.url();
+    tokio::task::spawn_blocking(move || {
+        let place = Place::migrated().with("TRUSTGATE__REDIS__URL", &url);
+        let id = Uuid::from_u128(7).to_string();
+        let added = place.run(&["deny", "add", "--key", &id, "--for", "1h"]).done();
+        assert!(added.out.contains("Every replica that reaches Redis has this within 1 s"), "{added:?}");
+        assert_eq!(place.json(&["deny", "list"])[0]["id"], json!(id));
+
+        let other = Place::migrated().with("TRUSTGATE__REDIS__URL", &url);
+        let listed = other.run(&["deny", "list"]).done();
+        assert!(listed.out.contains("1 more are not genuine"), "another database, another key: {listed:?}");
+        assert_eq!(other.json(&["deny", "list"]), json!([]));
+
+        let nowhere = Place::new().with("TRUSTGATE__REDIS__URL", &url);
+        nowhere.run(&["deny", "list"]).failed(1, &["is in the database: no database at", "redis.mac_key_file"]);
+    })
+    .await
+    .unwrap();
 }
 
 #[test]

@@ -64,7 +64,7 @@ pub(super) fn read(path: &Path) -> io::Result<Reading> {
 }
 
 /// What a file looks like without reading it. Replacing the file, writing to it, and the change of the link by which
-/// Kubernetes updates a mounted ConfigMap each make another one.
+/// Kubernetes updates a mounted `ConfigMap` each make another one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Stamp {
     device: u64,
