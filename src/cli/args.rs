@@ -53,6 +53,10 @@ pub(super) enum Command {
         /// Only print the statements that give the roles in PostgreSQL the rights they need.
         #[arg(long)]
         print_grants: bool,
+        /// Also begin a new history: run it once after a backup or a copy of the database was put in place, so that no
+        /// replica takes what it remembers for what is stored now.
+        #[arg(long, conflicts_with = "print_grants")]
+        new_incarnation: bool,
         /// The role of `serve` in these statements.
         #[arg(long, value_name = "ROLE", default_value = "trustgate_serve", requires = "print_grants")]
         serve_role: String,

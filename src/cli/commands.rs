@@ -44,12 +44,12 @@ pub(super) fn run(arguments: Arguments, environment: &Environment) -> Result<Ans
                 &Secret::new(text.expose().trim().to_owned()),
             )?))
         }
-        Command::Migrate { print_grants: true, serve_role, manage_role } => {
+        Command::Migrate { print_grants: true, serve_role, manage_role, .. } => {
             Ok(Answer::text(store::grants(&load(Purpose::Manage)?.store, &serve_role, &manage_role)))
         }
-        Command::Migrate { .. } => {
+        Command::Migrate { new_incarnation, .. } => {
             let config = load(Purpose::Manage)?;
-            let migrated = block_on(migrate(&config, environment))?;
+            let migrated = block_on(migrate(&config, environment, new_incarnation))?;
             migrated.map_err(|error| CliError::of_store(error, &config))
         }
         Command::Trust(command) => managing(&load(Purpose::Manage)?, environment, async |manager, config| {
@@ -95,12 +95,16 @@ fn block_on<T>(work: impl Future<Output = T>) -> Result<T, CliError> {
     Ok(runtime.map_err(|error| CliError::new(format!("cannot start: {error}")))?.block_on(work))
 }
 
-async fn migrate(config: &Config, environment: &Environment) -> Result<Answer, LedgerError> {
+async fn migrate(config: &Config, environment: &Environment, new_incarnation: bool) -> Result<Answer, LedgerError> {
     let variable = |name: &str| variable(environment, name);
     store::migrate(&config.store, &variable).await?;
+    if new_incarnation {
+        store::new_incarnation(&config.store, &variable).await?;
+    }
     let database = store::describe(&config.store, &variable);
-    let json = Some(json!({ "database": database, "migrated": true }));
-    Ok(Answer { json, ..Answer::text(format!("{database} has the tables of this release")) })
+    let json = Some(json!({ "database": database, "migrated": true, "new_incarnation": new_incarnation }));
+    let more = if new_incarnation { "; a new history has begun" } else { "" };
+    Ok(Answer { json, ..Answer::text(format!("{database} has the tables of this release{more}")) })
 }
 
 /// A variable of the environment, if it is there and is text.

@@ -161,10 +161,13 @@ async fn postgresql_lost(loss: Loss) {
     let due = |hit: &Hit| start + hit.due;
     let answered = |hit: &Hit| start + hit.due + hit.took;
     let sound: Vec<_> = hits.iter().filter(|hit| answered(hit) < losing).collect();
-    let cached: Vec<_> = hits.iter().filter(is_hot).filter(|hit| answered(hit) < losing + LEASE + STALE - POLL).collect();
+    let cached: Vec<_> =
+        hits.iter().filter(is_hot).filter(|hit| answered(hit) < losing + LEASE + STALE - POLL).collect();
     let aged: Vec<_> = hits.iter().filter(is_hot).filter(|hit| due(hit) > gone + LEASE + STALE).collect();
     let unread: Vec<_> = hits.iter().filter(|hit| !is_hot(hit) && due(hit) > gone).collect();
-    for (name, hits) in [("there", &sound), ("lost, held", &cached), ("lost, stale time over", &aged), ("lost, new", &unread)] {
+    for (name, hits) in
+        [("there", &sound), ("lost, held", &cached), ("lost, stale time over", &aged), ("lost, new", &unread)]
+    {
         load::figures(&format!("PostgreSQL {name}"), hits.iter().copied());
         assert!(hits.len() > 100, "{name}: only {}", hits.len());
     }

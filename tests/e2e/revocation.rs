@@ -224,7 +224,10 @@ async fn foreign_table(stage: &Stage, ttl: &str) -> (Site, ForeignTable) {
     let database = stage.postgres.database().await;
     let url = stage.postgres.url("admin", &database);
     let mut connection = sqlx::PgConnection::connect(&url).await.unwrap();
-    sqlx::raw_sql("CREATE TABLE trust (id uuid PRIMARY KEY, api_key_hash char(64))").execute(&mut connection).await.unwrap();
+    sqlx::raw_sql("CREATE TABLE trust (id uuid PRIMARY KEY, api_key_hash char(64))")
+        .execute(&mut connection)
+        .await
+        .unwrap();
     let site = Site::new();
     let mac_key = site.path().join("mac-key");
     std::fs::write(&mac_key, [7; 32]).unwrap();
