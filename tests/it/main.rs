@@ -11,6 +11,7 @@ mod cli;
 mod config;
 mod layers;
 mod program;
+mod redis;
 mod sqlite_file;
 mod store_contract;
 mod store_pool;
