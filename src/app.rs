@@ -3,11 +3,9 @@
 //! Never decides anything.
 
 use std::{
-    fs,
     future::pending,
     io,
     net::SocketAddr,
-    path::Path,
     sync::{Arc, OnceLock},
     time::Duration,
 };
@@ -46,8 +44,8 @@ use crate::{
         self, Service, Signals,
         drain::{Life, Phase},
     },
-    record::{ApiKeyDigest, KeyId, Record, TrustId},
-    redis::{Redis, RedisMetrics},
+    record::{KeyId, Record, TrustId},
+    redis::{self, Redis, RedisMetrics, read_mac_key},
     secret::Secret,
     store::{self, Env, LedgerError, Missing, Source},
     telemetry,
@@ -166,10 +164,9 @@ impl AppBuilder {
         let breakers = breaker_gauges(&registry)?;
         let l2 = start_redis(&config, &registry, &breakers, &clock, &stop, (&mut parts, &io.handle()))?;
         let mac_key = l2.as_ref().map(|(_, mac_key)| Arc::clone(mac_key));
+        let redis_hints = l2.as_ref().filter(|_| config.freshness.hints).map(|(redis, _)| redis.clone());
+        let denials = open_denials(&config, &registry)?;
         let shared_denials = l2.as_ref().map(|(redis, mac_key)| SharedList::new(redis.clone(), Arc::clone(mac_key)));
-        let denials = DenyList::open(config.freshness.deny_file.clone(), DenyMetrics::register(&registry)?)
-            .map_err(|source| AppError::DenyFile { source })?;
-        let denials = Arc::new(denials);
         parts.spawn_on(keep_denials(Arc::clone(&denials), shared_denials, &views, &clock, &stop), &io.handle());
         let tiers = cache::Parts {
             store: Arc::clone(&source) as _,
@@ -197,7 +194,7 @@ impl AppBuilder {
             name: host_name(),
             metrics: poll_metrics.clone(),
             fresh,
-            applied: Box::new(|| ()),
+            applied: exchange_hints(redis_hints, &config, &views, &stop, (&mut parts, &io.handle())),
         };
         let poll_runtime = IoRuntime::start("trustgate-poll", 1)?;
         let database = Database { place, source: Arc::clone(&source), mac_key, limit: config.store.connect_timeout };
@@ -209,19 +206,14 @@ impl AppBuilder {
             let accepting = net::accept::run(listener, Arc::clone(&service), signals.clone(), tasks.clone());
             parts.spawn(accepting.map(Ok));
         }
-        let (counted, polled, observed_views) = (Arc::clone(&cache), poll_metrics.clone(), Arc::clone(&views));
-        let decided_within = config.decision.deadline;
         let shown = Admin {
             registry,
             life: life.clone(),
+            before_scrape: observe(&cache, &poll_metrics, &views, &clock, config.decision.deadline),
             views,
             poll: poll_metrics,
-            clock: Arc::clone(&clock),
+            clock,
             serving: Handle::current(),
-            before_scrape: Box::new(move || {
-                counted.observe_entries();
-                polled.observe(&observed_views, &*clock, decided_within);
-            }),
         };
         let admin_runtime = start_admin(admin, shown, &stop, &mut parts)?;
         tracing::info!(grpc = ?addresses.0, admin = ?addresses.1, "listening");
@@ -520,6 +512,42 @@ fn start_redis(
     Ok(Some((redis, mac_key)))
 }
 
+/// Listens to what other replicas tell by Redis, where it is used, and returns how to tell them.
+fn exchange_hints(
+    redis: Option<Redis>,
+    config: &Config,
+    views: &Arc<Views>,
+    stop: &CancellationToken,
+    (parts, io): (&mut JoinSet<Result<(), AppError>>, &Handle),
+) -> Box<dyn Fn() + Send + Sync> {
+    let Some(redis) = redis else { return Box::new(|| ()) };
+    let views = Arc::clone(views);
+    let listening = redis::listen(config.redis.clone(), move || views.hint(), stop.clone());
+    parts.spawn_on(listening.map(Ok), io);
+    Box::new(move || redis.publish())
+}
+
+/// Sets the gauges that are read at scrape time.
+fn observe(
+    cache: &Arc<Cache<ApiKey>>,
+    poll: &PollMetrics,
+    views: &Arc<Views>,
+    clock: &Arc<dyn Clock>,
+    decided_within: Duration,
+) -> Box<dyn Fn() + Send + Sync> {
+    let (cache, poll, views, clock) = (Arc::clone(cache), poll.clone(), Arc::clone(views), Arc::clone(clock));
+    Box::new(move || {
+        cache.observe_entries();
+        poll.observe(&views, &*clock, decided_within);
+    })
+}
+
+fn open_denials(config: &Config, registry: &Registry) -> Result<Arc<DenyList>, AppError> {
+    let metrics = DenyMetrics::register(registry)?;
+    let opened = DenyList::open(config.freshness.deny_file.clone(), metrics);
+    opened.map(Arc::new).map_err(|source| AppError::DenyFile { source })
+}
+
 /// Keeps the deny list as its sources have it.
 fn keep_denials(
     denials: Arc<DenyList>,
@@ -533,15 +561,6 @@ fn keep_denials(
         denials.run(shared, &|| views.database_clock.at(clock.now()), stop).await;
         Ok(())
     }
-}
-
-/// 32 bytes, or 64 hexadecimal digits.
-fn read_mac_key(file: &Path) -> io::Result<[u8; 32]> {
-    let bytes = fs::read(file)?;
-    let from_hex = || ApiKeyDigest::from_hex(std::str::from_utf8(&bytes).ok()?.trim()).map(|key| *key.as_bytes());
-    <[u8; 32]>::try_from(&*bytes).ok().or_else(from_hex).ok_or_else(|| {
-        io::Error::new(io::ErrorKind::InvalidData, "expected a file with 32 bytes or 64 hexadecimal digits")
-    })
 }
 
 /// The admin listeners, on a thread of their own.

@@ -308,7 +308,7 @@ mod tests {
         record::{ApiKeyDigest, Change, Nonce},
     };
 
-    const LIMITS: Limits = Limits { lease: Duration::from_secs(1), stale: Duration::from_secs(120) };
+    const LIMITS: Limits = Limits { lease: Duration::from_secs(1), stale: Duration::from_mins(2) };
 
     fn polled(versions: &[(u64, u8)], changes: &[(u64, Change)]) -> Polled {
         let (version, nonce) = *versions.last().unwrap();

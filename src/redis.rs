@@ -1,6 +1,10 @@
-//! The one connection to Redis or Valkey: made anew in the background whenever it breaks, given a pause by a breaker.
+//! The one connection to Redis or Valkey, be it a single server, the master that Sentinels name or a Cluster: made anew
+//! in the background whenever it breaks, given a pause by a breaker. And the hints that replicas send each other.
 //!
 //! Redis is an optimisation. Never makes a caller wait for a connection, and never stops the start of the server.
+
+mod hints;
+mod link;
 
 use std::{
     fs, io,
@@ -9,16 +13,15 @@ use std::{
     time::Duration,
 };
 
-use redis::{
-    AsyncConnectionConfig, Client, ConnectionInfo, FromRedisValue, IntoConnectionInfo, RedisError, TlsCertificates,
-    aio::MultiplexedConnection,
-};
+use redis::{Cmd, FromRedisValue, RedisError};
 use tokio::{
-    sync::watch,
+    sync::{Notify, watch},
     time::{sleep, timeout},
 };
 use tokio_util::sync::CancellationToken;
 
+pub use self::hints::listen;
+use self::link::Connection;
 use crate::{
     breaker::{self, Breaker},
     clock::Clock,
@@ -29,20 +32,34 @@ use crate::{
 };
 
 crate::settings! {
-    /// Redis or Valkey, shared between replicas. Unset: every replica asks the database itself.
+    /// Redis or Valkey, shared between replicas: a single server, the master that Sentinels name, or a Cluster. Unset:
+    /// every replica asks the database itself. Its user needs no more than the keys `~trustgate:*`, the channel
+    /// `&trustgate:hints` and the commands `+ping +getrange +set +unlink +eval +evalsha +publish +subscribe`; for the deny
+    /// list `+time +hlen +hgetall`, and for who runs `trustgate deny` also `+hset +hdel`; with Sentinels also `+role`, in a Cluster also `+cluster|slots` and `+asking`, for a database other than 0 also `+select`.
     pub struct RedisSettings in "redis" {
-        /// `redis://user@host:6379/0`, or `rediss://` for TLS. Unset: Redis is not used.
-        url: Option<Secret> = "",
-        /// A file that holds the URL; read again at every connect.
+        /// `redis://user@host:6379/0`, or `rediss://` for TLS; `?protocol=resp3` at the end asks for RESP3 instead of RESP2.
+        /// Several, as a list, are Sentinels or nodes of a Cluster; one that answers is enough. Unset: Redis is not used.
+        url: Vec<Secret> = "",
+        /// A file that holds the URL, or several, one a line; read again at every connect.
         url_file: Option<PathBuf> = "",
         /// The password, where the URL holds none.
         password: Option<Secret> = "",
         /// A file that holds the password; read again at every connect.
         password_file: Option<PathBuf> = "",
+        /// The name under which the Sentinels at `redis.url` (with their port, usually 26379) know the master. User,
+        /// password, database and protocol of the first URL are the master's; TLS goes for both. Unset: no Sentinels.
+        sentinel_master: Option<String> = "",
+        /// The password that the Sentinels themselves ask for, if they do.
+        sentinel_password: Option<Secret> = "",
+        /// A file that holds the Sentinels' password; read again at every connect.
+        sentinel_password_file: Option<PathBuf> = "",
+        /// Whether the servers at `redis.url` are nodes of a Cluster.
+        cluster: bool = "false",
         /// A file with 32 bytes (or 64 hexadecimal digits) that authenticate cached values. Unset: the key that the first
         /// migration put into the database.
         mac_key_file: Option<PathBuf> = "",
-        /// A PEM file with the certificate authorities to trust. Unset: those of the system.
+        /// A PEM file with the certificate authorities to trust. Unset: those of the system. The certificates must be for
+        /// the names or addresses in `redis.url`, and for those that Sentinels and nodes of a Cluster announce.
         ca_file: Option<PathBuf> = "",
         /// How long Redis may take before the database is asked instead.
         timeout: Duration = "20ms",
@@ -57,7 +74,7 @@ impl RedisSettings {
     /// Whether Redis is to be used.
     #[must_use]
     pub const fn is_configured(&self) -> bool {
-        self.url.is_some() || self.url_file.is_some()
+        !self.url.is_empty() || self.url_file.is_some()
     }
 }
 
@@ -73,11 +90,11 @@ pub fn read_mac_key(path: &Path) -> io::Result<[u8; 32]> {
     })
 }
 
-/// How long connecting may take, TLS and authentication included.
+/// How long connecting may take: finding the master or the nodes, TLS, authentication and a first answer included.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 /// How often an idle connection is tried, and how long it has to answer before it is given up.
 const PING_INTERVAL: Duration = Duration::from_secs(1);
-/// The first wait after a failed connect; it doubles up to [`PING_INTERVAL`].
+/// The first wait after a connect that failed or a connection that broke; it doubles up to [`PING_INTERVAL`].
 const RECONNECT_WAIT: Duration = Duration::from_millis(50);
 
 /// What Redis's state looks like from outside.
@@ -93,7 +110,10 @@ impl RedisMetrics {
     /// # Errors
     /// As [`register`].
     pub fn register(registry: &Registry, breaker_open: IntGauge) -> prometheus::Result<Self> {
-        let up = Opts::new("trustgate_redis_up", "1 while there is a connection to Redis that answers, else 0.");
+        let up = Opts::new(
+            "trustgate_redis_up",
+            "1 while there is a connection to Redis (in a Cluster, to every master) that answers, else 0.",
+        );
         Ok(Self { up: register(registry, IntGauge::with_opts(up))?, breaker_closed: breaker_open })
     }
 }
@@ -101,24 +121,43 @@ impl RedisMetrics {
 /// A handle to Redis, cheap to clone.
 #[derive(Clone)]
 pub struct Redis {
-    connection: watch::Receiver<Option<MultiplexedConnection>>,
+    connection: watch::Receiver<Option<Connection>>,
     breaker: Arc<Breaker>,
     clock: Arc<dyn Clock>,
     limit: Duration,
     metrics: RedisMetrics,
+    hint: Arc<Notify>,
 }
 
-/// Why Redis gave nothing.
+/// Why a command got no answer that its caller could use.
 #[derive(Debug)]
-pub enum RedisDown {
-    /// It is given a pause, or there is no connection at the moment.
+pub enum QueryError {
+    /// Redis is given a pause, or there is no connection at the moment.
     Paused,
-    /// It failed or was too slow.
+    /// Redis failed or was too slow.
     Failed(Fault),
+    /// Under that name stands something of another type than the command is for (`WRONGTYPE`).
+    WrongType,
+    /// The server does not hold that script (`NOSCRIPT`).
+    NoScript,
+}
+
+/// A Lua script. A server that does not hold it yet is sent it whole, once.
+pub struct Script {
+    code: &'static str,
+    hash: String,
+}
+
+impl Script {
+    /// The script `code`, which takes one key.
+    #[must_use]
+    pub fn new(code: &'static str) -> Self {
+        Self { code, hash: redis::Script::new(code).get_hash().to_owned() }
+    }
 }
 
 impl Redis {
-    /// A handle, and the task that keeps its connection until `stop`; the caller runs it.
+    /// A handle, and the task that keeps its connection and publishes its hints until `stop`; the caller runs it.
     pub fn new(
         settings: RedisSettings,
         clock: Arc<dyn Clock>,
@@ -133,9 +172,12 @@ impl Redis {
             clock,
             limit: settings.timeout,
             metrics: metrics.clone(),
+            hint: Arc::default(),
         };
+        let publisher = handle.clone();
         let keeper = async move {
-            stop.run_until_cancelled(keep_connected(settings, sender, metrics)).await;
+            let connected = keep_connected(&settings, sender, metrics);
+            stop.run_until_cancelled(async { tokio::join!(connected, hints::publish(&publisher)) }).await;
         };
         (handle, keeper)
     }
@@ -143,28 +185,76 @@ impl Redis {
     /// Sends `command`, waiting at most `redis.timeout`.
     ///
     /// # Errors
-    /// [`RedisDown`]; the breaker has heard of it.
+    /// [`QueryError`]; the breaker has heard of it.
     ///
     /// # Cancel safety
     /// Safe: the connection is shared by all callers and goes on.
-    pub async fn query<T: FromRedisValue>(&self, command: &redis::Cmd) -> Result<T, RedisDown> {
+    pub async fn query<T: FromRedisValue>(&self, command: &Cmd) -> Result<T, QueryError> {
         if !self.breaker.admits(self.clock.now()) {
-            return Err(RedisDown::Paused);
+            return Err(QueryError::Paused);
         }
         let Some(mut connection) = self.connection.borrow().clone() else {
             self.report(self.breaker.failed(self.clock.now()));
-            return Err(RedisDown::Paused);
+            return Err(QueryError::Paused);
         };
-        let fault = match timeout(self.limit, command.query_async(&mut connection)).await {
+        let fault = match timeout(self.limit, connection.send(command)).await {
             Ok(Ok(value)) => {
                 self.report(self.breaker.succeeded());
                 return Ok(value);
             }
-            Ok(Err(error)) => Fault::unreachable(Tier::L2, error),
+            Ok(Err(error)) => {
+                // Answers about the command; the server is well.
+                let answer = match error.code() {
+                    Some("WRONGTYPE") => Some(QueryError::WrongType),
+                    Some("NOSCRIPT") => Some(QueryError::NoScript),
+                    _ => None,
+                };
+                if let Some(answer) = answer {
+                    self.report(self.breaker.succeeded());
+                    return Err(answer);
+                }
+                Fault::unreachable(Tier::L2, error)
+            }
             Err(_) => Fault::Timeout { tier: Tier::L2, limit: self.limit },
         };
         self.report(self.breaker.failed(self.clock.now()));
-        Err(RedisDown::Failed(fault))
+        Err(QueryError::Failed(fault))
+    }
+
+    /// Runs `script` on `key`. Waits at most `redis.timeout`, and once more where the server has to be sent the script.
+    ///
+    /// # Errors
+    /// As [`Self::query`].
+    ///
+    /// # Cancel safety
+    /// Safe; whether the script ran is then not known.
+    pub async fn run<T: FromRedisValue>(
+        &self,
+        script: &Script,
+        key: &str,
+        arguments: &[&[u8]],
+    ) -> Result<T, QueryError> {
+        let call = |command: &str, script: &str| {
+            let mut call = redis::cmd(command);
+            call.arg(script).arg(1).arg(key).arg(arguments);
+            call
+        };
+        match self.query(&call("EVALSHA", &script.hash)).await {
+            Err(QueryError::NoScript) => self.query(&call("EVAL", script.code)).await,
+            answer => answer,
+        }
+    }
+
+    /// Tells the other replicas that there is something new in the database. Never waits, and promises nothing: hints
+    /// that come while one is on its way become one, and one that Redis does not take at once is lost.
+    pub fn publish(&self) {
+        self.hint.notify_one();
+    }
+
+    /// How long one command may take.
+    #[must_use]
+    pub const fn limit(&self) -> Duration {
+        self.limit
     }
 
     fn report(&self, change: breaker::Change) {
@@ -177,45 +267,68 @@ impl Redis {
     }
 }
 
-async fn keep_connected(
-    settings: RedisSettings,
-    sender: watch::Sender<Option<MultiplexedConnection>>,
-    metrics: RedisMetrics,
-) {
-    let mut wait = RECONNECT_WAIT;
-    let mut was_down = false;
+async fn keep_connected(settings: &RedisSettings, sender: watch::Sender<Option<Connection>>, metrics: RedisMetrics) {
+    let mut attempts = Attempts::new("");
     loop {
-        match timeout(CONNECT_TIMEOUT, connect(&settings)).await.unwrap_or_else(|_| Err(timed_out())) {
+        let Some(connection) = attempts.make(Box::pin(link::connect(settings))).await else { continue };
+        metrics.up.set(1);
+        sender.send_replace(Some(connection.clone()));
+        let error = until_broken(connection).await;
+        sender.send_replace(None);
+        metrics.up.set(0);
+        attempts.broke(&error);
+    }
+}
+
+/// Attempts to have a connection: each in its time, none right after another, and no word in the log twice.
+struct Attempts {
+    purpose: &'static str,
+    wait: Option<Duration>,
+    was_down: bool,
+}
+
+impl Attempts {
+    /// No attempt yet. `purpose` ends what is said of the connection in the log.
+    const fn new(purpose: &'static str) -> Self {
+        Self { purpose, wait: None, was_down: false }
+    }
+
+    /// One attempt, after the wait that the one before it asks for.
+    async fn make<C>(&mut self, connect: impl Future<Output = Result<C, RedisError>>) -> Option<C> {
+        let purpose = self.purpose;
+        if let Some(wait) = self.wait {
+            sleep(wait).await;
+        }
+        match timeout(CONNECT_TIMEOUT, connect).await.unwrap_or_else(|_| Err(timed_out())) {
             Ok(connection) => {
-                tracing::info!("connected to redis");
-                was_down = false;
-                wait = RECONNECT_WAIT;
-                metrics.up.set(1);
-                sender.send_replace(Some(connection.clone()));
-                let error = until_broken(connection).await;
-                sender.send_replace(None);
-                metrics.up.set(0);
-                tracing::warn!(%error, "the connection to redis broke");
+                tracing::info!("connected to redis{purpose}");
+                (self.wait, self.was_down) = (None, false);
+                Some(connection)
             }
             Err(error) => {
-                if !was_down {
-                    tracing::warn!(%error, "cannot connect to redis; trying again in the background");
+                if !self.was_down {
+                    tracing::warn!(%error, "cannot connect to redis{purpose}; trying again in the background");
                 }
-                was_down = true;
-                sleep(wait).await;
-                wait = (wait * 2).min(PING_INTERVAL);
+                self.wait = Some(self.wait.map_or(RECONNECT_WAIT, |wait| (wait * 2).min(PING_INTERVAL)));
+                self.was_down = true;
+                None
             }
         }
+    }
+
+    /// The connection that was made is there no more.
+    fn broke(&mut self, error: &RedisError) {
+        tracing::warn!(%error, "the connection to redis{} broke", self.purpose);
+        self.wait = Some(RECONNECT_WAIT);
     }
 }
 
 /// Returns once the connection no longer answers.
-async fn until_broken(mut connection: MultiplexedConnection) -> RedisError {
+async fn until_broken(mut connection: Connection) -> RedisError {
     loop {
         sleep(PING_INTERVAL).await;
-        let ping = redis::cmd("PING");
-        match timeout(PING_INTERVAL, ping.query_async::<String>(&mut connection)).await {
-            Ok(Ok(_)) => {}
+        match timeout(PING_INTERVAL, connection.ping()).await {
+            Ok(Ok(())) => {}
             Ok(Err(error)) => return error,
             Err(_) => return timed_out(),
         }
@@ -224,37 +337,4 @@ async fn until_broken(mut connection: MultiplexedConnection) -> RedisError {
 
 fn timed_out() -> RedisError {
     std::io::Error::from(std::io::ErrorKind::TimedOut).into()
-}
-
-async fn connect(settings: &RedisSettings) -> Result<MultiplexedConnection, RedisError> {
-    let config = AsyncConnectionConfig::new().set_connection_timeout(Some(CONNECT_TIMEOUT)).set_response_timeout(None);
-    client(settings)?.get_multiplexed_async_connection_with_config(&config).await
-}
-
-/// A client by what `settings` and the files they name hold now.
-///
-/// # Errors
-/// When a file cannot be read or the URL is not one.
-pub fn client(settings: &RedisSettings) -> Result<Client, RedisError> {
-    let url = match &settings.url_file {
-        Some(file) => Some(Secret::read(file)?),
-        None => settings.url.clone(),
-    };
-    let url = url.ok_or_else(|| invalid("redis.url is not set"))?;
-    let mut info: ConnectionInfo =
-        url.expose().into_connection_info().map_err(|_| invalid("redis.url is not a Redis URL"))?;
-    let password = match &settings.password_file {
-        Some(file) => Some(Secret::read(file)?),
-        None => settings.password.clone(),
-    };
-    if let Some(password) = password {
-        let redis = info.redis_settings().clone().set_password(password.expose());
-        info = info.set_redis_settings(redis);
-    }
-    let Some(ca_file) = &settings.ca_file else { return Client::open(info) };
-    Client::build_with_tls(info, TlsCertificates { client_tls: None, root_cert: Some(fs::read(ca_file)?) })
-}
-
-fn invalid(problem: &'static str) -> RedisError {
-    std::io::Error::new(std::io::ErrorKind::InvalidInput, problem).into()
 }

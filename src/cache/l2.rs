@@ -1,29 +1,39 @@
 //! L2: records in Redis, shared between replicas, each with its date and a MAC.
 //!
-//! A value: version byte, MAC (32), lineage (16 + 8 + 4), `as_of` (8), nonce (16), database time (8), record. The MAC is
-//! HMAC-SHA-256 over kind, key and everything after it, and is checked before anything is parsed.
-//! Never holds an absence, and never trusts what it reads: whoever can write to Redis can at most make us ask the store.
+//! A value: layout (1 byte), MAC (32), lineage (16 + 8 + 4), `as_of` (16 hexadecimal digits, so that Redis's Lua can
+//! compare it), nonce (16), database time (8), record. The MAC is HMAC-SHA-256 over layout, kind, key and everything
+//! after it, and is checked before anything is parsed.
+//! Never holds an absence, never puts an older value in place of a newer one, and never trusts what it reads: whoever
+//! can write to Redis can at most make us ask the store.
 
 use std::{
     marker::PhantomData,
-    sync::{Arc, OnceLock},
+    sync::{Arc, LazyLock, OnceLock},
     time::Duration,
 };
 
 use hmac::{Hmac, KeyInit, Mac};
 use sha2::Sha256;
+use tokio::time::sleep;
 use uuid::Uuid;
 
 use super::{kind::Kind, l1::Held};
 use crate::{
     clock::{DatabaseTime, Moment},
-    record::{Dated, Lineage, Nonce, Version, hex},
-    redis::{Redis, RedisDown},
+    record::{Dated, Lineage, Nonce, Version, bytes_from_hex, hex},
+    redis::{QueryError, Redis, Script},
 };
 
-/// The layout of values. Another one is a miss.
-const LAYOUT: u8 = 1;
+/// The layout of values. Another one is another release's: a miss, and left alone until there is a value to put.
+const LAYOUT: u8 = 2;
 const MAC_BYTES: usize = 32;
+const AS_OF_BYTES: usize = 16;
+/// The longest value that is shared, and the most that is read of one: what others write must not fill our memory.
+/// Enough for a thousand scopes.
+const VALUE_BYTES_MAX: usize = 64 << 10;
+
+static REPLACE: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("l2/replace.lua")));
+static DISCARD: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("l2/discard.lua")));
 
 /// The key of the MAC: known once the store has answered, or from a file.
 pub type MacKey = Arc<OnceLock<[u8; 32]>>;
@@ -57,30 +67,41 @@ impl<K: Kind> L2<K> {
     pub async fn get(&self, key: &K::Key, now: Moment) -> Answer<K::Value> {
         let Some(mac_key) = self.mac_key.get() else { return Answer::Down };
         let name = redis_key::<K>(key);
-        match self.redis.query::<Option<Vec<u8>>>(redis::cmd("GET").arg(&name)).await {
-            Ok(None) => Answer::Absent,
-            Ok(Some(bytes)) => {
-                if let Some(found) = open::<K>(mac_key, key, &bytes, now) {
-                    return Answer::Found(found);
-                }
-                // Best effort: what cannot be read now cannot be read later either.
-                let _ = self.redis.query::<()>(redis::cmd("DEL").arg(&name)).await;
-                Answer::Refused
-            }
-            Err(RedisDown::Paused | RedisDown::Failed(_)) => Answer::Down,
+        let time_is_up = sleep(self.redis.limit());
+        let mut command = redis::cmd("GETRANGE");
+        command.arg(&name).arg(0).arg(VALUE_BYTES_MAX - 1);
+        let bad = match self.redis.query::<Vec<u8>>(&command).await {
+            // Nothing at all reads as nothing.
+            Ok(bytes) if bytes.first().is_none_or(|layout| *layout != LAYOUT) => return Answer::Absent,
+            Ok(bytes) => match open::<K>(mac_key, key, &bytes, now) {
+                Some(found) => return Answer::Found(found),
+                None => bytes,
+            },
+            Err(QueryError::WrongType) => Vec::new(),
+            Err(QueryError::Paused | QueryError::Failed(_) | QueryError::NoScript) => return Answer::Down,
+        };
+        // Best effort, in what is left of the time: what cannot be read now cannot be read later either.
+        tokio::select! {
+            () = self.discard(&name, &bad) => {}
+            () = time_is_up => {}
         }
+        Answer::Refused
     }
 
-    /// Shares `held` until its deadline, if it is a record.
+    async fn discard(&self, name: &str, bad: &[u8]) {
+        // The breaker has heard of a failure.
+        let _ = self.redis.run::<()>(&DISCARD, name, &[bad, VALUE_BYTES_MAX.to_string().as_bytes()]).await;
+    }
+
+    /// Shares `held` until its deadline, if it is a record and Redis holds no newer one.
     pub async fn put(&self, held: &Held<K>, now: Moment) {
         let Some(mac_key) = self.mac_key.get() else { return };
         let Some(bytes) = seal::<K>(mac_key, held) else { return };
-        let life = u64::try_from(held.deadline().since(now).min(LIFE_MAX).as_millis()).unwrap_or(0);
-        if life > 0 {
-            let mut command = redis::cmd("SET");
-            command.arg(redis_key::<K>(held.key())).arg(bytes).arg("PX").arg(life);
+        let life = held.deadline().since(now).min(LIFE_MAX).as_millis();
+        if life > 0 && bytes.len() <= VALUE_BYTES_MAX {
+            let name = redis_key::<K>(held.key());
             // Redis is an optimisation: the breaker has heard of a failure, and nobody waits for this.
-            let _ = self.redis.query::<()>(&command).await;
+            let _ = self.redis.run::<()>(&REPLACE, &name, &[&bytes, life.to_string().as_bytes()]).await;
         }
     }
 }
@@ -112,7 +133,7 @@ fn seal<K: Kind>(mac_key: &[u8; 32], held: &Held<K>) -> Option<Vec<u8>> {
     bytes.extend_from_slice(lineage.incarnation.as_bytes());
     bytes.extend_from_slice(&lineage.system.to_be_bytes());
     bytes.extend_from_slice(&lineage.timeline.to_be_bytes());
-    bytes.extend_from_slice(&as_of.0.to_be_bytes());
+    bytes.extend_from_slice(hex(&as_of.0.to_be_bytes()).as_bytes());
     bytes.extend_from_slice(&nonce.0);
     bytes.extend_from_slice(&read_at.micros().to_be_bytes());
     K::encode(value, &mut bytes);
@@ -128,12 +149,12 @@ fn open<K: Kind>(mac_key: &[u8; 32], key: &K::Key, bytes: &[u8], now: Moment) ->
     let (incarnation, rest) = body.split_first_chunk()?;
     let (system, rest) = rest.split_first_chunk()?;
     let (timeline, rest) = rest.split_first_chunk()?;
-    let (as_of, rest) = rest.split_first_chunk()?;
+    let (as_of, rest) = rest.split_first_chunk::<AS_OF_BYTES>()?;
     let (nonce, rest) = rest.split_first_chunk()?;
     let (read_at, record) = rest.split_first_chunk()?;
     Some(Dated {
         value: K::decode(record)?,
-        as_of: Version(u64::from_be_bytes(*as_of)),
+        as_of: Version(u64::from_be_bytes(bytes_from_hex(std::str::from_utf8(as_of).ok()?)?)),
         nonce: Nonce(*nonce),
         lineage: Lineage {
             incarnation: Uuid::from_bytes(*incarnation),

@@ -13,6 +13,7 @@ use super::{Config, Purpose};
 use crate::{
     demand::Freshness,
     freshness::{FreshnessSettings, deny},
+    redis::RedisSettings,
     secret::Secret,
     settings::Reader,
     units::ByteSize,
@@ -88,24 +89,52 @@ fn store(config: &Config, reader: &mut Reader) {
 
 fn redis(config: &Config, reader: &mut Reader) {
     let redis = &config.redis;
-    either(reader, "redis", "url", redis.url.is_some(), redis.url_file.is_some());
+    either(reader, "redis", "url", !redis.url.is_empty(), redis.url_file.is_some());
     either(reader, "redis", "password", redis.password.is_some(), redis.password_file.is_some());
-    let expected = "expected redis://user@host:6379/0 or rediss://user@host:6379/0";
-    scheme(reader, "redis", "url", redis.url.as_ref(), &["redis://", "rediss://"], expected);
-    let no_url = redis.url.is_none() && redis.url_file.is_none();
+    let (value, file) = (redis.sentinel_password.is_some(), redis.sentinel_password_file.is_some());
+    either(reader, "redis", "sentinel_password", value, file);
     for (name, set) in [
         ("password", redis.password.is_some()),
         ("password_file", redis.password_file.is_some()),
+        ("sentinel_master", redis.sentinel_master.is_some()),
+        ("cluster", redis.cluster),
         ("mac_key_file", redis.mac_key_file.is_some()),
         ("ca_file", redis.ca_file.is_some()),
     ] {
-        if set && no_url {
+        if set && !redis.is_configured() && sound(reader, &["redis.url"]) {
             reader.refuse("redis", name, "needs redis.url: without it there is no Redis".to_owned());
         }
     }
-    let plain = redis.url.as_ref().is_some_and(|url| url.expose().starts_with("redis://"));
-    if plain && redis.ca_file.is_some() {
-        reader.refuse("redis", "ca_file", "needs a redis.url that begins with rediss://, for TLS".to_owned());
+    for (name, set) in [("sentinel_password", value), ("sentinel_password_file", file)] {
+        if set && redis.sentinel_master.is_none() {
+            reader.refuse("redis", name, "needs redis.sentinel_master: without it no Sentinel is asked".to_owned());
+        }
+    }
+    if redis.cluster && redis.sentinel_master.is_some() {
+        let problem = "does not go with redis.sentinel_master: a Cluster has no Sentinels";
+        reader.refuse("redis", "cluster", problem.to_owned());
+    }
+    redis_urls(redis, reader);
+}
+
+fn redis_urls(redis: &RedisSettings, reader: &mut Reader) {
+    let beginning_with = |scheme| redis.url.iter().filter(|url| url.expose().starts_with(scheme)).count();
+    let (all, plain, secured) = (redis.url.len(), beginning_with("redis://"), beginning_with("rediss://"));
+    let mistake = if plain + secured < all {
+        Some(("url", "expected redis://user@host:6379/0 or rediss://user@host:6379/0, or a list of them"))
+    } else if all > 1 && !redis.cluster && redis.sentinel_master.is_none() {
+        let problem =
+            "holds several URLs: set redis.sentinel_master or redis.cluster (and write %2C for a comma in a URL)";
+        Some(("url", problem))
+    } else if plain > 0 && secured > 0 {
+        Some(("url", "mixes redis:// and rediss://: use TLS for all of them or for none"))
+    } else if plain > 0 && redis.ca_file.is_some() {
+        Some(("ca_file", "needs a redis.url that begins with rediss://, for TLS"))
+    } else {
+        None
+    };
+    if let Some((name, problem)) = mistake {
+        reader.refuse("redis", name, problem.to_owned());
     }
 }
 
@@ -231,6 +260,7 @@ fn files(config: &Config, purpose: Purpose, reader: &mut Reader) {
         ("store", "management_url_file", &store.management_url_file, manage),
         ("redis", "url_file", &redis.url_file, serve),
         ("redis", "password_file", &redis.password_file, serve),
+        ("redis", "sentinel_password_file", &redis.sentinel_password_file, serve),
         ("credential", "pepper_file", &credential.pepper_file, !denying),
     ] {
         if let (Some(file), true) = (file, used) {
@@ -308,8 +338,6 @@ mod tests {
                 "store.url = \"postgres://h/d\"\nstore.preset = \"trust-table\"\ncredential.pepper = \"hunter2\"",
                 "trustgate.toml:3: credential.pepper: does nothing with store.preset",
             ),
-            ("redis.url = \"http://hunter2@h\"", "trustgate.toml:1: redis.url: expected redis://"),
-            ("redis.ca_file = \"/dev/zero\"\n#", "trustgate.toml:1: redis.ca_file: needs redis.url"),
             ("credential.sources = []", "trustgate.toml:1: credential.sources: needs at least one source"),
             (
                 "decision.deadline = \"110ms\"",
@@ -343,10 +371,45 @@ mod tests {
                 "trustgate.toml:1: credential.pepper_file: cannot read /dev/null: the file is empty",
             ),
         ] {
-            let got = mistakes(&text.replace("/dev/zero", "/proc/version"), &[]);
-            assert!(got.len() == 1 && got[0].starts_with(want), "{text:?}: {got:?}");
-            assert!(!got[0].contains("hunter2"), "{got:?}");
+            refused(text, want);
         }
+    }
+
+    #[test]
+    fn what_does_not_go_together_about_redis_is_refused() {
+        for (text, want) in [
+            ("redis.url = \"http://hunter2@h\"", "trustgate.toml:1: redis.url: expected redis://"),
+            ("redis.ca_file = \"/dev/zero\"\n#", "trustgate.toml:1: redis.ca_file: needs redis.url"),
+            ("redis.cluster = true", "trustgate.toml:1: redis.cluster: needs redis.url"),
+            (
+                "redis.url = [\"redis://a\", \"redis://:hunter2@b\"]",
+                "trustgate.toml:1: redis.url: holds several URLs: set redis.sentinel_master",
+            ),
+            (
+                "redis.url = [\"redis://a\", \"rediss://:hunter2@b\"]\nredis.cluster = true",
+                "trustgate.toml:1: redis.url: mixes redis:// and rediss://",
+            ),
+            (
+                "redis.url = [\"redis://a\", \"http://:hunter2@b\", \"c\"]\nredis.cluster = true",
+                "trustgate.toml:1: redis.url: expected redis://",
+            ),
+            (
+                "redis.url = \"redis://a\"\nredis.cluster = true\nredis.sentinel_master = \"main\"",
+                "trustgate.toml:2: redis.cluster: does not go with redis.sentinel_master",
+            ),
+            (
+                "redis.url = \"redis://a\"\nredis.sentinel_password = \"hunter2\"",
+                "trustgate.toml:2: redis.sentinel_password: needs redis.sentinel_master",
+            ),
+        ] {
+            refused(text, want);
+        }
+    }
+
+    fn refused(text: &str, want: &str) {
+        let got = mistakes(&text.replace("/dev/zero", "/proc/version"), &[]);
+        assert!(got.len() == 1 && got[0].starts_with(want), "{text:?}: {got:?}");
+        assert!(!got[0].contains("hunter2"), "{got:?}");
     }
 
     #[test]

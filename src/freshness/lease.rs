@@ -196,7 +196,7 @@ mod tests {
     use super::*;
     use crate::record::{ApiKeyDigest, KeyId, TrustId};
 
-    const LIMITS: Limits = Limits { lease: Duration::from_nanos(100), stale: Duration::from_nanos(1_000) };
+    const LIMITS: Limits = Limits { lease: Duration::from_nanos(100), stale: Duration::from_micros(1) };
 
     fn at(nanos: u64) -> Moment {
         Moment::from_nanos(nanos)

@@ -19,7 +19,7 @@ use crate::{
         shared::{SharedError, SharedList, Term},
     },
     metrics::{IntGauge, Registry},
-    redis::{Redis, RedisDown, RedisMetrics, RedisSettings, read_mac_key},
+    redis::{QueryError, Redis, RedisMetrics, RedisSettings, read_mac_key},
     store::{self, Env, LedgerError, Missing, StoreSettings},
 };
 
@@ -85,8 +85,11 @@ fn without_redis(denied: &[Denied]) -> String {
 
 fn of_redis(error: &SharedError) -> String {
     match error {
-        SharedError::Down(RedisDown::Failed(fault)) => format!("the deny list in Redis: {fault}"),
-        SharedError::Down(RedisDown::Paused) => "no connection to Redis".to_owned(),
+        SharedError::Down(QueryError::Failed(fault)) => format!("the deny list in Redis: {fault}"),
+        SharedError::Down(QueryError::Paused) => "no connection to Redis".to_owned(),
+        SharedError::Down(QueryError::WrongType | QueryError::NoScript) => {
+            "what stands in Redis under the name of the deny list is none".to_owned()
+        }
         other => format!("the deny list in Redis: {other}"),
     }
 }
@@ -207,7 +210,7 @@ impl Denials {
         let start = SystemClock.now();
         loop {
             match work().await {
-                Err(SharedError::Down(RedisDown::Paused)) if SystemClock.now().since(start) < CONNECT_MAX => {
+                Err(SharedError::Down(QueryError::Paused)) if SystemClock.now().since(start) < CONNECT_MAX => {
                     sleep(CONNECT_POLL).await;
                 }
                 done => return Ok(done?),

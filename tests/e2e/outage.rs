@@ -113,6 +113,7 @@ async fn postgresql_hung_leaves_held_keys_for_the_stale_time() {
     postgresql_lost(Loss::Hung).await;
 }
 
+#[allow(clippy::too_many_lines, reason = "one story, told in its order")]
 async fn postgresql_lost(loss: Loss) {
     const LEASE: Duration = Duration::from_secs(1);
     const STALE: Duration = Duration::from_secs(2);
@@ -177,7 +178,6 @@ async fn postgresql_lost(loss: Loss) {
     quick_checks(&envoy.access_log(20 + hits.len()).await, 20 + hits.len());
     let fault = envoy.get("/", &[("x-api-key", &hot[0].key)]).await;
     assert_eq!((fault.status, fault.headers["retry-after"].as_str()), (503, "1"), "{fault:?}");
-
     match frozen {
         Some(frozen) => drop(frozen),
         None => stage.postgres.resume().await,

@@ -249,7 +249,9 @@ fn the_chart_knows_every_setting_but_listeners_and_secrets() {
     // Secrets are files of Secrets, which the chart mounts and names itself.
     let is_secret = |setting: &str| {
         let name = setting.split_once('.').unwrap().1;
-        name.ends_with("_file") || name.ends_with("_files") || ["password", "pepper", "management_url"].contains(&name)
+        name.ends_with("_file")
+            || name.ends_with("_files")
+            || ["password", "sentinel_password", "pepper", "management_url"].contains(&name)
     };
     let wanted: BTreeSet<_> =
         settings().into_iter().filter(|setting| !listens(setting) && !is_secret(setting)).collect();

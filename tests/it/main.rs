@@ -12,6 +12,7 @@ mod config;
 mod deny;
 mod layers;
 mod program;
+mod redis;
 mod sqlite_file;
 mod store_contract;
 mod store_pool;

@@ -63,6 +63,7 @@ storeManagementUrl: {file: store-management-url, section: store, setting: manage
 storeCa: {file: store-ca.crt, migrate: true}
 redisUrl: {file: redis-url, section: redis, setting: url_file}
 redisPassword: {file: redis-password, section: redis, setting: password_file}
+redisSentinelPassword: {file: redis-sentinel-password, section: redis, setting: sentinel_password_file}
 redisMacKey: {file: redis-mac-key, section: redis, setting: mac_key_file}
 redisCa: {file: redis-ca.crt, section: redis, setting: ca_file}
 pepper: {file: pepper, section: credential, setting: pepper_file}
@@ -220,9 +221,12 @@ What the schema cannot say because it is about several values. One message each,
 {{- if and $redisUrl $redisUrlSecret -}}
 {{- fail "config.redis.url and secrets.redisUrl are both set: keep one" -}}
 {{- end -}}
-{{- range $what, $url := dict "store" $storeUrl "redis" $redisUrl -}}
+{{- $redisUrls := ternary $redisUrl (list $redisUrl) (kindIs "slice" $redisUrl) -}}
+{{- range $what, $urls := dict "store" (list $storeUrl) "redis" $redisUrls -}}
+{{- range $url := $urls -}}
 {{- if or (regexMatch "^[a-z+]+://[^/?#]*:[^/?#]*@" $url) (regexMatch "[?&]password=" $url) -}}
 {{- fail (printf "config.%s.url holds a password, and a ConfigMap is no secret: put it into a Secret and name that in secrets.%sPassword" $what $what) -}}
+{{- end -}}
 {{- end -}}
 {{- end -}}
 {{- if $sqlite -}}
@@ -233,7 +237,7 @@ What the schema cannot say because it is about several values. One message each,
 {{- end -}}
 {{- end -}}
 {{- if not (or $redisUrl $redisUrlSecret) -}}
-{{- range $what := list "redisPassword" "redisMacKey" "redisCa" -}}
+{{- range $what := list "redisPassword" "redisSentinelPassword" "redisMacKey" "redisCa" -}}
 {{- if dig $what "name" "" $secrets -}}
 {{- fail (printf "secrets.%s is set, but no Redis is named in config.redis.url or secrets.redisUrl" $what) -}}
 {{- end -}}

@@ -17,7 +17,7 @@ use sha2::Sha256;
 use super::{Denied, Entries};
 use crate::{
     clock::DatabaseTime,
-    redis::{Redis, RedisDown},
+    redis::{QueryError, Redis},
 };
 
 /// The name of the hash.
@@ -82,7 +82,7 @@ pub enum SharedError {
     NoMacKey,
     /// Redis gave nothing.
     #[error("Redis does not answer")]
-    Down(RedisDown),
+    Down(QueryError),
     /// There is more than is read.
     #[error("there are {0} entries, more than {ENTRIES_MAX}: nothing of it is read")]
     TooMany(usize),

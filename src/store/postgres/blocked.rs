@@ -46,13 +46,13 @@ async fn blockers(address: &Address, pid: i32) -> Result<String, sqlx::Error> {
         let (name, state): (Option<String>, Option<String>) = (row.try_get(1)?, row.try_get(2)?);
         let mut words = format!("process {}", row.try_get::<i32, _>(0)?);
         if let Some(name) = name.filter(|name| !name.is_empty()) {
-            words += &format!(" of {name:?}");
+            words.extend([" of ", &format!("{name:?}")]);
         }
         if let Some(state) = state {
-            words += &format!(", {state}");
+            words.extend([", ", &state]);
         }
         if let Some(seconds) = row.try_get::<Option<i64>, _>(3)? {
-            words += &format!(", in a transaction for {seconds} s");
+            words.extend([", in a transaction for ", &seconds.to_string(), " s"]);
         }
         Ok(words)
     });

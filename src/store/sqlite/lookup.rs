@@ -178,7 +178,7 @@ impl Dialect for Sqlite {
                 "INSERT INTO replica (id, name, applied, seen_at, until) VALUES (?1, ?2, ?3, {NOW}, {NOW} + ?4)
                  ON CONFLICT (id) DO UPDATE SET name = excluded.name, applied = excluded.applied,
                     seen_at = excluded.seen_at, until = excluded.until;
-                 DELETE FROM replica WHERE max(seen_at, until) < {NOW} - {DAY}"
+                 DELETE FROM replica WHERE until < {NOW} - {DAY}"
             ),
             [
                 Value::Text(replica.to_string()),

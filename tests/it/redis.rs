@@ -1,0 +1,428 @@
+//! What is said to Redis, against real servers: which value stays, what is thrown away, every kind of set-up, and hints.
+
+use std::{
+    collections::BTreeSet,
+    sync::{
+        Arc, OnceLock,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use redis::{AsyncCommands as _, aio::MultiplexedConnection};
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+use trustgate::{
+    cache::{
+        api_key::ApiKey,
+        l1::{Held, Life},
+        l2::{Answer, L2, MacKey},
+    },
+    clock::{Clock as _, DatabaseTime, SystemClock},
+    fault::Tier,
+    metrics::{IntGauge, Registry},
+    record::{ApiKeyDigest, Dated, Digests, KeyId, Lineage, Nonce, Record, TrustId, Version},
+    redis::{Redis as Handle, RedisMetrics, RedisSettings, listen},
+    secret::Secret,
+};
+use uuid::Uuid;
+
+use crate::support::{
+    eventually,
+    redis::{Cluster, MASTER, Redis, SENTINEL_PASSWORD, USER, Watched},
+};
+
+/// For what happens soon, but not at once.
+const PATIENCE: Duration = Duration::from_mins(1);
+
+/// One replica, as far as Redis knows it.
+struct Replica {
+    l2: L2<ApiKey>,
+    handle: Handle,
+    hints: Arc<AtomicUsize>,
+    breaker_open: IntGauge,
+    stop: CancellationToken,
+    tasks: JoinSet<()>,
+}
+
+impl Replica {
+    /// A replica whose Redis was reached.
+    async fn start(settings: RedisSettings) -> Self {
+        let breaker_open = IntGauge::new("breaker_open", "As the real one.").unwrap();
+        let metrics = RedisMetrics::register(&Registry::new(), breaker_open.clone()).unwrap();
+        let (stop, hints, mut tasks) = (CancellationToken::new(), Arc::new(AtomicUsize::new(0)), JoinSet::new());
+        let (handle, keeper) = Handle::new(settings.clone(), Arc::new(SystemClock), metrics, stop.clone());
+        tasks.spawn(keeper);
+        let heard = Arc::clone(&hints);
+        let on_hint = move || {
+            heard.fetch_add(1, Ordering::SeqCst);
+        };
+        tasks.spawn(listen(settings, on_hint, stop.clone()));
+        let l2 = L2::new(handle.clone(), MacKey::new(OnceLock::from([7; 32])));
+        let replica = Self { l2, handle, hints, breaker_open, stop, tasks };
+        replica.connected().await;
+        eventually("hints are heard", PATIENCE, || async { replica.heard() > 0 }).await;
+        replica
+    }
+
+    /// Waits until L2 answers.
+    async fn connected(&self) {
+        eventually("Redis is connected", PATIENCE, || async { self.get(key(0xffff)).await != "down" }).await;
+    }
+
+    async fn put(&self, held: Held<ApiKey>) {
+        self.l2.put(&held, SystemClock.now()).await;
+    }
+
+    async fn get(&self, key: ApiKeyDigest) -> String {
+        match self.l2.get(&key, SystemClock.now()).await {
+            Answer::Found(found) => format!("{:x} of {}", found.as_of.0, found.lineage.timeline),
+            Answer::Absent => "absent".to_owned(),
+            Answer::Refused => "refused".to_owned(),
+            Answer::Down => "down".to_owned(),
+        }
+    }
+
+    /// Hints so far, those after a connect included.
+    fn heard(&self) -> usize {
+        self.hints.load(Ordering::SeqCst)
+    }
+
+    /// Ends it; what runs for it ends by itself.
+    async fn stop(mut self) {
+        self.stop.cancel();
+        let ended = async { while self.tasks.join_next().await.transpose().unwrap().is_some() {} };
+        tokio::time::timeout(PATIENCE, ended).await.expect("the tasks end when they are told to");
+    }
+}
+
+fn settings(url: impl Into<String>) -> RedisSettings {
+    let url = vec![Secret::new(url.into())];
+    // Not the time that is tested here; a busy machine must not open the breaker.
+    RedisSettings { url, timeout: Duration::from_secs(5), ..RedisSettings::default() }
+}
+
+/// The same with what [`USER`] needs.
+fn secured(redis: &Redis) -> RedisSettings {
+    let password = Some(Secret::new(USER.1.to_owned()));
+    RedisSettings { password, ca_file: Some(redis.ca_file()), ..settings(redis.url()) }
+}
+
+fn key(number: u16) -> ApiKeyDigest {
+    let mut bytes = [0; 32];
+    bytes[..2].copy_from_slice(&number.to_be_bytes());
+    ApiKeyDigest::from_bytes(bytes)
+}
+
+/// Where the value of `key` stands in Redis.
+fn name(key: ApiKeyDigest) -> String {
+    format!("trustgate:api_key:{}", key.to_hex())
+}
+
+/// A record of `key` as of this version, in the history of this timeline.
+fn held(key: ApiKeyDigest, as_of: u64, timeline: u32) -> Held<ApiKey> {
+    let record = Record {
+        key_id: KeyId(Uuid::from_u128(1)),
+        trust_id: TrustId(Uuid::from_u128(2)),
+        trust_enabled: true,
+        digest: key,
+        scopes: vec!["read".into()],
+        allowed_cidrs: vec![],
+        not_before: None,
+        expires_at: None,
+        revoked_at: None,
+    };
+    let now = SystemClock.now();
+    let found = Dated {
+        value: Some(record),
+        as_of: Version(as_of),
+        nonce: Nonce([9; 16]),
+        lineage: Lineage { incarnation: Uuid::from_u128(3), system: 4, timeline },
+        read_at: DatabaseTime::from_micros(11),
+        sent_at: now,
+    };
+    let query = Digests { current: key, older: Vec::new() };
+    Held::new(&query, found, Tier::Store, Life { born: now, deadline: now.after(Duration::from_mins(5)) })
+}
+
+async fn raw(connection: &mut MultiplexedConnection, key: ApiKeyDigest) -> Option<Vec<u8>> {
+    connection.get(name(key)).await.unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn only_a_newer_value_or_one_of_another_history_takes_a_value_s_place() {
+    let server = Redis::start().await;
+    for (number, protocol) in ["", "?protocol=resp2", "?protocol=resp3"].into_iter().enumerate() {
+        let (replica, key) =
+            (Replica::start(settings(server.url() + protocol)).await, key(u16::try_from(number).unwrap()));
+        let mut connection = server.connection().await;
+        assert_eq!(replica.get(key).await, "absent");
+        for (as_of, timeline, want) in [
+            (9, 1, "9 of 1"),
+            (8, 1, "9 of 1"), // older
+            (0xa, 1, "a of 1"),
+            (0x10, 1, "10 of 1"), // a digit more
+            (0xf, 1, "10 of 1"),
+            (1 << 53, 1, "20000000000000 of 1"),
+            ((1 << 53) + 1, 1, "20000000000001 of 1"), // the same number in Lua
+            (1 << 53, 1, "20000000000001 of 1"),
+            (1, 2, "1 of 2"), // another history
+            (u64::MAX, 2, "ffffffffffffffff of 2"),
+            (3, 1, "3 of 1"),
+        ] {
+            replica.put(held(key, as_of, timeline)).await;
+            assert_eq!(replica.get(key).await, want, "after {as_of:x} of {timeline} by {protocol:?}");
+        }
+        // Of the same version: what is there stays, byte for byte, and keeps its end.
+        let before = raw(&mut connection, key).await.unwrap();
+        assert_eq!((before[0], &before[61..77]), (2, &b"0000000000000003"[..]));
+        let life: u64 = connection.pttl::<_, i64>(name(key)).await.unwrap().try_into().unwrap();
+        assert!((1..=300_000).contains(&life), "{life} ms");
+        connection.pexpire::<_, ()>(name(key), 200_000).await.unwrap();
+        replica.put(held(key, 3, 1)).await;
+        assert_eq!(raw(&mut connection, key).await.unwrap(), before);
+        assert!(connection.pttl::<_, i64>(name(key)).await.unwrap() <= 200_000);
+        // Of another layout, and what is no value: replaced, whatever its bytes say.
+        for other in [[&[1], &before[1..]].concat(), [&[3], &before[1..]].concat(), before[..60].to_vec(), vec![]] {
+            connection.set::<_, _, ()>(name(key), other).await.unwrap();
+            replica.put(held(key, 2, 1)).await;
+            assert_eq!(replica.get(key).await, "2 of 1");
+        }
+        connection.del::<_, ()>(name(key)).await.unwrap();
+        connection.lpush::<_, _, ()>(name(key), "x").await.unwrap();
+        replica.put(held(key, 1, 1)).await;
+        assert_eq!(replica.get(key).await, "1 of 1");
+        // A server that forgot the script is sent it again.
+        server.ask::<()>(&["SCRIPT", "FLUSH"]).await;
+        replica.put(held(key, 2, 1)).await;
+        assert_eq!(replica.get(key).await, "2 of 1");
+        replica.stop().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_not_ours_is_thrown_away_and_what_a_newer_release_wrote_is_not() {
+    let server = Redis::start().await;
+    let replica = Replica::start(settings(server.url())).await;
+    let (key, mut connection) = (key(1), server.connection().await);
+    replica.put(held(key, 7, 1)).await;
+    let genuine = raw(&mut connection, key).await.unwrap();
+
+    let newest = [&genuine[..61], b"ffffffffffffffff", &genuine[77..]].concat();
+    let mut huge = genuine.clone();
+    huge.resize(1 << 20, 0);
+    for (what, value) in [
+        ("a changed bit", genuine.iter().enumerate().map(|(at, byte)| byte ^ u8::from(at == 100)).collect()),
+        ("a date that nobody signed", newest),
+        ("half of it", genuine[..genuine.len() / 2].to_vec()),
+        ("the layout alone", vec![2]),
+        ("a megabyte", huge),
+    ] {
+        connection.set::<_, _, ()>(name(key), value).await.unwrap();
+        assert_eq!(replica.get(key).await, "refused", "{what}");
+        assert_eq!(raw(&mut connection, key).await, None, "{what} is still there");
+    }
+    // Something that is no text is as bad as a bad text: no reason to think that Redis is down.
+    for _ in 0..RedisSettings::default().breaker_failures * 2 {
+        connection.lpush::<_, _, ()>(name(key), &genuine).await.unwrap();
+        assert_eq!(replica.get(key).await, "refused");
+        assert!(!connection.exists::<_, bool>(name(key)).await.unwrap(), "the list is still there");
+    }
+    assert_eq!(replica.breaker_open.get(), 0);
+    // Another release may read what this one cannot.
+    for layout in [1, 3, b'{'] {
+        let other = [&[layout], &genuine[1..]].concat();
+        connection.set::<_, _, ()>(name(key), &other).await.unwrap();
+        assert_eq!(replica.get(key).await, "absent");
+        assert_eq!(raw(&mut connection, key).await, Some(other));
+    }
+    connection.set::<_, _, ()>(name(key), &genuine).await.unwrap();
+    assert_eq!(replica.get(key).await, "7 of 1");
+    replica.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_good_value_that_came_meanwhile_is_not_thrown_away_with_the_bad_one() {
+    let server = Redis::start().await;
+    let mut connection = server.connection().await;
+    // What a reader runs after it read `bad`.
+    let discard = redis::Script::new(include_str!("../../src/cache/l2/discard.lua"));
+    let mut there_after = async |there: &[u8], bad: &[u8], asked_for: usize| -> Option<Vec<u8>> {
+        connection.set::<_, _, ()>("name", there).await.unwrap();
+        let mut call = discard.key("name");
+        call.arg(bad).arg(asked_for).invoke_async::<()>(&mut connection).await.unwrap();
+        connection.get("name").await.unwrap()
+    };
+    assert_eq!(there_after(b"bad", b"bad", 10).await, None);
+    assert_eq!(there_after(b"good", b"bad", 10).await, Some(b"good".to_vec()));
+    assert_eq!(there_after(b"long and bad", b"long", 4).await, None, "as much as was read is compared");
+    assert_eq!(there_after(b"in place of a list", b"", 10).await, Some(b"in place of a list".to_vec()));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_user_with_no_more_rights_than_the_page_of_settings_names_is_enough() {
+    let server = Redis::start_secured().await;
+    for protocol in ["", "?protocol=resp3"] {
+        let mut settings = secured(&server);
+        settings.url = vec![Secret::new(server.url() + protocol)];
+        let (one, other) = (Replica::start(settings.clone()).await, Replica::start(settings).await);
+        everything_works(&one, &other, 1).await;
+        server.ask::<()>(&["SET", &name(key(1)), "\u{2}bad"]).await;
+        assert_eq!(one.get(key(1)).await, "refused");
+        assert_eq!(one.get(key(1)).await, "absent");
+        one.stop().await;
+        other.stop().await;
+    }
+}
+
+/// What one replica writes, the other reads, and the hints of each reach both.
+async fn everything_works(one: &Replica, other: &Replica, keys: u16) {
+    for number in 1..=keys {
+        let key = key(number);
+        // A Cluster that just became whole says now and then that it is down.
+        eventually("the value is shared", PATIENCE, || async {
+            one.put(held(key, 7, 1)).await;
+            one.put(held(key, 6, 1)).await;
+            other.get(key).await == "7 of 1"
+        })
+        .await;
+    }
+    for from in [one, other] {
+        let before = [one.heard(), other.heard()];
+        from.handle.publish();
+        eventually("both hear the hint", PATIENCE, || async { one.heard() > before[0] && other.heard() > before[1] })
+            .await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn hints_are_heard_once_each_and_again_after_the_server_was_away() {
+    let mut server = Redis::start().await;
+    for protocol in ["", "?protocol=resp3"] {
+        let replica = Replica::start(settings(server.url() + protocol)).await;
+        assert_eq!(replica.heard(), 1, "the connect");
+        let mut connection = server.connection().await;
+        for (number, content) in ["", "12", "{}", "\0"].into_iter().enumerate() {
+            connection.publish::<_, _, ()>("trustgate:hints", content).await.unwrap();
+            connection.publish::<_, _, ()>("trustgate:other", content).await.unwrap();
+            eventually("the hint is heard", PATIENCE, || async { replica.heard() >= number + 2 }).await;
+        }
+        assert_eq!(replica.heard(), 5);
+        server.kill();
+        replica.handle.publish(); // lost, and nobody waits
+        server.resume().await;
+        eventually("the listener is back", PATIENCE, || async { replica.heard() == 6 }).await;
+        replica.connected().await;
+        replica.handle.publish();
+        eventually("the hint is heard", PATIENCE, || async { replica.heard() == 7 }).await;
+        // Silent, but not gone: noticed too, if it lasts longer than the second to the next sign of life that is asked for
+        // and the second in which it must come.
+        let frozen = server.freeze();
+        eventually("Redis is given up", PATIENCE, || async { replica.get(key(1)).await == "down" }).await;
+        tokio::time::sleep(Duration::from_secs(3)).await;
+        drop(frozen);
+        eventually("the listener is back", PATIENCE, || async { replica.heard() == 8 }).await;
+        replica.stop().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn behind_sentinels_the_new_master_is_found_after_the_old_one_died() {
+    for with_tls in [false, true] {
+        let mut watched = Watched::start(with_tls).await;
+        let sentinel = &watched.sentinel;
+        let base = if with_tls { secured(sentinel) } else { settings(sentinel.url()) };
+        let password = with_tls.then(|| Secret::new(SENTINEL_PASSWORD.to_owned()));
+        let dead = if with_tls { "rediss://gate@127.0.0.1:1" } else { "redis://127.0.0.1:1" };
+        let settings = RedisSettings {
+            // The first is never there.
+            url: [dead.to_owned(), sentinel.url()].map(Secret::new).to_vec(),
+            sentinel_master: Some(MASTER.to_owned()),
+            sentinel_password: password,
+            ..base
+        };
+        let (one, other) = (Replica::start(settings.clone()).await, Replica::start(settings).await);
+        everything_works(&one, &other, 3).await;
+        let heard = [one.heard(), other.heard()];
+        watched.master.kill();
+        watched.failed_over().await;
+        for (replica, heard) in [&one, &other].into_iter().zip(heard) {
+            replica.connected().await;
+            eventually("the listener is back", PATIENCE, || async { replica.heard() > heard }).await;
+        }
+        everything_works(&one, &other, 3).await;
+        let mut connection = watched.replica.connection().await;
+        assert!(connection.exists::<_, bool>(name(key(3))).await.unwrap());
+        one.stop().await;
+        other.stop().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn in_a_cluster_every_node_is_used_and_moved_slots_are_found() {
+    for with_tls in [false, true] {
+        let mut cluster = Cluster::start(with_tls).await;
+        let first = &cluster.nodes[0];
+        let base = if with_tls { secured(first) } else { settings(first.url()) };
+        let urls = cluster.nodes.iter().map(|node| Secret::new(node.url())).collect();
+        // The one knows every node, the other finds them through one.
+        let one = RedisSettings { url: urls, cluster: true, ..base.clone() };
+        let other = RedisSettings { cluster: true, ..base };
+        let (one, other) = (Replica::start(one).await, Replica::start(other).await);
+        everything_works(&one, &other, 20).await;
+        let mut used = BTreeSet::new();
+        for number in 1..=20 {
+            used.insert(cluster.home_of(&name(key(number))).await.0.url());
+        }
+        assert_eq!(used.len(), 3, "too few keys");
+
+        move_slot_of(&cluster, key(1), (&one, &other)).await;
+        everything_works(&one, &other, 20).await;
+
+        // A node is away and comes back, empty; without it the Cluster does not serve.
+        cluster.nodes[2].kill();
+        eventually("the Cluster is given up", PATIENCE, || async { one.get(key(2)).await == "down" }).await;
+        cluster.nodes[2].resume().await;
+        cluster.whole().await;
+        one.connected().await;
+        other.connected().await;
+        everything_works(&one, &other, 20).await;
+
+        // One hangs: hints come by another node meanwhile.
+        let heard = one.heard();
+        let frozen = cluster.nodes[0].freeze();
+        eventually("the listener is back", PATIENCE, || async { one.heard() > heard }).await;
+        eventually("the Cluster is given up", PATIENCE, || async { one.get(key(2)).await == "down" }).await;
+        drop(frozen);
+        cluster.whole().await;
+        one.connected().await;
+        other.connected().await;
+        everything_works(&one, &other, 20).await;
+        one.stop().await;
+        other.stop().await;
+    }
+}
+
+/// Moves the slot of `key` to another node, by hand: first the nodes answer `ASK`, then `MOVED`.
+async fn move_slot_of(cluster: &Cluster, key: ApiKeyDigest, (one, other): (&Replica, &Replica)) {
+    let name = name(key);
+    let (from, to) = cluster.home_of(&name).await;
+    let slot: u16 = from.ask(&["CLUSTER", "KEYSLOT", &name]).await;
+    let slot = slot.to_string();
+    let (from_id, to_id): (String, String) = (from.ask(&["CLUSTER", "MYID"]).await, to.ask(&["CLUSTER", "MYID"]).await);
+    to.ask::<()>(&["CLUSTER", "SETSLOT", &slot, "IMPORTING", &from_id]).await;
+    from.ask::<()>(&["CLUSTER", "SETSLOT", &slot, "MIGRATING", &to_id]).await;
+    from.ask::<()>(&["DEL", &name]).await;
+    one.put(held(key, 8, 1)).await; // by ASK
+    assert_eq!(other.get(key).await, "8 of 1");
+    let at_home = redis::cmd("GET").arg(&name).query_async::<()>(&mut from.connection().await).await;
+    assert_eq!(at_home.unwrap_err().code(), Some("ASK"));
+    for node in [to, from] {
+        node.ask::<()>(&["CLUSTER", "SETSLOT", &slot, "NODE", &to_id]).await;
+    }
+    assert_eq!(one.get(key).await, "8 of 1"); // by MOVED
+    one.put(held(key, 9, 1)).await;
+    assert_eq!(other.get(key).await, "9 of 1");
+    // Back to a version that the rest of the test writes.
+    to.ask::<()>(&["DEL", &name]).await;
+}
