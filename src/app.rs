@@ -45,7 +45,7 @@ use crate::{
         drain::{Life, Phase},
     },
     record::{KeyId, Record, TrustId},
-    redis::{self, Redis, RedisMetrics, read_mac_key},
+    redis::{Redis, RedisMetrics, listen, read_mac_key},
     secret::Secret,
     store::{self, Env, LedgerError, Missing, Source},
     telemetry,
@@ -522,7 +522,7 @@ fn exchange_hints(
 ) -> Box<dyn Fn() + Send + Sync> {
     let Some(redis) = redis else { return Box::new(|| ()) };
     let views = Arc::clone(views);
-    let listening = redis::listen(config.redis.clone(), move || views.hint(), stop.clone());
+    let listening = listen(config.redis.clone(), move || views.hint(), stop.clone());
     parts.spawn_on(listening.map(Ok), io);
     Box::new(move || redis.publish())
 }

@@ -156,7 +156,7 @@ fn the_readme_lists_every_command_with_its_options_and_no_other() {
             seen += 1;
         }
     }
-    assert!(seen > 15, "only {seen} commands were seen");
+    assert!(seen > 10, "only {seen} commands were seen");
 }
 
 /// Every command that has none below it, with its options, as its help tells them.
