@@ -14,3 +14,4 @@ mod program;
 mod sqlite_file;
 mod store_contract;
 mod store_pool;
+mod versions_sqlite;
