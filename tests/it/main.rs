@@ -16,3 +16,4 @@ mod redis;
 mod sqlite_file;
 mod store_contract;
 mod store_pool;
+mod versions_sqlite;

@@ -14,7 +14,7 @@ use super::{
         reader::{Dialect, Ours},
         rows, schema,
     },
-    BUSY_TIMEOUT, NOW, code, connect, file, is_busy, is_missing, migrate,
+    BUSY_TIMEOUT, NOW, code, connect, file, is_missing, migrate,
     watch::{self, IN_FORCE},
 };
 use crate::record::{Digests, KeyId, Version};
@@ -222,19 +222,13 @@ const NO_ANSWER: [u32; 8] = [
 ];
 const SQLITE_READONLY: u32 = 8;
 
-/// SQLite opens a file that it may not write for reading, without a word. Takes the write lock for a moment, and does not
-/// wait for it: who has to, could write.
+/// SQLite opens a file that it may not write for reading, without a word. Asks for the write lock, and does not wait for
+/// it: who would have to could write. Whatever else is wrong shows where it matters.
 async fn can_write(connection: &mut SqliteConnection) -> Result<bool, sqlx::Error> {
-    let busy_timeout = BUSY_TIMEOUT.as_millis();
-    let attempt = sqlx::raw_sql("PRAGMA busy_timeout = 0; BEGIN IMMEDIATE; ROLLBACK").execute(&mut *connection).await;
-    let patient = format!("PRAGMA busy_timeout = {busy_timeout}");
-    sqlx::raw_sql(AssertSqlSafe(patient)).execute(connection).await?;
-    match attempt {
-        Ok(_) => Ok(true),
-        Err(error) if code(&error) == Some(SQLITE_READONLY) => Ok(false),
-        Err(error) if is_busy(&error) => Ok(true),
-        Err(error) => Err(error),
-    }
+    let attempt = sqlx::raw_sql("PRAGMA busy_timeout = 0; DELETE FROM meta WHERE false").execute(&mut *connection).await;
+    let patience = format!("PRAGMA busy_timeout = {}", BUSY_TIMEOUT.as_millis());
+    sqlx::raw_sql(AssertSqlSafe(patience)).execute(connection).await?;
+    Ok(!attempt.is_err_and(|error| code(&error) == Some(SQLITE_READONLY)))
 }
 
 /// What was committed from version ?2 on, in the columns of [`rows::polled`]: first what there always is, then versions,

@@ -42,13 +42,12 @@ async fn attempt(path: &Path) -> Result<(), LedgerError> {
         let mut transaction = connection.begin_with("BEGIN IMMEDIATE").await?;
         // Somebody may have been faster.
         if !is_done(&mut transaction).await? {
-            match tables(&mut transaction).await? {
-                None => {
-                    first(&mut transaction).await?;
-                    second(&mut transaction).await?;
-                }
-                Some(schema::Tables { version: 1, .. }) => second(&mut transaction).await?,
-                Some(_) => {}
+            let version = tables(&mut transaction).await?.map_or(0, |tables| tables.version);
+            if version < 1 {
+                first(&mut transaction).await?;
+            }
+            if version < 2 {
+                second(&mut transaction).await?;
             }
             watch::install(&mut transaction).await?.map_err(|problem| unwatched(path, &problem))?;
         }
@@ -126,21 +125,16 @@ async fn first(connection: &mut SqliteConnection) -> Result<(), LedgerError> {
         .await?;
     sqlx::query("INSERT INTO setting (name, value) VALUES ('redis_mac_key', ?)")
         .bind(schema::random::<32>()?.to_vec())
-        .execute(&mut *connection)
+        .execute(connection)
         .await?;
-    Ok(note(connection, 1).await?)
+    Ok(())
 }
 
 /// Version 2: what the watch needs beside its triggers, and how long a replica's sign of life counts.
 async fn second(connection: &mut SqliteConnection) -> Result<(), sqlx::Error> {
     sqlx::raw_sql(SECOND).execute(&mut *connection).await?;
-    note(connection, 2).await
-}
-
-/// That the tables are of `version` now.
-async fn note(connection: &mut SqliteConnection, version: i64) -> Result<(), sqlx::Error> {
     sqlx::query(sqlx::AssertSqlSafe(format!("INSERT INTO schema (version, compatible_from, at) VALUES (?, ?, {NOW})")))
-        .bind(version)
+        .bind(schema::VERSION)
         .bind(schema::COMPATIBLE_FROM)
         .execute(connection)
         .await

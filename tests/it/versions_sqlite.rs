@@ -1,0 +1,894 @@
+//! SQLite: every committed change is named, whoever makes it and however; what cannot be named is noticed.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use sqlx::{AssertSqlSafe, Connection, Row, SqliteConnection, sqlite::SqliteConnectOptions};
+use tokio::task::JoinSet;
+use trustgate::{
+    clock::SystemClock,
+    record::{ApiKeyDigest, Change, Digests, KeyId, Nonce, Version},
+    secret::Secret,
+    store::{self, Ledger, LedgerError, Missing, PollError, Polled, SignOfLife, Source, StoreSettings},
+};
+use uuid::Uuid;
+
+/// A database file with our tables, in a directory of its own.
+struct Db {
+    path: PathBuf,
+    _dir: tempfile::TempDir,
+}
+
+impl Db {
+    /// Without tables, and without a file.
+    fn nowhere() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        Self { path: dir.path().join("trustgate.db"), _dir: dir }
+    }
+
+    async fn new() -> Self {
+        let db = Self::nowhere();
+        store::migrate(&settings(&db.path), NO_ENV).await.unwrap();
+        db
+    }
+
+    /// With trusts 1 and 2, and the keys 11 and 12 of trust 1 with digests 1 and 2.
+    async fn with_keys() -> Self {
+        let db = Self::new().await;
+        let mut writer = db.writer().await;
+        for sql in [
+            "INSERT INTO trust VALUES ($t1, 'one', 1, 0), ($t2, 'two', 1, 0)".to_owned(),
+            insert("INTO", 11, 1, ""),
+            insert("INTO", 12, 2, ""),
+        ] {
+            writer.run(&sql).await.unwrap();
+        }
+        writer.0.close().await.unwrap();
+        db
+    }
+
+    async fn writer(&self) -> Writer {
+        Writer::open(&self.path).await
+    }
+
+    async fn ledger(&self) -> Box<dyn Ledger> {
+        store::open_ledger(&settings(&self.path), NO_ENV).await.unwrap()
+    }
+
+    fn open(&self) -> Arc<dyn Source> {
+        store::open_lookup(&settings(&self.path), NO_ENV, Arc::new(SystemClock)).unwrap()
+    }
+
+    /// A replica that has read what there is.
+    async fn follower(&self) -> Follower {
+        let lookup = self.open();
+        let start = lookup.poll(None).await.unwrap();
+        Follower { lookup, at: (start.newest.as_of, start.newest.nonce), versions_max: 0 }
+    }
+}
+
+const NO_ENV: store::Env<'static> = &|_| None;
+
+fn settings(path: &Path) -> StoreSettings {
+    let second = Duration::from_secs(1);
+    StoreSettings {
+        url: Some(Secret::new(format!("sqlite://{}", path.display()))),
+        connect_timeout: 20 * second, // tests share their machine: no deadline here may fail them
+        ..StoreSettings::default()
+    }
+}
+
+/// Somebody who writes to the file and knows nothing of trustgate: foreign keys are off, as they are by default.
+struct Writer(SqliteConnection);
+
+impl Writer {
+    async fn open(path: &Path) -> Self {
+        let options =
+            SqliteConnectOptions::new().filename(path).foreign_keys(false).busy_timeout(Duration::from_secs(60));
+        Self(SqliteConnection::connect_with(&options).await.unwrap())
+    }
+
+    /// Runs statements in which `$k7` is the id of a key, `$t7` that of a trust and `$d7` a digest.
+    async fn run(&mut self, sql: &str) -> Result<(), sqlx::Error> {
+        sqlx::raw_sql(AssertSqlSafe(expand(sql))).execute(&mut self.0).await.map(drop)
+    }
+
+    async fn number(&mut self, sql: &str) -> i64 {
+        sqlx::raw_sql(AssertSqlSafe(sql)).fetch_one(&mut self.0).await.unwrap().get(0)
+    }
+}
+
+fn expand(sql: &str) -> String {
+    let mut parts = sql.split('$');
+    let mut expanded = parts.next().unwrap_or_default().to_owned();
+    for part in parts {
+        let end = part[1..].find(|c: char| !c.is_ascii_digit()).map_or(part.len(), |end| end + 1);
+        let number: u32 = part[1..end].parse().unwrap();
+        expanded += &match &part[..1] {
+            "d" => format!("x'{}'", digest(number).to_hex()),
+            _ => format!("'{}'", Uuid::from_u128(number.into())),
+        };
+        expanded += &part[end..];
+    }
+    expanded
+}
+
+fn digest(number: u32) -> ApiKeyDigest {
+    let mut bytes = [0; 32];
+    bytes[28..].copy_from_slice(&number.to_be_bytes());
+    ApiKeyDigest::from_bytes(bytes)
+}
+
+/// `INSERT {how} api_key` of a key of trust 1.
+fn insert(how: &str, key: u32, digest: u32, conflict: &str) -> String {
+    format!(
+        "INSERT {how} api_key (id, trust_id, digest, scheme, hint, created_at)
+         VALUES ($k{key}, $t1, $d{digest}, 0, 'hint', 0) {conflict}"
+    )
+}
+
+/// Polls as a replica does.
+struct Follower {
+    lookup: Arc<dyn Source>,
+    at: (Version, Nonce),
+    versions_max: usize,
+}
+
+impl Follower {
+    /// What was named since the last call.
+    async fn named(&mut self) -> Vec<String> {
+        let polled = self.poll().await;
+        assert!(polled.watched && polled.complete, "{polled:?}");
+        polled.changes.iter().map(|(_, change)| written(change)).collect()
+    }
+
+    /// A poll, whose answer is applied.
+    async fn poll(&mut self) -> Polled {
+        let (since, nonce) = self.at;
+        let polled = self.lookup.poll(Some(since)).await.unwrap();
+        let newest = (polled.newest.as_of, polled.newest.nonce);
+        assert_eq!(polled.versions.first(), Some(&(since, nonce)), "the one that was asked from");
+        assert_eq!(polled.versions.last(), Some(&newest), "the newest");
+        assert!(polled.versions.is_sorted_by_key(|(version, _)| *version) && polled.oldest <= since, "{polled:?}");
+        assert!(polled.changes.iter().all(|(version, _)| *version > since && *version <= newest.0), "{polled:?}");
+        self.at = newest;
+        self.versions_max = self.versions_max.max(polled.versions.len());
+        polled
+    }
+}
+
+/// A change in few words.
+fn written(change: &Change) -> String {
+    let number =
+        |digest: &ApiKeyDigest| digest.as_bytes()[28..].iter().fold(0, |all, byte| all << 8 | u32::from(*byte));
+    match change {
+        Change::Key(id) => format!("key {}", id.0.as_u128()),
+        Change::Trust(id) => format!("trust {}", id.0.as_u128()),
+        Change::Absent(digest) => format!("absent {}", number(digest)),
+        Change::Gone(digest) => format!("gone {}", number(digest)),
+        Change::Whole(kind) => format!("all {kind:?}"),
+        Change::Everything => "everything".to_owned(),
+    }
+}
+
+/// Runs each statement and compares what it names, in any order.
+async fn check(cases: &[(&str, &[&str])], prepare: &str) {
+    let db = Db::with_keys().await;
+    let (mut writer, mut follower) = (db.writer().await, db.follower().await);
+    writer.run(prepare).await.unwrap();
+    for (sql, names) in cases {
+        writer.run(sql).await.unwrap_or_else(|error| panic!("{sql}: {error}"));
+        let before = follower.at.0;
+        let mut found = follower.named().await;
+        found.sort();
+        assert_eq!(found, *names, "{prepare} {sql}");
+        assert_eq!(follower.at.0 == before, names.is_empty(), "a version only where something is named: {sql}");
+    }
+}
+
+#[tokio::test]
+async fn what_a_decision_reads_is_named_and_nothing_else() {
+    let set = |what: &str| format!("UPDATE api_key SET {what} WHERE id = $k11");
+    let (insert, revoked) = (insert("INTO", 13, 3, ""), set("revoked_at = 5"));
+    let columns: Vec<String> = [
+        "trust_id = $t2",
+        "scheme = 1",
+        "scopes = '[\"a\"]'",
+        "allowed_cidrs = '[\"10.0.0.0/8\"]'",
+        "not_before = 1",
+        "not_before = NULL",
+        "expires_at = 1",
+        "expires_at = 2",
+    ]
+    .map(set)
+    .into();
+    let mut cases: Vec<(&str, &[&str])> = vec![(&insert, &["absent 3"])];
+    cases.extend(columns.iter().map(|sql| (&**sql, &["absent 1", "key 11"][..])));
+    cases.extend([
+        (&*revoked, &["absent 1", "gone 1", "key 11"][..]),
+        // Once more: still revoked, and still another time.
+        ("UPDATE api_key SET revoked_at = 6 WHERE id = $k11", &["absent 1", "gone 1", "key 11"]),
+        ("UPDATE api_key SET revoked_at = NULL WHERE id = $k11", &["absent 1", "key 11"]),
+        ("UPDATE api_key SET digest = $d4 WHERE id = $k11", &["absent 4", "gone 1", "key 11"]),
+        ("UPDATE api_key SET id = $k14 WHERE id = $k11", &["absent 4", "key 11", "key 14"]),
+        (
+            "UPDATE api_key SET revoked_at = 7 WHERE id IN ($k12, $k13)",
+            &["absent 2", "absent 3", "gone 2", "gone 3", "key 12", "key 13"],
+        ),
+        // The same values, and columns that no decision reads.
+        ("UPDATE api_key SET digest = digest, id = id, scopes = scopes, revoked_at = revoked_at", &[]),
+        ("UPDATE api_key SET name = 'x', hint = 'y', created_at = 9", &[]),
+        ("UPDATE api_key SET rowid = rowid + 100", &[]),
+        ("INSERT INTO key_use VALUES ($k14, 1); UPDATE key_use SET last_used_at = 2; DELETE FROM key_use", &[]),
+        ("INSERT INTO setting VALUES ('x', x'00'); INSERT INTO replica (id, applied, seen_at) VALUES ('x', 1, 1)", &[]),
+        ("INSERT INTO audit (at, actor, action, object) VALUES (1, 'a', 'b', 'c')", &[]),
+        ("DELETE FROM api_key WHERE id = $k14", &["gone 4", "key 14"]),
+        ("DELETE FROM api_key", &["gone 2", "gone 3", "key 12", "key 13"]),
+        ("INSERT INTO trust VALUES ($t3, 'three', 1, 0)", &["trust 3"]),
+        ("UPDATE trust SET enabled = 0 WHERE id = $t3", &["trust 3"]),
+        ("UPDATE trust SET enabled = 0, name = 'four' WHERE id = $t3", &[]),
+        ("UPDATE trust SET created_at = 9", &[]),
+        ("UPDATE trust SET id = $t4 WHERE id = $t3", &["trust 3", "trust 4"]),
+        ("DELETE FROM trust", &["trust 1", "trust 2", "trust 4"]),
+    ]);
+    check(&cases, "").await;
+}
+
+#[tokio::test]
+async fn rows_that_replace_removes_are_named_and_those_that_ignore_leaves_are_not() {
+    let way = |how: &str, key, digest, conflict: &str| insert(how, key, digest, conflict);
+    let replace = |key, digest| way("OR REPLACE INTO", key, digest, "");
+    let (ignored, nothing) = (way("OR IGNORE INTO", 13, 1, ""), way("INTO", 13, 1, "ON CONFLICT DO NOTHING"));
+    let nothing_of_digest = way("INTO", 13, 1, "ON CONFLICT (digest) DO NOTHING");
+    let unrelated = way("INTO", 13, 1, "ON CONFLICT (digest) DO UPDATE SET name = 'x'");
+    let upsert = way("INTO", 13, 1, "ON CONFLICT (digest) DO UPDATE SET scheme = 1");
+    let (same, by_digest, by_id, by_both) = (replace(11, 1), replace(13, 1), replace(13, 3), replace(12, 3));
+    let by_rowid = "INSERT OR REPLACE INTO api_key (rowid, id, trust_id, digest, scheme, hint, created_at)
+        SELECT rowid, $k14, $t1, $d4, 0, 'hint', 0 FROM api_key WHERE id = $k12";
+    let revoked = "INSERT OR REPLACE INTO api_key (id, trust_id, digest, scheme, hint, created_at, revoked_at)
+        VALUES ($k14, $t1, $d4, 0, 'hint', 0, 1)";
+    let cases = |recursive: bool| -> Vec<(&str, &[&str])> {
+        let either = |without: &'static [&str], with: &'static [&str]| if recursive { with } else { without };
+        vec![
+            (&ignored, &[]),
+            (&nothing, &[]),
+            (&nothing_of_digest, &[]),
+            (&unrelated, &[]),
+            (&upsert, &["absent 1", "key 11"]),
+            // A deletion is told of first, and then that it may be there again.
+            (&same, either(&["absent 1", "key 11"], &["absent 1", "gone 1", "key 11"])),
+            (&by_digest, either(&["absent 1", "key 11"], &["absent 1", "gone 1", "key 11"])),
+            (&by_id, &["absent 3", "gone 1", "key 13"]),
+            (
+                &by_both,
+                either(
+                    &["absent 3", "gone 2", "key 12", "key 13"],
+                    &["absent 3", "gone 2", "gone 3", "key 12", "key 13"],
+                ),
+            ),
+            (by_rowid, &["absent 4", "gone 3", "key 12"]),
+            (revoked, &["absent 4", "gone 4", "key 14"]),
+            ("UPDATE api_key SET revoked_at = NULL", &["absent 4", "key 14"]),
+            // Several rows at once, one of which is passed over.
+            (
+                "INSERT OR IGNORE INTO api_key (id, trust_id, digest, scheme, hint, created_at) VALUES
+                ($k15, $t1, $d5, 0, 'hint', 0), ($k16, $t1, $d5, 0, 'hint', 0), ($k17, $t1, $d7, 0, 'hint', 0)",
+                &["absent 5", "absent 7"],
+            ),
+            ("UPDATE OR IGNORE api_key SET digest = $d5", &[]),
+            (
+                "UPDATE OR REPLACE api_key SET digest = $d5 WHERE id = $k14",
+                either(
+                    &["absent 5", "gone 4", "key 14", "key 15"],
+                    &["absent 5", "gone 4", "gone 5", "key 14", "key 15"],
+                ),
+            ),
+            (
+                "UPDATE OR REPLACE api_key SET id = $k17 WHERE id = $k14",
+                either(
+                    &["absent 5", "gone 7", "key 14", "key 17"],
+                    &["absent 5", "gone 7", "key 14", "key 17", "key 17"],
+                ),
+            ),
+            (
+                "INSERT OR REPLACE INTO trust VALUES ($t1, 'one', 1, 0)",
+                either(&["trust 1"], &["absent 5", "trust 1", "trust 1"]),
+            ),
+            ("INSERT OR REPLACE INTO trust VALUES ($t3, 'two', 1, 0)", &["trust 2", "trust 3"]),
+            ("INSERT OR IGNORE INTO trust VALUES ($t4, 'two', 1, 0)", &[]),
+            ("INSERT INTO trust VALUES ($t4, 'two', 0, 0) ON CONFLICT (name) DO UPDATE SET enabled = 0", &["trust 3"]),
+            ("UPDATE OR REPLACE trust SET name = 'two' WHERE id = $t1", either(&["trust 1", "trust 3"], &["trust 3"])),
+            // Without foreign keys a trust can go and come back under its keys: those are absent meanwhile.
+            ("DELETE FROM trust", &["trust 1"]),
+            ("INSERT INTO trust VALUES ($t1, 'one', 1, 0)", &["absent 5", "trust 1"]),
+            ("UPDATE trust SET id = $t2", &["trust 1", "trust 2"]),
+            ("UPDATE trust SET id = $t1", &["absent 5", "trust 1", "trust 2"]),
+        ]
+    };
+    check(&cases(false), "PRAGMA recursive_triggers = OFF").await;
+    check(&cases(true), "PRAGMA recursive_triggers = ON").await;
+}
+
+#[tokio::test]
+async fn what_is_rolled_back_is_not_named() {
+    let db = Db::with_keys().await;
+    let (mut writer, mut follower) = (db.writer().await, db.follower().await);
+    let revoke = |key| format!("UPDATE api_key SET revoked_at = 1 WHERE id = $k{key};");
+    let (first, second) = (revoke(11), revoke(12));
+    let start = follower.at.0;
+
+    writer.run(&format!("BEGIN; {first} {}; DELETE FROM trust; ROLLBACK", insert("INTO", 13, 3, ""))).await.unwrap();
+    assert_eq!(follower.named().await, [""; 0]);
+    assert_eq!(follower.at.0, start);
+    // Not before the commit, and all of it at once.
+    writer.run(&format!("BEGIN; SAVEPOINT a; {first} ROLLBACK TO a; {second} SAVEPOINT b; {first}")).await.unwrap();
+    assert_eq!(follower.named().await, [""; 0]);
+    writer.run("ROLLBACK TO b; RELEASE a; COMMIT").await.unwrap();
+    assert_eq!(follower.named().await, ["absent 2", "key 12", "gone 2"], "what is gone comes last");
+    // A statement that fails in the middle undoes its own rows, or keeps those before it.
+    let three = |how: &str| {
+        format!(
+            "INSERT {how} INTO api_key (id, trust_id, digest, scheme, hint, created_at) VALUES
+                ($k13, $t1, $d3, 0, 'hint', 0), ($k14, $t1, $d4, 0, 'hint', 0), ($k15, $t1, $d4, 0, 'hint', 0)"
+        )
+    };
+    writer.run("BEGIN").await.unwrap();
+    writer.run(&three("")).await.unwrap_err();
+    writer.run(&format!("{first} COMMIT")).await.unwrap();
+    assert_eq!(follower.named().await, ["absent 1", "key 11", "gone 1"]);
+    writer.run(&three("OR FAIL")).await.unwrap_err();
+    assert_eq!(follower.named().await, ["absent 3", "absent 4"]);
+    writer.run("BEGIN; DELETE FROM api_key WHERE id = $k13").await.unwrap();
+    writer.run(&three("OR ROLLBACK")).await.unwrap_err();
+    assert_eq!(follower.named().await, [""; 0]);
+}
+
+/// Objects of each writer: its number times this, and up.
+const OBJECTS: u32 = 100_000;
+
+/// Transactions on keys of its own: a third is rolled back, one in ten goes through savepoints. Returns what those that
+/// were committed have to name.
+async fn write(path: PathBuf, writer: u32, transactions: u32) -> Vec<String> {
+    let mut connection = Writer::open(&path).await;
+    let mut names = Vec::new();
+    let mut object = writer * OBJECTS;
+    for transaction in 0..transactions {
+        let mut here = Vec::new();
+        let begin = if transaction % 2 == 0 { "BEGIN IMMEDIATE" } else { "BEGIN EXCLUSIVE" };
+        connection.run(begin).await.unwrap();
+        for _ in 0..=transaction % 3 {
+            object += 1;
+            if transaction % 10 == 7 {
+                let lost = format!("SAVEPOINT s; {}; ROLLBACK TO s", insert("INTO", object, object, ""));
+                connection.run(&lost).await.unwrap();
+                object += 1;
+            }
+            connection.run(&insert("INTO", object, object, "")).await.unwrap();
+            here.push(format!("absent {object}"));
+            if transaction % 4 == 0 {
+                let other = OBJECTS * 50 + object;
+                let change = format!("UPDATE api_key SET digest = $d{other}, revoked_at = 1 WHERE id = $k{object}");
+                connection.run(&change).await.unwrap();
+                here.extend([format!("key {object}"), format!("absent {other}"), format!("gone {object}")]);
+            }
+        }
+        if transaction % 3 == 1 {
+            connection.run("ROLLBACK").await.unwrap();
+        } else {
+            connection.run("COMMIT").await.unwrap();
+            names.append(&mut here);
+        }
+    }
+    names
+}
+
+/// The same as another process does it, with the SQLite of the system: `executemany`, and a trust for each transaction.
+const PYTHON: &str = r"
+import sqlite3, sys, uuid
+path, first, transactions = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+c = sqlite3.connect(path, timeout=60)
+for n in range(transactions):
+    trust = str(uuid.UUID(int=first + n))
+    keys = [(str(uuid.UUID(int=first + n * 10 + k)), trust, (first + n * 10 + k).to_bytes(32, 'big')) for k in range(5)]
+    c.execute('INSERT INTO trust (id, name, created_at) VALUES (?, ?, 0)', (trust, trust))
+    c.executemany('INSERT INTO api_key (id, trust_id, digest, scheme, hint, created_at) VALUES (?, ?, ?, 0, 0, 0)', keys)
+    if n % 3 == 1:
+        c.rollback()
+        continue
+    c.commit()
+    print('trust', first + n)
+    for k in range(5):
+        print('absent', first + n * 10 + k)
+";
+
+async fn write_in_another_process(path: PathBuf, writer: u32, transactions: u32) -> Vec<String> {
+    let run = move || {
+        Command::new("python3")
+            .args(["-c", PYTHON])
+            .arg(path)
+            .args([(writer * OBJECTS).to_string(), transactions.to_string()])
+            .stderr(Stdio::inherit())
+            .output()
+            .expect("python3 is needed by this test: install it, do not skip")
+    };
+    let output = tokio::task::spawn_blocking(run).await.unwrap();
+    assert!(output.status.success());
+    String::from_utf8(output.stdout).unwrap().lines().map(str::to_owned).collect()
+}
+
+#[tokio::test]
+async fn beside_several_writers_a_poller_misses_nothing() {
+    const WRITERS: u32 = 4;
+    const TRANSACTIONS: u32 = 200;
+    let db = Db::with_keys().await;
+    let mut follower = db.follower().await;
+    let mut writing = JoinSet::new();
+    for writer in 1..=WRITERS {
+        writing.spawn(write(db.path.clone(), writer, TRANSACTIONS));
+    }
+    writing.spawn(write_in_another_process(db.path.clone(), WRITERS + 1, TRANSACTIONS));
+
+    let (mut expected, mut found, mut polls) = (Vec::new(), Vec::new(), 0_u32);
+    loop {
+        while let Some(names) = writing.try_join_next() {
+            expected.extend(names.unwrap());
+        }
+        let done = writing.is_empty();
+        found.extend(follower.named().await);
+        polls += 1;
+        if done {
+            break;
+        }
+    }
+    println!("{} changes in {polls} polls, at most {} versions in one", found.len(), follower.versions_max);
+    assert!(polls > 20, "polled while they wrote");
+    expected.sort();
+    found.sort();
+    assert!(expected.len() > 1_000 && found == expected, "each exactly once");
+}
+
+#[tokio::test]
+async fn a_thousand_of_a_kind_are_named_one_by_one_and_more_as_a_whole() {
+    let db = Db::with_keys().await;
+    let (mut writer, mut follower) = (db.writer().await, db.follower().await);
+    let many = |from: u32, count: u32| {
+        format!(
+            "WITH RECURSIVE n (i) AS (SELECT {from} UNION ALL SELECT i + 1 FROM n WHERE i < {from} + {count} - 1)
+             INSERT INTO api_key (id, trust_id, digest, scheme, hint, created_at)
+             SELECT printf('00000000-0000-0000-0000-%012d', i), $t1, unhex(printf('%064x', i)), 0, 'hint', 0 FROM n"
+        )
+    };
+    writer.run(&many(1_000, 1_000)).await.unwrap();
+    let since = follower.at;
+    let named = follower.named().await;
+    assert_eq!(named.iter().collect::<BTreeSet<_>>().len(), 1_000);
+    assert!(named.iter().all(|name| name.starts_with("absent ")));
+    // One more, and something of another kind.
+    writer.run(&many(2_000, 1)).await.unwrap();
+    writer.run("UPDATE trust SET enabled = 0 WHERE id = $t2").await.unwrap();
+    follower.at = since;
+    let polled = follower.poll().await;
+    let newest = polled.newest.as_of;
+    let changes: Vec<(Version, String)> = polled.changes.iter().map(|(at, change)| (*at, written(change))).collect();
+    assert_eq!(changes, [(Version(newest.0 - 1), "all Absences".into()), (newest, "trust 2".into())]);
+    assert_eq!(polled.versions.len(), 1_001, "the newest thousand, and the one that was asked from");
+
+    let started = Instant::now();
+    writer.run(&many(100_000, 100_000)).await.unwrap();
+    let (inserted, started) = (started.elapsed(), Instant::now());
+    assert_eq!(follower.named().await, ["all Absences"], "cached records stay valid");
+    println!("100 000 keys in {inserted:?}, the poll after them {:?}", started.elapsed());
+    assert_eq!(follower.named().await, [""; 0]);
+    assert_eq!(writer.number("SELECT count(*) FROM api_key").await, 101_003);
+    // For a replica that begins as well.
+    let start = follower.lookup.poll(None).await.unwrap();
+    assert!(start.watched && start.complete && start.newest.as_of == follower.at.0);
+    assert_eq!(start.versions.len(), 1_001);
+    let names: Vec<String> = start.changes.iter().map(|(_, change)| written(change)).collect();
+    assert!(names.contains(&"all Absences".to_owned()) && names.contains(&"trust 2".to_owned()), "{names:?}");
+}
+
+#[tokio::test]
+async fn whatever_may_let_a_change_pass_unnamed_is_noticed_and_mended_or_told() {
+    let db = Db::with_keys().await;
+    let (mut writer, mut follower) = (db.writer().await, db.follower().await);
+    let text = |name: &str| format!("SELECT sql FROM sqlite_schema WHERE name = '{name}'");
+    let update: String =
+        sqlx::raw_sql(AssertSqlSafe(text("api_key_update"))).fetch_one(&mut writer.0).await.unwrap().get(0);
+    let unseen = "UPDATE api_key SET revoked_at = ifnull(revoked_at, 0) + 1";
+    let within_one = format!("BEGIN; DROP TRIGGER api_key_update; {unseen}; {update}; COMMIT");
+    let tampered = format!("DROP TRIGGER api_key_update; {}", update.replace("OLD.scopes", "NEW.scopes"));
+    // What was done, and what is told; nothing where all is right again.
+    for (done, problem, undo) in [
+        (&*within_one, None, ""),
+        ("VACUUM", None, ""),
+        ("ANALYZE", None, ""),
+        ("CREATE INDEX theirs ON api_key (hint)", None, ""),
+        ("CREATE UNIQUE INDEX unique_as_before ON api_key (digest)", None, ""),
+        ("ALTER TABLE api_key ADD COLUMN note TEXT", None, ""),
+        ("CREATE TABLE elsewhere (x); CREATE TRIGGER t AFTER INSERT ON elsewhere BEGIN SELECT 1; END", None, ""),
+        ("DROP TRIGGER trust_delete", Some("trust_delete is missing"), "migrate"),
+        (&*tampered, Some("api_key_update is not as it was made"), "migrate"),
+        (
+            "CREATE TRIGGER mine BEFORE INSERT ON change BEGIN SELECT RAISE(IGNORE); END",
+            Some("\"mine\" is no trigger of trustgate's"),
+            "DROP TRIGGER mine",
+        ),
+        (
+            "CREATE TRIGGER mine AFTER INSERT ON API_KEY BEGIN DELETE FROM displaced; END",
+            Some("\"mine\" is no trigger of trustgate's"),
+            "DROP TRIGGER mine",
+        ),
+        (
+            "CREATE UNIQUE INDEX one_name ON api_key (name)",
+            Some("\"one_name\" makes more unique"),
+            "DROP INDEX one_name",
+        ),
+        (
+            "CREATE UNIQUE INDEX any_case ON trust (name COLLATE NOCASE)",
+            Some("\"any_case\" makes more unique"),
+            "DROP INDEX any_case",
+        ),
+        (
+            "ALTER TABLE trust RENAME TO away",
+            Some("is missing"),
+            "ALTER TABLE away RENAME TO trust; migrate",
+        ),
+    ] {
+        writer.run(done).await.unwrap();
+        let polled = follower.poll().await;
+        assert!(!polled.watched, "{done}");
+        if let Some(problem) = problem {
+            let told = follower.lookup.restore_watch().await.unwrap_err().to_string();
+            assert!(told.contains(problem), "{done}: {told}");
+            assert!(!follower.poll().await.watched, "{done}");
+            // Not even the start of another server puts in force what is not.
+            match undo.strip_suffix("migrate") {
+                Some(undo) => {
+                    writer.run(undo).await.unwrap();
+                    store::migrate(&settings(&db.path), NO_ENV).await.unwrap();
+                }
+                None => {
+                    let refused = store::migrate(&settings(&db.path), NO_ENV).await.unwrap_err();
+                    assert!(matches!(&refused, LedgerError::Schema(text) if text.contains(problem)), "{refused}");
+                    writer.run(undo).await.unwrap();
+                    follower.lookup.restore_watch().await.unwrap();
+                }
+            }
+        } else {
+            follower.lookup.restore_watch().await.unwrap();
+        }
+        assert_eq!(follower.named().await, ["everything"], "{done}: what passed unnamed");
+        follower.lookup.restore_watch().await.unwrap();
+        assert_eq!(follower.named().await, [""; 0], "once is enough");
+        writer.run(unseen).await.unwrap();
+        assert_eq!(follower.named().await.len(), 6, "{done}: named again");
+    }
+    // The tables themselves.
+    writer.run("DROP TABLE api_key").await.unwrap();
+    assert!(!follower.poll().await.watched);
+    assert!(follower.lookup.restore_watch().await.unwrap_err().to_string().contains("is missing"));
+}
+
+/// Puts a file in the place of the database, with nothing left of what lay beside that.
+fn put_in_place(from: &Path, place: &Path) {
+    for beside in ["-wal", "-shm"] {
+        let _ = std::fs::remove_file(place.with_file_name(format!("trustgate.db{beside}")));
+    }
+    std::fs::rename(from, place).unwrap();
+}
+
+#[tokio::test]
+async fn a_copy_put_back_with_as_many_other_changes_is_told_by_the_nonce() {
+    let db = Db::with_keys().await;
+    let (mut writer, follower) = (db.writer().await, db.follower().await);
+    let copy = db.path.with_file_name("copy.db");
+    writer.run(&format!("VACUUM INTO '{}'", copy.display())).await.unwrap();
+    for _ in 0..3 {
+        writer.run("UPDATE api_key SET revoked_at = ifnull(revoked_at, 0) + 1 WHERE id = $k11").await.unwrap();
+    }
+    let known = follower.lookup.poll(Some(follower.at.0)).await.unwrap();
+    drop(writer);
+
+    put_in_place(&copy, &db.path);
+    let mut writer = db.writer().await;
+    writer.run("UPDATE trust SET enabled = 1 - enabled WHERE id = $t2").await.unwrap();
+    let behind = follower.lookup.poll(Some(known.newest.as_of)).await.unwrap();
+    assert!(behind.newest.as_of < known.newest.as_of && behind.versions.is_empty(), "{behind:?}");
+    for _ in 0..2 {
+        writer.run("UPDATE trust SET enabled = 1 - enabled WHERE id = $t2").await.unwrap();
+    }
+    let same = follower.lookup.poll(Some(known.newest.as_of)).await.unwrap();
+    assert_eq!((same.newest.as_of, same.newest.lineage), (known.newest.as_of, known.newest.lineage));
+    assert_eq!(same.versions, [(same.newest.as_of, same.newest.nonce)]);
+    assert_ne!(same.newest.nonce, known.newest.nonce, "the same number in another history");
+
+    // Whoever found out begins a new history, once.
+    let lost = same.newest.lineage.incarnation;
+    follower.lookup.renew_incarnation(lost).await.unwrap();
+    let renewed = follower.lookup.poll(Some(same.newest.as_of)).await.unwrap();
+    assert_ne!(renewed.newest.lineage.incarnation, lost);
+    assert_eq!(renewed.changes, [(renewed.newest.as_of, Change::Everything)]);
+    follower.lookup.renew_incarnation(lost).await.unwrap();
+    let again = follower.lookup.poll(Some(same.newest.as_of)).await.unwrap();
+    assert_eq!((again.newest.as_of, again.newest.lineage), (renewed.newest.as_of, renewed.newest.lineage));
+}
+
+#[tokio::test]
+async fn no_poll_confirms_a_file_that_is_not_there_any_longer() {
+    let (db, other) = (Db::with_keys().await, Db::new().await);
+    let follower = db.follower().await;
+    let before = follower.lookup.poll(Some(follower.at.0)).await.unwrap();
+    // Removed: the connection still has it, and could answer for ever.
+    let aside = db.path.with_file_name("aside.db");
+    std::fs::rename(&db.path, &aside).unwrap();
+    let gone = follower.lookup.poll(Some(follower.at.0)).await;
+    assert!(matches!(gone, Err(PollError::NoAnswer(_))), "{gone:?}");
+    // Another one in its place: what is told is of that one.
+    put_in_place(&other.path, &db.path);
+    let swapped = follower.lookup.poll(Some(follower.at.0)).await.unwrap();
+    assert_ne!(swapped.newest.lineage.incarnation, before.newest.lineage.incarnation);
+    assert!(swapped.newest.as_of < before.newest.as_of);
+}
+
+/// The tables and rows that release 0.1 made.
+const VERSION_1: &str = "
+PRAGMA journal_mode = WAL;
+CREATE TABLE schema (
+    version INTEGER PRIMARY KEY, compatible_from INTEGER NOT NULL, at INTEGER NOT NULL
+) STRICT;
+CREATE TABLE meta (
+    one INTEGER PRIMARY KEY DEFAULT 1 CHECK (one = 1), incarnation TEXT NOT NULL
+) STRICT;
+CREATE TABLE version (
+    version INTEGER PRIMARY KEY CHECK (version > 0), nonce BLOB NOT NULL CHECK (length(nonce) = 16), at INTEGER NOT NULL
+) STRICT;
+CREATE TABLE setting (name TEXT PRIMARY KEY, value BLOB NOT NULL) STRICT;
+CREATE TABLE trust (
+    id TEXT PRIMARY KEY CHECK (length(id) = 36),
+    name TEXT NOT NULL UNIQUE CHECK (name <> ''),
+    enabled INTEGER NOT NULL DEFAULT 1 CHECK (enabled IN (0, 1)),
+    created_at INTEGER NOT NULL
+) STRICT;
+CREATE TABLE api_key (
+    id TEXT PRIMARY KEY CHECK (length(id) = 36),
+    trust_id TEXT NOT NULL REFERENCES trust (id),
+    digest BLOB NOT NULL UNIQUE CHECK (length(digest) = 32),
+    scheme INTEGER NOT NULL,
+    hint TEXT NOT NULL,
+    name TEXT,
+    scopes TEXT NOT NULL DEFAULT '[]' CHECK (json_valid(scopes)),
+    allowed_cidrs TEXT NOT NULL DEFAULT '[]' CHECK (json_valid(allowed_cidrs)),
+    not_before INTEGER,
+    expires_at INTEGER,
+    revoked_at INTEGER,
+    created_at INTEGER NOT NULL
+) STRICT;
+CREATE INDEX api_key_trust ON api_key (trust_id);
+CREATE TABLE key_use (
+    key_id TEXT PRIMARY KEY REFERENCES api_key (id) ON DELETE CASCADE, last_used_at INTEGER NOT NULL
+) STRICT;
+CREATE TABLE replica (id TEXT PRIMARY KEY, applied INTEGER NOT NULL, seen_at INTEGER NOT NULL) STRICT;
+CREATE TABLE audit (
+    id INTEGER PRIMARY KEY AUTOINCREMENT, at INTEGER NOT NULL, actor TEXT NOT NULL, action TEXT NOT NULL,
+    object TEXT NOT NULL, before TEXT, after TEXT
+) STRICT;
+INSERT INTO schema VALUES (1, 1, 0);
+INSERT INTO meta (incarnation) VALUES ('00000000-0000-0000-0000-000000000077');
+INSERT INTO version VALUES (1, randomblob(16), 0), (2, randomblob(16), 0);
+INSERT INTO setting VALUES ('redis_mac_key', zeroblob(32));
+INSERT INTO trust VALUES ($t1, 'one', 1, 0);
+INSERT INTO api_key (id, trust_id, digest, scheme, hint, created_at) VALUES ($k11, $t1, $d1, 0, 'hint', 0);
+INSERT INTO replica VALUES ('00000000-0000-0000-0000-000000000099', 2, 0);
+";
+
+#[tokio::test]
+async fn a_database_of_the_first_release_is_brought_up_to_date_with_its_keys() {
+    let db = Db::nowhere();
+    std::fs::write(&db.path, "").unwrap();
+    let mut writer = db.writer().await;
+    writer.run(VERSION_1).await.unwrap();
+    assert!(store::open_ledger(&settings(&db.path), NO_ENV).await.is_err(), "not yet");
+
+    // `serve` does it by itself; several at once are no trouble.
+    let mut preparing = JoinSet::new();
+    for _ in 0..4 {
+        let lookup = db.open();
+        preparing.spawn(async move { lookup.prepare(Missing::Create).await.unwrap() });
+    }
+    preparing.join_all().await;
+    let mut follower = db.follower().await;
+    let start = follower.poll().await;
+    assert!(start.watched && start.newest.as_of == Version(3), "{start:?}");
+    assert_eq!(start.newest.lineage.incarnation, Uuid::from_u128(0x77));
+    let before = follower.lookup.poll(Some(Version(2))).await.unwrap();
+    assert_eq!(before.changes, [(Version(3), Change::Everything)], "nobody named what happened until now");
+
+    let digests = Digests { current: digest(1), older: Vec::new() };
+    let record = follower.lookup.find(&digests).await.unwrap().value.expect("kept");
+    assert_eq!(record.key_id, KeyId(Uuid::from_u128(11)));
+    let mut ledger = db.ledger().await;
+    ledger.revoke_key(&store::Actor("test".into()), record.key_id).await.unwrap();
+    assert_eq!(follower.named().await, ["absent 1", "key 11", "gone 1"]);
+    assert_eq!(ledger.newest().await.unwrap(), follower.at.0);
+    assert_eq!(writer.number("SELECT count(*) FROM schema").await, 2);
+    assert_eq!(ledger.replicas().await.unwrap(), [], "a sign of life that never said how long it counts");
+
+    // Done is done.
+    store::migrate(&settings(&db.path), NO_ENV).await.unwrap();
+    assert_eq!(follower.named().await, [""; 0]);
+}
+
+#[tokio::test]
+async fn what_is_an_answer_confirms_nothing_and_what_is_none_is_told_apart() {
+    let is_unusable = |outcome: Result<Polled, PollError>, says: &str| {
+        matches!(&outcome, Err(PollError::Unusable(text)) if text.contains(says)).then_some(()).ok_or(outcome)
+    };
+    // Somebody holds the whole file: it says nothing, and may say more later.
+    let db = Db::with_keys().await;
+    let mut holder = db.writer().await;
+    holder.run("PRAGMA journal_mode = DELETE; BEGIN EXCLUSIVE").await.unwrap();
+    let locked = db.open().poll(None).await;
+    assert!(matches!(&locked, Err(PollError::NoAnswer(fault)) if fault.to_string().contains("locked")), "{locked:?}");
+    holder.run("ROLLBACK; PRAGMA journal_mode = DELETE").await.unwrap();
+    assert!(db.open().poll(None).await.unwrap().watched);
+
+    // A table of ours is missing.
+    let follower = db.follower().await;
+    holder.run("DROP TABLE change").await.unwrap();
+    is_unusable(follower.lookup.poll(Some(follower.at.0)).await, "no such table").unwrap();
+    holder.0.close().await.unwrap();
+
+    // SQLite opens a file for reading alone whose header says that later releases write otherwise: the two bytes at 18
+    // are the formats to write and to read (https://www.sqlite.org/fileformat.html#the_database_header).
+    let db = Db::with_keys().await;
+    let mut writer = db.writer().await;
+    writer.run("PRAGMA journal_mode = DELETE").await.unwrap();
+    writer.0.close().await.unwrap();
+    let mut bytes = std::fs::read(&db.path).unwrap();
+    bytes[18] = 3;
+    std::fs::write(&db.path, &bytes).unwrap();
+    is_unusable(db.open().poll(None).await, "read-only").unwrap();
+
+    // Damaged, cut, and no database at all.
+    let whole = bytes.clone();
+    bytes[4_096..].fill(0xff);
+    std::fs::write(&db.path, &bytes).unwrap();
+    is_unusable(db.open().poll(None).await, "malformed").unwrap();
+    std::fs::write(&db.path, &whole[..4_096]).unwrap();
+    is_unusable(db.open().poll(None).await, "malformed").unwrap();
+    std::fs::write(&db.path, "no database".repeat(1_000)).unwrap();
+    is_unusable(db.open().poll(None).await, "not a database").unwrap();
+    std::fs::write(&db.path, "").unwrap();
+    is_unusable(db.open().poll(None).await, "no such table").unwrap();
+    std::fs::remove_file(&db.path).unwrap();
+    let gone = db.open().poll(None).await;
+    assert!(matches!(gone, Err(PollError::NoAnswer(_))), "{gone:?}");
+}
+
+#[tokio::test]
+async fn a_kind_of_a_newer_release_is_everything_and_an_odd_object_is_its_kind() {
+    let db = Db::with_keys().await;
+    let (mut writer, mut follower) = (db.writer().await, db.follower().await);
+    let odd = "a key of somebody who read no manual";
+    let change = |kind: &str| {
+        format!(
+            "INSERT INTO version (nonce, at) VALUES (randomblob(16), 0);
+             INSERT INTO change SELECT '{kind}', max(version), 'x' FROM version"
+        )
+    };
+    writer.run(&format!("UPDATE api_key SET id = '{odd}' WHERE id = $k11")).await.unwrap();
+    assert_eq!(follower.named().await, ["absent 1", "key 11", "all Keys"]);
+    writer.run("INSERT INTO schema VALUES (3, 1, 0)").await.unwrap();
+    for kind in ["user", "a", "~", "gonf"] {
+        writer.run(&change(kind)).await.unwrap();
+        assert_eq!(follower.named().await, ["everything"], "{kind}");
+    }
+    assert_eq!(follower.named().await, [""; 0]);
+}
+
+#[tokio::test]
+async fn versions_are_pruned_from_the_oldest_on_and_never_the_newest() {
+    let db = Db::with_keys().await;
+    let (mut writer, mut follower) = (db.writer().await, db.follower().await);
+    let rows = "SELECT count(*) FROM version";
+    follower.lookup.prune().await.unwrap();
+    let all = writer.number(rows).await;
+    assert!(all > 3, "all of the last minute");
+
+    let spent = follower.at.0;
+    for _ in 0..1_500 {
+        writer.run("UPDATE trust SET enabled = 1 - enabled WHERE id = $t2").await.unwrap();
+    }
+    follower.named().await;
+    let newest = follower.at.0;
+    // Stamped long ago, but for the last ten; the first of these says when the one before it was superseded.
+    let age = |to: u64| format!("UPDATE version SET at = at - 1210000000 WHERE version <= {to}");
+    writer.run(&age(newest.0 - 10)).await.unwrap();
+    let total = all + 1_500;
+    for left in [total - 1_000, 11, 11] {
+        follower.lookup.prune().await.unwrap();
+        assert_eq!(writer.number(rows).await, left);
+        let changes = "SELECT count(*) FROM change WHERE version < (SELECT min(version) FROM version)";
+        assert_eq!(writer.number(changes).await, 0);
+        assert_eq!(writer.number("SELECT count(DISTINCT version) FROM change").await, left, "the others keep theirs");
+    }
+    let polled = follower.lookup.poll(Some(spent)).await.unwrap();
+    assert_eq!(polled.oldest, Version(newest.0 - 10));
+    assert_ne!(polled.versions.first().unwrap().0, spent, "it finds its own gone");
+    // A replica that begins takes those of the last 15 minutes, by number: what was stamped late counts as well.
+    writer.run(&format!("UPDATE version SET at = at - 1210000000 WHERE version = {}", newest.0 - 3)).await.unwrap();
+    let start = follower.lookup.poll(None).await.unwrap();
+    assert_eq!(start.versions.first().unwrap().0, Version(newest.0 - 9));
+    assert_eq!((start.versions.len(), start.changes.len()), (10, 10), "what the first of them named included");
+    // Nothing for a long time.
+    writer.run(&age(newest.0)).await.unwrap();
+    follower.lookup.prune().await.unwrap();
+    assert_eq!(writer.number(rows).await, 1);
+    let start = follower.lookup.poll(None).await.unwrap();
+    assert_eq!((start.oldest, start.newest.as_of, start.versions.len()), (newest, newest, 1));
+    writer.run("UPDATE trust SET enabled = 1 - enabled WHERE id = $t2").await.unwrap();
+    assert_eq!(follower.named().await, ["trust 2"]);
+    assert_eq!(follower.at.0, Version(newest.0 + 1));
+}
+
+#[tokio::test]
+async fn a_replica_counts_until_the_end_of_its_last_sign() {
+    let db = Db::new().await;
+    let (lookup, mut ledger, mut writer) = (db.open(), db.ledger().await, db.writer().await);
+    let sign = |replica, applied, seconds| SignOfLife {
+        replica: Uuid::from_u128(replica),
+        name: format!("pod-{replica}"),
+        applied: Version(applied),
+        lasts: Duration::from_secs(seconds),
+    };
+    for sign in [sign(1, 1, 60), sign(2, 1, 0), sign(1, 2, 90), sign(3, 2, u64::MAX)] {
+        lookup.report(&sign).await.unwrap();
+    }
+    let mut until = BTreeMap::new();
+    for replica in ledger.replicas().await.unwrap() {
+        assert_eq!((replica.applied, replica.seen_at <= ledger.now().await.unwrap()), (Version(2), true));
+        until.insert(replica.name.clone(), replica.until.since(replica.seen_at).as_secs());
+    }
+    assert_eq!(until.keys().collect::<Vec<_>>(), ["pod-1", "pod-3"]);
+    assert_eq!(until["pod-1"], 90);
+    // Rows of the dead are kept for a day, however long they were to live and whoever wrote them.
+    let mut age = async |hours: i64| {
+        let sql = format!(
+            "UPDATE replica SET seen_at = seen_at - {hours} * 3600000000,
+                until = min(until, seen_at) - {hours} * 3600000000 WHERE name <> 'pod-1'"
+        );
+        writer.run(&sql).await.unwrap();
+        lookup.report(&sign(1, 3, 60)).await.unwrap();
+        writer.number("SELECT count(*) FROM replica").await
+    };
+    assert_eq!(age(23).await, 3);
+    assert_eq!(age(2).await, 1);
+}
+
+#[tokio::test]
+async fn a_table_of_somebody_else_is_polled_and_never_written() {
+    let db = Db::nowhere();
+    std::fs::write(&db.path, "").unwrap();
+    let mut writer = db.writer().await;
+    writer.run("CREATE TABLE trust (id TEXT PRIMARY KEY, api_key_hash TEXT)").await.unwrap();
+    let theirs = StoreSettings { preset: Some(store::Preset::TrustTable), ..settings(&db.path) };
+    let lookup = store::open_lookup(&theirs, NO_ENV, Arc::new(SystemClock)).unwrap();
+    lookup.prepare(Missing::Refuse).await.unwrap();
+    for since in [None, Some(Version(0))] {
+        let polled = lookup.poll(since).await.unwrap();
+        assert_eq!((polled.newest.as_of, polled.newest.nonce), (Version(0), Nonce::default()));
+        assert!(!polled.watched && polled.complete && polled.changes.is_empty(), "{polled:?}");
+    }
+    lookup.restore_watch().await.unwrap_err();
+    lookup.renew_incarnation(Uuid::nil()).await.unwrap();
+    lookup.prune().await.unwrap();
+    assert_eq!(writer.number("SELECT count(*) FROM sqlite_schema WHERE type = 'table'").await, 1);
+    writer.run("DROP TABLE trust").await.unwrap();
+    assert!(matches!(lookup.poll(None).await, Err(PollError::Unusable(_))));
+}
