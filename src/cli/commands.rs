@@ -8,6 +8,8 @@ use serde_json::json;
 use super::{
     Answer, Arguments, CliError, DENIED, Environment, FAILED,
     args::{self, Command},
+    deny,
+    effect::effect_json,
     error::At,
     key, stdin, trust,
 };
@@ -51,15 +53,19 @@ pub(super) fn run(arguments: Arguments, environment: &Environment) -> Result<Ans
             migrated.map_err(|error| CliError::of_store(error, &config))
         }
         Command::Trust(command) => managing(&load(Purpose::Manage)?, environment, async |manager, config| {
-            trust::run(manager, command).await.map_err(|error| error.at(config))
+            trust::run(manager, config, command).await.map_err(|error| error.at(config))
         }),
         Command::Key(command) => managing(&load(Purpose::Manage)?, environment, async |manager, config| {
             key::run(manager, config, command).await.map_err(|error| error.at(config))
         }),
+        Command::Deny(command) => {
+            let config = load(Purpose::Deny)?;
+            block_on(deny::run(&config, &|name| variable(environment, name), command))?
+        }
         Command::Cache(args::Cache::Clear) => {
             managing(&load(Purpose::Manage)?, environment, async |manager, config| {
                 manager
-                    .clear_caches(&SystemClock)
+                    .clear_caches(&SystemClock, config.freshness.lease)
                     .await
                     .map(|effect| cleared(&effect))
                     .map_err(|error| error.at(config))
@@ -137,24 +143,7 @@ fn checked(config: Result<Config, ConfigError>) -> Result<Answer, CliError> {
 }
 
 fn cleared(effect: &Effect) -> Answer {
-    let missing: Vec<_> = effect
-        .missing
-        .iter()
-        .map(|replica| json!({ "id": replica.id.to_string(), "seen_at": super::answer::time(replica.seen_at) }))
-        .collect();
-    let json = json!({
-        "version": effect.version.0,
-        "replicas": effect.replicas,
-        "applied": effect.replicas - effect.missing.len(),
-        "after_ms": u64::try_from(effect.after.as_millis()).unwrap_or(u64::MAX),
-        "missing": missing,
-    });
-    let mut lines = vec![effect.to_string()];
-    lines.extend(effect.missing.iter().map(|replica| {
-        let seen = super::answer::time(replica.seen_at);
-        format!("not yet on replica {}, last seen {}", replica.id, seen.as_str().unwrap_or("never"))
-    }));
-    let answer = Answer { json: Some(json), ..Answer::text(lines.join("\n")) };
+    let answer = Answer { json: Some(effect_json(effect)), ..Answer::text(effect.to_string()) };
     if effect.missing.is_empty() { answer } else { answer.exit(FAILED) }
 }
 

@@ -151,10 +151,16 @@ impl<D: Dialect> Lookup for Reader<D> {
     }
 
     async fn restore_watch(&self) -> Result<(), Fault> {
+        if self.dialect.ours().is_none() {
+            return Ok(());
+        }
         self.dialect.restore_watch().await.map_err(|error| Fault::unreachable(Tier::Store, error))
     }
 
     async fn renew_incarnation(&self, lost: Uuid) -> Result<(), Fault> {
+        if self.dialect.ours().is_none() {
+            return Ok(());
+        }
         self.dialect.renew_incarnation(lost).await.map_err(|error| Fault::unreachable(Tier::Store, error))
     }
 

@@ -1,12 +1,17 @@
 //! The embedded database as a file: who may read it, who makes it, and where it lies by default.
 
-use std::{os::unix::fs::PermissionsExt, path::Path, sync::Arc};
+use std::{os::unix::fs::PermissionsExt, path::Path, sync::Arc, time::Duration};
 
 use trustgate::{
     clock::SystemClock,
     fault::Fault,
-    store::{self, LedgerError, Missing, StoreSettings},
+    record::{ApiKeyDigest, Digests, Version},
+    store::{self, LedgerError, Missing, SignOfLife, StoreSettings},
 };
+
+fn nobody() -> Digests {
+    Digests { current: ApiKeyDigest::from_bytes([0; 32]), older: Vec::new() }
+}
 
 fn mode(path: &Path) -> u32 {
     std::fs::metadata(path).unwrap().permissions().mode() & 0o777
@@ -34,7 +39,9 @@ async fn only_serve_and_migrate_make_the_file_and_only_its_owner_can_read_it() {
 
     // Serve.
     lookup.prepare(Missing::Create).await.unwrap();
-    lookup.report(uuid::Uuid::nil(), lookup.newest().await.unwrap().as_of).await.unwrap();
+    let sign =
+        SignOfLife { replica: uuid::Uuid::nil(), name: "here".into(), applied: Version(1), lasts: Duration::ZERO };
+    lookup.report(&sign).await.unwrap();
     assert_eq!(mode(&path), 0o600);
     assert_eq!(mode(path.parent().unwrap()), 0o700);
     for beside in ["trustgate.db-wal", "trustgate.db-shm"] {
@@ -74,15 +81,15 @@ async fn a_file_that_was_replaced_or_removed_is_not_read_any_longer() {
     let lookup = store::open_lookup(&settings("used"), &|_| None, Arc::new(SystemClock)).unwrap();
     lookup.prepare(Missing::Create).await.unwrap();
     store::migrate(&settings("other"), &|_| None).await.unwrap();
-    let first = lookup.newest().await.unwrap();
+    let first = lookup.find(&nobody()).await.unwrap();
     for beside in ["-wal", "-shm"] {
         let _ = std::fs::remove_file(dir.path().join(format!("used.db{beside}")));
     }
     std::fs::rename(dir.path().join("other.db"), dir.path().join("used.db")).unwrap();
-    let second = lookup.newest().await.unwrap();
+    let second = lookup.find(&nobody()).await.unwrap();
     assert_ne!(first.lineage, second.lineage, "the one that lies there now");
     std::fs::remove_file(dir.path().join("used.db")).unwrap();
-    assert!(matches!(lookup.newest().await, Err(Fault::Unreachable { .. })), "an error, never an absence");
+    assert!(matches!(lookup.find(&nobody()).await, Err(Fault::Unreachable { .. })), "an error, never an absence");
 }
 
 #[tokio::test]

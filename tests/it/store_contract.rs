@@ -401,9 +401,13 @@ async fn clearing_the_caches_draws_a_new_version_with_a_new_nonce(db: Db) {
         let mut ledger = db.ledger().await;
         clearing.spawn(async move { ledger.clear_caches(&actor()).await.unwrap() });
     }
-    let versions: HashSet<u64> = clearing.join_all().await.into_iter().map(|version| version.0).collect();
-    assert_eq!(versions.len(), 8);
-    assert_eq!(newest(&lookup).await.as_of.0, *versions.iter().max().unwrap());
+    // Each answers with a version that is not older than its own.
+    let last = clearing.join_all().await.into_iter().max().unwrap();
+    assert_eq!(newest(&lookup).await.as_of, last);
+    let everything = (lookup.poll(Some(drawn)).await.unwrap().changes)
+        .into_iter()
+        .filter(|(_, change)| *change == Change::Everything);
+    assert_eq!(everything.map(|(version, _)| version.0).collect::<HashSet<_>>().len(), 8);
 }
 
 async fn a_change_and_its_audit_are_one(db: Db) {
@@ -455,7 +459,7 @@ async fn named_since(lookup: &Arc<dyn Source>, version: &mut Version) -> Vec<Str
     assert_eq!(polled.versions.last(), Some(&(polled.newest.as_of, polled.newest.nonce)));
     assert!(polled.versions.is_sorted_by_key(|(version, _)| *version));
     assert!(polled.changes.is_sorted_by_key(|(version, change)| (*version, matches!(change, Change::Gone(_)))));
-    let versions: HashSet<_> = polled.versions.iter().map(|(version, _)| *version).collect();
+    let versions: Vec<_> = polled.versions.iter().map(|(version, _)| *version).collect();
     assert!(polled.changes.iter().all(|(found, _)| found > version && versions.contains(found)), "{polled:?}");
     *version = polled.newest.as_of;
     let mut named: Vec<_> = polled.changes.iter().map(|(_, change)| format!("{change:?}")).collect();
@@ -533,8 +537,11 @@ async fn a_replica_that_begins_is_told_the_last_quarter_of_an_hour(db: Db) {
         versions.push(newest(&lookup).await.as_of);
     }
     let beginning = async |aged: Version, by: u32| {
-        let at =
-            if db.is_postgres() { format!("now() - interval '{by} minutes'") } else { format!("at - {by} * 60000000") };
+        let at = if db.is_postgres() {
+            format!("now() - interval '{by} minutes'")
+        } else {
+            format!("(unixepoch() - {by} * 60) * 1000000")
+        };
         db.execute(&format!("UPDATE version SET at = {at} WHERE version <= {}", aged.0)).await;
         let polled = lookup.poll(None).await.unwrap();
         let named: Vec<_> = polled.changes.iter().map(|(version, _)| *version).collect();
@@ -648,7 +655,7 @@ async fn replicas_that_give_signs_of_life_are_listed(db: Db) {
     seen.sort_by_key(|replica| replica.id);
     let applied: Vec<_> = seen.iter().map(|replica| (replica.id, replica.applied.0)).collect();
     assert_eq!(applied, [(one, 5), (other, 3)]);
-    assert!(seen[0].name.starts_with("pod-1") && seen[1].name.starts_with("pod-3"), "{seen:?}");
+    assert!(seen.iter().all(|replica| replica.name.starts_with("pod-")), "{seen:?}");
     let now = ledger.now().await.unwrap();
     assert!(seen.iter().all(|replica| replica.seen_at <= now && now.since(replica.seen_at) < Duration::from_secs(20)));
     assert!(seen.iter().all(|replica| replica.until == replica.seen_at.after(Duration::from_mins(2))));

@@ -93,7 +93,8 @@ impl Dialect for Postgres {
             ));
         }
         let since = since.map_or_else(|| "NULL".to_owned(), |version| version.0.to_string());
-        self.timed(&format!("SELECT {echo}::bigint, * FROM {{s}}.poll({since}, {})", POLL_ROWS_MAX + 1))
+        let poll = format!("SELECT {echo}::bigint, * FROM {{s}}.poll({since}, {})", POLL_ROWS_MAX + 1);
+        self.within(POLL_TIMEOUT, &poll)
     }
 
     fn answered(error: &sqlx::Error) -> bool {
@@ -235,6 +236,8 @@ impl Postgres {
     }
 }
 
+/// How long the server may work on a poll. Longer than anybody waits for it, as with reads.
+const POLL_TIMEOUT: Duration = Duration::from_secs(1);
 /// How long the server may delete old versions.
 const PRUNE_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long the server may work on a call of a function.
