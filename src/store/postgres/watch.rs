@@ -427,6 +427,8 @@ END
 DECLARE
     first bigint := since;
     after bigint := since;
+    listed text[];
+    wholes text[];
 BEGIN
     state := CASE
         WHEN pg_is_in_recovery() THEN 'standby'
@@ -461,16 +463,41 @@ BEGIN
     -- promotion.
     timeline := ('x' || left(pg_walfile_name(pg_current_wal_lsn()), 8))::bit(32)::bigint;
     clock := (extract(epoch FROM statement_timestamp()) * 1000000)::bigint;
+    -- Kinds are listed, the smallest first, while there is room in the answer; the others are named as a whole. Where
+    -- even counting would take long, everything is.
+    IF newest > after THEN
+        WITH noted (kind) AS (
+            SELECT c.kind FROM {s}.version v CROSS JOIN LATERAL (
+                SELECT c.kind FROM {s}.change c WHERE c.tx = v.tx AND c.tx_at = v.tx_at OFFSET 0
+            ) c WHERE v.version > after LIMIT 40000
+        ), counted (kind, number) AS (
+            SELECT kind, count(*) FROM noted GROUP BY kind
+        ), room (number) AS (
+            SELECT CASE WHEN (SELECT sum(number) FROM counted) < 40000 THEN rows_max - 10 - count(*) ELSE 0 END
+                FROM (SELECT FROM {s}.version v WHERE v.version >= first LIMIT rows_max) v
+        ), whole (kind) AS (
+            SELECT t.whole FROM {s}.version v CROSS JOIN LATERAL (
+                SELECT t.whole FROM {s}.tx t WHERE t.id = v.tx AND t.at = v.tx_at AND t.whole <> '' OFFSET 0
+            ) t WHERE v.version > after
+            UNION
+            SELECT '*' WHERE (SELECT sum(number) FROM counted) >= 40000
+        ), sorted (kind, fits) AS (
+            SELECT kind, sum(number) OVER (ORDER BY number, kind DESC) <= (SELECT number FROM room)
+                FROM counted WHERE kind NOT IN (SELECT kind FROM whole)
+            UNION ALL
+            SELECT kind, false FROM whole
+        )
+        SELECT array_agg(kind) FILTER (WHERE fits), array_agg(kind) FILTER (WHERE NOT fits) INTO listed, wholes FROM sorted;
+    END IF;
     FOR version, nonce, kind, object IN
         SELECT v.version, encode(v.nonce, 'hex'), NULL::text, NULL::text FROM {s}.version v WHERE v.version >= first
         UNION ALL
-        SELECT v.version, NULL, t.whole, NULL FROM {s}.version v CROSS JOIN LATERAL (
-            SELECT t.whole FROM {s}.tx t WHERE t.id = v.tx AND t.at = v.tx_at AND t.whole <> '' OFFSET 0
-        ) t WHERE v.version > after
+        SELECT newest, NULL, whole, NULL FROM unnest(wholes) AS whole
         UNION ALL
         SELECT v.version, NULL, c.kind, c.object FROM {s}.version v CROSS JOIN LATERAL (
-            SELECT c.kind, c.object FROM {s}.change c WHERE c.tx = v.tx AND c.tx_at = v.tx_at ORDER BY c.ord OFFSET 0
-        ) c WHERE v.version > after
+            SELECT c.kind, c.object FROM {s}.change c
+                WHERE c.tx = v.tx AND c.tx_at = v.tx_at AND c.kind = ANY (listed) ORDER BY c.ord OFFSET 0
+        ) c WHERE v.version > after AND listed IS NOT NULL
         LIMIT rows_max
     LOOP
         RETURN NEXT;
