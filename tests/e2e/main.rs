@@ -6,6 +6,7 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod bound;
 mod drain;
 mod herd;
 mod messages;

@@ -15,7 +15,7 @@ use uuid::Uuid;
 
 use super::{
     eventually, http,
-    process::{End, Guarded, directory},
+    process::{End, Frozen, Guarded, directory},
 };
 
 /// A set of settings, and a directory for the embedded database. Everything runs with these and nothing else.
@@ -227,6 +227,11 @@ impl Server {
     /// Whether the process is still there.
     pub fn is_running(&self) -> bool {
         !self.program.has_ended()
+    }
+
+    /// Stops the process without ending it (SIGSTOP), until the answer is dropped.
+    pub fn freeze(&self) -> Frozen {
+        Frozen::of(self.program.pid().expect("running"))
     }
 
     /// Sends a signal, such as `TERM`.
