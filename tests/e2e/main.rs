@@ -7,11 +7,15 @@
 mod support;
 
 mod bound;
+mod cut_off;
 mod drain;
 mod herd;
+mod history;
 mod messages;
 mod outage;
+mod pgbouncer;
 mod prometheus;
+mod quiet;
 mod redis_tls;
 mod revocation;
 mod stage;

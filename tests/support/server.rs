@@ -10,7 +10,9 @@ use std::{
 };
 
 use serde_json::Value;
+use sha2::{Digest as _, Sha256};
 use tempfile::TempDir;
+use trustgate::record::ApiKeyDigest;
 use uuid::Uuid;
 
 use super::{
@@ -259,6 +261,11 @@ pub async fn metric(admin: SocketAddr, name: &str) -> f64 {
 /// A key that nobody issued; as it is imported, or as somebody guesses.
 pub fn made_up_key() -> String {
     format!("key-{}", Uuid::new_v4().simple())
+}
+
+/// What the database knows a key by where there is no pepper: its SHA-256, in hexadecimal.
+pub fn digest(key: &str) -> String {
+    ApiKeyDigest::from_bytes(Sha256::digest(key).into()).to_hex().to_string()
 }
 
 fn text(value: &Value) -> String {
