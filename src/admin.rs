@@ -15,7 +15,8 @@ use tokio::{net::TcpListener, runtime::Handle, time::timeout};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    freshness::{View, poll::PollMetrics},
+    clock::Clock,
+    freshness::{Views, lease::Standing, poll::PollMetrics},
     metrics::{self, Registry},
     net::drain::{Life, Phase},
 };
@@ -38,7 +39,9 @@ pub struct Admin {
     /// Where this server is in its life.
     pub life: Life,
     /// What this replica knows of the store.
-    pub view: Arc<View>,
+    pub views: Arc<Views>,
+    /// The time.
+    pub clock: Arc<dyn Clock>,
     /// Whether the store answers.
     pub poll: PollMetrics,
     /// The runtime that serves checks.
@@ -65,15 +68,20 @@ pub async fn run(listener: TcpListener, admin: Arc<Admin>, stop: CancellationTok
 async fn ready(State(admin): State<Arc<Admin>>) -> impl IntoResponse {
     let phase = admin.life.phase();
     let answers = timeout(PROBE_TIMEOUT, admin.serving.spawn(async {})).await.is_ok();
-    let store = match (admin.view.is_confirmed(), admin.poll.is_store_up()) {
+    let store = match (admin.views.is_confirmed(), admin.poll.is_store_up()) {
         (_, true) => "ok",
-        (false, false) => "has not answered yet; see the log for the reason",
-        (true, false) => "lost; what is cached is still granted",
+        (false, false) => "cannot be used yet; see the log for the reason",
+        (true, false) => "lost",
+    };
+    let lease = match admin.views.load().standing(admin.clock.now()) {
+        Standing::Fresh => "fresh",
+        Standing::Stale => "stale; keys that were good are still granted for freshness.stale_if_unconfirmed",
+        Standing::Lapsed => "none; every check asks the database",
     };
     let is_ready = phase == Phase::Serve && answers;
     let status = if is_ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
     let serving = if answers { "ok" } else { "does not answer" };
-    (status, format!("{}\nserving: {serving}\ndatabase: {store}\n", phase.as_str()))
+    (status, format!("{}\nserving: {serving}\ndatabase: {store}\nlease: {lease}\n", phase.as_str()))
 }
 
 async fn scrape(State(admin): State<Arc<Admin>>) -> impl IntoResponse {

@@ -3,7 +3,9 @@
 //! Never decides anything.
 
 use std::{
-    fs, io,
+    fs,
+    future::pending,
+    io,
     net::SocketAddr,
     path::Path,
     sync::{Arc, OnceLock},
@@ -15,6 +17,7 @@ use tokio::{
     net::TcpListener,
     runtime::{Builder, Handle, Runtime},
     signal::unix::{SignalKind, signal},
+    sync::watch,
     task::JoinSet,
     time::{sleep, timeout},
 };
@@ -31,11 +34,11 @@ use crate::{
     config::Config,
     credential::is_well_formed,
     decision::{Decision, DenyReason, decide},
-    demand::Demands,
+    demand::{Demands, Freshness},
     fault::{Fault, Tier},
     freshness::{
-        View,
-        poll::{self, PollMetrics},
+        Views,
+        poll::{Poll, PollMetrics},
     },
     metrics::{self, IntGaugeVec, Opts, Registry, register},
     net::{
@@ -149,7 +152,8 @@ impl AppBuilder {
 
         let io = IoRuntime::start("trustgate-io", 2)?;
         let registry = metrics::registry(env!("CARGO_PKG_VERSION"), env!("TRUSTGATE_COMMIT"))?;
-        let (view, life, stop) = (Arc::new(View::default()), Life::default(), CancellationToken::new());
+        let views = Arc::new(Views::new(config.freshness.limits()));
+        let (life, stop) = (Life::default(), CancellationToken::new());
         let mut parts = JoinSet::new();
 
         let breakers = breaker_gauges(&registry)?;
@@ -158,7 +162,7 @@ impl AppBuilder {
         let tiers = cache::Parts {
             store: Arc::clone(&source) as _,
             l2: l2.map(|(redis, mac_key)| L2::new(redis, mac_key)),
-            view: Arc::clone(&view),
+            views: Arc::clone(&views),
             clock: Arc::clone(&clock),
             io: io.handle(),
             limits: store_limits(&config),
@@ -166,13 +170,26 @@ impl AppBuilder {
             settings: config.cache.clone(),
         };
         let cache = Arc::new(Cache::new(tiers, &registry, &breakers)?);
-        let checker = Arc::new(Checker::new(check_parts(&config, &cache, &view, &clock)?, &registry)?);
+        let checker = Arc::new(Checker::new(check_parts(&config, &cache, &views, &clock)?, &registry)?);
 
-        let poll = PollMetrics::register(&registry)?;
-        let database = Database { place, source: Arc::clone(&source), view: Arc::clone(&view), mac_key };
-        parts.spawn_on(confirm(database, poll.clone(), config.clone(), stop.clone()), &io.handle());
+        let poll_metrics = PollMetrics::register(&registry)?;
+        let fresh = watch::Sender::new(false);
         let (routes, health) = health().await;
-        parts.spawn(announce(Arc::clone(&view), life.clone(), health, stop.clone()));
+        parts.spawn(announce(Arc::clone(&views), fresh.subscribe(), life.clone(), health, stop.clone()));
+        let poll = Poll {
+            store: Arc::clone(&source) as _,
+            views: Arc::clone(&views),
+            clock: Arc::clone(&clock),
+            settings: config.freshness.clone(),
+            names_changes: names_changes(&config),
+            name: host_name(),
+            metrics: poll_metrics.clone(),
+            fresh,
+            applied: Box::new(|| ()),
+        };
+        let poll_runtime = IoRuntime::start("trustgate-poll", 1)?;
+        let database = Database { place, source: Arc::clone(&source), mac_key, limit: config.store.connect_timeout };
+        parts.spawn_on(confirm(database, poll, stop.clone()), &poll_runtime.handle());
 
         let service = Arc::new(Service::new(Arc::clone(&checker), routes, config.limits.clone(), &registry)?);
         let (signals, tasks) = (Signals::default(), TaskTracker::new());
@@ -180,18 +197,23 @@ impl AppBuilder {
             let accepting = net::accept::run(listener, Arc::clone(&service), signals.clone(), tasks.clone());
             parts.spawn(accepting.map(Ok));
         }
-        let counted = Arc::clone(&cache);
+        let (counted, polled, observed_views) = (Arc::clone(&cache), poll_metrics.clone(), Arc::clone(&views));
+        let decided_within = config.decision.deadline;
         let shown = Admin {
             registry,
             life: life.clone(),
-            view,
-            poll,
+            views,
+            poll: poll_metrics,
+            clock: Arc::clone(&clock),
             serving: Handle::current(),
-            before_scrape: Box::new(move || counted.observe_entries()),
+            before_scrape: Box::new(move || {
+                counted.observe_entries();
+                polled.observe(&observed_views, &*clock, decided_within);
+            }),
         };
         let admin_runtime = start_admin(admin, shown, &stop, &mut parts)?;
         tracing::info!(grpc = ?addresses.0, admin = ?addresses.1, "listening");
-        let runtimes = (io, admin_runtime);
+        let runtimes = (io, poll_runtime, admin_runtime);
         Ok(Running { config, addresses, checker, cache, source, life, stop, signals, tasks, parts, runtimes })
     }
 }
@@ -208,7 +230,7 @@ pub struct Running {
     signals: Signals,
     tasks: TaskTracker,
     parts: JoinSet<Result<(), AppError>>,
-    runtimes: (IoRuntime, IoRuntime),
+    runtimes: (IoRuntime, IoRuntime, IoRuntime),
 }
 
 /// Whether to serve on for a moment, not ready, before anything closes.
@@ -536,18 +558,33 @@ fn hasher(config: &Config) -> Result<crate::credential::Hasher, AppError> {
 fn check_parts(
     config: &Config,
     cache: &Arc<Cache<ApiKey>>,
-    view: &Arc<View>,
+    views: &Arc<Views>,
     clock: &Arc<dyn Clock>,
 ) -> Result<check::Parts, AppError> {
     Ok(check::Parts {
         decision: config.decision.clone(),
         credential: config.credential.clone(),
-        freshness: config.freshness.mode,
+        freshness: config.freshness.mode.unwrap_or(if names_changes(config) {
+            Freshness::Lease
+        } else {
+            Freshness::Ttl
+        }),
+        names_changes: names_changes(config),
         hasher: hasher(config)?,
         cache: Arc::clone(cache),
-        history: Arc::clone(view),
+        views: Arc::clone(views),
         clock: Arc::clone(clock),
     })
+}
+
+/// Whether the tables are ours: others name no changes.
+const fn names_changes(config: &Config) -> bool {
+    config.store.preset.is_none()
+}
+
+/// What people know this machine, or pod, by.
+fn host_name() -> String {
+    rustix::system::uname().nodename().to_string_lossy().into_owned()
 }
 
 /// The wait between attempts to prepare the database.
@@ -557,18 +594,16 @@ const PREPARE_WAIT: Duration = Duration::from_millis(250);
 struct Database {
     place: String,
     source: Arc<dyn Source>,
-    view: Arc<View>,
     mac_key: Option<MacKey>,
+    limit: Duration,
 }
 
 /// Prepares the database, however long that takes, then polls it.
 async fn confirm(
-    Database { place, source, view, mac_key }: Database,
-    metrics: PollMetrics,
-    config: Config,
+    Database { place, source, mac_key, limit }: Database,
+    poll: Poll,
     stop: CancellationToken,
 ) -> Result<(), AppError> {
-    let limit = config.store.connect_timeout;
     let mut told = String::new();
     let prepared = stop.run_until_cancelled(async {
         loop {
@@ -595,7 +630,7 @@ async fn confirm(
     if let Some(mac_key) = mac_key {
         stop.run_until_cancelled(fetch_mac_key(&*source, &mac_key)).await;
     }
-    poll::run(source, view, metrics, (config.freshness.poll_interval, limit), stop).await;
+    poll.run(stop).await;
     Ok(())
 }
 
@@ -616,10 +651,13 @@ async fn fetch_mac_key(source: &dyn Source, mac_key: &MacKey) {
     }
 }
 
+/// The service of the health check that is SERVING only while what is held may be relied on.
+const FRESH: &str = "trustgate.fresh";
+
 /// The gRPC health service (`grpc.health.v1`), not serving yet: tonic's own start is SERVING.
 async fn health() -> (Routes, HealthReporter) {
     let (reporter, server) = tonic_health::server::health_reporter();
-    for service in ["", grpc::SERVICE] {
+    for service in ["", grpc::SERVICE, FRESH] {
         reporter.set_service_status(service, ServingStatus::NotServing).await;
     }
     (Routes::new(server).prepare(), reporter)
@@ -627,7 +665,8 @@ async fn health() -> (Routes, HealthReporter) {
 
 /// Tells probes and health checks where this server is in its life.
 async fn announce(
-    view: Arc<View>,
+    views: Arc<Views>,
+    mut fresh: watch::Receiver<bool>,
     life: Life,
     health: HealthReporter,
     stop: CancellationToken,
@@ -635,20 +674,21 @@ async fn announce(
     let mut phases = life.watch();
     let announced = async {
         loop {
-            let status = if *phases.borrow_and_update() == Phase::Serve {
-                ServingStatus::Serving
-            } else {
-                ServingStatus::NotServing
-            };
+            let serves = *phases.borrow_and_update() == Phase::Serve;
+            let status = |serving| if serving { ServingStatus::Serving } else { ServingStatus::NotServing };
             for service in ["", grpc::SERVICE] {
-                health.set_service_status(service, status).await;
+                health.set_service_status(service, status(serves)).await;
             }
+            let is_fresh = *fresh.borrow_and_update();
+            health.set_service_status(FRESH, status(serves && is_fresh)).await;
             tokio::select! {
-                () = view.confirmed(), if life.phase() == Phase::Start => {
+                () = views.confirmed(), if life.phase() == Phase::Start => {
                     life.advance(Phase::Serve);
                     tracing::info!("ready");
                 }
                 changed = phases.changed() => if changed.is_err() { return },
+                // Without a poll there is no lease, and nothing changes any more.
+                changed = fresh.changed() => if changed.is_err() { return pending().await },
             }
         }
     };

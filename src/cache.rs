@@ -18,16 +18,16 @@ use tokio::{
 };
 
 use self::{
-    flight::Flights,
+    flight::{Flights, Route},
     kind::Kind,
-    l1::{Held, L1},
+    l1::{Held, L1, Life},
     l2::L2,
 };
 use crate::{
     breaker::{self, Breaker},
     clock::{Clock, Moment},
     fault::{Fault, Tier},
-    freshness::View,
+    freshness::{View, Views, history::Place, lease::Standing},
     metrics::{
         Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, SHORT_SECONDS,
         register,
@@ -49,15 +49,27 @@ crate::settings! {
     }
 }
 
-/// How long values may be used, counted from the database read.
+/// How old values may get, counted from the database read.
 #[derive(Clone, Copy, Debug)]
 pub struct Lifetimes {
-    /// A record.
+    /// A record, where its age alone decides.
     pub present: Duration,
-    /// An absence.
+    /// An absence, where its age alone decides.
     pub absent: Duration,
     /// Any value, whatever the others say; each value gets this +-20 %.
     pub hard: Duration,
+}
+
+/// What a caller may rely on.
+#[derive(Clone, Debug)]
+pub enum Reliance {
+    /// What the view covers: its lease was fresh when the check began, at this moment.
+    Lease(Arc<View>, Moment),
+    /// A read of the store that is sent after the check began, at this moment; what the view knows to be out of date is
+    /// refused all the same.
+    Store(Arc<View>, Moment),
+    /// What is young enough.
+    Age,
 }
 
 /// What bounds the reads that go to the store.
@@ -78,7 +90,7 @@ pub struct Parts<K: Kind> {
     /// Redis, where it is used.
     pub l2: Option<L2<K>>,
     /// What this replica knows of the store's history.
-    pub view: Arc<View>,
+    pub views: Arc<Views>,
     /// The time.
     pub clock: Arc<dyn Clock>,
     /// The runtime on which Redis and the store are asked.
@@ -102,7 +114,7 @@ struct Shared<K: Kind> {
     l1: L1<K>,
     l2: Option<L2<K>>,
     store: Arc<dyn Lookup>,
-    view: Arc<View>,
+    views: Arc<Views>,
     clock: Arc<dyn Clock>,
     lifetimes: Lifetimes,
     limits: StoreLimits,
@@ -118,13 +130,13 @@ impl<K: Kind> Cache<K> {
     /// # Errors
     /// When a metric of that name exists already.
     pub fn new(parts: Parts<K>, registry: &Registry, breakers: &IntGaugeVec) -> prometheus::Result<Self> {
-        let Parts { store, l2, view, clock, io, limits, lifetimes, settings } = parts;
+        let Parts { store, l2, views, clock, io, limits, lifetimes, settings } = parts;
         let slots = limits.reads_max as usize;
         let shared = Shared {
             l1: L1::new(&settings),
             l2,
             store,
-            view,
+            views,
             clock,
             lifetimes,
             limits,
@@ -136,15 +148,15 @@ impl<K: Kind> Cache<K> {
         Ok(Self { shared: Arc::new(shared), flights: Flights::new(io) })
     }
 
-    /// What L1 holds of `key`, if it may be used at `now`. Never waits.
+    /// What L1 holds of `key` and `view` covers at `now`; with `by_age` only if it is also young enough. Never waits.
     #[must_use]
-    pub fn hit(&self, key: &K::Key, now: Moment) -> Option<Arc<Held<K>>> {
-        let Shared { l1, view, metrics, .. } = &*self.shared;
+    pub fn hit(&self, view: &View, key: &K::Key, now: Moment, by_age: bool) -> Option<Arc<Held<K>>> {
+        let Shared { l1, metrics, .. } = &*self.shared;
         let Some(held) = l1.get(key) else {
             metrics.l1.miss.inc();
             return None;
         };
-        if !held.is_usable(view, now) {
+        if !held.is_current(view, now) || (by_age && !self.shared.is_young(&held, now)) {
             metrics.l1.refused.inc();
             return None;
         }
@@ -155,52 +167,36 @@ impl<K: Kind> Cache<K> {
         Some(held)
     }
 
-    /// The value asked for by `query`, from L2 or the store. However many callers ask for one key, one flight goes.
+    /// The value asked for by `query`, from L2 or the store, such that `reliance` allows its use. However many callers ask
+    /// for one key, one flight goes; what it brings is judged by each of them.
     ///
     /// # Errors
     /// A [`Fault`], the same for everybody who waited for that flight.
     ///
     /// # Cancel safety
-    /// Safe: the flight goes on and fills the cache for the others.
-    pub async fn find(&self, query: K::Query) -> Result<Arc<Held<K>>, Fault> {
-        // Twice: a clearing may come between a flight's read and its landing. A third time would be a storm of them.
-        for _ in 0..2 {
-            let held = self.flights.join(&self.shared, query.clone()).await?;
-            if self.shared.view.stands(held.dated()) {
+    /// Safe: the flight goes on and fills the cache for the others. The caller sets the deadline.
+    pub async fn find(&self, query: K::Query, reliance: &Reliance) -> Result<Arc<Held<K>>, Fault> {
+        // The first flight may have been in the air before; the second was not, and only a change that comes between its
+        // read and its landing makes a third. More would be a storm of changes.
+        for attempt in 0..FLIGHTS_JOINED_MAX {
+            let route = match reliance {
+                Reliance::Store(..) => Route::Store,
+                // What the tiers hold was too old.
+                Reliance::Age if attempt > 0 => Route::Store,
+                Reliance::Lease(..) | Reliance::Age => Route::Tiers,
+            };
+            let (landed, joined) = self.flights.join(&self.shared, query.clone(), route).await;
+            let held = match (landed, reliance) {
+                (Ok(held), _) => held,
+                // Somebody else's read failed, which says nothing about one of our own.
+                (Err(_), Reliance::Store(..)) if joined && attempt == 0 => continue,
+                (Err(fault), _) => return Err(fault),
+            };
+            if self.shared.allows(reliance, &held).await {
                 return Ok(held);
             }
         }
         Err(Fault::Unconfirmed)
-    }
-
-    /// The value as the store holds it now, from a read that begins after this call: nobody else's flight is joined.
-    /// Where L1 holds a record, its row is read by primary key; where that row is not what was held, the full look-up
-    /// follows.
-    ///
-    /// # Errors
-    /// A [`Fault`] of the store.
-    ///
-    /// # Cancel safety
-    /// Safe: the read goes on to its deadline and its connection is not lost.
-    pub async fn find_live(&self, query: K::Query) -> Result<Arc<Held<K>>, Fault> {
-        let shared = Arc::clone(&self.shared);
-        let held = shared.l1.get(&K::key(&query)).filter(|held| held.is_usable(&shared.view, shared.clock.now()));
-        match &held {
-            Some(held) if held.value().is_some() => shared.metrics.l1.hit.inc(),
-            Some(_) => shared.metrics.l1.negative_hit.inc(),
-            None => shared.metrics.l1.miss.inc(),
-        }
-        let read = async move {
-            if let Some(record) = held.as_deref().and_then(Held::value) {
-                let live = shared.read(true, K::load_again(&*shared.store, record)).await?;
-                if live.value.as_ref().is_some_and(|live| K::is_same(live, record)) {
-                    return Ok(Arc::new(shared.held(K::key(&query), live)));
-                }
-            }
-            let found = shared.read(held.is_some(), K::load(&*shared.store, &query)).await?;
-            Ok(shared.keep(K::key(&query), found))
-        };
-        self.flights.run(read).await
     }
 
     /// Sets the gauges that are read at scrape time.
@@ -221,19 +217,53 @@ impl<K: Kind> Cache<K> {
 }
 
 impl<K: Kind> Shared<K> {
-    /// One flight: L2, then the store. What it finds is in L1 when it returns; the tier is where it was found.
-    async fn load(&self, query: &K::Query) -> Result<(Arc<Held<K>>, Tier), Fault> {
-        let key = K::key(query);
-        let was_good = self.l1.get(&key).is_some_and(|held| held.value().is_some());
-        if let Some(held) = self.load_from_l2(&key).await {
-            return Ok((held, Tier::L2));
+    /// Whether `reliance` allows the use of a value that a flight brought.
+    async fn allows(&self, reliance: &Reliance, held: &Held<K>) -> bool {
+        match reliance {
+            Reliance::Lease(view, began) => {
+                if view.place(held.dated()) == Place::Ahead && !held.is_read_after(*began) {
+                    self.views.reached(view, held.dated().as_of).await;
+                }
+                match view.place(held.dated()) {
+                    Place::Known => held.is_covered(view),
+                    // No poll has confirmed its version yet: then it must be this check's own.
+                    Place::Ahead | Place::Foreign => held.is_read_after(*began),
+                }
+            }
+            Reliance::Store(view, began) => held.is_read_after(*began) && not_refused(view, held),
+            Reliance::Age => not_refused(&self.views.load(), held) && self.is_young(held, self.clock.now()),
         }
-        let found = self.read(was_good, K::load(&*self.store, query)).await?;
-        Ok((self.keep(key, found), Tier::Store))
     }
 
-    async fn load_from_l2(&self, key: &K::Key) -> Option<Arc<Held<K>>> {
-        let found = self.l2.as_ref()?.get(key, self.clock.now()).await;
+    fn is_young(&self, held: &Held<K>, now: Moment) -> bool {
+        let Lifetimes { present, absent, .. } = self.lifetimes;
+        held.age(now) < if held.value().is_some() { present } else { absent }
+    }
+
+    /// One flight: L2, then the store. What it finds is in L1 when it returns, if its version is known here.
+    async fn load(&self, query: &K::Query, route: Route) -> Result<Arc<Held<K>>, Fault> {
+        let before = self.l1.get(&K::key(query));
+        let record = before.as_deref().and_then(Held::value);
+        if route == Route::Tiers
+            && let Some(held) = self.load_from_l2(query).await
+        {
+            return Ok(held);
+        }
+        if route == Route::Store
+            && let Some(record) = record
+        {
+            // One row by primary key, as long as it still is what was asked for.
+            let live = self.read(true, K::load_again(&*self.store, record)).await?;
+            if live.value.as_ref().is_some_and(|live| K::is_same(live, record)) {
+                return Ok(self.keep(query, live, Tier::Store));
+            }
+        }
+        let found = self.read(record.is_some(), K::load(&*self.store, query)).await?;
+        Ok(self.keep(query, found, Tier::Store))
+    }
+
+    async fn load_from_l2(&self, query: &K::Query) -> Option<Arc<Held<K>>> {
+        let found = self.l2.as_ref()?.get(&K::key(query), self.clock.now()).await;
         let outcomes = &self.metrics.l2;
         let found = match found {
             l2::Answer::Found(found) => found,
@@ -250,14 +280,12 @@ impl<K: Kind> Shared<K> {
                 return None;
             }
         };
-        let held = self.held(*key, found.map(Some));
-        if !held.entered() || !held.is_usable(&self.view, self.clock.now()) {
+        let held = self.keep(query, found.map(Some), Tier::L2);
+        if !held.is_current(&self.views.load(), self.clock.now()) {
             outcomes.refused.inc();
             return None;
         }
         outcomes.hit.inc();
-        let held = Arc::new(held);
-        self.l1.put(Arc::clone(&held));
         Some(held)
     }
 
@@ -278,7 +306,7 @@ impl<K: Kind> Shared<K> {
         timer.observe_duration();
         match &answer {
             Ok(dated) => {
-                self.view.database_clock.observe(dated.sent_at, dated.read_at);
+                self.views.database_clock.observe(dated.sent_at, dated.read_at);
                 self.report(self.breaker.succeeded());
                 let outcome = if dated.value.is_some() { &self.metrics.store.hit } else { &self.metrics.store.miss };
                 outcome.inc();
@@ -311,34 +339,57 @@ impl<K: Kind> Shared<K> {
         self.metrics.breaker_open.set(i64::from(!self.breaker.is_closed()));
     }
 
-    /// Puts what the store said into L1.
-    fn keep(&self, key: K::Key, found: Dated<Option<K::Value>>) -> Arc<Held<K>> {
-        let held = Arc::new(self.held(key, found));
-        if held.entered() {
-            self.l1.put(Arc::clone(&held));
+    /// Puts what was found into L1, if its version is known here.
+    fn keep(&self, query: &K::Query, found: Dated<Option<K::Value>>, tier: Tier) -> Arc<Held<K>> {
+        let view = self.views.load();
+        let place = view.place(&found);
+        let life = self.life(K::spread(&K::key(query)), &found);
+        let held = Held::new(query, found, tier, life);
+        if place != Place::Known {
+            return Arc::new(held);
         }
+        let held = Arc::new(held.entered(view.epoch()));
+        self.l1.put(Arc::clone(&held));
         held
     }
 
-    /// A value with the deadline it may be used until.
-    fn held(&self, key: K::Key, found: Dated<Option<K::Value>>) -> Held<K> {
-        let Lifetimes { present, absent, hard } = self.lifetimes;
-        let life = if found.value.is_some() { present } else { absent };
-        let life = life.min(jittered(hard, K::spread(&key)));
-        // Age is counted from the database read: a value out of Redis has spent part of its life there.
-        let age = self.view.database_clock.at(found.sent_at).map_or(Duration::ZERO, |now| now.since(found.read_at));
-        let deadline = found.sent_at.after(life.saturating_sub(age));
-        let epoch = self.view.admit(&found);
-        Held::new(key, found, deadline, epoch)
-    }
-
-    /// Shares a value with other replicas. Absences never go to Redis.
-    async fn share(&self, held: &Held<K>) {
-        if let (Some(l2), true) = (&self.l2, held.entered()) {
-            l2.put(held, self.clock.now()).await;
+    /// After a flight has landed: keeps what no poll had confirmed by then, and shares it with other replicas. Absences
+    /// never go to Redis.
+    async fn settle(&self, query: &K::Query, held: &Arc<Held<K>>) {
+        if !held.is_from_store() {
+            return;
+        }
+        let view = Arc::clone(&self.views.load());
+        let mut held = Arc::clone(held);
+        if view.place(held.dated()) == Place::Ahead && view.standing(self.clock.now()) == Standing::Fresh {
+            // Polls come often: one that takes longer than this has trouble of its own.
+            let _ = timeout(self.views.limits().lease, self.views.reached(&view, held.dated().as_of)).await;
+            held = self.keep(query, held.dated().clone(), Tier::Store);
+        }
+        if let Some(l2) = &self.l2
+            && held.is_current(&view, self.clock.now())
+        {
+            l2.put(&held, self.clock.now()).await;
         }
     }
+
+    /// How long a value lives. Age is counted from the database read: a value out of Redis has spent part of its life
+    /// there.
+    fn life(&self, spread: u8, found: &Dated<Option<K::Value>>) -> Life {
+        let age = self.views.database_clock.at(found.sent_at).map_or(Duration::ZERO, |now| now.since(found.read_at));
+        let born = found.sent_at.before(age);
+        Life { born, deadline: born.after(jittered(self.lifetimes.hard, spread)) }
+    }
 }
+
+/// Whether no change is known that makes a value out of date. One of a history or a version that no poll has seen yet is
+/// newer than all we know.
+fn not_refused<K: Kind>(view: &View, held: &Held<K>) -> bool {
+    view.place(held.dated()) != Place::Known || held.is_covered(view)
+}
+
+/// Flights that one caller joins, at most.
+const FLIGHTS_JOINED_MAX: u32 = 3;
 
 /// `time` +-20 %, by `spread`, so that what was read together does not end together.
 fn jittered(time: Duration, spread: u8) -> Duration {

@@ -11,10 +11,11 @@ use std::{
     time::Duration,
 };
 
+use arc_swap::Guard;
 use tokio::time::timeout;
 
 use crate::{
-    cache::{Cache, api_key::ApiKey, l1::Held},
+    cache::{Cache, Reliance, api_key::ApiKey, l1::Held},
     clock::{Clock, Moment},
     credential::{
         CredentialSettings, Hasher,
@@ -23,7 +24,7 @@ use crate::{
     decision::{Decision, DenyReason, decide},
     demand::{Demands, Freshness, is_preflight},
     fault::Fault,
-    freshness::View as History,
+    freshness::{View as History, Views, lease::Standing},
     metrics::{Histogram, HistogramOpts, IntCounter, IntCounterVec, Opts, Registry, SHORT_SECONDS, register},
     record::ApiKeyDigest,
     wire::{
@@ -69,12 +70,14 @@ pub struct Parts {
     pub credential: CredentialSettings,
     /// How fresh records must be where a route does not say so.
     pub freshness: Freshness,
+    /// Whether the tables name their changes; without that there is no lease.
+    pub names_changes: bool,
     /// From key to digest.
     pub hasher: Hasher,
     /// Where records are found.
     pub cache: Arc<Cache<ApiKey>>,
     /// What this replica knows of the store's history.
-    pub history: Arc<History>,
+    pub views: Arc<Views>,
     /// The time.
     pub clock: Arc<dyn Clock>,
 }
@@ -106,6 +109,9 @@ impl Checker {
     /// Safe: a dropped check is counted as cancelled, and what it waited for goes on for others.
     pub async fn check(&self, message: &[u8]) -> Reply {
         let now = self.parts.clock.now();
+        // Before anything else: what is found later is judged by this view and its lease.
+        let history = self.parts.views.load();
+        let standing = history.standing(now);
         let observed = self.metrics.start(&*self.parts.clock, now);
         let Ok(view) = View::parse(message) else { return observed.denied(&self.replies, DenyReason::Undecodable) };
         if !view.is_http {
@@ -127,16 +133,30 @@ impl Checker {
             Err(error) => return observed.denied(&self.replies, (*error).into()),
         };
         let digest = self.parts.hasher.current(key);
-        let freshness = demands.freshness.unwrap_or(self.parts.freshness);
-        if freshness == Freshness::Ttl
-            && let Some(held) = self.parts.cache.hit(&digest, now)
-        {
-            let outcome = self.decide(&digest, &held, &demands, now);
-            return self.answer(observed, outcome, &extracted.removals, now);
+        let freshness = self.freshness(&demands);
+        let standing = match (freshness, standing) {
+            (Freshness::Lease, standing) => standing,
+            (Freshness::Strict, Standing::Fresh) => Standing::Fresh,
+            (Freshness::Strict | Freshness::Live | Freshness::Ttl, _) => Standing::Lapsed,
+        };
+        if standing != Standing::Lapsed || freshness == Freshness::Ttl {
+            let held = self.parts.cache.hit(&history, &digest, now, freshness == Freshness::Ttl);
+            // An absence that cannot be confirmed is not one.
+            if let Some(held) = held.filter(|held| standing != Standing::Stale || held.value().is_some()) {
+                let outcome = self.decide(&history, &digest, &held, &demands, now);
+                let is_stale = standing == Standing::Stale;
+                return self.answer_as(observed, outcome, &extracted.removals, now, is_stale);
+            }
         }
-        let found = self.find(digest, key, freshness).await;
+        let history = Guard::into_inner(history);
+        let reliance = match (freshness, standing) {
+            (Freshness::Ttl, _) => Reliance::Age,
+            (_, Standing::Fresh) => Reliance::Lease(Arc::clone(&history), now),
+            (_, Standing::Stale | Standing::Lapsed) => Reliance::Store(Arc::clone(&history), now),
+        };
+        let found = self.find(digest, key, &reliance).await;
         let outcome = match &found {
-            Ok(held) => self.decide(&digest, held, &demands, self.parts.clock.now()),
+            Ok(held) => self.decide(&history, &digest, held, &demands, self.parts.clock.now()),
             Err(fault) => Err(fault.clone()),
         };
         self.answer(observed, outcome, &extracted.removals, now)
@@ -154,21 +174,25 @@ impl Checker {
         self.answer(observed, Err(Fault::Overloaded { limit }), &Removals::default(), now)
     }
 
-    async fn find(&self, digest: ApiKeyDigest, key: &[u8], freshness: Freshness) -> Result<Arc<Held<ApiKey>>, Fault> {
+    /// What the route demands, or the configuration says. Tables that do not name their changes cannot confirm anything
+    /// by a lease: there, a route that demands one gets what is fresher.
+    fn freshness(&self, demands: &Demands<'_>) -> Freshness {
+        match demands.freshness.unwrap_or(self.parts.freshness) {
+            Freshness::Lease | Freshness::Strict if !self.parts.names_changes => Freshness::Live,
+            freshness => freshness,
+        }
+    }
+
+    async fn find(&self, digest: ApiKeyDigest, key: &[u8], reliance: &Reliance) -> Result<Arc<Held<ApiKey>>, Fault> {
         let Parts { hasher, cache, decision, .. } = &self.parts;
-        let query = hasher.digests(digest, key);
-        let found = async {
-            match freshness {
-                Freshness::Ttl => cache.find(query).await,
-                Freshness::Live => cache.find_live(query).await,
-            }
-        };
         let limit = decision.deadline;
+        let found = cache.find(hasher.digests(digest, key), reliance);
         timeout(limit, found).await.unwrap_or(Err(Fault::Late { limit }))
     }
 
     fn decide<'h>(
         &self,
+        history: &History,
         digest: &ApiKeyDigest,
         held: &'h Held<ApiKey>,
         demands: &Demands<'_>,
@@ -178,20 +202,50 @@ impl Checker {
         if !digest.matches(held.key()) {
             return Ok(Decision::Deny(DenyReason::Unknown));
         }
+        let views = &self.parts.views;
         // A value was read from the database, so its clock is known by now.
-        let now = self.parts.history.database_clock.at(now).ok_or(Fault::Unconfirmed)?;
-        Ok(decide(held.value(), demands, now))
+        let now = views.database_clock.at(now).ok_or(Fault::Unconfirmed)?;
+        let decision = decide(held.value(), demands, now);
+        let Some(record) = held.value().filter(|_| matches!(decision, Decision::Allow(_))) else { return Ok(decision) };
+        // What was revoked in a history that was lost stays so, until the present one speaks of it.
+        let elsewhere = held.epoch() != Some(history.epoch()) && held.dated().lineage != history.lineage();
+        let is_bound = [digest, &record.digest]
+            .into_iter()
+            .any(|digest| views.revoked.binds(digest) || (elsewhere && views.revoked.binds_elsewhere(digest)));
+        Ok(if is_bound { Decision::Deny(DenyReason::Revoked) } else { decision })
     }
 
     fn answer(&self, observed: Observed<'_>, outcome: Outcome<'_>, removals: &Removals<'_>, now: Moment) -> Reply {
+        self.answer_as(observed, outcome, removals, now, false)
+    }
+
+    /// `is_stale`: whether it rests on what the lease no longer covers.
+    fn answer_as(
+        &self,
+        observed: Observed<'_>,
+        outcome: Outcome<'_>,
+        removals: &Removals<'_>,
+        now: Moment,
+        is_stale: bool,
+    ) -> Reply {
+        let limit = self.parts.decision.deadline;
+        let took = self.parts.clock.now().since(now);
+        let outcome = match outcome {
+            // What was relied on when the check began may have ended since.
+            Ok(Decision::Allow(_)) if took > limit => Err(Fault::Late { limit }),
+            outcome => outcome,
+        };
         match outcome {
             Ok(decision) => {
+                if is_stale && matches!(decision, Decision::Allow(_)) {
+                    self.metrics.stale.inc();
+                }
                 observed.end(match &decision {
                     Decision::Allow(_) => &self.metrics.allowed,
                     Decision::Anonymous => &self.metrics.anonymous,
                     Decision::Deny(reason) => &self.metrics.denied[*reason as usize],
                 });
-                self.replies.decision(&decision, removals)
+                self.replies.decision(&decision, removals, is_stale)
             }
             Err(fault) => {
                 observed.end(&self.metrics.fault);
@@ -228,6 +282,7 @@ struct CheckMetrics {
     denied: [IntCounter; DenyReason::ALL.len()],
     fault: IntCounter,
     cancelled: IntCounter,
+    stale: IntCounter,
     seconds: Histogram,
 }
 
@@ -252,6 +307,13 @@ impl CheckMetrics {
             denied: DenyReason::ALL.map(|reason| count("deny", reason.as_str())),
             fault: count("fault", "fault"),
             cancelled: count("cancelled", "cancelled"),
+            stale: register(
+                registry,
+                IntCounter::new(
+                    "trustgate_stale_grants_total",
+                    "Grants on what the database has not confirmed within freshness.lease, while it did not answer.",
+                ),
+            )?,
             seconds: register(registry, Histogram::with_opts(seconds.buckets(SHORT_SECONDS.to_vec())))?,
         })
     }

@@ -1,6 +1,7 @@
 //! Time: moments on the boot clock, the database's own time, and the seam through which tests give the time.
 //!
-//! Never reads the host's wall clock: no decision may depend on it.
+//! The host's wall clock is only compared with its boot clock, to notice a pause that the boot clock slept through; no
+//! decision depends on what it shows.
 
 use std::{
     fmt,
@@ -35,6 +36,18 @@ impl Moment {
     #[must_use]
     pub fn after(self, wait: Duration) -> Self {
         Self(self.0.saturating_add(u64::try_from(wait.as_nanos()).unwrap_or(u64::MAX)))
+    }
+
+    /// `self` minus `age`; the start of the machine if that does not fit.
+    #[must_use]
+    pub fn before(self, age: Duration) -> Self {
+        Self(self.0.saturating_sub(u64::try_from(age.as_nanos()).unwrap_or(u64::MAX)))
+    }
+
+    /// Nanoseconds since the machine started.
+    #[must_use]
+    pub const fn nanos(self) -> u64 {
+        self.0
     }
 
     const fn micros(self) -> i64 {
@@ -87,6 +100,9 @@ impl fmt::Display for DatabaseTime {
 pub trait Clock: Send + Sync + 'static {
     /// The present moment.
     fn now(&self) -> Moment;
+    /// By how many microseconds the wall clock is ahead of the boot clock. A step in it: the wall clock was set, or the
+    /// whole machine was paused and its boot clock with it.
+    fn wall_offset(&self) -> i64;
 }
 
 /// `CLOCK_BOOTTIME` of this machine.
@@ -98,6 +114,11 @@ impl Clock for SystemClock {
         let time = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
         // The kernel's boot clock is never negative and its nanoseconds are below 1e9.
         Moment(time.tv_sec.cast_unsigned() * 1_000_000_000 + time.tv_nsec.cast_unsigned())
+    }
+
+    fn wall_offset(&self) -> i64 {
+        let wall = rustix::time::clock_gettime(rustix::time::ClockId::Realtime);
+        (wall.tv_sec * 1_000_000 + wall.tv_nsec / 1_000).saturating_sub(self.now().micros())
     }
 }
 
@@ -121,6 +142,10 @@ impl ManualClock {
 impl Clock for ManualClock {
     fn now(&self) -> Moment {
         Moment(self.0.load(Ordering::SeqCst))
+    }
+
+    fn wall_offset(&self) -> i64 {
+        0
     }
 }
 

@@ -13,7 +13,12 @@ use crate::{
 
 crate::words! {
     /// How fresh a record must be.
-    pub enum Freshness ("\"ttl\" or \"live\"") {
+    pub enum Freshness ("\"lease\", \"strict\", \"live\" or \"ttl\"") {
+        /// As the newest change that a poll confirmed within `freshness.lease`; for `freshness.stale_if_unconfirmed`
+        /// longer while the database does not answer.
+        Lease = "lease",
+        /// As `lease`, but not a moment longer: then the database is asked for each request.
+        Strict = "strict",
         /// As old as `freshness.ttl`, counted from the database read, whatever tiers it passed through.
         Ttl = "ttl",
         /// As the database holds it now: one read by primary key for each request.
@@ -47,9 +52,10 @@ impl<'m> Demands<'m> {
             let Some(name) = name.strip_prefix(PREFIX) else { continue };
             match (name, value) {
                 ("scopes", scopes) => demands.scopes = scopes.split_ascii_whitespace().collect(),
-                ("freshness", "ttl") => demands.freshness = Some(Freshness::Ttl),
-                ("freshness", "live") => demands.freshness = Some(Freshness::Live),
-                ("freshness", _) => return Err(Fault::Route { name: "trustgate.freshness" }),
+                ("freshness", word) => {
+                    let unknown = Fault::Route { name: "trustgate.freshness" };
+                    demands.freshness = Some(Freshness::from_word(word).ok_or(unknown)?);
+                }
                 ("optional", "true") => demands.optional = true,
                 ("optional", "false") => demands.optional = false,
                 ("optional", _) => return Err(Fault::Route { name: "trustgate.optional" }),

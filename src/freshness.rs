@@ -1,82 +1,210 @@
 //! How long what was read may be relied on: the view of this replica, and the poll that keeps it.
 //!
-//! The view is state without I/O. Never touches a cache: a value that left the view is refused where it is used.
+//! A view is state without I/O. Never touches a cache: a value that left the view is refused where it is used.
 
+pub mod history;
+pub mod lease;
 pub mod poll;
+pub mod revoked;
 
 use std::{
+    path::PathBuf,
     sync::{
-        Mutex, PoisonError,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicU64, Ordering},
     },
     time::Duration,
 };
 
-use tokio::sync::watch;
+use arc_swap::{ArcSwap, Guard};
+use tokio::sync::{Notify, watch};
 
+use self::{
+    history::{History, Place, Step},
+    lease::{Lease, Limits, Standing},
+    revoked::Revoked,
+};
 use crate::{
-    clock::DatabaseClock,
+    clock::{DatabaseClock, Moment},
     demand::Freshness,
-    record::{Dated, Lineage, Nonce, Version},
+    record::{Dated, Lineage, Version},
+    store::Polled,
 };
 
 crate::settings! {
-    /// How fresh a record must be for a decision.
+    /// How fresh what is held must be for a decision, and how that is made sure of. See `docs/revocation.md`.
     pub struct FreshnessSettings in "freshness" {
-        /// `ttl`: a record is used until it is `ttl` old. `live`: every request reads its key's row in the database and
-        /// compares the digest, so that a revocation counts at once. A route can say otherwise with the context
-        /// extension `trustgate.freshness`.
-        mode: Freshness = "ttl",
-        /// How old a record may get, counted from the database read, whatever tiers it passed through: a revoked key
-        /// is granted no longer than this.
-        ttl: Duration = "60s",
-        /// How long "no such key" is remembered: a new key that somebody tried before it was issued waits this long.
-        absence_ttl: Duration = "5s",
-        /// How often the database is asked whether the caches were cleared, and its clock is read.
+        /// `lease`: what is held is relied on while a poll has confirmed it within `lease`, so that a revoked key stops
+        /// within about a second at the worst, and for `stale_if_unconfirmed` while the database does not answer.
+        /// `strict`: the same without that time. `live`: every request reads its key's row in the database. `ttl`: a
+        /// record is used until it is `ttl` old. A route can say otherwise with the context extension
+        /// `trustgate.freshness`. Unset: `lease`, or `ttl` with `store.preset`, whose tables name no changes.
+        mode: Option<Freshness> = "",
+        /// How long what is held may be relied on after the last poll that was answered (L): a revoked key is granted no
+        /// longer than this while this replica reaches the database.
+        lease: Duration = "1s",
+        /// How much longer records that were good may be granted while polls get no answer at all (S); `0s`: not at all.
+        /// While the database is down nobody can revoke a key in it; this time counts where this replica is cut off from
+        /// a database that others reach.
+        stale_if_unconfirmed: Duration = "120s",
+        /// How often the database is asked what changed.
         poll_interval: Duration = "100ms",
+        /// How long such a poll may take; connecting may take `store.connect_timeout`.
+        poll_timeout: Duration = "250ms",
+        /// Whether the database (`NOTIFY` of PostgreSQL) and Redis may tell that something changed, so that the poll need
+        /// not wait for its turn. They only make a revocation faster: the bound holds without them.
+        hints: bool = "true",
+        /// In mode `ttl`: how old a record may get, counted from the database read, whatever tiers it passed through.
+        ttl: Duration = "60s",
+        /// In mode `ttl`: how long "no such key" is remembered. A new key that somebody tried before it was issued waits
+        /// this long.
+        absence_ttl: Duration = "5s",
+        /// A file that names keys, trusts and digests to be denied whatever the database says; read again when it
+        /// changes. It works while the database is down.
+        deny_file: Option<PathBuf> = "",
     }
 }
 
-/// What this replica knows of the store's history: which values are of it, and not older than the last clearing.
-///
-/// Within one epoch `floor` only rises. A lost history (another lineage, a version gone back, another nonce) begins a
-/// new epoch, to which no value read before belongs.
-#[derive(Debug, Default)]
+impl FreshnessSettings {
+    /// The bounds of the lease.
+    #[must_use]
+    pub const fn limits(&self) -> Limits {
+        Limits { lease: self.lease, stale: self.stale_if_unconfirmed }
+    }
+}
+
+/// What this replica knows of the store's history, and which values that covers.
+#[derive(Debug)]
 pub struct View {
-    confirmed: watch::Sender<bool>,
-    epoch: AtomicU64,
-    floor: AtomicU64,
-    known: Mutex<Option<Known>>,
-    /// The database's clock as seen from here.
-    pub database_clock: DatabaseClock,
+    epoch: Epoch,
+    limits: Limits,
+    lease: Lease,
+    history: Mutex<History>,
 }
 
-/// The newest version that was applied.
-#[derive(Clone, Copy, Debug)]
-struct Known {
-    lineage: Lineage,
-    version: Version,
-    nonce: Nonce,
-}
-
-/// The part of the view's history that a value belongs to: stamped on it when it enters a cache.
+/// Which view a value entered: stamped on it when it enters a cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Epoch(u64);
 
-/// What a confirmation of the store changed.
+impl View {
+    fn new(epoch: u64, limits: Limits) -> Self {
+        Self { epoch: Epoch(epoch), limits, lease: Lease::default(), history: Mutex::default() }
+    }
+
+    /// Which view it is.
+    #[must_use]
+    pub const fn epoch(&self) -> Epoch {
+        self.epoch
+    }
+
+    /// The lease and what it covers.
+    #[must_use]
+    pub const fn lease(&self) -> &Lease {
+        &self.lease
+    }
+
+    /// What the lease is worth at `now`. A check asks before it looks at any value.
+    #[must_use]
+    pub fn standing(&self, now: Moment) -> Standing {
+        self.lease.standing(now, self.limits)
+    }
+
+    /// Where a value belongs in this view's history.
+    #[must_use]
+    pub fn place<T>(&self, value: &Dated<T>) -> Place {
+        self.history().place(value)
+    }
+
+    /// The version applied; 0 before the first poll.
+    #[must_use]
+    pub fn applied(&self) -> Version {
+        self.history().applied()
+    }
+
+    /// Which history it follows.
+    #[must_use]
+    pub fn lineage(&self) -> Lineage {
+        self.history().lineage()
+    }
+
+    /// From which version on the next poll asks; `None` before the first.
+    #[must_use]
+    pub fn since(&self) -> Option<Version> {
+        let history = self.history();
+        history.is_begun().then(|| history.applied())
+    }
+
+    fn history(&self) -> MutexGuard<'_, History> {
+        // Every step is whole at every moment.
+        self.history.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The present view, and what outlives it.
+#[derive(Debug)]
+pub struct Views {
+    present: ArcSwap<View>,
+    limits: Limits,
+    epochs: AtomicU64,
+    /// Digests that were revoked in a history that was lost.
+    pub revoked: Revoked,
+    /// The database's clock as seen from here.
+    pub database_clock: DatabaseClock,
+    confirmed: watch::Sender<bool>,
+    applied: watch::Sender<Version>,
+    hint: Notify,
+}
+
+/// What the answer to a poll changed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Applied {
     /// Nothing new.
     Nothing,
-    /// The first confirmation: the replica may serve.
-    First,
-    /// Everything changed: what was read before is no longer used.
-    Cleared,
-    /// History was lost: what was read before is no longer used.
-    LostHistory,
+    /// The first confirmation of this view.
+    Begun,
+    /// New versions; what they named is out of date.
+    Changed,
+    /// New versions, but not all of what they named is known: everything read before is out of date.
+    Everything,
+    /// History was lost: nothing read before is used, and the next poll begins anew.
+    Lost {
+        /// The history that was followed.
+        lineage: Lineage,
+        /// The version it had come to.
+        applied: Version,
+    },
+    /// The store does not name all changes at the moment: nothing is relied on until it does.
+    Unwatched,
 }
 
-impl View {
+impl Views {
+    /// No view yet: nothing is relied on before the first poll.
+    #[must_use]
+    pub fn new(limits: Limits) -> Self {
+        Self {
+            present: ArcSwap::from_pointee(View::new(0, limits)),
+            limits,
+            epochs: AtomicU64::new(0),
+            revoked: Revoked::default(),
+            database_clock: DatabaseClock::default(),
+            confirmed: watch::Sender::new(false),
+            applied: watch::Sender::new(Version(0)),
+            hint: Notify::new(),
+        }
+    }
+
+    /// The present view. A check loads it once and keeps to it.
+    #[must_use]
+    pub fn load(&self) -> Guard<Arc<View>> {
+        self.present.load()
+    }
+
+    /// The bounds of the lease.
+    #[must_use]
+    pub const fn limits(&self) -> Limits {
+        self.limits
+    }
+
     /// Whether the store has confirmed anything yet.
     #[must_use]
     pub fn is_confirmed(&self) -> bool {
@@ -89,96 +217,199 @@ impl View {
         let _ = self.confirmed.subscribe().wait_for(|confirmed| *confirmed).await;
     }
 
-    /// The version applied.
-    #[must_use]
-    pub fn applied(&self) -> Version {
-        self.known().map_or(Version(0), |known| known.version)
+    /// Asks for a poll soon.
+    pub fn hint(&self) {
+        self.hint.notify_one();
     }
 
-    /// Takes in what the store said of its newest version.
-    pub fn apply(&self, newest: &Dated<()>) -> Applied {
+    /// Returns when a poll was asked for.
+    ///
+    /// # Cancel safety
+    /// Safe: a request that comes meanwhile is kept.
+    pub async fn hinted(&self) {
+        self.hint.notified().await;
+    }
+
+    /// Asks for a poll and returns when `view` has applied `version`, or is no longer the present one. The caller sets
+    /// the deadline.
+    pub async fn reached(&self, view: &View, version: Version) {
+        let mut applied = self.applied.subscribe();
+        self.hint();
+        while view.applied() < version && self.load().epoch == view.epoch {
+            if applied.changed().await.is_err() {
+                return; // the sender is `self`'s own
+            }
+        }
+    }
+
+    /// Takes in the answer to a poll that was sent for [`View::since`] of the present view. `names_changes`: whether
+    /// the tables are ours; others never give a lease.
+    pub fn apply(&self, polled: &Polled, names_changes: bool) -> Applied {
+        let newest = &polled.newest;
         self.database_clock.observe(newest.sent_at, newest.read_at);
-        let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
-        let next = Known { lineage: newest.lineage, version: newest.as_of, nonce: newest.nonce };
-        let applied = match known.replace(next) {
-            None => Applied::First,
-            Some(was) if was.lineage != next.lineage || next.version < was.version => Applied::LostHistory,
-            Some(was) if next.version == was.version && next.nonce != was.nonce => Applied::LostHistory,
-            // Until changes are named one by one, every version means "everything changed".
-            Some(was) if next.version > was.version => Applied::Cleared,
-            Some(_) => Applied::Nothing,
-        };
-        if applied == Applied::LostHistory {
-            self.epoch.fetch_add(1, Ordering::AcqRel);
+        let view = self.present.load_full();
+        if names_changes && !polled.watched {
+            view.lease.end();
+            return Applied::Unwatched;
         }
-        if applied != Applied::Nothing {
-            self.floor.store(next.version.0, Ordering::Release);
+        let mut history = view.history();
+        let (begun, before) = (history.is_begun(), history.applied());
+        let step = history.judge(polled);
+        let first = polled.versions.first().map_or(newest.as_of, |(version, _)| *version);
+        match step {
+            Step::Lost => {
+                let lost = Applied::Lost { lineage: history.lineage(), applied: before };
+                drop(history);
+                self.replace(&view);
+                return lost;
+            }
+            Step::Jump => view.lease.apply_everything(newest.as_of),
+            Step::Follow if !begun => {
+                view.lease.apply_everything(if polled.complete { first } else { newest.as_of });
+            }
+            Step::Follow => {}
         }
+        for (version, change) in &polled.changes {
+            view.lease.apply(*version, change);
+        }
+        self.revoked.note(polled.changes.iter().map(|(_, change)| change), newest.sent_at);
+        history.advance(polled);
+        drop(history);
+        if names_changes {
+            view.lease.begin(newest.sent_at);
+        }
+        self.applied.send_replace(newest.as_of);
         self.confirmed.send_if_modified(|confirmed| !std::mem::replace(confirmed, true));
-        applied
+        match step {
+            _ if !begun => Applied::Begun,
+            Step::Jump => Applied::Everything,
+            _ if newest.as_of > before => Applied::Changed,
+            _ => Applied::Nothing,
+        }
     }
 
-    /// Lets a value enter a cache under this view; `None` where it is of another history or from before a clearing.
-    #[must_use]
-    pub fn admit<T>(&self, value: &Dated<T>) -> Option<Epoch> {
-        // Read before the lineage is compared: a history lost in between leaves the value with the old epoch.
-        let epoch = Epoch(self.epoch.load(Ordering::Acquire));
-        let known = self.known()?;
-        (known.lineage == value.lineage && self.is_current(epoch, value.as_of)).then_some(epoch)
-    }
-
-    /// Whether a value that entered at `epoch` and was read at `as_of` may still be used.
-    #[must_use]
-    pub fn is_current(&self, epoch: Epoch, as_of: Version) -> bool {
-        epoch.0 == self.epoch.load(Ordering::Acquire) && as_of.0 >= self.floor.load(Ordering::Acquire)
-    }
-
-    /// Whether what a flight read from the store may serve those who waited for it: not from before a clearing. A read
-    /// of a history that the poll has not seen yet is newer than all we know, and serves without being kept.
-    #[must_use]
-    pub fn stands<T>(&self, value: &Dated<T>) -> bool {
-        let floor = Version(self.floor.load(Ordering::Acquire));
-        self.known().is_none_or(|known| known.lineage != value.lineage || value.as_of >= floor)
-    }
-
-    fn known(&self) -> Option<Known> {
-        *self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    /// A new view in place of one whose history was lost: whoever holds the old one finds its lease at an end.
+    fn replace(&self, lost: &View) {
+        lost.lease.end();
+        self.revoked.bind();
+        let epoch = self.epochs.fetch_add(1, Ordering::Relaxed) + 1;
+        self.present.store(Arc::new(View::new(epoch, self.limits)));
+        self.applied.send_replace(Version(0));
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::clock::{DatabaseTime, Moment};
+    use crate::{
+        clock::DatabaseTime,
+        record::{ApiKeyDigest, Change, Nonce},
+    };
 
-    fn newest(system: u64, version: u64, nonce: u8) -> Dated<()> {
-        Dated {
+    const LIMITS: Limits = Limits { lease: Duration::from_secs(1), stale: Duration::from_secs(120) };
+
+    fn polled(versions: &[(u64, u8)], changes: &[(u64, Change)]) -> Polled {
+        let (version, nonce) = *versions.last().unwrap();
+        let newest = Dated {
             value: (),
             as_of: Version(version),
             nonce: Nonce([nonce; 16]),
-            lineage: Lineage { system, ..Lineage::default() },
+            lineage: Lineage { system: 1, ..Lineage::default() },
             read_at: DatabaseTime::from_micros(0),
-            sent_at: Moment::from_nanos(0),
+            sent_at: Moment::from_nanos(7),
+        };
+        Polled {
+            newest,
+            stamped_at: DatabaseTime::from_micros(0),
+            oldest: Version(1),
+            watched: true,
+            versions: versions.iter().map(|(version, nonce)| (Version(*version), Nonce([*nonce; 16]))).collect(),
+            changes: changes.iter().map(|(version, change)| (Version(*version), change.clone())).collect(),
+            complete: true,
         }
     }
 
+    fn absence_covered(views: &Views, as_of: u64) -> bool {
+        views.load().lease().covers_absence(Version(as_of), &[lease::stripe(&[1; 32])])
+    }
+
     #[test]
-    fn what_was_read_before_a_clearing_or_of_another_history_is_refused() {
-        let view = View::default();
-        assert!(!view.is_confirmed());
-        assert_eq!(view.admit(&newest(1, 5, 0)), None, "nothing enters before the first confirmation");
-        assert_eq!(view.apply(&newest(1, 5, 0)), Applied::First);
-        let epoch = view.admit(&newest(1, 5, 0)).unwrap();
-        assert_eq!(view.admit(&newest(2, 5, 0)), None, "another lineage");
-        assert_eq!(view.apply(&newest(1, 5, 0)), Applied::Nothing);
-        assert!(view.is_current(epoch, Version(5)));
-        assert_eq!(view.apply(&newest(1, 6, 1)), Applied::Cleared);
-        assert!(!view.is_current(epoch, Version(5)));
-        assert!(view.is_current(epoch, Version(6)));
-        for lost in [newest(1, 6, 2), newest(1, 3, 2), newest(2, 9, 2)] {
-            let epoch = Epoch(view.epoch.load(Ordering::Relaxed));
-            assert_eq!(view.apply(&lost), Applied::LostHistory);
-            assert!(!view.is_current(epoch, Version(99)));
+    fn a_view_begins_with_all_versions_of_late_and_refuses_what_is_older() {
+        let views = Views::new(LIMITS);
+        assert_eq!((views.is_confirmed(), views.load().since()), (false, None));
+        let digest = ApiKeyDigest::from_bytes([1; 32]);
+        assert_eq!(views.apply(&polled(&[(5, 5), (7, 7)], &[(7, Change::Absent(digest))]), true), Applied::Begun);
+        assert_eq!((views.is_confirmed(), views.load().since()), (true, Some(Version(7))));
+        assert_eq!(views.load().standing(Moment::from_nanos(8)), Standing::Fresh);
+        for (as_of, covered) in [(4, false), (5, false), (6, false), (7, true)] {
+            assert_eq!(absence_covered(&views, as_of), covered, "{as_of}");
+        }
+        assert!(views.load().lease().covers_record(Version(5), std::iter::once(9)));
+        assert!(!views.load().lease().covers_record(Version(4), std::iter::once(9)));
+    }
+
+    #[test]
+    fn a_lost_history_begins_a_new_view_and_what_was_revoked_binds_there() {
+        let views = Views::new(LIMITS);
+        let digest = ApiKeyDigest::from_bytes([1; 32]);
+        views.apply(&polled(&[(5, 5)], &[]), true);
+        assert_eq!(views.apply(&polled(&[(5, 5), (6, 6)], &[(6, Change::Gone(digest))]), true), Applied::Changed);
+        let before = views.load();
+        let lost = views.apply(&polled(&[(6, 1), (7, 7)], &[]), true);
+        assert!(matches!(lost, Applied::Lost { applied: Version(6), .. }), "{lost:?}");
+        assert_eq!(before.standing(Moment::from_nanos(8)), Standing::Lapsed, "the old view's lease is over");
+        assert_eq!((views.load().since(), views.load().standing(Moment::from_nanos(8))), (None, Standing::Lapsed));
+        assert!(views.revoked.binds(&digest));
+        assert_eq!(views.apply(&polled(&[(6, 1), (7, 7)], &[]), true), Applied::Begun);
+        assert_ne!(views.load().epoch(), before.epoch());
+    }
+
+    #[test]
+    fn nothing_is_relied_on_while_changes_are_not_named() {
+        let views = Views::new(LIMITS);
+        views.apply(&polled(&[(5, 5)], &[]), true);
+        let unwatched = Polled { watched: false, ..polled(&[(5, 5), (6, 6)], &[]) };
+        assert_eq!(views.apply(&unwatched, true), Applied::Unwatched);
+        assert_eq!(views.load().standing(Moment::from_nanos(8)), Standing::Lapsed);
+        assert_eq!(views.load().applied(), Version(5));
+        assert_eq!(views.apply(&polled(&[(5, 5), (6, 6), (7, 7)], &[(7, Change::Everything)]), true), Applied::Changed);
+        assert!(!absence_covered(&views, 6));
+    }
+
+    #[test]
+    fn too_much_at_once_makes_everything_out_of_date() {
+        let views = Views::new(LIMITS);
+        views.apply(&polled(&[(5, 5)], &[]), true);
+        let much = Polled { complete: false, ..polled(&[(5, 5), (9, 9)], &[]) };
+        assert_eq!(views.apply(&much, true), Applied::Everything);
+        assert!(!absence_covered(&views, 8) && absence_covered(&views, 9));
+    }
+
+    #[test]
+    fn tables_that_name_no_changes_are_confirmed_but_never_give_a_lease() {
+        let views = Views::new(LIMITS);
+        let unnamed = Polled { watched: false, ..polled(&[(0, 0)], &[]) };
+        assert_eq!(views.apply(&unnamed, false), Applied::Begun);
+        assert_eq!(views.load().standing(Moment::from_nanos(8)), Standing::Lapsed);
+        assert!(views.is_confirmed());
+    }
+
+    #[tokio::test]
+    async fn whoever_waits_for_a_version_is_told_when_it_is_applied_or_its_view_is_gone() {
+        let views = Arc::new(Views::new(LIMITS));
+        views.apply(&polled(&[(5, 5)], &[]), true);
+        for answer in [polled(&[(5, 5), (6, 6)], &[]), polled(&[(6, 7)], &[])] {
+            let waiting = tokio::spawn({
+                let views = Arc::clone(&views);
+                async move {
+                    let view = Arc::clone(&views.load());
+                    let version = Version(view.applied().0 + 1);
+                    views.reached(&view, version).await;
+                }
+            });
+            views.hinted().await; // it asked for a poll
+            views.apply(&answer, true);
+            waiting.await.unwrap();
         }
     }
 }

@@ -114,7 +114,9 @@ mod tests {
     use crate::clock::{DatabaseTime, SystemClock};
 
     fn replica(id: u128, applied: u64) -> Replica {
-        Replica { id: uuid::Uuid::from_u128(id), applied: Version(applied), seen_at: DatabaseTime::from_micros(0) }
+        let at = DatabaseTime::from_micros;
+        let (id, name) = (uuid::Uuid::from_u128(id), format!("pod-{id}"));
+        Replica { id, name, applied: Version(applied), seen_at: at(0), until: at(1) }
     }
 
     async fn clear(rounds: Vec<Vec<Replica>>) -> Effect {

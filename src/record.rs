@@ -222,6 +222,36 @@ impl<T> Dated<T> {
     }
 }
 
+/// What a committed change named: which values it makes out of date.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Change {
+    /// Records of this key.
+    Key(KeyId),
+    /// Records of this trust.
+    Trust(TrustId),
+    /// "No such key" under this digest: there may be one now.
+    Absent(ApiKeyDigest),
+    /// Nothing that is dated; the digest was revoked, deleted or replaced, which outlives a lost history.
+    Gone(ApiKeyDigest),
+    /// Everything of one kind.
+    Whole(ChangeKind),
+    /// Everything. Also what a newer release names and this one does not know.
+    Everything,
+}
+
+/// Kinds of objects that are named as a whole when too many of them change at once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ChangeKind {
+    /// Records, by their keys.
+    Keys,
+    /// Records, by their trusts.
+    Trusts,
+    /// Absences.
+    Absences,
+    /// Digests that are gone.
+    Gone,
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -181,12 +181,20 @@ macro_rules! words {
             const EXPECTED: &'static str = $expected;
             fn read(written: &$crate::settings::Written) -> Option<Self> {
                 match written {
-                    $( $crate::settings::Written::One(word) if word == $word => Some(Self::$Variant), )+
-                    _ => None,
+                    $crate::settings::Written::One(word) => Self::from_word(word),
+                    $crate::settings::Written::Many(_) => None,
                 }
             }
         }
         impl $Enum {
+            /// What `word` stands for, if it is one of them.
+            #[must_use]
+            pub fn from_word(word: &str) -> Option<Self> {
+                match word {
+                    $( $word => Some(Self::$Variant), )+
+                    _ => None,
+                }
+            }
             /// The word that stands for it in the configuration.
             #[must_use]
             pub const fn as_str(self) -> &'static str {

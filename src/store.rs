@@ -18,7 +18,7 @@ mod sqlite;
 use std::{path::PathBuf, time::Duration};
 
 pub use ledger::{Actor, AuditEntry, Ledger, LedgerError};
-pub use lookup::{Lookup, Missing, Source};
+pub use lookup::{Lookup, Missing, PollError, Polled, SignOfLife, Source};
 pub use open::{describe, grants, migrate, open_ledger, open_lookup};
 pub use place::{Env, default_path};
 

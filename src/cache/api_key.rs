@@ -33,6 +33,10 @@ impl Kind for ApiKey {
         query.current
     }
 
+    fn asked(query: &Digests) -> impl Iterator<Item = &[u8]> {
+        query.all().map(|digest| &digest.as_bytes()[..])
+    }
+
     fn spread(key: &ApiKeyDigest) -> u8 {
         key.as_bytes()[31]
     }

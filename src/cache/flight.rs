@@ -1,27 +1,33 @@
 //! Single flight: however many callers wait for one key, one load goes, and it goes on when the first of them leaves.
 //!
-//! Never caches: what a flight found is in L1 before it lands.
+//! Never caches: what a flight found is in L1 before it lands, if the poll has confirmed its version by then.
 
 use std::{
     collections::HashMap,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use tokio::{
-    runtime::Handle,
-    sync::{oneshot, watch},
-};
+use tokio::{runtime::Handle, sync::watch};
 use tokio_util::task::TaskTracker;
 
 use super::{Shared, kind::Kind, l1::Held};
-use crate::fault::{Fault, Tier};
+use crate::fault::Fault;
 
 /// Loads that may be in the air at one time, over all keys. Beyond it a caller gets a fault: waiting would only make
 /// its own deadline pass. Enough for 40 000 cold keys a second at 100 ms each.
 const FLIGHTS_MAX: usize = 4_096;
 
 type Landing<K> = Option<Result<Arc<Held<K>>, Fault>>;
-type InTheAir<K> = Arc<Mutex<HashMap<<K as Kind>::Key, watch::Receiver<Landing<K>>>>>;
+type InTheAir<K> = Arc<Mutex<HashMap<(<K as Kind>::Key, Route), watch::Receiver<Landing<K>>>>>;
+
+/// Where a flight looks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Route {
+    /// In L2, then in the store.
+    Tiers,
+    /// In the store alone.
+    Store,
+}
 
 /// The flights of one kind, on the I/O runtime. Callers may be on any runtime.
 pub struct Flights<K: Kind> {
@@ -36,37 +42,26 @@ impl<K: Kind> Flights<K> {
         Self { io, tasks: TaskTracker::new(), in_the_air: Arc::default() }
     }
 
-    /// Waits for the flight of `query`, beginning it if there is none.
-    pub(super) async fn join(&self, shared: &Arc<Shared<K>>, query: K::Query) -> Result<Arc<Held<K>>, Fault> {
-        let mut landing = match self.board(shared, query)? {
-            Boarding::Arrived(held) => return Ok(held),
-            Boarding::Waiting(landing) => landing,
+    /// Waits for the flight of `query`, beginning it if there is none, and says whether it was in the air before. One that
+    /// is joined after the end of another began after that.
+    pub(super) async fn join(
+        &self,
+        shared: &Arc<Shared<K>>,
+        query: K::Query,
+        route: Route,
+    ) -> (Result<Arc<Held<K>>, Fault>, bool) {
+        let (mut landing, joined) = match self.board(shared, query, route) {
+            Ok(Boarding::Arrived(held)) => return (Ok(held), true),
+            Ok(Boarding::Begun(landing)) => (landing, false),
+            Ok(Boarding::Joined(landing)) => (landing, true),
+            Err(fault) => return (Err(fault), false),
         };
         // A sender that is gone without an answer: the task panicked, or the runtime is going down.
-        let landed = landing.wait_for(Option::is_some).await.map_err(|_| Fault::Ended)?;
-        landed.clone().unwrap_or(Err(Fault::Ended))
+        let landed = landing.wait_for(Option::is_some).await.ok().and_then(|landed| landed.clone());
+        (landed.unwrap_or(Err(Fault::Ended)), joined)
     }
 
-    /// Runs `load` on the I/O runtime to its end, whether or not the caller stays.
-    pub(super) async fn run(
-        &self,
-        load: impl Future<Output = Result<Arc<Held<K>>, Fault>> + Send + 'static,
-    ) -> Result<Arc<Held<K>>, Fault> {
-        if self.tasks.len() >= FLIGHTS_MAX {
-            return Err(Fault::Overloaded { limit: "loads in the air" });
-        }
-        let (answer, answered) = oneshot::channel();
-        self.tasks.spawn_on(
-            async move {
-                // The caller may be gone; then nobody needs the answer.
-                let _ = answer.send(load.await);
-            },
-            &self.io,
-        );
-        answered.await.unwrap_or(Err(Fault::Ended))
-    }
-
-    /// Flights and reads that have not ended.
+    /// Flights that have not ended.
     pub fn in_the_air(&self) -> usize {
         self.tasks.len()
     }
@@ -77,52 +72,56 @@ impl<K: Kind> Flights<K> {
         self.tasks.wait().await;
     }
 
-    fn board(&self, shared: &Arc<Shared<K>>, query: K::Query) -> Result<Boarding<K>, Fault> {
-        let key = K::key(&query);
+    fn board(&self, shared: &Arc<Shared<K>>, query: K::Query, route: Route) -> Result<Boarding<K>, Fault> {
+        let name = (K::key(&query), route);
         let mut in_the_air = lock(&self.in_the_air);
-        if let Some(landing) = in_the_air.get(&key) {
-            return Ok(Boarding::Waiting(landing.clone()));
+        if let Some(landing) = in_the_air.get(&name) {
+            return Ok(Boarding::Joined(landing.clone()));
         }
-        // A flight may have landed between the caller's look into L1 and now.
-        if let Some(held) = shared.l1.get(&key).filter(|held| held.is_usable(&shared.view, shared.clock.now())) {
-            return Ok(Boarding::Arrived(held));
+        if route == Route::Tiers {
+            // A flight may have landed between the caller's look into L1 and now.
+            let (view, now) = (shared.views.load(), shared.clock.now());
+            if let Some(held) = shared.l1.get(&name.0).filter(|held| held.is_current(&view, now)) {
+                return Ok(Boarding::Arrived(held));
+            }
         }
         if self.tasks.len() >= FLIGHTS_MAX {
             return Err(Fault::Overloaded { limit: "loads in the air" });
         }
         let (landed, landing) = watch::channel(None);
-        in_the_air.insert(key, landing.clone());
-        let seat = Seat { key, in_the_air: Arc::clone(&self.in_the_air) };
+        in_the_air.insert(name, landing.clone());
+        let seat = Seat { name, in_the_air: Arc::clone(&self.in_the_air) };
         let shared = Arc::clone(shared);
         self.tasks.spawn_on(
             async move {
-                let outcome = shared.load(&query).await;
+                let outcome = shared.load(&query, route).await;
                 drop(seat);
-                landed.send_replace(Some(outcome.clone().map(|(held, _)| held)));
-                if let Ok((held, Tier::Store)) = outcome {
-                    shared.share(&held).await;
+                landed.send_replace(Some(outcome.clone()));
+                if let Ok(held) = outcome {
+                    shared.settle(&query, &held).await;
                 }
             },
             &self.io,
         );
-        Ok(Boarding::Waiting(landing))
+        Ok(Boarding::Begun(landing))
     }
 }
 
 enum Boarding<K: Kind> {
     Arrived(Arc<Held<K>>),
-    Waiting(watch::Receiver<Landing<K>>),
+    Joined(watch::Receiver<Landing<K>>),
+    Begun(watch::Receiver<Landing<K>>),
 }
 
 /// Takes the flight off the list when it ends, also by panic.
 struct Seat<K: Kind> {
-    key: K::Key,
+    name: (K::Key, Route),
     in_the_air: InTheAir<K>,
 }
 
 impl<K: Kind> Drop for Seat<K> {
     fn drop(&mut self) {
-        lock(&self.in_the_air).remove(&self.key);
+        lock(&self.in_the_air).remove(&self.name);
     }
 }
 

@@ -16,10 +16,12 @@ pub trait Kind: Send + Sync + 'static {
     /// What the store needs to find one.
     type Query: Clone + Send + Sync + 'static;
     /// The value.
-    type Value: Send + Sync + 'static;
+    type Value: Clone + Send + Sync + 'static;
 
     /// The key that `query` is about.
     fn key(query: &Self::Query) -> Self::Key;
+    /// Everything that `query` looks under: what a change must name for an absence to end.
+    fn asked(query: &Self::Query) -> impl Iterator<Item = &[u8]>;
     /// A byte that differs between keys, to spread their deadlines.
     fn spread(key: &Self::Key) -> u8;
     /// Bytes that a value holds on the heap, about.

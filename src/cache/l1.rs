@@ -2,33 +2,58 @@
 //!
 //! Values that may no longer be used stay until they are replaced or evicted: they tell that a key was good before.
 
-use std::sync::Arc;
+use std::{sync::Arc, time::Duration};
 
 use moka::sync::Cache as Storage;
+use smallvec::SmallVec;
 
 use super::{CacheSettings, kind::Kind};
 use crate::{
     clock::Moment,
-    freshness::{Epoch, View},
+    fault::Tier,
+    freshness::{Epoch, View, lease::stripe},
     record::Dated,
 };
 
-/// A value as L1 holds it.
+/// A value as it was found, and as L1 holds it.
 pub struct Held<K: Kind> {
     key: K::Key,
     found: Dated<Option<K::Value>>,
+    /// Where it was found: L2 or the store.
+    tier: Tier,
+    /// When the store was read, by this machine's clock.
+    born: Moment,
     deadline: Moment,
+    /// The view it entered; `None`: it can only serve those who asked for it.
     epoch: Option<Epoch>,
+    /// The stripes of what an absence was looked for under; empty for a record.
+    asked: SmallVec<[u16; 2]>,
+}
+
+/// How long a value lives.
+#[derive(Clone, Copy, Debug)]
+pub struct Life {
+    /// When the store was read.
+    pub born: Moment,
+    /// Until when it may be used, whatever else allows it.
+    pub deadline: Moment,
 }
 
 /// What an entry costs beside its value: moka's own share, measured at about 270 bytes, and ours.
 const ENTRY_BYTES: usize = 320;
 
 impl<K: Kind> Held<K> {
-    /// A value that may be used until `deadline`; `epoch`: where it entered the view, `None` where it did not and can
-    /// only serve who asked for it.
-    pub const fn new(key: K::Key, found: Dated<Option<K::Value>>, deadline: Moment, epoch: Option<Epoch>) -> Self {
-        Self { key, found, deadline, epoch }
+    /// A value that was found in `tier` for `query`.
+    pub fn new(query: &K::Query, found: Dated<Option<K::Value>>, tier: Tier, life: Life) -> Self {
+        let asked = if found.value.is_none() { K::asked(query).map(stripe).collect() } else { SmallVec::new() };
+        let Life { born, deadline } = life;
+        Self { key: K::key(query), found, tier, born, deadline, epoch: None, asked }
+    }
+
+    /// The same value in the view of `epoch`.
+    #[must_use]
+    pub fn entered(self, epoch: Epoch) -> Self {
+        Self { epoch: Some(epoch), ..self }
     }
 
     /// What it was found by.
@@ -55,16 +80,44 @@ impl<K: Kind> Held<K> {
         self.deadline
     }
 
-    /// Whether it entered the view.
+    /// The view it entered, if it did.
     #[must_use]
-    pub const fn entered(&self) -> bool {
-        self.epoch.is_some()
+    pub const fn epoch(&self) -> Option<Epoch> {
+        self.epoch
     }
 
-    /// Whether it may be used at `now`.
+    /// Whether it was read from the store, not out of Redis.
     #[must_use]
-    pub fn is_usable(&self, view: &View, now: Moment) -> bool {
-        now < self.deadline && self.epoch.is_some_and(|epoch| view.is_current(epoch, self.found.as_of))
+    pub fn is_from_store(&self) -> bool {
+        self.tier == Tier::Store
+    }
+
+    /// Whether it comes from a read of the store that was sent after `began`.
+    #[must_use]
+    pub fn is_read_after(&self, began: Moment) -> bool {
+        self.is_from_store() && self.found.sent_at >= began
+    }
+
+    /// Whether it entered `view` and no change concerns it that was applied there, and its deadline has not passed.
+    #[must_use]
+    pub fn is_current(&self, view: &View, now: Moment) -> bool {
+        self.epoch == Some(view.epoch()) && now < self.deadline && self.is_covered(view)
+    }
+
+    /// Whether no change that was applied in `view` concerns it.
+    #[must_use]
+    pub fn is_covered(&self, view: &View) -> bool {
+        let (lease, as_of) = (view.lease(), self.found.as_of);
+        match self.value() {
+            Some(value) => lease.covers_record(as_of, K::objects(value).map(|id| stripe(id.as_bytes()))),
+            None => lease.covers_absence(as_of, &self.asked),
+        }
+    }
+
+    /// How long ago the store was read.
+    #[must_use]
+    pub fn age(&self, now: Moment) -> Duration {
+        now.since(self.born)
     }
 
     fn weight(&self) -> u32 {

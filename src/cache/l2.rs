@@ -173,7 +173,9 @@ mod tests {
             read_at: DatabaseTime::from_micros(11),
             sent_at: Moment::from_nanos(0),
         };
-        Held::new(digest, found, Moment::from_nanos(5), None)
+        let query = crate::record::Digests { current: digest, older: Vec::new() };
+        let life = super::super::l1::Life { born: Moment::from_nanos(0), deadline: Moment::from_nanos(5) };
+        Held::new(&query, found, crate::fault::Tier::Store, life)
     }
 
     #[test]

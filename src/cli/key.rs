@@ -109,8 +109,9 @@ fn identified(found: &[Identified], now: DatabaseTime) -> Answer {
 fn when_effective(config: &Config) -> String {
     let clear = "`trustgate cache clear` makes it effective at once";
     match config.freshness.mode {
-        Freshness::Live => "Effective with the next request, where `freshness.mode` is \"live\".".to_owned(),
-        Freshness::Ttl => {
+        Some(Freshness::Lease | Freshness::Strict) | None => "Effective within about a second.".to_owned(),
+        Some(Freshness::Live) => "Effective with the next request, where `freshness.mode` is \"live\".".to_owned(),
+        Some(Freshness::Ttl) => {
             format!("Effective within {} (`freshness.ttl`); {clear}.", humantime::format_duration(config.freshness.ttl))
         }
     }

@@ -10,7 +10,7 @@ use std::{
 };
 
 use super::{Config, Purpose};
-use crate::{secret::Secret, settings::Reader, units::ByteSize};
+use crate::{demand::Freshness, freshness::FreshnessSettings, secret::Secret, settings::Reader, units::ByteSize};
 
 /// The longest message that `limits.message_size` may allow; the protocol layer refuses longer ones.
 const MESSAGE_SIZE_MAX: ByteSize = ByteSize::from_bytes(4 << 20);
@@ -22,6 +22,7 @@ pub(super) fn run(config: &Config, purpose: Purpose, reader: &mut Reader) {
     redis(config, reader);
     credential(config, reader);
     deadlines(config, reader);
+    freshness(config, reader);
     amounts(config, reader);
     files(config, purpose, reader);
 }
@@ -135,6 +136,36 @@ fn deadlines(config: &Config, reader: &mut Reader) {
     }
 }
 
+fn freshness(config: &Config, reader: &mut Reader) {
+    let FreshnessSettings { mode, lease, stale_if_unconfirmed, poll_interval, poll_timeout, .. } = config.freshness;
+    if config.store.preset.is_some() && matches!(mode, Some(Freshness::Lease | Freshness::Strict)) {
+        let problem =
+            "needs tables that name their changes, which those of store.preset do not: set \"ttl\" or \"live\"";
+        reader.refuse("freshness", "mode", problem.to_owned());
+    }
+    if sound(reader, &["freshness.lease", "freshness.poll_interval", "freshness.poll_timeout"]) {
+        // One poll may fail without the lease running out.
+        if poll_interval + poll_timeout * 2 > lease {
+            let problem = format!(
+                "freshness.lease ({lease:?}) must hold freshness.poll_interval ({poll_interval:?}) and twice \
+                 freshness.poll_timeout ({poll_timeout:?}), or one slow poll ends it"
+            );
+            let settings = [("freshness", "lease"), ("freshness", "poll_interval"), ("freshness", "poll_timeout")];
+            refuse_whichever_was_set(reader, &settings, problem);
+        }
+    }
+    for (name, set, max) in [("lease", lease, LEASE_MAX), ("stale_if_unconfirmed", stale_if_unconfirmed, STALE_MAX)] {
+        if set > max {
+            reader.refuse("freshness", name, format!("must be {} at most", humantime::format_duration(max)));
+        }
+    }
+}
+
+/// A longer lease would be a TTL by another name.
+const LEASE_MAX: Duration = Duration::from_mins(1);
+/// A replica that is cut off for longer has no claim left to what it holds.
+const STALE_MAX: Duration = Duration::from_mins(15);
+
 fn amounts(config: &Config, reader: &mut Reader) {
     let Config { store, redis, decision, cache, freshness, limits, .. } = config;
     for (section, name, duration) in [
@@ -148,6 +179,8 @@ fn amounts(config: &Config, reader: &mut Reader) {
         ("freshness", "ttl", freshness.ttl),
         ("freshness", "absence_ttl", freshness.absence_ttl),
         ("freshness", "poll_interval", freshness.poll_interval),
+        ("freshness", "poll_timeout", freshness.poll_timeout),
+        ("freshness", "lease", freshness.lease),
         ("limits", "preface_timeout", limits.preface_timeout),
         ("limits", "keepalive_interval", limits.keepalive_interval),
         ("limits", "keepalive_timeout", limits.keepalive_timeout),

@@ -1,28 +1,60 @@
-//! The poll: asks the store for its newest version, again and again, and tells the view.
+//! The poll: asks the store what was committed, again and again, tells the views, and keeps the store's side in order.
 //!
-//! Never touches a cache, and never ends because the store failed.
+//! Never touches a cache, and never ends because the store failed. Runs on a thread of its own, so that nothing else can
+//! hold it up.
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::VecDeque, future::pending, sync::Arc, time::Duration};
 
-use tokio::time::{MissedTickBehavior, timeout};
+use tokio::{
+    sync::watch,
+    time::{Instant, sleep, sleep_until, timeout},
+};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
-use super::{Applied, View};
+use super::{Applied, FreshnessSettings, Views, lease::Standing};
 use crate::{
+    clock::Clock,
     fault::{Fault, Tier},
-    metrics::{IntGauge, Opts, Registry, register},
-    store::Lookup,
+    metrics::{
+        Gauge, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, Opts, Registry, SHORT_SECONDS, register,
+    },
+    record::Version,
+    store::{Lookup, PollError, Polled, SignOfLife},
 };
 
 /// A sign of life for whoever waits for replicas, at least this often.
-const REPORT_INTERVAL: Duration = Duration::from_secs(10);
+const REPORT_INTERVAL: Duration = Duration::from_secs(5);
+/// How long a sign of life, or mending the store's side, may take.
+const WRITE_TIMEOUT: Duration = Duration::from_secs(2);
+/// How often versions that nobody needs are deleted. Every replica does it; one at a time has any effect.
+const PRUNE_INTERVAL: Duration = Duration::from_secs(30);
+/// How often the store's side is mended at most, while it does not name all changes.
+const RESTORE_INTERVAL: Duration = Duration::from_secs(1);
+/// Polls that hints may cause, at most, in [`HINTED_PERIOD`].
+const HINTED_MAX: usize = 20;
+/// See [`HINTED_MAX`].
+const HINTED_PERIOD: Duration = Duration::from_secs(1);
+/// Wait before listening again after the connection for hints broke.
+const LISTEN_WAIT: Duration = Duration::from_secs(1);
+/// By how much the wall clock and the boot clock may drift apart between two polls: more is a pause that the boot clock
+/// slept through.
+const CLOCK_STEP_MAX: Duration = Duration::from_secs(1);
+/// What is added to the time that a sign of life covers: for the way of the sign itself.
+const SIGN_MARGIN: Duration = Duration::from_millis(200);
 
-/// Whether the store answers, for metrics and `/readyz`.
+/// What the poll and the lease look like from outside.
 #[derive(Clone)]
 pub struct PollMetrics {
     store_up: IntGauge,
     applied_version: IntGauge,
+    lease_age: Gauge,
+    bound: Gauge,
+    latency: Histogram,
+    lost: IntCounter,
+    confirmed: IntCounter,
+    unanswered: IntCounter,
+    unusable: IntCounter,
 }
 
 impl PollMetrics {
@@ -32,12 +64,46 @@ impl PollMetrics {
     /// As [`register`].
     pub fn register(registry: &Registry) -> prometheus::Result<Self> {
         let gauge = |name, help| register(registry, IntGauge::with_opts(Opts::new(name, help)));
+        let seconds = |name, help| register(registry, Gauge::with_opts(Opts::new(name, help)));
+        let polls = IntCounterVec::new(
+            Opts::new(
+                "trustgate_polls_total",
+                "Polls of the database by outcome: ok, unanswered, or unusable (an answer that confirms nothing).",
+            ),
+            &["outcome"],
+        );
+        let polls = register(registry, polls)?;
+        let latency = HistogramOpts::new(
+            "trustgate_revocation_latency_seconds",
+            "From the commit of a change until it was applied here, by the database's clock, in seconds.",
+        );
+        let mut buckets = SHORT_SECONDS.to_vec();
+        buckets.extend([0.5, 1.0, 2.5]);
         Ok(Self {
             store_up: gauge("trustgate_store_up", "1 while the database answers the poll, else 0.")?,
             applied_version: gauge(
                 "trustgate_applied_version",
                 "The newest version of the store that is applied here.",
             )?,
+            lease_age: seconds(
+                "trustgate_lease_age_seconds",
+                "How long ago the lease began: when the last poll that was confirmed was sent; +Inf without one.",
+            )?,
+            bound: seconds(
+                "trustgate_revocation_bound_seconds",
+                "How long after its commit a revocation may still go unnoticed here, at the most, as things are.",
+            )?,
+            latency: register(registry, Histogram::with_opts(latency.buckets(buckets)))?,
+            lost: register(
+                registry,
+                IntCounter::new(
+                    "trustgate_lost_history_total",
+                    "How often the database was found to have lost history: restored, or failed over with a loss.",
+                ),
+            )?,
+            confirmed: polls.with_label_values(&["ok"]),
+            unanswered: polls.with_label_values(&["unanswered"]),
+            unusable: polls.with_label_values(&["unusable"]),
         })
     }
 
@@ -46,67 +112,314 @@ impl PollMetrics {
     pub fn is_store_up(&self) -> bool {
         self.store_up.get() == 1
     }
+
+    /// Sets the gauges that are read at scrape time. `decided_within`: how long a check may take.
+    pub fn observe(&self, views: &Views, clock: &dyn Clock, decided_within: Duration) {
+        let view = views.load();
+        let limits = views.limits();
+        let age = view.lease().start().map_or(f64::INFINITY, |start| clock.now().since(start).as_secs_f64());
+        self.lease_age.set(age);
+        let stale = if view.lease().is_unanswered() { limits.stale } else { Duration::ZERO };
+        self.bound.set((limits.lease + stale + decided_within).as_secs_f64());
+    }
 }
 
-/// Polls `store` every `interval` until `stop`, giving each poll `limit` (connecting included).
-///
-/// # Cancel safety
-/// Applying an answer is never interrupted: it does not wait.
-pub async fn run(
-    store: Arc<dyn Lookup>,
-    view: Arc<View>,
-    metrics: PollMetrics,
-    (interval, limit): (Duration, Duration),
-    stop: CancellationToken,
-) {
-    let replica = Uuid::new_v4();
-    let mut ticks = tokio::time::interval(interval);
-    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let report_every = (REPORT_INTERVAL.as_millis() / interval.as_millis().max(1)).max(1);
-    let (mut up, mut until_report, mut known) = (None, 0, false);
-    while stop.run_until_cancelled(ticks.tick()).await.is_some() {
-        if !known {
-            // Before it relies on what it reads: whoever clears the caches must not overlook a replica that is starting
-            // or was cut off.
-            known = matches!(timeout(limit, store.report(replica, view.applied())).await, Ok(Ok(())));
-        }
-        let answer = timeout(limit, store.newest()).await.unwrap_or(Err(Fault::Timeout { tier: Tier::Store, limit }));
-        match answer {
-            Ok(newest) => {
-                let applied = view.apply(&newest);
-                log(applied, newest.as_of.0);
-                if applied != Applied::Nothing {
-                    until_report = 0;
-                }
-                metrics.applied_version.set(newest.as_of.0.cast_signed());
-                if up.replace(true) != Some(true) {
-                    tracing::info!("the database answers");
-                }
-                metrics.store_up.set(1);
-                if until_report == 0 {
-                    let reported = timeout(limit, store.report(replica, newest.as_of)).await;
-                    until_report = if matches!(reported, Ok(Ok(()))) { report_every } else { 1 };
-                }
-                until_report -= 1;
+/// What the poll works with.
+pub struct Poll {
+    /// The store.
+    pub store: Arc<dyn Lookup>,
+    /// What it tells.
+    pub views: Arc<Views>,
+    /// The time.
+    pub clock: Arc<dyn Clock>,
+    /// Its intervals and limits.
+    pub settings: FreshnessSettings,
+    /// Whether the tables name their changes.
+    pub names_changes: bool,
+    /// What people know this replica by.
+    pub name: String,
+    /// What it looks like from outside.
+    pub metrics: PollMetrics,
+    /// Whether the lease is fresh, for health checks.
+    pub fresh: watch::Sender<bool>,
+    /// Called when new versions were applied that other replicas may not have seen: to tell them.
+    pub applied: Box<dyn Fn() + Send + Sync>,
+}
+
+impl Poll {
+    /// Polls until `stop`.
+    ///
+    /// # Cancel safety
+    /// Applying an answer is never interrupted: it does not wait.
+    pub async fn run(self, stop: CancellationToken) {
+        let signs = watch::Sender::new(Version(0));
+        let replica = Uuid::new_v4();
+        let polling = async {
+            tokio::join!(
+                self.poll(replica, &signs),
+                self.report(replica, signs.subscribe()),
+                self.prune(),
+                self.listen()
+            );
+        };
+        stop.run_until_cancelled(polling).await;
+        // Whoever waits for replicas need not wait for this one any more.
+        let farewell = SignOfLife { lasts: Duration::ZERO, ..self.sign(replica, self.views.load().applied()) };
+        let _ = timeout(WRITE_TIMEOUT, self.store.report(&farewell)).await;
+    }
+
+    async fn poll(&self, replica: Uuid, signs: &watch::Sender<Version>) {
+        let mut state = State { up: None, known: false, restored: None, offset: self.clock.wall_offset() };
+        let mut rate = Rate::default();
+        loop {
+            let due = Instant::now() + jittered(self.settings.poll_interval);
+            self.once(replica, signs, &mut state).await;
+            self.fresh.send_if_modified(|fresh| {
+                let is_fresh = self.views.load().standing(self.clock.now()) == Standing::Fresh;
+                std::mem::replace(fresh, is_fresh) != is_fresh
+            });
+            tokio::select! {
+                () = sleep_until(due) => {}
+                () = rate.hinted(&self.views) => {}
             }
-            Err(fault) => {
-                known = false;
-                if up.replace(false) != Some(false) {
+        }
+    }
+
+    async fn once(&self, replica: Uuid, signs: &watch::Sender<Version>, state: &mut State) {
+        if !state.known {
+            // Before it relies on what it reads: whoever changes something must not overlook a replica that is starting
+            // or was cut off.
+            let sign = self.sign(replica, self.views.load().applied());
+            state.known = matches!(timeout(self.settings.poll_timeout, self.store.report(&sign)).await, Ok(Ok(())));
+        }
+        self.notice_pause(state);
+        let limit = self.settings.poll_timeout;
+        let late = Err(PollError::NoAnswer(Fault::Timeout { tier: Tier::Store, limit }));
+        let since = self.views.load().since();
+        let answer = timeout(limit, self.store.poll(since)).await.unwrap_or(late);
+        if self.notice_pause(state) {
+            return; // the answer may be older than it seems
+        }
+        match answer {
+            Ok(polled) => self.take_in(&polled, signs, state).await,
+            Err(PollError::NoAnswer(fault)) => {
+                self.views.load().lease().note_unanswered();
+                self.metrics.unanswered.inc();
+                state.known = false;
+                if state.up.replace(Up::No) != Some(Up::No) {
+                    let interval = self.settings.poll_interval;
                     tracing::warn!(%fault, "the database does not answer; trying again every {interval:?}");
                 }
-                metrics.store_up.set(0);
+                self.metrics.store_up.set(0);
             }
+            Err(PollError::Unusable(problem)) => {
+                self.views.load().lease().note_unusable();
+                self.metrics.unusable.inc();
+                state.known = false;
+                if state.up.replace(Up::Unusable) != Some(Up::Unusable) {
+                    tracing::error!(%problem, "the database answers, but confirms nothing");
+                }
+                self.metrics.store_up.set(0);
+            }
+        }
+    }
+
+    async fn take_in(&self, polled: &Polled, signs: &watch::Sender<Version>, state: &mut State) {
+        let newest = polled.newest.as_of;
+        let applied = self.views.apply(polled, self.names_changes);
+        match applied {
+            Applied::Nothing => {}
+            Applied::Begun => {
+                tracing::info!(version = newest.0, "the database has confirmed its history");
+            }
+            Applied::Changed => self.observe_latency(polled),
+            Applied::Everything => {
+                self.observe_latency(polled);
+                tracing::warn!(version = newest.0, "too much changed at once: everything cached before is read again");
+            }
+            Applied::Lost { lineage, applied } => {
+                self.metrics.lost.inc();
+                tracing::error!(
+                    applied = applied.0,
+                    newest = newest.0,
+                    "the database has lost history (restored, or failed over with a loss?): what was revoked in between \
+                     may be good again there; nothing cached before is used"
+                );
+                if lineage == polled.newest.lineage {
+                    let renewed = timeout(WRITE_TIMEOUT, self.store.renew_incarnation(lineage.incarnation)).await;
+                    if let Ok(Err(fault)) = renewed {
+                        tracing::error!(%fault, "the lost history could not be closed in the database");
+                    }
+                }
+                self.views.hint(); // begin anew at once
+            }
+            Applied::Unwatched => {
+                self.metrics.unusable.inc();
+                return self.restore(state).await;
+            }
+        }
+        self.metrics.confirmed.inc();
+        self.metrics.applied_version.set(newest.0.cast_signed());
+        if applied != Applied::Nothing {
+            signs.send_replace(self.views.load().applied());
+        }
+        if matches!(applied, Applied::Changed | Applied::Everything) {
+            (self.applied)();
+        }
+        if state.up.replace(Up::Yes) != Some(Up::Yes) {
+            tracing::info!("the database answers");
+        }
+        self.metrics.store_up.set(1);
+    }
+
+    /// Ends the lease when time passed that the boot clock did not count. Says whether it did.
+    fn notice_pause(&self, state: &mut State) -> bool {
+        let offset = self.clock.wall_offset();
+        let step = Duration::from_micros(offset.abs_diff(state.offset));
+        state.offset = offset;
+        if step <= CLOCK_STEP_MAX {
+            return false;
+        }
+        tracing::warn!(
+            ?step,
+            "the wall clock stepped, or this machine was paused: nothing is relied on until the next poll"
+        );
+        self.views.load().lease().end();
+        true
+    }
+
+    async fn restore(&self, state: &mut State) {
+        if state.restored.is_some_and(|last| last.elapsed() < RESTORE_INTERVAL) {
+            return;
+        }
+        state.restored = Some(Instant::now());
+        if state.up.replace(Up::Unusable) != Some(Up::Unusable) {
+            tracing::warn!(
+                "tables or triggers of the database were altered: nothing is relied on until they are checked"
+            );
+        }
+        self.metrics.store_up.set(1);
+        match timeout(WRITE_TIMEOUT, self.store.restore_watch()).await {
+            Ok(Ok(())) => self.views.hint(),
+            Ok(Err(fault)) => {
+                tracing::error!(%fault, "changes of trusts and keys may go unnoticed; run `trustgate migrate` to mend it");
+            }
+            Err(_) => tracing::warn!("checking the triggers took too long; trying again"),
+        }
+    }
+
+    fn observe_latency(&self, polled: &Polled) {
+        if let Some(now) = self.views.database_clock.at(self.clock.now()) {
+            self.metrics.latency.observe(now.since(polled.stamped_at).as_secs_f64());
+        }
+    }
+
+    /// Says what was applied as soon as it was, and that this replica is alive.
+    async fn report(&self, replica: Uuid, mut signs: watch::Receiver<Version>) {
+        loop {
+            tokio::select! {
+                changed = signs.changed() => if changed.is_err() { return },
+                () = sleep(jittered(REPORT_INTERVAL)) => {}
+            }
+            let applied = *signs.borrow_and_update();
+            if self.views.is_confirmed() {
+                // What it does not hear now it hears next time.
+                let _ = timeout(WRITE_TIMEOUT, self.store.report(&self.sign(replica, applied))).await;
+            }
+        }
+    }
+
+    async fn prune(&self) {
+        loop {
+            sleep(jittered(PRUNE_INTERVAL)).await;
+            if self.views.is_confirmed()
+                && let Ok(Err(fault)) = timeout(WRITE_TIMEOUT, self.store.prune()).await
+            {
+                tracing::debug!(%fault, "old versions could not be deleted");
+            }
+        }
+    }
+
+    async fn listen(&self) {
+        if !self.settings.hints {
+            return pending().await;
+        }
+        loop {
+            let views = &self.views;
+            let fault = self.store.listen(&|| views.hint()).await;
+            tracing::debug!(%fault, "no hints from the database at the moment; the poll goes on");
+            sleep(LISTEN_WAIT).await;
+        }
+    }
+
+    fn sign(&self, replica: Uuid, applied: Version) -> SignOfLife {
+        let FreshnessSettings { lease, stale_if_unconfirmed, .. } = self.settings;
+        // The next sign may be a whole interval away, and a lease is as old as the last poll before it.
+        let lasts = REPORT_INTERVAL + REPORT_INTERVAL / 10 + lease + stale_if_unconfirmed + SIGN_MARGIN;
+        SignOfLife { replica, name: self.name.clone(), applied, lasts }
+    }
+}
+
+struct State {
+    up: Option<Up>,
+    /// Whether a sign of life was taken since the database last answered anew.
+    known: bool,
+    restored: Option<Instant>,
+    offset: i64,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Up {
+    Yes,
+    No,
+    Unusable,
+}
+
+/// The hinted polls of late.
+#[derive(Default)]
+struct Rate(VecDeque<Instant>);
+
+impl Rate {
+    /// Returns when a poll was asked for and may go.
+    async fn hinted(&mut self, views: &Views) {
+        views.hinted().await;
+        sleep_until(self.earliest(Instant::now())).await;
+        self.0.push_back(Instant::now());
+    }
+
+    /// When the next hinted poll may go.
+    fn earliest(&mut self, now: Instant) -> Instant {
+        while self.0.front().is_some_and(|oldest| now.duration_since(*oldest) > HINTED_PERIOD) {
+            self.0.pop_front();
+        }
+        match self.0.front() {
+            Some(oldest) if self.0.len() >= HINTED_MAX => *oldest + HINTED_PERIOD,
+            _ => now,
         }
     }
 }
 
-fn log(applied: Applied, version: u64) {
-    match applied {
-        Applied::Nothing => {}
-        Applied::First => tracing::info!(version, "the database has confirmed its history"),
-        Applied::Cleared => tracing::info!(version, "everything cached before is no longer used"),
-        Applied::LostHistory => {
-            tracing::error!(version, "the database has lost history (restored or failed over?); the caches start anew");
+/// `time` +-10 %, so that replicas do not poll in step.
+fn jittered(time: Duration) -> Duration {
+    let mut byte = [0];
+    // Without randomness they may poll in step: no more than that.
+    let _ = getrandom::fill(&mut byte);
+    time.mul_f64(0.9 + 0.2 * f64::from(byte[0]) / 255.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hints_cause_a_bounded_number_of_polls_a_second() {
+        let (mut rate, start) = (Rate::default(), Instant::now());
+        for _ in 0..HINTED_MAX {
+            assert_eq!(rate.earliest(start), start, "a few at once are no problem");
+            rate.0.push_back(start);
         }
+        assert_eq!(rate.earliest(start), start + HINTED_PERIOD);
+        let later = start + HINTED_PERIOD * 2;
+        assert_eq!(rate.earliest(later), later);
     }
 }

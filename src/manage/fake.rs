@@ -93,6 +93,9 @@ impl Ledger for FakeLedger {
     async fn clear_caches(&mut self, _: &Actor) -> Result<Version, LedgerError> {
         Ok(Version(7))
     }
+    async fn newest(&mut self) -> Result<Version, LedgerError> {
+        Ok(Version(7))
+    }
     async fn replicas(&mut self) -> Result<Vec<Replica>, LedgerError> {
         Ok(if self.rounds.len() > 1 { self.rounds.remove(0) } else { self.rounds[0].clone() })
     }

@@ -5,10 +5,7 @@
 use async_trait::async_trait;
 use serde_json::{Value, json};
 
-use super::{
-    ledger::{Actor, AuditEntry, Key, Ledger, LedgerError, NewKey, Replica, Trust, TrustRef},
-    schema,
-};
+use super::ledger::{Actor, AuditEntry, Key, Ledger, LedgerError, NewKey, Replica, Trust, TrustRef};
 use crate::{
     clock::DatabaseTime,
     record::{Digests, KeyId, TrustId, Version},
@@ -59,10 +56,12 @@ pub(crate) trait Tables: Send + Sync {
     async fn insert_keys(&mut self, trust: TrustId, keys: &[NewKey]) -> Result<u64, sqlx::Error>;
     /// False where it was revoked before, or is not there.
     async fn revoke_key(&mut self, id: KeyId) -> Result<bool, sqlx::Error>;
-    /// Draws the next version, after every other that is being drawn.
-    async fn insert_version(&mut self, nonce: [u8; 16]) -> Result<i64, sqlx::Error>;
-    /// Replicas whose last sign of life is at most so many seconds old.
-    async fn replicas(&mut self, seconds: i64) -> Result<Vec<Replica>, sqlx::Error>;
+    /// Draws a version "everything changed" with this transaction.
+    async fn change_everything(&mut self) -> Result<(), sqlx::Error>;
+    /// The newest version.
+    async fn newest(&mut self) -> Result<i64, sqlx::Error>;
+    /// Replicas that may still grant what they hold.
+    async fn replicas(&mut self) -> Result<Vec<Replica>, sqlx::Error>;
     async fn insert_audit(&mut self, actor: &Actor, entry: &AuditEntry) -> Result<(), sqlx::Error>;
 }
 
@@ -103,8 +102,6 @@ impl<T: Tables> Book<T> {
     }
 }
 
-/// How long a replica counts as alive after its last sign of life, in seconds.
-const REPLICA_ALIVE: i64 = 30;
 /// Keys stored with one statement.
 const BATCH: usize = 1_000;
 
@@ -179,12 +176,19 @@ impl<T: Tables> Ledger for Book<T> {
     async fn clear_caches(&mut self, actor: &Actor) -> Result<Version, LedgerError> {
         self.begin(Purpose::Change).await?;
         let outcome = clear_caches(&mut self.tables, actor).await;
-        self.end(outcome).await
+        self.end(outcome).await?;
+        self.newest().await
+    }
+
+    async fn newest(&mut self) -> Result<Version, LedgerError> {
+        self.begin(Purpose::Read).await?;
+        let outcome = self.tables.newest().await.map_err(LedgerError::from);
+        Ok(Version(self.end(outcome).await?.cast_unsigned())) // versions start at 1 and rise
     }
 
     async fn replicas(&mut self) -> Result<Vec<Replica>, LedgerError> {
         self.begin(Purpose::Read).await?;
-        let outcome = self.tables.replicas(REPLICA_ALIVE).await.map_err(LedgerError::from);
+        let outcome = self.tables.replicas().await.map_err(LedgerError::from);
         self.end(outcome).await
     }
 
@@ -307,10 +311,9 @@ async fn revoke_key(tables: &mut impl Tables, actor: &Actor, id: KeyId) -> Resul
     Ok(after)
 }
 
-async fn clear_caches(tables: &mut impl Tables, actor: &Actor) -> Result<Version, LedgerError> {
-    let version = tables.insert_version(schema::random()?).await?;
-    note(tables, actor, "cache.clear", "everything", None, Some(json!({ "version": version }))).await?;
-    Ok(Version(version.cast_unsigned())) // versions start at 1 and rise
+async fn clear_caches(tables: &mut impl Tables, actor: &Actor) -> Result<(), LedgerError> {
+    tables.change_everything().await?;
+    note(tables, actor, "cache.clear", "everything", None, None).await
 }
 
 async fn note(

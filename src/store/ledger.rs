@@ -97,15 +97,19 @@ pub struct Key {
     pub revoked_at: Option<DatabaseTime>,
 }
 
-/// A replica that gave a sign of life.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// A replica that may still grant what it holds.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Replica {
     /// Its id, new at every start.
     pub id: uuid::Uuid,
+    /// The name of its host or pod.
+    pub name: String,
     /// The version it has applied.
     pub applied: Version,
     /// Its last sign of life.
     pub seen_at: DatabaseTime,
+    /// Without another one it grants nothing it holds from then on.
+    pub until: DatabaseTime,
 }
 
 /// Why a change was not made.
@@ -233,7 +237,12 @@ pub trait Ledger: Send + Sync {
     /// # Errors
     /// The database failed.
     async fn clear_caches(&mut self, actor: &Actor) -> Result<Version, LedgerError>;
-    /// Replicas that gave a sign of life within the last 30 s by the database's clock.
+    /// The newest version: whoever applied it has applied every change that was committed before this call.
+    ///
+    /// # Errors
+    /// The database failed.
+    async fn newest(&mut self) -> Result<Version, LedgerError>;
+    /// Replicas that, by their last sign of life and the database's clock, may still grant what they hold.
     ///
     /// # Errors
     /// The database failed.

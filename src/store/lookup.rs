@@ -2,11 +2,15 @@
 //!
 //! Never changes anything but this replica's own sign of life.
 
+use std::{sync::Arc, time::Duration};
+
 use async_trait::async_trait;
+use uuid::Uuid;
 
 use crate::{
+    clock::DatabaseTime,
     fault::Fault,
-    record::{Dated, Digests, KeyId, Record, Version},
+    record::{Change, Dated, Digests, KeyId, Nonce, Record, Version},
 };
 
 /// The reads a decision rests on. Each is one statement on the primary, so that value and date are of one snapshot.
@@ -27,25 +31,94 @@ pub trait Lookup: Send + Sync + 'static {
     /// As [`Self::find`].
     async fn find_by_id(&self, key: KeyId) -> Result<Dated<Option<Record>>, Fault>;
 
-    /// The date of now: the newest version there is. On a connection of its own, so that it answers while reads are
-    /// many.
+    /// What was committed from version `since` on, in one statement on a connection of its own; `None`: what a replica
+    /// that begins needs, see [`Polled::versions`]. One call at a time.
     ///
     /// # Errors
-    /// As [`Self::find`].
-    async fn newest(&self) -> Result<Dated<()>, Fault>;
+    /// [`PollError::NoAnswer`] when nothing came back, [`PollError::Unusable`] when what came back confirms nothing.
+    async fn poll(&self, since: Option<Version>) -> Result<Polled, PollError>;
 
-    /// Says that this replica is alive and has applied everything up to `applied`, so that whoever clears the caches
-    /// can tell when it took effect. `replica` is the same from start to end of this process. Does nothing on tables that are not ours.
+    /// Calls `changed` whenever the database says that something was committed, once after it began to listen, and
+    /// returns when it cannot listen any longer. A database that never says so: never returns.
+    async fn listen(&self, changed: &(dyn Fn() + Send + Sync)) -> Fault;
+
+    /// Says that this replica is alive and what it has applied, so that whoever changes something can tell when it took
+    /// effect. Does nothing on tables that are not ours.
     ///
     /// # Errors
     /// As [`Self::find`].
-    async fn report(&self, replica: uuid::Uuid, applied: Version) -> Result<(), Fault>;
+    async fn report(&self, sign: &SignOfLife) -> Result<(), Fault>;
+
+    /// After a poll that was not [`Polled::watched`]: makes sure that every change is named again, and draws a version
+    /// "everything changed" for what may have passed unnamed.
+    ///
+    /// # Errors
+    /// A [`Fault`] that says what is missing: a trigger was dropped or disabled, a table replaced.
+    async fn restore_watch(&self) -> Result<(), Fault>;
+
+    /// Begins a new history where `lost` is still the incarnation: whoever found history lost calls it, so that nobody
+    /// takes up the old one again.
+    ///
+    /// # Errors
+    /// As [`Self::find`].
+    async fn renew_incarnation(&self, lost: Uuid) -> Result<(), Fault>;
+
+    /// Deletes versions that no replica needs any more; a bounded number at a call.
+    ///
+    /// # Errors
+    /// As [`Self::find`].
+    async fn prune(&self) -> Result<(), Fault>;
 
     /// The key of the Redis MAC, which the first migration made; `None` where the tables are not ours.
     ///
     /// # Errors
     /// As [`Self::find`].
     async fn redis_mac_key(&self) -> Result<Option<[u8; 32]>, Fault>;
+}
+
+/// What a poll found in one snapshot.
+#[derive(Clone, Debug)]
+pub struct Polled {
+    /// The newest version: the date of now.
+    pub newest: Dated<()>,
+    /// When the newest version was stamped, by the database's clock.
+    pub stamped_at: DatabaseTime,
+    /// The oldest version that was not pruned yet.
+    pub oldest: Version,
+    /// Whether changes are named: all triggers are as they were when that was last made sure of. False on tables that
+    /// are not ours.
+    pub watched: bool,
+    /// Versions from the one that was asked from on, itself included, oldest first; there may be gaps. For a replica that
+    /// begins: from the smallest version stamped within the last 15 minutes on, or the newest alone.
+    pub versions: Vec<(Version, Nonce)>,
+    /// What the versions after the one that was asked from named, oldest first; within a version what is gone comes last.
+    pub changes: Vec<(Version, Change)>,
+    /// False where there was more than a poll takes: then `changes` and `versions` are not all of them.
+    pub complete: bool,
+}
+
+/// Why a poll confirmed nothing.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum PollError {
+    /// No answer: the database is down, or cannot be reached.
+    #[error(transparent)]
+    NoAnswer(Fault),
+    /// An answer that cannot be relied on: a standby, a read-only database, missing tables or rights, nonsense.
+    #[error("{0}")]
+    Unusable(Arc<str>),
+}
+
+/// That a replica is alive.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SignOfLife {
+    /// The same from start to end of a process.
+    pub replica: Uuid,
+    /// What people know it by: the name of its host or pod.
+    pub name: String,
+    /// The version it has applied.
+    pub applied: Version,
+    /// For how long from now on it may grant what it holds without another sign.
+    pub lasts: Duration,
 }
 
 /// Whether a database that is not there is made.

@@ -6,6 +6,7 @@
 pub(crate) mod ledger;
 pub(crate) mod lookup;
 pub(crate) mod migrate;
+mod watch;
 
 use std::time::Duration;
 

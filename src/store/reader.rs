@@ -1,8 +1,14 @@
-//! The reads of checks, over either database: a pool for them, and one connection beside it that watches.
+//! The reads of checks, over either database: a pool for them, and one connection beside it for the poll.
 //!
 //! Never writes anything but this replica's own sign of life.
 
-use std::{future::Future, sync::Arc};
+use std::{
+    future::Future,
+    sync::{
+        Arc,
+        atomic::{AtomicI64, Ordering},
+    },
+};
 
 use async_trait::async_trait;
 use uuid::Uuid;
@@ -10,14 +16,14 @@ use uuid::Uuid;
 use super::{
     Lookup, StoreSettings,
     ledger::LedgerError,
-    lookup::{Missing, Source},
+    lookup::{Missing, PollError, Polled, SignOfLife, Source},
     pool::{Connect, Limits, Pool, Trouble},
     rows::{self, Corrupt, Plain, Read},
     schema,
 };
 use crate::{
     clock::Clock,
-    fault::Fault,
+    fault::{Fault, Tier},
     record::{ApiKeyDigest, Dated, Digests, KeyId, Record, Version, bytes_from_hex},
 };
 
@@ -27,12 +33,21 @@ pub(crate) trait Dialect: Connect<Row: Plain> {
     fn find(&self, digests: &Digests) -> Self::Query;
     /// The record of a key.
     fn find_by_id(&self, key: KeyId) -> Self::Query;
-    /// The date alone.
-    fn newest(&self) -> Self::Query;
+    /// What was committed from `since` on, in the columns of [`rows::polled`]; the first of them is `echo`.
+    fn poll(&self, since: Option<Version>, echo: i64) -> Self::Query;
+    /// Whether a failed poll is an answer all the same: the server is there, and a standby, or without our tables, or
+    /// without the rights to them.
+    fn answered(error: &sqlx::Error) -> bool;
+    /// Calls `changed` for every hint, as [`Lookup::listen`].
+    fn listen(&self, changed: &(dyn Fn() + Send + Sync)) -> impl Future<Output = sqlx::Error> + Send;
     /// What only our own tables have; `None` on somebody else's.
     fn ours(&self) -> Option<Ours<Self::Query>>;
     /// The sign of life of this replica.
-    fn report(&self, replica: Uuid, applied: Version) -> Self::Query;
+    fn report(&self, sign: &SignOfLife) -> Self::Query;
+    /// As [`Lookup::restore_watch`], on a connection of its own.
+    fn restore_watch(&self) -> impl Future<Output = Result<(), sqlx::Error>> + Send;
+    /// As [`Lookup::renew_incarnation`], on a connection of its own.
+    fn renew_incarnation(&self, lost: Uuid) -> impl Future<Output = Result<(), sqlx::Error>> + Send;
     /// Makes the database and brings it up to date, where this kind of database is made by who uses it.
     fn prepare(&self, missing: Missing) -> impl Future<Output = Result<(), LedgerError>> + Send;
     /// Where the database is, for messages.
@@ -47,13 +62,17 @@ pub(crate) struct Ours<Q> {
     pub(crate) schema: Q,
     /// The Redis MAC key in hexadecimal.
     pub(crate) redis_mac_key: Q,
+    /// As [`Lookup::prune`].
+    pub(crate) prune: Q,
 }
 
 /// [`Lookup`] over either database.
 pub(crate) struct Reader<D: Dialect> {
     dialect: Arc<D>,
     reads: Pool<D>,
-    watch: Pool<D>,
+    /// Its one connection is the poll's: nothing else waits for it or makes it wait.
+    poll: Pool<D>,
+    polls: AtomicI64,
     clock: Arc<dyn Clock>,
 }
 
@@ -66,25 +85,25 @@ impl<D: Dialect> Reader<D> {
             waiting_max: usize::try_from(settings.reads_max).unwrap_or(usize::MAX),
             connect_timeout: settings.connect_timeout,
         };
-        // The sign of life, a look at the newest version, and a retry of each: never more than a few at a time.
-        let watch = Limits { connections_max: 1, waiting_max: WATCHERS_MAX, ..limits };
+        let poll = Limits { connections_max: 1, waiting_max: 1, ..limits };
         Self {
             reads: Pool::new("reads", Arc::clone(&dialect), limits),
-            watch: Pool::new("watch", Arc::clone(&dialect), watch),
+            poll: Pool::new("poll", Arc::clone(&dialect), poll),
+            polls: AtomicI64::new(0),
             dialect,
             clock,
         }
     }
 
-    async fn ask(pool: &Pool<D>, query: &D::Query) -> Result<Vec<Read>, Fault> {
-        let rows = pool.read(query).await?;
+    async fn ask(&self, query: &D::Query) -> Result<Vec<Read>, Fault> {
+        let rows = self.reads.read(query).await?;
         rows.iter().map(Read::of).collect::<Result<_, _>>().map_err(|_| Corrupt("a column has another type").into())
     }
 
     /// The version of the tables, and whether it fits.
     async fn check_schema(&self, query: &D::Query) -> Result<(), LedgerError> {
         let place = self.dialect.place();
-        let tables = match self.watch.read(query).await {
+        let tables = match self.reads.read(query).await {
             Ok(rows) => match rows.first() {
                 None => None,
                 Some(row) => Some(schema::Tables { version: row.number(0)?, compatible_from: row.number(1)? }),
@@ -100,32 +119,55 @@ impl<D: Dialect> Reader<D> {
 impl<D: Dialect> Lookup for Reader<D> {
     async fn find(&self, digests: &Digests) -> Result<Dated<Option<Record>>, Fault> {
         let sent_at = self.clock.now();
-        let rows = Self::ask(&self.reads, &self.dialect.find(digests)).await?;
+        let rows = self.ask(&self.dialect.find(digests)).await?;
         Ok(rows::by_digests(rows, digests, sent_at)?)
     }
 
     async fn find_by_id(&self, key: KeyId) -> Result<Dated<Option<Record>>, Fault> {
         let sent_at = self.clock.now();
-        let rows = Self::ask(&self.reads, &self.dialect.find_by_id(key)).await?;
+        let rows = self.ask(&self.dialect.find_by_id(key)).await?;
         Ok(rows::by_id(rows, sent_at)?)
     }
 
-    async fn newest(&self) -> Result<Dated<()>, Fault> {
+    async fn poll(&self, since: Option<Version>) -> Result<Polled, PollError> {
+        let echo = self.polls.fetch_add(1, Ordering::Relaxed);
         let sent_at = self.clock.now();
-        let rows = Self::ask(&self.watch, &self.dialect.newest()).await?;
-        Ok(rows::date(&rows, sent_at)?)
+        match self.poll.read(&self.dialect.poll(since, echo)).await {
+            Ok(rows) => rows::polled(&rows, echo, sent_at),
+            Err(Trouble::Sql(error)) if D::answered(&error) => Err(PollError::Unusable(error.to_string().into())),
+            Err(trouble) => Err(PollError::NoAnswer(trouble.into())),
+        }
     }
 
-    async fn report(&self, replica: Uuid, applied: Version) -> Result<(), Fault> {
+    async fn listen(&self, changed: &(dyn Fn() + Send + Sync)) -> Fault {
+        Fault::unreachable(Tier::Store, self.dialect.listen(changed).await)
+    }
+
+    async fn report(&self, sign: &SignOfLife) -> Result<(), Fault> {
         if self.dialect.ours().is_some() {
-            self.watch.read(&self.dialect.report(replica, applied)).await?;
+            self.reads.read(&self.dialect.report(sign)).await?;
+        }
+        Ok(())
+    }
+
+    async fn restore_watch(&self) -> Result<(), Fault> {
+        self.dialect.restore_watch().await.map_err(|error| Fault::unreachable(Tier::Store, error))
+    }
+
+    async fn renew_incarnation(&self, lost: Uuid) -> Result<(), Fault> {
+        self.dialect.renew_incarnation(lost).await.map_err(|error| Fault::unreachable(Tier::Store, error))
+    }
+
+    async fn prune(&self) -> Result<(), Fault> {
+        if let Some(ours) = self.dialect.ours() {
+            self.reads.read(&ours.prune).await?;
         }
         Ok(())
     }
 
     async fn redis_mac_key(&self) -> Result<Option<[u8; 32]>, Fault> {
         let Some(ours) = self.dialect.ours() else { return Ok(None) };
-        let rows = self.watch.read(&ours.redis_mac_key).await?;
+        let rows = self.reads.read(&ours.redis_mac_key).await?;
         let hex = rows.first().map(|row| row.text(0)).transpose();
         let key = hex.ok().flatten().and_then(|hex| bytes_from_hex(&hex));
         key.map(Some).ok_or_else(|| Corrupt("the setting redis_mac_key is missing or not 32 bytes").into())
@@ -143,15 +185,17 @@ impl<D: Dialect> Source for Reader<D> {
         let nobody = Digests { current: ApiKeyDigest::from_bytes([0; 32]), older: Vec::new() };
         self.find(&nobody).await?;
         self.find_by_id(KeyId(Uuid::nil())).await?;
-        self.newest().await?;
-        Ok(())
+        match self.poll(None).await {
+            Ok(_) => Ok(()),
+            Err(PollError::NoAnswer(fault)) => Err(fault.into()),
+            Err(PollError::Unusable(problem)) => {
+                Err(LedgerError::Schema(format!("{}: {problem}", self.dialect.place())))
+            }
+        }
     }
 
     async fn close(&self) {
         self.reads.close().await;
-        self.watch.close().await;
+        self.poll.close().await;
     }
 }
-
-/// Calls that may wait for the one connection that watches.
-const WATCHERS_MAX: usize = 8;

@@ -3,17 +3,23 @@
 //! Both adapters select the same columns in the same order and the same plain forms: whole numbers, texts, lists as
 //! JSON, times as microseconds, digests and nonces in hexadecimal. Never talks to a database.
 
-use std::time::Duration;
+use std::{sync::Arc, time::Duration};
 
 use ipnet::IpNet;
 use sqlx::{ColumnIndex, Decode, Row, Type};
 use uuid::Uuid;
 
-use super::ledger::{Key, Replica, Trust};
+use super::{
+    ledger::{Key, Replica, Trust},
+    lookup::{PollError, Polled},
+};
 use crate::{
     clock::{DatabaseTime, Moment},
     fault::{Fault, Tier},
-    record::{ApiKeyDigest, Dated, Digests, KeyId, Lineage, Nonce, Record, Scheme, TrustId, Version, bytes_from_hex},
+    record::{
+        ApiKeyDigest, Change, ChangeKind, Dated, Digests, KeyId, Lineage, Nonce, Record, Scheme, TrustId, Version,
+        bytes_from_hex,
+    },
 };
 
 /// The columns of a read for a decision, in this order; those from `key_id` on are null where there is no key.
@@ -123,7 +129,7 @@ impl Read {
         Ok(Dated {
             value: (),
             as_of: version(self.version)?,
-            nonce: Nonce(bytes_from_hex(&self.nonce).ok_or(Corrupt("the nonce of a version is not 16 bytes"))?),
+            nonce: nonce(&self.nonce)?,
             lineage: Lineage {
                 incarnation: uuid(&self.incarnation)?,
                 system: self.system.cast_unsigned(), // 64 bits that PostgreSQL shows as a signed number
@@ -153,9 +159,80 @@ impl KeyRow {
     }
 }
 
-/// The date in the rows of a read that asks for no key.
-pub(crate) fn date(rows: &[Read], sent_at: Moment) -> Result<Dated<()>, Corrupt> {
-    rows.first().ok_or(NO_VERSION)?.date(sent_at)
+/// Rows a poll takes, at most; the statement asks for one more, which says that there were more.
+pub(crate) const POLL_ROWS_MAX: usize = 5_000;
+
+/// What a poll found. Its columns, in this order: the number it was sent with, the state of the server (`primary`,
+/// `standby`, `read-only`), the oldest version, the newest with its nonce, incarnation, system, timeline, clock, whether
+/// changes are named, when the newest version was stamped; then, null where there is none, a version with its nonce, or
+/// a version, the kind of what it named and the object (null: the whole kind).
+pub(crate) fn polled(rows: &[impl Plain], echo: i64, sent_at: Moment) -> Result<Polled, PollError> {
+    let unusable = |problem: &str| PollError::Unusable(problem.into());
+    let read = || -> Result<Option<Polled>, sqlx::Error> {
+        let Some(first) = rows.first() else { return Ok(None) };
+        if first.number(0)? != echo {
+            return Err(Corrupt("the answer to another poll").into());
+        }
+        if first.text(1)? != "primary" {
+            return Ok(None);
+        }
+        let newest = Read {
+            version: first.number(3)?,
+            nonce: first.text(4)?,
+            incarnation: first.text(5)?,
+            system: first.number(6)?,
+            timeline: first.number(7)?,
+            clock: first.number(8)?,
+            key: None,
+        };
+        let mut polled = Polled {
+            newest: newest.date(sent_at)?,
+            stamped_at: DatabaseTime::from_micros(first.number(10)?),
+            oldest: version(first.number(2)?)?,
+            watched: first.number(9)? != 0,
+            versions: Vec::new(),
+            changes: Vec::new(),
+            complete: rows.len() <= POLL_ROWS_MAX,
+        };
+        for row in rows.iter().take(POLL_ROWS_MAX) {
+            let Some(number) = row.number_or_null(11)? else { continue };
+            let number = version(number)?;
+            match row.text_or_null(12)? {
+                Some(nonce) => polled.versions.push((number, self::nonce(&nonce)?)),
+                None => polled.changes.push((number, change(&row.text(13)?, row.text_or_null(14)?.as_deref()))),
+            }
+        }
+        polled.versions.sort_by_key(|(version, _)| *version);
+        // A key that was revoked is named as one that may be there and as one that is gone: the latter holds.
+        polled.changes.sort_by_key(|(version, change)| (*version, matches!(change, Change::Gone(_))));
+        Ok(Some(polled))
+    };
+    match read() {
+        Ok(Some(polled)) => Ok(polled),
+        Ok(None) => Err(match rows.first().map(|row| row.text(1)) {
+            None => unusable(NO_VERSION.0),
+            Some(state) => PollError::Unusable(Arc::from(match state.as_deref() {
+                Ok("standby") => "the database is a standby: it cannot confirm what its primary has committed",
+                Ok("read-only") => "the database is read-only for this role: it cannot confirm anything",
+                _ => "the poll's answer cannot be understood",
+            })),
+        }),
+        Err(error) => Err(unusable(&error.to_string())),
+    }
+}
+
+/// What a row names. A kind that this release does not know counts as everything, and an object that it cannot read as
+/// its whole kind: one odd row must not end all confirmation.
+fn change(kind: &str, object: Option<&str>) -> Change {
+    let digest = |change: fn(ApiKeyDigest) -> Change| object.and_then(ApiKeyDigest::from_hex).map(change);
+    let id = |change: fn(Uuid) -> Change| object.and_then(|id| uuid(id).ok()).map(change);
+    match kind {
+        "key" => id(|id| Change::Key(KeyId(id))).unwrap_or(Change::Whole(ChangeKind::Keys)),
+        "trust" => id(|id| Change::Trust(TrustId(id))).unwrap_or(Change::Whole(ChangeKind::Trusts)),
+        "absent" => digest(Change::Absent).unwrap_or(Change::Whole(ChangeKind::Absences)),
+        "gone" => digest(Change::Gone).unwrap_or(Change::Whole(ChangeKind::Gone)),
+        _ => Change::Everything,
+    }
 }
 
 /// What a read by id found.
@@ -221,12 +298,14 @@ pub(crate) fn key(row: &impl Plain) -> Result<Key, sqlx::Error> {
     })
 }
 
-/// A replica, from its id, applied version and last sign of life.
+/// A replica, from its id, name, applied version, last sign of life, and until when that counts.
 pub(crate) fn replica(row: &impl Plain) -> Result<Replica, sqlx::Error> {
     Ok(Replica {
         id: uuid(&row.text(0)?)?,
-        applied: version(row.number(1)?)?,
-        seen_at: DatabaseTime::from_micros(row.number(2)?),
+        name: row.text(1)?,
+        applied: version(row.number(2)?)?,
+        seen_at: DatabaseTime::from_micros(row.number(3)?),
+        until: DatabaseTime::from_micros(row.number(4)?),
     })
 }
 
@@ -252,6 +331,10 @@ const NO_VERSION: Corrupt = Corrupt("the tables have no version, or no incarnati
 
 fn version(number: i64) -> Result<Version, Corrupt> {
     u64::try_from(number).map(Version).map_err(|_| Corrupt("a version is negative"))
+}
+
+fn nonce(hex: &str) -> Result<Nonce, Corrupt> {
+    bytes_from_hex(hex).map(Nonce).ok_or(Corrupt("the nonce of a version is not 16 bytes"))
 }
 
 fn uuid(text: &str) -> Result<Uuid, Corrupt> {

@@ -6,9 +6,9 @@
 use super::LedgerError;
 
 /// The version of the tables that this release makes and needs.
-pub(crate) const VERSION: i64 = 1;
+pub(crate) const VERSION: i64 = 2;
 /// The oldest release, by the version it makes, that can work with these tables.
-pub(crate) const COMPATIBLE_FROM: i64 = 1;
+pub(crate) const COMPATIBLE_FROM: i64 = 2;
 
 /// The newest row of the table `schema`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -6,6 +6,7 @@ pub(crate) mod file;
 pub(crate) mod ledger;
 pub(crate) mod lookup;
 pub(crate) mod migrate;
+mod watch;
 
 use std::{path::Path, time::Duration};
 
@@ -38,8 +39,11 @@ fn is_missing(error: &sqlx::Error) -> bool {
 
 /// Whether `error` says that somebody else is writing.
 fn is_busy(error: &sqlx::Error) -> bool {
-    // The primary code is in the low byte of an extended one; 5 is SQLITE_BUSY.
-    let code =
-        error.as_database_error().and_then(sqlx::error::DatabaseError::code).and_then(|code| code.parse::<u32>().ok());
-    code.is_some_and(|code| code & 0xff == 5)
+    code(error) == Some(5)
+}
+
+/// The primary code of an error of SQLite itself (<https://www.sqlite.org/rescode.html>).
+fn code(error: &sqlx::Error) -> Option<u32> {
+    let code = error.as_database_error().and_then(sqlx::error::DatabaseError::code)?;
+    code.parse::<u32>().ok().map(|code| code & 0xff) // the rest of an extended one says more about the same
 }

@@ -86,12 +86,13 @@ impl Replies {
         Self { denials: DenyReason::ALL.map(denial), fault }
     }
 
-    /// The reply to a request that was decided. `removals`: what must not reach the upstream.
+    /// The reply to a request that was decided. `removals`: what must not reach the upstream; `is_stale`: whether it rests
+    /// on what the database has not confirmed lately, which the metadata tells.
     #[must_use]
-    pub fn decision(&self, decision: &Decision<'_>, removals: &Removals<'_>) -> Reply {
+    pub fn decision(&self, decision: &Decision<'_>, removals: &Removals<'_>, is_stale: bool) -> Reply {
         Reply::Message(match decision {
-            Decision::Allow(grant) => allowed(Some(grant), removals),
-            Decision::Anonymous => allowed(None, removals),
+            Decision::Allow(grant) => allowed(Some(grant), removals, is_stale),
+            Decision::Anonymous => allowed(None, removals, false),
             Decision::Deny(reason) => self.denials[*reason as usize].clone(),
         })
     }
@@ -109,7 +110,7 @@ impl Replies {
     }
 }
 
-fn allowed(grant: Option<&Grant<'_>>, removals: &Removals<'_>) -> Bytes {
+fn allowed(grant: Option<&Grant<'_>>, removals: &Removals<'_>, is_stale: bool) -> Bytes {
     let mut headers = Vec::new();
     let mut remove: Vec<String> = removals.headers.iter().map(|name| (*name).to_owned()).collect();
     let scopes = grant.map(|grant| grant.scopes().join(" ")).unwrap_or_default();
@@ -135,9 +136,11 @@ fn allowed(grant: Option<&Grant<'_>>, removals: &Removals<'_>) -> Bytes {
                 ("key_id".to_owned(), text(grant.key_id().to_string())),
                 ("scopes".to_owned(), list(grant.scopes())),
             ]
-            .into(),
+            .into_iter()
+            .chain(is_stale.then(|| ("stale".to_owned(), yes())))
+            .collect(),
         },
-        None => Struct { fields: [("anonymous".to_owned(), Value { kind: Some(Kind::BoolValue(true)) })].into() },
+        None => Struct { fields: [("anonymous".to_owned(), yes())].into() },
     };
     let ok = OkHttpResponse {
         headers,
@@ -211,6 +214,10 @@ fn overwrite(name: &str, value: String) -> HeaderValueOption {
 
 fn reason_metadata(reason: &str) -> Struct {
     Struct { fields: [("reason".to_owned(), text(reason.to_owned()))].into() }
+}
+
+const fn yes() -> Value {
+    Value { kind: Some(Kind::BoolValue(true)) }
 }
 
 const fn text(text: String) -> Value {

@@ -158,13 +158,13 @@ async fn a_clearing_does_not_overlook_a_replica_that_is_just_starting() {
     let _turn = among_others().await;
     let site = Site::new();
     site.migrate().await;
-    let (running, seam) = Seam::start(&site, |seam| seam.after_newest().close()).await;
+    let (running, seam) = Seam::start(&site, |seam| seam.after_poll().close()).await;
     // It has read the newest version and is about to serve what it reads.
-    eventually("the version was read", PATIENCE, || async { seam.after_newest().waiting() == 1 }).await;
+    eventually("the version was read", PATIENCE, || async { seam.after_poll().waiting() == 1 }).await;
     let cleared = site.run(&["--output", "json", "cache", "clear"]).await;
     let counts: Value = serde_json::from_str(&cleared.out).unwrap();
     assert_eq!((cleared.code, &counts["replicas"], &counts["applied"]), (1, &1.into(), &0.into()), "{cleared:?}");
-    seam.after_newest().open();
+    seam.after_poll().open();
     running.ready().await;
     running.stop(Delay::None).await.unwrap();
 }

@@ -15,7 +15,7 @@ use trustgate::{
     config::{self, Purpose},
     fault::Fault,
     record::{Dated, Digests, KeyId, Record, Version},
-    store::{LedgerError, Lookup, Missing, Source},
+    store::{LedgerError, Lookup, Missing, PollError, Polled, SignOfLife, Source},
 };
 use uuid::Uuid;
 
@@ -27,7 +27,7 @@ pub struct Seam {
     finds: AtomicUsize,
     before_find: Gate,
     after_find: Gate,
-    after_newest: Gate,
+    after_poll: Gate,
     panics: AtomicBool,
 }
 
@@ -95,7 +95,7 @@ impl Seam {
                 finds: AtomicUsize::new(0),
                 before_find: Gate::default(),
                 after_find: Gate::default(),
-                after_newest: Gate::default(),
+                after_poll: Gate::default(),
                 panics: AtomicBool::new(false),
             });
             prepare(&seam);
@@ -120,9 +120,9 @@ impl Seam {
         &self.after_find
     }
 
-    /// After the newest version was read, before the answer is given.
-    pub const fn after_newest(&self) -> &Gate {
-        &self.after_newest
+    /// After a poll, before the answer is given.
+    pub const fn after_poll(&self) -> &Gate {
+        &self.after_poll
     }
 
     /// Whether reads of keys panic, once they are through the gate.
@@ -153,14 +153,30 @@ impl Lookup for Seam {
         found
     }
 
-    async fn newest(&self) -> Result<Dated<()>, Fault> {
-        let newest = self.inner.newest().await;
-        self.after_newest.pass().await;
-        newest
+    async fn poll(&self, since: Option<Version>) -> Result<Polled, PollError> {
+        let polled = self.inner.poll(since).await;
+        self.after_poll.pass().await;
+        polled
     }
 
-    async fn report(&self, replica: Uuid, applied: Version) -> Result<(), Fault> {
-        self.inner.report(replica, applied).await
+    async fn listen(&self, changed: &(dyn Fn() + Send + Sync)) -> Fault {
+        self.inner.listen(changed).await
+    }
+
+    async fn report(&self, sign: &SignOfLife) -> Result<(), Fault> {
+        self.inner.report(sign).await
+    }
+
+    async fn restore_watch(&self) -> Result<(), Fault> {
+        self.inner.restore_watch().await
+    }
+
+    async fn renew_incarnation(&self, lost: Uuid) -> Result<(), Fault> {
+        self.inner.renew_incarnation(lost).await
+    }
+
+    async fn prune(&self) -> Result<(), Fault> {
+        self.inner.prune().await
     }
 
     async fn redis_mac_key(&self) -> Result<Option<[u8; 32]>, Fault> {

@@ -180,23 +180,24 @@ impl Tables for PostgresTables {
         Ok(self.change(query).await? == 1)
     }
 
-    async fn insert_version(&mut self, nonce: [u8; 16]) -> Result<i64, sqlx::Error> {
-        // Version order must be commit order: one at a time, until the commit. The number is the first 8 bytes of
-        // SHA-256("trustgate version").
-        self.connection.execute(sqlx::raw_sql("SELECT pg_advisory_xact_lock(-7816041823221308939)")).await?;
-        let sql = "INSERT INTO {s}.version (version, nonce) SELECT max(version) + 1, $1 FROM {s}.version
-             RETURNING version";
-        let query = self.query(sql).bind(nonce.to_vec());
+    async fn change_everything(&mut self) -> Result<(), sqlx::Error> {
+        let query = self.query("SELECT {s}.everything()");
+        self.change(query).await.map(drop)
+    }
+
+    async fn newest(&mut self) -> Result<i64, sqlx::Error> {
+        let query = self.query("SELECT max(version) FROM {s}.version");
         self.connection.fetch_one(query).await?.try_get(0)
     }
 
-    async fn replicas(&mut self, seconds: i64) -> Result<Vec<Replica>, sqlx::Error> {
+    async fn replicas(&mut self) -> Result<Vec<Replica>, sqlx::Error> {
         let sql = format!(
-            "SELECT id::text, applied, {seen} FROM {{s}}.replica
-             WHERE seen_at >= clock_timestamp() - $1 * interval '1 second' ORDER BY id",
+            "SELECT id::text, name, applied, {seen}, {until} FROM {{s}}.replica
+             WHERE until >= clock_timestamp() ORDER BY name, id",
             seen = micros("seen_at"),
+            until = micros("until"),
         );
-        let query = self.query(&sql).bind(seconds);
+        let query = self.query(&sql);
         self.connection.fetch_all(query).await?.iter().map(rows::replica).collect()
     }
 

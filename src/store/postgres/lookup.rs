@@ -1,19 +1,24 @@
 //! The reads of checks on PostgreSQL.
 
-use std::time::Duration;
+use std::{convert::Infallible, time::Duration};
 
-use sqlx::{AssertSqlSafe, Connection, PgConnection, postgres::PgRow};
+use sqlx::{
+    AssertSqlSafe, Connection, PgConnection,
+    postgres::{PgListener, PgPoolOptions, PgRow},
+};
+use tokio::time::timeout;
 use uuid::Uuid;
 
 use super::{
     super::{
         LedgerError, Preset, SchemaName,
-        lookup::Missing,
+        lookup::{Missing, SignOfLife},
         place::Address,
         pool::Connect,
         reader::{Dialect, Ours},
+        rows::{self, POLL_ROWS_MAX},
     },
-    code, connect, describe, is_missing, migrate,
+    code, connect, describe, in_schema, is_missing, migrate, watch,
 };
 use crate::record::{Digests, KeyId, Version};
 
@@ -83,25 +88,80 @@ impl Dialect for Postgres {
         }
     }
 
-    fn newest(&self) -> String {
-        match self.preset {
-            None => self.own("false"),
-            Some(Preset::TrustTable) => self.trust_table("false"),
+    fn poll(&self, since: Option<Version>, echo: i64) -> String {
+        if self.preset.is_some() {
+            return self.timed(&format!(
+                "SELECT {echo}::bigint, CASE WHEN pg_is_in_recovery() THEN 'standby' ELSE 'primary' END,
+                    0::bigint, 0::bigint, repeat('0', 32), '00000000-0000-0000-0000-000000000000', 0::bigint, 0::bigint,
+                    {CLOCK}, 0::bigint, {CLOCK}, NULL::bigint, NULL, NULL, NULL"
+            ));
         }
+        // What a version named is asked for once: the one applied is only to be recognised.
+        let (since, named) = match since {
+            Some(version) => (version.0.to_string(), format!("> {}", version.0)),
+            None => (watch::BEGIN.to_owned(), format!(">= {}", watch::BEGIN)),
+        };
+        let poll = watch::POLL
+            .replace("{echo}", &echo.to_string())
+            .replace("{timeline}", TIMELINE)
+            .replace("{clock}", CLOCK)
+            .replace("{at}", &micros("n.at"))
+            .replace("{since}", &since)
+            .replace("{named}", &named)
+            .replace("{limit}", &(POLL_ROWS_MAX + 1).to_string());
+        self.timed(&poll)
+    }
+
+    fn answered(error: &sqlx::Error) -> bool {
+        match error {
+            sqlx::Error::Decode(_) | sqlx::Error::ColumnDecode { .. } | sqlx::Error::ColumnIndexOutOfBounds { .. } => true,
+            // Class 42: tables, columns or rights; 55000 and 25006: a standby, or read-only; 3F: no such schema; P0: an
+            // exception of a function; XX: an internal error. Everything else says that the server could not be asked.
+            _ => code(error).is_some_and(|code| {
+                ["42", "3F", "P0", "XX"].contains(&&code[..2]) || code == "55000" || code == "25006"
+            }),
+        }
+    }
+
+    async fn listen(&self, changed: &(dyn Fn() + Send + Sync)) -> sqlx::Error {
+        match self.listen_until_lost(changed).await {
+            Ok(never) => match never {},
+            Err(error) => error,
+        }
+    }
+
+    async fn restore_watch(&self) -> Result<(), sqlx::Error> {
+        self.call("SELECT {s}.restore_watch()").await
+    }
+
+    async fn renew_incarnation(&self, lost: Uuid) -> Result<(), sqlx::Error> {
+        self.call(&format!("SELECT {{s}}.renew_incarnation('{lost}')")).await
     }
 
     fn ours(&self) -> Option<Ours<String>> {
         self.preset.is_none().then(|| Ours {
             schema: self.timed(migrate::SCHEMA),
             redis_mac_key: self.timed("SELECT encode(value, 'hex') FROM {s}.setting WHERE name = 'redis_mac_key'"),
+            prune: self.timed("SELECT {s}.prune()"),
         })
     }
 
-    fn report(&self, replica: Uuid, applied: Version) -> String {
+    fn report(&self, sign: &SignOfLife) -> String {
+        let SignOfLife { replica, name, applied, lasts } = sign;
+        // The name of a host as a list of characters: a text from outside never stands in a statement.
+        let name = name.chars().filter(char::is_ascii_graphic).take(NAME_CHARS_MAX);
+        let name = name.map(|c| u32::from(c).to_string()).collect::<Vec<_>>().join(", ");
         self.timed(&format!(
-            "INSERT INTO {{s}}.replica (id, applied, seen_at) VALUES ('{replica}', {}, statement_timestamp())
-             ON CONFLICT (id) DO UPDATE SET applied = excluded.applied, seen_at = excluded.seen_at",
-            applied.0
+            "WITH dead AS (
+                DELETE FROM {{s}}.replica WHERE until < statement_timestamp() - interval '1 day' AND id <> '{replica}'
+             )
+             INSERT INTO {{s}}.replica (id, name, applied, seen_at, until)
+             VALUES ('{replica}', (SELECT coalesce(string_agg(chr(c), '' ORDER BY o), '')
+                        FROM unnest(ARRAY[{name}]::int[]) WITH ORDINALITY AS u (c, o)),
+                 {}, statement_timestamp(), statement_timestamp() + {} * interval '1 microsecond')
+             ON CONFLICT (id) DO UPDATE SET applied = excluded.applied, seen_at = excluded.seen_at, until = excluded.until",
+            applied.0,
+            rows::micros(*lasts),
         ))
     }
 
@@ -119,6 +179,34 @@ impl Dialect for Postgres {
 }
 
 impl Postgres {
+    async fn listen_until_lost(&self, changed: &(dyn Fn() + Send + Sync)) -> Result<Infallible, sqlx::Error> {
+        let options = self.address.postgres().map_err(|error| sqlx::Error::Configuration(Box::new(error)))?;
+        let pool = PgPoolOptions::new().max_connections(1).acquire_timeout(CONNECT_WITHIN).connect_with(options).await?;
+        let mut listener = PgListener::connect_with(&pool).await?;
+        listener.listen(self.schema.as_str()).await?;
+        changed();
+        loop {
+            match timeout(LISTEN_CHECK, listener.try_recv()).await {
+                Ok(Ok(Some(_))) => changed(),
+                // The listener would connect anew by itself, and what was said meanwhile is lost: so does the caller.
+                Ok(Ok(None)) => return Err(lost("the connection for hints broke")),
+                Ok(Err(error)) => return Err(error),
+                Err(_) => {
+                    let alive = timeout(LISTEN_CHECK, sqlx::query("SELECT 1").execute(&mut listener)).await;
+                    alive.map_err(|_| lost("the connection for hints no longer answers"))??;
+                }
+            }
+        }
+    }
+
+    /// Calls a function of ours on a connection of its own.
+    async fn call(&self, call: &str) -> Result<(), sqlx::Error> {
+        let mut connection = connect(&self.address).await?;
+        let call = format!("SET LOCAL statement_timeout = '2s'; SET LOCAL lock_timeout = '1s'; {call}");
+        sqlx::raw_sql(in_schema(&call, &self.schema)).execute(&mut connection).await?;
+        connection.close().await
+    }
+
     /// The newest version and, where `condition` holds, a key with its trust: one statement, so one snapshot.
     ///
     /// `statement_timestamp()` is when the server got the statement: never after the snapshot, so that no age is
@@ -158,6 +246,17 @@ impl Postgres {
         format!("SET LOCAL statement_timeout = {limit}; {}", text.replace("{s}", self.schema.as_str()))
     }
 }
+
+fn lost(problem: &'static str) -> sqlx::Error {
+    sqlx::Error::Io(std::io::Error::new(std::io::ErrorKind::ConnectionAborted, problem))
+}
+
+/// How often a connection that only listens is asked whether it is still there, and how long it has to answer.
+const LISTEN_CHECK: Duration = Duration::from_secs(5);
+/// How long connecting to listen may take.
+const CONNECT_WITHIN: Duration = Duration::from_secs(5);
+/// The longest name of a host that is written down (RFC 1035, section 2.3.4).
+const NAME_CHARS_MAX: usize = 255;
 
 /// The timeline of the log being written.
 const TIMELINE: &str = "('x' || left(pg_walfile_name(pg_current_wal_lsn()), 8))::bit(32)::bigint";

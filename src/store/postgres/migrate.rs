@@ -7,7 +7,7 @@ use uuid::Uuid;
 
 use super::{
     super::{LedgerError, SchemaName, place::Address, schema},
-    connect_within, describe, in_schema, is_missing,
+    connect_within, describe, in_schema, is_missing, watch,
 };
 
 /// The version of the tables, newest first.
@@ -24,6 +24,9 @@ pub(crate) async fn run(address: &Address, name: &SchemaName, connect_timeout: D
     let tables = tables(&mut transaction, name).await?;
     if tables.is_none() {
         first(&mut transaction, name).await?;
+    }
+    if tables.is_none_or(|tables| tables.version <= schema::VERSION) {
+        second(&mut transaction, name).await?;
     }
     let tables = self::tables(&mut transaction, name).await?;
     transaction.commit().await?;
@@ -83,7 +86,18 @@ async fn first(connection: &mut PgConnection, name: &SchemaName) -> Result<(), L
         .bind(schema::random::<32>()?.to_vec())
         .execute(&mut *connection)
         .await?;
-    sqlx::query(in_schema("INSERT INTO {s}.schema (version, compatible_from) VALUES ($1, $2)", name))
+    sqlx::raw_sql(in_schema("INSERT INTO {s}.schema (version, compatible_from) VALUES (1, 1)", name))
+        .execute(connection)
+        .await?;
+    Ok(())
+}
+
+/// Version 2: versions by triggers. Run with every migration, so that it also mends what was altered.
+async fn second(connection: &mut PgConnection, name: &SchemaName) -> Result<(), LedgerError> {
+    sqlx::raw_sql(in_schema(watch::TABLES, name)).execute(&mut *connection).await?;
+    sqlx::raw_sql(in_schema(watch::TRIGGERS, name)).execute(&mut *connection).await?;
+    sqlx::raw_sql(in_schema("SELECT {s}.restore_watch()", name)).execute(&mut *connection).await?;
+    sqlx::query(in_schema("INSERT INTO {s}.schema (version, compatible_from) VALUES ($1, $2) ON CONFLICT DO NOTHING", name))
         .bind(schema::VERSION)
         .bind(schema::COMPATIBLE_FROM)
         .execute(connection)
@@ -143,11 +157,14 @@ CREATE TABLE {s}.audit (
 const GRANTS: &str = "\
 -- For the role that `trustgate serve` connects as:
 GRANT USAGE ON SCHEMA {s} TO {serve};
-GRANT SELECT ON {s}.schema, {s}.meta, {s}.version, {s}.setting, {s}.trust, {s}.api_key, {s}.replica TO {serve};
+GRANT SELECT ON {s}.schema, {s}.meta, {s}.version, {s}.tx, {s}.change, {s}.setting, {s}.trust, {s}.api_key, {s}.replica
+    TO {serve};
 GRANT INSERT, UPDATE, DELETE ON {s}.replica TO {serve};
+GRANT EXECUTE ON FUNCTION {s}.restore_watch(), {s}.renew_incarnation(uuid), {s}.prune() TO {serve};
 -- For the role that `trustgate trust`, `key` and `cache clear` connect as (store.management_url):
 GRANT USAGE ON SCHEMA {s} TO {manage};
 GRANT SELECT ON {s}.schema, {s}.version, {s}.trust, {s}.api_key, {s}.replica TO {manage};
 GRANT INSERT, UPDATE, DELETE ON {s}.trust, {s}.api_key TO {manage};
-GRANT INSERT ON {s}.version, {s}.audit TO {manage};
+GRANT INSERT ON {s}.audit TO {manage};
+GRANT EXECUTE ON FUNCTION {s}.everything() TO {manage};
 ";

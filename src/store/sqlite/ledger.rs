@@ -13,7 +13,7 @@ use super::{
         place::describe_sqlite,
         rows, schema,
     },
-    NOW, connect, file, migrate,
+    NOW, connect, file, migrate, watch,
 };
 use crate::{
     clock::DatabaseTime,
@@ -152,17 +152,17 @@ impl Tables for SqliteTables {
         Ok(self.change(sqlx::query(AssertSqlSafe(sql)).bind(id.to_string())).await? == 1)
     }
 
-    async fn insert_version(&mut self, nonce: [u8; 16]) -> Result<i64, sqlx::Error> {
-        let sql = format!(
-            "INSERT INTO version (version, nonce, at) SELECT max(version) + 1, ?, {NOW} FROM version RETURNING version"
-        );
-        self.0.fetch_one(sqlx::query(AssertSqlSafe(sql)).bind(nonce.to_vec())).await?.try_get(0)
+    async fn change_everything(&mut self) -> Result<(), sqlx::Error> {
+        watch::everything(&mut self.0).await
     }
 
-    async fn replicas(&mut self, seconds: i64) -> Result<Vec<Replica>, sqlx::Error> {
-        let sql = format!("SELECT id, applied, seen_at FROM replica WHERE seen_at >= {NOW} - ? * 1000000 ORDER BY id");
-        let found = self.0.fetch_all(sqlx::query(AssertSqlSafe(sql)).bind(seconds)).await?;
-        found.iter().map(rows::replica).collect()
+    async fn newest(&mut self) -> Result<i64, sqlx::Error> {
+        self.0.fetch_one("SELECT max(version) FROM version").await?.try_get(0)
+    }
+
+    async fn replicas(&mut self) -> Result<Vec<Replica>, sqlx::Error> {
+        let sql = format!("SELECT id, name, applied, seen_at, until FROM replica WHERE until >= {NOW} ORDER BY id");
+        self.0.fetch_all(sqlx::query(AssertSqlSafe(sql))).await?.iter().map(rows::replica).collect()
     }
 
     async fn insert_audit(&mut self, actor: &Actor, entry: &AuditEntry) -> Result<(), sqlx::Error> {

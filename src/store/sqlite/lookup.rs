@@ -1,6 +1,6 @@
 //! The reads of checks on SQLite.
 
-use std::path::PathBuf;
+use std::{future, path::PathBuf};
 
 use sqlx::{AssertSqlSafe, Connection, SqliteConnection, sqlite::SqliteRow};
 use uuid::Uuid;
@@ -8,12 +8,14 @@ use uuid::Uuid;
 use super::{
     super::{
         LedgerError, Preset,
-        lookup::Missing,
+        lookup::{Missing, SignOfLife},
         place::describe_sqlite,
         pool::Connect,
         reader::{Dialect, Ours},
+        rows, schema,
     },
-    NOW, connect, file, is_missing, migrate,
+    BUSY_TIMEOUT, NOW, code, connect, file, is_busy, is_missing, migrate,
+    watch::{self, IN_FORCE},
 };
 use crate::record::{Digests, KeyId, Version};
 
@@ -31,6 +33,7 @@ pub(crate) struct Sqlite {
 pub(crate) struct Opened {
     connection: SqliteConnection,
     file: file::Identity,
+    writable: bool,
 }
 
 /// A statement and its values.
@@ -42,7 +45,9 @@ pub(crate) struct Query {
 enum Value {
     Text(String),
     Bytes(Vec<u8>),
-    Number(i64),
+    Number(Option<i64>),
+    /// Whether the connection can write.
+    Writable,
 }
 
 impl Query {
@@ -58,7 +63,9 @@ impl Connect for Sqlite {
 
     async fn connect(&self) -> Result<Opened, sqlx::Error> {
         let file = file::identity(&self.path)?;
-        Ok(Opened { connection: connect(&self.path).await?, file })
+        let mut connection = connect(&self.path).await?;
+        let writable = self.preset.is_none() && can_write(&mut connection).await?;
+        Ok(Opened { connection, file, writable })
     }
 
     async fn run(&self, opened: &mut Opened, query: &Query) -> Result<Vec<SqliteRow>, sqlx::Error> {
@@ -72,6 +79,7 @@ impl Connect for Sqlite {
                 Value::Text(text) => bound.bind(text.as_str()),
                 Value::Bytes(bytes) => bound.bind(bytes.as_slice()),
                 Value::Number(number) => bound.bind(*number),
+                Value::Writable => bound.bind(opened.writable),
             };
         }
         // To its end: an unfinished SELECT would pin the snapshot.
@@ -115,28 +123,69 @@ impl Dialect for Sqlite {
         }
     }
 
-    fn newest(&self) -> Query {
-        let sql = match self.preset {
-            None => own("false"),
-            Some(Preset::TrustTable) => trust_table("false"),
+    fn poll(&self, since: Option<Version>, echo: i64) -> Query {
+        let sql = match (self.preset, since) {
+            (None, Some(_)) => poll(),
+            (None, None) => poll_from_start(),
+            (Some(Preset::TrustTable), _) => trust_table_poll(),
         };
-        Query::new(sql, [])
+        let since = since.map(|since| since.0.cast_signed());
+        Query::new(sql, [Value::Number(Some(echo)), Value::Number(since), Value::Writable])
+    }
+
+    fn answered(error: &sqlx::Error) -> bool {
+        code(error).is_some_and(|code| !NO_ANSWER.contains(&code))
+    }
+
+    async fn listen(&self, _changed: &(dyn Fn() + Send + Sync)) -> sqlx::Error {
+        future::pending().await // SQLite tells nobody of another process's changes
+    }
+
+    async fn restore_watch(&self) -> Result<(), sqlx::Error> {
+        if self.preset.is_some() {
+            return Err(sqlx::Error::InvalidArgument("changes of a table of yours are not named".into()));
+        }
+        let mut connection = connect(&self.path).await?;
+        let mut transaction = connection.begin_with("BEGIN IMMEDIATE").await?;
+        watch::restore(&mut transaction).await?.map_err(sqlx::Error::InvalidArgument)?;
+        transaction.commit().await?;
+        connection.close().await
+    }
+
+    async fn renew_incarnation(&self, lost: Uuid) -> Result<(), sqlx::Error> {
+        if self.preset.is_some() {
+            return Ok(());
+        }
+        let mut connection = connect(&self.path).await?;
+        let mut transaction = connection.begin_with("BEGIN IMMEDIATE").await?;
+        migrate::begin_incarnation(&mut transaction, Some(lost)).await?;
+        transaction.commit().await?;
+        connection.close().await
     }
 
     fn ours(&self) -> Option<Ours<Query>> {
         self.preset.is_none().then(|| Ours {
             schema: Query::new(migrate::SCHEMA, []),
             redis_mac_key: Query::new("SELECT hex(value) FROM setting WHERE name = 'redis_mac_key'", []),
+            prune: Query::new(prune(), []),
         })
     }
 
-    fn report(&self, replica: Uuid, applied: Version) -> Query {
+    fn report(&self, sign: &SignOfLife) -> Query {
+        let SignOfLife { replica, name, applied, lasts } = sign;
         Query::new(
             format!(
-                "INSERT INTO replica (id, applied, seen_at) VALUES (?, ?, {NOW})
-                 ON CONFLICT (id) DO UPDATE SET applied = excluded.applied, seen_at = excluded.seen_at"
+                "INSERT INTO replica (id, name, applied, seen_at, until) VALUES (?1, ?2, ?3, {NOW}, {NOW} + ?4)
+                 ON CONFLICT (id) DO UPDATE SET name = excluded.name, applied = excluded.applied,
+                    seen_at = excluded.seen_at, until = excluded.until;
+                 DELETE FROM replica WHERE max(seen_at, until) < {NOW} - {DAY}"
             ),
-            [Value::Text(replica.to_string()), Value::Number(applied.0.cast_signed())],
+            [
+                Value::Text(replica.to_string()),
+                Value::Text(name.clone()),
+                Value::Number(Some(applied.0.cast_signed())),
+                Value::Number(Some(rows::micros(*lasts))),
+            ],
         )
     }
 
@@ -159,6 +208,126 @@ impl Dialect for Sqlite {
     }
 }
 
+/// Codes that say nothing of the database: it is locked, or cannot be reached or read at this moment. Every other error is
+/// an answer: it is no database, damaged, without our tables, closed to us.
+const NO_ANSWER: [u32; 8] = [
+    5,  // SQLITE_BUSY
+    6,  // SQLITE_LOCKED
+    7,  // SQLITE_NOMEM
+    9,  // SQLITE_INTERRUPT
+    10, // SQLITE_IOERR
+    13, // SQLITE_FULL
+    14, // SQLITE_CANTOPEN
+    15, // SQLITE_PROTOCOL: locks of the write-ahead log could not be had
+];
+const SQLITE_READONLY: u32 = 8;
+
+/// SQLite opens a file that it may not write for reading, without a word. Takes the write lock for a moment, and does not
+/// wait for it: who has to, could write.
+async fn can_write(connection: &mut SqliteConnection) -> Result<bool, sqlx::Error> {
+    let busy_timeout = BUSY_TIMEOUT.as_millis();
+    let attempt = sqlx::raw_sql("PRAGMA busy_timeout = 0; BEGIN IMMEDIATE; ROLLBACK").execute(&mut *connection).await;
+    let patient = format!("PRAGMA busy_timeout = {busy_timeout}");
+    sqlx::raw_sql(AssertSqlSafe(patient)).execute(connection).await?;
+    match attempt {
+        Ok(_) => Ok(true),
+        Err(error) if code(&error) == Some(SQLITE_READONLY) => Ok(false),
+        Err(error) if is_busy(&error) => Ok(true),
+        Err(error) => Err(error),
+    }
+}
+
+/// What was committed from version ?2 on, in the columns of [`rows::polled`]: first what there always is, then versions,
+/// then what they named. However much there is, it looks at a thousand versions and a thousand rows of each kind. Almost
+/// always there is nothing new: so without the temporary tables that would cost most of it.
+fn poll() -> String {
+    committed("", "?2", "?2")
+}
+
+/// The same for a replica that begins: from the first version of the last 15 minutes on, what that named included. Found
+/// once for the whole statement, since the clock goes on.
+fn poll_from_start() -> String {
+    let start = format!(
+        "WITH start AS MATERIALIZED (
+            SELECT coalesce(
+                (SELECT min(version) FROM version WHERE at >= {NOW} - {RECENT}), (SELECT max(version) FROM version)
+            ) AS version
+         )"
+    );
+    committed(&start, "(SELECT version FROM start)", "(SELECT version - 1 FROM start)")
+}
+
+/// Versions from `first` on and what was named after `known`, which are expressions.
+fn committed(with: &str, first: &str, known: &str) -> String {
+    const KINDS: &str = "(SELECT '*' AS kind UNION ALL SELECT 'absent' UNION ALL SELECT 'gone' UNION ALL SELECT 'key'
+            UNION ALL SELECT 'trust') k";
+    let too_many = format!(
+        "(SELECT c.version FROM change c WHERE c.kind = k.kind AND c.version > {known}
+            ORDER BY c.version LIMIT 1 OFFSET {EACH_MAX}) IS NOT NULL"
+    );
+    format!(
+        "{with}
+         SELECT ?1, CASE WHEN ?3 THEN 'primary' ELSE 'read-only' END, (SELECT min(version) FROM version),
+            v.version, hex(v.nonce), m.incarnation, 0, 0, {NOW}, {IN_FORCE}, v.at, NULL, NULL, NULL, NULL
+         FROM (SELECT version, nonce, at FROM version ORDER BY version DESC LIMIT 1) v CROSS JOIN meta m
+         UNION ALL
+         SELECT {NOTHING}, v.version, hex(v.nonce), NULL, NULL
+         FROM (SELECT version, nonce FROM version WHERE version >= {first} ORDER BY version DESC LIMIT {EACH_MAX}) v
+         UNION ALL
+         SELECT {NOTHING}, v.version, hex(v.nonce), NULL, NULL
+         FROM version v WHERE v.version = {first} AND (
+            SELECT version FROM version WHERE version >= {first} ORDER BY version LIMIT 1 OFFSET {EACH_MAX}
+         ) IS NOT NULL
+         UNION ALL
+         SELECT {NOTHING}, (SELECT max(c.version) FROM change c WHERE c.kind = k.kind), NULL, k.kind, NULL
+         FROM {KINDS} WHERE {too_many}
+         UNION ALL
+         SELECT {NOTHING}, c.version, NULL, c.kind, nullif(c.object, '')
+         FROM {KINDS} CROSS JOIN change c WHERE NOT {too_many} AND c.kind = k.kind AND c.version > {known}
+         UNION ALL
+         SELECT {NOTHING}, max(c.version), NULL, '*', NULL
+         FROM change c WHERE (SELECT max(version) FROM schema) > {version} AND c.version > {known}
+            AND c.kind NOT IN ('*', 'absent', 'gone', 'key', 'trust')
+         LIMIT {rows}",
+        version = schema::VERSION,
+        rows = rows::POLL_ROWS_MAX + 1,
+    )
+}
+
+/// The columns that only the first row has.
+const NOTHING: &str = "NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL";
+/// Rows of one kind that a poll takes one by one, and versions.
+const EACH_MAX: usize = 1_000;
+/// Longer than any value lives in Redis: 15 minutes in microseconds.
+const RECENT: i64 = 15 * MINUTE;
+/// A day in microseconds.
+const DAY: i64 = 24 * 60 * MINUTE;
+const MINUTE: i64 = 60_000_000;
+
+/// Deletes, of the oldest versions, up to a thousand whose successors are older than 20 minutes, then what they named. A
+/// poll from one of them on, should there be one, finds it gone, and relies on nothing older than the newest.
+fn prune() -> String {
+    format!(
+        "WITH
+         oldest AS MATERIALIZED (SELECT version, at FROM version ORDER BY version LIMIT {EACH_MAX} + 1),
+         recent AS (SELECT min(version) AS version FROM oldest WHERE at >= {NOW} - {OLD})
+         DELETE FROM version WHERE version < (
+            SELECT max(o.version) FROM oldest o CROSS JOIN recent r WHERE r.version IS NULL OR o.version < r.version
+         );
+         DELETE FROM change WHERE kind IN (
+            WITH RECURSIVE kinds (kind) AS (
+                SELECT min(kind) FROM change
+                UNION ALL
+                SELECT (SELECT min(c.kind) FROM change c WHERE c.kind > k.kind) FROM kinds k WHERE k.kind IS NOT NULL
+            )
+            SELECT kind FROM kinds WHERE kind IS NOT NULL
+         ) AND version < (SELECT min(version) FROM version)"
+    )
+}
+
+/// No poll asks for a version that was superseded this long ago: 20 minutes in microseconds.
+const OLD: i64 = 20 * MINUTE;
+
 /// The newest version and, where `condition` holds, a key with its trust: one statement, so one snapshot.
 fn own(condition: &str) -> String {
     format!(
@@ -178,5 +347,14 @@ fn trust_table(condition: &str) -> String {
             t.id, t.id, 1, t.api_key_hash, 0, '[]', '[]', NULL, NULL, NULL
          FROM (SELECT 1) v
          LEFT JOIN trust t ON t.api_key_hash IS NOT NULL AND {condition}"
+    )
+}
+
+/// The poll of such a table: that it is there, and no more.
+fn trust_table_poll() -> String {
+    format!(
+        "SELECT ?1, 'primary', 0, 0, '00000000000000000000000000000000', '00000000-0000-0000-0000-000000000000', 0, 0,
+            {NOW}, 0, 0, NULL, NULL, NULL, NULL
+         FROM (SELECT 1) v LEFT JOIN trust t ON false"
     )
 }

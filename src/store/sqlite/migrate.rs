@@ -6,8 +6,8 @@ use sqlx::{Connection, Row, SqliteConnection};
 use uuid::Uuid;
 
 use super::{
-    super::{LedgerError, place::describe_sqlite, schema},
-    NOW, connect, is_busy, is_missing,
+    super::{LedgerError, Missing, place::describe_sqlite, schema},
+    NOW, connect, file, is_busy, is_missing, watch,
 };
 
 /// The version of the tables, newest first.
@@ -36,20 +36,69 @@ const PAUSE: Duration = Duration::from_millis(20);
 
 async fn attempt(path: &Path) -> Result<(), LedgerError> {
     let mut connection = connect(path).await?;
-    let tables = tables(&mut connection).await?;
-    if !matches!(tables, Some(tables) if tables.version >= schema::VERSION) {
+    if !is_done(&mut connection).await? {
         // Kept in the file; readers then never wait for the writer.
         sqlx::raw_sql("PRAGMA journal_mode = WAL").execute(&mut connection).await?;
         let mut transaction = connection.begin_with("BEGIN IMMEDIATE").await?;
         // Somebody may have been faster.
-        if self::tables(&mut transaction).await?.is_none() {
-            first(&mut transaction).await?;
+        if !is_done(&mut transaction).await? {
+            match tables(&mut transaction).await? {
+                None => {
+                    first(&mut transaction).await?;
+                    second(&mut transaction).await?;
+                }
+                Some(schema::Tables { version: 1, .. }) => second(&mut transaction).await?,
+                Some(_) => {}
+            }
+            watch::install(&mut transaction).await?.map_err(|problem| unwatched(path, &problem))?;
         }
         transaction.commit().await?;
     }
     let tables = self::tables(&mut connection).await?;
     connection.close().await?;
     schema::check(tables, &describe_sqlite(path))
+}
+
+/// Whether there is nothing to do: the tables are of this release and every change is named, or they are of a newer one.
+async fn is_done(connection: &mut SqliteConnection) -> Result<bool, sqlx::Error> {
+    match tables(connection).await? {
+        Some(tables) if tables.version == schema::VERSION => watch::in_force(connection).await,
+        tables => Ok(tables.is_some_and(|tables| tables.version > schema::VERSION)),
+    }
+}
+
+fn unwatched(path: &Path, problem: &str) -> LedgerError {
+    LedgerError::Schema(format!("{}: {problem}", describe_sqlite(path)))
+}
+
+/// Begins a new history, for a database that was put back from a copy: no replica uses what it knows of the old one.
+///
+/// # Errors
+/// [`LedgerError::NoDatabase`], [`LedgerError::Schema`], or the database failed.
+pub(crate) async fn new_incarnation(path: &Path) -> Result<(), LedgerError> {
+    file::prepare(path, Missing::Refuse)?;
+    let mut connection = connect(path).await?;
+    let mut transaction = connection.begin_with("BEGIN IMMEDIATE").await?;
+    schema::check(tables(&mut transaction).await?, &describe_sqlite(path))?;
+    begin_incarnation(&mut transaction, None).await?;
+    transaction.commit().await?;
+    Ok(connection.close().await?)
+}
+
+/// Writes a new incarnation, only over `lost` if that is given, and draws a version "everything" with it.
+pub(super) async fn begin_incarnation(
+    connection: &mut SqliteConnection,
+    lost: Option<Uuid>,
+) -> Result<(), sqlx::Error> {
+    let written = sqlx::query("UPDATE meta SET incarnation = ?1 WHERE incarnation = ?2 OR ?2 IS NULL")
+        .bind(Uuid::new_v4().to_string())
+        .bind(lost.map(|lost| lost.to_string()))
+        .execute(&mut *connection)
+        .await?;
+    if written.rows_affected() > 0 {
+        watch::everything(connection).await?;
+    }
+    Ok(())
 }
 
 /// The version of the tables, or `None` where there are none.
@@ -79,12 +128,23 @@ async fn first(connection: &mut SqliteConnection) -> Result<(), LedgerError> {
         .bind(schema::random::<32>()?.to_vec())
         .execute(&mut *connection)
         .await?;
+    Ok(note(connection, 1).await?)
+}
+
+/// Version 2: what the watch needs beside its triggers, and how long a replica's sign of life counts.
+async fn second(connection: &mut SqliteConnection) -> Result<(), sqlx::Error> {
+    sqlx::raw_sql(SECOND).execute(&mut *connection).await?;
+    note(connection, 2).await
+}
+
+/// That the tables are of `version` now.
+async fn note(connection: &mut SqliteConnection, version: i64) -> Result<(), sqlx::Error> {
     sqlx::query(sqlx::AssertSqlSafe(format!("INSERT INTO schema (version, compatible_from, at) VALUES (?, ?, {NOW})")))
-        .bind(schema::VERSION)
+        .bind(version)
         .bind(schema::COMPATIBLE_FROM)
         .execute(connection)
-        .await?;
-    Ok(())
+        .await
+        .map(drop)
 }
 
 /// Times are microseconds since the Unix epoch, ids UUIDs with hyphens in small letters, lists JSON.
@@ -128,4 +188,10 @@ CREATE TABLE audit (
     id INTEGER PRIMARY KEY AUTOINCREMENT, at INTEGER NOT NULL, actor TEXT NOT NULL, action TEXT NOT NULL,
     object TEXT NOT NULL, before TEXT, after TEXT
 ) STRICT;
+";
+
+const SECOND: &str = "
+ALTER TABLE meta ADD COLUMN fingerprint INTEGER;
+ALTER TABLE replica ADD COLUMN name TEXT NOT NULL DEFAULT '';
+ALTER TABLE replica ADD COLUMN until INTEGER NOT NULL DEFAULT 0;
 ";

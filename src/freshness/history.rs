@@ -1,0 +1,225 @@
+//! What a replica knows of the store's history: the version it has applied, and the nonces by which a version is known.
+//!
+//! State without I/O. Decides what a poll's answer means; what that changes for checks is the lease's.
+
+use std::{collections::VecDeque, time::Duration};
+
+use crate::{
+    clock::Moment,
+    record::{Dated, Lineage, Nonce, Version},
+    store::Polled,
+};
+
+/// How long the nonce of a version is kept after a newer one came: longer than any value lives in Redis.
+const NONCES_KEPT: Duration = Duration::from_mins(20);
+/// Nonces kept, at most. Values of older versions are read again.
+const NONCES_MAX: usize = 100_000;
+
+/// The history of one view. Empty until its first poll.
+#[derive(Debug, Default)]
+pub struct History {
+    lineage: Lineage,
+    /// In order, the version applied last; never empty once begun.
+    known: VecDeque<Known>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Known {
+    version: Version,
+    nonce: Nonce,
+    /// When it was first seen.
+    seen: Moment,
+}
+
+/// What a poll's answer means.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Step {
+    /// The history goes on where it was left: what the versions after it named is to be applied.
+    Follow,
+    /// It goes on, but what happened in between is not known in full: everything read before the newest version is out
+    /// of date.
+    Jump,
+    /// It is another one, or a part of it is gone.
+    Lost,
+}
+
+/// Whether a value belongs to the history.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// It was read at a version that is known.
+    Known,
+    /// It was read at a version that no poll has confirmed yet.
+    Ahead,
+    /// It was read in another history, or at a version that is not known any more.
+    Foreign,
+}
+
+impl History {
+    /// Whether there was a poll.
+    #[must_use]
+    pub fn is_begun(&self) -> bool {
+        !self.known.is_empty()
+    }
+
+    /// Which history it is.
+    #[must_use]
+    pub const fn lineage(&self) -> Lineage {
+        self.lineage
+    }
+
+    /// The version applied; 0 before the first poll.
+    #[must_use]
+    pub fn applied(&self) -> Version {
+        self.known.back().map_or(Version(0), |known| known.version)
+    }
+
+    /// What `polled`, asked for from the version applied, means.
+    #[must_use]
+    pub fn judge(&self, polled: &Polled) -> Step {
+        let Some(applied) = self.known.back() else { return Step::Follow };
+        let newest = &polled.newest;
+        if newest.lineage != self.lineage || newest.as_of < applied.version {
+            return Step::Lost;
+        }
+        let same = polled.versions.iter().find(|(version, _)| *version == applied.version);
+        match same {
+            Some((_, nonce)) if *nonce != applied.nonce => Step::Lost,
+            Some(_) if polled.complete => Step::Follow,
+            Some(_) => Step::Jump,
+            // Pruned away, unless an older version is still there: pruning takes the oldest.
+            None if polled.oldest > applied.version => Step::Jump,
+            None => Step::Lost,
+        }
+    }
+
+    /// Takes in the versions that `polled` names. What they changed has been applied already.
+    pub fn advance(&mut self, polled: &Polled) {
+        let newest = &polled.newest;
+        self.lineage = newest.lineage;
+        for (version, nonce) in polled.versions.iter().copied().chain([(newest.as_of, newest.nonce)]) {
+            if !self.is_begun() || version > self.applied() {
+                self.known.push_back(Known { version, nonce, seen: newest.sent_at });
+            }
+        }
+        // A version was newest until its successor was seen; the one applied stays whatever its age.
+        while let Some(next) = self.known.get(1)
+            && (newest.sent_at.since(next.seen) > NONCES_KEPT || self.known.len() > NONCES_MAX)
+        {
+            self.known.pop_front();
+        }
+    }
+
+    /// Where a value belongs.
+    #[must_use]
+    pub fn place<T>(&self, value: &Dated<T>) -> Place {
+        if !self.is_begun() || value.lineage != self.lineage {
+            return Place::Foreign;
+        }
+        if value.as_of > self.applied() {
+            return Place::Ahead;
+        }
+        let found = self.known.binary_search_by_key(&value.as_of, |known| known.version);
+        match found.ok().and_then(|index| self.known.get(index)) {
+            Some(known) if known.nonce == value.nonce => Place::Known,
+            _ => Place::Foreign,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::clock::DatabaseTime;
+
+    fn dated(version: u64, nonce: u8) -> Dated<()> {
+        Dated {
+            value: (),
+            as_of: Version(version),
+            nonce: Nonce([nonce; 16]),
+            lineage: Lineage { system: 1, ..Lineage::default() },
+            read_at: DatabaseTime::from_micros(0),
+            sent_at: Moment::from_nanos(0),
+        }
+    }
+
+    /// An answer with these versions (number and nonce), the last of them the newest.
+    fn polled(versions: &[(u64, u8)]) -> Polled {
+        let (version, nonce) = *versions.last().unwrap();
+        Polled {
+            newest: dated(version, nonce),
+            stamped_at: DatabaseTime::from_micros(0),
+            oldest: Version(1),
+            watched: true,
+            versions: versions.iter().map(|(version, nonce)| (Version(*version), Nonce([*nonce; 16]))).collect(),
+            changes: Vec::new(),
+            complete: true,
+        }
+    }
+
+    fn begun() -> History {
+        let mut history = History::default();
+        history.advance(&polled(&[(5, 5), (6, 6)]));
+        history
+    }
+
+    #[test]
+    fn history_goes_on_only_from_the_version_applied_with_its_own_nonce() {
+        let history = begun();
+        let other = |change: fn(&mut Polled), versions| {
+            let mut polled = polled(versions);
+            change(&mut polled);
+            polled
+        };
+        for (polled, step) in [
+            (polled(&[(6, 6)]), Step::Follow),
+            (polled(&[(6, 6), (9, 9)]), Step::Follow),
+            (polled(&[(6, 7)]), Step::Lost),
+            (polled(&[(6, 7), (9, 9)]), Step::Lost),
+            (polled(&[(5, 5)]), Step::Lost),
+            (polled(&[(9, 9)]), Step::Lost),
+            (other(|polled| polled.oldest = Version(7), &[(9, 9)]), Step::Jump),
+            (other(|polled| polled.complete = false, &[(6, 6), (9, 9)]), Step::Jump),
+            (other(|polled| polled.newest.lineage.timeline = 2, &[(6, 6), (9, 9)]), Step::Lost),
+        ] {
+            assert_eq!(history.judge(&polled), step, "{polled:?}");
+        }
+    }
+
+    #[test]
+    fn a_value_is_placed_by_number_and_nonce() {
+        let mut history = begun();
+        history.advance(&polled(&[(6, 6), (8, 8), (9, 9)]));
+        assert_eq!(history.applied(), Version(9));
+        for (value, place) in [
+            (dated(4, 4), Place::Foreign),
+            (dated(5, 5), Place::Known),
+            (dated(6, 6), Place::Known),
+            (dated(6, 7), Place::Foreign),
+            (dated(7, 7), Place::Foreign),
+            (dated(9, 9), Place::Known),
+            (dated(10, 1), Place::Ahead),
+            (Dated { lineage: Lineage::default(), ..dated(9, 9) }, Place::Foreign),
+        ] {
+            assert_eq!(history.place(&value), place, "{value:?}");
+        }
+        assert_eq!(History::default().place(&dated(1, 1)), Place::Foreign);
+    }
+
+    #[test]
+    fn nonces_are_forgotten_when_no_value_can_be_of_their_time_but_never_the_one_applied() {
+        let mut history = begun();
+        let at = |after: Duration, versions: &[(u64, u8)]| {
+            let mut polled = polled(versions);
+            polled.newest.sent_at = Moment::from_nanos(0).after(after);
+            polled
+        };
+        history.advance(&at(NONCES_KEPT, &[(6, 6), (7, 7)]));
+        assert_eq!(history.place(&dated(5, 5)), Place::Known);
+        history.advance(&at(NONCES_KEPT * 2, &[(7, 7)]));
+        assert_eq!(history.place(&dated(5, 5)), Place::Foreign);
+        assert_eq!(history.place(&dated(6, 6)), Place::Known, "it was the newest until 20 minutes ago");
+        history.advance(&at(NONCES_KEPT * 9, &[(7, 7)]));
+        assert_eq!(history.place(&dated(6, 6)), Place::Foreign);
+        assert_eq!(history.place(&dated(7, 7)), Place::Known);
+    }
+}

@@ -1,0 +1,263 @@
+//! What checks read of a view while the poll writes it: the lease, the floors and the stripes.
+//!
+//! A poll raises stripes and floors first and the lease last; a check loads the lease first and the stripes last. So a
+//! check that sees a lease sees every change that was committed before that lease began. No I/O, no clock, no lock.
+
+use std::{
+    sync::atomic::{AtomicBool, AtomicU64, Ordering},
+    time::Duration,
+};
+
+use crate::{
+    clock::Moment,
+    record::{Change, ChangeKind, Version},
+};
+
+/// For how long a replica may rely on what it holds.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// After the start of the last poll that was answered.
+    pub lease: Duration,
+    /// And this much longer while polls get no answer at all.
+    pub stale: Duration,
+}
+
+/// What a lease is worth at a moment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Standing {
+    /// What is held may be relied on.
+    Fresh,
+    /// The database does not answer: records that were held as good may still be granted, absences may not be told.
+    Stale,
+    /// Nothing that is held may be relied on.
+    Lapsed,
+}
+
+/// The lease of a view and what it covers. Within a view everything here only rises; the lease may also be dropped.
+#[derive(Debug)]
+pub struct Lease {
+    /// The moment it began, in nanoseconds of the boot clock, plus one; 0: never.
+    start: AtomicU64,
+    /// Whether the last poll got no answer, as opposed to one that could not be applied.
+    unanswered: AtomicBool,
+    keys: AtomicU64,
+    trusts: AtomicU64,
+    absences: AtomicU64,
+    named_records: Stripes,
+    named_absences: Stripes,
+}
+
+/// The newest version that named one of the objects that share a stripe.
+#[derive(Debug)]
+struct Stripes(Box<[AtomicU64]>);
+
+/// Stripes of each sort. Objects that share one cost each other a read of the store, never a wrong answer.
+const STRIPES: usize = 1 << 16;
+
+/// The stripe of an object, by the bytes of its id or digest.
+#[must_use]
+pub fn stripe(object: &[u8]) -> u16 {
+    // Ids and digests are random in most of their bytes: folding and one multiplication spread them.
+    let (words, rest) = object.as_chunks::<8>();
+    let folded = words.iter().fold(0, |folded: u64, word| folded.rotate_left(23) ^ u64::from_le_bytes(*word));
+    let folded = rest.iter().fold(folded, |folded, byte| folded.rotate_left(8) ^ u64::from(*byte));
+    let spread = folded.wrapping_mul(0x9E37_79B9_7F4A_7C15); // 2^64 divided by the golden ratio
+    u16::try_from(spread >> 48).unwrap_or(0) // 16 bits are left
+}
+
+impl Stripes {
+    fn new() -> Self {
+        Self((0..STRIPES).map(|_| AtomicU64::new(0)).collect())
+    }
+
+    fn raise(&self, stripe: u16, version: Version) {
+        self.0[usize::from(stripe)].fetch_max(version.0, Ordering::Relaxed);
+    }
+
+    fn at(&self, stripe: u16) -> Version {
+        Version(self.0[usize::from(stripe)].load(Ordering::Relaxed))
+    }
+}
+
+impl Default for Lease {
+    fn default() -> Self {
+        Self {
+            start: AtomicU64::new(0),
+            unanswered: AtomicBool::new(false),
+            keys: AtomicU64::new(0),
+            trusts: AtomicU64::new(0),
+            absences: AtomicU64::new(0),
+            named_records: Stripes::new(),
+            named_absences: Stripes::new(),
+        }
+    }
+}
+
+impl Lease {
+    // === what a check does ===
+
+    /// What the lease is worth at `now`. A check calls it before it looks at any value.
+    #[must_use]
+    pub fn standing(&self, now: Moment, limits: Limits) -> Standing {
+        let Some(start) = self.start() else { return Standing::Lapsed };
+        let age = now.since(start);
+        if age <= limits.lease {
+            Standing::Fresh
+        } else if age <= limits.lease.saturating_add(limits.stale) && self.unanswered.load(Ordering::Relaxed) {
+            Standing::Stale
+        } else {
+            Standing::Lapsed
+        }
+    }
+
+    /// When the lease began, if there is one.
+    #[must_use]
+    pub fn start(&self) -> Option<Moment> {
+        self.start.load(Ordering::Acquire).checked_sub(1).map(Moment::from_nanos)
+    }
+
+    /// Whether no change that was applied concerns a record read at `as_of` and made of the objects of these stripes.
+    #[must_use]
+    pub fn covers_record(&self, as_of: Version, mut stripes: impl Iterator<Item = u16>) -> bool {
+        let floor = self.keys.load(Ordering::Relaxed).max(self.trusts.load(Ordering::Relaxed));
+        as_of.0 >= floor && stripes.all(|stripe| as_of >= self.named_records.at(stripe))
+    }
+
+    /// Whether no change that was applied concerns an absence read at `as_of` that was looked for under the digests of
+    /// these stripes.
+    #[must_use]
+    pub fn covers_absence(&self, as_of: Version, stripes: &[u16]) -> bool {
+        as_of.0 >= self.absences.load(Ordering::Relaxed)
+            && stripes.iter().all(|stripe| as_of >= self.named_absences.at(*stripe))
+    }
+
+    // === what a poll does, in this order ===
+
+    /// Makes what `change` names at `version` out of date.
+    pub fn apply(&self, version: Version, change: &Change) {
+        match change {
+            Change::Key(id) => self.named_records.raise(stripe(id.0.as_bytes()), version),
+            Change::Trust(id) => self.named_records.raise(stripe(id.0.as_bytes()), version),
+            Change::Absent(digest) => self.named_absences.raise(stripe(digest.as_bytes()), version),
+            Change::Gone(_) | Change::Whole(ChangeKind::Gone) => {}
+            Change::Whole(ChangeKind::Keys) => raise(&self.keys, version),
+            Change::Whole(ChangeKind::Trusts) => raise(&self.trusts, version),
+            Change::Whole(ChangeKind::Absences) => raise(&self.absences, version),
+            Change::Everything => self.apply_everything(version),
+        }
+    }
+
+    /// Makes everything that was read before `version` out of date.
+    pub fn apply_everything(&self, version: Version) {
+        for floor in [&self.keys, &self.trusts, &self.absences] {
+            raise(floor, version);
+        }
+    }
+
+    /// Lets the lease begin at `sent`, when the poll that confirmed it was sent. Everything that poll found has been
+    /// applied.
+    pub fn begin(&self, sent: Moment) {
+        self.unanswered.store(false, Ordering::Relaxed);
+        // Release: whoever sees this lease sees the stripes and floors raised before it.
+        self.start.fetch_max(sent.nanos().saturating_add(1), Ordering::Release);
+    }
+
+    /// A poll got no answer: the lease runs on to its end, and the stale time after it.
+    pub fn note_unanswered(&self) {
+        self.unanswered.store(true, Ordering::Relaxed);
+    }
+
+    /// A poll was answered, but the answer could not be applied: the lease runs on to its end and no further.
+    pub fn note_unusable(&self) {
+        self.unanswered.store(false, Ordering::Relaxed);
+    }
+
+    /// Ends the lease at once.
+    pub fn end(&self) {
+        self.unanswered.store(false, Ordering::Relaxed);
+        self.start.store(0, Ordering::Release);
+    }
+
+    /// Whether polls get no answer at all.
+    #[must_use]
+    pub fn is_unanswered(&self) -> bool {
+        self.unanswered.load(Ordering::Relaxed)
+    }
+}
+
+fn raise(floor: &AtomicU64, version: Version) {
+    floor.fetch_max(version.0, Ordering::Relaxed);
+}
+
+#[cfg(test)]
+mod tests {
+    use uuid::Uuid;
+
+    use super::*;
+    use crate::record::{ApiKeyDigest, KeyId, TrustId};
+
+    const LIMITS: Limits = Limits { lease: Duration::from_nanos(100), stale: Duration::from_nanos(1_000) };
+
+    fn at(nanos: u64) -> Moment {
+        Moment::from_nanos(nanos)
+    }
+
+    #[test]
+    fn a_lease_lasts_from_the_sending_of_its_poll_and_longer_only_without_any_answer() {
+        let lease = Lease::default();
+        assert_eq!(lease.standing(at(0), LIMITS), Standing::Lapsed, "never begun");
+        lease.note_unanswered();
+        assert_eq!(lease.standing(at(0), LIMITS), Standing::Lapsed, "nothing was ever confirmed");
+        lease.begin(at(0));
+        assert_eq!(lease.standing(at(100), LIMITS), Standing::Fresh);
+        assert_eq!(lease.standing(at(101), LIMITS), Standing::Lapsed, "the poll was answered");
+        lease.note_unanswered();
+        assert_eq!(lease.standing(at(101), LIMITS), Standing::Stale);
+        assert_eq!(lease.standing(at(1_100), LIMITS), Standing::Stale);
+        assert_eq!(lease.standing(at(1_101), LIMITS), Standing::Lapsed);
+        lease.note_unusable();
+        assert_eq!(lease.standing(at(101), LIMITS), Standing::Lapsed, "an answer that confirms nothing");
+        lease.begin(at(500));
+        lease.begin(at(400));
+        assert_eq!(lease.start(), Some(at(500)), "it never goes back");
+        lease.end();
+        assert_eq!(lease.standing(at(500), LIMITS), Standing::Lapsed);
+    }
+
+    #[test]
+    fn a_change_makes_out_of_date_what_it_names_and_nothing_else() {
+        let (key, trust) = (Uuid::from_u128(0xA1), Uuid::from_u128(0xB2));
+        let digest = ApiKeyDigest::from_bytes([7; 32]);
+        let covered = |change: &Change, as_of: u64| {
+            let lease = Lease::default();
+            lease.apply(Version(5), change);
+            let record = lease.covers_record(Version(as_of), [key, trust].iter().map(|id| stripe(id.as_bytes())));
+            (record, lease.covers_absence(Version(as_of), &[stripe(digest.as_bytes())]))
+        };
+        for (change, record, absence) in [
+            (Change::Key(KeyId(key)), false, true),
+            (Change::Key(KeyId(Uuid::from_u128(3))), true, true),
+            (Change::Trust(TrustId(trust)), false, true),
+            (Change::Absent(digest), true, false),
+            (Change::Absent(ApiKeyDigest::from_bytes([8; 32])), true, true),
+            (Change::Gone(digest), true, true),
+            (Change::Whole(ChangeKind::Keys), false, true),
+            (Change::Whole(ChangeKind::Trusts), false, true),
+            (Change::Whole(ChangeKind::Absences), true, false),
+            (Change::Everything, false, false),
+        ] {
+            assert_eq!(covered(&change, 4), (record, absence), "{change:?}");
+            assert_eq!(covered(&change, 5), (true, true), "{change:?}: read at the version that named it");
+        }
+    }
+
+    #[test]
+    fn stripes_spread_ids_that_differ_little() {
+        let mut seen = std::collections::HashSet::new();
+        for id in 0..1_000_u128 {
+            seen.insert(stripe(Uuid::from_u128(id << 64 | 0x7000_0000_0000_0000).as_bytes()));
+            seen.insert(stripe(Uuid::from_u128(id).as_bytes()));
+        }
+        assert!(seen.len() > 1_900, "{}", seen.len());
+    }
+}

@@ -1,0 +1,148 @@
+//! Digests that this replica saw revoked, deleted or replaced. A history that is lost does not make them good again.
+//!
+//! Best effort, in one replica's memory. Never grants anything, and says nothing while history goes on.
+
+use std::{
+    collections::{HashMap, VecDeque},
+    sync::{
+        Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+    },
+    time::Duration,
+};
+
+use crate::{
+    clock::Moment,
+    record::{ApiKeyDigest, Change, ChangeKind},
+};
+
+/// How long a digest is remembered.
+const KEPT: Duration = Duration::from_hours(24);
+/// Digests remembered, at most; the oldest go first.
+const DIGESTS_MAX: usize = 100_000;
+
+/// What was revoked here.
+#[derive(Debug, Default)]
+pub struct Revoked {
+    digests: Mutex<Digests>,
+    /// How many of them bind: nothing is looked up while there are none.
+    binding: AtomicUsize,
+}
+
+#[derive(Debug, Default)]
+struct Digests {
+    /// Each with when it was seen, and whether the history in which it was seen is lost.
+    seen: HashMap<ApiKeyDigest, (Moment, bool)>,
+    order: VecDeque<(Moment, ApiKeyDigest)>,
+}
+
+impl Revoked {
+    /// Takes note of changes of the present history.
+    pub fn note<'c>(&self, changes: impl Iterator<Item = &'c Change>, now: Moment) {
+        let mut digests = self.lock();
+        for change in changes {
+            match change {
+                Change::Gone(digest) => {
+                    digests.seen.insert(*digest, (now, false));
+                    digests.order.push_back((now, *digest));
+                    digests.forget(now);
+                }
+                // The present history has spoken of it: what an earlier one said no longer counts.
+                Change::Absent(digest) => drop(digests.seen.remove(digest)),
+                Change::Whole(ChangeKind::Absences | ChangeKind::Gone) => digests.seen.retain(|_, (_, lost)| !*lost),
+                _ => {}
+            }
+        }
+        if self.binding.load(Ordering::Relaxed) > 0 {
+            self.count(&digests);
+        }
+    }
+
+    /// History was lost: from now on what was seen in it binds.
+    pub fn bind(&self) {
+        let mut digests = self.lock();
+        for (_, lost) in digests.seen.values_mut() {
+            *lost = true;
+        }
+        self.count(&digests);
+    }
+
+    /// Whether a value of the present history may not be granted although it is good there.
+    #[must_use]
+    pub fn binds(&self, digest: &ApiKeyDigest) -> bool {
+        self.binding.load(Ordering::Acquire) > 0 && self.lock().seen.get(digest).is_some_and(|(_, lost)| *lost)
+    }
+
+    /// Whether a value of a history that no poll has seen yet may not be granted although it is good there.
+    #[must_use]
+    pub fn binds_elsewhere(&self, digest: &ApiKeyDigest) -> bool {
+        self.lock().seen.contains_key(digest)
+    }
+
+    fn count(&self, digests: &Digests) {
+        self.binding.store(digests.seen.values().filter(|(_, lost)| *lost).count(), Ordering::Release);
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Digests> {
+        // Every change is whole at every moment.
+        self.digests.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Digests {
+    fn forget(&mut self, now: Moment) {
+        while let Some((at, digest)) = self.order.front().copied()
+            && (self.order.len() > DIGESTS_MAX || now.since(at) > KEPT)
+        {
+            self.order.pop_front();
+            if self.seen.get(&digest).is_some_and(|(seen, _)| *seen == at) {
+                self.seen.remove(&digest);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_revoked_binds_after_history_is_lost_until_the_new_one_speaks_of_it() {
+        let revoked = Revoked::default();
+        let [one, other] = [1, 2].map(|byte| ApiKeyDigest::from_bytes([byte; 32]));
+        let now = Moment::from_nanos(1);
+        revoked.note([Change::Gone(one)].iter(), now);
+        assert!(!revoked.binds(&one), "the present history says it itself");
+        assert!(revoked.binds_elsewhere(&one));
+        revoked.bind();
+        revoked.note([Change::Gone(other)].iter(), now);
+        assert!(revoked.binds(&one) && !revoked.binds(&other));
+        revoked.note([Change::Everything].iter(), now);
+        assert!(revoked.binds(&one), "everything is not this digest");
+        revoked.note([Change::Absent(one)].iter(), now);
+        assert!(!revoked.binds(&one) && revoked.binds_elsewhere(&other));
+        revoked.bind();
+        revoked.note([Change::Whole(ChangeKind::Absences)].iter(), now);
+        assert!(!revoked.binds(&other));
+    }
+
+    #[test]
+    fn the_oldest_are_forgotten() {
+        let revoked = Revoked::default();
+        let digest = |n: usize| {
+            let mut bytes = [0; 32];
+            bytes[..8].copy_from_slice(&n.to_be_bytes());
+            ApiKeyDigest::from_bytes(bytes)
+        };
+        for n in 0..=DIGESTS_MAX {
+            let mut digests = revoked.lock();
+            let now = Moment::from_nanos(1);
+            digests.seen.insert(digest(n), (now, false));
+            digests.order.push_back((now, digest(n)));
+            digests.forget(now);
+        }
+        assert!(!revoked.binds_elsewhere(&digest(0)) && revoked.binds_elsewhere(&digest(1)));
+        revoked.note([Change::Gone(digest(0))].iter(), Moment::from_nanos(0).after(KEPT * 2));
+        assert!(!revoked.binds_elsewhere(&digest(1)) && revoked.binds_elsewhere(&digest(0)));
+    }
+}
