@@ -38,6 +38,7 @@ use crate::{
     fault::{Fault, Tier},
     freshness::{
         Views,
+        deny::{DenyList, DenyMetrics, shared::SharedList},
         poll::{Poll, PollMetrics},
     },
     metrics::{self, IntGaugeVec, Opts, Registry, register},
@@ -73,6 +74,12 @@ pub enum AppError {
     SecretFile {
         /// The setting that names it.
         setting: &'static str,
+        /// What is wrong with it.
+        source: io::Error,
+    },
+    /// The file of the deny list cannot be read.
+    #[error("freshness.deny_file: {source}")]
+    DenyFile {
         /// What is wrong with it.
         source: io::Error,
     },
@@ -159,6 +166,11 @@ impl AppBuilder {
         let breakers = breaker_gauges(&registry)?;
         let l2 = start_redis(&config, &registry, &breakers, &clock, &stop, (&mut parts, &io.handle()))?;
         let mac_key = l2.as_ref().map(|(_, mac_key)| Arc::clone(mac_key));
+        let shared_denials = l2.as_ref().map(|(redis, mac_key)| SharedList::new(redis.clone(), Arc::clone(mac_key)));
+        let denials = DenyList::open(config.freshness.deny_file.clone(), DenyMetrics::register(&registry)?)
+            .map_err(|source| AppError::DenyFile { source })?;
+        let denials = Arc::new(denials);
+        parts.spawn_on(keep_denials(Arc::clone(&denials), shared_denials, &views, &clock, &stop), &io.handle());
         let tiers = cache::Parts {
             store: Arc::clone(&source) as _,
             l2: l2.map(|(redis, mac_key)| L2::new(redis, mac_key)),
@@ -170,7 +182,7 @@ impl AppBuilder {
             settings: config.cache.clone(),
         };
         let cache = Arc::new(Cache::new(tiers, &registry, &breakers)?);
-        let checker = Arc::new(Checker::new(check_parts(&config, &cache, &views, &clock)?, &registry)?);
+        let checker = Arc::new(Checker::new(check_parts(&config, &cache, &views, &clock, denials)?, &registry)?);
 
         let poll_metrics = PollMetrics::register(&registry)?;
         let fresh = watch::Sender::new(false);
@@ -508,6 +520,21 @@ fn start_redis(
     Ok(Some((redis, mac_key)))
 }
 
+/// Keeps the deny list as its sources have it.
+fn keep_denials(
+    denials: Arc<DenyList>,
+    shared: Option<SharedList>,
+    views: &Arc<Views>,
+    clock: &Arc<dyn Clock>,
+    stop: &CancellationToken,
+) -> impl Future<Output = Result<(), AppError>> + Send + use<> {
+    let (views, clock, stop) = (Arc::clone(views), Arc::clone(clock), stop.clone());
+    async move {
+        denials.run(shared, &|| views.database_clock.at(clock.now()), stop).await;
+        Ok(())
+    }
+}
+
 /// 32 bytes, or 64 hexadecimal digits.
 fn read_mac_key(file: &Path) -> io::Result<[u8; 32]> {
     let bytes = fs::read(file)?;
@@ -560,6 +587,7 @@ fn check_parts(
     cache: &Arc<Cache<ApiKey>>,
     views: &Arc<Views>,
     clock: &Arc<dyn Clock>,
+    denials: Arc<DenyList>,
 ) -> Result<check::Parts, AppError> {
     Ok(check::Parts {
         decision: config.decision.clone(),
@@ -573,6 +601,7 @@ fn check_parts(
         hasher: hasher(config)?,
         cache: Arc::clone(cache),
         views: Arc::clone(views),
+        denials,
         clock: Arc::clone(clock),
     })
 }

@@ -24,7 +24,7 @@ use crate::{
     decision::{Decision, DenyReason, decide},
     demand::{Demands, Freshness, is_preflight},
     fault::Fault,
-    freshness::{View as History, Views, lease::Standing},
+    freshness::{View as History, Views, deny::DenyList, lease::Standing},
     metrics::{Histogram, HistogramOpts, IntCounter, IntCounterVec, Opts, Registry, SHORT_SECONDS, register},
     record::ApiKeyDigest,
     wire::{
@@ -78,6 +78,8 @@ pub struct Parts {
     pub cache: Arc<Cache<ApiKey>>,
     /// What this replica knows of the store's history.
     pub views: Arc<Views>,
+    /// What is denied whatever the store says.
+    pub denials: Arc<DenyList>,
     /// The time.
     pub clock: Arc<dyn Clock>,
 }
@@ -207,6 +209,9 @@ impl Checker {
         let now = views.database_clock.at(now).ok_or(Fault::Unconfirmed)?;
         let decision = decide(held.value(), demands, now);
         let Some(record) = held.value().filter(|_| matches!(decision, Decision::Allow(_))) else { return Ok(decision) };
+        if self.parts.denials.denies(digest, record, now) {
+            return Ok(Decision::Deny(DenyReason::DenyListed));
+        }
         // What was revoked in a history that was lost stays so, until the present one speaks of it.
         let elsewhere = held.epoch() != Some(history.epoch()) && held.dated().lineage != history.lineage();
         let is_bound = [digest, &record.digest]

@@ -6,6 +6,8 @@
 mod answer;
 mod args;
 mod commands;
+mod deny;
+mod effect;
 mod error;
 mod key;
 mod stdin;

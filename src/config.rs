@@ -122,6 +122,8 @@ pub enum Purpose {
     Serve,
     /// Changing trusts and keys. Redis is none of this process's business.
     Manage,
+    /// Changing the deny list in Redis. The database is needed only where it holds the key of the MAC.
+    Deny,
     /// Finding every mistake.
     Check,
 }

@@ -80,6 +80,8 @@ reasons! {
     NotYetValid = "not_yet_valid",
     /// The key's trust is disabled.
     TrustDisabled = "trust_disabled",
+    /// The key, its digest or its trust is on the deny list.
+    DenyListed = "deny_listed",
     /// The key lacks a scope that the route demands.
     Scope = "scope",
     /// The key may not be used from there.

@@ -2,6 +2,7 @@
 //!
 //! A view is state without I/O. Never touches a cache: a value that left the view is refused where it is used.
 
+pub mod deny;
 pub mod history;
 pub mod lease;
 pub mod poll;
@@ -59,8 +60,9 @@ crate::settings! {
         /// In mode `ttl`: how long "no such key" is remembered. A new key that somebody tried before it was issued waits
         /// this long.
         absence_ttl: Duration = "5s",
-        /// A file that names keys, trusts and digests to be denied whatever the database says; read again when it
-        /// changes. It works while the database is down.
+        /// A file of keys, trusts and digests to deny, while the database is down too: lines such as `key UUID`,
+        /// `trust UUID` or `digest` and 64 hexadecimal digits, each with ` until 2026-01-31T12:00:00Z` after it if it is to
+        /// end; `#` begins a comment. A change counts within a second. Unset: there is none.
         deny_file: Option<PathBuf> = "",
     }
 }

@@ -2,6 +2,7 @@
 //!
 //! Never decides a check, and never keeps or shows a key beyond the one moment after it was made.
 
+pub mod deny;
 #[cfg(test)]
 mod fake;
 pub mod import;
@@ -17,9 +18,7 @@ use crate::{
     store::{Actor, Ledger, LedgerError, ledger::Replica},
 };
 
-/// How long a caller waits for the replicas to apply a change.
-const EFFECT_WAIT_MAX: Duration = Duration::from_millis(1_500);
-/// How often it looks meanwhile.
+/// How often replicas are looked at while they are waited for.
 const EFFECT_POLL: Duration = Duration::from_millis(10);
 
 /// Why a change was not made or a question not answered.
@@ -65,22 +64,41 @@ impl Manager {
         Ok(Self { ledger, actor, credential, hasher })
     }
 
-    /// Makes every replica forget what it read before, and waits up to 1.5 s until all of them have.
+    /// Makes every replica forget what it read before, and waits, as [`Self::effect`] does, until all of them have.
     ///
     /// # Errors
     /// The database failed; if that was while waiting, the caches are cleared all the same.
-    pub async fn clear_caches(&mut self, clock: &impl Clock) -> Result<Effect, ManageError> {
+    pub async fn clear_caches(&mut self, clock: &impl Clock, wait_max: Duration) -> Result<Effect, ManageError> {
         let version = self.ledger.clear_caches(&self.actor).await?;
+        self.effect_of(version, clock, wait_max).await
+    }
+
+    /// Where everything that was committed before is effective: waits until every replica that may still grant what it
+    /// holds has applied it, but for `wait_max` at most.
+    ///
+    /// # Errors
+    /// The database failed, so that this is not known; what was committed is committed.
+    pub async fn effect(&mut self, clock: &impl Clock, wait_max: Duration) -> Result<Effect, ManageError> {
+        let version = self.ledger.newest().await?;
+        self.effect_of(version, clock, wait_max).await
+    }
+
+    async fn effect_of(
+        &mut self,
+        version: Version,
+        clock: &impl Clock,
+        wait_max: Duration,
+    ) -> Result<Effect, ManageError> {
         let start = clock.now();
         loop {
             let replicas = self.ledger.replicas().await?;
             let after = clock.now().since(start);
             let count = replicas.len();
             let missing: Vec<_> = replicas.into_iter().filter(|replica| replica.applied < version).collect();
-            if missing.is_empty() || after >= EFFECT_WAIT_MAX {
+            if missing.is_empty() || after >= wait_max {
                 return Ok(Effect { version, replicas: count, after, missing });
             }
-            tokio::time::sleep(EFFECT_POLL).await;
+            tokio::time::sleep(EFFECT_POLL.min(wait_max.saturating_sub(after))).await;
         }
     }
 }
@@ -90,7 +108,7 @@ impl Manager {
 pub struct Effect {
     /// The version of the change.
     pub version: Version,
-    /// How many replicas gave a sign of life lately.
+    /// How many replicas may still grant what they hold.
     pub replicas: usize,
     /// How long it took, or how long was waited.
     pub after: Duration,
@@ -98,13 +116,27 @@ pub struct Effect {
     pub missing: Vec<Replica>,
 }
 
+impl Effect {
+    /// On how many replicas it is effective.
+    #[must_use]
+    pub const fn applied(&self) -> usize {
+        self.replicas - self.missing.len()
+    }
+}
+
 impl fmt::Display for Effect {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         if self.replicas == 0 {
-            return write!(f, "effective: no replica was seen within the last 30 s");
+            return write!(f, "effective: no replica is running");
         }
-        let applied = self.replicas - self.missing.len();
-        write!(f, "effective on {applied}/{} replicas after {} ms", self.replicas, self.after.as_millis())
+        write!(f, "effective on {}/{} replicas after {} ms", self.applied(), self.replicas, self.after.as_millis())?;
+        for Replica { id, name, until, .. } in &self.missing {
+            write!(
+                f,
+                ";\nnot yet on {name} ({id}): it grants nothing it holds after {until} unless it is heard of again"
+            )?;
+        }
+        Ok(())
     }
 }
 
@@ -116,37 +148,62 @@ mod tests {
     fn replica(id: u128, applied: u64) -> Replica {
         let at = DatabaseTime::from_micros;
         let (id, name) = (uuid::Uuid::from_u128(id), format!("pod-{id}"));
-        Replica { id, name, applied: Version(applied), seen_at: at(0), until: at(1) }
+        Replica { id, name, applied: Version(applied), seen_at: at(0), until: at(1_000_000) }
     }
 
-    async fn clear(rounds: Vec<Vec<Replica>>) -> Effect {
+    fn manager(rounds: Vec<Vec<Replica>>) -> Manager {
         let ledger = FakeLedger { rounds, ..FakeLedger::default() };
-        let mut manager =
-            Manager::new(Box::new(ledger), Actor("test".to_owned()), CredentialSettings::default()).unwrap();
-        manager.clear_caches(&SystemClock).await.unwrap()
+        Manager::new(Box::new(ledger), Actor("test".to_owned()), CredentialSettings::default()).unwrap()
+    }
+
+    const WAIT: Duration = Duration::from_millis(100);
+
+    #[tokio::test]
+    async fn a_change_is_waited_for_until_every_replica_has_applied_it() {
+        let rounds = || {
+            vec![
+                vec![replica(1, 7), replica(2, 6)],
+                vec![replica(1, 7), replica(2, 6)],
+                vec![replica(1, 9), replica(2, 7)],
+            ]
+        };
+        let waited = manager(rounds()).effect(&SystemClock, Duration::from_mins(1)).await.unwrap();
+        let cleared = manager(rounds()).clear_caches(&SystemClock, Duration::from_mins(1)).await.unwrap();
+        for effect in [waited, cleared] {
+            assert_eq!((effect.version, effect.replicas, effect.applied()), (Version(7), 2, 2));
+            assert!(effect.after >= EFFECT_POLL, "{effect}");
+            assert_eq!(effect.to_string(), format!("effective on 2/2 replicas after {} ms", effect.after.as_millis()));
+        }
     }
 
     #[tokio::test]
-    async fn clearing_waits_until_every_replica_has_applied_it() {
-        let effect = clear(vec![
-            vec![replica(1, 7), replica(2, 6)],
-            vec![replica(1, 7), replica(2, 6)],
-            vec![replica(1, 9), replica(2, 7)],
-        ])
-        .await;
-        assert_eq!((effect.replicas, effect.missing.len()), (2, 0));
-        assert!(effect.after >= EFFECT_POLL && effect.to_string().starts_with("effective on 2/2 replicas after "));
+    async fn replicas_that_do_not_apply_it_are_named_with_their_last_moment() {
+        let effect = manager(vec![vec![replica(1, 7), replica(2, 6), replica(3, 0)]]).effect(&SystemClock, WAIT).await;
+        let effect = effect.unwrap();
+        assert_eq!((effect.applied(), &*effect.missing), (1, &[replica(2, 6), replica(3, 0)][..]));
+        assert!(effect.after >= WAIT);
+        let line = |id: u128| {
+            let id = uuid::Uuid::from_u128(id);
+            format!(
+                "not yet on pod-{} ({id}): it grants nothing it holds after 1970-01-01T00:00:01Z unless it is heard of \
+                 again",
+                id.as_u128()
+            )
+        };
+        let first = format!("effective on 1/3 replicas after {} ms", effect.after.as_millis());
+        assert_eq!(effect.to_string(), [first, line(2), line(3)].join(";\n"));
     }
 
     #[tokio::test]
-    async fn a_replica_that_does_not_apply_it_is_named_and_not_waited_for_for_ever() {
-        let effect = clear(vec![vec![replica(1, 7), replica(2, 6)]]).await;
-        assert_eq!(effect.missing, [replica(2, 6)]);
-        assert!(effect.after >= EFFECT_WAIT_MAX && effect.to_string().starts_with("effective on 1/2 replicas after "));
+    async fn a_replica_that_is_no_longer_heard_of_is_not_waited_for() {
+        let mut manager = manager(vec![vec![replica(1, 7), replica(2, 6)], vec![replica(1, 7)]]);
+        let effect = manager.effect(&SystemClock, Duration::from_mins(1)).await.unwrap();
+        assert!(effect.to_string().starts_with("effective on 1/1 replicas after "), "{effect}");
     }
 
     #[tokio::test]
     async fn with_no_replica_there_is_nothing_to_wait_for() {
-        assert_eq!(clear(vec![vec![]]).await.to_string(), "effective: no replica was seen within the last 30 s");
+        let effect = manager(vec![vec![]]).effect(&SystemClock, WAIT).await.unwrap();
+        assert_eq!(effect.to_string(), "effective: no replica is running");
     }
 }

@@ -2,7 +2,12 @@
 //!
 //! Redis is an optimisation. Never makes a caller wait for a connection, and never stops the start of the server.
 
-use std::{fs, path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
 
 use redis::{
     AsyncConnectionConfig, Client, ConnectionInfo, FromRedisValue, IntoConnectionInfo, RedisError, TlsCertificates,
@@ -19,6 +24,7 @@ use crate::{
     clock::Clock,
     fault::{Fault, Tier},
     metrics::{IntGauge, Opts, Registry, register},
+    record::bytes_from_hex,
     secret::Secret,
 };
 
@@ -53,6 +59,18 @@ impl RedisSettings {
     pub const fn is_configured(&self) -> bool {
         self.url.is_some() || self.url_file.is_some()
     }
+}
+
+/// The key of the MAC in the file at `path`: 32 bytes, or 64 hexadecimal digits.
+///
+/// # Errors
+/// What the operating system says, or that the file holds something else.
+pub fn read_mac_key(path: &Path) -> io::Result<[u8; 32]> {
+    let bytes = fs::read(path)?;
+    let from_hex = || bytes_from_hex(std::str::from_utf8(&bytes).ok()?.trim());
+    <[u8; 32]>::try_from(&*bytes).ok().or_else(from_hex).ok_or_else(|| {
+        io::Error::new(io::ErrorKind::InvalidData, "expected a file with 32 bytes or 64 hexadecimal digits")
+    })
 }
 
 /// How long connecting may take, TLS and authentication included.

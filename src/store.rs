@@ -19,7 +19,7 @@ use std::{path::PathBuf, time::Duration};
 
 pub use ledger::{Actor, AuditEntry, Ledger, LedgerError};
 pub use lookup::{Lookup, Missing, PollError, Polled, SignOfLife, Source};
-pub use open::{describe, grants, migrate, open_ledger, open_lookup};
+pub use open::{describe, grants, migrate, new_incarnation, open_ledger, open_lookup};
 pub use place::{Env, default_path};
 
 use crate::secret::Secret;

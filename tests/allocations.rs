@@ -73,7 +73,7 @@ fn check(settings: &CredentialSettings, replies: &Replies, message: &[u8]) {
     let Ok(view) = View::parse(message) else { return drop(replies.denial(DenyReason::Undecodable)) };
     let extracted = extract(settings, &view);
     let demands = Demands::of(&view);
-    drop(replies.decision(&Decision::Anonymous, &extracted.removals));
+    drop(replies.decision(&Decision::Anonymous, &extracted.removals, false));
     drop((demands, extracted));
 }
 

@@ -42,6 +42,14 @@ impl Answer {
         Self { text: table(Some(columns), rows), json: Some(Value::Array(objects)), code: DONE }
     }
 
+    /// The same with one more member, for programs.
+    pub(super) fn member(mut self, name: &str, value: Value) -> Self {
+        if let Some(Value::Object(members)) = &mut self.json {
+            members.insert(name.to_owned(), value);
+        }
+        self
+    }
+
     /// The same with more to say below, to people.
     pub(super) fn note(mut self, note: &str) -> Self {
         self.text.push('\n');

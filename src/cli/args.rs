@@ -12,7 +12,12 @@ use clap_complete::Shell;
 use ipnet::IpNet;
 use uuid::Uuid;
 
-use crate::{manage::trusts::trust_ref, record::KeyId, store::ledger::TrustRef, units::parse_duration};
+use crate::{
+    manage::trusts::trust_ref,
+    record::{ApiKeyDigest, KeyId, TrustId},
+    store::ledger::TrustRef,
+    units::parse_duration,
+};
 
 const VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), " (", env!("TRUSTGATE_COMMIT"), ")");
 
@@ -48,6 +53,10 @@ pub(super) enum Command {
         /// Only print the statements that give the roles in PostgreSQL the rights they need.
         #[arg(long)]
         print_grants: bool,
+        /// Also begin a new history: run it once after a backup or a copy of the database was put in place, so that no
+        /// replica takes what it remembers for what is stored now.
+        #[arg(long, conflicts_with = "print_grants")]
+        new_incarnation: bool,
         /// The role of `serve` in these statements.
         #[arg(long, value_name = "ROLE", default_value = "trustgate_serve", requires = "print_grants")]
         serve_role: String,
@@ -61,6 +70,9 @@ pub(super) enum Command {
     /// API keys.
     #[command(subcommand)]
     Key(Key),
+    /// What is denied whatever the database says, also while it cannot be reached.
+    #[command(subcommand)]
+    Deny(Deny),
     /// What replicas remember.
     #[command(subcommand)]
     Cache(Cache),
@@ -169,6 +181,43 @@ pub(super) struct Import {
 }
 
 #[derive(Subcommand)]
+pub(super) enum Deny {
+    /// Deny a key, or every key of a trust, for some time. Needs Redis, and not the database where `redis.mac_key_file` is
+    /// set.
+    Add {
+        #[command(flatten)]
+        which: WhichDenied,
+        /// For how long, such as 12h or 90d.
+        #[arg(long = "for", value_name = "DURATION", value_parser = to_duration)]
+        life: Duration,
+    },
+    /// List what is denied in this way. What is in the file of `freshness.deny_file` is not listed.
+    List,
+    /// End what `add` began.
+    Remove {
+        #[command(flatten)]
+        which: WhichDenied,
+    },
+}
+
+#[derive(Args)]
+#[group(required = true, multiple = false)]
+pub(super) struct WhichDenied {
+    /// The key with this id.
+    #[arg(long, value_name = "KEY_ID", value_parser = to_key)]
+    pub(super) key: Option<KeyId>,
+    /// Every key of the trust with this id. Not its name: that only the database knows.
+    #[arg(long, value_name = "TRUST_ID", value_parser = to_trust_id)]
+    pub(super) trust: Option<TrustId>,
+    /// The key with this digest, 64 hexadecimal digits.
+    #[arg(long, value_name = "DIGEST", value_parser = to_digest)]
+    pub(super) digest: Option<ApiKeyDigest>,
+    /// The key that is read from standard input.
+    #[arg(long)]
+    pub(super) stdin: bool,
+}
+
+#[derive(Subcommand)]
 pub(super) enum Cache {
     /// Make every replica forget what it read from the database, and wait until all have.
     Clear,
@@ -191,6 +240,16 @@ fn to_key(text: &str) -> Result<KeyId, String> {
     Uuid::parse_str(text)
         .map(KeyId)
         .map_err(|_| "expected a key's id, a UUID as `trustgate key list` shows it".to_owned())
+}
+
+fn to_trust_id(text: &str) -> Result<TrustId, String> {
+    Uuid::parse_str(text)
+        .map(TrustId)
+        .map_err(|_| "expected a trust's id, a UUID as `trustgate trust list` shows it".to_owned())
+}
+
+fn to_digest(text: &str) -> Result<ApiKeyDigest, String> {
+    ApiKeyDigest::from_hex(text).ok_or_else(|| "expected 64 hexadecimal digits".to_owned())
 }
 
 fn to_duration(text: &str) -> Result<Duration, String> {

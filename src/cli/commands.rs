@@ -8,6 +8,8 @@ use serde_json::json;
 use super::{
     Answer, Arguments, CliError, DENIED, Environment, FAILED,
     args::{self, Command},
+    deny,
+    effect::effect_json,
     error::At,
     key, stdin, trust,
 };
@@ -42,24 +44,28 @@ pub(super) fn run(arguments: Arguments, environment: &Environment) -> Result<Ans
                 &Secret::new(text.expose().trim().to_owned()),
             )?))
         }
-        Command::Migrate { print_grants: true, serve_role, manage_role } => {
+        Command::Migrate { print_grants: true, serve_role, manage_role, .. } => {
             Ok(Answer::text(store::grants(&load(Purpose::Manage)?.store, &serve_role, &manage_role)))
         }
-        Command::Migrate { .. } => {
+        Command::Migrate { new_incarnation, .. } => {
             let config = load(Purpose::Manage)?;
-            let migrated = block_on(migrate(&config, environment))?;
+            let migrated = block_on(migrate(&config, environment, new_incarnation))?;
             migrated.map_err(|error| CliError::of_store(error, &config))
         }
         Command::Trust(command) => managing(&load(Purpose::Manage)?, environment, async |manager, config| {
-            trust::run(manager, command).await.map_err(|error| error.at(config))
+            trust::run(manager, config, command).await.map_err(|error| error.at(config))
         }),
         Command::Key(command) => managing(&load(Purpose::Manage)?, environment, async |manager, config| {
             key::run(manager, config, command).await.map_err(|error| error.at(config))
         }),
+        Command::Deny(command) => {
+            let config = load(Purpose::Deny)?;
+            block_on(deny::run(&config, &|name| variable(environment, name), command))?
+        }
         Command::Cache(args::Cache::Clear) => {
             managing(&load(Purpose::Manage)?, environment, async |manager, config| {
                 manager
-                    .clear_caches(&SystemClock)
+                    .clear_caches(&SystemClock, config.freshness.lease)
                     .await
                     .map(|effect| cleared(&effect))
                     .map_err(|error| error.at(config))
@@ -89,12 +95,16 @@ fn block_on<T>(work: impl Future<Output = T>) -> Result<T, CliError> {
     Ok(runtime.map_err(|error| CliError::new(format!("cannot start: {error}")))?.block_on(work))
 }
 
-async fn migrate(config: &Config, environment: &Environment) -> Result<Answer, LedgerError> {
+async fn migrate(config: &Config, environment: &Environment, new_incarnation: bool) -> Result<Answer, LedgerError> {
     let variable = |name: &str| variable(environment, name);
     store::migrate(&config.store, &variable).await?;
+    if new_incarnation {
+        store::new_incarnation(&config.store, &variable).await?;
+    }
     let database = store::describe(&config.store, &variable);
-    let json = Some(json!({ "database": database, "migrated": true }));
-    Ok(Answer { json, ..Answer::text(format!("{database} has the tables of this release")) })
+    let json = Some(json!({ "database": database, "migrated": true, "new_incarnation": new_incarnation }));
+    let more = if new_incarnation { "; a new history has begun" } else { "" };
+    Ok(Answer { json, ..Answer::text(format!("{database} has the tables of this release{more}")) })
 }
 
 /// A variable of the environment, if it is there and is text.
@@ -133,24 +143,7 @@ fn checked(config: Result<Config, ConfigError>) -> Result<Answer, CliError> {
 }
 
 fn cleared(effect: &Effect) -> Answer {
-    let missing: Vec<_> = effect
-        .missing
-        .iter()
-        .map(|replica| json!({ "id": replica.id.to_string(), "seen_at": super::answer::time(replica.seen_at) }))
-        .collect();
-    let json = json!({
-        "version": effect.version.0,
-        "replicas": effect.replicas,
-        "applied": effect.replicas - effect.missing.len(),
-        "after_ms": u64::try_from(effect.after.as_millis()).unwrap_or(u64::MAX),
-        "missing": missing,
-    });
-    let mut lines = vec![effect.to_string()];
-    lines.extend(effect.missing.iter().map(|replica| {
-        let seen = super::answer::time(replica.seen_at);
-        format!("not yet on replica {}, last seen {}", replica.id, seen.as_str().unwrap_or("never"))
-    }));
-    let answer = Answer { json: Some(json), ..Answer::text(lines.join("\n")) };
+    let answer = Answer { json: Some(effect_json(effect)), ..Answer::text(effect.to_string()) };
     if effect.missing.is_empty() { answer } else { answer.exit(FAILED) }
 }
 

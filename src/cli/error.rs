@@ -8,7 +8,7 @@ use super::{FAILED, USAGE};
 use crate::{
     app::AppError,
     config::{Config, ConfigError},
-    manage::ManageError,
+    manage::{ManageError, deny::DenyError},
     store::LedgerError,
 };
 
@@ -25,6 +25,11 @@ impl CliError {
     /// A plain failure.
     pub(super) const fn new(problem: String) -> Self {
         Self { problem, place: None, code: FAILED }
+    }
+
+    /// Something that makes no sense was given.
+    pub(super) const fn usage(problem: String) -> Self {
+        Self { problem, place: None, code: USAGE }
     }
 
     /// Says where the database was configured, when it is the database that is to blame.
@@ -51,6 +56,23 @@ impl At for ManageError {
         };
         CliError { problem: self.to_string(), place, code }
     }
+}
+
+impl At for DenyError {
+    fn at(self, config: &Config) -> CliError {
+        let code = if matches!(self, Self::Invalid { .. }) { USAGE } else { FAILED };
+        let place = match &self {
+            Self::Redis(_) => redis_place(config),
+            Self::Store(error) if blames_database(error) => Some(database_place(config)),
+            _ => None,
+        };
+        CliError { problem: self.to_string(), place, code }
+    }
+}
+
+fn redis_place(config: &Config) -> Option<String> {
+    let set = |name| Some(format!("redis.{name} is set in {}", config.origin("redis", name)?));
+    ["url", "url_file"].into_iter().find_map(set)
 }
 
 /// Whether it helps to know where the database was configured.

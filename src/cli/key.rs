@@ -10,13 +10,14 @@ use serde_json::{Value, json};
 use super::{
     FAILED,
     answer::{self, Answer},
-    args, stdin,
+    args,
+    effect::with_effect,
+    stdin,
 };
 use crate::{
     clock::DatabaseTime,
     config::Config,
     credential::format,
-    demand::Freshness,
     manage::{
         ManageError, Manager, import,
         keys::{Identified, Issued, KeyState, Wanted},
@@ -43,7 +44,7 @@ pub(super) async fn run(manager: &mut Manager, config: &Config, command: args::K
         }
         args::Key::Revoke(which) => {
             let (key, now) = manager.revoke_key(which.id).await?;
-            Ok(Answer::object(data(&key, now), COLUMNS).note(&when_effective(config)))
+            Ok(with_effect(Answer::object(data(&key, now), COLUMNS), manager, config).await)
         }
         args::Key::Identify => {
             let (found, now) = manager.identify_keys(stdin::text()?.expose()).await?;
@@ -103,18 +104,6 @@ fn identified(found: &[Identified], now: DatabaseTime) -> Answer {
     });
     let answer = Answer::list(objects.collect(), IDENTIFIED_COLUMNS);
     if known { answer } else { answer.note("No key of this database is in the text.").exit(FAILED) }
-}
-
-/// Whoever revokes a key wants to know from when on it is of no use.
-fn when_effective(config: &Config) -> String {
-    let clear = "`trustgate cache clear` makes it effective at once";
-    match config.freshness.mode {
-        Some(Freshness::Lease | Freshness::Strict) | None => "Effective within about a second.".to_owned(),
-        Some(Freshness::Live) => "Effective with the next request, where `freshness.mode` is \"live\".".to_owned(),
-        Some(Freshness::Ttl) => {
-            format!("Effective within {} (`freshness.ttl`); {clear}.", humantime::format_duration(config.freshness.ttl))
-        }
-    }
 }
 
 /// How much was read, on standard error and only if that is a terminal.

@@ -10,7 +10,13 @@ use std::{
 };
 
 use super::{Config, Purpose};
-use crate::{demand::Freshness, freshness::FreshnessSettings, secret::Secret, settings::Reader, units::ByteSize};
+use crate::{
+    demand::Freshness,
+    freshness::{FreshnessSettings, deny},
+    secret::Secret,
+    settings::Reader,
+    units::ByteSize,
+};
 
 /// The longest message that `limits.message_size` may allow; the protocol layer refuses longer ones.
 const MESSAGE_SIZE_MAX: ByteSize = ByteSize::from_bytes(4 << 20);
@@ -213,22 +219,25 @@ fn amounts(config: &Config, reader: &mut Reader) {
 
 /// Secrets are read again whenever they are used; that they can be read at all is found out here.
 fn files(config: &Config, purpose: Purpose, reader: &mut Reader) {
-    let Config { store, redis, credential, .. } = config;
+    let Config { store, redis, credential, freshness, .. } = config;
     let own_management = store.management_url.is_some() || store.management_url_file.is_some();
-    let (serve, manage) = (purpose != Purpose::Manage, purpose != Purpose::Serve);
+    // Denying has to work where nothing else does: a file that it can do without may be missing.
+    let denying = purpose == Purpose::Deny;
+    let (serve, manage) = (purpose != Purpose::Manage, matches!(purpose, Purpose::Manage | Purpose::Check));
+    let database = !denying || redis.mac_key_file.is_none();
     for (section, name, file, used) in [
-        ("store", "url_file", &store.url_file, serve || !own_management),
-        ("store", "password_file", &store.password_file, true),
+        ("store", "url_file", &store.url_file, database && (serve || !own_management)),
+        ("store", "password_file", &store.password_file, database),
         ("store", "management_url_file", &store.management_url_file, manage),
         ("redis", "url_file", &redis.url_file, serve),
         ("redis", "password_file", &redis.password_file, serve),
-        ("credential", "pepper_file", &credential.pepper_file, true),
+        ("credential", "pepper_file", &credential.pepper_file, !denying),
     ] {
         if let (Some(file), true) = (file, used) {
             readable(reader, section, name, file, Secret::read(file).map(drop));
         }
     }
-    for file in &credential.previous_pepper_files {
+    for file in credential.previous_pepper_files.iter().filter(|_| !denying) {
         readable(reader, "credential", "previous_pepper_files", file, Secret::read(file).map(drop));
     }
     // Not texts: that they have a first byte is enough here.
@@ -236,6 +245,16 @@ fn files(config: &Config, purpose: Purpose, reader: &mut Reader) {
         if let (Some(file), true) = (file, serve) {
             readable(reader, "redis", name, file, File::open(file).and_then(|mut file| file.read_exact(&mut [0])));
         }
+    }
+    match &freshness.deny_file {
+        // A server starts with what can be read of it: better that than not at all.
+        Some(file) if purpose == Purpose::Serve => {
+            readable(reader, "freshness", "deny_file", file, File::open(file).map(drop));
+        }
+        Some(file) if purpose == Purpose::Check => {
+            readable(reader, "freshness", "deny_file", file, deny::check_file(file));
+        }
+        _ => {}
     }
 }
 

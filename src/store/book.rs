@@ -63,6 +63,10 @@ pub(crate) trait Tables: Send + Sync {
     /// Replicas that may still grant what they hold.
     async fn replicas(&mut self) -> Result<Vec<Replica>, sqlx::Error>;
     async fn insert_audit(&mut self, actor: &Actor, entry: &AuditEntry) -> Result<(), sqlx::Error>;
+    /// What a failed statement of this transaction means.
+    fn explain(&self, error: sqlx::Error) -> LedgerError {
+        error.into()
+    }
 }
 
 /// [`Ledger`] on one connection.
@@ -89,14 +93,17 @@ impl<T: Tables> Book<T> {
     async fn end<R>(&mut self, outcome: Result<R, LedgerError>) -> Result<R, LedgerError> {
         match outcome {
             Ok(done) => {
-                self.tables.commit().await?;
+                self.tables.commit().await.map_err(|error| self.tables.explain(error))?;
                 self.open = false;
                 Ok(done)
             }
             Err(error) => {
                 // The error to tell is the first one; should undoing fail as well, the next call tries again.
                 self.open = self.tables.rollback().await.is_err();
-                Err(error)
+                Err(match error {
+                    LedgerError::Database(error) => self.tables.explain(error),
+                    error => error,
+                })
             }
         }
     }

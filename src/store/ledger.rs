@@ -147,6 +147,14 @@ pub enum LedgerError {
     /// The database cannot be used as it is: a network filesystem, wrong permissions, a bad URL.
     #[error("{0}")]
     Unusable(String),
+    /// Somebody else held a lock for too long.
+    #[error("gave up after waiting {waited:?} for a lock, which is held by: {blockers}")]
+    Blocked {
+        /// How long.
+        waited: std::time::Duration,
+        /// Who holds it, in words.
+        blockers: String,
+    },
     /// The database failed.
     #[error("the database failed: {0}")]
     Database(#[from] sqlx::Error),
@@ -160,7 +168,7 @@ impl LedgerError {
     /// migrates.
     #[must_use]
     pub const fn is_transient(&self) -> bool {
-        matches!(self, Self::Database(_) | Self::Fault(_) | Self::Schema(_))
+        matches!(self, Self::Database(_) | Self::Blocked { .. } | Self::Fault(_) | Self::Schema(_))
     }
 }
 

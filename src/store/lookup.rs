@@ -83,7 +83,7 @@ pub struct Polled {
     pub newest: Dated<()>,
     /// When the newest version was stamped, by the database's clock.
     pub stamped_at: DatabaseTime,
-    /// The oldest version that was not pruned yet.
+    /// The oldest version that was not pruned yet; it may be the one that was asked from although older ones are there.
     pub oldest: Version,
     /// Whether changes are named: all triggers are as they were when that was last made sure of. False on tables that
     /// are not ours.

@@ -83,6 +83,24 @@ pub async fn migrate(settings: &StoreSettings, env: Env<'_>) -> Result<(), Ledge
     }
 }
 
+/// Begins a new history: for whoever restored a backup or a copy of the database, so that no replica and no Redis ever
+/// takes what it holds of the old one for the new one's.
+///
+/// # Errors
+/// As [`open_ledger`].
+pub async fn new_incarnation(settings: &StoreSettings, env: Env<'_>) -> Result<(), LedgerError> {
+    if settings.preset.is_some() {
+        return Err(LedgerError::NotOurs);
+    }
+    let address = Address::of(settings, Role::Manage);
+    match address.place(env)? {
+        Place::Sqlite(path) => sqlite::migrate::new_incarnation(&path).await,
+        Place::Postgres => {
+            postgres::migrate::new_incarnation(&address, &settings.schema, settings.connect_timeout).await
+        }
+    }
+}
+
 /// The statements that give the roles of `serve` and of management the rights they need on the tables, for their owner to
 /// run. With an SQLite file nobody needs any.
 #[must_use]

@@ -3,7 +3,9 @@
 //! Everything works through a pooler in transaction mode: reads use the simple protocol, writers stay inside one
 //! transaction, and nothing is set for a whole session.
 
+mod blocked;
 pub(crate) mod ledger;
+mod listen;
 pub(crate) mod lookup;
 pub(crate) mod migrate;
 mod watch;

@@ -163,7 +163,7 @@ impl KeyRow {
 pub(crate) const POLL_ROWS_MAX: usize = 5_000;
 
 /// What a poll found. Its columns, in this order: the number it was sent with, the state of the server (`primary`,
-/// `standby`, `read-only`), the oldest version, the newest with its nonce, incarnation, system, timeline, clock, whether
+/// `standby`, `read-only`), the oldest version (or the one asked from, where it is still there), the newest with its nonce, incarnation, system, timeline, clock, whether
 /// changes are named, when the newest version was stamped; then, null where there is none, a version with its nonce, or
 /// a version, the kind of what it named and the object (null: the whole kind).
 pub(crate) fn polled(rows: &[impl Plain], echo: i64, sent_at: Moment) -> Result<Polled, PollError> {

@@ -165,9 +165,8 @@ fn denial(reason: DenyReason) -> Bytes {
         | DenyReason::Revoked
         | DenyReason::Expired
         | DenyReason::NotYetValid
-        | DenyReason::TrustDisabled => {
-            (UNAUTHENTICATED, unauthorized("invalid_credential", "the API key is not valid"))
-        }
+        | DenyReason::TrustDisabled
+        | DenyReason::DenyListed => (UNAUTHENTICATED, unauthorized("invalid_credential", "the API key is not valid")),
         DenyReason::Undecodable => (UNAUTHENTICATED, unauthorized("invalid_request", "the request cannot be read")),
         DenyReason::Scope | DenyReason::Source => {
             (PERMISSION_DENIED, denied(403, "forbidden", "the API key may not be used for this request", &[]))

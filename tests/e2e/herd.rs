@@ -39,7 +39,7 @@ async fn start(mode: &str) -> (Running, Arc<Seam>, IssuedKey, Site) {
 #[tokio::test(flavor = "multi_thread")]
 async fn in_process_one_read_serves_those_who_stay_when_its_leader_leaves() {
     let _turn = among_others().await;
-    let (running, seam, key, _site) = start("ttl").await;
+    let (running, seam, key, _site) = start("lease").await;
     seam.before_find().close();
     let message = request(&key.key, &[]).encode_to_vec();
     let mut calls: Vec<_> = (0..CALLERS).map(|_| check(&running, &message)).collect();
@@ -61,7 +61,7 @@ async fn in_process_one_read_serves_those_who_stay_when_its_leader_leaves() {
 #[tokio::test(flavor = "multi_thread")]
 async fn over_grpc_one_read_serves_those_who_stay_when_its_leader_leaves() {
     let _turn = among_others().await;
-    let (running, seam, key, _site) = start("ttl").await;
+    let (running, seam, key, _site) = start("lease").await;
     let asker = Asker::connect(running.grpc_address()).await;
     seam.before_find().close();
     let call = |asker: Asker| {
@@ -96,7 +96,7 @@ async fn over_grpc_one_read_serves_those_who_stay_when_its_leader_leaves() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_read_that_panics_is_a_fault_for_all_who_waited_and_the_next_works() {
     let _turn = among_others().await;
-    for mode in ["ttl", "live"] {
+    for mode in ["lease", "strict", "live", "ttl"] {
         let (running, seam, key, _site) = start(mode).await;
         seam.before_find().close();
         seam.set_panics(true);
@@ -105,8 +105,7 @@ async fn a_read_that_panics_is_a_fault_for_all_who_waited_and_the_next_works() {
         for _ in 0..10 {
             calls.spawn(check(&running, &message));
         }
-        let reads = if mode == "ttl" { 1 } else { 10 };
-        eventually("all wait", PATIENCE, || async { seam.before_find().waiting() == reads }).await;
+        eventually("all wait", PATIENCE, || async { seam.before_find().waiting() == 1 }).await;
         seam.before_find().open();
         for reply in calls.join_all().await {
             let verdict = decoded(&reply);

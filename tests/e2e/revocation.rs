@@ -1,9 +1,10 @@
-//! A revoked key is refused when it must be: within the TTL, at once where a request asks the database, at once after the
-//! caches were cleared.
+//! A revoked key is refused when it must be: on every replica once the command says so, at once where a request asks the
+//! database, within the TTL on tables that name no changes.
 
 use std::time::Duration;
 
 use serde_json::Value;
+use sqlx::Connection as _;
 use tokio::time::{Instant, sleep, sleep_until};
 use trustgate::app::Delay;
 
@@ -16,26 +17,52 @@ use crate::{
         grpc::Asker,
         http,
         seam::Seam,
-        server::{IssuedKey, Site},
+        server::{IssuedKey, Site, made_up_key},
     },
 };
 
 const PATIENCE: Duration = Duration::from_secs(30);
 
 #[tokio::test(flavor = "multi_thread")]
-async fn within_the_ttl() {
+async fn within_the_ttl_on_tables_that_name_no_changes() {
     let _turn = among_others().await;
     let ttl = Duration::from_secs(2);
-    let stage = Stage::new(&[("freshness.ttl", "2s")]).await;
-    let key = stage.site.issue("acme", &[]).await;
-    let server = stage.site.serve().await;
+    let stage = Stage::new(&[]).await;
+    let (site, table) = foreign_table(&stage, "2s").await;
+    let key = table.key().await;
+    let server = site.serve().await;
     let asker = Asker::connect(server.grpc()).await;
     granted(&asker, &key).await;
-    stage.site.revoke(&key).await;
+    table.revoke(&key).await;
     let revoked = Instant::now();
-    let last = last_grant(&asker, &key).await.map(|began| began.duration_since(revoked));
+    let last = last_grant(&asker, &key, "unknown").await.map(|began| began.duration_since(revoked));
     println!("last granted {last:?} after the revocation, of {ttl:?}");
     assert!(last.is_none_or(|late| late <= ttl), "{last:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn on_every_replica_as_soon_as_the_command_says_so() {
+    let _turn = among_others().await;
+    let stage = Stage::new(&[]).await;
+    let (one, other) = (stage.site.serve().await, stage.site.serve().await);
+    let (at_one, at_other) = (Asker::connect(one.grpc()).await, Asker::connect(other.grpc()).await);
+    let [key, good] = [stage.site.issue("acme", &[]).await, stage.site.issue("acme", &[]).await];
+    let trusted = stage.site.issue("globex", &[]).await;
+    for key in [&key, &good, &trusted] {
+        granted(&at_one, key).await;
+        granted(&at_other, key).await;
+    }
+    until_shared(&stage, 3).await;
+    let revoked = stage.site.json(&["key", "revoke", &key.id]).await;
+    println!("revoked: {}", revoked["effect"]);
+    assert_eq!((&revoked["effect"]["replicas"], &revoked["effect"]["applied"]), (&2.into(), &2.into()), "{revoked}");
+    let disabled = stage.site.json(&["trust", "disable", "globex"]).await;
+    assert_eq!(disabled["effect"]["applied"], 2, "{disabled}");
+    for asker in [&at_one, &at_other] {
+        refused(asker, &key, "revoked").await;
+        refused(asker, &trusted, "trust_disabled").await;
+        granted(asker, &good).await;
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -85,41 +112,38 @@ async fn at_once_after_the_caches_were_cleared_on_every_replica_and_in_redis() {
     }
     granted(&at_other, &everywhere).await;
     until_shared(&stage, 3).await;
-    stage.site.revoke(&everywhere).await;
-    stage.site.revoke(&one_only).await;
-    // That it is the clearing which ends them: until then, caches know no better.
-    granted(&at_one, &one_only).await;
-    granted(&at_other, &everywhere).await;
-
     let cleared = stage.site.json(&["cache", "clear"]).await;
     println!("cleared: {cleared}");
     assert_eq!((&cleared["replicas"], &cleared["applied"]), (&2.into(), &2.into()), "{cleared}");
     // The other one first: what it does not hold itself it finds in Redis, as old as it is.
+    let before = other.metric("trustgate_store_reads_total{outcome=\"ok\"}").await;
     for asker in [&at_other, &at_one] {
-        refused(asker, &everywhere, "revoked").await;
-        refused(asker, &one_only, "revoked").await;
-        granted(asker, &good).await;
+        for key in [&everywhere, &one_only, &good] {
+            granted(asker, key).await;
+        }
     }
     assert!(other.l2("refused").await > 0.0, "Redis held a value from before the clearing");
+    assert!(other.metric("trustgate_store_reads_total{outcome=\"ok\"}").await >= before + 3.0, "all was read again");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn age_is_counted_from_the_database_through_both_tiers() {
     let _turn = among_others().await;
     let ttl = Duration::from_secs(4);
-    let stage = Stage::new(&[("freshness.ttl", "4s")]).await;
-    let (one, other) = (stage.site.serve().await, stage.site.serve().await);
+    let stage = Stage::new(&[]).await;
+    let (site, table) = foreign_table(&stage, "4s").await;
+    let (one, other) = (site.serve().await, site.serve().await);
     let (at_one, at_other) = (Asker::connect(one.grpc()).await, Asker::connect(other.grpc()).await);
-    let key = stage.site.issue("acme", &[]).await;
+    let key = table.key().await;
     granted(&at_one, &key).await;
     let read = Instant::now();
     until_shared(&stage, 1).await;
-    stage.site.revoke(&key).await;
+    table.revoke(&key).await;
     // Late in the life of the value the other replica gets it out of Redis: that does not make it young again.
     sleep_until(read + ttl * 5 / 8).await;
     granted(&at_other, &key).await;
     assert!(other.l2("hit").await > 0.0, "it came out of Redis");
-    let last = last_grant(&at_other, &key).await.map(|began| began.duration_since(read));
+    let last = last_grant(&at_other, &key, "unknown").await.map(|began| began.duration_since(read));
     println!("last granted {last:?} after the read, of {ttl:?}");
     assert!(last.is_none_or(|late| late <= ttl), "{last:?}");
 }
@@ -180,18 +204,55 @@ async fn refused(asker: &Asker, key: &IssuedKey, reason: &str) {
 }
 
 /// Asks again and again until the key is refused; returns when the last request that was granted began.
-async fn last_grant(asker: &Asker, key: &IssuedKey) -> Option<Instant> {
+async fn last_grant(asker: &Asker, key: &IssuedKey, reason: &str) -> Option<Instant> {
     let (start, mut last) = (Instant::now(), None);
     loop {
         let began = Instant::now();
         let verdict = asker.check(&key.key).await;
         if verdict.status != 200 {
-            assert_eq!((verdict.status, verdict.reason.as_deref()), (401, Some("revoked")), "{verdict:?}");
+            assert_eq!((verdict.status, verdict.reason.as_deref()), (401, Some(reason)), "{verdict:?}");
             return last;
         }
         assert!(start.elapsed() < PATIENCE, "still granted");
         last = Some(began);
         sleep(Duration::from_millis(2)).await;
+    }
+}
+
+/// A table of somebody else in the stage's database server, and settings that read it.
+async fn foreign_table(stage: &Stage, ttl: &str) -> (Site, ForeignTable) {
+    let database = stage.postgres.database().await;
+    let url = stage.postgres.url("admin", &database);
+    let mut connection = sqlx::PgConnection::connect(&url).await.unwrap();
+    sqlx::raw_sql("CREATE TABLE trust (id uuid PRIMARY KEY, api_key_hash char(64))")
+        .execute(&mut connection)
+        .await
+        .unwrap();
+    let site = Site::new();
+    let mac_key = site.path().join("mac-key");
+    std::fs::write(&mac_key, [7; 32]).unwrap();
+    let site = site
+        .with("store.url", url)
+        .with("store.preset", "trust-table")
+        .with("redis.url", stage.redis.url())
+        .with("redis.mac_key_file", mac_key.display().to_string())
+        .with("freshness.ttl", ttl);
+    (site, ForeignTable(tokio::sync::Mutex::new(connection)))
+}
+
+struct ForeignTable(tokio::sync::Mutex<sqlx::PgConnection>);
+
+impl ForeignTable {
+    async fn key(&self) -> IssuedKey {
+        let (key, trust_id) = (made_up_key(), uuid::Uuid::new_v4());
+        let sql = "INSERT INTO trust VALUES ($1, encode(sha256(convert_to($2, 'UTF8')), 'hex'))";
+        sqlx::query(sql).bind(trust_id).bind(&key).execute(&mut *self.0.lock().await).await.unwrap();
+        IssuedKey { id: trust_id.to_string(), key, trust_id: trust_id.to_string() }
+    }
+
+    async fn revoke(&self, key: &IssuedKey) {
+        let sql = "UPDATE trust SET api_key_hash = NULL WHERE id = $1::uuid";
+        sqlx::query(sql).bind(&key.trust_id).execute(&mut *self.0.lock().await).await.unwrap();
     }
 }
 

@@ -16,8 +16,8 @@ const HOMES: &[(&str, &[&str])] = &[
     ("indicatif", &["cli"]),
     ("moka", &["cache::l1"]),
     ("prost", &["wire"]),
-    // The connection is `redis`; what is said over it is L2's.
-    ("redis", &["redis", "cache::l2"]),
+    // The connection is `redis`; what is said over it is L2's and the deny list's.
+    ("redis", &["redis", "cache::l2", "freshness::deny"]),
     ("rustls", &["app"]),
     ("sqlx", &["store"]),
     ("toml_edit", &["config"]),

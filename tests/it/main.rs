@@ -9,6 +9,7 @@ mod support;
 mod agreement;
 mod cli;
 mod config;
+mod deny;
 mod layers;
 mod program;
 mod sqlite_file;

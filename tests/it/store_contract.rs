@@ -6,10 +6,10 @@ use sqlx::{AssertSqlSafe, Connection, Row, SqliteConnection, sqlite::SqliteConne
 use trustgate::{
     clock::{DatabaseTime, SystemClock},
     fault::{Fault, Tier},
-    record::{ApiKeyDigest, Digests, KeyId, Lineage, Nonce, Scheme, TrustId, Version},
+    record::{ApiKeyDigest, Change, Dated, Digests, KeyId, Lineage, Nonce, Scheme, TrustId, Version},
     secret::Secret,
     store::{
-        self, Actor, Ledger, LedgerError, Missing, Preset, Source, StoreSettings,
+        self, Actor, Ledger, LedgerError, Missing, PollError, Preset, SignOfLife, Source, StoreSettings,
         ledger::{NewKey, TrustRef},
     },
 };
@@ -38,6 +38,11 @@ contract! {
     a_key_is_identified_without_being_shown
     revoking_twice_keeps_the_first_time
     clearing_the_caches_draws_a_new_version_with_a_new_nonce
+    every_change_names_what_it_makes_out_of_date
+    a_replica_that_begins_is_told_the_last_quarter_of_an_hour
+    versions_are_deleted_when_nobody_needs_them
+    a_new_history_begins_once_for_each_that_is_lost
+    the_watch_is_restored_without_a_version_where_nothing_was_wrong
     a_change_and_its_audit_are_one
     replicas_that_give_signs_of_life_are_listed
     a_table_of_somebody_else_is_read_as_it_is
@@ -166,6 +171,10 @@ fn new_key(number: u8) -> NewKey {
     }
 }
 
+async fn newest(lookup: &Arc<dyn Source>) -> Dated<()> {
+    lookup.poll(None).await.unwrap().newest
+}
+
 fn acme() -> TrustRef {
     TrustRef::Name("acme".into())
 }
@@ -192,7 +201,7 @@ async fn a_key_is_found_and_an_unknown_one_is_a_dated_absence(db: Db) {
     let by_id = lookup.find_by_id(new_key(1).id).await.unwrap();
     assert_eq!(by_id.value, Some(record));
     assert_eq!(lookup.find_by_id(new_key(2).id).await.unwrap().value, None);
-    let newest = lookup.newest().await.unwrap();
+    let newest = newest(&lookup).await;
     for (as_of, nonce, lineage, read_at) in [
         (found.as_of, found.nonce, found.lineage, found.read_at),
         (absent.as_of, absent.nonce, absent.lineage, absent.read_at),
@@ -201,7 +210,7 @@ async fn a_key_is_found_and_an_unknown_one_is_a_dated_absence(db: Db) {
         assert_eq!((as_of, nonce, lineage), (newest.as_of, newest.nonce, newest.lineage));
         assert!(read_at >= before && read_at <= after, "{before:?} {read_at:?} {after:?}");
     }
-    assert_eq!(newest.as_of, Version(1));
+    assert!(newest.as_of >= Version(1));
     assert_ne!(newest.nonce, Nonce::default());
     assert_ne!(newest.lineage.incarnation, Uuid::nil());
     assert_eq!(newest.lineage.timeline, u32::from(db.is_postgres()));
@@ -378,9 +387,9 @@ async fn revoking_twice_keeps_the_first_time(db: Db) {
 async fn clearing_the_caches_draws_a_new_version_with_a_new_nonce(db: Db) {
     let db = db.migrated().await;
     let (lookup, mut ledger) = (db.lookup().await, db.ledger().await);
-    let first = lookup.newest().await.unwrap();
+    let first = newest(&lookup).await;
     let drawn = ledger.clear_caches(&actor()).await.unwrap();
-    let second = lookup.newest().await.unwrap();
+    let second = newest(&lookup).await;
     assert!(drawn > first.as_of);
     assert_eq!((second.as_of, second.lineage), (drawn, first.lineage));
     assert_ne!(second.nonce, first.nonce);
@@ -394,7 +403,7 @@ async fn clearing_the_caches_draws_a_new_version_with_a_new_nonce(db: Db) {
     }
     let versions: HashSet<u64> = clearing.join_all().await.into_iter().map(|version| version.0).collect();
     assert_eq!(versions.len(), 8);
-    assert_eq!(lookup.newest().await.unwrap().as_of.0, *versions.iter().max().unwrap());
+    assert_eq!(newest(&lookup).await.as_of.0, *versions.iter().max().unwrap());
 }
 
 async fn a_change_and_its_audit_are_one(db: Db) {
@@ -418,6 +427,8 @@ async fn a_change_and_its_audit_are_one(db: Db) {
     assert!(entries.iter().all(|entry| !entry.to_lowercase().contains("abab")), "no digest is noted");
 
     // Without an audit entry there is no change.
+    let lookup = db.lookup().await;
+    let before = newest(&lookup).await.as_of;
     db.execute("ALTER TABLE audit RENAME TO away").await;
     assert!(ledger.create_trust(&actor(), TrustId(Uuid::new_v4()), "other").await.is_err());
     assert!(ledger.add_key(&actor(), &acme(), new_key(3)).await.is_err());
@@ -430,10 +441,199 @@ async fn a_change_and_its_audit_are_one(db: Db) {
     assert!(!ledger.trust(&acme()).await.unwrap().enabled);
     assert_eq!(ledger.keys(None).await.unwrap().len(), 2);
     assert_eq!(ledger.key(new_key(0xab).id).await.unwrap().revoked_at, None);
-    assert_eq!(db.lookup().await.newest().await.unwrap().as_of, Version(2));
+    assert_eq!(newest(&lookup).await.as_of, before, "what is undone has no version");
     db.execute("ALTER TABLE away RENAME TO audit").await;
     ledger.delete_trust(&actor(), &acme(), true).await.unwrap();
     assert_eq!(db.texts("SELECT action FROM audit ORDER BY id").await.last().unwrap(), "trust.delete");
+}
+
+/// What was named since `version`, each once, in words; and the newest version.
+async fn named_since(lookup: &Arc<dyn Source>, version: &mut Version) -> Vec<String> {
+    let polled = lookup.poll(Some(*version)).await.unwrap();
+    assert!(polled.watched && polled.complete, "{polled:?}");
+    assert!(polled.versions.iter().any(|(found, _)| found == version), "the version asked from is shown as well");
+    assert_eq!(polled.versions.last(), Some(&(polled.newest.as_of, polled.newest.nonce)));
+    assert!(polled.versions.is_sorted_by_key(|(version, _)| *version));
+    assert!(polled.changes.is_sorted_by_key(|(version, change)| (*version, matches!(change, Change::Gone(_)))));
+    let versions: HashSet<_> = polled.versions.iter().map(|(version, _)| *version).collect();
+    assert!(polled.changes.iter().all(|(found, _)| found > version && versions.contains(found)), "{polled:?}");
+    *version = polled.newest.as_of;
+    let mut named: Vec<_> = polled.changes.iter().map(|(_, change)| format!("{change:?}")).collect();
+    named.sort();
+    named.dedup();
+    named
+}
+
+async fn every_change_names_what_it_makes_out_of_date(db: Db) {
+    let db = db.migrated().await;
+    let (lookup, mut ledger) = (db.lookup().await, db.ledger().await);
+    let mut seen = newest(&lookup).await.as_of;
+    let (one, two) = (new_key(1), new_key(2));
+    let (key, absent, gone) =
+        (Change::Key, |number| Change::Absent(digest(number)), |number| Change::Gone(digest(number)));
+    let expect = |changes: &[Change]| {
+        let mut words: Vec<_> = changes.iter().map(|change| format!("{change:?}")).collect();
+        words.sort();
+        words
+    };
+
+    let trust = with_acme(&mut *ledger).await;
+    assert_eq!(named_since(&lookup, &mut seen).await, expect(&[Change::Trust(trust)]));
+    ledger.add_key(&actor(), &acme(), one.clone()).await.unwrap();
+    assert_eq!(named_since(&lookup, &mut seen).await, expect(&[absent(1)]), "records that are cached stay good");
+    ledger.import_keys(&actor(), &acme(), vec![two.clone(), new_key(3)]).await.unwrap();
+    assert_eq!(named_since(&lookup, &mut seen).await, expect(&[absent(2), absent(3)]));
+    assert_eq!(named_since(&lookup, &mut seen).await, expect(&[]), "nothing twice");
+    ledger.revoke_key(&actor(), one.id).await.unwrap();
+    assert_eq!(named_since(&lookup, &mut seen).await, expect(&[key(one.id), absent(1), gone(1)]));
+    let revoked = seen;
+    ledger.revoke_key(&actor(), one.id).await.unwrap();
+    assert_eq!(named_since(&lookup, &mut seen).await, expect(&[]));
+    assert_eq!(seen, revoked, "what changes nothing has no version");
+    for enabled in [false, true] {
+        ledger.enable_trust(&actor(), &acme(), enabled).await.unwrap();
+        assert_eq!(named_since(&lookup, &mut seen).await, expect(&[Change::Trust(trust)]));
+    }
+    assert_eq!(ledger.newest().await.unwrap(), seen);
+
+    let before = seen;
+    db.execute("UPDATE api_key SET name = 'other', hint = 'tg_other'; UPDATE trust SET name = 'acme ltd'").await;
+    db.execute("UPDATE api_key SET scheme = scheme, digest = digest; UPDATE trust SET enabled = enabled").await;
+    db.execute(&format!("UPDATE api_key SET revoked_at = NULL WHERE id = '{}' AND name IS NULL", one.id)).await;
+    assert_eq!(named_since(&lookup, &mut seen).await, expect(&[]));
+    assert_eq!(seen, before, "no decision reads these columns");
+
+    let scheme = format!("UPDATE api_key SET scheme = 1 WHERE id = '{}'", two.id);
+    db.execute(&scheme).await;
+    assert_eq!(named_since(&lookup, &mut seen).await, expect(&[key(two.id), absent(2)]));
+    let bytes =
+        if db.is_postgres() { format!("'\\x{}'", digest(4).to_hex()) } else { format!("x'{}'", digest(4).to_hex()) };
+    db.execute(&format!("UPDATE api_key SET digest = {bytes} WHERE id = '{}'", two.id)).await;
+    assert_eq!(named_since(&lookup, &mut seen).await, expect(&[key(two.id), absent(4), gone(2)]));
+    let moved = KeyId(Uuid::from_u128(99));
+    db.execute(&format!("UPDATE api_key SET id = '{moved}' WHERE id = '{}'", two.id)).await;
+    assert_eq!(named_since(&lookup, &mut seen).await, expect(&[key(two.id), key(moved), absent(4)]));
+    db.execute(&format!("DELETE FROM api_key WHERE id = '{moved}'")).await;
+    assert_eq!(named_since(&lookup, &mut seen).await, expect(&[key(moved), gone(4)]));
+
+    ledger.delete_trust(&actor(), &TrustRef::Id(trust), true).await.unwrap();
+    let all = [key(one.id), gone(1), key(new_key(3).id), gone(3), Change::Trust(trust)];
+    assert_eq!(named_since(&lookup, &mut seen).await, expect(&all));
+    ledger.clear_caches(&actor()).await.unwrap();
+    assert_eq!(named_since(&lookup, &mut seen).await, expect(&[Change::Everything]));
+}
+
+async fn a_replica_that_begins_is_told_the_last_quarter_of_an_hour(db: Db) {
+    let db = db.migrated().await;
+    let (lookup, mut ledger) = (db.lookup().await, db.ledger().await);
+    with_acme(&mut *ledger).await;
+    let mut versions = Vec::new();
+    for number in 1..=4 {
+        ledger.add_key(&actor(), &acme(), new_key(number)).await.unwrap();
+        versions.push(newest(&lookup).await.as_of);
+    }
+    let beginning = async |aged: Version, by: u32| {
+        let at =
+            if db.is_postgres() { format!("now() - interval '{by} minutes'") } else { format!("at - {by} * 60000000") };
+        db.execute(&format!("UPDATE version SET at = {at} WHERE version <= {}", aged.0)).await;
+        let polled = lookup.poll(None).await.unwrap();
+        let named: Vec<_> = polled.changes.iter().map(|(version, _)| *version).collect();
+        let first = polled.versions[0].0;
+        assert!(named.iter().all(|version| *version >= first), "{polled:?}");
+        assert_eq!(polled.versions.last().unwrap().0, versions[3]);
+        (first, named.contains(&first))
+    };
+    assert_eq!(beginning(versions[0], 16).await, (versions[1], true), "what the first one named is told as well");
+    // Not by age row by row: a long transaction's row may look old.
+    let at = if db.is_postgres() { "now() - interval '1 hour'" } else { "at - 3600000000" };
+    db.execute(&format!("UPDATE version SET at = {at} WHERE version = {}", versions[2].0)).await;
+    assert_eq!(beginning(versions[0], 14).await.0, Version(1));
+    assert_eq!(beginning(versions[0], 16).await, (versions[1], true));
+    assert_eq!(
+        lookup.poll(None).await.unwrap().versions.len(),
+        usize::try_from(versions[3].0 - versions[0].0).unwrap()
+    );
+    assert_eq!(beginning(versions[3], 16).await, (versions[3], true), "the newest, however old");
+}
+
+async fn versions_are_deleted_when_nobody_needs_them(db: Db) {
+    let db = db.migrated().await;
+    let (lookup, mut ledger) = (db.lookup().await, db.ledger().await);
+    with_acme(&mut *ledger).await;
+    for number in 1..=5 {
+        ledger.add_key(&actor(), &acme(), new_key(number)).await.unwrap();
+    }
+    let all = lookup.poll(None).await.unwrap();
+    let numbers: Vec<u64> = all.versions.iter().map(|(version, _)| version.0).collect();
+    let left = async || {
+        lookup.prune().await.unwrap();
+        let left = db.texts("SELECT CAST(version AS text) FROM version ORDER BY version").await;
+        left.iter().map(|number| number.parse::<u64>().unwrap()).collect::<Vec<_>>()
+    };
+    let old = if db.is_postgres() { "now() - interval '21 minutes'" } else { "at - 21 * 60000000" };
+    assert_eq!(left().await, numbers, "nothing is old");
+    let third = numbers[numbers.len() - 3];
+    // One that is older than those before it, by a clock that was put back: they are kept with it.
+    db.execute(&format!("UPDATE version SET at = {old} WHERE version = {third}")).await;
+    assert_eq!(left().await, numbers);
+    db.execute(&format!("UPDATE version SET at = {old} WHERE version <= {third}")).await;
+    assert_eq!(left().await, numbers[numbers.len() - 3..], "it was the newest less than 20 minutes ago");
+    let polled = lookup.poll(Some(Version(third))).await.unwrap();
+    assert_eq!((polled.versions[0], polled.oldest), (all.versions[numbers.len() - 3], Version(third)));
+    let polled = lookup.poll(Some(Version(numbers[0]))).await.unwrap();
+    assert_eq!((polled.versions[0].0, polled.oldest), (Version(third), Version(third)), "pruned away");
+    let named = "SELECT CAST(count(*) AS text) FROM change";
+    assert_eq!(db.texts(named).await, ["3"], "what they named is gone with them, the rest is there");
+    db.execute(&format!("UPDATE version SET at = {old}")).await;
+    assert_eq!(left().await, [*numbers.last().unwrap()], "the newest is the date of now");
+    assert_eq!(newest(&lookup).await.nonce, all.newest.nonce);
+    assert!(ledger.clear_caches(&actor()).await.unwrap() > all.newest.as_of);
+}
+
+async fn a_new_history_begins_once_for_each_that_is_lost(db: Db) {
+    let db = db.migrated().await;
+    let lookup = db.lookup().await;
+    let mut seen = newest(&lookup).await.as_of;
+    let first = newest(&lookup).await.lineage;
+    lookup.renew_incarnation(Uuid::new_v4()).await.unwrap();
+    assert_eq!(newest(&lookup).await.lineage, first, "somebody else was faster");
+    assert_eq!(named_since(&lookup, &mut seen).await, Vec::<String>::new());
+    lookup.renew_incarnation(first.incarnation).await.unwrap();
+    lookup.renew_incarnation(first.incarnation).await.unwrap();
+    let second = newest(&lookup).await;
+    assert_ne!(second.lineage.incarnation, first.incarnation);
+    assert_eq!(Lineage { incarnation: first.incarnation, ..second.lineage }, first);
+    assert_eq!(named_since(&lookup, &mut seen).await, ["Everything"]);
+    assert_eq!(lookup.find(&only(digest(1))).await.unwrap().lineage, second.lineage);
+
+    store::new_incarnation(&db.settings, NO_ENV).await.unwrap();
+    let third = newest(&lookup).await.lineage.incarnation;
+    assert!(third != first.incarnation && third != second.lineage.incarnation);
+    assert_eq!(named_since(&lookup, &mut seen).await, ["Everything"]);
+}
+
+async fn the_watch_is_restored_without_a_version_where_nothing_was_wrong(db: Db) {
+    let db = db.migrated().await;
+    let lookup = db.lookup().await;
+    let first = newest(&lookup).await;
+    lookup.restore_watch().await.unwrap();
+    assert_eq!(newest(&lookup).await.as_of, first.as_of);
+    db.execute("UPDATE meta SET fingerprint = NULL").await;
+    assert!(!lookup.poll(None).await.unwrap().watched);
+    let mut restoring = tokio::task::JoinSet::new();
+    for _ in 0..4 {
+        let lookup = Arc::clone(&lookup);
+        restoring.spawn(async move { lookup.restore_watch().await.unwrap() });
+    }
+    restoring.join_all().await;
+    let mut seen = first.as_of;
+    assert_eq!(named_since(&lookup, &mut seen).await, ["Everything"]);
+    assert_eq!(seen, Version(first.as_of.0 + 1), "once, however many find it");
+}
+
+fn sign(replica: Uuid, applied: u64) -> SignOfLife {
+    let lasts = Duration::from_mins(2);
+    SignOfLife { replica, name: format!("pod-{applied}'\\\"; ü"), applied: Version(applied), lasts }
 }
 
 async fn replicas_that_give_signs_of_life_are_listed(db: Db) {
@@ -441,17 +641,35 @@ async fn replicas_that_give_signs_of_life_are_listed(db: Db) {
     let (lookup, mut ledger) = (db.lookup().await, db.ledger().await);
     assert_eq!(ledger.replicas().await.unwrap(), []);
     let (one, other) = (Uuid::from_u128(1), Uuid::from_u128(2));
-    lookup.report(one, Version(1)).await.unwrap();
-    lookup.report(one, Version(5)).await.unwrap();
-    lookup.report(other, Version(3)).await.unwrap();
-    let seen = ledger.replicas().await.unwrap();
+    for (replica, applied) in [(one, 1), (one, 5), (other, 3)] {
+        lookup.report(&sign(replica, applied)).await.unwrap();
+    }
+    let mut seen = ledger.replicas().await.unwrap();
+    seen.sort_by_key(|replica| replica.id);
     let applied: Vec<_> = seen.iter().map(|replica| (replica.id, replica.applied.0)).collect();
     assert_eq!(applied, [(one, 5), (other, 3)]);
+    assert!(seen[0].name.starts_with("pod-1") && seen[1].name.starts_with("pod-3"), "{seen:?}");
     let now = ledger.now().await.unwrap();
     assert!(seen.iter().all(|replica| replica.seen_at <= now && now.since(replica.seen_at) < Duration::from_secs(20)));
-    let long_ago = if db.is_postgres() { "seen_at - interval '31 seconds'" } else { "seen_at - 31000000" };
-    db.execute(&format!("UPDATE replica SET seen_at = {long_ago} WHERE applied = 5")).await;
-    assert_eq!(ledger.replicas().await.unwrap().len(), 1);
+    assert!(seen.iter().all(|replica| replica.until == replica.seen_at.after(Duration::from_mins(2))));
+
+    let ago = |seconds: u32| {
+        if db.is_postgres() {
+            format!("now() - interval '{seconds} seconds'")
+        } else {
+            format!("seen_at - {seconds} * 1000000")
+        }
+    };
+    db.execute(&format!("UPDATE replica SET until = {} WHERE id = '{one}'", ago(1))).await;
+    assert_eq!(ledger.replicas().await.unwrap().iter().map(|replica| replica.id).collect::<Vec<_>>(), [other]);
+    lookup.report(&sign(other, 4)).await.unwrap();
+    assert_eq!(db.texts("SELECT CAST(count(*) AS text) FROM replica").await, ["2"], "dead for a second");
+    db.execute(&format!("UPDATE replica SET until = {} WHERE id = '{one}'", ago(25 * 60 * 60))).await;
+    lookup.report(&sign(other, 6)).await.unwrap();
+    assert_eq!(db.texts("SELECT CAST(count(*) AS text) FROM replica").await, ["1"], "dead for more than a day");
+    lookup.report(&SignOfLife { lasts: Duration::ZERO, ..sign(other, 7) }).await.unwrap();
+    assert_eq!(ledger.replicas().await.unwrap(), [], "it said goodbye");
+
     let key = lookup.redis_mac_key().await.unwrap().expect("made by the first migration");
     assert_ne!(key, [0; 32]);
     assert_eq!(db.lookup().await.redis_mac_key().await.unwrap(), Some(key));
@@ -470,7 +688,7 @@ async fn a_table_of_somebody_else_is_read_as_it_is(mut db: Db) {
     assert_eq!((found.as_of, found.nonce, found.lineage.incarnation), (Version(0), Nonce::default(), Uuid::nil()));
     let absent = lookup.find(&only(digest(5))).await.unwrap();
     assert_eq!((absent.as_of, absent.lineage, absent.value.as_ref()), (Version(0), Lineage::default(), None));
-    assert!(found.read_at.micros() > 1_700_000_000_000_000 && found.read_at <= lookup.newest().await.unwrap().read_at);
+    assert!(found.read_at.micros() > 1_700_000_000_000_000 && found.read_at <= newest(&lookup).await.read_at);
     let record = found.value.expect("there");
     assert_eq!((record.trust_id, record.key_id, record.digest), (TrustId(first), KeyId(first), digest(1)));
     assert!(record.trust_enabled && record.scopes.is_empty() && record.allowed_cidrs.is_empty());
@@ -487,9 +705,18 @@ async fn a_table_of_somebody_else_is_read_as_it_is(mut db: Db) {
     assert_eq!(lookup.find(&only(digest(1))).await.unwrap().value, None);
 
     assert_eq!(lookup.redis_mac_key().await.unwrap(), None);
-    lookup.report(first, Version(0)).await.unwrap();
+    let polled = lookup.poll(Some(Version(0))).await.unwrap();
+    assert_eq!((polled.newest.as_of, polled.newest.nonce, polled.watched), (Version(0), Nonce::default(), false));
+    assert!(polled.changes.is_empty() && polled.complete, "{polled:?}");
+    lookup.report(&sign(first, 0)).await.unwrap();
+    lookup.restore_watch().await.unwrap();
+    lookup.renew_incarnation(Uuid::nil()).await.unwrap();
+    lookup.prune().await.unwrap();
+    let listening = tokio::time::timeout(Duration::from_millis(200), lookup.listen(&|| panic!("who says so?")));
+    assert!(listening.await.is_err(), "nobody ever says that something changed");
     assert!(matches!(store::open_ledger(&db.settings, NO_ENV).await, Err(LedgerError::NotOurs)));
     assert!(matches!(store::migrate(&db.settings, NO_ENV).await, Err(LedgerError::NotOurs)));
+    assert!(matches!(store::new_incarnation(&db.settings, NO_ENV).await, Err(LedgerError::NotOurs)));
 }
 
 async fn a_table_of_somebody_else_that_lacks_a_column_is_told_at_start(mut db: Db) {
@@ -533,9 +760,9 @@ async fn migrating_twice_and_at_once_is_the_same_as_once(db: Db) {
         migrating.spawn(async move { store::migrate(&settings, NO_ENV).await.unwrap() });
     }
     migrating.join_all().await;
-    let first = db.lookup().await.newest().await.unwrap();
+    let first = newest(&db.lookup().await).await;
     store::migrate(&db.settings, NO_ENV).await.unwrap();
-    let again = db.lookup().await.newest().await.unwrap();
+    let again = newest(&db.lookup().await).await;
     assert_eq!((again.as_of, again.nonce, again.lineage), (first.as_of, first.nonce, first.lineage));
     assert_eq!(db.texts("SELECT CAST(count(*) AS text) FROM setting").await, ["1"]);
 }
@@ -563,6 +790,8 @@ async fn a_row_that_cannot_be_read_is_a_fault(db: Db) {
     db.execute("DELETE FROM version").await;
     let outcome = lookup.find(&only(digest(2))).await;
     assert!(matches!(outcome, Err(Fault::Corrupt { .. })), "no date, no answer: {outcome:?}");
+    let outcome = lookup.poll(None).await;
+    assert!(matches!(outcome, Err(PollError::Unusable(_))), "an answer that confirms nothing: {outcome:?}");
 }
 
 fn empty(db: &Db) -> &'static str {

@@ -16,7 +16,7 @@ use trustgate::{
     record::{ApiKeyDigest, Digests},
     secret::Secret,
     store::{
-        self, Missing, Source, StoreSettings,
+        self, Missing, SignOfLife, Source, StoreSettings,
         pool::{Connect, Limits, Pool, Trouble},
     },
 };
@@ -87,7 +87,7 @@ async fn after_a_restart_of_the_server_the_next_read_works() {
     server.resume().await;
     // This time nobody noticed that it was gone.
     lookup.find(&nobody()).await.unwrap();
-    lookup.newest().await.unwrap();
+    lookup.poll(None).await.unwrap();
     lookup.close().await;
     eventually("the connections are gone", 10 * SECONDS, || async { connections(&server, "reader").await == 0 }).await;
 }
@@ -111,7 +111,7 @@ async fn reads_given_up_while_the_server_hangs_close_their_connections() {
     let server = Postgres::start().await;
     let lookup = open(&migrated(&server).await);
     read_at_once(&lookup, 9).await;
-    lookup.newest().await.unwrap();
+    lookup.poll(None).await.unwrap();
     assert!(connections(&server, "reader").await <= 4);
     let frozen = server.freeze();
     for _ in 0..10 {
@@ -154,7 +154,10 @@ async fn the_printed_grants_are_enough_to_serve_and_to_manage_and_no_more() {
     let reader = migrated(&server).await;
     let lookup = open(&reader);
     lookup.prepare(Missing::Refuse).await.unwrap();
-    lookup.report(uuid::Uuid::from_u128(1), lookup.newest().await.unwrap().as_of).await.unwrap();
+    let applied = lookup.poll(None).await.unwrap().newest.as_of;
+    let replica = uuid::Uuid::from_u128(1);
+    let sign = SignOfLife { replica, name: "one".into(), applied, lasts: SECONDS };
+    lookup.report(&sign).await.unwrap();
     assert!(lookup.redis_mac_key().await.unwrap().is_some());
     let actor = store::Actor("test".into());
     let id = trustgate::record::TrustId(uuid::Uuid::from_u128(7));

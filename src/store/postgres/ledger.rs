@@ -3,7 +3,10 @@
 use std::time::Duration;
 
 use async_trait::async_trait;
-use sqlx::{Executor, PgConnection, Row, postgres::PgArguments};
+use sqlx::{
+    AssertSqlSafe, Executor, PgConnection, Row,
+    postgres::{PgArguments, PgRow},
+};
 
 use super::{
     super::{
@@ -13,7 +16,8 @@ use super::{
         place::Address,
         rows, schema,
     },
-    connect_within, describe, in_schema,
+    blocked::{self, LOCK_TIMEOUT},
+    code, connect_within, describe, in_schema,
     lookup::micros,
     migrate,
 };
@@ -24,10 +28,15 @@ use crate::{
 
 /// One connection to a PostgreSQL database, and the schema of our tables.
 pub(crate) struct PostgresTables {
-    /// The connection.
-    pub(crate) connection: PgConnection,
+    connection: PgConnection,
     /// The schema.
-    pub(crate) schema: SchemaName,
+    schema: SchemaName,
+    /// Where another connection finds out who holds up this one.
+    address: Address,
+    /// The server process of the present transaction.
+    pid: Option<i32>,
+    /// Who held up the last statement that took long.
+    blockers: Option<String>,
 }
 
 /// Connects to the database, which must hold our tables.
@@ -39,7 +48,7 @@ pub(crate) async fn open(
     let mut connection = connect_within(address, connect_timeout).await?;
     let tables = migrate::tables(&mut connection, schema).await?;
     schema::check(tables, &describe(address, schema))?;
-    Ok(PostgresTables { connection, schema: schema.clone() })
+    Ok(PostgresTables { connection, schema: schema.clone(), address: address.clone(), pid: None, blockers: None })
 }
 
 type Prepared<'q> = sqlx::query::Query<'q, sqlx::Postgres, PgArguments>;
@@ -50,20 +59,39 @@ impl PostgresTables {
         sqlx::query(in_schema(sql, &self.schema)).persistent(false)
     }
 
+    async fn rows(&mut self, query: Prepared<'_>) -> Result<Vec<PgRow>, sqlx::Error> {
+        let Self { connection, address, pid, blockers, .. } = self;
+        blocked::watched(address, *pid, blockers, connection.fetch_all(query)).await
+    }
+
+    async fn one(&mut self, query: Prepared<'_>) -> Result<PgRow, sqlx::Error> {
+        self.rows(query).await?.pop().ok_or(sqlx::Error::RowNotFound)
+    }
+
     async fn change(&mut self, query: Prepared<'_>) -> Result<u64, sqlx::Error> {
-        Ok(self.connection.execute(query).await?.rows_affected())
+        let Self { connection, address, pid, blockers, .. } = self;
+        Ok(blocked::watched(address, *pid, blockers, connection.execute(query)).await?.rows_affected())
     }
 }
 
 #[async_trait]
 impl Tables for PostgresTables {
     async fn begin(&mut self, _purpose: Purpose) -> Result<(), sqlx::Error> {
-        // Who waits longer for somebody else's lock would only lengthen the queue behind it.
-        self.connection.execute(sqlx::raw_sql("BEGIN; SET LOCAL lock_timeout = '2s'")).await.map(drop)
+        let begin = format!(
+            "BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL lock_timeout = {}; SELECT pg_backend_pid()",
+            LOCK_TIMEOUT.as_millis()
+        );
+        (self.pid, self.blockers) = (None, None);
+        let row = sqlx::raw_sql(AssertSqlSafe(begin)).fetch_one(&mut self.connection).await?;
+        self.pid = row.try_get(0)?;
+        Ok(())
     }
 
     async fn commit(&mut self) -> Result<(), sqlx::Error> {
-        self.connection.execute(sqlx::raw_sql("COMMIT")).await.map(drop)
+        // The version is drawn here, one after the other.
+        let Self { connection, address, pid, blockers, .. } = self;
+        let commit = connection.execute(sqlx::raw_sql("COMMIT"));
+        blocked::watched(address, *pid, blockers, commit).await.map(drop)
     }
 
     async fn rollback(&mut self) -> Result<(), sqlx::Error> {
@@ -72,7 +100,7 @@ impl Tables for PostgresTables {
 
     async fn now(&mut self) -> Result<i64, sqlx::Error> {
         let query = self.query(&format!("SELECT {}", micros("clock_timestamp()")));
-        self.connection.fetch_one(query).await?.try_get(0)
+        self.one(query).await?.try_get(0)
     }
 
     async fn hold_trust(&mut self, which: &TrustRef) -> Result<(), sqlx::Error> {
@@ -97,7 +125,7 @@ impl Tables for PostgresTables {
             Some(TrustRef::Id(id)) => self.query(&select("t.id = $1")).bind(id.0),
             Some(TrustRef::Name(name)) => self.query(&select("t.name = $1")).bind(name.clone()),
         };
-        self.connection.fetch_all(query).await?.iter().map(rows::trust).collect()
+        self.rows(query).await?.iter().map(rows::trust).collect()
     }
 
     async fn insert_trust(&mut self, id: TrustId, name: &str) -> Result<bool, sqlx::Error> {
@@ -144,7 +172,7 @@ impl Tables for PostgresTables {
                 self.query(&select("k.digest = ANY($1)")).bind(digests)
             }
         };
-        self.connection.fetch_all(query).await?.iter().map(rows::key).collect()
+        self.rows(query).await?.iter().map(rows::key).collect()
     }
 
     async fn insert_keys(&mut self, trust: TrustId, keys: &[NewKey]) -> Result<u64, sqlx::Error> {
@@ -187,7 +215,7 @@ impl Tables for PostgresTables {
 
     async fn newest(&mut self) -> Result<i64, sqlx::Error> {
         let query = self.query("SELECT max(version) FROM {s}.version");
-        self.connection.fetch_one(query).await?.try_get(0)
+        self.one(query).await?.try_get(0)
     }
 
     async fn replicas(&mut self) -> Result<Vec<Replica>, sqlx::Error> {
@@ -198,7 +226,7 @@ impl Tables for PostgresTables {
             until = micros("until"),
         );
         let query = self.query(&sql);
-        self.connection.fetch_all(query).await?.iter().map(rows::replica).collect()
+        self.rows(query).await?.iter().map(rows::replica).collect()
     }
 
     async fn insert_audit(&mut self, actor: &Actor, entry: &AuditEntry) -> Result<(), sqlx::Error> {
@@ -212,6 +240,18 @@ impl Tables for PostgresTables {
             .bind(entry.before.as_ref().map(ToString::to_string))
             .bind(entry.after.as_ref().map(ToString::to_string));
         self.change(query).await.map(drop)
+    }
+
+    fn explain(&self, error: sqlx::Error) -> LedgerError {
+        // 55P03: no lock in time.
+        if code(&error).as_deref() != Some("55P03") {
+            return error.into();
+        }
+        let blockers = self.blockers.as_deref().filter(|blockers| !blockers.is_empty());
+        LedgerError::Blocked {
+            waited: LOCK_TIMEOUT,
+            blockers: blockers.unwrap_or("nobody any longer, or it could not be found out").to_owned(),
+        }
     }
 }
 

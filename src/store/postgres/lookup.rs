@@ -1,12 +1,8 @@
 //! The reads of checks on PostgreSQL.
 
-use std::{convert::Infallible, time::Duration};
+use std::time::Duration;
 
-use sqlx::{
-    AssertSqlSafe, Connection, PgConnection,
-    postgres::{PgListener, PgPoolOptions, PgRow},
-};
-use tokio::time::timeout;
+use sqlx::{AssertSqlSafe, Connection, PgConnection, postgres::PgRow};
 use uuid::Uuid;
 
 use super::{
@@ -18,7 +14,7 @@ use super::{
         reader::{Dialect, Ours},
         rows::{self, POLL_ROWS_MAX},
     },
-    code, connect, describe, in_schema, is_missing, migrate, watch,
+    code, connect, describe, is_missing, listen, migrate,
 };
 use crate::record::{Digests, KeyId, Version};
 
@@ -96,35 +92,34 @@ impl Dialect for Postgres {
                     {CLOCK}, 0::bigint, {CLOCK}, NULL::bigint, NULL, NULL, NULL"
             ));
         }
-        // What a version named is asked for once: the one applied is only to be recognised.
-        let (since, named) = match since {
-            Some(version) => (version.0.to_string(), format!("> {}", version.0)),
-            None => (watch::BEGIN.to_owned(), format!(">= {}", watch::BEGIN)),
-        };
-        let poll = watch::POLL
-            .replace("{echo}", &echo.to_string())
-            .replace("{timeline}", TIMELINE)
-            .replace("{clock}", CLOCK)
-            .replace("{at}", &micros("n.at"))
-            .replace("{since}", &since)
-            .replace("{named}", &named)
-            .replace("{limit}", &(POLL_ROWS_MAX + 1).to_string());
-        self.timed(&poll)
+        let since = since.map_or_else(|| "NULL".to_owned(), |version| version.0.to_string());
+        let poll = format!("SELECT {echo}::bigint, * FROM {{s}}.poll({since}, {})", POLL_ROWS_MAX + 1);
+        self.within(POLL_TIMEOUT, &poll)
     }
 
     fn answered(error: &sqlx::Error) -> bool {
-        match error {
-            sqlx::Error::Decode(_) | sqlx::Error::ColumnDecode { .. } | sqlx::Error::ColumnIndexOutOfBounds { .. } => true,
-            // Class 42: tables, columns or rights; 55000 and 25006: a standby, or read-only; 3F: no such schema; P0: an
-            // exception of a function; XX: an internal error. Everything else says that the server could not be asked.
-            _ => code(error).is_some_and(|code| {
-                ["42", "3F", "P0", "XX"].contains(&&code[..2]) || code == "55000" || code == "25006"
-            }),
+        use sqlx::Error::{ColumnDecode, ColumnIndexOutOfBounds, ColumnNotFound, Decode, TypeNotFound};
+        match code(error) {
+            // Class 08: connection; 28: no entry; 53: out of connections or memory; 57: stopped, starting, or too slow.
+            // Whatever else a server says, it is there: a standby, or read-only, or without our tables, or the rights
+            // to them.
+            Some(code) => !["08", "28", "53", "57"].iter().any(|class| code.starts_with(class)),
+            None => matches!(
+                error,
+                Decode(_)
+                    | ColumnDecode { .. }
+                    | ColumnIndexOutOfBounds { .. }
+                    | ColumnNotFound(_)
+                    | TypeNotFound { .. }
+            ),
         }
     }
 
     async fn listen(&self, changed: &(dyn Fn() + Send + Sync)) -> sqlx::Error {
-        match self.listen_until_lost(changed).await {
+        if self.preset.is_some() {
+            return std::future::pending().await; // nobody tells of changes there
+        }
+        match listen::attend(&self.address, &self.schema, changed).await {
             Ok(never) => match never {},
             Err(error) => error,
         }
@@ -142,7 +137,8 @@ impl Dialect for Postgres {
         self.preset.is_none().then(|| Ours {
             schema: self.timed(migrate::SCHEMA),
             redis_mac_key: self.timed("SELECT encode(value, 'hex') FROM {s}.setting WHERE name = 'redis_mac_key'"),
-            prune: self.timed("SELECT {s}.prune()"),
+            // Goes on if nobody waits for it: what it did not delete the next one must.
+            prune: self.within(PRUNE_TIMEOUT, "SELECT {s}.prune()"),
         })
     }
 
@@ -179,31 +175,15 @@ impl Dialect for Postgres {
 }
 
 impl Postgres {
-    async fn listen_until_lost(&self, changed: &(dyn Fn() + Send + Sync)) -> Result<Infallible, sqlx::Error> {
-        let options = self.address.postgres().map_err(|error| sqlx::Error::Configuration(Box::new(error)))?;
-        let pool = PgPoolOptions::new().max_connections(1).acquire_timeout(CONNECT_WITHIN).connect_with(options).await?;
-        let mut listener = PgListener::connect_with(&pool).await?;
-        listener.listen(self.schema.as_str()).await?;
-        changed();
-        loop {
-            match timeout(LISTEN_CHECK, listener.try_recv()).await {
-                Ok(Ok(Some(_))) => changed(),
-                // The listener would connect anew by itself, and what was said meanwhile is lost: so does the caller.
-                Ok(Ok(None)) => return Err(lost("the connection for hints broke")),
-                Ok(Err(error)) => return Err(error),
-                Err(_) => {
-                    let alive = timeout(LISTEN_CHECK, sqlx::query("SELECT 1").execute(&mut listener)).await;
-                    alive.map_err(|_| lost("the connection for hints no longer answers"))??;
-                }
-            }
-        }
-    }
-
     /// Calls a function of ours on a connection of its own.
     async fn call(&self, call: &str) -> Result<(), sqlx::Error> {
+        if self.preset.is_some() {
+            return Ok(()); // there are none
+        }
         let mut connection = connect(&self.address).await?;
-        let call = format!("SET LOCAL statement_timeout = '2s'; SET LOCAL lock_timeout = '1s'; {call}");
-        sqlx::raw_sql(in_schema(&call, &self.schema)).execute(&mut connection).await?;
+        // Bounds of the server's: whoever waits here has one of their own.
+        let call = format!("SET LOCAL lock_timeout = '1s'; {}", self.within(CALL_TIMEOUT, call));
+        sqlx::raw_sql(AssertSqlSafe(call)).execute(&mut connection).await?;
         connection.close().await
     }
 
@@ -240,21 +220,28 @@ impl Postgres {
         ))
     }
 
-    /// `text` in our schema, with a limit for the server. `SET LOCAL` ends with the implicit transaction around both.
+    /// `text` in our schema, with the limit of a read for the server.
     fn timed(&self, text: &str) -> String {
-        let limit = self.statement_timeout.as_millis().max(1);
-        format!("SET LOCAL statement_timeout = {limit}; {}", text.replace("{s}", self.schema.as_str()))
+        self.within(self.statement_timeout, text)
+    }
+
+    /// `text` in our schema, with a limit for the server. `SET LOCAL` ends with the implicit transaction around all of
+    /// it. Reads that are SERIALIZABLE, where somebody made that the default, would make writers fail.
+    fn within(&self, limit: Duration, text: &str) -> String {
+        format!(
+            "SET LOCAL transaction_isolation = 'read committed'; SET LOCAL statement_timeout = {}; {}",
+            limit.as_millis().max(1),
+            text.replace("{s}", self.schema.as_str())
+        )
     }
 }
 
-fn lost(problem: &'static str) -> sqlx::Error {
-    sqlx::Error::Io(std::io::Error::new(std::io::ErrorKind::ConnectionAborted, problem))
-}
-
-/// How often a connection that only listens is asked whether it is still there, and how long it has to answer.
-const LISTEN_CHECK: Duration = Duration::from_secs(5);
-/// How long connecting to listen may take.
-const CONNECT_WITHIN: Duration = Duration::from_secs(5);
+/// How long the server may work on a poll. Longer than anybody waits for it, as with reads.
+const POLL_TIMEOUT: Duration = Duration::from_secs(1);
+/// How long the server may delete old versions.
+const PRUNE_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long the server may work on a call of a function.
+const CALL_TIMEOUT: Duration = Duration::from_secs(2);
 /// The longest name of a host that is written down (RFC 1035, section 2.3.4).
 const NAME_CHARS_MAX: usize = 255;
 

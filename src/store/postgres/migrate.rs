@@ -13,7 +13,7 @@ use super::{
 /// The version of the tables, newest first.
 pub(crate) const SCHEMA: &str = "SELECT version, compatible_from FROM {s}.schema ORDER BY version DESC LIMIT 1";
 
-/// Makes the tables, or adds what is missing. Several may run at once: one works, the others wait for it.
+/// Makes the tables, or adds and mends what is missing. Several may run at once: one works, the others wait for it.
 ///
 /// # Errors
 /// [`LedgerError::Schema`] where the tables are too new for this release; or the database failed.
@@ -21,17 +21,37 @@ pub(crate) async fn run(address: &Address, name: &SchemaName, connect_timeout: D
     let mut connection = connect_within(address, connect_timeout).await?;
     let mut transaction = connection.begin().await?;
     sqlx::raw_sql(LOCK).execute(&mut *transaction).await?;
-    let tables = tables(&mut transaction, name).await?;
-    if tables.is_none() {
+    sqlx::raw_sql(WAITS).execute(&mut *transaction).await?;
+    if tables(&mut transaction, name).await?.is_none() {
         first(&mut transaction, name).await?;
     }
-    if tables.is_none_or(|tables| tables.version <= schema::VERSION) {
+    if tables(&mut transaction, name).await?.is_some_and(|tables| tables.version == 1) {
         second(&mut transaction, name).await?;
     }
-    let tables = self::tables(&mut transaction, name).await?;
+    let tables = tables(&mut transaction, name).await?;
+    // A newer release's functions and triggers are left to it.
+    if tables.is_some_and(|tables| tables.version == schema::VERSION) {
+        watch::mend(&mut transaction, name).await?;
+    }
     transaction.commit().await?;
     connection.close().await?;
     schema::check(tables, &describe(address, name))
+}
+
+/// Begins a new history. For whoever restored a backup: what replicas and Redis hold of the old one is never used again.
+///
+/// # Errors
+/// The database failed, or holds no tables of ours.
+pub(crate) async fn new_incarnation(
+    address: &Address,
+    name: &SchemaName,
+    connect_timeout: Duration,
+) -> Result<(), LedgerError> {
+    let mut connection = connect_within(address, connect_timeout).await?;
+    let sql = "SET LOCAL transaction_isolation = 'read committed'; SET LOCAL lock_timeout = '60s';
+        SELECT {s}.renew_incarnation(incarnation) FROM {s}.meta";
+    sqlx::raw_sql(in_schema(sql, name)).execute(&mut connection).await?;
+    Ok(connection.close().await?)
 }
 
 /// What `serve`'s role and management's role need, as statements for the owner of the tables to run: as little as
@@ -45,6 +65,8 @@ pub(crate) fn grants(schema: &SchemaName, serve: &str, manage: &str) -> String {
 /// One lock for every schema of the database: migrations are rare. The number is the first 8 bytes of
 /// SHA-256("trustgate migrate").
 const LOCK: &str = "SET LOCAL lock_timeout = '60s'; SET LOCAL statement_timeout = 0; SELECT pg_advisory_xact_lock(2242996985564621124)";
+/// Whoever waits for a lock on a table makes everybody wait who comes after: better to give up and be run again.
+const WAITS: &str = "SET LOCAL lock_timeout = '5s'; SET LOCAL client_min_messages = warning";
 
 pub(super) async fn tables(
     connection: &mut PgConnection,
@@ -62,7 +84,7 @@ pub(super) async fn tables(
     }
 }
 
-/// Version 1: everything, the first version, and the key of the Redis MAC.
+/// Version 1: the tables, the first version, and the key of the Redis MAC.
 async fn first(connection: &mut PgConnection, name: &SchemaName) -> Result<(), LedgerError> {
     // CREATE SCHEMA asks for the right to make one even where it exists.
     let exists = sqlx::query("SELECT FROM pg_namespace WHERE nspname = $1")
@@ -92,17 +114,16 @@ async fn first(connection: &mut PgConnection, name: &SchemaName) -> Result<(), L
     Ok(())
 }
 
-/// Version 2: versions by triggers. Run with every migration, so that it also mends what was altered.
-async fn second(connection: &mut PgConnection, name: &SchemaName) -> Result<(), LedgerError> {
+/// Version 2: changes are named.
+async fn second(connection: &mut PgConnection, name: &SchemaName) -> Result<(), sqlx::Error> {
+    sqlx::raw_sql(in_schema(watch::HOLD_WRITERS, name)).execute(&mut *connection).await?;
     sqlx::raw_sql(in_schema(watch::TABLES, name)).execute(&mut *connection).await?;
-    sqlx::raw_sql(in_schema(watch::TRIGGERS, name)).execute(&mut *connection).await?;
-    sqlx::raw_sql(in_schema("SELECT {s}.restore_watch()", name)).execute(&mut *connection).await?;
-    sqlx::query(in_schema("INSERT INTO {s}.schema (version, compatible_from) VALUES ($1, $2) ON CONFLICT DO NOTHING", name))
+    sqlx::query(in_schema("INSERT INTO {s}.schema (version, compatible_from) VALUES ($1, $2)", name))
         .bind(schema::VERSION)
         .bind(schema::COMPATIBLE_FROM)
         .execute(connection)
-        .await?;
-    Ok(())
+        .await
+        .map(drop)
 }
 
 const FIRST: &str = "
@@ -160,11 +181,13 @@ GRANT USAGE ON SCHEMA {s} TO {serve};
 GRANT SELECT ON {s}.schema, {s}.meta, {s}.version, {s}.tx, {s}.change, {s}.setting, {s}.trust, {s}.api_key, {s}.replica
     TO {serve};
 GRANT INSERT, UPDATE, DELETE ON {s}.replica TO {serve};
-GRANT EXECUTE ON FUNCTION {s}.restore_watch(), {s}.renew_incarnation(uuid), {s}.prune() TO {serve};
+GRANT EXECUTE ON FUNCTION {s}.poll(bigint, bigint), {s}.fingerprint(), {s}.restore_watch(), {s}.renew_incarnation(uuid),
+    {s}.prune() TO {serve};
 -- For the role that `trustgate trust`, `key` and `cache clear` connect as (store.management_url):
 GRANT USAGE ON SCHEMA {s} TO {manage};
 GRANT SELECT ON {s}.schema, {s}.version, {s}.trust, {s}.api_key, {s}.replica TO {manage};
 GRANT INSERT, UPDATE, DELETE ON {s}.trust, {s}.api_key TO {manage};
 GRANT INSERT ON {s}.audit TO {manage};
 GRANT EXECUTE ON FUNCTION {s}.everything() TO {manage};
+-- Any other role that changes trusts and keys by itself needs rights on those two tables, and none on the rest.
 ";

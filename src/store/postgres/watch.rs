@@ -1,264 +1,481 @@
-//! How every committed change of trusts and keys gets a version, whoever makes it: triggers, functions, and the
-//! fingerprint by which a poll notices that one of them is gone.
+//! What gives every committed change a version on PostgreSQL, whoever makes it: triggers, their functions, and the
+//! fingerprint that shows when somebody altered them.
 //!
-//! Nothing here reads our own tables inside somebody's transaction: under SERIALIZABLE such reads would make writers fail
-//! that have nothing to do with each other. It inserts, and the poll reads.
+//! Inside a writer's transaction these functions only insert: a read would take the locks by which PostgreSQL finds
+//! conflicts between SERIALIZABLE transactions, and an update would be one, so writers would fail because of us. They
+//! never trust a setting of the session: anybody can set those.
 
-/// Adds what versions need to tables of version 1. Safe to run again: it makes what is missing.
+use sqlx::PgConnection;
+
+use super::{super::SchemaName, in_schema};
+
+/// Version 2 of the tables: changes are named.
+///
+/// A transaction is known by its number and its start: a dump that is restored elsewhere brings old numbers back.
+/// `tx.whole` is empty in the one row of a transaction that draws its version; in others it names a kind that changed as
+/// a whole, or `*` for everything.
 pub(super) const TABLES: &str = "
-ALTER TABLE {s}.meta ADD COLUMN IF NOT EXISTS fingerprint text NOT NULL DEFAULT '';
-ALTER TABLE {s}.replica ADD COLUMN IF NOT EXISTS name text NOT NULL DEFAULT '';
-ALTER TABLE {s}.replica ADD COLUMN IF NOT EXISTS until timestamptz NOT NULL DEFAULT '-infinity';
--- A transaction that changed something. Its id alone would not do: a dump that is restored into another cluster brings
--- ids along that are yet to come there. `whole`: '' for the one row that draws the version, else a kind that changed as a
--- whole, or '*' for everything.
-CREATE TABLE IF NOT EXISTS {s}.tx (id xid8, at timestamptz, whole text, PRIMARY KEY (id, at, whole));
-CREATE SEQUENCE IF NOT EXISTS {s}.change_ord;
-CREATE TABLE IF NOT EXISTS {s}.change (
-    tx xid8, tx_at timestamptz, ord bigint, kind text NOT NULL, object text NOT NULL, PRIMARY KEY (tx, tx_at, ord)
+ALTER TABLE {s}.meta ADD COLUMN fingerprint bytea;
+ALTER TABLE {s}.replica ADD COLUMN name text NOT NULL DEFAULT '', ADD COLUMN until timestamptz NOT NULL DEFAULT '-infinity';
+CREATE TABLE {s}.tx (
+    id xid8 NOT NULL, at timestamptz NOT NULL, whole text NOT NULL, PRIMARY KEY (id, at, whole)
 );
-CREATE TABLE IF NOT EXISTS {s}.writer_lock ();
-ALTER TABLE {s}.version ADD COLUMN IF NOT EXISTS tx xid8;
-ALTER TABLE {s}.version ADD COLUMN IF NOT EXISTS tx_at timestamptz;
-CREATE SEQUENCE IF NOT EXISTS {s}.version_number;
--- Above every version there is.
-SELECT setval('{s}.version_number', greatest(
-    (SELECT max(version) FROM {s}.version), (SELECT last_value FROM {s}.version_number)
-));
+CREATE TABLE {s}.change (
+    tx xid8 NOT NULL,
+    tx_at timestamptz NOT NULL,
+    ord bigint GENERATED ALWAYS AS IDENTITY,
+    kind text NOT NULL,
+    object text,
+    PRIMARY KEY (tx, tx_at, ord)
+);
+CREATE TABLE {s}.writer_lock ();
+ALTER TABLE {s}.version ADD COLUMN tx xid8, ADD COLUMN tx_at timestamptz;
+CREATE SEQUENCE {s}.version_number;
+SELECT setval('{s}.version_number', max(version)) FROM {s}.version;
 ";
 
-/// The functions and triggers. Safe to run again: it puts right what was altered.
-pub(super) const TRIGGERS: &str = r"
--- Names an object that changed in this transaction; above 10 000 of a kind, the kind. How many there were is counted in a
--- setting of the transaction: whoever forges it makes the naming coarser or finer, never wrong.
-CREATE OR REPLACE FUNCTION {s}.name(kind text, object text) RETURNS void
-LANGUAGE plpgsql SET search_path = pg_catalog, pg_temp AS $$
+/// Locks out writers and waits for those that are under way, before anything else is locked: readers must not wait for
+/// writers.
+pub(super) const HOLD_WRITERS: &str = "LOCK TABLE {s}.trust, {s}.api_key IN SHARE ROW EXCLUSIVE MODE";
+
+/// Makes the functions that are missing or not those of this release, and the triggers that are missing, disabled or of
+/// another make; then makes sure of the watch. Does nothing where all is right.
+pub(super) async fn mend(connection: &mut PgConnection, name: &SchemaName) -> Result<(), sqlx::Error> {
+    for function in FUNCTIONS {
+        if !function.is_there(connection, name).await? {
+            sqlx::raw_sql(in_schema(&function.definition(), name)).execute(&mut *connection).await?;
+        }
+    }
+    sqlx::raw_sql(in_schema(MEND_TRIGGERS, name)).execute(&mut *connection).await?;
+    sqlx::raw_sql(in_schema(FORGET_UNSTAMPED, name)).execute(&mut *connection).await?;
+    sqlx::raw_sql(in_schema("SELECT {s}.restore_watch()", name)).execute(connection).await?;
+    Ok(())
+}
+
+const MEND_TRIGGERS: &str = "
+DO $mend$
 DECLARE
-    counter constant text := 'trustgate.named_' || kind;
-    text_of_count constant text := current_setting(counter, true);
-    count integer := CASE WHEN text_of_count ~ '^[0-9]{1,6}$' THEN text_of_count::integer ELSE 0 END;
+    gap record;
 BEGIN
-    INSERT INTO {s}.tx (id, at, whole) VALUES (pg_current_xact_id(), transaction_timestamp(), '') ON CONFLICT DO NOTHING;
-    IF count < 10000 THEN
-        INSERT INTO {s}.change (tx, tx_at, ord, kind, object)
-        VALUES (pg_current_xact_id(), transaction_timestamp(), nextval('{s}.change_ord'), kind, object);
-        PERFORM set_config(counter, (count + 1)::text, true);
-    ELSE
+    FOR attempt IN 1 .. 10000 LOOP
+        SELECT * INTO gap FROM {s}.gaps() LIMIT 1;
+        EXIT WHEN NOT FOUND;
+        IF gap.creation IS NULL THEN
+            RAISE EXCEPTION USING ERRCODE = 'object_not_in_prerequisite_state', MESSAGE = gap.problem;
+        END IF;
+        IF attempt = 1 THEN
+            LOCK TABLE {s}.trust, {s}.api_key IN SHARE ROW EXCLUSIVE MODE;
+        END IF;
+        IF gap.disabled IS NULL THEN
+            EXECUTE format('DROP TRIGGER IF EXISTS %I ON %s', gap.trigger, gap.relation);
+            EXECUTE gap.creation;
+        END IF;
+        EXECUTE format('ALTER TABLE %s ENABLE ALWAYS TRIGGER %I', gap.relation, coalesce(gap.disabled, gap.trigger));
+    END LOOP;
+END
+$mend$";
+
+/// What was written while the stamp was missing has no version, so pruning would never come to it.
+const FORGET_UNSTAMPED: &str = "
+DELETE FROM {s}.change c WHERE NOT EXISTS (SELECT FROM {s}.version v WHERE v.tx = c.tx AND v.tx_at = c.tx_at);
+DELETE FROM {s}.tx t WHERE NOT EXISTS (SELECT FROM {s}.version v WHERE v.tx = t.id AND v.tx_at = t.at)";
+
+/// A function in our schema.
+struct Function {
+    name: &'static str,
+    arguments: &'static str,
+    returns: &'static str,
+    attributes: &'static str,
+    body: &'static str,
+}
+
+impl Function {
+    async fn is_there(&self, connection: &mut PgConnection, name: &SchemaName) -> Result<bool, sqlx::Error> {
+        // Its body is kept as it was written; what else there is to it is told by the catalog in its own words.
+        let sql = "SELECT FROM pg_proc
+             WHERE oid = to_regprocedure($1) AND prosrc = $2 AND proconfig @> ARRAY['search_path=pg_catalog, pg_temp']
+                AND prosecdef = ($3 LIKE '%SECURITY DEFINER%')";
+        let types = self.arguments.split(", ").filter_map(|argument| argument.split_once(' ')).map(|(_, of)| of);
+        let signature = format!("{}.{}({})", name.as_str(), self.name, types.collect::<Vec<_>>().join(", "));
+        let found = sqlx::query(sql)
+            .bind(signature)
+            .bind(self.body.replace("{s}", name.as_str()))
+            .bind(self.attributes)
+            .fetch_optional(connection)
+            .await?;
+        Ok(found.is_some())
+    }
+
+    fn definition(&self) -> String {
+        let Self { name, arguments, returns, attributes, body } = self;
+        format!(
+            "CREATE OR REPLACE FUNCTION {{s}}.{name}({arguments}) RETURNS {returns}
+             LANGUAGE plpgsql {attributes} SET search_path = pg_catalog, pg_temp AS $body${body}$body$;
+             REVOKE ALL ON FUNCTION {{s}}.{name}({arguments}) FROM PUBLIC"
+        )
+    }
+}
+
+const DEFINER: &str = "SECURITY DEFINER";
+/// All its statements see the snapshot of the statement that calls it. Plans are made once for a connection, so they
+/// must be good however much the tables grow: by index, and without the compiler, which takes longer than the work.
+const ONE_SNAPSHOT: &str = "STABLE SET enable_seqscan = off SET enable_bitmapscan = off SET jit = off";
+
+const FUNCTIONS: &[Function] = &[
+    Function {
+        name: "note",
+        arguments: "kind text, object text",
+        returns: "void",
+        attributes: DEFINER,
+        // More than 10 000 of one kind in one transaction are named as a whole: no poll takes as many. The count is kept
+        // where anybody could change it: that makes the names coarser or finer, never wrong.
+        body: "
+DECLARE
+    counter CONSTANT text := 'trustgate.{s}_' || kind;
+    counted CONSTANT text := current_setting(counter, true);
+    listed CONSTANT bigint := CASE WHEN counted ~ '^[0-9]{1,9}$' THEN counted::bigint ELSE 0 END;
+BEGIN
+    IF listed >= 10000 THEN
         INSERT INTO {s}.tx (id, at, whole) VALUES (pg_current_xact_id(), transaction_timestamp(), kind)
+            ON CONFLICT DO NOTHING;
+    ELSE
+        PERFORM set_config(counter, (listed + 1)::text, true);
+        INSERT INTO {s}.change (tx, tx_at, kind, object)
+            VALUES (pg_current_xact_id(), transaction_timestamp(), kind, object);
+    END IF;
+END
+",
+    },
+    Function {
+        name: "api_key_changed",
+        arguments: "",
+        returns: "trigger",
+        attributes: DEFINER,
+        body: "
+BEGIN
+    IF TG_OP = 'UPDATE' AND (
+        OLD.id, OLD.trust_id, OLD.digest, OLD.scheme, OLD.scopes, OLD.allowed_cidrs,
+        OLD.not_before, OLD.expires_at, OLD.revoked_at
+    ) IS NOT DISTINCT FROM (
+        NEW.id, NEW.trust_id, NEW.digest, NEW.scheme, NEW.scopes, NEW.allowed_cidrs,
+        NEW.not_before, NEW.expires_at, NEW.revoked_at
+    ) THEN
+        RETURN NULL;
+    END IF;
+    INSERT INTO {s}.tx (id, at, whole) VALUES (pg_current_xact_id(), transaction_timestamp(), '')
         ON CONFLICT DO NOTHING;
+    IF TG_OP <> 'INSERT' THEN
+        PERFORM {s}.note('key', OLD.id::text);
     END IF;
-END $$;
-
--- Names a kind as a whole, or everything.
-CREATE OR REPLACE FUNCTION {s}.name_whole(kind text) RETURNS void
-LANGUAGE sql SET search_path = pg_catalog, pg_temp AS $$
+    IF TG_OP = 'UPDATE' AND NEW.id IS DISTINCT FROM OLD.id THEN
+        PERFORM {s}.note('key', NEW.id::text);
+    END IF;
+    IF TG_OP <> 'DELETE' THEN
+        PERFORM {s}.note('absent', encode(NEW.digest, 'hex'));
+    END IF;
+    IF TG_OP = 'DELETE' OR TG_OP = 'UPDATE' AND (NEW.digest IS DISTINCT FROM OLD.digest OR NEW.revoked_at IS NOT NULL)
+    THEN
+        PERFORM {s}.note('gone', encode(OLD.digest, 'hex'));
+    END IF;
+    RETURN NULL;
+END
+",
+    },
+    Function {
+        name: "trust_changed",
+        arguments: "",
+        returns: "trigger",
+        attributes: DEFINER,
+        body: "
+BEGIN
+    IF TG_OP = 'UPDATE' AND (OLD.id, OLD.enabled) IS NOT DISTINCT FROM (NEW.id, NEW.enabled) THEN
+        RETURN NULL;
+    END IF;
+    INSERT INTO {s}.tx (id, at, whole) VALUES (pg_current_xact_id(), transaction_timestamp(), '')
+        ON CONFLICT DO NOTHING;
+    IF TG_OP <> 'INSERT' THEN
+        PERFORM {s}.note('trust', OLD.id::text);
+    END IF;
+    IF TG_OP = 'INSERT' OR TG_OP = 'UPDATE' AND NEW.id IS DISTINCT FROM OLD.id THEN
+        PERFORM {s}.note('trust', NEW.id::text);
+    END IF;
+    RETURN NULL;
+END
+",
+    },
+    Function {
+        name: "truncated",
+        arguments: "",
+        returns: "trigger",
+        attributes: DEFINER,
+        // Every record is of a key and of a trust, so it does not matter which of the tables it was.
+        body: "
+BEGIN
     INSERT INTO {s}.tx (id, at, whole)
-    VALUES (pg_current_xact_id(), transaction_timestamp(), ''), (pg_current_xact_id(), transaction_timestamp(), kind)
-    ON CONFLICT DO NOTHING
-$$;
-
-CREATE OR REPLACE FUNCTION {s}.api_key_changed() RETURNS trigger
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
-BEGIN
-    IF TG_OP = 'TRUNCATE' THEN
-        PERFORM {s}.name_whole('key');
-    ELSIF TG_OP = 'INSERT' THEN
-        PERFORM {s}.name('absent', encode(NEW.digest, 'hex'));
-    ELSIF TG_OP = 'DELETE' THEN
-        PERFORM {s}.name('key', OLD.id::text), {s}.name('gone', encode(OLD.digest, 'hex'));
-    ELSIF (OLD.id, OLD.trust_id, OLD.digest, OLD.scheme, OLD.scopes, OLD.allowed_cidrs, OLD.not_before, OLD.expires_at,
-           OLD.revoked_at) IS DISTINCT FROM (NEW.id, NEW.trust_id, NEW.digest, NEW.scheme, NEW.scopes,
-           NEW.allowed_cidrs, NEW.not_before, NEW.expires_at, NEW.revoked_at) THEN
-        PERFORM {s}.name('key', OLD.id::text), {s}.name('absent', encode(NEW.digest, 'hex'));
-        IF OLD.id <> NEW.id THEN
-            PERFORM {s}.name('key', NEW.id::text);
-        END IF;
-        IF OLD.digest <> NEW.digest OR NEW.revoked_at IS NOT NULL THEN
-            PERFORM {s}.name('gone', encode(OLD.digest, 'hex'));
-        END IF;
-    END IF;
+        SELECT pg_current_xact_id(), transaction_timestamp(), kind FROM unnest(ARRAY['', 'key', 'trust']) AS kind
+        ON CONFLICT DO NOTHING;
     RETURN NULL;
-END $$;
-
-CREATE OR REPLACE FUNCTION {s}.trust_changed() RETURNS trigger
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+END
+",
+    },
+    Function {
+        name: "everything",
+        arguments: "",
+        returns: "void",
+        attributes: DEFINER,
+        body: "
 BEGIN
-    IF TG_OP = 'TRUNCATE' THEN
-        PERFORM {s}.name_whole('trust'), {s}.name_whole('key');
-    ELSIF TG_OP = 'INSERT' THEN
-        PERFORM {s}.name('trust', NEW.id::text);
-    ELSIF TG_OP = 'DELETE' THEN
-        PERFORM {s}.name('trust', OLD.id::text);
-    ELSIF (OLD.id, OLD.enabled) IS DISTINCT FROM (NEW.id, NEW.enabled) THEN
-        PERFORM {s}.name('trust', OLD.id::text), {s}.name('trust', NEW.id::text);
-    END IF;
-    RETURN NULL;
-END $$;
-
--- Runs at the commit of a transaction that changed something. The lock is held until that commit is visible to others, so
--- version order is commit order; it is taken this late that no other writer waits for anything but one insert.
-CREATE OR REPLACE FUNCTION {s}.stamp() RETURNS trigger
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+    INSERT INTO {s}.tx (id, at, whole)
+        SELECT pg_current_xact_id(), transaction_timestamp(), kind FROM unnest(ARRAY['', '*']) AS kind
+        ON CONFLICT DO NOTHING;
+END
+",
+    },
+    Function {
+        name: "stamp",
+        arguments: "",
+        returns: "trigger",
+        attributes: DEFINER,
+        // Runs at the commit, once. The lock ends when the commit can be seen, so the order of versions is the order of
+        // commits. A commit that can be seen must be on disk; whoever took the lock early must not keep it by doing
+        // nothing; and NOTIFY refuses PREPARE TRANSACTION, which would keep it for good.
+        body: "
 BEGIN
-    -- SET CONSTRAINTS ALL IMMEDIATE takes the lock early: then nobody may sit on it.
-    IF current_setting('idle_in_transaction_session_timeout') IN ('0', '0ms') THEN
-        PERFORM set_config('idle_in_transaction_session_timeout', '3s', true);
+    IF NEW.whole <> '' THEN
+        RETURN NULL;
     END IF;
-    -- A version that was seen must survive a crash.
     IF current_setting('synchronous_commit') = 'off' THEN
         PERFORM set_config('synchronous_commit', 'local', true);
     END IF;
-    LOCK TABLE {s}.writer_lock IN SHARE ROW EXCLUSIVE MODE;
-    INSERT INTO {s}.version (version, nonce, tx, tx_at, at)
-    VALUES (nextval('{s}.version_number'), uuid_send(gen_random_uuid()), NEW.id, NEW.at, clock_timestamp());
-    -- A hint, without content. It also makes PREPARE TRANSACTION fail, whose lock could be held for ever.
+    IF current_setting('idle_in_transaction_session_timeout') = '0' THEN
+        PERFORM set_config('idle_in_transaction_session_timeout', '3s', true);
+    END IF;
     PERFORM pg_notify('{s}', '');
+    LOCK TABLE {s}.writer_lock IN SHARE ROW EXCLUSIVE MODE;
+    INSERT INTO {s}.version (version, nonce, at, tx, tx_at) VALUES (
+        nextval('{s}.version_number'), uuid_send(gen_random_uuid()), clock_timestamp(), NEW.id, NEW.at
+    );
     RETURN NULL;
-END $$;
-
--- Everything by which changes are named: tables with their children, triggers, functions. Altering any of them gives
--- another fingerprint, also for good by a second alteration: xmin is the transaction that last wrote the catalog's row.
-CREATE OR REPLACE FUNCTION {s}.fingerprint() RETURNS text
-LANGUAGE sql STABLE SET search_path = pg_catalog, pg_temp AS $$
-    WITH watched AS (
-        SELECT c.oid, c.relfilenode FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
-        WHERE n.nspname = '{s}' AND c.relname IN ('api_key', 'trust', 'tx')
-    ), parts AS (
-        SELECT concat_ws(' ', 't', oid, CASE WHEN oid = to_regclass('{s}.tx') THEN 0 ELSE relfilenode END) AS part
-        FROM watched
+END
+",
+    },
+    Function {
+        name: "fingerprint",
+        arguments: "",
+        returns: "bytea",
+        attributes: ONE_SNAPSHOT,
+        // What is altered and put back within one transaction shows all the same: xmin is the transaction that wrote a
+        // row of the catalog. Columns that are dropped and added anew change the table's row.
+        body: "
+BEGIN
+    RETURN sha256(convert_to((
+        WITH RECURSIVE home AS (
+            SELECT oid FROM pg_namespace WHERE nspname = '{s}'
+        ), tree (oid) AS (
+            SELECT c.oid FROM home JOIN pg_class c ON c.relnamespace = home.oid
+                WHERE c.relname IN ('api_key', 'trust', 'tx')
+            UNION
+            SELECT i.inhrelid FROM tree JOIN pg_inherits i ON i.inhparent = tree.oid
+        ), fact (line) AS (
+            SELECT concat_ws(' ', 'table', c.oid, c.relfilenode, c.relkind, c.xmin) FROM tree JOIN pg_class c USING (oid)
+            UNION ALL
+            SELECT concat_ws(' ', 'child', i.inhparent, i.inhrelid, i.xmin)
+                FROM tree JOIN pg_inherits i ON i.inhparent = tree.oid
+            UNION ALL
+            SELECT concat_ws(' ', 'trigger', g.tgrelid, g.oid, g.tgfoid, g.tgtype, g.tgenabled, g.xmin)
+                FROM tree JOIN pg_trigger g ON g.tgrelid = tree.oid
+            UNION ALL
+            SELECT concat_ws(' ', 'function', p.oid, p.xmin) FROM home JOIN pg_proc p ON p.pronamespace = home.oid
+                WHERE p.proname IN ('note', 'api_key_changed', 'trust_changed', 'truncated', 'stamp')
+        )
+        SELECT string_agg(line, ';' ORDER BY line) FROM fact
+    ), 'UTF8'));
+END
+",
+    },
+    Function {
+        name: "gaps",
+        arguments: "",
+        returns: "TABLE (relation regclass, trigger name, disabled name, creation text, problem text)",
+        attributes: "STABLE",
+        // Numbers of pg_trigger.tgtype: 1 for each row, 4 insert, 8 delete, 16 update, 32 truncate.
+        body: "
+#variable_conflict use_column
+BEGIN
+    RETURN QUERY WITH RECURSIVE wanted (root, name, function, type, deferred, creation) AS (VALUES
+        ('api_key', 'trustgate_changed', 'api_key_changed', 29, false,
+            'TRIGGER %I AFTER INSERT OR UPDATE OR DELETE ON %s FOR EACH ROW'),
+        ('api_key', 'trustgate_truncated', 'truncated', 32, false, 'TRIGGER %I AFTER TRUNCATE ON %s'),
+        ('trust', 'trustgate_changed', 'trust_changed', 29, false,
+            'TRIGGER %I AFTER INSERT OR UPDATE OR DELETE ON %s FOR EACH ROW'),
+        ('trust', 'trustgate_truncated', 'truncated', 32, false, 'TRIGGER %I AFTER TRUNCATE ON %s'),
+        ('tx', 'trustgate_stamp', 'stamp', 5, true,
+            'CONSTRAINT TRIGGER %I AFTER INSERT ON %s DEFERRABLE INITIALLY DEFERRED FOR EACH ROW')
+    ), tree (root, oid, depth) AS (
+        SELECT c.relname::text, c.oid, 0 FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+            WHERE n.nspname = '{s}' AND c.relname IN (SELECT root FROM wanted)
         UNION ALL
-        SELECT concat_ws(' ', 'c', i.inhparent, i.inhrelid) FROM pg_inherits i JOIN watched w ON w.oid IN (i.inhparent, i.inhrelid)
-        UNION ALL
-        SELECT concat_ws(' ', 'g', t.tgrelid, t.oid, t.tgname, t.tgenabled, t.tgfoid, t.xmin) FROM pg_trigger t
-        JOIN watched w ON w.oid = t.tgrelid WHERE NOT t.tgisinternal
-        UNION ALL
-        SELECT concat_ws(' ', 'f', p.oid, p.proname, p.xmin) FROM pg_proc p
-        JOIN pg_namespace n ON n.oid = p.pronamespace WHERE n.nspname = '{s}'
+        SELECT tree.root, i.inhrelid, depth + 1 FROM tree JOIN pg_inherits i ON i.inhparent = tree.oid
+    ), gap AS (
+        SELECT wanted.*, tree.oid, tree.depth, c.relkind, (
+            SELECT g.tgname FROM pg_trigger g
+                WHERE g.tgrelid = tree.oid AND g.tgfoid = to_regprocedure(format('{s}.%s()', wanted.function))
+                    AND g.tgtype = wanted.type AND g.tgqual IS NULL AND g.tgattr::text = ''
+                    AND g.tgdeferrable = wanted.deferred AND g.tginitdeferred = wanted.deferred
+                ORDER BY g.tgenabled = 'A' DESC LIMIT 1
+        ) AS found
+        FROM wanted LEFT JOIN tree USING (root) LEFT JOIN pg_class c ON c.oid = tree.oid
     )
-    SELECT encode(sha256(convert_to(coalesce(string_agg(part, ',' ORDER BY part), ''), 'UTF8')), 'hex') FROM parts
-$$;
-
--- Makes sure that changes are named, and draws a version 'everything changed' for what may have passed meanwhile.
-CREATE OR REPLACE FUNCTION {s}.restore_watch() RETURNS void
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+    SELECT gap.oid::regclass, gap.name::name, gap.found,
+        CASE WHEN gap.relkind IN ('r', 'p')
+            THEN format('CREATE ' || gap.creation || ' EXECUTE FUNCTION {s}.%s()', gap.name, gap.oid::regclass, function) END,
+        CASE
+            WHEN gap.oid IS NULL THEN format('there is no table {s}.%s', gap.root)
+            WHEN gap.relkind NOT IN ('r', 'p') THEN format('%s is no table of which every change is seen', gap.oid::regclass)
+            WHEN gap.found IS NULL THEN format('the trigger %s on table %s is missing', gap.name, gap.oid::regclass)
+            ELSE format('the trigger %s on table %s is not enabled for every session (ENABLE ALWAYS)',
+                gap.found, gap.oid::regclass)
+        END
+    FROM gap
+    WHERE gap.oid IS NULL OR gap.relkind NOT IN ('r', 'p') OR gap.found IS NULL
+        OR NOT EXISTS (SELECT FROM pg_trigger g WHERE g.tgrelid = gap.oid AND g.tgname = gap.found AND g.tgenabled = 'A')
+    ORDER BY gap.depth NULLS FIRST, 1, 2;
+END
+",
+    },
+    Function {
+        name: "restore_watch",
+        arguments: "",
+        returns: "void",
+        attributes: DEFINER,
+        // The fingerprint is taken before the triggers are looked at: what changes in between makes it differ again.
+        body: "
 DECLARE
-    missing text;
+    present bytea;
+    gap record;
 BEGIN
     LOCK TABLE {s}.writer_lock IN SHARE ROW EXCLUSIVE MODE;
-    SELECT string_agg(format('%s on %s.%s', expected.tgname, '{s}', expected.relname), ', ') INTO missing
-    FROM (VALUES
-        ('api_key', 'trustgate_row', 'api_key_changed', 29), ('api_key', 'trustgate_truncate', 'api_key_changed', 32),
-        ('trust', 'trustgate_row', 'trust_changed', 29), ('trust', 'trustgate_truncate', 'trust_changed', 32),
-        ('tx', 'trustgate_stamp', 'stamp', 5)
-    ) AS expected (relname, tgname, proname, tgtype)
-    WHERE NOT EXISTS (
-        SELECT FROM pg_trigger t JOIN pg_class c ON c.oid = t.tgrelid JOIN pg_namespace n ON n.oid = c.relnamespace
-        JOIN pg_proc p ON p.oid = t.tgfoid
-        WHERE n.nspname = '{s}' AND c.relname = expected.relname AND t.tgname = expected.tgname
-            AND p.proname = expected.proname AND p.pronamespace = n.oid AND t.tgtype = expected.tgtype
-            AND t.tgenabled = 'A' AND t.tgattr::text = '' AND (t.tgqual IS NULL OR expected.relname = 'tx')
-    );
-    IF missing IS NOT NULL THEN
-        RAISE EXCEPTION 'changes are not named: missing, disabled or altered: %', missing;
+    present := {s}.fingerprint();
+    SELECT problem INTO gap FROM {s}.gaps() LIMIT 1;
+    IF FOUND THEN
+        RAISE EXCEPTION USING ERRCODE = 'object_not_in_prerequisite_state', MESSAGE = gap.problem;
     END IF;
-    SELECT string_agg(i.inhrelid::regclass::text, ', ') INTO missing FROM pg_inherits i
-    WHERE i.inhparent IN (to_regclass('{s}.api_key'), to_regclass('{s}.trust'));
-    IF missing IS NOT NULL THEN
-        RAISE EXCEPTION 'changes are not named: tables that inherit from ours are not watched: %', missing;
+    UPDATE {s}.meta SET fingerprint = present WHERE fingerprint IS DISTINCT FROM present;
+    IF FOUND THEN
+        PERFORM {s}.everything();
     END IF;
-    IF (SELECT fingerprint FROM {s}.meta) <> {s}.fingerprint() THEN
-        UPDATE {s}.meta SET fingerprint = {s}.fingerprint();
-        PERFORM {s}.name_whole('*');
-    END IF;
-END $$;
-
--- Begins a new history, if nobody did so before.
-CREATE OR REPLACE FUNCTION {s}.renew_incarnation(lost uuid) RETURNS void
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+END
+",
+    },
+    Function {
+        name: "renew_incarnation",
+        arguments: "lost uuid",
+        returns: "void",
+        attributes: DEFINER,
+        body: "
 BEGIN
+    LOCK TABLE {s}.writer_lock IN SHARE ROW EXCLUSIVE MODE;
     UPDATE {s}.meta SET incarnation = gen_random_uuid() WHERE incarnation = lost;
     IF FOUND THEN
-        PERFORM {s}.name_whole('*');
+        PERFORM {s}.everything();
     END IF;
-END $$;
-
--- Draws a version 'everything changed' with this transaction.
-CREATE OR REPLACE FUNCTION {s}.everything() RETURNS void
-LANGUAGE sql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$ SELECT {s}.name_whole('*') $$;
-
--- Deletes a prefix of the versions, a bounded one: those superseded more than 20 minutes ago, longer than any value that
--- was read at one of them is used.
-CREATE OR REPLACE FUNCTION {s}.prune() RETURNS void
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+END
+",
+    },
+    Function {
+        name: "prune",
+        arguments: "",
+        returns: "void",
+        attributes: "SECURITY DEFINER SET enable_seqscan = off SET enable_bitmapscan = off SET jit = off",
+        // Kept are all versions from the first one of the last 20 minutes on, and the one before it, which was the
+        // newest until then: a replica that begins asks for the last 15 minutes, and one that follows for the version it
+        // applied last. The number of the lock is the first 8 bytes of SHA-256('trustgate prune').
+        body: "
 DECLARE
     kept bigint;
+    pruned record;
+    rows_deleted bigint := 0;
+    rows_more bigint;
 BEGIN
-    -- The number is the first 8 bytes of SHA-256('trustgate prune'), as a signed number.
-    IF NOT pg_try_advisory_xact_lock(-1403158803563092853) THEN
+    IF NOT pg_try_advisory_xact_lock(4605386746314727875) THEN
         RETURN;
     END IF;
-    SELECT version INTO kept FROM {s}.version ORDER BY version OFFSET 1000 LIMIT 1;
-    SELECT least(kept, coalesce(
-        (SELECT max(version) FROM (SELECT version, at FROM {s}.version ORDER BY version LIMIT 1001) v
-         WHERE at < clock_timestamp() - interval '20 minutes'), 0
-    )) INTO kept;
-    -- Only what is older than a version that itself is that old was superseded before then.
-    DELETE FROM {s}.change c USING {s}.version v WHERE v.version < kept AND c.tx = v.tx AND c.tx_at = v.tx_at;
-    DELETE FROM {s}.tx t USING {s}.version v WHERE v.version < kept AND t.id = v.tx AND t.at = v.tx_at;
-    DELETE FROM {s}.version WHERE version < kept;
-END $$;
-
-CREATE OR REPLACE TRIGGER trustgate_row AFTER INSERT OR UPDATE OR DELETE ON {s}.api_key
-    FOR EACH ROW EXECUTE FUNCTION {s}.api_key_changed();
-CREATE OR REPLACE TRIGGER trustgate_truncate AFTER TRUNCATE ON {s}.api_key
-    FOR EACH STATEMENT EXECUTE FUNCTION {s}.api_key_changed();
-CREATE OR REPLACE TRIGGER trustgate_row AFTER INSERT OR UPDATE OR DELETE ON {s}.trust
-    FOR EACH ROW EXECUTE FUNCTION {s}.trust_changed();
-CREATE OR REPLACE TRIGGER trustgate_truncate AFTER TRUNCATE ON {s}.trust
-    FOR EACH STATEMENT EXECUTE FUNCTION {s}.trust_changed();
-DROP TRIGGER IF EXISTS trustgate_stamp ON {s}.tx;
-CREATE CONSTRAINT TRIGGER trustgate_stamp AFTER INSERT ON {s}.tx DEFERRABLE INITIALLY DEFERRED
-    FOR EACH ROW WHEN (NEW.whole = '') EXECUTE FUNCTION {s}.stamp();
--- Always: also where changes come by replication, or a session says that it is one.
-ALTER TABLE {s}.api_key ENABLE ALWAYS TRIGGER trustgate_row, ENABLE ALWAYS TRIGGER trustgate_truncate;
-ALTER TABLE {s}.trust ENABLE ALWAYS TRIGGER trustgate_row, ENABLE ALWAYS TRIGGER trustgate_truncate;
-ALTER TABLE {s}.tx ENABLE ALWAYS TRIGGER trustgate_stamp;
-
-REVOKE ALL ON FUNCTION {s}.name(text, text), {s}.name_whole(text), {s}.restore_watch(), {s}.renew_incarnation(uuid),
-    {s}.everything(), {s}.prune() FROM PUBLIC;
-";
-
-/// The poll. `{since}`: the version from which on versions are asked for, or the statement that finds out where to begin;
-/// `{named}`: the condition on versions whose changes are asked for.
-pub(super) const POLL: &str = "
-SELECT {echo}::bigint,
-    CASE WHEN pg_is_in_recovery() THEN 'standby'
-         WHEN current_setting('transaction_read_only') = 'on' THEN 'read-only' ELSE 'primary' END,
-    n.oldest, n.version, encode(n.nonce, 'hex'), m.incarnation::text, c.system_identifier,
-    CASE WHEN pg_is_in_recovery() THEN 0 ELSE {timeline} END, {clock},
-    (m.fingerprint = {s}.fingerprint())::int::bigint, {at}, r.version, r.nonce, r.kind, r.object
-FROM (
-    SELECT version, nonce, at, (SELECT min(version) FROM {s}.version) AS oldest FROM {s}.version
-    ORDER BY version DESC LIMIT 1
-) n
-CROSS JOIN {s}.meta m
-CROSS JOIN pg_control_system() c
-LEFT JOIN LATERAL (
-    SELECT v.version, encode(v.nonce, 'hex') AS nonce, NULL AS kind, NULL AS object FROM {s}.version v
-    WHERE v.version = {since}
-    UNION ALL
-    SELECT v.version, encode(v.nonce, 'hex'), NULL, NULL FROM {s}.version v WHERE v.version > {since}
-    UNION ALL
-    SELECT v.version, NULL, t.whole, NULL FROM {s}.version v JOIN {s}.tx t ON t.id = v.tx AND t.at = v.tx_at
-    WHERE v.version {named} AND t.whole <> ''
-    UNION ALL
-    SELECT v.version, NULL, o.kind, o.object FROM {s}.version v JOIN {s}.change o ON o.tx = v.tx AND o.tx_at = v.tx_at
-    WHERE v.version {named}
-    LIMIT {limit}
-) r ON true
-";
-
-/// Where a replica begins: at the smallest version stamped within the last 15 minutes, longer than any value lives in Redis;
-/// at the newest if there is none.
-pub(super) const BEGIN: &str = "(SELECT coalesce(
-    min(version) FILTER (WHERE at >= clock_timestamp() - interval '15 minutes'), max(version)) FROM {s}.version)";
+    SELECT version INTO kept FROM {s}.version
+        WHERE at >= clock_timestamp() - interval '20 minutes' ORDER BY version LIMIT 1;
+    SELECT version INTO kept FROM {s}.version WHERE kept IS NULL OR version < kept ORDER BY version DESC LIMIT 1;
+    FOR pruned IN SELECT version, tx, tx_at FROM {s}.version WHERE version < kept ORDER BY version LIMIT 1000 LOOP
+        DELETE FROM {s}.version WHERE version = pruned.version;
+        DELETE FROM {s}.tx WHERE id = pruned.tx AND at = pruned.tx_at;
+        DELETE FROM {s}.change WHERE tx = pruned.tx AND tx_at = pruned.tx_at;
+        GET DIAGNOSTICS rows_more = ROW_COUNT;
+        rows_deleted := rows_deleted + rows_more;
+        EXIT WHEN rows_deleted >= 5000;
+    END LOOP;
+END
+",
+    },
+    Function {
+        name: "poll",
+        arguments: "since bigint, rows_max bigint",
+        returns: "TABLE (
+            state text, oldest bigint, newest bigint, newest_nonce text, incarnation text, system bigint, timeline bigint,
+            clock bigint, watched bigint, stamped_at bigint, version bigint, nonce text, kind text, object text
+        )",
+        attributes: ONE_SNAPSHOT,
+        body: "
+#variable_conflict use_column
+DECLARE
+    first bigint := since;
+    after bigint := since;
+BEGIN
+    state := CASE
+        WHEN pg_is_in_recovery() THEN 'standby'
+        WHEN current_setting('transaction_read_only')::boolean THEN 'read-only'
+        ELSE 'primary'
+    END;
+    IF state <> 'primary' THEN
+        RETURN NEXT;
+        RETURN;
+    END IF;
+    SELECT v.version, encode(v.nonce, 'hex'), (extract(epoch FROM v.at) * 1000000)::bigint
+        INTO newest, newest_nonce, stamped_at FROM {s}.version v ORDER BY v.version DESC LIMIT 1;
+    IF newest IS NULL THEN
+        RETURN;
+    END IF;
+    IF since IS NULL THEN
+        SELECT v.version INTO first FROM {s}.version v
+            WHERE v.at >= clock_timestamp() - interval '15 minutes' ORDER BY v.version LIMIT 1;
+        first := coalesce(first, newest);
+        after := first - 1;
+    END IF;
+    -- Beyond versions that were deleted a moment ago the oldest is not found at once, so it is looked for only where
+    -- it matters.
+    SELECT v.version INTO oldest FROM {s}.version v WHERE v.version = since;
+    IF oldest IS NULL THEN
+        SELECT v.version INTO oldest FROM {s}.version v ORDER BY v.version LIMIT 1;
+    END IF;
+    SELECT m.incarnation::text, coalesce((m.fingerprint = {s}.fingerprint())::int, 0)
+        INTO incarnation, watched FROM {s}.meta m;
+    SELECT c.system_identifier INTO system FROM pg_control_system() c;
+    -- Of the log being written: the timeline in the control file changes only with the first checkpoint after a
+    -- promotion.
+    timeline := ('x' || left(pg_walfile_name(pg_current_wal_lsn()), 8))::bit(32)::bigint;
+    clock := (extract(epoch FROM statement_timestamp()) * 1000000)::bigint;
+    FOR version, nonce, kind, object IN
+        SELECT v.version, encode(v.nonce, 'hex'), NULL::text, NULL::text FROM {s}.version v WHERE v.version >= first
+        UNION ALL
+        SELECT v.version, NULL, t.whole, NULL FROM {s}.version v CROSS JOIN LATERAL (
+            SELECT t.whole FROM {s}.tx t WHERE t.id = v.tx AND t.at = v.tx_at AND t.whole <> '' OFFSET 0
+        ) t WHERE v.version > after
+        UNION ALL
+        SELECT v.version, NULL, c.kind, c.object FROM {s}.version v CROSS JOIN LATERAL (
+            SELECT c.kind, c.object FROM {s}.change c WHERE c.tx = v.tx AND c.tx_at = v.tx_at ORDER BY c.ord OFFSET 0
+        ) c WHERE v.version > after
+        LIMIT rows_max
+    LOOP
+        RETURN NEXT;
+    END LOOP;
+END
+",
+    },
+];

@@ -1,0 +1,94 @@
+//! The commands about the deny list.
+//!
+//! Never shows a key: of one read from standard input only the digests go on.
+
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+use super::{
+    CliError,
+    answer::{self, Answer},
+    args,
+    error::At,
+    stdin,
+};
+use crate::{
+    config::Config,
+    credential::is_well_formed,
+    freshness::deny::Denied,
+    manage::deny::{Denials, DenyError, Entry, mac_key},
+    store::Env,
+    telemetry::{self, Format, Level, LogSettings},
+};
+
+const COLUMNS: &[&str] = &["kind", "id", "set_at", "until"];
+/// The interval between two readings of the list in Redis is half of that.
+const EFFECTIVE: &str = "Every replica that reaches Redis has this within 1 s, with the database or without.";
+
+pub(super) async fn run(config: &Config, env: Env<'_>, command: args::Deny) -> Result<Answer, CliError> {
+    // Why there is no connection to Redis is only in the log.
+    telemetry::start(&LogSettings { level: Level::Warn, format: Format::Text });
+    let (which, life) = match command {
+        args::Deny::List => (Vec::new(), None),
+        args::Deny::Add { which, life } => (denied(&which, config)?, Some(life)),
+        args::Deny::Remove { which } => (denied(&which, config)?, None),
+    };
+    change(config, env, &which, life).await.map_err(|error| error.at(config))
+}
+
+/// Adds `which` for a `life`, removes them, or lists everything where there are none.
+async fn change(config: &Config, env: Env<'_>, which: &[Denied], life: Option<Duration>) -> Result<Answer, DenyError> {
+    if !config.redis.is_configured() {
+        return Err(DenyError::NoRedis(if life.is_some() { which.to_owned() } else { Vec::new() }));
+    }
+    let mac_key = mac_key(&config.redis, &config.store, env).await?;
+    Denials::with(config.redis.clone(), mac_key, async |denials| {
+        Ok(match (which, life) {
+            ([], _) => {
+                let listed = denials.list().await?;
+                let answer = list(&listed.entries);
+                match listed.refused {
+                    0 => answer,
+                    refused => answer
+                        .note(&format!("{refused} more are not genuine, or of another release: they deny nothing.")),
+                }
+            }
+            (which, Some(life)) => list(&denials.add(which, life).await?).note(EFFECTIVE),
+            (which, None) => list(&denials.remove(which).await?).note(EFFECTIVE),
+        })
+    })
+    .await
+}
+
+fn list(entries: &[Entry]) -> Answer {
+    Answer::list(entries.iter().map(data).collect(), COLUMNS)
+}
+
+fn data(entry: &Entry) -> Value {
+    let Entry { denied, set_at, until } = entry;
+    json!({
+        "kind": denied.kind(),
+        "id": denied.id(),
+        "set_at": answer::time(*set_at),
+        "until": answer::time(*until),
+    })
+}
+
+fn denied(which: &args::WhichDenied, config: &Config) -> Result<Vec<Denied>, CliError> {
+    let args::WhichDenied { key, trust, digest, stdin: _ } = which;
+    let given = [key.map(Denied::Key), trust.map(Denied::Trust), digest.map(Denied::Digest)];
+    if let Some(denied) = given.into_iter().flatten().next() {
+        return Ok(vec![denied]);
+    }
+    let failed = |what: &str, error: std::io::Error| CliError::new(format!("cannot read {what}: {error}"));
+    let text = stdin::text().map_err(|error| failed("the key", error))?;
+    let key = text.expose().trim().as_bytes();
+    if !is_well_formed(&config.credential, key) {
+        let problem = "what was read is no key: too short or long, not visible ASCII, or the checksum is wrong";
+        return Err(CliError::usage(problem.to_owned()));
+    }
+    let hasher = config.credential.hasher().map_err(|error| failed("the pepper", error))?;
+    // It may be stored under any of them.
+    Ok(hasher.digests(hasher.current(key), key).all().copied().map(Denied::Digest).collect())
+}

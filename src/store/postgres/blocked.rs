@@ -1,0 +1,60 @@
+//! Who holds up a statement of management.
+//!
+//! Says which process it is and what it does, never its statement: that may hold what nobody else may see.
+
+use std::{convert::Infallible, future::pending, time::Duration};
+
+use sqlx::{Connection, Row};
+use tokio::time::sleep;
+
+use super::{super::place::Address, connect_within};
+
+/// How long a statement may take before somebody looks who holds it up. The rest of [`LOCK_TIMEOUT`] is for looking.
+const PATIENCE: Duration = Duration::from_secs(1);
+/// How long a statement of management waits for a lock. Whoever waits longer only lengthens the queue behind.
+pub(super) const LOCK_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// Runs `work` on the connection whose server process is `pid`. Should that take long, puts into `found` who holds it
+/// up, in words.
+pub(super) async fn watched<T>(
+    address: &Address,
+    pid: Option<i32>,
+    found: &mut Option<String>,
+    work: impl Future<Output = T>,
+) -> T {
+    let look = async {
+        sleep(PATIENCE).await;
+        if let Some(pid) = pid {
+            *found = blockers(address, pid).await.ok();
+        }
+        pending::<Infallible>().await
+    };
+    tokio::select! {
+        biased;
+        outcome = work => outcome,
+        never = look => match never {},
+    }
+}
+
+async fn blockers(address: &Address, pid: i32) -> Result<String, sqlx::Error> {
+    let mut connection = connect_within(address, PATIENCE).await?;
+    let sql = "SELECT b.pid, a.application_name, a.state, extract(epoch FROM clock_timestamp() - a.xact_start)::bigint
+         FROM unnest(pg_blocking_pids($1)) AS b (pid) LEFT JOIN pg_stat_activity a ON a.pid = b.pid";
+    let rows = sqlx::query(sql).persistent(false).bind(pid).fetch_all(&mut connection).await?;
+    connection.close().await?;
+    let blockers = rows.iter().map(|row| {
+        let (name, state): (Option<String>, Option<String>) = (row.try_get(1)?, row.try_get(2)?);
+        let mut words = format!("process {}", row.try_get::<i32, _>(0)?);
+        if let Some(name) = name.filter(|name| !name.is_empty()) {
+            words += &format!(" of {name:?}");
+        }
+        if let Some(state) = state {
+            words += &format!(", {state}");
+        }
+        if let Some(seconds) = row.try_get::<Option<i64>, _>(3)? {
+            words += &format!(", in a transaction for {seconds} s");
+        }
+        Ok(words)
+    });
+    Ok(blockers.collect::<Result<Vec<_>, sqlx::Error>>()?.join("; "))
+}

@@ -1,0 +1,288 @@
+//! The deny list in a real Redis: what is denied by it, and what whoever can write to Redis cannot do.
+
+use std::{
+    ffi::OsString,
+    fs,
+    sync::{Arc, OnceLock},
+    time::Duration,
+};
+
+use redis::AsyncCommands as _;
+use serde_json::json;
+use tokio_util::sync::CancellationToken;
+use trustgate::{
+    clock::{Clock as _, DatabaseTime, SystemClock},
+    config::{self, Purpose},
+    freshness::deny::{
+        Denied, DenyList, DenyMetrics,
+        shared::{ENTRIES_MAX, SharedList},
+    },
+    metrics::{self, IntGauge, Registry},
+    record::{ApiKeyDigest, KeyId, Record, TrustId},
+    redis::{Redis as Link, RedisMetrics},
+};
+use uuid::Uuid;
+
+use crate::{program::Place, support::redis::Redis};
+
+const MAC_KEY: [u8; 32] = [7; 32];
+const HASH: &str = "trustgate:deny";
+const NOW: DatabaseTime = DatabaseTime::from_micros(1_000_000);
+
+/// A replica, as far as it denies.
+struct Replica {
+    list: Arc<DenyList>,
+    registry: Registry,
+    stop: CancellationToken,
+}
+
+impl Replica {
+    fn start(redis: &Redis) -> Self {
+        let variables = [("TRUSTGATE__REDIS__URL", redis.url()), ("TRUSTGATE__REDIS__TIMEOUT", "50ms".to_owned())];
+        let variables = variables.map(|(name, value)| (OsString::from(name), OsString::from(value)));
+        let config = config::load(None, variables, Purpose::Deny).unwrap();
+        let (registry, stop) = (Registry::new(), CancellationToken::new());
+        let link_metrics = RedisMetrics::register(&registry, IntGauge::new("breaker", "breaker").unwrap()).unwrap();
+        let (link, keeper) = Link::new(config.redis, Arc::new(SystemClock), link_metrics, stop.clone());
+        let list = Arc::new(DenyList::open(None, DenyMetrics::register(&registry).unwrap()).unwrap());
+        let shared = SharedList::new(link, Arc::new(OnceLock::from(MAC_KEY)));
+        tokio::spawn(keeper);
+        let (running, stopping) = (Arc::clone(&list), stop.clone());
+        tokio::spawn(async move { running.run(Some(shared), || Some(NOW), stopping).await });
+        Self { list, registry, stop }
+    }
+
+    fn denies(&self, record: &Record) -> bool {
+        self.list.denies(&record.digest, record, NOW)
+    }
+
+    /// Returns once it does, and how long that took.
+    async fn until_it_denies(&self, record: &Record, denies: bool) -> Duration {
+        self.until(|| self.denies(record) == denies).await
+    }
+
+    async fn until(&self, condition: impl Fn() -> bool) -> Duration {
+        let start = SystemClock.now();
+        while !condition() {
+            assert!(SystemClock.now().since(start) < Duration::from_secs(30), "it never came to be");
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        SystemClock.now().since(start)
+    }
+
+    fn shows(&self, line: &str) -> bool {
+        metrics::text(&self.registry).lines().any(|shown| shown == line)
+    }
+
+    /// Returns once the list was read again, to be sure that nothing more comes.
+    async fn after_another_reading(&self) {
+        tokio::time::sleep(Duration::from_millis(1_100)).await; // two intervals
+    }
+}
+
+impl Drop for Replica {
+    fn drop(&mut self) {
+        self.stop.cancel();
+    }
+}
+
+fn record(number: u128) -> Record {
+    Record {
+        key_id: KeyId(Uuid::from_u128(number)),
+        trust_id: TrustId(Uuid::from_u128(1 << 64 | number)),
+        trust_enabled: true,
+        digest: ApiKeyDigest::from_bytes([u8::try_from(number).unwrap(); 32]),
+        scopes: Vec::new(),
+        allowed_cidrs: Vec::new(),
+        not_before: None,
+        expires_at: None,
+        revoked_at: None,
+    }
+}
+
+/// The command line of somebody who has the key of the MAC, and no database.
+fn operator(redis: &Redis) -> Place {
+    let place = Place::new()
+        .with("TRUSTGATE__REDIS__URL", &redis.url())
+        .with("TRUSTGATE__REDIS__MAC_KEY_FILE", "mac-key")
+        .with("TRUSTGATE__STORE__URL", "postgres://nobody@127.0.0.1:1/none")
+        .with("TRUSTGATE__STORE__PASSWORD_FILE", "nowhere")
+        .with("TRUSTGATE__FRESHNESS__DENY_FILE", "nowhere");
+    fs::write(place.path().join("mac-key"), MAC_KEY).unwrap();
+    place
+}
+
+/// Runs a command of the program beside everything else.
+async fn json(place: &Arc<Place>, arguments: &[&str]) -> serde_json::Value {
+    let (place, arguments) = (Arc::clone(place), arguments.iter().map(|text| (*text).to_owned()).collect::<Vec<_>>());
+    let run = move || place.json(&arguments.iter().map(String::as_str).collect::<Vec<_>>());
+    tokio::task::spawn_blocking(run).await.unwrap()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_denied_from_the_command_line_is_denied_within_a_second_without_a_database() {
+    let redis = Redis::start().await;
+    let (replica, place) = (Replica::start(&redis), Arc::new(operator(&redis)));
+    let (by_key, by_trust, by_digest) = (record(1), record(2), record(3));
+    let (key, trust, digest) = (by_key.key_id.to_string(), by_trust.trust_id.to_string(), by_digest.digest.to_hex());
+    for (record, which) in
+        [(&by_key, ["--key", &key]), (&by_trust, ["--trust", &trust]), (&by_digest, ["--digest", &digest])]
+    {
+        assert!(!replica.denies(record));
+        let added = json(&place, &["deny", "add", which[0], which[1], "--for", "1h"]).await;
+        assert_eq!((&added[0]["kind"], &added[0]["id"]), (&json!(which[0].trim_start_matches('-')), &json!(which[1])));
+        let took = replica.until_it_denies(record, true).await;
+        assert!(took < Duration::from_secs(1), "{took:?}");
+    }
+    let listed = json(&place, &["deny", "list"]).await;
+    assert_eq!(listed.as_array().unwrap().len(), 3, "{listed}");
+    replica.until(|| replica.shows("trustgate_deny_entries{source=\"redis\"} 3")).await;
+
+    json(&place, &["deny", "remove", "--key", &key]).await;
+    let took = replica.until_it_denies(&by_key, false).await;
+    assert!(took < Duration::from_secs(1), "{took:?}");
+    assert!(replica.denies(&by_trust) && replica.denies(&by_digest));
+    assert_eq!(json(&place, &["deny", "list"]).await.as_array().unwrap().len(), 2);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn whoever_can_write_to_redis_can_neither_deny_nor_let_pass() {
+    let redis = Redis::start().await;
+    let (replica, place) = (Replica::start(&redis), Arc::new(operator(&redis)));
+    let (denied, good) = (record(1), record(2));
+    let (field, key) = (Denied::Key(denied.key_id).line(), denied.key_id.to_string());
+    json(&place, &["deny", "add", "--key", &key, "--for", "1h"]).await;
+    replica.until_it_denies(&denied, true).await;
+    let mut connection = redis.connection().await;
+    let genuine: Vec<u8> = connection.hget(HASH, &field).await.unwrap();
+
+    // A genuine value under another name, and values that are none.
+    for (field, value) in [(Denied::Key(good.key_id).line(), &genuine[..]), (Denied::Trust(good.trust_id).line(), b"x")]
+    {
+        let _: () = connection.hset(HASH, field, value).await.unwrap();
+    }
+    replica.until(|| replica.shows("trustgate_deny_stale{source=\"redis\"} 1")).await;
+    assert!(!replica.denies(&good) && replica.denies(&denied));
+
+    // Emptied, restarted without its data, or holding something else: nobody passes.
+    let _: () = connection.del(HASH).await.unwrap();
+    replica.until(|| replica.shows("trustgate_deny_stale{source=\"redis\"} 0")).await;
+    assert!(replica.denies(&denied));
+    let _: () = connection.set(HASH, "no hash").await.unwrap();
+    replica.until(|| replica.shows("trustgate_deny_stale{source=\"redis\"} 1")).await;
+    assert!(replica.denies(&denied));
+    let _: () = connection.del(HASH).await.unwrap();
+    let many: Vec<(String, &[u8])> = (0..=ENTRIES_MAX).map(|number| (number.to_string(), &b"x"[..])).collect();
+    let _: () = connection.hset_multiple(HASH, &many).await.unwrap();
+    replica.after_another_reading().await;
+    assert!(replica.denies(&denied) && replica.shows("trustgate_deny_stale{source=\"redis\"} 1"));
+    let _: () = connection.del(HASH).await.unwrap();
+
+    // Removed though it is gone, then the old value put back.
+    json(&place, &["deny", "remove", "--key", &key]).await;
+    replica.until_it_denies(&denied, false).await;
+    let _: () = connection.hset(HASH, &field, &genuine[..]).await.unwrap();
+    replica.after_another_reading().await;
+    assert!(!replica.denies(&denied));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_was_read_stays_while_redis_is_down() {
+    let mut redis = Redis::start().await;
+    let (replica, place) = (Replica::start(&redis), Arc::new(operator(&redis)));
+    let (denied, other) = (record(1), record(2));
+    json(&place, &["deny", "add", "--key", &denied.key_id.to_string(), "--for", "1h"]).await;
+    replica.until_it_denies(&denied, true).await;
+    redis.kill();
+    replica.until(|| replica.shows("trustgate_deny_stale{source=\"redis\"} 1")).await;
+    assert!(replica.denies(&denied));
+    let failed = Arc::clone(&place);
+    let add = move || failed.run(&["deny", "add", "--key", &Uuid::from_u128(2).to_string(), "--for", "1h"]);
+    let failed = tokio::task::spawn_blocking(add).await.unwrap();
+    failed
+        .failed(1, &["no connection to Redis", "redis.url is set in TRUSTGATE__REDIS__URL", "cannot connect to redis"]);
+
+    redis.resume().await; // empty
+    replica.until(|| replica.shows("trustgate_deny_stale{source=\"redis\"} 0")).await;
+    assert!(replica.denies(&denied) && !replica.denies(&other));
+    json(&place, &["deny", "add", "--key", &other.key_id.to_string(), "--for", "1h"]).await;
+    replica.until_it_denies(&other, true).await;
+    assert!(replica.denies(&denied));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_key_on_standard_input_is_denied_under_every_digest_it_may_have() {
+    const KEY: &str = "a-foreign-key-of-some-length";
+    let redis = Redis::start().await;
+    let place = operator(&redis).with("TRUSTGATE__CREDENTIAL__PEPPER", "pepper-hunter2");
+    let added = tokio::task::spawn_blocking(move || {
+        let command = ["--output", "json", "deny", "add", "--stdin", "--for", "1h"];
+        let mistyped = place.feed(&command, "short\n").failed(2, &["what was read is no key"]);
+        mistyped.hides("short\n");
+        let added = place.feed(&command, &format!("{KEY}\n")).done();
+        added.hides(KEY);
+        added.hides("hunter2");
+        place.feed(&["deny", "remove", "--stdin"], KEY).done();
+        assert_eq!(place.json(&["deny", "list"]), json!([]));
+        added.parsed()
+    });
+    let added = added.await.unwrap();
+    let ids: Vec<_> = added.as_array().unwrap().iter().map(|entry| entry["id"].as_str().unwrap().to_owned()).collect();
+    // SHA-256 of the key alone, and under the pepper.
+    assert_eq!(ids.len(), 2, "{ids:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_key_of_the_mac_comes_from_the_database_where_no_file_has_it() {
+    let redis = Redis::start().await;
+    let url = redis.url();
+    tokio::task::spawn_blocking(move || {
+        let place = Place::migrated().with("TRUSTGATE__REDIS__URL", &url);
+        let id = Uuid::from_u128(7).to_string();
+        let added = place.run(&["deny", "add", "--key", &id, "--for", "1h"]).done();
+        assert!(added.out.contains("Every replica that reaches Redis has this within 1 s"), "{added:?}");
+        assert_eq!(place.json(&["deny", "list"])[0]["id"], json!(id));
+
+        let other = Place::migrated().with("TRUSTGATE__REDIS__URL", &url);
+        let listed = other.run(&["deny", "list"]).done();
+        assert!(listed.out.contains("1 more are not genuine"), "another database, another key: {listed:?}");
+        assert_eq!(other.json(&["deny", "list"]), json!([]));
+
+        let nowhere = Place::new().with("TRUSTGATE__REDIS__URL", &url);
+        nowhere.run(&["deny", "list"]).failed(1, &["is in the database: no database at", "redis.mac_key_file"]);
+    })
+    .await
+    .unwrap();
+}
+
+#[test]
+fn without_redis_the_file_is_the_way() {
+    let place = Place::new();
+    let id = Uuid::from_u128(7).to_string();
+    let line = format!("\n  key {id}\n");
+    let add = ["deny", "add", "--key", &id, "--for", "1h"];
+    place.run(&add).failed(1, &["redis.url is not set", "freshness.deny_file", &line]);
+    place.run(&["deny", "list"]).failed(1, &["redis.url is not set"]);
+    for (arguments, told) in [
+        (&["deny", "add", "--key", &id][..], "--for"),
+        (&["deny", "add", "--for", "1h"], "--stdin"),
+        (&["deny", "add", "--key", &id, "--trust", &id, "--for", "1h"], "cannot be used with"),
+        (&["deny", "add", "--trust", "acme", "--for", "1h"], "expected a trust's id"),
+        (&["deny", "add", "--digest", "hunter2", "--for", "1h"], "64 hexadecimal digits"),
+        (&["deny", "remove"], "--stdin"),
+    ] {
+        place.run(arguments).failed(2, &[told]);
+    }
+}
+
+#[test]
+fn the_file_must_be_there_at_start_and_a_check_of_the_configuration_reads_it() {
+    let place = Place::new().with("TRUSTGATE__FRESHNESS__DENY_FILE", "deny");
+    let setting = "freshness.deny_file: cannot read deny: ";
+    place.run(&["serve"]).failed(1, &[&format!("{setting}No such file")]);
+    place.write("deny", "# nothing yet\nkey acme\n");
+    let checked = place.run(&["config", "check"]);
+    assert!(checked.code == 1 && checked.out.contains(&format!("{setting}line 2: expected")), "{checked:?}");
+    place.write("deny", &format!("key {}\n", Uuid::from_u128(7)));
+    place.run(&["config", "check"]).done();
+}
