@@ -6,11 +6,16 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod bound;
+mod cut_off;
 mod drain;
 mod herd;
+mod history;
 mod messages;
 mod outage;
+mod pgbouncer;
 mod prometheus;
+mod quiet;
 mod redis_tls;
 mod revocation;
 mod stage;

@@ -7,6 +7,8 @@ pub struct Stage {
     pub postgres: Postgres,
     pub redis: Redis,
     pub site: Site,
+    /// The name of the database in PostgreSQL.
+    pub database: String,
     /// Names and ids.
     pub trusts: Vec<(String, String)>,
 }
@@ -25,7 +27,7 @@ impl Stage {
         for name in ["acme", "globex", "initech"] {
             trusts.push((name.to_owned(), site.trust(name).await));
         }
-        Self { postgres, redis, site, trusts }
+        Self { postgres, redis, site, database, trusts }
     }
 
     /// `count` keys, those of each trust among those of the others.

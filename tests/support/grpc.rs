@@ -12,6 +12,7 @@ use envoy_types::pb::{
     google::protobuf::value::Kind,
 };
 use tonic::{Status, transport::Channel};
+use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient};
 
 /// A connection to one trustgate.
 #[derive(Clone)]
@@ -48,6 +49,18 @@ impl Asker {
         let answer = self.0.clone().check(request(key, extensions)).await?;
         Ok(verdict(&answer.into_inner()))
     }
+}
+
+/// Whether the gRPC health service of `server` calls `service` SERVING.
+///
+/// # Panics
+/// If there is no answer, or it knows no such service.
+pub async fn is_serving(server: SocketAddr, service: &str) -> bool {
+    let channel = Channel::from_shared(format!("http://{server}")).expect("a URL").connect().await;
+    let mut health = HealthClient::new(channel.expect("somebody listens"));
+    let answer = health.check(HealthCheckRequest { service: service.to_owned() }).await;
+    let answer = answer.unwrap_or_else(|status| panic!("{service:?}: {status}")).into_inner();
+    answer.status() == ServingStatus::Serving
 }
 
 /// The `CheckRequest` for a request with `key` in `x-api-key`.

@@ -4,10 +4,13 @@
 #![allow(dead_code, clippy::print_stdout)]
 
 pub mod envoy;
+pub mod forward;
 pub mod grpc;
 pub mod http;
 pub mod load;
+pub mod pgbouncer;
 pub mod postgres;
+pub mod probe;
 pub mod process;
 pub mod redis;
 pub mod seam;

@@ -1,4 +1,5 @@
-//! A private PostgreSQL: its own data directory, its own socket, ended with the test.
+//! A private PostgreSQL: its own data directory, its own socket, ended with the test. It can be given a standby, and its
+//! data can be copied aside and put back.
 
 use std::{
     cell::Cell,
@@ -12,7 +13,7 @@ use std::{
     time::Duration,
 };
 
-use sqlx::{AssertSqlSafe, Connection, PgConnection, postgres::PgConnectOptions};
+use sqlx::{AssertSqlSafe, Connection, PgConnection, Row, postgres::PgConnectOptions};
 use tokio::sync::OnceCell;
 
 use super::{
@@ -34,10 +35,7 @@ impl Postgres {
     /// # Panics
     /// If PostgreSQL is not installed, with how to install it.
     pub async fn start() -> Self {
-        let dir = tempfile::Builder::new().prefix("trustgate-pg").tempdir().expect("a directory").keep();
-        if let Some((user, group)) = unprivileged() {
-            chown(&dir, Some(user), Some(group)).expect("root may");
-        }
+        let dir = Self::place();
         let data = dir.join("data");
         let made = as_owner(&[
             text(&binary("initdb")),
@@ -54,6 +52,85 @@ impl Postgres {
         let mut postgres = Self { dir, port: 0, server: None };
         postgres.resume().await;
         postgres
+    }
+
+    /// Makes and starts a standby of this server, and waits until it has everything that was committed so far.
+    pub async fn standby(&self) -> Self {
+        let dir = Self::place();
+        let data = dir.join("data");
+        let port = self.port.to_string();
+        let made = as_owner(&[
+            text(&binary("pg_basebackup")),
+            "--no-sync",
+            "--write-recovery-conf",
+            "--checkpoint=fast",
+            "--host",
+            text(&self.dir),
+            "--port",
+            &port,
+            "--username=admin",
+            "--pgdata",
+            text(&data),
+        ]);
+        assert!(made.status.success(), "pg_basebackup: {}", String::from_utf8_lossy(&made.stderr));
+        let mut standby = Self { dir, port: 0, server: None };
+        standby.resume().await;
+        standby.until_caught_up_with(self).await;
+        standby
+    }
+
+    /// Waits until this standby has applied everything that `primary` committed so far.
+    pub async fn until_caught_up_with(&self, primary: &Self) {
+        let written: String = primary.value("postgres", "SELECT pg_current_wal_lsn()::text").await;
+        let applied = format!("SELECT coalesce(pg_last_wal_replay_lsn() >= '{written}', false)");
+        eventually("the standby has it all", LIMIT, || self.value::<bool>("postgres", &applied)).await;
+    }
+
+    /// Lets this standby hear no more of its primary.
+    pub async fn cut_replication(&self) {
+        self.execute("postgres", "ALTER SYSTEM SET primary_conninfo = ''").await;
+        self.execute("postgres", "SELECT pg_reload_conf()").await;
+        let heard = "SELECT NOT EXISTS (SELECT FROM pg_stat_wal_receiver)";
+        eventually("the standby hears nothing", LIMIT, || self.value::<bool>("postgres", heard)).await;
+    }
+
+    /// Makes this standby a primary.
+    pub async fn promote(&self) {
+        let data = self.dir.join("data");
+        let done = as_owner(&[text(&binary("pg_ctl")), "promote", "--wait", "-D", text(&data)]);
+        assert!(done.status.success(), "pg_ctl: {}", String::from_utf8_lossy(&done.stderr));
+        let is_primary = "SELECT NOT pg_is_in_recovery()";
+        eventually("the standby is a primary", LIMIT, || self.value::<bool>("postgres", is_primary)).await;
+    }
+
+    /// Ends the server, copies its data aside for [`Self::put_back`], and starts it again.
+    pub async fn copy_aside(&mut self) {
+        self.stop();
+        self.copy("data", "aside");
+        self.resume().await;
+    }
+
+    /// Ends the server if it runs, puts the copy of [`Self::copy_aside`] in the place of its data, and starts it again.
+    pub async fn put_back(&mut self) {
+        if let Some(server) = self.server.take() {
+            server.stop();
+        }
+        std::fs::remove_dir_all(self.dir.join("data")).expect("it is ours");
+        self.copy("aside", "data");
+        self.resume().await;
+    }
+
+    fn copy(&self, from: &str, to: &str) {
+        let (from, to) = (self.dir.join(from), self.dir.join(to));
+        let done = Command::new("cp").args(["-a", text(&from), text(&to)]).output().expect("cp is there");
+        assert!(done.status.success(), "cp: {}", String::from_utf8_lossy(&done.stderr));
+    }
+
+    /// A directory that belongs to whom the server runs as.
+    fn place() -> PathBuf {
+        let dir = tempfile::Builder::new().prefix("trustgate-pg").tempdir().expect("a directory").keep();
+        hand_over(&dir);
+        dir
     }
 
     /// One server for all tests of the binary that do not harm it; it ends with the process.
@@ -132,6 +209,26 @@ impl Postgres {
         Frozen(pids)
     }
 
+    /// Where its socket is, among other things.
+    pub fn directory(&self) -> &Path {
+        &self.dir
+    }
+
+    /// Its port.
+    pub const fn port(&self) -> u16 {
+        self.port
+    }
+
+    /// Its socket.
+    pub fn socket(&self) -> PathBuf {
+        self.dir.join(format!(".s.PGSQL.{}", self.port))
+    }
+
+    /// What it logged since it was made.
+    pub fn log(&self) -> String {
+        std::fs::read_to_string(self.dir.join("log")).unwrap_or_default()
+    }
+
     /// The URL for `user` and `database` over the socket.
     pub fn url(&self, user: &str, database: &str) -> String {
         format!("postgres://{user}@{}:{}/{database}?sslmode=disable", text(&self.dir).replace('/', "%2F"), self.port)
@@ -160,12 +257,27 @@ impl Postgres {
         connection.close().await.expect("closes");
     }
 
+    /// The one value that a query gives, as superuser.
+    pub async fn value<T>(&self, database: &str, sql: &str) -> T
+    where
+        T: for<'r> sqlx::Decode<'r, sqlx::Postgres> + sqlx::Type<sqlx::Postgres>,
+    {
+        let mut connection = self.admin(database).await;
+        let row = sqlx::query(AssertSqlSafe(sql)).fetch_one(&mut connection).await;
+        let value = row.and_then(|row| row.try_get(0)).unwrap_or_else(|error| panic!("{sql}: {error}"));
+        connection.close().await.expect("closes");
+        value
+    }
+
     /// A superuser's connection.
     pub async fn admin(&self, database: &str) -> PgConnection {
         let options: PgConnectOptions = self.url("admin", database).parse().expect("a URL");
         PgConnection::connect_with(&options).await.expect("connects")
     }
 }
+
+/// Far beyond any usual time.
+const LIMIT: Duration = Duration::from_secs(30);
 
 /// The newest PostgreSQL installed, or what `POSTGRES_BIN` names.
 fn binary(name: &str) -> PathBuf {
@@ -199,7 +311,15 @@ fn unprivileged() -> Option<(u32, u32)> {
     (number("-u", &[]) == 0).then(|| (number("-u", &["postgres"]), number("-g", &["postgres"])))
 }
 
-fn owner_prefix() -> Vec<String> {
+/// Gives a directory to whom the server runs as.
+pub(super) fn hand_over(dir: &Path) {
+    if let Some((user, group)) = unprivileged() {
+        chown(dir, Some(user), Some(group)).expect("root may");
+    }
+}
+
+/// What stands before a command that refuses to run as root.
+pub(super) fn owner_prefix() -> Vec<String> {
     unprivileged().map_or_else(Vec::new, |(user, group)| {
         vec!["setpriv".into(), format!("--reuid={user}"), format!("--regid={group}"), "--clear-groups".into()]
     })

@@ -193,14 +193,14 @@ pub fn free_port() -> u16 {
     }
 }
 
-/// The first of `candidates` in `PATH`.
+/// The first of `candidates` in `PATH` or `/usr/sbin`, where Debian puts servers and which is in few users' `PATH`.
 ///
 /// # Panics
 /// If there is none, with the package that brings it.
 pub fn program(candidates: &[&str], package: &str) -> PathBuf {
     let path = std::env::var_os("PATH").unwrap_or_default();
-    let found = candidates
-        .iter()
-        .find_map(|name| std::env::split_paths(&path).map(|dir| dir.join(name)).find(|program| program.is_file()));
+    let directories = || std::env::split_paths(&path).chain(["/usr/sbin".into()]);
+    let found =
+        candidates.iter().find_map(|name| directories().map(|dir| dir.join(name)).find(|program| program.is_file()));
     found.unwrap_or_else(|| panic!("this test needs {}: `apt-get install {package}`", candidates.join(" or ")))
 }

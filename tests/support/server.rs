@@ -10,12 +10,14 @@ use std::{
 };
 
 use serde_json::Value;
+use sha2::{Digest as _, Sha256};
 use tempfile::TempDir;
+use trustgate::record::ApiKeyDigest;
 use uuid::Uuid;
 
 use super::{
     eventually, http,
-    process::{End, Guarded, directory},
+    process::{End, Frozen, Guarded, directory},
 };
 
 /// A set of settings, and a directory for the embedded database. Everything runs with these and nothing else.
@@ -229,6 +231,11 @@ impl Server {
         !self.program.has_ended()
     }
 
+    /// Stops the process without ending it (SIGSTOP), until the answer is dropped.
+    pub fn freeze(&self) -> Frozen {
+        Frozen::of(self.program.pid().expect("running"))
+    }
+
     /// Sends a signal, such as `TERM`.
     pub fn signal(&self, name: &str) {
         self.program.signal(name);
@@ -254,6 +261,11 @@ pub async fn metric(admin: SocketAddr, name: &str) -> f64 {
 /// A key that nobody issued; as it is imported, or as somebody guesses.
 pub fn made_up_key() -> String {
     format!("key-{}", Uuid::new_v4().simple())
+}
+
+/// What the database knows a key by where there is no pepper: its SHA-256, in hexadecimal.
+pub fn digest(key: &str) -> String {
+    ApiKeyDigest::from_bytes(Sha256::digest(key).into()).to_hex().to_string()
 }
 
 fn text(value: &Value) -> String {

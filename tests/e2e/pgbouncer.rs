@@ -1,0 +1,67 @@
+//! Through PgBouncer in transaction mode nothing can be listened to and no statement prepared: the bound rests on polling
+//! alone, and holds.
+
+use std::time::Duration;
+
+use tokio::time::{Instant, sleep, sleep_until};
+
+use crate::support::{
+    alone,
+    grpc::Asker,
+    load::quantiles,
+    pgbouncer::PgBouncer,
+    postgres::Postgres,
+    probe::{Probing, granted_after},
+    server::Site,
+};
+
+const REVOCATIONS: usize = 20;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn through_pgbouncer_in_transaction_mode_a_revocation_counts_within_400_ms() {
+    let _turn = alone().await;
+    let postgres = Postgres::start().await;
+    let bouncer = PgBouncer::start(&postgres).await;
+    let database = postgres.database().await;
+    let site = Site::new().with("store.url", bouncer.url(&database));
+    site.migrate().await;
+    site.trust("acme").await;
+    let mut keys = Vec::new();
+    for _ in 0..REVOCATIONS {
+        keys.push(site.issue("acme", &[]).await);
+    }
+    let (one, other) = (site.serve().await, site.serve().await);
+    let askers = [Asker::connect(one.grpc()).await, Asker::connect(other.grpc()).await];
+    let mut late = Vec::new();
+    for (number, key) in keys.iter().enumerate() {
+        let probing = askers.each_ref().map(|asker| Probing::start(asker, 250, vec![key.key.clone()], &[]));
+        sleep(Duration::from_millis(200)).await;
+        // Every fifth by the command, which goes the same way as everybody: counted from when it began.
+        let committed = if number % 5 == 0 {
+            let before = Instant::now();
+            let answer = site.json(&["key", "revoke", &key.id]).await;
+            let effect = &answer["effect"];
+            assert_eq!((&effect["replicas"], &effect["applied"]), (&2.into(), &2.into()), "{answer}");
+            println!("through PgBouncer: effective after {} ms", effect["after_ms"]);
+            before
+        } else {
+            let revocation = format!("UPDATE trustgate.api_key SET revoked_at = now() WHERE id = '{}'", key.id);
+            postgres.execute(&database, &revocation).await;
+            Instant::now()
+        };
+        sleep_until(committed + Duration::from_millis(800)).await;
+        let (mut last, mut held) = (Duration::ZERO, 0);
+        for probing in probing {
+            let probes = probing.stop().await;
+            held += usize::from(probes.iter().any(|probe| probe.began < committed && probe.is_grant()));
+            let end = probes.iter().max_by_key(|probe| probe.began).unwrap().verdict.as_ref().unwrap();
+            assert_eq!((end.status, end.reason.as_deref()), (401, Some("revoked")));
+            last = last.max(granted_after(committed, &probes));
+        }
+        assert_eq!(held, askers.len());
+        late.push(last);
+    }
+    late.sort();
+    quantiles("last grant after the commit, through PgBouncer", &late);
+    assert!(late[late.len() - 1] <= Duration::from_millis(400), "{late:?}");
+}

@@ -1,0 +1,189 @@
+//! What freshness costs the database: nothing is read again that did not change, and little is said while nothing does.
+
+use std::{collections::BTreeMap, time::Duration};
+
+use tokio::time::{Instant, sleep};
+use trustgate::record::ApiKeyDigest;
+
+use crate::{
+    stage::Stage,
+    support::{
+        alone,
+        grpc::Asker,
+        load::Shot,
+        probe::Probing,
+        server::{Server, Site, made_up_key},
+    },
+};
+
+const CACHED: usize = 1_000;
+const IMPORTED: usize = 100_000;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_import_of_100_000_keys_leaves_cached_keys_cached_on_postgresql() {
+    let _turn = alone().await;
+    let stage = Stage::new(&[]).await;
+    let cached = stage.keys(CACHED).await;
+    import_beside_traffic(&stage.site, cached).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_import_of_100_000_keys_leaves_cached_keys_cached_on_sqlite() {
+    let _turn = alone().await;
+    let site = Site::new();
+    site.migrate().await;
+    let owner = Some(site.trust("acme").await);
+    let keys = site.import("acme", CACHED).await.into_iter();
+    import_beside_traffic(&site, keys.map(|key| Shot { key, owner: owner.clone() }).collect()).await;
+}
+
+async fn import_beside_traffic(site: &Site, cached: Vec<Shot>) {
+    let server = site.serve().await;
+    let asker = Asker::connect(server.grpc()).await;
+    let imported = made_up_key();
+    for shot in &cached {
+        assert_eq!(asker.check(&shot.key).await.trust_id, shot.owner);
+    }
+    let file = site.path().join("keys");
+    let digests = (1..IMPORTED).map(|_| {
+        let mut digest = [0; 32];
+        getrandom::fill(&mut digest).unwrap();
+        ApiKeyDigest::from_bytes(digest).to_hex()
+    });
+    let digests: Vec<_> = digests.chain([crate::support::server::digest(&imported)]).collect();
+    std::fs::write(&file, digests.join("\n")).unwrap();
+
+    let before = reads(&server).await;
+    let probing = Probing::start(&asker, 500, cached.iter().map(|shot| shot.key.clone()).collect(), &[]);
+    let start = Instant::now();
+    let path = file.display().to_string();
+    let answer = site.json(&["key", "import", "--trust", "acme", &path]).await;
+    let took = start.elapsed();
+    assert_eq!(answer["imported"], IMPORTED, "{answer}");
+    // Long enough for every cached key to be asked for once more, after everybody knows of the import.
+    sleep(Duration::from_secs(3)).await;
+    let probes = probing.stop().await;
+    let read = reads(&server).await - before;
+    println!("{IMPORTED} keys imported in {took:?}; meanwhile {} checks with cached keys, {read} reads", probes.len());
+    let wrong: Vec<_> = probes.iter().filter(|probe| !probe.is_grant()).collect();
+    assert!(wrong.is_empty(), "{} of {}: {:?}", wrong.len(), probes.len(), wrong[0]);
+    assert!(probes.len() >= CACHED);
+    let limit = f64::from(u32::try_from(CACHED / 100).unwrap());
+    assert!(read <= limit, "{read} reads, {limit} are allowed");
+    // And that they were imported is known.
+    assert_eq!(asker.check(&imported).await.status, 200);
+}
+
+/// Reads of the database for checks, whatever came of them.
+async fn reads(server: &Server) -> f64 {
+    server.metric("trustgate_store_reads_total{outcome=\"ok\"}").await
+        + server.metric("trustgate_store_reads_total{outcome=\"error\"}").await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn while_nothing_changes_a_replica_sends_eleven_polls_and_one_write_a_second_at_most() {
+    const LENGTH: Duration = Duration::from_secs(10);
+    let _turn = alone().await;
+    let mut stage = Stage::new(&[]).await;
+    let held = stage.keys(100).await;
+    let names = ["replica-one", "replica-two", "replica-three"];
+    let url = stage.postgres.url("admin", &stage.database);
+    let mut probing = Vec::new();
+    let mut servers = Vec::new();
+    for name in names {
+        stage.site.set("store.url", format!("{url}&application_name={name}"));
+        let server = stage.site.serve().await;
+        let asker = Asker::connect(server.grpc()).await;
+        for shot in &held {
+            assert_eq!(asker.check(&shot.key).await.trust_id, shot.owner);
+        }
+        probing.push(Probing::start(&asker, 100, held.iter().map(|shot| shot.key.clone()).collect(), &[]));
+        servers.push(server);
+    }
+    // What a replica does in its first moments is not what it does all day.
+    sleep(Duration::from_secs(2)).await;
+    for sql in [
+        "ALTER SYSTEM SET log_line_prefix = 'said by %a, '",
+        "ALTER SYSTEM SET log_statement = 'all'",
+        "SELECT pg_reload_conf()",
+    ] {
+        stage.postgres.execute("postgres", sql).await;
+    }
+    sleep(Duration::from_secs(1)).await;
+    let before = stage.postgres.log().len();
+    let start = Instant::now();
+    sleep(LENGTH).await;
+    let (log, took) = (stage.postgres.log(), start.elapsed());
+    for probing in probing {
+        assert!(probing.stop().await.iter().all(|probe| probe.is_grant()));
+    }
+
+    let said = said(&log[before..]);
+    for name in names {
+        let mut counts = BTreeMap::new();
+        for statement in said.get(name).unwrap_or_else(|| panic!("{name} said nothing")) {
+            *counts.entry(kind(statement)).or_insert(0) += 1;
+        }
+        println!("{name} in {took:?}: {counts:?}");
+        let at_most = |kind, per_second: u64| {
+            // One more than fits into the time, since it may begin and end with one.
+            let limit = u128::from(per_second) * took.as_millis() / 1_000 + 1;
+            let count: u128 = counts.get(&kind).copied().unwrap_or(0);
+            assert!(count <= limit, "{count} of {kind:?}, {limit} are allowed");
+        };
+        assert!(counts[&Kind::Poll] >= 50, "is it a poll that is counted? {counts:?}");
+        at_most(Kind::Poll, 11);
+        at_most(Kind::Write, 1);
+        at_most(Kind::Setting, 12);
+        let others: Vec<_> = said[name].iter().filter(|statement| kind(statement) == Kind::Other).collect();
+        assert!(others.is_empty(), "{others:?}");
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Kind {
+    Poll,
+    Write,
+    /// Sent in one message with a poll or a write.
+    Setting,
+    Other,
+}
+
+fn kind(statement: &str) -> Kind {
+    let statement = statement.to_lowercase();
+    if ["insert", "update ", "delete", "prune"].iter().any(|word| statement.contains(word)) {
+        Kind::Write
+    } else if statement.contains("pg_is_in_recovery") {
+        Kind::Poll
+    } else if statement.starts_with("set local") {
+        Kind::Setting
+    } else {
+        Kind::Other
+    }
+}
+
+/// What the log says that everybody said.
+fn said(log: &str) -> BTreeMap<&str, Vec<String>> {
+    let mut said = BTreeMap::<_, Vec<String>>::new();
+    let mut speaker = None;
+    for line in log.lines() {
+        let entry = line.strip_prefix("said by ").and_then(|line| line.split_once(", LOG:  "));
+        if let Some((name, message)) = entry {
+            let statement = message
+                .strip_prefix("statement: ")
+                .or_else(|| message.starts_with("execute ").then(|| message.split_once(": ")).flatten().map(|(_, it)| it));
+            speaker = statement.map(|_| name);
+            if let Some(statement) = statement {
+                said.entry(name).or_default().push(statement.to_owned());
+            }
+        } else if let (Some(name), Some(more)) = (speaker, line.strip_prefix('\t')) {
+            // A statement goes on in the next line.
+            let statement = said.get_mut(name).and_then(|statements| statements.last_mut()).unwrap();
+            statement.push('\n');
+            statement.push_str(more);
+        } else {
+            speaker = None;
+        }
+    }
+    said
+}

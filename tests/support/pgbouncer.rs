@@ -1,0 +1,53 @@
+//! A private PgBouncer in transaction mode: a server connection belongs to a client for one transaction.
+
+use tokio::net::TcpStream;
+
+use super::{
+    postgres::{Postgres, hand_over, owner_prefix},
+    process::{End, Guarded, directory, free_port, program},
+};
+
+/// A running PgBouncer.
+pub struct PgBouncer {
+    _server: Guarded,
+    port: u16,
+}
+
+impl PgBouncer {
+    /// Starts one in front of `postgres`, where every client becomes its superuser.
+    ///
+    /// # Panics
+    /// If it is not installed, with how to install it.
+    pub async fn start(postgres: &Postgres) -> Self {
+        for _ in 0..10 {
+            let (dir, port) = (directory("pgbouncer"), free_port());
+            let config = dir.join("pgbouncer.ini");
+            let text = format!(
+                "[databases]\n* = host={} port={} user=admin\n[pgbouncer]\nlisten_addr = 127.0.0.1\n\
+                 listen_port = {port}\nunix_socket_dir =\nauth_type = any\npool_mode = transaction\n\
+                 ignore_startup_parameters = extra_float_digits\nlog_connections = 0\nlog_disconnections = 0\n",
+                postgres.directory().display(),
+                postgres.port(),
+            );
+            std::fs::write(&config, text).expect("our directory");
+            // As PostgreSQL it refuses to run as root.
+            hand_over(&dir);
+            let mut words = owner_prefix();
+            words.push(program(&["pgbouncer"], "pgbouncer").display().to_string());
+            words.push(config.display().to_string());
+            let server = Guarded::start_to(End::Kill, &dir, &words);
+            let up = server.until(async || TcpStream::connect(("127.0.0.1", port)).await.ok()).await.is_some();
+            if up && !server.has_ended() {
+                return Self { _server: server, port };
+            }
+            // Somebody else took the port.
+            assert!(server.log().contains("Address already in use"), "{}", server.log());
+        }
+        panic!("PgBouncer does not start");
+    }
+
+    /// The URL for `database` through it.
+    pub fn url(&self, database: &str) -> String {
+        format!("postgres://admin@127.0.0.1:{}/{database}?sslmode=disable", self.port)
+    }
+}

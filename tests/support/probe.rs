@@ -1,0 +1,100 @@
+//! Checks that are sent when they are due, however long the answers to earlier ones take, and what they came to.
+
+use std::time::Duration;
+
+use tokio::{
+    task::{JoinHandle, JoinSet},
+    time::{Instant, sleep_until},
+};
+use tokio_util::sync::CancellationToken;
+
+use super::grpc::{Asker, Verdict};
+
+/// One check.
+#[derive(Clone, Debug)]
+pub struct Probe {
+    /// Which of the keys it carried.
+    pub key: usize,
+    /// Just before it was sent.
+    pub began: Instant,
+    /// When its answer was there.
+    pub answered: Instant,
+    /// The answer, or why there was none.
+    pub verdict: Result<Verdict, String>,
+}
+
+impl Probe {
+    /// Whether it was granted, whatever trust it was taken for.
+    pub fn is_grant(&self) -> bool {
+        self.status() == Some(200)
+    }
+
+    /// Whether the answer says that the gate could not decide.
+    pub fn is_fault(&self) -> bool {
+        self.verdict.as_ref().is_ok_and(|verdict| verdict.status == 503 && verdict.reason.as_deref() == Some("fault"))
+    }
+
+    /// What the client would see, where there was an answer.
+    pub fn status(&self) -> Option<u16> {
+        self.verdict.as_ref().ok().map(|verdict| verdict.status)
+    }
+}
+
+/// Checks that are being sent.
+pub struct Probing {
+    enough: CancellationToken,
+    sending: JoinHandle<Vec<Probe>>,
+}
+
+impl Probing {
+    /// Asks `asker` `per_second` times a second, for each of `keys` in turn, on a route with these context extensions.
+    pub fn start(asker: &Asker, per_second: u32, keys: Vec<String>, extensions: &'static [(&str, &str)]) -> Self {
+        let (enough, asker) = (CancellationToken::new(), asker.clone());
+        let sending = tokio::spawn(send(asker, Duration::from_secs(1) / per_second, keys, extensions, enough.clone()));
+        Self { enough, sending }
+    }
+
+    /// Sends no more and waits for the answers; what everything came to, in the order in which it was answered.
+    pub async fn stop(self) -> Vec<Probe> {
+        self.enough.cancel();
+        self.sending.await.expect("no panic")
+    }
+}
+
+async fn send(
+    asker: Asker,
+    step: Duration,
+    keys: Vec<String>,
+    extensions: &'static [(&str, &str)],
+    enough: CancellationToken,
+) -> Vec<Probe> {
+    let (mut due, mut number) = (Instant::now(), 0);
+    let (mut sent, mut done) = (JoinSet::new(), Vec::new());
+    while enough.run_until_cancelled(sleep_until(due)).await.is_some() {
+        let (asker, key, text) = (asker.clone(), number % keys.len(), keys[number % keys.len()].clone());
+        sent.spawn(async move {
+            let began = Instant::now();
+            let verdict = asker.check_with(&text, extensions).await.map_err(|status| status.to_string());
+            Probe { key, began, answered: Instant::now(), verdict }
+        });
+        number += 1;
+        due += step;
+        while let Some(probe) = sent.try_join_next() {
+            done.push(probe.expect("no panic"));
+        }
+    }
+    while let Some(probe) = sent.join_next().await {
+        done.push(probe.expect("no panic"));
+    }
+    done
+}
+
+/// When the last check that was granted began.
+pub fn last_grant<'p>(probes: impl IntoIterator<Item = &'p Probe>) -> Option<Instant> {
+    probes.into_iter().filter(|probe| probe.is_grant()).map(|probe| probe.began).max()
+}
+
+/// How long after `event` the last check that was granted began; 0 where none did.
+pub fn granted_after<'p>(event: Instant, probes: impl IntoIterator<Item = &'p Probe>) -> Duration {
+    last_grant(probes).map_or(Duration::ZERO, |began| began.saturating_duration_since(event))
+}
