@@ -28,7 +28,7 @@ use self::{
 use crate::{
     clock::{DatabaseClock, Moment},
     demand::Freshness,
-    record::{Dated, Lineage, Version},
+    record::{Change, Dated, Lineage, Version},
     store::Polled,
 };
 
@@ -274,7 +274,10 @@ impl Views {
         for (version, change) in &polled.changes {
             view.lease.apply(*version, change);
         }
-        self.revoked.note(polled.changes.iter().map(|(_, change)| change), newest.sent_at);
+        // A view that begins is told of the last minutes, those before history was lost included: what was said then does
+        // not make good again what was revoked.
+        let told = polled.changes.iter().map(|(_, change)| change);
+        self.revoked.note(told.filter(|change| begun || matches!(change, Change::Gone(_))), newest.sent_at);
         history.advance(polled);
         drop(history);
         if names_changes {
@@ -305,7 +308,7 @@ mod tests {
     use super::*;
     use crate::{
         clock::DatabaseTime,
-        record::{ApiKeyDigest, Change, Nonce},
+        record::{ApiKeyDigest, Nonce},
     };
 
     const LIMITS: Limits = Limits { lease: Duration::from_secs(1), stale: Duration::from_mins(2) };
@@ -362,7 +365,11 @@ mod tests {
         assert_eq!(before.standing(Moment::from_nanos(8)), Standing::Lapsed, "the old view's lease is over");
         assert_eq!((views.load().since(), views.load().standing(Moment::from_nanos(8))), (None, Standing::Lapsed));
         assert!(views.revoked.binds(&digest));
-        assert_eq!(views.apply(&polled(&[(6, 1), (7, 7)], &[]), true), Applied::Begun);
+        let issued = (6, Change::Absent(digest));
+        assert_eq!(views.apply(&polled(&[(6, 1), (7, 7)], std::slice::from_ref(&issued)), true), Applied::Begun);
+        assert!(views.revoked.binds(&digest), "that it was issued was said before");
+        views.apply(&polled(&[(7, 7), (8, 8)], &[(8, issued.1)]), true);
+        assert!(!views.revoked.binds(&digest), "the new history speaks of it");
         assert_ne!(views.load().epoch(), before.epoch());
     }
 

@@ -43,7 +43,8 @@ impl Revoked {
         for change in changes {
             match change {
                 Change::Gone(digest) => {
-                    digests.seen.insert(*digest, (now, false));
+                    // Of one that binds already it changes nothing: it is as revoked as before.
+                    digests.seen.entry(*digest).or_insert((now, false)).0 = now;
                     digests.order.push_back((now, *digest));
                     digests.forget(now);
                 }

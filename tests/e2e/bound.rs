@@ -114,7 +114,8 @@ async fn run(plan: &Plan) -> Vec<Duration> {
     arena.redis_was_mistreated().await;
     arena.truncate(&good[..5], plan).await;
     for server in &arena.servers {
-        let latency = |part| async move { server.metric(&format!("trustgate_revocation_latency_seconds_{part}")).await };
+        let latency =
+            |part| async move { server.metric(&format!("trustgate_revocation_latency_seconds_{part}")).await };
         let (sum, count) = (latency("sum").await, latency("count").await);
         let bound = server.metric("trustgate_revocation_bound_seconds").await;
         println!("a replica says: {count} changes applied, {:.1} ms on average; bound {bound} s", sum / count * 1e3);
@@ -418,4 +419,3 @@ fn figures(ended: &[Ended], start: Instant, length: Duration) {
         from = *to;
     }
 }
-

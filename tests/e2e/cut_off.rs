@@ -52,6 +52,7 @@ async fn with_postgresql_stopped_held_keys_pass_until_the_stale_window_ends() {
     cut_off(Loss::Stopped).await;
 }
 
+#[allow(clippy::too_many_lines, clippy::similar_names, reason = "one story, told in its order")]
 async fn cut_off(loss: Loss) {
     let _turn = alone().await;
     let mut stage = Stage::new(&[("freshness.stale_if_unconfirmed", "3s")]).await;
@@ -123,9 +124,7 @@ async fn cut_off(loss: Loss) {
     all_faults("unseen", unseen_probes, |probe| probe.began > lost + MARGIN);
     all_faults("absent", absence, |probe| probe.began > lost + LEASE + MARGIN);
     assert!(absence.iter().all(|probe| probe.status() == Some(401) || probe.is_fault()), "an absence was granted");
-    for (name, probes) in
-        [("held", held_probes), ("strict", strict), ("S = 0", at_impatient_probes), ("live", live)]
-    {
+    for (name, probes) in [("held", held_probes), ("strict", strict), ("S = 0", at_impatient_probes), ("live", live)] {
         println!("{loss:?}, {name}: last grant began {:?} after the loss", granted_after(lost, probes));
     }
     println!("{loss:?}: fresh until {:?} after the loss", fresh_until.saturating_duration_since(lost));
@@ -255,8 +254,7 @@ async fn a_line_in_the_deny_file_ends_a_key_within_a_second_with_the_database_do
     sleep(LEASE * 2).await; // what is granted now is granted in the stale window
 
     let texts = |keys: &[IssuedKey]| keys.iter().map(|key| key.key.clone()).collect::<Vec<_>>();
-    let probing =
-        [Probing::start(&asker, 250, texts(&denied), &[]), Probing::start(&asker, 100, texts(&granted), &[])];
+    let probing = [Probing::start(&asker, 250, texts(&denied), &[]), Probing::start(&asker, 100, texts(&granted), &[])];
     sleep(Duration::from_millis(300)).await;
     let at = |offset: time::Duration| (OffsetDateTime::now_utc() + offset).format(&Rfc3339).unwrap();
     let hour = time::Duration::HOUR;

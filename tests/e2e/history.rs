@@ -164,7 +164,8 @@ impl Forgetful {
                 .await;
         }
         assert_eq!(newest(primary, database).await, newest_before, "{:?}", self.origin);
-        let known: i64 = primary.value(database, "SELECT count(*) FROM trustgate.api_key WHERE revoked_at IS NULL").await;
+        let known: i64 =
+            primary.value(database, "SELECT count(*) FROM trustgate.api_key WHERE revoked_at IS NULL").await;
         assert_eq!(known, 4, "the new primary knows of no other revocation, and of no key born later");
         self.stage.site.set("store.management_url", primary.url("admin", database));
     }
@@ -202,10 +203,8 @@ async fn forgotten(origin: Origin) {
     let switched = Instant::now();
     site.forwarder.lead_to(site.primary().socket());
     for (server, _) in &replicas {
-        eventually("it is noticed", PATIENCE, || async {
-            server.metric("trustgate_lost_history_total").await > 0.0
-        })
-        .await;
+        eventually("it is noticed", PATIENCE, || async { server.metric("trustgate_lost_history_total").await > 0.0 })
+            .await;
         let took = switched.elapsed();
         println!("{origin:?}: noticed {took:?} after the new primary could be reached");
         assert!(took <= Duration::from_secs(1), "{took:?}");
@@ -237,7 +236,8 @@ async fn forgotten(origin: Origin) {
     let change = format!("UPDATE trustgate.api_key SET scopes = '{{again}}' WHERE id = '{id}'");
     site.primary().execute(&site.stage.database, &change).await;
     for (_, asker) in &replicas {
-        eventually("it is granted again", PATIENCE, || async { asker.check(&site.lost[0].key).await.status == 200 }).await;
+        eventually("it is granted again", PATIENCE, || async { asker.check(&site.lost[0].key).await.status == 200 })
+            .await;
         assert_eq!(asker.check(&site.lost[1].key).await.status, 401);
     }
 }
@@ -370,7 +370,8 @@ async fn with_a_trigger_disabled_the_lease_ends_and_comes_back_with_it() {
     sleep(Duration::from_millis(300)).await;
 
     // In one transaction, so that no poll can come between.
-    let at_once = format!("BEGIN; ALTER TABLE trustgate.api_key DISABLE TRIGGER USER; {}; COMMIT", revocation(&with_it));
+    let at_once =
+        format!("BEGIN; ALTER TABLE trustgate.api_key DISABLE TRIGGER USER; {}; COMMIT", revocation(&with_it));
     stage.postgres.execute(database, &at_once).await;
     let disabled = Instant::now();
     eventually("the lease ends", PATIENCE, || async { !is_serving(server.grpc(), "trustgate.fresh").await }).await;

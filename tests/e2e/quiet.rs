@@ -115,7 +115,7 @@ async fn while_nothing_changes_a_replica_sends_eleven_polls_and_one_write_a_seco
     sleep(LENGTH).await;
     let (log, took) = (stage.postgres.log(), start.elapsed());
     for probing in probing {
-        assert!(probing.stop().await.iter().all(|probe| probe.is_grant()));
+        assert!(probing.stop().await.iter().all(crate::support::probe::Probe::is_grant));
     }
 
     let said = said(&log[before..]);
@@ -169,9 +169,9 @@ fn said(log: &str) -> BTreeMap<&str, Vec<String>> {
     for line in log.lines() {
         let entry = line.strip_prefix("said by ").and_then(|line| line.split_once(", LOG:  "));
         if let Some((name, message)) = entry {
-            let statement = message
-                .strip_prefix("statement: ")
-                .or_else(|| message.starts_with("execute ").then(|| message.split_once(": ")).flatten().map(|(_, it)| it));
+            let statement = message.strip_prefix("statement: ").or_else(|| {
+                message.starts_with("execute ").then(|| message.split_once(": ")).flatten().map(|(_, it)| it)
+            });
             speaker = statement.map(|_| name);
             if let Some(statement) = statement {
                 said.entry(name).or_default().push(statement.to_owned());

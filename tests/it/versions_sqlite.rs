@@ -89,7 +89,7 @@ struct Writer(SqliteConnection);
 impl Writer {
     async fn open(path: &Path) -> Self {
         let options =
-            SqliteConnectOptions::new().filename(path).foreign_keys(false).busy_timeout(Duration::from_secs(60));
+            SqliteConnectOptions::new().filename(path).foreign_keys(false).busy_timeout(Duration::from_mins(1));
         Self(SqliteConnection::connect_with(&options).await.unwrap())
     }
 
@@ -534,11 +534,7 @@ async fn whatever_may_let_a_change_pass_unnamed_is_noticed_and_mended_or_told() 
             Some("\"any_case\" makes more unique"),
             "DROP INDEX any_case",
         ),
-        (
-            "ALTER TABLE trust RENAME TO away",
-            Some("is missing"),
-            "ALTER TABLE away RENAME TO trust; migrate",
-        ),
+        ("ALTER TABLE trust RENAME TO away", Some("is missing"), "ALTER TABLE away RENAME TO trust; migrate"),
     ] {
         writer.run(done).await.unwrap();
         let polled = follower.poll().await;

@@ -265,7 +265,7 @@ pub fn made_up_key() -> String {
 
 /// What the database knows a key by where there is no pepper: its SHA-256, in hexadecimal.
 pub fn digest(key: &str) -> String {
-    ApiKeyDigest::from_bytes(Sha256::digest(key).into()).to_hex().to_string()
+    ApiKeyDigest::from_bytes(Sha256::digest(key).into()).to_hex()
 }
 
 fn text(value: &Value) -> String {

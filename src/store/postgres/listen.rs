@@ -13,6 +13,7 @@ use sqlx::{
     postgres::{PgListener, PgPoolOptions},
 };
 use tokio::time::timeout;
+use uuid::Uuid;
 
 use super::{
     super::{SchemaName, place::Address},
@@ -34,11 +35,19 @@ pub(super) async fn attend(
     schema: &SchemaName,
     changed: &(dyn Fn() + Send + Sync),
 ) -> Result<Infallible, sqlx::Error> {
+    // A pooler would let this session's LISTEN fall on a server that others use next, and their drivers would choke on
+    // what it hears. A setting of the session alone does not pass through one: it is refused, or not there afterwards.
+    let session = Uuid::new_v4().simple().to_string();
     let options = address.postgres().map_err(|error| sqlx::Error::Configuration(Box::new(error)))?;
+    let options = options.options([("trustgate.session", &session)]);
     let pool = PgPoolOptions::new().max_connections(1).acquire_timeout(ANSWER).connect_lazy_with(options);
     let mut listener = PgListener::connect_with(&pool).await?;
     // It would connect anew by itself, which hides that something was lost.
     listener.eager_reconnect(false);
+    let own = sqlx::raw_sql("SELECT coalesce(current_setting('trustgate.session', true), '')").fetch_one(&mut listener);
+    if in_time(own).await?.try_get::<String, _>(0)? != session {
+        return Err(lost("a pooler is in between: no hints"));
+    }
     in_time(listener.listen(schema.as_str())).await?;
     let listening = backend(&mut listener, schema).await?;
     changed();

@@ -225,7 +225,8 @@ const SQLITE_READONLY: u32 = 8;
 /// SQLite opens a file that it may not write for reading, without a word. Asks for the write lock, and does not wait for
 /// it: who would have to could write. Whatever else is wrong shows where it matters.
 async fn can_write(connection: &mut SqliteConnection) -> Result<bool, sqlx::Error> {
-    let attempt = sqlx::raw_sql("PRAGMA busy_timeout = 0; DELETE FROM meta WHERE false").execute(&mut *connection).await;
+    let attempt =
+        sqlx::raw_sql("PRAGMA busy_timeout = 0; DELETE FROM meta WHERE false").execute(&mut *connection).await;
     let patience = format!("PRAGMA busy_timeout = {}", BUSY_TIMEOUT.as_millis());
     sqlx::raw_sql(AssertSqlSafe(patience)).execute(connection).await?;
     Ok(!attempt.is_err_and(|error| code(&error) == Some(SQLITE_READONLY)))
