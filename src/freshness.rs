@@ -276,8 +276,8 @@ impl Views {
         }
         // A view that begins is told of the last minutes, those before history was lost included: what was said then does
         // not make good again what was revoked.
-        let told = polled.changes.iter().map(|(_, change)| change);
-        self.revoked.note(told.filter(|change| begun || matches!(change, Change::Gone(_))), newest.sent_at);
+        let told = polled.changes.iter().filter(|(_, change)| begun || matches!(change, Change::Gone(_)));
+        self.revoked.note(told, newest.sent_at);
         history.advance(polled);
         drop(history);
         if names_changes {

@@ -35,6 +35,8 @@ const RESTORE_INTERVAL: Duration = Duration::from_secs(1);
 const HINTED_MAX: usize = 20;
 /// See [`HINTED_MAX`].
 const HINTED_PERIOD: Duration = Duration::from_secs(1);
+/// How often it is looked whether the lease is still fresh, for health checks.
+const FRESHNESS_INTERVAL: Duration = Duration::from_millis(20);
 /// Wait before listening again after the connection for hints broke.
 const LISTEN_WAIT: Duration = Duration::from_secs(1);
 /// By how much the wall clock and the boot clock may drift apart between two polls: more is a pause that the boot clock
@@ -157,6 +159,7 @@ impl Poll {
         let polling = async {
             tokio::join!(
                 self.poll(replica, &signs),
+                self.tell_freshness(),
                 self.report(replica, signs.subscribe()),
                 self.prune(),
                 self.listen()
@@ -174,14 +177,21 @@ impl Poll {
         loop {
             let due = Instant::now() + jittered(self.settings.poll_interval);
             self.once(replica, signs, &mut state).await;
-            self.fresh.send_if_modified(|fresh| {
-                let is_fresh = self.views.load().standing(self.clock.now()) == Standing::Fresh;
-                std::mem::replace(fresh, is_fresh) != is_fresh
-            });
             tokio::select! {
                 () = sleep_until(due) => {}
                 () = rate.hinted(&self.views) => {}
             }
+        }
+    }
+
+    /// Tells health checks when the lease begins and when it has run out, whatever a poll waits for meanwhile.
+    async fn tell_freshness(&self) {
+        loop {
+            self.fresh.send_if_modified(|fresh| {
+                let is_fresh = self.views.load().standing(self.clock.now()) == Standing::Fresh;
+                std::mem::replace(fresh, is_fresh) != is_fresh
+            });
+            sleep(FRESHNESS_INTERVAL).await;
         }
     }
 

@@ -13,7 +13,7 @@ use std::{
 
 use crate::{
     clock::Moment,
-    record::{ApiKeyDigest, Change, ChangeKind},
+    record::{ApiKeyDigest, Change, ChangeKind, Version},
 };
 
 /// How long a digest is remembered.
@@ -37,10 +37,13 @@ struct Digests {
 }
 
 impl Revoked {
-    /// Takes note of changes of the present history.
-    pub fn note<'c>(&self, changes: impl Iterator<Item = &'c Change>, now: Moment) {
+    /// Takes note of changes of the present history, in whatever order they come.
+    pub fn note<'c>(&self, changes: impl Iterator<Item = &'c (Version, Change)>, now: Moment) {
         let mut digests = self.lock();
-        for change in changes {
+        let mut changes: Vec<_> = changes.collect();
+        // A revocation names its digest as absent and as gone: gone it is.
+        changes.sort_by_key(|(version, change)| (*version, matches!(change, Change::Gone(_))));
+        for (_, change) in changes {
             match change {
                 Change::Gone(digest) => {
                     // Of one that binds already it changes nothing: it is as revoked as before.
@@ -112,18 +115,20 @@ mod tests {
         let revoked = Revoked::default();
         let [one, other] = [1, 2].map(|byte| ApiKeyDigest::from_bytes([byte; 32]));
         let now = Moment::from_nanos(1);
-        revoked.note([Change::Gone(one)].iter(), now);
+        revoked.note([(Version(1), Change::Gone(one))].iter(), now);
         assert!(!revoked.binds(&one), "the present history says it itself");
         assert!(revoked.binds_elsewhere(&one));
+        revoked.note([(Version(1), Change::Gone(one)), (Version(1), Change::Absent(one))].iter(), now);
+        assert!(revoked.binds_elsewhere(&one), "a revocation names both");
         revoked.bind();
-        revoked.note([Change::Gone(other)].iter(), now);
+        revoked.note([(Version(1), Change::Gone(other))].iter(), now);
         assert!(revoked.binds(&one) && !revoked.binds(&other));
-        revoked.note([Change::Everything].iter(), now);
+        revoked.note([(Version(1), Change::Everything)].iter(), now);
         assert!(revoked.binds(&one), "everything is not this digest");
-        revoked.note([Change::Absent(one)].iter(), now);
+        revoked.note([(Version(1), Change::Absent(one))].iter(), now);
         assert!(!revoked.binds(&one) && revoked.binds_elsewhere(&other));
         revoked.bind();
-        revoked.note([Change::Whole(ChangeKind::Absences)].iter(), now);
+        revoked.note([(Version(1), Change::Whole(ChangeKind::Absences))].iter(), now);
         assert!(!revoked.binds(&other));
     }
 
@@ -143,7 +148,7 @@ mod tests {
             digests.forget(now);
         }
         assert!(!revoked.binds_elsewhere(&digest(0)) && revoked.binds_elsewhere(&digest(1)));
-        revoked.note([Change::Gone(digest(0))].iter(), Moment::from_nanos(0).after(KEPT * 2));
+        revoked.note([(Version(1), Change::Gone(digest(0)))].iter(), Moment::from_nanos(0).after(KEPT * 2));
         assert!(!revoked.binds_elsewhere(&digest(1)) && revoked.binds_elsewhere(&digest(0)));
     }
 }

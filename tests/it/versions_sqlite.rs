@@ -489,8 +489,8 @@ async fn a_thousand_of_a_kind_are_named_one_by_one_and_more_as_a_whole() {
     let start = follower.lookup.poll(None).await.unwrap();
     assert!(start.watched && start.complete && start.newest.as_of == follower.at.0);
     assert_eq!(start.versions.len(), 1_001);
-    let names: Vec<String> = start.changes.iter().map(|(_, change)| written(change)).collect();
-    assert!(names.contains(&"all Absences".to_owned()) && names.contains(&"trust 2".to_owned()), "{names:?}");
+    let told: Vec<String> = start.changes.iter().map(|(_, change)| written(change)).collect();
+    assert!(told.contains(&"all Absences".to_owned()) && told.contains(&"trust 2".to_owned()), "{told:?}");
 }
 
 #[tokio::test]
