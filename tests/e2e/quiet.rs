@@ -153,7 +153,7 @@ fn kind(statement: &str) -> Kind {
     let statement = statement.to_lowercase();
     if ["insert", "update ", "delete", "prune"].iter().any(|word| statement.contains(word)) {
         Kind::Write
-    } else if statement.contains("pg_is_in_recovery") {
+    } else if statement.contains(".poll(") {
         Kind::Poll
     } else if statement.starts_with("set local") {
         Kind::Setting
