@@ -23,7 +23,10 @@ use trustgate::{
 };
 use uuid::Uuid;
 
-use crate::{program::Place, support::redis::Redis};
+use crate::{
+    program::Place,
+    support::{grpc::Asker, postgres::Postgres, redis::Redis, server::Site},
+};
 
 const MAC_KEY: [u8; 32] = [7; 32];
 const HASH: &str = "trustgate:deny";
@@ -253,6 +256,56 @@ async fn the_key_of_the_mac_comes_from_the_database_where_no_file_has_it() {
     })
     .await
     .unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn with_the_database_down_an_entry_stops_a_key_within_a_second() {
+    let (postgres, redis) = (Postgres::start().await, Redis::start().await);
+    let database = postgres.database().await;
+    let mut site = Site::new().with("store.url", postgres.url("admin", &database)).with("redis.url", redis.url());
+    let (file, mac_key) = (site.path().join("deny"), site.path().join("mac-key"));
+    fs::write(&file, "# nobody yet\n").unwrap();
+    fs::write(&mac_key, MAC_KEY).unwrap();
+    site.set("freshness.deny_file", file.display().to_string());
+    site.set("redis.mac_key_file", mac_key.display().to_string());
+    site.migrate().await;
+    site.trust("acme").await;
+    site.trust("globex").await;
+    let (by_file, by_digest) = (site.issue("acme", &[]).await, site.issue("acme", &[]).await);
+    let (by_trust, good) = (site.issue("globex", &[]).await, site.issue("acme", &[]).await);
+    let server = site.serve().await;
+    let asker = Asker::connect(server.grpc()).await;
+    for key in [&by_file, &by_digest, &by_trust, &good] {
+        assert_eq!(asker.check(&key.key).await.status, 200);
+    }
+    let frozen = postgres.freeze();
+
+    let until_denied = async |key: &str| {
+        let start = SystemClock.now();
+        let denied = loop {
+            let verdict = asker.check(key).await;
+            if verdict.status != 200 {
+                break verdict;
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        };
+        let took = SystemClock.now().since(start);
+        assert_eq!((denied.status, denied.reason.as_deref()), (401, Some("deny_listed")));
+        assert!(took < Duration::from_secs(1), "{took:?}");
+    };
+    fs::write(&file, format!("key {}\n", by_file.id)).unwrap();
+    until_denied(&by_file.key).await;
+    let added = site.feed(&["deny", "add", "--stdin", "--for", "1h"], &by_digest.key).await;
+    assert_eq!(added.code, 0, "{added:?}");
+    until_denied(&by_digest.key).await;
+    site.json(&["deny", "add", "--trust", &by_trust.trust_id, "--for", "1h"]).await;
+    until_denied(&by_trust.key).await;
+    assert_eq!(asker.check(&good.key).await.status, 200, "who is not denied is not stopped");
+
+    // The database is back: what is denied stays denied.
+    drop(frozen);
+    assert_eq!(asker.check(&by_file.key).await.reason.as_deref(), Some("deny_listed"));
+    assert!(server.metric("trustgate_deny_entries{source=\"file\"}").await > 0.0);
 }
 
 #[test]
