@@ -24,7 +24,7 @@ use crate::{
     decision::{Decision, DenyReason, decide},
     demand::{Demands, Freshness, is_preflight},
     fault::Fault,
-    freshness::{View as History, Views, deny::DenyList, lease::Standing},
+    freshness::{View as History, Views, deny::DenyList, history::Place, lease::Standing},
     metrics::{Histogram, HistogramOpts, IntCounter, IntCounterVec, Opts, Registry, SHORT_SECONDS, register},
     record::ApiKeyDigest,
     wire::{
@@ -213,7 +213,7 @@ impl Checker {
             return Ok(Decision::Deny(DenyReason::DenyListed));
         }
         // What was revoked in a history that was lost stays so, until the present one speaks of it.
-        let elsewhere = held.epoch() != Some(history.epoch()) && held.dated().lineage != history.lineage();
+        let elsewhere = held.epoch() != Some(history.epoch()) && history.place(held.dated()) != Place::Known;
         let is_bound = [digest, &record.digest]
             .into_iter()
             .any(|digest| views.revoked.binds(digest) || (elsewhere && views.revoked.binds_elsewhere(digest)));

@@ -123,12 +123,6 @@ impl View {
         self.history().applied()
     }
 
-    /// Which history it follows.
-    #[must_use]
-    pub fn lineage(&self) -> Lineage {
-        self.history().lineage()
-    }
-
     /// From which version on the next poll asks; `None` before the first.
     #[must_use]
     pub fn since(&self) -> Option<Version> {
@@ -250,13 +244,13 @@ impl Views {
         let newest = &polled.newest;
         self.database_clock.observe(newest.sent_at, newest.read_at);
         let view = self.present.load_full();
-        if names_changes && !polled.watched {
-            view.lease.end();
-            return Applied::Unwatched;
-        }
         let mut history = view.history();
         let (begun, before) = (history.is_begun(), history.applied());
         let step = history.judge(polled);
+        if names_changes && !polled.watched && step != Step::Lost {
+            view.lease.end();
+            return Applied::Unwatched;
+        }
         let first = polled.versions.first().map_or(newest.as_of, |(version, _)| *version);
         match step {
             Step::Lost => {
@@ -360,7 +354,8 @@ mod tests {
         views.apply(&polled(&[(5, 5)], &[]), true);
         assert_eq!(views.apply(&polled(&[(5, 5), (6, 6)], &[(6, Change::Gone(digest))]), true), Applied::Changed);
         let before = views.load();
-        let lost = views.apply(&polled(&[(6, 1), (7, 7)], &[]), true);
+        // Also where the tables were altered with it.
+        let lost = views.apply(&Polled { watched: false, ..polled(&[(6, 1), (7, 7)], &[]) }, true);
         assert!(matches!(lost, Applied::Lost { applied: Version(6), .. }), "{lost:?}");
         assert_eq!(before.standing(Moment::from_nanos(8)), Standing::Lapsed, "the old view's lease is over");
         assert_eq!((views.load().since(), views.load().standing(Moment::from_nanos(8))), (None, Standing::Lapsed));
@@ -381,6 +376,8 @@ mod tests {
         assert_eq!(views.apply(&unwatched, true), Applied::Unwatched);
         assert_eq!(views.load().standing(Moment::from_nanos(8)), Standing::Lapsed);
         assert_eq!(views.load().applied(), Version(5));
+        let other = Polled { watched: false, ..polled(&[(5, 6)], &[]) };
+        assert!(matches!(Views::new(LIMITS).apply(&other, true), Applied::Unwatched), "nothing is known of it");
         assert_eq!(views.apply(&polled(&[(5, 5), (6, 6), (7, 7)], &[(7, Change::Everything)]), true), Applied::Changed);
         assert!(!absence_covered(&views, 6));
     }

@@ -1,7 +1,7 @@
 //! Everything that needs the real program or real servers, in one binary.
 
-// All of it is tests: what fails here should fail loudly, and nobody else uses it.
-#![allow(clippy::unwrap_used, unreachable_pub)]
+// All of it is tests: what fails here should fail loudly, nobody else uses it, and it says what it measured.
+#![allow(clippy::unwrap_used, clippy::print_stdout, unreachable_pub)]
 
 #[path = "../support/mod.rs"]
 mod support;

@@ -1,5 +1,8 @@
 //! SQLite: every committed change is named, whoever makes it and however; what cannot be named is noticed.
 
+// What a change costs is measured by the clock on the wall, and one story is told in its order.
+#![allow(clippy::disallowed_methods, clippy::too_many_lines, clippy::single_match_else, clippy::result_large_err)]
+
 use std::{
     collections::{BTreeMap, BTreeSet},
     path::{Path, PathBuf},
@@ -109,11 +112,11 @@ fn expand(sql: &str) -> String {
     for part in parts {
         let end = part[1..].find(|c: char| !c.is_ascii_digit()).map_or(part.len(), |end| end + 1);
         let number: u32 = part[1..end].parse().unwrap();
-        expanded += &match &part[..1] {
+        let value = match &part[..1] {
             "d" => format!("x'{}'", digest(number).to_hex()),
             _ => format!("'{}'", Uuid::from_u128(number.into())),
         };
-        expanded += &part[end..];
+        expanded.extend([&value, &part[end..]]);
     }
     expanded
 }
