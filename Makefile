@@ -29,6 +29,12 @@ test: ## every test, against real Envoy, PostgreSQL, Redis and Prometheus
 	@tools/setup
 	cargo test --locked
 
+.PHONY: bound
+bound: ## 200 revocations on three replicas, timed: how long a revoked key is still granted
+	@tools/packages
+	@tools/setup
+	REVOCATIONS=200 cargo test --locked --test e2e -- bound:: --nocapture
+
 .PHONY: build
 build: ## the release binary
 	cargo build --release --locked
