@@ -15,3 +15,5 @@ mod program;
 mod sqlite_file;
 mod store_contract;
 mod store_pool;
+mod versions_postgres;
+mod watch_postgres;

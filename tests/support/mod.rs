@@ -7,6 +7,7 @@ pub mod envoy;
 pub mod grpc;
 pub mod http;
 pub mod load;
+pub mod pgbouncer;
 pub mod postgres;
 pub mod process;
 pub mod redis;

@@ -34,10 +34,7 @@ impl Postgres {
     /// # Panics
     /// If PostgreSQL is not installed, with how to install it.
     pub async fn start() -> Self {
-        let dir = tempfile::Builder::new().prefix("trustgate-pg").tempdir().expect("a directory").keep();
-        if let Some((user, group)) = unprivileged() {
-            chown(&dir, Some(user), Some(group)).expect("root may");
-        }
+        let dir = empty_directory();
         let data = dir.join("data");
         let made = as_owner(&[
             text(&binary("initdb")),
@@ -54,6 +51,54 @@ impl Postgres {
         let mut postgres = Self { dir, port: 0, server: None };
         postgres.resume().await;
         postgres
+    }
+
+    /// A standby that follows this server, reading only, until it is promoted.
+    pub async fn standby(&self) -> Self {
+        let dir = empty_directory();
+        let data = dir.join("data");
+        let sockets = text(&self.dir);
+        let pg_basebackup = binary("pg_basebackup");
+        let (program, port) = (text(&pg_basebackup), self.port.to_string());
+        let copy = [program, "-h", sockets, "-p", &port, "-U", "admin", "-D", text(&data), "-R", "-N", "-c", "fast"];
+        let copied = as_owner(&copy);
+        assert!(copied.status.success(), "pg_basebackup: {}", String::from_utf8_lossy(&copied.stderr));
+        let mut standby = Self { dir, port: 0, server: None };
+        standby.resume().await;
+        standby
+    }
+
+    /// Makes a standby a primary, with what it received until now.
+    pub async fn promote(&self) {
+        self.execute("postgres", "SELECT pg_promote()").await;
+    }
+
+    /// What `pg_dump` says of a database.
+    pub fn dump(&self, database: &str) -> String {
+        let pg_dump = binary("pg_dump");
+        let output = Command::new(pg_dump).args(self.client(database)).output().expect("pg_dump is there");
+        assert!(output.status.success(), "pg_dump: {}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).expect("text")
+    }
+
+    /// Gives `psql` a script, such as a dump.
+    pub fn load(&self, database: &str, script: &str) {
+        let file = self.dir.join("script.sql");
+        std::fs::write(&file, script).expect("our directory");
+        let mut psql = Command::new(binary("psql"));
+        let output = psql.args(self.client(database)).args(["-q", "-v", "ON_ERROR_STOP=1", "-f", text(&file)]).output();
+        let output = output.expect("psql is there");
+        assert!(output.status.success(), "psql: {}", String::from_utf8_lossy(&output.stderr));
+    }
+
+    fn client(&self, database: &str) -> Vec<String> {
+        let port = self.port.to_string();
+        ["-h", text(&self.dir), "-p", &port, "-U", "admin", "-d", database].map(str::to_owned).to_vec()
+    }
+
+    /// Where its socket is, and its port.
+    pub fn place(&self) -> (&Path, u16) {
+        (&self.dir, self.port)
     }
 
     /// One server for all tests of the binary that do not harm it; it ends with the process.
@@ -189,8 +234,17 @@ fn binary(name: &str) -> PathBuf {
     dir.join(name)
 }
 
-/// PostgreSQL refuses to run as root: then it runs as the user that its package made.
-fn unprivileged() -> Option<(u32, u32)> {
+/// A directory of the user that the server runs as.
+pub(super) fn empty_directory() -> PathBuf {
+    let dir = tempfile::Builder::new().prefix("trustgate-pg").tempdir().expect("a directory").keep();
+    if let Some((user, group)) = unprivileged() {
+        chown(&dir, Some(user), Some(group)).expect("root may");
+    }
+    dir
+}
+
+/// PostgreSQL refuses to run as root, and so does PgBouncer: then they run as the user that PostgreSQL's package made.
+pub(super) fn unprivileged() -> Option<(u32, u32)> {
     let number = |option: &str, user: &[&str]| -> u32 {
         let output = Command::new("id").arg(option).args(user).output().expect("id is there");
         let shown = String::from_utf8_lossy(&output.stdout);
@@ -199,7 +253,7 @@ fn unprivileged() -> Option<(u32, u32)> {
     (number("-u", &[]) == 0).then(|| (number("-u", &["postgres"]), number("-g", &["postgres"])))
 }
 
-fn owner_prefix() -> Vec<String> {
+pub(super) fn owner_prefix() -> Vec<String> {
     unprivileged().map_or_else(Vec::new, |(user, group)| {
         vec!["setpriv".into(), format!("--reuid={user}"), format!("--regid={group}"), "--clear-groups".into()]
     })
@@ -211,6 +265,6 @@ fn as_owner(command: &[&str]) -> Output {
     Command::new(&words[0]).args(&words[1..]).current_dir("/").output().expect("can be started")
 }
 
-fn text(path: &Path) -> &str {
+pub(super) fn text(path: &Path) -> &str {
     path.to_str().expect("a path in UTF-8")
 }
