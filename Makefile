@@ -33,7 +33,7 @@ test: ## every test, against real Envoy, PostgreSQL, Redis and Prometheus
 bound: ## 200 revocations on three replicas, timed: how long a revoked key is still granted
 	@tools/packages
 	@tools/setup
-	REVOCATIONS=200 cargo test --locked --test e2e -- bound:: --nocapture
+	REVOCATIONS=200 cargo test --locked --test bound -- --nocapture
 
 .PHONY: build
 build: ## the release binary

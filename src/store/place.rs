@@ -90,8 +90,9 @@ impl Address {
         if options.get_application_name().is_none() {
             options = options.application_name("trustgate");
         }
-        // Statements hold digests: they stay out of the log at every level.
-        Ok(options.disable_statement_logging())
+        // A parameter that a pooler would refuse, and for numbers of a kind that nothing here reads. Statements hold
+        // digests: they stay out of the log at every level.
+        Ok(options.extra_float_digits(None).disable_statement_logging())
     }
 
     /// The database in words, for messages.

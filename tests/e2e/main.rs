@@ -6,7 +6,6 @@
 #[path = "../support/mod.rs"]
 mod support;
 
-mod bound;
 mod cut_off;
 mod drain;
 mod herd;

@@ -135,7 +135,7 @@ async fn while_nothing_changes_a_replica_sends_eleven_polls_and_one_write_a_seco
         at_most(Kind::Poll, 11);
         at_most(Kind::Write, 1);
         at_most(Kind::Setting, 12);
-        // The connection for hints is asked every 30 s whether it is still there.
+        // The connection for hints is asked every 10 s whether it is still there.
         at_most(Kind::Hints, 1);
         let others: Vec<_> = said[name].iter().filter(|statement| kind(statement) == Kind::Other).collect();
         assert!(others.is_empty(), "{others:?}");

@@ -16,4 +16,6 @@ mod redis;
 mod sqlite_file;
 mod store_contract;
 mod store_pool;
+mod versions_postgres;
 mod versions_sqlite;
+mod watch_postgres;

@@ -500,6 +500,13 @@ async fn every_change_names_what_it_makes_out_of_date(db: Db) {
     }
     assert_eq!(ledger.newest().await.unwrap(), seen);
 
+    let ahead = lookup.poll(Some(Version(seen.0 + 10))).await.unwrap();
+    assert_eq!(
+        (ahead.newest.as_of, ahead.versions, ahead.changes),
+        (seen, vec![], vec![]),
+        "history was lost, perhaps"
+    );
+
     let before = seen;
     db.execute("UPDATE api_key SET name = 'other', hint = 'tg_other'; UPDATE trust SET name = 'acme ltd'").await;
     db.execute("UPDATE api_key SET scheme = scheme, digest = digest; UPDATE trust SET enabled = enabled").await;

@@ -884,7 +884,7 @@ async fn a_table_of_somebody_else_is_polled_and_never_written() {
         assert_eq!((polled.newest.as_of, polled.newest.nonce), (Version(0), Nonce::default()));
         assert!(!polled.watched && polled.complete && polled.changes.is_empty(), "{polled:?}");
     }
-    lookup.restore_watch().await.unwrap_err();
+    lookup.restore_watch().await.unwrap();
     lookup.renew_incarnation(Uuid::nil()).await.unwrap();
     lookup.prune().await.unwrap();
     assert_eq!(writer.number("SELECT count(*) FROM sqlite_schema WHERE type = 'table'").await, 1);

@@ -133,6 +133,29 @@ impl Postgres {
         dir
     }
 
+    /// What `pg_dump` says of a database.
+    pub fn dump(&self, database: &str) -> String {
+        let pg_dump = binary("pg_dump");
+        let output = Command::new(pg_dump).args(self.client(database)).output().expect("pg_dump is there");
+        assert!(output.status.success(), "pg_dump: {}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).expect("text")
+    }
+
+    /// Gives `psql` a script, such as a dump.
+    pub fn load(&self, database: &str, script: &str) {
+        let file = self.dir.join("script.sql");
+        std::fs::write(&file, script).expect("our directory");
+        let mut psql = Command::new(binary("psql"));
+        let output = psql.args(self.client(database)).args(["-q", "-v", "ON_ERROR_STOP=1", "-f", text(&file)]).output();
+        let output = output.expect("psql is there");
+        assert!(output.status.success(), "psql: {}", String::from_utf8_lossy(&output.stderr));
+    }
+
+    fn client(&self, database: &str) -> Vec<String> {
+        let port = self.port.to_string();
+        ["-h", text(&self.dir), "-p", &port, "-U", "admin", "-d", database].map(str::to_owned).to_vec()
+    }
+
     /// One server for all tests of the binary that do not harm it; it ends with the process.
     pub async fn shared() -> Arc<Self> {
         static SERVER: OnceCell<Arc<Postgres>> = OnceCell::const_new();

@@ -221,7 +221,7 @@ impl Tables for PostgresTables {
     async fn replicas(&mut self) -> Result<Vec<Replica>, sqlx::Error> {
         let sql = format!(
             "SELECT id::text, name, applied, {seen}, {until} FROM {{s}}.replica
-             WHERE until >= clock_timestamp() ORDER BY name, id",
+             WHERE until > clock_timestamp() ORDER BY name, id",
             seen = micros("seen_at"),
             until = micros("until"),
         );

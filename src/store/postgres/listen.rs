@@ -21,7 +21,7 @@ use super::{
 };
 
 /// A connection over which nothing came for so long is asked whether it is still there.
-const SILENCE: Duration = Duration::from_secs(30);
+const SILENCE: Duration = Duration::from_secs(10);
 /// How long connecting may take, and how long each answer.
 const ANSWER: Duration = Duration::from_secs(2);
 

@@ -5,9 +5,11 @@
 //! conflicts between SERIALIZABLE transactions, and an update would be one, so writers would fail because of us. They
 //! never trust a setting of the session: anybody can set those.
 
+use sha2::{Digest, Sha256};
 use sqlx::PgConnection;
 
 use super::{super::SchemaName, in_schema};
+use crate::record::hex;
 
 /// Version 2 of the tables: changes are named.
 ///
@@ -43,7 +45,7 @@ pub(super) const HOLD_WRITERS: &str = "LOCK TABLE {s}.trust, {s}.api_key IN SHAR
 pub(super) async fn mend(connection: &mut PgConnection, name: &SchemaName) -> Result<(), sqlx::Error> {
     for function in FUNCTIONS {
         if !function.is_there(connection, name).await? {
-            sqlx::raw_sql(in_schema(&function.definition(), name)).execute(&mut *connection).await?;
+            sqlx::raw_sql(in_schema(&function.definition(name), name)).execute(&mut *connection).await?;
         }
     }
     sqlx::raw_sql(in_schema(MEND_TRIGGERS, name)).execute(&mut *connection).await?;
@@ -99,22 +101,36 @@ impl Function {
         let signature = format!("{}.{}({})", name.as_str(), self.name, types.collect::<Vec<_>>().join(", "));
         let found = sqlx::query(sql)
             .bind(signature)
-            .bind(self.body.replace("{s}", name.as_str()))
+            .bind(self.body(name))
             .bind(self.attributes)
             .fetch_optional(connection)
             .await?;
         Ok(found.is_some())
     }
 
-    fn definition(&self) -> String {
-        let Self { name, arguments, returns, attributes, body } = self;
+    fn definition(&self, schema: &SchemaName) -> String {
+        let (Self { name, arguments, returns, attributes, .. }, body) = (self, self.body(schema));
         format!(
             "CREATE OR REPLACE FUNCTION {{s}}.{name}({arguments}) RETURNS {returns}
              LANGUAGE plpgsql {attributes} SET search_path = pg_catalog, pg_temp AS $body${body}$body$;
              REVOKE ALL ON FUNCTION {{s}}.{name}({arguments}) FROM PUBLIC"
         )
     }
+
+    fn body(&self, schema: &SchemaName) -> String {
+        let body = self.body.replace("{s}", schema.as_str());
+        if !body.contains("{functions}") {
+            return body;
+        }
+        let naming = FUNCTIONS.iter().filter(|function| NAMING.contains(&function.name));
+        let digests =
+            naming.map(|function| format!("('{}', '{}')", function.name, hex(&Sha256::digest(function.body(schema)))));
+        body.replace("{functions}", &digests.collect::<Vec<_>>().join(", "))
+    }
 }
+
+/// The functions by which changes are named. The same list stands in `fingerprint`.
+const NAMING: &[&str] = &["note", "api_key_changed", "trust_changed", "truncated", "stamp"];
 
 const DEFINER: &str = "SECURITY DEFINER";
 /// All its statements see the snapshot of the statement that calls it. Plans are made once for a connection, so they
@@ -336,10 +352,16 @@ BEGIN
             ELSE format('the trigger %s on table %s is not enabled for every session (ENABLE ALWAYS)',
                 gap.found, gap.oid::regclass)
         END
-    FROM gap
+    FROM (SELECT * FROM gap ORDER BY depth NULLS FIRST, oid, name) AS gap
     WHERE gap.oid IS NULL OR gap.relkind NOT IN ('r', 'p') OR gap.found IS NULL
         OR NOT EXISTS (SELECT FROM pg_trigger g WHERE g.tgrelid = gap.oid AND g.tgname = gap.found AND g.tgenabled = 'A')
-    ORDER BY gap.depth NULLS FIRST, 1, 2;
+    UNION ALL
+    SELECT NULL, NULL, NULL, NULL, format('the function {s}.%s is not the one that was made with the tables', made.name)
+    FROM (VALUES {functions}) AS made (name, digest) WHERE NOT EXISTS (
+        SELECT FROM pg_proc p JOIN pg_namespace n ON n.oid = p.pronamespace
+            WHERE n.nspname = '{s}' AND p.proname = made.name
+                AND encode(sha256(convert_to(p.prosrc, 'UTF8')), 'hex') = made.digest
+    );
 END
 ",
     },
@@ -477,7 +499,8 @@ BEGIN
                 FROM (SELECT FROM {s}.version v WHERE v.version >= first LIMIT rows_max) v
         ), whole (kind) AS (
             SELECT t.whole FROM {s}.version v CROSS JOIN LATERAL (
-                SELECT t.whole FROM {s}.tx t WHERE t.id = v.tx AND t.at = v.tx_at AND t.whole <> '' OFFSET 0
+                SELECT t.whole FROM {s}.tx t
+                    WHERE t.id = v.tx AND t.at = v.tx_at AND t.whole <> ALL (ARRAY['', '*']) OFFSET 0
             ) t WHERE v.version > after
             UNION
             SELECT '*' WHERE (SELECT sum(number) FROM counted) >= 40000
@@ -494,6 +517,10 @@ BEGIN
         UNION ALL
         SELECT newest, NULL, whole, NULL FROM unnest(wholes) AS whole
         UNION ALL
+        SELECT v.version, NULL, t.whole, NULL FROM {s}.version v CROSS JOIN LATERAL (
+            SELECT t.whole FROM {s}.tx t WHERE t.id = v.tx AND t.at = v.tx_at AND t.whole = '*' OFFSET 0
+        ) t WHERE v.version > after
+        UNION ALL
         SELECT v.version, NULL, c.kind, c.object FROM {s}.version v CROSS JOIN LATERAL (
             SELECT c.kind, c.object FROM {s}.change c
                 WHERE c.tx = v.tx AND c.tx_at = v.tx_at AND c.kind = ANY (listed) ORDER BY c.ord OFFSET 0
@@ -502,6 +529,9 @@ BEGIN
     LOOP
         RETURN NEXT;
     END LOOP;
+    IF NOT FOUND THEN
+        RETURN NEXT;
+    END IF;
 END
 ",
     },

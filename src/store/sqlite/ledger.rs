@@ -161,7 +161,7 @@ impl Tables for SqliteTables {
     }
 
     async fn replicas(&mut self) -> Result<Vec<Replica>, sqlx::Error> {
-        let sql = format!("SELECT id, name, applied, seen_at, until FROM replica WHERE until >= {NOW} ORDER BY id");
+        let sql = format!("SELECT id, name, applied, seen_at, until FROM replica WHERE until > {NOW} ORDER BY id");
         self.0.fetch_all(sqlx::query(AssertSqlSafe(sql))).await?.iter().map(rows::replica).collect()
     }
 

@@ -3,6 +3,14 @@
 //!
 //! Counted from when the one who revoked knows of the commit, to the start of the last check anywhere that was granted.
 
+// All of it is tests: what fails here should fail loudly, nobody else uses it, and it says what it measured.
+#![allow(clippy::unwrap_used, clippy::print_stdout, dead_code, unreachable_pub)]
+
+#[path = "../e2e/stage.rs"]
+mod stage;
+#[path = "../support/mod.rs"]
+mod support;
+
 use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use redis::aio::MultiplexedConnection;

@@ -1,0 +1,702 @@
+//! Versions on PostgreSQL: every committed change has one, in commit order, whoever makes it and however.
+
+// What a change costs others is measured by the clock on the wall, and each story is told in its order.
+#![allow(clippy::disallowed_methods, clippy::too_many_lines, clippy::similar_names, clippy::needless_for_each)]
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::{Duration, Instant},
+};
+
+use sqlx::{AssertSqlSafe, Connection, PgConnection, Row, postgres::PgConnectOptions};
+use tokio::task::JoinSet;
+use trustgate::{
+    clock::SystemClock,
+    fault::Fault,
+    record::{Change, ChangeKind, KeyId, Version},
+    secret::Secret,
+    store::{self, Actor, LedgerError, Missing, Polled, Source, StoreSettings},
+};
+use uuid::Uuid;
+
+use crate::support::postgres::Postgres;
+
+const SECONDS: Duration = Duration::from_secs(1);
+
+/// A database with our tables, one trust and the role `writer`, which may change trusts and keys and nothing else.
+struct Db {
+    server: Arc<Postgres>,
+    name: String,
+    settings: StoreSettings,
+    lookup: Arc<dyn Source>,
+}
+
+const TRUST: Uuid = Uuid::from_u128(0xacde);
+
+impl Db {
+    async fn new() -> Self {
+        Self::on(Postgres::shared().await).await
+    }
+
+    async fn on(server: Arc<Postgres>) -> Self {
+        let name = server.database().await;
+        let url = Some(Secret::new(server.url("admin", &name)));
+        // Tests share their machine: no deadline here may fail them.
+        let settings = StoreSettings {
+            url,
+            read_timeout: 20 * SECONDS,
+            connect_timeout: 20 * SECONDS,
+            ..StoreSettings::default()
+        };
+        store::migrate(&settings, &|_| None).await.unwrap();
+        let lookup = store::open_lookup(&settings, &|_| None, Arc::new(SystemClock)).unwrap();
+        lookup.prepare(Missing::Refuse).await.unwrap();
+        let db = Self { server, name, settings, lookup };
+        db.execute(&format!("INSERT INTO trustgate.trust (id, name) VALUES ('{TRUST}', 'acme')")).await;
+        db.execute(
+            "DO $$ BEGIN CREATE ROLE writer LOGIN; EXCEPTION WHEN duplicate_object OR unique_violation THEN END $$;
+             GRANT USAGE ON SCHEMA trustgate TO writer;
+             GRANT SELECT, INSERT, UPDATE, DELETE, TRUNCATE ON trustgate.trust, trustgate.api_key TO writer",
+        )
+        .await;
+        // A right that is granted alters the table too.
+        db.lookup.restore_watch().await.unwrap();
+        db
+    }
+
+    async fn execute(&self, sql: &str) {
+        self.server.execute(&self.name, sql).await;
+    }
+
+    async fn admin(&self) -> PgConnection {
+        self.server.admin(&self.name).await
+    }
+
+    async fn writer(&self) -> PgConnection {
+        let options: PgConnectOptions = self.server.url("writer", &self.name).parse().unwrap();
+        PgConnection::connect_with(&options).await.unwrap()
+    }
+
+    async fn keys(&self, numbers: std::ops::Range<u128>) {
+        for number in numbers {
+            self.execute(&insert(number)).await;
+        }
+    }
+
+    async fn newest(&self) -> Version {
+        self.lookup.poll(None).await.unwrap().newest.as_of
+    }
+
+    async fn since(&self, version: &mut Version) -> Polled {
+        let polled = self.lookup.poll(Some(*version)).await.unwrap();
+        assert!(polled.watched && polled.complete, "{polled:?}");
+        *version = polled.newest.as_of;
+        polled
+    }
+
+    /// What was named since `version`, each with how often; and how many versions there were.
+    async fn named(&self, version: &mut Version) -> (Vec<Change>, usize) {
+        let polled = self.since(version).await;
+        (polled.changes.into_iter().map(|(_, change)| change).collect(), polled.versions.len() - 1)
+    }
+}
+
+fn key(number: u128) -> KeyId {
+    KeyId(Uuid::from_u128(number))
+}
+
+fn digest(number: u128) -> String {
+    format!("{number:064x}")
+}
+
+fn insert(number: u128) -> String {
+    let (id, digest) = (key(number), digest(number));
+    format!(
+        "INSERT INTO trustgate.api_key (id, trust_id, digest, scheme, hint)
+         VALUES ('{id}', '{TRUST}', '\\x{digest}', 0, 'tg')"
+    )
+}
+
+async fn run(connection: &mut PgConnection, sql: &str) {
+    sqlx::raw_sql(AssertSqlSafe(sql)).execute(connection).await.unwrap_or_else(|error| panic!("{sql}: {error}"));
+}
+
+async fn refused(connection: &mut PgConnection, sql: &str) -> (String, String) {
+    let error = sqlx::raw_sql(AssertSqlSafe(sql)).execute(connection).await.expect_err(sql);
+    let error = error.into_database_error().expect("the server says so");
+    (error.code().unwrap().into_owned(), error.message().to_owned())
+}
+
+/// What a transaction of a writer left behind once it was committed: its number, and what each key then said.
+type Left = (u64, BTreeMap<Uuid, String>);
+
+const WRITERS: u128 = 4;
+const KEYS_EACH: u128 = 8;
+const TRANSACTIONS: u64 = 500;
+
+/// Changes its own keys in transactions of many kinds.
+async fn write(mut connection: PgConnection, writer: u128, isolation: &'static str) -> Vec<Left> {
+    // By index alone: SERIALIZABLE would rightly take a scan of the table for a read of all keys.
+    run(&mut connection, "SET enable_seqscan = off; SET enable_bitmapscan = off").await;
+    let mut left = Vec::new();
+    for number in 0..TRANSACTIONS {
+        let mut says = BTreeMap::new();
+        let pick = |of: u64| Uuid::from_u128(1 + writer * KEYS_EACH + u128::from((number * 7 + of) % 8));
+        let word = format!("{isolation}:{writer}:{number}");
+        let update = |id: Uuid| format!("UPDATE trustgate.api_key SET scopes = ARRAY['{word}'] WHERE id = '{id}'");
+        run(&mut connection, &format!("BEGIN ISOLATION LEVEL {isolation}")).await;
+        if number % 10 == 0 {
+            // The change that is undone may be the first of its transaction, or not.
+            if number % 20 == 0 {
+                run(&mut connection, &update(pick(0))).await;
+                says.insert(pick(0), word.clone());
+            }
+            run(&mut connection, &format!("SAVEPOINT one; {}", update(pick(1)))).await;
+            run(&mut connection, "ROLLBACK TO one").await;
+            run(&mut connection, &format!("SAVEPOINT two; {}; RELEASE two", update(pick(2)))).await;
+            says.insert(pick(2), word.clone());
+        } else {
+            run(&mut connection, &update(pick(0))).await;
+            says.insert(pick(0), word.clone());
+        }
+        let id: String =
+            sqlx::query("SELECT pg_current_xact_id()::text").fetch_one(&mut connection).await.unwrap().get(0);
+        if number % 3 == 2 {
+            run(&mut connection, "ROLLBACK").await;
+        } else {
+            run(&mut connection, "COMMIT").await;
+            left.push((id.parse().unwrap(), says));
+        }
+    }
+    left
+}
+
+/// What the poll and the keys said in one snapshot.
+struct Seen {
+    newest: i64,
+    keys: BTreeMap<Uuid, String>,
+}
+
+/// Looks at the poll and at the keys in one snapshot, until told to stop.
+async fn look(mut connection: PgConnection, stop: Arc<AtomicBool>) -> Vec<Seen> {
+    let mut seen = Vec::new();
+    while !stop.load(Ordering::Relaxed) {
+        run(&mut connection, "BEGIN ISOLATION LEVEL REPEATABLE READ READ WRITE").await;
+        let poll = "SELECT newest FROM trustgate.poll(9223372036854775807, 1)";
+        let newest = sqlx::query(poll).fetch_one(&mut connection).await.unwrap().get(0);
+        let all = sqlx::query("SELECT id, coalesce(scopes[1], '') FROM trustgate.api_key").fetch_all(&mut connection);
+        let keys = all.await.unwrap().iter().map(|row| (row.get(0), row.get(1))).collect();
+        run(&mut connection, "COMMIT").await;
+        seen.push(Seen { newest, keys });
+    }
+    seen
+}
+
+/// Follows as a replica does; what each version named, and how often.
+async fn follow(db: Arc<Db>, mut since: Version, stop: Arc<AtomicBool>) -> Vec<(Version, Change)> {
+    let mut changes = Vec::new();
+    loop {
+        let last = stop.load(Ordering::Relaxed);
+        let before = since;
+        let polled = db.since(&mut since).await;
+        assert!(polled.changes.iter().all(|(version, _)| *version > before && *version <= since), "{polled:?}");
+        changes.extend(polled.changes);
+        if last {
+            return changes;
+        }
+    }
+}
+
+#[tokio::test]
+async fn versions_follow_commits_at_every_isolation_level_and_nobody_fails_because_of_us() {
+    let db = Arc::new(Db::new().await);
+    // One heap page for each few keys, so that keys that are disjoint do not meet in what SERIALIZABLE locks.
+    db.execute("ALTER TABLE trustgate.api_key SET (fillfactor = 10)").await;
+    db.lookup.restore_watch().await.unwrap();
+    db.keys(1..1 + WRITERS * KEYS_EACH).await;
+    for isolation in ["READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"] {
+        let (begin, stop) = (db.newest().await, Arc::new(AtomicBool::new(false)));
+        let following = tokio::spawn(follow(Arc::clone(&db), begin, Arc::clone(&stop)));
+        let looking = tokio::spawn(look(db.admin().await, Arc::clone(&stop)));
+        let mut writing = JoinSet::new();
+        for writer in 0..WRITERS {
+            // Half of them own nothing.
+            let connection = if writer % 2 == 0 { db.writer().await } else { db.admin().await };
+            writing.spawn(write(connection, writer, isolation));
+        }
+        let left: HashMap<u64, _> = writing.join_all().await.into_iter().flatten().collect();
+        stop.store(true, Ordering::Relaxed);
+        let (changes, seen) = (following.await.unwrap(), looking.await.unwrap());
+
+        // One version for each transaction that was committed, and for no other.
+        let versions = format!("SELECT version, tx::text FROM trustgate.version WHERE version > {}", begin.0);
+        let rows = sqlx::query(AssertSqlSafe(versions)).fetch_all(&mut db.admin().await).await.unwrap();
+        let versions: BTreeMap<i64, u64> =
+            rows.iter().map(|row| (row.get(0), row.get::<String, _>(1).parse().unwrap())).collect();
+        assert_eq!(left.len(), usize::try_from(WRITERS).unwrap() * 334, "a third was rolled back");
+        assert_eq!(versions.len(), left.len());
+        assert_eq!(versions.values().collect::<BTreeSet<_>>(), left.keys().collect::<BTreeSet<_>>());
+
+        // Each named once what it changed, and nothing that it undid.
+        let mut named: BTreeMap<i64, Vec<Uuid>> = BTreeMap::new();
+        for (version, change) in &changes {
+            if let Change::Key(id) = change {
+                named.entry(version.0.cast_signed()).or_default().push(id.0);
+            }
+        }
+        named.values_mut().for_each(|ids| ids.sort());
+        let changed: BTreeMap<i64, Vec<Uuid>> =
+            versions.iter().map(|(version, tx)| (*version, left[tx].keys().copied().collect())).collect();
+        assert_eq!(named, changed, "{isolation}");
+
+        // A snapshot holds exactly what was committed by the versions up to its newest.
+        assert!(seen.len() > 20, "{isolation}: only {} looks", seen.len());
+        let mut expected = seen[0].keys.clone();
+        let mut upcoming = versions.iter().skip_while(|(version, _)| **version <= seen[0].newest).peekable();
+        for (before, now) in seen.iter().zip(&seen[1..]) {
+            assert!(now.newest >= before.newest);
+            while let Some((version, tx)) = upcoming.next_if(|(version, _)| **version <= now.newest) {
+                assert!(*version > before.newest, "{isolation}: {version} appeared below {}", before.newest);
+                expected.extend(left[tx].clone());
+            }
+            assert_eq!(now.keys, expected, "{isolation}: as of {}", now.newest);
+        }
+        println!("{isolation}: {} versions, {} looks, {} changes named", versions.len(), seen.len(), changes.len());
+    }
+}
+
+#[tokio::test]
+async fn every_kind_of_statement_is_named_for_a_role_without_rights_on_our_tables() {
+    let db = Db::new().await;
+    db.keys(1..10).await;
+    let mut writer = db.writer().await;
+    let mut seen = db.newest().await;
+    let has = |changes: &[Change], wanted: &[Change]| {
+        for change in wanted {
+            assert_eq!(changes.iter().filter(|found| *found == change).count(), 1, "{change:?} in {changes:?}");
+        }
+    };
+    let absent = |number| Change::Absent(trustgate::record::ApiKeyDigest::from_hex(&digest(number)).unwrap());
+    let gone = |number| Change::Gone(trustgate::record::ApiKeyDigest::from_hex(&digest(number)).unwrap());
+
+    let upsert = format!("{} ON CONFLICT (id) DO UPDATE SET revoked_at = now()", insert(1));
+    run(&mut writer, &upsert).await;
+    let (changes, versions) = db.named(&mut seen).await;
+    has(&changes, &[Change::Key(key(1)), gone(1)]);
+    assert_eq!((changes.len(), versions), (3, 1));
+    run(&mut writer, &format!("{} ON CONFLICT DO NOTHING", insert(1))).await;
+    assert_eq!(db.named(&mut seen).await, (vec![], 0), "nothing was inserted");
+
+    let merge = format!(
+        "MERGE INTO trustgate.api_key k USING (VALUES ('{}'::uuid), ('{}'), ('{}')) AS n (id) ON k.id = n.id
+         WHEN MATCHED AND k.id = '{}' THEN DELETE
+         WHEN MATCHED THEN UPDATE SET scheme = 1
+         WHEN NOT MATCHED THEN INSERT (id, trust_id, digest, scheme, hint) VALUES (n.id, '{TRUST}', '\\x{}', 0, 'tg')",
+        key(2),
+        key(3),
+        key(50),
+        key(2),
+        digest(50),
+    );
+    run(&mut writer, &merge).await;
+    let (changes, versions) = db.named(&mut seen).await;
+    has(&changes, &[Change::Key(key(2)), gone(2), Change::Key(key(3)), absent(3), absent(50)]);
+    assert_eq!((changes.len(), versions), (5, 1));
+
+    let mut copy =
+        writer.copy_in_raw("COPY trustgate.api_key (id, trust_id, digest, scheme, hint) FROM STDIN").await.unwrap();
+    for number in 60..63 {
+        let line = format!("{}\t{TRUST}\t\\\\x{}\t0\ttg\n", key(number), digest(number));
+        copy.send(line.into_bytes()).await.unwrap();
+    }
+    copy.finish().await.unwrap();
+    let (changes, versions) = db.named(&mut seen).await;
+    has(&changes, &[absent(60), absent(61), absent(62)]);
+    assert_eq!((changes.len(), versions), (3, 1));
+
+    // What a cascade deletes is deleted by the system, not by the writer; and another table may hang on ours.
+    db.execute(
+        "ALTER TABLE trustgate.api_key DROP CONSTRAINT api_key_trust_id_fkey,
+            ADD FOREIGN KEY (trust_id) REFERENCES trustgate.trust (id) ON DELETE CASCADE ON UPDATE CASCADE;
+         INSERT INTO trustgate.key_use SELECT id, now() FROM trustgate.api_key",
+    )
+    .await;
+    db.lookup.restore_watch().await.unwrap();
+    db.named(&mut seen).await;
+    let other = Uuid::from_u128(0xb0b);
+    run(&mut writer, &format!("UPDATE trustgate.trust SET id = '{other}' WHERE id = '{TRUST}'")).await;
+    let (changes, versions) = db.named(&mut seen).await;
+    has(
+        &changes,
+        &[Change::Trust(trustgate::record::TrustId(TRUST)), Change::Trust(trustgate::record::TrustId(other))],
+    );
+    has(&changes, &[Change::Key(key(1)), Change::Key(key(3)), Change::Key(key(62))]);
+    assert_eq!(versions, 1);
+    run(&mut writer, &format!("DELETE FROM trustgate.trust WHERE id = '{other}'")).await;
+    let (changes, versions) = db.named(&mut seen).await;
+    has(&changes, &[Change::Trust(trustgate::record::TrustId(other)), Change::Key(key(1)), gone(62), gone(50)]);
+    assert_eq!(versions, 1);
+
+    db.execute(&format!("INSERT INTO trustgate.trust (id, name) VALUES ('{TRUST}', 'acme')")).await;
+    db.execute("INSERT INTO trustgate.key_use SELECT id, now() FROM trustgate.api_key").await;
+    db.named(&mut seen).await;
+    db.execute("UPDATE trustgate.key_use SET last_used_at = now(); DELETE FROM trustgate.key_use").await;
+    assert_eq!(db.named(&mut seen).await, (vec![], 0), "using a key is no change");
+
+    // The writer can do none of what would harm.
+    for sql in [
+        "SELECT trustgate.everything()",
+        "SELECT trustgate.note('key', 'x')",
+        "SELECT trustgate.restore_watch()",
+        "SELECT trustgate.renew_incarnation(gen_random_uuid())",
+        "SELECT trustgate.prune()",
+        "SELECT * FROM trustgate.version",
+        "INSERT INTO trustgate.tx VALUES ('1', now(), '')",
+        "DO $$ BEGIN LOCK TABLE trustgate.writer_lock IN SHARE ROW EXCLUSIVE MODE; END $$",
+        "SELECT nextval('trustgate.version_number')",
+    ] {
+        assert_eq!(refused(&mut writer, sql).await.0, "42501", "{sql}");
+    }
+}
+
+#[tokio::test]
+async fn no_setting_of_a_session_keeps_a_change_from_being_named() {
+    let db = Db::new().await;
+    db.keys(1..10).await;
+    let mut seen = db.newest().await;
+    let change = "UPDATE trustgate.api_key SET scheme = 1 - scheme WHERE hint = 'tg'";
+    for (superuser, sql) in [
+        (false, "SET trustgate.trustgate_key = '-5'; SET trustgate.trustgate_absent = '3'"),
+        (false, "SET trustgate.trustgate_key = 'garbage'; SET trustgate.trustgate_gone = ''"),
+        (false, "SET trustgate.tx = '1'; SET trustgate.stamped = 'on'"),
+        // Shadows of what the functions use.
+        (
+            false,
+            "CREATE TEMPORARY TABLE tx (a int); CREATE TEMPORARY TABLE change (a int);
+             CREATE FUNCTION pg_temp.encode(bytea, text) RETURNS text LANGUAGE sql AS $$ SELECT 'x' $$;
+             SET search_path = pg_temp, pg_catalog, trustgate",
+        ),
+        (false, "SET synchronous_commit = off"),
+        (false, "SET default_transaction_isolation = 'serializable'"),
+        (true, "SET session_replication_role = replica"),
+        (true, "SET session_replication_role = local"),
+    ] {
+        let mut session = if superuser { db.admin().await } else { db.writer().await };
+        run(&mut session, sql).await;
+        run(&mut session, change).await;
+        let (changes, versions) = db.named(&mut seen).await;
+        let keys: BTreeSet<_> =
+            changes.iter().filter(|change| matches!(change, Change::Key(_))).map(|c| format!("{c:?}")).collect();
+        assert_eq!((keys.len(), changes.len(), versions), (9, 18, 1), "{sql}");
+    }
+    // One that says so many were named already makes the naming coarser.
+    let mut session = db.writer().await;
+    run(&mut session, "SET trustgate.trustgate_key = '99999999'").await;
+    run(&mut session, change).await;
+    let (changes, _) = db.named(&mut seen).await;
+    assert!(changes.contains(&Change::Whole(ChangeKind::Keys)), "{changes:?}");
+    assert_eq!(changes.len(), 10, "the other kinds are listed");
+}
+
+#[tokio::test]
+async fn a_lock_that_was_taken_early_does_not_stay() {
+    let db = Db::new().await;
+    db.keys(1..4).await;
+    let mut seen = db.newest().await;
+    let (mut early, mut other) = (db.writer().await, db.writer().await);
+    let update = |number| format!("UPDATE trustgate.api_key SET scheme = 1 - scheme WHERE id = '{}'", key(number));
+    // While it works on, all its changes are of one version, which nobody sees before.
+    run(&mut early, &format!("BEGIN; SET CONSTRAINTS ALL IMMEDIATE; {}", update(1))).await;
+    run(&mut early, &update(2)).await;
+    assert_eq!(db.named(&mut seen).await, (vec![], 0));
+    run(&mut early, "COMMIT").await;
+    let (changes, versions) = db.named(&mut seen).await;
+    assert_eq!((changes.len(), versions), (4, 1));
+
+    // Undone, the lock is free.
+    run(&mut early, &format!("BEGIN; SAVEPOINT one; {}; SET CONSTRAINTS ALL IMMEDIATE; ROLLBACK TO one", update(1)))
+        .await;
+    run(&mut other, &format!("SET lock_timeout = '50ms'; {}", update(3))).await;
+    run(&mut early, &format!("{}; COMMIT", update(2))).await;
+    let (changes, versions) = db.named(&mut seen).await;
+    assert_eq!((changes.len(), versions), (4, 2));
+
+    // Doing nothing with the lock ends the session after 3 s.
+    run(&mut early, &format!("BEGIN; SET CONSTRAINTS ALL IMMEDIATE; {}", update(1))).await;
+    assert_eq!(refused(&mut other, &update(3)).await.0, "55P03");
+    run(&mut other, "SET lock_timeout = '20s'").await;
+    let begun = Instant::now();
+    run(&mut other, &update(3)).await;
+    println!("the lock was free after {:?} and 50 ms", begun.elapsed());
+    assert!(sqlx::raw_sql("COMMIT").execute(&mut early).await.is_err(), "its session was ended");
+    let (changes, versions) = db.named(&mut seen).await;
+    assert_eq!((changes.contains(&Change::Key(key(3))), changes.len(), versions), (true, 2, 1));
+}
+
+#[tokio::test]
+async fn no_prepared_transaction_can_keep_the_lock() {
+    let mut server = Postgres::start().await;
+    server.execute("postgres", "ALTER SYSTEM SET max_prepared_transactions = 5").await;
+    server.stop();
+    server.resume().await;
+    let db = Db::on(Arc::new(server)).await;
+    db.keys(1..3).await;
+    let mut seen = db.newest().await;
+    let mut writer = db.writer().await;
+    run(&mut writer, "BEGIN; UPDATE trustgate.api_key SET hint = 'other'; PREPARE TRANSACTION 'harmless'").await;
+    run(&mut writer, "COMMIT PREPARED 'harmless'").await;
+    for early in ["", "SET CONSTRAINTS ALL IMMEDIATE;"] {
+        run(&mut writer, &format!("BEGIN; {early} UPDATE trustgate.api_key SET scheme = 1")).await;
+        let (_, problem) = refused(&mut writer, "PREPARE TRANSACTION 'held'").await;
+        assert!(problem.contains("NOTIFY"), "{problem}");
+        run(&mut writer, "ROLLBACK").await;
+    }
+    assert_eq!(db.named(&mut seen).await, (vec![], 0));
+    run(&mut writer, "SET lock_timeout = '50ms'; UPDATE trustgate.api_key SET scheme = 1").await;
+    assert_eq!(db.named(&mut seen).await.1, 1);
+}
+
+#[tokio::test]
+async fn neither_a_huge_nor_an_open_transaction_holds_up_the_changes_of_others() {
+    let db = Arc::new(Db::new().await);
+    db.execute(&format!(
+        "INSERT INTO trustgate.api_key (id, trust_id, digest, scheme, hint)
+         SELECT gen_random_uuid(), '{TRUST}', sha256(n::text::bytea), 0, 'huge' FROM generate_series(1, 200000) AS n"
+    ))
+    .await;
+    db.keys(1..3).await;
+    let (mut huge, mut open) = (db.writer().await, db.writer().await);
+    run(&mut open, &format!("BEGIN; UPDATE trustgate.api_key SET scheme = 1 WHERE id = '{}'", key(2))).await;
+    let stop = Arc::new(AtomicBool::new(false));
+    let others = tokio::spawn({
+        let (db, stop) = (Arc::clone(&db), Arc::clone(&stop));
+        async move {
+            let mut other = db.writer().await;
+            // No wait for any lock is longer than what is promised, however busy the machine.
+            run(&mut other, "SET lock_timeout = '50ms'").await;
+            let (mut changes, mut longest) = (0, Duration::ZERO);
+            while !stop.load(Ordering::Relaxed) {
+                let begun = Instant::now();
+                let update = format!("UPDATE trustgate.api_key SET scheme = 1 - scheme WHERE id = '{}'", key(1));
+                run(&mut other, &update).await;
+                longest = longest.max(begun.elapsed());
+                changes += 1;
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+            (changes, longest)
+        }
+    });
+    let mut seen = db.newest().await;
+    run(&mut huge, "BEGIN; UPDATE trustgate.api_key SET revoked_at = now() WHERE hint = 'huge'").await;
+    let begun = Instant::now();
+    run(&mut huge, "COMMIT").await;
+    let commit = begun.elapsed();
+    stop.store(true, Ordering::Relaxed);
+    let (changes, longest) = others.await.unwrap();
+    println!("the huge one was committed in {commit:?}; {changes} others meanwhile, the longest took {longest:?}");
+    assert!(changes > 100);
+    let polled = db.since(&mut seen).await;
+    let whole = |kind| polled.changes.iter().filter(|(_, change)| *change == Change::Whole(kind)).count();
+    assert_eq!(whole(ChangeKind::Keys), 1, "named as a whole");
+    assert_eq!((whole(ChangeKind::Gone), whole(ChangeKind::Absences), whole(ChangeKind::Trusts)), (1, 1, 0));
+    let listed = sqlx::query("SELECT kind, count(*) FROM trustgate.change GROUP BY kind HAVING count(*) > 30000");
+    assert!(listed.fetch_all(&mut db.admin().await).await.unwrap().is_empty(), "no more than 10 000 of a transaction");
+
+    run(&mut open, "COMMIT").await;
+    let late = db.since(&mut seen).await;
+    assert!(
+        late.changes.iter().any(|(_, change)| *change == Change::Key(key(2))),
+        "what is committed late is named late"
+    );
+}
+
+#[tokio::test]
+async fn an_import_is_listed_as_long_as_there_is_room_and_leaves_cached_records_alone() {
+    let db = Db::new().await;
+    let mut seen = db.newest().await;
+    let before = seen;
+    let import = |from: u32, to: u32| {
+        format!(
+            "INSERT INTO trustgate.api_key (id, trust_id, digest, scheme, hint)
+             SELECT gen_random_uuid(), '{TRUST}', sha256(n::text::bytea), 0, 'tg' FROM generate_series({from}, {to}) AS n"
+        )
+    };
+    db.execute(&import(1, 4_000)).await;
+    let (changes, _) = db.named(&mut seen).await;
+    assert_eq!(changes.iter().filter(|change| matches!(change, Change::Absent(_))).count(), 4_000);
+    db.execute(&import(4_001, 10_000)).await;
+    db.execute(&format!("UPDATE trustgate.trust SET enabled = false WHERE id = '{TRUST}'")).await;
+    let (changes, _) = db.named(&mut seen).await;
+    assert_eq!(changes.len(), 2, "{changes:?}");
+    assert!(changes.contains(&Change::Whole(ChangeKind::Absences)));
+    assert!(matches!(changes[0], Change::Trust(_)) || matches!(changes[1], Change::Trust(_)), "{changes:?}");
+    // Kind by kind: of 2 000 revoked at once all but the absences are listed.
+    db.execute(
+        "UPDATE trustgate.api_key SET revoked_at = now() WHERE id IN (SELECT id FROM trustgate.api_key LIMIT 2000)",
+    )
+    .await;
+    let (changes, _) = db.named(&mut seen).await;
+    let count = |wanted: fn(&Change) -> bool| changes.iter().filter(|change| wanted(change)).count();
+    assert_eq!(count(|change| matches!(change, Change::Key(_))), 2_000);
+    assert_eq!(count(|change| matches!(change, Change::Gone(_))), 2_000);
+    assert_eq!(changes.len(), 4_001, "and absences as a whole");
+    // More than is worth counting: everything, at once.
+    for part in 0..5 {
+        db.execute(&import(20_000 + part * 9_000, 28_999 + part * 9_000)).await;
+    }
+    let (changes, versions) = db.named(&mut seen).await;
+    assert!(changes.contains(&Change::Everything), "{changes:?}");
+    assert_eq!(versions, 5);
+    assert!(db.lookup.poll(Some(before)).await.unwrap().complete);
+    // More versions than one answer takes.
+    db.execute(
+        "DO $$ BEGIN FOR i IN 1..5100 LOOP UPDATE trustgate.trust SET enabled = NOT enabled; COMMIT; END LOOP; END $$",
+    )
+    .await;
+    let polled = db.lookup.poll(Some(seen)).await.unwrap();
+    assert!(!polled.complete && polled.newest.as_of > seen, "{:?}", polled.newest);
+}
+
+#[tokio::test]
+async fn a_crash_gives_no_version_another_meaning() {
+    let mut server = Postgres::start().await;
+    // What is committed without being flushed stays in memory, and is lost.
+    for setting in ["wal_writer_delay = '10s'", "synchronous_commit = off"] {
+        server.execute("postgres", &format!("ALTER SYSTEM SET {setting}")).await;
+    }
+    server.stop();
+    server.resume().await;
+    let server = Arc::new(server);
+    let db = Db::on(Arc::clone(&server)).await;
+    db.keys(1..3).await;
+    db.execute("CREATE TABLE beside (n int)").await;
+    let begin = db.newest().await;
+    let mut writer = db.writer().await;
+    for _ in 0..50 {
+        run(&mut writer, "UPDATE trustgate.api_key SET scheme = 1 - scheme").await;
+    }
+    let before = db.lookup.poll(Some(begin)).await.unwrap();
+    assert_eq!(before.versions.len(), 51);
+    db.execute("INSERT INTO beside VALUES (1)").await;
+    let Db { name, settings, lookup, server: held } = db;
+    lookup.close().await;
+    drop((writer, held));
+    let mut server = Arc::into_inner(server).unwrap();
+    server.stop();
+    server.resume().await;
+    let db = Db { server: Arc::new(server), name, lookup: open(&settings), settings };
+    let after = db.lookup.poll(Some(begin)).await.unwrap();
+    assert_eq!(after.versions, before.versions, "a version that was seen is on disk");
+    assert_eq!(after.newest.lineage, before.newest.lineage);
+    let lost = sqlx::query("SELECT n FROM beside").fetch_all(&mut db.admin().await).await.unwrap();
+    assert!(lost.is_empty(), "otherwise this test shows nothing: other commits survive as well");
+    db.execute("UPDATE trustgate.api_key SET scheme = 1 - scheme").await;
+    assert!(db.newest().await > before.newest.as_of);
+}
+
+fn open(settings: &StoreSettings) -> Arc<dyn Source> {
+    store::open_lookup(settings, &|_| None, Arc::new(SystemClock)).unwrap()
+}
+
+#[tokio::test]
+async fn a_dump_that_is_restored_elsewhere_goes_on_although_transactions_have_old_numbers() {
+    let (first, second) = (Arc::new(Postgres::start().await), Arc::new(Postgres::start().await));
+    let db = Db::on(Arc::clone(&first)).await;
+    db.keys(1..3).await;
+    // Numbers that the other server has yet to give.
+    db.execute(
+        "DO $$ BEGIN FOR i IN 1..600 LOOP UPDATE trustgate.api_key SET scheme = 1 - scheme; COMMIT; END LOOP; END $$",
+    )
+    .await;
+    let before = db.lookup.poll(None).await.unwrap();
+    let name = second.database().await;
+    second.execute("postgres", "CREATE ROLE writer LOGIN").await;
+    second.load(&name, &first.dump(&db.name));
+    let settings = StoreSettings { url: Some(Secret::new(second.url("admin", &name))), ..db.settings.clone() };
+    let restored = Db { server: Arc::clone(&second), name, lookup: open(&settings), settings };
+    let polled = restored.lookup.poll(None).await.unwrap();
+    assert_eq!((polled.newest.as_of, polled.newest.nonce), (before.newest.as_of, before.newest.nonce));
+    assert_ne!(polled.newest.lineage, before.newest.lineage, "another server is another history");
+    assert!(!polled.watched, "these are other triggers than those that were watched");
+    restored.lookup.restore_watch().await.unwrap();
+    let mut seen = polled.newest.as_of;
+    assert_eq!(restored.named(&mut seen).await, (vec![Change::Everything], 1));
+    let mut writer = restored.admin().await;
+    for number in 0..600 {
+        run(
+            &mut writer,
+            &format!("UPDATE trustgate.api_key SET scheme = 1 - scheme WHERE id = '{}'", key(1 + number % 2)),
+        )
+        .await;
+    }
+    let (changes, versions) = restored.named(&mut seen).await;
+    assert_eq!((changes.len(), versions), (1_200, 600));
+    let twice = "SELECT count(*) FROM (SELECT id FROM trustgate.tx WHERE whole = '' GROUP BY id HAVING count(*) > 1) t";
+    let twice: i64 = sqlx::query(twice).fetch_one(&mut writer).await.unwrap().get(0);
+    assert!(twice > 50, "only {twice} numbers came twice: this shows nothing");
+    store::migrate(&restored.settings, &|_| None).await.unwrap();
+    assert_eq!(restored.newest().await, seen, "nothing to mend");
+}
+
+#[tokio::test]
+async fn whoever_gives_up_waiting_says_for_whom() {
+    let db = Db::new().await;
+    db.keys(1..3).await;
+    let mut ledger = store::open_ledger(&db.settings, &|_| None).await.unwrap();
+    let actor = Actor("test:somebody".into());
+    let mut writer = db.writer().await;
+    let pid: i32 = sqlx::query("SELECT pg_backend_pid()").fetch_one(&mut writer).await.unwrap().get(0);
+    run(&mut writer, "SET application_name = 'a billing job'; SET idle_in_transaction_session_timeout = '60s'").await;
+    // A row, at a statement; and the right to draw a version, at the commit.
+    let secret = format!("UPDATE trustgate.api_key SET scheme = 1 WHERE digest = '\\x{}'", digest(1));
+    for (sql, id) in [(format!("BEGIN; {secret}"), 1), (format!("BEGIN; SET CONSTRAINTS ALL IMMEDIATE; {secret}"), 2)] {
+        run(&mut writer, &sql).await;
+        let error = ledger.revoke_key(&actor, key(id)).await.unwrap_err();
+        assert!(matches!(error, LedgerError::Blocked { .. }), "{error:?}");
+        let says = error.to_string();
+        for word in [&format!("process {pid}"), "a billing job", "idle in transaction", "2s"] {
+            assert!(says.contains(word), "{says}");
+        }
+        assert!(!says.contains("UPDATE") && !says.contains(&digest(1)), "{says}");
+        run(&mut writer, "ROLLBACK").await;
+        assert!(ledger.revoke_key(&actor, key(id)).await.unwrap().revoked_at.is_some(), "the next call is whole");
+    }
+}
+
+#[tokio::test]
+async fn hints_come_with_every_commit_and_a_lost_connection_is_told() {
+    let db = Db::on(Arc::new(Postgres::start().await)).await;
+    db.keys(1..2).await;
+    let (hints, mut heard) = tokio::sync::mpsc::channel(1_000);
+    let listen = |lookup: Arc<dyn Source>| {
+        let hints = hints.clone();
+        tokio::spawn(async move { lookup.listen(&move || hints.try_send(()).unwrap()).await })
+    };
+    let listening = listen(Arc::clone(&db.lookup));
+    heard.recv().await.unwrap(); // it listens
+    for _ in 0..20 {
+        db.execute("UPDATE trustgate.api_key SET scheme = 1 - scheme").await;
+        heard.recv().await.unwrap();
+    }
+    db.execute("UPDATE trustgate.api_key SET hint = 'other'").await;
+    db.execute("BEGIN; UPDATE trustgate.api_key SET scheme = 7; ROLLBACK").await;
+    db.execute("NOTIFY trustgate").await;
+    heard.recv().await.unwrap();
+    assert!(heard.try_recv().is_err(), "only commits of changes are told");
+
+    // A server that hangs: nothing breaks the connection.
+    let frozen = db.server.freeze();
+    let fault = tokio::time::timeout(15 * SECONDS, listening).await.expect("noticed").unwrap();
+    assert!(matches!(fault, Fault::Unreachable { .. }), "{fault:?}");
+    drop(frozen);
+    let listening = listen(Arc::clone(&db.lookup));
+    heard.recv().await.unwrap();
+    let others = "FROM pg_stat_activity WHERE pid <> pg_backend_pid() AND backend_type = 'client backend'";
+    db.execute(&format!("SELECT pg_terminate_backend(pid) {others}")).await;
+    tokio::time::timeout(5 * SECONDS, listening).await.expect("noticed at once").unwrap();
+    assert!(heard.try_recv().is_err(), "it does not begin anew by itself");
+}
