@@ -84,6 +84,9 @@ async fn redis_killed_restarted_and_hung_changes_no_answer_and_delays_none() {
     let slowest = new_keys.iter().max().unwrap();
     println!("{} new keys while Redis hangs, the slowest in {slowest:?}", new_keys.len());
     assert_eq!(hits.len(), 20_000);
+    for server in [&one, &other] {
+        server.log().lines().filter(|line| line.contains("could not be decided")).for_each(|line| println!("{line}"));
+    }
     all_right(hits.iter());
     assert!(slowest < &Duration::from_millis(200), "{new_keys:?}");
     quick_checks(&envoy.access_log(hits.len() + new_keys.len()).await, hits.len() + new_keys.len());
