@@ -29,11 +29,12 @@ test: ## every test, against real Envoy, PostgreSQL, Redis and Prometheus
 	@tools/setup
 	cargo test --locked
 
+REVOCATIONS ?= 200
 .PHONY: bound
-bound: ## 200 revocations on three replicas, timed: how long a revoked key is still granted
+bound: ## REVOCATIONS (200) on three replicas, timed: how long a revoked key is still granted
 	@tools/packages
 	@tools/setup
-	REVOCATIONS=200 cargo test --locked --test bound -- --nocapture
+	REVOCATIONS=$(REVOCATIONS) cargo test --locked --test bound -- --nocapture
 
 .PHONY: build
 build: ## the release binary

@@ -1,5 +1,8 @@
 //! Whether a tier is worth asking: after repeated failures it is left alone for a moment, then one caller tries it.
 //!
+//! What failed together failed once: a machine that stands still for a moment makes everything late that is in flight, and
+//! that must not become a pause on top.
+//!
 //! Never waits and never reads the clock: the time is an argument.
 
 use std::{sync::Mutex, time::Duration};
@@ -9,7 +12,7 @@ use crate::clock::Moment;
 /// When a breaker opens and for how long.
 #[derive(Clone, Copy, Debug)]
 pub struct Rules {
-    /// Failures in a row that open it.
+    /// Failures in a row that open it, each of something that was begun after the one before.
     pub failures_max: u32,
     /// How long it stays open before one caller tries again.
     pub open_for: Duration,
@@ -22,6 +25,8 @@ pub enum State {
     Closed {
         /// Failures in a row so far.
         failures: u32,
+        /// When the last of them was.
+        last: Moment,
     },
     /// Nobody may ask before `until`.
     Open {
@@ -47,17 +52,23 @@ impl State {
         }
     }
 
-    /// The state after a failure.
+    /// The state after something failed at `now` that was begun at `began`.
     #[must_use]
-    pub fn failed(self, now: Moment, rules: &Rules) -> Self {
+    pub fn failed(self, began: Moment, now: Moment, rules: &Rules) -> Self {
         match self {
-            Self::Closed { failures } if failures + 1 < rules.failures_max => Self::Closed { failures: failures + 1 },
+            Self::Closed { failures: 1.., last: before } | Self::Probing { since: before } if began < before => self,
+            Self::Closed { failures, .. } if failures + 1 < rules.failures_max => {
+                Self::Closed { failures: failures + 1, last: now }
+            }
             Self::Closed { .. } | Self::Probing { .. } => Self::Open { until: now.after(rules.open_for) },
             // A call that began before the breaker opened must not keep it open.
             Self::Open { .. } => self,
         }
     }
 }
+
+/// Nothing failed.
+const WELL: State = State::Closed { failures: 0, last: Moment::from_nanos(0) };
 
 /// A shared breaker. The lock is held for a few instructions and only on a miss.
 #[derive(Debug)]
@@ -81,7 +92,7 @@ impl Breaker {
     /// A closed breaker.
     #[must_use]
     pub const fn new(rules: Rules) -> Self {
-        Self { rules, state: Mutex::new(State::Closed { failures: 0 }) }
+        Self { rules, state: Mutex::new(WELL) }
     }
 
     /// Whether the caller may ask now. Whoever may, reports with [`Self::succeeded`] or [`Self::failed`].
@@ -94,15 +105,15 @@ impl Breaker {
 
     /// The tier answered.
     pub fn succeeded(&self) -> Change {
-        let was = std::mem::replace(&mut *self.lock(), State::Closed { failures: 0 });
+        let was = std::mem::replace(&mut *self.lock(), WELL);
         if matches!(was, State::Closed { .. }) { Change::None } else { Change::Closed }
     }
 
-    /// The tier failed at `now`.
-    pub fn failed(&self, now: Moment) -> Change {
+    /// The tier failed, at `now`, what it was asked at `began`.
+    pub fn failed(&self, began: Moment, now: Moment) -> Change {
         let mut state = self.lock();
         let was = *state;
-        *state = was.failed(now, &self.rules);
+        *state = was.failed(began, now, &self.rules);
         let opened = matches!((was, *state), (State::Closed { .. }, State::Open { .. }));
         if opened { Change::Opened } else { Change::None }
     }
@@ -127,28 +138,44 @@ mod tests {
         Moment::from_nanos(millis * 1_000_000)
     }
 
+    /// Something that failed as soon as it was begun.
+    fn fails(breaker: &Breaker, millis: u64) -> Change {
+        breaker.failed(at(millis), at(millis))
+    }
+
     #[test]
     fn it_opens_after_failures_in_a_row_and_lets_one_caller_try() {
         let breaker = Breaker::new(RULES);
-        assert_eq!(breaker.failed(at(0)), Change::None);
+        assert_eq!(fails(&breaker, 0), Change::None);
         breaker.succeeded();
-        assert_eq!(breaker.failed(at(1)), Change::None, "a success starts the count again");
-        assert_eq!(breaker.failed(at(2)), Change::Opened);
+        assert_eq!(fails(&breaker, 1), Change::None, "a success starts the count again");
+        assert_eq!(fails(&breaker, 2), Change::Opened);
         assert!(!breaker.admits(at(50)));
-        assert_eq!(breaker.failed(at(60)), Change::None, "a late failure does not extend the pause");
+        assert_eq!(fails(&breaker, 60), Change::None, "a late failure does not extend the pause");
         assert!(breaker.admits(at(102)), "the pause is over");
         assert!(!breaker.admits(at(103)), "but only one caller tries");
+        assert_eq!(breaker.failed(at(1), at(104)), Change::None, "what was begun before says nothing of the trial");
         assert_eq!(breaker.succeeded(), Change::Closed);
         assert!(breaker.admits(at(104)));
     }
 
     #[test]
+    fn what_failed_together_failed_once() {
+        let breaker = Breaker::new(RULES);
+        for began in 0..50 {
+            assert_eq!(breaker.failed(at(began), at(100 + began)), Change::None);
+        }
+        assert!(breaker.admits(at(150)));
+        assert_eq!(breaker.failed(at(100), at(200)), Change::Opened, "begun after the first had failed");
+    }
+
+    #[test]
     fn a_trial_that_fails_opens_it_again_and_one_that_vanishes_is_replaced() {
         let breaker = Breaker::new(RULES);
-        breaker.failed(at(0));
-        breaker.failed(at(0));
+        fails(&breaker, 0);
+        fails(&breaker, 0);
         assert!(breaker.admits(at(100)));
-        breaker.failed(at(110));
+        breaker.failed(at(100), at(110));
         assert!(!breaker.admits(at(150)));
         assert!(breaker.admits(at(210)));
         assert!(!breaker.admits(at(300)));

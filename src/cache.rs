@@ -296,7 +296,8 @@ impl<K: Kind> Shared<K> {
         read: impl Future<Output = Result<Dated<Option<T>>, Fault>>,
     ) -> Result<Dated<Option<T>>, Fault> {
         let _slot = self.slot(was_good)?;
-        if !self.breaker.admits(self.clock.now()) {
+        let began = self.clock.now();
+        if !self.breaker.admits(began) {
             self.metrics.store.error.inc();
             return Err(Fault::Paused { tier: Tier::Store });
         }
@@ -314,7 +315,7 @@ impl<K: Kind> Shared<K> {
             }
             Err(fault) => {
                 if fault.blames_tier() {
-                    self.report(self.breaker.failed(self.clock.now()));
+                    self.report(self.breaker.failed(began, self.clock.now()));
                 }
                 self.metrics.store.error.inc();
                 self.metrics.reads_failed.inc();

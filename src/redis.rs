@@ -63,7 +63,7 @@ crate::settings! {
         ca_file: Option<PathBuf> = "",
         /// How long Redis may take before the database is asked instead.
         timeout: Duration = "20ms",
-        /// Failures in a row after which Redis is given a pause.
+        /// Failures in a row after which Redis is given a pause; what failed together failed once.
         breaker_failures: u32 = "5",
         /// How long that pause is.
         breaker_open: Duration = "500ms",
@@ -190,11 +190,12 @@ impl Redis {
     /// # Cancel safety
     /// Safe: the connection is shared by all callers and goes on.
     pub async fn query<T: FromRedisValue>(&self, command: &Cmd) -> Result<T, QueryError> {
-        if !self.breaker.admits(self.clock.now()) {
+        let began = self.clock.now();
+        if !self.breaker.admits(began) {
             return Err(QueryError::Paused);
         }
         let Some(mut connection) = self.connection.borrow().clone() else {
-            self.report(self.breaker.failed(self.clock.now()));
+            self.report(self.breaker.failed(began, began));
             return Err(QueryError::Paused);
         };
         let fault = match timeout(self.limit, connection.send(command)).await {
@@ -217,7 +218,7 @@ impl Redis {
             }
             Err(_) => Fault::Timeout { tier: Tier::L2, limit: self.limit },
         };
-        self.report(self.breaker.failed(self.clock.now()));
+        self.report(self.breaker.failed(began, self.clock.now()));
         Err(QueryError::Failed(fault))
     }
 

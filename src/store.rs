@@ -53,7 +53,7 @@ crate::settings! {
         read_timeout: Duration = "100ms",
         /// How long connecting may take.
         connect_timeout: Duration = "2s",
-        /// Failed reads in a row after which the database is given a pause.
+        /// Failed reads in a row after which the database is given a pause; reads that failed together failed once.
         breaker_failures: u32 = "5",
         /// How long that pause is.
         breaker_open: Duration = "250ms",

@@ -17,6 +17,7 @@ use crate::{
         grpc::{Asker, is_serving},
         http,
         load::{self, Shot},
+        machine,
         probe::{Probe, Probing, granted_after},
         server::{IssuedKey, Server, digest, made_up_key},
     },
@@ -150,7 +151,7 @@ async fn fresh_again(server: &Server, asker: &Asker, newest: &Shot, back: Instan
             && server.metric("trustgate_lease_age_seconds").await < 0.5
     })
     .await;
-    let took = back.elapsed();
+    let took = back.elapsed().saturating_sub(machine::stood_still(back, Instant::now()));
     println!("fresh {took:?} after the return");
     assert!(took <= limit, "{took:?}\n{}", server.log());
 }
@@ -355,7 +356,8 @@ async fn stopped(connections_dropped: bool) {
 
 #[track_caller]
 fn all_granted(name: &str, probes: &[Probe], those: impl Fn(&Probe) -> bool) {
-    all(name, "granted", probes, those, Probe::is_grant);
+    let undisturbed = |probe: &Probe| !machine::was_disturbed(probe.began, probe.answered);
+    all(name, "granted", probes, |probe| those(probe) && undisturbed(probe), Probe::is_grant);
 }
 
 #[track_caller]

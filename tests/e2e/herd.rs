@@ -23,11 +23,7 @@ const PATIENCE: Duration = Duration::from_secs(30);
 
 /// A server whose deadlines leave the test all the time it wants, and a key.
 async fn start(mode: &str) -> (Running, Arc<Seam>, IssuedKey, Site) {
-    let site = Site::new()
-        .with("freshness.mode", mode)
-        .with("store.read_timeout", "60s")
-        .with("decision.deadline", "70s")
-        .with("decision.envoy_timeout", "80s");
+    let site = Site::new().unhurried().with("freshness.mode", mode);
     site.migrate().await;
     site.trust("acme").await;
     let key = site.issue("acme", &[]).await;

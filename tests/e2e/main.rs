@@ -8,6 +8,7 @@ mod support;
 
 mod cut_off;
 mod drain;
+mod fill;
 mod herd;
 mod history;
 mod messages;

@@ -6,6 +6,7 @@
 use std::time::Duration;
 
 use serde_json::Value;
+use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 use tokio::time::{Instant, sleep, sleep_until};
 
 use crate::{
@@ -17,6 +18,7 @@ use crate::{
         grpc::Asker,
         http,
         load::{self, Hit, Shot},
+        machine,
         server::{Server, made_up_key},
     },
 };
@@ -68,7 +70,7 @@ async fn redis_killed_restarted_and_hung_changes_no_answer_and_delays_none() {
         let new = stage.site.issue("globex", &[]).await;
         let asked = Instant::now();
         let answer = envoy.get("/new", &[("x-api-key", &new.key)]).await;
-        new_keys.push(asked.elapsed());
+        new_keys.push(asked.elapsed().saturating_sub(machine::stood_still(asked, Instant::now())));
         assert_eq!((answer.status, answer.saw("x-trust-id")), (200, Some(new.trust_id)));
     }
     at(16).await;
@@ -87,7 +89,7 @@ async fn redis_killed_restarted_and_hung_changes_no_answer_and_delays_none() {
     for server in [&one, &other] {
         server.log().lines().filter(|line| line.contains("could not be decided")).for_each(|line| println!("{line}"));
     }
-    all_right(hits.iter());
+    load::all_right(hits.iter());
     assert!(slowest < &Duration::from_millis(200), "{new_keys:?}");
     quick_checks(&envoy.access_log(hits.len() + new_keys.len()).await, hits.len() + new_keys.len());
 
@@ -175,7 +177,7 @@ async fn postgresql_lost(loss: Loss) {
         load::figures(&format!("PostgreSQL {name}"), hits.iter().copied());
         assert!(hits.len() > 100, "{name}: only {}", hits.len());
     }
-    all_right(sound.into_iter().chain(cached));
+    load::all_right(sound.into_iter().chain(cached));
     let wrong: Vec<_> = aged.into_iter().chain(unread).filter(|hit| !hit.is_fault()).take(5).collect();
     assert!(wrong.is_empty(), "{wrong:?}");
     quick_checks(&envoy.access_log(20 + hits.len()).await, 20 + hits.len());
@@ -243,22 +245,23 @@ async fn serves_within_a_second(server: &Server, asker: &Asker, shot: &Shot) {
     let back = Instant::now();
     eventually("a key is granted", PATIENCE, || async { asker.check(&shot.key).await.trust_id == shot.owner }).await;
     eventually("it is ready", PATIENCE, || async { server.readiness().await.status == 200 }).await;
-    let took = back.elapsed();
+    let took = back.elapsed().saturating_sub(machine::stood_still(back, Instant::now()));
     println!("serves {took:?} after their return");
     assert!(took < Duration::from_secs(1), "{took:?}\n{}", server.log());
 }
 
-fn all_right<'h>(hits: impl Iterator<Item = &'h Hit>) {
-    let wrong: Vec<_> = hits.filter(|hit| !hit.is_right()).collect();
-    assert!(wrong.is_empty(), "{} wrong, among them {:?}", wrong.len(), &wrong[..wrong.len().min(5)]);
-}
-
 /// Every line tells of a check, and none took too long.
 fn quick_checks(log: &[Value], count: usize) {
-    let check = |line: &Value| line["check_us"].as_str().and_then(|micros| micros.parse().ok());
-    let mut took: Vec<_> = log.iter().filter_map(check).map(Duration::from_micros).collect();
+    let check = |line: &Value| {
+        let began = OffsetDateTime::parse(line["time"].as_str()?, &Rfc3339).ok()?;
+        Some((machine::moment(began.into()), Duration::from_micros(line["check_us"].as_str()?.parse().ok()?)))
+    };
+    let checks: Vec<_> = log.iter().filter_map(check).collect();
+    assert_eq!(checks.len(), count, "a request without a check");
+    let mut took: Vec<_> = checks.iter().map(|(_, took)| *took).collect();
     took.sort();
-    assert_eq!(took.len(), count, "a request without a check");
     load::quantiles("checks", &took);
-    assert!(took[count - 1] <= CHECK_MAX, "the longest check took {:?}", took[count - 1]);
+    let slow =
+        checks.iter().filter(|(began, took)| *took > CHECK_MAX && !machine::was_disturbed(*began, *began + *took));
+    assert_eq!(slow.count(), 0, "the longest checks took {:?}", &took[count - 5..]);
 }

@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use tokio::time::{Instant, sleep, sleep_until};
+use tokio::time::{Instant, sleep_until};
 
 use crate::support::{
     alone,
@@ -34,8 +34,10 @@ async fn through_pgbouncer_in_transaction_mode_a_revocation_counts_within_400_ms
     let askers = [Asker::connect(one.grpc()).await, Asker::connect(other.grpc()).await];
     let mut late = Vec::new();
     for (number, key) in keys.iter().enumerate() {
-        let probing = askers.each_ref().map(|asker| Probing::start(asker, 250, vec![key.key.clone()], &[]));
-        sleep(Duration::from_millis(200)).await;
+        let mut probing = askers.each_ref().map(|asker| Probing::start(asker, 250, vec![key.key.clone()], &[]));
+        for probing in &mut probing {
+            probing.until_granted().await;
+        }
         // Every fifth by the command, which goes the same way as everybody: counted from when it began.
         let committed = if number % 5 == 0 {
             let before = Instant::now();

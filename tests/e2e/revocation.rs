@@ -52,7 +52,7 @@ async fn on_every_replica_as_soon_as_the_command_says_so() {
         granted(&at_one, key).await;
         granted(&at_other, key).await;
     }
-    until_shared(&stage, 3).await;
+    stage.until_shared(3).await;
     let revoked = stage.site.json(&["key", "revoke", &key.id]).await;
     println!("revoked: {}", revoked["effect"]);
     assert_eq!((&revoked["effect"]["replicas"], &revoked["effect"]["applied"]), (&2.into(), &2.into()), "{revoked}");
@@ -111,7 +111,7 @@ async fn at_once_after_the_caches_were_cleared_on_every_replica_and_in_redis() {
         granted(&at_one, key).await;
     }
     granted(&at_other, &everywhere).await;
-    until_shared(&stage, 3).await;
+    stage.until_shared(3).await;
     let cleared = stage.site.json(&["cache", "clear"]).await;
     println!("cleared: {cleared}");
     assert_eq!((&cleared["replicas"], &cleared["applied"]), (&2.into(), &2.into()), "{cleared}");
@@ -137,7 +137,7 @@ async fn age_is_counted_from_the_database_through_both_tiers() {
     let key = table.key().await;
     granted(&at_one, &key).await;
     let read = Instant::now();
-    until_shared(&stage, 1).await;
+    stage.until_shared(1).await;
     table.revoke(&key).await;
     // Late in the life of the value the other replica gets it out of Redis: that does not make it young again.
     sleep_until(read + ttl * 5 / 8).await;
@@ -146,35 +146,6 @@ async fn age_is_counted_from_the_database_through_both_tiers() {
     let last = last_grant(&at_other, &key, "unknown").await.map(|began| began.duration_since(read));
     println!("last granted {last:?} after the read, of {ttl:?}");
     assert!(last.is_none_or(|late| late <= ttl), "{last:?}");
-}
-
-#[tokio::test(flavor = "multi_thread")]
-async fn a_read_from_before_the_clearing_serves_nobody_after_it() {
-    let _turn = among_others().await;
-    let site = Site::new()
-        .with("store.read_timeout", "60s")
-        .with("decision.deadline", "70s")
-        .with("decision.envoy_timeout", "80s");
-    site.migrate().await;
-    site.trust("acme").await;
-    let key = site.issue("acme", &[]).await;
-    let (running, seam) = Seam::start(&site, |_| ()).await;
-    running.ready().await;
-    let asker = Asker::connect(running.grpc_address()).await;
-    seam.after_find().close();
-    let waiting = tokio::spawn({
-        let (asker, key) = (asker.clone(), key.key.clone());
-        async move { asker.check(&key).await }
-    });
-    eventually("the key was read", PATIENCE, || async { seam.after_find().waiting() == 1 }).await;
-    site.revoke(&key).await;
-    let cleared = site.json(&["cache", "clear"]).await;
-    assert_eq!((&cleared["replicas"], &cleared["applied"]), (&1.into(), &1.into()), "{cleared}");
-    seam.after_find().open();
-    let verdict = waiting.await.unwrap();
-    assert_eq!((verdict.status, verdict.reason.as_deref()), (401, Some("revoked")));
-    refused(&asker, &key, "revoked").await;
-    running.stop(Delay::None).await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -254,13 +225,4 @@ impl ForeignTable {
         let sql = "UPDATE trust SET api_key_hash = NULL WHERE id = $1::uuid";
         sqlx::query(sql).bind(&key.trust_id).execute(&mut *self.0.lock().await).await.unwrap();
     }
-}
-
-/// Waits until Redis holds this many values.
-async fn until_shared(stage: &Stage, count: u64) {
-    eventually("values are in Redis", PATIENCE, || async {
-        let size = redis::cmd("DBSIZE").query_async::<u64>(&mut stage.redis.connection().await).await;
-        size.unwrap() == count
-    })
-    .await;
 }

@@ -1,6 +1,8 @@
 //! What most of these tests begin with: PostgreSQL, Redis, the settings that name them, and a few trusts.
 
-use crate::support::{load::Shot, postgres::Postgres, redis::Redis, server::Site};
+use std::time::Duration;
+
+use crate::support::{eventually, load::Shot, postgres::Postgres, redis::Redis, server::Site};
 
 /// Servers of this test's own, which it may harm, and settings that name them.
 pub struct Stage {
@@ -50,5 +52,13 @@ impl Stage {
         let issued = self.site.issue(&self.trusts[0].0, &[]).await;
         self.site.revoke(&issued).await;
         Shot { key: issued.key, owner: None }
+    }
+    /// Waits until Redis holds this many values.
+    pub async fn until_shared(&self, count: u64) {
+        eventually("values are in Redis", Duration::from_secs(30), || async {
+            let size = redis::cmd("DBSIZE").query_async::<u64>(&mut self.redis.connection().await).await;
+            size.expect("Redis answers") == count
+        })
+        .await;
     }
 }

@@ -11,7 +11,10 @@ use tokio::{
     time::{Instant, sleep_until},
 };
 
-use super::http::{self, Connection, Trouble};
+use super::{
+    http::{self, Connection, Trouble},
+    machine,
+};
 
 /// One request.
 #[derive(Clone, Debug)]
@@ -27,6 +30,8 @@ pub struct Shot {
 pub struct Hit {
     /// When it was due, since the start.
     pub due: Duration,
+    /// The same moment.
+    pub at: Instant,
     /// From when it was due until its answer was there: what a client would have waited, queueing included.
     pub took: Duration,
     /// What was fired.
@@ -78,7 +83,8 @@ async fn shoot(
     shot: Shot,
 ) -> Hit {
     let answer = answer(server, &idle, &shot.key).await.map_err(|error| format!("{error:?}"));
-    Hit { due, took: (start + due).elapsed(), shot, answer }
+    let at = start + due;
+    Hit { due, at, took: at.elapsed(), shot, answer }
 }
 
 async fn answer(
@@ -104,6 +110,20 @@ async fn idle_connection(idle: &Mutex<Vec<Connection>>) -> Option<Connection> {
             return Some(connection);
         }
     }
+}
+
+/// That every request came to what belongs to its key. One that the machine stood still for may have come to nothing; one
+/// that came to something wrong never has an excuse.
+///
+/// # Panics
+/// If one did not, with some of them; if more than a tenth came to nothing because the machine stood still.
+#[track_caller]
+pub fn all_right<'h>(hits: impl Iterator<Item = &'h Hit>) {
+    let hits: Vec<_> = hits.collect();
+    let is_excused = |hit: &&&Hit| hit.is_fault() && machine::was_disturbed(hit.at, hit.at + hit.took);
+    let (excused, wrong): (Vec<&&Hit>, Vec<_>) = hits.iter().filter(|hit| !hit.is_right()).partition(is_excused);
+    assert!(wrong.is_empty(), "{} wrong, among them {:?}", wrong.len(), &wrong[..wrong.len().min(5)]);
+    assert!(excused.len() * 10 <= hits.len(), "the machine stood still: {} of {} faults", excused.len(), hits.len());
 }
 
 /// The figures of some requests, for the test's output.

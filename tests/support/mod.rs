@@ -8,6 +8,7 @@ pub mod forward;
 pub mod grpc;
 pub mod http;
 pub mod load;
+pub mod machine;
 pub mod pgbouncer;
 pub mod postgres;
 pub mod probe;
@@ -33,9 +34,13 @@ pub async fn eventually<F: Future<Output = bool>>(what: &str, limit: Duration, m
     assert!(asked.await.is_ok(), "not within {limit:?}: {what}");
 }
 
-/// Held by tests that measure time: no other test runs meanwhile.
-pub async fn alone() -> RwLockWriteGuard<'static, ()> {
-    TURN.write().await
+/// Held by tests that measure time: no other test runs meanwhile, and the machine is watched.
+pub struct Alone(machine::Watch, RwLockWriteGuard<'static, ()>);
+
+/// Waits until no other test runs.
+pub async fn alone() -> Alone {
+    let turn = TURN.write().await;
+    Alone(machine::Watch::start(), turn)
 }
 
 /// Held by every other test of a binary in which some measure time.

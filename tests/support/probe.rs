@@ -3,12 +3,16 @@
 use std::time::Duration;
 
 use tokio::{
+    sync::watch,
     task::{JoinHandle, JoinSet},
     time::{Instant, sleep_until},
 };
 use tokio_util::sync::CancellationToken;
 
-use super::grpc::{Asker, Verdict};
+use super::{
+    grpc::{Asker, Verdict},
+    machine,
+};
 
 /// One check.
 #[derive(Clone, Debug)]
@@ -43,6 +47,7 @@ impl Probe {
 /// Checks that are being sent.
 pub struct Probing {
     enough: CancellationToken,
+    granted: watch::Receiver<bool>,
     sending: JoinHandle<Vec<Probe>>,
 }
 
@@ -50,8 +55,19 @@ impl Probing {
     /// Asks `asker` `per_second` times a second, for each of `keys` in turn, on a route with these context extensions.
     pub fn start(asker: &Asker, per_second: u32, keys: Vec<String>, extensions: &'static [(&str, &str)]) -> Self {
         let (enough, asker) = (CancellationToken::new(), asker.clone());
-        let sending = tokio::spawn(send(asker, Duration::from_secs(1) / per_second, keys, extensions, enough.clone()));
-        Self { enough, sending }
+        let (grants, granted) = watch::channel(false);
+        let step = Duration::from_secs(1) / per_second;
+        let sending = tokio::spawn(send(asker, step, keys, extensions, (enough.clone(), grants)));
+        Self { enough, granted, sending }
+    }
+
+    /// Waits for a grant.
+    ///
+    /// # Panics
+    /// If there is none for very long.
+    pub async fn until_granted(&mut self) {
+        let granted = tokio::time::timeout(Duration::from_secs(30), self.granted.wait_for(|granted| *granted));
+        granted.await.expect("it is granted soon").expect("checks are being sent");
     }
 
     /// Sends no more and waits for the answers; what everything came to, in the order in which it was answered.
@@ -66,7 +82,7 @@ async fn send(
     step: Duration,
     keys: Vec<String>,
     extensions: &'static [(&str, &str)],
-    enough: CancellationToken,
+    (enough, grants): (CancellationToken, watch::Sender<bool>),
 ) -> Vec<Probe> {
     let (mut due, mut number) = (Instant::now(), 0);
     let (mut sent, mut done) = (JoinSet::new(), Vec::new());
@@ -80,7 +96,9 @@ async fn send(
         number += 1;
         due += step;
         while let Some(probe) = sent.try_join_next() {
-            done.push(probe.expect("no panic"));
+            let probe = probe.expect("no panic");
+            grants.send_if_modified(|granted| !std::mem::replace(granted, *granted || probe.is_grant()) && *granted);
+            done.push(probe);
         }
     }
     while let Some(probe) = sent.join_next().await {
@@ -94,7 +112,10 @@ pub fn last_grant<'p>(probes: impl IntoIterator<Item = &'p Probe>) -> Option<Ins
     probes.into_iter().filter(|probe| probe.is_grant()).map(|probe| probe.began).max()
 }
 
-/// How long after `event` the last check that was granted began; 0 where none did.
+/// How long after `event` the last check that was granted began, without the time that the machine stood still
+/// meanwhile; 0 where none did.
 pub fn granted_after<'p>(event: Instant, probes: impl IntoIterator<Item = &'p Probe>) -> Duration {
-    last_grant(probes).map_or(Duration::ZERO, |began| began.saturating_duration_since(event))
+    let late = last_grant(probes)
+        .map(|began| began.saturating_duration_since(event).saturating_sub(machine::stood_still(event, began)));
+    late.unwrap_or_default()
 }

@@ -20,6 +20,10 @@ use super::{
     process::{End, Frozen, Guarded, directory},
 };
 
+/// Deadlines that leave a test all the time it wants.
+pub const UNHURRIED: [(&str, &str); 3] =
+    [("store.read_timeout", "60s"), ("decision.deadline", "70s"), ("decision.envoy_timeout", "80s")];
+
 /// A set of settings, and a directory for the embedded database. Everything runs with these and nothing else.
 pub struct Site {
     dir: TempDir,
@@ -48,6 +52,12 @@ impl Site {
         let settings = [("TRUSTGATE__GRPC__LISTEN", "127.0.0.1:0"), ("TRUSTGATE__ADMIN__LISTEN", "127.0.0.1:0")];
         let settings = settings.map(|(name, value)| (name.to_owned(), value.to_owned())).to_vec();
         Self { dir: tempfile::tempdir().expect("a directory"), settings }
+    }
+
+    /// The same with [`UNHURRIED`].
+    pub fn unhurried(mut self) -> Self {
+        UNHURRIED.iter().for_each(|(setting, value)| self.set(setting, *value));
+        self
     }
 
     /// The same with `section.name` set to `value`.

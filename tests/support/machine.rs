@@ -1,0 +1,115 @@
+//! What the machine did while a test measured: a virtual machine whose host is busy stands still now and then, all
+//! programs in it, and what they are late by then is not theirs.
+
+// What the machine does is measured by its own clocks.
+#![allow(clippy::disallowed_methods)]
+
+use std::{
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread::{self, JoinHandle},
+    time::{Duration, Instant, SystemTime},
+};
+
+use rustix::{
+    process::setpriority_process,
+    thread::{CpuSet, sched_getaffinity, sched_setaffinity},
+};
+
+/// How often each processor is looked at.
+const STEP: Duration = Duration::from_millis(4);
+/// A thread that goes before all others, and wants a processor for a moment only, gets it much sooner than this.
+const PAUSE: Duration = Duration::from_millis(25);
+
+/// When a processor stood still.
+#[derive(Clone, Copy)]
+struct Pause {
+    from: Instant,
+    to: Instant,
+}
+
+/// Of the watch that is on, or was last.
+static PAUSES: Mutex<Vec<Pause>> = Mutex::new(Vec::new());
+
+/// Whether a processor stood still between two moments, or so shortly before that what had queued up meanwhile was still
+/// being worked off: for as long again as it had stood.
+pub fn was_disturbed(from: impl Into<Instant>, to: impl Into<Instant>) -> bool {
+    let (from, to) = (from.into(), to.into());
+    pauses().iter().any(|pause| pause.from <= to && from <= pause.to + (pause.to - pause.from))
+}
+
+/// For how long processors stood still between two moments, taken together.
+pub fn stood_still(from: impl Into<Instant>, to: impl Into<Instant>) -> Duration {
+    let (from, to) = (from.into(), to.into());
+    pauses().iter().map(|pause| pause.to.min(to).saturating_duration_since(pause.from.max(from))).sum()
+}
+
+/// A moment of the past that another program took down by the clock on the wall.
+///
+/// # Panics
+/// If it is in the future.
+pub fn moment(wall: SystemTime) -> Instant {
+    Instant::now() - SystemTime::now().duration_since(wall).expect("in the past")
+}
+
+fn pauses() -> MutexGuard<'static, Vec<Pause>> {
+    // Whole at every moment, whoever panicked elsewhere.
+    PAUSES.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Watches every processor, each by a thread that is bound to it, until it is dropped. One at a time.
+pub struct Watch {
+    enough: Arc<AtomicBool>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+impl Watch {
+    /// Watches from now on.
+    ///
+    /// # Panics
+    /// If the system does not say which processors are ours.
+    pub fn start() -> Self {
+        pauses().clear();
+        let enough = Arc::new(AtomicBool::new(false));
+        let ours = sched_getaffinity(None).expect("the system says which processors are ours");
+        let processors = (0..CpuSet::MAX_CPU).filter(|processor| ours.is_set(*processor));
+        let threads = processors.map(|processor| {
+            let enough = Arc::clone(&enough);
+            thread::spawn(move || watch(processor, &enough))
+        });
+        Self { threads: threads.collect(), enough }
+    }
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        self.enough.store(true, Ordering::Relaxed);
+        for thread in self.threads.drain(..) {
+            // A test that failed shows its own reason.
+            let _ = thread.join();
+        }
+        let pauses = pauses().clone();
+        if let Some(longest) = pauses.iter().map(|pause| pause.to - pause.from).max() {
+            println!("the machine stood still {} times, up to {longest:?}", pauses.len());
+        }
+    }
+}
+
+fn watch(processor: usize, enough: &AtomicBool) {
+    let mut only = CpuSet::new();
+    only.set(processor);
+    sched_setaffinity(None, &only).expect("it is among ours");
+    // So that what programs do to each other is not taken for a pause. Where we may not, it mostly is not anyway.
+    let _ = setpriority_process(None, -20);
+    let mut looked = Instant::now();
+    while !enough.load(Ordering::Relaxed) {
+        thread::sleep(STEP);
+        let now = Instant::now();
+        if now - looked > STEP + PAUSE {
+            pauses().push(Pause { from: looked, to: now });
+        }
+        looked = now;
+    }
+}
