@@ -11,7 +11,8 @@ use crate::{
         alone,
         grpc::Asker,
         load::Shot,
-        probe::Probing,
+        machine,
+        probe::{Probe, Probing},
         server::{Server, Site, made_up_key},
     },
 };
@@ -41,9 +42,7 @@ async fn import_beside_traffic(site: &Site, cached: Vec<Shot>) {
     let server = site.serve().await;
     let asker = Asker::connect(server.grpc()).await;
     let imported = made_up_key();
-    for shot in &cached {
-        assert_eq!(asker.check(&shot.key).await.trust_id, shot.owner);
-    }
+    asker.hold(&cached).await;
     let file = site.path().join("keys");
     let digests = (1..IMPORTED).map(|_| {
         let mut digest = [0; 32];
@@ -65,7 +64,8 @@ async fn import_beside_traffic(site: &Site, cached: Vec<Shot>) {
     let probes = probing.stop().await;
     let read = reads(&server).await - before;
     println!("{IMPORTED} keys imported in {took:?}; meanwhile {} checks with cached keys, {read} reads", probes.len());
-    let wrong: Vec<_> = probes.iter().filter(|probe| !probe.is_grant()).collect();
+    let is_excused = |probe: &&Probe| probe.is_fault() && machine::was_disturbed(probe.began, probe.answered);
+    let wrong: Vec<_> = probes.iter().filter(|probe| !probe.is_grant() && !is_excused(probe)).collect();
     assert!(wrong.is_empty(), "{} of {}: {:?}", wrong.len(), probes.len(), wrong[0]);
     assert!(probes.len() >= CACHED);
     let limit = f64::from(u32::try_from(CACHED / 100).unwrap());
@@ -94,9 +94,7 @@ async fn while_nothing_changes_a_replica_sends_eleven_polls_and_one_write_a_seco
         stage.site.set("store.url", format!("{url}&application_name={name}"));
         let server = stage.site.serve().await;
         let asker = Asker::connect(server.grpc()).await;
-        for shot in &held {
-            assert_eq!(asker.check(&shot.key).await.trust_id, shot.owner);
-        }
+        asker.hold(&held).await;
         probing.push(Probing::start(&asker, 100, held.iter().map(|shot| shot.key.clone()).collect(), &[]));
         servers.push(server);
     }

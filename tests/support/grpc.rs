@@ -1,6 +1,6 @@
 //! A client that asks a trustgate as Envoy does, without Envoy between.
 
-use std::net::SocketAddr;
+use std::{net::SocketAddr, time::Duration};
 
 use envoy_types::pb::{
     envoy::service::auth::v3::{
@@ -13,6 +13,8 @@ use envoy_types::pb::{
 };
 use tonic::{Status, transport::Channel};
 use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient};
+
+use super::{eventually, load::Shot};
 
 /// A connection to one trustgate.
 #[derive(Clone)]
@@ -44,7 +46,22 @@ impl Asker {
         self.check_with(key, &[]).await.expect("an answer")
     }
 
-    /// The same with context extensions of a route; a gRPC error is one here.
+    /// Asks for each of these good keys until it is granted, so that it is held from then on.
+    ///
+    /// # Panics
+    /// If one is denied, or not granted for very long.
+    pub async fn hold(&self, shots: &[Shot]) {
+        for shot in shots {
+            eventually("a good key is granted", Duration::from_secs(30), || async {
+                let verdict = self.check(&shot.key).await;
+                assert!(verdict.trust_id == shot.owner || verdict.status == 503, "{verdict:?}");
+                verdict.status == 200
+            })
+            .await;
+        }
+    }
+
+    /// As [`Self::check`], with context extensions of a route; a gRPC error is one here.
     pub async fn check_with(&self, key: &str, extensions: &[(&str, &str)]) -> Result<Verdict, Status> {
         let answer = self.0.clone().check(request(key, extensions)).await?;
         Ok(verdict(&answer.into_inner()))

@@ -49,9 +49,10 @@ pub fn stood_still(from: impl Into<Instant>, to: impl Into<Instant>) -> Duration
 /// A moment of the past that another program took down by the clock on the wall.
 ///
 /// # Panics
-/// If it is in the future.
+/// If it is in the future, or of before the machine's start.
 pub fn moment(wall: SystemTime) -> Instant {
-    Instant::now() - SystemTime::now().duration_since(wall).expect("in the past")
+    let age = SystemTime::now().duration_since(wall).expect("in the past");
+    Instant::now().checked_sub(age).expect("since the machine's start")
 }
 
 fn pauses() -> MutexGuard<'static, Vec<Pause>> {

@@ -56,7 +56,9 @@ impl Site {
 
     /// The same with [`UNHURRIED`].
     pub fn unhurried(mut self) -> Self {
-        UNHURRIED.iter().for_each(|(setting, value)| self.set(setting, *value));
+        for (setting, value) in UNHURRIED {
+            self.set(setting, value);
+        }
         self
     }
 
