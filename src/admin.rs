@@ -11,6 +11,7 @@ use axum::{
     response::IntoResponse,
     routing::get,
 };
+use futures_util::future::join_all;
 use tokio::{net::TcpListener, runtime::Handle, time::timeout};
 use tokio_util::sync::CancellationToken;
 
@@ -29,7 +30,7 @@ crate::settings! {
     }
 }
 
-/// How long the runtime that serves checks has to answer a probe.
+/// How long the runtimes that serve checks have to answer a probe, all of them.
 const PROBE_TIMEOUT: Duration = Duration::from_millis(250);
 
 /// What the admin listener shows.
@@ -44,8 +45,8 @@ pub struct Admin {
     pub clock: Arc<dyn Clock>,
     /// Whether the store answers.
     pub poll: PollMetrics,
-    /// The runtime that serves checks.
-    pub serving: Handle,
+    /// The runtimes that serve checks.
+    pub serving: Vec<Handle>,
     /// Called before a scrape.
     pub before_scrape: Box<dyn Fn() + Send + Sync>,
 }
@@ -67,7 +68,8 @@ pub async fn run(listener: TcpListener, admin: Arc<Admin>, stop: CancellationTok
 /// otherwise all replicas would leave at once. The body says what is lost.
 async fn ready(State(admin): State<Arc<Admin>>) -> impl IntoResponse {
     let phase = admin.life.phase();
-    let answers = timeout(PROBE_TIMEOUT, admin.serving.spawn(async {})).await.is_ok();
+    let probes = admin.serving.iter().map(|core| core.spawn(async {}));
+    let answers = timeout(PROBE_TIMEOUT, join_all(probes)).await.is_ok();
     let store = match (admin.views.is_confirmed(), admin.poll.is_store_up()) {
         (_, true) => "ok",
         (false, false) => "cannot be used yet; see the log for the reason",

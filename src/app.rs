@@ -6,7 +6,9 @@ use std::{
     future::pending,
     io,
     net::SocketAddr,
+    num::NonZero,
     sync::{Arc, OnceLock},
+    thread::available_parallelism,
     time::Duration,
 };
 
@@ -42,6 +44,7 @@ use crate::{
     metrics::{self, IntGaugeVec, Opts, Registry, register},
     net::{
         self, Service, Signals,
+        core::Cores,
         drain::{Life, Phase},
     },
     record::{KeyId, Record, TrustId},
@@ -202,9 +205,11 @@ impl AppBuilder {
 
         let service = Arc::new(Service::new(Arc::clone(&checker), routes, config.limits.clone(), &registry)?);
         let (signals, tasks) = (Signals::default(), TaskTracker::new());
+        // As many as this process may use: its affinity and its share of the machine (cgroup) are counted in.
+        let cores = Arc::new(Cores::start(available_parallelism().map_or(1, NonZero::get))?);
         for listener in grpc {
-            let accepting = net::accept::run(listener, Arc::clone(&service), signals.clone(), tasks.clone());
-            parts.spawn(accepting.map(Ok));
+            let (service, cores) = (Arc::clone(&service), Arc::clone(&cores));
+            parts.spawn(net::accept::run(listener, service, cores, signals.clone(), tasks.clone()).map(Ok));
         }
         let shown = Admin {
             registry,
@@ -213,12 +218,12 @@ impl AppBuilder {
             views,
             poll: poll_metrics,
             clock,
-            serving: Handle::current(),
+            serving: cores.handles(),
         };
         let admin_runtime = start_admin(admin, shown, &stop, &mut parts)?;
         tracing::info!(grpc = ?addresses.0, admin = ?addresses.1, "listening");
         let runtimes = (io, poll_runtime, admin_runtime);
-        Ok(Running { config, addresses, checker, cache, source, life, stop, signals, tasks, parts, runtimes })
+        Ok(Running { config, addresses, checker, cache, source, life, stop, signals, tasks, parts, cores, runtimes })
     }
 }
 
@@ -234,6 +239,7 @@ pub struct Running {
     signals: Signals,
     tasks: TaskTracker,
     parts: JoinSet<Result<(), AppError>>,
+    cores: Arc<Cores>,
     runtimes: (IoRuntime, IoRuntime, IoRuntime),
 }
 
@@ -313,7 +319,7 @@ impl Running {
             outcome = outcome.and(ended);
         }
         self.source.close().await;
-        drop(self.runtimes);
+        drop((self.cores, self.runtimes));
         tracing::info!("stopped");
         outcome
     }
@@ -325,7 +331,8 @@ impl Running {
 /// When the server cannot start, or ended before it was told to.
 pub fn serve(config: Config, env: Env<'_>) -> Result<(), AppError> {
     telemetry::start(&config.log);
-    let runtime = Builder::new_multi_thread().enable_all().thread_name("trustgate").build()?;
+    // Checks have their own threads: here connections are accepted, and everything is begun and ended.
+    let runtime = Builder::new_multi_thread().worker_threads(1).enable_all().thread_name("trustgate").build()?;
     runtime.block_on(async {
         let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
         let mut running = AppBuilder::new(config, env)?.start().await?;

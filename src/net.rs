@@ -4,6 +4,7 @@
 
 pub mod accept;
 pub mod body;
+pub mod core;
 pub mod drain;
 pub mod preface;
 
@@ -21,7 +22,10 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic::service::Routes;
 use tower_service::Service as _;
 
-use self::body::{ReplyBody, Room};
+use self::{
+    body::{ReplyBody, Room},
+    core::Load,
+};
 use crate::{
     check::Checker,
     metrics::{IntGauge, Opts, Registry, register},
@@ -140,7 +144,14 @@ pub struct Signals {
 }
 
 /// Serves one connection to its end.
-async fn connection(service: Arc<Service>, mut stream: TcpStream, signals: Signals, tasks: TaskTracker, age: Duration) {
+async fn connection(
+    service: Arc<Service>,
+    mut stream: TcpStream,
+    signals: Signals,
+    tasks: TaskTracker,
+    age: Duration,
+    load: Arc<Load>,
+) {
     // Answers are small and must not wait for more; a socket that refuses this still works.
     let _ = stream.set_nodelay(true);
     let limits = &service.limits;
@@ -156,7 +167,14 @@ async fn connection(service: Arc<Service>, mut stream: TcpStream, signals: Signa
         .keep_alive_interval(limits.keepalive_interval)
         .keep_alive_timeout(limits.keepalive_timeout);
     let shared = Arc::clone(&service);
-    let call = hyper::service::service_fn(move |request| Arc::clone(&shared).call(request));
+    let call = hyper::service::service_fn(move |request| {
+        let (stream, call) = (load.stream(), Arc::clone(&shared).call(request));
+        async move {
+            let answer = call.await;
+            drop(stream);
+            answer
+        }
+    });
     let mut serving = std::pin::pin!(builder.serve_connection(io, call));
     service.connections_open.inc();
     let ended_early = tokio::select! {

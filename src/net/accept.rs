@@ -4,17 +4,26 @@
 
 use std::{sync::Arc, time::Duration};
 
-use tokio::{net::TcpListener, time::sleep};
+use tokio::{
+    net::{TcpListener, TcpStream},
+    time::sleep,
+};
 use tokio_util::task::TaskTracker;
 
-use super::{Service, Signals, connection};
+use super::{Service, Signals, connection, core::Cores};
 
 /// The wait after a failed accept (out of file descriptors, say); it doubles up to the longest one.
 const ACCEPT_WAIT: Duration = Duration::from_millis(10);
 const ACCEPT_WAIT_MAX: Duration = Duration::from_secs(1);
 
-/// Serves `listener` until `signals.drain`, then closes it. Connections live on in `tasks`.
-pub async fn run(listener: TcpListener, service: Arc<Service>, signals: Signals, tasks: TaskTracker) {
+/// Accepts from `listener` until `signals.drain`, then closes it. Connections live on in `tasks`, on `cores`.
+pub async fn run(
+    listener: TcpListener,
+    service: Arc<Service>,
+    cores: Arc<Cores>,
+    signals: Signals,
+    tasks: TaskTracker,
+) {
     let mut wait = ACCEPT_WAIT;
     loop {
         let accepted = signals.drain.run_until_cancelled(async {
@@ -23,7 +32,8 @@ pub async fn run(listener: TcpListener, service: Arc<Service>, signals: Signals,
             Some((permit, listener.accept().await))
         });
         let Some(Some((permit, accepted))) = accepted.await else { return };
-        let (stream, peer) = match accepted {
+        // On its own core the connection is made anew: it belongs to the runtime where it is made.
+        let (stream, peer) = match accepted.and_then(|(stream, peer)| Ok((stream.into_std()?, peer))) {
             Ok(accepted) => accepted,
             Err(error) => {
                 tracing::warn!(%error, "a connection could not be accepted; trying again in {wait:?}");
@@ -34,10 +44,13 @@ pub async fn run(listener: TcpListener, service: Arc<Service>, signals: Signals,
         };
         wait = ACCEPT_WAIT;
         let age = spread_age(service.limits.connection_age, peer.port());
-        let serving = connection(Arc::clone(&service), stream, signals.clone(), tasks.clone(), age);
-        let end = signals.end.clone();
-        tasks.spawn(async move {
-            end.run_until_cancelled(serving).await;
+        let (service, signals, calls) = (Arc::clone(&service), signals.clone(), tasks.clone());
+        cores.serve(&tasks, |load| async move {
+            let end = signals.end.clone();
+            // A descriptor that cannot be watched is closed: the peer tries again.
+            if let Ok(stream) = TcpStream::from_std(stream) {
+                end.run_until_cancelled(connection(service, stream, signals, calls, age, load)).await;
+            }
             drop(permit);
         });
     }
