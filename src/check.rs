@@ -19,14 +19,14 @@ use crate::{
     clock::{Clock, Moment},
     credential::{
         CredentialSettings, Hasher,
-        extract::{CredentialError, Removals, extract},
+        extract::{CredentialError, Extracted, Key, Removals, extract},
     },
     decision::{Decision, DenyReason, decide},
     demand::{Demands, Freshness, is_preflight},
     fault::Fault,
     freshness::{View as History, Views, deny::DenyList, history::Place, lease::Standing},
     metrics::{Histogram, HistogramOpts, IntCounter, IntCounterVec, Opts, Registry, SHORT_SECONDS, register},
-    record::ApiKeyDigest,
+    record::{ApiKeyDigest, Digests},
     wire::{
         response::{OnFault, Replies, Reply},
         view::View,
@@ -110,32 +110,33 @@ impl Checker {
     /// # Cancel safety
     /// Safe: a dropped check is counted as cancelled, and what it waited for goes on for others.
     pub async fn check(&self, message: &[u8]) -> Reply {
+        match self.begin(message) {
+            Begun::Answered(reply) => reply,
+            Begun::Waits(waiting) => self.go_on(message, waiting).await,
+        }
+    }
+
+    /// The same as far as it goes without waiting: what L1 holds, and what needs no record at all.
+    #[must_use]
+    pub fn begin(&self, message: &[u8]) -> Begun {
         let now = self.parts.clock.now();
         // Before anything else: what is found later is judged by this view and its lease.
         let history = self.parts.views.load();
         let standing = history.standing(now);
-        let observed = self.metrics.start(&*self.parts.clock, now);
-        let Ok(view) = View::parse(message) else { return observed.denied(&self.replies, DenyReason::Undecodable) };
-        if !view.is_http {
-            return observed.denied(&self.replies, DenyReason::Undecodable);
-        }
-        let extracted = extract(&self.parts.credential, &view);
-        let demands = match Demands::of(&view) {
-            Ok(demands) => demands,
-            Err(fault) => return self.answer(observed, Err(fault), &extracted.removals, now),
+        let request = match self.read(message) {
+            Ok(request) => request,
+            Err(reason) => return Begun::Answered(self.denied(reason, now)),
         };
-        if self.parts.decision.preflight == Preflight::Pass && is_preflight(&view) {
-            return self.answer(observed, Ok(Decision::Anonymous), &extracted.removals, now);
-        }
-        let key = match &extracted.key {
-            Ok(key) => key.expose(),
-            Err(CredentialError::Missing) if demands.optional => {
-                return self.answer(observed, Ok(Decision::Anonymous), &extracted.removals, now);
+        let key = match &request.subject {
+            Ok(Subject::Key(key)) => key.expose(),
+            Ok(Subject::Nobody) => return Begun::Answered(self.answer(Ok(Decision::Anonymous), &request, now, false)),
+            Err(Refusal::Denied(reason)) => return Begun::Answered(self.denied(*reason, now)),
+            Err(Refusal::Fault(fault)) => {
+                return Begun::Answered(self.answer(Err(fault.clone()), &request, now, false));
             }
-            Err(error) => return observed.denied(&self.replies, (*error).into()),
         };
         let digest = self.parts.hasher.current(key);
-        let freshness = self.freshness(&demands);
+        let freshness = self.freshness(&request.demands);
         let standing = match (freshness, standing) {
             (Freshness::Lease, standing) => standing,
             (Freshness::Strict, Standing::Fresh) => Standing::Fresh,
@@ -145,35 +146,77 @@ impl Checker {
             let held = self.parts.cache.hit(&history, &digest, now, freshness == Freshness::Ttl);
             // An absence that cannot be confirmed is not one.
             if let Some(held) = held.filter(|held| standing != Standing::Stale || held.value().is_some()) {
-                let outcome = self.decide(&history, &digest, &held, &demands, now);
-                let is_stale = standing == Standing::Stale;
-                return self.answer_as(observed, outcome, &extracted.removals, now, is_stale);
+                let outcome = self.decide(&history, &digest, &held, &request.demands, now);
+                return Begun::Answered(self.answer(outcome, &request, now, standing == Standing::Stale));
             }
         }
+        let digests = self.parts.hasher.digests(digest, key);
         let history = Guard::into_inner(history);
         let reliance = match (freshness, standing) {
             (Freshness::Ttl, _) => Reliance::Age,
             (_, Standing::Fresh) => Reliance::Lease(Arc::clone(&history), now),
             (_, Standing::Stale | Standing::Lapsed) => Reliance::Store(Arc::clone(&history), now),
         };
-        let found = self.find(digest, key, &reliance).await;
+        Begun::Waits(Waiting { began: now, history, digests, reliance })
+    }
+
+    /// Decides what [`Self::begin`] could not decide at once, for the same `message`.
+    ///
+    /// # Cancel safety
+    /// As [`Self::check`].
+    pub async fn go_on(&self, message: &[u8], waiting: Waiting) -> Reply {
+        let Waiting { began, history, digests, reliance } = waiting;
+        let clock = &*self.parts.clock;
+        let unanswered = Unanswered { metrics: &self.metrics, clock, began };
+        let (digest, limit) = (digests.current, self.parts.decision.deadline);
+        let found = self.parts.cache.find(digests, &reliance);
+        let found = timeout(limit, found).await.unwrap_or(Err(Fault::Late { limit }));
+        std::mem::forget(unanswered);
+        // Read once more: nothing of the request was kept while it waited.
+        let request = match self.read(message) {
+            Ok(request) => request,
+            Err(reason) => return self.denied(reason, began),
+        };
         let outcome = match &found {
-            Ok(held) => self.decide(&history, &digest, held, &demands, self.parts.clock.now()),
+            Ok(held) => self.decide(&history, &digest, held, &request.demands, clock.now()),
             Err(fault) => Err(fault.clone()),
         };
-        self.answer(observed, outcome, &extracted.removals, now)
+        self.answer(outcome, &request, began, false)
     }
 
     /// The reply to a message that was refused unread.
     pub fn refuse(&self, reason: DenyReason) -> Reply {
-        self.metrics.start(&*self.parts.clock, self.parts.clock.now()).denied(&self.replies, reason)
+        self.denied(reason, self.parts.clock.now())
     }
 
     /// The reply to a message that there is no room for.
     pub fn shed(&self, limit: &'static str) -> Reply {
-        let now = self.parts.clock.now();
-        let observed = self.metrics.start(&*self.parts.clock, now);
-        self.answer(observed, Err(Fault::Overloaded { limit }), &Removals::default(), now)
+        self.failed(&Fault::Overloaded { limit }, self.parts.clock.now(), Duration::ZERO)
+    }
+
+    /// What a decision needs of `message`, where it lies.
+    fn read<'c, 'm: 'c>(&'c self, message: &'m [u8]) -> Result<Request<'m, 'c>, DenyReason> {
+        let view = View::parse(message).map_err(|_| DenyReason::Undecodable)?;
+        if !view.is_http {
+            return Err(DenyReason::Undecodable);
+        }
+        let Extracted { key, removals } = extract(&self.parts.credential, &view);
+        let (demands, subject) = match Demands::of(&view) {
+            Err(fault) => (Demands::default(), Err(Refusal::Fault(fault))),
+            Ok(demands) => {
+                let subject = if self.parts.decision.preflight == Preflight::Pass && is_preflight(&view) {
+                    Ok(Subject::Nobody)
+                } else {
+                    match key {
+                        Ok(key) => Ok(Subject::Key(key)),
+                        Err(CredentialError::Missing) if demands.optional => Ok(Subject::Nobody),
+                        Err(error) => Err(Refusal::Denied(error.into())),
+                    }
+                };
+                (demands, subject)
+            }
+        };
+        Ok(Request { subject, demands, removals })
     }
 
     /// What the route demands, or the configuration says. Tables that do not name their changes cannot confirm anything
@@ -183,13 +226,6 @@ impl Checker {
             Freshness::Lease | Freshness::Strict if !self.parts.names_changes => Freshness::Live,
             freshness => freshness,
         }
-    }
-
-    async fn find(&self, digest: ApiKeyDigest, key: &[u8], reliance: &Reliance) -> Result<Arc<Held<ApiKey>>, Fault> {
-        let Parts { hasher, cache, decision, .. } = &self.parts;
-        let limit = decision.deadline;
-        let found = cache.find(hasher.digests(digest, key), reliance);
-        timeout(limit, found).await.unwrap_or(Err(Fault::Late { limit }))
     }
 
     fn decide<'h>(
@@ -220,44 +256,89 @@ impl Checker {
         Ok(if is_bound { Decision::Deny(DenyReason::Revoked) } else { decision })
     }
 
-    fn answer(&self, observed: Observed<'_>, outcome: Outcome<'_>, removals: &Removals<'_>, now: Moment) -> Reply {
-        self.answer_as(observed, outcome, removals, now, false)
-    }
-
-    /// `is_stale`: whether it rests on what the lease no longer covers.
-    fn answer_as(
-        &self,
-        observed: Observed<'_>,
-        outcome: Outcome<'_>,
-        removals: &Removals<'_>,
-        now: Moment,
-        is_stale: bool,
-    ) -> Reply {
+    /// The reply to a request that began at `began`. `is_stale`: whether it rests on what the lease no longer covers.
+    fn answer(&self, outcome: Outcome<'_>, request: &Request<'_, '_>, began: Moment, is_stale: bool) -> Reply {
+        let took = self.parts.clock.now().since(began);
         let limit = self.parts.decision.deadline;
-        let took = self.parts.clock.now().since(now);
-        let outcome = match outcome {
-            // What was relied on when the check began may have ended since.
-            Ok(Decision::Allow(_)) if took > limit => Err(Fault::Late { limit }),
-            outcome => outcome,
-        };
         match outcome {
+            // What was relied on when the check began may have ended since.
+            Ok(Decision::Allow(_)) if took > limit => self.failed(&Fault::Late { limit }, began, took),
             Ok(decision) => {
                 if is_stale && matches!(decision, Decision::Allow(_)) {
                     self.metrics.stale.inc();
                 }
-                observed.end(match &decision {
+                let counter = match &decision {
                     Decision::Allow(_) => &self.metrics.allowed,
                     Decision::Anonymous => &self.metrics.anonymous,
                     Decision::Deny(reason) => &self.metrics.denied[*reason as usize],
-                });
-                self.replies.decision(&decision, removals, is_stale)
+                };
+                self.metrics.observe(counter, took);
+                self.replies.decision(&decision, &request.removals, is_stale)
             }
-            Err(fault) => {
-                observed.end(&self.metrics.fault);
-                self.fault_log.note(&fault, now);
-                self.replies.fault()
-            }
+            Err(fault) => self.failed(&fault, began, took),
         }
+    }
+
+    fn denied(&self, reason: DenyReason, began: Moment) -> Reply {
+        let took = self.parts.clock.now().since(began);
+        self.metrics.observe(&self.metrics.denied[reason as usize], took);
+        self.replies.denial(reason)
+    }
+
+    fn failed(&self, fault: &Fault, began: Moment, took: Duration) -> Reply {
+        self.metrics.observe(&self.metrics.fault, took);
+        self.fault_log.note(fault, began);
+        self.replies.fault()
+    }
+}
+
+/// What a check came to without waiting.
+pub enum Begun {
+    /// A reply.
+    Answered(Reply),
+    /// Redis or the database has to be asked: [`Checker::go_on`] does.
+    Waits(Waiting),
+}
+
+/// A check that has to wait. Holds nothing of its message.
+pub struct Waiting {
+    began: Moment,
+    history: Arc<History>,
+    digests: Digests,
+    reliance: Reliance,
+}
+
+/// What a decision needs of a request. `'m`: the message, `'c`: the checker.
+struct Request<'m, 'c> {
+    subject: Result<Subject<'m>, Refusal>,
+    demands: Demands<'m>,
+    removals: Removals<'c>,
+}
+
+/// Who is asked about.
+enum Subject<'m> {
+    /// Whoever holds this key.
+    Key(Key<'m>),
+    /// Nobody: the request may pass without a key.
+    Nobody,
+}
+
+/// Why a request ends before a record is looked for.
+enum Refusal {
+    Denied(DenyReason),
+    Fault(Fault),
+}
+
+/// A check that waits. Dropped, Envoy gave up: that is not a success.
+struct Unanswered<'a> {
+    metrics: &'a CheckMetrics,
+    clock: &'a dyn Clock,
+    began: Moment,
+}
+
+impl Drop for Unanswered<'_> {
+    fn drop(&mut self) {
+        self.metrics.observe(&self.metrics.cancelled, self.clock.now().since(self.began));
     }
 }
 
@@ -323,34 +404,8 @@ impl CheckMetrics {
         })
     }
 
-    fn start<'a>(&'a self, clock: &'a dyn Clock, began: Moment) -> Observed<'a> {
-        Observed { metrics: self, clock, began, counter: &self.cancelled }
-    }
-}
-
-/// One check being observed. Dropped without an end, Envoy gave up: that is not a success.
-struct Observed<'a> {
-    metrics: &'a CheckMetrics,
-    clock: &'a dyn Clock,
-    began: Moment,
-    counter: &'a IntCounter,
-}
-
-impl<'a> Observed<'a> {
-    fn end(mut self, counter: &'a IntCounter) {
-        self.counter = counter;
-    }
-
-    fn denied(self, replies: &Replies, reason: DenyReason) -> Reply {
-        let counter = &self.metrics.denied[reason as usize];
-        self.end(counter);
-        replies.denial(reason)
-    }
-}
-
-impl Drop for Observed<'_> {
-    fn drop(&mut self) {
-        self.counter.inc();
-        self.metrics.seconds.observe(self.clock.now().since(self.began).as_secs_f64());
+    fn observe(&self, counter: &IntCounter, took: Duration) {
+        counter.inc();
+        self.seconds.observe(took.as_secs_f64());
     }
 }

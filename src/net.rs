@@ -3,34 +3,25 @@
 //! Never decides and never reads a message: `check` does. The caller passes the listener and the signals to stop.
 
 pub mod accept;
-pub mod body;
+mod body;
+mod call;
+mod connection;
 pub mod core;
 pub mod drain;
-pub mod preface;
+mod other;
+mod stream;
 
-use std::{convert::Infallible, net::SocketAddr, sync::Arc, time::Duration};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 
-use http::{Request, Response};
-use hyper::{body::Incoming, rt::Executor, server::conn::http2};
-use hyper_util::rt::{TokioIo, TokioTimer};
-use tokio::{
-    net::TcpStream,
-    sync::Semaphore,
-    time::{sleep, timeout},
-};
-use tokio_util::{sync::CancellationToken, task::TaskTracker};
+use tokio::sync::Semaphore;
+use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
-use tower_service::Service as _;
 
-use self::{
-    body::{ReplyBody, Room},
-    core::Load,
-};
+use self::body::Room;
 use crate::{
     check::Checker,
     metrics::{IntGauge, Opts, Registry, register},
     units::ByteSize,
-    wire::grpc::CHECK_PATH,
 };
 
 crate::settings! {
@@ -48,9 +39,9 @@ crate::settings! {
         streams_per_connection: u32 = "1024",
         /// A larger `CheckRequest` is denied with 431, unread. Envoy's headers are at most 60 KiB unless configured.
         message_size: ByteSize = "256KiB",
-        /// Messages held at one time, over all connections.
+        /// Messages held at one time, over all connections, for checks that wait or are not read to their end.
         messages_in_flight_size: ByteSize = "64MiB",
-        /// Checks at one time, over all connections; beyond it they are answered as faults at once.
+        /// Checks that wait at one time, over all connections; beyond it they are answered as faults at once.
         checks_in_flight: u32 = "16384",
         /// Connections at one time; further ones wait in the kernel's queue.
         connections_max: u32 = "4096",
@@ -68,16 +59,6 @@ crate::settings! {
         drain_grace: Duration = "20s",
     }
 }
-
-/// Resets that a peer may leave pending: Envoy resets en masse when its own timeout passes.
-const PENDING_ACCEPT_RESETS_MAX: usize = 1_000;
-/// Streams that we may have reset because the peer was wrong.
-const LOCAL_ERROR_RESETS_MAX: usize = 1_024;
-/// Bytes of request headers of one call.
-const HEADER_LIST_BYTES_MAX: u32 = 16 << 10;
-/// The largest message whose rest is read and thrown away, so that the connection stays in order; beyond it the call
-/// is answered and reset.
-const DISCARD_BYTES_MAX: u64 = 4 << 20;
 
 /// What serves calls: shared by all listeners.
 pub struct Service {
@@ -112,26 +93,6 @@ impl Service {
             limits,
         })
     }
-
-    async fn call(self: Arc<Self>, request: Request<Incoming>) -> Result<Response<ReplyBody>, Infallible> {
-        if request.uri().path() == CHECK_PATH {
-            return Ok(body::response(self.check(request.into_body()).await));
-        }
-        self.others.clone().call(request).await.map(|response| response.map(ReplyBody::other))
-    }
-
-    /// Reads one message, within its bounds, and decides it. Whatever the bytes are, the answer is a `CheckResponse`.
-    async fn check(&self, mut incoming: Incoming) -> crate::wire::response::Reply {
-        let read = body::read(&mut incoming, self.limits.message_size.bytes(), DISCARD_BYTES_MAX, &self.room);
-        let message = match timeout(self.limits.preface_timeout, read).await {
-            Ok(Ok(message)) => message,
-            Ok(Err(body::Refused::Denied(reason))) => return self.checker.refuse(reason),
-            Ok(Err(body::Refused::NoRoom)) => return self.checker.shed("limits.messages_in_flight_size"),
-            Err(_) => return self.checker.refuse(crate::decision::DenyReason::Undecodable),
-        };
-        let Ok(_permit) = self.checks.try_acquire() else { return self.checker.shed("limits.checks_in_flight") };
-        self.checker.check(message.bytes()).await
-    }
 }
 
 /// When connections end: gently once `drain` is cancelled, at once when `end` is.
@@ -141,66 +102,4 @@ pub struct Signals {
     pub drain: CancellationToken,
     /// Close now.
     pub end: CancellationToken,
-}
-
-/// Serves one connection to its end.
-async fn connection(
-    service: Arc<Service>,
-    mut stream: TcpStream,
-    signals: Signals,
-    tasks: TaskTracker,
-    age: Duration,
-    load: Arc<Load>,
-) {
-    // Answers are small and must not wait for more; a socket that refuses this still works.
-    let _ = stream.set_nodelay(true);
-    let limits = &service.limits;
-    let Ok(Ok(preface)) = timeout(limits.preface_timeout, preface::read(&mut stream)).await else { return };
-    let io = TokioIo::new(preface::Prefaced::new(preface, stream));
-    let mut builder = http2::Builder::new(Supervised(tasks));
-    builder
-        .timer(TokioTimer::new())
-        .max_concurrent_streams(limits.streams_per_connection)
-        .max_pending_accept_reset_streams(PENDING_ACCEPT_RESETS_MAX)
-        .max_local_error_reset_streams(LOCAL_ERROR_RESETS_MAX)
-        .max_header_list_size(HEADER_LIST_BYTES_MAX)
-        .keep_alive_interval(limits.keepalive_interval)
-        .keep_alive_timeout(limits.keepalive_timeout);
-    let shared = Arc::clone(&service);
-    let call = hyper::service::service_fn(move |request| {
-        let (stream, call) = (load.stream(), Arc::clone(&shared).call(request));
-        async move {
-            let answer = call.await;
-            drop(stream);
-            answer
-        }
-    });
-    let mut serving = std::pin::pin!(builder.serve_connection(io, call));
-    service.connections_open.inc();
-    let ended_early = tokio::select! {
-        // The peer's mistakes and departures are its own business: they end the connection and are no news.
-        _ = &mut serving => true,
-        () = sleep(age) => false,
-        () = signals.drain.cancelled() => false,
-    };
-    if !ended_early {
-        serving.as_mut().graceful_shutdown();
-        tokio::select! {
-            _ = &mut serving => {}
-            // hyper may wait without end for a peer that never closes its streams.
-            () = sleep(limits.drain_grace) => {}
-            () = signals.end.cancelled() => {}
-        }
-    }
-    service.connections_open.dec();
-}
-
-/// Runs the tasks that hyper makes for calls where somebody waits for their end.
-#[derive(Clone)]
-struct Supervised(TaskTracker);
-
-impl<F: Future<Output: Send> + Send + 'static> Executor<F> for Supervised {
-    fn execute(&self, task: F) {
-        self.0.spawn(task);
-    }
 }

@@ -10,7 +10,7 @@ use tokio::{
 };
 use tokio_util::task::TaskTracker;
 
-use super::{Service, Signals, connection, core::Cores};
+use super::{Service, Signals, connection, core::Cores, stream::Stream};
 
 /// The wait after a failed accept (out of file descriptors, say); it doubles up to the longest one.
 const ACCEPT_WAIT: Duration = Duration::from_millis(10);
@@ -49,7 +49,10 @@ pub async fn run(
             let end = signals.end.clone();
             // A descriptor that cannot be watched is closed: the peer tries again.
             if let Ok(stream) = TcpStream::from_std(stream) {
-                end.run_until_cancelled(connection(service, stream, signals, calls, age, load)).await;
+                // Answers are small and must not wait for more; a socket that refuses this still works.
+                let _ = stream.set_nodelay(true);
+                end.run_until_cancelled(connection::serve(service, Stream::Tcp(stream), signals, calls, age, load))
+                    .await;
             }
             drop(permit);
         });

@@ -1,68 +1,61 @@
-//! Bodies of Check calls: one message in, one reply out.
+//! The one message in the body of a Check call, read within bounds.
 //!
 //! Never turns bytes into a gRPC error: what cannot be read is a denial, and a denial is a message.
 
 use std::{
-    pin::Pin,
     sync::atomic::{AtomicUsize, Ordering},
-    task::{Context, Poll},
+    task::{Context, Poll, ready},
 };
 
 use bytes::{Bytes, BytesMut};
-use http::{HeaderMap, HeaderValue, Response, header::CONTENT_TYPE};
-use http_body::{Body, Frame, SizeHint};
-use http_body_util::BodyExt as _;
-use hyper::body::Incoming;
-use tonic::body::Body as TonicBody;
+use h2::RecvStream;
 
+use super::LimitsSettings;
 use crate::{
     decision::DenyReason,
-    wire::{
-        grpc::{PREFIX_BYTES, message_bytes, unframe},
-        response::Reply,
-    },
+    wire::grpc::{PREFIX_BYTES, message_bytes, unframe},
 };
 
-/// Room for messages, over all connections.
-pub struct Room {
+/// The largest message whose rest is read and thrown away, so that the connection stays in order; beyond it the call
+/// is answered and reset.
+const DISCARD_BYTES_MAX: u64 = 4 << 20;
+
+/// Room for messages that wait, over all connections.
+pub(super) struct Room {
     free: AtomicUsize,
 }
 
 impl Room {
     /// Room for `bytes` bytes.
-    #[must_use]
-    pub const fn new(bytes: usize) -> Self {
+    pub(super) const fn new(bytes: usize) -> Self {
         Self { free: AtomicUsize::new(bytes) }
     }
 
-    fn take(&self, bytes: usize) -> bool {
-        self.free.try_update(Ordering::Relaxed, Ordering::Relaxed, |free| free.checked_sub(bytes)).is_ok()
+    /// Takes `bytes` of it, if they are free.
+    pub(super) fn hold(&self, bytes: usize) -> Option<Held<'_>> {
+        let mut held = self.hold_nothing();
+        held.grow_to(bytes).then_some(held)
+    }
+
+    /// Takes nothing yet.
+    pub(super) const fn hold_nothing(&self) -> Held<'_> {
+        Held { room: self, bytes: 0 }
     }
 }
 
-/// A message, and the room it takes until it is dropped.
-pub struct Message<'r> {
-    bytes: Bytes,
-    _held: Held<'r>,
-}
-
-impl Message<'_> {
-    /// The message's bytes.
-    #[must_use]
-    pub fn bytes(&self) -> &[u8] {
-        &self.bytes
-    }
-}
-
-struct Held<'r> {
+/// Room that is taken until this is dropped.
+pub(super) struct Held<'r> {
     room: &'r Room,
     bytes: usize,
 }
 
 impl Held<'_> {
-    fn grow(&mut self, bytes: usize) -> bool {
-        let taken = self.room.take(bytes);
-        self.bytes += if taken { bytes } else { 0 };
+    /// Takes as much as is missing to `bytes`; says whether it was there.
+    pub(super) fn grow_to(&mut self, bytes: usize) -> bool {
+        let missing = bytes.saturating_sub(self.bytes);
+        let free = |free: usize| free.checked_sub(missing);
+        let taken = self.room.free.try_update(Ordering::Relaxed, Ordering::Relaxed, free).is_ok();
+        self.bytes += if taken { missing } else { 0 };
         taken
     }
 }
@@ -75,55 +68,74 @@ impl Drop for Held<'_> {
 
 /// Why a body gave no message.
 #[derive(Debug, PartialEq, Eq)]
-pub enum Refused {
+pub(super) enum Refused {
     /// The caller's doing.
     Denied(DenyReason),
     /// Too many messages are held at the moment.
     NoRoom,
 }
 
-/// Reads the one message of `body`. One over `bytes_max` is not kept; it is read to its end, at most `discard_max`
-/// bytes, so that the connection stays in order.
-///
-/// # Errors
-/// [`Refused`].
-pub async fn read<'r>(
-    body: &mut Incoming,
+/// A body that is being read.
+pub(super) struct Reading {
+    body: RecvStream,
+    kept: Option<Bytes>,
+    seen: u64,
+    too_large: bool,
     bytes_max: u64,
-    discard_max: u64,
-    room: &'r Room,
-) -> Result<Message<'r>, Refused> {
-    let mut held = Held { room, bytes: 0 };
-    let mut kept: Option<Bytes> = None;
-    let mut seen = 0_u64;
-    let mut too_large = false;
-    while let Some(frame) = body.frame().await {
-        // A stream that broke has nobody left to answer; the value is never sent.
-        let Ok(frame) = frame else { return Err(Refused::Denied(DenyReason::Undecodable)) };
-        let Ok(data) = frame.into_data() else { continue };
-        seen += data.len() as u64;
-        too_large |= seen > bytes_max + PREFIX_BYTES as u64;
-        if too_large {
-            kept = None;
-            if seen > discard_max {
-                break;
+}
+
+impl Reading {
+    /// Nothing read yet of `body`. A message over `limits.message_size` will not be kept; it is read to its end, within
+    /// bounds, so that the connection stays in order.
+    pub(super) const fn new(body: RecvStream, limits: &LimitsSettings) -> Self {
+        Self { body, kept: None, seen: 0, too_large: false, bytes_max: limits.message_size.bytes() }
+    }
+
+    /// Bytes that it holds.
+    pub(super) fn bytes(&self) -> usize {
+        self.kept.as_ref().map_or(0, Bytes::len)
+    }
+
+    /// Reads what has come; ready with the message, once all of it has, or with why there is none.
+    pub(super) fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<Bytes, Refused>> {
+        loop {
+            match ready!(self.body.poll_data(cx)) {
+                Some(Ok(data)) => {
+                    // The peer may send as much again. Where the connection is gone, nobody sends.
+                    let _ = self.body.flow_control().release_capacity(data.len());
+                    self.take(data);
+                    if self.seen > DISCARD_BYTES_MAX || self.body.is_end_stream() {
+                        return Poll::Ready(self.message());
+                    }
+                }
+                // A stream that broke has nobody left to answer; the value is never sent.
+                Some(Err(_)) => return Poll::Ready(Err(Refused::Denied(DenyReason::Undecodable))),
+                None => return Poll::Ready(self.message()),
             }
-            continue;
         }
-        if !held.grow(data.len()) {
-            return Err(Refused::NoRoom);
+    }
+
+    fn take(&mut self, data: Bytes) {
+        self.seen += data.len() as u64;
+        self.too_large |= self.seen > self.bytes_max + PREFIX_BYTES as u64;
+        if self.too_large {
+            self.kept = None;
+            return;
         }
-        kept = Some(match kept {
+        let kept = match self.kept.take() {
             None => data, // most messages come in one frame: no copy
             Some(before) => joined(before, &data),
-        });
-        too_large |= kept.as_deref().and_then(message_bytes).is_some_and(|bytes| bytes as u64 > bytes_max);
+        };
+        self.too_large |= message_bytes(&kept).is_some_and(|bytes| bytes as u64 > self.bytes_max);
+        self.kept = Some(kept);
     }
-    if too_large {
-        return Err(Refused::Denied(DenyReason::TooLarge));
+
+    fn message(&mut self) -> Result<Bytes, Refused> {
+        if self.too_large {
+            return Err(Refused::Denied(DenyReason::TooLarge));
+        }
+        self.kept.take().as_ref().and_then(unframe).ok_or(Refused::Denied(DenyReason::Undecodable))
     }
-    let bytes = kept.as_ref().and_then(unframe).ok_or(Refused::Denied(DenyReason::Undecodable))?;
-    Ok(Message { bytes, _held: held })
 }
 
 fn joined(before: Bytes, data: &[u8]) -> Bytes {
@@ -131,78 +143,4 @@ fn joined(before: Bytes, data: &[u8]) -> Bytes {
     let mut joined = before.try_into_mut().unwrap_or_else(|shared| BytesMut::from(&*shared));
     joined.extend_from_slice(data);
     joined.freeze()
-}
-
-/// The body of an answer.
-pub enum ReplyBody {
-    /// A Check call's: the message if there is one, then the gRPC status.
-    Check {
-        /// The framed message.
-        message: Option<Bytes>,
-        /// Trailers that have not been sent.
-        trailers: Option<HeaderMap>,
-    },
-    /// Another service's.
-    Other(TonicBody),
-}
-
-impl ReplyBody {
-    /// The body of another service's answer.
-    #[must_use]
-    pub const fn other(body: TonicBody) -> Self {
-        Self::Other(body)
-    }
-}
-
-/// The HTTP response that carries `reply`.
-#[must_use]
-pub fn response(reply: Reply) -> Response<ReplyBody> {
-    let content_type = HeaderValue::from_static("application/grpc");
-    match reply {
-        Reply::Message(message) => {
-            let mut trailers = HeaderMap::with_capacity(1);
-            trailers.insert("grpc-status", HeaderValue::from_static("0"));
-            let mut response = Response::new(ReplyBody::Check { message: Some(message), trailers: Some(trailers) });
-            response.headers_mut().insert(CONTENT_TYPE, content_type);
-            response
-        }
-        // Trailers-Only: the status stands in the headers and nothing follows.
-        Reply::Unavailable => {
-            let mut response = Response::new(ReplyBody::Check { message: None, trailers: None });
-            let headers = response.headers_mut();
-            headers.insert(CONTENT_TYPE, content_type);
-            headers.insert("grpc-status", HeaderValue::from_static("14"));
-            headers.insert("grpc-message", HeaderValue::from_static("the request could not be decided"));
-            response
-        }
-    }
-}
-
-impl Body for ReplyBody {
-    type Data = Bytes;
-    type Error = tonic::Status;
-
-    fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Self::Error>>> {
-        match self.get_mut() {
-            Self::Check { message, trailers } => {
-                let frame = message.take().map(Frame::data).or_else(|| trailers.take().map(Frame::trailers));
-                Poll::Ready(frame.map(Ok))
-            }
-            Self::Other(body) => Pin::new(body).poll_frame(cx),
-        }
-    }
-
-    fn is_end_stream(&self) -> bool {
-        match self {
-            Self::Check { message, trailers } => message.is_none() && trailers.is_none(),
-            Self::Other(body) => body.is_end_stream(),
-        }
-    }
-
-    fn size_hint(&self) -> SizeHint {
-        match self {
-            Self::Check { message, .. } => SizeHint::with_exact(message.as_ref().map_or(0, |bytes| bytes.len() as u64)),
-            Self::Other(body) => body.size_hint(),
-        }
-    }
 }

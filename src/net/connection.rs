@@ -1,0 +1,136 @@
+//! One HTTP/2 connection, from its preface to its end.
+//!
+//! Everything that came in at once is decided before anything is sent, so that one write takes all the answers. Never waits
+//! for a call: one that cannot be answered at once goes on in a task of its own.
+
+use std::{
+    future::{Future as _, poll_fn},
+    pin::pin,
+    sync::Arc,
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use h2::{
+    Ping, PingPong, RecvStream,
+    server::{self, SendResponse},
+};
+use http::Request;
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    time::{sleep, timeout},
+};
+use tokio_util::task::TaskTracker;
+
+use super::{LimitsSettings, Service, Signals, call::Calls, core::Load};
+
+/// Resets that a peer may leave pending: Envoy resets en masse when its own timeout passes.
+const PENDING_ACCEPT_RESETS_MAX: usize = 1_000;
+/// Streams that we may have reset because the peer was wrong.
+const LOCAL_ERROR_RESETS_MAX: usize = 1_024;
+/// Bytes of request headers of one call.
+const HEADER_LIST_BYTES_MAX: u32 = 16 << 10;
+/// What a peer may send before we have read it, on one stream and on all of a connection.
+const WINDOW_BYTES: u32 = 1 << 20;
+
+/// Serves one connection to its end, calls that wait included.
+pub(super) async fn serve(
+    service: Arc<Service>,
+    io: impl AsyncRead + AsyncWrite + Unpin,
+    signals: Signals,
+    tasks: TaskTracker,
+    age: Duration,
+    load: Arc<Load>,
+) {
+    let limits = service.limits.clone();
+    let handshake = handshake(&limits, io);
+    let Ok(Ok(mut http2)) = timeout(limits.preface_timeout, handshake).await else { return };
+    let pings = http2.ping_pong();
+    let mut connection =
+        Connection { http2, calls: Calls::new(Arc::clone(&service), tasks, load), arrived: Vec::new() };
+    service.connections_open.inc();
+    let mut lost = pin!(until_lost(pings, &limits));
+    let is_over = {
+        let mut told = pin!(async {
+            tokio::select! {
+                () = sleep(age) => {}
+                () = signals.drain.cancelled() => {}
+            }
+        });
+        poll_fn(|cx| {
+            // The peer's mistakes and departures are its own business: they end the connection and are no news.
+            if connection.poll(cx).is_ready() || lost.as_mut().poll(cx).is_ready() {
+                return Poll::Ready(true);
+            }
+            told.as_mut().poll(cx).map(|()| false)
+        })
+        .await
+    };
+    if !is_over {
+        connection.http2.graceful_shutdown();
+        tokio::select! {
+            () = poll_fn(|cx| connection.poll(cx)) => {}
+            () = lost => {}
+            // A peer may never close its streams.
+            () = sleep(limits.drain_grace) => {}
+            () = signals.end.cancelled() => {}
+        }
+    }
+    service.connections_open.dec();
+}
+
+async fn handshake<T: AsyncRead + AsyncWrite + Unpin>(
+    limits: &LimitsSettings,
+    io: T,
+) -> Result<server::Connection<T, Bytes>, h2::Error> {
+    server::Builder::new()
+        .max_concurrent_streams(limits.streams_per_connection)
+        .max_pending_accept_reset_streams(PENDING_ACCEPT_RESETS_MAX)
+        .max_local_error_reset_streams(Some(LOCAL_ERROR_RESETS_MAX))
+        .max_header_list_size(HEADER_LIST_BYTES_MAX)
+        .initial_window_size(WINDOW_BYTES)
+        .initial_connection_window_size(WINDOW_BYTES)
+        .handshake(io)
+        .await
+}
+
+struct Connection<T> {
+    http2: server::Connection<T, Bytes>,
+    calls: Calls,
+    /// Calls that came in and were not looked at yet. Kept, so that it is not made anew each time.
+    arrived: Vec<(Request<RecvStream>, SendResponse<Bytes>)>,
+}
+
+impl<T: AsyncRead + AsyncWrite + Unpin> Connection<T> {
+    /// Ready once the connection is closed. What it reads at a time is bounded by the runtime's budget for a task.
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        loop {
+            // Each of these also sends what was answered before.
+            while let Poll::Ready(arrived) = self.http2.poll_accept(cx) {
+                match arrived {
+                    Some(Ok(call)) => self.arrived.push(call),
+                    Some(Err(_)) | None => return Poll::Ready(()),
+                }
+            }
+            if self.arrived.is_empty() {
+                return Poll::Pending;
+            }
+            for (request, respond) in self.arrived.drain(..) {
+                self.calls.serve(cx, request, respond);
+            }
+        }
+    }
+}
+
+/// Returns once the peer does not answer a ping in time.
+async fn until_lost(pings: Option<PingPong>, limits: &LimitsSettings) {
+    let Some(mut pings) = pings else { return };
+    loop {
+        sleep(limits.keepalive_interval).await;
+        match timeout(limits.keepalive_timeout, pings.ping(Ping::opaque())).await {
+            Ok(Ok(_)) => {}
+            Ok(Err(_)) | Err(_) => return,
+        }
+    }
+}
