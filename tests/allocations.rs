@@ -1,12 +1,16 @@
-//! What a message can make the server allocate: a small multiple of its own size, whatever is in it.
+//! What the server allocates: a small multiple of a message's size, whatever is in it; and for a check that is answered out
+//! of L1, nothing.
 //!
 //! In a binary of its own, since it counts every allocation of the process (of the thread that asks).
 
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::unwrap_used, unreachable_pub)]
 #![expect(
     unsafe_code,
     reason = "an allocator is an unsafe trait; this one counts and hands everything to the system's"
 )]
+
+#[path = "support/mod.rs"]
+mod support;
 
 use std::{
     alloc::{GlobalAlloc, Layout, System},
@@ -16,14 +20,21 @@ use std::{
 
 use proptest::{collection::vec, prelude::*};
 use trustgate::{
+    app::Delay,
+    check::Begun,
     credential::{CredentialSettings, extract::extract},
     decision::{Decision, DenyReason},
     demand::Demands,
     settings::{Reader, Section as _, Written},
     wire::{
-        response::{OnFault, Replies},
+        response::{OnFault, Replies, Reply},
         view::View,
     },
+};
+
+use crate::support::{
+    seam::Seam,
+    server::{Site, metric},
 };
 
 struct Counting;
@@ -31,6 +42,7 @@ struct Counting;
 thread_local! {
     static LIVE: Cell<usize> = const { Cell::new(0) };
     static PEAK: Cell<usize> = const { Cell::new(0) };
+    static COUNT: Cell<usize> = const { Cell::new(0) };
 }
 
 #[global_allocator]
@@ -42,6 +54,7 @@ unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         LIVE.set(LIVE.get().wrapping_add(layout.size()));
         PEAK.set(PEAK.get().max(LIVE.get()));
+        COUNT.set(COUNT.get() + 1);
         // SAFETY: the caller keeps the contract of `GlobalAlloc::alloc`, which is that of `System`.
         unsafe { System.alloc(layout) }
     }
@@ -59,6 +72,13 @@ fn peak_of(work: impl FnOnce()) -> usize {
     PEAK.set(0);
     work();
     PEAK.get()
+}
+
+/// How often this thread allocated during `work`.
+fn allocations_of(work: impl FnOnce()) -> usize {
+    COUNT.set(0);
+    work();
+    COUNT.get()
 }
 
 fn settings() -> CredentialSettings {
@@ -98,6 +118,11 @@ fn raw_header(name: &[u8], value: &[u8]) -> Vec<u8> {
     field(1, &[field(1, name), field(3, value)].concat())
 }
 
+/// The raw headers of a request that has this one alone; several such lists are merged.
+fn raw_header_list(name: &[u8], value: &[u8]) -> Vec<u8> {
+    field(13, &raw_header(name, value))
+}
+
 fn map_header(name: &[u8], value: &[u8]) -> Vec<u8> {
     field(3, &[field(1, name), field(2, value)].concat())
 }
@@ -109,6 +134,8 @@ const MULTIPLE: usize = 32;
 const FIXED: usize = 4 << 10;
 
 fn assert_small(what: &str, settings: &CredentialSettings, replies: &Replies, message: &[u8]) {
+    // The buffer of this thread's answers is there once and for all.
+    check(settings, replies, &[]);
     let peak = peak_of(|| check(settings, replies, message));
     assert!(peak <= FIXED + MULTIPLE * message.len(), "{what}: {peak} bytes for a message of {}", message.len());
 }
@@ -116,6 +143,49 @@ fn assert_small(what: &str, settings: &CredentialSettings, replies: &Replies, me
 #[test]
 fn counting_counts() {
     assert_eq!(peak_of(|| drop(std::hint::black_box(vec![0_u8; 12_345]))), 12_345);
+}
+
+/// From the bytes of a message to those of its answer, with metrics, lease and everything: for a key without scopes and for
+/// one with some, in either encoding of the headers, where a credential stands in `authorization`, in the query and in a
+/// cookie; and for a denial.
+#[tokio::test]
+async fn ten_thousand_hits_allocate_nothing() {
+    let site = Site::new().with("credential.sources", "header:x-api-key,authorization:bearer,query:key");
+    site.migrate().await;
+    site.trust("acme").await;
+    let plain = site.issue("acme", &[]).await;
+    let scoped = site.issue("acme", &["--scope", "read", "--scope", "write"]).await;
+    let revoked = site.issue("acme", &[]).await;
+    site.revoke(&revoked).await;
+    let (running, _seam) = Seam::start(&site, |_| ()).await;
+    running.ready().await;
+    let checker = running.checker();
+    let head = [field(2, b"GET"), raw_header_list(b"user-agent", b"curl/8.5.0")].concat();
+    let with = |name: &[u8], value: &str| http(&[head.clone(), raw_header_list(name, value.as_bytes())].concat());
+    let messages = [
+        ("a key", with(b"x-api-key", &plain.key)),
+        ("in the map", http(&map_header(b"x-api-key", plain.key.as_bytes()))),
+        ("with scopes", with(b"x-api-key", &scoped.key)),
+        ("a bearer", with(b"authorization", &format!("Bearer {}", plain.key))),
+        ("in the query", http(&field(4, format!("/p?key={}&x=1", plain.key).as_bytes()))),
+        ("revoked", with(b"x-api-key", &revoked.key)),
+        ("no key", http(&head)),
+    ];
+    for (what, message) in &messages {
+        // The first one reads it; those after it find the buffers of this thread made.
+        for _ in 0..3 {
+            assert!(matches!(checker.check(message).await, Reply::Message(_)), "{what}");
+        }
+        // What the cache itself still has to do for the insertion, it does now.
+        metric(running.admin_address(), "trustgate_cache_entries{kind=\"api_key\"}").await;
+        let count = allocations_of(|| {
+            for _ in 0..10_000 {
+                assert!(matches!(checker.begin(message), Begun::Answered(Reply::Message(_))), "{what}");
+            }
+        });
+        assert_eq!(count, 0, "{what}");
+    }
+    running.stop(Delay::None).await.unwrap();
 }
 
 #[test]

@@ -4,7 +4,8 @@
 
 use std::{sync::Arc, time::Duration};
 
-use moka::sync::Cache as Storage;
+use foldhash::fast::RandomState;
+use moka::sync::Cache;
 use smallvec::SmallVec;
 
 use super::{CacheSettings, kind::Kind};
@@ -126,18 +127,23 @@ impl<K: Kind> Held<K> {
     }
 }
 
+/// Keys of L1 are digests: they need no strong hash, only a seed that nobody outside knows.
+type Storage<K> = Cache<<K as Kind>::Key, Arc<Held<K>>, RandomState>;
+
 /// Records and absences, apart: however many keys are made up, they evict no good one.
 pub struct L1<K: Kind> {
-    records: Storage<K::Key, Arc<Held<K>>>,
-    absences: Storage<K::Key, Arc<Held<K>>>,
+    records: Storage<K>,
+    absences: Storage<K>,
 }
 
 impl<K: Kind> L1<K> {
     /// An empty cache of at most the sizes in `settings`.
     #[must_use]
     pub fn new(settings: &CacheSettings) -> Self {
-        let storage =
-            |bytes| Storage::builder().max_capacity(bytes).weigher(|_, held: &Arc<Held<K>>| held.weight()).build();
+        let storage = |bytes| {
+            let weigher = |_: &K::Key, held: &Arc<Held<K>>| held.weight();
+            Cache::builder().max_capacity(bytes).weigher(weigher).build_with_hasher(RandomState::default())
+        };
         Self { records: storage(settings.size.bytes()), absences: storage(settings.absences_size.bytes()) }
     }
 

@@ -3,25 +3,28 @@
 //! `status.code` alone decides, and unset means allow (envoy.service.auth.v3, `CheckResponse.status`): every answer here
 //! states its code. Never sends text that depends on what went wrong inside.
 
+mod allowed;
+
 use std::time::Duration;
 
 use bytes::Bytes;
 use envoy_types::pb::{
     envoy::{
         config::core::v3::{HeaderValue, HeaderValueOption, header_value_option::HeaderAppendAction},
-        service::auth::v3::{CheckResponse, DeniedHttpResponse, OkHttpResponse, check_response::HttpResponse},
+        service::auth::v3::{CheckResponse, DeniedHttpResponse, check_response::HttpResponse},
         r#type::v3::HttpStatus,
     },
     google::{
-        protobuf::{BoolValue, ListValue, Struct, Value, value::Kind},
+        protobuf::{BoolValue, Struct, Value, value::Kind},
         rpc::Status,
     },
 };
 
-use super::{grpc, identity};
+use self::allowed::allowed;
+use super::grpc;
 use crate::{
     credential::extract::Removals,
-    decision::{Decision, DenyReason, Grant},
+    decision::{Decision, DenyReason},
 };
 
 crate::words! {
@@ -110,47 +113,6 @@ impl Replies {
     }
 }
 
-fn allowed(grant: Option<&Grant<'_>>, removals: &Removals<'_>, is_stale: bool) -> Bytes {
-    let mut headers = Vec::new();
-    let mut remove: Vec<String> = removals.headers.iter().map(|name| (*name).to_owned()).collect();
-    let scopes = grant.map(|grant| grant.scopes().join(" ")).unwrap_or_default();
-    for name in identity::HEADERS {
-        let value = match (name, grant) {
-            (identity::TRUST_ID, Some(grant)) => grant.trust_id().to_string(),
-            (identity::KEY_ID, Some(grant)) => grant.key_id().to_string(),
-            (identity::SCOPES, Some(_)) => scopes.clone(),
-            _ => String::new(),
-        };
-        // Removal runs after setting in Envoy, so a header is in one list or the other; an empty value would be sent on.
-        if value.is_empty() { remove.push(name.to_owned()) } else { headers.push(overwrite(name, value)) }
-    }
-    match &removals.cookies {
-        Some(left) if left.is_empty() => remove.push("cookie".to_owned()),
-        Some(left) => headers.push(overwrite("cookie", left.clone())),
-        None => {}
-    }
-    let metadata = match grant {
-        Some(grant) => Struct {
-            fields: [
-                ("trust_id".to_owned(), text(grant.trust_id().to_string())),
-                ("key_id".to_owned(), text(grant.key_id().to_string())),
-                ("scopes".to_owned(), list(grant.scopes())),
-            ]
-            .into_iter()
-            .chain(is_stale.then(|| ("stale".to_owned(), yes())))
-            .collect(),
-        },
-        None => Struct { fields: [("anonymous".to_owned(), yes())].into() },
-    };
-    let ok = OkHttpResponse {
-        headers,
-        headers_to_remove: remove,
-        query_parameters_to_remove: removals.query.iter().map(|name| (*name).to_owned()).collect(),
-        ..Default::default()
-    };
-    response(0, HttpResponse::OkResponse(ok), metadata)
-}
-
 fn denial(reason: DenyReason) -> Bytes {
     let (code, response_parts) = match reason {
         DenyReason::Missing => (UNAUTHENTICATED, unauthorized("missing_credential", "an API key is required")),
@@ -215,14 +177,6 @@ fn reason_metadata(reason: &str) -> Struct {
     Struct { fields: [("reason".to_owned(), text(reason.to_owned()))].into() }
 }
 
-const fn yes() -> Value {
-    Value { kind: Some(Kind::BoolValue(true)) }
-}
-
 const fn text(text: String) -> Value {
     Value { kind: Some(Kind::StringValue(text)) }
-}
-
-fn list(texts: &[String]) -> Value {
-    Value { kind: Some(Kind::ListValue(ListValue { values: texts.iter().cloned().map(text).collect() })) }
 }
