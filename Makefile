@@ -7,7 +7,7 @@ trustgate := $(or $(CARGO_TARGET_DIR),target)/release/trustgate
 
 .PHONY: help
 help: ## this list
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 20
 
 .PHONY: demo
 demo: demo-ready ## trustgate behind a real Envoy, shown with curl; serves until Ctrl-C
@@ -35,6 +35,20 @@ bound: ## REVOCATIONS (200) on three replicas, timed: how long a revoked key is 
 	@tools/packages
 	@tools/setup
 	REVOCATIONS=$(REVOCATIONS) cargo test --locked --test bound -- --nocapture
+
+.PHONY: bench
+bench: bench-ready ## checks/s, CPU and times against the yardstick: docs/benchmarks.md; ROUNDS, SECONDS, BRIEF=1
+	@$(python) benches/run checks
+
+.PHONY: bench-envoy
+bench-envoy: bench-ready ## the same through a real Envoy, beside no auth and Envoy's own api_key_auth
+	@$(python) benches/run envoy
+
+.PHONY: bench-ready
+bench-ready:
+	@tools/packages bench
+	@tools/setup
+	cargo build --release --locked --bin trustgate --example always_allow --example load
 
 .PHONY: build
 build: ## the release binary

@@ -1,0 +1,140 @@
+//! Which key goes with which check: from a file by a chosen order, or made up.
+//!
+//! The same seed gives the same keys in the same order.
+
+use std::{fs, path::Path};
+
+use crate::message::KEY_BYTES;
+
+/// How keys of a file follow each other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub(crate) enum Order {
+    /// Few keys often, many seldom: the one in place n comes with a probability of 1/n.
+    Zipf,
+    /// Each as often as any other, at random.
+    Uniform,
+    /// Each once; the run ends with the last.
+    Once,
+}
+
+/// Checks whose keys are drawn before the run; then they come in the same order again.
+const DRAWN: usize = 1 << 20;
+/// 64 characters that may stand in a key.
+const CHARACTERS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_";
+
+/// A source of keys.
+pub(crate) struct Keys {
+    all: Vec<Key>,
+    order: Option<Order>,
+    drawn: Vec<u32>,
+    given: usize,
+    random: Random,
+}
+
+struct Key {
+    bytes: [u8; KEY_BYTES],
+    trust: Option<Box<[u8]>>,
+}
+
+impl Keys {
+    /// Keys of `file`: one a line, and after a space the id of the trust it belongs to, if that is to be looked at.
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    pub(crate) fn from_file(file: &Path, order: Order, seed: u64) -> Result<Self, String> {
+        let text = fs::read_to_string(file).map_err(|error| format!("{}: {error}", file.display()))?;
+        let keys: Vec<_> =
+            text.lines().enumerate().map(|(line, text)| key(line + 1, text)).collect::<Result<_, _>>()?;
+        if keys.is_empty() {
+            return Err(format!("{}: there is no key in it", file.display()));
+        }
+        let mut random = Random(seed);
+        let drawn = if order == Order::Zipf { zipf(keys.len(), &mut random) } else { Vec::new() };
+        Ok(Self { all: keys, order: Some(order), drawn, given: 0, random })
+    }
+
+    /// Keys that nobody was ever given, no two the same.
+    pub(crate) const fn made_up(seed: u64) -> Self {
+        Self { all: Vec::new(), order: None, drawn: Vec::new(), given: 0, random: Random(seed) }
+    }
+
+    /// The next key's number; `None` when all were given.
+    pub(crate) fn next(&mut self) -> Option<u32> {
+        self.given += 1;
+        match self.order {
+            None => Some(0), // the number says nothing: each is made as it is sent
+            Some(Order::Zipf) => Some(self.drawn[self.given % DRAWN]),
+            Some(Order::Uniform) => Some(self.random.below(self.all.len())),
+            Some(Order::Once) => u32::try_from(self.given - 1).ok().filter(|_| self.given <= self.all.len()),
+        }
+    }
+
+    /// Writes the key of that number to its place.
+    pub(crate) fn put(&mut self, key: u32, place: &mut [u8]) {
+        if let Some(key) = self.all.get(key as usize) {
+            place.copy_from_slice(&key.bytes);
+            return;
+        }
+        // A key of somebody else's form: no checksum tells that it was made up.
+        for ten in place.chunks_mut(10) {
+            let mut bits = self.random.next();
+            for character in ten {
+                *character = CHARACTERS[usize::from(bits.to_le_bytes()[0] & 63)];
+                bits >>= 6;
+            }
+        }
+    }
+
+    /// Whose key that is, if the file says so.
+    pub(crate) fn trust(&self, key: u32) -> Option<&[u8]> {
+        self.all.get(key as usize)?.trust.as_deref()
+    }
+}
+
+fn key(line: usize, text: &str) -> Result<Key, String> {
+    let (key, trust) = text.split_once(' ').map_or((text, None), |(key, trust)| (key, Some(trust)));
+    let bytes = key.as_bytes().try_into().map_err(|_| format!("line {line}: a key must have {KEY_BYTES} bytes"))?;
+    Ok(Key { bytes, trust: trust.map(|trust| trust.as_bytes().into()) })
+}
+
+#[expect(clippy::cast_precision_loss, reason = "there are fewer than 2^52 keys")]
+fn zipf(keys: usize, random: &mut Random) -> Vec<u32> {
+    let mut sum = 0.0;
+    let sums: Vec<f64> = (1..=keys)
+        .map(|place| {
+            sum += 1.0 / place as f64;
+            sum
+        })
+        .collect();
+    let draw = || {
+        let wanted = random.share() * sum;
+        let found = sums.partition_point(|sum| *sum < wanted).min(keys - 1);
+        u32::try_from(found).unwrap_or(u32::MAX)
+    };
+    std::iter::repeat_with(draw).take(DRAWN).collect()
+}
+
+/// `SplitMix64` (Steele, Lea, Flood 2014): good enough to choose keys.
+struct Random(u64);
+
+impl Random {
+    const fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut mixed = self.0;
+        mixed = (mixed ^ mixed >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        mixed = (mixed ^ mixed >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+        mixed ^ mixed >> 31
+    }
+
+    /// A number below `end`, which is at most 2^32.
+    fn below(&mut self, end: usize) -> u32 {
+        let (high, end) = (self.next() >> 32, end as u64);
+        u32::try_from((high * end) >> 32).unwrap_or(u32::MAX)
+    }
+
+    /// A number from 0 to 1.
+    #[expect(clippy::cast_precision_loss, reason = "53 bits fit")]
+    fn share(&mut self) -> f64 {
+        (self.next() >> 11) as f64 / (1_u64 << 53) as f64
+    }
+}

@@ -1,0 +1,198 @@
+//! The `CheckRequest` that is sent, and as much of a `CheckResponse` as tells a grant from a denial and from a fault.
+//!
+//! Never believes that an answer is one: what does not say clearly what it is, or speaks for another trust, is wrong.
+
+/// What a check came to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Outcome {
+    /// Granted, for the trust that owns the key.
+    Grant,
+    /// Denied.
+    Denial,
+    /// The server could not decide.
+    Fault,
+    /// No proper answer.
+    Wrong(&'static str),
+}
+
+/// What stands in the stored message where the key belongs: as long as a key of trustgate's own.
+pub(crate) const PLACE: &[u8; KEY_BYTES] = b"tg_0000000000000000000000000000000000000000000000000";
+/// The length of every key that is sent.
+pub(crate) const KEY_BYTES: usize = 52;
+/// The header that holds the key.
+const KEY_HEADER: &[u8] = b"x-api-key";
+/// One of the same length that nobody reads a key from.
+const OTHER_HEADER: &[u8] = b"x-api-kez";
+
+/// A message as Envoy sends it, framed for gRPC, and where in it the key stands.
+pub(crate) struct Template {
+    pub(crate) framed: Vec<u8>,
+    pub(crate) key_at: usize,
+}
+
+impl Template {
+    /// From the bytes of a `CheckRequest` that holds [`PLACE`] once; without `with_key`, no header of it holds a key.
+    ///
+    /// # Errors
+    /// What is wrong with them.
+    pub(crate) fn of(message: &[u8], with_key: bool) -> Result<Self, String> {
+        let length = u32::try_from(message.len()).map_err(|_| "the message is too long")?;
+        let mut framed = vec![0];
+        framed.extend_from_slice(&length.to_be_bytes());
+        framed.extend_from_slice(message);
+        let key_at = only(&framed, PLACE)?;
+        if !with_key {
+            let header_at = only(&framed, KEY_HEADER)?;
+            framed[header_at..header_at + KEY_HEADER.len()].copy_from_slice(OTHER_HEADER);
+        }
+        Ok(Self { framed, key_at })
+    }
+}
+
+fn only(bytes: &[u8], wanted: &[u8]) -> Result<usize, String> {
+    let mut places = bytes.windows(wanted.len()).enumerate().filter(|(_, part)| *part == wanted);
+    match (places.next(), places.next()) {
+        (Some((at, _)), None) => Ok(at),
+        (found, _) => {
+            let count = if found.is_some() { "more than once" } else { "not at all" };
+            Err(format!("the message holds {:?} {count}", String::from_utf8_lossy(wanted)))
+        }
+    }
+}
+
+/// What a framed `CheckResponse` says; `trust` is who the key belongs to, if that is known.
+pub(crate) fn read(framed: &[u8], trust: Option<&[u8]>) -> Outcome {
+    let Some((prefix, message)) = framed.split_at_checked(5) else { return Outcome::Wrong("a cut message") };
+    let [compressed, length @ ..] = prefix else { return Outcome::Wrong("a cut message") };
+    if *compressed != 0 || length != u32::try_from(message.len()).unwrap_or(u32::MAX).to_be_bytes() {
+        return Outcome::Wrong("more or less than one message");
+    }
+    decode(message, trust).unwrap_or(Outcome::Wrong("an answer that is no CheckResponse"))
+}
+
+/// Field numbers: `envoy/service/auth/v3/external_auth.proto`, `google/rpc/status.proto`.
+fn decode(message: &[u8], trust: Option<&[u8]>) -> Result<Outcome, Malformed> {
+    let (mut code, mut ok, mut denied, mut is_error) = (0, None, None, false);
+    let mut fields = Fields(message);
+    while let Some((number, value)) = fields.next()? {
+        match (number, value) {
+            (1, Field::Bytes(status)) => code = number_in(status, 1)?,
+            (2, Field::Bytes(response)) => denied = Some(response),
+            (3, Field::Bytes(response)) => ok = Some(response),
+            (5, Field::Bytes(_)) => is_error = true,
+            _ => {}
+        }
+    }
+    Ok(match (code, ok, denied) {
+        _ if is_error => Outcome::Fault,
+        (0, Some(ok), None) => match (trust_in(ok)?, trust) {
+            (None, _) => Outcome::Wrong("a grant without x-trust-id"),
+            (Some(found), Some(trust)) if found != trust => Outcome::Wrong("a grant for another trust"),
+            (Some(_), _) => Outcome::Grant,
+        },
+        (0, ..) => Outcome::Wrong("an answer with the code of a grant that is none"),
+        (_, None, Some(denied)) => {
+            let mut fields = Fields(denied);
+            let mut status = 0;
+            while let Some((number, value)) = fields.next()? {
+                if let (1, Field::Bytes(http)) = (number, value) {
+                    status = number_in(http, 1)?;
+                }
+            }
+            if status >= 500 { Outcome::Fault } else { Outcome::Denial }
+        }
+        (..) => Outcome::Wrong("a code that goes with no answer"),
+    })
+}
+
+/// The value of `x-trust-id` among the headers of an `OkHttpResponse`.
+fn trust_in(ok: &[u8]) -> Result<Option<&[u8]>, Malformed> {
+    let mut options = Fields(ok);
+    while let Some((number, option)) = options.next()? {
+        let (2, Field::Bytes(option)) = (number, option) else { continue };
+        let mut parts = Fields(option);
+        while let Some((number, header)) = parts.next()? {
+            let (1, Field::Bytes(header)) = (number, header) else { continue };
+            let (mut name, mut value) = (&[][..], &[][..]);
+            let mut fields = Fields(header);
+            while let Some((number, field)) = fields.next()? {
+                match (number, field) {
+                    (1, Field::Bytes(bytes)) => name = bytes,
+                    (2 | 3, Field::Bytes(bytes)) if !bytes.is_empty() => value = bytes,
+                    _ => {}
+                }
+            }
+            if name == b"x-trust-id" {
+                return Ok(Some(value));
+            }
+        }
+    }
+    Ok(None)
+}
+
+/// The number in a field of a message; 0 if it is not there.
+fn number_in(message: &[u8], wanted: u64) -> Result<u64, Malformed> {
+    let mut found = 0;
+    let mut fields = Fields(message);
+    while let Some((number, value)) = fields.next()? {
+        if let Field::Number(value) = value
+            && number == wanted
+        {
+            found = value;
+        }
+    }
+    Ok(found)
+}
+
+/// The bytes are no message.
+struct Malformed;
+
+/// The fields of a protobuf message, one after the other.
+struct Fields<'m>(&'m [u8]);
+
+enum Field<'m> {
+    Number(u64),
+    Bytes(&'m [u8]),
+    Fixed,
+}
+
+impl<'m> Fields<'m> {
+    /// The next field with its number; `None` at the end.
+    fn next(&mut self) -> Result<Option<(u64, Field<'m>)>, Malformed> {
+        if self.0.is_empty() {
+            return Ok(None);
+        }
+        let tag = self.varint()?;
+        let field = match tag & 7 {
+            0 => Field::Number(self.varint()?),
+            1 => self.take(8).map(|_| Field::Fixed)?,
+            2 => {
+                let length = self.varint()?;
+                Field::Bytes(self.take(length)?)
+            }
+            5 => self.take(4).map(|_| Field::Fixed)?,
+            _ => return Err(Malformed),
+        };
+        Ok(Some((tag >> 3, field)))
+    }
+
+    fn varint(&mut self) -> Result<u64, Malformed> {
+        let mut number = 0;
+        for shift in (0..64).step_by(7) {
+            let (byte, rest) = self.0.split_first().ok_or(Malformed)?;
+            self.0 = rest;
+            number |= u64::from(byte & 0x7f) << shift;
+            if byte & 0x80 == 0 {
+                return Ok(number);
+            }
+        }
+        Err(Malformed)
+    }
+
+    fn take(&mut self, length: u64) -> Result<&'m [u8], Malformed> {
+        let length = usize::try_from(length).map_err(|_| Malformed)?;
+        let (taken, rest) = self.0.split_at_checked(length).ok_or(Malformed)?;
+        self.0 = rest;
+        Ok(taken)
+    }
+}

@@ -1,0 +1,184 @@
+"""Writes docs/benchmarks.md and its plots, from what was measured last on this machine.
+
+What was measured is kept in target/bench, one file for each kind; the page shows all of them. Plots are SVG, written by
+hand: nothing but Python is needed. Never writes who or where the machine is: only what it is made of.
+"""
+
+import datetime
+import json
+import os
+import platform
+import subprocess
+from pathlib import Path
+
+from stage import ROOT, Broken, say
+
+KEPT = ROOT / "target" / "bench"
+PAGE = ROOT / "docs" / "benchmarks.md"
+
+HEAD = """# Benchmarks
+
+`make bench`, `make bench-envoy`, `make bench-instructions` and `make bench-scale` measure and write this page. Anybody can
+repeat them; two processors that nobody else uses are needed.
+
+## What these numbers do not show
+
+- **How fast it is on your machine.** One machine measured itself. What carries over are the ratios between rows of one
+  table, which met the same machine in the same minutes; even those depend on how expensive its system calls are.
+- **A network.** Everything runs on one machine, so the way between Envoy and the server is shorter than in most places.
+- **More than one processor for the server.** The server has one and whoever asks has the other.
+- **What Envoy itself costs**, except in the table that says so: asking any server at all costs Envoy more than the server.
+- **A fair fight.** The *yardstick* ([always_allow.rs](../examples/always_allow.rs)) decides nothing: it finds the key in the
+  request and says yes. It is no product; it is what an answer costs before any work is done for it, written as most people
+  write such a server: tonic, envoy-types, `#[tokio::main]`. *Current-thread* is the same on tokio's runtime of one thread.
+
+Rounds are interleaved (A B C A B C ...). Shown are the median and, in brackets, the least and the most of all rounds. The
+request is one that Envoy 1.40 sent (645 bytes). Every answer is looked into: a wrong one fails the run.
+"""
+
+
+def keep(kind, figures):
+    """Keeps what was measured, with what it was measured on."""
+    KEPT.mkdir(parents=True, exist_ok=True)
+    kept = {"figures": figures, "on": machine(), "commit": commit(), "date": f"{datetime.date.today()}"}
+    (KEPT / f"{kind}.json").write_text(json.dumps(kept, indent=1))
+
+
+def write():
+    """Writes the page from all that is kept."""
+    sections = {"checks": checks, "envoy": envoy}
+    text = [HEAD]
+    for kind, section in sections.items():
+        file = KEPT / f"{kind}.json"
+        if file.is_file():
+            kept = json.loads(file.read_text())
+            text.append(section(kept["figures"]))
+            text.append(f"Measured {kept['date']} at commit {kept['commit']}, on {kept['on']}.\n")
+    if len(text) == 1:
+        raise Broken("nothing was measured here yet")
+    PAGE.write_text("\n".join(text))
+    say(f"\nwritten: {PAGE.relative_to(ROOT)}")
+
+
+# --- sections
+
+
+def checks(figures):
+    ratios = figures["ratios"]
+    plot("checks-per-second.svg", "Checks per second, one core, closed loop", figures["closed"]["rows"], "checks_per_second")
+    return "\n".join(
+        [
+            "## Checks: server on one processor, sender on the other\n",
+            f"10 000 keys of 100 trusts, Zipf; default configuration with metrics, lease and Redis. trustgate to yardstick, in "
+            f"checks/s: **{spread(ratios['current-thread'], 2)}** on a runtime of one thread, "
+            f"**{spread(ratios['as written'], 2)}** as people write it.\n",
+            "![Checks per second](checks-per-second.svg)\n",
+            title(figures["closed"]),
+            table(figures["closed"], CLOSED),
+            title(figures["open_30"]),
+            table(figures["open_30"], OPEN),
+            title(figures["open_70"]),
+            table(figures["open_70"], OPEN),
+            title(figures["tiers"]),
+            table(figures["tiers"], CLOSED),
+            f"Idle, trustgate uses {figures['idle']['cpu_percent']:.2f} % of a processor and "
+            f"{figures['idle']['resident_mb']:.0f} MB of memory (with these keys in its cache).\n",
+        ]
+    )
+
+
+def envoy(figures):
+    ratios = figures["ratios"]
+    return "\n".join(
+        [
+            "## Through Envoy\n",
+            f"A real Envoy with one worker and [envoy/envoy.yaml](../envoy/envoy.yaml), requests at an even {figures['rate']:,}/s. "
+            f"*Server* is what the server costs beside Envoy for each request, *Envoy* is Envoy's own part. trustgate to "
+            f"yardstick: CPU **{spread(ratios['cpu'], 2)}**, added p99 **{spread(ratios['added_p99'], 2)}**.\n",
+            table(figures["rows"], ENVOY),
+        ]
+    )
+
+
+# --- tables
+
+CLOSED = {"checks/s": ("checks_per_second", 0), "CPU per check": ("cpu_us", 2), "p50": ("p50", 0), "p99": ("p99", 0)}
+OPEN = {"CPU per check": ("cpu_us", 2), "p50": ("p50", 0), "p99": ("p99", 0), "p99.9": ("p99.9", 0)}
+ENVOY = {
+    "server CPU": ("cpu_us", 1),
+    "Envoy CPU": ("envoy_cpu_us", 1),
+    "p50": ("p50", 0),
+    "p99": ("p99", 0),
+    "added p99": ("added_p99", 0),
+}
+
+
+def title(rounds):
+    return f"### {rounds['title'][0].upper()}{rounds['title'][1:]}\n"
+
+
+def table(rounds, columns):
+    """A table of a dictionary of rounds; times in microseconds."""
+    lines = ["| | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
+    for name, figures in rounds["rows"].items():
+        cells = [spread(figures[figure], digits) if figure in figures else "" for figure, digits in columns.values()]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    lines.append(f"\n{rounds['rounds']} rounds of {rounds['seconds']:g} s. Times are in microseconds.\n")
+    return "\n".join(lines)
+
+
+def spread(values, digits):
+    if values is None:
+        return "-"
+    median, least, most = (f"{values[name]:,.{digits}f}".replace(",", " ") for name in ("median", "min", "max"))
+    return f"{median} ({least}-{most})"
+
+
+# --- plots
+
+INK, BAR, GRID = "#24292f", "#4c78a8", "#d0d7de"
+
+
+def plot(file, caption, rows, figure):
+    """Bars with their spread, one below the other."""
+    rows = {name: figures[figure] for name, figures in rows.items()}
+    most = max(values["max"] for values in rows.values())
+    left, width, step = 220, 420, 34
+    height = 50 + step * len(rows)
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {left + width + 110} {height}" '
+        f'font-family="sans-serif" font-size="13" fill="{INK}">',
+        f'<rect width="100%" height="100%" fill="white"/><text x="10" y="24" font-weight="bold">{caption}</text>',
+    ]
+    for place, (name, values) in enumerate(rows.items()):
+        y = 42 + place * step
+        median, least, high = (values[key] / most * width for key in ("median", "min", "max"))
+        parts += [
+            f'<text x="{left - 10}" y="{y + 16}" text-anchor="end">{name}</text>',
+            f'<rect x="{left}" y="{y}" width="{median:.1f}" height="22" fill="{BAR}"/>',
+            f'<path d="M{left + least:.1f} {y + 11}H{left + high:.1f}" stroke="{INK}" stroke-width="2"/>',
+            f'<text x="{left + high + 8:.1f}" y="{y + 16}">{values["median"]:,.0f}</text>',
+        ]
+    (ROOT / "docs" / file).write_text("\n".join([*parts, "</svg>"]) + "\n")
+
+
+# --- what it was measured on
+
+
+def machine():
+    """Processors, memory and kernel; no name."""
+    model = "an unknown processor"
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            model = " ".join(line.partition(":")[2].split())
+            break
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    hypervisor = " (virtual)" if "hypervisor" in Path("/proc/cpuinfo").read_text() else ""
+    release = platform.release().split("-")[0]
+    return f"{os.cpu_count()} x {model}{hypervisor}, {pages / 2**30:.0f} GiB, Linux {release}"
+
+
+def commit():
+    """The commit that was measured; marked if the tree was not clean."""
+    done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    return done.stdout.strip() or "unknown"
