@@ -46,6 +46,8 @@ use crate::{
         self, Service, Signals,
         core::Cores,
         drain::{Life, Phase},
+        listen::{ListenAddress, Listener},
+        tls::{self, TlsError},
     },
     record::{KeyId, Record, TrustId},
     redis::{Redis, RedisMetrics, listen, read_mac_key},
@@ -62,7 +64,7 @@ pub enum AppError {
     #[error("cannot listen on {address} ({setting}{}): {source}", set_in(origin.as_deref()))]
     Listen {
         /// The address.
-        address: SocketAddr,
+        address: ListenAddress,
         /// The setting that names it.
         setting: &'static str,
         /// Where that was set.
@@ -78,6 +80,9 @@ pub enum AppError {
         /// What is wrong with it.
         source: io::Error,
     },
+    /// TLS cannot be had.
+    #[error(transparent)]
+    Tls(#[from] TlsError),
     /// The file of the deny list cannot be read.
     #[error("freshness.deny_file: {source}")]
     DenyFile {
@@ -154,9 +159,9 @@ impl AppBuilder {
         let Self { config, source, place, clock } = self;
         // One provider for every TLS connection; a second start in one process finds it installed.
         let _ = rustls::crypto::ring::default_provider().install_default();
-        let grpc = bind(&config.grpc.listen, "grpc.listen", config.origin("grpc", "listen")).await?;
-        let admin = bind(&config.admin.listen, "admin.listen", config.origin("admin", "listen")).await?;
-        let addresses = (local(&grpc)?, local(&admin)?);
+        let tls = tls::acceptor(&config.grpc)?;
+        let (grpc, admin) = (bind_grpc(&config).await?, bind_admin(&config).await?);
+        let addresses = addresses(&grpc, &admin)?;
 
         let io = IoRuntime::start("trustgate-io", 2)?;
         let registry = metrics::registry(env!("CARGO_PKG_VERSION"), env!("TRUSTGATE_COMMIT"))?;
@@ -203,7 +208,7 @@ impl AppBuilder {
         let database = Database { place, source: Arc::clone(&source), mac_key, limit: config.store.connect_timeout };
         parts.spawn_on(confirm(database, poll, stop.clone()), &poll_runtime.handle());
 
-        let service = Arc::new(Service::new(Arc::clone(&checker), routes, config.limits.clone(), &registry)?);
+        let service = Arc::new(Service::new(Arc::clone(&checker), routes, tls, config.limits.clone(), &registry)?);
         let (signals, tasks) = (Signals::default(), TaskTracker::new());
         // As many as this process may use: its affinity and its share of the machine (cgroup) are counted in.
         let cores = Arc::new(Cores::start(available_parallelism().map_or(1, NonZero::get))?);
@@ -221,7 +226,7 @@ impl AppBuilder {
             serving: cores.handles(),
         };
         let admin_runtime = start_admin(admin, shown, &stop, &mut parts)?;
-        tracing::info!(grpc = ?addresses.0, admin = ?addresses.1, "listening");
+        tracing::info!(grpc = listed(&addresses.0), admin = listed(&addresses.1), "listening");
         let runtimes = (io, poll_runtime, admin_runtime);
         Ok(Running { config, addresses, checker, cache, source, life, stop, signals, tasks, parts, cores, runtimes })
     }
@@ -230,7 +235,7 @@ impl AppBuilder {
 /// A server that was started. Dropped without [`Self::stop`], it ends at once.
 pub struct Running {
     config: Config,
-    addresses: (Vec<SocketAddr>, Vec<SocketAddr>),
+    addresses: Addresses,
     checker: Arc<Checker>,
     cache: Arc<Cache<ApiKey>>,
     source: Arc<dyn Source>,
@@ -253,16 +258,19 @@ pub enum Delay {
 }
 
 impl Running {
-    /// The first address that Envoy can call; port 0 is resolved.
+    /// The first TCP address that Envoy can call; port 0 is resolved.
     #[must_use]
-    pub fn grpc_address(&self) -> SocketAddr {
-        self.addresses.0[0] // the configuration is refused without one
+    pub fn grpc_address(&self) -> Option<SocketAddr> {
+        self.addresses.0.iter().find_map(|address| match address {
+            ListenAddress::Tcp(address) => Some(*address),
+            ListenAddress::Unix(_) => None,
+        })
     }
 
     /// The first address for metrics and probes; port 0 is resolved.
     #[must_use]
     pub fn admin_address(&self) -> SocketAddr {
-        self.addresses.1[0] // as above
+        self.addresses.1[0] // the configuration is refused without one
     }
 
     /// What decides checks, for callers in this process.
@@ -465,26 +473,47 @@ impl Drop for IoRuntime {
     }
 }
 
-async fn bind(
-    addresses: &[SocketAddr],
-    setting: &'static str,
-    origin: Option<&str>,
-) -> Result<Vec<TcpListener>, AppError> {
+async fn bind_grpc(config: &Config) -> Result<Vec<Listener>, AppError> {
     let mut listeners = Vec::new();
-    for address in addresses {
-        let listener = TcpListener::bind(address).await.map_err(|source| AppError::Listen {
-            address: *address,
-            setting,
-            origin: origin.map(str::to_owned),
-            source,
-        })?;
-        listeners.push(listener);
+    for address in &config.grpc.listen {
+        let bound = Listener::bind(address, config.grpc.socket_mode, config.grpc.socket_owner).await;
+        listeners
+            .push(bound.map_err(|source| cannot_listen(config, address.clone(), ("grpc", "grpc.listen"), source))?);
     }
     Ok(listeners)
 }
 
-fn local(listeners: &[TcpListener]) -> io::Result<Vec<SocketAddr>> {
-    listeners.iter().map(TcpListener::local_addr).collect()
+async fn bind_admin(config: &Config) -> Result<Vec<TcpListener>, AppError> {
+    let mut listeners = Vec::new();
+    for address in &config.admin.listen {
+        let bound = TcpListener::bind(address).await;
+        let address = ListenAddress::Tcp(*address);
+        listeners.push(bound.map_err(|source| cannot_listen(config, address, ("admin", "admin.listen"), source))?);
+    }
+    Ok(listeners)
+}
+
+fn cannot_listen(
+    config: &Config,
+    address: ListenAddress,
+    (section, setting): (&str, &'static str),
+    source: io::Error,
+) -> AppError {
+    AppError::Listen { address, setting, origin: config.origin(section, "listen").map(str::to_owned), source }
+}
+
+/// Where Envoy calls, and where the admin listener is.
+type Addresses = (Vec<ListenAddress>, Vec<SocketAddr>);
+
+fn addresses(grpc: &[Listener], admin: &[TcpListener]) -> io::Result<Addresses> {
+    let grpc = grpc.iter().map(Listener::address).collect::<io::Result<_>>()?;
+    Ok((grpc, admin.iter().map(TcpListener::local_addr).collect::<io::Result<_>>()?))
+}
+
+/// Addresses for the log: `[127.0.0.1:1, unix:///s]`.
+fn listed(addresses: &[impl ToString]) -> String {
+    let addresses: Vec<_> = addresses.iter().map(ToString::to_string).collect();
+    format!("[{}]", addresses.join(", "))
 }
 
 fn breaker_gauges(registry: &Registry) -> prometheus::Result<IntGaugeVec> {

@@ -181,6 +181,7 @@ fn section(name: &str) -> Option<&'static SectionInfo> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::net::listen::ListenAddress;
 
     /// The mistakes in a file with this text and this environment, one a line, as a person sees them.
     pub(super) fn mistakes(text: &str, environment: &[(&str, &str)]) -> Vec<String> {
@@ -204,7 +205,7 @@ mod tests {
     #[test]
     fn nothing_set_is_the_defaults() {
         let config = load(None, [], Purpose::Serve).unwrap();
-        assert_eq!(config.grpc.listen, vec!["127.0.0.1:50051".parse().unwrap()]);
+        assert_eq!(config.grpc.listen, [ListenAddress::Tcp("127.0.0.1:50051".parse().unwrap())]);
         assert!(config.store.url.is_none());
         assert_eq!(config.origin("grpc", "listen"), None);
     }
@@ -217,7 +218,8 @@ mod tests {
             .unwrap();
         let set = [("TRUSTGATE__GRPC__LISTEN", "127.0.0.1:3, 127.0.0.1:4"), ("TRUSTGATE_PORT", "tcp://10.0.0.1:1")];
         let config = load(Some(&path), set.map(|(name, value)| (name.into(), value.into())), Purpose::Serve).unwrap();
-        assert_eq!(config.grpc.listen, ["127.0.0.1:3", "127.0.0.1:4"].map(|address| address.parse().unwrap()));
+        let tcp = |address: &str| ListenAddress::Tcp(address.parse().unwrap());
+        assert_eq!(config.grpc.listen, [tcp("127.0.0.1:3"), tcp("127.0.0.1:4")]);
         assert_eq!(config.cache.size.to_string(), "1GiB");
         assert_eq!(config.origin("grpc", "listen"), Some("TRUSTGATE__GRPC__LISTEN"));
         assert_eq!(config.origin("cache", "size"), Some(format!("{}:4", path.display()).as_str()));
@@ -232,7 +234,8 @@ mod tests {
                 "trustgate.toml:4: chache: there is no such section; did you mean [cache]?",
                 "trustgate.toml:7: store.urls: there is no such setting; did you mean store.url?",
                 "TRUSTGATE__LIMITS__MESAGE_SIZE: there is no such setting; did you mean TRUSTGATE__LIMITS__MESSAGE_SIZE?",
-                "trustgate.toml:2: grpc.listen: expected an address with its port, such as \"127.0.0.1:50051\"",
+                "trustgate.toml:2: grpc.listen: expected an address with its port, such as \"127.0.0.1:50051\", \
+                 or \"unix:///run/trustgate/trustgate.sock\"",
                 "trustgate.toml:8: store.read_timeout: expected a duration with its unit, such as \"150ms\", \"20s\" or \"15m\"",
                 "TRUSTGATE__CACHE__SIZE: cache.size: expected a size with its unit, such as \"256KiB\" or \"128MiB\"",
             ]

@@ -8,16 +8,22 @@ mod call;
 mod connection;
 pub mod core;
 pub mod drain;
+pub mod listen;
 mod other;
 mod stream;
+pub mod tls;
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use tokio::sync::Semaphore;
+use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
 
-use self::body::Room;
+use self::{
+    body::Room,
+    listen::{ListenAddress, SocketMode, SocketOwner},
+};
 use crate::{
     check::Checker,
     metrics::{IntGauge, Opts, Registry, register},
@@ -27,8 +33,21 @@ use crate::{
 crate::settings! {
     /// The listener that Envoy calls.
     pub struct GrpcSettings in "grpc" {
-        /// Where to listen: one address or a list.
-        listen: Vec<SocketAddr> = "127.0.0.1:50051",
+        /// Where to listen: one address or a list. `unix:///PATH` is a Unix socket, for an Envoy on the same machine.
+        listen: Vec<ListenAddress> = "127.0.0.1:50051",
+        /// The permission bits of a Unix socket: who may call.
+        socket_mode: SocketMode = "0660",
+        /// Who owns a Unix socket: the number of a user, or of a user and a group (`101:101`). Unset: whoever runs this
+        /// server.
+        socket_owner: Option<SocketOwner> = "",
+        /// A PEM file with our certificate and those between it and its authority. Set: every TCP address in `listen` speaks
+        /// TLS (1.2 or 1.3) alone. Read at start.
+        tls_certificate_file: Option<PathBuf> = "",
+        /// A PEM file with the key of that certificate. Read at start.
+        tls_key_file: Option<PathBuf> = "",
+        /// A PEM file with certificate authorities. Set: only who shows a certificate of theirs may call (mTLS). Read at
+        /// start.
+        tls_client_ca_file: Option<PathBuf> = "",
     }
 }
 
@@ -45,7 +64,8 @@ crate::settings! {
         checks_in_flight: u32 = "16384",
         /// Connections at one time; further ones wait in the kernel's queue.
         connections_max: u32 = "4096",
-        /// How long a client may take for what comes first: the connection preface, and the whole of one message.
+        /// How long a client may take for what comes first: the TLS handshake, the connection preface, and the whole of one
+        /// message.
         preface_timeout: Duration = "2s",
         /// How often an idle connection is asked whether it is still there.
         keepalive_interval: Duration = "20s",
@@ -64,6 +84,7 @@ crate::settings! {
 pub struct Service {
     checker: Arc<Checker>,
     others: Routes,
+    tls: Option<TlsAcceptor>,
     limits: LimitsSettings,
     room: Room,
     checks: Semaphore,
@@ -72,13 +93,15 @@ pub struct Service {
 }
 
 impl Service {
-    /// A service that answers Check calls with `checker` and hands every other path to `others`.
+    /// A service that answers Check calls with `checker` and hands every other path to `others`; over TCP behind `tls`, where
+    /// there is one.
     ///
     /// # Errors
     /// When a metric of that name exists already.
     pub fn new(
         checker: Arc<Checker>,
         others: Routes,
+        tls: Option<TlsAcceptor>,
         limits: LimitsSettings,
         registry: &Registry,
     ) -> prometheus::Result<Self> {
@@ -86,6 +109,7 @@ impl Service {
         Ok(Self {
             checker,
             others,
+            tls,
             room: Room::new(limits.messages_in_flight_size.length()),
             checks: Semaphore::new(limits.checks_in_flight as usize),
             connections: Arc::new(Semaphore::new(limits.connections_max as usize)),

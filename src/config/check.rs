@@ -5,6 +5,7 @@
 use std::{
     fs::File,
     io::{self, Read},
+    net::SocketAddr,
     path::Path,
     time::Duration,
 };
@@ -13,6 +14,7 @@ use super::{Config, Purpose};
 use crate::{
     demand::Freshness,
     freshness::{FreshnessSettings, deny},
+    net::{GrpcSettings, listen::ListenAddress},
     redis::RedisSettings,
     secret::Secret,
     settings::Reader,
@@ -40,13 +42,29 @@ fn sound(reader: &Reader, settings: &[&str]) -> bool {
 }
 
 fn listeners(config: &Config, reader: &mut Reader) {
-    for (section, listen) in [("grpc", &config.grpc.listen), ("admin", &config.admin.listen)] {
-        if listen.is_empty() && sound(reader, &[&format!("{section}.listen")]) {
+    for (section, is_empty) in [("grpc", config.grpc.listen.is_empty()), ("admin", config.admin.listen.is_empty())] {
+        if is_empty && sound(reader, &[&format!("{section}.listen")]) {
             reader.refuse(section, "listen", "needs at least one address".to_owned());
         }
     }
-    if let Some(both) = config.grpc.listen.iter().find(|at| at.port() != 0 && config.admin.listen.contains(at)) {
+    let is_both = |at: &&SocketAddr| at.port() != 0 && config.grpc.listen.contains(&ListenAddress::Tcp(**at));
+    if let Some(both) = config.admin.listen.iter().find(is_both) {
         reader.refuse("admin", "listen", format!("{both} is also in grpc.listen: each needs a port of its own"));
+    }
+    let GrpcSettings { tls_certificate_file, tls_key_file, tls_client_ca_file, .. } = &config.grpc;
+    let needs = |setting: &'static str, is_set: bool, other: &'static str, is_there: bool| {
+        (is_set && !is_there).then(|| (setting, format!("needs grpc.{other} too")))
+    };
+    let (certificate, key) = (tls_certificate_file.is_some(), tls_key_file.is_some());
+    for (setting, problem) in [
+        needs("tls_certificate_file", certificate, "tls_key_file", key),
+        needs("tls_key_file", key, "tls_certificate_file", certificate),
+        needs("tls_client_ca_file", tls_client_ca_file.is_some(), "tls_certificate_file", certificate),
+    ]
+    .into_iter()
+    .flatten()
+    {
+        reader.refuse("grpc", setting, problem);
     }
     if !config.api.listen.is_empty() {
         reader.refuse("api", "listen", "this release has no management API: leave it unset".to_owned());
@@ -330,6 +348,13 @@ mod tests {
                 "admin.listen = \"127.0.0.1:50051\"",
                 "trustgate.toml:1: admin.listen: 127.0.0.1:50051 is also in grpc.listen",
             ),
+            ("grpc.tls_key_file = \"/k\"", "trustgate.toml:1: grpc.tls_key_file: needs grpc.tls_certificate_file too"),
+            (
+                "grpc.tls_client_ca_file = \"/c\"",
+                "trustgate.toml:1: grpc.tls_client_ca_file: needs grpc.tls_certificate_file too",
+            ),
+            ("grpc.listen = \"unix:relative\"", "trustgate.toml:1: grpc.listen: expected an address with its port"),
+            ("grpc.socket_mode = \"rw\"", "trustgate.toml:1: grpc.socket_mode: expected permission bits in octal"),
             ("api.listen = \"127.0.0.1:1\"", "trustgate.toml:1: api.listen: this release has no management API"),
             ("store.url = \"mysql://hunter2@h/d\"", "trustgate.toml:1: store.url: expected sqlite:///"),
             ("store.password = \"hunter2\"", "trustgate.toml:1: store.password: needs store.url"),

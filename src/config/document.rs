@@ -78,11 +78,8 @@ pub fn json() -> serde_json::Value {
 /// The default as TOML; numbers and booleans without quotes.
 fn value(field: &Field) -> String {
     let default = field.default;
-    if default.parse::<u64>().is_ok() || default.parse::<bool>().is_ok() {
-        default.to_owned()
-    } else {
-        format!("\"{default}\"")
-    }
+    let is_number = default.parse::<u64>().is_ok_and(|number| number.to_string() == default);
+    if is_number || default.parse::<bool>().is_ok() { default.to_owned() } else { format!("\"{default}\"") }
 }
 
 /// The lines of a doc comment.

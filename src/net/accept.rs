@@ -4,27 +4,18 @@
 
 use std::{sync::Arc, time::Duration};
 
-use tokio::{
-    net::{TcpListener, TcpStream},
-    time::sleep,
-};
+use tokio::time::{sleep, timeout};
 use tokio_util::task::TaskTracker;
 
-use super::{Service, Signals, connection, core::Cores, stream::Stream};
+use super::{Service, Signals, connection, core::Cores, listen::Listener, stream::Stream};
 
 /// The wait after a failed accept (out of file descriptors, say); it doubles up to the longest one.
 const ACCEPT_WAIT: Duration = Duration::from_millis(10);
 const ACCEPT_WAIT_MAX: Duration = Duration::from_secs(1);
 
 /// Accepts from `listener` until `signals.drain`, then closes it. Connections live on in `tasks`, on `cores`.
-pub async fn run(
-    listener: TcpListener,
-    service: Arc<Service>,
-    cores: Arc<Cores>,
-    signals: Signals,
-    tasks: TaskTracker,
-) {
-    let mut wait = ACCEPT_WAIT;
+pub async fn run(listener: Listener, service: Arc<Service>, cores: Arc<Cores>, signals: Signals, tasks: TaskTracker) {
+    let (mut wait, mut number) = (ACCEPT_WAIT, 0_u16);
     loop {
         let accepted = signals.drain.run_until_cancelled(async {
             // The semaphore is never closed; without a permit there would be no bound, so none means stop.
@@ -32,8 +23,7 @@ pub async fn run(
             Some((permit, listener.accept().await))
         });
         let Some(Some((permit, accepted))) = accepted.await else { return };
-        // On its own core the connection is made anew: it belongs to the runtime where it is made.
-        let (stream, peer) = match accepted.and_then(|(stream, peer)| Ok((stream.into_std()?, peer))) {
+        let accepted = match accepted {
             Ok(accepted) => accepted,
             Err(error) => {
                 tracing::warn!(%error, "a connection could not be accepted; trying again in {wait:?}");
@@ -43,23 +33,26 @@ pub async fn run(
             }
         };
         wait = ACCEPT_WAIT;
-        let age = spread_age(service.limits.connection_age, peer.port());
+        number = number.wrapping_add(1);
+        let age = spread_age(service.limits.connection_age, number);
         let (service, signals, calls) = (Arc::clone(&service), signals.clone(), tasks.clone());
         cores.serve(&tasks, |load| async move {
             let end = signals.end.clone();
-            // A descriptor that cannot be watched is closed: the peer tries again.
-            if let Ok(stream) = TcpStream::from_std(stream) {
-                // Answers are small and must not wait for more; a socket that refuses this still works.
-                let _ = stream.set_nodelay(true);
-                end.run_until_cancelled(connection::serve(service, Stream::Tcp(stream), signals, calls, age, load))
-                    .await;
-            }
+            let serving = async {
+                // A peer that cannot be understood is left: what is wrong with it is not ours to tell.
+                let opened = timeout(service.limits.preface_timeout, Stream::open(accepted, service.tls.as_ref()));
+                if let Ok(Ok(stream)) = opened.await {
+                    connection::serve(service, stream, signals, calls, age, load).await;
+                }
+            };
+            end.run_until_cancelled(serving).await;
             drop(permit);
         });
     }
 }
 
-/// `age` +-20 %, so that connections that came together do not leave together. The peer's port is random enough.
-fn spread_age(age: Duration, port: u16) -> Duration {
-    age.mul_f64(0.8 + 0.4 * f64::from(port.wrapping_mul(40_503)) / f64::from(u16::MAX))
+/// `age` +-20 %, so that connections that came together do not leave together.
+fn spread_age(age: Duration, number: u16) -> Duration {
+    // A multiple of the golden ratio spreads numbers that follow each other.
+    age.mul_f64(0.8 + 0.4 * f64::from(number.wrapping_mul(40_503)) / f64::from(u16::MAX))
 }

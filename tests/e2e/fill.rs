@@ -24,7 +24,7 @@ async fn read_before_a_revocation_it_serves_nobody_after_it() {
     let (running, seam) = Seam::start(&stage.site, |_| ()).await;
     running.ready().await;
     let other = stage.site.serve().await;
-    let (asker, at_other) = (Asker::connect(running.grpc_address()).await, Asker::connect(other.grpc()).await);
+    let (asker, at_other) = (Asker::connect(running.grpc_address().unwrap()).await, Asker::connect(other.grpc()).await);
     for somebody_waits in [true, false] {
         let key = stage.site.issue("acme", &[]).await;
         let finds = seam.finds();
@@ -60,7 +60,7 @@ async fn read_before_the_caches_were_cleared_it_serves_nobody_after_it() {
     let key = site.issue("acme", &[]).await;
     let (running, seam) = Seam::start(&site, |_| ()).await;
     running.ready().await;
-    let asker = Asker::connect(running.grpc_address()).await;
+    let asker = Asker::connect(running.grpc_address().unwrap()).await;
     seam.after_find().close();
     let waiting = ask(&asker, &key);
     eventually("the key was read", PATIENCE, || async { seam.after_find().waiting() == 1 }).await;
@@ -82,7 +82,7 @@ async fn put_into_redis_after_a_revocation_it_serves_no_replica_that_knows_of_it
     let (running, seam) = Seam::start(&stage.site, |_| ()).await;
     running.ready().await;
     let other = stage.site.serve().await;
-    let (asker, at_other) = (Asker::connect(running.grpc_address()).await, Asker::connect(other.grpc()).await);
+    let (asker, at_other) = (Asker::connect(running.grpc_address().unwrap()).await, Asker::connect(other.grpc()).await);
     seam.after_find().close();
     let waiting = ask(&asker, &key);
     eventually("the key was read", PATIENCE, || async { seam.after_find().waiting() == 1 }).await;

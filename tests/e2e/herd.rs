@@ -58,7 +58,7 @@ async fn in_process_one_read_serves_those_who_stay_when_its_leader_leaves() {
 async fn over_grpc_one_read_serves_those_who_stay_when_its_leader_leaves() {
     let _turn = among_others().await;
     let (running, seam, key, _site) = start("lease").await;
-    let asker = Asker::connect(running.grpc_address()).await;
+    let asker = Asker::connect(running.grpc_address().unwrap()).await;
     seam.before_find().close();
     let call = |asker: Asker| {
         let key = key.key.clone();

@@ -11,6 +11,7 @@ mod drain;
 mod fill;
 mod herd;
 mod history;
+mod listeners;
 mod messages;
 mod outage;
 mod pgbouncer;

@@ -3,6 +3,7 @@
 // Each test binary uses a part of it; what is measured is shown.
 #![allow(dead_code, clippy::print_stdout)]
 
+pub mod certificates;
 pub mod envoy;
 pub mod forward;
 pub mod grpc;

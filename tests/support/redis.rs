@@ -1,13 +1,8 @@
 //! Private redis-servers: in memory alone, ended with the test. A single one, one with a replica and a Sentinel, or a
 //! Cluster; each also with TLS and users.
 
-use std::{
-    path::{Path, PathBuf},
-    sync::Arc,
-    time::Duration,
-};
+use std::{path::PathBuf, sync::Arc, time::Duration};
 
-use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair};
 use redis::{
     AsyncConnectionConfig, Client, Cmd, ConnectionInfo, FromRedisValue, IntoConnectionInfo as _, TlsCertificates,
     aio::MultiplexedConnection,
@@ -16,7 +11,7 @@ use tempfile::TempDir;
 use trustgate::{redis::RedisSettings, settings::Section as _};
 
 use super::{
-    eventually,
+    certificates, eventually,
     process::{End, Frozen, Guarded, directory, free_port, program},
 };
 
@@ -62,7 +57,7 @@ impl Redis {
 
     /// A server that speaks TLS alone and serves only [`USER`].
     pub async fn start_secured() -> Self {
-        Self::new(Role::Single, Some(certificates())).await
+        Self::new(Role::Single, Some(certificates::certificates())).await
     }
 
     async fn new(role: Role, tls: Option<Arc<TempDir>>) -> Self {
@@ -247,7 +242,7 @@ pub struct Watched {
 impl Watched {
     /// All three, once they know of each other.
     pub async fn start(secured: bool) -> Self {
-        let tls = secured.then(certificates);
+        let tls = secured.then(certificates::certificates);
         let master = Redis::new(Role::Master, tls.clone()).await;
         let replica = Redis::new(Role::Replica { of: master.port }, tls.clone()).await;
         eventually("the replica follows", PATIENCE, || async {
@@ -282,7 +277,7 @@ pub struct Cluster {
 impl Cluster {
     /// All nodes, once each knows all slots.
     pub async fn start(secured: bool) -> Self {
-        let tls = secured.then(certificates);
+        let tls = secured.then(certificates::certificates);
         let mut nodes = Vec::new();
         for _ in 0..3 {
             nodes.push(Redis::new(Role::Node, tls.clone()).await);
@@ -314,25 +309,4 @@ impl Cluster {
         let at = usize::from(slot > 5460) + usize::from(slot > 10922);
         (&self.nodes[at], &self.nodes[(at + 1) % 3])
     }
-}
-
-/// A directory with a certificate authority and a certificate for this machine that it signed.
-fn certificates() -> Arc<TempDir> {
-    let ca_key = KeyPair::generate().expect("a key");
-    let mut ca = CertificateParams::default();
-    ca.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-    // OpenSSL takes a certificate whose issuer has its own name for one that signed itself.
-    ca.distinguished_name.push(DnType::CommonName, "the tests' authority");
-    let ca_certificate = ca.self_signed(&ca_key).expect("a certificate");
-    let issuer = Issuer::new(ca, ca_key);
-    let key = KeyPair::generate().expect("a key");
-    let names = ["localhost".to_owned(), "127.0.0.1".to_owned()];
-    let certificate = CertificateParams::new(names).expect("names").signed_by(&key, &issuer).expect("a certificate");
-    let dir = tempfile::tempdir().expect("a directory");
-    let write =
-        |name: &str, text: String| std::fs::write(Path::new(dir.path()).join(name), text).expect("our directory");
-    write("ca.pem", ca_certificate.pem());
-    write("server.pem", certificate.pem());
-    write("server.key", key.serialize_pem());
-    Arc::new(dir)
 }

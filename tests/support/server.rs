@@ -9,6 +9,7 @@ use std::{
     time::Duration,
 };
 
+use rustix::process::{Pid, Resource, Rlimit, prlimit};
 use serde_json::Value;
 use sha2::{Digest as _, Sha256};
 use tempfile::TempDir;
@@ -246,6 +247,16 @@ impl Server {
     /// Stops the process without ending it (SIGSTOP), until the answer is dropped.
     pub fn freeze(&self) -> Frozen {
         Frozen::of(self.program.pid().expect("running"))
+    }
+
+    /// Lets the server have no more than `most` descriptors from now on.
+    ///
+    /// # Panics
+    /// If it has ended.
+    pub fn limit_descriptors(&self, most: u64) {
+        let pid = i32::try_from(self.program.pid().expect("started")).expect("a process id");
+        let limit = Rlimit { current: Some(most), maximum: Some(most) };
+        prlimit(Pid::from_raw(pid), Resource::Nofile, limit).expect("it is ours");
     }
 
     /// Sends a signal, such as `TERM`.

@@ -29,11 +29,11 @@ pub(super) fn allowed(grant: Option<&Grant<'_>>, removals: &Removals<'_>, is_sta
     BUFFER.with_borrow_mut(|buffer| {
         let bytes = grpc::PREFIX_BYTES + answer.message_bytes();
         // From the front again as soon as everything in it was sent, and not only when it is full.
-        let is_used_up = buffer.capacity() < bytes;
-        if (is_used_up || buffer.capacity() < BUFFER_BYTES / 2) && !buffer.try_reclaim(BUFFER_BYTES) && is_used_up {
-            buffer.reserve(bytes.max(BUFFER_BYTES));
+        let has_room = buffer.capacity() >= BUFFER_BYTES / 2 || buffer.try_reclaim(BUFFER_BYTES);
+        if !has_room && buffer.capacity() < bytes {
+            buffer.reserve(BUFFER_BYTES);
         }
-        buffer.reserve(bytes);
+        buffer.reserve(bytes); // for an answer that is larger than all others
         answer.put(buffer);
         buffer.split().freeze()
     })

@@ -84,7 +84,7 @@ impl Stage {
     }
 
     pub fn address(&self, server: &str) -> SocketAddr {
-        self.servers[server].0.grpc_address()
+        self.servers[server].0.grpc_address().unwrap()
     }
 
     pub fn key(&self, name: &str) -> &Made {
@@ -107,7 +107,7 @@ impl Stage {
         };
         let one = |(running, config): &(Running, Config)| {
             let headers: Vec<_> = config.credential.sources.iter().filter_map(header).collect();
-            json!({ "port": running.grpc_address().port(), "credential_headers": headers })
+            json!({ "port": running.grpc_address().unwrap().port(), "credential_headers": headers })
         };
         self.servers.iter().map(|(name, server)| (name.clone(), one(server))).collect()
     }

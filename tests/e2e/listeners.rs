@@ -1,0 +1,351 @@
+//! Where Envoy can call: over TLS, with and without certificates of clients, and over a Unix socket; and what a peer that
+//! does not behave can do there.
+
+use std::{net::SocketAddr, os::unix::fs::PermissionsExt as _, path::Path, sync::Arc, time::Duration};
+
+use bytes::Bytes;
+use h2::client::{ResponseFuture, SendRequest};
+use rustls::{
+    ClientConfig, RootCertStore,
+    pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject as _},
+};
+use tokio::{
+    io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _},
+    net::TcpStream,
+    time::{Instant, timeout},
+};
+use tokio_rustls::TlsConnector;
+use trustgate::wire::grpc::{CHECK_PATH, frame};
+
+use crate::{
+    stage::Stage,
+    support::{
+        alone, among_others,
+        certificates::certificates,
+        envoy::Plan,
+        eventually,
+        grpc::{Asker, Verdict, request, verdict},
+        http,
+        server::{IssuedKey, Site, UNHURRIED},
+    },
+};
+
+const PATIENCE: Duration = Duration::from_secs(30);
+
+#[tokio::test(flavor = "multi_thread")]
+async fn over_a_unix_socket_envoy_is_answered() {
+    let _turn = among_others().await;
+    let mut site = Site::new();
+    let socket = site.path().join("trustgate.sock");
+    site.set("grpc.listen", format!("127.0.0.1:0, unix://{}", socket.display()));
+    site.set("grpc.socket_mode", "0600");
+    site.migrate().await;
+    site.trust("acme").await;
+    let key = site.issue("acme", &[]).await;
+    let server = site.serve().await;
+    assert_eq!(std::fs::metadata(&socket).unwrap().permissions().mode() & 0o777, 0o600);
+    let envoy = Plan::new(http::application().await, &[server.grpc()])
+        .replace(
+            &format!("{{socket_address: {{address: 127.0.0.1, port_value: {}}}}}", server.grpc().port()),
+            &format!("{{pipe: {{path: {}}}}}", socket.display()),
+        )
+        .start()
+        .await;
+    eventually("Envoy finds it healthy", PATIENCE, || async {
+        envoy.get("/", &[("x-api-key", &key.key)]).await.saw_or_none("x-trust-id").as_ref() == Some(&key.trust_id)
+    })
+    .await;
+    assert_eq!(envoy.get("/", &[]).await.status, 401);
+    drop(envoy);
+
+    // The path is taken while the server lives, and free again however it ended.
+    let ran = site.run(&["serve"]).await;
+    assert_eq!(ran.code, 1, "{ran:?}");
+    for text in ["in use", "grpc.listen", "unix:///"] {
+        assert!(ran.err.contains(text), "no {text:?} in {ran:?}");
+    }
+    server.signal("KILL");
+    eventually("it is gone", PATIENCE, || async { !server.is_running() }).await;
+    assert!(socket.exists());
+    let next = site.serve().await;
+    next.signal("INT");
+    let (code, log) = next.ended(PATIENCE).await;
+    assert_eq!((code, socket.exists()), (0, false), "{log}");
+    std::fs::write(&socket, "precious").unwrap();
+    let ran = site.run(&["serve"]).await;
+    assert!(ran.code == 1 && ran.err.contains("no socket"), "{ran:?}");
+    assert_eq!(std::fs::read_to_string(&socket).unwrap(), "precious");
+}
+
+/// A site behind TLS, with a good key.
+async fn encrypted(certificates: &Path, with_clients: bool) -> (Site, IssuedKey) {
+    let file = |name: &str| certificates.join(name).display().to_string();
+    let mut site = Site::new().with("grpc.tls_certificate_file", file("server.pem"));
+    site.set("grpc.tls_key_file", file("server.key"));
+    if with_clients {
+        site.set("grpc.tls_client_ca_file", file("ca.pem"));
+    }
+    site.migrate().await;
+    site.trust("acme").await;
+    let key = site.issue("acme", &[]).await;
+    (site, key)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn over_tls_envoy_is_answered_and_others_are_not() {
+    let _turn = among_others().await;
+    let certificates = certificates();
+    let file = |name: &str| certificates.path().join(name).display().to_string();
+    for with_clients in [false, true] {
+        let (site, key) = encrypted(certificates.path(), with_clients).await;
+        let server = site.serve().await;
+        let own = format!(
+            ", tls_certificates: [{{certificate_chain: {{filename: {}}}, private_key: {{filename: {}}}}}]",
+            file("client.pem"),
+            file("client.key"),
+        );
+        let validation = format!(
+            "validation_context: {{trusted_ca: {{filename: {}}}, match_typed_subject_alt_names: \
+             [{{san_type: DNS, matcher: {{exact: localhost}}}}]}}",
+            file("ca.pem")
+        );
+        let socket = format!(
+            "    transport_socket:\n      name: tls\n      typed_config:\n        \
+             \"@type\": type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.UpstreamTlsContext\n        \
+             sni: localhost\n        common_tls_context: {{{validation}{}}}\n",
+            if with_clients { &own } else { "" }
+        );
+        let plan = Plan::new(http::application().await, &[server.grpc()]);
+        let anchor = "    connect_timeout: 0.1s ";
+        let envoy = plan.replace(anchor, &format!("{socket}{anchor}")).start().await;
+        envoy.until_healthy(server.grpc()).await;
+        let granted = envoy.get("/", &[("x-api-key", &key.key)]).await;
+        assert_eq!((granted.status, granted.saw("x-trust-id")), (200, Some(key.trust_id.clone())), "{with_clients}");
+        assert_eq!(envoy.get("/", &[]).await.status, 401);
+
+        // Nobody gets in without encryption, nor without a certificate where one is asked for.
+        let mut unencrypted = TcpStream::connect(server.grpc()).await.unwrap();
+        unencrypted.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").await.unwrap();
+        assert!(ends(&mut unencrypted).await);
+        let anonymous = tls(server.grpc(), certificates.path(), None).await;
+        let may_call = match anonymous {
+            Ok(stream) => match try_connect(stream).await {
+                Ok(mut connection) => answer(call(&mut connection, &key.key)).await.is_some(),
+                Err(_) => false,
+            },
+            Err(_) => false,
+        };
+        assert_eq!(may_call, !with_clients);
+        let mut known = connect(tls(server.grpc(), certificates.path(), Some("client")).await.unwrap()).await;
+        assert_eq!(answer(call(&mut known, &key.key)).await.unwrap().status, 200);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_wrong_with_tls_is_said_with_its_file() {
+    let _turn = among_others().await;
+    let certificates = certificates();
+    let (mut site, _) = encrypted(certificates.path(), false).await;
+    site.set("grpc.tls_key_file", certificates.path().join("client.key").display().to_string());
+    let ran = site.run(&["serve"]).await;
+    assert!(ran.code == 1 && ran.err.contains("grpc.tls_key_file") && ran.err.contains("client.key"), "{ran:?}");
+    site.set("grpc.tls_certificate_file", certificates.path().join("nothing.pem").display().to_string());
+    let ran = site.run(&["serve"]).await;
+    assert!(ran.code == 1 && ran.err.contains("grpc.tls_certificate_file") && ran.err.contains("nothing"), "{ran:?}");
+}
+
+// === peers that do not behave ===
+
+/// `limits.preface_timeout` by default, and a little.
+const SLOW: Duration = Duration::from_secs(3);
+
+#[tokio::test(flavor = "multi_thread")]
+async fn whoever_is_slow_to_begin_is_left() {
+    let _turn = alone().await;
+    let certificates = certificates();
+    let (site, key) = encrypted(certificates.path(), false).await;
+    let behind_tls = site.serve().await;
+    let plain = Site::new().serve().await;
+    let begun = Instant::now();
+    // Nothing at all; a part of the preface; a handshake without anything after it.
+    let mut silent = TcpStream::connect(plain.grpc()).await.unwrap();
+    let mut partial = TcpStream::connect(plain.grpc()).await.unwrap();
+    partial.write_all(b"PRI * HTT").await.unwrap();
+    let mut unencrypted = TcpStream::connect(behind_tls.grpc()).await.unwrap();
+    let mut shaken = tls(behind_tls.grpc(), certificates.path(), None).await.unwrap();
+    assert!(ends(&mut silent).await && ends(&mut partial).await);
+    assert!(ends(&mut unencrypted).await && ends(&mut shaken).await);
+    assert!(begun.elapsed() < 2 * SLOW, "{:?}", begun.elapsed());
+    // A message that does not end is answered: as one that cannot be read.
+    let mut connection = connect(tls(behind_tls.grpc(), certificates.path(), None).await.unwrap()).await;
+    let (unfinished, mut stream) = connection.send_request(head(), false).unwrap();
+    stream.send_data(frame(&request(&key.key, &[])).slice(..20), false).unwrap();
+    let verdict = timeout(SLOW, answer(unfinished)).await.unwrap().unwrap();
+    assert_eq!((verdict.status, verdict.reason.as_deref()), (401, Some("undecodable")));
+    assert_eq!(answer(call(&mut connection, &key.key)).await.unwrap().status, 200);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_reader_that_opens_no_window_holds_up_nobody_else() {
+    let _turn = among_others().await;
+    let certificates = certificates();
+    let (site, key) = encrypted(certificates.path(), false).await;
+    let server = site.serve().await;
+    let stream = tls(server.grpc(), certificates.path(), None).await.unwrap();
+    let mut builder = h2::client::Builder::new();
+    let (sender, connection) = builder.initial_window_size(0).handshake::<_, Bytes>(stream).await.unwrap();
+    tokio::spawn(connection);
+    let mut closed = sender.ready().await.unwrap();
+    let mut unread: Vec<_> = Vec::new();
+    for _ in 0..500 {
+        closed = closed.ready().await.unwrap();
+        unread.push(call(&mut closed, &key.key));
+    }
+    let mut other = connect(tls(server.grpc(), certificates.path(), None).await.unwrap()).await;
+    for _ in 0..500 {
+        assert_eq!(answer(call(&mut other, &key.key)).await.unwrap().status, 200);
+    }
+    drop(unread);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn on_one_connection_there_are_no_more_streams_than_allowed() {
+    let _turn = among_others().await;
+    let stage = Stage::new(&[UNHURRIED.as_slice(), &[("limits.streams_per_connection", "8")]].concat()).await;
+    let key = stage.site.issue("acme", &[]).await;
+    let server = stage.site.serve().await;
+    let frozen = stage.postgres.freeze();
+    let mut connection = connect(TcpStream::connect(server.grpc()).await.unwrap()).await;
+    // The client's own bookkeeping sends no more than the server allows: what is over it waits there.
+    let waiting: Vec<_> = (0..20).map(|_| call(&mut connection, &key.key)).collect();
+    let misses = "trustgate_cache_lookups_total{kind=\"api_key\",outcome=\"miss\",tier=\"l1\"}";
+    eventually("eight wait", PATIENCE, || async { (server.metric(misses).await - 8.0).abs() < 0.5 }).await;
+    drop(frozen);
+    for waiting in waiting {
+        assert_eq!(answer(waiting).await.unwrap().status, 200);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn five_thousand_resets_at_once_cost_nobody_a_connection() {
+    let _turn = alone().await;
+    let stage = Stage::new(&UNHURRIED).await;
+    let key = stage.site.issue("acme", &[]).await;
+    let server = stage.site.serve().await;
+    let frozen = stage.postgres.freeze();
+    let mut connections = Vec::new();
+    for _ in 0..5 {
+        connections.push(connect(TcpStream::connect(server.grpc()).await.unwrap()).await);
+    }
+    // What Envoy does when its own timeout passes: every check in flight is reset at the same moment.
+    let mut in_flight = Vec::new();
+    for connection in &mut connections {
+        for _ in 0..1_000 {
+            in_flight.push(call(connection, &key.key));
+        }
+    }
+    let misses = "trustgate_cache_lookups_total{kind=\"api_key\",outcome=\"miss\",tier=\"l1\"}";
+    eventually("all wait", PATIENCE, || async { server.metric(misses).await >= 5_000.0 }).await;
+    let reset = Instant::now();
+    drop(in_flight);
+    let cancelled = "trustgate_checks_total{decision=\"cancelled\",reason=\"cancelled\"}";
+    eventually("all are given up", PATIENCE, || async { server.metric(cancelled).await >= 5_000.0 }).await;
+    drop(frozen);
+    for connection in &mut connections {
+        let again = answer(call(connection, &key.key)).await.expect("the connection was not closed");
+        assert_eq!(again.trust_id.as_ref(), Some(&key.trust_id));
+    }
+    let took = reset.elapsed().saturating_sub(crate::support::machine::stood_still(reset, Instant::now()));
+    println!("5 000 resets: every connection answers again after {took:?}");
+    assert!(took < Duration::from_secs(1), "{took:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn out_of_descriptors_it_waits_and_serves_on() {
+    let _turn = among_others().await;
+    let site = Site::new();
+    site.migrate().await;
+    site.trust("acme").await;
+    let key = site.issue("acme", &[]).await;
+    let server = site.serve().await;
+    let asker = Asker::connect(server.grpc()).await;
+    assert_eq!(asker.check(&key.key).await.status, 200);
+    server.limit_descriptors(64);
+    let mut crowd = Vec::new();
+    for _ in 0..100 {
+        crowd.push(TcpStream::connect(server.grpc()).await.unwrap());
+    }
+    server.until_logged("a connection could not be accepted").await;
+    assert_eq!(asker.check(&key.key).await.status, 200, "who is connected is served");
+    drop(crowd);
+    eventually("others are served again", PATIENCE, || async {
+        let mut connection = connect(TcpStream::connect(server.grpc()).await.unwrap()).await;
+        timeout(Duration::from_secs(1), answer(call(&mut connection, &key.key)))
+            .await
+            .is_ok_and(|answer| answer.is_some())
+    })
+    .await;
+}
+
+// === clients ===
+
+/// A TLS connection to `server`; `as_whom`: the name of the certificate that is shown.
+async fn tls(
+    server: SocketAddr,
+    certificates: &Path,
+    as_whom: Option<&str>,
+) -> std::io::Result<tokio_rustls::client::TlsStream<TcpStream>> {
+    let certificate = |name: &str| CertificateDer::from_pem_file(certificates.join(name)).unwrap();
+    let mut roots = RootCertStore::empty();
+    roots.add(certificate("ca.pem")).unwrap();
+    let provider = Arc::new(rustls::crypto::ring::default_provider());
+    let builder = ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions().unwrap();
+    let builder = builder.with_root_certificates(roots);
+    let mut config = match as_whom {
+        None => builder.with_no_client_auth(),
+        Some(name) => {
+            let key = PrivateKeyDer::from_pem_file(certificates.join(format!("{name}.key"))).unwrap();
+            builder.with_client_auth_cert(vec![certificate(&format!("{name}.pem"))], key).unwrap()
+        }
+    };
+    config.alpn_protocols = vec![b"h2".to_vec()];
+    let stream = TcpStream::connect(server).await.unwrap();
+    TlsConnector::from(Arc::new(config)).connect("localhost".try_into().unwrap(), stream).await
+}
+
+async fn try_connect<T>(stream: T) -> Result<SendRequest<Bytes>, h2::Error>
+where
+    T: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    let (sender, connection) = h2::client::handshake(stream).await?;
+    tokio::spawn(connection);
+    sender.ready().await
+}
+
+async fn connect(stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static) -> SendRequest<Bytes> {
+    try_connect(stream).await.unwrap()
+}
+
+fn head() -> ::http::Request<()> {
+    let head = ::http::Request::post(format!("http://trustgate{CHECK_PATH}"));
+    head.header("content-type", "application/grpc").header("te", "trailers").body(()).unwrap()
+}
+
+fn call(connection: &mut SendRequest<Bytes>, key: &str) -> ResponseFuture {
+    let (answer, mut stream) = connection.send_request(head(), false).unwrap();
+    stream.send_data(frame(&request(key, &[])), true).unwrap();
+    answer
+}
+
+/// The answer, if the connection brings one.
+async fn answer(answer: ResponseFuture) -> Option<Verdict> {
+    let mut body = answer.await.ok()?.into_body();
+    let message = body.data().await?.ok()?;
+    Some(verdict(&prost::Message::decode(&message[5..]).unwrap()))
+}
+
+/// Whether the server ends a connection before long; what it says until then does not matter.
+async fn ends(stream: &mut (impl AsyncRead + Unpin)) -> bool {
+    let mut said = Vec::new();
+    timeout(SLOW, stream.read_to_end(&mut said)).await.is_ok()
+}
