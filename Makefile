@@ -44,11 +44,20 @@ bench: bench-ready ## checks/s, CPU and times against the yardstick: docs/benchm
 bench-envoy: bench-ready ## the same through a real Envoy, beside no auth and Envoy's own api_key_auth
 	@$(python) benches/run envoy
 
+.PHONY: bench-instructions
+bench-instructions: bench-ready ## instructions per check and per step of one, under valgrind: the same on every run
+	@$(python) benches/run instructions
+
+.PHONY: bench-scale
+bench-scale: bench-ready ## 1 000 to SCALE_MAX (1 000 000) keys: memory, cost of a hit, start, import; floods
+	@$(python) benches/run scale
+
 .PHONY: bench-ready
 bench-ready:
 	@tools/packages bench
 	@tools/setup
-	cargo build --release --locked --bin trustgate --example always_allow --example load
+	@$(MAKE) --no-print-directory build
+	cargo build --release --locked --example always_allow --example load --example steps
 
 .PHONY: build
 build: ## the release binary

@@ -83,6 +83,8 @@ pub(crate) enum Expected {
     Denial,
     /// Grants and denials may come, but nothing else.
     Any,
+    /// Whatever it is, as long as it is an answer: a server that is flooded may say that it cannot decide.
+    Answer,
 }
 
 /// Everything that came of the checks of a run.
@@ -124,11 +126,12 @@ impl Tally {
     /// Whether everything came as `expected`, and anything at all did.
     pub(crate) fn is_as(&self, expected: Expected) -> bool {
         let wrong = match expected {
-            Expected::Grant => self.denials,
-            Expected::Denial => self.grants,
-            Expected::Any => 0,
+            Expected::Grant => self.denials + self.faults,
+            Expected::Denial => self.grants + self.faults,
+            Expected::Any => self.faults,
+            Expected::Answer => 0,
         };
-        wrong == 0 && self.faults == 0 && self.errors.is_empty() && self.answered() > 0
+        wrong == 0 && self.errors.is_empty() && self.answered() > 0
     }
 
     /// The figures, for a window of that length.
