@@ -245,7 +245,7 @@ fn the_chart_knows_every_setting_but_listeners_and_secrets() {
             names.map(move |name| format!("{section}.{name}"))
         })
         .collect();
-    let listens = |setting: &str| setting.ends_with(".listen");
+    let listens = |setting: &str| setting.ends_with(".listen") || setting.starts_with("grpc.socket_");
     // Secrets are files of Secrets, which the chart mounts and names itself.
     let is_secret = |setting: &str| {
         let name = setting.split_once('.').unwrap().1;
