@@ -29,8 +29,8 @@ use crate::{
     fault::{Fault, Tier},
     freshness::{View, Views, history::Place, lease::Standing},
     metrics::{
-        Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, SHORT_SECONDS,
-        register,
+        CoreCounter, CoreCounters, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts,
+        Registry, SHORT_SECONDS, register,
     },
     record::Dated,
     store::Lookup,
@@ -399,11 +399,11 @@ fn jittered(time: Duration, spread: u8) -> Duration {
 
 /// The outcomes of one tier.
 struct Outcomes {
-    hit: IntCounter,
-    negative_hit: IntCounter,
-    miss: IntCounter,
-    refused: IntCounter,
-    error: IntCounter,
+    hit: CoreCounter,
+    negative_hit: CoreCounter,
+    miss: CoreCounter,
+    refused: CoreCounter,
+    error: CoreCounter,
 }
 
 struct Metrics {
@@ -419,7 +419,7 @@ struct Metrics {
 
 impl Metrics {
     fn register<K: Kind>(registry: &Registry, breaker_open: IntGauge) -> prometheus::Result<Self> {
-        let lookups = IntCounterVec::new(
+        let lookups = CoreCounters::new(
             Opts::new(
                 "trustgate_cache_lookups_total",
                 "Lookups by kind of value, tier (l1, l2, store) and outcome (hit, negative_hit, miss, refused, error).",
@@ -428,7 +428,7 @@ impl Metrics {
         );
         let lookups = register(registry, lookups)?;
         let outcomes = |tier: Tier| {
-            let outcome = |outcome| lookups.with_label_values(&[K::NAME, tier.as_str(), outcome]);
+            let outcome = |outcome| lookups.with(&[K::NAME, tier.as_str(), outcome]);
             Outcomes {
                 hit: outcome("hit"),
                 negative_hit: outcome("negative_hit"),

@@ -25,7 +25,7 @@ use crate::{
     demand::{Demands, Freshness, is_preflight},
     fault::Fault,
     freshness::{View as History, Views, deny::DenyList, history::Place, lease::Standing},
-    metrics::{Histogram, HistogramOpts, IntCounter, IntCounterVec, Opts, Registry, SHORT_SECONDS, register},
+    metrics::{CoreCounter, CoreCounters, CoreHistogram, HistogramOpts, Opts, Registry, SHORT_SECONDS, register},
     record::{ApiKeyDigest, Digests},
     wire::{
         response::{OnFault, Replies, Reply},
@@ -363,18 +363,18 @@ impl FaultLog {
 
 /// Checks answered. Children are resolved here, since looking them up hashes and locks.
 struct CheckMetrics {
-    allowed: IntCounter,
-    anonymous: IntCounter,
-    denied: [IntCounter; DenyReason::ALL.len()],
-    fault: IntCounter,
-    cancelled: IntCounter,
-    stale: IntCounter,
-    seconds: Histogram,
+    allowed: CoreCounter,
+    anonymous: CoreCounter,
+    denied: [CoreCounter; DenyReason::ALL.len()],
+    fault: CoreCounter,
+    cancelled: CoreCounter,
+    stale: CoreCounter,
+    seconds: CoreHistogram,
 }
 
 impl CheckMetrics {
     fn register(registry: &Registry) -> prometheus::Result<Self> {
-        let checks = IntCounterVec::new(
+        let checks = CoreCounters::new(
             Opts::new(
                 "trustgate_checks_total",
                 "Checks by decision (allow, deny, fault, cancelled) and the reason for it.",
@@ -386,26 +386,24 @@ impl CheckMetrics {
             "trustgate_check_duration_seconds",
             "How long checks took from the whole message to the reply, in seconds.",
         );
-        let count = |decision, reason| checks.with_label_values(&[decision, reason]);
+        let stale = Opts::new(
+            "trustgate_stale_grants_total",
+            "Grants on what the database has not confirmed within freshness.lease, while it did not answer.",
+        );
+        let count = |decision, reason| checks.with(&[decision, reason]);
         Ok(Self {
             allowed: count("allow", "key"),
             anonymous: count("allow", "anonymous"),
             denied: DenyReason::ALL.map(|reason| count("deny", reason.as_str())),
             fault: count("fault", "fault"),
             cancelled: count("cancelled", "cancelled"),
-            stale: register(
-                registry,
-                IntCounter::new(
-                    "trustgate_stale_grants_total",
-                    "Grants on what the database has not confirmed within freshness.lease, while it did not answer.",
-                ),
-            )?,
-            seconds: register(registry, Histogram::with_opts(seconds.buckets(SHORT_SECONDS.to_vec())))?,
+            stale: register(registry, CoreCounters::new(stale, &[]))?.with(&[]),
+            seconds: register(registry, CoreHistogram::new(seconds.buckets(SHORT_SECONDS.to_vec())))?,
         })
     }
 
-    fn observe(&self, counter: &IntCounter, took: Duration) {
+    fn observe(&self, counter: &CoreCounter, took: Duration) {
         counter.inc();
-        self.seconds.observe(took.as_secs_f64());
+        self.seconds.observe(took);
     }
 }

@@ -31,6 +31,8 @@ const PENDING_ACCEPT_RESETS_MAX: usize = 1_000;
 const LOCAL_ERROR_RESETS_MAX: usize = 1_024;
 /// Bytes of request headers of one call.
 const HEADER_LIST_BYTES_MAX: u32 = 16 << 10;
+/// Batches of calls that are answered before other connections have their turn; each is at most what may be open at a time.
+const BATCHES_MAX: usize = 8;
 /// What a peer may send before we have read it, on one stream and on all of a connection.
 const WINDOW_BYTES: u32 = 1 << 20;
 
@@ -103,9 +105,9 @@ struct Connection<T> {
 }
 
 impl<T: AsyncRead + AsyncWrite + Unpin> Connection<T> {
-    /// Ready once the connection is closed. What it reads at a time is bounded by the runtime's budget for a task.
+    /// Ready once the connection is closed. Whatever comes in without end, others on the core have their turn.
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        loop {
+        for _ in 0..BATCHES_MAX {
             // Each of these also sends what was answered before.
             while let Poll::Ready(arrived) = self.http2.poll_accept(cx) {
                 match arrived {
@@ -120,6 +122,8 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Connection<T> {
                 self.calls.serve(cx, request, respond);
             }
         }
+        cx.waker().wake_by_ref();
+        Poll::Pending
     }
 }
 

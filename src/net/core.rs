@@ -45,7 +45,7 @@ impl Cores {
         for number in 0..count {
             let runtime = Builder::new_current_thread().enable_all().build()?;
             let (handle, end) = (runtime.handle().clone(), started.end.clone());
-            let thread = thread::Builder::new().name(format!("trustgate-core-{number}"));
+            let thread = thread::Builder::new().name(format!("core-{number}"));
             let thread = thread.spawn(move || runtime.block_on(end.cancelled()))?;
             started.cores.push(Core { handle, load: Arc::default(), thread: Some(thread) });
         }
@@ -139,7 +139,7 @@ mod tests {
         };
         let (mut places, mut ends) = serve(3).await;
         places.sort();
-        assert_eq!(places, ["trustgate-core-0", "trustgate-core-1", "trustgate-core-2"]);
+        assert_eq!(places, ["core-0", "core-1", "core-2"]);
         ends.extend(serve(3).await.1);
         // Two end on one core: whoever comes next goes there.
         drop((ends.remove(0), ends.remove(2)));
@@ -147,6 +147,6 @@ mod tests {
             tokio::task::yield_now().await;
         }
         let (places, _ends) = serve(2).await;
-        assert_eq!(places, ["trustgate-core-0", "trustgate-core-0"]);
+        assert_eq!(places, ["core-0", "core-0"]);
     }
 }

@@ -25,7 +25,7 @@ use crate::{
         envoy::Plan,
         eventually,
         grpc::{Asker, Verdict, request, verdict},
-        http,
+        http, load,
         server::{IssuedKey, Site, UNHURRIED},
     },
 };
@@ -152,6 +152,34 @@ async fn what_is_wrong_with_tls_is_said_with_its_file() {
     site.set("grpc.tls_certificate_file", certificates.path().join("nothing.pem").display().to_string());
     let ran = site.run(&["serve"]).await;
     assert!(ran.code == 1 && ran.err.contains("grpc.tls_certificate_file") && ran.err.contains("nothing"), "{ran:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_workers_of_an_envoy_are_spread_over_the_cores() {
+    let _turn = alone().await;
+    let stage = Stage::new(&[]).await;
+    let shots = stage.keys(1).await;
+    for workers in [1, 2, 8] {
+        let server = stage.site.serve().await;
+        let cores = server.waits_of_cores().len();
+        assert_eq!(cores, std::thread::available_parallelism().unwrap().get());
+        let envoy = Plan::new(http::application().await, &[server.grpc()]).workers(workers).start().await;
+        envoy.until_healthy(server.grpc()).await;
+        let at_work = workers.min(cores);
+        // Which of its workers takes a client's connection is the kernel's choice, so new ones come until all were chosen.
+        eventually(&format!("{workers} workers keep {at_work} cores at work"), PATIENCE, || async {
+            let before = server.waits_of_cores();
+            for _ in 0..20 {
+                let hits = load::fire(envoy.address(), 500, Duration::from_millis(20), |_| shots[0].clone()).await;
+                load::all_right(hits.iter());
+            }
+            let busy = |(name, waits): &(String, u64)| waits - before[name] > 50;
+            let busy = server.waits_of_cores().into_iter().filter(busy).count();
+            println!("{workers} workers: {busy} of {cores} cores at work");
+            busy == at_work
+        })
+        .await;
+    }
 }
 
 // === peers that do not behave ===

@@ -22,6 +22,7 @@ pub struct Envoy {
 /// What Envoy is given.
 pub struct Plan {
     config: String,
+    workers: usize,
 }
 
 impl Plan {
@@ -34,7 +35,7 @@ impl Plan {
         };
         let all = |addresses: &[SocketAddr]| addresses.iter().map(endpoint).collect::<Vec<_>>().join(", ");
         let shipped = |port: u16| endpoint(&SocketAddr::from(([127, 0, 0, 1], port)));
-        Self { config: CONFIG.to_owned() }
+        Self { config: CONFIG.to_owned(), workers: 2 }
             .replace("port_value: 9901", "port_value: 0")
             .replace("port_value: 10000", "port_value: 0")
             .replace(&shipped(8080), &all(&[application]))
@@ -56,7 +57,12 @@ impl Plan {
     /// If it does not stand there exactly once.
     pub fn replace(self, from: &str, to: &str) -> Self {
         assert_eq!(self.config.matches(from).count(), 1, "envoy/envoy.yaml has changed: {from:?}");
-        Self { config: self.config.replace(from, to) }
+        Self { config: self.config.replace(from, to), ..self }
+    }
+
+    /// The same with this many workers, each of which has a connection of its own to each gate.
+    pub fn workers(self, workers: usize) -> Self {
+        Self { workers, ..self }
     }
 
     /// Starts Envoy and waits until it listens. Whether it finds a gate healthy is another matter.
@@ -69,8 +75,9 @@ impl Plan {
         std::fs::write(&config, &self.config).expect("our directory");
         let mut words = vec![binary().into_os_string(), "-c".into(), config.into(), "--admin-address-path".into()];
         words.push(admin_file.clone().into());
-        let options = "--disable-hot-restart --concurrency 2 --log-level warning --file-flush-interval-msec 50";
+        let options = "--disable-hot-restart --log-level warning --file-flush-interval-msec 50 --concurrency";
         words.extend(options.split(' ').map(Into::into));
+        words.push(self.workers.to_string().into());
         let program = Guarded::start_to(End::Kill, &dir, &words);
         let ready = program.until(async || {
             let admin: SocketAddr = std::fs::read_to_string(&admin_file).ok()?.trim().parse().ok()?;

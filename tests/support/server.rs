@@ -1,6 +1,7 @@
 //! The real program: its commands, and the server as a process of its own.
 
 use std::{
+    collections::BTreeMap,
     ffi::OsString,
     io::Write as _,
     net::SocketAddr,
@@ -247,6 +248,22 @@ impl Server {
     /// Stops the process without ending it (SIGSTOP), until the answer is dropped.
     pub fn freeze(&self) -> Frozen {
         Frozen::of(self.program.pid().expect("running"))
+    }
+
+    /// How often each core has waited for something to do: a thread that serves nothing hardly does.
+    ///
+    /// # Panics
+    /// If the server has ended.
+    pub fn waits_of_cores(&self) -> BTreeMap<String, u64> {
+        let tasks = format!("/proc/{}/task", self.program.pid().expect("started"));
+        let threads = std::fs::read_dir(tasks).expect("it runs").filter_map(Result::ok);
+        let waits = threads.filter_map(|thread| {
+            let name = std::fs::read_to_string(thread.path().join("comm")).ok()?.trim().to_owned();
+            let status = std::fs::read_to_string(thread.path().join("status")).ok()?;
+            let waits = status.lines().find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"))?;
+            name.starts_with("core-").then(|| (name, waits.trim().parse().expect("a number")))
+        });
+        waits.collect()
     }
 
     /// Lets the server have no more than `most` descriptors from now on.
