@@ -2,7 +2,7 @@
 
 Counted is what a server does in user mode for N checks and for twice as many; the difference is what N checks cost, without
 start and end. Each step of a check is counted in the same way in process. The kernel's part is not in it, and valgrind's
-processor has no instructions for SHA-256: there, hashing a key costs some 3 000 instructions more than in truth.
+processor has no instructions for SHA-256, so that hashing a key counts for much more than it takes.
 """
 
 import re

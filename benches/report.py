@@ -27,7 +27,7 @@ repeat them; two processors that nobody else uses are needed.
   table, which met the same machine in the same minutes; even those depend on how expensive its system calls are.
 - **A network.** Everything runs on one machine, so the way between Envoy and the server is shorter than in most places.
 - **More than one processor for the server.** The server has one and whoever asks has the other.
-- **What Envoy itself costs**, except in the table that says so: asking any server at all costs Envoy more than the server.
+- **What Envoy itself spends** to ask any server at all, except in the table that says so.
 - **A fair fight.** The *yardstick* ([always_allow.rs](../examples/always_allow.rs)) decides nothing: it finds the key in the
   request and says yes. It is no product; it is what an answer costs before any work is done for it, written as most people
   write such a server: tonic, envoy-types, `#[tokio::main]`. *Current-thread* is the same on tokio's runtime of one thread.
@@ -92,7 +92,7 @@ def envoy(figures):
     return "\n".join(
         [
             "## Through Envoy\n",
-            f"A real Envoy with one worker and [envoy/envoy.yaml](../envoy/envoy.yaml), requests at an even {figures['rate']:,}/s. "
+            f"A real Envoy with one worker and [envoy/envoy.yaml](../envoy/envoy.yaml), requests at an even {thousands(figures['rate'])}/s. "
             f"*Server* is what the server costs beside Envoy for each request, *Envoy* is Envoy's own part. trustgate to "
             f"yardstick: CPU **{spread(ratios['cpu'], 2)}**, added p99 **{spread(ratios['added_p99'], 2)}**.\n",
             table(figures["rows"], ENVOY),
@@ -121,7 +121,7 @@ def instructions(figures):
             "## Instructions\n",
             f"Counted by valgrind: what {thousands(2 * figures['checks'])} checks take more than {thousands(figures['checks'])}. "
             f"trustgate to yardstick (current-thread): **{figures['ratio']:.2f}**. The kernel's part is not in it, and valgrind's "
-            "processor has no instructions for SHA-256: there, hashing costs some 3 000 more than in truth.\n",
+            "processor has no instructions for SHA-256, so that hashing a key counts for much more than it takes.\n",
             *servers,
             "",
             *steps,
@@ -178,6 +178,8 @@ def table(rounds, columns):
     for name, figures in rounds["rows"].items():
         cells = [spread(figures[figure], digits) if figure in figures else "" for figure, digits in columns.values()]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    if rounds["disturbed"]:
+        lines.append(f"\n**{rounds['disturbed']}.**")
     lines.append(f"\n{rounds['rounds']} rounds of {rounds['seconds']:g} s. Times are in microseconds.\n")
     return "\n".join(lines)
 

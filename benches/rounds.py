@@ -11,6 +11,7 @@ SECONDS = float(os.environ.get("SECONDS", 1 if BRIEF else 5))
 KEYS = int(os.environ.get("KEYS", 500 if BRIEF else 10_000))
 TRUSTS = 10 if BRIEF else 100
 WARM_UP = 0.5 if BRIEF else 1.0
+OTHERS_MAX = 0.05  # of a processor: what a machine needs for itself
 # Deadlines for what is not measured, or not in time.
 UNHURRIED = {
     "store.read_timeout": "60s",
@@ -24,7 +25,7 @@ class Rounds:
     """What was measured, in interleaved rounds."""
 
     def __init__(self, title):
-        self.title, self.came, self.note = title, {}, None
+        self.title, self.came, self.disturbed = title, {}, None
 
     def each(self, contenders):
         """Each contender in turn, round after round."""
@@ -67,11 +68,19 @@ class Rounds:
             name: {figure: self.spread(name, figure) for figure in names if figure in came[0]}
             for name, came in self.came.items()
         }
-        return {"title": self.title, "rows": rows, "rounds": ROUNDS, "seconds": SECONDS, "note": self.note}
+        return {"title": self.title, "rows": rows, "rounds": ROUNDS, "seconds": SECONDS, "disturbed": self.disturbed}
+
+    def others(self):
+        """How much of a processor went to whatever else the machine did, at the worst."""
+        return max(came["others"] for rounds in self.came.values() for came in rounds)
 
     def show(self):
+        if self.others() > OTHERS_MAX:
+            self.disturbed = f"DISTURBED: other programs took up to {self.others():.0%} of a processor"
         say(f"\n{self.title} ({ROUNDS} rounds; median)")
         say(f"  {'':42} {'checks/s':>10} {'CPU us':>8} {'p50 us':>8} {'p99 us':>9}")
         for name in self.came:
             line = f"{self.median(name, 'checks_per_second'):>10,.0f} {self.median(name, 'cpu_us'):>8.2f}"
             say(f"  {name:42} {line} {self.median(name, 'p50'):>8.0f} {self.median(name, 'p99'):>9.0f}")
+        if self.disturbed:
+            say(f"  {self.disturbed}")

@@ -49,7 +49,8 @@ def furnish(stage, size):
     """A server that holds `size` keys in its cache, and what that took."""
     progress(f"{size:,} keys: making them")
     # Room for all of them: what is measured is what they take.
-    site = stage.site(f"site-{size}", **{"cache.size": "2GiB", "cache.value_age_max": "6h"}, **(UNHURRIED if BRIEF else {}))
+    settings = {"cache.size": "2GiB", "cache.value_age_max": "6h"} | (UNHURRIED if BRIEF else {})
+    site = stage.site(f"site-{size}", **settings)
     keys = make_keys(size)
     file = stage.dir / f"keys-{size}"
     progress(f"{size:,} keys: importing them")
@@ -67,7 +68,8 @@ def furnish(stage, size):
         if number < 2:
             site.stop()
     # A few checks, so that what every server allocates at its first is not counted as memory of keys.
-    stage.load(site.server.address, "--made-up", "--expect", "answer", "-m", 8, "--requests", 500, seconds=60, warm_up=0)
+    first = ("--made-up", "--expect", "answer", "-m", 8, "--requests", 500)
+    stage.load(site.server.address, *first, seconds=60, warm_up=0)
     before = site.server.resident_bytes()
     progress(f"{size:,} keys: each once, into the cache")
     filled = stage.fill(site.server, file)

@@ -61,7 +61,8 @@ class Stage:
     def start(self, name, command, cpu, env=None, stop_signal=signal.SIGTERM, wrap=(), out_is_kept=True):
         """Starts a program on one processor; `wrap` is what it is run under."""
         command = ["taskset", "-c", str(cpu), *wrap, *command]
-        child = Child(name, [str(part) for part in command], env or clean_environment(), self.dir, stop_signal, out_is_kept)
+        command = [str(part) for part in command]
+        child = Child(name, command, env or clean_environment(), self.dir, stop_signal, out_is_kept)
         self.children.append(child)
         return child
 
@@ -102,7 +103,11 @@ class Stage:
     # --- load
 
     def load(self, address, *options, seconds, warm_up=1.0, cpu=None):
-        """Sends checks; what came of them. Raises if that is not what was expected."""
+        """Sends checks; what came of them. Raises if that is not what was expected.
+
+        `others` is how much of a processor went to whatever else the machine does.
+        """
+        began, all_before, own_before = time.monotonic(), machine_seconds(), self.own_seconds()
         command = [self.programs["load"], address, "--seconds", seconds, "--warm-up", warm_up, *options]
         command = ["taskset", "-c", self.other_cpu if cpu is None else cpu, *command]
         command = [str(part) for part in command]
@@ -126,10 +131,17 @@ class Stage:
             for child in self.children:
                 child.alive()
             raise Broken(f"{' '.join(command)}\n{err}{out}" + "".join(child.tail() for child in self.children))
-        return json.loads(out)
+        came = json.loads(out)
+        others = machine_seconds() - all_before - (self.own_seconds() - own_before)
+        came["others"] = max(others, 0.0) / (time.monotonic() - began)
+        return came
+
+    def own_seconds(self):
+        """Processor time of everything that runs here, and of this program."""
+        return sum(child.cpu_seconds() for child in self.children) + sum(os.times()[:4])
 
     def fill(self, server, file):
-        """Every key of the file into the cache. What the machine kept from being read in time is read in another pass."""
+        """Every key of the file into the cache. What could not be read in time is read in another pass."""
         for _ in range(5):
             options = ("--keys", file, "--order", "once", "--expect", "answer", "-c", 4, "-m", 8)
             came = self.load(server.address, *options, seconds=7_200, warm_up=0)
@@ -254,6 +266,8 @@ class Child:
 
     def cpu_seconds(self):
         """User and system time so far, of all threads, those that ended too."""
+        if self.process.poll() is not None:
+            return 0.0  # it is counted among the children that ended
         fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / TICKS
 
@@ -297,6 +311,12 @@ def sha256(text):
 def clean_environment():
     unwanted = ("STATE_DIRECTORY", "RUST_LOG")
     return {k: v for k, v in os.environ.items() if not k.startswith("TRUSTGATE") and k not in unwanted}
+
+
+def machine_seconds():
+    """Processor time that was not idle, of the whole machine, and what a hypervisor kept for others."""
+    user, nice, system, _, _, irq, softirq, steal = map(int, Path("/proc/stat").read_text().split()[1:9])
+    return (user + nice + system + irq + softirq + steal) / TICKS
 
 
 _given = set()
