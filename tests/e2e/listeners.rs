@@ -244,7 +244,8 @@ async fn on_one_connection_there_are_no_more_streams_than_allowed() {
     let server = stage.site.serve().await;
     let frozen = stage.postgres.freeze();
     let mut connection = connect(TcpStream::connect(server.grpc()).await.unwrap()).await;
-    // The client's own bookkeeping sends no more than the server allows: what is over it waits there.
+    // Once the client knows the server's settings it sends no more than they allow: what is over it waits there.
+    assert_eq!(answer(call(&mut connection, "too-short")).await.unwrap().status, 401);
     let waiting: Vec<_> = (0..20).map(|_| call(&mut connection, &key.key)).collect();
     let misses = "trustgate_cache_lookups_total{kind=\"api_key\",outcome=\"miss\",tier=\"l1\"}";
     eventually("eight wait", PATIENCE, || async { (server.metric(misses).await - 8.0).abs() < 0.5 }).await;
