@@ -201,20 +201,18 @@ impl Checker {
             return Err(DenyReason::Undecodable);
         }
         let Extracted { key, removals } = extract(&self.parts.credential, &view);
-        let (demands, subject) = match Demands::of(&view) {
-            Err(fault) => (Demands::default(), Err(Refusal::Fault(fault))),
-            Ok(demands) => {
-                let subject = if self.parts.decision.preflight == Preflight::Pass && is_preflight(&view) {
-                    Ok(Subject::Nobody)
-                } else {
-                    match key {
-                        Ok(key) => Ok(Subject::Key(key)),
-                        Err(CredentialError::Missing) if demands.optional => Ok(Subject::Nobody),
-                        Err(error) => Err(Refusal::Denied(error.into())),
-                    }
-                };
-                (demands, subject)
+        let demands = match Demands::of(&view) {
+            Ok(demands) => demands,
+            Err(fault) => {
+                return Ok(Request { subject: Err(Refusal::Fault(fault)), demands: Demands::default(), removals });
             }
+        };
+        let passes = self.parts.decision.preflight == Preflight::Pass && is_preflight(&view);
+        let subject = match key {
+            _ if passes => Ok(Subject::Nobody),
+            Ok(key) => Ok(Subject::Key(key)),
+            Err(CredentialError::Missing) if demands.optional => Ok(Subject::Nobody),
+            Err(error) => Err(Refusal::Denied(error.into())),
         };
         Ok(Request { subject, demands, removals })
     }

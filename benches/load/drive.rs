@@ -47,7 +47,7 @@ struct Link<S> {
     session: S,
     input: Input,
     output: Vec<u8>,
-    /// The system takes no more for now.
+    /// The system takes no more until the socket can be written to again.
     is_full: bool,
 }
 

@@ -77,7 +77,6 @@ impl CoreCounter {
 /// A family of counters, with labels or without.
 #[derive(Clone, Debug)]
 pub struct CoreCounters {
-    opts: Opts,
     labels: &'static [&'static str],
     desc: Desc,
     counters: Arc<Mutex<HashMap<Vec<&'static str>, CoreCounter>>>,
@@ -90,8 +89,8 @@ impl CoreCounters {
     /// When a name or the description is not valid.
     pub fn new(opts: Opts, labels: &'static [&'static str]) -> prometheus::Result<Self> {
         let names = labels.iter().map(|label| (*label).to_owned()).collect();
-        let desc = Desc::new(opts.fq_name(), opts.help.clone(), names, HashMap::new())?;
-        Ok(Self { opts, labels, desc, counters: Arc::default() })
+        let desc = Desc::new(opts.fq_name(), opts.help, names, HashMap::new())?;
+        Ok(Self { labels, desc, counters: Arc::default() })
     }
 
     /// The counter with these values of the labels; kept by whoever counts, since looking it up takes a lock.
@@ -125,17 +124,16 @@ impl Collector for CoreCounters {
             metric.set_counter(count);
             metric
         });
-        vec![family(self.opts.fq_name(), &self.opts.help, MetricType::COUNTER, metrics.collect())]
+        vec![family(&self.desc, MetricType::COUNTER, metrics.collect())]
     }
 }
 
 /// A histogram of durations, in seconds where it is shown.
 #[derive(Clone, Debug)]
 pub struct CoreHistogram {
-    opts: HistogramOpts,
     desc: Desc,
-    /// Nanoseconds up to which each bucket goes.
-    bounds: Arc<[u64]>,
+    /// Up to how long each bucket goes, in seconds and in nanoseconds.
+    bounds: Arc<[(f64, u64)]>,
     copies: Arc<Copies<Observed>>,
 }
 
@@ -152,20 +150,21 @@ impl CoreHistogram {
     /// # Errors
     /// When its name or its description is not valid.
     pub fn new(opts: HistogramOpts) -> prometheus::Result<Self> {
-        let bounds: Arc<[u64]> = opts.buckets.iter().map(|bound| nanos(Duration::from_secs_f64(*bound))).collect();
-        let desc = Desc::new(opts.common_opts.fq_name(), opts.common_opts.help.clone(), Vec::new(), HashMap::new())?;
+        let bound = |seconds: &f64| (*seconds, nanos(Duration::from_secs_f64(*seconds)));
+        let bounds: Arc<[_]> = opts.buckets.iter().map(bound).collect();
+        let desc = Desc::new(opts.common_opts.fq_name(), opts.common_opts.help, Vec::new(), HashMap::new())?;
         let copies = Copies::of(|| Observed {
             buckets: (0..=bounds.len()).map(|_| AtomicU64::new(0)).collect(),
             nanos: AtomicU64::new(0),
         });
-        Ok(Self { opts, desc, bounds, copies })
+        Ok(Self { desc, bounds, copies })
     }
 
     /// Adds a duration.
     pub fn observe(&self, took: Duration) {
         let (took, own) = (nanos(took), self.copies.own());
         // Most are in the first bucket.
-        let bucket = self.bounds.iter().position(|bound| took <= *bound).unwrap_or(self.bounds.len());
+        let bucket = self.bounds.iter().position(|(_, nanos)| took <= *nanos).unwrap_or(self.bounds.len());
         own.buckets[bucket].fetch_add(1, Ordering::Relaxed);
         own.nanos.fetch_add(took, Ordering::Relaxed);
     }
@@ -179,10 +178,10 @@ impl Collector for CoreHistogram {
     fn collect(&self) -> Vec<MetricFamily> {
         let load = |number: &AtomicU64| number.load(Ordering::Relaxed);
         let mut count = 0;
-        let buckets = self.opts.buckets.iter().enumerate().map(|(number, bound)| {
+        let buckets = self.bounds.iter().enumerate().map(|(number, (seconds, _))| {
             count += self.copies.all().map(|copy| load(&copy.buckets[number])).sum::<u64>();
             let mut bucket = proto::Bucket::default();
-            bucket.set_upper_bound(*bound);
+            bucket.set_upper_bound(*seconds);
             bucket.set_cumulative_count(count);
             bucket
         });
@@ -195,15 +194,14 @@ impl Collector for CoreHistogram {
         histogram.set_sample_sum(Duration::from_nanos(nanos).as_secs_f64());
         let mut metric = proto::Metric::default();
         metric.set_histogram(histogram);
-        let common = &self.opts.common_opts;
-        vec![family(common.fq_name(), &common.help, MetricType::HISTOGRAM, vec![metric])]
+        vec![family(&self.desc, MetricType::HISTOGRAM, vec![metric])]
     }
 }
 
-fn family(name: String, help: &str, kind: MetricType, metrics: Vec<proto::Metric>) -> MetricFamily {
+fn family(desc: &Desc, kind: MetricType, metrics: Vec<proto::Metric>) -> MetricFamily {
     let mut family = MetricFamily::default();
-    family.set_name(name);
-    family.set_help(help.to_owned());
+    family.set_name(desc.fq_name.clone());
+    family.set_help(desc.help.clone());
     family.set_field_type(kind);
     family.set_metric(metrics);
     family

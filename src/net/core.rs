@@ -58,8 +58,9 @@ impl Cores {
         self.cores.iter().map(|core| core.handle.clone()).collect()
     }
 
-    /// Serves a connection, in `tasks`, on the core that has the fewest open streams; where several have, on the one of
-    /// them with the fewest connections, since those that are idle now will not stay so.
+    /// Serves a connection, in `tasks`, on the core that has the fewest open streams (those that wait: others are answered as
+    /// they come); where several have, on the one of them with the fewest connections, since those that are idle now will not
+    /// stay so.
     pub fn serve<F: Future<Output = ()> + Send + 'static>(
         &self,
         tasks: &TaskTracker,

@@ -290,6 +290,7 @@ impl Arena {
             let probes = probing.stop().await;
             for key in 0..shots.len() {
                 let of_key = probes.iter().filter(|probe| probe.key == key);
+                assert!(of_key.clone().any(|probe| probe.began < committed && probe.is_grant()));
                 assert_eq!(of_key.clone().max_by_key(|probe| probe.began).unwrap().status(), Some(401));
                 late.push(granted_after(committed, of_key));
             }

@@ -1,24 +1,23 @@
 //! The end of a server: nobody notices, or at least nobody is cut off.
 
-use std::{net::SocketAddr, time::Duration};
+use std::time::Duration;
 
-use bytes::Bytes;
-use h2::client::{ResponseFuture, SendRequest};
 use tokio::{
     net::TcpStream,
     time::{Instant, sleep_until},
 };
 use tonic::transport::Channel;
 use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient};
-use trustgate::wire::grpc::{CHECK_PATH, SERVICE, frame};
+use trustgate::wire::grpc::SERVICE;
 
 use crate::{
     stage::Stage,
     support::{
         alone, among_others,
+        connection::{answer, call, connect},
         envoy::Envoy,
         eventually,
-        grpc::{Asker, Verdict, request, verdict},
+        grpc::Asker,
         http, load,
         server::{Site, UNHURRIED},
     },
@@ -76,7 +75,7 @@ async fn calls_in_flight_are_finished_after_goaway() {
     };
     assert_eq!(serving().await.unwrap(), ServingStatus::Serving);
 
-    let mut connection = connect(grpc).await;
+    let mut connection = connect(TcpStream::connect(grpc).await.unwrap()).await;
     let frozen = stage.postgres.freeze();
     let in_flight = call(&mut connection, &key.key);
     eventually("the call has begun", PATIENCE, || async {
@@ -92,7 +91,7 @@ async fn calls_in_flight_are_finished_after_goaway() {
     // Not ready, and still serving: Envoys need a moment to turn away.
     assert_eq!(serving().await.unwrap(), ServingStatus::NotServing);
     let bad = call(&mut connection, "too-short");
-    assert_eq!(answer(bad).await.status, 401);
+    assert_eq!(answer(bad).await.unwrap().status, 401);
     let goaway = loop {
         match connection.clone().ready().await {
             Ok(_) => tokio::task::yield_now().await,
@@ -105,7 +104,7 @@ async fn calls_in_flight_are_finished_after_goaway() {
     assert!(server.is_running());
 
     drop(frozen);
-    let granted = answer(in_flight).await;
+    let granted = answer(in_flight).await.unwrap();
     assert_eq!((granted.status, granted.trust_id), (200, Some(key.trust_id)));
     let (code, log) = server.ended(GRACE).await;
     assert_eq!(code, 0, "{log}");
@@ -140,28 +139,4 @@ async fn an_address_in_use_is_an_error_that_names_the_setting() {
         site.set(setting, "127.0.0.1:0");
     }
     assert_eq!(server.readiness().await.status, 200);
-}
-
-async fn connect(server: SocketAddr) -> SendRequest<Bytes> {
-    let stream = TcpStream::connect(server).await.unwrap();
-    let (sender, connection) = h2::client::handshake(stream).await.unwrap();
-    tokio::spawn(connection);
-    sender.ready().await.unwrap()
-}
-
-fn call(connection: &mut SendRequest<Bytes>, key: &str) -> ResponseFuture {
-    let head = ::http::Request::post(format!("http://trustgate{CHECK_PATH}"))
-        .header("content-type", "application/grpc")
-        .header("te", "trailers")
-        .body(())
-        .unwrap();
-    let (answer, mut stream) = connection.send_request(head, false).unwrap();
-    stream.send_data(frame(&request(key, &[])), true).unwrap();
-    answer
-}
-
-async fn answer(answer: ResponseFuture) -> Verdict {
-    let mut body = answer.await.unwrap().into_body();
-    let message = body.data().await.unwrap().unwrap();
-    verdict(&prost::Message::decode(&message[5..]).unwrap())
 }

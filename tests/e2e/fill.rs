@@ -88,9 +88,7 @@ async fn put_into_redis_after_a_revocation_it_serves_no_replica_that_knows_of_it
     eventually("the key was read", PATIENCE, || async { seam.after_find().waiting() == 1 }).await;
     seam.after_poll().close();
     eventually("no poll comes through", PATIENCE, || async { seam.after_poll().waiting() == 1 }).await;
-    let revocation = format!("UPDATE trustgate.api_key SET revoked_at = now() WHERE id = '{}'", key.id);
-    stage.postgres.execute(&stage.database, &revocation).await;
-    until_applied(&stage, &other).await;
+    revoked_behind_the_command(&stage, &key, &other).await;
 
     seam.after_find().open();
     assert_eq!(waiting.await.unwrap().trust_id.as_ref(), Some(&key.trust_id), "its lease holds");
@@ -127,9 +125,7 @@ async fn read_out_of_redis_across_a_revocation_it_serves_nobody_after_it() {
         other.metric("trustgate_cache_lookups_total{kind=\"api_key\",outcome=\"miss\",tier=\"l1\"}").await > 0.0
     })
     .await;
-    let revocation = format!("UPDATE trustgate.api_key SET revoked_at = now() WHERE id = '{}'", key.id);
-    stage.postgres.execute(&stage.database, &revocation).await;
-    until_applied(&stage, &other).await;
+    revoked_behind_the_command(&stage, &key, &other).await;
     drop(frozen);
     refused(&waiting.await.unwrap());
     assert!(other.l2("refused").await > 0.0, "Redis gave the old value");
@@ -146,8 +142,10 @@ fn refused(verdict: &Verdict) {
     assert_eq!((verdict.status, verdict.reason.as_deref()), (401, Some("revoked")), "{verdict:?}");
 }
 
-/// Waits until `server` has applied every version there is.
-async fn until_applied(stage: &Stage, server: &Server) {
+/// Revokes a key in the table and waits until `server` has applied that: the command would wait for every replica.
+async fn revoked_behind_the_command(stage: &Stage, key: &IssuedKey, server: &Server) {
+    let revocation = format!("UPDATE trustgate.api_key SET revoked_at = now() WHERE id = '{}'", key.id);
+    stage.postgres.execute(&stage.database, &revocation).await;
     let newest = "SELECT max(version)::text FROM trustgate.version";
     let newest: String = stage.postgres.value(&stage.database, newest).await;
     let newest: f64 = newest.parse().unwrap();

@@ -4,27 +4,27 @@
 use std::{net::SocketAddr, os::unix::fs::PermissionsExt as _, path::Path, sync::Arc, time::Duration};
 
 use bytes::Bytes;
-use h2::client::{ResponseFuture, SendRequest};
 use rustls::{
     ClientConfig, RootCertStore,
     pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject as _},
 };
 use tokio::{
-    io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _},
+    io::{AsyncRead, AsyncReadExt as _, AsyncWriteExt as _},
     net::TcpStream,
     time::{Instant, timeout},
 };
 use tokio_rustls::TlsConnector;
-use trustgate::wire::grpc::{CHECK_PATH, frame};
+use trustgate::wire::grpc::frame;
 
 use crate::{
     stage::Stage,
     support::{
         alone, among_others,
         certificates::certificates,
+        connection::{answer, call, connect, head, try_connect},
         envoy::Plan,
         eventually,
-        grpc::{Asker, Verdict, request, verdict},
+        grpc::{Asker, request},
         http, load,
         server::{IssuedKey, Site, UNHURRIED},
     },
@@ -340,37 +340,6 @@ async fn tls(
     config.alpn_protocols = vec![b"h2".to_vec()];
     let stream = TcpStream::connect(server).await.unwrap();
     TlsConnector::from(Arc::new(config)).connect("localhost".try_into().unwrap(), stream).await
-}
-
-async fn try_connect<T>(stream: T) -> Result<SendRequest<Bytes>, h2::Error>
-where
-    T: AsyncRead + AsyncWrite + Unpin + Send + 'static,
-{
-    let (sender, connection) = h2::client::handshake(stream).await?;
-    tokio::spawn(connection);
-    sender.ready().await
-}
-
-async fn connect(stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static) -> SendRequest<Bytes> {
-    try_connect(stream).await.unwrap()
-}
-
-fn head() -> ::http::Request<()> {
-    let head = ::http::Request::post(format!("http://trustgate{CHECK_PATH}"));
-    head.header("content-type", "application/grpc").header("te", "trailers").body(()).unwrap()
-}
-
-fn call(connection: &mut SendRequest<Bytes>, key: &str) -> ResponseFuture {
-    let (answer, mut stream) = connection.send_request(head(), false).unwrap();
-    stream.send_data(frame(&request(key, &[])), true).unwrap();
-    answer
-}
-
-/// The answer, if the connection brings one.
-async fn answer(answer: ResponseFuture) -> Option<Verdict> {
-    let mut body = answer.await.ok()?.into_body();
-    let message = body.data().await?.ok()?;
-    Some(verdict(&prost::Message::decode(&message[5..]).unwrap()))
 }
 
 /// Whether the server ends a connection before long; what it says until then does not matter.

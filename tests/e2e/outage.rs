@@ -90,6 +90,7 @@ async fn redis_killed_restarted_and_hung_changes_no_answer_and_delays_none() {
         server.log().lines().filter(|line| line.contains("could not be decided")).for_each(|line| println!("{line}"));
     }
     load::all_right(hits.iter());
+    assert!(slowest < &Duration::from_millis(200), "{new_keys:?}");
     quick_checks(&envoy.access_log(hits.len() + new_keys.len()).await, hits.len() + new_keys.len());
 
     // That Redis was used, was missed, and is used again.

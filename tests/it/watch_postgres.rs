@@ -6,7 +6,10 @@
 use std::{sync::Arc, time::Duration};
 
 use sqlx::{AssertSqlSafe, Connection, Row};
-use tokio::task::JoinSet;
+use tokio::{
+    sync::mpsc::{Receiver, channel},
+    task::{JoinHandle, JoinSet},
+};
 use trustgate::{
     clock::SystemClock,
     fault::Fault,
@@ -43,6 +46,16 @@ fn settings(url: String) -> StoreSettings {
 
 fn open(settings: &StoreSettings) -> Arc<dyn Source> {
     store::open_lookup(settings, &|_| None, Arc::new(SystemClock)).unwrap()
+}
+
+/// Listens to the hints of `lookup`, until the task is aborted; what comes out of it says that there was one.
+fn listen(lookup: &Arc<dyn Source>) -> (Receiver<()>, JoinHandle<Fault>) {
+    let ((hints, heard), lookup) = (channel(10), Arc::clone(lookup));
+    let hinted = move || {
+        // Full: one is as good as many.
+        let _ = hints.try_send(());
+    };
+    (heard, tokio::spawn(async move { lookup.listen(&hinted).await }))
 }
 
 impl Db {
@@ -412,18 +425,7 @@ async fn the_rights_that_are_printed_are_enough_and_no_more() {
     assert!(polled.watched);
     lookup.renew_incarnation(polled.newest.lineage.incarnation).await.unwrap();
     assert_ne!(lookup.poll(None).await.unwrap().newest.lineage, polled.newest.lineage);
-    let (hints, mut heard) = tokio::sync::mpsc::channel(10);
-    let listening = tokio::spawn({
-        let lookup = Arc::clone(&lookup);
-        async move {
-            lookup
-                .listen(&move || {
-                    // Full: one is as good as many.
-                    let _ = hints.try_send(());
-                })
-                .await
-        }
-    });
+    let (mut heard, listening) = listen(&lookup);
     heard.recv().await.unwrap();
     listening.abort();
 
@@ -585,18 +587,7 @@ async fn a_schema_of_another_name_has_everything_of_its_own() {
     let lookup = open(&other);
     lookup.prepare(Missing::Refuse).await.unwrap();
     let before = (db.newest().await, lookup.poll(None).await.unwrap().newest.as_of);
-    let (hints, mut heard) = tokio::sync::mpsc::channel(10);
-    let listening = tokio::spawn({
-        let lookup = Arc::clone(&lookup);
-        async move {
-            lookup
-                .listen(&move || {
-                    // Full: one is as good as many.
-                    let _ = hints.try_send(());
-                })
-                .await
-        }
-    });
+    let (mut heard, listening) = listen(&lookup);
     heard.recv().await.unwrap();
     db.execute("UPDATE trustgate.api_key SET scheme = 1").await;
     db.execute("INSERT INTO gate_2.trust (id, name) VALUES (gen_random_uuid(), 'acme')").await;

@@ -4,6 +4,7 @@
 #![allow(dead_code, clippy::print_stdout)]
 
 pub mod certificates;
+pub mod connection;
 pub mod envoy;
 pub mod forward;
 pub mod grpc;

@@ -1,6 +1,6 @@
 //! Checks that are sent when they are due, however long the answers to earlier ones take, and what they came to.
 
-use std::time::Duration;
+use std::{collections::HashSet, time::Duration};
 
 use tokio::{
     sync::watch,
@@ -47,7 +47,9 @@ impl Probe {
 /// Checks that are being sent.
 pub struct Probing {
     enough: CancellationToken,
-    granted: watch::Receiver<bool>,
+    /// How many keys were asked for, and how many of them were granted so far.
+    keys: usize,
+    granted: watch::Receiver<usize>,
     sending: JoinHandle<Vec<Probe>>,
 }
 
@@ -55,19 +57,20 @@ impl Probing {
     /// Asks `asker` `per_second` times a second, for each of `keys` in turn, on a route with these context extensions.
     pub fn start(asker: &Asker, per_second: u32, keys: Vec<String>, extensions: &'static [(&str, &str)]) -> Self {
         let (enough, asker) = (CancellationToken::new(), asker.clone());
-        let (grants, granted) = watch::channel(false);
-        let step = Duration::from_secs(1) / per_second;
+        let (grants, granted) = watch::channel(0);
+        let (step, count) = (Duration::from_secs(1) / per_second, keys.len());
         let sending = tokio::spawn(send(asker, step, keys, extensions, (enough.clone(), grants)));
-        Self { enough, granted, sending }
+        Self { enough, keys: count, granted, sending }
     }
 
-    /// Waits for a grant.
+    /// Waits until each of the keys was granted.
     ///
     /// # Panics
-    /// If there is none for very long.
+    /// If one is not for very long.
     pub async fn until_granted(&mut self) {
-        let granted = tokio::time::timeout(Duration::from_secs(30), self.granted.wait_for(|granted| *granted));
-        granted.await.expect("it is granted soon").expect("checks are being sent");
+        let all = self.keys;
+        let granted = tokio::time::timeout(Duration::from_secs(30), self.granted.wait_for(|granted| *granted == all));
+        granted.await.expect("they are granted soon").expect("checks are being sent");
     }
 
     /// Sends no more and waits for the answers; what everything came to, in the order in which it was answered.
@@ -82,10 +85,10 @@ async fn send(
     step: Duration,
     keys: Vec<String>,
     extensions: &'static [(&str, &str)],
-    (enough, grants): (CancellationToken, watch::Sender<bool>),
+    (enough, grants): (CancellationToken, watch::Sender<usize>),
 ) -> Vec<Probe> {
     let (mut due, mut number) = (Instant::now(), 0);
-    let (mut sent, mut done) = (JoinSet::new(), Vec::new());
+    let (mut sent, mut done, mut granted) = (JoinSet::new(), Vec::new(), HashSet::new());
     while enough.run_until_cancelled(sleep_until(due)).await.is_some() {
         let (asker, key, text) = (asker.clone(), number % keys.len(), keys[number % keys.len()].clone());
         sent.spawn(async move {
@@ -97,7 +100,9 @@ async fn send(
         due += step;
         while let Some(probe) = sent.try_join_next() {
             let probe = probe.expect("no panic");
-            grants.send_if_modified(|granted| !std::mem::replace(granted, *granted || probe.is_grant()) && *granted);
+            if probe.is_grant() && granted.insert(probe.key) {
+                grants.send_replace(granted.len());
+            }
             done.push(probe);
         }
     }

@@ -1,0 +1,58 @@
+//! One HTTP/2 connection to a trustgate, of which the test sees every stream: for what a gRPC client hides.
+
+use bytes::Bytes;
+use h2::client::{ResponseFuture, SendRequest};
+use tokio::io::{AsyncRead, AsyncWrite};
+use trustgate::wire::grpc::{CHECK_PATH, frame};
+
+use super::grpc::{Verdict, request, verdict};
+
+/// A connection over `stream`.
+///
+/// # Errors
+/// When the server does not want it.
+pub async fn try_connect<T>(stream: T) -> Result<SendRequest<Bytes>, h2::Error>
+where
+    T: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    let (sender, connection) = h2::client::handshake(stream).await?;
+    tokio::spawn(connection);
+    sender.ready().await
+}
+
+/// The same where the server has to want it.
+///
+/// # Panics
+/// If it does not.
+pub async fn connect(stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static) -> SendRequest<Bytes> {
+    try_connect(stream).await.expect("a connection")
+}
+
+/// What stands before the message of a Check call.
+///
+/// # Panics
+/// Never: it is the same each time.
+pub fn head() -> ::http::Request<()> {
+    let head = ::http::Request::post(format!("http://trustgate{CHECK_PATH}"));
+    head.header("content-type", "application/grpc").header("te", "trailers").body(()).expect("a request")
+}
+
+/// Sends a check of `key`.
+///
+/// # Panics
+/// If the connection takes no more.
+pub fn call(connection: &mut SendRequest<Bytes>, key: &str) -> ResponseFuture {
+    let (answer, mut stream) = connection.send_request(head(), false).expect("it takes one more");
+    stream.send_data(frame(&request(key, &[])), true).expect("it is open");
+    answer
+}
+
+/// The answer, if the connection brings one.
+///
+/// # Panics
+/// If it is no `CheckResponse`.
+pub async fn answer(answer: ResponseFuture) -> Option<Verdict> {
+    let mut body = answer.await.ok()?.into_body();
+    let message = body.data().await?.ok()?;
+    Some(verdict(&prost::Message::decode(&message[5..]).expect("a CheckResponse")))
+}
