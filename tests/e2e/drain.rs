@@ -75,9 +75,9 @@ async fn calls_in_flight_are_finished_after_goaway() {
     };
     assert_eq!(serving().await.unwrap(), ServingStatus::Serving);
 
-    let mut connection = connect(TcpStream::connect(grpc).await.unwrap()).await;
+    let connection = connect(TcpStream::connect(grpc).await.unwrap()).await;
     let frozen = stage.postgres.freeze();
-    let in_flight = call(&mut connection, &key.key);
+    let in_flight = call(&connection, &key.key);
     eventually("the call has begun", PATIENCE, || async {
         server.metric("trustgate_cache_lookups_total{kind=\"api_key\",outcome=\"miss\",tier=\"l1\"}").await > 0.0
     })
@@ -90,7 +90,7 @@ async fn calls_in_flight_are_finished_after_goaway() {
     .await;
     // Not ready, and still serving: Envoys need a moment to turn away.
     assert_eq!(serving().await.unwrap(), ServingStatus::NotServing);
-    let bad = call(&mut connection, "too-short");
+    let bad = call(&connection, "too-short");
     assert_eq!(answer(bad).await.unwrap().status, 401);
     let goaway = loop {
         match connection.clone().ready().await {

@@ -37,12 +37,14 @@ pub fn head() -> ::http::Request<()> {
     head.header("content-type", "application/grpc").header("te", "trailers").body(()).expect("a request")
 }
 
-/// Sends a check of `key`.
+/// Sends a check of `key`, or leaves it with the client's side of the connection as long as the server wants no more
+/// streams.
 ///
 /// # Panics
-/// If the connection takes no more.
-pub fn call(connection: &mut SendRequest<Bytes>, key: &str) -> ResponseFuture {
-    let (answer, mut stream) = connection.send_request(head(), false).expect("it takes one more");
+/// If the connection is at its end.
+pub fn call(connection: &SendRequest<Bytes>, key: &str) -> ResponseFuture {
+    // Each on a handle of its own: h2 refuses a second request on one whose first waits for the bound on streams.
+    let (answer, mut stream) = connection.clone().send_request(head(), false).expect("it is open");
     stream.send_data(frame(&request(key, &[])), true).expect("it is open");
     answer
 }
