@@ -60,6 +60,33 @@ fn pauses() -> MutexGuard<'static, Vec<Pause>> {
     PAUSES.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// How long a processor must not have stood still before anything is measured.
+const CALM: Duration = Duration::from_secs(2);
+/// How long all tests of a binary together wait for that. Then they measure what there is: a machine that is never calm
+/// is to be seen.
+const WAITED_MAX: Duration = Duration::from_mins(8);
+
+/// What is left of [`WAITED_MAX`].
+static LEFT: Mutex<Duration> = Mutex::new(WAITED_MAX);
+
+/// Waits until the machine is fit to measure on. A condition of measuring, decided before there is anything to be
+/// measured: no result ever leads here again.
+pub async fn is_calm() {
+    let began = Instant::now();
+    let left = *LEFT.lock().unwrap_or_else(PoisonError::into_inner);
+    let _watch = Watch::start();
+    let mut calm_since = began;
+    while calm_since.elapsed() < CALM && began.elapsed() < left {
+        tokio::time::sleep(STEP).await;
+        calm_since = pauses().last().map_or(began, |pause| pause.to);
+    }
+    let waited = began.elapsed();
+    *LEFT.lock().unwrap_or_else(PoisonError::into_inner) = left.saturating_sub(waited.saturating_sub(CALM));
+    if waited > 2 * CALM {
+        println!("waited {waited:?} until the machine stood still no more");
+    }
+}
+
 /// Watches every processor, each by a thread that is bound to it, until it is dropped. One at a time.
 pub struct Watch {
     enough: Arc<AtomicBool>,

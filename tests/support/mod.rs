@@ -39,9 +39,10 @@ pub async fn eventually<F: Future<Output = bool>>(what: &str, limit: Duration, m
 /// Held by tests that measure time: no other test runs meanwhile, and the machine is watched.
 pub struct Alone(machine::Watch, RwLockWriteGuard<'static, ()>);
 
-/// Waits until no other test runs.
+/// Waits until no other test runs, and the machine is calm.
 pub async fn alone() -> Alone {
     let turn = TURN.write().await;
+    machine::is_calm().await;
     Alone(machine::Watch::start(), turn)
 }
 
