@@ -89,12 +89,13 @@ def checks(figures):
 
 def envoy(figures):
     ratios = figures["ratios"]
+    cpu = ", ".join(f"**{spread(ratio, 2)}** over {name}" for name, ratio in ratios["cpu"].items())
     return "\n".join(
         [
             "## Through Envoy\n",
             f"A real Envoy with one worker and [envoy/envoy.yaml](../envoy/envoy.yaml), requests at an even {thousands(figures['rate'])}/s. "
-            f"*Server* is what the server costs beside Envoy for each request, *Envoy* is Envoy's own part. trustgate to "
-            f"yardstick: CPU **{spread(ratios['cpu'], 2)}**, added p99 **{spread(ratios['added_p99'], 2)}**.\n",
+            f"*Server* is what the server costs beside Envoy for each request, *Envoy* is Envoy's own part. Server CPU of "
+            f"trustgate to that of the yardstick over TCP: {cpu}. Added p99 over TCP: **{spread(ratios['added_p99'], 2)}**.\n",
             table(figures["rows"], ENVOY),
         ]
     )

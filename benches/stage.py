@@ -140,10 +140,10 @@ class Stage:
         """Processor time of everything that runs here, and of this program."""
         return sum(child.cpu_seconds() for child in self.children) + sum(os.times()[:4])
 
-    def fill(self, server, file):
+    def fill(self, server, file, *more):
         """Every key of the file into the cache. What could not be read in time is read in another pass."""
         for _ in range(5):
-            options = ("--keys", file, "--order", "once", "--expect", "answer", "-c", 4, "-m", 8)
+            options = ("--keys", file, "--order", "once", "--expect", "answer", "-c", 4, "-m", 8, *more)
             came = self.load(server.address, *options, seconds=7_200, warm_up=0)
             if came["denials"] + came["faults"] == 0:
                 return came
@@ -161,7 +161,7 @@ class Site:
     """A trustgate with its database and its settings."""
 
     def __init__(self, stage, name, settings):
-        self.stage, self.server = stage, None
+        self.stage, self.name, self.server = stage, name, None
         self.state = stage.dir / name
         self.state.mkdir()
         self.admin = free_address()
