@@ -175,7 +175,7 @@ impl<K: Kind> Cache<K> {
     ///
     /// # Cancel safety
     /// Safe: the flight goes on and fills the cache for the others. The caller sets the deadline.
-    pub async fn find(&self, query: K::Query, reliance: &Reliance) -> Result<Arc<Held<K>>, Fault> {
+    pub async fn find(&self, query: K::Query, reliance: &Reliance) -> Result<Landed<K>, Fault> {
         // The first flight may have been in the air before; the second was not, and only a change that comes between its
         // read and its landing makes a third. More would be a storm of changes.
         for attempt in 0..FLIGHTS_JOINED_MAX {
@@ -186,14 +186,14 @@ impl<K: Kind> Cache<K> {
                 Reliance::Lease(..) | Reliance::Age => Route::Tiers,
             };
             let (landed, joined) = self.flights.join(&self.shared, query.clone(), route).await;
-            let held = match (landed, reliance) {
-                (Ok(held), _) => held,
+            let landed = match (landed, reliance) {
+                (Ok(landed), _) => landed,
                 // Somebody else's read failed, which says nothing about one of our own.
                 (Err(_), Reliance::Store(..)) if joined && attempt == 0 => continue,
                 (Err(fault), _) => return Err(fault),
             };
-            if self.shared.allows(reliance, &held).await {
-                return Ok(held);
+            if self.shared.allows(reliance, &landed).await {
+                return Ok(landed);
             }
         }
         Err(Fault::Unconfirmed)
@@ -217,21 +217,24 @@ impl<K: Kind> Cache<K> {
 }
 
 impl<K: Kind> Shared<K> {
-    /// Whether `reliance` allows the use of a value that a flight brought.
-    async fn allows(&self, reliance: &Reliance, held: &Held<K>) -> bool {
+    /// Whether `reliance` allows the use of what a flight brought.
+    async fn allows(&self, reliance: &Reliance, landed: &Landed<K>) -> bool {
         match reliance {
             Reliance::Lease(view, began) => {
-                if view.place(held.dated()) == Place::Ahead && !held.is_read_after(*began) {
-                    self.views.reached(view, held.dated().as_of).await;
+                if let Some(Read { date, .. }) = &landed.read
+                    && landed.place(view) == Place::Ahead
+                    && !landed.is_read_after(*began)
+                {
+                    self.views.reached(view, date.as_of).await;
                 }
-                match view.place(held.dated()) {
-                    Place::Known => held.is_covered(view),
+                match landed.place(view) {
+                    Place::Known => landed.held.is_covered(view),
                     // No poll has confirmed its version yet: then it must be this check's own.
-                    Place::Ahead | Place::Foreign => held.is_read_after(*began),
+                    Place::Ahead | Place::Foreign => landed.is_read_after(*began),
                 }
             }
-            Reliance::Store(view, began) => held.is_read_after(*began) && not_refused(view, held),
-            Reliance::Age => not_refused(&self.views.load(), held) && self.is_young(held, self.clock.now()),
+            Reliance::Store(view, began) => landed.is_read_after(*began) && not_refused(view, landed),
+            Reliance::Age => not_refused(&self.views.load(), landed) && self.is_young(&landed.held, self.clock.now()),
         }
     }
 
@@ -241,13 +244,13 @@ impl<K: Kind> Shared<K> {
     }
 
     /// One flight: L2, then the store. What it finds is in L1 when it returns, if its version is known here.
-    async fn load(&self, query: &K::Query, route: Route) -> Result<Arc<Held<K>>, Fault> {
+    async fn load(&self, query: &K::Query, route: Route) -> Result<Landed<K>, Fault> {
         let before = self.l1.get(&K::key(query));
         let record = before.as_deref().and_then(Held::value);
         if route == Route::Tiers
-            && let Some(held) = self.load_from_l2(query).await
+            && let Some(landed) = self.load_from_l2(query).await
         {
-            return Ok(held);
+            return Ok(landed);
         }
         if route == Route::Store
             && let Some(record) = record
@@ -262,7 +265,7 @@ impl<K: Kind> Shared<K> {
         Ok(self.keep(query, found, Tier::Store))
     }
 
-    async fn load_from_l2(&self, query: &K::Query) -> Option<Arc<Held<K>>> {
+    async fn load_from_l2(&self, query: &K::Query) -> Option<Landed<K>> {
         let found = self.l2.as_ref()?.get(&K::key(query), self.clock.now()).await;
         let outcomes = &self.metrics.l2;
         let found = match found {
@@ -280,13 +283,13 @@ impl<K: Kind> Shared<K> {
                 return None;
             }
         };
-        let held = self.keep(query, found.map(Some), Tier::L2);
-        if !held.is_current(&self.views.load(), self.clock.now()) {
+        let landed = self.keep(query, found.map(Some), Tier::L2);
+        if !landed.held.is_current(&self.views.load(), self.clock.now()) {
             outcomes.refused.inc();
             return None;
         }
         outcomes.hit.inc();
-        Some(held)
+        Some(landed)
     }
 
     /// One read of the store, within its slots, its deadline and its breaker.
@@ -341,36 +344,35 @@ impl<K: Kind> Shared<K> {
     }
 
     /// Puts what was found into L1, if its version is known here.
-    fn keep(&self, query: &K::Query, found: Dated<Option<K::Value>>, tier: Tier) -> Arc<Held<K>> {
-        let view = self.views.load();
-        let place = view.place(&found);
-        let life = self.life(K::spread(&K::key(query)), &found);
-        let held = Held::new(query, found, tier, life);
-        if place != Place::Known {
-            return Arc::new(held);
+    fn keep(&self, query: &K::Query, found: Dated<Option<K::Value>>, tier: Tier) -> Landed<K> {
+        let (view, key) = (self.views.load(), K::key(query));
+        let epoch = (view.place(&found) == Place::Known).then(|| view.epoch());
+        let (date, life) = (found.as_ref().map(drop), self.life(K::spread(&key), &found));
+        let held = Arc::new(Held::new(query, found.value, date.as_of, life, epoch));
+        if epoch.is_some() {
+            self.l1.put(key, Arc::clone(&held));
         }
-        let held = Arc::new(held.entered(view.epoch()));
-        self.l1.put(Arc::clone(&held));
-        held
+        Landed { held, read: Some(Read { date, tier }) }
     }
 
     /// After a flight has landed: keeps what no poll had confirmed by then, and shares it with other replicas. Absences
     /// never go to Redis.
-    async fn settle(&self, query: &K::Query, held: &Arc<Held<K>>) {
-        if !held.is_from_store() {
-            return;
-        }
-        let view = Arc::clone(&self.views.load());
-        let mut held = Arc::clone(held);
-        if view.place(held.dated()) == Place::Ahead && view.standing(self.clock.now()) == Standing::Fresh {
+    async fn settle(&self, query: &K::Query, landed: Landed<K>) {
+        let Landed { mut held, read: Some(Read { date, tier: Tier::Store }) } = landed else { return };
+        let (view, key) = (Arc::clone(&self.views.load()), K::key(query));
+        if view.place(&date) == Place::Ahead && view.standing(self.clock.now()) == Standing::Fresh {
             // Polls come often: one that takes longer than this has trouble of its own.
-            let _ = timeout(self.views.limits().lease, self.views.reached(&view, held.dated().as_of)).await;
-            held = self.keep(query, held.dated().clone(), Tier::Store);
+            let _ = timeout(self.views.limits().lease, self.views.reached(&view, date.as_of)).await;
+            if view.place(&date) == Place::Known {
+                held = Arc::new(held.entered(view.epoch()));
+                self.l1.put(key, Arc::clone(&held));
+            }
         }
-        if let Some(l2) = &self.l2
-            && held.is_current(&view, self.clock.now())
+        let now = self.clock.now();
+        if let (Some(l2), Some(value)) = (&self.l2, held.value())
+            && held.is_current(&view, now)
         {
-            l2.put(&held, self.clock.now()).await;
+            l2.put(&key, &date.map(|()| value), held.deadline().since(now)).await;
         }
     }
 
@@ -383,10 +385,49 @@ impl<K: Kind> Shared<K> {
     }
 }
 
+/// What a flight brought.
+pub struct Landed<K: Kind> {
+    /// The value.
+    pub held: Arc<Held<K>>,
+    /// The read that found it; `None`: it was in L1 by then.
+    read: Option<Read>,
+}
+
+/// Where and when a flight found a value.
+#[derive(Clone)]
+struct Read {
+    date: Dated<()>,
+    /// L2 or the store.
+    tier: Tier,
+}
+
+impl<K: Kind> Landed<K> {
+    /// Where the value belongs in the history of `view`.
+    #[must_use]
+    pub fn place(&self, view: &View) -> Place {
+        match &self.read {
+            _ if self.held.is_of(view) => Place::Known,
+            Some(read) => view.place(&read.date),
+            None => Place::Foreign,
+        }
+    }
+
+    /// Whether it comes from a read of the store that was sent after `began`.
+    fn is_read_after(&self, began: Moment) -> bool {
+        self.read.as_ref().is_some_and(|read| read.tier == Tier::Store && read.date.sent_at >= began)
+    }
+}
+
+impl<K: Kind> Clone for Landed<K> {
+    fn clone(&self) -> Self {
+        Self { held: Arc::clone(&self.held), read: self.read.clone() }
+    }
+}
+
 /// Whether no change is known that makes a value out of date. One of a history or a version that no poll has seen yet is
 /// newer than all we know.
-fn not_refused<K: Kind>(view: &View, held: &Held<K>) -> bool {
-    view.place(held.dated()) != Place::Known || held.is_covered(view)
+fn not_refused<K: Kind>(view: &View, landed: &Landed<K>) -> bool {
+    landed.place(view) != Place::Known || landed.held.is_covered(view)
 }
 
 /// Flights that one caller joins, at most.

@@ -15,7 +15,7 @@ use arc_swap::Guard;
 use tokio::time::timeout;
 
 use crate::{
-    cache::{Cache, Reliance, api_key::ApiKey, l1::Held},
+    cache::{Cache, Reliance, api_key::ApiKey},
     clock::{Clock, Moment},
     credential::{
         CredentialSettings, Hasher,
@@ -26,7 +26,7 @@ use crate::{
     fault::Fault,
     freshness::{View as History, Views, deny::DenyList, history::Place, lease::Standing},
     metrics::{CoreCounter, CoreCounters, CoreHistogram, HistogramOpts, Opts, Registry, SHORT_SECONDS, register},
-    record::{ApiKeyDigest, Digests},
+    record::{ApiKeyDigest, Digests, Record},
     wire::{
         response::{OnFault, Replies, Reply},
         view::View,
@@ -146,7 +146,8 @@ impl Checker {
             let held = self.parts.cache.hit(&history, &digest, now, freshness == Freshness::Ttl);
             // An absence that cannot be confirmed is not one.
             if let Some(held) = held.filter(|held| standing != Standing::Stale || held.value().is_some()) {
-                let outcome = self.decide(&history, &digest, &held, &request.demands, now);
+                let is_its = |stored: &ApiKeyDigest| self.parts.hasher.made(stored, &digest, key);
+                let outcome = self.decide(&digest, held.value(), is_its, false, &request.demands, now);
                 return Begun::Answered(self.answer(outcome, &request, now, standing == Standing::Stale));
             }
         }
@@ -168,8 +169,8 @@ impl Checker {
         let Waiting { began, history, digests, reliance } = waiting;
         let clock = &*self.parts.clock;
         let unanswered = Unanswered { metrics: &self.metrics, clock, began };
-        let (digest, limit) = (digests.current, self.parts.decision.deadline);
-        let found = self.parts.cache.find(digests, &reliance);
+        let limit = self.parts.decision.deadline;
+        let found = self.parts.cache.find(digests.clone(), &reliance);
         let found = timeout(limit, found).await.unwrap_or(Err(Fault::Late { limit }));
         std::mem::forget(unanswered);
         // Read once more: nothing of the request was kept while it waited.
@@ -178,7 +179,12 @@ impl Checker {
             Err(reason) => return self.denied(reason, began),
         };
         let outcome = match &found {
-            Ok(held) => self.decide(&history, &digest, held, &request.demands, clock.now()),
+            Ok(landed) => {
+                let elsewhere = landed.place(&history) != Place::Known;
+                let is_its = |stored: &ApiKeyDigest| digests.hold(stored);
+                let value = landed.held.value();
+                self.decide(&digests.current, value, is_its, elsewhere, &request.demands, clock.now())
+            }
             Err(fault) => Err(fault.clone()),
         };
         self.answer(outcome, &request, began, false)
@@ -226,28 +232,30 @@ impl Checker {
         }
     }
 
-    fn decide<'h>(
+    /// What `record`, found by `digest`, comes to. `elsewhere`: it is of a history that no poll of this check's view has
+    /// confirmed.
+    fn decide<'r>(
         &self,
-        history: &History,
         digest: &ApiKeyDigest,
-        held: &'h Held<ApiKey>,
+        record: Option<&'r Record>,
+        is_its: impl FnOnce(&ApiKeyDigest) -> bool,
+        elsewhere: bool,
         demands: &Demands<'_>,
         now: Moment,
-    ) -> Outcome<'h> {
-        // The map found it; what was hashed from this request says once more that it is the one, in constant time.
-        if !digest.matches(held.key()) {
-            return Ok(Decision::Deny(DenyReason::Unknown));
-        }
+    ) -> Outcome<'r> {
         let views = &self.parts.views;
         // A value was read from the database, so its clock is known by now.
         let now = views.database_clock.at(now).ok_or(Fault::Unconfirmed)?;
-        let decision = decide(held.value(), demands, now);
-        let Some(record) = held.value().filter(|_| matches!(decision, Decision::Allow(_))) else { return Ok(decision) };
+        let decision = decide(record, demands, now);
+        let Some(record) = record.filter(|_| matches!(decision, Decision::Allow(_))) else { return Ok(decision) };
+        // A map found it; what was hashed from this request says once more that it is the one, in constant time.
+        if !is_its(&record.digest) {
+            return Ok(Decision::Deny(DenyReason::Unknown));
+        }
         if self.parts.denials.denies(digest, record, now) {
             return Ok(Decision::Deny(DenyReason::DenyListed));
         }
         // What was revoked in a history that was lost stays so, until the present one speaks of it.
-        let elsewhere = held.epoch() != Some(history.epoch()) && history.place(held.dated()) != Place::Known;
         let is_bound = [digest, &record.digest]
             .into_iter()
             .any(|digest| views.revoked.binds(digest) || (elsewhere && views.revoked.binds_elsewhere(digest)));

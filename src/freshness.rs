@@ -9,6 +9,7 @@ pub mod poll;
 pub mod revoked;
 
 use std::{
+    num::NonZeroU64,
     path::PathBuf,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
@@ -86,11 +87,17 @@ pub struct View {
 
 /// Which view a value entered: stamped on it when it enters a cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Epoch(u64);
+pub struct Epoch(NonZeroU64);
 
 impl View {
-    fn new(epoch: u64, limits: Limits) -> Self {
-        Self { epoch: Epoch(epoch), limits, lease: Lease::default(), history: Mutex::default() }
+    /// The view that comes after `earlier` others.
+    fn new(earlier: u64, limits: Limits) -> Self {
+        Self {
+            epoch: Epoch(NonZeroU64::MIN.saturating_add(earlier)),
+            limits,
+            lease: Lease::default(),
+            history: Mutex::default(),
+        }
     }
 
     /// Which view it is.
@@ -291,8 +298,8 @@ impl Views {
     fn replace(&self, lost: &View) {
         lost.lease.end();
         self.revoked.bind();
-        let epoch = self.epochs.fetch_add(1, Ordering::Relaxed) + 1;
-        self.present.store(Arc::new(View::new(epoch, self.limits)));
+        let earlier = self.epochs.fetch_add(1, Ordering::Relaxed) + 1;
+        self.present.store(Arc::new(View::new(earlier, self.limits)));
         self.applied.send_replace(Version(0));
     }
 }

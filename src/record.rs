@@ -220,6 +220,12 @@ impl<T> Dated<T> {
         let Self { value, as_of, nonce, lineage, read_at, sent_at } = self;
         Dated { value: make(value), as_of, nonce, lineage, read_at, sent_at }
     }
+
+    /// The same with the value where it is.
+    pub const fn as_ref(&self) -> Dated<&T> {
+        let Self { value, as_of, nonce, lineage, read_at, sent_at } = self;
+        Dated { value, as_of: *as_of, nonce: *nonce, lineage: *lineage, read_at: *read_at, sent_at: *sent_at }
+    }
 }
 
 /// What a committed change named: which values it makes out of date.

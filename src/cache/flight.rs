@@ -10,14 +10,14 @@ use std::{
 use tokio::{runtime::Handle, sync::watch};
 use tokio_util::task::TaskTracker;
 
-use super::{Shared, kind::Kind, l1::Held};
+use super::{Landed, Shared, kind::Kind};
 use crate::fault::Fault;
 
 /// Loads that may be in the air at one time, over all keys. Beyond it a caller gets a fault: waiting would only make
 /// its own deadline pass. Enough for 40 000 cold keys a second at 100 ms each.
 const FLIGHTS_MAX: usize = 4_096;
 
-type Landing<K> = Option<Result<Arc<Held<K>>, Fault>>;
+type Landing<K> = Option<Result<Landed<K>, Fault>>;
 type InTheAir<K> = Arc<Mutex<HashMap<(<K as Kind>::Key, Route), watch::Receiver<Landing<K>>>>>;
 
 /// Where a flight looks.
@@ -49,9 +49,9 @@ impl<K: Kind> Flights<K> {
         shared: &Arc<Shared<K>>,
         query: K::Query,
         route: Route,
-    ) -> (Result<Arc<Held<K>>, Fault>, bool) {
+    ) -> (Result<Landed<K>, Fault>, bool) {
         let (mut landing, joined) = match self.board(shared, query, route) {
-            Ok(Boarding::Arrived(held)) => return (Ok(held), true),
+            Ok(Boarding::Arrived(landed)) => return (Ok(landed), true),
             Ok(Boarding::Begun(landing)) => (landing, false),
             Ok(Boarding::Joined(landing)) => (landing, true),
             Err(fault) => return (Err(fault), false),
@@ -82,7 +82,7 @@ impl<K: Kind> Flights<K> {
             // A flight may have landed between the caller's look into L1 and now.
             let (view, now) = (shared.views.load(), shared.clock.now());
             if let Some(held) = shared.l1.get(&name.0).filter(|held| held.is_current(&view, now)) {
-                return Ok(Boarding::Arrived(held));
+                return Ok(Boarding::Arrived(Landed { held, read: None }));
             }
         }
         if self.tasks.len() >= FLIGHTS_MAX {
@@ -97,8 +97,8 @@ impl<K: Kind> Flights<K> {
                 let outcome = shared.load(&query, route).await;
                 drop(seat);
                 landed.send_replace(Some(outcome.clone()));
-                if let Ok(held) = outcome {
-                    shared.settle(&query, &held).await;
+                if let Ok(landed) = outcome {
+                    shared.settle(&query, landed).await;
                 }
             },
             &self.io,
@@ -108,7 +108,7 @@ impl<K: Kind> Flights<K> {
 }
 
 enum Boarding<K: Kind> {
-    Arrived(Arc<Held<K>>),
+    Arrived(Landed<K>),
     Joined(watch::Receiver<Landing<K>>),
     Begun(watch::Receiver<Landing<K>>),
 }

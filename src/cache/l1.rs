@@ -11,30 +11,31 @@ use smallvec::SmallVec;
 use super::{CacheSettings, kind::Kind};
 use crate::{
     clock::Moment,
-    fault::Tier,
     freshness::{Epoch, View, lease::stripe},
-    record::Dated,
+    record::Version,
 };
 
-/// A value as it was found, and as L1 holds it.
+/// A value as L1 holds it: what checks need of it and no more, since there may be a million of them.
 pub struct Held<K: Kind> {
-    key: K::Key,
-    found: Dated<Option<K::Value>>,
-    /// Where it was found: L2 or the store.
-    tier: Tier,
-    /// When the store was read, by this machine's clock.
-    born: Moment,
-    deadline: Moment,
+    what: What<K::Value>,
+    /// The newest version when the store was read.
+    as_of: Version,
+    life: Life,
     /// The view it entered; `None`: it can only serve those who asked for it.
     epoch: Option<Epoch>,
-    /// The stripes of what an absence was looked for under; empty for a record.
-    asked: SmallVec<[u16; 2]>,
+}
+
+#[derive(Clone)]
+enum What<V> {
+    Record(V),
+    /// With the stripes of all it was looked for under.
+    Absence(SmallVec<[u16; 2]>),
 }
 
 /// How long a value lives.
 #[derive(Clone, Copy, Debug)]
 pub struct Life {
-    /// When the store was read.
+    /// When the store was read, by this machine's clock.
     pub born: Moment,
     /// Until when it may be used, whatever else allows it.
     pub deadline: Moment,
@@ -44,81 +45,62 @@ pub struct Life {
 const ENTRY_BYTES: usize = 320;
 
 impl<K: Kind> Held<K> {
-    /// A value that was found in `tier` for `query`.
-    pub fn new(query: &K::Query, found: Dated<Option<K::Value>>, tier: Tier, life: Life) -> Self {
-        let asked = if found.value.is_none() { K::asked(query).map(stripe).collect() } else { SmallVec::new() };
-        let Life { born, deadline } = life;
-        Self { key: K::key(query), found, tier, born, deadline, epoch: None, asked }
+    /// What was found for `query` at the version `as_of`, in the view of `epoch` if it may be used there by others too.
+    pub fn new(query: &K::Query, found: Option<K::Value>, as_of: Version, life: Life, epoch: Option<Epoch>) -> Self {
+        let what = match found {
+            Some(value) => What::Record(value),
+            None => What::Absence(K::asked(query).map(stripe).collect()),
+        };
+        Self { what, as_of, life, epoch }
     }
 
     /// The same value in the view of `epoch`.
     #[must_use]
-    pub fn entered(self, epoch: Epoch) -> Self {
-        Self { epoch: Some(epoch), ..self }
-    }
-
-    /// What it was found by.
-    #[must_use]
-    pub const fn key(&self) -> &K::Key {
-        &self.key
+    pub fn entered(&self, epoch: Epoch) -> Self {
+        Self { what: self.what.clone(), as_of: self.as_of, life: self.life, epoch: Some(epoch) }
     }
 
     /// The value; `None`: an absence.
     #[must_use]
     pub const fn value(&self) -> Option<&K::Value> {
-        self.found.value.as_ref()
-    }
-
-    /// The value with its date.
-    #[must_use]
-    pub const fn dated(&self) -> &Dated<Option<K::Value>> {
-        &self.found
+        match &self.what {
+            What::Record(value) => Some(value),
+            What::Absence(_) => None,
+        }
     }
 
     /// Until when it may be used.
     #[must_use]
     pub const fn deadline(&self) -> Moment {
-        self.deadline
+        self.life.deadline
     }
 
-    /// The view it entered, if it did.
+    /// Whether it entered `view`.
     #[must_use]
-    pub const fn epoch(&self) -> Option<Epoch> {
-        self.epoch
-    }
-
-    /// Whether it was read from the store, not out of Redis.
-    #[must_use]
-    pub fn is_from_store(&self) -> bool {
-        self.tier == Tier::Store
-    }
-
-    /// Whether it comes from a read of the store that was sent after `began`.
-    #[must_use]
-    pub fn is_read_after(&self, began: Moment) -> bool {
-        self.is_from_store() && self.found.sent_at >= began
+    pub fn is_of(&self, view: &View) -> bool {
+        self.epoch == Some(view.epoch())
     }
 
     /// Whether it entered `view` and no change concerns it that was applied there, and its deadline has not passed.
     #[must_use]
     pub fn is_current(&self, view: &View, now: Moment) -> bool {
-        self.epoch == Some(view.epoch()) && now < self.deadline && self.is_covered(view)
+        self.is_of(view) && now < self.life.deadline && self.is_covered(view)
     }
 
     /// Whether no change that was applied in `view` concerns it.
     #[must_use]
     pub fn is_covered(&self, view: &View) -> bool {
-        let (lease, as_of) = (view.lease(), self.found.as_of);
-        match self.value() {
-            Some(value) => lease.covers_record(as_of, K::objects(value).map(|id| stripe(id.as_bytes()))),
-            None => lease.covers_absence(as_of, &self.asked),
+        let lease = view.lease();
+        match &self.what {
+            What::Record(value) => lease.covers_record(self.as_of, K::objects(value).map(|id| stripe(id.as_bytes()))),
+            What::Absence(asked) => lease.covers_absence(self.as_of, asked),
         }
     }
 
     /// How long ago the store was read.
     #[must_use]
     pub fn age(&self, now: Moment) -> Duration {
-        now.since(self.born)
+        now.since(self.life.born)
     }
 
     fn weight(&self) -> u32 {
@@ -153,9 +135,8 @@ impl<K: Kind> L1<K> {
         self.records.get(key).or_else(|| self.absences.get(key))
     }
 
-    /// Holds a value in place of what was held before.
-    pub fn put(&self, held: Arc<Held<K>>) {
-        let key = held.key;
+    /// Holds a value of `key` in place of what was held before.
+    pub fn put(&self, key: K::Key, held: Arc<Held<K>>) {
         if held.value().is_some() {
             self.records.insert(key, held);
             self.absences.invalidate(&key);

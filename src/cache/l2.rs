@@ -17,7 +17,7 @@ use sha2::Sha256;
 use tokio::time::sleep;
 use uuid::Uuid;
 
-use super::{kind::Kind, l1::Held};
+use super::kind::Kind;
 use crate::{
     clock::{DatabaseTime, Moment},
     record::{Dated, Lineage, Nonce, Version, bytes_from_hex, hex},
@@ -93,13 +93,13 @@ impl<K: Kind> L2<K> {
         let _ = self.redis.run::<()>(&DISCARD, name, &[bad, VALUE_BYTES_MAX.to_string().as_bytes()]).await;
     }
 
-    /// Shares `held` until its deadline, if it is a record and Redis holds no newer one.
-    pub async fn put(&self, held: &Held<K>, now: Moment) {
+    /// Shares the value of `key` for `life`, if Redis holds no newer one.
+    pub async fn put(&self, key: &K::Key, found: &Dated<&K::Value>, life: Duration) {
         let Some(mac_key) = self.mac_key.get() else { return };
-        let Some(bytes) = seal::<K>(mac_key, held) else { return };
-        let life = held.deadline().since(now).min(LIFE_MAX).as_millis();
+        let bytes = seal::<K>(mac_key, key, found);
+        let life = life.min(LIFE_MAX).as_millis();
         if life > 0 && bytes.len() <= VALUE_BYTES_MAX {
-            let name = redis_key::<K>(held.key());
+            let name = redis_key::<K>(key);
             // Redis is an optimisation: the breaker has heard of a failure, and nobody waits for this.
             let _ = self.redis.run::<()>(&REPLACE, &name, &[&bytes, life.to_string().as_bytes()]).await;
         }
@@ -126,8 +126,8 @@ fn mac<K: Kind>(mac_key: &[u8; 32], key: &K::Key, body: &[u8]) -> Hmac<Sha256> {
         .chain_update(body)
 }
 
-fn seal<K: Kind>(mac_key: &[u8; 32], held: &Held<K>) -> Option<Vec<u8>> {
-    let Dated { value: Some(value), as_of, nonce, lineage, read_at, sent_at: _ } = held.dated() else { return None };
+fn seal<K: Kind>(mac_key: &[u8; 32], key: &K::Key, found: &Dated<&K::Value>) -> Vec<u8> {
+    let Dated { value, as_of, nonce, lineage, read_at, sent_at: _ } = found;
     let mut bytes = vec![LAYOUT];
     bytes.resize(1 + MAC_BYTES, 0);
     bytes.extend_from_slice(lineage.incarnation.as_bytes());
@@ -137,9 +137,9 @@ fn seal<K: Kind>(mac_key: &[u8; 32], held: &Held<K>) -> Option<Vec<u8>> {
     bytes.extend_from_slice(&nonce.0);
     bytes.extend_from_slice(&read_at.micros().to_be_bytes());
     K::encode(value, &mut bytes);
-    let mac = mac::<K>(mac_key, held.key(), &bytes[1 + MAC_BYTES..]).finalize().into_bytes();
+    let mac = mac::<K>(mac_key, key, &bytes[1 + MAC_BYTES..]).finalize().into_bytes();
     bytes[1..=MAC_BYTES].copy_from_slice(&mac);
-    Some(bytes)
+    bytes
 }
 
 fn open<K: Kind>(mac_key: &[u8; 32], key: &K::Key, bytes: &[u8], now: Moment) -> Option<Dated<K::Value>> {
@@ -174,7 +174,7 @@ mod tests {
         record::{ApiKeyDigest, KeyId, Record, TrustId},
     };
 
-    fn held(digest: ApiKeyDigest) -> Held<ApiKey> {
+    fn found(digest: ApiKeyDigest) -> Dated<Record> {
         let record = Record {
             key_id: KeyId(Uuid::from_u128(1)),
             trust_id: TrustId(Uuid::from_u128(2)),
@@ -186,25 +186,22 @@ mod tests {
             expires_at: None,
             revoked_at: None,
         };
-        let found = Dated {
-            value: Some(record),
+        Dated {
+            value: record,
             as_of: Version(7),
             nonce: Nonce([9; 16]),
             lineage: Lineage { system: 3, ..Lineage::default() },
             read_at: DatabaseTime::from_micros(11),
             sent_at: Moment::from_nanos(0),
-        };
-        let query = crate::record::Digests { current: digest, older: Vec::new() };
-        let life = super::super::l1::Life { born: Moment::from_nanos(0), deadline: Moment::from_nanos(5) };
-        Held::new(&query, found, crate::fault::Tier::Store, life)
+        }
     }
 
     #[test]
     fn a_sealed_record_opens_under_its_own_key_alone_and_unchanged() {
         let digest = ApiKeyDigest::from_bytes([1; 32]);
-        let sealed = seal::<ApiKey>(&[5; 32], &held(digest)).unwrap();
+        let sealed = seal::<ApiKey>(&[5; 32], &digest, &found(digest).as_ref());
         let opened = open::<ApiKey>(&[5; 32], &digest, &sealed, Moment::from_nanos(0)).unwrap();
-        assert_eq!(Some(&opened.value), held(digest).value());
+        assert_eq!(opened.value, found(digest).value);
         assert_eq!((opened.as_of, opened.nonce, opened.lineage.system), (Version(7), Nonce([9; 16]), 3));
         assert!(open::<ApiKey>(&[6; 32], &digest, &sealed, Moment::from_nanos(0)).is_none(), "another MAC key");
         let other = ApiKeyDigest::from_bytes([2; 32]);

@@ -44,11 +44,19 @@ impl Hasher {
     /// `current` and every digest that `key` may be stored under from before. Costs one hash a scheme: for misses.
     #[must_use]
     pub fn digests(&self, current: ApiKeyDigest, key: &[u8]) -> Digests {
-        let older = match self.peppers.as_slice() {
-            [] => Vec::new(),
-            [_, previous @ ..] => previous.iter().map(|pepper| peppered(pepper, key)).chain([plain(key)]).collect(),
-        };
-        Digests { current, older }
+        Digests { current, older: self.older(key).collect() }
+    }
+
+    /// Whether `stored` is a digest of `key`, whose digest under the scheme in force is `current`. Compares in constant
+    /// time, and hashes only where it is not that one.
+    #[must_use]
+    pub fn made(&self, stored: &ApiKeyDigest, current: &ApiKeyDigest, key: &[u8]) -> bool {
+        current.matches(stored) || self.older(key).any(|digest| digest.matches(stored))
+    }
+
+    fn older(&self, key: &[u8]) -> impl Iterator<Item = ApiKeyDigest> {
+        let previous = self.peppers.iter().skip(1).map(|pepper| peppered(pepper, key));
+        previous.chain((!self.peppers.is_empty()).then(|| plain(key)))
     }
 }
 

@@ -15,13 +15,11 @@ use tokio_util::sync::CancellationToken;
 use trustgate::{
     cache::{
         api_key::ApiKey,
-        l1::{Held, Life},
         l2::{Answer, L2, MacKey},
     },
     clock::{Clock as _, DatabaseTime, SystemClock},
-    fault::Tier,
     metrics::{IntGauge, Registry},
-    record::{ApiKeyDigest, Dated, Digests, KeyId, Lineage, Nonce, Record, TrustId, Version},
+    record::{ApiKeyDigest, Dated, KeyId, Lineage, Nonce, Record, TrustId, Version},
     redis::{Redis as Handle, RedisMetrics, RedisSettings, listen},
     secret::Secret,
 };
@@ -70,8 +68,8 @@ impl Replica {
         eventually("Redis is connected", PATIENCE, || async { self.get(key(0xffff)).await != "down" }).await;
     }
 
-    async fn put(&self, held: Held<ApiKey>) {
-        self.l2.put(&held, SystemClock.now()).await;
+    async fn put(&self, found: Dated<Record>) {
+        self.l2.put(&found.value.digest, &found.as_ref(), Duration::from_mins(5)).await;
     }
 
     async fn get(&self, key: ApiKeyDigest) -> String {
@@ -120,7 +118,7 @@ fn name(key: ApiKeyDigest) -> String {
 }
 
 /// A record of `key` as of this version, in the history of this timeline.
-fn held(key: ApiKeyDigest, as_of: u64, timeline: u32) -> Held<ApiKey> {
+fn found(key: ApiKeyDigest, as_of: u64, timeline: u32) -> Dated<Record> {
     let record = Record {
         key_id: KeyId(Uuid::from_u128(1)),
         trust_id: TrustId(Uuid::from_u128(2)),
@@ -132,17 +130,14 @@ fn held(key: ApiKeyDigest, as_of: u64, timeline: u32) -> Held<ApiKey> {
         expires_at: None,
         revoked_at: None,
     };
-    let now = SystemClock.now();
-    let found = Dated {
-        value: Some(record),
+    Dated {
+        value: record,
         as_of: Version(as_of),
         nonce: Nonce([9; 16]),
         lineage: Lineage { incarnation: Uuid::from_u128(3), system: 4, timeline },
         read_at: DatabaseTime::from_micros(11),
-        sent_at: now,
-    };
-    let query = Digests { current: key, older: Vec::new() };
-    Held::new(&query, found, Tier::Store, Life { born: now, deadline: now.after(Duration::from_mins(5)) })
+        sent_at: SystemClock.now(),
+    }
 }
 
 async fn raw(connection: &mut MultiplexedConnection, key: ApiKeyDigest) -> Option<Vec<u8>> {
@@ -170,7 +165,7 @@ async fn only_a_newer_value_or_one_of_another_history_takes_a_value_s_place() {
             (u64::MAX, 2, "ffffffffffffffff of 2"),
             (3, 1, "3 of 1"),
         ] {
-            replica.put(held(key, as_of, timeline)).await;
+            replica.put(found(key, as_of, timeline)).await;
             assert_eq!(replica.get(key).await, want, "after {as_of:x} of {timeline} by {protocol:?}");
         }
         // Of the same version: what is there stays, byte for byte, and keeps its end.
@@ -179,22 +174,22 @@ async fn only_a_newer_value_or_one_of_another_history_takes_a_value_s_place() {
         let life: u64 = connection.pttl::<_, i64>(name(key)).await.unwrap().try_into().unwrap();
         assert!((1..=300_000).contains(&life), "{life} ms");
         connection.pexpire::<_, ()>(name(key), 200_000).await.unwrap();
-        replica.put(held(key, 3, 1)).await;
+        replica.put(found(key, 3, 1)).await;
         assert_eq!(raw(&mut connection, key).await.unwrap(), before);
         assert!(connection.pttl::<_, i64>(name(key)).await.unwrap() <= 200_000);
         // Of another layout, and what is no value: replaced, whatever its bytes say.
         for other in [[&[1], &before[1..]].concat(), [&[3], &before[1..]].concat(), before[..60].to_vec(), vec![]] {
             connection.set::<_, _, ()>(name(key), other).await.unwrap();
-            replica.put(held(key, 2, 1)).await;
+            replica.put(found(key, 2, 1)).await;
             assert_eq!(replica.get(key).await, "2 of 1");
         }
         connection.del::<_, ()>(name(key)).await.unwrap();
         connection.lpush::<_, _, ()>(name(key), "x").await.unwrap();
-        replica.put(held(key, 1, 1)).await;
+        replica.put(found(key, 1, 1)).await;
         assert_eq!(replica.get(key).await, "1 of 1");
         // A server that forgot the script is sent it again.
         server.ask::<()>(&["SCRIPT", "FLUSH"]).await;
-        replica.put(held(key, 2, 1)).await;
+        replica.put(found(key, 2, 1)).await;
         assert_eq!(replica.get(key).await, "2 of 1");
         replica.stop().await;
     }
@@ -205,7 +200,7 @@ async fn what_is_not_ours_is_thrown_away_and_what_a_newer_release_wrote_is_not()
     let server = Redis::start().await;
     let replica = Replica::start(settings(server.url())).await;
     let (key, mut connection) = (key(1), server.connection().await);
-    replica.put(held(key, 7, 1)).await;
+    replica.put(found(key, 7, 1)).await;
     let genuine = raw(&mut connection, key).await.unwrap();
 
     let newest = [&genuine[..61], b"ffffffffffffffff", &genuine[77..]].concat();
@@ -281,8 +276,8 @@ async fn everything_works(one: &Replica, other: &Replica, keys: u16) {
         let key = key(number);
         // A Cluster that just became whole says now and then that it is down.
         eventually("the value is shared", PATIENCE, || async {
-            one.put(held(key, 7, 1)).await;
-            one.put(held(key, 6, 1)).await;
+            one.put(found(key, 7, 1)).await;
+            one.put(found(key, 6, 1)).await;
             other.get(key).await == "7 of 1"
         })
         .await;
@@ -413,7 +408,7 @@ async fn move_slot_of(cluster: &Cluster, key: ApiKeyDigest, (one, other): (&Repl
     to.ask::<()>(&["CLUSTER", "SETSLOT", &slot, "IMPORTING", &from_id]).await;
     from.ask::<()>(&["CLUSTER", "SETSLOT", &slot, "MIGRATING", &to_id]).await;
     from.ask::<()>(&["DEL", &name]).await;
-    one.put(held(key, 8, 1)).await; // by ASK
+    one.put(found(key, 8, 1)).await; // by ASK
     assert_eq!(other.get(key).await, "8 of 1");
     let at_home = redis::cmd("GET").arg(&name).query_async::<()>(&mut from.connection().await).await;
     assert_eq!(at_home.unwrap_err().code(), Some("ASK"));
@@ -421,7 +416,7 @@ async fn move_slot_of(cluster: &Cluster, key: ApiKeyDigest, (one, other): (&Repl
         node.ask::<()>(&["CLUSTER", "SETSLOT", &slot, "NODE", &to_id]).await;
     }
     assert_eq!(one.get(key).await, "8 of 1"); // by MOVED
-    one.put(held(key, 9, 1)).await;
+    one.put(found(key, 9, 1)).await;
     assert_eq!(other.get(key).await, "9 of 1");
     // Back to a version that the rest of the test writes.
     to.ask::<()>(&["DEL", &name]).await;
