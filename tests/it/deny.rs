@@ -9,9 +9,10 @@ use std::{
 
 use redis::AsyncCommands as _;
 use serde_json::json;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use trustgate::{
-    clock::{Clock as _, DatabaseTime, SystemClock},
+    clock::{DatabaseTime, SystemClock},
     config::{self, Purpose},
     freshness::deny::{
         Denied, DenyList, DenyMetrics,
@@ -25,7 +26,7 @@ use uuid::Uuid;
 
 use crate::{
     program::Place,
-    support::{grpc::Asker, postgres::Postgres, redis::Redis, server::Site},
+    support::{alone, grpc::Asker, machine, postgres::Postgres, redis::Redis, server::Site},
 };
 
 const MAC_KEY: [u8; 32] = [7; 32];
@@ -65,12 +66,12 @@ impl Replica {
     }
 
     async fn until(&self, condition: impl Fn() -> bool) -> Duration {
-        let start = SystemClock.now();
+        let start = Instant::now();
         while !condition() {
-            assert!(SystemClock.now().since(start) < Duration::from_secs(30), "it never came to be");
+            assert!(start.elapsed() < Duration::from_secs(30), "it never came to be");
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
-        SystemClock.now().since(start)
+        machine::elapsed(start)
     }
 
     fn shows(&self, line: &str) -> bool {
@@ -124,6 +125,7 @@ async fn json(place: &Arc<Place>, arguments: &[&str]) -> serde_json::Value {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn what_is_denied_from_the_command_line_is_denied_within_a_second_without_a_database() {
+    let _turn = alone().await;
     let redis = Redis::start().await;
     let (replica, place) = (Replica::start(&redis), Arc::new(operator(&redis)));
     let (by_key, by_trust, by_digest) = (record(1), record(2), record(3));
@@ -260,6 +262,7 @@ async fn the_key_of_the_mac_comes_from_the_database_where_no_file_has_it() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn with_the_database_down_an_entry_stops_a_key_within_a_second() {
+    let _turn = alone().await;
     let (postgres, redis) = (Postgres::start().await, Redis::start().await);
     let database = postgres.database().await;
     let mut site = Site::new().with("store.url", postgres.url("admin", &database)).with("redis.url", redis.url());
@@ -281,7 +284,7 @@ async fn with_the_database_down_an_entry_stops_a_key_within_a_second() {
     let frozen = postgres.freeze();
 
     let until_denied = async |key: &str| {
-        let start = SystemClock.now();
+        let start = Instant::now();
         let denied = loop {
             let verdict = asker.check(key).await;
             if verdict.status != 200 {
@@ -289,7 +292,7 @@ async fn with_the_database_down_an_entry_stops_a_key_within_a_second() {
             }
             tokio::time::sleep(Duration::from_millis(5)).await;
         };
-        let took = SystemClock.now().since(start);
+        let took = machine::elapsed(start);
         assert_eq!((denied.status, denied.reason.as_deref()), (401, Some("deny_listed")));
         assert!(took < Duration::from_secs(1), "{took:?}");
     };

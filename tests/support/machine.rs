@@ -46,6 +46,12 @@ pub fn stood_still(from: impl Into<Instant>, to: impl Into<Instant>) -> Duration
     pauses().iter().map(|pause| pause.to.min(to).saturating_duration_since(pause.from.max(from))).sum()
 }
 
+/// How long ago `from` was, without what the machine stood still.
+pub fn elapsed(from: impl Into<Instant>) -> Duration {
+    let (from, now) = (from.into(), Instant::now());
+    now.saturating_duration_since(from).saturating_sub(stood_still(from, now))
+}
+
 /// A moment of the past that another program took down by the clock on the wall.
 ///
 /// # Panics
