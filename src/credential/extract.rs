@@ -180,6 +180,9 @@ fn cookies<'m>(view: &View<'m>, name: &str) -> Found<'m> {
 /// The cookies that may go on to the upstream, where one of them was a credential. A cookie that is not visible ASCII
 /// cannot be sent on in an answer and is dropped with the credential.
 fn cookies_left(settings: &CredentialSettings, view: &View<'_>) -> Option<String> {
+    if !settings.sources.iter().any(|source| matches!(source, Source::Cookie(_))) {
+        return None;
+    }
     let is_ours = |cookie: &[u8]| {
         settings
             .sources

@@ -77,7 +77,7 @@ pub fn generate(prefix: &Prefix) -> Result<Secret, getrandom::Error> {
 }
 
 fn from_random(prefix: &Prefix, bytes: [u8; 32]) -> Secret {
-    let random = base62::<RANDOM_CHARS>(bytes);
+    let random = base62(bytes);
     let checksum = checksum_of(prefix, &random);
     let mut key = String::with_capacity(prefix.0.len() + 1 + BODY_CHARS);
     key.push_str(&prefix.0);
@@ -104,14 +104,17 @@ fn checksum_of(prefix: &Prefix, random: &[u8]) -> [u8; CHECKSUM_CHARS] {
     crc.update(prefix.0.as_bytes());
     crc.update(b"_");
     crc.update(random);
-    let mut bytes = [0; 32];
-    bytes[28..].copy_from_slice(&crc.finalize().to_be_bytes());
-    base62(bytes)
+    let (mut number, mut digits) = (crc.finalize(), [ALPHABET[0]; CHECKSUM_CHARS]);
+    for digit in digits.iter_mut().rev() {
+        *digit = ALPHABET[(number % 62) as usize];
+        number /= 62;
+    }
+    digits
 }
 
-/// A big-endian number in base 62 with `N` digits, padded with zeros on the left.
-fn base62<const N: usize>(mut number: [u8; 32]) -> [u8; N] {
-    let mut digits = [ALPHABET[0]; N];
+/// A big-endian number in base 62, padded with zeros on the left.
+fn base62(mut number: [u8; 32]) -> [u8; RANDOM_CHARS] {
+    let mut digits = [ALPHABET[0]; RANDOM_CHARS];
     for digit in digits.iter_mut().rev() {
         let mut rest = 0_u32;
         for byte in &mut number {

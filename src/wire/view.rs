@@ -20,8 +20,8 @@ pub struct Undecodable;
 /// One request header as Envoy sent it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Header<'m> {
-    /// Its name. Envoy sends lower case; compare without regard to case all the same.
-    pub name: &'m str,
+    /// Its name, which is UTF-8. Envoy sends lower case; compare without regard to case all the same.
+    pub name: &'m [u8],
     /// Its value: any bytes.
     pub value: &'m [u8],
 }
@@ -78,7 +78,10 @@ impl<'m> View<'m> {
 
     /// The values of every header named `name`, which is lower case.
     pub fn header<'a>(&'a self, name: &'a str) -> impl Iterator<Item = &'m [u8]> + 'a {
-        self.headers().iter().filter(move |header| header.name.eq_ignore_ascii_case(name)).map(|header| header.value)
+        self.headers()
+            .iter()
+            .filter(move |header| header.name.eq_ignore_ascii_case(name.as_bytes()))
+            .map(|header| header.value)
     }
 
     /// The route's context extensions. Of a key that occurs twice the last one counts, as in a map.
@@ -156,7 +159,7 @@ impl<'m> View<'m> {
                 2 => self.method = text(field.bytes()?)?,
                 3 => {
                     let (name, value) = entry(field.bytes()?)?;
-                    keep(&mut self.map, Header { name: text(name)?, value });
+                    keep(&mut self.map, Header { name: valid(name)?, value });
                 }
                 4 => self.path = text(field.bytes()?)?,
                 5 => self.host = text(field.bytes()?)?,
@@ -199,7 +202,7 @@ fn header_value(message: &[u8]) -> Result<Header<'_>, Undecodable> {
     let mut raw: &[u8] = &[];
     each(message, |number, field| {
         match number {
-            1 => header.name = text(field.bytes()?)?,
+            1 => header.name = valid(field.bytes()?)?,
             2 => header.value = field.bytes()?,
             3 => raw = field.bytes()?,
             _ => {}
@@ -214,6 +217,11 @@ fn header_value(message: &[u8]) -> Result<Header<'_>, Undecodable> {
 
 fn text(bytes: &[u8]) -> Result<&str, Undecodable> {
     std::str::from_utf8(bytes).map_err(|_| Undecodable)
+}
+
+/// The same where no text is made of it: most names are ASCII, and that is soon seen.
+fn valid(bytes: &[u8]) -> Result<&[u8], Undecodable> {
+    if bytes.is_ascii() { Ok(bytes) } else { text(bytes).map(str::as_bytes) }
 }
 
 /// What a field holds, as far as its wire type tells.
@@ -292,7 +300,19 @@ fn take<'m>(message: &mut &'m [u8], length: usize) -> Result<&'m [u8], Undecodab
 }
 
 /// A varint: at most ten bytes, at most 64 bits.
+#[inline]
 fn varint(message: &mut &[u8]) -> Result<u64, Undecodable> {
+    match *message {
+        // Most are keys, and lengths below 128.
+        [byte @ 0..0x80, rest @ ..] => {
+            *message = rest;
+            Ok(u64::from(*byte))
+        }
+        _ => long_varint(message),
+    }
+}
+
+fn long_varint(message: &mut &[u8]) -> Result<u64, Undecodable> {
     let mut value = 0;
     for (at, byte) in message.iter().take(10).enumerate() {
         if at == 9 && *byte > 1 {

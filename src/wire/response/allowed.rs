@@ -5,7 +5,7 @@
 //! What it writes is what generated code reads: a test compares them. Field numbers:
 //! `envoy/service/auth/v3/external_auth.proto`, `envoy/config/core/v3/base.proto`, `google/protobuf/struct.proto`.
 
-use std::{cell::RefCell, iter};
+use std::cell::RefCell;
 
 use bytes::{BufMut, Bytes, BytesMut};
 use uuid::fmt::Hyphenated;
@@ -27,14 +27,15 @@ thread_local! {
 pub(super) fn allowed(grant: Option<&Grant<'_>>, removals: &Removals<'_>, is_stale: bool) -> Bytes {
     let answer = Answer::new(grant, removals, is_stale);
     BUFFER.with_borrow_mut(|buffer| {
-        let bytes = grpc::PREFIX_BYTES + answer.message_bytes();
+        let sizes = answer.sizes();
+        let bytes = grpc::PREFIX_BYTES + sizes.message;
         // From the front again as soon as everything in it was sent, and not only when it is full.
         let has_room = buffer.capacity() >= BUFFER_BYTES / 2 || buffer.try_reclaim(BUFFER_BYTES);
         if !has_room && buffer.capacity() < bytes {
             buffer.reserve(BUFFER_BYTES);
         }
         buffer.reserve(bytes); // for an answer that is larger than all others
-        answer.put(buffer);
+        answer.put(sizes, buffer);
         buffer.split().freeze()
     })
 }
@@ -42,7 +43,7 @@ pub(super) fn allowed(grant: Option<&Grant<'_>>, removals: &Removals<'_>, is_sta
 /// A text that may lie in pieces.
 #[derive(Clone, Copy)]
 enum Text<'t> {
-    Whole(&'t str),
+    Whole(&'t [u8]),
     /// Joined by spaces.
     Words(&'t [String]),
 }
@@ -57,7 +58,7 @@ impl Text<'_> {
 
     fn put(self, into: &mut BytesMut) {
         match self {
-            Self::Whole(text) => into.put_slice(text.as_bytes()),
+            Self::Whole(text) => into.put_slice(text),
             Self::Words(words) => {
                 for (number, word) in words.iter().enumerate() {
                     into.put_slice(if number == 0 { b"" } else { b" " });
@@ -71,9 +72,19 @@ impl Text<'_> {
 /// What the metadata says, beside the ids.
 #[derive(Clone, Copy)]
 enum Value<'t> {
-    Text(&'t str),
+    Text(&'t [u8]),
     List(&'t [String]),
     Yes,
+}
+
+/// Bytes of the parts of an answer, each without its own field and length.
+#[derive(Clone, Copy)]
+struct Sizes {
+    message: usize,
+    /// The `OkHttpResponse`.
+    ok: usize,
+    /// The `Struct`.
+    metadata: usize,
 }
 
 /// Everything that goes into one answer.
@@ -96,9 +107,8 @@ impl<'a, 's> Answer<'a, 's> {
         Self { ids, scopes: grant.map_or(&[], Grant::scopes), removals, is_stale }
     }
 
-    fn ids(&self) -> Option<[&str; 2]> {
-        // Hyphens and hexadecimal digits.
-        self.ids.as_ref().map(|ids| ids.each_ref().map(|id| std::str::from_utf8(id).unwrap_or_default()))
+    fn ids(&self) -> Option<[&[u8]; 2]> {
+        self.ids.as_ref().map(|ids| ids.each_ref().map(<[u8; Hyphenated::LENGTH]>::as_slice))
     }
 
     /// What is set. Removal runs after setting in Envoy, so a header is in one list or the other; an empty value would be
@@ -111,7 +121,7 @@ impl<'a, 's> Answer<'a, 's> {
             (identity::SCOPES, (!self.scopes.is_empty()).then_some(Text::Words(self.scopes))),
         ];
         let cookies = self.removals.cookies.as_deref().filter(|left| !left.is_empty());
-        let headers = identity.into_iter().chain([("cookie", cookies.map(Text::Whole))]);
+        let headers = identity.into_iter().chain([("cookie", cookies.map(|left| Text::Whole(left.as_bytes())))]);
         headers.filter_map(|(name, value)| Some((name, value?)))
     }
 
@@ -141,33 +151,25 @@ impl<'a, 's> Answer<'a, 's> {
         somebody.into_iter().flatten().flatten().chain(nobody)
     }
 
-    fn message_bytes(&self) -> usize {
-        // The status is there and empty: its code is OK.
-        field_bytes(0) + field_bytes(self.ok_bytes()) + field_bytes(self.metadata_bytes())
-    }
-
-    /// Of the `OkHttpResponse`.
-    fn ok_bytes(&self) -> usize {
+    fn sizes(&self) -> Sizes {
         let headers = self.headers().map(|(name, value)| field_bytes(option_bytes(name, value)));
         let removed = self.removed().chain(self.removals.query.iter().copied()).map(|name| field_bytes(name.len()));
-        headers.chain(removed).sum()
+        let ok = headers.chain(removed).sum();
+        let metadata = self.metadata().map(|(name, value)| field_bytes(entry_bytes(name, value))).sum();
+        // The status is there and empty: its code is OK.
+        Sizes { message: field_bytes(0) + field_bytes(ok) + field_bytes(metadata), ok, metadata }
     }
 
-    /// Of the `Struct`.
-    fn metadata_bytes(&self) -> usize {
-        self.metadata().map(|(name, value)| field_bytes(entry_bytes(name, value))).sum()
-    }
-
-    fn put(&self, into: &mut BytesMut) {
+    fn put(&self, sizes: Sizes, into: &mut BytesMut) {
         into.put_u8(0);
         // A few hundred bytes; the bounds on scopes and on messages keep it far below 4 GiB.
-        into.put_u32(u32::try_from(self.message_bytes()).unwrap_or(u32::MAX));
+        into.put_u32(u32::try_from(sizes.message).unwrap_or(u32::MAX));
         put_field(into, 1, 0);
-        put_field(into, 3, self.ok_bytes());
+        put_field(into, 3, sizes.ok);
         for (name, value) in self.headers() {
             put_field(into, 2, option_bytes(name, value));
             put_field(into, 1, pair_bytes(name, value.bytes()));
-            put_text(into, 1, Text::Whole(name));
+            put_name(into, 1, name);
             put_text(into, 2, value);
             // The only form that replaces a client's copy on every Envoy: `append` is there and false (1.37.0 appends where
             // both fields are unset; up to 1.40 it looks at `append` alone), and `append_action` is
@@ -175,15 +177,15 @@ impl<'a, 's> Answer<'a, 's> {
             into.put_slice(OVERWRITE);
         }
         for name in self.removed() {
-            put_text(into, 5, Text::Whole(name));
+            put_name(into, 5, name);
         }
         for name in &self.removals.query {
-            put_text(into, 8, Text::Whole(name));
+            put_name(into, 8, name);
         }
-        put_field(into, 4, self.metadata_bytes());
+        put_field(into, 4, sizes.metadata);
         for (name, value) in self.metadata() {
             put_field(into, 1, entry_bytes(name, value));
-            put_text(into, 1, Text::Whole(name));
+            put_name(into, 1, name);
             put_field(into, 2, value_bytes(value));
             match value {
                 Value::Text(text) => put_text(into, 3, Text::Whole(text)),
@@ -191,7 +193,7 @@ impl<'a, 's> Answer<'a, 's> {
                     put_field(into, 6, list_bytes(texts));
                     for text in texts {
                         put_field(into, 1, field_bytes(text.len()));
-                        put_text(into, 3, Text::Whole(text));
+                        put_name(into, 3, text);
                     }
                 }
                 Value::Yes => into.put_slice(YES),
@@ -235,7 +237,8 @@ fn list_bytes(texts: &[String]) -> usize {
 
 /// A field with a length: its number (below 16), its length, and so many bytes.
 fn field_bytes(bytes: usize) -> usize {
-    1 + iter::successors(Some(bytes), |rest| (*rest >= 0x80).then_some(rest >> 7)).count() + bytes
+    let bits = usize::BITS - (bytes | 1).leading_zeros();
+    1 + bits.div_ceil(7) as usize + bytes
 }
 
 fn put_field(into: &mut BytesMut, number: u8, mut bytes: usize) {
@@ -245,6 +248,10 @@ fn put_field(into: &mut BytesMut, number: u8, mut bytes: usize) {
         bytes >>= 7;
     }
     into.put_u8(bytes.to_le_bytes()[0]);
+}
+
+fn put_name(into: &mut BytesMut, number: u8, name: &str) {
+    put_text(into, number, Text::Whole(name.as_bytes()));
 }
 
 fn put_text(into: &mut BytesMut, number: u8, text: Text<'_>) {
