@@ -57,7 +57,7 @@ bench-ready:
 	@tools/packages bench
 	@tools/setup
 	@$(MAKE) --no-print-directory build
-	cargo build --release --locked --example always_allow --example load --example steps
+	cargo build --release --locked --example always_allow --example load --example steps --example churn
 
 .PHONY: build
 build: ## the release binary

@@ -132,17 +132,19 @@ def instructions(figures):
 
 
 def scale(figures):
-    sizes = ["| keys | bytes per cached key | resident | start to ready | import | reads to fill the cache |", "|---|---|---|---|---|---|"]
-    for size, came in figures["sizes"].items():
+    churn = figures["churn"]
+    columns = ("keys", "database", "bytes per cached key", "resident", "start to ready", "import", "reads to fill the cache")
+    sizes = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for came in figures["sizes"].values():
         sizes.append(
-            f"| {thousands(int(size))} | {came['bytes_per_key']:.0f} | {came['resident_mb']:.0f} MB | {came['start_ms']:.0f} ms | "
+            f"| {thousands(came['keys'])} | {came['database']} | {came['bytes_per_key']:.0f} | {came['resident_mb']:.0f} MB | {came['start_ms']:.0f} ms | "
             f"{came['import_seconds']:.1f} s | {thousands(came['fills_per_second'])}/s |"
         )
     plot("scale.svg", "Checks per second, keys uniformly at random", figures["hits"]["rows"], "checks_per_second")
     return "\n".join(
         [
             "## Many keys\n",
-            "The embedded database, and room in the cache for all keys.\n",
+            "Room in the cache for all keys. What is below the table was measured with the embedded database.\n",
             *sizes,
             "",
             title(figures["hits"]),
@@ -151,6 +153,10 @@ def scale(figures):
             table(figures["hits"], CLOSED),
             title(figures["beside"]),
             table(figures["beside"], BESIDE),
+            f"In process, {thousands(churn['entries'])} values in a full L1, {thousands(churn['rate'])} others a second coming and "
+            f"going for {churn['seconds']} s: of {thousands(churn['lookups'])} look-ups the longest took "
+            f"**{thousands(churn['longest_us'])}** microseconds; the most that one worked, whatever the host did meanwhile, was "
+            f"**{thousands(churn['longest_cpu_us'])}**.\n",
         ]
     )
 

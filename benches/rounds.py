@@ -74,9 +74,17 @@ class Rounds:
         """How much of a processor went to whatever else the machine did, at the worst."""
         return max(came["others"] for rounds in self.came.values() for came in rounds)
 
+    def late(self):
+        """Checks that were not decided in time."""
+        return sum(came["faults"] for rounds in self.came.values() for came in rounds)
+
     def show(self):
+        wrong = []
         if self.others() > OTHERS_MAX:
-            self.disturbed = f"DISTURBED: other programs took up to {self.others():.0%} of a processor"
+            wrong.append(f"other programs took up to {self.others():.0%} of a processor")
+        if self.late():
+            wrong.append(f"{self.late()} checks failed")
+        self.disturbed = f"DISTURBED: {'; '.join(wrong)}" if wrong else None
         say(f"\n{self.title} ({ROUNDS} rounds; median)")
         say(f"  {'':42} {'checks/s':>10} {'CPU us':>8} {'p50 us':>8} {'p99 us':>9}")
         for name in self.came:

@@ -1,9 +1,10 @@
-"""From a thousand keys to a million: memory, cost of a hit, start and import; and what floods do to good keys.
+"""From a thousand keys to a million: memory, cost of a hit, start and import; what floods do to good keys, and churn.
 
-SCALE_MAX is the most keys (1 000 000). The embedded database is used; what is in the cache costs the same whatever
-database it came from.
+SCALE_MAX is the most keys (1 000 000). Hits are measured with the embedded database; what is in the cache costs the same
+whatever database it came from.
 """
 
+import json
 import os
 import statistics
 import threading
@@ -16,16 +17,22 @@ SCALE_MAX = int(os.environ.get("SCALE_MAX", 5_000 if BRIEF else 1_000_000))
 SIZES = [size for size in (1_000, 10_000, 100_000, 1_000_000) if size < SCALE_MAX] + [SCALE_MAX]
 IMPORT_MAX = 500_000  # keys of one `key import`
 CHURN_SECONDS = 2 if BRIEF else 60
+CHURN_RATE = 1_000
+ENTRY_BYTES = 512  # what an entry may take
 HIT_FLAGS = ("-c", 4, "-m", 32)
 GOOD = ("-c", 4, "-m", 32, "--rate", 1_000)
 
 
 def measure(stage):
     """Every size, with its own server; then all of them in turn."""
+    postgres = stage.postgres()
     sites, sizes = {}, {}
     for size in SIZES:
-        sites[size], sizes[size] = furnish(stage, size)
-        show(size, sizes[size])
+        url = stage.database(postgres, f"keys_{size}")
+        site, sizes[f"{size}, PostgreSQL"] = furnish(stage, size, "PostgreSQL", **{"store.url": url})
+        site[0].stop()
+        sites[size], sizes[f"{size}, SQLite"] = furnish(stage, size, "SQLite")
+    stage.stop(postgres)
     hits = Rounds("hits, keys uniformly at random: closed loop")
     names = {f"{size:,} keys": size for size in SIZES}
     for name, size in hits.each(names):
@@ -36,21 +43,17 @@ def measure(stage):
     for size in SIZES[:-1]:
         sites[size][0].stop()
     site, file = sites[SIZES[-1]]
-    return {
-        "sizes": sizes,
-        "hits": hits.figures(),
-        "ratio": ratio,
-        "beside": beside(stage, site, file).figures(),
-        "churn_seconds": CHURN_SECONDS,
-    }
+    came = {"sizes": sizes, "hits": hits.figures(), "ratio": ratio, "beside": beside(stage, site, file).figures()}
+    site.stop()
+    return came | {"churn": churn(stage)}
 
 
-def furnish(stage, size):
+def furnish(stage, size, database, **settings):
     """A server that holds `size` keys in its cache, and what that took."""
     progress(f"{size:,} keys: making them")
     # Room for all of them: what is measured is what they take.
-    settings = {"cache.size": "2GiB", "cache.value_age_max": "6h"} | (UNHURRIED if BRIEF else {})
-    site = stage.site(f"site-{size}", **settings)
+    settings |= {"cache.size": "2GiB", "cache.value_age_max": "6h"} | (UNHURRIED if BRIEF else {})
+    site = stage.site(f"{database}-{size}", **settings)
     keys = make_keys(size)
     file = stage.dir / f"keys-{size}"
     progress(f"{size:,} keys: importing them")
@@ -73,20 +76,20 @@ def furnish(stage, size):
     before = site.server.resident_bytes()
     progress(f"{size:,} keys: each once, into the cache")
     filled = stage.fill(site.server, file)
-    return (site, file), {
+    figures = {
+        "keys": size,
+        "database": database,
         "import_seconds": imported_in,
         "start_ms": statistics.median(starts) * 1e3,
         "bytes_per_key": (site.server.resident_bytes() - before) / size,
         "resident_mb": site.server.resident_bytes() / 1e6,
         "fills_per_second": filled["answered"] / filled["seconds"],
     }
-
-
-def show(size, figures):
     say(
-        f"\n{size:,} keys: import {figures['import_seconds']:.1f} s, start {figures['start_ms']:.0f} ms, "
+        f"\n{size:,} keys in {database}: import {figures['import_seconds']:.1f} s, start {figures['start_ms']:.0f} ms, "
         f"{figures['bytes_per_key']:.0f} bytes for each in memory, {figures['fills_per_second']:,.0f} reads/s"
     )
+    return (site, file), figures
 
 
 def beside(stage, site, file):
@@ -104,6 +107,22 @@ def beside(stage, site, file):
             options = ("--keys", file, "--order", "uniform", *GOOD)
             rounds.add(name, stage.measured(site.server, *options, seconds=seconds, warm_up=WARM_UP + 0.5))
     return rounds
+
+
+def churn(stage):
+    """The longest look-up in a full cache while other values come and go, in process."""
+    # Room for about all of them, so that each new one pushes another out.
+    size = f"{SCALE_MAX * ENTRY_BYTES // 2**20}MiB"
+    progress(f"{SCALE_MAX:,} keys in {size}, others come and go for {CHURN_SECONDS} s")
+    command = (stage.programs["churn"], size, SCALE_MAX, "--rate", CHURN_RATE, "--seconds", CHURN_SECONDS)
+    came = json.loads(stage.run(command))
+    if came["put"] < 0.9 * CHURN_RATE * CHURN_SECONDS or came["found"] < 0.5 * came["lookups"]:
+        raise Broken(f"that was no churn in a full cache: {came}")
+    say(
+        f"\n{came['entries']:,} values in {size}, {CHURN_RATE:,} others a second: of {came['lookups']:,} look-ups the longest "
+        f"took {came['longest_us']:,.0f} us, or {came['longest_cpu_us']:,.0f} us of a processor"
+    )
+    return came | {"rate": CHURN_RATE, "seconds": CHURN_SECONDS}
 
 
 class Beside:

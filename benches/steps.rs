@@ -15,9 +15,9 @@ use std::{
 };
 
 use clap::{Parser, ValueEnum};
-use futures_util::FutureExt as _;
 use trustgate::{
     app::AppBuilder,
+    check::Begun,
     clock::DatabaseTime,
     config::{self, Purpose},
     credential::{CredentialSettings, Hasher, extract::extract},
@@ -123,8 +123,8 @@ fn check(count: u64, message: &[u8]) -> Result<Duration, Box<dyn Error>> {
     });
     let _inside = runtime.enter();
     let took = measured(count, &mut || {
-        let reply = checker.check(black_box(message)).now_or_never();
-        assert!(matches!(black_box(reply), Some(Reply::Message(_))), "not a hit");
+        let begun = checker.begin(black_box(message));
+        assert!(matches!(black_box(begun), Begun::Answered(Reply::Message(_))), "not a hit");
     });
     Ok(took)
 }
