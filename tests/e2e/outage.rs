@@ -261,7 +261,8 @@ fn quick_checks(log: &[Value], count: usize) {
     let mut took: Vec<_> = checks.iter().map(|(_, took)| *took).collect();
     took.sort();
     load::quantiles("checks", &took);
-    let slow =
-        checks.iter().filter(|(began, took)| *took > CHECK_MAX && !machine::was_disturbed(*began, *began + *took));
-    assert_eq!(slow.count(), 0, "the longest checks took {:?}", &took[count - 5..]);
+    let slow: Vec<_> = checks.iter().filter(|(_, took)| *took > CHECK_MAX).collect();
+    assert!(slow.len() <= count / 10, "{} of {count} checks took too long", slow.len());
+    let ours = slow.iter().filter(|(began, took)| !machine::was_disturbed(*began, *began + *took));
+    assert_eq!(ours.count(), 0, "the longest checks took {:?}", &took[count - 5..]);
 }

@@ -32,12 +32,19 @@ struct Pause {
 
 /// Of the watch that is on, or was last.
 static PAUSES: Mutex<Vec<Pause>> = Mutex::new(Vec::new());
+/// Of the same: when the hypervisor kept more than a tenth of the processors for others, in pieces however small.
+static STARVED: Mutex<Vec<Pause>> = Mutex::new(Vec::new());
+/// How often that is looked at. The system counts in hundredths of a second.
+const COUNTED: Duration = Duration::from_millis(100);
+/// A tenth of the time of all processors: what runs here takes most of what is left.
+const KEPT_PART: u64 = 10;
 
-/// Whether a processor stood still between two moments, or so shortly before that what had queued up meanwhile was still
-/// being worked off: for as long again as it had stood.
+/// Whether a processor stood still between two moments, or too much of them was kept for others, or so shortly before that
+/// what had queued up meanwhile was still being worked off: for as long again.
 pub fn was_disturbed(from: impl Into<Instant>, to: impl Into<Instant>) -> bool {
     let (from, to) = (from.into(), to.into());
-    pauses().iter().any(|pause| pause.from <= to && from <= pause.to + (pause.to - pause.from))
+    let meets = |pause: &Pause| pause.from <= to && from <= pause.to + (pause.to - pause.from);
+    pauses().iter().any(meets) || lock(&STARVED).iter().any(meets)
 }
 
 /// For how long processors stood still between two moments, taken together.
@@ -62,8 +69,12 @@ pub fn moment(wall: SystemTime) -> Instant {
 }
 
 fn pauses() -> MutexGuard<'static, Vec<Pause>> {
+    lock(&PAUSES)
+}
+
+fn lock<T>(mutex: &'static Mutex<T>) -> MutexGuard<'static, T> {
     // Whole at every moment, whoever panicked elsewhere.
-    PAUSES.lock().unwrap_or_else(PoisonError::into_inner)
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// How long a processor must not have stood still before anything is measured.
@@ -79,15 +90,16 @@ static LEFT: Mutex<Duration> = Mutex::new(WAITED_MAX);
 /// measured: no result ever leads here again.
 pub async fn is_calm() {
     let began = Instant::now();
-    let left = *LEFT.lock().unwrap_or_else(PoisonError::into_inner);
+    let left = *lock(&LEFT);
     let _watch = Watch::start();
     let mut calm_since = began;
     while calm_since.elapsed() < CALM && began.elapsed() < left {
         tokio::time::sleep(STEP).await;
-        calm_since = pauses().last().map_or(began, |pause| pause.to);
+        let last = |list: &'static Mutex<Vec<Pause>>| lock(list).last().map_or(began, |pause| pause.to);
+        calm_since = last(&PAUSES).max(last(&STARVED));
     }
     let waited = began.elapsed();
-    *LEFT.lock().unwrap_or_else(PoisonError::into_inner) = left.saturating_sub(waited.saturating_sub(CALM));
+    *lock(&LEFT) = left.saturating_sub(waited.saturating_sub(CALM));
     if waited > 2 * CALM {
         println!("waited {waited:?} until the machine stood still no more");
     }
@@ -106,6 +118,7 @@ impl Watch {
     /// If the system does not say which processors are ours.
     pub fn start() -> Self {
         pauses().clear();
+        lock(&STARVED).clear();
         let enough = Arc::new(AtomicBool::new(false));
         let ours = sched_getaffinity(None).expect("the system says which processors are ours");
         let processors = (0..CpuSet::MAX_CPU).filter(|processor| ours.is_set(*processor));
@@ -113,7 +126,10 @@ impl Watch {
             let enough = Arc::clone(&enough);
             thread::spawn(move || watch(processor, &enough))
         });
-        Self { threads: threads.collect(), enough }
+        let mut threads: Vec<_> = threads.collect();
+        let until = Arc::clone(&enough);
+        threads.push(thread::spawn(move || count(&until)));
+        Self { enough, threads }
     }
 }
 
@@ -127,6 +143,10 @@ impl Drop for Watch {
         let pauses = pauses().clone();
         if let Some(longest) = pauses.iter().map(|pause| pause.to - pause.from).max() {
             println!("the machine stood still {} times, up to {longest:?}", pauses.len());
+        }
+        let starved = lock(&STARVED).len();
+        if starved > 0 {
+            println!("{starved} times {COUNTED:?} the hypervisor kept more than a tenth of it for others");
         }
     }
 }
@@ -146,4 +166,25 @@ fn watch(processor: usize, enough: &AtomicBool) {
         }
         looked = now;
     }
+}
+
+fn count(enough: &AtomicBool) {
+    let mut last = (Instant::now(), kept());
+    while !enough.load(Ordering::Relaxed) {
+        thread::sleep(COUNTED);
+        let (now, kept) = (Instant::now(), kept());
+        let (all, stolen) = (kept.0.saturating_sub(last.1.0), kept.1.saturating_sub(last.1.1));
+        if stolen > all / KEPT_PART {
+            lock(&STARVED).push(Pause { from: last.0, to: now });
+        }
+        last = (now, kept);
+    }
+}
+
+/// Time of all processors so far, and how much of it the hypervisor kept for others (`proc_stat(5)`, `steal`).
+fn kept() -> (u64, u64) {
+    let all = std::fs::read_to_string("/proc/stat").unwrap_or_default();
+    let times: Vec<u64> =
+        all.lines().next().unwrap_or("").split_whitespace().skip(1).filter_map(|time| time.parse().ok()).collect();
+    (times.iter().take(8).sum(), times.get(7).copied().unwrap_or(0))
 }
