@@ -36,7 +36,7 @@ pub async fn eventually<F: Future<Output = bool>>(what: &str, limit: Duration, m
     assert!(asked.await.is_ok(), "not within {limit:?}: {what}");
 }
 
-/// Held by tests that measure time: no other test runs meanwhile, and the machine is watched.
+/// Held by tests that measure time: no other test that waits for its turn runs meanwhile, and the machine is watched.
 pub struct Alone(machine::Watch, RwLockWriteGuard<'static, ()>);
 
 /// Waits until no other test runs, and the machine is calm.
