@@ -102,7 +102,11 @@ async fn run(plan: &Plan) -> Vec<Duration> {
     let sql = Mutex::new(postgres.admin(&database).await);
     let arena = Arc::new(Arena { postgres, database, site, sql, askers, servers });
 
-    let loads: Vec<_> = arena.askers.iter().map(|asker| ask_for(asker, GOOD_PER_SECOND, &good)).collect();
+    let mut loads: Vec<_> = arena.askers.iter().map(|asker| ask_for(asker, GOOD_PER_SECOND, &good)).collect();
+    // Three replicas that read all of it at once, on new connections, are a start and not what is measured here.
+    for load in &mut loads {
+        load.until_granted().await;
+    }
     let start = Instant::now();
     let length = plan.spacing * u32::try_from(plan.revocations).unwrap();
     let revoking = async {
@@ -207,7 +211,7 @@ impl Arena {
             let took = began.elapsed();
             let probes = probing.stop().await;
             let was_disturbed = machine::was_disturbed(began, Instant::now());
-            assert!(was_disturbed || per_second(&probes, took) >= 200, "{} checks in {took:?}", probes.len());
+            assert!(was_disturbed || per_second(probes.len(), took) >= 200, "{} checks in {took:?}", probes.len());
             let held = |probe: &Probe| probe.began < committed && probe.is_grant();
             assert!(probes.iter().any(held), "replica {replica} did not hold the key: {how:?}");
             let last = probes.iter().max_by_key(|probe| probe.began).unwrap();
@@ -327,15 +331,18 @@ fn ask_for(asker: &Asker, per_second: u32, shots: &[Shot]) -> Probing {
     Probing::start(asker, per_second, shots.iter().map(|shot| shot.key.clone()).collect(), &[])
 }
 
-fn per_second(probes: &[Probe], took: Duration) -> u128 {
-    probes.len() as u128 * 1_000 / took.as_millis()
+fn per_second(probes: usize, took: Duration) -> u128 {
+    probes as u128 * 1_000 / took.as_millis()
 }
 
 /// Good keys were asked for often enough, and none was taken for a bad one or for that of another trust.
 fn right(probes: &[Probe], shots: &[Shot], start: Instant, took: Duration) {
-    let rate = per_second(probes, took);
-    let faults: Vec<_> = probes.iter().filter(|probe| probe.is_fault()).collect();
-    println!("good keys: {rate} checks a second at a replica, {} of {} faults", faults.len(), probes.len());
+    let (measured, before): (Vec<_>, Vec<_>) = probes.iter().partition(|probe| probe.began >= start);
+    let rate = per_second(measured.len(), took);
+    let faults: Vec<_> = measured.iter().copied().filter(|probe| probe.is_fault()).collect();
+    println!("good keys: {rate} checks a second at a replica, {} of {} faults", faults.len(), measured.len());
+    let at_start = before.iter().filter(|probe| probe.is_fault()).count();
+    println!("while the caches filled: {at_start} of {} faults", before.len());
     let ours: Vec<_> =
         faults.iter().filter(|probe| !machine::was_disturbed(probe.began, probe.answered)).copied().collect();
     for probe in &ours {
@@ -350,7 +357,7 @@ fn right(probes: &[Probe], shots: &[Shot], start: Instant, took: Duration) {
     let wrong: Vec<_> = probes.iter().filter(|probe| !is_right(probe)).take(5).collect();
     assert!(wrong.is_empty(), "{wrong:?}");
     // Two cores carry all of this: now and then a check may be too late, which is for us to say and not to hide.
-    assert!(ours.len() * 1_000 <= probes.len(), "{} faults of {}", ours.len(), probes.len());
+    assert!(ours.len() * 1_000 <= measured.len(), "{} faults of {}", ours.len(), measured.len());
 }
 
 /// What is done to Redis, and up to which twentieth of the run.
