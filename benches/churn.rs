@@ -124,14 +124,14 @@ fn put(l1: &L1<ApiKey>, number: u64) {
         trust_id: TrustId(Uuid::from_u128(1)),
         trust_enabled: true,
         digest,
-        scopes: Vec::new(),
-        allowed_cidrs: Vec::new(),
+        scopes: [].into(),
+        allowed_cidrs: [].into(),
         not_before: None,
         expires_at: None,
         revoked_at: None,
     };
     let query = Digests { current: digest, older: Vec::new() };
-    let life = Life { born: Moment::from_nanos(0), deadline: Moment::from_nanos(u64::MAX) };
+    let life = Life { born: Moment::from_nanos(0), lasts: Duration::MAX };
     l1.put(digest, Arc::new(Held::new(&query, Some(record), Version(1), life, None)));
 }
 

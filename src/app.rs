@@ -439,7 +439,7 @@ fn explained(decision: &Decision<'_>, record: Option<&Record>) -> Explanation {
         sentence,
         trust_id: record.map(|record| record.trust_id),
         key_id: record.map(|record| record.key_id),
-        scopes: record.map(|record| record.scopes.clone()).unwrap_or_default(),
+        scopes: record.map(|record| record.scopes.to_vec()).unwrap_or_default(),
     }
 }
 

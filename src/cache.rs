@@ -380,8 +380,7 @@ impl<K: Kind> Shared<K> {
     /// there.
     fn life(&self, spread: u8, found: &Dated<Option<K::Value>>) -> Life {
         let age = self.views.database_clock.at(found.sent_at).map_or(Duration::ZERO, |now| now.since(found.read_at));
-        let born = found.sent_at.before(age);
-        Life { born, deadline: born.after(jittered(self.lifetimes.hard, spread)) }
+        Life { born: found.sent_at.before(age), lasts: jittered(self.lifetimes.hard, spread) }
     }
 }
 

@@ -5,6 +5,7 @@
 
 use std::{
     fmt,
+    num::NonZeroU64,
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering},
@@ -56,42 +57,56 @@ impl Moment {
 }
 
 /// A point in time by the database's clock: microseconds since the Unix epoch.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct DatabaseTime(i64);
+///
+/// Kept with its sign bit turned over, which leaves the order as it is, so that an `Option` of one takes no more room: each
+/// record in a cache holds three.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct DatabaseTime(NonZeroU64);
+
+const SIGN: u64 = 1 << 63;
 
 impl DatabaseTime {
-    /// From microseconds since the Unix epoch.
+    /// From microseconds since the Unix epoch; the first of all stands for the one after it too.
     #[must_use]
     pub const fn from_micros(micros: i64) -> Self {
-        Self(micros)
+        match NonZeroU64::new(micros.cast_unsigned() ^ SIGN) {
+            Some(turned) => Self(turned),
+            None => Self(NonZeroU64::MIN),
+        }
     }
 
     /// Microseconds since the Unix epoch.
     #[must_use]
     pub const fn micros(self) -> i64 {
-        self.0
+        (self.0.get() ^ SIGN).cast_signed()
     }
 
     /// Time from `earlier` to `self`; zero if `earlier` is in fact later.
     #[must_use]
     pub fn since(self, earlier: Self) -> Duration {
-        Duration::from_micros(u64::try_from(self.0.saturating_sub(earlier.0)).unwrap_or(0))
+        Duration::from_micros(u64::try_from(self.micros().saturating_sub(earlier.micros())).unwrap_or(0))
     }
 
     /// `self` plus `wait`.
     #[must_use]
     pub fn after(self, wait: Duration) -> Self {
-        Self(self.0.saturating_add(i64::try_from(wait.as_micros()).unwrap_or(i64::MAX)))
+        Self::from_micros(self.micros().saturating_add(i64::try_from(wait.as_micros()).unwrap_or(i64::MAX)))
+    }
+}
+
+impl fmt::Debug for DatabaseTime {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("DatabaseTime").field(&self.micros()).finish()
     }
 }
 
 /// RFC 3339 in UTC. A time that no calendar has is shown as its number.
 impl fmt::Display for DatabaseTime {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let at = OffsetDateTime::from_unix_timestamp_nanos(i128::from(self.0) * 1_000);
+        let at = OffsetDateTime::from_unix_timestamp_nanos(i128::from(self.micros()) * 1_000);
         match at.ok().and_then(|at| at.format(&Rfc3339).ok()) {
             Some(text) => f.write_str(&text),
-            None => write!(f, "{} us", self.0),
+            None => write!(f, "{} us", self.micros()),
         }
     }
 }
@@ -171,7 +186,7 @@ impl DatabaseClock {
     pub fn at(&self, now: Moment) -> Option<DatabaseTime> {
         self.known
             .load(Ordering::Acquire)
-            .then(|| DatabaseTime(now.micros().saturating_add(self.offset_micros.load(Ordering::Relaxed))))
+            .then(|| DatabaseTime::from_micros(now.micros().saturating_add(self.offset_micros.load(Ordering::Relaxed))))
     }
 }
 
@@ -187,6 +202,15 @@ mod tests {
         clock.observe(sent, DatabaseTime::from_micros(1_000_000_000));
         let later = sent.after(Duration::from_millis(250));
         assert_eq!(clock.at(later), Some(DatabaseTime::from_micros(1_000_250_000)));
+    }
+
+    #[test]
+    fn times_of_the_database_keep_their_order_and_an_option_takes_no_more_room() {
+        let times = [i64::MIN + 1, -1, 0, 1, i64::MAX];
+        assert!(times.windows(2).all(|pair| DatabaseTime::from_micros(pair[0]) < DatabaseTime::from_micros(pair[1])));
+        assert_eq!(times.map(|micros| DatabaseTime::from_micros(micros).micros()), times);
+        assert_eq!(DatabaseTime::from_micros(i64::MIN).micros(), i64::MIN + 1);
+        assert_eq!(size_of::<Option<DatabaseTime>>(), 8);
     }
 
     #[test]

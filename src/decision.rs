@@ -140,8 +140,8 @@ mod tests {
             trust_id: TrustId(uuid::Uuid::from_u128(2)),
             trust_enabled: true,
             digest: ApiKeyDigest::from_bytes([0; 32]),
-            scopes: vec!["read".into(), "write".into()],
-            allowed_cidrs: vec!["10.0.0.0/8".parse().unwrap(), "2001:db8::/32".parse().unwrap()],
+            scopes: ["read", "write"].map(str::to_owned).into(),
+            allowed_cidrs: ["10.0.0.0/8", "2001:db8::/32"].map(|cidr| cidr.parse().unwrap()).into(),
             not_before: Some(DatabaseTime::from_micros(100)),
             expires_at: Some(DatabaseTime::from_micros(200)),
             revoked_at: None,
@@ -175,7 +175,7 @@ mod tests {
             ("trust disabled", |r| r.trust_enabled = false, &[], "10.1.2.3", 150, Some(TrustDisabled)),
             ("elsewhere", same, &[], "11.0.0.1", 150, Some(Source)),
             ("from no address", same, &[], "", 150, Some(Source)),
-            ("anywhere", |r| r.allowed_cidrs.clear(), &[], "", 150, None),
+            ("anywhere", |r| r.allowed_cidrs = [].into(), &[], "", 150, None),
             ("one scope missing", same, &["read", "admin"], "10.1.2.3", 150, Some(Scope)),
         ] {
             let mut record = record();

@@ -9,11 +9,11 @@ pub mod poll;
 pub mod revoked;
 
 use std::{
-    num::NonZeroU64,
+    num::NonZeroU32,
     path::PathBuf,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicU64, Ordering},
+        atomic::{AtomicU32, Ordering},
     },
     time::Duration,
 };
@@ -85,15 +85,16 @@ pub struct View {
     history: Mutex<History>,
 }
 
-/// Which view a value entered: stamped on it when it enters a cache.
+/// Which view a value entered: stamped on it when it enters a cache. Views follow upon polls that found a lost history, so
+/// that their numbers last for a decade of nothing else.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Epoch(NonZeroU64);
+pub struct Epoch(NonZeroU32);
 
 impl View {
     /// The view that comes after `earlier` others.
-    fn new(earlier: u64, limits: Limits) -> Self {
+    fn new(earlier: u32, limits: Limits) -> Self {
         Self {
-            epoch: Epoch(NonZeroU64::MIN.saturating_add(earlier)),
+            epoch: Epoch(NonZeroU32::MIN.saturating_add(earlier)),
             limits,
             lease: Lease::default(),
             history: Mutex::default(),
@@ -148,7 +149,7 @@ impl View {
 pub struct Views {
     present: ArcSwap<View>,
     limits: Limits,
-    epochs: AtomicU64,
+    epochs: AtomicU32,
     /// Digests that were revoked in a history that was lost.
     pub revoked: Revoked,
     /// The database's clock as seen from here.
@@ -187,7 +188,7 @@ impl Views {
         Self {
             present: ArcSwap::from_pointee(View::new(0, limits)),
             limits,
-            epochs: AtomicU64::new(0),
+            epochs: AtomicU32::new(0),
             revoked: Revoked::default(),
             database_clock: DatabaseClock::default(),
             confirmed: watch::Sender::new(false),

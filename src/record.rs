@@ -167,9 +167,9 @@ pub struct Record {
     /// The digest it is stored under.
     pub digest: ApiKeyDigest,
     /// What the key may be used for; sorted, without duplicates.
-    pub scopes: Vec<String>,
+    pub scopes: Box<[String]>,
     /// Where it may be used from; empty: anywhere.
-    pub allowed_cidrs: Vec<IpNet>,
+    pub allowed_cidrs: Box<[IpNet]>,
     /// Not valid before this time.
     pub not_before: Option<DatabaseTime>,
     /// Not valid from this time on.

@@ -174,7 +174,7 @@ mod tests {
                 trust_id: TrustId(Uuid::from_u128(ids.1)),
                 trust_enabled: enabled,
                 digest: ApiKeyDigest::from_bytes(digest),
-                scopes,
+                scopes: scopes.into(),
                 allowed_cidrs: cidrs.into_iter().map(|(ip, bits)| IpNet::new(ip.to_be_bytes().into(), bits).unwrap()).collect(),
                 not_before: times.0.map(DatabaseTime::from_micros),
                 expires_at: times.1.map(DatabaseTime::from_micros),

@@ -20,7 +20,9 @@ pub struct Held<K: Kind> {
     what: What<K::Value>,
     /// The newest version when the store was read.
     as_of: Version,
-    life: Life,
+    /// When the store was read, by this machine's clock.
+    born: Moment,
+    lasts_millis: u32,
     /// The view it entered; `None`: it can only serve those who asked for it.
     epoch: Option<Epoch>,
 }
@@ -37,8 +39,8 @@ enum What<V> {
 pub struct Life {
     /// When the store was read, by this machine's clock.
     pub born: Moment,
-    /// Until when it may be used, whatever else allows it.
-    pub deadline: Moment,
+    /// For how long from then on it may be used, whatever else allows it. In whole milliseconds.
+    pub lasts: Duration,
 }
 
 /// What an entry costs beside its value: 326 bytes of moka's own, measured with a million entries (`examples/churn`), the
@@ -52,13 +54,15 @@ impl<K: Kind> Held<K> {
             Some(value) => What::Record(value),
             None => What::Absence(K::asked(query).map(stripe).collect()),
         };
-        Self { what, as_of, life, epoch }
+        let lasts_millis = u32::try_from(life.lasts.as_millis()).unwrap_or(u32::MAX);
+        Self { what, as_of, born: life.born, lasts_millis, epoch }
     }
 
     /// The same value in the view of `epoch`.
     #[must_use]
     pub fn entered(&self, epoch: Epoch) -> Self {
-        Self { what: self.what.clone(), as_of: self.as_of, life: self.life, epoch: Some(epoch) }
+        let Self { what, as_of, born, lasts_millis, epoch: _ } = self;
+        Self { what: what.clone(), as_of: *as_of, born: *born, lasts_millis: *lasts_millis, epoch: Some(epoch) }
     }
 
     /// The value; `None`: an absence.
@@ -72,8 +76,8 @@ impl<K: Kind> Held<K> {
 
     /// Until when it may be used.
     #[must_use]
-    pub const fn deadline(&self) -> Moment {
-        self.life.deadline
+    pub fn deadline(&self) -> Moment {
+        self.born.after(Duration::from_millis(self.lasts_millis.into()))
     }
 
     /// Whether it entered `view`.
@@ -85,7 +89,7 @@ impl<K: Kind> Held<K> {
     /// Whether it entered `view` and no change concerns it that was applied there, and its deadline has not passed.
     #[must_use]
     pub fn is_current(&self, view: &View, now: Moment) -> bool {
-        self.is_of(view) && now < self.life.deadline && self.is_covered(view)
+        self.is_of(view) && now < self.deadline() && self.is_covered(view)
     }
 
     /// Whether no change that was applied in `view` concerns it.
@@ -101,7 +105,7 @@ impl<K: Kind> Held<K> {
     /// How long ago the store was read.
     #[must_use]
     pub fn age(&self, now: Moment) -> Duration {
-        now.since(self.life.born)
+        now.since(self.born)
     }
 
     fn weight(&self) -> u32 {

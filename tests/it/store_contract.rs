@@ -259,10 +259,10 @@ async fn every_field_a_decision_needs_comes_back(db: Db) {
     assert!(stored.created_at >= before && stored.created_at <= after);
 
     let record = lookup.find(&only(digest(1))).await.unwrap().value.expect("stored");
-    assert_eq!(record.scopes, key.scopes);
+    assert_eq!(*record.scopes, key.scopes);
     let networks: Vec<String> = record.allowed_cidrs.iter().map(ToString::to_string).collect();
     assert_eq!(networks, ["10.0.0.0/8", "2001:db8::/32", "192.0.2.7/32"]);
-    assert_eq!((stored.scopes, stored.allowed_cidrs), (record.scopes, record.allowed_cidrs));
+    assert_eq!((&*stored.scopes, &*stored.allowed_cidrs), (&*record.scopes, &*record.allowed_cidrs));
     assert_eq!((record.not_before, record.revoked_at), (Some(not_before), None));
     let expires = record.expires_at.expect("set");
     let hour = Duration::from_hours(1);
