@@ -35,8 +35,6 @@ const RESTORE_INTERVAL: Duration = Duration::from_secs(1);
 const HINTED_MAX: usize = 20;
 /// See [`HINTED_MAX`].
 const HINTED_PERIOD: Duration = Duration::from_secs(1);
-/// How often it is looked whether the lease is still fresh, for health checks.
-const FRESHNESS_INTERVAL: Duration = Duration::from_millis(20);
 /// Wait before listening again after the connection for hints broke.
 const LISTEN_WAIT: Duration = Duration::from_secs(1);
 /// By how much the wall clock and the boot clock may drift apart between two polls: more is a pause that the boot clock
@@ -159,7 +157,7 @@ impl Poll {
         let polling = async {
             tokio::join!(
                 self.poll(replica, &signs),
-                self.tell_freshness(),
+                self.watch_freshness(),
                 self.report(replica, signs.subscribe()),
                 self.prune(),
                 self.listen()
@@ -177,6 +175,7 @@ impl Poll {
         loop {
             let due = Instant::now() + jittered(self.settings.poll_interval);
             self.once(replica, signs, &mut state).await;
+            self.tell_freshness();
             tokio::select! {
                 () = sleep_until(due) => {}
                 () = rate.hinted(&self.views) => {}
@@ -184,14 +183,24 @@ impl Poll {
         }
     }
 
-    /// Tells health checks when the lease begins and when it has run out, whatever a poll waits for meanwhile.
-    async fn tell_freshness(&self) {
-        loop {
-            self.fresh.send_if_modified(|fresh| {
-                let is_fresh = self.views.load().standing(self.clock.now()) == Standing::Fresh;
-                std::mem::replace(fresh, is_fresh) != is_fresh
-            });
-            sleep(FRESHNESS_INTERVAL).await;
+    /// Tells health checks whether the lease is fresh.
+    fn tell_freshness(&self) {
+        self.fresh.send_if_modified(|fresh| {
+            let is_fresh = self.views.load().standing(self.clock.now()) == Standing::Fresh;
+            std::mem::replace(fresh, is_fresh) != is_fresh
+        });
+    }
+
+    /// Tells them as well when it has run out, whatever a poll waits for meanwhile. Nothing but a poll makes it fresh.
+    async fn watch_freshness(&self) {
+        let mut fresh = self.fresh.subscribe();
+        while fresh.wait_for(|is_fresh| *is_fresh).await.is_ok() {
+            let view = self.views.load();
+            let age = view.lease().start().map_or(Duration::MAX, |start| self.clock.now().since(start));
+            let left = self.settings.lease.saturating_sub(age);
+            // A moment beyond its last, when it still is.
+            sleep(left + Duration::from_millis(1)).await;
+            self.tell_freshness();
         }
     }
 
@@ -295,6 +304,7 @@ impl Poll {
             "the wall clock stepped, or this machine was paused: nothing is relied on until the next poll"
         );
         self.views.load().lease().end();
+        self.tell_freshness();
         true
     }
 
