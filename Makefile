@@ -37,7 +37,7 @@ bound: ## REVOCATIONS (200) on three replicas, timed: how long a revoked key is 
 	REVOCATIONS=$(REVOCATIONS) cargo test --locked --test bound -- --nocapture
 
 .PHONY: bench
-bench: bench-ready ## checks/s, CPU and times against the yardstick: docs/benchmarks.md; ROUNDS, SECONDS, BRIEF=1
+bench: bench-ready ## checks/s, CPU and times against the yardstick: docs/benchmarks.md; ROUNDS, SECONDS
 	@$(python) benches/run checks
 
 .PHONY: bench-envoy
@@ -51,6 +51,13 @@ bench-instructions: bench-ready ## instructions per check and per step of one, u
 .PHONY: bench-scale
 bench-scale: bench-ready ## 1 000 to SCALE_MAX (1 000 000) keys: memory, cost of a hit, start, import; floods
 	@$(python) benches/run scale
+
+.PHONY: bench-brief
+bench-brief: ## a moment of each benchmark, with the programs of the tests: whether they work
+	@tools/packages bench
+	@tools/setup
+	cargo build --locked --bins --examples
+	@set -e; for kind in checks envoy instructions scale; do BRIEF=1 $(python) benches/run $$kind; done
 
 .PHONY: bench-ready
 bench-ready:

@@ -28,6 +28,10 @@ pub(crate) struct Sqlite {
     pub(crate) preset: Option<Preset>,
 }
 
+/// How much of the file a connection that reads keeps for itself: 512 KiB, enough for the inner pages of the indexes. The
+/// system keeps all others, once for all connections.
+const OWN_PAGES: &str = "PRAGMA cache_size = -512";
+
 /// A connection and the file it was made to. SQLite would go on reading a file that was removed or replaced, and see no
 /// change made in the new one.
 pub(crate) struct Opened {
@@ -64,6 +68,7 @@ impl Connect for Sqlite {
     async fn connect(&self) -> Result<Opened, sqlx::Error> {
         let file = file::identity(&self.path)?;
         let mut connection = connect(&self.path).await?;
+        sqlx::raw_sql(OWN_PAGES).execute(&mut connection).await?;
         let writable = self.preset.is_none() && can_write(&mut connection).await?;
         Ok(Opened { connection, file, writable })
     }
@@ -283,6 +288,7 @@ fn committed(with: &str, first: &str, known: &str) -> String {
          SELECT {NOTHING}, max(c.version), NULL, '*', NULL
          FROM (SELECT 1 FROM schema WHERE version > {version} LIMIT 1) s CROSS JOIN change c
          WHERE c.version > {known} AND c.kind NOT IN ('*', 'absent', 'gone', 'key', 'trust')
+         HAVING max(c.version) IS NOT NULL
          LIMIT {rows}",
         version = schema::VERSION,
         rows = rows::POLL_ROWS_MAX + 1,
