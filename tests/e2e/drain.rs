@@ -89,7 +89,9 @@ async fn calls_in_flight_are_finished_after_goaway() {
     })
     .await;
     // Not ready, and still serving: Envoys need a moment to turn away.
-    assert_eq!(serving().await.unwrap(), ServingStatus::NotServing);
+    while serving().await.unwrap() != ServingStatus::NotServing {
+        tokio::task::yield_now().await; // it is told a moment later
+    }
     let bad = call(&connection, "too-short");
     assert_eq!(answer(bad).await.unwrap().status, 401);
     let goaway = loop {
