@@ -36,6 +36,10 @@ bound: ## REVOCATIONS (200) on three replicas, timed: how long a revoked key is 
 	@tools/setup
 	REVOCATIONS=$(REVOCATIONS) cargo test --locked --test bound -- --nocapture
 
+.PHONY: model
+model: ## the protocol of freshness in every order of its steps; each of its rules broken once
+	cargo test --locked --test model -- --nocapture
+
 .PHONY: bench
 bench: bench-ready ## checks/s, CPU and times against the yardstick: docs/benchmarks.md; ROUNDS, SECONDS
 	@$(python) benches/run checks
