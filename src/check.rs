@@ -200,6 +200,11 @@ impl Checker {
         self.failed(&Fault::Overloaded { limit }, self.parts.clock.now(), Duration::ZERO)
     }
 
+    /// The reply to a message that did not come to its end within `limit`.
+    pub fn late(&self, limit: Duration) -> Reply {
+        self.failed(&Fault::Late { limit }, self.parts.clock.now(), limit)
+    }
+
     /// What a decision needs of `message`, where it lies.
     fn read<'c, 'm: 'c>(&'c self, message: &'m [u8]) -> Result<Request<'m, 'c>, DenyReason> {
         let view = View::parse(message).map_err(|_| DenyReason::Undecodable)?;

@@ -22,7 +22,6 @@ use super::{
 };
 use crate::{
     check::{Begun, Waiting},
-    decision::DenyReason,
     wire::{grpc::CHECK_PATH, response::Reply},
 };
 
@@ -80,7 +79,8 @@ impl Service {
         let message = match timeout(self.limits.preface_timeout, read).await {
             Ok(Ok(message)) => message,
             Ok(Err(refused)) => return self.refuse(&refused),
-            Err(_) => return self.checker.refuse(DenyReason::Undecodable),
+            // It came late, or this process did not run: nothing is known of what it says.
+            Err(_) => return self.checker.late(self.limits.preface_timeout),
         };
         match self.checker.begin(&message) {
             Begun::Answered(reply) => reply,

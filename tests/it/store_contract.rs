@@ -3,6 +3,7 @@
 use std::{collections::HashSet, future::poll_fn, path::PathBuf, pin::pin, sync::Arc, task::Poll, time::Duration};
 
 use sqlx::{AssertSqlSafe, Connection, Row, SqliteConnection, sqlite::SqliteConnectOptions};
+use tokio_util::sync::CancellationToken;
 use trustgate::{
     clock::{DatabaseTime, SystemClock},
     fault::{Fault, Tier},
@@ -31,6 +32,7 @@ macro_rules! contract {
 contract! {
     a_key_is_found_and_an_unknown_one_is_a_dated_absence
     a_key_stored_under_an_older_scheme_is_found
+    a_value_and_its_date_are_of_one_snapshot
     every_field_a_decision_needs_comes_back
     a_trust_lives_and_dies_with_its_keys
     names_and_digests_are_taken_once
@@ -234,6 +236,44 @@ async fn a_key_stored_under_an_older_scheme_is_found(db: Db) {
     assert_eq!(find(8, &[7]).await, Some(digest(8)), "the scheme in force comes first");
     assert_eq!(find(7, &[8]).await, Some(digest(7)), "the scheme in force comes first");
     assert_eq!(find(1, &[2, 3]).await, None);
+}
+
+async fn a_value_and_its_date_are_of_one_snapshot(db: Db) {
+    let db = db.migrated().await;
+    let (lookup, mut ledger) = (db.lookup().await, db.ledger().await);
+    with_acme(&mut *ledger).await;
+    ledger.add_key(&actor(), &acme(), new_key(1)).await.unwrap();
+    let issued = newest(&lookup).await.as_of;
+    let stop = CancellationToken::new();
+    let reading = tokio::spawn({
+        let (lookup, stop) = (Arc::clone(&lookup), stop.clone());
+        async move {
+            let mut seen = Vec::new();
+            while !stop.is_cancelled() {
+                for found in [lookup.find(&only(digest(1))).await, lookup.find_by_id(new_key(1).id).await] {
+                    let found = found.unwrap();
+                    seen.push((found.as_of, found.value.unwrap().revoked_at.is_some()));
+                }
+            }
+            seen
+        }
+    });
+    let time = if db.is_postgres() { "now()" } else { "1" };
+    for _ in 0..150 {
+        db.execute(&format!("UPDATE api_key SET revoked_at = {time}")).await;
+        db.execute("UPDATE api_key SET revoked_at = NULL").await;
+    }
+    stop.cancel();
+    let seen = reading.await.unwrap();
+    // Good when it was issued, then revoked and good in turn.
+    let versions: Vec<_> = lookup.poll(Some(issued)).await.unwrap().versions.into_iter().map(|(of, _)| of).collect();
+    assert_eq!(versions.len(), 301);
+    for (as_of, revoked) in &seen {
+        let turn = versions.iter().position(|version| version == as_of).unwrap();
+        assert_eq!(*revoked, turn % 2 == 1, "read at version {turn} after it was issued");
+    }
+    let distinct: HashSet<_> = seen.iter().map(|(as_of, _)| as_of.0).collect();
+    assert!(distinct.len() > 50, "{} reads saw {} versions", seen.len(), distinct.len());
 }
 
 async fn every_field_a_decision_needs_comes_back(db: Db) {

@@ -70,7 +70,10 @@ impl Dialect for Postgres {
             digests.all().map(|digest| write(digest.to_hex())).collect::<Vec<_>>().join(", ")
         };
         match self.preset {
-            None => self.own(&format!("k.digest IN ({})", list(&|hex| format!("decode('{hex}', 'hex')")))),
+            None => self.timed(&format!(
+                "SELECT * FROM {{s}}.find(ARRAY[{}]::bytea[], NULL)",
+                list(&|hex| format!(r"'\x{hex}'"))
+            )),
             Some(Preset::TrustTable) => {
                 self.trust_table(&format!("t.api_key_hash IN ({})", list(&|hex| format!("'{hex}'"))))
             }
@@ -79,7 +82,7 @@ impl Dialect for Postgres {
 
     fn find_by_id(&self, key: KeyId) -> String {
         match self.preset {
-            None => self.own(&format!("k.id = '{key}'")),
+            None => self.timed(&format!("SELECT * FROM {{s}}.find(NULL, '{key}')")),
             Some(Preset::TrustTable) => self.trust_table(&format!("t.id = '{key}'")),
         }
     }
@@ -187,28 +190,7 @@ impl Postgres {
         connection.close().await
     }
 
-    /// The newest version and, where `condition` holds, a key with its trust: one statement, so one snapshot.
-    ///
-    /// `statement_timestamp()` is when the server got the statement: never after the snapshot, so that no age is
-    /// counted too short. The timeline is taken from the log being written: the one in the control file changes only
-    /// with the first checkpoint after a promotion. Asking for it fails on a standby, as it should.
-    fn own(&self, condition: &str) -> String {
-        self.timed(&format!(
-            "SELECT v.version, encode(v.nonce, 'hex'), m.incarnation::text, c.system_identifier, {TIMELINE}, {CLOCK},
-                k.id::text, t.id::text, t.enabled::int::bigint, encode(k.digest, 'hex'), k.scheme::bigint,
-                array_to_json(k.scopes)::text, array_to_json(k.allowed_cidrs)::text,
-                {not_before}, {expires_at}, {revoked_at}
-             FROM (SELECT version, nonce FROM {{s}}.version ORDER BY version DESC LIMIT 1) v
-             CROSS JOIN {{s}}.meta m
-             CROSS JOIN pg_control_system() c
-             LEFT JOIN ({{s}}.api_key k JOIN {{s}}.trust t ON t.id = k.trust_id) ON {condition}",
-            not_before = micros("k.not_before"),
-            expires_at = micros("k.expires_at"),
-            revoked_at = micros("k.revoked_at"),
-        ))
-    }
-
-    /// The same columns from a table `trust(id, api_key_hash)`, found by the role's `search_path`. It has no versions:
+    /// What `find` returns (`watch.rs`), from a table `trust(id, api_key_hash)`, found by the role's `search_path`. It has no versions:
     /// everything is dated with number 0.
     fn trust_table(&self, condition: &str) -> String {
         self.timed(&format!(

@@ -181,8 +181,8 @@ GRANT USAGE ON SCHEMA {s} TO {serve};
 GRANT SELECT ON {s}.schema, {s}.meta, {s}.version, {s}.tx, {s}.change, {s}.setting, {s}.trust, {s}.api_key, {s}.replica
     TO {serve};
 GRANT INSERT, UPDATE, DELETE ON {s}.replica TO {serve};
-GRANT EXECUTE ON FUNCTION {s}.poll(bigint, bigint), {s}.fingerprint(), {s}.restore_watch(), {s}.renew_incarnation(uuid),
-    {s}.prune() TO {serve};
+GRANT EXECUTE ON FUNCTION {s}.find(bytea[], uuid), {s}.poll(bigint, bigint), {s}.fingerprint(), {s}.restore_watch(),
+    {s}.renew_incarnation(uuid), {s}.prune() TO {serve};
 -- For the role that `trustgate trust`, `key` and `cache clear` connect as (store.management_url):
 GRANT USAGE ON SCHEMA {s} TO {manage};
 GRANT SELECT ON {s}.schema, {s}.version, {s}.trust, {s}.api_key, {s}.replica TO {manage};

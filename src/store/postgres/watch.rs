@@ -437,6 +437,39 @@ END
 ",
     },
     Function {
+        name: "find",
+        arguments: "digests bytea[], key uuid",
+        returns: "TABLE (
+            version bigint, nonce text, incarnation text, system bigint, timeline bigint, clock bigint,
+            key_id text, trust_id text, trust_enabled bigint, digest text, scheme bigint, scopes text, allowed_cidrs text,
+            not_before bigint, expires_at bigint, revoked_at bigint
+        )",
+        attributes: "STABLE SET enable_seqscan = off SET enable_bitmapscan = off SET jit = off
+             SET plan_cache_mode = force_generic_plan",
+        // One statement, so one snapshot. statement_timestamp() is when the server got the statement: never after the
+        // snapshot, so that no age is counted too short. pg_current_wal_lsn() fails on a standby, as it should.
+        body: "
+#variable_conflict use_column
+BEGIN
+    RETURN QUERY SELECT v.version, encode(v.nonce, 'hex'), m.incarnation::text, c.system_identifier,
+        ('x' || left(pg_walfile_name(pg_current_wal_lsn()), 8))::bit(32)::bigint,
+        (extract(epoch FROM statement_timestamp()) * 1000000)::bigint,
+        k.id::text, t.id::text, t.enabled::int::bigint, encode(k.digest, 'hex'), k.scheme::bigint,
+        array_to_json(k.scopes)::text, array_to_json(k.allowed_cidrs)::text,
+        (extract(epoch FROM k.not_before) * 1000000)::bigint, (extract(epoch FROM k.expires_at) * 1000000)::bigint,
+        (extract(epoch FROM k.revoked_at) * 1000000)::bigint
+    FROM (SELECT version, nonce FROM {s}.version ORDER BY version DESC LIMIT 1) v
+    CROSS JOIN {s}.meta m
+    CROSS JOIN pg_control_system() c
+    LEFT JOIN (
+        SELECT * FROM {s}.api_key WHERE digest = ANY (digests)
+        UNION ALL
+        SELECT * FROM {s}.api_key WHERE id = key
+    ) k JOIN {s}.trust t ON t.id = k.trust_id ON true;
+END
+",
+    },
+    Function {
         name: "poll",
         arguments: "since bigint, rows_max bigint",
         returns: "TABLE (

@@ -23,12 +23,13 @@ use super::rows::Table;
 use crate::support::among_others;
 
 /// What every server of the table is set to. Times are long: this is about answers, on whatever machine.
-const SETTINGS: [(&str, &str); 5] = [
+const SETTINGS: [(&str, &str); 6] = [
     ("TRUSTGATE__GRPC__LISTEN", "127.0.0.1:0"),
     ("TRUSTGATE__ADMIN__LISTEN", "127.0.0.1:0"),
     ("TRUSTGATE__STORE__READ_TIMEOUT", "8s"),
     ("TRUSTGATE__DECISION__DEADLINE", "9s"),
     ("TRUSTGATE__DECISION__ENVOY_TIMEOUT", "10s"),
+    ("TRUSTGATE__FRESHNESS__LEASE", "1m"),
 ];
 
 /// Servers and keys.
