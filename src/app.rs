@@ -2,14 +2,10 @@
 //!
 //! Never decides anything.
 
+pub mod replica;
+
 use std::{
-    future::pending,
-    io,
-    net::SocketAddr,
-    num::NonZero,
-    sync::{Arc, OnceLock},
-    thread::available_parallelism,
-    time::Duration,
+    future::pending, io, net::SocketAddr, num::NonZero, sync::Arc, thread::available_parallelism, time::Duration,
 };
 
 use futures_util::FutureExt as _;
@@ -18,30 +14,25 @@ use tokio::{
     runtime::{Builder, Handle, Runtime},
     signal::unix::{SignalKind, signal},
     sync::watch,
-    task::JoinSet,
     time::{sleep, timeout},
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tonic::service::Routes;
 use tonic_health::{ServingStatus, server::HealthReporter};
+use uuid::Uuid;
 
+use self::replica::{Replica, Surroundings, Tasks};
 use crate::{
     admin::{self, Admin},
-    breaker,
-    cache::{self, Cache, Lifetimes, StoreLimits, api_key::ApiKey, kind::Kind as _, l2::L2, l2::MacKey},
-    check::{self, Checker},
+    cache::{Cache, api_key::ApiKey, kind::Kind as _},
+    check::Checker,
     clock::{Clock, DatabaseTime, SystemClock},
     config::Config,
     credential::is_well_formed,
     decision::{Decision, DenyReason, decide},
-    demand::{Demands, Freshness},
-    fault::{Fault, Tier},
-    freshness::{
-        Views,
-        deny::{DenyList, DenyMetrics, shared::SharedList},
-        poll::{Poll, PollMetrics},
-    },
-    metrics::{self, IntGaugeVec, Opts, Registry, register},
+    demand::Demands,
+    freshness::{Views, poll::PollMetrics},
+    metrics,
     net::{
         self, Service, Signals,
         core::Cores,
@@ -50,7 +41,6 @@ use crate::{
         tls::{self, TlsError},
     },
     record::{KeyId, Record, TrustId},
-    redis::{Redis, RedisMetrics, listen, read_mac_key},
     secret::Secret,
     store::{self, Env, LedgerError, Missing, Source},
     telemetry,
@@ -163,51 +153,26 @@ impl AppBuilder {
         let (grpc, admin) = (bind_grpc(&config).await?, bind_admin(&config).await?);
         let addresses = addresses(&grpc, &admin)?;
 
-        let io = IoRuntime::start("trustgate-io", 2)?;
         let registry = metrics::registry(env!("CARGO_PKG_VERSION"), env!("TRUSTGATE_COMMIT"))?;
-        let views = Arc::new(Views::new(config.freshness.limits()));
         let (life, stop) = (Life::default(), CancellationToken::new());
-        let mut parts = JoinSet::new();
-
-        let breakers = breaker_gauges(&registry)?;
-        let l2 = start_redis(&config, &registry, &breakers, &clock, &stop, (&mut parts, &io.handle()))?;
-        let mac_key = l2.as_ref().map(|(_, mac_key)| Arc::clone(mac_key));
-        let redis_hints = l2.as_ref().filter(|_| config.freshness.hints).map(|(redis, _)| redis.clone());
-        let denials = open_denials(&config, &registry)?;
-        let shared_denials = l2.as_ref().map(|(redis, mac_key)| SharedList::new(redis.clone(), Arc::clone(mac_key)));
-        parts.spawn_on(keep_denials(Arc::clone(&denials), shared_denials, &views, &clock, &stop), &io.handle());
-        let tiers = cache::Parts {
-            store: Arc::clone(&source) as _,
-            l2: l2.map(|(redis, mac_key)| L2::new(redis, mac_key)),
-            views: Arc::clone(&views),
+        let mut parts = Tasks::new();
+        let io = IoRuntime::start("trustgate-io", 2, Priority::Low)?;
+        let poll_runtime = IoRuntime::start("trustgate-poll", 1, Priority::Normal)?;
+        let around = Surroundings {
+            source: Arc::clone(&source),
+            place,
+            redis: config.redis.is_configured().then(|| Arc::new(config.redis.clone()) as _),
             clock: Arc::clone(&clock),
-            io: io.handle(),
-            limits: store_limits(&config),
-            lifetimes: lifetimes(&config),
-            settings: config.cache.clone(),
-        };
-        let cache = Arc::new(Cache::new(tiers, &registry, &breakers)?);
-        let checker = Arc::new(Checker::new(check_parts(&config, &cache, &views, &clock, denials)?, &registry)?);
-
-        let poll_metrics = PollMetrics::register(&registry)?;
-        let fresh = watch::Sender::new(false);
-        let (routes, health) = health().await;
-        parts.spawn(announce(Arc::clone(&views), fresh.subscribe(), life.clone(), health, stop.clone()));
-        let poll = Poll {
-            store: Arc::clone(&source) as _,
-            views: Arc::clone(&views),
-            clock: Arc::clone(&clock),
-            settings: config.freshness.clone(),
-            names_changes: names_changes(&config),
+            id: Uuid::new_v4(),
             name: host_name(),
-            metrics: poll_metrics.clone(),
-            fresh,
-            applied: exchange_hints(redis_hints, &config, &views, &stop, (&mut parts, &io.handle())),
+            io: io.handle(),
+            poll: poll_runtime.handle(),
+            stop: stop.clone(),
         };
-        let poll_runtime = IoRuntime::start("trustgate-poll", 1)?;
-        let database = Database { place, source: Arc::clone(&source), mac_key, limit: config.store.connect_timeout };
-        parts.spawn_on(confirm(database, poll, stop.clone()), &poll_runtime.handle());
+        let Replica { checker, cache, views, poll, fresh } = Replica::start(&config, around, &registry, &mut parts)?;
 
+        let (routes, health) = health().await;
+        parts.spawn(announce(Arc::clone(&views), fresh, life.clone(), health, stop.clone()));
         let service = Arc::new(Service::new(Arc::clone(&checker), routes, tls, config.limits.clone(), &registry)?);
         let (signals, tasks) = (Signals::default(), TaskTracker::new());
         // As many as this process may use: its affinity and its share of the machine (cgroup) are counted in.
@@ -219,9 +184,9 @@ impl AppBuilder {
         let shown = Admin {
             registry,
             life: life.clone(),
-            before_scrape: observe(&cache, &poll_metrics, &views, &clock, config.decision.deadline),
+            before_scrape: observe(&cache, &poll, &views, &clock, config.decision.deadline),
             views,
-            poll: poll_metrics,
+            poll,
             clock,
             serving: cores.handles(),
         };
@@ -243,7 +208,7 @@ pub struct Running {
     stop: CancellationToken,
     signals: Signals,
     tasks: TaskTracker,
-    parts: JoinSet<Result<(), AppError>>,
+    parts: Tasks,
     cores: Arc<Cores>,
     runtimes: (IoRuntime, IoRuntime, IoRuntime),
 }
@@ -446,11 +411,34 @@ fn explained(decision: &Decision<'_>, record: Option<&Record>) -> Explanation {
 /// A runtime of its own threads. Ends without waiting when dropped, also inside another runtime.
 struct IoRuntime(Option<Runtime>);
 
+/// Who goes first where the processors do not suffice for all threads.
+#[derive(Clone, Copy)]
+enum Priority {
+    /// As every program.
+    Normal,
+    /// After the others. What these threads start, such as SQLite's for each connection, inherits it.
+    Low,
+}
+
+/// How much lower: a fifth of the weight of a thread as every program has it (sched(7), "The nice value").
+const LOW: i32 = 7;
+
+impl Priority {
+    /// Takes effect for the calling thread. One that cannot be had is not worth ending for.
+    fn take(self) {
+        // On Linux alone it is a thread's own; elsewhere it would be that of the whole process.
+        if let (Self::Low, true) = (self, cfg!(target_os = "linux")) {
+            let _ = rustix::process::setpriority_process(None, LOW);
+        }
+    }
+}
+
 impl IoRuntime {
-    fn start(name: &str, threads: usize) -> io::Result<Self> {
+    fn start(name: &str, threads: usize, priority: Priority) -> io::Result<Self> {
         Builder::new_multi_thread()
             .worker_threads(threads)
             .thread_name(name)
+            .on_thread_start(move || priority.take())
             .enable_all()
             .build()
             .map(|runtime| Self(Some(runtime)))
@@ -516,53 +504,6 @@ fn listed(addresses: &[impl ToString]) -> String {
     format!("[{}]", addresses.join(", "))
 }
 
-fn breaker_gauges(registry: &Registry) -> prometheus::Result<IntGaugeVec> {
-    let opts = Opts::new(
-        "trustgate_breaker_state",
-        "State of a tier's breaker: 0 closed (the tier is asked), 1 open (it is given a pause).",
-    );
-    register(registry, IntGaugeVec::new(opts, &["tier"]))
-}
-
-/// Redis, if it is configured, with the key of its MAC (which may have to wait for the database).
-fn start_redis(
-    config: &Config,
-    registry: &Registry,
-    breakers: &IntGaugeVec,
-    clock: &Arc<dyn Clock>,
-    stop: &CancellationToken,
-    (parts, io): (&mut JoinSet<Result<(), AppError>>, &Handle),
-) -> Result<Option<(Redis, MacKey)>, AppError> {
-    if !config.redis.is_configured() {
-        return Ok(None); // and no metric says that it is down
-    }
-    let metrics = RedisMetrics::register(registry, breakers.with_label_values(&[Tier::L2.as_str()]))?;
-    let mac_key = MacKey::new(OnceLock::new());
-    if let Some(file) = &config.redis.mac_key_file {
-        let key =
-            read_mac_key(file).map_err(|source| AppError::SecretFile { setting: "redis.mac_key_file", source })?;
-        mac_key.get_or_init(|| key);
-    }
-    let (redis, keeper) = Redis::new(config.redis.clone(), Arc::clone(clock), metrics, stop.clone());
-    parts.spawn_on(keeper.map(Ok), io);
-    Ok(Some((redis, mac_key)))
-}
-
-/// Listens to what other replicas tell by Redis, where it is used, and returns how to tell them.
-fn exchange_hints(
-    redis: Option<Redis>,
-    config: &Config,
-    views: &Arc<Views>,
-    stop: &CancellationToken,
-    (parts, io): (&mut JoinSet<Result<(), AppError>>, &Handle),
-) -> Box<dyn Fn() + Send + Sync> {
-    let Some(redis) = redis else { return Box::new(|| ()) };
-    let views = Arc::clone(views);
-    let listening = listen(config.redis.clone(), move || views.hint(), stop.clone());
-    parts.spawn_on(listening.map(Ok), io);
-    Box::new(move || redis.publish())
-}
-
 /// Sets the gauges that are read at scrape time.
 fn observe(
     cache: &Arc<Cache<ApiKey>>,
@@ -578,35 +519,14 @@ fn observe(
     })
 }
 
-fn open_denials(config: &Config, registry: &Registry) -> Result<Arc<DenyList>, AppError> {
-    let metrics = DenyMetrics::register(registry)?;
-    let opened = DenyList::open(config.freshness.deny_file.clone(), metrics);
-    opened.map(Arc::new).map_err(|source| AppError::DenyFile { source })
-}
-
-/// Keeps the deny list as its sources have it.
-fn keep_denials(
-    denials: Arc<DenyList>,
-    shared: Option<SharedList>,
-    views: &Arc<Views>,
-    clock: &Arc<dyn Clock>,
-    stop: &CancellationToken,
-) -> impl Future<Output = Result<(), AppError>> + Send + use<> {
-    let (views, clock, stop) = (Arc::clone(views), Arc::clone(clock), stop.clone());
-    async move {
-        denials.run(shared, &|| views.database_clock.at(clock.now()), stop).await;
-        Ok(())
-    }
-}
-
 /// The admin listeners, on a thread of their own.
 fn start_admin(
     listeners: Vec<TcpListener>,
     shown: Admin,
     stop: &CancellationToken,
-    parts: &mut JoinSet<Result<(), AppError>>,
+    parts: &mut Tasks,
 ) -> io::Result<IoRuntime> {
-    let (runtime, shown) = (IoRuntime::start("trustgate-admin", 1)?, Arc::new(shown));
+    let (runtime, shown) = (IoRuntime::start("trustgate-admin", 1, Priority::Normal)?, Arc::new(shown));
     for listener in listeners {
         let listener = listener.into_std()?;
         let (shown, stop) = (Arc::clone(&shown), stop.clone());
@@ -619,120 +539,13 @@ fn start_admin(
     Ok(runtime)
 }
 
-fn store_limits(config: &Config) -> StoreLimits {
-    let store = &config.store;
-    StoreLimits {
-        reads_max: store.reads_max,
-        read_timeout: store.read_timeout,
-        breaker: breaker::Rules { failures_max: store.breaker_failures, open_for: store.breaker_open },
-    }
-}
-
-const fn lifetimes(config: &Config) -> Lifetimes {
-    let freshness = &config.freshness;
-    Lifetimes { present: freshness.ttl, absent: freshness.absence_ttl, hard: config.cache.value_age_max }
-}
-
 fn hasher(config: &Config) -> Result<crate::credential::Hasher, AppError> {
     config.credential.hasher().map_err(|source| AppError::SecretFile { setting: "credential.pepper_file", source })
-}
-
-fn check_parts(
-    config: &Config,
-    cache: &Arc<Cache<ApiKey>>,
-    views: &Arc<Views>,
-    clock: &Arc<dyn Clock>,
-    denials: Arc<DenyList>,
-) -> Result<check::Parts, AppError> {
-    Ok(check::Parts {
-        decision: config.decision.clone(),
-        credential: config.credential.clone(),
-        freshness: config.freshness.mode.unwrap_or(if names_changes(config) {
-            Freshness::Lease
-        } else {
-            Freshness::Ttl
-        }),
-        names_changes: names_changes(config),
-        hasher: hasher(config)?,
-        cache: Arc::clone(cache),
-        views: Arc::clone(views),
-        denials,
-        clock: Arc::clone(clock),
-    })
-}
-
-/// Whether the tables are ours: others name no changes.
-const fn names_changes(config: &Config) -> bool {
-    config.store.preset.is_none()
 }
 
 /// What people know this machine, or pod, by.
 fn host_name() -> String {
     rustix::system::uname().nodename().to_string_lossy().into_owned()
-}
-
-/// The wait between attempts to prepare the database.
-const PREPARE_WAIT: Duration = Duration::from_millis(250);
-
-/// What the task that watches the database works with.
-struct Database {
-    place: String,
-    source: Arc<dyn Source>,
-    mac_key: Option<MacKey>,
-    limit: Duration,
-}
-
-/// Prepares the database, however long that takes, then polls it.
-async fn confirm(
-    Database { place, source, mac_key, limit }: Database,
-    poll: Poll,
-    stop: CancellationToken,
-) -> Result<(), AppError> {
-    let mut told = String::new();
-    let prepared = stop.run_until_cancelled(async {
-        loop {
-            let late = || LedgerError::Fault(Fault::Timeout { tier: Tier::Store, limit });
-            let attempt = timeout(limit * 2, source.prepare(Missing::Create)).await.unwrap_or_else(|_| Err(late()));
-            match attempt {
-                Ok(()) => return Ok(()),
-                Err(error) if error.is_transient() => {
-                    let problem = error.to_string();
-                    if problem != told {
-                        tracing::warn!(%error, database = place, "not ready: the database cannot be used yet; trying again");
-                        told = problem;
-                    }
-                    sleep(PREPARE_WAIT).await;
-                }
-                Err(source) => return Err(AppError::Store { place: place.clone(), source }),
-            }
-        }
-    });
-    match prepared.await {
-        None => return Ok(()),
-        Some(prepared) => prepared?,
-    }
-    if let Some(mac_key) = mac_key {
-        stop.run_until_cancelled(fetch_mac_key(&*source, &mac_key)).await;
-    }
-    poll.run(stop).await;
-    Ok(())
-}
-
-/// Gets the key of the Redis MAC from the database, unless a file gave one.
-async fn fetch_mac_key(source: &dyn Source, mac_key: &MacKey) {
-    while mac_key.get().is_none() {
-        match source.redis_mac_key().await {
-            Ok(Some(key)) => drop(mac_key.set(key)),
-            Ok(None) => {
-                tracing::warn!("redis is not used: these tables hold no key for its MAC; set redis.mac_key_file");
-                return;
-            }
-            Err(fault) => {
-                tracing::debug!(%fault, "the key of the Redis MAC could not be read; trying again");
-                sleep(PREPARE_WAIT).await;
-            }
-        }
-    }
 }
 
 /// The service of the health check that is SERVING only while what is held may be relied on.

@@ -32,7 +32,7 @@ use crate::{
         CoreCounter, CoreCounters, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts,
         Registry, SHORT_SECONDS, register,
     },
-    record::Dated,
+    record::{Dated, Version},
     store::Lookup,
     units::ByteSize,
 };
@@ -221,11 +221,10 @@ impl<K: Kind> Shared<K> {
     async fn allows(&self, reliance: &Reliance, landed: &Landed<K>) -> bool {
         match reliance {
             Reliance::Lease(view, began) => {
-                if let Some(Read { date, .. }) = &landed.read
-                    && landed.place(view) == Place::Ahead
+                if let Some(version) = landed.ahead_of(view)
                     && !landed.is_read_after(*began)
                 {
-                    self.views.reached(view, date.as_of).await;
+                    self.views.reached(view, version).await;
                 }
                 match landed.place(view) {
                     Place::Known => landed.held.is_covered(view),
@@ -409,6 +408,13 @@ impl<K: Kind> Landed<K> {
             Some(read) => view.place(&read.date),
             None => Place::Foreign,
         }
+    }
+
+    /// The version at which the value was read, where no poll of `view` has come to it yet.
+    #[must_use]
+    pub fn ahead_of(&self, view: &View) -> Option<Version> {
+        let read = self.read.as_ref()?;
+        (self.place(view) == Place::Ahead).then_some(read.date.as_of)
     }
 
     /// Whether it comes from a read of the store that was sent after `began`.

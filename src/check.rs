@@ -172,6 +172,14 @@ impl Checker {
         let limit = self.parts.decision.deadline;
         let found = self.parts.cache.find(digests.clone(), &reliance);
         let found = timeout(limit, found).await.unwrap_or(Err(Fault::Late { limit }));
+        if let Ok(landed) = &found
+            && let Some(version) = landed.ahead_of(&history)
+            && digests.all().any(|digest| self.parts.views.revoked.binds_elsewhere(digest))
+        {
+            // Made good again, or good in a history that lost its revocation? The next poll tells; without one it binds.
+            let left = limit.saturating_sub(clock.now().since(began));
+            let _ = timeout(left, self.parts.views.reached(&history, version)).await;
+        }
         std::mem::forget(unanswered);
         // Read once more: nothing of the request was kept while it waited.
         let request = match self.read(message) {

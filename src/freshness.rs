@@ -83,6 +83,8 @@ pub struct View {
     limits: Limits,
     lease: Lease,
     history: Mutex<History>,
+    /// The history that was lost before this view.
+    lost: History,
 }
 
 /// Which view a value entered: stamped on it when it enters a cache. Views follow upon polls that found a lost history, so
@@ -91,13 +93,14 @@ pub struct View {
 pub struct Epoch(NonZeroU32);
 
 impl View {
-    /// The view that comes after `earlier` others.
-    fn new(earlier: u32, limits: Limits) -> Self {
+    /// The view that comes after `earlier` others, of which the last knew the history `lost`.
+    fn new(earlier: u32, limits: Limits, lost: History) -> Self {
         Self {
             epoch: Epoch(NonZeroU32::MIN.saturating_add(earlier)),
             limits,
             lease: Lease::default(),
             history: Mutex::default(),
+            lost,
         }
     }
 
@@ -155,7 +158,7 @@ pub struct Views {
     /// The database's clock as seen from here.
     pub database_clock: DatabaseClock,
     confirmed: watch::Sender<bool>,
-    applied: watch::Sender<Version>,
+    applied: Notify,
     hint: Notify,
 }
 
@@ -186,13 +189,13 @@ impl Views {
     #[must_use]
     pub fn new(limits: Limits) -> Self {
         Self {
-            present: ArcSwap::from_pointee(View::new(0, limits)),
+            present: ArcSwap::from_pointee(View::new(0, limits, History::default())),
             limits,
             epochs: AtomicU32::new(0),
             revoked: Revoked::default(),
             database_clock: DatabaseClock::default(),
             confirmed: watch::Sender::new(false),
-            applied: watch::Sender::new(Version(0)),
+            applied: Notify::new(),
             hint: Notify::new(),
         }
     }
@@ -237,12 +240,14 @@ impl Views {
     /// Asks for a poll and returns when `view` has applied `version`, or is no longer the present one. The caller sets
     /// the deadline.
     pub async fn reached(&self, view: &View, version: Version) {
-        let mut applied = self.applied.subscribe();
         self.hint();
-        while view.applied() < version && self.load().epoch == view.epoch {
-            if applied.changed().await.is_err() {
-                return; // the sender is `self`'s own
+        loop {
+            // Begun before the look, so that nothing comes between them.
+            let applied = self.applied.notified();
+            if view.applied() >= version || self.load().epoch != view.epoch {
+                return;
             }
+            applied.await;
         }
     }
 
@@ -259,33 +264,31 @@ impl Views {
             view.lease.end();
             return Applied::Unwatched;
         }
-        let first = polled.versions.first().map_or(newest.as_of, |(version, _)| *version);
-        match step {
+        let floor = match step {
             Step::Lost => {
                 let lost = Applied::Lost { lineage: history.lineage(), applied: before };
                 drop(history);
                 self.replace(&view);
                 return lost;
             }
-            Step::Jump => view.lease.apply_everything(newest.as_of),
-            Step::Follow if !begun => {
-                view.lease.apply_everything(if polled.complete { first } else { newest.as_of });
-            }
-            Step::Follow => {}
-        }
-        for (version, change) in &polled.changes {
-            view.lease.apply(*version, change);
-        }
+            Step::Follow if begun => None,
+            // What changed before the first of them is not known.
+            Step::Follow if polled.complete => Some(polled.versions.first().map_or(newest.as_of, |(first, _)| *first)),
+            Step::Follow | Step::Jump => Some(newest.as_of),
+        };
         // A view that begins is told of the last minutes, those before history was lost included: what was said then does
         // not make good again what was revoked.
-        let told = polled.changes.iter().filter(|(_, change)| begun || matches!(change, Change::Gone(_)));
+        let is_news = |of: Version| {
+            let named = polled.versions.binary_search_by_key(&of, |(version, _)| *version).ok();
+            let nonce = named.map_or(newest.nonce, |index| polled.versions[index].1);
+            view.lost.is_news(of, nonce)
+        };
+        let told = polled.changes.iter();
+        let told = told.filter(|(version, change)| begun || matches!(change, Change::Gone(_)) || is_news(*version));
         self.revoked.note(told, newest.sent_at);
-        history.advance(polled);
-        drop(history);
-        if names_changes {
-            view.lease.begin(newest.sent_at);
-        }
-        self.applied.send_replace(newest.as_of);
+        let sent = names_changes.then_some(newest.sent_at);
+        view.lease.renew(floor, &polled.changes, move || history.advance(polled), sent);
+        self.applied.notify_waiters();
         self.confirmed.send_if_modified(|confirmed| !std::mem::replace(confirmed, true));
         match step {
             _ if !begun => Applied::Begun,
@@ -300,8 +303,9 @@ impl Views {
         lost.lease.end();
         self.revoked.bind();
         let earlier = self.epochs.fetch_add(1, Ordering::Relaxed) + 1;
-        self.present.store(Arc::new(View::new(earlier, self.limits)));
-        self.applied.send_replace(Version(0));
+        let history = lost.history().clone();
+        self.present.store(Arc::new(View::new(earlier, self.limits, history)));
+        self.applied.notify_waiters();
     }
 }
 
@@ -368,12 +372,38 @@ mod tests {
         assert_eq!(before.standing(Moment::from_nanos(8)), Standing::Lapsed, "the old view's lease is over");
         assert_eq!((views.load().since(), views.load().standing(Moment::from_nanos(8))), (None, Standing::Lapsed));
         assert!(views.revoked.binds(&digest));
-        let issued = (6, Change::Absent(digest));
-        assert_eq!(views.apply(&polled(&[(6, 1), (7, 7)], std::slice::from_ref(&issued)), true), Applied::Begun);
+        let issued = (5, Change::Absent(digest));
+        let begins = polled(&[(5, 5), (6, 1), (7, 7)], std::slice::from_ref(&issued));
+        assert_eq!(views.apply(&begins, true), Applied::Begun);
         assert!(views.revoked.binds(&digest), "that it was issued was said before");
         views.apply(&polled(&[(7, 7), (8, 8)], &[(8, issued.1)]), true);
         assert!(!views.revoked.binds(&digest), "the new history speaks of it");
         assert_ne!(views.load().epoch(), before.epoch());
+    }
+
+    #[test]
+    fn what_a_new_history_said_before_its_first_poll_counts() {
+        let digest = ApiKeyDigest::from_bytes([1; 32]);
+        let issued = |version| (version, Change::Absent(digest));
+        // Under a number that was another one's, and under a later one.
+        for (versions, issued) in [(&[(5, 5), (6, 1)][..], issued(6)), (&[(5, 5), (6, 1), (7, 7)][..], issued(7))] {
+            let views = Views::new(LIMITS);
+            views.apply(&polled(&[(5, 5)], &[]), true);
+            views.apply(&polled(&[(5, 5), (6, 6)], &[(6, Change::Gone(digest))]), true);
+            assert!(matches!(views.apply(&polled(versions, &[]), true), Applied::Lost { .. }));
+            assert!(views.revoked.binds(&digest));
+            assert_eq!(views.apply(&polled(versions, &[issued]), true), Applied::Begun);
+            assert!(!views.revoked.binds(&digest), "{versions:?}");
+        }
+    }
+
+    #[test]
+    fn a_key_that_was_good_again_before_the_first_poll_is_not_remembered_as_revoked() {
+        let (views, digest) = (Views::new(LIMITS), ApiKeyDigest::from_bytes([1; 32]));
+        let changes = [(5, Change::Gone(digest)), (6, Change::Absent(digest))];
+        views.apply(&polled(&[(5, 5), (6, 6)], &changes), true);
+        views.apply(&polled(&[(6, 1)], &[]), true);
+        assert!(!views.revoked.binds(&digest));
     }
 
     #[test]

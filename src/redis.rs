@@ -20,8 +20,10 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-pub use self::hints::listen;
-use self::link::Connection;
+pub use self::{
+    hints::listen,
+    link::{Connection, Link},
+};
 use crate::{
     breaker::{self, Breaker},
     clock::Clock,
@@ -157,13 +159,15 @@ impl Script {
 }
 
 impl Redis {
-    /// A handle, and the task that keeps its connection and publishes its hints until `stop`; the caller runs it.
-    pub fn new(
-        settings: RedisSettings,
+    /// A handle, and the task that keeps its connection over `link` and publishes its hints until `stop`; the caller runs
+    /// it.
+    pub fn new<L: Link>(
+        settings: &RedisSettings,
+        link: L,
         clock: Arc<dyn Clock>,
         metrics: RedisMetrics,
         stop: CancellationToken,
-    ) -> (Self, impl Future<Output = ()> + Send) {
+    ) -> (Self, impl Future<Output = ()> + Send + use<L>) {
         let rules = breaker::Rules { failures_max: settings.breaker_failures, open_for: settings.breaker_open };
         let (sender, connection) = watch::channel(None);
         let handle = Self {
@@ -176,7 +180,7 @@ impl Redis {
         };
         let publisher = handle.clone();
         let keeper = async move {
-            let connected = keep_connected(&settings, sender, metrics);
+            let connected = keep_connected(&link, sender, metrics);
             stop.run_until_cancelled(async { tokio::join!(connected, hints::publish(&publisher)) }).await;
         };
         (handle, keeper)
@@ -268,10 +272,10 @@ impl Redis {
     }
 }
 
-async fn keep_connected(settings: &RedisSettings, sender: watch::Sender<Option<Connection>>, metrics: RedisMetrics) {
+async fn keep_connected(link: &impl Link, sender: watch::Sender<Option<Connection>>, metrics: RedisMetrics) {
     let mut attempts = Attempts::new("");
     loop {
-        let Some(connection) = attempts.make(Box::pin(link::connect(settings))).await else { continue };
+        let Some(connection) = attempts.make(Box::pin(link.connect())).await else { continue };
         metrics.up.set(1);
         sender.send_replace(Some(connection.clone()));
         let error = until_broken(connection).await;

@@ -7,7 +7,7 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use tokio::{runtime::Handle, sync::watch};
+use tokio::{runtime::Handle, sync::SetOnce};
 use tokio_util::task::TaskTracker;
 
 use super::{Landed, Shared, kind::Kind};
@@ -17,8 +17,9 @@ use crate::fault::Fault;
 /// its own deadline pass. Enough for 40 000 cold keys a second at 100 ms each.
 const FLIGHTS_MAX: usize = 4_096;
 
-type Landing<K> = Option<Result<Landed<K>, Fault>>;
-type InTheAir<K> = Arc<Mutex<HashMap<(<K as Kind>::Key, Route), watch::Receiver<Landing<K>>>>>;
+/// What a flight comes to. Those who wait for it go on in the order in which they came.
+type Landing<K> = Arc<SetOnce<Result<Landed<K>, Fault>>>;
+type InTheAir<K> = Arc<Mutex<HashMap<(<K as Kind>::Key, Route), Landing<K>>>>;
 
 /// Where a flight looks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -50,15 +51,13 @@ impl<K: Kind> Flights<K> {
         query: K::Query,
         route: Route,
     ) -> (Result<Landed<K>, Fault>, bool) {
-        let (mut landing, joined) = match self.board(shared, query, route) {
+        let (landing, joined) = match self.board(shared, query, route) {
             Ok(Boarding::Arrived(landed)) => return (Ok(landed), true),
             Ok(Boarding::Begun(landing)) => (landing, false),
             Ok(Boarding::Joined(landing)) => (landing, true),
             Err(fault) => return (Err(fault), false),
         };
-        // A sender that is gone without an answer: the task panicked, or the runtime is going down.
-        let landed = landing.wait_for(Option::is_some).await.ok().and_then(|landed| landed.clone());
-        (landed.unwrap_or(Err(Fault::Ended)), joined)
+        (landing.wait().await.clone(), joined)
     }
 
     /// Flights that have not ended.
@@ -76,7 +75,7 @@ impl<K: Kind> Flights<K> {
         let name = (K::key(&query), route);
         let mut in_the_air = lock(&self.in_the_air);
         if let Some(landing) = in_the_air.get(&name) {
-            return Ok(Boarding::Joined(landing.clone()));
+            return Ok(Boarding::Joined(Arc::clone(landing)));
         }
         if route == Route::Tiers {
             // A flight may have landed between the caller's look into L1 and now.
@@ -88,15 +87,20 @@ impl<K: Kind> Flights<K> {
         if self.tasks.len() >= FLIGHTS_MAX {
             return Err(Fault::Overloaded { limit: "loads in the air" });
         }
-        let (landed, landing) = watch::channel(None);
-        in_the_air.insert(name, landing.clone());
-        let seat = Seat { name, in_the_air: Arc::clone(&self.in_the_air) };
+        let landing = Landing::<K>::default();
+        in_the_air.insert(name, Arc::clone(&landing));
+        let mut seat = Seat {
+            name,
+            in_the_air: Arc::clone(&self.in_the_air),
+            landing: Arc::clone(&landing),
+            outcome: Err(Fault::Ended),
+        };
         let shared = Arc::clone(shared);
         self.tasks.spawn_on(
             async move {
-                let outcome = shared.load(&query, route).await;
+                seat.outcome = shared.load(&query, route).await;
+                let outcome = seat.outcome.clone();
                 drop(seat);
-                landed.send_replace(Some(outcome.clone()));
                 if let Ok(landed) = outcome {
                     shared.settle(&query, landed).await;
                 }
@@ -109,19 +113,24 @@ impl<K: Kind> Flights<K> {
 
 enum Boarding<K: Kind> {
     Arrived(Landed<K>),
-    Joined(watch::Receiver<Landing<K>>),
-    Begun(watch::Receiver<Landing<K>>),
+    Joined(Landing<K>),
+    Begun(Landing<K>),
 }
 
-/// Takes the flight off the list when it ends, also by panic.
+/// Takes the flight off the list when it ends, and says what it came to: [`Fault::Ended`] where it panicked, or the
+/// runtime is going down.
 struct Seat<K: Kind> {
     name: (K::Key, Route),
     in_the_air: InTheAir<K>,
+    landing: Landing<K>,
+    outcome: Result<Landed<K>, Fault>,
 }
 
 impl<K: Kind> Drop for Seat<K> {
     fn drop(&mut self) {
         lock(&self.in_the_air).remove(&self.name);
+        // Nobody else sets it.
+        let _ = self.landing.set(std::mem::replace(&mut self.outcome, Err(Fault::Ended)));
     }
 }
 

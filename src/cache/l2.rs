@@ -82,6 +82,7 @@ impl<K: Kind> L2<K> {
         };
         // Best effort, in what is left of the time: what cannot be read now cannot be read later either.
         tokio::select! {
+            biased;
             () = self.discard(&name, &bad) => {}
             () = time_is_up => {}
         }

@@ -218,6 +218,7 @@ impl DenyList {
         stop.run_until_cancelled(async {
             // Neither ends, unless the runtime itself does.
             tokio::select! {
+                biased;
                 () = file => {}
                 () = redis => {}
             }

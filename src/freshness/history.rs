@@ -16,7 +16,7 @@ const NONCES_KEPT: Duration = Duration::from_mins(20);
 const NONCES_MAX: usize = 100_000;
 
 /// The history of one view. Empty until its first poll.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct History {
     lineage: Lineage,
     /// In order, the version applied last; never empty once begun.
@@ -92,6 +92,13 @@ impl History {
         }
     }
 
+    /// Whether a version of a history that came after this one was committed after what this one knows of: a later one, or
+    /// another one under the same number.
+    #[must_use]
+    pub fn is_news(&self, version: Version, nonce: Nonce) -> bool {
+        version > self.applied() || self.find(version).is_some_and(|known| known.nonce != nonce)
+    }
+
     /// Takes in the versions that `polled` names. What they changed has been applied already.
     pub fn advance(&mut self, polled: &Polled) {
         let newest = &polled.newest;
@@ -118,11 +125,15 @@ impl History {
         if value.as_of > self.applied() {
             return Place::Ahead;
         }
-        let found = self.known.binary_search_by_key(&value.as_of, |known| known.version);
-        match found.ok().and_then(|index| self.known.get(index)) {
+        match self.find(value.as_of) {
             Some(known) if known.nonce == value.nonce => Place::Known,
             _ => Place::Foreign,
         }
+    }
+
+    fn find(&self, version: Version) -> Option<&Known> {
+        let found = self.known.binary_search_by_key(&version, |known| known.version);
+        found.ok().and_then(|index| self.known.get(index))
     }
 }
 
@@ -203,6 +214,16 @@ mod tests {
             assert_eq!(history.place(&value), place, "{value:?}");
         }
         assert_eq!(History::default().place(&dated(1, 1)), Place::Foreign);
+    }
+
+    #[test]
+    fn news_of_a_later_history_is_what_this_one_does_not_know() {
+        let history = begun();
+        for (version, nonce, is_news) in [(5, 5, false), (5, 1, true), (6, 6, false), (6, 1, true), (7, 7, true)] {
+            assert_eq!(history.is_news(Version(version), Nonce([nonce; 16])), is_news, "{version}, {nonce}");
+        }
+        assert!(!history.is_news(Version(4), Nonce([4; 16])), "deleted long ago, or a number that was never drawn");
+        assert!(History::default().is_news(Version(1), Nonce([1; 16])));
     }
 
     #[test]

@@ -3,10 +3,12 @@
 //! A poll raises stripes and floors first and the lease last; a check loads the lease first and the stripes last. So a
 //! check that sees a lease sees every change that was committed before that lease began. No I/O, no clock, no lock.
 
-use std::{
-    sync::atomic::{AtomicBool, AtomicU64, Ordering},
-    time::Duration,
-};
+// `tests/loom` compiles this file by itself with loom's atomics, which can be shown in every order.
+#[cfg(trustgate_loom)]
+use loom::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+#[cfg(not(trustgate_loom))]
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
 
 use crate::{
     clock::Moment,
@@ -52,7 +54,7 @@ pub struct Lease {
 struct Stripes(Box<[AtomicU64]>);
 
 /// Stripes of each sort. Objects that share one cost each other a read of the store, never a wrong answer.
-const STRIPES: usize = 1 << 16;
+const STRIPES: usize = if cfg!(trustgate_loom) { 2 } else { 1 << 16 };
 
 /// The stripe of an object, by the bytes of its id or digest.
 #[must_use]
@@ -71,11 +73,11 @@ impl Stripes {
     }
 
     fn raise(&self, stripe: u16, version: Version) {
-        self.0[usize::from(stripe)].fetch_max(version.0, Ordering::Relaxed);
+        self.0[usize::from(stripe) % STRIPES].fetch_max(version.0, Ordering::Relaxed);
     }
 
     fn at(&self, stripe: u16) -> Version {
-        Version(self.0[usize::from(stripe)].load(Ordering::Relaxed))
+        Version(self.0[usize::from(stripe) % STRIPES].load(Ordering::Relaxed))
     }
 }
 
@@ -131,10 +133,32 @@ impl Lease {
             && stripes.iter().all(|stripe| as_of >= self.named_absences.at(*stripe))
     }
 
-    // === what a poll does, in this order ===
+    // === what a poll does ===
+
+    /// Takes in what the poll found that was sent at `sent`: what was read before `floor`, and what `changes` name, is out
+    /// of date; then, once `move_on` was called, the lease begins. `None`: there is none.
+    pub fn renew(
+        &self,
+        floor: Option<Version>,
+        changes: &[(Version, Change)],
+        move_on: impl FnOnce(),
+        sent: Option<Moment>,
+    ) {
+        if let Some(floor) = floor {
+            self.apply(floor, &Change::Everything);
+        }
+        for (version, change) in changes {
+            self.apply(*version, change);
+        }
+        move_on();
+        let Some(sent) = sent else { return };
+        self.unanswered.store(false, Ordering::Relaxed);
+        // Release: whoever sees this lease sees the stripes and floors raised before it.
+        self.start.fetch_max(sent.nanos().saturating_add(1), Ordering::Release);
+    }
 
     /// Makes what `change` names at `version` out of date.
-    pub fn apply(&self, version: Version, change: &Change) {
+    fn apply(&self, version: Version, change: &Change) {
         match change {
             Change::Key(id) => self.named_records.raise(stripe(id.0.as_bytes()), version),
             Change::Trust(id) => self.named_records.raise(stripe(id.0.as_bytes()), version),
@@ -143,23 +167,12 @@ impl Lease {
             Change::Whole(ChangeKind::Keys) => raise(&self.keys, version),
             Change::Whole(ChangeKind::Trusts) => raise(&self.trusts, version),
             Change::Whole(ChangeKind::Absences) => raise(&self.absences, version),
-            Change::Everything => self.apply_everything(version),
+            Change::Everything => {
+                for floor in [&self.keys, &self.trusts, &self.absences] {
+                    raise(floor, version);
+                }
+            }
         }
-    }
-
-    /// Makes everything that was read before `version` out of date.
-    pub fn apply_everything(&self, version: Version) {
-        for floor in [&self.keys, &self.trusts, &self.absences] {
-            raise(floor, version);
-        }
-    }
-
-    /// Lets the lease begin at `sent`, when the poll that confirmed it was sent. Everything that poll found has been
-    /// applied.
-    pub fn begin(&self, sent: Moment) {
-        self.unanswered.store(false, Ordering::Relaxed);
-        // Release: whoever sees this lease sees the stripes and floors raised before it.
-        self.start.fetch_max(sent.nanos().saturating_add(1), Ordering::Release);
     }
 
     /// A poll got no answer: the lease runs on to its end, and the stale time after it.
@@ -189,7 +202,7 @@ fn raise(floor: &AtomicU64, version: Version) {
     floor.fetch_max(version.0, Ordering::Relaxed);
 }
 
-#[cfg(test)]
+#[cfg(all(test, not(trustgate_loom)))]
 mod tests {
     use uuid::Uuid;
 
@@ -208,7 +221,8 @@ mod tests {
         assert_eq!(lease.standing(at(0), LIMITS), Standing::Lapsed, "never begun");
         lease.note_unanswered();
         assert_eq!(lease.standing(at(0), LIMITS), Standing::Lapsed, "nothing was ever confirmed");
-        lease.begin(at(0));
+        let begin = |nanos| lease.renew(None, &[], || (), Some(at(nanos)));
+        begin(0);
         assert_eq!(lease.standing(at(100), LIMITS), Standing::Fresh);
         assert_eq!(lease.standing(at(101), LIMITS), Standing::Lapsed, "the poll was answered");
         lease.note_unanswered();
@@ -217,8 +231,8 @@ mod tests {
         assert_eq!(lease.standing(at(1_101), LIMITS), Standing::Lapsed);
         lease.note_unusable();
         assert_eq!(lease.standing(at(101), LIMITS), Standing::Lapsed, "an answer that confirms nothing");
-        lease.begin(at(500));
-        lease.begin(at(400));
+        begin(500);
+        begin(400);
         assert_eq!(lease.start(), Some(at(500)), "it never goes back");
         lease.end();
         assert_eq!(lease.standing(at(500), LIMITS), Standing::Lapsed);
@@ -230,7 +244,8 @@ mod tests {
         let digest = ApiKeyDigest::from_bytes([7; 32]);
         let covered = |change: &Change, as_of: u64| {
             let lease = Lease::default();
-            lease.apply(Version(5), change);
+            lease.renew(None, &[(Version(5), change.clone())], || (), None);
+            assert_eq!(lease.start(), None);
             let record = lease.covers_record(Version(as_of), [key, trust].iter().map(|id| stripe(id.as_bytes())));
             (record, lease.covers_absence(Version(as_of), &[stripe(digest.as_bytes())]))
         };

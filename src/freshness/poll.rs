@@ -136,7 +136,9 @@ pub struct Poll {
     pub settings: FreshnessSettings,
     /// Whether the tables name their changes.
     pub names_changes: bool,
-    /// What people know this replica by.
+    /// This replica, from the start of the process to its end.
+    pub replica: Uuid,
+    /// What people know it by.
     pub name: String,
     /// What it looks like from outside.
     pub metrics: PollMetrics,
@@ -153,30 +155,30 @@ impl Poll {
     /// Applying an answer is never interrupted: it does not wait.
     pub async fn run(self, stop: CancellationToken) {
         let signs = watch::Sender::new(Version(0));
-        let replica = Uuid::new_v4();
         let polling = async {
             tokio::join!(
-                self.poll(replica, &signs),
+                self.poll(&signs),
                 self.watch_freshness(),
-                self.report(replica, signs.subscribe()),
+                self.report(signs.subscribe()),
                 self.prune(),
                 self.listen()
             );
         };
         stop.run_until_cancelled(polling).await;
         // Whoever waits for replicas need not wait for this one any more.
-        let farewell = SignOfLife { lasts: Duration::ZERO, ..self.sign(replica, self.views.load().applied()) };
+        let farewell = SignOfLife { lasts: Duration::ZERO, ..self.sign(self.views.load().applied()) };
         let _ = timeout(WRITE_TIMEOUT, self.store.report(&farewell)).await;
     }
 
-    async fn poll(&self, replica: Uuid, signs: &watch::Sender<Version>) {
+    async fn poll(&self, signs: &watch::Sender<Version>) {
         let mut state = State { up: None, known: false, restored: None, offset: self.clock.wall_offset() };
-        let mut rate = Rate::default();
+        let (mut rate, mut spread) = (Rate::default(), Spread::of(self.replica));
         loop {
-            let due = Instant::now() + jittered(self.settings.poll_interval);
-            self.once(replica, signs, &mut state).await;
+            let due = Instant::now() + spread.around(self.settings.poll_interval);
+            self.once(signs, &mut state).await;
             self.tell_freshness();
             tokio::select! {
+                biased;
                 () = sleep_until(due) => {}
                 () = rate.hinted(&self.views) => {}
             }
@@ -204,11 +206,11 @@ impl Poll {
         }
     }
 
-    async fn once(&self, replica: Uuid, signs: &watch::Sender<Version>, state: &mut State) {
+    async fn once(&self, signs: &watch::Sender<Version>, state: &mut State) {
         if !state.known {
             // Before it relies on what it reads: whoever changes something must not overlook a replica that is starting
             // or was cut off.
-            let sign = self.sign(replica, self.views.load().applied());
+            let sign = self.sign(self.views.load().applied());
             state.known = matches!(timeout(self.settings.poll_timeout, self.store.report(&sign)).await, Ok(Ok(())));
         }
         self.notice_pause(state);
@@ -335,23 +337,26 @@ impl Poll {
     }
 
     /// Says what was applied as soon as it was, and that this replica is alive.
-    async fn report(&self, replica: Uuid, mut signs: watch::Receiver<Version>) {
+    async fn report(&self, mut signs: watch::Receiver<Version>) {
+        let mut spread = Spread::of(self.replica);
         loop {
             tokio::select! {
+                biased;
                 changed = signs.changed() => if changed.is_err() { return },
-                () = sleep(jittered(REPORT_INTERVAL)) => {}
+                () = sleep(spread.around(REPORT_INTERVAL)) => {}
             }
             let applied = *signs.borrow_and_update();
             if self.views.is_confirmed() {
                 // What it does not hear now it hears next time.
-                let _ = timeout(WRITE_TIMEOUT, self.store.report(&self.sign(replica, applied))).await;
+                let _ = timeout(WRITE_TIMEOUT, self.store.report(&self.sign(applied))).await;
             }
         }
     }
 
     async fn prune(&self) {
+        let mut spread = Spread::of(self.replica);
         loop {
-            sleep(jittered(PRUNE_INTERVAL)).await;
+            sleep(spread.around(PRUNE_INTERVAL)).await;
             if self.views.is_confirmed()
                 && let Ok(Err(fault)) = timeout(WRITE_TIMEOUT, self.store.prune()).await
             {
@@ -372,11 +377,11 @@ impl Poll {
         }
     }
 
-    fn sign(&self, replica: Uuid, applied: Version) -> SignOfLife {
+    fn sign(&self, applied: Version) -> SignOfLife {
         let FreshnessSettings { lease, stale_if_unconfirmed, .. } = self.settings;
         // The next sign may be a whole interval away, and a lease is as old as the last poll before it.
         let lasts = REPORT_INTERVAL + REPORT_INTERVAL / 10 + lease + stale_if_unconfirmed + SIGN_MARGIN;
-        SignOfLife { replica, name: self.name.clone(), applied, lasts }
+        SignOfLife { replica: self.replica, name: self.name.clone(), applied, lasts }
     }
 }
 
@@ -419,12 +424,23 @@ impl Rate {
     }
 }
 
-/// `time` +-10 %, so that replicas do not poll in step.
-fn jittered(time: Duration) -> Duration {
-    let mut byte = [0];
-    // Without randomness they may poll in step: no more than that.
-    let _ = getrandom::fill(&mut byte);
-    time.mul_f64(0.9 + 0.2 * f64::from(byte[0]) / 255.0)
+/// Intervals that differ a little from each other, so that replicas do not poll in step: those of one replica are the same
+/// in every run.
+struct Spread(u64);
+
+impl Spread {
+    fn of(replica: Uuid) -> Self {
+        let (high, low) = replica.as_u64_pair();
+        Self(high ^ low)
+    }
+
+    /// `time` +-10 %.
+    fn around(&mut self, time: Duration) -> Duration {
+        // A linear congruential generator (Knuth, MMIX); its upper bits are the good ones.
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        let upper = u8::try_from(self.0 >> 56).unwrap_or(0); // 8 bits are left
+        time.mul_f64(0.9 + 0.2 * f64::from(upper) / 255.0)
+    }
 }
 
 #[cfg(test)]

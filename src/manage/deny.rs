@@ -158,7 +158,7 @@ impl Denials {
         let settings = RedisSettings { timeout: COMMAND_TIMEOUT, breaker_failures: u32::MAX, ..settings };
         let metrics = RedisMetrics::register(&Registry::new(), IntGauge::new("breaker", "Shown to nobody.")?)?;
         let stop = CancellationToken::new();
-        let (redis, keeper) = Redis::new(settings, Arc::new(SystemClock), metrics, stop);
+        let (redis, keeper) = Redis::new(&settings.clone(), settings, Arc::new(SystemClock), metrics, stop);
         let denials = Self(SharedList::new(redis, Arc::new(OnceLock::from(mac_key))));
         tokio::select! {
             done = work(&denials) => done,

@@ -7,19 +7,19 @@ use redis::{RedisError, aio::PubSub};
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
-use super::{Attempts, PING_INTERVAL, Redis, RedisSettings, link, timed_out};
+use super::{Attempts, Link, PING_INTERVAL, Redis, timed_out};
 
 /// Where hints are sent. In a Cluster a message reaches every node.
 const CHANNEL: &str = "trustgate:hints";
 
 /// Calls `on_hint` for every hint, and once after every connect, since what was said before was missed. Goes on until
 /// `stop`, on a connection of its own; `on_hint` must not block.
-pub async fn listen(settings: RedisSettings, on_hint: impl Fn() + Send + Sync, stop: CancellationToken) {
+pub async fn listen(link: impl Link, on_hint: impl Fn() + Send + Sync, stop: CancellationToken) {
     let listening = async {
         let mut attempts = Attempts::new(" for hints");
         // The next node of a Cluster each time, so that one that is gone is passed over.
         for turn in 0_usize.. {
-            let Some(subscriber) = attempts.make(Box::pin(subscribe(&settings, turn))).await else { continue };
+            let Some(subscriber) = attempts.make(Box::pin(subscribe(&link, turn))).await else { continue };
             on_hint();
             let error = hear(subscriber, &on_hint).await;
             attempts.broke(&error);
@@ -28,8 +28,8 @@ pub async fn listen(settings: RedisSettings, on_hint: impl Fn() + Send + Sync, s
     stop.run_until_cancelled(listening).await;
 }
 
-async fn subscribe(settings: &RedisSettings, turn: usize) -> Result<PubSub, RedisError> {
-    let mut subscriber = link::subscriber(settings, turn).await?;
+async fn subscribe(link: &impl Link, turn: usize) -> Result<PubSub, RedisError> {
+    let mut subscriber = link.subscriber(turn).await?;
     subscriber.subscribe(CHANNEL).await?;
     Ok(subscriber)
 }
@@ -54,6 +54,7 @@ async fn hear(subscriber: PubSub, on_hint: &(impl Fn() + Sync)) -> RedisError {
         RedisError::from(std::io::Error::from(std::io::ErrorKind::ConnectionReset))
     };
     tokio::select! {
+        biased;
         error = until_silent => error,
         error = until_closed => error,
     }

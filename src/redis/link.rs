@@ -2,8 +2,9 @@
 //!
 //! Reads the files that hold secrets at every connect, and never shows what they hold.
 
-use std::{fs, io, path::Path, time::Duration};
+use std::{fs, io, path::Path, sync::Arc, time::Duration};
 
+use async_trait::async_trait;
 use redis::{
     AsyncConnectionConfig, Client, Cmd, ConnectionAddr, ConnectionInfo, FromRedisValue, IntoConnectionInfo, RedisError,
     TlsCertificates, TlsMode,
@@ -16,9 +17,36 @@ use redis::{
 use super::{CONNECT_TIMEOUT, RedisSettings};
 use crate::secret::Secret;
 
+/// The way to Redis. That of the settings is the real one.
+#[async_trait]
+pub trait Link: Send + Sync + 'static {
+    /// Connects, and has heard a first answer. The caller sets the deadline.
+    ///
+    /// # Errors
+    /// What Redis, or the way to it, says.
+    async fn connect(&self) -> Result<Connection, RedisError>;
+
+    /// A connection that can subscribe; the next of several ways at each `turn`.
+    ///
+    /// # Errors
+    /// As [`Self::connect`].
+    async fn subscriber(&self, turn: usize) -> Result<PubSub, RedisError>;
+}
+
+#[async_trait]
+impl<L: Link + ?Sized> Link for Arc<L> {
+    async fn connect(&self) -> Result<Connection, RedisError> {
+        (**self).connect().await
+    }
+
+    async fn subscriber(&self, turn: usize) -> Result<PubSub, RedisError> {
+        (**self).subscriber(turn).await
+    }
+}
+
 /// A connection that many callers share.
 #[derive(Clone)]
-pub(super) enum Connection {
+pub enum Connection {
     /// To one server.
     Server(MultiplexedConnection),
     /// To all nodes of a Cluster; follows `MOVED` and `ASK` and connects again to nodes that went away.
@@ -48,23 +76,26 @@ const _: () = assert!(NODE_TIMEOUT.as_millis() * 4 <= CONNECT_TIMEOUT.as_millis(
 /// it anyway; what it does not end soon would only pile up.
 const REDIRECTS_MAX: u32 = 3;
 
-/// Connects, and has heard a first answer: a server that wants a password says so only when it is asked something.
-pub(super) async fn connect(settings: &RedisSettings) -> Result<Connection, RedisError> {
-    let mut connection = if settings.cluster {
-        Connection::Cluster(cluster(settings)?.get_async_connection().await?)
-    } else {
-        let config =
-            AsyncConnectionConfig::new().set_connection_timeout(Some(CONNECT_TIMEOUT)).set_response_timeout(None);
-        let client = server(settings, 0).await?;
-        Connection::Server(client.get_multiplexed_async_connection_with_config(&config).await?)
-    };
-    connection.ping().await?;
-    Ok(connection)
-}
+#[async_trait]
+impl Link for RedisSettings {
+    async fn connect(&self) -> Result<Connection, RedisError> {
+        let mut connection = if self.cluster {
+            Connection::Cluster(cluster(self)?.get_async_connection().await?)
+        } else {
+            let config =
+                AsyncConnectionConfig::new().set_connection_timeout(Some(CONNECT_TIMEOUT)).set_response_timeout(None);
+            let client = server(self, 0).await?;
+            Connection::Server(client.get_multiplexed_async_connection_with_config(&config).await?)
+        };
+        // A server that wants a password says so only when it is asked something.
+        connection.ping().await?;
+        Ok(connection)
+    }
 
-/// A connection that can subscribe. In a Cluster a message reaches every node, so any will do: the `turn`-th.
-pub(super) async fn subscriber(settings: &RedisSettings, turn: usize) -> Result<PubSub, RedisError> {
-    server(settings, turn).await?.get_async_pubsub().await
+    /// In a Cluster a message reaches every node, so any will do.
+    async fn subscriber(&self, turn: usize) -> Result<PubSub, RedisError> {
+        server(self, turn).await?.get_async_pubsub().await
+    }
 }
 
 /// The single server, the master that the Sentinels name now, or the `turn`-th node of a Cluster.

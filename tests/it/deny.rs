@@ -47,7 +47,8 @@ impl Replica {
         let config = config::load(None, variables, Purpose::Deny).unwrap();
         let (registry, stop) = (Registry::new(), CancellationToken::new());
         let link_metrics = RedisMetrics::register(&registry, IntGauge::new("breaker", "breaker").unwrap()).unwrap();
-        let (link, keeper) = Link::new(config.redis, Arc::new(SystemClock), link_metrics, stop.clone());
+        let (link, keeper) =
+            Link::new(&config.redis, config.redis.clone(), Arc::new(SystemClock), link_metrics, stop.clone());
         let list = Arc::new(DenyList::open(None, DenyMetrics::register(&registry).unwrap()).unwrap());
         let shared = SharedList::new(link, Arc::new(OnceLock::from(MAC_KEY)));
         tokio::spawn(keeper);

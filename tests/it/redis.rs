@@ -49,7 +49,7 @@ impl Replica {
         let breaker_open = IntGauge::new("breaker_open", "As the real one.").unwrap();
         let metrics = RedisMetrics::register(&Registry::new(), breaker_open.clone()).unwrap();
         let (stop, hints, mut tasks) = (CancellationToken::new(), Arc::new(AtomicUsize::new(0)), JoinSet::new());
-        let (handle, keeper) = Handle::new(settings.clone(), Arc::new(SystemClock), metrics, stop.clone());
+        let (handle, keeper) = Handle::new(&settings, settings.clone(), Arc::new(SystemClock), metrics, stop.clone());
         tasks.spawn(keeper);
         let heard = Arc::clone(&hints);
         let on_hint = move || {
