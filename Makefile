@@ -40,6 +40,20 @@ bound: ## REVOCATIONS (200) on three replicas, timed: how long a revoked key is 
 model: ## the protocol of freshness in every order of its steps; each of its rules broken once
 	cargo test --locked --test model -- --nocapture
 
+.PHONY: mutants
+mutants: ## breaks one rule of the code after the other, and demands that a check goes red
+	@tests/mutants/run
+
+SEEDS ?= 1000
+.PHONY: simulate
+simulate: ## whole replicas in a simulated world under SEEDS (1 000) seeds; SEED=n tells what one came to
+	SEEDS=$(SEEDS) SEED=$(SEED) cargo test --locked --test simulation -- --nocapture
+
+.PHONY: loom
+loom: ## the order of lease and stripes, in every order that memory may show it in
+	@program=$$(cargo rustc --locked --test loom --message-format json-render-diagnostics -- --cfg trustgate_loom \
+		| sed -n '/"name":"loom"/s/.*"executable":"\([^"]*\)".*/\1/p') && $$program --nocapture
+
 .PHONY: bench
 bench: bench-ready ## checks/s, CPU and times against the yardstick: docs/benchmarks.md; ROUNDS, SECONDS
 	@$(python) benches/run checks

@@ -1,0 +1,436 @@
+//! A database that names its changes: what is true, and what a replica is told of it.
+//!
+//! It fails over, loses what it committed, forgets old versions, and has its triggers altered. Never shows a state that
+//! was at no moment.
+
+use std::{
+    collections::VecDeque,
+    sync::{Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use tokio::{sync::Notify, time::Instant};
+use trustgate::{
+    clock::{DatabaseTime, Moment},
+    record::{ApiKeyDigest, Change, ChangeKind, Dated, Digests, KeyId, Lineage, Nonce, Record, TrustId, Version},
+    store::Polled,
+};
+use uuid::Uuid;
+
+use crate::chance::Chance;
+
+/// Keys that are asked for. Some are there, some not.
+pub const KEYS: usize = 6;
+/// Trusts; key `k` is of trust `k % TRUSTS`.
+pub const TRUSTS: usize = 2;
+/// Rows that a poll takes, versions and changes together.
+const POLL_ROWS_MAX: usize = 16;
+/// Changes of one version that are named one by one; more are named as a whole.
+const NAMED_MAX: usize = 4;
+
+const KINDS: [ChangeKind; 4] = [ChangeKind::Keys, ChangeKind::Trusts, ChangeKind::Absences, ChangeKind::Gone];
+
+/// Whether `change` is of one object of this kind.
+const fn is_of(change: &Change, kind: ChangeKind) -> bool {
+    matches!(
+        (change, kind),
+        (Change::Key(_), ChangeKind::Keys)
+            | (Change::Trust(_), ChangeKind::Trusts)
+            | (Change::Absent(_), ChangeKind::Absences)
+            | (Change::Gone(_), ChangeKind::Gone)
+    )
+}
+
+/// The text of key `number`.
+pub fn key(number: usize) -> String {
+    format!("simulated-key-number-{number}")
+}
+
+/// Something that is committed.
+#[derive(Clone, Copy, Debug)]
+pub enum Event {
+    Revoke(usize),
+    Restore(usize),
+    Delete(usize),
+    Issue(usize),
+    /// The row of one key gets the digest of another that has no row.
+    Rename(usize, usize),
+    SetTrust(usize, bool),
+    Truncate,
+    /// So many keys at once that they are named as a whole.
+    IssueAll,
+    /// `cache clear`.
+    Everything,
+    /// Of something that nobody asks for.
+    Other,
+}
+
+/// What a history ends in.
+#[derive(Clone, Default)]
+struct Tables {
+    keys: [Option<Row>; KEYS],
+    disabled: [bool; TRUSTS],
+}
+
+#[derive(Clone, Copy)]
+struct Row {
+    id: KeyId,
+    trust: usize,
+    revoked: Option<DatabaseTime>,
+}
+
+struct Stamp {
+    version: Version,
+    nonce: Nonce,
+    at: DatabaseTime,
+    committed: Instant,
+    changes: Vec<Change>,
+    after: Tables,
+}
+
+pub struct Database {
+    digests: [ApiKeyDigest; KEYS],
+    began: Instant,
+    chance: Chance,
+    state: Mutex<State>,
+    commits: Notify,
+}
+
+struct State {
+    lineage: Lineage,
+    /// All that were not lost, the newest last. There is always one.
+    stamps: VecDeque<Stamp>,
+    /// Those before this one are no longer shown.
+    oldest: Version,
+    tables: Tables,
+    /// Whether changes are named.
+    watched: bool,
+    /// For each key since when it was good, and not, in turn; not at first.
+    truth: [Vec<Instant>; KEYS],
+    /// Keys that were revoked, deleted or replaced.
+    gone: [bool; KEYS],
+    /// Those of them of which that was lost.
+    forgotten: [bool; KEYS],
+    /// When history was lost last, if it was, and whether a replica was not told of all changes.
+    failed_over: Option<Instant>,
+    withheld: bool,
+}
+
+impl Database {
+    pub fn new(chance: &Chance, digest: impl Fn(&str) -> ApiKeyDigest) -> Self {
+        let began = Instant::now();
+        let lineage = Lineage { incarnation: Uuid::from_bytes(chance.bytes()), system: 1, timeline: 1 };
+        let first = Stamp {
+            version: Version(1),
+            nonce: Nonce(chance.bytes()),
+            at: DatabaseTime::from_micros(0),
+            committed: began,
+            changes: vec![Change::Everything],
+            after: Tables::default(),
+        };
+        let state = State {
+            lineage,
+            stamps: [first].into(),
+            oldest: Version(1),
+            tables: Tables::default(),
+            watched: true,
+            truth: Default::default(),
+            gone: [false; KEYS],
+            forgotten: [false; KEYS],
+            failed_over: None,
+            withheld: false,
+        };
+        Self {
+            digests: std::array::from_fn(|number| digest(&key(number))),
+            began,
+            chance: chance.fork(),
+            state: Mutex::new(state),
+            commits: Notify::new(),
+        }
+    }
+
+    /// What its clock shows.
+    pub fn time(&self) -> DatabaseTime {
+        let micros = u64::try_from(self.began.elapsed().as_micros()).expect("a short run");
+        DatabaseTime::from_micros(micros.cast_signed())
+    }
+
+    /// Returns after the next commit.
+    pub async fn committed(&self) {
+        self.commits.notified().await;
+    }
+
+    // === what is committed ===
+
+    /// Commits `event`, if it changes anything. `named`: whether the triggers do their work.
+    pub fn commit(&self, event: Event, named: bool) {
+        let mut state = self.lock();
+        let Some(changes) = self.apply(&mut state.tables, event) else { return };
+        if named {
+            self.stamp(&mut state, changes);
+        } else {
+            state.watched = false;
+        }
+        self.note_truth(&mut state);
+    }
+
+    /// The server is replaced: the last `lost` versions never were. `copied`: by a copy of itself, so that nothing but
+    /// the history tells them apart.
+    pub fn fail_over(&self, lost: usize, copied: bool) {
+        let mut state = self.lock();
+        for _ in 0..lost.min(state.stamps.len() - 1) {
+            let stamp = state.stamps.pop_back().expect("counted");
+            for change in stamp.changes {
+                if let Change::Gone(digest) = change {
+                    state.forgotten[self.number(&digest)] = true;
+                }
+            }
+        }
+        state.failed_over = Some(Instant::now());
+        // A row that was changed behind the triggers is lost with the server, too.
+        state.tables = state.stamps.back().expect("one stays").after.clone();
+        state.oldest = state.oldest.min(state.stamps.back().expect("one stays").version);
+        if !copied {
+            state.lineage.timeline += 1;
+        }
+        self.note_truth(&mut state);
+    }
+
+    /// Old versions are deleted, but for the last few.
+    pub fn prune(&self) {
+        let mut state = self.lock();
+        let kept = self.chance.number(1..4).min(state.stamps.len());
+        state.oldest = state.oldest.max(state.stamps[state.stamps.len() - kept].version);
+    }
+
+    fn apply(&self, tables: &mut Tables, event: Event) -> Option<Vec<Change>> {
+        let absent = |number: usize| Change::Absent(self.digests[number]);
+        let gone = |number: usize| Change::Gone(self.digests[number]);
+        Some(match event {
+            Event::Revoke(number) => {
+                let row = tables.keys[number].as_mut().filter(|row| row.revoked.is_none())?;
+                row.revoked = Some(self.time());
+                vec![Change::Key(row.id), absent(number), gone(number)]
+            }
+            Event::Restore(number) => {
+                let row = tables.keys[number].as_mut().filter(|row| row.revoked.is_some())?;
+                row.revoked = None;
+                vec![Change::Key(row.id), absent(number)]
+            }
+            Event::Delete(number) => {
+                let row = tables.keys[number].take()?;
+                vec![Change::Key(row.id), gone(number)]
+            }
+            Event::Issue(number) => {
+                self.issue(tables, number).then_some(())?;
+                vec![absent(number)]
+            }
+            Event::Rename(from, to) => {
+                if from == to || tables.keys[to].is_some() {
+                    return None;
+                }
+                let row = tables.keys[from].take()?;
+                tables.keys[to] = Some(row);
+                vec![Change::Key(row.id), absent(to), gone(from)]
+            }
+            Event::SetTrust(trust, enabled) => {
+                if tables.disabled[trust] != enabled {
+                    return None;
+                }
+                tables.disabled[trust] = !enabled;
+                vec![Change::Trust(trust_id(trust))]
+            }
+            Event::Truncate => {
+                tables.keys = [None; KEYS];
+                vec![Change::Whole(ChangeKind::Keys), Change::Whole(ChangeKind::Trusts)]
+            }
+            Event::IssueAll => {
+                let issued = (0..KEYS).filter(|number| self.issue(tables, *number)).count();
+                match issued {
+                    0 => return None,
+                    1..=NAMED_MAX => (0..KEYS).map(absent).collect(),
+                    _ => vec![Change::Whole(ChangeKind::Absences)],
+                }
+            }
+            Event::Everything => vec![Change::Everything],
+            Event::Other => vec![Change::Key(KeyId(Uuid::from_bytes(self.chance.bytes())))],
+        })
+    }
+
+    fn issue(&self, tables: &mut Tables, number: usize) -> bool {
+        let is_new = tables.keys[number].is_none();
+        if is_new {
+            let id = KeyId(Uuid::from_bytes(self.chance.bytes()));
+            tables.keys[number] = Some(Row { id, trust: number % TRUSTS, revoked: None });
+        }
+        is_new
+    }
+
+    fn stamp(&self, state: &mut State, changes: Vec<Change>) {
+        for change in &changes {
+            if let Change::Gone(digest) = change {
+                state.gone[self.number(digest)] = true;
+            }
+        }
+        let version = Version(state.stamps.back().expect("one stays").version.0 + 1);
+        let (nonce, at, after) = (Nonce(self.chance.bytes()), self.time(), state.tables.clone());
+        state.stamps.push_back(Stamp { version, nonce, at, committed: Instant::now(), changes, after });
+        self.commits.notify_waiters();
+    }
+
+    // === what is true ===
+
+    fn note_truth(&self, state: &mut State) {
+        for number in 0..KEYS {
+            let row = state.tables.keys[number];
+            let good = row.is_some_and(|row| row.revoked.is_none() && !state.tables.disabled[row.trust]);
+            let was_good = state.truth[number].len() % 2 == 1;
+            if good != was_good {
+                state.truth[number].push(Instant::now());
+            }
+        }
+    }
+
+    /// Whether key `number` was `good`, or was not, at any moment between `from` and `to`.
+    pub fn was(&self, number: usize, good: bool, from: Instant, to: Instant) -> bool {
+        let state = self.lock();
+        let turns = &state.truth[number];
+        // Turn 0 makes it good. What it was at `from`, and every turn until `to`.
+        let before = turns.iter().take_while(|turn| **turn <= from).count();
+        let until = turns.iter().take_while(|turn| **turn <= to).count();
+        let is_turn_at_from = turns.iter().any(|turn| *turn == from);
+        (before % 2 == 1) == good || until > before || is_turn_at_from
+    }
+
+    /// Whether a replica may deny key `number` although it is good: it saw it revoked, and either that was lost, or
+    /// history was lost and it was not told by name that the key is good again, or it cannot know (`is_cut`) whether
+    /// history was lost.
+    pub fn is_remembered(&self, number: usize, is_cut: bool) -> bool {
+        let state = self.lock();
+        state.forgotten[number] || (state.gone[number] && (is_cut || (state.failed_over.is_some() && state.withheld)))
+    }
+
+    /// When `version` was committed, if it is of the only history there was for so long.
+    pub fn committed_at(&self, version: Version, for_so_long: Duration) -> Option<Instant> {
+        let state = self.lock();
+        if state.failed_over.is_some_and(|at| at.elapsed() < for_so_long) {
+            return None;
+        }
+        state.stamps.iter().find(|stamp| stamp.version == version).map(|stamp| stamp.committed)
+    }
+
+    /// When key `number` became good, and bad, in turn.
+    pub fn turns(&self, number: usize) -> Vec<Duration> {
+        self.lock().truth[number].iter().map(|turn| *turn - self.began).collect()
+    }
+
+    // === what a replica is told ===
+
+    /// The key found under one of `digests`.
+    pub fn find(&self, digests: &Digests, read_at: DatabaseTime, sent_at: Moment) -> Dated<Option<Record>> {
+        let state = self.lock();
+        let found = (0..KEYS).find(|number| digests.hold(&self.digests[*number]));
+        let record = found.and_then(|number| self.record(&state, number));
+        state.date(record, read_at, sent_at)
+    }
+
+    /// The key with this id.
+    pub fn find_by_id(&self, id: KeyId, read_at: DatabaseTime, sent_at: Moment) -> Dated<Option<Record>> {
+        let state = self.lock();
+        let found = (0..KEYS).find(|number| state.tables.keys[*number].is_some_and(|row| row.id == id));
+        let record = found.and_then(|number| self.record(&state, number));
+        state.date(record, read_at, sent_at)
+    }
+
+    /// What was committed from `since` on.
+    pub fn poll(&self, since: Option<Version>, read_at: DatabaseTime, sent_at: Moment) -> Polled {
+        let mut state = self.lock();
+        let shown = state.stamps.iter().filter(|stamp| stamp.version >= state.oldest);
+        let first = since.unwrap_or(state.oldest);
+        let versions = shown.clone().filter(|stamp| stamp.version >= first).map(|stamp| (stamp.version, stamp.nonce));
+        let mut versions: Vec<_> = versions.collect();
+        let news = shown.clone().filter(|stamp| since.is_none_or(|since| stamp.version > since));
+        let changes = news.flat_map(|stamp| stamp.changes.iter().map(|change| (stamp.version, change.clone())));
+        let mut changes: Vec<_> = changes.collect();
+        versions.truncate(POLL_ROWS_MAX + 1);
+        let newest = state.stamps.back().expect("one stays").version;
+        let mut named: Vec<_> =
+            KINDS.into_iter().map(|kind| (changes.iter().filter(|c| is_of(&c.1, kind)).count(), kind)).collect();
+        named.sort_by_key(|(count, _)| *count);
+        let mut room = POLL_ROWS_MAX.saturating_sub(versions.len() + KINDS.len());
+        for (count, kind) in named {
+            if count <= room {
+                room -= count;
+            } else {
+                // More than there is room for is named as a whole.
+                changes.retain(|(_, change)| !is_of(change, kind));
+                changes.push((newest, Change::Whole(kind)));
+            }
+        }
+        let complete = versions.len() + changes.len() <= POLL_ROWS_MAX;
+        versions.truncate(POLL_ROWS_MAX);
+        changes.truncate(POLL_ROWS_MAX - versions.len());
+        state.withheld |= !complete || changes.iter().any(|(_, change)| *change == Change::Whole(ChangeKind::Absences));
+        let newest = state.stamps.back().expect("one stays");
+        Polled {
+            newest: state.date((), read_at, sent_at),
+            stamped_at: newest.at,
+            oldest: state.oldest,
+            watched: state.watched,
+            versions,
+            changes,
+            complete,
+        }
+    }
+
+    /// Makes sure that changes are named again.
+    pub fn restore_watch(&self) {
+        let mut state = self.lock();
+        if !state.watched {
+            state.watched = true;
+            self.stamp(&mut state, vec![Change::Everything]);
+        }
+    }
+
+    /// Begins a new history where `lost` is the present one.
+    pub fn renew_incarnation(&self, lost: Uuid) {
+        let mut state = self.lock();
+        if state.lineage.incarnation == lost {
+            state.lineage.incarnation = Uuid::from_bytes(self.chance.bytes());
+            self.stamp(&mut state, vec![Change::Everything]);
+        }
+    }
+
+    fn record(&self, state: &State, number: usize) -> Option<Record> {
+        state.tables.keys[number].map(|row| Record {
+            key_id: row.id,
+            trust_id: trust_id(row.trust),
+            trust_enabled: !state.tables.disabled[row.trust],
+            digest: self.digests[number],
+            scopes: [].into(),
+            allowed_cidrs: [].into(),
+            not_before: None,
+            expires_at: None,
+            revoked_at: row.revoked,
+        })
+    }
+
+    fn number(&self, digest: &ApiKeyDigest) -> usize {
+        self.digests.iter().position(|known| known == digest).expect("of one of the keys")
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    fn date<T>(&self, value: T, read_at: DatabaseTime, sent_at: Moment) -> Dated<T> {
+        let newest = self.stamps.back().expect("one stays");
+        Dated { value, as_of: newest.version, nonce: newest.nonce, lineage: self.lineage, read_at, sent_at }
+    }
+}
+
+fn trust_id(trust: usize) -> TrustId {
+    TrustId(Uuid::from_u128(0x7000 + trust as u128))
+}
