@@ -416,7 +416,7 @@ struct IoRuntime(Option<Runtime>);
 enum Priority {
     /// As every program.
     Normal,
-    /// After the others. What these threads start, such as SQLite's for each connection, inherits it.
+    /// After the others.
     Low,
 }
 

@@ -1,6 +1,9 @@
 //! What freshness costs the database: nothing is read again that did not change, and little is said while nothing does.
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    time::Duration,
+};
 
 use tokio::time::{Instant, sleep};
 use trustgate::record::ApiKeyDigest;
@@ -8,7 +11,7 @@ use trustgate::record::ApiKeyDigest;
 use crate::{
     stage::Stage,
     support::{
-        alone,
+        alone, among_others,
         grpc::Asker,
         load::Shot,
         machine,
@@ -36,6 +39,25 @@ async fn an_import_of_100_000_keys_leaves_cached_keys_cached_on_sqlite() {
     let owner = Some(site.trust("acme").await);
     let keys = site.import("acme", CACHED).await.into_iter();
     import_beside_traffic(&site, keys.map(|key| Shot { key, owner: owner.clone() }).collect()).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn where_processors_are_short_hits_and_polls_go_before_what_misses_wait_for() {
+    let _turn = among_others().await;
+    let site = Site::new();
+    site.migrate().await;
+    site.trust("acme").await;
+    let key = site.issue("acme", &[]).await;
+    let server = site.serve().await;
+    Asker::connect(server.grpc()).await.check(&key.key).await;
+    let of = |prefix| {
+        let nice = server.niceness().into_iter().filter(|(name, _)| name.starts_with(prefix)).map(|(_, nice)| nice);
+        nice.collect::<BTreeSet<_>>()
+    };
+    let (normal, low) = (0, 7);
+    for (threads, nice) in [("core-", normal), ("trustgate-poll", normal), ("trustgate-io", low)] {
+        assert_eq!(of(threads), [nice].into(), "{threads}");
+    }
 }
 
 async fn import_beside_traffic(site: &Site, cached: Vec<Shot>) {

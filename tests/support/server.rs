@@ -255,15 +255,31 @@ impl Server {
     /// # Panics
     /// If the server has ended.
     pub fn waits_of_cores(&self) -> BTreeMap<String, u64> {
-        let tasks = format!("/proc/{}/task", self.program.pid().expect("started"));
-        let threads = std::fs::read_dir(tasks).expect("it runs").filter_map(Result::ok);
-        let waits = threads.filter_map(|thread| {
-            let name = std::fs::read_to_string(thread.path().join("comm")).ok()?.trim().to_owned();
-            let status = std::fs::read_to_string(thread.path().join("status")).ok()?;
+        let waits = self.threads("status").into_iter().filter_map(|(name, status)| {
             let waits = status.lines().find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"))?;
             name.starts_with("core-").then(|| (name, waits.trim().parse().expect("a number")))
         });
         waits.collect()
+    }
+
+    /// The nice value of each thread, by the thread's name: `proc_pid_stat(5)`.
+    ///
+    /// # Panics
+    /// If the server has ended.
+    pub fn niceness(&self) -> Vec<(String, i32)> {
+        let nice = |stat: &str| stat.rsplit(')').next()?.split_whitespace().nth(16)?.parse().ok();
+        self.threads("stat").into_iter().map(|(name, stat)| (name, nice(&stat).expect("a number"))).collect()
+    }
+
+    /// What `file` in /proc says of each thread, with the thread's name.
+    fn threads(&self, file: &str) -> Vec<(String, String)> {
+        let tasks = format!("/proc/{}/task", self.program.pid().expect("started"));
+        let threads = std::fs::read_dir(tasks).expect("it runs").filter_map(Result::ok);
+        let said = threads.filter_map(|thread| {
+            let name = std::fs::read_to_string(thread.path().join("comm")).ok()?.trim().to_owned();
+            Some((name, std::fs::read_to_string(thread.path().join(file)).ok()?))
+        });
+        said.collect()
     }
 
     /// Lets the server have no more than `most` descriptors from now on.
