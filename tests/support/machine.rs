@@ -81,7 +81,7 @@ fn lock<T>(mutex: &'static Mutex<T>) -> MutexGuard<'static, T> {
 const CALM: Duration = Duration::from_secs(2);
 /// How long all tests of a binary together wait for that. Then they measure what there is: a machine that is never calm
 /// is to be seen.
-const WAITED_MAX: Duration = Duration::from_mins(8);
+const WAITED_MAX: Duration = Duration::from_mins(1);
 
 /// What is left of [`WAITED_MAX`].
 static LEFT: Mutex<Duration> = Mutex::new(WAITED_MAX);

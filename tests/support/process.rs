@@ -28,11 +28,12 @@ pub enum End {
 }
 
 /// Starts what stands behind `$3` with its output in `$1/log`, and ends it with signal `$2` at the end of input, with its
-/// exit code in `$1/exit`; then removes `$1`, unless told to keep it.
+/// exit code in `$1/exit`; then removes `$1`, unless told to keep it. A session of its own, as service managers give each,
+/// lets the system share out processors between programs and not between their threads (sched(7), "The autogroup feature").
 const SHELL: &str = r#"
 trap "" INT TERM HUP
 dir=$1; end=$2; shift 2
-"$@" >>"$dir/log" 2>&1 </dev/null &
+setsid "$@" >>"$dir/log" 2>&1 </dev/null &
 server=$!
 echo $server >"$dir/shell.pid.new" && mv "$dir/shell.pid.new" "$dir/shell.pid"
 read -r word
