@@ -10,6 +10,7 @@ mod deny;
 mod effect;
 mod error;
 mod key;
+mod progress;
 mod stdin;
 mod trust;
 

@@ -4,6 +4,7 @@
 //! "No such key" is `Ok(None)`; an error is never turned into absence.
 
 mod book;
+pub mod copy;
 pub mod ledger;
 pub mod lookup;
 pub mod open;

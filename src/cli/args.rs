@@ -15,6 +15,7 @@ use uuid::Uuid;
 use crate::{
     manage::trusts::trust_ref,
     record::{ApiKeyDigest, KeyId, TrustId},
+    secret::Secret,
     store::ledger::TrustRef,
     units::parse_duration,
 };
@@ -76,6 +77,9 @@ pub(super) enum Command {
     /// What replicas remember.
     #[command(subcommand)]
     Cache(Cache),
+    /// The database as a whole.
+    #[command(subcommand)]
+    Store(Store),
     /// The configuration.
     #[command(subcommand)]
     Config(Config),
@@ -224,6 +228,25 @@ pub(super) enum Cache {
 }
 
 #[derive(Subcommand)]
+pub(super) enum Store {
+    /// Copy every trust and key from one database into another, which `migrate` has made and which is empty. Keys keep
+    /// working, under the same peppers. The audit and the history stay where they are.
+    Copy(Copy),
+}
+
+#[derive(Args)]
+#[group(required = true, multiple = true)]
+pub(super) struct Copy {
+    /// The database to copy from, as `store.url` has it; without it, the configured one. Others of this machine can read
+    /// the command line: leave a password to the variable PGPASSWORD, a `.pgpass` file, or the configuration.
+    #[arg(long, value_name = "URL", value_parser = to_secret())]
+    pub(super) from: Option<Secret>,
+    /// The database to copy to; without it, the configured one.
+    #[arg(long, value_name = "URL", value_parser = to_secret())]
+    pub(super) to: Option<Secret>,
+}
+
+#[derive(Subcommand)]
 pub(super) enum Config {
     /// Tell every mistake in the configuration.
     Check,
@@ -233,6 +256,10 @@ pub(super) enum Config {
 
 fn to_trust() -> impl TypedValueParser<Value = TrustRef> {
     NonEmptyStringValueParser::new().map(|text| trust_ref(&text))
+}
+
+fn to_secret() -> impl TypedValueParser<Value = Secret> {
+    NonEmptyStringValueParser::new().map(Secret::new)
 }
 
 // What was written is not repeated: somebody may have put a key there.

@@ -11,7 +11,7 @@ use super::{
     deny,
     effect::effect_json,
     error::At,
-    key, stdin, trust,
+    key, progress, stdin, trust,
 };
 use crate::{
     app::{self, Explanation},
@@ -19,7 +19,10 @@ use crate::{
     config::{self, Config, ConfigError, Purpose, document},
     manage::{Effect, Manager},
     secret::Secret,
-    store::{self, Actor, LedgerError},
+    store::{
+        self, Actor, LedgerError,
+        copy::{self, Copied, Ends},
+    },
 };
 
 pub(super) fn run(arguments: Arguments, environment: &Environment) -> Result<Answer, CliError> {
@@ -61,6 +64,10 @@ pub(super) fn run(arguments: Arguments, environment: &Environment) -> Result<Ans
         Command::Deny(command) => {
             let config = load(Purpose::Deny)?;
             block_on(deny::run(&config, &|name| variable(environment, name), command))?
+        }
+        Command::Store(args::Store::Copy(args::Copy { from, to })) => {
+            let config = load(Purpose::Manage)?;
+            block_on(copy(&config, environment, Ends { from, to }))?
         }
         Command::Cache(args::Cache::Clear) => {
             managing(&load(Purpose::Manage)?, environment, async |manager, config| {
@@ -105,6 +112,20 @@ async fn migrate(config: &Config, environment: &Environment, new_incarnation: bo
     let json = Some(json!({ "database": database, "migrated": true, "new_incarnation": new_incarnation }));
     let more = if new_incarnation { "; a new history has begun" } else { "" };
     Ok(Answer { json, ..Answer::text(format!("{database} has the tables of this release{more}")) })
+}
+
+async fn copy(config: &Config, environment: &Environment, ends: Ends) -> Result<Answer, CliError> {
+    let variable = |name: &str| variable(environment, name);
+    let progress = progress::keys();
+    let told = |done, total| {
+        progress.set_length(total);
+        progress.set_position(done);
+    };
+    let copied = copy::copy(&config.store, ends, &variable, &actor(environment), told).await;
+    progress.finish_and_clear();
+    let Copied { from, to, trusts, keys } = copied.map_err(|error| CliError::new(error.to_string()))?;
+    let object = json!({ "from": from, "to": to, "trusts": trusts, "keys": keys });
+    Ok(Answer::object(object, &["from", "to", "trusts", "keys"]))
 }
 
 /// A variable of the environment, if it is there and is text.

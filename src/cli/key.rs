@@ -4,7 +4,7 @@
 
 use std::{fs::File, path::Path};
 
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::ProgressStyle;
 use serde_json::{Value, json};
 
 use super::{
@@ -12,7 +12,7 @@ use super::{
     answer::{self, Answer},
     args,
     effect::with_effect,
-    stdin,
+    progress, stdin,
 };
 use crate::{
     clock::DatabaseTime,
@@ -54,7 +54,7 @@ pub(super) async fn run(manager: &mut Manager, config: &Config, command: args::K
             let form = if plaintext { import::Form::Plaintext } else { import::Form::Digests };
             let input = if file == Path::new("-") { stdin::open()? } else { File::open(&file)? };
             let length = input.metadata().ok().filter(std::fs::Metadata::is_file).map(|metadata| metadata.len());
-            let progress = progress(length);
+            let progress = progress::reading(length);
             let storing = |count| {
                 progress.set_style(ProgressStyle::default_spinner());
                 progress.set_message(format!("storing {count} keys"));
@@ -104,13 +104,6 @@ fn identified(found: &[Identified], now: DatabaseTime) -> Answer {
     });
     let answer = Answer::list(objects.collect(), IDENTIFIED_COLUMNS);
     if known { answer } else { answer.note("No key of this database is in the text.").exit(FAILED) }
-}
-
-/// How much was read, on standard error and only if that is a terminal.
-fn progress(length: Option<u64>) -> ProgressBar {
-    let template = if length.is_some() { "{wide_bar} {bytes}/{total_bytes}" } else { "{bytes} read" };
-    let style = ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar());
-    length.map_or_else(ProgressBar::new_spinner, ProgressBar::new).with_style(style)
 }
 
 fn data(key: &Key, now: DatabaseTime) -> Value {

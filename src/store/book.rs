@@ -8,13 +8,13 @@ use serde_json::{Value, json};
 use super::ledger::{Actor, AuditEntry, Key, Ledger, LedgerError, NewKey, Replica, Trust, TrustRef};
 use crate::{
     clock::DatabaseTime,
-    record::{Digests, KeyId, TrustId, Version},
+    record::{ApiKeyDigest, Digests, KeyId, TrustId, Version},
 };
 
 /// What a transaction is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Purpose {
-    /// Nothing changes.
+    /// Nothing changes. All statements see the same moment.
     Read,
     /// Something changes: SQLite takes its write lock at once.
     Change,
@@ -31,6 +31,15 @@ pub(crate) enum Which<'a> {
     Id(KeyId),
     /// Those stored under one of the digests.
     Digests(&'a Digests),
+}
+
+/// A key with all that is stored of it.
+#[derive(Debug)]
+pub(crate) struct StoredKey {
+    /// What management sees of it.
+    pub(crate) key: Key,
+    /// Its digest.
+    pub(crate) digest: ApiKeyDigest,
 }
 
 /// One connection and the statements that management needs. All run inside a transaction.
@@ -52,6 +61,12 @@ pub(crate) trait Tables: Send + Sync {
     async fn delete_keys(&mut self, trust: TrustId) -> Result<(), sqlx::Error>;
     /// The newest first.
     async fn keys(&mut self, which: Which<'_>) -> Result<Vec<Key>, sqlx::Error>;
+    /// The next keys by their ids, behind this one, at most so many.
+    async fn stored_keys(&mut self, behind: Option<KeyId>, count_max: usize) -> Result<Vec<StoredKey>, sqlx::Error>;
+    /// Stores trusts as they are. Fails where one is there already.
+    async fn put_trusts(&mut self, trusts: &[Trust]) -> Result<(), sqlx::Error>;
+    /// Stores keys as they are. Fails where one is there already.
+    async fn put_keys(&mut self, keys: &[StoredKey]) -> Result<(), sqlx::Error>;
     /// How many were stored; those whose digest is taken are left out.
     async fn insert_keys(&mut self, trust: TrustId, keys: &[NewKey]) -> Result<u64, sqlx::Error>;
     /// False where it was revoked before, or is not there.
@@ -70,14 +85,14 @@ pub(crate) trait Tables: Send + Sync {
 }
 
 /// [`Ledger`] on one connection.
-pub(crate) struct Book<T> {
-    tables: T,
+pub(crate) struct Book {
+    tables: Box<dyn Tables>,
     /// A transaction was begun and not seen to end: a call was dropped in the middle.
     open: bool,
 }
 
-impl<T: Tables> Book<T> {
-    pub(crate) fn new(tables: T) -> Self {
+impl Book {
+    pub(crate) fn new(tables: Box<dyn Tables>) -> Self {
         Self { tables, open: false }
     }
 
@@ -110,13 +125,13 @@ impl<T: Tables> Book<T> {
 }
 
 /// Keys stored with one statement.
-const BATCH: usize = 1_000;
+pub(super) const BATCH: usize = 1_000;
 
 #[async_trait]
-impl<T: Tables> Ledger for Book<T> {
+impl Ledger for Book {
     async fn create_trust(&mut self, actor: &Actor, id: TrustId, name: &str) -> Result<Trust, LedgerError> {
         self.begin(Purpose::Change).await?;
-        let outcome = create_trust(&mut self.tables, actor, id, name).await;
+        let outcome = create_trust(&mut *self.tables, actor, id, name).await;
         self.end(outcome).await
     }
 
@@ -128,43 +143,43 @@ impl<T: Tables> Ledger for Book<T> {
 
     async fn trust(&mut self, which: &TrustRef) -> Result<Trust, LedgerError> {
         self.begin(Purpose::Read).await?;
-        let outcome = one_trust(&mut self.tables, which).await;
+        let outcome = one_trust(&mut *self.tables, which).await;
         self.end(outcome).await
     }
 
     async fn enable_trust(&mut self, actor: &Actor, which: &TrustRef, enabled: bool) -> Result<Trust, LedgerError> {
         self.begin(Purpose::Change).await?;
-        let outcome = enable_trust(&mut self.tables, actor, which, enabled).await;
+        let outcome = enable_trust(&mut *self.tables, actor, which, enabled).await;
         self.end(outcome).await
     }
 
     async fn delete_trust(&mut self, actor: &Actor, which: &TrustRef, with_keys: bool) -> Result<Trust, LedgerError> {
         self.begin(Purpose::Change).await?;
-        let outcome = delete_trust(&mut self.tables, actor, which, with_keys).await;
+        let outcome = delete_trust(&mut *self.tables, actor, which, with_keys).await;
         self.end(outcome).await
     }
 
     async fn add_key(&mut self, actor: &Actor, trust: &TrustRef, key: NewKey) -> Result<Key, LedgerError> {
         self.begin(Purpose::Change).await?;
-        let outcome = add_key(&mut self.tables, actor, trust, &key).await;
+        let outcome = add_key(&mut *self.tables, actor, trust, &key).await;
         self.end(outcome).await
     }
 
     async fn import_keys(&mut self, actor: &Actor, trust: &TrustRef, keys: Vec<NewKey>) -> Result<u64, LedgerError> {
         self.begin(Purpose::Change).await?;
-        let outcome = import_keys(&mut self.tables, actor, trust, &keys).await;
+        let outcome = import_keys(&mut *self.tables, actor, trust, &keys).await;
         self.end(outcome).await
     }
 
     async fn keys(&mut self, trust: Option<&TrustRef>) -> Result<Vec<Key>, LedgerError> {
         self.begin(Purpose::Read).await?;
-        let outcome = keys(&mut self.tables, trust).await;
+        let outcome = keys(&mut *self.tables, trust).await;
         self.end(outcome).await
     }
 
     async fn key(&mut self, id: KeyId) -> Result<Key, LedgerError> {
         self.begin(Purpose::Read).await?;
-        let outcome = one_key(&mut self.tables, id).await;
+        let outcome = one_key(&mut *self.tables, id).await;
         self.end(outcome).await
     }
 
@@ -176,13 +191,13 @@ impl<T: Tables> Ledger for Book<T> {
 
     async fn revoke_key(&mut self, actor: &Actor, id: KeyId) -> Result<Key, LedgerError> {
         self.begin(Purpose::Change).await?;
-        let outcome = revoke_key(&mut self.tables, actor, id).await;
+        let outcome = revoke_key(&mut *self.tables, actor, id).await;
         self.end(outcome).await
     }
 
     async fn clear_caches(&mut self, actor: &Actor) -> Result<Version, LedgerError> {
         self.begin(Purpose::Change).await?;
-        let outcome = clear_caches(&mut self.tables, actor).await;
+        let outcome = clear_caches(&mut *self.tables, actor).await;
         self.end(outcome).await?;
         self.newest().await
     }
@@ -208,7 +223,7 @@ impl<T: Tables> Ledger for Book<T> {
 
 // === the changes, each inside a transaction ===
 
-async fn one_trust(tables: &mut impl Tables, which: &TrustRef) -> Result<Trust, LedgerError> {
+async fn one_trust(tables: &mut dyn Tables, which: &TrustRef) -> Result<Trust, LedgerError> {
     let found = tables.trusts(Some(which)).await?.into_iter().next();
     found.ok_or_else(|| {
         LedgerError::NoTrust(match which {
@@ -218,16 +233,16 @@ async fn one_trust(tables: &mut impl Tables, which: &TrustRef) -> Result<Trust, 
     })
 }
 
-async fn held_trust(tables: &mut impl Tables, which: &TrustRef) -> Result<Trust, LedgerError> {
+async fn held_trust(tables: &mut dyn Tables, which: &TrustRef) -> Result<Trust, LedgerError> {
     tables.hold_trust(which).await?;
     one_trust(tables, which).await
 }
 
-async fn one_key(tables: &mut impl Tables, id: KeyId) -> Result<Key, LedgerError> {
+async fn one_key(tables: &mut dyn Tables, id: KeyId) -> Result<Key, LedgerError> {
     tables.keys(Which::Id(id)).await?.into_iter().next().ok_or(LedgerError::NoKey(id))
 }
 
-async fn create_trust(tables: &mut impl Tables, actor: &Actor, id: TrustId, name: &str) -> Result<Trust, LedgerError> {
+async fn create_trust(tables: &mut dyn Tables, actor: &Actor, id: TrustId, name: &str) -> Result<Trust, LedgerError> {
     if !tables.insert_trust(id, name).await? {
         return Err(LedgerError::NameTaken(name.to_owned()));
     }
@@ -237,7 +252,7 @@ async fn create_trust(tables: &mut impl Tables, actor: &Actor, id: TrustId, name
 }
 
 async fn enable_trust(
-    tables: &mut impl Tables,
+    tables: &mut dyn Tables,
     actor: &Actor,
     which: &TrustRef,
     enabled: bool,
@@ -254,7 +269,7 @@ async fn enable_trust(
 }
 
 async fn delete_trust(
-    tables: &mut impl Tables,
+    tables: &mut dyn Tables,
     actor: &Actor,
     which: &TrustRef,
     with_keys: bool,
@@ -271,7 +286,7 @@ async fn delete_trust(
     Ok(trust)
 }
 
-async fn add_key(tables: &mut impl Tables, actor: &Actor, trust: &TrustRef, key: &NewKey) -> Result<Key, LedgerError> {
+async fn add_key(tables: &mut dyn Tables, actor: &Actor, trust: &TrustRef, key: &NewKey) -> Result<Key, LedgerError> {
     let trust = held_trust(tables, trust).await?;
     if tables.insert_keys(trust.id, std::slice::from_ref(key)).await? == 0 {
         let digests = Digests { current: key.digest, older: Vec::new() };
@@ -285,7 +300,7 @@ async fn add_key(tables: &mut impl Tables, actor: &Actor, trust: &TrustRef, key:
 }
 
 async fn import_keys(
-    tables: &mut impl Tables,
+    tables: &mut dyn Tables,
     actor: &Actor,
     trust: &TrustRef,
     keys: &[NewKey],
@@ -300,7 +315,7 @@ async fn import_keys(
     Ok(stored)
 }
 
-async fn keys(tables: &mut impl Tables, trust: Option<&TrustRef>) -> Result<Vec<Key>, LedgerError> {
+async fn keys(tables: &mut dyn Tables, trust: Option<&TrustRef>) -> Result<Vec<Key>, LedgerError> {
     let which = match trust {
         None => Which::All,
         Some(trust) => Which::Of(one_trust(tables, trust).await?.id),
@@ -308,7 +323,7 @@ async fn keys(tables: &mut impl Tables, trust: Option<&TrustRef>) -> Result<Vec<
     Ok(tables.keys(which).await?)
 }
 
-async fn revoke_key(tables: &mut impl Tables, actor: &Actor, id: KeyId) -> Result<Key, LedgerError> {
+async fn revoke_key(tables: &mut dyn Tables, actor: &Actor, id: KeyId) -> Result<Key, LedgerError> {
     let before = one_key(tables, id).await?;
     if !tables.revoke_key(id).await? {
         return one_key(tables, id).await; // revoked before, perhaps a moment ago by somebody else
@@ -318,21 +333,21 @@ async fn revoke_key(tables: &mut impl Tables, actor: &Actor, id: KeyId) -> Resul
     Ok(after)
 }
 
-async fn clear_caches(tables: &mut impl Tables, actor: &Actor) -> Result<(), LedgerError> {
+async fn clear_caches(tables: &mut dyn Tables, actor: &Actor) -> Result<(), LedgerError> {
     tables.change_everything().await?;
-    note(tables, actor, "cache.clear", "everything", None, None).await
+    Ok(note(tables, actor, "cache.clear", "everything", None, None).await?)
 }
 
-async fn note(
-    tables: &mut impl Tables,
+pub(super) async fn note(
+    tables: &mut dyn Tables,
     actor: &Actor,
     action: &'static str,
     object: impl ToString + Send,
     before: Option<Value>,
     after: Option<Value>,
-) -> Result<(), LedgerError> {
+) -> Result<(), sqlx::Error> {
     let entry = AuditEntry { action, object: object.to_string(), before, after };
-    Ok(tables.insert_audit(actor, &entry).await?)
+    tables.insert_audit(actor, &entry).await
 }
 
 fn trust_json(trust: &Trust) -> Value {

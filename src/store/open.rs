@@ -4,7 +4,7 @@ use std::{sync::Arc, time::Duration};
 
 use super::{
     Ledger, LedgerError, Missing, Source, StoreSettings,
-    book::Book,
+    book::{Book, Tables},
     place::{Address, Env, Place, Role},
     postgres::{self, lookup::Postgres},
     reader::Reader,
@@ -54,14 +54,23 @@ pub async fn open_ledger(settings: &StoreSettings, env: Env<'_>) -> Result<Box<d
     if settings.preset.is_some() {
         return Err(LedgerError::NotOurs);
     }
-    let address = Address::of(settings, Role::Manage);
-    match address.place(env)? {
-        Place::Sqlite(path) => Ok(Box::new(Book::new(sqlite::ledger::open(&path).await?))),
-        Place::Postgres => {
-            let opened = postgres::ledger::open(&address, &settings.schema, settings.connect_timeout).await?;
-            Ok(Box::new(Book::new(opened)))
-        }
-    }
+    let tables = open_tables(&Address::of(settings, Role::Manage), settings, env).await?;
+    Ok(Box::new(Book::new(tables)))
+}
+
+/// The tables at `address`. Connects at once.
+///
+/// # Errors
+/// As [`open_ledger`].
+pub(super) async fn open_tables(
+    address: &Address,
+    settings: &StoreSettings,
+    env: Env<'_>,
+) -> Result<Box<dyn Tables>, LedgerError> {
+    Ok(match address.place(env)? {
+        Place::Sqlite(path) => Box::new(sqlite::ledger::open(&path).await?),
+        Place::Postgres => Box::new(postgres::ledger::open(address, &settings.schema, settings.connect_timeout).await?),
+    })
 }
 
 /// Makes the tables, or adds what a newer release needs. Can be repeated, and run by several at once.

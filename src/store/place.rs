@@ -55,6 +55,11 @@ impl Address {
         Self { url, url_file, password, password_file, names }
     }
 
+    /// What was given as the option `name` of a command.
+    pub(crate) const fn given(name: &'static str, url: Secret) -> Self {
+        Self { url: Some(url), url_file: None, password: None, password_file: None, names: (name, name) }
+    }
+
     /// Which database it is.
     pub(crate) fn place(&self, env: Env<'_>) -> Result<Place, LedgerError> {
         let Some(url) = self.url()? else { return Ok(Place::Sqlite(default_path(env)?)) };
@@ -93,6 +98,14 @@ impl Address {
         // A parameter that a pooler would refuse, and for numbers of a kind that nothing here reads. Statements hold
         // digests: they stay out of the log at every level.
         Ok(options.extra_float_digits(None).disable_statement_logging())
+    }
+
+    /// The same in words, once it is known to be an address.
+    pub(crate) fn checked(&self, env: Env<'_>) -> Result<String, LedgerError> {
+        if self.place(env)? == Place::Postgres {
+            self.postgres()?;
+        }
+        Ok(self.describe(env))
     }
 
     /// The database in words, for messages.

@@ -10,6 +10,7 @@ use sqlx::{ColumnIndex, Decode, Row, Type};
 use uuid::Uuid;
 
 use super::{
+    book::StoredKey,
     ledger::{Key, Replica, Trust},
     lookup::{PollError, Polled},
 };
@@ -296,6 +297,12 @@ pub(crate) fn key(row: &impl Plain) -> Result<Key, sqlx::Error> {
         expires_at: time(row.number_or_null(11)?),
         revoked_at: time(row.number_or_null(12)?),
     })
+}
+
+/// A key with all that is stored of it: the columns of [`key`], then its digest.
+pub(crate) fn stored_key(row: &impl Plain) -> Result<StoredKey, sqlx::Error> {
+    let digest = ApiKeyDigest::from_hex(&row.text(13)?).ok_or(Corrupt("a digest is not 32 bytes"))?;
+    Ok(StoredKey { key: key(row)?, digest })
 }
 
 /// A replica, from its id, name, applied version, last sign of life, and until when that counts.

@@ -9,6 +9,7 @@ mod support;
 mod agreement;
 mod cli;
 mod config;
+mod copy;
 mod deny;
 mod layers;
 mod program;

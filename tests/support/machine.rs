@@ -53,10 +53,17 @@ pub fn stood_still(from: impl Into<Instant>, to: impl Into<Instant>) -> Duration
     pauses().iter().map(|pause| pause.to.min(to).saturating_duration_since(pause.from.max(from))).sum()
 }
 
-/// How long ago `from` was, without what the machine stood still.
+/// How long ago `from` was, without the time in which the machine stood still or was kept for others.
 pub fn elapsed(from: impl Into<Instant>) -> Duration {
     let (from, now) = (from.into(), Instant::now());
-    now.saturating_duration_since(from).saturating_sub(stood_still(from, now))
+    let mut disturbed = [pauses().clone(), lock(&STARVED).clone()].concat();
+    disturbed.sort_by_key(|pause| pause.from);
+    let (mut calm, mut since) = (Duration::ZERO, from);
+    for Pause { from, to } in disturbed {
+        calm += from.min(now).saturating_duration_since(since);
+        since = since.max(to);
+    }
+    calm + now.saturating_duration_since(since)
 }
 
 /// A moment of the past that another program took down by the clock on the wall.

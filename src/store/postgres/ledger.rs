@@ -11,7 +11,7 @@ use sqlx::{
 use super::{
     super::{
         LedgerError, SchemaName,
-        book::{Purpose, Tables, Which},
+        book::{Purpose, StoredKey, Tables, Which},
         ledger::{Actor, AuditEntry, Key, NewKey, Replica, Trust, TrustRef},
         place::Address,
         rows, schema,
@@ -76,9 +76,13 @@ impl PostgresTables {
 
 #[async_trait]
 impl Tables for PostgresTables {
-    async fn begin(&mut self, _purpose: Purpose) -> Result<(), sqlx::Error> {
+    async fn begin(&mut self, purpose: Purpose) -> Result<(), sqlx::Error> {
+        let level = match purpose {
+            Purpose::Read => "REPEATABLE READ READ ONLY",
+            Purpose::Change => "READ COMMITTED",
+        };
         let begin = format!(
-            "BEGIN ISOLATION LEVEL READ COMMITTED; SET LOCAL lock_timeout = {}; SELECT pg_backend_pid()",
+            "BEGIN ISOLATION LEVEL {level}; SET LOCAL lock_timeout = {}; SELECT pg_backend_pid()",
             LOCK_TIMEOUT.as_millis()
         );
         (self.pid, self.blockers) = (None, None);
@@ -150,19 +154,7 @@ impl Tables for PostgresTables {
     }
 
     async fn keys(&mut self, which: Which<'_>) -> Result<Vec<Key>, sqlx::Error> {
-        let select = |condition: &str| {
-            format!(
-                "SELECT k.id::text, t.id::text, t.name, t.enabled::int::bigint, k.hint, k.scheme::bigint, k.name,
-                    array_to_json(k.scopes)::text, array_to_json(k.allowed_cidrs)::text,
-                    {created}, {not_before}, {expires_at}, {revoked_at}
-                 FROM {{s}}.api_key k JOIN {{s}}.trust t ON t.id = k.trust_id
-                 WHERE {condition} ORDER BY k.created_at DESC, k.id",
-                created = micros("k.created_at"),
-                not_before = micros("k.not_before"),
-                expires_at = micros("k.expires_at"),
-                revoked_at = micros("k.revoked_at"),
-            )
-        };
+        let select = |condition: &str| select_keys("", condition, "k.created_at DESC, k.id");
         let query = match which {
             Which::All => self.query(&select("true")),
             Which::Of(trust) => self.query(&select("k.trust_id = $1")).bind(trust.0),
@@ -173,6 +165,57 @@ impl Tables for PostgresTables {
             }
         };
         self.rows(query).await?.iter().map(rows::key).collect()
+    }
+
+    async fn stored_keys(&mut self, behind: Option<KeyId>, count_max: usize) -> Result<Vec<StoredKey>, sqlx::Error> {
+        let sql = select_keys(", encode(k.digest, 'hex')", "$1 IS NULL OR k.id > $1", "k.id LIMIT $2");
+        let count_max = i64::try_from(count_max).unwrap_or(i64::MAX);
+        let query = self.query(&sql).bind(behind.map(|id| id.0)).bind(count_max);
+        self.rows(query).await?.iter().map(rows::stored_key).collect()
+    }
+
+    async fn put_trusts(&mut self, trusts: &[Trust]) -> Result<(), sqlx::Error> {
+        let sql = "INSERT INTO {s}.trust (id, name, enabled, created_at)
+             SELECT n.id, n.name, n.enabled, to_timestamp(0) + n.created_at * interval '1 microsecond'
+             FROM unnest($1::uuid[], $2::text[], $3::bool[], $4::int8[]) AS n (id, name, enabled, created_at)";
+        let query = self
+            .query(sql)
+            .bind(column(trusts, |trust| trust.id.0))
+            .bind(column(trusts, |trust| trust.name.clone()))
+            .bind(column(trusts, |trust| trust.enabled))
+            .bind(column(trusts, |trust| trust.created_at.micros()));
+        self.change(query).await.map(drop)
+    }
+
+    async fn put_keys(&mut self, keys: &[StoredKey]) -> Result<(), sqlx::Error> {
+        let sql = "INSERT INTO {s}.api_key
+                (id, trust_id, digest, scheme, hint, name, scopes, allowed_cidrs, created_at, not_before, expires_at,
+                revoked_at)
+             SELECT n.id, n.trust_id, n.digest, n.scheme, n.hint, n.name,
+                ARRAY(SELECT json_array_elements_text(n.scopes::json)),
+                ARRAY(SELECT json_array_elements_text(n.cidrs::json))::cidr[],
+                to_timestamp(0) + n.created_at * interval '1 microsecond',
+                to_timestamp(0) + n.not_before * interval '1 microsecond',
+                to_timestamp(0) + n.expires_at * interval '1 microsecond',
+                to_timestamp(0) + n.revoked_at * interval '1 microsecond'
+             FROM unnest($1::uuid[], $2::uuid[], $3::bytea[], $4::int2[], $5::text[], $6::text[], $7::text[], $8::text[],
+                $9::int8[], $10::int8[], $11::int8[], $12::int8[])
+                AS n (id, trust_id, digest, scheme, hint, name, scopes, cidrs, created_at, not_before, expires_at, revoked_at)";
+        let query = self
+            .query(sql)
+            .bind(column(keys, |stored| stored.key.id.0))
+            .bind(column(keys, |stored| stored.key.trust_id.0))
+            .bind(column(keys, |stored| stored.digest.as_bytes().to_vec()))
+            .bind(column(keys, |stored| stored.key.scheme.number()))
+            .bind(column(keys, |stored| stored.key.hint.clone()))
+            .bind(column(keys, |stored| stored.key.name.clone()))
+            .bind(column(keys, |stored| rows::json_list(&stored.key.scopes)))
+            .bind(column(keys, |stored| rows::json_list(&rows::networks(&stored.key.allowed_cidrs))))
+            .bind(column(keys, |stored| stored.key.created_at.micros()))
+            .bind(column(keys, |stored| stored.key.not_before.map(DatabaseTime::micros)))
+            .bind(column(keys, |stored| stored.key.expires_at.map(DatabaseTime::micros)))
+            .bind(column(keys, |stored| stored.key.revoked_at.map(DatabaseTime::micros)));
+        self.change(query).await.map(drop)
     }
 
     async fn insert_keys(&mut self, trust: TrustId, keys: &[NewKey]) -> Result<u64, sqlx::Error> {
@@ -255,6 +298,20 @@ impl Tables for PostgresTables {
     }
 }
 
-fn column<V>(keys: &[NewKey], value: impl Fn(&NewKey) -> V) -> Vec<V> {
-    keys.iter().map(value).collect()
+fn column<T, V>(rows: &[T], value: impl Fn(&T) -> V) -> Vec<V> {
+    rows.iter().map(value).collect()
+}
+
+/// The columns of a key as management sees it, then those of `more`.
+fn select_keys(more: &str, condition: &str, order: &str) -> String {
+    format!(
+        "SELECT k.id::text, t.id::text, t.name, t.enabled::int::bigint, k.hint, k.scheme::bigint, k.name,
+            array_to_json(k.scopes)::text, array_to_json(k.allowed_cidrs)::text,
+            {created}, {not_before}, {expires_at}, {revoked_at}{more}
+         FROM {{s}}.api_key k JOIN {{s}}.trust t ON t.id = k.trust_id WHERE {condition} ORDER BY {order}",
+        created = micros("k.created_at"),
+        not_before = micros("k.not_before"),
+        expires_at = micros("k.expires_at"),
+        revoked_at = micros("k.revoked_at"),
+    )
 }

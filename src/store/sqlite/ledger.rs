@@ -8,7 +8,7 @@ use sqlx::{AssertSqlSafe, Executor, Row, Sqlite, SqliteConnection, sqlite::Sqlit
 use super::{
     super::{
         LedgerError, Missing,
-        book::{Purpose, Tables, Which},
+        book::{Purpose, StoredKey, Tables, Which},
         ledger::{Actor, AuditEntry, Key, NewKey, Replica, Trust, TrustRef},
         place::describe_sqlite,
         rows, schema,
@@ -114,13 +114,51 @@ impl Tables for SqliteTables {
                 (format!("k.digest IN ({marks})"), digests.all().map(ApiKeyDigest::to_hex).collect())
             }
         };
-        let sql = format!(
-            "SELECT k.id, t.id, t.name, t.enabled, k.hint, k.scheme, k.name, k.scopes, k.allowed_cidrs, k.created_at,
-                k.not_before, k.expires_at, k.revoked_at
-             FROM api_key k JOIN trust t ON t.id = k.trust_id WHERE {condition} ORDER BY k.created_at DESC, k.id"
-        );
+        let sql = select_keys("", &condition, "k.created_at DESC, k.id");
         let query = values.into_iter().fold(sqlx::query(AssertSqlSafe(sql)), Prepared::bind);
         self.0.fetch_all(query).await?.iter().map(rows::key).collect()
+    }
+
+    async fn stored_keys(&mut self, behind: Option<KeyId>, count_max: usize) -> Result<Vec<StoredKey>, sqlx::Error> {
+        let sql = select_keys(", lower(hex(k.digest))", "k.id > ?", "k.id LIMIT ?");
+        let behind = behind.map_or_else(String::new, |id| id.to_string());
+        let query = sqlx::query(AssertSqlSafe(sql)).bind(behind).bind(i64::try_from(count_max).unwrap_or(i64::MAX));
+        self.0.fetch_all(query).await?.iter().map(rows::stored_key).collect()
+    }
+
+    async fn put_trusts(&mut self, trusts: &[Trust]) -> Result<(), sqlx::Error> {
+        for trust in trusts {
+            let query = sqlx::query("INSERT INTO trust (id, name, enabled, created_at) VALUES (?, ?, ?, ?)")
+                .bind(trust.id.to_string())
+                .bind(trust.name.clone())
+                .bind(trust.enabled)
+                .bind(trust.created_at.micros());
+            self.change(query).await?;
+        }
+        Ok(())
+    }
+
+    async fn put_keys(&mut self, keys: &[StoredKey]) -> Result<(), sqlx::Error> {
+        let sql = "INSERT INTO api_key (id, trust_id, digest, scheme, hint, name, scopes, allowed_cidrs, created_at,
+                not_before, expires_at, revoked_at)
+             VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)";
+        for StoredKey { key, digest } in keys {
+            let query = sqlx::query(sql)
+                .bind(key.id.to_string())
+                .bind(key.trust_id.to_string())
+                .bind(digest.as_bytes().to_vec())
+                .bind(key.scheme.number())
+                .bind(key.hint.clone())
+                .bind(key.name.clone())
+                .bind(rows::json_list(&key.scopes))
+                .bind(rows::json_list(&rows::networks(&key.allowed_cidrs)))
+                .bind(key.created_at.micros())
+                .bind(key.not_before.map(DatabaseTime::micros))
+                .bind(key.expires_at.map(DatabaseTime::micros))
+                .bind(key.revoked_at.map(DatabaseTime::micros));
+            self.change(query).await?;
+        }
+        Ok(())
     }
 
     async fn insert_keys(&mut self, trust: TrustId, keys: &[NewKey]) -> Result<u64, sqlx::Error> {
@@ -175,4 +213,13 @@ impl Tables for SqliteTables {
             .bind(entry.after.as_ref().map(ToString::to_string));
         self.change(query).await.map(drop)
     }
+}
+
+/// The columns of a key as management sees it, then those of `more`.
+fn select_keys(more: &str, condition: &str, order: &str) -> String {
+    format!(
+        "SELECT k.id, t.id, t.name, t.enabled, k.hint, k.scheme, k.name, k.scopes, k.allowed_cidrs, k.created_at,
+            k.not_before, k.expires_at, k.revoked_at{more}
+         FROM api_key k JOIN trust t ON t.id = k.trust_id WHERE {condition} ORDER BY {order}"
+    )
 }
