@@ -214,7 +214,8 @@ impl Arena {
             assert!(was_disturbed || per_second(probes.len(), took) >= 200, "{} checks in {took:?}", probes.len());
             let held = |probe: &Probe| probe.began < committed && probe.is_grant();
             assert!(probes.iter().any(held), "replica {replica} did not hold the key: {how:?}");
-            let last = probes.iter().max_by_key(|probe| probe.began).unwrap();
+            let answered = probes.iter().filter(|probe| !probe.is_excused());
+            let last = answered.max_by_key(|probe| probe.began).unwrap();
             let reason = match how {
                 How::Delete => "unknown",
                 How::TrustDisabled => "trust_disabled",
@@ -270,12 +271,13 @@ impl Arena {
                 sleep(Duration::from_millis(1)).await;
             }
         };
-        let words = ["key", "revoke", &id];
+        let (words, began) = (["key", "revoke", &id], Instant::now());
         let (committed, answer) = tokio::join!(looking, self.site.json(&words));
         let effect = &answer["effect"];
-        assert_eq!((&effect["replicas"], &effect["applied"]), (&REPLICAS.into(), &REPLICAS.into()), "{answer}");
-        assert!(effect["missing"].as_array().is_some_and(Vec::is_empty), "{answer}");
-        assert!(effect["after_ms"].as_u64().is_some_and(|after| after <= 1_000), "{answer}");
+        let applied = effect["applied"] == REPLICAS && effect["missing"].as_array().is_some_and(Vec::is_empty);
+        let in_time = applied && effect["after_ms"].as_u64().is_some_and(|after| after <= 1_000);
+        assert!(in_time || machine::was_disturbed(began, Instant::now()), "{answer}");
+        assert_eq!(effect["replicas"], REPLICAS, "{answer}");
         assert!(effect["version"].as_u64().is_some(), "{answer}");
         committed
     }
@@ -343,8 +345,7 @@ fn right(probes: &[Probe], shots: &[Shot], start: Instant, took: Duration) {
     println!("good keys: {rate} checks a second at a replica, {} of {} faults", faults.len(), measured.len());
     let at_start = before.iter().filter(|probe| probe.is_fault()).count();
     println!("while the caches filled: {at_start} of {} faults", before.len());
-    let ours: Vec<_> =
-        faults.iter().filter(|probe| !machine::was_disturbed(probe.began, probe.answered)).copied().collect();
+    let ours: Vec<_> = faults.iter().filter(|probe| !probe.is_excused()).copied().collect();
     for probe in &ours {
         let (began, answered) = (probe.began.duration_since(start), probe.answered.duration_since(start));
         println!("fault, and the machine did not stand still: {began:?} to {answered:?}");

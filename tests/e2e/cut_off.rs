@@ -353,8 +353,7 @@ async fn stopped(connections_dropped: bool) {
 /// That those were granted, but for faults while the machine stood still.
 #[track_caller]
 fn all_granted(name: &str, probes: &[Probe], those: impl Fn(&Probe) -> bool) {
-    let is_excused = |probe: &Probe| probe.is_fault() && machine::was_disturbed(probe.began, probe.answered);
-    all(name, "granted", probes.iter().filter(|probe| those(probe)), Probe::is_grant, is_excused);
+    all(name, "granted", probes.iter().filter(|probe| those(probe)), Probe::is_grant, Probe::is_excused);
 }
 
 #[track_caller]

@@ -28,6 +28,8 @@ const CHECK_MAX: Duration = Duration::from_millis(150);
 
 /// Far beyond any time that is promised; only a failure takes so long.
 const PATIENCE: Duration = Duration::from_secs(30);
+/// While Redis hangs: at which half seconds a new key is issued and asked for.
+const NEW_KEYS: std::ops::Range<u32> = 21..31;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn redis_killed_restarted_and_hung_changes_no_answer_and_delays_none() {
@@ -65,11 +67,14 @@ async fn redis_killed_restarted_and_hung_changes_no_answer_and_delays_none() {
     at(10).await;
     let frozen = stage.redis.freeze();
     let mut new_keys = Vec::new();
-    for half_second in 21..31 {
+    for half_second in NEW_KEYS {
         sleep_until(start + Duration::from_millis(500) * half_second).await;
         let new = stage.site.issue("globex", &[]).await;
         let asked = Instant::now();
         let answer = envoy.get("/new", &[("x-api-key", &new.key)]).await;
+        if answer.status == 503 && machine::was_disturbed(asked, Instant::now()) {
+            continue;
+        }
         new_keys.push(machine::elapsed(asked));
         assert_eq!((answer.status, answer.saw("x-trust-id")), (200, Some(new.trust_id)));
     }
@@ -86,12 +91,13 @@ async fn redis_killed_restarted_and_hung_changes_no_answer_and_delays_none() {
     let slowest = new_keys.iter().max().unwrap();
     println!("{} new keys while Redis hangs, the slowest in {slowest:?}", new_keys.len());
     assert_eq!(hits.len(), 20_000);
+    assert!(new_keys.len() >= 3, "the machine hardly ever ran");
     for server in [&one, &other] {
         server.log().lines().filter(|line| line.contains("could not be decided")).for_each(|line| println!("{line}"));
     }
     load::all_right(hits.iter());
     assert!(slowest < &Duration::from_millis(200), "{new_keys:?}");
-    quick_checks(&envoy.access_log(hits.len() + new_keys.len()).await, hits.len() + new_keys.len());
+    quick_checks(&envoy.access_log(hits.len() + NEW_KEYS.len()).await, hits.len() + NEW_KEYS.len());
 
     // That Redis was used, was missed, and is used again.
     for server in [&one, &other] {
@@ -154,10 +160,8 @@ async fn postgresql_lost(loss: Loss) {
     let gone = Instant::now();
     let mut says_so = false;
     while start.elapsed() < LENGTH {
-        let asked = Instant::now();
         let readiness = server.readiness().await;
-        let answers = readiness.status == 200 || machine::was_disturbed(asked, Instant::now());
-        assert!(answers, "{readiness:?}");
+        assert_eq!(readiness.status, 200, "{readiness:?}");
         says_so |= readiness.body.contains("lease: stale; keys that were good are still granted");
         assert!(server.is_running(), "{}", server.log());
         sleep(Duration::from_millis(100)).await;

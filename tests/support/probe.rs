@@ -38,6 +38,11 @@ impl Probe {
         self.verdict.as_ref().is_ok_and(|verdict| verdict.status == 503 && verdict.reason.as_deref() == Some("fault"))
     }
 
+    /// Whether it is a fault that the machine may be to blame for. A denial never is, nor a grant.
+    pub fn is_excused(&self) -> bool {
+        self.is_fault() && machine::was_disturbed(self.began, self.answered)
+    }
+
     /// What the client would see, where there was an answer.
     pub fn status(&self) -> Option<u16> {
         self.verdict.as_ref().ok().map(|verdict| verdict.status)
