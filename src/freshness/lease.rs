@@ -42,6 +42,8 @@ pub struct Lease {
     start: AtomicU64,
     /// Whether the last poll got no answer, as opposed to one that could not be applied.
     unanswered: AtomicBool,
+    /// When that poll was given up, in nanoseconds of the boot clock.
+    given_up: AtomicU64,
     keys: AtomicU64,
     trusts: AtomicU64,
     absences: AtomicU64,
@@ -86,6 +88,7 @@ impl Default for Lease {
         Self {
             start: AtomicU64::new(0),
             unanswered: AtomicBool::new(false),
+            given_up: AtomicU64::new(0),
             keys: AtomicU64::new(0),
             trusts: AtomicU64::new(0),
             absences: AtomicU64::new(0),
@@ -105,11 +108,18 @@ impl Lease {
         let age = now.since(start);
         if age <= limits.lease {
             Standing::Fresh
-        } else if age <= limits.lease.saturating_add(limits.stale) && self.unanswered.load(Ordering::Relaxed) {
+        } else if age <= limits.lease.saturating_add(limits.stale) && self.is_unanswered_at(now, limits) {
             Standing::Stale
         } else {
             Standing::Lapsed
         }
+    }
+
+    /// Whether polls get no answer, and one was given up so lately that the next is not overdue: after a pause of this
+    /// process nobody has asked. Two attempts of a poll fit into two leases.
+    fn is_unanswered_at(&self, now: Moment, limits: Limits) -> bool {
+        let given_up = Moment::from_nanos(self.given_up.load(Ordering::Relaxed));
+        self.unanswered.load(Ordering::Relaxed) && now.since(given_up) <= limits.lease.saturating_mul(2)
     }
 
     /// When the lease began, if there is one.
@@ -175,8 +185,10 @@ impl Lease {
         }
     }
 
-    /// A poll got no answer: the lease runs on to its end, and the stale time after it.
-    pub fn note_unanswered(&self) {
+    /// A poll got no answer and was given up at `now`: the lease runs on to its end, and the stale time after it as long as
+    /// the next ones get none either.
+    pub fn note_unanswered(&self, now: Moment) {
+        self.given_up.store(now.nanos(), Ordering::Relaxed);
         self.unanswered.store(true, Ordering::Relaxed);
     }
 
@@ -219,14 +231,17 @@ mod tests {
     fn a_lease_lasts_from_the_sending_of_its_poll_and_longer_only_without_any_answer() {
         let lease = Lease::default();
         assert_eq!(lease.standing(at(0), LIMITS), Standing::Lapsed, "never begun");
-        lease.note_unanswered();
+        lease.note_unanswered(at(0));
         assert_eq!(lease.standing(at(0), LIMITS), Standing::Lapsed, "nothing was ever confirmed");
         let begin = |nanos| lease.renew(None, &[], || (), Some(at(nanos)));
         begin(0);
         assert_eq!(lease.standing(at(100), LIMITS), Standing::Fresh);
         assert_eq!(lease.standing(at(101), LIMITS), Standing::Lapsed, "the poll was answered");
-        lease.note_unanswered();
+        lease.note_unanswered(at(90));
         assert_eq!(lease.standing(at(101), LIMITS), Standing::Stale);
+        assert_eq!(lease.standing(at(290), LIMITS), Standing::Stale);
+        assert_eq!(lease.standing(at(291), LIMITS), Standing::Lapsed, "nobody has asked since");
+        lease.note_unanswered(at(1_000));
         assert_eq!(lease.standing(at(1_100), LIMITS), Standing::Stale);
         assert_eq!(lease.standing(at(1_101), LIMITS), Standing::Lapsed);
         lease.note_unusable();

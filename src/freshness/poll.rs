@@ -224,7 +224,7 @@ impl Poll {
         match answer {
             Ok(polled) => self.take_in(&polled, signs, state).await,
             Err(PollError::NoAnswer(fault)) => {
-                self.views.load().lease().note_unanswered();
+                self.views.load().lease().note_unanswered(self.clock.now());
                 self.metrics.unanswered.inc();
                 state.known = false;
                 if state.up.replace(Up::No) != Some(Up::No) {

@@ -47,6 +47,13 @@ pub fn was_disturbed(from: impl Into<Instant>, to: impl Into<Instant>) -> bool {
     pauses().iter().any(meets) || lock(&STARVED).iter().any(meets)
 }
 
+/// The same from `from` until now. Waits a moment, until that is known.
+pub async fn is_disturbed_since(from: impl Into<Instant>) -> bool {
+    let (from, to) = (from.into(), Instant::now());
+    tokio::time::sleep(COUNTED + STEP).await;
+    was_disturbed(from, to)
+}
+
 /// For how long processors stood still between two moments, taken together.
 pub fn stood_still(from: impl Into<Instant>, to: impl Into<Instant>) -> Duration {
     let (from, to) = (from.into(), to.into());
