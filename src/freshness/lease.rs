@@ -5,9 +5,9 @@
 
 // `tests/loom` compiles this file by itself with loom's atomics, which can be shown in every order.
 #[cfg(trustgate_loom)]
-use loom::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use loom::sync::atomic::{AtomicU64, Ordering};
 #[cfg(not(trustgate_loom))]
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use crate::{
@@ -40,10 +40,9 @@ pub enum Standing {
 pub struct Lease {
     /// The moment it began, in nanoseconds of the boot clock, plus one; 0: never.
     start: AtomicU64,
-    /// Whether the last poll got no answer, as opposed to one that could not be applied.
-    unanswered: AtomicBool,
-    /// When that poll was given up, in nanoseconds of the boot clock.
-    given_up: AtomicU64,
+    /// The moment the last poll was given up for lack of an answer, as opposed to one that could not be applied; as `start`.
+    /// 0: it got one.
+    unanswered: AtomicU64,
     keys: AtomicU64,
     trusts: AtomicU64,
     absences: AtomicU64,
@@ -87,8 +86,7 @@ impl Default for Lease {
     fn default() -> Self {
         Self {
             start: AtomicU64::new(0),
-            unanswered: AtomicBool::new(false),
-            given_up: AtomicU64::new(0),
+            unanswered: AtomicU64::new(0),
             keys: AtomicU64::new(0),
             trusts: AtomicU64::new(0),
             absences: AtomicU64::new(0),
@@ -118,8 +116,8 @@ impl Lease {
     /// Whether polls get no answer, and one was given up so lately that the next is not overdue: after a pause of this
     /// process nobody has asked. Two attempts of a poll fit into two leases.
     fn is_unanswered_at(&self, now: Moment, limits: Limits) -> bool {
-        let given_up = Moment::from_nanos(self.given_up.load(Ordering::Relaxed));
-        self.unanswered.load(Ordering::Relaxed) && now.since(given_up) <= limits.lease.saturating_mul(2)
+        let given_up = self.unanswered.load(Ordering::Relaxed).checked_sub(1).map(Moment::from_nanos);
+        given_up.is_some_and(|moment| now.since(moment) <= limits.lease.saturating_mul(2))
     }
 
     /// When the lease began, if there is one.
@@ -162,7 +160,7 @@ impl Lease {
         }
         move_on();
         let Some(sent) = sent else { return };
-        self.unanswered.store(false, Ordering::Relaxed);
+        self.unanswered.store(0, Ordering::Relaxed);
         // Release: whoever sees this lease sees the stripes and floors raised before it.
         self.start.fetch_max(sent.nanos().saturating_add(1), Ordering::Release);
     }
@@ -188,25 +186,24 @@ impl Lease {
     /// A poll got no answer and was given up at `now`: the lease runs on to its end, and the stale time after it as long as
     /// the next ones get none either.
     pub fn note_unanswered(&self, now: Moment) {
-        self.given_up.store(now.nanos(), Ordering::Relaxed);
-        self.unanswered.store(true, Ordering::Relaxed);
+        self.unanswered.store(now.nanos().saturating_add(1), Ordering::Relaxed);
     }
 
     /// A poll was answered, but the answer could not be applied: the lease runs on to its end and no further.
     pub fn note_unusable(&self) {
-        self.unanswered.store(false, Ordering::Relaxed);
+        self.unanswered.store(0, Ordering::Relaxed);
     }
 
     /// Ends the lease at once.
     pub fn end(&self) {
-        self.unanswered.store(false, Ordering::Relaxed);
+        self.unanswered.store(0, Ordering::Relaxed);
         self.start.store(0, Ordering::Release);
     }
 
     /// Whether polls get no answer at all.
     #[must_use]
     pub fn is_unanswered(&self) -> bool {
-        self.unanswered.load(Ordering::Relaxed)
+        self.unanswered.load(Ordering::Relaxed) > 0
     }
 }
 

@@ -183,9 +183,8 @@ async fn a_key_revoked_beyond_the_reach_of_a_replica_ends_with_its_stale_window(
     let probes = probing.stop().await;
     let late = granted_after(revoking, &probes);
     println!("last grant began {late:?} after a revocation that could not be heard of");
-    assert!(late >= STALE || machine::was_disturbed(revoking, Instant::now()), "{late:?}");
-    assert!(late <= LEASE + STALE + MARGIN, "{late:?}");
-    let last = probes.iter().filter(|probe| !probe.is_excused()).max_by_key(|probe| probe.began).unwrap();
+    assert!(late >= STALE && late <= LEASE + STALE + MARGIN, "{late:?}");
+    let last = probes.iter().max_by_key(|probe| probe.began).unwrap();
     assert_eq!(last.verdict.as_ref().unwrap().reason.as_deref(), Some("revoked"));
 }
 
@@ -221,7 +220,8 @@ async fn postgresql_restarted_for_15_seconds_under_load_fails_no_request_for_a_h
     let hits = firing.await.unwrap();
     load::figures("PostgreSQL restarted, held keys", hits.iter());
     assert_eq!(hits.len(), 10_000);
-    load::all_right(hits.iter());
+    let wrong: Vec<_> = hits.iter().filter(|hit| !hit.is_right()).collect();
+    assert!(wrong.is_empty(), "{} failed, among them {:?}", wrong.len(), wrong[0]);
     for server in &servers {
         assert!(server.metric("trustgate_stale_grants_total").await > 0.0);
         eventually("it is fresh again", PATIENCE, || is_serving(server.grpc(), "trustgate.fresh")).await;

@@ -28,8 +28,6 @@ const CHECK_MAX: Duration = Duration::from_millis(150);
 
 /// Far beyond any time that is promised; only a failure takes so long.
 const PATIENCE: Duration = Duration::from_secs(30);
-/// While Redis hangs: at which half seconds a new key is issued and asked for.
-const NEW_KEYS: std::ops::Range<u32> = 21..31;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn redis_killed_restarted_and_hung_changes_no_answer_and_delays_none() {
@@ -67,19 +65,13 @@ async fn redis_killed_restarted_and_hung_changes_no_answer_and_delays_none() {
     at(10).await;
     let frozen = stage.redis.freeze();
     let mut new_keys = Vec::new();
-    for half_second in NEW_KEYS {
+    for half_second in 21..31 {
         sleep_until(start + Duration::from_millis(500) * half_second).await;
         let new = stage.site.issue("globex", &[]).await;
         let asked = Instant::now();
         let answer = envoy.get("/new", &[("x-api-key", &new.key)]).await;
-        let took = asked.elapsed();
-        let is_disturbed = machine::is_disturbed_since(asked).await;
-        if answer.status != 503 || !is_disturbed {
-            assert_eq!((answer.status, answer.saw("x-trust-id")), (200, Some(new.trust_id)));
-        }
-        if !is_disturbed {
-            new_keys.push(took);
-        }
+        new_keys.push(machine::elapsed(asked));
+        assert_eq!((answer.status, answer.saw("x-trust-id")), (200, Some(new.trust_id)));
     }
     at(16).await;
     drop(frozen);
@@ -91,15 +83,15 @@ async fn redis_killed_restarted_and_hung_changes_no_answer_and_delays_none() {
         let within = Duration::from_secs(from)..Duration::from_secs(to);
         load::figures(&format!("Redis {name}"), hits.iter().filter(|hit| within.contains(&hit.due)));
     }
-    let slowest = new_keys.iter().max().expect("now and then the machine runs");
-    println!("{} new keys while Redis hangs and the machine runs, the slowest in {slowest:?}", new_keys.len());
+    let slowest = new_keys.iter().max().unwrap();
+    println!("{} new keys while Redis hangs, the slowest in {slowest:?}", new_keys.len());
     assert_eq!(hits.len(), 20_000);
     for server in [&one, &other] {
         server.log().lines().filter(|line| line.contains("could not be decided")).for_each(|line| println!("{line}"));
     }
     load::all_right(hits.iter());
     assert!(slowest < &Duration::from_millis(200), "{new_keys:?}");
-    quick_checks(&envoy.access_log(hits.len() + NEW_KEYS.len()).await, hits.len() + NEW_KEYS.len());
+    quick_checks(&envoy.access_log(hits.len() + new_keys.len()).await, hits.len() + new_keys.len());
 
     // That Redis was used, was missed, and is used again.
     for server in [&one, &other] {
@@ -183,7 +175,7 @@ async fn postgresql_lost(loss: Loss) {
         [("there", &sound), ("lost, held", &cached), ("lost, stale time over", &aged), ("lost, new", &unread)]
     {
         load::figures(&format!("PostgreSQL {name}"), hits.iter().copied());
-        assert!(hits.len() > 20, "{name}: only {}", hits.len());
+        assert!(hits.len() > 100, "{name}: only {}", hits.len());
     }
     load::all_right(sound.into_iter().chain(cached));
     let wrong: Vec<_> = aged.into_iter().chain(unread).filter(|hit| !hit.is_fault()).take(5).collect();
@@ -270,7 +262,7 @@ fn quick_checks(log: &[Value], count: usize) {
     took.sort();
     load::quantiles("checks", &took);
     let slow: Vec<_> = checks.iter().filter(|(_, took)| *took > CHECK_MAX).collect();
-    assert!(slow.len() <= count / 3, "{} of {count} checks took too long", slow.len());
+    assert!(slow.len() <= count / 10, "{} of {count} checks took too long", slow.len());
     let ours = slow.iter().filter(|(began, took)| !machine::was_disturbed(*began, *began + *took));
     assert_eq!(ours.count(), 0, "the longest checks took {:?}", &took[count - 5..]);
 }

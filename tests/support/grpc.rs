@@ -11,11 +11,10 @@ use envoy_types::pb::{
     },
     google::protobuf::value::Kind,
 };
-use tokio::time::Instant;
 use tonic::{Status, transport::Channel};
 use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient};
 
-use super::{eventually, load::Shot, machine};
+use super::{eventually, load::Shot};
 
 /// A connection to one trustgate.
 #[derive(Clone)]
@@ -42,18 +41,9 @@ impl Asker {
         Self(AuthorizationClient::new(endpoint.connect().await.expect("somebody listens")))
     }
 
-    /// Asks for a request with `key` in `x-api-key`. A fault while the machine stands still says nothing of the server: then
-    /// it is asked again.
+    /// Asks for a request with `key` in `x-api-key`.
     pub async fn check(&self, key: &str) -> Verdict {
-        let mut left = 100;
-        loop {
-            let asked = Instant::now();
-            let verdict = self.check_with(key, &[]).await.expect("an answer");
-            left -= 1;
-            if left == 0 || verdict.status != 503 || !machine::is_disturbed_since(asked).await {
-                return verdict;
-            }
-        }
+        self.check_with(key, &[]).await.expect("an answer")
     }
 
     /// Asks for each of these good keys until it is granted, so that it is held from then on.

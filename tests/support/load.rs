@@ -123,7 +123,7 @@ pub fn all_right<'h>(hits: impl Iterator<Item = &'h Hit>) {
     let is_excused = |hit: &&&Hit| hit.is_fault() && machine::was_disturbed(hit.at, hit.at + hit.took);
     let (excused, wrong): (Vec<&&Hit>, Vec<_>) = hits.iter().filter(|hit| !hit.is_right()).partition(is_excused);
     assert!(wrong.is_empty(), "{} wrong, among them {:?}", wrong.len(), &wrong[..wrong.len().min(5)]);
-    assert!(excused.len() * 3 <= hits.len(), "the machine stood still: {} of {} faults", excused.len(), hits.len());
+    assert!(excused.len() * 10 <= hits.len(), "the machine stood still: {} of {} faults", excused.len(), hits.len());
 }
 
 /// The figures of some requests, for the test's output.

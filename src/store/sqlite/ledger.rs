@@ -120,7 +120,7 @@ impl Tables for SqliteTables {
     }
 
     async fn stored_keys(&mut self, behind: Option<KeyId>, count_max: usize) -> Result<Vec<StoredKey>, sqlx::Error> {
-        let sql = select_keys(", lower(hex(k.digest))", "k.id > ?", "k.id LIMIT ?");
+        let sql = select_keys(", hex(k.digest)", "k.id > ?", "k.id LIMIT ?");
         let behind = behind.map_or_else(String::new, |id| id.to_string());
         let query = sqlx::query(AssertSqlSafe(sql)).bind(behind).bind(i64::try_from(count_max).unwrap_or(i64::MAX));
         self.0.fetch_all(query).await?.iter().map(rows::stored_key).collect()
