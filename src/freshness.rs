@@ -40,7 +40,8 @@ crate::settings! {
         /// within about a second at the worst, and for `stale_if_unconfirmed` while the database does not answer.
         /// `strict`: the same without that time. `live`: every request reads its key's row in the database. `ttl`: a
         /// record is used until it is `ttl` old. A route can say otherwise with the context extension
-        /// `trustgate.freshness`. Unset: `lease`, or `ttl` with `store.preset`, whose tables name no changes.
+        /// `trustgate.freshness`. Unset: `lease`, or `ttl` with an existing table that is not attached, which
+        /// names no changes.
         mode: Option<Freshness> = "",
         /// How long what is held may be relied on after the last poll that was answered (L): a revoked key is granted no
         /// longer than this while this replica reaches the database.

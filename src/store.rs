@@ -5,6 +5,7 @@
 
 mod book;
 pub mod copy;
+pub mod existing;
 pub mod ledger;
 pub mod lookup;
 pub mod open;
@@ -18,9 +19,13 @@ mod sqlite;
 
 use std::{path::PathBuf, time::Duration};
 
+pub use existing::{ColumnName, DigestForm, TableName};
 pub use ledger::{Actor, AuditEntry, Ledger, LedgerError};
 pub use lookup::{Lookup, Missing, PollError, Polled, SignOfLife, Source};
-pub use open::{describe, grants, migrate, new_incarnation, open_ledger, open_lookup};
+pub use open::{
+    attach, describe, detach, grants, migrate, new_incarnation, open_history, open_ledger, open_lookup, print_attach,
+    print_detach,
+};
 pub use place::{Env, default_path};
 
 use crate::secret::Secret;
@@ -28,9 +33,9 @@ use crate::secret::Secret;
 crate::settings! {
     /// The database that holds trusts and keys.
     pub struct StoreSettings in "store" {
-        /// Where the database is: `sqlite:///path/to/trustgate.db`, or `postgres://user@host/database?sslmode=verify-full`.
-        /// Unset: an embedded SQLite file in `$STATE_DIRECTORY`, else in `$XDG_STATE_HOME/trustgate`, else in
-        /// `~/.local/state/trustgate`.
+        /// Where the database is: `sqlite:///path/to/trustgate.db`, or
+        /// `postgres://user@host/database?sslmode=verify-full`. Unset: an embedded SQLite file in `$STATE_DIRECTORY`,
+        /// else in `$XDG_STATE_HOME/trustgate`, else in `~/.local/state/trustgate`.
         url: Option<Secret> = "",
         /// A file that holds the URL; read again at every connect.
         url_file: Option<PathBuf> = "",
@@ -44,8 +49,33 @@ crate::settings! {
         management_url_file: Option<PathBuf> = "",
         /// The PostgreSQL schema that holds the tables.
         schema: SchemaName = "trustgate",
-        /// `trust-table`: read an existing table `trust(id uuid, api_key_hash char(64) null)` instead of our own tables.
+        /// `trust-table`: read an existing table `trust(id uuid, api_key_hash char(64) null)` instead of our own
+        /// tables.
         preset: Option<Preset> = "",
+        /// Any existing PostgreSQL table to read instead of our own tables, with its schema: `public.tokens`. Its
+        /// columns are named by the settings that begin with `table_`. See `docs/migrating.md`.
+        table: Option<TableName> = "",
+        /// In `table`: the id of the row, a `uuid`; it is the key id.
+        table_id: ColumnName = "id",
+        /// In `table`: the id of the trust, a `uuid`; may be the same column.
+        table_trust: ColumnName = "id",
+        /// In `table`: the SHA-256 digest of the key; null where there is none.
+        table_digest: ColumnName = "api_key_hash",
+        /// How that column holds the digest: `hex` (small letters) or `bytes` (`bytea`).
+        table_digest_form: DigestForm = "hex",
+        /// In `table`: whether the trust is enabled, a `boolean`; null counts as false. Unset: always.
+        table_enabled: Option<ColumnName> = "",
+        /// In `table`: the scopes of the key, a `text[]`. Unset: none.
+        table_scopes: Option<ColumnName> = "",
+        /// In `table`: when the key begins to be valid, a `timestamptz`. Unset, or null: at once.
+        table_not_before: Option<ColumnName> = "",
+        /// In `table`: when the key expires, a `timestamptz`. Unset, or null: never.
+        table_expires_at: Option<ColumnName> = "",
+        /// In `table`: when the key was revoked, a `timestamptz`. Unset, or null: it was not.
+        table_revoked_at: Option<ColumnName> = "",
+        /// Whether `trustgate attach` has been run on `table`, so that the table names its changes: then what was read
+        /// is relied on under the lease, as with our own tables.
+        attached: bool = "false",
         /// Connections to the database for reads of checks, at most; one more is used to watch it.
         connections_max: u32 = "8",
         /// Reads of checks that may wait or run at one time. A quarter is kept for keys that were good before.
@@ -58,6 +88,20 @@ crate::settings! {
         breaker_failures: u32 = "5",
         /// How long that pause is.
         breaker_open: Duration = "250ms",
+    }
+}
+
+impl StoreSettings {
+    /// Whether keys are read from somebody else's table.
+    #[must_use]
+    pub const fn reads_existing(&self) -> bool {
+        self.preset.is_some() || self.table.is_some()
+    }
+
+    /// Whether changes of what is read are named, as a lease needs it.
+    #[must_use]
+    pub const fn names_changes(&self) -> bool {
+        !self.reads_existing() || self.attached
     }
 }
 

@@ -117,7 +117,7 @@ impl Replica {
             views: Arc::clone(&views),
             clock,
             settings: config.freshness.clone(),
-            names_changes: names_changes(config),
+            names_changes: config.store.names_changes(),
             replica: id,
             name,
             metrics: metrics.clone(),
@@ -219,23 +219,18 @@ fn check_parts(
     Ok(check::Parts {
         decision: config.decision.clone(),
         credential: config.credential.clone(),
-        freshness: config.freshness.mode.unwrap_or(if names_changes(config) {
+        freshness: config.freshness.mode.unwrap_or(if config.store.names_changes() {
             Freshness::Lease
         } else {
             Freshness::Ttl
         }),
-        names_changes: names_changes(config),
+        names_changes: config.store.names_changes(),
         hasher: hasher(config)?,
         cache: Arc::clone(cache),
         views: Arc::clone(views),
         denials,
         clock: Arc::clone(clock),
     })
-}
-
-/// Whether the tables are ours: others name no changes.
-const fn names_changes(config: &Config) -> bool {
-    config.store.preset.is_none()
 }
 
 /// The wait between attempts to prepare the database.

@@ -65,6 +65,11 @@ pub(super) enum Command {
         #[arg(long, value_name = "ROLE", default_value = "trustgate_manage", requires = "print_grants")]
         manage_role: String,
     },
+    /// Make an existing table, `store.table`, name its changes, so that what is read from it can be relied on under the
+    /// lease: two triggers are added to it, and nothing else. Run `migrate` before.
+    Attach(Alter),
+    /// Take away what `attach` added.
+    Detach(Alter),
     /// The organisations that keys speak for.
     #[command(subcommand)]
     Trust(Trust),
@@ -90,6 +95,13 @@ pub(super) enum Command {
         /// Which shell.
         shell: Shell,
     },
+}
+
+#[derive(Args)]
+pub(super) struct Alter {
+    /// Only print the statements, each under the role that has to run it.
+    #[arg(long)]
+    pub(super) print: bool,
 }
 
 #[derive(Subcommand)]

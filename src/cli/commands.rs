@@ -20,7 +20,7 @@ use crate::{
     manage::{Effect, Manager},
     secret::Secret,
     store::{
-        self, Actor, LedgerError,
+        self, Actor, Env, Ledger, LedgerError, StoreSettings,
         copy::{self, Copied, Ends},
     },
 };
@@ -55,12 +55,26 @@ pub(super) fn run(arguments: Arguments, environment: &Environment) -> Result<Ans
             let migrated = block_on(migrate(&config, environment, new_incarnation))?;
             migrated.map_err(|error| CliError::of_store(error, &config))
         }
-        Command::Trust(command) => managing(&load(Purpose::Manage)?, environment, async |manager, config| {
-            trust::run(manager, config, command).await.map_err(|error| error.at(config))
-        }),
-        Command::Key(command) => managing(&load(Purpose::Manage)?, environment, async |manager, config| {
-            key::run(manager, config, command).await.map_err(|error| error.at(config))
-        }),
+        Command::Attach(args::Alter { print }) => {
+            let config = load(Purpose::Manage)?;
+            let altered = block_on(attach(&config, environment, print))?;
+            altered.map_err(|error| CliError::of_store(error, &config))
+        }
+        Command::Detach(args::Alter { print }) => {
+            let config = load(Purpose::Manage)?;
+            let altered = block_on(detach(&config, environment, print))?;
+            altered.map_err(|error| CliError::of_store(error, &config))
+        }
+        Command::Trust(command) => {
+            managing(&load(Purpose::Manage)?, environment, store::open_ledger, async |manager, config| {
+                trust::run(manager, config, command).await.map_err(|error| error.at(config))
+            })
+        }
+        Command::Key(command) => {
+            managing(&load(Purpose::Manage)?, environment, store::open_ledger, async |manager, config| {
+                key::run(manager, config, command).await.map_err(|error| error.at(config))
+            })
+        }
         Command::Deny(command) => {
             let config = load(Purpose::Deny)?;
             block_on(deny::run(&config, &|name| variable(environment, name), command))?
@@ -70,7 +84,7 @@ pub(super) fn run(arguments: Arguments, environment: &Environment) -> Result<Ans
             block_on(copy(&config, environment, Ends { from, to }))?
         }
         Command::Cache(args::Cache::Clear) => {
-            managing(&load(Purpose::Manage)?, environment, async |manager, config| {
+            managing(&load(Purpose::Manage)?, environment, store::open_history, async |manager, config| {
                 manager
                     .clear_caches(&SystemClock, config.freshness.lease)
                     .await
@@ -85,11 +99,12 @@ pub(super) fn run(arguments: Arguments, environment: &Environment) -> Result<Ans
 fn managing(
     config: &Config,
     environment: &Environment,
+    open: impl AsyncFnOnce(&StoreSettings, Env<'_>) -> Result<Box<dyn Ledger>, LedgerError>,
     command: impl AsyncFnOnce(&mut Manager, &Config) -> Result<Answer, CliError>,
 ) -> Result<Answer, CliError> {
     block_on(async {
         let variable = |name: &str| variable(environment, name);
-        let ledger = store::open_ledger(&config.store, &variable).await;
+        let ledger = open(&config.store, &variable).await;
         let ledger = ledger.map_err(|error| CliError::of_store(error, config))?;
         let mut manager = Manager::new(ledger, actor(environment), config.credential.clone())
             .map_err(|error| CliError::new(format!("cannot read the pepper: {error}")))?;
@@ -112,6 +127,33 @@ async fn migrate(config: &Config, environment: &Environment, new_incarnation: bo
     let json = Some(json!({ "database": database, "migrated": true, "new_incarnation": new_incarnation }));
     let more = if new_incarnation { "; a new history has begun" } else { "" };
     Ok(Answer { json, ..Answer::text(format!("{database} has the tables of this release{more}")) })
+}
+
+async fn attach(config: &Config, environment: &Environment, print: bool) -> Result<Answer, LedgerError> {
+    let variable = |name: &str| variable(environment, name);
+    if print {
+        return Ok(Answer::text(store::print_attach(&config.store, &variable).await?));
+    }
+    let table = store::attach(&config.store, &variable).await?;
+    let answer = altered(config, &variable, &table, true);
+    if config.store.attached {
+        return Ok(answer);
+    }
+    Ok(answer.note("Set `store.attached = true` and restart every replica: until then it reads the table as before."))
+}
+
+async fn detach(config: &Config, environment: &Environment, print: bool) -> Result<Answer, LedgerError> {
+    let variable = |name: &str| variable(environment, name);
+    if print {
+        return Ok(Answer::text(store::print_detach(&config.store, &variable).await?));
+    }
+    let table = store::detach(&config.store, &variable).await?;
+    Ok(altered(config, &variable, &table, false))
+}
+
+fn altered(config: &Config, env: Env<'_>, table: &str, attached: bool) -> Answer {
+    let object = json!({ "database": store::describe(&config.store, env), "table": table, "attached": attached });
+    Answer::object(object, &["database", "table", "attached"])
 }
 
 async fn copy(config: &Config, environment: &Environment, ends: Ends) -> Result<Answer, CliError> {

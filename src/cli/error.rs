@@ -49,7 +49,8 @@ impl At for ManageError {
         let code = if matches!(self, Self::Invalid { .. }) { USAGE } else { FAILED };
         let place = match &self {
             Self::Ledger(LedgerError::NotOurs) => {
-                config.origin("store", "preset").map(|origin| format!("store.preset is set in {origin}"))
+                let set = |name| Some(format!("store.{name} is set in {}", config.origin("store", name)?));
+                ["preset", "table"].into_iter().find_map(set)
             }
             Self::Ledger(error) if blames_database(error) => Some(database_place(config)),
             _ => None,

@@ -93,14 +93,33 @@ fn store(config: &Config, reader: &mut Reader) {
             reader.refuse("store", name, "needs store.url: the embedded SQLite database has no use for it".to_owned());
         }
     }
-    if store.preset.is_some() {
+    if store.reads_existing() {
+        let name = if store.preset.is_some() { "preset" } else { "table" };
         if no_url {
-            reader.refuse("store", "preset", "needs store.url: where is the table?".to_owned());
+            reader.refuse("store", name, "needs store.url: where is the table?".to_owned());
         }
         if config.credential.pepper.is_some() || config.credential.pepper_file.is_some() {
-            let name = if config.credential.pepper.is_some() { "pepper" } else { "pepper_file" };
-            let problem = "does nothing with store.preset, whose digests are plain SHA-256: unset one of them";
-            reader.refuse("credential", name, problem.to_owned());
+            let pepper = if config.credential.pepper.is_some() { "pepper" } else { "pepper_file" };
+            let problem = format!("does nothing with store.{name}, whose digests are plain SHA-256: unset one of them");
+            reader.refuse("credential", pepper, problem);
+        }
+    }
+    if store.attached {
+        match &store.table {
+            None => reader.refuse("store", "attached", "needs store.table: which table is it?".to_owned()),
+            Some(table) if table.schema.is_none() => {
+                let problem = format!("needs its schema, such as \"public.{table}\", since store.attached is set");
+                reader.refuse("store", "table", problem);
+            }
+            Some(_) => {}
+        }
+    }
+    if store.table.is_none() {
+        let columns = ["enabled", "scopes", "not_before", "expires_at", "revoked_at"];
+        for name in columns.map(|column| format!("table_{column}")) {
+            if reader.origin("store", &name).is_some() {
+                reader.refuse("store", &name, "needs store.table: of which table is it a column?".to_owned());
+            }
         }
     }
 }
@@ -191,9 +210,9 @@ fn deadlines(config: &Config, reader: &mut Reader) {
 
 fn freshness(config: &Config, reader: &mut Reader) {
     let FreshnessSettings { mode, lease, stale_if_unconfirmed, poll_interval, poll_timeout, .. } = config.freshness;
-    if config.store.preset.is_some() && matches!(mode, Some(Freshness::Lease | Freshness::Strict)) {
-        let problem =
-            "needs tables that name their changes, which those of store.preset do not: set \"ttl\" or \"live\"";
+    if !config.store.names_changes() && matches!(mode, Some(Freshness::Lease | Freshness::Strict)) {
+        let problem = "needs tables that name their changes, which yours does not: run `trustgate attach` and set \
+                       store.attached, or set \"ttl\" or \"live\"";
         reader.refuse("freshness", "mode", problem.to_owned());
     }
     if sound(reader, &["freshness.lease", "freshness.poll_interval", "freshness.poll_timeout"]) {
@@ -349,6 +368,21 @@ mod tests {
                 "trustgate.toml:1: admin.listen: 127.0.0.1:50051 is also in grpc.listen",
             ),
             ("grpc.tls_key_file = \"/k\"", "trustgate.toml:1: grpc.tls_key_file: needs grpc.tls_certificate_file too"),
+            ("store.table = \"a.b.c\"", "trustgate.toml:1: store.table: expected a table, such as \"public.trust\""),
+            ("store.table = \"public.t\"", "trustgate.toml:1: store.table: needs store.url"),
+            ("store.table_scopes = \"may\"", "trustgate.toml:1: store.table_scopes: needs store.table"),
+            (
+                "store.url = \"postgres://h/d\"\nstore.preset = \"trust-table\"\nstore.attached = true",
+                "trustgate.toml:3: store.attached: needs store.table",
+            ),
+            (
+                "store.url = \"postgres://h/d\"\nstore.table = \"t\"\nstore.attached = true",
+                "trustgate.toml:2: store.table: needs its schema, such as \"public.t\"",
+            ),
+            (
+                "store.url = \"postgres://h/d\"\nstore.table = \"t\"\nfreshness.mode = \"lease\"",
+                "trustgate.toml:3: freshness.mode: needs tables that name their changes",
+            ),
             (
                 "grpc.tls_client_ca_file = \"/c\"",
                 "trustgate.toml:1: grpc.tls_client_ca_file: needs grpc.tls_certificate_file too",

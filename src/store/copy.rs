@@ -85,7 +85,7 @@ pub async fn copy(
         Some(url) => Address::given(name, url),
         None => Address::of(settings, Role::Manage),
     };
-    if settings.preset.is_some() && (ends.from.is_none() || ends.to.is_none()) {
+    if settings.reads_existing() && (ends.from.is_none() || ends.to.is_none()) {
         return Err(LedgerError::NotOurs.into());
     }
     let (from, to) = (address("--from", ends.from), address("--to", ends.to));

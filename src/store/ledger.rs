@@ -142,7 +142,9 @@ pub enum LedgerError {
     #[error("{0}")]
     Schema(String),
     /// The configured tables are not ours to change.
-    #[error("with `store.preset` the keys live in a table of yours: trustgate reads it and never changes it")]
+    #[error(
+        "with `store.preset` or `store.table` the keys live in a table of yours: trustgate reads it and never changes it"
+    )]
     NotOurs,
     /// The database cannot be used as it is: a network filesystem, wrong permissions, a bad URL.
     #[error("{0}")]

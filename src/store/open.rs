@@ -5,8 +5,9 @@ use std::{sync::Arc, time::Duration};
 use super::{
     Ledger, LedgerError, Missing, Source, StoreSettings,
     book::{Book, Tables},
+    existing::ExistingTable,
     place::{Address, Env, Place, Role},
-    postgres::{self, lookup::Postgres},
+    postgres::{self, existing::Wish, lookup::Postgres},
     reader::Reader,
     sqlite::{self, lookup::Sqlite},
 };
@@ -28,19 +29,20 @@ pub fn open_lookup(
     clock: Arc<dyn Clock>,
 ) -> Result<Arc<dyn Source>, LedgerError> {
     let address = Address::of(settings, Role::Serve);
-    if settings.preset.is_some() && settings.url.is_none() && settings.url_file.is_none() {
+    if settings.reads_existing() && settings.url.is_none() && settings.url_file.is_none() {
         return Err(LedgerError::Unusable(
-            "store.preset: set `store.url` to the database that holds your table".into(),
+            "store.preset, store.table: set `store.url` to the database that holds your table".into(),
         ));
     }
     Ok(match address.place(env)? {
+        Place::Sqlite(_) if settings.table.is_some() || settings.attached => return Err(not_on_sqlite()),
         Place::Sqlite(path) => Arc::new(Reader::new(Sqlite { path, preset: settings.preset }, settings, clock)),
         Place::Postgres => {
             let statement_timeout = settings.read_timeout + GRACE;
-            let (schema, preset) = (settings.schema.clone(), settings.preset);
+            let (schema, existing) = (settings.schema.clone(), ExistingTable::of(settings));
             // A misspelt URL is a mistake to be told at start, not by the first connect.
             address.postgres()?;
-            Arc::new(Reader::new(Postgres { address, schema, preset, statement_timeout }, settings, clock))
+            Arc::new(Reader::new(Postgres { address, schema, existing, statement_timeout }, settings, clock))
         }
     })
 }
@@ -48,10 +50,22 @@ pub fn open_lookup(
 /// What management changes trusts and keys through. Connects at once.
 ///
 /// # Errors
-/// [`LedgerError::NotOurs`] with a preset; [`LedgerError::NoDatabase`] and [`LedgerError::Schema`] where there is nothing
-/// to work on; or the database cannot be reached.
+/// [`LedgerError::NotOurs`] with somebody else's table; [`LedgerError::NoDatabase`] and [`LedgerError::Schema`] where
+/// there is nothing to work on; or the database cannot be reached.
 pub async fn open_ledger(settings: &StoreSettings, env: Env<'_>) -> Result<Box<dyn Ledger>, LedgerError> {
-    if settings.preset.is_some() {
+    if settings.reads_existing() {
+        return Err(LedgerError::NotOurs);
+    }
+    open_history(settings, env).await
+}
+
+/// The same for whoever changes no trust and no key, only what replicas remember of them: also of somebody else's
+/// table, once it is attached.
+///
+/// # Errors
+/// As [`open_ledger`].
+pub async fn open_history(settings: &StoreSettings, env: Env<'_>) -> Result<Box<dyn Ledger>, LedgerError> {
+    if !settings.names_changes() {
         return Err(LedgerError::NotOurs);
     }
     let tables = open_tables(&Address::of(settings, Role::Manage), settings, env).await?;
@@ -76,10 +90,10 @@ pub(super) async fn open_tables(
 /// Makes the tables, or adds what a newer release needs. Can be repeated, and run by several at once.
 ///
 /// # Errors
-/// [`LedgerError::NotOurs`] with a preset; [`LedgerError::Schema`] where the tables are too new; a file that cannot be
-/// used; or the database cannot be reached.
+/// [`LedgerError::NotOurs`] with somebody else's table that is not to be attached; [`LedgerError::Schema`] where the
+/// tables are too new; a file that cannot be used; or the database cannot be reached.
 pub async fn migrate(settings: &StoreSettings, env: Env<'_>) -> Result<(), LedgerError> {
-    if settings.preset.is_some() {
+    if !settings.names_changes() {
         return Err(LedgerError::NotOurs);
     }
     let address = Address::of(settings, Role::Manage);
@@ -98,7 +112,7 @@ pub async fn migrate(settings: &StoreSettings, env: Env<'_>) -> Result<(), Ledge
 /// # Errors
 /// As [`open_ledger`].
 pub async fn new_incarnation(settings: &StoreSettings, env: Env<'_>) -> Result<(), LedgerError> {
-    if settings.preset.is_some() {
+    if !settings.names_changes() {
         return Err(LedgerError::NotOurs);
     }
     let address = Address::of(settings, Role::Manage);
@@ -110,11 +124,70 @@ pub async fn new_incarnation(settings: &StoreSettings, env: Env<'_>) -> Result<(
     }
 }
 
-/// The statements that give the roles of `serve` and of management the rights they need on the tables, for their owner to
-/// run. With an SQLite file nobody needs any.
+/// Makes somebody else's table name its changes, in one transaction.
+///
+/// # Errors
+/// [`LedgerError::Unusable`] with everything that keeps it from that, or the right that is missing;
+/// [`LedgerError::Schema`] where `migrate` has not been run; or the database cannot be reached. Nothing was changed
+/// then.
+pub async fn attach(settings: &StoreSettings, env: Env<'_>) -> Result<String, LedgerError> {
+    wish(settings, env, Wish::Attach).await
+}
+
+/// Takes away what [`attach`] added.
+///
+/// # Errors
+/// As [`attach`].
+pub async fn detach(settings: &StoreSettings, env: Env<'_>) -> Result<String, LedgerError> {
+    wish(settings, env, Wish::Detach).await
+}
+
+async fn wish(settings: &StoreSettings, env: Env<'_>, wish: Wish) -> Result<String, LedgerError> {
+    let (address, table) = attachable(settings, env)?;
+    postgres::existing::run(&address, &settings.schema, &table, wish, settings.connect_timeout).await?;
+    Ok(table.table.to_string())
+}
+
+/// The statements of [`attach`], each under the role that has to run it.
+///
+/// # Errors
+/// As [`attach`].
+pub async fn print_attach(settings: &StoreSettings, env: Env<'_>) -> Result<String, LedgerError> {
+    let (address, table) = attachable(settings, env)?;
+    postgres::existing::print(&address, &settings.schema, &table, Wish::Attach, settings.connect_timeout).await
+}
+
+/// The statements of [`detach`], each under the role that has to run it.
+///
+/// # Errors
+/// As [`detach`].
+pub async fn print_detach(settings: &StoreSettings, env: Env<'_>) -> Result<String, LedgerError> {
+    let (address, table) = attachable(settings, env)?;
+    postgres::existing::print(&address, &settings.schema, &table, Wish::Detach, settings.connect_timeout).await
+}
+
+fn attachable(settings: &StoreSettings, env: Env<'_>) -> Result<(Address, ExistingTable), LedgerError> {
+    let address = Address::of(settings, Role::Manage);
+    if matches!(address.place(env)?, Place::Sqlite(_)) {
+        return Err(not_on_sqlite());
+    }
+    let table = ExistingTable::of(settings).ok_or_else(|| {
+        LedgerError::Unusable("store.table: name the table that is meant, with its schema: \"public.trust\"".into())
+    })?;
+    Ok((address, table))
+}
+
+fn not_on_sqlite() -> LedgerError {
+    LedgerError::Unusable(
+        "store.table, store.attached: only a table in PostgreSQL can be described by its columns or attached".into(),
+    )
+}
+
+/// The statements that give the roles of `serve` and of management the rights they need on the tables, for their owner
+/// to run. With an SQLite file nobody needs any.
 #[must_use]
 pub fn grants(settings: &StoreSettings, serve: &str, manage: &str) -> String {
-    postgres::migrate::grants(&settings.schema, serve, manage)
+    postgres::migrate::grants(&settings.schema, ExistingTable::of(settings).as_ref(), serve, manage)
 }
 
 /// How much longer than a read's deadline the server may go on with it: the deadline here comes first.

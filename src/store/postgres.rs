@@ -4,6 +4,7 @@
 //! transaction, and nothing is set for a whole session.
 
 mod blocked;
+pub(crate) mod existing;
 pub(crate) mod ledger;
 mod listen;
 pub(crate) mod lookup;

@@ -6,6 +6,7 @@
 // All of it is tests: what fails here should fail loudly, nobody else uses it, and it says what it measured.
 #![allow(clippy::unwrap_used, clippy::print_stdout, dead_code, unreachable_pub)]
 
+mod attached;
 #[path = "../e2e/stage.rs"]
 mod stage;
 #[path = "../support/mod.rs"]

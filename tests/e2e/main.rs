@@ -13,6 +13,7 @@ mod herd;
 mod history;
 mod listeners;
 mod messages;
+mod migrating;
 mod outage;
 mod pgbouncer;
 mod prometheus;

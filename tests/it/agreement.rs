@@ -72,6 +72,32 @@ fn documented_metrics(page: &str) -> BTreeMap<String, (String, BTreeSet<String>)
     .collect()
 }
 
+/// A page that promises something names the test that shows it.
+#[test]
+fn every_row_of_the_page_on_migrating_names_tests_that_exist() {
+    let page = file("docs/migrating.md");
+    let tests: String = ["it", "e2e", "bound"].into_iter().flat_map(sources).collect();
+    let shown: Vec<_> =
+        cells(section(&page, "## What the cache in front of such a table does, and what does it here").as_str())
+            .skip(2)
+            .map(|cells| cells[2].clone())
+            .collect();
+    assert!(shown.len() > 9, "{shown:?}");
+    for cell in shown {
+        let names = quoted(&cell);
+        assert!(!names.is_empty(), "{cell}");
+        for name in names {
+            assert!(tests.contains(&format!("fn {name}(")), "there is no test {name}");
+        }
+    }
+}
+
+fn sources(binary: &str) -> Vec<String> {
+    let files = fs::read_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests").join(binary)).unwrap();
+    let files = files.map(|file| file.unwrap().path()).filter(|path| path.extension().is_some_and(|of| of == "rs"));
+    files.map(|path| fs::read_to_string(path).unwrap()).collect()
+}
+
 #[test]
 fn the_readme_names_only_metrics_and_settings_that_exist() {
     let settings = settings();
@@ -281,15 +307,19 @@ fn file(path: &str) -> String {
     fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
 }
 
-/// The cells of every row of the tables in `page`, the headings aside.
+/// The cells of every row of the tables in `page` that begins with a name.
 fn rows(page: &str) -> impl Iterator<Item = Vec<String>> {
+    cells(page).filter(|cells| cells[0].starts_with('`'))
+}
+
+/// The cells of every row of the tables in `page`.
+fn cells(page: &str) -> impl Iterator<Item = Vec<String>> {
     let lines = page.lines().filter_map(|line| line.strip_prefix('|')?.strip_suffix('|'));
-    let cells = lines.map(|line| {
+    lines.map(|line| {
         // `\|` is a bar inside a cell.
         let line = line.replace("\\|", "\u{0}");
         line.split('|').map(|cell| cell.trim().replace('\u{0}', "|")).collect::<Vec<_>>()
-    });
-    cells.filter(|cells| cells[0].starts_with('`'))
+    })
 }
 
 /// What stands between backticks, in blocks and in lines.

@@ -7,6 +7,7 @@
 mod support;
 
 mod agreement;
+mod attach;
 mod cli;
 mod config;
 mod copy;

@@ -43,6 +43,12 @@ impl Place {
         self
     }
 
+    /// The same with the variables of another one, in which nothing is shared.
+    pub fn like(mut self, other: &Self) -> Self {
+        self.variables.clone_from(&other.variables);
+        self
+    }
+
     pub fn path(&self) -> &Path {
         self.dir.path()
     }

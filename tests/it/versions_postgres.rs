@@ -631,7 +631,7 @@ async fn a_dump_that_is_restored_elsewhere_goes_on_although_transactions_have_ol
     let before = db.lookup.poll(None).await.unwrap();
     let name = second.database().await;
     second.execute("postgres", "CREATE ROLE writer LOGIN").await;
-    second.load(&name, &first.dump(&db.name));
+    second.load(&name, &first.dump(&db.name, &[]));
     let settings = StoreSettings { url: Some(Secret::new(second.url("admin", &name))), ..db.settings.clone() };
     let restored = Db { server: Arc::clone(&second), name, lookup: open(&settings), settings };
     let polled = restored.lookup.poll(None).await.unwrap();

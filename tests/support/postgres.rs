@@ -133,10 +133,11 @@ impl Postgres {
         dir
     }
 
-    /// What `pg_dump` says of a database.
-    pub fn dump(&self, database: &str) -> String {
+    /// What `pg_dump` with these options says of a database.
+    pub fn dump(&self, database: &str, options: &[&str]) -> String {
         let pg_dump = binary("pg_dump");
-        let output = Command::new(pg_dump).args(self.client(database)).output().expect("pg_dump is there");
+        let output =
+            Command::new(pg_dump).args(self.client(database)).args(options).output().expect("pg_dump is there");
         assert!(output.status.success(), "pg_dump: {}", String::from_utf8_lossy(&output.stderr));
         String::from_utf8(output.stdout).expect("text")
     }

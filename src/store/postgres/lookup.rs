@@ -2,12 +2,13 @@
 
 use std::time::Duration;
 
-use sqlx::{AssertSqlSafe, Connection, PgConnection, postgres::PgRow};
+use sqlx::{AssertSqlSafe, Connection, PgConnection, Row, postgres::PgRow};
 use uuid::Uuid;
 
 use super::{
     super::{
-        LedgerError, Preset, SchemaName,
+        LedgerError, SchemaName,
+        existing::ExistingTable,
         lookup::{Missing, SignOfLife},
         place::Address,
         pool::Connect,
@@ -26,7 +27,7 @@ pub(crate) struct Postgres {
     /// Where our tables are in it.
     pub(crate) schema: SchemaName,
     /// Somebody else's table, if it is one.
-    pub(crate) preset: Option<Preset>,
+    pub(crate) existing: Option<ExistingTable>,
     /// How long the server may work on a statement. Longer than anybody waits for it: it is there to end statements
     /// whose connection was closed, which the server would not notice while one waits for a lock.
     pub(crate) statement_timeout: Duration,
@@ -69,26 +70,24 @@ impl Dialect for Postgres {
         let list = |write: &dyn Fn(String) -> String| {
             digests.all().map(|digest| write(digest.to_hex())).collect::<Vec<_>>().join(", ")
         };
-        match self.preset {
+        match &self.existing {
             None => self.timed(&format!(
                 "SELECT * FROM {{s}}.find(ARRAY[{}]::bytea[], NULL)",
                 list(&|hex| format!(r"'\x{hex}'"))
             )),
-            Some(Preset::TrustTable) => {
-                self.trust_table(&format!("t.api_key_hash IN ({})", list(&|hex| format!("'{hex}'"))))
-            }
+            Some(table) => self.timed(&table.find(&table.has_digest(digests))),
         }
     }
 
     fn find_by_id(&self, key: KeyId) -> String {
-        match self.preset {
+        match &self.existing {
             None => self.timed(&format!("SELECT * FROM {{s}}.find(NULL, '{key}')")),
-            Some(Preset::TrustTable) => self.trust_table(&format!("t.id = '{key}'")),
+            Some(table) => self.timed(&table.find(&table.has_id(key))),
         }
     }
 
     fn poll(&self, since: Option<Version>, echo: i64) -> String {
-        if self.preset.is_some() {
+        if !self.names_changes() {
             return self.timed(&format!(
                 "SELECT {echo}::bigint, CASE WHEN pg_is_in_recovery() THEN 'standby' ELSE 'primary' END,
                     0::bigint, 0::bigint, repeat('0', 32), '00000000-0000-0000-0000-000000000000', 0::bigint, 0::bigint,
@@ -96,7 +95,17 @@ impl Dialect for Postgres {
             ));
         }
         let since = since.map_or_else(|| "NULL".to_owned(), |version| version.0.to_string());
-        let poll = format!("SELECT {echo}::bigint, * FROM {{s}}.poll({since}, {})", POLL_ROWS_MAX + 1);
+        // Of somebody else's table it also has to be the one that is read here, by the same columns.
+        let watched = self.existing.as_ref().map_or_else(
+            || "watched".to_owned(),
+            |table| format!("watched * ({})::int", attached_as(&table.identity())),
+        );
+        let poll = format!(
+            "SELECT {echo}::bigint, state, oldest, newest, newest_nonce, incarnation, system, timeline, clock, {watched},
+                stamped_at, version, nonce, kind, object
+             FROM {{s}}.poll({since}, {})",
+            POLL_ROWS_MAX + 1
+        );
         self.within(POLL_TIMEOUT, &poll)
     }
 
@@ -119,7 +128,7 @@ impl Dialect for Postgres {
     }
 
     async fn listen(&self, changed: &(dyn Fn() + Send + Sync)) -> sqlx::Error {
-        if self.preset.is_some() {
+        if !self.names_changes() {
             return std::future::pending().await; // nobody tells of changes there
         }
         match listen::attend(&self.address, &self.schema, changed).await {
@@ -129,6 +138,14 @@ impl Dialect for Postgres {
     }
 
     async fn restore_watch(&self) -> Result<(), sqlx::Error> {
+        if let Some(table) = self.existing.as_ref().filter(|table| table.attached)
+            && !self.is_attached(table).await?
+        {
+            return Err(sqlx::Error::InvalidArgument(format!(
+                "{} is not attached, or its columns are not used as they are here: run `trustgate attach`",
+                table.table
+            )));
+        }
         self.call("SELECT {s}.restore_watch()").await
     }
 
@@ -137,7 +154,7 @@ impl Dialect for Postgres {
     }
 
     fn ours(&self) -> Option<Ours<String>> {
-        self.preset.is_none().then(|| Ours {
+        self.names_changes().then(|| Ours {
             schema: self.timed(migrate::SCHEMA),
             redis_mac_key: self.timed("SELECT encode(value, 'hex') FROM {s}.setting WHERE name = 'redis_mac_key'"),
             // Goes on if nobody waits for it: what it did not delete the next one must.
@@ -169,7 +186,7 @@ impl Dialect for Postgres {
     }
 
     fn place(&self) -> String {
-        if self.preset.is_some() { self.address.describe_postgres() } else { describe(&self.address, &self.schema) }
+        if self.names_changes() { describe(&self.address, &self.schema) } else { self.address.describe_postgres() }
     }
 
     fn is_missing(error: &sqlx::Error) -> bool {
@@ -178,9 +195,22 @@ impl Dialect for Postgres {
 }
 
 impl Postgres {
+    /// Whether our tables are there, which name what changed.
+    fn names_changes(&self) -> bool {
+        self.existing.as_ref().is_none_or(|table| table.attached)
+    }
+
+    async fn is_attached(&self, table: &ExistingTable) -> Result<bool, sqlx::Error> {
+        let mut connection = connect(&self.address).await?;
+        let query = self.within(CALL_TIMEOUT, &format!("SELECT {}", attached_as(&table.identity())));
+        let row = sqlx::raw_sql(AssertSqlSafe(query)).fetch_one(&mut connection).await?;
+        connection.close().await?;
+        row.try_get(0)
+    }
+
     /// Calls a function of ours on a connection of its own.
     async fn call(&self, call: &str) -> Result<(), sqlx::Error> {
-        if self.preset.is_some() {
+        if !self.names_changes() {
             return Ok(()); // there are none
         }
         let mut connection = connect(&self.address).await?;
@@ -188,18 +218,6 @@ impl Postgres {
         let call = format!("SET LOCAL lock_timeout = '1s'; {}", self.within(CALL_TIMEOUT, call));
         sqlx::raw_sql(AssertSqlSafe(call)).execute(&mut connection).await?;
         connection.close().await
-    }
-
-    /// What `find` returns (`watch.rs`), from a table `trust(id, api_key_hash)`, found by the role's `search_path`. It has no versions:
-    /// everything is dated with number 0.
-    fn trust_table(&self, condition: &str) -> String {
-        self.timed(&format!(
-            "SELECT 0::bigint, repeat('0', 32), '00000000-0000-0000-0000-000000000000', 0::bigint, 0 * {TIMELINE}, {CLOCK},
-                t.id::text, t.id::text, 1::bigint, t.api_key_hash::text, 0::bigint, '[]', '[]',
-                NULL::bigint, NULL::bigint, NULL::bigint
-             FROM (SELECT 1) v
-             LEFT JOIN trust t ON t.api_key_hash IS NOT NULL AND {condition}"
-        ))
     }
 
     /// `text` in our schema, with the limit of a read for the server.
@@ -227,10 +245,15 @@ const CALL_TIMEOUT: Duration = Duration::from_secs(2);
 /// The longest name of a host that is written down (RFC 1035, section 2.3.4).
 const NAME_CHARS_MAX: usize = 255;
 
+/// Whether the table that is attached is the one with this identity.
+fn attached_as(identity: &str) -> String {
+    format!("(SELECT attached_identity IS NOT DISTINCT FROM '{identity}' FROM {{s}}.meta)")
+}
+
 /// The timeline of the log being written.
-const TIMELINE: &str = "('x' || left(pg_walfile_name(pg_current_wal_lsn()), 8))::bit(32)::bigint";
+pub(super) const TIMELINE: &str = "('x' || left(pg_walfile_name(pg_current_wal_lsn()), 8))::bit(32)::bigint";
 /// The database's clock in microseconds since the Unix epoch.
-const CLOCK: &str = "(extract(epoch FROM statement_timestamp()) * 1000000)::bigint";
+pub(super) const CLOCK: &str = "(extract(epoch FROM statement_timestamp()) * 1000000)::bigint";
 
 /// A point in time in microseconds since the Unix epoch.
 pub(super) fn micros(column: &str) -> String {

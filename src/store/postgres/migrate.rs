@@ -6,7 +6,12 @@ use sqlx::{Connection, PgConnection, Row};
 use uuid::Uuid;
 
 use super::{
-    super::{LedgerError, SchemaName, place::Address, schema},
+    super::{
+        LedgerError, SchemaName,
+        existing::{ExistingTable, quoted},
+        place::Address,
+        schema,
+    },
     connect_within, describe, in_schema, is_missing, watch,
 };
 
@@ -27,6 +32,9 @@ pub(crate) async fn run(address: &Address, name: &SchemaName, connect_timeout: D
     }
     if tables(&mut transaction, name).await?.is_some_and(|tables| tables.version == 1) {
         second(&mut transaction, name).await?;
+    }
+    if tables(&mut transaction, name).await?.is_some_and(|tables| tables.version == 2) {
+        third(&mut transaction, name).await?;
     }
     let tables = tables(&mut transaction, name).await?;
     // A newer release's functions and triggers are left to it.
@@ -57,9 +65,21 @@ pub(crate) async fn new_incarnation(
 /// What `serve`'s role and management's role need, as statements for the owner of the tables to run: as little as
 /// possible.
 #[must_use]
-pub(crate) fn grants(schema: &SchemaName, serve: &str, manage: &str) -> String {
-    let quoted = |role: &str| format!("\"{}\"", role.replace('"', "\"\""));
-    GRANTS.replace("{s}", schema.as_str()).replace("{serve}", &quoted(serve)).replace("{manage}", &quoted(manage))
+pub(crate) fn grants(schema: &SchemaName, existing: Option<&ExistingTable>, serve: &str, manage: &str) -> String {
+    let (serve, manage) = (quoted(serve), quoted(manage));
+    let theirs = existing.map_or_else(String::new, |table| theirs(table, &serve));
+    let ours = if existing.is_none_or(|table| table.attached) { GRANTS } else { "" };
+    let ours = ours.replace("{s}", schema.as_str()).replace("{serve}", &serve).replace("{manage}", &manage);
+    format!("{ours}{theirs}")
+}
+
+/// What `serve`'s role needs on somebody else's table.
+fn theirs(ExistingTable { table, .. }: &ExistingTable, serve: &str) -> String {
+    let home = table
+        .schema
+        .as_deref()
+        .map_or_else(String::new, |home| format!("GRANT USAGE ON SCHEMA {} TO {serve};\n", quoted(home)));
+    format!("-- On your table, for the same role:\n{home}GRANT SELECT ON {} TO {serve};\n", table.sql())
 }
 
 /// One lock for every schema of the database: migrations are rare. The number is the first 8 bytes of
@@ -118,8 +138,21 @@ async fn first(connection: &mut PgConnection, name: &SchemaName) -> Result<(), L
 async fn second(connection: &mut PgConnection, name: &SchemaName) -> Result<(), sqlx::Error> {
     sqlx::raw_sql(in_schema(watch::HOLD_WRITERS, name)).execute(&mut *connection).await?;
     sqlx::raw_sql(in_schema(watch::TABLES, name)).execute(&mut *connection).await?;
+    stamp(connection, name, 2).await
+}
+
+/// Version 3: somebody else's table may be attached. What is known of it stands where `serve` has the right to read.
+async fn third(connection: &mut PgConnection, name: &SchemaName) -> Result<(), sqlx::Error> {
+    sqlx::raw_sql(in_schema(THIRD, name)).execute(&mut *connection).await?;
+    stamp(connection, name, schema::VERSION).await
+}
+
+const THIRD: &str = "ALTER TABLE {s}.meta ADD COLUMN attached_schema text, ADD COLUMN attached_table text,
+    ADD COLUMN attached_digest text, ADD COLUMN attached_identity text";
+
+async fn stamp(connection: &mut PgConnection, name: &SchemaName, version: i64) -> Result<(), sqlx::Error> {
     sqlx::query(in_schema("INSERT INTO {s}.schema (version, compatible_from) VALUES ($1, $2)", name))
-        .bind(schema::VERSION)
+        .bind(version)
         .bind(schema::COMPATIBLE_FROM)
         .execute(connection)
         .await

@@ -60,11 +60,8 @@ DECLARE
     gap record;
 BEGIN
     FOR attempt IN 1 .. 10000 LOOP
-        SELECT * INTO gap FROM {s}.gaps() LIMIT 1;
-        EXIT WHEN NOT FOUND;
-        IF gap.creation IS NULL THEN
-            RAISE EXCEPTION USING ERRCODE = 'object_not_in_prerequisite_state', MESSAGE = gap.problem;
-        END IF;
+        SELECT * INTO gap FROM {s}.gaps() WITH ORDINALITY ORDER BY creation IS NULL, ordinality LIMIT 1;
+        EXIT WHEN NOT FOUND OR gap.creation IS NULL; -- restore_watch says what is left
         IF attempt = 1 THEN
             LOCK TABLE {s}.trust, {s}.api_key IN SHARE ROW EXCLUSIVE MODE;
         END IF;
@@ -288,8 +285,13 @@ BEGIN
         WITH RECURSIVE home AS (
             SELECT oid FROM pg_namespace WHERE nspname = '{s}'
         ), tree (oid) AS (
-            SELECT c.oid FROM home JOIN pg_class c ON c.relnamespace = home.oid
-                WHERE c.relname IN ('api_key', 'trust', 'tx')
+            (
+                SELECT c.oid FROM home JOIN pg_class c ON c.relnamespace = home.oid
+                    WHERE c.relname IN ('api_key', 'trust', 'tx')
+                UNION ALL
+                SELECT c.oid FROM {s}.meta m JOIN pg_namespace n ON n.nspname = m.attached_schema
+                    JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = m.attached_table
+            )
             UNION
             SELECT i.inhrelid FROM tree JOIN pg_inherits i ON i.inhparent = tree.oid
         ), fact (line) AS (
@@ -302,7 +304,7 @@ BEGIN
                 FROM tree JOIN pg_trigger g ON g.tgrelid = tree.oid
             UNION ALL
             SELECT concat_ws(' ', 'function', p.oid, p.xmin) FROM home JOIN pg_proc p ON p.pronamespace = home.oid
-                WHERE p.proname IN ('note', 'api_key_changed', 'trust_changed', 'truncated', 'stamp')
+                WHERE p.proname IN ('note', 'api_key_changed', 'trust_changed', 'truncated', 'stamp', 'attached_changed')
         )
         SELECT string_agg(line, ';' ORDER BY line) FROM fact
     ), 'UTF8'));
@@ -318,20 +320,27 @@ END
         body: "
 #variable_conflict use_column
 BEGIN
-    RETURN QUERY WITH RECURSIVE wanted (root, name, function, type, deferred, creation) AS (VALUES
-        ('api_key', 'trustgate_changed', 'api_key_changed', 29, false,
-            'TRIGGER %I AFTER INSERT OR UPDATE OR DELETE ON %s FOR EACH ROW'),
-        ('api_key', 'trustgate_truncated', 'truncated', 32, false, 'TRIGGER %I AFTER TRUNCATE ON %s'),
-        ('trust', 'trustgate_changed', 'trust_changed', 29, false,
-            'TRIGGER %I AFTER INSERT OR UPDATE OR DELETE ON %s FOR EACH ROW'),
-        ('trust', 'trustgate_truncated', 'truncated', 32, false, 'TRIGGER %I AFTER TRUNCATE ON %s'),
-        ('tx', 'trustgate_stamp', 'stamp', 5, true,
-            'CONSTRAINT TRIGGER %I AFTER INSERT ON %s DEFERRABLE INITIALLY DEFERRED FOR EACH ROW')
-    ), tree (root, oid, depth) AS (
-        SELECT c.relname::text, c.oid, 0 FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
-            WHERE n.nspname = '{s}' AND c.relname IN (SELECT root FROM wanted)
+    RETURN QUERY WITH RECURSIVE wanted (home, root, name, function, type, deferred, creation) AS (
+        SELECT '{s}', own.* FROM (VALUES
+            ('api_key', 'trustgate_changed', 'api_key_changed', 29, false,
+                'TRIGGER %I AFTER INSERT OR UPDATE OR DELETE ON %s FOR EACH ROW'),
+            ('api_key', 'trustgate_truncated', 'truncated', 32, false, 'TRIGGER %I AFTER TRUNCATE ON %s'),
+            ('trust', 'trustgate_changed', 'trust_changed', 29, false,
+                'TRIGGER %I AFTER INSERT OR UPDATE OR DELETE ON %s FOR EACH ROW'),
+            ('trust', 'trustgate_truncated', 'truncated', 32, false, 'TRIGGER %I AFTER TRUNCATE ON %s'),
+            ('tx', 'trustgate_stamp', 'stamp', 5, true,
+                'CONSTRAINT TRIGGER %I AFTER INSERT ON %s DEFERRABLE INITIALLY DEFERRED FOR EACH ROW')
+        ) AS own (root, name, function, type, deferred, creation)
         UNION ALL
-        SELECT tree.root, i.inhrelid, depth + 1 FROM tree JOIN pg_inherits i ON i.inhparent = tree.oid
+        -- Only who owns that table can make them.
+        SELECT m.attached_schema, m.attached_table, theirs.name, 'attached_changed', theirs.type, false, NULL
+        FROM {s}.meta m CROSS JOIN (VALUES ('trustgate_changed', 29), ('trustgate_truncated', 32)) AS theirs (name, type)
+        WHERE m.attached_table IS NOT NULL
+    ), tree (home, root, oid, depth) AS (
+        SELECT n.nspname::text, c.relname::text, c.oid, 0 FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+            WHERE (n.nspname::text, c.relname::text) IN (SELECT home, root FROM wanted)
+        UNION ALL
+        SELECT tree.home, tree.root, i.inhrelid, depth + 1 FROM tree JOIN pg_inherits i ON i.inhparent = tree.oid
     ), gap AS (
         SELECT wanted.*, tree.oid, tree.depth, c.relkind, (
             SELECT g.tgname FROM pg_trigger g
@@ -340,24 +349,28 @@ BEGIN
                     AND g.tgdeferrable = wanted.deferred AND g.tginitdeferred = wanted.deferred
                 ORDER BY g.tgenabled = 'A' DESC LIMIT 1
         ) AS found
-        FROM wanted LEFT JOIN tree USING (root) LEFT JOIN pg_class c ON c.oid = tree.oid
+        FROM wanted LEFT JOIN tree USING (home, root) LEFT JOIN pg_class c ON c.oid = tree.oid
     )
     SELECT gap.oid::regclass, gap.name::name, gap.found,
         CASE WHEN gap.relkind IN ('r', 'p')
             THEN format('CREATE ' || gap.creation || ' EXECUTE FUNCTION {s}.%s()', gap.name, gap.oid::regclass, function) END,
         CASE
-            WHEN gap.oid IS NULL THEN format('there is no table {s}.%s', gap.root)
+            WHEN gap.oid IS NULL THEN format('there is no table %I.%I', gap.home, gap.root)
             WHEN gap.relkind NOT IN ('r', 'p') THEN format('%s is no table of which every change is seen', gap.oid::regclass)
             WHEN gap.found IS NULL THEN format('the trigger %s on table %s is missing', gap.name, gap.oid::regclass)
             ELSE format('the trigger %s on table %s is not enabled for every session (ENABLE ALWAYS)',
                 gap.found, gap.oid::regclass)
-        END
+        END || CASE WHEN gap.function = 'attached_changed' THEN ': run `trustgate attach`' ELSE '' END
     FROM (SELECT * FROM gap ORDER BY depth NULLS FIRST, oid, name) AS gap
     WHERE gap.oid IS NULL OR gap.relkind NOT IN ('r', 'p') OR gap.found IS NULL
         OR NOT EXISTS (SELECT FROM pg_trigger g WHERE g.tgrelid = gap.oid AND g.tgname = gap.found AND g.tgenabled = 'A')
     UNION ALL
     SELECT NULL, NULL, NULL, NULL, format('the function {s}.%s is not the one that was made with the tables', made.name)
-    FROM (VALUES {functions}) AS made (name, digest) WHERE NOT EXISTS (
+    FROM (
+        VALUES {functions}
+        UNION ALL
+        SELECT 'attached_changed', m.attached_digest FROM {s}.meta m WHERE m.attached_digest IS NOT NULL
+    ) AS made (name, digest) WHERE NOT EXISTS (
         SELECT FROM pg_proc p JOIN pg_namespace n ON n.oid = p.pronamespace
             WHERE n.nspname = '{s}' AND p.proname = made.name
                 AND encode(sha256(convert_to(p.prosrc, 'UTF8')), 'hex') = made.digest

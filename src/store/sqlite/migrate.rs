@@ -49,6 +49,10 @@ async fn attempt(path: &Path) -> Result<(), LedgerError> {
             if version < 2 {
                 second(&mut transaction).await?;
             }
+            if version < 3 {
+                // What came with it concerns PostgreSQL alone.
+                stamp(&mut transaction, schema::VERSION).await?;
+            }
             watch::install(&mut transaction).await?.map_err(|problem| unwatched(path, &problem))?;
         }
         transaction.commit().await?;
@@ -133,8 +137,12 @@ async fn first(connection: &mut SqliteConnection) -> Result<(), LedgerError> {
 /// Version 2: what the watch needs beside its triggers, and how long a replica's sign of life counts.
 async fn second(connection: &mut SqliteConnection) -> Result<(), sqlx::Error> {
     sqlx::raw_sql(SECOND).execute(&mut *connection).await?;
+    stamp(connection, 2).await
+}
+
+async fn stamp(connection: &mut SqliteConnection, version: i64) -> Result<(), sqlx::Error> {
     sqlx::query(sqlx::AssertSqlSafe(format!("INSERT INTO schema (version, compatible_from, at) VALUES (?, ?, {NOW})")))
-        .bind(schema::VERSION)
+        .bind(version)
         .bind(schema::COMPATIBLE_FROM)
         .execute(connection)
         .await

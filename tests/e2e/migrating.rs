@@ -1,0 +1,174 @@
+//! From a table of trusts with their keys' digests, step by step, as `docs/migrating.md` says: read as it is, attached,
+//! and moved into our own tables.
+
+use uuid::Uuid;
+
+use crate::support::{
+    among_others,
+    grpc::{Asker, Verdict},
+    postgres::Postgres,
+    server::{Server, Site, digest, made_up_key},
+};
+
+/// PostgreSQL with such a table, as an application made it.
+struct Before {
+    postgres: Postgres,
+    database: String,
+    site: Site,
+}
+
+impl Before {
+    async fn new() -> Self {
+        let postgres = Postgres::start().await;
+        let database = postgres.database().await;
+        postgres
+            .execute(&database, "CREATE TABLE trust (id uuid PRIMARY KEY, api_key_hash char(64) NULL UNIQUE)")
+            .await;
+        let site = Site::new().unhurried().with("store.url", postgres.url("admin", &database));
+        Self { postgres, database, site }
+    }
+
+    async fn execute(&self, sql: &str) {
+        self.postgres.execute(&self.database, sql).await;
+    }
+
+    /// A trust with a key; its id and the key.
+    async fn trust(&self) -> (String, String) {
+        let (id, key) = (Uuid::new_v4().to_string(), made_up_key());
+        self.execute(&format!("INSERT INTO trust VALUES ('{id}', '{}')", digest(&key))).await;
+        (id, key)
+    }
+
+    async fn served(mut self, settings: &[(&str, &str)]) -> (Self, Server, Asker) {
+        for (setting, value) in settings {
+            self.site.set(setting, *value);
+        }
+        let server = self.site.serve().await;
+        let asker = Asker::connect(server.grpc()).await;
+        (self, server, asker)
+    }
+
+    async fn attached(mut self) -> (Self, Server, Asker) {
+        self.site.set("store.table", "public.trust");
+        self.site.set("store.attached", "true");
+        self.site.migrate().await;
+        self.site.json(&["attach"]).await;
+        self.served(&[]).await
+    }
+}
+
+const LIVE: &[(&str, &str)] = &[("store.preset", "trust-table"), ("freshness.mode", "live")];
+
+#[track_caller]
+fn is_of(verdict: &Verdict, id: &str) {
+    assert_eq!((verdict.status, verdict.trust_id.as_deref()), (200, Some(id)), "{verdict:?}");
+}
+
+#[track_caller]
+fn is_unknown(verdict: &Verdict) {
+    assert_eq!((verdict.status, verdict.reason.as_deref()), (401, Some("unknown")), "{verdict:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_hit_is_compared_with_the_live_row_before_it_is_granted() {
+    let _turn = among_others().await;
+    let (before, server, asker) = Before::new().await.served(LIVE).await;
+    let (id, key) = before.trust().await;
+    for _ in 0..3 {
+        is_of(&asker.check(&key).await, &id);
+    }
+    assert!(server.metric("trustgate_store_reads_total{outcome=\"ok\"}").await >= 3.0, "each request reads its row");
+    before.execute(&format!("UPDATE trust SET api_key_hash = '{}'", digest("another-key-altogether"))).await;
+    is_unknown(&asker.check(&key).await);
+    is_of(&asker.check("another-key-altogether").await, &id);
+    before.execute("UPDATE trust SET api_key_hash = NULL").await;
+    is_unknown(&asker.check("another-key-altogether").await);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_key_that_moved_to_another_row_is_looked_for_and_not_refused() {
+    let _turn = among_others().await;
+    let move_it = |from: &str, to: &str, key: &str| {
+        format!(
+            "BEGIN; UPDATE trust SET api_key_hash = NULL WHERE id = '{from}';
+             UPDATE trust SET api_key_hash = '{}' WHERE id = '{to}'; COMMIT",
+            digest(key)
+        )
+    };
+    let (before, _server, asker) = Before::new().await.served(LIVE).await;
+    let ((one, key), (other, _)) = (before.trust().await, before.trust().await);
+    is_of(&asker.check(&key).await, &one);
+    before.execute(&move_it(&one, &other, &key)).await;
+    is_of(&asker.check(&key).await, &other);
+
+    let (before, _server, asker) = Before::new().await.attached().await;
+    let ((one, key), (other, _)) = (before.trust().await, before.trust().await);
+    is_of(&asker.check(&key).await, &one);
+    before.execute(&move_it(&one, &other, &key)).await;
+    // Whoever clears the caches is told when every replica has applied all that was committed before.
+    before.site.json(&["cache", "clear"]).await;
+    is_of(&asker.check(&key).await, &other);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_trust_that_is_being_made_has_no_key_until_it_is_written() {
+    let _turn = among_others().await;
+    for attached in [false, true] {
+        let before = Before::new().await;
+        let (before, _server, asker) = if attached { before.attached().await } else { before.served(LIVE).await };
+        let (id, key) = (Uuid::new_v4(), made_up_key());
+        before.execute(&format!("INSERT INTO trust (id) VALUES ('{id}')")).await;
+        is_unknown(&asker.check(&key).await);
+        before.execute(&format!("UPDATE trust SET api_key_hash = '{}' WHERE id = '{id}'", digest(&key))).await;
+        if attached {
+            before.site.json(&["cache", "clear"]).await;
+        }
+        is_of(&asker.check(&key).await, &id.to_string());
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_is_held_of_an_attached_table_needs_no_read_until_it_changes() {
+    let _turn = among_others().await;
+    let (before, server, asker) = Before::new().await.attached().await;
+    let ((id, key), (other, theirs)) = (before.trust().await, before.trust().await);
+    is_of(&asker.check(&key).await, &id);
+    is_of(&asker.check(&theirs).await, &other);
+    let reads = || server.metric("trustgate_store_reads_total{outcome=\"ok\"}");
+    let read = reads().await;
+    for _ in 0..100 {
+        is_of(&asker.check(&key).await, &id);
+    }
+    assert_eq!(reads().await - read, 0.0);
+    before.execute(&format!("DELETE FROM trust WHERE id = '{id}'")).await;
+    let effect = before.site.json(&["cache", "clear"]).await;
+    assert_eq!((&effect["replicas"], &effect["applied"]), (&1.into(), &1.into()), "{effect}");
+    is_unknown(&asker.check(&key).await);
+    is_of(&asker.check(&theirs).await, &other);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn moved_into_our_own_tables_every_key_keeps_its_trust() {
+    let _turn = among_others().await;
+    let (mut before, server, asker) = Before::new().await.attached().await;
+    let (id, key) = before.trust().await;
+    before.execute(&format!("INSERT INTO trust (id) VALUES ('{}')", Uuid::new_v4())).await;
+    is_of(&asker.check(&key).await, &id);
+    drop(server);
+    before.execute(&moving()).await;
+    before.site.json(&["detach"]).await;
+    before.site = Site::new().unhurried().with("store.url", before.postgres.url("admin", &before.database));
+    let (before, _server, asker) = before.served(&[]).await;
+    is_of(&asker.check(&key).await, &id);
+    let keys = before.site.json(&["key", "list"]).await;
+    assert_eq!((keys.as_array().unwrap().len(), &keys[0]["trust_id"]), (1, &id.as_str().into()), "{keys}");
+    before.site.json(&["key", "revoke", keys[0]["id"].as_str().unwrap()]).await;
+    assert_eq!(asker.check(&key).await.reason.as_deref(), Some("revoked"));
+}
+
+/// The statements of the page.
+fn moving() -> String {
+    let page = include_str!("../../docs/migrating.md");
+    let block = page.split_once("```sql\n").expect("the page has statements").1;
+    block.split_once("```").expect("they end").0.to_owned()
+}

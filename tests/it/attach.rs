@@ -1,0 +1,449 @@
+//! An existing table that is attached: every change of what decisions read is named, for an application that knows
+//! nothing of it, and nothing is left when it is detached.
+
+use std::sync::Arc;
+
+use sqlx::{AssertSqlSafe, Connection, PgConnection, postgres::PgConnectOptions};
+use trustgate::{
+    clock::SystemClock,
+    record::{ApiKeyDigest, Change, ChangeKind, KeyId, Version},
+    secret::Secret,
+    settings::{Setting, Written},
+    store::{self, LedgerError, Missing, PollError, Source, StoreSettings, TableName},
+};
+use uuid::Uuid;
+
+use crate::{program::Place, support::postgres::Postgres};
+
+/// A database with a table of somebody's: owned by `…_owner`, written by `…_app`, neither of which has any right on our
+/// tables, which belong to `…_gate`; read by `…_serve`.
+struct Theirs {
+    server: Arc<Postgres>,
+    name: String,
+    place: Place,
+}
+
+const TABLE: &str = "
+CREATE SCHEMA hospital;
+CREATE TABLE hospital.trust (
+    id uuid PRIMARY KEY, api_key_hash char(64) UNIQUE, revoked_at timestamptz, seen_at timestamptz, note text
+);
+CREATE INDEX ON hospital.trust (api_key_hash) WHERE api_key_hash IS NOT NULL;
+";
+
+impl Theirs {
+    async fn new() -> Self {
+        Self::with(TABLE).await
+    }
+
+    async fn with(table: &str) -> Self {
+        let server = Postgres::shared().await;
+        let name = server.database().await;
+        for role in ["owner", "app", "gate", "serve"] {
+            server.execute(&name, &format!("CREATE ROLE {name}_{role} LOGIN")).await;
+        }
+        server.execute(&name, &format!("GRANT CREATE ON DATABASE {name} TO {name}_owner, {name}_gate")).await;
+        let place = Place::new()
+            .with("TRUSTGATE__STORE__URL", &server.url(&format!("{name}_serve"), &name))
+            .with("TRUSTGATE__STORE__MANAGEMENT_URL", &server.url(&format!("{name}_gate"), &name))
+            .with("TRUSTGATE__STORE__TABLE", "hospital.trust")
+            .with("TRUSTGATE__STORE__TABLE_REVOKED_AT", "revoked_at")
+            .with("TRUSTGATE__STORE__ATTACHED", "true");
+        let theirs = Self { server, name, place };
+        theirs.run("owner", table).await;
+        theirs.run("owner", &format!("GRANT USAGE ON SCHEMA hospital TO {0}_app", theirs.name)).await;
+        let rights = "SELECT, INSERT, UPDATE, DELETE, TRUNCATE";
+        theirs.run("owner", &format!("GRANT {rights} ON hospital.trust TO {}_app", theirs.name)).await;
+        theirs.place.run(&["migrate"]).done();
+        let roles =
+            ["--serve-role", &format!("{}_serve", theirs.name), "--manage-role", &format!("{}_gate", theirs.name)];
+        let grants = theirs.place.run(&[&["migrate", "--print-grants"], &roles[..]].concat()).done().out;
+        theirs.server.execute(&theirs.name, &grants).await;
+        theirs
+    }
+
+    async fn as_role(&self, role: &str) -> PgConnection {
+        let options: PgConnectOptions = self.server.url(&format!("{}_{role}", self.name), &self.name).parse().unwrap();
+        PgConnection::connect_with(&options).await.unwrap()
+    }
+
+    async fn run(&self, role: &str, sql: &str) {
+        execute(&mut self.as_role(role).await, sql).await;
+    }
+
+    /// Has each part of what is printed run by the role that it names.
+    async fn run_printed(&self, command: &str) {
+        let printed = self.place.run(&[command, "--print"]).done().out;
+        let parts: Vec<_> = printed.split("-- As the owner of ").skip(1).collect();
+        assert!(!parts.is_empty(), "{printed}");
+        for part in parts {
+            let (head, sql) = part.split_once(":\n").unwrap();
+            let role = head.rsplit_once(", ").unwrap().1.strip_prefix(&format!("{}_", self.name)).unwrap();
+            self.run(role, sql).await;
+        }
+    }
+
+    fn settings(&self) -> StoreSettings {
+        let column = |name: &str| Setting::read(&Written::One(name.to_owned()));
+        StoreSettings {
+            url: Some(Secret::new(self.server.url(&format!("{}_serve", self.name), &self.name))),
+            table: TableName::read(&Written::One("hospital.trust".to_owned())),
+            table_revoked_at: column("revoked_at"),
+            attached: true,
+            read_timeout: std::time::Duration::from_secs(20),
+            connect_timeout: std::time::Duration::from_secs(20),
+            ..StoreSettings::default()
+        }
+    }
+
+    async fn lookup(&self) -> Arc<dyn Source> {
+        let lookup = store::open_lookup(&self.settings(), &|_| None, Arc::new(SystemClock)).unwrap();
+        lookup.prepare(Missing::Refuse).await.unwrap();
+        lookup
+    }
+
+    /// The lookup of a table that is attached, and its newest version.
+    async fn watched(&self) -> (Arc<dyn Source>, Version) {
+        let lookup = self.lookup().await;
+        lookup.restore_watch().await.unwrap();
+        let newest = lookup.poll(None).await.unwrap().newest.as_of;
+        (lookup, newest)
+    }
+}
+
+async fn execute(connection: &mut PgConnection, sql: &str) {
+    let done = sqlx::raw_sql(AssertSqlSafe(sql)).execute(connection).await;
+    done.unwrap_or_else(|error| panic!("{sql}: {error}"));
+}
+
+/// What was named since `version`, sorted, and how many versions there were.
+async fn named(lookup: &Arc<dyn Source>, version: &mut Version) -> (Vec<String>, usize) {
+    let polled = lookup.poll(Some(*version)).await.unwrap();
+    assert!(polled.watched && polled.complete, "{polled:?}");
+    *version = polled.newest.as_of;
+    let mut changes: Vec<_> = polled.changes.iter().map(|(_, change)| format!("{change:?}")).collect();
+    changes.sort();
+    (changes, polled.versions.len() - 1)
+}
+
+fn id(number: u128) -> Uuid {
+    Uuid::from_u128(number)
+}
+
+fn digest(number: u128) -> ApiKeyDigest {
+    ApiKeyDigest::from_hex(&hash(number)).unwrap()
+}
+
+fn hash(number: u128) -> String {
+    format!("{number:064x}")
+}
+
+fn texts(changes: &[Change]) -> Vec<String> {
+    let mut texts: Vec<_> = changes.iter().map(|change| format!("{change:?}")).collect();
+    texts.sort();
+    texts
+}
+
+fn key(number: u128) -> Change {
+    Change::Key(KeyId(id(number)))
+}
+
+#[tokio::test]
+async fn whatever_an_application_does_to_an_attached_table_is_named_and_a_heartbeat_is_nothing() {
+    let theirs = Theirs::new().await;
+    theirs.run_printed("attach").await;
+    let (lookup, mut seen) = theirs.watched().await;
+    for level in ["READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"] {
+        let mut app = theirs.as_role("app").await;
+        execute(&mut app, &format!("SET default_transaction_isolation = '{level}'")).await;
+        for (sql, changes) in [
+            // A row that is being made is nothing yet.
+            (format!("INSERT INTO hospital.trust (id) VALUES ('{}')", id(1)), vec![]),
+            (
+                format!("UPDATE hospital.trust SET api_key_hash = '{}' WHERE id = '{}'", hash(11), id(1)),
+                vec![key(1), Change::Absent(digest(11))],
+            ),
+            (
+                format!("INSERT INTO hospital.trust (id, api_key_hash) VALUES ('{}', '{}')", id(2), hash(12)),
+                vec![Change::Absent(digest(12))],
+            ),
+            ("UPDATE hospital.trust SET seen_at = clock_timestamp(), note = 'seen'".to_owned(), vec![]),
+            (format!("UPDATE hospital.trust SET api_key_hash = '{}' WHERE id = '{}'", hash(11), id(1)), vec![]),
+            (
+                format!("UPDATE hospital.trust SET api_key_hash = '{}' WHERE id = '{}'", hash(13), id(1)),
+                vec![key(1), Change::Absent(digest(13)), Change::Gone(digest(11))],
+            ),
+            (
+                format!("UPDATE hospital.trust SET api_key_hash = NULL WHERE id = '{}'", id(1)),
+                vec![key(1), Change::Gone(digest(13))],
+            ),
+            (
+                format!("UPDATE hospital.trust SET revoked_at = now() WHERE id = '{}'", id(2)),
+                vec![key(2), Change::Absent(digest(12)), Change::Gone(digest(12))],
+            ),
+            (
+                format!("UPDATE hospital.trust SET id = '{}', revoked_at = NULL WHERE id = '{}'", id(3), id(2)),
+                vec![key(2), key(3), Change::Absent(digest(12))],
+            ),
+            (
+                format!(
+                    "INSERT INTO hospital.trust (id, api_key_hash) VALUES ('{}', '{}')
+                     ON CONFLICT (id) DO UPDATE SET api_key_hash = excluded.api_key_hash",
+                    id(3),
+                    hash(14)
+                ),
+                vec![key(3), Change::Absent(digest(14)), Change::Gone(digest(12))],
+            ),
+            (
+                format!(
+                    "MERGE INTO hospital.trust t USING (VALUES ('{}'::uuid), ('{}')) AS n (id) ON t.id = n.id
+                     WHEN MATCHED THEN DELETE WHEN NOT MATCHED THEN INSERT VALUES (n.id, '{}')",
+                    id(3),
+                    id(4),
+                    hash(15)
+                ),
+                vec![key(3), Change::Gone(digest(14)), Change::Absent(digest(15))],
+            ),
+            (format!("DELETE FROM hospital.trust WHERE id = '{}'", id(4)), vec![key(4), Change::Gone(digest(15))]),
+            (format!("DELETE FROM hospital.trust WHERE id = '{}'", id(1)), vec![key(1)]),
+        ] {
+            execute(&mut app, &sql).await;
+            let versions = usize::from(!changes.is_empty());
+            assert_eq!(named(&lookup, &mut seen).await, (texts(&changes), versions), "{level}: {sql}");
+        }
+        let mut copy = app.copy_in_raw("COPY hospital.trust (id, api_key_hash) FROM STDIN").await.unwrap();
+        copy.send(format!("{}\t{}\n{}\t\\N\n", id(20), hash(20), id(21)).into_bytes()).await.unwrap();
+        copy.finish().await.unwrap();
+        assert_eq!(named(&lookup, &mut seen).await, (texts(&[Change::Absent(digest(20))]), 1), "{level}");
+        execute(&mut app, "BEGIN; DELETE FROM hospital.trust; ROLLBACK").await;
+        assert_eq!(named(&lookup, &mut seen).await, (vec![], 0), "what was undone did not happen");
+        execute(&mut app, "TRUNCATE hospital.trust").await;
+        // The table has another file then, which might as well be another table.
+        assert!(!lookup.poll(Some(seen)).await.unwrap().watched);
+        lookup.restore_watch().await.unwrap();
+        let whole = [Change::Whole(ChangeKind::Keys), Change::Whole(ChangeKind::Trusts), Change::Everything];
+        assert_eq!(named(&lookup, &mut seen).await, (texts(&whole), 2), "{level}");
+    }
+    let rights = format!(
+        "SELECT has_schema_privilege('{0}_app', 'trustgate', 'USAGE') OR has_schema_privilege('{0}_owner', 'trustgate', 'USAGE')",
+        theirs.name
+    );
+    assert!(!theirs.server.value::<bool>(&theirs.name, &rights).await, "neither needs a right on our tables");
+}
+
+#[tokio::test]
+async fn what_is_read_of_an_attached_table_is_dated_and_decided_by_its_columns() {
+    let theirs = Theirs::new().await;
+    theirs.run_printed("attach").await;
+    let (lookup, newest) = theirs.watched().await;
+    let digests = |number| trustgate::record::Digests { current: digest(number), older: Vec::new() };
+    assert_eq!(lookup.find(&digests(11)).await.unwrap().value, None);
+    theirs
+        .run(
+            "app",
+            &format!(
+                "INSERT INTO hospital.trust (id, api_key_hash, revoked_at) VALUES ('{}', '{}', 'infinity'), ('{}', '{}', now())",
+                id(1), hash(11), id(2), hash(12)
+            ),
+        )
+        .await;
+    let good = lookup.find(&digests(11)).await.unwrap();
+    let record = good.value.clone().unwrap();
+    assert_eq!((record.key_id.0, record.trust_id.0, record.trust_enabled), (id(1), id(1), true));
+    assert_eq!((record.revoked_at, record.expires_at), (None, None), "one that never comes is none");
+    let polled = lookup.poll(Some(newest)).await.unwrap();
+    assert_eq!(
+        (good.as_of, good.nonce, good.lineage),
+        (polled.newest.as_of, polled.newest.nonce, polled.newest.lineage)
+    );
+    let revoked = lookup.find_by_id(KeyId(id(2))).await.unwrap();
+    assert!(revoked.value.unwrap().revoked_at.is_some());
+    assert!(lookup.redis_mac_key().await.unwrap().is_some());
+}
+
+#[tokio::test]
+async fn nothing_is_left_when_it_is_detached() {
+    for printed in [true, false] {
+        let mut theirs = Theirs::new().await;
+        if !printed {
+            // One that may do all of it.
+            let all = theirs.server.url("admin", &theirs.name);
+            theirs.place = theirs.place.with("TRUSTGATE__STORE__MANAGEMENT_URL", &all);
+        }
+        let schema = || {
+            let dump = theirs.server.dump(&theirs.name, &["--schema-only"]);
+            // Random, and no part of the schema.
+            dump.lines().filter(|line| !line.contains("restrict ")).collect::<Vec<_>>().join("\n")
+        };
+        let before = schema();
+        for _ in 0..2 {
+            if printed {
+                theirs.run_printed("attach").await;
+            } else {
+                let answer = theirs.place.json(&["attach"]);
+                assert_eq!((&answer["table"], &answer["attached"]), (&"hospital.trust".into(), &true.into()));
+            }
+        }
+        let attached = schema();
+        assert!(attached.contains("CREATE TRIGGER trustgate_changed") && attached.contains("attached_changed"));
+        let (lookup, newest) = theirs.watched().await;
+        if printed {
+            theirs.run_printed("detach").await;
+        } else {
+            assert_eq!(theirs.place.json(&["detach"])["attached"], false);
+        }
+        assert!(schema() == before, "{}", schema());
+        assert!(!lookup.poll(Some(newest)).await.unwrap().watched, "nothing is relied on any more");
+        let problem = lookup.restore_watch().await.unwrap_err().to_string();
+        assert!(problem.contains("run `trustgate attach`"), "{problem}");
+        theirs.run("app", &format!("INSERT INTO hospital.trust (id) VALUES ('{}')", id(1))).await;
+    }
+}
+
+#[tokio::test]
+async fn a_table_whose_changes_would_be_missed_is_not_attached() {
+    let theirs = Theirs::with(
+        "CREATE SCHEMA hospital;
+         CREATE TABLE hospital.base (id bigint, api_key_hash text, revoked_at timestamp);
+         CREATE VIEW hospital.trust AS SELECT * FROM hospital.base;
+         CREATE TABLE hospital.hidden (id uuid PRIMARY KEY, api_key_hash text UNIQUE, revoked_at timestamptz);
+         ALTER TABLE hospital.hidden ENABLE ROW LEVEL SECURITY",
+    )
+    .await;
+    theirs.place.run(&["attach"]).failed(1, &["hospital.trust cannot be attached", "is a view or a foreign table"]);
+    let of = |table: &str| Place::new().like(&theirs.place).with("TRUSTGATE__STORE__TABLE", table);
+    of("hospital.base").run(&["attach"]).failed(
+        1,
+        &[
+            "column \"id\" (store.table_id) is of type bigint, not uuid",
+            "no index begins with column \"id\"",
+            "no index begins with column \"api_key_hash\" (store.table_digest)",
+            "CREATE INDEX CONCURRENTLY ON \"hospital\".\"base\" (\"api_key_hash\")",
+            "column \"revoked_at\" (store.table_revoked_at) is of type timestamp without time zone",
+        ],
+    );
+    of("hospital.hidden").run(&["attach"]).failed(1, &["has row level security"]);
+    of("hospital.gone").run(&["attach"]).failed(1, &["there is no such table"]);
+    of("hospital.hidden")
+        .with("TRUSTGATE__STORE__TABLE_TRUST", "tenant")
+        .run(&["attach"])
+        .failed(1, &["there is no column \"tenant\" (store.table_trust)"]);
+    let sqlite = Place::new().like(&theirs.place).with("TRUSTGATE__STORE__MANAGEMENT_URL", "sqlite:///nowhere/t.db");
+    sqlite.run(&["attach"]).failed(1, &["only a table in PostgreSQL"]);
+}
+
+#[tokio::test]
+async fn without_the_rights_it_is_said_who_has_to_do_it() {
+    let theirs = Theirs::new().await;
+    theirs.place.run(&["attach"]).failed(1, &["hospital.trust", "--print"]);
+    let (lookup, newest) = (theirs.lookup().await, Version(1));
+    assert!(!lookup.poll(Some(newest)).await.is_ok_and(|polled| polled.watched), "nothing was done");
+}
+
+#[tokio::test]
+async fn whoever_alters_an_attached_table_ends_the_lease_until_it_is_put_right() {
+    let theirs = Theirs::new().await;
+    theirs.run_printed("attach").await;
+    for (harm, says) in [
+        ("ALTER TABLE hospital.trust DISABLE TRIGGER trustgate_changed", "is not enabled for every session"),
+        ("DROP TRIGGER trustgate_changed ON hospital.trust", "is missing"),
+        ("DROP TRIGGER trustgate_truncated ON hospital.trust", "is missing"),
+        (
+            "ALTER TABLE hospital.trust RENAME TO old;
+             CREATE TABLE hospital.trust (LIKE hospital.old INCLUDING ALL);
+             DROP TABLE hospital.old",
+            "is missing",
+        ),
+        ("DROP TABLE hospital.trust", "there is no table hospital.trust"),
+    ] {
+        let (lookup, mut seen) = theirs.watched().await;
+        theirs.run("owner", harm).await;
+        assert!(!lookup.poll(Some(seen)).await.unwrap().watched, "{harm}");
+        let problem = lookup.restore_watch().await.unwrap_err().to_string();
+        assert!(problem.contains(says) && problem.contains("run `trustgate attach`"), "{harm}: {problem}");
+        if harm.starts_with("DROP TABLE") {
+            theirs.run("owner", TABLE.split_once(';').unwrap().1).await;
+        }
+        theirs.run("owner", &format!("GRANT SELECT ON hospital.trust TO {}_serve", theirs.name)).await;
+        theirs.run_printed("attach").await;
+        lookup.restore_watch().await.unwrap();
+        let (changes, _) = named(&lookup, &mut seen).await;
+        assert!(
+            changes.contains(&format!("{:?}", Change::Everything)),
+            "what passed meanwhile may be anything: {changes:?}"
+        );
+    }
+}
+
+#[tokio::test]
+async fn partitions_are_watched_once_they_are_attached_too() {
+    let theirs = Theirs::with(
+        "CREATE SCHEMA hospital;
+         CREATE TABLE hospital.trust (id uuid, api_key_hash char(64), revoked_at timestamptz, PRIMARY KEY (id))
+             PARTITION BY HASH (id);
+         CREATE INDEX ON hospital.trust (api_key_hash);
+         CREATE TABLE hospital.one PARTITION OF hospital.trust FOR VALUES WITH (MODULUS 2, REMAINDER 0);
+         CREATE TABLE hospital.two PARTITION OF hospital.trust FOR VALUES WITH (MODULUS 2, REMAINDER 1)",
+    )
+    .await;
+    theirs.run_printed("attach").await;
+    let (lookup, mut seen) = theirs.watched().await;
+    for number in 1..9 {
+        let insert =
+            format!("INSERT INTO hospital.trust (id, api_key_hash) VALUES ('{}', '{}')", id(number), hash(number));
+        theirs.run("app", &insert).await;
+        assert_eq!(named(&lookup, &mut seen).await, (texts(&[Change::Absent(digest(number))]), 1));
+    }
+    theirs.run("owner", "TRUNCATE hospital.two").await;
+    lookup.restore_watch().await.unwrap();
+    assert_eq!(named(&lookup, &mut seen).await.0.len(), 3);
+}
+
+#[tokio::test]
+async fn a_replica_that_reads_other_columns_than_are_watched_relies_on_nothing() {
+    let theirs = Theirs::new().await;
+    theirs.run_printed("attach").await;
+    let (lookup, newest) = theirs.watched().await;
+    assert!(lookup.poll(Some(newest)).await.unwrap().watched);
+    let settings = StoreSettings { table_revoked_at: None, ..theirs.settings() };
+    let other = store::open_lookup(&settings, &|_| None, Arc::new(SystemClock)).unwrap();
+    other.prepare(Missing::Refuse).await.unwrap();
+    assert!(!other.poll(Some(newest)).await.unwrap().watched);
+    assert!(other.restore_watch().await.unwrap_err().to_string().contains("run `trustgate attach`"));
+}
+
+#[tokio::test]
+async fn caches_are_cleared_and_keys_left_alone() {
+    let theirs = Theirs::new().await;
+    theirs.run_printed("attach").await;
+    let (lookup, mut seen) = theirs.watched().await;
+    theirs.place.run(&["cache", "clear"]).done();
+    assert_eq!(named(&lookup, &mut seen).await, (texts(&[Change::Everything]), 1));
+    theirs.place.run(&["trust", "create", "acme"]).failed(1, &["a table of yours", "store.table is set in"]);
+    theirs.place.run(&["migrate"]).done();
+}
+
+#[tokio::test]
+async fn before_migrate_it_is_said_to_run_that() {
+    let server = Postgres::shared().await;
+    let name = server.database().await;
+    server.execute(&name, TABLE).await;
+    let place = Place::new()
+        .with("TRUSTGATE__STORE__URL", &server.url("admin", &name))
+        .with("TRUSTGATE__STORE__TABLE", "hospital.trust");
+    place.run(&["attach"]).failed(1, &["run `trustgate migrate`"]);
+    place.run(&["migrate"]).failed(1, &["reads it and never changes it"]);
+    let attached = place.with("TRUSTGATE__STORE__ATTACHED", "true");
+    let settings = StoreSettings {
+        url: Some(Secret::new(server.url("admin", &name))),
+        table: TableName::read(&Written::One("hospital.trust".to_owned())),
+        attached: true,
+        ..StoreSettings::default()
+    };
+    let lookup = store::open_lookup(&settings, &|_| None, Arc::new(SystemClock)).unwrap();
+    assert!(matches!(lookup.prepare(Missing::Refuse).await, Err(LedgerError::Schema(_))));
+    assert!(matches!(lookup.poll(None).await, Err(PollError::Unusable(_))));
+    attached.run(&["migrate"]).done();
+    attached.run(&["attach"]).done();
+    lookup.prepare(Missing::Refuse).await.unwrap();
+}
