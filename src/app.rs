@@ -147,8 +147,7 @@ impl AppBuilder {
     /// An address that is in use, a secret's file that cannot be read.
     pub async fn start(self) -> Result<Running, AppError> {
         let Self { config, source, place, clock } = self;
-        // One provider for every TLS connection; a second start in one process finds it installed.
-        let _ = rustls::crypto::ring::default_provider().install_default();
+        tls::install_provider();
         let tls = tls::acceptor(&config.grpc)?;
         let (grpc, admin) = (bind_grpc(&config).await?, bind_admin(&config).await?);
         let addresses = addresses(&grpc, &admin)?;

@@ -7,6 +7,7 @@ mod answer;
 mod args;
 mod commands;
 mod deny;
+mod doctor;
 mod effect;
 mod error;
 mod key;

@@ -137,6 +137,12 @@ impl Clock for SystemClock {
     }
 }
 
+/// What the wall clock of this machine showed at `at`, as far as it was not set since: for people who compare clocks.
+#[must_use]
+pub fn wall_time(clock: &dyn Clock, at: Moment) -> DatabaseTime {
+    DatabaseTime::from_micros(at.micros().saturating_add(clock.wall_offset()))
+}
+
 /// A clock that stands still until it is told to go on.
 #[derive(Debug, Default)]
 pub struct ManualClock(AtomicU64);

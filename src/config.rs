@@ -104,12 +104,8 @@ impl fmt::Display for Mistakes {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let count = self.0.len();
         write!(f, "the configuration has {count} mistake{}:", if count == 1 { "" } else { "s" })?;
-        for Mistake { setting, origin, problem } in &self.0 {
-            match origin {
-                Some(origin) if setting.is_empty() => write!(f, "\n  {origin}: {problem}")?,
-                Some(origin) => write!(f, "\n  {origin}: {setting}: {problem}")?,
-                None => write!(f, "\n  {setting} (not set): {problem}")?,
-            }
+        for mistake in &self.0 {
+            write!(f, "\n  {mistake}")?;
         }
         Ok(())
     }
@@ -145,6 +141,19 @@ pub fn load(
     environment: impl IntoIterator<Item = (OsString, OsString)>,
     purpose: Purpose,
 ) -> Result<Config, ConfigError> {
+    let (config, mistakes) = load_with_mistakes(file, environment, purpose)?;
+    if mistakes.is_empty() { Ok(config) } else { Err(ConfigError::Mistakes(Mistakes(mistakes))) }
+}
+
+/// As [`load`], but with what could be read where there are mistakes: a setting that cannot be read has its default.
+///
+/// # Errors
+/// When the file cannot be read.
+pub fn load_with_mistakes(
+    file: Option<&Path>,
+    environment: impl IntoIterator<Item = (OsString, OsString)>,
+    purpose: Purpose,
+) -> Result<(Config, Vec<Mistake>), ConfigError> {
     let variables: Vec<_> = environment.into_iter().collect();
     let named = variables.iter().find(|(name, value)| name == FILE_VARIABLE && !value.is_empty());
     let file = file.map(|path| (path, "--config")).or(named.map(|(_, path)| (Path::new(path), FILE_VARIABLE)));
@@ -163,8 +172,7 @@ pub fn load(
     let mut config = read(&mut reader);
     check::run(&config, purpose, &mut reader);
     config.origins = origins(&reader);
-    let mistakes = reader.into_mistakes();
-    if mistakes.is_empty() { Ok(config) } else { Err(ConfigError::Mistakes(Mistakes(mistakes))) }
+    Ok((config, reader.into_mistakes()))
 }
 
 fn origins(reader: &Reader) -> BTreeMap<String, Origin> {

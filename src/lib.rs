@@ -13,6 +13,7 @@
 //! - [`metrics`], the registry; each module declares its own metrics
 //! - [`breaker`], whether a tier is worth asking
 //! - [`fault`], why we cannot decide; never the caller's doing
+//! - [`finding`], what an examination of the surroundings came to
 //!
 //! The request, the answer and the rules, without I/O:
 //!
@@ -63,6 +64,7 @@ pub mod credential;
 pub mod decision;
 pub mod demand;
 pub mod fault;
+pub mod finding;
 pub mod freshness;
 pub mod manage;
 pub mod metrics;

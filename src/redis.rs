@@ -3,6 +3,7 @@
 //!
 //! Redis is an optimisation. Never makes a caller wait for a connection, and never stops the start of the server.
 
+pub mod examine;
 mod hints;
 mod link;
 

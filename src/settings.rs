@@ -3,7 +3,7 @@
 //! Each module declares the section it is set by with `settings!`; reading files and the environment is `config`'s.
 //! Never prints a value: a setting may be a secret.
 
-use std::{collections::BTreeMap, net::SocketAddr, path::PathBuf, time::Duration};
+use std::{collections::BTreeMap, fmt, net::SocketAddr, path::PathBuf, time::Duration};
 
 use crate::{
     secret::Secret,
@@ -31,6 +31,18 @@ pub struct Mistake {
     pub origin: Option<Origin>,
     /// What is wrong and what to write instead. Never holds the value of a secret.
     pub problem: String,
+}
+
+/// In one line, with the place where it was made.
+impl fmt::Display for Mistake {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { setting, origin, problem } = self;
+        match origin {
+            Some(origin) if setting.is_empty() => write!(f, "{origin}: {problem}"),
+            Some(origin) => write!(f, "{origin}: {setting}: {problem}"),
+            None => write!(f, "{setting} (not set): {problem}"),
+        }
+    }
 }
 
 /// A type that a setting can have.

@@ -5,6 +5,7 @@
 
 mod book;
 pub mod copy;
+pub mod examine;
 pub mod existing;
 pub mod ledger;
 pub mod lookup;

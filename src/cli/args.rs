@@ -90,6 +90,9 @@ pub(super) enum Command {
     Config(Config),
     /// Decide one key, read from standard input, and say why. Exit code 3: denied.
     Check,
+    /// Examine what `serve` would find with this configuration: deadlines, files, the database, the rights there, Redis.
+    /// Changes nothing. Exit code 1: something that is needed does not work.
+    Doctor,
     /// Print completions for a shell.
     Completions {
         /// Which shell.

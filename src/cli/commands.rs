@@ -8,7 +8,7 @@ use serde_json::json;
 use super::{
     Answer, Arguments, CliError, DENIED, Environment, FAILED,
     args::{self, Command},
-    deny,
+    deny, doctor,
     effect::effect_json,
     error::At,
     key, progress, stdin, trust,
@@ -46,6 +46,10 @@ pub(super) fn run(arguments: Arguments, environment: &Environment) -> Result<Ans
                 &|name| variable(environment, name),
                 &Secret::new(text.expose().trim().to_owned()),
             )?))
+        }
+        Command::Doctor => {
+            let loaded = config::load_with_mistakes(file.as_deref(), environment.iter().cloned(), Purpose::Serve);
+            doctor::run(loaded, &|name| variable(environment, name))
         }
         Command::Migrate { print_grants: true, serve_role, manage_role, .. } => {
             Ok(Answer::text(store::grants(&load(Purpose::Manage)?.store, &serve_role, &manage_role)))

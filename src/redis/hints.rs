@@ -10,7 +10,7 @@ use tokio_util::sync::CancellationToken;
 use super::{Attempts, Link, PING_INTERVAL, Redis, timed_out};
 
 /// Where hints are sent. In a Cluster a message reaches every node.
-const CHANNEL: &str = "trustgate:hints";
+pub(super) const CHANNEL: &str = "trustgate:hints";
 
 /// Calls `on_hint` for every hint, and once after every connect, since what was said before was missed. Goes on until
 /// `stop`, on a connection of its own; `on_hint` must not block.

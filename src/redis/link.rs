@@ -149,7 +149,7 @@ fn cluster(settings: &RedisSettings) -> Result<ClusterClient, RedisError> {
 }
 
 /// What `redis.url` and the files say now, with the password; at least one.
-fn servers(settings: &RedisSettings) -> Result<Vec<ConnectionInfo>, RedisError> {
+pub(super) fn servers(settings: &RedisSettings) -> Result<Vec<ConnectionInfo>, RedisError> {
     let urls = match &settings.url_file {
         Some(file) => urls_in(&Secret::read(file)?),
         None => settings.url.clone(),

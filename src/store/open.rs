@@ -187,7 +187,7 @@ fn not_on_sqlite() -> LedgerError {
 /// to run. With an SQLite file nobody needs any.
 #[must_use]
 pub fn grants(settings: &StoreSettings, serve: &str, manage: &str) -> String {
-    postgres::migrate::grants(&settings.schema, ExistingTable::of(settings).as_ref(), serve, manage)
+    postgres::rights::grants(&settings.schema, ExistingTable::of(settings).as_ref(), serve, manage)
 }
 
 /// How much longer than a read's deadline the server may go on with it: the deadline here comes first.

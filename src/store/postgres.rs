@@ -4,11 +4,13 @@
 //! transaction, and nothing is set for a whole session.
 
 mod blocked;
+pub(crate) mod examine;
 pub(crate) mod existing;
 pub(crate) mod ledger;
 mod listen;
 pub(crate) mod lookup;
 pub(crate) mod migrate;
+pub(crate) mod rights;
 mod watch;
 
 use std::time::Duration;

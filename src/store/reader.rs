@@ -104,15 +104,18 @@ impl<D: Dialect> Reader<D> {
     async fn check_schema(&self, query: &D::Query) -> Result<(), LedgerError> {
         let place = self.dialect.place();
         let tables = match self.reads.read(query).await {
-            Ok(rows) => match rows.first() {
-                None => None,
-                Some(row) => Some(schema::Tables { version: row.number(0)?, compatible_from: row.number(1)? }),
-            },
+            Ok(rows) => newest_tables(&rows)?,
             Err(Trouble::Sql(error)) if D::is_missing(&error) => None,
             Err(trouble) => return Err(Fault::from(trouble).into()),
         };
         schema::check(tables, &place)
     }
+}
+
+/// What the answer to [`Ours::schema`] says; `None` where there are no tables.
+pub(crate) fn newest_tables(rows: &[impl Plain]) -> Result<Option<schema::Tables>, sqlx::Error> {
+    let Some(row) = rows.first() else { return Ok(None) };
+    Ok(Some(schema::Tables { version: row.number(0)?, compatible_from: row.number(1)? }))
 }
 
 #[async_trait]

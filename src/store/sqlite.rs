@@ -2,6 +2,7 @@
 //!
 //! For one process that serves and the commands beside it, on a local disk. Never used over a network filesystem.
 
+pub(crate) mod examine;
 pub(crate) mod file;
 pub(crate) mod ledger;
 pub(crate) mod lookup;

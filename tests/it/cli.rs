@@ -278,6 +278,7 @@ fn every_command_explains_itself() {
         "config check",
         "config default",
         "check",
+        "doctor",
         "completions",
     ] {
         let arguments: Vec<_> = command.split_whitespace().chain(["--help"]).collect();

@@ -17,7 +17,7 @@ const HOMES: &[(&str, &[&str])] = &[
     ("prost", &["wire"]),
     // The connection is `redis`; what is said over it is L2's and the deny list's.
     ("redis", &["redis", "cache::l2", "freshness::deny"]),
-    ("rustls", &["app", "net"]),
+    ("rustls", &["net"]),
     ("sqlx", &["store"]),
     ("toml_edit", &["config"]),
     // The wiring makes the health service that the listeners hand other calls to.

@@ -12,6 +12,7 @@ mod cli;
 mod config;
 mod copy;
 mod deny;
+mod doctor;
 mod layers;
 mod program;
 mod redis;

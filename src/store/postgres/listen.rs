@@ -35,20 +35,7 @@ pub(super) async fn attend(
     schema: &SchemaName,
     changed: &(dyn Fn() + Send + Sync),
 ) -> Result<Infallible, sqlx::Error> {
-    // A pooler would let this session's LISTEN fall on a server that others use next, and their drivers would choke on
-    // what it hears. A setting of the session alone does not pass through one: it is refused, or not there afterwards.
-    let session = Uuid::new_v4().simple().to_string();
-    let options = address.postgres().map_err(|error| sqlx::Error::Configuration(Box::new(error)))?;
-    let options = options.options([("trustgate.session", &session)]);
-    let pool = PgPoolOptions::new().max_connections(1).acquire_timeout(ANSWER).connect_lazy_with(options);
-    let mut listener = PgListener::connect_with(&pool).await?;
-    // It would connect anew by itself, which hides that something was lost.
-    listener.eager_reconnect(false);
-    let own = sqlx::raw_sql("SELECT coalesce(current_setting('trustgate.session', true), '')").fetch_one(&mut listener);
-    if in_time(own).await?.try_get::<String, _>(0)? != session {
-        return Err(lost("a pooler is in between: no hints"));
-    }
-    in_time(listener.listen(schema.as_str())).await?;
+    let mut listener = open(address, schema.as_str()).await?;
     let listening = backend(&mut listener, schema).await?;
     changed();
     loop {
@@ -63,6 +50,28 @@ pub(super) async fn attend(
             Err(_) => {}
         }
     }
+}
+
+/// A connection of its own that listens to `channel`.
+///
+/// # Errors
+/// There is none to be had, or it leads through a pooler.
+pub(super) async fn open(address: &Address, channel: &str) -> Result<PgListener, sqlx::Error> {
+    // A pooler would let this session's LISTEN fall on a server that others use next, and their drivers would choke on
+    // what it hears. A setting of the session alone does not pass through one: it is refused, or not there afterwards.
+    let session = Uuid::new_v4().simple().to_string();
+    let options = address.postgres().map_err(|error| sqlx::Error::Configuration(Box::new(error)))?;
+    let options = options.options([("trustgate.session", &session)]);
+    let pool = PgPoolOptions::new().max_connections(1).acquire_timeout(ANSWER).connect_lazy_with(options);
+    let mut listener = PgListener::connect_with(&pool).await?;
+    // It would connect anew by itself, which hides that something was lost.
+    listener.eager_reconnect(false);
+    let own = sqlx::raw_sql("SELECT coalesce(current_setting('trustgate.session', true), '')").fetch_one(&mut listener);
+    if in_time(own).await?.try_get::<String, _>(0)? != session {
+        return Err(lost("a pooler is in between: no hints"));
+    }
+    in_time(listener.listen(channel)).await?;
+    Ok(listener)
 }
 
 /// The process on the other side, and whether it listens.

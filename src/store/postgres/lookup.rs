@@ -196,7 +196,7 @@ impl Dialect for Postgres {
 
 impl Postgres {
     /// Whether our tables are there, which name what changed.
-    fn names_changes(&self) -> bool {
+    pub(super) fn names_changes(&self) -> bool {
         self.existing.as_ref().is_none_or(|table| table.attached)
     }
 

@@ -1,4 +1,4 @@
-//! The tables on PostgreSQL, and the rights on them. A migration only adds.
+//! The tables on PostgreSQL. A migration only adds.
 
 use std::time::Duration;
 
@@ -6,12 +6,7 @@ use sqlx::{Connection, PgConnection, Row};
 use uuid::Uuid;
 
 use super::{
-    super::{
-        LedgerError, SchemaName,
-        existing::{ExistingTable, quoted},
-        place::Address,
-        schema,
-    },
+    super::{LedgerError, SchemaName, place::Address, schema},
     connect_within, describe, in_schema, is_missing, watch,
 };
 
@@ -60,26 +55,6 @@ pub(crate) async fn new_incarnation(
         SELECT {s}.renew_incarnation(incarnation) FROM {s}.meta";
     sqlx::raw_sql(in_schema(sql, name)).execute(&mut connection).await?;
     Ok(connection.close().await?)
-}
-
-/// What `serve`'s role and management's role need, as statements for the owner of the tables to run: as little as
-/// possible.
-#[must_use]
-pub(crate) fn grants(schema: &SchemaName, existing: Option<&ExistingTable>, serve: &str, manage: &str) -> String {
-    let (serve, manage) = (quoted(serve), quoted(manage));
-    let theirs = existing.map_or_else(String::new, |table| theirs(table, &serve));
-    let ours = if existing.is_none_or(|table| table.attached) { GRANTS } else { "" };
-    let ours = ours.replace("{s}", schema.as_str()).replace("{serve}", &serve).replace("{manage}", &manage);
-    format!("{ours}{theirs}")
-}
-
-/// What `serve`'s role needs on somebody else's table.
-fn theirs(ExistingTable { table, .. }: &ExistingTable, serve: &str) -> String {
-    let home = table
-        .schema
-        .as_deref()
-        .map_or_else(String::new, |home| format!("GRANT USAGE ON SCHEMA {} TO {serve};\n", quoted(home)));
-    format!("-- On your table, for the same role:\n{home}GRANT SELECT ON {} TO {serve};\n", table.sql())
 }
 
 /// One lock for every schema of the database: migrations are rare. The number is the first 8 bytes of
@@ -206,21 +181,4 @@ CREATE TABLE {s}.audit (
     before jsonb,
     after jsonb
 );
-";
-
-const GRANTS: &str = "\
--- For the role that `trustgate serve` connects as:
-GRANT USAGE ON SCHEMA {s} TO {serve};
-GRANT SELECT ON {s}.schema, {s}.meta, {s}.version, {s}.tx, {s}.change, {s}.setting, {s}.trust, {s}.api_key, {s}.replica
-    TO {serve};
-GRANT INSERT, UPDATE, DELETE ON {s}.replica TO {serve};
-GRANT EXECUTE ON FUNCTION {s}.find(bytea[], uuid), {s}.poll(bigint, bigint), {s}.fingerprint(), {s}.restore_watch(),
-    {s}.renew_incarnation(uuid), {s}.prune() TO {serve};
--- For the role that `trustgate trust`, `key` and `cache clear` connect as (store.management_url):
-GRANT USAGE ON SCHEMA {s} TO {manage};
-GRANT SELECT ON {s}.schema, {s}.version, {s}.trust, {s}.api_key, {s}.replica TO {manage};
-GRANT INSERT, UPDATE, DELETE ON {s}.trust, {s}.api_key TO {manage};
-GRANT INSERT ON {s}.audit TO {manage};
-GRANT EXECUTE ON FUNCTION {s}.everything() TO {manage};
--- Any other role that changes trusts and keys by itself needs rights on those two tables, and none on the rest.
 ";

@@ -73,7 +73,7 @@ async fn found(connection: &mut SqliteConnection) -> Result<Vec<Trigger>, sqlx::
 }
 
 /// Why changes may go unnamed, if they may.
-async fn problem(connection: &mut SqliteConnection) -> Result<Option<String>, sqlx::Error> {
+pub(super) async fn problem(connection: &mut SqliteConnection) -> Result<Option<String>, sqlx::Error> {
     let found = found(connection).await?;
     for (name, text) in triggers() {
         match found.iter().find(|trigger| trigger.name == name) {

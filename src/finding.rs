@@ -1,0 +1,143 @@
+//! What an examination of the surroundings came to, as data: `doctor` shows it.
+//!
+//! Never shows anything itself, and holds no secret: its texts name places, roles and figures.
+
+use std::time::Duration;
+
+/// How an examination ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum State {
+    /// It is as it should be.
+    Ok,
+    /// It works, and may not always, or not as well as it could.
+    Warning,
+    /// Something that is needed does not work.
+    Failed,
+    /// It was not examined, for the reason that is given.
+    Skipped,
+}
+
+impl State {
+    /// The word for people and programs.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Ok => "ok",
+            Self::Warning => "warning",
+            Self::Failed => "failed",
+            Self::Skipped => "skipped",
+        }
+    }
+}
+
+/// One examination and what it found.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Finding {
+    /// The name of the examination.
+    pub name: &'static str,
+    /// How it ended.
+    pub state: State,
+    /// What was found, with figures.
+    pub found: String,
+    /// What to do about it, where it is not as it should be.
+    pub remedy: Option<String>,
+    /// The settings that led there, each as `section.name`.
+    pub settings: &'static [&'static str],
+}
+
+impl Finding {
+    /// All is well.
+    pub fn ok(name: &'static str, found: impl Into<String>) -> Self {
+        Self { name, state: State::Ok, found: found.into(), remedy: None, settings: &[] }
+    }
+
+    /// It works, but.
+    pub fn warning(name: &'static str, found: impl Into<String>, remedy: impl Into<String>) -> Self {
+        Self { state: State::Warning, remedy: Some(remedy.into()), ..Self::ok(name, found) }
+    }
+
+    /// It does not work.
+    pub fn failed(name: &'static str, found: impl Into<String>, remedy: impl Into<String>) -> Self {
+        Self { state: State::Failed, remedy: Some(remedy.into()), ..Self::ok(name, found) }
+    }
+
+    /// It was not examined, `because`.
+    pub fn skipped(name: &'static str, because: impl Into<String>) -> Self {
+        Self { state: State::Skipped, ..Self::ok(name, because) }
+    }
+
+    /// The same, with the settings that led there.
+    #[must_use]
+    pub const fn about(mut self, settings: &'static [&'static str]) -> Self {
+        self.settings = settings;
+        self
+    }
+}
+
+/// One finding for each of `names`, in that order: what is not among `findings` was skipped, `because`.
+#[must_use]
+pub fn complete(names: &[&'static str], mut findings: Vec<Finding>, because: &str) -> Vec<Finding> {
+    let mut one = |name: &&'static str| {
+        let at = findings.iter().position(|finding| finding.name == *name);
+        at.map_or_else(|| Finding::skipped(name, because), |at| findings.swap_remove(at))
+    };
+    names.iter().map(&mut one).collect()
+}
+
+/// How long the same thing took, several times in a row.
+#[derive(Clone, Debug, Default)]
+pub struct Times(Vec<Duration>);
+
+impl Times {
+    /// Of these.
+    #[must_use]
+    pub fn new(mut times: Vec<Duration>) -> Self {
+        times.sort_unstable();
+        Self(times)
+    }
+
+    /// The one in the middle.
+    #[must_use]
+    pub fn median(&self) -> Duration {
+        self.0.get(self.0.len() / 2).copied().unwrap_or_default()
+    }
+
+    /// The longest.
+    #[must_use]
+    pub fn longest(&self) -> Duration {
+        self.0.last().copied().unwrap_or_default()
+    }
+
+    /// All of it in words, beside what it may take at most.
+    #[must_use]
+    pub fn beside(&self, limit: Duration) -> String {
+        let (median, longest) = (milliseconds(self.median()), milliseconds(self.longest()));
+        format!("{} in a row: median {median}, longest {longest}, of {limit:?}", self.0.len())
+    }
+}
+
+/// A duration as people compare it: `0.4 ms`.
+#[must_use]
+pub fn milliseconds(duration: Duration) -> String {
+    format!("{:.1} ms", duration.as_secs_f64() * 1e3)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_name_has_its_finding_in_order_and_what_is_missing_was_skipped() {
+        let findings = vec![Finding::ok("c", "3"), Finding::failed("a", "1", "do")];
+        let all = complete(&["a", "b", "c"], findings, "nobody looked");
+        let words: Vec<_> = all.iter().map(|one| (one.name, one.state.as_str(), one.found.as_str())).collect();
+        assert_eq!(words, [("a", "failed", "1"), ("b", "skipped", "nobody looked"), ("c", "ok", "3")]);
+    }
+
+    #[test]
+    fn times_are_told_by_their_middle_and_their_end() {
+        let times = Times::new([9, 1, 2].map(Duration::from_millis).to_vec());
+        assert_eq!(times.beside(Duration::from_millis(250)), "3 in a row: median 2.0 ms, longest 9.0 ms, of 250ms");
+        assert_eq!(Times::default().longest(), Duration::ZERO);
+    }
+}

@@ -1,0 +1,529 @@
+//! `trustgate doctor` against real servers: of a healthy set-up every line is ok, and each fault shows in its line,
+//! with what to do about it and without any secret.
+
+use std::{fs, net::TcpListener, os::unix::fs::PermissionsExt as _, path::Path};
+
+use rcgen::{CertificateParams, KeyPair, date_time_ymd};
+use serde_json::Value;
+use time::OffsetDateTime;
+
+use crate::{
+    program::{Place, Ran},
+    support::{
+        pgbouncer::PgBouncer,
+        postgres::Postgres,
+        redis::{Redis, USER},
+    },
+};
+
+/// Every examination, in order.
+const NAMES: [&str; 22] = [
+    "configuration",
+    "deadlines",
+    "envoy",
+    "pepper",
+    "tls",
+    "deny_file",
+    "database_address",
+    "database_connection",
+    "database_server",
+    "database_tables",
+    "database_rights",
+    "management_rights",
+    "database_watch",
+    "database_polls",
+    "database_reads",
+    "database_clock",
+    "database_hints",
+    "redis_address",
+    "redis_connection",
+    "redis_commands",
+    "redis_hints",
+    "redis_mac_key",
+];
+
+/// Deadlines that no busy machine misses.
+fn unhurried() -> Place {
+    let settings = [
+        ("STORE__READ_TIMEOUT", "40s"),
+        ("STORE__CONNECT_TIMEOUT", "20s"),
+        ("REDIS__TIMEOUT", "5s"),
+        ("DECISION__DEADLINE", "50s"),
+        ("DECISION__ENVOY_TIMEOUT", "60s"),
+        ("FRESHNESS__POLL_TIMEOUT", "20s"),
+        ("FRESHNESS__LEASE", "60s"),
+    ];
+    settings.iter().fold(Place::new(), |place, (name, value)| place.with(&format!("TRUSTGATE__{name}"), value))
+}
+
+/// What the doctor said.
+struct Report {
+    ran: Ran,
+    findings: Vec<Value>,
+}
+
+impl Report {
+    #[track_caller]
+    fn of(place: &Place) -> Self {
+        let ran = place.run(&["--output", "json", "doctor"]);
+        assert_eq!(ran.err, "", "{ran:?}");
+        let findings = ran.parsed().as_array().unwrap().clone();
+        let names: Vec<_> = findings.iter().map(|finding| finding["name"].as_str().unwrap()).collect();
+        assert_eq!(names, NAMES);
+        let failed = findings.iter().any(|finding| finding["state"] == "failed");
+        assert_eq!(ran.code, i32::from(failed), "{ran:?}");
+        for finding in &findings {
+            let unwell = finding["state"] == "failed" || finding["state"] == "warning";
+            assert_eq!(finding["remedy"].is_string(), unwell, "{finding}");
+            assert!(!finding["found"].as_str().unwrap().is_empty(), "{finding}");
+        }
+        Self { ran, findings }
+    }
+
+    fn one(&self, name: &str) -> &Value {
+        self.findings.iter().find(|finding| finding["name"] == name).unwrap()
+    }
+
+    /// The finding of this name is in this state, and holds these texts.
+    #[track_caller]
+    fn shows(&self, name: &str, state: &str, texts: &[&str]) -> &Self {
+        let finding = self.one(name);
+        assert_eq!(finding["state"], state, "{finding}");
+        for text in texts {
+            let holds = |field: &str| finding[field].as_str().is_some_and(|found| found.contains(text));
+            assert!(holds("found") || holds("remedy"), "no {text:?} in {finding}");
+        }
+        self
+    }
+
+    /// Nothing needs to be done, and these alone were not examined.
+    #[track_caller]
+    fn is_well_but_for(&self, skipped: &[&str]) -> &Self {
+        for finding in &self.findings {
+            let name = finding["name"].as_str().unwrap();
+            let state = if skipped.contains(&name) { "skipped" } else { "ok" };
+            assert_eq!(finding["state"], state, "{finding}");
+        }
+        self
+    }
+}
+
+/// A database with our tables, the two roles that are printed, and whoever serves with them.
+struct Site {
+    server: std::sync::Arc<Postgres>,
+    database: String,
+    serve: String,
+    manage: String,
+}
+
+impl Site {
+    async fn new() -> Self {
+        let server = Postgres::shared().await;
+        let database = server.database().await;
+        let (serve, manage) = (format!("serve_{database}"), format!("manage_{database}"));
+        let site = Self { server, database, serve, manage };
+        site.owner().run(&["migrate"]).done();
+        site.execute(&format!(
+            "CREATE ROLE {} LOGIN PASSWORD 'letmein'; CREATE ROLE {} LOGIN",
+            site.serve, site.manage
+        ))
+        .await;
+        let roles = ["--serve-role", &site.serve, "--manage-role", &site.manage];
+        let printed = site.owner().run(&[&["migrate", "--print-grants"], &roles[..]].concat()).done().out;
+        site.execute(&printed).await;
+        site
+    }
+
+    async fn execute(&self, sql: &str) {
+        self.server.execute(&self.database, sql).await;
+    }
+
+    /// Whoever owns the tables.
+    fn owner(&self) -> Place {
+        Place::new().with("TRUSTGATE__STORE__URL", &self.server.url("admin", &self.database))
+    }
+
+    fn place(&self) -> Place {
+        unhurried()
+            .with("TRUSTGATE__STORE__URL", &self.server.url(&self.serve, &self.database))
+            .with("TRUSTGATE__STORE__MANAGEMENT_URL", &self.server.url(&self.manage, &self.database))
+    }
+}
+
+const WITHOUT_REDIS: [&str; 5] =
+    ["redis_address", "redis_connection", "redis_commands", "redis_hints", "redis_mac_key"];
+/// What a set-up without them has no finding about.
+const FILES: [&str; 3] = ["envoy", "tls", "deny_file"];
+
+#[tokio::test]
+async fn a_healthy_set_up_is_ok_in_every_line_and_unchanged() {
+    let (site, redis) = (Site::new().await, Redis::start().await);
+    let place = site.place().with("TRUSTGATE__REDIS__URL", &redis.url());
+    let before = site.server.dump(&site.database);
+    Report::of(&place).is_well_but_for(&FILES);
+
+    let table = place.run(&["doctor"]).done().out;
+    let lines: Vec<Vec<_>> = table.lines().map(|line| line.split_whitespace().collect()).collect();
+    assert_eq!(lines[0], ["NAME", "STATE", "FOUND"]);
+    let names: Vec<_> = lines[1..=NAMES.len()].iter().map(|words| words[0]).collect();
+    assert_eq!(names, NAMES);
+    let two = "These two must be equal:\n  decision.envoy_timeout  60s, set in TRUSTGATE__DECISION__ENVOY_TIMEOUT\n  \
+               grpc_service.timeout    60s, in the ext_authz filter of Envoy\n";
+    assert!(table.ends_with(two), "{table}");
+
+    let without_random = |dump: String| {
+        // Newer releases of pg_dump guard their output with a random word.
+        dump.lines().filter(|line| !line.starts_with('\\')).map(str::to_owned).collect::<Vec<_>>()
+    };
+    assert_eq!(without_random(site.server.dump(&site.database)), without_random(before));
+    assert_eq!(redis.ask::<u32>(&["DBSIZE"]).await, 0);
+}
+
+#[tokio::test]
+async fn the_statement_that_is_proposed_gives_the_right_that_is_missing() {
+    let site = Site::new().await;
+    let Site { serve, manage, .. } = &site;
+    let place = site.place();
+    for (name, lost, given) in [
+        (
+            "database_rights",
+            format!("SELECT ON trustgate.change FROM {serve}"),
+            format!("GRANT SELECT ON trustgate.change TO \"{serve}\";"),
+        ),
+        (
+            "database_rights",
+            format!("DELETE ON trustgate.replica FROM {serve}"),
+            format!("GRANT DELETE ON trustgate.replica TO \"{serve}\";"),
+        ),
+        (
+            "database_rights",
+            format!("EXECUTE ON FUNCTION trustgate.poll(bigint, bigint) FROM {serve}"),
+            format!("GRANT EXECUTE ON FUNCTION trustgate.poll(bigint, bigint) TO \"{serve}\";"),
+        ),
+        (
+            "database_rights",
+            format!("USAGE ON SCHEMA trustgate FROM {serve}"),
+            format!("GRANT USAGE ON SCHEMA trustgate TO \"{serve}\";"),
+        ),
+        (
+            "management_rights",
+            format!("INSERT ON trustgate.audit FROM {manage}"),
+            format!("GRANT INSERT ON trustgate.audit TO \"{manage}\";"),
+        ),
+    ] {
+        site.execute(&format!("REVOKE {lost}")).await;
+        let report = Report::of(&place);
+        report.shows(name, "failed", &[&given, " lacks 1 of "]);
+        assert_eq!(report.ran.code, 1, "{lost}");
+        let table = place.run(&["doctor"]);
+        assert!(table.code == 1 && table.out.contains(&given), "{table:?}");
+        let setting = if name == "database_rights" { "store.url" } else { "store.management_url" };
+        let is_set = format!("{setting} is set in TRUSTGATE__{}", setting.to_uppercase().replace('.', "__"));
+        assert!(table.out.contains(&is_set), "{table:?}");
+        let remedy = report.one(name)["remedy"].as_str().unwrap();
+        let statements: Vec<_> = remedy.lines().filter(|line| line.starts_with("GRANT ")).collect();
+        site.execute(&statements.concat()).await;
+        Report::of(&place).is_well_but_for(&[&FILES[..], &WITHOUT_REDIS].concat());
+    }
+    site.execute(&format!("REVOKE ALL ON ALL TABLES IN SCHEMA trustgate FROM {serve}")).await;
+    Report::of(&place).shows("database_rights", "failed", &["lacks 12 of 19", "and so on", "--print-grants"]);
+}
+
+#[tokio::test]
+async fn whoever_serves_needs_no_right_to_change_keys() {
+    let site = Site::new().await;
+    site.execute(&format!("GRANT UPDATE ON trustgate.api_key TO {}", site.serve)).await;
+    let report = Report::of(&site.place());
+    report.shows("database_rights", "warning", &["may change trusts and keys too", &site.manage]);
+    assert_eq!(report.ran.code, 0);
+    // Where one role does everything, it has to.
+    let place = unhurried().with("TRUSTGATE__STORE__URL", &site.server.url("admin", &site.database));
+    let report = Report::of(&place);
+    report.shows("database_rights", "ok", &[]).shows(
+        "management_rights",
+        "skipped",
+        &["store.management_url is not set"],
+    );
+    let elsewhere = site.server.database().await;
+    let place = place.with("TRUSTGATE__STORE__MANAGEMENT_URL", &site.server.url("admin", &elsewhere));
+    Report::of(&place).shows("management_rights", "failed", &["another database"]);
+}
+
+#[tokio::test]
+async fn what_keeps_changes_from_being_named_is_told_also_to_a_role_that_may_not_mend_it() {
+    let site = Site::new().await;
+    let place = site.place();
+    for (harm, text) in [
+        (
+            "ALTER TABLE trustgate.api_key DISABLE TRIGGER trustgate_changed",
+            "trustgate_changed on table trustgate.api_key",
+        ),
+        ("DROP TRIGGER trustgate_stamp ON trustgate.tx", "trustgate_stamp on table trustgate.tx is missing"),
+    ] {
+        site.execute(harm).await;
+        Report::of(&place).shows("database_watch", "failed", &[text, "trustgate migrate"]);
+        site.owner().run(&["migrate"]).done();
+        Report::of(&place).shows("database_watch", "ok", &[]);
+    }
+    site.execute("ALTER TABLE trustgate.api_key ADD COLUMN note text").await;
+    Report::of(&place).shows("database_watch", "ok", &["were altered", "the next poll"]);
+}
+
+#[tokio::test]
+async fn tables_that_are_missing_or_too_new_and_a_role_that_may_only_read_are_told() {
+    let site = Site::new().await;
+    let empty = site.server.database().await;
+    let place = unhurried().with("TRUSTGATE__STORE__URL", &site.server.url("admin", &empty));
+    let report = Report::of(&place);
+    report.shows("database_tables", "failed", &["holds no tables", "run `trustgate migrate`"]);
+    report.shows("database_rights", "skipped", &["because of database_tables"]).shows("database_hints", "ok", &[]);
+    assert_eq!(report.one("database_tables")["settings"][0]["origin"], "TRUSTGATE__STORE__URL");
+
+    let read_only = format!("ALTER ROLE {} SET default_transaction_read_only", site.serve);
+    site.execute(&format!("{read_only} = on")).await;
+    let report = Report::of(&site.place());
+    report.shows("database_server", "failed", &["read-only", "default_transaction_read_only"]);
+    report.shows("database_polls", "failed", &["read-only"]).shows("database_rights", "ok", &[]);
+    site.execute(&format!("{read_only} = off; INSERT INTO trustgate.schema VALUES (99, 99)")).await;
+    Report::of(&site.place()).shows("database_tables", "failed", &["version 99", "newer trustgate"]);
+}
+
+#[tokio::test]
+async fn a_standby_is_no_database_to_serve_from() {
+    let primary = Postgres::start().await;
+    let owner = Place::new().with("TRUSTGATE__STORE__URL", &primary.url("admin", "postgres"));
+    owner.run(&["migrate"]).done();
+    let standby = primary.standby().await;
+    let place = unhurried().with("TRUSTGATE__STORE__URL", &standby.url("admin", "postgres"));
+    let report = Report::of(&place);
+    report.shows("database_server", "failed", &["standby", "lead the URL to the primary"]);
+    report.shows("database_polls", "failed", &["standby"]).shows("database_tables", "ok", &[]);
+    report.shows("database_hints", "warning", &["hints do not arrive: the bound rests on polling alone"]);
+}
+
+#[tokio::test]
+async fn through_a_pooler_everything_is_well_but_the_hints() {
+    let site = Site::new().await;
+    let pooler = PgBouncer::start(&site.server).await;
+    let report = Report::of(&unhurried().with("TRUSTGATE__STORE__URL", &pooler.url(&site.database)));
+    report.shows("database_hints", "warning", &["hints do not arrive: the bound rests on polling alone"]);
+    for name in ["database_connection", "database_rights", "database_watch", "database_polls", "database_reads"] {
+        report.shows(name, "ok", &[]);
+    }
+    assert_eq!(report.ran.code, 0);
+}
+
+#[tokio::test]
+async fn whoever_cannot_be_reached_is_named_and_no_password_is() {
+    let site = Site::new().await;
+    let quick = |url: &str| Place::new().with("TRUSTGATE__STORE__URL", url);
+    let tcp = site.server.tcp_url(&site.serve, &site.database);
+    let silent = TcpListener::bind("127.0.0.1:0").unwrap();
+    let hangs = format!("postgres://me:hunter2@{}/db", silent.local_addr().unwrap());
+    for (place, name, texts) in [
+        (
+            quick("postgres://me:hunter2@no.such.host.invalid/db"),
+            "database_address",
+            &["no.such.host.invalid", "correct the host"][..],
+        ),
+        (quick("postgres://me:hunter2@%2Fno%2Fsuch/db"), "database_address", &["/no/such/.s.PGSQL.5432"]),
+        (quick("postgres://me:hunter2@127.0.0.1:1/db"), "database_connection", &["127.0.0.1:1", "start the server"]),
+        (
+            quick(&tcp).with("TRUSTGATE__STORE__PASSWORD", "hunter2"),
+            "database_connection",
+            &["password authentication failed", "store.password_file"],
+        ),
+        (
+            quick(&site.server.url("admin", "nowhere")).with("TRUSTGATE__STORE__PASSWORD", "hunter2"),
+            "database_connection",
+            &["\"nowhere\" does not exist", "create the database"],
+        ),
+        (
+            quick(&hangs).with("TRUSTGATE__STORE__CONNECT_TIMEOUT", "500ms"),
+            "database_connection",
+            &["no answer within 500ms", "store.connect_timeout"],
+        ),
+    ] {
+        let report = Report::of(&place);
+        report.shows(name, "failed", texts);
+        report.shows("database_reads", "skipped", &[&format!("because of {name}")]);
+        let table = place.run(&["doctor"]);
+        assert!(table.code == 1 && table.err.is_empty(), "{table:?}");
+        for ran in [&report.ran, &table] {
+            ran.hides("hunter2");
+        }
+    }
+    let good = quick(&tcp).with("TRUSTGATE__STORE__PASSWORD", "letmein");
+    Report::of(&good).shows("database_connection", "ok", &["without TLS, on this machine"]).ran.hides("letmein");
+    let management = site.place().with("TRUSTGATE__STORE__MANAGEMENT_URL", "postgres://me:hunter2@127.0.0.1:1/db");
+    let report = Report::of(&management);
+    report.shows("management_rights", "failed", &["127.0.0.1:1"]).shows("database_rights", "ok", &[]);
+    report.ran.hides("hunter2");
+}
+
+#[tokio::test]
+async fn redis_is_examined_as_far_as_it_answers() {
+    let mut redis = Redis::start().await;
+    let place = unhurried().with("TRUSTGATE__REDIS__URL", &redis.url());
+    place.run(&["migrate"]).done();
+    let report = Report::of(&place);
+    for name in ["redis_address", "redis_connection", "redis_commands", "redis_hints", "redis_mac_key"] {
+        report.shows(name, "ok", &[]);
+    }
+    assert_eq!(report.one("redis_mac_key")["found"], "in the database");
+
+    let key_file = place.write("mac-key", "too short");
+    let place = place.with("TRUSTGATE__REDIS__MAC_KEY_FILE", key_file.to_str().unwrap());
+    Report::of(&place).shows("redis_mac_key", "failed", &["32 bytes or 64 hexadecimal digits"]);
+    place.write("mac-key", &"7".repeat(64));
+    let place = place.with("TRUSTGATE__FRESHNESS__HINTS", "false");
+    Report::of(&place).shows("redis_mac_key", "ok", &["mac-key"]).shows("redis_hints", "skipped", &["freshness.hints"]);
+
+    let place = place.with("TRUSTGATE__FRESHNESS__HINTS", "true");
+    let frozen = redis.freeze();
+    let report = Report::of(&place);
+    report.shows("redis_connection", "failed", &["no answer in time"]);
+    report.shows("redis_hints", "skipped", &["because of redis_connection"]);
+    report.shows("redis_mac_key", "ok", &[]).shows("database_reads", "ok", &[]);
+    drop(frozen);
+    redis.kill();
+    Report::of(&place).shows("redis_connection", "failed", &["refused", "start Redis"]);
+    let place = place.with("TRUSTGATE__REDIS__URL", "redis://me:hunter2@no.such.host.invalid/");
+    let report = Report::of(&place);
+    report.shows("redis_address", "failed", &["no.such.host.invalid"]).ran.hides("hunter2");
+}
+
+#[tokio::test]
+async fn a_user_of_redis_needs_every_command_that_is_sent() {
+    let redis = Redis::start_secured().await;
+    let place = unhurried()
+        .with("TRUSTGATE__REDIS__URL", &redis.url())
+        .with("TRUSTGATE__REDIS__CA_FILE", redis.ca_file().to_str().unwrap());
+    place.run(&["migrate"]).done();
+    let place = place.with("TRUSTGATE__REDIS__PASSWORD", "hunter2");
+    let report = Report::of(&place);
+    report.shows("redis_connection", "failed", &["redis.password_file"]).ran.hides("hunter2");
+    let place = place.with("TRUSTGATE__REDIS__PASSWORD", USER.1);
+    let report = Report::of(&place);
+    // What the deny list needs is for who uses it.
+    report.shows(
+        "redis_commands",
+        "warning",
+        &["the deny list in Redis cannot be read", "HGETALL", "docs/configuration.md"],
+    );
+    report.shows("redis_address", "ok", &["with TLS"]).shows("redis_connection", "ok", &["PING"]);
+    report.shows("redis_hints", "ok", &[]).ran.hides(USER.1);
+    redis.ask::<()>(&["ACL", "SETUSER", USER.0, "+time", "+hlen", "+hgetall"]).await;
+    Report::of(&place).shows("redis_commands", "ok", &[]);
+    redis.ask::<()>(&["ACL", "SETUSER", USER.0, "-eval", "-publish"]).await;
+    let report = Report::of(&place);
+    report.shows("redis_commands", "failed", &["EVAL: ", "ACL SETUSER"]).shows("redis_hints", "warning", &[]);
+    assert!(!report.one("redis_commands")["found"].as_str().unwrap().contains("SET:"), "only what is refused");
+}
+
+#[tokio::test]
+async fn an_embedded_database_is_examined_as_a_file() {
+    let place = unhurried();
+    let path = place.path().join("trustgate.db");
+    let report = Report::of(&place);
+    report.shows("database_address", "warning", &["no database at", "`serve` makes it"]);
+    report.shows("database_tables", "skipped", &["because of database_address"]);
+    assert!(report.ran.code == 0 && !path.exists(), "{:?}", report.ran);
+
+    place.run(&["migrate"]).done();
+    let skipped = ["database_rights", "management_rights", "database_clock", "database_hints"];
+    Report::of(&place).is_well_but_for(&[&FILES[..], &WITHOUT_REDIS, &skipped].concat());
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o644)).unwrap();
+    Report::of(&place).shows("database_address", "warning", &["mode 644", "chmod 600"]);
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
+    sqlite(&path, "DROP TRIGGER api_key_delete").await;
+    Report::of(&place).shows(
+        "database_watch",
+        "failed",
+        &["the trigger api_key_delete is missing", "trustgate migrate"],
+    );
+    fs::write(&path, "notes of somebody's, longer than any header could be".repeat(50)).unwrap();
+    let report = Report::of(&place);
+    assert_eq!(report.ran.code, 1, "{:?}", report.ran);
+    fs::remove_file(&path).unwrap();
+    fs::write(&path, "").unwrap();
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
+    Report::of(&place).shows("database_tables", "warning", &["`serve` does that when it starts"]);
+}
+
+async fn sqlite(path: &Path, sql: &'static str) {
+    let options = sqlx::sqlite::SqliteConnectOptions::new().filename(path);
+    let mut connection = sqlx::ConnectOptions::connect(&options).await.unwrap();
+    sqlx::raw_sql(sql).execute(&mut connection).await.unwrap();
+    sqlx::Connection::close(connection).await.unwrap();
+}
+
+#[test]
+fn every_mistake_is_told_and_what_does_not_depend_on_it_is_examined_all_the_same() {
+    let place = unhurried();
+    place.run(&["migrate"]).done();
+    place.write(
+        "t.toml",
+        "[credential]\npepper_file = \"/nowhere/pepper\"\n[redis]\nurl = \"http://:hunter2@h\"\n[grpc]\nsocket_mode = \
+         \"rw\"\n",
+    );
+    let place = place.with("TRUSTGATE_CONFIG", "t.toml");
+    let report = Report::of(&place);
+    let mistakes = [
+        "t.toml:2: credential.pepper_file: cannot read /nowhere/pepper",
+        "t.toml:4: redis.url: expected",
+        "grpc.socket_mode",
+    ];
+    report.shows("configuration", "failed", &mistakes).shows(
+        "pepper",
+        "skipped",
+        &["because of the mistake: t.toml:2"],
+    );
+    report.shows("redis_connection", "skipped", &["redis.url"]).shows("tls", "skipped", &["grpc.socket_mode"]);
+    report.shows("database_reads", "ok", &[]).shows("deadlines", "skipped", &["redis.url"]);
+    report.ran.hides("hunter2");
+
+    let report = Report::of(&place.with("TRUSTGATE_CONFIG", "nowhere.toml"));
+    report.shows("configuration", "failed", &["nowhere.toml (named by TRUSTGATE_CONFIG)"]);
+    report.shows("database_address", "skipped", &["because of configuration"]);
+}
+
+#[test]
+fn deadlines_and_files_are_looked_at_one_by_one() {
+    let place = unhurried();
+    place.run(&["migrate"]).done();
+    let margin = place.with("TRUSTGATE__DECISION__ENVOY_TIMEOUT", "50010ms");
+    Report::of(&margin).shows("deadlines", "warning", &["leaves 10ms of Envoy's", "decision.deadline"]);
+    margin.write("denied", "key 00000000-0000-0000-0000-000000000001\nnonsense\n");
+    let place = margin.with("TRUSTGATE__FRESHNESS__DENY_FILE", "denied");
+    Report::of(&place).shows("deny_file", "failed", &["line 2"]);
+    place.write("pepper", "hunter2-hunter2");
+    let place = place.with("TRUSTGATE__CREDENTIAL__PEPPER_FILE", "pepper");
+    Report::of(&place).shows("pepper", "ok", &["one is set"]).ran.hides("hunter2");
+}
+
+#[test]
+fn the_certificate_of_the_listener_must_fit_its_key_and_last() {
+    let place = unhurried()
+        .with("TRUSTGATE__GRPC__TLS_CERTIFICATE_FILE", "server.pem")
+        .with("TRUSTGATE__GRPC__TLS_KEY_FILE", "server.key");
+    place.run(&["migrate"]).done();
+    Report::of(&place).shows("tls", "failed", &["grpc.tls_certificate_file", "server.pem"]);
+    let now = OffsetDateTime::now_utc();
+    let (years, days) = (time::Duration::days(400), time::Duration::days(10));
+    for (begins, ends, state, text) in [
+        (now - years, now + years, "ok", "for 399 days"),
+        (now - years, now + days, "warning", "renew the certificate"),
+        (date_time_ymd(2019, 1, 1), date_time_ymd(2020, 1, 2), "failed", "expired at 2020-01-02T00:00:00Z"),
+        (now + days, now + years, "failed", "valid only from"),
+    ] {
+        let mut params = CertificateParams::new(vec!["localhost".to_owned()]).unwrap();
+        (params.not_before, params.not_after) = (begins, ends);
+        let key = KeyPair::generate().unwrap();
+        place.write("server.pem", &params.self_signed(&key).unwrap().pem());
+        place.write("server.key", &key.serialize_pem());
+        Report::of(&place).shows("tls", state, &[text]);
+    }
+    place.write("server.key", &KeyPair::generate().unwrap().serialize_pem());
+    Report::of(&place).shows("tls", "failed", &["grpc.tls_key_file"]);
+}
