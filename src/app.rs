@@ -25,6 +25,7 @@ use self::replica::{Replica, Surroundings, Tasks};
 use crate::{
     admin::{self, Admin},
     cache::{Cache, api_key::ApiKey, kind::Kind as _},
+    canary::{self, Canary, CanaryMetrics},
     check::Checker,
     clock::{Clock, DatabaseTime, SystemClock},
     config::Config,
@@ -42,7 +43,7 @@ use crate::{
     },
     record::{KeyId, Record, TrustId},
     secret::Secret,
-    store::{self, Env, LedgerError, Missing, Source},
+    store::{self, Env, LedgerError, Management, Missing, Source},
     telemetry,
     wire::grpc,
 };
@@ -111,6 +112,8 @@ pub struct AppBuilder {
     source: Arc<dyn Source>,
     place: String,
     clock: Arc<dyn Clock>,
+    /// Where the canary makes its keys, if there is one.
+    management: Option<Management>,
 }
 
 impl AppBuilder {
@@ -121,9 +124,11 @@ impl AppBuilder {
     pub fn new(config: Config, env: Env<'_>) -> Result<Self, AppError> {
         let clock: Arc<dyn Clock> = Arc::new(SystemClock);
         let place = store::describe(&config.store, env);
-        let source = store::open_lookup(&config.store, env, Arc::clone(&clock))
-            .map_err(|source| AppError::Store { place: place.clone(), source })?;
-        Ok(Self { config, source, place, clock })
+        let failed = |source| AppError::Store { place: place.clone(), source };
+        let source = store::open_lookup(&config.store, env, Arc::clone(&clock)).map_err(failed)?;
+        let has_canary = config.freshness.canary_interval > Duration::ZERO;
+        let management = has_canary.then(|| store::management(&config.store, env)).transpose().map_err(failed)?;
+        Ok(Self { config, source, place, clock, management })
     }
 
     /// Puts `wrap` around the database: for tests that hold a read open.
@@ -146,7 +151,7 @@ impl AppBuilder {
     /// # Errors
     /// An address that is in use, a secret's file that cannot be read.
     pub async fn start(self) -> Result<Running, AppError> {
-        let Self { config, source, place, clock } = self;
+        let Self { config, source, place, clock, management } = self;
         tls::install_provider();
         let tls = tls::acceptor(&config.grpc)?;
         let (grpc, admin) = (bind_grpc(&config).await?, bind_admin(&config).await?);
@@ -157,12 +162,13 @@ impl AppBuilder {
         let mut parts = Tasks::new();
         let io = IoRuntime::start("trustgate-io", 2, Priority::Low)?;
         let poll_runtime = IoRuntime::start("trustgate-poll", 1, Priority::Normal)?;
+        let id = Uuid::new_v4();
         let around = Surroundings {
             source: Arc::clone(&source),
             place,
             redis: config.redis.is_configured().then(|| Arc::new(config.redis.clone()) as _),
             clock: Arc::clone(&clock),
-            id: Uuid::new_v4(),
+            id,
             name: host_name(),
             io: io.handle(),
             poll: poll_runtime.handle(),
@@ -174,6 +180,13 @@ impl AppBuilder {
         parts.spawn(announce(Arc::clone(&views), fresh, life.clone(), health, stop.clone()));
         let service = Arc::new(Service::new(Arc::clone(&checker), routes, tls, config.limits.clone(), &registry)?);
         let (signals, tasks) = (Signals::default(), TaskTracker::new());
+        let canary = CanaryMetrics::register(&registry)?;
+        if let Some(management) = management {
+            let parts_of_it = canary_parts(&config, management, (&checker, &views, &clock), id);
+            // It ends with the first calls, so that it takes none of the time that they have.
+            let running = Canary::new(parts_of_it, canary).run(signals.drain.clone());
+            parts.spawn_on(running.map(Ok), &io.handle());
+        }
         // As many as this process may use: its affinity and its share of the machine (cgroup) are counted in.
         let cores = Arc::new(Cores::start(available_parallelism().map_or(1, NonZero::get))?);
         for listener in grpc {
@@ -541,6 +554,25 @@ fn start_admin(
 
 fn hasher(config: &Config) -> Result<crate::credential::Hasher, AppError> {
     config.credential.hasher().map_err(|source| AppError::SecretFile { setting: "credential.pepper_file", source })
+}
+
+fn canary_parts(
+    config: &Config,
+    management: Management,
+    (checker, views, clock): (&Arc<Checker>, &Arc<Views>, &Arc<dyn Clock>),
+    replica: Uuid,
+) -> canary::Parts {
+    canary::Parts {
+        management,
+        checker: Arc::clone(checker),
+        views: Arc::clone(views),
+        clock: Arc::clone(clock),
+        credential: config.credential.clone(),
+        settings: config.freshness.clone(),
+        mode: replica::mode(config),
+        replica,
+        name: host_name(),
+    }
 }
 
 /// What people know this machine, or pod, by.

@@ -8,6 +8,7 @@ pub mod flight;
 pub mod kind;
 pub mod l1;
 pub mod l2;
+pub mod sampler;
 
 use std::{sync::Arc, time::Duration};
 
@@ -22,6 +23,7 @@ use self::{
     kind::Kind,
     l1::{Held, L1, Life},
     l2::L2,
+    sampler::Samples,
 };
 use crate::{
     breaker::{self, Breaker},
@@ -461,6 +463,7 @@ struct Metrics {
     reads_failed: IntCounter,
     read_seconds: Histogram,
     breaker_open: IntGauge,
+    samples: Samples,
 }
 
 impl Metrics {
@@ -505,6 +508,7 @@ impl Metrics {
             reads_failed: reads.with_label_values(&["error"]),
             read_seconds: register(registry, Histogram::with_opts(seconds.buckets(SHORT_SECONDS.to_vec())))?,
             breaker_open,
+            samples: Samples::register::<K>(registry)?,
         })
     }
 }

@@ -3,6 +3,8 @@
 //! The host's wall clock is only compared with its boot clock, to notice a pause that the boot clock slept through; no
 //! decision depends on what it shows.
 
+pub mod spread;
+
 use std::{
     fmt,
     num::NonZeroU64,

@@ -2,7 +2,7 @@
 //!
 //! Never shows anything itself, and holds no secret: its texts name places, roles and figures.
 
-use std::time::Duration;
+use std::{net::IpAddr, time::Duration};
 
 /// How an examination ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -122,6 +122,15 @@ pub fn milliseconds(duration: Duration) -> String {
     format!("{:.1} ms", duration.as_secs_f64() * 1e3)
 }
 
+/// A host and its addresses, unless its name is one: `db.example.org is 192.0.2.1, 192.0.2.2`.
+#[must_use]
+pub fn located(host: &str, addresses: &[IpAddr]) -> String {
+    match addresses {
+        [address] if address.to_string() == host => host.to_owned(),
+        _ => format!("{host} is {}", addresses.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -139,5 +148,12 @@ mod tests {
         let times = Times::new([9, 1, 2].map(Duration::from_millis).to_vec());
         assert_eq!(times.beside(Duration::from_millis(250)), "3 in a row: median 2.0 ms, longest 9.0 ms, of 250ms");
         assert_eq!(Times::default().longest(), Duration::ZERO);
+    }
+
+    #[test]
+    fn a_host_is_told_with_what_its_name_leads_to() {
+        let addresses = ["192.0.2.1", "::1"].map(|text| text.parse().unwrap());
+        assert_eq!(located("db", &addresses), "db is 192.0.2.1, ::1");
+        assert_eq!(located("192.0.2.1", &addresses[..1]), "192.0.2.1");
     }
 }

@@ -66,6 +66,13 @@ crate::settings! {
         /// `trust UUID` or `digest` and 64 hexadecimal digits, each with ` until 2026-01-31T12:00:00Z` after it if it is to
         /// end; `#` begins a comment. A change counts within a second. Unset: there is none.
         deny_file: Option<PathBuf> = "",
+        /// How often a record that is held here is compared with its row in the database, which proves that no change goes
+        /// unnoticed; 10 ms at least, `0s`: never. One that differs though no change named it is read again, and counted.
+        sample_interval: Duration = "0s",
+        /// How often this replica issues a key of its own, sees it granted, revokes it and asks for it until it is refused;
+        /// 1 s at least, `0s`: never. Needs a role that may change trusts and keys (`store.management_url`, or `store.url`)
+        /// and writes four entries of the audit each time. Not more often than once a second over all replicas.
+        canary_interval: Duration = "0s",
     }
 }
 

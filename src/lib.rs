@@ -26,6 +26,7 @@
 //! - [`demand`], what a route asks of a request
 //! - [`decision`], record, demands and time to a grant or a denial
 //! - [`wire::response`], decision to answer: the only place that picks codes and headers
+//! - [`wire::client`], the other end: for a server that asks itself
 //!
 //! Finding a record:
 //!
@@ -39,6 +40,7 @@
 //!
 //! - [`check`], a check from message to reply, whatever the transport
 //! - [`manage`], the one place where trusts and keys change
+//! - [`canary`], a key of its own: revokes it and asks for it
 //! - [`net`], listeners and connections that Envoy opens
 //! - [`admin`], metrics and probes
 //! - [`api`], the management API; not in this release
@@ -56,6 +58,7 @@ pub mod api;
 pub mod app;
 pub mod breaker;
 pub mod cache;
+pub mod canary;
 pub mod check;
 pub mod cli;
 pub mod clock;

@@ -83,6 +83,14 @@ impl Manager {
         self.effect_of(version, clock, wait_max).await
     }
 
+    /// Replicas that may still grant what they hold.
+    ///
+    /// # Errors
+    /// The database failed.
+    pub async fn replicas(&mut self) -> Result<Vec<Replica>, ManageError> {
+        Ok(self.ledger.replicas().await?)
+    }
+
     async fn effect_of(
         &mut self,
         version: Version,

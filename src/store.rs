@@ -24,8 +24,8 @@ pub use existing::{ColumnName, DigestForm, TableName};
 pub use ledger::{Actor, AuditEntry, Ledger, LedgerError};
 pub use lookup::{Lookup, Missing, PollError, Polled, SignOfLife, Source};
 pub use open::{
-    attach, describe, detach, grants, migrate, new_incarnation, open_history, open_ledger, open_lookup, print_attach,
-    print_detach,
+    Management, attach, describe, detach, grants, management, migrate, new_incarnation, open_history, open_ledger,
+    open_lookup, print_attach, print_detach,
 };
 pub use place::{Env, default_path};
 

@@ -2,6 +2,7 @@
 //!
 //! Never decides anything.
 
+pub mod client;
 pub mod grpc;
 pub mod identity;
 pub mod response;

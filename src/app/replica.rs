@@ -22,7 +22,7 @@ use crate::{
     breaker,
     cache::{self, Cache, Lifetimes, StoreLimits, api_key::ApiKey, l2::L2, l2::MacKey},
     check::{self, Checker},
-    clock::Clock,
+    clock::{Clock, spread::Spread},
     config::Config,
     demand::Freshness,
     fault::{Fault, Tier},
@@ -124,6 +124,7 @@ impl Replica {
             fresh,
             applied: exchange_hints(hints, &views, &stop, (tasks, &io)),
         };
+        sample(config, (&cache, Spread::of(id)), &stop, (tasks, &io));
         let database = Database { place, source, mac_key, limit: config.store.connect_timeout };
         tasks.spawn_on(confirm(database, poll, stop), &poll_runtime);
         Ok(Self { checker, cache, views, poll: metrics, fresh: is_fresh })
@@ -209,6 +210,23 @@ const fn lifetimes(config: &Config) -> Lifetimes {
     Lifetimes { present: freshness.ttl, absent: freshness.absence_ttl, hard: config.cache.value_age_max }
 }
 
+/// Compares what is held with the database now and then, where that is asked for.
+fn sample(
+    config: &Config,
+    (cache, spread): (&Arc<Cache<ApiKey>>, Spread),
+    stop: &CancellationToken,
+    (tasks, io): (&mut Tasks, &Handle),
+) {
+    let (interval, cache, stop) = (config.freshness.sample_interval, Arc::clone(cache), stop.clone());
+    if interval > Duration::ZERO && config.store.names_changes() {
+        let sampling = async move {
+            cache.sample(interval, spread, stop).await;
+            Ok(())
+        };
+        tasks.spawn_on(sampling, io);
+    }
+}
+
 fn check_parts(
     config: &Config,
     cache: &Arc<Cache<ApiKey>>,
@@ -219,11 +237,7 @@ fn check_parts(
     Ok(check::Parts {
         decision: config.decision.clone(),
         credential: config.credential.clone(),
-        freshness: config.freshness.mode.unwrap_or(if config.store.names_changes() {
-            Freshness::Lease
-        } else {
-            Freshness::Ttl
-        }),
+        freshness: mode(config),
         names_changes: config.store.names_changes(),
         hasher: hasher(config)?,
         cache: Arc::clone(cache),
@@ -231,6 +245,12 @@ fn check_parts(
         denials,
         clock: Arc::clone(clock),
     })
+}
+
+/// How fresh records must be where a route does not say so.
+pub(super) fn mode(config: &Config) -> Freshness {
+    let usual = if config.store.names_changes() { Freshness::Lease } else { Freshness::Ttl };
+    config.freshness.mode.unwrap_or(usual)
 }
 
 /// The wait between attempts to prepare the database.

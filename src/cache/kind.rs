@@ -16,7 +16,7 @@ pub trait Kind: Send + Sync + 'static {
     /// What the store needs to find one.
     type Query: Clone + Send + Sync + 'static;
     /// The value.
-    type Value: Clone + Send + Sync + 'static;
+    type Value: Clone + PartialEq + Send + Sync + 'static;
 
     /// The key that `query` is about.
     fn key(query: &Self::Query) -> Self::Key;

@@ -74,6 +74,12 @@ impl<K: Kind> Held<K> {
         }
     }
 
+    /// The newest version when the store was read.
+    #[must_use]
+    pub const fn as_of(&self) -> Version {
+        self.as_of
+    }
+
     /// Until when it may be used.
     #[must_use]
     pub fn deadline(&self) -> Moment {
@@ -149,6 +155,17 @@ impl<K: Kind> L1<K> {
             self.absences.insert(key, held);
             self.records.invalidate(&key);
         }
+    }
+
+    /// Every record that is held, usable or not, in an order that is another one in each process.
+    pub fn records(&self) -> impl Iterator<Item = (K::Key, Arc<Held<K>>)> {
+        self.records.iter().map(|(key, held)| (*key, held))
+    }
+
+    /// Holds nothing of `key` any more.
+    pub fn forget(&self, key: &K::Key) {
+        self.records.invalidate(key);
+        self.absences.invalidate(key);
     }
 
     /// How many values are held. Catches up with moka's own book-keeping first: for scrapes, not for checks.

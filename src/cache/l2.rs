@@ -105,6 +105,14 @@ impl<K: Kind> L2<K> {
             let _ = self.redis.run::<()>(&REPLACE, &name, &[&bytes, life.to_string().as_bytes()]).await;
         }
     }
+
+    /// Shares nothing of `key` any more. Best effort.
+    pub async fn forget(&self, key: &K::Key) {
+        let mut command = redis::cmd("UNLINK");
+        command.arg(redis_key::<K>(key));
+        // The breaker has heard of a failure.
+        let _ = self.redis.query::<()>(&command).await;
+    }
 }
 
 /// Values leave Redis after this time even if they might be used longer.

@@ -7,7 +7,7 @@ use serde_json::json;
 
 use super::{
     Answer, Arguments, CliError, DENIED, Environment, FAILED,
-    args::{self, Command},
+    args::{self, Alter, Command},
     deny, doctor,
     effect::effect_json,
     error::At,
@@ -59,16 +59,8 @@ pub(super) fn run(arguments: Arguments, environment: &Environment) -> Result<Ans
             let migrated = block_on(migrate(&config, environment, new_incarnation))?;
             migrated.map_err(|error| CliError::of_store(error, &config))
         }
-        Command::Attach(args::Alter { print }) => {
-            let config = load(Purpose::Manage)?;
-            let altered = block_on(attach(&config, environment, print))?;
-            altered.map_err(|error| CliError::of_store(error, &config))
-        }
-        Command::Detach(args::Alter { print }) => {
-            let config = load(Purpose::Manage)?;
-            let altered = block_on(detach(&config, environment, print))?;
-            altered.map_err(|error| CliError::of_store(error, &config))
-        }
+        Command::Attach(Alter { print }) => alter(&load(Purpose::Manage)?, environment, true, print),
+        Command::Detach(Alter { print }) => alter(&load(Purpose::Manage)?, environment, false, print),
         Command::Trust(command) => {
             managing(&load(Purpose::Manage)?, environment, store::open_ledger, async |manager, config| {
                 trust::run(manager, config, command).await.map_err(|error| error.at(config))
@@ -133,31 +125,27 @@ async fn migrate(config: &Config, environment: &Environment, new_incarnation: bo
     Ok(Answer { json, ..Answer::text(format!("{database} has the tables of this release{more}")) })
 }
 
-async fn attach(config: &Config, environment: &Environment, print: bool) -> Result<Answer, LedgerError> {
-    let variable = |name: &str| variable(environment, name);
-    if print {
-        return Ok(Answer::text(store::print_attach(&config.store, &variable).await?));
-    }
-    let table = store::attach(&config.store, &variable).await?;
-    let answer = altered(config, &variable, &table, true);
-    if config.store.attached {
-        return Ok(answer);
-    }
-    Ok(answer.note("Set `store.attached = true` and restart every replica: until then it reads the table as before."))
-}
-
-async fn detach(config: &Config, environment: &Environment, print: bool) -> Result<Answer, LedgerError> {
-    let variable = |name: &str| variable(environment, name);
-    if print {
-        return Ok(Answer::text(store::print_detach(&config.store, &variable).await?));
-    }
-    let table = store::detach(&config.store, &variable).await?;
-    Ok(altered(config, &variable, &table, false))
+/// Adds to somebody else's table what names its changes, or takes it away; or prints how.
+fn alter(config: &Config, environment: &Environment, attached: bool, print: bool) -> Result<Answer, CliError> {
+    let (settings, env) = (&config.store, |name: &str| variable(environment, name));
+    let altered = block_on(async {
+        Ok(match (attached, print) {
+            (true, true) => Answer::text(store::print_attach(settings, &env).await?),
+            (false, true) => Answer::text(store::print_detach(settings, &env).await?),
+            (true, false) => altered(config, &env, &store::attach(settings, &env).await?, true),
+            (false, false) => altered(config, &env, &store::detach(settings, &env).await?, false),
+        })
+    })?;
+    altered.map_err(|error| CliError::of_store(error, config))
 }
 
 fn altered(config: &Config, env: Env<'_>, table: &str, attached: bool) -> Answer {
     let object = json!({ "database": store::describe(&config.store, env), "table": table, "attached": attached });
-    Answer::object(object, &["database", "table", "attached"])
+    let answer = Answer::object(object, &["database", "table", "attached"]);
+    if !attached || config.store.attached {
+        return answer;
+    }
+    answer.note("Set `store.attached = true` and restart every replica: until then it reads the table as before.")
 }
 
 async fn copy(config: &Config, environment: &Environment, ends: Ends) -> Result<Answer, CliError> {

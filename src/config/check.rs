@@ -226,6 +226,31 @@ fn freshness(config: &Config, reader: &mut Reader) {
             refuse_whichever_was_set(reader, &settings, problem);
         }
     }
+    let FreshnessSettings { sample_interval, canary_interval, .. } = config.freshness;
+    for (name, interval, min, is_possible, problem) in [
+        (
+            "sample_interval",
+            sample_interval,
+            SAMPLE_INTERVAL_MIN,
+            config.store.names_changes(),
+            "needs tables that name their changes, which yours does not: attach it, or unset this",
+        ),
+        (
+            "canary_interval",
+            canary_interval,
+            CANARY_INTERVAL_MIN,
+            !config.store.reads_existing(),
+            "issues keys, and those of your own table are yours to issue: unset this",
+        ),
+    ] {
+        if interval > Duration::ZERO && !is_possible {
+            reader.refuse("freshness", name, problem.to_owned());
+        }
+        if interval > Duration::ZERO && interval < min {
+            let problem = format!("must be {} at least, or 0s for never", humantime::format_duration(min));
+            reader.refuse("freshness", name, problem);
+        }
+    }
     for (name, set, max) in [("lease", lease, LEASE_MAX), ("stale_if_unconfirmed", stale_if_unconfirmed, STALE_MAX)] {
         if set > max {
             reader.refuse("freshness", name, format!("must be {} at most", humantime::format_duration(max)));
@@ -237,6 +262,11 @@ fn freshness(config: &Config, reader: &mut Reader) {
 const LEASE_MAX: Duration = Duration::from_mins(1);
 /// A replica that is cut off for longer has no claim left to what it holds.
 const STALE_MAX: Duration = Duration::from_mins(15);
+
+/// More often would be a load on the database.
+const SAMPLE_INTERVAL_MIN: Duration = Duration::from_millis(10);
+/// Every round is a few changes that every replica hears of.
+const CANARY_INTERVAL_MIN: Duration = Duration::from_secs(1);
 
 fn amounts(config: &Config, reader: &mut Reader) {
     let Config { store, redis, decision, cache, freshness, limits, .. } = config;
@@ -289,7 +319,9 @@ fn files(config: &Config, purpose: Purpose, reader: &mut Reader) {
     let own_management = store.management_url.is_some() || store.management_url_file.is_some();
     // Denying has to work where nothing else does: a file that it can do without may be missing.
     let denying = purpose == Purpose::Deny;
-    let (serve, manage) = (purpose != Purpose::Manage, matches!(purpose, Purpose::Manage | Purpose::Check));
+    let serve = purpose != Purpose::Manage;
+    let issues = purpose == Purpose::Serve && freshness.canary_interval > Duration::ZERO;
+    let manage = issues || matches!(purpose, Purpose::Manage | Purpose::Check);
     let database = !denying || redis.mac_key_file.is_none();
     for (section, name, file, used) in [
         ("store", "url_file", &store.url_file, database && (serve || !own_management)),
@@ -360,14 +392,8 @@ mod tests {
     use super::super::tests::mistakes;
 
     #[test]
-    fn what_does_not_go_together_is_refused() {
+    fn what_is_said_of_an_existing_table_belongs_together() {
         for (text, want) in [
-            ("grpc.listen = []", "trustgate.toml:1: grpc.listen: needs at least one address"),
-            (
-                "admin.listen = \"127.0.0.1:50051\"",
-                "trustgate.toml:1: admin.listen: 127.0.0.1:50051 is also in grpc.listen",
-            ),
-            ("grpc.tls_key_file = \"/k\"", "trustgate.toml:1: grpc.tls_key_file: needs grpc.tls_certificate_file too"),
             ("store.table = \"a.b.c\"", "trustgate.toml:1: store.table: expected a table, such as \"public.trust\""),
             ("store.table = \"public.t\"", "trustgate.toml:1: store.table: needs store.url"),
             ("store.table_scopes = \"may\"", "trustgate.toml:1: store.table_scopes: needs store.table"),
@@ -383,6 +409,20 @@ mod tests {
                 "store.url = \"postgres://h/d\"\nstore.table = \"t\"\nfreshness.mode = \"lease\"",
                 "trustgate.toml:3: freshness.mode: needs tables that name their changes",
             ),
+        ] {
+            refused(text, want);
+        }
+    }
+
+    #[test]
+    fn what_does_not_go_together_is_refused() {
+        for (text, want) in [
+            ("grpc.listen = []", "trustgate.toml:1: grpc.listen: needs at least one address"),
+            (
+                "admin.listen = \"127.0.0.1:50051\"",
+                "trustgate.toml:1: admin.listen: 127.0.0.1:50051 is also in grpc.listen",
+            ),
+            ("grpc.tls_key_file = \"/k\"", "trustgate.toml:1: grpc.tls_key_file: needs grpc.tls_certificate_file too"),
             (
                 "grpc.tls_client_ca_file = \"/c\"",
                 "trustgate.toml:1: grpc.tls_client_ca_file: needs grpc.tls_certificate_file too",
@@ -428,6 +468,30 @@ mod tests {
             (
                 "credential.pepper_file = \"/dev/null\"",
                 "trustgate.toml:1: credential.pepper_file: cannot read /dev/null: the file is empty",
+            ),
+        ] {
+            refused(text, want);
+        }
+    }
+
+    #[test]
+    fn what_proves_that_revocations_count_is_refused_where_it_cannot() {
+        for (text, want) in [
+            (
+                "freshness.sample_interval = \"9ms\"",
+                "trustgate.toml:1: freshness.sample_interval: must be 10ms at least",
+            ),
+            (
+                "store.url = \"postgres://h/d\"\nstore.preset = \"trust-table\"\nfreshness.sample_interval = \"1s\"",
+                "trustgate.toml:3: freshness.sample_interval: needs tables that name their changes",
+            ),
+            (
+                "freshness.canary_interval = \"999ms\"",
+                "trustgate.toml:1: freshness.canary_interval: must be 1s at least",
+            ),
+            (
+                "store.url = \"postgres://h/d\"\nstore.preset = \"trust-table\"\nfreshness.canary_interval = \"1m\"",
+                "trustgate.toml:3: freshness.canary_interval: issues keys",
             ),
         ] {
             refused(text, want);

@@ -183,6 +183,14 @@ impl Lease {
         }
     }
 
+    /// Makes what was read before `version` and is made of the objects of these stripes out of date, although no change named
+    /// them.
+    pub fn refuse(&self, version: Version, stripes: impl Iterator<Item = u16>) {
+        for stripe in stripes {
+            self.named_records.raise(stripe, version);
+        }
+    }
+
     /// A poll got no answer and was given up at `now`: the lease runs on to its end, and the stale time after it as long as
     /// the next ones get none either.
     pub fn note_unanswered(&self, now: Moment) {
@@ -276,6 +284,16 @@ mod tests {
             assert_eq!(covered(&change, 4), (record, absence), "{change:?}");
             assert_eq!(covered(&change, 5), (true, true), "{change:?}: read at the version that named it");
         }
+    }
+
+    #[test]
+    fn what_was_found_to_differ_is_refused_where_it_was_read_before() {
+        let (lease, key, other) = (Lease::default(), Uuid::from_u128(0xA1), Uuid::from_u128(0xB2));
+        let covers = |id: Uuid, as_of| lease.covers_record(Version(as_of), std::iter::once(stripe(id.as_bytes())));
+        lease.refuse(Version(5), std::iter::once(stripe(key.as_bytes())));
+        assert_eq!((covers(key, 4), covers(key, 5), covers(other, 4)), (false, true, true));
+        lease.refuse(Version(3), std::iter::once(stripe(key.as_bytes())));
+        assert!(!covers(key, 4), "it never goes back");
     }
 
     #[test]

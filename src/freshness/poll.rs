@@ -14,7 +14,7 @@ use uuid::Uuid;
 
 use super::{Applied, FreshnessSettings, Views, lease::Standing};
 use crate::{
-    clock::Clock,
+    clock::{Clock, spread::Spread},
     fault::{Fault, Tier},
     metrics::{
         Gauge, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, Opts, Registry, SHORT_SECONDS, register,
@@ -421,25 +421,6 @@ impl Rate {
             Some(oldest) if self.0.len() >= HINTED_MAX => *oldest + HINTED_PERIOD,
             _ => now,
         }
-    }
-}
-
-/// Intervals that differ a little from each other, so that replicas do not poll in step: those of one replica are the same
-/// in every run.
-struct Spread(u64);
-
-impl Spread {
-    fn of(replica: Uuid) -> Self {
-        let (high, low) = replica.as_u64_pair();
-        Self(high ^ low)
-    }
-
-    /// `time` +-10 %.
-    fn around(&mut self, time: Duration) -> Duration {
-        // A linear congruential generator (Knuth, MMIX); its upper bits are the good ones.
-        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        let upper = u8::try_from(self.0 >> 56).unwrap_or(0); // 8 bits are left
-        time.mul_f64(0.9 + 0.2 * f64::from(upper) / 255.0)
     }
 }
 

@@ -13,7 +13,7 @@ use uuid::Uuid;
 use super::{CONNECT_TIMEOUT, Connection, Link as _, RedisSettings, hints::CHANNEL, link::servers, timed_out};
 use crate::{
     clock::Clock,
-    finding::{Finding, Times, complete, milliseconds},
+    finding::{Finding, Times, complete, located, milliseconds},
 };
 
 /// The examinations of Redis, in order.
@@ -102,11 +102,11 @@ async fn resolved(address: &ConnectionAddr) -> Result<String, String> {
         other => return Ok(other.to_string()),
     };
     let addresses: Vec<_> = match timeout(CONNECT_TIMEOUT, lookup_host((host.as_str(), port))).await {
-        Ok(Ok(addresses)) => addresses.map(|address| address.ip().to_string()).collect(),
+        Ok(Ok(addresses)) => addresses.map(|address| address.ip()).collect(),
         Ok(Err(error)) => return Err(format!("{host}: {error}")),
         Err(_) => return Err(format!("{host}: its name was not resolved within {CONNECT_TIMEOUT:?}")),
     };
-    Ok(format!("{host} is {}, port {port}, {tls}", addresses.join(", ")))
+    Ok(format!("{}, port {port}, {tls}", located(host, &addresses)))
 }
 
 fn unconnected(error: &RedisError) -> Finding {

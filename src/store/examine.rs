@@ -127,7 +127,7 @@ impl Report {
 }
 
 /// That something could not be examined because of what was found before.
-pub(crate) fn because_of(finding: &Finding) -> String {
+fn because_of(finding: &Finding) -> String {
     format!("because of {}", finding.name)
 }
 

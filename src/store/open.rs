@@ -3,7 +3,7 @@
 use std::{sync::Arc, time::Duration};
 
 use super::{
-    Ledger, LedgerError, Missing, Source, StoreSettings,
+    Ledger, LedgerError, Missing, SchemaName, Source, StoreSettings,
     book::{Book, Tables},
     existing::ExistingTable,
     place::{Address, Env, Place, Role},
@@ -53,14 +53,31 @@ pub fn open_lookup(
 /// [`LedgerError::NotOurs`] with somebody else's table; [`LedgerError::NoDatabase`] and [`LedgerError::Schema`] where
 /// there is nothing to work on; or the database cannot be reached.
 pub async fn open_ledger(settings: &StoreSettings, env: Env<'_>) -> Result<Box<dyn Ledger>, LedgerError> {
+    management(settings, env)?.open().await
+}
+
+/// The way to what management works on.
+#[derive(Clone, Debug)]
+pub struct Management {
+    address: Address,
+    place: Place,
+    schema: SchemaName,
+    connect_timeout: Duration,
+}
+
+/// The way to what management works on, for who goes it again and again. Connects to nothing yet.
+///
+/// # Errors
+/// [`LedgerError::NotOurs`] with somebody else's table; [`LedgerError::Unusable`]: a URL or its file that cannot be read.
+pub fn management(settings: &StoreSettings, env: Env<'_>) -> Result<Management, LedgerError> {
     if settings.reads_existing() {
         return Err(LedgerError::NotOurs);
     }
-    open_history(settings, env).await
+    manage(settings, env)
 }
 
-/// The same for whoever changes no trust and no key, only what replicas remember of them: also of somebody else's
-/// table, once it is attached.
+/// What replicas remember, for whoever changes no trust and no key: also of somebody else's table, once it is attached.
+/// Connects at once.
 ///
 /// # Errors
 /// As [`open_ledger`].
@@ -68,8 +85,31 @@ pub async fn open_history(settings: &StoreSettings, env: Env<'_>) -> Result<Box<
     if !settings.names_changes() {
         return Err(LedgerError::NotOurs);
     }
-    let tables = open_tables(&Address::of(settings, Role::Manage), settings, env).await?;
-    Ok(Box::new(Book::new(tables)))
+    manage(settings, env)?.open().await
+}
+
+fn manage(settings: &StoreSettings, env: Env<'_>) -> Result<Management, LedgerError> {
+    let address = Address::of(settings, Role::Manage);
+    let (schema, connect_timeout) = (settings.schema.clone(), settings.connect_timeout);
+    Ok(Management { place: address.place(env)?, address, schema, connect_timeout })
+}
+
+impl Management {
+    /// Connects. Reads the files of secrets anew.
+    ///
+    /// # Errors
+    /// As [`open_ledger`].
+    pub async fn open(&self) -> Result<Box<dyn Ledger>, LedgerError> {
+        Ok(Box::new(Book::new(self.tables().await?)))
+    }
+
+    async fn tables(&self) -> Result<Box<dyn Tables>, LedgerError> {
+        let Self { address, place, schema, connect_timeout } = self;
+        Ok(match place {
+            Place::Sqlite(path) => Box::new(sqlite::ledger::open(path).await?),
+            Place::Postgres => Box::new(postgres::ledger::open(address, schema, *connect_timeout).await?),
+        })
+    }
 }
 
 /// The tables at `address`. Connects at once.
@@ -81,10 +121,8 @@ pub(super) async fn open_tables(
     settings: &StoreSettings,
     env: Env<'_>,
 ) -> Result<Box<dyn Tables>, LedgerError> {
-    Ok(match address.place(env)? {
-        Place::Sqlite(path) => Box::new(sqlite::ledger::open(&path).await?),
-        Place::Postgres => Box::new(postgres::ledger::open(address, &settings.schema, settings.connect_timeout).await?),
-    })
+    let (schema, connect_timeout) = (settings.schema.clone(), settings.connect_timeout);
+    Management { place: address.place(env)?, address: address.clone(), schema, connect_timeout }.tables().await
 }
 
 /// Makes the tables, or adds what a newer release needs. Can be repeated, and run by several at once.

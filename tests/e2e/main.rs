@@ -6,6 +6,7 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod canary;
 mod cut_off;
 mod drain;
 mod fill;
@@ -20,5 +21,6 @@ mod prometheus;
 mod quiet;
 mod redis_tls;
 mod revocation;
+mod sampler;
 mod stage;
 mod table;

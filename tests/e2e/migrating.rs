@@ -139,7 +139,7 @@ async fn what_is_held_of_an_attached_table_needs_no_read_until_it_changes() {
     for _ in 0..100 {
         is_of(&asker.check(&key).await, &id);
     }
-    assert_eq!(reads().await - read, 0.0);
+    assert!(reads().await <= read, "nothing is read");
     before.execute(&format!("DELETE FROM trust WHERE id = '{id}'")).await;
     let effect = before.site.json(&["cache", "clear"]).await;
     assert_eq!((&effect["replicas"], &effect["applied"]), (&1.into(), &1.into()), "{effect}");

@@ -3,6 +3,7 @@
 use std::{
     io::Write as _,
     net::SocketAddr,
+    path::Path,
     process::{Command, Stdio},
     time::Duration,
 };
@@ -62,6 +63,17 @@ async fn prometheus_scrapes_a_run_and_promtool_finds_nothing() {
     let checked = promtool.wait_with_output().unwrap();
     let said = [checked.stdout, checked.stderr].map(|text| String::from_utf8(text).unwrap()).concat();
     assert_eq!((checked.status.code(), said.as_str()), (Some(0), ""));
+}
+
+#[test]
+fn the_alerts_are_rules_and_raise_the_alarm_when_they_should() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    for (kind, file) in [("check", "docs/alerts.yaml"), ("test", "tests/e2e/alerts.yaml")] {
+        let ran =
+            Command::new(program(&["promtool"], PACKAGE)).args([kind, "rules"]).arg(root.join(file)).output().unwrap();
+        let said = [ran.stdout, ran.stderr].map(|text| String::from_utf8(text).unwrap()).concat();
+        assert!(ran.status.success() && said.contains("SUCCESS"), "{file}: {said}");
+    }
 }
 
 /// A Prometheus that scrapes `target`.

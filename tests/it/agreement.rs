@@ -131,6 +131,17 @@ fn the_readme_names_only_metrics_and_settings_that_exist() {
 }
 
 #[test]
+fn the_alerts_are_about_metrics_that_exist() {
+    let (metrics, alerts) = (documented_metrics(&file("docs/metrics.md")), file("docs/alerts.yaml"));
+    let words = alerts.split(|c: char| !c.is_ascii_alphanumeric() && c != '_');
+    let named: BTreeSet<_> = words.filter(|word| word.starts_with("trustgate_")).collect();
+    for name in &named {
+        assert!(metrics.contains_key(name.trim_end_matches("_bucket")), "docs/alerts.yaml: there is no metric {name}");
+    }
+    assert!(named.len() > 10, "{named:?}");
+}
+
+#[test]
 fn the_configuration_in_the_readme_is_accepted() {
     let readme = file("README.md");
     let blocks = blocks(&readme, "toml");

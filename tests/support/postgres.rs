@@ -133,13 +133,15 @@ impl Postgres {
         dir
     }
 
-    /// What `pg_dump` with these options says of a database.
+    /// What `pg_dump` with these options says of a database, but for what it makes up anew each time.
     pub fn dump(&self, database: &str, options: &[&str]) -> String {
         let pg_dump = binary("pg_dump");
         let output =
             Command::new(pg_dump).args(self.client(database)).args(options).output().expect("pg_dump is there");
         assert!(output.status.success(), "pg_dump: {}", String::from_utf8_lossy(&output.stderr));
-        String::from_utf8(output.stdout).expect("text")
+        let dump = String::from_utf8(output.stdout).expect("text");
+        let is_made_up = |line: &str| line.starts_with("\\restrict ") || line.starts_with("\\unrestrict ");
+        dump.split_inclusive('\n').filter(|line| !is_made_up(line)).collect()
     }
 
     /// Gives `psql` a script, such as a dump.

@@ -23,7 +23,7 @@ use super::{
     rights::{self, Needs},
     watch,
 };
-use crate::finding::{Finding, milliseconds};
+use crate::finding::{Finding, located, milliseconds};
 
 /// How long a hint may take to be of any use.
 const HINT: Duration = Duration::from_secs(1);
@@ -57,13 +57,7 @@ pub(crate) async fn run(postgres: Postgres, examination: Examination<'_>, report
     };
     report.add(server(&who));
     let tables = session.examine(Kind::Server, report).await;
-    if !postgres.names_changes() {
-        let because = "the table is yours, and not attached";
-        report.add(Finding::skipped(RIGHTS, because));
-        report.add(Finding::skipped(MANAGEMENT, because));
-        report.add(Finding::skipped(WATCH, "the table is yours, and not attached: nobody names changes there"));
-        report.add(Finding::skipped(HINTS, "the table is yours, and not attached: nobody sends any"));
-    } else {
+    if postgres.names_changes() {
         let manager = manager(&who, examination, report).await;
         if tables != Tables::Unfit {
             report.add(rights(&mut session, &who, manager.as_deref(), &postgres.schema).await);
@@ -72,6 +66,12 @@ pub(crate) async fn run(postgres: Postgres, examination: Examination<'_>, report
             report.add(naming(&mut session, watched, &postgres.schema).await);
         }
         report.add(hints(&mut session, &postgres.address, examination).await);
+    } else {
+        let because = "the table is yours, and not attached";
+        report.add(Finding::skipped(RIGHTS, because));
+        report.add(Finding::skipped(MANAGEMENT, because));
+        report.add(Finding::skipped(WATCH, "the table is yours, and not attached: nobody names changes there"));
+        report.add(Finding::skipped(HINTS, "the table is yours, and not attached: nobody sends any"));
     }
     session.close().await;
 }
@@ -94,8 +94,7 @@ async fn address(options: &PgConnectOptions, examination: Examination<'_>) -> Re
     let host = (options.get_host(), options.get_port());
     match resolve(host, examination.settings.connect_timeout, examination.clock).await {
         Ok((addresses, took)) => {
-            let listed = addresses.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
-            let found = format!("{} is {listed}, port {}, known after {}", host.0, host.1, milliseconds(took));
+            let found = format!("{}, port {}, known after {}", located(host.0, &addresses), host.1, milliseconds(took));
             Ok((Finding::ok(ADDRESS, found), addresses.iter().all(IpAddr::is_loopback)))
         }
         Err(problem) => {

@@ -166,18 +166,12 @@ struct Script(Vec<Part>);
 impl Script {
     /// For people who run it by other means.
     fn print(&self, name: &SchemaName) -> String {
-        let mut text = String::new();
-        for Part { what, owner, statements } in &self.0 {
-            if statements.is_empty() {
-                continue;
-            }
-            text += &format!("-- As the owner of {what}, {owner}:\nBEGIN;\n{WAITS};\n");
-            for statement in statements {
-                text += &format!("{};\n", statement.replace("{s}", name.as_str()).trim());
-            }
-            text += "COMMIT;\n\n";
-        }
-        text
+        let parts = self.0.iter().filter(|part| !part.statements.is_empty());
+        let parts = parts.map(|Part { what, owner, statements }| {
+            let statements: Vec<_> = statements.iter().map(|statement| format!("{statement};\n")).collect();
+            format!("-- As the owner of {what}, {owner}:\nBEGIN;\n{WAITS};\n{}COMMIT;\n", statements.concat())
+        });
+        parts.collect::<Vec<_>>().join("\n").replace("{s}", name.as_str())
     }
 
     async fn run(&self, connection: &mut PgConnection, name: &SchemaName) -> Result<(), sqlx::Error> {

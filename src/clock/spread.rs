@@ -1,0 +1,28 @@
+//! Intervals that differ a little from each other, so that replicas do nothing in step.
+//!
+//! Never random: those of one replica are the same in every run.
+
+use std::time::Duration;
+
+use uuid::Uuid;
+
+/// The intervals of one replica.
+#[derive(Clone, Debug)]
+pub struct Spread(u64);
+
+impl Spread {
+    /// The intervals of `replica`.
+    #[must_use]
+    pub const fn of(replica: Uuid) -> Self {
+        let (high, low) = replica.as_u64_pair();
+        Self(high ^ low)
+    }
+
+    /// `time` +-10 %.
+    pub fn around(&mut self, time: Duration) -> Duration {
+        // A linear congruential generator (Knuth, MMIX); its upper bits are the good ones.
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        let upper = u8::try_from(self.0 >> 56).unwrap_or(0); // 8 bits are left
+        time.mul_f64(0.9 + 0.2 * f64::from(upper) / 255.0)
+    }
+}

@@ -1,0 +1,80 @@
+//! The canary on three replicas of one database: its rounds go well, a revocation that nobody was told of is found, and
+//! nothing stays behind.
+
+use std::time::Duration;
+
+use crate::{
+    stage::Stage,
+    support::{among_others, eventually, server::Server},
+};
+
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// From now on the database tells no replica of a key that is revoked: that has a version, but names nothing.
+const UNTOLD: &str = "
+CREATE FUNCTION public.untold() RETURNS trigger LANGUAGE plpgsql AS $$
+BEGIN
+    DELETE FROM trustgate.change WHERE tx = pg_current_xact_id();
+    RETURN NULL;
+END
+$$;
+CREATE TRIGGER untold AFTER INSERT ON trustgate.audit
+    FOR EACH ROW WHEN (NEW.action = 'key.revoke') EXECUTE FUNCTION public.untold()";
+const TOLD: &str = "DROP TRIGGER untold ON trustgate.audit";
+
+const TRUSTS: &str = "SELECT coalesce(string_agg(name, ' ' ORDER BY name), '') FROM trustgate.trust
+    WHERE name LIKE 'trustgate-canary-%'";
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_revocation_that_nobody_was_told_of_is_found_on_every_replica() {
+    let _turn = among_others().await;
+    let settings = [("freshness.canary_interval", "1s"), ("limits.drain_delay", "0s")];
+    let stage = Stage::new(&settings).await;
+    // What a replica that is gone did not delete, and what is none of a canary's.
+    let left = format!("trustgate-canary-{}", uuid::Uuid::new_v4());
+    for name in [&left, "trustgate-canary-in-a-coal-mine"] {
+        stage.site.trust(name).await;
+        stage.site.issue(name, &[]).await;
+    }
+    let servers = [stage.site.serve().await, stage.site.serve().await, stage.site.serve().await];
+    for server in &servers {
+        eventually("rounds go well", PATIENCE, || async { rounds(server, "ok").await >= 3.0 }).await;
+        for outcome in ["late", "denied"] {
+            assert!(rounds(server, outcome).await < 1.0, "{outcome}: {}", server.log());
+        }
+        let revoked = server.metric("trustgate_canary_revocation_seconds_count").await;
+        assert!(revoked >= 3.0, "{revoked}");
+    }
+
+    stage.postgres.execute(&stage.database, UNTOLD).await;
+    for server in &servers {
+        eventually("it is found", PATIENCE, || async { rounds(server, "late").await >= 1.0 }).await;
+        server.until_logged("granted for longer than is promised").await;
+    }
+    stage.postgres.execute(&stage.database, TOLD).await;
+    for server in &servers {
+        let before = rounds(server, "ok").await;
+        eventually("all is well again", PATIENCE, || async { rounds(server, "ok").await > before }).await;
+        assert!(rounds(server, "denied").await < 1.0, "{}", server.log());
+    }
+
+    for server in &servers {
+        server.signal("TERM");
+    }
+    for server in servers {
+        let (code, log) = server.ended(PATIENCE).await;
+        assert_eq!(code, 0, "{log}");
+    }
+    let trusts: String = stage.postgres.value(&stage.database, TRUSTS).await;
+    assert_eq!(trusts, "trustgate-canary-in-a-coal-mine");
+    let keys: i64 = stage.postgres.value(&stage.database, "SELECT count(*) FROM trustgate.api_key").await;
+    assert_eq!(keys, 1, "that of the trust which is no canary's");
+    let audited =
+        "SELECT string_agg(DISTINCT action, ' ' ORDER BY action) FROM trustgate.audit WHERE actor LIKE 'canary:%'";
+    let audited: String = stage.postgres.value(&stage.database, audited).await;
+    assert_eq!(audited, "key.issue key.revoke trust.create trust.delete");
+}
+
+async fn rounds(server: &Server, outcome: &str) -> f64 {
+    server.metric(&format!("trustgate_canary_rounds_total{{outcome=\"{outcome}\"}}")).await
+}

@@ -1,0 +1,95 @@
+//! The sampler on three replicas of one database: it finds a change that nobody was told of, and nothing where all are
+//! named.
+
+use std::time::Duration;
+
+use crate::{
+    stage::Stage,
+    support::{
+        among_others, eventually,
+        grpc::Asker,
+        server::{IssuedKey, Server, digest},
+    },
+};
+
+const PATIENCE: Duration = Duration::from_secs(30);
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_change_that_nobody_was_told_of_is_found_on_every_replica() {
+    let _turn = among_others().await;
+    let mut stage = Stage::new(&[]).await;
+    let issue = async |trust: &str| stage.site.issue(trust, &[]).await;
+    let (ordinary, good) = ([issue("acme").await, issue("globex").await], issue("initech").await);
+    let (revoked, deleted) = (issue("acme").await, issue("globex").await);
+    let unsampled = stage.site.serve().await;
+    stage.site.set("freshness.sample_interval", "20ms");
+    let sampled = [stage.site.serve().await, stage.site.serve().await, stage.site.serve().await];
+    let control = Asker::connect(unsampled.grpc()).await;
+    let mut askers = Vec::new();
+    for server in &sampled {
+        askers.push(Asker::connect(server.grpc()).await);
+    }
+    for asker in askers.iter().chain([&control]) {
+        for key in ordinary.iter().chain([&good, &revoked, &deleted]) {
+            granted(asker, key).await;
+        }
+    }
+
+    // Changes that are named make no difference, however they come about.
+    stage.site.revoke(&ordinary[0]).await;
+    stage.postgres.execute(&stage.database, &update(&ordinary[1])).await;
+    for (server, asker) in sampled.iter().zip(&askers) {
+        for key in &ordinary {
+            eventually("it is refused", PATIENCE, || async { asker.check(&key.key).await.status == 401 }).await;
+        }
+        let before = samples(server, "same").await;
+        let enough = || async { samples(server, "same").await >= before + 20.0 };
+        eventually("what is held was compared several times over", PATIENCE, enough).await;
+        assert!(samples(server, "different").await < 1.0, "{}", server.log());
+    }
+
+    for (key, change, reason, count) in
+        [(&revoked, update(&revoked), "revoked", 1.0), (&deleted, deletion(&deleted), "unknown", 2.0)]
+    {
+        stage.postgres.execute(&stage.database, &untold(&change)).await;
+        for (server, asker) in sampled.iter().zip(&askers) {
+            eventually("it is found", PATIENCE, || async { samples(server, "different").await >= count }).await;
+            refused(asker, key, reason).await;
+            granted(asker, &good).await;
+            server.until_logged(&key.id).await;
+            assert!(!server.log().contains(&digest(&key.key)), "no digest is logged");
+        }
+        // Without the sampler nothing would have ended it: the replicas know of no change.
+        granted(&control, key).await;
+    }
+    for server in &sampled {
+        assert!(samples(server, "different").await < 3.0, "each was found once");
+    }
+}
+
+/// A change of which the database tells no replica: it has a version, but names nothing.
+fn untold(change: &str) -> String {
+    format!("BEGIN; {change}; DELETE FROM trustgate.change WHERE tx = pg_current_xact_id(); COMMIT")
+}
+
+fn update(key: &IssuedKey) -> String {
+    format!("UPDATE trustgate.api_key SET revoked_at = now() WHERE id = '{}'", key.id)
+}
+
+fn deletion(key: &IssuedKey) -> String {
+    format!("DELETE FROM trustgate.api_key WHERE id = '{}'", key.id)
+}
+
+async fn samples(server: &Server, outcome: &str) -> f64 {
+    server.metric(&format!("trustgate_samples_total{{kind=\"api_key\",outcome=\"{outcome}\"}}")).await
+}
+
+async fn granted(asker: &Asker, key: &IssuedKey) {
+    let verdict = asker.check(&key.key).await;
+    assert_eq!((verdict.status, verdict.trust_id.as_ref()), (200, Some(&key.trust_id)), "{verdict:?}");
+}
+
+async fn refused(asker: &Asker, key: &IssuedKey, reason: &str) {
+    let verdict = asker.check(&key.key).await;
+    assert_eq!((verdict.status, verdict.reason.as_deref()), (401, Some(reason)), "{verdict:?}");
+}
