@@ -77,7 +77,8 @@ crate::settings! {
         /// Whether `trustgate attach` has been run on `table`, so that the table names its changes: then what was read
         /// is relied on under the lease, as with our own tables.
         attached: bool = "false",
-        /// Connections to the database for reads of checks, at most; one more is used to watch it.
+        /// Connections to the database for reads of checks, at most; one more is used to watch it. With SQLite also no more
+        /// than two for each processor.
         connections_max: u32 = "8",
         /// Reads of checks that may wait or run at one time. A quarter is kept for keys that were good before.
         reads_max: u32 = "64",

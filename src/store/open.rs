@@ -1,6 +1,6 @@
 //! The doors to the store: which adapter the settings mean, and how it is opened.
 
-use std::{sync::Arc, time::Duration};
+use std::{num::NonZero, sync::Arc, thread::available_parallelism, time::Duration};
 
 use super::{
     Ledger, LedgerError, Missing, SchemaName, Source, StoreSettings,
@@ -36,7 +36,11 @@ pub fn open_lookup(
     }
     Ok(match address.place(env)? {
         Place::Sqlite(_) if settings.table.is_some() || settings.attached => return Err(not_on_sqlite()),
-        Place::Sqlite(path) => Arc::new(Reader::new(Sqlite { path, preset: settings.preset }, settings, clock)),
+        Place::Sqlite(path) => {
+            let connections_max = settings.connections_max.min(sqlite_connections());
+            let settings = StoreSettings { connections_max, ..settings.clone() };
+            Arc::new(Reader::new(Sqlite { path, preset: settings.preset }, &settings, clock))
+        }
         Place::Postgres => {
             let statement_timeout = settings.read_timeout + GRACE;
             let (schema, existing) = (settings.schema.clone(), ExistingTable::of(settings));
@@ -45,6 +49,13 @@ pub fn open_lookup(
             Arc::new(Reader::new(Postgres { address, schema, existing, statement_timeout }, settings, clock))
         }
     })
+}
+
+/// Reads of a file are work for the processors of this process, a thread each: with more of them nothing is read
+/// sooner, and what is served from the cache gets a smaller share.
+fn sqlite_connections() -> u32 {
+    let processors = available_parallelism().map_or(1, NonZero::get);
+    u32::try_from(processors).unwrap_or(u32::MAX).saturating_mul(2)
 }
 
 /// What management changes trusts and keys through. Connects at once.
@@ -68,7 +79,8 @@ pub struct Management {
 /// The way to what management works on, for who goes it again and again. Connects to nothing yet.
 ///
 /// # Errors
-/// [`LedgerError::NotOurs`] with somebody else's table; [`LedgerError::Unusable`]: a URL or its file that cannot be read.
+/// [`LedgerError::NotOurs`] with somebody else's table; [`LedgerError::Unusable`]: a URL or its file that cannot be
+/// read.
 pub fn management(settings: &StoreSettings, env: Env<'_>) -> Result<Management, LedgerError> {
     if settings.reads_existing() {
         return Err(LedgerError::NotOurs);
