@@ -12,7 +12,7 @@ use crate::{
     support::{
         alone, eventually,
         forward::Forwarder,
-        grpc::{Asker, is_serving},
+        grpc::{Asker, granted, is_serving, refused},
         machine,
         postgres::Postgres,
         probe::{Probe, Probing, granted_after},
@@ -622,14 +622,4 @@ async fn newest(postgres: &Postgres, database: &str) -> i64 {
 
 fn texts<'k>(keys: impl IntoIterator<Item = &'k IssuedKey>) -> Vec<String> {
     keys.into_iter().map(|key| key.key.clone()).collect()
-}
-
-async fn granted(asker: &Asker, key: &IssuedKey) {
-    let verdict = asker.check(&key.key).await;
-    assert_eq!((verdict.status, verdict.trust_id.as_ref()), (200, Some(&key.trust_id)), "{verdict:?}");
-}
-
-async fn refused(asker: &Asker, key: &IssuedKey, reason: &str) {
-    let verdict = asker.check(&key.key).await;
-    assert_eq!((verdict.status, verdict.reason.as_deref()), (401, Some(reason)), "{verdict:?}");
 }

@@ -14,7 +14,7 @@ use crate::{
         among_others,
         envoy::Envoy,
         eventually,
-        grpc::Asker,
+        grpc::{Asker, granted, refused},
         http,
         seam::Seam,
         server::{IssuedKey, Site, made_up_key},
@@ -162,16 +162,6 @@ async fn a_clearing_does_not_overlook_a_replica_that_is_just_starting() {
     seam.after_poll().open();
     running.ready().await;
     running.stop(Delay::None).await.unwrap();
-}
-
-async fn granted(asker: &Asker, key: &IssuedKey) {
-    let verdict = asker.check(&key.key).await;
-    assert_eq!((verdict.status, verdict.trust_id.as_ref()), (200, Some(&key.trust_id)), "{verdict:?}");
-}
-
-async fn refused(asker: &Asker, key: &IssuedKey, reason: &str) {
-    let verdict = asker.check(&key.key).await;
-    assert_eq!((verdict.status, verdict.reason.as_deref()), (401, Some(reason)), "{verdict:?}");
 }
 
 /// Asks again and again until the key is refused; returns when the last request that was granted began.

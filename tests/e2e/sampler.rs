@@ -7,7 +7,7 @@ use crate::{
     stage::Stage,
     support::{
         among_others, eventually,
-        grpc::Asker,
+        grpc::{Asker, granted, refused},
         server::{IssuedKey, Server, digest},
     },
 };
@@ -82,14 +82,4 @@ fn deletion(key: &IssuedKey) -> String {
 
 async fn samples(server: &Server, outcome: &str) -> f64 {
     server.metric(&format!("trustgate_samples_total{{kind=\"api_key\",outcome=\"{outcome}\"}}")).await
-}
-
-async fn granted(asker: &Asker, key: &IssuedKey) {
-    let verdict = asker.check(&key.key).await;
-    assert_eq!((verdict.status, verdict.trust_id.as_ref()), (200, Some(&key.trust_id)), "{verdict:?}");
-}
-
-async fn refused(asker: &Asker, key: &IssuedKey, reason: &str) {
-    let verdict = asker.check(&key.key).await;
-    assert_eq!((verdict.status, verdict.reason.as_deref()), (401, Some(reason)), "{verdict:?}");
 }

@@ -148,6 +148,61 @@ fn key(number: u128) -> Change {
     Change::Key(KeyId(id(number)))
 }
 
+/// What an application may write, one after the other, and what each names.
+fn statements() -> Vec<(String, Vec<Change>)> {
+    vec![
+        // A row that is being made is nothing yet.
+        (format!("INSERT INTO hospital.trust (id) VALUES ('{}')", id(1)), vec![]),
+        (
+            format!("UPDATE hospital.trust SET api_key_hash = '{}' WHERE id = '{}'", hash(11), id(1)),
+            vec![key(1), Change::Absent(digest(11))],
+        ),
+        (
+            format!("INSERT INTO hospital.trust (id, api_key_hash) VALUES ('{}', '{}')", id(2), hash(12)),
+            vec![Change::Absent(digest(12))],
+        ),
+        ("UPDATE hospital.trust SET seen_at = clock_timestamp(), note = 'seen'".to_owned(), vec![]),
+        (format!("UPDATE hospital.trust SET api_key_hash = '{}' WHERE id = '{}'", hash(11), id(1)), vec![]),
+        (
+            format!("UPDATE hospital.trust SET api_key_hash = '{}' WHERE id = '{}'", hash(13), id(1)),
+            vec![key(1), Change::Absent(digest(13)), Change::Gone(digest(11))],
+        ),
+        (
+            format!("UPDATE hospital.trust SET api_key_hash = NULL WHERE id = '{}'", id(1)),
+            vec![key(1), Change::Gone(digest(13))],
+        ),
+        (
+            format!("UPDATE hospital.trust SET revoked_at = now() WHERE id = '{}'", id(2)),
+            vec![key(2), Change::Absent(digest(12)), Change::Gone(digest(12))],
+        ),
+        (
+            format!("UPDATE hospital.trust SET id = '{}', revoked_at = NULL WHERE id = '{}'", id(3), id(2)),
+            vec![key(2), key(3), Change::Absent(digest(12))],
+        ),
+        (
+            format!(
+                "INSERT INTO hospital.trust (id, api_key_hash) VALUES ('{}', '{}')
+                     ON CONFLICT (id) DO UPDATE SET api_key_hash = excluded.api_key_hash",
+                id(3),
+                hash(14)
+            ),
+            vec![key(3), Change::Absent(digest(14)), Change::Gone(digest(12))],
+        ),
+        (
+            format!(
+                "MERGE INTO hospital.trust t USING (VALUES ('{}'::uuid), ('{}')) AS n (id) ON t.id = n.id
+                     WHEN MATCHED THEN DELETE WHEN NOT MATCHED THEN INSERT VALUES (n.id, '{}')",
+                id(3),
+                id(4),
+                hash(15)
+            ),
+            vec![key(3), Change::Gone(digest(14)), Change::Absent(digest(15))],
+        ),
+        (format!("DELETE FROM hospital.trust WHERE id = '{}'", id(4)), vec![key(4), Change::Gone(digest(15))]),
+        (format!("DELETE FROM hospital.trust WHERE id = '{}'", id(1)), vec![key(1)]),
+    ]
+}
+
 #[tokio::test]
 async fn whatever_an_application_does_to_an_attached_table_is_named_and_a_heartbeat_is_nothing() {
     let theirs = Theirs::new().await;
@@ -156,57 +211,7 @@ async fn whatever_an_application_does_to_an_attached_table_is_named_and_a_heartb
     for level in ["READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"] {
         let mut app = theirs.as_role("app").await;
         execute(&mut app, &format!("SET default_transaction_isolation = '{level}'")).await;
-        for (sql, changes) in [
-            // A row that is being made is nothing yet.
-            (format!("INSERT INTO hospital.trust (id) VALUES ('{}')", id(1)), vec![]),
-            (
-                format!("UPDATE hospital.trust SET api_key_hash = '{}' WHERE id = '{}'", hash(11), id(1)),
-                vec![key(1), Change::Absent(digest(11))],
-            ),
-            (
-                format!("INSERT INTO hospital.trust (id, api_key_hash) VALUES ('{}', '{}')", id(2), hash(12)),
-                vec![Change::Absent(digest(12))],
-            ),
-            ("UPDATE hospital.trust SET seen_at = clock_timestamp(), note = 'seen'".to_owned(), vec![]),
-            (format!("UPDATE hospital.trust SET api_key_hash = '{}' WHERE id = '{}'", hash(11), id(1)), vec![]),
-            (
-                format!("UPDATE hospital.trust SET api_key_hash = '{}' WHERE id = '{}'", hash(13), id(1)),
-                vec![key(1), Change::Absent(digest(13)), Change::Gone(digest(11))],
-            ),
-            (
-                format!("UPDATE hospital.trust SET api_key_hash = NULL WHERE id = '{}'", id(1)),
-                vec![key(1), Change::Gone(digest(13))],
-            ),
-            (
-                format!("UPDATE hospital.trust SET revoked_at = now() WHERE id = '{}'", id(2)),
-                vec![key(2), Change::Absent(digest(12)), Change::Gone(digest(12))],
-            ),
-            (
-                format!("UPDATE hospital.trust SET id = '{}', revoked_at = NULL WHERE id = '{}'", id(3), id(2)),
-                vec![key(2), key(3), Change::Absent(digest(12))],
-            ),
-            (
-                format!(
-                    "INSERT INTO hospital.trust (id, api_key_hash) VALUES ('{}', '{}')
-                     ON CONFLICT (id) DO UPDATE SET api_key_hash = excluded.api_key_hash",
-                    id(3),
-                    hash(14)
-                ),
-                vec![key(3), Change::Absent(digest(14)), Change::Gone(digest(12))],
-            ),
-            (
-                format!(
-                    "MERGE INTO hospital.trust t USING (VALUES ('{}'::uuid), ('{}')) AS n (id) ON t.id = n.id
-                     WHEN MATCHED THEN DELETE WHEN NOT MATCHED THEN INSERT VALUES (n.id, '{}')",
-                    id(3),
-                    id(4),
-                    hash(15)
-                ),
-                vec![key(3), Change::Gone(digest(14)), Change::Absent(digest(15))],
-            ),
-            (format!("DELETE FROM hospital.trust WHERE id = '{}'", id(4)), vec![key(4), Change::Gone(digest(15))]),
-            (format!("DELETE FROM hospital.trust WHERE id = '{}'", id(1)), vec![key(1)]),
-        ] {
+        for (sql, changes) in statements() {
             execute(&mut app, &sql).await;
             let versions = usize::from(!changes.is_empty());
             assert_eq!(named(&lookup, &mut seen).await, (texts(&changes), versions), "{level}: {sql}");

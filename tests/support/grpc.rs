@@ -14,7 +14,7 @@ use envoy_types::pb::{
 use tonic::{Status, transport::Channel};
 use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient};
 
-use super::{eventually, load::Shot};
+use super::{eventually, load::Shot, server::IssuedKey};
 
 /// A connection to one trustgate.
 #[derive(Clone)]
@@ -66,6 +66,24 @@ impl Asker {
         let answer = self.0.clone().check(request(key, extensions)).await?;
         Ok(verdict(&answer.into_inner()))
     }
+}
+
+/// That `key` is granted, for its own trust.
+///
+/// # Panics
+/// If it is not.
+pub async fn granted(asker: &Asker, key: &IssuedKey) {
+    let verdict = asker.check(&key.key).await;
+    assert_eq!((verdict.status, verdict.trust_id.as_ref()), (200, Some(&key.trust_id)), "{verdict:?}");
+}
+
+/// That `key` is refused, for this reason.
+///
+/// # Panics
+/// If it is not.
+pub async fn refused(asker: &Asker, key: &IssuedKey, reason: &str) {
+    let verdict = asker.check(&key.key).await;
+    assert_eq!((verdict.status, verdict.reason.as_deref()), (401, Some(reason)), "{verdict:?}");
 }
 
 /// Whether the gRPC health service of `server` calls `service` SERVING.
