@@ -216,7 +216,7 @@ impl Poll {
         self.notice_pause(state);
         let limit = self.settings.poll_timeout;
         let late = Err(PollError::NoAnswer(Fault::Timeout { tier: Tier::Store, limit }));
-        let since = self.views.load().since();
+        let (since, asked) = (self.views.load().since(), self.clock.now());
         let answer = timeout(limit, self.store.poll(since)).await.unwrap_or(late);
         if self.notice_pause(state) {
             return; // the answer may be older than it seems
@@ -224,7 +224,11 @@ impl Poll {
         match answer {
             Ok(polled) => self.take_in(&polled, signs, state).await,
             Err(PollError::NoAnswer(fault)) => {
-                self.views.load().lease().note_unanswered(self.clock.now());
+                let given_up = self.clock.now();
+                // Long after its time, it was this process that stood still: that says nothing of the database.
+                if given_up.since(asked) <= limit * 2 {
+                    self.views.load().lease().note_unanswered(given_up);
+                }
                 self.metrics.unanswered.inc();
                 state.known = false;
                 if state.up.replace(Up::No) != Some(Up::No) {

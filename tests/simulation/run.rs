@@ -41,6 +41,9 @@ const REPLICAS: usize = 3;
 const LENGTH: Duration = Duration::from_secs(6);
 /// L: as it comes.
 const LEASE: Duration = Duration::from_secs(1);
+/// For how long after its way is fine again a replica may not know it: connecting gets two seconds, and a poll without an
+/// answer speaks for two leases.
+const UNREACHED: Duration = Duration::from_millis(4_200);
 /// How long a check may take from its start to a grant: `decision.deadline`, as it comes.
 const DEADLINE: Duration = Duration::from_millis(150);
 
@@ -111,6 +114,8 @@ struct World {
     places: [Mutex<Place>; REPLICAS],
     /// Nothing is committed before.
     quiet_until: Mutex<Instant>,
+    /// For how long the machine of the replicas stood still, in all.
+    paused: Mutex<Duration>,
     checks: Mutex<JoinSet<()>>,
     outcome: Mutex<Outcome>,
 }
@@ -138,7 +143,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl World {
     fn new(plan: Plan) -> Self {
         let chance = Chance::of(plan.seed);
-        let stale = chance.one_of(&[Duration::ZERO, Duration::from_secs(2)]);
+        let stale = chance.one_of(&[Duration::ZERO, Duration::from_secs(2), Duration::from_secs(20)]);
         let hints = if chance.one_in(3) { "false" } else { "true" };
         let set = [
             ("FRESHNESS__STALE_IF_UNCONFIRMED", format!("{}s", stale.as_secs())),
@@ -163,6 +168,7 @@ impl World {
             redis,
             places,
             quiet_until,
+            paused: Mutex::default(),
             checks: Mutex::default(),
             outcome,
         }
@@ -196,7 +202,7 @@ impl World {
     }
 
     fn goes_on(&self) -> bool {
-        self.began.elapsed() < LENGTH
+        self.began.elapsed() < LENGTH + *lock(&self.paused)
     }
 
     fn tell(&self, what: impl FnOnce() -> String) {
@@ -296,7 +302,7 @@ impl World {
         while !self.plan.calm && self.goes_on() {
             sleep(chance.micros(10_000..800_000)).await;
             let number = chance.number(0..REPLICAS);
-            match chance.number(0..17) {
+            match chance.number(0..19) {
                 0..4 => {
                     let way = chance.one_of(&[Way::Lagging, Way::Slow, Way::Cut, Way::Refused, Way::Standby]);
                     self.set_way(&[number], way, chance.micros(10_000..4_000_000));
@@ -306,6 +312,14 @@ impl World {
                     self.set_way(&[number], Way::LateBack, Duration::from_secs(3));
                     sleep(chance.micros(300_000..800_000)).await;
                     self.set_way(&[number], Way::Cut, chance.micros(1_000_000..3_000_000));
+                }
+                17.. => {
+                    // A poll has just been given up, perhaps, and the way is fine again.
+                    if chance.one_in(2) {
+                        self.set_way(&[number], Way::Cut, chance.micros(500_000..1_500_000));
+                        sleep(chance.micros(500_000..1_600_000)).await;
+                    }
+                    self.pause(chance.micros(100_000..9_000_000), &chance).await;
                 }
                 16 => {
                     let lost = chance.number(1..4);
@@ -364,6 +378,15 @@ impl World {
                 }
             }
         }
+    }
+
+    /// Stops the replicas, and with them whoever asks, while others commit.
+    async fn pause(&self, length: Duration, chance: &Chance) {
+        let number = chance.number(0..KEYS);
+        self.tell(|| format!("all replicas stand still for {length:?}, and key {number} is revoked"));
+        self.database.commit(Event::Revoke(number), true);
+        *lock(&self.paused) += length;
+        tokio::time::advance(length).await;
     }
 
     fn set_way(self: &Arc<Self>, replicas: &[usize], way: Way, length: Duration) {
@@ -484,10 +507,10 @@ impl World {
         }
     }
 
-    /// Whether polls of this replica may have gone unanswered in the time that a lease and S before `began` go back.
+    /// Whether this replica could not reach the database of late, so that polls may have gone unanswered.
     fn was_cut(&self, replica: usize, began: Instant) -> bool {
         let place = lock(&self.places[replica]);
-        let since = began.checked_sub((LEASE + self.stale) * 2).unwrap_or(self.began);
+        let since = began.checked_sub(UNREACHED).unwrap_or(self.began);
         let last = place.ways.last();
         last.is_some_and(|(at, way)| *way != Way::Fine || *at >= since)
     }
