@@ -48,6 +48,7 @@ RENDERINGS = [
     ("postgres-not-our-table", sets(POSTGRES, "config.store.preset=trust-table", "migrate.enabled=false", "replicas=2",
                                     "config.redis.url={redis://a,redis://b}", "config.redis.cluster=true"),
      {"ServiceAccount", "PodDisruptionBudget"}),
+    ("attached", values("attached"), {"ServiceAccount", "Job", "PodDisruptionBudget"}),
     ("everything", values("everything"), {"ServiceAccount", "Job", "NetworkPolicy", "PodDisruptionBudget"}),
 ]
 
@@ -85,7 +86,7 @@ def check(helm, trustgate):
     """Makes every check and prints its outcome. The exit code."""
     tally = Tally()
     claim = Claims(tally)
-    for name in ("sqlite", "postgres", "everything"):
+    for name in ("sqlite", "postgres", "attached", "everything"):
         code, output = helm("lint", "--strict", CHART, *values(name))
         claim(f"helm lint: ci/{name}-values.yaml", code == 0, output)
     claim.look("the chart's files", check_chart)
@@ -374,8 +375,9 @@ def check_migration(rendering, claim):
     env = {name: value for name, value in rendering.env("Job").items() if name.startswith("TRUSTGATE__STORE__")}
     management = env.pop("TRUSTGATE__STORE__MANAGEMENT_URL_FILE", None)
     store = {name: value for name, value in rendering.toml["store"].items() if name != "management_url_file"}
+    text = {name: str(value).lower() if isinstance(value, bool) else str(value) for name, value in store.items()}
     claim.same("the Job means the server's database", env,
-               {f"TRUSTGATE__STORE__{name.upper()}": str(value) for name, value in store.items()})
+               {f"TRUSTGATE__STORE__{name.upper()}": value for name, value in text.items()})
     claim.same("the Job has the management url where one is given", rendering.secret_files("Job").get(management),
                None if rendering.name == "postgres-one-replica" else "management-url")
 
@@ -392,7 +394,7 @@ def check_pairs(helm, claim):
     claim("the checksum follows the configuration", checksum() != checksum("config.log.level=debug"))
     claim("the checksum follows an added secret", checksum() != checksum(*secret("pepper")))
     claim("the checksum follows nothing else", checksum() == checksum("image.tag=2.0.0", "replicas=0"))
-    for name in ("postgres", "everything"):
+    for name in ("postgres", "attached", "everything"):
         given = yaml.safe_load((CHART / f"ci/{name}-values.yaml").read_text())["config"]
         config = Rendering(name, helm.render(*values(name))).toml
         # repr, because 8 and 8.0 are the same to Python and not to TOML.
@@ -453,14 +455,14 @@ def check_chart(claim):
     missing = [name for name in names if not re.search(rf"^\|.*`{name}\b", readme, re.MULTILINE)]
     claim("README.md explains every value", not missing, missing)
 
-    postgres, everything = [
-        yaml.safe_load((CHART / f"ci/{name}-values.yaml").read_text()) for name in ("postgres", "everything")
+    postgres, attached, everything = [
+        yaml.safe_load((CHART / f"ci/{name}-values.yaml").read_text()) for name in ("postgres", "attached", "everything")
     ]
     claim.same("ci/everything-values.yaml tries every value", set(everything), set(names))
     claim.same("ci/everything-values.yaml tries every secret", set(everything["secrets"]), names["secrets"])
     sections = known["config"]["properties"]
     settings = {(section, name) for section in sections for name in sections[section]["properties"]}
-    configs = postgres["config"], everything["config"]
+    configs = postgres["config"], attached["config"], everything["config"]
     tried = {(section, name) for config in configs for section in config for name in config[section]}
     # The preset has a rendering of its own.
     claim.same("ci/ tries every setting", tried | {("store", "preset")}, settings)
