@@ -15,8 +15,8 @@ use uuid::Uuid;
 
 use crate::{program::Place, support::postgres::Postgres};
 
-/// A database with a table of somebody's: owned by `…_owner`, written by `…_app`, neither of which has any right on our
-/// tables, which belong to `…_gate`; read by `…_serve`.
+/// A database with a table of somebody's: owned by `…-owner`, written by `…-app`, neither of which has any right on our
+/// tables, which belong to `…-gate`; read by `…-serve`.
 struct Theirs {
     server: Arc<Postgres>,
     name: String,
@@ -40,30 +40,30 @@ impl Theirs {
         let server = Postgres::shared().await;
         let name = server.database().await;
         for role in ["owner", "app", "gate", "serve"] {
-            server.execute(&name, &format!("CREATE ROLE {name}_{role} LOGIN")).await;
+            server.execute(&name, &format!("CREATE ROLE \"{name}-{role}\" LOGIN")).await;
         }
-        server.execute(&name, &format!("GRANT CREATE ON DATABASE {name} TO {name}_owner, {name}_gate")).await;
+        server.execute(&name, &format!("GRANT CREATE ON DATABASE {name} TO \"{name}-owner\", \"{name}-gate\"")).await;
         let place = Place::new()
-            .with("TRUSTGATE__STORE__URL", &server.url(&format!("{name}_serve"), &name))
-            .with("TRUSTGATE__STORE__MANAGEMENT_URL", &server.url(&format!("{name}_gate"), &name))
+            .with("TRUSTGATE__STORE__URL", &server.url(&format!("{name}-serve"), &name))
+            .with("TRUSTGATE__STORE__MANAGEMENT_URL", &server.url(&format!("{name}-gate"), &name))
             .with("TRUSTGATE__STORE__TABLE", "hospital.trust")
             .with("TRUSTGATE__STORE__TABLE_REVOKED_AT", "revoked_at")
             .with("TRUSTGATE__STORE__ATTACHED", "true");
         let theirs = Self { server, name, place };
         theirs.run("owner", table).await;
-        theirs.run("owner", &format!("GRANT USAGE ON SCHEMA hospital TO {0}_app", theirs.name)).await;
+        theirs.run("owner", &format!("GRANT USAGE ON SCHEMA hospital TO \"{0}-app\"", theirs.name)).await;
         let rights = "SELECT, INSERT, UPDATE, DELETE, TRUNCATE";
-        theirs.run("owner", &format!("GRANT {rights} ON hospital.trust TO {}_app", theirs.name)).await;
+        theirs.run("owner", &format!("GRANT {rights} ON hospital.trust TO \"{}-app\"", theirs.name)).await;
         theirs.place.run(&["migrate"]).done();
         let roles =
-            ["--serve-role", &format!("{}_serve", theirs.name), "--manage-role", &format!("{}_gate", theirs.name)];
+            ["--serve-role", &format!("{}-serve", theirs.name), "--manage-role", &format!("{}-gate", theirs.name)];
         let grants = theirs.place.run(&[&["migrate", "--print-grants"], &roles[..]].concat()).done().out;
         theirs.server.execute(&theirs.name, &grants).await;
         theirs
     }
 
     async fn as_role(&self, role: &str) -> PgConnection {
-        let options: PgConnectOptions = self.server.url(&format!("{}_{role}", self.name), &self.name).parse().unwrap();
+        let options: PgConnectOptions = self.server.url(&format!("{}-{role}", self.name), &self.name).parse().unwrap();
         PgConnection::connect_with(&options).await.unwrap()
     }
 
@@ -78,7 +78,8 @@ impl Theirs {
         assert!(!parts.is_empty(), "{printed}");
         for part in parts {
             let (head, sql) = part.split_once(":\n").unwrap();
-            let role = head.rsplit_once(", ").unwrap().1.strip_prefix(&format!("{}_", self.name)).unwrap();
+            let role = head.rsplit_once(", ").unwrap().1.trim_matches('"').strip_prefix(&format!("{}-", self.name));
+            let role = role.unwrap();
             self.run(role, sql).await;
         }
     }
@@ -86,7 +87,7 @@ impl Theirs {
     fn settings(&self) -> StoreSettings {
         let column = |name: &str| Setting::read(&Written::One(name.to_owned()));
         StoreSettings {
-            url: Some(Secret::new(self.server.url(&format!("{}_serve", self.name), &self.name))),
+            url: Some(Secret::new(self.server.url(&format!("{}-serve", self.name), &self.name))),
             table: TableName::read(&Written::One("hospital.trust".to_owned())),
             table_revoked_at: column("revoked_at"),
             attached: true,
@@ -230,7 +231,7 @@ async fn whatever_an_application_does_to_an_attached_table_is_named_and_a_heartb
         assert_eq!(named(&lookup, &mut seen).await, (texts(&whole), 2), "{level}");
     }
     let rights = format!(
-        "SELECT has_schema_privilege('{0}_app', 'trustgate', 'USAGE') OR has_schema_privilege('{0}_owner', 'trustgate', 'USAGE')",
+        "SELECT has_schema_privilege('{0}-app', 'trustgate', 'USAGE') OR has_schema_privilege('{0}-owner', 'trustgate', 'USAGE')",
         theirs.name
     );
     assert!(!theirs.server.value::<bool>(&theirs.name, &rights).await, "neither needs a right on our tables");
@@ -365,7 +366,7 @@ async fn whoever_alters_an_attached_table_ends_the_lease_until_it_is_put_right()
         if harm.starts_with("DROP TABLE") {
             theirs.run("owner", TABLE.split_once(';').unwrap().1).await;
         }
-        theirs.run("owner", &format!("GRANT SELECT ON hospital.trust TO {}_serve", theirs.name)).await;
+        theirs.run("owner", &format!("GRANT SELECT ON hospital.trust TO \"{}-serve\"", theirs.name)).await;
         theirs.run_printed("attach").await;
         lookup.restore_watch().await.unwrap();
         let (changes, _) = named(&lookup, &mut seen).await;

@@ -301,7 +301,7 @@ async fn attach(
     if !problems.is_empty() {
         return Err(LedgerError::Unusable(format!("{} cannot be attached:\n  {}", table.table, problems.join("\n  "))));
     }
-    let theirs = sqlx::query(THEIRS).bind(home).bind(&table.table.name).bind(name.as_str()).bind(&ours);
+    let theirs = sqlx::query(in_schema(THEIRS, name)).bind(home).bind(&table.table.name);
     let theirs = theirs.fetch_one(&mut *connection).await?;
     let (owner, is_welcome, is_ours): (String, bool, bool) =
         (theirs.try_get(0)?, theirs.try_get(1)?, theirs.try_get(2)?);
@@ -345,9 +345,11 @@ LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $body
 const ATTACHED: &str = "SELECT attached_schema || '.' || attached_table FROM {s}.meta";
 
 /// Who owns the table; whether that role may use our schema, and whether it has the rights of the owner of our tables.
-const THEIRS: &str = "SELECT c.relowner::regrole::text, has_schema_privilege(c.relowner, $3, 'USAGE'),
-    pg_has_role(c.relowner, $4, 'USAGE')
- FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE n.nspname = $1 AND c.relname = $2";
+const THEIRS: &str = "SELECT c.relowner::regrole::text, has_schema_privilege(c.relowner, ours.relnamespace, 'USAGE'),
+    pg_has_role(c.relowner, ours.relowner, 'USAGE')
+ FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
+ JOIN pg_class ours ON ours.oid = '{s}.meta'::regclass
+ WHERE n.nspname = $1 AND c.relname = $2";
 
 /// The table and all that inherit from it or are parts of it, parents first.
 const TREE: &str = "WITH RECURSIVE tree (oid, depth) AS (
