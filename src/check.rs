@@ -45,7 +45,7 @@ crate::settings! {
         preflight: Preflight = "check",
         /// How long one check may take in all.
         deadline: Duration = "150ms",
-        /// Envoy's own timeout for the check, `grpc_service.timeout` of its filter. `deadline` must be below it.
+        /// Envoy's own timeout for the check, `grpc_service.timeout` of its filter, or less. `deadline` must be below it.
         envoy_timeout: Duration = "200ms",
         /// What `Retry-After` tells clients when we cannot decide; whole seconds.
         retry_after: Duration = "1s",

@@ -40,11 +40,12 @@ crate::settings! {
         url: Option<Secret> = "",
         /// A file that holds the URL; read again at every connect.
         url_file: Option<PathBuf> = "",
-        /// The password, where the URL holds none.
+        /// The password, where the URL holds none: `url`'s, and `management_url`'s too.
         password: Option<Secret> = "",
         /// A file that holds the password; read again at every connect.
         password_file: Option<PathBuf> = "",
-        /// What `migrate`, `trust` and `key` connect to, where they use a role of their own. Unset: `url`.
+        /// What everything that changes the database connects to, where it uses a role of its own: `migrate`, `attach`,
+        /// `detach`, `trust`, `key`, `cache`, `store copy` and the canary. Unset: `url`.
         management_url: Option<Secret> = "",
         /// A file that holds the management URL.
         management_url_file: Option<PathBuf> = "",
@@ -77,8 +78,8 @@ crate::settings! {
         /// Whether `trustgate attach` has been run on `table`, so that the table names its changes: then what was read
         /// is relied on under the lease, as with our own tables.
         attached: bool = "false",
-        /// Connections to the database for reads of checks, at most; one more is used to watch it. With SQLite also no more
-        /// than two for each processor.
+        /// Connections to the database for reads of checks, at most; one more is used to watch it, and with PostgreSQL and
+        /// `freshness.hints` another to listen. With SQLite no more than two for each processor.
         connections_max: u32 = "8",
         /// Reads of checks that may wait or run at one time. A quarter is kept for keys that were good before.
         reads_max: u32 = "64",
@@ -98,6 +99,12 @@ impl StoreSettings {
     #[must_use]
     pub const fn reads_existing(&self) -> bool {
         self.preset.is_some() || self.table.is_some()
+    }
+
+    /// What tells somebody else's table and the use of its columns from every other; `None`: the tables are ours.
+    #[must_use]
+    pub fn table_identity(&self) -> Option<String> {
+        existing::ExistingTable::of(self).map(|table| table.identity())
     }
 
     /// Whether changes of what is read are named, as a lease needs it.

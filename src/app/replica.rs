@@ -98,9 +98,10 @@ impl Replica {
         let denials = open_denials(config, registry)?;
         let shared_denials = l2.as_ref().map(|(redis, mac_key)| SharedList::new(redis.clone(), Arc::clone(mac_key)));
         tasks.spawn_on(keep_denials(Arc::clone(&denials), shared_denials, &views, &clock, &stop), &io);
+        let table = config.store.table_identity();
         let tiers = cache::Parts {
             store: Arc::clone(&source) as _,
-            l2: l2.map(|(redis, mac_key)| L2::new(redis, mac_key)),
+            l2: l2.map(|(redis, mac_key)| L2::new(redis, mac_key, table.as_deref())),
             views: Arc::clone(&views),
             clock: Arc::clone(&clock),
             io: io.clone(),

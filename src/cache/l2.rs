@@ -1,8 +1,8 @@
 //! L2: records in Redis, shared between replicas, each with its date and a MAC.
 //!
 //! A value: layout (1 byte), MAC (32), lineage (16 + 8 + 4), `as_of` (16 hexadecimal digits, so that Redis's Lua can
-//! compare it), nonce (16), database time (8), record. The MAC is HMAC-SHA-256 over layout, kind, key and everything
-//! after it, and is checked before anything is parsed.
+//! compare it), nonce (16), database time (8), record. The MAC is HMAC-SHA-256 over layout, kind, table, key and
+//! everything after it, and is checked before anything is parsed.
 //! Never holds an absence, never puts an older value in place of a newer one, and never trusts what it reads: whoever
 //! can write to Redis can at most make us ask the store.
 
@@ -42,7 +42,7 @@ pub type MacKey = Arc<OnceLock<[u8; 32]>>;
 pub struct L2<K: Kind> {
     redis: Redis,
     mac_key: MacKey,
-    kind: PhantomData<K>,
+    names: Names<K>,
 }
 
 /// What Redis said.
@@ -58,22 +58,23 @@ pub enum Answer<V> {
 }
 
 impl<K: Kind> L2<K> {
-    /// Records in `redis`, authenticated with `mac_key`.
-    pub const fn new(redis: Redis, mac_key: MacKey) -> Self {
-        Self { redis, mac_key, kind: PhantomData }
+    /// Records in `redis`, authenticated with `mac_key`. `table`: what tells the table that they are made of from others,
+    /// where it is not our own ([`crate::store::StoreSettings::table_identity`]).
+    pub fn new(redis: Redis, mac_key: MacKey, table: Option<&str>) -> Self {
+        Self { redis, mac_key, names: Names::of(table) }
     }
 
     /// The value of `key`. Waits at most `redis.timeout`.
     pub async fn get(&self, key: &K::Key, now: Moment) -> Answer<K::Value> {
         let Some(mac_key) = self.mac_key.get() else { return Answer::Down };
-        let name = redis_key::<K>(key);
+        let name = self.names.redis_key(key);
         let time_is_up = sleep(self.redis.limit());
         let mut command = redis::cmd("GETRANGE");
         command.arg(&name).arg(0).arg(VALUE_BYTES_MAX - 1);
         let bad = match self.redis.query::<Vec<u8>>(&command).await {
             // Nothing at all reads as nothing.
             Ok(bytes) if bytes.first().is_none_or(|layout| *layout != LAYOUT) => return Answer::Absent,
-            Ok(bytes) => match open::<K>(mac_key, key, &bytes, now) {
+            Ok(bytes) => match self.names.open(mac_key, key, &bytes, now) {
                 Some(found) => return Answer::Found(found),
                 None => bytes,
             },
@@ -97,10 +98,10 @@ impl<K: Kind> L2<K> {
     /// Shares the value of `key` for `life`, if Redis holds no newer one.
     pub async fn put(&self, key: &K::Key, found: &Dated<&K::Value>, life: Duration) {
         let Some(mac_key) = self.mac_key.get() else { return };
-        let bytes = seal::<K>(mac_key, key, found);
+        let bytes = self.names.seal(mac_key, key, found);
         let life = life.min(LIFE_MAX).as_millis();
         if life > 0 && bytes.len() <= VALUE_BYTES_MAX {
-            let name = redis_key::<K>(key);
+            let name = self.names.redis_key(key);
             // Redis is an optimisation: the breaker has heard of a failure, and nobody waits for this.
             let _ = self.redis.run::<()>(&REPLACE, &name, &[&bytes, life.to_string().as_bytes()]).await;
         }
@@ -109,7 +110,7 @@ impl<K: Kind> L2<K> {
     /// Shares nothing of `key` any more. Best effort.
     pub async fn forget(&self, key: &K::Key) {
         let mut command = redis::cmd("UNLINK");
-        command.arg(redis_key::<K>(key));
+        command.arg(self.names.redis_key(key));
         // The breaker has heard of a failure.
         let _ = self.redis.query::<()>(&command).await;
     }
@@ -118,65 +119,85 @@ impl<K: Kind> L2<K> {
 /// Values leave Redis after this time even if they might be used longer.
 const LIFE_MAX: Duration = Duration::from_mins(10);
 
-/// `trustgate:KIND:HEX`. Holds the digest, never the key.
-fn redis_key<K: Kind>(key: &K::Key) -> String {
-    format!("trustgate:{}:{}", K::NAME, hex(key.as_ref()))
+/// What records of one kind and one table are called. The same key may stand in two tables, in rows with other ids and
+/// other limits: a record of one must never be taken for one of the other, which its changes do not name.
+struct Names<K: Kind> {
+    /// `KIND`, or `KIND@TABLE`.
+    kind: String,
+    of: PhantomData<K>,
 }
 
-fn mac<K: Kind>(mac_key: &[u8; 32], key: &K::Key, body: &[u8]) -> Hmac<Sha256> {
-    // The length of the kind's name goes first, so that no two inputs run together into the same bytes; keys of a kind
-    // all have one length.
-    let name_length = u8::try_from(K::NAME.len()).unwrap_or(u8::MAX);
-    Hmac::<Sha256>::new_from_slice(mac_key)
-        .unwrap_or_else(|_| unreachable!("HMAC takes a key of any length (RFC 2104)"))
-        .chain_update([LAYOUT, name_length])
-        .chain_update(K::NAME)
-        .chain_update(key.as_ref())
-        .chain_update(body)
-}
+/// Enough of a table's identity to tell the few that ever share a Redis apart.
+const TABLE_DIGITS: usize = 16;
 
-fn seal<K: Kind>(mac_key: &[u8; 32], key: &K::Key, found: &Dated<&K::Value>) -> Vec<u8> {
-    let Dated { value, as_of, nonce, lineage, read_at, sent_at: _ } = found;
-    let mut bytes = vec![LAYOUT];
-    bytes.resize(1 + MAC_BYTES, 0);
-    bytes.extend_from_slice(lineage.incarnation.as_bytes());
-    bytes.extend_from_slice(&lineage.system.to_be_bytes());
-    bytes.extend_from_slice(&lineage.timeline.to_be_bytes());
-    bytes.extend_from_slice(hex(&as_of.0.to_be_bytes()).as_bytes());
-    bytes.extend_from_slice(&nonce.0);
-    bytes.extend_from_slice(&read_at.micros().to_be_bytes());
-    K::encode(value, &mut bytes);
-    let mac = mac::<K>(mac_key, key, &bytes[1 + MAC_BYTES..]).finalize().into_bytes();
-    bytes[1..=MAC_BYTES].copy_from_slice(&mac);
-    bytes
-}
+impl<K: Kind> Names<K> {
+    fn of(table: Option<&str>) -> Self {
+        let table = table.map(|table| format!("@{table:.TABLE_DIGITS$}"));
+        Self { kind: format!("{}{}", K::NAME, table.unwrap_or_default()), of: PhantomData }
+    }
 
-fn open<K: Kind>(mac_key: &[u8; 32], key: &K::Key, bytes: &[u8], now: Moment) -> Option<Dated<K::Value>> {
-    let (&[LAYOUT], rest) = bytes.split_first_chunk()? else { return None };
-    let (found_mac, body) = rest.split_first_chunk::<MAC_BYTES>()?;
-    mac::<K>(mac_key, key, body).verify_slice(found_mac).ok()?;
-    let (incarnation, rest) = body.split_first_chunk()?;
-    let (system, rest) = rest.split_first_chunk()?;
-    let (timeline, rest) = rest.split_first_chunk()?;
-    let (as_of, rest) = rest.split_first_chunk::<AS_OF_BYTES>()?;
-    let (nonce, rest) = rest.split_first_chunk()?;
-    let (read_at, record) = rest.split_first_chunk()?;
-    Some(Dated {
-        value: K::decode(record)?,
-        as_of: Version(u64::from_be_bytes(bytes_from_hex(std::str::from_utf8(as_of).ok()?)?)),
-        nonce: Nonce(*nonce),
-        lineage: Lineage {
-            incarnation: Uuid::from_bytes(*incarnation),
-            system: u64::from_be_bytes(*system),
-            timeline: u32::from_be_bytes(*timeline),
-        },
-        read_at: DatabaseTime::from_micros(i64::from_be_bytes(*read_at)),
-        sent_at: now,
-    })
+    /// `trustgate:KIND:HEX`. Holds the digest, never the key.
+    fn redis_key(&self, key: &K::Key) -> String {
+        format!("trustgate:{}:{}", self.kind, hex(key.as_ref()))
+    }
+
+    fn mac(&self, mac_key: &[u8; 32], key: &K::Key, body: &[u8]) -> Hmac<Sha256> {
+        // The length of the kind's name goes first, so that no two inputs run together into the same bytes; keys of a
+        // kind all have one length.
+        let name_length = u8::try_from(self.kind.len()).unwrap_or(u8::MAX);
+        Hmac::<Sha256>::new_from_slice(mac_key)
+            .unwrap_or_else(|_| unreachable!("HMAC takes a key of any length (RFC 2104)"))
+            .chain_update([LAYOUT, name_length])
+            .chain_update(&self.kind)
+            .chain_update(key.as_ref())
+            .chain_update(body)
+    }
+
+    fn seal(&self, mac_key: &[u8; 32], key: &K::Key, found: &Dated<&K::Value>) -> Vec<u8> {
+        let Dated { value, as_of, nonce, lineage, read_at, sent_at: _ } = found;
+        let mut bytes = vec![LAYOUT];
+        bytes.resize(1 + MAC_BYTES, 0);
+        bytes.extend_from_slice(lineage.incarnation.as_bytes());
+        bytes.extend_from_slice(&lineage.system.to_be_bytes());
+        bytes.extend_from_slice(&lineage.timeline.to_be_bytes());
+        bytes.extend_from_slice(hex(&as_of.0.to_be_bytes()).as_bytes());
+        bytes.extend_from_slice(&nonce.0);
+        bytes.extend_from_slice(&read_at.micros().to_be_bytes());
+        K::encode(value, &mut bytes);
+        let mac = self.mac(mac_key, key, &bytes[1 + MAC_BYTES..]).finalize().into_bytes();
+        bytes[1..=MAC_BYTES].copy_from_slice(&mac);
+        bytes
+    }
+
+    fn open(&self, mac_key: &[u8; 32], key: &K::Key, bytes: &[u8], now: Moment) -> Option<Dated<K::Value>> {
+        let (&[LAYOUT], rest) = bytes.split_first_chunk()? else { return None };
+        let (found_mac, body) = rest.split_first_chunk::<MAC_BYTES>()?;
+        self.mac(mac_key, key, body).verify_slice(found_mac).ok()?;
+        let (incarnation, rest) = body.split_first_chunk()?;
+        let (system, rest) = rest.split_first_chunk()?;
+        let (timeline, rest) = rest.split_first_chunk()?;
+        let (as_of, rest) = rest.split_first_chunk::<AS_OF_BYTES>()?;
+        let (nonce, rest) = rest.split_first_chunk()?;
+        let (read_at, record) = rest.split_first_chunk()?;
+        Some(Dated {
+            value: K::decode(record)?,
+            as_of: Version(u64::from_be_bytes(bytes_from_hex(std::str::from_utf8(as_of).ok()?)?)),
+            nonce: Nonce(*nonce),
+            lineage: Lineage {
+                incarnation: Uuid::from_bytes(*incarnation),
+                system: u64::from_be_bytes(*system),
+                timeline: u32::from_be_bytes(*timeline),
+            },
+            read_at: DatabaseTime::from_micros(i64::from_be_bytes(*read_at)),
+            sent_at: now,
+        })
+    }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::collections::HashSet;
+
     use super::*;
     use crate::{
         cache::api_key::ApiKey,
@@ -208,18 +229,25 @@ mod tests {
     #[test]
     fn a_sealed_record_opens_under_its_own_key_alone_and_unchanged() {
         let digest = ApiKeyDigest::from_bytes([1; 32]);
-        let sealed = seal::<ApiKey>(&[5; 32], &digest, &found(digest).as_ref());
-        let opened = open::<ApiKey>(&[5; 32], &digest, &sealed, Moment::from_nanos(0)).unwrap();
+        let (ours, now) = (Names::<ApiKey>::of(None), Moment::from_nanos(0));
+        let sealed = ours.seal(&[5; 32], &digest, &found(digest).as_ref());
+        let opened = ours.open(&[5; 32], &digest, &sealed, now).unwrap();
         assert_eq!(opened.value, found(digest).value);
         assert_eq!((opened.as_of, opened.nonce, opened.lineage.system), (Version(7), Nonce([9; 16]), 3));
-        assert!(open::<ApiKey>(&[6; 32], &digest, &sealed, Moment::from_nanos(0)).is_none(), "another MAC key");
+        assert!(ours.open(&[6; 32], &digest, &sealed, now).is_none(), "another MAC key");
         let other = ApiKeyDigest::from_bytes([2; 32]);
-        assert!(open::<ApiKey>(&[5; 32], &other, &sealed, Moment::from_nanos(0)).is_none(), "moved to another key");
+        assert!(ours.open(&[5; 32], &other, &sealed, now).is_none(), "moved to another key");
+        let theirs = ["0123456789abcdef0", "123456789abcdef01"].map(|table| Names::<ApiKey>::of(Some(table)));
+        for names in &theirs {
+            assert!(names.open(&[5; 32], &digest, &sealed, now).is_none(), "moved to another table");
+        }
+        let names: HashSet<_> = theirs.iter().chain([&ours]).map(|names| names.redis_key(&digest)).collect();
+        assert_eq!(names.len(), 3, "{names:?}");
         for at in 0..sealed.len() {
             let mut forged = sealed.clone();
             forged[at] ^= 1;
-            assert!(open::<ApiKey>(&[5; 32], &digest, &forged, Moment::from_nanos(0)).is_none(), "byte {at}");
-            assert!(open::<ApiKey>(&[5; 32], &digest, &sealed[..at], Moment::from_nanos(0)).is_none(), "{at} bytes");
+            assert!(ours.open(&[5; 32], &digest, &forged, now).is_none(), "byte {at}");
+            assert!(ours.open(&[5; 32], &digest, &sealed[..at], now).is_none(), "{at} bytes");
         }
     }
 }

@@ -1,12 +1,15 @@
 //! From a table of trusts with their keys' digests, step by step, as `docs/migrating.md` says: read as it is, attached,
 //! and moved into our own tables.
 
+use std::time::Duration;
+
 use uuid::Uuid;
 
 use crate::support::{
-    among_others,
+    among_others, eventually,
     grpc::{Asker, Verdict},
     postgres::Postgres,
+    redis::Redis,
     server::{Server, Site, digest, made_up_key},
 };
 
@@ -152,20 +155,40 @@ async fn what_is_held_of_an_attached_table_needs_no_read_until_it_changes() {
 #[tokio::test(flavor = "multi_thread")]
 async fn moved_into_our_own_tables_every_key_keeps_its_trust() {
     let _turn = among_others().await;
-    let (mut before, server, asker) = Before::new().await.attached().await;
+    let (redis, mut before) = (Redis::start().await, Before::new().await);
+    before.site.set("redis.url", redis.url());
+    let (mut before, server, asker) = before.attached().await;
     let (id, key) = before.trust().await;
     before.execute(&format!("INSERT INTO trust (id) VALUES ('{}')", Uuid::new_v4())).await;
+    before.site.json(&["cache", "clear"]).await;
     is_of(&asker.check(&key).await, &id);
+    eventually("it is shared", Duration::from_secs(30), || async { keys_in(&redis).await == 1 }).await;
     drop(server);
     before.execute(&moving()).await;
-    before.site.json(&["detach"]).await;
-    before.site = Site::new().unhurried().with("store.url", before.postgres.url("admin", &before.database));
+    let attached = before.site;
+    let url = before.postgres.url("admin", &before.database);
+    before.site = Site::new().unhurried().with("store.url", url).with("redis.url", redis.url());
     let (before, _server, asker) = before.served(&[]).await;
     is_of(&asker.check(&key).await, &id);
+    eventually("it is shared apart", Duration::from_secs(30), || async {
+        is_of(&asker.check(&key).await, &id);
+        keys_in(&redis).await == 2
+    })
+    .await;
     let keys = before.site.json(&["key", "list"]).await;
     assert_eq!((keys.as_array().unwrap().len(), &keys[0]["trust_id"]), (1, &id.as_str().into()), "{keys}");
+    // Of a row of the other table this would say nothing.
     before.site.json(&["key", "revoke", keys[0]["id"].as_str().unwrap()]).await;
     assert_eq!(asker.check(&key).await.reason.as_deref(), Some("revoked"));
+    attached.json(&["detach"]).await;
+    assert_eq!(asker.check(&key).await.reason.as_deref(), Some("revoked"));
+}
+
+/// How many records Redis holds.
+async fn keys_in(redis: &Redis) -> usize {
+    let names: Vec<String> =
+        redis::cmd("KEYS").arg("trustgate:api_key*").query_async(&mut redis.connection().await).await.unwrap();
+    names.len()
 }
 
 /// The statements of the page.

@@ -56,7 +56,7 @@ impl Replica {
             heard.fetch_add(1, Ordering::SeqCst);
         };
         tasks.spawn(listen(settings, on_hint, stop.clone()));
-        let l2 = L2::new(handle.clone(), MacKey::new(OnceLock::from([7; 32])));
+        let l2 = L2::new(handle.clone(), MacKey::new(OnceLock::from([7; 32])), None);
         let replica = Self { l2, handle, hints, breaker_open, stop, tasks };
         replica.connected().await;
         eventually("hints are heard", PATIENCE, || async { replica.heard() > 0 }).await;
