@@ -320,6 +320,8 @@ impl<K: Kind> Shared<K> {
             Err(fault) => {
                 if fault.blames_tier() {
                     self.report(self.breaker.failed(began, self.clock.now()));
+                } else if fault.is_answer() {
+                    self.report(self.breaker.succeeded());
                 }
                 self.metrics.store.error.inc();
                 self.metrics.reads_failed.inc();

@@ -98,6 +98,12 @@ impl Fault {
     /// Whether the tier itself is to blame, so that its breaker should hear of it.
     #[must_use]
     pub const fn blames_tier(&self) -> bool {
-        matches!(self, Self::Timeout { .. } | Self::Unreachable { .. } | Self::Corrupt { .. })
+        matches!(self, Self::Timeout { .. } | Self::Unreachable { .. })
+    }
+
+    /// Whether the tier has answered all the same: one odd row is no reason to leave all others alone.
+    #[must_use]
+    pub const fn is_answer(&self) -> bool {
+        matches!(self, Self::Corrupt { .. })
     }
 }

@@ -1,8 +1,11 @@
-//! What an examination of the surroundings came to, as data: `doctor` shows it.
+//! What an examination of the surroundings came to, as data: `doctor` shows it. And how a name is looked up, which every
+//! examination of a server begins with.
 //!
 //! Never shows anything itself, and holds no secret: its texts name places, roles and figures.
 
 use std::{net::IpAddr, time::Duration};
+
+use tokio::{net::lookup_host, time::timeout};
 
 /// How an examination ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -131,6 +134,22 @@ pub fn located(host: &str, addresses: &[IpAddr]) -> String {
     }
 }
 
+/// The addresses behind the name of a host: one at the least.
+///
+/// # Errors
+/// In words: there are none, or nobody says so within `limit`.
+pub async fn resolve((host, port): (&str, u16), limit: Duration) -> Result<Vec<IpAddr>, String> {
+    // As in a URL: `[::1]`.
+    let host = host.trim_matches(['[', ']']);
+    let mut addresses: Vec<_> = match timeout(limit, lookup_host((host, port))).await {
+        Ok(Ok(addresses)) => addresses.map(|address| address.ip()).collect(),
+        Ok(Err(error)) => return Err(format!("{host}: {error}")),
+        Err(_) => return Err(format!("{host}: its name was not resolved within {limit:?}")),
+    };
+    addresses.dedup();
+    if addresses.is_empty() { Err(format!("{host}: no address")) } else { Ok(addresses) }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -155,5 +174,13 @@ mod tests {
         let addresses = ["192.0.2.1", "::1"].map(|text| text.parse().unwrap());
         assert_eq!(located("db", &addresses), "db is 192.0.2.1, ::1");
         assert_eq!(located("192.0.2.1", &addresses[..1]), "192.0.2.1");
+    }
+
+    #[tokio::test]
+    async fn a_host_that_is_an_address_needs_nobody_to_resolve_it() {
+        for host in ["127.0.0.1", "::1", "[::1]"] {
+            let addresses = resolve((host, 1), Duration::from_mins(1)).await.unwrap();
+            assert!(addresses.iter().all(IpAddr::is_loopback) && addresses.len() == 1, "{addresses:?}");
+        }
     }
 }

@@ -166,7 +166,7 @@ fn deadlines(config: &Config) -> Finding {
 fn envoy(config: &Config) -> Finding {
     let timeout = config.decision.envoy_timeout;
     let found = format!(
-        "Envoy cannot be asked: its grpc_service.timeout must be {}, as decision.envoy_timeout is {timeout:?}",
+        "Envoy cannot be asked: its grpc_service.timeout must not be shorter than {}, as decision.envoy_timeout is {timeout:?}",
         in_envoy(timeout)
     );
     Finding::skipped(ENVOY, found).about(&["decision.envoy_timeout"])
@@ -237,7 +237,7 @@ fn answer(findings: &[Finding], config: &Config, envoy_is_known: bool) -> Answer
     if envoy_is_known {
         let timeout = config.decision.envoy_timeout;
         answer = answer.note(&format!(
-            "These two must be equal:\n  decision.envoy_timeout  {timeout:?}, {}\n  grpc_service.timeout    {}, in the \
+            "The second must not be shorter than the first:\n  decision.envoy_timeout  {timeout:?}, {}\n  grpc_service.timeout    {}, in the \
              ext_authz filter of Envoy",
             origin(config, "decision.envoy_timeout")
                 .map_or_else(|| "the default".to_owned(), |at| format!("set in {at}")),

@@ -7,13 +7,13 @@ use std::{collections::BTreeMap, time::Duration};
 
 use futures_util::{StreamExt as _, future::join_all};
 use redis::{Cmd, ConnectionAddr, ErrorKind, RedisError, Value};
-use tokio::{net::lookup_host, time::timeout};
+use tokio::time::timeout;
 use uuid::Uuid;
 
 use super::{CONNECT_TIMEOUT, Connection, Link as _, RedisSettings, hints::CHANNEL, link::servers, timed_out};
 use crate::{
     clock::Clock,
-    finding::{Finding, Times, complete, located, milliseconds},
+    finding::{Finding, Times, complete, located, milliseconds, resolve},
 };
 
 /// The examinations of Redis, in order.
@@ -101,11 +101,7 @@ async fn resolved(address: &ConnectionAddr) -> Result<String, String> {
         ConnectionAddr::TcpTls { host, port, .. } => (host, *port, "with TLS"),
         other => return Ok(other.to_string()),
     };
-    let addresses: Vec<_> = match timeout(CONNECT_TIMEOUT, lookup_host((host.as_str(), port))).await {
-        Ok(Ok(addresses)) => addresses.map(|address| address.ip()).collect(),
-        Ok(Err(error)) => return Err(format!("{host}: {error}")),
-        Err(_) => return Err(format!("{host}: its name was not resolved within {CONNECT_TIMEOUT:?}")),
-    };
+    let addresses = resolve((host.as_str(), port), CONNECT_TIMEOUT).await?;
     Ok(format!("{}, port {port}, {tls}", located(host, &addresses)))
 }
 

@@ -2,9 +2,9 @@
 //!
 //! Asks what `serve` asks, over connections of its own, and changes nothing. Every wait has an end.
 
-use std::{future::Future, net::IpAddr, time::Duration};
+use std::{future::Future, time::Duration};
 
-use tokio::{net::lookup_host, time::timeout};
+use tokio::time::timeout;
 
 use super::{
     Polled, StoreSettings,
@@ -391,29 +391,6 @@ pub(crate) async fn within<T>(
 /// How long a connection may take to say goodbye.
 const GOODBYE: Duration = Duration::from_secs(1);
 
-/// The addresses behind the name of a host, and how long it took to find them.
-///
-/// # Errors
-/// In words: there are none, or nobody says so in time.
-pub(crate) async fn resolve(
-    (host, port): (&str, u16),
-    limit: Duration,
-    clock: &dyn Clock,
-) -> Result<(Vec<IpAddr>, Duration), String> {
-    let began = clock.now();
-    // As in a URL: `[::1]`.
-    let host = host.trim_matches(['[', ']']);
-    let found = timeout(limit, lookup_host((host, port))).await;
-    let took = clock.now().since(began);
-    let mut addresses: Vec<_> = match found {
-        Ok(Ok(addresses)) => addresses.map(|address| address.ip()).collect(),
-        Ok(Err(error)) => return Err(format!("{host}: {error}")),
-        Err(_) => return Err(format!("{host}: its name was not resolved within {limit:?}")),
-    };
-    addresses.dedup();
-    if addresses.is_empty() { Err(format!("{host}: no address")) } else { Ok((addresses, took)) }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -425,12 +402,5 @@ mod tests {
             let times = Times::new(vec![Duration::from_millis(1), Duration::from_millis(longest)]);
             assert_eq!(judged(POLLS, &times, limit, "").state, state, "{longest} ms");
         }
-    }
-
-    #[tokio::test]
-    async fn a_host_that_is_an_address_needs_nobody_to_resolve_it() {
-        let limit = Duration::from_mins(1);
-        let (addresses, _) = resolve(("127.0.0.1", 1), limit, &crate::clock::SystemClock).await.unwrap();
-        assert!(addresses.iter().all(IpAddr::is_loopback) && addresses.len() == 1, "{addresses:?}");
     }
 }

@@ -35,8 +35,10 @@ pub struct TableName {
 /// The longest identifier of PostgreSQL, in bytes.
 const IDENTIFIER_BYTES_MAX: usize = 63;
 
+/// What can be a name here. Not one in which our own statements have places to fill, or with which they quote.
 fn is_identifier(name: &str) -> bool {
-    !name.is_empty() && name.len() <= IDENTIFIER_BYTES_MAX && !name.chars().any(char::is_control)
+    let is_plain = !name.contains(['{', '}']) && !name.contains("$body$") && !name.chars().any(char::is_control);
+    !name.is_empty() && name.len() <= IDENTIFIER_BYTES_MAX && is_plain
 }
 
 /// `name` as an identifier that means just this name.
@@ -172,7 +174,7 @@ mod tests {
         assert_eq!(table("trust").as_deref(), Some("\"trust\""));
         assert_eq!(table("public.Trust").as_deref(), Some("\"public\".\"Trust\""));
         assert_eq!(table("a\"b.c; --").as_deref(), Some("\"a\"\"b\".\"c; --\""));
-        for bad in ["", ".", "a.", ".b", "a.b.c", "a\nb", &"x".repeat(64)] {
+        for bad in ["", ".", "a.", ".b", "a.b.c", "a\nb", "a{s}", "$body$", &"x".repeat(64)] {
             assert_eq!(table(bad), None, "{bad:?}");
         }
         assert_eq!(ColumnName::read(&written("a.b")).map(|column| column.sql()).as_deref(), Some("\"a.b\""));

@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use sqlx::{AssertSqlSafe, Connection, PgConnection, postgres::PgConnectOptions};
 use trustgate::{
-    clock::SystemClock,
-    record::{ApiKeyDigest, Change, ChangeKind, KeyId, Version},
+    clock::{DatabaseTime, SystemClock},
+    record::{ApiKeyDigest, Change, ChangeKind, Digests, KeyId, Version},
     secret::Secret,
     settings::{Setting, Written},
     store::{self, LedgerError, Missing, PollError, Source, StoreSettings, TableName},
@@ -242,7 +242,7 @@ async fn what_is_read_of_an_attached_table_is_dated_and_decided_by_its_columns()
     let theirs = Theirs::new().await;
     theirs.run_printed("attach").await;
     let (lookup, newest) = theirs.watched().await;
-    let digests = |number| trustgate::record::Digests { current: digest(number), older: Vec::new() };
+    let digests = |number| Digests { current: digest(number), older: Vec::new() };
     assert_eq!(lookup.find(&digests(11)).await.unwrap().value, None);
     theirs
         .run(
@@ -318,8 +318,8 @@ async fn a_table_whose_changes_would_be_missed_is_not_attached() {
         1,
         &[
             "column \"id\" (store.table_id) is of type bigint, not uuid",
-            "no index begins with column \"id\"",
-            "no index begins with column \"api_key_hash\" (store.table_digest)",
+            "no index of all rows begins with column \"id\"",
+            "no index of all rows begins with column \"api_key_hash\" (store.table_digest)",
             "CREATE INDEX CONCURRENTLY ON \"hospital\".\"base\" (\"api_key_hash\")",
             "column \"revoked_at\" (store.table_revoked_at) is of type timestamp without time zone",
         ],
@@ -378,18 +378,22 @@ async fn whoever_alters_an_attached_table_ends_the_lease_until_it_is_put_right()
 }
 
 #[tokio::test]
-async fn partitions_are_watched_once_they_are_attached_too() {
+async fn a_part_that_is_added_later_is_watched_by_itself() {
     let theirs = Theirs::with(
         "CREATE SCHEMA hospital;
          CREATE TABLE hospital.trust (id uuid, api_key_hash char(64), revoked_at timestamptz, PRIMARY KEY (id))
              PARTITION BY HASH (id);
          CREATE INDEX ON hospital.trust (api_key_hash);
-         CREATE TABLE hospital.one PARTITION OF hospital.trust FOR VALUES WITH (MODULUS 2, REMAINDER 0);
-         CREATE TABLE hospital.two PARTITION OF hospital.trust FOR VALUES WITH (MODULUS 2, REMAINDER 1)",
+         CREATE TABLE hospital.one PARTITION OF hospital.trust FOR VALUES WITH (MODULUS 2, REMAINDER 0)",
     )
     .await;
     theirs.run_printed("attach").await;
     let (lookup, mut seen) = theirs.watched().await;
+    let part = "CREATE TABLE hospital.two PARTITION OF hospital.trust FOR VALUES WITH (MODULUS 2, REMAINDER 1)";
+    theirs.run("owner", part).await;
+    assert!(!lookup.poll(Some(seen)).await.unwrap().watched, "until it is seen to have the trigger");
+    lookup.restore_watch().await.unwrap();
+    assert_eq!(named(&lookup, &mut seen).await, (texts(&[Change::Everything]), 1));
     for number in 1..9 {
         let insert =
             format!("INSERT INTO hospital.trust (id, api_key_hash) VALUES ('{}', '{}')", id(number), hash(number));
@@ -397,8 +401,149 @@ async fn partitions_are_watched_once_they_are_attached_too() {
         assert_eq!(named(&lookup, &mut seen).await, (texts(&[Change::Absent(digest(number))]), 1));
     }
     theirs.run("owner", "TRUNCATE hospital.two").await;
+    assert!(!lookup.poll(Some(seen)).await.unwrap().watched);
     lookup.restore_watch().await.unwrap();
-    assert_eq!(named(&lookup, &mut seen).await.0.len(), 3);
+    assert_eq!(named(&lookup, &mut seen).await, (texts(&[Change::Everything]), 1));
+    theirs.run_printed("detach").await;
+    assert!(!theirs.server.dump(&theirs.name, &["--schema-only"]).contains("trustgate.attached_changed()"));
+}
+
+#[tokio::test]
+async fn columns_that_are_renamed_end_the_lease_and_never_fail_the_application() {
+    let theirs = Theirs::new().await;
+    theirs.run_printed("attach").await;
+    let rows = [(1, 11), (2, 12)].map(|(row, key)| format!("('{}', '{}', 'infinity')", id(row), hash(key))).join(", ");
+    theirs.run("app", &format!("INSERT INTO hospital.trust (id, api_key_hash, revoked_at) VALUES {rows}")).await;
+    let (lookup, mut seen) = theirs.watched().await;
+    let digests = |number| Digests { current: digest(number), older: Vec::new() };
+    let rename = |from: &str, to: &str| format!("ALTER TABLE hospital.trust RENAME {from} TO {to};");
+
+    // Every key is another one at once, and no row was written.
+    theirs.run("owner", "ALTER TABLE hospital.trust ADD COLUMN next char(64) UNIQUE").await;
+    theirs.run("app", &format!("UPDATE hospital.trust SET next = '{}' WHERE id = '{}'", hash(21), id(1))).await;
+    lookup.restore_watch().await.unwrap();
+    seen = lookup.poll(Some(seen)).await.unwrap().newest.as_of;
+    let swap = [rename("api_key_hash", "old"), rename("next", "api_key_hash")].concat();
+    theirs.run("owner", &format!("BEGIN; {swap} COMMIT")).await;
+    assert!(!lookup.poll(Some(seen)).await.unwrap().watched);
+    lookup.restore_watch().await.unwrap();
+    assert_eq!(named(&lookup, &mut seen).await, (texts(&[Change::Everything]), 1));
+    assert!(lookup.find(&digests(11)).await.unwrap().value.is_none());
+    assert!(lookup.find(&digests(21)).await.unwrap().value.is_some());
+    let gone = vec![key(1), Change::Gone(digest(21))];
+    theirs.run("app", &format!("DELETE FROM hospital.trust WHERE id = '{}'", id(1))).await;
+    assert_eq!(named(&lookup, &mut seen).await, (texts(&gone), 1), "by the name that it has now");
+
+    // One that is read is gone: nobody can tell what is written then.
+    theirs.run("owner", &rename("revoked_at", "ended_at")).await;
+    assert!(!lookup.poll(Some(seen)).await.unwrap().watched);
+    for sql in [
+        format!("UPDATE hospital.trust SET ended_at = now() WHERE id = '{}'", id(2)),
+        format!("INSERT INTO hospital.trust (id) VALUES ('{}')", id(3)),
+        "DELETE FROM hospital.trust".to_owned(),
+    ] {
+        theirs.run("app", &sql).await;
+        let polled = lookup.poll(Some(seen)).await.unwrap();
+        seen = polled.newest.as_of;
+        assert!(polled.changes.iter().all(|(_, change)| *change == Change::Everything), "{sql}: {polled:?}");
+        assert!(!polled.changes.is_empty(), "{sql}");
+    }
+    assert!(lookup.find(&digests(21)).await.is_err(), "it cannot be read either");
+}
+
+#[tokio::test]
+async fn policies_that_are_switched_on_later_end_the_lease() {
+    let theirs = Theirs::new().await;
+    theirs.run_printed("attach").await;
+    let (lookup, seen) = theirs.watched().await;
+    theirs.run("owner", "ALTER TABLE hospital.trust ENABLE ROW LEVEL SECURITY").await;
+    assert!(!lookup.poll(Some(seen)).await.unwrap().watched);
+    let problem = lookup.restore_watch().await.unwrap_err().to_string();
+    assert!(problem.contains("ALTER TABLE hospital.trust DISABLE ROW LEVEL SECURITY"), "{problem}");
+    theirs.run("owner", "ALTER TABLE hospital.trust DISABLE ROW LEVEL SECURITY").await;
+    lookup.restore_watch().await.unwrap();
+}
+
+#[tokio::test]
+async fn rows_that_are_odd_are_decided_or_concern_nobody_else() {
+    let theirs = Theirs::with(
+        "CREATE SCHEMA hospital;
+         CREATE TABLE hospital.trust (
+             id uuid PRIMARY KEY, tenant uuid, api_key_hash text, scopes text[],
+             starts_at timestamptz, ends_at timestamptz, revoked_at timestamptz
+         );
+         CREATE INDEX ON hospital.trust (api_key_hash)",
+    )
+    .await;
+    let column = |name: &str| Setting::read(&Written::One(name.to_owned()));
+    let settings = StoreSettings {
+        attached: false,
+        table_trust: column("tenant").unwrap(),
+        table_scopes: column("scopes"),
+        table_not_before: column("starts_at"),
+        table_expires_at: column("ends_at"),
+        ..theirs.settings()
+    };
+    let lookup = store::open_lookup(&settings, &|_| None, Arc::new(SystemClock)).unwrap();
+    let own = |number| format!("'{}', '{}', '{}'", id(number), id(90), hash(number));
+    let rows = [
+        format!("({}, '{{read,NULL,write}}', '-infinity', 'infinity', 'infinity')", own(1)),
+        format!("({}, NULL, 'infinity', '-infinity', '-infinity')", own(2)),
+        format!("({}, '{{{{read}},{{write}}}}', '294276-12-31', '4713-01-01 BC', NULL)", own(3)),
+        format!("('{}', NULL, '{}', NULL, NULL, NULL, NULL)", id(4), hash(4)),
+        format!("({}, NULL, NULL, NULL, NULL)", own(5)),
+        format!("('{}', '{}', '{}', NULL, NULL, NULL, NULL)", id(6), id(90), hash(5)),
+    ];
+    theirs.run("app", &format!("INSERT INTO hospital.trust VALUES {}", rows.join(", "))).await;
+    let found = async |number| {
+        let digests = Digests { current: digest(number), older: Vec::new() };
+        lookup.find(&digests).await.map(|dated| dated.value)
+    };
+    let now = DatabaseTime::from_micros(1_700_000_000_000_000);
+    let good = found(1).await.unwrap().unwrap();
+    assert_eq!((good.not_before, good.expires_at, good.revoked_at), (None, None, None));
+    assert_eq!(good.scopes.iter().map(|scope| &**scope).collect::<Vec<_>>(), ["read", "write"]);
+    let bad = found(2).await.unwrap().unwrap();
+    assert!(bad.not_before > Some(now) && bad.expires_at.unwrap() < now && bad.revoked_at.is_some(), "{bad:?}");
+    let far = found(3).await.unwrap().unwrap();
+    assert!(far.not_before > Some(now) && far.expires_at.unwrap() < now && far.scopes.len() == 2, "{far:?}");
+    assert_eq!(found(4).await.unwrap(), None, "one without a trust is not anybody's");
+    let twice = found(5).await.unwrap_err();
+    assert!(twice.is_answer() && !twice.blames_tier(), "{twice}");
+}
+
+#[tokio::test]
+async fn what_stands_in_the_way_is_told_and_left_alone() {
+    let theirs = Theirs::with(&format!(
+        "{TABLE}
+         CREATE FUNCTION hospital.theirs() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END';
+         CREATE TRIGGER trustgate_changed AFTER INSERT ON hospital.trust EXECUTE FUNCTION hospital.theirs();
+         CREATE TABLE hospital.other (id uuid PRIMARY KEY, api_key_hash text, revoked_at timestamptz);
+         CREATE INDEX ON hospital.other (api_key_hash) WHERE revoked_at IS NULL"
+    ))
+    .await;
+    theirs.place.run(&["attach"]).failed(1, &["hospital.trust already has another trigger trustgate_changed"]);
+    let other = Place::new().like(&theirs.place).with("TRUSTGATE__STORE__TABLE", "hospital.other");
+    other.run(&["attach"]).failed(1, &["no index of all rows begins with column \"api_key_hash\""]);
+    theirs.run("owner", "DROP TRIGGER trustgate_changed ON hospital.trust").await;
+    theirs.run_printed("attach").await;
+    other.run(&["detach"]).failed(1, &["hospital.trust is attached, and not hospital.other"]);
+    other.run(&["attach"]).failed(1, &["hospital.trust is attached, and only one table can be"]);
+    theirs.watched().await;
+}
+
+#[tokio::test]
+async fn our_own_tables_are_upgraded_whatever_became_of_theirs() {
+    let theirs = Theirs::new().await;
+    theirs.run_printed("attach").await;
+    theirs.run("owner", "DROP TRIGGER trustgate_changed ON hospital.trust").await;
+    theirs.run("gate", "DROP TRIGGER trustgate_changed ON trustgate.api_key").await;
+    theirs.place.run(&["migrate"]).done();
+    let lookup = theirs.lookup().await;
+    let problem = lookup.restore_watch().await.unwrap_err().to_string();
+    assert!(problem.contains("hospital.trust is missing: run `trustgate attach`"), "{problem}");
+    theirs.run_printed("attach").await;
+    theirs.watched().await;
 }
 
 #[tokio::test]

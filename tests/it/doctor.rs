@@ -167,7 +167,7 @@ async fn a_healthy_set_up_is_ok_in_every_line_and_unchanged() {
     assert_eq!(lines[0], ["NAME", "STATE", "FOUND"]);
     let names: Vec<_> = lines[1..=NAMES.len()].iter().map(|words| words[0]).collect();
     assert_eq!(names, NAMES);
-    let two = "These two must be equal:\n  decision.envoy_timeout  60s, set in TRUSTGATE__DECISION__ENVOY_TIMEOUT\n  \
+    let two = "The second must not be shorter than the first:\n  decision.envoy_timeout  60s, set in TRUSTGATE__DECISION__ENVOY_TIMEOUT\n  \
                grpc_service.timeout    60s, in the ext_authz filter of Envoy\n";
     assert!(table.ends_with(two), "{table}");
 
@@ -264,6 +264,37 @@ async fn what_keeps_changes_from_being_named_is_told_also_to_a_role_that_may_not
     }
     site.execute("ALTER TABLE trustgate.api_key ADD COLUMN note text").await;
     Report::of(&place).shows("database_watch", "ok", &["were altered", "the next poll"]);
+}
+
+#[tokio::test]
+async fn a_table_that_was_not_attached_or_by_other_columns_is_told() {
+    let site = Site::new().await;
+    site.execute(&format!(
+        "CREATE TABLE tenant (id uuid PRIMARY KEY, api_key_hash char(64) UNIQUE, gone_at timestamptz);
+         GRANT SELECT ON tenant TO {}",
+        site.serve
+    ))
+    .await;
+    let attached = |place: Place| {
+        place.with("TRUSTGATE__STORE__TABLE", "public.tenant").with("TRUSTGATE__STORE__ATTACHED", "true")
+    };
+    let (place, owner) = (attached(site.place()), attached(site.owner()));
+    let missing = ["public.tenant is not attached", "run `trustgate attach`"];
+    let report = Report::of(&place);
+    report.shows("database_watch", "failed", &missing);
+    assert_eq!(report.ran.code, 1);
+    owner.run(&["attach"]).done();
+    Report::of(&place).shows("database_watch", "ok", &["every change is named"]);
+    let other = attached(site.place()).with("TRUSTGATE__STORE__TABLE_REVOKED_AT", "gone_at");
+    Report::of(&other).shows("database_watch", "failed", &missing);
+    site.execute("DROP TRIGGER trustgate_changed ON tenant").await;
+    let report = Report::of(&place);
+    report.shows(
+        "database_watch",
+        "failed",
+        &["trustgate_changed on table tenant is missing", "run `trustgate attach`"],
+    );
+    assert!(!report.one("database_watch").to_string().contains("trustgate migrate"));
 }
 
 #[tokio::test]

@@ -13,7 +13,7 @@ use super::{
         SchemaName, StoreSettings,
         examine::{
             ADDRESS, ALTERED, CONNECTION, Examination, HINTS, Kind, MANAGEMENT, RIGHTS, Report, SERVER, Session,
-            Tables, Trouble, URL, WATCH, resolve,
+            Tables, Trouble, URL, WATCH,
         },
         place::{Address, Place, Role},
         rows::Plain as _,
@@ -23,7 +23,7 @@ use super::{
     rights::{self, Needs},
     watch,
 };
-use crate::finding::{Finding, located, milliseconds};
+use crate::finding::{Finding, located, milliseconds, resolve};
 
 /// How long a hint may take to be of any use.
 const HINT: Duration = Duration::from_secs(1);
@@ -63,7 +63,7 @@ pub(crate) async fn run(postgres: Postgres, examination: Examination<'_>, report
             report.add(rights(&mut session, &who, manager.as_deref(), &postgres.schema).await);
         }
         if let Tables::Fit { watched } = tables {
-            report.add(naming(&mut session, watched, &postgres.schema).await);
+            report.add(naming(&mut session, watched, &postgres).await);
         }
         report.add(hints(&mut session, &postgres.address, examination).await);
     } else {
@@ -92,8 +92,10 @@ async fn address(options: &PgConnectOptions, examination: Examination<'_>) -> Re
         };
     }
     let host = (options.get_host(), options.get_port());
-    match resolve(host, examination.settings.connect_timeout, examination.clock).await {
-        Ok((addresses, took)) => {
+    let began = examination.clock.now();
+    match resolve(host, examination.settings.connect_timeout).await {
+        Ok(addresses) => {
+            let took = examination.clock.now().since(began);
             let found = format!("{}, port {}, known after {}", located(host.0, &addresses), host.1, milliseconds(took));
             Ok((Finding::ok(ADDRESS, found), addresses.iter().all(IpAddr::is_loopback)))
         }
@@ -326,18 +328,31 @@ async fn missing(
     Ok(Some((found, remedy.join("\n"))))
 }
 
+/// What the first column of the answer says, row by row.
+async fn texts(session: &mut Session<'_, Postgres>, question: &String) -> Result<Vec<String>, Trouble> {
+    session.ask(question).await?.iter().map(|row| row.text(0).map_err(Trouble::Sql)).collect()
+}
+
 /// Whether every change is named, by what a poll says and by the triggers themselves.
-async fn naming(session: &mut Session<'_, Postgres>, watched: Option<bool>, schema: &SchemaName) -> Finding {
-    let asked = session.ask(&watch::problems(schema)).await;
-    let problems: Result<Vec<_>, _> =
-        asked.and_then(|rows| rows.iter().map(|row| row.text(0).map_err(Trouble::Sql)).collect());
+async fn naming(session: &mut Session<'_, Postgres>, watched: Option<bool>, postgres: &Postgres) -> Finding {
+    let mut problems = texts(session, &watch::problems(&postgres.schema)).await;
+    if let (Ok(found), Some(question)) = (&mut problems, postgres.unattached()) {
+        match texts(session, &question).await {
+            Ok(unattached) => found.extend(unattached),
+            Err(trouble) => problems = Err(trouble),
+        }
+    }
     match (problems, watched) {
         (Ok(problems), _) if !problems.is_empty() => {
             let listed = problems.iter().take(LISTED).cloned().collect::<Vec<_>>().join("; ");
             let more = problems.len().saturating_sub(LISTED);
             let found = if more > 0 { format!("{listed}; and {more} more") } else { listed };
-            let remedy = "run `trustgate migrate`, which puts it right: until then revocations may go unnoticed, so no \
-                          replica relies on what it holds";
+            let command =
+                if problems.iter().any(|problem| problem.ends_with(watch::ATTACH)) { "attach" } else { "migrate" };
+            let remedy = format!(
+                "run `trustgate {command}`, which puts it right: until then revocations may go unnoticed, so no replica \
+                 relies on what it holds"
+            );
             Finding::failed(WATCH, found, remedy)
         }
         (Ok(_), Some(true)) => Finding::ok(WATCH, "every change is named: all triggers are as they were made"),

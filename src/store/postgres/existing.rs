@@ -4,11 +4,11 @@
 //! with the rights of the owner of our tables, so that whoever writes the table needs none on them.
 
 use sha2::{Digest, Sha256};
-use sqlx::{AssertSqlSafe, Connection, PgConnection, Row};
+use sqlx::{AssertSqlSafe, Connection, PgConnection, Row, postgres::PgRow};
 
 use super::{
     super::{
-        ColumnName, LedgerError, SchemaName,
+        ColumnName, LedgerError, SchemaName, TableName,
         existing::{DigestForm, ExistingTable, literal},
         place::Address,
         schema,
@@ -66,13 +66,20 @@ impl ExistingTable {
         );
         let scopes = self.scopes.as_ref().map_or_else(
             || "'[]'".to_owned(),
-            |scopes| format!("coalesce(array_to_json({})::text, '[]')", column(scopes)),
+            |scopes| {
+                let listed = format!("unnest({}) AS scope WHERE scope IS NOT NULL", column(scopes));
+                format!("(SELECT coalesce(json_agg(scope), '[]')::text FROM {listed})")
+            },
         );
-        // A time without an end is none; one that cannot be put into a number makes the read fail.
+        // One without an end is none; others count as far as their numbers go.
         let time = |column: &Option<ColumnName>, endless: &str| {
             column.as_ref().map_or_else(
                 || "NULL::bigint".to_owned(),
-                |column| lookup::micros(&format!("nullif(t.{}, '{endless}')", column.sql())),
+                |column| {
+                    let time = format!("nullif(t.{}, '{endless}')", column.sql());
+                    let micros = format!("extract(epoch FROM {time}) * 1000000");
+                    format!("CASE WHEN {time} IS NOT NULL THEN least(greatest({micros}, -4e18), 4e18)::bigint END")
+                },
             )
         };
         let not_before = time(&self.not_before, "-infinity");
@@ -81,7 +88,7 @@ impl ExistingTable {
             "SELECT {date}, {id}::text, {trust}::text, {enabled}, {digest_text}, 0::bigint, {scopes}, '[]',
                 {not_before}, {expires_at}, {revoked_at}
              FROM {from}
-             LEFT JOIN {table} t ON {digest} IS NOT NULL AND {condition}",
+             LEFT JOIN {table} t ON {id} IS NOT NULL AND {trust} IS NOT NULL AND {digest} IS NOT NULL AND {condition}",
             table = self.table.sql(),
         )
     }
@@ -99,8 +106,10 @@ impl ExistingTable {
             DigestForm::Hex => format!("{row}.{}::text", self.digest.sql()),
             DigestForm::Bytes => format!("encode({row}.{}, 'hex')", self.digest.sql()),
         };
-        let revoked =
-            self.revoked_at.as_ref().map_or_else(String::new, |column| format!(" OR NEW.{} IS NOT NULL", column.sql()));
+        let revoked = self
+            .revoked_at
+            .as_ref()
+            .map_or_else(|| "false".to_owned(), |column| format!("NEW.{} IS NOT NULL", column.sql()));
         FUNCTION
             .replace("{old row}", &row("OLD"))
             .replace("{new row}", &row("NEW"))
@@ -111,10 +120,16 @@ impl ExistingTable {
     }
 }
 
-/// A digest that is not one cannot be asked for, so nobody needs to hear of it.
+/// Columns are read in a block of their own: where one was renamed, dropped or given another type, the application's
+/// statement must not fail, and nobody can tell what it changed. That block writes nothing, so it costs no transaction
+/// number. A digest that is not one cannot be asked for, so nobody needs to hear of it.
 const FUNCTION: &str = "
 DECLARE
-    digest text;
+    old_id text;
+    new_id text;
+    old_digest text;
+    new_digest text;
+    revoked boolean;
 BEGIN
     IF TG_OP = 'TRUNCATE' THEN
         INSERT INTO {s}.tx (id, at, whole)
@@ -122,30 +137,41 @@ BEGIN
             ON CONFLICT DO NOTHING;
         RETURN NULL;
     END IF;
-    IF TG_OP = 'UPDATE' AND {old row} IS NOT DISTINCT FROM {new row}
-        OR TG_OP = 'INSERT' AND {new digest} IS NULL
-    THEN
+    BEGIN
+        IF TG_OP = 'UPDATE' AND {old row} IS NOT DISTINCT FROM {new row} THEN
+            RETURN NULL;
+        END IF;
+        IF TG_OP <> 'INSERT' THEN
+            old_id := OLD.{id}::text;
+            old_digest := {old digest};
+        END IF;
+        IF TG_OP <> 'DELETE' THEN
+            new_id := NEW.{id}::text;
+            new_digest := {new digest};
+            revoked := {revoked};
+        END IF;
+    EXCEPTION WHEN OTHERS THEN
+        PERFORM {s}.everything();
+        RETURN NULL;
+    END;
+    IF TG_OP = 'INSERT' AND new_digest IS NULL THEN
         RETURN NULL;
     END IF;
     INSERT INTO {s}.tx (id, at, whole) VALUES (pg_current_xact_id(), transaction_timestamp(), '')
         ON CONFLICT DO NOTHING;
     IF TG_OP <> 'INSERT' THEN
-        PERFORM {s}.note('key', OLD.{id}::text);
+        PERFORM {s}.note('key', old_id);
     END IF;
-    IF TG_OP = 'UPDATE' AND NEW.{id} IS DISTINCT FROM OLD.{id} THEN
-        PERFORM {s}.note('key', NEW.{id}::text);
+    IF TG_OP = 'UPDATE' AND new_id IS DISTINCT FROM old_id THEN
+        PERFORM {s}.note('key', new_id);
     END IF;
-    IF TG_OP <> 'DELETE' THEN
-        digest := {new digest};
-        IF digest ~ '^[0-9a-f]{64}$' THEN
-            PERFORM {s}.note('absent', digest);
-        END IF;
+    IF TG_OP <> 'DELETE' AND new_digest ~ '^[0-9a-f]{64}$' THEN
+        PERFORM {s}.note('absent', new_digest);
     END IF;
-    IF TG_OP <> 'INSERT' THEN
-        digest := {old digest};
-        IF digest ~ '^[0-9a-f]{64}$' AND (TG_OP = 'DELETE' OR digest IS DISTINCT FROM {new digest}{revoked}) THEN
-            PERFORM {s}.note('gone', digest);
-        END IF;
+    IF TG_OP <> 'INSERT' AND old_digest ~ '^[0-9a-f]{64}$'
+        AND (TG_OP = 'DELETE' OR old_digest IS DISTINCT FROM new_digest OR revoked)
+    THEN
+        PERFORM {s}.note('gone', old_digest);
     END IF;
     RETURN NULL;
 END
@@ -183,8 +209,11 @@ impl Script {
     }
 }
 
-/// Whoever waits for a lock on a table makes everybody wait who comes after: better to give up and be run again.
-const WAITS: &str = "SET LOCAL lock_timeout = '2s'";
+/// Whoever waits for a lock on a table makes everybody wait who comes after, and whoever holds one and is heard of no
+/// more does so for hours: better to give up and be run again.
+const WAITS: &str = "SET LOCAL lock_timeout = '2s';
+SET LOCAL statement_timeout = '5s';
+SET LOCAL idle_in_transaction_session_timeout = '5s'";
 
 /// What to do about the triggers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -217,7 +246,7 @@ pub(crate) async fn run(
                 table.table,
                 name.as_str()
             )),
-            Some("55P03") => LedgerError::Unusable(format!(
+            Some("55P03" | "57014") => LedgerError::Unusable(format!(
                 "{} was in use for too long to be altered: nothing was changed; try again",
                 table.table
             )),
@@ -264,7 +293,7 @@ async fn script(
     let owner: String = sqlx::query_scalar(in_schema(OWNER, name)).fetch_one(&mut *connection).await?;
     match wish {
         Wish::Attach => attach(connection, name, table, owner).await,
-        Wish::Detach => detach(connection, name, owner).await,
+        Wish::Detach => detach(connection, name, table, owner).await,
     }
 }
 
@@ -291,13 +320,14 @@ async fn attach(
                 .into(),
         ));
     };
-    let attached: Option<String> = sqlx::query_scalar(in_schema(ATTACHED, name)).fetch_one(&mut *connection).await?;
-    if let Some(other) = attached.filter(|other| *other != table.table.to_string()) {
+    if let Some(other) = another(connection, name, table).await? {
         return Err(LedgerError::Unusable(format!(
-            "{other} is attached, and only one table can be: run `trustgate detach` first"
+            "{other} is attached, and only one table can be: name it in store.table and run `trustgate detach` first"
         )));
     }
-    let problems = problems(connection, home, table).await?;
+    let tree = sqlx::query(in_schema(TREE, name)).bind(home).bind(&table.table.name).bind(&[CHANGED, TRUNCATED][..]);
+    let tree = tree.fetch_all(&mut *connection).await?;
+    let problems = problems(connection, &tree, home, table).await?;
     if !problems.is_empty() {
         return Err(LedgerError::Unusable(format!("{} cannot be attached:\n  {}", table.table, problems.join("\n  "))));
     }
@@ -323,18 +353,18 @@ LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $body
             table.identity(),
         ),
     ];
+    // To fire a trigger nobody needs a right on its function. To make one, the table's owner does: now, and whenever the
+    // table gets another part, which gets the trigger by itself. Nobody can call it in any other way.
+    if !is_ours {
+        first.push(format!("GRANT EXECUTE ON FUNCTION {{s}}.attached_changed() TO {owner}"));
+    }
     let mut last = Vec::new();
-    // To make a trigger, the table's owner must be allowed to name its function; to fire it, nobody must.
-    for (right, is_there) in
-        [("USAGE ON SCHEMA {s}", is_welcome), ("EXECUTE ON FUNCTION {s}.attached_changed()", is_ours)]
-    {
-        if !is_there {
-            first.push(format!("GRANT {right} TO {owner}"));
-            last.push(format!("REVOKE {right} FROM {owner}"));
-        }
+    if !is_welcome {
+        first.push(format!("GRANT USAGE ON SCHEMA {{s}} TO {owner}"));
+        last.push(format!("REVOKE USAGE ON SCHEMA {{s}} FROM {owner}"));
     }
     let schema = format!("the schema {}", name.as_str());
-    let triggers = triggers(connection, home, table).await?;
+    let triggers = triggers(&tree, table)?;
     Ok(Script(vec![
         Part { what: schema.clone(), owner: ours.clone(), statements: first },
         Part { what: format!("the table {}", table.table), owner, statements: triggers },
@@ -342,7 +372,19 @@ LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $body
     ]))
 }
 
-const ATTACHED: &str = "SELECT attached_schema || '.' || attached_table FROM {s}.meta";
+/// The table that is attached, if it is another one than `table`.
+async fn another(
+    connection: &mut PgConnection,
+    name: &SchemaName,
+    ExistingTable { table, .. }: &ExistingTable,
+) -> Result<Option<TableName>, sqlx::Error> {
+    let row = sqlx::query(in_schema(ATTACHED, name)).fetch_one(connection).await?;
+    let (schema, attached): (Option<String>, Option<String>) = (row.try_get(0)?, row.try_get(1)?);
+    let other = attached.map(|name| TableName { schema, name });
+    Ok(other.filter(|other| other.name != table.name || table.schema.is_some() && other.schema != table.schema))
+}
+
+const ATTACHED: &str = "SELECT attached_schema, attached_table FROM {s}.meta";
 
 /// Who owns the table; whether that role may use our schema, and whether it has the rights of the owner of our tables.
 const THEIRS: &str = "SELECT c.relowner::regrole::text, has_schema_privilege(c.relowner, ours.relnamespace, 'USAGE'),
@@ -351,61 +393,74 @@ const THEIRS: &str = "SELECT c.relowner::regrole::text, has_schema_privilege(c.r
  JOIN pg_class ours ON ours.oid = '{s}.meta'::regclass
  WHERE n.nspname = $1 AND c.relname = $2";
 
-/// The table and all that inherit from it or are parts of it, parents first.
+/// The names of the two triggers.
+const CHANGED: &str = "trustgate_changed";
+const TRUNCATED: &str = "trustgate_truncated";
+
+/// The table and all that inherit from it or are parts of it, parents first; with triggers of those names ($3) that are
+/// somebody else's.
 const TREE: &str = "WITH RECURSIVE tree (oid, depth) AS (
     SELECT c.oid, 0 FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
         WHERE n.nspname = $1 AND c.relname = $2
     UNION ALL
     SELECT i.inhrelid, depth + 1 FROM tree JOIN pg_inherits i ON i.inhparent = tree.oid
  )
- SELECT format('%I.%I', n.nspname, c.relname), c.relispartition, c.relkind::text, c.relrowsecurity
+ SELECT format('%I.%I', n.nspname, c.relname), c.relispartition, c.relkind::text, c.relrowsecurity, ARRAY(
+    SELECT g.tgname::text FROM pg_trigger g WHERE g.tgrelid = c.oid AND g.tgname = ANY ($3)
+        AND g.tgfoid IS DISTINCT FROM to_regprocedure('{s}.attached_changed()')
+ )
  FROM tree JOIN pg_class c USING (oid) JOIN pg_namespace n ON n.oid = c.relnamespace ORDER BY tree.depth, c.oid";
 
-async fn triggers(
-    connection: &mut PgConnection,
-    home: &str,
-    table: &ExistingTable,
-) -> Result<Vec<String>, sqlx::Error> {
-    let mut statements = Vec::new();
-    for row in sqlx::query(TREE).bind(home).bind(&table.table.name).fetch_all(connection).await? {
+fn triggers(tree: &[PgRow], table: &ExistingTable) -> Result<Vec<String>, sqlx::Error> {
+    // All locks in one statement, which has one limit; whoever comes after waits no longer than that.
+    let mut statements = vec![format!("LOCK TABLE {} IN SHARE ROW EXCLUSIVE MODE", table.table.sql())];
+    for row in tree {
         let (relation, is_partition): (String, bool) = (row.try_get(0)?, row.try_get(1)?);
-        let mut trigger = |name: &str, when: &str| {
-            statements.push(format!(
-                "CREATE OR REPLACE TRIGGER {name} AFTER {when} EXECUTE FUNCTION {{s}}.attached_changed()"
-            ));
-        };
-        // A partition gets those for its rows from the table that it is a part of.
-        if !is_partition {
-            trigger("trustgate_changed", &format!("INSERT OR UPDATE OR DELETE ON {relation} FOR EACH ROW"));
-        }
-        trigger("trustgate_truncated", &format!("TRUNCATE ON {relation}"));
-        for name in ["trustgate_changed", "trustgate_truncated"] {
-            statements.push(format!("ALTER TABLE {relation} ENABLE ALWAYS TRIGGER {name}"));
+        let when = [
+            (CHANGED, format!("INSERT OR UPDATE OR DELETE ON {relation} FOR EACH ROW")),
+            (TRUNCATED, format!("TRUNCATE ON {relation}")),
+        ];
+        for (name, when) in when {
+            // A partition gets that for its rows from the table that it is a part of, and needs no other (`watch.rs`).
+            if !is_partition {
+                let function = "EXECUTE FUNCTION {s}.attached_changed()";
+                statements.push(format!("CREATE OR REPLACE TRIGGER {name} AFTER {when} {function}"));
+            }
+            if !is_partition || name == CHANGED {
+                statements.push(format!("ALTER TABLE {relation} ENABLE ALWAYS TRIGGER {name}"));
+            }
         }
     }
     Ok(statements)
 }
 
-/// The type of a column of the table, if there is such a column, and whether an index begins with it.
+/// The type of a column of the table, if there is such a column; whether an index finds a row by it, and whether it is
+/// computed when it is read (PostgreSQL 18), so that no trigger sees it.
 const COLUMN: &str = "SELECT format_type(a.atttypid, NULL), EXISTS (
-        SELECT FROM pg_index i WHERE i.indrelid = a.attrelid AND i.indkey[0] = a.attnum AND i.indisvalid
-    )
+        SELECT FROM pg_index i JOIN pg_class x ON x.oid = i.indexrelid JOIN pg_am m ON m.oid = x.relam
+        WHERE i.indrelid = a.attrelid AND i.indkey[0] = a.attnum AND i.indisvalid AND m.amname IN ('btree', 'hash')
+            AND (i.indpred IS NULL
+                OR pg_get_expr(i.indpred, i.indrelid) = format('(%I IS NOT NULL)', a.attname))
+    ), a.attgenerated = 'v'
  FROM pg_attribute a JOIN pg_class c ON c.oid = a.attrelid JOIN pg_namespace n ON n.oid = c.relnamespace
  WHERE n.nspname = $1 AND c.relname = $2 AND a.attname = $3 AND a.attnum > 0 AND NOT a.attisdropped";
 
 /// Everything that keeps the table from being attached.
 async fn problems(
     connection: &mut PgConnection,
+    tree: &[PgRow],
     home: &str,
     table: &ExistingTable,
 ) -> Result<Vec<String>, sqlx::Error> {
-    let tree = sqlx::query(TREE).bind(home).bind(&table.table.name).fetch_all(&mut *connection).await?;
     if tree.is_empty() {
         return Ok(vec!["there is no such table (or the role cannot see it)".to_owned()]);
     }
     let mut problems = Vec::new();
     for row in tree {
         let (relation, kind, hides_rows): (String, String, bool) = (row.try_get(0)?, row.try_get(2)?, row.try_get(3)?);
+        for trigger in row.try_get::<Vec<String>, _>(4)? {
+            problems.push(format!("{relation} already has another trigger {trigger}"));
+        }
         if !["r", "p"].contains(&kind.as_str()) {
             problems.push(format!(
                 "{relation} is a view or a foreign table, of which no trigger sees every change: name the tables behind it, or use freshness.mode = \"ttl\""
@@ -431,14 +486,21 @@ async fn problems(
             problems.push(format!("there is no column {} (store.table_{purpose})", column.sql()));
             continue;
         };
-        let (of, is_indexed): (String, bool) = (found.try_get(0)?, found.try_get(1)?);
+        let (of, is_indexed, is_virtual): (String, bool, bool) =
+            (found.try_get(0)?, found.try_get(1)?, found.try_get(2)?);
+        if is_virtual {
+            problems.push(format!(
+                "column {} (store.table_{purpose}) is computed when it is read, which no trigger sees: make it GENERATED ALWAYS AS (...) STORED",
+                column.sql()
+            ));
+        }
         if !expected.contains(&of.as_str()) {
             let expected = expected.join(" or ");
             problems.push(format!("column {} (store.table_{purpose}) is of type {of}, not {expected}", column.sql()));
         }
         if ["id", "digest"].contains(&purpose) && !is_indexed {
             problems.push(format!(
-                "no index begins with column {0} (store.table_{purpose}), so that every read would go through the whole table: CREATE INDEX CONCURRENTLY ON {1} ({0})",
+                "no index of all rows begins with column {0} (store.table_{purpose}), so that every read would go through the whole table: CREATE INDEX CONCURRENTLY ON {1} ({0})",
                 column.sql(),
                 table.table.sql()
             ));
@@ -447,20 +509,34 @@ async fn problems(
     Ok(problems)
 }
 
-/// The triggers that call our function, wherever they are by now, with whose tables they are on.
-const TRIGGERS: &str = "SELECT c.relowner::regrole::text, format('%I.%I', n.nspname, c.relname), format('%I', g.tgname)
- FROM pg_trigger g JOIN pg_class c ON c.oid = g.tgrelid JOIN pg_namespace n ON n.oid = c.relnamespace
- WHERE g.tgfoid = to_regprocedure('{s}.attached_changed()') AND g.tgparentid = 0 ORDER BY 1, 2, 3";
+/// The triggers that call our function, wherever they are by now: for each owner the tables, and what drops them.
+const TRIGGERS: &str = "SELECT owner, string_agg(DISTINCT relation, ', '),
+    array_agg(format('DROP TRIGGER %I ON %s', tgname, relation) ORDER BY relation, tgname)
+ FROM (
+    SELECT c.relowner::regrole::text AS owner, format('%I.%I', n.nspname, c.relname) AS relation, g.tgname
+    FROM pg_trigger g JOIN pg_class c ON c.oid = g.tgrelid JOIN pg_namespace n ON n.oid = c.relnamespace
+    WHERE g.tgfoid = to_regprocedure('{s}.attached_changed()') AND g.tgparentid = 0
+ ) AS theirs GROUP BY owner ORDER BY owner";
 
-async fn detach(connection: &mut PgConnection, name: &SchemaName, ours: String) -> Result<Script, LedgerError> {
+async fn detach(
+    connection: &mut PgConnection,
+    name: &SchemaName,
+    table: &ExistingTable,
+    ours: String,
+) -> Result<Script, LedgerError> {
+    if let Some(other) = another(connection, name, table).await? {
+        return Err(LedgerError::Unusable(format!(
+            "{other} is attached, and not {}: name it in store.table",
+            table.table
+        )));
+    }
     let mut parts: Vec<Part> = Vec::new();
     for row in sqlx::query(in_schema(TRIGGERS, name)).fetch_all(connection).await? {
-        let (owner, relation, trigger): (String, String, String) = (row.try_get(0)?, row.try_get(1)?, row.try_get(2)?);
-        let statement = format!("DROP TRIGGER {trigger} ON {relation}");
-        match parts.last_mut().filter(|part| part.owner == owner) {
-            Some(part) => part.statements.push(statement),
-            None => parts.push(Part { what: "the table".to_owned(), owner, statements: vec![statement] }),
-        }
+        let (owner, relations, drops): (String, String, Vec<String>) =
+            (row.try_get(0)?, row.try_get(1)?, row.try_get(2)?);
+        let mut statements = vec![format!("LOCK TABLE {relations} IN ACCESS EXCLUSIVE MODE")];
+        statements.extend(drops);
+        parts.push(Part { what: "the table".to_owned(), owner, statements });
     }
     let nothing = "attached_schema = NULL, attached_table = NULL, attached_digest = NULL, attached_identity = NULL";
     let statements = vec![

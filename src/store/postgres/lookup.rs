@@ -8,14 +8,14 @@ use uuid::Uuid;
 use super::{
     super::{
         LedgerError, SchemaName,
-        existing::ExistingTable,
+        existing::{ExistingTable, literal},
         lookup::{Missing, SignOfLife},
         place::Address,
         pool::Connect,
         reader::{Dialect, Ours},
         rows::{self, POLL_ROWS_MAX},
     },
-    code, connect, describe, is_missing, listen, migrate,
+    code, connect, describe, is_missing, listen, migrate, watch,
 };
 use crate::record::{Digests, KeyId, Version};
 
@@ -138,13 +138,13 @@ impl Dialect for Postgres {
     }
 
     async fn restore_watch(&self) -> Result<(), sqlx::Error> {
-        if let Some(table) = self.existing.as_ref().filter(|table| table.attached)
-            && !self.is_attached(table).await?
-        {
-            return Err(sqlx::Error::InvalidArgument(format!(
-                "{} is not attached, or its columns are not used as they are here: run `trustgate attach`",
-                table.table
-            )));
+        if let Some(question) = self.unattached() {
+            let mut connection = connect(&self.address).await?;
+            let rows = sqlx::raw_sql(AssertSqlSafe(question)).fetch_all(&mut connection).await?;
+            connection.close().await?;
+            if let Some(row) = rows.first() {
+                return Err(sqlx::Error::InvalidArgument(row.try_get(0)?));
+            }
         }
         self.call("SELECT {s}.restore_watch()").await
     }
@@ -200,12 +200,14 @@ impl Postgres {
         self.existing.as_ref().is_none_or(|table| table.attached)
     }
 
-    async fn is_attached(&self, table: &ExistingTable) -> Result<bool, sqlx::Error> {
-        let mut connection = connect(&self.address).await?;
-        let query = self.within(CALL_TIMEOUT, &format!("SELECT {}", attached_as(&table.identity())));
-        let row = sqlx::raw_sql(AssertSqlSafe(query)).fetch_one(&mut connection).await?;
-        connection.close().await?;
-        row.try_get(0)
+    /// Asks for the problem that somebody else's table is to be read under a lease, and is not attached with the
+    /// columns that are read here. No row: it is. `None`: there is nothing to attach.
+    pub(super) fn unattached(&self) -> Option<String> {
+        let table = self.existing.as_ref().filter(|table| table.attached)?;
+        let problem =
+            format!("{} is not attached, or its columns are not used as they are here{}", table.table, watch::ATTACH);
+        let question = format!("SELECT {} WHERE NOT {}", literal(&problem), attached_as(&table.identity()));
+        Some(self.within(CALL_TIMEOUT, &question))
     }
 
     /// Calls a function of ours on a connection of its own.

@@ -50,6 +50,13 @@ pub(super) async fn mend(connection: &mut PgConnection, name: &SchemaName) -> Re
     }
     sqlx::raw_sql(in_schema(MEND_TRIGGERS, name)).execute(&mut *connection).await?;
     sqlx::raw_sql(in_schema(FORGET_UNSTAMPED, name)).execute(&mut *connection).await?;
+    let left: Vec<String> =
+        sqlx::query_scalar(in_schema("SELECT problem FROM {s}.gaps()", name)).fetch_all(&mut *connection).await?;
+    if !left.is_empty() && left.iter().all(|problem| problem.ends_with(ATTACH)) {
+        // Somebody else's table, which whoever owns it puts right, must not hold up what our own tables need.
+        tracing::warn!(problems = left.join("; "), "the table that is attached is not watched: nothing is relied on");
+        return Ok(());
+    }
     sqlx::raw_sql(in_schema("SELECT {s}.restore_watch()", name)).execute(connection).await?;
     Ok(())
 }
@@ -61,7 +68,7 @@ DECLARE
 BEGIN
     FOR attempt IN 1 .. 10000 LOOP
         SELECT * INTO gap FROM {s}.gaps() WITH ORDINALITY ORDER BY creation IS NULL, ordinality LIMIT 1;
-        EXIT WHEN NOT FOUND OR gap.creation IS NULL; -- restore_watch says what is left
+        EXIT WHEN NOT FOUND OR gap.creation IS NULL; -- the rest is for others
         IF attempt = 1 THEN
             LOCK TABLE {s}.trust, {s}.api_key IN SHARE ROW EXCLUSIVE MODE;
         END IF;
@@ -121,7 +128,7 @@ impl Function {
 
 /// `text` with the schema, and the digests of the functions by which changes are named, where it has a place for them.
 fn filled(text: &str, schema: &SchemaName) -> String {
-    let text = text.replace("{s}", schema.as_str());
+    let text = text.replace("{s}", schema.as_str()).replace("{attach}", ATTACH);
     if !text.contains("{functions}") {
         return text;
     }
@@ -140,6 +147,9 @@ pub(super) fn problems(schema: &SchemaName) -> String {
 
 /// The functions by which changes are named. The same list stands in `fingerprint`.
 const NAMING: &[&str] = &["note", "api_key_changed", "trust_changed", "truncated", "stamp"];
+
+/// What ends a problem that only attaching that table again can mend.
+pub(super) const ATTACH: &str = ": run `trustgate attach`";
 
 /// What is missing, disabled or of another make, in the columns of the function `gaps`. Numbers of `pg_trigger.tgtype`: 1 for
 /// each row, 4 insert, 8 delete, 16 update, 32 truncate.
@@ -165,7 +175,7 @@ const GAPS: &str = "WITH RECURSIVE wanted (home, root, name, function, type, def
         UNION ALL
         SELECT tree.home, tree.root, i.inhrelid, depth + 1 FROM tree JOIN pg_inherits i ON i.inhparent = tree.oid
     ), gap AS (
-        SELECT wanted.*, tree.oid, tree.depth, c.relkind, (
+        SELECT wanted.*, tree.oid, tree.depth, c.relkind, c.relrowsecurity, (
             SELECT g.tgname FROM pg_trigger g
                 WHERE g.tgrelid = tree.oid AND g.tgfoid = to_regprocedure(format('{s}.%s()', wanted.function))
                     AND g.tgtype = wanted.type AND g.tgqual IS NULL AND g.tgattr::text = ''
@@ -173,22 +183,28 @@ const GAPS: &str = "WITH RECURSIVE wanted (home, root, name, function, type, def
                 ORDER BY g.tgenabled = 'A' DESC LIMIT 1
         ) AS found
         FROM wanted LEFT JOIN tree USING (home, root) LEFT JOIN pg_class c ON c.oid = tree.oid
+        -- A new part of their table gets the trigger for its rows by itself, and this one never: that it was emptied
+        -- shows in the fingerprint.
+        WHERE (wanted.function = 'attached_changed' AND wanted.type = 32 AND c.relispartition) IS NOT TRUE
     )
     SELECT gap.oid::regclass, gap.name::name, gap.found,
-        CASE WHEN gap.relkind IN ('r', 'p')
+        CASE WHEN gap.relkind IN ('r', 'p') AND NOT gap.relrowsecurity
             THEN format('CREATE ' || gap.creation || ' EXECUTE FUNCTION {s}.%s()', gap.name, gap.oid::regclass, function) END,
         CASE
             WHEN gap.oid IS NULL THEN format('there is no table %I.%I', gap.home, gap.root)
             WHEN gap.relkind NOT IN ('r', 'p') THEN format('%s is no table of which every change is seen', gap.oid::regclass)
+            WHEN gap.relrowsecurity THEN format('%s has row level security: ALTER TABLE %1$s DISABLE ROW LEVEL SECURITY;'
+                || ' what a policy shows may change without any change of a row', gap.oid::regclass)
             WHEN gap.found IS NULL THEN format('the trigger %s on table %s is missing', gap.name, gap.oid::regclass)
             ELSE format('the trigger %s on table %s is not enabled for every session (ENABLE ALWAYS)',
                 gap.found, gap.oid::regclass)
-        END || CASE WHEN gap.function = 'attached_changed' THEN ': run `trustgate attach`' ELSE '' END
+        END || CASE WHEN gap.function = 'attached_changed' AND gap.relrowsecurity IS NOT TRUE THEN '{attach}' ELSE '' END
     FROM (SELECT * FROM gap ORDER BY depth NULLS FIRST, oid, name) AS gap
-    WHERE gap.oid IS NULL OR gap.relkind NOT IN ('r', 'p') OR gap.found IS NULL
+    WHERE gap.oid IS NULL OR gap.relkind NOT IN ('r', 'p') OR gap.relrowsecurity OR gap.found IS NULL
         OR NOT EXISTS (SELECT FROM pg_trigger g WHERE g.tgrelid = gap.oid AND g.tgname = gap.found AND g.tgenabled = 'A')
     UNION ALL
     SELECT NULL, NULL, NULL, NULL, format('the function {s}.%s is not the one that was made with the tables', made.name)
+        || CASE WHEN made.name = 'attached_changed' THEN '{attach}' ELSE '' END
     FROM (
         VALUES {functions}
         UNION ALL
@@ -348,24 +364,28 @@ END
         returns: "bytea",
         attributes: ONE_SNAPSHOT,
         // What is altered and put back within one transaction shows all the same: xmin is the transaction that wrote a
-        // row of the catalog. Columns that are dropped and added anew change the table's row.
+        // row of the catalog. A column that is renamed or dropped changes its own row alone; those of parts and children
+        // follow their parents'.
         body: "
 BEGIN
     RETURN sha256(convert_to((
         WITH RECURSIVE home AS (
             SELECT oid FROM pg_namespace WHERE nspname = '{s}'
+        ), root (oid) AS (
+            SELECT c.oid FROM home JOIN pg_class c ON c.relnamespace = home.oid
+                WHERE c.relname IN ('api_key', 'trust', 'tx')
+            UNION ALL
+            SELECT c.oid FROM {s}.meta m JOIN pg_namespace n ON n.nspname = m.attached_schema
+                JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = m.attached_table
         ), tree (oid) AS (
-            (
-                SELECT c.oid FROM home JOIN pg_class c ON c.relnamespace = home.oid
-                    WHERE c.relname IN ('api_key', 'trust', 'tx')
-                UNION ALL
-                SELECT c.oid FROM {s}.meta m JOIN pg_namespace n ON n.nspname = m.attached_schema
-                    JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = m.attached_table
-            )
+            SELECT oid FROM root
             UNION
             SELECT i.inhrelid FROM tree JOIN pg_inherits i ON i.inhparent = tree.oid
         ), fact (line) AS (
             SELECT concat_ws(' ', 'table', c.oid, c.relfilenode, c.relkind, c.xmin) FROM tree JOIN pg_class c USING (oid)
+            UNION ALL
+            SELECT concat_ws(' ', 'column', a.attrelid, a.attnum, a.atttypid, a.attgenerated, a.attname)
+                FROM root JOIN pg_attribute a ON a.attrelid = root.oid WHERE a.attnum > 0
             UNION ALL
             SELECT concat_ws(' ', 'child', i.inhparent, i.inhrelid, i.xmin)
                 FROM tree JOIN pg_inherits i ON i.inhparent = tree.oid
