@@ -78,7 +78,7 @@ async fn ready(State(admin): State<Arc<Admin>>) -> impl IntoResponse {
     let lease = match admin.views.load().standing(admin.clock.now()) {
         Standing::Fresh => "fresh",
         Standing::Stale => "stale; keys that were good are still granted for freshness.stale_if_unconfirmed",
-        Standing::Lapsed => "none; every check asks the database",
+        Standing::Lapsed => "none; checks that would rely on it ask the database",
     };
     let is_ready = phase == Phase::Serve && answers;
     let status = if is_ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };

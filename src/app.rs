@@ -196,7 +196,7 @@ impl AppBuilder {
         let shown = Admin {
             registry,
             life: life.clone(),
-            before_scrape: observe(&cache, &poll, &views, &clock, config.decision.deadline),
+            before_scrape: observe(&config, &cache, &poll, &views, &clock),
             views,
             poll,
             clock,
@@ -519,16 +519,17 @@ fn listed(addresses: &[impl ToString]) -> String {
 
 /// Sets the gauges that are read at scrape time.
 fn observe(
+    config: &Config,
     cache: &Arc<Cache<ApiKey>>,
     poll: &PollMetrics,
     views: &Arc<Views>,
     clock: &Arc<dyn Clock>,
-    decided_within: Duration,
 ) -> Box<dyn Fn() + Send + Sync> {
     let (cache, poll, views, clock) = (Arc::clone(cache), poll.clone(), Arc::clone(views), Arc::clone(clock));
+    let (mode, freshness, decided_within) = (replica::mode(config), config.freshness.clone(), config.decision.deadline);
     Box::new(move || {
         cache.observe_entries();
-        poll.observe(&views, &*clock, decided_within);
+        poll.observe(&views, &*clock, |is_unanswered| freshness.bound(mode, is_unanswered) + decided_within);
     })
 }
 

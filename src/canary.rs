@@ -158,7 +158,8 @@ impl Canary {
         stop: &CancellationToken,
     ) -> Result<Option<Outcome>, Problem> {
         let Parts { clock, settings, .. } = &self.parts;
-        let (bound, stale) = (self.bound(), settings.stale_if_unconfirmed);
+        let bound_of = |is_unanswered| settings.bound(self.parts.mode, is_unanswered);
+        let bound = bound_of(false);
         let issued = within(manager.issue_key(Wanted {
             trust: TrustRef::Id(trust),
             name: Some("canary".to_owned()),
@@ -190,8 +191,8 @@ impl Canary {
         let note = |began: Moment, verdict| {
             if let Verdict::Granted { is_stale } = verdict {
                 last = began.since(revoked);
-                // While polls get no answer, and it says so.
-                is_late |= last > bound + if is_stale { stale } else { Duration::ZERO };
+                // One that is stale says that polls get no answer.
+                is_late |= last > bound_of(is_stale);
             }
         };
         let denied = |verdict| verdict == Verdict::Denied;
@@ -201,16 +202,6 @@ impl Canary {
         }
         self.metrics.revocation.observe(last.as_secs_f64());
         Ok(Some(if is_late { Outcome::Late } else { Outcome::Ok }))
-    }
-
-    /// How long after its commit a revocation may go unnoticed while the database answers.
-    const fn bound(&self) -> Duration {
-        let settings = &self.parts.settings;
-        match self.parts.mode {
-            Freshness::Lease | Freshness::Strict => settings.lease,
-            Freshness::Live => Duration::ZERO,
-            Freshness::Ttl => settings.ttl,
-        }
     }
 
     /// Asks until an answer `is_end`, for `limit` at most, and tells `note` when each check began. Returns the last answer;

@@ -82,6 +82,18 @@ impl FreshnessSettings {
     pub const fn limits(&self) -> Limits {
         Limits { lease: self.lease, stale: self.stale_if_unconfirmed }
     }
+
+    /// How long after its commit a revocation may go unnoticed by checks under `mode`, at most. `is_unanswered`: whether
+    /// polls get no answer at all. How long the check itself may take comes on top.
+    #[must_use]
+    pub fn bound(&self, mode: Freshness, is_unanswered: bool) -> Duration {
+        match mode {
+            Freshness::Lease if is_unanswered => self.lease + self.stale_if_unconfirmed,
+            Freshness::Lease | Freshness::Strict => self.lease,
+            Freshness::Live => Duration::ZERO,
+            Freshness::Ttl => self.ttl,
+        }
+    }
 }
 
 /// What this replica knows of the store's history, and which values that covers.

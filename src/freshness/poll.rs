@@ -80,7 +80,7 @@ impl PollMetrics {
         let mut buckets = SHORT_SECONDS.to_vec();
         buckets.extend([0.5, 1.0, 2.5]);
         Ok(Self {
-            store_up: gauge("trustgate_store_up", "1 while the database answers the poll, else 0.")?,
+            store_up: gauge("trustgate_store_up", "1 while the database answers the poll and can be used, else 0.")?,
             applied_version: gauge(
                 "trustgate_applied_version",
                 "The newest version of the store that is applied here.",
@@ -113,14 +113,13 @@ impl PollMetrics {
         self.store_up.get() == 1
     }
 
-    /// Sets the gauges that are read at scrape time. `decided_within`: how long a check may take.
-    pub fn observe(&self, views: &Views, clock: &dyn Clock, decided_within: Duration) {
+    /// Sets the gauges that are read at scrape time. `bound`: how long a revocation may go unnoticed, where polls get no
+    /// answer (`true`) and else.
+    pub fn observe(&self, views: &Views, clock: &dyn Clock, bound: impl FnOnce(bool) -> Duration) {
         let view = views.load();
-        let limits = views.limits();
         let age = view.lease().start().map_or(f64::INFINITY, |start| clock.now().since(start).as_secs_f64());
         self.lease_age.set(age);
-        let stale = if view.lease().is_unanswered() { limits.stale } else { Duration::ZERO };
-        self.bound.set((limits.lease + stale + decided_within).as_secs_f64());
+        self.bound.set(bound(view.lease().is_unanswered()).as_secs_f64());
     }
 }
 
@@ -328,7 +327,7 @@ impl Poll {
         match timeout(WRITE_TIMEOUT, self.store.restore_watch()).await {
             Ok(Ok(())) => self.views.hint(),
             Ok(Err(fault)) => {
-                tracing::error!(%fault, "changes of trusts and keys may go unnoticed; run `trustgate migrate` to mend it");
+                tracing::error!(%fault, "changes of trusts and keys may go unnoticed; `trustgate doctor` says what to do");
             }
             Err(_) => tracing::warn!("checking the triggers took too long; trying again"),
         }
