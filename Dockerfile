@@ -1,5 +1,5 @@
 # docker build --build-arg TRUSTGATE_COMMIT="$(git rev-parse --short HEAD)" --tag trustgate .
-# docker run -p 50051:50051 -p 9180:9180 -v trustgate:/var/lib/trustgate trustgate
+# docker run -p 127.0.0.1:50051:50051 -p 127.0.0.1:9180:9180 -v trustgate:/var/lib/trustgate trustgate
 
 # Debian 12 in both stages: the binary is linked against the glibc that it will find.
 FROM rust:1.95-slim-bookworm AS build

@@ -103,8 +103,9 @@ fmt-check: ## is the code formatted?
 	cargo fmt --check
 
 .PHONY: lint
-lint: ## clippy; a warning is an error
+lint: ## clippy and rustdoc; a warning is an error
 	cargo clippy --all-targets --locked -- -D warnings
+	RUSTDOCFLAGS="-D warnings" cargo doc --no-deps --locked
 
 .PHONY: envoy-check
 envoy-check: setup ## a real Envoy reads every configuration in envoy/

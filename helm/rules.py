@@ -436,6 +436,8 @@ def check_notes(helm, claim):
     text = notes(*values("postgres"))
     elsewhere = "     trustgate trust create acme\n" in text and " exec " not in text
     claim("no kubectl exec where the pods cannot manage", elsewhere, text)
+    text = notes(*values("attached"))
+    claim("no key is issued in a table of somebody else's", " issue" not in text and "exec -i deploy" in text, text)
 
 
 def check_chart(claim):
