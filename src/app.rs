@@ -35,7 +35,7 @@ use crate::{
     freshness::{Views, poll::PollMetrics},
     metrics,
     net::{
-        self, Service, Signals,
+        self, LimitsSettings, Service, Signals,
         core::Cores,
         drain::{Life, Phase},
         listen::{ListenAddress, Listener},
@@ -154,6 +154,8 @@ impl AppBuilder {
         let Self { config, source, place, clock, management } = self;
         tls::install_provider();
         let tls = tls::acceptor(&config.grpc)?;
+        let limits =
+            LimitsSettings { connections_max: net::descriptors::connections(&config.limits), ..config.limits.clone() };
         let (grpc, admin) = (bind_grpc(&config).await?, bind_admin(&config).await?);
         let addresses = addresses(&grpc, &admin)?;
 
@@ -178,7 +180,7 @@ impl AppBuilder {
 
         let (routes, health) = health().await;
         parts.spawn(announce(Arc::clone(&views), fresh, life.clone(), health, stop.clone()));
-        let service = Arc::new(Service::new(Arc::clone(&checker), routes, tls, config.limits.clone(), &registry)?);
+        let service = Arc::new(Service::new(Arc::clone(&checker), routes, tls, limits, &registry)?);
         let (signals, tasks) = (Signals::default(), TaskTracker::new());
         let canary = CanaryMetrics::register(&registry)?;
         if let Some(management) = management {
@@ -584,12 +586,17 @@ fn host_name() -> String {
 /// The service of the health check that is SERVING only while what is held may be relied on.
 const FRESH: &str = "trustgate.fresh";
 
+/// The longest message of a health check that is read.
+const HEALTH_MESSAGE_BYTES_MAX: usize = 512;
+
 /// The gRPC health service (`grpc.health.v1`), not serving yet: tonic's own start is SERVING.
 async fn health() -> (Routes, HealthReporter) {
     let (reporter, server) = tonic_health::server::health_reporter();
     for service in ["", grpc::SERVICE, FRESH] {
         reporter.set_service_status(service, ServingStatus::NotServing).await;
     }
+    // It carries the name of a service.
+    let server = server.max_decoding_message_size(HEALTH_MESSAGE_BYTES_MAX);
     (Routes::new(server).prepare(), reporter)
 }
 

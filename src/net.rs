@@ -7,6 +7,7 @@ mod body;
 mod call;
 mod connection;
 pub mod core;
+pub mod descriptors;
 pub mod drain;
 pub mod listen;
 mod other;
@@ -62,7 +63,8 @@ crate::settings! {
         messages_in_flight_size: ByteSize = "64MiB",
         /// Checks that wait at one time, over all connections; beyond it they are answered as faults at once.
         checks_in_flight: u32 = "16384",
-        /// Connections at one time; further ones wait in the kernel's queue.
+        /// Connections at one time; further ones wait in the kernel's queue. Fewer where this process may have fewer
+        /// descriptors (RLIMIT_NOFILE), of which it keeps some for everything else.
         connections_max: u32 = "4096",
         /// How long a client may take for what comes first: the TLS handshake, the connection preface, and the whole of one
         /// message.

@@ -58,8 +58,9 @@ crate::settings! {
         sentinel_password_file: Option<PathBuf> = "",
         /// Whether the servers at `redis.url` are nodes of a Cluster.
         cluster: bool = "false",
-        /// A file with 32 bytes (or 64 hexadecimal digits) that authenticate cached values. Unset: the key that the first
-        /// migration put into the database.
+        /// A file with 32 bytes (or 64 hexadecimal digits) that authenticate cached values and the deny list. Read at start:
+        /// with another one, restart every replica, and add again what `trustgate deny list` showed. Unset: the key that the
+        /// first migration put into the database.
         mac_key_file: Option<PathBuf> = "",
         /// A PEM file with the certificate authorities to trust. Unset: those of the system. The certificates must be for
         /// the names or addresses in `redis.url`, and for those that Sentinels and nodes of a Cluster announce.

@@ -345,6 +345,18 @@ fn files(config: &Config, purpose: Purpose, reader: &mut Reader) {
             readable(reader, "redis", name, file, File::open(file).and_then(|mut file| file.read_exact(&mut [0])));
         }
     }
+    // `serve` and `doctor` say more of them than that they cannot be read.
+    let GrpcSettings { tls_certificate_file, tls_key_file, tls_client_ca_file, .. } = &config.grpc;
+    let used = purpose == Purpose::Check && tls_certificate_file.is_some() && tls_key_file.is_some();
+    for (name, file) in [
+        ("tls_certificate_file", tls_certificate_file),
+        ("tls_key_file", tls_key_file),
+        ("tls_client_ca_file", tls_client_ca_file),
+    ] {
+        if let (Some(file), true) = (file, used) {
+            readable(reader, "grpc", name, file, File::open(file).and_then(|mut file| file.read_exact(&mut [0])));
+        }
+    }
     match &freshness.deny_file {
         // A server starts with what can be read of it: better that than not at all.
         Some(file) if purpose == Purpose::Serve => {

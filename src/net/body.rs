@@ -130,11 +130,12 @@ impl Reading {
         self.kept = Some(kept);
     }
 
-    fn message(&mut self) -> Result<Bytes, Refused> {
+    fn message(&self) -> Result<Bytes, Refused> {
         if self.too_large {
             return Err(Refused::Denied(DenyReason::TooLarge));
         }
-        self.kept.take().as_ref().and_then(unframe).ok_or(Refused::Denied(DenyReason::Undecodable))
+        // Kept on, and so counted, for as long as the check may wait.
+        self.kept.as_ref().and_then(unframe).ok_or(Refused::Denied(DenyReason::Undecodable))
     }
 }
 

@@ -12,7 +12,7 @@ use bytes::Bytes;
 use h2::{RecvStream, server::SendResponse};
 use http::{HeaderMap, HeaderValue, Request, Response, header::CONTENT_TYPE};
 use tokio::time::timeout;
-use tokio_util::task::TaskTracker;
+use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use super::{
     Service,
@@ -25,23 +25,33 @@ use crate::{
     wire::{grpc::CHECK_PATH, response::Reply},
 };
 
+/// The status of gRPC for what may be tried elsewhere, or again.
+pub(super) const UNAVAILABLE: HeaderValue = HeaderValue::from_static("14");
+
 /// Serves the calls of one connection.
 pub(super) struct Calls {
     service: Arc<Service>,
     tasks: TaskTracker,
     load: Arc<Load>,
+    drain: CancellationToken,
 }
 
 impl Calls {
-    /// Calls that wait do so in `tasks` and are counted in `load`.
-    pub(super) const fn new(service: Arc<Service>, tasks: TaskTracker, load: Arc<Load>) -> Self {
-        Self { service, tasks, load }
+    /// Calls that wait do so in `tasks` and are counted in `load`. Those that would never end do at `drain`.
+    pub(super) const fn new(
+        service: Arc<Service>,
+        tasks: TaskTracker,
+        load: Arc<Load>,
+        drain: CancellationToken,
+    ) -> Self {
+        Self { service, tasks, load, drain }
     }
 
     /// Answers a call, or lets it go on in a task.
     pub(super) fn serve(&self, cx: &mut Context<'_>, request: Request<RecvStream>, respond: SendResponse<Bytes>) {
         if request.uri().path() != CHECK_PATH {
-            return self.spawn(other::serve(self.service.others.clone(), request, respond));
+            let (routes, limit) = (self.service.others.clone(), self.service.limits.preface_timeout);
+            return self.spawn(other::serve(routes, request, respond, limit, self.drain.clone()));
         }
         let mut reading = Reading::new(request.into_body(), &self.service.limits);
         let service = Arc::clone(&self.service);
@@ -132,7 +142,7 @@ fn answer(mut respond: SendResponse<Bytes>, reply: Reply) {
         // Trailers-Only: the status stands in the headers and nothing follows.
         Reply::Unavailable => {
             let headers = response.headers_mut();
-            headers.insert("grpc-status", HeaderValue::from_static("14"));
+            headers.insert("grpc-status", UNAVAILABLE);
             headers.insert("grpc-message", HeaderValue::from_static("the request could not be decided"));
             let _ = respond.send_response(response, true);
         }

@@ -29,8 +29,9 @@ use super::{LimitsSettings, Service, Signals, call::Calls, core::Load};
 const PENDING_ACCEPT_RESETS_MAX: usize = 1_000;
 /// Streams that we may have reset because the peer was wrong.
 const LOCAL_ERROR_RESETS_MAX: usize = 1_024;
-/// Bytes of request headers of one call.
-const HEADER_LIST_BYTES_MAX: u32 = 16 << 10;
+/// Bytes of request headers of one call. Envoy may pass on headers of the client's request (tracing), of which it takes 60 KiB:
+/// whatever comes beyond our limit is refused by the protocol, which `failure_mode_allow` would let in.
+const HEADER_LIST_BYTES_MAX: u32 = 96 << 10;
 /// Batches of calls that are answered before other connections have their turn; each is at most what may be open at a time.
 const BATCHES_MAX: usize = 8;
 /// What a peer may send before we have read it, on one stream and on all of a connection.
@@ -49,8 +50,8 @@ pub(super) async fn serve(
     let handshake = handshake(&limits, io);
     let Ok(Ok(mut http2)) = timeout(limits.preface_timeout, handshake).await else { return };
     let pings = http2.ping_pong();
-    let mut connection =
-        Connection { http2, calls: Calls::new(Arc::clone(&service), tasks, load), arrived: Vec::new() };
+    let calls = Calls::new(Arc::clone(&service), tasks, load, signals.drain.clone());
+    let mut connection = Connection { http2, calls, arrived: Vec::new() };
     service.connections_open.inc();
     let mut lost = pin!(until_lost(pings, &limits));
     let is_over = {

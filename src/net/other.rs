@@ -6,26 +6,42 @@ use std::{
     future::poll_fn,
     pin::Pin,
     task::{Context, Poll, ready},
+    time::Duration,
 };
 
 use bytes::Bytes;
 use h2::{Reason, RecvStream, SendStream, server::SendResponse};
-use http::{Request, Response};
+use http::{HeaderMap, Request, Response};
 use http_body::{Body, Frame};
 use http_body_util::BodyExt as _;
+use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
 use tonic::{body::Body as TonicBody, service::Routes};
 use tower_service::Service as _;
 
-/// Serves one call, for as long as the peer wants its answers.
-pub(super) async fn serve(mut routes: Routes, request: Request<RecvStream>, mut respond: SendResponse<Bytes>) {
-    let Ok(response) = routes.call(request.map(Received)).await;
+use super::call::UNAVAILABLE;
+
+/// Serves one call, for as long as the peer wants its answers, or until `drain` where they would never end. Its message has
+/// `limit` to come, as that of a check has.
+pub(super) async fn serve(
+    mut routes: Routes,
+    request: Request<RecvStream>,
+    mut respond: SendResponse<Bytes>,
+    limit: Duration,
+    drain: CancellationToken,
+) {
+    let response = tokio::select! {
+        response = timeout(limit, routes.call(request.map(Received))) => response,
+        _ = poll_fn(|cx| respond.poll_reset(cx)) => return,
+    };
+    let Ok(Ok(response)) = response else { return respond.send_reset(Reason::CANCEL) };
     let (head, body) = response.into_parts();
     let ends = body.is_end_stream();
     let Ok(mut stream) = respond.send_response(Response::from_parts(head, ()), ends) else { return };
     if ends {
         return;
     }
-    match send(&mut stream, body).await {
+    match send(&mut stream, body, &drain).await {
         // A peer that is gone reads nothing.
         Sent::Whole | Sent::Gone => {}
         Sent::Broken => stream.send_reset(Reason::INTERNAL_ERROR),
@@ -38,10 +54,16 @@ enum Sent {
     Broken,
 }
 
-async fn send(stream: &mut SendStream<Bytes>, mut body: TonicBody) -> Sent {
+async fn send(stream: &mut SendStream<Bytes>, mut body: TonicBody, drain: &CancellationToken) -> Sent {
     loop {
         let frame = tokio::select! {
+            biased;
             frame = body.frame() => frame,
+            () = drain.cancelled() => {
+                let mut trailers = HeaderMap::with_capacity(1);
+                trailers.insert("grpc-status", UNAVAILABLE);
+                return if stream.send_trailers(trailers).is_ok() { Sent::Whole } else { Sent::Gone };
+            }
             _ = poll_fn(|cx| stream.poll_reset(cx)) => return Sent::Gone,
         };
         let frame = match frame {

@@ -6,7 +6,7 @@ use tokio::{
     net::TcpStream,
     time::{Instant, sleep_until},
 };
-use tonic::transport::Channel;
+use tonic::{Code, transport::Channel};
 use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient};
 use trustgate::wire::grpc::SERVICE;
 
@@ -58,6 +58,27 @@ async fn one_of_two_replicas_ends_under_load_and_no_request_fails() {
     println!("ended {took:?} after SIGTERM");
     assert_eq!(hits.len(), 2_500);
     load::all_right(hits.iter());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn whoever_watches_the_health_is_told_and_holds_nothing_up() {
+    let _turn = among_others().await;
+    let server = Stage::new(&[("limits.drain_delay", "1s")]).await.site.serve().await;
+    let channel = Channel::from_shared(format!("http://{}", server.grpc())).unwrap().connect().await.unwrap();
+    let watched = HealthClient::new(channel).watch(HealthCheckRequest { service: SERVICE.to_owned() }).await;
+    let mut watched = watched.unwrap().into_inner();
+    assert_eq!(watched.message().await.unwrap().unwrap().status(), ServingStatus::Serving);
+    server.signal("TERM");
+    assert_eq!(watched.message().await.unwrap().unwrap().status(), ServingStatus::NotServing);
+    let end = loop {
+        match watched.message().await {
+            Ok(again) => assert_eq!(again.unwrap().status(), ServingStatus::NotServing),
+            Err(end) => break end,
+        }
+    };
+    assert_eq!(end.code(), Code::Unavailable);
+    let (code, log) = server.ended(GRACE / 2).await;
+    assert_eq!(code, 0, "{log}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -4,6 +4,7 @@
 use std::{net::SocketAddr, os::unix::fs::PermissionsExt as _, path::Path, sync::Arc, time::Duration};
 
 use bytes::Bytes;
+use futures_util::future::select_all;
 use rustls::{
     ClientConfig, RootCertStore,
     pki_types::{CertificateDer, PrivateKeyDer, pem::PemObject as _},
@@ -21,12 +22,12 @@ use crate::{
     support::{
         alone, among_others,
         certificates::certificates,
-        connection::{answer, call, connect, head, try_connect},
+        connection::{answer, call, connect, head, head_of, try_connect},
         envoy::Plan,
         eventually,
         grpc::{Asker, request},
         http, load, machine,
-        server::{IssuedKey, Site, UNHURRIED},
+        server::{IssuedKey, Site, UNHURRIED, made_up_key},
     },
 };
 
@@ -152,6 +153,8 @@ async fn what_is_wrong_with_tls_is_said_with_its_file() {
     site.set("grpc.tls_certificate_file", certificates.path().join("nothing.pem").display().to_string());
     let ran = site.run(&["serve"]).await;
     assert!(ran.code == 1 && ran.err.contains("grpc.tls_certificate_file") && ran.err.contains("nothing"), "{ran:?}");
+    let ran = site.run(&["config", "check"]).await;
+    assert!(ran.code != 0 && ran.out.contains("grpc.tls_certificate_file: cannot read"), "{ran:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -210,7 +213,63 @@ async fn whoever_is_slow_to_begin_is_left() {
     stream.send_data(frame(&request(&key.key, &[])).slice(..20), false).unwrap();
     let verdict = timeout(SLOW, answer(unfinished)).await.unwrap().unwrap();
     assert_eq!(verdict.status, 503, "{verdict:?}");
+    // Nor is one that belongs to another call kept, or one that is too long for what it can be.
+    let (unfinished, mut stream) = connection.send_request(head_of(HEALTH), false).unwrap();
+    stream.send_data(Bytes::from_static(&[0, 0, 0, 0, 100, 10, 98, b'a']), false).unwrap();
+    let end = timeout(SLOW, unfinished).await.unwrap().unwrap_err();
+    assert!(end.is_reset(), "{end}");
+    let (long, mut stream) = connection.send_request(head_of(HEALTH), false).unwrap();
+    stream.send_data(Bytes::from_static(&[0, 0, 0x10, 0, 0, 10]), false).unwrap();
+    let refused = timeout(PATIENCE, long).await.unwrap().unwrap();
+    assert_eq!(refused.headers()["grpc-status"], "11", "out of range: {refused:?}");
     assert_eq!(answer(call(&connection, &key.key)).await.unwrap().status, 200);
+}
+
+/// The method of health checks.
+const HEALTH: &str = "/grpc.health.v1.Health/Check";
+
+#[tokio::test(flavor = "multi_thread")]
+async fn headers_that_envoy_passes_on_are_no_reason_for_anything_but_an_answer() {
+    let _turn = among_others().await;
+    let site = Site::new();
+    site.migrate().await;
+    let server = site.serve().await;
+    let mut connection = connect(TcpStream::connect(server.grpc()).await.unwrap()).await;
+    let mut head = head();
+    let traced = "a=1,".repeat(60 << 8).parse().unwrap();
+    head.headers_mut().insert("tracestate", traced);
+    let (answered, mut stream) = connection.send_request(head, false).unwrap();
+    stream.send_data(frame(&request("no key", &[])), true).unwrap();
+    assert_eq!(answer(answered).await.unwrap().status, 401);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn messages_that_wait_have_a_bound_however_they_came() {
+    let _turn = among_others().await;
+    let bounds = [("limits.message_size", "64KiB"), ("limits.messages_in_flight_size", "128KiB")];
+    let stage = Stage::new(&[UNHURRIED.as_slice(), &bounds].concat()).await;
+    let key = stage.site.issue("acme", &[]).await;
+    let server = stage.site.serve().await;
+    let mut connection = connect(TcpStream::connect(server.grpc()).await.unwrap()).await;
+    assert_eq!(answer(call(&connection, &key.key)).await.unwrap().status, 200);
+    let _frozen = stage.postgres.freeze();
+    let padding = "x".repeat(50 << 10);
+    let mut begun = Vec::new();
+    for _ in 0..3 {
+        begun.push(connection.send_request(head(), false).unwrap());
+        connection = connection.ready().await.unwrap();
+    }
+    // All came before this, so each of them waits for the rest when that is answered.
+    assert_eq!(answer(call(&connection, &key.key)).await.unwrap().status, 200);
+    let mut waiting = Vec::new();
+    for (answered, mut stream) in begun {
+        let message = frame(&request(&made_up_key(), &[("x-padding", &padding)]));
+        stream.send_data(message, true).unwrap();
+        waiting.push(tokio::spawn(answer(answered)));
+    }
+    let (first, ..) = select_all(waiting).await;
+    let verdict = timeout(PATIENCE, async { first.unwrap().unwrap() }).await.unwrap();
+    assert_eq!(verdict.status, 503, "two have room, and wait for the database: {verdict:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -33,7 +33,15 @@ pub async fn connect(stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'stati
 /// # Panics
 /// Never: it is the same each time.
 pub fn head() -> ::http::Request<()> {
-    let head = ::http::Request::post(format!("http://trustgate{CHECK_PATH}"));
+    head_of(CHECK_PATH)
+}
+
+/// The same for a call of another method.
+///
+/// # Panics
+/// If `path` is none.
+pub fn head_of(path: &str) -> ::http::Request<()> {
+    let head = ::http::Request::post(format!("http://trustgate{path}"));
     head.header("content-type", "application/grpc").header("te", "trailers").body(()).expect("a request")
 }
 
