@@ -201,7 +201,8 @@ def check_rendering(name, arguments, kinds, helm, trustgate, claim):
 
 
 def check_configuration(kind, rendering, trustgate, claim):
-    """The server itself reads the file and the variables; the Secrets are files of a directory that stands in for theirs."""
+    """The server itself reads the file and the variables, of which the Job has the latter alone; the Secrets are files of a
+    directory that stands in for theirs."""
     with tempfile.TemporaryDirectory() as directory:
         def here(text):
             for path in re.findall(r"/run/secrets/trustgate/[\w.-]+", text):
@@ -209,7 +210,7 @@ def check_configuration(kind, rendering, trustgate, claim):
             return text.replace("/run/secrets/trustgate", directory)
 
         file = Path(directory) / "trustgate.toml"
-        file.write_text(here(rendering.toml_text))
+        file.write_text("" if kind == "Job" else here(rendering.toml_text))
         env = {name: here(value) for name, value in rendering.env(kind).items() if name != "TRUSTGATE_CONFIG"}
         done = subprocess.run([trustgate, "--config", file, "config", "check"], env=env, capture_output=True, text=True)
     claim(f"{kind}: the server takes the configuration", done.returncode == 0, done.stdout + done.stderr)
