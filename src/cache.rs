@@ -311,7 +311,10 @@ impl<K: Kind> Shared<K> {
         timer.observe_duration();
         match &answer {
             Ok(dated) => {
-                self.views.database_clock.observe(dated.sent_at, dated.read_at);
+                // One that took longer is of a process that stood still: its time may have been told long ago.
+                if self.clock.now().since(dated.sent_at) <= limit {
+                    self.views.database_clock.observe(dated.sent_at, dated.read_at);
+                }
                 self.report(self.breaker.succeeded());
                 let outcome = if dated.value.is_some() { &self.metrics.store.hit } else { &self.metrics.store.miss };
                 outcome.inc();

@@ -101,10 +101,11 @@ impl StoreSettings {
         self.preset.is_some() || self.table.is_some()
     }
 
-    /// What tells somebody else's table and the use of its columns from every other; `None`: the tables are ours.
+    /// What tells somebody else's table, in the database at `place`, and the use of its columns from every other, in
+    /// hexadecimal; `None`: the tables are ours. One that is not attached has no history to be known by.
     #[must_use]
-    pub fn table_identity(&self) -> Option<String> {
-        existing::ExistingTable::of(self).map(|table| table.identity())
+    pub fn table_identity(&self, place: &str) -> Option<String> {
+        existing::ExistingTable::of(self).map(|table| table.identity_at(place))
     }
 
     /// Whether changes of what is read are named, as a lease needs it.

@@ -98,7 +98,7 @@ impl Replica {
         let denials = open_denials(config, registry)?;
         let shared_denials = l2.as_ref().map(|(redis, mac_key)| SharedList::new(redis.clone(), Arc::clone(mac_key)));
         tasks.spawn_on(keep_denials(Arc::clone(&denials), shared_denials, &views, &clock, &stop), &io);
-        let table = config.store.table_identity();
+        let table = config.store.table_identity(&place);
         let tiers = cache::Parts {
             store: Arc::clone(&source) as _,
             l2: l2.map(|(redis, mac_key)| L2::new(redis, mac_key, table.as_deref())),
@@ -294,26 +294,53 @@ async fn confirm(
         None => return Ok(()),
         Some(prepared) => prepared?,
     }
-    if let Some(mac_key) = mac_key {
-        stop.run_until_cancelled(fetch_mac_key(&*source, &mac_key)).await;
-    }
-    poll.run(stop).await;
+    let Some(mac_key) = mac_key else {
+        poll.run(stop).await;
+        return Ok(());
+    };
+    // The first attempt comes before the first poll, so that Redis is of use from the first check on; where there is no
+    // key, everything else goes on without.
+    let mut fetch = Fetch { source, mac_key, limit: limit * 2, told: String::new() };
+    stop.run_until_cancelled(fetch.once()).await;
+    tokio::join!(stop.run_until_cancelled(fetch.until_done()), poll.run(stop.clone()));
     Ok(())
 }
 
 /// Gets the key of the Redis MAC from the database, unless a file gave one.
-async fn fetch_mac_key(source: &dyn Source, mac_key: &MacKey) {
-    while mac_key.get().is_none() {
-        match source.redis_mac_key().await {
-            Ok(Some(key)) => drop(mac_key.set(key)),
-            Ok(None) => {
-                tracing::warn!("redis is not used: these tables hold no key for its MAC; set redis.mac_key_file");
+struct Fetch {
+    source: Arc<dyn Source>,
+    mac_key: MacKey,
+    limit: Duration,
+    told: String,
+}
+
+impl Fetch {
+    async fn until_done(&mut self) {
+        while self.mac_key.get().is_none() && self.told != NO_MAC_KEY {
+            sleep(PREPARE_WAIT).await;
+            self.once().await;
+        }
+    }
+
+    async fn once(&mut self) {
+        if self.mac_key.get().is_some() {
+            return;
+        }
+        let problem = match timeout(self.limit, self.source.redis_mac_key()).await {
+            Ok(Ok(Some(key))) => {
+                let _ = self.mac_key.set(key); // whoever else knew one knew this one
                 return;
             }
-            Err(fault) => {
-                tracing::debug!(%fault, "the key of the Redis MAC could not be read; trying again");
-                sleep(PREPARE_WAIT).await;
-            }
+            Ok(Ok(None)) => NO_MAC_KEY.to_owned(),
+            Ok(Err(fault)) => fault.to_string(),
+            Err(_) => Fault::Timeout { tier: Tier::Store, limit: self.limit }.to_string(),
+        };
+        if problem != self.told {
+            tracing::warn!(problem, "redis is not used for records until the key of its MAC is known");
+            self.told = problem;
         }
     }
 }
+
+/// Why there is nothing to wait for.
+const NO_MAC_KEY: &str = "these tables hold none: set redis.mac_key_file";

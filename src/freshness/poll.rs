@@ -29,6 +29,8 @@ const REPORT_INTERVAL: Duration = Duration::from_secs(5);
 const WRITE_TIMEOUT: Duration = Duration::from_secs(2);
 /// How often versions that nobody needs are deleted. Every replica does it; one at a time has any effect.
 const PRUNE_INTERVAL: Duration = Duration::from_secs(30);
+/// And how soon again while there is more to delete than one attempt may.
+const PRUNE_AGAIN: Duration = Duration::from_secs(1);
 /// How often the store's side is mended at most, while it does not name all changes.
 const RESTORE_INTERVAL: Duration = Duration::from_secs(1);
 /// Polls that hints may cause, at most, in [`HINTED_PERIOD`].
@@ -170,7 +172,8 @@ impl Poll {
     }
 
     async fn poll(&self, signs: &watch::Sender<Version>) {
-        let mut state = State { up: None, known: false, restored: None, offset: self.clock.wall_offset() };
+        let mut state =
+            State { up: None, known: false, untold: false, restored: None, offset: self.clock.wall_offset() };
         let (mut rate, mut spread) = (Rate::default(), Spread::of(self.replica));
         loop {
             let due = Instant::now() + spread.around(self.settings.poll_interval);
@@ -210,7 +213,12 @@ impl Poll {
             // Before it relies on what it reads: whoever changes something must not overlook a replica that is starting
             // or was cut off.
             let sign = self.sign(self.views.load().applied());
-            state.known = matches!(timeout(self.settings.poll_timeout, self.store.report(&sign)).await, Ok(Ok(())));
+            state.known = self.tell(&sign, self.settings.poll_timeout).await;
+            if !state.known && !std::mem::replace(&mut state.untold, true) {
+                tracing::warn!(
+                    "this replica could not say that it is there: commands that count replicas may overlook it"
+                );
+            }
         }
         self.notice_pause(state);
         let limit = self.settings.poll_timeout;
@@ -351,19 +359,35 @@ impl Poll {
             let applied = *signs.borrow_and_update();
             if self.views.is_confirmed() {
                 // What it does not hear now it hears next time.
-                let _ = timeout(WRITE_TIMEOUT, self.store.report(&self.sign(applied))).await;
+                self.tell(&self.sign(applied), WRITE_TIMEOUT).await;
             }
         }
     }
 
+    /// Says that this replica is alive, and whether that was taken.
+    async fn tell(&self, sign: &SignOfLife, limit: Duration) -> bool {
+        match timeout(limit, self.store.report(sign)).await {
+            Ok(Ok(())) => true,
+            Ok(Err(fault)) => {
+                tracing::debug!(%fault, "the sign of life was not taken");
+                false
+            }
+            Err(_) => false,
+        }
+    }
+
     async fn prune(&self) {
-        let mut spread = Spread::of(self.replica);
+        let (mut spread, mut wait) = (Spread::of(self.replica), PRUNE_INTERVAL);
         loop {
-            sleep(spread.around(PRUNE_INTERVAL)).await;
-            if self.views.is_confirmed()
-                && let Ok(Err(fault)) = timeout(WRITE_TIMEOUT, self.store.prune()).await
-            {
-                tracing::debug!(%fault, "old versions could not be deleted");
+            sleep(spread.around(wait)).await;
+            wait = PRUNE_INTERVAL;
+            if !self.views.is_confirmed() {
+                continue;
+            }
+            match timeout(WRITE_TIMEOUT, self.store.prune()).await {
+                Ok(Ok(true)) => wait = PRUNE_AGAIN,
+                Ok(Ok(false)) | Err(_) => {}
+                Ok(Err(fault)) => tracing::debug!(%fault, "old versions could not be deleted"),
             }
         }
     }
@@ -392,6 +416,8 @@ struct State {
     up: Option<Up>,
     /// Whether a sign of life was taken since the database last answered anew.
     known: bool,
+    /// Whether it was told that none was.
+    untold: bool,
     restored: Option<Instant>,
     offset: i64,
 }

@@ -39,7 +39,7 @@ struct Digests {
 impl Revoked {
     /// Takes note of changes of the present history, in whatever order they come.
     pub fn note<'c>(&self, changes: impl Iterator<Item = &'c (Version, Change)>, now: Moment) {
-        let mut digests = self.lock();
+        let (mut digests, mut is_news) = (self.lock(), false);
         let mut changes: Vec<_> = changes.collect();
         // A revocation names its digest as absent and as gone: gone it is.
         changes.sort_by_key(|(version, change)| (*version, matches!(change, Change::Gone(_))));
@@ -49,15 +49,19 @@ impl Revoked {
                     // Of one that binds already it changes nothing: it is as revoked as before.
                     digests.seen.entry(*digest).or_insert((now, false)).0 = now;
                     digests.order.push_back((now, *digest));
-                    digests.forget(now);
+                    is_news = true;
                 }
                 // The present history has spoken of it: what an earlier one said no longer counts.
-                Change::Absent(digest) => drop(digests.seen.remove(digest)),
-                Change::Whole(ChangeKind::Absences | ChangeKind::Gone) => digests.seen.retain(|_, (_, lost)| !*lost),
+                Change::Absent(digest) => is_news |= digests.seen.remove(digest).is_some(),
+                Change::Whole(ChangeKind::Absences | ChangeKind::Gone) => {
+                    digests.seen.retain(|_, (_, lost)| !*lost);
+                    is_news = true;
+                }
                 _ => {}
             }
         }
-        if self.binding.load(Ordering::Relaxed) > 0 {
+        is_news |= digests.forget(now);
+        if is_news && self.binding.load(Ordering::Relaxed) > 0 {
             self.count(&digests);
         }
     }
@@ -94,7 +98,9 @@ impl Revoked {
 }
 
 impl Digests {
-    fn forget(&mut self, now: Moment) {
+    /// Says whether there was any to forget.
+    fn forget(&mut self, now: Moment) -> bool {
+        let before = self.order.len();
         while let Some((at, digest)) = self.order.front().copied()
             && (self.order.len() > DIGESTS_MAX || now.since(at) > KEPT)
         {
@@ -103,6 +109,7 @@ impl Digests {
                 self.seen.remove(&digest);
             }
         }
+        self.order.len() < before
     }
 }
 
@@ -150,5 +157,9 @@ mod tests {
         assert!(!revoked.binds_elsewhere(&digest(0)) && revoked.binds_elsewhere(&digest(1)));
         revoked.note([(Version(1), Change::Gone(digest(0)))].iter(), Moment::from_nanos(0).after(KEPT * 2));
         assert!(!revoked.binds_elsewhere(&digest(1)) && revoked.binds_elsewhere(&digest(0)));
+        revoked.bind();
+        assert!(revoked.binds(&digest(0)));
+        revoked.note([].iter(), Moment::from_nanos(0).after(KEPT * 4));
+        assert!(!revoked.binds(&digest(0)), "also where nothing else is revoked");
     }
 }

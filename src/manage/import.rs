@@ -10,7 +10,7 @@ use zeroize::Zeroizing;
 use super::{ManageError, Manager};
 use crate::{
     credential::{self, KEY_BYTES_MAX, format},
-    record::{ApiKeyDigest, KeyId, Scheme},
+    record::{ApiKeyDigest, Digests, KeyId, Scheme},
     store::ledger::{NewKey, Trust, TrustRef},
 };
 
@@ -112,13 +112,19 @@ impl Manager {
 
     fn read_key(&self, form: Form, text: &[u8]) -> Result<NewKey, &'static str> {
         let prefix = &self.credential.prefix;
-        let (digest, scheme, hint) = match form {
+        let (digest, older, scheme, hint) = match form {
             Form::Digests => {
                 let digest = std::str::from_utf8(text).ok().and_then(ApiKeyDigest::from_hex);
-                (digest.ok_or("expected a SHA-256 digest of 64 hexadecimal digits")?, Scheme::Sha256, String::new())
+                (
+                    digest.ok_or("expected a SHA-256 digest of 64 hexadecimal digits")?,
+                    Vec::new(),
+                    Scheme::Sha256,
+                    String::new(),
+                )
             }
             Form::Plaintext if credential::is_well_formed(&self.credential, text) => {
-                (self.hasher.current(text), self.hasher.scheme(), format::hint(prefix, text))
+                let Digests { current, older } = self.hasher.digests(self.hasher.current(text), text);
+                (current, older, self.hasher.scheme(), format::hint(prefix, text))
             }
             Form::Plaintext if format::form(prefix, text) == format::Form::Mistyped => {
                 return Err("looks like a key made here, but its checksum is wrong");
@@ -127,7 +133,18 @@ impl Manager {
         };
         let id = KeyId(Uuid::now_v7());
         let (scopes, allowed_cidrs) = (Vec::new(), Vec::new());
-        Ok(NewKey { id, digest, scheme, hint, name: None, scopes, allowed_cidrs, not_before: None, expires_in: None })
+        Ok(NewKey {
+            id,
+            digest,
+            older,
+            scheme,
+            hint,
+            name: None,
+            scopes,
+            allowed_cidrs,
+            not_before: None,
+            expires_in: None,
+        })
     }
 }
 

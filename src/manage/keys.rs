@@ -127,6 +127,7 @@ impl Manager {
         let new = NewKey {
             id: KeyId(Uuid::now_v7()),
             digest: self.hasher.current(bytes),
+            older: Vec::new(), // nobody has had it before
             scheme: self.hasher.scheme(),
             hint: format::hint(&self.credential.prefix, bytes),
             name,

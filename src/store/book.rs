@@ -2,6 +2,8 @@
 //!
 //! Every change and its audit entry are one transaction. The audit never holds a key or a digest.
 
+use std::collections::HashSet;
+
 use async_trait::async_trait;
 use serde_json::{Value, json};
 
@@ -69,6 +71,8 @@ pub(crate) trait Tables: Send + Sync {
     async fn put_keys(&mut self, keys: &[StoredKey]) -> Result<(), sqlx::Error>;
     /// How many were stored; those whose digest is taken are left out.
     async fn insert_keys(&mut self, trust: TrustId, keys: &[NewKey]) -> Result<u64, sqlx::Error>;
+    /// Those of `digests` that keys are stored under.
+    async fn stored_digests(&mut self, digests: &[ApiKeyDigest]) -> Result<Vec<ApiKeyDigest>, sqlx::Error>;
     /// False where it was revoked before, or is not there.
     async fn revoke_key(&mut self, id: KeyId) -> Result<bool, sqlx::Error>;
     /// Draws a version "everything changed" with this transaction.
@@ -308,7 +312,15 @@ async fn import_keys(
     let trust = held_trust(tables, trust).await?;
     let mut stored = 0;
     for batch in keys.chunks(BATCH) {
-        stored += tables.insert_keys(trust.id, batch).await?;
+        let older: Vec<_> = batch.iter().flat_map(|key| key.older.iter().copied()).collect();
+        if older.is_empty() {
+            stored += tables.insert_keys(trust.id, batch).await?;
+            continue;
+        }
+        // A key that stood there twice could be revoked once, and go on under its other digest.
+        let known: HashSet<_> = tables.stored_digests(&older).await?.into_iter().collect();
+        let new: Vec<_> = batch.iter().filter(|key| !key.older.iter().any(|digest| known.contains(digest))).collect();
+        stored += tables.insert_keys(trust.id, &new.into_iter().cloned().collect::<Vec<_>>()).await?;
     }
     let after = json!({ "trust_id": trust.id.to_string(), "given": keys.len(), "stored": stored });
     note(tables, actor, "key.import", trust.id, None, Some(after)).await?;

@@ -151,6 +151,11 @@ impl ExistingTable {
         always.chain(others.into_iter().filter_map(|(purpose, column)| Some((purpose, column.as_ref()?))))
     }
 
+    /// What tells this table in the database at `place` from every other, in hexadecimal.
+    pub(crate) fn identity_at(&self, place: &str) -> String {
+        hex(&Sha256::digest(format!("{} {place}", self.identity())))
+    }
+
     /// What tells this table and the use of its columns from every other, in hexadecimal: who reads a table that is
     /// attached makes sure by it that the same columns are watched.
     pub(crate) fn identity(&self) -> String {
@@ -199,5 +204,6 @@ mod tests {
         identities.dedup();
         assert_eq!(identities.len(), 6);
         assert_eq!(table.identity(), ExistingTable { attached: true, ..table.clone() }.identity());
+        assert_ne!(table.identity_at("here"), table.identity_at("there"));
     }
 }

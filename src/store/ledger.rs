@@ -50,6 +50,8 @@ pub struct NewKey {
     pub id: KeyId,
     /// Its digest.
     pub digest: ApiKeyDigest,
+    /// What its digest would be if it had been stored before, under earlier schemes.
+    pub older: Vec<ApiKeyDigest>,
     /// How the digest was made.
     pub scheme: Scheme,
     /// What people recognise it by.
@@ -216,7 +218,7 @@ pub trait Ledger: Send + Sync {
     /// # Errors
     /// [`LedgerError::NoTrust`], [`LedgerError::DigestTaken`], or the database failed.
     async fn add_key(&mut self, actor: &Actor, trust: &TrustRef, key: NewKey) -> Result<Key, LedgerError>;
-    /// Stores many keys in one transaction with one audit entry; those whose digest is stored already are left as they
+    /// Stores many keys in one transaction with one audit entry; those of which a digest is stored already are left as they
     /// are. Returns how many were new.
     ///
     /// # Errors

@@ -63,11 +63,11 @@ pub trait Lookup: Send + Sync + 'static {
     /// As [`Self::find`].
     async fn renew_incarnation(&self, lost: Uuid) -> Result<(), Fault>;
 
-    /// Deletes versions that no replica needs any more; a bounded number at a call.
+    /// Deletes versions that no replica needs any more; a bounded number at a call. Says whether there are more.
     ///
     /// # Errors
     /// As [`Self::find`].
-    async fn prune(&self) -> Result<(), Fault>;
+    async fn prune(&self) -> Result<bool, Fault>;
 
     /// The key of the Redis MAC, which the first migration made; `None` where the tables are not ours.
     ///

@@ -133,6 +133,11 @@ impl<C: Connect> Pool<C> {
         let _ = timeout(GOODBYE, goodbyes).await;
     }
 
+    /// Closes every idle connection, and each one in use as soon as it comes back.
+    pub fn forget(&self) {
+        self.0.forget();
+    }
+
     /// Connections there are at this moment, being made included.
     #[must_use]
     pub fn connections(&self) -> usize {
@@ -298,7 +303,7 @@ impl<C: Connect> Shared<C> {
         self.spawn_connects(&mut state);
     }
 
-    /// Closes every idle connection, and each one in use as soon as it comes back.
+    /// As [`Pool::forget`].
     fn forget(self: &Arc<Self>) {
         self.lock().generation += 1;
         self.discard_idle();

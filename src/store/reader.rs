@@ -5,9 +5,10 @@
 use std::{
     future::Future,
     sync::{
-        Arc,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicI64, Ordering},
     },
+    time::Duration,
 };
 
 use async_trait::async_trait;
@@ -22,7 +23,7 @@ use super::{
     schema,
 };
 use crate::{
-    clock::Clock,
+    clock::{Clock, Moment},
     fault::{Fault, Tier},
     record::{ApiKeyDigest, Dated, Digests, KeyId, Record, Version, bytes_from_hex},
 };
@@ -64,6 +65,8 @@ pub(crate) struct Ours<Q> {
     pub(crate) redis_mac_key: Q,
     /// As [`Lookup::prune`].
     pub(crate) prune: Q,
+    /// Whether there is more to delete: 1, else 0 or nothing.
+    pub(crate) is_more: Q,
 }
 
 /// [`Lookup`] over either database.
@@ -73,8 +76,12 @@ pub(crate) struct Reader<D: Dialect> {
     /// Its one connection is the poll's: nothing else waits for it or makes it wait.
     poll: Pool<D>,
     polls: AtomicI64,
+    reconnected: Mutex<Option<Moment>>,
     clock: Arc<dyn Clock>,
 }
+
+/// How long connections are used at least, to a server that confirms nothing.
+const RECONNECT_WAIT: Duration = Duration::from_secs(1);
 
 impl<D: Dialect> Reader<D> {
     /// Connects to nothing yet.
@@ -90,6 +97,7 @@ impl<D: Dialect> Reader<D> {
             reads: Pool::new("reads", Arc::clone(&dialect), limits),
             poll: Pool::new("poll", Arc::clone(&dialect), poll),
             polls: AtomicI64::new(0),
+            reconnected: Mutex::default(),
             dialect,
             clock,
         }
@@ -98,6 +106,18 @@ impl<D: Dialect> Reader<D> {
     async fn ask(&self, query: &D::Query) -> Result<Vec<Read>, Fault> {
         let rows = self.reads.read(query).await?;
         rows.iter().map(Read::of).collect::<Result<_, _>>().map_err(|_| Corrupt("a column has another type").into())
+    }
+
+    /// Leaves every connection for new ones: that to a server which is a standby by now, or read-only, would last for as
+    /// long as that server does, wherever the URL has led since. At most once in [`RECONNECT_WAIT`].
+    fn reconnect(&self) {
+        let now = self.clock.now();
+        let mut last = self.reconnected.lock().unwrap_or_else(PoisonError::into_inner);
+        if last.is_none_or(|last| now.since(last) >= RECONNECT_WAIT) {
+            *last = Some(now);
+            self.poll.forget();
+            self.reads.forget();
+        }
     }
 
     /// The version of the tables, and whether it fits.
@@ -136,7 +156,13 @@ impl<D: Dialect> Lookup for Reader<D> {
         let echo = self.polls.fetch_add(1, Ordering::Relaxed);
         let sent_at = self.clock.now();
         match self.poll.read(&self.dialect.poll(since, echo)).await {
-            Ok(rows) => rows::polled(&rows, echo, sent_at),
+            Ok(rows) => {
+                let polled = rows::polled(&rows, echo, sent_at);
+                if matches!(polled, Err(PollError::Unusable(_))) {
+                    self.reconnect();
+                }
+                polled
+            }
             Err(Trouble::Sql(error)) if D::answered(&error) => Err(PollError::Unusable(error.to_string().into())),
             Err(trouble) => Err(PollError::NoAnswer(trouble.into())),
         }
@@ -167,11 +193,12 @@ impl<D: Dialect> Lookup for Reader<D> {
         self.dialect.renew_incarnation(lost).await.map_err(|error| Fault::unreachable(Tier::Store, error))
     }
 
-    async fn prune(&self) -> Result<(), Fault> {
-        if let Some(ours) = self.dialect.ours() {
-            self.reads.read(&ours.prune).await?;
-        }
-        Ok(())
+    async fn prune(&self) -> Result<bool, Fault> {
+        let Some(ours) = self.dialect.ours() else { return Ok(false) };
+        self.reads.read(&ours.prune).await?;
+        let rows = self.reads.read(&ours.is_more).await?;
+        let is_more = rows.first().map_or(Ok(0), |row| row.number(0));
+        Ok(is_more.map_err(|_| Corrupt("the age of a version is not a number"))? != 0)
     }
 
     async fn redis_mac_key(&self) -> Result<Option<[u8; 32]>, Fault> {

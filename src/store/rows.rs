@@ -151,7 +151,7 @@ impl KeyRow {
             trust_id: TrustId(uuid(&self.trust_id)?),
             trust_enabled: self.trust_enabled != 0,
             digest: ApiKeyDigest::from_hex(&self.digest).ok_or(Corrupt("a digest is not 32 bytes"))?,
-            scopes: texts(&self.scopes)?.into(),
+            scopes: scopes(&self.scopes)?.into(),
             allowed_cidrs: cidrs(&self.allowed_cidrs)?.into(),
             not_before: time(self.not_before),
             expires_at: time(self.expires_at),
@@ -290,7 +290,7 @@ pub(crate) fn key(row: &impl Plain) -> Result<Key, sqlx::Error> {
         hint: row.text(4)?,
         scheme: scheme(row.number(5)?)?,
         name: row.text_or_null(6)?,
-        scopes: texts(&row.text(7)?)?,
+        scopes: scopes(&row.text(7)?)?,
         allowed_cidrs: cidrs(&row.text(8)?)?,
         created_at: DatabaseTime::from_micros(row.number(9)?),
         not_before: time(row.number_or_null(10)?),
@@ -314,6 +314,15 @@ pub(crate) fn replica(row: &impl Plain) -> Result<Replica, sqlx::Error> {
         seen_at: DatabaseTime::from_micros(row.number(3)?),
         until: DatabaseTime::from_micros(row.number(4)?),
     })
+}
+
+/// Digests, one a row, in hexadecimal.
+pub(crate) fn digests(rows: &[impl Plain]) -> Result<Vec<ApiKeyDigest>, sqlx::Error> {
+    let digest = |row: &_| {
+        let hex = Plain::text(row, 0)?;
+        ApiKeyDigest::from_hex(&hex).ok_or_else(|| Corrupt("a digest is not 32 bytes").into())
+    };
+    rows.iter().map(digest).collect()
 }
 
 /// A list as both adapters take it.
@@ -352,8 +361,14 @@ fn scheme(number: i64) -> Result<Scheme, Corrupt> {
     i16::try_from(number).ok().and_then(Scheme::from_number).ok_or(Corrupt("a digest's scheme is unknown"))
 }
 
-fn texts(json: &str) -> Result<Vec<String>, Corrupt> {
-    serde_json::from_str(json).map_err(|_| Corrupt("scopes are not a list of texts"))
+fn is_word(text: &str) -> bool {
+    !text.is_empty() && !text.chars().any(|char| char.is_whitespace() || char.is_control())
+}
+
+/// One that is no word gives no right: in the header that lists them it would be another one, or two, or an end of it.
+fn scopes(json: &str) -> Result<Vec<String>, Corrupt> {
+    let texts: Vec<String> = serde_json::from_str(json).map_err(|_| Corrupt("scopes are not a list of texts"))?;
+    Ok(texts.into_iter().filter(|text| is_word(text)).collect())
 }
 
 fn cidrs(json: &str) -> Result<Vec<IpNet>, Corrupt> {

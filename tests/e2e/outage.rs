@@ -12,7 +12,7 @@ use tokio::time::{Instant, sleep, sleep_until};
 use crate::{
     stage::Stage,
     support::{
-        alone,
+        alone, among_others,
         envoy::Envoy,
         eventually,
         grpc::Asker,
@@ -265,4 +265,17 @@ fn quick_checks(log: &[Value], count: usize) {
     assert!(slow.len() <= count / 10, "{} of {count} checks took too long", slow.len());
     let ours = slow.iter().filter(|(began, took)| !machine::was_disturbed(*began, *began + *took));
     assert_eq!(ours.count(), 0, "the longest checks took {:?}", &took[count - 5..]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn without_a_key_for_its_mac_redis_is_left_alone_and_keys_are_decided() {
+    let _turn = among_others().await;
+    let stage = Stage::new(&[]).await;
+    stage.postgres.execute(&stage.database, "DELETE FROM trustgate.setting WHERE name = 'redis_mac_key'").await;
+    let key = stage.site.issue("acme", &[]).await;
+    let server = stage.site.serve().await;
+    assert_eq!(Asker::connect(server.grpc()).await.check(&key.key).await.status, 200);
+    server.until_logged("redis is not used for records").await;
+    let used = server.metric("trustgate_cache_lookups_total{kind=\"api_key\",outcome=\"hit\",tier=\"l2\"}").await;
+    assert!(used < 1.0, "{used}");
 }

@@ -181,6 +181,10 @@ fn statements() -> Vec<(String, Vec<Change>)> {
             vec![key(2), key(3), Change::Absent(digest(12))],
         ),
         (
+            format!("UPDATE hospital.trust SET revoked_at = 'infinity' WHERE id = '{}'", id(3)),
+            vec![key(3), Change::Absent(digest(12))],
+        ),
+        (
             format!(
                 "INSERT INTO hospital.trust (id, api_key_hash) VALUES ('{}', '{}')
                      ON CONFLICT (id) DO UPDATE SET api_key_hash = excluded.api_key_hash",
@@ -487,7 +491,7 @@ async fn rows_that_are_odd_are_decided_or_concern_nobody_else() {
     let lookup = store::open_lookup(&settings, &|_| None, Arc::new(SystemClock)).unwrap();
     let own = |number| format!("'{}', '{}', '{}'", id(number), id(90), hash(number));
     let rows = [
-        format!("({}, '{{read,NULL,write}}', '-infinity', 'infinity', 'infinity')", own(1)),
+        format!("({}, '{{read,NULL,write,\"read admin\",\"\"}}', '-infinity', 'infinity', 'infinity')", own(1)),
         format!("({}, NULL, 'infinity', '-infinity', '-infinity')", own(2)),
         format!("({}, '{{{{read}},{{write}}}}', '294276-12-31', '4713-01-01 BC', NULL)", own(3)),
         format!("('{}', NULL, '{}', NULL, NULL, NULL, NULL)", id(4), hash(4)),

@@ -134,6 +134,15 @@ fn foreign_keys_are_imported_as_plaintext_and_found_under_a_pepper() {
     let found = place.feed(&["--output", "json", "key", "identify"], "  second-foreign-key-5678\n").done();
     assert_eq!(found.parsed()[0]["hint"], "seco");
     assert_eq!(place.json(&["key", "list"])[0]["scheme"], "hmac-sha256");
+    // Under another pepper they are known all the same.
+    let (url, earlier) = (place.path().join("trustgate.db"), place.write("earlier", "pepper-hunter2"));
+    let other = Place::new()
+        .with("TRUSTGATE__STORE__URL", &format!("sqlite://{}", url.display()))
+        .with("TRUSTGATE__CREDENTIAL__PEPPER", "another-hunter2")
+        .with("TRUSTGATE__CREDENTIAL__PREVIOUS_PEPPER_FILES", earlier.to_str().unwrap());
+    let again = ["--output", "json", "key", "import", "--trust", "acme", "--plaintext"];
+    let again = other.feed(&again, &format!("{keys}third-foreign-key-9012\n")).done().parsed();
+    assert_eq!((&again["imported"], &again["already_stored"]), (&json!(1), &json!(2)));
     let bad = place.feed(&["key", "import", "--trust", "acme", "--plaintext"], "short\nanother-foreign-key-9\n");
     let bad = bad.failed(1, &["line 1: expected a key of 16 to 512 visible ASCII characters"]);
     for secret in ["first-foreign-key", "second-foreign-key", "another-foreign", "pepper-hunter2"] {

@@ -163,6 +163,7 @@ fn new_key(number: u8) -> NewKey {
     NewKey {
         id: KeyId(Uuid::from_u128(u128::from(number))),
         digest: digest(number),
+        older: Vec::new(),
         scheme: Scheme::Sha256,
         hint: "tg_abcde".into(),
         name: None,
@@ -387,11 +388,24 @@ async fn an_import_can_be_repeated(db: Db) {
     assert_eq!(stored.len(), 1_600);
     assert_eq!(stored.iter().map(|key| key.scopes.len()).sum::<usize>(), 1_599, "each with its own scopes");
     assert_eq!(stored.iter().filter(|key| key.name.is_some()).count(), 800);
+    // What is stored under an earlier digest is known: a key that stood there twice would survive its revocation.
+    let moved = |key: &NewKey| {
+        let mut digest = [9; 32];
+        digest[..16].copy_from_slice(key.id.0.as_bytes());
+        NewKey { digest: ApiKeyDigest::from_bytes(digest), older: vec![key.digest], ..key.clone() }
+    };
+    let again: Vec<_> = keys(1_602).iter().map(moved).collect();
+    assert_eq!(ledger.import_keys(&actor(), &acme(), again[..1_600].to_vec()).await.unwrap(), 0);
+    assert_eq!(ledger.import_keys(&actor(), &acme(), again).await.unwrap(), 2);
+    for row in [1_600, 1_601] {
+        let under = Digests { current: keys(1_602)[row].digest, older: Vec::new() };
+        assert!(ledger.identify(&under).await.unwrap().is_none(), "the new ones are under the newest alone");
+    }
     // One broken row, and nothing of it is stored: an id twice.
     let mut broken = keys(1_700).split_off(1_600);
     broken[99].id = broken[0].id;
     assert!(ledger.import_keys(&actor(), &acme(), broken).await.is_err());
-    assert_eq!(ledger.keys(None).await.unwrap().len(), 1_600);
+    assert_eq!(ledger.keys(None).await.unwrap().len(), 1_602);
 }
 
 async fn a_key_is_identified_without_being_shown(db: Db) {
@@ -641,6 +655,18 @@ async fn versions_are_deleted_when_nobody_needs_them(db: Db) {
     db.execute(&format!("UPDATE version SET at = {old}")).await;
     assert_eq!(left().await, [*numbers.last().unwrap()], "the newest is the date of now");
     assert_eq!(newest(&lookup).await.nonce, all.newest.nonce);
+    // More of them than go at once.
+    let numbers = "WITH RECURSIVE number (n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM number WHERE n < 1500)";
+    let (nonce, old) = if db.is_postgres() { ("decode(repeat('00', 16), 'hex')", old) } else { ("zeroblob(16)", "0") };
+    let last = all.newest.as_of.0;
+    db.execute(&format!(
+        "INSERT INTO version (version, nonce, at) {numbers} SELECT {last} + n, {nonce}, {old} FROM number"
+    ))
+    .await;
+    assert!(lookup.prune().await.unwrap(), "there are more");
+    assert!(!lookup.prune().await.unwrap());
+    assert_eq!(left().await, [last + 1_500]);
+    db.execute(&format!("UPDATE version SET version = {last}")).await;
     assert!(ledger.clear_caches(&actor()).await.unwrap() > all.newest.as_of);
 }
 

@@ -174,6 +174,7 @@ async fn the_printed_grants_are_enough_to_serve_and_to_manage_and_no_more() {
     let key = store::ledger::NewKey {
         id: trustgate::record::KeyId(uuid::Uuid::from_u128(8)),
         digest: nobody().current,
+        older: Vec::new(),
         scheme: trustgate::record::Scheme::Sha256,
         hint: "tg_abcde".into(),
         name: None,

@@ -435,6 +435,7 @@ async fn the_rights_that_are_printed_are_enough_and_no_more() {
     let key = NewKey {
         id: KeyId(Uuid::from_u128(2)),
         digest: ApiKeyDigest::from_bytes([2; 32]),
+        older: Vec::new(),
         scheme: Scheme::Sha256,
         hint: "tg".into(),
         name: None,
@@ -487,8 +488,11 @@ async fn a_poll_relies_on_a_primary_that_can_be_written_to_and_on_nothing_else()
 
     let read_only = format!("ALTER DATABASE {} SET default_transaction_read_only = on", db.name);
     primary.execute("postgres", &read_only).await;
-    unusable(&open(&db.settings), "read-only").await;
+    let lookup = open(&db.settings);
+    unusable(&lookup, "read-only").await;
     primary.execute("postgres", &read_only.replace("= on", "= off")).await;
+    // Sessions keep what they began with, whatever became of the database or of the way to it: they are left for others.
+    eventually("a new session", 20 * SECONDS, || async { lookup.poll(None).await.is_ok() }).await;
     // Where every transaction is SERIALIZABLE by default, our reads are not.
     let serializable = format!("ALTER DATABASE {} SET default_transaction_isolation = 'serializable'", db.name);
     primary.execute("postgres", &serializable).await;
@@ -502,7 +506,6 @@ async fn a_poll_relies_on_a_primary_that_can_be_written_to_and_on_nothing_else()
     assert!(outcome.is_err(), "{outcome:?}");
     standby.promote().await;
     let before = db.lookup.poll(None).await.unwrap().newest;
-    // The connection that was opened on the standby lives on.
     eventually("it is a primary", 20 * SECONDS, || async { following.poll(None).await.is_ok() }).await;
     let after = following.poll(None).await.unwrap().newest;
     assert_eq!((after.as_of, after.nonce), (newest, before.nonce));

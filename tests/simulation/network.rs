@@ -142,8 +142,8 @@ impl Lookup for Network {
         self.ask(|database, _, _| database.renew_incarnation(lost)).await
     }
 
-    async fn prune(&self) -> Result<(), Fault> {
-        Ok(()) // chance decides that
+    async fn prune(&self) -> Result<bool, Fault> {
+        Ok(false) // chance decides that
     }
 
     async fn redis_mac_key(&self) -> Result<Option<[u8; 32]>, Fault> {

@@ -175,7 +175,7 @@ impl Lookup for Seam {
         self.inner.renew_incarnation(lost).await
     }
 
-    async fn prune(&self) -> Result<(), Fault> {
+    async fn prune(&self) -> Result<bool, Fault> {
         self.inner.prune().await
     }
 

@@ -71,15 +71,11 @@ impl ExistingTable {
                 format!("(SELECT coalesce(json_agg(scope), '[]')::text FROM {listed})")
             },
         );
-        // One without an end is none; others count as far as their numbers go.
+        // One without an end is none.
         let time = |column: &Option<ColumnName>, endless: &str| {
             column.as_ref().map_or_else(
                 || "NULL::bigint".to_owned(),
-                |column| {
-                    let time = format!("nullif(t.{}, '{endless}')", column.sql());
-                    let micros = format!("extract(epoch FROM {time}) * 1000000");
-                    format!("CASE WHEN {time} IS NOT NULL THEN least(greatest({micros}, -4e18), 4e18)::bigint END")
-                },
+                |column| lookup::micros(&format!("nullif(t.{}, '{endless}')", column.sql())),
             )
         };
         let not_before = time(&self.not_before, "-infinity");
@@ -106,10 +102,10 @@ impl ExistingTable {
             DigestForm::Hex => format!("{row}.{}::text", self.digest.sql()),
             DigestForm::Bytes => format!("encode({row}.{}, 'hex')", self.digest.sql()),
         };
-        let revoked = self
-            .revoked_at
-            .as_ref()
-            .map_or_else(|| "false".to_owned(), |column| format!("NEW.{} IS NOT NULL", column.sql()));
+        let revoked = self.revoked_at.as_ref().map_or_else(
+            || "false".to_owned(),
+            |column| format!("NEW.{0} IS NOT NULL AND NEW.{0} <> 'infinity'", column.sql()),
+        );
         FUNCTION
             .replace("{old row}", &row("OLD"))
             .replace("{new row}", &row("NEW"))

@@ -23,7 +23,7 @@ use super::{
 };
 use crate::{
     clock::DatabaseTime,
-    record::{KeyId, TrustId},
+    record::{ApiKeyDigest, KeyId, TrustId},
 };
 
 /// One connection to a PostgreSQL database, and the schema of our tables.
@@ -243,6 +243,13 @@ impl Tables for PostgresTables {
             .bind(column(keys, |key| key.not_before.map(DatabaseTime::micros)))
             .bind(column(keys, |key| key.expires_in.map(rows::micros)));
         self.change(query).await
+    }
+
+    async fn stored_digests(&mut self, digests: &[ApiKeyDigest]) -> Result<Vec<ApiKeyDigest>, sqlx::Error> {
+        let query = self.query("SELECT encode(digest, 'hex') FROM {s}.api_key WHERE digest = ANY ($1)");
+        let digests: Vec<_> = digests.iter().map(|digest| digest.as_bytes().to_vec()).collect();
+        let query = query.bind(digests);
+        rows::digests(&self.rows(query).await?)
     }
 
     async fn revoke_key(&mut self, id: KeyId) -> Result<bool, sqlx::Error> {

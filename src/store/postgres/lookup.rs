@@ -159,6 +159,11 @@ impl Dialect for Postgres {
             redis_mac_key: self.timed("SELECT encode(value, 'hex') FROM {s}.setting WHERE name = 'redis_mac_key'"),
             // Goes on if nobody waits for it: what it did not delete the next one must.
             prune: self.within(PRUNE_TIMEOUT, "SELECT {s}.prune()"),
+            // The oldest is kept: it was the newest until the next one came.
+            is_more: self.timed(
+                "SELECT (at < clock_timestamp() - interval '21 minutes')::int::bigint
+                 FROM {s}.version ORDER BY version LIMIT 1 OFFSET 1",
+            ),
         })
     }
 
@@ -257,7 +262,10 @@ pub(super) const TIMELINE: &str = "('x' || left(pg_walfile_name(pg_current_wal_l
 /// The database's clock in microseconds since the Unix epoch.
 pub(super) const CLOCK: &str = "(extract(epoch FROM statement_timestamp()) * 1000000)::bigint";
 
-/// A point in time in microseconds since the Unix epoch.
+/// A point in time in microseconds since the Unix epoch. One that has no such number counts as far as it can.
 pub(super) fn micros(column: &str) -> String {
-    format!("(extract(epoch FROM {column}) * 1000000)::bigint")
+    format!(
+        "(extract(epoch FROM CASE WHEN {column} > '200000-01-01+00' THEN '200000-01-01+00'
+            WHEN {column} < '4000-01-01+00 BC' THEN '4000-01-01+00 BC' ELSE {column} END) * 1000000)::bigint"
+    )
 }

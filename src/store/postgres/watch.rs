@@ -8,7 +8,7 @@
 use sha2::{Digest, Sha256};
 use sqlx::PgConnection;
 
-use super::{super::SchemaName, in_schema};
+use super::{super::SchemaName, in_schema, lookup};
 use crate::record::hex;
 
 /// Version 2 of the tables: changes are named.
@@ -122,7 +122,9 @@ impl Function {
     }
 
     fn body(&self, schema: &SchemaName) -> String {
-        filled(&self.body.replace("{gaps}", GAPS), schema)
+        let time = |column| lookup::micros(&format!("k.{column}"));
+        let body = self.body.replace("{gaps}", GAPS).replace("{not_before}", &time("not_before"));
+        filled(&body.replace("{expires_at}", &time("expires_at")).replace("{revoked_at}", &time("revoked_at")), schema)
     }
 }
 
@@ -504,8 +506,7 @@ BEGIN
         (extract(epoch FROM statement_timestamp()) * 1000000)::bigint,
         k.id::text, t.id::text, t.enabled::int::bigint, encode(k.digest, 'hex'), k.scheme::bigint,
         array_to_json(k.scopes)::text, array_to_json(k.allowed_cidrs)::text,
-        (extract(epoch FROM k.not_before) * 1000000)::bigint, (extract(epoch FROM k.expires_at) * 1000000)::bigint,
-        (extract(epoch FROM k.revoked_at) * 1000000)::bigint
+        {not_before}, {expires_at}, {revoked_at}
     FROM (SELECT version, nonce FROM {s}.version ORDER BY version DESC LIMIT 1) v
     CROSS JOIN {s}.meta m
     CROSS JOIN pg_control_system() c

@@ -161,6 +161,12 @@ impl Tables for SqliteTables {
         Ok(())
     }
 
+    async fn stored_digests(&mut self, digests: &[ApiKeyDigest]) -> Result<Vec<ApiKeyDigest>, sqlx::Error> {
+        let hex: Vec<_> = digests.iter().map(ApiKeyDigest::to_hex).collect();
+        let sql = "SELECT lower(hex(digest)) FROM api_key WHERE digest IN (SELECT unhex(value) FROM json_each(?))";
+        rows::digests(&self.0.fetch_all(sqlx::query(sql).bind(rows::json_list(&hex))).await?)
+    }
+
     async fn insert_keys(&mut self, trust: TrustId, keys: &[NewKey]) -> Result<u64, sqlx::Error> {
         let sql = format!(
             "INSERT INTO api_key (id, trust_id, digest, scheme, hint, name, scopes, allowed_cidrs, not_before,

@@ -173,6 +173,11 @@ impl Dialect for Sqlite {
             schema: Query::new(migrate::SCHEMA, []),
             redis_mac_key: Query::new("SELECT hex(value) FROM setting WHERE name = 'redis_mac_key'", []),
             prune: Query::new(prune(), []),
+            // The oldest is kept: it was the newest until the next one came.
+            is_more: Query::new(
+                format!("SELECT at < {NOW} - {OLD} - {MINUTE} FROM version ORDER BY version LIMIT 1 OFFSET 1"),
+                [],
+            ),
         })
     }
 

@@ -226,6 +226,7 @@ impl Workshop {
         let new = NewKey {
             id: KeyId(uuid::Uuid::new_v4()),
             digest: hasher.current(bytes),
+            older: Vec::new(),
             scheme: hasher.scheme(),
             hint: format::hint(&credential.prefix, bytes),
             name: None,
