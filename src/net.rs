@@ -64,7 +64,7 @@ crate::settings! {
         /// Checks that wait at one time, over all connections; beyond it they are answered as faults at once.
         checks_in_flight: u32 = "16384",
         /// Connections at one time; further ones wait in the kernel's queue. Fewer where this process may have fewer
-        /// descriptors (RLIMIT_NOFILE), of which it keeps some for everything else.
+        /// descriptors (`RLIMIT_NOFILE`), of which it keeps some for everything else.
         connections_max: u32 = "4096",
         /// How long a client may take for what comes first: the TLS handshake, the connection preface, and the whole of one
         /// message.
