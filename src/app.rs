@@ -180,7 +180,7 @@ impl AppBuilder {
 
         let (routes, health) = health().await;
         parts.spawn(announce(Arc::clone(&views), fresh, life.clone(), health, stop.clone()));
-        let service = Arc::new(Service::new(Arc::clone(&checker), routes, tls, limits, &registry)?);
+        let service = Arc::new(Service::new(Arc::clone(&checker), routes, tls, limits, Arc::clone(&clock), &registry)?);
         let (signals, tasks) = (Signals::default(), TaskTracker::new());
         let canary = CanaryMetrics::register(&registry)?;
         if let Some(management) = management {

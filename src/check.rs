@@ -3,13 +3,7 @@
 //! Synchronous on an L1 hit; only a miss waits. Never answers with a gRPC error of its own making unless
 //! `decision.on_fault = "error"` asks for it.
 
-use std::{
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-    },
-    time::Duration,
-};
+use std::{sync::Arc, time::Duration};
 
 use arc_swap::Guard;
 use tokio::time::timeout;
@@ -23,8 +17,9 @@ use crate::{
     },
     decision::{Decision, DenyReason, decide},
     demand::{Demands, Freshness, is_preflight},
-    fault::Fault,
+    fault::{Fault, quoted},
     freshness::{View as History, Views, deny::DenyList, history::Place, lease::Standing},
+    log_limit::LogLimit,
     metrics::{CoreCounter, CoreCounters, CoreHistogram, HistogramOpts, Opts, Registry, SHORT_SECONDS, register},
     record::{ApiKeyDigest, Digests, Record},
     wire::{
@@ -89,7 +84,7 @@ pub struct Checker {
     parts: Parts,
     replies: Replies,
     metrics: CheckMetrics,
-    fault_log: FaultLog,
+    fault_log: LogLimit,
 }
 
 /// What a check came to, before it is put into words for Envoy.
@@ -102,7 +97,12 @@ impl Checker {
     /// When a metric of that name exists already.
     pub fn new(parts: Parts, registry: &Registry) -> prometheus::Result<Self> {
         let replies = Replies::new(parts.decision.on_fault, parts.decision.retry_after);
-        Ok(Self { replies, metrics: CheckMetrics::register(registry)?, parts, fault_log: FaultLog::default() })
+        Ok(Self {
+            replies,
+            metrics: CheckMetrics::register(registry)?,
+            parts,
+            fault_log: LogLimit::every(FAULT_LOG_INTERVAL),
+        })
     }
 
     /// Decides the request in `message`, the bytes of a `CheckRequest`.
@@ -208,9 +208,19 @@ impl Checker {
         self.failed(&Fault::Overloaded { limit }, self.parts.clock.now(), Duration::ZERO)
     }
 
-    /// The reply to a message that did not come to its end within `limit`.
-    pub fn late(&self, limit: Duration) -> Reply {
-        self.failed(&Fault::Late { limit }, self.parts.clock.now(), limit)
+    /// Counts a message that did not arrive within `limit`. There is no reply: see `net::call`.
+    pub fn late(&self, limit: Duration) {
+        self.failed(&Fault::Late { limit }, self.parts.clock.now(), limit);
+    }
+
+    /// The reply to a message that is compressed, by the algorithm that the header `grpc-encoding` names.
+    pub fn compressed(&self, encoding: &[u8]) -> Reply {
+        self.failed(&Fault::Compressed { encoding: quoted(encoding) }, self.parts.clock.now(), Duration::ZERO)
+    }
+
+    /// Counts a check whose caller left before its message had arrived.
+    pub fn abandoned(&self) {
+        self.metrics.observe(&self.metrics.cancelled, Duration::ZERO);
     }
 
     /// What a decision needs of `message`, where it lies.
@@ -306,7 +316,9 @@ impl Checker {
 
     fn failed(&self, fault: &Fault, began: Moment, took: Duration) -> Reply {
         self.metrics.observe(&self.metrics.fault, took);
-        self.fault_log.note(fault, began);
+        if let Some(suppressed) = self.fault_log.permit(began) {
+            tracing::warn!(%fault, suppressed, "a check could not be decided");
+        }
         self.replies.fault()
     }
 }
@@ -361,24 +373,8 @@ impl Drop for Unanswered<'_> {
     }
 }
 
-/// Faults are logged at most once a second, with how many were not: an outage must not become a flood of lines.
-#[derive(Default)]
-struct FaultLog {
-    quiet_until: AtomicU64,
-    silent: AtomicU64,
-}
-
-impl FaultLog {
-    fn note(&self, fault: &Fault, now: Moment) {
-        let second = now.since(Moment::from_nanos(0)).as_secs() + 1; // 0 is before the first
-        if self.quiet_until.fetch_max(second, Ordering::Relaxed) >= second {
-            self.silent.fetch_add(1, Ordering::Relaxed);
-        } else {
-            let before = self.silent.swap(0, Ordering::Relaxed);
-            tracing::warn!(%fault, others_not_logged = before, "a check could not be decided");
-        }
-    }
-}
+/// How often faults are logged: an outage must not become a flood of lines.
+const FAULT_LOG_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Checks answered. Children are resolved here, since looking them up hashes and locks.
 struct CheckMetrics {

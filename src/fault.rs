@@ -84,9 +84,24 @@ pub enum Fault {
         /// The context extension.
         name: &'static str,
     },
+    /// The caller compressed its message. This server offers no compression, so it cannot read the message.
+    #[error(
+        "the check message is compressed with {encoding:?}, which is not supported: turn off compression for the \
+         ext_authz gRPC service"
+    )]
+    Compressed {
+        /// The header `grpc-encoding`, cut to [`quoted`]'s length.
+        encoding: Box<str>,
+    },
     /// A part of this server ended before its time.
     #[error("a task ended before it answered")]
     Ended,
+}
+
+/// Text from a request, cut to 128 bytes, for a log line that prints it escaped (`{:?}`).
+#[must_use]
+pub fn quoted(text: &[u8]) -> Box<str> {
+    String::from_utf8_lossy(&text[..text.len().min(128)]).into()
 }
 
 impl Fault {

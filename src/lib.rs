@@ -12,6 +12,7 @@
 //! - [`mod@settings`], what a setting is; each module declares its own section
 //! - [`metrics`], the registry; each module declares its own metrics
 //! - [`breaker`], whether a tier is worth asking
+//! - [`log_limit`], how often one kind of event is logged
 //! - [`fault`], why we cannot decide; never the caller's doing
 //! - [`finding`], what an examination of the surroundings came to
 //!
@@ -69,6 +70,7 @@ pub mod demand;
 pub mod fault;
 pub mod finding;
 pub mod freshness;
+pub mod log_limit;
 pub mod manage;
 pub mod metrics;
 pub mod net;

@@ -9,12 +9,16 @@ mod connection;
 pub mod core;
 pub mod descriptors;
 pub mod drain;
+mod health;
+mod http1;
 pub mod listen;
-mod other;
+mod protocol;
+mod refused;
+mod rpc;
 mod stream;
 pub mod tls;
 
-use std::{path::PathBuf, sync::Arc, time::Duration};
+use std::{net::IpAddr, path::PathBuf, sync::Arc, time::Duration};
 
 use tokio::sync::Semaphore;
 use tokio_rustls::TlsAcceptor;
@@ -23,10 +27,13 @@ use tonic::service::Routes;
 
 use self::{
     body::Room,
+    health::Health,
     listen::{ListenAddress, SocketMode, SocketOwner},
+    refused::{Reason, RefusedPeers},
 };
 use crate::{
     check::Checker,
+    clock::Clock,
     metrics::{IntGauge, Opts, Registry, register},
     units::ByteSize,
 };
@@ -85,39 +92,49 @@ crate::settings! {
 /// What serves calls: shared by all listeners.
 pub struct Service {
     checker: Arc<Checker>,
-    others: Routes,
+    health: Health,
     tls: Option<TlsAcceptor>,
     limits: LimitsSettings,
     room: Room,
     checks: Semaphore,
     connections: Arc<Semaphore>,
     connections_open: IntGauge,
+    refused: RefusedPeers,
+    clock: Arc<dyn Clock>,
 }
 
 impl Service {
-    /// A service that answers Check calls with `checker` and hands every other path to `others`; over TCP behind `tls`, where
-    /// there is one.
+    /// A service that answers Check calls with `checker` and health checks with `health`, which serves `grpc.health.v1`; over
+    /// TCP behind `tls`, where there is one.
     ///
     /// # Errors
     /// When a metric of that name exists already.
     pub fn new(
         checker: Arc<Checker>,
-        others: Routes,
+        health: Routes,
         tls: Option<TlsAcceptor>,
         limits: LimitsSettings,
+        clock: Arc<dyn Clock>,
         registry: &Registry,
     ) -> prometheus::Result<Self> {
         let open = Opts::new("trustgate_grpc_connections", "Connections to the gRPC listeners that are open.");
         Ok(Self {
             checker,
-            others,
+            health: Health::new(health),
             tls,
             room: Room::new(limits.messages_in_flight_size.length()),
             checks: Semaphore::new(limits.checks_in_flight as usize),
             connections: Arc::new(Semaphore::new(limits.connections_max as usize)),
             connections_open: register(registry, IntGauge::with_opts(open))?,
+            refused: RefusedPeers::register(registry)?,
             limits,
+            clock,
         })
+    }
+
+    /// Counts and, now and then, logs a peer that does not speak gRPC as this listener expects it.
+    fn refuse_peer(&self, reason: Reason, peer: Option<IpAddr>, detail: impl std::fmt::Display) {
+        self.refused.note(reason, peer, detail, &*self.clock);
     }
 }
 

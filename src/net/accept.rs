@@ -7,7 +7,14 @@ use std::{sync::Arc, time::Duration};
 use tokio::time::{sleep, timeout};
 use tokio_util::task::TaskTracker;
 
-use super::{Service, Signals, connection, core::Cores, listen::Listener, stream::Stream};
+use super::{
+    Service, Signals, connection,
+    core::Cores,
+    http1,
+    listen::Listener,
+    refused::Reason,
+    stream::{Refused, Stream},
+};
 
 /// The wait after a failed accept (out of file descriptors, say); it doubles up to the longest one.
 const ACCEPT_WAIT: Duration = Duration::from_millis(10);
@@ -35,14 +42,21 @@ pub async fn run(listener: Listener, service: Arc<Service>, cores: Arc<Cores>, s
         wait = ACCEPT_WAIT;
         number = number.wrapping_add(1);
         let age = spread_age(service.limits.connection_age, number);
+        let peer = accepted.peer();
         let (service, signals, calls) = (Arc::clone(&service), signals.clone(), tasks.clone());
         cores.serve(&tasks, |load| async move {
             let end = signals.end.clone();
             let serving = async {
-                // A peer that cannot be understood is left: what is wrong with it is not ours to tell.
                 let opened = timeout(service.limits.preface_timeout, Stream::open(accepted, service.tls.as_ref()));
-                if let Ok(Ok(stream)) = opened.await {
-                    connection::serve(service, stream, signals, calls, age, load).await;
+                match opened.await {
+                    Ok(Ok(stream)) => connection::serve(service, stream, peer, signals, calls, age, load).await,
+                    Ok(Err(Refused::Peer(reason, detail))) => service.refuse_peer(reason, peer, detail),
+                    Ok(Err(Refused::Http1(stream))) => {
+                        service.refuse_peer(Reason::Http1, peer, "answered with HTTP 400");
+                        http1::refuse(stream, service.limits.preface_timeout).await;
+                    }
+                    // The peer left, or sent nothing: it asked for nothing.
+                    Ok(Err(Refused::Ended)) | Err(_) => {}
                 }
             };
             end.run_until_cancelled(serving).await;

@@ -1,6 +1,7 @@
-//! The one message in the body of a Check call, read within bounds.
+//! The one message in the body of a gRPC call, read within bounds.
 //!
-//! Never turns bytes into a gRPC error: what cannot be read is a denial, and a denial is a message.
+//! A message that has arrived whole is never answered with a gRPC error, whatever its bytes are: Envoy's
+//! `failure_mode_allow` would let such a request in. A body that ends before that is not a gRPC call.
 
 use std::{
     sync::atomic::{AtomicUsize, Ordering},
@@ -9,16 +10,12 @@ use std::{
 
 use bytes::{Bytes, BytesMut};
 use h2::RecvStream;
+use http::Request;
 
-use super::LimitsSettings;
 use crate::{
     decision::DenyReason,
-    wire::grpc::{PREFIX_BYTES, message_bytes, unframe},
+    wire::grpc::{PREFIX_BYTES, Prefix, unframe},
 };
-
-/// The largest message whose rest is read and thrown away, so that the connection stays in order; beyond it the call
-/// is answered and reset.
-const DISCARD_BYTES_MAX: u64 = 4 << 20;
 
 /// Room for messages that wait, over all connections.
 pub(super) struct Room {
@@ -66,29 +63,40 @@ impl Drop for Held<'_> {
     }
 }
 
-/// Why a body gave no message.
-#[derive(Debug, PartialEq, Eq)]
-pub(super) enum Refused {
-    /// The caller's doing.
+/// Why a body gave no message that can be decided.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum BodyError {
+    /// The body ended before a whole message had arrived.
+    Incomplete,
+    /// A whole message arrived, and it is denied.
     Denied(DenyReason),
+    /// A whole message arrived, and it is compressed.
+    Compressed,
     /// Too many messages are held at the moment.
-    NoRoom,
+    NoRoom {
+        /// Whether the message arrived whole.
+        is_whole: bool,
+    },
+    /// The peer reset the stream, or the connection ended.
+    Gone,
 }
 
-/// A body that is being read.
-pub(super) struct Reading {
-    body: RecvStream,
+/// Reads the message of one call.
+pub(super) struct MessageReader {
+    request: Request<RecvStream>,
+    /// The prefix and what has arrived of the message; `None` for a message that is too large.
     kept: Option<Bytes>,
+    prefix: Option<Prefix>,
     seen: u64,
     too_large: bool,
     bytes_max: u64,
 }
 
-impl Reading {
-    /// Nothing read yet of `body`. A message over `limits.message_size` will not be kept; it is read to its end, within
-    /// bounds, so that the connection stays in order.
-    pub(super) const fn new(body: RecvStream, limits: &LimitsSettings) -> Self {
-        Self { body, kept: None, seen: 0, too_large: false, bytes_max: limits.message_size.bytes() }
+impl MessageReader {
+    /// Reads the body of `request`. The bytes of a message over `bytes_max` are discarded as they arrive, so that the
+    /// connection stays usable.
+    pub(super) const fn new(request: Request<RecvStream>, bytes_max: u64) -> Self {
+        Self { request, kept: None, prefix: None, seen: 0, too_large: false, bytes_max }
     }
 
     /// Bytes that it holds.
@@ -96,20 +104,26 @@ impl Reading {
         self.kept.as_ref().map_or(0, Bytes::len)
     }
 
-    /// Reads what has come; ready with the message, once all of it has, or with why there is none.
-    pub(super) fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<Bytes, Refused>> {
+    /// The compression algorithm that the caller announced.
+    pub(super) fn encoding(&self) -> &[u8] {
+        self.request.headers().get("grpc-encoding").map_or(b"", |value| value.as_bytes())
+    }
+
+    /// Reads what has arrived; ready with the message once the body has ended, or with why there is none.
+    pub(super) fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<Bytes, BodyError>> {
         loop {
-            match ready!(self.body.poll_data(cx)) {
+            let body = self.request.body_mut();
+            match ready!(body.poll_data(cx)) {
                 Some(Ok(data)) => {
-                    // The peer may send as much again. Where the connection is gone, nobody sends.
-                    let _ = self.body.flow_control().release_capacity(data.len());
+                    // The peer may send as much again. This fails only once the connection has ended.
+                    let _ = body.flow_control().release_capacity(data.len());
+                    let is_end = body.is_end_stream();
                     self.take(data);
-                    if self.seen > DISCARD_BYTES_MAX || self.body.is_end_stream() {
+                    if is_end {
                         return Poll::Ready(self.message());
                     }
                 }
-                // A stream that broke has nobody left to answer; the value is never sent.
-                Some(Err(_)) => return Poll::Ready(Err(Refused::Denied(DenyReason::Undecodable))),
+                Some(Err(_)) => return Poll::Ready(Err(BodyError::Gone)),
                 None => return Poll::Ready(self.message()),
             }
         }
@@ -117,25 +131,30 @@ impl Reading {
 
     fn take(&mut self, data: Bytes) {
         self.seen += data.len() as u64;
-        self.too_large |= self.seen > self.bytes_max + PREFIX_BYTES as u64;
         if self.too_large {
-            self.kept = None;
             return;
         }
         let kept = match self.kept.take() {
             None => data, // most messages come in one frame: no copy
             Some(before) => joined(before, &data),
         };
-        self.too_large |= message_bytes(&kept).is_some_and(|bytes| bytes as u64 > self.bytes_max);
-        self.kept = Some(kept);
+        self.prefix = self.prefix.or_else(|| Prefix::of(&kept));
+        let announced = self.prefix.map_or(0, |prefix| u64::from(prefix.length));
+        self.too_large = announced > self.bytes_max || self.seen > self.bytes_max + PREFIX_BYTES as u64;
+        self.kept = (!self.too_large).then_some(kept);
     }
 
-    fn message(&self) -> Result<Bytes, Refused> {
+    fn message(&self) -> Result<Bytes, BodyError> {
+        let arrived = self.prefix.filter(|prefix| self.seen >= prefix.framed_bytes());
+        let prefix = arrived.ok_or(BodyError::Incomplete)?;
         if self.too_large {
-            return Err(Refused::Denied(DenyReason::TooLarge));
+            return Err(BodyError::Denied(DenyReason::TooLarge));
+        }
+        if prefix.flag == 1 {
+            return Err(BodyError::Compressed);
         }
         // Kept on, and so counted, for as long as the check may wait.
-        self.kept.as_ref().and_then(unframe).ok_or(Refused::Denied(DenyReason::Undecodable))
+        self.kept.as_ref().and_then(unframe).ok_or(BodyError::Denied(DenyReason::Undecodable))
     }
 }
 

@@ -1,28 +1,30 @@
 //! One call: a message in, a decision, an answer out.
 //!
-//! A check that is answered out of this process is answered where it was read, without a task, a lock or a wait.
+//! A check that L1 can answer is answered where it was read, without a task, a lock or a wait.
 
 use std::{
     future::{Future, poll_fn},
+    net::IpAddr,
     sync::Arc,
     task::{Context, Poll},
 };
 
 use bytes::Bytes;
 use h2::{RecvStream, server::SendResponse};
-use http::{HeaderMap, HeaderValue, Request, Response, header::CONTENT_TYPE};
+use http::{HeaderMap, HeaderValue, Request, Response, StatusCode, header};
 use tokio::time::timeout;
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use super::{
     Service,
-    body::{Reading, Refused},
+    body::{BodyError, MessageReader},
     core::Load,
-    other,
+    refused::Reason,
+    rpc::Rpc,
 };
 use crate::{
     check::{Begun, Waiting},
-    wire::{grpc::CHECK_PATH, response::Reply},
+    wire::response::Reply,
 };
 
 /// The status of gRPC for what may be tried elsewhere, or again.
@@ -31,39 +33,60 @@ pub(super) const UNAVAILABLE: HeaderValue = HeaderValue::from_static("14");
 /// Serves the calls of one connection.
 pub(super) struct Calls {
     service: Arc<Service>,
+    peer: Option<IpAddr>,
     tasks: TaskTracker,
     load: Arc<Load>,
     drain: CancellationToken,
 }
 
 impl Calls {
-    /// Calls that wait do so in `tasks` and are counted in `load`. Those that would never end do at `drain`.
+    /// Calls from `peer`. Those that wait do so in `tasks` and are counted in `load`. Those that would never end do at `drain`.
     pub(super) const fn new(
         service: Arc<Service>,
+        peer: Option<IpAddr>,
         tasks: TaskTracker,
         load: Arc<Load>,
         drain: CancellationToken,
     ) -> Self {
-        Self { service, tasks, load, drain }
+        Self { service, peer, tasks, load, drain }
     }
 
-    /// Answers a call, or lets it go on in a task.
+    /// Answers a call at once, or spawns a task that does.
     pub(super) fn serve(&self, cx: &mut Context<'_>, request: Request<RecvStream>, respond: SendResponse<Bytes>) {
-        if request.uri().path() != CHECK_PATH {
-            let (routes, limit) = (self.service.others.clone(), self.service.limits.preface_timeout);
-            return self.spawn(other::serve(routes, request, respond, limit, self.drain.clone()));
+        match Rpc::of(&request) {
+            Ok(Rpc::Check) => self.check(cx, request, respond),
+            Ok(rpc @ (Rpc::HealthCheck | Rpc::HealthWatch)) => {
+                let (service, peer, drain) = (Arc::clone(&self.service), self.peer, self.drain.clone());
+                let Some(permit) = service.health.admit(rpc) else {
+                    return answer(respond, Answer::Status(StatusCode::SERVICE_UNAVAILABLE));
+                };
+                // Not counted in `load`: a watch is open for hours and does nothing.
+                self.tasks.spawn(async move {
+                    service.check_health(request, respond, peer, drain).await;
+                    drop(permit);
+                });
+            }
+            Err(status) => answer(respond, self.service.not_grpc(status, self.peer)),
         }
-        let mut reading = Reading::new(request.into_body(), &self.service.limits);
-        let service = Arc::clone(&self.service);
-        let message = match reading.poll(cx) {
+    }
+
+    fn check(&self, cx: &mut Context<'_>, request: Request<RecvStream>, respond: SendResponse<Bytes>) {
+        let service = &self.service;
+        let mut reader = MessageReader::new(request, service.limits.message_size.bytes());
+        let message = match reader.poll(cx) {
             Poll::Ready(Ok(message)) => message,
-            Poll::Ready(Err(refused)) => return answer(respond, service.refuse(&refused)),
-            Poll::Pending => return self.spawn(unless_reset(respond, async move { service.read(reading).await })),
+            Poll::Ready(Err(error)) => return answer(respond, service.refuse(error, &reader, self.peer)),
+            Poll::Pending => {
+                let (service, peer) = (Arc::clone(service), self.peer);
+                return self.spawn(answer_unless_reset(respond, async move { service.read(reader, peer).await }));
+            }
         };
-        match self.service.checker.begin(&message) {
-            Begun::Answered(reply) => answer(respond, reply),
+        match service.checker.begin(&message) {
+            Begun::Answered(reply) => send(respond, reply),
             Begun::Waits(waiting) => {
-                self.spawn(unless_reset(respond, async move { service.go_on(message, waiting).await }));
+                let service = Arc::clone(service);
+                let work = async move { Answer::Reply(service.go_on(message, waiting).await) };
+                self.spawn(answer_unless_reset(respond, work));
             }
         }
     }
@@ -78,29 +101,44 @@ impl Calls {
     }
 }
 
+/// What a caller gets.
+pub(super) enum Answer {
+    /// The answer of a check: HTTP 200 and gRPC.
+    Reply(Reply),
+    /// An HTTP error: no whole gRPC call has arrived, and 200 would be a grant to an HTTP caller.
+    Status(StatusCode),
+    /// Nothing: the caller has left.
+    Nothing,
+}
+
 impl Service {
-    /// Reads the rest of a message and decides it. Whatever the bytes are, the answer is a `CheckResponse`.
-    async fn read(&self, mut reading: Reading) -> Reply {
+    /// Reads the rest of a message and decides it.
+    async fn read(&self, mut reader: MessageReader, peer: Option<IpAddr>) -> Answer {
         let mut held = self.room.hold_nothing();
         let read = poll_fn(|cx| {
-            let message = reading.poll(cx);
-            if held.grow_to(reading.bytes()) { message } else { Poll::Ready(Err(Refused::NoRoom)) }
+            let message = reader.poll(cx);
+            if held.grow_to(reader.bytes()) {
+                return message;
+            }
+            Poll::Ready(Err(BodyError::NoRoom { is_whole: message.is_ready() }))
         });
         let message = match timeout(self.limits.preface_timeout, read).await {
             Ok(Ok(message)) => message,
-            Ok(Err(refused)) => return self.refuse(&refused),
-            // It came late, or this process did not run: nothing is known of what it says.
-            Err(_) => return self.checker.late(self.limits.preface_timeout),
+            Ok(Err(error)) => return self.refuse(error, &reader, peer),
+            Err(_) => {
+                self.checker.late(self.limits.preface_timeout);
+                return Answer::Status(StatusCode::REQUEST_TIMEOUT);
+            }
         };
-        match self.checker.begin(&message) {
+        Answer::Reply(match self.checker.begin(&message) {
             Begun::Answered(reply) => reply,
             Begun::Waits(waiting) => self.wait(&message, waiting).await,
-        }
+        })
     }
 
     /// Lets a check whose message was not counted yet wait.
     async fn go_on(&self, message: Bytes, waiting: Waiting) -> Reply {
-        let Some(_held) = self.room.hold(message.len()) else { return self.refuse(&Refused::NoRoom) };
+        let Some(_held) = self.room.hold(message.len()) else { return self.no_room() };
         self.wait(&message, waiting).await
     }
 
@@ -109,27 +147,64 @@ impl Service {
         self.checker.go_on(message, waiting).await
     }
 
-    fn refuse(&self, refused: &Refused) -> Reply {
-        match refused {
-            Refused::Denied(reason) => self.checker.refuse(*reason),
-            Refused::NoRoom => self.checker.shed("limits.messages_in_flight_size"),
+    fn no_room(&self) -> Reply {
+        self.checker.shed("limits.messages_in_flight_size")
+    }
+
+    fn refuse(&self, error: BodyError, reader: &MessageReader, peer: Option<IpAddr>) -> Answer {
+        match error {
+            BodyError::Denied(reason) => Answer::Reply(self.checker.refuse(reason)),
+            BodyError::Compressed => Answer::Reply(self.checker.compressed(reader.encoding())),
+            BodyError::NoRoom { is_whole: true } => Answer::Reply(self.no_room()),
+            BodyError::NoRoom { is_whole: false } => {
+                self.no_room(); // counted and logged
+                Answer::Status(StatusCode::SERVICE_UNAVAILABLE)
+            }
+            BodyError::Incomplete => self.not_grpc(StatusCode::BAD_REQUEST, peer),
+            BodyError::Gone => {
+                self.checker.abandoned();
+                Answer::Nothing
+            }
         }
+    }
+
+    /// Counts a request that is not a gRPC call of a method that this server has.
+    pub(super) fn not_grpc(&self, status: StatusCode, peer: Option<IpAddr>) -> Answer {
+        self.refuse_peer(Reason::NotGrpc, peer, format_args!("answered with HTTP {status}"));
+        Answer::Status(status)
     }
 }
 
-/// Answers with what `work` comes to. Where the peer resets the stream before, nobody waits for it any more.
-async fn unless_reset(mut respond: SendResponse<Bytes>, work: impl Future<Output = Reply>) {
-    let reply = tokio::select! {
-        reply = work => reply,
+/// Sends what `work` returns, unless the peer resets the stream before.
+async fn answer_unless_reset(mut respond: SendResponse<Bytes>, work: impl Future<Output = Answer>) {
+    let found = tokio::select! {
+        biased; // `work` reads the body and counts a caller that left
+        answer = work => answer,
         _ = poll_fn(|cx| respond.poll_reset(cx)) => return,
     };
-    answer(respond, reply);
+    answer(respond, found);
 }
 
-/// Sends `reply`. What cannot be sent has nobody left to read it.
-fn answer(mut respond: SendResponse<Bytes>, reply: Reply) {
+/// Sends `answer`. A failure to send is ignored: the peer has left.
+pub(super) fn answer(mut respond: SendResponse<Bytes>, answer: Answer) {
+    match answer {
+        Answer::Reply(reply) => send(respond, reply),
+        Answer::Status(status) => {
+            let mut response = Response::new(());
+            *response.status_mut() = status;
+            if status == StatusCode::METHOD_NOT_ALLOWED {
+                response.headers_mut().insert(header::ALLOW, HeaderValue::from_static("POST"));
+            }
+            let _ = respond.send_response(response, true);
+        }
+        Answer::Nothing => {}
+    }
+}
+
+/// Sends `reply`.
+fn send(mut respond: SendResponse<Bytes>, reply: Reply) {
     let mut response = Response::new(());
-    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
+    response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
     match reply {
         Reply::Message(message) => {
             let Ok(mut stream) = respond.send_response(response, false) else { return };

@@ -5,6 +5,7 @@
 
 use std::{
     future::{Future as _, poll_fn},
+    net::IpAddr,
     pin::pin,
     sync::Arc,
     task::{Context, Poll},
@@ -24,6 +25,7 @@ use tokio::{
 use tokio_util::task::TaskTracker;
 
 use super::{LimitsSettings, Service, Signals, call::Calls, core::Load};
+use crate::metrics::IntGauge;
 
 /// Resets that a peer may leave pending: Envoy resets en masse when its own timeout passes.
 const PENDING_ACCEPT_RESETS_MAX: usize = 1_000;
@@ -41,6 +43,7 @@ const WINDOW_BYTES: u32 = 1 << 20;
 pub(super) async fn serve(
     service: Arc<Service>,
     io: impl AsyncRead + AsyncWrite + Unpin,
+    peer: Option<IpAddr>,
     signals: Signals,
     tasks: TaskTracker,
     age: Duration,
@@ -50,9 +53,9 @@ pub(super) async fn serve(
     let handshake = handshake(&limits, io);
     let Ok(Ok(mut http2)) = timeout(limits.preface_timeout, handshake).await else { return };
     let pings = http2.ping_pong();
-    let calls = Calls::new(Arc::clone(&service), tasks, load, signals.drain.clone());
+    let _open = OpenConnection::count(&service.connections_open);
+    let calls = Calls::new(service, peer, tasks, load, signals.drain.clone());
     let mut connection = Connection { http2, calls, arrived: Vec::new() };
-    service.connections_open.inc();
     let mut lost = pin!(until_lost(pings, &limits));
     let is_over = {
         let mut told = pin!(async {
@@ -80,7 +83,22 @@ pub(super) async fn serve(
             () = signals.end.cancelled() => {}
         }
     }
-    service.connections_open.dec();
+}
+
+/// Counts a connection as open until it is dropped, however the connection ends.
+struct OpenConnection(IntGauge);
+
+impl OpenConnection {
+    fn count(gauge: &IntGauge) -> Self {
+        gauge.inc();
+        Self(gauge.clone())
+    }
+}
+
+impl Drop for OpenConnection {
+    fn drop(&mut self) {
+        self.0.dec();
+    }
 }
 
 async fn handshake<T: AsyncRead + AsyncWrite + Unpin>(

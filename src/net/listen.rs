@@ -4,7 +4,7 @@
 
 use std::{
     fmt, io,
-    net::{SocketAddr, TcpStream as StdTcpStream},
+    net::{IpAddr, SocketAddr, TcpStream as StdTcpStream},
     os::unix::{
         fs::{FileTypeExt as _, MetadataExt as _, PermissionsExt as _, chown},
         net::UnixStream as StdUnixStream,
@@ -90,10 +90,20 @@ pub enum Listener {
 
 /// A stream that was accepted, not yet in any runtime.
 pub(super) enum Accepted {
-    /// Over TCP.
-    Tcp(StdTcpStream),
+    /// Over TCP, from this address.
+    Tcp(StdTcpStream, IpAddr),
     /// Over a Unix socket.
     Unix(StdUnixStream),
+}
+
+impl Accepted {
+    /// The address of the peer, where it has one.
+    pub(super) const fn peer(&self) -> Option<IpAddr> {
+        match self {
+            Self::Tcp(_, peer) => Some(*peer),
+            Self::Unix(_) => None,
+        }
+    }
 }
 
 impl Listener {
@@ -137,7 +147,10 @@ impl Listener {
     /// Safe: no connection is lost.
     pub(super) async fn accept(&self) -> io::Result<Accepted> {
         match self {
-            Self::Tcp(listener) => listener.accept().await?.0.into_std().map(Accepted::Tcp),
+            Self::Tcp(listener) => {
+                let (stream, peer) = listener.accept().await?;
+                Ok(Accepted::Tcp(stream.into_std()?, peer.ip()))
+            }
             Self::Unix(listener, _) => listener.accept().await?.0.into_std().map(Accepted::Unix),
         }
     }

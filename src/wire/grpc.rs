@@ -15,15 +15,32 @@ pub const PREFIX_BYTES: usize = 5;
 /// The one message in the body of a unary call; `None` where the body is anything but exactly one uncompressed message.
 #[must_use]
 pub fn unframe(body: &Bytes) -> Option<Bytes> {
-    let length = message_bytes(body)?;
-    (body.len() == PREFIX_BYTES.checked_add(length)?).then(|| body.slice(PREFIX_BYTES..))
+    let prefix = Prefix::of(body).filter(|prefix| prefix.flag == 0)?;
+    (body.len() as u64 == prefix.framed_bytes()).then(|| body.slice(PREFIX_BYTES..))
 }
 
-/// The length that a body's prefix announces; `None` for a compressed message, which nobody was told we could read.
-#[must_use]
-pub fn message_bytes(body: &[u8]) -> Option<usize> {
-    let ([0, length @ ..], _) = body.split_first_chunk::<PREFIX_BYTES>()? else { return None };
-    usize::try_from(u32::from_be_bytes(*length)).ok()
+/// What stands before a message.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Prefix {
+    /// 0 for a plain message, 1 for one that is compressed by the algorithm in the header `grpc-encoding`.
+    pub flag: u8,
+    /// Bytes of the message.
+    pub length: u32,
+}
+
+impl Prefix {
+    /// The prefix at the start of `body`; `None` where fewer bytes have arrived.
+    #[must_use]
+    pub fn of(body: &[u8]) -> Option<Self> {
+        let ([flag, length @ ..], _) = body.split_first_chunk::<PREFIX_BYTES>()?;
+        Some(Self { flag: *flag, length: u32::from_be_bytes(*length) })
+    }
+
+    /// Bytes of the message and its prefix.
+    #[must_use]
+    pub const fn framed_bytes(self) -> u64 {
+        PREFIX_BYTES as u64 + self.length as u64
+    }
 }
 
 /// `message` with its prefix.
@@ -35,6 +52,17 @@ pub fn frame(message: &impl prost::Message) -> Bytes {
     // Our answers are a few hundred bytes; the bounds on scopes and settings keep them far below 4 GiB.
     framed.put_u32(u32::try_from(length).unwrap_or(u32::MAX));
     message.encode_raw(&mut framed);
+    framed.freeze()
+}
+
+/// The bytes of a message with their prefix.
+#[must_use]
+pub fn frame_bytes(message: &[u8]) -> Bytes {
+    let mut framed = BytesMut::with_capacity(PREFIX_BYTES + message.len());
+    framed.put_u8(0);
+    // Messages are bounded far below 4 GiB when they are read.
+    framed.put_u32(u32::try_from(message.len()).unwrap_or(u32::MAX));
+    framed.put_slice(message);
     framed.freeze()
 }
 

@@ -27,7 +27,7 @@ use crate::{
         eventually,
         grpc::{Asker, request},
         http, load, machine,
-        server::{IssuedKey, Site, UNHURRIED, made_up_key},
+        server::{IssuedKey, Server, Site, UNHURRIED, made_up_key},
     },
 };
 
@@ -191,7 +191,7 @@ async fn the_workers_of_an_envoy_are_spread_over_the_cores() {
 const SLOW: Duration = Duration::from_secs(3);
 
 #[tokio::test(flavor = "multi_thread")]
-async fn whoever_is_slow_to_begin_is_left() {
+async fn slow_peers_are_disconnected_and_unfinished_messages_time_out() {
     let _turn = alone().await;
     let certificates = certificates();
     let (site, key) = encrypted(certificates.path(), false).await;
@@ -207,21 +207,18 @@ async fn whoever_is_slow_to_begin_is_left() {
     assert!(ends(&mut silent).await && ends(&mut partial).await);
     assert!(ends(&mut unencrypted).await && ends(&mut shaken).await);
     assert!(begun.elapsed() < 2 * SLOW, "{:?}", begun.elapsed());
-    // A message that does not end is answered: nobody can say whether it would have been a good key.
+    // A message that does not end gets an HTTP error: 200 would be a grant to an HTTP caller.
     let mut connection = connect(tls(behind_tls.grpc(), certificates.path(), None).await.unwrap()).await;
     let (unfinished, mut stream) = connection.send_request(head(), false).unwrap();
     stream.send_data(frame(&request(&key.key, &[])).slice(..20), false).unwrap();
-    let verdict = timeout(SLOW, answer(unfinished)).await.unwrap().unwrap();
-    assert_eq!(verdict.status, 503, "{verdict:?}");
-    // Nor is one that belongs to another call kept, or one that is too long for what it can be.
+    assert_eq!(timeout(SLOW, unfinished).await.unwrap().unwrap().status(), 408);
+    // The same holds for health checks.
     let (unfinished, mut stream) = connection.send_request(head_of(HEALTH), false).unwrap();
     stream.send_data(Bytes::from_static(&[0, 0, 0, 0, 100, 10, 98, b'a']), false).unwrap();
-    let end = timeout(SLOW, unfinished).await.unwrap().unwrap_err();
-    assert!(end.is_reset(), "{end}");
+    assert_eq!(timeout(SLOW, unfinished).await.unwrap().unwrap().status(), 408);
     let (long, mut stream) = connection.send_request(head_of(HEALTH), false).unwrap();
-    stream.send_data(Bytes::from_static(&[0, 0, 0x10, 0, 0, 10]), false).unwrap();
-    let refused = timeout(PATIENCE, long).await.unwrap().unwrap();
-    assert_eq!(refused.headers()["grpc-status"], "11", "out of range: {refused:?}");
+    stream.send_data([&[0, 0, 0, 16, 0][..], &[b'a'; 4096]].concat().into(), true).unwrap();
+    assert_eq!(timeout(PATIENCE, long).await.unwrap().unwrap().status(), 413);
     assert_eq!(answer(call(&connection, &key.key)).await.unwrap().status, 200);
 }
 
@@ -367,6 +364,95 @@ async fn out_of_descriptors_it_waits_and_serves_on() {
         timeout(Duration::from_secs(1), answer(call(&connection, &key.key))).await.is_ok_and(|answer| answer.is_some())
     })
     .await;
+}
+
+/// gRPC's own compression, as Envoy's `google_grpc` can be told to use it.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_compressed_message_is_a_fault_whose_log_line_names_the_encoding() {
+    let _turn = among_others().await;
+    let server = Site::new().serve().await;
+    let connection = connect(TcpStream::connect(server.grpc()).await.unwrap()).await;
+    let mut head = head();
+    head.headers_mut().insert("grpc-encoding", "gzip".parse().unwrap());
+    let (answered, mut stream) = connection.clone().send_request(head, false).unwrap();
+    stream.send_data(Bytes::from_static(b"\x01\0\0\0\x04\x1f\x8b\x08\0"), true).unwrap();
+    let verdict = answer(answered).await.unwrap();
+    assert_eq!((verdict.status, verdict.reason.as_deref()), (503, Some("fault")));
+    server.until_logged("compressed with \\\"gzip\\\", which is not supported").await;
+}
+
+// === peers that do not speak gRPC ===
+
+async fn refused(server: &Server, reason: &str) -> f64 {
+    server.metric(&format!("trustgate_grpc_refused_total{{reason=\"{reason}\"}}")).await
+}
+
+fn lines(server: &Server, reason: &str) -> usize {
+    let reason = format!("\"reason\":\"{reason}\"");
+    server.log().lines().filter(|line| line.contains("peer refused") && line.contains(&reason)).count()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn refused_peers_are_counted_by_reason_and_logged_once_a_minute() {
+    let _turn = among_others().await;
+    let certificates = certificates();
+    let (site, _) = encrypted(certificates.path(), true).await;
+    let socket = site.path().join("trustgate.sock");
+    let behind_tls = site.serve().await;
+    let plain = Site::new().with("grpc.listen", format!("127.0.0.1:0, unix://{}", socket.display())).serve().await;
+
+    for server in [&plain, &behind_tls] {
+        for _ in 0..3 {
+            let mut peer = TcpStream::connect(server.grpc()).await.unwrap();
+            peer.write_all(b"GET /envoy HTTP/1.1\r\nhost: trustgate\r\n\r\n").await.unwrap();
+            assert!(ends(&mut peer).await);
+        }
+        assert_eq!((refused(server, "http1").await, lines(server, "http1")), (3.0, 1), "{}", server.log());
+    }
+    let mut local = tokio::net::UnixStream::connect(&socket).await.unwrap();
+    local.write_all(b"POST / HTTP/1.1\r\n\r\n").await.unwrap();
+    assert!(ends(&mut local).await);
+    assert_eq!((refused(&plain, "http1").await, lines(&plain, "http1")), (4.0, 1));
+
+    assert!(tls(plain.grpc(), certificates.path(), None).await.is_err(), "there is no TLS");
+    eventually("it is counted", PATIENCE, || async { refused(&plain, "tls").await > 0.5 }).await;
+    let mut unencrypted = TcpStream::connect(behind_tls.grpc()).await.unwrap();
+    unencrypted.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").await.unwrap();
+    assert!(ends(&mut unencrypted).await);
+    assert_eq!((lines(&plain, "tls"), refused(&behind_tls, "tls").await), (1, 1.0));
+    if let Ok(mut anonymous) = tls(behind_tls.grpc(), certificates.path(), None).await {
+        // In TLS 1.3 the client does not know yet that it is refused.
+        let _ = ends(&mut anonymous).await;
+    }
+    eventually("it is counted", PATIENCE, || async { refused(&behind_tls, "no_client_certificate").await > 0.5 }).await;
+    assert_eq!(lines(&behind_tls, "no_client_certificate"), 1, "{}", behind_tls.log());
+
+    let connection = connect(TcpStream::connect(plain.grpc()).await.unwrap()).await;
+    for _ in 0..3 {
+        let (answered, _) = connection.clone().send_request(head_of("/other.Service/Method"), true).unwrap();
+        assert_eq!(answered.await.unwrap().status(), 404);
+    }
+    assert_eq!((refused(&plain, "not_grpc").await, lines(&plain, "not_grpc")), (3.0, 1));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn port_scans_cause_no_log_lines() {
+    let _turn = among_others().await;
+    let server = Site::new().serve().await;
+    let before = server.log();
+    for _ in 0..60 {
+        drop(TcpStream::connect(server.grpc()).await.unwrap());
+    }
+    for bytes in [&b"\0\0\0\0"[..], b"SSH-2.0-scan\r\n", b"\x80\x2e\x01", b"HELP\r\n"] {
+        let mut scanner = TcpStream::connect(server.grpc()).await.unwrap();
+        scanner.write_all(bytes).await.unwrap();
+        assert!(ends(&mut scanner).await);
+    }
+    assert!((refused(&server, "unrecognized").await - 4.0).abs() < 0.5);
+    for reason in ["http1", "tls", "no_client_certificate", "not_grpc"] {
+        assert!(refused(&server, reason).await < 0.5, "{reason}");
+    }
+    assert_eq!(server.log(), before);
 }
 
 // === clients ===

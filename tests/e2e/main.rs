@@ -12,6 +12,7 @@ mod drain;
 mod fill;
 mod herd;
 mod history;
+mod http_callers;
 mod listeners;
 mod messages;
 mod migrating;

@@ -1,5 +1,5 @@
-//! Messages and bodies that Envoy does not send: whatever comes, the answer is a `CheckResponse`, never a gRPC error, for
-//! `failure_mode_allow` lets a request in on an error.
+//! Messages and bodies that Envoy does not send. A whole message is answered with a `CheckResponse`, never with a gRPC error,
+//! because `failure_mode_allow` lets a request in on an error. A body that ends before that is no gRPC call: HTTP 400.
 
 use std::convert::Infallible;
 
@@ -83,7 +83,7 @@ async fn whatever_the_bytes_are_the_answer_is_a_response() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn whatever_the_body_is_the_answer_is_a_response() {
+async fn a_whole_message_gets_a_response_and_anything_less_is_a_bad_request() {
     let stage = stage().await;
     let mut client = Client::connect(&stage).await;
     let message = good(&stage).message(Encoding::Raw);
@@ -91,18 +91,18 @@ async fn whatever_the_body_is_the_answer_is_a_response() {
     let longer = message.len() + 1;
     for (name, body, want) in [
         ("a good one", framed.clone(), "ok"),
-        ("none", vec![], "undecodable"),
+        ("none", vec![], "HTTP 400"),
         ("an empty message", frame(0, 0, &[]), "undecodable"),
-        ("less than a prefix", vec![0, 0, 0, 0], "undecodable"),
-        ("a prefix alone", framed[..5].to_vec(), "undecodable"),
-        ("one byte missing", framed[..framed.len() - 1].to_vec(), "undecodable"),
+        ("less than a prefix", vec![0, 0, 0, 0], "HTTP 400"),
+        ("a prefix alone", framed[..5].to_vec(), "HTTP 400"),
+        ("one byte missing", framed[..framed.len() - 1].to_vec(), "HTTP 400"),
         ("one byte more", [&*framed, b"x"].concat(), "undecodable"),
-        ("no prefix", message.clone(), "undecodable"),
-        ("said to be compressed", frame(1, message.len(), &message), "undecodable"),
+        ("no prefix", message.clone(), "HTTP 400"),
+        ("compressed", frame(1, message.len(), &message), "fault"),
         ("an unknown flag", frame(255, message.len(), &message), "undecodable"),
-        ("a length that is too long", frame(0, longer, &message), "undecodable"),
+        ("a length that is too long", frame(0, longer, &message), "HTTP 400"),
         ("a length that is too short", frame(0, message.len() - 1, &message), "undecodable"),
-        ("a length of 4 GiB", frame(0, u32::MAX as usize, &message), "too_large"),
+        ("a length of 4 GiB", frame(0, u32::MAX as usize, &message), "HTTP 400"),
         ("two messages", [&*framed, &framed].concat(), "undecodable"),
         ("an empty message before it", [&*frame(0, 0, &[]), &framed].concat(), "undecodable"),
     ] {
@@ -185,12 +185,14 @@ impl Client {
         Self(Channel::from_shared(url).unwrap().connect().await.unwrap())
     }
 
-    /// `ok`, or the reason of the denial. Everything else is no answer.
+    /// `ok`, the reason of a denial, or the HTTP status of an error. Everything else fails the test.
     async fn outcome(&mut self, body: Body) -> String {
         std::future::poll_fn(|cx| self.0.poll_ready(cx)).await.unwrap();
         let request = HttpRequest::post(CHECK_PATH).header("content-type", "application/grpc").header("te", "trailers");
         let response = self.0.call(request.body(body).unwrap()).await.unwrap();
-        assert_eq!(response.status(), StatusCode::OK);
+        if response.status() != StatusCode::OK {
+            return format!("HTTP {}", response.status().as_u16());
+        }
         assert_eq!(response.headers()["content-type"], "application/grpc");
         assert_eq!(response.headers().get("grpc-status"), None, "a gRPC error");
         let body = response.into_body().collect().await.unwrap();

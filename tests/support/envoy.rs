@@ -60,6 +60,18 @@ impl Plan {
         Self { config: self.config.replace(from, to), ..self }
     }
 
+    /// The same with everything from `from` up to `until`, which stays, replaced by `to`.
+    ///
+    /// # Panics
+    /// If either of them is missing.
+    pub fn replace_block(self, from: &str, until: &str, to: &str) -> Self {
+        let start = self.config.find(from).unwrap_or_else(|| panic!("envoy/envoy.yaml has changed: {from:?}"));
+        let length =
+            self.config[start..].find(until).unwrap_or_else(|| panic!("envoy/envoy.yaml has changed: {until:?}"));
+        let config = [&self.config[..start], to, &self.config[start + length..]].concat();
+        Self { config, ..self }
+    }
+
     /// The same with this many workers, each of which has a connection of its own to each gate.
     pub fn workers(self, workers: usize) -> Self {
         Self { workers, ..self }

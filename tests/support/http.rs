@@ -1,16 +1,24 @@
 //! HTTP/1.1 on both sides: a client that asks one thing, and an application that answers with what it saw.
 
-use std::{collections::BTreeMap, error::Error, net::SocketAddr};
+use std::{
+    collections::BTreeMap,
+    error::Error,
+    net::SocketAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
+};
 
 use axum::{Router, extract::Request, serve::ListenerExt as _};
-use http_body_util::{BodyExt as _, Empty};
+use http_body_util::{BodyExt as _, Full};
 use hyper::{body::Bytes, client::conn::http1};
 use hyper_util::rt::TokioIo;
 use serde_json::{Value, json};
 use tokio::net::{TcpListener, TcpStream};
 
 /// One connection to a server.
-pub type Connection = http1::SendRequest<Empty<Bytes>>;
+pub type Connection = http1::SendRequest<Full<Bytes>>;
 
 /// An answer.
 #[derive(Clone, Debug)]
@@ -57,7 +65,12 @@ pub async fn ask(connection: &mut Connection, path: &str, headers: &[(&str, &str
     for (name, value) in headers {
         request = request.header(*name, *value);
     }
-    let answer = connection.send_request(request.body(Empty::new()).expect("a request")).await?;
+    send(connection, request.body(Full::default()).expect("a request")).await
+}
+
+/// Sends any request on a connection that is ready.
+pub async fn send(connection: &mut Connection, request: hyper::Request<Full<Bytes>>) -> Result<Answer, Trouble> {
+    let answer = connection.send_request(request).await?;
     let (head, body) = answer.into_parts();
     let mut joined = BTreeMap::<String, String>::new();
     for (name, value) in &head.headers {
@@ -87,14 +100,25 @@ pub async fn try_get(server: SocketAddr, path: &str) -> Option<Answer> {
 
 /// Starts an application that answers every request with its path and headers, as JSON. It ends with the test.
 pub async fn application() -> SocketAddr {
+    counting_application().await.0
+}
+
+/// The same, with the number of requests that have reached it.
+pub async fn counting_application() -> (SocketAddr, Arc<AtomicUsize>) {
+    let reached = Arc::new(AtomicUsize::new(0));
+    let counter = Arc::clone(&reached);
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
     let address = listener.local_addr().expect("bound");
     let listener = listener.tap_io(|stream| drop(stream.set_nodelay(true)));
-    tokio::spawn(axum::serve(listener, Router::new().fallback(echo)).into_future());
-    address
+    let routes = Router::new().fallback(move |request| {
+        counter.fetch_add(1, Ordering::Relaxed);
+        async move { echo(&request) }
+    });
+    tokio::spawn(axum::serve(listener, routes).into_future());
+    (address, reached)
 }
 
-async fn echo(request: Request) -> String {
+fn echo(request: &Request) -> String {
     let mut headers = BTreeMap::<&str, String>::new();
     for (name, value) in request.headers() {
         let value = String::from_utf8_lossy(value.as_bytes());
