@@ -240,7 +240,7 @@ impl Checker {
         let subject = match key {
             _ if passes => Ok(Subject::Nobody),
             Ok(key) => Ok(Subject::Key(key)),
-            Err(CredentialError::Missing) if demands.optional => Ok(Subject::Nobody),
+            Err(CredentialError::Missing) if demands.admits_anonymous() => Ok(Subject::Nobody),
             Err(error) => Err(Refusal::Denied(error.into())),
         };
         Ok(Request { subject, demands, removals })

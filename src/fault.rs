@@ -78,11 +78,15 @@ pub enum Fault {
     /// What was read could not be confirmed: it kept changing under the reader.
     #[error("what was read could not be confirmed")]
     Unconfirmed,
-    /// A route asks for something this server does not know.
-    #[error("the route's context extension {name:?} cannot be understood")]
+    /// A context extension of the route names trustgate, and this server does not understand it.
+    #[error("the route's context extension {name:?} with the value {value:?} cannot be understood: {problem}")]
     Route {
-        /// The context extension.
-        name: &'static str,
+        /// The name of the context extension, cut to [`quoted`]'s length.
+        name: Box<str>,
+        /// Its value, cut likewise.
+        value: Box<str>,
+        /// What is expected instead.
+        problem: &'static str,
     },
     /// The caller compressed its message. This server offers no compression, so it cannot read the message.
     #[error(

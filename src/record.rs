@@ -18,6 +18,17 @@ pub struct TrustId(pub Uuid);
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct KeyId(pub Uuid);
 
+/// The longest scope, in bytes.
+const SCOPE_BYTES_MAX: usize = 128;
+
+/// Whether `text` can be a scope of a key: RFC 6749, section 3.3, without the comma, so that lists of scopes can be written
+/// in any way.
+#[must_use]
+pub fn is_scope(text: &str) -> bool {
+    (1..=SCOPE_BYTES_MAX).contains(&text.len())
+        && text.bytes().all(|byte| byte.is_ascii_graphic() && !b"\"\\,".contains(&byte))
+}
+
 impl fmt::Display for TrustId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.0.fmt(f)

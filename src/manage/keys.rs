@@ -14,7 +14,7 @@ use crate::{
         self,
         format::{self, Form},
     },
-    record::KeyId,
+    record::{KeyId, is_scope},
     secret::Secret,
     store::ledger::{Key, NewKey, TrustRef},
 };
@@ -23,8 +23,6 @@ use crate::{
 const NAME_CHARS_MAX: usize = 200;
 /// Scopes of one key, at most.
 const SCOPES_MAX: usize = 64;
-/// The longest scope, in bytes.
-const SCOPE_BYTES_MAX: usize = 128;
 /// Networks of one key, at most.
 const CIDRS_MAX: usize = 64;
 /// The longest life of a key: 100 years. More is a mistake, and none at all is for ever.
@@ -216,12 +214,7 @@ fn check(wanted: &Wanted) -> Result<(), ManageError> {
             "1 to 200 characters, none of them a control character, and no space around them",
         );
     }
-    // RFC 6749, section 3.3, without the comma, so that lists of scopes can be written in any way.
-    let scope_fits = |scope: &String| {
-        (1..=SCOPE_BYTES_MAX).contains(&scope.len())
-            && scope.bytes().all(|byte| byte.is_ascii_graphic() && !b"\"\\,".contains(&byte))
-    };
-    if wanted.scopes.len() > SCOPES_MAX || !wanted.scopes.iter().all(scope_fits) {
+    if wanted.scopes.len() > SCOPES_MAX || !wanted.scopes.iter().all(|scope| is_scope(scope)) {
         return invalid(
             "the scopes of a key",
             "64 at most, each of 1 to 128 visible ASCII characters without \", \\ and comma",

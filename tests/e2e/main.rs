@@ -22,6 +22,7 @@ mod prometheus;
 mod quiet;
 mod redis_tls;
 mod revocation;
+mod route_demands;
 mod sampler;
 mod stage;
 mod table;

@@ -1,0 +1,66 @@
+//! The demands of a route and of its virtual host, which Envoy merges before it asks.
+
+use crate::support::{
+    among_others,
+    envoy::Plan,
+    http,
+    server::{IssuedKey, Server, Site},
+};
+
+/// A server with two keys: one without scopes, one with the scope `admin`.
+async fn server() -> (Site, Server, IssuedKey, IssuedKey) {
+    let site = Site::new();
+    site.migrate().await;
+    site.trust("acme").await;
+    let keys = (site.issue("acme", &[]).await, site.issue("acme", &["--scope", "admin"]).await);
+    let server = site.serve().await;
+    (site, server, keys.0, keys.1)
+}
+
+/// What the shipped route `/admin` demands.
+const ADMIN: &str = "context_extensions: {trustgate.scopes: \"admin\", trustgate.freshness: \"live\"}";
+
+/// The shipped configuration with extensions on the virtual host, and with others in place of [`ADMIN`].
+async fn plan(server: &Server, virtual_host: &str, admin: &str) -> Plan {
+    let domains = "              domains: [\"*\"]\n";
+    let extensions = format!(
+        "{domains}              typed_per_filter_config:\n                envoy.filters.http.ext_authz:\n                  \
+         \"@type\": type.googleapis.com/envoy.extensions.filters.http.ext_authz.v3.ExtAuthzPerRoute\n                  \
+         check_settings: {{context_extensions: {{{virtual_host}}}}}\n"
+    );
+    Plan::new(http::application().await, &[server.grpc()])
+        .replace(domains, &extensions)
+        .replace(ADMIN, &format!("context_extensions: {{{admin}}}"))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_route_that_demands_scopes_admits_no_anonymous_request_below_an_optional_virtual_host() {
+    let _turn = among_others().await;
+    let (_site, server, plain, admin) = server().await;
+    let envoy = plan(&server, "trustgate.optional: \"true\"", "trustgate.scopes: \"admin\"").await.start().await;
+    envoy.until_healthy(server.grpc()).await;
+    let status = async |path: &str, headers: &[(&str, &str)]| envoy.get(path, headers).await.status;
+    assert_eq!(status("/things", &[]).await, 200, "the virtual host says optional");
+    assert_eq!(status("/admin/a", &[]).await, 401);
+    assert_eq!(status("/admin/a", &[("x-api-key", &plain.key)]).await, 403);
+    assert_eq!(status("/admin/a", &[("x-api-key", &admin.key)]).await, 200);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_demand_that_cannot_be_understood_is_a_fault_that_the_log_quotes() {
+    let _turn = among_others().await;
+    for (demand, quoted) in [
+        ("trustgate.scopes: \"\"", "\\\"trustgate.scopes\\\" with the value \\\"\\\""),
+        ("trustgate.scope: \"read\"", "\\\"trustgate.scope\\\" with the value \\\"read\\\""),
+        ("Trustgate.Scopes: \"read\"", "\\\"Trustgate.Scopes\\\" with the value \\\"read\\\""),
+    ] {
+        let (_site, server, _, admin) = server().await;
+        // The route's empty list replaces what the virtual host demands.
+        let envoy = plan(&server, "trustgate.scopes: \"admin\"", demand).await.start().await;
+        envoy.until_healthy(server.grpc()).await;
+        let key = [("x-api-key", admin.key.as_str())];
+        assert_eq!(envoy.get("/things", &key).await.status, 200);
+        assert_eq!(envoy.get("/admin/a", &key).await.status, 503, "{demand}");
+        server.until_logged(quoted).await;
+    }
+}
