@@ -80,7 +80,7 @@ pub async fn examine(settings: &StoreSettings, usage: Use, env: Env<'_>, clock: 
     let mut report = Report::default();
     match place {
         Ok(Place::Sqlite(path)) => {
-            let sqlite = Sqlite { path, preset: settings.preset };
+            let sqlite = Sqlite::new(path, settings.preset);
             sqlite::examine::run(sqlite, examination, &mut report).await;
         }
         Ok(Place::Postgres) => {

@@ -39,7 +39,7 @@ pub fn open_lookup(
         Place::Sqlite(path) => {
             let connections_max = settings.connections_max.min(sqlite_connections());
             let settings = StoreSettings { connections_max, ..settings.clone() };
-            Arc::new(Reader::new(Sqlite { path, preset: settings.preset }, &settings, clock))
+            Arc::new(Reader::new(Sqlite::new(path, settings.preset), &settings, clock))
         }
         Place::Postgres => {
             let statement_timeout = settings.read_timeout + GRACE;

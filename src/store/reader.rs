@@ -39,6 +39,10 @@ pub(crate) trait Dialect: Connect<Row: Plain> {
     /// Whether a failed poll is an answer all the same: the server is there, and a standby, or without our tables, or
     /// without the rights to them.
     fn answered(error: &sqlx::Error) -> bool;
+    /// Whether every connection of this process has to be closed before a new one can see the database as it is now.
+    fn is_replaced(_error: &sqlx::Error) -> bool {
+        false
+    }
     /// Calls `changed` for every hint, as [`Lookup::listen`].
     fn listen(&self, changed: &(dyn Fn() + Send + Sync)) -> impl Future<Output = sqlx::Error> + Send;
     /// What only our own tables have; `None` on somebody else's.
@@ -51,6 +55,10 @@ pub(crate) trait Dialect: Connect<Row: Plain> {
     fn renew_incarnation(&self, lost: Uuid) -> impl Future<Output = Result<(), sqlx::Error>> + Send;
     /// Makes the database and brings it up to date, where this kind of database is made by who uses it.
     fn prepare(&self, missing: Missing) -> impl Future<Output = Result<(), LedgerError>> + Send;
+    /// What is left to do once every connection is closed.
+    fn finish(&self) -> impl Future<Output = ()> + Send {
+        std::future::ready(())
+    }
     /// Where the database is, for messages.
     fn place(&self) -> String;
     /// Whether `error` says that a table, or the schema, is not there.
@@ -163,7 +171,13 @@ impl<D: Dialect> Lookup for Reader<D> {
                 }
                 polled
             }
-            Err(Trouble::Sql(error)) if D::answered(&error) => Err(PollError::Unusable(error.to_string().into())),
+            Err(Trouble::Sql(error)) if D::answered(&error) => {
+                if D::is_replaced(&error) {
+                    self.poll.forget();
+                    self.reads.forget();
+                }
+                Err(PollError::Unusable(error.to_string().into()))
+            }
             Err(trouble) => Err(PollError::NoAnswer(trouble.into())),
         }
     }
@@ -233,5 +247,6 @@ impl<D: Dialect> Source for Reader<D> {
     async fn close(&self) {
         self.reads.close().await;
         self.poll.close().await;
+        self.dialect.finish().await;
     }
 }

@@ -12,7 +12,7 @@ mod watch;
 use std::{path::Path, time::Duration};
 
 use sqlx::{
-    ConnectOptions, Connection, SqliteConnection,
+    ConnectOptions, Connection, Row, SqliteConnection,
     sqlite::{SqliteConnectOptions, SqliteSynchronous},
 };
 
@@ -22,15 +22,34 @@ pub(crate) const BUSY_TIMEOUT: Duration = Duration::from_secs(2);
 /// The present time in microseconds since the Unix epoch. SQLite's own clock counts milliseconds.
 pub(crate) const NOW: &str = "CAST(round(unixepoch('subsec') * 1000) AS INTEGER) * 1000";
 
+/// Whether a connection may write.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Access {
+    /// Reads only. Such a connection also never copies the write-ahead log into the database: SQLite takes an exclusive lock for
+    /// that when the last connection closes, which needs a descriptor that can write. So a connection whose `-shm` was
+    /// removed can be closed without overwriting what others committed since.
+    Read,
+    /// Reads and writes.
+    Write,
+}
+
 /// Opens the database at `path`, which must exist.
-async fn connect(path: &Path) -> Result<SqliteConnection, sqlx::Error> {
+async fn connect(path: &Path, access: Access) -> Result<SqliteConnection, sqlx::Error> {
     let options = SqliteConnectOptions::new()
         .filename(path)
+        .read_only(access == Access::Read)
         .foreign_keys(true)
         .synchronous(SqliteSynchronous::Full)
         .busy_timeout(BUSY_TIMEOUT)
         .disable_statement_logging(); // they hold digests
     SqliteConnection::connect_with(&options).await
+}
+
+/// Whether the database has a write-ahead log. Reads from it, so that the files beside it are open afterwards.
+async fn has_log(connection: &mut SqliteConnection) -> Result<bool, sqlx::Error> {
+    sqlx::raw_sql("SELECT count(*) FROM sqlite_schema").execute(&mut *connection).await?;
+    let mode = sqlx::raw_sql("PRAGMA journal_mode").fetch_one(connection).await?;
+    Ok(mode.try_get::<String, _>(0)? == "wal")
 }
 
 /// Whether `error` says that a table is not there.

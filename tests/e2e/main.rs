@@ -24,5 +24,6 @@ mod redis_tls;
 mod revocation;
 mod route_demands;
 mod sampler;
+mod sqlite_files;
 mod stage;
 mod table;

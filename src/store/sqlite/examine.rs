@@ -15,7 +15,7 @@ use super::{
         },
         lookup::Missing,
     },
-    connect, file,
+    Access, connect, file,
     lookup::Sqlite,
     watch,
 };
@@ -109,7 +109,7 @@ fn unusable(found: String) -> Finding {
 
 /// Version, journal, and what keeps changes from being named.
 async fn look(sqlite: &Sqlite) -> Result<(String, String, Option<String>), sqlx::Error> {
-    let mut connection = connect(&sqlite.path).await?;
+    let mut connection = connect(&sqlite.path, Access::Read).await?;
     let version = sqlx::raw_sql("SELECT sqlite_version()").fetch_one(&mut connection).await?.try_get(0)?;
     let journal = sqlx::raw_sql("PRAGMA journal_mode").fetch_one(&mut connection).await?.try_get(0)?;
     let problem = if sqlite.preset.is_some() { None } else { watch::problem(&mut connection).await? };

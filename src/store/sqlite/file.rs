@@ -4,7 +4,7 @@ use std::{
     fs::{self, DirBuilder, OpenOptions},
     io::{self, ErrorKind},
     os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt},
-    path::Path,
+    path::{Path, PathBuf},
 };
 
 use super::super::{LedgerError, lookup::Missing};
@@ -40,6 +40,7 @@ pub(crate) fn prepare(path: &Path, missing: Missing) -> Result<(), LedgerError> 
     match fs::metadata(path) {
         Ok(found) => {
             refuse_network(path)?;
+            refuse_second_way(path)?;
             if found.mode() & 0o077 != 0 {
                 let mode = format!("{:o}", found.mode() & 0o777);
                 tracing::warn!(path = %path.display(), mode, "others may read the database; `chmod 600` it");
@@ -68,14 +69,173 @@ pub(crate) fn prepare(path: &Path, missing: Missing) -> Result<(), LedgerError> 
     }
 }
 
-/// Which file it is, whatever its path: device and inode.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Identity(u64, u64);
+/// A file, whatever its path: device and inode.
+type Identity = (u64, u64);
 
-/// Which file lies at `path` now.
-pub(crate) fn identity(path: &Path) -> io::Result<Identity> {
+fn identity(path: &Path) -> io::Result<Identity> {
     let found = fs::metadata(path)?;
-    Ok(Identity(found.dev(), found.ino()))
+    Ok((found.dev(), found.ino()))
+}
+
+/// The files that one connection works with: the database, its write-ahead log (`-wal`) and the index of that log (`-shm`).
+///
+/// SQLite opens each by its path, once, and all connections of a process share one `-shm`. Whoever removes, moves or does not
+/// share `-wal` or `-shm` splits the database in two: this process and the next command would not see each other's changes,
+/// and would overwrite them (<https://www.sqlite.org/howtocorrupt.html>, sections 1.3 and 2.5).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Files {
+    /// The path with every link resolved: SQLite puts the other two beside that.
+    resolved: PathBuf,
+    main: Identity,
+    /// `None` for a database without a write-ahead log.
+    beside: Option<[Identity; 2]>,
+}
+
+/// What stands behind the path of the database in the paths of the other two files.
+const BESIDE: [&str; 2] = ["-wal", "-shm"];
+
+impl Files {
+    /// The files at `path` before a connection is made.
+    ///
+    /// # Errors
+    /// What the operating system says of the database.
+    pub(crate) fn before_connect(path: &Path) -> io::Result<Self> {
+        Ok(Self { resolved: fs::canonicalize(path)?, main: identity(path)?, beside: None })
+    }
+
+    /// Notes the files beside the database once a connection has read from it, which is when SQLite opens them. `has_log`: whether
+    /// the database uses a write-ahead log.
+    ///
+    /// # Errors
+    /// [`Replaced`] where the files at the paths are not those that this process has open: an older connection may still share
+    /// its `-shm` with this one.
+    pub(crate) fn after_first_read(&mut self, path: &Path, has_log: bool) -> io::Result<()> {
+        self.verify(path)?;
+        if has_log {
+            let beside = self.beside()?;
+            let open = open_files()?;
+            if let Some(missing) = beside.iter().position(|file| !open.contains(file)) {
+                return Err(Replaced(BESIDE[missing]).into());
+            }
+            self.beside = Some(beside);
+        }
+        Ok(())
+    }
+
+    /// Checks that `path` still leads to these files. Returns how many names the database has.
+    ///
+    /// # Errors
+    /// [`Replaced`] where it does not; what the operating system says where there is no database.
+    pub(crate) fn verify(&self, path: &Path) -> io::Result<u64> {
+        let main = fs::metadata(path)?;
+        if (main.dev(), main.ino()) != self.main {
+            return Err(Replaced("").into());
+        }
+        if let Some(beside) = &self.beside {
+            let found = self.beside()?;
+            if let Some(other) = (0..BESIDE.len()).find(|file| found[*file] != beside[*file]) {
+                return Err(Replaced(BESIDE[other]).into());
+            }
+        }
+        Ok(main.nlink())
+    }
+
+    fn beside(&self) -> io::Result<[Identity; 2]> {
+        let [wal, shm] = BESIDE.map(|suffix| {
+            let mut path = self.resolved.clone().into_os_string();
+            path.push(suffix);
+            identity(Path::new(&path)).map_err(|_| io::Error::from(Replaced(suffix)))
+        });
+        Ok([wal?, shm?])
+    }
+}
+
+/// Whether this process has the database of `files` open, by whatever connection.
+pub(crate) fn is_open(files: &Files) -> io::Result<bool> {
+    Ok(open_files()?.contains(&files.main))
+}
+
+/// Every file that this process has open.
+fn open_files() -> io::Result<Vec<Identity>> {
+    let descriptors = fs::read_dir("/proc/self/fd")?;
+    // A descriptor may be closed meanwhile.
+    Ok(descriptors.filter_map(|descriptor| identity(&descriptor.ok()?.path()).ok()).collect())
+}
+
+/// The path leads to other files than those that a connection has open. With the suffix of the file.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "the database file{} was replaced, removed or moved while it was in use: its connections are closed and opened again; stop \
+     the server before files are put back, and never remove -wal or -shm",
+    if .0.is_empty() { String::new() } else { format!("'s {}", .0) }
+)]
+struct Replaced(&'static str);
+
+impl From<Replaced> for io::Error {
+    fn from(replaced: Replaced) -> Self {
+        Self::other(replaced)
+    }
+}
+
+/// The error of a connect that comes before every connection to replaced files is closed.
+pub(crate) fn still_open() -> io::Error {
+    Replaced(BESIDE[1]).into()
+}
+
+/// What a failed read says of the files.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Change {
+    /// Another database lies at the path. A new connection reads it.
+    Main,
+    /// The log or its index is not the one that this process has open. All connections of a process share the index, so a new
+    /// connection is of use only once every old one is closed.
+    Beside,
+}
+
+/// Whether `error` is [`Replaced`], and what was.
+pub(crate) fn change(error: &sqlx::Error) -> Option<Change> {
+    let sqlx::Error::Io(error) = error else { return None };
+    let Replaced(suffix) = error.get_ref()?.downcast_ref()?;
+    Some(if suffix.is_empty() { Change::Main } else { Change::Beside })
+}
+
+/// Why the database at `path` has a second way to it; `None` where it has not. Through a hard link, or a mount of this one file, SQLite
+/// looks for `-wal` and `-shm` under another name or in another directory, and would not see what others commit.
+pub(crate) fn second_way(path: &Path) -> io::Result<Option<String>> {
+    let links = fs::metadata(path)?.nlink();
+    if links > 1 {
+        return Ok(Some(format!("the file has {links} names (hard links)")));
+    }
+    let mounts = fs::read_to_string("/proc/self/mountinfo")?;
+    let is_mounted = is_mount_point(&mounts, &fs::canonicalize(path)?);
+    Ok(is_mounted.then(|| "the file is mounted by itself, without its directory".to_owned()))
+}
+
+/// Whether `mountinfo` (`proc_pid_mountinfo(5)`) has a mount at exactly this path.
+fn is_mount_point(mountinfo: &str, path: &Path) -> bool {
+    let unescaped = |field: &str| {
+        ["\\040", "\\011", "\\012", "\\134"]
+            .into_iter()
+            .zip([" ", "\t", "\n", "\\"])
+            .fold(field.to_owned(), |text, (escape, plain)| text.replace(escape, plain))
+    };
+    let mut points = mountinfo.lines().filter_map(|line| line.split(' ').nth(4));
+    points.any(|point| Path::new(&unescaped(point)) == path)
+}
+
+fn refuse_second_way(path: &Path) -> Result<(), LedgerError> {
+    let unusable = |why: String| {
+        LedgerError::Unusable(format!(
+            "{}: {why}: SQLite keeps its log beside the path that was opened, so that changes made by another way would be \
+             lost. Remove the other names, and mount the directory, not the file (in Kubernetes: no subPath)",
+            path.display()
+        ))
+    };
+    match second_way(path) {
+        Ok(None) => Ok(()),
+        Ok(Some(why)) => Err(unusable(why)),
+        Err(error) => Err(unusable(format!("cannot tell how it is mounted: {error}"))),
+    }
 }
 
 fn refuse_network(path: &Path) -> Result<(), LedgerError> {
@@ -100,6 +260,15 @@ fn network_name(kind: u64) -> Option<&'static str> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_mount_of_the_file_itself_is_recognized() {
+        let mountinfo = "63 43 254:0 /a /data/trust\\040gate.db rw,relatime - ext4 /dev/vda rw\n\
+                         64 43 254:0 /b /data rw - ext4 /dev/vda rw\n";
+        assert!(is_mount_point(mountinfo, Path::new("/data/trust gate.db")));
+        assert!(is_mount_point(mountinfo, Path::new("/data")));
+        assert!(!is_mount_point(mountinfo, Path::new("/data/trustgate.db")));
+    }
 
     #[test]
     fn network_filesystems_are_known_by_their_number_whatever_its_sign() {

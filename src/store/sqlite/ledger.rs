@@ -1,6 +1,6 @@
 //! The statements of management on SQLite.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use async_trait::async_trait;
 use sqlx::{AssertSqlSafe, Executor, Row, Sqlite, SqliteConnection, sqlite::SqliteArguments};
@@ -13,7 +13,7 @@ use super::{
         place::describe_sqlite,
         rows, schema,
     },
-    NOW, connect, file, migrate, watch,
+    Access, NOW, connect, file, has_log, migrate, watch,
 };
 use crate::{
     clock::DatabaseTime,
@@ -21,21 +21,28 @@ use crate::{
 };
 
 /// One connection to an SQLite file that holds our tables.
-pub(crate) struct SqliteTables(pub(crate) SqliteConnection);
+pub(crate) struct SqliteTables {
+    connection: SqliteConnection,
+    path: PathBuf,
+    files: file::Files,
+}
 
 /// Opens the database at `path`, which must exist and hold our tables.
 pub(crate) async fn open(path: &Path) -> Result<SqliteTables, LedgerError> {
     file::prepare(path, Missing::Refuse)?;
-    let mut connection = connect(path).await?;
+    let mut files = file::Files::before_connect(path).map_err(sqlx::Error::Io)?;
+    let mut connection = connect(path, Access::Write).await?;
     schema::check(migrate::tables(&mut connection).await?, &describe_sqlite(path))?;
-    Ok(SqliteTables(connection))
+    let has_log = has_log(&mut connection).await?;
+    files.after_first_read(path, has_log).map_err(sqlx::Error::Io)?;
+    Ok(SqliteTables { connection, path: path.to_owned(), files })
 }
 
 type Prepared<'q> = sqlx::query::Query<'q, Sqlite, SqliteArguments>;
 
 impl SqliteTables {
     async fn change(&mut self, query: Prepared<'_>) -> Result<u64, sqlx::Error> {
-        Ok(self.0.execute(query).await?.rows_affected())
+        Ok(self.connection.execute(query).await?.rows_affected())
     }
 }
 
@@ -47,15 +54,17 @@ impl Tables for SqliteTables {
             // With the write lock from the start, nobody else can come between a look and the change made on it.
             Purpose::Change => "BEGIN IMMEDIATE",
         };
-        self.0.execute(begin).await.map(drop)
+        self.connection.execute(begin).await.map(drop)
     }
 
     async fn commit(&mut self) -> Result<(), sqlx::Error> {
-        self.0.execute("COMMIT").await.map(drop)
+        // A change to other files than those that the server has open would be reported as done, and lost.
+        self.files.verify(&self.path)?;
+        self.connection.execute("COMMIT").await.map(drop)
     }
 
     async fn rollback(&mut self) -> Result<(), sqlx::Error> {
-        match self.0.execute("ROLLBACK").await {
+        match self.connection.execute("ROLLBACK").await {
             // SQLite undoes a transaction by itself after some errors, and one whose BEGIN failed never was.
             Err(sqlx::Error::Database(error)) if error.message().contains("no transaction is active") => Ok(()),
             outcome => outcome.map(drop),
@@ -63,7 +72,7 @@ impl Tables for SqliteTables {
     }
 
     async fn now(&mut self) -> Result<i64, sqlx::Error> {
-        self.0.fetch_one(sqlx::query(AssertSqlSafe(format!("SELECT {NOW}")))).await?.try_get(0)
+        self.connection.fetch_one(sqlx::query(AssertSqlSafe(format!("SELECT {NOW}")))).await?.try_get(0)
     }
 
     async fn hold_trust(&mut self, _which: &TrustRef) -> Result<(), sqlx::Error> {
@@ -80,7 +89,7 @@ impl Tables for SqliteTables {
             "SELECT t.id, t.name, t.enabled, t.created_at, (SELECT count(*) FROM api_key k WHERE k.trust_id = t.id)
              FROM trust t WHERE {condition} ORDER BY t.name"
         );
-        let found = self.0.fetch_all(sqlx::query(AssertSqlSafe(sql)).bind(value)).await?;
+        let found = self.connection.fetch_all(sqlx::query(AssertSqlSafe(sql)).bind(value)).await?;
         found.iter().map(rows::trust).collect()
     }
 
@@ -116,14 +125,14 @@ impl Tables for SqliteTables {
         };
         let sql = select_keys("", &condition, "k.created_at DESC, k.id");
         let query = values.into_iter().fold(sqlx::query(AssertSqlSafe(sql)), Prepared::bind);
-        self.0.fetch_all(query).await?.iter().map(rows::key).collect()
+        self.connection.fetch_all(query).await?.iter().map(rows::key).collect()
     }
 
     async fn stored_keys(&mut self, behind: Option<KeyId>, count_max: usize) -> Result<Vec<StoredKey>, sqlx::Error> {
         let sql = select_keys(", hex(k.digest)", "k.id > ?", "k.id LIMIT ?");
         let behind = behind.map_or_else(String::new, |id| id.to_string());
         let query = sqlx::query(AssertSqlSafe(sql)).bind(behind).bind(i64::try_from(count_max).unwrap_or(i64::MAX));
-        self.0.fetch_all(query).await?.iter().map(rows::stored_key).collect()
+        self.connection.fetch_all(query).await?.iter().map(rows::stored_key).collect()
     }
 
     async fn put_trusts(&mut self, trusts: &[Trust]) -> Result<(), sqlx::Error> {
@@ -164,7 +173,7 @@ impl Tables for SqliteTables {
     async fn stored_digests(&mut self, digests: &[ApiKeyDigest]) -> Result<Vec<ApiKeyDigest>, sqlx::Error> {
         let hex: Vec<_> = digests.iter().map(ApiKeyDigest::to_hex).collect();
         let sql = "SELECT lower(hex(digest)) FROM api_key WHERE digest IN (SELECT unhex(value) FROM json_each(?))";
-        rows::digests(&self.0.fetch_all(sqlx::query(sql).bind(rows::json_list(&hex))).await?)
+        rows::digests(&self.connection.fetch_all(sqlx::query(sql).bind(rows::json_list(&hex))).await?)
     }
 
     async fn insert_keys(&mut self, trust: TrustId, keys: &[NewKey]) -> Result<u64, sqlx::Error> {
@@ -197,16 +206,16 @@ impl Tables for SqliteTables {
     }
 
     async fn change_everything(&mut self) -> Result<(), sqlx::Error> {
-        watch::everything(&mut self.0).await
+        watch::everything(&mut self.connection).await
     }
 
     async fn newest(&mut self) -> Result<i64, sqlx::Error> {
-        self.0.fetch_one("SELECT max(version) FROM version").await?.try_get(0)
+        self.connection.fetch_one("SELECT max(version) FROM version").await?.try_get(0)
     }
 
     async fn replicas(&mut self) -> Result<Vec<Replica>, sqlx::Error> {
         let sql = format!("SELECT id, name, applied, seen_at, until FROM replica WHERE until > {NOW} ORDER BY id");
-        self.0.fetch_all(sqlx::query(AssertSqlSafe(sql))).await?.iter().map(rows::replica).collect()
+        self.connection.fetch_all(sqlx::query(AssertSqlSafe(sql))).await?.iter().map(rows::replica).collect()
     }
 
     async fn insert_audit(&mut self, actor: &Actor, entry: &AuditEntry) -> Result<(), sqlx::Error> {

@@ -1,6 +1,13 @@
 //! The reads of checks on SQLite.
 
-use std::{future, path::PathBuf};
+use std::{
+    future, io,
+    path::{Path, PathBuf},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+};
 
 use sqlx::{AssertSqlSafe, Connection, SqliteConnection, sqlite::SqliteRow};
 use uuid::Uuid;
@@ -14,7 +21,9 @@ use super::{
         reader::{Dialect, Ours},
         rows, schema,
     },
-    BUSY_TIMEOUT, NOW, code, connect, file, is_missing, migrate,
+    Access, NOW, code, connect,
+    file::{self, Change},
+    has_log, is_missing, migrate,
     watch::{self, IN_FORCE},
 };
 use crate::record::{Digests, KeyId, Version};
@@ -26,17 +35,79 @@ pub(crate) struct Sqlite {
     pub(crate) path: PathBuf,
     /// Somebody else's table, if it is one.
     pub(crate) preset: Option<Preset>,
+    /// Whether the log says that the file has several names.
+    has_warned: Arc<AtomicBool>,
+    /// The files that have to be closed before the database is opened again: their log or its index was replaced.
+    left: Arc<Mutex<Option<file::Files>>>,
+}
+
+impl Sqlite {
+    /// The database at `path`.
+    pub(crate) fn new(path: PathBuf, preset: Option<Preset>) -> Self {
+        Self { path, preset, has_warned: Arc::default(), left: Arc::default() }
+    }
+
+    /// Logs that the file has several names, once until it has one again. That refuses a start, but a backup by hard links must not
+    /// stop a server that runs.
+    fn note_links(&self, links: u64) {
+        if self.has_warned.swap(links > 1, Ordering::Relaxed) || links <= 1 {
+            return;
+        }
+        tracing::warn!(
+            path = %self.path.display(),
+            links,
+            "the database has several names (hard links): changes that are made through another name are lost; commands refuse \
+             to work until only one is left"
+        );
+    }
+}
+
+impl Sqlite {
+    /// Waits for nothing: fails while this process still has files open that were replaced.
+    fn check_closed(&self) -> io::Result<()> {
+        let mut left = self.left.lock().unwrap_or_else(PoisonError::into_inner);
+        if left.as_ref().map(file::is_open).transpose()?.unwrap_or(false) {
+            return Err(file::still_open());
+        }
+        *left = None;
+        Ok(())
+    }
+
+    /// Notes what `error` says of `files`: from now on no connection is made until all are closed.
+    fn note_replaced(&self, files: &file::Files, error: sqlx::Error) -> sqlx::Error {
+        if file::change(&error) == Some(Change::Beside) {
+            *self.left.lock().unwrap_or_else(PoisonError::into_inner) = Some(files.clone());
+        }
+        error
+    }
+
+    /// Opens a connection; returns it with its files, once `first_read` has read from it.
+    async fn open(
+        &self,
+        access: Access,
+        first_read: &'static str,
+    ) -> Result<(SqliteConnection, file::Files), sqlx::Error> {
+        self.check_closed()?;
+        let mut files = file::Files::before_connect(&self.path)?;
+        let mut connection = connect(&self.path, access).await?;
+        sqlx::raw_sql(first_read).execute(&mut connection).await?;
+        let has_log = has_log(&mut connection).await?;
+        match files.after_first_read(&self.path, has_log) {
+            Ok(()) => Ok((connection, files)),
+            Err(error) => Err(self.note_replaced(&files, error.into())),
+        }
+    }
 }
 
 /// How much of the file a connection that reads keeps for itself: 512 KiB, enough for the inner pages of the indexes. The
 /// system keeps all others, once for all connections.
 const OWN_PAGES: &str = "PRAGMA cache_size = -512";
 
-/// A connection and the file it was made to. SQLite would go on reading a file that was removed or replaced, and see no
-/// change made in the new one.
+/// A connection that reads, and the files it was made to. SQLite would go on reading files that were removed or replaced, and
+/// see no change made in the new ones.
 pub(crate) struct Opened {
     connection: SqliteConnection,
-    file: file::Identity,
+    files: file::Files,
     writable: bool,
 }
 
@@ -44,6 +115,7 @@ pub(crate) struct Opened {
 pub(crate) struct Query {
     sql: String,
     values: Vec<Value>,
+    access: Access,
 }
 
 enum Value {
@@ -56,7 +128,46 @@ enum Value {
 
 impl Query {
     fn new(sql: impl Into<String>, values: impl IntoIterator<Item = Value>) -> Self {
-        Self { sql: sql.into(), values: values.into_iter().collect() }
+        Self { sql: sql.into(), values: values.into_iter().collect(), access: Access::Read }
+    }
+
+    fn writing(sql: impl Into<String>, values: impl IntoIterator<Item = Value>) -> Self {
+        Self { access: Access::Write, ..Self::new(sql, values) }
+    }
+
+    /// Runs the statements to their end: an unfinished SELECT would pin the snapshot.
+    async fn run(&self, connection: &mut SqliteConnection, writable: bool) -> Result<Vec<SqliteRow>, sqlx::Error> {
+        // Made of this module's constants and placeholders only.
+        let mut bound = sqlx::query(AssertSqlSafe(self.sql.clone()));
+        for value in &self.values {
+            bound = match value {
+                Value::Text(text) => bound.bind(text.as_str()),
+                Value::Bytes(bytes) => bound.bind(bytes.as_slice()),
+                Value::Number(number) => bound.bind(*number),
+                Value::Writable => bound.bind(writable),
+            };
+        }
+        bound.fetch_all(connection).await
+    }
+}
+
+/// A connection of a moment that writes, in one transaction, if the files are still those that it opened.
+struct Writer {
+    connection: SqliteConnection,
+    files: file::Files,
+}
+
+impl Sqlite {
+    async fn begin(&self) -> Result<Writer, sqlx::Error> {
+        let (connection, files) = self.open(Access::Write, "BEGIN IMMEDIATE").await?;
+        Ok(Writer { connection, files })
+    }
+
+    async fn commit(&self, mut writer: Writer) -> Result<(), sqlx::Error> {
+        // Dropped without a commit, the connection undoes the transaction.
+        writer.files.verify(&self.path)?;
+        sqlx::raw_sql("COMMIT").execute(&mut writer.connection).await?;
+        writer.connection.close().await
     }
 }
 
@@ -66,29 +177,25 @@ impl Connect for Sqlite {
     type Row = SqliteRow;
 
     async fn connect(&self) -> Result<Opened, sqlx::Error> {
-        let file = file::identity(&self.path)?;
-        let mut connection = connect(&self.path).await?;
-        sqlx::raw_sql(OWN_PAGES).execute(&mut connection).await?;
-        let writable = self.preset.is_none() && can_write(&mut connection).await?;
-        Ok(Opened { connection, file, writable })
+        let (connection, files) = self.open(Access::Read, OWN_PAGES).await?;
+        let writable = self.preset.is_none() && can_write(&self.path).await?;
+        Ok(Opened { connection, files, writable })
     }
 
     async fn run(&self, opened: &mut Opened, query: &Query) -> Result<Vec<SqliteRow>, sqlx::Error> {
-        if file::identity(&self.path)? != opened.file {
-            return Err(sqlx::Error::Io(std::io::Error::other("the database was replaced by another file")));
+        match opened.files.verify(&self.path) {
+            Ok(links) => self.note_links(links),
+            Err(error) => return Err(self.note_replaced(&opened.files, error.into())),
         }
-        // Made of this module's constants and placeholders alone.
-        let mut bound = sqlx::query(AssertSqlSafe(query.sql.clone()));
-        for value in &query.values {
-            bound = match value {
-                Value::Text(text) => bound.bind(text.as_str()),
-                Value::Bytes(bytes) => bound.bind(bytes.as_slice()),
-                Value::Number(number) => bound.bind(*number),
-                Value::Writable => bound.bind(opened.writable),
-            };
+        match query.access {
+            Access::Read => query.run(&mut opened.connection, opened.writable).await,
+            Access::Write => {
+                let mut writer = self.begin().await?;
+                let rows = query.run(&mut writer.connection, true).await?;
+                self.commit(writer).await?;
+                Ok(rows)
+            }
         }
-        // To its end: an unfinished SELECT would pin the snapshot.
-        bound.fetch_all(&mut opened.connection).await
     }
 
     async fn close(opened: Opened) {
@@ -97,7 +204,7 @@ impl Connect for Sqlite {
     }
 
     fn lost(error: &sqlx::Error) -> bool {
-        matches!(error, sqlx::Error::WorkerCrashed | sqlx::Error::Io(_))
+        matches!(error, sqlx::Error::WorkerCrashed | sqlx::Error::Io(_)) && file::change(error) != Some(Change::Beside)
     }
 }
 
@@ -139,7 +246,12 @@ impl Dialect for Sqlite {
     }
 
     fn answered(error: &sqlx::Error) -> bool {
-        code(error).is_some_and(|code| !NO_ANSWER.contains(&code))
+        // Other files may hold changes that were never seen here: nothing may be granted on what was read before.
+        file::change(error).is_some() || code(error).is_some_and(|code| !NO_ANSWER.contains(&code))
+    }
+
+    fn is_replaced(error: &sqlx::Error) -> bool {
+        file::change(error) == Some(Change::Beside)
     }
 
     async fn listen(&self, _changed: &(dyn Fn() + Send + Sync)) -> sqlx::Error {
@@ -150,29 +262,25 @@ impl Dialect for Sqlite {
         if self.preset.is_some() {
             return Err(sqlx::Error::InvalidArgument("changes of a table of yours are not named".into()));
         }
-        let mut connection = connect(&self.path).await?;
-        let mut transaction = connection.begin_with("BEGIN IMMEDIATE").await?;
-        watch::restore(&mut transaction).await?.map_err(sqlx::Error::InvalidArgument)?;
-        transaction.commit().await?;
-        connection.close().await
+        let mut writer = self.begin().await?;
+        watch::restore(&mut writer.connection).await?.map_err(sqlx::Error::InvalidArgument)?;
+        self.commit(writer).await
     }
 
     async fn renew_incarnation(&self, lost: Uuid) -> Result<(), sqlx::Error> {
         if self.preset.is_some() {
             return Ok(());
         }
-        let mut connection = connect(&self.path).await?;
-        let mut transaction = connection.begin_with("BEGIN IMMEDIATE").await?;
-        migrate::begin_incarnation(&mut transaction, Some(lost)).await?;
-        transaction.commit().await?;
-        connection.close().await
+        let mut writer = self.begin().await?;
+        migrate::begin_incarnation(&mut writer.connection, Some(lost)).await?;
+        self.commit(writer).await
     }
 
     fn ours(&self) -> Option<Ours<Query>> {
         self.preset.is_none().then(|| Ours {
             schema: Query::new(migrate::SCHEMA, []),
             redis_mac_key: Query::new("SELECT hex(value) FROM setting WHERE name = 'redis_mac_key'", []),
-            prune: Query::new(prune(), []),
+            prune: Query::writing(prune(), []),
             // The oldest is kept: it was the newest until the next one came.
             is_more: Query::new(
                 format!("SELECT at < {NOW} - {OLD} - {MINUTE} FROM version ORDER BY version LIMIT 1 OFFSET 1"),
@@ -183,7 +291,7 @@ impl Dialect for Sqlite {
 
     fn report(&self, sign: &SignOfLife) -> Query {
         let SignOfLife { replica, name, applied, lasts } = sign;
-        Query::new(
+        Query::writing(
             format!(
                 "INSERT INTO replica (id, name, applied, seen_at, until) VALUES (?1, ?2, ?3, {NOW}, {NOW} + ?4)
                  ON CONFLICT (id) DO UPDATE SET name = excluded.name, applied = excluded.applied,
@@ -209,6 +317,17 @@ impl Dialect for Sqlite {
         Ok(())
     }
 
+    /// The connections that read leave the write-ahead log as it is. A last one that can write copies it into the database, so that
+    /// the file of a stopped server holds everything.
+    async fn finish(&self) {
+        if self.preset.is_none()
+            && let Ok(writer) = self.begin().await
+            && let Err(error) = self.commit(writer).await
+        {
+            tracing::warn!(%error, "the write-ahead log could not be copied into the database; the next start reads it");
+        }
+    }
+
     fn place(&self) -> String {
         describe_sqlite(&self.path)
     }
@@ -232,13 +351,13 @@ const NO_ANSWER: [u32; 8] = [
 ];
 const SQLITE_READONLY: u32 = 8;
 
-/// SQLite opens a file that it may not write for reading, without a word. Asks for the write lock, and does not wait for
-/// it: who would have to could write. Whatever else is wrong shows where it matters.
-async fn can_write(connection: &mut SqliteConnection) -> Result<bool, sqlx::Error> {
-    let attempt =
-        sqlx::raw_sql("PRAGMA busy_timeout = 0; DELETE FROM meta WHERE false").execute(&mut *connection).await;
-    let patience = format!("PRAGMA busy_timeout = {}", BUSY_TIMEOUT.as_millis());
-    sqlx::raw_sql(AssertSqlSafe(patience)).execute(connection).await?;
+/// SQLite opens a file that it may not write for reading, without an error. Asks for the write lock, and does not wait for
+/// it: if another connection holds it, this one could write. Any other error shows where it matters.
+async fn can_write(path: &Path) -> Result<bool, sqlx::Error> {
+    let mut connection = connect(path, Access::Write).await?;
+    let statements = "PRAGMA busy_timeout = 0; DELETE FROM meta WHERE false";
+    let attempt = sqlx::raw_sql(statements).execute(&mut connection).await;
+    connection.close().await?;
     Ok(!attempt.is_err_and(|error| code(&error) == Some(SQLITE_READONLY)))
 }
 
@@ -367,17 +486,14 @@ fn trust_table_poll() -> String {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-    };
+    use std::sync::atomic::AtomicU64;
 
     use super::*;
 
     /// What SQLite does to find that there is nothing new, in instructions of its own machine, after `named` changes.
     async fn instructions_of_a_poll(named: u32) -> u64 {
         let directory = tempfile::tempdir().unwrap();
-        let sqlite = Sqlite { path: directory.path().join("trustgate.db"), preset: None };
+        let sqlite = Sqlite::new(directory.path().join("trustgate.db"), None);
         sqlite.prepare(Missing::Create).await.unwrap();
         let mut opened = sqlite.connect().await.unwrap();
         let name = format!(
@@ -386,7 +502,7 @@ mod tests {
                 SELECT kind, (SELECT max(version) FROM version), printf('%064d', n)
                 FROM n CROSS JOIN (SELECT 'absent' AS kind UNION ALL SELECT 'gone' UNION ALL SELECT 'key')"
         );
-        sqlx::raw_sql(AssertSqlSafe(name)).execute(&mut opened.connection).await.unwrap();
+        sqlite.run(&mut opened, &Query::writing(name, [])).await.unwrap();
         let newest = sqlx::query_scalar("SELECT max(version) FROM version").fetch_one(&mut opened.connection).await;
         let newest = Version(u64::try_from(newest.unwrap_or(0_i64)).unwrap());
         let instructions = Arc::new(AtomicU64::new(0));

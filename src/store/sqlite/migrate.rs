@@ -7,7 +7,7 @@ use uuid::Uuid;
 
 use super::{
     super::{LedgerError, Missing, place::describe_sqlite, schema},
-    NOW, connect, file, is_busy, is_missing, watch,
+    Access, NOW, connect, file, is_busy, is_missing, watch,
 };
 
 /// The version of the tables, newest first.
@@ -35,7 +35,7 @@ const ATTEMPTS: u32 = 100;
 const PAUSE: Duration = Duration::from_millis(20);
 
 async fn attempt(path: &Path) -> Result<(), LedgerError> {
-    let mut connection = connect(path).await?;
+    let mut connection = connect(path, Access::Write).await?;
     if !is_done(&mut connection).await? {
         // Kept in the file; readers then never wait for the writer.
         sqlx::raw_sql("PRAGMA journal_mode = WAL").execute(&mut connection).await?;
@@ -80,7 +80,7 @@ fn unwatched(path: &Path, problem: &str) -> LedgerError {
 /// [`LedgerError::NoDatabase`], [`LedgerError::Schema`], or the database failed.
 pub(crate) async fn new_incarnation(path: &Path) -> Result<(), LedgerError> {
     file::prepare(path, Missing::Refuse)?;
-    let mut connection = connect(path).await?;
+    let mut connection = connect(path, Access::Write).await?;
     let mut transaction = connection.begin_with("BEGIN IMMEDIATE").await?;
     schema::check(tables(&mut transaction).await?, &describe_sqlite(path))?;
     begin_incarnation(&mut transaction, None).await?;

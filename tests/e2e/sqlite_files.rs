@@ -1,0 +1,258 @@
+//! The files of the embedded database are removed, moved, put back or reached by a second way while a server uses them. A
+//! revocation that a command reported as done is neither missed by the server nor lost later.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+    time::Duration,
+};
+
+use sqlx::{ConnectOptions as _, Connection as _, sqlite::SqliteConnectOptions};
+use tokio::time::{Instant, sleep, sleep_until};
+
+use crate::support::{
+    among_others, eventually,
+    grpc::{Asker, granted},
+    server::{IssuedKey, Server, Site},
+};
+
+/// A revoked key is granted no longer than this after the commit: the lease of 1 s and the deadline of a check.
+const BOUND: Duration = Duration::from_millis(1_150);
+const PATIENCE: Duration = Duration::from_secs(30);
+
+struct Fixture {
+    site: Site,
+    server: Server,
+    asker: Asker,
+    key: IssuedKey,
+    other: IssuedKey,
+}
+
+impl Fixture {
+    /// A server that has two keys in its cache.
+    async fn new() -> Self {
+        let site = Site::new();
+        site.migrate().await;
+        site.trust("acme").await;
+        let (key, other) = (site.issue("acme", &[]).await, site.issue("acme", &[]).await);
+        let server = site.serve().await;
+        let asker = Asker::connect(server.grpc()).await;
+        granted(&asker, &key).await;
+        granted(&asker, &other).await;
+        Self { site, server, asker, key, other }
+    }
+
+    fn file(&self, suffix: &str) -> PathBuf {
+        file(&self.site, suffix)
+    }
+
+    /// Copies the write-ahead log into the database.
+    async fn checkpoint(&self) {
+        let options = SqliteConnectOptions::new().filename(self.file(""));
+        let mut connection = options.connect().await.unwrap();
+        sqlx::raw_sql("PRAGMA wal_checkpoint(TRUNCATE)").execute(&mut connection).await.unwrap();
+        connection.close().await.unwrap();
+    }
+
+    async fn status(&self, key: &IssuedKey, freshness: &str) -> u16 {
+        self.asker.check_with(&key.key, &[("trustgate.freshness", freshness)]).await.unwrap().status
+    }
+
+    /// Revokes the key by a command, which must report it as done. Then no check may grant it once the bound has passed, nor
+    /// after a restart; and the server says what happened.
+    async fn a_revocation_holds(self) {
+        self.site.revoke(&self.key).await;
+        let revoked = Instant::now();
+        sleep_until(revoked + BOUND).await;
+        while revoked.elapsed() < BOUND + Duration::from_secs(2) {
+            for freshness in ["lease", "strict", "live"] {
+                let status = self.status(&self.key, freshness).await;
+                assert_ne!(status, 200, "granted {:?} after the revocation ({freshness})", revoked.elapsed());
+            }
+            sleep(Duration::from_millis(20)).await;
+        }
+        self.server.until_logged("was replaced, removed or moved").await;
+        assert!(self.server.metric("trustgate_polls_total{outcome=\"unusable\"}").await > 0.5);
+        eventually("good keys are granted again", PATIENCE, || async {
+            self.status(&self.other, "live").await == 200 && self.server.readiness().await.body.contains("lease: fresh")
+        })
+        .await;
+        self.server.signal("INT");
+        assert_eq!(self.server.ended(PATIENCE).await.0, 0);
+        let next = self.site.serve().await;
+        let asker = Asker::connect(next.grpc()).await;
+        assert_eq!(asker.check(&self.key.key).await.status, 401, "the revocation is lost");
+        granted(&asker, &self.other).await;
+    }
+}
+
+fn file(site: &Site, suffix: &str) -> PathBuf {
+    site.path().join(format!("trustgate.db{suffix}"))
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_index_of_the_log_is_removed() {
+    let _turn = among_others().await;
+    let fixture = Fixture::new().await;
+    fs::remove_file(fixture.file("-shm")).unwrap();
+    fixture.a_revocation_holds().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_log_and_its_index_are_removed_after_a_checkpoint() {
+    let _turn = among_others().await;
+    let fixture = Fixture::new().await;
+    fixture.checkpoint().await;
+    fs::remove_file(fixture.file("-wal")).unwrap();
+    fs::remove_file(fixture.file("-shm")).unwrap();
+    fixture.a_revocation_holds().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_backup_is_copied_over_the_database() {
+    let _turn = among_others().await;
+    let fixture = Fixture::new().await;
+    fixture.checkpoint().await;
+    let backup = fixture.file(".backup");
+    fs::copy(fixture.file(""), &backup).unwrap();
+    fs::remove_file(fixture.file("-wal")).unwrap();
+    fs::remove_file(fixture.file("-shm")).unwrap();
+    // Into the same inode, as `cp` does.
+    fs::write(fixture.file(""), fs::read(&backup).unwrap()).unwrap();
+    fixture.a_revocation_holds().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_log_and_its_index_are_moved_away() {
+    let _turn = among_others().await;
+    let fixture = Fixture::new().await;
+    fixture.checkpoint().await;
+    for suffix in ["-wal", "-shm"] {
+        fs::rename(fixture.file(suffix), fixture.file(&format!("{suffix}.moved"))).unwrap();
+    }
+    fixture.a_revocation_holds().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn only_the_log_is_removed_while_it_holds_changes() {
+    let _turn = among_others().await;
+    let fixture = Fixture::new().await;
+    fixture.checkpoint().await;
+    // It holds this key from now on.
+    let applied = fixture.server.metric("trustgate_applied_version").await;
+    let late = fixture.site.issue("acme", &[]).await;
+    granted(&fixture.asker, &late).await;
+    eventually("the poll has read it", PATIENCE, || async {
+        fixture.server.metric("trustgate_applied_version").await > applied
+    })
+    .await;
+    fs::remove_file(fixture.file("-wal")).unwrap();
+    fixture.server.until_logged("was replaced, removed or moved").await;
+    eventually("commands work again", PATIENCE, || async {
+        fixture.site.run(&["key", "list", "--trust", "acme"]).await.code == 0
+    })
+    .await;
+    // What only the log held is lost, and the server notices that too.
+    fixture.server.until_logged("the database has lost history").await;
+    fixture.a_revocation_holds().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_hard_link_is_a_warning_while_serving_and_refuses_commands_and_the_start() {
+    let _turn = among_others().await;
+    let fixture = Fixture::new().await;
+    let link = fixture.site.path().join("link.db");
+    fs::hard_link(fixture.file(""), &link).unwrap();
+    fixture.server.until_logged("several names (hard links)").await;
+    granted(&fixture.asker, &fixture.key).await;
+    // By neither name is a revocation reported as done that the server might not see.
+    let url = format!("sqlite://{}", link.display());
+    let mut by_link = Site::new().with("store.url", url);
+    by_link.set("grpc.listen", "127.0.0.1:0");
+    for (site, command) in [
+        (&by_link, &["key", "revoke", &fixture.key.id][..]),
+        (&fixture.site, &["key", "revoke", &fixture.key.id]),
+        (&by_link, &["serve"]),
+    ] {
+        let ran = site.run(command).await;
+        assert!(ran.code != 0 && ran.err.contains("2 names (hard links)"), "{command:?}: {ran:?}");
+    }
+    let ran = by_link.run(&["doctor"]).await;
+    assert!(ran.code != 0 && ran.out.contains("hard links"), "{ran:?}");
+    fs::remove_file(link).unwrap();
+    fixture.site.revoke(&fixture.key).await;
+    assert_eq!(fixture.status(&fixture.key, "live").await, 401);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_mount_of_the_file_alone_refuses_commands_and_the_start() {
+    let _turn = among_others().await;
+    let fixture = Fixture::new().await;
+    let elsewhere = fixture.site.path().join("elsewhere");
+    fs::create_dir(&elsewhere).unwrap();
+    let mounted = elsewhere.join("trustgate.db");
+    fs::write(&mounted, "").unwrap();
+    for command in ["key revoke", "serve", "doctor"] {
+        let words = if command == "key revoke" { format!("{command} {}", fixture.key.id) } else { command.to_owned() };
+        let (code, said) = below_a_mount(&fixture.file(""), &mounted, &words);
+        assert!(code != 0 && said.contains("mounted by itself"), "{command}: {code}: {said}");
+    }
+    granted(&fixture.asker, &fixture.key).await;
+}
+
+/// Runs a command of the program in a mount namespace of its own, where `from` is mounted at `to`, which `store.url` names.
+fn below_a_mount(from: &Path, to: &Path, words: &str) -> (i32, String) {
+    let script = "mount --bind \"$1\" \"$2\" && exec \"$3\" $4";
+    // Without privileges a user namespace of one's own permits the mount.
+    let output = Command::new("unshare")
+        .args(["--user", "--map-root-user", "--mount", "sh", "-c", script, "sh"])
+        .args([from, to, Path::new(env!("CARGO_BIN_EXE_trustgate"))])
+        .arg(words)
+        .env("TRUSTGATE__STORE__URL", format!("sqlite://{}", to.display()))
+        .env("TRUSTGATE__GRPC__LISTEN", "127.0.0.1:0")
+        .env("TRUSTGATE__ADMIN__LISTEN", "127.0.0.1:0")
+        .output()
+        .expect("this test needs unshare: install util-linux");
+    let said = [output.stdout, output.stderr].concat();
+    (output.status.code().unwrap_or(-1), String::from_utf8_lossy(&said).into_owned())
+}
+
+/// The procedure of docs/backups.md: a backup while the server runs, and its restore while the server is stopped.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_documented_backup_and_restore_work() {
+    let _turn = among_others().await;
+    let fixture = Fixture::new().await;
+    let page = include_str!("../../docs/backups.md");
+    let commands = |heading: &str| {
+        let section = page.split("\n## ").find(|section| section.starts_with(heading)).expect("the section");
+        let block = section.split("```sh\n").nth(1).expect("commands").split("```").next().expect("closed");
+        block.to_owned()
+    };
+    let (directory, variables) = (fixture.site.path().to_owned(), fixture.site.variables());
+    let run = |script: String| {
+        let program = Path::new(env!("CARGO_BIN_EXE_trustgate")).parent().unwrap().display().to_string();
+        let path = format!("{program}:{}", std::env::var("PATH").unwrap());
+        let output = Command::new("sh")
+            .args(["-euc", &script])
+            .current_dir(&directory)
+            .env("PATH", path)
+            .envs(variables.clone())
+            .output()
+            .unwrap();
+        assert!(output.status.success(), "{script}\n{output:?}");
+    };
+    run(commands("Back up SQLite"));
+    // Revoked after the backup, which therefore still has the key.
+    fixture.site.revoke(&fixture.key).await;
+    let Fixture { site, server, key, other, .. } = fixture;
+    server.signal("INT");
+    assert_eq!(server.ended(PATIENCE).await.0, 0);
+    run(commands("Restore SQLite"));
+    let server = site.serve().await;
+    let asker = Asker::connect(server.grpc()).await;
+    granted(&asker, &other).await;
+    granted(&asker, &key).await;
+    site.revoke(&key).await;
+    assert_eq!(asker.check_with(&key.key, &[("trustgate.freshness", "live")]).await.unwrap().status, 401);
+}
