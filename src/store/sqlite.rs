@@ -16,8 +16,11 @@ use sqlx::{
     sqlite::{SqliteConnectOptions, SqliteSynchronous},
 };
 
-/// How long a statement waits for another process's write to end.
-pub(crate) const BUSY_TIMEOUT: Duration = Duration::from_secs(2);
+/// How long a write waits for another process's write to end.
+const BUSY_TIMEOUT: Duration = Duration::from_secs(2);
+/// How long a read waits where another process has locked the whole database. Well below `freshness.poll_timeout`: that the
+/// database is locked is an answer, and a poll that waited longer would seem to get none.
+const BUSY_TIMEOUT_OF_READS: Duration = Duration::from_millis(50);
 
 /// The present time in microseconds since the Unix epoch. SQLite's own clock counts milliseconds.
 pub(crate) const NOW: &str = "CAST(round(unixepoch('subsec') * 1000) AS INTEGER) * 1000";
@@ -35,12 +38,16 @@ enum Access {
 
 /// Opens the database at `path`, which must exist.
 async fn connect(path: &Path, access: Access) -> Result<SqliteConnection, sqlx::Error> {
+    let busy_timeout = match access {
+        Access::Read => BUSY_TIMEOUT_OF_READS,
+        Access::Write => BUSY_TIMEOUT,
+    };
     let options = SqliteConnectOptions::new()
         .filename(path)
         .read_only(access == Access::Read)
         .foreign_keys(true)
         .synchronous(SqliteSynchronous::Full)
-        .busy_timeout(BUSY_TIMEOUT)
+        .busy_timeout(busy_timeout)
         .disable_statement_logging(); // they hold digests
     SqliteConnection::connect_with(&options).await
 }

@@ -26,4 +26,5 @@ mod route_demands;
 mod sampler;
 mod sqlite_files;
 mod stage;
+mod stale_window;
 mod table;

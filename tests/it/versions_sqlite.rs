@@ -728,12 +728,12 @@ async fn what_is_an_answer_confirms_nothing_and_what_is_none_is_told_apart() {
     let is_unusable = |outcome: Result<Polled, PollError>, says: &str| {
         matches!(&outcome, Err(PollError::Unusable(text)) if text.contains(says)).then_some(()).ok_or(outcome)
     };
-    // Somebody holds the whole file: it says nothing, and may say more later.
+    // Another program has locked the whole file, and may commit changes.
     let db = Db::with_keys().await;
     let mut holder = db.writer().await;
     holder.run("PRAGMA journal_mode = DELETE; BEGIN EXCLUSIVE").await.unwrap();
     let locked = db.open().poll(None).await;
-    assert!(matches!(&locked, Err(PollError::NoAnswer(fault)) if fault.to_string().contains("locked")), "{locked:?}");
+    is_unusable(locked, "locked").unwrap();
     holder.run("ROLLBACK; PRAGMA journal_mode = DELETE").await.unwrap();
     assert!(db.open().poll(None).await.unwrap().watched);
 

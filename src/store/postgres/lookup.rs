@@ -106,16 +106,17 @@ impl Dialect for Postgres {
              FROM {{s}}.poll({since}, {})",
             POLL_ROWS_MAX + 1
         );
-        self.within(POLL_TIMEOUT, &poll)
+        self.within(POLL_TIMEOUT, &format!("SET LOCAL lock_timeout = {}; {poll}", POLL_LOCK_TIMEOUT.as_millis()))
     }
 
     fn answered(error: &sqlx::Error) -> bool {
         use sqlx::Error::{ColumnDecode, ColumnIndexOutOfBounds, ColumnNotFound, Decode, TypeNotFound};
         match code(error) {
-            // Class 08: connection; 28: no entry; 53: out of connections or memory; 57: stopped, starting, or too slow.
-            // Whatever else a server says, it is there: a standby, or read-only, or without our tables, or the rights
-            // to them.
-            Some(code) => !["08", "28", "53", "57"].iter().any(|class| code.starts_with(class)),
+            // Class 08: the connection (a pooler uses it for a server that it cannot reach); 57P01, 57P02, 57P03, 57P05: the
+            // server stops, crashed, starts, or closes idle connections. With every other code the server is there, and
+            // others may commit revocations meanwhile: it is a standby or read-only, without our tables or the rights to
+            // them, it rejects the login, has no connection to spare, cancelled the statement, or a table is locked.
+            Some(code) => !code.starts_with("08") && !["57P01", "57P02", "57P03", "57P05"].contains(&code.as_str()),
             None => matches!(
                 error,
                 Decode(_)
@@ -245,6 +246,9 @@ impl Postgres {
 
 /// How long the server may work on a poll. Longer than anybody waits for it, as with reads.
 const POLL_TIMEOUT: Duration = Duration::from_secs(1);
+/// How long a poll may wait for a lock on our tables. Well below `freshness.poll_timeout`: the server then says that a table is
+/// locked, which is an answer, and opens no stale window. Without it the poll would seem to get none.
+const POLL_LOCK_TIMEOUT: Duration = Duration::from_millis(50);
 /// How long the server may delete old versions.
 const PRUNE_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long the server may work on a call of a function.

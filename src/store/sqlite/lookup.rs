@@ -337,11 +337,9 @@ impl Dialect for Sqlite {
     }
 }
 
-/// Codes that say nothing of the database: it is locked, or cannot be reached or read at this moment. Every other error is
-/// an answer: it is no database, damaged, without our tables, closed to us.
-const NO_ANSWER: [u32; 8] = [
-    5,  // SQLITE_BUSY
-    6,  // SQLITE_LOCKED
+/// Codes that say nothing of the database: it cannot be reached or read at this moment. Every other error is an answer: it is
+/// no database, damaged, without our tables, closed to us, or locked by a program that may commit changes.
+const NO_ANSWER: [u32; 6] = [
     7,  // SQLITE_NOMEM
     9,  // SQLITE_INTERRUPT
     10, // SQLITE_IOERR

@@ -1,0 +1,150 @@
+//! The stale window opens only while the database gives no answer. A server that answers "no" may commit revocations for
+//! everybody else, so a replica that it refuses must not rely on its cache for longer than the lease.
+
+use std::time::Duration;
+
+use tokio::time::{Instant, sleep};
+
+use crate::{
+    stage::Stage,
+    support::{
+        among_others, eventually,
+        grpc::{Asker, granted},
+        postgres::Postgres,
+        server::Server,
+    },
+};
+
+const PATIENCE: Duration = Duration::from_secs(30);
+/// The lease of 1 s and the deadline of a check: `freshness.stale_if_unconfirmed` is not added.
+const BOUND: Duration = Duration::from_millis(1_150);
+
+/// What PostgreSQL answers to a replica.
+#[derive(Clone, Copy, Debug)]
+enum No {
+    /// 53300: the role has no connection left.
+    TooManyClients,
+    /// 28000: `pg_hba.conf` rejects the role.
+    RejectedLogin,
+    /// 28000: the role may not log in any more.
+    NoLogin,
+    /// 28P01: the password was changed.
+    ChangedPassword,
+    /// 55P03: another session has locked a table of ours.
+    LockedTable,
+    /// 57014: the statements of the replica are cancelled.
+    CancelledStatement,
+}
+
+/// Keeps a database in a state; dropped, it lets go of locks.
+struct Kept(Option<tokio::task::JoinHandle<()>>);
+
+impl Drop for Kept {
+    fn drop(&mut self) {
+        if let Some(task) = &self.0 {
+            task.abort();
+        }
+    }
+}
+
+impl No {
+    const ALL: [Self; 6] = [
+        Self::TooManyClients,
+        Self::RejectedLogin,
+        Self::NoLogin,
+        Self::ChangedPassword,
+        Self::LockedTable,
+        Self::CancelledStatement,
+    ];
+
+    async fn begin(self, postgres: &Postgres, database: &str) -> Kept {
+        let disconnect = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'serve'";
+        match self {
+            Self::TooManyClients => postgres.execute(database, "ALTER ROLE serve CONNECTION LIMIT 0").await,
+            Self::NoLogin => postgres.execute(database, "ALTER ROLE serve NOLOGIN").await,
+            Self::ChangedPassword => postgres.execute(database, "ALTER ROLE serve PASSWORD 'other'").await,
+            Self::RejectedLogin => reject(postgres, true).await,
+            Self::LockedTable | Self::CancelledStatement => {
+                let mut holder = postgres.admin(database).await;
+                let lock = "BEGIN; LOCK TABLE trustgate.meta IN ACCESS EXCLUSIVE MODE";
+                sqlx::raw_sql(lock).execute(&mut holder).await.unwrap();
+                let cancels = matches!(self, Self::CancelledStatement);
+                return Kept(Some(tokio::spawn(async move {
+                    let cancel = "SELECT pg_cancel_backend(pid) FROM pg_stat_activity WHERE usename = 'serve'";
+                    loop {
+                        if cancels {
+                            sqlx::raw_sql(cancel).execute(&mut holder).await.unwrap();
+                        }
+                        sleep(Duration::from_millis(5)).await;
+                    }
+                })));
+            }
+        }
+        postgres.execute(database, disconnect).await;
+        Kept(None)
+    }
+
+    async fn end(self, postgres: &Postgres, database: &str, kept: Kept) {
+        drop(kept);
+        match self {
+            Self::TooManyClients => postgres.execute(database, "ALTER ROLE serve CONNECTION LIMIT -1").await,
+            Self::NoLogin => postgres.execute(database, "ALTER ROLE serve LOGIN").await,
+            Self::ChangedPassword => postgres.execute(database, "ALTER ROLE serve PASSWORD 'secret'").await,
+            Self::RejectedLogin => reject(postgres, false).await,
+            Self::LockedTable | Self::CancelledStatement => {}
+        }
+    }
+}
+
+/// Lets `pg_hba.conf` reject the role, or not.
+async fn reject(postgres: &Postgres, rejects: bool) {
+    let file = postgres.directory().join("data/pg_hba.conf");
+    let rule = "host all serve 127.0.0.1/32 reject\n";
+    let before = std::fs::read_to_string(&file).unwrap().replace(rule, "");
+    std::fs::write(&file, if rejects { format!("{rule}{before}") } else { before }).unwrap();
+    postgres.execute("postgres", "SELECT pg_reload_conf()").await;
+}
+
+async fn is_fresh(server: &Server) -> bool {
+    server.readiness().await.body.contains("lease: fresh")
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_refusal_of_the_database_opens_the_stale_window() {
+    let _turn = among_others().await;
+    let mut stage = Stage::new(&[("freshness.stale_if_unconfirmed", "60s")]).await;
+    let roles = ["migrate", "--print-grants", "--serve-role", "serve", "--manage-role", "manage"];
+    let grants = stage.site.run(&roles).await.out;
+    let create = "CREATE ROLE serve LOGIN PASSWORD 'secret'; CREATE ROLE manage";
+    stage.postgres.execute(&stage.database, &format!("{create}; {grants}")).await;
+    let owner = stage.postgres.url("admin", &stage.database);
+    let url = stage.postgres.tcp_url("serve:secret", &stage.database);
+    stage.site.set("store.management_url", owner);
+    stage.site.set("store.url", url);
+    let good = stage.site.issue("acme", &[]).await;
+    let server = stage.site.serve().await;
+    let asker = Asker::connect(server.grpc()).await;
+    for no in No::ALL {
+        let key = stage.site.issue("acme", &[]).await;
+        eventually("the lease is fresh", PATIENCE, || is_fresh(&server)).await;
+        granted(&asker, &key).await;
+        let kept = no.begin(&stage.postgres, &stage.database).await;
+        let unusable = "trustgate_polls_total{outcome=\"unusable\"}";
+        let before = server.metric(unusable).await;
+        eventually(&format!("{no:?} is an answer"), PATIENCE, || async { server.metric(unusable).await > before })
+            .await;
+        let revoke = format!("UPDATE trustgate.api_key SET revoked_at = now() WHERE id = '{}'", key.id);
+        stage.postgres.execute(&stage.database, &revoke).await;
+        let revoked = Instant::now();
+        sleep(BOUND).await;
+        while revoked.elapsed() < BOUND + Duration::from_secs(1) {
+            let status = asker.check(&key.key).await.status;
+            assert_ne!(status, 200, "{no:?}: granted {:?} after the revocation", revoked.elapsed());
+            sleep(Duration::from_millis(10)).await;
+        }
+        no.end(&stage.postgres, &stage.database, kept).await;
+        eventually("good keys are granted again", PATIENCE, || async { asker.check(&good.key).await.status == 200 })
+            .await;
+        eventually("the revoked key is denied", PATIENCE, || async { asker.check(&key.key).await.status == 401 }).await;
+    }
+}
