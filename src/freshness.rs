@@ -279,7 +279,8 @@ impl Views {
         let view = self.present.load_full();
         let mut history = view.history();
         let (begun, before) = (history.is_begun(), history.applied());
-        let step = history.judge(polled);
+        // Without versions there is nothing to judge: such tables have no history that could be lost.
+        let step = if names_changes { history.judge(polled) } else { Step::Follow };
         if names_changes && !polled.watched && step != Step::Lost {
             view.lease.end();
             return Applied::Unwatched;
@@ -456,6 +457,9 @@ mod tests {
         assert_eq!(views.apply(&unnamed, false), Applied::Begun);
         assert_eq!(views.load().standing(Moment::from_nanos(8)), Standing::Lapsed);
         assert!(views.is_confirmed());
+        let epoch = views.load().epoch();
+        assert_eq!(views.apply(&Polled { versions: vec![], ..unnamed }, false), Applied::Nothing);
+        assert_eq!(views.load().epoch(), epoch, "no history is lost");
     }
 
     #[tokio::test]

@@ -16,6 +16,7 @@ mod http_callers;
 mod listeners;
 mod messages;
 mod migrating;
+mod modes;
 mod outage;
 mod pgbouncer;
 mod prometheus;

@@ -1,0 +1,328 @@
+//! Every kind of tables in every mode: own tables, an attached table, one that is not attached, and a preset, on PostgreSQL and
+//! SQLite, in the modes `lease`, `strict`, `live` and `ttl`. Each is cached as it says, logs nothing, loses no history, keeps
+//! the bound of its mode on revocation, and behaves in an outage as `docs/revocation.md` says.
+
+use std::{fs, os::unix::fs::PermissionsExt as _, time::Duration};
+
+use sqlx::{AssertSqlSafe, ConnectOptions as _, Connection as _, sqlite::SqliteConnectOptions};
+use tokio::time::{Instant, sleep_until};
+use uuid::Uuid;
+
+use crate::support::{
+    among_others, eventually,
+    grpc::Asker,
+    postgres::Postgres,
+    process::Frozen,
+    server::{Server, Site, digest, made_up_key},
+};
+
+const PATIENCE: Duration = Duration::from_secs(30);
+const LEASE: Duration = Duration::from_secs(1);
+const TTL: Duration = Duration::from_secs(2);
+/// `decision.deadline`, which is added to each bound.
+const DEADLINE: Duration = Duration::from_millis(150);
+const CHECKS: u32 = 20;
+
+/// Whose tables hold the keys.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Tables {
+    Own,
+    Attached,
+    Unattached,
+    Preset,
+}
+
+impl Tables {
+    const fn track_changes(self) -> bool {
+        matches!(self, Self::Own | Self::Attached)
+    }
+
+    /// How a mode that a route demands works here: without tracked changes nothing can be confirmed by a lease.
+    const fn effective(self, mode: Mode) -> Mode {
+        match mode {
+            Mode::Lease | Mode::Strict if !self.track_changes() => Mode::Live,
+            mode => mode,
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Mode {
+    Lease,
+    Strict,
+    Live,
+    Ttl,
+}
+
+impl Mode {
+    const ALL: [Self; 4] = [Self::Lease, Self::Strict, Self::Live, Self::Ttl];
+
+    const fn word(self) -> &'static str {
+        match self {
+            Self::Lease => "lease",
+            Self::Strict => "strict",
+            Self::Live => "live",
+            Self::Ttl => "ttl",
+        }
+    }
+
+    /// How long after its revocation a key may pass while the database can be reached.
+    fn bound(self) -> Duration {
+        match self {
+            Self::Lease | Self::Strict => LEASE + DEADLINE,
+            Self::Live => Duration::ZERO,
+            Self::Ttl => TTL + DEADLINE,
+        }
+    }
+}
+
+enum Database {
+    Postgres(Postgres, String),
+    Sqlite,
+}
+
+struct Fixture {
+    tables: Tables,
+    database: Database,
+    site: Site,
+}
+
+const THEIR_TABLE: &str = "CREATE TABLE trust (id {uuid} PRIMARY KEY, api_key_hash char(64) NULL UNIQUE)";
+
+impl Fixture {
+    async fn new(tables: Tables, database: Database) -> Self {
+        let mut site = Site::new()
+            .with("freshness.ttl", "2s")
+            .with("freshness.stale_if_unconfirmed", "60s")
+            .with("store.read_timeout", "100ms");
+        if let Database::Postgres(postgres, name) = &database {
+            site.set("store.url", postgres.url("admin", name));
+        } else if tables != Tables::Own {
+            site.set("store.url", format!("sqlite://{}", site.path().join("theirs.db").display()));
+        }
+        let fixture = Self { tables, database, site };
+        if tables != Tables::Own {
+            let kind = if matches!(fixture.database, Database::Sqlite) { "text" } else { "uuid" };
+            fixture.execute(&THEIR_TABLE.replace("{uuid}", kind)).await;
+            if matches!(fixture.database, Database::Sqlite) {
+                let file = fixture.site.path().join("theirs.db");
+                fs::set_permissions(file, fs::Permissions::from_mode(0o600)).unwrap();
+            }
+        }
+        fixture.described().await
+    }
+
+    /// Describes the tables in the settings, and makes what is missing.
+    async fn described(mut self) -> Self {
+        match self.tables {
+            Tables::Own => {
+                self.site.migrate().await;
+                self.site.trust("acme").await;
+            }
+            Tables::Attached => {
+                self.site.set("store.table", "public.trust");
+                self.site.set("store.attached", "true");
+                self.site.migrate().await;
+                self.site.json(&["attach"]).await;
+            }
+            Tables::Unattached => self.site.set("store.table", "public.trust"),
+            Tables::Preset => self.site.set("store.preset", "trust-table"),
+        }
+        self
+    }
+
+    async fn execute(&self, sql: &str) {
+        match &self.database {
+            Database::Postgres(postgres, name) => postgres.execute(name, sql).await,
+            Database::Sqlite => {
+                let file = if self.tables == Tables::Own { "trustgate.db" } else { "theirs.db" };
+                let options = SqliteConnectOptions::new().filename(self.site.path().join(file)).create_if_missing(true);
+                let mut connection = options.connect().await.unwrap();
+                sqlx::raw_sql(AssertSqlSafe(sql)).execute(&mut connection).await.unwrap();
+                connection.close().await.unwrap();
+            }
+        }
+    }
+
+    /// A good key; returns it with the statement that revokes it.
+    async fn key(&self) -> (String, String) {
+        if self.tables == Tables::Own {
+            let issued = self.site.issue("acme", &[]).await;
+            let (table, now) = match self.database {
+                Database::Postgres(..) => ("trustgate.api_key", "now()"),
+                Database::Sqlite => ("api_key", "1"),
+            };
+            return (issued.key, format!("UPDATE {table} SET revoked_at = {now} WHERE id = '{}'", issued.id));
+        }
+        let (id, key) = (Uuid::new_v4(), made_up_key());
+        self.execute(&format!("INSERT INTO trust VALUES ('{id}', '{}')", digest(&key))).await;
+        (key, format!("DELETE FROM trust WHERE id = '{id}'"))
+    }
+
+    /// Takes the database away until the answer is dropped.
+    fn outage(&self) -> Outage<'_> {
+        match &self.database {
+            Database::Postgres(postgres, _) => Outage::Frozen(postgres.freeze()),
+            Database::Sqlite => {
+                let away = self.site.path().join("away");
+                fs::create_dir(&away).unwrap();
+                for entry in fs::read_dir(self.site.path()).unwrap() {
+                    let entry = entry.unwrap();
+                    if entry.file_name().to_string_lossy().contains(".db") {
+                        fs::rename(entry.path(), away.join(entry.file_name())).unwrap();
+                    }
+                }
+                Outage::Moved(&self.site)
+            }
+        }
+    }
+}
+
+/// A database that cannot be reached.
+enum Outage<'s> {
+    Frozen(#[expect(dead_code, reason = "goes on when it is dropped")] Frozen),
+    Moved(&'s Site),
+}
+
+impl Drop for Outage<'_> {
+    fn drop(&mut self) {
+        let Self::Moved(site) = self else { return };
+        for entry in fs::read_dir(site.path().join("away")).unwrap() {
+            let entry = entry.unwrap();
+            fs::rename(entry.path(), site.path().join(entry.file_name())).unwrap();
+        }
+    }
+}
+
+async fn status(asker: &Asker, key: &str, mode: Mode) -> u16 {
+    asker.check_with(key, &[("trustgate.freshness", mode.word())]).await.unwrap().status
+}
+
+async fn reads(server: &Server) -> f64 {
+    server.metric("trustgate_store_reads_total{outcome=\"ok\"}").await
+}
+
+async fn hits(server: &Server) -> f64 {
+    let labels = "kind=\"api_key\",outcome=\"hit\",tier=\"l1\"";
+    server.metric(&format!("trustgate_cache_lookups_total{{{labels}}}")).await
+}
+
+/// Checks that a key is cached, or read each time, as the mode says.
+async fn is_cached_as_the_mode_says(server: &Server, asker: &Asker, key: &str, (tables, mode): (Tables, Mode)) {
+    let name = format!("{tables:?}, {mode:?}");
+    eventually(&format!("{name}: the key is granted without a read where it may be"), PATIENCE, || async {
+        let before = reads(server).await;
+        status(asker, key, mode).await == 200 && (tables.effective(mode) == Mode::Live || reads(server).await <= before)
+    })
+    .await;
+    let (read_before, hits_before) = (reads(server).await, hits(server).await);
+    for _ in 0..CHECKS {
+        assert_eq!(status(asker, key, mode).await, 200, "{name}");
+    }
+    let (read, hit) = (reads(server).await - read_before, hits(server).await - hits_before);
+    let checks = f64::from(CHECKS);
+    let is_as_said = if tables.effective(mode) == Mode::Live {
+        read >= checks && hit < 0.5
+    } else {
+        // What is as old as the TTL is read once more.
+        let again = if mode == Mode::Ttl { 1.5 } else { 0.5 };
+        read < again && hit > checks - again
+    };
+    assert!(is_as_said, "{name}: {read} reads and {hit} hits in {CHECKS} checks");
+}
+
+async fn holds(tables: Tables, database: Database) {
+    let fixture = Fixture::new(tables, database).await;
+    let server = fixture.site.serve().await;
+    let asker = Asker::connect(server.grpc()).await;
+    let mut keys = Vec::new();
+    for mode in Mode::ALL {
+        let (key, revoke) = fixture.key().await;
+        is_cached_as_the_mode_says(&server, &asker, &key, (tables, mode)).await;
+        keys.push((mode, key, revoke));
+    }
+
+    // A quiet log, and no history that is lost.
+    let log = server.log();
+    let loud: Vec<_> = log.lines().filter(|line| line.contains("\"WARN\"") || line.contains("\"ERROR\"")).collect();
+    assert!(loud.is_empty(), "{tables:?}: {loud:#?}");
+    assert!(server.metric("trustgate_lost_history_total").await < 0.5);
+    assert!(server.metric("trustgate_polls_total{outcome=\"unusable\"}").await < 0.5);
+
+    // The bound of each mode.
+    for (_, _, revoke) in &keys {
+        fixture.execute(revoke).await;
+    }
+    let revoked = Instant::now();
+    keys.sort_by_key(|(mode, ..)| tables.effective(*mode).bound());
+    for (mode, key, _) in &keys {
+        sleep_until(revoked + tables.effective(*mode).bound()).await;
+        let status = status(&asker, key, *mode).await;
+        assert_ne!(status, 200, "{tables:?}, {mode:?}: granted {:?} after the revocation", revoked.elapsed());
+    }
+
+    // An outage.
+    let mut keys = Vec::new();
+    for mode in Mode::ALL {
+        let (key, _) = fixture.key().await;
+        is_cached_as_the_mode_says(&server, &asker, &key, (tables, mode)).await;
+        keys.push((mode, key));
+    }
+    let (cold, _) = fixture.key().await;
+    let outage = fixture.outage();
+    let lost = Instant::now();
+    sleep_until(lost + TTL.max(LEASE) + 2 * DEADLINE).await;
+    for (mode, key) in &keys {
+        let want = if tables.effective(*mode) == Mode::Lease { 200 } else { 503 };
+        assert_eq!(status(&asker, key, *mode).await, want, "{tables:?}, {mode:?} in an outage");
+        assert_eq!(status(&asker, &cold, *mode).await, 503, "{tables:?}, {mode:?}: a key that is not cached");
+    }
+    drop(outage);
+    for (mode, key) in &keys {
+        let again = || async { status(&asker, key, *mode).await == 200 };
+        eventually(&format!("{tables:?}, {mode:?}: granted again after the outage"), PATIENCE, again).await;
+    }
+    assert!(server.metric("trustgate_lost_history_total").await < 0.5);
+}
+
+async fn postgres() -> Database {
+    let postgres = Postgres::start().await;
+    let name = postgres.database().await;
+    Database::Postgres(postgres, name)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn own_tables_on_postgresql() {
+    let _turn = among_others().await;
+    holds(Tables::Own, postgres().await).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn an_attached_table_on_postgresql() {
+    let _turn = among_others().await;
+    holds(Tables::Attached, postgres().await).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_table_that_is_not_attached_on_postgresql() {
+    let _turn = among_others().await;
+    holds(Tables::Unattached, postgres().await).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_preset_on_postgresql() {
+    let _turn = among_others().await;
+    holds(Tables::Preset, postgres().await).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn own_tables_on_sqlite() {
+    let _turn = among_others().await;
+    holds(Tables::Own, Database::Sqlite).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_preset_on_sqlite() {
+    let _turn = among_others().await;
+    holds(Tables::Preset, Database::Sqlite).await;
+}
