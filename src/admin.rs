@@ -1,18 +1,26 @@
-//! The admin listener: metrics and probes.
+//! The admin listener: metrics and probes, over HTTP/1.
 //!
-//! Has its own thread, so that it answers while checks are many. Nothing here lists or changes anything.
+//! Has its own thread, so that it answers while checks are many. Nothing here lists or changes anything. Everything that a
+//! caller can make it hold is bounded, so that unfinished requests can neither use up memory and descriptors nor keep the
+//! server from stopping.
 
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{collections::VecDeque, convert::Infallible, net::SocketAddr, sync::Arc, time::Duration};
 
-use axum::{
-    Router,
-    extract::State,
-    http::{StatusCode, header::CONTENT_TYPE},
-    response::IntoResponse,
-    routing::get,
-};
+use bytes::Bytes;
 use futures_util::future::join_all;
-use tokio::{net::TcpListener, runtime::Handle, time::timeout};
+use http::{
+    HeaderValue, Method, Request, Response, StatusCode,
+    header::{ALLOW, CONTENT_TYPE},
+};
+use http_body_util::Full;
+use hyper::{body::Incoming, server::conn::http1, service::service_fn};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::{
+    net::{TcpListener, TcpStream},
+    runtime::Handle,
+    task::{AbortHandle, JoinSet},
+    time::{sleep, timeout},
+};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
@@ -29,6 +37,17 @@ crate::settings! {
         listen: Vec<SocketAddr> = "127.0.0.1:9180",
     }
 }
+
+/// Connections at one time. One more closes the oldest: a probe gets through however many unfinished requests there are.
+const CONNECTIONS_MAX: usize = 64;
+/// How long a request's head may take to arrive.
+const HEAD_TIMEOUT: Duration = Duration::from_secs(2);
+/// How long a connection may take in all, which serves one request. A scrape takes a few milliseconds.
+const CONNECTION_TIMEOUT: Duration = Duration::from_secs(10);
+/// The largest head of a request, in bytes. Hyper's smallest bound.
+const HEAD_BYTES_MAX: usize = 8 << 10;
+/// The wait after a failed accept (out of file descriptors, for example).
+const ACCEPT_WAIT: Duration = Duration::from_millis(100);
 
 /// How long the runtimes that serve checks have to answer a probe, all of them.
 const PROBE_TIMEOUT: Duration = Duration::from_millis(250);
@@ -51,22 +70,75 @@ pub struct Admin {
     pub before_scrape: Box<dyn Fn() + Send + Sync>,
 }
 
-/// Serves `listener` until `stop`.
-///
-/// # Errors
-/// When the listener fails for good.
-pub async fn run(listener: TcpListener, admin: Arc<Admin>, stop: CancellationToken) -> std::io::Result<()> {
-    let routes = Router::new()
-        .route("/livez", get(|| async { "alive\n" }))
-        .route("/readyz", get(ready))
-        .route("/metrics", get(scrape))
-        .with_state(admin);
-    axum::serve(listener, routes).with_graceful_shutdown(stop.cancelled_owned()).await
+/// Serves `listener` until `stop`, then closes its connections.
+pub async fn run(listener: TcpListener, admin: Arc<Admin>, stop: CancellationToken) {
+    let mut connections = JoinSet::new();
+    let mut open = VecDeque::<AbortHandle>::new();
+    let accepting = async {
+        loop {
+            match listener.accept().await {
+                Ok((stream, _)) => {
+                    while connections.try_join_next().is_some() {}
+                    open.retain(|connection| !connection.is_finished());
+                    if open.len() >= CONNECTIONS_MAX
+                        && let Some(oldest) = open.pop_front()
+                    {
+                        oldest.abort();
+                    }
+                    open.push_back(connections.spawn(serve(stream, Arc::clone(&admin))));
+                }
+                Err(error) => {
+                    tracing::warn!(%error, "admin connection not accepted; trying again in {ACCEPT_WAIT:?}");
+                    sleep(ACCEPT_WAIT).await;
+                }
+            }
+        }
+    };
+    stop.run_until_cancelled(accepting).await;
+    // Whatever is still open here waits for a caller that is slow.
+    connections.shutdown().await;
 }
+
+/// Serves one request. The errors of a connection are its caller's, and not logged.
+async fn serve(stream: TcpStream, admin: Arc<Admin>) {
+    let service = service_fn(move |request: Request<Incoming>| {
+        let admin = Arc::clone(&admin);
+        async move { Ok::<_, Infallible>(answer(&request, &admin).await) }
+    });
+    let mut builder = http1::Builder::new();
+    builder.timer(TokioTimer::new()).header_read_timeout(HEAD_TIMEOUT).max_buf_size(HEAD_BYTES_MAX).keep_alive(false);
+    let _ = timeout(CONNECTION_TIMEOUT, builder.serve_connection(TokioIo::new(stream), service)).await;
+}
+
+async fn answer(request: &Request<Incoming>, admin: &Admin) -> Response<Full<Bytes>> {
+    let (status, kind, text) = match request.uri().path() {
+        "/livez" | "/readyz" | "/metrics" if !matches!(*request.method(), Method::GET | Method::HEAD) => {
+            (StatusCode::METHOD_NOT_ALLOWED, TEXT, "use GET\n".to_owned())
+        }
+        "/livez" => (StatusCode::OK, TEXT, "alive\n".to_owned()),
+        "/readyz" => ready(admin).await,
+        "/metrics" => {
+            (admin.before_scrape)();
+            (StatusCode::OK, METRICS, metrics::text(&admin.registry))
+        }
+        _ => (StatusCode::NOT_FOUND, TEXT, "there is /livez, /readyz and /metrics\n".to_owned()),
+    };
+    let mut response = Response::new(Full::from(text));
+    *response.status_mut() = status;
+    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(kind));
+    if status == StatusCode::METHOD_NOT_ALLOWED {
+        response.headers_mut().insert(ALLOW, HeaderValue::from_static("GET, HEAD"));
+    }
+    response
+}
+
+const TEXT: &str = "text/plain; charset=utf-8";
+/// The text format of Prometheus (<https://prometheus.io/docs/instrumenting/exposition_formats/>).
+const METRICS: &str = "text/plain; version=0.0.4; charset=utf-8";
 
 /// 200 from the first confirmation of the store until draining. It stays 200 while the database or Redis is down:
 /// otherwise all replicas would leave at once. The body says what is lost.
-async fn ready(State(admin): State<Arc<Admin>>) -> impl IntoResponse {
+async fn ready(admin: &Admin) -> (StatusCode, &'static str, String) {
     let phase = admin.life.phase();
     let probes = admin.serving.iter().map(|core| core.spawn(async {}));
     let answers = timeout(PROBE_TIMEOUT, join_all(probes)).await.is_ok();
@@ -83,10 +155,5 @@ async fn ready(State(admin): State<Arc<Admin>>) -> impl IntoResponse {
     let is_ready = phase == Phase::Serve && answers;
     let status = if is_ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
     let serving = if answers { "ok" } else { "does not answer" };
-    (status, format!("{}\nserving: {serving}\ndatabase: {store}\nlease: {lease}\n", phase.as_str()))
-}
-
-async fn scrape(State(admin): State<Arc<Admin>>) -> impl IntoResponse {
-    (admin.before_scrape)();
-    ([(CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], metrics::text(&admin.registry))
+    (status, TEXT, format!("{}\nserving: {serving}\ndatabase: {store}\nlease: {lease}\n", phase.as_str()))
 }

@@ -3,6 +3,7 @@
 //! Never decides anything.
 
 pub mod replica;
+mod signals;
 
 use std::{
     future::pending, io, net::SocketAddr, num::NonZero, sync::Arc, thread::available_parallelism, time::Duration,
@@ -12,7 +13,6 @@ use futures_util::FutureExt as _;
 use tokio::{
     net::TcpListener,
     runtime::{Builder, Handle, Runtime},
-    signal::unix::{SignalKind, signal},
     sync::watch,
     time::{sleep, timeout},
 };
@@ -21,7 +21,10 @@ use tonic::service::Routes;
 use tonic_health::{ServingStatus, server::HealthReporter};
 use uuid::Uuid;
 
-use self::replica::{Replica, Surroundings, Tasks};
+use self::{
+    replica::{Replica, Surroundings, Tasks},
+    signals::SystemSignals,
+};
 use crate::{
     admin::{self, Admin},
     cache::{Cache, api_key::ApiKey, kind::Kind as _},
@@ -100,6 +103,9 @@ pub enum AppError {
     /// Calls in flight did not end within `limits.drain_grace`.
     #[error("{0} connections did not end within limits.drain_grace and were closed")]
     GraceExceeded(usize),
+    /// A second signal came while the server stopped.
+    #[error("stopped at once by a second signal; calls in flight were cut off")]
+    Forced,
 }
 
 fn set_in(origin: Option<&str>) -> String {
@@ -227,6 +233,9 @@ pub struct Running {
     runtimes: (IoRuntime, IoRuntime, IoRuntime),
 }
 
+/// How long everything beside the calls may take to end: the farewell to other replicas, and closing the database.
+const STOP_TIMEOUT: Duration = Duration::from_secs(5);
+
 /// Whether to serve on for a moment, not ready, before anything closes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Delay {
@@ -297,22 +306,27 @@ impl Running {
         let in_time = timeout(self.config.limits.drain_grace, self.tasks.wait()).await;
         let left = self.tasks.len();
         self.signals.end.cancel();
-        self.tasks.wait().await;
-        self.cache.drain().await;
-        self.stop.cancel();
         let mut outcome = in_time.map_err(|_| AppError::GraceExceeded(left));
-        while let Some(ended) = self.parts.join_next().await {
-            let ended = ended.unwrap_or_else(|panic| Err(AppError::Ended(panic.to_string())));
-            outcome = outcome.and(ended);
+        let ending = async {
+            self.tasks.wait().await;
+            self.cache.drain().await;
+            self.stop.cancel();
+            while let Some(ended) = self.parts.join_next().await {
+                let ended = ended.unwrap_or_else(|panic| Err(AppError::Ended(panic.to_string())));
+                outcome = std::mem::replace(&mut outcome, Ok(())).and(ended);
+            }
+            self.source.close().await;
+        };
+        if timeout(STOP_TIMEOUT, ending).await.is_err() {
+            tracing::warn!("not every part of the server ended within {STOP_TIMEOUT:?}; it stops without them");
         }
-        self.source.close().await;
         drop((self.cores, self.runtimes));
         tracing::info!("stopped");
         outcome
     }
 }
 
-/// Serves as `config` says until SIGTERM or SIGINT.
+/// Serves as `config` says until SIGTERM, SIGQUIT or SIGINT. A second one of them ends the server at once.
 ///
 /// # Errors
 /// When the server cannot start, or ended before it was told to.
@@ -321,16 +335,16 @@ pub fn serve(config: Config, env: Env<'_>) -> Result<(), AppError> {
     // Checks have their own threads: here connections are accepted, and everything is begun and ended.
     let runtime = Builder::new_multi_thread().worker_threads(1).enable_all().thread_name("trustgate").build()?;
     runtime.block_on(async {
-        let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+        let mut signals = SystemSignals::listen()?;
         let mut running = AppBuilder::new(config, env)?.start().await?;
+        let (delay, failed) = tokio::select! {
+            delay = signals.stop() => (delay, None),
+            error = running.ended() => (Delay::None, Some(error)),
+        };
         tokio::select! {
-            _ = terminate.recv() => running.stop(Delay::Full).await,
-            _ = interrupt.recv() => running.stop(Delay::None).await,
-            error = running.ended() => {
-                // The part's own error is what the operator needs; how the rest ended says nothing more.
-                let _ = running.stop(Delay::None).await;
-                Err(error)
-            }
+            // The error of the part that ended is what the operator needs.
+            stopped = running.stop(delay) => failed.map_or(stopped, Err),
+            _ = signals.stop() => Err(AppError::Forced),
         }
     })
 }
@@ -548,7 +562,8 @@ fn start_admin(
         let (shown, stop) = (Arc::clone(&shown), stop.clone());
         let serving = async move {
             // A listener belongs to the runtime it is made on.
-            admin::run(TcpListener::from_std(listener)?, shown, stop).await.map_err(AppError::Start)
+            admin::run(TcpListener::from_std(listener)?, shown, stop).await;
+            Ok(())
         };
         parts.spawn_on(serving, &runtime.handle());
     }

@@ -62,8 +62,9 @@ crate::settings! {
 crate::settings! {
     /// Bounds. Everything that waits, queues or grows does so within one of them.
     pub struct LimitsSettings in "limits" {
-        /// Calls at one time on one connection. Envoy's own default for its side is the same.
-        streams_per_connection: u32 = "1024",
+        /// Calls at one time on one connection; Envoy opens another connection where it needs more. A connection takes about 1 KiB for
+        /// each, until it ends.
+        streams_per_connection: u32 = "64",
         /// A larger `CheckRequest` is denied with 431, unread. Envoy's headers are at most 60 KiB unless configured.
         message_size: ByteSize = "256KiB",
         /// Messages held at one time, over all connections, for checks that wait or are not read to their end.
@@ -89,6 +90,12 @@ crate::settings! {
     }
 }
 
+/// Calls whose message has begun and not arrived whole, over all connections: each takes about 6 KiB. Envoy sends a message at
+/// once, so there are few even under load.
+const UNFINISHED_MAX: usize = 1_024;
+/// Answers that wait because their callers do not read, over all connections: each takes about 2 KiB.
+const UNREAD_MAX: usize = 2_048;
+
 /// What serves calls: shared by all listeners.
 pub struct Service {
     checker: Arc<Checker>,
@@ -96,7 +103,9 @@ pub struct Service {
     tls: Option<TlsAcceptor>,
     limits: LimitsSettings,
     room: Room,
-    checks: Semaphore,
+    checks: Arc<Semaphore>,
+    unfinished: Arc<Semaphore>,
+    unread: Arc<Semaphore>,
     connections: Arc<Semaphore>,
     connections_open: IntGauge,
     refused: RefusedPeers,
@@ -123,7 +132,9 @@ impl Service {
             health: Health::new(health),
             tls,
             room: Room::new(limits.messages_in_flight_size.length()),
-            checks: Semaphore::new(limits.checks_in_flight as usize),
+            checks: Arc::new(Semaphore::new(limits.checks_in_flight as usize)),
+            unfinished: Arc::new(Semaphore::new(UNFINISHED_MAX)),
+            unread: Arc::new(Semaphore::new(UNREAD_MAX)),
             connections: Arc::new(Semaphore::new(limits.connections_max as usize)),
             connections_open: register(registry, IntGauge::with_opts(open))?,
             refused: RefusedPeers::register(registry)?,

@@ -38,7 +38,7 @@ crate::settings! {
     /// Redis or Valkey, shared between replicas: a single server, the master that Sentinels name, or a Cluster. Unset:
     /// every replica asks the database itself. Its user needs no more than the keys `~trustgate:*`, the channel
     /// `&trustgate:hints` and the commands `+ping +getrange +set +unlink +eval +evalsha +publish +subscribe`; for the deny
-    /// list `+time +hlen +hgetall`, and for who runs `trustgate deny` also `+hset +hdel`; with Sentinels also `+role`, in a Cluster also `+cluster|slots` and `+asking`, for a database other than 0 also `+select`.
+    /// list `+time +hlen +hkeys +hstrlen +hget`, and for who runs `trustgate deny` also `+hset +hdel`; with Sentinels also `+role`, in a Cluster also `+cluster|slots` and `+asking`, for a database other than 0 also `+select`.
     pub struct RedisSettings in "redis" {
         /// `redis://user@host:6379/0`, or `rediss://` for TLS; `?protocol=resp3` at the end asks for RESP3 instead of RESP2.
         /// Several, as a list, are Sentinels or nodes of a Cluster; one that answers is enough. Unset: Redis is not used.

@@ -197,7 +197,7 @@ impl Denials {
         let in_force = found.entries.into_iter().filter(|(_, term)| found.now < term.end);
         let mut entries: Vec<_> = in_force.map(|(denied, term)| Entry::new(denied, term)).collect();
         entries.sort_by_cached_key(|entry| (entry.until, entry.denied.line()));
-        Ok(Listed { entries, refused: found.refused })
+        Ok(Listed { entries, refused: found.refused + found.foreign })
     }
 
     async fn set(&self, denied: &[Denied], life: Duration) -> Result<Vec<Entry>, DenyError> {

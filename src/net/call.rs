@@ -10,9 +10,12 @@ use std::{
 };
 
 use bytes::Bytes;
-use h2::{RecvStream, server::SendResponse};
+use h2::{Reason as ResetReason, RecvStream, server::SendResponse};
 use http::{HeaderMap, HeaderValue, Request, Response, StatusCode, header};
-use tokio::time::timeout;
+use tokio::{
+    sync::{OwnedSemaphorePermit, Semaphore},
+    time::timeout,
+};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use super::{
@@ -58,7 +61,7 @@ impl Calls {
             Ok(rpc @ (Rpc::HealthCheck | Rpc::HealthWatch)) => {
                 let (service, peer, drain) = (Arc::clone(&self.service), self.peer, self.drain.clone());
                 let Some(permit) = service.health.admit(rpc) else {
-                    return answer(respond, Answer::Status(StatusCode::SERVICE_UNAVAILABLE));
+                    return answer(respond, Answer::Status(StatusCode::SERVICE_UNAVAILABLE), &self.service.unread);
                 };
                 // Not counted in `load`: a watch is open for hours and does nothing.
                 self.tasks.spawn(async move {
@@ -66,7 +69,7 @@ impl Calls {
                     drop(permit);
                 });
             }
-            Err(status) => answer(respond, self.service.not_grpc(status, self.peer)),
+            Err(status) => answer(respond, self.service.not_grpc(status, self.peer), &self.service.unread),
         }
     }
 
@@ -75,18 +78,34 @@ impl Calls {
         let mut reader = MessageReader::new(request, service.limits.message_size.bytes());
         let message = match reader.poll(cx) {
             Poll::Ready(Ok(message)) => message,
-            Poll::Ready(Err(error)) => return answer(respond, service.refuse(error, &reader, self.peer)),
+            Poll::Ready(Err(error)) => {
+                return answer(respond, service.refuse(error, &reader, self.peer), &service.unread);
+            }
             Poll::Pending => {
+                let Ok(permit) = Arc::clone(&service.unfinished).try_acquire_owned() else {
+                    service.checker.shed("calls whose message has not arrived");
+                    return answer(respond, Answer::Status(StatusCode::SERVICE_UNAVAILABLE), &service.unread);
+                };
                 let (service, peer) = (Arc::clone(service), self.peer);
-                return self.spawn(answer_unless_reset(respond, async move { service.read(reader, peer).await }));
+                return self.spawn(async move {
+                    let unread = Arc::clone(&service.unread);
+                    let work = async move { service.read(reader, permit, peer).await };
+                    answer_unless_reset(respond, work, &unread).await;
+                });
             }
         };
         match service.checker.begin(&message) {
-            Begun::Answered(reply) => send(respond, reply),
+            Begun::Answered(reply) => send(respond, reply, &service.unread),
             Begun::Waits(waiting) => {
+                let Ok(permit) = Arc::clone(&service.checks).try_acquire_owned() else {
+                    return send(respond, service.checker.shed("limits.checks_in_flight"), &service.unread);
+                };
                 let service = Arc::clone(service);
-                let work = async move { Answer::Reply(service.go_on(message, waiting).await) };
-                self.spawn(answer_unless_reset(respond, work));
+                self.spawn(async move {
+                    let unread = Arc::clone(&service.unread);
+                    let work = async move { Answer::Reply(service.go_on(message, waiting, permit).await) };
+                    answer_unless_reset(respond, work, &unread).await;
+                });
             }
         }
     }
@@ -112,8 +131,8 @@ pub(super) enum Answer {
 }
 
 impl Service {
-    /// Reads the rest of a message and decides it.
-    async fn read(&self, mut reader: MessageReader, peer: Option<IpAddr>) -> Answer {
+    /// Reads the rest of a message, which `unfinished` permits, and decides it.
+    async fn read(&self, mut reader: MessageReader, unfinished: OwnedSemaphorePermit, peer: Option<IpAddr>) -> Answer {
         let mut held = self.room.hold_nothing();
         let read = poll_fn(|cx| {
             let message = reader.poll(cx);
@@ -130,21 +149,20 @@ impl Service {
                 return Answer::Status(StatusCode::REQUEST_TIMEOUT);
             }
         };
+        drop(unfinished);
         Answer::Reply(match self.checker.begin(&message) {
             Begun::Answered(reply) => reply,
-            Begun::Waits(waiting) => self.wait(&message, waiting).await,
+            Begun::Waits(waiting) => match self.checks.try_acquire() {
+                Ok(_permit) => self.checker.go_on(&message, waiting).await,
+                Err(_) => self.checker.shed("limits.checks_in_flight"),
+            },
         })
     }
 
-    /// Lets a check whose message was not counted yet wait.
-    async fn go_on(&self, message: Bytes, waiting: Waiting) -> Reply {
+    /// Decides a check that has to wait, which `_permit` allows. Its message was not counted yet.
+    async fn go_on(&self, message: Bytes, waiting: Waiting, _permit: OwnedSemaphorePermit) -> Reply {
         let Some(_held) = self.room.hold(message.len()) else { return self.no_room() };
-        self.wait(&message, waiting).await
-    }
-
-    async fn wait(&self, message: &[u8], waiting: Waiting) -> Reply {
-        let Ok(_permit) = self.checks.try_acquire() else { return self.checker.shed("limits.checks_in_flight") };
-        self.checker.go_on(message, waiting).await
+        self.checker.go_on(&message, waiting).await
     }
 
     fn no_room(&self) -> Reply {
@@ -176,19 +194,23 @@ impl Service {
 }
 
 /// Sends what `work` returns, unless the peer resets the stream before.
-async fn answer_unless_reset(mut respond: SendResponse<Bytes>, work: impl Future<Output = Answer>) {
+async fn answer_unless_reset(
+    mut respond: SendResponse<Bytes>,
+    work: impl Future<Output = Answer>,
+    unread: &Arc<Semaphore>,
+) {
     let found = tokio::select! {
         biased; // `work` reads the body and counts a caller that left
         answer = work => answer,
         _ = poll_fn(|cx| respond.poll_reset(cx)) => return,
     };
-    answer(respond, found);
+    answer(respond, found, unread);
 }
 
-/// Sends `answer`. A failure to send is ignored: the peer has left.
-pub(super) fn answer(mut respond: SendResponse<Bytes>, answer: Answer) {
+/// Sends `answer`. A failure to send is ignored: the peer has left. `unread`: permits for answers that the peer does not read.
+pub(super) fn answer(mut respond: SendResponse<Bytes>, answer: Answer, unread: &Arc<Semaphore>) {
     match answer {
-        Answer::Reply(reply) => send(respond, reply),
+        Answer::Reply(reply) => send(respond, reply, unread),
         Answer::Status(status) => {
             let mut response = Response::new(());
             *response.status_mut() = status;
@@ -201,13 +223,34 @@ pub(super) fn answer(mut respond: SendResponse<Bytes>, answer: Answer) {
     }
 }
 
-/// Sends `reply`.
-fn send(mut respond: SendResponse<Bytes>, reply: Reply) {
+/// An answer that waits for its caller to read. A copy of its own: `reply` is part of a larger buffer that others share, which an answer
+/// that nobody reads would keep.
+struct Unread {
+    message: Box<[u8]>,
+    _permit: OwnedSemaphorePermit,
+}
+
+impl AsRef<[u8]> for Unread {
+    fn as_ref(&self) -> &[u8] {
+        &self.message
+    }
+}
+
+/// Sends `reply`. One for which the peer has opened no window waits in h2; where too many do, the stream is reset instead.
+fn send(mut respond: SendResponse<Bytes>, reply: Reply, unread: &Arc<Semaphore>) {
     let mut response = Response::new(());
     response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
     match reply {
         Reply::Message(message) => {
             let Ok(mut stream) = respond.send_response(response, false) else { return };
+            stream.reserve_capacity(message.len());
+            let message = if stream.capacity() >= message.len() {
+                message
+            } else if let Ok(permit) = Arc::clone(unread).try_acquire_owned() {
+                Bytes::from_owner(Unread { message: message.as_ref().into(), _permit: permit })
+            } else {
+                return stream.send_reset(ResetReason::ENHANCE_YOUR_CALM);
+            };
             if stream.send_data(message, false).is_ok() {
                 let mut trailers = HeaderMap::with_capacity(1);
                 trailers.insert("grpc-status", HeaderValue::from_static("0"));

@@ -34,8 +34,11 @@ const LOCAL_ERROR_RESETS_MAX: usize = 1_024;
 /// Bytes of request headers of one call. Envoy may pass on headers of the client's request (tracing), of which it takes 60 KiB:
 /// whatever comes beyond our limit is refused by the protocol, which `failure_mode_allow` would let in.
 const HEADER_LIST_BYTES_MAX: u32 = 96 << 10;
-/// Batches of calls that are answered before other connections have their turn; each is at most what may be open at a time.
-const BATCHES_MAX: usize = 8;
+/// Calls that are answered before anything is sent. The frames of their answers are in memory at one time, and h2 keeps what the largest
+/// batch took until the connection ends.
+const BATCH_CALLS: usize = 32;
+/// Batches of calls that are answered before other connections have their turn.
+const BATCHES_MAX: usize = 32;
 /// What a peer may send before we have read it, on one stream and on all of a connection.
 const WINDOW_BYTES: u32 = 1 << 20;
 
@@ -124,14 +127,16 @@ struct Connection<T> {
 }
 
 impl<T: AsyncRead + AsyncWrite + Unpin> Connection<T> {
-    /// Ready once the connection is closed. Whatever comes in without end, others on the core have their turn.
+    /// Ready once the connection is closed. Yields after [`BATCHES_MAX`] batches, so that one busy connection cannot starve the others on
+    /// this worker.
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         for _ in 0..BATCHES_MAX {
             // Each of these also sends what was answered before.
-            while let Poll::Ready(arrived) = self.http2.poll_accept(cx) {
-                match arrived {
-                    Some(Ok(call)) => self.arrived.push(call),
-                    Some(Err(_)) | None => return Poll::Ready(()),
+            while self.arrived.len() < BATCH_CALLS {
+                match self.http2.poll_accept(cx) {
+                    Poll::Ready(Some(Ok(call))) => self.arrived.push(call),
+                    Poll::Ready(Some(Err(_)) | None) => return Poll::Ready(()),
+                    Poll::Pending => break,
                 }
             }
             if self.arrived.is_empty() {

@@ -28,7 +28,7 @@ const MESSAGE_BYTES_MAX: u64 = 512;
 /// Health checks at one time, over all connections: each takes about 10 KiB.
 const CHECKS_MAX: usize = 256;
 /// Watches at one time, over all connections: each takes about 9 KiB for as long as the client wants.
-const WATCHES_MAX: usize = 1_024;
+const WATCHES_MAX: usize = 512;
 
 /// Answers health checks.
 pub(super) struct Health {
@@ -64,6 +64,7 @@ impl Service {
         let headers = request.headers().clone();
         let mut reader = MessageReader::new(request, MESSAGE_BYTES_MAX);
         let read = timeout(self.limits.preface_timeout, poll_fn(|cx| reader.poll(cx))).await;
+        let answer = |respond, found| answer(respond, found, &self.unread);
         let message = match read {
             Ok(Ok(message)) => message,
             Ok(Err(BodyError::Gone)) => return,

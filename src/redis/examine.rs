@@ -169,7 +169,13 @@ async fn commands(connection: &mut Connection) -> Finding {
         ("EVAL", &["return redis.call('GETRANGE', KEYS[1], 0, 0)", "1", &name]),
         ("EVALSHA", &["0000000000000000000000000000000000000000", "1", &name]),
     ];
-    let denials: [(&str, &[&str]); 3] = [("TIME", &[]), ("HLEN", &[&name]), ("HGETALL", &[&name])];
+    let denials: [(&str, &[&str]); 5] = [
+        ("TIME", &[]),
+        ("HLEN", &[&name]),
+        ("HKEYS", &[&name]),
+        ("HSTRLEN", &[&name, "field"]),
+        ("HGET", &[&name, "field"]),
+    ];
     let remedy = "give the user of Redis the commands and keys that [redis] in docs/configuration.md lists (ACL \
                   SETUSER); an error of another kind is the server's to explain";
     let refused_values = refused(connection, &values).await;

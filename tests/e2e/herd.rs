@@ -23,7 +23,7 @@ const PATIENCE: Duration = Duration::from_secs(30);
 
 /// A server whose deadlines leave the test all the time it wants, and a key.
 async fn start(mode: &str) -> (Running, Arc<Seam>, IssuedKey, Site) {
-    let site = Site::new().unhurried().with("freshness.mode", mode);
+    let site = Site::new().unhurried().with("freshness.mode", mode).with("limits.streams_per_connection", "1024");
     site.migrate().await;
     site.trust("acme").await;
     let key = site.issue("acme", &[]).await;

@@ -310,7 +310,7 @@ async fn on_one_connection_there_are_no_more_streams_than_allowed() {
 #[tokio::test(flavor = "multi_thread")]
 async fn five_thousand_resets_at_once_cost_nobody_a_connection() {
     let _turn = alone().await;
-    let stage = Stage::new(&UNHURRIED).await;
+    let stage = Stage::new(&[UNHURRIED.as_slice(), &[("limits.streams_per_connection", "1024")]].concat()).await;
     let key = stage.site.issue("acme", &[]).await;
     let server = stage.site.serve().await;
     let frozen = stage.postgres.freeze();

@@ -22,6 +22,7 @@ mod pgbouncer;
 mod prometheus;
 mod quiet;
 mod redis_tls;
+mod resource_limits;
 mod revocation;
 mod route_demands;
 mod sampler;

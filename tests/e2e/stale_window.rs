@@ -27,7 +27,7 @@ enum No {
     /// 28000: `pg_hba.conf` rejects the role.
     RejectedLogin,
     /// 28000: the role may not log in any more.
-    NoLogin,
+    LoginRevoked,
     /// 28P01: the password was changed.
     ChangedPassword,
     /// 55P03: another session has locked a table of ours.
@@ -51,7 +51,7 @@ impl No {
     const ALL: [Self; 6] = [
         Self::TooManyClients,
         Self::RejectedLogin,
-        Self::NoLogin,
+        Self::LoginRevoked,
         Self::ChangedPassword,
         Self::LockedTable,
         Self::CancelledStatement,
@@ -61,7 +61,7 @@ impl No {
         let disconnect = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'serve'";
         match self {
             Self::TooManyClients => postgres.execute(database, "ALTER ROLE serve CONNECTION LIMIT 0").await,
-            Self::NoLogin => postgres.execute(database, "ALTER ROLE serve NOLOGIN").await,
+            Self::LoginRevoked => postgres.execute(database, "ALTER ROLE serve NOLOGIN").await,
             Self::ChangedPassword => postgres.execute(database, "ALTER ROLE serve PASSWORD 'other'").await,
             Self::RejectedLogin => reject(postgres, true).await,
             Self::LockedTable | Self::CancelledStatement => {
@@ -88,7 +88,7 @@ impl No {
         drop(kept);
         match self {
             Self::TooManyClients => postgres.execute(database, "ALTER ROLE serve CONNECTION LIMIT -1").await,
-            Self::NoLogin => postgres.execute(database, "ALTER ROLE serve LOGIN").await,
+            Self::LoginRevoked => postgres.execute(database, "ALTER ROLE serve LOGIN").await,
             Self::ChangedPassword => postgres.execute(database, "ALTER ROLE serve PASSWORD 'secret'").await,
             Self::RejectedLogin => reject(postgres, false).await,
             Self::LockedTable | Self::CancelledStatement => {}

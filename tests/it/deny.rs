@@ -193,6 +193,37 @@ async fn whoever_can_write_to_redis_can_neither_deny_nor_let_pass() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn large_and_foreign_fields_are_not_read_and_keep_no_entry_out() {
+    let redis = Redis::start().await;
+    let (replica, place) = (Replica::start(&redis), Arc::new(operator(&redis)));
+    let denied = record(1);
+    let mut connection = redis.connection().await;
+    let large = vec![b'x'; 64 << 20];
+    let field = Denied::Key(record(2).key_id).line();
+    let _: () = connection.hset(HASH, field, large).await.unwrap();
+    let junk: Vec<(String, &[u8])> = (0..2 * ENTRIES_MAX).map(|number| (number.to_string(), &b"x"[..])).collect();
+    let _: () = connection.hset_multiple(HASH, &junk).await.unwrap();
+    replica.until(|| replica.shows("trustgate_deny_stale{source=\"redis\"} 1")).await;
+    let sent = async || {
+        let info: String = redis::cmd("INFO").arg("stats").query_async(&mut redis.connection().await).await.unwrap();
+        let sent =
+            info.lines().find_map(|line| line.strip_prefix("total_net_output_bytes:")).unwrap().trim().to_owned();
+        sent.parse::<u64>().unwrap()
+    };
+    let before = sent().await;
+    replica.after_another_reading().await;
+    let after = sent().await;
+    assert!(after - before < 1 << 20, "{} bytes left Redis", after - before);
+
+    // A new entry reaches replicas, and adding it has cleaned up.
+    json(&place, &["deny", "add", "--key", &denied.key_id.to_string(), "--for", "1h"]).await;
+    replica.until_it_denies(&denied, true).await;
+    let left: usize = connection.hlen(HASH).await.unwrap();
+    assert_eq!(left, 1);
+    replica.until(|| replica.shows("trustgate_deny_stale{source=\"redis\"} 0")).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn what_was_read_stays_while_redis_is_down() {
     let mut redis = Redis::start().await;
     let (replica, place) = (Replica::start(&redis), Arc::new(operator(&redis)));

@@ -437,11 +437,11 @@ async fn a_user_of_redis_needs_every_command_that_is_sent() {
     report.shows(
         "redis_commands",
         "warning",
-        &["the deny list in Redis cannot be read", "HGETALL", "docs/configuration.md"],
+        &["the deny list in Redis cannot be read", "HSTRLEN", "docs/configuration.md"],
     );
     report.shows("redis_address", "ok", &["with TLS"]).shows("redis_connection", "ok", &["PING"]);
     report.shows("redis_hints", "ok", &[]).ran.hides(USER.1);
-    redis.ask::<()>(&["ACL", "SETUSER", USER.0, "+time", "+hlen", "+hgetall"]).await;
+    redis.ask::<()>(&["ACL", "SETUSER", USER.0, "+time", "+hlen", "+hkeys", "+hstrlen", "+hget"]).await;
     Report::of(&place).shows("redis_commands", "ok", &[]);
     redis.ask::<()>(&["ACL", "SETUSER", USER.0, "-eval", "-publish"]).await;
     let report = Report::of(&place);

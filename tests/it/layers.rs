@@ -7,11 +7,12 @@ use std::{
 
 /// Crates that are used in these modules (and what is below them) and nowhere else: replacing one stays one place.
 const HOMES: &[(&str, &[&str])] = &[
-    ("axum", &["admin"]),
     ("clap", &["cli"]),
     ("comfy_table", &["cli"]),
     ("envoy_types", &["wire"]),
     ("h2", &["net"]),
+    ("hyper", &["admin"]),
+    ("hyper_util", &["admin"]),
     ("indicatif", &["cli"]),
     ("moka", &["cache::l1"]),
     ("prost", &["wire"]),

@@ -15,7 +15,10 @@ pub async fn try_connect<T>(stream: T) -> Result<SendRequest<Bytes>, h2::Error>
 where
     T: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
-    let (sender, connection) = h2::client::handshake(stream).await?;
+    // Windows as large as Envoy's, so that an answer comes in one piece.
+    let mut builder = h2::client::Builder::new();
+    builder.initial_window_size(1 << 20).initial_connection_window_size(16 << 20);
+    let (sender, connection) = builder.handshake(stream).await?;
     tokio::spawn(connection);
     sender.ready().await
 }

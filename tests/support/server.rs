@@ -250,6 +250,20 @@ impl Server {
         Frozen::of(self.program.pid().expect("running"))
     }
 
+    /// How much memory the process has in RAM, and how much it had at the most.
+    ///
+    /// # Panics
+    /// If the server has ended.
+    pub fn memory(&self) -> Memory {
+        let status = format!("/proc/{}/status", self.program.pid().expect("started"));
+        let status = std::fs::read_to_string(status).expect("it runs");
+        let mib = |name: &str| {
+            let line = status.lines().find_map(|line| line.strip_prefix(name)).expect("a line");
+            line.trim().trim_end_matches(" kB").parse::<f64>().expect("a number") / 1024.0
+        };
+        Memory { now: mib("VmRSS:"), peak: mib("VmHWM:") }
+    }
+
     /// How often each core has waited for something to do: a thread that serves nothing hardly does.
     ///
     /// # Panics
@@ -301,6 +315,13 @@ impl Server {
     pub async fn ended(self, limit: Duration) -> (i32, String) {
         self.program.ended(limit).await
     }
+}
+
+/// Resident memory in MiB.
+#[derive(Clone, Copy, Debug)]
+pub struct Memory {
+    pub now: f64,
+    pub peak: f64,
 }
 
 /// The value of one metric of the server at `admin`, by its name with its labels as `/metrics` writes it.

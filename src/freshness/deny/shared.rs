@@ -34,12 +34,39 @@ const MEMORY_MAX: usize = 10 * ENTRIES_MAX;
 /// hear that it was removed, and no older value counts again.
 const KEPT_MICROS: i64 = 24 * 3_600 * 1_000_000;
 
-/// All of the hash in one moment, unless it is too large, and Redis's clock in that moment.
+/// Fields of the hash that are looked at, at most, foreign ones included.
+const FIELDS_MAX: usize = 4 * ENTRIES_MAX;
+/// The longest field: `digest`, a blank and 64 hexadecimal digits.
+const FIELD_BYTES_MAX: usize = 71;
+/// Every value has this length.
+const VALUE_BYTES: usize = 1 + MAC_BYTES + 8 + 8;
+
+/// Redis's clock, how many fields the hash has, how many of them cannot be entries by their length, and all others with their values, in one
+/// moment. Whoever can write to Redis can put anything into the hash: nothing that is too long leaves Redis, so that it cannot use up
+/// our memory.
 const READ: &str = "\
 local now = redis.call('TIME')
 local count = redis.call('HLEN', KEYS[1])
-if count > tonumber(ARGV[1]) then return {now[1], now[2], count, {}} end
-return {now[1], now[2], count, redis.call('HGETALL', KEYS[1])}";
+local foreign, entries = 0, {}
+if count <= tonumber(ARGV[1]) then
+  for _, field in ipairs(redis.call('HKEYS', KEYS[1])) do
+    if #field <= tonumber(ARGV[2]) and redis.call('HSTRLEN', KEYS[1], field) == tonumber(ARGV[3]) then
+      entries[#entries + 1] = field
+      entries[#entries + 1] = redis.call('HGET', KEYS[1], field)
+    else
+      foreign = foreign + 1
+    end
+  end
+end
+return {now[1], now[2], count, foreign, entries}";
+
+/// Deletes the fields that cannot be entries by their length.
+const DELETE_FOREIGN: &str = "\
+for _, field in ipairs(redis.call('HKEYS', KEYS[1])) do
+  if #field > tonumber(ARGV[1]) or redis.call('HSTRLEN', KEYS[1], field) ~= tonumber(ARGV[2]) then
+    redis.call('HDEL', KEYS[1], field)
+  end
+end";
 
 /// The list in Redis.
 pub struct SharedList {
@@ -63,14 +90,17 @@ pub struct Found {
     pub now: i64,
     /// Its genuine entries, those that are over included.
     pub entries: HashMap<Denied, Term>,
-    /// Fields that are none, or not genuine.
+    /// Fields with the form of an entry that are not genuine.
     pub refused: usize,
+    /// Fields that cannot be entries by their length.
+    pub foreign: usize,
 }
 
 impl Found {
     /// What is wrong with it, if anything is.
     pub(super) fn problem(&self) -> Option<String> {
-        (self.refused > 0).then(|| format!("{} entries are not genuine, or of another release", self.refused))
+        let count = self.refused + self.foreign;
+        (count > 0).then(|| format!("{count} entries are not genuine, or of another release"))
     }
 }
 
@@ -84,7 +114,9 @@ pub enum SharedError {
     #[error("Redis does not answer")]
     Down(QueryError),
     /// There is more than is read.
-    #[error("there are {0} entries, more than {ENTRIES_MAX}: nothing of it is read")]
+    #[error(
+        "there are {0} entries, more than {ENTRIES_MAX}: nothing of it is read; delete `{NAME}` in Redis and add again what is to be denied"
+    )]
     TooMany(usize),
 }
 
@@ -107,14 +139,15 @@ impl SharedList {
     pub async fn read(&self) -> Result<Found, SharedError> {
         let mac_key = self.mac_key.get().ok_or(SharedError::NoMacKey)?;
         let mut command = redis::cmd("EVAL");
-        command.arg(READ).arg(1).arg(NAME).arg(ENTRIES_MAX);
-        let answer = self.redis.query::<(i64, i64, usize, Vec<Vec<u8>>)>(&command).await;
-        let (seconds, micros, count, fields) = answer.map_err(SharedError::Down)?;
-        if count > ENTRIES_MAX {
+        command.arg(READ).arg(1).arg(NAME).arg(FIELDS_MAX).arg(FIELD_BYTES_MAX).arg(VALUE_BYTES);
+        let answer = self.redis.query::<(i64, i64, usize, usize, Vec<Vec<u8>>)>(&command).await;
+        let (seconds, micros, count, foreign, fields) = answer.map_err(SharedError::Down)?;
+        // Foreign fields do not count against genuine entries.
+        if count > FIELDS_MAX || fields.len() / 2 > ENTRIES_MAX {
             return Err(SharedError::TooMany(count));
         }
         let now = seconds.saturating_mul(1_000_000).saturating_add(micros);
-        let mut found = Found { now, ..Found::default() };
+        let mut found = Found { now, foreign, ..Found::default() };
         for [field, value] in fields.as_chunks().0 {
             match open(mac_key, field, value) {
                 Some((denied, term)) => drop(found.entries.insert(denied, term)),
@@ -124,13 +157,18 @@ impl SharedList {
         Ok(found)
     }
 
-    /// Sets each of `denied` to end after `life`, and takes entries out that were over long ago. Waits at most three times
+    /// Sets each of `denied` to end after `life`, and takes entries out that were over long ago. Waits at most four times
     /// `redis.timeout`.
     ///
     /// # Errors
     /// [`SharedError`]; what was set then is not known.
     pub async fn set(&self, denied: &[Denied], life: Duration) -> Result<Vec<(Denied, Term)>, SharedError> {
-        let Found { now, entries, refused } = self.read().await?;
+        let Found { now, entries, refused, foreign } = self.read().await?;
+        if foreign > 0 {
+            let mut command = redis::cmd("EVAL");
+            command.arg(DELETE_FOREIGN).arg(1).arg(NAME).arg(FIELD_BYTES_MAX).arg(VALUE_BYTES);
+            self.redis.query::<()>(&command).await.map_err(SharedError::Down)?;
+        }
         let mac_key = self.mac_key.get().ok_or(SharedError::NoMacKey)?;
         let (over, kept): (Vec<_>, Vec<_>) = entries.iter().partition(|(_, term)| is_long_over(term.end, now));
         let new = denied.iter().filter(|one| !entries.contains_key(one)).count();
@@ -243,7 +281,7 @@ mod tests {
 
     fn found(now: i64, entries: &[(u128, i64, i64)]) -> Found {
         let entries = entries.iter().map(|(number, set_at, end)| (key(*number), Term { set_at: *set_at, end: *end }));
-        Found { now, entries: entries.collect(), refused: 0 }
+        Found { now, entries: entries.collect(), refused: 0, foreign: 0 }
     }
 
     #[test]

@@ -1,0 +1,334 @@
+//! What callers can make a server hold has a bound: memory, connections and time, on every listener.
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use h2::client::SendRequest;
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::TcpStream,
+    time::{Instant, timeout},
+};
+use trustgate::wire::grpc::frame_bytes;
+
+use crate::support::{
+    alone, among_others,
+    connection::{answer, call, connect, head, head_of},
+    grpc::{Asker, granted},
+    server::{IssuedKey, Server, Site},
+};
+
+/// What one kind of caller may add to the memory of a server, in MiB.
+const GROWTH_MAX: f64 = 32.0;
+
+struct Fixture {
+    site: Site,
+    server: Server,
+    key: IssuedKey,
+}
+
+impl Fixture {
+    async fn new(settings: &[(&str, &str)]) -> Self {
+        let mut site = Site::new();
+        for (setting, value) in settings {
+            site.set(setting, *value);
+        }
+        site.migrate().await;
+        site.trust("acme").await;
+        let key = site.issue("acme", &[]).await;
+        let server = site.serve().await;
+        granted(&Asker::connect(server.grpc()).await, &key).await;
+        Self { site, server, key }
+    }
+
+    async fn connection(&self) -> SendRequest<Bytes> {
+        connect(TcpStream::connect(self.server.grpc()).await.unwrap()).await
+    }
+
+    /// Lets `callers` hold what they can, twice. Memory grows by less than the bound, and the second time takes what the first has left:
+    /// nothing adds up.
+    async fn holds_little<C>(&self, what: &str, callers: impl AsyncFn() -> C) {
+        let before = self.server.memory();
+        let first = callers().await;
+        let held = self.server.memory();
+        drop(first);
+        let second = callers().await;
+        let again = self.server.memory();
+        println!("{what}: {:.1} MiB more, {:.1} the second time", held.peak - before.now, again.peak - before.now);
+        assert!(again.peak - before.now < GROWTH_MAX, "{what}: {before:?}, then {held:?}, then {again:?}");
+        // Nobody else has noticed.
+        granted(&Asker::connect(self.server.grpc()).await, &self.key).await;
+        drop(second);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_thousand_unfinished_heads_on_the_admin_listener() {
+    let _turn = alone().await;
+    let fixture = Fixture::new(&[]).await;
+    let padding = format!("GET /metrics HTTP/1.1\r\nx-padding: {}", "x".repeat(400 << 10));
+    let unfinished = async || {
+        let mut callers = Vec::new();
+        for _ in 0..1_000 {
+            let mut caller = TcpStream::connect(fixture.server.admin()).await.unwrap();
+            // The server stops reading a head that is too large, or closes the connection.
+            let _ = timeout(Duration::from_millis(5), caller.write_all(padding.as_bytes())).await;
+            callers.push(caller);
+        }
+        // Probes get through all the same.
+        for _ in 0..10 {
+            assert_eq!(fixture.server.readiness().await.status, 200);
+        }
+        callers
+    };
+    fixture.holds_little("1 000 unfinished heads", unfinished).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn ten_thousand_watchers_of_the_health() {
+    let _turn = alone().await;
+    let fixture = Fixture::new(&[]).await;
+    let callers = async || {
+        let (mut callers, mut watching, mut refused) = (Vec::new(), Vec::new(), 0);
+        for _ in 0..200 {
+            let connection = fixture.connection().await;
+            let watches: Vec<_> = (0..50)
+                .map(|_| {
+                    let head = head_of("/grpc.health.v1.Health/Watch");
+                    let (watch, mut stream) = connection.clone().send_request(head, false).unwrap();
+                    // Fails where the server has refused the stream already.
+                    let _ = stream.send_data(frame_bytes(b""), true);
+                    watch
+                })
+                .collect();
+            for watch in watches {
+                let response = watch.await.unwrap();
+                match response.status().as_u16() {
+                    200 => watching.push(response),
+                    status => {
+                        assert_eq!(status, 503);
+                        refused += 1;
+                    }
+                }
+            }
+            callers.push(connection);
+        }
+        println!("{} watch, {refused} are refused", watching.len());
+        assert!((500..1_000).contains(&watching.len()), "{} watch", watching.len());
+        (callers, watching)
+    };
+    fixture.holds_little("10 000 watchers", callers).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn forty_thousand_streams_without_a_message() {
+    let _turn = alone().await;
+    let fixture = Fixture::new(&[]).await;
+    let callers = async || {
+        let mut callers = Vec::new();
+        for _ in 0..40 {
+            let connection = fixture.connection().await;
+            // Those beyond `limits.streams_per_connection` wait at the caller until others have ended.
+            let unfinished: Vec<_> =
+                (0..1_000).map(|_| connection.clone().send_request(head(), false).unwrap()).collect();
+            callers.push((connection, unfinished));
+        }
+        let (mut refused, mut late) = (0, 0);
+        for (connection, unfinished) in &mut callers {
+            for (answered, _stream) in unfinished.drain(..) {
+                match answered.await.map(|response| response.status().as_u16()) {
+                    Ok(503) => refused += 1,
+                    Ok(status) => {
+                        assert_eq!(status, 408);
+                        late += 1;
+                    }
+                    // Opened before the caller knew the limit.
+                    Err(error) => {
+                        assert_eq!(error.reason(), Some(h2::Reason::REFUSED_STREAM));
+                        refused += 1;
+                    }
+                }
+            }
+            assert_eq!(answer(call(connection, &fixture.key.key)).await.unwrap().status, 200);
+        }
+        println!("{refused} refused at once, {late} after their time");
+        callers
+    };
+    fixture.holds_little("40 000 streams without a message", callers).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn bursts_of_a_thousand_calls_on_two_hundred_connections() {
+    let _turn = alone().await;
+    let fixture = Fixture::new(&[]).await;
+    let mut connections = Vec::new();
+    for _ in 0..200 {
+        connections.push(fixture.connection().await);
+    }
+    // The connections stay open: what a burst takes is bounded until they end.
+    let bursts = async || {
+        for connection in &connections {
+            let calls: Vec<_> = (0..1_000).map(|_| call(connection, &fixture.key.key)).collect();
+            for call in calls {
+                assert_eq!(answer(call).await.unwrap().status, 200);
+            }
+        }
+    };
+    fixture.holds_little("bursts of 1 000 calls on 200 connections", bursts).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn answers_that_nobody_reads() {
+    let _turn = alone().await;
+    let fixture = Fixture::new(&[]).await;
+    let reader = fixture.connection().await;
+    let callers = async || {
+        let mut callers = Vec::new();
+        for _ in 0..200 {
+            let stream = TcpStream::connect(fixture.server.grpc()).await.unwrap();
+            let mut builder = h2::client::Builder::new();
+            let (sender, connection) = builder.initial_window_size(0).handshake::<_, Bytes>(stream).await.unwrap();
+            tokio::spawn(connection);
+            let closed = sender.ready().await.unwrap();
+            let mut unread = Vec::new();
+            for number in 0..64 {
+                unread.push(call(&closed, &fixture.key.key));
+                // Others are answered on the same workers in between, so that buffers would be shared with them.
+                if number % 50 == 0 {
+                    assert_eq!(answer(call(&reader, &fixture.key.key)).await.unwrap().status, 200);
+                }
+            }
+            callers.push((closed, unread));
+        }
+        callers
+    };
+    fixture.holds_little("12 800 unread answers", callers).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn one_watch_does_not_keep_connections_away_from_its_worker() {
+    let _turn = alone().await;
+    let fixture = Fixture::new(&[]).await;
+    let workers = std::thread::available_parallelism().unwrap().get();
+    let watcher = fixture.connection().await;
+    let (watch, mut stream) = watcher.clone().send_request(head_of("/grpc.health.v1.Health/Watch"), false).unwrap();
+    stream.send_data(frame_bytes(b""), true).unwrap();
+    let _watching = watch.await.unwrap();
+    let mut connections = Vec::new();
+    for _ in 0..10 * workers {
+        connections.push(fixture.connection().await);
+    }
+    let before = fixture.server.waits_of_cores();
+    for _ in 0..50 {
+        for connection in &connections {
+            assert_eq!(answer(call(connection, &fixture.key.key)).await.unwrap().status, 200);
+        }
+    }
+    let after = fixture.server.waits_of_cores();
+    let busy = after.iter().filter(|(name, waits)| *waits - before[*name] > 100).count();
+    assert_eq!(busy, workers, "{before:?}, then {after:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn sigterm_ends_the_server_whatever_is_open() {
+    let _turn = alone().await;
+    let fixture = Fixture::new(&[("limits.drain_delay", "1s"), ("limits.drain_grace", "2s")]).await;
+    let mut open = Vec::new();
+    // On the admin listener: half a request line, a head without its end, an answer that is not read.
+    for bytes in
+        [&b"GET /met"[..], b"GET /metrics HTTP/1.1\r\nhost: a\r\n", b"GET /metrics HTTP/1.1\r\nhost: a\r\n\r\n"]
+    {
+        for _ in 0..100 {
+            let mut caller = TcpStream::connect(fixture.server.admin()).await.unwrap();
+            caller.write_all(bytes).await.unwrap();
+            open.push(caller);
+        }
+    }
+    // On the gRPC listener: half a preface, idle HTTP/2 that answers no ping, and half a message.
+    for _ in 0..100 {
+        let mut caller = TcpStream::connect(fixture.server.grpc()).await.unwrap();
+        caller.write_all(b"PRI * HT").await.unwrap();
+        open.push(caller);
+        let mut caller = TcpStream::connect(fixture.server.grpc()).await.unwrap();
+        caller.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0").await.unwrap();
+        open.push(caller);
+    }
+    let connection = fixture.connection().await;
+    let (_unfinished, mut stream) = connection.clone().send_request(head(), false).unwrap();
+    stream.send_data(Bytes::from_static(b"\0\0\0"), false).unwrap();
+    let mut closed = h2::client::Builder::new();
+    let (sender, unread) = closed
+        .initial_window_size(0)
+        .handshake::<_, Bytes>(TcpStream::connect(fixture.server.grpc()).await.unwrap())
+        .await
+        .unwrap();
+    tokio::spawn(unread);
+    let sender = sender.ready().await.unwrap();
+    let _unread: Vec<_> = (0..100).map(|_| call(&sender, &fixture.key.key)).collect();
+
+    fixture.server.signal("TERM");
+    let asked = Instant::now();
+    let (_, log) = fixture.server.ended(Duration::from_secs(30)).await;
+    let took = asked.elapsed();
+    println!("ended {took:?} after SIGTERM");
+    // Delay and grace, and a moment to start and end.
+    assert!(took < Duration::from_millis(3_500), "{took:?}\n{log}");
+    assert!(log.contains("\"stopped\""), "{log}");
+    drop((open, connection, fixture.site));
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_second_signal_ends_the_server_at_once() {
+    let _turn = among_others().await;
+    let server = Site::new().serve().await;
+    server.signal("TERM");
+    server.until_logged("draining").await;
+    server.signal("TERM");
+    // The delay alone takes 5 s.
+    let (code, log) = server.ended(Duration::from_secs(3)).await;
+    assert_eq!(code, 1, "{log}");
+    assert!(log.contains("second signal"), "{log}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn signals_that_ask_for_nothing_are_ignored_and_sigquit_drains() {
+    let _turn = among_others().await;
+    let server = Site::new().with("limits.drain_delay", "1s").serve().await;
+    for signal in ["HUP", "USR1", "USR2"] {
+        server.signal(signal);
+        server.until_logged(&format!("\"SIG{signal}\"")).await;
+    }
+    assert_eq!(server.readiness().await.status, 200);
+    server.signal("QUIT");
+    let (code, log) = server.ended(Duration::from_secs(30)).await;
+    assert_eq!(code, 0, "{log}");
+    assert!(log.contains("draining"), "{log}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_admin_listener_speaks_http1_only_and_closes_slow_connections() {
+    let _turn = among_others().await;
+    let server = Site::new().serve().await;
+    let mut http2 = TcpStream::connect(server.admin()).await.unwrap();
+    http2.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0").await.unwrap();
+    let mut said = Vec::new();
+    let closed = timeout(Duration::from_secs(3), http2.read_to_end(&mut said)).await;
+    assert!(closed.is_ok() && !said.starts_with(b"\0\0"), "{said:?}");
+    let mut slow = TcpStream::connect(server.admin()).await.unwrap();
+    slow.write_all(b"GET /readyz HTTP/1.1\r\n").await.unwrap();
+    let mut said = Vec::new();
+    assert!(timeout(Duration::from_secs(3), slow.read_to_end(&mut said)).await.is_ok(), "after 2 s");
+    for (request, status) in [
+        ("GET /livez HTTP/1.1\r\nhost: a\r\n\r\n", "200"),
+        ("HEAD /metrics HTTP/1.1\r\nhost: a\r\n\r\n", "200"),
+        ("POST /metrics HTTP/1.1\r\nhost: a\r\ncontent-length: 0\r\n\r\n", "405"),
+        ("GET / HTTP/1.1\r\nhost: a\r\n\r\n", "404"),
+        ("nonsense\r\n\r\n", "400"),
+    ] {
+        let mut stream = TcpStream::connect(server.admin()).await.unwrap();
+        stream.write_all(request.as_bytes()).await.unwrap();
+        let mut said = String::new();
+        stream.read_to_string(&mut said).await.unwrap();
+        assert!(said.starts_with(&format!("HTTP/1.1 {status}")), "{request:?}: {said:?}");
+    }
+}
