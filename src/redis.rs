@@ -10,14 +10,17 @@ mod link;
 use std::{
     fs, io,
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
     time::Duration,
 };
 
 use redis::{Cmd, FromRedisValue, RedisError};
 use tokio::{
     sync::{Notify, watch},
-    time::{sleep, timeout},
+    time::{Instant, sleep, sleep_until, timeout},
 };
 use tokio_util::sync::CancellationToken;
 
@@ -29,7 +32,7 @@ use crate::{
     breaker::{self, Breaker},
     clock::Clock,
     fault::{Fault, Tier},
-    metrics::{IntGauge, Opts, Registry, register},
+    metrics::{IntCounter, IntCounterVec, IntGauge, Opts, Registry, register},
     record::bytes_from_hex,
     secret::Secret,
 };
@@ -105,7 +108,8 @@ const RECONNECT_WAIT: Duration = Duration::from_millis(50);
 #[derive(Clone)]
 pub struct RedisMetrics {
     up: IntGauge,
-    breaker_closed: IntGauge,
+    breaker_open: IntGauge,
+    refused: [IntCounter; Refusal::ALL.len()],
 }
 
 impl RedisMetrics {
@@ -118,8 +122,75 @@ impl RedisMetrics {
             "trustgate_redis_up",
             "1 while there is a connection to Redis (in a Cluster, to every master) that answers, else 0.",
         );
-        Ok(Self { up: register(registry, IntGauge::with_opts(up))?, breaker_closed: breaker_open })
+        let refused =
+            Opts::new("trustgate_redis_refused_total", "Commands that Redis answered with a refusal, by its reason.");
+        let refused = register(registry, IntCounterVec::new(refused, &["reason"]))?;
+        Ok(Self {
+            up: register(registry, IntGauge::with_opts(up))?,
+            breaker_open,
+            refused: Refusal::ALL.map(|refusal| refused.with_label_values(&[refusal.as_str()])),
+        })
     }
+}
+
+/// Why a server that is there refuses commands (<https://redis.io/docs/latest/develop/reference/protocol-spec/#simple-errors>).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Refusal {
+    /// The node has become a replica.
+    ReadOnly,
+    /// The node is a replica that has lost its master.
+    MasterDown,
+    /// The node loads its data.
+    Loading,
+    /// There is no memory left, and nothing may be evicted.
+    OutOfMemory,
+    /// The node cannot save its data, or has too few replicas.
+    Misconfigured,
+}
+
+impl Refusal {
+    const ALL: [Self; 5] = [Self::ReadOnly, Self::MasterDown, Self::Loading, Self::OutOfMemory, Self::Misconfigured];
+
+    /// The label of the metric.
+    const fn as_str(self) -> &'static str {
+        match self {
+            Self::ReadOnly => "readonly",
+            Self::MasterDown => "masterdown",
+            Self::Loading => "loading",
+            Self::OutOfMemory => "oom",
+            Self::Misconfigured => "misconf",
+        }
+    }
+
+    fn of(error: &RedisError) -> Option<Self> {
+        let refusal = |code: &str| match code {
+            "READONLY" => Some(Self::ReadOnly),
+            "MASTERDOWN" => Some(Self::MasterDown),
+            "LOADING" => Some(Self::Loading),
+            "OOM" => Some(Self::OutOfMemory),
+            "MISCONF" | "NOREPLICAS" => Some(Self::Misconfigured),
+            _ => None,
+        };
+        // Before Redis 7 the code of an error inside a script stands in its text, behind a dash.
+        let in_script = || {
+            let text = error.to_string();
+            text.split('-').skip(1).find_map(|part| refusal(part.split_whitespace().next().unwrap_or_default()))
+        };
+        error.code().and_then(refusal).or_else(in_script)
+    }
+
+    /// Whether another connection may lead to a node that accepts the command.
+    const fn may_pass_elsewhere(self) -> bool {
+        matches!(self, Self::ReadOnly | Self::MasterDown | Self::Loading)
+    }
+}
+
+/// Whether Redis refuses commands at the moment, so that the log says so once.
+#[derive(Default)]
+struct Refusing {
+    is_refusing: AtomicBool,
+    /// Asks for another connection.
+    replace: Notify,
 }
 
 /// A handle to Redis, cheap to clone.
@@ -131,6 +202,7 @@ pub struct Redis {
     limit: Duration,
     metrics: RedisMetrics,
     hint: Arc<Notify>,
+    refusing: Arc<Refusing>,
 }
 
 /// Why a command got no answer that its caller could use.
@@ -179,10 +251,11 @@ impl Redis {
             limit: settings.timeout,
             metrics: metrics.clone(),
             hint: Arc::default(),
+            refusing: Arc::default(),
         };
         let publisher = handle.clone();
         let keeper = async move {
-            let connected = keep_connected(&link, sender, metrics);
+            let connected = keep_connected(&link, sender, metrics, &publisher.refusing);
             stop.run_until_cancelled(async { tokio::join!(connected, hints::publish(&publisher)) }).await;
         };
         (handle, keeper)
@@ -220,7 +293,17 @@ impl Redis {
                     self.report(self.breaker.succeeded());
                     return Err(answer);
                 }
-                Fault::unreachable(Tier::L2, error)
+                let refusal = Refusal::of(&error);
+                if let Some(refusal) = refusal {
+                    self.note_refused(refusal, &error);
+                }
+                let fault = Fault::unreachable(Tier::L2, error);
+                if matches!(refusal, Some(Refusal::ReadOnly | Refusal::OutOfMemory | Refusal::Misconfigured)) {
+                    // Reads are answered, so the breaker stays closed.
+                    self.report(self.breaker.succeeded());
+                    return Err(QueryError::Failed(fault));
+                }
+                fault
             }
             Err(_) => Fault::Timeout { tier: Tier::L2, limit: self.limit },
         };
@@ -246,9 +329,28 @@ impl Redis {
             call.arg(script).arg(1).arg(key).arg(arguments);
             call
         };
-        match self.query(&call("EVALSHA", &script.hash)).await {
+        let answer = match self.query(&call("EVALSHA", &script.hash)).await {
             Err(QueryError::NoScript) => self.query(&call("EVAL", script.code)).await,
             answer => answer,
+        };
+        // Scripts write: one that succeeds ends a refusal.
+        if answer.is_ok() && self.refusing.is_refusing.swap(false, Ordering::Relaxed) {
+            tracing::info!("redis accepts writes again");
+        }
+        answer
+    }
+
+    fn note_refused(&self, refusal: Refusal, error: &RedisError) {
+        self.metrics.refused[refusal as usize].inc();
+        if refusal.may_pass_elsewhere() {
+            self.refusing.replace.notify_one();
+        }
+        if !self.refusing.is_refusing.swap(true, Ordering::Relaxed) {
+            tracing::warn!(
+                reason = refusal.as_str(),
+                %error,
+                "redis refuses commands: records are not shared between replicas until it accepts them"
+            );
         }
     }
 
@@ -270,17 +372,30 @@ impl Redis {
             breaker::Change::Opened => tracing::warn!("redis failed repeatedly; the database is asked instead"),
             breaker::Change::Closed => tracing::info!("redis is used again"),
         }
-        self.metrics.breaker_closed.set(i64::from(!self.breaker.is_closed()));
+        self.metrics.breaker_open.set(i64::from(!self.breaker.is_closed()));
     }
 }
 
-async fn keep_connected(link: &impl Link, sender: watch::Sender<Option<Connection>>, metrics: RedisMetrics) {
+async fn keep_connected(
+    link: &impl Link,
+    sender: watch::Sender<Option<Connection>>,
+    metrics: RedisMetrics,
+    refusing: &Refusing,
+) {
     let mut attempts = Attempts::new("");
     loop {
         let Some(connection) = attempts.make(Box::pin(link.connect())).await else { continue };
         metrics.up.set(1);
         sender.send_replace(Some(connection.clone()));
-        let error = until_broken(connection).await;
+        let made = Instant::now();
+        let error = tokio::select! {
+            error = until_broken(connection) => error,
+            // After a failover the address leads to another node. If it still leads here, that is no reason to hurry.
+            () = async {
+                refusing.replace.notified().await;
+                sleep_until(made + PING_INTERVAL).await;
+            } => replaced(),
+        };
         sender.send_replace(None);
         metrics.up.set(0);
         attempts.broke(&error);
@@ -340,6 +455,10 @@ async fn until_broken(mut connection: Connection) -> RedisError {
             Err(_) => return timed_out(),
         }
     }
+}
+
+fn replaced() -> RedisError {
+    std::io::Error::other("it refuses commands, so it is replaced").into()
 }
 
 fn timed_out() -> RedisError {

@@ -21,6 +21,7 @@ mod outage;
 mod pgbouncer;
 mod prometheus;
 mod quiet;
+mod redis_refusals;
 mod redis_tls;
 mod resource_limits;
 mod revocation;

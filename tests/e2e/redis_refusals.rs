@@ -1,0 +1,112 @@
+//! A Redis that is there and refuses commands: it became a replica, or it has no memory left.
+
+use std::{net::SocketAddr, time::Duration};
+
+use tokio::{
+    io::copy_bidirectional,
+    net::{TcpListener, TcpStream},
+    sync::watch,
+};
+
+use crate::support::{
+    among_others, eventually,
+    grpc::{Asker, granted},
+    redis::Redis,
+    server::{Server, Site},
+};
+
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// A port that leads to a Redis, or after a failover to another one. Connections that are open stay where they are.
+async fn forwarder(target: SocketAddr) -> (SocketAddr, watch::Sender<SocketAddr>) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let (leads_to, target) = watch::channel(target);
+    tokio::spawn(async move {
+        loop {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            let goal = *target.borrow();
+            tokio::spawn(async move {
+                if let Ok(mut redis) = TcpStream::connect(goal).await {
+                    let _ = copy_bidirectional(&mut stream, &mut redis).await;
+                }
+            });
+        }
+    });
+    (address, leads_to)
+}
+
+fn address(redis: &Redis) -> SocketAddr {
+    let url = redis.url();
+    url.trim_start_matches("redis://").split('/').next().unwrap().parse().unwrap()
+}
+
+async fn refused(server: &Server, reason: &str) -> f64 {
+    server.metric(&format!("trustgate_redis_refused_total{{reason=\"{reason}\"}}")).await
+}
+
+fn lines(server: &Server, text: &str) -> usize {
+    server.log().lines().filter(|line| line.contains(text)).count()
+}
+
+async fn size(redis: &Redis) -> u64 {
+    redis.ask::<u64>(&["DBSIZE"]).await
+}
+
+async fn served(url: String) -> (Site, Server, Asker) {
+    let site = Site::new().with("redis.url", url);
+    site.migrate().await;
+    site.trust("acme").await;
+    let server = site.serve().await;
+    let asker = Asker::connect(server.grpc()).await;
+    (site, server, asker)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_connection_to_a_node_that_became_a_replica_is_replaced() {
+    let _turn = among_others().await;
+    let (old, new) = (Redis::start().await, Redis::start().await);
+    let (way, leads_to) = forwarder(address(&old)).await;
+    let (site, server, asker) = served(format!("redis://{way}")).await;
+    granted(&asker, &site.issue("acme", &[]).await).await;
+    eventually("the record is in Redis", PATIENCE, || async { size(&old).await == 1 }).await;
+
+    let master = address(&new);
+    old.ask::<()>(&["REPLICAOF", &master.ip().to_string(), &master.port().to_string()]).await;
+    leads_to.send(master).unwrap();
+    eventually("records reach the new master", PATIENCE, || async {
+        granted(&asker, &site.issue("acme", &[]).await).await;
+        size(&new).await > 0
+    })
+    .await;
+    assert!(refused(&server, "readonly").await > 0.5);
+    assert_eq!(lines(&server, "redis refuses commands"), 1, "{}", server.log());
+    eventually("the log says when it is over", PATIENCE, || async {
+        granted(&asker, &site.issue("acme", &[]).await).await;
+        lines(&server, "redis accepts writes again") == 1
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn writes_that_are_refused_for_want_of_memory_are_counted_and_logged_once() {
+    let _turn = among_others().await;
+    let redis = Redis::start().await;
+    let (site, server, asker) = served(redis.url()).await;
+    redis.ask::<()>(&["CONFIG", "SET", "maxmemory", "1"]).await;
+    for count in 1..=5 {
+        granted(&asker, &site.issue("acme", &[]).await).await;
+        eventually("the refusal is counted", PATIENCE, || async { refused(&server, "oom").await >= f64::from(count) })
+            .await;
+    }
+    assert_eq!(lines(&server, "redis refuses commands"), 1, "{}", server.log());
+    // The connection is as good as any other.
+    assert_eq!(lines(&server, "connected to redis\""), 1, "{}", server.log());
+    redis.ask::<()>(&["CONFIG", "SET", "maxmemory", "0"]).await;
+    eventually("the log says when it is over", PATIENCE, || async {
+        granted(&asker, &site.issue("acme", &[]).await).await;
+        lines(&server, "redis accepts writes again") == 1
+    })
+    .await;
+    assert!(size(&redis).await >= 1);
+}
