@@ -15,7 +15,10 @@ mod progress;
 mod stdin;
 mod trust;
 
-use std::{ffi::OsString, io::Write};
+use std::{
+    ffi::OsString,
+    io::{ErrorKind, Write},
+};
 
 use clap::Parser;
 
@@ -47,9 +50,20 @@ pub fn run(
         Err(usage) => return show_usage(&usage, out, err),
     };
     let output = arguments.output;
-    // Whoever closed the pipe has seen enough; nobody is left to be told.
     match commands::run(arguments, environment) {
-        Ok(answer) => show(&answer, output, out).map_or(FAILED, |()| answer.code),
+        Ok(answer) => match show(&answer, output, out) {
+            Ok(()) => answer.code,
+            Err(error) => {
+                // A reader that closed the pipe has seen enough, unless something is lost.
+                if error.kind() != ErrorKind::BrokenPipe || answer.if_lost.is_some() {
+                    let _ = writeln!(err, "error: the answer could not be written: {error}");
+                }
+                if let Some(lost) = &answer.if_lost {
+                    let _ = writeln!(err, "{lost}");
+                }
+                FAILED
+            }
+        },
         Err(error) => {
             let _ = writeln!(err, "{error}");
             error.code

@@ -9,7 +9,10 @@ pub mod source;
 
 use std::{io, path::PathBuf};
 
-use crate::secret::Secret;
+use crate::{
+    secret::Secret,
+    settings::{Setting, Written},
+};
 pub use digest::Hasher;
 pub use format::Prefix;
 pub use source::Source;
@@ -27,7 +30,7 @@ crate::settings! {
         /// Refuse keys that are not of our own form. Set it when every client has a key issued here.
         require_checksum: bool = "false",
         /// The pepper: a secret without which the stored digests are useless. Unset: digests are plain SHA-256.
-        pepper: Option<Secret> = "",
+        pepper: Option<Pepper> = "",
         /// A file that holds the pepper.
         pepper_file: Option<PathBuf> = "",
         /// Files that hold earlier peppers, newest first: keys stored under them keep working.
@@ -42,9 +45,37 @@ impl CredentialSettings {
     /// What the operating system says of a file that cannot be read.
     pub fn hasher(&self) -> io::Result<Hasher> {
         let file = self.pepper_file.as_deref().map(Secret::read).transpose()?;
-        let previous: Vec<_> =
-            self.previous_pepper_files.iter().map(|file| Secret::read(file)).collect::<Result<_, _>>()?;
-        Ok(Hasher::new(self.pepper.as_ref().or(file.as_ref()), &previous))
+        let pepper = self.pepper.as_ref();
+        let mut previous: Vec<_> = pepper.and_then(|pepper| pepper.untrimmed.clone()).into_iter().collect();
+        if !previous.is_empty() {
+            tracing::warn!(
+                "credential.pepper ends in a line end, which is removed as in a file; keys that were issued under the text with it \
+                 keep working"
+            );
+        }
+        for file in &self.previous_pepper_files {
+            previous.push(Secret::read(file)?);
+        }
+        Ok(Hasher::new(pepper.map(|pepper| &pepper.secret).or(file.as_ref()), &previous))
+    }
+}
+
+/// A pepper that was given as a value.
+#[derive(Clone, Debug)]
+pub struct Pepper {
+    secret: Secret,
+    /// The text before it was cleaned, where that is another: releases before 0.1.0 used it as it was.
+    untrimmed: Option<Secret>,
+}
+
+impl Setting for Pepper {
+    const EXPECTED: &'static str = Secret::EXPECTED;
+
+    fn read(written: &Written) -> Option<Self> {
+        let secret = <Secret as Setting>::read(written)?;
+        let Written::One(text) = written else { return None };
+        let untrimmed = (text != secret.expose()).then(|| Secret::new(text.clone()));
+        Some(Self { secret, untrimmed })
     }
 }
 
@@ -74,4 +105,22 @@ pub fn is_well_formed(settings: &CredentialSettings, key: &[u8]) -> bool {
             format::Form::Mistyped => false,
             format::Form::Foreign => !settings.require_checksum,
         }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn keys_under_a_pepper_with_its_line_end_are_found() {
+        let hasher = |text: &str| {
+            let pepper = Pepper::read(&Written::One(text.to_owned()));
+            CredentialSettings { pepper, ..CredentialSettings::default() }.hasher().unwrap()
+        };
+        let (with, without) = (hasher("pepper\n"), hasher("pepper"));
+        assert_eq!(with.current(b"key"), without.current(b"key"));
+        let stored = Hasher::new(Some(&Secret::new("pepper\n".to_owned())), &[]).current(b"key");
+        assert!(with.digests(with.current(b"key"), b"key").hold(&stored));
+        assert!(!without.digests(without.current(b"key"), b"key").hold(&stored));
+    }
 }

@@ -7,6 +7,7 @@
 //! Knows nothing of checks:
 //!
 //! - [`clock`], time here and in the database, passed in as a value
+//! - [`text`], text from outside, cleaned in one place
 //! - [`secret`], texts that never print themselves
 //! - [`units`], durations and sizes that carry their unit
 //! - [`mod@settings`], what a setting is; each module declares its own section
@@ -80,5 +81,6 @@ pub mod secret;
 pub mod settings;
 pub mod store;
 pub mod telemetry;
+pub mod text;
 pub mod units;
 pub mod wire;

@@ -35,6 +35,7 @@ use crate::{
     metrics::{IntCounter, IntCounterVec, IntGauge, Opts, Registry, register},
     record::bytes_from_hex,
     secret::Secret,
+    text,
 };
 
 crate::settings! {
@@ -91,7 +92,7 @@ impl RedisSettings {
 /// What the operating system says, or that the file holds something else.
 pub fn read_mac_key(path: &Path) -> io::Result<[u8; 32]> {
     let bytes = fs::read(path)?;
-    let from_hex = || bytes_from_hex(std::str::from_utf8(&bytes).ok()?.trim());
+    let from_hex = || bytes_from_hex(text::decode(&bytes).ok()?.trim());
     <[u8; 32]>::try_from(&*bytes).ok().or_else(from_hex).ok_or_else(|| {
         io::Error::new(io::ErrorKind::InvalidData, "expected a file with 32 bytes or 64 hexadecimal digits")
     })

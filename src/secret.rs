@@ -4,7 +4,9 @@
 
 use std::{fmt, fs, io, path::Path};
 
-use zeroize::Zeroize;
+use zeroize::{Zeroize, Zeroizing};
+
+use crate::text;
 
 /// A secret text: a password, a pepper, a URL that may hold one. Overwritten in memory when dropped.
 #[derive(Clone, PartialEq, Eq)]
@@ -17,17 +19,22 @@ impl Secret {
         Self(text)
     }
 
-    /// Reads a secret from a file, without the line end that editors put there.
+    /// Reads a secret from a file, without the byte order mark and the line end that editors put there.
     ///
     /// # Errors
-    /// What the operating system says when the file cannot be read, or `InvalidData` when it is empty or not UTF-8.
+    /// What the operating system says when the file cannot be read, or `InvalidData` with the reason in words when it does not
+    /// hold one line of text.
     pub fn read(path: &Path) -> io::Result<Self> {
-        let text = Self(fs::read_to_string(path)?);
-        let bare = text.0.trim_end_matches(['\r', '\n']);
-        if bare.is_empty() {
-            return Err(io::Error::new(io::ErrorKind::InvalidData, "the file is empty"));
-        }
-        Ok(Self(bare.to_owned()))
+        Ok(Self(text::value(&Self::read_text(path)?.0)?.to_owned()))
+    }
+
+    /// Reads a text of several lines that may hold secrets.
+    ///
+    /// # Errors
+    /// As [`Self::read`]; the text may be empty.
+    pub fn read_text(path: &Path) -> io::Result<Self> {
+        let bytes = Zeroizing::new(fs::read(path)?);
+        Ok(Self(text::decode(&bytes)?.to_owned()))
     }
 
     /// The secret itself; the name makes every use easy to find.

@@ -7,6 +7,7 @@ use std::{collections::BTreeMap, fmt, net::SocketAddr, path::PathBuf, time::Dura
 
 use crate::{
     secret::Secret,
+    text,
     units::{ByteSize, parse_duration},
 };
 
@@ -233,11 +234,18 @@ setting_from_text! {
     Duration, "a duration with its unit, such as \"150ms\", \"20s\" or \"15m\"", parse_duration;
     ByteSize, "a size with its unit, such as \"256KiB\" or \"128MiB\"", ByteSize::parse;
     bool, "true or false", |text| text.parse().ok();
-    u32, "a whole number, 1 or more", |text| text.parse().ok().filter(|number| *number > 0);
+    u32, "a whole number, 1 or more", |text| whole_number(text).filter(|number| *number > 0);
     String, "a text", |text| Some(text.to_owned());
-    Secret, "a text", |text| (!text.is_empty()).then(|| Self::new(text.to_owned()));
+    Secret, "one line of text", |text| text::value(text).ok().map(|value| Self::new(value.to_owned()));
     PathBuf, "a path", |text| (!text.is_empty()).then(|| Self::from(text));
     SocketAddr, "an address with its port, such as \"127.0.0.1:50051\"", |text| text.parse().ok();
+}
+
+/// A whole number, also in the forms of TOML with another base: `0x1f`, `0o17`, `0b1`.
+fn whole_number(text: &str) -> Option<u32> {
+    let based = |prefix, base| text.strip_prefix(prefix).map(|digits| u32::from_str_radix(digits, base));
+    let parsed = based("0x", 16).or_else(|| based("0o", 8)).or_else(|| based("0b", 2));
+    parsed.unwrap_or_else(|| text.parse()).ok()
 }
 
 impl<T: Setting> Setting for Option<T> {

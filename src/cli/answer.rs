@@ -17,6 +17,8 @@ pub(super) struct Answer {
     pub(super) json: Option<Value>,
     /// The exit code.
     pub(super) code: u8,
+    /// What the operator has to know if the answer cannot be written.
+    pub(super) if_lost: Option<String>,
 }
 
 impl Answer {
@@ -25,7 +27,7 @@ impl Answer {
         if !text.is_empty() && !text.ends_with('\n') {
             text.push('\n');
         }
-        Self { text, json: None, code: DONE }
+        Self { text, json: None, code: DONE, if_lost: None }
     }
 
     /// One object, shown as its fields, one a line: `first` those, in this order, then the others.
@@ -33,13 +35,13 @@ impl Answer {
         let others = object.as_object().into_iter().flatten().map(|(name, _)| name.as_str());
         let names = first.iter().copied().chain(others.filter(|name| !first.contains(name)));
         let rows = names.filter_map(|name| Some(vec![name.to_owned(), cell(object.get(name)?)]));
-        Self { text: table(None, rows), json: Some(object), code: DONE }
+        Self { text: table(None, rows), json: Some(object), code: DONE, if_lost: None }
     }
 
     /// Objects, shown as one row each with these of their fields.
     pub(super) fn list(objects: Vec<Value>, columns: &[&str]) -> Self {
         let rows = objects.iter().map(|object| columns.iter().map(|column| cell(&object[*column])).collect());
-        Self { text: table(Some(columns), rows), json: Some(Value::Array(objects)), code: DONE }
+        Self { text: table(Some(columns), rows), json: Some(Value::Array(objects)), code: DONE, if_lost: None }
     }
 
     /// The same with one more member, for programs.
@@ -55,6 +57,12 @@ impl Answer {
         self.text.push('\n');
         self.text.push_str(note);
         self.text.push('\n');
+        self
+    }
+
+    /// The same with what the operator has to know if the answer cannot be written.
+    pub(super) fn if_lost(mut self, note: String) -> Self {
+        self.if_lost = Some(note);
         self
     }
 

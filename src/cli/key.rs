@@ -69,7 +69,9 @@ pub(super) async fn run(manager: &mut Manager, config: &Config, command: args::K
 fn issued(Issued { key, secret }: &Issued) -> Answer {
     let mut object = data(key, key.created_at);
     object["key"] = json!(secret.expose());
-    Answer::object(object, &["key", "id"]).note("This is the only time the key is shown: store it now.")
+    Answer::object(object, &["key", "id"]).note("This is the only time the key is shown: store it now.").if_lost(
+        format!("the key {id} was issued, and its secret is lost; revoke it: trustgate key revoke {id}", id = key.id),
+    )
 }
 
 fn stored(imported: &import::Imported) -> Answer {

@@ -10,7 +10,7 @@ use std::{
 
 use zeroize::Zeroizing;
 
-use crate::secret::Secret;
+use crate::{secret::Secret, text};
 
 /// The longest text that is read at once, in bytes.
 const TEXT_BYTES_MAX: usize = 1 << 20;
@@ -35,7 +35,10 @@ fn read(mut input: impl Read) -> io::Result<Secret> {
     let mut length = 0;
     while length < bytes.len() {
         match input.read(&mut bytes[length..]) {
-            Ok(0) => return Ok(Secret::new(String::from_utf8_lossy(&bytes[..length]).into_owned())),
+            Ok(0) => {
+                let text = String::from_utf8_lossy(text::without_mark(&bytes[..length])?).into_owned();
+                return Ok(Secret::new(text));
+            }
             Ok(more) => length += more,
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             Err(error) => return Err(error),

@@ -333,7 +333,8 @@ fn files(config: &Config, purpose: Purpose, reader: &mut Reader) {
         ("credential", "pepper_file", &credential.pepper_file, !denying),
     ] {
         if let (Some(file), true) = (file, used) {
-            readable(reader, section, name, file, Secret::read(file).map(drop));
+            let read = if (section, name) == ("redis", "url_file") { Secret::read_text } else { Secret::read };
+            readable(reader, section, name, file, read(file).map(drop));
         }
     }
     for file in credential.previous_pepper_files.iter().filter(|_| !denying) {
@@ -479,7 +480,7 @@ mod tests {
             ),
             (
                 "credential.pepper_file = \"/dev/null\"",
-                "trustgate.toml:1: credential.pepper_file: cannot read /dev/null: the file is empty",
+                "trustgate.toml:1: credential.pepper_file: cannot read /dev/null: it is empty",
             ),
         ] {
             refused(text, want);

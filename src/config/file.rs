@@ -37,7 +37,7 @@ fn put_section(reader: &mut Reader, section: &SectionInfo, table: &dyn TableLike
         let origin = lines.origin(table.key(name).and_then(toml_edit::Key::span).or_else(|| item.span()));
         let full = format!("{}.{name}", section.name);
         let known = section.fields.iter().any(|field| field.name == name);
-        match item.as_value().and_then(written) {
+        match item.as_value().and_then(|value| written(value, lines.text)) {
             Some(written) if known => reader.put(section.name, name, written, origin),
             None if known => reader.refuse_at(full, origin, "expected a value or a list of values".to_owned()),
             _ => {
@@ -63,18 +63,24 @@ pub(super) fn no_such<'n>(
     format!("there is no such {what}; there are {}", all.join(", "))
 }
 
-/// A value as text; numbers and booleans become what was meant by them.
-fn written(value: &Value) -> Option<Written> {
+/// A value as text; numbers and booleans become what was meant by them. A number with another base keeps its form: what it means
+/// is for its setting to say, and permission bits in decimal would be others.
+fn written(value: &Value, text: &str) -> Option<Written> {
+    let scalar = |value| scalar(value, text);
     match value {
         Value::Array(array) => array.iter().map(scalar).collect::<Option<Vec<_>>>().map(Written::Many),
         value => scalar(value).map(Written::One),
     }
 }
 
-fn scalar(value: &Value) -> Option<String> {
+fn scalar(value: &Value, text: &str) -> Option<String> {
     match value {
         Value::String(text) => Some(text.value().clone()),
-        Value::Integer(number) => Some(number.value().to_string()),
+        Value::Integer(number) => {
+            let written = value.span().and_then(|span| text.get(span)).unwrap_or_default().replace('_', "");
+            let has_base = ["0x", "0o", "0b"].iter().any(|base| written.starts_with(base));
+            Some(if has_base { written } else { number.value().to_string() })
+        }
         Value::Float(number) => Some(number.value().to_string()),
         Value::Boolean(truth) => Some(truth.value().to_string()),
         Value::Datetime(_) | Value::Array(_) | Value::InlineTable(_) => None,
@@ -113,6 +119,19 @@ mod tests {
             assert!(got.len() == 1 && got[0].starts_with(want), "{text:?}: {got:?}");
             assert!(!got[0].contains("hunter2"), "{got:?}");
         }
+    }
+
+    #[test]
+    fn permission_bits_are_octal_however_they_are_written() {
+        for mode in ["\"0660\"", "0o660", "\"0o660\""] {
+            assert_eq!(mistakes(&format!("grpc.socket_mode = {mode}"), &[]), [""; 0], "{mode}");
+        }
+        // Decimal numbers are other bits: 432 is 0o660, and read as octal it would be open to everybody.
+        for mode in ["432", "660", "\"660\"", "0x1b0", "0b110110000", "0o1000"] {
+            let got = mistakes(&format!("grpc.socket_mode = {mode}"), &[]);
+            assert!(got.len() == 1 && got[0].contains("permission bits in octal"), "{mode}: {got:?}");
+        }
+        assert_eq!(mistakes("store.connections_max = 0x8", &[]), [""; 0]);
     }
 
     #[test]

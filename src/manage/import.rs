@@ -12,6 +12,7 @@ use crate::{
     credential::{self, KEY_BYTES_MAX, format},
     record::{ApiKeyDigest, Digests, KeyId, Scheme},
     store::ledger::{NewKey, Trust, TrustRef},
+    text,
 };
 
 /// Keys of one import, at most: some 200 bytes of memory each.
@@ -95,7 +96,11 @@ impl Manager {
     fn read_keys(&self, form: Form, input: impl Read) -> Result<Vec<NewKey>, ManageError> {
         let (mut lines, mut keys, mut bad) = (Lines::of(input), Vec::new(), BadLines::default());
         while let Some(line) = lines.next()? {
-            let text = line.bytes.trim_ascii();
+            let bytes = if line.number == 1 { text::without_mark(line.bytes) } else { Ok(line.bytes) };
+            let Ok(bytes) = bytes else {
+                return Err(ManageError::Invalid { what: "the input", expected: "UTF-8 text; this is UTF-16" });
+            };
+            let text = bytes.trim_ascii();
             if line.whole && (text.is_empty() || text.starts_with(b"#")) {
                 continue;
             }
@@ -224,6 +229,14 @@ mod tests {
             import(Form::Plaintext, b"a-foreign-key-of-some-length\nanother-foreign-key-of-mine").await,
             Ok((2, 0))
         );
+    }
+
+    #[tokio::test]
+    async fn a_byte_order_mark_is_no_part_of_the_first_line() {
+        let digest = "a1".repeat(32);
+        assert_eq!(import(Form::Digests, format!("\u{feff}{digest}\r\n").as_bytes()).await, Ok((1, 0)));
+        let error = import(Form::Digests, b"\xff\xfea\x001\0").await.unwrap_err();
+        assert!(error.contains("UTF-16"), "{error}");
     }
 
     #[tokio::test]

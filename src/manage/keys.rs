@@ -232,10 +232,16 @@ fn check(wanted: &Wanted) -> Result<(), ManageError> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{credential::CredentialSettings, manage::fake::FakeLedger, record::Scheme, store::Actor};
+    use crate::{
+        credential::CredentialSettings,
+        manage::fake::FakeLedger,
+        record::Scheme,
+        settings::{Setting, Written},
+        store::Actor,
+    };
 
     fn manager() -> Manager {
-        let pepper = Some(Secret::new("pepper".to_owned()));
+        let pepper = Setting::read(&Written::One("pepper".to_owned()));
         let credential = CredentialSettings { pepper, ..CredentialSettings::default() };
         Manager::new(Box::new(FakeLedger::default()), Actor("test".to_owned()), credential).unwrap()
     }

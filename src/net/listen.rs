@@ -52,11 +52,13 @@ impl fmt::Display for ListenAddress {
 pub struct SocketMode(u32);
 
 impl Setting for SocketMode {
-    const EXPECTED: &'static str = "permission bits in octal, such as \"0660\"";
+    const EXPECTED: &'static str = "permission bits in octal, such as \"0660\" or 0o660";
 
     fn read(written: &Written) -> Option<Self> {
         let Written::One(text) = written else { return None };
-        u32::from_str_radix(text, 8).ok().filter(|mode| *mode <= 0o777).map(Self)
+        // Without a leading zero it may be a decimal number, which would be other bits.
+        let digits = text.strip_prefix("0o").or_else(|| text.strip_prefix('0'))?;
+        u32::from_str_radix(digits, 8).ok().filter(|mode| *mode <= 0o777).map(Self)
     }
 }
 

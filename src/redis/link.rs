@@ -151,7 +151,7 @@ fn cluster(settings: &RedisSettings) -> Result<ClusterClient, RedisError> {
 /// What `redis.url` and the files say now, with the password; at least one.
 pub(super) fn servers(settings: &RedisSettings) -> Result<Vec<ConnectionInfo>, RedisError> {
     let urls = match &settings.url_file {
-        Some(file) => urls_in(&Secret::read(file)?),
+        Some(file) => urls_in(&Secret::read_text(file)?),
         None => settings.url.clone(),
     };
     let password = secret(settings.password.as_ref(), settings.password_file.as_deref())?;

@@ -303,3 +303,41 @@ fn every_command_explains_itself() {
         assert!(place.run(&["completions", shell]).done().out.contains("trustgate"), "{shell}");
     }
 }
+
+#[test]
+fn the_id_of_a_key_is_reported_where_its_secret_cannot_be_written() {
+    let place = Place::migrated();
+    place.run(&["trust", "create", "acme"]).done();
+    for (output, command) in [("text", "key issue --trust acme"), ("json", "--output json key issue --trust acme")] {
+        let ran = place.run_to_full_disk(&command.split(' ').collect::<Vec<_>>());
+        let keys = place.json(&["key", "list"]);
+        let id = keys[0]["id"].as_str().unwrap();
+        assert_eq!(ran.code, 1, "{output}: {ran:?}");
+        assert!(ran.err.contains("could not be written") && ran.err.contains(id), "{output}: {ran:?}");
+        assert!(ran.err.contains("trustgate key revoke"), "{output}: {ran:?}");
+    }
+    let ran = place.run_to_full_disk(&["key", "list"]);
+    assert!(ran.code == 1 && ran.err.contains("No space left"), "{ran:?}");
+}
+
+#[test]
+fn a_pepper_means_the_same_in_a_variable_and_in_a_file() {
+    let place = Place::migrated();
+    place.run(&["trust", "create", "acme"]).done();
+    let pepper = "a-pepper-of-more-than-sixteen-bytes";
+    let url = format!("sqlite://{}", place.path().join("trustgate.db").display());
+    let other = || Place::new().with("TRUSTGATE__STORE__URL", &url);
+    let issued = other()
+        .with("TRUSTGATE__CREDENTIAL__PEPPER", &format!("{pepper}\n"))
+        .json(&["key", "issue", "--trust", "acme"]);
+    let file = place.write("pepper", &format!("\u{feff}{pepper}\r\n"));
+    for other in [
+        other().with("TRUSTGATE__CREDENTIAL__PEPPER", pepper),
+        other().with("TRUSTGATE__CREDENTIAL__PEPPER_FILE", file.to_str().unwrap()),
+    ] {
+        let ran = other.feed(&["check"], issued["key"].as_str().unwrap());
+        assert_eq!(ran.code, 0, "{ran:?}");
+    }
+    let ran = other().with("TRUSTGATE__CREDENTIAL__PEPPER", "two\nlines").run(&["config", "check"]);
+    assert!(ran.code != 0 && ran.out.contains("expected one line of text"), "{ran:?}");
+}

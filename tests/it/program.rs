@@ -64,8 +64,18 @@ impl Place {
         self.feed(arguments, "")
     }
 
+    /// Runs the program with its answer going to a disk that is full.
+    pub fn run_to_full_disk(&self, arguments: &[&str]) -> Ran {
+        let full = fs::File::options().write(true).open("/dev/full").unwrap();
+        self.launch(arguments, "", full.into())
+    }
+
     /// Runs the program with `input` on standard input.
     pub fn feed(&self, arguments: &[&str], input: &str) -> Ran {
+        self.launch(arguments, input, Stdio::piped())
+    }
+
+    fn launch(&self, arguments: &[&str], input: &str, answer: Stdio) -> Ran {
         let mut child = Command::new(env!("CARGO_BIN_EXE_trustgate"))
             .args(arguments)
             .env_clear()
@@ -74,7 +84,7 @@ impl Place {
             .envs(self.variables.iter().map(|(name, value)| (name, value)))
             .current_dir(self.dir.path())
             .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
+            .stdout(answer)
             .stderr(Stdio::piped())
             .spawn()
             .unwrap();

@@ -16,7 +16,7 @@ use std::{
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 
 use super::{Denied, Entries, add};
-use crate::clock::DatabaseTime;
+use crate::{clock::DatabaseTime, text};
 
 /// Entries of one file, at most.
 const ENTRIES_MAX: usize = 100_000;
@@ -107,7 +107,10 @@ fn read_open(file: &File) -> io::Result<Reading> {
 fn parse(bytes: &[u8]) -> Reading {
     let mut reading = Reading::default();
     let whole = bytes.len() <= FILE_BYTES_MAX;
-    let bytes = &bytes[..bytes.len().min(FILE_BYTES_MAX)];
+    let Ok(bytes) = text::without_mark(&bytes[..bytes.len().min(FILE_BYTES_MAX)]) else {
+        reading.problem = Some(Problem { line: 1, expected: "the file is UTF-16: save it as UTF-8" });
+        return reading;
+    };
     let mut lines = bytes.split(|byte| *byte == b'\n').zip(1..).peekable();
     while let Some((line, number)) = lines.next() {
         let cut_off = !whole && lines.peek().is_none();
@@ -260,6 +263,17 @@ mod tests {
             Look::Read { problem, .. } => problem.as_deref(),
             Look::Failed(problem) => Some(problem),
         }
+    }
+
+    #[test]
+    fn a_byte_order_mark_is_no_part_of_the_first_line() {
+        let line = format!("key {}", uuid::Uuid::from_u128(1));
+        let plain = parse(line.as_bytes());
+        let marked = parse(format!("\u{feff}{line}\r\n").as_bytes());
+        assert_eq!((marked.entries.len(), marked.problem.is_none()), (1, true));
+        assert_eq!(marked.entries, plain.entries);
+        let problem = parse(b"\xff\xfek\0e\0").problem.unwrap();
+        assert!(problem.expected.contains("UTF-16"));
     }
 
     #[test]

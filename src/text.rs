@@ -1,0 +1,86 @@
+//! Text that comes from outside: files, environment variables, standard input. One place cleans it, so that the same text means
+//! the same everywhere.
+//!
+//! Editors add a byte order mark, shells and Kubernetes secrets a line end. Never quotes what it refuses: it may be a secret.
+
+use std::io;
+
+/// Why bytes are no text that can be used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum TextError {
+    /// A byte order mark of UTF-16.
+    #[error("this is UTF-16: save it as UTF-8")]
+    Utf16,
+    /// Not UTF-8.
+    #[error("this is not UTF-8 text; for a random secret, use `openssl rand -hex 32`")]
+    NotUtf8,
+    /// Nothing but a byte order mark and line ends.
+    #[error("it is empty")]
+    Empty,
+    /// A control character inside.
+    #[error("it holds a control character or a line end; a value is one line of text")]
+    Control,
+}
+
+impl From<TextError> for io::Error {
+    fn from(error: TextError) -> Self {
+        Self::new(io::ErrorKind::InvalidData, error)
+    }
+}
+
+/// `bytes` without a byte order mark of UTF-8.
+///
+/// # Errors
+/// [`TextError::Utf16`]
+pub fn without_mark(bytes: &[u8]) -> Result<&[u8], TextError> {
+    if bytes.starts_with(&[0xff, 0xfe]) || bytes.starts_with(&[0xfe, 0xff]) {
+        return Err(TextError::Utf16);
+    }
+    Ok(bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(bytes))
+}
+
+/// `bytes` as text, without a byte order mark.
+///
+/// # Errors
+/// [`TextError::Utf16`] and [`TextError::NotUtf8`]
+pub fn decode(bytes: &[u8]) -> Result<&str, TextError> {
+    std::str::from_utf8(without_mark(bytes)?).map_err(|_| TextError::NotUtf8)
+}
+
+/// The one value in `text`: without a byte order mark and without line ends behind it.
+///
+/// # Errors
+/// [`TextError::Empty`] and [`TextError::Control`]
+pub fn value(text: &str) -> Result<&str, TextError> {
+    let value = text.strip_prefix('\u{feff}').unwrap_or(text).trim_end_matches(['\r', '\n']);
+    if value.is_empty() {
+        return Err(TextError::Empty);
+    }
+    if value.contains(char::is_control) { Err(TextError::Control) } else { Ok(value) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn marks_and_line_ends_are_removed_and_anything_else_stays() {
+        for (bytes, want) in [
+            (&b"pepper"[..], Ok("pepper")),
+            (b"pepper\n", Ok("pepper")),
+            (b"pepper\r\n\r\n", Ok("pepper")),
+            (b"\xef\xbb\xbfpepper\r\n", Ok("pepper")),
+            (b" pepper ", Ok(" pepper ")),
+            ("p\u{e9}pper".as_bytes(), Ok("p\u{e9}pper")),
+            (b"", Err(TextError::Empty)),
+            (b"\xef\xbb\xbf\r\n", Err(TextError::Empty)),
+            (b"two\nlines", Err(TextError::Control)),
+            (b"nul\0", Err(TextError::Control)),
+            (b"\xff\xfep\0", Err(TextError::Utf16)),
+            (b"\xfe\xff\0p", Err(TextError::Utf16)),
+            (b"\x80\x81", Err(TextError::NotUtf8)),
+        ] {
+            assert_eq!(decode(bytes).and_then(value), want, "{bytes:?}");
+        }
+    }
+}
