@@ -52,6 +52,12 @@ pub(crate) fn literal(text: &str) -> String {
     format!("E'{}'", text.replace('\\', r"\\").replace('\'', "''"))
 }
 
+/// Bytes, given as hexadecimal digits, as a literal of SQL for a `bytea`.
+pub(crate) fn bytes_literal(hex: &str) -> String {
+    // An E-string, as in `literal`.
+    format!(r"E'\\x{hex}'")
+}
+
 impl ColumnName {
     /// The name in a statement.
     pub(crate) fn sql(&self) -> String {

@@ -87,6 +87,11 @@ impl Address {
         let mut options: PgConnectOptions = url
             .parse()
             .map_err(|_| self.refuse("the URL cannot be read: expected postgres://user@host:5432/database"))?;
+        // A URL has brackets around an IPv6 address (RFC 3986, section 3.2.2), which the parser leaves on.
+        if let Some(host) = options.get_host().strip_prefix('[').and_then(|host| host.strip_suffix(']')) {
+            let host = host.to_owned();
+            options = options.host(&host);
+        }
         if !holds_password(url)
             && let Some(password) = self.password()?
         {
@@ -281,6 +286,16 @@ mod tests {
             ("postgres://h/d?application_name=a:b@c", false),
         ] {
             assert_eq!(holds_password(url), holds, "{url}");
+        }
+    }
+
+    #[test]
+    fn an_ipv6_address_loses_its_brackets() {
+        for url in
+            ["postgres://u@[::1]:5433/d", "postgres://u:p@[2001:db8::1]/d?sslmode=require", "postgresql://[fe80::1]/d"]
+        {
+            let host = address(url).postgres().unwrap().get_host().to_owned();
+            assert!(host.parse::<std::net::Ipv6Addr>().is_ok(), "{url}: {host}");
         }
     }
 

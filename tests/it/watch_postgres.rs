@@ -608,3 +608,55 @@ async fn a_schema_of_another_name_has_everything_of_its_own() {
     assert_eq!(lookup.poll(Some(Version(before.1.0 + 1))).await.unwrap().changes.len(), 1);
     listening.abort();
 }
+
+#[tokio::test]
+async fn session_settings_of_a_database_do_no_harm() {
+    let db = Db::new().await;
+    let digest = ApiKeyDigest::from_hex(
+        &db.server.value::<String>(&db.name, "SELECT encode(digest, 'hex') FROM trustgate.api_key").await,
+    );
+    let digests = Digests { current: digest.unwrap(), older: Vec::new() };
+    for setting in [
+        "standard_conforming_strings = off",
+        "escape_string_warning = on",
+        "backslash_quote = off",
+        "bytea_output = escape",
+        "DateStyle = 'SQL, DMY'",
+        "IntervalStyle = iso_8601",
+        "TimeZone = 'Pacific/Kiritimati'",
+        "default_transaction_isolation = serializable",
+        "default_transaction_deferrable = on",
+        "search_path = pg_temp",
+        "extra_float_digits = -15",
+        "lc_monetary = 'C'",
+        "transform_null_equals = on",
+        "array_nulls = off",
+        "quote_all_identifiers = on",
+        "row_security = on",
+        "synchronous_commit = off",
+        "client_min_messages = debug5",
+        "statement_timeout = '1h'",
+        "lock_timeout = '1h'",
+        "jit = on",
+        "plan_cache_mode = force_generic_plan",
+        "enable_indexscan = off",
+    ] {
+        db.execute(&format!("ALTER DATABASE {} SET {setting}", db.name)).await;
+        let lookup = open(&db.settings);
+        lookup.prepare(Missing::Refuse).await.unwrap_or_else(|error| panic!("{setting}: {error}"));
+        let found = lookup.find(&digests).await.unwrap_or_else(|error| panic!("{setting}: {error}"));
+        assert!(found.value.is_some(), "{setting}");
+        lookup.close().await;
+        let name = setting.split(' ').next().unwrap();
+        db.execute(&format!("ALTER DATABASE {} RESET {name}", db.name)).await;
+    }
+}
+
+#[tokio::test]
+async fn a_url_with_an_ipv6_address_leads_to_the_database() {
+    let db = Db::new().await;
+    let url =
+        db.server.tcp_url("trusted", &db.name).replace("127.0.0.1", "[::1]").replace("trusted@", "trusted:secret@");
+    db.execute("CREATE ROLE trusted LOGIN SUPERUSER PASSWORD 'secret'").await;
+    open(&settings(url)).prepare(Missing::Refuse).await.unwrap();
+}

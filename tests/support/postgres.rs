@@ -186,7 +186,7 @@ impl Postgres {
                     "-c",
                     &sockets,
                     "-c",
-                    "listen_addresses=127.0.0.1",
+                    "listen_addresses=127.0.0.1,::1",
                     "-c",
                     "fsync=off",
                     "-c",

@@ -9,7 +9,7 @@ use sqlx::{AssertSqlSafe, Connection, PgConnection, Row, postgres::PgRow};
 use super::{
     super::{
         ColumnName, LedgerError, SchemaName, TableName,
-        existing::{DigestForm, ExistingTable, literal},
+        existing::{DigestForm, ExistingTable, bytes_literal, literal},
         place::Address,
         schema,
     },
@@ -24,7 +24,7 @@ impl ExistingTable {
     pub(super) fn has_digest(&self, digests: &Digests) -> String {
         let form = |hex: String| match self.digest_form {
             DigestForm::Hex => format!("'{hex}'"),
-            DigestForm::Bytes => format!(r"'\x{hex}'"),
+            DigestForm::Bytes => bytes_literal(&hex),
         };
         let list: Vec<_> = digests.all().map(|digest| form(digest.to_hex())).collect();
         format!("t.{} IN ({})", self.digest.sql(), list.join(", "))

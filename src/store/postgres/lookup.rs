@@ -8,7 +8,7 @@ use uuid::Uuid;
 use super::{
     super::{
         LedgerError, SchemaName,
-        existing::{ExistingTable, literal},
+        existing::{ExistingTable, bytes_literal, literal},
         lookup::{Missing, SignOfLife},
         place::Address,
         pool::Connect,
@@ -73,7 +73,7 @@ impl Dialect for Postgres {
         match &self.existing {
             None => self.timed(&format!(
                 "SELECT * FROM {{s}}.find(ARRAY[{}]::bytea[], NULL)",
-                list(&|hex| format!(r"'\x{hex}'"))
+                list(&|hex| bytes_literal(&hex))
             )),
             Some(table) => self.timed(&table.find(&table.has_digest(digests))),
         }
