@@ -23,8 +23,12 @@ crate::settings! {
         /// Where to look, in this order: `header:NAME`, `authorization:bearer`, `authorization:apikey`, `query:NAME`,
         /// `cookie:NAME`.
         sources: Vec<Source> = "header:x-api-key",
-        /// What to do when two sources hold different keys: `deny`, or take the `first`.
+        /// What to do when two sources hold different keys: `deny`, or take the `first`. The keys of all sources are removed either way.
         on_multiple: OnMultiple = "deny",
+        /// How a key is taken out of the query. `parameter`: Envoy removes the parameter, then sorts the others and encodes them anew.
+        /// `exact`: trustgate sets `:path` to the same path without the key's bytes; Envoy's `allow_expression` must then
+        /// permit `:path`.
+        query_removal: QueryRemoval = "parameter",
         /// What our own keys begin with, before the `_`.
         prefix: Prefix = "tg",
         /// Refuse keys that are not of our own form. Set it when every client has a key issued here.
@@ -86,6 +90,16 @@ crate::words! {
         Deny = "deny",
         /// Take the first in the order of `sources`.
         First = "first",
+    }
+}
+
+crate::words! {
+    /// How a key is taken out of the query.
+    pub enum QueryRemoval ("\"parameter\" or \"exact\"") {
+        /// By `query_parameters_to_remove`.
+        Parameter = "parameter",
+        /// By another `:path`.
+        Exact = "exact",
     }
 }
 

@@ -4,10 +4,15 @@
 
 use std::borrow::Cow;
 
-use percent_encoding::percent_decode_str;
+use percent_encoding::{percent_decode, percent_decode_str};
 use smallvec::SmallVec;
 
-use super::{CredentialSettings, OnMultiple, Source, is_well_formed, source::Scheme};
+use super::{
+    CredentialSettings, OnMultiple, QueryRemoval, Source,
+    format::{self, Form},
+    is_well_formed,
+    source::Scheme,
+};
 use crate::wire::view::View;
 
 /// Why a request has no usable credential.
@@ -61,8 +66,10 @@ impl std::fmt::Debug for Key<'_> {
 pub struct Removals<'s> {
     /// Headers to remove.
     pub headers: SmallVec<[&'s str; 2]>,
-    /// Query parameters to remove.
+    /// Query parameters to remove, as the request spells their names.
     pub query: SmallVec<[&'s str; 2]>,
+    /// The path that is left, where a credential is cut out of the query byte for byte.
+    pub path: Option<String>,
     /// The cookies that are left, where a credential was among them; empty where none are.
     pub cookies: Option<String>,
 }
@@ -75,32 +82,49 @@ const FOUND_MAX: usize = 2;
 
 /// The credential of the request in `view`, by the rules of `settings`.
 #[must_use]
-pub fn extract<'m, 's>(settings: &'s CredentialSettings, view: &View<'m>) -> Extracted<'m, 's> {
-    let mut removals = Removals::default();
-    let mut keys: Found<'m> = SmallVec::new();
-    let mut ambiguous = false;
+pub fn extract<'m: 's, 's>(settings: &'s CredentialSettings, view: &View<'m>) -> Extracted<'m, 's> {
+    let mut found: SmallVec<[(&'s Source, Found<'m>); 2]> = SmallVec::new();
     for source in &settings.sources {
-        let mut found: Found<'m> = match source {
+        let values: Found<'m> = match source {
             Source::Header(name) => view.header(name).map(Cow::Borrowed).take(FOUND_MAX).collect(),
             Source::Authorization(scheme) => authorization(view, *scheme),
             Source::Query(name) => query(view.path, name),
             Source::Cookie(name) => cookies(view, name),
         };
-        if found.is_empty() {
-            continue;
+        if !values.is_empty() {
+            found.push((source, values));
         }
+    }
+    // `Authorization` often belongs to the application. Beside a key in another source, a token there that cannot be a key stays.
+    if found.len() > 1 && found.iter().any(|(_, values)| values.iter().all(|value| is_well_formed(settings, value))) {
+        let is_of_application = |value: &Cow<'_, [u8]>| is_foreign(settings, value);
+        found.retain(|(source, values)| {
+            !(matches!(source, Source::Authorization(_)) && values.iter().all(is_of_application))
+        });
+    }
+    let mut removals = Removals::default();
+    let mut keys: Found<'m> = SmallVec::new();
+    let mut ambiguous = false;
+    for (source, mut values) in found {
         match source {
             Source::Header(name) => removals.headers.push(name),
             Source::Authorization(_) => removals.headers.push("authorization"),
-            Source::Query(name) => removals.query.push(name),
-            Source::Cookie(_) => {}
+            Source::Query(name) if settings.query_removal == QueryRemoval::Parameter => {
+                removals.query.extend(spellings(view.path, name));
+            }
+            Source::Query(_) => removals.path = Some(path_left(settings, view.path)),
+            Source::Cookie(_) => removals.cookies = Some(cookies_left(settings, view)),
         }
         // Envoy joins repeated headers with a comma, so that one header with a comma may have been two.
-        ambiguous |= found.len() > 1 || found.iter().any(|key| key.contains(&b','));
-        keys.append(&mut found);
+        ambiguous |= values.len() > 1 || values.iter().any(|key| key.contains(&b','));
+        keys.append(&mut values);
     }
-    removals.cookies = cookies_left(settings, view);
     Extracted { key: choose(settings, keys, ambiguous), removals }
+}
+
+/// Whether `value` cannot be a key, also not a mistyped one of ours.
+fn is_foreign(settings: &CredentialSettings, value: &[u8]) -> bool {
+    !is_well_formed(settings, value) && format::form(&settings.prefix, value) == Form::Foreign
 }
 
 fn choose<'m>(settings: &CredentialSettings, keys: Found<'m>, ambiguous: bool) -> Result<Key<'m>, CredentialError> {
@@ -149,60 +173,103 @@ fn authorization<'m>(view: &View<'m>, scheme: Scheme) -> Found<'m> {
     found
 }
 
+/// A path before `?`, its query, and what follows from `#` on.
+fn split_path(path: &str) -> Option<(&str, &str, &str)> {
+    let end = path.find('#').unwrap_or(path.len());
+    let (before, query) = path[..end].split_once('?')?;
+    Some((before, query, &path[end..]))
+}
+
+/// Whether `written`, a name in a query, means `name`: applications compare names after decoding them (WHATWG URL Standard,
+/// section 5.1), so that `k%65y` is `key`.
+fn is_name(written: &str, name: &str) -> bool {
+    written == name
+        || (written.contains(['%', '+'])
+            && percent_decode_str(written).map(|byte| if byte == b'+' { b' ' } else { byte }).eq(name.bytes()))
+}
+
+/// The pairs of a query whose name means `name`: each with its name as it is written, and its value.
+fn pairs_of<'m>(path: &'m str, name: &str) -> impl Iterator<Item = (&'m str, Option<&'m str>)> {
+    let query = split_path(path).map_or("", |(_, query, _)| query);
+    let pairs = query.split('&').map(|pair| match pair.split_once('=') {
+        Some((written, value)) => (written, Some(value)),
+        None => (pair, None),
+    });
+    pairs.filter(move |(written, _)| is_name(written, name))
+}
+
 /// Values of the query parameter `name`, percent-decoded.
 fn query<'m>(path: &'m str, name: &str) -> Found<'m> {
-    let path = path.split('#').next().unwrap_or_default();
-    let Some((_, query)) = path.split_once('?') else { return Found::new() };
-    let value = |pair: &'m str| match pair.split_once('=') {
-        Some((key, value)) => (key == name).then(|| percent_decode_str(value).into()),
-        None => (pair == name).then(|| Cow::Borrowed(&b""[..])),
+    let values = pairs_of(path, name).map(|(_, value)| percent_decode_str(value.unwrap_or_default()).into());
+    values.take(FOUND_MAX).collect()
+}
+
+/// The ways in which a query spells the name of a parameter, each once.
+fn spellings<'m>(path: &'m str, name: &str) -> SmallVec<[&'m str; 2]> {
+    let mut spellings = SmallVec::<[&str; 2]>::new();
+    for (written, _) in pairs_of(path, name) {
+        if !spellings.contains(&written) {
+            spellings.push(written);
+        }
+    }
+    spellings
+}
+
+/// `path` without the parameters that hold credentials; everything else stays byte for byte.
+fn path_left(settings: &CredentialSettings, path: &str) -> String {
+    let Some((before, query, fragment)) = split_path(path) else { return path.to_owned() };
+    let is_ours = |pair: &&str| {
+        let written = pair.split_once('=').map_or(*pair, |(written, _)| written);
+        settings.sources.iter().any(|source| matches!(source, Source::Query(name) if is_name(written, name)))
     };
-    query.split('&').filter_map(value).take(FOUND_MAX).collect()
+    let left: Vec<_> = query.split('&').filter(|pair| !is_ours(pair)).collect();
+    let mark = if left.is_empty() { "" } else { "?" };
+    [before, mark, &left.join("&"), fragment].concat()
 }
 
-/// The cookies of a request, `name=value` each. Separated by `;` (RFC 6265), and by `,` where Envoy joined two lines.
-fn each_cookie<'a, 'm>(view: &'a View<'m>) -> impl Iterator<Item = &'m [u8]> + 'a {
-    view.header("cookie")
-        .flat_map(|line| line.split(|byte| *byte == b';' || *byte == b','))
-        .map(<[u8]>::trim_ascii)
-        .filter(|cookie| !cookie.is_empty())
+/// The cookies on a line, with the blanks around them. Only `;` separates them (RFC 6265, section 4.2.1): a comma is part of a value.
+fn each_cookie(line: &[u8]) -> impl Iterator<Item = &[u8]> {
+    line.split(|byte| *byte == b';')
 }
 
+/// The value of a cookie, if its name means `name`: applications trim names, and some decode them.
 fn cookie_value<'m>(cookie: &'m [u8], name: &str) -> Option<&'m [u8]> {
-    let value = cookie.strip_prefix(name.as_bytes())?.strip_prefix(b"=")?;
-    Some(value.strip_prefix(b"\"").and_then(|value| value.strip_suffix(b"\"")).unwrap_or(value))
+    let at = cookie.iter().position(|byte| *byte == b'=')?;
+    let (written, value) = (cookie[..at].trim_ascii(), cookie[at + 1..].trim_ascii());
+    let is_ours = written == name.as_bytes() || percent_decode(written).eq(name.bytes());
+    let unquoted = value.strip_prefix(b"\"").and_then(|value| value.strip_suffix(b"\"")).unwrap_or(value);
+    is_ours.then_some(unquoted)
 }
 
 fn cookies<'m>(view: &View<'m>, name: &str) -> Found<'m> {
-    each_cookie(view).filter_map(|cookie| cookie_value(cookie, name)).map(Cow::Borrowed).take(FOUND_MAX).collect()
+    let cookies = || view.header("cookie").flat_map(each_cookie);
+    let values = cookies().filter_map(|cookie| cookie_value(cookie, name)).map(Cow::Borrowed);
+    let mut found: Found<'m> = values.take(FOUND_MAX).collect();
+    // A comma may also be where Envoy has joined two lines, which clients must not send (RFC 6265, section 5.4): nobody can tell.
+    let is_behind_comma =
+        |cookie: &[u8]| cookie.split(|byte| *byte == b',').skip(1).any(|part| cookie_value(part, name).is_some());
+    if !view.has_raw_headers() && cookies().any(is_behind_comma) {
+        found.push(Cow::Borrowed(b","));
+    }
+    found
 }
 
-/// The cookies that may go on to the upstream, where one of them was a credential. A cookie that is not visible ASCII
-/// cannot be sent on in an answer and is dropped with the credential.
-fn cookies_left(settings: &CredentialSettings, view: &View<'_>) -> Option<String> {
-    if !settings.sources.iter().any(|source| matches!(source, Source::Cookie(_))) {
-        return None;
-    }
+/// The cookies that may go on to the upstream, byte for byte. A cookie that is not UTF-8, or
+/// holds a control character, cannot be sent in an answer and is dropped.
+fn cookies_left(settings: &CredentialSettings, view: &View<'_>) -> String {
     let is_ours = |cookie: &[u8]| {
         settings
             .sources
             .iter()
             .any(|source| matches!(source, Source::Cookie(name) if cookie_value(cookie, name).is_some()))
     };
-    if !each_cookie(view).any(is_ours) {
-        return None;
-    }
-    let mut left = String::new();
-    for cookie in each_cookie(view).filter(|cookie| !is_ours(cookie)) {
-        match std::str::from_utf8(cookie) {
-            Ok(cookie) if cookie.bytes().all(|byte| matches!(byte, b' '..=b'~')) => {
-                left.push_str(if left.is_empty() { "" } else { "; " });
-                left.push_str(cookie);
-            }
-            _ => {}
-        }
-    }
-    Some(left)
+    let text = |cookie| std::str::from_utf8(cookie).ok().filter(|text| !text.contains(char::is_control));
+    let lines = view.header("cookie").filter_map(|line| {
+        let kept = each_cookie(line).filter(|cookie| !is_ours(cookie)).filter_map(text).collect::<Vec<_>>().join(";");
+        let kept = kept.trim_ascii();
+        (!kept.is_empty()).then(|| kept.to_owned())
+    });
+    lines.collect::<Vec<_>>().join("; ")
 }
 
 #[cfg(test)]
@@ -299,7 +366,83 @@ mod tests {
         let bytes = message(&format!("/p?key={B}"), &[("x-api-key", A), ("cookie", &cookie)]);
         let removals = extract(&settings, &View::parse(&bytes).unwrap()).removals;
         assert_eq!((&*removals.headers, &*removals.query), (&["x-api-key"][..], &["key"][..]));
-        assert_eq!(removals.cookies.as_deref(), Some("a=1; b=2"));
+        assert_eq!(removals.cookies.as_deref(), Some(format!("a=1; b=2,key={B}").as_str()));
+    }
+
+    #[test]
+    fn cookies_lose_exactly_the_bytes_of_the_key() {
+        let settings = settings("cookie:key", "deny");
+        for (cookie, left) in [
+            ("prefs={\"a\":1,\"b\":2}; key=K; x=1", "prefs={\"a\":1,\"b\":2}; x=1"),
+            ("a=1,2,3; key=K", "a=1,2,3"),
+            ("key=K", ""),
+            ("key=K; x=1", "x=1"),
+            ("x=1;y=2 ;key=K;z=3", "x=1;y=2 ;z=3"),
+            ("x=1; key =K; k%65y=K", "x=1"),
+            ("name=\u{e9}; key=K", "name=\u{e9}"),
+            ("flag; key=K", "flag"),
+        ] {
+            let cookie = cookie.replace('K', A);
+            let bytes = message("/", &[("cookie", &cookie)]);
+            let removals = extract(&settings, &View::parse(&bytes).unwrap()).removals;
+            assert_eq!(removals.cookies.as_deref(), Some(left), "{cookie}");
+        }
+        let bytes = message("/", &[("cookie", "x=1,2"), ("cookie", &format!("key={A}")), ("cookie", "y=3")]);
+        let removals = extract(&settings, &View::parse(&bytes).unwrap()).removals;
+        assert_eq!(removals.cookies.as_deref(), Some("x=1,2; y=3"));
+    }
+
+    #[test]
+    fn names_are_compared_after_decoding() {
+        let by_parameter = settings("query:key", "deny");
+        let path = format!("/p?a=1&k%65y={A}&key={A}");
+        let bytes = message(&path, &[]);
+        let extracted = extract(&by_parameter, &View::parse(&bytes).unwrap());
+        assert_eq!((extracted.key, &*extracted.removals.query), (Err(Ambiguous), &["k%65y", "key"][..]));
+        let bytes = message(&format!("/p?%6Bey={A}"), &[]);
+        let extracted = extract(&by_parameter, &View::parse(&bytes).unwrap());
+        assert_eq!(extracted.key.unwrap().expose(), A.as_bytes());
+        assert_eq!(&*extracted.removals.query, &["%6Bey"][..]);
+    }
+
+    #[test]
+    fn the_rest_of_a_query_stays_byte_for_byte() {
+        let settings = CredentialSettings { query_removal: QueryRemoval::Exact, ..settings("query:key", "deny") };
+        for (path, left) in [
+            ("/things?z=1&a=2&key=K&m=3", "/things?z=1&a=2&m=3"),
+            ("/things?flag&key=K", "/things?flag"),
+            ("/things?key=K&param[0:1:0]", "/things?param[0:1:0]"),
+            ("/things?&&a=1&&key=K&", "/things?&&a=1&&"),
+            ("/things?key=K", "/things"),
+            ("/things?a=%2f+%20&k%65y=K#part?key=1", "/things?a=%2f+%20#part?key=1"),
+        ] {
+            let bytes = message(&path.replace('K', A), &[]);
+            let removals = extract(&settings, &View::parse(&bytes).unwrap()).removals;
+            assert_eq!((removals.path.as_deref(), removals.query.len()), (Some(left), 0), "{path}");
+        }
+        let bytes = message("/things?a=1", &[]);
+        assert_eq!(extract(&settings, &View::parse(&bytes).unwrap()).removals.path, None);
+    }
+
+    #[test]
+    fn a_token_of_the_application_beside_a_key_stays() {
+        let sources = "header:x-api-key,authorization:bearer";
+        let settings = CredentialSettings { require_checksum: true, ..settings(sources, "deny") };
+        let key = format::generate(&settings.prefix).unwrap();
+        let token = "Bearer eyJhbGciOiJFZERTQSJ9.eyJzdWIiOiJhIn0.c2ln";
+        let bytes = message("/", &[("x-api-key", key.expose()), ("authorization", token)]);
+        let extracted = extract(&settings, &View::parse(&bytes).unwrap());
+        assert_eq!(extracted.key.unwrap().expose(), key.expose().as_bytes());
+        assert_eq!(&*extracted.removals.headers, &["x-api-key"][..]);
+        // Without a key it may be a mistake of the caller, and is refused.
+        let bytes = message("/", &[("authorization", token)]);
+        assert_eq!(extract(&settings, &View::parse(&bytes).unwrap()).key, Err(Malformed));
+        // A mistyped key of ours is nobody else's token.
+        let mut mistyped = key.expose().to_owned();
+        mistyped.replace_range(4..5, if mistyped.as_bytes()[4] == b'A' { "B" } else { "A" });
+        let mistyped = format!("Bearer {mistyped}");
+        let bytes = message("/", &[("x-api-key", key.expose()), ("authorization", &mistyped)]);
+        assert_eq!(extract(&settings, &View::parse(&bytes).unwrap()).key, Err(Ambiguous));
     }
 
     #[test]

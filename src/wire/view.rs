@@ -76,6 +76,12 @@ impl<'m> View<'m> {
         if self.raw.is_empty() { &self.map } else { &self.raw }
     }
 
+    /// Whether each header is as the client sent it. Else Envoy has joined headers of one name with commas.
+    #[must_use]
+    pub fn has_raw_headers(&self) -> bool {
+        !self.raw.is_empty()
+    }
+
     /// The values of every header named `name`, which is lower case.
     pub fn header<'a>(&'a self, name: &'a str) -> impl Iterator<Item = &'m [u8]> + 'a {
         self.headers()

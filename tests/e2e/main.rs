@@ -23,6 +23,7 @@ mod prometheus;
 mod quiet;
 mod redis_refusals;
 mod redis_tls;
+mod released_snippets;
 mod resource_limits;
 mod revocation;
 mod route_demands;

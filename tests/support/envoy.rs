@@ -29,13 +29,18 @@ impl Plan {
     /// The shipped configuration, with requests going to `application` and checks to `gates`. Beside it, the access log
     /// gets a field `check_us`: how long the check took in Envoy's eyes.
     pub fn new(application: SocketAddr, gates: &[SocketAddr]) -> Self {
+        Self::of(CONFIG, application, gates)
+    }
+
+    /// The same for a configuration that was shipped before.
+    pub fn of(config: &str, application: SocketAddr, gates: &[SocketAddr]) -> Self {
         let endpoint = |address: &SocketAddr| {
             let (ip, port) = (address.ip(), address.port());
             format!("{{endpoint: {{address: {{socket_address: {{address: {ip}, port_value: {port}}}}}}}}}")
         };
         let all = |addresses: &[SocketAddr]| addresses.iter().map(endpoint).collect::<Vec<_>>().join(", ");
         let shipped = |port: u16| endpoint(&SocketAddr::from(([127, 0, 0, 1], port)));
-        Self { config: CONFIG.to_owned(), workers: 2 }
+        Self { config: config.to_owned(), workers: 2 }
             .replace("port_value: 9901", "port_value: 0")
             .replace("port_value: 10000", "port_value: 0")
             .replace(&shipped(8080), &all(&[application]))

@@ -121,7 +121,11 @@ impl<'a, 's> Answer<'a, 's> {
             (identity::SCOPES, (!self.scopes.is_empty()).then_some(Text::Words(self.scopes))),
         ];
         let cookies = self.removals.cookies.as_deref().filter(|left| !left.is_empty());
-        let headers = identity.into_iter().chain([("cookie", cookies.map(|left| Text::Whole(left.as_bytes())))]);
+        let path = self.removals.path.as_deref();
+        let headers = identity.into_iter().chain([
+            ("cookie", cookies.map(|left| Text::Whole(left.as_bytes()))),
+            (":path", path.map(|left| Text::Whole(left.as_bytes()))),
+        ]);
         headers.filter_map(|(name, value)| Some((name, value?)))
     }
 
@@ -310,12 +314,14 @@ mod tests {
             scopes in vec("[a-z:]{1,300}", 0..5),
             (headers, query) in (vec("[a-z-]{1,200}", 0..3), vec("[a-z]{1,9}", 0..3)),
             cookies in option::of(".{0,200}"),
+            path in option::of("/[a-z?&=]{0,200}"),
             is_stale: bool,
         ) {
             let record = ids.map(|(trust, key)| record(trust, key, scopes.clone()));
             let removals = Removals {
                 headers: headers.iter().map(String::as_str).collect(),
                 query: query.iter().map(String::as_str).collect(),
+                path: path.clone(),
                 cookies: cookies.clone(),
             };
             let demands = Demands::default();
@@ -364,6 +370,9 @@ mod tests {
                 Some(left) if left.is_empty() => removed.push("cookie".to_owned()),
                 Some(left) => prop_assert_eq!(said.remove("cookie"), Some(left)),
                 None => {}
+            }
+            if let Some(left) = path {
+                prop_assert_eq!(said.remove(":path"), Some(left));
             }
             prop_assert_eq!(said, HashMap::new());
             prop_assert_eq!(ok.headers_to_remove, removed);
