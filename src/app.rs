@@ -98,13 +98,13 @@ pub enum AppError {
     #[error("cannot start: {0}")]
     Metrics(#[from] prometheus::Error),
     /// A part ended before it was told to.
-    #[error("a part of the server ended: {0}")]
-    Ended(String),
+    #[error("a task of the server ended, so the server stops: {0}: {1}")]
+    Ended(&'static str, String),
     /// Calls in flight did not end within `limits.drain_grace`.
     #[error("{0} connections did not end within limits.drain_grace and were closed")]
     GraceExceeded(usize),
     /// A second signal came while the server stopped.
-    #[error("stopped at once by a second signal; calls in flight were cut off")]
+    #[error("shutdown forced: a second signal ended the server before calls in flight were done")]
     Forced,
 }
 
@@ -167,7 +167,7 @@ impl AppBuilder {
 
         let registry = metrics::registry(env!("CARGO_PKG_VERSION"), env!("TRUSTGATE_COMMIT"))?;
         let (life, stop) = (Life::default(), CancellationToken::new());
-        let mut parts = Tasks::new();
+        let mut parts = Tasks::default();
         let io = IoRuntime::start("trustgate-io", 2, Priority::Low)?;
         let poll_runtime = IoRuntime::start("trustgate-poll", 1, Priority::Normal)?;
         let id = Uuid::new_v4();
@@ -185,7 +185,8 @@ impl AppBuilder {
         let Replica { checker, cache, views, poll, fresh } = Replica::start(&config, around, &registry, &mut parts)?;
 
         let (routes, health) = health().await;
-        parts.spawn(announce(Arc::clone(&views), fresh, life.clone(), health, stop.clone()));
+        let announcing = announce(Arc::clone(&views), fresh, life.clone(), health, stop.clone());
+        parts.spawn_on("health", announcing, &Handle::current());
         let service = Arc::new(Service::new(Arc::clone(&checker), routes, tls, limits, Arc::clone(&clock), &registry)?);
         let (signals, tasks) = (Signals::default(), TaskTracker::new());
         let canary = CanaryMetrics::register(&registry)?;
@@ -193,13 +194,14 @@ impl AppBuilder {
             let parts_of_it = canary_parts(&config, management, (&checker, &views, &clock), id);
             // It ends with the first calls, so that it takes none of the time that they have.
             let running = Canary::new(parts_of_it, canary).run(signals.drain.clone());
-            parts.spawn_on(running.map(Ok), &io.handle());
+            parts.spawn_on("canary", running.map(Ok), &io.handle());
         }
         // As many as this process may use: its affinity and its share of the machine (cgroup) are counted in.
         let cores = Arc::new(Cores::start(available_parallelism().map_or(1, NonZero::get))?);
         for listener in grpc {
             let (service, cores) = (Arc::clone(&service), Arc::clone(&cores));
-            parts.spawn(net::accept::run(listener, service, cores, signals.clone(), tasks.clone()).map(Ok));
+            let accepting = net::accept::run(listener, service, cores, signals.clone(), tasks.clone());
+            parts.spawn_on("gRPC listener", accepting.map(Ok), &Handle::current());
         }
         let shown = Admin {
             registry,
@@ -233,7 +235,7 @@ pub struct Running {
     runtimes: (IoRuntime, IoRuntime, IoRuntime),
 }
 
-/// How long everything beside the calls may take to end: the farewell to other replicas, and closing the database.
+/// How long the rest of the shutdown may take after the calls: deregistering the replica and closing the database, for example.
 const STOP_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Whether to serve on for a moment, not ready, before anything closes.
@@ -282,9 +284,9 @@ impl Running {
     /// Returns when a part ended although nobody asked it to.
     pub async fn ended(&mut self) -> AppError {
         match self.parts.join_next().await {
-            Some(Ok(Err(error))) => error,
-            Some(Ok(Ok(()))) | None => AppError::Ended("it returned".to_owned()),
-            Some(Err(panic)) => AppError::Ended(panic.to_string()),
+            Some((_, Err(error))) => error,
+            Some((name, Ok(()))) => AppError::Ended(name, "it returned".to_owned()),
+            None => AppError::Ended("server", "it has no tasks".to_owned()),
         }
     }
 
@@ -311,14 +313,13 @@ impl Running {
             self.tasks.wait().await;
             self.cache.drain().await;
             self.stop.cancel();
-            while let Some(ended) = self.parts.join_next().await {
-                let ended = ended.unwrap_or_else(|panic| Err(AppError::Ended(panic.to_string())));
+            while let Some((_, ended)) = self.parts.join_next().await {
                 outcome = std::mem::replace(&mut outcome, Ok(())).and(ended);
             }
             self.source.close().await;
         };
         if timeout(STOP_TIMEOUT, ending).await.is_err() {
-            tracing::warn!("not every part of the server ended within {STOP_TIMEOUT:?}; it stops without them");
+            tracing::warn!("shutdown timeout: some tasks did not end within {STOP_TIMEOUT:?}; stopping without them");
         }
         drop((self.cores, self.runtimes));
         tracing::info!("stopped");
@@ -565,7 +566,7 @@ fn start_admin(
             admin::run(TcpListener::from_std(listener)?, shown, stop).await;
             Ok(())
         };
-        parts.spawn_on(serving, &runtime.handle());
+        parts.spawn_on("admin listener", serving, &runtime.handle());
     }
     Ok(runtime)
 }

@@ -168,7 +168,7 @@ impl Checker {
     pub async fn go_on(&self, message: &[u8], waiting: Waiting) -> Reply {
         let Waiting { began, history, digests, reliance } = waiting;
         let clock = &*self.parts.clock;
-        let unanswered = Unanswered { metrics: &self.metrics, clock, began };
+        let cancel_guard = CancelGuard { metrics: Some(&self.metrics), clock, began };
         let limit = self.parts.decision.deadline;
         let found = self.parts.cache.find(digests.clone(), &reliance);
         let found = timeout(limit, found).await.unwrap_or(Err(Fault::Late { limit }));
@@ -180,7 +180,7 @@ impl Checker {
             let left = limit.saturating_sub(clock.now().since(began));
             let _ = timeout(left, self.parts.views.reached(&history, version)).await;
         }
-        std::mem::forget(unanswered);
+        cancel_guard.disarm();
         // Read once more: nothing of the request was kept while it waited.
         let request = match self.read(message) {
             Ok(request) => request,
@@ -208,7 +208,7 @@ impl Checker {
         self.failed(&Fault::Overloaded { limit }, self.parts.clock.now(), Duration::ZERO)
     }
 
-    /// Counts a message that did not arrive within `limit`. There is no reply: see `net::call`.
+    /// Counts a message that did not arrive within `limit`. `net::call` answers it with HTTP 408, not with a [`Reply`].
     pub fn late(&self, limit: Duration) {
         self.failed(&Fault::Late { limit }, self.parts.clock.now(), limit);
     }
@@ -360,16 +360,25 @@ enum Refusal {
     Fault(Fault),
 }
 
-/// A check that waits. Dropped, Envoy gave up: that is not a success.
-struct Unanswered<'a> {
-    metrics: &'a CheckMetrics,
+/// Counts a check that waits as cancelled if it is dropped: Envoy gave up.
+struct CancelGuard<'a> {
+    /// `None` once the check has its answer.
+    metrics: Option<&'a CheckMetrics>,
     clock: &'a dyn Clock,
     began: Moment,
 }
 
-impl Drop for Unanswered<'_> {
+impl CancelGuard<'_> {
+    fn disarm(mut self) {
+        self.metrics = None;
+    }
+}
+
+impl Drop for CancelGuard<'_> {
     fn drop(&mut self) {
-        self.metrics.observe(&self.metrics.cancelled, self.clock.now().since(self.began));
+        if let Some(metrics) = self.metrics {
+            metrics.observe(&metrics.cancelled, self.clock.now().since(self.began));
+        }
     }
 }
 

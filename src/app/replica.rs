@@ -3,6 +3,7 @@
 //! Simulations run it as it is, in a world of their own. Never decides anything.
 
 use std::{
+    collections::HashMap,
     sync::{Arc, OnceLock},
     time::Duration,
 };
@@ -11,7 +12,7 @@ use futures_util::FutureExt as _;
 use tokio::{
     runtime::Handle,
     sync::watch,
-    task::JoinSet,
+    task::{Id, JoinError, JoinSet},
     time::{sleep, timeout},
 };
 use tokio_util::sync::CancellationToken;
@@ -72,8 +73,38 @@ pub struct Replica {
     pub fresh: watch::Receiver<bool>,
 }
 
-/// Tasks that go on until they are told to stop; one that ends before ends the server.
-pub type Tasks = JoinSet<Result<(), AppError>>;
+/// Tasks that run until the server stops, each with its name. One that ends before ends the server.
+#[derive(Default)]
+pub struct Tasks {
+    running: JoinSet<Result<(), AppError>>,
+    names: HashMap<Id, &'static str>,
+}
+
+impl Tasks {
+    /// Runs `task` on `runtime`.
+    pub fn spawn_on(
+        &mut self,
+        name: &'static str,
+        task: impl Future<Output = Result<(), AppError>> + Send + 'static,
+        runtime: &Handle,
+    ) {
+        let task = self.running.spawn_on(task, runtime);
+        self.names.insert(task.id(), name);
+    }
+
+    /// Returns the next task that ends, with what it returned; `None` once there is none left.
+    ///
+    /// # Cancel safety
+    /// Safe: no task is lost.
+    pub async fn join_next(&mut self) -> Option<(&'static str, Result<(), AppError>)> {
+        let ended = self.running.join_next_with_id().await?;
+        let id = ended.as_ref().map_or_else(JoinError::id, |(id, _)| *id);
+        // Each has a name.
+        let name = self.names.remove(&id).unwrap_or("task");
+        let outcome = ended.map_or_else(|panic| Err(AppError::Ended(name, panic.to_string())), |(_, outcome)| outcome);
+        Some((name, outcome))
+    }
+}
 
 impl Replica {
     /// Starts everything that a replica does by itself, as `tasks` that end with `around.stop`.
@@ -97,7 +128,7 @@ impl Replica {
         let hints = redis.zip(l2.as_ref().map(|(redis, _)| redis.clone())).filter(|_| config.freshness.hints);
         let denials = open_denials(config, registry)?;
         let shared_denials = l2.as_ref().map(|(redis, mac_key)| SharedList::new(redis.clone(), Arc::clone(mac_key)));
-        tasks.spawn_on(keep_denials(Arc::clone(&denials), shared_denials, &views, &clock, &stop), &io);
+        tasks.spawn_on("deny list", keep_denials(Arc::clone(&denials), shared_denials, &views, &clock, &stop), &io);
         let table = config.store.table_identity(&place);
         let tiers = cache::Parts {
             store: Arc::clone(&source) as _,
@@ -126,8 +157,9 @@ impl Replica {
             applied: exchange_hints(hints, &views, &stop, (tasks, &io)),
         };
         sample(config, (&cache, Spread::of(id)), &stop, (tasks, &io));
+        source.run_reads_on(io.clone());
         let database = Database { place, source, mac_key, limit: config.store.connect_timeout };
-        tasks.spawn_on(confirm(database, poll, stop), &poll_runtime);
+        tasks.spawn_on("poll", confirm(database, poll, stop), &poll_runtime);
         Ok(Self { checker, cache, views, poll: metrics, fresh: is_fresh })
     }
 }
@@ -158,7 +190,7 @@ fn start_redis(
         mac_key.get_or_init(|| key);
     }
     let (redis, keeper) = Redis::new(&config.redis, Arc::clone(link), Arc::clone(clock), metrics, stop.clone());
-    tasks.spawn_on(keeper.map(Ok), io);
+    tasks.spawn_on("Redis connection", keeper.map(Ok), io);
     Ok((redis, mac_key))
 }
 
@@ -172,7 +204,7 @@ fn exchange_hints(
     let Some((link, redis)) = redis else { return Box::new(|| ()) };
     let views = Arc::clone(views);
     let listening = listen(link, move || views.hint(), stop.clone());
-    tasks.spawn_on(listening.map(Ok), io);
+    tasks.spawn_on("Redis notifications", listening.map(Ok), io);
     Box::new(move || redis.publish())
 }
 
@@ -224,7 +256,7 @@ fn sample(
             cache.sample(interval, spread, stop).await;
             Ok(())
         };
-        tasks.spawn_on(sampling, io);
+        tasks.spawn_on("sampler", sampling, io);
     }
 }
 
@@ -275,7 +307,7 @@ async fn confirm(
     let prepared = stop.run_until_cancelled(async {
         loop {
             let late = || LedgerError::Fault(Fault::Timeout { tier: Tier::Store, limit });
-            let attempt = timeout(limit * 2, source.prepare(Missing::Create)).await.unwrap_or_else(|_| Err(late()));
+            let attempt = timeout(limit.saturating_mul(2), source.prepare(Missing::Create)).await.unwrap_or_else(|_| Err(late()));
             match attempt {
                 Ok(()) => return Ok(()),
                 Err(error) if error.is_transient() => {
@@ -300,7 +332,7 @@ async fn confirm(
     };
     // The first attempt comes before the first poll, so that Redis is of use from the first check on; where there is no
     // key, everything else goes on without.
-    let mut fetch = Fetch { source, mac_key, limit: limit * 2, told: String::new() };
+    let mut fetch = Fetch { source, mac_key, limit: limit.saturating_mul(2), told: String::new() };
     stop.run_until_cancelled(fetch.once()).await;
     tokio::join!(stop.run_until_cancelled(fetch.until_done()), poll.run(stop.clone()));
     Ok(())

@@ -95,6 +95,8 @@ impl<K: Kind> Flights<K> {
             landing: Arc::clone(&landing),
             outcome: Err(Fault::Ended),
         };
+        // A runtime that shuts down drops the task at once, on this thread, and the drop of `seat` takes the lock.
+        drop(in_the_air);
         let shared = Arc::clone(shared);
         self.tasks.spawn_on(
             async move {

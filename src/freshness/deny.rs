@@ -234,7 +234,12 @@ impl DenyList {
             ticks.tick().await;
             // Reading may take long on a network filesystem.
             let looking = tokio::task::spawn_blocking(move || (watched.look(), watched));
-            let Ok((look, after)) = looking.await else { return };
+            let (look, after) = match looking.await {
+                Ok(looked) => looked,
+                // The server stops with it, and the log names this task.
+                Err(error) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
+                Err(_) => return, // the runtime shuts down
+            };
             watched = after;
             match look {
                 Look::Same => {}

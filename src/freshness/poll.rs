@@ -25,6 +25,8 @@ use crate::{
 
 /// A sign of life for whoever waits for replicas, at least this often.
 const REPORT_INTERVAL: Duration = Duration::from_secs(5);
+/// How soon a report that failed is tried again while polls are answered.
+const REPORT_AGAIN: Duration = Duration::from_secs(1);
 /// How long a sign of life, or mending the store's side, may take.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(2);
 /// How often versions that nobody needs are deleted. Every replica does it; one at a time has any effect.
@@ -172,8 +174,14 @@ impl Poll {
     }
 
     async fn poll(&self, signs: &watch::Sender<Version>) {
-        let mut state =
-            State { up: None, known: false, untold: false, restored: None, offset: self.clock.wall_offset() };
+        let mut state = State {
+            up: None,
+            known: false,
+            untold: false,
+            attempted: None,
+            restored: None,
+            offset: self.clock.wall_offset(),
+        };
         let (mut rate, mut spread) = (Rate::default(), Spread::of(self.replica));
         loop {
             let due = Instant::now() + spread.around(self.settings.poll_interval);
@@ -209,7 +217,8 @@ impl Poll {
     }
 
     async fn once(&self, signs: &watch::Sender<Version>, state: &mut State) {
-        if !state.known {
+        if !state.known && state.may_report() {
+            state.attempted = Some(Instant::now());
             // Before it relies on what it reads: whoever changes something must not overlook a replica that is starting
             // or was cut off.
             let sign = self.sign(self.views.load().applied());
@@ -418,8 +427,18 @@ struct State {
     known: bool,
     /// Whether it was told that none was.
     untold: bool,
+    /// When the last attempt to report was made.
+    attempted: Option<Instant>,
     restored: Option<Instant>,
     offset: i64,
+}
+
+impl State {
+    /// Whether to try a report. Where polls are answered and reports fail, rights are missing: each attempt would cost a new connection,
+    /// ten times a second.
+    fn may_report(&self) -> bool {
+        self.up != Some(Up::Yes) || self.attempted.is_none_or(|last| last.elapsed() >= REPORT_AGAIN)
+    }
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]

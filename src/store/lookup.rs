@@ -141,6 +141,10 @@ pub trait Source: Lookup {
     /// right. [`super::LedgerError::is_transient`] says whether waiting may help.
     async fn prepare(&self, missing: Missing) -> Result<(), super::LedgerError>;
 
+    /// Makes the connections for reads on `runtime`, so that reads that the poll sends (its preparation, heartbeats) do not bring them
+    /// to the thread that keeps the lease.
+    fn run_reads_on(&self, runtime: tokio::runtime::Handle);
+
     /// Closes every connection and waits for them.
     async fn close(&self);
 }

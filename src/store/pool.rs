@@ -112,6 +112,11 @@ impl<C: Connect> Pool<C> {
         }
     }
 
+    /// Makes connections on `runtime` from now on, wherever reads are sent from.
+    pub fn run_on(&self, runtime: Handle) {
+        self.0.lock().runtime = Some(runtime);
+    }
+
     /// Ends every connection and task. Reads that wait, and reads that come later, fail with [`Trouble::Closed`].
     pub async fn close(&self) {
         let idle = {
@@ -178,7 +183,7 @@ struct State<C: Connect> {
     waiting: VecDeque<Waiter<C>>,
     /// Connections of an earlier generation are closed when they come back.
     generation: u64,
-    /// Where connects run: the runtime of the reads.
+    /// Where connects run: what [`Pool::run_on`] says, else where the first read that waited was sent from.
     runtime: Option<Handle>,
     /// Whether the last connect went well; for the log.
     up: Option<bool>,
@@ -211,7 +216,7 @@ impl<C: Connect> State<C> {
 
 impl<C: Connect> Shared<C> {
     fn lock(&self) -> MutexGuard<'_, State<C>> {
-        // No code of others runs under the lock, so a panic cannot have left the state half changed.
+        // Nothing under the lock can panic half-way through a change.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -230,23 +235,33 @@ impl<C: Connect> Shared<C> {
             }
             let (waiter, turn) = oneshot::channel();
             state.waiting.push_back(waiter);
-            state.runtime = Some(Handle::current());
-            self.spawn_connects(&mut state);
+            let runtime = state.runtime.get_or_insert_with(Handle::current).clone();
+            let connects = self.wanted_connects(&mut state);
+            drop(state);
+            self.spawn(connects, &runtime);
             turn
         };
         // A waiter is dropped without a word only by `close`.
         turn.await.unwrap_or(Err(Trouble::Closed))
     }
 
-    /// Starts a connect for each waiting read that has none on its way, as far as the limit allows.
-    fn spawn_connects(self: &Arc<Self>, state: &mut State<C>) {
-        let Some(runtime) = state.runtime.clone() else { return };
+    /// A connect for each waiting read that has none on its way, as far as the limit allows.
+    fn wanted_connects(self: &Arc<Self>, state: &mut State<C>) -> Vec<Pending<C>> {
         let wanted = state.waiting.iter().filter(|waiter| !waiter.is_closed()).count();
+        let mut connects = Vec::new();
         while !state.closed && state.open < self.limits.connections_max && state.connecting < wanted {
             state.open += 1;
             state.connecting += 1;
-            let pending = Pending { shared: Arc::clone(self), outcome: None };
-            self.tasks.spawn_on(pending.connect(), &runtime);
+            connects.push(Pending { shared: Arc::clone(self), outcome: None });
+        }
+        connects
+    }
+
+    /// Starts connects. Without the lock: a runtime that shuts down drops a task at once, on this thread, and the drop of a connect
+    /// takes the lock.
+    fn spawn(&self, connects: Vec<Pending<C>>, runtime: &Handle) {
+        for pending in connects {
+            self.tasks.spawn_on(pending.connect(), runtime);
         }
     }
 
@@ -300,7 +315,12 @@ impl<C: Connect> Shared<C> {
         drop(connection); // before it stops counting, so that there never are too many
         let mut state = self.lock();
         state.open -= 1;
-        self.spawn_connects(&mut state);
+        let (connects, runtime) = (self.wanted_connects(&mut state), state.runtime.clone());
+        drop(state);
+        // There is one as soon as any read has waited.
+        if let Some(runtime) = runtime {
+            self.spawn(connects, &runtime);
+        }
     }
 
     /// As [`Pool::forget`].

@@ -244,6 +244,10 @@ impl<D: Dialect> Source for Reader<D> {
         }
     }
 
+    fn run_reads_on(&self, runtime: tokio::runtime::Handle) {
+        self.reads.run_on(runtime);
+    }
+
     async fn close(&self) {
         self.reads.close().await;
         self.poll.close().await;

@@ -282,6 +282,23 @@ fn staged(connections_max: usize, waiting_max: usize, connect_timeout: Duration)
     (staged, Arc::new(pool))
 }
 
+#[test]
+fn a_read_on_a_runtime_that_has_ended_fails_and_does_not_hang() {
+    let (done, is_done) = std::sync::mpsc::channel();
+    // On a thread of its own: a deadlock would hang it for ever.
+    std::thread::spawn(move || {
+        let ended = tokio::runtime::Runtime::new().unwrap();
+        let home = ended.handle().clone();
+        ended.shutdown_background();
+        let (_staged, pool) = staged(4, 4, 60 * SECONDS);
+        pool.run_on(home);
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let outcome = runtime.block_on(pool.read(&()));
+        done.send(outcome.is_err()).unwrap();
+    });
+    assert_eq!(is_done.recv_timeout(30 * SECONDS), Ok(true));
+}
+
 #[tokio::test]
 async fn a_connect_slower_than_the_read_ends_well_and_the_next_read_finds_it() {
     let (staged, pool) = staged(4, 4, 60 * SECONDS);

@@ -157,6 +157,8 @@ impl Source for Network {
         Ok(self.ask(|_, _, _| ()).await?)
     }
 
+    fn run_reads_on(&self, _: tokio::runtime::Handle) {}
+
     async fn close(&self) {}
 }
 

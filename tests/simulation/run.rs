@@ -192,7 +192,7 @@ impl World {
             stop: CancellationToken::new(),
         };
         let registry = metrics::registry("simulated", "none").expect("a registry");
-        let mut tasks = Tasks::new();
+        let mut tasks = Tasks::default();
         let replica = Replica::start(&self.config, around, &registry, &mut tasks).expect("it starts");
         if let Some(before) = place.running.take() {
             self.keep_metrics(&before);

@@ -190,6 +190,10 @@ impl Source for Seam {
         self.inner.prepare(missing).await
     }
 
+    fn run_reads_on(&self, runtime: tokio::runtime::Handle) {
+        self.inner.run_reads_on(runtime);
+    }
+
     async fn close(&self) {
         self.inner.close().await;
     }
