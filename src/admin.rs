@@ -47,7 +47,7 @@ const CONNECTION_TIMEOUT: Duration = Duration::from_secs(10);
 /// The largest head of a request, in bytes. Hyper's smallest bound.
 const HEAD_BYTES_MAX: usize = 8 << 10;
 /// The wait after a failed accept (out of file descriptors, for example).
-const ACCEPT_WAIT: Duration = Duration::from_millis(100);
+const ACCEPT_WAIT: Duration = Duration::from_secs(1);
 
 /// How long the runtimes that serve checks have to answer a probe, all of them.
 const PROBE_TIMEOUT: Duration = Duration::from_millis(250);

@@ -26,6 +26,8 @@ use answer::Answer;
 use args::{Arguments, Output};
 use error::CliError;
 
+use crate::credential::format;
+
 /// Everything went well.
 const DONE: u8 = 0;
 /// What was wanted could not be done.
@@ -45,6 +47,16 @@ pub fn run(
     out: &mut dyn Write,
     err: &mut dyn Write,
 ) -> u8 {
+    let arguments: Vec<_> = arguments.into_iter().collect();
+    // Before anything shows or stores it.
+    if arguments.iter().any(is_key) {
+        let _ = writeln!(
+            err,
+            "error: an argument is an API key, which other users of this machine can see: revoke that key; commands read keys from \
+             standard input"
+        );
+        return USAGE;
+    }
     let arguments = match Arguments::try_parse_from(arguments) {
         Ok(arguments) => arguments,
         Err(usage) => return show_usage(&usage, out, err),
@@ -69,6 +81,12 @@ pub fn run(
             error.code
         }
     }
+}
+
+/// Whether an argument, or the value of `--option=value`, is a key.
+fn is_key(argument: &OsString) -> bool {
+    let text = argument.to_string_lossy();
+    format::is_key(&text) || text.split_once('=').is_some_and(|(_, value)| format::is_key(value))
 }
 
 fn show(answer: &Answer, output: Output, out: &mut dyn Write) -> std::io::Result<()> {

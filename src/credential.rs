@@ -7,7 +7,12 @@ pub mod extract;
 pub mod format;
 pub mod source;
 
-use std::{io, path::PathBuf};
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+};
+
+use zeroize::Zeroizing;
 
 use crate::{
     secret::Secret,
@@ -48,28 +53,41 @@ impl CredentialSettings {
     /// # Errors
     /// What the operating system says of a file that cannot be read.
     pub fn hasher(&self) -> io::Result<Hasher> {
-        let file = self.pepper_file.as_deref().map(Secret::read).transpose()?;
-        let pepper = self.pepper.as_ref();
+        let file = self.pepper_file.as_deref().map(Pepper::read_file).transpose()?;
+        let pepper = self.pepper.as_ref().or(file.as_ref());
         let mut previous: Vec<_> = pepper.and_then(|pepper| pepper.untrimmed.clone()).into_iter().collect();
         if !previous.is_empty() {
             tracing::warn!(
-                "credential.pepper ends in a line end, which is removed as in a file; keys that were issued under the text with it \
-                 keep working"
+                "pepper cleaned: removed a byte order mark or line ends from credential.pepper; keys that were issued with the \
+                 uncleaned text keep working"
             );
         }
         for file in &self.previous_pepper_files {
-            previous.push(Secret::read(file)?);
+            let Pepper { secret, untrimmed } = Pepper::read_file(file)?;
+            previous.extend([secret].into_iter().chain(untrimmed));
         }
-        Ok(Hasher::new(pepper.map(|pepper| &pepper.secret).or(file.as_ref()), &previous))
+        Ok(Hasher::new(pepper.map(|pepper| &pepper.secret), &previous))
     }
 }
 
-/// A pepper that was given as a value.
+/// A pepper, as a value or from a file.
 #[derive(Clone, Debug)]
 pub struct Pepper {
     secret: Secret,
-    /// The text before it was cleaned, where that is another: releases before 0.1.0 used it as it was.
+    /// The uncleaned text, if cleaning changed it: earlier builds hashed keys with it.
     untrimmed: Option<Secret>,
+}
+
+impl Pepper {
+    /// Reads a pepper from a file.
+    fn read_file(path: &Path) -> io::Result<Self> {
+        let secret = Secret::read(path)?;
+        // Earlier builds removed line ends from a file, and kept a byte order mark.
+        let text = Zeroizing::new(fs::read_to_string(path)?);
+        let before = text.trim_end_matches(['\r', '\n']);
+        let untrimmed = (before != secret.expose()).then(|| Secret::new(before.to_owned()));
+        Ok(Self { secret, untrimmed })
+    }
 }
 
 impl Setting for Pepper {
@@ -108,12 +126,12 @@ pub const KEY_BYTES_MIN: usize = 16;
 /// The longest credential that is looked up, in bytes.
 pub const KEY_BYTES_MAX: usize = 512;
 
-/// Whether `key` can be looked up: 16 to 512 bytes of visible ASCII, and not a mistyped key of ours (nor a foreign one,
-/// where a checksum is required).
+/// Whether `key` can be looked up: 16 to 512 bytes of visible ASCII without a comma, and not a mistyped key of ours (nor a foreign one,
+/// where a checksum is required). Envoy joins repeated headers with a comma, so that a key with one would be ambiguous.
 #[must_use]
 pub fn is_well_formed(settings: &CredentialSettings, key: &[u8]) -> bool {
     (KEY_BYTES_MIN..=KEY_BYTES_MAX).contains(&key.len())
-        && key.iter().all(u8::is_ascii_graphic)
+        && key.iter().all(|byte| byte.is_ascii_graphic() && *byte != b',')
         && match format::form(&settings.prefix, key) {
             format::Form::Ours => true,
             format::Form::Mistyped => false,

@@ -1,7 +1,7 @@
 //! What a route asks of a request, from Envoy's `context_extensions`.
 //!
-//! Envoy merges the extensions of a virtual host with those of the route, so both speak here. Never guesses: an extension
-//! that names trustgate and cannot be understood is a fault, because ignoring it would open the route.
+//! Envoy merges the extensions of the virtual host with those of the route, so both can contribute. An extension that names
+//! trustgate and is invalid is a fault: ignoring it would open the route.
 
 use std::net::IpAddr;
 
@@ -87,12 +87,12 @@ impl<'m> Demands<'m> {
                 self.optional = value == "true";
                 (self.optional || value == "false").then_some(()).ok_or("expected true or false")
             }
-            _ => Err("there is no such demand; known are trustgate.scopes, trustgate.freshness and trustgate.optional"),
+            _ => Err("unknown name; use trustgate.scopes, trustgate.freshness or trustgate.optional"),
         }
     }
 
-    /// Whether a request without any credential may pass. A route that demands scopes never admits one: nobody who is
-    /// anonymous has scopes, even if the virtual host says `optional`.
+    /// Whether a request without a credential may pass. A route that demands scopes never admits one, even if the virtual host
+    /// sets `trustgate.optional`: an anonymous request has no scopes.
     #[must_use]
     pub fn admits_anonymous(&self) -> bool {
         self.optional && self.scopes.is_empty()

@@ -66,7 +66,7 @@ pub enum Fault {
     /// More is going on than the limits allow.
     #[error("over the limit of {limit}")]
     Overloaded {
-        /// The setting that says so.
+        /// The setting or constant that was exceeded.
         limit: &'static str,
     },
     /// The whole check took longer than `decision.deadline`.

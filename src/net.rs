@@ -90,9 +90,9 @@ crate::settings! {
     }
 }
 
-/// Calls whose message has begun and not arrived whole, over all connections: each takes about 6 KiB. Envoy sends a message at
-/// once, so there are few even under load.
-const UNFINISHED_MAX: usize = 1_024;
+/// Calls whose message has begun and not arrived whole, over all connections: each takes about 1 KiB. Envoy sends a message at
+/// once; other clients send the heads of all calls of a burst before the first message.
+const UNFINISHED_MAX: usize = 8_192;
 /// Answers that wait because their callers do not read, over all connections: each takes about 2 KiB.
 const UNREAD_MAX: usize = 2_048;
 

@@ -4,7 +4,7 @@
 
 use std::fmt;
 
-use ipnet::IpNet;
+use ipnet::{IpNet, Ipv4Net};
 use subtle::ConstantTimeEq;
 use uuid::Uuid;
 
@@ -27,6 +27,17 @@ const SCOPE_BYTES_MAX: usize = 128;
 pub fn is_scope(text: &str) -> bool {
     (1..=SCOPE_BYTES_MAX).contains(&text.len())
         && text.bytes().all(|byte| byte.is_ascii_graphic() && !b"\"\\,".contains(&byte))
+}
+
+/// `network` in the family that addresses are compared in: a network of IPv4-mapped addresses (RFC 4291, section 2.5.5.2) becomes
+/// one of IPv4, as the source of a request does.
+#[must_use]
+pub fn canonical(network: IpNet) -> IpNet {
+    let IpNet::V6(mapped) = network else { return network };
+    let prefix = mapped.prefix_len().checked_sub(96);
+    let network =
+        mapped.addr().to_ipv4_mapped().zip(prefix).and_then(|(address, prefix)| Ipv4Net::new(address, prefix).ok());
+    network.map_or(IpNet::V6(mapped), IpNet::V4)
 }
 
 impl fmt::Display for TrustId {

@@ -17,6 +17,7 @@ use std::{
     time::Duration,
 };
 
+use futures_util::FutureExt as _;
 use redis::{Cmd, FromRedisValue, RedisError};
 use tokio::{
     sync::{Notify, watch},
@@ -42,7 +43,7 @@ crate::settings! {
     /// Redis or Valkey, shared between replicas: a single server, the master that Sentinels name, or a Cluster. Unset:
     /// every replica asks the database itself. Its user needs no more than the keys `~trustgate:*`, the channel
     /// `&trustgate:hints` and the commands `+ping +getrange +set +unlink +eval +evalsha +publish +subscribe`; for the deny
-    /// list `+time +hlen +hkeys +hstrlen +hget`, and for who runs `trustgate deny` also `+hset +hdel`; with Sentinels also `+role`, in a Cluster also `+cluster|slots` and `+asking`, for a database other than 0 also `+select`.
+    /// list `+time +hlen +hkeys +hstrlen +hget`, and for the user that runs `trustgate deny` also `+hset +hdel`; with Sentinels also `+role`, in a Cluster also `+cluster|slots` and `+asking`, for a database other than 0 also `+select`.
     pub struct RedisSettings in "redis" {
         /// `redis://user@host:6379/0`, or `rediss://` for TLS; `?protocol=resp3` at the end asks for RESP3 instead of RESP2.
         /// Several, as a list, are Sentinels or nodes of a Cluster; one that answers is enough. Unset: Redis is not used.
@@ -102,6 +103,8 @@ pub fn read_mac_key(path: &Path) -> io::Result<[u8; 32]> {
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 /// How often an idle connection is tried, and how long it has to answer before it is given up.
 const PING_INTERVAL: Duration = Duration::from_secs(1);
+/// The longest time for which a connection to a node that refuses commands is kept.
+const REPLACE_INTERVAL_MAX: Duration = Duration::from_mins(1);
 /// The first wait after a connect that failed or a connection that broke; it doubles up to [`PING_INTERVAL`].
 const RECONNECT_WAIT: Duration = Duration::from_millis(50);
 
@@ -172,7 +175,7 @@ impl Refusal {
             "MISCONF" | "NOREPLICAS" => Some(Self::Misconfigured),
             _ => None,
         };
-        // Before Redis 7 the code of an error inside a script stands in its text, behind a dash.
+        // Before Redis 7, the error code of a failed script follows a dash in the error text.
         let in_script = || {
             let text = error.to_string();
             text.split('-').skip(1).find_map(|part| refusal(part.split_whitespace().next().unwrap_or_default()))
@@ -330,15 +333,17 @@ impl Redis {
             call.arg(script).arg(1).arg(key).arg(arguments);
             call
         };
-        let answer = match self.query(&call("EVALSHA", &script.hash)).await {
+        match self.query(&call("EVALSHA", &script.hash)).await {
             Err(QueryError::NoScript) => self.query(&call("EVAL", script.code)).await,
             answer => answer,
-        };
-        // Scripts write: one that succeeds ends a refusal.
-        if answer.is_ok() && self.refusing.is_refusing.swap(false, Ordering::Relaxed) {
+        }
+    }
+
+    /// Notes that Redis has taken a write.
+    pub fn note_written(&self) {
+        if self.refusing.is_refusing.swap(false, Ordering::Relaxed) {
             tracing::info!("redis accepts writes again");
         }
-        answer
     }
 
     fn note_refused(&self, refusal: Refusal, error: &RedisError) {
@@ -384,22 +389,32 @@ async fn keep_connected(
     refusing: &Refusing,
 ) {
     let mut attempts = Attempts::new("");
+    // How long a connection is kept at least, though its node refuses commands: longer each time, since the address may lead to a
+    // replica for good.
+    let mut kept_for = PING_INTERVAL;
     loop {
         let Some(connection) = attempts.make(Box::pin(link.connect())).await else { continue };
         metrics.up.set(1);
+        // Asked for by commands on the connection before this one.
+        let _ = refusing.replace.notified().now_or_never();
         sender.send_replace(Some(connection.clone()));
         let made = Instant::now();
-        let error = tokio::select! {
-            error = until_broken(connection) => error,
-            // After a failover the address leads to another node. If it still leads here, that is no reason to hurry.
+        let broken = tokio::select! {
+            error = until_broken(connection) => Some(error),
             () = async {
                 refusing.replace.notified().await;
-                sleep_until(made + PING_INTERVAL).await;
-            } => replaced(),
+                sleep_until(made + kept_for).await;
+            } => None,
         };
         sender.send_replace(None);
         metrics.up.set(0);
-        attempts.broke(&error);
+        if let Some(error) = broken {
+            kept_for = PING_INTERVAL;
+            attempts.broke(&error);
+        } else {
+            kept_for = (kept_for * 2).min(REPLACE_INTERVAL_MAX);
+            attempts.replaced();
+        }
     }
 }
 
@@ -408,12 +423,14 @@ struct Attempts {
     purpose: &'static str,
     wait: Option<Duration>,
     was_down: bool,
+    /// Whether the next connection replaces one that worked: that it refuses commands was logged.
+    is_replacement: bool,
 }
 
 impl Attempts {
     /// No attempt yet. `purpose` ends what is said of the connection in the log.
     const fn new(purpose: &'static str) -> Self {
-        Self { purpose, wait: None, was_down: false }
+        Self { purpose, wait: None, was_down: false, is_replacement: false }
     }
 
     /// One attempt, after the wait that the one before it asks for.
@@ -424,8 +441,10 @@ impl Attempts {
         }
         match timeout(CONNECT_TIMEOUT, connect).await.unwrap_or_else(|_| Err(timed_out())) {
             Ok(connection) => {
-                tracing::info!("connected to redis{purpose}");
-                (self.wait, self.was_down) = (None, false);
+                if !self.is_replacement {
+                    tracing::info!("connected to redis{purpose}");
+                }
+                (self.wait, self.was_down, self.is_replacement) = (None, false, false);
                 Some(connection)
             }
             Err(error) => {
@@ -444,6 +463,11 @@ impl Attempts {
         tracing::warn!(%error, "the connection to redis{} broke", self.purpose);
         self.wait = Some(RECONNECT_WAIT);
     }
+
+    /// The connection is given up for another one.
+    fn replaced(&mut self) {
+        (self.wait, self.is_replacement) = (Some(RECONNECT_WAIT), true);
+    }
 }
 
 /// Returns once the connection no longer answers.
@@ -456,10 +480,6 @@ async fn until_broken(mut connection: Connection) -> RedisError {
             Err(_) => return timed_out(),
         }
     }
-}
-
-fn replaced() -> RedisError {
-    std::io::Error::other("it refuses commands, so it is replaced").into()
 }
 
 fn timed_out() -> RedisError {

@@ -47,7 +47,10 @@ impl SystemSignals {
                 _ = self.user1.recv() => "SIGUSR1",
                 _ = self.user2.recv() => "SIGUSR2",
             };
-            tracing::info!(signal = ignored, "signal ignored: nothing is read again; SIGTERM stops the server");
+            tracing::info!(
+                signal = ignored,
+                "signal ignored: it does not reload anything; send SIGTERM to stop the server"
+            );
         }
     }
 }

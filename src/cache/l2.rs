@@ -103,7 +103,10 @@ impl<K: Kind> L2<K> {
         if life > 0 && bytes.len() <= VALUE_BYTES_MAX {
             let name = self.names.redis_key(key);
             // Redis is an optimisation: the breaker has heard of a failure, and nobody waits for this.
-            let _ = self.redis.run::<()>(&REPLACE, &name, &[&bytes, life.to_string().as_bytes()]).await;
+            let written = self.redis.run::<i64>(&REPLACE, &name, &[&bytes, life.to_string().as_bytes()]).await;
+            if matches!(written, Ok(1)) {
+                self.redis.note_written();
+            }
         }
     }
 

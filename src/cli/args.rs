@@ -14,7 +14,7 @@ use uuid::Uuid;
 
 use crate::{
     manage::trusts::trust_ref,
-    record::{ApiKeyDigest, KeyId, TrustId},
+    record::{ApiKeyDigest, KeyId, TrustId, canonical},
     secret::Secret,
     store::ledger::TrustRef,
     units::parse_duration,
@@ -300,6 +300,7 @@ fn to_duration(text: &str) -> Result<Duration, String> {
 
 fn to_network(text: &str) -> Result<IpNet, String> {
     let network = text.parse().ok().or_else(|| text.parse().ok().map(|address: IpAddr| address.into()));
+    let network = network.map(canonical);
     network.ok_or_else(|| "expected a network, such as 192.0.2.0/24 or 2001:db8::/32".to_owned())
 }
 
@@ -327,5 +328,8 @@ mod tests {
     fn an_address_is_a_network_of_one() {
         assert_eq!(to_network("192.0.2.1").unwrap().to_string(), "192.0.2.1/32");
         assert!(to_network("192.0.2.0/33").is_err());
+        assert_eq!(to_network("::ffff:10.0.0.0/104").unwrap().to_string(), "10.0.0.0/8");
+        assert_eq!(to_network("::ffff:192.0.2.1").unwrap().to_string(), "192.0.2.1/32");
+        assert_eq!(to_network("::/0").unwrap().to_string(), "::/0");
     }
 }

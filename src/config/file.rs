@@ -63,8 +63,8 @@ pub(super) fn no_such<'n>(
     format!("there is no such {what}; there are {}", all.join(", "))
 }
 
-/// A value as text; numbers and booleans become what was meant by them. A number with another base keeps its form: what it means
-/// is for its setting to say, and permission bits in decimal would be others.
+/// Returns a TOML value as text. Numbers and booleans are formatted in decimal and as `true` or `false`. An integer written with `0x`,
+/// `0o` or `0b` keeps its spelling, because a setting of permission bits accepts octal only.
 fn written(value: &Value, text: &str) -> Option<Written> {
     let scalar = |value| scalar(value, text);
     match value {

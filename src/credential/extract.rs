@@ -95,11 +95,13 @@ pub fn extract<'m: 's, 's>(settings: &'s CredentialSettings, view: &View<'m>) ->
             found.push((source, values));
         }
     }
-    // `Authorization` often belongs to the application. Beside a key in another source, a token there that cannot be a key stays.
+    // `Authorization` often belongs to the application. Beside a key in another source, a single token there that cannot be a key
+    // stays; anything less clear may hold a second key.
     if found.len() > 1 && found.iter().any(|(_, values)| values.iter().all(|value| is_well_formed(settings, value))) {
-        let is_of_application = |value: &Cow<'_, [u8]>| is_foreign(settings, value);
+        let has_one = view.header("authorization").count() == 1;
         found.retain(|(source, values)| {
-            !(matches!(source, Source::Authorization(_)) && values.iter().all(is_of_application))
+            let is_one_token = has_one && values.len() == 1 && !values[0].iter().any(|byte| b", \t".contains(byte));
+            !(matches!(source, Source::Authorization(_)) && is_one_token && is_foreign(settings, &values[0]))
         });
     }
     let mut removals = Removals::default();
@@ -245,7 +247,8 @@ fn cookies<'m>(view: &View<'m>, name: &str) -> Found<'m> {
     let cookies = || view.header("cookie").flat_map(each_cookie);
     let values = cookies().filter_map(|cookie| cookie_value(cookie, name)).map(Cow::Borrowed);
     let mut found: Found<'m> = values.take(FOUND_MAX).collect();
-    // A comma may also be where Envoy has joined two lines, which clients must not send (RFC 6265, section 5.4): nobody can tell.
+    // Without raw headers, a comma may also be the place where Envoy joined two Cookie headers, which clients must not send (RFC 6265,
+    // section 5.4). The two cases look the same, so the credential is ambiguous.
     let is_behind_comma =
         |cookie: &[u8]| cookie.split(|byte| *byte == b',').skip(1).any(|part| cookie_value(part, name).is_some());
     if !view.has_raw_headers() && cookies().any(is_behind_comma) {
@@ -437,7 +440,11 @@ mod tests {
         // Without a key it may be a mistake of the caller, and is refused.
         let bytes = message("/", &[("authorization", token)]);
         assert_eq!(extract(&settings, &View::parse(&bytes).unwrap()).key, Err(Malformed));
-        // A mistyped key of ours is nobody else's token.
+        for unclear in [format!("Basic x,Bearer {A}"), format!("Bearer {A}, Bearer y"), "Bearer x y".to_owned()] {
+            let bytes = message("/", &[("x-api-key", key.expose()), ("authorization", &unclear)]);
+            assert_eq!(extract(&settings, &View::parse(&bytes).unwrap()).key, Err(Ambiguous), "{unclear}");
+        }
+        // A mistyped trustgate key is not a token of the application.
         let mut mistyped = key.expose().to_owned();
         mistyped.replace_range(4..5, if mistyped.as_bytes()[4] == b'A' { "B" } else { "A" });
         let mistyped = format!("Bearer {mistyped}");

@@ -66,6 +66,13 @@ pub fn form(prefix: &Prefix, key: &[u8]) -> Form {
     }
 }
 
+/// Whether `text` is a key of ours under any prefix: for places where a key must not be shown.
+#[must_use]
+pub fn is_key(text: &str) -> bool {
+    let prefix = text.rsplit_once('_').and_then(|(prefix, _)| Prefix::read(&Written::One(prefix.to_owned())));
+    prefix.is_some_and(|prefix| form(&prefix, text.as_bytes()) == Form::Ours)
+}
+
 /// A new key, from 32 bytes of the operating system's randomness.
 ///
 /// # Errors
@@ -155,6 +162,15 @@ mod tests {
             let same = wrong == key.expose().as_bytes();
             prop_assert_eq!(form(&tg(), &wrong), if same { Form::Ours } else { Form::Mistyped });
         }
+    }
+
+    #[test]
+    fn a_key_is_recognized_under_any_prefix() {
+        for prefix in ["tg", "acme", "a_b"] {
+            let prefix = Prefix::read(&Written::One(prefix.to_owned())).unwrap();
+            assert!(is_key(generate(&prefix).unwrap().expose()));
+        }
+        assert!(!is_key("acme") && !is_key("tg_acme") && !is_key(&"a".repeat(60)));
     }
 
     #[test]

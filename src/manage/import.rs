@@ -134,7 +134,7 @@ impl Manager {
             Form::Plaintext if format::form(prefix, text) == format::Form::Mistyped => {
                 return Err("looks like a key made here, but its checksum is wrong");
             }
-            Form::Plaintext => return Err("expected a key of 16 to 512 visible ASCII characters"),
+            Form::Plaintext => return Err("expected a key of 16 to 512 visible ASCII characters without a comma"),
         };
         let id = KeyId(Uuid::now_v7());
         let (scopes, allowed_cidrs) = (Vec::new(), Vec::new());

@@ -12,7 +12,6 @@ use super::{
     core::Cores,
     http1,
     listen::Listener,
-    refused::Reason,
     stream::{Refused, Stream},
 };
 
@@ -51,8 +50,8 @@ pub async fn run(listener: Listener, service: Arc<Service>, cores: Arc<Cores>, s
                 match opened.await {
                     Ok(Ok(stream)) => connection::serve(service, stream, peer, signals, calls, age, load).await,
                     Ok(Err(Refused::Peer(reason, detail))) => service.refuse_peer(reason, peer, detail),
-                    Ok(Err(Refused::Http1(stream))) => {
-                        service.refuse_peer(Reason::Http1, peer, "answered with HTTP 400");
+                    Ok(Err(Refused::NotHttp2(reason, stream))) => {
+                        service.refuse_peer(reason, peer, "answered with HTTP 400");
                         http1::refuse(stream, service.limits.preface_timeout).await;
                     }
                     // The peer left, or sent nothing: it asked for nothing.

@@ -1,7 +1,7 @@
 //! The one message in the body of a gRPC call, read within bounds.
 //!
-//! A message that has arrived whole is never answered with a gRPC error, whatever its bytes are: Envoy's
-//! `failure_mode_allow` would let such a request in. A body that ends before that is not a gRPC call.
+//! A complete message never causes a gRPC error here, even if its bytes are invalid: Envoy's `failure_mode_allow` would let
+//! such a request in. (Only `decision.on_fault = "error"` answers with one.) A body that ends early is not a gRPC call.
 
 use std::{
     sync::atomic::{AtomicUsize, Ordering},

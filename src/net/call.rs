@@ -43,7 +43,8 @@ pub(super) struct Calls {
 }
 
 impl Calls {
-    /// Calls from `peer`. Those that wait do so in `tasks` and are counted in `load`. Those that would never end do at `drain`.
+    /// Serves calls from `peer`. Checks that cannot be answered at once run in `tasks` and count in `load`. Health watches end at
+    /// `drain`.
     pub(super) const fn new(
         service: Arc<Service>,
         peer: Option<IpAddr>,
@@ -65,7 +66,7 @@ impl Calls {
                 };
                 // Not counted in `load`: a watch is open for hours and does nothing.
                 self.tasks.spawn(async move {
-                    service.check_health(request, respond, peer, drain).await;
+                    service.check_health(rpc, request, respond, peer, drain).await;
                     drop(permit);
                 });
             }
@@ -83,7 +84,7 @@ impl Calls {
             }
             Poll::Pending => {
                 let Ok(permit) = Arc::clone(&service.unfinished).try_acquire_owned() else {
-                    service.checker.shed("calls whose message has not arrived");
+                    service.checker.shed("unfinished messages");
                     return answer(respond, Answer::Status(StatusCode::SERVICE_UNAVAILABLE), &service.unread);
                 };
                 let (service, peer) = (Arc::clone(service), self.peer);
@@ -139,7 +140,7 @@ impl Service {
             if held.grow_to(reader.bytes()) {
                 return message;
             }
-            Poll::Ready(Err(BodyError::NoRoom { is_whole: message.is_ready() }))
+            Poll::Ready(Err(BodyError::NoRoom { is_whole: matches!(message, Poll::Ready(Ok(_))) }))
         });
         let message = match timeout(self.limits.preface_timeout, read).await {
             Ok(Ok(message)) => message,
@@ -153,7 +154,8 @@ impl Service {
         Answer::Reply(match self.checker.begin(&message) {
             Begun::Answered(reply) => reply,
             Begun::Waits(waiting) => match self.checks.try_acquire() {
-                Ok(_permit) => self.checker.go_on(&message, waiting).await,
+                // On the heap, so that the task of a call whose message has not arrived stays small.
+                Ok(_permit) => Box::pin(self.checker.go_on(&message, waiting)).await,
                 Err(_) => self.checker.shed("limits.checks_in_flight"),
             },
         })
@@ -223,8 +225,8 @@ pub(super) fn answer(mut respond: SendResponse<Bytes>, answer: Answer, unread: &
     }
 }
 
-/// An answer that waits for its caller to read. A copy of its own: `reply` is part of a larger buffer that others share, which an answer
-/// that nobody reads would keep.
+/// An answer that waits until the peer opens its flow-control window. The message is copied: a slice would keep the larger shared buffer
+/// allocated for as long as the peer does not read.
 struct Unread {
     message: Box<[u8]>,
     _permit: OwnedSemaphorePermit,
@@ -236,7 +238,8 @@ impl AsRef<[u8]> for Unread {
     }
 }
 
-/// Sends `reply`. One for which the peer has opened no window waits in h2; where too many do, the stream is reset instead.
+/// Sends `reply`. If the peer's flow-control window is too small, h2 queues the answer. If `UNREAD_MAX` answers are queued already, resets
+/// the stream.
 fn send(mut respond: SendResponse<Bytes>, reply: Reply, unread: &Arc<Semaphore>) {
     let mut response = Response::new(());
     response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/grpc"));

@@ -1,6 +1,6 @@
 //! Health checks (`grpc.health.v1`): their message is read here, within bounds, then tonic's service answers.
 
-use std::{future::poll_fn, net::IpAddr, sync::Arc};
+use std::{future::poll_fn, net::IpAddr, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use h2::{Reason, RecvStream, SendStream, server::SendResponse};
@@ -55,6 +55,7 @@ impl Service {
     /// Serves one health check: for as long as the peer wants answers, or until `drain` for a watch.
     pub(super) async fn check_health(
         &self,
+        rpc: Rpc,
         request: Request<RecvStream>,
         mut respond: SendResponse<Bytes>,
         peer: Option<IpAddr>,
@@ -84,10 +85,13 @@ impl Service {
         if ends {
             return;
         }
-        match send(&mut stream, body, &drain).await {
+        // A watch lasts as long as its client wants. The answer to a check must not keep its permit from others.
+        let limit = if rpc == Rpc::HealthWatch { Duration::MAX } else { self.limits.preface_timeout };
+        match timeout(limit, send(&mut stream, body, &drain)).await {
             // A peer that has left reads nothing.
-            Sent::Whole | Sent::Gone => {}
-            Sent::Broken => stream.send_reset(Reason::INTERNAL_ERROR),
+            Ok(Sent::Whole | Sent::Gone) => {}
+            Ok(Sent::Broken) => stream.send_reset(Reason::INTERNAL_ERROR),
+            Err(_) => stream.send_reset(Reason::CANCEL),
         }
     }
 }
@@ -120,7 +124,11 @@ async fn send(stream: &mut SendStream<Bytes>, mut body: Body, drain: &Cancellati
                 // As much as the peer takes: nothing piles up here.
                 stream.reserve_capacity(data.len());
                 while stream.capacity() < data.len() {
-                    match poll_fn(|cx| stream.poll_capacity(cx)).await {
+                    let capacity = tokio::select! {
+                        capacity = poll_fn(|cx| stream.poll_capacity(cx)) => capacity,
+                        () = drain.cancelled() => return Sent::Gone,
+                    };
+                    match capacity {
                         Some(Ok(_)) => {}
                         Some(Err(_)) | None => return Sent::Gone,
                     }

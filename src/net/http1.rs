@@ -1,4 +1,4 @@
-//! Answers an HTTP/1 caller with an HTTP error.
+//! Answers a caller that does not speak HTTP/2 with an HTTP error.
 //!
 //! To close the connection instead would be dangerous. Envoy in `http_service` mode then makes its own answer, and where it
 //! forwards a `content-type` of `application/grpc`, that answer is HTTP 200 with a gRPC status, which it takes for a grant.

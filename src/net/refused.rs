@@ -1,6 +1,7 @@
 //! Peers that are refused because they do not speak gRPC as this listener expects it: counted, and logged now and then.
 //!
-//! A connection without a byte is not counted, so that port scans and TCP probes leave no trace.
+//! A connection that sends no bytes (a TCP health probe, for example) is neither counted nor logged. Port scans that send bytes are
+//! counted as `unrecognized`, but not logged.
 
 use std::{fmt::Display, net::IpAddr, time::Duration};
 

@@ -49,7 +49,8 @@ impl Rpc {
             return Err(StatusCode::BAD_REQUEST);
         }
         // gRPC clients do not send a length, and Envoy in `http_service` mode always does. Without this rule, a client could
-        // send the path, the headers and the body of a health check through such an Envoy and get 200.
+        // send the path, the headers and the body of a health check through such an Envoy and get 200. A Check with a length is
+        // accepted, because a proxy in front of this server may add one; SECURITY.md describes what remains open.
         if rpc != Self::Check && headers.contains_key(CONTENT_LENGTH) {
             return Err(StatusCode::BAD_REQUEST);
         }

@@ -54,10 +54,15 @@ impl Stream {
                 let _ = stream.set_nodelay(true);
                 let length = stream.peek(&mut first).await?;
                 let Some(tls) = tls else { return Self::Tcp(stream).recognized(&first[..length]) };
+                if length == 0 {
+                    return Err(Refused::Ended);
+                }
                 match refusal(&first[..length], true) {
                     None => {}
-                    Some(Reason::Http1) => return Err(Refused::Http1(Self::Tcp(stream))),
-                    Some(reason) => return Err(Refused::Peer(reason, "the peer does not speak TLS".to_owned())),
+                    Some(Reason::Tls) => {
+                        return Err(Refused::Peer(Reason::Tls, "the peer does not speak TLS".to_owned()));
+                    }
+                    Some(reason) => return Err(Refused::NotHttp2(reason, Self::Tcp(stream))),
                 }
                 let mut stream = tls.accept(stream).await?;
                 // A TLS stream cannot be peeked.
@@ -75,12 +80,11 @@ impl Stream {
         }
         match refusal(first, false) {
             None => Ok(self),
-            Some(Reason::Http1) => Err(Refused::Http1(self)),
             Some(Reason::Tls) => {
                 let detail = "the peer speaks TLS, and grpc.tls_certificate_file is not set";
                 Err(Refused::Peer(Reason::Tls, detail.to_owned()))
             }
-            Some(reason) => Err(Refused::Peer(reason, "neither HTTP nor TLS".to_owned())),
+            Some(reason) => Err(Refused::NotHttp2(reason, self)),
         }
     }
 }
@@ -89,8 +93,8 @@ impl Stream {
 pub(super) enum Refused {
     /// The peer said something that this listener does not serve. With what is known of it, for the log.
     Peer(Reason, String),
-    /// The peer speaks HTTP/1, on this stream.
-    Http1(Stream),
+    /// The peer speaks HTTP/1, or something unknown, on this stream.
+    NotHttp2(Reason, Stream),
     /// The connection ended, or the operating system failed.
     Ended,
 }

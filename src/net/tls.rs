@@ -60,7 +60,8 @@ pub fn acceptor(settings: &GrpcSettings) -> Result<Option<TlsAcceptor>, TlsError
     let failed = |problem: String| TlsError { setting: "grpc.tls_key_file", path: key.clone(), problem };
     let private = PrivateKeyDer::from_pem_file(key).map_err(|error| failed(error.to_string()))?;
     let mut config = builder.with_single_cert(certificates, private).map_err(|error| failed(error.to_string()))?;
-    config.alpn_protocols = vec![b"h2".to_vec()];
+    // A peer that offers only HTTP/1 must get an HTTP error, which a failed handshake would not be: see `http1`.
+    config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
     Ok(Some(TlsAcceptor::from(Arc::new(config))))
 }
 

@@ -19,7 +19,7 @@ use crate::{
     fault::{Fault, Tier},
     record::{
         ApiKeyDigest, Change, ChangeKind, Dated, Digests, KeyId, Lineage, Nonce, Record, Scheme, TrustId, Version,
-        bytes_from_hex,
+        bytes_from_hex, canonical,
     },
 };
 
@@ -374,7 +374,7 @@ fn scopes(json: &str) -> Result<Vec<String>, Corrupt> {
 fn cidrs(json: &str) -> Result<Vec<IpNet>, Corrupt> {
     const PROBLEM: Corrupt = Corrupt("allowed addresses are not a list of CIDRs");
     let texts: Vec<String> = serde_json::from_str(json).map_err(|_| PROBLEM)?;
-    texts.iter().map(|text| text.parse()).collect::<Result<_, _>>().map_err(|_| PROBLEM)
+    texts.iter().map(|text| text.parse().map(canonical)).collect::<Result<_, _>>().map_err(|_| PROBLEM)
 }
 
 fn time(micros: Option<i64>) -> Option<DatabaseTime> {

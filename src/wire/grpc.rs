@@ -19,7 +19,7 @@ pub fn unframe(body: &Bytes) -> Option<Bytes> {
     (body.len() as u64 == prefix.framed_bytes()).then(|| body.slice(PREFIX_BYTES..))
 }
 
-/// What stands before a message.
+/// The five-byte prefix of a gRPC message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Prefix {
     /// 0 for a plain message, 1 for one that is compressed by the algorithm in the header `grpc-encoding`.

@@ -6,7 +6,7 @@ use tokio::task::JoinHandle;
 use trustgate::app::Delay;
 
 use crate::{
-    stage::Stage,
+    stage::{PATIENT_REDIS, Stage},
     support::{
         among_others, eventually,
         grpc::{Asker, Verdict},
@@ -77,7 +77,7 @@ async fn read_before_the_caches_were_cleared_it_serves_nobody_after_it() {
 async fn put_into_redis_after_a_revocation_it_serves_no_replica_that_knows_of_it() {
     let _turn = among_others().await;
     // The replica that holds the old value never hears of the revocation, and may rely on it for a minute.
-    let stage = Stage::new(&[UNHURRIED.as_slice(), &[("freshness.lease", "1m")]].concat()).await;
+    let stage = Stage::new(&[PATIENT_REDIS.as_slice(), &[("freshness.lease", "1m")]].concat()).await;
     let key = stage.site.issue("acme", &[]).await;
     let (running, seam) = Seam::start(&stage.site, |_| ()).await;
     running.ready().await;

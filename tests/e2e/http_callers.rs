@@ -92,8 +92,19 @@ fn requests(key: &IssuedKey) -> Vec<(String, Request<Bytes>)> {
         Some("application/grpc-web"),
         Some("text/html"),
     ];
-    let methods =
-        [Method::GET, Method::HEAD, Method::POST, Method::PUT, Method::DELETE, Method::OPTIONS, Method::PATCH];
+    let other = Method::from_bytes(b"PROPFIND").unwrap();
+    let unusual = Method::from_bytes(b"any!token").unwrap();
+    let methods = [
+        other,
+        unusual,
+        Method::GET,
+        Method::HEAD,
+        Method::POST,
+        Method::PUT,
+        Method::DELETE,
+        Method::OPTIONS,
+        Method::PATCH,
+    ];
     let mut requests = Vec::new();
     for path in paths {
         for method in &methods {

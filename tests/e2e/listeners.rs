@@ -366,7 +366,7 @@ async fn out_of_descriptors_it_waits_and_serves_on() {
     .await;
 }
 
-/// gRPC's own compression, as Envoy's `google_grpc` can be told to use it.
+/// Per-message gRPC compression, which Envoy's `google_grpc` client can be configured to use.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_compressed_message_is_a_fault_whose_log_line_names_the_encoding() {
     let _turn = among_others().await;
@@ -439,9 +439,13 @@ async fn refused_peers_are_counted_by_reason_and_logged_once_a_minute() {
 async fn port_scans_cause_no_log_lines() {
     let _turn = among_others().await;
     let server = Site::new().serve().await;
-    let before = server.log();
+    let certificates = certificates();
+    let (site, _) = encrypted(certificates.path(), false).await;
+    let behind_tls = site.serve().await;
+    let (before, before_tls) = (server.log(), behind_tls.log());
     for _ in 0..60 {
         drop(TcpStream::connect(server.grpc()).await.unwrap());
+        drop(TcpStream::connect(behind_tls.grpc()).await.unwrap());
     }
     for bytes in [&b"\0\0\0\0"[..], b"SSH-2.0-scan\r\n", b"\x80\x2e\x01", b"HELP\r\n"] {
         let mut scanner = TcpStream::connect(server.grpc()).await.unwrap();
@@ -451,8 +455,9 @@ async fn port_scans_cause_no_log_lines() {
     assert!((refused(&server, "unrecognized").await - 4.0).abs() < 0.5);
     for reason in ["http1", "tls", "no_client_certificate", "not_grpc"] {
         assert!(refused(&server, reason).await < 0.5, "{reason}");
+        assert!(refused(&behind_tls, reason).await < 0.5, "{reason}");
     }
-    assert_eq!(server.log(), before);
+    assert_eq!((server.log(), behind_tls.log()), (before, before_tls));
 }
 
 // === clients ===

@@ -94,7 +94,7 @@ async fn a_whole_message_gets_a_response_and_anything_less_is_a_bad_request() {
         ("none", vec![], "HTTP 400"),
         ("an empty message", frame(0, 0, &[]), "undecodable"),
         ("less than a prefix", vec![0, 0, 0, 0], "HTTP 400"),
-        ("a prefix alone", framed[..5].to_vec(), "HTTP 400"),
+        ("only a prefix", framed[..5].to_vec(), "HTTP 400"),
         ("one byte missing", framed[..framed.len() - 1].to_vec(), "HTTP 400"),
         ("one byte more", [&*framed, b"x"].concat(), "undecodable"),
         ("no prefix", message.clone(), "HTTP 400"),

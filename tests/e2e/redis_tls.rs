@@ -7,7 +7,7 @@ use sha2::{Digest as _, Sha256};
 use trustgate::record::ApiKeyDigest;
 
 use crate::{
-    stage::Stage,
+    stage::{PATIENT_REDIS, Stage},
     support::{
         among_others, eventually,
         grpc::Asker,
@@ -108,7 +108,7 @@ async fn serves_without(site: &Site, why: &str) -> Server {
 #[tokio::test(flavor = "multi_thread")]
 async fn what_others_write_into_redis_is_refused_deleted_and_grants_nothing() {
     let _turn = among_others().await;
-    let stage = Stage::new(&[]).await;
+    let stage = Stage::new(&PATIENT_REDIS).await;
     let server = stage.site.serve().await;
     until_connected(&server).await;
     let asker = Asker::connect(server.grpc()).await;

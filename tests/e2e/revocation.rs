@@ -9,7 +9,7 @@ use tokio::time::{Instant, sleep, sleep_until};
 use trustgate::app::Delay;
 
 use crate::{
-    stage::Stage,
+    stage::{PATIENT_REDIS, Stage},
     support::{
         among_others,
         envoy::Envoy,
@@ -43,7 +43,7 @@ async fn within_the_ttl_on_tables_that_name_no_changes() {
 #[tokio::test(flavor = "multi_thread")]
 async fn on_every_replica_as_soon_as_the_command_says_so() {
     let _turn = among_others().await;
-    let stage = Stage::new(&[]).await;
+    let stage = Stage::new(&PATIENT_REDIS).await;
     let (one, other) = (stage.site.serve().await, stage.site.serve().await);
     let (at_one, at_other) = (Asker::connect(one.grpc()).await, Asker::connect(other.grpc()).await);
     let [key, good] = [stage.site.issue("acme", &[]).await, stage.site.issue("acme", &[]).await];
@@ -102,7 +102,7 @@ async fn at_once_on_a_route_that_asks_though_the_others_do_not() {
 #[tokio::test(flavor = "multi_thread")]
 async fn at_once_after_the_caches_were_cleared_on_every_replica_and_in_redis() {
     let _turn = among_others().await;
-    let stage = Stage::new(&[("freshness.ttl", "10m")]).await;
+    let stage = Stage::new(&[PATIENT_REDIS.as_slice(), &[("freshness.ttl", "10m")]].concat()).await;
     let (one, other) = (stage.site.serve().await, stage.site.serve().await);
     let (at_one, at_other) = (Asker::connect(one.grpc()).await, Asker::connect(other.grpc()).await);
     let (everywhere, one_only, good) =
@@ -198,6 +198,7 @@ async fn foreign_table(stage: &Stage, ttl: &str) -> (Site, ForeignTable) {
         .with("redis.url", stage.redis.url())
         .with("redis.mac_key_file", mac_key.display().to_string())
         .with("freshness.ttl", ttl);
+    let site = PATIENT_REDIS.iter().fold(site, |site, (setting, value)| site.with(setting, *value));
     (site, ForeignTable(tokio::sync::Mutex::new(connection)))
 }
 

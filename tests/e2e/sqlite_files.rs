@@ -159,7 +159,7 @@ async fn only_the_log_is_removed_while_it_holds_changes() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_hard_link_is_a_warning_while_serving_and_refuses_commands_and_the_start() {
+async fn a_hard_link_warns_a_running_server_and_blocks_commands_and_startup() {
     let _turn = among_others().await;
     let fixture = Fixture::new().await;
     let link = fixture.site.path().join("link.db");
@@ -186,7 +186,7 @@ async fn a_hard_link_is_a_warning_while_serving_and_refuses_commands_and_the_sta
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_mount_of_the_file_alone_refuses_commands_and_the_start() {
+async fn commands_and_serve_refuse_a_bind_mounted_database_file() {
     let _turn = among_others().await;
     let fixture = Fixture::new().await;
     let elsewhere = fixture.site.path().join("elsewhere");

@@ -4,6 +4,15 @@ use std::time::Duration;
 
 use crate::support::{eventually, load::Shot, postgres::Postgres, redis::Redis, server::Site};
 
+/// Time for Redis that a busy machine cannot use up. A record is written to Redis once, as best effort: where that write takes longer than
+/// `redis.timeout`, it is not repeated while the record is in L1, and a test that waits for it in Redis would wait for ever.
+pub const PATIENT_REDIS: [(&str, &str); 4] = [
+    ("store.read_timeout", "60s"),
+    ("redis.timeout", "5s"),
+    ("decision.deadline", "70s"),
+    ("decision.envoy_timeout", "80s"),
+];
+
 /// Servers of this test's own, which it may harm, and settings that name them.
 pub struct Stage {
     pub postgres: Postgres,

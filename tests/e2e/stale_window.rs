@@ -1,5 +1,5 @@
-//! The stale window opens only while the database gives no answer. A server that answers "no" may commit revocations for
-//! everybody else, so a replica that it refuses must not rely on its cache for longer than the lease.
+//! The stale window opens only while the database gives no answer. A server that refuses a replica may commit revocations from
+//! other clients, so the replica must not rely on its cache for longer than the lease.
 
 use std::time::Duration;
 
@@ -19,9 +19,9 @@ const PATIENCE: Duration = Duration::from_secs(30);
 /// The lease of 1 s and the deadline of a check: `freshness.stale_if_unconfirmed` is not added.
 const BOUND: Duration = Duration::from_millis(1_150);
 
-/// What PostgreSQL answers to a replica.
+/// How PostgreSQL refuses a replica.
 #[derive(Clone, Copy, Debug)]
-enum No {
+enum Refusal {
     /// 53300: the role has no connection left.
     TooManyClients,
     /// 28000: `pg_hba.conf` rejects the role.
@@ -36,10 +36,10 @@ enum No {
     CancelledStatement,
 }
 
-/// Keeps a database in a state; dropped, it lets go of locks.
-struct Kept(Option<tokio::task::JoinHandle<()>>);
+/// Guards a refusal: dropping it releases the table lock and ends the cancelling task.
+struct RefusalGuard(Option<tokio::task::JoinHandle<()>>);
 
-impl Drop for Kept {
+impl Drop for RefusalGuard {
     fn drop(&mut self) {
         if let Some(task) = &self.0 {
             task.abort();
@@ -47,7 +47,7 @@ impl Drop for Kept {
     }
 }
 
-impl No {
+impl Refusal {
     const ALL: [Self; 6] = [
         Self::TooManyClients,
         Self::RejectedLogin,
@@ -57,7 +57,7 @@ impl No {
         Self::CancelledStatement,
     ];
 
-    async fn begin(self, postgres: &Postgres, database: &str) -> Kept {
+    async fn begin(self, postgres: &Postgres, database: &str) -> RefusalGuard {
         let disconnect = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'serve'";
         match self {
             Self::TooManyClients => postgres.execute(database, "ALTER ROLE serve CONNECTION LIMIT 0").await,
@@ -69,7 +69,7 @@ impl No {
                 let lock = "BEGIN; LOCK TABLE trustgate.meta IN ACCESS EXCLUSIVE MODE";
                 sqlx::raw_sql(lock).execute(&mut holder).await.unwrap();
                 let cancels = matches!(self, Self::CancelledStatement);
-                return Kept(Some(tokio::spawn(async move {
+                return RefusalGuard(Some(tokio::spawn(async move {
                     let cancel = "SELECT pg_cancel_backend(pid) FROM pg_stat_activity WHERE usename = 'serve'";
                     loop {
                         if cancels {
@@ -81,11 +81,11 @@ impl No {
             }
         }
         postgres.execute(database, disconnect).await;
-        Kept(None)
+        RefusalGuard(None)
     }
 
-    async fn end(self, postgres: &Postgres, database: &str, kept: Kept) {
-        drop(kept);
+    async fn end(self, postgres: &Postgres, database: &str, guard: RefusalGuard) {
+        drop(guard);
         match self {
             Self::TooManyClients => postgres.execute(database, "ALTER ROLE serve CONNECTION LIMIT -1").await,
             Self::LoginRevoked => postgres.execute(database, "ALTER ROLE serve LOGIN").await,
@@ -124,14 +124,14 @@ async fn no_refusal_of_the_database_opens_the_stale_window() {
     let good = stage.site.issue("acme", &[]).await;
     let server = stage.site.serve().await;
     let asker = Asker::connect(server.grpc()).await;
-    for no in No::ALL {
+    for refusal in Refusal::ALL {
         let key = stage.site.issue("acme", &[]).await;
         eventually("the lease is fresh", PATIENCE, || is_fresh(&server)).await;
         granted(&asker, &key).await;
-        let kept = no.begin(&stage.postgres, &stage.database).await;
+        let guard = refusal.begin(&stage.postgres, &stage.database).await;
         let unusable = "trustgate_polls_total{outcome=\"unusable\"}";
         let before = server.metric(unusable).await;
-        eventually(&format!("{no:?} is an answer"), PATIENCE, || async { server.metric(unusable).await > before })
+        eventually(&format!("{refusal:?} is an answer"), PATIENCE, || async { server.metric(unusable).await > before })
             .await;
         let revoke = format!("UPDATE trustgate.api_key SET revoked_at = now() WHERE id = '{}'", key.id);
         stage.postgres.execute(&stage.database, &revoke).await;
@@ -139,10 +139,10 @@ async fn no_refusal_of_the_database_opens_the_stale_window() {
         sleep(BOUND).await;
         while revoked.elapsed() < BOUND + Duration::from_secs(1) {
             let status = asker.check(&key.key).await.status;
-            assert_ne!(status, 200, "{no:?}: granted {:?} after the revocation", revoked.elapsed());
+            assert_ne!(status, 200, "{refusal:?}: granted {:?} after the revocation", revoked.elapsed());
             sleep(Duration::from_millis(10)).await;
         }
-        no.end(&stage.postgres, &stage.database, kept).await;
+        refusal.end(&stage.postgres, &stage.database, guard).await;
         eventually("good keys are granted again", PATIENCE, || async { asker.check(&good.key).await.status == 200 })
             .await;
         eventually("the revoked key is denied", PATIENCE, || async { asker.check(&key.key).await.status == 401 }).await;

@@ -341,3 +341,23 @@ fn a_pepper_means_the_same_in_a_variable_and_in_a_file() {
     let ran = other().with("TRUSTGATE__CREDENTIAL__PEPPER", "two\nlines").run(&["config", "check"]);
     assert!(ran.code != 0 && ran.out.contains("expected one line of text"), "{ran:?}");
 }
+
+#[test]
+fn a_key_among_the_arguments_is_neither_shown_nor_stored() {
+    let place = Place::migrated();
+    place.run(&["trust", "create", "acme"]).done();
+    let issued = place.json(&["key", "issue", "--trust", "acme"]);
+    let key = issued["key"].as_str().unwrap();
+    for command in
+        [&["key", "revoke", key][..], &["trust", "create", key], &["key", "show", key], &["trust", "show", key]]
+    {
+        let ran = place.run(command);
+        assert_eq!(ran.code, 2, "{ran:?}");
+        assert!(ran.err.contains("an argument is an API key"), "{ran:?}");
+        ran.hides(key);
+    }
+    let ran = place.run(&["key", "issue", &format!("--trust={key}")]);
+    assert_eq!(ran.code, 2);
+    ran.hides(key);
+    assert_eq!(place.json(&["trust", "list"]).as_array().unwrap().len(), 1);
+}

@@ -41,9 +41,9 @@ const FIELD_BYTES_MAX: usize = 71;
 /// Every value has this length.
 const VALUE_BYTES: usize = 1 + MAC_BYTES + 8 + 8;
 
-/// Redis's clock, how many fields the hash has, how many of them cannot be entries by their length, and all others with their values, in one
-/// moment. Whoever can write to Redis can put anything into the hash: nothing that is too long leaves Redis, so that it cannot use up
-/// our memory.
+/// Atomically returns Redis's clock, the number of fields, the number of fields whose length rules them out as entries, and the
+/// remaining fields with their values. A client with write access to Redis can store anything in the hash, so the script filters by
+/// length inside Redis, and oversized values cannot exhaust our memory.
 const READ: &str = "\
 local now = redis.call('TIME')
 local count = redis.call('HLEN', KEYS[1])
@@ -115,7 +115,8 @@ pub enum SharedError {
     Down(QueryError),
     /// There is more than is read.
     #[error(
-        "there are {0} entries, more than {ENTRIES_MAX}: nothing of it is read; delete `{NAME}` in Redis and add again what is to be denied"
+        "deny list in Redis is too long: {0} fields or entries; the limits are {ENTRIES_MAX} entries and {FIELDS_MAX} fields. Delete \
+         {NAME} in Redis, then add the entries again"
     )]
     TooMany(usize),
 }
@@ -142,8 +143,7 @@ impl SharedList {
         command.arg(READ).arg(1).arg(NAME).arg(FIELDS_MAX).arg(FIELD_BYTES_MAX).arg(VALUE_BYTES);
         let answer = self.redis.query::<(i64, i64, usize, usize, Vec<Vec<u8>>)>(&command).await;
         let (seconds, micros, count, foreign, fields) = answer.map_err(SharedError::Down)?;
-        // Foreign fields do not count against genuine entries.
-        if count > FIELDS_MAX || fields.len() / 2 > ENTRIES_MAX {
+        if count > FIELDS_MAX {
             return Err(SharedError::TooMany(count));
         }
         let now = seconds.saturating_mul(1_000_000).saturating_add(micros);
@@ -154,6 +154,10 @@ impl SharedList {
                 None => found.refused += 1,
             }
         }
+        // Fields that are not genuine count against `FIELDS_MAX` only.
+        if found.entries.len() > ENTRIES_MAX {
+            return Err(SharedError::TooMany(found.entries.len()));
+        }
         Ok(found)
     }
 
@@ -163,7 +167,7 @@ impl SharedList {
     /// # Errors
     /// [`SharedError`]; what was set then is not known.
     pub async fn set(&self, denied: &[Denied], life: Duration) -> Result<Vec<(Denied, Term)>, SharedError> {
-        let Found { now, entries, refused, foreign } = self.read().await?;
+        let Found { now, entries, foreign, .. } = self.read().await?;
         if foreign > 0 {
             let mut command = redis::cmd("EVAL");
             command.arg(DELETE_FOREIGN).arg(1).arg(NAME).arg(FIELD_BYTES_MAX).arg(VALUE_BYTES);
@@ -172,8 +176,8 @@ impl SharedList {
         let mac_key = self.mac_key.get().ok_or(SharedError::NoMacKey)?;
         let (over, kept): (Vec<_>, Vec<_>) = entries.iter().partition(|(_, term)| is_long_over(term.end, now));
         let new = denied.iter().filter(|one| !entries.contains_key(one)).count();
-        if kept.len() + refused + new > ENTRIES_MAX {
-            return Err(SharedError::TooMany(kept.len() + refused + new));
+        if kept.len() + new > ENTRIES_MAX {
+            return Err(SharedError::TooMany(kept.len() + new));
         }
         if !over.is_empty() {
             let mut command = redis::cmd("HDEL");

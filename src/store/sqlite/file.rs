@@ -40,7 +40,7 @@ pub(crate) fn prepare(path: &Path, missing: Missing) -> Result<(), LedgerError> 
     match fs::metadata(path) {
         Ok(found) => {
             refuse_network(path)?;
-            refuse_second_way(path)?;
+            refuse_aliases(path)?;
             if found.mode() & 0o077 != 0 {
                 let mode = format!("{:o}", found.mode() & 0o777);
                 tracing::warn!(path = %path.display(), mode, "others may read the database; `chmod 600` it");
@@ -79,9 +79,9 @@ fn identity(path: &Path) -> io::Result<Identity> {
 
 /// The files that one connection works with: the database, its write-ahead log (`-wal`) and the index of that log (`-shm`).
 ///
-/// SQLite opens each by its path, once, and all connections of a process share one `-shm`. Whoever removes, moves or does not
-/// share `-wal` or `-shm` splits the database in two: this process and the next command would not see each other's changes,
-/// and would overwrite them (<https://www.sqlite.org/howtocorrupt.html>, sections 1.3 and 2.5).
+/// SQLite opens each by its path, once, and all connections of a process share one `-shm`. If `-wal` or `-shm` is removed, moved
+/// or not shared between processes, this process and the next command use different files: neither sees the other's changes, and each
+/// can overwrite them (<https://www.sqlite.org/howtocorrupt.html>, sections 1.3 and 2.5).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Files {
     /// The path with every link resolved: SQLite puts the other two beside that.
@@ -91,7 +91,7 @@ pub(crate) struct Files {
     beside: Option<[Identity; 2]>,
 }
 
-/// What stands behind the path of the database in the paths of the other two files.
+/// The suffixes that SQLite appends to the database path for the log and its index.
 const BESIDE: [&str; 2] = ["-wal", "-shm"];
 
 impl Files {
@@ -166,7 +166,7 @@ fn open_files() -> io::Result<Vec<Identity>> {
 #[derive(Debug, thiserror::Error)]
 #[error(
     "the database file{} was replaced, removed or moved while it was in use: its connections are closed and opened again; stop \
-     the server before files are put back, and never remove -wal or -shm",
+     the server before you restore files, and do not remove -wal or -shm while it runs",
     if .0.is_empty() { String::new() } else { format!("'s {}", .0) }
 )]
 struct Replaced(&'static str);
@@ -199,9 +199,10 @@ pub(crate) fn change(error: &sqlx::Error) -> Option<Change> {
     Some(if suffix.is_empty() { Change::Main } else { Change::Beside })
 }
 
-/// Why the database at `path` has a second way to it; `None` where it has not. Through a hard link, or a mount of this one file, SQLite
-/// looks for `-wal` and `-shm` under another name or in another directory, and would not see what others commit.
-pub(crate) fn second_way(path: &Path) -> io::Result<Option<String>> {
+/// Returns why the database file can be reached by more than one path, or `None`. If a process opens it through a hard link or a
+/// bind mount of only this file, SQLite looks for `-wal` and `-shm` under another name or in another directory and misses committed
+/// changes.
+pub(crate) fn alias_problem(path: &Path) -> io::Result<Option<String>> {
     let links = fs::metadata(path)?.nlink();
     if links > 1 {
         return Ok(Some(format!("the file has {links} names (hard links)")));
@@ -223,7 +224,7 @@ fn is_mount_point(mountinfo: &str, path: &Path) -> bool {
     points.any(|point| Path::new(&unescaped(point)) == path)
 }
 
-fn refuse_second_way(path: &Path) -> Result<(), LedgerError> {
+fn refuse_aliases(path: &Path) -> Result<(), LedgerError> {
     let unusable = |why: String| {
         LedgerError::Unusable(format!(
             "{}: {why}: SQLite keeps its log beside the path that was opened, so that changes made by another way would be \
@@ -231,7 +232,7 @@ fn refuse_second_way(path: &Path) -> Result<(), LedgerError> {
             path.display()
         ))
     };
-    match second_way(path) {
+    match alias_problem(path) {
         Ok(None) => Ok(()),
         Ok(Some(why)) => Err(unusable(why)),
         Err(error) => Err(unusable(format!("cannot tell how it is mounted: {error}"))),

@@ -35,7 +35,7 @@ pub(crate) struct Sqlite {
     pub(crate) path: PathBuf,
     /// Somebody else's table, if it is one.
     pub(crate) preset: Option<Preset>,
-    /// Whether the log says that the file has several names.
+    /// Whether the hard-link warning was already logged.
     has_warned: Arc<AtomicBool>,
     /// The files that have to be closed before the database is opened again: their log or its index was replaced.
     left: Arc<Mutex<Option<file::Files>>>,
@@ -47,8 +47,8 @@ impl Sqlite {
         Self { path, preset, has_warned: Arc::default(), left: Arc::default() }
     }
 
-    /// Logs that the file has several names, once until it has one again. That refuses a start, but a backup by hard links must not
-    /// stop a server that runs.
+    /// Warns once when the database file has several hard links, and again only after it had one in between. `serve` refuses to start
+    /// on such a file, but a backup tool that makes hard links must not stop a running server.
     fn note_links(&self, links: u64) {
         if self.has_warned.swap(links > 1, Ordering::Relaxed) || links <= 1 {
             return;
@@ -63,7 +63,7 @@ impl Sqlite {
 }
 
 impl Sqlite {
-    /// Waits for nothing: fails while this process still has files open that were replaced.
+    /// Returns an error while this process still has replaced files open. Does not wait for them to be closed.
     fn check_closed(&self) -> io::Result<()> {
         let mut left = self.left.lock().unwrap_or_else(PoisonError::into_inner);
         if left.as_ref().map(file::is_open).transpose()?.unwrap_or(false) {
@@ -91,7 +91,16 @@ impl Sqlite {
         let mut files = file::Files::before_connect(&self.path)?;
         let mut connection = connect(&self.path, access).await?;
         sqlx::raw_sql(first_read).execute(&mut connection).await?;
-        let has_log = has_log(&mut connection).await?;
+        let has_log = match has_log(&mut connection).await {
+            Err(error) if access == Access::Read && code(&error) == Some(SQLITE_READONLY) => {
+                // The application was killed in the middle of a commit: only a connection that can write rolls it back.
+                let mut writer = connect(&self.path, Access::Write).await?;
+                has_log(&mut writer).await?;
+                writer.close().await?;
+                has_log(&mut connection).await?
+            }
+            has_log => has_log?,
+        };
         match files.after_first_read(&self.path, has_log) {
             Ok(()) => Ok((connection, files)),
             Err(error) => Err(self.note_replaced(&files, error.into())),
@@ -151,7 +160,7 @@ impl Query {
     }
 }
 
-/// A connection of a moment that writes, in one transaction, if the files are still those that it opened.
+/// A short-lived connection for one write transaction. It commits only if the paths still lead to the files that it opened.
 struct Writer {
     connection: SqliteConnection,
     files: file::Files,
@@ -337,7 +346,7 @@ impl Dialect for Sqlite {
     }
 }
 
-/// Codes that say nothing of the database: it cannot be reached or read at this moment. Every other error is an answer: it is
+/// Error codes that do not count as an answer: the database cannot be reached or read now. Every other error is an answer: it is
 /// no database, damaged, without our tables, closed to us, or locked by a program that may commit changes.
 const NO_ANSWER: [u32; 6] = [
     7,  // SQLITE_NOMEM
