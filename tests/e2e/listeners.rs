@@ -366,6 +366,21 @@ async fn out_of_descriptors_it_waits_and_serves_on() {
     .await;
 }
 
+/// To close the connection would be a grant to an Envoy in `http_service` mode that forwards a gRPC content type.
+#[tokio::test(flavor = "multi_thread")]
+async fn http1_inside_tls_gets_an_http_error() {
+    let _turn = among_others().await;
+    let certificates = certificates();
+    let (site, _) = encrypted(certificates.path(), false).await;
+    let server = site.serve().await;
+    let mut peer = tls_for(b"http/1.1", server.grpc(), certificates.path(), None).await.unwrap();
+    peer.write_all(b"PROPFIND /admin HTTP/1.1\r\nhost: a\r\ncontent-type: application/grpc\r\n\r\n").await.unwrap();
+    let mut answer = vec![0; 12];
+    timeout(SLOW, peer.read_exact(&mut answer)).await.unwrap().unwrap();
+    assert_eq!(answer, b"HTTP/1.1 400");
+    eventually("it is counted", PATIENCE, || async { refused(&server, "http1").await > 0.5 }).await;
+}
+
 /// Per-message gRPC compression, which Envoy's `google_grpc` client can be configured to use.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_compressed_message_is_a_fault_whose_log_line_names_the_encoding() {
@@ -468,6 +483,16 @@ async fn tls(
     certificates: &Path,
     as_whom: Option<&str>,
 ) -> std::io::Result<tokio_rustls::client::TlsStream<TcpStream>> {
+    tls_for(b"h2", server, certificates, as_whom).await
+}
+
+/// The same for another protocol than HTTP/2.
+async fn tls_for(
+    protocol: &[u8],
+    server: SocketAddr,
+    certificates: &Path,
+    as_whom: Option<&str>,
+) -> std::io::Result<tokio_rustls::client::TlsStream<TcpStream>> {
     let certificate = |name: &str| CertificateDer::from_pem_file(certificates.join(name)).unwrap();
     let mut roots = RootCertStore::empty();
     roots.add(certificate("ca.pem")).unwrap();
@@ -481,7 +506,7 @@ async fn tls(
             builder.with_client_auth_cert(vec![certificate(&format!("{name}.pem"))], key).unwrap()
         }
     };
-    config.alpn_protocols = vec![b"h2".to_vec()];
+    config.alpn_protocols = vec![protocol.to_vec()];
     let stream = TcpStream::connect(server).await.unwrap();
     TlsConnector::from(Arc::new(config)).connect("localhost".try_into().unwrap(), stream).await
 }
