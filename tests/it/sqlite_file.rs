@@ -104,3 +104,32 @@ async fn a_preset_never_makes_a_file() {
     let nowhere = StoreSettings { url: None, ..settings };
     assert!(store::open_lookup(&nowhere, &|_| None, Arc::new(SystemClock)).is_err(), "whose table would it be?");
 }
+
+#[tokio::test]
+async fn a_preset_whose_application_was_killed_in_the_middle_of_a_commit_is_read() {
+    use sqlx::{ConnectOptions as _, sqlite::SqliteConnectOptions};
+    let dir = tempfile::tempdir().unwrap();
+    let (theirs, copy) = (dir.path().join("theirs.db"), dir.path().join("copy.db"));
+    let mut application =
+        SqliteConnectOptions::new().filename(&theirs).create_if_missing(true).connect().await.unwrap();
+    let start = "PRAGMA journal_mode = DELETE; PRAGMA cache_size = 1;
+        CREATE TABLE trust (id text PRIMARY KEY, api_key_hash text UNIQUE);
+        INSERT INTO trust WITH RECURSIVE n (n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM n WHERE n < 5000)
+            SELECT printf('00000000-0000-0000-0000-%012d', n), printf('%064d', n) FROM n;
+        BEGIN IMMEDIATE; UPDATE trust SET api_key_hash = api_key_hash || 'x'";
+    sqlx::raw_sql(start).execute(&mut application).await.unwrap();
+    // What is on the disk now is what a killed application leaves: half of the change, and the journal to undo it.
+    std::fs::copy(&theirs, &copy).unwrap();
+    std::fs::copy(dir.path().join("theirs.db-journal"), dir.path().join("copy.db-journal")).unwrap();
+    let settings = StoreSettings {
+        url: Some(trustgate::secret::Secret::new(format!("sqlite://{}", copy.display()))),
+        preset: Some(store::Preset::TrustTable),
+        ..StoreSettings::default()
+    };
+    let lookup = store::open_lookup(&settings, &|_| None, Arc::new(SystemClock)).unwrap();
+    lookup.prepare(Missing::Refuse).await.unwrap();
+    let digest = ApiKeyDigest::from_hex(&format!("{:064}", 4_999)).unwrap();
+    let found = lookup.find(&Digests { current: digest, older: Vec::new() }).await.unwrap();
+    assert!(found.value.is_some(), "the change was undone");
+    lookup.close().await;
+}

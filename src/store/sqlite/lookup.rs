@@ -81,8 +81,26 @@ impl Sqlite {
         error
     }
 
-    /// Opens a connection; returns it with its files, once `first_read` has read from it.
+    /// Opens a connection; returns it with its files, once `first_read` has read from it. If an application was killed in the
+    /// middle of a commit to a table of its own, only a connection that can write is able to roll the commit back: one is opened
+    /// for that and closed again.
     async fn open(
+        &self,
+        access: Access,
+        first_read: &'static str,
+    ) -> Result<(SqliteConnection, file::Files), sqlx::Error> {
+        match self.open_once(access, first_read).await {
+            Err(error) if access == Access::Read && code(&error) == Some(SQLITE_READONLY) => {
+                let mut writer = connect(&self.path, Access::Write).await?;
+                has_log(&mut writer).await?;
+                writer.close().await?;
+                self.open_once(access, first_read).await
+            }
+            opened => opened,
+        }
+    }
+
+    async fn open_once(
         &self,
         access: Access,
         first_read: &'static str,
@@ -91,16 +109,7 @@ impl Sqlite {
         let mut files = file::Files::before_connect(&self.path)?;
         let mut connection = connect(&self.path, access).await?;
         sqlx::raw_sql(first_read).execute(&mut connection).await?;
-        let has_log = match has_log(&mut connection).await {
-            Err(error) if access == Access::Read && code(&error) == Some(SQLITE_READONLY) => {
-                // The application was killed in the middle of a commit: only a connection that can write rolls it back.
-                let mut writer = connect(&self.path, Access::Write).await?;
-                has_log(&mut writer).await?;
-                writer.close().await?;
-                has_log(&mut connection).await?
-            }
-            has_log => has_log?,
-        };
+        let has_log = has_log(&mut connection).await?;
         match files.after_first_read(&self.path, has_log) {
             Ok(()) => Ok((connection, files)),
             Err(error) => Err(self.note_replaced(&files, error.into())),
