@@ -17,6 +17,7 @@ use zeroize::Zeroizing;
 use crate::{
     secret::Secret,
     settings::{Setting, Written},
+    text,
 };
 pub use digest::Hasher;
 pub use format::Prefix;
@@ -58,8 +59,8 @@ impl CredentialSettings {
         let mut previous: Vec<_> = pepper.and_then(|pepper| pepper.untrimmed.clone()).into_iter().collect();
         if !previous.is_empty() {
             tracing::warn!(
-                "pepper cleaned: removed a byte order mark or line ends from credential.pepper; keys that were issued with the \
-                 uncleaned text keep working"
+                "pepper cleaned: removed a byte order mark or line ends from credential.pepper or from the file that \
+                 credential.pepper_file names; keys that were issued with the uncleaned text keep working"
             );
         }
         for file in &self.previous_pepper_files {
@@ -81,12 +82,13 @@ pub struct Pepper {
 impl Pepper {
     /// Reads a pepper from a file.
     fn read_file(path: &Path) -> io::Result<Self> {
-        let secret = Secret::read(path)?;
+        let bytes = Zeroizing::new(fs::read(path)?);
+        let text = text::decode(&bytes)?;
+        let secret = text::value(text)?;
         // Earlier builds removed line ends from a file, and kept a byte order mark.
-        let text = Zeroizing::new(fs::read_to_string(path)?);
-        let before = text.trim_end_matches(['\r', '\n']);
-        let untrimmed = (before != secret.expose()).then(|| Secret::new(before.to_owned()));
-        Ok(Self { secret, untrimmed })
+        let has_mark = text.len() < bytes.len();
+        let untrimmed = has_mark.then(|| Secret::new(format!("\u{feff}{secret}")));
+        Ok(Self { secret: Secret::new(secret.to_owned()), untrimmed })
     }
 }
 
@@ -154,5 +156,17 @@ mod tests {
         let stored = Hasher::new(Some(&Secret::new("pepper\n".to_owned())), &[]).current(b"key");
         assert!(with.digests(with.current(b"key"), b"key").hold(&stored));
         assert!(!without.digests(without.current(b"key"), b"key").hold(&stored));
+    }
+
+    #[test]
+    fn keys_under_a_pepper_file_with_a_byte_order_mark_are_found() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        fs::write(file.path(), "\u{feff}pepper\r\n").unwrap();
+        let settings =
+            CredentialSettings { pepper_file: Some(file.path().to_owned()), ..CredentialSettings::default() };
+        let hasher = settings.hasher().unwrap();
+        let hashed_with = |text: &str| Hasher::new(Some(&Secret::new(text.to_owned())), &[]).current(b"key");
+        assert_eq!(hasher.current(b"key"), hashed_with("pepper"));
+        assert!(hasher.digests(hasher.current(b"key"), b"key").hold(&hashed_with("\u{feff}pepper")));
     }
 }
