@@ -99,7 +99,7 @@ impl Tasks {
     pub async fn join_next(&mut self) -> Option<(&'static str, Result<(), AppError>)> {
         let ended = self.running.join_next_with_id().await?;
         let id = ended.as_ref().map_or_else(JoinError::id, |(id, _)| *id);
-        // Each has a name.
+        // `spawn_on` gave it one.
         let name = self.names.remove(&id).unwrap_or("task");
         let outcome = ended.map_or_else(|panic| Err(AppError::Ended(name, panic.to_string())), |(_, outcome)| outcome);
         Some((name, outcome))

@@ -180,7 +180,7 @@ impl Fixture {
 
 /// A database that cannot be reached.
 enum Outage<'s> {
-    Frozen(#[expect(dead_code, reason = "goes on when it is dropped")] Frozen),
+    Frozen(#[expect(dead_code, reason = "its drop resumes the process")] Frozen),
     Moved(&'s Site),
 }
 

@@ -188,7 +188,7 @@ pub(crate) enum Change {
     /// Another database lies at the path. A new connection reads it.
     Main,
     /// The log or its index is not the one that this process has open. All connections of a process share the index, so a new
-    /// connection is of use only once every old one is closed.
+    /// connection reads the files at the paths only once every old one is closed.
     Beside,
 }
 

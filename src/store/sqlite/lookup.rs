@@ -37,14 +37,15 @@ pub(crate) struct Sqlite {
     pub(crate) preset: Option<Preset>,
     /// Whether the hard-link warning was already logged.
     has_warned: Arc<AtomicBool>,
-    /// The files that have to be closed before the database is opened again: their log or its index was replaced.
-    left: Arc<Mutex<Option<file::Files>>>,
+    /// The files of connections that have to be closed before the database is opened again, because their log or its index was
+    /// replaced.
+    replaced: Arc<Mutex<Option<file::Files>>>,
 }
 
 impl Sqlite {
     /// The database at `path`.
     pub(crate) fn new(path: PathBuf, preset: Option<Preset>) -> Self {
-        Self { path, preset, has_warned: Arc::default(), left: Arc::default() }
+        Self { path, preset, has_warned: Arc::default(), replaced: Arc::default() }
     }
 
     /// Warns once when the database file has several hard links, and again only after it had one in between. `serve` refuses to start
@@ -60,23 +61,21 @@ impl Sqlite {
              to work until only one is left"
         );
     }
-}
 
-impl Sqlite {
     /// Returns an error while this process still has replaced files open. Does not wait for them to be closed.
     fn check_closed(&self) -> io::Result<()> {
-        let mut left = self.left.lock().unwrap_or_else(PoisonError::into_inner);
-        if left.as_ref().map(file::is_open).transpose()?.unwrap_or(false) {
+        let mut replaced = self.replaced.lock().unwrap_or_else(PoisonError::into_inner);
+        if replaced.as_ref().map(file::is_open).transpose()?.unwrap_or(false) {
             return Err(file::still_open());
         }
-        *left = None;
+        *replaced = None;
         Ok(())
     }
 
-    /// Notes what `error` says of `files`: from now on no connection is made until all are closed.
+    /// If `error` says that the log or its index was replaced, makes no new connection until every one to `files` is closed.
     fn note_replaced(&self, files: &file::Files, error: sqlx::Error) -> sqlx::Error {
         if file::change(&error) == Some(Change::Beside) {
-            *self.left.lock().unwrap_or_else(PoisonError::into_inner) = Some(files.clone());
+            *self.replaced.lock().unwrap_or_else(PoisonError::into_inner) = Some(files.clone());
         }
         error
     }
