@@ -366,9 +366,12 @@ impl<K: Kind> Shared<K> {
     async fn settle(&self, query: &K::Query, landed: Landed<K>) {
         let Landed { mut held, read: Some(Read { date, tier: Tier::Store }) } = landed else { return };
         let (view, key) = (Arc::clone(&self.views.load()), K::key(query));
-        if view.place(&date) == Place::Ahead && view.standing(self.clock.now()) == Standing::Fresh {
-            // Polls come often: one that takes longer than this has trouble of its own.
-            let _ = timeout(self.views.limits().lease, self.views.reached(&view, date.as_of)).await;
+        if !held.is_of(&view) {
+            if view.place(&date) == Place::Ahead && view.standing(self.clock.now()) == Standing::Fresh {
+                // Polls come often: one that takes longer than this has trouble of its own.
+                let _ = timeout(self.views.limits().lease, self.views.reached(&view, date.as_of)).await;
+            }
+            // Also where a poll on another thread confirmed the version after `keep` had looked: nothing was waited for then.
             if view.place(&date) == Place::Known {
                 held = Arc::new(held.entered(view.epoch()));
                 self.l1.put(key, Arc::clone(&held));
@@ -515,5 +518,93 @@ impl Metrics {
             breaker_open,
             samples: Samples::register::<K>(registry)?,
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use uuid::Uuid;
+
+    use super::{api_key::ApiKey, *};
+    use crate::{
+        clock::{DatabaseTime, SystemClock},
+        freshness::lease::Limits,
+        record::{ApiKeyDigest, Digests, KeyId, Lineage, Nonce, Record, TrustId},
+        secret::Secret,
+        store::{Polled, StoreSettings, open_lookup},
+    };
+
+    const LIMITS: Limits = Limits { lease: Duration::from_secs(1), stale: Duration::ZERO };
+    const DIGEST: ApiKeyDigest = ApiKeyDigest::from_bytes([1; 32]);
+
+    fn dated<T>(value: T, version: u64) -> Dated<T> {
+        Dated {
+            value,
+            as_of: Version(version),
+            nonce: Nonce::default(),
+            lineage: Lineage { system: 1, ..Lineage::default() },
+            read_at: DatabaseTime::from_micros(0),
+            sent_at: SystemClock.now(),
+        }
+    }
+
+    fn polled(versions: std::ops::RangeInclusive<u64>) -> Polled {
+        Polled {
+            newest: dated((), *versions.end()),
+            stamped_at: DatabaseTime::from_micros(0),
+            oldest: Version(1),
+            watched: true,
+            versions: versions.map(|version| (Version(version), Nonce::default())).collect(),
+            changes: Vec::new(),
+            complete: true,
+        }
+    }
+
+    /// A cache over a store that no test asks.
+    fn shared() -> Arc<Shared<ApiKey>> {
+        let clock: Arc<dyn Clock> = Arc::new(SystemClock);
+        let url = Some(Secret::new("sqlite:///never/opened".to_owned()));
+        let store = open_lookup(&StoreSettings { url, ..StoreSettings::default() }, &|_| None, Arc::clone(&clock));
+        let rules = breaker::Rules { failures_max: 5, open_for: Duration::from_secs(1) };
+        let parts = Parts {
+            store: store.unwrap() as _,
+            l2: None,
+            views: Arc::new(Views::new(LIMITS)),
+            clock,
+            io: Handle::current(),
+            limits: StoreLimits { reads_max: 1, read_timeout: Duration::from_secs(1), breaker: rules },
+            lifetimes: Lifetimes { present: LIMITS.lease, absent: LIMITS.lease, hard: Duration::from_mins(1) },
+            settings: CacheSettings::default(),
+        };
+        let breakers = IntGaugeVec::new(Opts::new("breakers", "for the test"), &["tier"]).unwrap();
+        Cache::new(parts, &Registry::new(), &breakers).unwrap().shared
+    }
+
+    #[tokio::test]
+    async fn a_value_whose_version_is_confirmed_right_after_its_read_is_kept() {
+        let shared = shared();
+        let query = Digests { current: DIGEST, older: Vec::new() };
+        let record = Record {
+            key_id: KeyId(Uuid::from_u128(1)),
+            trust_id: TrustId(Uuid::from_u128(2)),
+            trust_enabled: true,
+            digest: DIGEST,
+            scopes: [].into(),
+            allowed_cidrs: [].into(),
+            not_before: None,
+            expires_at: None,
+            revoked_at: None,
+        };
+        shared.views.apply(&polled(5..=5), true);
+        for found in [Some(record), None] {
+            let newest = shared.views.load().applied().0;
+            let landed = shared.keep(&query, dated(found, newest + 1), Tier::Store);
+            assert_eq!(landed.place(&shared.views.load()), Place::Ahead);
+            shared.l1.forget(&DIGEST);
+            shared.views.apply(&polled(newest..=newest + 1), true);
+            shared.settle(&query, landed).await;
+            let held = shared.l1.get(&DIGEST).expect("kept");
+            assert!(held.is_current(&shared.views.load(), SystemClock.now()));
+        }
     }
 }
