@@ -13,11 +13,11 @@ help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 20
 
 .PHONY: demo
-demo: demo-ready ## trustgate behind a real Envoy, shown with curl; serves until Ctrl-C
+demo: demo-ready ## trustgate behind a real Envoy, shown with curl; also a database outage; serves until Ctrl-C
 	@$(python) demo/run --trustgate $(trustgate)
 
 .PHONY: demo-once
-demo-once: demo-ready ## the same, then stops; fails and says what was not as shown
+demo-once: demo-ready ## the same, then stops; fails if something was not as shown
 	@$(python) demo/run --trustgate $(trustgate) --once
 
 .PHONY: demo-ready
