@@ -116,6 +116,11 @@ lint: ## clippy and rustdoc; a warning is an error
 envoy-check: setup ## a real Envoy reads every configuration in envoy/
 	@set -e; for config in envoy/*.yaml; do $(envoy) --mode validate --log-level warning -c "$$config"; done
 
+.PHONY: compose-check
+compose-check: ## compose.yaml against the Compose schema, envoy.yaml, Envoy and, if it is built, the server
+	@tools/setup lint
+	@$(python) tools/compose-check $(if $(wildcard $(trustgate)),--trustgate $(trustgate))
+
 .PHONY: helm-check
 helm-check: ## the chart: lint, render, check against the Kubernetes schemas and, where it is built, the server
 	helm/check $(if $(wildcard $(trustgate)),--trustgate $(trustgate))
