@@ -32,6 +32,15 @@ test: ## every test, against real Envoy, PostgreSQL, Redis and Prometheus
 	@tools/setup
 	cargo test --locked
 
+.PHONY: upgrade
+upgrade: ## the tables of OLD (a commit) are upgraded under load, its servers run on and are put back; 0 wrong answers
+	@tools/packages
+	@test -n "$(OLD)" || { echo 'set OLD to the commit before the change of the tables: make upgrade OLD=...' >&2; exit 2; }
+	@rm -rf target/old && git worktree prune && git worktree add --quiet --detach target/old "$(OLD)"
+	cd target/old && CARGO_TARGET_DIR=../old-build cargo build --locked --bin trustgate
+	@git worktree remove --force target/old
+	TRUSTGATE_OLD=$(CURDIR)/target/old-build/debug/trustgate cargo test --locked --test e2e -- --ignored --nocapture upgrade::
+
 REVOCATIONS ?= 200
 .PHONY: bound
 bound: ## REVOCATIONS (200) on three replicas, timed: how long a revoked key is still granted

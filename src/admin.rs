@@ -136,7 +136,7 @@ const TEXT: &str = "text/plain; charset=utf-8";
 /// The text format of Prometheus (<https://prometheus.io/docs/instrumenting/exposition_formats/>).
 const METRICS: &str = "text/plain; version=0.0.4; charset=utf-8";
 
-/// 200 from the first confirmation of the store until draining. It stays 200 while the database or Redis is down:
+/// 200 from the first confirmation of the store until draining, while this server has the pepper of the database. It stays 200 while the database or Redis is down:
 /// otherwise all replicas would leave at once. The body says what is lost.
 async fn ready(admin: &Admin) -> (StatusCode, &'static str, String) {
     let phase = admin.life.phase();
@@ -152,8 +152,19 @@ async fn ready(admin: &Admin) -> (StatusCode, &'static str, String) {
         Standing::Stale => "stale; keys that were good are still granted for freshness.stale_if_unconfirmed",
         Standing::Lapsed => "none; checks that would rely on it ask the database",
     };
-    let is_ready = phase == Phase::Serve && answers;
+    let fits = admin.views.pepper.fits();
+    let is_ready = phase == Phase::Serve && answers && fits;
     let status = if is_ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
     let serving = if answers { "ok" } else { "does not answer" };
-    (status, TEXT, format!("{}\nserving: {serving}\ndatabase: {store}\nlease: {lease}\n", phase.as_str()))
+    // Compared by the first poll.
+    let pepper = match (fits, admin.views.is_confirmed()) {
+        (true, _) => "ok",
+        (false, true) => "not that of the database; see the log for both fingerprints",
+        (false, false) => "not compared yet",
+    };
+    let body = format!(
+        "{}\nserving: {serving}\ndatabase: {store}\nlease: {lease}\npepper: {pepper}\n",
+        if fits || phase != Phase::Serve { phase.as_str() } else { "not ready" }
+    );
+    (status, TEXT, body)
 }

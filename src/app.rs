@@ -624,10 +624,11 @@ async fn announce(
     health: HealthReporter,
     stop: CancellationToken,
 ) -> Result<(), AppError> {
-    let mut phases = life.watch();
+    let (mut phases, mut pepper) = (life.watch(), views.pepper.subscribe());
     let announced = async {
         loop {
-            let serves = *phases.borrow_and_update() == Phase::Serve;
+            let fits = *pepper.borrow_and_update();
+            let serves = *phases.borrow_and_update() == Phase::Serve && fits;
             let status = |serving| if serving { ServingStatus::Serving } else { ServingStatus::NotServing };
             for service in ["", grpc::SERVICE] {
                 health.set_service_status(service, status(serves)).await;
@@ -635,11 +636,12 @@ async fn announce(
             let is_fresh = *fresh.borrow_and_update();
             health.set_service_status(FRESH, status(serves && is_fresh)).await;
             tokio::select! {
-                () = views.confirmed(), if life.phase() == Phase::Start => {
+                () = views.confirmed(), if fits && life.phase() == Phase::Start => {
                     life.advance(Phase::Serve);
                     tracing::info!("ready");
                 }
                 changed = phases.changed() => if changed.is_err() { return },
+                changed = pepper.changed() => if changed.is_err() { return },
                 // Without a poll there is no lease, and nothing changes any more.
                 changed = fresh.changed() => if changed.is_err() { return pending().await },
             }

@@ -529,7 +529,7 @@ mod tests {
     use crate::{
         clock::{DatabaseTime, SystemClock},
         freshness::lease::Limits,
-        record::{ApiKeyDigest, Digests, KeyId, Lineage, Nonce, Record, TrustId},
+        record::{ApiKeyDigest, Digests, KeyId, Lineage, Nonce, Record, StoredPeppers, TrustId},
         secret::Secret,
         store::{Polled, StoreSettings, open_lookup},
     };
@@ -557,6 +557,7 @@ mod tests {
             versions: versions.map(|version| (Version(version), Nonce::default())).collect(),
             changes: Vec::new(),
             complete: true,
+            peppers: StoredPeppers::default(),
         }
     }
 

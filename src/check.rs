@@ -146,7 +146,7 @@ impl Checker {
             let held = self.parts.cache.hit(&history, &digest, now, freshness == Freshness::Ttl);
             // An absence that cannot be confirmed is not one.
             if let Some(held) = held.filter(|held| standing != Standing::Stale || held.value().is_some()) {
-                let is_its = |stored: &ApiKeyDigest| self.parts.hasher.made(stored, &digest, key);
+                let is_its = |stored: &ApiKeyDigest| self.parts.hasher.is_of(stored, &digest, key);
                 let outcome = self.decide(&digest, held.value(), is_its, false, &request.demands, now);
                 return Begun::Answered(self.answer(outcome, &request, now, standing == Standing::Stale));
             }
@@ -269,6 +269,10 @@ impl Checker {
         let views = &self.parts.views;
         // A value was read from the database, so its clock is known by now.
         let now = views.database_clock.at(now).ok_or(Fault::Unconfirmed)?;
+        // Under another pepper every key would seem to be unknown.
+        if record.is_none() && !views.pepper.fits() {
+            return Err(Fault::Pepper);
+        }
         let decision = decide(record, demands, now);
         let Some(record) = record.filter(|_| matches!(decision, Decision::Allow(_))) else { return Ok(decision) };
         // A map found it; what was hashed from this request says once more that it is the one, in constant time.

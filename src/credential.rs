@@ -39,7 +39,7 @@ crate::settings! {
         prefix: Prefix = "tg",
         /// Refuse keys that are not of our own form. Set it when every client has a key issued here.
         require_checksum: bool = "false",
-        /// The pepper: a secret without which the stored digests are useless. Unset: digests are plain SHA-256.
+        /// The pepper: a secret of 16 bytes or more, without which the stored digests are useless. Unset: digests are plain SHA-256.
         pepper: Option<Pepper> = "",
         /// A file that holds the pepper.
         pepper_file: Option<PathBuf> = "",
@@ -54,22 +54,53 @@ impl CredentialSettings {
     /// # Errors
     /// What the operating system says of a file that cannot be read.
     pub fn hasher(&self) -> io::Result<Hasher> {
+        self.read_hasher(|warning| tracing::warn!("{warning}"))
+    }
+
+    /// Reads the peppers again without logging warnings a second time, to compare them with those from the start.
+    ///
+    /// # Errors
+    /// As [`Self::hasher`].
+    pub fn hasher_again(&self) -> io::Result<Hasher> {
+        self.read_hasher(|_| ())
+    }
+
+    /// Whether a pepper is read from a file.
+    #[must_use]
+    pub const fn has_pepper_files(&self) -> bool {
+        self.pepper_file.is_some() || !self.previous_pepper_files.is_empty()
+    }
+
+    fn read_hasher(&self, warn: impl Fn(&str)) -> io::Result<Hasher> {
         let file = self.pepper_file.as_deref().map(Pepper::read_file).transpose()?;
         let pepper = self.pepper.as_ref().or(file.as_ref());
         let mut previous: Vec<_> = pepper.and_then(|pepper| pepper.untrimmed.clone()).into_iter().collect();
         if !previous.is_empty() {
-            tracing::warn!(
+            warn(
                 "pepper cleaned: removed a byte order mark or line ends from credential.pepper or from the file that \
-                 credential.pepper_file names; keys that were issued with the uncleaned text keep working"
+                 credential.pepper_file names; keys that were issued with the uncleaned text keep working",
             );
         }
         for file in &self.previous_pepper_files {
-            let Pepper { secret, untrimmed } = Pepper::read_file(file)?;
+            let pepper = Pepper::read_file(file)?;
+            if pepper.is_short() {
+                warn(&format!(
+                    "the pepper in {} (credential.previous_pepper_files) has fewer than {PEPPER_BYTES_MIN} bytes and can be \
+                     guessed: replace the keys that were made under it",
+                    file.display()
+                ));
+            }
+            let Pepper { secret, untrimmed } = pepper;
             previous.extend([secret].into_iter().chain(untrimmed));
         }
         Ok(Hasher::new(pepper.map(|pepper| &pepper.secret), &previous))
     }
 }
+
+/// The shortest pepper that new keys may be made under, in bytes.
+const PEPPER_BYTES_MIN: usize = 16;
+/// Why a shorter one is refused.
+const SHORT_PEPPER: &str = "a pepper must have 16 bytes or more; `openssl rand -hex 32` makes a good one";
 
 /// A pepper, as a value or from a file.
 #[derive(Clone, Debug)]
@@ -80,8 +111,25 @@ pub struct Pepper {
 }
 
 impl Pepper {
+    /// Whether it can be guessed.
+    fn is_short(&self) -> bool {
+        self.secret.expose().len() < PEPPER_BYTES_MIN
+    }
+
+    /// Refuses a current pepper that can be guessed.
+    ///
+    /// # Errors
+    /// How long it must be.
+    pub fn check_length(&self) -> io::Result<()> {
+        let short = || io::Error::new(io::ErrorKind::InvalidData, SHORT_PEPPER);
+        if self.is_short() { Err(short()) } else { Ok(()) }
+    }
+
     /// Reads a pepper from a file.
-    fn read_file(path: &Path) -> io::Result<Self> {
+    ///
+    /// # Errors
+    /// As [`Secret::read`].
+    pub fn read_file(path: &Path) -> io::Result<Self> {
         let bytes = Zeroizing::new(fs::read(path)?);
         let text = text::decode(&bytes)?;
         let secret = text::value(text)?;

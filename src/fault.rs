@@ -97,6 +97,11 @@ pub enum Fault {
         /// The header `grpc-encoding`, cut to [`quoted`]'s length.
         encoding: Box<str>,
     },
+    /// No key is stored under the peppers of this server, and it is not known to have the pepper of the database.
+    #[error(
+        "the key is not stored under a pepper of this server, which is not known to have the pepper of the database"
+    )]
+    Pepper,
     /// A part of this server ended before its time.
     #[error("a task ended before it answered")]
     Ended,

@@ -5,6 +5,7 @@
 pub mod deny;
 pub mod history;
 pub mod lease;
+pub mod pepper;
 pub mod poll;
 pub mod revoked;
 
@@ -24,6 +25,7 @@ use tokio::sync::{Notify, watch};
 use self::{
     history::{History, Place, Step},
     lease::{Lease, Limits, Standing},
+    pepper::PepperState,
     revoked::Revoked,
 };
 use crate::{
@@ -177,6 +179,8 @@ pub struct Views {
     pub revoked: Revoked,
     /// The database's clock as seen from here.
     pub database_clock: DatabaseClock,
+    /// Whether this server has the pepper of the database.
+    pub pepper: PepperState,
     confirmed: watch::Sender<bool>,
     applied: Notify,
     hint: Notify,
@@ -214,6 +218,7 @@ impl Views {
             epochs: AtomicU32::new(0),
             revoked: Revoked::default(),
             database_clock: DatabaseClock::default(),
+            pepper: PepperState::default(),
             confirmed: watch::Sender::new(false),
             applied: Notify::new(),
             hint: Notify::new(),
@@ -358,6 +363,7 @@ mod tests {
             versions: versions.iter().map(|(version, nonce)| (Version(*version), Nonce([*nonce; 16]))).collect(),
             changes: changes.iter().map(|(version, change)| (Version(*version), change.clone())).collect(),
             complete: true,
+            peppers: crate::record::StoredPeppers::default(),
         }
     }
 

@@ -155,6 +155,78 @@ impl Scheme {
     }
 }
 
+/// Identifies a pepper without revealing it: the first 8 bytes of the HMAC-SHA-256 of a constant under the pepper.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Fingerprint(pub [u8; 8]);
+
+impl Fingerprint {
+    /// Means "no pepper" in the database: keys are stored under their plain SHA-256.
+    pub const NO_PEPPER: Self = Self([0; 8]);
+
+    /// The fingerprint written as 16 hexadecimal digits.
+    #[must_use]
+    pub fn from_hex(text: &str) -> Option<Self> {
+        bytes_from_hex(text).map(Self)
+    }
+}
+
+impl fmt::Display for Fingerprint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&hex(&self.0))
+    }
+}
+
+/// The pepper that the database names for new keys, and the one before it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct StoredPeppers {
+    /// Recorded by the first command that issued or imported a key, or by `pepper use`; `None`: no such command has run yet.
+    pub current: Option<Fingerprint>,
+    /// What `current` replaced; [`Fingerprint::NO_PEPPER`] where keys were stored without a pepper before.
+    pub previous: Option<Fingerprint>,
+}
+
+impl StoredPeppers {
+    /// Whether a server can verify keys of this database: one of its peppers, whose fingerprints are `known`, is recorded
+    /// here, or none is recorded yet. A server without a pepper fits until the pepper that followed is replaced in turn.
+    #[must_use]
+    pub fn fit(&self, known: &[Fingerprint]) -> bool {
+        let recorded = [self.current, self.previous].into_iter().flatten();
+        let has_none = known.is_empty() && self.previous == Some(Fingerprint::NO_PEPPER);
+        self.current.is_none() || has_none || recorded.into_iter().any(|one| known.contains(&one))
+    }
+}
+
+/// How the digest of a new key was made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Made {
+    /// Outside trustgate: the SHA-256 digest was imported, and no pepper concerns it.
+    Elsewhere,
+    /// Here, without a pepper.
+    Plain,
+    /// Here, under the pepper with this fingerprint.
+    Peppered(Fingerprint),
+}
+
+impl Made {
+    /// The scheme of such a digest.
+    #[must_use]
+    pub const fn scheme(self) -> Scheme {
+        match self {
+            Self::Elsewhere | Self::Plain => Scheme::Sha256,
+            Self::Peppered(_) => Scheme::Hmac,
+        }
+    }
+
+    /// The pepper, if there is one.
+    #[must_use]
+    pub const fn fingerprint(self) -> Option<Fingerprint> {
+        match self {
+            Self::Elsewhere | Self::Plain => None,
+            Self::Peppered(fingerprint) => Some(fingerprint),
+        }
+    }
+}
+
 /// The digests one presented key may be stored under.
 #[derive(Clone, Debug)]
 pub struct Digests {
@@ -291,6 +363,28 @@ mod tests {
         assert_eq!(ApiKeyDigest::from_hex(&digest.to_hex().to_uppercase()), Some(digest));
         for bad in ["", "00", &"0".repeat(63), &"0".repeat(65), &"g".repeat(64), &"é".repeat(32)] {
             assert_eq!(ApiKeyDigest::from_hex(bad), None, "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_server_fits_a_database_whose_pepper_it_has() {
+        let print = |number| Fingerprint([number; 8]);
+        let stored = |current, previous| StoredPeppers { current, previous };
+        let (one, two, none) = (Some(print(1)), Some(print(2)), Some(Fingerprint::NO_PEPPER));
+        for (stored, known, fits) in [
+            (stored(None, None), &[][..], true),
+            (stored(None, None), &[print(1)], true),
+            (stored(one, None), &[print(1)], true),
+            (stored(one, None), &[print(3), print(1)], true),
+            (stored(one, None), &[print(3)], false),
+            (stored(one, None), &[], false),
+            (stored(two, one), &[print(1)], true),
+            (stored(two, one), &[print(3)], false),
+            (stored(two, one), &[], false),
+            (stored(one, none), &[], true),
+            (stored(one, none), &[print(3)], false),
+        ] {
+            assert_eq!(stored.fit(known), fits, "{stored:?} {known:?}");
         }
     }
 

@@ -25,11 +25,13 @@ use crate::{
     check::{self, Checker},
     clock::{Clock, spread::Spread},
     config::Config,
+    credential::Hasher,
     demand::Freshness,
     fault::{Fault, Tier},
     freshness::{
         Views,
         deny::{DenyList, DenyMetrics, shared::SharedList},
+        pepper::{PepperMetrics, Peppers, Reread},
         poll::{Poll, PollMetrics},
     },
     metrics::{IntGaugeVec, Opts, Registry, register},
@@ -141,7 +143,10 @@ impl Replica {
             settings: config.cache.clone(),
         };
         let cache = Arc::new(Cache::new(tiers, registry, &breakers)?);
-        let checker = Arc::new(Checker::new(check_parts(config, &cache, &views, &clock, denials)?, registry)?);
+        let hasher = hasher(config)?;
+        let peppers = peppers(config, &hasher, registry)?;
+        let checker = check_parts(config, hasher, &cache, &views, &clock, denials);
+        let checker = Arc::new(Checker::new(checker, registry)?);
         let metrics = PollMetrics::register(registry)?;
         let (fresh, is_fresh) = watch::channel(false);
         let poll = Poll {
@@ -152,6 +157,7 @@ impl Replica {
             names_changes: config.store.names_changes(),
             replica: id,
             name,
+            peppers,
             metrics: metrics.clone(),
             fresh,
             applied: exchange_hints(hints, &views, &stop, (tasks, &io)),
@@ -260,24 +266,36 @@ fn sample(
     }
 }
 
+/// The peppers, to be compared with what the database and the files say.
+fn peppers(config: &Config, hasher: &Hasher, registry: &Registry) -> prometheus::Result<Peppers> {
+    let credential = config.credential.clone();
+    let reread: Reread = Arc::new(move || Ok(credential.hasher_again()?.fingerprints().to_vec()));
+    Ok(Peppers {
+        known: hasher.fingerprints().to_vec(),
+        reread: config.credential.has_pepper_files().then_some(reread),
+        metrics: PepperMetrics::register(registry)?,
+    })
+}
+
 fn check_parts(
     config: &Config,
+    hasher: Hasher,
     cache: &Arc<Cache<ApiKey>>,
     views: &Arc<Views>,
     clock: &Arc<dyn Clock>,
     denials: Arc<DenyList>,
-) -> Result<check::Parts, AppError> {
-    Ok(check::Parts {
+) -> check::Parts {
+    check::Parts {
         decision: config.decision.clone(),
         credential: config.credential.clone(),
         freshness: mode(config),
         names_changes: config.store.names_changes(),
-        hasher: hasher(config)?,
+        hasher,
         cache: Arc::clone(cache),
         views: Arc::clone(views),
         denials,
         clock: Arc::clone(clock),
-    })
+    }
 }
 
 /// How fresh records must be where a route does not say so.

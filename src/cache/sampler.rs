@@ -210,7 +210,7 @@ mod tests {
         cache::{CacheSettings, api_key::ApiKey, l1::Life},
         clock::{DatabaseTime, Moment},
         freshness::{Views, lease::Limits},
-        record::{ApiKeyDigest, Change, Digests, KeyId, Lineage, Nonce, Record, TrustId, Version},
+        record::{ApiKeyDigest, Change, Digests, KeyId, Lineage, Nonce, Record, StoredPeppers, TrustId, Version},
         store::Polled,
     };
 
@@ -254,6 +254,7 @@ mod tests {
             versions: versions.map(|version| (Version(version), dated((), version).nonce)).collect(),
             changes: changes.iter().map(|(version, change)| (Version(*version), change.clone())).collect(),
             complete: true,
+            peppers: StoredPeppers::default(),
         }
     }
 

@@ -13,8 +13,8 @@ use ipnet::IpNet;
 use uuid::Uuid;
 
 use crate::{
-    manage::trusts::trust_ref,
-    record::{ApiKeyDigest, KeyId, TrustId, canonical},
+    manage::{keys::PepperFilter, trusts::trust_ref},
+    record::{ApiKeyDigest, Fingerprint, KeyId, TrustId, canonical},
     secret::Secret,
     store::ledger::TrustRef,
     units::parse_duration,
@@ -76,6 +76,9 @@ pub(super) enum Command {
     /// API keys.
     #[command(subcommand)]
     Key(Key),
+    /// The secret that digests of keys are made under.
+    #[command(subcommand)]
+    Pepper(Pepper),
     /// What is denied whatever the database says, also while it cannot be reached.
     #[command(subcommand)]
     Deny(Deny),
@@ -148,6 +151,10 @@ pub(super) enum Key {
         /// Only those of this trust.
         #[arg(long, value_name = "NAME_OR_ID", value_parser = to_trust())]
         trust: Option<TrustRef>,
+        /// Only those that were made under this pepper: `current` or `previous` in the configuration, `unknown` to it,
+        /// `unrecorded` as long as no check has proven one, or a fingerprint of 16 hexadecimal digits.
+        #[arg(long, value_name = "PEPPER", value_parser = to_pepper)]
+        pepper: Option<PepperFilter>,
     },
     /// Show one key.
     Show(WhichKey),
@@ -158,6 +165,13 @@ pub(super) enum Key {
     Identify,
     /// Store keys made elsewhere, one a line, all or none.
     Import(Import),
+}
+
+#[derive(Subcommand)]
+pub(super) enum Pepper {
+    /// Make new keys under the pepper of this configuration from now on, in place of the one before. Run it when every
+    /// server has the new pepper, and the one before in `credential.previous_pepper_files`.
+    Use,
 }
 
 #[derive(Args)]
@@ -278,6 +292,19 @@ fn to_secret() -> impl TypedValueParser<Value = Secret> {
 }
 
 // What was written is not repeated: somebody may have put a key there.
+fn to_pepper(text: &str) -> Result<PepperFilter, &'static str> {
+    Ok(match text {
+        "current" => PepperFilter::Current,
+        "previous" => PepperFilter::Previous,
+        "unknown" => PepperFilter::Unknown,
+        "unrecorded" => PepperFilter::Unrecorded,
+        _ => PepperFilter::Fingerprint(
+            Fingerprint::from_hex(text)
+                .ok_or("expected current, previous, unknown, unrecorded, or a fingerprint of 16 hexadecimal digits")?,
+        ),
+    })
+}
+
 fn to_key(text: &str) -> Result<KeyId, String> {
     Uuid::parse_str(text)
         .map(KeyId)

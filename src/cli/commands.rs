@@ -17,7 +17,7 @@ use crate::{
     app::{self, Explanation},
     clock::SystemClock,
     config::{self, Config, ConfigError, Purpose, document},
-    manage::{Effect, Manager},
+    manage::{Effect, ManageError, Manager},
     secret::Secret,
     store::{
         self, Actor, Env, Ledger, LedgerError, StoreSettings,
@@ -69,6 +69,11 @@ pub(super) fn run(arguments: Arguments, environment: &Environment) -> Result<Ans
         Command::Key(command) => {
             managing(&load(Purpose::Manage)?, environment, store::open_ledger, async |manager, config| {
                 key::run(manager, config, command).await.map_err(|error| error.at(config))
+            })
+        }
+        Command::Pepper(args::Pepper::Use) => {
+            managing(&load(Purpose::Manage)?, environment, store::open_ledger, async |manager, config| {
+                pepper_used(manager).await.map_err(|error| error.at(config))
             })
         }
         Command::Deny(command) => {
@@ -195,6 +200,20 @@ fn checked(config: Result<Config, ConfigError>) -> Result<Answer, CliError> {
         }
         Err(error) => Err(error.into()),
     }
+}
+
+async fn pepper_used(manager: &mut Manager) -> Result<Answer, ManageError> {
+    let (pepper, before) = manager.use_pepper().await?;
+    let object = json!({ "pepper": pepper.to_string(), "before": before.map(|before| before.to_string()) });
+    let answer = Answer::object(object, &["pepper", "before"]);
+    Ok(match before {
+        Some(before) if before != pepper => answer.note(
+            "Keys that were made before keep working on servers that have that pepper in credential.previous_pepper_files; \
+             `trustgate key list --pepper previous` lists them.",
+        ),
+        Some(_) => answer.note("It was in use before; nothing is changed."),
+        None => answer,
+    })
 }
 
 fn cleared(effect: &Effect) -> Answer {

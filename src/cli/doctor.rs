@@ -11,6 +11,7 @@ use super::{CliError, FAILED, answer::Answer};
 use crate::{
     clock::{Clock as _, SystemClock, wall_time},
     config::{Config, ConfigError, SECTIONS},
+    credential::Hasher,
     finding::{Finding, State, complete},
     freshness::deny,
     net::tls,
@@ -114,7 +115,9 @@ async fn examine(told: &Told, env: Env<'_>) -> Vec<Finding> {
 
     let hints = config.freshness.hints;
     let mut in_database = Err("because the database was not examined".to_owned());
-    let usage = Use { poll_timeout: config.freshness.poll_timeout, hints };
+    let hasher = told.because(&["credential"]).is_none().then(|| config.credential.hasher_again().ok()).flatten();
+    let peppers = hasher.as_ref().map(Hasher::fingerprints);
+    let usage = Use { peppers, poll_timeout: config.freshness.poll_timeout, hints };
     let database = Box::pin(async {
         let Examined { findings, redis_mac_key } = examine_database(&config.store, usage, env, &SystemClock).await;
         in_database = redis_mac_key;

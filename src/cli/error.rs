@@ -86,6 +86,7 @@ const fn blames_database(error: &LedgerError) -> bool {
             | LedgerError::NameTaken(_)
             | LedgerError::DigestTaken(_)
             | LedgerError::HasKeys(_)
+            | LedgerError::OtherPepper { .. }
     )
 }
 

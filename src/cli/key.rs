@@ -26,6 +26,7 @@ use crate::{
 };
 
 const COLUMNS: &[&str] = &["id", "trust_name", "hint", "name", "state", "scopes", "created_at", "expires_at"];
+const PEPPER_COLUMNS: &[&str] = &["id", "trust_name", "hint", "name", "state", "pepper", "created_at", "expires_at"];
 const IDENTIFIED_COLUMNS: &[&str] = &["line", "result", "key_id", "trust_name", "hint", "name"];
 
 pub(super) async fn run(manager: &mut Manager, config: &Config, command: args::Key) -> Result<Answer, ManageError> {
@@ -34,9 +35,10 @@ pub(super) async fn run(manager: &mut Manager, config: &Config, command: args::K
             let wanted = Wanted { trust, name, scopes, allowed_cidrs, expires_in };
             Ok(issued(&manager.issue_key(wanted).await?))
         }
-        args::Key::List { trust } => {
-            let (keys, now) = manager.keys(trust.as_ref()).await?;
-            Ok(Answer::list(keys.iter().map(|key| data(key, now)).collect(), COLUMNS))
+        args::Key::List { trust, pepper } => {
+            let (keys, now) = manager.keys(trust.as_ref(), pepper).await?;
+            let columns = if pepper.is_some() { PEPPER_COLUMNS } else { COLUMNS };
+            Ok(Answer::list(keys.iter().map(|key| data(key, now)).collect(), columns))
         }
         args::Key::Show(which) => {
             let (key, now) = manager.key(which.id).await?;
@@ -118,6 +120,7 @@ fn data(key: &Key, now: DatabaseTime) -> Value {
         "name": key.name,
         "state": KeyState::of(key, now).as_str(),
         "scheme": key.scheme.as_str(),
+        "pepper": key.pepper.map(|pepper| pepper.to_string()),
         "scopes": key.scopes,
         "allowed_cidrs": cidrs,
         "created_at": answer::time(key.created_at),

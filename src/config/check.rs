@@ -12,6 +12,7 @@ use std::{
 
 use super::{Config, Purpose};
 use crate::{
+    credential::Pepper,
     demand::Freshness,
     freshness::{FreshnessSettings, deny},
     net::{GrpcSettings, listen::ListenAddress},
@@ -29,7 +30,7 @@ pub(super) fn run(config: &Config, purpose: Purpose, reader: &mut Reader) {
     listeners(config, reader);
     store(config, reader);
     redis(config, reader);
-    credential(config, reader);
+    credential(config, purpose, reader);
     deadlines(config, reader);
     freshness(config, reader);
     amounts(config, reader);
@@ -175,9 +176,14 @@ fn redis_urls(redis: &RedisSettings, reader: &mut Reader) {
     }
 }
 
-fn credential(config: &Config, reader: &mut Reader) {
+fn credential(config: &Config, purpose: Purpose, reader: &mut Reader) {
     let credential = &config.credential;
     either(reader, "credential", "pepper", credential.pepper.is_some(), credential.pepper_file.is_some());
+    // Denying has to work where nothing else does.
+    if let Some(Err(short)) = credential.pepper.as_ref().filter(|_| purpose != Purpose::Deny).map(Pepper::check_length)
+    {
+        reader.refuse("credential", "pepper", short.to_string());
+    }
     if credential.sources.is_empty() && sound(reader, &["credential.sources"]) {
         reader.refuse("credential", "sources", "needs at least one source".to_owned());
     }
@@ -333,8 +339,16 @@ fn files(config: &Config, purpose: Purpose, reader: &mut Reader) {
         ("credential", "pepper_file", &credential.pepper_file, !denying),
     ] {
         if let (Some(file), true) = (file, used) {
-            let read = if (section, name) == ("redis", "url_file") { Secret::read_text } else { Secret::read };
-            readable(reader, section, name, file, read(file).map(drop));
+            let read = match (section, name) {
+                ("redis", "url_file") => Secret::read_text(file).map(drop),
+                ("credential", _) => Pepper::read_file(file).map(|pepper| {
+                    if let Err(short) = pepper.check_length() {
+                        reader.refuse(section, name, format!("{}: {short}", file.display()));
+                    }
+                }),
+                _ => Secret::read(file).map(drop),
+            };
+            readable(reader, section, name, file, read);
         }
     }
     for file in credential.previous_pepper_files.iter().filter(|_| !denying) {
@@ -447,7 +461,7 @@ mod tests {
             ("store.password = \"hunter2\"", "trustgate.toml:1: store.password: needs store.url"),
             ("store.preset = \"trust-table\"", "trustgate.toml:1: store.preset: needs store.url"),
             (
-                "store.url = \"postgres://h/d\"\nstore.preset = \"trust-table\"\ncredential.pepper = \"hunter2\"",
+                "store.url = \"postgres://h/d\"\nstore.preset = \"trust-table\"\ncredential.pepper = \"hunter2-hunter2-hunter2\"",
                 "trustgate.toml:3: credential.pepper: does nothing with store.preset",
             ),
             ("credential.sources = []", "trustgate.toml:1: credential.sources: needs at least one source"),
@@ -552,7 +566,7 @@ mod tests {
     fn a_value_and_its_file_exclude_each_other_wherever_they_were_set() {
         let text = "[credential]\npepper_file = \"/proc/version\"";
         assert_eq!(
-            mistakes(text, &[("TRUSTGATE__CREDENTIAL__PEPPER", "hunter2")]),
+            mistakes(text, &[("TRUSTGATE__CREDENTIAL__PEPPER", "hunter2-hunter2-hunter2")]),
             [
                 "trustgate.toml:2: credential.pepper_file: credential.pepper is set too (TRUSTGATE__CREDENTIAL__PEPPER): set one of the two"
             ]

@@ -6,7 +6,7 @@ use hmac::{Hmac, KeyInit, Mac};
 use sha2::{Digest, Sha256};
 
 use crate::{
-    record::{ApiKeyDigest, Digests, Scheme},
+    record::{ApiKeyDigest, Digests, Fingerprint, Made},
     secret::Secret,
 };
 
@@ -15,7 +15,12 @@ use crate::{
 pub struct Hasher {
     /// HMAC states with the pepper worked in already; the current one first. Empty: plain SHA-256 alone.
     peppers: Vec<Hmac<Sha256>>,
+    /// One for each of `peppers`.
+    fingerprints: Vec<Fingerprint>,
 }
+
+/// What a fingerprint is the HMAC of. No API key: those hold no space.
+const FINGERPRINTED: &[u8] = b"trustgate pepper fingerprint";
 
 impl Hasher {
     /// A hasher under `pepper` (`None`: plain SHA-256) that also knows `previous` peppers, newest first. Keys stored
@@ -26,7 +31,9 @@ impl Hasher {
             // HMAC (RFC 2104) takes a key of any length.
             Hmac::new_from_slice(secret.expose().as_bytes()).unwrap_or_else(|_| unreachable!("HMAC takes any length"))
         };
-        Self { peppers: pepper.into_iter().chain(previous).map(keyed).collect() }
+        let peppers: Vec<_> = pepper.into_iter().chain(previous).map(keyed).collect();
+        let fingerprints = peppers.iter().map(fingerprint).collect();
+        Self { peppers, fingerprints }
     }
 
     /// The digest under the scheme in force: all that a cache hit needs.
@@ -35,10 +42,16 @@ impl Hasher {
         self.peppers.first().map_or_else(|| plain(key), |pepper| peppered(pepper, key))
     }
 
-    /// The scheme in force.
+    /// The fingerprints of the peppers, the current one first: in the order of [`Digests::all`].
     #[must_use]
-    pub const fn scheme(&self) -> Scheme {
-        if self.peppers.is_empty() { Scheme::Sha256 } else { Scheme::Hmac }
+    pub fn fingerprints(&self) -> &[Fingerprint] {
+        &self.fingerprints
+    }
+
+    /// How keys are stored that are made now.
+    #[must_use]
+    pub fn made(&self) -> Made {
+        self.fingerprints.first().map_or(Made::Plain, |fingerprint| Made::Peppered(*fingerprint))
     }
 
     /// `current` and every digest that `key` may be stored under from before. Costs one hash a scheme: for misses.
@@ -50,7 +63,7 @@ impl Hasher {
     /// Whether `stored` is a digest of `key`, whose digest under the scheme in force is `current`. Compares in constant
     /// time, and hashes only where it is not that one.
     #[must_use]
-    pub fn made(&self, stored: &ApiKeyDigest, current: &ApiKeyDigest, key: &[u8]) -> bool {
+    pub fn is_of(&self, stored: &ApiKeyDigest, current: &ApiKeyDigest, key: &[u8]) -> bool {
         current.matches(stored) || self.older(key).any(|digest| digest.matches(stored))
     }
 
@@ -62,6 +75,11 @@ impl Hasher {
 
 fn plain(key: &[u8]) -> ApiKeyDigest {
     ApiKeyDigest::from_bytes(Sha256::digest(key).into())
+}
+
+fn fingerprint(pepper: &Hmac<Sha256>) -> Fingerprint {
+    let mac: [u8; 32] = pepper.clone().chain_update(FINGERPRINTED).finalize().into_bytes().into();
+    Fingerprint(std::array::from_fn(|index| mac[index]))
 }
 
 fn peppered(pepper: &Hmac<Sha256>, key: &[u8]) -> ApiKeyDigest {

@@ -164,6 +164,7 @@ mod tests {
             versions: versions.iter().map(|(version, nonce)| (Version(*version), Nonce([*nonce; 16]))).collect(),
             changes: Vec::new(),
             complete: true,
+            peppers: crate::record::StoredPeppers::default(),
         }
     }
 

@@ -12,7 +12,11 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
-use super::{Applied, FreshnessSettings, Views, lease::Standing};
+use super::{
+    Applied, FreshnessSettings, Views,
+    lease::Standing,
+    pepper::{Compared, FileState, Peppers},
+};
 use crate::{
     clock::{Clock, spread::Spread},
     fault::{Fault, Tier},
@@ -143,6 +147,8 @@ pub struct Poll {
     pub replica: Uuid,
     /// What people know it by.
     pub name: String,
+    /// The peppers of this server.
+    pub peppers: Peppers,
     /// What it looks like from outside.
     pub metrics: PollMetrics,
     /// Whether the lease is fresh, for health checks.
@@ -158,12 +164,15 @@ impl Poll {
     /// Applying an answer is never interrupted: it does not wait.
     pub async fn run(self, stop: CancellationToken) {
         let signs = watch::Sender::new(Version(0));
+        let compared = Compared::default();
         let polling = async {
             tokio::join!(
-                self.poll(&signs),
+                self.poll(&signs, &compared),
                 self.watch_freshness(),
                 self.report(signs.subscribe()),
                 self.prune(),
+                self.tend_peppers(),
+                self.watch_pepper_files(&compared),
                 self.listen()
             );
         };
@@ -173,7 +182,7 @@ impl Poll {
         let _ = timeout(WRITE_TIMEOUT, self.store.report(&farewell)).await;
     }
 
-    async fn poll(&self, signs: &watch::Sender<Version>) {
+    async fn poll(&self, signs: &watch::Sender<Version>, compared: &Compared) {
         let mut state = State {
             up: None,
             known: false,
@@ -185,7 +194,7 @@ impl Poll {
         let (mut rate, mut spread) = (Rate::default(), Spread::of(self.replica));
         loop {
             let due = Instant::now() + spread.around(self.settings.poll_interval);
-            self.once(signs, &mut state).await;
+            self.once(signs, compared, &mut state).await;
             self.tell_freshness();
             tokio::select! {
                 biased;
@@ -216,7 +225,7 @@ impl Poll {
         }
     }
 
-    async fn once(&self, signs: &watch::Sender<Version>, state: &mut State) {
+    async fn once(&self, signs: &watch::Sender<Version>, compared: &Compared, state: &mut State) {
         if !state.known && state.may_report() {
             state.attempted = Some(Instant::now());
             // Before it relies on what it reads: whoever changes something must not overlook a replica that is starting
@@ -238,7 +247,11 @@ impl Poll {
             return; // the answer may be older than it seems
         }
         match answer {
-            Ok(polled) => self.take_in(&polled, signs, state).await,
+            Ok(polled) => {
+                // Before anything is confirmed, which makes the server ready.
+                self.peppers.compare(polled.peppers, compared, &self.views.pepper);
+                self.take_in(&polled, signs, state).await;
+            }
             Err(PollError::NoAnswer(fault)) => {
                 let given_up = self.clock.now();
                 // Long after its time, it was this process that stood still: that says nothing of the database.
@@ -398,6 +411,40 @@ impl Poll {
                 Ok(Ok(false)) | Err(_) => {}
                 Ok(Err(fault)) => tracing::debug!(%fault, "old versions could not be deleted"),
             }
+        }
+    }
+
+    /// Records the peppers of keys that checks have proven, and counts the keys that are made under others.
+    async fn tend_peppers(&self) {
+        let mut spread = Spread::of(self.replica);
+        let mut failed = false;
+        loop {
+            sleep(spread.around(REPORT_INTERVAL)).await;
+            if !self.views.is_confirmed() {
+                continue;
+            }
+            match timeout(WRITE_TIMEOUT, self.store.tend_peppers(&self.peppers.known)).await {
+                Ok(Ok(count)) => {
+                    self.peppers.count_others(count);
+                    failed = false;
+                }
+                Ok(Err(fault)) if !std::mem::replace(&mut failed, true) => {
+                    tracing::warn!(%fault, "the peppers of keys could not be recorded or compared; trying again");
+                }
+                Ok(Err(_)) | Err(_) => {}
+            }
+        }
+    }
+
+    async fn watch_pepper_files(&self, compared: &Compared) {
+        let Some(reread) = &self.peppers.reread else { return pending().await };
+        let (mut spread, mut last) = (Spread::of(self.replica), FileState::Same);
+        loop {
+            sleep(spread.around(REPORT_INTERVAL)).await;
+            let reread = Arc::clone(reread);
+            // Reading may take long on a network filesystem.
+            let read = tokio::task::spawn_blocking(move || reread()).await;
+            self.peppers.compare_files(read.unwrap_or_else(|panic| Err(panic.into())), compared, &mut last);
         }
     }
 

@@ -6,7 +6,7 @@ use async_trait::async_trait;
 
 use crate::{
     clock::DatabaseTime,
-    record::{ApiKeyDigest, Digests, KeyId, TrustId, Version},
+    record::{ApiKeyDigest, Digests, Fingerprint, KeyId, TrustId, Version},
     store::{
         Actor, Ledger, LedgerError,
         ledger::{Key, NewKey, Replica, Trust, TrustRef},
@@ -26,7 +26,7 @@ fn acme(name: &str) -> Trust {
 }
 
 fn stored(new: NewKey) -> Key {
-    let NewKey { id, scheme, hint, name, scopes, allowed_cidrs, not_before, expires_in, .. } = new;
+    let NewKey { id, made, hint, name, scopes, allowed_cidrs, not_before, expires_in, .. } = new;
     let created_at = DatabaseTime::from_micros(0);
     Key {
         id,
@@ -34,7 +34,8 @@ fn stored(new: NewKey) -> Key {
         trust_name: "acme".to_owned(),
         trust_enabled: true,
         hint,
-        scheme,
+        scheme: made.scheme(),
+        pepper: made.fingerprint(),
         name,
         scopes,
         allowed_cidrs,
@@ -89,6 +90,9 @@ impl Ledger for FakeLedger {
     async fn revoke_key(&mut self, _: &Actor, id: KeyId) -> Result<Key, LedgerError> {
         let revoked_at = Some(self.now().await?);
         Ok(Key { revoked_at, ..self.key(id).await? })
+    }
+    async fn use_pepper(&mut self, _: &Actor, _: Fingerprint) -> Result<Option<Fingerprint>, LedgerError> {
+        Ok(None)
     }
     async fn clear_caches(&mut self, _: &Actor) -> Result<Version, LedgerError> {
         Ok(Version(7))

@@ -10,7 +10,7 @@ use zeroize::Zeroizing;
 use super::{ManageError, Manager};
 use crate::{
     credential::{self, KEY_BYTES_MAX, format},
-    record::{ApiKeyDigest, Digests, KeyId, Scheme},
+    record::{ApiKeyDigest, Digests, KeyId, Made},
     store::ledger::{NewKey, Trust, TrustRef},
     text,
 };
@@ -117,19 +117,19 @@ impl Manager {
 
     fn read_key(&self, form: Form, text: &[u8]) -> Result<NewKey, &'static str> {
         let prefix = &self.credential.prefix;
-        let (digest, older, scheme, hint) = match form {
+        let (digest, older, made, hint) = match form {
             Form::Digests => {
                 let digest = std::str::from_utf8(text).ok().and_then(ApiKeyDigest::from_hex);
                 (
                     digest.ok_or("expected a SHA-256 digest of 64 hexadecimal digits")?,
                     Vec::new(),
-                    Scheme::Sha256,
+                    Made::Elsewhere,
                     String::new(),
                 )
             }
             Form::Plaintext if credential::is_well_formed(&self.credential, text) => {
                 let Digests { current, older } = self.hasher.digests(self.hasher.current(text), text);
-                (current, older, self.hasher.scheme(), format::hint(prefix, text))
+                (current, older, self.hasher.made(), format::hint(prefix, text))
             }
             Form::Plaintext if format::form(prefix, text) == format::Form::Mistyped => {
                 return Err("looks like a key made here, but its checksum is wrong");
@@ -142,7 +142,7 @@ impl Manager {
             id,
             digest,
             older,
-            scheme,
+            made,
             hint,
             name: None,
             scopes,

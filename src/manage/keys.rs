@@ -14,7 +14,7 @@ use crate::{
         self,
         format::{self, Form},
     },
-    record::{KeyId, is_scope},
+    record::{Fingerprint, KeyId, Scheme, is_scope},
     secret::Secret,
     store::ledger::{Key, NewKey, TrustRef},
 };
@@ -43,6 +43,37 @@ pub struct Wanted {
     pub allowed_cidrs: Vec<IpNet>,
     /// How long it is valid; `None`: until it is revoked.
     pub expires_in: Option<Duration>,
+}
+
+/// Which peppers are meant; the configuration is that of [`Manager`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PepperFilter {
+    /// The current one of the configuration.
+    Current,
+    /// The previous ones of the configuration.
+    Previous,
+    /// Recorded ones that the configuration does not have.
+    Unknown,
+    /// Any, as long as it is not recorded.
+    Unrecorded,
+    /// The one with this fingerprint.
+    Fingerprint(Fingerprint),
+}
+
+impl PepperFilter {
+    /// Whether `key` was made under such a pepper. `known`: those of the configuration, the current one first.
+    fn passes(self, key: &Key, known: &[Fingerprint]) -> bool {
+        let Some(pepper) = key.pepper else {
+            return self == Self::Unrecorded && key.scheme == Scheme::Hmac;
+        };
+        match self {
+            Self::Current => known.first() == Some(&pepper),
+            Self::Previous => known.iter().skip(1).any(|one| *one == pepper),
+            Self::Unknown => !known.contains(&pepper),
+            Self::Unrecorded => false,
+            Self::Fingerprint(one) => one == pepper,
+        }
+    }
 }
 
 /// A key just made.
@@ -126,7 +157,7 @@ impl Manager {
             id: KeyId(Uuid::now_v7()),
             digest: self.hasher.current(bytes),
             older: Vec::new(), // nobody has had it before
-            scheme: self.hasher.scheme(),
+            made: self.hasher.made(),
             hint: format::hint(&self.credential.prefix, bytes),
             name,
             scopes,
@@ -138,12 +169,30 @@ impl Manager {
         Ok(Issued { key, secret })
     }
 
-    /// Keys, newest first: of one trust, or of all; and the database's time, by which they are valid or not.
+    /// Makes new keys under the configured pepper from now on. Returns its fingerprint, and that of the pepper before.
+    ///
+    /// # Errors
+    /// No pepper is configured, or the database failed.
+    pub async fn use_pepper(&mut self) -> Result<(Fingerprint, Option<Fingerprint>), ManageError> {
+        let pepper = self.hasher.made().fingerprint().ok_or(ManageError::Invalid {
+            what: "credential.pepper_file, or credential.pepper,",
+            expected: "set to the pepper that is to be used",
+        })?;
+        Ok((pepper, self.ledger.use_pepper(&self.actor, pepper).await?))
+    }
+
+    /// Keys, newest first: of one trust, or of all, made under one pepper, or any; and the database's time, by which they are valid or not.
     ///
     /// # Errors
     /// There is no such trust, or the database failed.
-    pub async fn keys(&mut self, trust: Option<&TrustRef>) -> Result<(Vec<Key>, DatabaseTime), ManageError> {
-        Ok((self.ledger.keys(trust).await?, self.ledger.now().await?))
+    pub async fn keys(
+        &mut self,
+        trust: Option<&TrustRef>,
+        pepper: Option<PepperFilter>,
+    ) -> Result<(Vec<Key>, DatabaseTime), ManageError> {
+        let mut keys = self.ledger.keys(trust).await?;
+        keys.retain(|key| pepper.is_none_or(|pepper| pepper.passes(key, self.hasher.fingerprints())));
+        Ok((keys, self.ledger.now().await?))
     }
 
     /// One key, and the database's time.
@@ -235,13 +284,12 @@ mod tests {
     use crate::{
         credential::CredentialSettings,
         manage::fake::FakeLedger,
-        record::Scheme,
         settings::{Setting, Written},
         store::Actor,
     };
 
     fn manager() -> Manager {
-        let pepper = Setting::read(&Written::One("pepper".to_owned()));
+        let pepper = Setting::read(&Written::One("a pepper of some length".to_owned()));
         let credential = CredentialSettings { pepper, ..CredentialSettings::default() };
         Manager::new(Box::new(FakeLedger::default()), Actor("test".to_owned()), credential).unwrap()
     }

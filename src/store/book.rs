@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use super::ledger::{Actor, AuditEntry, Key, Ledger, LedgerError, NewKey, Replica, Trust, TrustRef};
 use crate::{
     clock::DatabaseTime,
-    record::{ApiKeyDigest, Digests, KeyId, TrustId, Version},
+    record::{ApiKeyDigest, Digests, Fingerprint, KeyId, Made, TrustId, Version},
 };
 
 /// What a transaction is for.
@@ -77,6 +77,11 @@ pub(crate) trait Tables: Send + Sync {
     async fn revoke_key(&mut self, id: KeyId) -> Result<bool, sqlx::Error>;
     /// Draws a version "everything changed" with this transaction.
     async fn change_everything(&mut self) -> Result<(), sqlx::Error>;
+    /// Names this pepper as the one that keys are made under, if none is named; returns the one that is named then. `None`: only
+    /// returns it.
+    async fn hold_pepper(&mut self, pepper: Option<Fingerprint>) -> Result<Option<Fingerprint>, sqlx::Error>;
+    /// Names this pepper as the one that keys are made under; returns the one before.
+    async fn use_pepper(&mut self, pepper: Fingerprint) -> Result<Option<Fingerprint>, sqlx::Error>;
     /// The newest version.
     async fn newest(&mut self) -> Result<i64, sqlx::Error>;
     /// Replicas that may still grant what they hold.
@@ -199,6 +204,12 @@ impl Ledger for Book {
         self.end(outcome).await
     }
 
+    async fn use_pepper(&mut self, actor: &Actor, pepper: Fingerprint) -> Result<Option<Fingerprint>, LedgerError> {
+        self.begin(Purpose::Change).await?;
+        let outcome = use_pepper(&mut *self.tables, actor, pepper).await;
+        self.end(outcome).await
+    }
+
     async fn clear_caches(&mut self, actor: &Actor) -> Result<Version, LedgerError> {
         self.begin(Purpose::Change).await?;
         let outcome = clear_caches(&mut *self.tables, actor).await;
@@ -292,6 +303,7 @@ async fn delete_trust(
 
 async fn add_key(tables: &mut dyn Tables, actor: &Actor, trust: &TrustRef, key: &NewKey) -> Result<Key, LedgerError> {
     let trust = held_trust(tables, trust).await?;
+    check_pepper(tables, key.made).await?;
     if tables.insert_keys(trust.id, std::slice::from_ref(key)).await? == 0 {
         let digests = Digests { current: key.digest, older: Vec::new() };
         // Deleted between the two statements: then its id is not known, but nothing was stored either.
@@ -303,6 +315,31 @@ async fn add_key(tables: &mut dyn Tables, actor: &Actor, trust: &TrustRef, key: 
     Ok(stored)
 }
 
+/// Refuses keys that servers would reject, since they have another pepper.
+async fn check_pepper(tables: &mut dyn Tables, made: Made) -> Result<(), LedgerError> {
+    if made == Made::Elsewhere {
+        return Ok(());
+    }
+    let configured = made.fingerprint();
+    match tables.hold_pepper(configured).await? {
+        Some(recorded) if configured != Some(recorded) => Err(LedgerError::OtherPepper { configured, recorded }),
+        _ => Ok(()),
+    }
+}
+
+async fn use_pepper(
+    tables: &mut dyn Tables,
+    actor: &Actor,
+    pepper: Fingerprint,
+) -> Result<Option<Fingerprint>, LedgerError> {
+    let before = tables.use_pepper(pepper).await?;
+    if before != Some(pepper) {
+        let named = |pepper: Fingerprint| json!({ "fingerprint": pepper.to_string() });
+        note(tables, actor, "pepper.use", "pepper", before.map(named), Some(named(pepper))).await?;
+    }
+    Ok(before)
+}
+
 async fn import_keys(
     tables: &mut dyn Tables,
     actor: &Actor,
@@ -310,6 +347,10 @@ async fn import_keys(
     keys: &[NewKey],
 ) -> Result<u64, LedgerError> {
     let trust = held_trust(tables, trust).await?;
+    // All keys of one import are made in the same way.
+    if let Some(first) = keys.first() {
+        check_pepper(tables, first.made).await?;
+    }
     let mut stored = 0;
     for batch in keys.chunks(BATCH) {
         let older: Vec<_> = batch.iter().flat_map(|key| key.older.iter().copied()).collect();

@@ -102,6 +102,10 @@ pub async fn copy(
     if !present.is_empty() {
         return Err(CopyError::NotEmpty { place: to_place.clone(), trusts: present.len() });
     }
+    let pepper = source.hold_pepper(None).await.map_err(|error| from_failed(error.into()))?;
+    if let Some(pepper) = pepper {
+        target.use_pepper(pepper).await.map_err(|error| to_failed(target.explain(error)))?;
+    }
     let trusts = source.trusts(None).await.map_err(|error| from_failed(error.into()))?;
     let total = trusts.iter().map(|trust| trust.keys).sum();
     target.put_trusts(&trusts).await.map_err(|error| to_failed(target.explain(error)))?;

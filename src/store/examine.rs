@@ -19,12 +19,12 @@ use super::{
 use crate::{
     clock::{Clock, DatabaseTime, Moment, wall_time},
     finding::{Finding, State, Times, complete, milliseconds},
-    record::{ApiKeyDigest, Digests, Version, bytes_from_hex},
+    record::{ApiKeyDigest, Digests, Fingerprint, StoredPeppers, Version, bytes_from_hex},
 };
 
 /// The examinations of the database, in order.
 pub const NAMES: &[&str] =
-    &[ADDRESS, CONNECTION, SERVER, TABLES, RIGHTS, MANAGEMENT, WATCH, POLLS, READS, CLOCK, HINTS];
+    &[ADDRESS, CONNECTION, SERVER, TABLES, RIGHTS, MANAGEMENT, WATCH, POLLS, PEPPER, READS, CLOCK, HINTS];
 
 pub(crate) const ADDRESS: &str = "database_address";
 pub(crate) const CONNECTION: &str = "database_connection";
@@ -34,6 +34,7 @@ pub(crate) const RIGHTS: &str = "database_rights";
 pub(crate) const MANAGEMENT: &str = "management_rights";
 pub(crate) const WATCH: &str = "database_watch";
 pub(crate) const POLLS: &str = "database_polls";
+pub(crate) const PEPPER: &str = "database_pepper";
 pub(crate) const READS: &str = "database_reads";
 pub(crate) const CLOCK: &str = "database_clock";
 pub(crate) const HINTS: &str = "database_hints";
@@ -53,7 +54,9 @@ const OFFSET_MAX: Duration = Duration::from_secs(1);
 
 /// What other sections say about the use of the database.
 #[derive(Clone, Copy, Debug)]
-pub struct Use {
+pub struct Use<'a> {
+    /// The fingerprints of the peppers, the current one first; `None`: they cannot be read.
+    pub peppers: Option<&'a [Fingerprint]>,
     /// `freshness.poll_timeout`.
     pub poll_timeout: Duration,
     /// `freshness.hints`.
@@ -70,7 +73,7 @@ pub struct Examined {
 }
 
 /// Examines the database that `serve` would use.
-pub async fn examine(settings: &StoreSettings, usage: Use, env: Env<'_>, clock: &dyn Clock) -> Examined {
+pub async fn examine(settings: &StoreSettings, usage: Use<'_>, env: Env<'_>, clock: &dyn Clock) -> Examined {
     let address = Address::of(settings, Role::Serve);
     let examination = Examination { settings, usage, env, clock };
     let place = address.place(env).and_then(|place| match place {
@@ -99,7 +102,7 @@ pub async fn examine(settings: &StoreSettings, usage: Use, env: Env<'_>, clock: 
 #[derive(Clone, Copy)]
 pub(crate) struct Examination<'a> {
     pub(crate) settings: &'a StoreSettings,
-    pub(crate) usage: Use,
+    pub(crate) usage: Use<'a>,
     pub(crate) env: Env<'a>,
     pub(crate) clock: &'a dyn Clock,
 }
@@ -270,10 +273,37 @@ impl<'a, D: Dialect> Session<'a, D> {
         let remedy = "bring `serve` nearer to its database, find out what holds the database up, or raise \
                       freshness.poll_timeout (freshness.lease must hold twice as much)";
         report.add(judged(POLLS, &times, limit, remedy).about(SETTING));
+        report.findings.extend(last.as_ref().map(|polled| self.pepper(polled.peppers)));
         if matches!(kind, Kind::Server) {
             report.findings.extend(samples.iter().min_by_key(|sample| sample.took()).map(|sample| self.clock(sample)));
         }
         last.map(|polled| polled.watched)
+    }
+
+    /// Whether `serve` would have the pepper of the keys.
+    fn pepper(&self, stored: StoredPeppers) -> Finding {
+        const SETTINGS: &[&str] = &["credential.pepper_file", "credential.previous_pepper_files"];
+        let Some(known) = self.examination.usage.peppers else {
+            return Finding::skipped(PEPPER, "because the configured peppers cannot be read");
+        };
+        let Some(recorded) = stored.current else {
+            return Finding::ok(PEPPER, "none is recorded: no key was made under one since the tables can record it");
+        };
+        if !stored.fit(known) {
+            let configured: Vec<_> = known.iter().map(ToString::to_string).collect();
+            let configured = if configured.is_empty() { "none".to_owned() } else { configured.join(", ") };
+            let found = format!("keys are made under the pepper {recorded}, and this configuration has {configured}");
+            let remedy = "set credential.pepper_file to that pepper: `serve` is not ready without it";
+            return Finding::failed(PEPPER, found, remedy).about(SETTINGS);
+        }
+        if known.first() == Some(&recorded) {
+            return Finding::ok(PEPPER, format!("keys are made under the current pepper ({recorded})"));
+        }
+        let found =
+            format!("keys are made under the pepper {recorded}, which is not the current one of this configuration");
+        let remedy = "once every server has the new pepper, run `trustgate pepper use` with it; until then no key can be issued \
+                      with this configuration";
+        Finding::warning(PEPPER, found, remedy).about(SETTINGS)
     }
 
     async fn poll(&mut self, since: Option<Version>, echo: i64) -> Result<(Polled, Sample), String> {

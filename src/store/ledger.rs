@@ -8,7 +8,7 @@ use serde::Serialize;
 
 use crate::{
     clock::DatabaseTime,
-    record::{ApiKeyDigest, Digests, KeyId, Scheme, TrustId, Version},
+    record::{ApiKeyDigest, Digests, Fingerprint, KeyId, Made, Scheme, TrustId, Version},
 };
 
 /// Who makes a change, for the audit: `cli:USER`, `api:...`.
@@ -53,7 +53,7 @@ pub struct NewKey {
     /// What its digest would be if it had been stored before, under earlier schemes.
     pub older: Vec<ApiKeyDigest>,
     /// How the digest was made.
-    pub scheme: Scheme,
+    pub made: Made,
     /// What people recognise it by.
     pub hint: String,
     /// What it is for, in somebody's words.
@@ -83,6 +83,8 @@ pub struct Key {
     pub hint: String,
     /// How its digest was made.
     pub scheme: Scheme,
+    /// The fingerprint of the pepper that made it; `None`: no pepper, or not recorded yet.
+    pub pepper: Option<Fingerprint>,
     /// What it is for.
     pub name: Option<String>,
     /// What it may be used for.
@@ -129,6 +131,19 @@ pub enum LedgerError {
     /// The digest is stored already.
     #[error("a key with this digest is already stored (key id {0})")]
     DigestTaken(KeyId),
+    /// The keys of this database are made under another pepper.
+    #[error(
+        "the pepper of this configuration ({}) is not the one that keys of this database are made under ({recorded}): \
+         servers that have only that one would reject the key. Correct credential.pepper_file, or, if this pepper is to follow and \
+         every server has it, run `trustgate pepper use`",
+        configured.map_or_else(|| "none is set".to_owned(), |pepper| format!("fingerprint {pepper}"))
+    )]
+    OtherPepper {
+        /// Of the pepper in the configuration.
+        configured: Option<Fingerprint>,
+        /// What the database names.
+        recorded: Fingerprint,
+    },
     /// A trust with keys is not deleted unless that was asked for.
     #[error("the trust still has {0} keys; disable it, or delete it with --with-keys")]
     HasKeys(u64),
@@ -216,13 +231,13 @@ pub trait Ledger: Send + Sync {
     /// Stores one key.
     ///
     /// # Errors
-    /// [`LedgerError::NoTrust`], [`LedgerError::DigestTaken`], or the database failed.
+    /// [`LedgerError::NoTrust`], [`LedgerError::DigestTaken`], [`LedgerError::OtherPepper`], or the database failed.
     async fn add_key(&mut self, actor: &Actor, trust: &TrustRef, key: NewKey) -> Result<Key, LedgerError>;
     /// Stores many keys in one transaction with one audit entry; those of which a digest is stored already are left as they
     /// are. Returns how many were new.
     ///
     /// # Errors
-    /// [`LedgerError::NoTrust`], or the database failed: then none was stored.
+    /// [`LedgerError::NoTrust`], [`LedgerError::OtherPepper`], or the database failed: then none was stored.
     async fn import_keys(&mut self, actor: &Actor, trust: &TrustRef, keys: Vec<NewKey>) -> Result<u64, LedgerError>;
     /// Keys, newest first: of one trust, or of all.
     ///
@@ -244,6 +259,11 @@ pub trait Ledger: Send + Sync {
     /// # Errors
     /// [`LedgerError::NoKey`], or the database failed.
     async fn revoke_key(&mut self, actor: &Actor, id: KeyId) -> Result<Key, LedgerError>;
+    /// Names the pepper that keys are made under from now on; returns the one that was named before.
+    ///
+    /// # Errors
+    /// The database failed.
+    async fn use_pepper(&mut self, actor: &Actor, pepper: Fingerprint) -> Result<Option<Fingerprint>, LedgerError>;
     /// Draws a version "everything changed", so that no replica uses what it read before.
     ///
     /// # Errors

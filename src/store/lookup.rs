@@ -10,7 +10,7 @@ use uuid::Uuid;
 use crate::{
     clock::DatabaseTime,
     fault::Fault,
-    record::{Change, Dated, Digests, KeyId, Nonce, Record, Version},
+    record::{Change, Dated, Digests, Fingerprint, KeyId, Nonce, Record, StoredPeppers, Version},
 };
 
 /// The reads a decision rests on. Each is one statement on the primary, so that value and date are of one snapshot.
@@ -69,12 +69,23 @@ pub trait Lookup: Send + Sync + 'static {
     /// As [`Self::find`].
     async fn prune(&self) -> Result<bool, Fault>;
 
+    /// Records under which pepper keys were made that were read since the last call and have none recorded, and returns how
+    /// many active keys are recorded under a pepper that is not among `known`, [`OTHER_KEYS_MAX`] at most. `known`: the
+    /// fingerprints of this server's peppers, in the order of [`Digests::all`]. Does nothing on tables that are not ours.
+    ///
+    /// # Errors
+    /// As [`Self::find`].
+    async fn tend_peppers(&self, known: &[Fingerprint]) -> Result<u64, Fault>;
+
     /// The key of the Redis MAC, which the first migration made; `None` where the tables are not ours.
     ///
     /// # Errors
     /// As [`Self::find`].
     async fn redis_mac_key(&self) -> Result<Option<[u8; 32]>, Fault>;
 }
+
+/// Keys under other peppers are counted up to this number.
+pub const OTHER_KEYS_MAX: u64 = 10_000;
 
 /// What a poll found in one snapshot.
 #[derive(Clone, Debug)]
@@ -95,6 +106,8 @@ pub struct Polled {
     pub changes: Vec<(Version, Change)>,
     /// False where there was more than a poll takes: then `changes` and `versions` are not all of them.
     pub complete: bool,
+    /// The peppers that the database names; none on tables that are not ours.
+    pub peppers: StoredPeppers,
 }
 
 /// Why a poll confirmed nothing.

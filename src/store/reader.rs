@@ -25,7 +25,7 @@ use super::{
 use crate::{
     clock::{Clock, Moment},
     fault::{Fault, Tier},
-    record::{ApiKeyDigest, Dated, Digests, KeyId, Record, Version, bytes_from_hex},
+    record::{ApiKeyDigest, Dated, Digests, Fingerprint, KeyId, Record, Version, bytes_from_hex},
 };
 
 /// One database's side of the reads: what to send. Reads for decisions return the columns of [`Read`].
@@ -47,12 +47,20 @@ pub(crate) trait Dialect: Connect<Row: Plain> {
     fn listen(&self, changed: &(dyn Fn() + Send + Sync)) -> impl Future<Output = sqlx::Error> + Send;
     /// What only our own tables have; `None` on somebody else's.
     fn ours(&self) -> Option<Ours<Self::Query>>;
+    /// Records the pepper of each key; `current`: that of the server. Only on our own tables.
+    fn record_peppers(&self, proven: &[(KeyId, Fingerprint)], current: Fingerprint) -> Self::Query;
+    /// A fingerprint in a statement.
+    fn fingerprint_literal(fingerprint: Fingerprint) -> String;
+    /// How many active keys are recorded under a pepper for which one of `conditions` holds, [`OTHER_KEYS_MAX`] at most.
+    fn count_keys(&self, conditions: &[String]) -> Self::Query;
     /// The sign of life of this replica.
     fn report(&self, sign: &SignOfLife) -> Self::Query;
     /// As [`Lookup::restore_watch`], on a connection of its own.
     fn restore_watch(&self) -> impl Future<Output = Result<(), sqlx::Error>> + Send;
     /// As [`Lookup::renew_incarnation`], on a connection of its own.
     fn renew_incarnation(&self, lost: Uuid) -> impl Future<Output = Result<(), sqlx::Error>> + Send;
+    /// Whether the keys are in our own tables.
+    fn has_own_keys(&self) -> bool;
     /// Makes the database and brings it up to date, where this kind of database is made by who uses it.
     fn prepare(&self, missing: Missing) -> impl Future<Output = Result<(), LedgerError>> + Send;
     /// What is left to do once every connection is closed.
@@ -85,6 +93,8 @@ pub(crate) struct Reader<D: Dialect> {
     poll: Pool<D>,
     polls: AtomicI64,
     reconnected: Mutex<Option<Moment>>,
+    /// Keys without a recorded pepper, each with the position of its digest in [`Digests::all`].
+    proven: Mutex<Vec<(KeyId, usize)>>,
     clock: Arc<dyn Clock>,
 }
 
@@ -106,6 +116,7 @@ impl<D: Dialect> Reader<D> {
             poll: Pool::new("poll", Arc::clone(&dialect), poll),
             polls: AtomicI64::new(0),
             reconnected: Mutex::default(),
+            proven: Mutex::default(),
             dialect,
             clock,
         }
@@ -128,6 +139,22 @@ impl<D: Dialect> Reader<D> {
         }
     }
 
+    /// Keeps in mind which pepper made the keys in `rows`, where the database does not know.
+    fn note_proven(&self, rows: &[Read], digests: &Digests) {
+        for row in rows {
+            if let Some(stored) = row.unrecorded()
+                && let Some(position) = digests.all().position(|digest| digest.matches(&stored))
+                && let Some(id) = row.key_id()
+            {
+                let mut proven = self.proven.lock().unwrap_or_else(PoisonError::into_inner);
+                // What there is no room for is read again some day.
+                if proven.len() < PROVEN_MAX && proven.iter().all(|(known, _)| *known != id) {
+                    proven.push((id, position));
+                }
+            }
+        }
+    }
+
     /// The version of the tables, and whether it fits.
     async fn check_schema(&self, query: &D::Query) -> Result<(), LedgerError> {
         let place = self.dialect.place();
@@ -138,6 +165,25 @@ impl<D: Dialect> Reader<D> {
         };
         schema::check(tables, &place)
     }
+}
+
+/// Keys whose pepper is recorded with one statement, at most.
+const PROVEN_MAX: usize = 500;
+
+/// Conditions of which one holds for each fingerprint that is not among `known`: ranges, so that an index leads to the
+/// few rows there are, instead of past all others.
+fn others(known: &[Fingerprint], literal: fn(Fingerprint) -> String) -> Vec<String> {
+    let mut known = known.to_vec();
+    known.sort_unstable();
+    known.dedup();
+    let behind = known.iter().map(|one| format!("pepper_fingerprint > {}", literal(*one)));
+    let before = known.iter().map(|one| format!("pepper_fingerprint < {}", literal(*one)));
+    let (first, last) = ("pepper_fingerprint IS NOT NULL".to_owned(), "true".to_owned());
+    std::iter::once(first)
+        .chain(behind)
+        .zip(before.chain([last]))
+        .map(|(behind, before)| format!("{behind} AND {before}"))
+        .collect()
 }
 
 /// What the answer to [`Ours::schema`] says; `None` where there are no tables.
@@ -151,6 +197,7 @@ impl<D: Dialect> Lookup for Reader<D> {
     async fn find(&self, digests: &Digests) -> Result<Dated<Option<Record>>, Fault> {
         let sent_at = self.clock.now();
         let rows = self.ask(&self.dialect.find(digests)).await?;
+        self.note_proven(&rows, digests);
         Ok(rows::by_digests(rows, digests, sent_at)?)
     }
 
@@ -215,6 +262,26 @@ impl<D: Dialect> Lookup for Reader<D> {
         Ok(is_more.map_err(|_| Corrupt("the age of a version is not a number"))? != 0)
     }
 
+    async fn tend_peppers(&self, known: &[Fingerprint]) -> Result<u64, Fault> {
+        if !self.dialect.has_own_keys() {
+            return Ok(0);
+        }
+        let proven = std::mem::take(&mut *self.proven.lock().unwrap_or_else(PoisonError::into_inner));
+        let proven: Vec<_> =
+            proven.into_iter().filter_map(|(id, position)| Some((id, *known.get(position)?))).collect();
+        let recorded = match known.first() {
+            Some(current) if !proven.is_empty() => {
+                self.reads.read(&self.dialect.record_peppers(&proven, *current)).await.map(drop)
+            }
+            _ => Ok(()),
+        };
+        let conditions = others(known, D::fingerprint_literal);
+        let rows = self.reads.read(&self.dialect.count_keys(&conditions)).await?;
+        recorded?;
+        let count = rows.first().map_or(Ok(0), |row| row.number(0));
+        Ok(count.map_err(|_| Corrupt("a number of keys is not a number"))?.unsigned_abs())
+    }
+
     async fn redis_mac_key(&self) -> Result<Option<[u8; 32]>, Fault> {
         let Some(ours) = self.dialect.ours() else { return Ok(None) };
         let rows = self.reads.read(&ours.redis_mac_key).await?;
@@ -252,5 +319,25 @@ impl<D: Dialect> Source for Reader<D> {
         self.reads.close().await;
         self.poll.close().await;
         self.dialect.finish().await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_other_pepper_is_in_exactly_one_range() {
+        let print = |number| Fingerprint([number; 8]);
+        let literal = |fingerprint: Fingerprint| fingerprint.0[0].to_string();
+        assert_eq!(others(&[], literal), ["pepper_fingerprint IS NOT NULL AND true"]);
+        assert_eq!(
+            others(&[print(7), print(3), print(7)], literal),
+            [
+                "pepper_fingerprint IS NOT NULL AND pepper_fingerprint < 3",
+                "pepper_fingerprint > 3 AND pepper_fingerprint < 7",
+                "pepper_fingerprint > 7 AND true",
+            ]
+        );
     }
 }

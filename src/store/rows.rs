@@ -18,8 +18,8 @@ use crate::{
     clock::{DatabaseTime, Moment},
     fault::{Fault, Tier},
     record::{
-        ApiKeyDigest, Change, ChangeKind, Dated, Digests, KeyId, Lineage, Nonce, Record, Scheme, TrustId, Version,
-        bytes_from_hex, canonical,
+        ApiKeyDigest, Change, ChangeKind, Dated, Digests, Fingerprint, KeyId, Lineage, Nonce, Record, Scheme,
+        StoredPeppers, TrustId, Version, bytes_from_hex, canonical,
     },
 };
 
@@ -45,6 +45,7 @@ struct KeyRow {
     not_before: Option<i64>,
     expires_at: Option<i64>,
     revoked_at: Option<i64>,
+    pepper_unrecorded: i64,
 }
 
 /// A row whose whole numbers and texts can be taken out by position.
@@ -113,6 +114,7 @@ impl Read {
                 not_before: row.number_or_null(13)?,
                 expires_at: row.number_or_null(14)?,
                 revoked_at: row.number_or_null(15)?,
+                pepper_unrecorded: row.number(16)?,
             }),
         };
         Ok(Self {
@@ -124,6 +126,17 @@ impl Read {
             clock: row.number(5)?,
             key,
         })
+    }
+
+    /// The digest of the key, where the pepper that made it is not recorded.
+    pub(crate) fn unrecorded(&self) -> Option<ApiKeyDigest> {
+        let key = self.key.as_ref().filter(|key| key.pepper_unrecorded != 0)?;
+        ApiKeyDigest::from_hex(&key.digest)
+    }
+
+    /// The id of the key.
+    pub(crate) fn key_id(&self) -> Option<KeyId> {
+        self.key.as_ref().and_then(|key| uuid(&key.id).ok()).map(KeyId)
     }
 
     fn date(&self, sent_at: Moment) -> Result<Dated<()>, Corrupt> {
@@ -166,7 +179,7 @@ pub(crate) const POLL_ROWS_MAX: usize = 5_000;
 /// What a poll found. Its columns, in this order: the number it was sent with, the state of the server (`primary`,
 /// `standby`, `read-only`), the oldest version (or the one asked from, where it is still there), the newest with its nonce, incarnation, system, timeline, clock, whether
 /// changes are named, when the newest version was stamped; then, null where there is none, a version with its nonce, or
-/// a version, the kind of what it named and the object (null: the whole kind).
+/// a version, the kind of what it named and the object (null: the whole kind); then the recorded pepper and the one before it.
 pub(crate) fn polled(rows: &[impl Plain], echo: i64, sent_at: Moment) -> Result<Polled, PollError> {
     let unusable = |problem: &str| PollError::Unusable(problem.into());
     let read = || -> Result<Option<Polled>, sqlx::Error> {
@@ -194,6 +207,10 @@ pub(crate) fn polled(rows: &[impl Plain], echo: i64, sent_at: Moment) -> Result<
             versions: Vec::new(),
             changes: Vec::new(),
             complete: rows.len() <= POLL_ROWS_MAX,
+            peppers: StoredPeppers {
+                current: fingerprint(first.text_or_null(15)?)?,
+                previous: fingerprint(first.text_or_null(16)?)?,
+            },
         };
         for row in rows.iter().take(POLL_ROWS_MAX) {
             let Some(number) = row.number_or_null(11)? else { continue };
@@ -220,6 +237,11 @@ pub(crate) fn polled(rows: &[impl Plain], echo: i64, sent_at: Moment) -> Result<
         }),
         Err(error) => Err(unusable(&error.to_string())),
     }
+}
+
+/// The fingerprint of a pepper in hexadecimal, if there is one.
+pub(crate) fn fingerprint(hex: Option<String>) -> Result<Option<Fingerprint>, Corrupt> {
+    hex.map(|hex| Fingerprint::from_hex(&hex).ok_or(Corrupt("the fingerprint of a pepper is not 8 bytes"))).transpose()
 }
 
 /// What a row names. A kind that this release does not know counts as everything, and an object that it cannot read as
@@ -280,7 +302,7 @@ pub(crate) fn trust(row: &impl Plain) -> Result<Trust, sqlx::Error> {
 }
 
 /// A key, from its id, trust (id, name, enabled), hint, scheme, name, scopes, allowed CIDRs, created, not before,
-/// expires, revoked.
+/// expires, revoked, the fingerprint of its pepper.
 pub(crate) fn key(row: &impl Plain) -> Result<Key, sqlx::Error> {
     Ok(Key {
         id: KeyId(uuid(&row.text(0)?)?),
@@ -296,12 +318,13 @@ pub(crate) fn key(row: &impl Plain) -> Result<Key, sqlx::Error> {
         not_before: time(row.number_or_null(10)?),
         expires_at: time(row.number_or_null(11)?),
         revoked_at: time(row.number_or_null(12)?),
+        pepper: fingerprint(row.text_or_null(13)?)?,
     })
 }
 
 /// A key with all that is stored of it: the columns of [`key`], then its digest.
 pub(crate) fn stored_key(row: &impl Plain) -> Result<StoredKey, sqlx::Error> {
-    let digest = ApiKeyDigest::from_hex(&row.text(13)?).ok_or(Corrupt("a digest is not 32 bytes"))?;
+    let digest = ApiKeyDigest::from_hex(&row.text(14)?).ok_or(Corrupt("a digest is not 32 bytes"))?;
     Ok(StoredKey { key: key(row)?, digest })
 }
 

@@ -6,7 +6,7 @@
 use super::LedgerError;
 
 /// The version of the tables that this release makes and needs.
-pub(crate) const VERSION: i64 = 3;
+pub(crate) const VERSION: i64 = 4;
 /// The oldest release, by the version it makes, that can work with these tables.
 pub(crate) const COMPATIBLE_FROM: i64 = 2;
 

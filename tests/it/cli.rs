@@ -126,7 +126,7 @@ fn ten_thousand_digests_are_imported_once_and_a_bad_line_stops_them_all() {
 
 #[test]
 fn foreign_keys_are_imported_as_plaintext_and_found_under_a_pepper() {
-    let place = Place::migrated().with("TRUSTGATE__CREDENTIAL__PEPPER", "pepper-hunter2");
+    let place = Place::migrated().with("TRUSTGATE__CREDENTIAL__PEPPER", "pepper-hunter2-hunter2");
     place.json(&["trust", "create", "acme"]);
     let keys = "first-foreign-key-1234\nsecond-foreign-key-5678\n";
     let ran = place.feed(&["key", "import", "--trust", "acme", "--plaintext"], keys).done();
@@ -135,17 +135,19 @@ fn foreign_keys_are_imported_as_plaintext_and_found_under_a_pepper() {
     assert_eq!(found.parsed()[0]["hint"], "seco");
     assert_eq!(place.json(&["key", "list"])[0]["scheme"], "hmac-sha256");
     // Under another pepper they are known all the same.
-    let (url, earlier) = (place.path().join("trustgate.db"), place.write("earlier", "pepper-hunter2"));
+    let (url, earlier) = (place.path().join("trustgate.db"), place.write("earlier", "pepper-hunter2-hunter2"));
     let other = Place::new()
         .with("TRUSTGATE__STORE__URL", &format!("sqlite://{}", url.display()))
-        .with("TRUSTGATE__CREDENTIAL__PEPPER", "another-hunter2")
+        .with("TRUSTGATE__CREDENTIAL__PEPPER", "another-hunter2-hunter2")
         .with("TRUSTGATE__CREDENTIAL__PREVIOUS_PEPPER_FILES", earlier.to_str().unwrap());
     let again = ["--output", "json", "key", "import", "--trust", "acme", "--plaintext"];
+    other.feed(&again, keys).failed(1, &["is not the one that keys of this database are made under", "pepper use"]);
+    other.run(&["pepper", "use"]).done();
     let again = other.feed(&again, &format!("{keys}third-foreign-key-9012\n")).done().parsed();
     assert_eq!((&again["imported"], &again["already_stored"]), (&json!(1), &json!(2)));
     let bad = place.feed(&["key", "import", "--trust", "acme", "--plaintext"], "short\nanother-foreign-key-9\n");
     let bad = bad.failed(1, &["line 1: expected a key of 16 to 512 visible ASCII characters"]);
-    for secret in ["first-foreign-key", "second-foreign-key", "another-foreign", "pepper-hunter2"] {
+    for secret in ["first-foreign-key", "second-foreign-key", "another-foreign", "pepper-hunter2-hunter2"] {
         for ran in [&ran, &found, &bad] {
             ran.hides(secret);
         }
@@ -226,7 +228,7 @@ fn the_pepper_may_be_in_a_file_that_must_be_there() {
     place
         .run(&["trust", "list"])
         .failed(1, &["TRUSTGATE__CREDENTIAL__PEPPER_FILE: credential.pepper_file: cannot read pepper"]);
-    place.write("pepper", "pepper-hunter2\n");
+    place.write("pepper", "pepper-hunter2-hunter2\n");
     place.json(&["trust", "create", "acme"]);
     assert_eq!(place.json(&["key", "issue", "--trust", "acme"])["scheme"], "hmac-sha256");
 }

@@ -2,7 +2,7 @@
 
 use crate::program::Place;
 
-const SECRETS: [&str; 3] = ["pepper-hunter2", "password-hunter2", "url-hunter2"];
+const SECRETS: [&str; 3] = ["pepper-hunter2-hunter2", "password-hunter2", "url-hunter2"];
 
 #[test]
 fn all_mistakes_are_told_at_once_each_with_its_place_and_no_value() {

@@ -251,7 +251,7 @@ async fn what_was_read_stays_while_redis_is_down() {
 async fn a_key_on_standard_input_is_denied_under_every_digest_it_may_have() {
     const KEY: &str = "a-foreign-key-of-some-length";
     let redis = Redis::start().await;
-    let place = operator(&redis).with("TRUSTGATE__CREDENTIAL__PEPPER", "pepper-hunter2");
+    let place = operator(&redis).with("TRUSTGATE__CREDENTIAL__PEPPER", "pepper-hunter2-hunter2");
     let added = tokio::task::spawn_blocking(move || {
         let command = ["--output", "json", "deny", "add", "--stdin", "--for", "1h"];
         let mistyped = place.feed(&command, "short\n").failed(2, &["what was read is no key"]);

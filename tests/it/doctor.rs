@@ -17,7 +17,7 @@ use crate::{
 };
 
 /// Every examination, in order.
-const NAMES: [&str; 22] = [
+const NAMES: [&str; 23] = [
     "configuration",
     "deadlines",
     "envoy",
@@ -32,6 +32,7 @@ const NAMES: [&str; 22] = [
     "management_rights",
     "database_watch",
     "database_polls",
+    "database_pepper",
     "database_reads",
     "database_clock",
     "database_hints",
@@ -223,7 +224,7 @@ async fn the_statement_that_is_proposed_gives_the_right_that_is_missing() {
         Report::of(&place).is_well_but_for(&[&FILES[..], &WITHOUT_REDIS].concat());
     }
     site.execute(&format!("REVOKE ALL ON ALL TABLES IN SCHEMA trustgate FROM {serve}")).await;
-    Report::of(&place).shows("database_rights", "failed", &["lacks 12 of 19", "and so on", "--print-grants"]);
+    Report::of(&place).shows("database_rights", "failed", &["lacks 12 of 21", "and so on", "--print-grants"]);
 }
 
 #[tokio::test]
@@ -525,7 +526,7 @@ fn deadlines_and_files_are_looked_at_one_by_one() {
     margin.write("denied", "key 00000000-0000-0000-0000-000000000001\nnonsense\n");
     let place = margin.with("TRUSTGATE__FRESHNESS__DENY_FILE", "denied");
     Report::of(&place).shows("deny_file", "failed", &["line 2"]);
-    place.write("pepper", "hunter2-hunter2");
+    place.write("pepper", "hunter2-hunter2-hunter2");
     let place = place.with("TRUSTGATE__CREDENTIAL__PEPPER_FILE", "pepper");
     Report::of(&place).shows("pepper", "ok", &["one is set"]).ran.hides("hunter2");
 }

@@ -7,7 +7,9 @@ use tokio_util::sync::CancellationToken;
 use trustgate::{
     clock::{DatabaseTime, SystemClock},
     fault::{Fault, Tier},
-    record::{ApiKeyDigest, Change, Dated, Digests, KeyId, Lineage, Nonce, Scheme, TrustId, Version},
+    record::{
+        ApiKeyDigest, Change, Dated, Digests, Fingerprint, KeyId, Lineage, Made, Nonce, StoredPeppers, TrustId, Version,
+    },
     secret::Secret,
     store::{
         self, Actor, Ledger, LedgerError, Missing, PollError, Preset, SignOfLife, Source, StoreSettings,
@@ -34,6 +36,9 @@ contract! {
     a_key_stored_under_an_older_scheme_is_found
     a_value_and_its_date_are_of_one_snapshot
     every_field_a_decision_needs_comes_back
+    keys_are_made_under_the_recorded_pepper_alone
+    without_a_pepper_before_servers_without_one_still_fit
+    a_check_records_the_pepper_of_an_older_key
     a_trust_lives_and_dies_with_its_keys
     names_and_digests_are_taken_once
     an_import_can_be_repeated
@@ -159,12 +164,15 @@ fn only(current: ApiKeyDigest) -> Digests {
     Digests { current, older: Vec::new() }
 }
 
+const PEPPER: Fingerprint = Fingerprint([0xAB; 8]);
+const OTHER_PEPPER: Fingerprint = Fingerprint([0x0C; 8]);
+
 fn new_key(number: u8) -> NewKey {
     NewKey {
         id: KeyId(Uuid::from_u128(u128::from(number))),
         digest: digest(number),
         older: Vec::new(),
-        scheme: Scheme::Sha256,
+        made: Made::Elsewhere,
         hint: "tg_abcde".into(),
         name: None,
         scopes: Vec::new(),
@@ -277,6 +285,92 @@ async fn a_value_and_its_date_are_of_one_snapshot(db: Db) {
     assert!(distinct.len() > 50, "{} reads saw {} versions", seen.len(), distinct.len());
 }
 
+async fn keys_are_made_under_the_recorded_pepper_alone(db: Db) {
+    let db = db.migrated().await;
+    let (lookup, mut ledger) = (db.lookup().await, db.ledger().await);
+    with_acme(&mut *ledger).await;
+    let under = |number, made| NewKey { made, ..new_key(number) };
+    let (first, second) = (Made::Peppered(PEPPER), Made::Peppered(OTHER_PEPPER));
+    assert_eq!(lookup.poll(None).await.unwrap().peppers, StoredPeppers::default());
+    ledger.add_key(&actor(), &acme(), under(1, first)).await.unwrap();
+    let stored = |current, previous| StoredPeppers { current, previous };
+    assert_eq!(lookup.poll(None).await.unwrap().peppers, stored(Some(PEPPER), None));
+    // Digests made elsewhere have no pepper, so any database takes them.
+    ledger.import_keys(&actor(), &acme(), vec![new_key(2)]).await.unwrap();
+    for (made, number) in [(second, 3), (Made::Plain, 4)] {
+        let refused = ledger.add_key(&actor(), &acme(), under(number, made)).await;
+        assert!(matches!(refused, Err(LedgerError::OtherPepper { recorded: PEPPER, .. })), "{refused:?}");
+        let refused = ledger.import_keys(&actor(), &acme(), vec![under(number, made)]).await;
+        assert!(matches!(refused, Err(LedgerError::OtherPepper { recorded: PEPPER, .. })), "{refused:?}");
+    }
+    assert_eq!(ledger.keys(None).await.unwrap().len(), 2);
+    assert_eq!(ledger.use_pepper(&actor(), OTHER_PEPPER).await.unwrap(), Some(PEPPER));
+    assert_eq!(ledger.use_pepper(&actor(), OTHER_PEPPER).await.unwrap(), Some(OTHER_PEPPER), "nothing changes");
+    assert_eq!(lookup.poll(None).await.unwrap().peppers, stored(Some(OTHER_PEPPER), Some(PEPPER)));
+    assert!(ledger.add_key(&actor(), &acme(), under(5, first)).await.is_err());
+    ledger.add_key(&actor(), &acme(), under(6, second)).await.unwrap();
+    let keys = ledger.keys(None).await.unwrap();
+    let mut peppers: Vec<_> = keys.iter().map(|key| key.pepper).collect();
+    peppers.sort_unstable();
+    assert_eq!(peppers, [None, Some(OTHER_PEPPER), Some(PEPPER)]);
+    for (known, others) in [
+        (&[][..], 2),
+        (&[PEPPER], 1),
+        (&[OTHER_PEPPER], 1),
+        (&[OTHER_PEPPER, PEPPER], 0),
+        (&[Fingerprint([0xFF; 8])], 2),
+        (&[Fingerprint([0; 8])], 2),
+    ] {
+        assert_eq!(lookup.tend_peppers(known).await.unwrap(), others, "{known:?}");
+    }
+    let revoked = keys.iter().find(|key| key.pepper == Some(PEPPER)).unwrap().id;
+    ledger.revoke_key(&actor(), revoked).await.unwrap();
+    assert_eq!(lookup.tend_peppers(&[OTHER_PEPPER]).await.unwrap(), 0, "only active keys count");
+}
+
+async fn without_a_pepper_before_servers_without_one_still_fit(db: Db) {
+    let db = db.migrated().await;
+    let (lookup, mut ledger) = (db.lookup().await, db.ledger().await);
+    with_acme(&mut *ledger).await;
+    ledger.add_key(&actor(), &acme(), NewKey { made: Made::Plain, ..new_key(1) }).await.unwrap();
+    assert_eq!(lookup.poll(None).await.unwrap().peppers, StoredPeppers::default());
+    ledger.add_key(&actor(), &acme(), NewKey { made: Made::Peppered(PEPPER), ..new_key(2) }).await.unwrap();
+    let peppers = lookup.poll(None).await.unwrap().peppers;
+    assert_eq!(peppers, StoredPeppers { current: Some(PEPPER), previous: Some(Fingerprint::NO_PEPPER) });
+    assert!(peppers.fit(&[]) && peppers.fit(&[PEPPER]) && !peppers.fit(&[OTHER_PEPPER]));
+}
+
+async fn a_check_records_the_pepper_of_an_older_key(db: Db) {
+    let db = db.migrated().await;
+    let (lookup, mut ledger) = (db.lookup().await, db.ledger().await);
+    with_acme(&mut *ledger).await;
+    for number in 1..=3 {
+        ledger.add_key(&actor(), &acme(), NewKey { made: Made::Peppered(PEPPER), ..new_key(number) }).await.unwrap();
+    }
+    // As an earlier release stored them.
+    let tables = if db.is_postgres() { "trustgate." } else { "" };
+    db.execute(&format!("UPDATE {tables}api_key SET pepper_fingerprint = NULL")).await;
+    db.execute(&format!("UPDATE {tables}meta SET pepper_fingerprint = NULL")).await;
+    let before = lookup.poll(None).await.unwrap().newest.as_of;
+    // The first is found under the current pepper, the second under the previous one, the third not at all.
+    let found = lookup.find(&Digests { current: digest(1), older: vec![digest(9)] }).await.unwrap();
+    assert!(found.value.is_some());
+    let found = lookup.find(&Digests { current: digest(8), older: vec![digest(2)] }).await.unwrap();
+    assert!(found.value.is_some());
+    assert_eq!(lookup.tend_peppers(&[OTHER_PEPPER, PEPPER]).await.unwrap(), 0);
+    let keys = ledger.keys(None).await.unwrap();
+    let pepper = |number| keys.iter().find(|key| key.id == KeyId(Uuid::from_u128(number))).unwrap().pepper;
+    assert_eq!([pepper(1), pepper(2), pepper(3)], [Some(OTHER_PEPPER), Some(PEPPER), None]);
+    let polled = lookup.poll(None).await.unwrap();
+    assert_eq!(polled.newest.as_of, before, "no decision reads it, so nothing is read again");
+    assert_eq!(polled.peppers.current, Some(OTHER_PEPPER), "proven under the server's current pepper");
+    // What is recorded stays, and is not recorded again.
+    lookup.find(&Digests { current: digest(1), older: Vec::new() }).await.unwrap();
+    lookup.tend_peppers(&[PEPPER]).await.unwrap();
+    let key = ledger.key(KeyId(Uuid::from_u128(1))).await.unwrap();
+    assert_eq!(key.pepper, Some(OTHER_PEPPER));
+}
+
 async fn every_field_a_decision_needs_comes_back(db: Db) {
     let db = db.migrated().await;
     let (lookup, mut ledger) = (db.lookup().await, db.ledger().await);
@@ -284,7 +378,7 @@ async fn every_field_a_decision_needs_comes_back(db: Db) {
     let not_before = DatabaseTime::from_micros(1_700_000_000_123_456);
     let key = NewKey {
         name: Some("for 'invoices'; \\ \"x\"".into()),
-        scheme: Scheme::Hmac,
+        made: Made::Peppered(PEPPER),
         scopes: vec!["a:read".into(), "ü\"',{}".into()],
         allowed_cidrs: ["10.1.2.3/8", "2001:db8::/32", "192.0.2.7/32"].map(|cidr| cidr.parse().unwrap()).to_vec(),
         not_before: Some(not_before),
@@ -295,8 +389,8 @@ async fn every_field_a_decision_needs_comes_back(db: Db) {
     let stored = ledger.add_key(&actor(), &acme(), key.clone()).await.unwrap();
     let after = ledger.now().await.unwrap();
     assert_eq!((stored.id, stored.trust_id, &*stored.trust_name, stored.trust_enabled), (key.id, trust, "acme", true));
-    assert_eq!((stored.hint, stored.scheme, stored.name), (key.hint, key.scheme, key.name));
-    assert_eq!((stored.not_before, stored.revoked_at), (Some(not_before), None));
+    assert_eq!((stored.hint, stored.scheme, stored.name), (key.hint, key.made.scheme(), key.name));
+    assert_eq!((stored.not_before, stored.revoked_at, stored.pepper), (Some(not_before), None, Some(PEPPER)));
     assert!(stored.created_at >= before && stored.created_at <= after);
 
     let record = lookup.find(&only(digest(1))).await.unwrap().value.expect("stored");

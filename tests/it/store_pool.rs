@@ -175,7 +175,7 @@ async fn the_printed_grants_are_enough_to_serve_and_to_manage_and_no_more() {
         id: trustgate::record::KeyId(uuid::Uuid::from_u128(8)),
         digest: nobody().current,
         older: Vec::new(),
-        scheme: trustgate::record::Scheme::Sha256,
+        made: trustgate::record::Made::Elsewhere,
         hint: "tg_abcde".into(),
         name: None,
         scopes: vec![],

@@ -45,7 +45,8 @@ impl Db {
         let db = Self::new().await;
         let mut writer = db.writer().await;
         for sql in [
-            "INSERT INTO trust VALUES ($t1, 'one', 1, 0), ($t2, 'two', 1, 0)".to_owned(),
+            "INSERT INTO trust (id, name, enabled, created_at) VALUES ($t1, 'one', 1, 0), ($t2, 'two', 1, 0)"
+                .to_owned(),
             insert("INTO", 11, 1, ""),
             insert("INTO", 12, 2, ""),
         ] {
@@ -225,14 +226,14 @@ async fn what_a_decision_reads_is_named_and_nothing_else() {
         ),
         // The same values, and columns that no decision reads.
         ("UPDATE api_key SET digest = digest, id = id, scopes = scopes, revoked_at = revoked_at", &[]),
-        ("UPDATE api_key SET name = 'x', hint = 'y', created_at = 9", &[]),
+        ("UPDATE api_key SET name = 'x', hint = 'y', created_at = 9, pepper_fingerprint = x'0102030405060708', metadata = '{}', rotated_from = NULL", &[]),
         ("UPDATE api_key SET rowid = rowid + 100", &[]),
         ("INSERT INTO key_use VALUES ($k14, 1); UPDATE key_use SET last_used_at = 2; DELETE FROM key_use", &[]),
         ("INSERT INTO setting VALUES ('x', x'00'); INSERT INTO replica (id, applied, seen_at) VALUES ('x', 1, 1)", &[]),
         ("INSERT INTO audit (at, actor, action, object) VALUES (1, 'a', 'b', 'c')", &[]),
         ("DELETE FROM api_key WHERE id = $k14", &["gone 4", "key 14"]),
         ("DELETE FROM api_key", &["gone 2", "gone 3", "key 12", "key 13"]),
-        ("INSERT INTO trust VALUES ($t3, 'three', 1, 0)", &["trust 3"]),
+        ("INSERT INTO trust (id, name, enabled, created_at) VALUES ($t3, 'three', 1, 0)", &["trust 3"]),
         ("UPDATE trust SET enabled = 0 WHERE id = $t3", &["trust 3"]),
         ("UPDATE trust SET enabled = 0, name = 'four' WHERE id = $t3", &[]),
         ("UPDATE trust SET created_at = 9", &[]),
@@ -299,16 +300,22 @@ async fn rows_that_replace_removes_are_named_and_those_that_ignore_leaves_are_no
                 ),
             ),
             (
-                "INSERT OR REPLACE INTO trust VALUES ($t1, 'one', 1, 0)",
+                "INSERT OR REPLACE INTO trust (id, name, enabled, created_at) VALUES ($t1, 'one', 1, 0)",
                 either(&["trust 1"], &["absent 5", "trust 1", "trust 1"]),
             ),
-            ("INSERT OR REPLACE INTO trust VALUES ($t3, 'two', 1, 0)", &["trust 2", "trust 3"]),
-            ("INSERT OR IGNORE INTO trust VALUES ($t4, 'two', 1, 0)", &[]),
-            ("INSERT INTO trust VALUES ($t4, 'two', 0, 0) ON CONFLICT (name) DO UPDATE SET enabled = 0", &["trust 3"]),
+            (
+                "INSERT OR REPLACE INTO trust (id, name, enabled, created_at) VALUES ($t3, 'two', 1, 0)",
+                &["trust 2", "trust 3"],
+            ),
+            ("INSERT OR IGNORE INTO trust (id, name, enabled, created_at) VALUES ($t4, 'two', 1, 0)", &[]),
+            (
+                "INSERT INTO trust (id, name, enabled, created_at) VALUES ($t4, 'two', 0, 0) ON CONFLICT (name) DO UPDATE SET enabled = 0",
+                &["trust 3"],
+            ),
             ("UPDATE OR REPLACE trust SET name = 'two' WHERE id = $t1", either(&["trust 1", "trust 3"], &["trust 3"])),
             // Without foreign keys a trust can go and come back under its keys: those are absent meanwhile.
             ("DELETE FROM trust", &["trust 1"]),
-            ("INSERT INTO trust VALUES ($t1, 'one', 1, 0)", &["absent 5", "trust 1"]),
+            ("INSERT INTO trust (id, name, enabled, created_at) VALUES ($t1, 'one', 1, 0)", &["absent 5", "trust 1"]),
             ("UPDATE trust SET id = $t2", &["trust 1", "trust 2"]),
             ("UPDATE trust SET id = $t1", &["absent 5", "trust 1", "trust 2"]),
         ]
@@ -715,7 +722,7 @@ async fn a_database_of_the_first_release_is_brought_up_to_date_with_its_keys() {
     ledger.revoke_key(&store::Actor("test".into()), record.key_id).await.unwrap();
     assert_eq!(follower.named().await, ["absent 1", "key 11", "gone 1"]);
     assert_eq!(ledger.newest().await.unwrap(), follower.at.0);
-    assert_eq!(writer.number("SELECT count(*) FROM schema").await, 3);
+    assert_eq!(writer.number("SELECT count(*) FROM schema").await, 4);
     assert_eq!(ledger.replicas().await.unwrap(), [], "a sign of life that never said how long it counts");
 
     // Done is done.
@@ -783,7 +790,7 @@ async fn a_kind_of_a_newer_release_is_everything_and_an_odd_object_is_its_kind()
     };
     writer.run(&format!("UPDATE api_key SET id = '{odd}' WHERE id = $k11")).await.unwrap();
     assert_eq!(follower.named().await, ["absent 1", "key 11", "all Keys"]);
-    writer.run("INSERT INTO schema VALUES (4, 1, 0)").await.unwrap();
+    writer.run("INSERT INTO schema VALUES (5, 1, 0)").await.unwrap();
     for kind in ["user", "a", "~", "gonf"] {
         writer.run(&change(kind)).await.unwrap();
         assert_eq!(follower.named().await, ["everything"], "{kind}");

@@ -13,7 +13,7 @@ use tokio::{
 use trustgate::{
     clock::SystemClock,
     fault::Fault,
-    record::{ApiKeyDigest, Change, ChangeKind, Digests, KeyId, Scheme, TrustId, Version},
+    record::{ApiKeyDigest, Change, ChangeKind, Digests, Fingerprint, KeyId, Made, TrustId, Version},
     secret::Secret,
     store::{
         self, Actor, Missing, PollError, SignOfLife, Source, StoreSettings,
@@ -24,6 +24,7 @@ use uuid::Uuid;
 
 use crate::support::{eventually, pgbouncer::PgBouncer, postgres::Postgres};
 
+const PEPPER: Fingerprint = Fingerprint([0xAB; 8]);
 const SECONDS: Duration = Duration::from_secs(1);
 const KEY: &str = "00000000-0000-0000-0000-000000000001";
 
@@ -405,6 +406,31 @@ async fn tables_of_the_first_release_are_upgraded_in_place() {
 }
 
 #[tokio::test]
+async fn functions_that_an_upgrade_adds_need_no_new_rights() {
+    let db = Db::new().await;
+    let (serve, manage) = (format!("serve_{}", db.name), format!("manage-\"{}", db.name));
+    let quoted = manage.replace('"', "\"\"");
+    db.execute(&format!("CREATE ROLE {serve}; CREATE ROLE \"{quoted}\"")).await;
+    db.execute(&store::grants(&db.settings, &serve, &manage)).await;
+    db.execute(
+        "DROP FUNCTION trustgate.find_key, trustgate.record_peppers, trustgate.hold_pepper, trustgate.use_pepper",
+    )
+    .await;
+    db.migrate().await;
+    for (role, function, may) in [
+        (&serve, "find_key(bytea[], uuid)", true),
+        (&serve, "record_peppers(uuid[], bytea[], bytea)", true),
+        (&serve, "hold_pepper(bytea)", false),
+        (&manage, "hold_pepper(bytea)", true),
+        (&manage, "use_pepper(bytea)", true),
+        (&manage, "record_peppers(uuid[], bytea[], bytea)", false),
+    ] {
+        let sql = format!("SELECT has_function_privilege('{role}', 'trustgate.{function}', 'EXECUTE')");
+        assert_eq!(db.server.value::<bool>(&db.name, &sql).await, may, "{role}: {function}");
+    }
+}
+
+#[tokio::test]
 async fn the_rights_that_are_printed_are_enough_and_no_more() {
     let db = Db::new().await;
     let (serve, manage) = (format!("serve_{}", db.name), format!("manage_{}", db.name));
@@ -436,7 +462,7 @@ async fn the_rights_that_are_printed_are_enough_and_no_more() {
         id: KeyId(Uuid::from_u128(2)),
         digest: ApiKeyDigest::from_bytes([2; 32]),
         older: Vec::new(),
-        scheme: Scheme::Sha256,
+        made: Made::Peppered(PEPPER),
         hint: "tg".into(),
         name: None,
         scopes: Vec::new(),
@@ -445,6 +471,11 @@ async fn the_rights_that_are_printed_are_enough_and_no_more() {
         expires_in: None,
     };
     ledger.add_key(&actor, &trust, key).await.unwrap();
+    db.execute("UPDATE trustgate.api_key SET pepper_fingerprint = NULL").await;
+    lookup.find(&Digests { current: ApiKeyDigest::from_bytes([2; 32]), older: Vec::new() }).await.unwrap();
+    lookup.tend_peppers(&[PEPPER]).await.unwrap();
+    assert_eq!(ledger.key(KeyId(Uuid::from_u128(2))).await.unwrap().pepper, Some(PEPPER));
+    ledger.use_pepper(&actor, Fingerprint([1; 8])).await.unwrap();
     ledger.revoke_key(&actor, KeyId(Uuid::from_u128(2))).await.unwrap();
     ledger.enable_trust(&actor, &trust, false).await.unwrap();
     ledger.clear_caches(&actor).await.unwrap();
@@ -458,6 +489,8 @@ async fn the_rights_that_are_printed_are_enough_and_no_more() {
         (&serve, "INSERT INTO trustgate.version (version, nonce) VALUES (999, '\\x00')"),
         (&serve, "UPDATE trustgate.meta SET incarnation = gen_random_uuid()"),
         (&serve, "SELECT trustgate.everything()"),
+        (&serve, "SELECT trustgate.use_pepper('\\x0102030405060708')"),
+        (&serve, "UPDATE trustgate.api_key SET pepper_fingerprint = NULL"),
         (&manage, "INSERT INTO trustgate.version (version, nonce) VALUES (999, '\\x00')"),
         (&manage, "SELECT trustgate.note('key', 'x')"),
         (&manage, "SELECT trustgate.prune()"),

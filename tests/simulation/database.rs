@@ -12,7 +12,10 @@ use std::{
 use tokio::{sync::Notify, time::Instant};
 use trustgate::{
     clock::{DatabaseTime, Moment},
-    record::{ApiKeyDigest, Change, ChangeKind, Dated, Digests, KeyId, Lineage, Nonce, Record, TrustId, Version},
+    record::{
+        ApiKeyDigest, Change, ChangeKind, Dated, Digests, KeyId, Lineage, Nonce, Record, StoredPeppers, TrustId,
+        Version,
+    },
     store::Polled,
 };
 use uuid::Uuid;
@@ -380,6 +383,7 @@ impl Database {
             versions,
             changes,
             complete,
+            peppers: StoredPeppers::default(),
         }
     }
 

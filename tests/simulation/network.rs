@@ -12,7 +12,7 @@ use tokio::time::{Instant, sleep};
 use trustgate::{
     clock::{Clock, DatabaseTime, Moment},
     fault::{Fault, Tier},
-    record::{Dated, Digests, KeyId, Record, Version},
+    record::{Dated, Digests, Fingerprint, KeyId, Record, Version},
     store::{LedgerError, Lookup, Missing, PollError, Polled, SignOfLife, Source},
 };
 use uuid::Uuid;
@@ -140,6 +140,10 @@ impl Lookup for Network {
 
     async fn renew_incarnation(&self, lost: Uuid) -> Result<(), Fault> {
         self.ask(|database, _, _| database.renew_incarnation(lost)).await
+    }
+
+    async fn tend_peppers(&self, _: &[Fingerprint]) -> Result<u64, Fault> {
+        Ok(0)
     }
 
     async fn prune(&self) -> Result<bool, Fault> {

@@ -14,7 +14,7 @@ use trustgate::{
     app::{AppBuilder, Running},
     config::{self, Purpose},
     fault::Fault,
-    record::{Dated, Digests, KeyId, Record, Version},
+    record::{Dated, Digests, Fingerprint, KeyId, Record, Version},
     store::{LedgerError, Lookup, Missing, PollError, Polled, SignOfLife, Source},
 };
 use uuid::Uuid;
@@ -173,6 +173,10 @@ impl Lookup for Seam {
 
     async fn renew_incarnation(&self, lost: Uuid) -> Result<(), Fault> {
         self.inner.renew_incarnation(lost).await
+    }
+
+    async fn tend_peppers(&self, known: &[Fingerprint]) -> Result<u64, Fault> {
+        self.inner.tend_peppers(known).await
     }
 
     async fn prune(&self) -> Result<bool, Fault> {

@@ -5,7 +5,7 @@ use std::{
     ffi::OsString,
     io::Write as _,
     net::SocketAddr,
-    path::Path,
+    path::{Path, PathBuf},
     process::{Command, Stdio},
     time::Duration,
 };
@@ -30,6 +30,8 @@ pub const UNHURRIED: [(&str, &str); 3] =
 pub struct Site {
     dir: TempDir,
     settings: Vec<(String, String)>,
+    /// What runs.
+    program: PathBuf,
 }
 
 /// What a command came to.
@@ -53,7 +55,13 @@ impl Site {
     pub fn new() -> Self {
         let settings = [("TRUSTGATE__GRPC__LISTEN", "127.0.0.1:0"), ("TRUSTGATE__ADMIN__LISTEN", "127.0.0.1:0")];
         let settings = settings.map(|(name, value)| (name.to_owned(), value.to_owned())).to_vec();
-        Self { dir: tempfile::tempdir().expect("a directory"), settings }
+        let program = env!("CARGO_BIN_EXE_trustgate").into();
+        Self { dir: tempfile::tempdir().expect("a directory"), settings, program }
+    }
+
+    /// The same run by another build of trustgate.
+    pub fn run_by(self, program: &Path) -> Self {
+        Self { program: program.to_owned(), ..self }
     }
 
     /// The same with [`UNHURRIED`].
@@ -91,7 +99,7 @@ impl Site {
 
     /// Runs the program with `input` on standard input.
     pub async fn feed(&self, arguments: &[&str], input: &str) -> Ran {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_trustgate"));
+        let mut command = Command::new(&self.program);
         command.args(arguments).env_clear().envs(self.variables()).current_dir(self.path());
         let input = input.to_owned();
         let running = tokio::task::spawn_blocking(move || {
@@ -169,7 +177,7 @@ impl Site {
         let variables = self.variables().into_iter().map(|(name, value)| format!("{name}={value}").into());
         let mut words = vec![OsString::from("env"), "-i".into()];
         words.extend(variables);
-        words.extend([env!("CARGO_BIN_EXE_trustgate").into(), "serve".into()]);
+        words.extend([self.program.clone().into(), "serve".into()]);
         let program = Guarded::start_to(End::Kill, &directory("serve"), &words);
         let listening = program.until(async || {
             let log = program.log();

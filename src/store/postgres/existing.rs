@@ -82,7 +82,7 @@ impl ExistingTable {
         let (expires_at, revoked_at) = (time(&self.expires_at, "infinity"), time(&self.revoked_at, "infinity"));
         format!(
             "SELECT {date}, {id}::text, {trust}::text, {enabled}, {digest_text}, 0::bigint, {scopes}, '[]',
-                {not_before}, {expires_at}, {revoked_at}
+                {not_before}, {expires_at}, {revoked_at}, 0::bigint
              FROM {from}
              LEFT JOIN {table} t ON {id} IS NOT NULL AND {trust} IS NOT NULL AND {digest} IS NOT NULL AND {condition}",
             table = self.table.sql(),

@@ -23,7 +23,7 @@ use super::{
 };
 use crate::{
     clock::DatabaseTime,
-    record::{ApiKeyDigest, KeyId, TrustId},
+    record::{ApiKeyDigest, Fingerprint, KeyId, TrustId},
 };
 
 /// One connection to a PostgreSQL database, and the schema of our tables.
@@ -189,9 +189,9 @@ impl Tables for PostgresTables {
 
     async fn put_keys(&mut self, keys: &[StoredKey]) -> Result<(), sqlx::Error> {
         let sql = "INSERT INTO {s}.api_key
-                (id, trust_id, digest, scheme, hint, name, scopes, allowed_cidrs, created_at, not_before, expires_at,
-                revoked_at)
-             SELECT n.id, n.trust_id, n.digest, n.scheme, n.hint, n.name,
+                (id, trust_id, digest, scheme, pepper_fingerprint, hint, name, scopes, allowed_cidrs, created_at, not_before,
+                expires_at, revoked_at)
+             SELECT n.id, n.trust_id, n.digest, n.scheme, n.pepper, n.hint, n.name,
                 ARRAY(SELECT json_array_elements_text(n.scopes::json)),
                 ARRAY(SELECT json_array_elements_text(n.cidrs::json))::cidr[],
                 to_timestamp(0) + n.created_at * interval '1 microsecond',
@@ -199,8 +199,9 @@ impl Tables for PostgresTables {
                 to_timestamp(0) + n.expires_at * interval '1 microsecond',
                 to_timestamp(0) + n.revoked_at * interval '1 microsecond'
              FROM unnest($1::uuid[], $2::uuid[], $3::bytea[], $4::int2[], $5::text[], $6::text[], $7::text[], $8::text[],
-                $9::int8[], $10::int8[], $11::int8[], $12::int8[])
-                AS n (id, trust_id, digest, scheme, hint, name, scopes, cidrs, created_at, not_before, expires_at, revoked_at)";
+                $9::int8[], $10::int8[], $11::int8[], $12::int8[], $13::bytea[])
+                AS n (id, trust_id, digest, scheme, hint, name, scopes, cidrs, created_at, not_before, expires_at, revoked_at,
+                    pepper)";
         let query = self
             .query(sql)
             .bind(column(keys, |stored| stored.key.id.0))
@@ -214,34 +215,37 @@ impl Tables for PostgresTables {
             .bind(column(keys, |stored| stored.key.created_at.micros()))
             .bind(column(keys, |stored| stored.key.not_before.map(DatabaseTime::micros)))
             .bind(column(keys, |stored| stored.key.expires_at.map(DatabaseTime::micros)))
-            .bind(column(keys, |stored| stored.key.revoked_at.map(DatabaseTime::micros)));
+            .bind(column(keys, |stored| stored.key.revoked_at.map(DatabaseTime::micros)))
+            .bind(column(keys, |stored| stored.key.pepper.map(bytes)));
         self.change(query).await.map(drop)
     }
 
     async fn insert_keys(&mut self, trust: TrustId, keys: &[NewKey]) -> Result<u64, sqlx::Error> {
         // One statement for all: a column is an array, and the lists within travel as JSON.
         let sql = "INSERT INTO {s}.api_key
-                (id, trust_id, digest, scheme, hint, name, scopes, allowed_cidrs, not_before, expires_at)
-             SELECT n.id, $1, n.digest, n.scheme, n.hint, n.name,
+                (id, trust_id, digest, scheme, pepper_fingerprint, hint, name, scopes, allowed_cidrs, not_before, expires_at)
+             SELECT n.id, $1, n.digest, n.scheme, n.pepper, n.hint, n.name,
                 ARRAY(SELECT json_array_elements_text(n.scopes::json)),
                 ARRAY(SELECT json_array_elements_text(n.cidrs::json))::cidr[],
                 to_timestamp(0) + n.not_before * interval '1 microsecond',
                 now() + n.expires_in * interval '1 microsecond'
              FROM unnest($2::uuid[], $3::bytea[], $4::int2[], $5::text[], $6::text[], $7::text[], $8::text[],
-                $9::int8[], $10::int8[]) AS n (id, digest, scheme, hint, name, scopes, cidrs, not_before, expires_in)
+                $9::int8[], $10::int8[], $11::bytea[])
+                AS n (id, digest, scheme, hint, name, scopes, cidrs, not_before, expires_in, pepper)
              ON CONFLICT (digest) DO NOTHING";
         let query = self
             .query(sql)
             .bind(trust.0)
             .bind(column(keys, |key| key.id.0))
             .bind(column(keys, |key| key.digest.as_bytes().to_vec()))
-            .bind(column(keys, |key| key.scheme.number()))
+            .bind(column(keys, |key| key.made.scheme().number()))
             .bind(column(keys, |key| key.hint.clone()))
             .bind(column(keys, |key| key.name.clone()))
             .bind(column(keys, |key| rows::json_list(&key.scopes)))
             .bind(column(keys, |key| rows::json_list(&rows::networks(&key.allowed_cidrs))))
             .bind(column(keys, |key| key.not_before.map(DatabaseTime::micros)))
-            .bind(column(keys, |key| key.expires_in.map(rows::micros)));
+            .bind(column(keys, |key| key.expires_in.map(rows::micros)))
+            .bind(column(keys, |key| key.made.fingerprint().map(bytes)));
         self.change(query).await
     }
 
@@ -261,6 +265,16 @@ impl Tables for PostgresTables {
     async fn change_everything(&mut self) -> Result<(), sqlx::Error> {
         let query = self.query("SELECT {s}.everything()");
         self.change(query).await.map(drop)
+    }
+
+    async fn hold_pepper(&mut self, pepper: Option<Fingerprint>) -> Result<Option<Fingerprint>, sqlx::Error> {
+        let query = self.query("SELECT {s}.hold_pepper($1)").bind(pepper.map(bytes));
+        Ok(rows::fingerprint(self.one(query).await?.try_get(0)?)?)
+    }
+
+    async fn use_pepper(&mut self, pepper: Fingerprint) -> Result<Option<Fingerprint>, sqlx::Error> {
+        let query = self.query("SELECT {s}.use_pepper($1)").bind(bytes(pepper));
+        Ok(rows::fingerprint(self.one(query).await?.try_get(0)?)?)
     }
 
     async fn newest(&mut self) -> Result<i64, sqlx::Error> {
@@ -305,6 +319,10 @@ impl Tables for PostgresTables {
     }
 }
 
+fn bytes(fingerprint: Fingerprint) -> Vec<u8> {
+    fingerprint.0.to_vec()
+}
+
 fn column<T, V>(rows: &[T], value: impl Fn(&T) -> V) -> Vec<V> {
     rows.iter().map(value).collect()
 }
@@ -314,7 +332,7 @@ fn select_keys(more: &str, condition: &str, order: &str) -> String {
     format!(
         "SELECT k.id::text, t.id::text, t.name, t.enabled::int::bigint, k.hint, k.scheme::bigint, k.name,
             array_to_json(k.scopes)::text, array_to_json(k.allowed_cidrs)::text,
-            {created}, {not_before}, {expires_at}, {revoked_at}{more}
+            {created}, {not_before}, {expires_at}, {revoked_at}, encode(k.pepper_fingerprint, 'hex'){more}
          FROM {{s}}.api_key k JOIN {{s}}.trust t ON t.id = k.trust_id WHERE {condition} ORDER BY {order}",
         created = micros("k.created_at"),
         not_before = micros("k.not_before"),

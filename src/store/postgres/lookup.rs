@@ -9,7 +9,7 @@ use super::{
     super::{
         LedgerError, SchemaName,
         existing::{ExistingTable, bytes_literal, literal},
-        lookup::{Missing, SignOfLife},
+        lookup::{Missing, OTHER_KEYS_MAX, SignOfLife},
         place::Address,
         pool::Connect,
         reader::{Dialect, Ours},
@@ -17,7 +17,7 @@ use super::{
     },
     code, connect, describe, is_missing, listen, migrate, watch,
 };
-use crate::record::{Digests, KeyId, Version};
+use crate::record::{Digests, Fingerprint, KeyId, Version};
 
 /// One PostgreSQL database and whose tables it holds.
 #[derive(Clone, Debug)]
@@ -72,7 +72,7 @@ impl Dialect for Postgres {
         };
         match &self.existing {
             None => self.timed(&format!(
-                "SELECT * FROM {{s}}.find(ARRAY[{}]::bytea[], NULL)",
+                "SELECT * FROM {{s}}.find_key(ARRAY[{}]::bytea[], NULL)",
                 list(&|hex| bytes_literal(&hex))
             )),
             Some(table) => self.timed(&table.find(&table.has_digest(digests))),
@@ -81,7 +81,7 @@ impl Dialect for Postgres {
 
     fn find_by_id(&self, key: KeyId) -> String {
         match &self.existing {
-            None => self.timed(&format!("SELECT * FROM {{s}}.find(NULL, '{key}')")),
+            None => self.timed(&format!("SELECT * FROM {{s}}.find_key(NULL, '{key}')")),
             Some(table) => self.timed(&table.find(&table.has_id(key))),
         }
     }
@@ -91,7 +91,7 @@ impl Dialect for Postgres {
             return self.timed(&format!(
                 "SELECT {echo}::bigint, CASE WHEN pg_is_in_recovery() THEN 'standby' ELSE 'primary' END,
                     0::bigint, 0::bigint, repeat('0', 32), '00000000-0000-0000-0000-000000000000', 0::bigint, 0::bigint,
-                    {CLOCK}, 0::bigint, {CLOCK}, NULL::bigint, NULL, NULL, NULL"
+                    {CLOCK}, 0::bigint, {CLOCK}, NULL::bigint, NULL, NULL, NULL, NULL, NULL"
             ));
         }
         let since = since.map_or_else(|| "NULL".to_owned(), |version| version.0.to_string());
@@ -100,10 +100,17 @@ impl Dialect for Postgres {
             || "watched".to_owned(),
             |table| format!("watched * ({})::int", attached_as(&table.identity())),
         );
+        // No pepper concerns the digests of somebody else's table.
+        let pepper = |column: &str| match self.existing {
+            None => format!("(SELECT encode({column}, 'hex') FROM {{s}}.meta)"),
+            Some(_) => "NULL".to_owned(),
+        };
         let poll = format!(
             "SELECT {echo}::bigint, state, oldest, newest, newest_nonce, incarnation, system, timeline, clock, {watched},
-                stamped_at, version, nonce, kind, object
+                stamped_at, version, nonce, kind, object, {}, {}
              FROM {{s}}.poll({since}, {})",
+            pepper("pepper_fingerprint"),
+            pepper("previous_pepper_fingerprint"),
             POLL_ROWS_MAX + 1
         );
         self.within(POLL_TIMEOUT, &format!("SET LOCAL lock_timeout = {}; {poll}", POLL_LOCK_TIMEOUT.as_millis()))
@@ -166,6 +173,35 @@ impl Dialect for Postgres {
                  FROM {s}.version ORDER BY version LIMIT 1 OFFSET 1",
             ),
         })
+    }
+
+    fn record_peppers(&self, proven: &[(KeyId, Fingerprint)], current: Fingerprint) -> String {
+        let list = |write: fn(&(KeyId, Fingerprint)) -> String| proven.iter().map(write).collect::<Vec<_>>().join(", ");
+        self.timed(&format!(
+            "SELECT {{s}}.record_peppers(ARRAY[{}]::uuid[], ARRAY[{}]::bytea[], {})",
+            list(|(id, _)| format!("'{id}'")),
+            list(|(_, fingerprint)| Self::fingerprint_literal(*fingerprint)),
+            Self::fingerprint_literal(current),
+        ))
+    }
+
+    fn fingerprint_literal(fingerprint: Fingerprint) -> String {
+        format!("{}::bytea", bytes_literal(&fingerprint.to_string()))
+    }
+
+    fn count_keys(&self, conditions: &[String]) -> String {
+        let ranges = conditions.iter().map(|condition| {
+            format!(
+                "SELECT FROM {{s}}.api_key WHERE {condition} AND revoked_at IS NULL
+                    AND (expires_at IS NULL OR expires_at > statement_timestamp())"
+            )
+        });
+        let ranges = ranges.collect::<Vec<_>>().join(" UNION ALL ");
+        self.timed(&format!("SELECT count(*) FROM (SELECT FROM ({ranges}) k LIMIT {OTHER_KEYS_MAX}) k"))
+    }
+
+    fn has_own_keys(&self) -> bool {
+        self.existing.is_none()
     }
 
     fn report(&self, sign: &SignOfLife) -> String {

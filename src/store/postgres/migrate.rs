@@ -31,6 +31,9 @@ pub(crate) async fn run(address: &Address, name: &SchemaName, connect_timeout: D
     if tables(&mut transaction, name).await?.is_some_and(|tables| tables.version == 2) {
         third(&mut transaction, name).await?;
     }
+    if tables(&mut transaction, name).await?.is_some_and(|tables| tables.version == 3) {
+        fourth(&mut transaction, name).await?;
+    }
     let tables = tables(&mut transaction, name).await?;
     // A newer release's functions and triggers are left to it.
     if tables.is_some_and(|tables| tables.version == schema::VERSION) {
@@ -119,11 +122,37 @@ async fn second(connection: &mut PgConnection, name: &SchemaName) -> Result<(), 
 /// Version 3: somebody else's table may be attached. What is known of it stands where `serve` has the right to read.
 async fn third(connection: &mut PgConnection, name: &SchemaName) -> Result<(), sqlx::Error> {
     sqlx::raw_sql(in_schema(THIRD, name)).execute(&mut *connection).await?;
+    stamp(connection, name, 3).await
+}
+
+/// Version 4: keys know their pepper. The other columns are for later releases, so that tables that every check reads
+/// change only once.
+async fn fourth(connection: &mut PgConnection, name: &SchemaName) -> Result<(), sqlx::Error> {
+    sqlx::raw_sql(in_schema(watch::HOLD_WRITERS, name)).execute(&mut *connection).await?;
+    sqlx::raw_sql(in_schema(FOURTH, name)).execute(&mut *connection).await?;
     stamp(connection, name, schema::VERSION).await
 }
 
 const THIRD: &str = "ALTER TABLE {s}.meta ADD COLUMN attached_schema text, ADD COLUMN attached_table text,
     ADD COLUMN attached_digest text, ADD COLUMN attached_identity text";
+
+const FOURTH: &str = "
+ALTER TABLE {s}.meta
+    ADD COLUMN pepper_fingerprint bytea CHECK (octet_length(pepper_fingerprint) = 8),
+    ADD COLUMN previous_pepper_fingerprint bytea CHECK (octet_length(previous_pepper_fingerprint) = 8);
+ALTER TABLE {s}.api_key
+    ADD COLUMN pepper_fingerprint bytea CHECK (octet_length(pepper_fingerprint) = 8),
+    ADD COLUMN metadata jsonb,
+    ADD COLUMN rotated_from uuid,
+    ADD COLUMN limit_requests bigint,
+    ADD COLUMN limit_unit text;
+ALTER TABLE {s}.trust
+    ADD COLUMN external_id text,
+    ADD COLUMN limit_requests bigint,
+    ADD COLUMN limit_unit text;
+CREATE INDEX api_key_pepper ON {s}.api_key (pepper_fingerprint)
+    WHERE pepper_fingerprint IS NOT NULL AND revoked_at IS NULL;
+";
 
 async fn stamp(connection: &mut PgConnection, name: &SchemaName, version: i64) -> Result<(), sqlx::Error> {
     sqlx::query(in_schema("INSERT INTO {s}.schema (version, compatible_from) VALUES ($1, $2)", name))

@@ -43,12 +43,14 @@ pub(super) const SERVE: Needs = Needs(&[
         &["EXECUTE"],
         On::Function,
         &[
-            "find(bytea[], uuid)",
+            "find(bytea[], uuid)", // for releases before this one, which may be put back
+            "find_key(bytea[], uuid)",
             "poll(bigint, bigint)",
             "fingerprint()",
             "restore_watch()",
             "renew_incarnation(uuid)",
             "prune()",
+            "record_peppers(uuid[], bytea[], bytea)",
         ],
     ),
 ]);
@@ -59,7 +61,7 @@ pub(super) const MANAGE: Needs = Needs(&[
     right(&["SELECT"], On::Table, &["schema", "version", "trust", "api_key", "replica"]),
     right(&["INSERT", "UPDATE", "DELETE"], On::Table, &["trust", "api_key"]),
     right(&["INSERT"], On::Table, &["audit"]),
-    right(&["EXECUTE"], On::Function, &["everything()"]),
+    right(&["EXECUTE"], On::Function, &["everything()", "hold_pepper(bytea)", "use_pepper(bytea)"]),
 ]);
 
 /// What `serve`'s role and management's role need, as statements for the owners of the tables to run.

@@ -8,8 +8,11 @@
 use sha2::{Digest, Sha256};
 use sqlx::PgConnection;
 
-use super::{super::SchemaName, in_schema, lookup};
-use crate::record::hex;
+use super::{
+    super::{SchemaName, existing::bytes_literal},
+    in_schema, lookup,
+};
+use crate::record::{Fingerprint, hex};
 
 /// Version 2 of the tables: changes are named.
 ///
@@ -45,7 +48,9 @@ pub(super) const HOLD_WRITERS: &str = "LOCK TABLE {s}.trust, {s}.api_key IN SHAR
 pub(super) async fn mend(connection: &mut PgConnection, name: &SchemaName) -> Result<(), sqlx::Error> {
     for function in FUNCTIONS {
         if !function.is_there(connection, name).await? {
-            sqlx::raw_sql(in_schema(&function.definition(name), name)).execute(&mut *connection).await?;
+            let grants = function.inherited_rights(connection, name).await?;
+            let sql = function.definition(name) + &grants;
+            sqlx::raw_sql(in_schema(&sql, name)).execute(&mut *connection).await?;
         }
     }
     sqlx::raw_sql(in_schema(MEND_TRIGGERS, name)).execute(&mut *connection).await?;
@@ -93,6 +98,9 @@ struct Function {
     returns: &'static str,
     attributes: &'static str,
     body: &'static str,
+    /// The signature of an older function whose callers need this one too. When a migration adds this function, each role that may
+    /// call the older one gets the right to call this one, so an upgrade needs no new grants.
+    rights_of: Option<&'static str>,
 }
 
 impl Function {
@@ -101,15 +109,38 @@ impl Function {
         let sql = "SELECT FROM pg_proc
              WHERE oid = to_regprocedure($1) AND prosrc = $2 AND proconfig @> ARRAY['search_path=pg_catalog, pg_temp']
                 AND prosecdef = ($3 LIKE '%SECURITY DEFINER%')";
-        let types = self.arguments.split(", ").filter_map(|argument| argument.split_once(' ')).map(|(_, of)| of);
-        let signature = format!("{}.{}({})", name.as_str(), self.name, types.collect::<Vec<_>>().join(", "));
         let found = sqlx::query(sql)
-            .bind(signature)
+            .bind(self.signature(name))
             .bind(self.body(name))
             .bind(self.attributes)
             .fetch_optional(connection)
             .await?;
         Ok(found.is_some())
+    }
+
+    /// The name with the types of the arguments.
+    fn signature(&self, schema: &SchemaName) -> String {
+        let types = self.arguments.split(", ").filter_map(|argument| argument.split_once(' ')).map(|(_, of)| of);
+        format!("{}.{}({})", schema.as_str(), self.name, types.collect::<Vec<_>>().join(", "))
+    }
+
+    /// The statements that give a function that is new the rights of [`Self::rights_of`].
+    async fn inherited_rights(
+        &self,
+        connection: &mut PgConnection,
+        schema: &SchemaName,
+    ) -> Result<String, sqlx::Error> {
+        let Some(model) = self.rights_of else { return Ok(String::new()) };
+        let sql = "SELECT format('; GRANT EXECUTE ON FUNCTION %s TO %s', $1, acl.grantee::regrole)
+             FROM pg_proc p CROSS JOIN LATERAL aclexplode(p.proacl) acl
+             WHERE p.oid = to_regprocedure($2) AND to_regprocedure($1) IS NULL
+                AND acl.privilege_type = 'EXECUTE' AND acl.grantee NOT IN (0, p.proowner)";
+        let grants: Vec<String> = sqlx::query_scalar(sql)
+            .bind(self.signature(schema))
+            .bind(format!("{}.{model}", schema.as_str()))
+            .fetch_all(connection)
+            .await?;
+        Ok(grants.concat())
     }
 
     fn definition(&self, schema: &SchemaName) -> String {
@@ -130,7 +161,8 @@ impl Function {
 
 /// `text` with the schema, and the digests of the functions by which changes are named, where it has a place for them.
 fn filled(text: &str, schema: &SchemaName) -> String {
-    let text = text.replace("{s}", schema.as_str()).replace("{attach}", ATTACH);
+    let no_pepper = format!("{}::bytea", bytes_literal(&Fingerprint::NO_PEPPER.to_string()));
+    let text = text.replace("{s}", schema.as_str()).replace("{attach}", ATTACH).replace("{no_pepper}", &no_pepper);
     if !text.contains("{functions}") {
         return text;
     }
@@ -222,12 +254,63 @@ const DEFINER: &str = "SECURITY DEFINER";
 /// must be good however much the tables grow: by index, and without the compiler, which takes longer than the work.
 const ONE_SNAPSHOT: &str = "STABLE SET enable_seqscan = off SET enable_bitmapscan = off SET jit = off";
 
+/// What `find` and `find_key` return, and what `$more` adds.
+macro_rules! found {
+    ($more:literal) => {
+        concat!(
+            "TABLE (
+            version bigint, nonce text, incarnation text, system bigint, timeline bigint, clock bigint,
+            key_id text, trust_id text, trust_enabled bigint, digest text, scheme bigint, scopes text, allowed_cidrs text,
+            not_before bigint, expires_at bigint, revoked_at bigint",
+            $more,
+            "
+        )"
+        )
+    };
+}
+
+/// The body of `find` and `find_key`. `$more`: the values of what [`found`] adds.
+///
+/// One statement, so one snapshot. `statement_timestamp()` is when the server got the statement: never after the snapshot, so
+/// that no age is counted too short. `pg_current_wal_lsn()` fails on a standby, as it should.
+macro_rules! find_body {
+    ($more:literal) => {
+        concat!(
+            "
+#variable_conflict use_column
+BEGIN
+    RETURN QUERY SELECT v.version, encode(v.nonce, 'hex'), m.incarnation::text, c.system_identifier,
+        ('x' || left(pg_walfile_name(pg_current_wal_lsn()), 8))::bit(32)::bigint,
+        (extract(epoch FROM statement_timestamp()) * 1000000)::bigint,
+        k.id::text, t.id::text, t.enabled::int::bigint, encode(k.digest, 'hex'), k.scheme::bigint,
+        array_to_json(k.scopes)::text, array_to_json(k.allowed_cidrs)::text,
+        {not_before}, {expires_at}, {revoked_at}",
+            $more,
+            "
+    FROM (SELECT version, nonce FROM {s}.version ORDER BY version DESC LIMIT 1) v
+    CROSS JOIN {s}.meta m
+    CROSS JOIN pg_control_system() c
+    LEFT JOIN (
+        SELECT * FROM {s}.api_key WHERE digest = ANY (digests)
+        UNION ALL
+        SELECT * FROM {s}.api_key WHERE id = key
+    ) k JOIN {s}.trust t ON t.id = k.trust_id ON true;
+END
+"
+        )
+    };
+}
+
+const FIND_ATTRIBUTES: &str = "STABLE SET enable_seqscan = off SET enable_bitmapscan = off SET jit = off
+             SET plan_cache_mode = force_generic_plan";
+
 const FUNCTIONS: &[Function] = &[
     Function {
         name: "note",
         arguments: "kind text, object text",
         returns: "void",
         attributes: DEFINER,
+        rights_of: None,
         // More than 10 000 of one kind in one transaction are named as a whole: no poll takes as many. The count is kept
         // where anybody could change it: that makes the names coarser or finer, never wrong.
         body: "
@@ -252,6 +335,7 @@ END
         arguments: "",
         returns: "trigger",
         attributes: DEFINER,
+        rights_of: None,
         body: "
 BEGIN
     IF TG_OP = 'UPDATE' AND (
@@ -287,6 +371,7 @@ END
         arguments: "",
         returns: "trigger",
         attributes: DEFINER,
+        rights_of: None,
         body: "
 BEGIN
     IF TG_OP = 'UPDATE' AND (OLD.id, OLD.enabled) IS NOT DISTINCT FROM (NEW.id, NEW.enabled) THEN
@@ -309,6 +394,7 @@ END
         arguments: "",
         returns: "trigger",
         attributes: DEFINER,
+        rights_of: None,
         // Every record is of a key and of a trust, so it does not matter which of the tables it was.
         body: "
 BEGIN
@@ -324,6 +410,7 @@ END
         arguments: "",
         returns: "void",
         attributes: DEFINER,
+        rights_of: None,
         body: "
 BEGIN
     INSERT INTO {s}.tx (id, at, whole)
@@ -337,6 +424,7 @@ END
         arguments: "",
         returns: "trigger",
         attributes: DEFINER,
+        rights_of: None,
         // Runs at the commit, once. The lock ends when the commit can be seen, so the order of versions is the order of
         // commits. A commit that can be seen must be on disk; whoever took the lock early must not keep it by doing
         // nothing; and NOTIFY refuses PREPARE TRANSACTION, which would keep it for good.
@@ -365,6 +453,7 @@ END
         arguments: "",
         returns: "bytea",
         attributes: ONE_SNAPSHOT,
+        rights_of: None,
         // What is altered and put back within one transaction shows all the same: xmin is the transaction that wrote a
         // row of the catalog. A column that is renamed or dropped changes its own row alone; those of parts and children
         // follow their parents'.
@@ -408,6 +497,7 @@ END
         arguments: "",
         returns: "TABLE (relation regclass, trigger name, disabled name, creation text, problem text)",
         attributes: "STABLE",
+        rights_of: None,
         body: "
 #variable_conflict use_column
 BEGIN
@@ -420,6 +510,7 @@ END
         arguments: "",
         returns: "void",
         attributes: DEFINER,
+        rights_of: None,
         // The fingerprint is taken before the triggers are looked at: what changes in between makes it differ again.
         body: "
 DECLARE
@@ -444,6 +535,7 @@ END
         arguments: "lost uuid",
         returns: "void",
         attributes: DEFINER,
+        rights_of: None,
         body: "
 BEGIN
     LOCK TABLE {s}.writer_lock IN SHARE ROW EXCLUSIVE MODE;
@@ -459,6 +551,7 @@ END
         arguments: "",
         returns: "void",
         attributes: "SECURITY DEFINER SET enable_seqscan = off SET enable_bitmapscan = off SET jit = off",
+        rights_of: None,
         // Kept are all versions from the first one of the last 20 minutes on, and the one before it, which was the
         // newest until then: a replica that begins asks for the last 15 minutes, and one that follows for the version it
         // applied last. The number of the lock is the first 8 bytes of SHA-256('trustgate prune').
@@ -487,34 +580,81 @@ END
 ",
     },
     Function {
+        // Of releases before version 4, which may run beside this one or be put back.
         name: "find",
         arguments: "digests bytea[], key uuid",
-        returns: "TABLE (
-            version bigint, nonce text, incarnation text, system bigint, timeline bigint, clock bigint,
-            key_id text, trust_id text, trust_enabled bigint, digest text, scheme bigint, scopes text, allowed_cidrs text,
-            not_before bigint, expires_at bigint, revoked_at bigint
-        )",
-        attributes: "STABLE SET enable_seqscan = off SET enable_bitmapscan = off SET jit = off
-             SET plan_cache_mode = force_generic_plan",
-        // One statement, so one snapshot. statement_timestamp() is when the server got the statement: never after the
-        // snapshot, so that no age is counted too short. pg_current_wal_lsn() fails on a standby, as it should.
+        returns: found!(""),
+        attributes: FIND_ATTRIBUTES,
+        rights_of: None,
+        body: find_body!(""),
+    },
+    Function {
+        name: "find_key",
+        arguments: "digests bytea[], key uuid",
+        returns: found!(", pepper_unrecorded bigint"),
+        attributes: FIND_ATTRIBUTES,
+        rights_of: Some("find(bytea[], uuid)"),
+        body: find_body!(", (k.scheme = 1 AND k.pepper_fingerprint IS NULL)::int::bigint"),
+    },
+    Function {
+        name: "hold_pepper",
+        arguments: "made_under bytea",
+        returns: "text",
+        attributes: DEFINER,
+        rights_of: Some("everything()"),
+        // Records the pepper of the first key, and returns the recorded one. Two that come at once wait for each other.
         body: "
-#variable_conflict use_column
 BEGIN
-    RETURN QUERY SELECT v.version, encode(v.nonce, 'hex'), m.incarnation::text, c.system_identifier,
-        ('x' || left(pg_walfile_name(pg_current_wal_lsn()), 8))::bit(32)::bigint,
-        (extract(epoch FROM statement_timestamp()) * 1000000)::bigint,
-        k.id::text, t.id::text, t.enabled::int::bigint, encode(k.digest, 'hex'), k.scheme::bigint,
-        array_to_json(k.scopes)::text, array_to_json(k.allowed_cidrs)::text,
-        {not_before}, {expires_at}, {revoked_at}
-    FROM (SELECT version, nonce FROM {s}.version ORDER BY version DESC LIMIT 1) v
-    CROSS JOIN {s}.meta m
-    CROSS JOIN pg_control_system() c
-    LEFT JOIN (
-        SELECT * FROM {s}.api_key WHERE digest = ANY (digests)
-        UNION ALL
-        SELECT * FROM {s}.api_key WHERE id = key
-    ) k JOIN {s}.trust t ON t.id = k.trust_id ON true;
+    IF made_under IS NOT NULL THEN
+        UPDATE {s}.meta SET pepper_fingerprint = made_under, previous_pepper_fingerprint = CASE
+                WHEN EXISTS (SELECT FROM {s}.api_key WHERE scheme = 0) THEN {no_pepper} END
+            WHERE pepper_fingerprint IS NULL;
+    END IF;
+    RETURN (SELECT encode(pepper_fingerprint, 'hex') FROM {s}.meta);
+END
+",
+    },
+    Function {
+        name: "use_pepper",
+        arguments: "made_under bytea",
+        returns: "text",
+        attributes: DEFINER,
+        rights_of: Some("everything()"),
+        // Returns the pepper that was recorded before.
+        body: "
+DECLARE
+    before bytea;
+BEGIN
+    SELECT pepper_fingerprint INTO before FROM {s}.meta FOR UPDATE;
+    IF before IS NULL THEN
+        PERFORM {s}.hold_pepper(made_under);
+    ELSE
+        UPDATE {s}.meta SET pepper_fingerprint = made_under, previous_pepper_fingerprint = before
+            WHERE pepper_fingerprint <> made_under;
+    END IF;
+    RETURN encode(before, 'hex');
+END
+",
+    },
+    Function {
+        name: "record_peppers",
+        arguments: "keys uuid[], made_under bytea[], current bytea",
+        returns: "void",
+        attributes: DEFINER,
+        rights_of: Some("prune()"),
+        // For the role of `serve`, which can change nothing else of a key. No version is drawn: no decision reads this
+        // column. A key that another replica is about to record is left to it.
+        body: "
+BEGIN
+    UPDATE {s}.api_key k SET pepper_fingerprint = proven.fingerprint
+        FROM unnest(keys, made_under) AS proven (id, fingerprint)
+        WHERE k.id = proven.id AND k.id IN (
+            SELECT id FROM {s}.api_key WHERE id = ANY (keys) AND scheme = 1 AND pepper_fingerprint IS NULL
+                ORDER BY id FOR NO KEY UPDATE SKIP LOCKED
+        );
+    IF current = ANY (made_under) THEN
+        PERFORM {s}.hold_pepper(current);
+    END IF;
 END
 ",
     },
@@ -526,6 +666,7 @@ END
             clock bigint, watched bigint, stamped_at bigint, version bigint, nonce text, kind text, object text
         )",
         attributes: ONE_SNAPSHOT,
+        rights_of: None,
         body: "
 #variable_conflict use_column
 DECLARE

@@ -13,11 +13,13 @@ use super::{
         place::describe_sqlite,
         rows, schema,
     },
-    Access, NOW, connect, file, has_log, migrate, watch,
+    Access, NOW, connect, file, has_log,
+    lookup::HOLD_PEPPER,
+    migrate, watch,
 };
 use crate::{
     clock::DatabaseTime,
-    record::{ApiKeyDigest, KeyId, TrustId},
+    record::{ApiKeyDigest, Fingerprint, KeyId, TrustId},
 };
 
 /// One connection to an SQLite file that holds our tables.
@@ -149,8 +151,8 @@ impl Tables for SqliteTables {
 
     async fn put_keys(&mut self, keys: &[StoredKey]) -> Result<(), sqlx::Error> {
         let sql = "INSERT INTO api_key (id, trust_id, digest, scheme, hint, name, scopes, allowed_cidrs, created_at,
-                not_before, expires_at, revoked_at)
-             VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)";
+                not_before, expires_at, revoked_at, pepper_fingerprint)
+             VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)";
         for StoredKey { key, digest } in keys {
             let query = sqlx::query(sql)
                 .bind(key.id.to_string())
@@ -164,7 +166,8 @@ impl Tables for SqliteTables {
                 .bind(key.created_at.micros())
                 .bind(key.not_before.map(DatabaseTime::micros))
                 .bind(key.expires_at.map(DatabaseTime::micros))
-                .bind(key.revoked_at.map(DatabaseTime::micros));
+                .bind(key.revoked_at.map(DatabaseTime::micros))
+                .bind(key.pepper.map(bytes));
             self.change(query).await?;
         }
         Ok(())
@@ -179,8 +182,8 @@ impl Tables for SqliteTables {
     async fn insert_keys(&mut self, trust: TrustId, keys: &[NewKey]) -> Result<u64, sqlx::Error> {
         let sql = format!(
             "INSERT INTO api_key (id, trust_id, digest, scheme, hint, name, scopes, allowed_cidrs, not_before,
-                expires_at, created_at)
-             VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, {NOW} + ?, {NOW}) ON CONFLICT (digest) DO NOTHING"
+                expires_at, pepper_fingerprint, created_at)
+             VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, {NOW} + ?, ?, {NOW}) ON CONFLICT (digest) DO NOTHING"
         );
         let mut stored = 0;
         for key in keys {
@@ -188,13 +191,14 @@ impl Tables for SqliteTables {
                 .bind(key.id.to_string())
                 .bind(trust.to_string())
                 .bind(key.digest.as_bytes().to_vec())
-                .bind(key.scheme.number())
+                .bind(key.made.scheme().number())
                 .bind(key.hint.clone())
                 .bind(key.name.clone())
                 .bind(rows::json_list(&key.scopes))
                 .bind(rows::json_list(&rows::networks(&key.allowed_cidrs)))
                 .bind(key.not_before.map(DatabaseTime::micros))
-                .bind(key.expires_in.map(rows::micros));
+                .bind(key.expires_in.map(rows::micros))
+                .bind(key.made.fingerprint().map(bytes));
             stored += self.change(query).await?;
         }
         Ok(stored)
@@ -207,6 +211,25 @@ impl Tables for SqliteTables {
 
     async fn change_everything(&mut self) -> Result<(), sqlx::Error> {
         watch::everything(&mut self.connection).await
+    }
+
+    async fn hold_pepper(&mut self, pepper: Option<Fingerprint>) -> Result<Option<Fingerprint>, sqlx::Error> {
+        if let Some(pepper) = pepper {
+            self.change(sqlx::query(HOLD_PEPPER).bind(None::<String>).bind(pepper.to_string())).await?;
+        }
+        let found = self.connection.fetch_one("SELECT nullif(hex(pepper_fingerprint), '') FROM meta").await?;
+        Ok(rows::fingerprint(found.try_get(0)?)?)
+    }
+
+    async fn use_pepper(&mut self, pepper: Fingerprint) -> Result<Option<Fingerprint>, sqlx::Error> {
+        let before = self.hold_pepper(None).await?;
+        if before.is_none() {
+            self.hold_pepper(Some(pepper)).await?;
+        }
+        let sql = "UPDATE meta SET previous_pepper_fingerprint = pepper_fingerprint, pepper_fingerprint = ?1
+             WHERE pepper_fingerprint <> ?1";
+        self.change(sqlx::query(sql).bind(bytes(pepper))).await?;
+        Ok(before)
     }
 
     async fn newest(&mut self) -> Result<i64, sqlx::Error> {
@@ -230,11 +253,15 @@ impl Tables for SqliteTables {
     }
 }
 
+fn bytes(fingerprint: Fingerprint) -> Vec<u8> {
+    fingerprint.0.to_vec()
+}
+
 /// The columns of a key as management sees it, then those of `more`.
 fn select_keys(more: &str, condition: &str, order: &str) -> String {
     format!(
         "SELECT k.id, t.id, t.name, t.enabled, k.hint, k.scheme, k.name, k.scopes, k.allowed_cidrs, k.created_at,
-            k.not_before, k.expires_at, k.revoked_at{more}
+            k.not_before, k.expires_at, k.revoked_at, nullif(hex(k.pepper_fingerprint), ''){more}
          FROM api_key k JOIN trust t ON t.id = k.trust_id WHERE {condition} ORDER BY {order}"
     )
 }

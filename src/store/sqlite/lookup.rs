@@ -15,7 +15,7 @@ use uuid::Uuid;
 use super::{
     super::{
         LedgerError, Preset,
-        lookup::{Missing, SignOfLife},
+        lookup::{Missing, OTHER_KEYS_MAX, SignOfLife},
         place::describe_sqlite,
         pool::Connect,
         reader::{Dialect, Ours},
@@ -26,7 +26,7 @@ use super::{
     has_log, is_missing, migrate,
     watch::{self, IN_FORCE},
 };
-use crate::record::{Digests, KeyId, Version};
+use crate::record::{Digests, Fingerprint, KeyId, Version};
 
 /// One SQLite file and whose tables it holds.
 #[derive(Clone, Debug)]
@@ -306,6 +306,36 @@ impl Dialect for Sqlite {
         })
     }
 
+    fn record_peppers(&self, proven: &[(KeyId, Fingerprint)], current: Fingerprint) -> Query {
+        let list: Vec<_> = proven.iter().map(|(id, fingerprint)| [id.to_string(), fingerprint.to_string()]).collect();
+        // No version is drawn: no decision reads this column.
+        let sql = format!(
+            "UPDATE api_key SET pepper_fingerprint = unhex(p.value ->> 1) FROM json_each(?1) p
+                WHERE api_key.id = p.value ->> 0 AND scheme = 1 AND pepper_fingerprint IS NULL;
+             {HOLD_PEPPER} AND ?2 IN (SELECT value ->> 1 FROM json_each(?1))"
+        );
+        Query::writing(sql, [Value::Text(serde_json::json!(list).to_string()), Value::Text(current.to_string())])
+    }
+
+    fn fingerprint_literal(fingerprint: Fingerprint) -> String {
+        format!("x'{fingerprint}'")
+    }
+
+    fn count_keys(&self, conditions: &[String]) -> Query {
+        let ranges = conditions.iter().map(|condition| {
+            format!(
+                "SELECT 1 FROM api_key WHERE {condition} AND revoked_at IS NULL
+                    AND (expires_at IS NULL OR expires_at > {NOW})"
+            )
+        });
+        let ranges = ranges.collect::<Vec<_>>().join(" UNION ALL ");
+        Query::new(format!("SELECT count(*) FROM (SELECT 1 FROM ({ranges}) LIMIT {OTHER_KEYS_MAX})"), [])
+    }
+
+    fn has_own_keys(&self) -> bool {
+        self.preset.is_none()
+    }
+
     fn report(&self, sign: &SignOfLife) -> Query {
         let SignOfLife { replica, name, applied, lasts } = sign;
         Query::writing(
@@ -353,6 +383,12 @@ impl Dialect for Sqlite {
         is_missing(error)
     }
 }
+
+/// Records the pepper with the fingerprint ?2, in hexadecimal, if none is recorded. Before it, keys were stored without one if there
+/// are such keys.
+pub(super) const HOLD_PEPPER: &str = "UPDATE meta SET pepper_fingerprint = unhex(?2),
+        previous_pepper_fingerprint = CASE WHEN EXISTS (SELECT 1 FROM api_key WHERE scheme = 0) THEN zeroblob(8) END
+    WHERE pepper_fingerprint IS NULL";
 
 /// Error codes that do not count as an answer: the database cannot be reached or read now. Every other error is an answer: it is
 /// no database, damaged, without our tables, closed to us, or locked by a program that may commit changes.
@@ -407,24 +443,25 @@ fn committed(with: &str, first: &str, known: &str) -> String {
     format!(
         "{with}
          SELECT ?1, CASE WHEN ?3 THEN 'primary' ELSE 'read-only' END, (SELECT min(version) FROM version),
-            v.version, hex(v.nonce), m.incarnation, 0, 0, {NOW}, {IN_FORCE}, v.at, NULL, NULL, NULL, NULL
+            v.version, hex(v.nonce), m.incarnation, 0, 0, {NOW}, {IN_FORCE}, v.at, NULL, NULL, NULL, NULL,
+            nullif(hex(m.pepper_fingerprint), ''), nullif(hex(m.previous_pepper_fingerprint), '')
          FROM (SELECT version, nonce, at FROM version ORDER BY version DESC LIMIT 1) v CROSS JOIN meta m
          UNION ALL
-         SELECT {NOTHING}, v.version, hex(v.nonce), NULL, NULL
+         SELECT {NOTHING}, v.version, hex(v.nonce), NULL, NULL, NULL, NULL
          FROM (SELECT version, nonce FROM version WHERE version >= {first} ORDER BY version DESC LIMIT {EACH_MAX}) v
          UNION ALL
-         SELECT {NOTHING}, v.version, hex(v.nonce), NULL, NULL
+         SELECT {NOTHING}, v.version, hex(v.nonce), NULL, NULL, NULL, NULL
          FROM version v WHERE v.version = {first} AND (
             SELECT version FROM version WHERE version >= {first} ORDER BY version LIMIT 1 OFFSET {EACH_MAX}
          ) IS NOT NULL
          UNION ALL
-         SELECT {NOTHING}, (SELECT max(c.version) FROM change c WHERE c.kind = k.kind), NULL, k.kind, NULL
+         SELECT {NOTHING}, (SELECT max(c.version) FROM change c WHERE c.kind = k.kind), NULL, k.kind, NULL, NULL, NULL
          FROM {KINDS} WHERE {too_many}
          UNION ALL
-         SELECT {NOTHING}, c.version, NULL, c.kind, nullif(c.object, '')
+         SELECT {NOTHING}, c.version, NULL, c.kind, nullif(c.object, ''), NULL, NULL
          FROM {KINDS} CROSS JOIN change c WHERE NOT {too_many} AND c.kind = k.kind AND c.version > {known}
          UNION ALL
-         SELECT {NOTHING}, max(c.version), NULL, '*', NULL
+         SELECT {NOTHING}, max(c.version), NULL, '*', NULL, NULL, NULL
          FROM (SELECT 1 FROM schema WHERE version > {version} LIMIT 1) s CROSS JOIN change c
          WHERE c.version > {known} AND c.kind NOT IN ('*', 'absent', 'gone', 'key', 'trust')
          HAVING max(c.version) IS NOT NULL
@@ -473,7 +510,7 @@ fn own(condition: &str) -> String {
     format!(
         "SELECT v.version, hex(v.nonce), m.incarnation, 0, 0, {NOW},
             k.id, t.id, t.enabled, hex(k.digest), k.scheme, k.scopes, k.allowed_cidrs,
-            k.not_before, k.expires_at, k.revoked_at
+            k.not_before, k.expires_at, k.revoked_at, k.scheme = 1 AND k.pepper_fingerprint IS NULL
          FROM (SELECT version, nonce FROM version ORDER BY version DESC LIMIT 1) v
          CROSS JOIN meta m
          LEFT JOIN (api_key k JOIN trust t ON t.id = k.trust_id) ON {condition}"
@@ -484,7 +521,7 @@ fn own(condition: &str) -> String {
 fn trust_table(condition: &str) -> String {
     format!(
         "SELECT 0, '00000000000000000000000000000000', '00000000-0000-0000-0000-000000000000', 0, 0, {NOW},
-            t.id, t.id, 1, t.api_key_hash, 0, '[]', '[]', NULL, NULL, NULL
+            t.id, t.id, 1, t.api_key_hash, 0, '[]', '[]', NULL, NULL, NULL, 0
          FROM (SELECT 1) v
          LEFT JOIN trust t ON t.api_key_hash IS NOT NULL AND {condition}"
     )
@@ -494,7 +531,7 @@ fn trust_table(condition: &str) -> String {
 fn trust_table_poll() -> String {
     format!(
         "SELECT ?1, 'primary', 0, 0, '00000000000000000000000000000000', '00000000-0000-0000-0000-000000000000', 0, 0,
-            {NOW}, 0, 0, NULL, NULL, NULL, NULL
+            {NOW}, 0, 0, NULL, NULL, NULL, NULL, NULL, NULL
          FROM (SELECT 1) v LEFT JOIN trust t ON false"
     )
 }

@@ -51,7 +51,10 @@ async fn attempt(path: &Path) -> Result<(), LedgerError> {
             }
             if version < 3 {
                 // What came with it concerns PostgreSQL alone.
-                stamp(&mut transaction, schema::VERSION).await?;
+                stamp(&mut transaction, 3).await?;
+            }
+            if version < 4 {
+                fourth(&mut transaction).await?;
             }
             watch::install(&mut transaction).await?.map_err(|problem| unwatched(path, &problem))?;
         }
@@ -140,6 +143,13 @@ async fn second(connection: &mut SqliteConnection) -> Result<(), sqlx::Error> {
     stamp(connection, 2).await
 }
 
+/// Version 4: keys know their pepper. The other columns are for later releases, so that tables that every check reads
+/// change only once.
+async fn fourth(connection: &mut SqliteConnection) -> Result<(), sqlx::Error> {
+    sqlx::raw_sql(FOURTH).execute(&mut *connection).await?;
+    stamp(connection, schema::VERSION).await
+}
+
 async fn stamp(connection: &mut SqliteConnection, version: i64) -> Result<(), sqlx::Error> {
     sqlx::query(sqlx::AssertSqlSafe(format!("INSERT INTO schema (version, compatible_from, at) VALUES (?, ?, {NOW})")))
         .bind(version)
@@ -196,4 +206,19 @@ const SECOND: &str = "
 ALTER TABLE meta ADD COLUMN fingerprint INTEGER;
 ALTER TABLE replica ADD COLUMN name TEXT NOT NULL DEFAULT '';
 ALTER TABLE replica ADD COLUMN until INTEGER NOT NULL DEFAULT 0;
+";
+
+const FOURTH: &str = "
+ALTER TABLE meta ADD COLUMN pepper_fingerprint BLOB CHECK (length(pepper_fingerprint) = 8);
+ALTER TABLE meta ADD COLUMN previous_pepper_fingerprint BLOB CHECK (length(previous_pepper_fingerprint) = 8);
+ALTER TABLE api_key ADD COLUMN pepper_fingerprint BLOB CHECK (length(pepper_fingerprint) = 8);
+ALTER TABLE api_key ADD COLUMN metadata TEXT CHECK (metadata IS NULL OR json_valid(metadata));
+ALTER TABLE api_key ADD COLUMN rotated_from TEXT CHECK (length(rotated_from) = 36);
+ALTER TABLE api_key ADD COLUMN limit_requests INTEGER;
+ALTER TABLE api_key ADD COLUMN limit_unit TEXT;
+ALTER TABLE trust ADD COLUMN external_id TEXT;
+ALTER TABLE trust ADD COLUMN limit_requests INTEGER;
+ALTER TABLE trust ADD COLUMN limit_unit TEXT;
+CREATE INDEX api_key_pepper ON api_key (pepper_fingerprint)
+    WHERE pepper_fingerprint IS NOT NULL AND revoked_at IS NULL;
 ";

@@ -196,7 +196,6 @@ impl Workshop {
         manager.revoke_key(KeyId(keys["revoked"].id.parse().unwrap())).await.unwrap();
         manager.enable_trust(&named("disabled"), false).await.unwrap();
         manager.delete_trust(&named("deleted"), true).await.unwrap();
-        keys.insert("peppered", issue(&mut self.manager(peppered).await, wanted("beta")).await);
         let longest = "l".repeat(512);
         for (name, secret) in
             [("foreign", "sk/live+AbCd==0123~456!"), ("shortest", "sixteen-bytes-ok"), ("longest", longest.as_str())]
@@ -204,6 +203,8 @@ impl Workshop {
             keys.insert(name, import(&mut manager, secret).await);
         }
         keys.insert("not_yet", self.not_yet().await);
+        // From then on keys are made under that pepper alone.
+        keys.insert("peppered", issue(&mut self.manager(peppered).await, wanted("beta")).await);
         let unknown = format::generate(&plain.prefix).unwrap().expose().to_owned();
         let last = if keys["good"].secret.ends_with('0') { "1" } else { "0" };
         let mistyped = keys["good"].secret[..51].to_owned() + last;
@@ -227,7 +228,7 @@ impl Workshop {
             id: KeyId(uuid::Uuid::new_v4()),
             digest: hasher.current(bytes),
             older: Vec::new(),
-            scheme: hasher.scheme(),
+            made: hasher.made(),
             hint: format::hint(&credential.prefix, bytes),
             name: None,
             scopes: Vec::new(),
