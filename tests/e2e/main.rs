@@ -20,6 +20,7 @@ mod modes;
 mod outage;
 mod peppers;
 mod pgbouncer;
+mod postgres_connect;
 mod prometheus;
 mod quiet;
 mod redis_refusals;

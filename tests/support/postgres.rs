@@ -3,7 +3,7 @@
 
 use std::{
     cell::Cell,
-    os::unix::fs::chown,
+    os::unix::fs::{PermissionsExt as _, chown},
     path::{Path, PathBuf},
     process::{Command, Output},
     sync::{
@@ -263,6 +263,26 @@ impl Postgres {
     /// The URL for `user` and `database` over TCP, where a password is asked for.
     pub fn tcp_url(&self, user: &str, database: &str) -> String {
         format!("postgres://{user}@127.0.0.1:{}/{database}?sslmode=disable", self.port)
+    }
+
+    /// Lets it speak TLS, with the certificate `server.pem` in `certificates`.
+    pub async fn turn_on_tls(&self, certificates: &Path) {
+        for name in ["server.pem", "server.key"] {
+            let copy = self.dir.join(name);
+            std::fs::copy(certificates.join(name), &copy).expect("our directory");
+            std::fs::set_permissions(&copy, std::fs::Permissions::from_mode(0o600)).expect("ours");
+            hand_over(&copy);
+        }
+        for (setting, value) in [("ssl_cert_file", "server.pem"), ("ssl_key_file", "server.key")] {
+            let file = self.dir.join(value).display().to_string();
+            self.execute("postgres", &format!("ALTER SYSTEM SET {setting} = '{file}'")).await;
+        }
+        self.execute("postgres", "ALTER SYSTEM SET ssl = on").await;
+        self.execute("postgres", "SELECT pg_reload_conf()").await;
+        eventually("it speaks TLS", LIMIT, || async {
+            self.value::<String>("postgres", "SELECT current_setting('ssl')").await == "on"
+        })
+        .await;
     }
 
     /// Makes a database of its own; returns its name.

@@ -1,0 +1,93 @@
+//! Connections to PostgreSQL send small messages at once, so that connecting with TLS takes hardly longer than without.
+
+use std::{net::SocketAddr, sync::Arc, time::Duration};
+
+use rustix::{
+    net::{getpeername, sockopt::tcp_nodelay},
+    process::{PidfdFlags, PidfdGetfdFlags, getpid, pidfd_getfd, pidfd_open},
+};
+use tokio::time::Instant;
+use trustgate::{
+    clock::SystemClock,
+    secret::Secret,
+    store::{self, Source, StoreSettings},
+};
+
+use crate::support::{alone, certificates::certificates, postgres::Postgres};
+
+/// Connects of each kind.
+const ROUNDS: usize = 20;
+/// By how much a TLS connect may take longer: a handshake, and no wait of 40 ms for an acknowledgement.
+const TLS_MAX: Duration = Duration::from_millis(20);
+
+fn open(url: &str) -> Arc<dyn Source> {
+    let settings = StoreSettings { url: Some(Secret::new(url.to_owned())), ..StoreSettings::default() };
+    store::open_lookup(&settings, &|_| None, Arc::new(SystemClock)).unwrap()
+}
+
+/// How long a poll takes on a connection that has to be made first.
+async fn connect(url: &str) -> Duration {
+    let source = open(url);
+    let began = Instant::now();
+    source.poll(None).await.unwrap();
+    let took = began.elapsed();
+    source.close().await;
+    took
+}
+
+fn median(mut times: Vec<Duration>) -> Duration {
+    times.sort_unstable();
+    times[times.len() / 2]
+}
+
+/// Whether each TCP connection of this process to `port` has `TCP_NODELAY`.
+fn nodelay(port: u16) -> Vec<bool> {
+    let process = pidfd_open(getpid(), PidfdFlags::empty()).unwrap();
+    let numbers = std::fs::read_dir("/proc/self/fd").unwrap();
+    let numbers = numbers.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
+    // A duplicate of each descriptor; one that was closed meanwhile gives none.
+    let sockets = numbers.filter_map(|number| pidfd_getfd(&process, number, PidfdGetfdFlags::empty()).ok());
+    let connected = sockets.filter(|socket| {
+        let peer = getpeername(socket).ok().flatten().and_then(|peer| SocketAddr::try_from(peer).ok());
+        peer.is_some_and(|peer| peer.port() == port)
+    });
+    connected.map(|socket| tcp_nodelay(socket).unwrap()).collect()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn tls_connects_take_no_longer_than_plain_ones_by_more_than_20_ms() {
+    let _turn = alone().await;
+    let postgres = Postgres::start().await;
+    let certificates = certificates();
+    postgres.turn_on_tls(certificates.path()).await;
+    let database = postgres.database().await;
+    postgres.execute(&database, "CREATE ROLE serve LOGIN SUPERUSER PASSWORD 'secret'").await;
+    let plain = postgres.tcp_url("serve", &database).replace("serve@", "serve:secret@");
+    let ca = certificates.path().join("ca.pem").display().to_string();
+    let tls = plain.replace("sslmode=disable", &format!("sslmode=verify-full&sslrootcert={ca}"));
+    let settings = StoreSettings { url: Some(Secret::new(plain.clone())), ..StoreSettings::default() };
+    store::migrate(&settings, &|_| None).await.unwrap();
+
+    for url in [&plain, &tls] {
+        let source = open(url);
+        source.poll(None).await.unwrap();
+        assert_eq!(nodelay(postgres.port()), [true], "{}", if url == &tls { "TLS" } else { "plain" });
+        source.close().await;
+    }
+    let encrypted: bool = {
+        use sqlx::Connection as _;
+        let mut connection = sqlx::PgConnection::connect(&tls).await.unwrap();
+        let sql = "SELECT ssl FROM pg_stat_ssl WHERE pid = pg_backend_pid()";
+        sqlx::query_scalar(sql).fetch_one(&mut connection).await.unwrap()
+    };
+    assert!(encrypted);
+
+    let (mut plain_times, mut tls_times) = (Vec::new(), Vec::new());
+    for _ in 0..ROUNDS {
+        plain_times.push(connect(&plain).await);
+        tls_times.push(connect(&tls).await);
+    }
+    let (plain, tls) = (median(plain_times), median(tls_times));
+    println!("median of {ROUNDS} connects with a poll: plain {plain:?}, TLS {tls:?}");
+    assert!(tls <= plain + TLS_MAX, "plain {plain:?}, TLS {tls:?}");
+}
