@@ -148,7 +148,11 @@ impl Checker {
             if let Some(held) = held.filter(|held| standing != Standing::Stale || held.value().is_some()) {
                 let is_its = |stored: &ApiKeyDigest| self.parts.hasher.is_of(stored, &digest, key);
                 let outcome = self.decide(&digest, held.value(), is_its, false, &request.demands, now);
-                return Begun::Answered(self.answer(outcome, &request, now, standing == Standing::Stale));
+                // While the database does not answer, an unknown key is a fault. A revoked one must look the same to the client.
+                let is_stale = standing == Standing::Stale;
+                if !(is_stale && matches!(&outcome, Ok(Decision::Deny(reason)) if reason.is_of_key())) {
+                    return Begun::Answered(self.answer(outcome, &request, now, is_stale));
+                }
             }
         }
         let digests = self.parts.hasher.digests(digest, key);

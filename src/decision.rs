@@ -92,6 +92,14 @@ reasons! {
     TooLarge = "too_large",
 }
 
+impl DenyReason {
+    /// Whether the stored key or its trust is the reason. Clients cannot tell these reasons from each other.
+    #[must_use]
+    pub const fn is_of_key(self) -> bool {
+        matches!(self, Self::Unknown | Self::Revoked | Self::Expired | Self::NotYetValid | Self::TrustDisabled)
+    }
+}
+
 impl From<CredentialError> for DenyReason {
     fn from(error: CredentialError) -> Self {
         match error {

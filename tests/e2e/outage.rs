@@ -128,7 +128,10 @@ async fn postgresql_lost(loss: Loss) {
     let _turn = alone().await;
     let mut stage = Stage::new(&[("freshness.stale_if_unconfirmed", "2s")]).await;
     let (hot, cold) = (stage.keys(20).await, stage.keys(800).await);
+    let revoked = stage.revoked_key().await;
     let server = stage.site.serve().await;
+    let asker = Asker::connect(server.grpc()).await;
+    assert_eq!(asker.check(&revoked.key).await.status, 401);
     let envoy = Envoy::start(http::application().await, &[server.grpc()]).await;
 
     for shot in &hot {
@@ -156,7 +159,10 @@ async fn postgresql_lost(loss: Loss) {
     while start.elapsed() < LENGTH {
         let readiness = server.readiness().await;
         assert_eq!(readiness.status, 200, "{readiness:?}");
-        says_so |= readiness.body.contains("lease: stale; keys that were good are still granted");
+        if readiness.body.contains("lease: stale; keys that were good are still granted") {
+            says_so = true;
+            assert_eq!(asker.check(&revoked.key).await.status, 503, "it must look like an unknown key");
+        }
         assert!(server.is_running(), "{}", server.log());
         sleep(Duration::from_millis(100)).await;
     }
