@@ -282,7 +282,7 @@ impl Views {
         let newest = &polled.newest;
         self.database_clock.observe(newest.sent_at, newest.read_at);
         let view = self.present.load_full();
-        let mut history = view.history();
+        let history = view.history();
         let (begun, before) = (history.is_begun(), history.applied());
         // Without versions there is nothing to judge: such tables have no history that could be lost.
         let step = if names_changes { history.judge(polled) } else { Step::Follow };
@@ -302,6 +302,8 @@ impl Views {
             Step::Follow if polled.complete => Some(polled.versions.first().map_or(newest.as_of, |(first, _)| *first)),
             Step::Follow | Step::Jump => Some(newest.as_of),
         };
+        // Only this function changes the history, and it is not called twice at once. Checks must not wait for what follows.
+        drop(history);
         // A view that begins is told of the last minutes, those before history was lost included: what was said then does
         // not make good again what was revoked.
         let is_news = |of: Version| {
@@ -313,7 +315,7 @@ impl Views {
         let told = told.filter(|(version, change)| begun || matches!(change, Change::Gone(_)) || is_news(*version));
         self.revoked.note(told, newest.sent_at);
         let sent = names_changes.then_some(newest.sent_at);
-        view.lease.renew(floor, &polled.changes, move || history.advance(polled), sent);
+        view.lease.renew(floor, &polled.changes, || view.history().advance(polled), sent);
         self.applied.notify_waiters();
         self.confirmed.send_if_modified(|confirmed| !std::mem::replace(confirmed, true));
         match step {

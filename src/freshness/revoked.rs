@@ -3,13 +3,15 @@
 //! Best effort, in one replica's memory. Never grants anything, and says nothing while history goes on.
 
 use std::{
-    collections::{HashMap, VecDeque},
+    collections::{HashMap, HashSet, VecDeque},
     sync::{
-        Mutex, MutexGuard, PoisonError,
-        atomic::{AtomicUsize, Ordering},
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
     },
     time::Duration,
 };
+
+use arc_swap::ArcSwap;
 
 use crate::{
     clock::Moment,
@@ -21,12 +23,14 @@ const KEPT: Duration = Duration::from_hours(24);
 /// Digests remembered, at most; the oldest go first.
 const DIGESTS_MAX: usize = 100_000;
 
-/// What was revoked here.
+/// What was revoked here. Changed by one caller at a time, the poll; read by every check.
 #[derive(Debug, Default)]
 pub struct Revoked {
     digests: Mutex<Digests>,
-    /// How many of them bind: nothing is looked up while there are none.
-    binding: AtomicUsize,
+    /// Those that bind. Replaced as a whole, so that checks look them up without a lock.
+    binding: ArcSwap<HashSet<ApiKeyDigest>>,
+    /// Whether any bind: without one nothing is looked up.
+    any_binds: AtomicBool,
 }
 
 #[derive(Debug, Default)]
@@ -39,30 +43,38 @@ struct Digests {
 impl Revoked {
     /// Takes note of changes of the present history, in whatever order they come.
     pub fn note<'c>(&self, changes: impl Iterator<Item = &'c (Version, Change)>, now: Moment) {
-        let (mut digests, mut is_news) = (self.lock(), false);
         let mut changes: Vec<_> = changes.collect();
         // A revocation names its digest as absent and as gone: gone it is.
         changes.sort_by_key(|(version, change)| (*version, matches!(change, Change::Gone(_))));
+        let mut digests = self.lock();
+        let mut released = Vec::new();
         for (_, change) in changes {
             match change {
                 Change::Gone(digest) => {
                     // Of one that binds already it changes nothing: it is as revoked as before.
                     digests.seen.entry(*digest).or_insert((now, false)).0 = now;
                     digests.order.push_back((now, *digest));
-                    is_news = true;
                 }
                 // The present history has spoken of it: what an earlier one said no longer counts.
-                Change::Absent(digest) => is_news |= digests.seen.remove(digest).is_some(),
+                Change::Absent(digest) => {
+                    if let Some((_, true)) = digests.seen.remove(digest) {
+                        released.push(*digest);
+                    }
+                }
                 Change::Whole(ChangeKind::Absences | ChangeKind::Gone) => {
-                    digests.seen.retain(|_, (_, lost)| !*lost);
-                    is_news = true;
+                    released.extend(digests.seen.extract_if(|_, (_, lost)| *lost).map(|(digest, _)| digest));
                 }
                 _ => {}
             }
         }
-        is_news |= digests.forget(now);
-        if is_news && self.binding.load(Ordering::Relaxed) > 0 {
-            self.count(&digests);
+        digests.forget(now, &mut released);
+        drop(digests);
+        if !released.is_empty() {
+            let mut binding = HashSet::clone(&self.binding.load());
+            for digest in released {
+                binding.remove(&digest);
+            }
+            self.bind_all(binding);
         }
     }
 
@@ -72,13 +84,15 @@ impl Revoked {
         for (_, lost) in digests.seen.values_mut() {
             *lost = true;
         }
-        self.count(&digests);
+        let binding = digests.seen.keys().copied().collect();
+        drop(digests);
+        self.bind_all(binding);
     }
 
     /// Whether a value of the present history may not be granted although it is good there.
     #[must_use]
     pub fn binds(&self, digest: &ApiKeyDigest) -> bool {
-        self.binding.load(Ordering::Acquire) > 0 && self.lock().seen.get(digest).is_some_and(|(_, lost)| *lost)
+        self.any_binds.load(Ordering::Acquire) && self.binding.load().contains(digest)
     }
 
     /// Whether a value of a history that no poll has seen yet may not be granted although it is good there.
@@ -87,8 +101,10 @@ impl Revoked {
         self.lock().seen.contains_key(digest)
     }
 
-    fn count(&self, digests: &Digests) {
-        self.binding.store(digests.seen.values().filter(|(_, lost)| *lost).count(), Ordering::Release);
+    fn bind_all(&self, binding: HashSet<ApiKeyDigest>) {
+        let any_binds = !binding.is_empty();
+        self.binding.store(Arc::new(binding));
+        self.any_binds.store(any_binds, Ordering::Release);
     }
 
     fn lock(&self) -> MutexGuard<'_, Digests> {
@@ -98,18 +114,18 @@ impl Revoked {
 }
 
 impl Digests {
-    /// Says whether there was any to forget.
-    fn forget(&mut self, now: Moment) -> bool {
-        let before = self.order.len();
+    /// Forgets the oldest, and adds those of them that bound to `released`.
+    fn forget(&mut self, now: Moment, released: &mut Vec<ApiKeyDigest>) {
         while let Some((at, digest)) = self.order.front().copied()
             && (self.order.len() > DIGESTS_MAX || now.since(at) > KEPT)
         {
             self.order.pop_front();
-            if self.seen.get(&digest).is_some_and(|(seen, _)| *seen == at) {
-                self.seen.remove(&digest);
+            if self.seen.get(&digest).is_some_and(|(seen, _)| *seen == at)
+                && let Some((_, true)) = self.seen.remove(&digest)
+            {
+                released.push(digest);
             }
         }
-        self.order.len() < before
     }
 }
 
@@ -152,7 +168,7 @@ mod tests {
             let now = Moment::from_nanos(1);
             digests.seen.insert(digest(n), (now, false));
             digests.order.push_back((now, digest(n)));
-            digests.forget(now);
+            digests.forget(now, &mut Vec::new());
         }
         assert!(!revoked.binds_elsewhere(&digest(0)) && revoked.binds_elsewhere(&digest(1)));
         revoked.note([(Version(1), Change::Gone(digest(0)))].iter(), Moment::from_nanos(0).after(KEPT * 2));
