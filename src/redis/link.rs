@@ -80,7 +80,7 @@ const REDIRECTS_MAX: u32 = 3;
 impl Link for RedisSettings {
     async fn connect(&self) -> Result<Connection, RedisError> {
         let mut connection = if self.cluster {
-            Connection::Cluster(cluster(self)?.get_async_connection().await?)
+            Connection::Cluster(cluster(Files::of(self).await?)?.get_async_connection().await?)
         } else {
             let config =
                 AsyncConnectionConfig::new().set_connection_timeout(Some(CONNECT_TIMEOUT)).set_response_timeout(None);
@@ -98,20 +98,42 @@ impl Link for RedisSettings {
     }
 }
 
+/// What the settings and their files say at the moment.
+struct Files {
+    servers: Vec<ConnectionInfo>,
+    certificates: Option<TlsCertificates>,
+    sentinel_password: Option<Secret>,
+}
+
+impl Files {
+    fn read(settings: &RedisSettings) -> Result<Self, RedisError> {
+        let sentinel_password =
+            secret(settings.sentinel_password.as_ref(), settings.sentinel_password_file.as_deref())?;
+        Ok(Self { servers: servers(settings)?, certificates: certificates(settings)?, sentinel_password })
+    }
+
+    /// Reads them on another thread: they may be on a network filesystem, and hold up nothing else.
+    async fn of(settings: &RedisSettings) -> Result<Self, RedisError> {
+        let settings = settings.clone();
+        tokio::task::spawn_blocking(move || Self::read(&settings)).await.map_err(io::Error::from)?
+    }
+}
+
 /// The single server, the master that the Sentinels name now, or the `turn`-th node of a Cluster.
 async fn server(settings: &RedisSettings, turn: usize) -> Result<Client, RedisError> {
-    let mut servers = servers(settings)?;
+    let mut files = Files::of(settings).await?;
     if let Some(name) = &settings.sentinel_master {
-        return master(settings, name, &servers).await;
+        return master(name, files).await;
     }
-    let chosen = servers.swap_remove(turn % servers.len());
-    match certificates(settings)? {
+    let chosen = files.servers.swap_remove(turn % files.servers.len());
+    match files.certificates {
         Some(certificates) => Client::build_with_tls(chosen, certificates),
         None => Client::open(chosen),
     }
 }
 
-async fn master(settings: &RedisSettings, name: &str, sentinels: &[ConnectionInfo]) -> Result<Client, RedisError> {
+async fn master(name: &str, files: Files) -> Result<Client, RedisError> {
+    let sentinels = &files.servers;
     let addresses = sentinels.iter().map(|sentinel| sentinel.addr().clone());
     let mut builder = SentinelClientBuilder::new(addresses, name, SentinelServerType::Master)?;
     let first = &sentinels[0]; // `servers` gives at least one
@@ -123,13 +145,13 @@ async fn master(settings: &RedisSettings, name: &str, sentinels: &[ConnectionInf
     if let Some(password) = redis.password() {
         builder = builder.set_client_to_redis_password(password);
     }
-    if let Some(password) = secret(settings.sentinel_password.as_ref(), settings.sentinel_password_file.as_deref())? {
+    if let Some(password) = files.sentinel_password {
         builder = builder.set_client_to_sentinel_password(password.expose());
     }
     if matches!(first.addr(), ConnectionAddr::TcpTls { .. }) {
         builder = builder.set_client_to_redis_tls_mode(TlsMode::Secure);
     }
-    if let Some(certificates) = certificates(settings)? {
+    if let Some(certificates) = files.certificates {
         builder = builder
             .set_client_to_redis_certificates(certificates.clone())
             .set_client_to_sentinel_certificates(certificates);
@@ -137,12 +159,12 @@ async fn master(settings: &RedisSettings, name: &str, sentinels: &[ConnectionInf
     builder.build()?.async_get_client().await
 }
 
-fn cluster(settings: &RedisSettings) -> Result<ClusterClient, RedisError> {
-    let builder = ClusterClientBuilder::new(servers(settings)?)
+fn cluster(files: Files) -> Result<ClusterClient, RedisError> {
+    let builder = ClusterClientBuilder::new(files.servers)
         .connection_timeout(NODE_TIMEOUT)
         .response_timeout(NODE_TIMEOUT)
         .retries(REDIRECTS_MAX);
-    match certificates(settings)? {
+    match files.certificates {
         Some(certificates) => builder.certs(certificates).build(),
         None => builder.build(),
     }

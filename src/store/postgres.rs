@@ -21,7 +21,10 @@ use super::{SchemaName, place::Address};
 
 /// Opens a connection. Reads the URL and the password anew.
 async fn connect(address: &Address) -> Result<PgConnection, sqlx::Error> {
-    let options = address.postgres().map_err(|error| sqlx::Error::Configuration(Box::new(error)))?;
+    // Files of secrets may be on a network filesystem: reading them must not hold up the thread of the poll.
+    let address = address.clone();
+    let options = tokio::task::spawn_blocking(move || address.postgres()).await.map_err(std::io::Error::from)?;
+    let options = options.map_err(|error| sqlx::Error::Configuration(Box::new(error)))?;
     PgConnection::connect_with(&options).await
 }
 
