@@ -2,6 +2,7 @@
 //!
 //! Never decides anything.
 
+mod memory;
 pub mod replica;
 mod signals;
 
@@ -188,6 +189,7 @@ impl AppBuilder {
         let announcing = announce(Arc::clone(&views), fresh, life.clone(), health, stop.clone());
         parts.spawn_on("health", announcing, &Handle::current());
         let service = Arc::new(Service::new(Arc::clone(&checker), routes, tls, limits, Arc::clone(&clock), &registry)?);
+        parts.spawn_on("memory", memory::give_back(Arc::clone(&service), stop.clone()), &io.handle());
         let (signals, tasks) = (Signals::default(), TaskTracker::new());
         let canary = CanaryMetrics::register(&registry)?;
         if let Some(management) = management {

@@ -18,7 +18,15 @@ mod rpc;
 mod stream;
 pub mod tls;
 
-use std::{net::IpAddr, path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    net::IpAddr,
+    path::PathBuf,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
 
 use tokio::sync::Semaphore;
 use tokio_rustls::TlsAcceptor;
@@ -108,6 +116,7 @@ pub struct Service {
     unread: Arc<Semaphore>,
     connections: Arc<Semaphore>,
     connections_open: IntGauge,
+    connections_closed: AtomicU64,
     refused: RefusedPeers,
     clock: Arc<dyn Clock>,
 }
@@ -137,10 +146,16 @@ impl Service {
             unread: Arc::new(Semaphore::new(UNREAD_MAX)),
             connections: Arc::new(Semaphore::new(limits.connections_max as usize)),
             connections_open: register(registry, IntGauge::with_opts(open))?,
+            connections_closed: AtomicU64::new(0),
             refused: RefusedPeers::register(registry)?,
             limits,
             clock,
         })
+    }
+
+    /// How many connections have ended so far.
+    pub fn connections_closed(&self) -> u64 {
+        self.connections_closed.load(Ordering::Relaxed)
     }
 
     /// Counts and, now and then, logs a peer that does not speak gRPC as this listener expects it.

@@ -7,7 +7,7 @@ use std::{
     future::{Future as _, poll_fn},
     net::IpAddr,
     pin::pin,
-    sync::Arc,
+    sync::{Arc, atomic::Ordering},
     task::{Context, Poll},
     time::Duration,
 };
@@ -25,7 +25,6 @@ use tokio::{
 use tokio_util::task::TaskTracker;
 
 use super::{LimitsSettings, Service, Signals, call::Calls, core::Load};
-use crate::metrics::IntGauge;
 
 /// Resets that a peer may leave pending: Envoy resets en masse when its own timeout passes.
 const PENDING_ACCEPT_RESETS_MAX: usize = 1_000;
@@ -56,7 +55,7 @@ pub(super) async fn serve(
     let handshake = handshake(&limits, io);
     let Ok(Ok(mut http2)) = timeout(limits.preface_timeout, handshake).await else { return };
     let pings = http2.ping_pong();
-    let _open = OpenConnection::count(&service.connections_open);
+    let _open = OpenConnection::count(Arc::clone(&service));
     let calls = Calls::new(service, peer, tasks, load, signals.drain.clone());
     let mut connection = Connection { http2, calls, arrived: Vec::new() };
     let mut lost = pin!(until_lost(pings, &limits));
@@ -89,18 +88,19 @@ pub(super) async fn serve(
 }
 
 /// Counts a connection as open until it is dropped, however the connection ends.
-struct OpenConnection(IntGauge);
+struct OpenConnection(Arc<Service>);
 
 impl OpenConnection {
-    fn count(gauge: &IntGauge) -> Self {
-        gauge.inc();
-        Self(gauge.clone())
+    fn count(service: Arc<Service>) -> Self {
+        service.connections_open.inc();
+        Self(service)
     }
 }
 
 impl Drop for OpenConnection {
     fn drop(&mut self) {
-        self.0.dec();
+        self.0.connections_open.dec();
+        self.0.connections_closed.fetch_add(1, Ordering::Relaxed);
     }
 }
 

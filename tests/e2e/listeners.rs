@@ -143,6 +143,44 @@ async fn over_tls_envoy_is_answered_and_others_are_not() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn sigterm_ends_a_server_whatever_is_open_inside_tls() {
+    let _turn = alone().await;
+    let certificates = certificates();
+    let (mut site, key) = encrypted(certificates.path(), false).await;
+    site.set("limits.drain_delay", "1s");
+    site.set("limits.drain_grace", "2s");
+    let server = site.serve().await;
+    let (mut raw, mut connections, mut unfinished, mut unread) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+    for _ in 0..100 {
+        // Nothing, half a handshake, idle HTTP/2, half a message, an answer that is not read.
+        raw.push(TcpStream::connect(server.grpc()).await.unwrap());
+        let mut half = TcpStream::connect(server.grpc()).await.unwrap();
+        half.write_all(b"\x16\x03\x01\x02").await.unwrap();
+        raw.push(half);
+        let connection = connect(tls(server.grpc(), certificates.path(), None).await.unwrap()).await;
+        let (answer, mut stream) = connection.clone().send_request(head(), false).unwrap();
+        stream.send_data(Bytes::from_static(b"\0\0\0"), false).unwrap();
+        unfinished.push((answer, stream));
+        connections.push(connection);
+        connections.push(connect(tls(server.grpc(), certificates.path(), None).await.unwrap()).await);
+        let stream = tls(server.grpc(), certificates.path(), None).await.unwrap();
+        let (closed, reading) =
+            h2::client::Builder::new().initial_window_size(0).handshake::<_, Bytes>(stream).await.unwrap();
+        tokio::spawn(reading);
+        unread.push(call(&closed.ready().await.unwrap(), &key.key));
+    }
+    server.signal("TERM");
+    let asked = Instant::now();
+    let (_, log) = server.ended(PATIENCE).await;
+    let took = asked.elapsed();
+    println!("ended {took:?} after SIGTERM");
+    // Delay and grace, and a moment to start and end.
+    assert!(took < Duration::from_millis(3_500), "{took:?}\n{log}");
+    assert!(log.contains("\"stopped\""), "{log}");
+    drop((raw, connections, unfinished, unread));
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn what_is_wrong_with_tls_is_said_with_its_file() {
     let _turn = among_others().await;
     let certificates = certificates();

@@ -14,12 +14,16 @@ use trustgate::wire::grpc::frame_bytes;
 use crate::support::{
     alone, among_others,
     connection::{answer, call, connect, head, head_of},
+    eventually,
     grpc::{Asker, granted},
-    server::{IssuedKey, Server, Site},
+    server::{IssuedKey, Memory, Server, Site},
 };
 
 /// What one kind of caller may add to the memory of a server, in MiB.
 const GROWTH_MAX: f64 = 32.0;
+
+/// And how much of it may be left once the callers are gone.
+const LEFT_MAX: f64 = 8.0;
 
 struct Fixture {
     site: Site,
@@ -59,6 +63,14 @@ impl Fixture {
         // Checks on a new connection are still granted.
         granted(&Asker::connect(self.server.grpc()).await, &self.key).await;
         drop(second);
+        self.falls_back(what, before).await;
+    }
+
+    /// Waits until the memory of a server is what it was `before`, but for a few buffers.
+    async fn falls_back(&self, what: &str, before: Memory) {
+        let falls = "memory falls back after the connections ended";
+        eventually(falls, Duration::from_secs(40), async || self.server.memory().now < before.now + LEFT_MAX).await;
+        println!("{what}: {:.1} MiB more once they had ended", self.server.memory().now - before.now);
     }
 }
 
@@ -161,18 +173,19 @@ async fn streams_without_a_message_are_bounded() {
 async fn bursts_of_calls_are_bounded() {
     let _turn = alone().await;
     let fixture = Fixture::new(&[]).await;
-    let mut connections = Vec::new();
-    for _ in 0..200 {
-        connections.push(fixture.connection().await);
-    }
-    // The connections stay open: what a burst takes is bounded until they end.
+    // What a burst takes stays with its connection until that ends.
     let bursts = async || {
+        let mut connections = Vec::new();
+        for _ in 0..200 {
+            connections.push(fixture.connection().await);
+        }
         for connection in &connections {
             let calls: Vec<_> = (0..1_000).map(|_| call(connection, &fixture.key.key)).collect();
             for call in calls {
                 assert_eq!(answer(call).await.unwrap().status, 200);
             }
         }
+        connections
     };
     fixture.holds_little("bursts of 1 000 calls on 200 connections", bursts).await;
 }
@@ -253,9 +266,14 @@ async fn sigterm_ends_the_server_whatever_is_open() {
         caller.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0").await.unwrap();
         open.push(caller);
     }
-    let connection = fixture.connection().await;
-    let (_unfinished, mut stream) = connection.clone().send_request(head(), false).unwrap();
-    stream.send_data(Bytes::from_static(b"\0\0\0"), false).unwrap();
+    let (mut connections, mut unfinished) = (Vec::new(), Vec::new());
+    for _ in 0..100 {
+        let connection = fixture.connection().await;
+        let (answer, mut stream) = connection.clone().send_request(head(), false).unwrap();
+        stream.send_data(Bytes::from_static(b"\0\0\0"), false).unwrap();
+        unfinished.push((answer, stream));
+        connections.push(connection);
+    }
     let mut closed = h2::client::Builder::new();
     let (sender, unread) = closed
         .initial_window_size(0)
@@ -274,7 +292,7 @@ async fn sigterm_ends_the_server_whatever_is_open() {
     // Delay and grace, and a moment to start and end.
     assert!(took < Duration::from_millis(3_500), "{took:?}\n{log}");
     assert!(log.contains("\"stopped\""), "{log}");
-    drop((open, connection, fixture.site));
+    drop((open, connections, unfinished, fixture.site));
 }
 
 #[tokio::test(flavor = "multi_thread")]
