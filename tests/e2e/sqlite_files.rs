@@ -204,9 +204,12 @@ async fn commands_and_serve_refuse_a_bind_mounted_database_file() {
 /// Runs a command of the program in a mount namespace of its own, where `from` is mounted at `to`, which `store.url` names.
 fn below_a_mount(from: &Path, to: &Path, words: &str) -> (i32, String) {
     let script = "mount --bind \"$1\" \"$2\" && exec \"$3\" $4";
-    // Without privileges a user namespace of one's own permits the mount.
+    // Root needs no user namespace, which the system may refuse (in a chroot, for example). Others cannot mount without one.
+    let own = rustix::process::getuid().is_root();
+    let namespaces = if own { &["--mount"][..] } else { &["--user", "--map-root-user", "--mount"] };
     let output = Command::new("unshare")
-        .args(["--user", "--map-root-user", "--mount", "sh", "-c", script, "sh"])
+        .args(namespaces)
+        .args(["sh", "-c", script, "sh"])
         .args([from, to, Path::new(env!("CARGO_BIN_EXE_trustgate"))])
         .arg(words)
         .env("TRUSTGATE__STORE__URL", format!("sqlite://{}", to.display()))

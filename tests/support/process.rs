@@ -9,6 +9,8 @@ use std::{
     time::Duration,
 };
 
+use rustix::process::{Pid, Signal, kill_process};
+
 use super::eventually;
 
 /// A running program.
@@ -154,9 +156,23 @@ pub fn directory(name: &str) -> PathBuf {
 
 /// Sends processes a signal.
 pub fn signal(name: &str, pids: &[u32]) {
-    let pids = pids.iter().map(u32::to_string);
-    // A process that ended meanwhile is none to signal.
-    Command::new("kill").arg(format!("-{name}")).args(pids).output().expect("kill is there");
+    let signal = match name {
+        "CONT" => Signal::CONT,
+        "HUP" => Signal::HUP,
+        "INT" => Signal::INT,
+        "KILL" => Signal::KILL,
+        "QUIT" => Signal::QUIT,
+        "STOP" => Signal::STOP,
+        "TERM" => Signal::TERM,
+        "USR1" => Signal::USR1,
+        "USR2" => Signal::USR2,
+        other => panic!("add the signal {other} here"),
+    };
+    for pid in pids {
+        let pid = i32::try_from(*pid).ok().and_then(Pid::from_raw).expect("a process id");
+        // A process that ended meanwhile is none to signal.
+        let _ = kill_process(pid, signal);
+    }
 }
 
 /// Whether a process is there no more, or only waits to be reaped.
