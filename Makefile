@@ -33,7 +33,7 @@ test: ## every test, against real Envoy, PostgreSQL, Redis and Prometheus
 	cargo test --locked
 
 .PHONY: upgrade
-upgrade: ## the tables of OLD (a commit) are upgraded under load, its servers run on and are put back; 0 wrong answers
+upgrade: ## upgrades the tables of OLD (a commit) under load, runs both releases on them, rolls back; 0 wrong answers
 	@tools/packages
 	@test -n "$(OLD)" || { echo 'set OLD to the commit before the change of the tables: make upgrade OLD=...' >&2; exit 2; }
 	@rm -rf target/old && git worktree prune && git worktree add --quiet --detach target/old "$(OLD)"

@@ -136,7 +136,7 @@ const TEXT: &str = "text/plain; charset=utf-8";
 /// The text format of Prometheus (<https://prometheus.io/docs/instrumenting/exposition_formats/>).
 const METRICS: &str = "text/plain; version=0.0.4; charset=utf-8";
 
-/// 200 from the first confirmation of the store until draining, while this server has the pepper of the database. It stays 200 while the database or Redis is down:
+/// 200 from the first confirmed poll until draining, provided that this server has the recorded pepper. It stays 200 while the database or Redis is down:
 /// otherwise all replicas would leave at once. The body says what is lost.
 async fn ready(admin: &Admin) -> (StatusCode, &'static str, String) {
     let phase = admin.life.phase();
@@ -159,7 +159,7 @@ async fn ready(admin: &Admin) -> (StatusCode, &'static str, String) {
     // Compared by the first poll.
     let pepper = match (fits, admin.views.is_confirmed()) {
         (true, _) => "ok",
-        (false, true) => "not that of the database; see the log for both fingerprints",
+        (false, true) => "mismatch with the database; both fingerprints are in the log",
         (false, false) => "not compared yet",
     };
     let body = format!(

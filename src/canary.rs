@@ -160,7 +160,7 @@ impl Canary {
         let Parts { clock, settings, .. } = &self.parts;
         let bound_of = |is_unanswered| settings.bound(self.parts.mode, is_unanswered);
         let bound = bound_of(false);
-        let issued = within(manager.issue_key(Wanted {
+        let issued = within(manager.issue_probe(Wanted {
             trust: TrustRef::Id(trust),
             name: Some("canary".to_owned()),
             scopes: Vec::new(),

@@ -148,7 +148,7 @@ impl Checker {
             if let Some(held) = held.filter(|held| standing != Standing::Stale || held.value().is_some()) {
                 let is_its = |stored: &ApiKeyDigest| self.parts.hasher.is_of(stored, &digest, key);
                 let outcome = self.decide(&digest, held.value(), is_its, false, &request.demands, now);
-                // While the database does not answer, an unknown key is a fault. A revoked one must look the same to the client.
+                // In the stale window an unknown key gets a fault, so a revoked one must get the same answer.
                 let is_stale = standing == Standing::Stale;
                 if !(is_stale && matches!(&outcome, Ok(Decision::Deny(reason)) if reason.is_of_key())) {
                     return Begun::Answered(self.answer(outcome, &request, now, is_stale));
@@ -273,8 +273,8 @@ impl Checker {
         let views = &self.parts.views;
         // A value was read from the database, so its clock is known by now.
         let now = views.database_clock.at(now).ok_or(Fault::Unconfirmed)?;
-        // Under another pepper every key would seem to be unknown.
-        if record.is_none() && !views.pepper.fits() {
+        // Without the recorded pepper this server cannot find new keys, so it must not deny them as unknown.
+        if record.is_none() && !views.pepper.identifies_all() {
             return Err(Fault::Pepper);
         }
         let decision = decide(record, demands, now);

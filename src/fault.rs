@@ -97,9 +97,9 @@ pub enum Fault {
         /// The header `grpc-encoding`, cut to [`quoted`]'s length.
         encoding: Box<str>,
     },
-    /// No key is stored under the peppers of this server, and it is not known to have the pepper of the database.
+    /// The key was not found, and this server is not known to have the recorded pepper.
     #[error(
-        "the key is not stored under a pepper of this server, which is not known to have the pepper of the database"
+        "pepper mismatch: the key was not found, and this server has not been confirmed to have the pepper recorded in the database"
     )]
     Pepper,
     /// A part of this server ended before its time.

@@ -302,7 +302,7 @@ impl Views {
             Step::Follow if polled.complete => Some(polled.versions.first().map_or(newest.as_of, |(first, _)| *first)),
             Step::Follow | Step::Jump => Some(newest.as_of),
         };
-        // Only this function changes the history, and it is not called twice at once. Checks must not wait for what follows.
+        // Only this function changes the history, and it is not called twice at once. Release the lock: the work below must not block checks.
         drop(history);
         // A view that begins is told of the last minutes, those before history was lost included: what was said then does
         // not make good again what was revoked.

@@ -186,25 +186,34 @@ pub struct StoredPeppers {
 }
 
 impl StoredPeppers {
-    /// Whether a server can verify keys of this database: one of its peppers, whose fingerprints are `known`, is recorded
-    /// here, or none is recorded yet. A server without a pepper fits until the pepper that followed is replaced in turn.
+    /// Whether a server is ready: one of its peppers, whose fingerprints are `known`, is recorded here, or none is recorded
+    /// yet. The one before counts too, so that a change of the pepper does not take out every server that was not restarted yet.
     #[must_use]
     pub fn fit(&self, known: &[Fingerprint]) -> bool {
         let recorded = [self.current, self.previous].into_iter().flatten();
         let has_none = known.is_empty() && self.previous == Some(Fingerprint::NO_PEPPER);
         self.current.is_none() || has_none || recorded.into_iter().any(|one| known.contains(&one))
     }
+
+    /// Whether a key that a server with the peppers `known` does not find is unknown. Without the current pepper it may be a
+    /// new key that the server cannot recognise.
+    #[must_use]
+    pub fn identify_all(&self, known: &[Fingerprint]) -> bool {
+        self.current.is_none_or(|current| known.contains(&current))
+    }
 }
 
 /// How the digest of a new key was made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Made {
-    /// Outside trustgate: the SHA-256 digest was imported, and no pepper concerns it.
+    /// Imported as a SHA-256 digest; the pepper does not apply.
     Elsewhere,
-    /// Here, without a pepper.
+    /// Issued here without a pepper.
     Plain,
-    /// Here, under the pepper with this fingerprint.
+    /// Issued here under this pepper.
     Peppered(Fingerprint),
+    /// Issued by the canary under this pepper, which is neither compared with the recorded one nor recorded as such.
+    Probe(Fingerprint),
 }
 
 impl Made {
@@ -213,7 +222,7 @@ impl Made {
     pub const fn scheme(self) -> Scheme {
         match self {
             Self::Elsewhere | Self::Plain => Scheme::Sha256,
-            Self::Peppered(_) => Scheme::Hmac,
+            Self::Peppered(_) | Self::Probe(_) => Scheme::Hmac,
         }
     }
 
@@ -222,7 +231,7 @@ impl Made {
     pub const fn fingerprint(self) -> Option<Fingerprint> {
         match self {
             Self::Elsewhere | Self::Plain => None,
-            Self::Peppered(fingerprint) => Some(fingerprint),
+            Self::Peppered(fingerprint) | Self::Probe(fingerprint) => Some(fingerprint),
         }
     }
 }
@@ -386,6 +395,14 @@ mod tests {
         ] {
             assert_eq!(stored.fit(known), fits, "{stored:?} {known:?}");
         }
+    }
+
+    #[test]
+    fn without_the_current_pepper_an_unknown_key_may_be_a_new_one() {
+        let print = |number| Fingerprint([number; 8]);
+        let stored = StoredPeppers { current: Some(print(2)), previous: Some(print(1)) };
+        assert!(stored.identify_all(&[print(2), print(1)]) && StoredPeppers::default().identify_all(&[]));
+        assert!(stored.fit(&[print(1)]) && !stored.identify_all(&[print(1)]));
     }
 
     #[test]

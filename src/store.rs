@@ -22,7 +22,7 @@ use std::{path::PathBuf, time::Duration};
 
 pub use existing::{ColumnName, DigestForm, TableName};
 pub use ledger::{Actor, AuditEntry, Ledger, LedgerError};
-pub use lookup::{Lookup, Missing, PollError, Polled, SignOfLife, Source};
+pub use lookup::{Lookup, Missing, PollError, Polled, SignOfLife, Source, Tended};
 pub use open::{
     Management, attach, describe, detach, grants, management, migrate, new_incarnation, open_history, open_ledger,
     open_lookup, print_attach, print_detach,

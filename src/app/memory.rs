@@ -8,9 +8,9 @@ use tokio_util::sync::CancellationToken;
 use super::AppError;
 use crate::net::Service;
 
-/// How often at most.
+/// Minimum time between two trims.
 const INTERVAL: Duration = Duration::from_secs(10);
-/// After how many connections. A few hold little, and looking through free memory keeps a cache miss waiting that allocates meanwhile.
+/// Trim only after this many connections have ended. A trim locks the allocator, which delays cache misses that allocate.
 const CONNECTIONS_MIN: u64 = 16;
 
 /// Runs until `stop`.

@@ -76,7 +76,7 @@ pub(super) enum Command {
     /// API keys.
     #[command(subcommand)]
     Key(Key),
-    /// The secret that digests of keys are made under.
+    /// Manage the pepper, the secret that keys are hashed with.
     #[command(subcommand)]
     Pepper(Pepper),
     /// What is denied whatever the database says, also while it cannot be reached.
@@ -151,8 +151,8 @@ pub(super) enum Key {
         /// Only those of this trust.
         #[arg(long, value_name = "NAME_OR_ID", value_parser = to_trust())]
         trust: Option<TrustRef>,
-        /// Only those that were made under this pepper: `current` or `previous` in the configuration, `unknown` to it,
-        /// `unrecorded` as long as no check has proven one, or a fingerprint of 16 hexadecimal digits.
+        /// Only keys issued under this pepper: `current` or `previous` of this configuration, `unknown` (not in this
+        /// configuration), `unrecorded` (no check has identified it yet), or a fingerprint of 16 hexadecimal digits.
         #[arg(long, value_name = "PEPPER", value_parser = to_pepper)]
         pepper: Option<PepperFilter>,
     },
@@ -169,8 +169,8 @@ pub(super) enum Key {
 
 #[derive(Subcommand)]
 pub(super) enum Pepper {
-    /// Make new keys under the pepper of this configuration from now on, in place of the one before. Run it when every
-    /// server has the new pepper, and the one before in `credential.previous_pepper_files`.
+    /// Record the configured pepper as the one for new keys. Run it after every server has the new pepper, with the old one
+    /// in `credential.previous_pepper_files`.
     Use,
 }
 

@@ -208,10 +208,10 @@ async fn pepper_used(manager: &mut Manager) -> Result<Answer, ManageError> {
     let answer = Answer::object(object, &["pepper", "before"]);
     Ok(match before {
         Some(before) if before != pepper => answer.note(
-            "Keys that were made before keep working on servers that have that pepper in credential.previous_pepper_files; \
-             `trustgate key list --pepper previous` lists them.",
+            "Existing keys keep working on servers that list the previous pepper in credential.previous_pepper_files. List them with \
+             `trustgate key list --pepper previous`.",
         ),
-        Some(_) => answer.note("It was in use before; nothing is changed."),
+        Some(_) => answer.note("This pepper is already the recorded one; nothing changed."),
         None => answer,
     })
 }

@@ -22,30 +22,39 @@ use crate::{
 #[derive(Debug)]
 pub struct PepperState {
     fits: AtomicBool,
+    identifies_all: AtomicBool,
     changes: watch::Sender<bool>,
 }
 
 impl Default for PepperState {
     fn default() -> Self {
-        Self { fits: AtomicBool::new(false), changes: watch::Sender::new(false) }
+        Self { fits: AtomicBool::default(), identifies_all: AtomicBool::default(), changes: watch::Sender::new(false) }
     }
 }
 
 impl PepperState {
-    /// Whether they fit. For checks: reads one byte.
+    /// Whether they fit: this server is ready only then.
     #[must_use]
     pub fn fits(&self) -> bool {
         self.fits.load(Ordering::Relaxed)
     }
 
-    /// The same for whoever waits for a change.
+    /// Whether a key that is not found is unknown, and not perhaps one that was issued under a pepper that is missing here. For
+    /// checks: reads one byte.
+    #[must_use]
+    pub fn identifies_all(&self) -> bool {
+        self.identifies_all.load(Ordering::Relaxed)
+    }
+
+    /// Returns a receiver that is notified when [`Self::fits`] changes.
     #[must_use]
     pub fn subscribe(&self) -> watch::Receiver<bool> {
         self.changes.subscribe()
     }
 
-    /// Sets it. Returns whether it is another one than before.
-    pub(super) fn set(&self, fits: bool) -> bool {
+    /// Sets both. Returns whether [`Self::fits`] changed.
+    pub(super) fn set(&self, fits: bool, identifies_all: bool) -> bool {
+        self.identifies_all.store(identifies_all, Ordering::Relaxed);
         self.fits.store(fits, Ordering::Relaxed);
         self.changes.send_if_modified(|before| std::mem::replace(before, fits) != fits)
     }
@@ -60,11 +69,11 @@ pub struct Peppers {
     pub known: Vec<Fingerprint>,
     /// `None` where no pepper is in a file.
     pub reread: Option<Reread>,
-    /// What they look like from outside.
+    /// Their metrics.
     pub metrics: PepperMetrics,
 }
 
-/// What the peppers look like from outside.
+/// Metrics of the peppers.
 #[derive(Clone)]
 pub struct PepperMetrics {
     fits: IntGauge,
@@ -89,7 +98,7 @@ impl PepperMetrics {
     }
 }
 
-/// What was logged last, so that each thing is logged once.
+/// The last recorded peppers, shared by the poll and the file watch, so that each change is logged once.
 #[derive(Default)]
 pub(super) struct Compared {
     stored: Mutex<Option<StoredPeppers>>,
@@ -110,18 +119,19 @@ impl Peppers {
         }
         let fits = stored.fit(&self.known);
         self.metrics.fits.set(fits.into());
-        let changed = state.set(fits);
+        let changed = state.set(fits, stored.identify_all(&self.known));
         if !fits {
             tracing::error!(
                 configured = listed(self.known.iter().copied()),
                 recorded = listed(stored.current),
-                "not ready: this server does not have the pepper that keys of this database are made under (fingerprints): \
-                 set credential.pepper_file, or credential.previous_pepper_files, and restart"
+                "pepper mismatch: this server does not have the pepper recorded in the database, so it is not ready; set \
+                 credential.pepper_file or credential.previous_pepper_files and restart. If a command recorded a wrong pepper, run \
+                 `trustgate pepper use` with the right one"
             );
         } else if changed && stored.current.is_some() {
             tracing::info!(
                 recorded = listed(stored.current),
-                "this server has the pepper of the database (fingerprint)"
+                "pepper matches: this server has the pepper recorded in the database"
             );
         }
     }
@@ -135,11 +145,11 @@ impl Peppers {
             tracing::warn!(
                 count,
                 configured = listed(self.known.iter().copied()),
-                "active keys were made under a pepper that this server does not have, and are rejected here; \
-                 `trustgate key list --pepper unknown` lists them"
+                "unknown pepper: active keys were issued under a pepper that this server does not have, so it cannot grant them; list \
+                 them with `trustgate key list --pepper unknown`"
             );
         } else if before > 0 && count == 0 {
-            tracing::info!("no active key is left that was made under a pepper that this server does not have");
+            tracing::info!("unknown pepper: no such active keys are left");
         }
     }
 
@@ -157,21 +167,21 @@ impl Peppers {
         *last = state;
         let configured = listed(self.known.iter().copied());
         match last {
-            FileState::Same => tracing::info!("the pepper files hold what this server uses"),
+            FileState::Same => tracing::info!("pepper files restored: they match what this server loaded"),
             FileState::Unreadable => {
-                tracing::error!(problem, "the pepper files cannot be read any longer: a restart would fail");
+                tracing::error!(problem, "pepper files unreadable: a restart would fail");
             }
             FileState::Other(found) if stored.fit(found) => tracing::warn!(
                 configured,
                 found = listed(found.iter().copied()),
-                "the pepper files were changed: this server uses what it read at its start until it is restarted (fingerprints)"
+                "pepper files changed: this server keeps the peppers it loaded at startup until it restarts"
             ),
             FileState::Other(found) => tracing::error!(
                 configured,
                 found = listed(found.iter().copied()),
                 recorded = listed(stored.current),
-                "the pepper files were changed, and do not hold the pepper of this database: this server uses what it read at \
-                 its start, and would not be ready after a restart (fingerprints)"
+                "pepper files changed: they no longer contain the pepper recorded in the database, so this server would not be ready \
+                 after a restart"
             ),
         }
     }

@@ -24,7 +24,7 @@ use crate::{
         Gauge, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, Opts, Registry, SHORT_SECONDS, register,
     },
     record::Version,
-    store::{Lookup, PollError, Polled, SignOfLife},
+    store::{Lookup, PollError, Polled, SignOfLife, Tended},
 };
 
 /// A sign of life for whoever waits for replicas, at least this often.
@@ -424,12 +424,15 @@ impl Poll {
                 continue;
             }
             match timeout(WRITE_TIMEOUT, self.store.tend_peppers(&self.peppers.known)).await {
-                Ok(Ok(count)) => {
-                    self.peppers.count_others(count);
-                    failed = false;
+                Ok(Ok(Tended { others, unrecorded })) => {
+                    self.peppers.count_others(others);
+                    let had_failed = std::mem::replace(&mut failed, unrecorded.is_some());
+                    if let Some(fault) = unrecorded.filter(|_| !had_failed) {
+                        tracing::warn!(%fault, "pepper check failed: cannot record the peppers of keys; retrying");
+                    }
                 }
                 Ok(Err(fault)) if !std::mem::replace(&mut failed, true) => {
-                    tracing::warn!(%fault, "the peppers of keys could not be recorded or compared; trying again");
+                    tracing::warn!(%fault, "pepper check failed: cannot count keys under unknown peppers; retrying");
                 }
                 Ok(Err(_)) | Err(_) => {}
             }

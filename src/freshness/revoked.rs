@@ -27,9 +27,9 @@ const DIGESTS_MAX: usize = 100_000;
 #[derive(Debug, Default)]
 pub struct Revoked {
     digests: Mutex<Digests>,
-    /// Those that bind. Replaced as a whole, so that checks look them up without a lock.
+    /// Digests revoked in a lost history that are still denied. Replaced as a whole, so that checks look them up without a lock.
     binding: ArcSwap<HashSet<ApiKeyDigest>>,
-    /// Whether any bind: without one nothing is looked up.
+    /// False while `binding` is empty, so that checks skip the lookup.
     any_binds: AtomicBool,
 }
 

@@ -14,7 +14,7 @@ use crate::{
         self,
         format::{self, Form},
     },
-    record::{Fingerprint, KeyId, Scheme, is_scope},
+    record::{Fingerprint, KeyId, Made, Scheme, is_scope},
     secret::Secret,
     store::ledger::{Key, NewKey, TrustRef},
 };
@@ -147,6 +147,20 @@ impl Manager {
     /// # Errors
     /// What is wanted makes no sense, there is no such trust, or the database failed.
     pub async fn issue_key(&mut self, wanted: Wanted) -> Result<Issued, ManageError> {
+        let made = self.hasher.made();
+        self.issue(wanted, made).await
+    }
+
+    /// The same for the canary, which tests one server with that server's own pepper.
+    ///
+    /// # Errors
+    /// As [`Self::issue_key`].
+    pub async fn issue_probe(&mut self, wanted: Wanted) -> Result<Issued, ManageError> {
+        let made = self.hasher.made().fingerprint().map_or(Made::Elsewhere, Made::Probe);
+        self.issue(wanted, made).await
+    }
+
+    async fn issue(&mut self, wanted: Wanted, made: Made) -> Result<Issued, ManageError> {
         check(&wanted)?;
         let secret = format::generate(&self.credential.prefix).map_err(ManageError::Randomness)?;
         let Wanted { trust, name, mut scopes, allowed_cidrs, expires_in } = wanted;
@@ -157,7 +171,7 @@ impl Manager {
             id: KeyId(Uuid::now_v7()),
             digest: self.hasher.current(bytes),
             older: Vec::new(), // nobody has had it before
-            made: self.hasher.made(),
+            made,
             hint: format::hint(&self.credential.prefix, bytes),
             name,
             scopes,

@@ -77,10 +77,9 @@ pub(crate) trait Tables: Send + Sync {
     async fn revoke_key(&mut self, id: KeyId) -> Result<bool, sqlx::Error>;
     /// Draws a version "everything changed" with this transaction.
     async fn change_everything(&mut self) -> Result<(), sqlx::Error>;
-    /// Names this pepper as the one that keys are made under, if none is named; returns the one that is named then. `None`: only
-    /// returns it.
+    /// Records this pepper if none is recorded. Returns the recorded pepper. With `None`, only reads it.
     async fn hold_pepper(&mut self, pepper: Option<Fingerprint>) -> Result<Option<Fingerprint>, sqlx::Error>;
-    /// Names this pepper as the one that keys are made under; returns the one before.
+    /// Records this pepper for new keys and returns the one recorded before.
     async fn use_pepper(&mut self, pepper: Fingerprint) -> Result<Option<Fingerprint>, sqlx::Error>;
     /// The newest version.
     async fn newest(&mut self) -> Result<i64, sqlx::Error>;
@@ -315,9 +314,9 @@ async fn add_key(tables: &mut dyn Tables, actor: &Actor, trust: &TrustRef, key: 
     Ok(stored)
 }
 
-/// Refuses keys that servers would reject, since they have another pepper.
+/// Rejects new keys hashed under a pepper other than the recorded one: servers could not verify them.
 async fn check_pepper(tables: &mut dyn Tables, made: Made) -> Result<(), LedgerError> {
-    if made == Made::Elsewhere {
+    if matches!(made, Made::Elsewhere | Made::Probe(_)) {
         return Ok(());
     }
     let configured = made.fingerprint();

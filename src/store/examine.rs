@@ -287,12 +287,12 @@ impl<'a, D: Dialect> Session<'a, D> {
             return Finding::skipped(PEPPER, "because the configured peppers cannot be read");
         };
         let Some(recorded) = stored.current else {
-            return Finding::ok(PEPPER, "none is recorded: no key was made under one since the tables can record it");
+            return Finding::ok(PEPPER, "no pepper is recorded yet: the first issued or imported key records it");
         };
         if !stored.fit(known) {
             let configured: Vec<_> = known.iter().map(ToString::to_string).collect();
             let configured = if configured.is_empty() { "none".to_owned() } else { configured.join(", ") };
-            let found = format!("keys are made under the pepper {recorded}, and this configuration has {configured}");
+            let found = format!("the database records the pepper {recorded}, but this configuration has {configured}");
             let remedy = "set credential.pepper_file to that pepper: `serve` is not ready without it";
             return Finding::failed(PEPPER, found, remedy).about(SETTINGS);
         }

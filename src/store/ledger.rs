@@ -133,10 +133,10 @@ pub enum LedgerError {
     DigestTaken(KeyId),
     /// The keys of this database are made under another pepper.
     #[error(
-        "the pepper of this configuration ({}) is not the one that keys of this database are made under ({recorded}): \
-         servers that have only that one would reject the key. Correct credential.pepper_file, or, if this pepper is to follow and \
-         every server has it, run `trustgate pepper use`",
-        configured.map_or_else(|| "none is set".to_owned(), |pepper| format!("fingerprint {pepper}"))
+        "pepper mismatch: this configuration has {}, but the database records the pepper {recorded}. Servers without the configured \
+         pepper would reject the key. Correct credential.pepper_file. To change the pepper, wait until every server has the new \
+         one, then run `trustgate pepper use`",
+        configured.map_or_else(|| "no pepper".to_owned(), |pepper| format!("the pepper {pepper}"))
     )]
     OtherPepper {
         /// Of the pepper in the configuration.

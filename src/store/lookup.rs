@@ -75,13 +75,22 @@ pub trait Lookup: Send + Sync + 'static {
     ///
     /// # Errors
     /// As [`Self::find`].
-    async fn tend_peppers(&self, known: &[Fingerprint]) -> Result<u64, Fault>;
+    async fn tend_peppers(&self, known: &[Fingerprint]) -> Result<Tended, Fault>;
 
     /// The key of the Redis MAC, which the first migration made; `None` where the tables are not ours.
     ///
     /// # Errors
     /// As [`Self::find`].
     async fn redis_mac_key(&self) -> Result<Option<[u8; 32]>, Fault>;
+}
+
+/// What [`Lookup::tend_peppers`] found.
+#[derive(Debug, Default)]
+pub struct Tended {
+    /// Active keys under other peppers.
+    pub others: u64,
+    /// Why peppers that checks have proven could not be recorded.
+    pub unrecorded: Option<Fault>,
 }
 
 /// Keys under other peppers are counted up to this number.

@@ -17,7 +17,7 @@ use uuid::Uuid;
 use super::{
     Lookup, StoreSettings,
     ledger::LedgerError,
-    lookup::{Missing, PollError, Polled, SignOfLife, Source},
+    lookup::{Missing, PollError, Polled, SignOfLife, Source, Tended},
     pool::{Connect, Limits, Pool, Trouble},
     rows::{self, Corrupt, Plain, Read},
     schema,
@@ -51,7 +51,8 @@ pub(crate) trait Dialect: Connect<Row: Plain> {
     fn record_peppers(&self, proven: &[(KeyId, Fingerprint)], current: Fingerprint) -> Self::Query;
     /// A fingerprint in a statement.
     fn fingerprint_literal(fingerprint: Fingerprint) -> String;
-    /// How many active keys are recorded under a pepper for which one of `conditions` holds, [`OTHER_KEYS_MAX`] at most.
+    /// How many active keys are recorded under a pepper for which one of `conditions` holds, [`super::lookup::OTHER_KEYS_MAX`] at
+    /// most. Reads no more rows than that for each condition.
     fn count_keys(&self, conditions: &[String]) -> Self::Query;
     /// The sign of life of this replica.
     fn report(&self, sign: &SignOfLife) -> Self::Query;
@@ -139,7 +140,7 @@ impl<D: Dialect> Reader<D> {
         }
     }
 
-    /// Keeps in mind which pepper made the keys in `rows`, where the database does not know.
+    /// Queues keys whose pepper this read proved and the database does not record yet.
     fn note_proven(&self, rows: &[Read], digests: &Digests) {
         for row in rows {
             if let Some(stored) = row.unrecorded()
@@ -147,7 +148,7 @@ impl<D: Dialect> Reader<D> {
                 && let Some(id) = row.key_id()
             {
                 let mut proven = self.proven.lock().unwrap_or_else(PoisonError::into_inner);
-                // What there is no room for is read again some day.
+                // If the queue is full, the key is dropped: a later read proves it again.
                 if proven.len() < PROVEN_MAX && proven.iter().all(|(known, _)| *known != id) {
                     proven.push((id, position));
                 }
@@ -262,24 +263,24 @@ impl<D: Dialect> Lookup for Reader<D> {
         Ok(is_more.map_err(|_| Corrupt("the age of a version is not a number"))? != 0)
     }
 
-    async fn tend_peppers(&self, known: &[Fingerprint]) -> Result<u64, Fault> {
+    async fn tend_peppers(&self, known: &[Fingerprint]) -> Result<Tended, Fault> {
         if !self.dialect.has_own_keys() {
-            return Ok(0);
+            return Ok(Tended::default());
         }
         let proven = std::mem::take(&mut *self.proven.lock().unwrap_or_else(PoisonError::into_inner));
         let proven: Vec<_> =
             proven.into_iter().filter_map(|(id, position)| Some((id, *known.get(position)?))).collect();
-        let recorded = match known.first() {
+        let unrecorded = match known.first() {
             Some(current) if !proven.is_empty() => {
-                self.reads.read(&self.dialect.record_peppers(&proven, *current)).await.map(drop)
+                self.reads.read(&self.dialect.record_peppers(&proven, *current)).await.err().map(Fault::from)
             }
-            _ => Ok(()),
+            _ => None,
         };
         let conditions = others(known, D::fingerprint_literal);
         let rows = self.reads.read(&self.dialect.count_keys(&conditions)).await?;
-        recorded?;
         let count = rows.first().map_or(Ok(0), |row| row.number(0));
-        Ok(count.map_err(|_| Corrupt("a number of keys is not a number"))?.unsigned_abs())
+        let others = count.map_err(|_| Corrupt("a number of keys is not a number"))?.unsigned_abs();
+        Ok(Tended { others, unrecorded })
     }
 
     async fn redis_mac_key(&self) -> Result<Option<[u8; 32]>, Fault> {

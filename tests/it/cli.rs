@@ -141,7 +141,7 @@ fn foreign_keys_are_imported_as_plaintext_and_found_under_a_pepper() {
         .with("TRUSTGATE__CREDENTIAL__PEPPER", "another-hunter2-hunter2")
         .with("TRUSTGATE__CREDENTIAL__PREVIOUS_PEPPER_FILES", earlier.to_str().unwrap());
     let again = ["--output", "json", "key", "import", "--trust", "acme", "--plaintext"];
-    other.feed(&again, keys).failed(1, &["is not the one that keys of this database are made under", "pepper use"]);
+    other.feed(&again, keys).failed(1, &["but the database records the pepper", "pepper use"]);
     other.run(&["pepper", "use"]).done();
     let again = other.feed(&again, &format!("{keys}third-foreign-key-9012\n")).done().parsed();
     assert_eq!((&again["imported"], &again["already_stored"]), (&json!(1), &json!(2)));

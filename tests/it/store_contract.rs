@@ -38,6 +38,7 @@ contract! {
     every_field_a_decision_needs_comes_back
     keys_are_made_under_the_recorded_pepper_alone
     without_a_pepper_before_servers_without_one_still_fit
+    imported_digests_are_no_keys_without_a_pepper
     a_check_records_the_pepper_of_an_older_key
     a_trust_lives_and_dies_with_its_keys
     names_and_digests_are_taken_once
@@ -321,11 +322,11 @@ async fn keys_are_made_under_the_recorded_pepper_alone(db: Db) {
         (&[Fingerprint([0xFF; 8])], 2),
         (&[Fingerprint([0; 8])], 2),
     ] {
-        assert_eq!(lookup.tend_peppers(known).await.unwrap(), others, "{known:?}");
+        assert_eq!(lookup.tend_peppers(known).await.unwrap().others, others, "{known:?}");
     }
     let revoked = keys.iter().find(|key| key.pepper == Some(PEPPER)).unwrap().id;
     ledger.revoke_key(&actor(), revoked).await.unwrap();
-    assert_eq!(lookup.tend_peppers(&[OTHER_PEPPER]).await.unwrap(), 0, "only active keys count");
+    assert_eq!(lookup.tend_peppers(&[OTHER_PEPPER]).await.unwrap().others, 0, "only active keys count");
 }
 
 async fn without_a_pepper_before_servers_without_one_still_fit(db: Db) {
@@ -338,6 +339,19 @@ async fn without_a_pepper_before_servers_without_one_still_fit(db: Db) {
     let peppers = lookup.poll(None).await.unwrap().peppers;
     assert_eq!(peppers, StoredPeppers { current: Some(PEPPER), previous: Some(Fingerprint::NO_PEPPER) });
     assert!(peppers.fit(&[]) && peppers.fit(&[PEPPER]) && !peppers.fit(&[OTHER_PEPPER]));
+}
+
+async fn imported_digests_are_no_keys_without_a_pepper(db: Db) {
+    let db = db.migrated().await;
+    let (lookup, mut ledger) = (db.lookup().await, db.ledger().await);
+    with_acme(&mut *ledger).await;
+    let imported = NewKey { hint: String::new(), ..new_key(1) };
+    ledger.import_keys(&actor(), &acme(), vec![imported]).await.unwrap();
+    ledger.add_key(&actor(), &acme(), NewKey { made: Made::Probe(OTHER_PEPPER), ..new_key(2) }).await.unwrap();
+    assert_eq!(lookup.poll(None).await.unwrap().peppers, StoredPeppers::default(), "the canary records nothing");
+    ledger.add_key(&actor(), &acme(), NewKey { made: Made::Peppered(PEPPER), ..new_key(3) }).await.unwrap();
+    let peppers = lookup.poll(None).await.unwrap().peppers;
+    assert_eq!(peppers, StoredPeppers { current: Some(PEPPER), previous: None });
 }
 
 async fn a_check_records_the_pepper_of_an_older_key(db: Db) {
@@ -357,7 +371,8 @@ async fn a_check_records_the_pepper_of_an_older_key(db: Db) {
     assert!(found.value.is_some());
     let found = lookup.find(&Digests { current: digest(8), older: vec![digest(2)] }).await.unwrap();
     assert!(found.value.is_some());
-    assert_eq!(lookup.tend_peppers(&[OTHER_PEPPER, PEPPER]).await.unwrap(), 0);
+    let tended = lookup.tend_peppers(&[OTHER_PEPPER, PEPPER]).await.unwrap();
+    assert!(tended.others == 0 && tended.unrecorded.is_none(), "{tended:?}");
     let keys = ledger.keys(None).await.unwrap();
     let pepper = |number| keys.iter().find(|key| key.id == KeyId(Uuid::from_u128(number))).unwrap().pepper;
     assert_eq!([pepper(1), pepper(2), pepper(3)], [Some(OTHER_PEPPER), Some(PEPPER), None]);

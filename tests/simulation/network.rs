@@ -13,7 +13,7 @@ use trustgate::{
     clock::{Clock, DatabaseTime, Moment},
     fault::{Fault, Tier},
     record::{Dated, Digests, Fingerprint, KeyId, Record, Version},
-    store::{LedgerError, Lookup, Missing, PollError, Polled, SignOfLife, Source},
+    store::{LedgerError, Lookup, Missing, PollError, Polled, SignOfLife, Source, Tended},
 };
 use uuid::Uuid;
 
@@ -142,8 +142,8 @@ impl Lookup for Network {
         self.ask(|database, _, _| database.renew_incarnation(lost)).await
     }
 
-    async fn tend_peppers(&self, _: &[Fingerprint]) -> Result<u64, Fault> {
-        Ok(0)
+    async fn tend_peppers(&self, _: &[Fingerprint]) -> Result<Tended, Fault> {
+        Ok(Tended::default())
     }
 
     async fn prune(&self) -> Result<bool, Fault> {

@@ -15,7 +15,7 @@ use trustgate::{
     config::{self, Purpose},
     fault::Fault,
     record::{Dated, Digests, Fingerprint, KeyId, Record, Version},
-    store::{LedgerError, Lookup, Missing, PollError, Polled, SignOfLife, Source},
+    store::{LedgerError, Lookup, Missing, PollError, Polled, SignOfLife, Source, Tended},
 };
 use uuid::Uuid;
 
@@ -175,7 +175,7 @@ impl Lookup for Seam {
         self.inner.renew_incarnation(lost).await
     }
 
-    async fn tend_peppers(&self, known: &[Fingerprint]) -> Result<u64, Fault> {
+    async fn tend_peppers(&self, known: &[Fingerprint]) -> Result<Tended, Fault> {
         self.inner.tend_peppers(known).await
     }
 

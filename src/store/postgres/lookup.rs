@@ -192,12 +192,15 @@ impl Dialect for Postgres {
     fn count_keys(&self, conditions: &[String]) -> String {
         let ranges = conditions.iter().map(|condition| {
             format!(
-                "SELECT FROM {{s}}.api_key WHERE {condition} AND revoked_at IS NULL
-                    AND (expires_at IS NULL OR expires_at > statement_timestamp())"
+                "(SELECT expires_at FROM {{s}}.api_key WHERE {condition} AND revoked_at IS NULL LIMIT {OTHER_KEYS_MAX})"
             )
         });
         let ranges = ranges.collect::<Vec<_>>().join(" UNION ALL ");
-        self.timed(&format!("SELECT count(*) FROM (SELECT FROM ({ranges}) k LIMIT {OTHER_KEYS_MAX}) k"))
+        // A new column has no statistics yet, by which the planner would rather read the whole table.
+        self.timed(&format!(
+            "SET LOCAL enable_seqscan = off; SELECT least(count(*), {OTHER_KEYS_MAX}) FROM ({ranges}) k
+             WHERE expires_at IS NULL OR expires_at > statement_timestamp()"
+        ))
     }
 
     fn has_own_keys(&self) -> bool {

@@ -40,6 +40,9 @@ pub(crate) async fn run(address: &Address, name: &SchemaName, connect_timeout: D
         watch::mend(&mut transaction, name).await?;
     }
     transaction.commit().await?;
+    if tables.is_some_and(|tables| tables.version >= 4) {
+        sqlx::raw_sql(in_schema(PEPPER_INDEX, name)).execute(&mut connection).await?;
+    }
     connection.close().await?;
     schema::check(tables, &describe(address, name))
 }
@@ -125,7 +128,7 @@ async fn third(connection: &mut PgConnection, name: &SchemaName) -> Result<(), s
     stamp(connection, name, 3).await
 }
 
-/// Version 4: keys know their pepper. The other columns are for later releases, so that tables that every check reads
+/// Version 4: records the pepper of each key. No statement reads the rows of a large table. The other columns are for later releases, so that tables that every check reads
 /// change only once.
 async fn fourth(connection: &mut PgConnection, name: &SchemaName) -> Result<(), sqlx::Error> {
     sqlx::raw_sql(in_schema(watch::HOLD_WRITERS, name)).execute(&mut *connection).await?;
@@ -141,7 +144,7 @@ ALTER TABLE {s}.meta
     ADD COLUMN pepper_fingerprint bytea CHECK (octet_length(pepper_fingerprint) = 8),
     ADD COLUMN previous_pepper_fingerprint bytea CHECK (octet_length(previous_pepper_fingerprint) = 8);
 ALTER TABLE {s}.api_key
-    ADD COLUMN pepper_fingerprint bytea CHECK (octet_length(pepper_fingerprint) = 8),
+    ADD COLUMN pepper_fingerprint bytea,
     ADD COLUMN metadata jsonb,
     ADD COLUMN rotated_from uuid,
     ADD COLUMN limit_requests bigint,
@@ -150,9 +153,14 @@ ALTER TABLE {s}.trust
     ADD COLUMN external_id text,
     ADD COLUMN limit_requests bigint,
     ADD COLUMN limit_unit text;
-CREATE INDEX api_key_pepper ON {s}.api_key (pepper_fingerprint)
-    WHERE pepper_fingerprint IS NOT NULL AND revoked_at IS NULL;
+ALTER TABLE {s}.api_key ADD CONSTRAINT api_key_pepper_fingerprint_check
+    CHECK (octet_length(pepper_fingerprint) = 8) NOT VALID;
 ";
+
+/// The index of version 4. Made after the tables were committed: it reads all of `api_key`, and holds up writers alone.
+const PEPPER_INDEX: &str = "
+CREATE INDEX IF NOT EXISTS api_key_pepper ON {s}.api_key (pepper_fingerprint)
+    WHERE pepper_fingerprint IS NOT NULL AND revoked_at IS NULL";
 
 async fn stamp(connection: &mut PgConnection, name: &SchemaName, version: i64) -> Result<(), sqlx::Error> {
     sqlx::query(in_schema("INSERT INTO {s}.schema (version, compatible_from) VALUES ($1, $2)", name))

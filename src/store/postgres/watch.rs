@@ -580,7 +580,7 @@ END
 ",
     },
     Function {
-        // Of releases before version 4, which may run beside this one or be put back.
+        // For releases that use table version 3: they may still be running, or be rolled back to.
         name: "find",
         arguments: "digests bytea[], key uuid",
         returns: found!(""),
@@ -602,12 +602,13 @@ END
         returns: "text",
         attributes: DEFINER,
         rights_of: Some("everything()"),
-        // Records the pepper of the first key, and returns the recorded one. Two that come at once wait for each other.
+        // Records the pepper of the first key, and returns the recorded one. Two that come at once wait for each other. Imported
+        // digests have no hint: they were not issued without a pepper.
         body: "
 BEGIN
     IF made_under IS NOT NULL THEN
         UPDATE {s}.meta SET pepper_fingerprint = made_under, previous_pepper_fingerprint = CASE
-                WHEN EXISTS (SELECT FROM {s}.api_key WHERE scheme = 0) THEN {no_pepper} END
+                WHEN EXISTS (SELECT FROM {s}.api_key WHERE scheme = 0 AND hint <> '') THEN {no_pepper} END
             WHERE pepper_fingerprint IS NULL;
     END IF;
     RETURN (SELECT encode(pepper_fingerprint, 'hex') FROM {s}.meta);
@@ -643,7 +644,7 @@ END
         attributes: DEFINER,
         rights_of: Some("prune()"),
         // For the role of `serve`, which can change nothing else of a key. No version is drawn: no decision reads this
-        // column. A key that another replica is about to record is left to it.
+        // column. Skips keys that another replica has locked.
         body: "
 BEGIN
     UPDATE {s}.api_key k SET pepper_fingerprint = proven.fingerprint

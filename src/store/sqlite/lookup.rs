@@ -324,12 +324,16 @@ impl Dialect for Sqlite {
     fn count_keys(&self, conditions: &[String]) -> Query {
         let ranges = conditions.iter().map(|condition| {
             format!(
-                "SELECT 1 FROM api_key WHERE {condition} AND revoked_at IS NULL
-                    AND (expires_at IS NULL OR expires_at > {NOW})"
+                "SELECT * FROM (
+                    SELECT expires_at FROM api_key WHERE {condition} AND revoked_at IS NULL LIMIT {OTHER_KEYS_MAX}
+                 )"
             )
         });
         let ranges = ranges.collect::<Vec<_>>().join(" UNION ALL ");
-        Query::new(format!("SELECT count(*) FROM (SELECT 1 FROM ({ranges}) LIMIT {OTHER_KEYS_MAX})"), [])
+        let sql = format!(
+            "SELECT min(count(*), {OTHER_KEYS_MAX}) FROM ({ranges}) WHERE expires_at IS NULL OR expires_at > {NOW}"
+        );
+        Query::new(sql, [])
     }
 
     fn has_own_keys(&self) -> bool {
@@ -384,10 +388,10 @@ impl Dialect for Sqlite {
     }
 }
 
-/// Records the pepper with the fingerprint ?2, in hexadecimal, if none is recorded. Before it, keys were stored without one if there
-/// are such keys.
+/// Records the pepper with the fingerprint ?2, in hexadecimal, if none is recorded. Before it, keys were issued without one if there
+/// are such keys; imported digests have no hint.
 pub(super) const HOLD_PEPPER: &str = "UPDATE meta SET pepper_fingerprint = unhex(?2),
-        previous_pepper_fingerprint = CASE WHEN EXISTS (SELECT 1 FROM api_key WHERE scheme = 0) THEN zeroblob(8) END
+        previous_pepper_fingerprint = CASE WHEN EXISTS (SELECT 1 FROM api_key WHERE scheme = 0 AND hint <> '') THEN zeroblob(8) END
     WHERE pepper_fingerprint IS NULL";
 
 /// Error codes that do not count as an answer: the database cannot be reached or read now. Every other error is an answer: it is

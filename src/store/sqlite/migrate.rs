@@ -143,7 +143,7 @@ async fn second(connection: &mut SqliteConnection) -> Result<(), sqlx::Error> {
     stamp(connection, 2).await
 }
 
-/// Version 4: keys know their pepper. The other columns are for later releases, so that tables that every check reads
+/// Version 4: records the pepper of each key. The other columns are for later releases, so that tables that every check reads
 /// change only once.
 async fn fourth(connection: &mut SqliteConnection) -> Result<(), sqlx::Error> {
     sqlx::raw_sql(FOURTH).execute(&mut *connection).await?;

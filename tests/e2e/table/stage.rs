@@ -203,8 +203,7 @@ impl Workshop {
             keys.insert(name, import(&mut manager, secret).await);
         }
         keys.insert("not_yet", self.not_yet().await);
-        // From then on keys are made under that pepper alone.
-        keys.insert("peppered", issue(&mut self.manager(peppered).await, wanted("beta")).await);
+        keys.insert("peppered", self.peppered(peppered).await);
         let unknown = format::generate(&plain.prefix).unwrap().expose().to_owned();
         let last = if keys["good"].secret.ends_with('0') { "1" } else { "0" };
         let mistyped = keys["good"].secret[..51].to_owned() + last;
@@ -218,26 +217,42 @@ impl Workshop {
         Manager::new(ledger, actor(), credential.clone()).unwrap()
     }
 
+    /// A key under a pepper that the database does not record, as earlier releases stored it: servers without that pepper then
+    /// deny it.
+    async fn peppered(&self, credential: &CredentialSettings) -> Made {
+        let mut ledger = store::open_ledger(&self.store, &|_| None).await.unwrap();
+        let hasher = credential.hasher().unwrap();
+        let secret = format::generate(&credential.prefix).unwrap();
+        let new = new_key(&hasher, secret.expose());
+        let key =
+            ledger.add_key(&actor(), &named("beta"), NewKey { made: trustgate::record::Made::Elsewhere, ..new }).await.unwrap();
+        made(secret.expose(), &key)
+    }
+
     /// A key whose time has not come: no command makes one, so it is put into the store as such.
     async fn not_yet(&self) -> Made {
         let mut ledger = store::open_ledger(&self.store, &|_| None).await.unwrap();
         let (credential, hasher) = (CredentialSettings::default(), Hasher::new(None, &[]));
         let secret = format::generate(&credential.prefix).unwrap();
-        let bytes = secret.expose().as_bytes();
-        let new = NewKey {
-            id: KeyId(uuid::Uuid::new_v4()),
-            digest: hasher.current(bytes),
-            older: Vec::new(),
-            made: hasher.made(),
-            hint: format::hint(&credential.prefix, bytes),
-            name: None,
-            scopes: Vec::new(),
-            allowed_cidrs: Vec::new(),
-            not_before: Some(ledger.now().await.unwrap().after(Duration::from_hours(24))),
-            expires_in: None,
-        };
+        let not_before = Some(ledger.now().await.unwrap().after(Duration::from_hours(24)));
+        let new = NewKey { not_before, ..new_key(&hasher, secret.expose()) };
         let key = ledger.add_key(&actor(), &named("alpha"), new).await.unwrap();
         made(secret.expose(), &key)
+    }
+}
+
+fn new_key(hasher: &Hasher, secret: &str) -> NewKey {
+    NewKey {
+        id: KeyId(uuid::Uuid::new_v4()),
+        digest: hasher.current(secret.as_bytes()),
+        older: Vec::new(),
+        made: hasher.made(),
+        hint: secret[..8].to_owned(),
+        name: None,
+        scopes: Vec::new(),
+        allowed_cidrs: Vec::new(),
+        not_before: None,
+        expires_in: None,
     }
 }
 
