@@ -1,6 +1,6 @@
 //! What callers can make a server hold has a bound: memory, connections and time, on every listener.
 
-use std::time::Duration;
+use std::{sync::Mutex, time::Duration};
 
 use bytes::Bytes;
 use h2::client::SendRequest;
@@ -173,12 +173,20 @@ async fn streams_without_a_message_are_bounded() {
 async fn bursts_of_calls_are_bounded() {
     let _turn = alone().await;
     let fixture = Fixture::new(&[]).await;
-    // What a burst takes stays with its connection until that ends.
+    // Both bursts use the same connections: what a burst takes stays with its connection until that ends.
+    let kept = Mutex::new(None);
     let bursts = async || {
-        let mut connections = Vec::new();
-        for _ in 0..200 {
-            connections.push(fixture.connection().await);
-        }
+        let earlier = kept.lock().unwrap().take();
+        let connections = if let Some(connections) = earlier {
+            connections
+        } else {
+            let mut connections = Vec::new();
+            for _ in 0..200 {
+                connections.push(fixture.connection().await);
+            }
+            *kept.lock().unwrap() = Some(connections.clone());
+            connections
+        };
         for connection in &connections {
             let calls: Vec<_> = (0..1_000).map(|_| call(connection, &fixture.key.key)).collect();
             for call in calls {

@@ -224,8 +224,10 @@ impl Workshop {
         let hasher = credential.hasher().unwrap();
         let secret = format::generate(&credential.prefix).unwrap();
         let new = new_key(&hasher, secret.expose());
-        let key =
-            ledger.add_key(&actor(), &named("beta"), NewKey { made: trustgate::record::Made::Elsewhere, ..new }).await.unwrap();
+        let key = ledger
+            .add_key(&actor(), &named("beta"), NewKey { made: trustgate::record::Made::Elsewhere, ..new })
+            .await
+            .unwrap();
         made(secret.expose(), &key)
     }
 
