@@ -136,8 +136,8 @@ const TEXT: &str = "text/plain; charset=utf-8";
 /// The text format of Prometheus (<https://prometheus.io/docs/instrumenting/exposition_formats/>).
 const METRICS: &str = "text/plain; version=0.0.4; charset=utf-8";
 
-/// 200 from the first confirmed poll until draining, provided that this server has the recorded pepper. It stays 200 while the database or Redis is down:
-/// otherwise all replicas would leave at once. The body says what is lost.
+/// 200 from the first confirmed poll until draining, provided that this server has the recorded pepper. It stays 200 while the
+/// database or Redis is down: otherwise all replicas would leave at once. The body says what is lost.
 async fn ready(admin: &Admin) -> (StatusCode, &'static str, String) {
     let phase = admin.life.phase();
     let probes = admin.serving.iter().map(|core| core.spawn(async {}));

@@ -291,7 +291,6 @@ fn to_secret() -> impl TypedValueParser<Value = Secret> {
     NonEmptyStringValueParser::new().map(Secret::new)
 }
 
-// What was written is not repeated: somebody may have put a key there.
 fn to_pepper(text: &str) -> Result<PepperFilter, &'static str> {
     Ok(match text {
         "current" => PepperFilter::Current,
@@ -305,6 +304,7 @@ fn to_pepper(text: &str) -> Result<PepperFilter, &'static str> {
     })
 }
 
+// What was written is not repeated: somebody may have put a key there.
 fn to_key(text: &str) -> Result<KeyId, String> {
     Uuid::parse_str(text)
         .map(KeyId)

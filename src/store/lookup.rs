@@ -1,6 +1,6 @@
 //! What the check path holds of the store: reads, each dated by the statement that made it.
 //!
-//! Never changes anything but this replica's own sign of life.
+//! Writes only heartbeats and, through one function, the fingerprints of peppers; and prunes old versions.
 
 use std::{sync::Arc, time::Duration};
 
@@ -69,9 +69,9 @@ pub trait Lookup: Send + Sync + 'static {
     /// As [`Self::find`].
     async fn prune(&self) -> Result<bool, Fault>;
 
-    /// Records under which pepper keys were made that were read since the last call and have none recorded, and returns how
-    /// many active keys are recorded under a pepper that is not among `known`, [`OTHER_KEYS_MAX`] at most. `known`: the
-    /// fingerprints of this server's peppers, in the order of [`Digests::all`]. Does nothing on tables that are not ours.
+    /// Records the pepper of each key that was read since the last call and has none recorded. Then counts the active keys whose
+    /// recorded pepper is not among `known`, up to [`OTHER_KEYS_MAX`]. `known`: the fingerprints of this server's peppers, in the
+    /// order of [`Digests::all`]. Does nothing on tables that are not ours.
     ///
     /// # Errors
     /// As [`Self::find`].

@@ -1,6 +1,6 @@
 //! The reads of checks, over either database: a pool for them, and one connection beside it for the poll.
 //!
-//! Never writes anything but this replica's own sign of life.
+//! Writes only heartbeats and, through one function, the fingerprints of peppers; and prunes old versions.
 
 use std::{
     future::Future,
@@ -268,14 +268,17 @@ impl<D: Dialect> Lookup for Reader<D> {
             return Ok(Tended::default());
         }
         let proven = std::mem::take(&mut *self.proven.lock().unwrap_or_else(PoisonError::into_inner));
-        let proven: Vec<_> =
-            proven.into_iter().filter_map(|(id, position)| Some((id, *known.get(position)?))).collect();
+        let prints: Vec<_> = proven.iter().filter_map(|(id, position)| Some((*id, *known.get(*position)?))).collect();
         let unrecorded = match known.first() {
-            Some(current) if !proven.is_empty() => {
-                self.reads.read(&self.dialect.record_peppers(&proven, *current)).await.err().map(Fault::from)
+            Some(current) if !prints.is_empty() => {
+                self.reads.read(&self.dialect.record_peppers(&prints, *current)).await.err().map(Fault::from)
             }
             _ => None,
         };
+        if unrecorded.is_some() {
+            // For the next call. What reads have queued meanwhile is proven again by a later read.
+            *self.proven.lock().unwrap_or_else(PoisonError::into_inner) = proven;
+        }
         let conditions = others(known, D::fingerprint_literal);
         let rows = self.reads.read(&self.dialect.count_keys(&conditions)).await?;
         let count = rows.first().map_or(Ok(0), |row| row.number(0));

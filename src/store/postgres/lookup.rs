@@ -100,7 +100,7 @@ impl Dialect for Postgres {
             || "watched".to_owned(),
             |table| format!("watched * ({})::int", attached_as(&table.identity())),
         );
-        // No pepper concerns the digests of somebody else's table.
+        // Digests in an existing table have no pepper.
         let pepper = |column: &str| match self.existing {
             None => format!("(SELECT encode({column}, 'hex') FROM {{s}}.meta)"),
             Some(_) => "NULL".to_owned(),
