@@ -201,22 +201,22 @@ async fn commands_and_serve_refuse_a_bind_mounted_database_file() {
     granted(&fixture.asker, &fixture.key).await;
 }
 
-/// Runs a command of the program in a mount namespace of its own, where `from` is mounted at `to`, which `store.url` names.
+/// Runs a command of the program while `from` is mounted at `to`, which `store.url` names. Root mounts it for everybody and
+/// unmounts it again: a mount namespace cannot be made in a chroot. Other users need a namespace of their own to mount at all.
 fn below_a_mount(from: &Path, to: &Path, words: &str) -> (i32, String) {
-    let script = "mount --bind \"$1\" \"$2\" && exec \"$3\" $4";
-    // Root needs no user namespace, which the system may refuse (in a chroot, for example). Others cannot mount without one.
-    let own = rustix::process::getuid().is_root();
-    let namespaces = if own { &["--mount"][..] } else { &["--user", "--map-root-user", "--mount"] };
-    let output = Command::new("unshare")
-        .args(namespaces)
-        .args(["sh", "-c", script, "sh"])
+    let script = "mount --bind \"$1\" \"$2\" || exit; trap 'umount \"$2\"' EXIT; \"$3\" $4";
+    let is_root = rustix::process::getuid().is_root();
+    let shell = if is_root { &["sh"][..] } else { &["unshare", "--user", "--map-root-user", "--mount", "sh"] };
+    let output = Command::new(shell[0])
+        .args(&shell[1..])
+        .args(["-c", script, "sh"])
         .args([from, to, Path::new(env!("CARGO_BIN_EXE_trustgate"))])
         .arg(words)
         .env("TRUSTGATE__STORE__URL", format!("sqlite://{}", to.display()))
         .env("TRUSTGATE__GRPC__LISTEN", "127.0.0.1:0")
         .env("TRUSTGATE__ADMIN__LISTEN", "127.0.0.1:0")
         .output()
-        .expect("this test needs unshare: install util-linux");
+        .expect("this test needs mount and unshare: install util-linux and mount");
     let said = [output.stdout, output.stderr].concat();
     (output.status.code().unwrap_or(-1), String::from_utf8_lossy(&said).into_owned())
 }
