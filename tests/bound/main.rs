@@ -91,7 +91,7 @@ fn revocations(few: usize) -> usize {
 
 /// Runs it; how long after each commit a grant began, the shortest first.
 async fn run(plan: &Plan) -> Vec<Duration> {
-    let stage = Stage::new(&[("freshness.hints", plan.hints)]).await;
+    let stage = Stage::with_default_deadlines(&[("freshness.hints", plan.hints)]).await;
     let (doomed, good) = (doomed(&stage, plan.revocations).await, stage.keys(300).await);
     let Stage { postgres, redis, site, database, .. } = stage;
     let (mut servers, mut askers) = (Vec::new(), Vec::new());

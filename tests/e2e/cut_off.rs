@@ -55,7 +55,7 @@ async fn with_postgresql_stopped_held_keys_pass_until_the_stale_window_ends() {
 #[allow(clippy::too_many_lines, clippy::similar_names, reason = "one story, told in its order")]
 async fn cut_off(loss: Loss) {
     let _turn = alone().await;
-    let mut stage = Stage::new(&[("freshness.stale_if_unconfirmed", "3s")]).await;
+    let mut stage = Stage::with_default_deadlines(&[("freshness.stale_if_unconfirmed", "3s")]).await;
     let forwarder = Forwarder::start(stage.postgres.socket()).await;
     let direct = stage.postgres.url("admin", &stage.database);
     stage.site.set("store.management_url", direct);
@@ -157,7 +157,7 @@ async fn fresh_again(server: &Server, asker: &Asker, newest: &Shot, back: Instan
 #[tokio::test(flavor = "multi_thread")]
 async fn a_key_revoked_beyond_the_reach_of_a_replica_ends_with_its_stale_window() {
     let _turn = alone().await;
-    let mut stage = Stage::new(&[("freshness.stale_if_unconfirmed", "3s")]).await;
+    let mut stage = Stage::with_default_deadlines(&[("freshness.stale_if_unconfirmed", "3s")]).await;
     let forwarder = Forwarder::start(stage.postgres.socket()).await;
     stage.site.set("store.management_url", stage.postgres.url("admin", &stage.database));
     let key = stage.site.issue("acme", &[]).await;
@@ -192,7 +192,7 @@ async fn a_key_revoked_beyond_the_reach_of_a_replica_ends_with_its_stale_window(
 async fn postgresql_restarted_for_15_seconds_under_load_fails_no_request_for_a_held_key() {
     const LENGTH: Duration = Duration::from_secs(20);
     let _turn = alone().await;
-    let mut stage = Stage::new(&[]).await;
+    let mut stage = Stage::with_default_deadlines(&[]).await;
     let held = stage.keys(100).await;
     let servers = [stage.site.serve().await, stage.site.serve().await];
     for server in &servers {
@@ -231,7 +231,7 @@ async fn postgresql_restarted_for_15_seconds_under_load_fails_no_request_for_a_h
 #[tokio::test(flavor = "multi_thread")]
 async fn a_line_in_the_deny_file_ends_a_key_within_a_second_with_the_database_down() {
     let _turn = alone().await;
-    let mut stage = Stage::new(&[]).await;
+    let mut stage = Stage::with_default_deadlines(&[]).await;
     let file = stage.site.path().join("deny");
     write(&file, "# nobody yet\n");
     stage.site.set("freshness.deny_file", file.display().to_string());
@@ -306,7 +306,7 @@ async fn nor_does_one_whose_connections_were_dropped_meanwhile() {
 /// That a poll fails after a pause says nothing of the time before: then nobody asked.
 async fn stopped(connections_dropped: bool) {
     let _turn = alone().await;
-    let mut stage = Stage::new(&[]).await;
+    let mut stage = Stage::with_default_deadlines(&[]).await;
     let (revoked, good) = (stage.site.issue("acme", &[]).await, stage.site.issue("globex", &[]).await);
     let other = stage.site.serve().await;
     let forwarder = Forwarder::start(stage.postgres.socket()).await;

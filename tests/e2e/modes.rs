@@ -91,7 +91,7 @@ const THEIR_TABLE: &str = "CREATE TABLE trust (id {uuid} PRIMARY KEY, api_key_ha
 
 impl Fixture {
     async fn new(tables: Tables, database: Database) -> Self {
-        let mut site = Site::new()
+        let mut site = Site::new().with_default_deadlines()
             .with("freshness.ttl", "2s")
             .with("freshness.stale_if_unconfirmed", "60s")
             .with("store.read_timeout", "100ms");

@@ -34,7 +34,7 @@ async fn redis_killed_restarted_and_hung_changes_no_answer_and_delays_none() {
     const PER_SECOND: u32 = 1_000;
     const LENGTH: Duration = Duration::from_secs(20);
     let _turn = alone().await;
-    let mut stage = Stage::new(&[]).await;
+    let mut stage = Stage::with_default_deadlines(&[]).await;
     // 20 hot keys, always the same; 20 cold ones, replaced ten times a second by ones that were never asked for.
     let mut hot = stage.keys(18).await;
     hot.extend([stage.revoked_key().await, stage.revoked_key().await]);
@@ -126,7 +126,7 @@ async fn postgresql_lost(loss: Loss) {
     const POLL: Duration = Duration::from_millis(250);
     const LENGTH: Duration = Duration::from_secs(7);
     let _turn = alone().await;
-    let mut stage = Stage::new(&[("freshness.stale_if_unconfirmed", "2s")]).await;
+    let mut stage = Stage::with_default_deadlines(&[("freshness.stale_if_unconfirmed", "2s")]).await;
     let (hot, cold) = (stage.keys(20).await, stage.keys(800).await);
     let revoked = stage.revoked_key().await;
     let server = stage.site.serve().await;
@@ -204,7 +204,7 @@ async fn postgresql_lost(loss: Loss) {
 #[tokio::test(flavor = "multi_thread")]
 async fn started_with_both_down_it_says_why_and_serves_within_a_second_of_their_return() {
     let _turn = alone().await;
-    let mut stage = Stage::new(&[]).await;
+    let mut stage = Stage::with_default_deadlines(&[]).await;
     let shot = stage.keys(1).await.remove(0);
     stage.redis.kill();
     stage.postgres.stop();
@@ -223,7 +223,7 @@ async fn started_with_both_down_it_says_why_and_serves_within_a_second_of_their_
 #[tokio::test(flavor = "multi_thread")]
 async fn started_with_both_hanging_it_says_why_and_serves_within_a_second_of_their_return() {
     let _turn = alone().await;
-    let stage = Stage::new(&[]).await;
+    let stage = Stage::with_default_deadlines(&[]).await;
     let shot = stage.keys(1).await.remove(0);
     let (redis, postgres) = (stage.redis.freeze(), stage.postgres.freeze());
     let server = stage.site.listening().await;
@@ -276,7 +276,7 @@ fn quick_checks(log: &[Value], count: usize) {
 #[tokio::test(flavor = "multi_thread")]
 async fn without_a_key_for_its_mac_redis_is_left_alone_and_keys_are_decided() {
     let _turn = among_others().await;
-    let stage = Stage::new(&[]).await;
+    let stage = Stage::with_default_deadlines(&[]).await;
     stage.postgres.execute(&stage.database, "DELETE FROM trustgate.setting WHERE name = 'redis_mac_key'").await;
     let key = stage.site.issue("acme", &[]).await;
     let server = stage.site.serve().await;

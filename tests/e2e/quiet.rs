@@ -25,7 +25,7 @@ const IMPORTED: usize = 100_000;
 #[tokio::test(flavor = "multi_thread")]
 async fn an_import_of_100_000_keys_leaves_cached_keys_cached_on_postgresql() {
     let _turn = alone().await;
-    let stage = Stage::new(&[]).await;
+    let stage = Stage::with_default_deadlines(&[]).await;
     let cached = stage.keys(CACHED).await;
     import_beside_traffic(&stage.site, cached).await;
 }
@@ -104,7 +104,7 @@ async fn reads(server: &Server) -> f64 {
 async fn while_nothing_changes_a_replica_sends_eleven_polls_and_one_write_a_second_at_most() {
     const LENGTH: Duration = Duration::from_secs(10);
     let _turn = alone().await;
-    let mut stage = Stage::new(&[]).await;
+    let mut stage = Stage::with_default_deadlines(&[]).await;
     let held = stage.keys(100).await;
     let names = ["replica-one", "replica-two", "replica-three"];
     let url = stage.postgres.url("admin", &stage.database);

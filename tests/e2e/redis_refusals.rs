@@ -8,11 +8,14 @@ use tokio::{
     sync::watch,
 };
 
-use crate::support::{
-    among_others, eventually,
-    grpc::{Asker, granted},
-    redis::Redis,
-    server::{Server, Site},
+use crate::{
+    stage::PATIENT_REDIS,
+    support::{
+        among_others, eventually,
+        grpc::{Asker, granted},
+        redis::Redis,
+        server::{Server, Site},
+    },
 };
 
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -54,7 +57,8 @@ async fn size(redis: &Redis) -> u64 {
 }
 
 async fn served(url: String) -> (Site, Server, Asker) {
-    let site = Site::new().with("redis.url", url);
+    let site = PATIENT_REDIS.iter().fold(Site::new(), |site, (setting, value)| site.with(setting, *value));
+    let site = site.with("redis.url", url);
     site.migrate().await;
     site.trust("acme").await;
     let server = site.serve().await;

@@ -32,7 +32,7 @@ struct Fixture {
 impl Fixture {
     /// A server that has two keys in its cache.
     async fn new() -> Self {
-        let site = Site::new();
+        let site = Site::new().with_default_deadlines();
         site.migrate().await;
         site.trust("acme").await;
         let (key, other) = (site.issue("acme", &[]).await, site.issue("acme", &[]).await);
@@ -168,7 +168,7 @@ async fn a_hard_link_warns_a_running_server_and_blocks_commands_and_startup() {
     granted(&fixture.asker, &fixture.key).await;
     // By neither name is a revocation reported as done that the server might not see.
     let url = format!("sqlite://{}", link.display());
-    let mut by_link = Site::new().with("store.url", url);
+    let mut by_link = Site::new().with_default_deadlines().with("store.url", url);
     by_link.set("grpc.listen", "127.0.0.1:0");
     for (site, command) in [
         (&by_link, &["key", "revoke", &fixture.key.id][..]),

@@ -27,9 +27,18 @@ pub struct Stage {
 impl Stage {
     /// Everything up, the tables made, nothing served yet.
     pub async fn new(settings: &[(&str, &str)]) -> Self {
+        Self::of(Site::new(), settings).await
+    }
+
+    /// The same with the default deadlines, for tests of the promised times.
+    pub async fn with_default_deadlines(settings: &[(&str, &str)]) -> Self {
+        Self::of(Site::new().with_default_deadlines(), settings).await
+    }
+
+    async fn of(site: Site, settings: &[(&str, &str)]) -> Self {
         let (postgres, redis) = (Postgres::start().await, Redis::start().await);
         let database = postgres.database().await;
-        let mut site = Site::new().with("store.url", postgres.url("admin", &database)).with("redis.url", redis.url());
+        let mut site = site.with("store.url", postgres.url("admin", &database)).with("redis.url", redis.url());
         for (setting, value) in settings {
             site.set(setting, *value);
         }

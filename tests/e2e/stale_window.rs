@@ -112,7 +112,7 @@ async fn is_fresh(server: &Server) -> bool {
 #[tokio::test(flavor = "multi_thread")]
 async fn no_refusal_of_the_database_opens_the_stale_window() {
     let _turn = among_others().await;
-    let mut stage = Stage::new(&[("freshness.stale_if_unconfirmed", "60s")]).await;
+    let mut stage = Stage::with_default_deadlines(&[("freshness.stale_if_unconfirmed", "60s")]).await;
     let roles = ["migrate", "--print-grants", "--serve-role", "serve", "--manage-role", "manage"];
     let grants = stage.site.run(&roles).await.out;
     let create = "CREATE ROLE serve LOGIN PASSWORD 'secret'; CREATE ROLE manage";

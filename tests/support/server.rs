@@ -26,6 +26,15 @@ use super::{
 pub const UNHURRIED: [(&str, &str); 3] =
     [("store.read_timeout", "60s"), ("decision.deadline", "70s"), ("decision.envoy_timeout", "80s")];
 
+/// Five times the default deadlines: on a busy machine a check must not become a fault in a test that does not measure time. Tests of
+/// the promised times use [`Site::with_default_deadlines`].
+const ROOMY: [(&str, &str); 4] = [
+    ("store.read_timeout", "500ms"),
+    ("redis.timeout", "100ms"),
+    ("decision.deadline", "750ms"),
+    ("decision.envoy_timeout", "1s"),
+];
+
 /// A set of settings, and a directory for the embedded database. Everything runs with these and nothing else.
 pub struct Site {
     dir: TempDir,
@@ -51,12 +60,20 @@ pub struct IssuedKey {
 }
 
 impl Site {
-    /// The embedded database and defaults, except that the server listens on free ports.
+    /// The embedded database and defaults, except that the server listens on free ports and has [`ROOMY`] deadlines.
     pub fn new() -> Self {
-        let settings = [("TRUSTGATE__GRPC__LISTEN", "127.0.0.1:0"), ("TRUSTGATE__ADMIN__LISTEN", "127.0.0.1:0")];
-        let settings = settings.map(|(name, value)| (name.to_owned(), value.to_owned())).to_vec();
         let program = env!("CARGO_BIN_EXE_trustgate").into();
-        Self { dir: tempfile::tempdir().expect("a directory"), settings, program }
+        let mut site = Self { dir: tempfile::tempdir().expect("a directory"), settings: Vec::new(), program };
+        for (setting, value) in [("grpc.listen", "127.0.0.1:0"), ("admin.listen", "127.0.0.1:0")].iter().chain(&ROOMY) {
+            site.set(setting, *value);
+        }
+        site
+    }
+
+    /// The same with the default deadlines, for tests of the promised times.
+    pub fn with_default_deadlines(mut self) -> Self {
+        self.settings.retain(|(name, _)| ROOMY.iter().all(|(setting, _)| *name != variable(setting)));
+        self
     }
 
     /// The same run by another build of trustgate.
@@ -80,7 +97,7 @@ impl Site {
 
     /// Sets `section.name` for what is started from now on.
     pub fn set(&mut self, setting: &str, value: impl Into<String>) {
-        let name = format!("TRUSTGATE__{}", setting.to_uppercase().replace('.', "__"));
+        let name = variable(setting);
         self.settings.retain(|(set, _)| *set != name);
         self.settings.push((name, value.into()));
     }
@@ -341,6 +358,11 @@ pub async fn metric(admin: SocketAddr, name: &str) -> f64 {
     let value = metrics.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
     let value = value.unwrap_or_else(|| panic!("no {name} in\n{metrics}"));
     value.parse().expect("a number")
+}
+
+/// The variable that sets `section.name`.
+fn variable(setting: &str) -> String {
+    format!("TRUSTGATE__{}", setting.to_uppercase().replace('.', "__"))
 }
 
 /// A key that nobody issued; as it is imported, or as somebody guesses.
