@@ -31,7 +31,9 @@ const PATIENCE: Duration = Duration::from_secs(30);
 
 #[tokio::test(flavor = "multi_thread")]
 async fn redis_killed_restarted_and_hung_changes_no_answer_and_delays_none() {
-    const PER_SECOND: u32 = 1_000;
+    // Two servers, Envoy, both databases and the sender need most of two processors for 1 000 a second: too much for the
+    // times below where another program takes half of one.
+    const PER_SECOND: u32 = 400;
     const LENGTH: Duration = Duration::from_secs(20);
     let _turn = alone().await;
     let mut stage = Stage::with_default_deadlines(&[]).await;
@@ -85,7 +87,7 @@ async fn redis_killed_restarted_and_hung_changes_no_answer_and_delays_none() {
     }
     let slowest = new_keys.iter().max().unwrap();
     println!("{} new keys while Redis hangs, the slowest in {slowest:?}", new_keys.len());
-    assert_eq!(hits.len(), 20_000);
+    assert_eq!(hits.len(), 8_000);
     for server in [&one, &other] {
         server.log().lines().filter(|line| line.contains("could not be decided")).for_each(|line| println!("{line}"));
     }
