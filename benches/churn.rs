@@ -22,14 +22,13 @@ use std::{
 use clap::Parser;
 use rustix::time::{ClockId, clock_gettime};
 use trustgate::{
+    base::{clock::Moment, units::ByteSize},
     cache::{
         CacheSettings,
         api_key::ApiKey,
         l1::{Held, L1, Life},
     },
-    clock::Moment,
     record::{ApiKeyDigest, Digests, KeyId, Record, TrustId, Version},
-    units::ByteSize,
 };
 use uuid::Uuid;
 

@@ -16,18 +16,18 @@ use std::{
 
 use clap::{Parser, ValueEnum};
 use trustgate::{
-    app::AppBuilder,
-    check::Begun,
-    clock::DatabaseTime,
+    base::clock::DatabaseTime,
     config::{self, Purpose},
-    credential::{CredentialSettings, Hasher, extract::extract},
-    decision::decide,
-    demand::Demands,
-    record::{KeyId, Record, TrustId},
-    wire::{
+    ext_authz::{
+        check::Begun,
+        credential::{CredentialSettings, Hasher, extract::extract},
+        decision::decide,
+        request::View,
         response::{OnFault, Replies, Reply},
-        view::View,
+        route::Demands,
     },
+    record::{KeyId, Record, TrustId},
+    server::AppBuilder,
 };
 use uuid::Uuid;
 

@@ -4,11 +4,11 @@
 //! error into an absence.
 
 pub mod api_key;
-pub mod flight;
-pub mod kind;
+pub mod cacheable;
 pub mod l1;
 pub mod l2;
 pub mod sampler;
+pub mod single_flight;
 
 use std::{sync::Arc, time::Duration};
 
@@ -19,24 +19,26 @@ use tokio::{
 };
 
 use self::{
-    flight::{Flights, Route},
-    kind::Kind,
+    cacheable::Kind,
     l1::{Held, L1, Life},
     l2::L2,
     sampler::Samples,
+    single_flight::{Flights, Route},
 };
 use crate::{
-    breaker::{self, Breaker},
-    clock::{Clock, Moment},
-    fault::{Fault, Tier},
-    freshness::{View, Views, history::Place, lease::Standing},
-    metrics::{
-        CoreCounter, CoreCounters, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts,
-        Registry, SHORT_SECONDS, register,
+    base::{
+        breaker::{self, Breaker},
+        clock::{Clock, Moment},
+        fault::{Fault, Tier},
+        metrics::{
+            CoreCounter, CoreCounters, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec,
+            Opts, Registry, SHORT_SECONDS, register,
+        },
+        units::ByteSize,
     },
+    freshness::{View, Views, history::Place, lease::Standing},
     record::{Dated, Version},
     store::Lookup,
-    units::ByteSize,
 };
 
 crate::settings! {
@@ -525,12 +527,15 @@ impl Metrics {
 mod tests {
     use uuid::Uuid;
 
-    use super::{api_key::ApiKey, *};
+    use super::api_key::ApiKey;
+    use super::*;
     use crate::{
-        clock::{DatabaseTime, SystemClock},
+        base::{
+            clock::{DatabaseTime, SystemClock},
+            secret::Secret,
+        },
         freshness::lease::Limits,
         record::{ApiKeyDigest, Digests, KeyId, Lineage, Nonce, Record, StoredPeppers, TrustId},
-        secret::Secret,
         store::{Polled, StoreSettings, open_lookup},
     };
 

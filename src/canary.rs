@@ -5,29 +5,35 @@
 //! but those: each round deletes what it made, and now and then what others left who are gone. Off unless
 //! `freshness.canary_interval` is set.
 
+pub mod client;
+
 use std::{io, sync::Arc, time::Duration};
 
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
+use self::client::Verdict;
 use crate::{
-    check::Checker,
-    clock::{Clock, Moment, spread::Spread},
-    credential::{
-        CredentialSettings,
-        source::{Scheme, Source},
+    base::{
+        clock::{Clock, Moment},
+        jitter::Spread,
+        metrics::{Histogram, HistogramOpts, IntCounter, IntCounterVec, Opts, Registry, SHORT_SECONDS, register},
     },
-    demand::Freshness,
-    freshness::{FreshnessSettings, Views},
+    ext_authz::{
+        check::Checker,
+        credential::{
+            CredentialSettings,
+            source::{Scheme, Source},
+        },
+    },
+    freshness::{Freshness, FreshnessSettings, Views},
     manage::{ManageError, Manager, keys::Wanted},
-    metrics::{Histogram, HistogramOpts, IntCounter, IntCounterVec, Opts, Registry, SHORT_SECONDS, register},
     record::TrustId,
     store::{
         Actor, LedgerError, Management,
         ledger::{Trust, TrustRef},
     },
-    wire::client::{self, Verdict},
 };
 
 /// What the names of canaries' trusts begin with; the id of the replica follows.
@@ -362,9 +368,8 @@ impl CanaryMetrics {
 mod tests {
     use super::*;
     use crate::{
-        credential::extract::extract,
-        settings::{Setting as _, Written},
-        wire::view::View,
+        base::settings::{Setting as _, Written},
+        ext_authz::{credential::extract::extract, request::View},
     };
 
     #[test]

@@ -22,11 +22,13 @@ use std::{
 
 use clap::Parser;
 
-use answer::Answer;
-use args::{Arguments, Output};
-use error::CliError;
+use self::{
+    answer::Answer,
+    args::{Arguments, Output},
+    error::CliError,
+};
 
-use crate::credential::format;
+use crate::ext_authz::credential::format;
 
 /// Everything went well.
 const DONE: u8 = 0;

@@ -6,7 +6,7 @@ mod check;
 pub mod document;
 mod environment;
 mod file;
-mod nearest;
+pub(crate) mod suggest;
 
 use std::{
     collections::BTreeMap,
@@ -16,17 +16,18 @@ use std::{
 };
 
 use crate::{
-    admin::AdminSettings,
     api::ApiSettings,
+    base::{
+        settings::{Field, Mistake, Origin, Reader, Section},
+        telemetry::LogSettings,
+    },
     cache::CacheSettings,
-    check::DecisionSettings,
-    credential::CredentialSettings,
+    ext_authz::{check::DecisionSettings, credential::CredentialSettings},
     freshness::FreshnessSettings,
-    net::{GrpcSettings, LimitsSettings},
+    grpc::{GrpcSettings, LimitsSettings},
     redis::RedisSettings,
-    settings::{Field, Mistake, Origin, Reader, Section},
+    server::admin::AdminSettings,
     store::StoreSettings,
-    telemetry::LogSettings,
 };
 
 /// The variable that names the file where `--config` does not.
@@ -189,10 +190,10 @@ fn section(name: &str) -> Option<&'static SectionInfo> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::net::listen::ListenAddress;
+    use crate::grpc::listener::ListenAddress;
 
     /// The mistakes in a file with this text and this environment, one a line, as a person sees them.
-    pub(super) fn mistakes(text: &str, environment: &[(&str, &str)]) -> Vec<String> {
+    pub(crate) fn mistakes(text: &str, environment: &[(&str, &str)]) -> Vec<String> {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("trustgate.toml");
         std::fs::write(&path, text).unwrap();

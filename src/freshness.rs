@@ -2,9 +2,10 @@
 //!
 //! A view is state without I/O. Never touches a cache: a value that left the view is refused where it is used.
 
-pub mod deny;
+pub mod deny_list;
 pub mod history;
 pub mod lease;
+pub mod mode;
 pub mod pepper;
 pub mod poll;
 pub mod revoked;
@@ -22,6 +23,7 @@ use std::{
 use arc_swap::{ArcSwap, Guard};
 use tokio::sync::{Notify, watch};
 
+pub use self::mode::Freshness;
 use self::{
     history::{History, Place, Step},
     lease::{Lease, Limits, Standing},
@@ -29,8 +31,7 @@ use self::{
     revoked::Revoked,
 };
 use crate::{
-    clock::{DatabaseClock, Moment},
-    demand::Freshness,
+    base::clock::{DatabaseClock, Moment},
     record::{Change, Dated, Lineage, Version},
     store::Polled,
 };
@@ -341,7 +342,7 @@ impl Views {
 mod tests {
     use super::*;
     use crate::{
-        clock::DatabaseTime,
+        base::clock::DatabaseTime,
         record::{ApiKeyDigest, Nonce},
     };
 

@@ -12,8 +12,8 @@ pub mod trusts;
 use std::{fmt, io, time::Duration};
 
 use crate::{
-    clock::Clock,
-    credential::{CredentialSettings, Hasher},
+    base::clock::Clock,
+    ext_authz::credential::{CredentialSettings, Hasher},
     record::Version,
     store::{Actor, Ledger, LedgerError, ledger::Replica},
 };
@@ -150,8 +150,9 @@ impl fmt::Display for Effect {
 
 #[cfg(test)]
 mod tests {
-    use super::{fake::FakeLedger, *};
-    use crate::clock::{DatabaseTime, SystemClock};
+    use super::fake::FakeLedger;
+    use super::*;
+    use crate::base::clock::{DatabaseTime, SystemClock};
 
     fn replica(id: u128, applied: u64) -> Replica {
         let at = DatabaseTime::from_micros;

@@ -8,7 +8,7 @@ use ipnet::{IpNet, Ipv4Net};
 use subtle::ConstantTimeEq;
 use uuid::Uuid;
 
-use crate::clock::{DatabaseTime, Moment};
+use crate::base::clock::{DatabaseTime, Moment};
 
 /// The tenant organisation a key speaks for. Given by the store, never taken from a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]

@@ -3,9 +3,8 @@
 //!
 //! Redis is an optimisation. Never makes a caller wait for a connection, and never stops the start of the server.
 
-pub mod examine;
-mod hints;
-mod link;
+pub(crate) mod connection;
+pub(crate) mod notifications;
 
 use std::{
     fs, io,
@@ -26,17 +25,19 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 pub use self::{
-    hints::listen,
-    link::{Connection, Link},
+    connection::{Connection, Link},
+    notifications::listen,
 };
 use crate::{
-    breaker::{self, Breaker},
-    clock::Clock,
-    fault::{Fault, Tier},
-    metrics::{IntCounter, IntCounterVec, IntGauge, Opts, Registry, register},
+    base::{
+        breaker::{self, Breaker},
+        clock::Clock,
+        fault::{Fault, Tier},
+        metrics::{IntCounter, IntCounterVec, IntGauge, Opts, Registry, register},
+        secret::Secret,
+        text,
+    },
     record::bytes_from_hex,
-    secret::Secret,
-    text,
 };
 
 crate::settings! {
@@ -100,7 +101,7 @@ pub fn read_mac_key(path: &Path) -> io::Result<[u8; 32]> {
 }
 
 /// How long connecting may take: finding the master or the nodes, TLS, authentication and a first answer included.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
+pub(crate) const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 /// How often an idle connection is tried, and how long it has to answer before it is given up.
 const PING_INTERVAL: Duration = Duration::from_secs(1);
 /// The longest time for which a connection to a node that refuses commands is kept.
@@ -260,7 +261,7 @@ impl Redis {
         let publisher = handle.clone();
         let keeper = async move {
             let connected = keep_connected(&link, sender, metrics, &publisher.refusing);
-            stop.run_until_cancelled(async { tokio::join!(connected, hints::publish(&publisher)) }).await;
+            stop.run_until_cancelled(async { tokio::join!(connected, notifications::publish(&publisher)) }).await;
         };
         (handle, keeper)
     }
@@ -482,6 +483,6 @@ async fn until_broken(mut connection: Connection) -> RedisError {
     }
 }
 
-fn timed_out() -> RedisError {
+pub(crate) fn timed_out() -> RedisError {
     std::io::Error::from(std::io::ErrorKind::TimedOut).into()
 }

@@ -3,33 +3,29 @@
 //! Adapters: `sqlite` (embedded default) and `postgres`. One contract test-suite runs on both. Reads go to the primary.
 //! "No such key" is `Ok(None)`; an error is never turned into absence.
 
-mod book;
-pub mod copy;
-pub mod examine;
-pub mod existing;
+pub(crate) mod change_log;
+pub mod existing_table;
 pub mod ledger;
-pub mod lookup;
 pub mod open;
-pub mod place;
-pub mod pool;
-mod postgres;
-mod reader;
-mod rows;
-mod schema;
-mod sqlite;
+pub(crate) mod postgres;
+pub mod reads;
+pub(crate) mod rows;
+pub(crate) mod schema;
+pub(crate) mod sqlite;
+pub mod url;
 
 use std::{path::PathBuf, time::Duration};
 
-pub use existing::{ColumnName, DigestForm, TableName};
-pub use ledger::{Actor, AuditEntry, Ledger, LedgerError};
-pub use lookup::{Lookup, Missing, PollError, Polled, SignOfLife, Source, Tended};
-pub use open::{
+pub use self::existing_table::{ColumnName, DigestForm, TableName};
+pub use self::ledger::{Actor, AuditEntry, Ledger, LedgerError};
+pub use self::open::{
     Management, attach, describe, detach, grants, management, migrate, new_incarnation, open_history, open_ledger,
     open_lookup, print_attach, print_detach,
 };
-pub use place::{Env, default_path};
+pub use self::reads::lookup::{Lookup, Missing, PollError, Polled, SignOfLife, Source, Tended};
+pub use self::url::{Env, default_path};
 
-use crate::secret::Secret;
+use crate::base::secret::Secret;
 
 crate::settings! {
     /// The database that holds trusts and keys.
@@ -105,7 +101,7 @@ impl StoreSettings {
     /// hexadecimal; `None`: the tables are ours. One that is not attached has no history to be known by.
     #[must_use]
     pub fn table_identity(&self, place: &str) -> Option<String> {
-        existing::ExistingTable::of(self).map(|table| table.identity_at(place))
+        existing_table::ExistingTable::of(self).map(|table| table.identity_at(place))
     }
 
     /// Whether changes of what is read are named, as a lease needs it.
@@ -135,9 +131,9 @@ impl SchemaName {
     }
 }
 
-impl crate::settings::Setting for SchemaName {
+impl crate::base::settings::Setting for SchemaName {
     const EXPECTED: &'static str = "a schema name of small letters, digits and _";
-    fn read(written: &crate::settings::Written) -> Option<Self> {
+    fn read(written: &crate::base::settings::Written) -> Option<Self> {
         let name = String::read(written)?;
         let fits = name.len() <= 63
             && name.starts_with(|c: char| c.is_ascii_lowercase() || c == '_')

@@ -20,16 +20,16 @@ use std::{
 
 use proptest::{collection::vec, prelude::*};
 use trustgate::{
-    app::Delay,
-    check::Begun,
-    credential::{CredentialSettings, extract::extract},
-    decision::{Decision, DenyReason},
-    demand::Demands,
-    settings::{Reader, Section as _, Written},
-    wire::{
+    base::settings::{Reader, Section as _, Written},
+    ext_authz::{
+        check::Begun,
+        credential::{CredentialSettings, extract::extract},
+        decision::{Decision, DenyReason},
+        request::View,
         response::{OnFault, Replies, Reply},
-        view::View,
+        route::Demands,
     },
+    server::Delay,
 };
 
 use crate::support::{

@@ -4,10 +4,12 @@ use async_trait::async_trait;
 use ipnet::IpNet;
 use uuid::Uuid;
 
-use super::kind::Kind;
+use super::cacheable::Kind;
 use crate::{
-    clock::DatabaseTime,
-    fault::{Fault, Tier},
+    base::{
+        clock::DatabaseTime,
+        fault::{Fault, Tier},
+    },
     record::{ApiKeyDigest, Dated, Digests, KeyId, Record, TrustId},
     store::Lookup,
 };

@@ -8,9 +8,9 @@ use foldhash::fast::RandomState;
 use moka::sync::Cache;
 use smallvec::SmallVec;
 
-use super::{CacheSettings, kind::Kind};
+use super::{CacheSettings, cacheable::Kind};
 use crate::{
-    clock::Moment,
+    base::clock::Moment,
     freshness::{Epoch, View, lease::stripe},
     record::Version,
 };

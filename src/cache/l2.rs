@@ -17,9 +17,9 @@ use sha2::Sha256;
 use tokio::time::sleep;
 use uuid::Uuid;
 
-use super::kind::Kind;
+use super::cacheable::Kind;
 use crate::{
-    clock::{DatabaseTime, Moment},
+    base::clock::{DatabaseTime, Moment},
     record::{Dated, Lineage, Nonce, Version, bytes_from_hex, hex},
     redis::{QueryError, Redis, Script},
 };

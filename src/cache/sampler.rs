@@ -15,17 +15,19 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     Cache, Shared,
-    kind::Kind,
+    cacheable::Kind,
     l1::{Held, L1},
 };
 use crate::{
-    clock::spread::Spread,
+    base::{
+        jitter::Spread,
+        metrics::{IntCounter, IntCounterVec, Opts, Registry, register},
+    },
     freshness::{
         View,
         history::Place,
         lease::{Standing, stripe},
     },
-    metrics::{IntCounter, IntCounterVec, Opts, Registry, register},
     record::Dated,
 };
 
@@ -167,7 +169,7 @@ fn judge<K: Kind>(held: &Held<K>, view: &View, live: &Dated<Option<K::Value>>) -
 }
 
 /// Comparisons by what they came to.
-pub(super) struct Samples {
+pub(crate) struct Samples {
     same: IntCounter,
     changed: IntCounter,
     different: IntCounter,
@@ -175,7 +177,7 @@ pub(super) struct Samples {
 }
 
 impl Samples {
-    pub(super) fn register<K: Kind>(registry: &Registry) -> prometheus::Result<Self> {
+    pub(crate) fn register<K: Kind>(registry: &Registry) -> prometheus::Result<Self> {
         let opts = Opts::new(
             "trustgate_samples_total",
             "Held records compared with the database, by kind and outcome: same, changed (a change named it meanwhile), \
@@ -207,8 +209,8 @@ mod tests {
 
     use super::*;
     use crate::{
+        base::clock::{DatabaseTime, Moment},
         cache::{CacheSettings, api_key::ApiKey, l1::Life},
-        clock::{DatabaseTime, Moment},
         freshness::{Views, lease::Limits},
         record::{ApiKeyDigest, Change, Digests, KeyId, Lineage, Nonce, Record, StoredPeppers, TrustId, Version},
         store::Polled,

@@ -7,23 +7,23 @@ use serde_json::Value;
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 
 use super::DONE;
-use crate::clock::DatabaseTime;
+use crate::base::clock::DatabaseTime;
 
 /// What a command has to say.
-pub(super) struct Answer {
+pub(crate) struct Answer {
     /// For people, with its last line end.
-    pub(super) text: String,
+    pub(crate) text: String,
     /// For programs; `None` where the text is for programs already.
-    pub(super) json: Option<Value>,
+    pub(crate) json: Option<Value>,
     /// The exit code.
-    pub(super) code: u8,
+    pub(crate) code: u8,
     /// What the operator has to know if the answer cannot be written.
-    pub(super) if_lost: Option<String>,
+    pub(crate) if_lost: Option<String>,
 }
 
 impl Answer {
     /// Text that is the same for people and programs.
-    pub(super) fn text(mut text: String) -> Self {
+    pub(crate) fn text(mut text: String) -> Self {
         if !text.is_empty() && !text.ends_with('\n') {
             text.push('\n');
         }
@@ -31,7 +31,7 @@ impl Answer {
     }
 
     /// One object, shown as its fields, one a line: `first` those, in this order, then the others.
-    pub(super) fn object(object: Value, first: &[&str]) -> Self {
+    pub(crate) fn object(object: Value, first: &[&str]) -> Self {
         let others = object.as_object().into_iter().flatten().map(|(name, _)| name.as_str());
         let names = first.iter().copied().chain(others.filter(|name| !first.contains(name)));
         let rows = names.filter_map(|name| Some(vec![name.to_owned(), cell(object.get(name)?)]));
@@ -39,13 +39,13 @@ impl Answer {
     }
 
     /// Objects, shown as one row each with these of their fields.
-    pub(super) fn list(objects: Vec<Value>, columns: &[&str]) -> Self {
+    pub(crate) fn list(objects: Vec<Value>, columns: &[&str]) -> Self {
         let rows = objects.iter().map(|object| columns.iter().map(|column| cell(&object[*column])).collect());
         Self { text: table(Some(columns), rows), json: Some(Value::Array(objects)), code: DONE, if_lost: None }
     }
 
     /// The same with one more member, for programs.
-    pub(super) fn member(mut self, name: &str, value: Value) -> Self {
+    pub(crate) fn member(mut self, name: &str, value: Value) -> Self {
         if let Some(Value::Object(members)) = &mut self.json {
             members.insert(name.to_owned(), value);
         }
@@ -53,7 +53,7 @@ impl Answer {
     }
 
     /// The same with more to say below, to people.
-    pub(super) fn note(mut self, note: &str) -> Self {
+    pub(crate) fn note(mut self, note: &str) -> Self {
         self.text.push('\n');
         self.text.push_str(note);
         self.text.push('\n');
@@ -61,25 +61,25 @@ impl Answer {
     }
 
     /// The same with what the operator has to know if the answer cannot be written.
-    pub(super) fn if_lost(mut self, note: String) -> Self {
+    pub(crate) fn if_lost(mut self, note: String) -> Self {
         self.if_lost = Some(note);
         self
     }
 
     /// The same with another exit code.
-    pub(super) const fn exit(mut self, code: u8) -> Self {
+    pub(crate) const fn exit(mut self, code: u8) -> Self {
         self.code = code;
         self
     }
 }
 
 /// A time as RFC 3339 in UTC.
-pub(super) fn time(at: DatabaseTime) -> Value {
+pub(crate) fn time(at: DatabaseTime) -> Value {
     Value::String(at.to_string())
 }
 
 /// A time that may not be set.
-pub(super) fn time_or_null(at: Option<DatabaseTime>) -> Value {
+pub(crate) fn time_or_null(at: Option<DatabaseTime>) -> Value {
     at.map_or(Value::Null, time)
 }
 

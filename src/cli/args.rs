@@ -13,11 +13,10 @@ use ipnet::IpNet;
 use uuid::Uuid;
 
 use crate::{
+    base::{secret::Secret, units::parse_duration},
     manage::{keys::PepperFilter, trusts::trust_ref},
     record::{ApiKeyDigest, Fingerprint, KeyId, TrustId, canonical},
-    secret::Secret,
     store::ledger::TrustRef,
-    units::parse_duration,
 };
 
 const VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), " (", env!("TRUSTGATE_COMMIT"), ")");
@@ -25,20 +24,20 @@ const VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), " (", env!("TRUSTGATE_C
 /// Decides for Envoy whose request it is and whether it may pass.
 #[derive(Parser)]
 #[command(name = "trustgate", version = VERSION, arg_required_else_help = true)]
-pub(super) struct Arguments {
+pub(crate) struct Arguments {
     /// The configuration file; else the one that the variable `TRUSTGATE_CONFIG` names, else none.
     #[arg(long, global = true, value_name = "FILE")]
-    pub(super) config: Option<PathBuf>,
+    pub(crate) config: Option<PathBuf>,
     /// How answers are shown.
     #[arg(long, global = true, value_enum, default_value_t = Output::Table)]
-    pub(super) output: Output,
+    pub(crate) output: Output,
     #[command(subcommand)]
-    pub(super) command: Command,
+    pub(crate) command: Command,
 }
 
 /// How answers are shown.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub(super) enum Output {
+pub(crate) enum Output {
     /// For people.
     Table,
     /// For programs.
@@ -46,7 +45,7 @@ pub(super) enum Output {
 }
 
 #[derive(Subcommand)]
-pub(super) enum Command {
+pub(crate) enum Command {
     /// Answer Envoy's checks until told to stop.
     Serve,
     /// Create or upgrade the tables in the database.
@@ -104,14 +103,14 @@ pub(super) enum Command {
 }
 
 #[derive(Args)]
-pub(super) struct Alter {
+pub(crate) struct Alter {
     /// Only print the statements, each under the role that has to run it.
     #[arg(long)]
-    pub(super) print: bool,
+    pub(crate) print: bool,
 }
 
 #[derive(Subcommand)]
-pub(super) enum Trust {
+pub(crate) enum Trust {
     /// Create a trust.
     Create {
         /// Its name.
@@ -136,14 +135,14 @@ pub(super) enum Trust {
 }
 
 #[derive(Args)]
-pub(super) struct WhichTrust {
+pub(crate) struct WhichTrust {
     /// Name or id of the trust.
     #[arg(value_name = "NAME_OR_ID", value_parser = to_trust())]
-    pub(super) trust: TrustRef,
+    pub(crate) trust: TrustRef,
 }
 
 #[derive(Subcommand)]
-pub(super) enum Key {
+pub(crate) enum Key {
     /// Make a key and show it, once.
     Issue(Issue),
     /// List keys, newest first.
@@ -168,53 +167,53 @@ pub(super) enum Key {
 }
 
 #[derive(Subcommand)]
-pub(super) enum Pepper {
+pub(crate) enum Pepper {
     /// Record the configured pepper as the one for new keys. Run it after every server has the new pepper, with the old one
     /// in `credential.previous_pepper_files`.
     Use,
 }
 
 #[derive(Args)]
-pub(super) struct WhichKey {
+pub(crate) struct WhichKey {
     /// Id of the key.
     #[arg(value_name = "KEY_ID", value_parser = to_key)]
-    pub(super) id: KeyId,
+    pub(crate) id: KeyId,
 }
 
 #[derive(Args)]
-pub(super) struct Issue {
+pub(crate) struct Issue {
     /// Whom the key speaks for.
     #[arg(long, value_name = "NAME_OR_ID", value_parser = to_trust())]
-    pub(super) trust: TrustRef,
+    pub(crate) trust: TrustRef,
     /// What the key is for.
     #[arg(long, value_name = "TEXT")]
-    pub(super) name: Option<String>,
+    pub(crate) name: Option<String>,
     /// How long it is valid, such as 90d or 12h; without it, until it is revoked.
     #[arg(long, value_name = "DURATION", value_parser = to_duration)]
-    pub(super) expires_in: Option<Duration>,
+    pub(crate) expires_in: Option<Duration>,
     /// What it may be used for; can be given several times.
     #[arg(long = "scope", value_name = "SCOPE")]
-    pub(super) scopes: Vec<String>,
+    pub(crate) scopes: Vec<String>,
     /// A network it may be used from, such as 192.0.2.0/24; can be given several times. Without it, from anywhere.
     #[arg(long = "allow-cidr", value_name = "CIDR", value_parser = to_network)]
-    pub(super) allowed_cidrs: Vec<IpNet>,
+    pub(crate) allowed_cidrs: Vec<IpNet>,
 }
 
 #[derive(Args)]
-pub(super) struct Import {
+pub(crate) struct Import {
     /// Whom the keys speak for.
     #[arg(long, value_name = "NAME_OR_ID", value_parser = to_trust())]
-    pub(super) trust: TrustRef,
+    pub(crate) trust: TrustRef,
     /// The lines are keys, to be hashed at once, instead of SHA-256 digests in hexadecimal.
     #[arg(long)]
-    pub(super) plaintext: bool,
+    pub(crate) plaintext: bool,
     /// Where to read from; - is standard input.
     #[arg(value_name = "FILE", default_value = "-")]
-    pub(super) file: PathBuf,
+    pub(crate) file: PathBuf,
 }
 
 #[derive(Subcommand)]
-pub(super) enum Deny {
+pub(crate) enum Deny {
     /// Deny a key, or every key of a trust, for some time. Needs Redis, and not the database where `redis.mac_key_file` is
     /// set.
     Add {
@@ -235,29 +234,29 @@ pub(super) enum Deny {
 
 #[derive(Args)]
 #[group(required = true, multiple = false)]
-pub(super) struct WhichDenied {
+pub(crate) struct WhichDenied {
     /// The key with this id.
     #[arg(long, value_name = "KEY_ID", value_parser = to_key)]
-    pub(super) key: Option<KeyId>,
+    pub(crate) key: Option<KeyId>,
     /// Every key of the trust with this id. Not its name: that only the database knows.
     #[arg(long, value_name = "TRUST_ID", value_parser = to_trust_id)]
-    pub(super) trust: Option<TrustId>,
+    pub(crate) trust: Option<TrustId>,
     /// The key with this digest, 64 hexadecimal digits.
     #[arg(long, value_name = "DIGEST", value_parser = to_digest)]
-    pub(super) digest: Option<ApiKeyDigest>,
+    pub(crate) digest: Option<ApiKeyDigest>,
     /// The key that is read from standard input.
     #[arg(long)]
-    pub(super) stdin: bool,
+    pub(crate) stdin: bool,
 }
 
 #[derive(Subcommand)]
-pub(super) enum Cache {
+pub(crate) enum Cache {
     /// Make every replica forget what it read from the database, and wait until all have.
     Clear,
 }
 
 #[derive(Subcommand)]
-pub(super) enum Store {
+pub(crate) enum Store {
     /// Copy every trust and key from one database into another, which `migrate` has made and which is empty. Keys keep
     /// working, under the same peppers. The audit and the history stay where they are.
     Copy(Copy),
@@ -265,18 +264,18 @@ pub(super) enum Store {
 
 #[derive(Args)]
 #[group(required = true, multiple = true)]
-pub(super) struct Copy {
+pub(crate) struct Copy {
     /// The database to copy from, as `store.url` has it; without it, the configured one. Others of this machine can read
     /// the command line: leave a password to the variable PGPASSWORD, a `.pgpass` file, or the configuration.
     #[arg(long, value_name = "URL", value_parser = to_secret())]
-    pub(super) from: Option<Secret>,
+    pub(crate) from: Option<Secret>,
     /// The database to copy to; without it, the configured one.
     #[arg(long, value_name = "URL", value_parser = to_secret())]
-    pub(super) to: Option<Secret>,
+    pub(crate) to: Option<Secret>,
 }
 
 #[derive(Subcommand)]
-pub(super) enum Config {
+pub(crate) enum Config {
     /// Tell every mistake in the configuration.
     Check,
     /// Print a configuration file with every setting, its meaning and its default.

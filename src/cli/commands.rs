@@ -14,18 +14,17 @@ use super::{
     key, progress, stdin, trust,
 };
 use crate::{
-    app::{self, Explanation},
-    clock::SystemClock,
+    base::{clock::SystemClock, secret::Secret},
     config::{self, Config, ConfigError, Purpose, document},
     manage::{Effect, ManageError, Manager},
-    secret::Secret,
+    server::{self, Explanation},
     store::{
         self, Actor, Env, Ledger, LedgerError, StoreSettings,
-        copy::{self, Copied, Ends},
+        ledger::copy::{self, Copied, Ends},
     },
 };
 
-pub(super) fn run(arguments: Arguments, environment: &Environment) -> Result<Answer, CliError> {
+pub(crate) fn run(arguments: Arguments, environment: &Environment) -> Result<Answer, CliError> {
     let Arguments { config: file, command, .. } = arguments;
     let load = |purpose| config::load(file.as_deref(), environment.iter().cloned(), purpose);
     match command {
@@ -36,12 +35,12 @@ pub(super) fn run(arguments: Arguments, environment: &Environment) -> Result<Ans
         Command::Config(args::Config::Check) => checked(load(Purpose::Check)),
         Command::Serve => {
             let config = load(Purpose::Serve)?;
-            Ok(app::serve(config, &|name| variable(environment, name)).map(|()| Answer::text(String::new()))?)
+            Ok(server::serve(config, &|name| variable(environment, name)).map(|()| Answer::text(String::new()))?)
         }
         Command::Check => {
             let config = load(Purpose::Serve)?;
             let text = stdin::text().map_err(|error| CliError::new(format!("cannot read the key: {error}")))?;
-            Ok(explained(&app::explain(
+            Ok(explained(&server::explain(
                 config,
                 &|name| variable(environment, name),
                 &Secret::new(text.expose().trim().to_owned()),

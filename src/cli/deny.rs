@@ -14,19 +14,19 @@ use super::{
     stdin,
 };
 use crate::{
+    base::telemetry::{self, Format, Level, LogSettings},
     config::Config,
-    credential::is_well_formed,
-    freshness::deny::Denied,
+    ext_authz::credential::is_well_formed,
+    freshness::deny_list::Denied,
     manage::deny::{Denials, DenyError, Entry, mac_key},
     store::Env,
-    telemetry::{self, Format, Level, LogSettings},
 };
 
 const COLUMNS: &[&str] = &["kind", "id", "set_at", "until"];
 /// The interval between two readings of the list in Redis is half of that.
 const EFFECTIVE: &str = "Every replica that reaches Redis has this within 1 s, with the database or without.";
 
-pub(super) async fn run(config: &Config, env: Env<'_>, command: args::Deny) -> Result<Answer, CliError> {
+pub(crate) async fn run(config: &Config, env: Env<'_>, command: args::Deny) -> Result<Answer, CliError> {
     // Why there is no connection to Redis is only in the log.
     telemetry::start(&LogSettings { level: Level::Warn, format: Format::Text });
     let (which, life) = match command {

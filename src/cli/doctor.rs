@@ -9,21 +9,21 @@ use serde_json::{Value, json};
 
 use super::{CliError, FAILED, answer::Answer};
 use crate::{
-    clock::{Clock as _, SystemClock, wall_time},
+    base::{
+        clock::{Clock as _, SystemClock, wall_time},
+        settings::Mistake,
+    },
     config::{Config, ConfigError, SECTIONS},
-    credential::Hasher,
-    finding::{Finding, State, complete},
-    freshness::deny,
-    net::tls,
-    redis::{
-        examine::{NAMES as REDIS, examine as examine_redis},
-        read_mac_key,
+    doctor::{
+        database::{Examined, NAMES as DATABASE, Use, examine as examine_database},
+        finding::{Finding, State, complete},
+        redis::{NAMES as REDIS, examine as examine_redis},
     },
-    settings::Mistake,
-    store::{
-        Env,
-        examine::{Examined, NAMES as DATABASE, Use, examine as examine_database},
-    },
+    ext_authz::credential::Hasher,
+    freshness::deny_list,
+    grpc::tls,
+    redis::read_mac_key,
+    store::Env,
 };
 
 const COLUMNS: &[&str] = &["name", "state", "found"];
@@ -38,7 +38,7 @@ const MAC_KEY: &str = "redis_mac_key";
 /// Envoy should have this much more time than a check may take: the way there and back, and its own turn.
 const MARGIN: Duration = Duration::from_millis(20);
 
-pub(super) fn run(loaded: Result<(Config, Vec<Mistake>), ConfigError>, env: Env<'_>) -> Result<Answer, CliError> {
+pub(crate) fn run(loaded: Result<(Config, Vec<Mistake>), ConfigError>, env: Env<'_>) -> Result<Answer, CliError> {
     tls::install_provider();
     let (told, unreadable) = match loaded {
         Ok((config, mistakes)) => (Told { config, mistakes }, None),
@@ -200,7 +200,7 @@ fn deny_file(config: &Config) -> Finding {
     let Some(file) = &config.freshness.deny_file else {
         return Finding::skipped(DENY_FILE, "freshness.deny_file is not set");
     };
-    match deny::check_file(file) {
+    match deny_list::check_file(file) {
         Ok(()) => Finding::ok(DENY_FILE, format!("{} can be read to its end", file.display())),
         Err(error) => {
             let remedy = "correct the file: `serve` does not heed what it cannot read";

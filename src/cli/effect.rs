@@ -6,15 +6,15 @@ use serde_json::{Value, json};
 
 use super::answer::{self, Answer};
 use crate::{
-    clock::SystemClock,
+    base::clock::SystemClock,
     config::Config,
-    demand::Freshness,
+    freshness::Freshness,
     manage::{Effect, Manager},
 };
 
 /// Adds to `answer` where the change just committed is effective, waiting at most `freshness.lease` for all replicas. The
 /// exit code stays: the change is made.
-pub(super) async fn with_effect(answer: Answer, manager: &mut Manager, config: &Config) -> Answer {
+pub(crate) async fn with_effect(answer: Answer, manager: &mut Manager, config: &Config) -> Answer {
     let effect = manager.effect(&SystemClock, config.freshness.lease).await;
     let (json, note) = match &effect {
         Ok(effect) => (effect_json(effect), effect.to_string()),
@@ -34,7 +34,7 @@ pub(super) async fn with_effect(answer: Answer, manager: &mut Manager, config: &
 }
 
 /// The effect for programs.
-pub(super) fn effect_json(effect: &Effect) -> Value {
+pub(crate) fn effect_json(effect: &Effect) -> Value {
     let missing = effect.missing.iter().map(|replica| {
         json!({
             "id": replica.id.to_string(),

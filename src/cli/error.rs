@@ -6,40 +6,40 @@ use std::fmt;
 
 use super::{FAILED, USAGE};
 use crate::{
-    app::AppError,
     config::{Config, ConfigError},
     manage::{ManageError, deny::DenyError},
+    server::AppError,
     store::LedgerError,
 };
 
 /// Why a command did not do what was wanted.
 #[derive(Debug)]
-pub(super) struct CliError {
+pub(crate) struct CliError {
     problem: String,
     place: Option<String>,
     /// The exit code.
-    pub(super) code: u8,
+    pub(crate) code: u8,
 }
 
 impl CliError {
     /// A plain failure.
-    pub(super) const fn new(problem: String) -> Self {
+    pub(crate) const fn new(problem: String) -> Self {
         Self { problem, place: None, code: FAILED }
     }
 
     /// Something that makes no sense was given.
-    pub(super) const fn usage(problem: String) -> Self {
+    pub(crate) const fn usage(problem: String) -> Self {
         Self { problem, place: None, code: USAGE }
     }
 
     /// Says where the database was configured, when it is the database that is to blame.
-    pub(super) fn of_store(error: LedgerError, config: &Config) -> Self {
+    pub(crate) fn of_store(error: LedgerError, config: &Config) -> Self {
         ManageError::from(error).at(config)
     }
 }
 
 /// An error together with the configuration it happened under.
-pub(super) trait At {
+pub(crate) trait At {
     /// The error, with the place in the configuration that led there.
     fn at(self, config: &Config) -> CliError;
 }

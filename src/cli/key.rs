@@ -15,9 +15,9 @@ use super::{
     progress, stdin,
 };
 use crate::{
-    clock::DatabaseTime,
+    base::clock::DatabaseTime,
     config::Config,
-    credential::format,
+    ext_authz::credential::format,
     manage::{
         ManageError, Manager, import,
         keys::{Identified, Issued, KeyState, Wanted},
@@ -29,7 +29,7 @@ const COLUMNS: &[&str] = &["id", "trust_name", "hint", "name", "state", "scopes"
 const PEPPER_COLUMNS: &[&str] = &["id", "trust_name", "hint", "name", "state", "pepper", "created_at", "expires_at"];
 const IDENTIFIED_COLUMNS: &[&str] = &["line", "result", "key_id", "trust_name", "hint", "name"];
 
-pub(super) async fn run(manager: &mut Manager, config: &Config, command: args::Key) -> Result<Answer, ManageError> {
+pub(crate) async fn run(manager: &mut Manager, config: &Config, command: args::Key) -> Result<Answer, ManageError> {
     match command {
         args::Key::Issue(args::Issue { trust, name, expires_in, scopes, allowed_cidrs }) => {
             let wanted = Wanted { trust, name, scopes, allowed_cidrs, expires_in };

@@ -10,18 +10,18 @@ use std::{
 
 use zeroize::Zeroizing;
 
-use crate::{secret::Secret, text};
+use crate::base::{secret::Secret, text};
 
 /// The longest text that is read at once, in bytes.
 const TEXT_BYTES_MAX: usize = 1 << 20;
 
 /// Standard input as a file, past the buffer that the standard library keeps.
-pub(super) fn open() -> io::Result<File> {
+pub(crate) fn open() -> io::Result<File> {
     Ok(File::from(io::stdin().as_fd().try_clone_to_owned()?))
 }
 
 /// Everything on standard input. What is not UTF-8 becomes a replacement character: no key holds such.
-pub(super) fn text() -> io::Result<Secret> {
+pub(crate) fn text() -> io::Result<Secret> {
     if io::stdin().is_terminal() {
         // A hint for somebody who sees nothing happen; answers go elsewhere.
         let _ = io::Write::write_all(&mut io::stderr(), b"Reading from the terminal; end with Ctrl-D on a new line.\n");

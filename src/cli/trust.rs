@@ -17,7 +17,7 @@ use crate::{
 
 const COLUMNS: &[&str] = &["name", "id", "enabled", "keys", "created_at"];
 
-pub(super) async fn run(manager: &mut Manager, config: &Config, command: args::Trust) -> Result<Answer, ManageError> {
+pub(crate) async fn run(manager: &mut Manager, config: &Config, command: args::Trust) -> Result<Answer, ManageError> {
     Ok(match command {
         args::Trust::List => Answer::list(manager.trusts().await?.iter().map(data).collect(), COLUMNS),
         args::Trust::Create { name } => shown(&manager.create_trust(&name).await?),

@@ -12,21 +12,18 @@ use std::{
 
 use super::{Config, Purpose};
 use crate::{
-    credential::Pepper,
-    demand::Freshness,
-    freshness::{FreshnessSettings, deny},
-    net::{GrpcSettings, listen::ListenAddress},
+    base::{secret::Secret, settings::Reader, units::ByteSize},
+    ext_authz::credential::Pepper,
+    freshness::{Freshness, FreshnessSettings, deny_list},
+    grpc::{GrpcSettings, listener::ListenAddress},
     redis::RedisSettings,
-    secret::Secret,
-    settings::Reader,
-    units::ByteSize,
 };
 
 /// The longest message that `limits.message_size` may allow; the protocol layer refuses longer ones.
 const MESSAGE_SIZE_MAX: ByteSize = ByteSize::from_bytes(4 << 20);
 
 /// Notes every mistake between the settings of `config` in `reader`.
-pub(super) fn run(config: &Config, purpose: Purpose, reader: &mut Reader) {
+pub(crate) fn run(config: &Config, purpose: Purpose, reader: &mut Reader) {
     listeners(config, reader);
     store(config, reader);
     redis(config, reader);
@@ -378,7 +375,7 @@ fn files(config: &Config, purpose: Purpose, reader: &mut Reader) {
             readable(reader, "freshness", "deny_file", file, File::open(file).map(drop));
         }
         Some(file) if purpose == Purpose::Check => {
-            readable(reader, "freshness", "deny_file", file, deny::check_file(file));
+            readable(reader, "freshness", "deny_file", file, deny_list::check_file(file));
         }
         _ => {}
     }
@@ -416,7 +413,7 @@ fn refuse_whichever_was_set(reader: &mut Reader, settings: &[(&str, &str)], prob
 
 #[cfg(test)]
 mod tests {
-    use super::super::tests::mistakes;
+    use crate::config::tests::mistakes;
 
     #[test]
     fn what_is_said_of_an_existing_table_belongs_together() {

@@ -5,7 +5,7 @@
 use serde_json::json;
 
 use super::{SECTIONS, environment::variable};
-use crate::settings::Field;
+use crate::base::settings::Field;
 
 /// A file with every setting, its meaning and its default; what is unset by default is commented out.
 #[must_use]
@@ -94,7 +94,7 @@ fn sentence(doc: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::super::tests::mistakes;
+    use crate::config::tests::mistakes;
 
     #[test]
     fn the_default_file_says_what_the_defaults_are() {

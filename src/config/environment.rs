@@ -4,13 +4,13 @@
 
 use std::ffi::OsString;
 
-use super::{SECTIONS, nearest};
-use crate::settings::{Reader, Written};
+use super::{SECTIONS, suggest};
+use crate::base::settings::{Reader, Written};
 
 const START: &str = "TRUSTGATE__";
 
 /// Puts what `variables` set into `reader`; unknown names that begin with `TRUSTGATE__` are mistakes.
-pub(super) fn put(reader: &mut Reader, variables: &[(OsString, OsString)]) {
+pub(crate) fn put(reader: &mut Reader, variables: &[(OsString, OsString)]) {
     let known: Vec<_> = SECTIONS
         .iter()
         .flat_map(|section| section.fields.iter().map(|field| (section.name, field.name)))
@@ -22,7 +22,7 @@ pub(super) fn put(reader: &mut Reader, variables: &[(OsString, OsString)]) {
         };
         let Some((_, section, setting)) = known.iter().find(|(variable, ..)| variable == name) else {
             let near =
-                nearest::to(&rest.to_ascii_uppercase(), known.iter().map(|(variable, ..)| &variable[START.len()..]));
+                suggest::to(&rest.to_ascii_uppercase(), known.iter().map(|(variable, ..)| &variable[START.len()..]));
             let hint = near.map_or_else(
                 || "see `trustgate config default`".to_owned(),
                 |near| format!("did you mean {START}{near}?"),
@@ -38,13 +38,13 @@ pub(super) fn put(reader: &mut Reader, variables: &[(OsString, OsString)]) {
 }
 
 /// The variable that sets `section.name`.
-pub(super) fn variable(section: &str, name: &str) -> String {
+pub(crate) fn variable(section: &str, name: &str) -> String {
     format!("{START}{}__{}", section.to_ascii_uppercase(), name.to_ascii_uppercase())
 }
 
 #[cfg(test)]
 mod tests {
-    use super::super::tests::mistakes;
+    use crate::config::tests::mistakes;
 
     #[test]
     fn unknown_variables_are_refused_with_the_nearest() {

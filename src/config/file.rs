@@ -4,11 +4,11 @@
 
 use toml_edit::{Document, TableLike, Value};
 
-use super::{SECTIONS, SectionInfo, nearest, section};
-use crate::settings::{Reader, Written};
+use super::{SECTIONS, SectionInfo, section, suggest};
+use crate::base::settings::{Reader, Written};
 
 /// Puts everything that `text`, the content of `path`, says into `reader`; unknown names are mistakes.
-pub(super) fn put(reader: &mut Reader, path: &str, text: &str) {
+pub(crate) fn put(reader: &mut Reader, path: &str, text: &str) {
     let lines = Lines { path, text };
     let document = match Document::parse(text) {
         Ok(document) => document,
@@ -50,13 +50,13 @@ fn put_section(reader: &mut Reader, section: &SectionInfo, table: &dyn TableLike
 }
 
 /// Why `wrong` is refused: with the nearest of `names`, else with all of them.
-pub(super) fn no_such<'n>(
+pub(crate) fn no_such<'n>(
     what: &str,
     wrong: &str,
     names: impl Iterator<Item = &'n str> + Clone,
     show: impl Fn(&str) -> String,
 ) -> String {
-    if let Some(near) = nearest::to(wrong, names.clone()) {
+    if let Some(near) = suggest::to(wrong, names.clone()) {
         return format!("there is no such {what}; did you mean {}?", show(near));
     }
     let all: Vec<_> = names.map(show).collect();
@@ -103,7 +103,7 @@ impl Lines<'_> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::tests::mistakes;
+    use crate::config::tests::mistakes;
 
     #[test]
     fn what_is_not_a_section_or_a_value_is_refused() {

@@ -5,7 +5,7 @@
 use std::{collections::VecDeque, time::Duration};
 
 use crate::{
-    clock::Moment,
+    base::clock::Moment,
     record::{Dated, Lineage, Nonce, Version},
     store::Polled,
 };
@@ -140,7 +140,7 @@ impl History {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::clock::DatabaseTime;
+    use crate::base::clock::DatabaseTime;
 
     fn dated(version: u64, nonce: u8) -> Dated<()> {
         Dated {

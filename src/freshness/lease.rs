@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use crate::{
-    clock::Moment,
+    base::clock::Moment,
     record::{Change, ChangeKind, Version},
 };
 

@@ -13,9 +13,9 @@ use std::{
 use tokio::sync::watch;
 
 use crate::{
-    metrics::{IntGauge, Opts, Registry, register},
+    base::metrics::{IntGauge, Opts, Registry, register},
     record::{Fingerprint, StoredPeppers},
-    store::lookup::OTHER_KEYS_MAX,
+    store::reads::lookup::OTHER_KEYS_MAX,
 };
 
 /// Whether the peppers of this server fit the database. False until a poll has compared them.
@@ -53,7 +53,7 @@ impl PepperState {
     }
 
     /// Sets both. Returns whether [`Self::fits`] changed.
-    pub(super) fn set(&self, fits: bool, identifies_all: bool) -> bool {
+    pub(crate) fn set(&self, fits: bool, identifies_all: bool) -> bool {
         self.identifies_all.store(identifies_all, Ordering::Relaxed);
         self.fits.store(fits, Ordering::Relaxed);
         self.changes.send_if_modified(|before| std::mem::replace(before, fits) != fits)
@@ -100,7 +100,7 @@ impl PepperMetrics {
 
 /// The last recorded peppers, shared by the poll and the file watch, so that each change is logged once.
 #[derive(Default)]
-pub(super) struct Compared {
+pub(crate) struct Compared {
     stored: Mutex<Option<StoredPeppers>>,
 }
 
@@ -112,7 +112,7 @@ fn listed(fingerprints: impl IntoIterator<Item = Fingerprint>) -> String {
 
 impl Peppers {
     /// Compares them with what a poll found.
-    pub(super) fn compare(&self, stored: StoredPeppers, compared: &Compared, state: &PepperState) {
+    pub(crate) fn compare(&self, stored: StoredPeppers, compared: &Compared, state: &PepperState) {
         let mut last = compared.stored.lock().unwrap_or_else(PoisonError::into_inner);
         if last.replace(stored) == Some(stored) {
             return;
@@ -137,7 +137,7 @@ impl Peppers {
     }
 
     /// Takes in how many active keys are under other peppers.
-    pub(super) fn count_others(&self, count: u64) {
+    pub(crate) fn count_others(&self, count: u64) {
         let count = i64::try_from(count).unwrap_or(i64::MAX); // at most 10 000
         let before = self.metrics.other_keys.get();
         self.metrics.other_keys.set(count);
@@ -154,7 +154,7 @@ impl Peppers {
     }
 
     /// Compares what the files hold now with what they held at the start, and with what the database names.
-    pub(super) fn compare_files(&self, read: io::Result<Vec<Fingerprint>>, compared: &Compared, last: &mut FileState) {
+    pub(crate) fn compare_files(&self, read: io::Result<Vec<Fingerprint>>, compared: &Compared, last: &mut FileState) {
         let stored = compared.stored.lock().unwrap_or_else(PoisonError::into_inner).unwrap_or_default();
         let (state, problem) = match read {
             Ok(found) if found == self.known => (FileState::Same, String::new()),
@@ -189,7 +189,7 @@ impl Peppers {
 
 /// What the pepper files hold.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) enum FileState {
+pub(crate) enum FileState {
     /// What they held at the start.
     Same,
     /// Other peppers.

@@ -18,10 +18,14 @@ use super::{
     pepper::{Compared, FileState, Peppers},
 };
 use crate::{
-    clock::{Clock, spread::Spread},
-    fault::{Fault, Tier},
-    metrics::{
-        Gauge, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, Opts, Registry, SHORT_SECONDS, register,
+    base::{
+        clock::Clock,
+        fault::{Fault, Tier},
+        jitter::Spread,
+        metrics::{
+            Gauge, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, Opts, Registry, SHORT_SECONDS,
+            register,
+        },
     },
     record::Version,
     store::{Lookup, PollError, Polled, SignOfLife, Tended},

@@ -14,7 +14,7 @@ use std::{
 use arc_swap::ArcSwap;
 
 use crate::{
-    clock::Moment,
+    base::clock::Moment,
     record::{ApiKeyDigest, Change, ChangeKind, Version},
 };
 

@@ -13,12 +13,14 @@ use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    clock::{Clock as _, DatabaseTime, SystemClock},
-    freshness::deny::{
-        Denied,
-        shared::{SharedError, SharedList, Term},
+    base::{
+        clock::{Clock as _, DatabaseTime, SystemClock},
+        metrics::{IntGauge, Registry},
     },
-    metrics::{IntGauge, Registry},
+    freshness::deny_list::{
+        Denied,
+        redis::{SharedError, SharedList, Term},
+    },
     redis::{QueryError, Redis, RedisMetrics, RedisSettings, read_mac_key},
     store::{self, Env, LedgerError, Missing, StoreSettings},
 };

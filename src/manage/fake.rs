@@ -5,7 +5,7 @@
 use async_trait::async_trait;
 
 use crate::{
-    clock::DatabaseTime,
+    base::clock::DatabaseTime,
     record::{ApiKeyDigest, Digests, Fingerprint, KeyId, TrustId, Version},
     store::{
         Actor, Ledger, LedgerError,
@@ -15,9 +15,9 @@ use crate::{
 
 /// Keys with their digests, and what [`Ledger::replicas`] is to answer, call by call; the last answer stays.
 #[derive(Default)]
-pub(super) struct FakeLedger {
-    pub(super) keys: Vec<(ApiKeyDigest, Key)>,
-    pub(super) rounds: Vec<Vec<Replica>>,
+pub(crate) struct FakeLedger {
+    pub(crate) keys: Vec<(ApiKeyDigest, Key)>,
+    pub(crate) rounds: Vec<Vec<Replica>>,
 }
 
 fn acme(name: &str) -> Trust {

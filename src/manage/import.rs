@@ -9,10 +9,10 @@ use zeroize::Zeroizing;
 
 use super::{ManageError, Manager};
 use crate::{
-    credential::{self, KEY_BYTES_MAX, format},
+    base::text,
+    ext_authz::credential::{self, KEY_BYTES_MAX, format},
     record::{ApiKeyDigest, Digests, KeyId, Made},
     store::ledger::{NewKey, Trust, TrustRef},
-    text,
 };
 
 /// Keys of one import, at most: some 200 bytes of memory each.
@@ -210,7 +210,7 @@ impl<R: Read> Lines<R> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{credential::CredentialSettings, manage::fake::FakeLedger, store::Actor};
+    use crate::{ext_authz::credential::CredentialSettings, manage::fake::FakeLedger, store::Actor};
 
     async fn import(form: Form, input: &[u8]) -> Result<(u64, u64), String> {
         let ledger = Box::new(FakeLedger::default());

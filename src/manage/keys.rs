@@ -9,13 +9,12 @@ use uuid::Uuid;
 
 use super::{ManageError, Manager};
 use crate::{
-    clock::DatabaseTime,
-    credential::{
+    base::{clock::DatabaseTime, secret::Secret},
+    ext_authz::credential::{
         self,
         format::{self, Form},
     },
     record::{Fingerprint, KeyId, Made, Scheme, is_scope},
-    secret::Secret,
     store::ledger::{Key, NewKey, TrustRef},
 };
 
@@ -296,9 +295,9 @@ fn check(wanted: &Wanted) -> Result<(), ManageError> {
 mod tests {
     use super::*;
     use crate::{
-        credential::CredentialSettings,
+        base::settings::{Setting, Written},
+        ext_authz::credential::CredentialSettings,
         manage::fake::FakeLedger,
-        settings::{Setting, Written},
         store::Actor,
     };
 

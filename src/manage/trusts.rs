@@ -70,7 +70,7 @@ impl Manager {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{credential::CredentialSettings, manage::fake::FakeLedger, store::Actor};
+    use crate::{ext_authz::credential::CredentialSettings, manage::fake::FakeLedger, store::Actor};
 
     #[test]
     fn a_uuid_is_an_id_and_anything_else_a_name() {

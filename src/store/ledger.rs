@@ -2,12 +2,17 @@
 //!
 //! Never used on the path of a check.
 
+pub(crate) mod book;
+pub mod copy;
+pub(crate) mod postgres;
+pub(crate) mod sqlite;
+
 use async_trait::async_trait;
 use ipnet::IpNet;
 use serde::Serialize;
 
 use crate::{
-    clock::DatabaseTime,
+    base::clock::DatabaseTime,
     record::{ApiKeyDigest, Digests, Fingerprint, KeyId, Made, Scheme, TrustId, Version},
 };
 
@@ -179,7 +184,7 @@ pub enum LedgerError {
     Database(#[from] sqlx::Error),
     /// The database could not be read.
     #[error("{0}")]
-    Fault(#[from] crate::fault::Fault),
+    Fault(#[from] crate::base::fault::Fault),
 }
 
 impl LedgerError {

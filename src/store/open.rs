@@ -4,14 +4,16 @@ use std::{num::NonZero, sync::Arc, thread::available_parallelism, time::Duration
 
 use super::{
     Ledger, LedgerError, Missing, SchemaName, Source, StoreSettings,
-    book::{Book, Tables},
-    existing::ExistingTable,
-    place::{Address, Env, Place, Role},
-    postgres::{self, existing::Wish, lookup::Postgres},
-    reader::Reader,
-    sqlite::{self, lookup::Sqlite},
+    existing_table::{self, ExistingTable, postgres::Wish},
+    ledger::{
+        self,
+        book::{Book, Tables},
+    },
+    reads::{postgres::Postgres, reader::Reader, sqlite::Sqlite},
+    schema, sqlite,
+    url::{Address, Env, Place, Role},
 };
-use crate::clock::Clock;
+use crate::base::clock::Clock;
 
 /// The database the settings mean, in words for messages: its kind and place, never a user, a password or a query.
 #[must_use]
@@ -118,8 +120,8 @@ impl Management {
     async fn tables(&self) -> Result<Box<dyn Tables>, LedgerError> {
         let Self { address, place, schema, connect_timeout } = self;
         Ok(match place {
-            Place::Sqlite(path) => Box::new(sqlite::ledger::open(path).await?),
-            Place::Postgres => Box::new(postgres::ledger::open(address, schema, *connect_timeout).await?),
+            Place::Sqlite(path) => Box::new(ledger::sqlite::open(path).await?),
+            Place::Postgres => Box::new(ledger::postgres::open(address, schema, *connect_timeout).await?),
         })
     }
 }
@@ -128,7 +130,7 @@ impl Management {
 ///
 /// # Errors
 /// As [`open_ledger`].
-pub(super) async fn open_tables(
+pub(crate) async fn open_tables(
     address: &Address,
     settings: &StoreSettings,
     env: Env<'_>,
@@ -150,9 +152,9 @@ pub async fn migrate(settings: &StoreSettings, env: Env<'_>) -> Result<(), Ledge
     match address.place(env)? {
         Place::Sqlite(path) => {
             sqlite::file::prepare(&path, Missing::Create)?;
-            sqlite::migrate::run(&path).await
+            schema::sqlite::run(&path).await
         }
-        Place::Postgres => postgres::migrate::run(&address, &settings.schema, settings.connect_timeout).await,
+        Place::Postgres => schema::postgres::run(&address, &settings.schema, settings.connect_timeout).await,
     }
 }
 
@@ -167,9 +169,9 @@ pub async fn new_incarnation(settings: &StoreSettings, env: Env<'_>) -> Result<(
     }
     let address = Address::of(settings, Role::Manage);
     match address.place(env)? {
-        Place::Sqlite(path) => sqlite::migrate::new_incarnation(&path).await,
+        Place::Sqlite(path) => schema::sqlite::new_incarnation(&path).await,
         Place::Postgres => {
-            postgres::migrate::new_incarnation(&address, &settings.schema, settings.connect_timeout).await
+            schema::postgres::new_incarnation(&address, &settings.schema, settings.connect_timeout).await
         }
     }
 }
@@ -194,7 +196,7 @@ pub async fn detach(settings: &StoreSettings, env: Env<'_>) -> Result<String, Le
 
 async fn wish(settings: &StoreSettings, env: Env<'_>, wish: Wish) -> Result<String, LedgerError> {
     let (address, table) = attachable(settings, env)?;
-    postgres::existing::run(&address, &settings.schema, &table, wish, settings.connect_timeout).await?;
+    existing_table::postgres::run(&address, &settings.schema, &table, wish, settings.connect_timeout).await?;
     Ok(table.table.to_string())
 }
 
@@ -204,7 +206,7 @@ async fn wish(settings: &StoreSettings, env: Env<'_>, wish: Wish) -> Result<Stri
 /// As [`attach`].
 pub async fn print_attach(settings: &StoreSettings, env: Env<'_>) -> Result<String, LedgerError> {
     let (address, table) = attachable(settings, env)?;
-    postgres::existing::print(&address, &settings.schema, &table, Wish::Attach, settings.connect_timeout).await
+    existing_table::postgres::print(&address, &settings.schema, &table, Wish::Attach, settings.connect_timeout).await
 }
 
 /// The statements of [`detach`], each under the role that has to run it.
@@ -213,7 +215,7 @@ pub async fn print_attach(settings: &StoreSettings, env: Env<'_>) -> Result<Stri
 /// As [`detach`].
 pub async fn print_detach(settings: &StoreSettings, env: Env<'_>) -> Result<String, LedgerError> {
     let (address, table) = attachable(settings, env)?;
-    postgres::existing::print(&address, &settings.schema, &table, Wish::Detach, settings.connect_timeout).await
+    existing_table::postgres::print(&address, &settings.schema, &table, Wish::Detach, settings.connect_timeout).await
 }
 
 fn attachable(settings: &StoreSettings, env: Env<'_>) -> Result<(Address, ExistingTable), LedgerError> {
@@ -237,7 +239,7 @@ fn not_on_sqlite() -> LedgerError {
 /// to run. With an SQLite file nobody needs any.
 #[must_use]
 pub fn grants(settings: &StoreSettings, serve: &str, manage: &str) -> String {
-    postgres::rights::grants(&settings.schema, ExistingTable::of(settings).as_ref(), serve, manage)
+    schema::grants::grants(&settings.schema, ExistingTable::of(settings).as_ref(), serve, manage)
 }
 
 /// How much longer than a read's deadline the server may go on with it: the deadline here comes first.

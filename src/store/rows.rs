@@ -10,13 +10,14 @@ use sqlx::{ColumnIndex, Decode, Row, Type};
 use uuid::Uuid;
 
 use super::{
-    book::StoredKey,
-    ledger::{Key, Replica, Trust},
-    lookup::{PollError, Polled},
+    ledger::{Key, Replica, Trust, book::StoredKey},
+    reads::lookup::{PollError, Polled},
 };
 use crate::{
-    clock::{DatabaseTime, Moment},
-    fault::{Fault, Tier},
+    base::{
+        clock::{DatabaseTime, Moment},
+        fault::{Fault, Tier},
+    },
     record::{
         ApiKeyDigest, Change, ChangeKind, Dated, Digests, Fingerprint, KeyId, Lineage, Nonce, Record, Scheme,
         StoredPeppers, TrustId, Version, bytes_from_hex, canonical,

@@ -3,6 +3,10 @@
 //! A migration only adds; what it drops goes one release later. So a release serves tables that are newer than itself,
 //! as long as they say that it may: a rolled-back image keeps working.
 
+pub(crate) mod grants;
+pub(crate) mod postgres;
+pub(crate) mod sqlite;
+
 use super::LedgerError;
 
 /// The version of the tables that this release makes and needs.

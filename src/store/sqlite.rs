@@ -2,12 +2,7 @@
 //!
 //! For one process that serves and the commands beside it, on a local disk. Never used over a network filesystem.
 
-pub(crate) mod examine;
 pub(crate) mod file;
-pub(crate) mod ledger;
-pub(crate) mod lookup;
-pub(crate) mod migrate;
-mod watch;
 
 use std::{path::Path, time::Duration};
 
@@ -17,17 +12,17 @@ use sqlx::{
 };
 
 /// How long a write waits for another process's write to end.
-const BUSY_TIMEOUT: Duration = Duration::from_secs(2);
+pub(crate) const BUSY_TIMEOUT: Duration = Duration::from_secs(2);
 /// How long a read waits where another process has locked the whole database. Well below `freshness.poll_timeout`: that the
 /// database is locked is an answer, and a poll that waited longer would seem to get none.
-const BUSY_TIMEOUT_OF_READS: Duration = Duration::from_millis(50);
+pub(crate) const BUSY_TIMEOUT_OF_READS: Duration = Duration::from_millis(50);
 
 /// The present time in microseconds since the Unix epoch. SQLite's own clock counts milliseconds.
 pub(crate) const NOW: &str = "CAST(round(unixepoch('subsec') * 1000) AS INTEGER) * 1000";
 
 /// Whether a connection may write.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Access {
+pub(crate) enum Access {
     /// Reads only. Such a connection also never copies the write-ahead log into the database: SQLite takes an exclusive lock for
     /// that when the last connection closes, which needs a descriptor that can write. So a connection whose `-shm` was
     /// removed can be closed without overwriting what others committed since.
@@ -37,7 +32,7 @@ enum Access {
 }
 
 /// Opens the database at `path`, which must exist.
-async fn connect(path: &Path, access: Access) -> Result<SqliteConnection, sqlx::Error> {
+pub(crate) async fn connect(path: &Path, access: Access) -> Result<SqliteConnection, sqlx::Error> {
     let busy_timeout = match access {
         Access::Read => BUSY_TIMEOUT_OF_READS,
         Access::Write => BUSY_TIMEOUT,
@@ -53,24 +48,24 @@ async fn connect(path: &Path, access: Access) -> Result<SqliteConnection, sqlx::
 }
 
 /// Whether the database has a write-ahead log. Reads from it, so that the files beside it are open afterwards.
-async fn has_log(connection: &mut SqliteConnection) -> Result<bool, sqlx::Error> {
+pub(crate) async fn has_log(connection: &mut SqliteConnection) -> Result<bool, sqlx::Error> {
     sqlx::raw_sql("SELECT count(*) FROM sqlite_schema").execute(&mut *connection).await?;
     let mode = sqlx::raw_sql("PRAGMA journal_mode").fetch_one(connection).await?;
     Ok(mode.try_get::<String, _>(0)? == "wal")
 }
 
 /// Whether `error` says that a table is not there.
-fn is_missing(error: &sqlx::Error) -> bool {
+pub(crate) fn is_missing(error: &sqlx::Error) -> bool {
     error.as_database_error().is_some_and(|error| error.message().starts_with("no such table"))
 }
 
 /// Whether `error` says that somebody else is writing.
-fn is_busy(error: &sqlx::Error) -> bool {
+pub(crate) fn is_busy(error: &sqlx::Error) -> bool {
     code(error) == Some(5)
 }
 
 /// The primary code of an error of SQLite itself (<https://www.sqlite.org/rescode.html>).
-fn code(error: &sqlx::Error) -> Option<u32> {
+pub(crate) fn code(error: &sqlx::Error) -> Option<u32> {
     let code = error.as_database_error().and_then(sqlx::error::DatabaseError::code)?;
     code.parse::<u32>().ok().map(|code| code & 0xff) // the rest of an extended one says more about the same
 }

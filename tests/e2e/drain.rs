@@ -8,7 +8,7 @@ use tokio::{
 };
 use tonic::{Code, transport::Channel};
 use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient};
-use trustgate::wire::grpc::SERVICE;
+use trustgate::ext_authz::framing::SERVICE;
 
 use crate::{
     stage::Stage,

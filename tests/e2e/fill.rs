@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use tokio::task::JoinHandle;
-use trustgate::app::Delay;
+use trustgate::server::Delay;
 
 use crate::{
     stage::{PATIENT_REDIS, Stage},

@@ -6,8 +6,8 @@ use std::{future::poll_fn, pin::Pin, sync::Arc, task::Poll, time::Duration};
 use prost::Message as _;
 use tokio::task::JoinSet;
 use trustgate::{
-    app::{Delay, Running},
-    wire::response::Reply,
+    ext_authz::response::Reply,
+    server::{Delay, Running},
 };
 
 use crate::support::{

@@ -15,7 +15,7 @@ use tokio::{
     time::{Instant, timeout},
 };
 use tokio_rustls::TlsConnector;
-use trustgate::wire::grpc::frame;
+use trustgate::ext_authz::framing::frame;
 
 use crate::{
     stage::Stage,

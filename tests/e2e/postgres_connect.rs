@@ -8,8 +8,7 @@ use rustix::{
 };
 use tokio::time::Instant;
 use trustgate::{
-    clock::SystemClock,
-    secret::Secret,
+    base::{clock::SystemClock, secret::Secret},
     store::{self, Source, StoreSettings},
 };
 

@@ -9,7 +9,7 @@ use tokio::{
     net::TcpStream,
     time::{Instant, timeout},
 };
-use trustgate::wire::grpc::frame_bytes;
+use trustgate::ext_authz::framing::frame_bytes;
 
 use crate::support::{
     alone, among_others,

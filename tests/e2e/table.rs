@@ -68,12 +68,13 @@ fn it_is_whole() {
         assert_eq!(of(reason), of("unknown"), "{reason}");
     }
     // Every reason that there is, at least once; but the deny list, whose tests are its own.
-    let reasons = trustgate::decision::DenyReason::ALL.map(trustgate::decision::DenyReason::as_str);
+    let reasons =
+        trustgate::ext_authz::decision::DenyReason::ALL.map(trustgate::ext_authz::decision::DenyReason::as_str);
     for reason in reasons.into_iter().filter(|reason| *reason != "deny_listed") {
         assert!(table.rows().any(|row| row.want.reason.as_deref() == Some(reason)), "no row has {reason}");
     }
     // Every identity header, forged.
-    for header in trustgate::wire::identity::HEADERS {
+    for header in trustgate::ext_authz::identity::HEADERS {
         let forged = |name: &String| name.eq_ignore_ascii_case(header);
         assert!(
             table.rows().any(|row| row.send.headers.iter().any(|(name, _)| forged(name))),

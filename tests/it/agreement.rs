@@ -13,9 +13,9 @@ use tokio::{
     net::TcpStream,
 };
 use trustgate::{
-    app::{AppBuilder, Delay},
     config::{self, Purpose, SECTIONS},
-    wire::identity,
+    ext_authz::identity,
+    server::{AppBuilder, Delay},
 };
 
 use crate::program::Place;

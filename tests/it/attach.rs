@@ -5,10 +5,12 @@ use std::sync::Arc;
 
 use sqlx::{AssertSqlSafe, Connection, PgConnection, postgres::PgConnectOptions};
 use trustgate::{
-    clock::{DatabaseTime, SystemClock},
+    base::{
+        clock::{DatabaseTime, SystemClock},
+        secret::Secret,
+        settings::{Setting, Written},
+    },
     record::{ApiKeyDigest, Change, ChangeKind, Digests, KeyId, Version},
-    secret::Secret,
-    settings::{Setting, Written},
     store::{self, LedgerError, Missing, PollError, Source, StoreSettings, TableName},
 };
 use uuid::Uuid;

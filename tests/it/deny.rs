@@ -12,13 +12,15 @@ use serde_json::json;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use trustgate::{
-    clock::{DatabaseTime, SystemClock},
-    config::{self, Purpose},
-    freshness::deny::{
-        Denied, DenyList, DenyMetrics,
-        shared::{ENTRIES_MAX, SharedList},
+    base::{
+        clock::{DatabaseTime, SystemClock},
+        metrics::{self, IntGauge, Registry},
     },
-    metrics::{self, IntGauge, Registry},
+    config::{self, Purpose},
+    freshness::deny_list::{
+        Denied, DenyList, DenyMetrics,
+        redis::{ENTRIES_MAX, SharedList},
+    },
     record::{ApiKeyDigest, KeyId, Record, TrustId},
     redis::{Redis as Link, RedisMetrics},
 };

@@ -9,22 +9,22 @@ use std::{
 const HOMES: &[(&str, &[&str])] = &[
     ("clap", &["cli"]),
     ("comfy_table", &["cli"]),
-    ("envoy_types", &["wire"]),
-    ("h2", &["net"]),
-    ("hyper", &["admin"]),
-    ("hyper_util", &["admin"]),
+    ("envoy_types", &["ext_authz", "canary::client"]),
+    ("h2", &["grpc"]),
+    ("hyper", &["server::admin"]),
+    ("hyper_util", &["server::admin"]),
     ("indicatif", &["cli"]),
     ("moka", &["cache::l1"]),
-    ("prost", &["wire"]),
+    ("prost", &["ext_authz", "canary::client"]),
     // The connection is `redis`; what is said over it is L2's and the deny list's.
-    ("redis", &["redis", "cache::l2", "freshness::deny"]),
-    ("rustls", &["net"]),
-    ("sqlx", &["store"]),
+    ("redis", &["redis", "cache::l2", "freshness::deny_list", "doctor::redis"]),
+    ("rustls", &["grpc"]),
+    ("sqlx", &["store", "doctor"]),
     ("toml_edit", &["config"]),
     // The wiring makes the health service that the listeners hand other calls to.
-    ("tonic", &["net", "app"]),
-    ("tonic_health", &["app"]),
-    ("tracing_subscriber", &["telemetry"]),
+    ("tonic", &["grpc", "server"]),
+    ("tonic_health", &["server"]),
+    ("tracing_subscriber", &["base::telemetry"]),
 ];
 
 /// Rust source in which only code is left: comments and the content of texts are blank.
@@ -98,7 +98,7 @@ fn paths_are_read_as_rust_reads_them() {
     let imports = |text: &str| Source::new("a::b".into(), text).imports();
     assert_eq!(imports("use crate::x::{self, y::{Z, w}, V as U};"), ["x::self", "x::y::Z", "x::y::w", "x::V"]);
     assert_eq!(imports("fn f() -> crate::x::Y { super::z::f(self::c) }"), ["x::Y", "a::z::f", "a::b::c"]);
-    assert_eq!(imports("crate::settings! {} crate::words! {}"), ["settings", "settings"]);
+    assert_eq!(imports("crate::settings! {} crate::words! {}"), ["base::settings", "base::settings"]);
     assert_eq!(
         imports("#[cfg(test)]\nmod tests {\n    use super::*;\n    use super::super::d::E;\n}"),
         ["a::b", "a::d::E"]
@@ -239,7 +239,7 @@ fn expand<'t>(base: &str, text: &'t str, found: &mut Vec<String>) -> &'t str {
     let end = text.find(|c: char| !is_name(c)).unwrap_or(text.len());
     let (name, rest) = text.split_at(end);
     // The macros that declare settings live at the root of the crate.
-    let path = if base.is_empty() && rest.starts_with('!') { "settings".to_owned() } else { join(name) };
+    let path = if base.is_empty() && rest.starts_with('!') { "base::settings".to_owned() } else { join(name) };
     match rest.strip_prefix("::") {
         Some(rest) if !rest.starts_with('<') => expand(&path, rest, found),
         _ => {

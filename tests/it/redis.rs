@@ -13,15 +13,17 @@ use redis::{AsyncCommands as _, aio::MultiplexedConnection};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use trustgate::{
+    base::{
+        clock::{Clock as _, DatabaseTime, SystemClock},
+        metrics::{IntGauge, Registry},
+        secret::Secret,
+    },
     cache::{
         api_key::ApiKey,
         l2::{Answer, L2, MacKey},
     },
-    clock::{Clock as _, DatabaseTime, SystemClock},
-    metrics::{IntGauge, Registry},
     record::{ApiKeyDigest, Dated, KeyId, Lineage, Nonce, Record, TrustId, Version},
     redis::{Redis as Handle, RedisMetrics, RedisSettings, listen},
-    secret::Secret,
 };
 use uuid::Uuid;
 

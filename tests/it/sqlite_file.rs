@@ -3,8 +3,7 @@
 use std::{os::unix::fs::PermissionsExt, path::Path, sync::Arc, time::Duration};
 
 use trustgate::{
-    clock::SystemClock,
-    fault::Fault,
+    base::{clock::SystemClock, fault::Fault},
     record::{ApiKeyDigest, Digests, Version},
     store::{self, LedgerError, Missing, SignOfLife, StoreSettings},
 };
@@ -75,7 +74,7 @@ async fn a_file_that_is_no_database_is_told_and_left_alone() {
 async fn a_file_that_was_replaced_or_removed_is_not_read_any_longer() {
     let dir = tempfile::tempdir().unwrap();
     let settings = |name: &str| StoreSettings {
-        url: Some(trustgate::secret::Secret::new(format!("sqlite://{}/{name}.db", dir.path().display()))),
+        url: Some(trustgate::base::secret::Secret::new(format!("sqlite://{}/{name}.db", dir.path().display()))),
         ..StoreSettings::default()
     };
     let lookup = store::open_lookup(&settings("used"), &|_| None, Arc::new(SystemClock)).unwrap();
@@ -96,7 +95,7 @@ async fn a_file_that_was_replaced_or_removed_is_not_read_any_longer() {
 async fn a_preset_never_makes_a_file() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("theirs.db");
-    let url = Some(trustgate::secret::Secret::new(format!("sqlite://{}", path.display())));
+    let url = Some(trustgate::base::secret::Secret::new(format!("sqlite://{}", path.display())));
     let settings = StoreSettings { url, preset: Some(store::Preset::TrustTable), ..StoreSettings::default() };
     let lookup = store::open_lookup(&settings, &|_| None, Arc::new(SystemClock)).unwrap();
     assert!(matches!(lookup.prepare(Missing::Create).await, Err(LedgerError::NoDatabase { .. })));
@@ -122,7 +121,7 @@ async fn a_preset_whose_application_was_killed_in_the_middle_of_a_commit_is_read
     std::fs::copy(&theirs, &copy).unwrap();
     std::fs::copy(dir.path().join("theirs.db-journal"), dir.path().join("copy.db-journal")).unwrap();
     let settings = StoreSettings {
-        url: Some(trustgate::secret::Secret::new(format!("sqlite://{}", copy.display()))),
+        url: Some(trustgate::base::secret::Secret::new(format!("sqlite://{}", copy.display()))),
         preset: Some(store::Preset::TrustTable),
         ..StoreSettings::default()
     };

@@ -5,12 +5,14 @@ use std::{collections::HashSet, future::poll_fn, path::PathBuf, pin::pin, sync::
 use sqlx::{AssertSqlSafe, Connection, Row, SqliteConnection, sqlite::SqliteConnectOptions};
 use tokio_util::sync::CancellationToken;
 use trustgate::{
-    clock::{DatabaseTime, SystemClock},
-    fault::{Fault, Tier},
+    base::{
+        clock::{DatabaseTime, SystemClock},
+        fault::{Fault, Tier},
+        secret::Secret,
+    },
     record::{
         ApiKeyDigest, Change, Dated, Digests, Fingerprint, KeyId, Lineage, Made, Nonce, StoredPeppers, TrustId, Version,
     },
-    secret::Secret,
     store::{
         self, Actor, Ledger, LedgerError, Missing, PollError, Preset, SignOfLife, Source, StoreSettings,
         ledger::{NewKey, TrustRef},

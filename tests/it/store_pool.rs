@@ -11,13 +11,11 @@ use std::{
 use sqlx::Row;
 use tokio::{sync::Semaphore, task::JoinSet};
 use trustgate::{
-    clock::SystemClock,
-    fault::Fault,
+    base::{clock::SystemClock, fault::Fault, secret::Secret},
     record::{ApiKeyDigest, Digests},
-    secret::Secret,
     store::{
         self, Missing, SignOfLife, Source, StoreSettings,
-        pool::{Connect, Limits, Pool, Trouble},
+        reads::pool::{Connect, Limits, Pool, Trouble},
     },
 };
 

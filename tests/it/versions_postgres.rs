@@ -15,10 +15,8 @@ use std::{
 use sqlx::{AssertSqlSafe, Connection, PgConnection, Row, postgres::PgConnectOptions};
 use tokio::task::JoinSet;
 use trustgate::{
-    clock::SystemClock,
-    fault::Fault,
+    base::{clock::SystemClock, fault::Fault, secret::Secret},
     record::{Change, ChangeKind, KeyId, Version},
-    secret::Secret,
     store::{self, Actor, LedgerError, Missing, Polled, Source, StoreSettings},
 };
 use uuid::Uuid;

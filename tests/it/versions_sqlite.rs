@@ -14,9 +14,8 @@ use std::{
 use sqlx::{AssertSqlSafe, Connection, Row, SqliteConnection, sqlite::SqliteConnectOptions};
 use tokio::task::JoinSet;
 use trustgate::{
-    clock::SystemClock,
+    base::{clock::SystemClock, secret::Secret},
     record::{ApiKeyDigest, Change, Digests, KeyId, Nonce, Version},
-    secret::Secret,
     store::{self, Ledger, LedgerError, Missing, PollError, Polled, SignOfLife, Source, StoreSettings},
 };
 use uuid::Uuid;

@@ -11,10 +11,8 @@ use tokio::{
     task::{JoinHandle, JoinSet},
 };
 use trustgate::{
-    clock::SystemClock,
-    fault::Fault,
+    base::{clock::SystemClock, fault::Fault, secret::Secret},
     record::{ApiKeyDigest, Change, ChangeKind, Digests, Fingerprint, KeyId, Made, TrustId, Version},
-    secret::Secret,
     store::{
         self, Actor, Missing, PollError, SignOfLife, Source, StoreSettings,
         ledger::{NewKey, TrustRef},
@@ -618,7 +616,8 @@ async fn through_a_pooler_everything_works_but_hints() {
 async fn a_schema_of_another_name_has_everything_of_its_own() {
     let db = Db::new().await;
     let mut other = db.settings.clone();
-    other.schema = trustgate::settings::Setting::read(&trustgate::settings::Written::One("gate_2".into())).unwrap();
+    other.schema =
+        trustgate::base::settings::Setting::read(&trustgate::base::settings::Written::One("gate_2".into())).unwrap();
     store::migrate(&other, &|_| None).await.unwrap();
     let lookup = open(&other);
     lookup.prepare(Missing::Refuse).await.unwrap();

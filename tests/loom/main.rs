@@ -14,7 +14,7 @@ use std::{
 
 use loom::thread;
 // What the file under test imports of its crate.
-use trustgate::{clock, record};
+use trustgate::{base::clock, record};
 
 use clock::Moment;
 use lease::{Lease, stripe};

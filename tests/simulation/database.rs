@@ -11,7 +11,7 @@ use std::{
 
 use tokio::{sync::Notify, time::Instant};
 use trustgate::{
-    clock::{DatabaseTime, Moment},
+    base::clock::{DatabaseTime, Moment},
     record::{
         ApiKeyDigest, Change, ChangeKind, Dated, Digests, KeyId, Lineage, Nonce, Record, StoredPeppers, TrustId,
         Version,

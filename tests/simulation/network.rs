@@ -10,8 +10,10 @@ use std::{
 use async_trait::async_trait;
 use tokio::time::{Instant, sleep};
 use trustgate::{
-    clock::{Clock, DatabaseTime, Moment},
-    fault::{Fault, Tier},
+    base::{
+        clock::{Clock, DatabaseTime, Moment},
+        fault::{Fault, Tier},
+    },
     record::{Dated, Digests, Fingerprint, KeyId, Record, Version},
     store::{LedgerError, Lookup, Missing, PollError, Polled, SignOfLife, Source, Tended},
 };

@@ -17,14 +17,12 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 use trustgate::{
-    app::replica::{Replica, Surroundings, Tasks},
-    check::Checker,
+    base::metrics::{self, Registry},
     config::{self, Config, Purpose},
-    credential::Hasher,
+    ext_authz::{check::Checker, credential::Hasher, response::Reply},
     freshness::Views,
-    metrics::{self, Registry},
     record::Version,
-    wire::response::Reply,
+    server::replica::{Replica, Surroundings, Tasks},
 };
 use uuid::Uuid;
 

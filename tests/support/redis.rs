@@ -8,7 +8,7 @@ use redis::{
     aio::MultiplexedConnection,
 };
 use tempfile::TempDir;
-use trustgate::{redis::RedisSettings, settings::Section as _};
+use trustgate::{base::settings::Section as _, redis::RedisSettings};
 
 use super::{
     certificates, eventually,

@@ -11,10 +11,10 @@ use std::{
 use async_trait::async_trait;
 use tokio::sync::watch;
 use trustgate::{
-    app::{AppBuilder, Running},
+    base::fault::Fault,
     config::{self, Purpose},
-    fault::Fault,
     record::{Dated, Digests, Fingerprint, KeyId, Record, Version},
+    server::{AppBuilder, Running},
     store::{LedgerError, Lookup, Missing, PollError, Polled, SignOfLife, Source, Tended},
 };
 use uuid::Uuid;

@@ -7,16 +7,17 @@ use std::{convert::Infallible, future::pending, time::Duration};
 use sqlx::{Connection, Row};
 use tokio::time::sleep;
 
-use super::{super::place::Address, connect_within};
+use super::connect_within;
+use crate::store::url::Address;
 
 /// How long a statement may take before somebody looks who holds it up. The rest of [`LOCK_TIMEOUT`] is for looking.
 const PATIENCE: Duration = Duration::from_secs(1);
 /// How long a statement of management waits for a lock. Whoever waits longer only lengthens the queue behind.
-pub(super) const LOCK_TIMEOUT: Duration = Duration::from_secs(2);
+pub(crate) const LOCK_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Runs `work` on the connection whose server process is `pid`. Should that take long, puts into `found` who holds it
 /// up, in words.
-pub(super) async fn watched<T>(
+pub(crate) async fn watched<T>(
     address: &Address,
     pid: Option<i32>,
     found: &mut Option<String>,

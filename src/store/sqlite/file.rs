@@ -7,7 +7,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::super::{LedgerError, lookup::Missing};
+use crate::store::{LedgerError, reads::lookup::Missing};
 
 /// Filesystems that lie on another machine, by `f_type` of statfs(2). SQLite's write-ahead log needs shared memory and
 /// locks that all its users see, which these do not give. FUSE is not among them: what is behind it cannot be told, and

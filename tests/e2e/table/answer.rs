@@ -11,7 +11,7 @@ use envoy_types::pb::{
 };
 use prost::Message as _;
 use serde_json::{Map, Value, json};
-use trustgate::wire::response::Reply;
+use trustgate::ext_authz::response::Reply;
 
 /// The answer of a checker.
 pub fn read(reply: Reply) -> Value {

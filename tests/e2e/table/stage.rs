@@ -7,12 +7,14 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 use tokio::sync::RwLockReadGuard;
 use trustgate::{
-    app::{AppBuilder, Delay, Running},
-    check::Checker,
     config::{self, Config, Purpose},
-    credential::{CredentialSettings, Hasher, Source, format},
+    ext_authz::{
+        check::Checker,
+        credential::{CredentialSettings, Hasher, Source, format},
+    },
     manage::{Manager, import::Form, keys::Wanted},
     record::KeyId,
+    server::{AppBuilder, Delay, Running},
     store::{
         self, Actor, StoreSettings,
         ledger::{NewKey, TrustRef},

@@ -1,0 +1,229 @@
+//! Time: moments on the boot clock, the database's own time, and the seam through which tests give the time.
+//!
+//! The host's wall clock is only compared with its boot clock, to notice a pause that the boot clock slept through; no
+//! decision depends on what it shows.
+
+use std::{
+    fmt,
+    num::NonZeroU64,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering},
+    },
+    time::Duration,
+};
+
+use time::{OffsetDateTime, format_description::well_known::Rfc3339};
+
+/// A moment on `CLOCK_BOOTTIME`, in nanoseconds since the machine started. Unlike [`std::time::Instant`] it goes on
+/// while the machine is suspended, so nothing held can outlive a pause unnoticed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Moment(u64);
+
+impl Moment {
+    /// A moment `nanos` nanoseconds after the machine started.
+    #[must_use]
+    pub const fn from_nanos(nanos: u64) -> Self {
+        Self(nanos)
+    }
+
+    /// Time from `earlier` to `self`; zero if `earlier` is in fact later.
+    #[must_use]
+    pub const fn since(self, earlier: Self) -> Duration {
+        Duration::from_nanos(self.0.saturating_sub(earlier.0))
+    }
+
+    /// `self` plus `wait`; the end of time if that does not fit.
+    #[must_use]
+    pub fn after(self, wait: Duration) -> Self {
+        Self(self.0.saturating_add(u64::try_from(wait.as_nanos()).unwrap_or(u64::MAX)))
+    }
+
+    /// `self` minus `age`; the start of the machine if that does not fit.
+    #[must_use]
+    pub fn before(self, age: Duration) -> Self {
+        Self(self.0.saturating_sub(u64::try_from(age.as_nanos()).unwrap_or(u64::MAX)))
+    }
+
+    /// Nanoseconds since the machine started.
+    #[must_use]
+    pub const fn nanos(self) -> u64 {
+        self.0
+    }
+
+    const fn micros(self) -> i64 {
+        (self.0 / 1_000).cast_signed() // u64 / 1000 always fits an i64
+    }
+}
+
+/// A point in time by the database's clock: microseconds since the Unix epoch.
+///
+/// Kept with its sign bit turned over, which leaves the order as it is, so that an `Option` of one takes no more room: each
+/// record in a cache holds three.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct DatabaseTime(NonZeroU64);
+
+const SIGN: u64 = 1 << 63;
+
+impl DatabaseTime {
+    /// From microseconds since the Unix epoch; the first of all stands for the one after it too.
+    #[must_use]
+    pub const fn from_micros(micros: i64) -> Self {
+        match NonZeroU64::new(micros.cast_unsigned() ^ SIGN) {
+            Some(turned) => Self(turned),
+            None => Self(NonZeroU64::MIN),
+        }
+    }
+
+    /// Microseconds since the Unix epoch.
+    #[must_use]
+    pub const fn micros(self) -> i64 {
+        (self.0.get() ^ SIGN).cast_signed()
+    }
+
+    /// Time from `earlier` to `self`; zero if `earlier` is in fact later.
+    #[must_use]
+    pub fn since(self, earlier: Self) -> Duration {
+        Duration::from_micros(u64::try_from(self.micros().saturating_sub(earlier.micros())).unwrap_or(0))
+    }
+
+    /// `self` plus `wait`.
+    #[must_use]
+    pub fn after(self, wait: Duration) -> Self {
+        Self::from_micros(self.micros().saturating_add(i64::try_from(wait.as_micros()).unwrap_or(i64::MAX)))
+    }
+}
+
+impl fmt::Debug for DatabaseTime {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("DatabaseTime").field(&self.micros()).finish()
+    }
+}
+
+/// RFC 3339 in UTC. A time that no calendar has is shown as its number.
+impl fmt::Display for DatabaseTime {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let at = OffsetDateTime::from_unix_timestamp_nanos(i128::from(self.micros()) * 1_000);
+        match at.ok().and_then(|at| at.format(&Rfc3339).ok()) {
+            Some(text) => f.write_str(&text),
+            None => write!(f, "{} us", self.micros()),
+        }
+    }
+}
+
+/// What the time is. The real one is [`SystemClock`]; tests pass [`ManualClock`].
+pub trait Clock: Send + Sync + 'static {
+    /// The present moment.
+    fn now(&self) -> Moment;
+    /// By how many microseconds the wall clock is ahead of the boot clock. A step in it: the wall clock was set, or the
+    /// whole machine was paused and its boot clock with it.
+    fn wall_offset(&self) -> i64;
+}
+
+/// `CLOCK_BOOTTIME` of this machine.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct SystemClock;
+
+impl Clock for SystemClock {
+    fn now(&self) -> Moment {
+        let time = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
+        // The kernel's boot clock is never negative and its nanoseconds are below 1e9.
+        Moment(time.tv_sec.cast_unsigned() * 1_000_000_000 + time.tv_nsec.cast_unsigned())
+    }
+
+    fn wall_offset(&self) -> i64 {
+        let wall = rustix::time::clock_gettime(rustix::time::ClockId::Realtime);
+        (wall.tv_sec * 1_000_000 + wall.tv_nsec / 1_000).saturating_sub(self.now().micros())
+    }
+}
+
+/// What the wall clock of this machine showed at `at`, as far as it was not set since: for people who compare clocks.
+#[must_use]
+pub fn wall_time(clock: &dyn Clock, at: Moment) -> DatabaseTime {
+    DatabaseTime::from_micros(at.micros().saturating_add(clock.wall_offset()))
+}
+
+/// A clock that stands still until it is told to go on.
+#[derive(Debug, Default)]
+pub struct ManualClock(AtomicU64);
+
+impl ManualClock {
+    /// A clock that shows `start`.
+    #[must_use]
+    pub fn at(start: Moment) -> Arc<Self> {
+        Arc::new(Self(AtomicU64::new(start.0)))
+    }
+
+    /// Moves the clock on by `step`.
+    pub fn advance(&self, step: Duration) {
+        self.0.fetch_add(u64::try_from(step.as_nanos()).unwrap_or(u64::MAX), Ordering::SeqCst);
+    }
+}
+
+impl Clock for ManualClock {
+    fn now(&self) -> Moment {
+        Moment(self.0.load(Ordering::SeqCst))
+    }
+
+    fn wall_offset(&self) -> i64 {
+        0
+    }
+}
+
+/// The database's clock as seen from here: an offset to the boot clock, renewed by every answered read.
+///
+/// The estimate is never behind the database: it takes the read to have happened when it was sent. It may be ahead by
+/// the length of that read, which ages values and ends keys a little early, never late.
+#[derive(Debug, Default)]
+pub struct DatabaseClock {
+    offset_micros: AtomicI64,
+    known: AtomicBool,
+}
+
+impl DatabaseClock {
+    /// Takes note that a read sent at `sent` found the database's clock at `shown`.
+    pub fn observe(&self, sent: Moment, shown: DatabaseTime) {
+        self.offset_micros.store(shown.micros().saturating_sub(sent.micros()), Ordering::Relaxed);
+        self.known.store(true, Ordering::Release);
+    }
+
+    /// The database's time at `now`, or `None` before the first answered read.
+    #[must_use]
+    pub fn at(&self, now: Moment) -> Option<DatabaseTime> {
+        self.known
+            .load(Ordering::Acquire)
+            .then(|| DatabaseTime::from_micros(now.micros().saturating_add(self.offset_micros.load(Ordering::Relaxed))))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_database_clock_is_unknown_until_a_read_and_then_never_behind() {
+        let clock = DatabaseClock::default();
+        let sent = Moment::from_nanos(5_000_000_000);
+        assert_eq!(clock.at(sent), None);
+        clock.observe(sent, DatabaseTime::from_micros(1_000_000_000));
+        let later = sent.after(Duration::from_millis(250));
+        assert_eq!(clock.at(later), Some(DatabaseTime::from_micros(1_000_250_000)));
+    }
+
+    #[test]
+    fn times_of_the_database_keep_their_order_and_an_option_takes_no_more_room() {
+        let times = [i64::MIN + 1, -1, 0, 1, i64::MAX];
+        assert!(times.windows(2).all(|pair| DatabaseTime::from_micros(pair[0]) < DatabaseTime::from_micros(pair[1])));
+        assert_eq!(times.map(|micros| DatabaseTime::from_micros(micros).micros()), times);
+        assert_eq!(DatabaseTime::from_micros(i64::MIN).micros(), i64::MIN + 1);
+        assert_eq!(size_of::<Option<DatabaseTime>>(), 8);
+    }
+
+    #[test]
+    fn moments_never_underflow() {
+        let (early, late) = (Moment::from_nanos(1), Moment::from_nanos(9));
+        assert_eq!(early.since(late), Duration::ZERO);
+        assert_eq!(late.since(early), Duration::from_nanos(8));
+        assert_eq!(late.after(Duration::MAX), Moment::from_nanos(u64::MAX));
+    }
+}

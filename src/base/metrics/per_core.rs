@@ -1,0 +1,263 @@
+//! Counters and histograms that every check adds to: a copy for each thread that serves, so that no core waits for memory
+//! that another one writes. They are summed when they are scraped, and look like any other then.
+//!
+//! Never loses a count: where more threads than copies add, they share one, which costs time alone.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU64, AtomicUsize, Ordering},
+    },
+    thread::available_parallelism,
+    time::Duration,
+};
+
+use prometheus::{
+    HistogramOpts, Opts,
+    core::{Collector, Desc},
+    proto::{self, MetricFamily, MetricType},
+};
+
+/// Copies beyond one for each processor: for threads that serve beside the cores.
+const OTHER_THREADS: usize = 4;
+
+thread_local! {
+    /// Which copy this thread adds to.
+    static COPY: usize = {
+        static NEXT: AtomicUsize = AtomicUsize::new(0);
+        NEXT.fetch_add(1, Ordering::Relaxed)
+    };
+}
+
+/// One of something for each thread, each in cache lines of its own: 128 bytes, since processors fetch lines in pairs.
+#[derive(Debug)]
+#[repr(align(128))]
+struct Apart<T>(T);
+
+#[derive(Debug)]
+struct Copies<T>(Box<[Apart<T>]>);
+
+impl<T> Copies<T> {
+    fn of(one: impl Fn() -> T) -> Arc<Self> {
+        let processors = available_parallelism().map_or(1, std::num::NonZero::get);
+        Arc::new(Self((0..processors + OTHER_THREADS).map(|_| Apart(one())).collect()))
+    }
+
+    /// That of this thread.
+    fn own(&self) -> &T {
+        // There is at least one.
+        &self.0[COPY.with(|copy| *copy) % self.0.len()].0
+    }
+
+    fn all(&self) -> impl Iterator<Item = &T> {
+        self.0.iter().map(|apart| &apart.0)
+    }
+}
+
+/// One counter.
+#[derive(Clone, Debug)]
+pub struct CoreCounter(Arc<Copies<AtomicU64>>);
+
+impl CoreCounter {
+    fn new() -> Self {
+        Self(Copies::of(|| AtomicU64::new(0)))
+    }
+
+    /// Adds one.
+    pub fn inc(&self) {
+        self.0.own().fetch_add(1, Ordering::Relaxed);
+    }
+
+    fn sum(&self) -> u64 {
+        self.0.all().map(|copy| copy.load(Ordering::Relaxed)).sum()
+    }
+}
+
+/// A family of counters, with labels or without.
+#[derive(Clone, Debug)]
+pub struct CoreCounters {
+    labels: &'static [&'static str],
+    desc: Desc,
+    counters: Arc<Mutex<HashMap<Vec<&'static str>, CoreCounter>>>,
+}
+
+impl CoreCounters {
+    /// A family that is told apart by `labels`.
+    ///
+    /// # Errors
+    /// When a name or the description is not valid.
+    pub fn new(opts: Opts, labels: &'static [&'static str]) -> prometheus::Result<Self> {
+        let names = labels.iter().map(|label| (*label).to_owned()).collect();
+        let desc = Desc::new(opts.fq_name(), opts.help, names, HashMap::new())?;
+        Ok(Self { labels, desc, counters: Arc::default() })
+    }
+
+    /// The counter with these values of the labels; kept by whoever counts, since looking it up takes a lock.
+    #[must_use]
+    pub fn with(&self, values: &[&'static str]) -> CoreCounter {
+        // Insertions are whole at every moment.
+        let mut counters = self.counters.lock().unwrap_or_else(PoisonError::into_inner);
+        counters.entry(values.to_owned()).or_insert_with(CoreCounter::new).clone()
+    }
+}
+
+impl Collector for CoreCounters {
+    fn desc(&self) -> Vec<&Desc> {
+        vec![&self.desc]
+    }
+
+    fn collect(&self) -> Vec<MetricFamily> {
+        let counters = self.counters.lock().unwrap_or_else(PoisonError::into_inner);
+        let metrics = counters.iter().map(|(values, counter)| {
+            // By name, as the library's own families are.
+            let named: BTreeMap<_, _> = self.labels.iter().zip(values).collect();
+            let pairs = named.into_iter().map(|(name, value)| {
+                let mut pair = proto::LabelPair::default();
+                pair.set_name((*name).to_owned());
+                pair.set_value((*value).to_owned());
+                pair
+            });
+            let mut count = proto::Counter::default();
+            count.set_value(as_float(counter.sum()));
+            let mut metric = proto::Metric::from_label(pairs.collect());
+            metric.set_counter(count);
+            metric
+        });
+        vec![family(&self.desc, MetricType::COUNTER, metrics.collect())]
+    }
+}
+
+/// A histogram of durations, in seconds where it is shown.
+#[derive(Clone, Debug)]
+pub struct CoreHistogram {
+    desc: Desc,
+    /// Up to how long each bucket goes, in seconds and in nanoseconds.
+    bounds: Arc<[(f64, u64)]>,
+    copies: Arc<Copies<Observed>>,
+}
+
+#[derive(Debug)]
+struct Observed {
+    /// One for each bound, and one for what is longer than all of them.
+    buckets: Box<[AtomicU64]>,
+    nanos: AtomicU64,
+}
+
+impl CoreHistogram {
+    /// A histogram with the buckets of `opts`.
+    ///
+    /// # Errors
+    /// When its name or its description is not valid.
+    pub fn new(opts: HistogramOpts) -> prometheus::Result<Self> {
+        let bound = |seconds: &f64| (*seconds, nanos(Duration::from_secs_f64(*seconds)));
+        let bounds: Arc<[_]> = opts.buckets.iter().map(bound).collect();
+        let desc = Desc::new(opts.common_opts.fq_name(), opts.common_opts.help, Vec::new(), HashMap::new())?;
+        let copies = Copies::of(|| Observed {
+            buckets: (0..=bounds.len()).map(|_| AtomicU64::new(0)).collect(),
+            nanos: AtomicU64::new(0),
+        });
+        Ok(Self { desc, bounds, copies })
+    }
+
+    /// Adds a duration.
+    pub fn observe(&self, took: Duration) {
+        let (took, own) = (nanos(took), self.copies.own());
+        // Most are in the first bucket.
+        let bucket = self.bounds.iter().position(|(_, nanos)| took <= *nanos).unwrap_or(self.bounds.len());
+        own.buckets[bucket].fetch_add(1, Ordering::Relaxed);
+        own.nanos.fetch_add(took, Ordering::Relaxed);
+    }
+}
+
+impl Collector for CoreHistogram {
+    fn desc(&self) -> Vec<&Desc> {
+        vec![&self.desc]
+    }
+
+    fn collect(&self) -> Vec<MetricFamily> {
+        let load = |number: &AtomicU64| number.load(Ordering::Relaxed);
+        let mut count = 0;
+        let buckets = self.bounds.iter().enumerate().map(|(number, (seconds, _))| {
+            count += self.copies.all().map(|copy| load(&copy.buckets[number])).sum::<u64>();
+            let mut bucket = proto::Bucket::default();
+            bucket.set_upper_bound(*seconds);
+            bucket.set_cumulative_count(count);
+            bucket
+        });
+        let buckets = buckets.collect();
+        let longer = self.copies.all().map(|copy| load(&copy.buckets[self.bounds.len()])).sum::<u64>();
+        let nanos: u64 = self.copies.all().map(|copy| load(&copy.nanos)).sum();
+        let mut histogram = proto::Histogram::default();
+        histogram.set_bucket(buckets);
+        histogram.set_sample_count(count + longer);
+        histogram.set_sample_sum(Duration::from_nanos(nanos).as_secs_f64());
+        let mut metric = proto::Metric::default();
+        metric.set_histogram(histogram);
+        vec![family(&self.desc, MetricType::HISTOGRAM, vec![metric])]
+    }
+}
+
+fn family(desc: &Desc, kind: MetricType, metrics: Vec<proto::Metric>) -> MetricFamily {
+    let mut family = MetricFamily::default();
+    family.set_name(desc.fq_name.clone());
+    family.set_help(desc.help.clone());
+    family.set_field_type(kind);
+    family.set_metric(metrics);
+    family
+}
+
+fn nanos(duration: Duration) -> u64 {
+    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
+}
+
+/// Exact up to 2^53; a counter that has come that far has counted for centuries.
+#[expect(clippy::cast_precision_loss, reason = "Prometheus has no other numbers")]
+const fn as_float(count: u64) -> f64 {
+    count as f64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::base::metrics::{Registry, SHORT_SECONDS, register, text};
+
+    #[test]
+    fn what_threads_add_is_shown_as_one() {
+        let registry = Registry::new();
+        let counters = register(&registry, CoreCounters::new(Opts::new("c_total", "Some."), &["what", "a"])).unwrap();
+        let opts = HistogramOpts::new("t_seconds", "Times.").buckets(SHORT_SECONDS.to_vec());
+        let histogram = register(&registry, CoreHistogram::new(opts)).unwrap();
+        let (one, other) = (counters.with(&["one", "z"]), counters.with(&["other", "z"]));
+        std::thread::scope(|scope| {
+            for _ in 0..50 {
+                scope.spawn(|| {
+                    for _ in 0..1_000 {
+                        one.inc();
+                        histogram.observe(Duration::from_micros(10));
+                    }
+                    other.inc();
+                    histogram.observe(Duration::from_millis(7));
+                    histogram.observe(Duration::from_secs(3));
+                });
+            }
+        });
+        counters.with(&["one", "z"]).inc();
+        let text = text(&registry);
+        for line in [
+            "# TYPE c_total counter",
+            "c_total{a=\"z\",what=\"one\"} 50001",
+            "c_total{a=\"z\",what=\"other\"} 50",
+            "# TYPE t_seconds histogram",
+            "t_seconds_bucket{le=\"0.00001\"} 50000",
+            "t_seconds_bucket{le=\"0.005\"} 50000",
+            "t_seconds_bucket{le=\"0.01\"} 50050",
+            "t_seconds_bucket{le=\"0.25\"} 50050",
+            "t_seconds_bucket{le=\"+Inf\"} 50100",
+            "t_seconds_sum 150.85",
+            "t_seconds_count 50100",
+        ] {
+            assert!(text.lines().any(|found| found == line), "no {line} in\n{text}");
+        }
+    }
+}

@@ -1,0 +1,274 @@
+//! What a setting is: a name in a section, a typed value, a default, and a sentence for the person who sets it.
+//!
+//! Each module declares the section it is set by with `settings!`; reading files and the environment is `config`'s.
+//! Never prints a value: a setting may be a secret.
+
+use std::{collections::BTreeMap, fmt, net::SocketAddr, path::PathBuf, time::Duration};
+
+use super::{
+    secret::Secret,
+    text,
+    units::{ByteSize, parse_duration},
+};
+
+/// A value as it was written, before it has a type. Numbers and booleans of a file are texts here.
+#[derive(Clone, PartialEq, Eq)]
+pub enum Written {
+    /// One value.
+    One(String),
+    /// A list of values.
+    Many(Vec<String>),
+}
+
+/// Where a value was set, for messages: `trustgate.toml:12` or `TRUSTGATE__GRPC__LISTEN`.
+pub type Origin = String;
+
+/// One mistake in the configuration.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Mistake {
+    /// The setting, as `section.name`.
+    pub setting: String,
+    /// Where it was set; `None` where it was not.
+    pub origin: Option<Origin>,
+    /// What is wrong and what to write instead. Never holds the value of a secret.
+    pub problem: String,
+}
+
+/// In one line, with the place where it was made.
+impl fmt::Display for Mistake {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { setting, origin, problem } = self;
+        match origin {
+            Some(origin) if setting.is_empty() => write!(f, "{origin}: {problem}"),
+            Some(origin) => write!(f, "{origin}: {setting}: {problem}"),
+            None => write!(f, "{setting} (not set): {problem}"),
+        }
+    }
+}
+
+/// A type that a setting can have.
+pub trait Setting: Sized {
+    /// What to write, for messages: "a duration with its unit, such as 150ms".
+    const EXPECTED: &'static str;
+    /// The value, or `None` where `written` is not one.
+    fn read(written: &Written) -> Option<Self>;
+    /// The value of a setting without a default that nobody set.
+    #[must_use]
+    fn unset() -> Option<Self> {
+        None
+    }
+}
+
+/// A setting as documentation sees it.
+#[derive(Clone, Copy, Debug)]
+pub struct Field {
+    /// Its name inside the section.
+    pub name: &'static str,
+    /// What it does, in one or a few lines.
+    pub doc: &'static str,
+    /// The default, as a person would write it; `""` for unset.
+    pub default: &'static str,
+    /// What can be written.
+    pub expected: &'static str,
+}
+
+/// A section of the configuration.
+pub trait Section: Sized {
+    /// Its name: `[name]` in the file.
+    const NAME: &'static str;
+    /// What the section is about.
+    const DOC: &'static str;
+    /// Its settings, in the order to be shown.
+    const FIELDS: &'static [Field];
+    /// Takes the section out of `reader`, with defaults for what was not set. Mistakes stay in the reader.
+    fn read(reader: &mut Reader) -> Self;
+}
+
+/// All that was written in the file and the environment, and the mistakes found in it so far.
+#[derive(Default)]
+pub struct Reader {
+    written: BTreeMap<(String, String), (Written, Origin)>,
+    mistakes: Vec<Mistake>,
+}
+
+impl Reader {
+    /// Notes that `section.name` was written at `origin`. A later call wins: the environment comes after the file.
+    pub fn put(&mut self, section: &str, name: &str, written: Written, origin: Origin) {
+        self.written.insert((section.to_owned(), name.to_owned()), (written, origin));
+    }
+
+    /// Where `section.name` was set.
+    #[must_use]
+    pub fn origin(&self, section: &str, name: &str) -> Option<&Origin> {
+        self.written.get(&(section.to_owned(), name.to_owned())).map(|(_, origin)| origin)
+    }
+
+    /// Notes a mistake about `section.name`.
+    pub fn refuse(&mut self, section: &str, name: &str, problem: String) {
+        let origin = self.origin(section, name).cloned();
+        self.mistakes.push(Mistake { setting: format!("{section}.{name}"), origin, problem });
+    }
+
+    /// Notes a mistake that is about no known setting.
+    pub fn refuse_at(&mut self, setting: String, origin: Origin, problem: String) {
+        self.mistakes.push(Mistake { setting, origin: Some(origin), problem });
+    }
+
+    /// The value of a setting: as written, else its default. A mistake is noted and reads as the default.
+    ///
+    /// # Panics
+    /// If `default` itself cannot be read: a mistake in the declaration, which the test of the defaults finds.
+    pub fn take<T: Setting>(&mut self, section: &str, name: &str, default: &'static str) -> T {
+        let written = self.written.get(&(section.to_owned(), name.to_owned())).map(|(written, _)| written);
+        if let Some(value) = written.and_then(T::read) {
+            return value;
+        }
+        if written.is_some() {
+            self.refuse(section, name, format!("expected {}", T::EXPECTED));
+        }
+        let fallback = if default.is_empty() { T::unset() } else { T::read(&Written::One(default.to_owned())) };
+        fallback.unwrap_or_else(|| panic!("the default of {section}.{name} is not {}", T::EXPECTED))
+    }
+
+    /// Every mistake found, in the order of discovery.
+    #[must_use]
+    pub fn into_mistakes(self) -> Vec<Mistake> {
+        self.mistakes
+    }
+
+    /// Mistakes found so far.
+    #[must_use]
+    pub fn mistakes(&self) -> &[Mistake] {
+        &self.mistakes
+    }
+}
+
+/// Declares a section: a struct whose every field has a sentence, a type and a default (`""`: unset).
+#[macro_export]
+macro_rules! settings {
+    (
+        $(#[doc = $section_doc:literal])+
+        pub struct $Section:ident in $section:literal {
+            $( $(#[doc = $doc:literal])+ $name:ident: $Type:ty = $default:literal, )+
+        }
+    ) => {
+        $(#[doc = $section_doc])+
+        #[derive(Clone, Debug)]
+        pub struct $Section {
+            $( $(#[doc = $doc])+ pub $name: $Type, )+
+        }
+        impl $crate::base::settings::Section for $Section {
+            const NAME: &'static str = $section;
+            const DOC: &'static str = concat!($($section_doc, "\n"),+);
+            const FIELDS: &'static [$crate::base::settings::Field] = &[
+                $( $crate::base::settings::Field {
+                    name: stringify!($name),
+                    doc: concat!($($doc, "\n"),+),
+                    default: $default,
+                    expected: <$Type as $crate::base::settings::Setting>::EXPECTED,
+                }, )+
+            ];
+            fn read(reader: &mut $crate::base::settings::Reader) -> Self {
+                Self { $( $name: reader.take($section, stringify!($name), $default), )+ }
+            }
+        }
+        impl Default for $Section {
+            fn default() -> Self {
+                <Self as $crate::base::settings::Section>::read(&mut $crate::base::settings::Reader::default())
+            }
+        }
+    };
+}
+
+/// Declares an enum that is set by one of a few words.
+#[macro_export]
+macro_rules! words {
+    (
+        $(#[$meta:meta])*
+        pub enum $Enum:ident ($expected:literal) { $( $(#[doc = $doc:literal])+ $Variant:ident = $word:literal, )+ }
+    ) => {
+        $(#[$meta])*
+        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        pub enum $Enum { $( $(#[doc = $doc])+ $Variant, )+ }
+        impl $crate::base::settings::Setting for $Enum {
+            const EXPECTED: &'static str = $expected;
+            fn read(written: &$crate::base::settings::Written) -> Option<Self> {
+                match written {
+                    $crate::base::settings::Written::One(word) => Self::from_word(word),
+                    $crate::base::settings::Written::Many(_) => None,
+                }
+            }
+        }
+        impl $Enum {
+            /// What `word` stands for, if it is one of them.
+            #[must_use]
+            pub fn from_word(word: &str) -> Option<Self> {
+                match word {
+                    $( $word => Some(Self::$Variant), )+
+                    _ => None,
+                }
+            }
+            /// The word that stands for it in the configuration.
+            #[must_use]
+            pub const fn as_str(self) -> &'static str {
+                match self { $( Self::$Variant => $word, )+ }
+            }
+        }
+    };
+}
+
+macro_rules! setting_from_text {
+    ($($Type:ty, $expected:literal, $read:expr;)+) => { $(
+        impl Setting for $Type {
+            const EXPECTED: &'static str = $expected;
+            fn read(written: &Written) -> Option<Self> {
+                let Written::One(text) = written else { return None };
+                let read: fn(&str) -> Option<Self> = $read;
+                read(text)
+            }
+        }
+    )+ };
+}
+
+setting_from_text! {
+    Duration, "a duration with its unit, such as \"150ms\", \"20s\" or \"15m\"", parse_duration;
+    ByteSize, "a size with its unit, such as \"256KiB\" or \"128MiB\"", ByteSize::parse;
+    bool, "true or false", |text| text.parse().ok();
+    u32, "a whole number, 1 or more", |text| whole_number(text).filter(|number| *number > 0);
+    String, "a text", |text| Some(text.to_owned());
+    Secret, "one line of text", |text| text::value(text).ok().map(|value| Self::new(value.to_owned()));
+    PathBuf, "a path", |text| (!text.is_empty()).then(|| Self::from(text));
+    SocketAddr, "an address with its port, such as \"127.0.0.1:50051\"", |text| text.parse().ok();
+}
+
+/// A whole number, also in the forms of TOML with another base: `0x1f`, `0o17`, `0b1`.
+fn whole_number(text: &str) -> Option<u32> {
+    let based = |prefix, base| text.strip_prefix(prefix).map(|digits| u32::from_str_radix(digits, base));
+    let parsed = based("0x", 16).or_else(|| based("0o", 8)).or_else(|| based("0b", 2));
+    parsed.unwrap_or_else(|| text.parse()).ok()
+}
+
+impl<T: Setting> Setting for Option<T> {
+    const EXPECTED: &'static str = T::EXPECTED;
+    fn read(written: &Written) -> Option<Self> {
+        T::read(written).map(Some)
+    }
+    fn unset() -> Option<Self> {
+        Some(None)
+    }
+}
+
+/// A list; one value alone is a list of one, and commas separate the values of an environment variable.
+impl<T: Setting> Setting for Vec<T> {
+    const EXPECTED: &'static str = T::EXPECTED;
+    fn read(written: &Written) -> Option<Self> {
+        let read = |text: &str| T::read(&Written::One(text.trim().to_owned()));
+        match written {
+            Written::One(text) => text.split(',').map(read).collect(),
+            Written::Many(texts) => texts.iter().map(|text| read(text)).collect(),
+        }
+    }
+    fn unset() -> Option<Self> {
+        Some(Self::new())
+    }
+}

@@ -1,0 +1,142 @@
+//! Single flight: however many callers wait for one key, one load goes, and it goes on when the first of them leaves.
+//!
+//! Never caches: what a flight found is in L1 before it lands, if the poll has confirmed its version by then.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use tokio::{runtime::Handle, sync::SetOnce};
+use tokio_util::task::TaskTracker;
+
+use super::{Landed, Shared, cacheable::Kind};
+use crate::base::fault::Fault;
+
+/// Loads that may be in the air at one time, over all keys. Beyond it a caller gets a fault: waiting would only make
+/// its own deadline pass. Enough for 40 000 cold keys a second at 100 ms each.
+const FLIGHTS_MAX: usize = 4_096;
+
+/// What a flight comes to. Those who wait for it go on in the order in which they came.
+type Landing<K> = Arc<SetOnce<Result<Landed<K>, Fault>>>;
+type InTheAir<K> = Arc<Mutex<HashMap<(<K as Kind>::Key, Route), Landing<K>>>>;
+
+/// Where a flight looks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Route {
+    /// In L2, then in the store.
+    Tiers,
+    /// In the store alone.
+    Store,
+}
+
+/// The flights of one kind, on the I/O runtime. Callers may be on any runtime.
+pub struct Flights<K: Kind> {
+    io: Handle,
+    tasks: TaskTracker,
+    in_the_air: InTheAir<K>,
+}
+
+impl<K: Kind> Flights<K> {
+    /// No flights yet; they will run on `io`.
+    pub fn new(io: Handle) -> Self {
+        Self { io, tasks: TaskTracker::new(), in_the_air: Arc::default() }
+    }
+
+    /// Waits for the flight of `query`, beginning it if there is none, and says whether it was in the air before. One that
+    /// is joined after the end of another began after that.
+    pub(super) async fn join(
+        &self,
+        shared: &Arc<Shared<K>>,
+        query: K::Query,
+        route: Route,
+    ) -> (Result<Landed<K>, Fault>, bool) {
+        let (landing, joined) = match self.board(shared, query, route) {
+            Ok(Boarding::Arrived(landed)) => return (Ok(landed), true),
+            Ok(Boarding::Begun(landing)) => (landing, false),
+            Ok(Boarding::Joined(landing)) => (landing, true),
+            Err(fault) => return (Err(fault), false),
+        };
+        (landing.wait().await.clone(), joined)
+    }
+
+    /// Flights that have not ended.
+    pub fn in_the_air(&self) -> usize {
+        self.tasks.len()
+    }
+
+    /// Waits for the end of every flight.
+    pub async fn drain(&self) {
+        self.tasks.close();
+        self.tasks.wait().await;
+    }
+
+    fn board(&self, shared: &Arc<Shared<K>>, query: K::Query, route: Route) -> Result<Boarding<K>, Fault> {
+        let name = (K::key(&query), route);
+        let mut in_the_air = lock(&self.in_the_air);
+        if let Some(landing) = in_the_air.get(&name) {
+            return Ok(Boarding::Joined(Arc::clone(landing)));
+        }
+        if route == Route::Tiers {
+            // A flight may have landed between the caller's look into L1 and now.
+            let (view, now) = (shared.views.load(), shared.clock.now());
+            if let Some(held) = shared.l1.get(&name.0).filter(|held| held.is_current(&view, now)) {
+                return Ok(Boarding::Arrived(Landed { held, read: None }));
+            }
+        }
+        if self.tasks.len() >= FLIGHTS_MAX {
+            return Err(Fault::Overloaded { limit: "loads in the air" });
+        }
+        let landing = Landing::<K>::default();
+        in_the_air.insert(name, Arc::clone(&landing));
+        let mut seat = Seat {
+            name,
+            in_the_air: Arc::clone(&self.in_the_air),
+            landing: Arc::clone(&landing),
+            outcome: Err(Fault::Ended),
+        };
+        // A runtime that shuts down drops the task at once, on this thread, and the drop of `seat` takes the lock.
+        drop(in_the_air);
+        let shared = Arc::clone(shared);
+        self.tasks.spawn_on(
+            async move {
+                seat.outcome = shared.load(&query, route).await;
+                let outcome = seat.outcome.clone();
+                drop(seat);
+                if let Ok(landed) = outcome {
+                    shared.settle(&query, landed).await;
+                }
+            },
+            &self.io,
+        );
+        Ok(Boarding::Begun(landing))
+    }
+}
+
+enum Boarding<K: Kind> {
+    Arrived(Landed<K>),
+    Joined(Landing<K>),
+    Begun(Landing<K>),
+}
+
+/// Takes the flight off the list when it ends, and says what it came to: [`Fault::Ended`] where it panicked, or the
+/// runtime is going down.
+struct Seat<K: Kind> {
+    name: (K::Key, Route),
+    in_the_air: InTheAir<K>,
+    landing: Landing<K>,
+    outcome: Result<Landed<K>, Fault>,
+}
+
+impl<K: Kind> Drop for Seat<K> {
+    fn drop(&mut self) {
+        lock(&self.in_the_air).remove(&self.name);
+        // Nobody else sets it.
+        let _ = self.landing.set(std::mem::replace(&mut self.outcome, Err(Fault::Ended)));
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // Insertions and removals are whole at every moment, whoever panicked elsewhere.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

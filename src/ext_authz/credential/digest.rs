@@ -1,0 +1,116 @@
+//! From key to digest: HMAC-SHA-256 under the pepper when one is set, else plain SHA-256.
+//!
+//! The key is hashed where it lies; no copy of it is made.
+
+use hmac::{Hmac, KeyInit, Mac};
+use sha2::{Digest, Sha256};
+
+use crate::{
+    base::secret::Secret,
+    record::{ApiKeyDigest, Digests, Fingerprint, Made},
+};
+
+/// The schemes of this server: the one in force, and those that keys may still be stored under.
+#[derive(Clone)]
+pub struct Hasher {
+    /// HMAC states with the pepper worked in already; the current one first. Empty: plain SHA-256 alone.
+    peppers: Vec<Hmac<Sha256>>,
+    /// One for each of `peppers`.
+    fingerprints: Vec<Fingerprint>,
+}
+
+/// What a fingerprint is the HMAC of. No API key: those hold no space.
+const FINGERPRINTED: &[u8] = b"trustgate pepper fingerprint";
+
+impl Hasher {
+    /// A hasher under `pepper` (`None`: plain SHA-256) that also knows `previous` peppers, newest first. Keys stored
+    /// under plain SHA-256 are always known, so that a pepper can be set on a store that has keys.
+    #[must_use]
+    pub fn new(pepper: Option<&Secret>, previous: &[Secret]) -> Self {
+        let keyed = |secret: &Secret| {
+            // HMAC (RFC 2104) takes a key of any length.
+            Hmac::new_from_slice(secret.expose().as_bytes()).unwrap_or_else(|_| unreachable!("HMAC takes any length"))
+        };
+        let peppers: Vec<_> = pepper.into_iter().chain(previous).map(keyed).collect();
+        let fingerprints = peppers.iter().map(fingerprint).collect();
+        Self { peppers, fingerprints }
+    }
+
+    /// The digest under the scheme in force: all that a cache hit needs.
+    #[must_use]
+    pub fn current(&self, key: &[u8]) -> ApiKeyDigest {
+        self.peppers.first().map_or_else(|| plain(key), |pepper| peppered(pepper, key))
+    }
+
+    /// The fingerprints of the peppers, the current one first: in the order of [`Digests::all`].
+    #[must_use]
+    pub fn fingerprints(&self) -> &[Fingerprint] {
+        &self.fingerprints
+    }
+
+    /// How keys are stored that are made now.
+    #[must_use]
+    pub fn made(&self) -> Made {
+        self.fingerprints.first().map_or(Made::Plain, |fingerprint| Made::Peppered(*fingerprint))
+    }
+
+    /// `current` and every digest that `key` may be stored under from before. Costs one hash a scheme: for misses.
+    #[must_use]
+    pub fn digests(&self, current: ApiKeyDigest, key: &[u8]) -> Digests {
+        Digests { current, older: self.older(key).collect() }
+    }
+
+    /// Whether `stored` is a digest of `key`, whose digest under the scheme in force is `current`. Compares in constant
+    /// time, and hashes only where it is not that one.
+    #[must_use]
+    pub fn is_of(&self, stored: &ApiKeyDigest, current: &ApiKeyDigest, key: &[u8]) -> bool {
+        current.matches(stored) || self.older(key).any(|digest| digest.matches(stored))
+    }
+
+    fn older(&self, key: &[u8]) -> impl Iterator<Item = ApiKeyDigest> {
+        let previous = self.peppers.iter().skip(1).map(|pepper| peppered(pepper, key));
+        previous.chain((!self.peppers.is_empty()).then(|| plain(key)))
+    }
+}
+
+fn plain(key: &[u8]) -> ApiKeyDigest {
+    ApiKeyDigest::from_bytes(Sha256::digest(key).into())
+}
+
+fn fingerprint(pepper: &Hmac<Sha256>) -> Fingerprint {
+    let mac: [u8; 32] = pepper.clone().chain_update(FINGERPRINTED).finalize().into_bytes().into();
+    Fingerprint(std::array::from_fn(|index| mac[index]))
+}
+
+fn peppered(pepper: &Hmac<Sha256>, key: &[u8]) -> ApiKeyDigest {
+    ApiKeyDigest::from_bytes(pepper.clone().chain_update(key).finalize().into_bytes().into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn known_digests_stay_as_they_are() {
+        // FIPS 180-4 example "abc", and RFC 4231 test case 2.
+        assert_eq!(
+            Hasher::new(None, &[]).current(b"abc").to_hex(),
+            "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+        );
+        assert_eq!(
+            Hasher::new(Some(&Secret::new("Jefe".into())), &[]).current(b"what do ya want for nothing?").to_hex(),
+            "5bdcc146bf60754e6a042426089575c75a003f089d2739839dec58b964ec3843"
+        );
+    }
+
+    #[test]
+    fn keys_stored_before_a_pepper_or_under_an_older_one_are_found() {
+        let (old, new) = (Secret::new("old".into()), Secret::new("new".into()));
+        let now = Hasher::new(Some(&new), std::slice::from_ref(&old));
+        let digests = now.digests(now.current(b"key"), b"key");
+        for before in [Hasher::new(None, &[]), Hasher::new(Some(&old), &[]), Hasher::new(Some(&new), &[])] {
+            assert!(digests.hold(&before.current(b"key")));
+        }
+        assert!(!digests.hold(&Hasher::new(None, &[]).current(b"other")));
+    }
+}

@@ -1,0 +1,183 @@
+//! The form of our own keys: `<prefix>_<43 base62 characters from 32 random bytes><6 base62 characters of CRC-32>`.
+//!
+//! The checksum finds typing mistakes and lets scanners recognise a leaked key; it proves nothing. Never stores a key.
+
+use crate::base::{
+    secret::Secret,
+    settings::{Setting, Written},
+};
+
+const ALPHABET: &[u8; 62] = b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz";
+/// 62^43 > 2^256: enough characters for 32 bytes.
+const RANDOM_CHARS: usize = 43;
+/// 62^6 > 2^32: enough characters for a CRC-32.
+const CHECKSUM_CHARS: usize = 6;
+/// Characters of a key of ours after its prefix and `_`.
+pub const BODY_CHARS: usize = RANDOM_CHARS + CHECKSUM_CHARS;
+/// How many characters of a key of ours, after the prefix, make its hint.
+const HINT_CHARS: usize = 5;
+
+/// What our keys begin with: 1 to 16 letters, digits or `_`; an `_` follows it in the key.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Prefix(String);
+
+impl Prefix {
+    /// The prefix, without the `_` that follows it.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+
+    /// What follows the prefix in `key`, if it begins with it.
+    fn body<'k>(&self, key: &'k [u8]) -> Option<&'k [u8]> {
+        key.strip_prefix(self.0.as_bytes())?.strip_prefix(b"_")
+    }
+}
+
+impl Setting for Prefix {
+    const EXPECTED: &'static str = "1 to 16 letters, digits or _";
+    fn read(written: &Written) -> Option<Self> {
+        let text = String::read(written)?;
+        let fits =
+            (1..=16).contains(&text.len()) && text.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'_');
+        fits.then_some(Self(text))
+    }
+}
+
+/// What the form of a key says about it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Form {
+    /// One of ours, checksum right.
+    Ours,
+    /// Our prefix and our length, but the checksum is wrong: mistyped or made up.
+    Mistyped,
+    /// Somebody else's opaque key.
+    Foreign,
+}
+
+/// What the form of `key` says about it. Needs no I/O.
+#[must_use]
+pub fn form(prefix: &Prefix, key: &[u8]) -> Form {
+    match prefix.body(key) {
+        Some(body) if body.len() == BODY_CHARS => {
+            let (random, checksum) = body.split_at(RANDOM_CHARS);
+            if checksum_of(prefix, random) == checksum { Form::Ours } else { Form::Mistyped }
+        }
+        _ => Form::Foreign,
+    }
+}
+
+/// Whether `text` is a key of ours under any prefix: for places where a key must not be shown.
+#[must_use]
+pub fn is_key(text: &str) -> bool {
+    let prefix = text.rsplit_once('_').and_then(|(prefix, _)| Prefix::read(&Written::One(prefix.to_owned())));
+    prefix.is_some_and(|prefix| form(&prefix, text.as_bytes()) == Form::Ours)
+}
+
+/// A new key, from 32 bytes of the operating system's randomness.
+///
+/// # Errors
+/// When the operating system gives no randomness.
+pub fn generate(prefix: &Prefix) -> Result<Secret, getrandom::Error> {
+    let mut bytes = [0; 32];
+    getrandom::fill(&mut bytes)?;
+    Ok(from_random(prefix, bytes))
+}
+
+fn from_random(prefix: &Prefix, bytes: [u8; 32]) -> Secret {
+    let random = base62(bytes);
+    let checksum = checksum_of(prefix, &random);
+    let mut key = String::with_capacity(prefix.0.len() + 1 + BODY_CHARS);
+    key.push_str(&prefix.0);
+    key.push('_');
+    key.extend(random.iter().chain(&checksum).map(|byte| char::from(*byte)));
+    Secret::new(key)
+}
+
+/// The few characters kept so that people recognise a key: of ours the prefix and 5, of a foreign one a quarter, at
+/// most 4.
+#[must_use]
+pub fn hint(prefix: &Prefix, key: &[u8]) -> String {
+    let chars = match form(prefix, key) {
+        Form::Ours => prefix.0.len() + 1 + HINT_CHARS,
+        Form::Mistyped | Form::Foreign => (key.len() / 4).min(4),
+    };
+    String::from_utf8_lossy(&key[..chars]).into_owned()
+}
+
+/// CRC-32 (IEEE, as in zlib) of prefix, `_` and the random characters, in base 62. The prefix counts, so that a key
+/// whose prefix was mistyped for another configured one is found too.
+fn checksum_of(prefix: &Prefix, random: &[u8]) -> [u8; CHECKSUM_CHARS] {
+    let mut crc = crc32fast::Hasher::new();
+    crc.update(prefix.0.as_bytes());
+    crc.update(b"_");
+    crc.update(random);
+    let (mut number, mut digits) = (crc.finalize(), [ALPHABET[0]; CHECKSUM_CHARS]);
+    for digit in digits.iter_mut().rev() {
+        *digit = ALPHABET[(number % 62) as usize];
+        number /= 62;
+    }
+    digits
+}
+
+/// A big-endian number in base 62, padded with zeros on the left.
+fn base62(mut number: [u8; 32]) -> [u8; RANDOM_CHARS] {
+    let mut digits = [ALPHABET[0]; RANDOM_CHARS];
+    for digit in digits.iter_mut().rev() {
+        let mut rest = 0_u32;
+        for byte in &mut number {
+            let part = rest << 8 | u32::from(*byte);
+            *byte = (part / 62).to_le_bytes()[0]; // rest < 62, so part / 62 < 256
+            rest = part % 62;
+        }
+        *digit = ALPHABET[rest as usize];
+    }
+    digits
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn tg() -> Prefix {
+        Prefix("tg".into())
+    }
+
+    #[test]
+    fn a_known_key_stays_as_it_is() {
+        // The format is a promise: keys issued by one release are recognised by the next.
+        // Made by another implementation of the same rule.
+        assert_eq!(from_random(&tg(), [0xff; 32]).expose(), "tg_yhjskwdA6OZ1AL1YmHWZWm8LLG7HjnuCA2j5rOw8Xp10Xwm86");
+    }
+
+    proptest! {
+        #[test]
+        fn every_key_is_ours_and_no_mistyped_one_is(bytes: [u8; 32], at in 3_usize..52, to in 0_usize..62) {
+            let key = from_random(&tg(), bytes);
+            prop_assert_eq!(key.expose().len(), 52);
+            prop_assert_eq!(form(&tg(), key.expose().as_bytes()), Form::Ours);
+            let mut wrong = key.expose().as_bytes().to_vec();
+            wrong[at] = ALPHABET[to];
+            let same = wrong == key.expose().as_bytes();
+            prop_assert_eq!(form(&tg(), &wrong), if same { Form::Ours } else { Form::Mistyped });
+        }
+    }
+
+    #[test]
+    fn a_key_is_recognized_under_any_prefix() {
+        for prefix in ["tg", "acme", "a_b"] {
+            let prefix = Prefix::read(&Written::One(prefix.to_owned())).unwrap();
+            assert!(is_key(generate(&prefix).unwrap().expose()));
+        }
+        assert!(!is_key("acme") && !is_key("tg_acme") && !is_key(&"a".repeat(60)));
+    }
+
+    #[test]
+    fn hints_show_little() {
+        let key = generate(&tg()).unwrap();
+        assert_eq!(hint(&tg(), key.expose().as_bytes()), key.expose()[..8]);
+        assert_eq!(hint(&tg(), b"a-foreign-key-of-some-length"), "a-fo");
+        assert_eq!(hint(&tg(), b"short"), "s");
+    }
+}

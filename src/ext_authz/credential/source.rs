@@ -1,0 +1,69 @@
+//! Where a credential may stand in a request.
+
+use crate::{
+    base::settings::{Setting, Written},
+    ext_authz::identity,
+};
+
+/// One place a key may stand in.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Source {
+    /// A request header, by its lower-case name.
+    Header(String),
+    /// `Authorization` with this scheme.
+    Authorization(Scheme),
+    /// A query parameter, by its exact name.
+    Query(String),
+    /// A cookie, by its exact name.
+    Cookie(String),
+}
+
+/// An `Authorization` scheme (RFC 9110, section 11.1), matched without regard to case.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Scheme {
+    /// `Bearer`
+    Bearer,
+    /// `ApiKey`
+    ApiKey,
+}
+
+impl Setting for Source {
+    const EXPECTED: &'static str = "header:NAME, authorization:bearer, authorization:apikey, query:NAME or cookie:NAME";
+    fn read(written: &Written) -> Option<Self> {
+        let text = String::read(written)?;
+        let (place, name) = text.split_once(':')?;
+        // RFC 9110 token characters that need no encoding in any of the three places.
+        let plain =
+            !name.is_empty() && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_.~".contains(&byte));
+        match (place, name) {
+            ("authorization", "bearer") => Some(Self::Authorization(Scheme::Bearer)),
+            ("authorization", "apikey") => Some(Self::Authorization(Scheme::ApiKey)),
+            ("header", name) if plain => header(name.to_ascii_lowercase()),
+            ("query", name) if plain => Some(Self::Query(name.to_owned())),
+            ("cookie", name) if plain => Some(Self::Cookie(name.to_owned())),
+            _ => None,
+        }
+    }
+}
+
+/// Headers with a source of their own, and those that an answer sets: a credential is removed from where it was found, and
+/// a removal comes after everything that is set.
+fn header(name: String) -> Option<Source> {
+    let taken = ["authorization", "cookie"].contains(&name.as_str()) || identity::HEADERS.contains(&name.as_str());
+    (!taken).then_some(Source::Header(name))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_header_that_answers_set_is_a_source() {
+        let read = |text: &str| Source::read(&Written::One(text.to_owned()));
+        assert_eq!(read("header:X-Api-Key"), Some(Source::Header("x-api-key".to_owned())));
+        for name in ["authorization", "Authorization", "cookie", "Cookie"].iter().chain(&identity::HEADERS) {
+            assert_eq!(read(&format!("header:{name}")), None, "{name}");
+        }
+        assert_eq!(read("header:X-Trust-Id"), None);
+    }
+}

@@ -1,0 +1,201 @@
+//! The decision: from a record, the route's demands and the time to a grant or a denial.
+//!
+//! Pure: no I/O, no clock, no configuration. Never sees a key.
+
+use super::{credential::extract::CredentialError, route::Demands};
+use crate::{
+    base::clock::DatabaseTime,
+    record::{KeyId, Record, TrustId},
+};
+
+/// The answer to "whose request is this, and may it pass?".
+#[derive(Debug, PartialEq, Eq)]
+pub enum Decision<'r> {
+    /// The request is this trust's and may pass.
+    Allow(Grant<'r>),
+    /// The request may pass without being anybody's.
+    Anonymous,
+    /// The request may not pass.
+    Deny(DenyReason),
+}
+
+/// Evidence that [`decide`] found a key good: nothing else makes one.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Grant<'r>(&'r Record);
+
+impl<'r> Grant<'r> {
+    /// Whose request it is.
+    #[must_use]
+    pub const fn trust_id(&self) -> TrustId {
+        self.0.trust_id
+    }
+
+    /// The key that was presented.
+    #[must_use]
+    pub const fn key_id(&self) -> KeyId {
+        self.0.key_id
+    }
+
+    /// What the key may be used for.
+    #[must_use]
+    pub fn scopes(&self) -> &'r [String] {
+        &self.0.scopes
+    }
+}
+
+macro_rules! reasons {
+    ($($(#[doc = $doc:literal])+ $Reason:ident = $word:literal,)+) => {
+        /// Why a request is denied: always the caller's doing.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        pub enum DenyReason { $( $(#[doc = $doc])+ $Reason, )+ }
+
+        impl DenyReason {
+            /// Every reason.
+            pub const ALL: [Self; [$($word),+].len()] = [$(Self::$Reason),+];
+
+            /// The word for labels, metadata and logs.
+            #[must_use]
+            pub const fn as_str(self) -> &'static str {
+                match self { $( Self::$Reason => $word, )+ }
+            }
+        }
+    };
+}
+
+reasons! {
+    /// No credential.
+    Missing = "missing",
+    /// More than one credential, or something that may be two.
+    Ambiguous = "ambiguous",
+    /// Something that cannot be a key.
+    Malformed = "malformed",
+    /// No such key was ever issued.
+    Unknown = "unknown",
+    /// The key was revoked.
+    Revoked = "revoked",
+    /// The key's time is over.
+    Expired = "expired",
+    /// The key's time has not come.
+    NotYetValid = "not_yet_valid",
+    /// The key's trust is disabled.
+    TrustDisabled = "trust_disabled",
+    /// The key, its digest or its trust is on the deny list.
+    DenyListed = "deny_listed",
+    /// The key lacks a scope that the route demands.
+    Scope = "scope",
+    /// The key may not be used from there.
+    Source = "source",
+    /// The message is no HTTP request, or no message at all.
+    Undecodable = "undecodable",
+    /// The message is over the limit.
+    TooLarge = "too_large",
+}
+
+impl DenyReason {
+    /// Whether the stored key or its trust is the reason. Clients cannot tell these reasons from each other.
+    #[must_use]
+    pub const fn is_of_key(self) -> bool {
+        matches!(self, Self::Unknown | Self::Revoked | Self::Expired | Self::NotYetValid | Self::TrustDisabled)
+    }
+}
+
+impl From<CredentialError> for DenyReason {
+    fn from(error: CredentialError) -> Self {
+        match error {
+            CredentialError::Missing => Self::Missing,
+            CredentialError::Ambiguous => Self::Ambiguous,
+            CredentialError::Malformed => Self::Malformed,
+        }
+    }
+}
+
+/// Decides what `record` may do under `demands` at `now`, by the database's clock. `None`: no such key.
+#[must_use]
+pub fn decide<'r>(record: Option<&'r Record>, demands: &Demands<'_>, now: DatabaseTime) -> Decision<'r> {
+    let Some(record) = record else { return Decision::Deny(DenyReason::Unknown) };
+    let has_scope = |scope: &&str| record.scopes.iter().any(|own| own == scope);
+    let is_allowed_from = |cidrs: &[ipnet::IpNet]| {
+        // A source without an address (a Unix socket) is in no network.
+        cidrs.is_empty() || demands.source.is_some_and(|source| cidrs.iter().any(|cidr| cidr.contains(&source)))
+    };
+    let denial = if !record.trust_enabled {
+        Some(DenyReason::TrustDisabled)
+    } else if record.revoked_at.is_some() {
+        Some(DenyReason::Revoked)
+    } else if record.not_before.is_some_and(|start| now < start) {
+        Some(DenyReason::NotYetValid)
+    } else if record.expires_at.is_some_and(|end| now >= end) {
+        Some(DenyReason::Expired)
+    } else if !is_allowed_from(&record.allowed_cidrs) {
+        Some(DenyReason::Source)
+    } else if !demands.scopes.iter().all(has_scope) {
+        Some(DenyReason::Scope)
+    } else {
+        None
+    };
+    denial.map_or(Decision::Allow(Grant(record)), Decision::Deny)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::record::ApiKeyDigest;
+
+    fn record() -> Record {
+        Record {
+            key_id: KeyId(uuid::Uuid::from_u128(1)),
+            trust_id: TrustId(uuid::Uuid::from_u128(2)),
+            trust_enabled: true,
+            digest: ApiKeyDigest::from_bytes([0; 32]),
+            scopes: ["read", "write"].map(str::to_owned).into(),
+            allowed_cidrs: ["10.0.0.0/8", "2001:db8::/32"].map(|cidr| cidr.parse().unwrap()).into(),
+            not_before: Some(DatabaseTime::from_micros(100)),
+            expires_at: Some(DatabaseTime::from_micros(200)),
+            revoked_at: None,
+        }
+    }
+
+    fn demands(scopes: &[&'static str], source: &str) -> Demands<'static> {
+        Demands { scopes: scopes.iter().copied().collect(), source: source.parse().ok(), ..Demands::default() }
+    }
+
+    #[test]
+    fn every_condition_denies_by_itself() {
+        use DenyReason::*;
+        type Change = fn(&mut Record);
+        let same: Change = |_| ();
+        for (name, change, scopes, source, now, want) in [
+            ("good", same, &[][..], "10.1.2.3", 150, None),
+            ("good, IPv6", same, &["read"], "2001:db8::1", 150, None),
+            ("from the first moment", same, &[], "10.1.2.3", 100, None),
+            ("before it", same, &[], "10.1.2.3", 99, Some(NotYetValid)),
+            ("at the last moment", same, &[], "10.1.2.3", 199, None),
+            ("after it", same, &[], "10.1.2.3", 200, Some(Expired)),
+            (
+                "revoked, even in future",
+                |r| r.revoked_at = Some(DatabaseTime::from_micros(999)),
+                &[],
+                "10.1.2.3",
+                150,
+                Some(Revoked),
+            ),
+            ("trust disabled", |r| r.trust_enabled = false, &[], "10.1.2.3", 150, Some(TrustDisabled)),
+            ("elsewhere", same, &[], "11.0.0.1", 150, Some(Source)),
+            ("from no address", same, &[], "", 150, Some(Source)),
+            ("anywhere", |r| r.allowed_cidrs = [].into(), &[], "", 150, None),
+            ("one scope missing", same, &["read", "admin"], "10.1.2.3", 150, Some(Scope)),
+        ] {
+            let mut record = record();
+            change(&mut record);
+            let demands = demands(scopes, source);
+            let decision = decide(Some(&record), &demands, DatabaseTime::from_micros(now));
+            let got = match decision {
+                Decision::Deny(reason) => Some(reason),
+                Decision::Allow(_) => None,
+                Decision::Anonymous => panic!("{name}"),
+            };
+            assert_eq!(got, want, "{name}");
+        }
+        assert_eq!(decide(None, &Demands::default(), DatabaseTime::from_micros(0)), Decision::Deny(Unknown));
+    }
+}

@@ -1,0 +1,182 @@
+//! From a decision to the bytes of a `CheckResponse`: the only place that picks codes, headers and bodies.
+//!
+//! `status.code` alone decides, and unset means allow (envoy.service.auth.v3, `CheckResponse.status`): every answer here
+//! states its code. Never sends text that depends on what went wrong inside.
+
+pub(crate) mod allowed;
+
+use std::time::Duration;
+
+use bytes::Bytes;
+use envoy_types::pb::{
+    envoy::{
+        config::core::v3::{HeaderValue, HeaderValueOption, header_value_option::HeaderAppendAction},
+        service::auth::v3::{CheckResponse, DeniedHttpResponse, check_response::HttpResponse},
+        r#type::v3::HttpStatus,
+    },
+    google::{
+        protobuf::{BoolValue, Struct, Value, value::Kind},
+        rpc::Status,
+    },
+};
+
+use self::allowed::allowed;
+use super::{
+    credential::extract::Removals,
+    decision::{Decision, DenyReason},
+    framing,
+};
+
+crate::words! {
+    /// What Envoy is told when we cannot decide.
+    pub enum OnFault ("\"deny\", \"error\" or \"error_response\"") {
+        /// A denial with 503, which Envoy enforces whatever its `failure_mode_allow` says.
+        Deny = "deny",
+        /// The gRPC error UNAVAILABLE: Envoy may retry another replica, then its `failure_mode_allow` and
+        /// `status_on_error` decide.
+        Error = "error",
+        /// `CheckResponse.error_response` with 503 (Envoy 1.37 and later): counts as an error, so `failure_mode_allow`
+        /// applies. An older Envoy takes it for a denial with 403.
+        ErrorResponse = "error_response",
+    }
+}
+
+/// `google.rpc.Code`: the only two that denials use (an Envoy before 1.32 once took others for errors).
+const PERMISSION_DENIED: i32 = 7;
+const UNAUTHENTICATED: i32 = 16;
+
+/// What goes back to Envoy.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Reply {
+    /// One framed `CheckResponse`, with the gRPC status OK.
+    Message(Bytes),
+    /// No message, the gRPC status UNAVAILABLE.
+    Unavailable,
+}
+
+/// Makes replies. Denials and faults are encoded once, at start.
+pub struct Replies {
+    denials: [Bytes; DenyReason::ALL.len()],
+    fault: Reply,
+}
+
+impl Replies {
+    /// Replies that treat faults as `on_fault` says and tell clients to come back after `retry_after`.
+    #[must_use]
+    pub fn new(on_fault: OnFault, retry_after: Duration) -> Self {
+        let retry_after = retry_after.as_secs().max(1).to_string();
+        let unavailable = || {
+            denied(
+                503,
+                "unavailable",
+                "the request could not be authorized at the moment",
+                &[("retry-after", &retry_after)],
+            )
+        };
+        let metadata = reason_metadata("fault");
+        let fault = match on_fault {
+            // Reaches the client under every setting of Envoy.
+            OnFault::Deny => {
+                Reply::Message(response(PERMISSION_DENIED, HttpResponse::DeniedResponse(unavailable()), metadata))
+            }
+            // Reaches `failure_mode_allow`, `status_on_error` and `grpc_service.retry_policy`.
+            OnFault::Error => Reply::Unavailable,
+            // Reaches `failure_mode_allow`; otherwise the client gets this very answer.
+            OnFault::ErrorResponse => {
+                Reply::Message(response(PERMISSION_DENIED, HttpResponse::ErrorResponse(unavailable()), metadata))
+            }
+        };
+        Self { denials: DenyReason::ALL.map(denial), fault }
+    }
+
+    /// The reply to a request that was decided. `removals`: what must not reach the upstream; `is_stale`: whether it rests
+    /// on what the database has not confirmed lately, which the metadata tells.
+    #[must_use]
+    pub fn decision(&self, decision: &Decision<'_>, removals: &Removals<'_>, is_stale: bool) -> Reply {
+        Reply::Message(match decision {
+            Decision::Allow(grant) => allowed(Some(grant), removals, is_stale),
+            Decision::Anonymous => allowed(None, removals, false),
+            Decision::Deny(reason) => self.denials[*reason as usize].clone(),
+        })
+    }
+
+    /// The reply to a request that was refused before anything was found in it.
+    #[must_use]
+    pub fn denial(&self, reason: DenyReason) -> Reply {
+        Reply::Message(self.denials[reason as usize].clone())
+    }
+
+    /// The reply to a request that could not be decided.
+    #[must_use]
+    pub fn fault(&self) -> Reply {
+        self.fault.clone()
+    }
+}
+
+fn denial(reason: DenyReason) -> Bytes {
+    let (code, response_parts) = match reason {
+        DenyReason::Missing => (UNAUTHENTICATED, unauthorized("missing_credential", "an API key is required")),
+        DenyReason::Ambiguous => {
+            (UNAUTHENTICATED, unauthorized("ambiguous_credential", "the request holds more than one API key"))
+        }
+        DenyReason::Malformed => {
+            (UNAUTHENTICATED, unauthorized("malformed_credential", "what was sent cannot be an API key"))
+        }
+        // The client must not learn which of these it is: that would tell whether a key ever existed.
+        DenyReason::Unknown
+        | DenyReason::Revoked
+        | DenyReason::Expired
+        | DenyReason::NotYetValid
+        | DenyReason::TrustDisabled
+        | DenyReason::DenyListed => (UNAUTHENTICATED, unauthorized("invalid_credential", "the API key is not valid")),
+        DenyReason::Undecodable => (UNAUTHENTICATED, unauthorized("invalid_request", "the request cannot be read")),
+        DenyReason::Scope | DenyReason::Source => {
+            (PERMISSION_DENIED, denied(403, "forbidden", "the API key may not be used for this request", &[]))
+        }
+        DenyReason::TooLarge => {
+            (PERMISSION_DENIED, denied(431, "too_large", "the request's headers are too large", &[]))
+        }
+    };
+    response(code, HttpResponse::DeniedResponse(response_parts), reason_metadata(reason.as_str()))
+}
+
+/// 401 names the scheme to use (RFC 9110, section 15.5.2).
+fn unauthorized(error: &str, message: &str) -> DeniedHttpResponse {
+    denied(401, error, message, &[("www-authenticate", "ApiKey")])
+}
+
+fn denied(status: i32, error: &str, message: &str, headers: &[(&str, &str)]) -> DeniedHttpResponse {
+    let common = [("content-type", "application/json"), ("cache-control", "no-store")];
+    DeniedHttpResponse {
+        status: Some(HttpStatus { code: status }),
+        headers: headers.iter().chain(&common).map(|(name, value)| overwrite(name, (*value).to_owned())).collect(),
+        body: serde_json::json!({ "error": error, "message": message }).to_string() + "\n",
+    }
+}
+
+fn response(code: i32, http: HttpResponse, metadata: Struct) -> Bytes {
+    framing::frame(&CheckResponse {
+        status: Some(Status { code, ..Default::default() }),
+        http_response: Some(http),
+        dynamic_metadata: Some(metadata),
+    })
+}
+
+/// The only form that replaces a client's copy on every Envoy: 1.37.0 appends where both fields are unset.
+fn overwrite(name: &str, value: String) -> HeaderValueOption {
+    #[expect(deprecated, reason = "Envoy up to 1.40 looks at `append` alone")]
+    HeaderValueOption {
+        header: Some(HeaderValue { key: name.to_owned(), value, ..Default::default() }),
+        append: Some(BoolValue { value: false }),
+        append_action: HeaderAppendAction::OverwriteIfExistsOrAdd.into(),
+        ..Default::default()
+    }
+}
+
+fn reason_metadata(reason: &str) -> Struct {
+    Struct { fields: [("reason".to_owned(), text(reason.to_owned()))].into() }
+}
+
+const fn text(text: String) -> Value {
+    Value { kind: Some(Kind::StringValue(text)) }
+}

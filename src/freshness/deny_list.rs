@@ -1,0 +1,421 @@
+//! The deny list: keys, digests and trusts that are denied whatever the database says, for when it cannot be reached.
+//!
+//! It can only deny: nothing in it, and nothing missing from it, lets anybody pass. Its sources are a file and a list in
+//! Redis; a source that fails leaves in force what was read of it before.
+
+pub(crate) mod file;
+pub mod redis;
+
+use std::{
+    collections::HashMap,
+    io,
+    path::PathBuf,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use arc_swap::ArcSwap;
+use tokio::time::{MissedTickBehavior, interval};
+use tokio_util::sync::CancellationToken;
+
+use self::{
+    file::{Look, Watched},
+    redis::{Memory, SharedList},
+};
+use crate::{
+    base::{
+        clock::DatabaseTime,
+        metrics::{IntGauge, IntGaugeVec, Opts, Registry, register},
+    },
+    record::{ApiKeyDigest, KeyId, Record, TrustId},
+};
+
+pub use self::file::check_file;
+
+/// How often the file is looked at. Reading it twice (see [`file`]) still leaves most of the promised second.
+const FILE_INTERVAL: Duration = Duration::from_millis(200);
+/// How often the list in Redis is read.
+const SHARED_INTERVAL: Duration = Duration::from_millis(500);
+/// How often it is looked whether the key of its MAC is known by now. Nothing is sent for that.
+const MAC_KEY_INTERVAL: Duration = Duration::from_millis(50);
+
+/// What an entry of the list denies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Denied {
+    /// One key, by the id of its row.
+    Key(KeyId),
+    /// Every key of a trust.
+    Trust(TrustId),
+    /// The key that has this digest, whether it is stored under it or only looked up by it.
+    Digest(ApiKeyDigest),
+}
+
+impl Denied {
+    /// The entry as a line of the file: `key UUID`, `trust UUID` or `digest HEX64`. Not a `Display`: a log must not get a
+    /// digest by accident.
+    #[must_use]
+    pub fn line(&self) -> String {
+        format!("{} {}", self.kind(), self.id())
+    }
+
+    /// The word for what is denied.
+    #[must_use]
+    pub const fn kind(&self) -> &'static str {
+        match self {
+            Self::Key(_) => "key",
+            Self::Trust(_) => "trust",
+            Self::Digest(_) => "digest",
+        }
+    }
+
+    /// Which one: a UUID, or 64 hexadecimal digits.
+    #[must_use]
+    pub fn id(&self) -> String {
+        match self {
+            Self::Key(id) => id.to_string(),
+            Self::Trust(id) => id.to_string(),
+            Self::Digest(digest) => digest.to_hex(),
+        }
+    }
+
+    /// From the two words of [`Self::line`].
+    fn read(kind: &str, id: &str) -> Option<Self> {
+        let uuid = || uuid::Uuid::parse_str(id).ok();
+        match kind {
+            "key" => Some(Self::Key(KeyId(uuid()?))),
+            "trust" => Some(Self::Trust(TrustId(uuid()?))),
+            "digest" => ApiKeyDigest::from_hex(id).map(Self::Digest),
+            _ => None,
+        }
+    }
+}
+
+/// Entries and until when they deny, by the database's clock; `None`: as long as they are listed.
+type Entries = HashMap<Denied, Option<DatabaseTime>>;
+
+/// Adds an entry; of two ends the later one counts.
+fn add(entries: &mut Entries, denied: Denied, until: Option<DatabaseTime>) {
+    let end = entries.entry(denied).or_insert(until);
+    *end = end.zip(until).map(|(one, other)| one.max(other));
+}
+
+/// Where entries come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Source {
+    File,
+    Redis,
+}
+
+/// Entries by their source.
+#[derive(Clone, Debug, Default)]
+struct Lists([Arc<Entries>; 2]);
+
+/// What the deny list looks like from outside.
+#[derive(Clone)]
+pub struct DenyMetrics {
+    entries: [IntGauge; 2],
+    stale: [IntGauge; 2],
+}
+
+impl DenyMetrics {
+    /// Declares the metrics.
+    ///
+    /// # Errors
+    /// As [`register`].
+    pub fn register(registry: &Registry) -> prometheus::Result<Self> {
+        let entries = Opts::new("trustgate_deny_entries", "Entries of the deny list by their source (file, redis).");
+        let stale = Opts::new(
+            "trustgate_deny_stale",
+            "1 while a source of the deny list (file, redis) cannot be read, or only in part; what was read before \
+             stays in force.",
+        );
+        let gauges = |opts| -> prometheus::Result<[IntGauge; 2]> {
+            let gauges = register(registry, IntGaugeVec::new(opts, &["source"]))?;
+            Ok(["file", "redis"].map(|source| gauges.with_label_values(&[source])))
+        };
+        Ok(Self { entries: gauges(entries)?, stale: gauges(stale)? })
+    }
+}
+
+/// The list, as checks ask it.
+pub struct DenyList {
+    /// False while both lists are empty: all that a check looks at then.
+    any: AtomicBool,
+    lists: ArcSwap<Lists>,
+    /// Held while `lists` and `any` change together.
+    changing: Mutex<()>,
+    /// What is wrong with each source, as it was told last.
+    told: Mutex<[Option<String>; 2]>,
+    file: Option<PathBuf>,
+    metrics: DenyMetrics,
+}
+
+impl DenyList {
+    /// The list with what `file` holds now. Lines that cannot be read are left out and told in the log.
+    ///
+    /// # Errors
+    /// The file cannot be read: at start that is a mistake in the configuration.
+    pub fn open(file: Option<PathBuf>, metrics: DenyMetrics) -> io::Result<Self> {
+        let list = Self {
+            any: AtomicBool::new(false),
+            lists: ArcSwap::from_pointee(Lists::default()),
+            changing: Mutex::default(),
+            told: Mutex::default(),
+            file,
+            metrics,
+        };
+        if let Some(path) = &list.file {
+            let reading = file::read(path)?;
+            list.put(Source::File, reading.entries);
+            list.tell(Source::File, reading.problem.map(|problem| problem.to_string()));
+        }
+        Ok(list)
+    }
+
+    /// Whether a key is denied at `now` that was looked up by the digest `lookup` and has this `record`. One atomic load
+    /// while the list is empty.
+    #[must_use]
+    pub fn denies(&self, lookup: &ApiKeyDigest, record: &Record, now: DatabaseTime) -> bool {
+        if !self.any.load(Ordering::Acquire) {
+            return false;
+        }
+        let lists = self.lists.load();
+        let objects = [
+            Denied::Key(record.key_id),
+            Denied::Trust(record.trust_id),
+            Denied::Digest(*lookup),
+            Denied::Digest(record.digest),
+        ];
+        lists.0.iter().filter(|entries| !entries.is_empty()).any(|entries| {
+            objects.iter().any(|object| entries.get(object).is_some_and(|end| end.is_none_or(|end| now < end)))
+        })
+    }
+
+    /// Keeps the list as its sources have it until `stop`: changes in the file take effect within 400 ms, those in
+    /// Redis within 500 ms and the time that Redis takes. `now` tells the database's time, once it is known.
+    ///
+    /// # Cancel safety
+    /// Safe: the list stays as it was last read.
+    pub async fn run(
+        &self,
+        shared: Option<SharedList>,
+        now: impl Fn() -> Option<DatabaseTime> + Send + Sync,
+        stop: CancellationToken,
+    ) {
+        let file = async {
+            match &self.file {
+                Some(path) => self.watch_file(path.clone()).await,
+                None => std::future::pending().await,
+            }
+        };
+        let redis = async {
+            match shared {
+                Some(shared) => self.poll_shared(&shared, &now).await,
+                None => std::future::pending().await,
+            }
+        };
+        stop.run_until_cancelled(async {
+            // Neither ends, unless the runtime itself does.
+            tokio::select! {
+                biased;
+                () = file => {}
+                () = redis => {}
+            }
+        })
+        .await;
+    }
+
+    async fn watch_file(&self, path: PathBuf) {
+        let mut watched = Watched::new(path, self.lists.load().of(Source::File));
+        let mut ticks = interval(FILE_INTERVAL);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            ticks.tick().await;
+            // Reading may take long on a network filesystem.
+            let looking = tokio::task::spawn_blocking(move || (watched.look(), watched));
+            let (look, after) = match looking.await {
+                Ok(looked) => looked,
+                // The server stops with it, and the log names this task.
+                Err(error) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
+                Err(_) => return, // the runtime shuts down
+            };
+            watched = after;
+            match look {
+                Look::Same => {}
+                Look::Read { in_force, problem } => {
+                    self.put(Source::File, in_force);
+                    self.tell(Source::File, problem);
+                }
+                Look::Failed(problem) => self.tell(Source::File, Some(problem)),
+            }
+        }
+    }
+
+    async fn poll_shared(&self, shared: &SharedList, now: &(impl Fn() -> Option<DatabaseTime> + Send + Sync)) {
+        while !shared.has_mac_key() {
+            tokio::time::sleep(MAC_KEY_INTERVAL).await;
+        }
+        let mut memory = Memory::default();
+        let mut ticks = interval(SHARED_INTERVAL);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            ticks.tick().await;
+            match shared.read().await {
+                Ok(found) => {
+                    let problem = found.problem();
+                    self.put(Source::Redis, memory.take_in(found, now()));
+                    self.tell(Source::Redis, problem);
+                }
+                Err(error) => self.tell(Source::Redis, Some(error.to_string())),
+            }
+        }
+    }
+
+    fn put(&self, source: Source, entries: Entries) {
+        let _changing = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
+        self.metrics.entries[source as usize].set(i64::try_from(entries.len()).unwrap_or(i64::MAX));
+        let mut lists = Lists::clone(&self.lists.load());
+        lists.0[source as usize] = Arc::new(entries);
+        let any = lists.0.iter().any(|entries| !entries.is_empty());
+        self.lists.store(Arc::new(lists));
+        // After the lists: whoever sees it sees them too.
+        self.any.store(any, Ordering::Release);
+    }
+
+    /// Logs what is wrong with a source, once; and that it is not any more.
+    fn tell(&self, source: Source, problem: Option<String>) {
+        self.metrics.stale[source as usize].set(i64::from(problem.is_some()));
+        let told = &mut self.told.lock().unwrap_or_else(PoisonError::into_inner)[source as usize];
+        if problem == *told {
+            return;
+        }
+        let name = match (source, &self.file) {
+            (Source::File, Some(path)) => format!("freshness.deny_file {}", path.display()),
+            _ => "the list in Redis".to_owned(),
+        };
+        if let Some(problem) = &problem {
+            tracing::error!(problem, "the deny list cannot be read in full from {name}; entries read before stay");
+        } else {
+            tracing::info!("the deny list is as {name} has it");
+        }
+        *told = problem;
+    }
+}
+
+impl Lists {
+    fn of(&self, source: Source) -> Arc<Entries> {
+        Arc::clone(&self.0[source as usize])
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use uuid::Uuid;
+
+    use super::*;
+    use crate::base::clock::{Clock as _, SystemClock};
+
+    const NOW: DatabaseTime = DatabaseTime::from_micros(1_000_000);
+
+    fn record() -> Record {
+        Record {
+            key_id: KeyId(Uuid::from_u128(1)),
+            trust_id: TrustId(Uuid::from_u128(2)),
+            trust_enabled: true,
+            digest: ApiKeyDigest::from_bytes([3; 32]),
+            scopes: [].into(),
+            allowed_cidrs: [].into(),
+            not_before: None,
+            expires_at: None,
+            revoked_at: None,
+        }
+    }
+
+    fn list(file: Option<PathBuf>) -> DenyList {
+        DenyList::open(file, DenyMetrics::register(&Registry::new()).unwrap()).unwrap()
+    }
+
+    fn denies(list: &DenyList) -> bool {
+        list.denies(&ApiKeyDigest::from_bytes([4; 32]), &record(), NOW)
+    }
+
+    #[test]
+    fn a_key_is_denied_by_its_id_its_trust_or_either_digest_until_the_end() {
+        let at = |micros| Some(DatabaseTime::from_micros(micros));
+        let digest = |byte| Denied::Digest(ApiKeyDigest::from_bytes([byte; 32]));
+        let (key, trust) =
+            (|id| Denied::Key(KeyId(Uuid::from_u128(id))), |id| Denied::Trust(TrustId(Uuid::from_u128(id))));
+        for (name, denied, until, want) in [
+            ("key", key(1), None, true),
+            ("trust", trust(2), None, true),
+            ("stored digest", digest(3), None, true),
+            ("digest it was looked up by", digest(4), None, true),
+            ("just before the end", key(1), at(1_000_001), true),
+            ("at the end", key(1), at(1_000_000), false),
+            ("another key", key(2), None, false),
+            ("another trust", trust(1), None, false),
+            ("another digest", digest(5), None, false),
+        ] {
+            for source in [Source::File, Source::Redis] {
+                let list = list(None);
+                assert!(!denies(&list));
+                list.put(source, [(denied, until)].into());
+                assert_eq!(denies(&list), want, "{name}");
+                assert_eq!(list.metrics.entries[source as usize].get(), 1);
+                list.put(source, Entries::new());
+                assert!(!denies(&list) && !list.any.load(Ordering::Relaxed));
+            }
+        }
+    }
+
+    /// How long it takes until `condition` holds.
+    async fn until(condition: impl Fn() -> bool) -> Duration {
+        let start = SystemClock.now();
+        while !condition() {
+            assert!(SystemClock.now().since(start) < Duration::from_secs(30), "it never came to hold");
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        SystemClock.now().since(start)
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn what_is_written_into_the_file_counts_within_a_second_and_so_does_what_is_taken_out() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("deny");
+        fs::write(&path, format!("{}\nnonsense", Denied::Key(record().key_id).line())).unwrap();
+        let list = Arc::new(list(Some(path.clone())));
+        assert!(denies(&list), "read at once");
+        let stale = &list.metrics.stale[0];
+        assert_eq!(stale.get(), 1);
+
+        let stop = CancellationToken::new();
+        // The database's clock is unknown: nothing here needs it.
+        let running = {
+            let (list, stop) = (Arc::clone(&list), stop.clone());
+            async move { list.run(None, || None, stop).await }
+        };
+        let running = tokio::spawn(running);
+        fs::write(&path, "").unwrap();
+        assert!(until(|| !denies(&list)).await < Duration::from_secs(1));
+        assert!(until(|| stale.get() == 0).await < Duration::from_secs(1));
+        fs::write(&path, Denied::Trust(record().trust_id).line()).unwrap();
+        assert!(until(|| denies(&list)).await < Duration::from_secs(1));
+        fs::remove_file(&path).unwrap();
+        until(|| stale.get() == 1).await;
+        assert!(denies(&list), "what is not there takes nothing away");
+        stop.cancel();
+        running.await.unwrap();
+    }
+
+    #[test]
+    fn a_file_that_is_not_there_at_start_is_a_mistake() {
+        let missing = Some(PathBuf::from("/nowhere/deny"));
+        let opened = DenyList::open(missing, DenyMetrics::register(&Registry::new()).unwrap());
+        assert!(opened.is_err_and(|error| error.kind() == io::ErrorKind::NotFound));
+    }
+}

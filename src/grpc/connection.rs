@@ -1,0 +1,164 @@
+//! One HTTP/2 connection, from its preface to its end.
+//!
+//! Everything that came in at once is decided before anything is sent, so that one write takes all the answers. Never waits
+//! for a call: one that cannot be answered at once goes on in a task of its own.
+
+use std::{
+    future::{Future as _, poll_fn},
+    net::IpAddr,
+    pin::pin,
+    sync::{Arc, atomic::Ordering},
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use h2::{
+    Ping, PingPong, RecvStream,
+    server::{self, SendResponse},
+};
+use http::Request;
+use tokio::{
+    io::{AsyncRead, AsyncWrite},
+    time::{sleep, timeout},
+};
+use tokio_util::task::TaskTracker;
+
+use super::{LimitsSettings, Service, Signals, call::Calls, worker::Load};
+
+/// Resets that a peer may leave pending: Envoy resets en masse when its own timeout passes.
+const PENDING_ACCEPT_RESETS_MAX: usize = 1_000;
+/// Streams that we may have reset because the peer was wrong.
+const LOCAL_ERROR_RESETS_MAX: usize = 1_024;
+/// Bytes of request headers of one call. Envoy may pass on headers of the client's request (tracing), of which it takes 60 KiB:
+/// whatever comes beyond our limit is refused by the protocol, which `failure_mode_allow` would let in.
+const HEADER_LIST_BYTES_MAX: u32 = 96 << 10;
+/// Calls that are answered before anything is sent. The frames of their answers are in memory at one time, and h2 keeps what the largest
+/// batch took until the connection ends.
+const BATCH_CALLS: usize = 32;
+/// Batches of calls that are answered before other connections have their turn.
+const BATCHES_MAX: usize = 32;
+/// What a peer may send before we have read it, on one stream and on all of a connection.
+const WINDOW_BYTES: u32 = 1 << 20;
+
+/// Serves one connection to its end, calls that wait included.
+pub(crate) async fn serve(
+    service: Arc<Service>,
+    io: impl AsyncRead + AsyncWrite + Unpin,
+    peer: Option<IpAddr>,
+    signals: Signals,
+    tasks: TaskTracker,
+    age: Duration,
+    load: Arc<Load>,
+) {
+    let limits = service.limits.clone();
+    let handshake = handshake(&limits, io);
+    let Ok(Ok(mut http2)) = timeout(limits.preface_timeout, handshake).await else { return };
+    let pings = http2.ping_pong();
+    let _open = OpenConnection::count(Arc::clone(&service));
+    let calls = Calls::new(service, peer, tasks, load, signals.drain.clone());
+    let mut connection = Connection { http2, calls, arrived: Vec::new() };
+    let mut lost = pin!(until_lost(pings, &limits));
+    let is_over = {
+        let mut told = pin!(async {
+            tokio::select! {
+                () = sleep(age) => {}
+                () = signals.drain.cancelled() => {}
+            }
+        });
+        poll_fn(|cx| {
+            // The peer's mistakes and departures are its own business: they end the connection and are no news.
+            if connection.poll(cx).is_ready() || lost.as_mut().poll(cx).is_ready() {
+                return Poll::Ready(true);
+            }
+            told.as_mut().poll(cx).map(|()| false)
+        })
+        .await
+    };
+    if !is_over {
+        connection.http2.graceful_shutdown();
+        tokio::select! {
+            () = poll_fn(|cx| connection.poll(cx)) => {}
+            () = lost => {}
+            // A peer may never close its streams.
+            () = sleep(limits.drain_grace) => {}
+            () = signals.end.cancelled() => {}
+        }
+    }
+}
+
+/// Counts a connection as open until it is dropped, however the connection ends.
+struct OpenConnection(Arc<Service>);
+
+impl OpenConnection {
+    fn count(service: Arc<Service>) -> Self {
+        service.connections_open.inc();
+        Self(service)
+    }
+}
+
+impl Drop for OpenConnection {
+    fn drop(&mut self) {
+        self.0.connections_open.dec();
+        self.0.connections_closed.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+async fn handshake<T: AsyncRead + AsyncWrite + Unpin>(
+    limits: &LimitsSettings,
+    io: T,
+) -> Result<server::Connection<T, Bytes>, h2::Error> {
+    server::Builder::new()
+        .max_concurrent_streams(limits.streams_per_connection)
+        .max_pending_accept_reset_streams(PENDING_ACCEPT_RESETS_MAX)
+        .max_local_error_reset_streams(Some(LOCAL_ERROR_RESETS_MAX))
+        .max_header_list_size(HEADER_LIST_BYTES_MAX)
+        .initial_window_size(WINDOW_BYTES)
+        .initial_connection_window_size(WINDOW_BYTES)
+        .handshake(io)
+        .await
+}
+
+struct Connection<T> {
+    http2: server::Connection<T, Bytes>,
+    calls: Calls,
+    /// Calls that came in and were not looked at yet. Kept, so that it is not made anew each time.
+    arrived: Vec<(Request<RecvStream>, SendResponse<Bytes>)>,
+}
+
+impl<T: AsyncRead + AsyncWrite + Unpin> Connection<T> {
+    /// Ready once the connection is closed. Yields after [`BATCHES_MAX`] batches, so that one busy connection cannot starve the others on
+    /// this worker.
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        for _ in 0..BATCHES_MAX {
+            // Each of these also sends what was answered before.
+            while self.arrived.len() < BATCH_CALLS {
+                match self.http2.poll_accept(cx) {
+                    Poll::Ready(Some(Ok(call))) => self.arrived.push(call),
+                    Poll::Ready(Some(Err(_)) | None) => return Poll::Ready(()),
+                    Poll::Pending => break,
+                }
+            }
+            if self.arrived.is_empty() {
+                return Poll::Pending;
+            }
+            for (request, respond) in self.arrived.drain(..) {
+                self.calls.serve(cx, request, respond);
+            }
+        }
+        cx.waker().wake_by_ref();
+        Poll::Pending
+    }
+}
+
+/// Returns once the peer does not answer a ping in time.
+async fn until_lost(pings: Option<PingPong>, limits: &LimitsSettings) {
+    let Some(mut pings) = pings else { return };
+    loop {
+        sleep(limits.keepalive_interval).await;
+        match timeout(limits.keepalive_timeout, pings.ping(Ping::opaque())).await {
+            Ok(Ok(_)) => {}
+            Ok(Err(_)) | Err(_) => return,
+        }
+    }
+}

@@ -1,0 +1,146 @@
+//! Health checks (`grpc.health.v1`): their message is read here, within bounds, then tonic's service answers.
+
+use std::{future::poll_fn, net::IpAddr, sync::Arc, time::Duration};
+
+use bytes::Bytes;
+use h2::{Reason, RecvStream, SendStream, server::SendResponse};
+use http::{HeaderMap, Request, Response, StatusCode};
+use http_body::Body as _;
+use http_body_util::{BodyExt as _, Full};
+use tokio::{
+    sync::{OwnedSemaphorePermit, Semaphore},
+    time::timeout,
+};
+use tokio_util::sync::CancellationToken;
+use tonic::{body::Body, service::Routes};
+use tower_service::Service as _;
+
+use super::{
+    Service,
+    body::{BodyError, MessageReader},
+    call::{Answer, UNAVAILABLE, answer},
+    rpc::Rpc,
+};
+use crate::ext_authz::{decision::DenyReason, framing::frame_bytes};
+
+/// The longest message that is read: it carries the name of a service.
+const MESSAGE_BYTES_MAX: u64 = 512;
+/// Health checks at one time, over all connections: each takes about 10 KiB.
+const CHECKS_MAX: usize = 256;
+/// Watches at one time, over all connections: each takes about 9 KiB for as long as the client wants.
+const WATCHES_MAX: usize = 512;
+
+/// Answers health checks.
+pub(crate) struct Health {
+    routes: Routes,
+    checks: Arc<Semaphore>,
+    watches: Arc<Semaphore>,
+}
+
+impl Health {
+    /// Answers with `routes`, which serves `grpc.health.v1`.
+    pub(crate) fn new(routes: Routes) -> Self {
+        let semaphore = |permits| Arc::new(Semaphore::new(permits));
+        Self { routes, checks: semaphore(CHECKS_MAX), watches: semaphore(WATCHES_MAX) }
+    }
+
+    /// Reserves one more call of `rpc` until the permit is dropped; `None` where there are too many.
+    pub(crate) fn admit(&self, rpc: Rpc) -> Option<OwnedSemaphorePermit> {
+        let semaphore = if rpc == Rpc::HealthWatch { &self.watches } else { &self.checks };
+        Arc::clone(semaphore).try_acquire_owned().ok()
+    }
+}
+
+impl Service {
+    /// Serves one health check: for as long as the peer wants answers, or until `drain` for a watch.
+    pub(crate) async fn check_health(
+        &self,
+        rpc: Rpc,
+        request: Request<RecvStream>,
+        mut respond: SendResponse<Bytes>,
+        peer: Option<IpAddr>,
+        drain: CancellationToken,
+    ) {
+        let (method, path) = (request.method().clone(), request.uri().clone());
+        let headers = request.headers().clone();
+        let mut reader = MessageReader::new(request, MESSAGE_BYTES_MAX);
+        let read = timeout(self.limits.preface_timeout, poll_fn(|cx| reader.poll(cx))).await;
+        let answer = |respond, found| answer(respond, found, &self.unread);
+        let message = match read {
+            Ok(Ok(message)) => message,
+            Ok(Err(BodyError::Gone)) => return,
+            Ok(Err(BodyError::Denied(DenyReason::TooLarge))) => {
+                return answer(respond, Answer::Status(StatusCode::PAYLOAD_TOO_LARGE));
+            }
+            Ok(Err(_)) => return answer(respond, self.not_grpc(StatusCode::BAD_REQUEST, peer)),
+            Err(_) => return answer(respond, Answer::Status(StatusCode::REQUEST_TIMEOUT)),
+        };
+        let mut call = Request::new(Full::new(frame_bytes(&message)));
+        (*call.method_mut(), *call.uri_mut(), *call.headers_mut()) = (method, path, headers);
+        // The service is always ready, and answers without waiting for anything.
+        let Ok(response) = self.health.routes.clone().call(call).await;
+        let (head, body) = response.into_parts();
+        let ends = body.is_end_stream();
+        let Ok(mut stream) = respond.send_response(Response::from_parts(head, ()), ends) else { return };
+        if ends {
+            return;
+        }
+        // A watch lasts as long as its client wants. The answer to a check must not keep its permit from others.
+        let limit = if rpc == Rpc::HealthWatch { Duration::MAX } else { self.limits.preface_timeout };
+        match timeout(limit, send(&mut stream, body, &drain)).await {
+            // A peer that has left reads nothing.
+            Ok(Sent::Whole | Sent::Gone) => {}
+            Ok(Sent::Broken) => stream.send_reset(Reason::INTERNAL_ERROR),
+            Err(_) => stream.send_reset(Reason::CANCEL),
+        }
+    }
+}
+
+enum Sent {
+    Whole,
+    Gone,
+    Broken,
+}
+
+async fn send(stream: &mut SendStream<Bytes>, mut body: Body, drain: &CancellationToken) -> Sent {
+    loop {
+        let frame = tokio::select! {
+            biased;
+            frame = body.frame() => frame,
+            () = drain.cancelled() => {
+                let mut trailers = HeaderMap::with_capacity(1);
+                trailers.insert("grpc-status", UNAVAILABLE);
+                return if stream.send_trailers(trailers).is_ok() { Sent::Whole } else { Sent::Gone };
+            }
+            _ = poll_fn(|cx| stream.poll_reset(cx)) => return Sent::Gone,
+        };
+        let frame = match frame {
+            Some(Ok(frame)) => frame,
+            Some(Err(_)) => return Sent::Broken,
+            None => return if stream.send_data(Bytes::new(), true).is_ok() { Sent::Whole } else { Sent::Gone },
+        };
+        match frame.into_data() {
+            Ok(data) => {
+                // As much as the peer takes: nothing piles up here.
+                stream.reserve_capacity(data.len());
+                while stream.capacity() < data.len() {
+                    let capacity = tokio::select! {
+                        capacity = poll_fn(|cx| stream.poll_capacity(cx)) => capacity,
+                        () = drain.cancelled() => return Sent::Gone,
+                    };
+                    match capacity {
+                        Some(Ok(_)) => {}
+                        Some(Err(_)) | None => return Sent::Gone,
+                    }
+                }
+                if stream.send_data(data, false).is_err() {
+                    return Sent::Gone;
+                }
+            }
+            Err(frame) => {
+                let Ok(trailers) = frame.into_trailers() else { continue };
+                return if stream.send_trailers(trailers).is_ok() { Sent::Whole } else { Sent::Gone };
+            }
+        }
+    }
+}

@@ -1,0 +1,200 @@
+//! Where Envoy can call: a TCP address or a Unix socket, each bound once.
+//!
+//! Never shares an address with another server, and never takes a socket's path away from one that lives.
+
+use std::{
+    fmt, io,
+    net::{IpAddr, SocketAddr, TcpStream as StdTcpStream},
+    os::unix::{
+        fs::{FileTypeExt as _, MetadataExt as _, PermissionsExt as _, chown},
+        net::UnixStream as StdUnixStream,
+    },
+    path::{Path, PathBuf},
+};
+
+use tokio::net::{TcpListener, UnixListener};
+
+use crate::base::settings::{Setting, Written};
+
+/// Where to listen, as it is configured.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ListenAddress {
+    /// An address with its port.
+    Tcp(SocketAddr),
+    /// A Unix socket, by its absolute path.
+    Unix(PathBuf),
+}
+
+impl Setting for ListenAddress {
+    const EXPECTED: &'static str =
+        "an address with its port, such as \"127.0.0.1:50051\", or \"unix:///run/trustgate/trustgate.sock\"";
+
+    fn read(written: &Written) -> Option<Self> {
+        let Written::One(text) = written else { return None };
+        match text.strip_prefix("unix://") {
+            Some(path) => (path.starts_with('/') && path.len() > 1).then(|| Self::Unix(path.into())),
+            None => text.parse().ok().map(Self::Tcp),
+        }
+    }
+}
+
+impl fmt::Display for ListenAddress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Tcp(address) => address.fmt(f),
+            Self::Unix(path) => write!(f, "unix://{}", path.display()),
+        }
+    }
+}
+
+/// The permission bits of a Unix socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SocketMode(u32);
+
+impl Setting for SocketMode {
+    const EXPECTED: &'static str = "permission bits in octal, such as \"0660\" or 0o660";
+
+    fn read(written: &Written) -> Option<Self> {
+        let Written::One(text) = written else { return None };
+        // Without a leading zero it may be a decimal number, which would be other bits.
+        let digits = text.strip_prefix("0o").or_else(|| text.strip_prefix('0'))?;
+        u32::from_str_radix(digits, 8).ok().filter(|mode| *mode <= 0o777).map(Self)
+    }
+}
+
+/// Who owns a Unix socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SocketOwner {
+    user: u32,
+    group: Option<u32>,
+}
+
+impl Setting for SocketOwner {
+    const EXPECTED: &'static str = "the number of a user, or of a user and a group, such as \"101\" or \"101:101\"";
+
+    fn read(written: &Written) -> Option<Self> {
+        let Written::One(text) = written else { return None };
+        let (user, group) = match text.split_once(':') {
+            Some((user, group)) => (user, Some(group.parse().ok()?)),
+            None => (text.as_str(), None),
+        };
+        Some(Self { user: user.parse().ok()?, group })
+    }
+}
+
+/// A place where connections come in.
+pub enum Listener {
+    /// Over TCP.
+    Tcp(TcpListener),
+    /// Over a Unix socket; its file goes with this.
+    Unix(UnixListener, SocketFile),
+}
+
+/// A stream that was accepted, not yet in any runtime.
+pub(crate) enum Accepted {
+    /// Over TCP, from this address.
+    Tcp(StdTcpStream, IpAddr),
+    /// Over a Unix socket.
+    Unix(StdUnixStream),
+}
+
+impl Accepted {
+    /// The address of the peer, where it has one.
+    pub(crate) const fn peer(&self) -> Option<IpAddr> {
+        match self {
+            Self::Tcp(_, peer) => Some(*peer),
+            Self::Unix(_) => None,
+        }
+    }
+}
+
+impl Listener {
+    /// Binds `address`. A Unix socket gets `mode` and, where one is given, `owner`.
+    ///
+    /// # Errors
+    /// What the operating system says; `AddrInUse` also where another server still answers at a socket's path.
+    pub async fn bind(address: &ListenAddress, mode: SocketMode, owner: Option<SocketOwner>) -> io::Result<Self> {
+        match address {
+            ListenAddress::Tcp(address) => TcpListener::bind(address).await.map(Self::Tcp),
+            ListenAddress::Unix(path) => {
+                clear(path)?;
+                let listener = UnixListener::bind(path)?;
+                let file = SocketFile::of(path)?;
+                if let Some(SocketOwner { user, group }) = owner {
+                    chown(path, Some(user), group)?;
+                }
+                std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode.0))?;
+                Ok(Self::Unix(listener, file))
+            }
+        }
+    }
+
+    /// Where it listens; port 0 is resolved.
+    ///
+    /// # Errors
+    /// What the operating system says.
+    pub fn address(&self) -> io::Result<ListenAddress> {
+        match self {
+            Self::Tcp(listener) => listener.local_addr().map(ListenAddress::Tcp),
+            Self::Unix(_, file) => Ok(ListenAddress::Unix(file.path.clone())),
+        }
+    }
+
+    /// The next connection.
+    ///
+    /// # Errors
+    /// What the operating system says: out of descriptors, say.
+    ///
+    /// # Cancel safety
+    /// Safe: no connection is lost.
+    pub(crate) async fn accept(&self) -> io::Result<Accepted> {
+        match self {
+            Self::Tcp(listener) => {
+                let (stream, peer) = listener.accept().await?;
+                Ok(Accepted::Tcp(stream.into_std()?, peer.ip()))
+            }
+            Self::Unix(listener, _) => listener.accept().await?.0.into_std().map(Accepted::Unix),
+        }
+    }
+}
+
+/// Removes a socket that nobody answers at: a server that was killed leaves its own behind.
+fn clear(path: &Path) -> io::Result<()> {
+    match std::fs::symlink_metadata(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(error),
+        Ok(found) if !found.file_type().is_socket() => {
+            Err(io::Error::new(io::ErrorKind::AlreadyExists, "there is a file that is no socket"))
+        }
+        Ok(_) => match StdUnixStream::connect(path) {
+            Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => std::fs::remove_file(path),
+            Err(error) => Err(error),
+            Ok(_) => Err(io::ErrorKind::AddrInUse.into()),
+        },
+    }
+}
+
+/// The file of a Unix socket. Removed when this is dropped, unless another server has put its own there since.
+pub struct SocketFile {
+    path: PathBuf,
+    inode: (u64, u64),
+}
+
+impl SocketFile {
+    fn of(path: &Path) -> io::Result<Self> {
+        Ok(Self { path: path.to_owned(), inode: inode(path)? })
+    }
+}
+
+fn inode(path: &Path) -> io::Result<(u64, u64)> {
+    std::fs::symlink_metadata(path).map(|found| (found.dev(), found.ino()))
+}
+
+impl Drop for SocketFile {
+    fn drop(&mut self) {
+        if inode(&self.path).is_ok_and(|inode| inode == self.inode) {
+            // One that cannot be removed is removed by the next server.
+            let _ = std::fs::remove_file(&self.path);
+        }
+    }
+}

@@ -1,0 +1,51 @@
+//! Detects the protocol of a peer from the first bytes of its connection. `stream` peeks at them (or, under TLS, reads and replays
+//! them), so that HTTP/2 still receives them.
+
+use super::refused::Reason;
+
+/// How many bytes decide: as long as the preface of HTTP/2 (RFC 9113, section 3.4).
+pub(crate) const FIRST_BYTES: usize = HTTP2_PREFACE.len();
+const HTTP2_PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+/// A TLS record that holds a handshake (RFC 8446, section 5.1).
+const TLS_HANDSHAKE: u8 = 22;
+
+/// Why a connection that begins with `first` is refused; `None` if it is accepted. `has_tls`: whether the listener expects TLS.
+pub(crate) fn refusal(first: &[u8], has_tls: bool) -> Option<Reason> {
+    let speaks_tls = first.first() == Some(&TLS_HANDSHAKE);
+    if speaks_tls || HTTP2_PREFACE.starts_with(first) {
+        (speaks_tls != has_tls).then_some(Reason::Tls)
+    } else if is_http1(first) {
+        Some(Reason::Http1)
+    } else {
+        Some(Reason::Unrecognized)
+    }
+}
+
+/// Whether `first` begins like a request of HTTP/1: a method and a blank (RFC 9112, section 3). A method can be any token; those in
+/// use are in capitals. Unusual ones get the same answer, and only count under another reason.
+fn is_http1(first: &[u8]) -> bool {
+    let method = first.iter().take_while(|byte| byte.is_ascii_uppercase() || b"-_".contains(byte)).count();
+    method > 0 && first.get(method).is_none_or(|byte| *byte == b' ')
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn first_bytes_say_what_a_peer_speaks() {
+        for (first, plain, tls) in [
+            (&HTTP2_PREFACE[..], None, Some(Reason::Tls)),
+            (b"PRI * HT", None, Some(Reason::Tls)),
+            (b"\x16\x03\x01\x02\x00\x01\x00", Some(Reason::Tls), None),
+            (b"GET / HTTP/1.1\r\nhost: a\r\n", Some(Reason::Http1), Some(Reason::Http1)),
+            (b"POST /envoy.service.auth", Some(Reason::Http1), Some(Reason::Http1)),
+            (b"PROPFIND /admin HTTP/1.1", Some(Reason::Http1), Some(Reason::Http1)),
+            (b"M-SEARCH * HTTP/1.1", Some(Reason::Http1), Some(Reason::Http1)),
+            (b"\x00\x01\x02", Some(Reason::Unrecognized), Some(Reason::Unrecognized)),
+            (b"SSH-2.0-OpenSSH_9.2\r\n", Some(Reason::Unrecognized), Some(Reason::Unrecognized)),
+        ] {
+            assert_eq!((refusal(first, false), refusal(first, true)), (plain, tls), "{first:?}");
+        }
+    }
+}

@@ -1,0 +1,102 @@
+//! Peers that are refused because they do not speak gRPC as this listener expects it: counted, and logged now and then.
+//!
+//! A connection that sends no bytes (a TCP health probe, for example) is neither counted nor logged. Port scans that send bytes are
+//! counted as `unrecognized`, but not logged.
+
+use std::{fmt::Display, net::IpAddr, time::Duration};
+
+use crate::base::{
+    clock::Clock,
+    log_limit::LogLimit,
+    metrics::{IntCounter, IntCounterVec, Opts, Registry, register},
+};
+
+/// How often refused peers are logged, for each reason.
+const LOG_INTERVAL: Duration = Duration::from_mins(1);
+
+/// Why a peer was refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Reason {
+    /// The peer spoke HTTP/1.
+    Http1,
+    /// The peer spoke TLS to a listener without it, spoke no TLS to a listener with it, or its handshake failed.
+    Tls,
+    /// The peer showed no certificate that `grpc.tls_client_ca_file` accepts.
+    NoClientCertificate,
+    /// An HTTP/2 request was not a call of a gRPC method that this server has.
+    NotGrpc,
+    /// The first bytes were neither HTTP nor TLS.
+    Unrecognized,
+}
+
+impl Reason {
+    const ALL: [Self; 5] = [Self::Http1, Self::Tls, Self::NoClientCertificate, Self::NotGrpc, Self::Unrecognized];
+
+    /// The label of the metric.
+    const fn as_str(self) -> &'static str {
+        match self {
+            Self::Http1 => "http1",
+            Self::Tls => "tls",
+            Self::NoClientCertificate => "no_client_certificate",
+            Self::NotGrpc => "not_grpc",
+            Self::Unrecognized => "unrecognized",
+        }
+    }
+
+    /// What the operator can do about it; `None` where nothing is logged.
+    const fn remedy(self) -> Option<&'static str> {
+        match self {
+            Self::Http1 => Some(
+                "it speaks HTTP/1, and this listener serves gRPC over HTTP/2; in Envoy, use grpc_service (not \
+                 http_service) and set http2_protocol_options on the cluster",
+            ),
+            Self::Tls => Some(
+                "its TLS does not fit this listener; compare the transport_socket of Envoy's cluster with \
+                 grpc.tls_certificate_file",
+            ),
+            Self::NoClientCertificate => {
+                Some("it has no client certificate from an authority in grpc.tls_client_ca_file")
+            }
+            Self::NotGrpc => Some(
+                "it sent HTTP requests that are not gRPC calls; in Envoy, use grpc_service (not http_service) for this \
+                 listener",
+            ),
+            // Port scanners send such bytes.
+            Self::Unrecognized => None,
+        }
+    }
+}
+
+/// Counts and logs refused peers.
+pub(crate) struct RefusedPeers {
+    counters: [IntCounter; Reason::ALL.len()],
+    log: [LogLimit; Reason::ALL.len()],
+}
+
+impl RefusedPeers {
+    /// Declares the counter in `registry`.
+    ///
+    /// # Errors
+    /// When a metric of that name exists already.
+    pub(crate) fn register(registry: &Registry) -> prometheus::Result<Self> {
+        let opts = Opts::new(
+            "trustgate_grpc_refused_total",
+            "Connections and requests that the gRPC listeners refused because the peer did not speak gRPC as expected.",
+        );
+        let counters = register(registry, IntCounterVec::new(opts, &["reason"]))?;
+        Ok(Self {
+            counters: Reason::ALL.map(|reason| counters.with_label_values(&[reason.as_str()])),
+            log: [const { LogLimit::every(LOG_INTERVAL) }; Reason::ALL.len()],
+        })
+    }
+
+    /// Counts a refused peer. `detail` goes to the log only.
+    pub(crate) fn note(&self, reason: Reason, peer: Option<IpAddr>, detail: impl Display, clock: &dyn Clock) {
+        self.counters[reason as usize].inc();
+        let Some(remedy) = reason.remedy() else { return };
+        if let Some(suppressed) = self.log[reason as usize].permit(clock.now()) {
+            let peer = peer.map(tracing::field::display);
+            tracing::warn!(reason = reason.as_str(), peer, %detail, suppressed, "peer refused: {remedy}");
+        }
+    }
+}

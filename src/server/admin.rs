@@ -1,0 +1,172 @@
+//! The admin listener: metrics and probes, over HTTP/1.
+//!
+//! Has its own thread, so that it answers while checks are many. Nothing here lists or changes anything. Everything that a
+//! caller can make it hold is bounded, so that unfinished requests can neither use up memory and descriptors nor keep the
+//! server from stopping.
+
+use std::{collections::VecDeque, convert::Infallible, net::SocketAddr, sync::Arc, time::Duration};
+
+use bytes::Bytes;
+use futures_util::future::join_all;
+use http::{
+    HeaderValue, Method, Request, Response, StatusCode,
+    header::{ALLOW, CONTENT_TYPE},
+};
+use http_body_util::Full;
+use hyper::{body::Incoming, server::conn::http1, service::service_fn};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::{
+    net::{TcpListener, TcpStream},
+    runtime::Handle,
+    task::{AbortHandle, JoinSet},
+    time::{sleep, timeout},
+};
+use tokio_util::sync::CancellationToken;
+
+use super::lifecycle::{Life, Phase};
+use crate::{
+    base::{
+        clock::Clock,
+        metrics::{self, Registry},
+    },
+    freshness::{Views, lease::Standing, poll::PollMetrics},
+};
+
+crate::settings! {
+    /// The listener for metrics and probes.
+    pub struct AdminSettings in "admin" {
+        /// Where to listen: one address or a list.
+        listen: Vec<SocketAddr> = "127.0.0.1:9180",
+    }
+}
+
+/// Connections at one time. One more closes the oldest: a probe gets through however many unfinished requests there are.
+const CONNECTIONS_MAX: usize = 64;
+/// How long a request's head may take to arrive.
+const HEAD_TIMEOUT: Duration = Duration::from_secs(2);
+/// How long a connection may take in all, which serves one request. A scrape takes a few milliseconds.
+const CONNECTION_TIMEOUT: Duration = Duration::from_secs(10);
+/// The largest head of a request, in bytes. Hyper's smallest bound.
+const HEAD_BYTES_MAX: usize = 8 << 10;
+/// The wait after a failed accept (out of file descriptors, for example).
+const ACCEPT_WAIT: Duration = Duration::from_secs(1);
+
+/// How long the runtimes that serve checks have to answer a probe, all of them.
+const PROBE_TIMEOUT: Duration = Duration::from_millis(250);
+
+/// What the admin listener shows.
+pub struct Admin {
+    /// The metrics.
+    pub registry: Registry,
+    /// Where this server is in its life.
+    pub life: Life,
+    /// What this replica knows of the store.
+    pub views: Arc<Views>,
+    /// The time.
+    pub clock: Arc<dyn Clock>,
+    /// Whether the store answers.
+    pub poll: PollMetrics,
+    /// The runtimes that serve checks.
+    pub serving: Vec<Handle>,
+    /// Called before a scrape.
+    pub before_scrape: Box<dyn Fn() + Send + Sync>,
+}
+
+/// Serves `listener` until `stop`, then closes its connections.
+pub async fn run(listener: TcpListener, admin: Arc<Admin>, stop: CancellationToken) {
+    let mut connections = JoinSet::new();
+    let mut open = VecDeque::<AbortHandle>::new();
+    let accepting = async {
+        loop {
+            match listener.accept().await {
+                Ok((stream, _)) => {
+                    while connections.try_join_next().is_some() {}
+                    open.retain(|connection| !connection.is_finished());
+                    if open.len() >= CONNECTIONS_MAX
+                        && let Some(oldest) = open.pop_front()
+                    {
+                        oldest.abort();
+                    }
+                    open.push_back(connections.spawn(serve(stream, Arc::clone(&admin))));
+                }
+                Err(error) => {
+                    tracing::warn!(%error, "admin connection not accepted; trying again in {ACCEPT_WAIT:?}");
+                    sleep(ACCEPT_WAIT).await;
+                }
+            }
+        }
+    };
+    stop.run_until_cancelled(accepting).await;
+    // Whatever is still open here waits for a caller that is slow.
+    connections.shutdown().await;
+}
+
+/// Serves one request. The errors of a connection are its caller's, and not logged.
+async fn serve(stream: TcpStream, admin: Arc<Admin>) {
+    let service = service_fn(move |request: Request<Incoming>| {
+        let admin = Arc::clone(&admin);
+        async move { Ok::<_, Infallible>(answer(&request, &admin).await) }
+    });
+    let mut builder = http1::Builder::new();
+    builder.timer(TokioTimer::new()).header_read_timeout(HEAD_TIMEOUT).max_buf_size(HEAD_BYTES_MAX).keep_alive(false);
+    let _ = timeout(CONNECTION_TIMEOUT, builder.serve_connection(TokioIo::new(stream), service)).await;
+}
+
+async fn answer(request: &Request<Incoming>, admin: &Admin) -> Response<Full<Bytes>> {
+    let (status, kind, text) = match request.uri().path() {
+        "/livez" | "/readyz" | "/metrics" if !matches!(*request.method(), Method::GET | Method::HEAD) => {
+            (StatusCode::METHOD_NOT_ALLOWED, TEXT, "use GET\n".to_owned())
+        }
+        "/livez" => (StatusCode::OK, TEXT, "alive\n".to_owned()),
+        "/readyz" => ready(admin).await,
+        "/metrics" => {
+            (admin.before_scrape)();
+            (StatusCode::OK, METRICS, metrics::text(&admin.registry))
+        }
+        _ => (StatusCode::NOT_FOUND, TEXT, "there is /livez, /readyz and /metrics\n".to_owned()),
+    };
+    let mut response = Response::new(Full::from(text));
+    *response.status_mut() = status;
+    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(kind));
+    if status == StatusCode::METHOD_NOT_ALLOWED {
+        response.headers_mut().insert(ALLOW, HeaderValue::from_static("GET, HEAD"));
+    }
+    response
+}
+
+const TEXT: &str = "text/plain; charset=utf-8";
+/// The text format of Prometheus (<https://prometheus.io/docs/instrumenting/exposition_formats/>).
+const METRICS: &str = "text/plain; version=0.0.4; charset=utf-8";
+
+/// 200 from the first confirmed poll until draining, provided that this server has the recorded pepper. It stays 200 while the
+/// database or Redis is down: otherwise all replicas would leave at once. The body says what is lost.
+async fn ready(admin: &Admin) -> (StatusCode, &'static str, String) {
+    let phase = admin.life.phase();
+    let probes = admin.serving.iter().map(|core| core.spawn(async {}));
+    let answers = timeout(PROBE_TIMEOUT, join_all(probes)).await.is_ok();
+    let store = match (admin.views.is_confirmed(), admin.poll.is_store_up()) {
+        (_, true) => "ok",
+        (false, false) => "cannot be used yet; see the log for the reason",
+        (true, false) => "lost",
+    };
+    let lease = match admin.views.load().standing(admin.clock.now()) {
+        Standing::Fresh => "fresh",
+        Standing::Stale => "stale; keys that were good are still granted for freshness.stale_if_unconfirmed",
+        Standing::Lapsed => "none; checks that would rely on it ask the database",
+    };
+    let fits = admin.views.pepper.fits();
+    let is_ready = phase == Phase::Serve && answers && fits;
+    let status = if is_ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+    let serving = if answers { "ok" } else { "does not answer" };
+    // Compared by the first poll.
+    let pepper = match (fits, admin.views.is_confirmed()) {
+        (true, _) => "ok",
+        (false, true) => "mismatch with the database; both fingerprints are in the log",
+        (false, false) => "not compared yet",
+    };
+    let body = format!(
+        "{}\nserving: {serving}\ndatabase: {store}\nlease: {lease}\npepper: {pepper}\n",
+        if fits || phase != Phase::Serve { phase.as_str() } else { "not ready" }
+    );
+    (status, TEXT, body)
+}

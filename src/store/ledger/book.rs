@@ -1,0 +1,430 @@
+//! [`Ledger`] over either database: what a change consists of, and in which order. The statements are the adapters'.
+//!
+//! Every change and its audit entry are one transaction. The audit never holds a key or a digest.
+
+use std::collections::HashSet;
+
+use async_trait::async_trait;
+use serde_json::{Value, json};
+
+use super::{Actor, AuditEntry, Key, Ledger, LedgerError, NewKey, Replica, Trust, TrustRef};
+use crate::{
+    base::clock::DatabaseTime,
+    record::{ApiKeyDigest, Digests, Fingerprint, KeyId, Made, TrustId, Version},
+};
+
+/// What a transaction is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Purpose {
+    /// Nothing changes. All statements see the same moment.
+    Read,
+    /// Something changes: SQLite takes its write lock at once.
+    Change,
+}
+
+/// Which keys are meant.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Which<'a> {
+    /// All of them.
+    All,
+    /// Those of a trust.
+    Of(TrustId),
+    /// One, by its id.
+    Id(KeyId),
+    /// Those stored under one of the digests.
+    Digests(&'a Digests),
+}
+
+/// A key with all that is stored of it.
+#[derive(Debug)]
+pub(crate) struct StoredKey {
+    /// What management sees of it.
+    pub(crate) key: Key,
+    /// Its digest.
+    pub(crate) digest: ApiKeyDigest,
+}
+
+/// One connection and the statements that management needs. All run inside a transaction.
+#[async_trait]
+pub(crate) trait Tables: Send + Sync {
+    async fn begin(&mut self, purpose: Purpose) -> Result<(), sqlx::Error>;
+    async fn commit(&mut self) -> Result<(), sqlx::Error>;
+    async fn rollback(&mut self) -> Result<(), sqlx::Error>;
+    /// The database's time, in microseconds.
+    async fn now(&mut self) -> Result<i64, sqlx::Error>;
+    /// Keeps others from changing this trust, or adding keys to it, until the transaction ends.
+    async fn hold_trust(&mut self, which: &TrustRef) -> Result<(), sqlx::Error>;
+    /// One trust, or all of them by name.
+    async fn trusts(&mut self, which: Option<&TrustRef>) -> Result<Vec<Trust>, sqlx::Error>;
+    /// False where the name is taken.
+    async fn insert_trust(&mut self, id: TrustId, name: &str) -> Result<bool, sqlx::Error>;
+    async fn set_enabled(&mut self, id: TrustId, enabled: bool) -> Result<(), sqlx::Error>;
+    async fn delete_trust(&mut self, id: TrustId) -> Result<(), sqlx::Error>;
+    async fn delete_keys(&mut self, trust: TrustId) -> Result<(), sqlx::Error>;
+    /// The newest first.
+    async fn keys(&mut self, which: Which<'_>) -> Result<Vec<Key>, sqlx::Error>;
+    /// The next keys by their ids, behind this one, at most so many.
+    async fn stored_keys(&mut self, behind: Option<KeyId>, count_max: usize) -> Result<Vec<StoredKey>, sqlx::Error>;
+    /// Stores trusts as they are. Fails where one is there already.
+    async fn put_trusts(&mut self, trusts: &[Trust]) -> Result<(), sqlx::Error>;
+    /// Stores keys as they are. Fails where one is there already.
+    async fn put_keys(&mut self, keys: &[StoredKey]) -> Result<(), sqlx::Error>;
+    /// How many were stored; those whose digest is taken are left out.
+    async fn insert_keys(&mut self, trust: TrustId, keys: &[NewKey]) -> Result<u64, sqlx::Error>;
+    /// Those of `digests` that keys are stored under.
+    async fn stored_digests(&mut self, digests: &[ApiKeyDigest]) -> Result<Vec<ApiKeyDigest>, sqlx::Error>;
+    /// False where it was revoked before, or is not there.
+    async fn revoke_key(&mut self, id: KeyId) -> Result<bool, sqlx::Error>;
+    /// Draws a version "everything changed" with this transaction.
+    async fn change_everything(&mut self) -> Result<(), sqlx::Error>;
+    /// Records this pepper if none is recorded. Returns the recorded pepper. With `None`, only reads it.
+    async fn hold_pepper(&mut self, pepper: Option<Fingerprint>) -> Result<Option<Fingerprint>, sqlx::Error>;
+    /// Records this pepper for new keys and returns the one recorded before.
+    async fn use_pepper(&mut self, pepper: Fingerprint) -> Result<Option<Fingerprint>, sqlx::Error>;
+    /// The newest version.
+    async fn newest(&mut self) -> Result<i64, sqlx::Error>;
+    /// Replicas that may still grant what they hold.
+    async fn replicas(&mut self) -> Result<Vec<Replica>, sqlx::Error>;
+    async fn insert_audit(&mut self, actor: &Actor, entry: &AuditEntry) -> Result<(), sqlx::Error>;
+    /// What a failed statement of this transaction means.
+    fn explain(&self, error: sqlx::Error) -> LedgerError {
+        error.into()
+    }
+}
+
+/// [`Ledger`] on one connection.
+pub(crate) struct Book {
+    tables: Box<dyn Tables>,
+    /// A transaction was begun and not seen to end: a call was dropped in the middle.
+    open: bool,
+}
+
+impl Book {
+    pub(crate) fn new(tables: Box<dyn Tables>) -> Self {
+        Self { tables, open: false }
+    }
+
+    async fn begin(&mut self, purpose: Purpose) -> Result<(), LedgerError> {
+        if self.open {
+            self.tables.rollback().await?;
+        }
+        self.open = true;
+        Ok(self.tables.begin(purpose).await?)
+    }
+
+    /// Commits what went well and undoes what did not.
+    async fn end<R>(&mut self, outcome: Result<R, LedgerError>) -> Result<R, LedgerError> {
+        match outcome {
+            Ok(done) => {
+                self.tables.commit().await.map_err(|error| self.tables.explain(error))?;
+                self.open = false;
+                Ok(done)
+            }
+            Err(error) => {
+                // The error to tell is the first one; should undoing fail as well, the next call tries again.
+                self.open = self.tables.rollback().await.is_err();
+                Err(match error {
+                    LedgerError::Database(error) => self.tables.explain(error),
+                    error => error,
+                })
+            }
+        }
+    }
+}
+
+/// Keys stored with one statement.
+pub(crate) const BATCH: usize = 1_000;
+
+#[async_trait]
+impl Ledger for Book {
+    async fn create_trust(&mut self, actor: &Actor, id: TrustId, name: &str) -> Result<Trust, LedgerError> {
+        self.begin(Purpose::Change).await?;
+        let outcome = create_trust(&mut *self.tables, actor, id, name).await;
+        self.end(outcome).await
+    }
+
+    async fn trusts(&mut self) -> Result<Vec<Trust>, LedgerError> {
+        self.begin(Purpose::Read).await?;
+        let outcome = self.tables.trusts(None).await.map_err(LedgerError::from);
+        self.end(outcome).await
+    }
+
+    async fn trust(&mut self, which: &TrustRef) -> Result<Trust, LedgerError> {
+        self.begin(Purpose::Read).await?;
+        let outcome = one_trust(&mut *self.tables, which).await;
+        self.end(outcome).await
+    }
+
+    async fn enable_trust(&mut self, actor: &Actor, which: &TrustRef, enabled: bool) -> Result<Trust, LedgerError> {
+        self.begin(Purpose::Change).await?;
+        let outcome = enable_trust(&mut *self.tables, actor, which, enabled).await;
+        self.end(outcome).await
+    }
+
+    async fn delete_trust(&mut self, actor: &Actor, which: &TrustRef, with_keys: bool) -> Result<Trust, LedgerError> {
+        self.begin(Purpose::Change).await?;
+        let outcome = delete_trust(&mut *self.tables, actor, which, with_keys).await;
+        self.end(outcome).await
+    }
+
+    async fn add_key(&mut self, actor: &Actor, trust: &TrustRef, key: NewKey) -> Result<Key, LedgerError> {
+        self.begin(Purpose::Change).await?;
+        let outcome = add_key(&mut *self.tables, actor, trust, &key).await;
+        self.end(outcome).await
+    }
+
+    async fn import_keys(&mut self, actor: &Actor, trust: &TrustRef, keys: Vec<NewKey>) -> Result<u64, LedgerError> {
+        self.begin(Purpose::Change).await?;
+        let outcome = import_keys(&mut *self.tables, actor, trust, &keys).await;
+        self.end(outcome).await
+    }
+
+    async fn keys(&mut self, trust: Option<&TrustRef>) -> Result<Vec<Key>, LedgerError> {
+        self.begin(Purpose::Read).await?;
+        let outcome = keys(&mut *self.tables, trust).await;
+        self.end(outcome).await
+    }
+
+    async fn key(&mut self, id: KeyId) -> Result<Key, LedgerError> {
+        self.begin(Purpose::Read).await?;
+        let outcome = one_key(&mut *self.tables, id).await;
+        self.end(outcome).await
+    }
+
+    async fn identify(&mut self, digests: &Digests) -> Result<Option<Key>, LedgerError> {
+        self.begin(Purpose::Read).await?;
+        let outcome = self.tables.keys(Which::Digests(digests)).await.map_err(LedgerError::from);
+        Ok(self.end(outcome).await?.into_iter().next())
+    }
+
+    async fn revoke_key(&mut self, actor: &Actor, id: KeyId) -> Result<Key, LedgerError> {
+        self.begin(Purpose::Change).await?;
+        let outcome = revoke_key(&mut *self.tables, actor, id).await;
+        self.end(outcome).await
+    }
+
+    async fn use_pepper(&mut self, actor: &Actor, pepper: Fingerprint) -> Result<Option<Fingerprint>, LedgerError> {
+        self.begin(Purpose::Change).await?;
+        let outcome = use_pepper(&mut *self.tables, actor, pepper).await;
+        self.end(outcome).await
+    }
+
+    async fn clear_caches(&mut self, actor: &Actor) -> Result<Version, LedgerError> {
+        self.begin(Purpose::Change).await?;
+        let outcome = clear_caches(&mut *self.tables, actor).await;
+        self.end(outcome).await?;
+        self.newest().await
+    }
+
+    async fn newest(&mut self) -> Result<Version, LedgerError> {
+        self.begin(Purpose::Read).await?;
+        let outcome = self.tables.newest().await.map_err(LedgerError::from);
+        Ok(Version(self.end(outcome).await?.cast_unsigned())) // versions start at 1 and rise
+    }
+
+    async fn replicas(&mut self) -> Result<Vec<Replica>, LedgerError> {
+        self.begin(Purpose::Read).await?;
+        let outcome = self.tables.replicas().await.map_err(LedgerError::from);
+        self.end(outcome).await
+    }
+
+    async fn now(&mut self) -> Result<DatabaseTime, LedgerError> {
+        self.begin(Purpose::Read).await?;
+        let outcome = self.tables.now().await.map(DatabaseTime::from_micros).map_err(LedgerError::from);
+        self.end(outcome).await
+    }
+}
+
+// === the changes, each inside a transaction ===
+
+async fn one_trust(tables: &mut dyn Tables, which: &TrustRef) -> Result<Trust, LedgerError> {
+    let found = tables.trusts(Some(which)).await?.into_iter().next();
+    found.ok_or_else(|| {
+        LedgerError::NoTrust(match which {
+            TrustRef::Id(id) => id.to_string(),
+            TrustRef::Name(name) => name.clone(),
+        })
+    })
+}
+
+async fn held_trust(tables: &mut dyn Tables, which: &TrustRef) -> Result<Trust, LedgerError> {
+    tables.hold_trust(which).await?;
+    one_trust(tables, which).await
+}
+
+async fn one_key(tables: &mut dyn Tables, id: KeyId) -> Result<Key, LedgerError> {
+    tables.keys(Which::Id(id)).await?.into_iter().next().ok_or(LedgerError::NoKey(id))
+}
+
+async fn create_trust(tables: &mut dyn Tables, actor: &Actor, id: TrustId, name: &str) -> Result<Trust, LedgerError> {
+    if !tables.insert_trust(id, name).await? {
+        return Err(LedgerError::NameTaken(name.to_owned()));
+    }
+    let trust = one_trust(tables, &TrustRef::Id(id)).await?;
+    note(tables, actor, "trust.create", id, None, Some(trust_json(&trust))).await?;
+    Ok(trust)
+}
+
+async fn enable_trust(
+    tables: &mut dyn Tables,
+    actor: &Actor,
+    which: &TrustRef,
+    enabled: bool,
+) -> Result<Trust, LedgerError> {
+    let before = held_trust(tables, which).await?;
+    if before.enabled == enabled {
+        return Ok(before); // nothing changed, so there is nothing to note
+    }
+    tables.set_enabled(before.id, enabled).await?;
+    let after = Trust { enabled, ..before.clone() };
+    let action = if enabled { "trust.enable" } else { "trust.disable" };
+    note(tables, actor, action, after.id, Some(trust_json(&before)), Some(trust_json(&after))).await?;
+    Ok(after)
+}
+
+async fn delete_trust(
+    tables: &mut dyn Tables,
+    actor: &Actor,
+    which: &TrustRef,
+    with_keys: bool,
+) -> Result<Trust, LedgerError> {
+    let trust = held_trust(tables, which).await?;
+    if trust.keys > 0 {
+        if !with_keys {
+            return Err(LedgerError::HasKeys(trust.keys));
+        }
+        tables.delete_keys(trust.id).await?;
+    }
+    tables.delete_trust(trust.id).await?;
+    note(tables, actor, "trust.delete", trust.id, Some(trust_json(&trust)), None).await?;
+    Ok(trust)
+}
+
+async fn add_key(tables: &mut dyn Tables, actor: &Actor, trust: &TrustRef, key: &NewKey) -> Result<Key, LedgerError> {
+    let trust = held_trust(tables, trust).await?;
+    check_pepper(tables, key.made).await?;
+    if tables.insert_keys(trust.id, std::slice::from_ref(key)).await? == 0 {
+        let digests = Digests { current: key.digest, older: Vec::new() };
+        // Deleted between the two statements: then its id is not known, but nothing was stored either.
+        let taken = tables.keys(Which::Digests(&digests)).await?.into_iter().next();
+        return Err(LedgerError::DigestTaken(taken.map_or(key.id, |taken| taken.id)));
+    }
+    let stored = one_key(tables, key.id).await?;
+    note(tables, actor, "key.issue", stored.id, None, Some(key_json(&stored))).await?;
+    Ok(stored)
+}
+
+/// Rejects new keys hashed under a pepper other than the recorded one: servers could not verify them.
+async fn check_pepper(tables: &mut dyn Tables, made: Made) -> Result<(), LedgerError> {
+    if matches!(made, Made::Elsewhere | Made::Probe(_)) {
+        return Ok(());
+    }
+    let configured = made.fingerprint();
+    match tables.hold_pepper(configured).await? {
+        Some(recorded) if configured != Some(recorded) => Err(LedgerError::OtherPepper { configured, recorded }),
+        _ => Ok(()),
+    }
+}
+
+async fn use_pepper(
+    tables: &mut dyn Tables,
+    actor: &Actor,
+    pepper: Fingerprint,
+) -> Result<Option<Fingerprint>, LedgerError> {
+    let before = tables.use_pepper(pepper).await?;
+    if before != Some(pepper) {
+        let named = |pepper: Fingerprint| json!({ "fingerprint": pepper.to_string() });
+        note(tables, actor, "pepper.use", "pepper", before.map(named), Some(named(pepper))).await?;
+    }
+    Ok(before)
+}
+
+async fn import_keys(
+    tables: &mut dyn Tables,
+    actor: &Actor,
+    trust: &TrustRef,
+    keys: &[NewKey],
+) -> Result<u64, LedgerError> {
+    let trust = held_trust(tables, trust).await?;
+    // All keys of one import are made in the same way.
+    if let Some(first) = keys.first() {
+        check_pepper(tables, first.made).await?;
+    }
+    let mut stored = 0;
+    for batch in keys.chunks(BATCH) {
+        let older: Vec<_> = batch.iter().flat_map(|key| key.older.iter().copied()).collect();
+        if older.is_empty() {
+            stored += tables.insert_keys(trust.id, batch).await?;
+            continue;
+        }
+        // A key that stood there twice could be revoked once, and go on under its other digest.
+        let known: HashSet<_> = tables.stored_digests(&older).await?.into_iter().collect();
+        let new: Vec<_> = batch.iter().filter(|key| !key.older.iter().any(|digest| known.contains(digest))).collect();
+        stored += tables.insert_keys(trust.id, &new.into_iter().cloned().collect::<Vec<_>>()).await?;
+    }
+    let after = json!({ "trust_id": trust.id.to_string(), "given": keys.len(), "stored": stored });
+    note(tables, actor, "key.import", trust.id, None, Some(after)).await?;
+    Ok(stored)
+}
+
+async fn keys(tables: &mut dyn Tables, trust: Option<&TrustRef>) -> Result<Vec<Key>, LedgerError> {
+    let which = match trust {
+        None => Which::All,
+        Some(trust) => Which::Of(one_trust(tables, trust).await?.id),
+    };
+    Ok(tables.keys(which).await?)
+}
+
+async fn revoke_key(tables: &mut dyn Tables, actor: &Actor, id: KeyId) -> Result<Key, LedgerError> {
+    let before = one_key(tables, id).await?;
+    if !tables.revoke_key(id).await? {
+        return one_key(tables, id).await; // revoked before, perhaps a moment ago by somebody else
+    }
+    let after = one_key(tables, id).await?;
+    note(tables, actor, "key.revoke", id, Some(key_json(&before)), Some(key_json(&after))).await?;
+    Ok(after)
+}
+
+async fn clear_caches(tables: &mut dyn Tables, actor: &Actor) -> Result<(), LedgerError> {
+    tables.change_everything().await?;
+    Ok(note(tables, actor, "cache.clear", "everything", None, None).await?)
+}
+
+pub(crate) async fn note(
+    tables: &mut dyn Tables,
+    actor: &Actor,
+    action: &'static str,
+    object: impl ToString + Send,
+    before: Option<Value>,
+    after: Option<Value>,
+) -> Result<(), sqlx::Error> {
+    let entry = AuditEntry { action, object: object.to_string(), before, after };
+    tables.insert_audit(actor, &entry).await
+}
+
+fn trust_json(trust: &Trust) -> Value {
+    let Trust { id, name, enabled, created_at, keys } = trust;
+    json!({
+        "id": id.to_string(), "name": name, "enabled": enabled, "created_at": written(*created_at), "keys": keys,
+    })
+}
+
+fn key_json(key: &Key) -> Value {
+    let Key { id, trust_id, hint, scheme, name, scopes, .. } = key;
+    let cidrs: Vec<String> = key.allowed_cidrs.iter().map(ToString::to_string).collect();
+    json!({
+        "id": id.to_string(), "trust_id": trust_id.to_string(), "hint": hint, "scheme": scheme.as_str(), "name": name,
+        "scopes": scopes, "allowed_cidrs": cidrs, "created_at": written(key.created_at),
+        "not_before": key.not_before.map(written), "expires_at": key.expires_at.map(written),
+        "revoked_at": key.revoked_at.map(written),
+    })
+}
+
+/// A time as people write it; as a number of microseconds where it lies outside the calendar.
+fn written(time: DatabaseTime) -> Value {
+    let format = &time::format_description::well_known::Rfc3339;
+    time::OffsetDateTime::from_unix_timestamp_nanos(i128::from(time.micros()) * 1_000)
+        .ok()
+        .and_then(|time| time.format(format).ok())
+        .map_or_else(|| json!(time.micros()), Value::from)
+}

@@ -1,0 +1,321 @@
+//! The reads of checks on PostgreSQL.
+
+use std::time::Duration;
+
+use sqlx::{AssertSqlSafe, Connection, PgConnection, Row, postgres::PgRow};
+use uuid::Uuid;
+
+use super::{
+    lookup::{Missing, OTHER_KEYS_MAX, SignOfLife},
+    pool::Connect,
+    reader::{Dialect, Ours},
+};
+use crate::{
+    record::{Digests, Fingerprint, KeyId, Version},
+    store::{
+        LedgerError, SchemaName,
+        change_log::{self, listen},
+        existing_table::{ExistingTable, bytes_literal, literal},
+        postgres::{code, connect, describe, is_missing},
+        rows::{self, POLL_ROWS_MAX},
+        schema,
+        url::Address,
+    },
+};
+
+/// One PostgreSQL database and whose tables it holds.
+#[derive(Clone, Debug)]
+pub(crate) struct Postgres {
+    /// Where it is.
+    pub(crate) address: Address,
+    /// Where our tables are in it.
+    pub(crate) schema: SchemaName,
+    /// Somebody else's table, if it is one.
+    pub(crate) existing: Option<ExistingTable>,
+    /// How long the server may work on a statement. Longer than anybody waits for it: it is there to end statements
+    /// whose connection was closed, which the server would not notice while one waits for a lock.
+    pub(crate) statement_timeout: Duration,
+}
+
+impl Connect for Postgres {
+    type Connection = PgConnection;
+    /// The whole text of a statement, values included: digests, ids and numbers as this release writes them, never a
+    /// text from outside. One round trip, also on a new connection, and nothing for a pooler to lose.
+    type Query = String;
+    type Row = PgRow;
+
+    async fn connect(&self) -> Result<PgConnection, sqlx::Error> {
+        connect(&self.address).await
+    }
+
+    async fn run(&self, connection: &mut PgConnection, query: &String) -> Result<Vec<PgRow>, sqlx::Error> {
+        sqlx::raw_sql(AssertSqlSafe(query.as_str())).fetch_all(connection).await
+    }
+
+    async fn close(connection: PgConnection) {
+        // It is gone either way.
+        let _ = connection.close().await;
+    }
+
+    fn lost(error: &sqlx::Error) -> bool {
+        match error {
+            sqlx::Error::Io(_) | sqlx::Error::Tls(_) | sqlx::Error::Protocol(_) => true,
+            // Class 08: connection; 57P: the server stops, crashed or starts. 55000 is what a read says on a server
+            // that became a standby; 25006, what a write says there.
+            _ => code(error).is_some_and(|code| {
+                code.starts_with("08") || code.starts_with("57P") || code == "55000" || code == "25006"
+            }),
+        }
+    }
+}
+
+impl Dialect for Postgres {
+    fn find(&self, digests: &Digests) -> String {
+        let list = |write: &dyn Fn(String) -> String| {
+            digests.all().map(|digest| write(digest.to_hex())).collect::<Vec<_>>().join(", ")
+        };
+        match &self.existing {
+            None => self.timed(&format!(
+                "SELECT * FROM {{s}}.find_key(ARRAY[{}]::bytea[], NULL)",
+                list(&|hex| bytes_literal(&hex))
+            )),
+            Some(table) => self.timed(&table.find(&table.has_digest(digests))),
+        }
+    }
+
+    fn find_by_id(&self, key: KeyId) -> String {
+        match &self.existing {
+            None => self.timed(&format!("SELECT * FROM {{s}}.find_key(NULL, '{key}')")),
+            Some(table) => self.timed(&table.find(&table.has_id(key))),
+        }
+    }
+
+    fn poll(&self, since: Option<Version>, echo: i64) -> String {
+        if !self.names_changes() {
+            return self.timed(&format!(
+                "SELECT {echo}::bigint, CASE WHEN pg_is_in_recovery() THEN 'standby' ELSE 'primary' END,
+                    0::bigint, 0::bigint, repeat('0', 32), '00000000-0000-0000-0000-000000000000', 0::bigint, 0::bigint,
+                    {CLOCK}, 0::bigint, {CLOCK}, NULL::bigint, NULL, NULL, NULL, NULL, NULL"
+            ));
+        }
+        let since = since.map_or_else(|| "NULL".to_owned(), |version| version.0.to_string());
+        // Of somebody else's table it also has to be the one that is read here, by the same columns.
+        let watched = self.existing.as_ref().map_or_else(
+            || "watched".to_owned(),
+            |table| format!("watched * ({})::int", attached_as(&table.identity())),
+        );
+        // Digests in an existing table have no pepper.
+        let pepper = |column: &str| match self.existing {
+            None => format!("(SELECT encode({column}, 'hex') FROM {{s}}.meta)"),
+            Some(_) => "NULL".to_owned(),
+        };
+        let poll = format!(
+            "SELECT {echo}::bigint, state, oldest, newest, newest_nonce, incarnation, system, timeline, clock, {watched},
+                stamped_at, version, nonce, kind, object, {}, {}
+             FROM {{s}}.poll({since}, {})",
+            pepper("pepper_fingerprint"),
+            pepper("previous_pepper_fingerprint"),
+            POLL_ROWS_MAX + 1
+        );
+        self.within(POLL_TIMEOUT, &format!("SET LOCAL lock_timeout = {}; {poll}", POLL_LOCK_TIMEOUT.as_millis()))
+    }
+
+    fn answered(error: &sqlx::Error) -> bool {
+        use sqlx::Error::{ColumnDecode, ColumnIndexOutOfBounds, ColumnNotFound, Decode, TypeNotFound};
+        match code(error) {
+            // Class 08: the connection (a pooler uses it for a server that it cannot reach); 57P01, 57P02, 57P03, 57P05: the
+            // server stops, crashed, starts, or closes idle connections. With every other code the server is there, and
+            // others may commit revocations meanwhile: it is a standby or read-only, without our tables or the rights to
+            // them, it rejects the login, has no connection to spare, cancelled the statement, or a table is locked.
+            Some(code) => !code.starts_with("08") && !["57P01", "57P02", "57P03", "57P05"].contains(&code.as_str()),
+            None => matches!(
+                error,
+                Decode(_)
+                    | ColumnDecode { .. }
+                    | ColumnIndexOutOfBounds { .. }
+                    | ColumnNotFound(_)
+                    | TypeNotFound { .. }
+            ),
+        }
+    }
+
+    async fn listen(&self, changed: &(dyn Fn() + Send + Sync)) -> sqlx::Error {
+        if !self.names_changes() {
+            return std::future::pending().await; // nobody tells of changes there
+        }
+        match listen::attend(&self.address, &self.schema, changed).await {
+            Ok(never) => match never {},
+            Err(error) => error,
+        }
+    }
+
+    async fn restore_watch(&self) -> Result<(), sqlx::Error> {
+        if let Some(question) = self.unattached() {
+            let mut connection = connect(&self.address).await?;
+            let rows = sqlx::raw_sql(AssertSqlSafe(question)).fetch_all(&mut connection).await?;
+            connection.close().await?;
+            if let Some(row) = rows.first() {
+                return Err(sqlx::Error::InvalidArgument(row.try_get(0)?));
+            }
+        }
+        self.call("SELECT {s}.restore_watch()").await
+    }
+
+    async fn renew_incarnation(&self, lost: Uuid) -> Result<(), sqlx::Error> {
+        self.call(&format!("SELECT {{s}}.renew_incarnation('{lost}')")).await
+    }
+
+    fn ours(&self) -> Option<Ours<String>> {
+        self.names_changes().then(|| Ours {
+            schema: self.timed(schema::postgres::SCHEMA),
+            redis_mac_key: self.timed("SELECT encode(value, 'hex') FROM {s}.setting WHERE name = 'redis_mac_key'"),
+            // Goes on if nobody waits for it: what it did not delete the next one must.
+            prune: self.within(PRUNE_TIMEOUT, "SELECT {s}.prune()"),
+            // The oldest is kept: it was the newest until the next one came.
+            is_more: self.timed(
+                "SELECT (at < clock_timestamp() - interval '21 minutes')::int::bigint
+                 FROM {s}.version ORDER BY version LIMIT 1 OFFSET 1",
+            ),
+        })
+    }
+
+    fn record_peppers(&self, proven: &[(KeyId, Fingerprint)], current: Fingerprint) -> String {
+        let list = |write: fn(&(KeyId, Fingerprint)) -> String| proven.iter().map(write).collect::<Vec<_>>().join(", ");
+        self.timed(&format!(
+            "SELECT {{s}}.record_peppers(ARRAY[{}]::uuid[], ARRAY[{}]::bytea[], {})",
+            list(|(id, _)| format!("'{id}'")),
+            list(|(_, fingerprint)| Self::fingerprint_literal(*fingerprint)),
+            Self::fingerprint_literal(current),
+        ))
+    }
+
+    fn fingerprint_literal(fingerprint: Fingerprint) -> String {
+        format!("{}::bytea", bytes_literal(&fingerprint.to_string()))
+    }
+
+    fn count_keys(&self, conditions: &[String]) -> String {
+        let ranges = conditions.iter().map(|condition| {
+            format!(
+                "(SELECT expires_at FROM {{s}}.api_key WHERE {condition} AND revoked_at IS NULL LIMIT {OTHER_KEYS_MAX})"
+            )
+        });
+        let ranges = ranges.collect::<Vec<_>>().join(" UNION ALL ");
+        // A new column has no statistics yet, by which the planner would rather read the whole table.
+        self.timed(&format!(
+            "SET LOCAL enable_seqscan = off; SELECT least(count(*), {OTHER_KEYS_MAX}) FROM ({ranges}) k
+             WHERE expires_at IS NULL OR expires_at > statement_timestamp()"
+        ))
+    }
+
+    fn has_own_keys(&self) -> bool {
+        self.existing.is_none()
+    }
+
+    fn report(&self, sign: &SignOfLife) -> String {
+        let SignOfLife { replica, name, applied, lasts } = sign;
+        // The name of a host as a list of characters: a text from outside never stands in a statement.
+        let name = name.chars().filter(char::is_ascii_graphic).take(NAME_CHARS_MAX);
+        let name = name.map(|c| u32::from(c).to_string()).collect::<Vec<_>>().join(", ");
+        self.timed(&format!(
+            "WITH dead AS (
+                DELETE FROM {{s}}.replica WHERE until < statement_timestamp() - interval '1 day' AND id <> '{replica}'
+             )
+             INSERT INTO {{s}}.replica (id, name, applied, seen_at, until)
+             VALUES ('{replica}', (SELECT coalesce(string_agg(chr(c), '' ORDER BY o), '')
+                        FROM unnest(ARRAY[{name}]::int[]) WITH ORDINALITY AS u (c, o)),
+                 {}, statement_timestamp(), statement_timestamp() + {} * interval '1 microsecond')
+             ON CONFLICT (id) DO UPDATE SET applied = excluded.applied, seen_at = excluded.seen_at, until = excluded.until",
+            applied.0,
+            rows::micros(*lasts),
+        ))
+    }
+
+    async fn prepare(&self, _missing: Missing) -> Result<(), LedgerError> {
+        Ok(()) // made by `migrate`, never by who serves
+    }
+
+    fn place(&self) -> String {
+        if self.names_changes() { describe(&self.address, &self.schema) } else { self.address.describe_postgres() }
+    }
+
+    fn is_missing(error: &sqlx::Error) -> bool {
+        is_missing(error)
+    }
+}
+
+impl Postgres {
+    /// Whether our tables are there, which name what changed.
+    pub(crate) fn names_changes(&self) -> bool {
+        self.existing.as_ref().is_none_or(|table| table.attached)
+    }
+
+    /// Asks for the problem that somebody else's table is to be read under a lease, and is not attached with the
+    /// columns that are read here. No row: it is. `None`: there is nothing to attach.
+    pub(crate) fn unattached(&self) -> Option<String> {
+        let table = self.existing.as_ref().filter(|table| table.attached)?;
+        let problem = format!(
+            "{} is not attached, or its columns are not used as they are here{}",
+            table.table,
+            change_log::postgres::ATTACH
+        );
+        let question = format!("SELECT {} WHERE NOT {}", literal(&problem), attached_as(&table.identity()));
+        Some(self.within(CALL_TIMEOUT, &question))
+    }
+
+    /// Calls a function of ours on a connection of its own.
+    async fn call(&self, call: &str) -> Result<(), sqlx::Error> {
+        if !self.names_changes() {
+            return Ok(()); // there are none
+        }
+        let mut connection = connect(&self.address).await?;
+        // Bounds of the server's: whoever waits here has one of their own.
+        let call = format!("SET LOCAL lock_timeout = '1s'; {}", self.within(CALL_TIMEOUT, call));
+        sqlx::raw_sql(AssertSqlSafe(call)).execute(&mut connection).await?;
+        connection.close().await
+    }
+
+    /// `text` in our schema, with the limit of a read for the server.
+    fn timed(&self, text: &str) -> String {
+        self.within(self.statement_timeout, text)
+    }
+
+    /// `text` in our schema, with a limit for the server. `SET LOCAL` ends with the implicit transaction around all of
+    /// it. Reads that are SERIALIZABLE, where somebody made that the default, would make writers fail.
+    fn within(&self, limit: Duration, text: &str) -> String {
+        format!(
+            "SET LOCAL transaction_isolation = 'read committed'; SET LOCAL statement_timeout = {}; {}",
+            limit.as_millis().max(1),
+            text.replace("{s}", self.schema.as_str())
+        )
+    }
+}
+
+/// How long the server may work on a poll. Longer than anybody waits for it, as with reads.
+const POLL_TIMEOUT: Duration = Duration::from_secs(1);
+/// How long a poll may wait for a lock on our tables. Well below `freshness.poll_timeout`: the server then says that a table is
+/// locked, which is an answer, and opens no stale window. Without it the poll would seem to get none.
+const POLL_LOCK_TIMEOUT: Duration = Duration::from_millis(50);
+/// How long the server may delete old versions.
+const PRUNE_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long the server may work on a call of a function.
+const CALL_TIMEOUT: Duration = Duration::from_secs(2);
+/// The longest name of a host that is written down (RFC 1035, section 2.3.4).
+const NAME_CHARS_MAX: usize = 255;
+
+/// Whether the table that is attached is the one with this identity.
+fn attached_as(identity: &str) -> String {
+    format!("(SELECT attached_identity IS NOT DISTINCT FROM '{identity}' FROM {{s}}.meta)")
+}
+
+/// The timeline of the log being written.
+pub(crate) const TIMELINE: &str = "('x' || left(pg_walfile_name(pg_current_wal_lsn()), 8))::bit(32)::bigint";
+/// The database's clock in microseconds since the Unix epoch.
+pub(crate) const CLOCK: &str = "(extract(epoch FROM statement_timestamp()) * 1000000)::bigint";
+
+/// A point in time in microseconds since the Unix epoch. One that has no such number counts as far as it can.
+pub(crate) fn micros(column: &str) -> String {
+    format!(
+        "(extract(epoch FROM CASE WHEN {column} > '200000-01-01+00' THEN '200000-01-01+00'
+            WHEN {column} < '4000-01-01+00 BC' THEN '4000-01-01+00 BC' ELSE {column} END) * 1000000)::bigint"
+    )
+}

@@ -1,0 +1,351 @@
+//! The reads of checks, over either database: a pool for them, and one connection beside it for the poll.
+//!
+//! Writes only heartbeats and, through one function, the fingerprints of peppers; and prunes old versions.
+
+use std::{
+    future::Future,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicI64, Ordering},
+    },
+    time::Duration,
+};
+
+use async_trait::async_trait;
+use uuid::Uuid;
+
+use super::{
+    lookup::{Missing, PollError, Polled, SignOfLife, Source, Tended},
+    pool::{Connect, Limits, Pool, Trouble},
+};
+use crate::{
+    base::{
+        clock::{Clock, Moment},
+        fault::{Fault, Tier},
+    },
+    record::{ApiKeyDigest, Dated, Digests, Fingerprint, KeyId, Record, Version, bytes_from_hex},
+    store::{
+        Lookup, StoreSettings,
+        ledger::LedgerError,
+        rows::{self, Corrupt, Plain, Read},
+        schema,
+    },
+};
+
+/// One database's side of the reads: what to send. Reads for decisions return the columns of [`Read`].
+pub(crate) trait Dialect: Connect<Row: Plain> {
+    /// The record under one of `digests`.
+    fn find(&self, digests: &Digests) -> Self::Query;
+    /// The record of a key.
+    fn find_by_id(&self, key: KeyId) -> Self::Query;
+    /// What was committed from `since` on, in the columns of [`rows::polled`]; the first of them is `echo`.
+    fn poll(&self, since: Option<Version>, echo: i64) -> Self::Query;
+    /// Whether a failed poll is an answer all the same: the server is there, and a standby, or without our tables, or
+    /// without the rights to them.
+    fn answered(error: &sqlx::Error) -> bool;
+    /// Whether every connection of this process has to be closed before a new one can see the database as it is now.
+    fn is_replaced(_error: &sqlx::Error) -> bool {
+        false
+    }
+    /// Calls `changed` for every hint, as [`Lookup::listen`].
+    fn listen(&self, changed: &(dyn Fn() + Send + Sync)) -> impl Future<Output = sqlx::Error> + Send;
+    /// What only our own tables have; `None` on somebody else's.
+    fn ours(&self) -> Option<Ours<Self::Query>>;
+    /// Records the pepper of each key; `current`: that of the server. Only on our own tables.
+    fn record_peppers(&self, proven: &[(KeyId, Fingerprint)], current: Fingerprint) -> Self::Query;
+    /// A fingerprint in a statement.
+    fn fingerprint_literal(fingerprint: Fingerprint) -> String;
+    /// How many active keys are recorded under a pepper for which one of `conditions` holds, [`super::lookup::OTHER_KEYS_MAX`] at
+    /// most. Reads no more rows than that for each condition.
+    fn count_keys(&self, conditions: &[String]) -> Self::Query;
+    /// The sign of life of this replica.
+    fn report(&self, sign: &SignOfLife) -> Self::Query;
+    /// As [`Lookup::restore_watch`], on a connection of its own.
+    fn restore_watch(&self) -> impl Future<Output = Result<(), sqlx::Error>> + Send;
+    /// As [`Lookup::renew_incarnation`], on a connection of its own.
+    fn renew_incarnation(&self, lost: Uuid) -> impl Future<Output = Result<(), sqlx::Error>> + Send;
+    /// Whether the keys are in our own tables.
+    fn has_own_keys(&self) -> bool;
+    /// Makes the database and brings it up to date, where this kind of database is made by who uses it.
+    fn prepare(&self, missing: Missing) -> impl Future<Output = Result<(), LedgerError>> + Send;
+    /// What is left to do once every connection is closed.
+    fn finish(&self) -> impl Future<Output = ()> + Send {
+        std::future::ready(())
+    }
+    /// Where the database is, for messages.
+    fn place(&self) -> String;
+    /// Whether `error` says that a table, or the schema, is not there.
+    fn is_missing(error: &sqlx::Error) -> bool;
+}
+
+/// Statements on our own tables.
+pub(crate) struct Ours<Q> {
+    /// Version and compatible-from of the tables, newest first.
+    pub(crate) schema: Q,
+    /// The Redis MAC key in hexadecimal.
+    pub(crate) redis_mac_key: Q,
+    /// As [`Lookup::prune`].
+    pub(crate) prune: Q,
+    /// Whether there is more to delete: 1, else 0 or nothing.
+    pub(crate) is_more: Q,
+}
+
+/// [`Lookup`] over either database.
+pub(crate) struct Reader<D: Dialect> {
+    dialect: Arc<D>,
+    reads: Pool<D>,
+    /// Its one connection is the poll's: nothing else waits for it or makes it wait.
+    poll: Pool<D>,
+    polls: AtomicI64,
+    reconnected: Mutex<Option<Moment>>,
+    /// Keys without a recorded pepper, each with the position of its digest in [`Digests::all`].
+    proven: Mutex<Vec<(KeyId, usize)>>,
+    clock: Arc<dyn Clock>,
+}
+
+/// How long connections are used at least, to a server that confirms nothing.
+const RECONNECT_WAIT: Duration = Duration::from_secs(1);
+
+impl<D: Dialect> Reader<D> {
+    /// Connects to nothing yet.
+    pub(crate) fn new(dialect: D, settings: &StoreSettings, clock: Arc<dyn Clock>) -> Self {
+        let dialect = Arc::new(dialect);
+        let limits = Limits {
+            connections_max: usize::try_from(settings.connections_max).unwrap_or(usize::MAX),
+            waiting_max: usize::try_from(settings.reads_max).unwrap_or(usize::MAX),
+            connect_timeout: settings.connect_timeout,
+        };
+        let poll = Limits { connections_max: 1, waiting_max: 1, ..limits };
+        Self {
+            reads: Pool::new("reads", Arc::clone(&dialect), limits),
+            poll: Pool::new("poll", Arc::clone(&dialect), poll),
+            polls: AtomicI64::new(0),
+            reconnected: Mutex::default(),
+            proven: Mutex::default(),
+            dialect,
+            clock,
+        }
+    }
+
+    async fn ask(&self, query: &D::Query) -> Result<Vec<Read>, Fault> {
+        let rows = self.reads.read(query).await?;
+        rows.iter().map(Read::of).collect::<Result<_, _>>().map_err(|_| Corrupt("a column has another type").into())
+    }
+
+    /// Leaves every connection for new ones: that to a server which is a standby by now, or read-only, would last for as
+    /// long as that server does, wherever the URL has led since. At most once in [`RECONNECT_WAIT`].
+    fn reconnect(&self) {
+        let now = self.clock.now();
+        let mut last = self.reconnected.lock().unwrap_or_else(PoisonError::into_inner);
+        if last.is_none_or(|last| now.since(last) >= RECONNECT_WAIT) {
+            *last = Some(now);
+            self.poll.forget();
+            self.reads.forget();
+        }
+    }
+
+    /// Queues keys whose pepper this read proved and the database does not record yet.
+    fn note_proven(&self, rows: &[Read], digests: &Digests) {
+        for row in rows {
+            if let Some(stored) = row.unrecorded()
+                && let Some(position) = digests.all().position(|digest| digest.matches(&stored))
+                && let Some(id) = row.key_id()
+            {
+                let mut proven = self.proven.lock().unwrap_or_else(PoisonError::into_inner);
+                // If the queue is full, the key is dropped: a later read proves it again.
+                if proven.len() < PROVEN_MAX && proven.iter().all(|(known, _)| *known != id) {
+                    proven.push((id, position));
+                }
+            }
+        }
+    }
+
+    /// The version of the tables, and whether it fits.
+    async fn check_schema(&self, query: &D::Query) -> Result<(), LedgerError> {
+        let place = self.dialect.place();
+        let tables = match self.reads.read(query).await {
+            Ok(rows) => newest_tables(&rows)?,
+            Err(Trouble::Sql(error)) if D::is_missing(&error) => None,
+            Err(trouble) => return Err(Fault::from(trouble).into()),
+        };
+        schema::check(tables, &place)
+    }
+}
+
+/// Keys whose pepper is recorded with one statement, at most.
+const PROVEN_MAX: usize = 500;
+
+/// Conditions of which one holds for each fingerprint that is not among `known`: ranges, so that an index leads to the
+/// few rows there are, instead of past all others.
+fn others(known: &[Fingerprint], literal: fn(Fingerprint) -> String) -> Vec<String> {
+    let mut known = known.to_vec();
+    known.sort_unstable();
+    known.dedup();
+    let behind = known.iter().map(|one| format!("pepper_fingerprint > {}", literal(*one)));
+    let before = known.iter().map(|one| format!("pepper_fingerprint < {}", literal(*one)));
+    let (first, last) = ("pepper_fingerprint IS NOT NULL".to_owned(), "true".to_owned());
+    std::iter::once(first)
+        .chain(behind)
+        .zip(before.chain([last]))
+        .map(|(behind, before)| format!("{behind} AND {before}"))
+        .collect()
+}
+
+/// What the answer to [`Ours::schema`] says; `None` where there are no tables.
+pub(crate) fn newest_tables(rows: &[impl Plain]) -> Result<Option<schema::Tables>, sqlx::Error> {
+    let Some(row) = rows.first() else { return Ok(None) };
+    Ok(Some(schema::Tables { version: row.number(0)?, compatible_from: row.number(1)? }))
+}
+
+#[async_trait]
+impl<D: Dialect> Lookup for Reader<D> {
+    async fn find(&self, digests: &Digests) -> Result<Dated<Option<Record>>, Fault> {
+        let sent_at = self.clock.now();
+        let rows = self.ask(&self.dialect.find(digests)).await?;
+        self.note_proven(&rows, digests);
+        Ok(rows::by_digests(rows, digests, sent_at)?)
+    }
+
+    async fn find_by_id(&self, key: KeyId) -> Result<Dated<Option<Record>>, Fault> {
+        let sent_at = self.clock.now();
+        let rows = self.ask(&self.dialect.find_by_id(key)).await?;
+        Ok(rows::by_id(rows, sent_at)?)
+    }
+
+    async fn poll(&self, since: Option<Version>) -> Result<Polled, PollError> {
+        let echo = self.polls.fetch_add(1, Ordering::Relaxed);
+        let sent_at = self.clock.now();
+        match self.poll.read(&self.dialect.poll(since, echo)).await {
+            Ok(rows) => {
+                let polled = rows::polled(&rows, echo, sent_at);
+                if matches!(polled, Err(PollError::Unusable(_))) {
+                    self.reconnect();
+                }
+                polled
+            }
+            Err(Trouble::Sql(error)) if D::answered(&error) => {
+                if D::is_replaced(&error) {
+                    self.poll.forget();
+                    self.reads.forget();
+                }
+                Err(PollError::Unusable(error.to_string().into()))
+            }
+            Err(trouble) => Err(PollError::NoAnswer(trouble.into())),
+        }
+    }
+
+    async fn listen(&self, changed: &(dyn Fn() + Send + Sync)) -> Fault {
+        Fault::unreachable(Tier::Store, self.dialect.listen(changed).await)
+    }
+
+    async fn report(&self, sign: &SignOfLife) -> Result<(), Fault> {
+        if self.dialect.ours().is_some() {
+            self.reads.read(&self.dialect.report(sign)).await?;
+        }
+        Ok(())
+    }
+
+    async fn restore_watch(&self) -> Result<(), Fault> {
+        if self.dialect.ours().is_none() {
+            return Ok(());
+        }
+        self.dialect.restore_watch().await.map_err(|error| Fault::unreachable(Tier::Store, error))
+    }
+
+    async fn renew_incarnation(&self, lost: Uuid) -> Result<(), Fault> {
+        if self.dialect.ours().is_none() {
+            return Ok(());
+        }
+        self.dialect.renew_incarnation(lost).await.map_err(|error| Fault::unreachable(Tier::Store, error))
+    }
+
+    async fn prune(&self) -> Result<bool, Fault> {
+        let Some(ours) = self.dialect.ours() else { return Ok(false) };
+        self.reads.read(&ours.prune).await?;
+        let rows = self.reads.read(&ours.is_more).await?;
+        let is_more = rows.first().map_or(Ok(0), |row| row.number(0));
+        Ok(is_more.map_err(|_| Corrupt("the age of a version is not a number"))? != 0)
+    }
+
+    async fn tend_peppers(&self, known: &[Fingerprint]) -> Result<Tended, Fault> {
+        if !self.dialect.has_own_keys() {
+            return Ok(Tended::default());
+        }
+        let proven = std::mem::take(&mut *self.proven.lock().unwrap_or_else(PoisonError::into_inner));
+        let prints: Vec<_> = proven.iter().filter_map(|(id, position)| Some((*id, *known.get(*position)?))).collect();
+        let unrecorded = match known.first() {
+            Some(current) if !prints.is_empty() => {
+                self.reads.read(&self.dialect.record_peppers(&prints, *current)).await.err().map(Fault::from)
+            }
+            _ => None,
+        };
+        if unrecorded.is_some() {
+            // For the next call. What reads have queued meanwhile is proven again by a later read.
+            *self.proven.lock().unwrap_or_else(PoisonError::into_inner) = proven;
+        }
+        let conditions = others(known, D::fingerprint_literal);
+        let rows = self.reads.read(&self.dialect.count_keys(&conditions)).await?;
+        let count = rows.first().map_or(Ok(0), |row| row.number(0));
+        let others = count.map_err(|_| Corrupt("a number of keys is not a number"))?.unsigned_abs();
+        Ok(Tended { others, unrecorded })
+    }
+
+    async fn redis_mac_key(&self) -> Result<Option<[u8; 32]>, Fault> {
+        let Some(ours) = self.dialect.ours() else { return Ok(None) };
+        let rows = self.reads.read(&ours.redis_mac_key).await?;
+        let hex = rows.first().map(|row| row.text(0)).transpose();
+        let key = hex.ok().flatten().and_then(|hex| bytes_from_hex(&hex));
+        key.map(Some).ok_or_else(|| Corrupt("the setting redis_mac_key is missing or not 32 bytes").into())
+    }
+}
+
+#[async_trait]
+impl<D: Dialect> Source for Reader<D> {
+    async fn prepare(&self, missing: Missing) -> Result<(), LedgerError> {
+        self.dialect.prepare(missing).await?;
+        if let Some(ours) = self.dialect.ours() {
+            self.check_schema(&ours.schema).await?;
+        }
+        // Every read once, so that a missing column or right is found now and not by a request.
+        let nobody = Digests { current: ApiKeyDigest::from_bytes([0; 32]), older: Vec::new() };
+        self.find(&nobody).await?;
+        self.find_by_id(KeyId(Uuid::nil())).await?;
+        match self.poll(None).await {
+            Ok(_) => Ok(()),
+            Err(PollError::NoAnswer(fault)) => Err(fault.into()),
+            Err(PollError::Unusable(problem)) => {
+                Err(LedgerError::Schema(format!("{}: {problem}", self.dialect.place())))
+            }
+        }
+    }
+
+    fn run_reads_on(&self, runtime: tokio::runtime::Handle) {
+        self.reads.run_on(runtime);
+    }
+
+    async fn close(&self) {
+        self.reads.close().await;
+        self.poll.close().await;
+        self.dialect.finish().await;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_other_pepper_is_in_exactly_one_range() {
+        let print = |number| Fingerprint([number; 8]);
+        let literal = |fingerprint: Fingerprint| fingerprint.0[0].to_string();
+        assert_eq!(others(&[], literal), ["pepper_fingerprint IS NOT NULL AND true"]);
+        assert_eq!(
+            others(&[print(7), print(3), print(7)], literal),
+            [
+                "pepper_fingerprint IS NOT NULL AND pepper_fingerprint < 3",
+                "pepper_fingerprint > 3 AND pepper_fingerprint < 7",
+                "pepper_fingerprint > 7 AND true",
+            ]
+        );
+    }
+}

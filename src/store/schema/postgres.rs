@@ -1,0 +1,224 @@
+//! The tables on PostgreSQL. A migration only adds.
+
+use std::time::Duration;
+
+use sqlx::{Connection, PgConnection, Row};
+use uuid::Uuid;
+
+use crate::store::{
+    LedgerError, SchemaName,
+    change_log::postgres,
+    postgres::{connect_within, describe, in_schema, is_missing},
+    schema,
+    url::Address,
+};
+
+/// The version of the tables, newest first.
+pub(crate) const SCHEMA: &str = "SELECT version, compatible_from FROM {s}.schema ORDER BY version DESC LIMIT 1";
+
+/// Makes the tables, or adds and mends what is missing. Several may run at once: one works, the others wait for it.
+///
+/// # Errors
+/// [`LedgerError::Schema`] where the tables are too new for this release; or the database failed.
+pub(crate) async fn run(address: &Address, name: &SchemaName, connect_timeout: Duration) -> Result<(), LedgerError> {
+    let mut connection = connect_within(address, connect_timeout).await?;
+    let mut transaction = connection.begin().await?;
+    sqlx::raw_sql(LOCK).execute(&mut *transaction).await?;
+    sqlx::raw_sql(WAITS).execute(&mut *transaction).await?;
+    if tables(&mut transaction, name).await?.is_none() {
+        first(&mut transaction, name).await?;
+    }
+    if tables(&mut transaction, name).await?.is_some_and(|tables| tables.version == 1) {
+        second(&mut transaction, name).await?;
+    }
+    if tables(&mut transaction, name).await?.is_some_and(|tables| tables.version == 2) {
+        third(&mut transaction, name).await?;
+    }
+    if tables(&mut transaction, name).await?.is_some_and(|tables| tables.version == 3) {
+        fourth(&mut transaction, name).await?;
+    }
+    let tables = tables(&mut transaction, name).await?;
+    // A newer release's functions and triggers are left to it.
+    if tables.is_some_and(|tables| tables.version == schema::VERSION) {
+        postgres::mend(&mut transaction, name).await?;
+    }
+    transaction.commit().await?;
+    if tables.is_some_and(|tables| tables.version >= 4) {
+        sqlx::raw_sql(in_schema(PEPPER_INDEX, name)).execute(&mut connection).await?;
+    }
+    connection.close().await?;
+    schema::check(tables, &describe(address, name))
+}
+
+/// Begins a new history. For whoever restored a backup: what replicas and Redis hold of the old one is never used again.
+///
+/// # Errors
+/// The database failed, or holds no tables of ours.
+pub(crate) async fn new_incarnation(
+    address: &Address,
+    name: &SchemaName,
+    connect_timeout: Duration,
+) -> Result<(), LedgerError> {
+    let mut connection = connect_within(address, connect_timeout).await?;
+    let sql = "SET LOCAL transaction_isolation = 'read committed'; SET LOCAL lock_timeout = '60s';
+        SELECT {s}.renew_incarnation(incarnation) FROM {s}.meta";
+    sqlx::raw_sql(in_schema(sql, name)).execute(&mut connection).await?;
+    Ok(connection.close().await?)
+}
+
+/// One lock for every schema of the database: migrations are rare. The number is the first 8 bytes of
+/// SHA-256("trustgate migrate").
+const LOCK: &str = "SET LOCAL lock_timeout = '60s'; SET LOCAL statement_timeout = 0; SELECT pg_advisory_xact_lock(2242996985564621124)";
+/// Whoever waits for a lock on a table makes everybody wait who comes after: better to give up and be run again.
+const WAITS: &str = "SET LOCAL lock_timeout = '5s'; SET LOCAL client_min_messages = warning";
+
+pub(crate) async fn tables(
+    connection: &mut PgConnection,
+    name: &SchemaName,
+) -> Result<Option<schema::Tables>, sqlx::Error> {
+    // A savepoint: a table that is not there must not end the transaction.
+    let mut attempt = connection.begin().await?;
+    match sqlx::raw_sql(in_schema(SCHEMA, name)).fetch_all(&mut *attempt).await {
+        Ok(rows) => match rows.first() {
+            None => Ok(None),
+            Some(row) => Ok(Some(schema::Tables { version: row.try_get(0)?, compatible_from: row.try_get(1)? })),
+        },
+        Err(error) if is_missing(&error) => attempt.rollback().await.map(|()| None),
+        Err(error) => Err(error),
+    }
+}
+
+/// Version 1: the tables, the first version, and the key of the Redis MAC.
+async fn first(connection: &mut PgConnection, name: &SchemaName) -> Result<(), LedgerError> {
+    // CREATE SCHEMA asks for the right to make one even where it exists.
+    let exists = sqlx::query("SELECT FROM pg_namespace WHERE nspname = $1")
+        .bind(name.as_str())
+        .fetch_optional(&mut *connection)
+        .await?
+        .is_some();
+    if !exists {
+        sqlx::raw_sql(in_schema("CREATE SCHEMA {s}", name)).execute(&mut *connection).await?;
+    }
+    sqlx::raw_sql(in_schema(FIRST, name)).execute(&mut *connection).await?;
+    sqlx::query(in_schema("INSERT INTO {s}.meta (incarnation) VALUES ($1)", name))
+        .bind(Uuid::new_v4())
+        .execute(&mut *connection)
+        .await?;
+    sqlx::query(in_schema("INSERT INTO {s}.version (version, nonce) VALUES (1, $1)", name))
+        .bind(schema::random::<16>()?.to_vec())
+        .execute(&mut *connection)
+        .await?;
+    sqlx::query(in_schema("INSERT INTO {s}.setting (name, value) VALUES ('redis_mac_key', $1)", name))
+        .bind(schema::random::<32>()?.to_vec())
+        .execute(&mut *connection)
+        .await?;
+    sqlx::raw_sql(in_schema("INSERT INTO {s}.schema (version, compatible_from) VALUES (1, 1)", name))
+        .execute(connection)
+        .await?;
+    Ok(())
+}
+
+/// Version 2: changes are named.
+async fn second(connection: &mut PgConnection, name: &SchemaName) -> Result<(), sqlx::Error> {
+    sqlx::raw_sql(in_schema(postgres::HOLD_WRITERS, name)).execute(&mut *connection).await?;
+    sqlx::raw_sql(in_schema(postgres::TABLES, name)).execute(&mut *connection).await?;
+    stamp(connection, name, 2).await
+}
+
+/// Version 3: somebody else's table may be attached. What is known of it stands where `serve` has the right to read.
+async fn third(connection: &mut PgConnection, name: &SchemaName) -> Result<(), sqlx::Error> {
+    sqlx::raw_sql(in_schema(THIRD, name)).execute(&mut *connection).await?;
+    stamp(connection, name, 3).await
+}
+
+/// Version 4: records the pepper of each key. No statement reads the rows of a large table. The other columns are for later releases, so that tables that every check reads
+/// change only once.
+async fn fourth(connection: &mut PgConnection, name: &SchemaName) -> Result<(), sqlx::Error> {
+    sqlx::raw_sql(in_schema(postgres::HOLD_WRITERS, name)).execute(&mut *connection).await?;
+    sqlx::raw_sql(in_schema(FOURTH, name)).execute(&mut *connection).await?;
+    stamp(connection, name, schema::VERSION).await
+}
+
+const THIRD: &str = "ALTER TABLE {s}.meta ADD COLUMN attached_schema text, ADD COLUMN attached_table text,
+    ADD COLUMN attached_digest text, ADD COLUMN attached_identity text";
+
+const FOURTH: &str = "
+ALTER TABLE {s}.meta
+    ADD COLUMN pepper_fingerprint bytea CHECK (octet_length(pepper_fingerprint) = 8),
+    ADD COLUMN previous_pepper_fingerprint bytea CHECK (octet_length(previous_pepper_fingerprint) = 8);
+ALTER TABLE {s}.api_key
+    ADD COLUMN pepper_fingerprint bytea,
+    ADD COLUMN metadata jsonb,
+    ADD COLUMN rotated_from uuid,
+    ADD COLUMN limit_requests bigint,
+    ADD COLUMN limit_unit text;
+ALTER TABLE {s}.trust
+    ADD COLUMN external_id text,
+    ADD COLUMN limit_requests bigint,
+    ADD COLUMN limit_unit text;
+ALTER TABLE {s}.api_key ADD CONSTRAINT api_key_pepper_fingerprint_check
+    CHECK (octet_length(pepper_fingerprint) = 8) NOT VALID;
+";
+
+/// The index of version 4. Made after the tables were committed: it reads all of `api_key`, and holds up writers alone.
+const PEPPER_INDEX: &str = "
+CREATE INDEX IF NOT EXISTS api_key_pepper ON {s}.api_key (pepper_fingerprint)
+    WHERE pepper_fingerprint IS NOT NULL AND revoked_at IS NULL";
+
+async fn stamp(connection: &mut PgConnection, name: &SchemaName, version: i64) -> Result<(), sqlx::Error> {
+    sqlx::query(in_schema("INSERT INTO {s}.schema (version, compatible_from) VALUES ($1, $2)", name))
+        .bind(version)
+        .bind(schema::COMPATIBLE_FROM)
+        .execute(connection)
+        .await
+        .map(drop)
+}
+
+const FIRST: &str = "
+CREATE TABLE {s}.schema (
+    version bigint PRIMARY KEY, compatible_from bigint NOT NULL, at timestamptz NOT NULL DEFAULT now()
+);
+CREATE TABLE {s}.meta (
+    one boolean PRIMARY KEY DEFAULT true CHECK (one), incarnation uuid NOT NULL
+);
+CREATE TABLE {s}.version (
+    version bigint PRIMARY KEY CHECK (version > 0),
+    nonce bytea NOT NULL CHECK (octet_length(nonce) = 16),
+    at timestamptz NOT NULL DEFAULT clock_timestamp()
+);
+CREATE TABLE {s}.setting (name text PRIMARY KEY, value bytea NOT NULL);
+CREATE TABLE {s}.trust (
+    id uuid PRIMARY KEY,
+    name text NOT NULL UNIQUE CHECK (name <> ''),
+    enabled boolean NOT NULL DEFAULT true,
+    created_at timestamptz NOT NULL DEFAULT now()
+);
+CREATE TABLE {s}.api_key (
+    id uuid PRIMARY KEY,
+    trust_id uuid NOT NULL REFERENCES {s}.trust (id),
+    digest bytea NOT NULL UNIQUE CHECK (octet_length(digest) = 32),
+    scheme smallint NOT NULL,
+    hint text NOT NULL,
+    name text,
+    scopes text[] NOT NULL DEFAULT '{}',
+    allowed_cidrs cidr[] NOT NULL DEFAULT '{}',
+    not_before timestamptz CHECK (isfinite(not_before)),
+    expires_at timestamptz CHECK (isfinite(expires_at)),
+    revoked_at timestamptz CHECK (isfinite(revoked_at)),
+    created_at timestamptz NOT NULL DEFAULT now()
+);
+CREATE INDEX api_key_trust ON {s}.api_key (trust_id);
+CREATE TABLE {s}.key_use (
+    key_id uuid PRIMARY KEY REFERENCES {s}.api_key (id) ON DELETE CASCADE, last_used_at timestamptz NOT NULL
+);
+CREATE TABLE {s}.replica (id uuid PRIMARY KEY, applied bigint NOT NULL, seen_at timestamptz NOT NULL);
+CREATE TABLE {s}.audit (
+    id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    at timestamptz NOT NULL DEFAULT clock_timestamp(),
+    actor text NOT NULL,
+    action text NOT NULL,
+    object text NOT NULL,
+    before jsonb,
+    after jsonb
+);
+";

@@ -1,0 +1,227 @@
+//! The tables on SQLite. A migration only adds.
+
+use std::{path::Path, time::Duration};
+
+use sqlx::{Connection, Row, SqliteConnection};
+use uuid::Uuid;
+
+use crate::store::{
+    LedgerError, Missing,
+    change_log::sqlite,
+    schema,
+    sqlite::{Access, NOW, connect, file, is_busy, is_missing},
+    url::describe_sqlite,
+};
+
+/// The version of the tables, newest first.
+pub(crate) const SCHEMA: &str = "SELECT version, compatible_from FROM schema ORDER BY version DESC LIMIT 1";
+
+/// Makes the tables, or adds what is missing. The file must exist. Can be run by several processes at once.
+///
+/// # Errors
+/// [`LedgerError::Schema`] where the tables are too new for this release; or the database failed.
+pub(crate) async fn run(path: &Path) -> Result<(), LedgerError> {
+    let mut left = ATTEMPTS;
+    loop {
+        match attempt(path).await {
+            // Two that turn on the write-ahead log at once are told so without waiting for each other.
+            Err(LedgerError::Database(error)) if is_busy(&error) && left > 0 => {
+                left -= 1;
+                tokio::time::sleep(PAUSE).await;
+            }
+            outcome => return outcome,
+        }
+    }
+}
+
+const ATTEMPTS: u32 = 100;
+const PAUSE: Duration = Duration::from_millis(20);
+
+async fn attempt(path: &Path) -> Result<(), LedgerError> {
+    let mut connection = connect(path, Access::Write).await?;
+    if !is_done(&mut connection).await? {
+        // Kept in the file; readers then never wait for the writer.
+        sqlx::raw_sql("PRAGMA journal_mode = WAL").execute(&mut connection).await?;
+        let mut transaction = connection.begin_with("BEGIN IMMEDIATE").await?;
+        // Somebody may have been faster.
+        if !is_done(&mut transaction).await? {
+            let version = tables(&mut transaction).await?.map_or(0, |tables| tables.version);
+            if version < 1 {
+                first(&mut transaction).await?;
+            }
+            if version < 2 {
+                second(&mut transaction).await?;
+            }
+            if version < 3 {
+                // What came with it concerns PostgreSQL alone.
+                stamp(&mut transaction, 3).await?;
+            }
+            if version < 4 {
+                fourth(&mut transaction).await?;
+            }
+            sqlite::install(&mut transaction).await?.map_err(|problem| unwatched(path, &problem))?;
+        }
+        transaction.commit().await?;
+    }
+    let tables = self::tables(&mut connection).await?;
+    connection.close().await?;
+    schema::check(tables, &describe_sqlite(path))
+}
+
+/// Whether there is nothing to do: the tables are of this release and every change is named, or they are of a newer one.
+async fn is_done(connection: &mut SqliteConnection) -> Result<bool, sqlx::Error> {
+    match tables(connection).await? {
+        Some(tables) if tables.version == schema::VERSION => sqlite::in_force(connection).await,
+        tables => Ok(tables.is_some_and(|tables| tables.version > schema::VERSION)),
+    }
+}
+
+fn unwatched(path: &Path, problem: &str) -> LedgerError {
+    LedgerError::Schema(format!("{}: {problem}", describe_sqlite(path)))
+}
+
+/// Begins a new history, for a database that was put back from a copy: no replica uses what it knows of the old one.
+///
+/// # Errors
+/// [`LedgerError::NoDatabase`], [`LedgerError::Schema`], or the database failed.
+pub(crate) async fn new_incarnation(path: &Path) -> Result<(), LedgerError> {
+    file::prepare(path, Missing::Refuse)?;
+    let mut connection = connect(path, Access::Write).await?;
+    let mut transaction = connection.begin_with("BEGIN IMMEDIATE").await?;
+    schema::check(tables(&mut transaction).await?, &describe_sqlite(path))?;
+    begin_incarnation(&mut transaction, None).await?;
+    transaction.commit().await?;
+    Ok(connection.close().await?)
+}
+
+/// Writes a new incarnation, only over `lost` if that is given, and draws a version "everything" with it.
+pub(crate) async fn begin_incarnation(
+    connection: &mut SqliteConnection,
+    lost: Option<Uuid>,
+) -> Result<(), sqlx::Error> {
+    let written = sqlx::query("UPDATE meta SET incarnation = ?1 WHERE incarnation = ?2 OR ?2 IS NULL")
+        .bind(Uuid::new_v4().to_string())
+        .bind(lost.map(|lost| lost.to_string()))
+        .execute(&mut *connection)
+        .await?;
+    if written.rows_affected() > 0 {
+        sqlite::everything(connection).await?;
+    }
+    Ok(())
+}
+
+/// The version of the tables, or `None` where there are none.
+pub(crate) async fn tables(connection: &mut SqliteConnection) -> Result<Option<schema::Tables>, sqlx::Error> {
+    match sqlx::raw_sql(SCHEMA).fetch_all(connection).await {
+        Ok(rows) => match rows.first() {
+            None => Ok(None),
+            Some(row) => Ok(Some(schema::Tables { version: row.try_get(0)?, compatible_from: row.try_get(1)? })),
+        },
+        Err(error) if is_missing(&error) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// Version 1: everything, the first version, and the key of the Redis MAC.
+async fn first(connection: &mut SqliteConnection) -> Result<(), LedgerError> {
+    sqlx::raw_sql(FIRST).execute(&mut *connection).await?;
+    sqlx::query("INSERT INTO meta (incarnation) VALUES (?)")
+        .bind(Uuid::new_v4().to_string())
+        .execute(&mut *connection)
+        .await?;
+    sqlx::query(sqlx::AssertSqlSafe(format!("INSERT INTO version (version, nonce, at) VALUES (1, ?, {NOW})")))
+        .bind(schema::random::<16>()?.to_vec())
+        .execute(&mut *connection)
+        .await?;
+    sqlx::query("INSERT INTO setting (name, value) VALUES ('redis_mac_key', ?)")
+        .bind(schema::random::<32>()?.to_vec())
+        .execute(connection)
+        .await?;
+    Ok(())
+}
+
+/// Version 2: what the watch needs beside its triggers, and how long a replica's sign of life counts.
+async fn second(connection: &mut SqliteConnection) -> Result<(), sqlx::Error> {
+    sqlx::raw_sql(SECOND).execute(&mut *connection).await?;
+    stamp(connection, 2).await
+}
+
+/// Version 4: records the pepper of each key. The other columns are for later releases, so that tables that every check reads
+/// change only once.
+async fn fourth(connection: &mut SqliteConnection) -> Result<(), sqlx::Error> {
+    sqlx::raw_sql(FOURTH).execute(&mut *connection).await?;
+    stamp(connection, schema::VERSION).await
+}
+
+async fn stamp(connection: &mut SqliteConnection, version: i64) -> Result<(), sqlx::Error> {
+    sqlx::query(sqlx::AssertSqlSafe(format!("INSERT INTO schema (version, compatible_from, at) VALUES (?, ?, {NOW})")))
+        .bind(version)
+        .bind(schema::COMPATIBLE_FROM)
+        .execute(connection)
+        .await
+        .map(drop)
+}
+
+/// Times are microseconds since the Unix epoch, ids UUIDs with hyphens in small letters, lists JSON.
+const FIRST: &str = "
+CREATE TABLE schema (
+    version INTEGER PRIMARY KEY, compatible_from INTEGER NOT NULL, at INTEGER NOT NULL
+) STRICT;
+CREATE TABLE meta (
+    one INTEGER PRIMARY KEY DEFAULT 1 CHECK (one = 1), incarnation TEXT NOT NULL
+) STRICT;
+CREATE TABLE version (
+    version INTEGER PRIMARY KEY CHECK (version > 0), nonce BLOB NOT NULL CHECK (length(nonce) = 16), at INTEGER NOT NULL
+) STRICT;
+CREATE TABLE setting (name TEXT PRIMARY KEY, value BLOB NOT NULL) STRICT;
+CREATE TABLE trust (
+    id TEXT PRIMARY KEY CHECK (length(id) = 36),
+    name TEXT NOT NULL UNIQUE CHECK (name <> ''),
+    enabled INTEGER NOT NULL DEFAULT 1 CHECK (enabled IN (0, 1)),
+    created_at INTEGER NOT NULL
+) STRICT;
+CREATE TABLE api_key (
+    id TEXT PRIMARY KEY CHECK (length(id) = 36),
+    trust_id TEXT NOT NULL REFERENCES trust (id),
+    digest BLOB NOT NULL UNIQUE CHECK (length(digest) = 32),
+    scheme INTEGER NOT NULL,
+    hint TEXT NOT NULL,
+    name TEXT,
+    scopes TEXT NOT NULL DEFAULT '[]' CHECK (json_valid(scopes)),
+    allowed_cidrs TEXT NOT NULL DEFAULT '[]' CHECK (json_valid(allowed_cidrs)),
+    not_before INTEGER,
+    expires_at INTEGER,
+    revoked_at INTEGER,
+    created_at INTEGER NOT NULL
+) STRICT;
+CREATE INDEX api_key_trust ON api_key (trust_id);
+CREATE TABLE key_use (
+    key_id TEXT PRIMARY KEY REFERENCES api_key (id) ON DELETE CASCADE, last_used_at INTEGER NOT NULL
+) STRICT;
+CREATE TABLE replica (id TEXT PRIMARY KEY, applied INTEGER NOT NULL, seen_at INTEGER NOT NULL) STRICT;
+CREATE TABLE audit (
+    id INTEGER PRIMARY KEY AUTOINCREMENT, at INTEGER NOT NULL, actor TEXT NOT NULL, action TEXT NOT NULL,
+    object TEXT NOT NULL, before TEXT, after TEXT
+) STRICT;
+";
+
+const SECOND: &str = "
+ALTER TABLE meta ADD COLUMN fingerprint INTEGER;
+ALTER TABLE replica ADD COLUMN name TEXT NOT NULL DEFAULT '';
+ALTER TABLE replica ADD COLUMN until INTEGER NOT NULL DEFAULT 0;
+";
+
+const FOURTH: &str = "
+ALTER TABLE meta ADD COLUMN pepper_fingerprint BLOB CHECK (length(pepper_fingerprint) = 8);
+ALTER TABLE meta ADD COLUMN previous_pepper_fingerprint BLOB CHECK (length(previous_pepper_fingerprint) = 8);
+ALTER TABLE api_key ADD COLUMN pepper_fingerprint BLOB CHECK (length(pepper_fingerprint) = 8);
+ALTER TABLE api_key ADD COLUMN metadata TEXT CHECK (metadata IS NULL OR json_valid(metadata));
+ALTER TABLE api_key ADD COLUMN rotated_from TEXT CHECK (length(rotated_from) = 36);
+ALTER TABLE api_key ADD COLUMN limit_requests INTEGER;
+ALTER TABLE api_key ADD COLUMN limit_unit TEXT;
+ALTER TABLE trust ADD COLUMN external_id TEXT;
+ALTER TABLE trust ADD COLUMN limit_requests INTEGER;
+ALTER TABLE trust ADD COLUMN limit_unit TEXT;
+CREATE INDEX api_key_pepper ON api_key (pepper_fingerprint)
+    WHERE pepper_fingerprint IS NOT NULL AND revoked_at IS NULL;
+";

@@ -1,0 +1,315 @@
+//! Where the database is: the URL and its secrets, read anew whenever they are needed, and the embedded default.
+//!
+//! Never shows a user, a password or a query: messages name the kind of database, its host or path, and nothing else.
+
+use std::path::{Path, PathBuf};
+
+use sqlx::{ConnectOptions, postgres::PgConnectOptions};
+
+use super::{LedgerError, StoreSettings};
+use crate::base::secret::Secret;
+
+/// How a variable of the environment is looked up.
+pub type Env<'a> = &'a (dyn Fn(&str) -> Option<String> + Sync);
+
+/// Which database, by its kind.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Place {
+    /// An SQLite file.
+    Sqlite(PathBuf),
+    /// A PostgreSQL server.
+    Postgres,
+}
+
+/// Whose URL is meant.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Role {
+    /// The one that `serve` reads with.
+    Serve,
+    /// The one that changes things; the same as `Serve` where none was set.
+    Manage,
+}
+
+/// The URL and password of the database, or the files that hold them.
+#[derive(Clone, Debug)]
+pub(crate) struct Address {
+    url: Option<Secret>,
+    url_file: Option<PathBuf>,
+    password: Option<Secret>,
+    password_file: Option<PathBuf>,
+    /// The settings that hold the URL, for messages.
+    names: (&'static str, &'static str),
+}
+
+impl Address {
+    /// The address that `role` uses.
+    pub(crate) fn of(settings: &StoreSettings, role: Role) -> Self {
+        let StoreSettings { url, url_file, management_url, management_url_file, password, password_file, .. } =
+            settings.clone();
+        let own = role == Role::Manage && (management_url.is_some() || management_url_file.is_some());
+        let (url, url_file, names) = if own {
+            (management_url, management_url_file, ("store.management_url", "store.management_url_file"))
+        } else {
+            (url, url_file, ("store.url", "store.url_file"))
+        };
+        Self { url, url_file, password, password_file, names }
+    }
+
+    /// What was given as the option `name` of a command.
+    pub(crate) const fn given(name: &'static str, url: Secret) -> Self {
+        Self { url: Some(url), url_file: None, password: None, password_file: None, names: (name, name) }
+    }
+
+    /// Which database it is.
+    pub(crate) fn place(&self, env: Env<'_>) -> Result<Place, LedgerError> {
+        let Some(url) = self.url()? else { return Ok(Place::Sqlite(default_path(env)?)) };
+        match url.expose().split_once(':') {
+            Some(("sqlite", rest)) => sqlite_path(rest).map(Place::Sqlite).ok_or_else(|| {
+                self.refuse("an SQLite URL is sqlite:// and an absolute path, such as sqlite:///var/lib/trustgate/trustgate.db, without parameters")
+            }),
+            Some(("postgres" | "postgresql", _)) => Ok(Place::Postgres),
+            _ => Err(self.refuse("expected a URL that begins with sqlite://, postgres:// or postgresql://")),
+        }
+    }
+
+    /// What to connect to PostgreSQL with. Reads the files anew.
+    pub(crate) fn postgres(&self) -> Result<PgConnectOptions, LedgerError> {
+        let url = self.url()?.ok_or_else(|| self.refuse("there is no URL"))?;
+        let url = url.expose();
+        if !(url.starts_with("postgres://") || url.starts_with("postgresql://")) {
+            return Err(self.refuse("expected a URL that begins with postgres:// or postgresql://"));
+        }
+        if let Some(parameter) = unknown_parameter(url) {
+            let problem = format!("the parameter {parameter:?} is unknown; known are {}", PARAMETERS.join(", "));
+            return Err(self.refuse(&problem));
+        }
+        // What the parser says may hold a part of the URL, so it is not shown.
+        let mut options: PgConnectOptions = url
+            .parse()
+            .map_err(|_| self.refuse("the URL cannot be read: expected postgres://user@host:5432/database"))?;
+        // A URL has brackets around an IPv6 address (RFC 3986, section 3.2.2), which the parser leaves on.
+        if let Some(host) = options.get_host().strip_prefix('[').and_then(|host| host.strip_suffix(']')) {
+            let host = host.to_owned();
+            options = options.host(&host);
+        }
+        if !holds_password(url)
+            && let Some(password) = self.password()?
+        {
+            options = options.password(password.expose());
+        }
+        if options.get_application_name().is_none() {
+            options = options.application_name("trustgate");
+        }
+        // A parameter that a pooler would refuse, and for numbers of a kind that nothing here reads. Statements hold
+        // digests: they stay out of the log at every level.
+        Ok(options.extra_float_digits(None).disable_statement_logging())
+    }
+
+    /// The same in words, once it is known to be an address.
+    pub(crate) fn checked(&self, env: Env<'_>) -> Result<String, LedgerError> {
+        if self.place(env)? == Place::Postgres {
+            self.postgres()?;
+        }
+        Ok(self.describe(env))
+    }
+
+    /// The database in words, for messages.
+    pub(crate) fn describe(&self, env: Env<'_>) -> String {
+        match self.place(env) {
+            Ok(Place::Sqlite(path)) => describe_sqlite(&path),
+            Ok(Place::Postgres) => self.describe_postgres(),
+            Err(problem) => problem.to_string(),
+        }
+    }
+
+    /// The PostgreSQL database in words.
+    pub(crate) fn describe_postgres(&self) -> String {
+        let options = match self.postgres() {
+            Ok(options) => options,
+            Err(problem) => return problem.to_string(),
+        };
+        let host = match options.get_socket() {
+            Some(socket) => socket.display().to_string(),
+            None => format!("{}:{}", options.get_host(), options.get_port()),
+        };
+        match options.get_database() {
+            Some(database) => format!("the PostgreSQL database {database:?} at {host}"),
+            None => format!("the PostgreSQL server at {host}"),
+        }
+    }
+
+    fn url(&self) -> Result<Option<Secret>, LedgerError> {
+        if self.url.is_some() && self.url_file.is_some() {
+            return Err(self.refuse(&format!("set it or {}, not both", self.names.1)));
+        }
+        secret(self.url.as_ref(), self.url_file.as_deref(), self.names.1)
+    }
+
+    fn password(&self) -> Result<Option<Secret>, LedgerError> {
+        if self.password.is_some() && self.password_file.is_some() {
+            return Err(LedgerError::Unusable("set store.password or store.password_file, not both".into()));
+        }
+        secret(self.password.as_ref(), self.password_file.as_deref(), "store.password_file")
+    }
+
+    fn refuse(&self, problem: &str) -> LedgerError {
+        let (value, file) = self.names;
+        let name = if self.url_file.is_some() && self.url.is_none() { file } else { value };
+        LedgerError::Unusable(format!("{name}: {problem}"))
+    }
+}
+
+/// The SQLite database at `path` in words.
+pub(crate) fn describe_sqlite(path: &Path) -> String {
+    format!("the SQLite database at {}", path.display())
+}
+
+/// Where the embedded database is when nobody says otherwise: `$STATE_DIRECTORY/trustgate.db` (systemd sets it), else
+/// `$XDG_STATE_HOME/trustgate/trustgate.db`, else `~/.local/state/trustgate/trustgate.db`.
+///
+/// # Errors
+/// [`LedgerError::Unusable`], when the environment names none of these directories.
+pub fn default_path(env: Env<'_>) -> Result<PathBuf, LedgerError> {
+    // A relative path would depend on where the command was started; the XDG rules say to ignore it.
+    let directory = |name: &str, pick: fn(&str) -> &str| {
+        env(name).map(|value| PathBuf::from(pick(&value))).filter(|path| path.is_absolute())
+    };
+    let path = directory("STATE_DIRECTORY", |list| list.split(':').next().unwrap_or(list))
+        .or_else(|| directory("XDG_STATE_HOME", |path| path).map(|home| home.join("trustgate")))
+        .or_else(|| directory("HOME", |path| path).map(|home| home.join(".local/state/trustgate")));
+    path.map(|directory| directory.join("trustgate.db")).ok_or_else(|| {
+        LedgerError::Unusable(
+            "no place for the embedded database: set `store.url`, or one of STATE_DIRECTORY, XDG_STATE_HOME and HOME"
+                .into(),
+        )
+    })
+}
+
+/// What may stand behind the `?` of a PostgreSQL URL. Others would be ignored without a word, which is no way to treat
+/// a misspelt `sslmode`.
+const PARAMETERS: &[&str] = &[
+    "sslmode",
+    "sslrootcert",
+    "sslcert",
+    "sslkey",
+    "host",
+    "hostaddr",
+    "port",
+    "dbname",
+    "user",
+    "password",
+    "application_name",
+    "options",
+];
+
+fn secret(value: Option<&Secret>, file: Option<&Path>, name: &str) -> Result<Option<Secret>, LedgerError> {
+    let Some(file) = file else { return Ok(value.cloned()) };
+    Secret::read(file)
+        .map(Some)
+        .map_err(|error| LedgerError::Unusable(format!("{name}: cannot read {}: {error}", file.display())))
+}
+
+/// The path in what follows `sqlite:`, taken as it stands.
+fn sqlite_path(rest: &str) -> Option<PathBuf> {
+    let path = rest.strip_prefix("//")?;
+    (path.starts_with('/') && path.len() > 1 && !path.contains('?')).then(|| PathBuf::from(path))
+}
+
+fn parameters(url: &str) -> impl Iterator<Item = &str> {
+    let query = url.split_once('?').map_or("", |(_, query)| query);
+    query
+        .split('#')
+        .next()
+        .unwrap_or("")
+        .split('&')
+        .filter(|pair| !pair.is_empty())
+        .map(|pair| pair.split_once('=').map_or(pair, |(name, _)| name))
+}
+
+fn unknown_parameter(url: &str) -> Option<&str> {
+    parameters(url).find(|name| !PARAMETERS.contains(name) && !name.starts_with("options["))
+}
+
+fn holds_password(url: &str) -> bool {
+    let rest = url.split_once("://").map_or("", |(_, rest)| rest);
+    let authority = rest.split(['/', '?', '#']).next().unwrap_or("");
+    let in_authority = authority.rsplit_once('@').is_some_and(|(user, _)| user.contains(':'));
+    in_authority || parameters(url).any(|name| name == "password")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn address(url: &str) -> Address {
+        Address::of(&StoreSettings { url: Some(Secret::new(url.into())), ..StoreSettings::default() }, Role::Serve)
+    }
+
+    #[test]
+    fn the_default_path_follows_systemd_then_xdg_then_home() {
+        let path = |vars: &[(&str, &str)]| {
+            default_path(&|name| vars.iter().find(|(key, _)| *key == name).map(|(_, value)| (*value).to_owned()))
+                .ok()
+                .map(|path| path.display().to_string())
+        };
+        let (state, xdg, home) = (("STATE_DIRECTORY", "/s:/t"), ("XDG_STATE_HOME", "/x"), ("HOME", "/h"));
+        assert_eq!(path(&[home, xdg, state]).as_deref(), Some("/s/trustgate.db"));
+        assert_eq!(path(&[home, xdg]).as_deref(), Some("/x/trustgate/trustgate.db"));
+        assert_eq!(path(&[home]).as_deref(), Some("/h/.local/state/trustgate/trustgate.db"));
+        assert_eq!(path(&[home, ("XDG_STATE_HOME", "")]).as_deref(), Some("/h/.local/state/trustgate/trustgate.db"));
+        assert_eq!(path(&[("HOME", "relative")]), None);
+        assert_eq!(path(&[]), None);
+    }
+
+    #[test]
+    fn each_scheme_leads_to_its_database_and_others_are_explained() {
+        let place = |url: &str| address(url).place(&|_| None).map_err(|error| error.to_string());
+        assert_eq!(place("sqlite:///a/b.db"), Ok(Place::Sqlite("/a/b.db".into())));
+        assert_eq!(place("postgres://u@h/d"), Ok(Place::Postgres));
+        assert_eq!(place("postgresql://u@h/d"), Ok(Place::Postgres));
+        for bad in
+            ["mysql://root:hunter2@h/d", "hunter2", "sqlite://relative.db", "sqlite::memory:", "sqlite:///a?mode=rwc"]
+        {
+            let problem = place(bad).unwrap_err();
+            assert!(problem.starts_with("store.url: ") && problem.contains("sqlite://"), "{problem}");
+            assert!(!problem.contains("hunter2"), "{problem}");
+        }
+    }
+
+    #[test]
+    fn a_password_beside_the_url_is_used_only_where_the_url_holds_none() {
+        for (url, holds) in [
+            ("postgres://u@h/d", false),
+            ("postgres://u:p@h/d", true),
+            ("postgres://u@h:5432/d?sslmode=require", false),
+            ("postgres://u@h/d?password=p", true),
+            ("postgres://h/d?application_name=a:b@c", false),
+        ] {
+            assert_eq!(holds_password(url), holds, "{url}");
+        }
+    }
+
+    #[test]
+    fn an_ipv6_address_loses_its_brackets() {
+        for url in
+            ["postgres://u@[::1]:5433/d", "postgres://u:p@[2001:db8::1]/d?sslmode=require", "postgresql://[fe80::1]/d"]
+        {
+            let host = address(url).postgres().unwrap().get_host().to_owned();
+            assert!(host.parse::<std::net::Ipv6Addr>().is_ok(), "{url}: {host}");
+        }
+    }
+
+    #[test]
+    fn descriptions_and_refusals_hold_no_secret() {
+        let described = address("postgres://someone:hunter2@db.example:5433/keys?sslmode=require").describe(&|_| None);
+        assert_eq!(described, "the PostgreSQL database \"keys\" at db.example:5433");
+        for bad in [
+            "postgres://u:hunter2@h:port/d",
+            "postgres://u:hunter2@h/d?sslmoode=require",
+            "postgres://u:hunter2@h/d?sslmode=hunter2",
+        ] {
+            let problem = address(bad).postgres().unwrap_err().to_string();
+            assert!(problem.starts_with("store.url: ") && !problem.contains("hunter2"), "{problem}");
+        }
+    }
+}
