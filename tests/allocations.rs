@@ -22,7 +22,7 @@ use proptest::{collection::vec, prelude::*};
 use trustgate::{
     base::settings::{Reader, Section as _, Written},
     ext_authz::{
-        check::Begun,
+        check::Progress,
         credential::{CredentialSettings, extract::extract},
         decision::{Decision, DenyReason},
         request::View,
@@ -180,7 +180,7 @@ async fn ten_thousand_hits_allocate_nothing() {
         metric(running.admin_address(), "trustgate_cache_entries{kind=\"api_key\"}").await;
         let count = allocations_of(|| {
             for _ in 0..10_000 {
-                assert!(matches!(checker.begin(message), Begun::Answered(Reply::Message(_))), "{what}");
+                assert!(matches!(checker.try_decide(message), Progress::Done(Reply::Message(_))), "{what}");
             }
         });
         assert_eq!(count, 0, "{what}");

@@ -112,29 +112,29 @@ impl Checker {
     /// # Cancel safety
     /// Safe: a dropped check is counted as cancelled, and what it waited for goes on for others.
     pub async fn check(&self, message: &[u8]) -> Reply {
-        match self.begin(message) {
-            Begun::Answered(reply) => reply,
-            Begun::Waits(waiting) => self.go_on(message, waiting).await,
+        match self.try_decide(message) {
+            Progress::Done(reply) => reply,
+            Progress::Pending(waiting) => self.finish(message, waiting).await,
         }
     }
 
     /// The same as far as it goes without waiting: what L1 holds, and what needs no record at all.
     #[must_use]
-    pub fn begin(&self, message: &[u8]) -> Begun {
+    pub fn try_decide(&self, message: &[u8]) -> Progress {
         let now = self.parts.clock.now();
         // Before anything else: what is found later is judged by this view and its lease.
         let history = self.parts.views.load();
         let standing = history.standing(now);
         let request = match self.read(message) {
             Ok(request) => request,
-            Err(reason) => return Begun::Answered(self.denied(reason, now)),
+            Err(reason) => return Progress::Done(self.denied(reason, now)),
         };
         let key = match &request.subject {
             Ok(Subject::Key(key)) => key.expose(),
-            Ok(Subject::Nobody) => return Begun::Answered(self.answer(Ok(Decision::Anonymous), &request, now, false)),
-            Err(Refusal::Denied(reason)) => return Begun::Answered(self.denied(*reason, now)),
+            Ok(Subject::Nobody) => return Progress::Done(self.answer(Ok(Decision::Anonymous), &request, now, false)),
+            Err(Refusal::Denied(reason)) => return Progress::Done(self.denied(*reason, now)),
             Err(Refusal::Fault(fault)) => {
-                return Begun::Answered(self.answer(Err(fault.clone()), &request, now, false));
+                return Progress::Done(self.answer(Err(fault.clone()), &request, now, false));
             }
         };
         let digest = self.parts.hasher.current(key);
@@ -153,7 +153,7 @@ impl Checker {
                 // In the stale window an unknown key gets a fault, so a revoked one must get the same answer.
                 let is_stale = standing == Standing::Stale;
                 if !(is_stale && matches!(&outcome, Ok(Decision::Deny(reason)) if reason.is_of_key())) {
-                    return Begun::Answered(self.answer(outcome, &request, now, is_stale));
+                    return Progress::Done(self.answer(outcome, &request, now, is_stale));
                 }
             }
         }
@@ -164,14 +164,14 @@ impl Checker {
             (_, Standing::Fresh) => Reliance::Lease(Arc::clone(&history), now),
             (_, Standing::Stale | Standing::Lapsed) => Reliance::Store(Arc::clone(&history), now),
         };
-        Begun::Waits(Waiting { began: now, history, digests, reliance })
+        Progress::Pending(Waiting { began: now, history, digests, reliance })
     }
 
-    /// Decides what [`Self::begin`] could not decide at once, for the same `message`.
+    /// Decides what [`Self::try_decide`] could not decide at once, for the same `message`.
     ///
     /// # Cancel safety
     /// As [`Self::check`].
-    pub async fn go_on(&self, message: &[u8], waiting: Waiting) -> Reply {
+    pub async fn finish(&self, message: &[u8], waiting: Waiting) -> Reply {
         let Waiting { began, history, digests, reliance } = waiting;
         let clock = &*self.parts.clock;
         let cancel_guard = CancelGuard { metrics: Some(&self.metrics), clock, began };
@@ -334,11 +334,11 @@ impl Checker {
 }
 
 /// What a check came to without waiting.
-pub enum Begun {
+pub enum Progress {
     /// A reply.
-    Answered(Reply),
-    /// Redis or the database has to be asked: [`Checker::go_on`] does.
-    Waits(Waiting),
+    Done(Reply),
+    /// Redis or the database has to be asked: [`Checker::finish`] does.
+    Pending(Waiting),
 }
 
 /// A check that has to wait. Holds nothing of its message.

@@ -26,7 +26,7 @@ use super::{
     worker::Load,
 };
 use crate::ext_authz::{
-    check::{Begun, Waiting},
+    check::{Progress, Waiting},
     response::Reply,
 };
 
@@ -95,16 +95,16 @@ impl Calls {
                 });
             }
         };
-        match service.checker.begin(&message) {
-            Begun::Answered(reply) => send(respond, reply, &service.unread),
-            Begun::Waits(waiting) => {
+        match service.checker.try_decide(&message) {
+            Progress::Done(reply) => send(respond, reply, &service.unread),
+            Progress::Pending(waiting) => {
                 let Ok(permit) = Arc::clone(&service.checks).try_acquire_owned() else {
                     return send(respond, service.checker.shed("limits.checks_in_flight"), &service.unread);
                 };
                 let service = Arc::clone(service);
                 self.spawn(async move {
                     let unread = Arc::clone(&service.unread);
-                    let work = async move { Answer::Reply(service.go_on(message, waiting, permit).await) };
+                    let work = async move { Answer::Reply(service.finish(message, waiting, permit).await) };
                     answer_unless_reset(respond, work, &unread).await;
                 });
             }
@@ -151,20 +151,20 @@ impl Service {
             }
         };
         drop(unfinished);
-        Answer::Reply(match self.checker.begin(&message) {
-            Begun::Answered(reply) => reply,
-            Begun::Waits(waiting) => match self.checks.try_acquire() {
+        Answer::Reply(match self.checker.try_decide(&message) {
+            Progress::Done(reply) => reply,
+            Progress::Pending(waiting) => match self.checks.try_acquire() {
                 // On the heap, so that the task of a call whose message has not arrived stays small.
-                Ok(_permit) => Box::pin(self.checker.go_on(&message, waiting)).await,
+                Ok(_permit) => Box::pin(self.checker.finish(&message, waiting)).await,
                 Err(_) => self.checker.shed("limits.checks_in_flight"),
             },
         })
     }
 
     /// Decides a check that has to wait, which `_permit` allows. Its message was not counted yet.
-    async fn go_on(&self, message: Bytes, waiting: Waiting, _permit: OwnedSemaphorePermit) -> Reply {
+    async fn finish(&self, message: Bytes, waiting: Waiting, _permit: OwnedSemaphorePermit) -> Reply {
         let Some(_held) = self.room.hold(message.len()) else { return self.no_room() };
-        self.checker.go_on(&message, waiting).await
+        self.checker.finish(&message, waiting).await
     }
 
     fn no_room(&self) -> Reply {

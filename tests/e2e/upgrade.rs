@@ -59,7 +59,7 @@ impl Load {
     }
 
     /// Waits for `more` checks from now on.
-    async fn go_on(&self, more: u64) {
+    async fn run_until(&self, more: u64) {
         let until = self.checks.load(Ordering::Relaxed) + more;
         while self.checks.load(Ordering::Relaxed) < until {
             tokio::task::yield_now().await;
@@ -121,9 +121,9 @@ async fn tables_are_upgraded_under_load_and_the_earlier_build_is_put_back() {
         Load::on("old", &first, good.clone(), revoked.clone()).await,
         Load::on("old", &second, good.clone(), revoked.clone()).await,
     ];
-    loads[0].go_on(CHECKS).await;
+    loads[0].run_until(CHECKS).await;
     site("admin").migrate().await;
-    loads[0].go_on(CHECKS).await;
+    loads[0].run_until(CHECKS).await;
     let [load, other] = loads;
     checks += load.end().await + other.end().await;
 
@@ -140,7 +140,7 @@ async fn tables_are_upgraded_under_load_and_the_earlier_build_is_put_back() {
         Load::on("old beside new", &first, good.clone(), revoked.clone()).await,
         Load::on("new beside old", &new, good.clone(), revoked.clone()).await,
     ];
-    loads[1].go_on(2 * CHECKS).await;
+    loads[1].run_until(2 * CHECKS).await;
     let [load, other] = loads;
     checks += load.end().await + other.end().await;
 
@@ -152,7 +152,7 @@ async fn tables_are_upgraded_under_load_and_the_earlier_build_is_put_back() {
     good.push(manage_old.issue("acme", &[]).await);
     let back = old("trustgate_serve").serve().await;
     let load = Load::on("old again", &back, good.clone(), revoked.clone()).await;
-    load.go_on(CHECKS).await;
+    load.run_until(CHECKS).await;
     checks += load.end().await;
 
     // And the new one once more.
@@ -160,7 +160,7 @@ async fn tables_are_upgraded_under_load_and_the_earlier_build_is_put_back() {
     site("admin").migrate().await;
     let new = site("trustgate_serve").serve().await;
     let load = Load::on("new again", &new, good.clone(), revoked.clone()).await;
-    load.go_on(CHECKS).await;
+    load.run_until(CHECKS).await;
     checks += load.end().await;
     let pepper_of_all = async || {
         let keys = manage_new.json(&["key", "list", "--pepper", "current"]).await;
