@@ -23,7 +23,7 @@ use self::{
     l1::{Held, L1, Life},
     l2::L2,
     sampler::Samples,
-    single_flight::{Flights, Route},
+    single_flight::{Flights, LoadPath},
 };
 use crate::{
     base::{
@@ -183,13 +183,13 @@ impl<K: Kind> Cache<K> {
         // The first flight may have been in the air before; the second was not, and only a change that comes between its
         // read and its landing makes a third. More would be a storm of changes.
         for attempt in 0..FLIGHTS_JOINED_MAX {
-            let route = match reliance {
-                Reliance::Store(..) => Route::Store,
+            let path = match reliance {
+                Reliance::Store(..) => LoadPath::Store,
                 // What the tiers hold was too old.
-                Reliance::Age if attempt > 0 => Route::Store,
-                Reliance::Lease(..) | Reliance::Age => Route::Tiers,
+                Reliance::Age if attempt > 0 => LoadPath::Store,
+                Reliance::Lease(..) | Reliance::Age => LoadPath::Tiers,
             };
-            let (landed, joined) = self.flights.join(&self.shared, query.clone(), route).await;
+            let (landed, joined) = self.flights.join(&self.shared, query.clone(), path).await;
             let landed = match (landed, reliance) {
                 (Ok(landed), _) => landed,
                 // Somebody else's read failed, which says nothing about one of our own.
@@ -247,15 +247,15 @@ impl<K: Kind> Shared<K> {
     }
 
     /// One flight: L2, then the store. What it finds is in L1 when it returns, if its version is known here.
-    async fn load(&self, query: &K::Query, route: Route) -> Result<Landed<K>, Fault> {
+    async fn load(&self, query: &K::Query, path: LoadPath) -> Result<Landed<K>, Fault> {
         let before = self.l1.get(&K::key(query));
         let record = before.as_deref().and_then(Held::value);
-        if route == Route::Tiers
+        if path == LoadPath::Tiers
             && let Some(landed) = self.load_from_l2(query).await
         {
             return Ok(landed);
         }
-        if route == Route::Store
+        if path == LoadPath::Store
             && let Some(record) = record
         {
             // One row by primary key, as long as it still is what was asked for.

@@ -19,11 +19,11 @@ const FLIGHTS_MAX: usize = 4_096;
 
 /// What a flight comes to. Those who wait for it go on in the order in which they came.
 type Landing<K> = Arc<SetOnce<Result<Landed<K>, Fault>>>;
-type InTheAir<K> = Arc<Mutex<HashMap<(<K as Kind>::Key, Route), Landing<K>>>>;
+type InTheAir<K> = Arc<Mutex<HashMap<(<K as Kind>::Key, LoadPath), Landing<K>>>>;
 
 /// Where a flight looks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Route {
+pub enum LoadPath {
     /// In L2, then in the store.
     Tiers,
     /// In the store alone.
@@ -49,9 +49,9 @@ impl<K: Kind> Flights<K> {
         &self,
         shared: &Arc<Shared<K>>,
         query: K::Query,
-        route: Route,
+        path: LoadPath,
     ) -> (Result<Landed<K>, Fault>, bool) {
-        let (landing, joined) = match self.board(shared, query, route) {
+        let (landing, joined) = match self.board(shared, query, path) {
             Ok(Boarding::Arrived(landed)) => return (Ok(landed), true),
             Ok(Boarding::Begun(landing)) => (landing, false),
             Ok(Boarding::Joined(landing)) => (landing, true),
@@ -71,13 +71,13 @@ impl<K: Kind> Flights<K> {
         self.tasks.wait().await;
     }
 
-    fn board(&self, shared: &Arc<Shared<K>>, query: K::Query, route: Route) -> Result<Boarding<K>, Fault> {
-        let name = (K::key(&query), route);
+    fn board(&self, shared: &Arc<Shared<K>>, query: K::Query, path: LoadPath) -> Result<Boarding<K>, Fault> {
+        let name = (K::key(&query), path);
         let mut in_the_air = lock(&self.in_the_air);
         if let Some(landing) = in_the_air.get(&name) {
             return Ok(Boarding::Joined(Arc::clone(landing)));
         }
-        if route == Route::Tiers {
+        if path == LoadPath::Tiers {
             // A flight may have landed between the caller's look into L1 and now.
             let (view, now) = (shared.views.load(), shared.clock.now());
             if let Some(held) = shared.l1.get(&name.0).filter(|held| held.is_current(&view, now)) {
@@ -100,7 +100,7 @@ impl<K: Kind> Flights<K> {
         let shared = Arc::clone(shared);
         self.tasks.spawn_on(
             async move {
-                seat.outcome = shared.load(&query, route).await;
+                seat.outcome = shared.load(&query, path).await;
                 let outcome = seat.outcome.clone();
                 drop(seat);
                 if let Ok(landed) = outcome {
@@ -122,7 +122,7 @@ enum Boarding<K: Kind> {
 /// Takes the flight off the list when it ends, and says what it came to: [`Fault::Ended`] where it panicked, or the
 /// runtime is going down.
 struct Seat<K: Kind> {
-    name: (K::Key, Route),
+    name: (K::Key, LoadPath),
     in_the_air: InTheAir<K>,
     landing: Landing<K>,
     outcome: Result<Landed<K>, Fault>,
