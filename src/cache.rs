@@ -23,7 +23,7 @@ use self::{
     l1::{Held, L1, Life},
     l2::L2,
     sampler::Samples,
-    single_flight::{Flights, LoadPath},
+    single_flight::{SingleFlight, LoadPath},
 };
 use crate::{
     base::{
@@ -110,7 +110,7 @@ pub struct Parts<K: Kind> {
 /// The tiers of one kind.
 pub struct Cache<K: Kind> {
     shared: Arc<Shared<K>>,
-    flights: Flights<K>,
+    single_flight: SingleFlight<K>,
 }
 
 /// What a flight needs, and lives on when the caller that began it is gone.
@@ -149,7 +149,7 @@ impl<K: Kind> Cache<K> {
             slots_for_unknown: Semaphore::new((slots * 3 / 4).max(1)),
             metrics: Metrics::register::<K>(registry, breakers.with_label_values(&[Tier::Store.as_str()]))?,
         };
-        Ok(Self { shared: Arc::new(shared), flights: Flights::new(io) })
+        Ok(Self { shared: Arc::new(shared), single_flight: SingleFlight::new(io) })
     }
 
     /// What L1 holds of `key` and `view` covers at `now`; with `by_age` only if it is also young enough. Never waits.
@@ -182,14 +182,14 @@ impl<K: Kind> Cache<K> {
     pub async fn find(&self, query: K::Query, reliance: &Reliance) -> Result<Landed<K>, Fault> {
         // The first flight may have been in the air before; the second was not, and only a change that comes between its
         // read and its landing makes a third. More would be a storm of changes.
-        for attempt in 0..FLIGHTS_JOINED_MAX {
+        for attempt in 0..JOINS_MAX {
             let path = match reliance {
                 Reliance::Store(..) => LoadPath::Store,
                 // What the tiers hold was too old.
                 Reliance::Age if attempt > 0 => LoadPath::Store,
                 Reliance::Lease(..) | Reliance::Age => LoadPath::Tiers,
             };
-            let (landed, joined) = self.flights.join(&self.shared, query.clone(), path).await;
+            let (landed, joined) = self.single_flight.join(&self.shared, query.clone(), path).await;
             let landed = match (landed, reliance) {
                 (Ok(landed), _) => landed,
                 // Somebody else's read failed, which says nothing about one of our own.
@@ -210,13 +210,13 @@ impl<K: Kind> Cache<K> {
 
     /// Waits until no flight is in the air. Each has a deadline, so this ends.
     pub async fn drain(&self) {
-        self.flights.drain().await;
+        self.single_flight.drain().await;
     }
 
     /// Flights in the air.
     #[must_use]
-    pub fn flights(&self) -> usize {
-        self.flights.in_the_air()
+    pub fn loads(&self) -> usize {
+        self.single_flight.in_flight()
     }
 }
 
@@ -448,7 +448,7 @@ fn not_refused<K: Kind>(view: &View, landed: &Landed<K>) -> bool {
 }
 
 /// Flights that one caller joins, at most.
-const FLIGHTS_JOINED_MAX: u32 = 3;
+const JOINS_MAX: u32 = 3;
 
 /// `time` +-20 %, by `spread`, so that what was read together does not end together.
 fn jittered(time: Duration, spread: u8) -> Duration {

@@ -279,8 +279,8 @@ impl Running {
 
     /// Flights in the air.
     #[must_use]
-    pub fn flights(&self) -> usize {
-        self.cache.flights()
+    pub fn loads(&self) -> usize {
+        self.cache.loads()
     }
 
     /// Returns once the server is ready.

@@ -15,11 +15,11 @@ use crate::base::fault::Fault;
 
 /// Loads that may be in the air at one time, over all keys. Beyond it a caller gets a fault: waiting would only make
 /// its own deadline pass. Enough for 40 000 cold keys a second at 100 ms each.
-const FLIGHTS_MAX: usize = 4_096;
+const IN_FLIGHT_MAX: usize = 4_096;
 
 /// What a flight comes to. Those who wait for it go on in the order in which they came.
-type Landing<K> = Arc<SetOnce<Result<Landed<K>, Fault>>>;
-type InTheAir<K> = Arc<Mutex<HashMap<(<K as Kind>::Key, LoadPath), Landing<K>>>>;
+type ResultSlot<K> = Arc<SetOnce<Result<Landed<K>, Fault>>>;
+type InFlight<K> = Arc<Mutex<HashMap<(<K as Kind>::Key, LoadPath), ResultSlot<K>>>>;
 
 /// Where a flight looks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -31,16 +31,16 @@ pub enum LoadPath {
 }
 
 /// The flights of one kind, on the I/O runtime. Callers may be on any runtime.
-pub struct Flights<K: Kind> {
+pub struct SingleFlight<K: Kind> {
     io: Handle,
     tasks: TaskTracker,
-    in_the_air: InTheAir<K>,
+    in_flight: InFlight<K>,
 }
 
-impl<K: Kind> Flights<K> {
+impl<K: Kind> SingleFlight<K> {
     /// No flights yet; they will run on `io`.
     pub fn new(io: Handle) -> Self {
-        Self { io, tasks: TaskTracker::new(), in_the_air: Arc::default() }
+        Self { io, tasks: TaskTracker::new(), in_flight: Arc::default() }
     }
 
     /// Waits for the flight of `query`, beginning it if there is none, and says whether it was in the air before. One that
@@ -51,17 +51,17 @@ impl<K: Kind> Flights<K> {
         query: K::Query,
         path: LoadPath,
     ) -> (Result<Landed<K>, Fault>, bool) {
-        let (landing, joined) = match self.board(shared, query, path) {
-            Ok(Boarding::Arrived(landed)) => return (Ok(landed), true),
-            Ok(Boarding::Begun(landing)) => (landing, false),
-            Ok(Boarding::Joined(landing)) => (landing, true),
+        let (slot, joined) = match self.join_or_start(shared, query, path) {
+            Ok(JoinOutcome::Cached(landed)) => return (Ok(landed), true),
+            Ok(JoinOutcome::Started(slot)) => (slot, false),
+            Ok(JoinOutcome::Joined(slot)) => (slot, true),
             Err(fault) => return (Err(fault), false),
         };
-        (landing.wait().await.clone(), joined)
+        (slot.wait().await.clone(), joined)
     }
 
     /// Flights that have not ended.
-    pub fn in_the_air(&self) -> usize {
+    pub fn in_flight(&self) -> usize {
         self.tasks.len()
     }
 
@@ -71,68 +71,68 @@ impl<K: Kind> Flights<K> {
         self.tasks.wait().await;
     }
 
-    fn board(&self, shared: &Arc<Shared<K>>, query: K::Query, path: LoadPath) -> Result<Boarding<K>, Fault> {
+    fn join_or_start(&self, shared: &Arc<Shared<K>>, query: K::Query, path: LoadPath) -> Result<JoinOutcome<K>, Fault> {
         let name = (K::key(&query), path);
-        let mut in_the_air = lock(&self.in_the_air);
-        if let Some(landing) = in_the_air.get(&name) {
-            return Ok(Boarding::Joined(Arc::clone(landing)));
+        let mut in_flight = lock(&self.in_flight);
+        if let Some(slot) = in_flight.get(&name) {
+            return Ok(JoinOutcome::Joined(Arc::clone(slot)));
         }
         if path == LoadPath::Tiers {
             // A flight may have landed between the caller's look into L1 and now.
             let (view, now) = (shared.views.load(), shared.clock.now());
             if let Some(held) = shared.l1.get(&name.0).filter(|held| held.is_current(&view, now)) {
-                return Ok(Boarding::Arrived(Landed { held, read: None }));
+                return Ok(JoinOutcome::Cached(Landed { held, read: None }));
             }
         }
-        if self.tasks.len() >= FLIGHTS_MAX {
+        if self.tasks.len() >= IN_FLIGHT_MAX {
             return Err(Fault::Overloaded { limit: "loads in the air" });
         }
-        let landing = Landing::<K>::default();
-        in_the_air.insert(name, Arc::clone(&landing));
-        let mut seat = Seat {
+        let slot = ResultSlot::<K>::default();
+        in_flight.insert(name, Arc::clone(&slot));
+        let mut guard = InFlightGuard {
             name,
-            in_the_air: Arc::clone(&self.in_the_air),
-            landing: Arc::clone(&landing),
+            in_flight: Arc::clone(&self.in_flight),
+            slot: Arc::clone(&slot),
             outcome: Err(Fault::Ended),
         };
-        // A runtime that shuts down drops the task at once, on this thread, and the drop of `seat` takes the lock.
-        drop(in_the_air);
+        // A runtime that shuts down drops the task at once, on this thread, and the drop of `guard` takes the lock.
+        drop(in_flight);
         let shared = Arc::clone(shared);
         self.tasks.spawn_on(
             async move {
-                seat.outcome = shared.load(&query, path).await;
-                let outcome = seat.outcome.clone();
-                drop(seat);
+                guard.outcome = shared.load(&query, path).await;
+                let outcome = guard.outcome.clone();
+                drop(guard);
                 if let Ok(landed) = outcome {
                     shared.settle(&query, landed).await;
                 }
             },
             &self.io,
         );
-        Ok(Boarding::Begun(landing))
+        Ok(JoinOutcome::Started(slot))
     }
 }
 
-enum Boarding<K: Kind> {
-    Arrived(Landed<K>),
-    Joined(Landing<K>),
-    Begun(Landing<K>),
+enum JoinOutcome<K: Kind> {
+    Cached(Landed<K>),
+    Joined(ResultSlot<K>),
+    Started(ResultSlot<K>),
 }
 
 /// Takes the flight off the list when it ends, and says what it came to: [`Fault::Ended`] where it panicked, or the
 /// runtime is going down.
-struct Seat<K: Kind> {
+struct InFlightGuard<K: Kind> {
     name: (K::Key, LoadPath),
-    in_the_air: InTheAir<K>,
-    landing: Landing<K>,
+    in_flight: InFlight<K>,
+    slot: ResultSlot<K>,
     outcome: Result<Landed<K>, Fault>,
 }
 
-impl<K: Kind> Drop for Seat<K> {
+impl<K: Kind> Drop for InFlightGuard<K> {
     fn drop(&mut self) {
-        lock(&self.in_the_air).remove(&self.name);
+        lock(&self.in_flight).remove(&self.name);
         // Nobody else sets it.
-        let _ = self.landing.set(std::mem::replace(&mut self.outcome, Err(Fault::Ended)));
+        let _ = self.slot.set(std::mem::replace(&mut self.outcome, Err(Fault::Ended)));
     }
 }
 

@@ -42,7 +42,7 @@ async fn read_before_a_revocation_it_serves_nobody_after_it() {
         if somebody_waits {
             refused(&waiting.await.unwrap());
         }
-        eventually("it is in the caches", PATIENCE, || async { running.flights() == 0 }).await;
+        eventually("it is in the caches", PATIENCE, || async { running.loads() == 0 }).await;
         for asker in [&asker, &at_other] {
             refused(&asker.check(&key.key).await);
         }

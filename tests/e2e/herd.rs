@@ -44,7 +44,7 @@ async fn in_process_one_read_serves_those_who_stay_when_its_leader_leaves() {
         assert!(poll_fn(|context| Poll::Ready(call.as_mut().poll(context))).await.is_pending());
     }
     eventually("the read is held open", PATIENCE, || async { seam.before_find().waiting() == 1 }).await;
-    assert_eq!(running.flights(), 1);
+    assert_eq!(running.loads(), 1);
 
     drop(calls.drain(..LEAVING));
     seam.before_find().open();
@@ -79,7 +79,7 @@ async fn over_grpc_one_read_serves_those_who_stay_when_its_leader_leaves() {
     leader.abort();
     leaving.abort_all();
     until_metric(&running, "trustgate_checks_total{decision=\"cancelled\",reason=\"cancelled\"}", LEAVING).await;
-    assert_eq!((seam.finds(), running.flights()), (1, 1));
+    assert_eq!((seam.finds(), running.loads()), (1, 1));
     seam.before_find().open();
     let verdicts = staying.join_all().await;
     assert_eq!(verdicts.len(), CALLERS - LEAVING);
@@ -109,7 +109,7 @@ async fn a_read_that_panics_is_a_fault_for_all_who_waited_and_the_next_works() {
         }
         seam.set_panics(false);
         granted(&decoded(&check(&running, &message).await), &key);
-        eventually("no flight is left", PATIENCE, || async { running.flights() == 0 }).await;
+        eventually("no flight is left", PATIENCE, || async { running.loads() == 0 }).await;
         running.stop(Delay::None).await.unwrap();
     }
 }
@@ -138,7 +138,7 @@ async fn until_metric(running: &Running, name: &str, value: usize) {
 }
 
 async fn ends_with_one_read(running: Running, seam: &Seam) {
-    eventually("no flight is left", PATIENCE, || async { running.flights() == 0 }).await;
+    eventually("no flight is left", PATIENCE, || async { running.loads() == 0 }).await;
     assert_eq!((seam.finds(), seam.before_find().waiting()), (1, 0));
     running.stop(Delay::None).await.unwrap();
 }
