@@ -179,7 +179,7 @@ impl<K: Kind> Cache<K> {
     ///
     /// # Cancel safety
     /// Safe: the flight goes on and fills the cache for the others. The caller sets the deadline.
-    pub async fn find(&self, query: K::Query, reliance: &Reliance) -> Result<Landed<K>, Fault> {
+    pub async fn find(&self, query: K::Query, reliance: &Reliance) -> Result<Loaded<K>, Fault> {
         // The first flight may have been in the air before; the second was not, and only a change that comes between its
         // read and its landing makes a third. More would be a storm of changes.
         for attempt in 0..JOINS_MAX {
@@ -189,15 +189,15 @@ impl<K: Kind> Cache<K> {
                 Reliance::Age if attempt > 0 => LoadPath::Store,
                 Reliance::Lease(..) | Reliance::Age => LoadPath::Tiers,
             };
-            let (landed, joined) = self.single_flight.join(&self.shared, query.clone(), path).await;
-            let landed = match (landed, reliance) {
-                (Ok(landed), _) => landed,
+            let (loaded, joined) = self.single_flight.join(&self.shared, query.clone(), path).await;
+            let loaded = match (loaded, reliance) {
+                (Ok(loaded), _) => loaded,
                 // Somebody else's read failed, which says nothing about one of our own.
                 (Err(_), Reliance::Store(..)) if joined && attempt == 0 => continue,
                 (Err(fault), _) => return Err(fault),
             };
-            if self.shared.allows(reliance, &landed).await {
-                return Ok(landed);
+            if self.shared.allows(reliance, &loaded).await {
+                return Ok(loaded);
             }
         }
         Err(Fault::Unconfirmed)
@@ -222,22 +222,22 @@ impl<K: Kind> Cache<K> {
 
 impl<K: Kind> Shared<K> {
     /// Whether `reliance` allows the use of what a flight brought.
-    async fn allows(&self, reliance: &Reliance, landed: &Landed<K>) -> bool {
+    async fn allows(&self, reliance: &Reliance, loaded: &Loaded<K>) -> bool {
         match reliance {
             Reliance::Lease(view, began) => {
-                if let Some(version) = landed.ahead_of(view)
-                    && !landed.is_read_after(*began)
+                if let Some(version) = loaded.ahead_of(view)
+                    && !loaded.is_read_after(*began)
                 {
                     self.views.reached(view, version).await;
                 }
-                match landed.place(view) {
-                    Place::Known => landed.held.is_covered(view),
+                match loaded.place(view) {
+                    Place::Known => loaded.held.is_covered(view),
                     // No poll has confirmed its version yet: then it must be this check's own.
-                    Place::Ahead | Place::Foreign => landed.is_read_after(*began),
+                    Place::Ahead | Place::Foreign => loaded.is_read_after(*began),
                 }
             }
-            Reliance::Store(view, began) => landed.is_read_after(*began) && not_refused(view, landed),
-            Reliance::Age => not_refused(&self.views.load(), landed) && self.is_young(&landed.held, self.clock.now()),
+            Reliance::Store(view, began) => loaded.is_read_after(*began) && not_refused(view, loaded),
+            Reliance::Age => not_refused(&self.views.load(), loaded) && self.is_young(&loaded.held, self.clock.now()),
         }
     }
 
@@ -247,13 +247,13 @@ impl<K: Kind> Shared<K> {
     }
 
     /// One flight: L2, then the store. What it finds is in L1 when it returns, if its version is known here.
-    async fn load(&self, query: &K::Query, path: LoadPath) -> Result<Landed<K>, Fault> {
+    async fn load(&self, query: &K::Query, path: LoadPath) -> Result<Loaded<K>, Fault> {
         let before = self.l1.get(&K::key(query));
         let record = before.as_deref().and_then(Held::value);
         if path == LoadPath::Tiers
-            && let Some(landed) = self.load_from_l2(query).await
+            && let Some(loaded) = self.load_from_l2(query).await
         {
-            return Ok(landed);
+            return Ok(loaded);
         }
         if path == LoadPath::Store
             && let Some(record) = record
@@ -268,7 +268,7 @@ impl<K: Kind> Shared<K> {
         Ok(self.keep(query, found, Tier::Store))
     }
 
-    async fn load_from_l2(&self, query: &K::Query) -> Option<Landed<K>> {
+    async fn load_from_l2(&self, query: &K::Query) -> Option<Loaded<K>> {
         let found = self.l2.as_ref()?.get(&K::key(query), self.clock.now()).await;
         let outcomes = &self.metrics.l2;
         let found = match found {
@@ -286,13 +286,13 @@ impl<K: Kind> Shared<K> {
                 return None;
             }
         };
-        let landed = self.keep(query, found.map(Some), Tier::L2);
-        if !landed.held.is_current(&self.views.load(), self.clock.now()) {
+        let loaded = self.keep(query, found.map(Some), Tier::L2);
+        if !loaded.held.is_current(&self.views.load(), self.clock.now()) {
             outcomes.refused.inc();
             return None;
         }
         outcomes.hit.inc();
-        Some(landed)
+        Some(loaded)
     }
 
     /// One read of the store, within its slots, its deadline and its breaker.
@@ -352,7 +352,7 @@ impl<K: Kind> Shared<K> {
     }
 
     /// Puts what was found into L1, if its version is known here.
-    fn keep(&self, query: &K::Query, found: Dated<Option<K::Value>>, tier: Tier) -> Landed<K> {
+    fn keep(&self, query: &K::Query, found: Dated<Option<K::Value>>, tier: Tier) -> Loaded<K> {
         let (view, key) = (self.views.load(), K::key(query));
         let epoch = (view.place(&found) == Place::Known).then(|| view.epoch());
         let (date, life) = (found.as_ref().map(drop), self.life(K::spread(&key), &found));
@@ -360,13 +360,13 @@ impl<K: Kind> Shared<K> {
         if epoch.is_some() {
             self.l1.put(key, Arc::clone(&held));
         }
-        Landed { held, read: Some(Read { date, tier }) }
+        Loaded { held, read: Some(Read { date, tier }) }
     }
 
     /// After a flight has landed: keeps what no poll had confirmed by then, and shares it with other replicas. Absences
     /// never go to Redis.
-    async fn settle(&self, query: &K::Query, landed: Landed<K>) {
-        let Landed { mut held, read: Some(Read { date, tier: Tier::Store }) } = landed else { return };
+    async fn settle(&self, query: &K::Query, loaded: Loaded<K>) {
+        let Loaded { mut held, read: Some(Read { date, tier: Tier::Store }) } = loaded else { return };
         let (view, key) = (Arc::clone(&self.views.load()), K::key(query));
         if !held.is_of(&view) {
             if view.place(&date) == Place::Ahead && view.standing(self.clock.now()) == Standing::Fresh {
@@ -396,7 +396,7 @@ impl<K: Kind> Shared<K> {
 }
 
 /// What a flight brought.
-pub struct Landed<K: Kind> {
+pub struct Loaded<K: Kind> {
     /// The value.
     pub held: Arc<Held<K>>,
     /// The read that found it; `None`: it was in L1 by then.
@@ -411,7 +411,7 @@ struct Read {
     tier: Tier,
 }
 
-impl<K: Kind> Landed<K> {
+impl<K: Kind> Loaded<K> {
     /// Where the value belongs in the history of `view`.
     #[must_use]
     pub fn place(&self, view: &View) -> Place {
@@ -435,7 +435,7 @@ impl<K: Kind> Landed<K> {
     }
 }
 
-impl<K: Kind> Clone for Landed<K> {
+impl<K: Kind> Clone for Loaded<K> {
     fn clone(&self) -> Self {
         Self { held: Arc::clone(&self.held), read: self.read.clone() }
     }
@@ -443,8 +443,8 @@ impl<K: Kind> Clone for Landed<K> {
 
 /// Whether no change is known that makes a value out of date. One of a history or a version that no poll has seen yet is
 /// newer than all we know.
-fn not_refused<K: Kind>(view: &View, landed: &Landed<K>) -> bool {
-    landed.place(view) != Place::Known || landed.held.is_covered(view)
+fn not_refused<K: Kind>(view: &View, loaded: &Loaded<K>) -> bool {
+    loaded.place(view) != Place::Known || loaded.held.is_covered(view)
 }
 
 /// Flights that one caller joins, at most.
@@ -604,11 +604,11 @@ mod tests {
         shared.views.apply(&polled(5..=5), true);
         for found in [Some(record), None] {
             let newest = shared.views.load().applied().0;
-            let landed = shared.keep(&query, dated(found, newest + 1), Tier::Store);
-            assert_eq!(landed.place(&shared.views.load()), Place::Ahead);
+            let loaded = shared.keep(&query, dated(found, newest + 1), Tier::Store);
+            assert_eq!(loaded.place(&shared.views.load()), Place::Ahead);
             shared.l1.forget(&DIGEST);
             shared.views.apply(&polled(newest..=newest + 1), true);
-            shared.settle(&query, landed).await;
+            shared.settle(&query, loaded).await;
             let held = shared.l1.get(&DIGEST).expect("kept");
             assert!(held.is_current(&shared.views.load(), SystemClock.now()));
         }

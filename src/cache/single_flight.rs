@@ -10,7 +10,7 @@ use std::{
 use tokio::{runtime::Handle, sync::SetOnce};
 use tokio_util::task::TaskTracker;
 
-use super::{Landed, Shared, cacheable::Kind};
+use super::{Loaded, Shared, cacheable::Kind};
 use crate::base::fault::Fault;
 
 /// Loads that may be in the air at one time, over all keys. Beyond it a caller gets a fault: waiting would only make
@@ -18,7 +18,7 @@ use crate::base::fault::Fault;
 const IN_FLIGHT_MAX: usize = 4_096;
 
 /// What a flight comes to. Those who wait for it go on in the order in which they came.
-type ResultSlot<K> = Arc<SetOnce<Result<Landed<K>, Fault>>>;
+type ResultSlot<K> = Arc<SetOnce<Result<Loaded<K>, Fault>>>;
 type InFlight<K> = Arc<Mutex<HashMap<(<K as Kind>::Key, LoadPath), ResultSlot<K>>>>;
 
 /// Where a flight looks.
@@ -50,9 +50,9 @@ impl<K: Kind> SingleFlight<K> {
         shared: &Arc<Shared<K>>,
         query: K::Query,
         path: LoadPath,
-    ) -> (Result<Landed<K>, Fault>, bool) {
+    ) -> (Result<Loaded<K>, Fault>, bool) {
         let (slot, joined) = match self.join_or_start(shared, query, path) {
-            Ok(JoinOutcome::Cached(landed)) => return (Ok(landed), true),
+            Ok(JoinOutcome::Cached(loaded)) => return (Ok(loaded), true),
             Ok(JoinOutcome::Started(slot)) => (slot, false),
             Ok(JoinOutcome::Joined(slot)) => (slot, true),
             Err(fault) => return (Err(fault), false),
@@ -81,7 +81,7 @@ impl<K: Kind> SingleFlight<K> {
             // A flight may have landed between the caller's look into L1 and now.
             let (view, now) = (shared.views.load(), shared.clock.now());
             if let Some(held) = shared.l1.get(&name.0).filter(|held| held.is_current(&view, now)) {
-                return Ok(JoinOutcome::Cached(Landed { held, read: None }));
+                return Ok(JoinOutcome::Cached(Loaded { held, read: None }));
             }
         }
         if self.tasks.len() >= IN_FLIGHT_MAX {
@@ -103,8 +103,8 @@ impl<K: Kind> SingleFlight<K> {
                 guard.outcome = shared.load(&query, path).await;
                 let outcome = guard.outcome.clone();
                 drop(guard);
-                if let Ok(landed) = outcome {
-                    shared.settle(&query, landed).await;
+                if let Ok(loaded) = outcome {
+                    shared.settle(&query, loaded).await;
                 }
             },
             &self.io,
@@ -114,7 +114,7 @@ impl<K: Kind> SingleFlight<K> {
 }
 
 enum JoinOutcome<K: Kind> {
-    Cached(Landed<K>),
+    Cached(Loaded<K>),
     Joined(ResultSlot<K>),
     Started(ResultSlot<K>),
 }
@@ -125,7 +125,7 @@ struct InFlightGuard<K: Kind> {
     name: (K::Key, LoadPath),
     in_flight: InFlight<K>,
     slot: ResultSlot<K>,
-    outcome: Result<Landed<K>, Fault>,
+    outcome: Result<Loaded<K>, Fault>,
 }
 
 impl<K: Kind> Drop for InFlightGuard<K> {

@@ -178,8 +178,8 @@ impl Checker {
         let limit = self.parts.decision.deadline;
         let found = self.parts.cache.find(digests.clone(), &reliance);
         let found = timeout(limit, found).await.unwrap_or(Err(Fault::Late { limit }));
-        if let Ok(landed) = &found
-            && let Some(version) = landed.ahead_of(&history)
+        if let Ok(loaded) = &found
+            && let Some(version) = loaded.ahead_of(&history)
             && digests.all().any(|digest| self.parts.views.revoked.binds_elsewhere(digest))
         {
             // Made good again, or good in a history that lost its revocation? The next poll tells; without one it binds.
@@ -193,10 +193,10 @@ impl Checker {
             Err(reason) => return self.denied(reason, began),
         };
         let outcome = match &found {
-            Ok(landed) => {
-                let elsewhere = landed.place(&history) != Place::Known;
+            Ok(loaded) => {
+                let elsewhere = loaded.place(&history) != Place::Known;
                 let is_its = |stored: &ApiKeyDigest| digests.hold(stored);
-                let value = landed.held.value();
+                let value = loaded.held.value();
                 self.decide(&digests.current, value, is_its, elsewhere, &request.demands, clock.now())
             }
             Err(fault) => Err(fault.clone()),
