@@ -261,11 +261,11 @@ impl<K: Kind> Shared<K> {
             // One row by primary key, as long as it still is what was asked for.
             let live = self.read(true, K::load_again(&*self.store, record)).await?;
             if live.value.as_ref().is_some_and(|live| K::is_same(live, record)) {
-                return Ok(self.keep(query, live, Tier::Store));
+                return Ok(self.insert_if_confirmed(query, live, Tier::Store));
             }
         }
         let found = self.read(record.is_some(), K::load(&*self.store, query)).await?;
-        Ok(self.keep(query, found, Tier::Store))
+        Ok(self.insert_if_confirmed(query, found, Tier::Store))
     }
 
     async fn load_from_l2(&self, query: &K::Query) -> Option<Loaded<K>> {
@@ -286,7 +286,7 @@ impl<K: Kind> Shared<K> {
                 return None;
             }
         };
-        let loaded = self.keep(query, found.map(Some), Tier::L2);
+        let loaded = self.insert_if_confirmed(query, found.map(Some), Tier::L2);
         if !loaded.held.is_current(&self.views.load(), self.clock.now()) {
             outcomes.refused.inc();
             return None;
@@ -352,7 +352,7 @@ impl<K: Kind> Shared<K> {
     }
 
     /// Puts what was found into L1, if its version is known here.
-    fn keep(&self, query: &K::Query, found: Dated<Option<K::Value>>, tier: Tier) -> Loaded<K> {
+    fn insert_if_confirmed(&self, query: &K::Query, found: Dated<Option<K::Value>>, tier: Tier) -> Loaded<K> {
         let (view, key) = (self.views.load(), K::key(query));
         let epoch = (view.place(&found) == Place::Known).then(|| view.epoch());
         let (date, life) = (found.as_ref().map(drop), self.life(K::spread(&key), &found));
@@ -365,7 +365,7 @@ impl<K: Kind> Shared<K> {
 
     /// After a flight has landed: keeps what no poll had confirmed by then, and shares it with other replicas. Absences
     /// never go to Redis.
-    async fn settle(&self, query: &K::Query, loaded: Loaded<K>) {
+    async fn publish(&self, query: &K::Query, loaded: Loaded<K>) {
         let Loaded { mut held, read: Some(Read { date, tier: Tier::Store }) } = loaded else { return };
         let (view, key) = (Arc::clone(&self.views.load()), K::key(query));
         if !held.is_of(&view) {
@@ -604,11 +604,11 @@ mod tests {
         shared.views.apply(&polled(5..=5), true);
         for found in [Some(record), None] {
             let newest = shared.views.load().applied().0;
-            let loaded = shared.keep(&query, dated(found, newest + 1), Tier::Store);
+            let loaded = shared.insert_if_confirmed(&query, dated(found, newest + 1), Tier::Store);
             assert_eq!(loaded.place(&shared.views.load()), Place::Ahead);
             shared.l1.forget(&DIGEST);
             shared.views.apply(&polled(newest..=newest + 1), true);
-            shared.settle(&query, loaded).await;
+            shared.publish(&query, loaded).await;
             let held = shared.l1.get(&DIGEST).expect("kept");
             assert!(held.is_current(&shared.views.load(), SystemClock.now()));
         }

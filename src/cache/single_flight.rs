@@ -104,7 +104,7 @@ impl<K: Kind> SingleFlight<K> {
                 let outcome = guard.outcome.clone();
                 drop(guard);
                 if let Ok(loaded) = outcome {
-                    shared.settle(&query, loaded).await;
+                    shared.publish(&query, loaded).await;
                 }
             },
             &self.io,
