@@ -15,7 +15,7 @@ use trustgate::{
     record::{ApiKeyDigest, Digests},
     store::{
         self, Missing, SignOfLife, Source, StoreSettings,
-        reads::pool::{Connect, Limits, Pool, Trouble},
+        reads::pool::{Connect, Limits, Pool, PoolError},
     },
 };
 
@@ -316,7 +316,7 @@ async fn a_connect_that_never_ends_fails_whoever_waits_when_its_time_is_up() {
     let (_staged, pool) = staged(1, 4, Duration::from_millis(20));
     let waiting = (pool.read(&()), pool.read(&()));
     let (one, other) = tokio::join!(waiting.0, waiting.1);
-    assert!(matches!((one, other), (Err(Trouble::Connect(_)), Err(Trouble::Connect(_)))));
+    assert!(matches!((one, other), (Err(PoolError::Connect(_)), Err(PoolError::Connect(_)))));
     assert_eq!(pool.connections(), 0);
 }
 
@@ -332,7 +332,7 @@ async fn reads_beyond_the_limit_are_turned_away_and_connections_never_exceed_the
     eventually("two run", 10 * SECONDS, || async { staged.open.load(Ordering::SeqCst) == 2 }).await;
     staged.may_answer.0.add_permits(1_000);
     let outcomes = reading.join_all().await;
-    let full = outcomes.iter().filter(|outcome| matches!(outcome, Err(Trouble::Full))).count();
+    let full = outcomes.iter().filter(|outcome| matches!(outcome, Err(PoolError::Full))).count();
     let read = outcomes.iter().filter(|outcome| outcome.is_ok()).count();
     assert_eq!((full + read, full > 0, read > 0), (20, true, true), "{full} {read}");
     assert_eq!(staged.most.load(Ordering::SeqCst), 2);
@@ -361,7 +361,7 @@ async fn a_closed_pool_leaves_nothing_behind_and_nobody_waiting() {
     eventually("it connects", 10 * SECONDS, || async { staged.connects.load(Ordering::SeqCst) == 1 }).await;
     let closed = tokio::time::timeout(20 * SECONDS, pool.close()).await;
     assert!(closed.is_ok(), "it does not wait for the connect");
-    assert!(matches!(reading.await.unwrap(), Err(Trouble::Closed)));
-    assert!(matches!(pool.read(&()).await, Err(Trouble::Closed)));
+    assert!(matches!(reading.await.unwrap(), Err(PoolError::Closed)));
+    assert!(matches!(pool.read(&()).await, Err(PoolError::Closed)));
     assert_eq!((pool.connections(), staged.open.load(Ordering::SeqCst)), (0, 0));
 }

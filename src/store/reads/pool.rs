@@ -52,7 +52,7 @@ pub struct Limits {
 
 /// Why a read has no answer. Shared by everybody who waited for the same connect.
 #[derive(Clone, Debug)]
-pub enum Trouble {
+pub enum PoolError {
     /// The database, or the way to it, failed.
     Sql(Arc<sqlx::Error>),
     /// Connecting took longer than this.
@@ -63,13 +63,13 @@ pub enum Trouble {
     Closed,
 }
 
-impl From<Trouble> for Fault {
-    fn from(trouble: Trouble) -> Self {
+impl From<PoolError> for Fault {
+    fn from(trouble: PoolError) -> Self {
         match trouble {
-            Trouble::Sql(source) => Self::Unreachable { tier: Tier::Store, source },
-            Trouble::Connect(limit) => Self::Timeout { tier: Tier::Store, limit },
-            Trouble::Full => Self::Overloaded { limit: "store.reads_max" },
-            Trouble::Closed => Self::Ended,
+            PoolError::Sql(source) => Self::Unreachable { tier: Tier::Store, source },
+            PoolError::Connect(limit) => Self::Timeout { tier: Tier::Store, limit },
+            PoolError::Full => Self::Overloaded { limit: "store.reads_max" },
+            PoolError::Closed => Self::Ended,
         }
     }
 }
@@ -95,16 +95,16 @@ impl<C: Connect> Pool<C> {
     /// Runs `query` on a connection and returns its rows. The caller sets the deadline by dropping the future.
     ///
     /// # Errors
-    /// [`Trouble`]; a connect that is refused fails at once.
+    /// [`PoolError`]; a connect that is refused fails at once.
     ///
     /// # Cancel safety
     /// A dropped read closes the connection it used, and gives back one that it was only about to use.
-    pub async fn read(&self, query: &C::Query) -> Result<Vec<C::Row>, Trouble> {
-        let lease = self.0.acquire().await?;
-        let reused = lease.reused;
-        match lease.run(query).await {
+    pub async fn read(&self, query: &C::Query) -> Result<Vec<C::Row>, PoolError> {
+        let pooled = self.0.acquire().await?;
+        let reused = pooled.reused;
+        match pooled.run(query).await {
             // Most likely the server was restarted while the connection lay idle; then the other idle ones are as dead.
-            Err(Trouble::Sql(error)) if reused && C::lost(&error) => {
+            Err(PoolError::Sql(error)) if reused && C::lost(&error) => {
                 self.0.forget();
                 self.0.acquire().await?.run(query).await
             }
@@ -117,7 +117,7 @@ impl<C: Connect> Pool<C> {
         self.0.lock().runtime = Some(runtime);
     }
 
-    /// Ends every connection and task. Reads that wait, and reads that come later, fail with [`Trouble::Closed`].
+    /// Ends every connection and task. Reads that wait, and reads that come later, fail with [`PoolError::Closed`].
     pub async fn close(&self) {
         let idle = {
             let mut state = self.0.lock();
@@ -170,7 +170,7 @@ struct Shared<C: Connect> {
     stop: CancellationToken,
 }
 
-type Waiter<C> = oneshot::Sender<Result<Lease<C>, Trouble>>;
+type Waiter<C> = oneshot::Sender<Result<PooledConn<C>, PoolError>>;
 
 struct State<C: Connect> {
     /// Good connections nobody uses, the last used one last. Not empty only while nobody waits.
@@ -220,18 +220,18 @@ impl<C: Connect> Shared<C> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    async fn acquire(self: &Arc<Self>) -> Result<Lease<C>, Trouble> {
+    async fn acquire(self: &Arc<Self>) -> Result<PooledConn<C>, PoolError> {
         let turn = {
             let mut state = self.lock();
             if state.closed {
-                return Err(Trouble::Closed);
+                return Err(PoolError::Closed);
             }
             if let Some(connection) = state.idle.pop() {
-                return Ok(Lease::new(self, connection, state.generation, true));
+                return Ok(PooledConn::new(self, connection, state.generation, true));
             }
             state.waiting.retain(|waiter| !waiter.is_closed());
             if state.waiting.len() >= self.limits.waiting_max {
-                return Err(Trouble::Full);
+                return Err(PoolError::Full);
             }
             let (waiter, turn) = oneshot::channel();
             state.waiting.push_back(waiter);
@@ -242,7 +242,7 @@ impl<C: Connect> Shared<C> {
             turn
         };
         // A waiter is dropped without a word only by `close`.
-        turn.await.unwrap_or(Err(Trouble::Closed))
+        turn.await.unwrap_or(Err(PoolError::Closed))
     }
 
     /// A connect for each waiting read that has none on its way, as far as the limit allows.
@@ -266,14 +266,14 @@ impl<C: Connect> Shared<C> {
     }
 
     /// A connect ended.
-    fn settle(self: &Arc<Self>, outcome: Result<C::Connection, Trouble>) {
+    fn on_connect_done(self: &Arc<Self>, outcome: Result<C::Connection, PoolError>) {
         let mut state = self.lock();
         state.connecting -= 1;
         self.log_change(&mut state, outcome.as_ref().map(drop));
         match outcome {
             Ok(connection) => {
                 let generation = state.generation;
-                self.hand_on(state, connection, generation, false);
+                self.hand_to_waiter(state, connection, generation, false);
             }
             Err(trouble) => {
                 state.open -= 1;
@@ -289,7 +289,7 @@ impl<C: Connect> Shared<C> {
     }
 
     /// Gives a good connection to whoever waits longest, or lays it aside.
-    fn hand_on(
+    fn hand_to_waiter(
         self: &Arc<Self>,
         mut state: MutexGuard<'_, State<C>>,
         connection: C::Connection,
@@ -300,14 +300,14 @@ impl<C: Connect> Shared<C> {
             drop(state);
             return self.discard(connection);
         }
-        let mut lease = Lease::new(self, connection, generation, reused);
+        let mut pooled = PooledConn::new(self, connection, generation, reused);
         while let Some(waiter) = state.waiting.pop_front() {
-            match waiter.send(Ok(lease)) {
-                Err(Ok(unwanted)) => lease = unwanted,
+            match waiter.send(Ok(pooled)) {
+                Err(Ok(unwanted)) => pooled = unwanted,
                 Ok(()) | Err(Err(_)) => return,
             }
         }
-        state.idle.extend(lease.connection.take());
+        state.idle.extend(pooled.connection.take());
     }
 
     /// Closes a connection and lets its place be taken.
@@ -336,18 +336,18 @@ impl<C: Connect> Shared<C> {
         }
     }
 
-    fn log_change(&self, state: &mut State<C>, outcome: Result<(), &Trouble>) {
+    fn log_change(&self, state: &mut State<C>, outcome: Result<(), &PoolError>) {
         if state.closed || state.up.replace(outcome.is_ok()) == Some(outcome.is_ok()) {
             return;
         }
         let pool = self.name;
         match outcome {
             Ok(()) => tracing::info!(pool, "connected to the database"),
-            Err(Trouble::Sql(error)) => tracing::warn!(pool, %error, "cannot connect to the database"),
-            Err(Trouble::Connect(limit)) => {
+            Err(PoolError::Sql(error)) => tracing::warn!(pool, %error, "cannot connect to the database"),
+            Err(PoolError::Connect(limit)) => {
                 tracing::warn!(pool, ?limit, "cannot connect to the database: no answer in time");
             }
-            Err(Trouble::Full | Trouble::Closed) => {}
+            Err(PoolError::Full | PoolError::Closed) => {}
         }
     }
 }
@@ -355,7 +355,7 @@ impl<C: Connect> Shared<C> {
 /// A connect under way. However it ends, also by a panic or with the runtime, the pool hears of it.
 struct Pending<C: Connect> {
     shared: Arc<Shared<C>>,
-    outcome: Option<Result<C::Connection, Trouble>>,
+    outcome: Option<Result<C::Connection, PoolError>>,
 }
 
 impl<C: Connect> Pending<C> {
@@ -366,8 +366,8 @@ impl<C: Connect> Pending<C> {
             () = self.shared.stop.cancelled() => None,
             outcome = timeout(limit, connect.connect()) => Some(match outcome {
                 Ok(Ok(connection)) => Ok(connection),
-                Ok(Err(error)) => Err(Trouble::Sql(Arc::new(error))),
-                Err(_) => Err(Trouble::Connect(limit)),
+                Ok(Err(error)) => Err(PoolError::Sql(Arc::new(error))),
+                Err(_) => Err(PoolError::Connect(limit)),
             }),
         };
     }
@@ -375,13 +375,13 @@ impl<C: Connect> Pending<C> {
 
 impl<C: Connect> Drop for Pending<C> {
     fn drop(&mut self) {
-        let outcome = self.outcome.take().unwrap_or(Err(Trouble::Closed));
-        self.shared.settle(outcome);
+        let outcome = self.outcome.take().unwrap_or(Err(PoolError::Closed));
+        self.shared.on_connect_done(outcome);
     }
 }
 
 /// The right to use one connection. Dropped while a query runs, it closes the connection; otherwise it gives it back.
-struct Lease<C: Connect> {
+struct PooledConn<C: Connect> {
     shared: Arc<Shared<C>>,
     connection: Option<C::Connection>,
     generation: u64,
@@ -391,13 +391,13 @@ struct Lease<C: Connect> {
     dirty: bool,
 }
 
-impl<C: Connect> Lease<C> {
+impl<C: Connect> PooledConn<C> {
     fn new(shared: &Arc<Shared<C>>, connection: C::Connection, generation: u64, reused: bool) -> Self {
         Self { shared: Arc::clone(shared), connection: Some(connection), generation, reused, dirty: false }
     }
 
-    async fn run(mut self, query: &C::Query) -> Result<Vec<C::Row>, Trouble> {
-        let Some(connection) = &mut self.connection else { return Err(Trouble::Closed) };
+    async fn run(mut self, query: &C::Query) -> Result<Vec<C::Row>, PoolError> {
+        let Some(connection) = &mut self.connection else { return Err(PoolError::Closed) };
         self.dirty = true;
         match self.shared.connect.run(connection, query).await {
             Ok(rows) => {
@@ -408,17 +408,17 @@ impl<C: Connect> Lease<C> {
             // After any error the connection is closed: a standby, a revoked right or a lost server is left behind.
             Err(error) => {
                 self.reused = false; // it answered: this says nothing of the idle ones
-                Err(Trouble::Sql(Arc::new(error)))
+                Err(PoolError::Sql(Arc::new(error)))
             }
         }
     }
 }
 
-impl<C: Connect> Drop for Lease<C> {
+impl<C: Connect> Drop for PooledConn<C> {
     fn drop(&mut self) {
         let Some(connection) = self.connection.take() else { return };
         if !self.dirty {
-            return self.shared.hand_on(self.shared.lock(), connection, self.generation, self.reused);
+            return self.shared.hand_to_waiter(self.shared.lock(), connection, self.generation, self.reused);
         }
         self.shared.discard(connection);
         if self.reused {

@@ -16,7 +16,7 @@ use uuid::Uuid;
 
 use super::{
     lookup::{Missing, PollError, Polled, SignOfLife, Source, Tended},
-    pool::{Connect, Limits, Pool, Trouble},
+    pool::{Connect, Limits, Pool, PoolError},
 };
 use crate::{
     base::{
@@ -165,7 +165,7 @@ impl<D: Dialect> Reader<D> {
         let place = self.dialect.place();
         let tables = match self.reads.read(query).await {
             Ok(rows) => newest_tables(&rows)?,
-            Err(Trouble::Sql(error)) if D::is_missing(&error) => None,
+            Err(PoolError::Sql(error)) if D::is_missing(&error) => None,
             Err(trouble) => return Err(Fault::from(trouble).into()),
         };
         schema::check(tables, &place)
@@ -223,7 +223,7 @@ impl<D: Dialect> Lookup for Reader<D> {
                 }
                 polled
             }
-            Err(Trouble::Sql(error)) if D::answered(&error) => {
+            Err(PoolError::Sql(error)) if D::answered(&error) => {
                 if D::is_replaced(&error) {
                     self.poll.forget();
                     self.reads.forget();
