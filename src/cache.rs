@@ -66,7 +66,7 @@ pub struct Lifetimes {
 
 /// What a caller may rely on.
 #[derive(Clone, Debug)]
-pub enum Reliance {
+pub enum ReadPolicy {
     /// What the view covers: its lease was fresh when the check began, at this moment.
     Lease(Arc<View>, Moment),
     /// A read of the store that is sent after the check began, at this moment; what the view knows to be out of date is
@@ -171,7 +171,7 @@ impl<K: Kind> Cache<K> {
         Some(held)
     }
 
-    /// The value asked for by `query`, from L2 or the store, such that `reliance` allows its use. However many callers ask
+    /// The value asked for by `query`, from L2 or the store, such that `policy` allows its use. However many callers ask
     /// for one key, one flight goes; what it brings is judged by each of them.
     ///
     /// # Errors
@@ -179,24 +179,24 @@ impl<K: Kind> Cache<K> {
     ///
     /// # Cancel safety
     /// Safe: the flight goes on and fills the cache for the others. The caller sets the deadline.
-    pub async fn find(&self, query: K::Query, reliance: &Reliance) -> Result<Loaded<K>, Fault> {
+    pub async fn find(&self, query: K::Query, policy: &ReadPolicy) -> Result<Loaded<K>, Fault> {
         // The first flight may have been in the air before; the second was not, and only a change that comes between its
         // read and its landing makes a third. More would be a storm of changes.
         for attempt in 0..JOINS_MAX {
-            let path = match reliance {
-                Reliance::Store(..) => LoadPath::Store,
+            let path = match policy {
+                ReadPolicy::Store(..) => LoadPath::Store,
                 // What the tiers hold was too old.
-                Reliance::Age if attempt > 0 => LoadPath::Store,
-                Reliance::Lease(..) | Reliance::Age => LoadPath::Tiers,
+                ReadPolicy::Age if attempt > 0 => LoadPath::Store,
+                ReadPolicy::Lease(..) | ReadPolicy::Age => LoadPath::Tiers,
             };
             let (loaded, joined) = self.single_flight.join(&self.shared, query.clone(), path).await;
-            let loaded = match (loaded, reliance) {
+            let loaded = match (loaded, policy) {
                 (Ok(loaded), _) => loaded,
                 // Somebody else's read failed, which says nothing about one of our own.
-                (Err(_), Reliance::Store(..)) if joined && attempt == 0 => continue,
+                (Err(_), ReadPolicy::Store(..)) if joined && attempt == 0 => continue,
                 (Err(fault), _) => return Err(fault),
             };
-            if self.shared.allows(reliance, &loaded).await {
+            if self.shared.allows(policy, &loaded).await {
                 return Ok(loaded);
             }
         }
@@ -221,10 +221,10 @@ impl<K: Kind> Cache<K> {
 }
 
 impl<K: Kind> Shared<K> {
-    /// Whether `reliance` allows the use of what a flight brought.
-    async fn allows(&self, reliance: &Reliance, loaded: &Loaded<K>) -> bool {
-        match reliance {
-            Reliance::Lease(view, began) => {
+    /// Whether `policy` allows the use of what a flight brought.
+    async fn allows(&self, policy: &ReadPolicy, loaded: &Loaded<K>) -> bool {
+        match policy {
+            ReadPolicy::Lease(view, began) => {
                 if let Some(version) = loaded.ahead_of(view)
                     && !loaded.is_read_after(*began)
                 {
@@ -236,8 +236,8 @@ impl<K: Kind> Shared<K> {
                     Place::Ahead | Place::Foreign => loaded.is_read_after(*began),
                 }
             }
-            Reliance::Store(view, began) => loaded.is_read_after(*began) && not_refused(view, loaded),
-            Reliance::Age => not_refused(&self.views.load(), loaded) && self.is_young(&loaded.held, self.clock.now()),
+            ReadPolicy::Store(view, began) => loaded.is_read_after(*began) && not_refused(view, loaded),
+            ReadPolicy::Age => not_refused(&self.views.load(), loaded) && self.is_young(&loaded.held, self.clock.now()),
         }
     }
 

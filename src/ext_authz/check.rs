@@ -25,7 +25,7 @@ use crate::{
         log_limit::LogLimit,
         metrics::{CoreCounter, CoreCounters, CoreHistogram, HistogramOpts, Opts, Registry, SHORT_SECONDS, register},
     },
-    cache::{Cache, Reliance, api_key::ApiKey},
+    cache::{Cache, ReadPolicy, api_key::ApiKey},
     freshness::{Freshness, View as History, Views, deny_list::DenyList, history::Place, lease::Standing},
     record::{ApiKeyDigest, Digests, Record},
 };
@@ -159,12 +159,12 @@ impl Checker {
         }
         let digests = self.parts.hasher.digests(digest, key);
         let history = Guard::into_inner(history);
-        let reliance = match (freshness, standing) {
-            (Freshness::Ttl, _) => Reliance::Age,
-            (_, Standing::Fresh) => Reliance::Lease(Arc::clone(&history), now),
-            (_, Standing::Stale | Standing::Lapsed) => Reliance::Store(Arc::clone(&history), now),
+        let policy = match (freshness, standing) {
+            (Freshness::Ttl, _) => ReadPolicy::Age,
+            (_, Standing::Fresh) => ReadPolicy::Lease(Arc::clone(&history), now),
+            (_, Standing::Stale | Standing::Lapsed) => ReadPolicy::Store(Arc::clone(&history), now),
         };
-        Progress::Pending(Waiting { began: now, history, digests, reliance })
+        Progress::Pending(Waiting { began: now, history, digests, policy })
     }
 
     /// Decides what [`Self::try_decide`] could not decide at once, for the same `message`.
@@ -172,11 +172,11 @@ impl Checker {
     /// # Cancel safety
     /// As [`Self::check`].
     pub async fn finish(&self, message: &[u8], waiting: Waiting) -> Reply {
-        let Waiting { began, history, digests, reliance } = waiting;
+        let Waiting { began, history, digests, policy } = waiting;
         let clock = &*self.parts.clock;
         let cancel_guard = CancelGuard { metrics: Some(&self.metrics), clock, began };
         let limit = self.parts.decision.deadline;
-        let found = self.parts.cache.find(digests.clone(), &reliance);
+        let found = self.parts.cache.find(digests.clone(), &policy);
         let found = timeout(limit, found).await.unwrap_or(Err(Fault::Late { limit }));
         if let Ok(loaded) = &found
             && let Some(version) = loaded.ahead_of(&history)
@@ -346,7 +346,7 @@ pub struct Waiting {
     began: Moment,
     history: Arc<History>,
     digests: Digests,
-    reliance: Reliance,
+    policy: ReadPolicy,
 }
 
 /// What a decision needs of a request. `'m`: the message, `'c`: the checker.
