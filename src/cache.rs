@@ -36,7 +36,7 @@ use crate::{
         },
         units::ByteSize,
     },
-    freshness::{View, Views, history::Place, lease::Standing},
+    freshness::{View, Views, history::Place, lease::LeaseState},
     record::{Dated, Version},
     store::Lookup,
 };
@@ -369,7 +369,7 @@ impl<K: Kind> Shared<K> {
         let Loaded { mut held, read: Some(Read { date, tier: Tier::Store }) } = loaded else { return };
         let (view, key) = (Arc::clone(&self.views.load()), K::key(query));
         if !held.is_of(&view) {
-            if view.place(&date) == Place::Ahead && view.standing(self.clock.now()) == Standing::Fresh {
+            if view.place(&date) == Place::Ahead && view.lease_state(self.clock.now()) == LeaseState::Fresh {
                 // Polls come often: one that takes longer than this has trouble of its own.
                 let _ = timeout(self.views.limits().lease, self.views.reached(&view, date.as_of)).await;
             }

@@ -26,7 +26,7 @@ use tokio::sync::{Notify, watch};
 pub use self::mode::Freshness;
 use self::{
     history::{History, Place, Step},
-    lease::{Lease, Limits, Standing},
+    lease::{Lease, Limits, LeaseState},
     pepper::PepperState,
     revoked::Revoked,
 };
@@ -141,8 +141,8 @@ impl View {
 
     /// What the lease is worth at `now`. A check asks before it looks at any value.
     #[must_use]
-    pub fn standing(&self, now: Moment) -> Standing {
-        self.lease.standing(now, self.limits)
+    pub fn lease_state(&self, now: Moment) -> LeaseState {
+        self.lease.lease_state(now, self.limits)
     }
 
     /// Where a value belongs in this view's history.
@@ -381,7 +381,7 @@ mod tests {
         let digest = ApiKeyDigest::from_bytes([1; 32]);
         assert_eq!(views.apply(&polled(&[(5, 5), (7, 7)], &[(7, Change::Absent(digest))]), true), Applied::Begun);
         assert_eq!((views.is_confirmed(), views.load().since()), (true, Some(Version(7))));
-        assert_eq!(views.load().standing(Moment::from_nanos(8)), Standing::Fresh);
+        assert_eq!(views.load().lease_state(Moment::from_nanos(8)), LeaseState::Fresh);
         for (as_of, covered) in [(4, false), (5, false), (6, false), (7, true)] {
             assert_eq!(absence_covered(&views, as_of), covered, "{as_of}");
         }
@@ -399,8 +399,8 @@ mod tests {
         // Also where the tables were altered with it.
         let lost = views.apply(&Polled { watched: false, ..polled(&[(6, 1), (7, 7)], &[]) }, true);
         assert!(matches!(lost, Applied::Lost { applied: Version(6), .. }), "{lost:?}");
-        assert_eq!(before.standing(Moment::from_nanos(8)), Standing::Lapsed, "the old view's lease is over");
-        assert_eq!((views.load().since(), views.load().standing(Moment::from_nanos(8))), (None, Standing::Lapsed));
+        assert_eq!(before.lease_state(Moment::from_nanos(8)), LeaseState::Expired, "the old view's lease is over");
+        assert_eq!((views.load().since(), views.load().lease_state(Moment::from_nanos(8))), (None, LeaseState::Expired));
         assert!(views.revoked.binds(&digest));
         let issued = (5, Change::Absent(digest));
         let begins = polled(&[(5, 5), (6, 1), (7, 7)], std::slice::from_ref(&issued));
@@ -442,7 +442,7 @@ mod tests {
         views.apply(&polled(&[(5, 5)], &[]), true);
         let unwatched = Polled { watched: false, ..polled(&[(5, 5), (6, 6)], &[]) };
         assert_eq!(views.apply(&unwatched, true), Applied::Unwatched);
-        assert_eq!(views.load().standing(Moment::from_nanos(8)), Standing::Lapsed);
+        assert_eq!(views.load().lease_state(Moment::from_nanos(8)), LeaseState::Expired);
         assert_eq!(views.load().applied(), Version(5));
         let other = Polled { watched: false, ..polled(&[(5, 6)], &[]) };
         assert!(matches!(Views::new(LIMITS).apply(&other, true), Applied::Unwatched), "nothing is known of it");
@@ -464,7 +464,7 @@ mod tests {
         let views = Views::new(LIMITS);
         let unnamed = Polled { watched: false, ..polled(&[(0, 0)], &[]) };
         assert_eq!(views.apply(&unnamed, false), Applied::Begun);
-        assert_eq!(views.load().standing(Moment::from_nanos(8)), Standing::Lapsed);
+        assert_eq!(views.load().lease_state(Moment::from_nanos(8)), LeaseState::Expired);
         assert!(views.is_confirmed());
         let epoch = views.load().epoch();
         assert_eq!(views.apply(&Polled { versions: vec![], ..unnamed }, false), Applied::Nothing);

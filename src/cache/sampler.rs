@@ -26,7 +26,7 @@ use crate::{
     freshness::{
         View,
         history::Place,
-        lease::{Standing, stripe},
+        lease::{LeaseState, stripe},
     },
     record::Dated,
 };
@@ -64,7 +64,7 @@ impl<K: Kind> Cache<K> {
             loop {
                 sleep(spread.around(interval)).await;
                 let view = Arc::clone(&shared.views.load());
-                if view.standing(shared.clock.now()) != Standing::Fresh {
+                if view.lease_state(shared.clock.now()) != LeaseState::Fresh {
                     continue; // nothing is relied on without asking
                 }
                 match shared.next(&mut records, &view).await {

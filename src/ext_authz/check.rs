@@ -26,7 +26,7 @@ use crate::{
         metrics::{CoreCounter, CoreCounters, CoreHistogram, HistogramOpts, Opts, Registry, SHORT_SECONDS, register},
     },
     cache::{Cache, ReadPolicy, api_key::ApiKey},
-    freshness::{Freshness, View as History, Views, deny_list::DenyList, history::Place, lease::Standing},
+    freshness::{Freshness, View as History, Views, deny_list::DenyList, history::Place, lease::LeaseState},
     record::{ApiKeyDigest, Digests, Record},
 };
 
@@ -124,7 +124,7 @@ impl Checker {
         let now = self.parts.clock.now();
         // Before anything else: what is found later is judged by this view and its lease.
         let history = self.parts.views.load();
-        let standing = history.standing(now);
+        let lease_state = history.lease_state(now);
         let request = match self.read(message) {
             Ok(request) => request,
             Err(reason) => return Progress::Done(self.denied(reason, now)),
@@ -139,19 +139,19 @@ impl Checker {
         };
         let digest = self.parts.hasher.current(key);
         let freshness = self.freshness(&request.demands);
-        let standing = match (freshness, standing) {
-            (Freshness::Lease, standing) => standing,
-            (Freshness::Strict, Standing::Fresh) => Standing::Fresh,
-            (Freshness::Strict | Freshness::Live | Freshness::Ttl, _) => Standing::Lapsed,
+        let lease_state = match (freshness, lease_state) {
+            (Freshness::Lease, lease_state) => lease_state,
+            (Freshness::Strict, LeaseState::Fresh) => LeaseState::Fresh,
+            (Freshness::Strict | Freshness::Live | Freshness::Ttl, _) => LeaseState::Expired,
         };
-        if standing != Standing::Lapsed || freshness == Freshness::Ttl {
+        if lease_state != LeaseState::Expired || freshness == Freshness::Ttl {
             let held = self.parts.cache.hit(&history, &digest, now, freshness == Freshness::Ttl);
             // An absence that cannot be confirmed is not one.
-            if let Some(held) = held.filter(|held| standing != Standing::Stale || held.value().is_some()) {
+            if let Some(held) = held.filter(|held| lease_state != LeaseState::Stale || held.value().is_some()) {
                 let is_its = |stored: &ApiKeyDigest| self.parts.hasher.is_of(stored, &digest, key);
                 let outcome = self.decide(&digest, held.value(), is_its, false, &request.demands, now);
                 // In the stale window an unknown key gets a fault, so a revoked one must get the same answer.
-                let is_stale = standing == Standing::Stale;
+                let is_stale = lease_state == LeaseState::Stale;
                 if !(is_stale && matches!(&outcome, Ok(Decision::Deny(reason)) if reason.is_of_key())) {
                     return Progress::Done(self.answer(outcome, &request, now, is_stale));
                 }
@@ -159,10 +159,10 @@ impl Checker {
         }
         let digests = self.parts.hasher.digests(digest, key);
         let history = Guard::into_inner(history);
-        let policy = match (freshness, standing) {
+        let policy = match (freshness, lease_state) {
             (Freshness::Ttl, _) => ReadPolicy::Age,
-            (_, Standing::Fresh) => ReadPolicy::Lease(Arc::clone(&history), now),
-            (_, Standing::Stale | Standing::Lapsed) => ReadPolicy::Store(Arc::clone(&history), now),
+            (_, LeaseState::Fresh) => ReadPolicy::Lease(Arc::clone(&history), now),
+            (_, LeaseState::Stale | LeaseState::Expired) => ReadPolicy::Store(Arc::clone(&history), now),
         };
         Progress::Pending(Waiting { began: now, history, digests, policy })
     }

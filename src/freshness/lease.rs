@@ -26,13 +26,13 @@ pub struct Limits {
 
 /// What a lease is worth at a moment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Standing {
+pub enum LeaseState {
     /// What is held may be relied on.
     Fresh,
     /// The database does not answer: records that were held as good may still be granted, absences may not be told.
     Stale,
     /// Nothing that is held may be relied on.
-    Lapsed,
+    Expired,
 }
 
 /// The lease of a view and what it covers. Within a view everything here only rises; the lease may also be dropped.
@@ -101,15 +101,15 @@ impl Lease {
 
     /// What the lease is worth at `now`. A check calls it before it looks at any value.
     #[must_use]
-    pub fn standing(&self, now: Moment, limits: Limits) -> Standing {
-        let Some(start) = self.start() else { return Standing::Lapsed };
+    pub fn lease_state(&self, now: Moment, limits: Limits) -> LeaseState {
+        let Some(start) = self.start() else { return LeaseState::Expired };
         let age = now.since(start);
         if age <= limits.lease {
-            Standing::Fresh
+            LeaseState::Fresh
         } else if age <= limits.lease.saturating_add(limits.stale) && self.is_unanswered_at(now, limits) {
-            Standing::Stale
+            LeaseState::Stale
         } else {
-            Standing::Lapsed
+            LeaseState::Expired
         }
     }
 
@@ -235,27 +235,27 @@ mod tests {
     #[test]
     fn a_lease_lasts_from_the_sending_of_its_poll_and_longer_only_without_any_answer() {
         let lease = Lease::default();
-        assert_eq!(lease.standing(at(0), LIMITS), Standing::Lapsed, "never begun");
+        assert_eq!(lease.lease_state(at(0), LIMITS), LeaseState::Expired, "never begun");
         lease.note_unanswered(at(0));
-        assert_eq!(lease.standing(at(0), LIMITS), Standing::Lapsed, "nothing was ever confirmed");
+        assert_eq!(lease.lease_state(at(0), LIMITS), LeaseState::Expired, "nothing was ever confirmed");
         let begin = |nanos| lease.renew(None, &[], || (), Some(at(nanos)));
         begin(0);
-        assert_eq!(lease.standing(at(100), LIMITS), Standing::Fresh);
-        assert_eq!(lease.standing(at(101), LIMITS), Standing::Lapsed, "the poll was answered");
+        assert_eq!(lease.lease_state(at(100), LIMITS), LeaseState::Fresh);
+        assert_eq!(lease.lease_state(at(101), LIMITS), LeaseState::Expired, "the poll was answered");
         lease.note_unanswered(at(90));
-        assert_eq!(lease.standing(at(101), LIMITS), Standing::Stale);
-        assert_eq!(lease.standing(at(290), LIMITS), Standing::Stale);
-        assert_eq!(lease.standing(at(291), LIMITS), Standing::Lapsed, "nobody has asked since");
+        assert_eq!(lease.lease_state(at(101), LIMITS), LeaseState::Stale);
+        assert_eq!(lease.lease_state(at(290), LIMITS), LeaseState::Stale);
+        assert_eq!(lease.lease_state(at(291), LIMITS), LeaseState::Expired, "nobody has asked since");
         lease.note_unanswered(at(1_000));
-        assert_eq!(lease.standing(at(1_100), LIMITS), Standing::Stale);
-        assert_eq!(lease.standing(at(1_101), LIMITS), Standing::Lapsed);
+        assert_eq!(lease.lease_state(at(1_100), LIMITS), LeaseState::Stale);
+        assert_eq!(lease.lease_state(at(1_101), LIMITS), LeaseState::Expired);
         lease.note_unusable();
-        assert_eq!(lease.standing(at(101), LIMITS), Standing::Lapsed, "an answer that confirms nothing");
+        assert_eq!(lease.lease_state(at(101), LIMITS), LeaseState::Expired, "an answer that confirms nothing");
         begin(500);
         begin(400);
         assert_eq!(lease.start(), Some(at(500)), "it never goes back");
         lease.end();
-        assert_eq!(lease.standing(at(500), LIMITS), Standing::Lapsed);
+        assert_eq!(lease.lease_state(at(500), LIMITS), LeaseState::Expired);
     }
 
     #[test]

@@ -14,7 +14,7 @@ use uuid::Uuid;
 
 use super::{
     Applied, FreshnessSettings, Views,
-    lease::Standing,
+    lease::LeaseState,
     pepper::{Compared, FileState, Peppers},
 };
 use crate::{
@@ -211,7 +211,7 @@ impl Poll {
     /// Tells health checks whether the lease is fresh.
     fn tell_freshness(&self) {
         self.fresh.send_if_modified(|fresh| {
-            let is_fresh = self.views.load().standing(self.clock.now()) == Standing::Fresh;
+            let is_fresh = self.views.load().lease_state(self.clock.now()) == LeaseState::Fresh;
             std::mem::replace(fresh, is_fresh) != is_fresh
         });
     }

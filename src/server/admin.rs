@@ -29,7 +29,7 @@ use crate::{
         clock::Clock,
         metrics::{self, Registry},
     },
-    freshness::{Views, lease::Standing, poll::PollMetrics},
+    freshness::{Views, lease::LeaseState, poll::PollMetrics},
 };
 
 crate::settings! {
@@ -149,10 +149,10 @@ async fn ready(admin: &Admin) -> (StatusCode, &'static str, String) {
         (false, false) => "cannot be used yet; see the log for the reason",
         (true, false) => "lost",
     };
-    let lease = match admin.views.load().standing(admin.clock.now()) {
-        Standing::Fresh => "fresh",
-        Standing::Stale => "stale; keys that were good are still granted for freshness.stale_if_unconfirmed",
-        Standing::Lapsed => "none; checks that would rely on it ask the database",
+    let lease = match admin.views.load().lease_state(admin.clock.now()) {
+        LeaseState::Fresh => "fresh",
+        LeaseState::Stale => "stale; keys that were good are still granted for freshness.stale_if_unconfirmed",
+        LeaseState::Expired => "none; checks that would rely on it ask the database",
     };
     let fits = admin.views.pepper.fits();
     let is_ready = phase == Phase::Serve && answers && fits;
