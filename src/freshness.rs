@@ -25,7 +25,7 @@ use tokio::sync::{Notify, watch};
 
 pub use self::mode::Freshness;
 use self::{
-    history::{History, Place, Step},
+    history::{History, Place, Continuity},
     lease::{Lease, Limits, LeaseState},
     pepper::PepperState,
     revoked::Revoked,
@@ -286,22 +286,22 @@ impl Views {
         let history = view.history();
         let (begun, before) = (history.is_begun(), history.applied());
         // Without versions there is nothing to judge: such tables have no history that could be lost.
-        let step = if names_changes { history.judge(polled) } else { Step::Follow };
-        if names_changes && !polled.watched && step != Step::Lost {
+        let continuity = if names_changes { history.judge(polled) } else { Continuity::Follow };
+        if names_changes && !polled.watched && continuity != Continuity::Lost {
             view.lease.end();
             return Applied::Unwatched;
         }
-        let floor = match step {
-            Step::Lost => {
+        let floor = match continuity {
+            Continuity::Lost => {
                 let lost = Applied::Lost { lineage: history.lineage(), applied: before };
                 drop(history);
                 self.replace(&view);
                 return lost;
             }
-            Step::Follow if begun => None,
+            Continuity::Follow if begun => None,
             // What changed before the first of them is not known.
-            Step::Follow if polled.complete => Some(polled.versions.first().map_or(newest.as_of, |(first, _)| *first)),
-            Step::Follow | Step::Jump => Some(newest.as_of),
+            Continuity::Follow if polled.complete => Some(polled.versions.first().map_or(newest.as_of, |(first, _)| *first)),
+            Continuity::Follow | Continuity::Jump => Some(newest.as_of),
         };
         // Only this function changes the history, and it is not called twice at once. Release the lock: the work below must not block checks.
         drop(history);
@@ -319,9 +319,9 @@ impl Views {
         view.lease.renew(floor, &polled.changes, || view.history().advance(polled), sent);
         self.applied.notify_waiters();
         self.confirmed.send_if_modified(|confirmed| !std::mem::replace(confirmed, true));
-        match step {
+        match continuity {
             _ if !begun => Applied::Begun,
-            Step::Jump => Applied::Everything,
+            Continuity::Jump => Applied::Everything,
             _ if newest.as_of > before => Applied::Changed,
             _ => Applied::Nothing,
         }

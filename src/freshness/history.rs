@@ -33,7 +33,7 @@ struct Known {
 
 /// What a poll's answer means.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Step {
+pub enum Continuity {
     /// The history goes on where it was left: what the versions after it named is to be applied.
     Follow,
     /// It goes on, but what happened in between is not known in full: everything read before the newest version is out
@@ -75,20 +75,20 @@ impl History {
 
     /// What `polled`, asked for from the version applied, means.
     #[must_use]
-    pub fn judge(&self, polled: &Polled) -> Step {
-        let Some(applied) = self.known.back() else { return Step::Follow };
+    pub fn judge(&self, polled: &Polled) -> Continuity {
+        let Some(applied) = self.known.back() else { return Continuity::Follow };
         let newest = &polled.newest;
         if newest.lineage != self.lineage || newest.as_of < applied.version {
-            return Step::Lost;
+            return Continuity::Lost;
         }
         let same = polled.versions.iter().find(|(version, _)| *version == applied.version);
         match same {
-            Some((_, nonce)) if *nonce != applied.nonce => Step::Lost,
-            Some(_) if polled.complete => Step::Follow,
-            Some(_) => Step::Jump,
+            Some((_, nonce)) if *nonce != applied.nonce => Continuity::Lost,
+            Some(_) if polled.complete => Continuity::Follow,
+            Some(_) => Continuity::Jump,
             // Pruned away, unless an older version is still there: pruning takes the oldest.
-            None if polled.oldest > applied.version => Step::Jump,
-            None => Step::Lost,
+            None if polled.oldest > applied.version => Continuity::Jump,
+            None => Continuity::Lost,
         }
     }
 
@@ -182,18 +182,18 @@ mod tests {
             change(&mut polled);
             polled
         };
-        for (polled, step) in [
-            (polled(&[(6, 6)]), Step::Follow),
-            (polled(&[(6, 6), (9, 9)]), Step::Follow),
-            (polled(&[(6, 7)]), Step::Lost),
-            (polled(&[(6, 7), (9, 9)]), Step::Lost),
-            (polled(&[(5, 5)]), Step::Lost),
-            (polled(&[(9, 9)]), Step::Lost),
-            (other(|polled| polled.oldest = Version(7), &[(9, 9)]), Step::Jump),
-            (other(|polled| polled.complete = false, &[(6, 6), (9, 9)]), Step::Jump),
-            (other(|polled| polled.newest.lineage.timeline = 2, &[(6, 6), (9, 9)]), Step::Lost),
+        for (polled, continuity) in [
+            (polled(&[(6, 6)]), Continuity::Follow),
+            (polled(&[(6, 6), (9, 9)]), Continuity::Follow),
+            (polled(&[(6, 7)]), Continuity::Lost),
+            (polled(&[(6, 7), (9, 9)]), Continuity::Lost),
+            (polled(&[(5, 5)]), Continuity::Lost),
+            (polled(&[(9, 9)]), Continuity::Lost),
+            (other(|polled| polled.oldest = Version(7), &[(9, 9)]), Continuity::Jump),
+            (other(|polled| polled.complete = false, &[(6, 6), (9, 9)]), Continuity::Jump),
+            (other(|polled| polled.newest.lineage.timeline = 2, &[(6, 6), (9, 9)]), Continuity::Lost),
         ] {
-            assert_eq!(history.judge(&polled), step, "{polled:?}");
+            assert_eq!(history.judge(&polled), continuity, "{polled:?}");
         }
     }
 
