@@ -36,7 +36,7 @@ use crate::{
         },
         units::ByteSize,
     },
-    freshness::{View, Views, history::Place, lease::LeaseState},
+    freshness::{ReplicaView, ReplicaState, history::Place, lease::LeaseState},
     record::{Dated, Version},
     store::Lookup,
 };
@@ -68,10 +68,10 @@ pub struct Lifetimes {
 #[derive(Clone, Debug)]
 pub enum ReadPolicy {
     /// What the view covers: its lease was fresh when the check began, at this moment.
-    Lease(Arc<View>, Moment),
+    Lease(Arc<ReplicaView>, Moment),
     /// A read of the store that is sent after the check began, at this moment; what the view knows to be out of date is
     /// refused all the same.
-    Store(Arc<View>, Moment),
+    Store(Arc<ReplicaView>, Moment),
     /// What is young enough.
     Age,
 }
@@ -94,7 +94,7 @@ pub struct Parts<K: Kind> {
     /// Redis, where it is used.
     pub l2: Option<L2<K>>,
     /// What this replica knows of the store's history.
-    pub views: Arc<Views>,
+    pub replica_state: Arc<ReplicaState>,
     /// The time.
     pub clock: Arc<dyn Clock>,
     /// The runtime on which Redis and the store are asked.
@@ -118,7 +118,7 @@ struct Shared<K: Kind> {
     l1: L1<K>,
     l2: Option<L2<K>>,
     store: Arc<dyn Lookup>,
-    views: Arc<Views>,
+    replica_state: Arc<ReplicaState>,
     clock: Arc<dyn Clock>,
     lifetimes: Lifetimes,
     limits: StoreLimits,
@@ -134,13 +134,13 @@ impl<K: Kind> Cache<K> {
     /// # Errors
     /// When a metric of that name exists already.
     pub fn new(parts: Parts<K>, registry: &Registry, breakers: &IntGaugeVec) -> prometheus::Result<Self> {
-        let Parts { store, l2, views, clock, io, limits, lifetimes, settings } = parts;
+        let Parts { store, l2, replica_state, clock, io, limits, lifetimes, settings } = parts;
         let slots = limits.reads_max as usize;
         let shared = Shared {
             l1: L1::new(&settings),
             l2,
             store,
-            views,
+            replica_state,
             clock,
             lifetimes,
             limits,
@@ -154,7 +154,7 @@ impl<K: Kind> Cache<K> {
 
     /// What L1 holds of `key` and `view` covers at `now`; with `by_age` only if it is also young enough. Never waits.
     #[must_use]
-    pub fn hit(&self, view: &View, key: &K::Key, now: Moment, by_age: bool) -> Option<Arc<Held<K>>> {
+    pub fn hit(&self, view: &ReplicaView, key: &K::Key, now: Moment, by_age: bool) -> Option<Arc<Held<K>>> {
         let Shared { l1, metrics, .. } = &*self.shared;
         let Some(held) = l1.get(key) else {
             metrics.l1.miss.inc();
@@ -228,7 +228,7 @@ impl<K: Kind> Shared<K> {
                 if let Some(version) = loaded.ahead_of(view)
                     && !loaded.is_read_after(*began)
                 {
-                    self.views.reached(view, version).await;
+                    self.replica_state.reached(view, version).await;
                 }
                 match loaded.place(view) {
                     Place::Known => loaded.held.is_covered(view),
@@ -237,7 +237,7 @@ impl<K: Kind> Shared<K> {
                 }
             }
             ReadPolicy::Store(view, began) => loaded.is_read_after(*began) && not_refused(view, loaded),
-            ReadPolicy::Age => not_refused(&self.views.load(), loaded) && self.is_young(&loaded.held, self.clock.now()),
+            ReadPolicy::Age => not_refused(&self.replica_state.load(), loaded) && self.is_young(&loaded.held, self.clock.now()),
         }
     }
 
@@ -287,7 +287,7 @@ impl<K: Kind> Shared<K> {
             }
         };
         let loaded = self.insert_if_confirmed(query, found.map(Some), Tier::L2);
-        if !loaded.held.is_current(&self.views.load(), self.clock.now()) {
+        if !loaded.held.is_current(&self.replica_state.load(), self.clock.now()) {
             outcomes.refused.inc();
             return None;
         }
@@ -315,7 +315,7 @@ impl<K: Kind> Shared<K> {
             Ok(dated) => {
                 // One that took longer is of a process that stood still: its time may have been told long ago.
                 if self.clock.now().since(dated.sent_at) <= limit {
-                    self.views.database_clock.observe(dated.sent_at, dated.read_at);
+                    self.replica_state.database_clock.observe(dated.sent_at, dated.read_at);
                 }
                 self.report(self.breaker.succeeded());
                 let outcome = if dated.value.is_some() { &self.metrics.store.hit } else { &self.metrics.store.miss };
@@ -353,7 +353,7 @@ impl<K: Kind> Shared<K> {
 
     /// Puts what was found into L1, if its version is known here.
     fn insert_if_confirmed(&self, query: &K::Query, found: Dated<Option<K::Value>>, tier: Tier) -> Loaded<K> {
-        let (view, key) = (self.views.load(), K::key(query));
+        let (view, key) = (self.replica_state.load(), K::key(query));
         let epoch = (view.place(&found) == Place::Known).then(|| view.epoch());
         let (date, life) = (found.as_ref().map(drop), self.life(K::spread(&key), &found));
         let held = Arc::new(Held::new(query, found.value, date.as_of, life, epoch));
@@ -367,11 +367,11 @@ impl<K: Kind> Shared<K> {
     /// never go to Redis.
     async fn publish(&self, query: &K::Query, loaded: Loaded<K>) {
         let Loaded { mut held, read: Some(Read { date, tier: Tier::Store }) } = loaded else { return };
-        let (view, key) = (Arc::clone(&self.views.load()), K::key(query));
+        let (view, key) = (Arc::clone(&self.replica_state.load()), K::key(query));
         if !held.is_of(&view) {
             if view.place(&date) == Place::Ahead && view.lease_state(self.clock.now()) == LeaseState::Fresh {
                 // Polls come often: one that takes longer than this has trouble of its own.
-                let _ = timeout(self.views.limits().lease, self.views.reached(&view, date.as_of)).await;
+                let _ = timeout(self.replica_state.limits().lease, self.replica_state.reached(&view, date.as_of)).await;
             }
             // Also where a poll on another thread confirmed the version after `keep` had looked: nothing was waited for then.
             if view.place(&date) == Place::Known {
@@ -390,7 +390,7 @@ impl<K: Kind> Shared<K> {
     /// How long a value lives. Age is counted from the database read: a value out of Redis has spent part of its life
     /// there.
     fn life(&self, spread: u8, found: &Dated<Option<K::Value>>) -> Life {
-        let age = self.views.database_clock.at(found.sent_at).map_or(Duration::ZERO, |now| now.since(found.read_at));
+        let age = self.replica_state.database_clock.at(found.sent_at).map_or(Duration::ZERO, |now| now.since(found.read_at));
         Life { born: found.sent_at.before(age), lasts: jittered(self.lifetimes.hard, spread) }
     }
 }
@@ -414,7 +414,7 @@ struct Read {
 impl<K: Kind> Loaded<K> {
     /// Where the value belongs in the history of `view`.
     #[must_use]
-    pub fn place(&self, view: &View) -> Place {
+    pub fn place(&self, view: &ReplicaView) -> Place {
         match &self.read {
             _ if self.held.is_of(view) => Place::Known,
             Some(read) => view.place(&read.date),
@@ -424,7 +424,7 @@ impl<K: Kind> Loaded<K> {
 
     /// The version at which the value was read, where no poll of `view` has come to it yet.
     #[must_use]
-    pub fn ahead_of(&self, view: &View) -> Option<Version> {
+    pub fn ahead_of(&self, view: &ReplicaView) -> Option<Version> {
         let read = self.read.as_ref()?;
         (self.place(view) == Place::Ahead).then_some(read.date.as_of)
     }
@@ -443,7 +443,7 @@ impl<K: Kind> Clone for Loaded<K> {
 
 /// Whether no change is known that makes a value out of date. One of a history or a version that no poll has seen yet is
 /// newer than all we know.
-fn not_refused<K: Kind>(view: &View, loaded: &Loaded<K>) -> bool {
+fn not_refused<K: Kind>(view: &ReplicaView, loaded: &Loaded<K>) -> bool {
     loaded.place(view) != Place::Known || loaded.held.is_covered(view)
 }
 
@@ -575,7 +575,7 @@ mod tests {
         let parts = Parts {
             store: store.unwrap() as _,
             l2: None,
-            views: Arc::new(Views::new(LIMITS)),
+            replica_state: Arc::new(ReplicaState::new(LIMITS)),
             clock,
             io: Handle::current(),
             limits: StoreLimits { reads_max: 1, read_timeout: Duration::from_secs(1), breaker: rules },
@@ -601,16 +601,16 @@ mod tests {
             expires_at: None,
             revoked_at: None,
         };
-        shared.views.apply(&polled(5..=5), true);
+        shared.replica_state.apply(&polled(5..=5), true);
         for found in [Some(record), None] {
-            let newest = shared.views.load().applied().0;
+            let newest = shared.replica_state.load().applied().0;
             let loaded = shared.insert_if_confirmed(&query, dated(found, newest + 1), Tier::Store);
-            assert_eq!(loaded.place(&shared.views.load()), Place::Ahead);
+            assert_eq!(loaded.place(&shared.replica_state.load()), Place::Ahead);
             shared.l1.forget(&DIGEST);
-            shared.views.apply(&polled(newest..=newest + 1), true);
+            shared.replica_state.apply(&polled(newest..=newest + 1), true);
             shared.publish(&query, loaded).await;
             let held = shared.l1.get(&DIGEST).expect("kept");
-            assert!(held.is_current(&shared.views.load(), SystemClock.now()));
+            assert!(held.is_current(&shared.replica_state.load(), SystemClock.now()));
         }
     }
 }

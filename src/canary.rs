@@ -27,7 +27,7 @@ use crate::{
             source::{Scheme, Source},
         },
     },
-    freshness::{Freshness, FreshnessSettings, Views},
+    freshness::{Freshness, FreshnessSettings, ReplicaState},
     manage::{ManageError, Manager, keys::Wanted},
     record::TrustId,
     store::{
@@ -60,7 +60,7 @@ pub struct Parts {
     /// Whom it asks.
     pub checker: Arc<Checker>,
     /// What this replica knows of the store's history.
-    pub views: Arc<Views>,
+    pub replica_state: Arc<ReplicaState>,
     /// The time.
     pub clock: Arc<dyn Clock>,
     /// Where a key stands in a request.
@@ -102,7 +102,7 @@ impl Canary {
     }
 
     async fn rounds(&self, stop: &CancellationToken) {
-        if stop.run_until_cancelled(self.parts.views.confirmed()).await.is_none() {
+        if stop.run_until_cancelled(self.parts.replica_state.confirmed()).await.is_none() {
             return;
         }
         let (mut spread, mut cleaned, mut before) = (Spread::of(self.parts.replica), None, Outcome::Ok);

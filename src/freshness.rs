@@ -101,7 +101,7 @@ impl FreshnessSettings {
 
 /// What this replica knows of the store's history, and which values that covers.
 #[derive(Debug)]
-pub struct View {
+pub struct ReplicaView {
     epoch: Epoch,
     limits: Limits,
     lease: Lease,
@@ -115,7 +115,7 @@ pub struct View {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Epoch(NonZeroU32);
 
-impl View {
+impl ReplicaView {
     /// The view that comes after `earlier` others, of which the last knew the history `lost`.
     fn new(earlier: u32, limits: Limits, lost: History) -> Self {
         Self {
@@ -172,8 +172,8 @@ impl View {
 
 /// The present view, and what outlives it.
 #[derive(Debug)]
-pub struct Views {
-    present: ArcSwap<View>,
+pub struct ReplicaState {
+    present: ArcSwap<ReplicaView>,
     limits: Limits,
     epochs: AtomicU32,
     /// Digests that were revoked in a history that was lost.
@@ -209,12 +209,12 @@ pub enum Applied {
     Unwatched,
 }
 
-impl Views {
+impl ReplicaState {
     /// No view yet: nothing is relied on before the first poll.
     #[must_use]
     pub fn new(limits: Limits) -> Self {
         Self {
-            present: ArcSwap::from_pointee(View::new(0, limits, History::default())),
+            present: ArcSwap::from_pointee(ReplicaView::new(0, limits, History::default())),
             limits,
             epochs: AtomicU32::new(0),
             revoked: Revoked::default(),
@@ -228,7 +228,7 @@ impl Views {
 
     /// The present view. A check loads it once and keeps to it.
     #[must_use]
-    pub fn load(&self) -> Guard<Arc<View>> {
+    pub fn load(&self) -> Guard<Arc<ReplicaView>> {
         self.present.load()
     }
 
@@ -265,7 +265,7 @@ impl Views {
 
     /// Asks for a poll and returns when `view` has applied `version`, or is no longer the present one. The caller sets
     /// the deadline.
-    pub async fn reached(&self, view: &View, version: Version) {
+    pub async fn reached(&self, view: &ReplicaView, version: Version) {
         self.hint();
         loop {
             // Begun before the look, so that nothing comes between them.
@@ -277,7 +277,7 @@ impl Views {
         }
     }
 
-    /// Takes in the answer to a poll that was sent for [`View::since`] of the present view. `names_changes`: whether
+    /// Takes in the answer to a poll that was sent for [`ReplicaView::since`] of the present view. `names_changes`: whether
     /// the tables are ours; others never give a lease.
     pub fn apply(&self, polled: &Polled, names_changes: bool) -> Applied {
         let newest = &polled.newest;
@@ -328,12 +328,12 @@ impl Views {
     }
 
     /// A new view in place of one whose history was lost: whoever holds the old one finds its lease at an end.
-    fn replace(&self, lost: &View) {
+    fn replace(&self, lost: &ReplicaView) {
         lost.lease.end();
         self.revoked.bind();
         let earlier = self.epochs.fetch_add(1, Ordering::Relaxed) + 1;
         let history = lost.history().clone();
-        self.present.store(Arc::new(View::new(earlier, self.limits, history)));
+        self.present.store(Arc::new(ReplicaView::new(earlier, self.limits, history)));
         self.applied.notify_waiters();
     }
 }
@@ -370,45 +370,45 @@ mod tests {
         }
     }
 
-    fn absence_covered(views: &Views, as_of: u64) -> bool {
-        views.load().lease().covers_absence(Version(as_of), &[lease::stripe(&[1; 32])])
+    fn absence_covered(replica_state: &ReplicaState, as_of: u64) -> bool {
+        replica_state.load().lease().covers_absence(Version(as_of), &[lease::stripe(&[1; 32])])
     }
 
     #[test]
     fn a_view_begins_with_all_versions_of_late_and_refuses_what_is_older() {
-        let views = Views::new(LIMITS);
-        assert_eq!((views.is_confirmed(), views.load().since()), (false, None));
+        let replica_state = ReplicaState::new(LIMITS);
+        assert_eq!((replica_state.is_confirmed(), replica_state.load().since()), (false, None));
         let digest = ApiKeyDigest::from_bytes([1; 32]);
-        assert_eq!(views.apply(&polled(&[(5, 5), (7, 7)], &[(7, Change::Absent(digest))]), true), Applied::Begun);
-        assert_eq!((views.is_confirmed(), views.load().since()), (true, Some(Version(7))));
-        assert_eq!(views.load().lease_state(Moment::from_nanos(8)), LeaseState::Fresh);
+        assert_eq!(replica_state.apply(&polled(&[(5, 5), (7, 7)], &[(7, Change::Absent(digest))]), true), Applied::Begun);
+        assert_eq!((replica_state.is_confirmed(), replica_state.load().since()), (true, Some(Version(7))));
+        assert_eq!(replica_state.load().lease_state(Moment::from_nanos(8)), LeaseState::Fresh);
         for (as_of, covered) in [(4, false), (5, false), (6, false), (7, true)] {
-            assert_eq!(absence_covered(&views, as_of), covered, "{as_of}");
+            assert_eq!(absence_covered(&replica_state, as_of), covered, "{as_of}");
         }
-        assert!(views.load().lease().covers_record(Version(5), std::iter::once(9)));
-        assert!(!views.load().lease().covers_record(Version(4), std::iter::once(9)));
+        assert!(replica_state.load().lease().covers_record(Version(5), std::iter::once(9)));
+        assert!(!replica_state.load().lease().covers_record(Version(4), std::iter::once(9)));
     }
 
     #[test]
     fn a_lost_history_begins_a_new_view_and_what_was_revoked_binds_there() {
-        let views = Views::new(LIMITS);
+        let replica_state = ReplicaState::new(LIMITS);
         let digest = ApiKeyDigest::from_bytes([1; 32]);
-        views.apply(&polled(&[(5, 5)], &[]), true);
-        assert_eq!(views.apply(&polled(&[(5, 5), (6, 6)], &[(6, Change::Gone(digest))]), true), Applied::Changed);
-        let before = views.load();
+        replica_state.apply(&polled(&[(5, 5)], &[]), true);
+        assert_eq!(replica_state.apply(&polled(&[(5, 5), (6, 6)], &[(6, Change::Gone(digest))]), true), Applied::Changed);
+        let before = replica_state.load();
         // Also where the tables were altered with it.
-        let lost = views.apply(&Polled { watched: false, ..polled(&[(6, 1), (7, 7)], &[]) }, true);
+        let lost = replica_state.apply(&Polled { watched: false, ..polled(&[(6, 1), (7, 7)], &[]) }, true);
         assert!(matches!(lost, Applied::Lost { applied: Version(6), .. }), "{lost:?}");
         assert_eq!(before.lease_state(Moment::from_nanos(8)), LeaseState::Expired, "the old view's lease is over");
-        assert_eq!((views.load().since(), views.load().lease_state(Moment::from_nanos(8))), (None, LeaseState::Expired));
-        assert!(views.revoked.binds(&digest));
+        assert_eq!((replica_state.load().since(), replica_state.load().lease_state(Moment::from_nanos(8))), (None, LeaseState::Expired));
+        assert!(replica_state.revoked.binds(&digest));
         let issued = (5, Change::Absent(digest));
         let begins = polled(&[(5, 5), (6, 1), (7, 7)], std::slice::from_ref(&issued));
-        assert_eq!(views.apply(&begins, true), Applied::Begun);
-        assert!(views.revoked.binds(&digest), "that it was issued was said before");
-        views.apply(&polled(&[(7, 7), (8, 8)], &[(8, issued.1)]), true);
-        assert!(!views.revoked.binds(&digest), "the new history speaks of it");
-        assert_ne!(views.load().epoch(), before.epoch());
+        assert_eq!(replica_state.apply(&begins, true), Applied::Begun);
+        assert!(replica_state.revoked.binds(&digest), "that it was issued was said before");
+        replica_state.apply(&polled(&[(7, 7), (8, 8)], &[(8, issued.1)]), true);
+        assert!(!replica_state.revoked.binds(&digest), "the new history speaks of it");
+        assert_ne!(replica_state.load().epoch(), before.epoch());
     }
 
     #[test]
@@ -417,75 +417,75 @@ mod tests {
         let issued = |version| (version, Change::Absent(digest));
         // Under a number that was another one's, and under a later one.
         for (versions, issued) in [(&[(5, 5), (6, 1)][..], issued(6)), (&[(5, 5), (6, 1), (7, 7)][..], issued(7))] {
-            let views = Views::new(LIMITS);
-            views.apply(&polled(&[(5, 5)], &[]), true);
-            views.apply(&polled(&[(5, 5), (6, 6)], &[(6, Change::Gone(digest))]), true);
-            assert!(matches!(views.apply(&polled(versions, &[]), true), Applied::Lost { .. }));
-            assert!(views.revoked.binds(&digest));
-            assert_eq!(views.apply(&polled(versions, &[issued]), true), Applied::Begun);
-            assert!(!views.revoked.binds(&digest), "{versions:?}");
+            let replica_state = ReplicaState::new(LIMITS);
+            replica_state.apply(&polled(&[(5, 5)], &[]), true);
+            replica_state.apply(&polled(&[(5, 5), (6, 6)], &[(6, Change::Gone(digest))]), true);
+            assert!(matches!(replica_state.apply(&polled(versions, &[]), true), Applied::Lost { .. }));
+            assert!(replica_state.revoked.binds(&digest));
+            assert_eq!(replica_state.apply(&polled(versions, &[issued]), true), Applied::Begun);
+            assert!(!replica_state.revoked.binds(&digest), "{versions:?}");
         }
     }
 
     #[test]
     fn a_key_that_was_good_again_before_the_first_poll_is_not_remembered_as_revoked() {
-        let (views, digest) = (Views::new(LIMITS), ApiKeyDigest::from_bytes([1; 32]));
+        let (replica_state, digest) = (ReplicaState::new(LIMITS), ApiKeyDigest::from_bytes([1; 32]));
         let changes = [(5, Change::Gone(digest)), (6, Change::Absent(digest))];
-        views.apply(&polled(&[(5, 5), (6, 6)], &changes), true);
-        views.apply(&polled(&[(6, 1)], &[]), true);
-        assert!(!views.revoked.binds(&digest));
+        replica_state.apply(&polled(&[(5, 5), (6, 6)], &changes), true);
+        replica_state.apply(&polled(&[(6, 1)], &[]), true);
+        assert!(!replica_state.revoked.binds(&digest));
     }
 
     #[test]
     fn nothing_is_relied_on_while_changes_are_not_named() {
-        let views = Views::new(LIMITS);
-        views.apply(&polled(&[(5, 5)], &[]), true);
+        let replica_state = ReplicaState::new(LIMITS);
+        replica_state.apply(&polled(&[(5, 5)], &[]), true);
         let unwatched = Polled { watched: false, ..polled(&[(5, 5), (6, 6)], &[]) };
-        assert_eq!(views.apply(&unwatched, true), Applied::Unwatched);
-        assert_eq!(views.load().lease_state(Moment::from_nanos(8)), LeaseState::Expired);
-        assert_eq!(views.load().applied(), Version(5));
+        assert_eq!(replica_state.apply(&unwatched, true), Applied::Unwatched);
+        assert_eq!(replica_state.load().lease_state(Moment::from_nanos(8)), LeaseState::Expired);
+        assert_eq!(replica_state.load().applied(), Version(5));
         let other = Polled { watched: false, ..polled(&[(5, 6)], &[]) };
-        assert!(matches!(Views::new(LIMITS).apply(&other, true), Applied::Unwatched), "nothing is known of it");
-        assert_eq!(views.apply(&polled(&[(5, 5), (6, 6), (7, 7)], &[(7, Change::Everything)]), true), Applied::Changed);
-        assert!(!absence_covered(&views, 6));
+        assert!(matches!(ReplicaState::new(LIMITS).apply(&other, true), Applied::Unwatched), "nothing is known of it");
+        assert_eq!(replica_state.apply(&polled(&[(5, 5), (6, 6), (7, 7)], &[(7, Change::Everything)]), true), Applied::Changed);
+        assert!(!absence_covered(&replica_state, 6));
     }
 
     #[test]
     fn too_much_at_once_makes_everything_out_of_date() {
-        let views = Views::new(LIMITS);
-        views.apply(&polled(&[(5, 5)], &[]), true);
+        let replica_state = ReplicaState::new(LIMITS);
+        replica_state.apply(&polled(&[(5, 5)], &[]), true);
         let much = Polled { complete: false, ..polled(&[(5, 5), (9, 9)], &[]) };
-        assert_eq!(views.apply(&much, true), Applied::Everything);
-        assert!(!absence_covered(&views, 8) && absence_covered(&views, 9));
+        assert_eq!(replica_state.apply(&much, true), Applied::Everything);
+        assert!(!absence_covered(&replica_state, 8) && absence_covered(&replica_state, 9));
     }
 
     #[test]
     fn tables_that_name_no_changes_are_confirmed_but_never_give_a_lease() {
-        let views = Views::new(LIMITS);
+        let replica_state = ReplicaState::new(LIMITS);
         let unnamed = Polled { watched: false, ..polled(&[(0, 0)], &[]) };
-        assert_eq!(views.apply(&unnamed, false), Applied::Begun);
-        assert_eq!(views.load().lease_state(Moment::from_nanos(8)), LeaseState::Expired);
-        assert!(views.is_confirmed());
-        let epoch = views.load().epoch();
-        assert_eq!(views.apply(&Polled { versions: vec![], ..unnamed }, false), Applied::Nothing);
-        assert_eq!(views.load().epoch(), epoch, "no history is lost");
+        assert_eq!(replica_state.apply(&unnamed, false), Applied::Begun);
+        assert_eq!(replica_state.load().lease_state(Moment::from_nanos(8)), LeaseState::Expired);
+        assert!(replica_state.is_confirmed());
+        let epoch = replica_state.load().epoch();
+        assert_eq!(replica_state.apply(&Polled { versions: vec![], ..unnamed }, false), Applied::Nothing);
+        assert_eq!(replica_state.load().epoch(), epoch, "no history is lost");
     }
 
     #[tokio::test]
     async fn whoever_waits_for_a_version_is_told_when_it_is_applied_or_its_view_is_gone() {
-        let views = Arc::new(Views::new(LIMITS));
-        views.apply(&polled(&[(5, 5)], &[]), true);
+        let replica_state = Arc::new(ReplicaState::new(LIMITS));
+        replica_state.apply(&polled(&[(5, 5)], &[]), true);
         for answer in [polled(&[(5, 5), (6, 6)], &[]), polled(&[(6, 7)], &[])] {
             let waiting = tokio::spawn({
-                let views = Arc::clone(&views);
+                let replica_state = Arc::clone(&replica_state);
                 async move {
-                    let view = Arc::clone(&views.load());
+                    let view = Arc::clone(&replica_state.load());
                     let version = Version(view.applied().0 + 1);
-                    views.reached(&view, version).await;
+                    replica_state.reached(&view, version).await;
                 }
             });
-            views.hinted().await; // it asked for a poll
-            views.apply(&answer, true);
+            replica_state.hinted().await; // it asked for a poll
+            replica_state.apply(&answer, true);
             waiting.await.unwrap();
         }
     }

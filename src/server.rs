@@ -47,7 +47,7 @@ use crate::{
         framing,
         route::Demands,
     },
-    freshness::{Views, poll::PollMetrics},
+    freshness::{ReplicaState, poll::PollMetrics},
     grpc::{
         self, LimitsSettings, Service, Signals,
         listener::{ListenAddress, Listener},
@@ -189,17 +189,17 @@ impl AppBuilder {
             poll: poll_runtime.handle(),
             stop: stop.clone(),
         };
-        let Replica { checker, cache, views, poll, fresh } = Replica::start(&config, around, &registry, &mut parts)?;
+        let Replica { checker, cache, replica_state, poll, fresh } = Replica::start(&config, around, &registry, &mut parts)?;
 
         let (routes, health) = health().await;
-        let announcing = announce(Arc::clone(&views), fresh, life.clone(), health, stop.clone());
+        let announcing = announce(Arc::clone(&replica_state), fresh, life.clone(), health, stop.clone());
         parts.spawn_on("health", announcing, &Handle::current());
         let service = Arc::new(Service::new(Arc::clone(&checker), routes, tls, limits, Arc::clone(&clock), &registry)?);
         parts.spawn_on("memory", memory::give_back(Arc::clone(&service), stop.clone()), &io.handle());
         let (signals, tasks) = (Signals::default(), TaskTracker::new());
         let canary = CanaryMetrics::register(&registry)?;
         if let Some(management) = management {
-            let parts_of_it = canary_parts(&config, management, (&checker, &views, &clock), id);
+            let parts_of_it = canary_parts(&config, management, (&checker, &replica_state, &clock), id);
             // It ends with the first calls, so that it takes none of the time that they have.
             let running = Canary::new(parts_of_it, canary).run(signals.drain.clone());
             parts.spawn_on("canary", running.map(Ok), &io.handle());
@@ -214,8 +214,8 @@ impl AppBuilder {
         let shown = Admin {
             registry,
             life: life.clone(),
-            before_scrape: observe(&config, &cache, &poll, &views, &clock),
-            views,
+            before_scrape: observe(&config, &cache, &poll, &replica_state, &clock),
+            replica_state,
             poll,
             clock,
             serving: cores.handles(),
@@ -547,14 +547,14 @@ fn observe(
     config: &Config,
     cache: &Arc<Cache<ApiKey>>,
     poll: &PollMetrics,
-    views: &Arc<Views>,
+    replica_state: &Arc<ReplicaState>,
     clock: &Arc<dyn Clock>,
 ) -> Box<dyn Fn() + Send + Sync> {
-    let (cache, poll, views, clock) = (Arc::clone(cache), poll.clone(), Arc::clone(views), Arc::clone(clock));
+    let (cache, poll, replica_state, clock) = (Arc::clone(cache), poll.clone(), Arc::clone(replica_state), Arc::clone(clock));
     let (mode, freshness, decided_within) = (replica::mode(config), config.freshness.clone(), config.decision.deadline);
     Box::new(move || {
         cache.observe_entries();
-        poll.observe(&views, &*clock, |is_unanswered| freshness.bound(mode, is_unanswered) + decided_within);
+        poll.observe(&replica_state, &*clock, |is_unanswered| freshness.bound(mode, is_unanswered) + decided_within);
     })
 }
 
@@ -586,13 +586,13 @@ fn hasher(config: &Config) -> Result<crate::ext_authz::credential::Hasher, AppEr
 fn canary_parts(
     config: &Config,
     management: Management,
-    (checker, views, clock): (&Arc<Checker>, &Arc<Views>, &Arc<dyn Clock>),
+    (checker, replica_state, clock): (&Arc<Checker>, &Arc<ReplicaState>, &Arc<dyn Clock>),
     replica: Uuid,
 ) -> canary::Parts {
     canary::Parts {
         management,
         checker: Arc::clone(checker),
-        views: Arc::clone(views),
+        replica_state: Arc::clone(replica_state),
         clock: Arc::clone(clock),
         credential: config.credential.clone(),
         settings: config.freshness.clone(),
@@ -626,13 +626,13 @@ async fn health() -> (Routes, HealthReporter) {
 
 /// Tells probes and health checks where this server is in its life.
 async fn announce(
-    views: Arc<Views>,
+    replica_state: Arc<ReplicaState>,
     mut fresh: watch::Receiver<bool>,
     life: Life,
     health: HealthReporter,
     stop: CancellationToken,
 ) -> Result<(), AppError> {
-    let (mut phases, mut pepper) = (life.watch(), views.pepper.subscribe());
+    let (mut phases, mut pepper) = (life.watch(), replica_state.pepper.subscribe());
     let announced = async {
         loop {
             let fits = *pepper.borrow_and_update();
@@ -644,7 +644,7 @@ async fn announce(
             let is_fresh = *fresh.borrow_and_update();
             health.set_service_status(FRESH, status(serves && is_fresh)).await;
             tokio::select! {
-                () = views.confirmed(), if fits && life.phase() == Phase::Start => {
+                () = replica_state.confirmed(), if fits && life.phase() == Phase::Start => {
                     life.advance(Phase::Serve);
                     tracing::info!("ready");
                 }

@@ -11,7 +11,7 @@ use smallvec::SmallVec;
 use super::{CacheSettings, cacheable::Kind};
 use crate::{
     base::clock::Moment,
-    freshness::{Epoch, View, lease::stripe},
+    freshness::{Epoch, ReplicaView, lease::stripe},
     record::Version,
 };
 
@@ -88,19 +88,19 @@ impl<K: Kind> Held<K> {
 
     /// Whether it entered `view`.
     #[must_use]
-    pub fn is_of(&self, view: &View) -> bool {
+    pub fn is_of(&self, view: &ReplicaView) -> bool {
         self.epoch == Some(view.epoch())
     }
 
     /// Whether it entered `view` and no change concerns it that was applied there, and its deadline has not passed.
     #[must_use]
-    pub fn is_current(&self, view: &View, now: Moment) -> bool {
+    pub fn is_current(&self, view: &ReplicaView, now: Moment) -> bool {
         self.is_of(view) && now < self.deadline() && self.is_covered(view)
     }
 
     /// Whether no change that was applied in `view` concerns it.
     #[must_use]
-    pub fn is_covered(&self, view: &View) -> bool {
+    pub fn is_covered(&self, view: &ReplicaView) -> bool {
         let lease = view.lease();
         match &self.what {
             What::Record(value) => lease.covers_record(self.as_of, K::objects(value).map(|id| stripe(id.as_bytes()))),

@@ -24,7 +24,7 @@ use crate::{
         metrics::{IntCounter, IntCounterVec, Opts, Registry, register},
     },
     freshness::{
-        View,
+        ReplicaView,
         history::Place,
         lease::{LeaseState, stripe},
     },
@@ -63,7 +63,7 @@ impl<K: Kind> Cache<K> {
         let sampling = async {
             loop {
                 sleep(spread.around(interval)).await;
-                let view = Arc::clone(&shared.views.load());
+                let view = Arc::clone(&shared.replica_state.load());
                 if view.lease_state(shared.clock.now()) != LeaseState::Fresh {
                     continue; // nothing is relied on without asking
                 }
@@ -104,7 +104,7 @@ enum Next<K: Kind> {
 
 impl<K: Kind> Shared<K> {
     /// The next record that a check would use.
-    async fn next(&self, records: &mut mpsc::Receiver<Option<Record<K>>>, view: &View) -> Next<K> {
+    async fn next(&self, records: &mut mpsc::Receiver<Option<Record<K>>>, view: &ReplicaView) -> Next<K> {
         let mut ends = 0;
         for _ in 0..LOOKED_AT_MAX {
             match records.recv().await {
@@ -119,12 +119,12 @@ impl<K: Kind> Shared<K> {
     }
 
     /// Compares `held`, which a check would use under `view`, with its row.
-    async fn compare(&self, view: &View, key: &K::Key, held: &Held<K>) {
+    async fn compare(&self, view: &ReplicaView, key: &K::Key, held: &Held<K>) {
         let Some(record) = held.value() else { return };
         let outcome = match self.read(true, K::load_again(&*self.store, record)).await {
             Ok(live) => {
                 if view.place(&live) == Place::Ahead {
-                    let _ = timeout(self.views.limits().lease, self.views.reached(view, live.as_of)).await;
+                    let _ = timeout(self.replica_state.limits().lease, self.replica_state.reached(view, live.as_of)).await;
                 }
                 let outcome = judge(held, view, &live);
                 if outcome == Outcome::Different {
@@ -138,7 +138,7 @@ impl<K: Kind> Shared<K> {
     }
 
     /// Lets nobody here use what is held of `record` any more, nor what else is made of the same rows.
-    async fn refuse(&self, view: &View, key: &K::Key, record: &K::Value, live: &Dated<Option<K::Value>>) {
+    async fn refuse(&self, view: &ReplicaView, key: &K::Key, record: &K::Value, live: &Dated<Option<K::Value>>) {
         let ids: Vec<String> = K::objects(record).map(|id| id.to_string()).collect();
         tracing::error!(
             kind = K::NAME,
@@ -157,7 +157,7 @@ impl<K: Kind> Shared<K> {
 
 /// What `live`, a read of the row that `held` is made of, says of it. Whatever was applied under `view` up to the version of
 /// that read counts.
-fn judge<K: Kind>(held: &Held<K>, view: &View, live: &Dated<Option<K::Value>>) -> Outcome {
+fn judge<K: Kind>(held: &Held<K>, view: &ReplicaView, live: &Dated<Option<K::Value>>) -> Outcome {
     if view.place(live) != Place::Known || live.as_of < held.as_of() {
         return Outcome::Error;
     }
@@ -211,7 +211,7 @@ mod tests {
     use crate::{
         base::clock::{DatabaseTime, Moment},
         cache::{CacheSettings, api_key::ApiKey, l1::Life},
-        freshness::{Views, lease::Limits},
+        freshness::{ReplicaState, lease::Limits},
         record::{ApiKeyDigest, Change, Digests, KeyId, Lineage, Nonce, Record, StoredPeppers, TrustId, Version},
         store::Polled,
     };
@@ -260,17 +260,17 @@ mod tests {
         }
     }
 
-    fn held(key: u8, version: u64, view: &View) -> Held<ApiKey> {
+    fn held(key: u8, version: u64, view: &ReplicaView) -> Held<ApiKey> {
         let life = Life { born: Moment::from_nanos(0), lasts: Duration::from_mins(1) };
         Held::new(&digests(key), Some(record(key)), Version(version), life, Some(view.epoch()))
     }
 
     #[test]
     fn a_row_that_differs_is_a_mistake_only_if_no_change_has_named_it() {
-        let views = Views::new(LIMITS);
-        views.apply(&polled(5..=5, &[]), true);
-        views.apply(&polled(5..=7, &[(6, Change::Key(KeyId(Uuid::from_u128(1))))]), true);
-        let view = views.load();
+        let replica_state = ReplicaState::new(LIMITS);
+        replica_state.apply(&polled(5..=5, &[]), true);
+        replica_state.apply(&polled(5..=7, &[(6, Change::Key(KeyId(Uuid::from_u128(1))))]), true);
+        let view = replica_state.load();
         let revoked = |key| Some(Record { revoked_at: Some(DatabaseTime::from_micros(1)), ..record(key) });
         for (key, live, want) in [
             (2, dated(Some(record(2)), 7), Outcome::Same),
@@ -290,11 +290,11 @@ mod tests {
 
     #[test]
     fn a_walk_hands_out_every_record_and_begins_again() {
-        let views = Views::new(LIMITS);
+        let replica_state = ReplicaState::new(LIMITS);
         let l1 = Arc::new(L1::<ApiKey>::new(&CacheSettings::default()));
         let keys = 1..=9_u8;
         for key in keys.clone() {
-            l1.put(digests(key).current, Arc::new(held(key, 5, &views.load())));
+            l1.put(digests(key).current, Arc::new(held(key, 5, &replica_state.load())));
         }
         let (found, mut records) = mpsc::channel(1);
         let walked = std::thread::spawn({

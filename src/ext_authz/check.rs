@@ -26,7 +26,7 @@ use crate::{
         metrics::{CoreCounter, CoreCounters, CoreHistogram, HistogramOpts, Opts, Registry, SHORT_SECONDS, register},
     },
     cache::{Cache, ReadPolicy, api_key::ApiKey},
-    freshness::{Freshness, View as History, Views, deny_list::DenyList, history::Place, lease::LeaseState},
+    freshness::{Freshness, ReplicaView, ReplicaState, deny_list::DenyList, history::Place, lease::LeaseState},
     record::{ApiKeyDigest, Digests, Record},
 };
 
@@ -74,7 +74,7 @@ pub struct Parts {
     /// Where records are found.
     pub cache: Arc<Cache<ApiKey>>,
     /// What this replica knows of the store's history.
-    pub views: Arc<Views>,
+    pub replica_state: Arc<ReplicaState>,
     /// What is denied whatever the store says.
     pub denials: Arc<DenyList>,
     /// The time.
@@ -123,7 +123,7 @@ impl Checker {
     pub fn try_decide(&self, message: &[u8]) -> Progress {
         let now = self.parts.clock.now();
         // Before anything else: what is found later is judged by this view and its lease.
-        let history = self.parts.views.load();
+        let history = self.parts.replica_state.load();
         let lease_state = history.lease_state(now);
         let request = match self.read(message) {
             Ok(request) => request,
@@ -180,11 +180,11 @@ impl Checker {
         let found = timeout(limit, found).await.unwrap_or(Err(Fault::Late { limit }));
         if let Ok(loaded) = &found
             && let Some(version) = loaded.ahead_of(&history)
-            && digests.all().any(|digest| self.parts.views.revoked.binds_elsewhere(digest))
+            && digests.all().any(|digest| self.parts.replica_state.revoked.binds_elsewhere(digest))
         {
             // Made good again, or good in a history that lost its revocation? The next poll tells; without one it binds.
             let left = limit.saturating_sub(clock.now().since(began));
-            let _ = timeout(left, self.parts.views.reached(&history, version)).await;
+            let _ = timeout(left, self.parts.replica_state.reached(&history, version)).await;
         }
         cancel_guard.disarm();
         // Read once more: nothing of the request was kept while it waited.
@@ -272,11 +272,11 @@ impl Checker {
         demands: &Demands<'_>,
         now: Moment,
     ) -> Outcome<'r> {
-        let views = &self.parts.views;
+        let replica_state = &self.parts.replica_state;
         // A value was read from the database, so its clock is known by now.
-        let now = views.database_clock.at(now).ok_or(Fault::Unconfirmed)?;
+        let now = replica_state.database_clock.at(now).ok_or(Fault::Unconfirmed)?;
         // Without the recorded pepper this server cannot find new keys, so it must not deny them as unknown.
-        if record.is_none() && !views.pepper.identifies_all() {
+        if record.is_none() && !replica_state.pepper.identifies_all() {
             return Err(Fault::Pepper);
         }
         let decision = decide(record, demands, now);
@@ -291,7 +291,7 @@ impl Checker {
         // What was revoked in a history that was lost stays so, until the present one speaks of it.
         let is_bound = [digest, &record.digest]
             .into_iter()
-            .any(|digest| views.revoked.binds(digest) || (elsewhere && views.revoked.binds_elsewhere(digest)));
+            .any(|digest| replica_state.revoked.binds(digest) || (elsewhere && replica_state.revoked.binds_elsewhere(digest)));
         Ok(if is_bound { Decision::Deny(DenyReason::Revoked) } else { decision })
     }
 
@@ -344,7 +344,7 @@ pub enum Progress {
 /// A check that has to wait. Holds nothing of its message.
 pub struct Waiting {
     began: Moment,
-    history: Arc<History>,
+    history: Arc<ReplicaView>,
     digests: Digests,
     policy: ReadPolicy,
 }

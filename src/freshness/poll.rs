@@ -13,7 +13,7 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use super::{
-    Applied, FreshnessSettings, Views,
+    Applied, FreshnessSettings, ReplicaState,
     lease::LeaseState,
     pepper::{Compared, FileState, Peppers},
 };
@@ -127,8 +127,8 @@ impl PollMetrics {
 
     /// Sets the gauges that are read at scrape time. `bound`: how long a revocation may go unnoticed, where polls get no
     /// answer (`true`) and else.
-    pub fn observe(&self, views: &Views, clock: &dyn Clock, bound: impl FnOnce(bool) -> Duration) {
-        let view = views.load();
+    pub fn observe(&self, replica_state: &ReplicaState, clock: &dyn Clock, bound: impl FnOnce(bool) -> Duration) {
+        let view = replica_state.load();
         let age = view.lease().start().map_or(f64::INFINITY, |start| clock.now().since(start).as_secs_f64());
         self.lease_age.set(age);
         self.bound.set(bound(view.lease().is_unanswered()).as_secs_f64());
@@ -140,7 +140,7 @@ pub struct Poll {
     /// The store.
     pub store: Arc<dyn Lookup>,
     /// What it tells.
-    pub views: Arc<Views>,
+    pub replica_state: Arc<ReplicaState>,
     /// The time.
     pub clock: Arc<dyn Clock>,
     /// Its intervals and limits.
@@ -182,7 +182,7 @@ impl Poll {
         };
         stop.run_until_cancelled(polling).await;
         // Whoever waits for replicas need not wait for this one any more.
-        let farewell = SignOfLife { lasts: Duration::ZERO, ..self.sign(self.views.load().applied()) };
+        let farewell = SignOfLife { lasts: Duration::ZERO, ..self.sign(self.replica_state.load().applied()) };
         let _ = timeout(WRITE_TIMEOUT, self.store.report(&farewell)).await;
     }
 
@@ -203,7 +203,7 @@ impl Poll {
             tokio::select! {
                 biased;
                 () = sleep_until(due) => {}
-                () = rate.hinted(&self.views) => {}
+                () = rate.hinted(&self.replica_state) => {}
             }
         }
     }
@@ -211,7 +211,7 @@ impl Poll {
     /// Tells health checks whether the lease is fresh.
     fn tell_freshness(&self) {
         self.fresh.send_if_modified(|fresh| {
-            let is_fresh = self.views.load().lease_state(self.clock.now()) == LeaseState::Fresh;
+            let is_fresh = self.replica_state.load().lease_state(self.clock.now()) == LeaseState::Fresh;
             std::mem::replace(fresh, is_fresh) != is_fresh
         });
     }
@@ -220,7 +220,7 @@ impl Poll {
     async fn watch_freshness(&self) {
         let mut fresh = self.fresh.subscribe();
         while fresh.wait_for(|is_fresh| *is_fresh).await.is_ok() {
-            let view = self.views.load();
+            let view = self.replica_state.load();
             let age = view.lease().start().map_or(Duration::MAX, |start| self.clock.now().since(start));
             let left = self.settings.lease.saturating_sub(age);
             // A moment beyond its last, when it still is.
@@ -234,7 +234,7 @@ impl Poll {
             state.attempted = Some(Instant::now());
             // Before it relies on what it reads: whoever changes something must not overlook a replica that is starting
             // or was cut off.
-            let sign = self.sign(self.views.load().applied());
+            let sign = self.sign(self.replica_state.load().applied());
             state.known = self.tell(&sign, self.settings.poll_timeout).await;
             if !state.known && !std::mem::replace(&mut state.untold, true) {
                 tracing::warn!(
@@ -245,7 +245,7 @@ impl Poll {
         self.notice_pause(state);
         let limit = self.settings.poll_timeout;
         let late = Err(PollError::NoAnswer(Fault::Timeout { tier: Tier::Store, limit }));
-        let (since, asked) = (self.views.load().since(), self.clock.now());
+        let (since, asked) = (self.replica_state.load().since(), self.clock.now());
         let answer = timeout(limit, self.store.poll(since)).await.unwrap_or(late);
         if self.notice_pause(state) {
             return; // the answer may be older than it seems
@@ -253,14 +253,14 @@ impl Poll {
         match answer {
             Ok(polled) => {
                 // Before anything is confirmed, which makes the server ready.
-                self.peppers.compare(polled.peppers, compared, &self.views.pepper);
+                self.peppers.compare(polled.peppers, compared, &self.replica_state.pepper);
                 self.take_in(&polled, signs, state).await;
             }
             Err(PollError::NoAnswer(fault)) => {
                 let given_up = self.clock.now();
                 // Long after its time, it was this process that stood still: that says nothing of the database.
                 if given_up.since(asked) <= limit * 2 {
-                    self.views.load().lease().note_unanswered(given_up);
+                    self.replica_state.load().lease().note_unanswered(given_up);
                 }
                 self.metrics.unanswered.inc();
                 state.known = false;
@@ -271,7 +271,7 @@ impl Poll {
                 self.metrics.store_up.set(0);
             }
             Err(PollError::Unusable(problem)) => {
-                self.views.load().lease().note_unusable();
+                self.replica_state.load().lease().note_unusable();
                 self.metrics.unusable.inc();
                 state.known = false;
                 if state.up.replace(Up::Unusable) != Some(Up::Unusable) {
@@ -284,7 +284,7 @@ impl Poll {
 
     async fn take_in(&self, polled: &Polled, signs: &watch::Sender<Version>, state: &mut State) {
         let newest = polled.newest.as_of;
-        let applied = self.views.apply(polled, self.names_changes);
+        let applied = self.replica_state.apply(polled, self.names_changes);
         match applied {
             Applied::Nothing => {}
             Applied::Begun => {
@@ -309,7 +309,7 @@ impl Poll {
                         tracing::error!(%fault, "the lost history could not be closed in the database");
                     }
                 }
-                self.views.hint(); // begin anew at once
+                self.replica_state.hint(); // begin anew at once
             }
             Applied::Unwatched => {
                 self.metrics.unusable.inc();
@@ -319,7 +319,7 @@ impl Poll {
         self.metrics.confirmed.inc();
         self.metrics.applied_version.set(newest.0.cast_signed());
         if applied != Applied::Nothing {
-            signs.send_replace(self.views.load().applied());
+            signs.send_replace(self.replica_state.load().applied());
         }
         if matches!(applied, Applied::Changed | Applied::Everything) {
             (self.applied)();
@@ -342,7 +342,7 @@ impl Poll {
             ?step,
             "the wall clock stepped, or this machine was paused: nothing is relied on until the next poll"
         );
-        self.views.load().lease().end();
+        self.replica_state.load().lease().end();
         self.tell_freshness();
         true
     }
@@ -359,7 +359,7 @@ impl Poll {
         }
         self.metrics.store_up.set(1);
         match timeout(WRITE_TIMEOUT, self.store.restore_watch()).await {
-            Ok(Ok(())) => self.views.hint(),
+            Ok(Ok(())) => self.replica_state.hint(),
             Ok(Err(fault)) => {
                 tracing::error!(%fault, "changes of trusts and keys may go unnoticed; `trustgate doctor` says what to do");
             }
@@ -368,7 +368,7 @@ impl Poll {
     }
 
     fn observe_latency(&self, polled: &Polled) {
-        if let Some(now) = self.views.database_clock.at(self.clock.now()) {
+        if let Some(now) = self.replica_state.database_clock.at(self.clock.now()) {
             self.metrics.latency.observe(now.since(polled.stamped_at).as_secs_f64());
         }
     }
@@ -383,7 +383,7 @@ impl Poll {
                 () = sleep(spread.around(REPORT_INTERVAL)) => {}
             }
             let applied = *signs.borrow_and_update();
-            if self.views.is_confirmed() {
+            if self.replica_state.is_confirmed() {
                 // What it does not hear now it hears next time.
                 self.tell(&self.sign(applied), WRITE_TIMEOUT).await;
             }
@@ -407,7 +407,7 @@ impl Poll {
         loop {
             sleep(spread.around(wait)).await;
             wait = PRUNE_INTERVAL;
-            if !self.views.is_confirmed() {
+            if !self.replica_state.is_confirmed() {
                 continue;
             }
             match timeout(WRITE_TIMEOUT, self.store.prune()).await {
@@ -424,7 +424,7 @@ impl Poll {
         let mut failed = false;
         loop {
             sleep(spread.around(REPORT_INTERVAL)).await;
-            if !self.views.is_confirmed() {
+            if !self.replica_state.is_confirmed() {
                 continue;
             }
             match timeout(WRITE_TIMEOUT, self.store.tend_peppers(&self.peppers.known)).await {
@@ -460,8 +460,8 @@ impl Poll {
             return pending().await;
         }
         loop {
-            let views = &self.views;
-            let fault = self.store.listen(&|| views.hint()).await;
+            let replica_state = &self.replica_state;
+            let fault = self.store.listen(&|| replica_state.hint()).await;
             tracing::debug!(%fault, "no hints from the database at the moment; the poll goes on");
             sleep(LISTEN_WAIT).await;
         }
@@ -508,8 +508,8 @@ struct Rate(VecDeque<Instant>);
 
 impl Rate {
     /// Returns when a poll was asked for and may go.
-    async fn hinted(&mut self, views: &Views) {
-        views.hinted().await;
+    async fn hinted(&mut self, replica_state: &ReplicaState) {
+        replica_state.hinted().await;
         sleep_until(self.earliest(Instant::now())).await;
         self.0.push_back(Instant::now());
     }

@@ -29,7 +29,7 @@ use crate::{
         clock::Clock,
         metrics::{self, Registry},
     },
-    freshness::{Views, lease::LeaseState, poll::PollMetrics},
+    freshness::{ReplicaState, lease::LeaseState, poll::PollMetrics},
 };
 
 crate::settings! {
@@ -61,7 +61,7 @@ pub struct Admin {
     /// Where this server is in its life.
     pub life: Life,
     /// What this replica knows of the store.
-    pub views: Arc<Views>,
+    pub replica_state: Arc<ReplicaState>,
     /// The time.
     pub clock: Arc<dyn Clock>,
     /// Whether the store answers.
@@ -144,22 +144,22 @@ async fn ready(admin: &Admin) -> (StatusCode, &'static str, String) {
     let phase = admin.life.phase();
     let probes = admin.serving.iter().map(|core| core.spawn(async {}));
     let answers = timeout(PROBE_TIMEOUT, join_all(probes)).await.is_ok();
-    let store = match (admin.views.is_confirmed(), admin.poll.is_store_up()) {
+    let store = match (admin.replica_state.is_confirmed(), admin.poll.is_store_up()) {
         (_, true) => "ok",
         (false, false) => "cannot be used yet; see the log for the reason",
         (true, false) => "lost",
     };
-    let lease = match admin.views.load().lease_state(admin.clock.now()) {
+    let lease = match admin.replica_state.load().lease_state(admin.clock.now()) {
         LeaseState::Fresh => "fresh",
         LeaseState::Stale => "stale; keys that were good are still granted for freshness.stale_if_unconfirmed",
         LeaseState::Expired => "none; checks that would rely on it ask the database",
     };
-    let fits = admin.views.pepper.fits();
+    let fits = admin.replica_state.pepper.fits();
     let is_ready = phase == Phase::Serve && answers && fits;
     let status = if is_ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
     let serving = if answers { "ok" } else { "does not answer" };
     // Compared by the first poll.
-    let pepper = match (fits, admin.views.is_confirmed()) {
+    let pepper = match (fits, admin.replica_state.is_confirmed()) {
         (true, _) => "ok",
         (false, true) => "mismatch with the database; both fingerprints are in the log",
         (false, false) => "not compared yet",

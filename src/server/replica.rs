@@ -38,7 +38,7 @@ use crate::{
         credential::Hasher,
     },
     freshness::{
-        Freshness, Views,
+        Freshness, ReplicaState,
         deny_list::{DenyList, DenyMetrics, redis::SharedList},
         pepper::{PepperMetrics, Peppers, Reread},
         poll::{Poll, PollMetrics},
@@ -76,7 +76,7 @@ pub struct Replica {
     /// Where records are found.
     pub cache: Arc<Cache<ApiKey>>,
     /// What is known of the store's history.
-    pub views: Arc<Views>,
+    pub replica_state: Arc<ReplicaState>,
     /// What the poll looks like from outside.
     pub poll: PollMetrics,
     /// Whether the lease is fresh.
@@ -128,7 +128,7 @@ impl Replica {
         tasks: &mut Tasks,
     ) -> Result<Self, AppError> {
         let Surroundings { source, place, redis, clock, id, name, io, poll: poll_runtime, stop } = around;
-        let views = Arc::new(Views::new(config.freshness.limits()));
+        let replica_state = Arc::new(ReplicaState::new(config.freshness.limits()));
         let breakers = breaker_gauges(registry)?;
         let l2 = match &redis {
             Some(link) => Some(start_redis(config, link, registry, &breakers, &clock, &stop, (tasks, &io))?),
@@ -138,12 +138,12 @@ impl Replica {
         let hints = redis.zip(l2.as_ref().map(|(redis, _)| redis.clone())).filter(|_| config.freshness.hints);
         let denials = open_denials(config, registry)?;
         let shared_denials = l2.as_ref().map(|(redis, mac_key)| SharedList::new(redis.clone(), Arc::clone(mac_key)));
-        tasks.spawn_on("deny list", keep_denials(Arc::clone(&denials), shared_denials, &views, &clock, &stop), &io);
+        tasks.spawn_on("deny list", keep_denials(Arc::clone(&denials), shared_denials, &replica_state, &clock, &stop), &io);
         let table = config.store.table_identity(&place);
         let tiers = cache::Parts {
             store: Arc::clone(&source) as _,
             l2: l2.map(|(redis, mac_key)| L2::new(redis, mac_key, table.as_deref())),
-            views: Arc::clone(&views),
+            replica_state: Arc::clone(&replica_state),
             clock: Arc::clone(&clock),
             io: io.clone(),
             limits: store_limits(config),
@@ -153,13 +153,13 @@ impl Replica {
         let cache = Arc::new(Cache::new(tiers, registry, &breakers)?);
         let hasher = hasher(config)?;
         let peppers = peppers(config, &hasher, registry)?;
-        let checker = check_parts(config, hasher, &cache, &views, &clock, denials);
+        let checker = check_parts(config, hasher, &cache, &replica_state, &clock, denials);
         let checker = Arc::new(Checker::new(checker, registry)?);
         let metrics = PollMetrics::register(registry)?;
         let (fresh, is_fresh) = watch::channel(false);
         let poll = Poll {
             store: Arc::clone(&source) as _,
-            views: Arc::clone(&views),
+            replica_state: Arc::clone(&replica_state),
             clock,
             settings: config.freshness.clone(),
             names_changes: config.store.names_changes(),
@@ -168,13 +168,13 @@ impl Replica {
             peppers,
             metrics: metrics.clone(),
             fresh,
-            applied: exchange_hints(hints, &views, &stop, (tasks, &io)),
+            applied: exchange_hints(hints, &replica_state, &stop, (tasks, &io)),
         };
         sample(config, (&cache, Spread::of(id)), &stop, (tasks, &io));
         source.run_reads_on(io.clone());
         let database = Database { place, source, mac_key, limit: config.store.connect_timeout };
         tasks.spawn_on("poll", confirm(database, poll, stop), &poll_runtime);
-        Ok(Self { checker, cache, views, poll: metrics, fresh: is_fresh })
+        Ok(Self { checker, cache, replica_state, poll: metrics, fresh: is_fresh })
     }
 }
 
@@ -211,13 +211,13 @@ fn start_redis(
 /// Listens to what other replicas tell by Redis, where it is used, and returns how to tell them.
 fn exchange_hints(
     redis: Option<(Arc<dyn Link>, Redis)>,
-    views: &Arc<Views>,
+    replica_state: &Arc<ReplicaState>,
     stop: &CancellationToken,
     (tasks, io): (&mut Tasks, &Handle),
 ) -> Box<dyn Fn() + Send + Sync> {
     let Some((link, redis)) = redis else { return Box::new(|| ()) };
-    let views = Arc::clone(views);
-    let listening = listen(link, move || views.hint(), stop.clone());
+    let replica_state = Arc::clone(replica_state);
+    let listening = listen(link, move || replica_state.hint(), stop.clone());
     tasks.spawn_on("Redis notifications", listening.map(Ok), io);
     Box::new(move || redis.publish())
 }
@@ -232,13 +232,13 @@ fn open_denials(config: &Config, registry: &Registry) -> Result<Arc<DenyList>, A
 fn keep_denials(
     denials: Arc<DenyList>,
     shared: Option<SharedList>,
-    views: &Arc<Views>,
+    replica_state: &Arc<ReplicaState>,
     clock: &Arc<dyn Clock>,
     stop: &CancellationToken,
 ) -> impl Future<Output = Result<(), AppError>> + Send + use<> {
-    let (views, clock, stop) = (Arc::clone(views), Arc::clone(clock), stop.clone());
+    let (replica_state, clock, stop) = (Arc::clone(replica_state), Arc::clone(clock), stop.clone());
     async move {
-        denials.run(shared, &|| views.database_clock.at(clock.now()), stop).await;
+        denials.run(shared, &|| replica_state.database_clock.at(clock.now()), stop).await;
         Ok(())
     }
 }
@@ -289,7 +289,7 @@ fn check_parts(
     config: &Config,
     hasher: Hasher,
     cache: &Arc<Cache<ApiKey>>,
-    views: &Arc<Views>,
+    replica_state: &Arc<ReplicaState>,
     clock: &Arc<dyn Clock>,
     denials: Arc<DenyList>,
 ) -> check::Parts {
@@ -300,7 +300,7 @@ fn check_parts(
         names_changes: config.store.names_changes(),
         hasher,
         cache: Arc::clone(cache),
-        views: Arc::clone(views),
+        replica_state: Arc::clone(replica_state),
         denials,
         clock: Arc::clone(clock),
     }

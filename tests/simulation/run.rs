@@ -20,7 +20,7 @@ use trustgate::{
     base::metrics::{self, Registry},
     config::{self, Config, Purpose},
     ext_authz::{check::Checker, credential::Hasher, response::Reply},
-    freshness::Views,
+    freshness::ReplicaState,
     record::Version,
     server::replica::{Replica, Surroundings, Tasks},
 };
@@ -127,7 +127,7 @@ struct Place {
 
 struct Running {
     checker: Arc<Checker>,
-    views: Arc<Views>,
+    replica_state: Arc<ReplicaState>,
     network: Arc<Network>,
     registry: Registry,
     /// Dropped, all of them end at once: a crash.
@@ -196,7 +196,7 @@ impl World {
             self.keep_metrics(&before);
         }
         place.running =
-            Some(Running { checker: replica.checker, views: replica.views, network, registry, _tasks: tasks });
+            Some(Running { checker: replica.checker, replica_state: replica.replica_state, network, registry, _tasks: tasks });
     }
 
     fn goes_on(&self) -> bool {
@@ -440,7 +440,7 @@ impl World {
         let (checker, applied) = {
             let place = lock(&self.places[replica]);
             let running = place.running.as_ref().expect("one always runs");
-            (Arc::clone(&running.checker), running.views.load().applied())
+            (Arc::clone(&running.checker), running.replica_state.load().applied())
         };
         let message = request(&key(number), demand.extensions()).encode_to_vec();
         let began = Instant::now();
