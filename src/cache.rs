@@ -36,7 +36,7 @@ use crate::{
         },
         units::ByteSize,
     },
-    freshness::{ReplicaView, ReplicaState, history::Place, lease::LeaseState},
+    freshness::{ReplicaView, ReplicaState, history::Provenance, lease::LeaseState},
     record::{Dated, Version},
     store::Lookup,
 };
@@ -230,10 +230,10 @@ impl<K: Kind> Shared<K> {
                 {
                     self.replica_state.reached(view, version).await;
                 }
-                match loaded.place(view) {
-                    Place::Known => loaded.held.is_covered(view),
+                match loaded.provenance(view) {
+                    Provenance::Known => loaded.held.is_covered(view),
                     // No poll has confirmed its version yet: then it must be this check's own.
-                    Place::Ahead | Place::Foreign => loaded.is_read_after(*began),
+                    Provenance::Ahead | Provenance::Foreign => loaded.is_read_after(*began),
                 }
             }
             ReadPolicy::Store(view, began) => loaded.is_read_after(*began) && not_refused(view, loaded),
@@ -354,7 +354,7 @@ impl<K: Kind> Shared<K> {
     /// Puts what was found into L1, if its version is known here.
     fn insert_if_confirmed(&self, query: &K::Query, found: Dated<Option<K::Value>>, tier: Tier) -> Loaded<K> {
         let (view, key) = (self.replica_state.load(), K::key(query));
-        let epoch = (view.place(&found) == Place::Known).then(|| view.epoch());
+        let epoch = (view.provenance(&found) == Provenance::Known).then(|| view.epoch());
         let (date, life) = (found.as_ref().map(drop), self.life(K::spread(&key), &found));
         let held = Arc::new(Held::new(query, found.value, date.as_of, life, epoch));
         if epoch.is_some() {
@@ -369,12 +369,12 @@ impl<K: Kind> Shared<K> {
         let Loaded { mut held, read: Some(Read { date, tier: Tier::Store }) } = loaded else { return };
         let (view, key) = (Arc::clone(&self.replica_state.load()), K::key(query));
         if !held.is_of(&view) {
-            if view.place(&date) == Place::Ahead && view.lease_state(self.clock.now()) == LeaseState::Fresh {
+            if view.provenance(&date) == Provenance::Ahead && view.lease_state(self.clock.now()) == LeaseState::Fresh {
                 // Polls come often: one that takes longer than this has trouble of its own.
                 let _ = timeout(self.replica_state.limits().lease, self.replica_state.reached(&view, date.as_of)).await;
             }
             // Also where a poll on another thread confirmed the version after `keep` had looked: nothing was waited for then.
-            if view.place(&date) == Place::Known {
+            if view.provenance(&date) == Provenance::Known {
                 held = Arc::new(held.entered(view.epoch()));
                 self.l1.put(key, Arc::clone(&held));
             }
@@ -414,11 +414,11 @@ struct Read {
 impl<K: Kind> Loaded<K> {
     /// Where the value belongs in the history of `view`.
     #[must_use]
-    pub fn place(&self, view: &ReplicaView) -> Place {
+    pub fn provenance(&self, view: &ReplicaView) -> Provenance {
         match &self.read {
-            _ if self.held.is_of(view) => Place::Known,
-            Some(read) => view.place(&read.date),
-            None => Place::Foreign,
+            _ if self.held.is_of(view) => Provenance::Known,
+            Some(read) => view.provenance(&read.date),
+            None => Provenance::Foreign,
         }
     }
 
@@ -426,7 +426,7 @@ impl<K: Kind> Loaded<K> {
     #[must_use]
     pub fn ahead_of(&self, view: &ReplicaView) -> Option<Version> {
         let read = self.read.as_ref()?;
-        (self.place(view) == Place::Ahead).then_some(read.date.as_of)
+        (self.provenance(view) == Provenance::Ahead).then_some(read.date.as_of)
     }
 
     /// Whether it comes from a read of the store that was sent after `began`.
@@ -444,7 +444,7 @@ impl<K: Kind> Clone for Loaded<K> {
 /// Whether no change is known that makes a value out of date. One of a history or a version that no poll has seen yet is
 /// newer than all we know.
 fn not_refused<K: Kind>(view: &ReplicaView, loaded: &Loaded<K>) -> bool {
-    loaded.place(view) != Place::Known || loaded.held.is_covered(view)
+    loaded.provenance(view) != Provenance::Known || loaded.held.is_covered(view)
 }
 
 /// Flights that one caller joins, at most.
@@ -605,7 +605,7 @@ mod tests {
         for found in [Some(record), None] {
             let newest = shared.replica_state.load().applied().0;
             let loaded = shared.insert_if_confirmed(&query, dated(found, newest + 1), Tier::Store);
-            assert_eq!(loaded.place(&shared.replica_state.load()), Place::Ahead);
+            assert_eq!(loaded.provenance(&shared.replica_state.load()), Provenance::Ahead);
             shared.l1.forget(&DIGEST);
             shared.replica_state.apply(&polled(newest..=newest + 1), true);
             shared.publish(&query, loaded).await;

@@ -25,7 +25,7 @@ use tokio::sync::{Notify, watch};
 
 pub use self::mode::Freshness;
 use self::{
-    history::{History, Place, Continuity},
+    history::{History, Provenance, Continuity},
     lease::{Lease, Limits, LeaseState},
     pepper::PepperState,
     revoked::Revoked,
@@ -147,8 +147,8 @@ impl ReplicaView {
 
     /// Where a value belongs in this view's history.
     #[must_use]
-    pub fn place<T>(&self, value: &Dated<T>) -> Place {
-        self.history().place(value)
+    pub fn provenance<T>(&self, value: &Dated<T>) -> Provenance {
+        self.history().provenance(value)
     }
 
     /// The version applied; 0 before the first poll.

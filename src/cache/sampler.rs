@@ -25,7 +25,7 @@ use crate::{
     },
     freshness::{
         ReplicaView,
-        history::Place,
+        history::Provenance,
         lease::{LeaseState, stripe},
     },
     record::Dated,
@@ -123,7 +123,7 @@ impl<K: Kind> Shared<K> {
         let Some(record) = held.value() else { return };
         let outcome = match self.read(true, K::load_again(&*self.store, record)).await {
             Ok(live) => {
-                if view.place(&live) == Place::Ahead {
+                if view.provenance(&live) == Provenance::Ahead {
                     let _ = timeout(self.replica_state.limits().lease, self.replica_state.reached(view, live.as_of)).await;
                 }
                 let outcome = judge(held, view, &live);
@@ -158,7 +158,7 @@ impl<K: Kind> Shared<K> {
 /// What `live`, a read of the row that `held` is made of, says of it. Whatever was applied under `view` up to the version of
 /// that read counts.
 fn judge<K: Kind>(held: &Held<K>, view: &ReplicaView, live: &Dated<Option<K::Value>>) -> Outcome {
-    if view.place(live) != Place::Known || live.as_of < held.as_of() {
+    if view.provenance(live) != Provenance::Known || live.as_of < held.as_of() {
         return Outcome::Error;
     }
     // After the version was seen to be applied: what it named is out of date by then.

@@ -26,7 +26,7 @@ use crate::{
         metrics::{CoreCounter, CoreCounters, CoreHistogram, HistogramOpts, Opts, Registry, SHORT_SECONDS, register},
     },
     cache::{Cache, ReadPolicy, api_key::ApiKey},
-    freshness::{Freshness, ReplicaView, ReplicaState, deny_list::DenyList, history::Place, lease::LeaseState},
+    freshness::{Freshness, ReplicaView, ReplicaState, deny_list::DenyList, history::Provenance, lease::LeaseState},
     record::{ApiKeyDigest, Digests, Record},
 };
 
@@ -194,7 +194,7 @@ impl Checker {
         };
         let outcome = match &found {
             Ok(loaded) => {
-                let elsewhere = loaded.place(&history) != Place::Known;
+                let elsewhere = loaded.provenance(&history) != Provenance::Known;
                 let is_its = |stored: &ApiKeyDigest| digests.hold(stored);
                 let value = loaded.held.value();
                 self.decide(&digests.current, value, is_its, elsewhere, &request.demands, clock.now())

@@ -45,7 +45,7 @@ pub enum Continuity {
 
 /// Whether a value belongs to the history.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Place {
+pub enum Provenance {
     /// It was read at a version that is known.
     Known,
     /// It was read at a version that no poll has confirmed yet.
@@ -118,16 +118,16 @@ impl History {
 
     /// Where a value belongs.
     #[must_use]
-    pub fn place<T>(&self, value: &Dated<T>) -> Place {
+    pub fn provenance<T>(&self, value: &Dated<T>) -> Provenance {
         if !self.is_begun() || value.lineage != self.lineage {
-            return Place::Foreign;
+            return Provenance::Foreign;
         }
         if value.as_of > self.applied() {
-            return Place::Ahead;
+            return Provenance::Ahead;
         }
         match self.find(value.as_of) {
-            Some(known) if known.nonce == value.nonce => Place::Known,
-            _ => Place::Foreign,
+            Some(known) if known.nonce == value.nonce => Provenance::Known,
+            _ => Provenance::Foreign,
         }
     }
 
@@ -203,18 +203,18 @@ mod tests {
         history.advance(&polled(&[(6, 6), (8, 8), (9, 9)]));
         assert_eq!(history.applied(), Version(9));
         for (value, place) in [
-            (dated(4, 4), Place::Foreign),
-            (dated(5, 5), Place::Known),
-            (dated(6, 6), Place::Known),
-            (dated(6, 7), Place::Foreign),
-            (dated(7, 7), Place::Foreign),
-            (dated(9, 9), Place::Known),
-            (dated(10, 1), Place::Ahead),
-            (Dated { lineage: Lineage::default(), ..dated(9, 9) }, Place::Foreign),
+            (dated(4, 4), Provenance::Foreign),
+            (dated(5, 5), Provenance::Known),
+            (dated(6, 6), Provenance::Known),
+            (dated(6, 7), Provenance::Foreign),
+            (dated(7, 7), Provenance::Foreign),
+            (dated(9, 9), Provenance::Known),
+            (dated(10, 1), Provenance::Ahead),
+            (Dated { lineage: Lineage::default(), ..dated(9, 9) }, Provenance::Foreign),
         ] {
-            assert_eq!(history.place(&value), place, "{value:?}");
+            assert_eq!(history.provenance(&value), place, "{value:?}");
         }
-        assert_eq!(History::default().place(&dated(1, 1)), Place::Foreign);
+        assert_eq!(History::default().provenance(&dated(1, 1)), Provenance::Foreign);
     }
 
     #[test]
@@ -236,12 +236,12 @@ mod tests {
             polled
         };
         history.advance(&at(NONCES_KEPT, &[(6, 6), (7, 7)]));
-        assert_eq!(history.place(&dated(5, 5)), Place::Known);
+        assert_eq!(history.provenance(&dated(5, 5)), Provenance::Known);
         history.advance(&at(NONCES_KEPT * 2, &[(7, 7)]));
-        assert_eq!(history.place(&dated(5, 5)), Place::Foreign);
-        assert_eq!(history.place(&dated(6, 6)), Place::Known, "it was the newest until 20 minutes ago");
+        assert_eq!(history.provenance(&dated(5, 5)), Provenance::Foreign);
+        assert_eq!(history.provenance(&dated(6, 6)), Provenance::Known, "it was the newest until 20 minutes ago");
         history.advance(&at(NONCES_KEPT * 9, &[(7, 7)]));
-        assert_eq!(history.place(&dated(6, 6)), Place::Foreign);
-        assert_eq!(history.place(&dated(7, 7)), Place::Known);
+        assert_eq!(history.provenance(&dated(6, 6)), Provenance::Foreign);
+        assert_eq!(history.provenance(&dated(7, 7)), Provenance::Known);
     }
 }
