@@ -26,7 +26,7 @@ use trustgate::{
     cache::{
         CacheSettings,
         api_key::ApiKey,
-        l1::{Held, L1, Life},
+        l1::{Entry, L1, Lifetime},
     },
     record::{ApiKeyDigest, Digests, KeyId, Record, TrustId, Version},
 };
@@ -55,7 +55,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     for number in 0..keys {
         put(&l1, number);
     }
-    let held = l1.entries();
+    let entry = l1.entries();
     let (enough, put_in) = (AtomicBool::new(false), AtomicU64::new(0));
     let looked = thread::scope(|scope| {
         scope.spawn(|| churn(&l1, keys, rate, &enough, &put_in));
@@ -65,7 +65,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     });
     writeln!(
         io::stdout(),
-        "{{\"entries\": {held}, \"lookups\": {}, \"found\": {}, \"put\": {}, \"longest_us\": {:.1}, \"longest_cpu_us\": {:.1}, \
+        "{{\"entries\": {entry}, \"lookups\": {}, \"found\": {}, \"put\": {}, \"longest_us\": {:.1}, \"longest_cpu_us\": {:.1}, \
          \"over_1_ms\": {}}}",
         looked.count,
         looked.found,
@@ -130,8 +130,8 @@ fn put(l1: &L1<ApiKey>, number: u64) {
         revoked_at: None,
     };
     let query = Digests { current: digest, older: Vec::new() };
-    let life = Life { born: Moment::from_nanos(0), lasts: Duration::MAX };
-    l1.put(digest, Arc::new(Held::new(&query, Some(record), Version(1), life, None)));
+    let lifetime = Lifetime { born: Moment::from_nanos(0), lasts: Duration::MAX };
+    l1.put(digest, Arc::new(Entry::new(&query, Some(record), Version(1), lifetime, None)));
 }
 
 /// Spread over all bytes, as real digests are.

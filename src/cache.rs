@@ -20,7 +20,7 @@ use tokio::{
 
 use self::{
     cacheable::Kind,
-    l1::{Held, L1, Life},
+    l1::{Entry, L1, Lifetime},
     l2::L2,
     sampler::Samples,
     single_flight::{SingleFlight, LoadPath},
@@ -154,21 +154,21 @@ impl<K: Kind> Cache<K> {
 
     /// What L1 holds of `key` and `view` covers at `now`; with `by_age` only if it is also young enough. Never waits.
     #[must_use]
-    pub fn hit(&self, view: &ReplicaView, key: &K::Key, now: Moment, by_age: bool) -> Option<Arc<Held<K>>> {
+    pub fn hit(&self, view: &ReplicaView, key: &K::Key, now: Moment, by_age: bool) -> Option<Arc<Entry<K>>> {
         let Shared { l1, metrics, .. } = &*self.shared;
-        let Some(held) = l1.get(key) else {
+        let Some(entry) = l1.get(key) else {
             metrics.l1.miss.inc();
             return None;
         };
-        if !held.is_current(view, now) || (by_age && !self.shared.is_young(&held, now)) {
+        if !entry.is_current(view, now) || (by_age && !self.shared.is_young(&entry, now)) {
             metrics.l1.refused.inc();
             return None;
         }
-        match held.value() {
+        match entry.value() {
             Some(_) => metrics.l1.hit.inc(),
             None => metrics.l1.negative_hit.inc(),
         }
-        Some(held)
+        Some(entry)
     }
 
     /// The value asked for by `query`, from L2 or the store, such that `policy` allows its use. However many callers ask
@@ -231,25 +231,25 @@ impl<K: Kind> Shared<K> {
                     self.replica_state.reached(view, version).await;
                 }
                 match loaded.provenance(view) {
-                    Provenance::Known => loaded.held.is_covered(view),
+                    Provenance::Known => loaded.entry.is_covered(view),
                     // No poll has confirmed its version yet: then it must be this check's own.
                     Provenance::Ahead | Provenance::Foreign => loaded.is_read_after(*began),
                 }
             }
             ReadPolicy::Store(view, began) => loaded.is_read_after(*began) && not_refused(view, loaded),
-            ReadPolicy::Age => not_refused(&self.replica_state.load(), loaded) && self.is_young(&loaded.held, self.clock.now()),
+            ReadPolicy::Age => not_refused(&self.replica_state.load(), loaded) && self.is_young(&loaded.entry, self.clock.now()),
         }
     }
 
-    fn is_young(&self, held: &Held<K>, now: Moment) -> bool {
+    fn is_young(&self, entry: &Entry<K>, now: Moment) -> bool {
         let Lifetimes { present, absent, .. } = self.lifetimes;
-        held.age(now) < if held.value().is_some() { present } else { absent }
+        entry.age(now) < if entry.value().is_some() { present } else { absent }
     }
 
     /// One flight: L2, then the store. What it finds is in L1 when it returns, if its version is known here.
     async fn load(&self, query: &K::Query, path: LoadPath) -> Result<Loaded<K>, Fault> {
         let before = self.l1.get(&K::key(query));
-        let record = before.as_deref().and_then(Held::value);
+        let record = before.as_deref().and_then(Entry::value);
         if path == LoadPath::Tiers
             && let Some(loaded) = self.load_from_l2(query).await
         {
@@ -287,7 +287,7 @@ impl<K: Kind> Shared<K> {
             }
         };
         let loaded = self.insert_if_confirmed(query, found.map(Some), Tier::L2);
-        if !loaded.held.is_current(&self.replica_state.load(), self.clock.now()) {
+        if !loaded.entry.is_current(&self.replica_state.load(), self.clock.now()) {
             outcomes.refused.inc();
             return None;
         }
@@ -355,50 +355,50 @@ impl<K: Kind> Shared<K> {
     fn insert_if_confirmed(&self, query: &K::Query, found: Dated<Option<K::Value>>, tier: Tier) -> Loaded<K> {
         let (view, key) = (self.replica_state.load(), K::key(query));
         let epoch = (view.provenance(&found) == Provenance::Known).then(|| view.epoch());
-        let (date, life) = (found.as_ref().map(drop), self.life(K::spread(&key), &found));
-        let held = Arc::new(Held::new(query, found.value, date.as_of, life, epoch));
+        let (date, lifetime) = (found.as_ref().map(drop), self.lifetime(K::spread(&key), &found));
+        let entry = Arc::new(Entry::new(query, found.value, date.as_of, lifetime, epoch));
         if epoch.is_some() {
-            self.l1.put(key, Arc::clone(&held));
+            self.l1.put(key, Arc::clone(&entry));
         }
-        Loaded { held, read: Some(Read { date, tier }) }
+        Loaded { entry, read: Some(Read { date, tier }) }
     }
 
     /// After a flight has landed: keeps what no poll had confirmed by then, and shares it with other replicas. Absences
     /// never go to Redis.
     async fn publish(&self, query: &K::Query, loaded: Loaded<K>) {
-        let Loaded { mut held, read: Some(Read { date, tier: Tier::Store }) } = loaded else { return };
+        let Loaded { mut entry, read: Some(Read { date, tier: Tier::Store }) } = loaded else { return };
         let (view, key) = (Arc::clone(&self.replica_state.load()), K::key(query));
-        if !held.is_of(&view) {
+        if !entry.is_of(&view) {
             if view.provenance(&date) == Provenance::Ahead && view.lease_state(self.clock.now()) == LeaseState::Fresh {
                 // Polls come often: one that takes longer than this has trouble of its own.
                 let _ = timeout(self.replica_state.limits().lease, self.replica_state.reached(&view, date.as_of)).await;
             }
             // Also where a poll on another thread confirmed the version after `keep` had looked: nothing was waited for then.
             if view.provenance(&date) == Provenance::Known {
-                held = Arc::new(held.entered(view.epoch()));
-                self.l1.put(key, Arc::clone(&held));
+                entry = Arc::new(entry.entered(view.epoch()));
+                self.l1.put(key, Arc::clone(&entry));
             }
         }
         let now = self.clock.now();
-        if let (Some(l2), Some(value)) = (&self.l2, held.value())
-            && held.is_current(&view, now)
+        if let (Some(l2), Some(value)) = (&self.l2, entry.value())
+            && entry.is_current(&view, now)
         {
-            l2.put(&key, &date.map(|()| value), held.deadline().since(now)).await;
+            l2.put(&key, &date.map(|()| value), entry.deadline().since(now)).await;
         }
     }
 
     /// How long a value lives. Age is counted from the database read: a value out of Redis has spent part of its life
     /// there.
-    fn life(&self, spread: u8, found: &Dated<Option<K::Value>>) -> Life {
+    fn lifetime(&self, spread: u8, found: &Dated<Option<K::Value>>) -> Lifetime {
         let age = self.replica_state.database_clock.at(found.sent_at).map_or(Duration::ZERO, |now| now.since(found.read_at));
-        Life { born: found.sent_at.before(age), lasts: jittered(self.lifetimes.hard, spread) }
+        Lifetime { born: found.sent_at.before(age), lasts: jittered(self.lifetimes.hard, spread) }
     }
 }
 
 /// What a flight brought.
 pub struct Loaded<K: Kind> {
     /// The value.
-    pub held: Arc<Held<K>>,
+    pub entry: Arc<Entry<K>>,
     /// The read that found it; `None`: it was in L1 by then.
     read: Option<Read>,
 }
@@ -416,7 +416,7 @@ impl<K: Kind> Loaded<K> {
     #[must_use]
     pub fn provenance(&self, view: &ReplicaView) -> Provenance {
         match &self.read {
-            _ if self.held.is_of(view) => Provenance::Known,
+            _ if self.entry.is_of(view) => Provenance::Known,
             Some(read) => view.provenance(&read.date),
             None => Provenance::Foreign,
         }
@@ -437,14 +437,14 @@ impl<K: Kind> Loaded<K> {
 
 impl<K: Kind> Clone for Loaded<K> {
     fn clone(&self) -> Self {
-        Self { held: Arc::clone(&self.held), read: self.read.clone() }
+        Self { entry: Arc::clone(&self.entry), read: self.read.clone() }
     }
 }
 
 /// Whether no change is known that makes a value out of date. One of a history or a version that no poll has seen yet is
 /// newer than all we know.
 fn not_refused<K: Kind>(view: &ReplicaView, loaded: &Loaded<K>) -> bool {
-    loaded.provenance(view) != Provenance::Known || loaded.held.is_covered(view)
+    loaded.provenance(view) != Provenance::Known || loaded.entry.is_covered(view)
 }
 
 /// Flights that one caller joins, at most.
@@ -609,8 +609,8 @@ mod tests {
             shared.l1.forget(&DIGEST);
             shared.replica_state.apply(&polled(newest..=newest + 1), true);
             shared.publish(&query, loaded).await;
-            let held = shared.l1.get(&DIGEST).expect("kept");
-            assert!(held.is_current(&shared.replica_state.load(), SystemClock.now()));
+            let entry = shared.l1.get(&DIGEST).expect("kept");
+            assert!(entry.is_current(&shared.replica_state.load(), SystemClock.now()));
         }
     }
 }

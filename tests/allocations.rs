@@ -133,11 +133,11 @@ const MULTIPLE: usize = 32;
 /// What the smallest message may need: an answer.
 const FIXED: usize = 4 << 10;
 
-fn assert_small(what: &str, settings: &CredentialSettings, replies: &Replies, message: &[u8]) {
+fn assert_small(content: &str, settings: &CredentialSettings, replies: &Replies, message: &[u8]) {
     // The buffer of this thread's answers is there once and for all.
     check(settings, replies, &[]);
     let peak = peak_of(|| check(settings, replies, message));
-    assert!(peak <= FIXED + MULTIPLE * message.len(), "{what}: {peak} bytes for a message of {}", message.len());
+    assert!(peak <= FIXED + MULTIPLE * message.len(), "{content}: {peak} bytes for a message of {}", message.len());
 }
 
 #[test]
@@ -171,19 +171,19 @@ async fn ten_thousand_hits_allocate_nothing() {
         ("revoked", with(b"x-api-key", &revoked.key)),
         ("no key", http(&head)),
     ];
-    for (what, message) in &messages {
+    for (content, message) in &messages {
         // The first one reads it; those after it find the buffers of this thread made.
         for _ in 0..3 {
-            assert!(matches!(checker.check(message).await, Reply::Message(_)), "{what}");
+            assert!(matches!(checker.check(message).await, Reply::Message(_)), "{content}");
         }
         // What the cache itself still has to do for the insertion, it does now.
         metric(running.admin_address(), "trustgate_cache_entries{kind=\"api_key\"}").await;
         let count = allocations_of(|| {
             for _ in 0..10_000 {
-                assert!(matches!(checker.try_decide(message), Progress::Done(Reply::Message(_))), "{what}");
+                assert!(matches!(checker.try_decide(message), Progress::Done(Reply::Message(_))), "{content}");
             }
         });
-        assert_eq!(count, 0, "{what}");
+        assert_eq!(count, 0, "{content}");
     }
     running.stop(Delay::None).await.unwrap();
 }
@@ -196,7 +196,7 @@ fn the_worst_messages_take_a_small_multiple_of_their_size() {
         let many = |content: &[u8]| content.repeat(count);
         let raw = |content: &[u8]| http(&field(13, &many(content)));
         let cookies = raw_header(b"cookie", b"k=");
-        for (what, message) in [
+        for (content, message) in [
             ("raw headers without anything", raw(&[10, 0])),
             ("lists of one raw header", http(&many(&field(13, &raw_header(b"a", b""))))),
             ("map headers without anything", http(&many(&[26, 0]))),
@@ -216,7 +216,7 @@ fn the_worst_messages_take_a_small_multiple_of_their_size() {
             ("groups", field(1, &many(&[0x0b, 0x0c]))),
             ("scopes", field(1, &field(10, &[field(1, b"trustgate.scopes"), field(2, &many(b"a "))].concat()))),
         ] {
-            assert_small(&format!("{count} {what}"), &settings, &replies, &message);
+            assert_small(&format!("{count} {content}"), &settings, &replies, &message);
         }
     }
 }

@@ -104,12 +104,12 @@ impl Kind for ApiKey {
         }
     }
 
-    async fn load_again(store: &dyn Lookup, held: &Record) -> Result<Dated<Option<Record>>, Fault> {
-        store.find_by_id(held.key_id).await
+    async fn load_again(store: &dyn Lookup, entry: &Record) -> Result<Dated<Option<Record>>, Fault> {
+        store.find_by_id(entry.key_id).await
     }
 
-    fn is_same(live: &Record, held: &Record) -> bool {
-        live.digest.matches(&held.digest)
+    fn is_same(live: &Record, entry: &Record) -> bool {
+        live.digest.matches(&entry.digest)
     }
 }
 

@@ -35,8 +35,8 @@ pub trait Kind: Send + Sync + 'static {
 
     /// Asks the store for the value.
     async fn load(store: &dyn Lookup, query: &Self::Query) -> Result<Dated<Option<Self::Value>>, Fault>;
-    /// Asks the store for the row that `held` was read from.
-    async fn load_again(store: &dyn Lookup, held: &Self::Value) -> Result<Dated<Option<Self::Value>>, Fault>;
-    /// Whether `live` is still what somebody who found `held` asked for; compares secrets in constant time.
-    fn is_same(live: &Self::Value, held: &Self::Value) -> bool;
+    /// Asks the store for the row that `entry` was read from.
+    async fn load_again(store: &dyn Lookup, entry: &Self::Value) -> Result<Dated<Option<Self::Value>>, Fault>;
+    /// Whether `live` is still what somebody who found `entry` asked for; compares secrets in constant time.
+    fn is_same(live: &Self::Value, entry: &Self::Value) -> bool;
 }

@@ -16,8 +16,8 @@ use crate::{
 };
 
 /// A value as L1 holds it: what checks need of it and no more, since there may be a million of them.
-pub struct Held<K: Kind> {
-    what: What<K::Value>,
+pub struct Entry<K: Kind> {
+    content: Content<K::Value>,
     /// The newest version when the store was read.
     as_of: Version,
     /// When the store was read, by this machine's clock.
@@ -28,15 +28,15 @@ pub struct Held<K: Kind> {
 }
 
 #[derive(Clone)]
-enum What<V> {
+enum Content<V> {
     Record(V),
     /// With the stripes of all it was looked for under.
-    Absence(SmallVec<[u16; 2]>),
+    NotFound(SmallVec<[u16; 2]>),
 }
 
 /// How long a value lives.
 #[derive(Clone, Copy, Debug)]
-pub struct Life {
+pub struct Lifetime {
     /// When the store was read, by this machine's clock.
     pub born: Moment,
     /// For how long from then on it may be used, whatever else allows it. In whole milliseconds.
@@ -47,30 +47,30 @@ pub struct Life {
 /// counts of the `Arc`, and what the allocator adds. Less would let the cache outgrow `cache.size`.
 const ENTRY_BYTES: usize = 350;
 
-impl<K: Kind> Held<K> {
+impl<K: Kind> Entry<K> {
     /// What was found for `query` at the version `as_of`, in the view of `epoch` if it may be used there by others too.
-    pub fn new(query: &K::Query, found: Option<K::Value>, as_of: Version, life: Life, epoch: Option<Epoch>) -> Self {
-        let what = match found {
-            Some(value) => What::Record(value),
-            None => What::Absence(K::asked(query).map(stripe).collect()),
+    pub fn new(query: &K::Query, found: Option<K::Value>, as_of: Version, lifetime: Lifetime, epoch: Option<Epoch>) -> Self {
+        let content = match found {
+            Some(value) => Content::Record(value),
+            None => Content::NotFound(K::asked(query).map(stripe).collect()),
         };
-        let lasts_millis = u32::try_from(life.lasts.as_millis()).unwrap_or(u32::MAX);
-        Self { what, as_of, born: life.born, lasts_millis, epoch }
+        let lasts_millis = u32::try_from(lifetime.lasts.as_millis()).unwrap_or(u32::MAX);
+        Self { content, as_of, born: lifetime.born, lasts_millis, epoch }
     }
 
     /// The same value in the view of `epoch`.
     #[must_use]
     pub fn entered(&self, epoch: Epoch) -> Self {
-        let Self { what, as_of, born, lasts_millis, epoch: _ } = self;
-        Self { what: what.clone(), as_of: *as_of, born: *born, lasts_millis: *lasts_millis, epoch: Some(epoch) }
+        let Self { content, as_of, born, lasts_millis, epoch: _ } = self;
+        Self { content: content.clone(), as_of: *as_of, born: *born, lasts_millis: *lasts_millis, epoch: Some(epoch) }
     }
 
     /// The value; `None`: an absence.
     #[must_use]
     pub const fn value(&self) -> Option<&K::Value> {
-        match &self.what {
-            What::Record(value) => Some(value),
-            What::Absence(_) => None,
+        match &self.content {
+            Content::Record(value) => Some(value),
+            Content::NotFound(_) => None,
         }
     }
 
@@ -102,9 +102,9 @@ impl<K: Kind> Held<K> {
     #[must_use]
     pub fn is_covered(&self, view: &ReplicaView) -> bool {
         let lease = view.lease();
-        match &self.what {
-            What::Record(value) => lease.covers_record(self.as_of, K::objects(value).map(|id| stripe(id.as_bytes()))),
-            What::Absence(asked) => lease.covers_absence(self.as_of, asked),
+        match &self.content {
+            Content::Record(value) => lease.covers_record(self.as_of, K::objects(value).map(|id| stripe(id.as_bytes()))),
+            Content::NotFound(asked) => lease.covers_absence(self.as_of, asked),
         }
     }
 
@@ -121,7 +121,7 @@ impl<K: Kind> Held<K> {
 }
 
 /// Keys of L1 are digests: they need no strong hash, only a seed that nobody outside knows.
-type Storage<K> = Cache<<K as Kind>::Key, Arc<Held<K>>, RandomState>;
+type Storage<K> = Cache<<K as Kind>::Key, Arc<Entry<K>>, RandomState>;
 
 /// Records and absences, apart: however many keys are made up, they evict no good one.
 pub struct L1<K: Kind> {
@@ -134,7 +134,7 @@ impl<K: Kind> L1<K> {
     #[must_use]
     pub fn new(settings: &CacheSettings) -> Self {
         let storage = |bytes| {
-            let weigher = |_: &K::Key, held: &Arc<Held<K>>| held.weight();
+            let weigher = |_: &K::Key, entry: &Arc<Entry<K>>| entry.weight();
             Cache::builder().max_capacity(bytes).weigher(weigher).build_with_hasher(RandomState::default())
         };
         Self { records: storage(settings.size.bytes()), absences: storage(settings.absences_size.bytes()) }
@@ -142,24 +142,24 @@ impl<K: Kind> L1<K> {
 
     /// What is held of `key`, usable or not.
     #[must_use]
-    pub fn get(&self, key: &K::Key) -> Option<Arc<Held<K>>> {
+    pub fn get(&self, key: &K::Key) -> Option<Arc<Entry<K>>> {
         self.records.get(key).or_else(|| self.absences.get(key))
     }
 
     /// Holds a value of `key` in place of what was held before.
-    pub fn put(&self, key: K::Key, held: Arc<Held<K>>) {
-        if held.value().is_some() {
-            self.records.insert(key, held);
+    pub fn put(&self, key: K::Key, entry: Arc<Entry<K>>) {
+        if entry.value().is_some() {
+            self.records.insert(key, entry);
             self.absences.invalidate(&key);
         } else {
-            self.absences.insert(key, held);
+            self.absences.insert(key, entry);
             self.records.invalidate(&key);
         }
     }
 
     /// Every record that is held, usable or not, in an order that is another one in each process.
-    pub fn records(&self) -> impl Iterator<Item = (K::Key, Arc<Held<K>>)> {
-        self.records.iter().map(|(key, held)| (*key, held))
+    pub fn records(&self) -> impl Iterator<Item = (K::Key, Arc<Entry<K>>)> {
+        self.records.iter().map(|(key, entry)| (*key, entry))
     }
 
     /// Holds nothing of `key` any more.

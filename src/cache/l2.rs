@@ -95,15 +95,15 @@ impl<K: Kind> L2<K> {
         let _ = self.redis.run::<()>(&DISCARD, name, &[bad, VALUE_BYTES_MAX.to_string().as_bytes()]).await;
     }
 
-    /// Shares the value of `key` for `life`, if Redis holds no newer one.
-    pub async fn put(&self, key: &K::Key, found: &Dated<&K::Value>, life: Duration) {
+    /// Shares the value of `key` for `lifetime`, if Redis holds no newer one.
+    pub async fn put(&self, key: &K::Key, found: &Dated<&K::Value>, lifetime: Duration) {
         let Some(mac_key) = self.mac_key.get() else { return };
         let bytes = self.names.seal(mac_key, key, found);
-        let life = life.min(LIFE_MAX).as_millis();
-        if life > 0 && bytes.len() <= VALUE_BYTES_MAX {
+        let lifetime = lifetime.min(LIFE_MAX).as_millis();
+        if lifetime > 0 && bytes.len() <= VALUE_BYTES_MAX {
             let name = self.names.redis_key(key);
             // Redis is an optimisation: the breaker has heard of a failure, and nobody waits for this.
-            let written = self.redis.run::<i64>(&REPLACE, &name, &[&bytes, life.to_string().as_bytes()]).await;
+            let written = self.redis.run::<i64>(&REPLACE, &name, &[&bytes, lifetime.to_string().as_bytes()]).await;
             if matches!(written, Ok(1)) {
                 self.redis.note_written();
             }

@@ -16,7 +16,7 @@ use tokio_util::sync::CancellationToken;
 use super::{
     Cache, Shared,
     cacheable::Kind,
-    l1::{Held, L1},
+    l1::{Entry, L1},
 };
 use crate::{
     base::{
@@ -48,7 +48,7 @@ enum Outcome {
 }
 
 /// A record that is held.
-type Record<K> = (<K as Kind>::Key, Arc<Held<K>>);
+type Record<K> = (<K as Kind>::Key, Arc<Entry<K>>);
 
 impl<K: Kind> Cache<K> {
     /// Compares one record after the other, each `interval` after the one before, until `stop`.
@@ -68,7 +68,7 @@ impl<K: Kind> Cache<K> {
                     continue; // nothing is relied on without asking
                 }
                 match shared.next(&mut records, &view).await {
-                    Next::Record((key, held)) => shared.compare(&view, &key, &held).await,
+                    Next::Record((key, entry)) => shared.compare(&view, &key, &entry).await,
                     Next::None => {}
                     Next::Ended => return,
                 }
@@ -108,7 +108,7 @@ impl<K: Kind> Shared<K> {
         let mut ends = 0;
         for _ in 0..LOOKED_AT_MAX {
             match records.recv().await {
-                Some(Some((key, held))) if held.is_current(view, self.clock.now()) => return Next::Record((key, held)),
+                Some(Some((key, entry))) if entry.is_current(view, self.clock.now()) => return Next::Record((key, entry)),
                 Some(Some(_)) => {}
                 Some(None) if ends == 0 => ends = 1,
                 Some(None) => break,
@@ -118,15 +118,15 @@ impl<K: Kind> Shared<K> {
         Next::None
     }
 
-    /// Compares `held`, which a check would use under `view`, with its row.
-    async fn compare(&self, view: &ReplicaView, key: &K::Key, held: &Held<K>) {
-        let Some(record) = held.value() else { return };
+    /// Compares `entry`, which a check would use under `view`, with its row.
+    async fn compare(&self, view: &ReplicaView, key: &K::Key, entry: &Entry<K>) {
+        let Some(record) = entry.value() else { return };
         let outcome = match self.read(true, K::load_again(&*self.store, record)).await {
             Ok(live) => {
                 if view.provenance(&live) == Provenance::Ahead {
                     let _ = timeout(self.replica_state.limits().lease, self.replica_state.reached(view, live.as_of)).await;
                 }
-                let outcome = judge(held, view, &live);
+                let outcome = judge(entry, view, &live);
                 if outcome == Outcome::Different {
                     self.refuse(view, key, record, &live).await;
                 }
@@ -155,17 +155,17 @@ impl<K: Kind> Shared<K> {
     }
 }
 
-/// What `live`, a read of the row that `held` is made of, says of it. Whatever was applied under `view` up to the version of
+/// What `live`, a read of the row that `entry` is made of, says of it. Whatever was applied under `view` up to the version of
 /// that read counts.
-fn judge<K: Kind>(held: &Held<K>, view: &ReplicaView, live: &Dated<Option<K::Value>>) -> Outcome {
-    if view.provenance(live) != Provenance::Known || live.as_of < held.as_of() {
+fn judge<K: Kind>(entry: &Entry<K>, view: &ReplicaView, live: &Dated<Option<K::Value>>) -> Outcome {
+    if view.provenance(live) != Provenance::Known || live.as_of < entry.as_of() {
         return Outcome::Error;
     }
     // After the version was seen to be applied: what it named is out of date by then.
-    if !held.is_covered(view) {
+    if !entry.is_covered(view) {
         return Outcome::Changed;
     }
-    if live.value.as_ref() == held.value() { Outcome::Same } else { Outcome::Different }
+    if live.value.as_ref() == entry.value() { Outcome::Same } else { Outcome::Different }
 }
 
 /// Comparisons by what they came to.
@@ -210,7 +210,7 @@ mod tests {
     use super::*;
     use crate::{
         base::clock::{DatabaseTime, Moment},
-        cache::{CacheSettings, api_key::ApiKey, l1::Life},
+        cache::{CacheSettings, api_key::ApiKey, l1::Lifetime},
         freshness::{ReplicaState, lease::Limits},
         record::{ApiKeyDigest, Change, Digests, KeyId, Lineage, Nonce, Record, StoredPeppers, TrustId, Version},
         store::Polled,
@@ -260,9 +260,9 @@ mod tests {
         }
     }
 
-    fn held(key: u8, version: u64, view: &ReplicaView) -> Held<ApiKey> {
-        let life = Life { born: Moment::from_nanos(0), lasts: Duration::from_mins(1) };
-        Held::new(&digests(key), Some(record(key)), Version(version), life, Some(view.epoch()))
+    fn entry(key: u8, version: u64, view: &ReplicaView) -> Entry<ApiKey> {
+        let lifetime = Lifetime { born: Moment::from_nanos(0), lasts: Duration::from_mins(1) };
+        Entry::new(&digests(key), Some(record(key)), Version(version), lifetime, Some(view.epoch()))
     }
 
     #[test]
@@ -283,9 +283,9 @@ mod tests {
             (2, dated(revoked(2), 4), Outcome::Error),
             (2, Dated { nonce: Nonce([0; 16]), ..dated(revoked(2), 7) }, Outcome::Error),
         ] {
-            assert_eq!(judge(&held(key, 5, &view), &view, &live), want, "{live:?}");
+            assert_eq!(judge(&entry(key, 5, &view), &view, &live), want, "{live:?}");
         }
-        assert_eq!(judge(&held(2, 7, &view), &view, &dated(revoked(2), 6)), Outcome::Error, "read before");
+        assert_eq!(judge(&entry(2, 7, &view), &view, &dated(revoked(2), 6)), Outcome::Error, "read before");
     }
 
     #[test]
@@ -294,7 +294,7 @@ mod tests {
         let l1 = Arc::new(L1::<ApiKey>::new(&CacheSettings::default()));
         let keys = 1..=9_u8;
         for key in keys.clone() {
-            l1.put(digests(key).current, Arc::new(held(key, 5, &replica_state.load())));
+            l1.put(digests(key).current, Arc::new(entry(key, 5, &replica_state.load())));
         }
         let (found, mut records) = mpsc::channel(1);
         let walked = std::thread::spawn({

@@ -80,8 +80,8 @@ impl<K: Kind> SingleFlight<K> {
         if path == LoadPath::Tiers {
             // A flight may have landed between the caller's look into L1 and now.
             let (view, now) = (shared.replica_state.load(), shared.clock.now());
-            if let Some(held) = shared.l1.get(&name.0).filter(|held| held.is_current(&view, now)) {
-                return Ok(JoinOutcome::Cached(Loaded { held, read: None }));
+            if let Some(entry) = shared.l1.get(&name.0).filter(|entry| entry.is_current(&view, now)) {
+                return Ok(JoinOutcome::Cached(Loaded { entry, read: None }));
             }
         }
         if self.tasks.len() >= IN_FLIGHT_MAX {

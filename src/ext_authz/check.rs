@@ -145,11 +145,11 @@ impl Checker {
             (Freshness::Strict | Freshness::Live | Freshness::Ttl, _) => LeaseState::Expired,
         };
         if lease_state != LeaseState::Expired || freshness == Freshness::Ttl {
-            let held = self.parts.cache.hit(&history, &digest, now, freshness == Freshness::Ttl);
+            let entry = self.parts.cache.hit(&history, &digest, now, freshness == Freshness::Ttl);
             // An absence that cannot be confirmed is not one.
-            if let Some(held) = held.filter(|held| lease_state != LeaseState::Stale || held.value().is_some()) {
+            if let Some(entry) = entry.filter(|entry| lease_state != LeaseState::Stale || entry.value().is_some()) {
                 let is_its = |stored: &ApiKeyDigest| self.parts.hasher.is_of(stored, &digest, key);
-                let outcome = self.decide(&digest, held.value(), is_its, false, &request.demands, now);
+                let outcome = self.decide(&digest, entry.value(), is_its, false, &request.demands, now);
                 // In the stale window an unknown key gets a fault, so a revoked one must get the same answer.
                 let is_stale = lease_state == LeaseState::Stale;
                 if !(is_stale && matches!(&outcome, Ok(Decision::Deny(reason)) if reason.is_of_key())) {
@@ -196,7 +196,7 @@ impl Checker {
             Ok(loaded) => {
                 let elsewhere = loaded.provenance(&history) != Provenance::Known;
                 let is_its = |stored: &ApiKeyDigest| digests.hold(stored);
-                let value = loaded.held.value();
+                let value = loaded.entry.value();
                 self.decide(&digests.current, value, is_its, elsewhere, &request.demands, clock.now())
             }
             Err(fault) => Err(fault.clone()),
