@@ -19,7 +19,7 @@ use tokio::{
 };
 
 use self::{
-    cacheable::Kind,
+    cacheable::Cacheable,
     l1::{Entry, L1, Lifetime},
     l2::L2,
     sampler::Samples,
@@ -88,7 +88,7 @@ pub struct StoreLimits {
 }
 
 /// Everything a cache is made of.
-pub struct Parts<K: Kind> {
+pub struct Parts<K: Cacheable> {
     /// The system of record.
     pub store: Arc<dyn Lookup>,
     /// Redis, where it is used.
@@ -108,13 +108,13 @@ pub struct Parts<K: Kind> {
 }
 
 /// The tiers of one kind.
-pub struct Cache<K: Kind> {
+pub struct Cache<K: Cacheable> {
     shared: Arc<Shared<K>>,
     single_flight: SingleFlight<K>,
 }
 
 /// What a flight needs, and lives on when the caller that began it is gone.
-struct Shared<K: Kind> {
+struct Shared<K: Cacheable> {
     l1: L1<K>,
     l2: Option<L2<K>>,
     store: Arc<dyn Lookup>,
@@ -128,7 +128,7 @@ struct Shared<K: Kind> {
     metrics: Metrics,
 }
 
-impl<K: Kind> Cache<K> {
+impl<K: Cacheable> Cache<K> {
     /// A cache of `parts`, empty.
     ///
     /// # Errors
@@ -220,7 +220,7 @@ impl<K: Kind> Cache<K> {
     }
 }
 
-impl<K: Kind> Shared<K> {
+impl<K: Cacheable> Shared<K> {
     /// Whether `policy` allows the use of what a flight brought.
     async fn allows(&self, policy: &ReadPolicy, loaded: &Loaded<K>) -> bool {
         match policy {
@@ -396,7 +396,7 @@ impl<K: Kind> Shared<K> {
 }
 
 /// What a flight brought.
-pub struct Loaded<K: Kind> {
+pub struct Loaded<K: Cacheable> {
     /// The value.
     pub entry: Arc<Entry<K>>,
     /// The read that found it; `None`: it was in L1 by then.
@@ -411,7 +411,7 @@ struct Read {
     tier: Tier,
 }
 
-impl<K: Kind> Loaded<K> {
+impl<K: Cacheable> Loaded<K> {
     /// Where the value belongs in the history of `view`.
     #[must_use]
     pub fn provenance(&self, view: &ReplicaView) -> Provenance {
@@ -435,7 +435,7 @@ impl<K: Kind> Loaded<K> {
     }
 }
 
-impl<K: Kind> Clone for Loaded<K> {
+impl<K: Cacheable> Clone for Loaded<K> {
     fn clone(&self) -> Self {
         Self { entry: Arc::clone(&self.entry), read: self.read.clone() }
     }
@@ -443,7 +443,7 @@ impl<K: Kind> Clone for Loaded<K> {
 
 /// Whether no change is known that makes a value out of date. One of a history or a version that no poll has seen yet is
 /// newer than all we know.
-fn not_refused<K: Kind>(view: &ReplicaView, loaded: &Loaded<K>) -> bool {
+fn not_refused<K: Cacheable>(view: &ReplicaView, loaded: &Loaded<K>) -> bool {
     loaded.provenance(view) != Provenance::Known || loaded.entry.is_covered(view)
 }
 
@@ -477,7 +477,7 @@ struct Metrics {
 }
 
 impl Metrics {
-    fn register<K: Kind>(registry: &Registry, breaker_open: IntGauge) -> prometheus::Result<Self> {
+    fn register<K: Cacheable>(registry: &Registry, breaker_open: IntGauge) -> prometheus::Result<Self> {
         let lookups = CoreCounters::new(
             Opts::new(
                 "trustgate_cache_lookups_total",

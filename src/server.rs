@@ -37,7 +37,7 @@ use crate::{
         secret::Secret,
         telemetry,
     },
-    cache::{Cache, api_key::ApiKey, cacheable::Kind as _},
+    cache::{Cache, api_key::ApiKey, cacheable::Cacheable as _},
     canary::{self, Canary, CanaryMetrics},
     config::Config,
     ext_authz::{

@@ -4,7 +4,7 @@ use async_trait::async_trait;
 use ipnet::IpNet;
 use uuid::Uuid;
 
-use super::cacheable::Kind;
+use super::cacheable::Cacheable;
 use crate::{
     base::{
         clock::DatabaseTime,
@@ -25,7 +25,7 @@ impl AsRef<[u8]> for ApiKeyDigest {
 }
 
 #[async_trait]
-impl Kind for ApiKey {
+impl Cacheable for ApiKey {
     const NAME: &'static str = "api_key";
     type Key = ApiKeyDigest;
     type Query = Digests;

@@ -8,7 +8,7 @@ use crate::{base::fault::Fault, record::Dated, store::Lookup};
 
 /// One kind of cached value.
 #[async_trait]
-pub trait Kind: Send + Sync + 'static {
+pub trait Cacheable: Send + Sync + 'static {
     /// Its name in metrics and Redis keys.
     const NAME: &'static str;
     /// What values are found by.

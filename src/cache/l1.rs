@@ -8,7 +8,7 @@ use foldhash::fast::RandomState;
 use moka::sync::Cache;
 use smallvec::SmallVec;
 
-use super::{CacheSettings, cacheable::Kind};
+use super::{CacheSettings, cacheable::Cacheable};
 use crate::{
     base::clock::Moment,
     freshness::{Epoch, ReplicaView, lease::stripe},
@@ -16,7 +16,7 @@ use crate::{
 };
 
 /// A value as L1 holds it: what checks need of it and no more, since there may be a million of them.
-pub struct Entry<K: Kind> {
+pub struct Entry<K: Cacheable> {
     content: Content<K::Value>,
     /// The newest version when the store was read.
     as_of: Version,
@@ -47,7 +47,7 @@ pub struct Lifetime {
 /// counts of the `Arc`, and what the allocator adds. Less would let the cache outgrow `cache.size`.
 const ENTRY_BYTES: usize = 350;
 
-impl<K: Kind> Entry<K> {
+impl<K: Cacheable> Entry<K> {
     /// What was found for `query` at the version `as_of`, in the view of `epoch` if it may be used there by others too.
     pub fn new(query: &K::Query, found: Option<K::Value>, as_of: Version, lifetime: Lifetime, epoch: Option<Epoch>) -> Self {
         let content = match found {
@@ -121,15 +121,15 @@ impl<K: Kind> Entry<K> {
 }
 
 /// Keys of L1 are digests: they need no strong hash, only a seed that nobody outside knows.
-type Storage<K> = Cache<<K as Kind>::Key, Arc<Entry<K>>, RandomState>;
+type Storage<K> = Cache<<K as Cacheable>::Key, Arc<Entry<K>>, RandomState>;
 
 /// Records and absences, apart: however many keys are made up, they evict no good one.
-pub struct L1<K: Kind> {
+pub struct L1<K: Cacheable> {
     records: Storage<K>,
     absences: Storage<K>,
 }
 
-impl<K: Kind> L1<K> {
+impl<K: Cacheable> L1<K> {
     /// An empty cache of at most the sizes in `settings`.
     #[must_use]
     pub fn new(settings: &CacheSettings) -> Self {

@@ -17,7 +17,7 @@ use sha2::Sha256;
 use tokio::time::sleep;
 use uuid::Uuid;
 
-use super::cacheable::Kind;
+use super::cacheable::Cacheable;
 use crate::{
     base::clock::{DatabaseTime, Moment},
     record::{Dated, Lineage, Nonce, Version, bytes_from_hex, hex},
@@ -39,7 +39,7 @@ static DISCARD: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("l2
 pub type MacKey = Arc<OnceLock<[u8; 32]>>;
 
 /// Records of one kind in Redis.
-pub struct L2<K: Kind> {
+pub struct L2<K: Cacheable> {
     redis: Redis,
     mac_key: MacKey,
     names: Names<K>,
@@ -57,7 +57,7 @@ pub enum Answer<V> {
     Down,
 }
 
-impl<K: Kind> L2<K> {
+impl<K: Cacheable> L2<K> {
     /// Records in `redis`, authenticated with `mac_key`. `table`: what tells the table that they are made of from others,
     /// where it is not our own ([`crate::store::StoreSettings::table_identity`]).
     pub fn new(redis: Redis, mac_key: MacKey, table: Option<&str>) -> Self {
@@ -124,7 +124,7 @@ const LIFE_MAX: Duration = Duration::from_mins(10);
 
 /// What records of one kind and one table are called. The same key may stand in two tables, in rows with other ids and
 /// other limits: a record of one must never be taken for one of the other, which its changes do not name.
-struct Names<K: Kind> {
+struct Names<K: Cacheable> {
     /// `KIND`, or `KIND@TABLE`.
     kind: String,
     of: PhantomData<K>,
@@ -133,7 +133,7 @@ struct Names<K: Kind> {
 /// Enough of a table's identity to tell the few that ever share a Redis apart.
 const TABLE_DIGITS: usize = 16;
 
-impl<K: Kind> Names<K> {
+impl<K: Cacheable> Names<K> {
     fn of(table: Option<&str>) -> Self {
         let table = table.map(|table| format!("@{table:.TABLE_DIGITS$}"));
         Self { kind: format!("{}{}", K::NAME, table.unwrap_or_default()), of: PhantomData }

@@ -15,7 +15,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     Cache, Shared,
-    cacheable::Kind,
+    cacheable::Cacheable,
     l1::{Entry, L1},
 };
 use crate::{
@@ -48,9 +48,9 @@ enum Outcome {
 }
 
 /// A record that is held.
-type Record<K> = (<K as Kind>::Key, Arc<Entry<K>>);
+type Record<K> = (<K as Cacheable>::Key, Arc<Entry<K>>);
 
-impl<K: Kind> Cache<K> {
+impl<K: Cacheable> Cache<K> {
     /// Compares one record after the other, each `interval` after the one before, until `stop`.
     ///
     /// Goes through all that are held, in an order that is another one in each process, and then again.
@@ -83,7 +83,7 @@ impl<K: Kind> Cache<K> {
 }
 
 /// Hands out all records of `l1`, and nothing after the last, again and again until nobody wants them.
-fn walk<K: Kind>(l1: &L1<K>, found: &mpsc::Sender<Option<Record<K>>>) {
+fn walk<K: Cacheable>(l1: &L1<K>, found: &mpsc::Sender<Option<Record<K>>>) {
     loop {
         for record in l1.records().map(Some).chain([None]) {
             if found.blocking_send(record).is_err() {
@@ -94,7 +94,7 @@ fn walk<K: Kind>(l1: &L1<K>, found: &mpsc::Sender<Option<Record<K>>>) {
 }
 
 /// What is to be compared next.
-enum Next<K: Kind> {
+enum Next<K: Cacheable> {
     Record(Record<K>),
     /// Nothing: none is held that could be used.
     None,
@@ -102,7 +102,7 @@ enum Next<K: Kind> {
     Ended,
 }
 
-impl<K: Kind> Shared<K> {
+impl<K: Cacheable> Shared<K> {
     /// The next record that a check would use.
     async fn next(&self, records: &mut mpsc::Receiver<Option<Record<K>>>, view: &ReplicaView) -> Next<K> {
         let mut ends = 0;
@@ -157,7 +157,7 @@ impl<K: Kind> Shared<K> {
 
 /// What `live`, a read of the row that `entry` is made of, says of it. Whatever was applied under `view` up to the version of
 /// that read counts.
-fn judge<K: Kind>(entry: &Entry<K>, view: &ReplicaView, live: &Dated<Option<K::Value>>) -> Outcome {
+fn judge<K: Cacheable>(entry: &Entry<K>, view: &ReplicaView, live: &Dated<Option<K::Value>>) -> Outcome {
     if view.provenance(live) != Provenance::Known || live.as_of < entry.as_of() {
         return Outcome::Error;
     }
@@ -177,7 +177,7 @@ pub(crate) struct Samples {
 }
 
 impl Samples {
-    pub(crate) fn register<K: Kind>(registry: &Registry) -> prometheus::Result<Self> {
+    pub(crate) fn register<K: Cacheable>(registry: &Registry) -> prometheus::Result<Self> {
         let opts = Opts::new(
             "trustgate_samples_total",
             "Held records compared with the database, by kind and outcome: same, changed (a change named it meanwhile), \

@@ -10,7 +10,7 @@ use std::{
 use tokio::{runtime::Handle, sync::SetOnce};
 use tokio_util::task::TaskTracker;
 
-use super::{Loaded, Shared, cacheable::Kind};
+use super::{Loaded, Shared, cacheable::Cacheable};
 use crate::base::fault::Fault;
 
 /// Loads that may be in the air at one time, over all keys. Beyond it a caller gets a fault: waiting would only make
@@ -19,7 +19,7 @@ const IN_FLIGHT_MAX: usize = 4_096;
 
 /// What a flight comes to. Those who wait for it go on in the order in which they came.
 type ResultSlot<K> = Arc<SetOnce<Result<Loaded<K>, Fault>>>;
-type InFlight<K> = Arc<Mutex<HashMap<(<K as Kind>::Key, LoadPath), ResultSlot<K>>>>;
+type InFlight<K> = Arc<Mutex<HashMap<(<K as Cacheable>::Key, LoadPath), ResultSlot<K>>>>;
 
 /// Where a flight looks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -31,13 +31,13 @@ pub enum LoadPath {
 }
 
 /// The flights of one kind, on the I/O runtime. Callers may be on any runtime.
-pub struct SingleFlight<K: Kind> {
+pub struct SingleFlight<K: Cacheable> {
     io: Handle,
     tasks: TaskTracker,
     in_flight: InFlight<K>,
 }
 
-impl<K: Kind> SingleFlight<K> {
+impl<K: Cacheable> SingleFlight<K> {
     /// No flights yet; they will run on `io`.
     pub fn new(io: Handle) -> Self {
         Self { io, tasks: TaskTracker::new(), in_flight: Arc::default() }
@@ -113,7 +113,7 @@ impl<K: Kind> SingleFlight<K> {
     }
 }
 
-enum JoinOutcome<K: Kind> {
+enum JoinOutcome<K: Cacheable> {
     Cached(Loaded<K>),
     Joined(ResultSlot<K>),
     Started(ResultSlot<K>),
@@ -121,14 +121,14 @@ enum JoinOutcome<K: Kind> {
 
 /// Takes the flight off the list when it ends, and says what it came to: [`Fault::Ended`] where it panicked, or the
 /// runtime is going down.
-struct InFlightGuard<K: Kind> {
+struct InFlightGuard<K: Cacheable> {
     name: (K::Key, LoadPath),
     in_flight: InFlight<K>,
     slot: ResultSlot<K>,
     outcome: Result<Loaded<K>, Fault>,
 }
 
-impl<K: Kind> Drop for InFlightGuard<K> {
+impl<K: Cacheable> Drop for InFlightGuard<K> {
     fn drop(&mut self) {
         lock(&self.in_flight).remove(&self.name);
         // Nobody else sets it.
