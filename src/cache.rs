@@ -37,7 +37,7 @@ use crate::{
         units::ByteSize,
     },
     freshness::{ReplicaView, ReplicaState, history::Provenance, lease::LeaseState},
-    record::{Dated, Version},
+    record::{Versioned, Version},
     store::Lookup,
 };
 
@@ -299,8 +299,8 @@ impl<K: Cacheable> Shared<K> {
     async fn read<T>(
         &self,
         was_good: bool,
-        read: impl Future<Output = Result<Dated<Option<T>>, Fault>>,
-    ) -> Result<Dated<Option<T>>, Fault> {
+        read: impl Future<Output = Result<Versioned<Option<T>>, Fault>>,
+    ) -> Result<Versioned<Option<T>>, Fault> {
         let _slot = self.slot(was_good)?;
         let began = self.clock.now();
         if !self.breaker.admits(began) {
@@ -312,13 +312,13 @@ impl<K: Cacheable> Shared<K> {
         let answer = timeout(limit, read).await.unwrap_or(Err(Fault::Timeout { tier: Tier::Store, limit }));
         timer.observe_duration();
         match &answer {
-            Ok(dated) => {
+            Ok(versioned) => {
                 // One that took longer is of a process that stood still: its time may have been told long ago.
-                if self.clock.now().since(dated.sent_at) <= limit {
-                    self.replica_state.database_clock.observe(dated.sent_at, dated.read_at);
+                if self.clock.now().since(versioned.sent_at) <= limit {
+                    self.replica_state.database_clock.observe(versioned.sent_at, versioned.read_at);
                 }
                 self.report(self.breaker.succeeded());
-                let outcome = if dated.value.is_some() { &self.metrics.store.hit } else { &self.metrics.store.miss };
+                let outcome = if versioned.value.is_some() { &self.metrics.store.hit } else { &self.metrics.store.miss };
                 outcome.inc();
                 self.metrics.reads_ok.inc();
             }
@@ -352,7 +352,7 @@ impl<K: Cacheable> Shared<K> {
     }
 
     /// Puts what was found into L1, if its version is known here.
-    fn insert_if_confirmed(&self, query: &K::Query, found: Dated<Option<K::Value>>, tier: Tier) -> Loaded<K> {
+    fn insert_if_confirmed(&self, query: &K::Query, found: Versioned<Option<K::Value>>, tier: Tier) -> Loaded<K> {
         let (view, key) = (self.replica_state.load(), K::key(query));
         let epoch = (view.provenance(&found) == Provenance::Known).then(|| view.epoch());
         let (date, lifetime) = (found.as_ref().map(drop), self.lifetime(K::spread(&key), &found));
@@ -389,7 +389,7 @@ impl<K: Cacheable> Shared<K> {
 
     /// How long a value lives. Age is counted from the database read: a value out of Redis has spent part of its life
     /// there.
-    fn lifetime(&self, spread: u8, found: &Dated<Option<K::Value>>) -> Lifetime {
+    fn lifetime(&self, spread: u8, found: &Versioned<Option<K::Value>>) -> Lifetime {
         let age = self.replica_state.database_clock.at(found.sent_at).map_or(Duration::ZERO, |now| now.since(found.read_at));
         Lifetime { born: found.sent_at.before(age), lasts: jittered(self.lifetimes.hard, spread) }
     }
@@ -406,7 +406,7 @@ pub struct Loaded<K: Cacheable> {
 /// Where and when a flight found a value.
 #[derive(Clone)]
 struct Read {
-    date: Dated<()>,
+    date: Versioned<()>,
     /// L2 or the store.
     tier: Tier,
 }
@@ -542,8 +542,8 @@ mod tests {
     const LIMITS: Limits = Limits { lease: Duration::from_secs(1), stale: Duration::ZERO };
     const DIGEST: ApiKeyDigest = ApiKeyDigest::from_bytes([1; 32]);
 
-    fn dated<T>(value: T, version: u64) -> Dated<T> {
-        Dated {
+    fn versioned<T>(value: T, version: u64) -> Versioned<T> {
+        Versioned {
             value,
             as_of: Version(version),
             nonce: Nonce::default(),
@@ -555,7 +555,7 @@ mod tests {
 
     fn polled(versions: std::ops::RangeInclusive<u64>) -> Polled {
         Polled {
-            newest: dated((), *versions.end()),
+            newest: versioned((), *versions.end()),
             stamped_at: DatabaseTime::from_micros(0),
             oldest: Version(1),
             watched: true,
@@ -604,7 +604,7 @@ mod tests {
         shared.replica_state.apply(&polled(5..=5), true);
         for found in [Some(record), None] {
             let newest = shared.replica_state.load().applied().0;
-            let loaded = shared.insert_if_confirmed(&query, dated(found, newest + 1), Tier::Store);
+            let loaded = shared.insert_if_confirmed(&query, versioned(found, newest + 1), Tier::Store);
             assert_eq!(loaded.provenance(&shared.replica_state.load()), Provenance::Ahead);
             shared.l1.forget(&DIGEST);
             shared.replica_state.apply(&polled(newest..=newest + 1), true);

@@ -32,7 +32,7 @@ use self::{
 };
 use crate::{
     base::clock::{DatabaseClock, Moment},
-    record::{Change, Dated, Lineage, Version},
+    record::{Change, Versioned, Lineage, Version},
     store::Polled,
 };
 
@@ -147,7 +147,7 @@ impl ReplicaView {
 
     /// Where a value belongs in this view's history.
     #[must_use]
-    pub fn provenance<T>(&self, value: &Dated<T>) -> Provenance {
+    pub fn provenance<T>(&self, value: &Versioned<T>) -> Provenance {
         self.history().provenance(value)
     }
 
@@ -350,7 +350,7 @@ mod tests {
 
     fn polled(versions: &[(u64, u8)], changes: &[(u64, Change)]) -> Polled {
         let (version, nonce) = *versions.last().unwrap();
-        let newest = Dated {
+        let newest = Versioned {
             value: (),
             as_of: Version(version),
             nonce: Nonce([nonce; 16]),

@@ -302,7 +302,7 @@ pub struct Lineage {
 
 /// `T` as the store held it at a version. Value and date come from one statement.
 #[derive(Clone, Debug)]
-pub struct Dated<T> {
+pub struct Versioned<T> {
     /// The value.
     pub value: T,
     /// The newest version when it was read.
@@ -317,17 +317,17 @@ pub struct Dated<T> {
     pub sent_at: Moment,
 }
 
-impl<T> Dated<T> {
+impl<T> Versioned<T> {
     /// The same date for something made of the value.
-    pub fn map<U>(self, make: impl FnOnce(T) -> U) -> Dated<U> {
+    pub fn map<U>(self, make: impl FnOnce(T) -> U) -> Versioned<U> {
         let Self { value, as_of, nonce, lineage, read_at, sent_at } = self;
-        Dated { value: make(value), as_of, nonce, lineage, read_at, sent_at }
+        Versioned { value: make(value), as_of, nonce, lineage, read_at, sent_at }
     }
 
     /// The same with the value where it is.
-    pub const fn as_ref(&self) -> Dated<&T> {
+    pub const fn as_ref(&self) -> Versioned<&T> {
         let Self { value, as_of, nonce, lineage, read_at, sent_at } = self;
-        Dated { value, as_of: *as_of, nonce: *nonce, lineage: *lineage, read_at: *read_at, sent_at: *sent_at }
+        Versioned { value, as_of: *as_of, nonce: *nonce, lineage: *lineage, read_at: *read_at, sent_at: *sent_at }
     }
 }
 

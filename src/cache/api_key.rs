@@ -10,7 +10,7 @@ use crate::{
         clock::DatabaseTime,
         fault::{Fault, Tier},
     },
-    record::{ApiKeyDigest, Dated, Digests, KeyId, Record, TrustId},
+    record::{ApiKeyDigest, Versioned, Digests, KeyId, Record, TrustId},
     store::Lookup,
 };
 
@@ -93,7 +93,7 @@ impl Cacheable for ApiKey {
         [record.key_id.0, record.trust_id.0].into_iter()
     }
 
-    async fn load(store: &dyn Lookup, query: &Digests) -> Result<Dated<Option<Record>>, Fault> {
+    async fn load(store: &dyn Lookup, query: &Digests) -> Result<Versioned<Option<Record>>, Fault> {
         let found = store.find(query).await?;
         // The index found it; the digest itself says whether it is what was asked for.
         match &found.value {
@@ -104,7 +104,7 @@ impl Cacheable for ApiKey {
         }
     }
 
-    async fn load_again(store: &dyn Lookup, entry: &Record) -> Result<Dated<Option<Record>>, Fault> {
+    async fn load_again(store: &dyn Lookup, entry: &Record) -> Result<Versioned<Option<Record>>, Fault> {
         store.find_by_id(entry.key_id).await
     }
 

@@ -4,7 +4,7 @@ use std::{fmt::Debug, hash::Hash};
 
 use async_trait::async_trait;
 
-use crate::{base::fault::Fault, record::Dated, store::Lookup};
+use crate::{base::fault::Fault, record::Versioned, store::Lookup};
 
 /// One kind of cached value.
 #[async_trait]
@@ -34,9 +34,9 @@ pub trait Cacheable: Send + Sync + 'static {
     fn objects(value: &Self::Value) -> impl Iterator<Item = uuid::Uuid>;
 
     /// Asks the store for the value.
-    async fn load(store: &dyn Lookup, query: &Self::Query) -> Result<Dated<Option<Self::Value>>, Fault>;
+    async fn load(store: &dyn Lookup, query: &Self::Query) -> Result<Versioned<Option<Self::Value>>, Fault>;
     /// Asks the store for the row that `entry` was read from.
-    async fn load_again(store: &dyn Lookup, entry: &Self::Value) -> Result<Dated<Option<Self::Value>>, Fault>;
+    async fn load_again(store: &dyn Lookup, entry: &Self::Value) -> Result<Versioned<Option<Self::Value>>, Fault>;
     /// Whether `live` is still what somebody who found `entry` asked for; compares secrets in constant time.
     fn is_same(live: &Self::Value, entry: &Self::Value) -> bool;
 }

@@ -20,7 +20,7 @@ use uuid::Uuid;
 use super::cacheable::Cacheable;
 use crate::{
     base::clock::{DatabaseTime, Moment},
-    record::{Dated, Lineage, Nonce, Version, bytes_from_hex, hex},
+    record::{Versioned, Lineage, Nonce, Version, bytes_from_hex, hex},
     redis::{QueryError, Redis, Script},
 };
 
@@ -48,7 +48,7 @@ pub struct L2<K: Cacheable> {
 /// What Redis said.
 pub enum Answer<V> {
     /// A value that is genuine; whether it is fresh enough is not said.
-    Found(Dated<V>),
+    Found(Versioned<V>),
     /// None.
     Absent,
     /// Something that is not a value of ours; it was deleted.
@@ -96,7 +96,7 @@ impl<K: Cacheable> L2<K> {
     }
 
     /// Shares the value of `key` for `lifetime`, if Redis holds no newer one.
-    pub async fn put(&self, key: &K::Key, found: &Dated<&K::Value>, lifetime: Duration) {
+    pub async fn put(&self, key: &K::Key, found: &Versioned<&K::Value>, lifetime: Duration) {
         let Some(mac_key) = self.mac_key.get() else { return };
         let bytes = self.names.seal(mac_key, key, found);
         let lifetime = lifetime.min(LIFE_MAX).as_millis();
@@ -156,8 +156,8 @@ impl<K: Cacheable> Names<K> {
             .chain_update(body)
     }
 
-    fn seal(&self, mac_key: &[u8; 32], key: &K::Key, found: &Dated<&K::Value>) -> Vec<u8> {
-        let Dated { value, as_of, nonce, lineage, read_at, sent_at: _ } = found;
+    fn seal(&self, mac_key: &[u8; 32], key: &K::Key, found: &Versioned<&K::Value>) -> Vec<u8> {
+        let Versioned { value, as_of, nonce, lineage, read_at, sent_at: _ } = found;
         let mut bytes = vec![LAYOUT];
         bytes.resize(1 + MAC_BYTES, 0);
         bytes.extend_from_slice(lineage.incarnation.as_bytes());
@@ -172,7 +172,7 @@ impl<K: Cacheable> Names<K> {
         bytes
     }
 
-    fn open(&self, mac_key: &[u8; 32], key: &K::Key, bytes: &[u8], now: Moment) -> Option<Dated<K::Value>> {
+    fn open(&self, mac_key: &[u8; 32], key: &K::Key, bytes: &[u8], now: Moment) -> Option<Versioned<K::Value>> {
         let (&[LAYOUT], rest) = bytes.split_first_chunk()? else { return None };
         let (found_mac, body) = rest.split_first_chunk::<MAC_BYTES>()?;
         self.mac(mac_key, key, body).verify_slice(found_mac).ok()?;
@@ -182,7 +182,7 @@ impl<K: Cacheable> Names<K> {
         let (as_of, rest) = rest.split_first_chunk::<AS_OF_BYTES>()?;
         let (nonce, rest) = rest.split_first_chunk()?;
         let (read_at, record) = rest.split_first_chunk()?;
-        Some(Dated {
+        Some(Versioned {
             value: K::decode(record)?,
             as_of: Version(u64::from_be_bytes(bytes_from_hex(std::str::from_utf8(as_of).ok()?)?)),
             nonce: Nonce(*nonce),
@@ -207,7 +207,7 @@ mod tests {
         record::{ApiKeyDigest, KeyId, Record, TrustId},
     };
 
-    fn found(digest: ApiKeyDigest) -> Dated<Record> {
+    fn found(digest: ApiKeyDigest) -> Versioned<Record> {
         let record = Record {
             key_id: KeyId(Uuid::from_u128(1)),
             trust_id: TrustId(Uuid::from_u128(2)),
@@ -219,7 +219,7 @@ mod tests {
             expires_at: None,
             revoked_at: None,
         };
-        Dated {
+        Versioned {
             value: record,
             as_of: Version(7),
             nonce: Nonce([9; 16]),

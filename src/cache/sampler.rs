@@ -28,7 +28,7 @@ use crate::{
         history::Provenance,
         lease::{LeaseState, stripe},
     },
-    record::Dated,
+    record::Versioned,
 };
 
 /// Records looked at for one that can be compared, at most: what waits for its turn may be out of date by then.
@@ -138,7 +138,7 @@ impl<K: Cacheable> Shared<K> {
     }
 
     /// Lets nobody here use what is held of `record` any more, nor what else is made of the same rows.
-    async fn refuse(&self, view: &ReplicaView, key: &K::Key, record: &K::Value, live: &Dated<Option<K::Value>>) {
+    async fn refuse(&self, view: &ReplicaView, key: &K::Key, record: &K::Value, live: &Versioned<Option<K::Value>>) {
         let ids: Vec<String> = K::objects(record).map(|id| id.to_string()).collect();
         tracing::error!(
             kind = K::NAME,
@@ -157,7 +157,7 @@ impl<K: Cacheable> Shared<K> {
 
 /// What `live`, a read of the row that `entry` is made of, says of it. Whatever was applied under `view` up to the version of
 /// that read counts.
-fn judge<K: Cacheable>(entry: &Entry<K>, view: &ReplicaView, live: &Dated<Option<K::Value>>) -> Outcome {
+fn judge<K: Cacheable>(entry: &Entry<K>, view: &ReplicaView, live: &Versioned<Option<K::Value>>) -> Outcome {
     if view.provenance(live) != Provenance::Known || live.as_of < entry.as_of() {
         return Outcome::Error;
     }
@@ -236,8 +236,8 @@ mod tests {
         }
     }
 
-    fn dated<T>(value: T, version: u64) -> Dated<T> {
-        Dated {
+    fn versioned<T>(value: T, version: u64) -> Versioned<T> {
+        Versioned {
             value,
             as_of: Version(version),
             nonce: Nonce([u8::try_from(version).unwrap(); 16]),
@@ -249,11 +249,11 @@ mod tests {
 
     fn polled(versions: std::ops::RangeInclusive<u64>, changes: &[(u64, Change)]) -> Polled {
         Polled {
-            newest: dated((), *versions.end()),
+            newest: versioned((), *versions.end()),
             stamped_at: DatabaseTime::from_micros(0),
             oldest: Version(1),
             watched: true,
-            versions: versions.map(|version| (Version(version), dated((), version).nonce)).collect(),
+            versions: versions.map(|version| (Version(version), versioned((), version).nonce)).collect(),
             changes: changes.iter().map(|(version, change)| (Version(*version), change.clone())).collect(),
             complete: true,
             peppers: StoredPeppers::default(),
@@ -273,19 +273,19 @@ mod tests {
         let view = replica_state.load();
         let revoked = |key| Some(Record { revoked_at: Some(DatabaseTime::from_micros(1)), ..record(key) });
         for (key, live, want) in [
-            (2, dated(Some(record(2)), 7), Outcome::Same),
-            (2, dated(revoked(2), 7), Outcome::Different),
-            (2, dated(revoked(2), 5), Outcome::Different),
-            (2, dated(None, 7), Outcome::Different),
-            (1, dated(revoked(1), 7), Outcome::Changed),
-            (1, dated(Some(record(1)), 7), Outcome::Changed),
-            (2, dated(revoked(2), 8), Outcome::Error),
-            (2, dated(revoked(2), 4), Outcome::Error),
-            (2, Dated { nonce: Nonce([0; 16]), ..dated(revoked(2), 7) }, Outcome::Error),
+            (2, versioned(Some(record(2)), 7), Outcome::Same),
+            (2, versioned(revoked(2), 7), Outcome::Different),
+            (2, versioned(revoked(2), 5), Outcome::Different),
+            (2, versioned(None, 7), Outcome::Different),
+            (1, versioned(revoked(1), 7), Outcome::Changed),
+            (1, versioned(Some(record(1)), 7), Outcome::Changed),
+            (2, versioned(revoked(2), 8), Outcome::Error),
+            (2, versioned(revoked(2), 4), Outcome::Error),
+            (2, Versioned { nonce: Nonce([0; 16]), ..versioned(revoked(2), 7) }, Outcome::Error),
         ] {
             assert_eq!(judge(&entry(key, 5, &view), &view, &live), want, "{live:?}");
         }
-        assert_eq!(judge(&entry(2, 7, &view), &view, &dated(revoked(2), 6)), Outcome::Error, "read before");
+        assert_eq!(judge(&entry(2, 7, &view), &view, &versioned(revoked(2), 6)), Outcome::Error, "read before");
     }
 
     #[test]

@@ -6,7 +6,7 @@ use std::{collections::VecDeque, time::Duration};
 
 use crate::{
     base::clock::Moment,
-    record::{Dated, Lineage, Nonce, Version},
+    record::{Versioned, Lineage, Nonce, Version},
     store::Polled,
 };
 
@@ -118,7 +118,7 @@ impl History {
 
     /// Where a value belongs.
     #[must_use]
-    pub fn provenance<T>(&self, value: &Dated<T>) -> Provenance {
+    pub fn provenance<T>(&self, value: &Versioned<T>) -> Provenance {
         if !self.is_begun() || value.lineage != self.lineage {
             return Provenance::Foreign;
         }
@@ -142,8 +142,8 @@ mod tests {
     use super::*;
     use crate::base::clock::DatabaseTime;
 
-    fn dated(version: u64, nonce: u8) -> Dated<()> {
-        Dated {
+    fn versioned(version: u64, nonce: u8) -> Versioned<()> {
+        Versioned {
             value: (),
             as_of: Version(version),
             nonce: Nonce([nonce; 16]),
@@ -157,7 +157,7 @@ mod tests {
     fn polled(versions: &[(u64, u8)]) -> Polled {
         let (version, nonce) = *versions.last().unwrap();
         Polled {
-            newest: dated(version, nonce),
+            newest: versioned(version, nonce),
             stamped_at: DatabaseTime::from_micros(0),
             oldest: Version(1),
             watched: true,
@@ -203,18 +203,18 @@ mod tests {
         history.advance(&polled(&[(6, 6), (8, 8), (9, 9)]));
         assert_eq!(history.applied(), Version(9));
         for (value, place) in [
-            (dated(4, 4), Provenance::Foreign),
-            (dated(5, 5), Provenance::Known),
-            (dated(6, 6), Provenance::Known),
-            (dated(6, 7), Provenance::Foreign),
-            (dated(7, 7), Provenance::Foreign),
-            (dated(9, 9), Provenance::Known),
-            (dated(10, 1), Provenance::Ahead),
-            (Dated { lineage: Lineage::default(), ..dated(9, 9) }, Provenance::Foreign),
+            (versioned(4, 4), Provenance::Foreign),
+            (versioned(5, 5), Provenance::Known),
+            (versioned(6, 6), Provenance::Known),
+            (versioned(6, 7), Provenance::Foreign),
+            (versioned(7, 7), Provenance::Foreign),
+            (versioned(9, 9), Provenance::Known),
+            (versioned(10, 1), Provenance::Ahead),
+            (Versioned { lineage: Lineage::default(), ..versioned(9, 9) }, Provenance::Foreign),
         ] {
             assert_eq!(history.provenance(&value), place, "{value:?}");
         }
-        assert_eq!(History::default().provenance(&dated(1, 1)), Provenance::Foreign);
+        assert_eq!(History::default().provenance(&versioned(1, 1)), Provenance::Foreign);
     }
 
     #[test]
@@ -236,12 +236,12 @@ mod tests {
             polled
         };
         history.advance(&at(NONCES_KEPT, &[(6, 6), (7, 7)]));
-        assert_eq!(history.provenance(&dated(5, 5)), Provenance::Known);
+        assert_eq!(history.provenance(&versioned(5, 5)), Provenance::Known);
         history.advance(&at(NONCES_KEPT * 2, &[(7, 7)]));
-        assert_eq!(history.provenance(&dated(5, 5)), Provenance::Foreign);
-        assert_eq!(history.provenance(&dated(6, 6)), Provenance::Known, "it was the newest until 20 minutes ago");
+        assert_eq!(history.provenance(&versioned(5, 5)), Provenance::Foreign);
+        assert_eq!(history.provenance(&versioned(6, 6)), Provenance::Known, "it was the newest until 20 minutes ago");
         history.advance(&at(NONCES_KEPT * 9, &[(7, 7)]));
-        assert_eq!(history.provenance(&dated(6, 6)), Provenance::Foreign);
-        assert_eq!(history.provenance(&dated(7, 7)), Provenance::Known);
+        assert_eq!(history.provenance(&versioned(6, 6)), Provenance::Foreign);
+        assert_eq!(history.provenance(&versioned(7, 7)), Provenance::Known);
     }
 }

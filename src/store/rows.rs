@@ -19,7 +19,7 @@ use crate::{
         fault::{Fault, Tier},
     },
     record::{
-        ApiKeyDigest, Change, ChangeKind, Dated, Digests, Fingerprint, KeyId, Lineage, Nonce, Record, Scheme,
+        ApiKeyDigest, Change, ChangeKind, Versioned, Digests, Fingerprint, KeyId, Lineage, Nonce, Record, Scheme,
         StoredPeppers, TrustId, Version, bytes_from_hex, canonical,
     },
 };
@@ -140,8 +140,8 @@ impl Read {
         self.key.as_ref().and_then(|key| uuid(&key.id).ok()).map(KeyId)
     }
 
-    fn date(&self, sent_at: Moment) -> Result<Dated<()>, Corrupt> {
-        Ok(Dated {
+    fn date(&self, sent_at: Moment) -> Result<Versioned<()>, Corrupt> {
+        Ok(Versioned {
             value: (),
             as_of: version(self.version)?,
             nonce: nonce(&self.nonce)?,
@@ -260,7 +260,7 @@ fn change(kind: &str, object: Option<&str>) -> Change {
 }
 
 /// What a read by id found.
-pub(crate) fn by_id(mut rows: Vec<Read>, sent_at: Moment) -> Result<Dated<Option<Record>>, Corrupt> {
+pub(crate) fn by_id(mut rows: Vec<Read>, sent_at: Moment) -> Result<Versioned<Option<Record>>, Corrupt> {
     if rows.len() > 1 {
         return Err(Corrupt("two rows have the same id"));
     }
@@ -275,7 +275,7 @@ pub(crate) fn by_digests(
     rows: Vec<Read>,
     digests: &Digests,
     sent_at: Moment,
-) -> Result<Dated<Option<Record>>, Corrupt> {
+) -> Result<Versioned<Option<Record>>, Corrupt> {
     let date = rows.first().ok_or(NO_VERSION)?.date(sent_at)?;
     let found: Vec<Record> =
         rows.into_iter().filter_map(|row| row.key).map(KeyRow::record).collect::<Result<_, _>>()?;

@@ -503,7 +503,7 @@ async fn rows_that_are_odd_are_decided_or_concern_nobody_else() {
     theirs.run("app", &format!("INSERT INTO hospital.trust VALUES {}", rows.join(", "))).await;
     let found = async |number| {
         let digests = Digests { current: digest(number), older: Vec::new() };
-        lookup.find(&digests).await.map(|dated| dated.value)
+        lookup.find(&digests).await.map(|versioned| versioned.value)
     };
     let now = DatabaseTime::from_micros(1_700_000_000_000_000);
     let good = found(1).await.unwrap().unwrap();

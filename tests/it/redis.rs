@@ -22,7 +22,7 @@ use trustgate::{
         api_key::ApiKey,
         l2::{Answer, L2, MacKey},
     },
-    record::{ApiKeyDigest, Dated, KeyId, Lineage, Nonce, Record, TrustId, Version},
+    record::{ApiKeyDigest, Versioned, KeyId, Lineage, Nonce, Record, TrustId, Version},
     redis::{Redis as Handle, RedisMetrics, RedisSettings, listen},
 };
 use uuid::Uuid;
@@ -70,7 +70,7 @@ impl Replica {
         eventually("Redis is connected", PATIENCE, || async { self.get(key(0xffff)).await != "down" }).await;
     }
 
-    async fn put(&self, found: Dated<Record>) {
+    async fn put(&self, found: Versioned<Record>) {
         self.l2.put(&found.value.digest, &found.as_ref(), Duration::from_mins(5)).await;
     }
 
@@ -120,7 +120,7 @@ fn name(key: ApiKeyDigest) -> String {
 }
 
 /// A record of `key` as of this version, in the history of this timeline.
-fn found(key: ApiKeyDigest, as_of: u64, timeline: u32) -> Dated<Record> {
+fn found(key: ApiKeyDigest, as_of: u64, timeline: u32) -> Versioned<Record> {
     let record = Record {
         key_id: KeyId(Uuid::from_u128(1)),
         trust_id: TrustId(Uuid::from_u128(2)),
@@ -132,7 +132,7 @@ fn found(key: ApiKeyDigest, as_of: u64, timeline: u32) -> Dated<Record> {
         expires_at: None,
         revoked_at: None,
     };
-    Dated {
+    Versioned {
         value: record,
         as_of: Version(as_of),
         nonce: Nonce([9; 16]),

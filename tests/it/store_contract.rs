@@ -11,7 +11,7 @@ use trustgate::{
         secret::Secret,
     },
     record::{
-        ApiKeyDigest, Change, Dated, Digests, Fingerprint, KeyId, Lineage, Made, Nonce, StoredPeppers, TrustId, Version,
+        ApiKeyDigest, Change, Versioned, Digests, Fingerprint, KeyId, Lineage, Made, Nonce, StoredPeppers, TrustId, Version,
     },
     store::{
         self, Actor, Ledger, LedgerError, Missing, PollError, Preset, SignOfLife, Source, StoreSettings,
@@ -185,7 +185,7 @@ fn new_key(number: u8) -> NewKey {
     }
 }
 
-async fn newest(lookup: &Arc<dyn Source>) -> Dated<()> {
+async fn newest(lookup: &Arc<dyn Source>) -> Versioned<()> {
     lookup.poll(None).await.unwrap().newest
 }
 

@@ -13,7 +13,7 @@ use tokio::{sync::Notify, time::Instant};
 use trustgate::{
     base::clock::{DatabaseTime, Moment},
     record::{
-        ApiKeyDigest, Change, ChangeKind, Dated, Digests, KeyId, Lineage, Nonce, Record, StoredPeppers, TrustId,
+        ApiKeyDigest, Change, ChangeKind, Versioned, Digests, KeyId, Lineage, Nonce, Record, StoredPeppers, TrustId,
         Version,
     },
     store::Polled,
@@ -330,7 +330,7 @@ impl Database {
     // === what a replica is told ===
 
     /// The key found under one of `digests`.
-    pub fn find(&self, digests: &Digests, read_at: DatabaseTime, sent_at: Moment) -> Dated<Option<Record>> {
+    pub fn find(&self, digests: &Digests, read_at: DatabaseTime, sent_at: Moment) -> Versioned<Option<Record>> {
         let state = self.lock();
         let found = (0..KEYS).find(|number| digests.hold(&self.digests[*number]));
         let record = found.and_then(|number| self.record(&state, number));
@@ -338,7 +338,7 @@ impl Database {
     }
 
     /// The key with this id.
-    pub fn find_by_id(&self, id: KeyId, read_at: DatabaseTime, sent_at: Moment) -> Dated<Option<Record>> {
+    pub fn find_by_id(&self, id: KeyId, read_at: DatabaseTime, sent_at: Moment) -> Versioned<Option<Record>> {
         let state = self.lock();
         let found = (0..KEYS).find(|number| state.tables.keys[*number].is_some_and(|row| row.id == id));
         let record = found.and_then(|number| self.record(&state, number));
@@ -429,9 +429,9 @@ impl Database {
 }
 
 impl State {
-    fn date<T>(&self, value: T, read_at: DatabaseTime, sent_at: Moment) -> Dated<T> {
+    fn date<T>(&self, value: T, read_at: DatabaseTime, sent_at: Moment) -> Versioned<T> {
         let newest = self.stamps.back().expect("one stays");
-        Dated { value, as_of: newest.version, nonce: newest.nonce, lineage: self.lineage, read_at, sent_at }
+        Versioned { value, as_of: newest.version, nonce: newest.nonce, lineage: self.lineage, read_at, sent_at }
     }
 }
 

@@ -14,7 +14,7 @@ use trustgate::{
         clock::{Clock, DatabaseTime, Moment},
         fault::{Fault, Tier},
     },
-    record::{Dated, Digests, Fingerprint, KeyId, Record, Version},
+    record::{Versioned, Digests, Fingerprint, KeyId, Record, Version},
     store::{LedgerError, Lookup, Missing, PollError, Polled, SignOfLife, Source, Tended},
 };
 use uuid::Uuid;
@@ -102,11 +102,11 @@ fn refused(why: &'static str) -> Fault {
 
 #[async_trait]
 impl Lookup for Network {
-    async fn find(&self, digests: &Digests) -> Result<Dated<Option<Record>>, Fault> {
+    async fn find(&self, digests: &Digests) -> Result<Versioned<Option<Record>>, Fault> {
         self.ask(|database, began, sent_at| database.find(digests, began, sent_at)).await
     }
 
-    async fn find_by_id(&self, key: KeyId) -> Result<Dated<Option<Record>>, Fault> {
+    async fn find_by_id(&self, key: KeyId) -> Result<Versioned<Option<Record>>, Fault> {
         self.ask(|database, began, sent_at| database.find_by_id(key, began, sent_at)).await
     }
 

@@ -13,7 +13,7 @@ use tokio::sync::watch;
 use trustgate::{
     base::fault::Fault,
     config::{self, Purpose},
-    record::{Dated, Digests, Fingerprint, KeyId, Record, Version},
+    record::{Versioned, Digests, Fingerprint, KeyId, Record, Version},
     server::{AppBuilder, Running},
     store::{LedgerError, Lookup, Missing, PollError, Polled, SignOfLife, Source, Tended},
 };
@@ -139,14 +139,14 @@ impl Seam {
 
 #[async_trait]
 impl Lookup for Seam {
-    async fn find(&self, digests: &Digests) -> Result<Dated<Option<Record>>, Fault> {
+    async fn find(&self, digests: &Digests) -> Result<Versioned<Option<Record>>, Fault> {
         self.enter().await;
         let found = self.inner.find(digests).await;
         self.after_find.pass().await;
         found
     }
 
-    async fn find_by_id(&self, key: KeyId) -> Result<Dated<Option<Record>>, Fault> {
+    async fn find_by_id(&self, key: KeyId) -> Result<Versioned<Option<Record>>, Fault> {
         self.enter().await;
         let found = self.inner.find_by_id(key).await;
         self.after_find.pass().await;

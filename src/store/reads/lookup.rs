@@ -9,7 +9,7 @@ use uuid::Uuid;
 
 use crate::{
     base::{clock::DatabaseTime, fault::Fault},
-    record::{Change, Dated, Digests, Fingerprint, KeyId, Nonce, Record, StoredPeppers, Version},
+    record::{Change, Versioned, Digests, Fingerprint, KeyId, Nonce, Record, StoredPeppers, Version},
     store::LedgerError,
 };
 
@@ -23,13 +23,13 @@ pub trait Lookup: Send + Sync + 'static {
     ///
     /// # Errors
     /// A [`Fault`] of the store; never for an absent key.
-    async fn find(&self, digests: &Digests) -> Result<Dated<Option<Record>>, Fault>;
+    async fn find(&self, digests: &Digests) -> Result<Versioned<Option<Record>>, Fault>;
 
     /// The record of a key by primary key: what `live` asks on every request.
     ///
     /// # Errors
     /// As [`Self::find`].
-    async fn find_by_id(&self, key: KeyId) -> Result<Dated<Option<Record>>, Fault>;
+    async fn find_by_id(&self, key: KeyId) -> Result<Versioned<Option<Record>>, Fault>;
 
     /// What was committed from version `since` on, in one statement on a connection of its own; `None`: what a replica
     /// that begins needs, see [`Polled::versions`]. One call at a time.
@@ -100,7 +100,7 @@ pub const OTHER_KEYS_MAX: u64 = 10_000;
 #[derive(Clone, Debug)]
 pub struct Polled {
     /// The newest version: the date of now.
-    pub newest: Dated<()>,
+    pub newest: Versioned<()>,
     /// When the newest version was stamped, by the database's clock.
     pub stamped_at: DatabaseTime,
     /// The oldest version that was not pruned yet; it may be the one that was asked from although older ones are there.

@@ -23,7 +23,7 @@ use crate::{
         clock::{Clock, Moment},
         fault::{Fault, Tier},
     },
-    record::{ApiKeyDigest, Dated, Digests, Fingerprint, KeyId, Record, Version, bytes_from_hex},
+    record::{ApiKeyDigest, Versioned, Digests, Fingerprint, KeyId, Record, Version, bytes_from_hex},
     store::{
         Lookup, StoreSettings,
         ledger::LedgerError,
@@ -199,14 +199,14 @@ pub(crate) fn newest_tables(rows: &[impl Plain]) -> Result<Option<schema::Tables
 
 #[async_trait]
 impl<D: Dialect> Lookup for Reader<D> {
-    async fn find(&self, digests: &Digests) -> Result<Dated<Option<Record>>, Fault> {
+    async fn find(&self, digests: &Digests) -> Result<Versioned<Option<Record>>, Fault> {
         let sent_at = self.clock.now();
         let rows = self.ask(&self.dialect.find(digests)).await?;
         self.note_proven(&rows, digests);
         Ok(rows::by_digests(rows, digests, sent_at)?)
     }
 
-    async fn find_by_id(&self, key: KeyId) -> Result<Dated<Option<Record>>, Fault> {
+    async fn find_by_id(&self, key: KeyId) -> Result<Versioned<Option<Record>>, Fault> {
         let sent_at = self.clock.now();
         let rows = self.ask(&self.dialect.find_by_id(key)).await?;
         Ok(rows::by_id(rows, sent_at)?)
