@@ -2,7 +2,7 @@
 //!
 //! Never used on the path of a check.
 
-pub(crate) mod book;
+pub(crate) mod sql_ledger;
 pub mod copy;
 pub(crate) mod postgres;
 pub(crate) mod sqlite;

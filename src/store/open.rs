@@ -7,7 +7,7 @@ use super::{
     existing_table::{self, ExistingTable, postgres::Wish},
     ledger::{
         self,
-        book::{Book, Tables},
+        sql_ledger::{SqlLedger, LedgerBackend},
     },
     reads::{postgres::Postgres, reader::Reader, sqlite::Sqlite},
     schema, sqlite,
@@ -114,10 +114,10 @@ impl Management {
     /// # Errors
     /// As [`open_ledger`].
     pub async fn open(&self) -> Result<Box<dyn Ledger>, LedgerError> {
-        Ok(Box::new(Book::new(self.tables().await?)))
+        Ok(Box::new(SqlLedger::new(self.tables().await?)))
     }
 
-    async fn tables(&self) -> Result<Box<dyn Tables>, LedgerError> {
+    async fn tables(&self) -> Result<Box<dyn LedgerBackend>, LedgerError> {
         let Self { address, place, schema, connect_timeout } = self;
         Ok(match place {
             Place::Sqlite(path) => Box::new(ledger::sqlite::open(path).await?),
@@ -134,7 +134,7 @@ pub(crate) async fn open_tables(
     address: &Address,
     settings: &StoreSettings,
     env: Env<'_>,
-) -> Result<Box<dyn Tables>, LedgerError> {
+) -> Result<Box<dyn LedgerBackend>, LedgerError> {
     let (schema, connect_timeout) = (settings.schema.clone(), settings.connect_timeout);
     Management { place: address.place(env)?, address: address.clone(), schema, connect_timeout }.tables().await
 }

@@ -10,7 +10,7 @@ use sqlx::{ColumnIndex, Decode, Row, Type};
 use uuid::Uuid;
 
 use super::{
-    ledger::{Key, Replica, Trust, book::StoredKey},
+    ledger::{Key, Replica, Trust, sql_ledger::StoredKey},
     reads::lookup::{PollError, Polled},
 };
 use crate::{

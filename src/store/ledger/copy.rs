@@ -5,7 +5,7 @@
 
 use serde_json::json;
 
-use super::book::{self, BATCH, Purpose, Tables};
+use super::sql_ledger::{self, BATCH, TxMode, LedgerBackend};
 use crate::{
     base::secret::Secret,
     store::{
@@ -97,8 +97,8 @@ pub async fn copy(
     let to_failed = |error| CopyError::To { place: to_place.clone(), error };
     let mut source = open_tables(&from, settings, env).await.map_err(from_failed)?;
     let mut target = open_tables(&to, settings, env).await.map_err(to_failed)?;
-    source.begin(Purpose::Read).await.map_err(|error| from_failed(error.into()))?;
-    target.begin(Purpose::Change).await.map_err(|error| to_failed(error.into()))?;
+    source.begin(TxMode::Read).await.map_err(|error| from_failed(error.into()))?;
+    target.begin(TxMode::Change).await.map_err(|error| to_failed(error.into()))?;
     // Where this is left early, the connections close, which undoes what was begun.
     let present = target.trusts(None).await.map_err(|error| to_failed(target.explain(error)))?;
     if !present.is_empty() {
@@ -125,8 +125,8 @@ pub async fn copy(
     Ok(copied)
 }
 
-async fn finish(target: &mut dyn Tables, actor: &Actor, copied: &Copied) -> Result<(), sqlx::Error> {
+async fn finish(target: &mut dyn LedgerBackend, actor: &Actor, copied: &Copied) -> Result<(), sqlx::Error> {
     let after = json!({ "from": copied.from, "trusts": copied.trusts, "keys": copied.keys });
-    book::note(target, actor, "store.copy", "everything", None, Some(after)).await?;
+    sql_ledger::note(target, actor, "store.copy", "everything", None, Some(after)).await?;
     target.commit().await
 }

@@ -10,7 +10,7 @@ use sqlx::{
 
 use super::{
     Actor, AuditEntry, Key, NewKey, Replica, Trust, TrustRef,
-    book::{Purpose, StoredKey, Tables, Which},
+    sql_ledger::{TxMode, StoredKey, LedgerBackend, KeyFilter},
 };
 use crate::{
     base::clock::DatabaseTime,
@@ -77,11 +77,11 @@ impl PostgresTables {
 }
 
 #[async_trait]
-impl Tables for PostgresTables {
-    async fn begin(&mut self, purpose: Purpose) -> Result<(), sqlx::Error> {
-        let level = match purpose {
-            Purpose::Read => "REPEATABLE READ READ ONLY",
-            Purpose::Change => "READ COMMITTED",
+impl LedgerBackend for PostgresTables {
+    async fn begin(&mut self, mode: TxMode) -> Result<(), sqlx::Error> {
+        let level = match mode {
+            TxMode::Read => "REPEATABLE READ READ ONLY",
+            TxMode::Change => "READ COMMITTED",
         };
         let begin = format!(
             "BEGIN ISOLATION LEVEL {level}; SET LOCAL lock_timeout = {}; SELECT pg_backend_pid()",
@@ -155,13 +155,13 @@ impl Tables for PostgresTables {
         self.change(query).await.map(drop)
     }
 
-    async fn keys(&mut self, which: Which<'_>) -> Result<Vec<Key>, sqlx::Error> {
+    async fn keys(&mut self, which: KeyFilter<'_>) -> Result<Vec<Key>, sqlx::Error> {
         let select = |condition: &str| select_keys("", condition, "k.created_at DESC, k.id");
         let query = match which {
-            Which::All => self.query(&select("true")),
-            Which::Of(trust) => self.query(&select("k.trust_id = $1")).bind(trust.0),
-            Which::Id(id) => self.query(&select("k.id = $1")).bind(id.0),
-            Which::Digests(digests) => {
+            KeyFilter::All => self.query(&select("true")),
+            KeyFilter::Of(trust) => self.query(&select("k.trust_id = $1")).bind(trust.0),
+            KeyFilter::Id(id) => self.query(&select("k.id = $1")).bind(id.0),
+            KeyFilter::Digests(digests) => {
                 let digests: Vec<Vec<u8>> = digests.all().map(|digest| digest.as_bytes().to_vec()).collect();
                 self.query(&select("k.digest = ANY($1)")).bind(digests)
             }

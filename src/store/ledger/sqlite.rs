@@ -7,7 +7,7 @@ use sqlx::{AssertSqlSafe, Executor, Row, Sqlite, SqliteConnection, sqlite::Sqlit
 
 use super::{
     Actor, AuditEntry, Key, NewKey, Replica, Trust, TrustRef,
-    book::{Purpose, StoredKey, Tables, Which},
+    sql_ledger::{TxMode, StoredKey, LedgerBackend, KeyFilter},
 };
 use crate::{
     base::clock::DatabaseTime,
@@ -48,12 +48,12 @@ impl SqliteTables {
 }
 
 #[async_trait]
-impl Tables for SqliteTables {
-    async fn begin(&mut self, purpose: Purpose) -> Result<(), sqlx::Error> {
-        let begin = match purpose {
-            Purpose::Read => "BEGIN",
+impl LedgerBackend for SqliteTables {
+    async fn begin(&mut self, mode: TxMode) -> Result<(), sqlx::Error> {
+        let begin = match mode {
+            TxMode::Read => "BEGIN",
             // With the write lock from the start, nobody else can come between a look and the change made on it.
-            Purpose::Change => "BEGIN IMMEDIATE",
+            TxMode::Change => "BEGIN IMMEDIATE",
         };
         self.connection.execute(begin).await.map(drop)
     }
@@ -114,12 +114,12 @@ impl Tables for SqliteTables {
         self.change(sqlx::query("DELETE FROM api_key WHERE trust_id = ?").bind(trust.to_string())).await.map(drop)
     }
 
-    async fn keys(&mut self, which: Which<'_>) -> Result<Vec<Key>, sqlx::Error> {
+    async fn keys(&mut self, which: KeyFilter<'_>) -> Result<Vec<Key>, sqlx::Error> {
         let (condition, values) = match which {
-            Which::All => ("true".to_owned(), vec![]),
-            Which::Of(trust) => ("k.trust_id = ?".to_owned(), vec![trust.to_string()]),
-            Which::Id(id) => ("k.id = ?".to_owned(), vec![id.to_string()]),
-            Which::Digests(digests) => {
+            KeyFilter::All => ("true".to_owned(), vec![]),
+            KeyFilter::Of(trust) => ("k.trust_id = ?".to_owned(), vec![trust.to_string()]),
+            KeyFilter::Id(id) => ("k.id = ?".to_owned(), vec![id.to_string()]),
+            KeyFilter::Digests(digests) => {
                 let marks = vec!["unhex(?)"; digests.all().count()].join(", ");
                 (format!("k.digest IN ({marks})"), digests.all().map(ApiKeyDigest::to_hex).collect())
             }

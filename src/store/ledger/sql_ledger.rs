@@ -15,7 +15,7 @@ use crate::{
 
 /// What a transaction is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Purpose {
+pub(crate) enum TxMode {
     /// Nothing changes. All statements see the same moment.
     Read,
     /// Something changes: SQLite takes its write lock at once.
@@ -24,7 +24,7 @@ pub(crate) enum Purpose {
 
 /// Which keys are meant.
 #[derive(Clone, Copy, Debug)]
-pub(crate) enum Which<'a> {
+pub(crate) enum KeyFilter<'a> {
     /// All of them.
     All,
     /// Those of a trust.
@@ -46,8 +46,8 @@ pub(crate) struct StoredKey {
 
 /// One connection and the statements that management needs. All run inside a transaction.
 #[async_trait]
-pub(crate) trait Tables: Send + Sync {
-    async fn begin(&mut self, purpose: Purpose) -> Result<(), sqlx::Error>;
+pub(crate) trait LedgerBackend: Send + Sync {
+    async fn begin(&mut self, mode: TxMode) -> Result<(), sqlx::Error>;
     async fn commit(&mut self) -> Result<(), sqlx::Error>;
     async fn rollback(&mut self) -> Result<(), sqlx::Error>;
     /// The database's time, in microseconds.
@@ -62,7 +62,7 @@ pub(crate) trait Tables: Send + Sync {
     async fn delete_trust(&mut self, id: TrustId) -> Result<(), sqlx::Error>;
     async fn delete_keys(&mut self, trust: TrustId) -> Result<(), sqlx::Error>;
     /// The newest first.
-    async fn keys(&mut self, which: Which<'_>) -> Result<Vec<Key>, sqlx::Error>;
+    async fn keys(&mut self, which: KeyFilter<'_>) -> Result<Vec<Key>, sqlx::Error>;
     /// The next keys by their ids, behind this one, at most so many.
     async fn stored_keys(&mut self, behind: Option<KeyId>, count_max: usize) -> Result<Vec<StoredKey>, sqlx::Error>;
     /// Stores trusts as they are. Fails where one is there already.
@@ -93,23 +93,23 @@ pub(crate) trait Tables: Send + Sync {
 }
 
 /// [`Ledger`] on one connection.
-pub(crate) struct Book {
-    tables: Box<dyn Tables>,
+pub(crate) struct SqlLedger {
+    tables: Box<dyn LedgerBackend>,
     /// A transaction was begun and not seen to end: a call was dropped in the middle.
     open: bool,
 }
 
-impl Book {
-    pub(crate) fn new(tables: Box<dyn Tables>) -> Self {
+impl SqlLedger {
+    pub(crate) fn new(tables: Box<dyn LedgerBackend>) -> Self {
         Self { tables, open: false }
     }
 
-    async fn begin(&mut self, purpose: Purpose) -> Result<(), LedgerError> {
+    async fn begin(&mut self, mode: TxMode) -> Result<(), LedgerError> {
         if self.open {
             self.tables.rollback().await?;
         }
         self.open = true;
-        Ok(self.tables.begin(purpose).await?)
+        Ok(self.tables.begin(mode).await?)
     }
 
     /// Commits what went well and undoes what did not.
@@ -136,100 +136,100 @@ impl Book {
 pub(crate) const BATCH: usize = 1_000;
 
 #[async_trait]
-impl Ledger for Book {
+impl Ledger for SqlLedger {
     async fn create_trust(&mut self, actor: &Actor, id: TrustId, name: &str) -> Result<Trust, LedgerError> {
-        self.begin(Purpose::Change).await?;
+        self.begin(TxMode::Change).await?;
         let outcome = create_trust(&mut *self.tables, actor, id, name).await;
         self.end(outcome).await
     }
 
     async fn trusts(&mut self) -> Result<Vec<Trust>, LedgerError> {
-        self.begin(Purpose::Read).await?;
+        self.begin(TxMode::Read).await?;
         let outcome = self.tables.trusts(None).await.map_err(LedgerError::from);
         self.end(outcome).await
     }
 
     async fn trust(&mut self, which: &TrustRef) -> Result<Trust, LedgerError> {
-        self.begin(Purpose::Read).await?;
+        self.begin(TxMode::Read).await?;
         let outcome = one_trust(&mut *self.tables, which).await;
         self.end(outcome).await
     }
 
     async fn enable_trust(&mut self, actor: &Actor, which: &TrustRef, enabled: bool) -> Result<Trust, LedgerError> {
-        self.begin(Purpose::Change).await?;
+        self.begin(TxMode::Change).await?;
         let outcome = enable_trust(&mut *self.tables, actor, which, enabled).await;
         self.end(outcome).await
     }
 
     async fn delete_trust(&mut self, actor: &Actor, which: &TrustRef, with_keys: bool) -> Result<Trust, LedgerError> {
-        self.begin(Purpose::Change).await?;
+        self.begin(TxMode::Change).await?;
         let outcome = delete_trust(&mut *self.tables, actor, which, with_keys).await;
         self.end(outcome).await
     }
 
     async fn add_key(&mut self, actor: &Actor, trust: &TrustRef, key: NewKey) -> Result<Key, LedgerError> {
-        self.begin(Purpose::Change).await?;
+        self.begin(TxMode::Change).await?;
         let outcome = add_key(&mut *self.tables, actor, trust, &key).await;
         self.end(outcome).await
     }
 
     async fn import_keys(&mut self, actor: &Actor, trust: &TrustRef, keys: Vec<NewKey>) -> Result<u64, LedgerError> {
-        self.begin(Purpose::Change).await?;
+        self.begin(TxMode::Change).await?;
         let outcome = import_keys(&mut *self.tables, actor, trust, &keys).await;
         self.end(outcome).await
     }
 
     async fn keys(&mut self, trust: Option<&TrustRef>) -> Result<Vec<Key>, LedgerError> {
-        self.begin(Purpose::Read).await?;
+        self.begin(TxMode::Read).await?;
         let outcome = keys(&mut *self.tables, trust).await;
         self.end(outcome).await
     }
 
     async fn key(&mut self, id: KeyId) -> Result<Key, LedgerError> {
-        self.begin(Purpose::Read).await?;
+        self.begin(TxMode::Read).await?;
         let outcome = one_key(&mut *self.tables, id).await;
         self.end(outcome).await
     }
 
     async fn identify(&mut self, digests: &Digests) -> Result<Option<Key>, LedgerError> {
-        self.begin(Purpose::Read).await?;
-        let outcome = self.tables.keys(Which::Digests(digests)).await.map_err(LedgerError::from);
+        self.begin(TxMode::Read).await?;
+        let outcome = self.tables.keys(KeyFilter::Digests(digests)).await.map_err(LedgerError::from);
         Ok(self.end(outcome).await?.into_iter().next())
     }
 
     async fn revoke_key(&mut self, actor: &Actor, id: KeyId) -> Result<Key, LedgerError> {
-        self.begin(Purpose::Change).await?;
+        self.begin(TxMode::Change).await?;
         let outcome = revoke_key(&mut *self.tables, actor, id).await;
         self.end(outcome).await
     }
 
     async fn use_pepper(&mut self, actor: &Actor, pepper: Fingerprint) -> Result<Option<Fingerprint>, LedgerError> {
-        self.begin(Purpose::Change).await?;
+        self.begin(TxMode::Change).await?;
         let outcome = use_pepper(&mut *self.tables, actor, pepper).await;
         self.end(outcome).await
     }
 
     async fn clear_caches(&mut self, actor: &Actor) -> Result<Version, LedgerError> {
-        self.begin(Purpose::Change).await?;
+        self.begin(TxMode::Change).await?;
         let outcome = clear_caches(&mut *self.tables, actor).await;
         self.end(outcome).await?;
         self.newest().await
     }
 
     async fn newest(&mut self) -> Result<Version, LedgerError> {
-        self.begin(Purpose::Read).await?;
+        self.begin(TxMode::Read).await?;
         let outcome = self.tables.newest().await.map_err(LedgerError::from);
         Ok(Version(self.end(outcome).await?.cast_unsigned())) // versions start at 1 and rise
     }
 
     async fn replicas(&mut self) -> Result<Vec<Replica>, LedgerError> {
-        self.begin(Purpose::Read).await?;
+        self.begin(TxMode::Read).await?;
         let outcome = self.tables.replicas().await.map_err(LedgerError::from);
         self.end(outcome).await
     }
 
     async fn now(&mut self) -> Result<DatabaseTime, LedgerError> {
-        self.begin(Purpose::Read).await?;
+        self.begin(TxMode::Read).await?;
         let outcome = self.tables.now().await.map(DatabaseTime::from_micros).map_err(LedgerError::from);
         self.end(outcome).await
     }
@@ -237,7 +237,7 @@ impl Ledger for Book {
 
 // === the changes, each inside a transaction ===
 
-async fn one_trust(tables: &mut dyn Tables, which: &TrustRef) -> Result<Trust, LedgerError> {
+async fn one_trust(tables: &mut dyn LedgerBackend, which: &TrustRef) -> Result<Trust, LedgerError> {
     let found = tables.trusts(Some(which)).await?.into_iter().next();
     found.ok_or_else(|| {
         LedgerError::NoTrust(match which {
@@ -247,16 +247,16 @@ async fn one_trust(tables: &mut dyn Tables, which: &TrustRef) -> Result<Trust, L
     })
 }
 
-async fn held_trust(tables: &mut dyn Tables, which: &TrustRef) -> Result<Trust, LedgerError> {
+async fn held_trust(tables: &mut dyn LedgerBackend, which: &TrustRef) -> Result<Trust, LedgerError> {
     tables.hold_trust(which).await?;
     one_trust(tables, which).await
 }
 
-async fn one_key(tables: &mut dyn Tables, id: KeyId) -> Result<Key, LedgerError> {
-    tables.keys(Which::Id(id)).await?.into_iter().next().ok_or(LedgerError::NoKey(id))
+async fn one_key(tables: &mut dyn LedgerBackend, id: KeyId) -> Result<Key, LedgerError> {
+    tables.keys(KeyFilter::Id(id)).await?.into_iter().next().ok_or(LedgerError::NoKey(id))
 }
 
-async fn create_trust(tables: &mut dyn Tables, actor: &Actor, id: TrustId, name: &str) -> Result<Trust, LedgerError> {
+async fn create_trust(tables: &mut dyn LedgerBackend, actor: &Actor, id: TrustId, name: &str) -> Result<Trust, LedgerError> {
     if !tables.insert_trust(id, name).await? {
         return Err(LedgerError::NameTaken(name.to_owned()));
     }
@@ -266,7 +266,7 @@ async fn create_trust(tables: &mut dyn Tables, actor: &Actor, id: TrustId, name:
 }
 
 async fn enable_trust(
-    tables: &mut dyn Tables,
+    tables: &mut dyn LedgerBackend,
     actor: &Actor,
     which: &TrustRef,
     enabled: bool,
@@ -283,7 +283,7 @@ async fn enable_trust(
 }
 
 async fn delete_trust(
-    tables: &mut dyn Tables,
+    tables: &mut dyn LedgerBackend,
     actor: &Actor,
     which: &TrustRef,
     with_keys: bool,
@@ -300,13 +300,13 @@ async fn delete_trust(
     Ok(trust)
 }
 
-async fn add_key(tables: &mut dyn Tables, actor: &Actor, trust: &TrustRef, key: &NewKey) -> Result<Key, LedgerError> {
+async fn add_key(tables: &mut dyn LedgerBackend, actor: &Actor, trust: &TrustRef, key: &NewKey) -> Result<Key, LedgerError> {
     let trust = held_trust(tables, trust).await?;
     check_pepper(tables, key.made).await?;
     if tables.insert_keys(trust.id, std::slice::from_ref(key)).await? == 0 {
         let digests = Digests { current: key.digest, older: Vec::new() };
         // Deleted between the two statements: then its id is not known, but nothing was stored either.
-        let taken = tables.keys(Which::Digests(&digests)).await?.into_iter().next();
+        let taken = tables.keys(KeyFilter::Digests(&digests)).await?.into_iter().next();
         return Err(LedgerError::DigestTaken(taken.map_or(key.id, |taken| taken.id)));
     }
     let stored = one_key(tables, key.id).await?;
@@ -315,7 +315,7 @@ async fn add_key(tables: &mut dyn Tables, actor: &Actor, trust: &TrustRef, key: 
 }
 
 /// Rejects new keys hashed under a pepper other than the recorded one: servers could not verify them.
-async fn check_pepper(tables: &mut dyn Tables, made: Made) -> Result<(), LedgerError> {
+async fn check_pepper(tables: &mut dyn LedgerBackend, made: Made) -> Result<(), LedgerError> {
     if matches!(made, Made::Elsewhere | Made::Probe(_)) {
         return Ok(());
     }
@@ -327,7 +327,7 @@ async fn check_pepper(tables: &mut dyn Tables, made: Made) -> Result<(), LedgerE
 }
 
 async fn use_pepper(
-    tables: &mut dyn Tables,
+    tables: &mut dyn LedgerBackend,
     actor: &Actor,
     pepper: Fingerprint,
 ) -> Result<Option<Fingerprint>, LedgerError> {
@@ -340,7 +340,7 @@ async fn use_pepper(
 }
 
 async fn import_keys(
-    tables: &mut dyn Tables,
+    tables: &mut dyn LedgerBackend,
     actor: &Actor,
     trust: &TrustRef,
     keys: &[NewKey],
@@ -367,15 +367,15 @@ async fn import_keys(
     Ok(stored)
 }
 
-async fn keys(tables: &mut dyn Tables, trust: Option<&TrustRef>) -> Result<Vec<Key>, LedgerError> {
+async fn keys(tables: &mut dyn LedgerBackend, trust: Option<&TrustRef>) -> Result<Vec<Key>, LedgerError> {
     let which = match trust {
-        None => Which::All,
-        Some(trust) => Which::Of(one_trust(tables, trust).await?.id),
+        None => KeyFilter::All,
+        Some(trust) => KeyFilter::Of(one_trust(tables, trust).await?.id),
     };
     Ok(tables.keys(which).await?)
 }
 
-async fn revoke_key(tables: &mut dyn Tables, actor: &Actor, id: KeyId) -> Result<Key, LedgerError> {
+async fn revoke_key(tables: &mut dyn LedgerBackend, actor: &Actor, id: KeyId) -> Result<Key, LedgerError> {
     let before = one_key(tables, id).await?;
     if !tables.revoke_key(id).await? {
         return one_key(tables, id).await; // revoked before, perhaps a moment ago by somebody else
@@ -385,13 +385,13 @@ async fn revoke_key(tables: &mut dyn Tables, actor: &Actor, id: KeyId) -> Result
     Ok(after)
 }
 
-async fn clear_caches(tables: &mut dyn Tables, actor: &Actor) -> Result<(), LedgerError> {
+async fn clear_caches(tables: &mut dyn LedgerBackend, actor: &Actor) -> Result<(), LedgerError> {
     tables.change_everything().await?;
     Ok(note(tables, actor, "cache.clear", "everything", None, None).await?)
 }
 
 pub(crate) async fn note(
-    tables: &mut dyn Tables,
+    tables: &mut dyn LedgerBackend,
     actor: &Actor,
     action: &'static str,
     object: impl ToString + Send,
