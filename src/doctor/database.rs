@@ -20,7 +20,7 @@ use crate::{
         },
         rows::{self, Plain as _},
         schema,
-        url::{Address, Env, Place, Role},
+        url::{StoreUrl, Env, Backend, Role},
     },
 };
 
@@ -76,19 +76,19 @@ pub struct Examined {
 
 /// Examines the database that `serve` would use.
 pub async fn examine(settings: &StoreSettings, usage: Use<'_>, env: Env<'_>, clock: &dyn Clock) -> Examined {
-    let address = Address::of(settings, Role::Serve);
+    let address = StoreUrl::of(settings, Role::Serve);
     let examination = Examination { settings, usage, env, clock };
-    let place = address.place(env).and_then(|place| match place {
-        Place::Postgres => address.postgres().map(|_| Place::Postgres),
-        sqlite @ Place::Sqlite(_) => Ok(sqlite),
+    let place = address.backend(env).and_then(|place| match place {
+        Backend::Postgres => address.postgres().map(|_| Backend::Postgres),
+        sqlite @ Backend::Sqlite(_) => Ok(sqlite),
     });
     let mut report = Report::default();
     match place {
-        Ok(Place::Sqlite(path)) => {
+        Ok(Backend::Sqlite(path)) => {
             let sqlite = Sqlite::new(path, settings.preset);
             super::sqlite::run(sqlite, examination, &mut report).await;
         }
-        Ok(Place::Postgres) => {
+        Ok(Backend::Postgres) => {
             // What is too slow is to be measured, not ended.
             let statement_timeout = settings.connect_timeout;
             let (schema, existing) = (settings.schema.clone(), ExistingTable::of(settings));
@@ -217,7 +217,7 @@ impl<'a, D: Dialect> Session<'a, D> {
 
     /// Whether our tables are there and of a fitting version.
     fn tables(&self, kind: Kind, found: Result<Option<schema::Tables>, Trouble>) -> Finding {
-        let place = self.dialect.place();
+        let place = self.dialect.backend();
         let found = match found {
             Ok(found) => found,
             Err(trouble) => {

@@ -22,7 +22,7 @@ use crate::store::{
     reads::postgres::Postgres,
     rows::Plain as _,
     schema::grants::{self, Needs},
-    url::{Address, Place, Role},
+    url::{StoreUrl, Backend, Role},
 };
 
 /// How long a hint may take to be of any use.
@@ -108,7 +108,7 @@ async fn address(options: &PgConnectOptions, examination: Examination<'_>) -> Re
 }
 
 /// There is no connection.
-fn refused(trouble: &Trouble, address: &Address) -> Finding {
+fn refused(trouble: &Trouble, address: &StoreUrl) -> Finding {
     let remedy = match trouble {
         Trouble::Sql(error) => match code(error).as_deref() {
             Some("28P01" | "28000") => {
@@ -224,12 +224,12 @@ async fn manager(serve: &Who, examination: Examination<'_>, report: &mut Report)
         ));
         return None;
     }
-    let address = Address::of(examination.settings, Role::Manage);
+    let address = StoreUrl::of(examination.settings, Role::Manage);
     let failed = |found: String, remedy: &str| Finding::failed(MANAGEMENT, found, remedy).about(SETTING);
-    let place = address.place(examination.env).and_then(|place| address.postgres().map(|_| place));
+    let place = address.backend(examination.env).and_then(|place| address.postgres().map(|_| place));
     match place {
-        Ok(Place::Postgres) => {}
-        Ok(Place::Sqlite(_)) => {
+        Ok(Backend::Postgres) => {}
+        Ok(Backend::Sqlite(_)) => {
             report.add(failed("it leads to another database than store.url".to_owned(), "correct one of the two"));
             return None;
         }
@@ -364,7 +364,7 @@ async fn naming(session: &mut Session<'_, Postgres>, watched: Option<bool>, post
 }
 
 /// Whether a word of the database reaches us without being asked for, and how soon.
-async fn hints(session: &mut Session<'_, Postgres>, address: &Address, examination: Examination<'_>) -> Finding {
+async fn hints(session: &mut Session<'_, Postgres>, address: &StoreUrl, examination: Examination<'_>) -> Finding {
     const SETTING: &[&str] = &["freshness.hints"];
     if !examination.usage.hints {
         return Finding::skipped(HINTS, "freshness.hints is false").about(SETTING);

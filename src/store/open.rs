@@ -11,14 +11,14 @@ use super::{
     },
     reads::{postgres::Postgres, reader::Reader, sqlite::Sqlite},
     schema, sqlite,
-    url::{Address, Env, Place, Role},
+    url::{StoreUrl, Env, Backend, Role},
 };
 use crate::base::clock::Clock;
 
 /// The database the settings mean, in words for messages: its kind and place, never a user, a password or a query.
 #[must_use]
 pub fn describe(settings: &StoreSettings, env: Env<'_>) -> String {
-    Address::of(settings, Role::Serve).describe(env)
+    StoreUrl::of(settings, Role::Serve).describe(env)
 }
 
 /// The reads of checks. Connects to nothing yet, so it succeeds with the database down; [`Source::prepare`] finds out.
@@ -30,20 +30,20 @@ pub fn open_lookup(
     env: Env<'_>,
     clock: Arc<dyn Clock>,
 ) -> Result<Arc<dyn Source>, LedgerError> {
-    let address = Address::of(settings, Role::Serve);
+    let address = StoreUrl::of(settings, Role::Serve);
     if settings.reads_existing() && settings.url.is_none() && settings.url_file.is_none() {
         return Err(LedgerError::Unusable(
             "store.preset, store.table: set `store.url` to the database that holds your table".into(),
         ));
     }
-    Ok(match address.place(env)? {
-        Place::Sqlite(_) if settings.table.is_some() || settings.attached => return Err(not_on_sqlite()),
-        Place::Sqlite(path) => {
+    Ok(match address.backend(env)? {
+        Backend::Sqlite(_) if settings.table.is_some() || settings.attached => return Err(not_on_sqlite()),
+        Backend::Sqlite(path) => {
             let connections_max = settings.connections_max.min(sqlite_connections());
             let settings = StoreSettings { connections_max, ..settings.clone() };
             Arc::new(Reader::new(Sqlite::new(path, settings.preset), &settings, clock))
         }
-        Place::Postgres => {
+        Backend::Postgres => {
             let statement_timeout = settings.read_timeout + GRACE;
             let (schema, existing) = (settings.schema.clone(), ExistingTable::of(settings));
             // A misspelt URL is a mistake to be told at start, not by the first connect.
@@ -72,8 +72,8 @@ pub async fn open_ledger(settings: &StoreSettings, env: Env<'_>) -> Result<Box<d
 /// The way to what management works on.
 #[derive(Clone, Debug)]
 pub struct Management {
-    address: Address,
-    place: Place,
+    address: StoreUrl,
+    place: Backend,
     schema: SchemaName,
     connect_timeout: Duration,
 }
@@ -103,9 +103,9 @@ pub async fn open_history(settings: &StoreSettings, env: Env<'_>) -> Result<Box<
 }
 
 fn manage(settings: &StoreSettings, env: Env<'_>) -> Result<Management, LedgerError> {
-    let address = Address::of(settings, Role::Manage);
+    let address = StoreUrl::of(settings, Role::Manage);
     let (schema, connect_timeout) = (settings.schema.clone(), settings.connect_timeout);
-    Ok(Management { place: address.place(env)?, address, schema, connect_timeout })
+    Ok(Management { place: address.backend(env)?, address, schema, connect_timeout })
 }
 
 impl Management {
@@ -120,8 +120,8 @@ impl Management {
     async fn tables(&self) -> Result<Box<dyn LedgerBackend>, LedgerError> {
         let Self { address, place, schema, connect_timeout } = self;
         Ok(match place {
-            Place::Sqlite(path) => Box::new(ledger::sqlite::open(path).await?),
-            Place::Postgres => Box::new(ledger::postgres::open(address, schema, *connect_timeout).await?),
+            Backend::Sqlite(path) => Box::new(ledger::sqlite::open(path).await?),
+            Backend::Postgres => Box::new(ledger::postgres::open(address, schema, *connect_timeout).await?),
         })
     }
 }
@@ -131,12 +131,12 @@ impl Management {
 /// # Errors
 /// As [`open_ledger`].
 pub(crate) async fn open_tables(
-    address: &Address,
+    address: &StoreUrl,
     settings: &StoreSettings,
     env: Env<'_>,
 ) -> Result<Box<dyn LedgerBackend>, LedgerError> {
     let (schema, connect_timeout) = (settings.schema.clone(), settings.connect_timeout);
-    Management { place: address.place(env)?, address: address.clone(), schema, connect_timeout }.tables().await
+    Management { place: address.backend(env)?, address: address.clone(), schema, connect_timeout }.tables().await
 }
 
 /// Makes the tables, or adds what a newer release needs. Can be repeated, and run by several at once.
@@ -148,13 +148,13 @@ pub async fn migrate(settings: &StoreSettings, env: Env<'_>) -> Result<(), Ledge
     if !settings.names_changes() {
         return Err(LedgerError::NotOurs);
     }
-    let address = Address::of(settings, Role::Manage);
-    match address.place(env)? {
-        Place::Sqlite(path) => {
+    let address = StoreUrl::of(settings, Role::Manage);
+    match address.backend(env)? {
+        Backend::Sqlite(path) => {
             sqlite::file::prepare(&path, Missing::Create)?;
             schema::sqlite::run(&path).await
         }
-        Place::Postgres => schema::postgres::run(&address, &settings.schema, settings.connect_timeout).await,
+        Backend::Postgres => schema::postgres::run(&address, &settings.schema, settings.connect_timeout).await,
     }
 }
 
@@ -167,10 +167,10 @@ pub async fn new_incarnation(settings: &StoreSettings, env: Env<'_>) -> Result<(
     if !settings.names_changes() {
         return Err(LedgerError::NotOurs);
     }
-    let address = Address::of(settings, Role::Manage);
-    match address.place(env)? {
-        Place::Sqlite(path) => schema::sqlite::new_incarnation(&path).await,
-        Place::Postgres => {
+    let address = StoreUrl::of(settings, Role::Manage);
+    match address.backend(env)? {
+        Backend::Sqlite(path) => schema::sqlite::new_incarnation(&path).await,
+        Backend::Postgres => {
             schema::postgres::new_incarnation(&address, &settings.schema, settings.connect_timeout).await
         }
     }
@@ -218,9 +218,9 @@ pub async fn print_detach(settings: &StoreSettings, env: Env<'_>) -> Result<Stri
     existing_table::postgres::print(&address, &settings.schema, &table, Wish::Detach, settings.connect_timeout).await
 }
 
-fn attachable(settings: &StoreSettings, env: Env<'_>) -> Result<(Address, ExistingTable), LedgerError> {
-    let address = Address::of(settings, Role::Manage);
-    if matches!(address.place(env)?, Place::Sqlite(_)) {
+fn attachable(settings: &StoreSettings, env: Env<'_>) -> Result<(StoreUrl, ExistingTable), LedgerError> {
+    let address = StoreUrl::of(settings, Role::Manage);
+    if matches!(address.backend(env)?, Backend::Sqlite(_)) {
         return Err(not_on_sqlite());
     }
     let table = ExistingTable::of(settings).ok_or_else(|| {

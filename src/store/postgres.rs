@@ -9,10 +9,10 @@ use std::time::Duration;
 
 use sqlx::{AssertSqlSafe, Connection, PgConnection};
 
-use super::{SchemaName, url::Address};
+use super::{SchemaName, url::StoreUrl};
 
 /// Opens a connection. Reads the URL and the password anew.
-pub(crate) async fn connect(address: &Address) -> Result<PgConnection, sqlx::Error> {
+pub(crate) async fn connect(address: &StoreUrl) -> Result<PgConnection, sqlx::Error> {
     // Files of secrets may be on a network filesystem: reading them must not hold up the thread of the poll.
     let address = address.clone();
     let options = tokio::task::spawn_blocking(move || address.postgres()).await.map_err(std::io::Error::from)?;
@@ -21,7 +21,7 @@ pub(crate) async fn connect(address: &Address) -> Result<PgConnection, sqlx::Err
 }
 
 /// As [`connect`], given up after `limit`.
-pub(crate) async fn connect_within(address: &Address, limit: Duration) -> Result<PgConnection, sqlx::Error> {
+pub(crate) async fn connect_within(address: &StoreUrl, limit: Duration) -> Result<PgConnection, sqlx::Error> {
     tokio::time::timeout(limit, connect(address)).await.unwrap_or_else(|_| {
         let problem = format!("no answer within {limit:?} while connecting");
         Err(sqlx::Error::Io(std::io::Error::new(std::io::ErrorKind::TimedOut, problem)))
@@ -29,7 +29,7 @@ pub(crate) async fn connect_within(address: &Address, limit: Duration) -> Result
 }
 
 /// The database and the schema in words.
-pub(crate) fn describe(address: &Address, schema: &SchemaName) -> String {
+pub(crate) fn describe(address: &StoreUrl, schema: &SchemaName) -> String {
     format!("{}, schema {:?},", address.describe_postgres(), schema.as_str())
 }
 

@@ -14,7 +14,7 @@ pub type Env<'a> = &'a (dyn Fn(&str) -> Option<String> + Sync);
 
 /// Which database, by its kind.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Place {
+pub(crate) enum Backend {
     /// An SQLite file.
     Sqlite(PathBuf),
     /// A PostgreSQL server.
@@ -32,7 +32,7 @@ pub(crate) enum Role {
 
 /// The URL and password of the database, or the files that hold them.
 #[derive(Clone, Debug)]
-pub(crate) struct Address {
+pub(crate) struct StoreUrl {
     url: Option<Secret>,
     url_file: Option<PathBuf>,
     password: Option<Secret>,
@@ -41,7 +41,7 @@ pub(crate) struct Address {
     names: (&'static str, &'static str),
 }
 
-impl Address {
+impl StoreUrl {
     /// The address that `role` uses.
     pub(crate) fn of(settings: &StoreSettings, role: Role) -> Self {
         let StoreSettings { url, url_file, management_url, management_url_file, password, password_file, .. } =
@@ -61,13 +61,13 @@ impl Address {
     }
 
     /// Which database it is.
-    pub(crate) fn place(&self, env: Env<'_>) -> Result<Place, LedgerError> {
-        let Some(url) = self.url()? else { return Ok(Place::Sqlite(default_path(env)?)) };
+    pub(crate) fn backend(&self, env: Env<'_>) -> Result<Backend, LedgerError> {
+        let Some(url) = self.url()? else { return Ok(Backend::Sqlite(default_path(env)?)) };
         match url.expose().split_once(':') {
-            Some(("sqlite", rest)) => sqlite_path(rest).map(Place::Sqlite).ok_or_else(|| {
+            Some(("sqlite", rest)) => sqlite_path(rest).map(Backend::Sqlite).ok_or_else(|| {
                 self.refuse("an SQLite URL is sqlite:// and an absolute path, such as sqlite:///var/lib/trustgate/trustgate.db, without parameters")
             }),
-            Some(("postgres" | "postgresql", _)) => Ok(Place::Postgres),
+            Some(("postgres" | "postgresql", _)) => Ok(Backend::Postgres),
             _ => Err(self.refuse("expected a URL that begins with sqlite://, postgres:// or postgresql://")),
         }
     }
@@ -107,7 +107,7 @@ impl Address {
 
     /// The same in words, once it is known to be an address.
     pub(crate) fn checked(&self, env: Env<'_>) -> Result<String, LedgerError> {
-        if self.place(env)? == Place::Postgres {
+        if self.backend(env)? == Backend::Postgres {
             self.postgres()?;
         }
         Ok(self.describe(env))
@@ -115,9 +115,9 @@ impl Address {
 
     /// The database in words, for messages.
     pub(crate) fn describe(&self, env: Env<'_>) -> String {
-        match self.place(env) {
-            Ok(Place::Sqlite(path)) => describe_sqlite(&path),
-            Ok(Place::Postgres) => self.describe_postgres(),
+        match self.backend(env) {
+            Ok(Backend::Sqlite(path)) => describe_sqlite(&path),
+            Ok(Backend::Postgres) => self.describe_postgres(),
             Err(problem) => problem.to_string(),
         }
     }
@@ -241,8 +241,8 @@ fn holds_password(url: &str) -> bool {
 mod tests {
     use super::*;
 
-    fn address(url: &str) -> Address {
-        Address::of(&StoreSettings { url: Some(Secret::new(url.into())), ..StoreSettings::default() }, Role::Serve)
+    fn address(url: &str) -> StoreUrl {
+        StoreUrl::of(&StoreSettings { url: Some(Secret::new(url.into())), ..StoreSettings::default() }, Role::Serve)
     }
 
     #[test]
@@ -263,10 +263,10 @@ mod tests {
 
     #[test]
     fn each_scheme_leads_to_its_database_and_others_are_explained() {
-        let place = |url: &str| address(url).place(&|_| None).map_err(|error| error.to_string());
-        assert_eq!(place("sqlite:///a/b.db"), Ok(Place::Sqlite("/a/b.db".into())));
-        assert_eq!(place("postgres://u@h/d"), Ok(Place::Postgres));
-        assert_eq!(place("postgresql://u@h/d"), Ok(Place::Postgres));
+        let place = |url: &str| address(url).backend(&|_| None).map_err(|error| error.to_string());
+        assert_eq!(place("sqlite:///a/b.db"), Ok(Backend::Sqlite("/a/b.db".into())));
+        assert_eq!(place("postgres://u@h/d"), Ok(Backend::Postgres));
+        assert_eq!(place("postgresql://u@h/d"), Ok(Backend::Postgres));
         for bad in
             ["mysql://root:hunter2@h/d", "hunter2", "sqlite://relative.db", "sqlite::memory:", "sqlite:///a?mode=rwc"]
         {

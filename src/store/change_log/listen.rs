@@ -15,7 +15,7 @@ use sqlx::{
 use tokio::time::timeout;
 use uuid::Uuid;
 
-use crate::store::{SchemaName, postgres::in_schema, url::Address};
+use crate::store::{SchemaName, postgres::in_schema, url::StoreUrl};
 
 /// A connection over which nothing came for so long is asked whether it is still there.
 const SILENCE: Duration = Duration::from_secs(10);
@@ -28,7 +28,7 @@ const ANSWER: Duration = Duration::from_secs(2);
 /// The connection broke, does not answer any longer, or turns out to lead through a pooler: what was said meanwhile is
 /// lost.
 pub(crate) async fn attend(
-    address: &Address,
+    address: &StoreUrl,
     schema: &SchemaName,
     changed: &(dyn Fn() + Send + Sync),
 ) -> Result<Infallible, sqlx::Error> {
@@ -53,7 +53,7 @@ pub(crate) async fn attend(
 ///
 /// # Errors
 /// There is none to be had, or it leads through a pooler.
-pub(crate) async fn open(address: &Address, channel: &str) -> Result<PgListener, sqlx::Error> {
+pub(crate) async fn open(address: &StoreUrl, channel: &str) -> Result<PgListener, sqlx::Error> {
     // A pooler would let this session's LISTEN fall on a server that others use next, and their drivers would choke on
     // what it hears. A setting of the session alone does not pass through one: it is refused, or not there afterwards.
     let session = Uuid::new_v4().simple().to_string();

@@ -13,7 +13,7 @@ use crate::{
         ColumnName, LedgerError, SchemaName, TableName,
         postgres::{code, connect_within, describe, in_schema},
         reads, schema,
-        url::Address,
+        url::StoreUrl,
     },
 };
 
@@ -226,7 +226,7 @@ pub(crate) enum Wish {
 /// [`LedgerError::Unusable`] with everything that keeps the table from being attached; [`LedgerError::Schema`] where
 /// our own tables are missing; a right is missing; or the database failed. Nothing was changed then.
 pub(crate) async fn run(
-    address: &Address,
+    address: &StoreUrl,
     name: &SchemaName,
     table: &ExistingTable,
     wish: Wish,
@@ -259,7 +259,7 @@ pub(crate) async fn run(
 /// # Errors
 /// As [`run`].
 pub(crate) async fn print(
-    address: &Address,
+    address: &StoreUrl,
     name: &SchemaName,
     table: &ExistingTable,
     wish: Wish,
@@ -275,7 +275,7 @@ pub(crate) async fn print(
 
 async fn script(
     connection: &mut PgConnection,
-    address: &Address,
+    address: &StoreUrl,
     name: &SchemaName,
     table: &ExistingTable,
     wish: Wish,

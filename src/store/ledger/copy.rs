@@ -11,7 +11,7 @@ use crate::{
     store::{
         Actor, LedgerError, StoreSettings,
         open::open_tables,
-        url::{Address, Env, Role},
+        url::{StoreUrl, Env, Role},
     },
 };
 
@@ -84,8 +84,8 @@ pub async fn copy(
     mut progress: impl FnMut(u64, u64),
 ) -> Result<Copied, CopyError> {
     let address = |name, url: Option<Secret>| match url {
-        Some(url) => Address::given(name, url),
-        None => Address::of(settings, Role::Manage),
+        Some(url) => StoreUrl::given(name, url),
+        None => StoreUrl::of(settings, Role::Manage),
     };
     if settings.reads_existing() && (ends.from.is_none() || ends.to.is_none()) {
         return Err(LedgerError::NotOurs.into());

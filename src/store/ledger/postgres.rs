@@ -24,7 +24,7 @@ use crate::{
         reads::postgres::micros,
         rows,
         schema::{self, postgres},
-        url::Address,
+        url::StoreUrl,
     },
 };
 
@@ -34,7 +34,7 @@ pub(crate) struct PostgresTables {
     /// The schema.
     schema: SchemaName,
     /// Where another connection finds out who holds up this one.
-    address: Address,
+    address: StoreUrl,
     /// The server process of the present transaction.
     pid: Option<i32>,
     /// Who held up the last statement that took long.
@@ -43,7 +43,7 @@ pub(crate) struct PostgresTables {
 
 /// Connects to the database, which must hold our tables.
 pub(crate) async fn open(
-    address: &Address,
+    address: &StoreUrl,
     schema: &SchemaName,
     connect_timeout: Duration,
 ) -> Result<PostgresTables, LedgerError> {

@@ -8,7 +8,7 @@ use sqlx::{Connection, Row};
 use tokio::time::sleep;
 
 use super::connect_within;
-use crate::store::url::Address;
+use crate::store::url::StoreUrl;
 
 /// How long a statement may take before somebody looks who holds it up. The rest of [`LOCK_TIMEOUT`] is for looking.
 const PATIENCE: Duration = Duration::from_secs(1);
@@ -18,7 +18,7 @@ pub(crate) const LOCK_TIMEOUT: Duration = Duration::from_secs(2);
 /// Runs `work` on the connection whose server process is `pid`. Should that take long, puts into `found` who holds it
 /// up, in words.
 pub(crate) async fn watched<T>(
-    address: &Address,
+    address: &StoreUrl,
     pid: Option<i32>,
     found: &mut Option<String>,
     work: impl Future<Output = T>,
@@ -37,7 +37,7 @@ pub(crate) async fn watched<T>(
     }
 }
 
-async fn blockers(address: &Address, pid: i32) -> Result<String, sqlx::Error> {
+async fn blockers(address: &StoreUrl, pid: i32) -> Result<String, sqlx::Error> {
     let mut connection = connect_within(address, PATIENCE).await?;
     let sql = "SELECT b.pid, a.application_name, a.state, extract(epoch FROM clock_timestamp() - a.xact_start)::bigint
          FROM unnest(pg_blocking_pids($1)) AS b (pid) LEFT JOIN pg_stat_activity a ON a.pid = b.pid";

@@ -19,7 +19,7 @@ use crate::{
         postgres::{code, connect, describe, is_missing},
         rows::{self, POLL_ROWS_MAX},
         schema,
-        url::Address,
+        url::StoreUrl,
     },
 };
 
@@ -27,7 +27,7 @@ use crate::{
 #[derive(Clone, Debug)]
 pub(crate) struct Postgres {
     /// Where it is.
-    pub(crate) address: Address,
+    pub(crate) address: StoreUrl,
     /// Where our tables are in it.
     pub(crate) schema: SchemaName,
     /// Somebody else's table, if it is one.
@@ -234,7 +234,7 @@ impl Dialect for Postgres {
         Ok(()) // made by `migrate`, never by who serves
     }
 
-    fn place(&self) -> String {
+    fn backend(&self) -> String {
         if self.names_changes() { describe(&self.address, &self.schema) } else { self.address.describe_postgres() }
     }
 

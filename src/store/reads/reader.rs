@@ -73,7 +73,7 @@ pub(crate) trait Dialect: Connect<Row: Plain> {
         std::future::ready(())
     }
     /// Where the database is, for messages.
-    fn place(&self) -> String;
+    fn backend(&self) -> String;
     /// Whether `error` says that a table, or the schema, is not there.
     fn is_missing(error: &sqlx::Error) -> bool;
 }
@@ -162,7 +162,7 @@ impl<D: Dialect> Reader<D> {
 
     /// The version of the tables, and whether it fits.
     async fn check_schema(&self, query: &D::Query) -> Result<(), LedgerError> {
-        let place = self.dialect.place();
+        let place = self.dialect.backend();
         let tables = match self.reads.read(query).await {
             Ok(rows) => newest_tables(&rows)?,
             Err(PoolError::Sql(error)) if D::is_missing(&error) => None,
@@ -314,7 +314,7 @@ impl<D: Dialect> Source for Reader<D> {
             Ok(_) => Ok(()),
             Err(PollError::NoAnswer(fault)) => Err(fault.into()),
             Err(PollError::Unusable(problem)) => {
-                Err(LedgerError::Schema(format!("{}: {problem}", self.dialect.place())))
+                Err(LedgerError::Schema(format!("{}: {problem}", self.dialect.backend())))
             }
         }
     }

@@ -383,7 +383,7 @@ impl Dialect for Sqlite {
         }
     }
 
-    fn place(&self) -> String {
+    fn backend(&self) -> String {
         describe_sqlite(&self.path)
     }
 

@@ -10,7 +10,7 @@ use crate::store::{
     change_log::postgres,
     postgres::{connect_within, describe, in_schema, is_missing},
     schema,
-    url::Address,
+    url::StoreUrl,
 };
 
 /// The version of the tables, newest first.
@@ -20,7 +20,7 @@ pub(crate) const SCHEMA: &str = "SELECT version, compatible_from FROM {s}.schema
 ///
 /// # Errors
 /// [`LedgerError::Schema`] where the tables are too new for this release; or the database failed.
-pub(crate) async fn run(address: &Address, name: &SchemaName, connect_timeout: Duration) -> Result<(), LedgerError> {
+pub(crate) async fn run(address: &StoreUrl, name: &SchemaName, connect_timeout: Duration) -> Result<(), LedgerError> {
     let mut connection = connect_within(address, connect_timeout).await?;
     let mut transaction = connection.begin().await?;
     sqlx::raw_sql(LOCK).execute(&mut *transaction).await?;
@@ -55,7 +55,7 @@ pub(crate) async fn run(address: &Address, name: &SchemaName, connect_timeout: D
 /// # Errors
 /// The database failed, or holds no tables of ours.
 pub(crate) async fn new_incarnation(
-    address: &Address,
+    address: &StoreUrl,
     name: &SchemaName,
     connect_timeout: Duration,
 ) -> Result<(), LedgerError> {
