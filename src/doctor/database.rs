@@ -18,7 +18,7 @@ use crate::{
             reader::{Dialect, newest_tables},
             sqlite::Sqlite,
         },
-        rows::{self, Plain as _},
+        rows::{self, RowExt as _},
         schema,
         url::{StoreUrl, Env, Backend, Role},
     },

@@ -20,7 +20,7 @@ use crate::store::{
     change_log::{listen, postgres},
     postgres::code,
     reads::postgres::Postgres,
-    rows::Plain as _,
+    rows::RowExt as _,
     schema::grants::{self, Needs},
     url::{StoreUrl, Backend, Role},
 };

@@ -50,7 +50,7 @@ struct KeyRow {
 }
 
 /// A row whose whole numbers and texts can be taken out by position.
-pub(crate) trait Plain {
+pub(crate) trait RowExt {
     /// A whole number.
     fn number(&self, column: usize) -> Result<i64, sqlx::Error>;
     /// A whole number or null.
@@ -61,7 +61,7 @@ pub(crate) trait Plain {
     fn text_or_null(&self, column: usize) -> Result<Option<String>, sqlx::Error>;
 }
 
-impl<R> Plain for R
+impl<R> RowExt for R
 where
     R: Row,
     usize: ColumnIndex<R>,
@@ -101,7 +101,7 @@ impl From<Corrupt> for sqlx::Error {
 
 impl Read {
     /// Takes the columns out of a row.
-    pub(crate) fn of(row: &impl Plain) -> Result<Self, sqlx::Error> {
+    pub(crate) fn of(row: &impl RowExt) -> Result<Self, sqlx::Error> {
         let key = match row.text_or_null(6)? {
             None => None,
             Some(id) => Some(KeyRow {
@@ -181,7 +181,7 @@ pub(crate) const POLL_ROWS_MAX: usize = 5_000;
 /// `standby`, `read-only`), the oldest version (or the one asked from, where it is still there), the newest with its nonce, incarnation, system, timeline, clock, whether
 /// changes are named, when the newest version was stamped; then, null where there is none, a version with its nonce, or
 /// a version, the kind of what it named and the object (null: the whole kind); then the recorded pepper and the one before it.
-pub(crate) fn polled(rows: &[impl Plain], echo: i64, sent_at: Moment) -> Result<Polled, PollError> {
+pub(crate) fn polled(rows: &[impl RowExt], echo: i64, sent_at: Moment) -> Result<Polled, PollError> {
     let unusable = |problem: &str| PollError::Unusable(problem.into());
     let read = || -> Result<Option<Polled>, sqlx::Error> {
         let Some(first) = rows.first() else { return Ok(None) };
@@ -292,7 +292,7 @@ pub(crate) fn by_digests(
 }
 
 /// A trust, from its id, name, enabled, created and number of keys.
-pub(crate) fn trust(row: &impl Plain) -> Result<Trust, sqlx::Error> {
+pub(crate) fn trust(row: &impl RowExt) -> Result<Trust, sqlx::Error> {
     Ok(Trust {
         id: TrustId(uuid(&row.text(0)?)?),
         name: row.text(1)?,
@@ -304,7 +304,7 @@ pub(crate) fn trust(row: &impl Plain) -> Result<Trust, sqlx::Error> {
 
 /// A key, from its id, trust (id, name, enabled), hint, scheme, name, scopes, allowed CIDRs, created, not before,
 /// expires, revoked, the fingerprint of its pepper.
-pub(crate) fn key(row: &impl Plain) -> Result<Key, sqlx::Error> {
+pub(crate) fn key(row: &impl RowExt) -> Result<Key, sqlx::Error> {
     Ok(Key {
         id: KeyId(uuid(&row.text(0)?)?),
         trust_id: TrustId(uuid(&row.text(1)?)?),
@@ -324,13 +324,13 @@ pub(crate) fn key(row: &impl Plain) -> Result<Key, sqlx::Error> {
 }
 
 /// A key with all that is stored of it: the columns of [`key`], then its digest.
-pub(crate) fn stored_key(row: &impl Plain) -> Result<StoredKey, sqlx::Error> {
+pub(crate) fn stored_key(row: &impl RowExt) -> Result<StoredKey, sqlx::Error> {
     let digest = ApiKeyDigest::from_hex(&row.text(14)?).ok_or(Corrupt("a digest is not 32 bytes"))?;
     Ok(StoredKey { key: key(row)?, digest })
 }
 
 /// A replica, from its id, name, applied version, last sign of life, and until when that counts.
-pub(crate) fn replica(row: &impl Plain) -> Result<Replica, sqlx::Error> {
+pub(crate) fn replica(row: &impl RowExt) -> Result<Replica, sqlx::Error> {
     Ok(Replica {
         id: uuid(&row.text(0)?)?,
         name: row.text(1)?,
@@ -341,9 +341,9 @@ pub(crate) fn replica(row: &impl Plain) -> Result<Replica, sqlx::Error> {
 }
 
 /// Digests, one a row, in hexadecimal.
-pub(crate) fn digests(rows: &[impl Plain]) -> Result<Vec<ApiKeyDigest>, sqlx::Error> {
+pub(crate) fn digests(rows: &[impl RowExt]) -> Result<Vec<ApiKeyDigest>, sqlx::Error> {
     let digest = |row: &_| {
-        let hex = Plain::text(row, 0)?;
+        let hex = RowExt::text(row, 0)?;
         ApiKeyDigest::from_hex(&hex).ok_or_else(|| Corrupt("a digest is not 32 bytes").into())
     };
     rows.iter().map(digest).collect()

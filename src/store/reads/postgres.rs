@@ -8,7 +8,7 @@ use uuid::Uuid;
 use super::{
     lookup::{Missing, OTHER_KEYS_MAX, SignOfLife},
     pool::Connect,
-    reader::{Dialect, Ours},
+    reader::{Dialect, OwnTableQueries},
 };
 use crate::{
     record::{Digests, Fingerprint, KeyId, Version},
@@ -165,8 +165,8 @@ impl Dialect for Postgres {
         self.call(&format!("SELECT {{s}}.renew_incarnation('{lost}')")).await
     }
 
-    fn ours(&self) -> Option<Ours<String>> {
-        self.names_changes().then(|| Ours {
+    fn ours(&self) -> Option<OwnTableQueries<String>> {
+        self.names_changes().then(|| OwnTableQueries {
             schema: self.timed(schema::postgres::SCHEMA),
             redis_mac_key: self.timed("SELECT encode(value, 'hex') FROM {s}.setting WHERE name = 'redis_mac_key'"),
             // Goes on if nobody waits for it: what it did not delete the next one must.

@@ -27,13 +27,13 @@ use crate::{
     store::{
         Lookup, StoreSettings,
         ledger::LedgerError,
-        rows::{self, Corrupt, Plain, Read},
+        rows::{self, Corrupt, RowExt, Read},
         schema,
     },
 };
 
 /// One database's side of the reads: what to send. Reads for decisions return the columns of [`Read`].
-pub(crate) trait Dialect: Connect<Row: Plain> {
+pub(crate) trait Dialect: Connect<Row: RowExt> {
     /// The record under one of `digests`.
     fn find(&self, digests: &Digests) -> Self::Query;
     /// The record of a key.
@@ -50,7 +50,7 @@ pub(crate) trait Dialect: Connect<Row: Plain> {
     /// Calls `changed` for every hint, as [`Lookup::listen`].
     fn listen(&self, changed: &(dyn Fn() + Send + Sync)) -> impl Future<Output = sqlx::Error> + Send;
     /// What only our own tables have; `None` on somebody else's.
-    fn ours(&self) -> Option<Ours<Self::Query>>;
+    fn ours(&self) -> Option<OwnTableQueries<Self::Query>>;
     /// Records the pepper of each key; `current`: that of the server. Only on our own tables.
     fn record_peppers(&self, proven: &[(KeyId, Fingerprint)], current: Fingerprint) -> Self::Query;
     /// A fingerprint in a statement.
@@ -79,7 +79,7 @@ pub(crate) trait Dialect: Connect<Row: Plain> {
 }
 
 /// Statements on our own tables.
-pub(crate) struct Ours<Q> {
+pub(crate) struct OwnTableQueries<Q> {
     /// Version and compatible-from of the tables, newest first.
     pub(crate) schema: Q,
     /// The Redis MAC key in hexadecimal.
@@ -191,8 +191,8 @@ fn others(known: &[Fingerprint], literal: fn(Fingerprint) -> String) -> Vec<Stri
         .collect()
 }
 
-/// What the answer to [`Ours::schema`] says; `None` where there are no tables.
-pub(crate) fn newest_tables(rows: &[impl Plain]) -> Result<Option<schema::Tables>, sqlx::Error> {
+/// What the answer to [`OwnTableQueries::schema`] says; `None` where there are no tables.
+pub(crate) fn newest_tables(rows: &[impl RowExt]) -> Result<Option<schema::Tables>, sqlx::Error> {
     let Some(row) = rows.first() else { return Ok(None) };
     Ok(Some(schema::Tables { version: row.number(0)?, compatible_from: row.number(1)? }))
 }

@@ -15,7 +15,7 @@ use uuid::Uuid;
 use super::{
     lookup::{Missing, OTHER_KEYS_MAX, SignOfLife},
     pool::Connect,
-    reader::{Dialect, Ours},
+    reader::{Dialect, OwnTableQueries},
 };
 use crate::{
     record::{Digests, Fingerprint, KeyId, Version},
@@ -297,8 +297,8 @@ impl Dialect for Sqlite {
         self.commit(writer).await
     }
 
-    fn ours(&self) -> Option<Ours<Query>> {
-        self.preset.is_none().then(|| Ours {
+    fn ours(&self) -> Option<OwnTableQueries<Query>> {
+        self.preset.is_none().then(|| OwnTableQueries {
             schema: Query::new(schema::sqlite::SCHEMA, []),
             redis_mac_key: Query::new("SELECT hex(value) FROM setting WHERE name = 'redis_mac_key'", []),
             prune: Query::writing(prune(), []),
