@@ -558,7 +558,7 @@ mod tests {
             newest: versioned((), *versions.end()),
             stamped_at: DatabaseTime::from_micros(0),
             oldest: Version(1),
-            watched: true,
+            triggers_intact: true,
             versions: versions.map(|version| (Version(version), Nonce::default())).collect(),
             changes: Vec::new(),
             complete: true,

@@ -277,17 +277,17 @@ impl ReplicaState {
         }
     }
 
-    /// Takes in the answer to a poll that was sent for [`ReplicaView::since`] of the present view. `names_changes`: whether
+    /// Takes in the answer to a poll that was sent for [`ReplicaView::since`] of the present view. `tracks_changes`: whether
     /// the tables are ours; others never give a lease.
-    pub fn apply(&self, polled: &Polled, names_changes: bool) -> Applied {
+    pub fn apply(&self, polled: &Polled, tracks_changes: bool) -> Applied {
         let newest = &polled.newest;
         self.database_clock.observe(newest.sent_at, newest.read_at);
         let view = self.present.load_full();
         let history = view.history();
         let (begun, before) = (history.is_begun(), history.applied());
         // Without versions there is nothing to judge: such tables have no history that could be lost.
-        let continuity = if names_changes { history.judge(polled) } else { Continuity::Follow };
-        if names_changes && !polled.watched && continuity != Continuity::Lost {
+        let continuity = if tracks_changes { history.judge(polled) } else { Continuity::Follow };
+        if tracks_changes && !polled.triggers_intact && continuity != Continuity::Lost {
             view.lease.end();
             return Applied::Unwatched;
         }
@@ -315,7 +315,7 @@ impl ReplicaState {
         let told = polled.changes.iter();
         let told = told.filter(|(version, change)| begun || matches!(change, Change::Gone(_)) || is_news(*version));
         self.revoked.note(told, newest.sent_at);
-        let sent = names_changes.then_some(newest.sent_at);
+        let sent = tracks_changes.then_some(newest.sent_at);
         view.lease.renew(floor, &polled.changes, || view.history().advance(polled), sent);
         self.applied.notify_waiters();
         self.confirmed.send_if_modified(|confirmed| !std::mem::replace(confirmed, true));
@@ -362,7 +362,7 @@ mod tests {
             newest,
             stamped_at: DatabaseTime::from_micros(0),
             oldest: Version(1),
-            watched: true,
+            triggers_intact: true,
             versions: versions.iter().map(|(version, nonce)| (Version(*version), Nonce([*nonce; 16]))).collect(),
             changes: changes.iter().map(|(version, change)| (Version(*version), change.clone())).collect(),
             complete: true,
@@ -397,7 +397,7 @@ mod tests {
         assert_eq!(replica_state.apply(&polled(&[(5, 5), (6, 6)], &[(6, Change::Gone(digest))]), true), Applied::Changed);
         let before = replica_state.load();
         // Also where the tables were altered with it.
-        let lost = replica_state.apply(&Polled { watched: false, ..polled(&[(6, 1), (7, 7)], &[]) }, true);
+        let lost = replica_state.apply(&Polled { triggers_intact: false, ..polled(&[(6, 1), (7, 7)], &[]) }, true);
         assert!(matches!(lost, Applied::Lost { applied: Version(6), .. }), "{lost:?}");
         assert_eq!(before.lease_state(Moment::from_nanos(8)), LeaseState::Expired, "the old view's lease is over");
         assert_eq!((replica_state.load().since(), replica_state.load().lease_state(Moment::from_nanos(8))), (None, LeaseState::Expired));
@@ -440,11 +440,11 @@ mod tests {
     fn nothing_is_relied_on_while_changes_are_not_named() {
         let replica_state = ReplicaState::new(LIMITS);
         replica_state.apply(&polled(&[(5, 5)], &[]), true);
-        let unwatched = Polled { watched: false, ..polled(&[(5, 5), (6, 6)], &[]) };
+        let unwatched = Polled { triggers_intact: false, ..polled(&[(5, 5), (6, 6)], &[]) };
         assert_eq!(replica_state.apply(&unwatched, true), Applied::Unwatched);
         assert_eq!(replica_state.load().lease_state(Moment::from_nanos(8)), LeaseState::Expired);
         assert_eq!(replica_state.load().applied(), Version(5));
-        let other = Polled { watched: false, ..polled(&[(5, 6)], &[]) };
+        let other = Polled { triggers_intact: false, ..polled(&[(5, 6)], &[]) };
         assert!(matches!(ReplicaState::new(LIMITS).apply(&other, true), Applied::Unwatched), "nothing is known of it");
         assert_eq!(replica_state.apply(&polled(&[(5, 5), (6, 6), (7, 7)], &[(7, Change::Everything)]), true), Applied::Changed);
         assert!(!absence_covered(&replica_state, 6));
@@ -462,7 +462,7 @@ mod tests {
     #[test]
     fn tables_that_name_no_changes_are_confirmed_but_never_give_a_lease() {
         let replica_state = ReplicaState::new(LIMITS);
-        let unnamed = Polled { watched: false, ..polled(&[(0, 0)], &[]) };
+        let unnamed = Polled { triggers_intact: false, ..polled(&[(0, 0)], &[]) };
         assert_eq!(replica_state.apply(&unnamed, false), Applied::Begun);
         assert_eq!(replica_state.load().lease_state(Moment::from_nanos(8)), LeaseState::Expired);
         assert!(replica_state.is_confirmed());

@@ -106,7 +106,7 @@ impl StoreSettings {
 
     /// Whether changes of what is read are named, as a lease needs it.
     #[must_use]
-    pub const fn names_changes(&self) -> bool {
+    pub const fn tracks_changes(&self) -> bool {
         !self.reads_existing() || self.attached
     }
 }

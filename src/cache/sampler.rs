@@ -252,7 +252,7 @@ mod tests {
             newest: versioned((), *versions.end()),
             stamped_at: DatabaseTime::from_micros(0),
             oldest: Version(1),
-            watched: true,
+            triggers_intact: true,
             versions: versions.map(|version| (Version(version), versioned((), version).nonce)).collect(),
             changes: changes.iter().map(|(version, change)| (Version(*version), change.clone())).collect(),
             complete: true,

@@ -213,7 +213,7 @@ fn deadlines(config: &Config, reader: &mut Reader) {
 
 fn freshness(config: &Config, reader: &mut Reader) {
     let FreshnessSettings { mode, lease, stale_if_unconfirmed, poll_interval, poll_timeout, .. } = config.freshness;
-    if !config.store.names_changes() && matches!(mode, Some(Freshness::Lease | Freshness::Strict)) {
+    if !config.store.tracks_changes() && matches!(mode, Some(Freshness::Lease | Freshness::Strict)) {
         let problem = "needs tables that name their changes, which yours does not: run `trustgate attach` and set \
                        store.attached, or set \"ttl\" or \"live\"";
         reader.refuse("freshness", "mode", problem.to_owned());
@@ -235,7 +235,7 @@ fn freshness(config: &Config, reader: &mut Reader) {
             "sample_interval",
             sample_interval,
             SAMPLE_INTERVAL_MIN,
-            config.store.names_changes(),
+            config.store.tracks_changes(),
             "needs tables that name their changes, which yours does not: attach it, or unset this",
         ),
         (

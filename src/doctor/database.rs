@@ -209,10 +209,10 @@ impl<'a, D: Dialect> Session<'a, D> {
             }
         }
         report.redis_mac_key = Some(self.redis_mac_key().await);
-        let watched = self.polls(kind, report).await;
+        let triggers_intact = self.polls(kind, report).await;
         let reads = self.reads().await;
         report.add(reads);
-        Tables::Fit { watched }
+        Tables::Fit { triggers_intact }
     }
 
     /// Whether our tables are there and of a fitting version.
@@ -266,7 +266,7 @@ impl<'a, D: Dialect> Session<'a, D> {
                 Err(problem) => {
                     let remedy = "`serve` confirms nothing while this is so: see the findings above this one";
                     report.add(Finding::failed(POLLS, problem, remedy).about(SETTING));
-                    return last.map(|polled| polled.watched);
+                    return last.map(|polled| polled.triggers_intact);
                 }
             }
         }
@@ -279,7 +279,7 @@ impl<'a, D: Dialect> Session<'a, D> {
         if matches!(kind, Kind::Server) {
             report.findings.extend(samples.iter().min_by_key(|sample| sample.took()).map(|sample| self.clock(sample)));
         }
-        last.map(|polled| polled.watched)
+        last.map(|polled| polled.triggers_intact)
     }
 
     /// Whether `serve` would have the pepper of the keys.
@@ -371,7 +371,7 @@ pub(crate) enum Tables {
     /// They can be read.
     Fit {
         /// Whether changes are named, if a poll says so.
-        watched: Option<bool>,
+        triggers_intact: Option<bool>,
     },
     /// They are missing, or of another version.
     Unfit,

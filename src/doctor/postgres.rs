@@ -57,13 +57,13 @@ pub(crate) async fn run(postgres: Postgres, examination: Examination<'_>, report
     };
     report.add(server(&who));
     let tables = session.examine(Kind::Server, report).await;
-    if postgres.names_changes() {
+    if postgres.tracks_changes() {
         let manager = manager(&who, examination, report).await;
         if tables != Tables::Unfit {
             report.add(rights(&mut session, &who, manager.as_deref(), &postgres.schema).await);
         }
-        if let Tables::Fit { watched } = tables {
-            report.add(naming(&mut session, watched, &postgres).await);
+        if let Tables::Fit { triggers_intact } = tables {
+            report.add(naming(&mut session, triggers_intact, &postgres).await);
         }
         report.add(hints(&mut session, &postgres.address, examination).await);
     } else {
@@ -334,7 +334,7 @@ async fn texts(session: &mut Session<'_, Postgres>, question: &String) -> Result
 }
 
 /// Whether every change is named, by what a poll says and by the triggers themselves.
-async fn naming(session: &mut Session<'_, Postgres>, watched: Option<bool>, postgres: &Postgres) -> Finding {
+async fn naming(session: &mut Session<'_, Postgres>, triggers_intact: Option<bool>, postgres: &Postgres) -> Finding {
     let mut problems = texts(session, &postgres::problems(&postgres.schema)).await;
     if let (Ok(found), Some(question)) = (&mut problems, postgres.unattached()) {
         match texts(session, &question).await {
@@ -342,7 +342,7 @@ async fn naming(session: &mut Session<'_, Postgres>, watched: Option<bool>, post
             Err(trouble) => problems = Err(trouble),
         }
     }
-    match (problems, watched) {
+    match (problems, triggers_intact) {
         (Ok(problems), _) if !problems.is_empty() => {
             let listed = problems.iter().take(LISTED).cloned().collect::<Vec<_>>().join("; ");
             let more = problems.len().saturating_sub(LISTED);

@@ -67,8 +67,8 @@ pub(crate) async fn run(sqlite: Sqlite, examination: Examination<'_>, report: &m
     session.close().await;
     if sqlite.preset.is_some() {
         report.add(Finding::skipped(WATCH, "store.preset is set: nobody names changes there"));
-    } else if let Tables::Fit { watched: Some(watched) } = tables {
-        report.add(naming(watched, problem));
+    } else if let Tables::Fit { triggers_intact: Some(triggers_intact) } = tables {
+        report.add(naming(triggers_intact, problem));
     }
 }
 
@@ -116,8 +116,8 @@ async fn look(sqlite: &Sqlite) -> Result<(String, String, Option<String>), sqlx:
     Ok((version, journal, problem))
 }
 
-fn naming(watched: bool, problem: Result<Option<String>, Trouble>) -> Finding {
-    match (problem, watched) {
+fn naming(triggers_intact: bool, problem: Result<Option<String>, Trouble>) -> Finding {
+    match (problem, triggers_intact) {
         (Ok(Some(problem)), _) => {
             let remedy = "run `trustgate migrate`, which puts back what is missing: until then no replica relies on \
                           what it holds";

@@ -68,7 +68,7 @@ pub struct Parts {
     /// How fresh records must be where a route does not say so.
     pub freshness: Freshness,
     /// Whether the tables name their changes; without that there is no lease.
-    pub names_changes: bool,
+    pub tracks_changes: bool,
     /// From key to digest.
     pub hasher: Hasher,
     /// Where records are found.
@@ -256,7 +256,7 @@ impl Checker {
     /// by a lease: there, a route that demands one gets what is fresher.
     fn freshness(&self, demands: &Demands<'_>) -> Freshness {
         match demands.freshness.unwrap_or(self.parts.freshness) {
-            Freshness::Lease | Freshness::Strict if !self.parts.names_changes => Freshness::Live,
+            Freshness::Lease | Freshness::Strict if !self.parts.tracks_changes => Freshness::Live,
             freshness => freshness,
         }
     }

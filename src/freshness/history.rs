@@ -160,7 +160,7 @@ mod tests {
             newest: versioned(version, nonce),
             stamped_at: DatabaseTime::from_micros(0),
             oldest: Version(1),
-            watched: true,
+            triggers_intact: true,
             versions: versions.iter().map(|(version, nonce)| (Version(*version), Nonce([*nonce; 16]))).collect(),
             changes: Vec::new(),
             complete: true,

@@ -146,7 +146,7 @@ pub struct Poll {
     /// Its intervals and limits.
     pub settings: FreshnessSettings,
     /// Whether the tables name their changes.
-    pub names_changes: bool,
+    pub tracks_changes: bool,
     /// This replica, from the start of the process to its end.
     pub replica: Uuid,
     /// What people know it by.
@@ -284,7 +284,7 @@ impl Poll {
 
     async fn take_in(&self, polled: &Polled, signs: &watch::Sender<Version>, state: &mut State) {
         let newest = polled.newest.as_of;
-        let applied = self.replica_state.apply(polled, self.names_changes);
+        let applied = self.replica_state.apply(polled, self.tracks_changes);
         match applied {
             Applied::Nothing => {}
             Applied::Begun => {

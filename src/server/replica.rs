@@ -162,7 +162,7 @@ impl Replica {
             replica_state: Arc::clone(&replica_state),
             clock,
             settings: config.freshness.clone(),
-            names_changes: config.store.names_changes(),
+            tracks_changes: config.store.tracks_changes(),
             replica: id,
             name,
             peppers,
@@ -265,7 +265,7 @@ fn sample(
     (tasks, io): (&mut Tasks, &Handle),
 ) {
     let (interval, cache, stop) = (config.freshness.sample_interval, Arc::clone(cache), stop.clone());
-    if interval > Duration::ZERO && config.store.names_changes() {
+    if interval > Duration::ZERO && config.store.tracks_changes() {
         let sampling = async move {
             cache.sample(interval, spread, stop).await;
             Ok(())
@@ -297,7 +297,7 @@ fn check_parts(
         decision: config.decision.clone(),
         credential: config.credential.clone(),
         freshness: mode(config),
-        names_changes: config.store.names_changes(),
+        tracks_changes: config.store.tracks_changes(),
         hasher,
         cache: Arc::clone(cache),
         replica_state: Arc::clone(replica_state),
@@ -308,7 +308,7 @@ fn check_parts(
 
 /// How fresh records must be where a route does not say so.
 pub(crate) fn mode(config: &Config) -> Freshness {
-    let usual = if config.store.names_changes() { Freshness::Lease } else { Freshness::Ttl };
+    let usual = if config.store.tracks_changes() { Freshness::Lease } else { Freshness::Ttl };
     config.freshness.mode.unwrap_or(usual)
 }
 

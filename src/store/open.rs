@@ -96,7 +96,7 @@ pub fn management(settings: &StoreSettings, env: Env<'_>) -> Result<Management, 
 /// # Errors
 /// As [`open_ledger`].
 pub async fn open_history(settings: &StoreSettings, env: Env<'_>) -> Result<Box<dyn Ledger>, LedgerError> {
-    if !settings.names_changes() {
+    if !settings.tracks_changes() {
         return Err(LedgerError::NotOurs);
     }
     manage(settings, env)?.open().await
@@ -145,7 +145,7 @@ pub(crate) async fn open_tables(
 /// [`LedgerError::NotOurs`] with somebody else's table that is not to be attached; [`LedgerError::Schema`] where the
 /// tables are too new; a file that cannot be used; or the database cannot be reached.
 pub async fn migrate(settings: &StoreSettings, env: Env<'_>) -> Result<(), LedgerError> {
-    if !settings.names_changes() {
+    if !settings.tracks_changes() {
         return Err(LedgerError::NotOurs);
     }
     let address = StoreUrl::of(settings, Role::Manage);
@@ -164,7 +164,7 @@ pub async fn migrate(settings: &StoreSettings, env: Env<'_>) -> Result<(), Ledge
 /// # Errors
 /// As [`open_ledger`].
 pub async fn new_incarnation(settings: &StoreSettings, env: Env<'_>) -> Result<(), LedgerError> {
-    if !settings.names_changes() {
+    if !settings.tracks_changes() {
         return Err(LedgerError::NotOurs);
     }
     let address = StoreUrl::of(settings, Role::Manage);

@@ -204,7 +204,7 @@ pub(crate) fn polled(rows: &[impl RowExt], echo: i64, sent_at: Moment) -> Result
             newest: newest.date(sent_at)?,
             stamped_at: DatabaseTime::from_micros(first.number(10)?),
             oldest: version(first.number(2)?)?,
-            watched: first.number(9)? != 0,
+            triggers_intact: first.number(9)? != 0,
             versions: Vec::new(),
             changes: Vec::new(),
             complete: rows.len() <= POLL_ROWS_MAX,

@@ -122,7 +122,7 @@ async fn execute(connection: &mut PgConnection, sql: &str) {
 /// What was named since `version`, sorted, and how many versions there were.
 async fn named(lookup: &Arc<dyn Source>, version: &mut Version) -> (Vec<String>, usize) {
     let polled = lookup.poll(Some(*version)).await.unwrap();
-    assert!(polled.watched && polled.complete, "{polled:?}");
+    assert!(polled.triggers_intact && polled.complete, "{polled:?}");
     *version = polled.newest.as_of;
     let mut changes: Vec<_> = polled.changes.iter().map(|(_, change)| format!("{change:?}")).collect();
     changes.sort();
@@ -231,7 +231,7 @@ async fn whatever_an_application_does_to_an_attached_table_is_named_and_a_heartb
         assert_eq!(named(&lookup, &mut seen).await, (vec![], 0), "what was undone did not happen");
         execute(&mut app, "TRUNCATE hospital.trust").await;
         // The table has another file then, which might as well be another table.
-        assert!(!lookup.poll(Some(seen)).await.unwrap().watched);
+        assert!(!lookup.poll(Some(seen)).await.unwrap().triggers_intact);
         lookup.restore_watch().await.unwrap();
         let whole = [Change::Whole(ChangeKind::Keys), Change::Whole(ChangeKind::Trusts), Change::Everything];
         assert_eq!(named(&lookup, &mut seen).await, (texts(&whole), 2), "{level}");
@@ -301,7 +301,7 @@ async fn nothing_is_left_when_it_is_detached() {
             assert_eq!(theirs.place.json(&["detach"])["attached"], false);
         }
         assert!(schema() == before, "{}", schema());
-        assert!(!lookup.poll(Some(newest)).await.unwrap().watched, "nothing is relied on any more");
+        assert!(!lookup.poll(Some(newest)).await.unwrap().triggers_intact, "nothing is relied on any more");
         let problem = lookup.restore_watch().await.unwrap_err().to_string();
         assert!(problem.contains("run `trustgate attach`"), "{problem}");
         theirs.run("app", &format!("INSERT INTO hospital.trust (id) VALUES ('{}')", id(1))).await;
@@ -345,7 +345,7 @@ async fn without_the_rights_it_is_said_who_has_to_do_it() {
     let theirs = Theirs::new().await;
     theirs.place.run(&["attach"]).failed(1, &["hospital.trust", "--print"]);
     let (lookup, newest) = (theirs.lookup().await, Version(1));
-    assert!(!lookup.poll(Some(newest)).await.is_ok_and(|polled| polled.watched), "nothing was done");
+    assert!(!lookup.poll(Some(newest)).await.is_ok_and(|polled| polled.triggers_intact), "nothing was done");
 }
 
 #[tokio::test]
@@ -366,7 +366,7 @@ async fn whoever_alters_an_attached_table_ends_the_lease_until_it_is_put_right()
     ] {
         let (lookup, mut seen) = theirs.watched().await;
         theirs.run("owner", harm).await;
-        assert!(!lookup.poll(Some(seen)).await.unwrap().watched, "{harm}");
+        assert!(!lookup.poll(Some(seen)).await.unwrap().triggers_intact, "{harm}");
         let problem = lookup.restore_watch().await.unwrap_err().to_string();
         assert!(problem.contains(says) && problem.contains("run `trustgate attach`"), "{harm}: {problem}");
         if harm.starts_with("DROP TABLE") {
@@ -397,7 +397,7 @@ async fn a_part_that_is_added_later_is_watched_by_itself() {
     let (lookup, mut seen) = theirs.watched().await;
     let part = "CREATE TABLE hospital.two PARTITION OF hospital.trust FOR VALUES WITH (MODULUS 2, REMAINDER 1)";
     theirs.run("owner", part).await;
-    assert!(!lookup.poll(Some(seen)).await.unwrap().watched, "until it is seen to have the trigger");
+    assert!(!lookup.poll(Some(seen)).await.unwrap().triggers_intact, "until it is seen to have the trigger");
     lookup.restore_watch().await.unwrap();
     assert_eq!(named(&lookup, &mut seen).await, (texts(&[Change::Everything]), 1));
     for number in 1..9 {
@@ -407,7 +407,7 @@ async fn a_part_that_is_added_later_is_watched_by_itself() {
         assert_eq!(named(&lookup, &mut seen).await, (texts(&[Change::Absent(digest(number))]), 1));
     }
     theirs.run("owner", "TRUNCATE hospital.two").await;
-    assert!(!lookup.poll(Some(seen)).await.unwrap().watched);
+    assert!(!lookup.poll(Some(seen)).await.unwrap().triggers_intact);
     lookup.restore_watch().await.unwrap();
     assert_eq!(named(&lookup, &mut seen).await, (texts(&[Change::Everything]), 1));
     theirs.run_printed("detach").await;
@@ -431,7 +431,7 @@ async fn columns_that_are_renamed_end_the_lease_and_never_fail_the_application()
     seen = lookup.poll(Some(seen)).await.unwrap().newest.as_of;
     let swap = [rename("api_key_hash", "old"), rename("next", "api_key_hash")].concat();
     theirs.run("owner", &format!("BEGIN; {swap} COMMIT")).await;
-    assert!(!lookup.poll(Some(seen)).await.unwrap().watched);
+    assert!(!lookup.poll(Some(seen)).await.unwrap().triggers_intact);
     lookup.restore_watch().await.unwrap();
     assert_eq!(named(&lookup, &mut seen).await, (texts(&[Change::Everything]), 1));
     assert!(lookup.find(&digests(11)).await.unwrap().value.is_none());
@@ -442,7 +442,7 @@ async fn columns_that_are_renamed_end_the_lease_and_never_fail_the_application()
 
     // One that is read is gone: nobody can tell what is written then.
     theirs.run("owner", &rename("revoked_at", "ended_at")).await;
-    assert!(!lookup.poll(Some(seen)).await.unwrap().watched);
+    assert!(!lookup.poll(Some(seen)).await.unwrap().triggers_intact);
     for sql in [
         format!("UPDATE hospital.trust SET ended_at = now() WHERE id = '{}'", id(2)),
         format!("INSERT INTO hospital.trust (id) VALUES ('{}')", id(3)),
@@ -463,7 +463,7 @@ async fn policies_that_are_switched_on_later_end_the_lease() {
     theirs.run_printed("attach").await;
     let (lookup, seen) = theirs.watched().await;
     theirs.run("owner", "ALTER TABLE hospital.trust ENABLE ROW LEVEL SECURITY").await;
-    assert!(!lookup.poll(Some(seen)).await.unwrap().watched);
+    assert!(!lookup.poll(Some(seen)).await.unwrap().triggers_intact);
     let problem = lookup.restore_watch().await.unwrap_err().to_string();
     assert!(problem.contains("ALTER TABLE hospital.trust DISABLE ROW LEVEL SECURITY"), "{problem}");
     theirs.run("owner", "ALTER TABLE hospital.trust DISABLE ROW LEVEL SECURITY").await;
@@ -557,11 +557,11 @@ async fn a_replica_that_reads_other_columns_than_are_watched_relies_on_nothing()
     let theirs = Theirs::new().await;
     theirs.run_printed("attach").await;
     let (lookup, newest) = theirs.watched().await;
-    assert!(lookup.poll(Some(newest)).await.unwrap().watched);
+    assert!(lookup.poll(Some(newest)).await.unwrap().triggers_intact);
     let settings = StoreSettings { table_revoked_at: None, ..theirs.settings() };
     let other = store::open_lookup(&settings, &|_| None, Arc::new(SystemClock)).unwrap();
     other.prepare(Missing::Refuse).await.unwrap();
-    assert!(!other.poll(Some(newest)).await.unwrap().watched);
+    assert!(!other.poll(Some(newest)).await.unwrap().triggers_intact);
     assert!(other.restore_watch().await.unwrap_err().to_string().contains("run `trustgate attach`"));
 }
 

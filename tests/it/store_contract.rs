@@ -619,7 +619,7 @@ async fn a_change_and_its_audit_are_one(db: Db) {
 /// What was named since `version`, each once, in words; and the newest version.
 async fn named_since(lookup: &Arc<dyn Source>, version: &mut Version) -> Vec<String> {
     let polled = lookup.poll(Some(*version)).await.unwrap();
-    assert!(polled.watched && polled.complete, "{polled:?}");
+    assert!(polled.triggers_intact && polled.complete, "{polled:?}");
     assert!(polled.versions.iter().any(|(found, _)| found == version), "the version asked from is shown as well");
     assert_eq!(polled.versions.last(), Some(&(polled.newest.as_of, polled.newest.nonce)));
     assert!(polled.versions.is_sorted_by_key(|(version, _)| *version));
@@ -810,7 +810,7 @@ async fn the_watch_is_restored_without_a_version_where_nothing_was_wrong(db: Db)
     lookup.restore_watch().await.unwrap();
     assert_eq!(newest(&lookup).await.as_of, first.as_of);
     db.execute("UPDATE meta SET fingerprint = NULL").await;
-    assert!(!lookup.poll(None).await.unwrap().watched);
+    assert!(!lookup.poll(None).await.unwrap().triggers_intact);
     let mut restoring = tokio::task::JoinSet::new();
     for _ in 0..4 {
         let lookup = Arc::clone(&lookup);
@@ -897,7 +897,7 @@ async fn a_table_of_somebody_else_is_read_as_it_is(mut db: Db) {
 
     assert_eq!(lookup.redis_mac_key().await.unwrap(), None);
     let polled = lookup.poll(Some(Version(0))).await.unwrap();
-    assert_eq!((polled.newest.as_of, polled.newest.nonce, polled.watched), (Version(0), Nonce::default(), false));
+    assert_eq!((polled.newest.as_of, polled.newest.nonce, polled.triggers_intact), (Version(0), Nonce::default(), false));
     assert!(polled.changes.is_empty() && polled.complete, "{polled:?}");
     lookup.report(&sign(first, 0)).await.unwrap();
     lookup.restore_watch().await.unwrap();

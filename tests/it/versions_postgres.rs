@@ -91,7 +91,7 @@ impl Db {
 
     async fn since(&self, version: &mut Version) -> Polled {
         let polled = self.lookup.poll(Some(*version)).await.unwrap();
-        assert!(polled.watched && polled.complete, "{polled:?}");
+        assert!(polled.triggers_intact && polled.complete, "{polled:?}");
         *version = polled.newest.as_of;
         polled
     }
@@ -635,7 +635,7 @@ async fn a_dump_that_is_restored_elsewhere_goes_on_although_transactions_have_ol
     let polled = restored.lookup.poll(None).await.unwrap();
     assert_eq!((polled.newest.as_of, polled.newest.nonce), (before.newest.as_of, before.newest.nonce));
     assert_ne!(polled.newest.lineage, before.newest.lineage, "another server is another history");
-    assert!(!polled.watched, "these are other triggers than those that were watched");
+    assert!(!polled.triggers_intact, "these are other triggers than those that were watched");
     restored.lookup.restore_watch().await.unwrap();
     let mut seen = polled.newest.as_of;
     assert_eq!(restored.named(&mut seen).await, (vec![Change::Everything], 1));

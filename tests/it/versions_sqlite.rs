@@ -146,7 +146,7 @@ impl Follower {
     /// What was named since the last call.
     async fn named(&mut self) -> Vec<String> {
         let polled = self.poll().await;
-        assert!(polled.watched && polled.complete, "{polled:?}");
+        assert!(polled.triggers_intact && polled.complete, "{polled:?}");
         polled.changes.iter().map(|(_, change)| written(change)).collect()
     }
 
@@ -496,7 +496,7 @@ async fn a_thousand_of_a_kind_are_named_one_by_one_and_more_as_a_whole() {
     assert_eq!(writer.number("SELECT count(*) FROM api_key").await, 101_003);
     // For a replica that begins as well.
     let start = follower.lookup.poll(None).await.unwrap();
-    assert!(start.watched && start.complete && start.newest.as_of == follower.at.0);
+    assert!(start.triggers_intact && start.complete && start.newest.as_of == follower.at.0);
     assert_eq!(start.versions.len(), 1_001);
     let told: Vec<String> = start.changes.iter().map(|(_, change)| written(change)).collect();
     assert!(told.contains(&"all Absences".to_owned()) && told.contains(&"trust 2".to_owned()), "{told:?}");
@@ -547,11 +547,11 @@ async fn whatever_may_let_a_change_pass_unnamed_is_noticed_and_mended_or_told() 
     ] {
         writer.run(done).await.unwrap();
         let polled = follower.poll().await;
-        assert!(!polled.watched, "{done}");
+        assert!(!polled.triggers_intact, "{done}");
         if let Some(problem) = problem {
             let told = follower.lookup.restore_watch().await.unwrap_err().to_string();
             assert!(told.contains(problem), "{done}: {told}");
-            assert!(!follower.poll().await.watched, "{done}");
+            assert!(!follower.poll().await.triggers_intact, "{done}");
             // Not even the start of another server puts in force what is not.
             match undo.strip_suffix("migrate") {
                 Some(undo) => {
@@ -576,7 +576,7 @@ async fn whatever_may_let_a_change_pass_unnamed_is_noticed_and_mended_or_told() 
     }
     // The tables themselves.
     writer.run("DROP TABLE api_key").await.unwrap();
-    assert!(!follower.poll().await.watched);
+    assert!(!follower.poll().await.triggers_intact);
     assert!(follower.lookup.restore_watch().await.unwrap_err().to_string().contains("is missing"));
 }
 
@@ -709,7 +709,7 @@ async fn a_database_of_the_first_release_is_brought_up_to_date_with_its_keys() {
     preparing.join_all().await;
     let mut follower = db.follower().await;
     let start = follower.poll().await;
-    assert!(start.watched && start.newest.as_of == Version(3), "{start:?}");
+    assert!(start.triggers_intact && start.newest.as_of == Version(3), "{start:?}");
     assert_eq!(start.newest.lineage.incarnation, Uuid::from_u128(0x77));
     let before = follower.lookup.poll(Some(Version(2))).await.unwrap();
     assert_eq!(before.changes, [(Version(3), Change::Everything)], "nobody named what happened until now");
@@ -741,7 +741,7 @@ async fn what_is_an_answer_confirms_nothing_and_what_is_none_is_told_apart() {
     let locked = db.open().poll(None).await;
     is_unusable(locked, "locked").unwrap();
     holder.run("ROLLBACK; PRAGMA journal_mode = DELETE").await.unwrap();
-    assert!(db.open().poll(None).await.unwrap().watched);
+    assert!(db.open().poll(None).await.unwrap().triggers_intact);
 
     // A table of ours is missing.
     let follower = db.follower().await;
@@ -888,7 +888,7 @@ async fn a_table_of_somebody_else_is_polled_and_never_written() {
     for since in [None, Some(Version(0))] {
         let polled = lookup.poll(since).await.unwrap();
         assert_eq!((polled.newest.as_of, polled.newest.nonce), (Version(0), Nonce::default()));
-        assert!(!polled.watched && polled.complete && polled.changes.is_empty(), "{polled:?}");
+        assert!(!polled.triggers_intact && polled.complete && polled.changes.is_empty(), "{polled:?}");
     }
     lookup.restore_watch().await.unwrap();
     lookup.renew_incarnation(Uuid::nil()).await.unwrap();

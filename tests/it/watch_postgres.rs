@@ -87,7 +87,7 @@ impl Db {
     }
 
     async fn is_watched(&self) -> bool {
-        self.lookup.poll(None).await.unwrap().watched
+        self.lookup.poll(None).await.unwrap().triggers_intact
     }
 
     async fn newest(&self) -> Version {
@@ -392,7 +392,7 @@ async fn tables_of_the_first_release_are_upgraded_in_place() {
     db.lookup.prepare(Missing::Refuse).await.unwrap();
     let polled = db.lookup.poll(Some(Version(41))).await.unwrap();
     assert_eq!((polled.newest.as_of, polled.changes), (Version(42), vec![(Version(42), Change::Everything)]));
-    assert!(polled.watched);
+    assert!(polled.triggers_intact);
     let mut seen = polled.newest.as_of;
     db.names(&mut seen).await;
     assert_eq!(seen, Version(43));
@@ -446,7 +446,7 @@ async fn the_rights_that_are_printed_are_enough_and_no_more() {
     db.execute("UPDATE trustgate.meta SET fingerprint = NULL").await;
     lookup.restore_watch().await.unwrap();
     let polled = lookup.poll(None).await.unwrap();
-    assert!(polled.watched);
+    assert!(polled.triggers_intact);
     lookup.renew_incarnation(polled.newest.lineage.incarnation).await.unwrap();
     assert_ne!(lookup.poll(None).await.unwrap().newest.lineage, polled.newest.lineage);
     let (mut heard, listening) = listen(&lookup);
@@ -592,7 +592,7 @@ async fn through_a_pooler_everything_works_but_hints() {
         let name = format!("trust {number}");
         ledger.create_trust(&actor, TrustId(Uuid::from_u128(number + 10)), &name).await.unwrap();
         let polled = lookup.poll(Some(seen)).await.unwrap();
-        assert!(polled.watched && polled.newest.as_of > seen);
+        assert!(polled.triggers_intact && polled.newest.as_of > seen);
         assert!(
             polled.changes.iter().any(|(_, change)| *change == Change::Trust(TrustId(Uuid::from_u128(number + 10))))
         );
@@ -633,7 +633,7 @@ async fn a_schema_of_another_name_has_everything_of_its_own() {
     );
     assert!(heard.try_recv().is_err(), "each has its own channel");
     db.execute("ALTER TABLE trustgate.api_key DISABLE TRIGGER ALL").await;
-    assert!(lookup.poll(None).await.unwrap().watched && !db.is_watched().await);
+    assert!(lookup.poll(None).await.unwrap().triggers_intact && !db.is_watched().await);
     // Both in one transaction, each of them counted by itself.
     db.migrate().await;
     db.execute("BEGIN; UPDATE trustgate.api_key SET scheme = 0; UPDATE gate_2.trust SET enabled = false; COMMIT").await;

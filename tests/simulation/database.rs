@@ -107,7 +107,7 @@ struct State {
     oldest: Version,
     tables: Tables,
     /// Whether changes are named.
-    watched: bool,
+    triggers_intact: bool,
     /// For each key since when it was good, and not, in turn; not at first.
     truth: [Vec<Instant>; KEYS],
     /// Keys that were revoked, deleted or replaced.
@@ -136,7 +136,7 @@ impl Database {
             stamps: [first].into(),
             oldest: Version(1),
             tables: Tables::default(),
-            watched: true,
+            triggers_intact: true,
             truth: Default::default(),
             gone: [false; KEYS],
             forgotten: [false; KEYS],
@@ -172,7 +172,7 @@ impl Database {
         if named {
             self.stamp(&mut state, changes);
         } else {
-            state.watched = false;
+            state.triggers_intact = false;
         }
         self.note_truth(&mut state);
     }
@@ -379,7 +379,7 @@ impl Database {
             newest: state.date((), read_at, sent_at),
             stamped_at: newest.at,
             oldest: state.oldest,
-            watched: state.watched,
+            triggers_intact: state.triggers_intact,
             versions,
             changes,
             complete,
@@ -390,8 +390,8 @@ impl Database {
     /// Makes sure that changes are named again.
     pub fn restore_watch(&self) {
         let mut state = self.lock();
-        if !state.watched {
-            state.watched = true;
+        if !state.triggers_intact {
+            state.triggers_intact = true;
             self.stamp(&mut state, vec![Change::Everything]);
         }
     }

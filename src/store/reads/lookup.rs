@@ -107,7 +107,7 @@ pub struct Polled {
     pub oldest: Version,
     /// Whether changes are named: all triggers are as they were when that was last made sure of. False on tables that
     /// are not ours.
-    pub watched: bool,
+    pub triggers_intact: bool,
     /// Versions from the one that was asked from on, itself included, oldest first; there may be gaps. For a replica that
     /// begins: from the smallest version stamped within the last 15 minutes on, or the newest alone.
     pub versions: Vec<(Version, Nonce)>,

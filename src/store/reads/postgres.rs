@@ -91,7 +91,7 @@ impl Dialect for Postgres {
     }
 
     fn poll(&self, since: Option<Version>, echo: i64) -> String {
-        if !self.names_changes() {
+        if !self.tracks_changes() {
             return self.timed(&format!(
                 "SELECT {echo}::bigint, CASE WHEN pg_is_in_recovery() THEN 'standby' ELSE 'primary' END,
                     0::bigint, 0::bigint, repeat('0', 32), '00000000-0000-0000-0000-000000000000', 0::bigint, 0::bigint,
@@ -140,7 +140,7 @@ impl Dialect for Postgres {
     }
 
     async fn listen(&self, changed: &(dyn Fn() + Send + Sync)) -> sqlx::Error {
-        if !self.names_changes() {
+        if !self.tracks_changes() {
             return std::future::pending().await; // nobody tells of changes there
         }
         match listen::attend(&self.address, &self.schema, changed).await {
@@ -166,7 +166,7 @@ impl Dialect for Postgres {
     }
 
     fn ours(&self) -> Option<OwnTableQueries<String>> {
-        self.names_changes().then(|| OwnTableQueries {
+        self.tracks_changes().then(|| OwnTableQueries {
             schema: self.timed(schema::postgres::SCHEMA),
             redis_mac_key: self.timed("SELECT encode(value, 'hex') FROM {s}.setting WHERE name = 'redis_mac_key'"),
             // Goes on if nobody waits for it: what it did not delete the next one must.
@@ -235,7 +235,7 @@ impl Dialect for Postgres {
     }
 
     fn backend(&self) -> String {
-        if self.names_changes() { describe(&self.address, &self.schema) } else { self.address.describe_postgres() }
+        if self.tracks_changes() { describe(&self.address, &self.schema) } else { self.address.describe_postgres() }
     }
 
     fn is_missing(error: &sqlx::Error) -> bool {
@@ -245,7 +245,7 @@ impl Dialect for Postgres {
 
 impl Postgres {
     /// Whether our tables are there, which name what changed.
-    pub(crate) fn names_changes(&self) -> bool {
+    pub(crate) fn tracks_changes(&self) -> bool {
         self.existing.as_ref().is_none_or(|table| table.attached)
     }
 
@@ -264,7 +264,7 @@ impl Postgres {
 
     /// Calls a function of ours on a connection of its own.
     async fn call(&self, call: &str) -> Result<(), sqlx::Error> {
-        if !self.names_changes() {
+        if !self.tracks_changes() {
             return Ok(()); // there are none
         }
         let mut connection = connect(&self.address).await?;
