@@ -4,7 +4,7 @@ use std::{num::NonZero, sync::Arc, thread::available_parallelism, time::Duration
 
 use super::{
     Ledger, LedgerError, Missing, SchemaName, Source, StoreSettings,
-    existing_table::{self, ExistingTable, postgres::Wish},
+    existing_table::{self, ExistingTable, postgres::AttachAction},
     ledger::{
         self,
         sql_ledger::{SqlLedger, LedgerBackend},
@@ -183,7 +183,7 @@ pub async fn new_incarnation(settings: &StoreSettings, env: Env<'_>) -> Result<(
 /// [`LedgerError::Schema`] where `migrate` has not been run; or the database cannot be reached. Nothing was changed
 /// then.
 pub async fn attach(settings: &StoreSettings, env: Env<'_>) -> Result<String, LedgerError> {
-    wish(settings, env, Wish::Attach).await
+    action(settings, env, AttachAction::Attach).await
 }
 
 /// Takes away what [`attach`] added.
@@ -191,12 +191,12 @@ pub async fn attach(settings: &StoreSettings, env: Env<'_>) -> Result<String, Le
 /// # Errors
 /// As [`attach`].
 pub async fn detach(settings: &StoreSettings, env: Env<'_>) -> Result<String, LedgerError> {
-    wish(settings, env, Wish::Detach).await
+    action(settings, env, AttachAction::Detach).await
 }
 
-async fn wish(settings: &StoreSettings, env: Env<'_>, wish: Wish) -> Result<String, LedgerError> {
+async fn action(settings: &StoreSettings, env: Env<'_>, action: AttachAction) -> Result<String, LedgerError> {
     let (address, table) = attachable(settings, env)?;
-    existing_table::postgres::run(&address, &settings.schema, &table, wish, settings.connect_timeout).await?;
+    existing_table::postgres::run(&address, &settings.schema, &table, action, settings.connect_timeout).await?;
     Ok(table.table.to_string())
 }
 
@@ -206,7 +206,7 @@ async fn wish(settings: &StoreSettings, env: Env<'_>, wish: Wish) -> Result<Stri
 /// As [`attach`].
 pub async fn print_attach(settings: &StoreSettings, env: Env<'_>) -> Result<String, LedgerError> {
     let (address, table) = attachable(settings, env)?;
-    existing_table::postgres::print(&address, &settings.schema, &table, Wish::Attach, settings.connect_timeout).await
+    existing_table::postgres::print(&address, &settings.schema, &table, AttachAction::Attach, settings.connect_timeout).await
 }
 
 /// The statements of [`detach`], each under the role that has to run it.
@@ -215,7 +215,7 @@ pub async fn print_attach(settings: &StoreSettings, env: Env<'_>) -> Result<Stri
 /// As [`detach`].
 pub async fn print_detach(settings: &StoreSettings, env: Env<'_>) -> Result<String, LedgerError> {
     let (address, table) = attachable(settings, env)?;
-    existing_table::postgres::print(&address, &settings.schema, &table, Wish::Detach, settings.connect_timeout).await
+    existing_table::postgres::print(&address, &settings.schema, &table, AttachAction::Detach, settings.connect_timeout).await
 }
 
 fn attachable(settings: &StoreSettings, env: Env<'_>) -> Result<(StoreUrl, ExistingTable), LedgerError> {

@@ -213,14 +213,14 @@ SET LOCAL idle_in_transaction_session_timeout = '5s'";
 
 /// What to do about the triggers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Wish {
+pub(crate) enum AttachAction {
     /// They are to be there.
     Attach,
     /// They are to be gone.
     Detach,
 }
 
-/// Does what `wish` says, in one transaction.
+/// Does what `action` says, in one transaction.
 ///
 /// # Errors
 /// [`LedgerError::Unusable`] with everything that keeps the table from being attached; [`LedgerError::Schema`] where
@@ -229,12 +229,12 @@ pub(crate) async fn run(
     address: &StoreUrl,
     name: &SchemaName,
     table: &ExistingTable,
-    wish: Wish,
+    action: AttachAction,
     connect_timeout: std::time::Duration,
 ) -> Result<(), LedgerError> {
     let mut connection = connect_within(address, connect_timeout).await?;
     let mut transaction = connection.begin().await?;
-    let script = script(&mut transaction, address, name, table, wish).await?;
+    let script = script(&mut transaction, address, name, table, action).await?;
     if let Err(error) = script.run(&mut transaction, name).await {
         return Err(match code(&error).as_deref() {
             Some("42501") => LedgerError::Unusable(format!(
@@ -254,7 +254,7 @@ pub(crate) async fn run(
     Ok(connection.close().await?)
 }
 
-/// The statements that do what `wish` says, for their roles to run.
+/// The statements that do what `action` says, for their roles to run.
 ///
 /// # Errors
 /// As [`run`].
@@ -262,12 +262,12 @@ pub(crate) async fn print(
     address: &StoreUrl,
     name: &SchemaName,
     table: &ExistingTable,
-    wish: Wish,
+    action: AttachAction,
     connect_timeout: std::time::Duration,
 ) -> Result<String, LedgerError> {
     let mut connection = connect_within(address, connect_timeout).await?;
     let mut transaction = connection.begin().await?;
-    let script = script(&mut transaction, address, name, table, wish).await?;
+    let script = script(&mut transaction, address, name, table, action).await?;
     transaction.rollback().await?;
     connection.close().await?;
     Ok(script.print(name))
@@ -278,22 +278,22 @@ async fn script(
     address: &StoreUrl,
     name: &SchemaName,
     table: &ExistingTable,
-    wish: Wish,
+    action: AttachAction,
 ) -> Result<Script, LedgerError> {
     let place = describe(address, name);
     let tables = schema::postgres::tables(connection, name).await?;
     schema::check(tables, &place)?;
     if tables.is_some_and(|tables| tables.version > schema::VERSION) {
-        return Err(LedgerError::Schema(format!("{place} holds tables of a newer release: use that one to {wish}")));
+        return Err(LedgerError::Schema(format!("{place} holds tables of a newer release: use that one to {action}")));
     }
     let owner: String = sqlx::query_scalar(in_schema(OWNER, name)).fetch_one(&mut *connection).await?;
-    match wish {
-        Wish::Attach => attach(connection, name, table, owner).await,
-        Wish::Detach => detach(connection, name, table, owner).await,
+    match action {
+        AttachAction::Attach => attach(connection, name, table, owner).await,
+        AttachAction::Detach => detach(connection, name, table, owner).await,
     }
 }
 
-impl std::fmt::Display for Wish {
+impl std::fmt::Display for AttachAction {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(match self {
             Self::Attach => "attach",
