@@ -15,9 +15,9 @@ use crate::{
     },
     config::{Config, ConfigError, SECTIONS},
     doctor::{
-        database::{Examined, NAMES as DATABASE, Use, examine as examine_database},
-        finding::{Finding, State, complete},
-        redis::{NAMES as REDIS, examine as examine_redis},
+        database::{Examined, NAMES as DATABASE, Use, diagnose as examine_database},
+        diagnosis::{Diagnosis, State, complete},
+        redis::{NAMES as REDIS, diagnose as examine_redis},
     },
     ext_authz::credential::Hasher,
     freshness::deny_list,
@@ -46,17 +46,17 @@ pub(crate) fn run(loaded: Result<(Config, Vec<Mistake>), ConfigError>, env: Env<
     };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let runtime = runtime.map_err(|error| CliError::new(format!("cannot start: {error}")))?;
-    let findings = match &unreadable {
+    let diagnoses = match &unreadable {
         Some(problem) => {
             let remedy = "correct the path, or let this user read the file";
-            let finding = Finding::failed(CONFIGURATION, problem.as_str(), remedy);
-            complete(&names(), vec![finding], "because of configuration")
+            let diagnosis = Diagnosis::failed(CONFIGURATION, problem.as_str(), remedy);
+            complete(&names(), vec![diagnosis], "because of configuration")
         }
-        None => runtime.block_on(examine(&told, env)),
+        None => runtime.block_on(diagnose(&told, env)),
     };
     // A name that nobody resolves keeps a thread waiting.
     runtime.shutdown_background();
-    Ok(answer(&findings, &told.config, unreadable.is_none() && told.because(&["decision"]).is_none()))
+    Ok(answer(&diagnoses, &told.config, unreadable.is_none() && told.because(&["decision"]).is_none()))
 }
 
 /// Every examination, in order.
@@ -88,8 +88,8 @@ impl Told {
         &self,
         sections: &[&str],
         names: &[&'static str],
-        examination: impl Future<Output = Vec<Finding>>,
-    ) -> Vec<Finding> {
+        examination: impl Future<Output = Vec<Diagnosis>>,
+    ) -> Vec<Diagnosis> {
         match self.because(sections) {
             Some(because) => complete(names, Vec::new(), &because),
             None => examination.await,
@@ -97,21 +97,21 @@ impl Told {
     }
 }
 
-async fn examine(told: &Told, env: Env<'_>) -> Vec<Finding> {
+async fn diagnose(told: &Told, env: Env<'_>) -> Vec<Diagnosis> {
     let config = &told.config;
-    let mut findings = vec![configuration(&told.mistakes)];
+    let mut diagnoses = vec![configuration(&told.mistakes)];
     let now = wall_time(&SystemClock, SystemClock.now());
-    for (name, sections, finding) in [
-        (DEADLINES, &["store", "redis", "decision"][..], deadlines as fn(&Config) -> Finding),
+    for (name, sections, diagnosis) in [
+        (DEADLINES, &["store", "redis", "decision"][..], deadlines as fn(&Config) -> Diagnosis),
         (ENVOY, &["decision"][..], envoy),
         (PEPPER, &["credential"][..], pepper),
         (DENY_FILE, &["freshness"][..], deny_file),
     ] {
-        findings
-            .push(told.because(sections).map_or_else(|| finding(config), |because| Finding::skipped(name, because)));
+        diagnoses
+            .push(told.because(sections).map_or_else(|| diagnosis(config), |because| Diagnosis::skipped(name, because)));
     }
-    let skipped = |because: String| Finding::skipped(tls::EXAMINATION, because);
-    findings.push(told.because(&["grpc"]).map_or_else(|| tls::examine(&config.grpc, now), skipped));
+    let skipped = |because: String| Diagnosis::skipped(tls::EXAMINATION, because);
+    diagnoses.push(told.because(&["grpc"]).map_or_else(|| tls::diagnose(&config.grpc, now), skipped));
 
     let hints = config.freshness.hints;
     let mut in_database = Err("because the database was not examined".to_owned());
@@ -119,34 +119,34 @@ async fn examine(told: &Told, env: Env<'_>) -> Vec<Finding> {
     let peppers = hasher.as_ref().map(Hasher::fingerprints);
     let usage = Use { peppers, poll_timeout: config.freshness.poll_timeout, hints };
     let database = Box::pin(async {
-        let Examined { findings, redis_mac_key } = examine_database(&config.store, usage, env, &SystemClock).await;
+        let Examined { diagnoses, redis_mac_key } = examine_database(&config.store, usage, env, &SystemClock).await;
         in_database = redis_mac_key;
-        findings
+        diagnoses
     });
-    findings.extend(told.unless_mistaken(&["store", "freshness"], DATABASE, database).await);
+    diagnoses.extend(told.unless_mistaken(&["store", "freshness"], DATABASE, database).await);
     let redis_names = [REDIS, &[MAC_KEY]].concat();
     let redis = async {
-        let mut findings = examine_redis(&config.redis, hints, &SystemClock).await;
-        findings.push(mac_key(config, in_database));
-        findings
+        let mut diagnoses = examine_redis(&config.redis, hints, &SystemClock).await;
+        diagnoses.push(mac_key(config, in_database));
+        diagnoses
     };
-    findings.extend(told.unless_mistaken(&["redis", "freshness"], &redis_names, redis).await);
-    complete(&names(), findings, "")
+    diagnoses.extend(told.unless_mistaken(&["redis", "freshness"], &redis_names, redis).await);
+    complete(&names(), diagnoses, "")
 }
 
-fn configuration(mistakes: &[Mistake]) -> Finding {
+fn configuration(mistakes: &[Mistake]) -> Diagnosis {
     match mistakes {
-        [] => Finding::ok(CONFIGURATION, "no mistakes"),
+        [] => Diagnosis::ok(CONFIGURATION, "no mistakes"),
         some => {
             let told: Vec<_> = some.iter().map(ToString::to_string).collect();
             let remedy = "correct the configuration: `serve` does not start with it";
-            Finding::failed(CONFIGURATION, told.join("; "), remedy)
+            Diagnosis::failed(CONFIGURATION, told.join("; "), remedy)
         }
     }
 }
 
 /// How the deadlines nest. What does not nest at all is a mistake of the configuration.
-fn deadlines(config: &Config) -> Finding {
+fn deadlines(config: &Config) -> Diagnosis {
     let (read, redis) = (config.store.read_timeout, config.redis.timeout);
     let (deadline, envoy) = (config.decision.deadline, config.decision.envoy_timeout);
     let (margin, rest) = (envoy.saturating_sub(deadline), deadline.saturating_sub(read + redis));
@@ -159,20 +159,20 @@ fn deadlines(config: &Config) -> Finding {
             "leave {MARGIN:?} or more between decision.deadline and decision.envoy_timeout (and Envoy's own): an \
              answer that comes when Envoy has stopped waiting is an error there"
         );
-        Finding::warning(DEADLINES, found, remedy).about(&["decision.deadline", "decision.envoy_timeout"])
+        Diagnosis::warning(DEADLINES, found, remedy).about(&["decision.deadline", "decision.envoy_timeout"])
     } else {
-        Finding::ok(DEADLINES, found)
+        Diagnosis::ok(DEADLINES, found)
     }
 }
 
 /// Envoy's side, which only the operator can see.
-fn envoy(config: &Config) -> Finding {
+fn envoy(config: &Config) -> Diagnosis {
     let timeout = config.decision.envoy_timeout;
     let found = format!(
         "Envoy cannot be asked: its grpc_service.timeout must not be shorter than {}, as decision.envoy_timeout is {timeout:?}",
         in_envoy(timeout)
     );
-    Finding::skipped(ENVOY, found).about(&["decision.envoy_timeout"])
+    Diagnosis::skipped(ENVOY, found).about(&["decision.envoy_timeout"])
 }
 
 /// A duration as Envoy's configuration writes it.
@@ -180,61 +180,61 @@ fn in_envoy(duration: Duration) -> String {
     format!("{}s", duration.as_secs_f64())
 }
 
-fn pepper(config: &Config) -> Finding {
+fn pepper(config: &Config) -> Diagnosis {
     let settings = &config.credential;
     match settings.hasher() {
         Err(error) => {
             let remedy = "let this user read the file: without the pepper every key is unknown";
-            Finding::failed(PEPPER, error.to_string(), remedy)
+            Diagnosis::failed(PEPPER, error.to_string(), remedy)
                 .about(&["credential.pepper_file", "credential.previous_pepper_files"])
         }
         Ok(_) if settings.pepper.is_none() && settings.pepper_file.is_none() => {
-            Finding::ok(PEPPER, "none is set: digests are plain SHA-256")
+            Diagnosis::ok(PEPPER, "none is set: digests are plain SHA-256")
         }
-        Ok(_) => Finding::ok(PEPPER, format!("one is set, and {} earlier ones", settings.previous_pepper_files.len())),
+        Ok(_) => Diagnosis::ok(PEPPER, format!("one is set, and {} earlier ones", settings.previous_pepper_files.len())),
     }
 }
 
-fn deny_file(config: &Config) -> Finding {
+fn deny_file(config: &Config) -> Diagnosis {
     const SETTING: &[&str] = &["freshness.deny_file"];
     let Some(file) = &config.freshness.deny_file else {
-        return Finding::skipped(DENY_FILE, "freshness.deny_file is not set");
+        return Diagnosis::skipped(DENY_FILE, "freshness.deny_file is not set");
     };
     match deny_list::check_file(file) {
-        Ok(()) => Finding::ok(DENY_FILE, format!("{} can be read to its end", file.display())),
+        Ok(()) => Diagnosis::ok(DENY_FILE, format!("{} can be read to its end", file.display())),
         Err(error) => {
             let remedy = "correct the file: `serve` does not heed what it cannot read";
-            Finding::failed(DENY_FILE, format!("{}: {error}", file.display()), remedy).about(SETTING)
+            Diagnosis::failed(DENY_FILE, format!("{}: {error}", file.display()), remedy).about(SETTING)
         }
     }
 }
 
 /// Where the key comes from that authenticates what is in Redis.
-fn mac_key(config: &Config, in_database: Result<(), String>) -> Finding {
+fn mac_key(config: &Config, in_database: Result<(), String>) -> Diagnosis {
     const SETTING: &[&str] = &["redis.mac_key_file"];
     if !config.redis.is_configured() {
-        return Finding::skipped(MAC_KEY, "redis.url is not set: Redis is not used");
+        return Diagnosis::skipped(MAC_KEY, "redis.url is not set: Redis is not used");
     }
     let remedy = "Redis holds nothing for replicas without it: make the database answer, or set redis.mac_key_file to \
                   a file with 32 bytes or 64 hexadecimal digits, the same for every replica";
     match &config.redis.mac_key_file {
         Some(file) => match read_mac_key(file) {
-            Ok(_) => Finding::ok(MAC_KEY, format!("in {}", file.display())),
-            Err(error) => Finding::failed(MAC_KEY, format!("{}: {error}", file.display()), remedy).about(SETTING),
+            Ok(_) => Diagnosis::ok(MAC_KEY, format!("in {}", file.display())),
+            Err(error) => Diagnosis::failed(MAC_KEY, format!("{}: {error}", file.display()), remedy).about(SETTING),
         },
         None => match in_database {
-            Ok(()) => Finding::ok(MAC_KEY, "in the database"),
-            Err(problem) => Finding::failed(MAC_KEY, format!("it cannot be had from the database: {problem}"), remedy)
+            Ok(()) => Diagnosis::ok(MAC_KEY, "in the database"),
+            Err(problem) => Diagnosis::failed(MAC_KEY, format!("it cannot be had from the database: {problem}"), remedy)
                 .about(SETTING),
         },
     }
 }
 
-fn answer(findings: &[Finding], config: &Config, envoy_is_known: bool) -> Answer {
-    let mut answer = Answer::list(findings.iter().map(|finding| data(finding, config)).collect(), COLUMNS);
-    for finding in findings {
-        if let Some(remedy) = &finding.remedy {
-            answer = answer.note(&advice(finding, remedy, config));
+fn answer(diagnoses: &[Diagnosis], config: &Config, envoy_is_known: bool) -> Answer {
+    let mut answer = Answer::list(diagnoses.iter().map(|diagnosis| data(diagnosis, config)).collect(), COLUMNS);
+    for diagnosis in diagnoses {
+        if let Some(remedy) = &diagnosis.remedy {
+            answer = answer.note(&advice(diagnosis, remedy, config));
         }
     }
     if envoy_is_known {
@@ -247,13 +247,13 @@ fn answer(findings: &[Finding], config: &Config, envoy_is_known: bool) -> Answer
             in_envoy(timeout),
         ));
     }
-    if findings.iter().any(|finding| finding.state == State::Failed) { answer.exit(FAILED) } else { answer }
+    if diagnoses.iter().any(|diagnosis| diagnosis.state == State::Failed) { answer.exit(FAILED) } else { answer }
 }
 
 /// What to do, and where the settings that led there were set.
-fn advice(finding: &Finding, remedy: &str, config: &Config) -> String {
-    let mut text = format!("{} ({}): {}", finding.name, finding.state.as_str(), remedy.replace('\n', "\n    "));
-    for (setting, origin) in settings(finding, config) {
+fn advice(diagnosis: &Diagnosis, remedy: &str, config: &Config) -> String {
+    let mut text = format!("{} ({}): {}", diagnosis.name, diagnosis.state.as_str(), remedy.replace('\n', "\n    "));
+    for (setting, origin) in settings(diagnosis, config) {
         // Writing to a text does not fail.
         let _ = match origin {
             Some(origin) => write!(text, "\n  {setting} is set in {origin}"),
@@ -263,16 +263,16 @@ fn advice(finding: &Finding, remedy: &str, config: &Config) -> String {
     text
 }
 
-fn data(finding: &Finding, config: &Config) -> Value {
-    let Finding { name, state, found, remedy, .. } = finding;
-    let settings = settings(finding, config).into_iter();
+fn data(diagnosis: &Diagnosis, config: &Config) -> Value {
+    let Diagnosis { name, state, found, remedy, .. } = diagnosis;
+    let settings = settings(diagnosis, config).into_iter();
     let settings: Vec<_> = settings.map(|(setting, origin)| json!({ "setting": setting, "origin": origin })).collect();
     json!({ "name": name, "state": state.as_str(), "found": found, "remedy": remedy, "settings": settings })
 }
 
-/// The settings of `finding` that somebody set; the first of them, where nobody set any.
-fn settings<'c>(finding: &Finding, config: &'c Config) -> Vec<(&'static str, Option<&'c str>)> {
-    let all: Vec<_> = finding.settings.iter().map(|setting| (*setting, origin(config, setting))).collect();
+/// The settings of `diagnosis` that somebody set; the first of them, where nobody set any.
+fn settings<'c>(diagnosis: &Diagnosis, config: &'c Config) -> Vec<(&'static str, Option<&'c str>)> {
+    let all: Vec<_> = diagnosis.settings.iter().map(|setting| (*setting, origin(config, setting))).collect();
     let set: Vec<_> = all.iter().copied().filter(|(_, origin)| origin.is_some()).collect();
     if set.is_empty() { all.into_iter().take(1).collect() } else { set }
 }

@@ -6,7 +6,7 @@ use std::{future::Future, time::Duration};
 
 use tokio::time::timeout;
 
-use super::finding::{Finding, State, Times, complete, milliseconds};
+use super::diagnosis::{Diagnosis, State, Times, complete, milliseconds};
 use crate::{
     base::clock::{Clock, DatabaseTime, Moment, wall_time},
     record::{ApiKeyDigest, Digests, Fingerprint, StoredPeppers, Version, bytes_from_hex},
@@ -69,13 +69,13 @@ pub struct Use<'a> {
 #[derive(Debug)]
 pub struct Examined {
     /// One for each of [`NAMES`].
-    pub findings: Vec<Finding>,
+    pub diagnoses: Vec<Diagnosis>,
     /// Whether the key of the Redis MAC can be had from the database; else why not.
     pub redis_mac_key: Result<(), String>,
 }
 
 /// Examines the database that `serve` would use.
-pub async fn examine(settings: &StoreSettings, usage: Use<'_>, env: Env<'_>, clock: &dyn Clock) -> Examined {
+pub async fn diagnose(settings: &StoreSettings, usage: Use<'_>, env: Env<'_>, clock: &dyn Clock) -> Examined {
     let address = StoreUrl::of(settings, Role::Serve);
     let examination = Examination { settings, usage, env, clock };
     let place = address.backend(env).and_then(|place| match place {
@@ -95,7 +95,7 @@ pub async fn examine(settings: &StoreSettings, usage: Use<'_>, env: Env<'_>, clo
             let postgres = Postgres { address, schema, existing, statement_timeout };
             super::postgres::run(postgres, examination, &mut report).await;
         }
-        Err(error) => report.add(Finding::failed(ADDRESS, error.to_string(), "correct the setting").about(URL)),
+        Err(error) => report.add(Diagnosis::failed(ADDRESS, error.to_string(), "correct the setting").about(URL)),
     }
     report.examined()
 }
@@ -112,28 +112,28 @@ pub(crate) struct Examination<'a> {
 /// What was found so far.
 #[derive(Default)]
 pub(crate) struct Report {
-    findings: Vec<Finding>,
+    diagnoses: Vec<Diagnosis>,
     redis_mac_key: Option<Result<(), String>>,
 }
 
 impl Report {
-    pub(crate) fn add(&mut self, finding: Finding) {
-        self.findings.push(finding);
+    pub(crate) fn add(&mut self, diagnosis: Diagnosis) {
+        self.diagnoses.push(diagnosis);
     }
 
     /// What was not examined, could not be because of the first that failed.
     fn examined(self) -> Examined {
-        let Self { findings, redis_mac_key } = self;
-        let is = |state| move |finding: &&Finding| finding.state == state;
-        let failed = findings.iter().find(is(State::Failed));
-        let because = failed.or_else(|| findings.iter().rfind(is(State::Warning))).map_or_else(String::new, because_of);
-        Examined { findings: complete(NAMES, findings, &because), redis_mac_key: redis_mac_key.unwrap_or(Err(because)) }
+        let Self { diagnoses, redis_mac_key } = self;
+        let is = |state| move |diagnosis: &&Diagnosis| diagnosis.state == state;
+        let failed = diagnoses.iter().find(is(State::Failed));
+        let because = failed.or_else(|| diagnoses.iter().rfind(is(State::Warning))).map_or_else(String::new, because_of);
+        Examined { diagnoses: complete(NAMES, diagnoses, &because), redis_mac_key: redis_mac_key.unwrap_or(Err(because)) }
     }
 }
 
 /// That something could not be examined because of what was found before.
-fn because_of(finding: &Finding) -> String {
-    format!("because of {}", finding.name)
+fn because_of(diagnosis: &Diagnosis) -> String {
+    format!("because of {}", diagnosis.name)
 }
 
 /// Why a question has no answer.
@@ -190,7 +190,7 @@ impl<'a, D: Dialect> Session<'a, D> {
     }
 
     /// What any database is asked about our tables, or about somebody else's.
-    pub(crate) async fn examine(&mut self, kind: Kind, report: &mut Report) -> Tables {
+    pub(crate) async fn diagnose(&mut self, kind: Kind, report: &mut Report) -> Tables {
         if let Some(ours) = self.dialect.ours() {
             let tables = match self.ask(&ours.schema).await {
                 Ok(rows) => newest_tables(&rows).map_err(Trouble::from),
@@ -198,9 +198,9 @@ impl<'a, D: Dialect> Session<'a, D> {
                 Err(trouble) => Err(trouble),
             };
             let closed = tables.is_err();
-            let finding = self.tables(kind, tables);
-            let fits = finding.state == State::Ok;
-            report.add(finding);
+            let diagnosis = self.tables(kind, tables);
+            let fits = diagnosis.state == State::Ok;
+            report.add(diagnosis);
             if closed {
                 return Tables::Closed;
             }
@@ -216,25 +216,25 @@ impl<'a, D: Dialect> Session<'a, D> {
     }
 
     /// Whether our tables are there and of a fitting version.
-    fn tables(&self, kind: Kind, found: Result<Option<schema::Tables>, Trouble>) -> Finding {
+    fn tables(&self, kind: Kind, found: Result<Option<schema::Tables>, Trouble>) -> Diagnosis {
         let place = self.dialect.backend();
         let found = match found {
             Ok(found) => found,
             Err(trouble) => {
                 let remedy = "let the role of `serve` read them, see database_rights";
-                return Finding::failed(TABLES, format!("{place}: {trouble}"), remedy).about(URL);
+                return Diagnosis::failed(TABLES, format!("{place}: {trouble}"), remedy).about(URL);
             }
         };
         let version = found.map_or(0, |tables| tables.version);
         match (schema::check(found, &place), kind) {
-            (Ok(()), _) => Finding::ok(TABLES, format!("version {version}; this release makes {}", schema::VERSION)),
+            (Ok(()), _) => Diagnosis::ok(TABLES, format!("version {version}; this release makes {}", schema::VERSION)),
             (Err(problem), Kind::Embedded) if version < schema::VERSION => {
-                Finding::warning(TABLES, problem.to_string(), "nothing: `serve` does that when it starts")
+                Diagnosis::warning(TABLES, problem.to_string(), "nothing: `serve` does that when it starts")
             }
             (Err(problem), _) => {
                 let newer = version > schema::VERSION;
                 let remedy = if newer { "start a newer trustgate" } else { "run `trustgate migrate`" };
-                Finding::failed(TABLES, problem.to_string(), remedy).about(URL)
+                Diagnosis::failed(TABLES, problem.to_string(), remedy).about(URL)
             }
         }
     }
@@ -265,7 +265,7 @@ impl<'a, D: Dialect> Session<'a, D> {
                 }
                 Err(problem) => {
                     let remedy = "`serve` confirms nothing while this is so: see the findings above this one";
-                    report.add(Finding::failed(POLLS, problem, remedy).about(SETTING));
+                    report.add(Diagnosis::failed(POLLS, problem, remedy).about(SETTING));
                     return last.map(|polled| polled.triggers_intact);
                 }
             }
@@ -275,37 +275,37 @@ impl<'a, D: Dialect> Session<'a, D> {
         let remedy = "bring `serve` nearer to its database, find out what holds the database up, or raise \
                       freshness.poll_timeout (freshness.lease must hold twice as much)";
         report.add(judged(POLLS, &times, limit, remedy).about(SETTING));
-        report.findings.extend(last.as_ref().map(|polled| self.pepper(polled.peppers)));
+        report.diagnoses.extend(last.as_ref().map(|polled| self.pepper(polled.peppers)));
         if matches!(kind, Kind::Server) {
-            report.findings.extend(samples.iter().min_by_key(|sample| sample.took()).map(|sample| self.clock(sample)));
+            report.diagnoses.extend(samples.iter().min_by_key(|sample| sample.took()).map(|sample| self.clock(sample)));
         }
         last.map(|polled| polled.triggers_intact)
     }
 
     /// Whether `serve` would have the pepper of the keys.
-    fn pepper(&self, stored: StoredPeppers) -> Finding {
+    fn pepper(&self, stored: StoredPeppers) -> Diagnosis {
         const SETTINGS: &[&str] = &["credential.pepper_file", "credential.previous_pepper_files"];
         let Some(known) = self.examination.usage.peppers else {
-            return Finding::skipped(PEPPER, "because the configured peppers cannot be read");
+            return Diagnosis::skipped(PEPPER, "because the configured peppers cannot be read");
         };
         let Some(recorded) = stored.current else {
-            return Finding::ok(PEPPER, "no pepper is recorded yet: the first issued or imported key records it");
+            return Diagnosis::ok(PEPPER, "no pepper is recorded yet: the first issued or imported key records it");
         };
         if !stored.fit(known) {
             let configured: Vec<_> = known.iter().map(ToString::to_string).collect();
             let configured = if configured.is_empty() { "none".to_owned() } else { configured.join(", ") };
             let found = format!("the database records the pepper {recorded}, but this configuration has {configured}");
             let remedy = "set credential.pepper_file to that pepper: `serve` is not ready without it";
-            return Finding::failed(PEPPER, found, remedy).about(SETTINGS);
+            return Diagnosis::failed(PEPPER, found, remedy).about(SETTINGS);
         }
         if known.first() == Some(&recorded) {
-            return Finding::ok(PEPPER, format!("keys are made under the current pepper ({recorded})"));
+            return Diagnosis::ok(PEPPER, format!("keys are made under the current pepper ({recorded})"));
         }
         let found =
             format!("keys are made under the pepper {recorded}, which is not the current one of this configuration");
         let remedy = "once every server has the new pepper, run `trustgate pepper use` with it; until then no key can be issued \
                       with this configuration";
-        Finding::warning(PEPPER, found, remedy).about(SETTINGS)
+        Diagnosis::warning(PEPPER, found, remedy).about(SETTINGS)
     }
 
     async fn poll(&mut self, since: Option<Version>, echo: i64) -> Result<(Polled, Sample), String> {
@@ -319,7 +319,7 @@ impl<'a, D: Dialect> Session<'a, D> {
     }
 
     /// Reads of keys that nobody has.
-    async fn reads(&mut self) -> Finding {
+    async fn reads(&mut self) -> Diagnosis {
         const SETTING: &[&str] = &["store.read_timeout"];
         let mut times = Vec::new();
         let began = self.examination.clock.now();
@@ -329,14 +329,14 @@ impl<'a, D: Dialect> Session<'a, D> {
             }
             let digest = match schema::random::<32>() {
                 Ok(bytes) => ApiKeyDigest::from_bytes(bytes),
-                Err(error) => return Finding::failed(READS, error.to_string(), "start it where there is randomness"),
+                Err(error) => return Diagnosis::failed(READS, error.to_string(), "start it where there is randomness"),
             };
             let query = self.dialect.find(&Digests { current: digest, older: Vec::new() });
             let sent_at = self.examination.clock.now();
             if let Err(trouble) = self.ask(&query).await {
                 let remedy =
                     "no key that is not cached can be checked while this is so: see the findings above this one";
-                return Finding::failed(READS, trouble.to_string(), remedy).about(SETTING);
+                return Diagnosis::failed(READS, trouble.to_string(), remedy).about(SETTING);
             }
             times.push(self.examination.clock.now().since(sent_at));
         }
@@ -346,7 +346,7 @@ impl<'a, D: Dialect> Session<'a, D> {
     }
 
     /// The database's clock beside ours, by the poll whose moment is known best.
-    fn clock(&self, sample: &Sample) -> Finding {
+    fn clock(&self, sample: &Sample) -> Diagnosis {
         let half = sample.took() / 2;
         let here = wall_time(self.examination.clock, sample.sent_at.after(half));
         let (ahead, behind) = (sample.shown.since(here), here.since(sample.shown));
@@ -357,11 +357,11 @@ impl<'a, D: Dialect> Session<'a, D> {
             milliseconds(half)
         );
         if offset <= OFFSET_MAX + half {
-            return Finding::ok(CLOCK, found);
+            return Diagnosis::ok(CLOCK, found);
         }
         let remedy = "set both clocks by NTP: nothing is decided by this machine's, but its log does not fit to the \
                       database's times (audit, expiry)";
-        Finding::warning(CLOCK, found, remedy)
+        Diagnosis::warning(CLOCK, found, remedy)
     }
 }
 
@@ -402,14 +402,14 @@ impl Sample {
 }
 
 /// What took these times, and fails where one took longer than `limit`.
-fn judged(name: &'static str, times: &Times, limit: Duration, remedy: &str) -> Finding {
+fn judged(name: &'static str, times: &Times, limit: Duration, remedy: &str) -> Diagnosis {
     let found = times.beside(limit);
     if times.longest() >= limit {
-        Finding::failed(name, found, remedy)
+        Diagnosis::failed(name, found, remedy)
     } else if times.longest() > limit / 4 {
-        Finding::warning(name, found, remedy)
+        Diagnosis::warning(name, found, remedy)
     } else {
-        Finding::ok(name, found)
+        Diagnosis::ok(name, found)
     }
 }
 

@@ -13,7 +13,7 @@ use super::{
         ADDRESS, ALTERED, CONNECTION, Examination, HINTS, Kind, MANAGEMENT, RIGHTS, Report, SERVER, Session, Tables,
         Trouble, URL, WATCH,
     },
-    finding::{Finding, located, milliseconds, resolve},
+    diagnosis::{Diagnosis, located, milliseconds, resolve},
 };
 use crate::store::{
     SchemaName, StoreSettings,
@@ -34,14 +34,14 @@ const LISTED: usize = 3;
 pub(crate) async fn run(postgres: Postgres, examination: Examination<'_>, report: &mut Report) {
     let options = match postgres.address.postgres() {
         Ok(options) => options,
-        Err(error) => return report.add(Finding::failed(ADDRESS, error.to_string(), "correct the setting").about(URL)),
+        Err(error) => return report.add(Diagnosis::failed(ADDRESS, error.to_string(), "correct the setting").about(URL)),
     };
     let nearby = match address(&options, examination).await {
-        Ok((finding, nearby)) => {
-            report.add(finding);
+        Ok((diagnosis, nearby)) => {
+            report.add(diagnosis);
             nearby
         }
-        Err(finding) => return report.add(finding),
+        Err(diagnosis) => return report.add(diagnosis),
     };
     let mut session = match Session::open(&postgres, examination).await {
         Ok(session) => session,
@@ -52,11 +52,11 @@ pub(crate) async fn run(postgres: Postgres, examination: Examination<'_>, report
         Ok(who) => who,
         Err(trouble) => {
             let remedy = "the server does not answer simple questions: see its log";
-            return report.add(Finding::failed(SERVER, trouble.to_string(), remedy).about(URL));
+            return report.add(Diagnosis::failed(SERVER, trouble.to_string(), remedy).about(URL));
         }
     };
     report.add(server(&who));
-    let tables = session.examine(Kind::Server, report).await;
+    let tables = session.diagnose(Kind::Server, report).await;
     if postgres.tracks_changes() {
         let manager = manager(&who, examination, report).await;
         if tables != Tables::Unfit {
@@ -68,26 +68,26 @@ pub(crate) async fn run(postgres: Postgres, examination: Examination<'_>, report
         report.add(hints(&mut session, &postgres.address, examination).await);
     } else {
         let because = "the table is yours, and not attached";
-        report.add(Finding::skipped(RIGHTS, because));
-        report.add(Finding::skipped(MANAGEMENT, because));
-        report.add(Finding::skipped(WATCH, "the table is yours, and not attached: nobody names changes there"));
-        report.add(Finding::skipped(HINTS, "the table is yours, and not attached: nobody sends any"));
+        report.add(Diagnosis::skipped(RIGHTS, because));
+        report.add(Diagnosis::skipped(MANAGEMENT, because));
+        report.add(Diagnosis::skipped(WATCH, "the table is yours, and not attached: nobody names changes there"));
+        report.add(Diagnosis::skipped(HINTS, "the table is yours, and not attached: nobody sends any"));
     }
     session.close().await;
 }
 
 /// Where the server is, and whether that is this machine.
-async fn address(options: &PgConnectOptions, examination: Examination<'_>) -> Result<(Finding, bool), Finding> {
+async fn address(options: &PgConnectOptions, examination: Examination<'_>) -> Result<(Diagnosis, bool), Diagnosis> {
     let directory = options.get_socket().map(|directory| directory.display().to_string());
     let directory = directory.or_else(|| options.get_host().starts_with('/').then(|| options.get_host().to_owned()));
     if let Some(directory) = directory {
         // libpq(5), "host": the name of the socket inside of it.
         let socket = format!("{directory}/.s.PGSQL.{}", options.get_port());
         return match std::fs::metadata(&socket) {
-            Ok(_) => Ok((Finding::ok(ADDRESS, format!("the socket {socket}")), true)),
+            Ok(_) => Ok((Diagnosis::ok(ADDRESS, format!("the socket {socket}")), true)),
             Err(error) => {
                 let remedy = "start the server, or correct the directory or the port in the URL";
-                Err(Finding::failed(ADDRESS, format!("{socket}: {error}"), remedy).about(URL))
+                Err(Diagnosis::failed(ADDRESS, format!("{socket}: {error}"), remedy).about(URL))
             }
         };
     }
@@ -97,18 +97,18 @@ async fn address(options: &PgConnectOptions, examination: Examination<'_>) -> Re
         Ok(addresses) => {
             let took = examination.clock.now().since(began);
             let found = format!("{}, port {}, known after {}", located(host.0, &addresses), host.1, milliseconds(took));
-            Ok((Finding::ok(ADDRESS, found), addresses.iter().all(IpAddr::is_loopback)))
+            Ok((Diagnosis::ok(ADDRESS, found), addresses.iter().all(IpAddr::is_loopback)))
         }
         Err(problem) => {
             let remedy = "correct the host in the URL, or the resolver of this machine (/etc/resolv.conf, the DNS of \
                           the cluster)";
-            Err(Finding::failed(ADDRESS, problem, remedy).about(URL))
+            Err(Diagnosis::failed(ADDRESS, problem, remedy).about(URL))
         }
     }
 }
 
 /// There is no connection.
-fn refused(trouble: &Trouble, address: &StoreUrl) -> Finding {
+fn refused(trouble: &Trouble, address: &StoreUrl) -> Diagnosis {
     let remedy = match trouble {
         Trouble::Sql(error) => match code(error).as_deref() {
             Some("28P01" | "28000") => {
@@ -129,11 +129,11 @@ fn refused(trouble: &Trouble, address: &StoreUrl) -> Finding {
             "find out what keeps the server, or the network before it, from answering; or raise store.connect_timeout"
         }
     };
-    Finding::failed(CONNECTION, format!("{}: {trouble}", address.describe_postgres()), remedy)
+    Diagnosis::failed(CONNECTION, format!("{}: {trouble}", address.describe_postgres()), remedy)
 }
 
 /// How long connecting took, and whether anybody on the way can read along.
-async fn connection(session: &mut Session<'_, Postgres>, options: &PgConnectOptions, nearby: bool) -> Finding {
+async fn connection(session: &mut Session<'_, Postgres>, options: &PgConnectOptions, nearby: bool) -> Diagnosis {
     let took = milliseconds(session.connected_after);
     let asked = session.ask(&TLS.to_owned()).await;
     let tls = asked.and_then(|rows| {
@@ -143,17 +143,17 @@ async fn connection(session: &mut Session<'_, Postgres>, options: &PgConnectOpti
     let checked = matches!(options.get_ssl_mode(), PgSslMode::VerifyCa | PgSslMode::VerifyFull);
     match tls {
         Ok(Some((true, version))) if checked || nearby => {
-            Finding::ok(CONNECTION, format!("after {took}, with {version}"))
+            Diagnosis::ok(CONNECTION, format!("after {took}, with {version}"))
         }
-        Ok(Some((true, version))) => Finding::warning(
+        Ok(Some((true, version))) => Diagnosis::warning(
             CONNECTION,
             format!("after {took}, with {version}, but the server's certificate is not checked"),
             "add sslmode=verify-full to the URL, and sslrootcert where the authority is your own: until then anybody \
              on the way may pass for the database",
         )
         .about(URL),
-        Ok(_) if nearby => Finding::ok(CONNECTION, format!("after {took}, without TLS, on this machine")),
-        Ok(_) => Finding::warning(
+        Ok(_) if nearby => Diagnosis::ok(CONNECTION, format!("after {took}, without TLS, on this machine")),
+        Ok(_) => Diagnosis::warning(
             CONNECTION,
             format!("after {took}, without TLS, to another machine"),
             "add sslmode=verify-full to the URL: until then anybody on the way can read along and answer for the \
@@ -162,7 +162,7 @@ async fn connection(session: &mut Session<'_, Postgres>, options: &PgConnectOpti
         .about(URL),
         Err(trouble) => {
             let found = format!("after {took}, but whether it uses TLS is not known: {trouble}");
-            Finding::warning(CONNECTION, found, "let the role read pg_stat_ssl").about(URL)
+            Diagnosis::warning(CONNECTION, found, "let the role read pg_stat_ssl").about(URL)
         }
     }
 }
@@ -195,21 +195,21 @@ SELECT CASE
     current_setting('server_version'), current_user::text,
     (SELECT system_identifier FROM pg_control_system()) || ' ' || current_database()";
 
-fn server(who: &Who) -> Finding {
+fn server(who: &Who) -> Diagnosis {
     let Who { state, version, role, .. } = who;
     let found = format!("PostgreSQL {version}, {state}, as the role {role:?}");
     match state.as_str() {
         "standby" => {
             let remedy = "lead the URL to the primary: a standby cannot confirm what its primary has committed, so no \
                           replica becomes ready there";
-            Finding::failed(SERVER, found, remedy).about(URL)
+            Diagnosis::failed(SERVER, found, remedy).about(URL)
         }
         "read-only" => {
             let remedy = "unset default_transaction_read_only for this role, database or server: a database that is \
                           read-only confirms nothing";
-            Finding::failed(SERVER, found, remedy).about(URL)
+            Diagnosis::failed(SERVER, found, remedy).about(URL)
         }
-        _ => Finding::ok(SERVER, found),
+        _ => Diagnosis::ok(SERVER, found),
     }
 }
 
@@ -218,14 +218,14 @@ async fn manager(serve: &Who, examination: Examination<'_>, report: &mut Report)
     const SETTING: &[&str] = &["store.management_url", "store.management_url_file"];
     let StoreSettings { management_url, management_url_file, schema, .. } = examination.settings;
     if management_url.is_none() && management_url_file.is_none() {
-        report.add(Finding::skipped(
+        report.add(Diagnosis::skipped(
             MANAGEMENT,
             "store.management_url is not set: whoever manages has a URL of their own, or uses store.url",
         ));
         return None;
     }
     let address = StoreUrl::of(examination.settings, Role::Manage);
-    let failed = |found: String, remedy: &str| Finding::failed(MANAGEMENT, found, remedy).about(SETTING);
+    let failed = |found: String, remedy: &str| Diagnosis::failed(MANAGEMENT, found, remedy).about(SETTING);
     let place = address.backend(examination.env).and_then(|place| address.postgres().map(|_| place));
     match place {
         Ok(Backend::Postgres) => {}
@@ -243,11 +243,11 @@ async fn manager(serve: &Who, examination: Examination<'_>, report: &mut Report)
     let mut session = match Session::open(&postgres, examination).await {
         Ok(session) => session,
         Err(trouble) => {
-            report.add(Finding { name: MANAGEMENT, ..refused(&trouble, &postgres.address).about(SETTING) });
+            report.add(Diagnosis { name: MANAGEMENT, ..refused(&trouble, &postgres.address).about(SETTING) });
             return None;
         }
     };
-    let finding = match who(&mut session).await {
+    let diagnosis = match who(&mut session).await {
         Err(trouble) => Err(failed(trouble.to_string(), "see the log of the server")),
         Ok(who) if who.database != serve.database => {
             Err(failed("it leads to another database than store.url".to_owned(), "correct one of the two"))
@@ -255,26 +255,26 @@ async fn manager(serve: &Who, examination: Examination<'_>, report: &mut Report)
         Ok(who) => Ok((missing(&mut session, &grants::MANAGE, &who.role, schema).await, who.role)),
     };
     session.close().await;
-    match finding {
-        Err(finding) => {
-            report.add(finding);
+    match diagnosis {
+        Err(diagnosis) => {
+            report.add(diagnosis);
             None
         }
         Ok((missing, role)) => {
-            let finding = match missing {
-                Ok(None) => Finding::ok(MANAGEMENT, has_all(&role, &grants::MANAGE)),
-                Ok(Some((found, remedy))) => Finding::failed(MANAGEMENT, found, remedy).about(SETTING),
+            let diagnosis = match missing {
+                Ok(None) => Diagnosis::ok(MANAGEMENT, has_all(&role, &grants::MANAGE)),
+                Ok(Some((found, remedy))) => Diagnosis::failed(MANAGEMENT, found, remedy).about(SETTING),
                 Err(trouble) => failed(trouble.to_string(), "see the log of the server"),
             };
-            report.add(finding);
+            report.add(diagnosis);
             (role != serve.role).then_some(role)
         }
     }
 }
 
 /// What the role of `serve` may; more than it needs only where `manager` is there to do the rest.
-async fn rights(session: &mut Session<'_, Postgres>, who: &Who, manager: Option<&str>, schema: &SchemaName) -> Finding {
-    let failed = |found: String, remedy: String| Finding::failed(RIGHTS, found, remedy).about(URL);
+async fn rights(session: &mut Session<'_, Postgres>, who: &Who, manager: Option<&str>, schema: &SchemaName) -> Diagnosis {
+    let failed = |found: String, remedy: String| Diagnosis::failed(RIGHTS, found, remedy).about(URL);
     match missing(session, &grants::SERVE, &who.role, schema).await {
         Ok(None) => {}
         Ok(Some((found, remedy))) => return failed(found, remedy),
@@ -285,7 +285,7 @@ async fn rights(session: &mut Session<'_, Postgres>, who: &Who, manager: Option<
     let writes =
         writes.is_ok_and(|rows| rows.first().and_then(|row| row.number(0).ok()).is_some_and(|count| count > 0));
     match manager {
-        Some(manager) if writes => Finding::warning(
+        Some(manager) if writes => Diagnosis::warning(
             RIGHTS,
             format!("{found}, and may change trusts and keys too"),
             format!(
@@ -294,7 +294,7 @@ async fn rights(session: &mut Session<'_, Postgres>, who: &Who, manager: Option<
             ),
         )
         .about(URL),
-        _ => Finding::ok(RIGHTS, found),
+        _ => Diagnosis::ok(RIGHTS, found),
     }
 }
 
@@ -334,7 +334,7 @@ async fn texts(session: &mut Session<'_, Postgres>, question: &String) -> Result
 }
 
 /// Whether every change is named, by what a poll says and by the triggers themselves.
-async fn naming(session: &mut Session<'_, Postgres>, triggers_intact: Option<bool>, postgres: &Postgres) -> Finding {
+async fn naming(session: &mut Session<'_, Postgres>, triggers_intact: Option<bool>, postgres: &Postgres) -> Diagnosis {
     let mut problems = texts(session, &postgres::problems(&postgres.schema)).await;
     if let (Ok(found), Some(question)) = (&mut problems, postgres.unattached()) {
         match texts(session, &question).await {
@@ -353,27 +353,27 @@ async fn naming(session: &mut Session<'_, Postgres>, triggers_intact: Option<boo
                 "run `trustgate {command}`, which puts it right: until then revocations may go unnoticed, so no replica \
                  relies on what it holds"
             );
-            Finding::failed(WATCH, found, remedy)
+            Diagnosis::failed(WATCH, found, remedy)
         }
-        (Ok(_), Some(true)) => Finding::ok(WATCH, "every change is named: all triggers are as they were made"),
+        (Ok(_), Some(true)) => Diagnosis::ok(WATCH, "every change is named: all triggers are as they were made"),
         // Rights that were given are such an alteration too.
-        (Ok(_), Some(false)) => Finding::ok(WATCH, ALTERED),
-        (Ok(_), None) => Finding::skipped(WATCH, "because no poll was answered; the triggers are as they were made"),
-        (Err(trouble), _) => Finding::failed(WATCH, trouble.to_string(), "see database_rights"),
+        (Ok(_), Some(false)) => Diagnosis::ok(WATCH, ALTERED),
+        (Ok(_), None) => Diagnosis::skipped(WATCH, "because no poll was answered; the triggers are as they were made"),
+        (Err(trouble), _) => Diagnosis::failed(WATCH, trouble.to_string(), "see database_rights"),
     }
 }
 
 /// Whether a word of the database reaches us without being asked for, and how soon.
-async fn hints(session: &mut Session<'_, Postgres>, address: &StoreUrl, examination: Examination<'_>) -> Finding {
+async fn hints(session: &mut Session<'_, Postgres>, address: &StoreUrl, examination: Examination<'_>) -> Diagnosis {
     const SETTING: &[&str] = &["freshness.hints"];
     if !examination.usage.hints {
-        return Finding::skipped(HINTS, "freshness.hints is false").about(SETTING);
+        return Diagnosis::skipped(HINTS, "freshness.hints is false").about(SETTING);
     }
     let lost = |problem: String| {
         let found = format!("hints do not arrive: the bound rests on polling alone ({problem})");
         let remedy = "nothing, if a pooler is in between: the bound is the same, and a revocation takes up to \
                       freshness.poll_interval more; else connect to the server itself";
-        Finding::warning(HINTS, found, remedy).about(URL)
+        Diagnosis::warning(HINTS, found, remedy).about(URL)
     };
     let channel = format!("trustgate_doctor_{}", Uuid::new_v4().simple());
     let mut listener = match listen::open(address, &channel).await {
@@ -386,7 +386,7 @@ async fn hints(session: &mut Session<'_, Postgres>, address: &StoreUrl, examinat
     }
     match timeout(HINT, listener.try_recv()).await {
         Ok(Ok(Some(_))) => {
-            Finding::ok(HINTS, format!("a hint arrives after {}", milliseconds(examination.clock.now().since(sent_at))))
+            Diagnosis::ok(HINTS, format!("a hint arrives after {}", milliseconds(examination.clock.now().since(sent_at))))
         }
         Ok(Ok(None)) => lost("the connection broke".to_owned()),
         Ok(Err(error)) => lost(Trouble::Sql(error).to_string()),

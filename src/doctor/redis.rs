@@ -10,7 +10,7 @@ use redis::{Cmd, ConnectionAddr, ErrorKind, RedisError, Value};
 use tokio::time::timeout;
 use uuid::Uuid;
 
-use super::finding::{Finding, Times, complete, located, milliseconds, resolve};
+use super::diagnosis::{Diagnosis, Times, complete, located, milliseconds, resolve};
 use crate::{
     base::clock::Clock,
     redis::{
@@ -36,13 +36,13 @@ const ANSWER: Duration = Duration::from_secs(1);
 const HINT: Duration = Duration::from_secs(1);
 
 /// Examines Redis as `settings` say; hints only where they are used.
-pub async fn examine(settings: &RedisSettings, hints: bool, clock: &dyn Clock) -> Vec<Finding> {
+pub async fn diagnose(settings: &RedisSettings, hints: bool, clock: &dyn Clock) -> Vec<Diagnosis> {
     if !settings.is_configured() {
         return complete(NAMES, Vec::new(), "redis.url is not set: Redis is not used");
     }
-    let mut findings = Vec::new();
-    let because = look(settings, hints, clock, &mut findings).await.err().unwrap_or_default();
-    complete(NAMES, findings, &because)
+    let mut diagnoses = Vec::new();
+    let because = look(settings, hints, clock, &mut diagnoses).await.err().unwrap_or_default();
+    complete(NAMES, diagnoses, &because)
 }
 
 /// Examines one thing after another.
@@ -53,14 +53,14 @@ async fn look(
     settings: &RedisSettings,
     hints: bool,
     clock: &dyn Clock,
-    findings: &mut Vec<Finding>,
+    diagnoses: &mut Vec<Diagnosis>,
 ) -> Result<(), String> {
     match address(settings).await {
-        Ok(found) => findings.push(Finding::ok(ADDRESS, found)),
+        Ok(found) => diagnoses.push(Diagnosis::ok(ADDRESS, found)),
         Err(problem) => {
             let remedy = "correct the host in the URL, or the resolver of this machine; until then replicas share \
                           nothing, and the database answers what they do not hold";
-            findings.push(Finding::failed(ADDRESS, problem, remedy).about(URL));
+            diagnoses.push(Diagnosis::failed(ADDRESS, problem, remedy).about(URL));
             return Err(format!("because of {ADDRESS}"));
         }
     }
@@ -68,24 +68,24 @@ async fn look(
     let mut connection = match within(CONNECT_TIMEOUT, settings.connect()).await {
         Ok(connection) => connection,
         Err(error) => {
-            findings.push(unconnected(&error));
+            diagnoses.push(unconnected(&error));
             return Err(format!("because of {CONNECTION}"));
         }
     };
     let took = clock.now().since(began);
     match pings(&mut connection, settings, clock).await {
-        Ok(times) => findings.push(judged(&mut connection, settings, took, &times).await),
+        Ok(times) => diagnoses.push(judged(&mut connection, settings, took, &times).await),
         Err(error) => {
             let remedy = "find out what keeps Redis, or the network before it, from answering";
-            findings.push(Finding::failed(CONNECTION, format!("connected, but: {error}"), remedy).about(URL));
+            diagnoses.push(Diagnosis::failed(CONNECTION, format!("connected, but: {error}"), remedy).about(URL));
             return Err(format!("because of {CONNECTION}"));
         }
     }
-    findings.push(commands(&mut connection).await);
-    findings.push(if hints {
+    diagnoses.push(commands(&mut connection).await);
+    diagnoses.push(if hints {
         hint(&mut connection, settings, clock).await
     } else {
-        Finding::skipped(HINTS, "freshness.hints is false").about(&["freshness.hints"])
+        Diagnosis::skipped(HINTS, "freshness.hints is false").about(&["freshness.hints"])
     });
     Ok(())
 }
@@ -107,7 +107,7 @@ async fn resolved(address: &ConnectionAddr) -> Result<String, String> {
     Ok(format!("{}, port {port}, {tls}", located(host, &addresses)))
 }
 
-fn unconnected(error: &RedisError) -> Finding {
+fn unconnected(error: &RedisError) -> Diagnosis {
     let refused = error.kind() == ErrorKind::AuthenticationFailed
         || matches!(error.code(), Some("WRONGPASS" | "NOAUTH" | "NOPERM"));
     let remedy = if refused {
@@ -116,7 +116,7 @@ fn unconnected(error: &RedisError) -> Finding {
         "start Redis, and let this machine reach its port; with rediss:// its certificate must be of an authority that \
          is trusted (redis.ca_file), for the host in the URL. Until then the database answers what replicas do not hold"
     };
-    Finding::failed(CONNECTION, said(error), remedy).about(URL)
+    Diagnosis::failed(CONNECTION, said(error), remedy).about(URL)
 }
 
 async fn pings(connection: &mut Connection, settings: &RedisSettings, clock: &dyn Clock) -> Result<Times, RedisError> {
@@ -137,7 +137,7 @@ async fn pings(connection: &mut Connection, settings: &RedisSettings, clock: &dy
 /// After so many late answers no more are asked for.
 const LATE_MAX: usize = 4;
 
-async fn judged(connection: &mut Connection, settings: &RedisSettings, took: Duration, times: &Times) -> Finding {
+async fn judged(connection: &mut Connection, settings: &RedisSettings, took: Duration, times: &Times) -> Diagnosis {
     const SETTING: &[&str] = &["redis.timeout"];
     // Every user may send it, whatever else it may not.
     let hello = ask::<BTreeMap<String, Value>>(connection, redis::cmd("HELLO")).await.unwrap_or_default();
@@ -147,21 +147,21 @@ async fn judged(connection: &mut Connection, settings: &RedisSettings, took: Dur
     let found = format!("{server} {version}, after {}; PING {}", milliseconds(took), times.beside(settings.timeout));
     if word("role").is_some_and(|role| role == "replica" || role == "slave") && !settings.cluster {
         let remedy = "lead the URL to the master, or set redis.sentinel_master: a replica takes no values";
-        return Finding::failed(CONNECTION, format!("a replica: {found}"), remedy).about(URL);
+        return Diagnosis::failed(CONNECTION, format!("a replica: {found}"), remedy).about(URL);
     }
     let remedy = "bring Redis nearer to `serve`, find out what holds it up, or raise redis.timeout: an answer that \
                   comes later costs a read of the database";
     if times.median() >= settings.timeout {
-        Finding::failed(CONNECTION, found, remedy).about(SETTING)
+        Diagnosis::failed(CONNECTION, found, remedy).about(SETTING)
     } else if times.longest() >= settings.timeout {
-        Finding::warning(CONNECTION, found, remedy).about(SETTING)
+        Diagnosis::warning(CONNECTION, found, remedy).about(SETTING)
     } else {
-        Finding::ok(CONNECTION, found)
+        Diagnosis::ok(CONNECTION, found)
     }
 }
 
 /// Whether the user may send what `serve` sends: each command so that it finds nothing and leaves nothing.
-async fn commands(connection: &mut Connection) -> Finding {
+async fn commands(connection: &mut Connection) -> Diagnosis {
     let name = format!("trustgate:doctor:{}", Uuid::new_v4().simple());
     let values: [(&str, &[&str]); 5] = [
         ("GETRANGE", &[&name, "0", "0"]),
@@ -182,14 +182,14 @@ async fn commands(connection: &mut Connection) -> Finding {
                   SETUSER); an error of another kind is the server's to explain";
     let refused_values = refused(connection, &values).await;
     if !refused_values.is_empty() {
-        return Finding::failed(COMMANDS, refused_values.join("; "), remedy).about(URL);
+        return Diagnosis::failed(COMMANDS, refused_values.join("; "), remedy).about(URL);
     }
     let refused_denials = refused(connection, &denials).await;
     if !refused_denials.is_empty() {
         let found = format!("the deny list in Redis cannot be read: {}", refused_denials.join("; "));
-        return Finding::warning(COMMANDS, found, remedy).about(URL);
+        return Diagnosis::warning(COMMANDS, found, remedy).about(URL);
     }
-    Finding::ok(COMMANDS, "the user may read, write, delete and run scripts on keys that begin with trustgate:")
+    Diagnosis::ok(COMMANDS, "the user may read, write, delete and run scripts on keys that begin with trustgate:")
 }
 
 /// Those of `commands` that may not be sent, each with what is said of it.
@@ -209,12 +209,12 @@ async fn refused(connection: &mut Connection, commands: &[(&str, &[&str])]) -> V
 }
 
 /// Whether a hint reaches us, and how soon.
-async fn hint(connection: &mut Connection, settings: &RedisSettings, clock: &dyn Clock) -> Finding {
+async fn hint(connection: &mut Connection, settings: &RedisSettings, clock: &dyn Clock) -> Diagnosis {
     let lost = |problem: String| {
         let found = format!("hints do not arrive by Redis ({problem})");
         let remedy = "let the user publish and subscribe on the channel trustgate:hints: until then a revocation is \
                       found by the database's own hints, or by the next poll";
-        Finding::warning(HINTS, found, remedy).about(URL)
+        Diagnosis::warning(HINTS, found, remedy).about(URL)
     };
     let listening = async {
         let mut subscriber = settings.subscriber(0).await?;
@@ -233,7 +233,7 @@ async fn hint(connection: &mut Connection, settings: &RedisSettings, clock: &dyn
     }
     let heard = timeout(HINT, subscriber.on_message().next()).await;
     match heard {
-        Ok(Some(_)) => Finding::ok(HINTS, format!("a hint arrives after {}", milliseconds(clock.now().since(sent_at)))),
+        Ok(Some(_)) => Diagnosis::ok(HINTS, format!("a hint arrives after {}", milliseconds(clock.now().since(sent_at)))),
         Ok(None) => lost("the connection broke".to_owned()),
         Err(_) => lost(format!("not within {HINT:?}")),
     }

@@ -11,7 +11,7 @@ use super::{
         ADDRESS, ALTERED, CLOCK, CONNECTION, Examination, HINTS, Kind, MANAGEMENT, RIGHTS, Report, SERVER, Session,
         Tables, Trouble, URL, WATCH, within,
     },
-    finding::{Finding, State, milliseconds},
+    diagnosis::{Diagnosis, State, milliseconds},
 };
 use crate::store::{
     LedgerError,
@@ -28,7 +28,7 @@ pub(crate) async fn run(sqlite: Sqlite, examination: Examination<'_>, report: &m
         (CLOCK, "the clock of an SQLite database is this machine's"),
         (HINTS, "SQLite tells nobody of another process's changes: every poll asks"),
     ] {
-        report.add(Finding::skipped(name, because));
+        report.add(Diagnosis::skipped(name, because));
     }
     let address = address(&sqlite);
     let is_there = sqlite.path.exists() && !matches!(address.state, State::Failed);
@@ -41,46 +41,46 @@ pub(crate) async fn run(sqlite: Sqlite, examination: Examination<'_>, report: &m
         Err(trouble) => {
             let remedy = "is it a database, and may this user read and write it and its directory?";
             let found = format!("{}: {trouble}", sqlite.path.display());
-            return report.add(Finding::failed(CONNECTION, found, remedy).about(URL));
+            return report.add(Diagnosis::failed(CONNECTION, found, remedy).about(URL));
         }
     };
     let took = milliseconds(session.connected_after);
-    report.add(Finding::ok(CONNECTION, format!("opened after {took}")));
+    report.add(Diagnosis::ok(CONNECTION, format!("opened after {took}")));
     let (server, problem) = match within(examination.settings.connect_timeout, look(&sqlite)).await {
         Ok((version, journal, problem)) => {
             let found = format!("SQLite {version}, journal_mode {journal}");
             let server = if journal == "wal" || sqlite.preset.is_some() {
-                Finding::ok(SERVER, found)
+                Diagnosis::ok(SERVER, found)
             } else {
                 let remedy = "run `trustgate migrate`: with the write-ahead log readers never wait for a writer";
-                Finding::warning(SERVER, found, remedy)
+                Diagnosis::warning(SERVER, found, remedy)
             };
             (server, Ok(problem))
         }
         Err(trouble) => {
             let remedy = "is it a database, and is it whole? Else put back a backup";
-            (Finding::failed(SERVER, trouble.to_string(), remedy).about(URL), Err(trouble))
+            (Diagnosis::failed(SERVER, trouble.to_string(), remedy).about(URL), Err(trouble))
         }
     };
     report.add(server);
-    let tables = session.examine(Kind::Embedded, report).await;
+    let tables = session.diagnose(Kind::Embedded, report).await;
     session.close().await;
     if sqlite.preset.is_some() {
-        report.add(Finding::skipped(WATCH, "store.preset is set: nobody names changes there"));
+        report.add(Diagnosis::skipped(WATCH, "store.preset is set: nobody names changes there"));
     } else if let Tables::Fit { triggers_intact: Some(triggers_intact) } = tables {
         report.add(naming(triggers_intact, problem));
     }
 }
 
 /// Where the file lies, who may read it, and whose it is.
-fn address(sqlite: &Sqlite) -> Finding {
+fn address(sqlite: &Sqlite) -> Diagnosis {
     let path = &sqlite.path;
     match file::prepare(path, Missing::Refuse) {
         Ok(()) => {}
         Err(LedgerError::NoDatabase { .. }) if sqlite.preset.is_none() => {
             let found = format!("no database at {}", path.display());
             let remedy = "nothing, if this is a new one: `serve` makes it. Else correct the path";
-            return Finding::warning(ADDRESS, found, remedy).about(URL);
+            return Diagnosis::warning(ADDRESS, found, remedy).about(URL);
         }
         Err(error) => return unusable(error.to_string()),
     }
@@ -91,19 +91,19 @@ fn address(sqlite: &Sqlite) -> Finding {
             let text = format!("{}, on a local disk, mode {mode:o}, of user {owner}", path.display());
             let user = rustix::process::geteuid().as_raw();
             if mode & 0o077 != 0 {
-                Finding::warning(ADDRESS, text, format!("others may read it: chmod 600 {}", path.display())).about(URL)
+                Diagnosis::warning(ADDRESS, text, format!("others may read it: chmod 600 {}", path.display())).about(URL)
             } else if owner != user {
                 let remedy = format!("run `serve` as the owner of the file; this is user {user}");
-                Finding::warning(ADDRESS, text, remedy).about(URL)
+                Diagnosis::warning(ADDRESS, text, remedy).about(URL)
             } else {
-                Finding::ok(ADDRESS, text)
+                Diagnosis::ok(ADDRESS, text)
             }
         }
     }
 }
 
-fn unusable(found: String) -> Finding {
-    Finding::failed(ADDRESS, found, "put the database on a local disk, where this user may write to it").about(URL)
+fn unusable(found: String) -> Diagnosis {
+    Diagnosis::failed(ADDRESS, found, "put the database on a local disk, where this user may write to it").about(URL)
 }
 
 /// Version, journal, and what keeps changes from being named.
@@ -116,15 +116,15 @@ async fn look(sqlite: &Sqlite) -> Result<(String, String, Option<String>), sqlx:
     Ok((version, journal, problem))
 }
 
-fn naming(triggers_intact: bool, problem: Result<Option<String>, Trouble>) -> Finding {
+fn naming(triggers_intact: bool, problem: Result<Option<String>, Trouble>) -> Diagnosis {
     match (problem, triggers_intact) {
         (Ok(Some(problem)), _) => {
             let remedy = "run `trustgate migrate`, which puts back what is missing: until then no replica relies on \
                           what it holds";
-            Finding::failed(WATCH, problem, remedy)
+            Diagnosis::failed(WATCH, problem, remedy)
         }
-        (Ok(None), true) => Finding::ok(WATCH, "every change is named: all triggers are as they were made"),
-        (Ok(None), false) => Finding::ok(WATCH, ALTERED),
-        (Err(trouble), _) => Finding::failed(WATCH, trouble.to_string(), "see database_server"),
+        (Ok(None), true) => Diagnosis::ok(WATCH, "every change is named: all triggers are as they were made"),
+        (Ok(None), false) => Diagnosis::ok(WATCH, ALTERED),
+        (Err(trouble), _) => Diagnosis::failed(WATCH, trouble.to_string(), "see database_server"),
     }
 }

@@ -18,7 +18,7 @@ use rustls::{
 use tokio_rustls::TlsAcceptor;
 
 use super::GrpcSettings;
-use crate::{base::clock::DatabaseTime, doctor::finding::Finding};
+use crate::{base::clock::DatabaseTime, doctor::diagnosis::Diagnosis};
 
 /// Why TLS cannot be had.
 #[derive(Debug, thiserror::Error)]
@@ -81,14 +81,14 @@ pub const EXAMINATION: &str = "tls";
 /// Loads what `settings` name, for `doctor`, and looks when the first certificate ends; `now` is by this machine's
 /// clock.
 #[must_use]
-pub fn examine(settings: &GrpcSettings, now: DatabaseTime) -> Finding {
+pub fn diagnose(settings: &GrpcSettings, now: DatabaseTime) -> Diagnosis {
     const SETTING: &[&str] = &["grpc.tls_certificate_file"];
     let Some(path) = &settings.tls_certificate_file else {
-        return Finding::skipped(EXAMINATION, "grpc.tls_certificate_file is not set: the listener speaks without TLS");
+        return Diagnosis::skipped(EXAMINATION, "grpc.tls_certificate_file is not set: the listener speaks without TLS");
     };
     if let Err(error) = acceptor(settings) {
         let remedy = "put a PEM file there that this user may read, with the certificate that belongs to the key";
-        return Finding::failed(EXAMINATION, error.to_string(), remedy).about(&[
+        return Diagnosis::failed(EXAMINATION, error.to_string(), remedy).about(&[
             "grpc.tls_certificate_file",
             "grpc.tls_key_file",
             "grpc.tls_client_ca_file",
@@ -96,23 +96,23 @@ pub fn examine(settings: &GrpcSettings, now: DatabaseTime) -> Finding {
     }
     let certificates = read_certificates("grpc.tls_certificate_file", path).unwrap_or_default();
     let Some((begins, ends)) = validity(&certificates, now) else {
-        return Finding::ok(EXAMINATION, "certificate and key fit; until when it is valid cannot be told");
+        return Diagnosis::ok(EXAMINATION, "certificate and key fit; until when it is valid cannot be told");
     };
     let renew = "renew the certificate, and restart `serve`: it is read at start";
     if let Some(begins) = begins {
         let remedy = "use it from then on, or set this machine's clock";
-        return Finding::failed(EXAMINATION, format!("the certificate is valid only from {begins} on"), remedy)
+        return Diagnosis::failed(EXAMINATION, format!("the certificate is valid only from {begins} on"), remedy)
             .about(SETTING);
     }
     if ends <= now {
-        return Finding::failed(EXAMINATION, format!("the certificate expired at {ends}"), renew).about(SETTING);
+        return Diagnosis::failed(EXAMINATION, format!("the certificate expired at {ends}"), renew).about(SETTING);
     }
     let days = ends.since(now).as_secs() / DAY.as_secs();
     let found = format!("certificate and key fit, valid until {ends}, for {days} days");
     if ends.since(now) < RENEWED_BEFORE {
-        Finding::warning(EXAMINATION, found, renew).about(SETTING)
+        Diagnosis::warning(EXAMINATION, found, renew).about(SETTING)
     } else {
-        Finding::ok(EXAMINATION, found)
+        Diagnosis::ok(EXAMINATION, found)
     }
 }
 

@@ -35,7 +35,7 @@ impl State {
 
 /// One examination and what it found.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Finding {
+pub struct Diagnosis {
     /// The name of the examination.
     pub name: &'static str,
     /// How it ended.
@@ -48,7 +48,7 @@ pub struct Finding {
     pub settings: &'static [&'static str],
 }
 
-impl Finding {
+impl Diagnosis {
     /// All is well.
     pub fn ok(name: &'static str, found: impl Into<String>) -> Self {
         Self { name, state: State::Ok, found: found.into(), remedy: None, settings: &[] }
@@ -77,12 +77,12 @@ impl Finding {
     }
 }
 
-/// One finding for each of `names`, in that order: what is not among `findings` was skipped, `because`.
+/// One finding for each of `names`, in that order: what is not among `diagnoses` was skipped, `because`.
 #[must_use]
-pub fn complete(names: &[&'static str], mut findings: Vec<Finding>, because: &str) -> Vec<Finding> {
+pub fn complete(names: &[&'static str], mut diagnoses: Vec<Diagnosis>, because: &str) -> Vec<Diagnosis> {
     let mut one = |name: &&'static str| {
-        let at = findings.iter().position(|finding| finding.name == *name);
-        at.map_or_else(|| Finding::skipped(name, because), |at| findings.swap_remove(at))
+        let at = diagnoses.iter().position(|diagnosis| diagnosis.name == *name);
+        at.map_or_else(|| Diagnosis::skipped(name, because), |at| diagnoses.swap_remove(at))
     };
     names.iter().map(&mut one).collect()
 }
@@ -156,8 +156,8 @@ mod tests {
 
     #[test]
     fn every_name_has_its_finding_in_order_and_what_is_missing_was_skipped() {
-        let findings = vec![Finding::ok("c", "3"), Finding::failed("a", "1", "do")];
-        let all = complete(&["a", "b", "c"], findings, "nobody looked");
+        let diagnoses = vec![Diagnosis::ok("c", "3"), Diagnosis::failed("a", "1", "do")];
+        let all = complete(&["a", "b", "c"], diagnoses, "nobody looked");
         let words: Vec<_> = all.iter().map(|one| (one.name, one.state.as_str(), one.found.as_str())).collect();
         assert_eq!(words, [("a", "failed", "1"), ("b", "skipped", "nobody looked"), ("c", "ok", "3")]);
     }
