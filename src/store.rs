@@ -22,7 +22,7 @@ pub use self::open::{
     Management, attach, describe, detach, grants, management, migrate, new_incarnation, open_history, open_ledger,
     open_lookup, print_attach, print_detach,
 };
-pub use self::reads::lookup::{Lookup, Missing, PollError, Polled, SignOfLife, Source, Tended};
+pub use self::reads::lookup::{Lookup, Missing, PollError, Polled, Heartbeat, Source, Tended};
 pub use self::url::{Env, default_path};
 
 use crate::base::secret::Secret;

@@ -28,7 +28,7 @@ use crate::{
         },
     },
     record::Version,
-    store::{Lookup, PollError, Polled, SignOfLife, Tended},
+    store::{Lookup, PollError, Polled, Heartbeat, Tended},
 };
 
 /// A sign of life for whoever waits for replicas, at least this often.
@@ -182,7 +182,7 @@ impl Poll {
         };
         stop.run_until_cancelled(polling).await;
         // Whoever waits for replicas need not wait for this one any more.
-        let farewell = SignOfLife { lasts: Duration::ZERO, ..self.sign(self.replica_state.load().applied()) };
+        let farewell = Heartbeat { lasts: Duration::ZERO, ..self.sign(self.replica_state.load().applied()) };
         let _ = timeout(WRITE_TIMEOUT, self.store.report(&farewell)).await;
     }
 
@@ -391,7 +391,7 @@ impl Poll {
     }
 
     /// Says that this replica is alive, and whether that was taken.
-    async fn tell(&self, sign: &SignOfLife, limit: Duration) -> bool {
+    async fn tell(&self, sign: &Heartbeat, limit: Duration) -> bool {
         match timeout(limit, self.store.report(sign)).await {
             Ok(Ok(())) => true,
             Ok(Err(fault)) => {
@@ -467,11 +467,11 @@ impl Poll {
         }
     }
 
-    fn sign(&self, applied: Version) -> SignOfLife {
+    fn sign(&self, applied: Version) -> Heartbeat {
         let FreshnessSettings { lease, stale_if_unconfirmed, .. } = self.settings;
         // The next sign may be a whole interval away, and a lease is as old as the last poll before it.
         let lasts = REPORT_INTERVAL + REPORT_INTERVAL / 10 + lease + stale_if_unconfirmed + SIGN_MARGIN;
-        SignOfLife { replica: self.replica, name: self.name.clone(), applied, lasts }
+        Heartbeat { replica: self.replica, name: self.name.clone(), applied, lasts }
     }
 }
 

@@ -5,7 +5,7 @@ use std::{os::unix::fs::PermissionsExt, path::Path, sync::Arc, time::Duration};
 use trustgate::{
     base::{clock::SystemClock, fault::Fault},
     record::{ApiKeyDigest, Digests, Version},
-    store::{self, LedgerError, Missing, SignOfLife, StoreSettings},
+    store::{self, LedgerError, Missing, Heartbeat, StoreSettings},
 };
 
 fn nobody() -> Digests {
@@ -39,7 +39,7 @@ async fn only_serve_and_migrate_make_the_file_and_only_its_owner_can_read_it() {
     // Serve.
     lookup.prepare(Missing::Create).await.unwrap();
     let sign =
-        SignOfLife { replica: uuid::Uuid::nil(), name: "here".into(), applied: Version(1), lasts: Duration::ZERO };
+        Heartbeat { replica: uuid::Uuid::nil(), name: "here".into(), applied: Version(1), lasts: Duration::ZERO };
     lookup.report(&sign).await.unwrap();
     assert_eq!(mode(&path), 0o600);
     assert_eq!(mode(path.parent().unwrap()), 0o700);

@@ -14,7 +14,7 @@ use trustgate::{
         ApiKeyDigest, Change, Versioned, Digests, Fingerprint, KeyId, Lineage, Made, Nonce, StoredPeppers, TrustId, Version,
     },
     store::{
-        self, Actor, Ledger, LedgerError, Missing, PollError, Preset, SignOfLife, Source, StoreSettings,
+        self, Actor, Ledger, LedgerError, Missing, PollError, Preset, Heartbeat, Source, StoreSettings,
         ledger::{NewKey, TrustRef},
     },
 };
@@ -822,9 +822,9 @@ async fn the_watch_is_restored_without_a_version_where_nothing_was_wrong(db: Db)
     assert_eq!(seen, Version(first.as_of.0 + 1), "once, however many find it");
 }
 
-fn sign(replica: Uuid, applied: u64) -> SignOfLife {
+fn sign(replica: Uuid, applied: u64) -> Heartbeat {
     let lasts = Duration::from_mins(2);
-    SignOfLife { replica, name: format!("pod-{applied}'\\\"; ü"), applied: Version(applied), lasts }
+    Heartbeat { replica, name: format!("pod-{applied}'\\\"; ü"), applied: Version(applied), lasts }
 }
 
 async fn replicas_that_give_signs_of_life_are_listed(db: Db) {
@@ -858,7 +858,7 @@ async fn replicas_that_give_signs_of_life_are_listed(db: Db) {
     db.execute(&format!("UPDATE replica SET until = {} WHERE id = '{one}'", ago(25 * 60 * 60))).await;
     lookup.report(&sign(other, 6)).await.unwrap();
     assert_eq!(db.texts("SELECT CAST(count(*) AS text) FROM replica").await, ["1"], "dead for more than a day");
-    lookup.report(&SignOfLife { lasts: Duration::ZERO, ..sign(other, 7) }).await.unwrap();
+    lookup.report(&Heartbeat { lasts: Duration::ZERO, ..sign(other, 7) }).await.unwrap();
     assert_eq!(ledger.replicas().await.unwrap(), [], "it said goodbye");
 
     let key = lookup.redis_mac_key().await.unwrap().expect("made by the first migration");

@@ -14,7 +14,7 @@ use trustgate::{
     base::{clock::SystemClock, fault::Fault, secret::Secret},
     record::{ApiKeyDigest, Digests},
     store::{
-        self, Missing, SignOfLife, Source, StoreSettings,
+        self, Missing, Heartbeat, Source, StoreSettings,
         reads::pool::{Connect, Limits, Pool, PoolError},
     },
 };
@@ -154,7 +154,7 @@ async fn the_printed_grants_are_enough_to_serve_and_to_manage_and_no_more() {
     lookup.prepare(Missing::Refuse).await.unwrap();
     let applied = lookup.poll(None).await.unwrap().newest.as_of;
     let replica = uuid::Uuid::from_u128(1);
-    let sign = SignOfLife { replica, name: "one".into(), applied, lasts: SECONDS };
+    let sign = Heartbeat { replica, name: "one".into(), applied, lasts: SECONDS };
     lookup.report(&sign).await.unwrap();
     assert!(lookup.redis_mac_key().await.unwrap().is_some());
     let actor = store::Actor("test".into());

@@ -16,7 +16,7 @@ use tokio::task::JoinSet;
 use trustgate::{
     base::{clock::SystemClock, secret::Secret},
     record::{ApiKeyDigest, Change, Digests, KeyId, Nonce, Version},
-    store::{self, Ledger, LedgerError, Missing, PollError, Polled, SignOfLife, Source, StoreSettings},
+    store::{self, Ledger, LedgerError, Missing, PollError, Polled, Heartbeat, Source, StoreSettings},
 };
 use uuid::Uuid;
 
@@ -846,7 +846,7 @@ async fn versions_are_pruned_from_the_oldest_on_and_never_the_newest() {
 async fn a_replica_counts_until_the_end_of_its_last_sign() {
     let db = Db::new().await;
     let (lookup, mut ledger, mut writer) = (db.open(), db.ledger().await, db.writer().await);
-    let sign = |replica, applied, seconds| SignOfLife {
+    let sign = |replica, applied, seconds| Heartbeat {
         replica: Uuid::from_u128(replica),
         name: format!("pod-{replica}"),
         applied: Version(applied),

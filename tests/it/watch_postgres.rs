@@ -14,7 +14,7 @@ use trustgate::{
     base::{clock::SystemClock, fault::Fault, secret::Secret},
     record::{ApiKeyDigest, Change, ChangeKind, Digests, Fingerprint, KeyId, Made, TrustId, Version},
     store::{
-        self, Actor, Missing, PollError, SignOfLife, Source, StoreSettings,
+        self, Actor, Missing, PollError, Heartbeat, Source, StoreSettings,
         ledger::{NewKey, TrustRef},
     },
 };
@@ -439,7 +439,7 @@ async fn the_rights_that_are_printed_are_enough_and_no_more() {
     db.execute(&store::grants(&db.settings, &serve, &manage)).await;
 
     lookup.prepare(Missing::Refuse).await.unwrap();
-    let sign = SignOfLife { replica: Uuid::nil(), name: "here".into(), applied: Version(1), lasts: 60 * SECONDS };
+    let sign = Heartbeat { replica: Uuid::nil(), name: "here".into(), applied: Version(1), lasts: 60 * SECONDS };
     lookup.report(&sign).await.unwrap();
     lookup.prune().await.unwrap();
     lookup.redis_mac_key().await.unwrap();
@@ -598,7 +598,7 @@ async fn through_a_pooler_everything_works_but_hints() {
         );
         seen = polled.newest.as_of;
     }
-    let sign = SignOfLife { replica: Uuid::nil(), name: "here".into(), applied: seen, lasts: SECONDS * 60 };
+    let sign = Heartbeat { replica: Uuid::nil(), name: "here".into(), applied: seen, lasts: SECONDS * 60 };
     lookup.report(&sign).await.unwrap();
     assert_eq!(ledger.replicas().await.unwrap().len(), 1);
     lookup.prune().await.unwrap();

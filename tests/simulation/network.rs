@@ -15,7 +15,7 @@ use trustgate::{
         fault::{Fault, Tier},
     },
     record::{Versioned, Digests, Fingerprint, KeyId, Record, Version},
-    store::{LedgerError, Lookup, Missing, PollError, Polled, SignOfLife, Source, Tended},
+    store::{LedgerError, Lookup, Missing, PollError, Polled, Heartbeat, Source, Tended},
 };
 use uuid::Uuid;
 
@@ -132,7 +132,7 @@ impl Lookup for Network {
         refused("the connection for hints broke")
     }
 
-    async fn report(&self, _: &SignOfLife) -> Result<(), Fault> {
+    async fn report(&self, _: &Heartbeat) -> Result<(), Fault> {
         self.ask(|_, _, _| ()).await
     }
 

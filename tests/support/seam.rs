@@ -15,7 +15,7 @@ use trustgate::{
     config::{self, Purpose},
     record::{Versioned, Digests, Fingerprint, KeyId, Record, Version},
     server::{AppBuilder, Running},
-    store::{LedgerError, Lookup, Missing, PollError, Polled, SignOfLife, Source, Tended},
+    store::{LedgerError, Lookup, Missing, PollError, Polled, Heartbeat, Source, Tended},
 };
 use uuid::Uuid;
 
@@ -163,7 +163,7 @@ impl Lookup for Seam {
         self.inner.listen(changed).await
     }
 
-    async fn report(&self, sign: &SignOfLife) -> Result<(), Fault> {
+    async fn report(&self, sign: &Heartbeat) -> Result<(), Fault> {
         self.inner.report(sign).await
     }
 

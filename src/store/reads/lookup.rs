@@ -47,7 +47,7 @@ pub trait Lookup: Send + Sync + 'static {
     ///
     /// # Errors
     /// As [`Self::find`].
-    async fn report(&self, sign: &SignOfLife) -> Result<(), Fault>;
+    async fn report(&self, sign: &Heartbeat) -> Result<(), Fault>;
 
     /// After a poll that was not [`Polled::watched`]: makes sure that every change is named again, and draws a version
     /// "everything changed" for what may have passed unnamed.
@@ -132,7 +132,7 @@ pub enum PollError {
 
 /// That a replica is alive.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct SignOfLife {
+pub struct Heartbeat {
     /// The same from start to end of a process.
     pub replica: Uuid,
     /// What people know it by: the name of its host or pod.

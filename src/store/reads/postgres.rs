@@ -6,7 +6,7 @@ use sqlx::{AssertSqlSafe, Connection, PgConnection, Row, postgres::PgRow};
 use uuid::Uuid;
 
 use super::{
-    lookup::{Missing, OTHER_KEYS_MAX, SignOfLife},
+    lookup::{Missing, OTHER_KEYS_MAX, Heartbeat},
     pool::Connect,
     reader::{Dialect, OwnTableQueries},
 };
@@ -211,8 +211,8 @@ impl Dialect for Postgres {
         self.existing.is_none()
     }
 
-    fn report(&self, sign: &SignOfLife) -> String {
-        let SignOfLife { replica, name, applied, lasts } = sign;
+    fn report(&self, sign: &Heartbeat) -> String {
+        let Heartbeat { replica, name, applied, lasts } = sign;
         // The name of a host as a list of characters: a text from outside never stands in a statement.
         let name = name.chars().filter(char::is_ascii_graphic).take(NAME_CHARS_MAX);
         let name = name.map(|c| u32::from(c).to_string()).collect::<Vec<_>>().join(", ");

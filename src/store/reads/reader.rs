@@ -15,7 +15,7 @@ use async_trait::async_trait;
 use uuid::Uuid;
 
 use super::{
-    lookup::{Missing, PollError, Polled, SignOfLife, Source, Tended},
+    lookup::{Missing, PollError, Polled, Heartbeat, Source, Tended},
     pool::{Connect, Limits, Pool, PoolError},
 };
 use crate::{
@@ -59,7 +59,7 @@ pub(crate) trait Dialect: Connect<Row: RowExt> {
     /// most. Reads no more rows than that for each condition.
     fn count_keys(&self, conditions: &[String]) -> Self::Query;
     /// The sign of life of this replica.
-    fn report(&self, sign: &SignOfLife) -> Self::Query;
+    fn report(&self, sign: &Heartbeat) -> Self::Query;
     /// As [`Lookup::restore_watch`], on a connection of its own.
     fn restore_watch(&self) -> impl Future<Output = Result<(), sqlx::Error>> + Send;
     /// As [`Lookup::renew_incarnation`], on a connection of its own.
@@ -238,7 +238,7 @@ impl<D: Dialect> Lookup for Reader<D> {
         Fault::unreachable(Tier::Store, self.dialect.listen(changed).await)
     }
 
-    async fn report(&self, sign: &SignOfLife) -> Result<(), Fault> {
+    async fn report(&self, sign: &Heartbeat) -> Result<(), Fault> {
         if self.dialect.ours().is_some() {
             self.reads.read(&self.dialect.report(sign)).await?;
         }

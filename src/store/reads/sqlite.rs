@@ -13,7 +13,7 @@ use sqlx::{AssertSqlSafe, Connection, SqliteConnection, sqlite::SqliteRow};
 use uuid::Uuid;
 
 use super::{
-    lookup::{Missing, OTHER_KEYS_MAX, SignOfLife},
+    lookup::{Missing, OTHER_KEYS_MAX, Heartbeat},
     pool::Connect,
     reader::{Dialect, OwnTableQueries},
 };
@@ -344,8 +344,8 @@ impl Dialect for Sqlite {
         self.preset.is_none()
     }
 
-    fn report(&self, sign: &SignOfLife) -> Query {
-        let SignOfLife { replica, name, applied, lasts } = sign;
+    fn report(&self, sign: &Heartbeat) -> Query {
+        let Heartbeat { replica, name, applied, lasts } = sign;
         Query::writing(
             format!(
                 "INSERT INTO replica (id, name, applied, seen_at, until) VALUES (?1, ?2, ?3, {NOW}, {NOW} + ?4)
