@@ -27,7 +27,7 @@ use uuid::Uuid;
 use self::{
     admin::Admin,
     lifecycle::{Life, Phase},
-    replica::{Replica, Surroundings, Tasks},
+    replica::{Replica, ReplicaDeps, Tasks},
     signals::SystemSignals,
 };
 use crate::{
@@ -178,7 +178,7 @@ impl AppBuilder {
         let io = IoRuntime::start("trustgate-io", 2, Priority::Low)?;
         let poll_runtime = IoRuntime::start("trustgate-poll", 1, Priority::Normal)?;
         let id = Uuid::new_v4();
-        let around = Surroundings {
+        let deps = ReplicaDeps {
             source: Arc::clone(&source),
             place,
             redis: config.redis.is_configured().then(|| Arc::new(config.redis.clone()) as _),
@@ -189,7 +189,7 @@ impl AppBuilder {
             poll: poll_runtime.handle(),
             stop: stop.clone(),
         };
-        let Replica { checker, cache, replica_state, poll, fresh } = Replica::start(&config, around, &registry, &mut parts)?;
+        let Replica { checker, cache, replica_state, poll, fresh } = Replica::start(&config, deps, &registry, &mut parts)?;
 
         let (routes, health) = health().await;
         let announcing = announce(Arc::clone(&replica_state), fresh, life.clone(), health, stop.clone());

@@ -48,7 +48,7 @@ use crate::{
 };
 
 /// What is around a replica.
-pub struct Surroundings {
+pub struct ReplicaDeps {
     /// The database.
     pub source: Arc<dyn Source>,
     /// What people know the database by.
@@ -117,17 +117,17 @@ impl Tasks {
 }
 
 impl Replica {
-    /// Starts everything that a replica does by itself, as `tasks` that end with `around.stop`.
+    /// Starts everything that a replica does by itself, as `tasks` that end with `deps.stop`.
     ///
     /// # Errors
     /// A file with a secret or the deny list cannot be read.
     pub fn start(
         config: &Config,
-        around: Surroundings,
+        deps: ReplicaDeps,
         registry: &Registry,
         tasks: &mut Tasks,
     ) -> Result<Self, AppError> {
-        let Surroundings { source, place, redis, clock, id, name, io, poll: poll_runtime, stop } = around;
+        let ReplicaDeps { source, place, redis, clock, id, name, io, poll: poll_runtime, stop } = deps;
         let replica_state = Arc::new(ReplicaState::new(config.freshness.limits()));
         let breakers = breaker_gauges(registry)?;
         let l2 = match &redis {
