@@ -31,7 +31,7 @@ use crate::{
         clock::{Clock, Moment},
         fault::{Fault, Tier},
         metrics::{
-            CoreCounter, CoreCounters, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec,
+            ThreadCounter, ThreadCounters, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec,
             Opts, Registry, SHORT_SECONDS, register,
         },
         units::ByteSize,
@@ -457,11 +457,11 @@ fn jittered(time: Duration, spread: u8) -> Duration {
 
 /// The outcomes of one tier.
 struct Outcomes {
-    hit: CoreCounter,
-    negative_hit: CoreCounter,
-    miss: CoreCounter,
-    refused: CoreCounter,
-    error: CoreCounter,
+    hit: ThreadCounter,
+    negative_hit: ThreadCounter,
+    miss: ThreadCounter,
+    refused: ThreadCounter,
+    error: ThreadCounter,
 }
 
 struct Metrics {
@@ -478,7 +478,7 @@ struct Metrics {
 
 impl Metrics {
     fn register<K: Cacheable>(registry: &Registry, breaker_open: IntGauge) -> prometheus::Result<Self> {
-        let lookups = CoreCounters::new(
+        let lookups = ThreadCounters::new(
             Opts::new(
                 "trustgate_cache_lookups_total",
                 "Lookups by kind of value, tier (l1, l2, store) and outcome (hit, negative_hit, miss, refused, error).",

@@ -52,7 +52,7 @@ use crate::{
         self, LimitsSettings, Service, Signals,
         listener::{ListenAddress, Listener},
         tls::{self, TlsError},
-        worker::Cores,
+        worker::Workers,
     },
     record::{KeyId, Record, TrustId},
     store::{self, Env, LedgerError, Management, Missing, Source},
@@ -205,10 +205,10 @@ impl AppBuilder {
             parts.spawn_on("canary", running.map(Ok), &io.handle());
         }
         // As many as this process may use: its affinity and its share of the machine (cgroup) are counted in.
-        let cores = Arc::new(Cores::start(available_parallelism().map_or(1, NonZero::get))?);
+        let workers = Arc::new(Workers::start(available_parallelism().map_or(1, NonZero::get))?);
         for listener in grpc {
-            let (service, cores) = (Arc::clone(&service), Arc::clone(&cores));
-            let accepting = grpc::accept::run(listener, service, cores, signals.clone(), tasks.clone());
+            let (service, workers) = (Arc::clone(&service), Arc::clone(&workers));
+            let accepting = grpc::accept::run(listener, service, workers, signals.clone(), tasks.clone());
             parts.spawn_on("gRPC listener", accepting.map(Ok), &Handle::current());
         }
         let shown = Admin {
@@ -218,12 +218,12 @@ impl AppBuilder {
             replica_state,
             poll,
             clock,
-            serving: cores.handles(),
+            serving: workers.handles(),
         };
         let admin_runtime = start_admin(admin, shown, &stop, &mut parts)?;
         tracing::info!(grpc = listed(&addresses.0), admin = listed(&addresses.1), "listening");
         let runtimes = (io, poll_runtime, admin_runtime);
-        Ok(Running { config, addresses, checker, cache, source, life, stop, signals, tasks, parts, cores, runtimes })
+        Ok(Running { config, addresses, checker, cache, source, life, stop, signals, tasks, parts, workers, runtimes })
     }
 }
 
@@ -239,7 +239,7 @@ pub struct Running {
     signals: Signals,
     tasks: TaskTracker,
     parts: Tasks,
-    cores: Arc<Cores>,
+    workers: Arc<Workers>,
     runtimes: (IoRuntime, IoRuntime, IoRuntime),
 }
 
@@ -329,7 +329,7 @@ impl Running {
         if timeout(STOP_TIMEOUT, ending).await.is_err() {
             tracing::warn!("shutdown timeout: some tasks did not end within {STOP_TIMEOUT:?}; stopping without them");
         }
-        drop((self.cores, self.runtimes));
+        drop((self.workers, self.runtimes));
         tracing::info!("stopped");
         outcome
     }

@@ -2,13 +2,13 @@
 //!
 //! Never takes a label value from data: label sets are closed, and hold no key, path or host.
 
-pub(crate) mod per_core;
+pub(crate) mod per_thread;
 
 pub use prometheus::{
     Gauge, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, core::Collector,
 };
 
-pub use self::per_core::{CoreCounter, CoreCounters, CoreHistogram};
+pub use self::per_thread::{ThreadCounter, ThreadCounters, ThreadHistogram};
 
 /// Seconds, for durations between 10 us and 250 ms in steps of 1, 2 and 5.
 pub const SHORT_SECONDS: [f64; 14] =

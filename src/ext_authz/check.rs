@@ -23,7 +23,7 @@ use crate::{
         clock::{Clock, Moment},
         fault::{Fault, quoted},
         log_limit::LogLimit,
-        metrics::{CoreCounter, CoreCounters, CoreHistogram, HistogramOpts, Opts, Registry, SHORT_SECONDS, register},
+        metrics::{ThreadCounter, ThreadCounters, ThreadHistogram, HistogramOpts, Opts, Registry, SHORT_SECONDS, register},
     },
     cache::{Cache, ReadPolicy, api_key::ApiKey},
     freshness::{Freshness, ReplicaView, ReplicaState, deny_list::DenyList, history::Provenance, lease::LeaseState},
@@ -397,18 +397,18 @@ const FAULT_LOG_INTERVAL: Duration = Duration::from_secs(1);
 
 /// Checks answered. Children are resolved here, since looking them up hashes and locks.
 struct CheckMetrics {
-    allowed: CoreCounter,
-    anonymous: CoreCounter,
-    denied: [CoreCounter; DenyReason::ALL.len()],
-    fault: CoreCounter,
-    cancelled: CoreCounter,
-    stale: CoreCounter,
-    seconds: CoreHistogram,
+    allowed: ThreadCounter,
+    anonymous: ThreadCounter,
+    denied: [ThreadCounter; DenyReason::ALL.len()],
+    fault: ThreadCounter,
+    cancelled: ThreadCounter,
+    stale: ThreadCounter,
+    seconds: ThreadHistogram,
 }
 
 impl CheckMetrics {
     fn register(registry: &Registry) -> prometheus::Result<Self> {
-        let checks = CoreCounters::new(
+        let checks = ThreadCounters::new(
             Opts::new(
                 "trustgate_checks_total",
                 "Checks by decision (allow, deny, fault, cancelled) and the reason for it.",
@@ -431,12 +431,12 @@ impl CheckMetrics {
             denied: DenyReason::ALL.map(|reason| count("deny", reason.as_str())),
             fault: count("fault", "fault"),
             cancelled: count("cancelled", "cancelled"),
-            stale: register(registry, CoreCounters::new(stale, &[]))?.with(&[]),
-            seconds: register(registry, CoreHistogram::new(seconds.buckets(SHORT_SECONDS.to_vec())))?,
+            stale: register(registry, ThreadCounters::new(stale, &[]))?.with(&[]),
+            seconds: register(registry, ThreadHistogram::new(seconds.buckets(SHORT_SECONDS.to_vec())))?,
         })
     }
 
-    fn observe(&self, counter: &CoreCounter, took: Duration) {
+    fn observe(&self, counter: &ThreadCounter, took: Duration) {
         counter.inc();
         self.seconds.observe(took);
     }

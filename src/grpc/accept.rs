@@ -11,15 +11,15 @@ use super::{
     Service, Signals, connection, http1,
     listener::Listener,
     stream::{Refused, Stream},
-    worker::Cores,
+    worker::Workers,
 };
 
 /// The wait after a failed accept (out of file descriptors, say); it doubles up to the longest one.
 const ACCEPT_WAIT: Duration = Duration::from_millis(10);
 const ACCEPT_WAIT_MAX: Duration = Duration::from_secs(1);
 
-/// Accepts from `listener` until `signals.drain`, then closes it. Connections live on in `tasks`, on `cores`.
-pub async fn run(listener: Listener, service: Arc<Service>, cores: Arc<Cores>, signals: Signals, tasks: TaskTracker) {
+/// Accepts from `listener` until `signals.drain`, then closes it. Connections live on in `tasks`, on `workers`.
+pub async fn run(listener: Listener, service: Arc<Service>, workers: Arc<Workers>, signals: Signals, tasks: TaskTracker) {
     let (mut wait, mut number) = (ACCEPT_WAIT, 0_u16);
     loop {
         let accepted = signals.drain.run_until_cancelled(async {
@@ -42,7 +42,7 @@ pub async fn run(listener: Listener, service: Arc<Service>, cores: Arc<Cores>, s
         let age = spread_age(service.limits.connection_age, number);
         let peer = accepted.peer();
         let (service, signals, calls) = (Arc::clone(&service), signals.clone(), tasks.clone());
-        cores.serve(&tasks, |load| async move {
+        workers.serve(&tasks, |load| async move {
             let end = signals.end.clone();
             let serving = async {
                 let opened = timeout(service.limits.preface_timeout, Stream::open(accepted, service.tls.as_ref()));

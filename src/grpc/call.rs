@@ -23,7 +23,7 @@ use super::{
     body::{BodyError, MessageReader},
     refused::Reason,
     rpc::Rpc,
-    worker::Load,
+    worker::WorkerLoad,
 };
 use crate::ext_authz::{
     check::{Progress, Waiting},
@@ -38,7 +38,7 @@ pub(crate) struct Calls {
     service: Arc<Service>,
     peer: Option<IpAddr>,
     tasks: TaskTracker,
-    load: Arc<Load>,
+    load: Arc<WorkerLoad>,
     drain: CancellationToken,
 }
 
@@ -49,7 +49,7 @@ impl Calls {
         service: Arc<Service>,
         peer: Option<IpAddr>,
         tasks: TaskTracker,
-        load: Arc<Load>,
+        load: Arc<WorkerLoad>,
         drain: CancellationToken,
     ) -> Self {
         Self { service, peer, tasks, load, drain }

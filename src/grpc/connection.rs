@@ -24,7 +24,7 @@ use tokio::{
 };
 use tokio_util::task::TaskTracker;
 
-use super::{LimitsSettings, Service, Signals, call::Calls, worker::Load};
+use super::{LimitsSettings, Service, Signals, call::Calls, worker::WorkerLoad};
 
 /// Resets that a peer may leave pending: Envoy resets en masse when its own timeout passes.
 const PENDING_ACCEPT_RESETS_MAX: usize = 1_000;
@@ -49,7 +49,7 @@ pub(crate) async fn serve(
     signals: Signals,
     tasks: TaskTracker,
     age: Duration,
-    load: Arc<Load>,
+    load: Arc<WorkerLoad>,
 ) {
     let limits = service.limits.clone();
     let handshake = handshake(&limits, io);

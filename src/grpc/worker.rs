@@ -17,37 +17,37 @@ use tokio::runtime::{Builder, Handle};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 /// All of them. Dropped, they end with what they still serve.
-pub struct Cores {
-    cores: Vec<Core>,
+pub struct Workers {
+    workers: Vec<Core>,
     end: CancellationToken,
 }
 
 struct Core {
     handle: Handle,
-    load: Arc<Load>,
+    load: Arc<WorkerLoad>,
     thread: Option<JoinHandle<()>>,
 }
 
 /// What a core has to do.
 #[derive(Default)]
-pub struct Load {
+pub struct WorkerLoad {
     streams: AtomicUsize,
     connections: AtomicUsize,
 }
 
-impl Cores {
+impl Workers {
     /// `count` of them.
     ///
     /// # Errors
     /// When the operating system gives no more threads or descriptors.
     pub fn start(count: usize) -> io::Result<Self> {
-        let mut started = Self { cores: Vec::new(), end: CancellationToken::new() };
+        let mut started = Self { workers: Vec::new(), end: CancellationToken::new() };
         for number in 0..count {
             let runtime = Builder::new_current_thread().enable_all().build()?;
             let (handle, end) = (runtime.handle().clone(), started.end.clone());
             let thread = thread::Builder::new().name(format!("core-{number}"));
             let thread = thread.spawn(move || runtime.block_on(end.cancelled()))?;
-            started.cores.push(Core { handle, load: Arc::default(), thread: Some(thread) });
+            started.workers.push(Core { handle, load: Arc::default(), thread: Some(thread) });
         }
         Ok(started)
     }
@@ -55,7 +55,7 @@ impl Cores {
     /// The runtimes, to be asked whether they answer.
     #[must_use]
     pub fn handles(&self) -> Vec<Handle> {
-        self.cores.iter().map(|core| core.handle.clone()).collect()
+        self.workers.iter().map(|core| core.handle.clone()).collect()
     }
 
     /// Serves a connection, in `tasks`, on the core that has the fewest open streams (those that wait: others are answered as
@@ -64,12 +64,12 @@ impl Cores {
     pub fn serve<F: Future<Output = ()> + Send + 'static>(
         &self,
         tasks: &TaskTracker,
-        connection: impl FnOnce(Arc<Load>) -> F,
+        connection: impl FnOnce(Arc<WorkerLoad>) -> F,
     ) {
         let weight =
             |core: &&Core| (core.load.streams.load(Ordering::Relaxed), core.load.connections.load(Ordering::Relaxed));
         // There is at least one.
-        let Some(core) = self.cores.iter().min_by_key(weight) else { return };
+        let Some(core) = self.workers.iter().min_by_key(weight) else { return };
         core.load.connections.fetch_add(1, Ordering::Relaxed);
         let open = Open { load: Arc::clone(&core.load), of: |load| &load.connections };
         let serving = connection(Arc::clone(&core.load));
@@ -83,17 +83,17 @@ impl Cores {
     }
 }
 
-impl Drop for Cores {
+impl Drop for Workers {
     fn drop(&mut self) {
         self.end.cancel();
-        for core in &mut self.cores {
+        for core in &mut self.workers {
             // One that panicked ended as well; its panic was shown.
             let _ = core.thread.take().map(JoinHandle::join);
         }
     }
 }
 
-impl Load {
+impl WorkerLoad {
     /// Counts a stream until the answer is dropped.
     pub fn stream(self: &Arc<Self>) -> Open {
         self.streams.fetch_add(1, Ordering::Relaxed);
@@ -103,8 +103,8 @@ impl Load {
 
 /// Something that is open on a core, counted until it is dropped.
 pub struct Open {
-    load: Arc<Load>,
-    of: fn(&Load) -> &AtomicUsize,
+    load: Arc<WorkerLoad>,
+    of: fn(&WorkerLoad) -> &AtomicUsize,
 }
 
 impl Drop for Open {
@@ -121,13 +121,13 @@ mod tests {
 
     #[tokio::test]
     async fn connections_go_where_the_fewest_streams_are_open() {
-        let (cores, tasks) = (Cores::start(3).unwrap(), TaskTracker::new());
+        let (workers, tasks) = (Workers::start(3).unwrap(), TaskTracker::new());
         // Connections with one open stream each: where they were served, and what ends them.
         let serve = async |count: usize| {
             let (mut places, mut ends) = (Vec::new(), Vec::new());
             for _ in 0..count {
                 let ((place, answered), (end, left)) = (oneshot::channel(), oneshot::channel::<()>());
-                cores.serve(&tasks, |load| async move {
+                workers.serve(&tasks, |load| async move {
                     let stream = load.stream();
                     place.send(thread::current().name().unwrap().to_owned()).unwrap();
                     let _ = left.await;

@@ -36,9 +36,9 @@ thread_local! {
 struct Apart<T>(T);
 
 #[derive(Debug)]
-struct Copies<T>(Box<[Apart<T>]>);
+struct PerThread<T>(Box<[Apart<T>]>);
 
-impl<T> Copies<T> {
+impl<T> PerThread<T> {
     fn of(one: impl Fn() -> T) -> Arc<Self> {
         let processors = available_parallelism().map_or(1, std::num::NonZero::get);
         Arc::new(Self((0..processors + OTHER_THREADS).map(|_| Apart(one())).collect()))
@@ -57,11 +57,11 @@ impl<T> Copies<T> {
 
 /// One counter.
 #[derive(Clone, Debug)]
-pub struct CoreCounter(Arc<Copies<AtomicU64>>);
+pub struct ThreadCounter(Arc<PerThread<AtomicU64>>);
 
-impl CoreCounter {
+impl ThreadCounter {
     fn new() -> Self {
-        Self(Copies::of(|| AtomicU64::new(0)))
+        Self(PerThread::of(|| AtomicU64::new(0)))
     }
 
     /// Adds one.
@@ -76,13 +76,13 @@ impl CoreCounter {
 
 /// A family of counters, with labels or without.
 #[derive(Clone, Debug)]
-pub struct CoreCounters {
+pub struct ThreadCounters {
     labels: &'static [&'static str],
     desc: Desc,
-    counters: Arc<Mutex<HashMap<Vec<&'static str>, CoreCounter>>>,
+    counters: Arc<Mutex<HashMap<Vec<&'static str>, ThreadCounter>>>,
 }
 
-impl CoreCounters {
+impl ThreadCounters {
     /// A family that is told apart by `labels`.
     ///
     /// # Errors
@@ -95,14 +95,14 @@ impl CoreCounters {
 
     /// The counter with these values of the labels; kept by whoever counts, since looking it up takes a lock.
     #[must_use]
-    pub fn with(&self, values: &[&'static str]) -> CoreCounter {
+    pub fn with(&self, values: &[&'static str]) -> ThreadCounter {
         // Insertions are whole at every moment.
         let mut counters = self.counters.lock().unwrap_or_else(PoisonError::into_inner);
-        counters.entry(values.to_owned()).or_insert_with(CoreCounter::new).clone()
+        counters.entry(values.to_owned()).or_insert_with(ThreadCounter::new).clone()
     }
 }
 
-impl Collector for CoreCounters {
+impl Collector for ThreadCounters {
     fn desc(&self) -> Vec<&Desc> {
         vec![&self.desc]
     }
@@ -130,11 +130,11 @@ impl Collector for CoreCounters {
 
 /// A histogram of durations, in seconds where it is shown.
 #[derive(Clone, Debug)]
-pub struct CoreHistogram {
+pub struct ThreadHistogram {
     desc: Desc,
     /// Up to how long each bucket goes, in seconds and in nanoseconds.
     bounds: Arc<[(f64, u64)]>,
-    copies: Arc<Copies<Observed>>,
+    copies: Arc<PerThread<Observed>>,
 }
 
 #[derive(Debug)]
@@ -144,7 +144,7 @@ struct Observed {
     nanos: AtomicU64,
 }
 
-impl CoreHistogram {
+impl ThreadHistogram {
     /// A histogram with the buckets of `opts`.
     ///
     /// # Errors
@@ -153,7 +153,7 @@ impl CoreHistogram {
         let bound = |seconds: &f64| (*seconds, nanos(Duration::from_secs_f64(*seconds)));
         let bounds: Arc<[_]> = opts.buckets.iter().map(bound).collect();
         let desc = Desc::new(opts.common_opts.fq_name(), opts.common_opts.help, Vec::new(), HashMap::new())?;
-        let copies = Copies::of(|| Observed {
+        let copies = PerThread::of(|| Observed {
             buckets: (0..=bounds.len()).map(|_| AtomicU64::new(0)).collect(),
             nanos: AtomicU64::new(0),
         });
@@ -170,7 +170,7 @@ impl CoreHistogram {
     }
 }
 
-impl Collector for CoreHistogram {
+impl Collector for ThreadHistogram {
     fn desc(&self) -> Vec<&Desc> {
         vec![&self.desc]
     }
@@ -225,9 +225,9 @@ mod tests {
     #[test]
     fn what_threads_add_is_shown_as_one() {
         let registry = Registry::new();
-        let counters = register(&registry, CoreCounters::new(Opts::new("c_total", "Some."), &["what", "a"])).unwrap();
+        let counters = register(&registry, ThreadCounters::new(Opts::new("c_total", "Some."), &["what", "a"])).unwrap();
         let opts = HistogramOpts::new("t_seconds", "Times.").buckets(SHORT_SECONDS.to_vec());
-        let histogram = register(&registry, CoreHistogram::new(opts)).unwrap();
+        let histogram = register(&registry, ThreadHistogram::new(opts)).unwrap();
         let (one, other) = (counters.with(&["one", "z"]), counters.with(&["other", "z"]));
         std::thread::scope(|scope| {
             for _ in 0..50 {
