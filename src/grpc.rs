@@ -33,7 +33,7 @@ use tokio_util::sync::CancellationToken;
 use tonic::service::Routes;
 
 use self::{
-    body::Room,
+    body::ByteBudget,
     health::Health,
     listener::{ListenAddress, SocketMode, SocketOwner},
     refused::{Reason, RefusedPeers},
@@ -111,7 +111,7 @@ pub struct Service {
     health: Health,
     tls: Option<TlsAcceptor>,
     limits: LimitsSettings,
-    room: Room,
+    budget: ByteBudget,
     checks: Arc<Semaphore>,
     unfinished: Arc<Semaphore>,
     unread: Arc<Semaphore>,
@@ -141,7 +141,7 @@ impl Service {
             checker,
             health: Health::new(health),
             tls,
-            room: Room::new(limits.messages_in_flight_size.length()),
+            budget: ByteBudget::new(limits.messages_in_flight_size.length()),
             checks: Arc::new(Semaphore::new(limits.checks_in_flight as usize)),
             unfinished: Arc::new(Semaphore::new(UNFINISHED_MAX)),
             unread: Arc::new(Semaphore::new(UNREAD_MAX)),

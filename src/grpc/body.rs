@@ -18,48 +18,48 @@ use crate::ext_authz::{
 };
 
 /// Room for messages that wait, over all connections.
-pub(crate) struct Room {
+pub(crate) struct ByteBudget {
     free: AtomicUsize,
 }
 
-impl Room {
+impl ByteBudget {
     /// Room for `bytes` bytes.
     pub(crate) const fn new(bytes: usize) -> Self {
         Self { free: AtomicUsize::new(bytes) }
     }
 
     /// Takes `bytes` of it, if they are free.
-    pub(crate) fn hold(&self, bytes: usize) -> Option<Held<'_>> {
-        let mut held = self.hold_nothing();
+    pub(crate) fn reserve(&self, bytes: usize) -> Option<ReservedBytes<'_>> {
+        let mut held = self.reserve_nothing();
         held.grow_to(bytes).then_some(held)
     }
 
     /// Takes nothing yet.
-    pub(crate) const fn hold_nothing(&self) -> Held<'_> {
-        Held { room: self, bytes: 0 }
+    pub(crate) const fn reserve_nothing(&self) -> ReservedBytes<'_> {
+        ReservedBytes { budget: self, bytes: 0 }
     }
 }
 
 /// Room that is taken until this is dropped.
-pub(crate) struct Held<'r> {
-    room: &'r Room,
+pub(crate) struct ReservedBytes<'r> {
+    budget: &'r ByteBudget,
     bytes: usize,
 }
 
-impl Held<'_> {
+impl ReservedBytes<'_> {
     /// Takes as much as is missing to `bytes`; says whether it was there.
     pub(crate) fn grow_to(&mut self, bytes: usize) -> bool {
         let missing = bytes.saturating_sub(self.bytes);
         let free = |free: usize| free.checked_sub(missing);
-        let taken = self.room.free.try_update(Ordering::Relaxed, Ordering::Relaxed, free).is_ok();
+        let taken = self.budget.free.try_update(Ordering::Relaxed, Ordering::Relaxed, free).is_ok();
         self.bytes += if taken { missing } else { 0 };
         taken
     }
 }
 
-impl Drop for Held<'_> {
+impl Drop for ReservedBytes<'_> {
     fn drop(&mut self) {
-        self.room.free.fetch_add(self.bytes, Ordering::Relaxed);
+        self.budget.free.fetch_add(self.bytes, Ordering::Relaxed);
     }
 }
 

@@ -134,7 +134,7 @@ pub(crate) enum Answer {
 impl Service {
     /// Reads the rest of a message, which `unfinished` permits, and decides it.
     async fn read(&self, mut reader: MessageReader, unfinished: OwnedSemaphorePermit, peer: Option<IpAddr>) -> Answer {
-        let mut held = self.room.hold_nothing();
+        let mut held = self.budget.reserve_nothing();
         let read = poll_fn(|cx| {
             let message = reader.poll(cx);
             if held.grow_to(reader.bytes()) {
@@ -163,11 +163,11 @@ impl Service {
 
     /// Decides a check that has to wait, which `_permit` allows. Its message was not counted yet.
     async fn finish(&self, message: Bytes, waiting: Waiting, _permit: OwnedSemaphorePermit) -> Reply {
-        let Some(_held) = self.room.hold(message.len()) else { return self.no_room() };
+        let Some(_held) = self.budget.reserve(message.len()) else { return self.over_budget() };
         self.checker.finish(&message, waiting).await
     }
 
-    fn no_room(&self) -> Reply {
+    fn over_budget(&self) -> Reply {
         self.checker.shed("limits.messages_in_flight_size")
     }
 
@@ -175,9 +175,9 @@ impl Service {
         match error {
             BodyError::Denied(reason) => Answer::Reply(self.checker.refuse(reason)),
             BodyError::Compressed => Answer::Reply(self.checker.compressed(reader.encoding())),
-            BodyError::NoRoom { is_whole: true } => Answer::Reply(self.no_room()),
+            BodyError::NoRoom { is_whole: true } => Answer::Reply(self.over_budget()),
             BodyError::NoRoom { is_whole: false } => {
-                self.no_room(); // counted and logged
+                self.over_budget(); // counted and logged
                 Answer::Status(StatusCode::SERVICE_UNAVAILABLE)
             }
             BodyError::Incomplete => self.not_grpc(StatusCode::BAD_REQUEST, peer),
