@@ -131,7 +131,7 @@ impl Checker {
         };
         let key = match &request.subject {
             Ok(Subject::Key(key)) => key.expose(),
-            Ok(Subject::Nobody) => return Progress::Done(self.answer(Ok(Decision::Anonymous), &request, now, false)),
+            Ok(Subject::Anonymous) => return Progress::Done(self.answer(Ok(Decision::Anonymous), &request, now, false)),
             Err(Refusal::Denied(reason)) => return Progress::Done(self.denied(*reason, now)),
             Err(Refusal::Fault(fault)) => {
                 return Progress::Done(self.answer(Err(fault.clone()), &request, now, false));
@@ -244,9 +244,9 @@ impl Checker {
         };
         let passes = self.parts.decision.preflight == Preflight::Pass && is_preflight(&view);
         let subject = match key {
-            _ if passes => Ok(Subject::Nobody),
+            _ if passes => Ok(Subject::Anonymous),
             Ok(key) => Ok(Subject::Key(key)),
-            Err(CredentialError::Missing) if demands.admits_anonymous() => Ok(Subject::Nobody),
+            Err(CredentialError::Missing) if demands.admits_anonymous() => Ok(Subject::Anonymous),
             Err(error) => Err(Refusal::Denied(error.into())),
         };
         Ok(Request { subject, demands, removals })
@@ -361,7 +361,7 @@ enum Subject<'m> {
     /// Whoever holds this key.
     Key(Key<'m>),
     /// Nobody: the request may pass without a key.
-    Nobody,
+    Anonymous,
 }
 
 /// Why a request ends before a record is looked for.
