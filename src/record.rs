@@ -253,7 +253,7 @@ impl Digests {
 
     /// Whether `stored` is one of them; compares with each, in constant time.
     #[must_use]
-    pub fn hold(&self, stored: &ApiKeyDigest) -> bool {
+    pub fn contains(&self, stored: &ApiKeyDigest) -> bool {
         self.all().fold(false, |found, digest| found | digest.matches(stored))
     }
 }

@@ -97,7 +97,7 @@ impl Cacheable for ApiKey {
         let found = store.find(query).await?;
         // The index found it; the digest itself says whether it is what was asked for.
         match &found.value {
-            Some(record) if !query.hold(&record.digest) => {
+            Some(record) if !query.contains(&record.digest) => {
                 Err(Fault::Corrupt { tier: Tier::Store, problem: "another digest than was asked for" })
             }
             _ => Ok(found),

@@ -148,7 +148,7 @@ impl Checker {
             let entry = self.parts.cache.hit(&history, &digest, now, freshness == Freshness::Ttl);
             // An absence that cannot be confirmed is not one.
             if let Some(entry) = entry.filter(|entry| lease_state != LeaseState::Stale || entry.value().is_some()) {
-                let is_its = |stored: &ApiKeyDigest| self.parts.hasher.is_of(stored, &digest, key);
+                let is_its = |stored: &ApiKeyDigest| self.parts.hasher.matches(stored, &digest, key);
                 let outcome = self.decide(&digest, entry.value(), is_its, false, &request.demands, now);
                 // In the stale window an unknown key gets a fault, so a revoked one must get the same answer.
                 let is_stale = lease_state == LeaseState::Stale;
@@ -195,7 +195,7 @@ impl Checker {
         let outcome = match &found {
             Ok(loaded) => {
                 let elsewhere = loaded.provenance(&history) != Provenance::Known;
-                let is_its = |stored: &ApiKeyDigest| digests.hold(stored);
+                let is_its = |stored: &ApiKeyDigest| digests.contains(stored);
                 let value = loaded.entry.value();
                 self.decide(&digests.current, value, is_its, elsewhere, &request.demands, clock.now())
             }

@@ -85,7 +85,7 @@ impl Ledger for FakeLedger {
         found.map(|(_, key)| key.clone()).ok_or(LedgerError::NoKey(id))
     }
     async fn identify(&mut self, digests: &Digests) -> Result<Option<Key>, LedgerError> {
-        Ok(self.keys.iter().find(|(digest, _)| digests.hold(digest)).map(|(_, key)| key.clone()))
+        Ok(self.keys.iter().find(|(digest, _)| digests.contains(digest)).map(|(_, key)| key.clone()))
     }
     async fn revoke_key(&mut self, _: &Actor, id: KeyId) -> Result<Key, LedgerError> {
         let revoked_at = Some(self.now().await?);

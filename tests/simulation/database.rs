@@ -332,7 +332,7 @@ impl Database {
     /// The key found under one of `digests`.
     pub fn find(&self, digests: &Digests, read_at: DatabaseTime, sent_at: Moment) -> Versioned<Option<Record>> {
         let state = self.lock();
-        let found = (0..KEYS).find(|number| digests.hold(&self.digests[*number]));
+        let found = (0..KEYS).find(|number| digests.contains(&self.digests[*number]));
         let record = found.and_then(|number| self.record(&state, number));
         state.date(record, read_at, sent_at)
     }

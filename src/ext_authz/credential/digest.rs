@@ -63,7 +63,7 @@ impl Hasher {
     /// Whether `stored` is a digest of `key`, whose digest under the scheme in force is `current`. Compares in constant
     /// time, and hashes only where it is not that one.
     #[must_use]
-    pub fn is_of(&self, stored: &ApiKeyDigest, current: &ApiKeyDigest, key: &[u8]) -> bool {
+    pub fn matches(&self, stored: &ApiKeyDigest, current: &ApiKeyDigest, key: &[u8]) -> bool {
         current.matches(stored) || self.older(key).any(|digest| digest.matches(stored))
     }
 
@@ -109,8 +109,8 @@ mod tests {
         let now = Hasher::new(Some(&new), std::slice::from_ref(&old));
         let digests = now.digests(now.current(b"key"), b"key");
         for before in [Hasher::new(None, &[]), Hasher::new(Some(&old), &[]), Hasher::new(Some(&new), &[])] {
-            assert!(digests.hold(&before.current(b"key")));
+            assert!(digests.contains(&before.current(b"key")));
         }
-        assert!(!digests.hold(&Hasher::new(None, &[]).current(b"other")));
+        assert!(!digests.contains(&Hasher::new(None, &[]).current(b"other")));
     }
 }
