@@ -31,7 +31,7 @@ use crate::{
     manage::{ManageError, Manager, keys::Wanted},
     record::TrustId,
     store::{
-        Actor, LedgerError, Management,
+        Actor, StoreError, Management,
         ledger::{Trust, TrustRef},
     },
 };
@@ -149,7 +149,7 @@ impl Canary {
     async fn trust(&self, manager: &mut Manager) -> Result<Trust, Problem> {
         let name = format!("{PREFIX}{}", self.parts.replica);
         match within(manager.create_trust(&name)).await {
-            Err(Problem::Manage(ManageError::Ledger(LedgerError::NameTaken(_)))) => {
+            Err(Problem::Manage(ManageError::Ledger(StoreError::NameTaken(_)))) => {
                 within(manager.trust(&TrustRef::Name(name))).await
             }
             made => made,
@@ -246,7 +246,7 @@ impl Canary {
             if replica.is_some_and(|id| alive.iter().all(|alive| alive.id != id)) {
                 match within(manager.delete_trust(&TrustRef::Id(trust.id), true)).await {
                     // Another canary was quicker.
-                    Ok(_) | Err(Problem::Manage(ManageError::Ledger(LedgerError::NoTrust(_)))) => {}
+                    Ok(_) | Err(Problem::Manage(ManageError::Ledger(StoreError::NoTrust(_)))) => {}
                     Err(problem) => return Err(problem),
                 }
             }

@@ -15,7 +15,7 @@ use crate::{
     base::clock::Clock,
     ext_authz::credential::{CredentialSettings, Hasher},
     record::Version,
-    store::{Actor, Ledger, LedgerError, ledger::Replica},
+    store::{Actor, Ledger, StoreError, ledger::Replica},
 };
 
 /// How often replicas are looked at while they are waited for.
@@ -26,7 +26,7 @@ const EFFECT_POLL: Duration = Duration::from_millis(10);
 pub enum ManageError {
     /// The store says why not.
     #[error(transparent)]
-    Ledger(#[from] LedgerError),
+    Ledger(#[from] StoreError),
     /// What was given cannot be used as what it was given for.
     #[error("{what} must be {expected}")]
     Invalid {

@@ -55,7 +55,7 @@ use crate::{
         worker::Workers,
     },
     record::{KeyId, Record, TrustId},
-    store::{self, Env, LedgerError, Management, Missing, Source},
+    store::{self, Env, StoreError, Management, Missing, Source},
 };
 
 /// Why the server did not start, or ended before it was told to.
@@ -96,7 +96,7 @@ pub enum AppError {
         /// Which database.
         place: String,
         /// What is wrong.
-        source: LedgerError,
+        source: StoreError,
     },
     /// The operating system refused something.
     #[error("cannot start: {0}")]

@@ -17,7 +17,7 @@ pub mod url;
 use std::{path::PathBuf, time::Duration};
 
 pub use self::existing_table::{ColumnName, DigestForm, TableName};
-pub use self::ledger::{Actor, AuditEntry, Ledger, LedgerError};
+pub use self::ledger::{Actor, AuditEntry, Ledger, StoreError};
 pub use self::open::{
     Management, attach, describe, detach, grants, management, migrate, new_incarnation, open_history, open_ledger,
     open_lookup, print_attach, print_detach,

@@ -19,7 +19,7 @@ use crate::{
     manage::{Effect, ManageError, Manager},
     server::{self, Explanation},
     store::{
-        self, Actor, Env, Ledger, LedgerError, StoreSettings,
+        self, Actor, Env, Ledger, StoreError, StoreSettings,
         ledger::copy::{self, Copied, Ends},
     },
 };
@@ -99,7 +99,7 @@ pub(crate) fn run(arguments: Arguments, environment: &Environment) -> Result<Ans
 fn managing(
     config: &Config,
     environment: &Environment,
-    open: impl AsyncFnOnce(&StoreSettings, Env<'_>) -> Result<Box<dyn Ledger>, LedgerError>,
+    open: impl AsyncFnOnce(&StoreSettings, Env<'_>) -> Result<Box<dyn Ledger>, StoreError>,
     command: impl AsyncFnOnce(&mut Manager, &Config) -> Result<Answer, CliError>,
 ) -> Result<Answer, CliError> {
     block_on(async {
@@ -117,7 +117,7 @@ fn block_on<T>(work: impl Future<Output = T>) -> Result<T, CliError> {
     Ok(runtime.map_err(|error| CliError::new(format!("cannot start: {error}")))?.block_on(work))
 }
 
-async fn migrate(config: &Config, environment: &Environment, new_incarnation: bool) -> Result<Answer, LedgerError> {
+async fn migrate(config: &Config, environment: &Environment, new_incarnation: bool) -> Result<Answer, StoreError> {
     let variable = |name: &str| variable(environment, name);
     store::migrate(&config.store, &variable).await?;
     if new_incarnation {

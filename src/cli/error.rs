@@ -9,7 +9,7 @@ use crate::{
     config::{Config, ConfigError},
     manage::{ManageError, deny::DenyError},
     server::AppError,
-    store::LedgerError,
+    store::StoreError,
 };
 
 /// Why a command did not do what was wanted.
@@ -33,7 +33,7 @@ impl CliError {
     }
 
     /// Says where the database was configured, when it is the database that is to blame.
-    pub(crate) fn of_store(error: LedgerError, config: &Config) -> Self {
+    pub(crate) fn of_store(error: StoreError, config: &Config) -> Self {
         ManageError::from(error).at(config)
     }
 }
@@ -48,7 +48,7 @@ impl At for ManageError {
     fn at(self, config: &Config) -> CliError {
         let code = if matches!(self, Self::Invalid { .. }) { USAGE } else { FAILED };
         let place = match &self {
-            Self::Ledger(LedgerError::NotOurs) => {
+            Self::Ledger(StoreError::NotOurs) => {
                 let set = |name| Some(format!("store.{name} is set in {}", config.origin("store", name)?));
                 ["preset", "table"].into_iter().find_map(set)
             }
@@ -77,16 +77,16 @@ fn redis_place(config: &Config) -> Option<String> {
 }
 
 /// Whether it helps to know where the database was configured.
-const fn blames_database(error: &LedgerError) -> bool {
+const fn blames_database(error: &StoreError) -> bool {
     !matches!(
         error,
-        LedgerError::NotOurs
-            | LedgerError::NoTrust(_)
-            | LedgerError::NoKey(_)
-            | LedgerError::NameTaken(_)
-            | LedgerError::DigestTaken(_)
-            | LedgerError::HasKeys(_)
-            | LedgerError::OtherPepper { .. }
+        StoreError::NotOurs
+            | StoreError::NoTrust(_)
+            | StoreError::NoKey(_)
+            | StoreError::NameTaken(_)
+            | StoreError::DigestTaken(_)
+            | StoreError::HasKeys(_)
+            | StoreError::OtherPepper { .. }
     )
 }
 

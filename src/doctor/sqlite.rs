@@ -14,7 +14,7 @@ use super::{
     diagnosis::{Diagnosis, State, milliseconds},
 };
 use crate::store::{
-    LedgerError,
+    StoreError,
     change_log::sqlite,
     reads::{lookup::Missing, sqlite::Sqlite},
     sqlite::{Access, connect, file},
@@ -77,7 +77,7 @@ fn address(sqlite: &Sqlite) -> Diagnosis {
     let path = &sqlite.path;
     match file::prepare(path, Missing::Refuse) {
         Ok(()) => {}
-        Err(LedgerError::NoDatabase { .. }) if sqlite.preset.is_none() => {
+        Err(StoreError::NoDatabase { .. }) if sqlite.preset.is_none() => {
             let found = format!("no database at {}", path.display());
             let remedy = "nothing, if this is a new one: `serve` makes it. Else correct the path";
             return Diagnosis::warning(ADDRESS, found, remedy).about(URL);

@@ -22,7 +22,7 @@ use crate::{
         redis::{SharedError, SharedList, Term},
     },
     redis::{QueryError, Redis, RedisMetrics, RedisSettings, read_mac_key},
-    store::{self, Env, LedgerError, Missing, StoreSettings},
+    store::{self, Env, StoreError, Missing, StoreSettings},
 };
 
 /// The longest life of an entry: a year. What is to be denied for longer is to be revoked.
@@ -63,7 +63,7 @@ pub enum DenyError {
     #[error(
         "the key that authenticates entries is in the database: {0}\n  redis.mac_key_file, here and for `serve`, makes this independent of the database"
     )]
-    Store(#[from] LedgerError),
+    Store(#[from] StoreError),
     /// Redis failed.
     #[error("{}", of_redis(.0))]
     Redis(#[from] SharedError),
@@ -139,7 +139,7 @@ pub async fn mac_key(redis: &RedisSettings, store: &StoreSettings, env: Env<'_>)
     };
     let key = timeout(2 * limit, reading).await;
     source.close().await;
-    let late = || LedgerError::Unusable(format!("no answer within {:?}", 2 * limit));
+    let late = || StoreError::Unusable(format!("no answer within {:?}", 2 * limit));
     key.unwrap_or_else(|_| Err(late()))?.ok_or(DenyError::NoMacKey)
 }
 

@@ -8,7 +8,7 @@ use crate::{
     base::clock::DatabaseTime,
     record::{ApiKeyDigest, Digests, Fingerprint, KeyId, TrustId, Version},
     store::{
-        Actor, Ledger, LedgerError,
+        Actor, Ledger, StoreError,
         ledger::{Key, NewKey, Replica, Trust, TrustRef},
     },
 };
@@ -48,27 +48,27 @@ fn stored(new: NewKey) -> Key {
 
 #[async_trait]
 impl Ledger for FakeLedger {
-    async fn create_trust(&mut self, _: &Actor, _: TrustId, name: &str) -> Result<Trust, LedgerError> {
+    async fn create_trust(&mut self, _: &Actor, _: TrustId, name: &str) -> Result<Trust, StoreError> {
         Ok(acme(name))
     }
-    async fn trusts(&mut self) -> Result<Vec<Trust>, LedgerError> {
+    async fn trusts(&mut self) -> Result<Vec<Trust>, StoreError> {
         Ok(vec![acme("acme")])
     }
-    async fn trust(&mut self, _: &TrustRef) -> Result<Trust, LedgerError> {
+    async fn trust(&mut self, _: &TrustRef) -> Result<Trust, StoreError> {
         Ok(acme("acme"))
     }
-    async fn enable_trust(&mut self, _: &Actor, _: &TrustRef, enabled: bool) -> Result<Trust, LedgerError> {
+    async fn enable_trust(&mut self, _: &Actor, _: &TrustRef, enabled: bool) -> Result<Trust, StoreError> {
         Ok(Trust { enabled, ..acme("acme") })
     }
-    async fn delete_trust(&mut self, _: &Actor, _: &TrustRef, _: bool) -> Result<Trust, LedgerError> {
+    async fn delete_trust(&mut self, _: &Actor, _: &TrustRef, _: bool) -> Result<Trust, StoreError> {
         Ok(acme("acme"))
     }
-    async fn add_key(&mut self, _: &Actor, _: &TrustRef, key: NewKey) -> Result<Key, LedgerError> {
+    async fn add_key(&mut self, _: &Actor, _: &TrustRef, key: NewKey) -> Result<Key, StoreError> {
         let (digest, key) = (key.digest, stored(key));
         self.keys.push((digest, key.clone()));
         Ok(key)
     }
-    async fn import_keys(&mut self, _: &Actor, _: &TrustRef, keys: Vec<NewKey>) -> Result<u64, LedgerError> {
+    async fn import_keys(&mut self, _: &Actor, _: &TrustRef, keys: Vec<NewKey>) -> Result<u64, StoreError> {
         let before = self.keys.len();
         for key in keys {
             if self.keys.iter().all(|(digest, _)| *digest != key.digest) {
@@ -77,33 +77,33 @@ impl Ledger for FakeLedger {
         }
         Ok((self.keys.len() - before) as u64)
     }
-    async fn keys(&mut self, _: Option<&TrustRef>) -> Result<Vec<Key>, LedgerError> {
+    async fn keys(&mut self, _: Option<&TrustRef>) -> Result<Vec<Key>, StoreError> {
         Ok(self.keys.iter().map(|(_, key)| key.clone()).collect())
     }
-    async fn key(&mut self, id: KeyId) -> Result<Key, LedgerError> {
+    async fn key(&mut self, id: KeyId) -> Result<Key, StoreError> {
         let found = self.keys.iter().find(|(_, key)| key.id == id);
-        found.map(|(_, key)| key.clone()).ok_or(LedgerError::NoKey(id))
+        found.map(|(_, key)| key.clone()).ok_or(StoreError::NoKey(id))
     }
-    async fn identify(&mut self, digests: &Digests) -> Result<Option<Key>, LedgerError> {
+    async fn identify(&mut self, digests: &Digests) -> Result<Option<Key>, StoreError> {
         Ok(self.keys.iter().find(|(digest, _)| digests.contains(digest)).map(|(_, key)| key.clone()))
     }
-    async fn revoke_key(&mut self, _: &Actor, id: KeyId) -> Result<Key, LedgerError> {
+    async fn revoke_key(&mut self, _: &Actor, id: KeyId) -> Result<Key, StoreError> {
         let revoked_at = Some(self.now().await?);
         Ok(Key { revoked_at, ..self.key(id).await? })
     }
-    async fn use_pepper(&mut self, _: &Actor, _: Fingerprint) -> Result<Option<Fingerprint>, LedgerError> {
+    async fn use_pepper(&mut self, _: &Actor, _: Fingerprint) -> Result<Option<Fingerprint>, StoreError> {
         Ok(None)
     }
-    async fn clear_caches(&mut self, _: &Actor) -> Result<Version, LedgerError> {
+    async fn clear_caches(&mut self, _: &Actor) -> Result<Version, StoreError> {
         Ok(Version(7))
     }
-    async fn newest(&mut self) -> Result<Version, LedgerError> {
+    async fn newest(&mut self) -> Result<Version, StoreError> {
         Ok(Version(7))
     }
-    async fn replicas(&mut self) -> Result<Vec<Replica>, LedgerError> {
+    async fn replicas(&mut self) -> Result<Vec<Replica>, StoreError> {
         Ok(if self.rounds.len() > 1 { self.rounds.remove(0) } else { self.rounds[0].clone() })
     }
-    async fn now(&mut self) -> Result<DatabaseTime, LedgerError> {
+    async fn now(&mut self) -> Result<DatabaseTime, StoreError> {
         Ok(DatabaseTime::from_micros(0))
     }
 }

@@ -44,7 +44,7 @@ use crate::{
         poll::{Poll, PollMetrics},
     },
     redis::{Link, Redis, RedisMetrics, listen, read_mac_key},
-    store::{LedgerError, Missing, Source},
+    store::{StoreError, Missing, Source},
 };
 
 /// What is around a replica.
@@ -332,7 +332,7 @@ async fn confirm(
     let mut told = String::new();
     let prepared = stop.run_until_cancelled(async {
         loop {
-            let late = || LedgerError::Fault(Fault::Timeout { tier: Tier::Store, limit });
+            let late = || StoreError::Fault(Fault::Timeout { tier: Tier::Store, limit });
             let attempt = timeout(limit.saturating_mul(2), source.prepare(Missing::Create)).await.unwrap_or_else(|_| Err(late()));
             match attempt {
                 Ok(()) => return Ok(()),

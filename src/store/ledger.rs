@@ -123,7 +123,7 @@ pub struct Replica {
 
 /// Why a change was not made.
 #[derive(Debug, thiserror::Error)]
-pub enum LedgerError {
+pub enum StoreError {
     /// There is no trust of that id or name.
     #[error("there is no trust {0:?}")]
     NoTrust(String),
@@ -187,7 +187,7 @@ pub enum LedgerError {
     Fault(#[from] crate::base::fault::Fault),
 }
 
-impl LedgerError {
+impl StoreError {
     /// Whether the same may go well later without a change of the configuration: the server comes back, somebody
     /// migrates.
     #[must_use]
@@ -211,82 +211,82 @@ pub trait Ledger: Send + Sync {
     /// Creates a trust, enabled, named `name`.
     ///
     /// # Errors
-    /// [`LedgerError::NameTaken`], or the database failed.
-    async fn create_trust(&mut self, actor: &Actor, id: TrustId, name: &str) -> Result<Trust, LedgerError>;
+    /// [`StoreError::NameTaken`], or the database failed.
+    async fn create_trust(&mut self, actor: &Actor, id: TrustId, name: &str) -> Result<Trust, StoreError>;
     /// Every trust, by name.
     ///
     /// # Errors
     /// The database failed.
-    async fn trusts(&mut self) -> Result<Vec<Trust>, LedgerError>;
+    async fn trusts(&mut self) -> Result<Vec<Trust>, StoreError>;
     /// One trust.
     ///
     /// # Errors
-    /// [`LedgerError::NoTrust`], or the database failed.
-    async fn trust(&mut self, which: &TrustRef) -> Result<Trust, LedgerError>;
+    /// [`StoreError::NoTrust`], or the database failed.
+    async fn trust(&mut self, which: &TrustRef) -> Result<Trust, StoreError>;
     /// Enables or disables a trust; returns it as it is after.
     ///
     /// # Errors
-    /// [`LedgerError::NoTrust`], or the database failed.
-    async fn enable_trust(&mut self, actor: &Actor, which: &TrustRef, enabled: bool) -> Result<Trust, LedgerError>;
+    /// [`StoreError::NoTrust`], or the database failed.
+    async fn enable_trust(&mut self, actor: &Actor, which: &TrustRef, enabled: bool) -> Result<Trust, StoreError>;
     /// Deletes a trust, with its keys if `with_keys`; returns it as it was.
     ///
     /// # Errors
-    /// [`LedgerError::NoTrust`], [`LedgerError::HasKeys`], or the database failed.
-    async fn delete_trust(&mut self, actor: &Actor, which: &TrustRef, with_keys: bool) -> Result<Trust, LedgerError>;
+    /// [`StoreError::NoTrust`], [`StoreError::HasKeys`], or the database failed.
+    async fn delete_trust(&mut self, actor: &Actor, which: &TrustRef, with_keys: bool) -> Result<Trust, StoreError>;
     /// Stores one key.
     ///
     /// # Errors
-    /// [`LedgerError::NoTrust`], [`LedgerError::DigestTaken`], [`LedgerError::OtherPepper`], or the database failed.
-    async fn add_key(&mut self, actor: &Actor, trust: &TrustRef, key: NewKey) -> Result<Key, LedgerError>;
+    /// [`StoreError::NoTrust`], [`StoreError::DigestTaken`], [`StoreError::OtherPepper`], or the database failed.
+    async fn add_key(&mut self, actor: &Actor, trust: &TrustRef, key: NewKey) -> Result<Key, StoreError>;
     /// Stores many keys in one transaction with one audit entry; those of which a digest is stored already are left as they
     /// are. Returns how many were new.
     ///
     /// # Errors
-    /// [`LedgerError::NoTrust`], [`LedgerError::OtherPepper`], or the database failed: then none was stored.
-    async fn import_keys(&mut self, actor: &Actor, trust: &TrustRef, keys: Vec<NewKey>) -> Result<u64, LedgerError>;
+    /// [`StoreError::NoTrust`], [`StoreError::OtherPepper`], or the database failed: then none was stored.
+    async fn import_keys(&mut self, actor: &Actor, trust: &TrustRef, keys: Vec<NewKey>) -> Result<u64, StoreError>;
     /// Keys, newest first: of one trust, or of all.
     ///
     /// # Errors
-    /// [`LedgerError::NoTrust`], or the database failed.
-    async fn keys(&mut self, trust: Option<&TrustRef>) -> Result<Vec<Key>, LedgerError>;
+    /// [`StoreError::NoTrust`], or the database failed.
+    async fn keys(&mut self, trust: Option<&TrustRef>) -> Result<Vec<Key>, StoreError>;
     /// One key.
     ///
     /// # Errors
-    /// [`LedgerError::NoKey`], or the database failed.
-    async fn key(&mut self, id: KeyId) -> Result<Key, LedgerError>;
+    /// [`StoreError::NoKey`], or the database failed.
+    async fn key(&mut self, id: KeyId) -> Result<Key, StoreError>;
     /// The key stored under one of `digests`, if any.
     ///
     /// # Errors
     /// The database failed.
-    async fn identify(&mut self, digests: &Digests) -> Result<Option<Key>, LedgerError>;
+    async fn identify(&mut self, digests: &Digests) -> Result<Option<Key>, StoreError>;
     /// Revokes a key; a key already revoked stays as it was. Returns it as it is after.
     ///
     /// # Errors
-    /// [`LedgerError::NoKey`], or the database failed.
-    async fn revoke_key(&mut self, actor: &Actor, id: KeyId) -> Result<Key, LedgerError>;
+    /// [`StoreError::NoKey`], or the database failed.
+    async fn revoke_key(&mut self, actor: &Actor, id: KeyId) -> Result<Key, StoreError>;
     /// Names the pepper that keys are made under from now on; returns the one that was named before.
     ///
     /// # Errors
     /// The database failed.
-    async fn use_pepper(&mut self, actor: &Actor, pepper: Fingerprint) -> Result<Option<Fingerprint>, LedgerError>;
+    async fn use_pepper(&mut self, actor: &Actor, pepper: Fingerprint) -> Result<Option<Fingerprint>, StoreError>;
     /// Draws a version "everything changed", so that no replica uses what it read before.
     ///
     /// # Errors
     /// The database failed.
-    async fn clear_caches(&mut self, actor: &Actor) -> Result<Version, LedgerError>;
+    async fn clear_caches(&mut self, actor: &Actor) -> Result<Version, StoreError>;
     /// The newest version: whoever applied it has applied every change that was committed before this call.
     ///
     /// # Errors
     /// The database failed.
-    async fn newest(&mut self) -> Result<Version, LedgerError>;
+    async fn newest(&mut self) -> Result<Version, StoreError>;
     /// Replicas that, by their last sign of life and the database's clock, may still grant what they hold.
     ///
     /// # Errors
     /// The database failed.
-    async fn replicas(&mut self) -> Result<Vec<Replica>, LedgerError>;
+    async fn replicas(&mut self) -> Result<Vec<Replica>, StoreError>;
     /// The database's present time.
     ///
     /// # Errors
     /// The database failed.
-    async fn now(&mut self) -> Result<DatabaseTime, LedgerError>;
+    async fn now(&mut self) -> Result<DatabaseTime, StoreError>;
 }

@@ -3,7 +3,7 @@
 use std::{num::NonZero, sync::Arc, thread::available_parallelism, time::Duration};
 
 use super::{
-    Ledger, LedgerError, Missing, SchemaName, Source, StoreSettings,
+    Ledger, StoreError, Missing, SchemaName, Source, StoreSettings,
     existing_table::{self, ExistingTable, postgres::AttachAction},
     ledger::{
         self,
@@ -24,15 +24,15 @@ pub fn describe(settings: &StoreSettings, env: Env<'_>) -> String {
 /// The reads of checks. Connects to nothing yet, so it succeeds with the database down; [`Source::prepare`] finds out.
 ///
 /// # Errors
-/// [`LedgerError::Unusable`]: a URL or a secret's file that cannot be read.
+/// [`StoreError::Unusable`]: a URL or a secret's file that cannot be read.
 pub fn open_lookup(
     settings: &StoreSettings,
     env: Env<'_>,
     clock: Arc<dyn Clock>,
-) -> Result<Arc<dyn Source>, LedgerError> {
+) -> Result<Arc<dyn Source>, StoreError> {
     let address = StoreUrl::of(settings, Role::Serve);
     if settings.reads_existing() && settings.url.is_none() && settings.url_file.is_none() {
-        return Err(LedgerError::Unusable(
+        return Err(StoreError::Unusable(
             "store.preset, store.table: set `store.url` to the database that holds your table".into(),
         ));
     }
@@ -63,9 +63,9 @@ fn sqlite_connections() -> u32 {
 /// What management changes trusts and keys through. Connects at once.
 ///
 /// # Errors
-/// [`LedgerError::NotOurs`] with somebody else's table; [`LedgerError::NoDatabase`] and [`LedgerError::Schema`] where
+/// [`StoreError::NotOurs`] with somebody else's table; [`StoreError::NoDatabase`] and [`StoreError::Schema`] where
 /// there is nothing to work on; or the database cannot be reached.
-pub async fn open_ledger(settings: &StoreSettings, env: Env<'_>) -> Result<Box<dyn Ledger>, LedgerError> {
+pub async fn open_ledger(settings: &StoreSettings, env: Env<'_>) -> Result<Box<dyn Ledger>, StoreError> {
     management(settings, env)?.open().await
 }
 
@@ -81,11 +81,11 @@ pub struct Management {
 /// The way to what management works on, for who goes it again and again. Connects to nothing yet.
 ///
 /// # Errors
-/// [`LedgerError::NotOurs`] with somebody else's table; [`LedgerError::Unusable`]: a URL or its file that cannot be
+/// [`StoreError::NotOurs`] with somebody else's table; [`StoreError::Unusable`]: a URL or its file that cannot be
 /// read.
-pub fn management(settings: &StoreSettings, env: Env<'_>) -> Result<Management, LedgerError> {
+pub fn management(settings: &StoreSettings, env: Env<'_>) -> Result<Management, StoreError> {
     if settings.reads_existing() {
-        return Err(LedgerError::NotOurs);
+        return Err(StoreError::NotOurs);
     }
     manage(settings, env)
 }
@@ -95,14 +95,14 @@ pub fn management(settings: &StoreSettings, env: Env<'_>) -> Result<Management, 
 ///
 /// # Errors
 /// As [`open_ledger`].
-pub async fn open_history(settings: &StoreSettings, env: Env<'_>) -> Result<Box<dyn Ledger>, LedgerError> {
+pub async fn open_history(settings: &StoreSettings, env: Env<'_>) -> Result<Box<dyn Ledger>, StoreError> {
     if !settings.tracks_changes() {
-        return Err(LedgerError::NotOurs);
+        return Err(StoreError::NotOurs);
     }
     manage(settings, env)?.open().await
 }
 
-fn manage(settings: &StoreSettings, env: Env<'_>) -> Result<Management, LedgerError> {
+fn manage(settings: &StoreSettings, env: Env<'_>) -> Result<Management, StoreError> {
     let address = StoreUrl::of(settings, Role::Manage);
     let (schema, connect_timeout) = (settings.schema.clone(), settings.connect_timeout);
     Ok(Management { place: address.backend(env)?, address, schema, connect_timeout })
@@ -113,11 +113,11 @@ impl Management {
     ///
     /// # Errors
     /// As [`open_ledger`].
-    pub async fn open(&self) -> Result<Box<dyn Ledger>, LedgerError> {
+    pub async fn open(&self) -> Result<Box<dyn Ledger>, StoreError> {
         Ok(Box::new(SqlLedger::new(self.tables().await?)))
     }
 
-    async fn tables(&self) -> Result<Box<dyn LedgerBackend>, LedgerError> {
+    async fn tables(&self) -> Result<Box<dyn LedgerBackend>, StoreError> {
         let Self { address, place, schema, connect_timeout } = self;
         Ok(match place {
             Backend::Sqlite(path) => Box::new(ledger::sqlite::open(path).await?),
@@ -134,7 +134,7 @@ pub(crate) async fn open_tables(
     address: &StoreUrl,
     settings: &StoreSettings,
     env: Env<'_>,
-) -> Result<Box<dyn LedgerBackend>, LedgerError> {
+) -> Result<Box<dyn LedgerBackend>, StoreError> {
     let (schema, connect_timeout) = (settings.schema.clone(), settings.connect_timeout);
     Management { place: address.backend(env)?, address: address.clone(), schema, connect_timeout }.tables().await
 }
@@ -142,11 +142,11 @@ pub(crate) async fn open_tables(
 /// Makes the tables, or adds what a newer release needs. Can be repeated, and run by several at once.
 ///
 /// # Errors
-/// [`LedgerError::NotOurs`] with somebody else's table that is not to be attached; [`LedgerError::Schema`] where the
+/// [`StoreError::NotOurs`] with somebody else's table that is not to be attached; [`StoreError::Schema`] where the
 /// tables are too new; a file that cannot be used; or the database cannot be reached.
-pub async fn migrate(settings: &StoreSettings, env: Env<'_>) -> Result<(), LedgerError> {
+pub async fn migrate(settings: &StoreSettings, env: Env<'_>) -> Result<(), StoreError> {
     if !settings.tracks_changes() {
-        return Err(LedgerError::NotOurs);
+        return Err(StoreError::NotOurs);
     }
     let address = StoreUrl::of(settings, Role::Manage);
     match address.backend(env)? {
@@ -163,9 +163,9 @@ pub async fn migrate(settings: &StoreSettings, env: Env<'_>) -> Result<(), Ledge
 ///
 /// # Errors
 /// As [`open_ledger`].
-pub async fn new_incarnation(settings: &StoreSettings, env: Env<'_>) -> Result<(), LedgerError> {
+pub async fn new_incarnation(settings: &StoreSettings, env: Env<'_>) -> Result<(), StoreError> {
     if !settings.tracks_changes() {
-        return Err(LedgerError::NotOurs);
+        return Err(StoreError::NotOurs);
     }
     let address = StoreUrl::of(settings, Role::Manage);
     match address.backend(env)? {
@@ -179,10 +179,10 @@ pub async fn new_incarnation(settings: &StoreSettings, env: Env<'_>) -> Result<(
 /// Makes somebody else's table name its changes, in one transaction.
 ///
 /// # Errors
-/// [`LedgerError::Unusable`] with everything that keeps it from that, or the right that is missing;
-/// [`LedgerError::Schema`] where `migrate` has not been run; or the database cannot be reached. Nothing was changed
+/// [`StoreError::Unusable`] with everything that keeps it from that, or the right that is missing;
+/// [`StoreError::Schema`] where `migrate` has not been run; or the database cannot be reached. Nothing was changed
 /// then.
-pub async fn attach(settings: &StoreSettings, env: Env<'_>) -> Result<String, LedgerError> {
+pub async fn attach(settings: &StoreSettings, env: Env<'_>) -> Result<String, StoreError> {
     action(settings, env, AttachAction::Attach).await
 }
 
@@ -190,11 +190,11 @@ pub async fn attach(settings: &StoreSettings, env: Env<'_>) -> Result<String, Le
 ///
 /// # Errors
 /// As [`attach`].
-pub async fn detach(settings: &StoreSettings, env: Env<'_>) -> Result<String, LedgerError> {
+pub async fn detach(settings: &StoreSettings, env: Env<'_>) -> Result<String, StoreError> {
     action(settings, env, AttachAction::Detach).await
 }
 
-async fn action(settings: &StoreSettings, env: Env<'_>, action: AttachAction) -> Result<String, LedgerError> {
+async fn action(settings: &StoreSettings, env: Env<'_>, action: AttachAction) -> Result<String, StoreError> {
     let (address, table) = attachable(settings, env)?;
     existing_table::postgres::run(&address, &settings.schema, &table, action, settings.connect_timeout).await?;
     Ok(table.table.to_string())
@@ -204,7 +204,7 @@ async fn action(settings: &StoreSettings, env: Env<'_>, action: AttachAction) ->
 ///
 /// # Errors
 /// As [`attach`].
-pub async fn print_attach(settings: &StoreSettings, env: Env<'_>) -> Result<String, LedgerError> {
+pub async fn print_attach(settings: &StoreSettings, env: Env<'_>) -> Result<String, StoreError> {
     let (address, table) = attachable(settings, env)?;
     existing_table::postgres::print(&address, &settings.schema, &table, AttachAction::Attach, settings.connect_timeout).await
 }
@@ -213,24 +213,24 @@ pub async fn print_attach(settings: &StoreSettings, env: Env<'_>) -> Result<Stri
 ///
 /// # Errors
 /// As [`detach`].
-pub async fn print_detach(settings: &StoreSettings, env: Env<'_>) -> Result<String, LedgerError> {
+pub async fn print_detach(settings: &StoreSettings, env: Env<'_>) -> Result<String, StoreError> {
     let (address, table) = attachable(settings, env)?;
     existing_table::postgres::print(&address, &settings.schema, &table, AttachAction::Detach, settings.connect_timeout).await
 }
 
-fn attachable(settings: &StoreSettings, env: Env<'_>) -> Result<(StoreUrl, ExistingTable), LedgerError> {
+fn attachable(settings: &StoreSettings, env: Env<'_>) -> Result<(StoreUrl, ExistingTable), StoreError> {
     let address = StoreUrl::of(settings, Role::Manage);
     if matches!(address.backend(env)?, Backend::Sqlite(_)) {
         return Err(not_on_sqlite());
     }
     let table = ExistingTable::of(settings).ok_or_else(|| {
-        LedgerError::Unusable("store.table: name the table that is meant, with its schema: \"public.trust\"".into())
+        StoreError::Unusable("store.table: name the table that is meant, with its schema: \"public.trust\"".into())
     })?;
     Ok((address, table))
 }
 
-fn not_on_sqlite() -> LedgerError {
-    LedgerError::Unusable(
+fn not_on_sqlite() -> StoreError {
+    StoreError::Unusable(
         "store.table, store.attached: only a table in PostgreSQL can be described by its columns or attached".into(),
     )
 }

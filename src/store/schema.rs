@@ -7,7 +7,7 @@ pub(crate) mod grants;
 pub(crate) mod postgres;
 pub(crate) mod sqlite;
 
-use super::LedgerError;
+use super::StoreError;
 
 /// The version of the tables that this release makes and needs.
 pub(crate) const VERSION: i64 = 4;
@@ -26,14 +26,14 @@ pub(crate) struct Tables {
 /// Whether the tables at `place` can be used by this release; `None` where there are none.
 ///
 /// # Errors
-/// [`LedgerError::Schema`], with what to do.
-pub(crate) fn check(tables: Option<Tables>, place: &str) -> Result<(), LedgerError> {
+/// [`StoreError::Schema`], with what to do.
+pub(crate) fn check(tables: Option<Tables>, place: &str) -> Result<(), StoreError> {
     match tables {
         None => Err(missing(place)),
-        Some(Tables { compatible_from, version }) if compatible_from > VERSION => Err(LedgerError::Schema(format!(
+        Some(Tables { compatible_from, version }) if compatible_from > VERSION => Err(StoreError::Schema(format!(
             "{place} holds tables of version {version}, which need a release that knows version {compatible_from}; this one knows {VERSION}: use a newer trustgate"
         ))),
-        Some(Tables { version, .. }) if version < VERSION => Err(LedgerError::Schema(format!(
+        Some(Tables { version, .. }) if version < VERSION => Err(StoreError::Schema(format!(
             "{place} holds tables of version {version}, and this release needs {VERSION}: run `trustgate migrate`"
         ))),
         Some(_) => Ok(()),
@@ -41,17 +41,17 @@ pub(crate) fn check(tables: Option<Tables>, place: &str) -> Result<(), LedgerErr
 }
 
 /// There are no tables at `place`.
-pub(crate) fn missing(place: &str) -> LedgerError {
-    LedgerError::Schema(format!("{place} holds no tables of trustgate: run `trustgate migrate`"))
+pub(crate) fn missing(place: &str) -> StoreError {
+    StoreError::Schema(format!("{place} holds no tables of trustgate: run `trustgate migrate`"))
 }
 
 /// `N` random bytes from the operating system, for nonces and keys.
 ///
 /// # Errors
-/// [`LedgerError::Unusable`]: there is no randomness, so nothing can be made.
-pub(crate) fn random<const N: usize>() -> Result<[u8; N], LedgerError> {
+/// [`StoreError::Unusable`]: there is no randomness, so nothing can be made.
+pub(crate) fn random<const N: usize>() -> Result<[u8; N], StoreError> {
     let mut bytes = [0; N];
-    getrandom::fill(&mut bytes).map_err(|error| LedgerError::Unusable(format!("no random bytes: {error}")))?;
+    getrandom::fill(&mut bytes).map_err(|error| StoreError::Unusable(format!("no random bytes: {error}")))?;
     Ok(bytes)
 }
 

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use sqlx::{ConnectOptions, postgres::PgConnectOptions};
 
-use super::{LedgerError, StoreSettings};
+use super::{StoreError, StoreSettings};
 use crate::base::secret::Secret;
 
 /// How a variable of the environment is looked up.
@@ -61,7 +61,7 @@ impl StoreUrl {
     }
 
     /// Which database it is.
-    pub(crate) fn backend(&self, env: Env<'_>) -> Result<Backend, LedgerError> {
+    pub(crate) fn backend(&self, env: Env<'_>) -> Result<Backend, StoreError> {
         let Some(url) = self.url()? else { return Ok(Backend::Sqlite(default_path(env)?)) };
         match url.expose().split_once(':') {
             Some(("sqlite", rest)) => sqlite_path(rest).map(Backend::Sqlite).ok_or_else(|| {
@@ -73,7 +73,7 @@ impl StoreUrl {
     }
 
     /// What to connect to PostgreSQL with. Reads the files anew.
-    pub(crate) fn postgres(&self) -> Result<PgConnectOptions, LedgerError> {
+    pub(crate) fn postgres(&self) -> Result<PgConnectOptions, StoreError> {
         let url = self.url()?.ok_or_else(|| self.refuse("there is no URL"))?;
         let url = url.expose();
         if !(url.starts_with("postgres://") || url.starts_with("postgresql://")) {
@@ -106,7 +106,7 @@ impl StoreUrl {
     }
 
     /// The same in words, once it is known to be an address.
-    pub(crate) fn checked(&self, env: Env<'_>) -> Result<String, LedgerError> {
+    pub(crate) fn checked(&self, env: Env<'_>) -> Result<String, StoreError> {
         if self.backend(env)? == Backend::Postgres {
             self.postgres()?;
         }
@@ -138,24 +138,24 @@ impl StoreUrl {
         }
     }
 
-    fn url(&self) -> Result<Option<Secret>, LedgerError> {
+    fn url(&self) -> Result<Option<Secret>, StoreError> {
         if self.url.is_some() && self.url_file.is_some() {
             return Err(self.refuse(&format!("set it or {}, not both", self.names.1)));
         }
         secret(self.url.as_ref(), self.url_file.as_deref(), self.names.1)
     }
 
-    fn password(&self) -> Result<Option<Secret>, LedgerError> {
+    fn password(&self) -> Result<Option<Secret>, StoreError> {
         if self.password.is_some() && self.password_file.is_some() {
-            return Err(LedgerError::Unusable("set store.password or store.password_file, not both".into()));
+            return Err(StoreError::Unusable("set store.password or store.password_file, not both".into()));
         }
         secret(self.password.as_ref(), self.password_file.as_deref(), "store.password_file")
     }
 
-    fn refuse(&self, problem: &str) -> LedgerError {
+    fn refuse(&self, problem: &str) -> StoreError {
         let (value, file) = self.names;
         let name = if self.url_file.is_some() && self.url.is_none() { file } else { value };
-        LedgerError::Unusable(format!("{name}: {problem}"))
+        StoreError::Unusable(format!("{name}: {problem}"))
     }
 }
 
@@ -168,8 +168,8 @@ pub(crate) fn describe_sqlite(path: &Path) -> String {
 /// `$XDG_STATE_HOME/trustgate/trustgate.db`, else `~/.local/state/trustgate/trustgate.db`.
 ///
 /// # Errors
-/// [`LedgerError::Unusable`], when the environment names none of these directories.
-pub fn default_path(env: Env<'_>) -> Result<PathBuf, LedgerError> {
+/// [`StoreError::Unusable`], when the environment names none of these directories.
+pub fn default_path(env: Env<'_>) -> Result<PathBuf, StoreError> {
     // A relative path would depend on where the command was started; the XDG rules say to ignore it.
     let directory = |name: &str, pick: fn(&str) -> &str| {
         env(name).map(|value| PathBuf::from(pick(&value))).filter(|path| path.is_absolute())
@@ -178,7 +178,7 @@ pub fn default_path(env: Env<'_>) -> Result<PathBuf, LedgerError> {
         .or_else(|| directory("XDG_STATE_HOME", |path| path).map(|home| home.join("trustgate")))
         .or_else(|| directory("HOME", |path| path).map(|home| home.join(".local/state/trustgate")));
     path.map(|directory| directory.join("trustgate.db")).ok_or_else(|| {
-        LedgerError::Unusable(
+        StoreError::Unusable(
             "no place for the embedded database: set `store.url`, or one of STATE_DIRECTORY, XDG_STATE_HOME and HOME"
                 .into(),
         )
@@ -202,11 +202,11 @@ const PARAMETERS: &[&str] = &[
     "options",
 ];
 
-fn secret(value: Option<&Secret>, file: Option<&Path>, name: &str) -> Result<Option<Secret>, LedgerError> {
+fn secret(value: Option<&Secret>, file: Option<&Path>, name: &str) -> Result<Option<Secret>, StoreError> {
     let Some(file) = file else { return Ok(value.cloned()) };
     Secret::read(file)
         .map(Some)
-        .map_err(|error| LedgerError::Unusable(format!("{name}: cannot read {}: {error}", file.display())))
+        .map_err(|error| StoreError::Unusable(format!("{name}: cannot read {}: {error}", file.display())))
 }
 
 /// The path in what follows `sqlite:`, taken as it stands.

@@ -11,7 +11,7 @@ use trustgate::{
         settings::{Setting, Written},
     },
     record::{ApiKeyDigest, Change, ChangeKind, Digests, KeyId, Version},
-    store::{self, LedgerError, Missing, PollError, Source, StoreSettings, TableName},
+    store::{self, StoreError, Missing, PollError, Source, StoreSettings, TableName},
 };
 use uuid::Uuid;
 
@@ -594,7 +594,7 @@ async fn before_migrate_it_is_said_to_run_that() {
         ..StoreSettings::default()
     };
     let lookup = store::open_lookup(&settings, &|_| None, Arc::new(SystemClock)).unwrap();
-    assert!(matches!(lookup.prepare(Missing::Refuse).await, Err(LedgerError::Schema(_))));
+    assert!(matches!(lookup.prepare(Missing::Refuse).await, Err(StoreError::Schema(_))));
     assert!(matches!(lookup.poll(None).await, Err(PollError::Unusable(_))));
     attached.run(&["migrate"]).done();
     attached.run(&["attach"]).done();

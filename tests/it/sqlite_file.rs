@@ -5,7 +5,7 @@ use std::{os::unix::fs::PermissionsExt, path::Path, sync::Arc, time::Duration};
 use trustgate::{
     base::{clock::SystemClock, fault::Fault},
     record::{ApiKeyDigest, Digests, Version},
-    store::{self, LedgerError, Missing, Heartbeat, StoreSettings},
+    store::{self, StoreError, Missing, Heartbeat, StoreSettings},
 };
 
 fn nobody() -> Digests {
@@ -29,7 +29,7 @@ async fn only_serve_and_migrate_make_the_file_and_only_its_owner_can_read_it() {
     // Every other command.
     for outcome in [lookup.prepare(Missing::Refuse).await, store::open_ledger(&settings, &env).await.map(drop)] {
         let problem = outcome.unwrap_err();
-        assert!(matches!(&problem, LedgerError::NoDatabase { path: missing } if *missing == path));
+        assert!(matches!(&problem, StoreError::NoDatabase { path: missing } if *missing == path));
         let text = problem.to_string();
         assert!(text.contains(path.to_str().unwrap()) && text.contains("trustgate serve"), "{text}");
         assert!(!problem.is_transient());
@@ -98,7 +98,7 @@ async fn a_preset_never_makes_a_file() {
     let url = Some(trustgate::base::secret::Secret::new(format!("sqlite://{}", path.display())));
     let settings = StoreSettings { url, preset: Some(store::Preset::TrustTable), ..StoreSettings::default() };
     let lookup = store::open_lookup(&settings, &|_| None, Arc::new(SystemClock)).unwrap();
-    assert!(matches!(lookup.prepare(Missing::Create).await, Err(LedgerError::NoDatabase { .. })));
+    assert!(matches!(lookup.prepare(Missing::Create).await, Err(StoreError::NoDatabase { .. })));
     assert!(!path.exists());
     let nowhere = StoreSettings { url: None, ..settings };
     assert!(store::open_lookup(&nowhere, &|_| None, Arc::new(SystemClock)).is_err(), "whose table would it be?");

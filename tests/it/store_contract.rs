@@ -14,7 +14,7 @@ use trustgate::{
         ApiKeyDigest, Change, Versioned, Digests, Fingerprint, KeyId, Lineage, Made, Nonce, StoredPeppers, TrustId, Version,
     },
     store::{
-        self, Actor, Ledger, LedgerError, Missing, PollError, Preset, Heartbeat, Source, StoreSettings,
+        self, Actor, Ledger, StoreError, Missing, PollError, Preset, Heartbeat, Source, StoreSettings,
         ledger::{NewKey, TrustRef},
     },
 };
@@ -302,9 +302,9 @@ async fn keys_are_made_under_the_recorded_pepper_alone(db: Db) {
     ledger.import_keys(&actor(), &acme(), vec![new_key(2)]).await.unwrap();
     for (made, number) in [(second, 3), (Made::Plain, 4)] {
         let refused = ledger.add_key(&actor(), &acme(), under(number, made)).await;
-        assert!(matches!(refused, Err(LedgerError::OtherPepper { recorded: PEPPER, .. })), "{refused:?}");
+        assert!(matches!(refused, Err(StoreError::OtherPepper { recorded: PEPPER, .. })), "{refused:?}");
         let refused = ledger.import_keys(&actor(), &acme(), vec![under(number, made)]).await;
-        assert!(matches!(refused, Err(LedgerError::OtherPepper { recorded: PEPPER, .. })), "{refused:?}");
+        assert!(matches!(refused, Err(StoreError::OtherPepper { recorded: PEPPER, .. })), "{refused:?}");
     }
     assert_eq!(ledger.keys(None).await.unwrap().len(), 2);
     assert_eq!(ledger.use_pepper(&actor(), OTHER_PEPPER).await.unwrap(), Some(PEPPER));
@@ -449,18 +449,18 @@ async fn a_trust_lives_and_dies_with_its_keys(db: Db) {
     assert!(ledger.enable_trust(&actor(), &acme(), true).await.unwrap().enabled);
     assert!(lookup.find(&only(digest(1))).await.unwrap().value.unwrap().trust_enabled);
 
-    assert!(matches!(ledger.delete_trust(&actor(), &acme(), false).await, Err(LedgerError::HasKeys(2))));
+    assert!(matches!(ledger.delete_trust(&actor(), &acme(), false).await, Err(StoreError::HasKeys(2))));
     assert!(lookup.find(&only(digest(1))).await.unwrap().value.is_some());
     assert_eq!(ledger.delete_trust(&actor(), &acme(), true).await.unwrap(), trust);
     assert_eq!(lookup.find(&only(digest(1))).await.unwrap().value, None);
     assert_eq!(lookup.find_by_id(new_key(1).id).await.unwrap().value, None);
-    let nobody = |outcome: Result<_, LedgerError>| matches!(outcome, Err(LedgerError::NoTrust(name)) if name == "acme");
+    let nobody = |outcome: Result<_, StoreError>| matches!(outcome, Err(StoreError::NoTrust(name)) if name == "acme");
     assert!(nobody(ledger.trust(&acme()).await.map(drop)));
     assert!(nobody(ledger.enable_trust(&actor(), &acme(), true).await.map(drop)));
     assert!(nobody(ledger.delete_trust(&actor(), &acme(), true).await.map(drop)));
     assert!(nobody(ledger.add_key(&actor(), &acme(), new_key(3)).await.map(drop)));
     assert!(nobody(ledger.keys(Some(&acme())).await.map(drop)));
-    assert!(matches!(ledger.key(new_key(1).id).await, Err(LedgerError::NoKey(_))));
+    assert!(matches!(ledger.key(new_key(1).id).await, Err(StoreError::NoKey(_))));
     ledger.delete_trust(&actor(), &TrustRef::Name("Zebra".into()), false).await.unwrap();
 }
 
@@ -469,11 +469,11 @@ async fn names_and_digests_are_taken_once(db: Db) {
     let mut ledger = db.ledger().await;
     with_acme(&mut *ledger).await;
     let again = ledger.create_trust(&actor(), TrustId(Uuid::new_v4()), "acme").await;
-    assert!(matches!(again, Err(LedgerError::NameTaken(name)) if name == "acme"));
+    assert!(matches!(again, Err(StoreError::NameTaken(name)) if name == "acme"));
     ledger.add_key(&actor(), &acme(), new_key(1)).await.unwrap();
     let other = NewKey { id: KeyId(Uuid::new_v4()), ..new_key(1) };
     let again = ledger.add_key(&actor(), &acme(), other).await;
-    assert!(matches!(again, Err(LedgerError::DigestTaken(id)) if id == new_key(1).id));
+    assert!(matches!(again, Err(StoreError::DigestTaken(id)) if id == new_key(1).id));
     assert_eq!(ledger.keys(None).await.unwrap().len(), 1);
     assert_eq!(ledger.trusts().await.unwrap().len(), 1);
 }
@@ -544,7 +544,7 @@ async fn revoking_twice_keeps_the_first_time(db: Db) {
     assert_eq!(lookup.find(&only(digest(2))).await.unwrap().value.unwrap().revoked_at, None);
     assert_eq!(ledger.revoke_key(&actor(), new_key(1).id).await.unwrap(), revoked);
     assert_eq!(ledger.key(new_key(1).id).await.unwrap(), revoked);
-    assert!(matches!(ledger.revoke_key(&actor(), new_key(3).id).await, Err(LedgerError::NoKey(_))));
+    assert!(matches!(ledger.revoke_key(&actor(), new_key(3).id).await, Err(StoreError::NoKey(_))));
     let noted = db.texts("SELECT object FROM audit WHERE action = 'key.revoke'").await;
     assert_eq!(noted, [new_key(1).id.to_string()], "only what changed something");
 }
@@ -905,9 +905,9 @@ async fn a_table_of_somebody_else_is_read_as_it_is(mut db: Db) {
     lookup.prune().await.unwrap();
     let listening = tokio::time::timeout(Duration::from_millis(200), lookup.listen(&|| panic!("who says so?")));
     assert!(listening.await.is_err(), "nobody ever says that something changed");
-    assert!(matches!(store::open_ledger(&db.settings, NO_ENV).await, Err(LedgerError::NotOurs)));
-    assert!(matches!(store::migrate(&db.settings, NO_ENV).await, Err(LedgerError::NotOurs)));
-    assert!(matches!(store::new_incarnation(&db.settings, NO_ENV).await, Err(LedgerError::NotOurs)));
+    assert!(matches!(store::open_ledger(&db.settings, NO_ENV).await, Err(StoreError::NotOurs)));
+    assert!(matches!(store::migrate(&db.settings, NO_ENV).await, Err(StoreError::NotOurs)));
+    assert!(matches!(store::new_incarnation(&db.settings, NO_ENV).await, Err(StoreError::NotOurs)));
 }
 
 async fn a_table_of_somebody_else_that_lacks_a_column_is_told_at_start(mut db: Db) {
@@ -921,11 +921,11 @@ async fn tables_that_are_too_new_are_refused_and_newer_compatible_ones_are_not(d
     // None at all: the other commands say so, and who serves PostgreSQL as well.
     if db.is_postgres() {
         let problem = db.open().prepare(Missing::Create).await.unwrap_err();
-        assert!(matches!(problem, LedgerError::Schema(_)) && problem.to_string().contains("trustgate migrate"));
-        assert!(matches!(store::open_ledger(&db.settings, NO_ENV).await, Err(LedgerError::Schema(_))));
+        assert!(matches!(problem, StoreError::Schema(_)) && problem.to_string().contains("trustgate migrate"));
+        assert!(matches!(store::open_ledger(&db.settings, NO_ENV).await, Err(StoreError::Schema(_))));
     } else {
-        assert!(matches!(db.open().prepare(Missing::Refuse).await, Err(LedgerError::NoDatabase { .. })));
-        assert!(matches!(store::open_ledger(&db.settings, NO_ENV).await, Err(LedgerError::NoDatabase { .. })));
+        assert!(matches!(db.open().prepare(Missing::Refuse).await, Err(StoreError::NoDatabase { .. })));
+        assert!(matches!(store::open_ledger(&db.settings, NO_ENV).await, Err(StoreError::NoDatabase { .. })));
     }
     let db = db.migrated().await;
     let at = if db.is_postgres() { "now()" } else { "0" };
@@ -940,7 +940,7 @@ async fn tables_that_are_too_new_are_refused_and_newer_compatible_ones_are_not(d
         store::migrate(&db.settings, NO_ENV).await.unwrap_err(),
     ] {
         let text = problem.to_string();
-        assert!(matches!(problem, LedgerError::Schema(_)) && text.contains("version 51"), "{text}");
+        assert!(matches!(problem, StoreError::Schema(_)) && text.contains("version 51"), "{text}");
     }
 }
 

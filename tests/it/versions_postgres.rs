@@ -17,7 +17,7 @@ use tokio::task::JoinSet;
 use trustgate::{
     base::{clock::SystemClock, fault::Fault, secret::Secret},
     record::{Change, ChangeKind, KeyId, Version},
-    store::{self, Actor, LedgerError, Missing, Polled, Source, StoreSettings},
+    store::{self, Actor, StoreError, Missing, Polled, Source, StoreSettings},
 };
 use uuid::Uuid;
 
@@ -670,7 +670,7 @@ async fn whoever_gives_up_waiting_says_for_whom() {
     for (sql, id) in [(format!("BEGIN; {secret}"), 1), (format!("BEGIN; SET CONSTRAINTS ALL IMMEDIATE; {secret}"), 2)] {
         run(&mut writer, &sql).await;
         let error = ledger.revoke_key(&actor, key(id)).await.unwrap_err();
-        assert!(matches!(error, LedgerError::Blocked { .. }), "{error:?}");
+        assert!(matches!(error, StoreError::Blocked { .. }), "{error:?}");
         let says = error.to_string();
         for word in [&format!("process {pid}"), "a billing job", "idle in transaction", "2s"] {
             assert!(says.contains(word), "{says}");

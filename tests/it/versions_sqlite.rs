@@ -16,7 +16,7 @@ use tokio::task::JoinSet;
 use trustgate::{
     base::{clock::SystemClock, secret::Secret},
     record::{ApiKeyDigest, Change, Digests, KeyId, Nonce, Version},
-    store::{self, Ledger, LedgerError, Missing, PollError, Polled, Heartbeat, Source, StoreSettings},
+    store::{self, Ledger, StoreError, Missing, PollError, Polled, Heartbeat, Source, StoreSettings},
 };
 use uuid::Uuid;
 
@@ -560,7 +560,7 @@ async fn whatever_may_let_a_change_pass_unnamed_is_noticed_and_mended_or_told() 
                 }
                 None => {
                     let refused = store::migrate(&settings(&db.path), NO_ENV).await.unwrap_err();
-                    assert!(matches!(&refused, LedgerError::Schema(text) if text.contains(problem)), "{refused}");
+                    assert!(matches!(&refused, StoreError::Schema(text) if text.contains(problem)), "{refused}");
                     writer.run(undo).await.unwrap();
                     follower.lookup.restore_watch().await.unwrap();
                 }

@@ -15,7 +15,7 @@ use trustgate::{
         fault::{Fault, Tier},
     },
     record::{Versioned, Digests, Fingerprint, KeyId, Record, Version},
-    store::{LedgerError, Lookup, Missing, PollError, Polled, Heartbeat, Source, Tended},
+    store::{StoreError, Lookup, Missing, PollError, Polled, Heartbeat, Source, Tended},
 };
 use uuid::Uuid;
 
@@ -159,7 +159,7 @@ impl Lookup for Network {
 
 #[async_trait]
 impl Source for Network {
-    async fn prepare(&self, _: Missing) -> Result<(), LedgerError> {
+    async fn prepare(&self, _: Missing) -> Result<(), StoreError> {
         Ok(self.ask(|_, _, _| ()).await?)
     }
 

@@ -15,7 +15,7 @@ use trustgate::{
     config::{self, Purpose},
     record::{Versioned, Digests, Fingerprint, KeyId, Record, Version},
     server::{AppBuilder, Running},
-    store::{LedgerError, Lookup, Missing, PollError, Polled, Heartbeat, Source, Tended},
+    store::{StoreError, Lookup, Missing, PollError, Polled, Heartbeat, Source, Tended},
 };
 use uuid::Uuid;
 
@@ -190,7 +190,7 @@ impl Lookup for Seam {
 
 #[async_trait]
 impl Source for Seam {
-    async fn prepare(&self, missing: Missing) -> Result<(), LedgerError> {
+    async fn prepare(&self, missing: Missing) -> Result<(), StoreError> {
         self.inner.prepare(missing).await
     }
 

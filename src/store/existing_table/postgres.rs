@@ -10,7 +10,7 @@ use super::{DigestForm, ExistingTable, bytes_literal, literal};
 use crate::{
     record::{Digests, KeyId, hex},
     store::{
-        ColumnName, LedgerError, SchemaName, TableName,
+        ColumnName, StoreError, SchemaName, TableName,
         postgres::{code, connect_within, describe, in_schema},
         reads, schema,
         url::StoreUrl,
@@ -223,7 +223,7 @@ pub(crate) enum AttachAction {
 /// Does what `action` says, in one transaction.
 ///
 /// # Errors
-/// [`LedgerError::Unusable`] with everything that keeps the table from being attached; [`LedgerError::Schema`] where
+/// [`StoreError::Unusable`] with everything that keeps the table from being attached; [`StoreError::Schema`] where
 /// our own tables are missing; a right is missing; or the database failed. Nothing was changed then.
 pub(crate) async fn run(
     address: &StoreUrl,
@@ -231,18 +231,18 @@ pub(crate) async fn run(
     table: &ExistingTable,
     action: AttachAction,
     connect_timeout: std::time::Duration,
-) -> Result<(), LedgerError> {
+) -> Result<(), StoreError> {
     let mut connection = connect_within(address, connect_timeout).await?;
     let mut transaction = connection.begin().await?;
     let script = script(&mut transaction, address, name, table, action).await?;
     if let Err(error) = script.run(&mut transaction, name).await {
         return Err(match code(&error).as_deref() {
-            Some("42501") => LedgerError::Unusable(format!(
+            Some("42501") => StoreError::Unusable(format!(
                 "{error}: this needs the rights of the owners of {} and of the schema {}; or have each of them run its part of what --print prints",
                 table.table,
                 name.as_str()
             )),
-            Some("55P03" | "57014") => LedgerError::Unusable(format!(
+            Some("55P03" | "57014") => StoreError::Unusable(format!(
                 "{} was in use for too long to be altered: nothing was changed; try again",
                 table.table
             )),
@@ -264,7 +264,7 @@ pub(crate) async fn print(
     table: &ExistingTable,
     action: AttachAction,
     connect_timeout: std::time::Duration,
-) -> Result<String, LedgerError> {
+) -> Result<String, StoreError> {
     let mut connection = connect_within(address, connect_timeout).await?;
     let mut transaction = connection.begin().await?;
     let script = script(&mut transaction, address, name, table, action).await?;
@@ -279,12 +279,12 @@ async fn script(
     name: &SchemaName,
     table: &ExistingTable,
     action: AttachAction,
-) -> Result<Script, LedgerError> {
+) -> Result<Script, StoreError> {
     let place = describe(address, name);
     let tables = schema::postgres::tables(connection, name).await?;
     schema::check(tables, &place)?;
     if tables.is_some_and(|tables| tables.version > schema::VERSION) {
-        return Err(LedgerError::Schema(format!("{place} holds tables of a newer release: use that one to {action}")));
+        return Err(StoreError::Schema(format!("{place} holds tables of a newer release: use that one to {action}")));
     }
     let owner: String = sqlx::query_scalar(in_schema(OWNER, name)).fetch_one(&mut *connection).await?;
     match action {
@@ -309,15 +309,15 @@ async fn attach(
     name: &SchemaName,
     table: &ExistingTable,
     ours: String,
-) -> Result<Script, LedgerError> {
+) -> Result<Script, StoreError> {
     let Some(home) = &table.table.schema else {
-        return Err(LedgerError::Unusable(
+        return Err(StoreError::Unusable(
             "store.table: name the table with its schema, such as \"public.trust\": what is watched must be what is read"
                 .into(),
         ));
     };
     if let Some(other) = another(connection, name, table).await? {
-        return Err(LedgerError::Unusable(format!(
+        return Err(StoreError::Unusable(format!(
             "{other} is attached, and only one table can be: name it in store.table and run `trustgate detach` first"
         )));
     }
@@ -325,7 +325,7 @@ async fn attach(
     let tree = tree.fetch_all(&mut *connection).await?;
     let problems = problems(connection, &tree, home, table).await?;
     if !problems.is_empty() {
-        return Err(LedgerError::Unusable(format!("{} cannot be attached:\n  {}", table.table, problems.join("\n  "))));
+        return Err(StoreError::Unusable(format!("{} cannot be attached:\n  {}", table.table, problems.join("\n  "))));
     }
     let theirs = sqlx::query(in_schema(THEIRS, name)).bind(home).bind(&table.table.name);
     let theirs = theirs.fetch_one(&mut *connection).await?;
@@ -519,9 +519,9 @@ async fn detach(
     name: &SchemaName,
     table: &ExistingTable,
     ours: String,
-) -> Result<Script, LedgerError> {
+) -> Result<Script, StoreError> {
     if let Some(other) = another(connection, name, table).await? {
-        return Err(LedgerError::Unusable(format!(
+        return Err(StoreError::Unusable(format!(
             "{other} is attached, and not {}: name it in store.table",
             table.table
         )));

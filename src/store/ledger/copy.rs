@@ -9,7 +9,7 @@ use super::sql_ledger::{self, BATCH, TxMode, LedgerBackend};
 use crate::{
     base::secret::Secret,
     store::{
-        Actor, LedgerError, StoreSettings,
+        Actor, StoreError, StoreSettings,
         open::open_tables,
         url::{StoreUrl, Env, Role},
     },
@@ -46,7 +46,7 @@ pub enum CopyError {
         /// In words.
         place: String,
         /// Why.
-        error: LedgerError,
+        error: StoreError,
     },
     /// What is copied to cannot be used or written.
     #[error("cannot copy to {place}: {error}")]
@@ -54,11 +54,11 @@ pub enum CopyError {
         /// In words.
         place: String,
         /// Why.
-        error: LedgerError,
+        error: StoreError,
     },
     /// An end that cannot be, as it was written.
     #[error(transparent)]
-    Unusable(#[from] LedgerError),
+    Unusable(#[from] StoreError),
     /// There are trusts already where it should go.
     #[error("cannot copy to {place}: it holds trusts already ({trusts}), and only an empty one is filled")]
     NotEmpty {
@@ -88,7 +88,7 @@ pub async fn copy(
         None => StoreUrl::of(settings, Role::Manage),
     };
     if settings.reads_existing() && (ends.from.is_none() || ends.to.is_none()) {
-        return Err(LedgerError::NotOurs.into());
+        return Err(StoreError::NotOurs.into());
     }
     let (from, to) = (address("--from", ends.from), address("--to", ends.to));
     let (from_place, to_place) = (from.checked(env)?, to.checked(env)?);

@@ -16,7 +16,7 @@ use crate::{
     base::clock::DatabaseTime,
     record::{ApiKeyDigest, Fingerprint, KeyId, TrustId},
     store::{
-        LedgerError, SchemaName,
+        StoreError, SchemaName,
         postgres::{
             blocked::{self, LOCK_TIMEOUT},
             code, connect_within, describe, in_schema,
@@ -46,7 +46,7 @@ pub(crate) async fn open(
     address: &StoreUrl,
     schema: &SchemaName,
     connect_timeout: Duration,
-) -> Result<PostgresTables, LedgerError> {
+) -> Result<PostgresTables, StoreError> {
     let mut connection = connect_within(address, connect_timeout).await?;
     let tables = postgres::tables(&mut connection, schema).await?;
     schema::check(tables, &describe(address, schema))?;
@@ -308,13 +308,13 @@ impl LedgerBackend for PostgresTables {
         self.change(query).await.map(drop)
     }
 
-    fn explain(&self, error: sqlx::Error) -> LedgerError {
+    fn explain(&self, error: sqlx::Error) -> StoreError {
         // 55P03: no lock in time.
         if code(&error).as_deref() != Some("55P03") {
             return error.into();
         }
         let blockers = self.blockers.as_deref().filter(|blockers| !blockers.is_empty());
-        LedgerError::Blocked {
+        StoreError::Blocked {
             waited: LOCK_TIMEOUT,
             blockers: blockers.unwrap_or("nobody any longer, or it could not be found out").to_owned(),
         }

@@ -7,7 +7,7 @@ use std::collections::HashSet;
 use async_trait::async_trait;
 use serde_json::{Value, json};
 
-use super::{Actor, AuditEntry, Key, Ledger, LedgerError, NewKey, Replica, Trust, TrustRef};
+use super::{Actor, AuditEntry, Key, Ledger, StoreError, NewKey, Replica, Trust, TrustRef};
 use crate::{
     base::clock::DatabaseTime,
     record::{ApiKeyDigest, Digests, Fingerprint, KeyId, Made, TrustId, Version},
@@ -87,7 +87,7 @@ pub(crate) trait LedgerBackend: Send + Sync {
     async fn replicas(&mut self) -> Result<Vec<Replica>, sqlx::Error>;
     async fn insert_audit(&mut self, actor: &Actor, entry: &AuditEntry) -> Result<(), sqlx::Error>;
     /// What a failed statement of this transaction means.
-    fn explain(&self, error: sqlx::Error) -> LedgerError {
+    fn explain(&self, error: sqlx::Error) -> StoreError {
         error.into()
     }
 }
@@ -104,7 +104,7 @@ impl SqlLedger {
         Self { tables, open: false }
     }
 
-    async fn begin(&mut self, mode: TxMode) -> Result<(), LedgerError> {
+    async fn begin(&mut self, mode: TxMode) -> Result<(), StoreError> {
         if self.open {
             self.tables.rollback().await?;
         }
@@ -113,7 +113,7 @@ impl SqlLedger {
     }
 
     /// Commits what went well and undoes what did not.
-    async fn end<R>(&mut self, outcome: Result<R, LedgerError>) -> Result<R, LedgerError> {
+    async fn end<R>(&mut self, outcome: Result<R, StoreError>) -> Result<R, StoreError> {
         match outcome {
             Ok(done) => {
                 self.tables.commit().await.map_err(|error| self.tables.explain(error))?;
@@ -124,7 +124,7 @@ impl SqlLedger {
                 // The error to tell is the first one; should undoing fail as well, the next call tries again.
                 self.open = self.tables.rollback().await.is_err();
                 Err(match error {
-                    LedgerError::Database(error) => self.tables.explain(error),
+                    StoreError::Database(error) => self.tables.explain(error),
                     error => error,
                 })
             }
@@ -137,128 +137,128 @@ pub(crate) const BATCH: usize = 1_000;
 
 #[async_trait]
 impl Ledger for SqlLedger {
-    async fn create_trust(&mut self, actor: &Actor, id: TrustId, name: &str) -> Result<Trust, LedgerError> {
+    async fn create_trust(&mut self, actor: &Actor, id: TrustId, name: &str) -> Result<Trust, StoreError> {
         self.begin(TxMode::Change).await?;
         let outcome = create_trust(&mut *self.tables, actor, id, name).await;
         self.end(outcome).await
     }
 
-    async fn trusts(&mut self) -> Result<Vec<Trust>, LedgerError> {
+    async fn trusts(&mut self) -> Result<Vec<Trust>, StoreError> {
         self.begin(TxMode::Read).await?;
-        let outcome = self.tables.trusts(None).await.map_err(LedgerError::from);
+        let outcome = self.tables.trusts(None).await.map_err(StoreError::from);
         self.end(outcome).await
     }
 
-    async fn trust(&mut self, which: &TrustRef) -> Result<Trust, LedgerError> {
+    async fn trust(&mut self, which: &TrustRef) -> Result<Trust, StoreError> {
         self.begin(TxMode::Read).await?;
         let outcome = one_trust(&mut *self.tables, which).await;
         self.end(outcome).await
     }
 
-    async fn enable_trust(&mut self, actor: &Actor, which: &TrustRef, enabled: bool) -> Result<Trust, LedgerError> {
+    async fn enable_trust(&mut self, actor: &Actor, which: &TrustRef, enabled: bool) -> Result<Trust, StoreError> {
         self.begin(TxMode::Change).await?;
         let outcome = enable_trust(&mut *self.tables, actor, which, enabled).await;
         self.end(outcome).await
     }
 
-    async fn delete_trust(&mut self, actor: &Actor, which: &TrustRef, with_keys: bool) -> Result<Trust, LedgerError> {
+    async fn delete_trust(&mut self, actor: &Actor, which: &TrustRef, with_keys: bool) -> Result<Trust, StoreError> {
         self.begin(TxMode::Change).await?;
         let outcome = delete_trust(&mut *self.tables, actor, which, with_keys).await;
         self.end(outcome).await
     }
 
-    async fn add_key(&mut self, actor: &Actor, trust: &TrustRef, key: NewKey) -> Result<Key, LedgerError> {
+    async fn add_key(&mut self, actor: &Actor, trust: &TrustRef, key: NewKey) -> Result<Key, StoreError> {
         self.begin(TxMode::Change).await?;
         let outcome = add_key(&mut *self.tables, actor, trust, &key).await;
         self.end(outcome).await
     }
 
-    async fn import_keys(&mut self, actor: &Actor, trust: &TrustRef, keys: Vec<NewKey>) -> Result<u64, LedgerError> {
+    async fn import_keys(&mut self, actor: &Actor, trust: &TrustRef, keys: Vec<NewKey>) -> Result<u64, StoreError> {
         self.begin(TxMode::Change).await?;
         let outcome = import_keys(&mut *self.tables, actor, trust, &keys).await;
         self.end(outcome).await
     }
 
-    async fn keys(&mut self, trust: Option<&TrustRef>) -> Result<Vec<Key>, LedgerError> {
+    async fn keys(&mut self, trust: Option<&TrustRef>) -> Result<Vec<Key>, StoreError> {
         self.begin(TxMode::Read).await?;
         let outcome = keys(&mut *self.tables, trust).await;
         self.end(outcome).await
     }
 
-    async fn key(&mut self, id: KeyId) -> Result<Key, LedgerError> {
+    async fn key(&mut self, id: KeyId) -> Result<Key, StoreError> {
         self.begin(TxMode::Read).await?;
         let outcome = one_key(&mut *self.tables, id).await;
         self.end(outcome).await
     }
 
-    async fn identify(&mut self, digests: &Digests) -> Result<Option<Key>, LedgerError> {
+    async fn identify(&mut self, digests: &Digests) -> Result<Option<Key>, StoreError> {
         self.begin(TxMode::Read).await?;
-        let outcome = self.tables.keys(KeyFilter::Digests(digests)).await.map_err(LedgerError::from);
+        let outcome = self.tables.keys(KeyFilter::Digests(digests)).await.map_err(StoreError::from);
         Ok(self.end(outcome).await?.into_iter().next())
     }
 
-    async fn revoke_key(&mut self, actor: &Actor, id: KeyId) -> Result<Key, LedgerError> {
+    async fn revoke_key(&mut self, actor: &Actor, id: KeyId) -> Result<Key, StoreError> {
         self.begin(TxMode::Change).await?;
         let outcome = revoke_key(&mut *self.tables, actor, id).await;
         self.end(outcome).await
     }
 
-    async fn use_pepper(&mut self, actor: &Actor, pepper: Fingerprint) -> Result<Option<Fingerprint>, LedgerError> {
+    async fn use_pepper(&mut self, actor: &Actor, pepper: Fingerprint) -> Result<Option<Fingerprint>, StoreError> {
         self.begin(TxMode::Change).await?;
         let outcome = use_pepper(&mut *self.tables, actor, pepper).await;
         self.end(outcome).await
     }
 
-    async fn clear_caches(&mut self, actor: &Actor) -> Result<Version, LedgerError> {
+    async fn clear_caches(&mut self, actor: &Actor) -> Result<Version, StoreError> {
         self.begin(TxMode::Change).await?;
         let outcome = clear_caches(&mut *self.tables, actor).await;
         self.end(outcome).await?;
         self.newest().await
     }
 
-    async fn newest(&mut self) -> Result<Version, LedgerError> {
+    async fn newest(&mut self) -> Result<Version, StoreError> {
         self.begin(TxMode::Read).await?;
-        let outcome = self.tables.newest().await.map_err(LedgerError::from);
+        let outcome = self.tables.newest().await.map_err(StoreError::from);
         Ok(Version(self.end(outcome).await?.cast_unsigned())) // versions start at 1 and rise
     }
 
-    async fn replicas(&mut self) -> Result<Vec<Replica>, LedgerError> {
+    async fn replicas(&mut self) -> Result<Vec<Replica>, StoreError> {
         self.begin(TxMode::Read).await?;
-        let outcome = self.tables.replicas().await.map_err(LedgerError::from);
+        let outcome = self.tables.replicas().await.map_err(StoreError::from);
         self.end(outcome).await
     }
 
-    async fn now(&mut self) -> Result<DatabaseTime, LedgerError> {
+    async fn now(&mut self) -> Result<DatabaseTime, StoreError> {
         self.begin(TxMode::Read).await?;
-        let outcome = self.tables.now().await.map(DatabaseTime::from_micros).map_err(LedgerError::from);
+        let outcome = self.tables.now().await.map(DatabaseTime::from_micros).map_err(StoreError::from);
         self.end(outcome).await
     }
 }
 
 // === the changes, each inside a transaction ===
 
-async fn one_trust(tables: &mut dyn LedgerBackend, which: &TrustRef) -> Result<Trust, LedgerError> {
+async fn one_trust(tables: &mut dyn LedgerBackend, which: &TrustRef) -> Result<Trust, StoreError> {
     let found = tables.trusts(Some(which)).await?.into_iter().next();
     found.ok_or_else(|| {
-        LedgerError::NoTrust(match which {
+        StoreError::NoTrust(match which {
             TrustRef::Id(id) => id.to_string(),
             TrustRef::Name(name) => name.clone(),
         })
     })
 }
 
-async fn held_trust(tables: &mut dyn LedgerBackend, which: &TrustRef) -> Result<Trust, LedgerError> {
+async fn held_trust(tables: &mut dyn LedgerBackend, which: &TrustRef) -> Result<Trust, StoreError> {
     tables.hold_trust(which).await?;
     one_trust(tables, which).await
 }
 
-async fn one_key(tables: &mut dyn LedgerBackend, id: KeyId) -> Result<Key, LedgerError> {
-    tables.keys(KeyFilter::Id(id)).await?.into_iter().next().ok_or(LedgerError::NoKey(id))
+async fn one_key(tables: &mut dyn LedgerBackend, id: KeyId) -> Result<Key, StoreError> {
+    tables.keys(KeyFilter::Id(id)).await?.into_iter().next().ok_or(StoreError::NoKey(id))
 }
 
-async fn create_trust(tables: &mut dyn LedgerBackend, actor: &Actor, id: TrustId, name: &str) -> Result<Trust, LedgerError> {
+async fn create_trust(tables: &mut dyn LedgerBackend, actor: &Actor, id: TrustId, name: &str) -> Result<Trust, StoreError> {
     if !tables.insert_trust(id, name).await? {
-        return Err(LedgerError::NameTaken(name.to_owned()));
+        return Err(StoreError::NameTaken(name.to_owned()));
     }
     let trust = one_trust(tables, &TrustRef::Id(id)).await?;
     note(tables, actor, "trust.create", id, None, Some(trust_json(&trust))).await?;
@@ -270,7 +270,7 @@ async fn enable_trust(
     actor: &Actor,
     which: &TrustRef,
     enabled: bool,
-) -> Result<Trust, LedgerError> {
+) -> Result<Trust, StoreError> {
     let before = held_trust(tables, which).await?;
     if before.enabled == enabled {
         return Ok(before); // nothing changed, so there is nothing to note
@@ -287,11 +287,11 @@ async fn delete_trust(
     actor: &Actor,
     which: &TrustRef,
     with_keys: bool,
-) -> Result<Trust, LedgerError> {
+) -> Result<Trust, StoreError> {
     let trust = held_trust(tables, which).await?;
     if trust.keys > 0 {
         if !with_keys {
-            return Err(LedgerError::HasKeys(trust.keys));
+            return Err(StoreError::HasKeys(trust.keys));
         }
         tables.delete_keys(trust.id).await?;
     }
@@ -300,14 +300,14 @@ async fn delete_trust(
     Ok(trust)
 }
 
-async fn add_key(tables: &mut dyn LedgerBackend, actor: &Actor, trust: &TrustRef, key: &NewKey) -> Result<Key, LedgerError> {
+async fn add_key(tables: &mut dyn LedgerBackend, actor: &Actor, trust: &TrustRef, key: &NewKey) -> Result<Key, StoreError> {
     let trust = held_trust(tables, trust).await?;
     check_pepper(tables, key.made).await?;
     if tables.insert_keys(trust.id, std::slice::from_ref(key)).await? == 0 {
         let digests = Digests { current: key.digest, older: Vec::new() };
         // Deleted between the two statements: then its id is not known, but nothing was stored either.
         let taken = tables.keys(KeyFilter::Digests(&digests)).await?.into_iter().next();
-        return Err(LedgerError::DigestTaken(taken.map_or(key.id, |taken| taken.id)));
+        return Err(StoreError::DigestTaken(taken.map_or(key.id, |taken| taken.id)));
     }
     let stored = one_key(tables, key.id).await?;
     note(tables, actor, "key.issue", stored.id, None, Some(key_json(&stored))).await?;
@@ -315,13 +315,13 @@ async fn add_key(tables: &mut dyn LedgerBackend, actor: &Actor, trust: &TrustRef
 }
 
 /// Rejects new keys hashed under a pepper other than the recorded one: servers could not verify them.
-async fn check_pepper(tables: &mut dyn LedgerBackend, made: Made) -> Result<(), LedgerError> {
+async fn check_pepper(tables: &mut dyn LedgerBackend, made: Made) -> Result<(), StoreError> {
     if matches!(made, Made::Elsewhere | Made::Probe(_)) {
         return Ok(());
     }
     let configured = made.fingerprint();
     match tables.hold_pepper(configured).await? {
-        Some(recorded) if configured != Some(recorded) => Err(LedgerError::OtherPepper { configured, recorded }),
+        Some(recorded) if configured != Some(recorded) => Err(StoreError::OtherPepper { configured, recorded }),
         _ => Ok(()),
     }
 }
@@ -330,7 +330,7 @@ async fn use_pepper(
     tables: &mut dyn LedgerBackend,
     actor: &Actor,
     pepper: Fingerprint,
-) -> Result<Option<Fingerprint>, LedgerError> {
+) -> Result<Option<Fingerprint>, StoreError> {
     let before = tables.use_pepper(pepper).await?;
     if before != Some(pepper) {
         let named = |pepper: Fingerprint| json!({ "fingerprint": pepper.to_string() });
@@ -344,7 +344,7 @@ async fn import_keys(
     actor: &Actor,
     trust: &TrustRef,
     keys: &[NewKey],
-) -> Result<u64, LedgerError> {
+) -> Result<u64, StoreError> {
     let trust = held_trust(tables, trust).await?;
     // All keys of one import are made in the same way.
     if let Some(first) = keys.first() {
@@ -367,7 +367,7 @@ async fn import_keys(
     Ok(stored)
 }
 
-async fn keys(tables: &mut dyn LedgerBackend, trust: Option<&TrustRef>) -> Result<Vec<Key>, LedgerError> {
+async fn keys(tables: &mut dyn LedgerBackend, trust: Option<&TrustRef>) -> Result<Vec<Key>, StoreError> {
     let which = match trust {
         None => KeyFilter::All,
         Some(trust) => KeyFilter::Of(one_trust(tables, trust).await?.id),
@@ -375,7 +375,7 @@ async fn keys(tables: &mut dyn LedgerBackend, trust: Option<&TrustRef>) -> Resul
     Ok(tables.keys(which).await?)
 }
 
-async fn revoke_key(tables: &mut dyn LedgerBackend, actor: &Actor, id: KeyId) -> Result<Key, LedgerError> {
+async fn revoke_key(tables: &mut dyn LedgerBackend, actor: &Actor, id: KeyId) -> Result<Key, StoreError> {
     let before = one_key(tables, id).await?;
     if !tables.revoke_key(id).await? {
         return one_key(tables, id).await; // revoked before, perhaps a moment ago by somebody else
@@ -385,7 +385,7 @@ async fn revoke_key(tables: &mut dyn LedgerBackend, actor: &Actor, id: KeyId) ->
     Ok(after)
 }
 
-async fn clear_caches(tables: &mut dyn LedgerBackend, actor: &Actor) -> Result<(), LedgerError> {
+async fn clear_caches(tables: &mut dyn LedgerBackend, actor: &Actor) -> Result<(), StoreError> {
     tables.change_everything().await?;
     Ok(note(tables, actor, "cache.clear", "everything", None, None).await?)
 }

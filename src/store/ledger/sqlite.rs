@@ -13,7 +13,7 @@ use crate::{
     base::clock::DatabaseTime,
     record::{ApiKeyDigest, Fingerprint, KeyId, TrustId},
     store::{
-        LedgerError, Missing, change_log,
+        StoreError, Missing, change_log,
         reads::sqlite::HOLD_PEPPER,
         rows, schema,
         sqlite::{Access, NOW, connect, file, has_log},
@@ -29,7 +29,7 @@ pub(crate) struct SqliteTables {
 }
 
 /// Opens the database at `path`, which must exist and hold our tables.
-pub(crate) async fn open(path: &Path) -> Result<SqliteTables, LedgerError> {
+pub(crate) async fn open(path: &Path) -> Result<SqliteTables, StoreError> {
     file::prepare(path, Missing::Refuse)?;
     let mut files = file::Files::before_connect(path).map_err(sqlx::Error::Io)?;
     let mut connection = connect(path, Access::Write).await?;

@@ -10,7 +10,7 @@ use uuid::Uuid;
 use crate::{
     base::{clock::DatabaseTime, fault::Fault},
     record::{Change, Versioned, Digests, Fingerprint, KeyId, Nonce, Record, StoredPeppers, Version},
-    store::LedgerError,
+    store::StoreError,
 };
 
 /// The reads a decision rests on. Each is one statement on the primary, so that value and date are of one snapshot.
@@ -160,8 +160,8 @@ pub trait Source: Lookup {
     ///
     /// # Errors
     /// What is wrong, in words for an operator and without any secret: unreachable, not migrated, too new, a missing
-    /// right. [`LedgerError::is_transient`] says whether waiting may help.
-    async fn prepare(&self, missing: Missing) -> Result<(), LedgerError>;
+    /// right. [`StoreError::is_transient`] says whether waiting may help.
+    async fn prepare(&self, missing: Missing) -> Result<(), StoreError>;
 
     /// Makes the connections for reads on `runtime`, so that reads that the poll sends (its preparation, heartbeats) do not bring them
     /// to the thread that keeps the lease.

@@ -13,7 +13,7 @@ use super::{
 use crate::{
     record::{Digests, Fingerprint, KeyId, Version},
     store::{
-        LedgerError, SchemaName,
+        StoreError, SchemaName,
         change_log::{self, listen},
         existing_table::{ExistingTable, bytes_literal, literal},
         postgres::{code, connect, describe, is_missing},
@@ -230,7 +230,7 @@ impl Dialect for Postgres {
         ))
     }
 
-    async fn prepare(&self, _missing: Missing) -> Result<(), LedgerError> {
+    async fn prepare(&self, _missing: Missing) -> Result<(), StoreError> {
         Ok(()) // made by `migrate`, never by who serves
     }
 

@@ -26,7 +26,7 @@ use crate::{
     record::{ApiKeyDigest, Versioned, Digests, Fingerprint, KeyId, Record, Version, bytes_from_hex},
     store::{
         Lookup, StoreSettings,
-        ledger::LedgerError,
+        ledger::StoreError,
         rows::{self, Corrupt, RowExt, Read},
         schema,
     },
@@ -67,7 +67,7 @@ pub(crate) trait Dialect: Connect<Row: RowExt> {
     /// Whether the keys are in our own tables.
     fn has_own_keys(&self) -> bool;
     /// Makes the database and brings it up to date, where this kind of database is made by who uses it.
-    fn prepare(&self, missing: Missing) -> impl Future<Output = Result<(), LedgerError>> + Send;
+    fn prepare(&self, missing: Missing) -> impl Future<Output = Result<(), StoreError>> + Send;
     /// What is left to do once every connection is closed.
     fn finish(&self) -> impl Future<Output = ()> + Send {
         std::future::ready(())
@@ -161,7 +161,7 @@ impl<D: Dialect> Reader<D> {
     }
 
     /// The version of the tables, and whether it fits.
-    async fn check_schema(&self, query: &D::Query) -> Result<(), LedgerError> {
+    async fn check_schema(&self, query: &D::Query) -> Result<(), StoreError> {
         let place = self.dialect.backend();
         let tables = match self.reads.read(query).await {
             Ok(rows) => newest_tables(&rows)?,
@@ -301,7 +301,7 @@ impl<D: Dialect> Lookup for Reader<D> {
 
 #[async_trait]
 impl<D: Dialect> Source for Reader<D> {
-    async fn prepare(&self, missing: Missing) -> Result<(), LedgerError> {
+    async fn prepare(&self, missing: Missing) -> Result<(), StoreError> {
         self.dialect.prepare(missing).await?;
         if let Some(ours) = self.dialect.ours() {
             self.check_schema(&ours.schema).await?;
@@ -314,7 +314,7 @@ impl<D: Dialect> Source for Reader<D> {
             Ok(_) => Ok(()),
             Err(PollError::NoAnswer(fault)) => Err(fault.into()),
             Err(PollError::Unusable(problem)) => {
-                Err(LedgerError::Schema(format!("{}: {problem}", self.dialect.backend())))
+                Err(StoreError::Schema(format!("{}: {problem}", self.dialect.backend())))
             }
         }
     }

@@ -20,7 +20,7 @@ use super::{
 use crate::{
     record::{Digests, Fingerprint, KeyId, Version},
     store::{
-        LedgerError, Preset,
+        StoreError, Preset,
         change_log::{self, sqlite::IN_FORCE},
         rows, schema,
         sqlite::{
@@ -362,7 +362,7 @@ impl Dialect for Sqlite {
         )
     }
 
-    async fn prepare(&self, missing: Missing) -> Result<(), LedgerError> {
+    async fn prepare(&self, missing: Missing) -> Result<(), StoreError> {
         // Somebody else's table is never made.
         let missing = if self.preset.is_some() { Missing::Refuse } else { missing };
         file::prepare(&self.path, missing)?;

@@ -6,7 +6,7 @@ use sqlx::{Connection, PgConnection, Row};
 use uuid::Uuid;
 
 use crate::store::{
-    LedgerError, SchemaName,
+    StoreError, SchemaName,
     change_log::postgres,
     postgres::{connect_within, describe, in_schema, is_missing},
     schema,
@@ -19,8 +19,8 @@ pub(crate) const SCHEMA: &str = "SELECT version, compatible_from FROM {s}.schema
 /// Makes the tables, or adds and mends what is missing. Several may run at once: one works, the others wait for it.
 ///
 /// # Errors
-/// [`LedgerError::Schema`] where the tables are too new for this release; or the database failed.
-pub(crate) async fn run(address: &StoreUrl, name: &SchemaName, connect_timeout: Duration) -> Result<(), LedgerError> {
+/// [`StoreError::Schema`] where the tables are too new for this release; or the database failed.
+pub(crate) async fn run(address: &StoreUrl, name: &SchemaName, connect_timeout: Duration) -> Result<(), StoreError> {
     let mut connection = connect_within(address, connect_timeout).await?;
     let mut transaction = connection.begin().await?;
     sqlx::raw_sql(LOCK).execute(&mut *transaction).await?;
@@ -58,7 +58,7 @@ pub(crate) async fn new_incarnation(
     address: &StoreUrl,
     name: &SchemaName,
     connect_timeout: Duration,
-) -> Result<(), LedgerError> {
+) -> Result<(), StoreError> {
     let mut connection = connect_within(address, connect_timeout).await?;
     let sql = "SET LOCAL transaction_isolation = 'read committed'; SET LOCAL lock_timeout = '60s';
         SELECT {s}.renew_incarnation(incarnation) FROM {s}.meta";
@@ -89,7 +89,7 @@ pub(crate) async fn tables(
 }
 
 /// Version 1: the tables, the first version, and the key of the Redis MAC.
-async fn first(connection: &mut PgConnection, name: &SchemaName) -> Result<(), LedgerError> {
+async fn first(connection: &mut PgConnection, name: &SchemaName) -> Result<(), StoreError> {
     // CREATE SCHEMA asks for the right to make one even where it exists.
     let exists = sqlx::query("SELECT FROM pg_namespace WHERE nspname = $1")
         .bind(name.as_str())

@@ -6,7 +6,7 @@ use sqlx::{Connection, Row, SqliteConnection};
 use uuid::Uuid;
 
 use crate::store::{
-    LedgerError, Missing,
+    StoreError, Missing,
     change_log::sqlite,
     schema,
     sqlite::{Access, NOW, connect, file, is_busy, is_missing},
@@ -19,13 +19,13 @@ pub(crate) const SCHEMA: &str = "SELECT version, compatible_from FROM schema ORD
 /// Makes the tables, or adds what is missing. The file must exist. Can be run by several processes at once.
 ///
 /// # Errors
-/// [`LedgerError::Schema`] where the tables are too new for this release; or the database failed.
-pub(crate) async fn run(path: &Path) -> Result<(), LedgerError> {
+/// [`StoreError::Schema`] where the tables are too new for this release; or the database failed.
+pub(crate) async fn run(path: &Path) -> Result<(), StoreError> {
     let mut left = ATTEMPTS;
     loop {
         match attempt(path).await {
             // Two that turn on the write-ahead log at once are told so without waiting for each other.
-            Err(LedgerError::Database(error)) if is_busy(&error) && left > 0 => {
+            Err(StoreError::Database(error)) if is_busy(&error) && left > 0 => {
                 left -= 1;
                 tokio::time::sleep(PAUSE).await;
             }
@@ -37,7 +37,7 @@ pub(crate) async fn run(path: &Path) -> Result<(), LedgerError> {
 const ATTEMPTS: u32 = 100;
 const PAUSE: Duration = Duration::from_millis(20);
 
-async fn attempt(path: &Path) -> Result<(), LedgerError> {
+async fn attempt(path: &Path) -> Result<(), StoreError> {
     let mut connection = connect(path, Access::Write).await?;
     if !is_done(&mut connection).await? {
         // Kept in the file; readers then never wait for the writer.
@@ -76,15 +76,15 @@ async fn is_done(connection: &mut SqliteConnection) -> Result<bool, sqlx::Error>
     }
 }
 
-fn unwatched(path: &Path, problem: &str) -> LedgerError {
-    LedgerError::Schema(format!("{}: {problem}", describe_sqlite(path)))
+fn unwatched(path: &Path, problem: &str) -> StoreError {
+    StoreError::Schema(format!("{}: {problem}", describe_sqlite(path)))
 }
 
 /// Begins a new history, for a database that was put back from a copy: no replica uses what it knows of the old one.
 ///
 /// # Errors
-/// [`LedgerError::NoDatabase`], [`LedgerError::Schema`], or the database failed.
-pub(crate) async fn new_incarnation(path: &Path) -> Result<(), LedgerError> {
+/// [`StoreError::NoDatabase`], [`StoreError::Schema`], or the database failed.
+pub(crate) async fn new_incarnation(path: &Path) -> Result<(), StoreError> {
     file::prepare(path, Missing::Refuse)?;
     let mut connection = connect(path, Access::Write).await?;
     let mut transaction = connection.begin_with("BEGIN IMMEDIATE").await?;
@@ -123,7 +123,7 @@ pub(crate) async fn tables(connection: &mut SqliteConnection) -> Result<Option<s
 }
 
 /// Version 1: everything, the first version, and the key of the Redis MAC.
-async fn first(connection: &mut SqliteConnection) -> Result<(), LedgerError> {
+async fn first(connection: &mut SqliteConnection) -> Result<(), StoreError> {
     sqlx::raw_sql(FIRST).execute(&mut *connection).await?;
     sqlx::query("INSERT INTO meta (incarnation) VALUES (?)")
         .bind(Uuid::new_v4().to_string())

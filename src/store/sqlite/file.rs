@@ -7,7 +7,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use crate::store::{LedgerError, reads::lookup::Missing};
+use crate::store::{StoreError, reads::lookup::Missing};
 
 /// Filesystems that lie on another machine, by `f_type` of statfs(2). SQLite's write-ahead log needs shared memory and
 /// locks that all its users see, which these do not give. FUSE is not among them: what is behind it cannot be told, and
@@ -32,10 +32,10 @@ const NETWORK: &[(u32, &str)] = &[
 /// Makes sure that there is a file at `path` that can be used: makes it, for its owner alone, if `missing` says so.
 ///
 /// # Errors
-/// [`LedgerError::NoDatabase`], or [`LedgerError::Unusable`] with the reason.
-pub(crate) fn prepare(path: &Path, missing: Missing) -> Result<(), LedgerError> {
+/// [`StoreError::NoDatabase`], or [`StoreError::Unusable`] with the reason.
+pub(crate) fn prepare(path: &Path, missing: Missing) -> Result<(), StoreError> {
     let unusable = |what: &str, error: &dyn std::fmt::Display| {
-        LedgerError::Unusable(format!("{what} {}: {error}", path.display()))
+        StoreError::Unusable(format!("{what} {}: {error}", path.display()))
     };
     match fs::metadata(path) {
         Ok(found) => {
@@ -49,7 +49,7 @@ pub(crate) fn prepare(path: &Path, missing: Missing) -> Result<(), LedgerError> 
         }
         Err(error) if error.kind() == ErrorKind::NotFound => {
             if missing == Missing::Refuse {
-                return Err(LedgerError::NoDatabase { path: path.to_owned() });
+                return Err(StoreError::NoDatabase { path: path.to_owned() });
             }
             let directory = path.parent().unwrap_or(Path::new("/"));
             DirBuilder::new()
@@ -224,9 +224,9 @@ fn is_mount_point(mountinfo: &str, path: &Path) -> bool {
     points.any(|point| Path::new(&unescaped(point)) == path)
 }
 
-fn refuse_aliases(path: &Path) -> Result<(), LedgerError> {
+fn refuse_aliases(path: &Path) -> Result<(), StoreError> {
     let unusable = |why: String| {
-        LedgerError::Unusable(format!(
+        StoreError::Unusable(format!(
             "{}: {why}: SQLite keeps its log beside the path that was opened, so that changes made by another way would be \
              lost. Remove the other names, and mount the directory, not the file (in Kubernetes: no subPath)",
             path.display()
@@ -239,13 +239,13 @@ fn refuse_aliases(path: &Path) -> Result<(), LedgerError> {
     }
 }
 
-fn refuse_network(path: &Path) -> Result<(), LedgerError> {
+fn refuse_network(path: &Path) -> Result<(), StoreError> {
     let found = rustix::fs::statfs(path).map_err(|error| {
-        LedgerError::Unusable(format!("cannot tell which filesystem holds {}: {error}", path.display()))
+        StoreError::Unusable(format!("cannot tell which filesystem holds {}: {error}", path.display()))
     })?;
     match network_name(found.f_type.cast_unsigned()) {
         None => Ok(()),
-        Some(name) => Err(LedgerError::Unusable(format!(
+        Some(name) => Err(StoreError::Unusable(format!(
             "{} lies on a network filesystem ({name}), where SQLite would lose or tear writes: use a local disk, or PostgreSQL (`store.url`)",
             path.display()
         ))),
