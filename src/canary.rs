@@ -368,14 +368,14 @@ impl CanaryMetrics {
 mod tests {
     use super::*;
     use crate::{
-        base::settings::{Setting as _, Written},
+        base::settings::{Setting as _, RawValue},
         ext_authz::{credential::extract::extract, request::View},
     };
 
     #[test]
     fn the_key_stands_where_the_first_source_looks_for_it() {
         for source in ["header:x-key", "authorization:bearer", "authorization:apikey", "query:key", "cookie:key"] {
-            let sources = vec![Source::read(&Written::One(source.to_owned())).unwrap()];
+            let sources = vec![Source::read(&RawValue::One(source.to_owned())).unwrap()];
             let credential = CredentialSettings { sources, ..CredentialSettings::default() };
             let message = question(&credential, "a-key-of-somebody");
             let found = extract(&credential, &View::parse(&message).unwrap()).key;

@@ -111,7 +111,7 @@ impl StoreSettings {
     }
 }
 
-crate::words! {
+crate::setting_enum! {
     /// Somebody else's tables, read as they are.
     pub enum Preset ("\"trust-table\"") {
         /// `trust(id uuid, api_key_hash char(64) null)`: one SHA-256 digest in hexadecimal per trust.
@@ -133,7 +133,7 @@ impl SchemaName {
 
 impl crate::base::settings::Setting for SchemaName {
     const EXPECTED: &'static str = "a schema name of small letters, digits and _";
-    fn read(written: &crate::base::settings::Written) -> Option<Self> {
+    fn read(written: &crate::base::settings::RawValue) -> Option<Self> {
         let name = String::read(written)?;
         let fits = name.len() <= 63
             && name.starts_with(|c: char| c.is_ascii_lowercase() || c == '_')

@@ -20,7 +20,7 @@ use std::{
 
 use proptest::{collection::vec, prelude::*};
 use trustgate::{
-    base::settings::{Reader, Section as _, Written},
+    base::settings::{Reader, Section as _, RawValue},
     ext_authz::{
         check::Progress,
         credential::{CredentialSettings, extract::extract},
@@ -84,7 +84,7 @@ fn allocations_of(work: impl FnOnce()) -> usize {
 fn settings() -> CredentialSettings {
     let mut reader = Reader::default();
     let sources = "header:k,authorization:bearer,authorization:apikey,query:k,cookie:k";
-    reader.put("credential", "sources", Written::One(sources.into()), String::new());
+    reader.put("credential", "sources", RawValue::One(sources.into()), String::new());
     CredentialSettings::read(&mut reader)
 }
 

@@ -13,7 +13,7 @@ use super::{
 
 /// A value as it was written, before it has a type. Numbers and booleans of a file are texts here.
 #[derive(Clone, PartialEq, Eq)]
-pub enum Written {
+pub enum RawValue {
     /// One value.
     One(String),
     /// A list of values.
@@ -51,7 +51,7 @@ pub trait Setting: Sized {
     /// What to write, for messages: "a duration with its unit, such as 150ms".
     const EXPECTED: &'static str;
     /// The value, or `None` where `written` is not one.
-    fn read(written: &Written) -> Option<Self>;
+    fn read(written: &RawValue) -> Option<Self>;
     /// The value of a setting without a default that nobody set.
     #[must_use]
     fn unset() -> Option<Self> {
@@ -87,13 +87,13 @@ pub trait Section: Sized {
 /// All that was written in the file and the environment, and the mistakes found in it so far.
 #[derive(Default)]
 pub struct Reader {
-    written: BTreeMap<(String, String), (Written, Origin)>,
+    written: BTreeMap<(String, String), (RawValue, Origin)>,
     mistakes: Vec<Mistake>,
 }
 
 impl Reader {
     /// Notes that `section.name` was written at `origin`. A later call wins: the environment comes after the file.
-    pub fn put(&mut self, section: &str, name: &str, written: Written, origin: Origin) {
+    pub fn put(&mut self, section: &str, name: &str, written: RawValue, origin: Origin) {
         self.written.insert((section.to_owned(), name.to_owned()), (written, origin));
     }
 
@@ -126,7 +126,7 @@ impl Reader {
         if written.is_some() {
             self.refuse(section, name, format!("expected {}", T::EXPECTED));
         }
-        let fallback = if default.is_empty() { T::unset() } else { T::read(&Written::One(default.to_owned())) };
+        let fallback = if default.is_empty() { T::unset() } else { T::read(&RawValue::One(default.to_owned())) };
         fallback.unwrap_or_else(|| panic!("the default of {section}.{name} is not {}", T::EXPECTED))
     }
 
@@ -182,7 +182,7 @@ macro_rules! settings {
 
 /// Declares an enum that is set by one of a few words.
 #[macro_export]
-macro_rules! words {
+macro_rules! setting_enum {
     (
         $(#[$meta:meta])*
         pub enum $Enum:ident ($expected:literal) { $( $(#[doc = $doc:literal])+ $Variant:ident = $word:literal, )+ }
@@ -192,10 +192,10 @@ macro_rules! words {
         pub enum $Enum { $( $(#[doc = $doc])+ $Variant, )+ }
         impl $crate::base::settings::Setting for $Enum {
             const EXPECTED: &'static str = $expected;
-            fn read(written: &$crate::base::settings::Written) -> Option<Self> {
+            fn read(written: &$crate::base::settings::RawValue) -> Option<Self> {
                 match written {
-                    $crate::base::settings::Written::One(word) => Self::from_word(word),
-                    $crate::base::settings::Written::Many(_) => None,
+                    $crate::base::settings::RawValue::One(word) => Self::from_word(word),
+                    $crate::base::settings::RawValue::Many(_) => None,
                 }
             }
         }
@@ -221,8 +221,8 @@ macro_rules! setting_from_text {
     ($($Type:ty, $expected:literal, $read:expr;)+) => { $(
         impl Setting for $Type {
             const EXPECTED: &'static str = $expected;
-            fn read(written: &Written) -> Option<Self> {
-                let Written::One(text) = written else { return None };
+            fn read(written: &RawValue) -> Option<Self> {
+                let RawValue::One(text) = written else { return None };
                 let read: fn(&str) -> Option<Self> = $read;
                 read(text)
             }
@@ -250,7 +250,7 @@ fn whole_number(text: &str) -> Option<u32> {
 
 impl<T: Setting> Setting for Option<T> {
     const EXPECTED: &'static str = T::EXPECTED;
-    fn read(written: &Written) -> Option<Self> {
+    fn read(written: &RawValue) -> Option<Self> {
         T::read(written).map(Some)
     }
     fn unset() -> Option<Self> {
@@ -261,11 +261,11 @@ impl<T: Setting> Setting for Option<T> {
 /// A list; one value alone is a list of one, and commas separate the values of an environment variable.
 impl<T: Setting> Setting for Vec<T> {
     const EXPECTED: &'static str = T::EXPECTED;
-    fn read(written: &Written) -> Option<Self> {
-        let read = |text: &str| T::read(&Written::One(text.trim().to_owned()));
+    fn read(written: &RawValue) -> Option<Self> {
+        let read = |text: &str| T::read(&RawValue::One(text.trim().to_owned()));
         match written {
-            Written::One(text) => text.split(',').map(read).collect(),
-            Written::Many(texts) => texts.iter().map(|text| read(text)).collect(),
+            RawValue::One(text) => text.split(',').map(read).collect(),
+            RawValue::Many(texts) => texts.iter().map(|text| read(text)).collect(),
         }
     }
     fn unset() -> Option<Self> {

@@ -16,7 +16,7 @@ crate::settings! {
     }
 }
 
-crate::words! {
+crate::setting_enum! {
     /// How serious a line is.
     pub enum Level ("\"error\", \"warn\", \"info\", \"debug\" or \"trace\"") {
         /// Something is broken.
@@ -32,7 +32,7 @@ crate::words! {
     }
 }
 
-crate::words! {
+crate::setting_enum! {
     /// The form of a log line.
     pub enum Format ("\"auto\", \"text\" or \"json\"") {
         /// Text on a terminal, else JSON.

@@ -5,7 +5,7 @@
 use std::ffi::OsString;
 
 use super::{SECTIONS, suggest};
-use crate::base::settings::{Reader, Written};
+use crate::base::settings::{Reader, RawValue};
 
 const START: &str = "TRUSTGATE__";
 
@@ -22,7 +22,7 @@ pub(crate) fn put(reader: &mut Reader, variables: &[(OsString, OsString)]) {
         };
         let Some((_, section, setting)) = known.iter().find(|(variable, ..)| variable == name) else {
             let near =
-                suggest::to(&rest.to_ascii_uppercase(), known.iter().map(|(variable, ..)| &variable[START.len()..]));
+                suggest::nearest(&rest.to_ascii_uppercase(), known.iter().map(|(variable, ..)| &variable[START.len()..]));
             let hint = near.map_or_else(
                 || "see `trustgate config default`".to_owned(),
                 |near| format!("did you mean {START}{near}?"),
@@ -31,7 +31,7 @@ pub(crate) fn put(reader: &mut Reader, variables: &[(OsString, OsString)]) {
             continue;
         };
         match value.to_str() {
-            Some(value) => reader.put(section, setting, Written::One(value.to_owned()), name.to_owned()),
+            Some(value) => reader.put(section, setting, RawValue::One(value.to_owned()), name.to_owned()),
             None => reader.refuse_at(format!("{section}.{setting}"), name.to_owned(), "is not UTF-8".to_owned()),
         }
     }

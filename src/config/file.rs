@@ -5,7 +5,7 @@
 use toml_edit::{Document, TableLike, Value};
 
 use super::{SECTIONS, SectionInfo, section, suggest};
-use crate::base::settings::{Reader, Written};
+use crate::base::settings::{Reader, RawValue};
 
 /// Puts everything that `text`, the content of `path`, says into `reader`; unknown names are mistakes.
 pub(crate) fn put(reader: &mut Reader, path: &str, text: &str) {
@@ -56,7 +56,7 @@ pub(crate) fn no_such<'n>(
     names: impl Iterator<Item = &'n str> + Clone,
     show: impl Fn(&str) -> String,
 ) -> String {
-    if let Some(near) = suggest::to(wrong, names.clone()) {
+    if let Some(near) = suggest::nearest(wrong, names.clone()) {
         return format!("there is no such {what}; did you mean {}?", show(near));
     }
     let all: Vec<_> = names.map(show).collect();
@@ -65,11 +65,11 @@ pub(crate) fn no_such<'n>(
 
 /// Returns a TOML value as text. Numbers and booleans are formatted in decimal and as `true` or `false`. An integer written with `0x`,
 /// `0o` or `0b` keeps its spelling, because a setting of permission bits accepts octal only.
-fn written(value: &Value, text: &str) -> Option<Written> {
+fn written(value: &Value, text: &str) -> Option<RawValue> {
     let scalar = |value| scalar(value, text);
     match value {
-        Value::Array(array) => array.iter().map(scalar).collect::<Option<Vec<_>>>().map(Written::Many),
-        value => scalar(value).map(Written::One),
+        Value::Array(array) => array.iter().map(scalar).collect::<Option<Vec<_>>>().map(RawValue::Many),
+        value => scalar(value).map(RawValue::One),
     }
 }
 

@@ -6,7 +6,7 @@
 const LIKENESS_MIN: f64 = 0.5;
 
 /// Whichever of `names` is most like `wrong`, if one is alike at all.
-pub(crate) fn to<'n>(wrong: &str, names: impl Iterator<Item = &'n str>) -> Option<&'n str> {
+pub(crate) fn nearest<'n>(wrong: &str, names: impl Iterator<Item = &'n str>) -> Option<&'n str> {
     names
         .map(|name| (strsim::normalized_damerau_levenshtein(wrong, name), name))
         .filter(|(likeness, _)| *likeness >= LIKENESS_MIN)
@@ -25,7 +25,7 @@ mod tests {
             ("timeout", Some("read_timeout")),
             ("colour_of_the_sky", None),
         ] {
-            assert_eq!(super::to(wrong, names.into_iter()), want, "{wrong}");
+            assert_eq!(super::nearest(wrong, names.into_iter()), want, "{wrong}");
         }
     }
 }

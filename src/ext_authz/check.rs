@@ -49,7 +49,7 @@ crate::settings! {
     }
 }
 
-crate::words! {
+crate::setting_enum! {
     /// What happens to a CORS preflight.
     pub enum Preflight ("\"check\" or \"pass\"") {
         /// Checked like any request.

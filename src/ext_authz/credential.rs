@@ -19,7 +19,7 @@ pub use self::format::Prefix;
 pub use self::source::Source;
 use crate::base::{
     secret::Secret,
-    settings::{Setting, Written},
+    settings::{Setting, RawValue},
     text,
 };
 
@@ -143,15 +143,15 @@ impl Pepper {
 impl Setting for Pepper {
     const EXPECTED: &'static str = Secret::EXPECTED;
 
-    fn read(written: &Written) -> Option<Self> {
+    fn read(written: &RawValue) -> Option<Self> {
         let secret = <Secret as Setting>::read(written)?;
-        let Written::One(text) = written else { return None };
+        let RawValue::One(text) = written else { return None };
         let untrimmed = (text != secret.expose()).then(|| Secret::new(text.clone()));
         Some(Self { secret, untrimmed })
     }
 }
 
-crate::words! {
+crate::setting_enum! {
     /// What to do when two sources hold different keys.
     pub enum OnMultiple ("\"deny\" or \"first\"") {
         /// Deny: nobody can tell which of them the application would believe.
@@ -161,7 +161,7 @@ crate::words! {
     }
 }
 
-crate::words! {
+crate::setting_enum! {
     /// How a key is taken out of the query.
     pub enum QueryRemoval ("\"parameter\" or \"exact\"") {
         /// By `query_parameters_to_remove`.
@@ -196,7 +196,7 @@ mod tests {
     #[test]
     fn keys_under_a_pepper_with_its_line_end_are_found() {
         let hasher = |text: &str| {
-            let pepper = Pepper::read(&Written::One(text.to_owned()));
+            let pepper = Pepper::read(&RawValue::One(text.to_owned()));
             CredentialSettings { pepper, ..CredentialSettings::default() }.hasher().unwrap()
         };
         let (with, without) = (hasher("pepper\n"), hasher("pepper"));

@@ -27,7 +27,7 @@ use super::{
     framing,
 };
 
-crate::words! {
+crate::setting_enum! {
     /// What Envoy is told when we cannot decide.
     pub enum OnFault ("\"deny\", \"error\" or \"error_response\"") {
         /// A denial with 503, which Envoy enforces whatever its `failure_mode_allow` says.

@@ -1,6 +1,6 @@
 //! How fresh a route demands its data to be.
 
-crate::words! {
+crate::setting_enum! {
     /// How fresh a record must be.
     pub enum Freshness ("\"lease\", \"strict\", \"live\" or \"ttl\"") {
         /// As the newest change that a poll confirmed within `freshness.lease`; for `freshness.stale_if_unconfirmed`

@@ -14,7 +14,7 @@ use std::{
 
 use tokio::net::{TcpListener, UnixListener};
 
-use crate::base::settings::{Setting, Written};
+use crate::base::settings::{Setting, RawValue};
 
 /// Where to listen, as it is configured.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -29,8 +29,8 @@ impl Setting for ListenAddress {
     const EXPECTED: &'static str =
         "an address with its port, such as \"127.0.0.1:50051\", or \"unix:///run/trustgate/trustgate.sock\"";
 
-    fn read(written: &Written) -> Option<Self> {
-        let Written::One(text) = written else { return None };
+    fn read(written: &RawValue) -> Option<Self> {
+        let RawValue::One(text) = written else { return None };
         match text.strip_prefix("unix://") {
             Some(path) => (path.starts_with('/') && path.len() > 1).then(|| Self::Unix(path.into())),
             None => text.parse().ok().map(Self::Tcp),
@@ -54,8 +54,8 @@ pub struct SocketMode(u32);
 impl Setting for SocketMode {
     const EXPECTED: &'static str = "permission bits in octal, such as \"0660\" or 0o660";
 
-    fn read(written: &Written) -> Option<Self> {
-        let Written::One(text) = written else { return None };
+    fn read(written: &RawValue) -> Option<Self> {
+        let RawValue::One(text) = written else { return None };
         // Without a leading zero it may be a decimal number, which would be other bits.
         let digits = text.strip_prefix("0o").or_else(|| text.strip_prefix('0'))?;
         u32::from_str_radix(digits, 8).ok().filter(|mode| *mode <= 0o777).map(Self)
@@ -72,8 +72,8 @@ pub struct SocketOwner {
 impl Setting for SocketOwner {
     const EXPECTED: &'static str = "the number of a user, or of a user and a group, such as \"101\" or \"101:101\"";
 
-    fn read(written: &Written) -> Option<Self> {
-        let Written::One(text) = written else { return None };
+    fn read(written: &RawValue) -> Option<Self> {
+        let RawValue::One(text) = written else { return None };
         let (user, group) = match text.split_once(':') {
             Some((user, group)) => (user, Some(group.parse().ok()?)),
             None => (text.as_str(), None),

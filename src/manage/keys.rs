@@ -295,14 +295,14 @@ fn check(wanted: &Wanted) -> Result<(), ManageError> {
 mod tests {
     use super::*;
     use crate::{
-        base::settings::{Setting, Written},
+        base::settings::{Setting, RawValue},
         ext_authz::credential::CredentialSettings,
         manage::fake::FakeLedger,
         store::Actor,
     };
 
     fn manager() -> Manager {
-        let pepper = Setting::read(&Written::One("a pepper of some length".to_owned()));
+        let pepper = Setting::read(&RawValue::One("a pepper of some length".to_owned()));
         let credential = CredentialSettings { pepper, ..CredentialSettings::default() };
         Manager::new(Box::new(FakeLedger::default()), Actor("test".to_owned()), credential).unwrap()
     }

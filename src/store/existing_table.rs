@@ -8,11 +8,11 @@ use sha2::{Digest, Sha256};
 
 use super::{Preset, StoreSettings};
 use crate::{
-    base::settings::{Setting, Written},
+    base::settings::{Setting, RawValue},
     record::hex,
 };
 
-crate::words! {
+crate::setting_enum! {
     /// How an existing table holds the SHA-256 digest of a key.
     pub enum DigestForm ("\"hex\" or \"bytes\"") {
         /// 64 hexadecimal digits in small letters: `char(64)`, `varchar` or `text`.
@@ -91,14 +91,14 @@ impl std::fmt::Display for TableName {
 
 impl Setting for ColumnName {
     const EXPECTED: &'static str = "the name of a column";
-    fn read(written: &Written) -> Option<Self> {
+    fn read(written: &RawValue) -> Option<Self> {
         String::read(written).filter(|name| is_identifier(name)).map(Self)
     }
 }
 
 impl Setting for TableName {
     const EXPECTED: &'static str = "a table, such as \"public.trust\"";
-    fn read(written: &Written) -> Option<Self> {
+    fn read(written: &RawValue) -> Option<Self> {
         let text = String::read(written)?;
         let (schema, name) = match text.split_once('.') {
             Some((schema, name)) => (Some(schema.to_owned()), name.to_owned()),
@@ -177,8 +177,8 @@ impl ExistingTable {
 mod tests {
     use super::*;
 
-    fn written(text: &str) -> Written {
-        Written::One(text.to_owned())
+    fn written(text: &str) -> RawValue {
+        RawValue::One(text.to_owned())
     }
 
     #[test]

@@ -8,7 +8,7 @@ use trustgate::{
     base::{
         clock::{DatabaseTime, SystemClock},
         secret::Secret,
-        settings::{Setting, Written},
+        settings::{Setting, RawValue},
     },
     record::{ApiKeyDigest, Change, ChangeKind, Digests, KeyId, Version},
     store::{self, StoreError, Missing, PollError, Source, StoreSettings, TableName},
@@ -87,10 +87,10 @@ impl Theirs {
     }
 
     fn settings(&self) -> StoreSettings {
-        let column = |name: &str| Setting::read(&Written::One(name.to_owned()));
+        let column = |name: &str| Setting::read(&RawValue::One(name.to_owned()));
         StoreSettings {
             url: Some(Secret::new(self.server.url(&format!("{}-serve", self.name), &self.name))),
-            table: TableName::read(&Written::One("hospital.trust".to_owned())),
+            table: TableName::read(&RawValue::One("hospital.trust".to_owned())),
             table_revoked_at: column("revoked_at"),
             attached: true,
             read_timeout: std::time::Duration::from_secs(20),
@@ -481,7 +481,7 @@ async fn rows_that_are_odd_are_decided_or_concern_nobody_else() {
          CREATE INDEX ON hospital.trust (api_key_hash)",
     )
     .await;
-    let column = |name: &str| Setting::read(&Written::One(name.to_owned()));
+    let column = |name: &str| Setting::read(&RawValue::One(name.to_owned()));
     let settings = StoreSettings {
         attached: false,
         table_trust: column("tenant").unwrap(),
@@ -589,7 +589,7 @@ async fn before_migrate_it_is_said_to_run_that() {
     let attached = place.with("TRUSTGATE__STORE__ATTACHED", "true");
     let settings = StoreSettings {
         url: Some(Secret::new(server.url("admin", &name))),
-        table: TableName::read(&Written::One("hospital.trust".to_owned())),
+        table: TableName::read(&RawValue::One("hospital.trust".to_owned())),
         attached: true,
         ..StoreSettings::default()
     };

@@ -617,7 +617,7 @@ async fn a_schema_of_another_name_has_everything_of_its_own() {
     let db = Db::new().await;
     let mut other = db.settings.clone();
     other.schema =
-        trustgate::base::settings::Setting::read(&trustgate::base::settings::Written::One("gate_2".into())).unwrap();
+        trustgate::base::settings::Setting::read(&trustgate::base::settings::RawValue::One("gate_2".into())).unwrap();
     store::migrate(&other, &|_| None).await.unwrap();
     let lookup = open(&other);
     lookup.prepare(Missing::Refuse).await.unwrap();

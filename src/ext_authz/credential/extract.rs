@@ -287,7 +287,7 @@ mod tests {
     use prost::Message;
 
     use super::{CredentialError::*, *};
-    use crate::base::settings::{Reader, Section, Written};
+    use crate::base::settings::{Reader, Section, RawValue};
 
     const A: &str = "a-foreign-key-of-32-characters-A";
     const B: &str = "a-foreign-key-of-32-characters-B";
@@ -308,8 +308,8 @@ mod tests {
 
     fn settings(sources: &str, on_multiple: &str) -> CredentialSettings {
         let mut reader = Reader::default();
-        reader.put("credential", "sources", Written::One(sources.into()), String::new());
-        reader.put("credential", "on_multiple", Written::One(on_multiple.into()), String::new());
+        reader.put("credential", "sources", RawValue::One(sources.into()), String::new());
+        reader.put("credential", "on_multiple", RawValue::One(on_multiple.into()), String::new());
         let settings = CredentialSettings::read(&mut reader);
         assert_eq!(reader.mistakes(), []);
         settings

@@ -4,7 +4,7 @@
 
 use crate::base::{
     secret::Secret,
-    settings::{Setting, Written},
+    settings::{Setting, RawValue},
 };
 
 const ALPHABET: &[u8; 62] = b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz";
@@ -35,7 +35,7 @@ impl Prefix {
 
 impl Setting for Prefix {
     const EXPECTED: &'static str = "1 to 16 letters, digits or _";
-    fn read(written: &Written) -> Option<Self> {
+    fn read(written: &RawValue) -> Option<Self> {
         let text = String::read(written)?;
         let fits =
             (1..=16).contains(&text.len()) && text.bytes().all(|byte| byte.is_ascii_alphanumeric() || byte == b'_');
@@ -69,7 +69,7 @@ pub fn form(prefix: &Prefix, key: &[u8]) -> Form {
 /// Whether `text` is a key of ours under any prefix: for places where a key must not be shown.
 #[must_use]
 pub fn is_key(text: &str) -> bool {
-    let prefix = text.rsplit_once('_').and_then(|(prefix, _)| Prefix::read(&Written::One(prefix.to_owned())));
+    let prefix = text.rsplit_once('_').and_then(|(prefix, _)| Prefix::read(&RawValue::One(prefix.to_owned())));
     prefix.is_some_and(|prefix| form(&prefix, text.as_bytes()) == Form::Ours)
 }
 
@@ -167,7 +167,7 @@ mod tests {
     #[test]
     fn a_key_is_recognized_under_any_prefix() {
         for prefix in ["tg", "acme", "a_b"] {
-            let prefix = Prefix::read(&Written::One(prefix.to_owned())).unwrap();
+            let prefix = Prefix::read(&RawValue::One(prefix.to_owned())).unwrap();
             assert!(is_key(generate(&prefix).unwrap().expose()));
         }
         assert!(!is_key("acme") && !is_key("tg_acme") && !is_key(&"a".repeat(60)));

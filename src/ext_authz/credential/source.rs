@@ -1,7 +1,7 @@
 //! Where a credential may stand in a request.
 
 use crate::{
-    base::settings::{Setting, Written},
+    base::settings::{Setting, RawValue},
     ext_authz::identity,
 };
 
@@ -29,7 +29,7 @@ pub enum Scheme {
 
 impl Setting for Source {
     const EXPECTED: &'static str = "header:NAME, authorization:bearer, authorization:apikey, query:NAME or cookie:NAME";
-    fn read(written: &Written) -> Option<Self> {
+    fn read(written: &RawValue) -> Option<Self> {
         let text = String::read(written)?;
         let (place, name) = text.split_once(':')?;
         // RFC 9110 token characters that need no encoding in any of the three places.
@@ -59,7 +59,7 @@ mod tests {
 
     #[test]
     fn no_header_that_answers_set_is_a_source() {
-        let read = |text: &str| Source::read(&Written::One(text.to_owned()));
+        let read = |text: &str| Source::read(&RawValue::One(text.to_owned()));
         assert_eq!(read("header:X-Api-Key"), Some(Source::Header("x-api-key".to_owned())));
         for name in ["authorization", "Authorization", "cookie", "Cookie"].iter().chain(&identity::HEADERS) {
             assert_eq!(read(&format!("header:{name}")), None, "{name}");

@@ -182,11 +182,11 @@ ORDER BY w.number";
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::base::settings::{Setting as _, Written};
+    use crate::base::settings::{Setting as _, RawValue};
 
     #[test]
     fn what_is_printed_is_what_is_asked_for() {
-        let schema = SchemaName::read(&Written::One("gate".into())).unwrap();
+        let schema = SchemaName::read(&RawValue::One("gate".into())).unwrap();
         let printed = grants(&schema, None, "a \"role\"", "other");
         assert!(printed.contains("GRANT USAGE ON SCHEMA gate TO \"a \"\"role\"\"\";\n"), "{printed}");
         for (needs, role) in [(SERVE, "a \"role\""), (MANAGE, "other")] {
