@@ -18,7 +18,7 @@ use std::{
 use crate::{
     api::ApiSettings,
     base::{
-        settings::{Field, Mistake, Origin, Reader, Section},
+        settings::{Field, ConfigError, Origin, Reader, Section},
         telemetry::LogSettings,
     },
     cache::CacheSettings,
@@ -81,7 +81,7 @@ pub struct SectionInfo {
 
 /// Why there is no configuration to run with.
 #[derive(Debug, thiserror::Error)]
-pub enum ConfigError {
+pub enum ConfigErrors {
     /// The file cannot be read.
     #[error("cannot read the configuration file {path} (named by {named_by}): {source}")]
     Unreadable {
@@ -99,14 +99,14 @@ pub enum ConfigError {
 
 /// All mistakes of a configuration; never empty.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Mistakes(pub Vec<Mistake>);
+pub struct Mistakes(pub Vec<ConfigError>);
 
 impl fmt::Display for Mistakes {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let count = self.0.len();
         write!(f, "the configuration has {count} mistake{}:", if count == 1 { "" } else { "s" })?;
-        for mistake in &self.0 {
-            write!(f, "\n  {mistake}")?;
+        for config_error in &self.0 {
+            write!(f, "\n  {config_error}")?;
         }
         Ok(())
     }
@@ -141,27 +141,27 @@ pub fn load(
     file: Option<&Path>,
     environment: impl IntoIterator<Item = (OsString, OsString)>,
     purpose: Purpose,
-) -> Result<Config, ConfigError> {
-    let (config, mistakes) = load_with_mistakes(file, environment, purpose)?;
-    if mistakes.is_empty() { Ok(config) } else { Err(ConfigError::Mistakes(Mistakes(mistakes))) }
+) -> Result<Config, ConfigErrors> {
+    let (config, config_errors) = load_with_errors(file, environment, purpose)?;
+    if config_errors.is_empty() { Ok(config) } else { Err(ConfigErrors::Mistakes(Mistakes(config_errors))) }
 }
 
 /// As [`load`], but with what could be read where there are mistakes: a setting that cannot be read has its default.
 ///
 /// # Errors
 /// When the file cannot be read.
-pub fn load_with_mistakes(
+pub fn load_with_errors(
     file: Option<&Path>,
     environment: impl IntoIterator<Item = (OsString, OsString)>,
     purpose: Purpose,
-) -> Result<(Config, Vec<Mistake>), ConfigError> {
+) -> Result<(Config, Vec<ConfigError>), ConfigErrors> {
     let variables: Vec<_> = environment.into_iter().collect();
     let named = variables.iter().find(|(name, value)| name == FILE_VARIABLE && !value.is_empty());
     let file = file.map(|path| (path, "--config")).or(named.map(|(_, path)| (Path::new(path), FILE_VARIABLE)));
 
     let mut reader = Reader::default();
     if let Some((path, named_by)) = file {
-        let text = std::fs::read_to_string(path).map_err(|source| ConfigError::Unreadable {
+        let text = std::fs::read_to_string(path).map_err(|source| ConfigErrors::Unreadable {
             path: path.to_owned(),
             named_by,
             source,
@@ -193,14 +193,14 @@ mod tests {
     use crate::grpc::listener::ListenAddress;
 
     /// The mistakes in a file with this text and this environment, one a line, as a person sees them.
-    pub(crate) fn mistakes(text: &str, environment: &[(&str, &str)]) -> Vec<String> {
+    pub(crate) fn config_errors(text: &str, environment: &[(&str, &str)]) -> Vec<String> {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("trustgate.toml");
         std::fs::write(&path, text).unwrap();
         let variables = environment.iter().map(|(name, value)| (OsString::from(name), OsString::from(value)));
         match load(Some(&path), variables, Purpose::Check) {
             Ok(_) => Vec::new(),
-            Err(ConfigError::Mistakes(mistakes)) => mistakes
+            Err(ConfigErrors::Mistakes(config_errors)) => config_errors
                 .to_string()
                 .replace(&format!("{}/", dir.path().display()), "")
                 .lines()
@@ -238,7 +238,7 @@ mod tests {
     fn every_mistake_is_told_at_once_with_its_place() {
         let text = "[grpc]\nlisten = \"nowhere\"\n\n[chache]\nsize = 1\n[store]\nurls = \"x\"\nread_timeout = 100\n";
         assert_eq!(
-            mistakes(text, &[("TRUSTGATE__LIMITS__MESAGE_SIZE", "1MiB"), ("TRUSTGATE__CACHE__SIZE", "lots")]),
+            config_errors(text, &[("TRUSTGATE__LIMITS__MESAGE_SIZE", "1MiB"), ("TRUSTGATE__CACHE__SIZE", "lots")]),
             [
                 "trustgate.toml:4: chache: there is no such section; did you mean [cache]?",
                 "trustgate.toml:7: store.urls: there is no such setting; did you mean store.url?",

@@ -25,7 +25,7 @@ pub type Origin = String;
 
 /// One mistake in the configuration.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Mistake {
+pub struct ConfigError {
     /// The setting, as `section.name`.
     pub setting: String,
     /// Where it was set; `None` where it was not.
@@ -35,7 +35,7 @@ pub struct Mistake {
 }
 
 /// In one line, with the place where it was made.
-impl fmt::Display for Mistake {
+impl fmt::Display for ConfigError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { setting, origin, problem } = self;
         match origin {
@@ -88,7 +88,7 @@ pub trait Section: Sized {
 #[derive(Default)]
 pub struct Reader {
     written: BTreeMap<(String, String), (RawValue, Origin)>,
-    mistakes: Vec<Mistake>,
+    config_errors: Vec<ConfigError>,
 }
 
 impl Reader {
@@ -106,12 +106,12 @@ impl Reader {
     /// Notes a mistake about `section.name`.
     pub fn refuse(&mut self, section: &str, name: &str, problem: String) {
         let origin = self.origin(section, name).cloned();
-        self.mistakes.push(Mistake { setting: format!("{section}.{name}"), origin, problem });
+        self.config_errors.push(ConfigError { setting: format!("{section}.{name}"), origin, problem });
     }
 
     /// Notes a mistake that is about no known setting.
     pub fn refuse_at(&mut self, setting: String, origin: Origin, problem: String) {
-        self.mistakes.push(Mistake { setting, origin: Some(origin), problem });
+        self.config_errors.push(ConfigError { setting, origin: Some(origin), problem });
     }
 
     /// The value of a setting: as written, else its default. A mistake is noted and reads as the default.
@@ -132,14 +132,14 @@ impl Reader {
 
     /// Every mistake found, in the order of discovery.
     #[must_use]
-    pub fn into_mistakes(self) -> Vec<Mistake> {
-        self.mistakes
+    pub fn into_mistakes(self) -> Vec<ConfigError> {
+        self.config_errors
     }
 
     /// Mistakes found so far.
     #[must_use]
-    pub fn mistakes(&self) -> &[Mistake] {
-        &self.mistakes
+    pub fn config_errors(&self) -> &[ConfigError] {
+        &self.config_errors
     }
 }
 

@@ -15,7 +15,7 @@ use super::{
 };
 use crate::{
     base::{clock::SystemClock, secret::Secret},
-    config::{self, Config, ConfigError, Purpose, document},
+    config::{self, Config, ConfigErrors, Purpose, document},
     manage::{Effect, ManageError, Manager},
     server::{self, Explanation},
     store::{
@@ -47,7 +47,7 @@ pub(crate) fn run(arguments: Arguments, environment: &Environment) -> Result<Ans
             )?))
         }
         Command::Doctor => {
-            let loaded = config::load_with_mistakes(file.as_deref(), environment.iter().cloned(), Purpose::Serve);
+            let loaded = config::load_with_errors(file.as_deref(), environment.iter().cloned(), Purpose::Serve);
             doctor::run(loaded, &|name| variable(environment, name))
         }
         Command::Migrate { print_grants: true, serve_role, manage_role, .. } => {
@@ -185,17 +185,17 @@ fn completions(shell: clap_complete::Shell) -> Answer {
     Answer::text(String::from_utf8_lossy(&script).into_owned())
 }
 
-fn checked(config: Result<Config, ConfigError>) -> Result<Answer, CliError> {
+fn checked(config: Result<Config, ConfigErrors>) -> Result<Answer, CliError> {
     match config {
         Ok(_) => Ok(Answer { json: Some(json!({ "ok": true, "mistakes": [] })), ..Answer::text("ok".to_owned()) }),
-        Err(ConfigError::Mistakes(mistakes)) => {
-            let objects: Vec<_> = mistakes
+        Err(ConfigErrors::Mistakes(config_errors)) => {
+            let objects: Vec<_> = config_errors
                 .0
                 .iter()
-                .map(|mistake| json!({ "setting": mistake.setting, "origin": mistake.origin, "problem": mistake.problem }))
+                .map(|config_error| json!({ "setting": config_error.setting, "origin": config_error.origin, "problem": config_error.problem }))
                 .collect();
             let json = Some(json!({ "ok": false, "mistakes": objects }));
-            Ok(Answer { json, ..Answer::text(mistakes.to_string()) }.exit(FAILED))
+            Ok(Answer { json, ..Answer::text(config_errors.to_string()) }.exit(FAILED))
         }
         Err(error) => Err(error.into()),
     }

@@ -11,9 +11,9 @@ use super::{CliError, FAILED, answer::Answer};
 use crate::{
     base::{
         clock::{Clock as _, SystemClock, wall_time},
-        settings::Mistake,
+        settings::ConfigError,
     },
-    config::{Config, ConfigError, SECTIONS},
+    config::{Config, ConfigErrors, SECTIONS},
     doctor::{
         database::{Examined, NAMES as DATABASE, Use, diagnose as examine_database},
         diagnosis::{Diagnosis, State, complete},
@@ -38,11 +38,11 @@ const MAC_KEY: &str = "redis_mac_key";
 /// Envoy should have this much more time than a check may take: the way there and back, and its own turn.
 const MARGIN: Duration = Duration::from_millis(20);
 
-pub(crate) fn run(loaded: Result<(Config, Vec<Mistake>), ConfigError>, env: Env<'_>) -> Result<Answer, CliError> {
+pub(crate) fn run(loaded: Result<(Config, Vec<ConfigError>), ConfigErrors>, env: Env<'_>) -> Result<Answer, CliError> {
     tls::install_provider();
     let (told, unreadable) = match loaded {
-        Ok((config, mistakes)) => (Told { config, mistakes }, None),
-        Err(error) => (Told { config: Config::default(), mistakes: Vec::new() }, Some(error.to_string())),
+        Ok((config, config_errors)) => (Told { config, config_errors }, None),
+        Err(error) => (Told { config: Config::default(), config_errors: Vec::new() }, Some(error.to_string())),
     };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let runtime = runtime.map_err(|error| CliError::new(format!("cannot start: {error}")))?;
@@ -68,19 +68,19 @@ fn names() -> Vec<&'static str> {
 /// What was configured, mistakes included.
 struct Told {
     config: Config,
-    mistakes: Vec<Mistake>,
+    config_errors: Vec<ConfigError>,
 }
 
 impl Told {
     /// Why what these sections say cannot be gone by, if it cannot: a mistake in one of them, or one that may belong
     /// into any.
     fn because(&self, sections: &[&str]) -> Option<String> {
-        let section = |mistake: &Mistake| mistake.setting.split('.').next().unwrap_or_default().to_owned();
-        let concerns = |mistake: &&Mistake| {
-            let section = section(mistake);
+        let section = |config_error: &ConfigError| config_error.setting.split('.').next().unwrap_or_default().to_owned();
+        let concerns = |config_error: &&ConfigError| {
+            let section = section(config_error);
             sections.contains(&section.as_str()) || !SECTIONS.iter().any(|known| known.name == section)
         };
-        self.mistakes.iter().find(concerns).map(|mistake| format!("because of the mistake: {mistake}"))
+        self.config_errors.iter().find(concerns).map(|config_error| format!("because of the mistake: {config_error}"))
     }
 
     /// The findings of `examination`, or why these `names` cannot be examined.
@@ -99,7 +99,7 @@ impl Told {
 
 async fn diagnose(told: &Told, env: Env<'_>) -> Vec<Diagnosis> {
     let config = &told.config;
-    let mut diagnoses = vec![configuration(&told.mistakes)];
+    let mut diagnoses = vec![configuration(&told.config_errors)];
     let now = wall_time(&SystemClock, SystemClock.now());
     for (name, sections, diagnosis) in [
         (DEADLINES, &["store", "redis", "decision"][..], deadlines as fn(&Config) -> Diagnosis),
@@ -134,8 +134,8 @@ async fn diagnose(told: &Told, env: Env<'_>) -> Vec<Diagnosis> {
     complete(&names(), diagnoses, "")
 }
 
-fn configuration(mistakes: &[Mistake]) -> Diagnosis {
-    match mistakes {
+fn configuration(config_errors: &[ConfigError]) -> Diagnosis {
+    match config_errors {
         [] => Diagnosis::ok(CONFIGURATION, "no mistakes"),
         some => {
             let told: Vec<_> = some.iter().map(ToString::to_string).collect();
@@ -288,8 +288,8 @@ mod tests {
 
     #[test]
     fn a_mistake_keeps_from_examining_its_section_alone_and_one_that_may_be_anywhere_everything() {
-        let mistake = |setting: &str| Mistake { setting: setting.to_owned(), origin: None, problem: "no".to_owned() };
-        let told = |setting: &str| Told { config: Config::default(), mistakes: vec![mistake(setting)] };
+        let config_error = |setting: &str| ConfigError { setting: setting.to_owned(), origin: None, problem: "no".to_owned() };
+        let told = |setting: &str| Told { config: Config::default(), config_errors: vec![config_error(setting)] };
         assert_eq!(told("redis.url").because(&["store", "freshness"]), None);
         assert!(told("store.urls").because(&["store"]).is_some_and(|because| because.contains("store.urls")));
         for anywhere in ["", "stroe", "not TOML"] {

@@ -6,7 +6,7 @@ use std::fmt;
 
 use super::{FAILED, USAGE};
 use crate::{
-    config::{Config, ConfigError},
+    config::{Config, ConfigErrors},
     manage::{ManageError, deny::DenyError},
     server::AppError,
     store::StoreError,
@@ -99,8 +99,8 @@ fn database_place(config: &Config) -> String {
     )
 }
 
-impl From<ConfigError> for CliError {
-    fn from(error: ConfigError) -> Self {
+impl From<ConfigErrors> for CliError {
+    fn from(error: ConfigErrors) -> Self {
         Self::new(error.to_string())
     }
 }

@@ -36,7 +36,7 @@ pub(crate) fn run(config: &Config, purpose: Purpose, reader: &mut Reader) {
 
 /// Whether none of `settings` has a mistake, so that comparing them makes sense.
 fn sound(reader: &Reader, settings: &[&str]) -> bool {
-    !reader.mistakes().iter().any(|mistake| settings.contains(&mistake.setting.as_str()))
+    !reader.config_errors().iter().any(|config_error| settings.contains(&config_error.setting.as_str()))
 }
 
 fn listeners(config: &Config, reader: &mut Reader) {
@@ -155,7 +155,7 @@ fn redis(config: &Config, reader: &mut Reader) {
 fn redis_urls(redis: &RedisSettings, reader: &mut Reader) {
     let beginning_with = |scheme| redis.url.iter().filter(|url| url.expose().starts_with(scheme)).count();
     let (all, plain, secured) = (redis.url.len(), beginning_with("redis://"), beginning_with("rediss://"));
-    let mistake = if plain + secured < all {
+    let config_error = if plain + secured < all {
         Some(("url", "expected redis://user@host:6379/0 or rediss://user@host:6379/0, or a list of them"))
     } else if all > 1 && !redis.cluster && redis.sentinel_master.is_none() {
         let problem =
@@ -168,7 +168,7 @@ fn redis_urls(redis: &RedisSettings, reader: &mut Reader) {
     } else {
         None
     };
-    if let Some((name, problem)) = mistake {
+    if let Some((name, problem)) = config_error {
         reader.refuse("redis", name, problem.to_owned());
     }
 }
@@ -413,7 +413,7 @@ fn refuse_whichever_was_set(reader: &mut Reader, settings: &[(&str, &str)], prob
 
 #[cfg(test)]
 mod tests {
-    use crate::config::tests::mistakes;
+    use crate::config::tests::config_errors;
 
     #[test]
     fn what_is_said_of_an_existing_table_belongs_together() {
@@ -554,7 +554,7 @@ mod tests {
     }
 
     fn refused(text: &str, want: &str) {
-        let got = mistakes(&text.replace("/dev/zero", "/proc/version"), &[]);
+        let got = config_errors(&text.replace("/dev/zero", "/proc/version"), &[]);
         assert!(got.len() == 1 && got[0].starts_with(want), "{text:?}: {got:?}");
         assert!(!got[0].contains("hunter2"), "{got:?}");
     }
@@ -563,7 +563,7 @@ mod tests {
     fn a_value_and_its_file_exclude_each_other_wherever_they_were_set() {
         let text = "[credential]\npepper_file = \"/proc/version\"";
         assert_eq!(
-            mistakes(text, &[("TRUSTGATE__CREDENTIAL__PEPPER", "hunter2-hunter2-hunter2")]),
+            config_errors(text, &[("TRUSTGATE__CREDENTIAL__PEPPER", "hunter2-hunter2-hunter2")]),
             [
                 "trustgate.toml:2: credential.pepper_file: credential.pepper is set too (TRUSTGATE__CREDENTIAL__PEPPER): set one of the two"
             ]
@@ -572,7 +572,7 @@ mod tests {
 
     #[test]
     fn a_mistaken_value_is_not_compared() {
-        let got = mistakes("store.read_timeout = \"long\"\ndecision.deadline = \"110ms\"", &[]);
+        let got = config_errors("store.read_timeout = \"long\"\ndecision.deadline = \"110ms\"", &[]);
         assert_eq!(got.len(), 1, "{got:?}");
     }
 }

@@ -94,18 +94,18 @@ fn sentence(doc: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use crate::config::tests::mistakes;
+    use crate::config::tests::config_errors;
 
     #[test]
     fn the_default_file_says_what_the_defaults_are() {
-        assert_eq!(mistakes(&super::toml(), &[]), [""; 0]);
+        assert_eq!(config_errors(&super::toml(), &[]), [""; 0]);
         // With every comment taken off a setting, each is known (a mistake in its value aside).
         let all: String = super::toml()
             .lines()
             .map(|line| if line.ends_with("= \"\"") { &line[2..] } else { line }.to_owned() + "\n")
             .collect();
-        let got = mistakes(&all, &[]);
-        assert!(!got.is_empty() && !got.iter().any(|mistake| mistake.contains("no such")), "{got:?}");
+        let got = config_errors(&all, &[]);
+        assert!(!got.is_empty() && !got.iter().any(|config_error| config_error.contains("no such")), "{got:?}");
     }
 
     #[test]

@@ -44,7 +44,7 @@ pub(crate) fn variable(section: &str, name: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use crate::config::tests::mistakes;
+    use crate::config::tests::config_errors;
 
     #[test]
     fn unknown_variables_are_refused_with_the_nearest() {
@@ -59,7 +59,7 @@ mod tests {
             ),
             ("TRUSTGATE__Store__Url", "TRUSTGATE__Store__Url: there is no such setting; did you mean"),
         ] {
-            let got = mistakes("", &[(name, "hunter2")]);
+            let got = config_errors("", &[(name, "hunter2")]);
             assert!(got.len() == 1 && got[0].starts_with(want) && !got[0].contains("hunter2"), "{got:?}");
         }
     }

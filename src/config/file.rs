@@ -103,7 +103,7 @@ impl Lines<'_> {
 
 #[cfg(test)]
 mod tests {
-    use crate::config::tests::mistakes;
+    use crate::config::tests::config_errors;
 
     #[test]
     fn what_is_not_a_section_or_a_value_is_refused() {
@@ -115,7 +115,7 @@ mod tests {
             ("[redis]\npassword = \"hunter2", "trustgate.toml:2: not TOML: "),
             ("[cache]\nsize = 5.5", "trustgate.toml:2: cache.size: expected a size with its unit"),
         ] {
-            let got = mistakes(text, &[]);
+            let got = config_errors(text, &[]);
             assert!(got.len() == 1 && got[0].starts_with(want), "{text:?}: {got:?}");
             assert!(!got[0].contains("hunter2"), "{got:?}");
         }
@@ -124,20 +124,20 @@ mod tests {
     #[test]
     fn permission_bits_are_octal_however_they_are_written() {
         for mode in ["\"0660\"", "0o660", "\"0o660\""] {
-            assert_eq!(mistakes(&format!("grpc.socket_mode = {mode}"), &[]), [""; 0], "{mode}");
+            assert_eq!(config_errors(&format!("grpc.socket_mode = {mode}"), &[]), [""; 0], "{mode}");
         }
         // Decimal numbers are other bits: 432 is 0o660, and read as octal it would be open to everybody.
         for mode in ["432", "660", "\"660\"", "0x1b0", "0b110110000", "0o1000"] {
-            let got = mistakes(&format!("grpc.socket_mode = {mode}"), &[]);
+            let got = config_errors(&format!("grpc.socket_mode = {mode}"), &[]);
             assert!(got.len() == 1 && got[0].contains("permission bits in octal"), "{mode}: {got:?}");
         }
-        assert_eq!(mistakes("store.connections_max = 0x8", &[]), [""; 0]);
+        assert_eq!(config_errors("store.connections_max = 0x8", &[]), [""; 0]);
     }
 
     #[test]
     fn dotted_and_inline_forms_are_the_same() {
         for text in ["grpc.listen = \"127.0.0.1:1\"", "grpc = {listen = \"127.0.0.1:1\"}"] {
-            assert_eq!(mistakes(text, &[]), [""; 0], "{text}");
+            assert_eq!(config_errors(text, &[]), [""; 0], "{text}");
         }
     }
 }

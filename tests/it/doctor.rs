@@ -498,12 +498,12 @@ fn every_mistake_is_told_and_what_does_not_depend_on_it_is_examined_all_the_same
     );
     let place = place.with("TRUSTGATE_CONFIG", "t.toml");
     let report = Report::of(&place);
-    let mistakes = [
+    let config_errors = [
         "t.toml:2: credential.pepper_file: cannot read /nowhere/pepper",
         "t.toml:4: redis.url: expected",
         "grpc.socket_mode",
     ];
-    report.shows("configuration", "failed", &mistakes).shows(
+    report.shows("configuration", "failed", &config_errors).shows(
         "pepper",
         "skipped",
         &["because of the mistake: t.toml:2"],

@@ -311,7 +311,7 @@ mod tests {
         reader.put("credential", "sources", RawValue::One(sources.into()), String::new());
         reader.put("credential", "on_multiple", RawValue::One(on_multiple.into()), String::new());
         let settings = CredentialSettings::read(&mut reader);
-        assert_eq!(reader.mistakes(), []);
+        assert_eq!(reader.config_errors(), []);
         settings
     }
 
