@@ -17,7 +17,7 @@ use self::client::Verdict;
 use crate::{
     base::{
         clock::{Clock, Moment},
-        jitter::Spread,
+        jitter::Jitter,
         metrics::{Histogram, HistogramOpts, IntCounter, IntCounterVec, Opts, Registry, SHORT_SECONDS, register},
     },
     ext_authz::{
@@ -105,9 +105,9 @@ impl Canary {
         if stop.run_until_cancelled(self.parts.replica_state.confirmed()).await.is_none() {
             return;
         }
-        let (mut spread, mut cleaned, mut before) = (Spread::of(self.parts.replica), None, Outcome::Ok);
+        let (mut jitter, mut cleaned, mut before) = (Jitter::of(self.parts.replica), None, Outcome::Ok);
         let interval = self.parts.settings.canary_interval;
-        while stop.run_until_cancelled(sleep(spread.around(interval))).await.is_some() {
+        while stop.run_until_cancelled(sleep(jitter.around(interval))).await.is_some() {
             let outcome = match self.round(&mut cleaned, stop).await {
                 Ok(Some(outcome)) => outcome,
                 Ok(None) => return,

@@ -8,9 +8,9 @@ use uuid::Uuid;
 
 /// The intervals of one replica.
 #[derive(Clone, Debug)]
-pub struct Spread(u64);
+pub struct Jitter(u64);
 
-impl Spread {
+impl Jitter {
     /// The intervals of `replica`.
     #[must_use]
     pub const fn of(replica: Uuid) -> Self {

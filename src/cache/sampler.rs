@@ -20,7 +20,7 @@ use super::{
 };
 use crate::{
     base::{
-        jitter::Spread,
+        jitter::Jitter,
         metrics::{IntCounter, IntCounterVec, Opts, Registry, register},
     },
     freshness::{
@@ -54,7 +54,7 @@ impl<K: Cacheable> Cache<K> {
     /// Compares one record after the other, each `interval` after the one before, until `stop`.
     ///
     /// Goes through all that are held, in an order that is another one in each process, and then again.
-    pub async fn sample(&self, interval: Duration, mut spread: Spread, stop: CancellationToken) {
+    pub async fn sample(&self, interval: Duration, mut jitter: Jitter, stop: CancellationToken) {
         let shared = &*self.shared;
         // How far the walk has come cannot be handed from thread to thread: it has one of its own, and waits there.
         let (found, mut records) = mpsc::channel(1);
@@ -62,7 +62,7 @@ impl<K: Cacheable> Cache<K> {
         let walk = spawn_blocking(move || walk(&walked.l1, &found));
         let sampling = async {
             loop {
-                sleep(spread.around(interval)).await;
+                sleep(jitter.around(interval)).await;
                 let view = Arc::clone(&shared.replica_state.load());
                 if view.lease_state(shared.clock.now()) != LeaseState::Fresh {
                     continue; // nothing is relied on without asking

@@ -21,7 +21,7 @@ use crate::{
     base::{
         clock::Clock,
         fault::{Fault, Tier},
-        jitter::Spread,
+        jitter::Jitter,
         metrics::{
             Gauge, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, Opts, Registry, SHORT_SECONDS,
             register,
@@ -195,9 +195,9 @@ impl Poll {
             restored: None,
             offset: self.clock.wall_offset(),
         };
-        let (mut rate, mut spread) = (Rate::default(), Spread::of(self.replica));
+        let (mut rate, mut jitter) = (Rate::default(), Jitter::of(self.replica));
         loop {
-            let due = Instant::now() + spread.around(self.settings.poll_interval);
+            let due = Instant::now() + jitter.around(self.settings.poll_interval);
             self.once(signs, compared, &mut state).await;
             self.tell_freshness();
             tokio::select! {
@@ -375,12 +375,12 @@ impl Poll {
 
     /// Says what was applied as soon as it was, and that this replica is alive.
     async fn report(&self, mut signs: watch::Receiver<Version>) {
-        let mut spread = Spread::of(self.replica);
+        let mut jitter = Jitter::of(self.replica);
         loop {
             tokio::select! {
                 biased;
                 changed = signs.changed() => if changed.is_err() { return },
-                () = sleep(spread.around(REPORT_INTERVAL)) => {}
+                () = sleep(jitter.around(REPORT_INTERVAL)) => {}
             }
             let applied = *signs.borrow_and_update();
             if self.replica_state.is_confirmed() {
@@ -403,9 +403,9 @@ impl Poll {
     }
 
     async fn prune(&self) {
-        let (mut spread, mut wait) = (Spread::of(self.replica), PRUNE_INTERVAL);
+        let (mut jitter, mut wait) = (Jitter::of(self.replica), PRUNE_INTERVAL);
         loop {
-            sleep(spread.around(wait)).await;
+            sleep(jitter.around(wait)).await;
             wait = PRUNE_INTERVAL;
             if !self.replica_state.is_confirmed() {
                 continue;
@@ -420,10 +420,10 @@ impl Poll {
 
     /// Records the peppers of keys that checks have proven, and counts the keys that are made under others.
     async fn tend_peppers(&self) {
-        let mut spread = Spread::of(self.replica);
+        let mut jitter = Jitter::of(self.replica);
         let mut failed = false;
         loop {
-            sleep(spread.around(REPORT_INTERVAL)).await;
+            sleep(jitter.around(REPORT_INTERVAL)).await;
             if !self.replica_state.is_confirmed() {
                 continue;
             }
@@ -445,9 +445,9 @@ impl Poll {
 
     async fn watch_pepper_files(&self, compared: &Compared) {
         let Some(reread) = &self.peppers.reread else { return pending().await };
-        let (mut spread, mut last) = (Spread::of(self.replica), FileState::Same);
+        let (mut jitter, mut last) = (Jitter::of(self.replica), FileState::Same);
         loop {
-            sleep(spread.around(REPORT_INTERVAL)).await;
+            sleep(jitter.around(REPORT_INTERVAL)).await;
             let reread = Arc::clone(reread);
             // Reading may take long on a network filesystem.
             let read = tokio::task::spawn_blocking(move || reread()).await;

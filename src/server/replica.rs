@@ -24,7 +24,7 @@ use crate::{
         breaker,
         clock::Clock,
         fault::{Fault, Tier},
-        jitter::Spread,
+        jitter::Jitter,
         metrics::{IntGaugeVec, Opts, Registry, register},
     },
     cache::{
@@ -170,7 +170,7 @@ impl Replica {
             fresh,
             applied: exchange_hints(hints, &replica_state, &stop, (tasks, &io)),
         };
-        sample(config, (&cache, Spread::of(id)), &stop, (tasks, &io));
+        sample(config, (&cache, Jitter::of(id)), &stop, (tasks, &io));
         source.run_reads_on(io.clone());
         let database = Database { place, source, mac_key, limit: config.store.connect_timeout };
         tasks.spawn_on("poll", confirm(database, poll, stop), &poll_runtime);
@@ -260,14 +260,14 @@ const fn lifetimes(config: &Config) -> Lifetimes {
 /// Compares what is held with the database now and then, where that is asked for.
 fn sample(
     config: &Config,
-    (cache, spread): (&Arc<Cache<ApiKey>>, Spread),
+    (cache, jitter): (&Arc<Cache<ApiKey>>, Jitter),
     stop: &CancellationToken,
     (tasks, io): (&mut Tasks, &Handle),
 ) {
     let (interval, cache, stop) = (config.freshness.sample_interval, Arc::clone(cache), stop.clone());
     if interval > Duration::ZERO && config.store.tracks_changes() {
         let sampling = async move {
-            cache.sample(interval, spread, stop).await;
+            cache.sample(interval, jitter, stop).await;
             Ok(())
         };
         tasks.spawn_on("sampler", sampling, io);
