@@ -251,7 +251,7 @@ impl ReplicaState {
     }
 
     /// Asks for a poll soon.
-    pub fn hint(&self) {
+    pub fn wake(&self) {
         self.hint.notify_one();
     }
 
@@ -259,14 +259,14 @@ impl ReplicaState {
     ///
     /// # Cancel safety
     /// Safe: a request that comes meanwhile is kept.
-    pub async fn hinted(&self) {
+    pub async fn woken(&self) {
         self.hint.notified().await;
     }
 
     /// Asks for a poll and returns when `view` has applied `version`, or is no longer the present one. The caller sets
     /// the deadline.
     pub async fn reached(&self, view: &ReplicaView, version: Version) {
-        self.hint();
+        self.wake();
         loop {
             // Begun before the look, so that nothing comes between them.
             let applied = self.applied.notified();
@@ -484,7 +484,7 @@ mod tests {
                     replica_state.reached(&view, version).await;
                 }
             });
-            replica_state.hinted().await; // it asked for a poll
+            replica_state.woken().await; // it asked for a poll
             replica_state.apply(&answer, true);
             waiting.await.unwrap();
         }

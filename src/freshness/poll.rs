@@ -203,7 +203,7 @@ impl Poll {
             tokio::select! {
                 biased;
                 () = sleep_until(due) => {}
-                () = rate.hinted(&self.replica_state) => {}
+                () = rate.woken(&self.replica_state) => {}
             }
         }
     }
@@ -309,7 +309,7 @@ impl Poll {
                         tracing::error!(%fault, "the lost history could not be closed in the database");
                     }
                 }
-                self.replica_state.hint(); // begin anew at once
+                self.replica_state.wake(); // begin anew at once
             }
             Applied::Unwatched => {
                 self.metrics.unusable.inc();
@@ -359,7 +359,7 @@ impl Poll {
         }
         self.metrics.store_up.set(1);
         match timeout(WRITE_TIMEOUT, self.store.restore_watch()).await {
-            Ok(Ok(())) => self.replica_state.hint(),
+            Ok(Ok(())) => self.replica_state.wake(),
             Ok(Err(fault)) => {
                 tracing::error!(%fault, "changes of trusts and keys may go unnoticed; `trustgate doctor` says what to do");
             }
@@ -461,7 +461,7 @@ impl Poll {
         }
         loop {
             let replica_state = &self.replica_state;
-            let fault = self.store.listen(&|| replica_state.hint()).await;
+            let fault = self.store.listen(&|| replica_state.wake()).await;
             tracing::debug!(%fault, "no hints from the database at the moment; the poll goes on");
             sleep(LISTEN_WAIT).await;
         }
@@ -508,8 +508,8 @@ struct Rate(VecDeque<Instant>);
 
 impl Rate {
     /// Returns when a poll was asked for and may go.
-    async fn hinted(&mut self, replica_state: &ReplicaState) {
-        replica_state.hinted().await;
+    async fn woken(&mut self, replica_state: &ReplicaState) {
+        replica_state.woken().await;
         sleep_until(self.earliest(Instant::now())).await;
         self.0.push_back(Instant::now());
     }

@@ -217,7 +217,7 @@ fn exchange_hints(
 ) -> Box<dyn Fn() + Send + Sync> {
     let Some((link, redis)) = redis else { return Box::new(|| ()) };
     let replica_state = Arc::clone(replica_state);
-    let listening = listen(link, move || replica_state.hint(), stop.clone());
+    let listening = listen(link, move || replica_state.wake(), stop.clone());
     tasks.spawn_on("Redis notifications", listening.map(Ok), io);
     Box::new(move || redis.publish())
 }

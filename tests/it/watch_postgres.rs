@@ -50,11 +50,11 @@ fn open(settings: &StoreSettings) -> Arc<dyn Source> {
 /// Listens to the hints of `lookup`, until the task is aborted; what comes out of it says that there was one.
 fn listen(lookup: &Arc<dyn Source>) -> (Receiver<()>, JoinHandle<Fault>) {
     let ((hints, heard), lookup) = (channel(10), Arc::clone(lookup));
-    let hinted = move || {
+    let woken = move || {
         // Full: one is as good as many.
         let _ = hints.try_send(());
     };
-    (heard, tokio::spawn(async move { lookup.listen(&hinted).await }))
+    (heard, tokio::spawn(async move { lookup.listen(&woken).await }))
 }
 
 impl Db {
