@@ -175,8 +175,8 @@ impl AppBuilder {
         let registry = metrics::registry(env!("CARGO_PKG_VERSION"), env!("TRUSTGATE_COMMIT"))?;
         let (life, stop) = (Life::default(), CancellationToken::new());
         let mut parts = Tasks::default();
-        let io = IoRuntime::start("trustgate-io", 2, Priority::Low)?;
-        let poll_runtime = IoRuntime::start("trustgate-poll", 1, Priority::Normal)?;
+        let io = OwnedRuntime::start("trustgate-io", 2, Priority::Low)?;
+        let poll_runtime = OwnedRuntime::start("trustgate-poll", 1, Priority::Normal)?;
         let id = Uuid::new_v4();
         let deps = ReplicaDeps {
             source: Arc::clone(&source),
@@ -240,7 +240,7 @@ pub struct Running {
     tasks: TaskTracker,
     parts: Tasks,
     workers: Arc<Workers>,
-    runtimes: (IoRuntime, IoRuntime, IoRuntime),
+    runtimes: (OwnedRuntime, OwnedRuntime, OwnedRuntime),
 }
 
 /// How long the rest of the shutdown may take after the calls: deregistering the replica and closing the database, for example.
@@ -446,7 +446,7 @@ fn explained(decision: &Decision<'_>, record: Option<&Record>) -> Explanation {
 }
 
 /// A runtime of its own threads. Ends without waiting when dropped, also inside another runtime.
-struct IoRuntime(Option<Runtime>);
+struct OwnedRuntime(Option<Runtime>);
 
 /// Who goes first where the processors do not suffice for all threads.
 #[derive(Clone, Copy)]
@@ -471,7 +471,7 @@ impl Priority {
     }
 }
 
-impl IoRuntime {
+impl OwnedRuntime {
     fn start(name: &str, threads: usize, priority: Priority) -> io::Result<Self> {
         Builder::new_multi_thread()
             .worker_threads(threads)
@@ -491,7 +491,7 @@ impl IoRuntime {
     }
 }
 
-impl Drop for IoRuntime {
+impl Drop for OwnedRuntime {
     fn drop(&mut self) {
         if let Some(runtime) = self.0.take() {
             runtime.shutdown_background();
@@ -564,8 +564,8 @@ fn start_admin(
     shown: Admin,
     stop: &CancellationToken,
     parts: &mut Tasks,
-) -> io::Result<IoRuntime> {
-    let (runtime, shown) = (IoRuntime::start("trustgate-admin", 1, Priority::Normal)?, Arc::new(shown));
+) -> io::Result<OwnedRuntime> {
+    let (runtime, shown) = (OwnedRuntime::start("trustgate-admin", 1, Priority::Normal)?, Arc::new(shown));
     for listener in listeners {
         let listener = listener.into_std()?;
         let (shown, stop) = (Arc::clone(&shown), stop.clone());
