@@ -33,8 +33,8 @@ use trustgate::{
 };
 
 use crate::support::{
-    seam::Seam,
-    server::{Site, metric},
+    store_proxy::StoreProxy,
+    server::{TestConfig, metric},
 };
 
 struct Counting;
@@ -150,14 +150,14 @@ fn counting_counts() {
 /// cookie; and for a denial.
 #[tokio::test]
 async fn ten_thousand_hits_allocate_nothing() {
-    let site = Site::new().with("credential.sources", "header:x-api-key,authorization:bearer,query:key");
-    site.migrate().await;
-    site.trust("acme").await;
-    let plain = site.issue("acme", &[]).await;
-    let scoped = site.issue("acme", &["--scope", "read", "--scope", "write"]).await;
-    let revoked = site.issue("acme", &[]).await;
-    site.revoke(&revoked).await;
-    let (running, _seam) = Seam::start(&site, |_| ()).await;
+    let test_config = TestConfig::new().with("credential.sources", "header:x-api-key,authorization:bearer,query:key");
+    test_config.migrate().await;
+    test_config.trust("acme").await;
+    let plain = test_config.issue("acme", &[]).await;
+    let scoped = test_config.issue("acme", &["--scope", "read", "--scope", "write"]).await;
+    let revoked = test_config.issue("acme", &[]).await;
+    test_config.revoke(&revoked).await;
+    let (running, _seam) = StoreProxy::start(&test_config, |_| ()).await;
     running.ready().await;
     let checker = running.checker();
     let head = [field(2, b"GET"), raw_header_list(b"user-agent", b"curl/8.5.0")].concat();

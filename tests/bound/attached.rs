@@ -18,12 +18,12 @@ use tokio_util::sync::CancellationToken;
 use crate::{
     DOOMED_PER_SECOND, GOOD_PER_SECOND, REPLICAS, ask_for, execute, revocations, right,
     support::{
-        alone,
-        grpc::Asker,
-        load::{Shot, quantiles},
+        exclusive,
+        grpc::CheckClient,
+        load::{KeyCase, quantiles},
         postgres::Postgres,
         probe::{Probe, granted_after},
-        server::Site,
+        server::TestConfig,
     },
 };
 
@@ -49,8 +49,8 @@ fn key(number: u32) -> String {
     format!("a-key-of-somebody-else-{number}")
 }
 
-fn shot(number: u32) -> Shot {
-    Shot { key: key(number), owner: Some(uuid::Uuid::from_u128(number.into()).to_string()) }
+fn case(number: u32) -> KeyCase {
+    KeyCase { key: key(number), owner: Some(uuid::Uuid::from_u128(number.into()).to_string()) }
 }
 
 /// The table, its roles, and a million rows in it.
@@ -165,20 +165,20 @@ fn nearly_all<'w>(writes: impl IntoIterator<Item = &'w Write>, spans: &[(Instant
 
 #[tokio::test(flavor = "multi_thread")]
 async fn of_an_attached_table_with_a_million_rows_half_within_15_ms_and_all_within_1200_ms() {
-    let _turn = alone().await;
+    let _turn = exclusive().await;
     let postgres = Postgres::start().await;
     let database = postgres.database().await;
     table(&postgres, &database).await;
-    let site = Site::new().with_default_deadlines()
+    let test_config = TestConfig::new().with_default_deadlines()
         .with("store.url", postgres.url("serve", &database))
         .with("store.table", "hospital.trust")
         .with("store.attached", "true")
         .with("store.management_url", postgres.url("gate", &database));
-    site.migrate().await;
-    let grants = site.run(&["migrate", "--print-grants", "--serve-role", "serve", "--manage-role", "gate"]).await.out;
+    test_config.migrate().await;
+    let grants = test_config.run(&["migrate", "--print-grants", "--serve-role", "serve", "--manage-role", "gate"]).await.out;
     postgres.execute(&database, &grants).await;
     // By one who may do both parts at once.
-    let admin = Site::new().with_default_deadlines().with("store.table", "hospital.trust").with("store.attached", "true");
+    let admin = TestConfig::new().with_default_deadlines().with("store.table", "hospital.trust").with("store.attached", "true");
     let admin = admin.with("store.url", postgres.url("admin", &database));
 
     // === the application without our triggers and with them ===
@@ -213,14 +213,14 @@ async fn of_an_attached_table_with_a_million_rows_half_within_15_ms_and_all_with
     // === the bound ===
     let (mut servers, mut askers) = (Vec::new(), Vec::new());
     for _ in 0..REPLICAS {
-        let server = site.serve().await;
-        askers.push(Asker::connect(server.grpc()).await);
+        let server = test_config.serve().await;
+        askers.push(CheckClient::connect(server.grpc()).await);
         servers.push(server);
     }
     let count = revocations(40);
-    let good: Vec<_> = (5_000..5_300).map(shot).collect();
+    let good: Vec<_> = (5_000..5_300).map(case).collect();
     let application = Application::start(&postgres, &database).await;
-    let mut loads: Vec<_> = askers.iter().map(|asker| ask_for(asker, GOOD_PER_SECOND, &good)).collect();
+    let mut loads: Vec<_> = askers.iter().map(|client| ask_for(client, GOOD_PER_SECOND, &good)).collect();
     for load in &mut loads {
         load.until_granted().await;
     }
@@ -252,9 +252,9 @@ async fn of_an_attached_table_with_a_million_rows_half_within_15_ms_and_all_with
 }
 
 /// Revokes one key as the application would, and looks how long it is granted.
-async fn watch(askers: Arc<Vec<Asker>>, sql: Arc<Mutex<PgConnection>>, number: u32) -> Duration {
-    let shots = [shot(number)];
-    let mut probing: Vec<_> = askers.iter().map(|asker| ask_for(asker, DOOMED_PER_SECOND, &shots)).collect();
+async fn watch(askers: Arc<Vec<CheckClient>>, sql: Arc<Mutex<PgConnection>>, number: u32) -> Duration {
+    let cases = [case(number)];
+    let mut probing: Vec<_> = askers.iter().map(|client| ask_for(client, DOOMED_PER_SECOND, &cases)).collect();
     for probing in &mut probing {
         probing.until_granted().await;
     }

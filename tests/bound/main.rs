@@ -8,7 +8,7 @@
 
 mod attached;
 #[path = "../e2e/stage.rs"]
-mod stage;
+mod fixture;
 #[path = "../support/mod.rs"]
 mod support;
 
@@ -23,16 +23,16 @@ use tokio::{
 };
 
 use crate::{
-    stage::Stage,
+    fixture::Fixture,
     support::{
-        alone,
-        grpc::Asker,
-        load::{Shot, quantiles},
+        exclusive,
+        grpc::CheckClient,
+        load::{KeyCase, quantiles},
         machine,
         postgres::Postgres,
         probe::{Probe, Probing, granted_after},
         redis::Redis,
-        server::{Server, Site},
+        server::{Server, TestConfig},
     },
 };
 
@@ -56,7 +56,7 @@ struct Plan {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn with_hints_half_within_15_ms_nearly_all_within_100_ms_and_all_within_1200_ms() {
-    let _turn = alone().await;
+    let _turn = exclusive().await;
     let plan = Plan {
         hints: "true",
         revocations: revocations(40),
@@ -72,7 +72,7 @@ async fn with_hints_half_within_15_ms_nearly_all_within_100_ms_and_all_within_12
 
 #[tokio::test(flavor = "multi_thread")]
 async fn by_polling_alone_all_within_400_ms() {
-    let _turn = alone().await;
+    let _turn = exclusive().await;
     let plan = Plan {
         hints: "false",
         revocations: revocations(30),
@@ -91,19 +91,19 @@ fn revocations(few: usize) -> usize {
 
 /// Runs it; how long after each commit a grant began, the shortest first.
 async fn run(plan: &Plan) -> Vec<Duration> {
-    let stage = Stage::with_default_deadlines(&[("freshness.hints", plan.hints)]).await;
-    let (doomed, good) = (doomed(&stage, plan.revocations).await, stage.keys(300).await);
-    let Stage { postgres, redis, site, database, .. } = stage;
+    let fixture = Fixture::with_default_deadlines(&[("freshness.hints", plan.hints)]).await;
+    let (doomed, good) = (doomed(&fixture, plan.revocations).await, fixture.keys(300).await);
+    let Fixture { postgres, redis, test_config, database, .. } = fixture;
     let (mut servers, mut askers) = (Vec::new(), Vec::new());
     for _ in 0..REPLICAS {
-        let server = site.serve().await;
-        askers.push(Asker::connect(server.grpc()).await);
+        let server = test_config.serve().await;
+        askers.push(CheckClient::connect(server.grpc()).await);
         servers.push(server);
     }
     let sql = Mutex::new(postgres.admin(&database).await);
-    let arena = Arc::new(Arena { postgres, database, site, sql, askers, servers });
+    let arena = Arc::new(Arena { postgres, database, test_config, sql, askers, servers });
 
-    let mut loads: Vec<_> = arena.askers.iter().map(|asker| ask_for(asker, GOOD_PER_SECOND, &good)).collect();
+    let mut loads: Vec<_> = arena.askers.iter().map(|client| ask_for(client, GOOD_PER_SECOND, &good)).collect();
     // Three replicas that read all of it at once, on new connections, are a start and not what is measured here.
     for load in &mut loads {
         load.until_granted().await;
@@ -112,12 +112,12 @@ async fn run(plan: &Plan) -> Vec<Duration> {
     let length = plan.spacing * u32::try_from(plan.revocations).unwrap();
     let revoking = async {
         let mut watching = JoinSet::new();
-        for (number, (how, shot)) in doomed.into_iter().enumerate() {
+        for (number, (how, case)) in doomed.into_iter().enumerate() {
             sleep_until(start + plan.spacing * u32::try_from(number).unwrap()).await;
-            watching.spawn(Arc::clone(&arena).watch(how, shot, plan.watched));
+            watching.spawn(Arc::clone(&arena).watch(how, case, plan.watched));
             if number == plan.revocations * 17 / 20 {
                 // Everything is read anew: what was put back into Redis is what is found there.
-                arena.site.json(&["cache", "clear"]).await;
+                arena.test_config.json(&["cache", "clear"]).await;
             }
         }
         watching.join_all().await
@@ -165,9 +165,9 @@ struct Ended {
 }
 
 /// Keys to be revoked, and how.
-async fn doomed(stage: &Stage, count: usize) -> Vec<(How, Shot)> {
+async fn doomed(fixture: &Fixture, count: usize) -> Vec<(How, KeyCase)> {
     let mut doomed = Vec::new();
-    for (number, shot) in stage.keys(count).await.into_iter().enumerate() {
+    for (number, case) in fixture.keys(count).await.into_iter().enumerate() {
         let how = match number % 50 {
             3 => How::TrustDisabled,
             other => match other % 10 {
@@ -179,10 +179,10 @@ async fn doomed(stage: &Stage, count: usize) -> Vec<(How, Shot)> {
         };
         if how == How::TrustDisabled {
             let (name, key) = (format!("closing-{number}"), 0);
-            let owner = Some(stage.site.trust(&name).await);
-            doomed.push((how, Shot { key: stage.site.import(&name, 1).await.swap_remove(key), owner }));
+            let owner = Some(fixture.test_config.trust(&name).await);
+            doomed.push((how, KeyCase { key: fixture.test_config.import(&name, 1).await.swap_remove(key), owner }));
         } else {
-            doomed.push((how, shot));
+            doomed.push((how, case));
         }
     }
     doomed
@@ -191,21 +191,21 @@ async fn doomed(stage: &Stage, count: usize) -> Vec<(How, Shot)> {
 struct Arena {
     postgres: Postgres,
     database: String,
-    site: Site,
+    test_config: TestConfig,
     sql: Mutex<PgConnection>,
-    askers: Vec<Asker>,
+    askers: Vec<CheckClient>,
     servers: Vec<Server>,
 }
 
 impl Arena {
-    async fn watch(self: Arc<Self>, how: How, shot: Shot, watched: Duration) -> Ended {
+    async fn watch(self: Arc<Self>, how: How, case: KeyCase, watched: Duration) -> Ended {
         let began = Instant::now();
-        let shots = [shot];
-        let mut probing: Vec<_> = self.askers.iter().map(|asker| ask_for(asker, DOOMED_PER_SECOND, &shots)).collect();
+        let cases = [case];
+        let mut probing: Vec<_> = self.askers.iter().map(|client| ask_for(client, DOOMED_PER_SECOND, &cases)).collect();
         for probing in &mut probing {
             probing.until_granted().await;
         }
-        let committed = self.end(how, &shots[0]).await;
+        let committed = self.end(how, &cases[0]).await;
         sleep_until(committed + watched).await;
         let mut late = Duration::ZERO;
         for (replica, probing) in probing.into_iter().enumerate() {
@@ -229,10 +229,10 @@ impl Arena {
     }
 
     /// Ends the key; when its commit was known.
-    async fn end(&self, how: How, shot: &Shot) -> Instant {
-        let digest = format!("sha256(convert_to('{}', 'UTF8'))", shot.key);
+    async fn end(&self, how: How, case: &KeyCase) -> Instant {
+        let digest = format!("sha256(convert_to('{}', 'UTF8'))", case.key);
         let revoke = format!("UPDATE trustgate.api_key SET revoked_at = now() WHERE digest = {digest}");
-        let owner = shot.owner.as_ref().unwrap();
+        let owner = case.owner.as_ref().unwrap();
         match how {
             How::Update => self.execute(&revoke).await,
             How::Delete => self.execute(&format!("DELETE FROM trustgate.api_key WHERE digest = {digest}")).await,
@@ -272,7 +272,7 @@ impl Arena {
             }
         };
         let words = ["key", "revoke", &id];
-        let (committed, answer) = tokio::join!(looking, self.site.json(&words));
+        let (committed, answer) = tokio::join!(looking, self.test_config.json(&words));
         let effect = &answer["effect"];
         assert_eq!((&effect["replicas"], &effect["applied"]), (&REPLICAS.into(), &REPLICAS.into()), "{answer}");
         assert!(effect["missing"].as_array().is_some_and(Vec::is_empty), "{answer}");
@@ -282,9 +282,9 @@ impl Arena {
     }
 
     /// Every key is gone at once.
-    async fn truncate(&self, shots: &[Shot], plan: &Plan) {
-        let per_second = DOOMED_PER_SECOND * u32::try_from(shots.len()).unwrap();
-        let mut probing: Vec<_> = self.askers.iter().map(|asker| ask_for(asker, per_second, shots)).collect();
+    async fn truncate(&self, cases: &[KeyCase], plan: &Plan) {
+        let per_second = DOOMED_PER_SECOND * u32::try_from(cases.len()).unwrap();
+        let mut probing: Vec<_> = self.askers.iter().map(|client| ask_for(client, per_second, cases)).collect();
         for probing in &mut probing {
             probing.until_granted().await;
         }
@@ -293,7 +293,7 @@ impl Arena {
         let mut late = Vec::new();
         for probing in probing {
             let probes = probing.stop().await;
-            for key in 0..shots.len() {
+            for key in 0..cases.len() {
                 let of_key = probes.iter().filter(|probe| probe.key == key);
                 assert!(of_key.clone().any(|probe| probe.began < committed && probe.is_grant()));
                 assert_eq!(of_key.clone().max_by_key(|probe| probe.began).unwrap().status(), Some(401));
@@ -328,8 +328,8 @@ async fn execute(connection: &mut PgConnection, sql: &str) -> Instant {
     known
 }
 
-fn ask_for(asker: &Asker, per_second: u32, shots: &[Shot]) -> Probing {
-    Probing::start(asker, per_second, shots.iter().map(|shot| shot.key.clone()).collect(), &[])
+fn ask_for(client: &CheckClient, per_second: u32, cases: &[KeyCase]) -> Probing {
+    Probing::start(client, per_second, cases.iter().map(|case| case.key.clone()).collect(), &[])
 }
 
 fn per_second(probes: usize, took: Duration) -> u128 {
@@ -337,7 +337,7 @@ fn per_second(probes: usize, took: Duration) -> u128 {
 }
 
 /// Good keys were asked for often enough, and none was taken for a bad one or for that of another trust.
-fn right(probes: &[Probe], shots: &[Shot], start: Instant, took: Duration) {
+fn right(probes: &[Probe], cases: &[KeyCase], start: Instant, took: Duration) {
     let (measured, before): (Vec<_>, Vec<_>) = probes.iter().partition(|probe| probe.began >= start);
     let rate = per_second(measured.len(), took);
     let faults: Vec<_> = measured.iter().copied().filter(|probe| probe.is_fault()).collect();
@@ -350,7 +350,7 @@ fn right(probes: &[Probe], shots: &[Shot], start: Instant, took: Duration) {
         println!("fault, and the machine did not stand still: {began:?} to {answered:?}");
     }
     assert!(rate >= 500, "{rate}");
-    let owner = |probe: &Probe| shots[probe.key].owner.as_ref();
+    let owner = |probe: &Probe| cases[probe.key].owner.as_ref();
     let is_right = |probe: &Probe| {
         probe.is_fault() || probe.is_grant() && probe.verdict.as_ref().unwrap().trust_id.as_ref() == owner(probe)
     };

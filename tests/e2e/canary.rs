@@ -4,8 +4,8 @@
 use std::time::Duration;
 
 use crate::{
-    stage::Stage,
-    support::{among_others, eventually, server::Server},
+    fixture::Fixture,
+    support::{shared, eventually, server::Server},
 };
 
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -27,16 +27,16 @@ const TRUSTS: &str = "SELECT coalesce(string_agg(name, ' ' ORDER BY name), '') F
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_revocation_that_nobody_was_told_of_is_found_on_every_replica() {
-    let _turn = among_others().await;
+    let _turn = shared().await;
     let settings = [("freshness.canary_interval", "1s"), ("limits.drain_delay", "0s")];
-    let stage = Stage::new(&settings).await;
+    let fixture = Fixture::new(&settings).await;
     // What a replica that is gone did not delete, and what is none of a canary's.
     let left = format!("trustgate-canary-{}", uuid::Uuid::new_v4());
     for name in [&left, "trustgate-canary-in-a-coal-mine"] {
-        stage.site.trust(name).await;
-        stage.site.issue(name, &[]).await;
+        fixture.test_config.trust(name).await;
+        fixture.test_config.issue(name, &[]).await;
     }
-    let servers = [stage.site.serve().await, stage.site.serve().await, stage.site.serve().await];
+    let servers = [fixture.test_config.serve().await, fixture.test_config.serve().await, fixture.test_config.serve().await];
     for server in &servers {
         eventually("rounds go well", PATIENCE, || async { rounds(server, "ok").await >= 3.0 }).await;
         for outcome in ["late", "denied"] {
@@ -46,12 +46,12 @@ async fn a_revocation_that_nobody_was_told_of_is_found_on_every_replica() {
         assert!(revoked >= 3.0, "{revoked}");
     }
 
-    stage.postgres.execute(&stage.database, UNTOLD).await;
+    fixture.postgres.execute(&fixture.database, UNTOLD).await;
     for server in &servers {
         eventually("it is found", PATIENCE, || async { rounds(server, "late").await >= 1.0 }).await;
         server.until_logged("granted for longer than is promised").await;
     }
-    stage.postgres.execute(&stage.database, TOLD).await;
+    fixture.postgres.execute(&fixture.database, TOLD).await;
     for server in &servers {
         let before = rounds(server, "ok").await;
         eventually("all is well again", PATIENCE, || async { rounds(server, "ok").await > before }).await;
@@ -65,13 +65,13 @@ async fn a_revocation_that_nobody_was_told_of_is_found_on_every_replica() {
         let (code, log) = server.ended(PATIENCE).await;
         assert_eq!(code, 0, "{log}");
     }
-    let trusts: String = stage.postgres.value(&stage.database, TRUSTS).await;
+    let trusts: String = fixture.postgres.value(&fixture.database, TRUSTS).await;
     assert_eq!(trusts, "trustgate-canary-in-a-coal-mine");
-    let keys: i64 = stage.postgres.value(&stage.database, "SELECT count(*) FROM trustgate.api_key").await;
+    let keys: i64 = fixture.postgres.value(&fixture.database, "SELECT count(*) FROM trustgate.api_key").await;
     assert_eq!(keys, 1, "that of the trust which is no canary's");
     let audited =
         "SELECT string_agg(DISTINCT action, ' ' ORDER BY action) FROM trustgate.audit WHERE actor LIKE 'canary:%'";
-    let audited: String = stage.postgres.value(&stage.database, audited).await;
+    let audited: String = fixture.postgres.value(&fixture.database, audited).await;
     assert_eq!(audited, "key.issue key.revoke trust.create trust.delete");
 }
 

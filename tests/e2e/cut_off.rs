@@ -8,15 +8,15 @@ use tokio::time::{Instant, sleep, sleep_until};
 use trustgate::ext_authz::framing::SERVICE;
 
 use crate::{
-    stage::Stage,
+    fixture::Fixture,
     support::{
-        alone,
+        exclusive,
         envoy::Envoy,
         eventually,
         forward::Forwarder,
-        grpc::{Asker, is_serving},
+        grpc::{CheckClient, is_serving},
         http,
-        load::{self, Shot},
+        load::{self, KeyCase},
         machine,
         probe::{Probe, Probing, granted_after},
         server::{IssuedKey, Server, digest, made_up_key},
@@ -54,31 +54,31 @@ async fn with_postgresql_stopped_held_keys_pass_until_the_stale_window_ends() {
 
 #[allow(clippy::too_many_lines, clippy::similar_names, reason = "one story, told in its order")]
 async fn cut_off(loss: Loss) {
-    let _turn = alone().await;
-    let mut stage = Stage::with_default_deadlines(&[("freshness.stale_if_unconfirmed", "3s")]).await;
-    let forwarder = Forwarder::start(stage.postgres.socket()).await;
-    let direct = stage.postgres.url("admin", &stage.database);
-    stage.site.set("store.management_url", direct);
-    stage.site.set("store.url", forwarder.url("admin", &stage.database));
-    let (held, unseen) = (stage.keys(20).await, stage.keys(600).await);
-    let server = stage.site.serve().await;
-    stage.site.set("freshness.stale_if_unconfirmed", "0s");
-    let impatient = stage.site.serve().await;
-    let (asker, at_impatient) = (Asker::connect(server.grpc()).await, Asker::connect(impatient.grpc()).await);
-    let (absent, newest) = (made_up_key(), stage.keys(1).await.remove(0));
-    for asker in [&asker, &at_impatient] {
-        assert_eq!(asker.check(&absent).await.status, 401);
-        asker.hold(&held).await;
+    let _turn = exclusive().await;
+    let mut fixture = Fixture::with_default_deadlines(&[("freshness.stale_if_unconfirmed", "3s")]).await;
+    let forwarder = Forwarder::start(fixture.postgres.socket()).await;
+    let direct = fixture.postgres.url("admin", &fixture.database);
+    fixture.test_config.set("store.management_url", direct);
+    fixture.test_config.set("store.url", forwarder.url("admin", &fixture.database));
+    let (held, unseen) = (fixture.keys(20).await, fixture.keys(600).await);
+    let server = fixture.test_config.serve().await;
+    fixture.test_config.set("freshness.stale_if_unconfirmed", "0s");
+    let impatient = fixture.test_config.serve().await;
+    let (client, at_impatient) = (CheckClient::connect(server.grpc()).await, CheckClient::connect(impatient.grpc()).await);
+    let (absent, newest) = (made_up_key(), fixture.keys(1).await.remove(0));
+    for client in [&client, &at_impatient] {
+        assert_eq!(client.check(&absent).await.status, 401);
+        client.hold(&held).await;
     }
 
-    let keys = |shots: &[Shot]| shots.iter().map(|shot| shot.key.clone()).collect::<Vec<_>>();
+    let keys = |cases: &[KeyCase]| cases.iter().map(|case| case.key.clone()).collect::<Vec<_>>();
     let probing = [
-        Probing::start(&asker, 200, keys(&held), &[]),
-        Probing::start(&asker, 100, keys(&held), STRICT),
+        Probing::start(&client, 200, keys(&held), &[]),
+        Probing::start(&client, 100, keys(&held), STRICT),
         Probing::start(&at_impatient, 100, keys(&held), &[]),
-        Probing::start(&asker, 50, vec![absent], &[]),
-        Probing::start(&asker, 50, keys(&unseen), &[]),
-        Probing::start(&asker, 50, keys(&held), LIVE),
+        Probing::start(&client, 50, vec![absent], &[]),
+        Probing::start(&client, 50, keys(&unseen), &[]),
+        Probing::start(&client, 50, keys(&held), LIVE),
     ];
     sleep(LEASE / 2).await;
     let losing = Instant::now();
@@ -87,7 +87,7 @@ async fn cut_off(loss: Loss) {
             forwarder.cut();
             None
         }
-        Loss::Stopped => Some(stage.postgres.freeze()),
+        Loss::Stopped => Some(fixture.postgres.freeze()),
     };
     let lost = Instant::now();
     let (mut fresh_until, mut lease_age) = (losing, 0.0);
@@ -134,18 +134,18 @@ async fn cut_off(loss: Loss) {
     let back = Instant::now();
     match frozen {
         Some(frozen) => drop(frozen),
-        None => forwarder.lead_to(stage.postgres.socket()),
+        None => forwarder.lead_to(fixture.postgres.socket()),
     }
-    for (server, asker) in [(&server, &asker), (&impatient, &at_impatient)] {
-        fresh_again(server, asker, &newest, back, Duration::from_millis(500)).await;
+    for (server, client) in [(&server, &client), (&impatient, &at_impatient)] {
+        fresh_again(server, client, &newest, back, Duration::from_millis(500)).await;
     }
 }
 
 /// A key nobody asked for before is granted, and the lease is young; all of that soon after `back`.
-async fn fresh_again(server: &Server, asker: &Asker, newest: &Shot, back: Instant, limit: Duration) {
+async fn fresh_again(server: &Server, client: &CheckClient, newest: &KeyCase, back: Instant, limit: Duration) {
     eventually("it is fresh again", PATIENCE, || async {
         is_serving(server.grpc(), "trustgate.fresh").await
-            && asker.check_with(&newest.key, STRICT).await.unwrap().trust_id == newest.owner
+            && client.check_with(&newest.key, STRICT).await.unwrap().trust_id == newest.owner
             && server.metric("trustgate_lease_age_seconds").await < 0.5
     })
     .await;
@@ -156,28 +156,28 @@ async fn fresh_again(server: &Server, asker: &Asker, newest: &Shot, back: Instan
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_key_revoked_beyond_the_reach_of_a_replica_ends_with_its_stale_window() {
-    let _turn = alone().await;
-    let mut stage = Stage::with_default_deadlines(&[("freshness.stale_if_unconfirmed", "3s")]).await;
-    let forwarder = Forwarder::start(stage.postgres.socket()).await;
-    stage.site.set("store.management_url", stage.postgres.url("admin", &stage.database));
-    let key = stage.site.issue("acme", &[]).await;
-    stage.site.set("store.url", forwarder.url("admin", &stage.database));
-    let server = stage.site.serve().await;
-    let asker = Asker::connect(server.grpc()).await;
-    assert_eq!(asker.check(&key.key).await.status, 200);
-    let probing = Probing::start(&asker, 200, vec![key.key.clone()], &[]);
+    let _turn = exclusive().await;
+    let mut fixture = Fixture::with_default_deadlines(&[("freshness.stale_if_unconfirmed", "3s")]).await;
+    let forwarder = Forwarder::start(fixture.postgres.socket()).await;
+    fixture.test_config.set("store.management_url", fixture.postgres.url("admin", &fixture.database));
+    let key = fixture.test_config.issue("acme", &[]).await;
+    fixture.test_config.set("store.url", forwarder.url("admin", &fixture.database));
+    let server = fixture.test_config.serve().await;
+    let client = CheckClient::connect(server.grpc()).await;
+    assert_eq!(client.check(&key.key).await.status, 200);
+    let probing = Probing::start(&client, 200, vec![key.key.clone()], &[]);
     sleep(LEASE / 2).await;
     // The command waits for the replica before it ends: counted from before it, nothing is counted too short.
     let revoking = Instant::now();
     forwarder.cut();
-    let answer = stage.site.run(&["--output", "json", "key", "revoke", &key.id]).await;
+    let answer = fixture.test_config.run(&["--output", "json", "key", "revoke", &key.id]).await;
     println!("told of the revocation: {answer:?}");
     let answer: serde_json::Value = serde_json::from_str(&answer.out).unwrap();
     let effect = &answer["effect"];
     assert_eq!((&effect["replicas"], &effect["applied"]), (&1.into(), &0.into()), "{answer}");
     assert_eq!(effect["missing"].as_array().map(Vec::len), Some(1), "{answer}");
     sleep_until(revoking + LEASE + STALE + Duration::from_millis(500)).await;
-    forwarder.lead_to(stage.postgres.socket());
+    forwarder.lead_to(fixture.postgres.socket());
     eventually("it is fresh again", PATIENCE, || is_serving(server.grpc(), "trustgate.fresh")).await;
     sleep(LEASE).await;
     let probes = probing.stop().await;
@@ -191,13 +191,13 @@ async fn a_key_revoked_beyond_the_reach_of_a_replica_ends_with_its_stale_window(
 #[tokio::test(flavor = "multi_thread")]
 async fn postgresql_restarted_for_15_seconds_under_load_fails_no_request_for_a_held_key() {
     const LENGTH: Duration = Duration::from_secs(20);
-    let _turn = alone().await;
-    let mut stage = Stage::with_default_deadlines(&[]).await;
-    let held = stage.keys(100).await;
-    let servers = [stage.site.serve().await, stage.site.serve().await];
+    let _turn = exclusive().await;
+    let mut fixture = Fixture::with_default_deadlines(&[]).await;
+    let held = fixture.keys(100).await;
+    let servers = [fixture.test_config.serve().await, fixture.test_config.serve().await];
     for server in &servers {
-        let asker = Asker::connect(server.grpc()).await;
-        asker.hold(&held).await;
+        let client = CheckClient::connect(server.grpc()).await;
+        client.hold(&held).await;
     }
     let envoy = Envoy::start(http::application().await, &[servers[0].grpc(), servers[1].grpc()]).await;
     let mut number = 0;
@@ -208,7 +208,7 @@ async fn postgresql_restarted_for_15_seconds_under_load_fails_no_request_for_a_h
     let start = Instant::now();
     let firing = tokio::spawn(load::fire(envoy.address(), 500, LENGTH, aim));
     sleep_until(start + Duration::from_secs(2)).await;
-    stage.postgres.stop();
+    fixture.postgres.stop();
     let stopped = Instant::now();
     while stopped.elapsed() < Duration::from_secs(15) {
         for server in &servers {
@@ -216,7 +216,7 @@ async fn postgresql_restarted_for_15_seconds_under_load_fails_no_request_for_a_h
         }
         sleep(Duration::from_millis(100)).await;
     }
-    stage.postgres.resume().await;
+    fixture.postgres.resume().await;
     let hits = firing.await.unwrap();
     load::figures("PostgreSQL restarted, held keys", hits.iter());
     assert_eq!(hits.len(), 10_000);
@@ -230,27 +230,27 @@ async fn postgresql_restarted_for_15_seconds_under_load_fails_no_request_for_a_h
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_line_in_the_deny_file_ends_a_key_within_a_second_with_the_database_down() {
-    let _turn = alone().await;
-    let mut stage = Stage::with_default_deadlines(&[]).await;
-    let file = stage.site.path().join("deny");
+    let _turn = exclusive().await;
+    let mut fixture = Fixture::with_default_deadlines(&[]).await;
+    let file = fixture.test_config.path().join("deny");
     write(&file, "# nobody yet\n");
-    stage.site.set("freshness.deny_file", file.display().to_string());
-    let by_id = [stage.site.issue("acme", &[]).await, stage.site.issue("acme", &[]).await];
-    let by_digest = stage.site.issue("acme", &[]).await;
-    let by_trust = [stage.site.issue("globex", &[]).await, stage.site.issue("globex", &[]).await];
-    let (over, good) = (stage.site.issue("acme", &[]).await, stage.site.issue("initech", &[]).await);
+    fixture.test_config.set("freshness.deny_file", file.display().to_string());
+    let by_id = [fixture.test_config.issue("acme", &[]).await, fixture.test_config.issue("acme", &[]).await];
+    let by_digest = fixture.test_config.issue("acme", &[]).await;
+    let by_trust = [fixture.test_config.issue("globex", &[]).await, fixture.test_config.issue("globex", &[]).await];
+    let (over, good) = (fixture.test_config.issue("acme", &[]).await, fixture.test_config.issue("initech", &[]).await);
     let denied: Vec<_> = by_id.iter().chain([&by_digest]).chain(&by_trust).cloned().collect();
     let granted = vec![over.clone(), good];
-    let server = stage.site.serve().await;
-    let asker = Asker::connect(server.grpc()).await;
+    let server = fixture.test_config.serve().await;
+    let client = CheckClient::connect(server.grpc()).await;
     for key in denied.iter().chain(&granted) {
-        assert_eq!(asker.check(&key.key).await.trust_id.as_ref(), Some(&key.trust_id));
+        assert_eq!(client.check(&key.key).await.trust_id.as_ref(), Some(&key.trust_id));
     }
-    stage.postgres.stop();
+    fixture.postgres.stop();
     sleep(LEASE * 2).await; // what is granted now is granted in the stale window
 
     let texts = |keys: &[IssuedKey]| keys.iter().map(|key| key.key.clone()).collect::<Vec<_>>();
-    let probing = [Probing::start(&asker, 250, texts(&denied), &[]), Probing::start(&asker, 100, texts(&granted), &[])];
+    let probing = [Probing::start(&client, 250, texts(&denied), &[]), Probing::start(&client, 100, texts(&granted), &[])];
     sleep(Duration::from_millis(300)).await;
     let at = |offset: time::Duration| (OffsetDateTime::now_utc() + offset).format(&Rfc3339).unwrap();
     let hour = time::Duration::HOUR;
@@ -281,7 +281,7 @@ async fn a_line_in_the_deny_file_ends_a_key_within_a_second_with_the_database_do
 
     write(&file, "");
     eventually("who is on the list no more is granted again", PATIENCE, || async {
-        asker.check(&by_id[0].key).await.status == 200
+        client.check(&by_id[0].key).await.status == 200
     })
     .await;
 }
@@ -305,33 +305,33 @@ async fn nor_does_one_whose_connections_were_dropped_meanwhile() {
 
 /// That a poll fails after a pause says nothing of the time before: then nobody asked.
 async fn stopped(connections_dropped: bool) {
-    let _turn = alone().await;
-    let mut stage = Stage::with_default_deadlines(&[]).await;
-    let (revoked, good) = (stage.site.issue("acme", &[]).await, stage.site.issue("globex", &[]).await);
-    let other = stage.site.serve().await;
-    let forwarder = Forwarder::start(stage.postgres.socket()).await;
-    stage.site.set("store.management_url", stage.postgres.url("admin", &stage.database));
-    stage.site.set("store.url", forwarder.url("admin", &stage.database));
-    let paused = stage.site.serve().await;
-    let (asker, at_other) = (Asker::connect(paused.grpc()).await, Asker::connect(other.grpc()).await);
-    for (asker, key) in [(&asker, &revoked), (&asker, &good), (&at_other, &revoked)] {
-        assert_eq!(asker.check(&key.key).await.trust_id.as_ref(), Some(&key.trust_id));
+    let _turn = exclusive().await;
+    let mut fixture = Fixture::with_default_deadlines(&[]).await;
+    let (revoked, good) = (fixture.test_config.issue("acme", &[]).await, fixture.test_config.issue("globex", &[]).await);
+    let other = fixture.test_config.serve().await;
+    let forwarder = Forwarder::start(fixture.postgres.socket()).await;
+    fixture.test_config.set("store.management_url", fixture.postgres.url("admin", &fixture.database));
+    fixture.test_config.set("store.url", forwarder.url("admin", &fixture.database));
+    let paused = fixture.test_config.serve().await;
+    let (client, at_other) = (CheckClient::connect(paused.grpc()).await, CheckClient::connect(other.grpc()).await);
+    for (client, key) in [(&client, &revoked), (&client, &good), (&at_other, &revoked)] {
+        assert_eq!(client.check(&key.key).await.trust_id.as_ref(), Some(&key.trust_id));
     }
     let frozen = paused.freeze();
     let probing = [
-        Probing::start(&asker, 80, vec![revoked.key.clone()], &[]),
-        Probing::start(&asker, 20, vec![good.key.clone()], &[]),
+        Probing::start(&client, 80, vec![revoked.key.clone()], &[]),
+        Probing::start(&client, 20, vec![good.key.clone()], &[]),
     ];
     let start = Instant::now();
     sleep(Duration::from_secs(1)).await;
-    let answer = stage.site.run(&["--output", "json", "key", "revoke", &revoked.id]).await;
+    let answer = fixture.test_config.run(&["--output", "json", "key", "revoke", &revoked.id]).await;
     println!("told of the revocation: {answer:?}");
     let answer: serde_json::Value = serde_json::from_str(&answer.out).unwrap();
     let effect = &answer["effect"];
     assert_eq!((&effect["replicas"], &effect["applied"]), (&2.into(), &1.into()), "{answer}");
     assert_eq!(effect["missing"].as_array().map(Vec::len), Some(1), "{answer}");
     if connections_dropped {
-        forwarder.lead_to(stage.postgres.socket());
+        forwarder.lead_to(fixture.postgres.socket());
     }
     sleep_until(start + Duration::from_secs(10)).await;
     let resumed = Instant::now();

@@ -11,15 +11,15 @@ use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus,
 use trustgate::ext_authz::framing::SERVICE;
 
 use crate::{
-    stage::Stage,
+    fixture::Fixture,
     support::{
-        alone, among_others,
+        exclusive, shared,
         connection::{answer, call, connect},
         envoy::Envoy,
         eventually,
-        grpc::Asker,
+        grpc::CheckClient,
         http, load,
-        server::{Site, UNHURRIED},
+        server::{TestConfig, UNHURRIED},
     },
 };
 
@@ -30,11 +30,11 @@ const GRACE: Duration = Duration::from_secs(20);
 
 #[tokio::test(flavor = "multi_thread")]
 async fn one_of_two_replicas_ends_under_load_and_no_request_fails() {
-    let _turn = alone().await;
-    let stage = Stage::new(&[]).await;
-    let mut keys = stage.keys(300).await;
-    keys.push(stage.revoked_key().await);
-    let (leaving, staying) = (stage.site.serve().await, stage.site.serve().await);
+    let _turn = exclusive().await;
+    let fixture = Fixture::new(&[]).await;
+    let mut keys = fixture.keys(300).await;
+    keys.push(fixture.revoked_key().await);
+    let (leaving, staying) = (fixture.test_config.serve().await, fixture.test_config.serve().await);
     let envoy = Envoy::start(http::application().await, &[leaving.grpc(), staying.grpc()]).await;
     let mut number = 0;
     let aim = move |_| {
@@ -62,8 +62,8 @@ async fn one_of_two_replicas_ends_under_load_and_no_request_fails() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn whoever_watches_the_health_is_told_and_holds_nothing_up() {
-    let _turn = among_others().await;
-    let server = Stage::new(&[("limits.drain_delay", "1s")]).await.site.serve().await;
+    let _turn = shared().await;
+    let server = Fixture::new(&[("limits.drain_delay", "1s")]).await.test_config.serve().await;
     let channel = Channel::from_shared(format!("http://{}", server.grpc())).unwrap().connect().await.unwrap();
     let watched = HealthClient::new(channel).watch(HealthCheckRequest { service: SERVICE.to_owned() }).await;
     let mut watched = watched.unwrap().into_inner();
@@ -83,10 +83,10 @@ async fn whoever_watches_the_health_is_told_and_holds_nothing_up() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn calls_in_flight_are_finished_after_goaway() {
-    let _turn = among_others().await;
-    let stage = Stage::new(&[UNHURRIED.as_slice(), &[("limits.drain_delay", "1s")]].concat()).await;
-    let key = stage.site.issue("acme", &[]).await;
-    let server = stage.site.serve().await;
+    let _turn = shared().await;
+    let fixture = Fixture::new(&[UNHURRIED.as_slice(), &[("limits.drain_delay", "1s")]].concat()).await;
+    let key = fixture.test_config.issue("acme", &[]).await;
+    let server = fixture.test_config.serve().await;
     let (admin, grpc) = (server.admin(), server.grpc());
     let mut health =
         HealthClient::new(Channel::from_shared(format!("http://{grpc}")).unwrap().connect().await.unwrap());
@@ -97,7 +97,7 @@ async fn calls_in_flight_are_finished_after_goaway() {
     assert_eq!(serving().await.unwrap(), ServingStatus::Serving);
 
     let connection = connect(TcpStream::connect(grpc).await.unwrap()).await;
-    let frozen = stage.postgres.freeze();
+    let frozen = fixture.postgres.freeze();
     let in_flight = call(&connection, &key.key);
     eventually("the call has begun", PATIENCE, || async {
         server.metric("trustgate_cache_lookups_total{kind=\"api_key\",outcome=\"miss\",tier=\"l1\"}").await > 0.0
@@ -136,11 +136,11 @@ async fn calls_in_flight_are_finished_after_goaway() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn at_a_terminal_there_is_no_delay() {
-    let _turn = among_others().await;
-    let site = Site::new().with("limits.drain_delay", "10m");
-    let server = site.serve().await;
-    let asker = Asker::connect(server.grpc()).await;
-    assert_eq!(asker.check("key-that-nobody-issued").await.status, 401);
+    let _turn = shared().await;
+    let test_config = TestConfig::new().with("limits.drain_delay", "10m");
+    let server = test_config.serve().await;
+    let client = CheckClient::connect(server.grpc()).await;
+    assert_eq!(client.check("key-that-nobody-issued").await.status, 401);
     server.signal("INT");
     let (code, log) = server.ended(GRACE).await;
     assert_eq!(code, 0, "{log}");
@@ -148,18 +148,18 @@ async fn at_a_terminal_there_is_no_delay() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_address_in_use_is_an_error_that_names_the_setting() {
-    let _turn = among_others().await;
-    let mut site = Site::new();
-    let server = site.serve().await;
+    let _turn = shared().await;
+    let mut test_config = TestConfig::new();
+    let server = test_config.serve().await;
     for (setting, address) in [("grpc.listen", server.grpc()), ("admin.listen", server.admin())] {
-        site.set(setting, address.to_string());
-        let ran = site.run(&["serve"]).await;
+        test_config.set(setting, address.to_string());
+        let ran = test_config.run(&["serve"]).await;
         assert_eq!(ran.code, 1, "{ran:?}");
         let variable = format!("TRUSTGATE__{}", setting.to_uppercase().replace('.', "__"));
         for text in [setting, &variable, &address.to_string(), "in use"] {
             assert!(ran.err.contains(text), "no {text:?} in {ran:?}");
         }
-        site.set(setting, "127.0.0.1:0");
+        test_config.set(setting, "127.0.0.1:0");
     }
     assert_eq!(server.readiness().await.status, 200);
 }

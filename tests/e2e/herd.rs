@@ -11,10 +11,10 @@ use trustgate::{
 };
 
 use crate::support::{
-    among_others, eventually,
-    grpc::{Asker, Verdict, request, verdict},
-    seam::Seam,
-    server::{IssuedKey, Site, metric},
+    shared, eventually,
+    grpc::{CheckClient, Verdict, request, verdict},
+    store_proxy::StoreProxy,
+    server::{IssuedKey, TestConfig, metric},
 };
 
 const CALLERS: usize = 1_000;
@@ -22,56 +22,56 @@ const LEAVING: usize = 500;
 const PATIENCE: Duration = Duration::from_secs(30);
 
 /// A server whose deadlines leave the test all the time it wants, and a key.
-async fn start(mode: &str) -> (Running, Arc<Seam>, IssuedKey, Site) {
-    let site = Site::new().unhurried().with("freshness.mode", mode).with("limits.streams_per_connection", "1024");
-    site.migrate().await;
-    site.trust("acme").await;
-    let key = site.issue("acme", &[]).await;
-    let (running, seam) = Seam::start(&site, |_| ()).await;
+async fn start(mode: &str) -> (Running, Arc<StoreProxy>, IssuedKey, TestConfig) {
+    let test_config = TestConfig::new().unhurried().with("freshness.mode", mode).with("limits.streams_per_connection", "1024");
+    test_config.migrate().await;
+    test_config.trust("acme").await;
+    let key = test_config.issue("acme", &[]).await;
+    let (running, proxy) = StoreProxy::start(&test_config, |_| ()).await;
     running.ready().await;
-    (running, seam, key, site)
+    (running, proxy, key, test_config)
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn in_process_one_read_serves_those_who_stay_when_its_leader_leaves() {
-    let _turn = among_others().await;
-    let (running, seam, key, _site) = start("lease").await;
-    seam.before_find().close();
+    let _turn = shared().await;
+    let (running, proxy, key, _site) = start("lease").await;
+    proxy.before_find().close();
     let message = request(&key.key, &[]).encode_to_vec();
     let mut calls: Vec<_> = (0..CALLERS).map(|_| check(&running, &message)).collect();
     for call in &mut calls {
         // Asked once, each waits; the first of them has begun the flight.
         assert!(poll_fn(|context| Poll::Ready(call.as_mut().poll(context))).await.is_pending());
     }
-    eventually("the read is held open", PATIENCE, || async { seam.before_find().waiting() == 1 }).await;
+    eventually("the read is held open", PATIENCE, || async { proxy.before_find().waiting() == 1 }).await;
     assert_eq!(running.loads(), 1);
 
     drop(calls.drain(..LEAVING));
-    seam.before_find().open();
+    proxy.before_find().open();
     for call in calls {
         granted(&decoded(&call.await), &key);
     }
-    ends_with_one_read(running, &seam).await;
+    ends_with_one_read(running, &proxy).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn over_grpc_one_read_serves_those_who_stay_when_its_leader_leaves() {
-    let _turn = among_others().await;
-    let (running, seam, key, _site) = start("lease").await;
-    let asker = Asker::connect(running.grpc_address().unwrap()).await;
-    seam.before_find().close();
-    let call = |asker: Asker| {
+    let _turn = shared().await;
+    let (running, proxy, key, _site) = start("lease").await;
+    let client = CheckClient::connect(running.grpc_address().unwrap()).await;
+    proxy.before_find().close();
+    let call = |client: CheckClient| {
         let key = key.key.clone();
-        async move { asker.check(&key).await }
+        async move { client.check(&key).await }
     };
-    let leader = tokio::spawn(call(asker.clone()));
-    eventually("the leader's read is held open", PATIENCE, || async { seam.before_find().waiting() == 1 }).await;
+    let leader = tokio::spawn(call(client.clone()));
+    eventually("the leader's read is held open", PATIENCE, || async { proxy.before_find().waiting() == 1 }).await;
     let (mut leaving, mut staying) = (JoinSet::new(), JoinSet::new());
     for _ in 0..LEAVING - 1 {
-        leaving.spawn(call(asker.clone()));
+        leaving.spawn(call(client.clone()));
     }
     for _ in LEAVING..CALLERS {
-        staying.spawn(call(asker.clone()));
+        staying.spawn(call(client.clone()));
     }
     let misses = "trustgate_cache_lookups_total{kind=\"api_key\",outcome=\"miss\",tier=\"l1\"}";
     until_metric(&running, misses, CALLERS).await;
@@ -79,35 +79,35 @@ async fn over_grpc_one_read_serves_those_who_stay_when_its_leader_leaves() {
     leader.abort();
     leaving.abort_all();
     until_metric(&running, "trustgate_checks_total{decision=\"cancelled\",reason=\"cancelled\"}", LEAVING).await;
-    assert_eq!((seam.finds(), running.loads()), (1, 1));
-    seam.before_find().open();
+    assert_eq!((proxy.finds(), running.loads()), (1, 1));
+    proxy.before_find().open();
     let verdicts = staying.join_all().await;
     assert_eq!(verdicts.len(), CALLERS - LEAVING);
     for verdict in verdicts {
         granted(&verdict, &key);
     }
-    ends_with_one_read(running, &seam).await;
+    ends_with_one_read(running, &proxy).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_read_that_panics_is_a_fault_for_all_who_waited_and_the_next_works() {
-    let _turn = among_others().await;
+    let _turn = shared().await;
     for mode in ["lease", "strict", "live", "ttl"] {
-        let (running, seam, key, _site) = start(mode).await;
-        seam.before_find().close();
-        seam.set_panics(true);
+        let (running, proxy, key, _site) = start(mode).await;
+        proxy.before_find().close();
+        proxy.set_panics(true);
         let message = request(&key.key, &[]).encode_to_vec();
         let mut calls = JoinSet::new();
         for _ in 0..10 {
             calls.spawn(check(&running, &message));
         }
-        eventually("all wait", PATIENCE, || async { seam.before_find().waiting() == 1 }).await;
-        seam.before_find().open();
+        eventually("all wait", PATIENCE, || async { proxy.before_find().waiting() == 1 }).await;
+        proxy.before_find().open();
         for reply in calls.join_all().await {
             let verdict = decoded(&reply);
             assert_eq!((verdict.status, verdict.reason.as_deref()), (503, Some("fault")), "{mode}");
         }
-        seam.set_panics(false);
+        proxy.set_panics(false);
         granted(&decoded(&check(&running, &message).await), &key);
         eventually("no flight is left", PATIENCE, || async { running.loads() == 0 }).await;
         running.stop(Delay::None).await.unwrap();
@@ -137,8 +137,8 @@ async fn until_metric(running: &Running, name: &str, value: usize) {
     eventually(&what, PATIENCE, || async { metric(running.admin_address(), name).await >= wanted }).await;
 }
 
-async fn ends_with_one_read(running: Running, seam: &Seam) {
+async fn ends_with_one_read(running: Running, proxy: &StoreProxy) {
     eventually("no flight is left", PATIENCE, || async { running.loads() == 0 }).await;
-    assert_eq!((seam.finds(), seam.before_find().waiting()), (1, 0));
+    assert_eq!((proxy.finds(), proxy.before_find().waiting()), (1, 0));
     running.stop(Delay::None).await.unwrap();
 }

@@ -8,15 +8,15 @@ use sqlx::{AssertSqlSafe, Connection as _, SqliteConnection, sqlite::SqliteConne
 use tokio::time::{Instant, sleep, sleep_until};
 
 use crate::{
-    stage::Stage,
+    fixture::Fixture,
     support::{
-        alone, eventually,
+        exclusive, eventually,
         forward::Forwarder,
-        grpc::{Asker, granted, is_serving, refused},
+        grpc::{CheckClient, granted, is_serving, refused},
         machine,
         postgres::Postgres,
         probe::{Probe, Probing, granted_after},
-        server::{IssuedKey, Server, Site, digest},
+        server::{IssuedKey, Server, TestConfig, digest},
     },
 };
 
@@ -59,7 +59,7 @@ async fn replicas_started_on_a_standby_promoted_too_early_take_nothing_from_befo
 
 /// A site of which the database forgets.
 struct Forgetful {
-    stage: Stage,
+    fixture: Fixture,
     /// The way of the replicas to the database.
     forwarder: Forwarder,
     origin: Origin,
@@ -78,51 +78,51 @@ struct Forgetful {
 impl Forgetful {
     /// The moment that the new primary will come from.
     async fn new(origin: Origin) -> Self {
-        let mut stage = Stage::new(&[]).await;
-        let issue = async || stage.site.issue("acme", &[]).await;
+        let mut fixture = Fixture::new(&[]).await;
+        let issue = async || fixture.test_config.issue("acme", &[]).await;
         let lost = [issue().await, issue().await, issue().await];
         let (doomed, good) = (issue().await, issue().await);
-        let fork = newest(&stage.postgres, &stage.database).await;
+        let fork = newest(&fixture.postgres, &fixture.database).await;
         let standby = match origin {
             Origin::CopyPutBack => {
-                stage.postgres.copy_aside().await;
+                fixture.postgres.copy_aside().await;
                 None
             }
             Origin::StandbyPromoted => {
-                let standby = stage.postgres.standby().await;
+                let standby = fixture.postgres.standby().await;
                 standby.cut_replication().await;
                 Some(standby)
             }
         };
-        let forwarder = Forwarder::start(stage.postgres.socket()).await;
-        stage.site.set("store.management_url", stage.postgres.url("admin", &stage.database));
-        stage.site.set("store.url", forwarder.url("admin", &stage.database));
-        Self { stage, forwarder, origin, standby, fork, lost, born: None, doomed, good }
+        let forwarder = Forwarder::start(fixture.postgres.socket()).await;
+        fixture.test_config.set("store.management_url", fixture.postgres.url("admin", &fixture.database));
+        fixture.test_config.set("store.url", forwarder.url("admin", &fixture.database));
+        Self { fixture, forwarder, origin, standby, fork, lost, born: None, doomed, good }
     }
 
     /// What the new primary will not know. Every replica saw it, and Redis holds keys as of its end.
-    async fn live_on(&mut self, replicas: &[(Server, Asker)]) {
-        for (_, asker) in replicas {
+    async fn live_on(&mut self, replicas: &[(Server, CheckClient)]) {
+        for (_, client) in replicas {
             for key in self.lost.iter().chain([&self.good]) {
-                granted(asker, key).await;
+                granted(client, key).await;
             }
         }
-        let born = self.stage.site.issue("globex", &[]).await;
+        let born = self.fixture.test_config.issue("globex", &[]).await;
         for key in &self.lost {
-            self.stage.postgres.execute(&self.stage.database, &revocation(key)).await;
+            self.fixture.postgres.execute(&self.fixture.database, &revocation(key)).await;
         }
-        let newest = newest(&self.stage.postgres, &self.stage.database).await;
+        let newest = newest(&self.fixture.postgres, &self.fixture.database).await;
         assert!(newest >= self.fork + 4, "{newest}");
-        for (server, asker) in replicas {
+        for (server, client) in replicas {
             eventually("everything is applied", PATIENCE, || async {
                 server.metric("trustgate_applied_version").await >= f64::from(i32::try_from(newest).unwrap())
             })
             .await;
             for key in &self.lost {
-                refused(asker, key, "revoked").await;
+                refused(client, key, "revoked").await;
             }
-            granted(asker, &born).await;
-            granted(asker, &self.doomed).await; // for the first time: as of the newest version
+            granted(client, &born).await;
+            granted(client, &self.doomed).await; // for the first time: as of the newest version
         }
         for key in [&born, &self.doomed] {
             eventually("Redis holds it", PATIENCE, || self.is_in_redis(key)).await;
@@ -131,7 +131,7 @@ impl Forgetful {
     }
 
     async fn is_in_redis(&self, key: &IssuedKey) -> bool {
-        let mut connection = self.stage.redis.connection().await;
+        let mut connection = self.fixture.redis.connection().await;
         let pattern = format!("*{}*", digest(&key.key));
         let names: Vec<String> = redis::cmd("KEYS").arg(pattern).query_async(&mut connection).await.unwrap();
         !names.is_empty()
@@ -140,15 +140,15 @@ impl Forgetful {
     /// The new primary takes the place of the old one, which is gone: it does not know what came after the fork, and
     /// as many other changes were made there, so that the number of its newest version is that of the old one.
     async fn forget(&mut self) {
-        let database = &self.stage.database;
-        let newest_before = newest(&self.stage.postgres, database).await;
+        let database = &self.fixture.database;
+        let newest_before = newest(&self.fixture.postgres, database).await;
         self.forwarder.cut();
-        self.stage.postgres.stop();
+        self.fixture.postgres.stop();
         match &self.standby {
-            None => self.stage.postgres.put_back().await,
+            None => self.fixture.postgres.put_back().await,
             Some(standby) => standby.promote().await,
         }
-        let primary = self.standby.as_ref().unwrap_or(&self.stage.postgres);
+        let primary = self.standby.as_ref().unwrap_or(&self.fixture.postgres);
         assert_eq!(newest(primary, database).await, self.fork);
         let sequence = "SELECT format('%I.%I', schemaname, sequencename) FROM pg_sequences
             WHERE schemaname = 'trustgate' AND sequencename LIKE '%version%'";
@@ -168,17 +168,17 @@ impl Forgetful {
         let known: i64 =
             primary.value(database, "SELECT count(*) FROM trustgate.api_key WHERE revoked_at IS NULL").await;
         assert_eq!(known, 4, "the new primary knows of no other revocation, and of no key born later");
-        self.stage.site.set("store.management_url", primary.url("admin", database));
+        self.fixture.test_config.set("store.management_url", primary.url("admin", database));
     }
 
     fn primary(&self) -> &Postgres {
-        self.standby.as_ref().unwrap_or(&self.stage.postgres)
+        self.standby.as_ref().unwrap_or(&self.fixture.postgres)
     }
 
-    async fn replica(&self) -> (Server, Asker) {
-        let server = self.stage.site.serve().await;
-        let asker = Asker::connect(server.grpc()).await;
-        (server, asker)
+    async fn replica(&self) -> (Server, CheckClient) {
+        let server = self.fixture.test_config.serve().await;
+        let client = CheckClient::connect(server.grpc()).await;
+        (server, client)
     }
 
     fn born(&self) -> &IssuedKey {
@@ -187,22 +187,22 @@ impl Forgetful {
 }
 
 async fn forgotten(origin: Origin) {
-    let _turn = alone().await;
-    let mut site = Forgetful::new(origin).await;
-    let replicas = [site.replica().await, site.replica().await];
-    site.live_on(&replicas).await;
+    let _turn = exclusive().await;
+    let mut test_config = Forgetful::new(origin).await;
+    let replicas = [test_config.replica().await, test_config.replica().await];
+    test_config.live_on(&replicas).await;
 
     let probing: Vec<_> = replicas
         .iter()
-        .map(|(_, asker)| {
-            let lost = Probing::start(asker, 150, texts(&site.lost), &[]);
-            let unlike = Probing::start(asker, 100, texts([site.born(), &site.doomed]), &[]);
+        .map(|(_, client)| {
+            let lost = Probing::start(client, 150, texts(&test_config.lost), &[]);
+            let unlike = Probing::start(client, 100, texts([test_config.born(), &test_config.doomed]), &[]);
             (lost, unlike)
         })
         .collect();
-    site.forget().await;
+    test_config.forget().await;
     let switched = Instant::now();
-    site.forwarder.lead_to(site.primary().socket());
+    test_config.forwarder.lead_to(test_config.primary().socket());
     for (server, _) in &replicas {
         eventually("it is noticed", PATIENCE, || async { server.metric("trustgate_lost_history_total").await > 0.0 })
             .await;
@@ -210,74 +210,74 @@ async fn forgotten(origin: Origin) {
         println!("{origin:?}: noticed {took:?} after the new primary could be reached");
         assert!(took <= Duration::from_secs(1), "{took:?}");
     }
-    for (server, asker) in &replicas {
+    for (server, client) in &replicas {
         eventually("it is fresh again", PATIENCE, || is_serving(server.grpc(), "trustgate.fresh")).await;
         // Reads that failed while the primary was away have opened the circuit breaker, for 250 ms after the last of them.
-        eventually("a good key is granted", PATIENCE, || async { asker.check(&site.good.key).await.status == 200 })
+        eventually("a good key is granted", PATIENCE, || async { client.check(&test_config.good.key).await.status == 200 })
             .await;
     }
     sleep_until(switched + Duration::from_secs(3)).await;
-    for ((_, asker), (lost, unlike)) in replicas.iter().zip(probing) {
+    for ((_, client), (lost, unlike)) in replicas.iter().zip(probing) {
         let (lost, unlike) = (lost.stop().await, unlike.stop().await);
         // Who saw a revocation remembers it, also where the database has forgotten it.
         let resurrected: Vec<_> = lost.iter().filter(|probe| probe.is_grant()).collect();
         assert!(resurrected.is_empty(), "{} grants of a revoked key: {:?}", resurrected.len(), resurrected[0]);
-        for key in &site.lost {
-            assert_eq!(asker.check(&key.key).await.status, 401);
+        for key in &test_config.lost {
+            assert_eq!(client.check(&key.key).await.status, 401);
         }
         // What the database of now denies is denied as soon as it can be asked.
         assert!(unlike.iter().any(|probe| probe.began < switched && probe.is_grant()), "nothing was held");
         let late = granted_after(switched, &unlike);
         println!("{origin:?}: last wrong grant began {late:?} after the new primary could be reached");
         assert!(late <= AT_WORST, "{late:?}");
-        refused(asker, site.born(), "unknown").await;
-        refused(asker, &site.doomed, "revoked").await;
+        refused(client, test_config.born(), "unknown").await;
+        refused(client, &test_config.doomed, "revoked").await;
     }
 
     // A change there that names the digest ends the memory of its revocation.
-    let id = &site.lost[0].id;
+    let id = &test_config.lost[0].id;
     let change = format!("UPDATE trustgate.api_key SET scopes = '{{again}}' WHERE id = '{id}'");
-    site.primary().execute(&site.stage.database, &change).await;
-    for (_, asker) in &replicas {
-        eventually("it is granted again", PATIENCE, || async { asker.check(&site.lost[0].key).await.status == 200 })
+    test_config.primary().execute(&test_config.fixture.database, &change).await;
+    for (_, client) in &replicas {
+        eventually("it is granted again", PATIENCE, || async { client.check(&test_config.lost[0].key).await.status == 200 })
             .await;
-        assert_eq!(asker.check(&site.lost[1].key).await.status, 401);
+        assert_eq!(client.check(&test_config.lost[1].key).await.status, 401);
     }
 }
 
 /// What is wrong here, since nobody is left who saw the revocations: a grant that the database of now denies. Keys that
 /// it calls good may be granted, revoked before or not.
 async fn forgotten_and_restarted(origin: Origin) {
-    let _turn = alone().await;
-    let mut site = Forgetful::new(origin).await;
-    let replicas = [site.replica().await, site.replica().await];
-    site.live_on(&replicas).await;
-    site.forwarder.cut();
+    let _turn = exclusive().await;
+    let mut test_config = Forgetful::new(origin).await;
+    let replicas = [test_config.replica().await, test_config.replica().await];
+    test_config.live_on(&replicas).await;
+    test_config.forwarder.cut();
     drop(replicas);
-    site.forget().await;
-    for key in [site.born(), &site.doomed] {
-        assert!(site.is_in_redis(key).await, "Redis was kept");
+    test_config.forget().await;
+    for key in [test_config.born(), &test_config.doomed] {
+        assert!(test_config.is_in_redis(key).await, "Redis was kept");
     }
 
-    let servers = [site.stage.site.listening().await, site.stage.site.listening().await];
+    let servers = [test_config.fixture.test_config.listening().await, test_config.fixture.test_config.listening().await];
     let mut probing = Vec::new();
     for server in &servers {
-        let asker = Asker::connect(server.grpc()).await;
-        probing.push((Probing::start(&asker, 200, texts([site.born(), &site.doomed]), &[]), asker));
+        let client = CheckClient::connect(server.grpc()).await;
+        probing.push((Probing::start(&client, 200, texts([test_config.born(), &test_config.doomed]), &[]), client));
     }
-    site.forwarder.lead_to(site.primary().socket());
+    test_config.forwarder.lead_to(test_config.primary().socket());
     for server in &servers {
         server.until_ready().await;
     }
     sleep(Duration::from_secs(2)).await;
-    for ((probing, asker), server) in probing.into_iter().zip(&servers) {
+    for ((probing, client), server) in probing.into_iter().zip(&servers) {
         let probes = probing.stop().await;
         let wrong: Vec<_> = probes.iter().filter(|probe| probe.is_grant()).collect();
         assert!(wrong.is_empty(), "{} grants that the database denies: {:?}", wrong.len(), wrong[0]);
         assert!(probes.iter().filter(|probe| probe.status() == Some(401)).count() > 200);
-        refused(&asker, site.born(), "unknown").await;
-        refused(&asker, &site.doomed, "revoked").await;
-        granted(&asker, &site.good).await;
+        refused(&client, test_config.born(), "unknown").await;
+        refused(&client, &test_config.doomed, "revoked").await;
+        granted(&client, &test_config.good).await;
         let (hit, refused, miss) = (server.l2("hit").await, server.l2("refused").await, server.l2("miss").await);
         println!("{origin:?}: look-ups in Redis after the restart: {hit} hits, {refused} refused, {miss} misses");
     }
@@ -287,49 +287,49 @@ async fn forgotten_and_restarted(origin: Origin) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn started_at_a_standby_it_grants_nothing_until_the_standby_is_promoted() {
-    let _turn = alone().await;
-    let mut stage = Stage::new(&[]).await;
-    let key = stage.site.issue("acme", &[]).await;
-    let standby = stage.postgres.standby().await;
-    stage.site.set("store.url", standby.url("admin", &stage.database));
-    let server = stage.site.listening().await;
-    let asker = Asker::connect(server.grpc()).await;
+    let _turn = exclusive().await;
+    let mut fixture = Fixture::new(&[]).await;
+    let key = fixture.test_config.issue("acme", &[]).await;
+    let standby = fixture.postgres.standby().await;
+    fixture.test_config.set("store.url", standby.url("admin", &fixture.database));
+    let server = fixture.test_config.listening().await;
+    let client = CheckClient::connect(server.grpc()).await;
     let start = Instant::now();
     while start.elapsed() < Duration::from_secs(2) {
-        let verdict = asker.check(&key.key).await;
+        let verdict = client.check(&key.key).await;
         assert_eq!((verdict.status, verdict.reason.as_deref()), (503, Some("fault")));
         assert_eq!(server.readiness().await.status, 503);
         assert!(!is_serving(server.grpc(), "").await && !is_serving(server.grpc(), "trustgate.fresh").await);
         sleep(Duration::from_millis(50)).await;
     }
-    stage.postgres.stop();
+    fixture.postgres.stop();
     standby.promote().await;
     server.until_ready().await;
     // Two seconds of failed reads have earned the database a pause, which may have a moment to go.
-    eventually("it is granted", PATIENCE, || async { asker.check(&key.key).await.status == 200 }).await;
+    eventually("it is granted", PATIENCE, || async { client.check(&key.key).await.status == 200 }).await;
     eventually("it is fresh", PATIENCE, || is_serving(server.grpc(), "trustgate.fresh")).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn led_to_a_standby_its_lease_ends_and_no_stale_window_opens() {
-    let _turn = alone().await;
-    let mut stage = Stage::new(&[]).await;
-    let (revoked, good) = (stage.site.issue("acme", &[]).await, stage.site.issue("acme", &[]).await);
-    let standby = stage.postgres.standby().await;
+    let _turn = exclusive().await;
+    let mut fixture = Fixture::new(&[]).await;
+    let (revoked, good) = (fixture.test_config.issue("acme", &[]).await, fixture.test_config.issue("acme", &[]).await);
+    let standby = fixture.postgres.standby().await;
     standby.cut_replication().await;
-    let forwarder = Forwarder::start(stage.postgres.socket()).await;
-    stage.site.set("store.management_url", stage.postgres.url("admin", &stage.database));
-    stage.site.set("store.url", forwarder.url("admin", &stage.database));
-    let server = stage.site.serve().await;
-    let asker = Asker::connect(server.grpc()).await;
+    let forwarder = Forwarder::start(fixture.postgres.socket()).await;
+    fixture.test_config.set("store.management_url", fixture.postgres.url("admin", &fixture.database));
+    fixture.test_config.set("store.url", forwarder.url("admin", &fixture.database));
+    let server = fixture.test_config.serve().await;
+    let client = CheckClient::connect(server.grpc()).await;
     for key in [&revoked, &good] {
-        granted(&asker, key).await;
+        granted(&client, key).await;
     }
-    let probing = Probing::start(&asker, 200, texts([&revoked, &good]), &[]);
+    let probing = Probing::start(&client, 200, texts([&revoked, &good]), &[]);
     sleep(Duration::from_millis(300)).await;
     forwarder.lead_to(standby.socket());
     let led_away = Instant::now();
-    stage.postgres.execute(&stage.database, &revocation(&revoked)).await;
+    fixture.postgres.execute(&fixture.database, &revocation(&revoked)).await;
     sleep(AT_WORST).await;
     while led_away.elapsed() < Duration::from_secs(3) {
         assert!(!is_serving(server.grpc(), "trustgate.fresh").await);
@@ -337,7 +337,7 @@ async fn led_to_a_standby_its_lease_ends_and_no_stale_window_opens() {
         sleep(Duration::from_millis(50)).await;
     }
     let back = Instant::now();
-    forwarder.lead_to(stage.postgres.socket());
+    forwarder.lead_to(fixture.postgres.socket());
     eventually("it is fresh again", PATIENCE, || is_serving(server.grpc(), "trustgate.fresh")).await;
     println!("fresh {:?} after the primary was back", back.elapsed());
     sleep(Duration::from_millis(500)).await;
@@ -348,56 +348,56 @@ async fn led_to_a_standby_its_lease_ends_and_no_stale_window_opens() {
     assert!(late <= AT_WORST, "{late:?}");
     let of_revoked = probes.iter().filter(|probe| probe.key == 0 && probe.began >= back);
     assert!(!of_revoked.clone().any(Probe::is_grant));
-    refused(&asker, &revoked, "revoked").await;
-    granted(&asker, &good).await;
+    refused(&client, &revoked, "revoked").await;
+    granted(&client, &good).await;
 }
 
 // === triggers ===
 
 #[tokio::test(flavor = "multi_thread")]
 async fn with_a_trigger_disabled_the_lease_ends_and_comes_back_with_it() {
-    let _turn = alone().await;
-    let stage = Stage::new(&[]).await;
-    let database = stage.database.as_str();
-    let issue = async || stage.site.issue("acme", &[]).await;
+    let _turn = exclusive().await;
+    let fixture = Fixture::new(&[]).await;
+    let database = fixture.database.as_str();
+    let issue = async || fixture.test_config.issue("acme", &[]).await;
     let (with_it, after_it, good) = (issue().await, issue().await, issue().await);
-    let server = stage.site.serve().await;
-    let asker = Asker::connect(server.grpc()).await;
+    let server = fixture.test_config.serve().await;
+    let client = CheckClient::connect(server.grpc()).await;
     for key in [&with_it, &after_it, &good] {
-        granted(&asker, key).await;
+        granted(&client, key).await;
     }
     let triggers = "SELECT string_agg(format('ALTER TABLE trustgate.api_key ENABLE ALWAYS TRIGGER %I', tgname), ';')
         FROM pg_trigger WHERE tgrelid = 'trustgate.api_key'::regclass AND NOT tgisinternal";
-    let enable_all: String = stage.postgres.value(database, triggers).await;
-    let before = newest(&stage.postgres, database).await;
-    let probing = Probing::start(&asker, 600, texts([&with_it, &after_it, &good]), &[]);
+    let enable_all: String = fixture.postgres.value(database, triggers).await;
+    let before = newest(&fixture.postgres, database).await;
+    let probing = Probing::start(&client, 600, texts([&with_it, &after_it, &good]), &[]);
     sleep(Duration::from_millis(300)).await;
 
     // In one transaction, so that no poll can come between.
     let at_once =
         format!("BEGIN; ALTER TABLE trustgate.api_key DISABLE TRIGGER USER; {}; COMMIT", revocation(&with_it));
-    stage.postgres.execute(database, &at_once).await;
+    fixture.postgres.execute(database, &at_once).await;
     let disabled = Instant::now();
     eventually("the lease ends", PATIENCE, || async { !is_serving(server.grpc(), "trustgate.fresh").await }).await;
     println!("the lease was gone {:?} after the trigger", disabled.elapsed());
     sleep_until(disabled + BY_POLLING).await;
-    stage.postgres.execute(database, &revocation(&after_it)).await;
+    fixture.postgres.execute(database, &revocation(&after_it)).await;
     let revoked = Instant::now();
-    assert_eq!(newest(&stage.postgres, database).await, before, "nobody was told");
+    assert_eq!(newest(&fixture.postgres, database).await, before, "nobody was told");
     while disabled.elapsed() < Duration::from_secs(2) {
         assert!(!is_serving(server.grpc(), "trustgate.fresh").await);
         assert_eq!(server.readiness().await.status, 200);
         sleep(Duration::from_millis(50)).await;
     }
-    refused(&asker, &with_it, "revoked").await;
-    refused(&asker, &after_it, "revoked").await;
-    granted(&asker, &good).await; // the database says so
+    refused(&client, &with_it, "revoked").await;
+    refused(&client, &after_it, "revoked").await;
+    granted(&client, &good).await; // the database says so
 
-    stage.postgres.execute(database, &enable_all).await;
+    fixture.postgres.execute(database, &enable_all).await;
     let enabled = Instant::now();
     eventually("the lease is back", PATIENCE, || is_serving(server.grpc(), "trustgate.fresh")).await;
     println!("the lease was back {:?} after the trigger", enabled.elapsed());
-    assert!(newest(&stage.postgres, database).await > before, "everything is read anew");
+    assert!(newest(&fixture.postgres, database).await > before, "everything is read anew");
     sleep(Duration::from_millis(500)).await;
     let probes = probing.stop().await;
     let of = |key: usize| probes.iter().filter(move |probe| probe.key == key);
@@ -406,30 +406,30 @@ async fn with_a_trigger_disabled_the_lease_ends_and_comes_back_with_it() {
     assert!(late <= BY_POLLING, "{late:?}");
     assert_eq!(at_once, Duration::ZERO, "only the database may grant without a lease");
     assert!(of(2).all(|probe| probe.is_grant() || probe.is_fault()));
-    refused(&asker, &with_it, "revoked").await;
-    held_without_reads(&server, &asker, &good).await;
+    refused(&client, &with_it, "revoked").await;
+    held_without_reads(&server, &client, &good).await;
 
     // A trigger that is gone is one that `migrate` makes again.
     let drop_one = "DO $$ DECLARE name text; BEGIN
         SELECT tgname INTO STRICT name FROM pg_trigger
         WHERE tgrelid = 'trustgate.api_key'::regclass AND NOT tgisinternal ORDER BY tgname LIMIT 1;
         EXECUTE format('DROP TRIGGER %I ON trustgate.api_key', name); END $$";
-    stage.postgres.execute(database, drop_one).await;
+    fixture.postgres.execute(database, drop_one).await;
     eventually("the lease ends", PATIENCE, || async { !is_serving(server.grpc(), "trustgate.fresh").await }).await;
-    stage.site.migrate().await;
+    fixture.test_config.migrate().await;
     eventually("the lease is back", PATIENCE, || is_serving(server.grpc(), "trustgate.fresh")).await;
-    stage.postgres.execute(database, &revocation(&good)).await;
+    fixture.postgres.execute(database, &revocation(&good)).await;
     sleep(BY_POLLING).await;
-    refused(&asker, &good, "revoked").await;
+    refused(&client, &good, "revoked").await;
 }
 
 /// Under a lease a held key needs no database.
-async fn held_without_reads(server: &Server, asker: &Asker, key: &IssuedKey) {
-    granted(asker, key).await;
+async fn held_without_reads(server: &Server, client: &CheckClient, key: &IssuedKey) {
+    granted(client, key).await;
     let reads = async || server.metric("trustgate_store_reads_total{outcome=\"ok\"}").await;
     let before = reads().await;
     for _ in 0..50 {
-        granted(asker, key).await;
+        granted(client, key).await;
     }
     let read = reads().await - before;
     assert!(read < 1.0, "{read} reads");
@@ -482,17 +482,17 @@ const FOREIGN: &[(&str, &str, &str)] = &[
 
 #[tokio::test(flavor = "multi_thread")]
 async fn on_sqlite_whatever_another_program_writes_counts_within_the_bound() {
-    let _turn = alone().await;
-    let site = Site::new();
-    site.migrate().await;
-    let server = site.serve().await;
-    let asker = Asker::connect(server.grpc()).await;
-    let file = site.path().join("trustgate.db");
+    let _turn = exclusive().await;
+    let test_config = TestConfig::new();
+    test_config.migrate().await;
+    let server = test_config.serve().await;
+    let client = CheckClient::connect(server.grpc()).await;
+    let file = test_config.path().join("trustgate.db");
     let mut late = Vec::new();
     for (name, reason, statement) in FOREIGN {
-        site.trust(name).await;
-        let key = site.issue(name, &[]).await;
-        let probing = Probing::start(&asker, 250, texts([&key]), &[]);
+        test_config.trust(name).await;
+        let key = test_config.issue(name, &[]).await;
+        let probing = Probing::start(&client, 250, texts([&key]), &[]);
         sleep(Duration::from_millis(200)).await;
         let mut foreign = sqlite(&file).await;
         let digest = format!("x'{}'", digest(&key.key));
@@ -505,36 +505,36 @@ async fn on_sqlite_whatever_another_program_writes_counts_within_the_bound() {
         assert!(probes.iter().any(|probe| probe.began < committed && probe.is_grant()), "{name}: it was not held");
         let last = granted_after(committed, &probes);
         println!("SQLite, {name} by another program: last grant began {last:?} after it");
-        refused(&asker, &key, reason).await;
+        refused(&client, &key, reason).await;
         late.push((name, last));
     }
     assert!(late.iter().all(|(_, late)| *late <= BY_POLLING), "{late:?}");
 
     // The command is another program too, and says when everybody knew.
-    site.trust("acme").await;
-    let key = site.issue("acme", &[]).await;
-    granted(&asker, &key).await;
-    let answer = site.json(&["key", "revoke", &key.id]).await;
-    refused(&asker, &key, "revoked").await;
+    test_config.trust("acme").await;
+    let key = test_config.issue("acme", &[]).await;
+    granted(&client, &key).await;
+    let answer = test_config.json(&["key", "revoke", &key.id]).await;
+    refused(&client, &key, "revoked").await;
     let effect = &answer["effect"];
     assert_eq!((&effect["replicas"], &effect["applied"]), (&1.into(), &1.into()), "{answer}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn on_sqlite_a_trigger_that_is_gone_ends_the_lease() {
-    let _turn = alone().await;
-    let site = Site::new();
-    site.migrate().await;
-    site.trust("acme").await;
-    let (revoked, good) = (site.issue("acme", &[]).await, site.issue("acme", &[]).await);
-    let server = site.serve().await;
-    let asker = Asker::connect(server.grpc()).await;
+    let _turn = exclusive().await;
+    let test_config = TestConfig::new();
+    test_config.migrate().await;
+    test_config.trust("acme").await;
+    let (revoked, good) = (test_config.issue("acme", &[]).await, test_config.issue("acme", &[]).await);
+    let server = test_config.serve().await;
+    let client = CheckClient::connect(server.grpc()).await;
     for key in [&revoked, &good] {
-        granted(&asker, key).await;
+        granted(&client, key).await;
     }
-    let probing = Probing::start(&asker, 200, texts([&revoked]), &[]);
+    let probing = Probing::start(&client, 200, texts([&revoked]), &[]);
     sleep(Duration::from_millis(200)).await;
-    let mut foreign = sqlite(&site.path().join("trustgate.db")).await;
+    let mut foreign = sqlite(&test_config.path().join("trustgate.db")).await;
     let all = "SELECT group_concat(format('DROP TRIGGER \"%w\"', name), ';') FROM sqlite_schema
         WHERE type = 'trigger' AND tbl_name = 'api_key'";
     let drop_all: String = sqlx::query_scalar(all).fetch_one(&mut foreign).await.unwrap();
@@ -547,26 +547,26 @@ async fn on_sqlite_a_trigger_that_is_gone_ends_the_lease() {
     let late = granted_after(committed, &probing.stop().await);
     println!("SQLite: last grant began {late:?} after the commit that dropped the triggers");
     assert!(late <= BY_POLLING, "{late:?}");
-    refused(&asker, &revoked, "revoked").await;
-    granted(&asker, &good).await;
+    refused(&client, &revoked, "revoked").await;
+    granted(&client, &good).await;
     assert!(!is_serving(server.grpc(), "trustgate.fresh").await);
     assert_eq!(server.readiness().await.status, 200);
-    site.migrate().await;
+    test_config.migrate().await;
     eventually("the lease is back", PATIENCE, || is_serving(server.grpc(), "trustgate.fresh")).await;
-    refused(&asker, &revoked, "revoked").await;
-    held_without_reads(&server, &asker, &good).await;
+    refused(&client, &revoked, "revoked").await;
+    held_without_reads(&server, &client, &good).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn on_sqlite_a_file_put_in_the_place_of_another_is_noticed() {
-    let _turn = alone().await;
-    let mut site = Site::new();
-    let (ours, theirs) = (site.path().join("ours"), site.path().join("theirs"));
+    let _turn = exclusive().await;
+    let mut test_config = TestConfig::new();
+    let (ours, theirs) = (test_config.path().join("ours"), test_config.path().join("theirs"));
     let file = ours.join("trustgate.db");
-    site.set("store.url", format!("sqlite://{}", file.display()));
-    site.migrate().await;
-    site.trust("acme").await;
-    let issue = async || site.issue("acme", &[]).await;
+    test_config.set("store.url", format!("sqlite://{}", file.display()));
+    test_config.migrate().await;
+    test_config.trust("acme").await;
+    let issue = async || test_config.issue("acme", &[]).await;
     let (revoked, lost, good) = (issue().await, issue().await, issue().await);
     // A copy in which one key is revoked, and which does not know that another one is.
     std::fs::create_dir(&theirs).unwrap();
@@ -582,14 +582,14 @@ async fn on_sqlite_a_file_put_in_the_place_of_another_is_noticed() {
     }
     foreign.close().await.unwrap();
 
-    let server = site.serve().await;
-    let asker = Asker::connect(server.grpc()).await;
+    let server = test_config.serve().await;
+    let client = CheckClient::connect(server.grpc()).await;
     for key in [&revoked, &lost, &good] {
-        granted(&asker, key).await;
+        granted(&client, key).await;
     }
-    site.revoke(&lost).await;
-    eventually("it is refused", PATIENCE, || async { asker.check(&lost.key).await.status == 401 }).await;
-    let probing = Probing::start(&asker, 400, texts([&revoked, &lost]), &[]);
+    test_config.revoke(&lost).await;
+    eventually("it is refused", PATIENCE, || async { client.check(&lost.key).await.status == 401 }).await;
+    let probing = Probing::start(&client, 400, texts([&revoked, &lost]), &[]);
     sleep(Duration::from_millis(200)).await;
     renameat_with(CWD, &theirs, CWD, &ours, RenameFlags::EXCHANGE).unwrap();
     let exchanged = Instant::now();
@@ -602,8 +602,8 @@ async fn on_sqlite_a_file_put_in_the_place_of_another_is_noticed() {
     println!("SQLite: last grant began {late:?} after another file took the place");
     assert!(late <= AT_WORST, "{late:?}");
     assert!(!probes.iter().any(|probe| probe.key == 1 && probe.is_grant()), "a key seen revoked was granted");
-    refused(&asker, &revoked, "revoked").await;
-    granted(&asker, &good).await;
+    refused(&client, &revoked, "revoked").await;
+    granted(&client, &good).await;
 }
 
 async fn sqlite(file: &Path) -> SqliteConnection {

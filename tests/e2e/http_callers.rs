@@ -10,12 +10,12 @@ use tokio::net::TcpStream;
 use trustgate::ext_authz::framing::{CHECK_PATH, frame};
 
 use crate::support::{
-    among_others,
+    shared,
     connection::connect,
     envoy::{Envoy, Plan},
     grpc::request,
     http,
-    server::{IssuedKey, Server, Site},
+    server::{IssuedKey, Server, TestConfig},
 };
 
 /// What Envoy forwards of a request to the authorization server.
@@ -185,12 +185,12 @@ async fn none_reaches_the_application(
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_envoy_in_http_service_mode_lets_no_request_in() {
-    let _turn = among_others().await;
-    let site = Site::new();
-    site.migrate().await;
-    site.trust("acme").await;
-    let key = site.issue("acme", &[]).await;
-    let server = site.serve().await;
+    let _turn = shared().await;
+    let test_config = TestConfig::new();
+    test_config.migrate().await;
+    test_config.trust("acme").await;
+    let key = test_config.issue("acme", &[]).await;
+    let server = test_config.serve().await;
     let (application, reached) = http::counting_application().await;
     let mut sent = 0;
     for upstream in [Upstream::Http1, Upstream::Http2] {
@@ -212,12 +212,12 @@ async fn an_envoy_in_http_service_mode_lets_no_request_in() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn only_a_whole_check_call_on_its_own_path_passes_where_everything_is_forwarded() {
-    let _turn = among_others().await;
-    let site = Site::new();
-    site.migrate().await;
-    site.trust("acme").await;
-    let key = site.issue("acme", &[]).await;
-    let server = site.serve().await;
+    let _turn = shared().await;
+    let test_config = TestConfig::new();
+    test_config.migrate().await;
+    test_config.trust("acme").await;
+    let key = test_config.issue("acme", &[]).await;
+    let server = test_config.serve().await;
     let (application, reached) = http::counting_application().await;
     let envoy = envoy(application, &server, Upstream::Http2, Forwarding::Everything).await;
     let connection = connect(TcpStream::connect(envoy.address()).await.unwrap()).await;

@@ -18,16 +18,16 @@ use tokio_rustls::TlsConnector;
 use trustgate::ext_authz::framing::frame;
 
 use crate::{
-    stage::Stage,
+    fixture::Fixture,
     support::{
-        alone, among_others,
+        exclusive, shared,
         certificates::certificates,
         connection::{answer, call, connect, head, head_of, try_connect},
         envoy::Plan,
         eventually,
-        grpc::{Asker, request},
+        grpc::{CheckClient, request},
         http, load, machine,
-        server::{IssuedKey, Server, Site, UNHURRIED, made_up_key},
+        server::{IssuedKey, Server, TestConfig, UNHURRIED, made_up_key},
     },
 };
 
@@ -35,15 +35,15 @@ const PATIENCE: Duration = Duration::from_secs(30);
 
 #[tokio::test(flavor = "multi_thread")]
 async fn over_a_unix_socket_envoy_is_answered() {
-    let _turn = among_others().await;
-    let mut site = Site::new();
-    let socket = site.path().join("trustgate.sock");
-    site.set("grpc.listen", format!("127.0.0.1:0, unix://{}", socket.display()));
-    site.set("grpc.socket_mode", "0600");
-    site.migrate().await;
-    site.trust("acme").await;
-    let key = site.issue("acme", &[]).await;
-    let server = site.serve().await;
+    let _turn = shared().await;
+    let mut test_config = TestConfig::new();
+    let socket = test_config.path().join("trustgate.sock");
+    test_config.set("grpc.listen", format!("127.0.0.1:0, unix://{}", socket.display()));
+    test_config.set("grpc.socket_mode", "0600");
+    test_config.migrate().await;
+    test_config.trust("acme").await;
+    let key = test_config.issue("acme", &[]).await;
+    let server = test_config.serve().await;
     assert_eq!(std::fs::metadata(&socket).unwrap().permissions().mode() & 0o777, 0o600);
     let envoy = Plan::new(http::application().await, &[server.grpc()])
         .replace(
@@ -60,7 +60,7 @@ async fn over_a_unix_socket_envoy_is_answered() {
     drop(envoy);
 
     // The path is taken while the server lives, and free again however it ended.
-    let ran = site.run(&["serve"]).await;
+    let ran = test_config.run(&["serve"]).await;
     assert_eq!(ran.code, 1, "{ran:?}");
     for text in ["in use", "grpc.listen", "unix:///"] {
         assert!(ran.err.contains(text), "no {text:?} in {ran:?}");
@@ -68,38 +68,38 @@ async fn over_a_unix_socket_envoy_is_answered() {
     server.signal("KILL");
     eventually("it is gone", PATIENCE, || async { !server.is_running() }).await;
     assert!(socket.exists());
-    let next = site.serve().await;
+    let next = test_config.serve().await;
     next.signal("INT");
     let (code, log) = next.ended(PATIENCE).await;
     assert_eq!((code, socket.exists()), (0, false), "{log}");
     std::fs::write(&socket, "precious").unwrap();
-    let ran = site.run(&["serve"]).await;
+    let ran = test_config.run(&["serve"]).await;
     assert!(ran.code == 1 && ran.err.contains("no socket"), "{ran:?}");
     assert_eq!(std::fs::read_to_string(&socket).unwrap(), "precious");
 }
 
 /// A site behind TLS, with a good key.
-async fn encrypted(certificates: &Path, with_clients: bool) -> (Site, IssuedKey) {
+async fn encrypted(certificates: &Path, with_clients: bool) -> (TestConfig, IssuedKey) {
     let file = |name: &str| certificates.join(name).display().to_string();
-    let mut site = Site::new().with("grpc.tls_certificate_file", file("server.pem"));
-    site.set("grpc.tls_key_file", file("server.key"));
+    let mut test_config = TestConfig::new().with("grpc.tls_certificate_file", file("server.pem"));
+    test_config.set("grpc.tls_key_file", file("server.key"));
     if with_clients {
-        site.set("grpc.tls_client_ca_file", file("ca.pem"));
+        test_config.set("grpc.tls_client_ca_file", file("ca.pem"));
     }
-    site.migrate().await;
-    site.trust("acme").await;
-    let key = site.issue("acme", &[]).await;
-    (site, key)
+    test_config.migrate().await;
+    test_config.trust("acme").await;
+    let key = test_config.issue("acme", &[]).await;
+    (test_config, key)
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn over_tls_envoy_is_answered_and_others_are_not() {
-    let _turn = among_others().await;
+    let _turn = shared().await;
     let certificates = certificates();
     let file = |name: &str| certificates.path().join(name).display().to_string();
     for with_clients in [false, true] {
-        let (site, key) = encrypted(certificates.path(), with_clients).await;
-        let server = site.serve().await;
+        let (test_config, key) = encrypted(certificates.path(), with_clients).await;
+        let server = test_config.serve().await;
         let own = format!(
             ", tls_certificates: [{{certificate_chain: {{filename: {}}}, private_key: {{filename: {}}}}}]",
             file("client.pem"),
@@ -144,12 +144,12 @@ async fn over_tls_envoy_is_answered_and_others_are_not() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn sigterm_ends_a_server_whatever_is_open_inside_tls() {
-    let _turn = alone().await;
+    let _turn = exclusive().await;
     let certificates = certificates();
-    let (mut site, key) = encrypted(certificates.path(), false).await;
-    site.set("limits.drain_delay", "1s");
-    site.set("limits.drain_grace", "2s");
-    let server = site.serve().await;
+    let (mut test_config, key) = encrypted(certificates.path(), false).await;
+    test_config.set("limits.drain_delay", "1s");
+    test_config.set("limits.drain_grace", "2s");
+    let server = test_config.serve().await;
     let (mut raw, mut connections, mut unfinished, mut unread) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     for _ in 0..100 {
         // Nothing, half a handshake, idle HTTP/2, half a message, an answer that is not read.
@@ -182,26 +182,26 @@ async fn sigterm_ends_a_server_whatever_is_open_inside_tls() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn what_is_wrong_with_tls_is_said_with_its_file() {
-    let _turn = among_others().await;
+    let _turn = shared().await;
     let certificates = certificates();
-    let (mut site, _) = encrypted(certificates.path(), false).await;
-    site.set("grpc.tls_key_file", certificates.path().join("client.key").display().to_string());
-    let ran = site.run(&["serve"]).await;
+    let (mut test_config, _) = encrypted(certificates.path(), false).await;
+    test_config.set("grpc.tls_key_file", certificates.path().join("client.key").display().to_string());
+    let ran = test_config.run(&["serve"]).await;
     assert!(ran.code == 1 && ran.err.contains("grpc.tls_key_file") && ran.err.contains("client.key"), "{ran:?}");
-    site.set("grpc.tls_certificate_file", certificates.path().join("nothing.pem").display().to_string());
-    let ran = site.run(&["serve"]).await;
+    test_config.set("grpc.tls_certificate_file", certificates.path().join("nothing.pem").display().to_string());
+    let ran = test_config.run(&["serve"]).await;
     assert!(ran.code == 1 && ran.err.contains("grpc.tls_certificate_file") && ran.err.contains("nothing"), "{ran:?}");
-    let ran = site.run(&["config", "check"]).await;
+    let ran = test_config.run(&["config", "check"]).await;
     assert!(ran.code != 0 && ran.out.contains("grpc.tls_certificate_file: cannot read"), "{ran:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_workers_of_an_envoy_are_spread_over_the_cores() {
-    let _turn = alone().await;
-    let stage = Stage::new(&[]).await;
-    let shots = stage.keys(1).await;
+    let _turn = exclusive().await;
+    let fixture = Fixture::new(&[]).await;
+    let cases = fixture.keys(1).await;
     for workers in [1, 2, 8] {
-        let server = stage.site.serve().await;
+        let server = fixture.test_config.serve().await;
         let cores = server.waits_of_cores().len();
         assert_eq!(cores, std::thread::available_parallelism().unwrap().get());
         let envoy = Plan::new(http::application().await, &[server.grpc()]).workers(workers).start().await;
@@ -211,7 +211,7 @@ async fn the_workers_of_an_envoy_are_spread_over_the_cores() {
         eventually(&format!("{workers} workers keep {at_work} cores at work"), PATIENCE, || async {
             let before = server.waits_of_cores();
             for _ in 0..20 {
-                let hits = load::fire(envoy.address(), 500, Duration::from_millis(20), |_| shots[0].clone()).await;
+                let hits = load::fire(envoy.address(), 500, Duration::from_millis(20), |_| cases[0].clone()).await;
                 load::all_right(hits.iter());
             }
             let busy = |(name, waits): &(String, u64)| waits - before[name] > 50;
@@ -230,11 +230,11 @@ const SLOW: Duration = Duration::from_secs(3);
 
 #[tokio::test(flavor = "multi_thread")]
 async fn slow_peers_are_disconnected_and_unfinished_messages_time_out() {
-    let _turn = alone().await;
+    let _turn = exclusive().await;
     let certificates = certificates();
-    let (site, key) = encrypted(certificates.path(), false).await;
-    let behind_tls = site.serve().await;
-    let plain = Site::new().serve().await;
+    let (test_config, key) = encrypted(certificates.path(), false).await;
+    let behind_tls = test_config.serve().await;
+    let plain = TestConfig::new().serve().await;
     let begun = Instant::now();
     // Nothing at all; a part of the preface; a handshake without anything after it.
     let mut silent = TcpStream::connect(plain.grpc()).await.unwrap();
@@ -265,10 +265,10 @@ const HEALTH: &str = "/grpc.health.v1.Health/Check";
 
 #[tokio::test(flavor = "multi_thread")]
 async fn headers_that_envoy_passes_on_are_no_reason_for_anything_but_an_answer() {
-    let _turn = among_others().await;
-    let site = Site::new();
-    site.migrate().await;
-    let server = site.serve().await;
+    let _turn = shared().await;
+    let test_config = TestConfig::new();
+    test_config.migrate().await;
+    let server = test_config.serve().await;
     let mut connection = connect(TcpStream::connect(server.grpc()).await.unwrap()).await;
     let mut head = head();
     let traced = "a=1,".repeat(60 << 8).parse().unwrap();
@@ -280,14 +280,14 @@ async fn headers_that_envoy_passes_on_are_no_reason_for_anything_but_an_answer()
 
 #[tokio::test(flavor = "multi_thread")]
 async fn messages_that_wait_have_a_bound_however_they_came() {
-    let _turn = among_others().await;
+    let _turn = shared().await;
     let bounds = [("limits.message_size", "64KiB"), ("limits.messages_in_flight_size", "128KiB")];
-    let stage = Stage::new(&[UNHURRIED.as_slice(), &bounds].concat()).await;
-    let key = stage.site.issue("acme", &[]).await;
-    let server = stage.site.serve().await;
+    let fixture = Fixture::new(&[UNHURRIED.as_slice(), &bounds].concat()).await;
+    let key = fixture.test_config.issue("acme", &[]).await;
+    let server = fixture.test_config.serve().await;
     let mut connection = connect(TcpStream::connect(server.grpc()).await.unwrap()).await;
     assert_eq!(answer(call(&connection, &key.key)).await.unwrap().status, 200);
-    let _frozen = stage.postgres.freeze();
+    let _frozen = fixture.postgres.freeze();
     let padding = "x".repeat(50 << 10);
     let mut begun = Vec::new();
     for _ in 0..3 {
@@ -309,10 +309,10 @@ async fn messages_that_wait_have_a_bound_however_they_came() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_reader_that_opens_no_window_holds_up_nobody_else() {
-    let _turn = among_others().await;
+    let _turn = shared().await;
     let certificates = certificates();
-    let (site, key) = encrypted(certificates.path(), false).await;
-    let server = site.serve().await;
+    let (test_config, key) = encrypted(certificates.path(), false).await;
+    let server = test_config.serve().await;
     let stream = tls(server.grpc(), certificates.path(), None).await.unwrap();
     let mut builder = h2::client::Builder::new();
     let (sender, connection) = builder.initial_window_size(0).handshake::<_, Bytes>(stream).await.unwrap();
@@ -328,11 +328,11 @@ async fn a_reader_that_opens_no_window_holds_up_nobody_else() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn on_one_connection_there_are_no_more_streams_than_allowed() {
-    let _turn = among_others().await;
-    let stage = Stage::new(&[UNHURRIED.as_slice(), &[("limits.streams_per_connection", "8")]].concat()).await;
-    let key = stage.site.issue("acme", &[]).await;
-    let server = stage.site.serve().await;
-    let frozen = stage.postgres.freeze();
+    let _turn = shared().await;
+    let fixture = Fixture::new(&[UNHURRIED.as_slice(), &[("limits.streams_per_connection", "8")]].concat()).await;
+    let key = fixture.test_config.issue("acme", &[]).await;
+    let server = fixture.test_config.serve().await;
+    let frozen = fixture.postgres.freeze();
     let connection = connect(TcpStream::connect(server.grpc()).await.unwrap()).await;
     // Once the client knows the server's settings it sends no more than they allow: what is over it waits there.
     assert_eq!(answer(call(&connection, "too-short")).await.unwrap().status, 401);
@@ -347,11 +347,11 @@ async fn on_one_connection_there_are_no_more_streams_than_allowed() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn five_thousand_resets_at_once_cost_nobody_a_connection() {
-    let _turn = alone().await;
-    let stage = Stage::new(&[UNHURRIED.as_slice(), &[("limits.streams_per_connection", "1024")]].concat()).await;
-    let key = stage.site.issue("acme", &[]).await;
-    let server = stage.site.serve().await;
-    let frozen = stage.postgres.freeze();
+    let _turn = exclusive().await;
+    let fixture = Fixture::new(&[UNHURRIED.as_slice(), &[("limits.streams_per_connection", "1024")]].concat()).await;
+    let key = fixture.test_config.issue("acme", &[]).await;
+    let server = fixture.test_config.serve().await;
+    let frozen = fixture.postgres.freeze();
     let mut connections = Vec::new();
     for _ in 0..5 {
         connections.push(connect(TcpStream::connect(server.grpc()).await.unwrap()).await);
@@ -381,21 +381,21 @@ async fn five_thousand_resets_at_once_cost_nobody_a_connection() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn out_of_descriptors_it_waits_and_serves_on() {
-    let _turn = among_others().await;
-    let site = Site::new();
-    site.migrate().await;
-    site.trust("acme").await;
-    let key = site.issue("acme", &[]).await;
-    let server = site.serve().await;
-    let asker = Asker::connect(server.grpc()).await;
-    assert_eq!(asker.check(&key.key).await.status, 200);
+    let _turn = shared().await;
+    let test_config = TestConfig::new();
+    test_config.migrate().await;
+    test_config.trust("acme").await;
+    let key = test_config.issue("acme", &[]).await;
+    let server = test_config.serve().await;
+    let client = CheckClient::connect(server.grpc()).await;
+    assert_eq!(client.check(&key.key).await.status, 200);
     server.limit_descriptors(64);
     let mut crowd = Vec::new();
     for _ in 0..100 {
         crowd.push(TcpStream::connect(server.grpc()).await.unwrap());
     }
     server.until_logged("a connection could not be accepted").await;
-    assert_eq!(asker.check(&key.key).await.status, 200, "who is connected is served");
+    assert_eq!(client.check(&key.key).await.status, 200, "who is connected is served");
     drop(crowd);
     eventually("others are served again", PATIENCE, || async {
         let connection = connect(TcpStream::connect(server.grpc()).await.unwrap()).await;
@@ -407,10 +407,10 @@ async fn out_of_descriptors_it_waits_and_serves_on() {
 /// To close the connection would be a grant to an Envoy in `http_service` mode that forwards a gRPC content type.
 #[tokio::test(flavor = "multi_thread")]
 async fn http1_inside_tls_gets_an_http_error() {
-    let _turn = among_others().await;
+    let _turn = shared().await;
     let certificates = certificates();
-    let (site, _) = encrypted(certificates.path(), false).await;
-    let server = site.serve().await;
+    let (test_config, _) = encrypted(certificates.path(), false).await;
+    let server = test_config.serve().await;
     let mut peer = tls_for(b"http/1.1", server.grpc(), certificates.path(), None).await.unwrap();
     peer.write_all(b"PROPFIND /admin HTTP/1.1\r\nhost: a\r\ncontent-type: application/grpc\r\n\r\n").await.unwrap();
     let mut answer = vec![0; 12];
@@ -422,8 +422,8 @@ async fn http1_inside_tls_gets_an_http_error() {
 /// Per-message gRPC compression, which Envoy's `google_grpc` client can be configured to use.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_compressed_message_is_a_fault_whose_log_line_names_the_encoding() {
-    let _turn = among_others().await;
-    let server = Site::new().serve().await;
+    let _turn = shared().await;
+    let server = TestConfig::new().serve().await;
     let connection = connect(TcpStream::connect(server.grpc()).await.unwrap()).await;
     let mut head = head();
     head.headers_mut().insert("grpc-encoding", "gzip".parse().unwrap());
@@ -447,12 +447,12 @@ fn lines(server: &Server, reason: &str) -> usize {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn refused_peers_are_counted_by_reason_and_logged_once_a_minute() {
-    let _turn = among_others().await;
+    let _turn = shared().await;
     let certificates = certificates();
-    let (site, _) = encrypted(certificates.path(), true).await;
-    let socket = site.path().join("trustgate.sock");
-    let behind_tls = site.serve().await;
-    let plain = Site::new().with("grpc.listen", format!("127.0.0.1:0, unix://{}", socket.display())).serve().await;
+    let (test_config, _) = encrypted(certificates.path(), true).await;
+    let socket = test_config.path().join("trustgate.sock");
+    let behind_tls = test_config.serve().await;
+    let plain = TestConfig::new().with("grpc.listen", format!("127.0.0.1:0, unix://{}", socket.display())).serve().await;
 
     for server in [&plain, &behind_tls] {
         for _ in 0..3 {
@@ -492,11 +492,11 @@ async fn refused_peers_are_counted_by_reason_and_logged_once_a_minute() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn port_scans_cause_no_log_lines() {
-    let _turn = among_others().await;
-    let server = Site::new().serve().await;
+    let _turn = shared().await;
+    let server = TestConfig::new().serve().await;
     let certificates = certificates();
-    let (site, _) = encrypted(certificates.path(), false).await;
-    let behind_tls = site.serve().await;
+    let (test_config, _) = encrypted(certificates.path(), false).await;
+    let behind_tls = test_config.serve().await;
     for _ in 0..60 {
         drop(TcpStream::connect(server.grpc()).await.unwrap());
         drop(TcpStream::connect(behind_tls.grpc()).await.unwrap());

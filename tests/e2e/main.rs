@@ -31,7 +31,7 @@ mod revocation;
 mod route_demands;
 mod sampler;
 mod sqlite_files;
-mod stage;
+mod fixture;
 mod stale_window;
 mod table;
 mod upgrade;

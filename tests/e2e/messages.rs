@@ -22,26 +22,26 @@ use trustgate::ext_authz::{framing::CHECK_PATH, response::Reply};
 use crate::table::{
     answer,
     request::{Encoding, Request},
-    stage::Stage,
+    fixture::Fixture,
 };
 
 /// `limits.message_size` by default.
 const MESSAGE_BYTES_MAX: usize = 256 << 10;
 
-async fn stage() -> Stage {
-    Stage::of(|server| server == "default").await
+async fn fixture() -> Fixture {
+    Fixture::of(|server| server == "default").await
 }
 
-fn good(stage: &Stage) -> Request {
-    Request::default().with_header("x-note", "before").with_header("x-api-key", &stage.key("scoped").secret)
+fn good(fixture: &Fixture) -> Request {
+    Request::default().with_header("x-note", "before").with_header("x-api-key", &fixture.key("scoped").secret)
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn every_truncation_of_a_good_message_is_denied() {
-    let stage = stage().await;
-    let checker = stage.checker("default");
+    let fixture = fixture().await;
+    let checker = fixture.checker("default");
     for encoding in Encoding::BOTH {
-        let message = good(&stage).message(encoding);
+        let message = good(&fixture).message(encoding);
         for length in 0..message.len() {
             let got = answer::read(checker.check(&message[..length]).await);
             let reason = got["metadata"]["reason"].as_str();
@@ -53,14 +53,14 @@ async fn every_truncation_of_a_good_message_is_denied() {
         }
         assert_eq!(answer::read(checker.check(&message).await)["kind"], "ok");
     }
-    stage.stop().await;
+    fixture.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn whatever_the_bytes_are_the_answer_is_a_response() {
-    let stage = stage().await;
-    let (checker, handle) = (stage.checker("default"), Handle::current());
-    let message = good(&stage).message(Encoding::Raw);
+    let fixture = fixture().await;
+    let (checker, handle) = (fixture.checker("default"), Handle::current());
+    let message = good(&fixture).message(Encoding::Raw);
     let damage = vec((any::<prop::sample::Index>(), any::<u8>()), 0..4);
     tokio::task::block_in_place(|| {
         let strategy = (vec(any::<u8>(), 0..400), damage);
@@ -79,14 +79,14 @@ async fn whatever_the_bytes_are_the_answer_is_a_response() {
         })
     })
     .unwrap();
-    stage.stop().await;
+    fixture.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_whole_message_gets_a_response_and_anything_less_is_a_bad_request() {
-    let stage = stage().await;
-    let mut client = Client::connect(&stage).await;
-    let message = good(&stage).message(Encoding::Raw);
+    let fixture = fixture().await;
+    let mut client = Client::connect(&fixture).await;
+    let message = good(&fixture).message(Encoding::Raw);
     let framed = frame(0, message.len(), &message);
     let longer = message.len() + 1;
     for (name, body, want) in [
@@ -113,32 +113,32 @@ async fn a_whole_message_gets_a_response_and_anything_less_is_a_bad_request() {
     assert_eq!(client.outcome(Body::new(StreamBody::new(stream::iter(bytes)))).await, "ok", "byte by byte");
     let trailers = [Ok::<_, Infallible>(Frame::data(framed.into())), Ok(Frame::trailers(HeaderMap::new()))];
     assert_eq!(client.outcome(Body::new(StreamBody::new(stream::iter(trailers)))).await, "ok", "with trailers");
-    stage.stop().await;
+    fixture.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_bound_on_messages_is_exact_and_a_larger_one_is_a_denial() {
-    let stage = stage().await;
-    let mut client = Client::connect(&stage).await;
+    let fixture = fixture().await;
+    let mut client = Client::connect(&fixture).await;
     for encoding in Encoding::BOTH {
-        let at_bound = padded(&stage, encoding, MESSAGE_BYTES_MAX);
+        let at_bound = padded(&fixture, encoding, MESSAGE_BYTES_MAX);
         assert_eq!(client.outcome(framed(&at_bound)).await, "ok", "{encoding:?}");
         for size in [MESSAGE_BYTES_MAX + 1, 1 << 20, 4 << 20, (4 << 20) + 1, 5 << 20, 20 << 20] {
-            let outcome = client.outcome(framed(&padded(&stage, encoding, size))).await;
+            let outcome = client.outcome(framed(&padded(&fixture, encoding, size))).await;
             assert_eq!(outcome, "too_large", "{size} bytes ({encoding:?})");
         }
         // The connection is in order afterwards.
         assert_eq!(client.outcome(framed(&at_bound)).await, "ok", "{encoding:?}");
     }
-    stage.stop().await;
+    fixture.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn bytes_that_are_not_utf8_in_the_map_are_no_error() {
     // Envoy puts `!` there; what other proxies do, nobody promised. A generated decoder refuses the whole message.
-    let stage = stage().await;
-    let mut client = Client::connect(&stage).await;
-    let secret = &stage.key("scoped").secret;
+    let fixture = fixture().await;
+    let mut client = Client::connect(&fixture).await;
+    let secret = &fixture.key("scoped").secret;
     let damaged = format!("{}{MARK}", &secret[..secret.len() - MARK.len()]);
     for (name, note, key, want) in [
         ("beside the key", MARK, secret.as_str(), "ok"),
@@ -152,15 +152,15 @@ async fn bytes_that_are_not_utf8_in_the_map_are_no_error() {
         }
         assert_eq!(client.outcome(framed(&message)).await, want, "{name}");
     }
-    stage.stop().await;
+    fixture.stop().await;
 }
 
 /// Stands where bytes that are not UTF-8 come to stand.
 const MARK: &str = "~~~~~~";
 
 /// A good message of exactly `size` bytes.
-fn padded(stage: &Stage, encoding: Encoding, size: usize) -> Vec<u8> {
-    let with = |pad: usize| good(stage).with_header("x-pad", &"p".repeat(pad)).message(encoding);
+fn padded(fixture: &Fixture, encoding: Encoding, size: usize) -> Vec<u8> {
+    let with = |pad: usize| good(fixture).with_header("x-pad", &"p".repeat(pad)).message(encoding);
     // What is around the padding takes as much for this much less of it: lengths are as long.
     let around = with(size - 1_000).len() - (size - 1_000);
     let message = with(size - around);
@@ -180,8 +180,8 @@ fn framed(message: &[u8]) -> Body {
 struct Client(Channel);
 
 impl Client {
-    async fn connect(stage: &Stage) -> Self {
-        let url = format!("http://{}", stage.address("default"));
+    async fn connect(fixture: &Fixture) -> Self {
+        let url = format!("http://{}", fixture.address("default"));
         Self(Channel::from_shared(url).unwrap().connect().await.unwrap())
     }
 

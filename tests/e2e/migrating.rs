@@ -6,18 +6,18 @@ use std::time::Duration;
 use uuid::Uuid;
 
 use crate::support::{
-    among_others, eventually,
-    grpc::{Asker, Verdict},
+    shared, eventually,
+    grpc::{CheckClient, Verdict},
     postgres::Postgres,
     redis::Redis,
-    server::{Server, Site, digest, made_up_key},
+    server::{Server, TestConfig, digest, made_up_key},
 };
 
 /// PostgreSQL with such a table, as an application made it.
 struct Before {
     postgres: Postgres,
     database: String,
-    site: Site,
+    test_config: TestConfig,
 }
 
 impl Before {
@@ -27,8 +27,8 @@ impl Before {
         postgres
             .execute(&database, "CREATE TABLE trust (id uuid PRIMARY KEY, api_key_hash char(64) NULL UNIQUE)")
             .await;
-        let site = Site::new().unhurried().with("store.url", postgres.url("admin", &database));
-        Self { postgres, database, site }
+        let test_config = TestConfig::new().unhurried().with("store.url", postgres.url("admin", &database));
+        Self { postgres, database, test_config }
     }
 
     async fn execute(&self, sql: &str) {
@@ -42,20 +42,20 @@ impl Before {
         (id, key)
     }
 
-    async fn served(mut self, settings: &[(&str, &str)]) -> (Self, Server, Asker) {
+    async fn served(mut self, settings: &[(&str, &str)]) -> (Self, Server, CheckClient) {
         for (setting, value) in settings {
-            self.site.set(setting, *value);
+            self.test_config.set(setting, *value);
         }
-        let server = self.site.serve().await;
-        let asker = Asker::connect(server.grpc()).await;
-        (self, server, asker)
+        let server = self.test_config.serve().await;
+        let client = CheckClient::connect(server.grpc()).await;
+        (self, server, client)
     }
 
-    async fn attached(mut self) -> (Self, Server, Asker) {
-        self.site.set("store.table", "public.trust");
-        self.site.set("store.attached", "true");
-        self.site.migrate().await;
-        self.site.json(&["attach"]).await;
+    async fn attached(mut self) -> (Self, Server, CheckClient) {
+        self.test_config.set("store.table", "public.trust");
+        self.test_config.set("store.attached", "true");
+        self.test_config.migrate().await;
+        self.test_config.json(&["attach"]).await;
         self.served(&[]).await
     }
 }
@@ -74,23 +74,23 @@ fn is_unknown(verdict: &Verdict) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_hit_is_compared_with_the_live_row_before_it_is_granted() {
-    let _turn = among_others().await;
-    let (before, server, asker) = Before::new().await.served(LIVE).await;
+    let _turn = shared().await;
+    let (before, server, client) = Before::new().await.served(LIVE).await;
     let (id, key) = before.trust().await;
     for _ in 0..3 {
-        is_of(&asker.check(&key).await, &id);
+        is_of(&client.check(&key).await, &id);
     }
     assert!(server.metric("trustgate_store_reads_total{outcome=\"ok\"}").await >= 3.0, "each request reads its row");
     before.execute(&format!("UPDATE trust SET api_key_hash = '{}'", digest("another-key-altogether"))).await;
-    is_unknown(&asker.check(&key).await);
-    is_of(&asker.check("another-key-altogether").await, &id);
+    is_unknown(&client.check(&key).await);
+    is_of(&client.check("another-key-altogether").await, &id);
     before.execute("UPDATE trust SET api_key_hash = NULL").await;
-    is_unknown(&asker.check("another-key-altogether").await);
+    is_unknown(&client.check("another-key-altogether").await);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_key_that_moved_to_another_row_is_looked_for_and_not_refused() {
-    let _turn = among_others().await;
+    let _turn = shared().await;
     let move_it = |from: &str, to: &str, key: &str| {
         format!(
             "BEGIN; UPDATE trust SET api_key_hash = NULL WHERE id = '{from}';
@@ -98,90 +98,90 @@ async fn a_key_that_moved_to_another_row_is_looked_for_and_not_refused() {
             digest(key)
         )
     };
-    let (before, _server, asker) = Before::new().await.served(LIVE).await;
+    let (before, _server, client) = Before::new().await.served(LIVE).await;
     let ((one, key), (other, _)) = (before.trust().await, before.trust().await);
-    is_of(&asker.check(&key).await, &one);
+    is_of(&client.check(&key).await, &one);
     before.execute(&move_it(&one, &other, &key)).await;
-    is_of(&asker.check(&key).await, &other);
+    is_of(&client.check(&key).await, &other);
 
-    let (before, _server, asker) = Before::new().await.attached().await;
+    let (before, _server, client) = Before::new().await.attached().await;
     let ((one, key), (other, _)) = (before.trust().await, before.trust().await);
-    is_of(&asker.check(&key).await, &one);
+    is_of(&client.check(&key).await, &one);
     before.execute(&move_it(&one, &other, &key)).await;
     // Whoever clears the caches is told when every replica has applied all that was committed before.
-    before.site.json(&["cache", "clear"]).await;
-    is_of(&asker.check(&key).await, &other);
+    before.test_config.json(&["cache", "clear"]).await;
+    is_of(&client.check(&key).await, &other);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_trust_that_is_being_made_has_no_key_until_it_is_written() {
-    let _turn = among_others().await;
+    let _turn = shared().await;
     for attached in [false, true] {
         let before = Before::new().await;
-        let (before, _server, asker) = if attached { before.attached().await } else { before.served(LIVE).await };
+        let (before, _server, client) = if attached { before.attached().await } else { before.served(LIVE).await };
         let (id, key) = (Uuid::new_v4(), made_up_key());
         before.execute(&format!("INSERT INTO trust (id) VALUES ('{id}')")).await;
-        is_unknown(&asker.check(&key).await);
+        is_unknown(&client.check(&key).await);
         before.execute(&format!("UPDATE trust SET api_key_hash = '{}' WHERE id = '{id}'", digest(&key))).await;
         if attached {
-            before.site.json(&["cache", "clear"]).await;
+            before.test_config.json(&["cache", "clear"]).await;
         }
-        is_of(&asker.check(&key).await, &id.to_string());
+        is_of(&client.check(&key).await, &id.to_string());
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn what_is_held_of_an_attached_table_needs_no_read_until_it_changes() {
-    let _turn = among_others().await;
-    let (before, server, asker) = Before::new().await.attached().await;
+    let _turn = shared().await;
+    let (before, server, client) = Before::new().await.attached().await;
     let ((id, key), (other, theirs)) = (before.trust().await, before.trust().await);
     // What is read from then on is of a version that has been confirmed, so it is held at once.
-    before.site.json(&["cache", "clear"]).await;
-    is_of(&asker.check(&key).await, &id);
-    is_of(&asker.check(&theirs).await, &other);
+    before.test_config.json(&["cache", "clear"]).await;
+    is_of(&client.check(&key).await, &id);
+    is_of(&client.check(&theirs).await, &other);
     let reads = || server.metric("trustgate_store_reads_total{outcome=\"ok\"}");
     let read = reads().await;
     for _ in 0..100 {
-        is_of(&asker.check(&key).await, &id);
+        is_of(&client.check(&key).await, &id);
     }
     assert!(reads().await <= read, "nothing is read");
     before.execute(&format!("DELETE FROM trust WHERE id = '{id}'")).await;
-    let effect = before.site.json(&["cache", "clear"]).await;
+    let effect = before.test_config.json(&["cache", "clear"]).await;
     assert_eq!((&effect["replicas"], &effect["applied"]), (&1.into(), &1.into()), "{effect}");
-    is_unknown(&asker.check(&key).await);
-    is_of(&asker.check(&theirs).await, &other);
+    is_unknown(&client.check(&key).await);
+    is_of(&client.check(&theirs).await, &other);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn moved_into_our_own_tables_every_key_keeps_its_trust() {
-    let _turn = among_others().await;
+    let _turn = shared().await;
     let (redis, mut before) = (Redis::start().await, Before::new().await);
-    before.site.set("redis.url", redis.url());
-    let (mut before, server, asker) = before.attached().await;
+    before.test_config.set("redis.url", redis.url());
+    let (mut before, server, client) = before.attached().await;
     let (id, key) = before.trust().await;
     before.execute(&format!("INSERT INTO trust (id) VALUES ('{}')", Uuid::new_v4())).await;
-    before.site.json(&["cache", "clear"]).await;
-    is_of(&asker.check(&key).await, &id);
+    before.test_config.json(&["cache", "clear"]).await;
+    is_of(&client.check(&key).await, &id);
     eventually("it is shared", Duration::from_secs(30), || async { keys_in(&redis).await == 1 }).await;
     drop(server);
     before.execute(&moving()).await;
-    let attached = before.site;
+    let attached = before.test_config;
     let url = before.postgres.url("admin", &before.database);
-    before.site = Site::new().unhurried().with("store.url", url).with("redis.url", redis.url());
-    let (before, _server, asker) = before.served(&[]).await;
-    is_of(&asker.check(&key).await, &id);
+    before.test_config = TestConfig::new().unhurried().with("store.url", url).with("redis.url", redis.url());
+    let (before, _server, client) = before.served(&[]).await;
+    is_of(&client.check(&key).await, &id);
     eventually("it is shared apart", Duration::from_secs(30), || async {
-        is_of(&asker.check(&key).await, &id);
+        is_of(&client.check(&key).await, &id);
         keys_in(&redis).await == 2
     })
     .await;
-    let keys = before.site.json(&["key", "list"]).await;
+    let keys = before.test_config.json(&["key", "list"]).await;
     assert_eq!((keys.as_array().unwrap().len(), &keys[0]["trust_id"]), (1, &id.as_str().into()), "{keys}");
     // Of a row of the other table this would say nothing.
-    before.site.json(&["key", "revoke", keys[0]["id"].as_str().unwrap()]).await;
-    assert_eq!(asker.check(&key).await.reason.as_deref(), Some("revoked"));
+    before.test_config.json(&["key", "revoke", keys[0]["id"].as_str().unwrap()]).await;
+    assert_eq!(client.check(&key).await.reason.as_deref(), Some("revoked"));
     attached.json(&["detach"]).await;
-    assert_eq!(asker.check(&key).await.reason.as_deref(), Some("revoked"));
+    assert_eq!(client.check(&key).await.reason.as_deref(), Some("revoked"));
 }
 
 /// How many records Redis holds.

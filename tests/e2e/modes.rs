@@ -9,11 +9,11 @@ use tokio::time::{Instant, sleep_until};
 use uuid::Uuid;
 
 use crate::support::{
-    among_others, eventually,
-    grpc::Asker,
+    shared, eventually,
+    grpc::CheckClient,
     postgres::Postgres,
     process::Frozen,
-    server::{Server, Site, digest, made_up_key},
+    server::{Server, TestConfig, digest, made_up_key},
 };
 
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -84,28 +84,28 @@ enum Database {
 struct Fixture {
     tables: Tables,
     database: Database,
-    site: Site,
+    test_config: TestConfig,
 }
 
 const THEIR_TABLE: &str = "CREATE TABLE trust (id {uuid} PRIMARY KEY, api_key_hash char(64) NULL UNIQUE)";
 
 impl Fixture {
     async fn new(tables: Tables, database: Database) -> Self {
-        let mut site = Site::new().with_default_deadlines()
+        let mut test_config = TestConfig::new().with_default_deadlines()
             .with("freshness.ttl", "2s")
             .with("freshness.stale_if_unconfirmed", "60s")
             .with("store.read_timeout", "100ms");
         if let Database::Postgres(postgres, name) = &database {
-            site.set("store.url", postgres.url("admin", name));
+            test_config.set("store.url", postgres.url("admin", name));
         } else if tables != Tables::Own {
-            site.set("store.url", format!("sqlite://{}", site.path().join("theirs.db").display()));
+            test_config.set("store.url", format!("sqlite://{}", test_config.path().join("theirs.db").display()));
         }
-        let fixture = Self { tables, database, site };
+        let fixture = Self { tables, database, test_config };
         if tables != Tables::Own {
             let kind = if matches!(fixture.database, Database::Sqlite) { "text" } else { "uuid" };
             fixture.execute(&THEIR_TABLE.replace("{uuid}", kind)).await;
             if matches!(fixture.database, Database::Sqlite) {
-                let file = fixture.site.path().join("theirs.db");
+                let file = fixture.test_config.path().join("theirs.db");
                 fs::set_permissions(file, fs::Permissions::from_mode(0o600)).unwrap();
             }
         }
@@ -116,17 +116,17 @@ impl Fixture {
     async fn described(mut self) -> Self {
         match self.tables {
             Tables::Own => {
-                self.site.migrate().await;
-                self.site.trust("acme").await;
+                self.test_config.migrate().await;
+                self.test_config.trust("acme").await;
             }
             Tables::Attached => {
-                self.site.set("store.table", "public.trust");
-                self.site.set("store.attached", "true");
-                self.site.migrate().await;
-                self.site.json(&["attach"]).await;
+                self.test_config.set("store.table", "public.trust");
+                self.test_config.set("store.attached", "true");
+                self.test_config.migrate().await;
+                self.test_config.json(&["attach"]).await;
             }
-            Tables::Unattached => self.site.set("store.table", "public.trust"),
-            Tables::Preset => self.site.set("store.preset", "trust-table"),
+            Tables::Unattached => self.test_config.set("store.table", "public.trust"),
+            Tables::Preset => self.test_config.set("store.preset", "trust-table"),
         }
         self
     }
@@ -136,7 +136,7 @@ impl Fixture {
             Database::Postgres(postgres, name) => postgres.execute(name, sql).await,
             Database::Sqlite => {
                 let file = if self.tables == Tables::Own { "trustgate.db" } else { "theirs.db" };
-                let options = SqliteConnectOptions::new().filename(self.site.path().join(file)).create_if_missing(true);
+                let options = SqliteConnectOptions::new().filename(self.test_config.path().join(file)).create_if_missing(true);
                 let mut connection = options.connect().await.unwrap();
                 sqlx::raw_sql(AssertSqlSafe(sql)).execute(&mut connection).await.unwrap();
                 connection.close().await.unwrap();
@@ -147,7 +147,7 @@ impl Fixture {
     /// A good key; returns it with the statement that revokes it.
     async fn key(&self) -> (String, String) {
         if self.tables == Tables::Own {
-            let issued = self.site.issue("acme", &[]).await;
+            let issued = self.test_config.issue("acme", &[]).await;
             let (table, now) = match self.database {
                 Database::Postgres(..) => ("trustgate.api_key", "now()"),
                 Database::Sqlite => ("api_key", "1"),
@@ -164,15 +164,15 @@ impl Fixture {
         match &self.database {
             Database::Postgres(postgres, _) => Outage::Frozen(postgres.freeze()),
             Database::Sqlite => {
-                let away = self.site.path().join("away");
+                let away = self.test_config.path().join("away");
                 fs::create_dir(&away).unwrap();
-                for entry in fs::read_dir(self.site.path()).unwrap() {
+                for entry in fs::read_dir(self.test_config.path()).unwrap() {
                     let entry = entry.unwrap();
                     if entry.file_name().to_string_lossy().contains(".db") {
                         fs::rename(entry.path(), away.join(entry.file_name())).unwrap();
                     }
                 }
-                Outage::Moved(&self.site)
+                Outage::Moved(&self.test_config)
             }
         }
     }
@@ -181,21 +181,21 @@ impl Fixture {
 /// A database that cannot be reached.
 enum Outage<'s> {
     Frozen(#[expect(dead_code, reason = "its drop resumes the process")] Frozen),
-    Moved(&'s Site),
+    Moved(&'s TestConfig),
 }
 
 impl Drop for Outage<'_> {
     fn drop(&mut self) {
-        let Self::Moved(site) = self else { return };
-        for entry in fs::read_dir(site.path().join("away")).unwrap() {
+        let Self::Moved(test_config) = self else { return };
+        for entry in fs::read_dir(test_config.path().join("away")).unwrap() {
             let entry = entry.unwrap();
-            fs::rename(entry.path(), site.path().join(entry.file_name())).unwrap();
+            fs::rename(entry.path(), test_config.path().join(entry.file_name())).unwrap();
         }
     }
 }
 
-async fn status(asker: &Asker, key: &str, mode: Mode) -> u16 {
-    asker.check_with(key, &[("trustgate.freshness", mode.word())]).await.unwrap().status
+async fn status(client: &CheckClient, key: &str, mode: Mode) -> u16 {
+    client.check_with(key, &[("trustgate.freshness", mode.word())]).await.unwrap().status
 }
 
 async fn reads(server: &Server) -> f64 {
@@ -208,16 +208,16 @@ async fn hits(server: &Server) -> f64 {
 }
 
 /// Checks that a key is cached, or read each time, as the mode says.
-async fn is_cached_as_the_mode_says(server: &Server, asker: &Asker, key: &str, (tables, mode): (Tables, Mode)) {
+async fn is_cached_as_the_mode_says(server: &Server, client: &CheckClient, key: &str, (tables, mode): (Tables, Mode)) {
     let name = format!("{tables:?}, {mode:?}");
     eventually(&format!("{name}: the key is granted without a read where it may be"), PATIENCE, || async {
         let before = reads(server).await;
-        status(asker, key, mode).await == 200 && (tables.effective(mode) == Mode::Live || reads(server).await <= before)
+        status(client, key, mode).await == 200 && (tables.effective(mode) == Mode::Live || reads(server).await <= before)
     })
     .await;
     let (read_before, hits_before) = (reads(server).await, hits(server).await);
     for _ in 0..CHECKS {
-        assert_eq!(status(asker, key, mode).await, 200, "{name}");
+        assert_eq!(status(client, key, mode).await, 200, "{name}");
     }
     let (read, hit) = (reads(server).await - read_before, hits(server).await - hits_before);
     let checks = f64::from(CHECKS);
@@ -233,12 +233,12 @@ async fn is_cached_as_the_mode_says(server: &Server, asker: &Asker, key: &str, (
 
 async fn holds(tables: Tables, database: Database) {
     let fixture = Fixture::new(tables, database).await;
-    let server = fixture.site.serve().await;
-    let asker = Asker::connect(server.grpc()).await;
+    let server = fixture.test_config.serve().await;
+    let client = CheckClient::connect(server.grpc()).await;
     let mut keys = Vec::new();
     for mode in Mode::ALL {
         let (key, revoke) = fixture.key().await;
-        is_cached_as_the_mode_says(&server, &asker, &key, (tables, mode)).await;
+        is_cached_as_the_mode_says(&server, &client, &key, (tables, mode)).await;
         keys.push((mode, key, revoke));
     }
 
@@ -257,7 +257,7 @@ async fn holds(tables: Tables, database: Database) {
     keys.sort_by_key(|(mode, ..)| tables.effective(*mode).bound());
     for (mode, key, _) in &keys {
         sleep_until(revoked + tables.effective(*mode).bound()).await;
-        let status = status(&asker, key, *mode).await;
+        let status = status(&client, key, *mode).await;
         assert_ne!(status, 200, "{tables:?}, {mode:?}: granted {:?} after the revocation", revoked.elapsed());
     }
 
@@ -265,7 +265,7 @@ async fn holds(tables: Tables, database: Database) {
     let mut keys = Vec::new();
     for mode in Mode::ALL {
         let (key, _) = fixture.key().await;
-        is_cached_as_the_mode_says(&server, &asker, &key, (tables, mode)).await;
+        is_cached_as_the_mode_says(&server, &client, &key, (tables, mode)).await;
         keys.push((mode, key));
     }
     let (cold, _) = fixture.key().await;
@@ -274,12 +274,12 @@ async fn holds(tables: Tables, database: Database) {
     sleep_until(lost + TTL.max(LEASE) + 2 * DEADLINE).await;
     for (mode, key) in &keys {
         let want = if tables.effective(*mode) == Mode::Lease { 200 } else { 503 };
-        assert_eq!(status(&asker, key, *mode).await, want, "{tables:?}, {mode:?} in an outage");
-        assert_eq!(status(&asker, &cold, *mode).await, 503, "{tables:?}, {mode:?}: a key that is not cached");
+        assert_eq!(status(&client, key, *mode).await, want, "{tables:?}, {mode:?} in an outage");
+        assert_eq!(status(&client, &cold, *mode).await, 503, "{tables:?}, {mode:?}: a key that is not cached");
     }
     drop(outage);
     for (mode, key) in &keys {
-        let again = || async { status(&asker, key, *mode).await == 200 };
+        let again = || async { status(&client, key, *mode).await == 200 };
         eventually(&format!("{tables:?}, {mode:?}: granted again after the outage"), PATIENCE, again).await;
     }
     assert!(server.metric("trustgate_lost_history_total").await < 0.5);
@@ -293,36 +293,36 @@ async fn postgres() -> Database {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn own_tables_on_postgresql() {
-    let _turn = among_others().await;
+    let _turn = shared().await;
     holds(Tables::Own, postgres().await).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_attached_table_on_postgresql() {
-    let _turn = among_others().await;
+    let _turn = shared().await;
     holds(Tables::Attached, postgres().await).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_table_that_is_not_attached_on_postgresql() {
-    let _turn = among_others().await;
+    let _turn = shared().await;
     holds(Tables::Unattached, postgres().await).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_preset_on_postgresql() {
-    let _turn = among_others().await;
+    let _turn = shared().await;
     holds(Tables::Preset, postgres().await).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn own_tables_on_sqlite() {
-    let _turn = among_others().await;
+    let _turn = shared().await;
     holds(Tables::Own, Database::Sqlite).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_preset_on_sqlite() {
-    let _turn = among_others().await;
+    let _turn = shared().await;
     holds(Tables::Preset, Database::Sqlite).await;
 }

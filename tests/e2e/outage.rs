@@ -10,14 +10,14 @@ use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 use tokio::time::{Instant, sleep, sleep_until};
 
 use crate::{
-    stage::Stage,
+    fixture::Fixture,
     support::{
-        alone, among_others,
+        exclusive, shared,
         envoy::Envoy,
         eventually,
-        grpc::Asker,
+        grpc::CheckClient,
         http,
-        load::{self, Hit, Shot},
+        load::{self, Hit, KeyCase},
         machine,
         server::{Server, made_up_key},
     },
@@ -35,14 +35,14 @@ async fn redis_killed_restarted_and_hung_changes_no_answer_and_delays_none() {
     // times below where another program takes half of one.
     const PER_SECOND: u32 = 400;
     const LENGTH: Duration = Duration::from_secs(20);
-    let _turn = alone().await;
-    let mut stage = Stage::with_default_deadlines(&[]).await;
+    let _turn = exclusive().await;
+    let mut fixture = Fixture::with_default_deadlines(&[]).await;
     // 20 hot keys, always the same; 20 cold ones, replaced ten times a second by ones that were never asked for.
-    let mut hot = stage.keys(18).await;
-    hot.extend([stage.revoked_key().await, stage.revoked_key().await]);
-    let mut cold = stage.keys(200 * 20).await;
-    cold.iter_mut().step_by(20).for_each(|shot| *shot = Shot { key: made_up_key(), owner: None });
-    let (one, other) = (stage.site.serve().await, stage.site.serve().await);
+    let mut hot = fixture.keys(18).await;
+    hot.extend([fixture.revoked_key().await, fixture.revoked_key().await]);
+    let mut cold = fixture.keys(200 * 20).await;
+    cold.iter_mut().step_by(20).for_each(|case| *case = KeyCase { key: made_up_key(), owner: None });
+    let (one, other) = (fixture.test_config.serve().await, fixture.test_config.serve().await);
     let envoy = Envoy::start(http::application().await, &[one.grpc(), other.grpc()]).await;
 
     let mut number = 0;
@@ -61,15 +61,15 @@ async fn redis_killed_restarted_and_hung_changes_no_answer_and_delays_none() {
     let at = |seconds| sleep_until(start + Duration::from_secs(seconds));
 
     at(3).await;
-    stage.redis.kill();
+    fixture.redis.kill();
     at(7).await;
-    stage.redis.resume().await;
+    fixture.redis.resume().await;
     at(10).await;
-    let frozen = stage.redis.freeze();
+    let frozen = fixture.redis.freeze();
     let mut new_keys = Vec::new();
     for half_second in 21..31 {
         sleep_until(start + Duration::from_millis(500) * half_second).await;
-        let new = stage.site.issue("globex", &[]).await;
+        let new = fixture.test_config.issue("globex", &[]).await;
         let asked = Instant::now();
         let answer = envoy.get("/new", &[("x-api-key", &new.key)]).await;
         new_keys.push(machine::elapsed(asked));
@@ -127,17 +127,17 @@ async fn postgresql_lost(loss: Loss) {
     /// A poll that was under way when the database went, or the wait for the next one.
     const POLL: Duration = Duration::from_millis(250);
     const LENGTH: Duration = Duration::from_secs(7);
-    let _turn = alone().await;
-    let mut stage = Stage::with_default_deadlines(&[("freshness.stale_if_unconfirmed", "2s")]).await;
-    let (hot, cold) = (stage.keys(20).await, stage.keys(800).await);
-    let revoked = stage.revoked_key().await;
-    let server = stage.site.serve().await;
-    let asker = Asker::connect(server.grpc()).await;
-    assert_eq!(asker.check(&revoked.key).await.status, 401);
+    let _turn = exclusive().await;
+    let mut fixture = Fixture::with_default_deadlines(&[("freshness.stale_if_unconfirmed", "2s")]).await;
+    let (hot, cold) = (fixture.keys(20).await, fixture.keys(800).await);
+    let revoked = fixture.revoked_key().await;
+    let server = fixture.test_config.serve().await;
+    let client = CheckClient::connect(server.grpc()).await;
+    assert_eq!(client.check(&revoked.key).await.status, 401);
     let envoy = Envoy::start(http::application().await, &[server.grpc()]).await;
 
-    for shot in &hot {
-        assert_eq!(envoy.get("/", &[("x-api-key", &shot.key)]).await.status, 200);
+    for case in &hot {
+        assert_eq!(envoy.get("/", &[("x-api-key", &case.key)]).await.status, 200);
     }
     // From then on each hot key ten times a second, and as often as all of them a cold one that nobody asked for before.
     let (hot_keys, mut new, mut number) = (hot.clone(), cold.clone().into_iter(), 0);
@@ -151,10 +151,10 @@ async fn postgresql_lost(loss: Loss) {
     let losing = Instant::now();
     let frozen = match loss {
         Loss::Killed => {
-            stage.postgres.stop();
+            fixture.postgres.stop();
             None
         }
-        Loss::Hung => Some(stage.postgres.freeze()),
+        Loss::Hung => Some(fixture.postgres.freeze()),
     };
     let gone = Instant::now();
     let mut says_so = false;
@@ -163,7 +163,7 @@ async fn postgresql_lost(loss: Loss) {
         assert_eq!(readiness.status, 200, "{readiness:?}");
         if readiness.body.contains("lease: stale; keys that were good are still granted") {
             says_so = true;
-            assert_eq!(asker.check(&revoked.key).await.status, 503, "it must look like an unknown key");
+            assert_eq!(client.check(&revoked.key).await.status, 503, "it must look like an unknown key");
         }
         assert!(server.is_running(), "{}", server.log());
         sleep(Duration::from_millis(100)).await;
@@ -171,7 +171,7 @@ async fn postgresql_lost(loss: Loss) {
     assert!(says_so, "{:?}", server.readiness().await);
     let hits = firing.await.unwrap();
 
-    let is_hot = |hit: &&Hit| hot.iter().any(|shot| shot.key == hit.shot.key);
+    let is_hot = |hit: &&Hit| hot.iter().any(|case| case.key == hit.case.key);
     let due = |hit: &Hit| start + hit.due;
     let answered = |hit: &Hit| start + hit.due + hit.took;
     let sound: Vec<_> = hits.iter().filter(|hit| answered(hit) < losing).collect();
@@ -193,7 +193,7 @@ async fn postgresql_lost(loss: Loss) {
     assert_eq!((fault.status, fault.headers["retry-after"].as_str()), (503, "1"), "{fault:?}");
     match frozen {
         Some(frozen) => drop(frozen),
-        None => stage.postgres.resume().await,
+        None => fixture.postgres.resume().await,
     }
     eventually("the database is used again", PATIENCE, || async {
         envoy.get("/", &[("x-api-key", &hot[0].key)]).await.saw_or_none("x-trust-id") == hot[0].owner
@@ -205,53 +205,53 @@ async fn postgresql_lost(loss: Loss) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn started_with_both_down_it_says_why_and_serves_within_a_second_of_their_return() {
-    let _turn = alone().await;
-    let mut stage = Stage::with_default_deadlines(&[]).await;
-    let shot = stage.keys(1).await.remove(0);
-    stage.redis.kill();
-    stage.postgres.stop();
-    let server = stage.site.listening().await;
-    let asker = Asker::connect(server.grpc()).await;
-    not_ready(&server, &asker, &shot).await;
+    let _turn = exclusive().await;
+    let mut fixture = Fixture::with_default_deadlines(&[]).await;
+    let case = fixture.keys(1).await.remove(0);
+    fixture.redis.kill();
+    fixture.postgres.stop();
+    let server = fixture.test_config.listening().await;
+    let client = CheckClient::connect(server.grpc()).await;
+    not_ready(&server, &client, &case).await;
     server.until_logged("cannot connect to redis").await;
 
-    stage.redis.resume().await;
-    not_ready(&server, &asker, &shot).await;
-    stage.postgres.resume().await;
-    serves_within_a_second(&server, &asker, &shot).await;
+    fixture.redis.resume().await;
+    not_ready(&server, &client, &case).await;
+    fixture.postgres.resume().await;
+    serves_within_a_second(&server, &client, &case).await;
     eventually("Redis is used", PATIENCE, || async { server.metric("trustgate_redis_up").await > 0.0 }).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn started_with_both_hanging_it_says_why_and_serves_within_a_second_of_their_return() {
-    let _turn = alone().await;
-    let stage = Stage::with_default_deadlines(&[]).await;
-    let shot = stage.keys(1).await.remove(0);
-    let (redis, postgres) = (stage.redis.freeze(), stage.postgres.freeze());
-    let server = stage.site.listening().await;
-    let asker = Asker::connect(server.grpc()).await;
-    not_ready(&server, &asker, &shot).await;
+    let _turn = exclusive().await;
+    let fixture = Fixture::with_default_deadlines(&[]).await;
+    let case = fixture.keys(1).await.remove(0);
+    let (redis, postgres) = (fixture.redis.freeze(), fixture.postgres.freeze());
+    let server = fixture.test_config.listening().await;
+    let client = CheckClient::connect(server.grpc()).await;
+    not_ready(&server, &client, &case).await;
     server.until_logged("cannot connect to redis").await;
 
     drop((redis, postgres));
-    serves_within_a_second(&server, &asker, &shot).await;
+    serves_within_a_second(&server, &client, &case).await;
     eventually("Redis is used", PATIENCE, || async { server.metric("trustgate_redis_up").await > 0.0 }).await;
 }
 
 /// It runs, is not ready, says why, and answers checks as faults.
-async fn not_ready(server: &Server, asker: &Asker, shot: &Shot) {
+async fn not_ready(server: &Server, client: &CheckClient, case: &KeyCase) {
     let readiness = server.readiness().await;
     assert_eq!(readiness.status, 503, "{readiness:?}");
     assert!(readiness.body.contains("starting") && readiness.body.contains("see the log for the reason"));
     assert_eq!(http::get(server.admin(), "/livez", &[]).await.status, 200);
     server.until_logged("not ready: the database cannot be used yet").await;
-    let verdict = asker.check(&shot.key).await;
+    let verdict = client.check(&case.key).await;
     assert_eq!((verdict.status, verdict.reason.as_deref()), (503, Some("fault")));
 }
 
-async fn serves_within_a_second(server: &Server, asker: &Asker, shot: &Shot) {
+async fn serves_within_a_second(server: &Server, client: &CheckClient, case: &KeyCase) {
     let back = Instant::now();
-    eventually("a key is granted", PATIENCE, || async { asker.check(&shot.key).await.trust_id == shot.owner }).await;
+    eventually("a key is granted", PATIENCE, || async { client.check(&case.key).await.trust_id == case.owner }).await;
     eventually("it is ready", PATIENCE, || async { server.readiness().await.status == 200 }).await;
     let took = machine::elapsed(back);
     println!("serves {took:?} after their return");
@@ -277,12 +277,12 @@ fn quick_checks(log: &[Value], count: usize) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn without_a_key_for_its_mac_redis_is_left_alone_and_keys_are_decided() {
-    let _turn = among_others().await;
-    let stage = Stage::with_default_deadlines(&[]).await;
-    stage.postgres.execute(&stage.database, "DELETE FROM trustgate.setting WHERE name = 'redis_mac_key'").await;
-    let key = stage.site.issue("acme", &[]).await;
-    let server = stage.site.serve().await;
-    assert_eq!(Asker::connect(server.grpc()).await.check(&key.key).await.status, 200);
+    let _turn = shared().await;
+    let fixture = Fixture::with_default_deadlines(&[]).await;
+    fixture.postgres.execute(&fixture.database, "DELETE FROM trustgate.setting WHERE name = 'redis_mac_key'").await;
+    let key = fixture.test_config.issue("acme", &[]).await;
+    let server = fixture.test_config.serve().await;
+    assert_eq!(CheckClient::connect(server.grpc()).await.check(&key.key).await.status, 200);
     server.until_logged("redis is not used for records").await;
     let used = server.metric("trustgate_cache_lookups_total{kind=\"api_key\",outcome=\"hit\",tier=\"l2\"}").await;
     assert!(used < 1.0, "{used}");

@@ -5,11 +5,11 @@ use std::{path::Path, time::Duration};
 use serde_json::Value;
 
 use crate::support::{
-    among_others, eventually,
-    grpc::Asker,
+    shared, eventually,
+    grpc::CheckClient,
     http,
     postgres::Postgres,
-    server::{IssuedKey, Server, Site, made_up_key},
+    server::{IssuedKey, Server, TestConfig, made_up_key},
 };
 
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -41,23 +41,23 @@ impl Peppers {
     }
 
     /// Settings with the pepper `current`, and the others before it; `None`: without a pepper.
-    fn site(&self, current: Option<&str>, previous: &[&str]) -> Site {
+    fn test_config(&self, current: Option<&str>, previous: &[&str]) -> TestConfig {
         let url = match &self.postgres {
             Some(postgres) => postgres.url("admin", &self.database),
             None => format!("sqlite://{}", self.file("trustgate.db").display()),
         };
-        let mut site = Site::new().unhurried().with("store.url", url);
+        let mut test_config = TestConfig::new().unhurried().with("store.url", url);
         for name in previous.iter().chain(&current) {
             self.write(name, name);
         }
         if let Some(current) = current {
-            site.set("credential.pepper_file", self.file(current).display().to_string());
+            test_config.set("credential.pepper_file", self.file(current).display().to_string());
         }
         if !previous.is_empty() {
             let previous: Vec<_> = previous.iter().map(|name| self.file(name).display().to_string()).collect();
-            site.set("credential.previous_pepper_files", previous.join(","));
+            test_config.set("credential.previous_pepper_files", previous.join(","));
         }
-        site
+        test_config
     }
 
     /// Does to the keys what an upgrade finds: no pepper is recorded.
@@ -83,26 +83,26 @@ async fn sqlite(path: &Path, sql: &str) {
 }
 
 /// The fingerprint that is recorded with a key.
-async fn pepper(site: &Site, key: &IssuedKey) -> Option<String> {
-    let shown: Value = site.json(&["key", "show", &key.id]).await;
+async fn pepper(test_config: &TestConfig, key: &IssuedKey) -> Option<String> {
+    let shown: Value = test_config.json(&["key", "show", &key.id]).await;
     shown["pepper"].as_str().map(str::to_owned)
 }
 
 async fn is_granted(server: &Server, key: &IssuedKey) -> bool {
-    let verdict = Asker::connect(server.grpc()).await.check(&key.key).await;
+    let verdict = CheckClient::connect(server.grpc()).await.check(&key.key).await;
     assert!(verdict.status != 200 || verdict.trust_id.as_ref() == Some(&key.trust_id), "{verdict:?}");
     verdict.status == 200
 }
 
 async fn status(server: &Server, key: &str) -> u16 {
-    Asker::connect(server.grpc()).await.check(key).await.status
+    CheckClient::connect(server.grpc()).await.check(key).await.status
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn with_another_pepper_a_server_is_not_ready_and_rejects_nobody() {
-    let _turn = among_others().await;
+    let _turn = shared().await;
     for peppers in [Peppers::on_postgres().await, Peppers::on_sqlite()] {
-        let old = peppers.site(Some("old-pepper"), &[]);
+        let old = peppers.test_config(Some("old-pepper"), &[]);
         old.migrate().await;
         old.trust("acme").await;
         let first = old.issue("acme", &[]).await;
@@ -113,7 +113,7 @@ async fn with_another_pepper_a_server_is_not_ready_and_rejects_nobody() {
 
         // Another pepper, and none.
         for current in [Some("new-pepper"), None] {
-            let wrong = peppers.site(current, &[]);
+            let wrong = peppers.test_config(current, &[]);
             let other = wrong.listening().await;
             other.until_logged("does not have the pepper recorded in the database").await;
             let log = other.log();
@@ -134,11 +134,11 @@ async fn with_another_pepper_a_server_is_not_ready_and_rejects_nobody() {
         }
 
         // The change that the README describes.
-        let new = peppers.site(Some("new-pepper"), &["old-pepper"]);
+        let new = peppers.test_config(Some("new-pepper"), &["old-pepper"]);
         let changed = new.serve().await;
         assert!(is_granted(&changed, &first).await);
         assert!(new.run(&["key", "issue", "--trust", "acme"]).await.err.contains("pepper use"));
-        let waiting = peppers.site(Some("new-pepper"), &[]).listening().await;
+        let waiting = peppers.test_config(Some("new-pepper"), &[]).listening().await;
         waiting.until_logged("pepper mismatch").await;
         let used = new.json(&["pepper", "use"]).await;
         assert_eq!(used["before"].as_str(), Some(&*recorded));
@@ -156,7 +156,7 @@ async fn with_another_pepper_a_server_is_not_ready_and_rejects_nobody() {
         assert_eq!(status(&server, &second.key).await, 503);
         assert!(is_granted(&server, &first).await);
         assert!(old.run(&["key", "issue", "--trust", "acme"]).await.err.contains("pepper use"));
-        for (site, filter, expected) in [
+        for (test_config, filter, expected) in [
             (&new, "current", vec![&second]),
             (&new, "previous", vec![&first]),
             (&new, &*recorded, vec![&first]),
@@ -164,7 +164,7 @@ async fn with_another_pepper_a_server_is_not_ready_and_rejects_nobody() {
             (&new, "unknown", vec![]),
             (&new, "unrecorded", vec![]),
         ] {
-            let listed = site.json(&["key", "list", "--pepper", filter]).await;
+            let listed = test_config.json(&["key", "list", "--pepper", filter]).await;
             let listed: Vec<_> = listed.as_array().unwrap().iter().map(|key| key["id"].as_str().unwrap()).collect();
             assert_eq!(listed, expected.iter().map(|key| &*key.id).collect::<Vec<_>>(), "{filter}");
         }
@@ -173,36 +173,36 @@ async fn with_another_pepper_a_server_is_not_ready_and_rejects_nobody() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_check_records_the_pepper_of_keys_from_before_an_upgrade() {
-    let _turn = among_others().await;
+    let _turn = shared().await;
     for peppers in [Peppers::on_postgres().await, Peppers::on_sqlite()] {
-        let site = peppers.site(Some("a-pepper"), &[]);
-        site.migrate().await;
-        site.trust("acme").await;
-        let (used, unused) = (site.issue("acme", &[]).await, site.issue("acme", &[]).await);
-        let recorded = pepper(&site, &used).await;
+        let test_config = peppers.test_config(Some("a-pepper"), &[]);
+        test_config.migrate().await;
+        test_config.trust("acme").await;
+        let (used, unused) = (test_config.issue("acme", &[]).await, test_config.issue("acme", &[]).await);
+        let recorded = pepper(&test_config, &used).await;
         peppers.forget().await;
-        let server = site.serve().await;
+        let server = test_config.serve().await;
         assert!(is_granted(&server, &used).await);
         let version = server.metric("trustgate_applied_version").await;
-        eventually("the pepper of the key", PATIENCE, || async { pepper(&site, &used).await == recorded }).await;
-        assert_eq!(pepper(&site, &unused).await, None, "no check has proven it");
+        eventually("the pepper of the key", PATIENCE, || async { pepper(&test_config, &used).await == recorded }).await;
+        assert_eq!(pepper(&test_config, &unused).await, None, "no check has proven it");
         // The server recorded its pepper for the database as well, so a command with another one cannot.
-        let wrong = peppers.site(Some("another-pepper"), &[]);
+        let wrong = peppers.test_config(Some("another-pepper"), &[]);
         assert!(wrong.run(&["key", "issue", "--trust", "acme"]).await.err.contains("pepper use"));
-        site.issue("acme", &[]).await;
+        test_config.issue("acme", &[]).await;
         assert!(server.metric("trustgate_applied_version").await <= version + 1.0, "recording changes no version");
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_pepper_file_that_changes_is_compared_and_not_used() {
-    let _turn = among_others().await;
+    let _turn = shared().await;
     let peppers = Peppers::on_sqlite();
-    let site = peppers.site(Some("a-pepper"), &[]);
-    site.migrate().await;
-    site.trust("acme").await;
-    let key = site.issue("acme", &[]).await;
-    let server = site.serve().await;
+    let test_config = peppers.test_config(Some("a-pepper"), &[]);
+    test_config.migrate().await;
+    test_config.trust("acme").await;
+    let key = test_config.issue("acme", &[]).await;
+    let server = test_config.serve().await;
     peppers.write("a-pepper", "another-one");
     server.until_logged("would not be ready after a restart").await;
     assert_eq!(server.readiness().await.status, 200);

@@ -6,42 +6,42 @@ use std::time::Duration;
 use tokio::time::{Instant, sleep_until};
 
 use crate::support::{
-    alone,
-    grpc::Asker,
+    exclusive,
+    grpc::CheckClient,
     load::quantiles,
     pgbouncer::PgBouncer,
     postgres::Postgres,
     probe::{Probing, granted_after},
-    server::Site,
+    server::TestConfig,
 };
 
 const REVOCATIONS: usize = 20;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn through_pgbouncer_in_transaction_mode_a_revocation_counts_within_400_ms() {
-    let _turn = alone().await;
+    let _turn = exclusive().await;
     let postgres = Postgres::start().await;
     let bouncer = PgBouncer::start(&postgres).await;
     let database = postgres.database().await;
-    let site = Site::new().with("store.url", bouncer.url(&database));
-    site.migrate().await;
-    site.trust("acme").await;
+    let test_config = TestConfig::new().with("store.url", bouncer.url(&database));
+    test_config.migrate().await;
+    test_config.trust("acme").await;
     let mut keys = Vec::new();
     for _ in 0..REVOCATIONS {
-        keys.push(site.issue("acme", &[]).await);
+        keys.push(test_config.issue("acme", &[]).await);
     }
-    let (one, other) = (site.serve().await, site.serve().await);
-    let askers = [Asker::connect(one.grpc()).await, Asker::connect(other.grpc()).await];
+    let (one, other) = (test_config.serve().await, test_config.serve().await);
+    let askers = [CheckClient::connect(one.grpc()).await, CheckClient::connect(other.grpc()).await];
     let mut late = Vec::new();
     for (number, key) in keys.iter().enumerate() {
-        let mut probing = askers.each_ref().map(|asker| Probing::start(asker, 250, vec![key.key.clone()], &[]));
+        let mut probing = askers.each_ref().map(|client| Probing::start(client, 250, vec![key.key.clone()], &[]));
         for probing in &mut probing {
             probing.until_granted().await;
         }
         // Every fifth by the command, which goes the same way as everybody: counted from when it began.
         let committed = if number % 5 == 0 {
             let before = Instant::now();
-            let answer = site.json(&["key", "revoke", &key.id]).await;
+            let answer = test_config.json(&["key", "revoke", &key.id]).await;
             let effect = &answer["effect"];
             assert_eq!((&effect["replicas"], &effect["applied"]), (&2.into(), &2.into()), "{answer}");
             println!("through PgBouncer: effective after {} ms", effect["after_ms"]);

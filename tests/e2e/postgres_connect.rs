@@ -12,7 +12,7 @@ use trustgate::{
     store::{self, Source, StoreSettings},
 };
 
-use crate::support::{alone, certificates::certificates, postgres::Postgres};
+use crate::support::{exclusive, certificates::certificates, postgres::Postgres};
 
 /// Connects of each kind.
 const ROUNDS: usize = 20;
@@ -55,7 +55,7 @@ fn nodelay(port: u16) -> Vec<bool> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn tls_connects_take_no_longer_than_plain_ones_by_more_than_20_ms() {
-    let _turn = alone().await;
+    let _turn = exclusive().await;
     let postgres = Postgres::start().await;
     let certificates = certificates();
     postgres.turn_on_tls(certificates.path()).await;

@@ -12,10 +12,10 @@ use percent_encoding::{NON_ALPHANUMERIC, utf8_percent_encode};
 use serde_json::Value;
 
 use crate::{
-    stage::Stage,
+    fixture::Fixture,
     support::{
-        among_others, eventually,
-        grpc::Asker,
+        shared, eventually,
+        grpc::CheckClient,
         http,
         process::{End, Guarded, directory, free_port, program},
     },
@@ -26,14 +26,14 @@ const PACKAGE: &str = "prometheus";
 
 #[tokio::test(flavor = "multi_thread")]
 async fn prometheus_scrapes_a_run_and_promtool_finds_nothing() {
-    let _turn = among_others().await;
-    let stage = Stage::new(&[]).await;
-    let server = stage.site.serve().await;
-    let asker = Asker::connect(server.grpc()).await;
-    for shot in stage.keys(7).await {
-        assert_eq!(asker.check(&shot.key).await.trust_id, shot.owner);
+    let _turn = shared().await;
+    let fixture = Fixture::new(&[]).await;
+    let server = fixture.test_config.serve().await;
+    let client = CheckClient::connect(server.grpc()).await;
+    for case in fixture.keys(7).await {
+        assert_eq!(client.check(&case.key).await.trust_id, case.owner);
     }
-    assert_eq!(asker.check("key-that-nobody-issued").await.status, 401);
+    assert_eq!(client.check("key-that-nobody-issued").await.status, 401);
 
     let (_prometheus, address) = start(server.admin()).await;
     eventually("it has scraped", PATIENCE, || async { value(address, "up").await.as_deref() == Some("1") }).await;

@@ -9,13 +9,13 @@ use tokio::time::{Instant, sleep};
 use trustgate::record::ApiKeyDigest;
 
 use crate::{
-    stage::Stage,
+    fixture::Fixture,
     support::{
-        alone, among_others,
-        grpc::Asker,
-        load::Shot,
+        exclusive, shared,
+        grpc::CheckClient,
+        load::KeyCase,
         probe::{Probe, Probing},
-        server::{Server, Site, made_up_key},
+        server::{Server, TestConfig, made_up_key},
     },
 };
 
@@ -28,31 +28,31 @@ const LONG_LEASE: (&str, &str) = ("freshness.lease", "1m");
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_import_of_100_000_keys_leaves_cached_keys_cached_on_postgresql() {
-    let _turn = alone().await;
-    let stage = Stage::new(&[LONG_LEASE]).await;
-    let cached = stage.keys(CACHED).await;
-    import_beside_traffic(&stage.site, cached).await;
+    let _turn = exclusive().await;
+    let fixture = Fixture::new(&[LONG_LEASE]).await;
+    let cached = fixture.keys(CACHED).await;
+    import_beside_traffic(&fixture.test_config, cached).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_import_of_100_000_keys_leaves_cached_keys_cached_on_sqlite() {
-    let _turn = alone().await;
-    let site = Site::new().with(LONG_LEASE.0, LONG_LEASE.1);
-    site.migrate().await;
-    let owner = Some(site.trust("acme").await);
-    let keys = site.import("acme", CACHED).await.into_iter();
-    import_beside_traffic(&site, keys.map(|key| Shot { key, owner: owner.clone() }).collect()).await;
+    let _turn = exclusive().await;
+    let test_config = TestConfig::new().with(LONG_LEASE.0, LONG_LEASE.1);
+    test_config.migrate().await;
+    let owner = Some(test_config.trust("acme").await);
+    let keys = test_config.import("acme", CACHED).await.into_iter();
+    import_beside_traffic(&test_config, keys.map(|key| KeyCase { key, owner: owner.clone() }).collect()).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn where_processors_are_short_hits_and_polls_go_before_what_misses_wait_for() {
-    let _turn = among_others().await;
-    let site = Site::new();
-    site.migrate().await;
-    site.trust("acme").await;
-    let key = site.issue("acme", &[]).await;
-    let server = site.serve().await;
-    Asker::connect(server.grpc()).await.check(&key.key).await;
+    let _turn = shared().await;
+    let test_config = TestConfig::new();
+    test_config.migrate().await;
+    test_config.trust("acme").await;
+    let key = test_config.issue("acme", &[]).await;
+    let server = test_config.serve().await;
+    CheckClient::connect(server.grpc()).await.check(&key.key).await;
     let of = |prefix| {
         let nice = server.niceness().into_iter().filter(|(name, _)| name.starts_with(prefix)).map(|(_, nice)| nice);
         nice.collect::<BTreeSet<_>>()
@@ -63,12 +63,12 @@ async fn where_processors_are_short_hits_and_polls_go_before_what_misses_wait_fo
     }
 }
 
-async fn import_beside_traffic(site: &Site, cached: Vec<Shot>) {
-    let server = site.serve().await;
-    let asker = Asker::connect(server.grpc()).await;
+async fn import_beside_traffic(test_config: &TestConfig, cached: Vec<KeyCase>) {
+    let server = test_config.serve().await;
+    let client = CheckClient::connect(server.grpc()).await;
     let imported = made_up_key();
-    asker.hold(&cached).await;
-    let file = site.path().join("keys");
+    client.hold(&cached).await;
+    let file = test_config.path().join("keys");
     let digests = (1..IMPORTED).map(|_| {
         let mut digest = [0; 32];
         getrandom::fill(&mut digest).unwrap();
@@ -78,10 +78,10 @@ async fn import_beside_traffic(site: &Site, cached: Vec<Shot>) {
     std::fs::write(&file, digests.join("\n")).unwrap();
 
     let before = reads(&server).await;
-    let probing = Probing::start(&asker, 500, cached.iter().map(|shot| shot.key.clone()).collect(), &[]);
+    let probing = Probing::start(&client, 500, cached.iter().map(|case| case.key.clone()).collect(), &[]);
     let start = Instant::now();
     let path = file.display().to_string();
-    let answer = site.json(&["key", "import", "--trust", "acme", &path]).await;
+    let answer = test_config.json(&["key", "import", "--trust", "acme", &path]).await;
     let took = start.elapsed();
     assert_eq!(answer["imported"], IMPORTED, "{answer}");
     // Long enough for every cached key to be asked for once more, after everybody knows of the import.
@@ -95,7 +95,7 @@ async fn import_beside_traffic(site: &Site, cached: Vec<Shot>) {
     let limit = f64::from(u32::try_from(CACHED / 100).unwrap());
     assert!(read <= limit, "{read} reads, {limit} are allowed");
     // And that they were imported is known.
-    assert_eq!(asker.check(&imported).await.status, 200);
+    assert_eq!(client.check(&imported).await.status, 200);
 }
 
 /// Reads of the database for checks, whatever came of them.
@@ -107,19 +107,19 @@ async fn reads(server: &Server) -> f64 {
 #[tokio::test(flavor = "multi_thread")]
 async fn while_nothing_changes_a_replica_sends_eleven_polls_and_one_write_a_second_at_most() {
     const LENGTH: Duration = Duration::from_secs(10);
-    let _turn = alone().await;
-    let mut stage = Stage::with_default_deadlines(&[]).await;
-    let held = stage.keys(100).await;
+    let _turn = exclusive().await;
+    let mut fixture = Fixture::with_default_deadlines(&[]).await;
+    let held = fixture.keys(100).await;
     let names = ["replica-one", "replica-two", "replica-three"];
-    let url = stage.postgres.url("admin", &stage.database);
+    let url = fixture.postgres.url("admin", &fixture.database);
     let mut probing = Vec::new();
     let mut servers = Vec::new();
     for name in names {
-        stage.site.set("store.url", format!("{url}&application_name={name}"));
-        let server = stage.site.serve().await;
-        let asker = Asker::connect(server.grpc()).await;
-        asker.hold(&held).await;
-        probing.push(Probing::start(&asker, 100, held.iter().map(|shot| shot.key.clone()).collect(), &[]));
+        fixture.test_config.set("store.url", format!("{url}&application_name={name}"));
+        let server = fixture.test_config.serve().await;
+        let client = CheckClient::connect(server.grpc()).await;
+        client.hold(&held).await;
+        probing.push(Probing::start(&client, 100, held.iter().map(|case| case.key.clone()).collect(), &[]));
         servers.push(server);
     }
     // What a replica does in its first moments is not what it does all day.
@@ -129,13 +129,13 @@ async fn while_nothing_changes_a_replica_sends_eleven_polls_and_one_write_a_seco
         "ALTER SYSTEM SET log_statement = 'all'",
         "SELECT pg_reload_conf()",
     ] {
-        stage.postgres.execute("postgres", sql).await;
+        fixture.postgres.execute("postgres", sql).await;
     }
     sleep(Duration::from_secs(1)).await;
-    let before = stage.postgres.log().len();
+    let before = fixture.postgres.log().len();
     let start = Instant::now();
     sleep(LENGTH).await;
-    let (log, took) = (stage.postgres.log(), start.elapsed());
+    let (log, took) = (fixture.postgres.log(), start.elapsed());
     for probing in probing {
         assert!(probing.stop().await.iter().all(Probe::is_grant));
     }

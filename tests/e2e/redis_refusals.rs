@@ -9,12 +9,12 @@ use tokio::{
 };
 
 use crate::{
-    stage::PATIENT_REDIS,
+    fixture::PATIENT_REDIS,
     support::{
-        among_others, eventually,
-        grpc::{Asker, granted},
+        shared, eventually,
+        grpc::{CheckClient, granted},
         redis::Redis,
-        server::{Server, Site},
+        server::{Server, TestConfig},
     },
 };
 
@@ -56,37 +56,37 @@ async fn size(redis: &Redis) -> u64 {
     redis.ask::<u64>(&["DBSIZE"]).await
 }
 
-async fn served(url: String) -> (Site, Server, Asker) {
-    let site = PATIENT_REDIS.iter().fold(Site::new(), |site, (setting, value)| site.with(setting, *value));
-    let site = site.with("redis.url", url);
-    site.migrate().await;
-    site.trust("acme").await;
-    let server = site.serve().await;
-    let asker = Asker::connect(server.grpc()).await;
-    (site, server, asker)
+async fn served(url: String) -> (TestConfig, Server, CheckClient) {
+    let test_config = PATIENT_REDIS.iter().fold(TestConfig::new(), |test_config, (setting, value)| test_config.with(setting, *value));
+    let test_config = test_config.with("redis.url", url);
+    test_config.migrate().await;
+    test_config.trust("acme").await;
+    let server = test_config.serve().await;
+    let client = CheckClient::connect(server.grpc()).await;
+    (test_config, server, client)
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_connection_to_a_node_that_became_a_replica_is_replaced() {
-    let _turn = among_others().await;
+    let _turn = shared().await;
     let (old, new) = (Redis::start().await, Redis::start().await);
     let (way, leads_to) = forwarder(address(&old)).await;
-    let (site, server, asker) = served(format!("redis://{way}")).await;
-    granted(&asker, &site.issue("acme", &[]).await).await;
+    let (test_config, server, client) = served(format!("redis://{way}")).await;
+    granted(&client, &test_config.issue("acme", &[]).await).await;
     eventually("the record is in Redis", PATIENCE, || async { size(&old).await == 1 }).await;
 
     let master = address(&new);
     old.ask::<()>(&["REPLICAOF", &master.ip().to_string(), &master.port().to_string()]).await;
     leads_to.send(master).unwrap();
     eventually("records reach the new master", PATIENCE, || async {
-        granted(&asker, &site.issue("acme", &[]).await).await;
+        granted(&client, &test_config.issue("acme", &[]).await).await;
         size(&new).await > 0
     })
     .await;
     assert!(refused(&server, "readonly").await > 0.5);
     assert_eq!(lines(&server, "redis refuses commands"), 1, "{}", server.log());
     eventually("the log says when it is over", PATIENCE, || async {
-        granted(&asker, &site.issue("acme", &[]).await).await;
+        granted(&client, &test_config.issue("acme", &[]).await).await;
         lines(&server, "redis accepts writes again") == 1
     })
     .await;
@@ -94,12 +94,12 @@ async fn a_connection_to_a_node_that_became_a_replica_is_replaced() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn writes_that_are_refused_for_want_of_memory_are_counted_and_logged_once() {
-    let _turn = among_others().await;
+    let _turn = shared().await;
     let redis = Redis::start().await;
-    let (site, server, asker) = served(redis.url()).await;
+    let (test_config, server, client) = served(redis.url()).await;
     redis.ask::<()>(&["CONFIG", "SET", "maxmemory", "1"]).await;
     for count in 1..=5 {
-        granted(&asker, &site.issue("acme", &[]).await).await;
+        granted(&client, &test_config.issue("acme", &[]).await).await;
         eventually("the refusal is counted", PATIENCE, || async { refused(&server, "oom").await >= f64::from(count) })
             .await;
     }
@@ -108,7 +108,7 @@ async fn writes_that_are_refused_for_want_of_memory_are_counted_and_logged_once(
     assert_eq!(lines(&server, "connected to redis\""), 1, "{}", server.log());
     redis.ask::<()>(&["CONFIG", "SET", "maxmemory", "0"]).await;
     eventually("the log says when it is over", PATIENCE, || async {
-        granted(&asker, &site.issue("acme", &[]).await).await;
+        granted(&client, &test_config.issue("acme", &[]).await).await;
         lines(&server, "redis accepts writes again") == 1
     })
     .await;

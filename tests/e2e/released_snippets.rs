@@ -1,6 +1,6 @@
 //! The configurations of Envoy that were shipped before: users have copied them, and they must work with the present server.
 
-use crate::support::{among_others, envoy::Plan, http, server::Site};
+use crate::support::{shared, envoy::Plan, http, server::TestConfig};
 
 /// Each with the change that followed it.
 const RELEASED: [(&str, &str); 1] =
@@ -8,12 +8,12 @@ const RELEASED: [(&str, &str); 1] =
 
 #[tokio::test(flavor = "multi_thread")]
 async fn every_released_configuration_works_with_the_present_server() {
-    let _turn = among_others().await;
-    let site = Site::new();
-    site.migrate().await;
-    site.trust("acme").await;
-    let (plain, admin) = (site.issue("acme", &[]).await, site.issue("acme", &["--scope", "admin"]).await);
-    let server = site.serve().await;
+    let _turn = shared().await;
+    let test_config = TestConfig::new();
+    test_config.migrate().await;
+    test_config.trust("acme").await;
+    let (plain, admin) = (test_config.issue("acme", &[]).await, test_config.issue("acme", &["--scope", "admin"]).await);
+    let server = test_config.serve().await;
     for (name, config) in RELEASED {
         let envoy = Plan::of(config, http::application().await, &[server.grpc()]).start().await;
         envoy.until_healthy(server.grpc()).await;
@@ -31,12 +31,12 @@ async fn every_released_configuration_works_with_the_present_server() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_key_is_cut_out_of_the_query_byte_for_byte_where_the_path_may_be_set() {
-    let _turn = among_others().await;
-    let site = Site::new().with("credential.sources", "query:key").with("credential.query_removal", "exact");
-    site.migrate().await;
-    site.trust("acme").await;
-    let key = site.issue("acme", &[]).await;
-    let server = site.serve().await;
+    let _turn = shared().await;
+    let test_config = TestConfig::new().with("credential.sources", "query:key").with("credential.query_removal", "exact");
+    test_config.migrate().await;
+    test_config.trust("acme").await;
+    let key = test_config.issue("acme", &[]).await;
+    let server = test_config.serve().await;
     let allowed = "(x-trust-[a-z-]+|x-api-key)";
     let plan = Plan::new(http::application().await, &[server.grpc()]);
     let envoy = plan.replace(allowed, "(x-trust-[a-z-]+|x-api-key|:path)").start().await;

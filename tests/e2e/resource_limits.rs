@@ -12,11 +12,11 @@ use tokio::{
 use trustgate::ext_authz::framing::frame_bytes;
 
 use crate::support::{
-    alone, among_others,
+    exclusive, shared,
     connection::{answer, call, connect, head, head_of},
     eventually,
-    grpc::{Asker, granted},
-    server::{IssuedKey, Memory, Server, Site},
+    grpc::{CheckClient, granted},
+    server::{IssuedKey, Memory, Server, TestConfig},
 };
 
 /// What one kind of caller may add to the memory of a server, in MiB.
@@ -26,23 +26,23 @@ const GROWTH_MAX: f64 = 32.0;
 const LEFT_MAX: f64 = 8.0;
 
 struct Fixture {
-    site: Site,
+    test_config: TestConfig,
     server: Server,
     key: IssuedKey,
 }
 
 impl Fixture {
     async fn new(settings: &[(&str, &str)]) -> Self {
-        let mut site = Site::new();
+        let mut test_config = TestConfig::new();
         for (setting, value) in settings {
-            site.set(setting, *value);
+            test_config.set(setting, *value);
         }
-        site.migrate().await;
-        site.trust("acme").await;
-        let key = site.issue("acme", &[]).await;
-        let server = site.serve().await;
-        granted(&Asker::connect(server.grpc()).await, &key).await;
-        Self { site, server, key }
+        test_config.migrate().await;
+        test_config.trust("acme").await;
+        let key = test_config.issue("acme", &[]).await;
+        let server = test_config.serve().await;
+        granted(&CheckClient::connect(server.grpc()).await, &key).await;
+        Self { test_config, server, key }
     }
 
     async fn connection(&self) -> SendRequest<Bytes> {
@@ -61,7 +61,7 @@ impl Fixture {
         println!("{what}: {:.1} MiB more, {:.1} the second time", held.peak - before.now, again.peak - before.now);
         assert!(again.peak - before.now < GROWTH_MAX, "{what}: {before:?}, then {held:?}, then {again:?}");
         // Checks on a new connection are still granted.
-        granted(&Asker::connect(self.server.grpc()).await, &self.key).await;
+        granted(&CheckClient::connect(self.server.grpc()).await, &self.key).await;
         drop(second);
         self.falls_back(what, before).await;
     }
@@ -76,7 +76,7 @@ impl Fixture {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn unfinished_admin_requests_are_bounded() {
-    let _turn = alone().await;
+    let _turn = exclusive().await;
     let fixture = Fixture::new(&[]).await;
     let padding = format!("GET /metrics HTTP/1.1\r\nx-padding: {}", "x".repeat(400 << 10));
     let unfinished = async || {
@@ -98,7 +98,7 @@ async fn unfinished_admin_requests_are_bounded() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn health_watches_are_bounded() {
-    let _turn = alone().await;
+    let _turn = exclusive().await;
     let fixture = Fixture::new(&[]).await;
     let callers = async || {
         let (mut callers, mut watching, mut refused) = (Vec::new(), Vec::new(), 0);
@@ -134,7 +134,7 @@ async fn health_watches_are_bounded() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn streams_without_a_message_are_bounded() {
-    let _turn = alone().await;
+    let _turn = exclusive().await;
     let fixture = Fixture::new(&[("limits.preface_timeout", "500ms")]).await;
     let callers = async || {
         let mut callers = Vec::new();
@@ -171,7 +171,7 @@ async fn streams_without_a_message_are_bounded() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn bursts_of_calls_are_bounded() {
-    let _turn = alone().await;
+    let _turn = exclusive().await;
     let fixture = Fixture::new(&[]).await;
     // Both bursts use the same connections: what a burst takes stays with its connection until that ends.
     let kept = Mutex::new(None);
@@ -200,7 +200,7 @@ async fn bursts_of_calls_are_bounded() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn unread_answers_are_bounded() {
-    let _turn = alone().await;
+    let _turn = exclusive().await;
     let fixture = Fixture::new(&[]).await;
     let reader = fixture.connection().await;
     let callers = async || {
@@ -228,7 +228,7 @@ async fn unread_answers_are_bounded() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn one_watch_does_not_keep_connections_away_from_its_worker() {
-    let _turn = alone().await;
+    let _turn = exclusive().await;
     let fixture = Fixture::new(&[]).await;
     let workers = std::thread::available_parallelism().unwrap().get();
     let watcher = fixture.connection().await;
@@ -252,7 +252,7 @@ async fn one_watch_does_not_keep_connections_away_from_its_worker() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn sigterm_ends_the_server_whatever_is_open() {
-    let _turn = alone().await;
+    let _turn = exclusive().await;
     let fixture = Fixture::new(&[("limits.drain_delay", "1s"), ("limits.drain_grace", "2s")]).await;
     let mut open = Vec::new();
     // On the admin listener: half a request line, a head without its end, an answer that is not read.
@@ -300,13 +300,13 @@ async fn sigterm_ends_the_server_whatever_is_open() {
     // Delay and grace, and a moment to start and end.
     assert!(took < Duration::from_millis(3_500), "{took:?}\n{log}");
     assert!(log.contains("\"stopped\""), "{log}");
-    drop((open, connections, unfinished, fixture.site));
+    drop((open, connections, unfinished, fixture.test_config));
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_second_signal_ends_the_server_at_once() {
-    let _turn = among_others().await;
-    let server = Site::new().serve().await;
+    let _turn = shared().await;
+    let server = TestConfig::new().serve().await;
     server.signal("TERM");
     server.until_logged("draining").await;
     server.signal("TERM");
@@ -318,8 +318,8 @@ async fn a_second_signal_ends_the_server_at_once() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn signals_that_ask_for_nothing_are_ignored_and_sigquit_drains() {
-    let _turn = among_others().await;
-    let server = Site::new().with("limits.drain_delay", "1s").serve().await;
+    let _turn = shared().await;
+    let server = TestConfig::new().with("limits.drain_delay", "1s").serve().await;
     for signal in ["HUP", "USR1", "USR2"] {
         server.signal(signal);
         server.until_logged(&format!("\"SIG{signal}\"")).await;
@@ -333,8 +333,8 @@ async fn signals_that_ask_for_nothing_are_ignored_and_sigquit_drains() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_admin_listener_speaks_http1_only_and_closes_slow_connections() {
-    let _turn = among_others().await;
-    let server = Site::new().serve().await;
+    let _turn = shared().await;
+    let server = TestConfig::new().serve().await;
     let mut http2 = TcpStream::connect(server.admin()).await.unwrap();
     http2.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0").await.unwrap();
     let mut said = Vec::new();

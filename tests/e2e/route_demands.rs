@@ -1,20 +1,20 @@
 //! The demands of a route and of its virtual host, which Envoy merges before it asks.
 
 use crate::support::{
-    among_others,
+    shared,
     envoy::Plan,
     http,
-    server::{IssuedKey, Server, Site},
+    server::{IssuedKey, Server, TestConfig},
 };
 
 /// A server with two keys: one without scopes, one with the scope `admin`.
-async fn server() -> (Site, Server, IssuedKey, IssuedKey) {
-    let site = Site::new();
-    site.migrate().await;
-    site.trust("acme").await;
-    let keys = (site.issue("acme", &[]).await, site.issue("acme", &["--scope", "admin"]).await);
-    let server = site.serve().await;
-    (site, server, keys.0, keys.1)
+async fn server() -> (TestConfig, Server, IssuedKey, IssuedKey) {
+    let test_config = TestConfig::new();
+    test_config.migrate().await;
+    test_config.trust("acme").await;
+    let keys = (test_config.issue("acme", &[]).await, test_config.issue("acme", &["--scope", "admin"]).await);
+    let server = test_config.serve().await;
+    (test_config, server, keys.0, keys.1)
 }
 
 /// What the shipped route `/admin` demands.
@@ -35,7 +35,7 @@ async fn plan(server: &Server, virtual_host: &str, admin: &str) -> Plan {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_route_that_demands_scopes_admits_no_anonymous_request_below_an_optional_virtual_host() {
-    let _turn = among_others().await;
+    let _turn = shared().await;
     let (_site, server, plain, admin) = server().await;
     let envoy = plan(&server, "trustgate.optional: \"true\"", "trustgate.scopes: \"admin\"").await.start().await;
     envoy.until_healthy(server.grpc()).await;
@@ -48,7 +48,7 @@ async fn a_route_that_demands_scopes_admits_no_anonymous_request_below_an_option
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_demand_that_cannot_be_understood_is_a_fault_that_the_log_quotes() {
-    let _turn = among_others().await;
+    let _turn = shared().await;
     for (demand, quoted) in [
         ("trustgate.scopes: \"\"", "\\\"trustgate.scopes\\\" with the value \\\"\\\""),
         ("trustgate.scope: \"read\"", "\\\"trustgate.scope\\\" with the value \\\"read\\\""),

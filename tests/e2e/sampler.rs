@@ -4,10 +4,10 @@
 use std::time::Duration;
 
 use crate::{
-    stage::Stage,
+    fixture::Fixture,
     support::{
-        among_others, eventually,
-        grpc::{Asker, granted, refused},
+        shared, eventually,
+        grpc::{CheckClient, granted, refused},
         server::{IssuedKey, Server, digest},
     },
 };
@@ -16,31 +16,31 @@ const PATIENCE: Duration = Duration::from_secs(30);
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_change_that_nobody_was_told_of_is_found_on_every_replica() {
-    let _turn = among_others().await;
-    let mut stage = Stage::new(&[]).await;
-    let issue = async |trust: &str| stage.site.issue(trust, &[]).await;
+    let _turn = shared().await;
+    let mut fixture = Fixture::new(&[]).await;
+    let issue = async |trust: &str| fixture.test_config.issue(trust, &[]).await;
     let (ordinary, good) = ([issue("acme").await, issue("globex").await], issue("initech").await);
     let (revoked, deleted) = (issue("acme").await, issue("globex").await);
-    let unsampled = stage.site.serve().await;
-    stage.site.set("freshness.sample_interval", "20ms");
-    let sampled = [stage.site.serve().await, stage.site.serve().await, stage.site.serve().await];
-    let control = Asker::connect(unsampled.grpc()).await;
+    let unsampled = fixture.test_config.serve().await;
+    fixture.test_config.set("freshness.sample_interval", "20ms");
+    let sampled = [fixture.test_config.serve().await, fixture.test_config.serve().await, fixture.test_config.serve().await];
+    let control = CheckClient::connect(unsampled.grpc()).await;
     let mut askers = Vec::new();
     for server in &sampled {
-        askers.push(Asker::connect(server.grpc()).await);
+        askers.push(CheckClient::connect(server.grpc()).await);
     }
-    for asker in askers.iter().chain([&control]) {
+    for client in askers.iter().chain([&control]) {
         for key in ordinary.iter().chain([&good, &revoked, &deleted]) {
-            granted(asker, key).await;
+            granted(client, key).await;
         }
     }
 
     // Changes that are named make no difference, however they come about.
-    stage.site.revoke(&ordinary[0]).await;
-    stage.postgres.execute(&stage.database, &update(&ordinary[1])).await;
-    for (server, asker) in sampled.iter().zip(&askers) {
+    fixture.test_config.revoke(&ordinary[0]).await;
+    fixture.postgres.execute(&fixture.database, &update(&ordinary[1])).await;
+    for (server, client) in sampled.iter().zip(&askers) {
         for key in &ordinary {
-            eventually("it is refused", PATIENCE, || async { asker.check(&key.key).await.status == 401 }).await;
+            eventually("it is refused", PATIENCE, || async { client.check(&key.key).await.status == 401 }).await;
         }
         let before = samples(server, "same").await;
         let enough = || async { samples(server, "same").await >= before + 20.0 };
@@ -51,11 +51,11 @@ async fn a_change_that_nobody_was_told_of_is_found_on_every_replica() {
     for (key, change, reason, count) in
         [(&revoked, update(&revoked), "revoked", 1.0), (&deleted, deletion(&deleted), "unknown", 2.0)]
     {
-        stage.postgres.execute(&stage.database, &untold(&change)).await;
-        for (server, asker) in sampled.iter().zip(&askers) {
+        fixture.postgres.execute(&fixture.database, &untold(&change)).await;
+        for (server, client) in sampled.iter().zip(&askers) {
             eventually("it is found", PATIENCE, || async { samples(server, "different").await >= count }).await;
-            refused(asker, key, reason).await;
-            granted(asker, &good).await;
+            refused(client, key, reason).await;
+            granted(client, &good).await;
             server.until_logged(&key.id).await;
             assert!(!server.log().contains(&digest(&key.key)), "no digest is logged");
         }

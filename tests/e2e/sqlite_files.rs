@@ -12,9 +12,9 @@ use sqlx::{ConnectOptions as _, Connection as _, sqlite::SqliteConnectOptions};
 use tokio::time::{Instant, sleep, sleep_until};
 
 use crate::support::{
-    among_others, eventually,
-    grpc::{Asker, granted},
-    server::{IssuedKey, Server, Site},
+    shared, eventually,
+    grpc::{CheckClient, granted},
+    server::{IssuedKey, Server, TestConfig},
 };
 
 /// A revoked key is granted no longer than this after the commit: the lease of 1 s and the deadline of a check.
@@ -22,9 +22,9 @@ const BOUND: Duration = Duration::from_millis(1_150);
 const PATIENCE: Duration = Duration::from_secs(30);
 
 struct Fixture {
-    site: Site,
+    test_config: TestConfig,
     server: Server,
-    asker: Asker,
+    client: CheckClient,
     key: IssuedKey,
     other: IssuedKey,
 }
@@ -32,19 +32,19 @@ struct Fixture {
 impl Fixture {
     /// A server that has two keys in its cache.
     async fn new() -> Self {
-        let site = Site::new().with_default_deadlines();
-        site.migrate().await;
-        site.trust("acme").await;
-        let (key, other) = (site.issue("acme", &[]).await, site.issue("acme", &[]).await);
-        let server = site.serve().await;
-        let asker = Asker::connect(server.grpc()).await;
-        granted(&asker, &key).await;
-        granted(&asker, &other).await;
-        Self { site, server, asker, key, other }
+        let test_config = TestConfig::new().with_default_deadlines();
+        test_config.migrate().await;
+        test_config.trust("acme").await;
+        let (key, other) = (test_config.issue("acme", &[]).await, test_config.issue("acme", &[]).await);
+        let server = test_config.serve().await;
+        let client = CheckClient::connect(server.grpc()).await;
+        granted(&client, &key).await;
+        granted(&client, &other).await;
+        Self { test_config, server, client, key, other }
     }
 
     fn file(&self, suffix: &str) -> PathBuf {
-        file(&self.site, suffix)
+        file(&self.test_config, suffix)
     }
 
     /// Copies the write-ahead log into the database.
@@ -56,13 +56,13 @@ impl Fixture {
     }
 
     async fn status(&self, key: &IssuedKey, freshness: &str) -> u16 {
-        self.asker.check_with(&key.key, &[("trustgate.freshness", freshness)]).await.unwrap().status
+        self.client.check_with(&key.key, &[("trustgate.freshness", freshness)]).await.unwrap().status
     }
 
     /// Revokes the key by a command, which must report it as done. Then no check may grant it once the bound has passed, nor
     /// after a restart; and the server says what happened.
     async fn a_revocation_holds(self) {
-        self.site.revoke(&self.key).await;
+        self.test_config.revoke(&self.key).await;
         let revoked = Instant::now();
         sleep_until(revoked + BOUND).await;
         while revoked.elapsed() < BOUND + Duration::from_secs(2) {
@@ -80,20 +80,20 @@ impl Fixture {
         .await;
         self.server.signal("INT");
         assert_eq!(self.server.ended(PATIENCE).await.0, 0);
-        let next = self.site.serve().await;
-        let asker = Asker::connect(next.grpc()).await;
-        assert_eq!(asker.check(&self.key.key).await.status, 401, "the revocation is lost");
-        granted(&asker, &self.other).await;
+        let next = self.test_config.serve().await;
+        let client = CheckClient::connect(next.grpc()).await;
+        assert_eq!(client.check(&self.key.key).await.status, 401, "the revocation is lost");
+        granted(&client, &self.other).await;
     }
 }
 
-fn file(site: &Site, suffix: &str) -> PathBuf {
-    site.path().join(format!("trustgate.db{suffix}"))
+fn file(test_config: &TestConfig, suffix: &str) -> PathBuf {
+    test_config.path().join(format!("trustgate.db{suffix}"))
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_index_of_the_log_is_removed() {
-    let _turn = among_others().await;
+    let _turn = shared().await;
     let fixture = Fixture::new().await;
     fs::remove_file(fixture.file("-shm")).unwrap();
     fixture.a_revocation_holds().await;
@@ -101,7 +101,7 @@ async fn the_index_of_the_log_is_removed() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_log_and_its_index_are_removed_after_a_checkpoint() {
-    let _turn = among_others().await;
+    let _turn = shared().await;
     let fixture = Fixture::new().await;
     fixture.checkpoint().await;
     fs::remove_file(fixture.file("-wal")).unwrap();
@@ -111,7 +111,7 @@ async fn the_log_and_its_index_are_removed_after_a_checkpoint() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_backup_is_copied_over_the_database() {
-    let _turn = among_others().await;
+    let _turn = shared().await;
     let fixture = Fixture::new().await;
     fixture.checkpoint().await;
     let backup = fixture.file(".backup");
@@ -125,7 +125,7 @@ async fn a_backup_is_copied_over_the_database() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn the_log_and_its_index_are_moved_away() {
-    let _turn = among_others().await;
+    let _turn = shared().await;
     let fixture = Fixture::new().await;
     fixture.checkpoint().await;
     for suffix in ["-wal", "-shm"] {
@@ -136,13 +136,13 @@ async fn the_log_and_its_index_are_moved_away() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn only_the_log_is_removed_while_it_holds_changes() {
-    let _turn = among_others().await;
+    let _turn = shared().await;
     let fixture = Fixture::new().await;
     fixture.checkpoint().await;
     // It holds this key from now on.
     let applied = fixture.server.metric("trustgate_applied_version").await;
-    let late = fixture.site.issue("acme", &[]).await;
-    granted(&fixture.asker, &late).await;
+    let late = fixture.test_config.issue("acme", &[]).await;
+    granted(&fixture.client, &late).await;
     eventually("the poll has read it", PATIENCE, || async {
         fixture.server.metric("trustgate_applied_version").await > applied
     })
@@ -150,7 +150,7 @@ async fn only_the_log_is_removed_while_it_holds_changes() {
     fs::remove_file(fixture.file("-wal")).unwrap();
     fixture.server.until_logged("was replaced, removed or moved").await;
     eventually("commands work again", PATIENCE, || async {
-        fixture.site.run(&["key", "list", "--trust", "acme"]).await.code == 0
+        fixture.test_config.run(&["key", "list", "--trust", "acme"]).await.code == 0
     })
     .await;
     // What only the log held is lost, and the server notices that too.
@@ -160,36 +160,36 @@ async fn only_the_log_is_removed_while_it_holds_changes() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_hard_link_warns_a_running_server_and_blocks_commands_and_startup() {
-    let _turn = among_others().await;
+    let _turn = shared().await;
     let fixture = Fixture::new().await;
-    let link = fixture.site.path().join("link.db");
+    let link = fixture.test_config.path().join("link.db");
     fs::hard_link(fixture.file(""), &link).unwrap();
     fixture.server.until_logged("several names (hard links)").await;
-    granted(&fixture.asker, &fixture.key).await;
+    granted(&fixture.client, &fixture.key).await;
     // By neither name is a revocation reported as done that the server might not see.
     let url = format!("sqlite://{}", link.display());
-    let mut by_link = Site::new().with_default_deadlines().with("store.url", url);
+    let mut by_link = TestConfig::new().with_default_deadlines().with("store.url", url);
     by_link.set("grpc.listen", "127.0.0.1:0");
-    for (site, command) in [
+    for (test_config, command) in [
         (&by_link, &["key", "revoke", &fixture.key.id][..]),
-        (&fixture.site, &["key", "revoke", &fixture.key.id]),
+        (&fixture.test_config, &["key", "revoke", &fixture.key.id]),
         (&by_link, &["serve"]),
     ] {
-        let ran = site.run(command).await;
+        let ran = test_config.run(command).await;
         assert!(ran.code != 0 && ran.err.contains("2 names (hard links)"), "{command:?}: {ran:?}");
     }
     let ran = by_link.run(&["doctor"]).await;
     assert!(ran.code != 0 && ran.out.contains("hard links"), "{ran:?}");
     fs::remove_file(link).unwrap();
-    fixture.site.revoke(&fixture.key).await;
+    fixture.test_config.revoke(&fixture.key).await;
     assert_eq!(fixture.status(&fixture.key, "live").await, 401);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn commands_and_serve_refuse_a_bind_mounted_database_file() {
-    let _turn = among_others().await;
+    let _turn = shared().await;
     let fixture = Fixture::new().await;
-    let elsewhere = fixture.site.path().join("elsewhere");
+    let elsewhere = fixture.test_config.path().join("elsewhere");
     fs::create_dir(&elsewhere).unwrap();
     let mounted = elsewhere.join("trustgate.db");
     fs::write(&mounted, "").unwrap();
@@ -198,7 +198,7 @@ async fn commands_and_serve_refuse_a_bind_mounted_database_file() {
         let (code, said) = below_a_mount(&fixture.file(""), &mounted, &words);
         assert!(code != 0 && said.contains("mounted by itself"), "{command}: {code}: {said}");
     }
-    granted(&fixture.asker, &fixture.key).await;
+    granted(&fixture.client, &fixture.key).await;
 }
 
 /// Runs a command of the program while `from` is mounted at `to`, which `store.url` names. Root mounts it for everybody and
@@ -224,7 +224,7 @@ fn below_a_mount(from: &Path, to: &Path, words: &str) -> (i32, String) {
 /// The procedure of docs/backups.md: a backup while the server runs, and its restore while the server is stopped.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_documented_backup_and_restore_work() {
-    let _turn = among_others().await;
+    let _turn = shared().await;
     let fixture = Fixture::new().await;
     let page = include_str!("../../docs/backups.md");
     let commands = |heading: &str| {
@@ -232,7 +232,7 @@ async fn the_documented_backup_and_restore_work() {
         let block = section.split("```sh\n").nth(1).expect("commands").split("```").next().expect("closed");
         block.to_owned()
     };
-    let (directory, variables) = (fixture.site.path().to_owned(), fixture.site.variables());
+    let (directory, variables) = (fixture.test_config.path().to_owned(), fixture.test_config.variables());
     let run = |script: String| {
         let program = Path::new(env!("CARGO_BIN_EXE_trustgate")).parent().unwrap().display().to_string();
         let path = format!("{program}:{}", std::env::var("PATH").unwrap());
@@ -247,15 +247,15 @@ async fn the_documented_backup_and_restore_work() {
     };
     run(commands("Back up SQLite"));
     // Revoked after the backup, which therefore still has the key.
-    fixture.site.revoke(&fixture.key).await;
-    let Fixture { site, server, key, other, .. } = fixture;
+    fixture.test_config.revoke(&fixture.key).await;
+    let Fixture { test_config, server, key, other, .. } = fixture;
     server.signal("INT");
     assert_eq!(server.ended(PATIENCE).await.0, 0);
     run(commands("Restore SQLite"));
-    let server = site.serve().await;
-    let asker = Asker::connect(server.grpc()).await;
-    granted(&asker, &other).await;
-    granted(&asker, &key).await;
-    site.revoke(&key).await;
-    assert_eq!(asker.check_with(&key.key, &[("trustgate.freshness", "live")]).await.unwrap().status, 401);
+    let server = test_config.serve().await;
+    let client = CheckClient::connect(server.grpc()).await;
+    granted(&client, &other).await;
+    granted(&client, &key).await;
+    test_config.revoke(&key).await;
+    assert_eq!(client.check_with(&key.key, &[("trustgate.freshness", "live")]).await.unwrap().status, 401);
 }

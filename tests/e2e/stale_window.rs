@@ -6,10 +6,10 @@ use std::time::Duration;
 use tokio::time::{Instant, sleep};
 
 use crate::{
-    stage::Stage,
+    fixture::Fixture,
     support::{
-        among_others, eventually,
-        grpc::{Asker, granted},
+        shared, eventually,
+        grpc::{CheckClient, granted},
         postgres::Postgres,
         server::Server,
     },
@@ -111,40 +111,40 @@ async fn is_fresh(server: &Server) -> bool {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn no_refusal_of_the_database_opens_the_stale_window() {
-    let _turn = among_others().await;
-    let mut stage = Stage::with_default_deadlines(&[("freshness.stale_if_unconfirmed", "60s")]).await;
+    let _turn = shared().await;
+    let mut fixture = Fixture::with_default_deadlines(&[("freshness.stale_if_unconfirmed", "60s")]).await;
     let roles = ["migrate", "--print-grants", "--serve-role", "serve", "--manage-role", "manage"];
-    let grants = stage.site.run(&roles).await.out;
+    let grants = fixture.test_config.run(&roles).await.out;
     let create = "CREATE ROLE serve LOGIN PASSWORD 'secret'; CREATE ROLE manage";
-    stage.postgres.execute(&stage.database, &format!("{create}; {grants}")).await;
-    let owner = stage.postgres.url("admin", &stage.database);
-    let url = stage.postgres.tcp_url("serve:secret", &stage.database);
-    stage.site.set("store.management_url", owner);
-    stage.site.set("store.url", url);
-    let good = stage.site.issue("acme", &[]).await;
-    let server = stage.site.serve().await;
-    let asker = Asker::connect(server.grpc()).await;
+    fixture.postgres.execute(&fixture.database, &format!("{create}; {grants}")).await;
+    let owner = fixture.postgres.url("admin", &fixture.database);
+    let url = fixture.postgres.tcp_url("serve:secret", &fixture.database);
+    fixture.test_config.set("store.management_url", owner);
+    fixture.test_config.set("store.url", url);
+    let good = fixture.test_config.issue("acme", &[]).await;
+    let server = fixture.test_config.serve().await;
+    let client = CheckClient::connect(server.grpc()).await;
     for refusal in Refusal::ALL {
-        let key = stage.site.issue("acme", &[]).await;
+        let key = fixture.test_config.issue("acme", &[]).await;
         eventually("the lease is fresh", PATIENCE, || is_fresh(&server)).await;
-        granted(&asker, &key).await;
-        let guard = refusal.begin(&stage.postgres, &stage.database).await;
+        granted(&client, &key).await;
+        let guard = refusal.begin(&fixture.postgres, &fixture.database).await;
         let unusable = "trustgate_polls_total{outcome=\"unusable\"}";
         let before = server.metric(unusable).await;
         eventually(&format!("{refusal:?} is an answer"), PATIENCE, || async { server.metric(unusable).await > before })
             .await;
         let revoke = format!("UPDATE trustgate.api_key SET revoked_at = now() WHERE id = '{}'", key.id);
-        stage.postgres.execute(&stage.database, &revoke).await;
+        fixture.postgres.execute(&fixture.database, &revoke).await;
         let revoked = Instant::now();
         sleep(BOUND).await;
         while revoked.elapsed() < BOUND + Duration::from_secs(1) {
-            let status = asker.check(&key.key).await.status;
+            let status = client.check(&key.key).await.status;
             assert_ne!(status, 200, "{refusal:?}: granted {:?} after the revocation", revoked.elapsed());
             sleep(Duration::from_millis(10)).await;
         }
-        refusal.end(&stage.postgres, &stage.database, guard).await;
-        eventually("good keys are granted again", PATIENCE, || async { asker.check(&good.key).await.status == 200 })
+        refusal.end(&fixture.postgres, &fixture.database, guard).await;
+        eventually("good keys are granted again", PATIENCE, || async { client.check(&good.key).await.status == 200 })
             .await;
-        eventually("the revoked key is denied", PATIENCE, || async { asker.check(&key.key).await.status == 401 }).await;
+        eventually("the revoked key is denied", PATIENCE, || async { client.check(&key.key).await.status == 401 }).await;
     }
 }

@@ -7,7 +7,7 @@ pub mod answer;
 pub mod python;
 pub mod request;
 pub mod rows;
-pub mod stage;
+pub mod fixture;
 
 use std::fmt::Write as _;
 
@@ -16,7 +16,7 @@ use serde_json::{Value, json};
 use self::{
     request::Encoding,
     rows::{Expected, Table},
-    stage::Stage,
+    fixture::Fixture,
 };
 
 /// Fewer would not be the table that was agreed on.
@@ -24,14 +24,14 @@ const ROWS_MIN: usize = 60;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn in_process() {
-    let (table, stage) = (Table::read(), Stage::start().await);
-    let rows = table.spelt_out(&stage);
+    let (table, fixture) = (Table::read(), Fixture::start().await);
+    let rows = table.spelt_out(&fixture);
     let (mut wrong, mut checked) = (String::new(), 0);
     let asked = rows.iter().filter(|row| row.not_in_process.is_none());
     for row in asked.clone() {
         for encoding in Encoding::BOTH {
             let message = row.request.message(encoding);
-            let got = answer::read(stage.checker(&row.server).check(&message).await);
+            let got = answer::read(fixture.checker(&row.server).check(&message).await);
             let want = row.want(encoding);
             if got != *want {
                 writeln!(wrong, "{} ({encoding:?}):\n  want {want}\n  got  {got}", row.name).unwrap();
@@ -41,21 +41,21 @@ async fn in_process() {
     }
     println!("in process: {} of {} rows, {checked} checks", asked.count(), rows.len());
     assert!(wrong.is_empty(), "not as the table says:\n{wrong}");
-    stage.stop().await;
+    fixture.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn over_grpc_from_python() {
-    let (table, stage) = (Table::read(), Stage::start().await);
-    python::run("table_grpc.py", &given(&table, &stage)).await;
-    stage.stop().await;
+    let (table, fixture) = (Table::read(), Fixture::start().await);
+    python::run("table_grpc.py", &given(&table, &fixture)).await;
+    fixture.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn through_envoy() {
-    let (table, stage) = (Table::read(), Stage::start().await);
-    python::run("table_envoy.py", &given(&table, &stage)).await;
-    stage.stop().await;
+    let (table, fixture) = (Table::read(), Fixture::start().await);
+    python::run("table_envoy.py", &given(&table, &fixture)).await;
+    fixture.stop().await;
 }
 
 #[test]
@@ -84,7 +84,7 @@ fn it_is_whole() {
 }
 
 /// What a Python runner is given: the servers, and every row as it is to be sent and answered.
-fn given(table: &Table, stage: &Stage) -> Value {
-    let rows: Vec<Value> = table.spelt_out(stage).iter().map(Expected::json).collect();
-    json!({ "rows": rows, "servers": stage.servers(), "secrets": stage.secrets() })
+fn given(table: &Table, fixture: &Fixture) -> Value {
+    let rows: Vec<Value> = table.spelt_out(fixture).iter().map(Expected::json).collect();
+    json!({ "rows": rows, "servers": fixture.servers(), "secrets": fixture.secrets() })
 }

@@ -13,10 +13,10 @@ use std::{
 use tokio::task::JoinHandle;
 
 use crate::support::{
-    among_others, eventually,
-    grpc::Asker,
+    shared, eventually,
+    grpc::CheckClient,
     postgres::Postgres,
-    server::{IssuedKey, Server, Site, made_up_key},
+    server::{IssuedKey, Server, TestConfig, made_up_key},
 };
 
 /// Checks on one server, one after the other, until it is stopped.
@@ -29,25 +29,25 @@ struct Load {
 impl Load {
     /// `good` keys must be granted, `revoked` and unknown ones denied. Keys join the load as they are issued.
     async fn on(name: &'static str, server: &Server, good: Vec<IssuedKey>, revoked: Vec<IssuedKey>) -> Self {
-        let asker = Asker::connect(server.grpc()).await;
+        let client = CheckClient::connect(server.grpc()).await;
         let (ends, checks) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
         let (stop, count) = (Arc::clone(&ends), Arc::clone(&checks));
         let task = tokio::spawn(async move {
             let mut wrong = Vec::new();
             while !stop.load(Ordering::Relaxed) {
                 for key in &good {
-                    let verdict = asker.check(&key.key).await;
+                    let verdict = client.check(&key.key).await;
                     if (verdict.status, verdict.trust_id.as_ref()) != (200, Some(&key.trust_id)) {
                         wrong.push(format!("{name}: a good key: {verdict:?}"));
                     }
                 }
                 for key in &revoked {
-                    let verdict = asker.check(&key.key).await;
+                    let verdict = client.check(&key.key).await;
                     if verdict.status != 401 {
                         wrong.push(format!("{name}: a revoked key: {verdict:?}"));
                     }
                 }
-                let verdict = asker.check(&made_up_key()).await;
+                let verdict = client.check(&made_up_key()).await;
                 if verdict.status != 401 {
                     wrong.push(format!("{name}: an unknown key: {verdict:?}"));
                 }
@@ -76,14 +76,14 @@ impl Load {
 }
 
 /// Keys of acme: good ones and revoked ones.
-async fn keys(site: &Site) -> (Vec<IssuedKey>, Vec<IssuedKey>) {
+async fn keys(test_config: &TestConfig) -> (Vec<IssuedKey>, Vec<IssuedKey>) {
     let mut good = Vec::new();
     for _ in 0..20 {
-        good.push(site.issue("acme", &[]).await);
+        good.push(test_config.issue("acme", &[]).await);
     }
     let revoked = good.split_off(15);
     for key in &revoked {
-        site.revoke(key).await;
+        test_config.revoke(key).await;
     }
     (good, revoked)
 }
@@ -94,23 +94,23 @@ const CHECKS: u64 = 3_000;
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "needs an earlier build: make upgrade OLD=..."]
 async fn tables_are_upgraded_under_load_and_the_earlier_build_is_put_back() {
-    let _turn = among_others().await;
+    let _turn = shared().await;
     let old_program: PathBuf = std::env::var_os("TRUSTGATE_OLD").expect("make upgrade OLD=...").into();
     let postgres = Postgres::start().await;
     let database = postgres.database().await;
     postgres.execute(&database, "CREATE ROLE trustgate_serve LOGIN; CREATE ROLE trustgate_manage LOGIN").await;
-    let site = |user: &str| {
-        Site::new()
+    let test_config = |user: &str| {
+        TestConfig::new()
             .unhurried()
             .with("store.url", postgres.url(user, &database))
             .with("credential.pepper", "a pepper of more than 16 bytes")
     };
-    let old = |user: &str| site(user).run_by(&old_program);
+    let old = |user: &str| test_config(user).run_by(&old_program);
     // The rights are those that the earlier build asks for; none is given later.
     old("admin").migrate().await;
     let grants = old("admin").run(&["migrate", "--print-grants"]).await.out;
     postgres.execute(&database, &grants).await;
-    let (manage_old, manage_new) = (old("trustgate_manage"), site("trustgate_manage"));
+    let (manage_old, manage_new) = (old("trustgate_manage"), test_config("trustgate_manage"));
     manage_old.trust("acme").await;
     let (mut good, mut revoked) = keys(&manage_old).await;
     let mut checks = 0;
@@ -122,7 +122,7 @@ async fn tables_are_upgraded_under_load_and_the_earlier_build_is_put_back() {
         Load::on("old", &second, good.clone(), revoked.clone()).await,
     ];
     loads[0].run_until(CHECKS).await;
-    site("admin").migrate().await;
+    test_config("admin").migrate().await;
     loads[0].run_until(CHECKS).await;
     let [load, other] = loads;
     checks += load.end().await + other.end().await;
@@ -135,7 +135,7 @@ async fn tables_are_upgraded_under_load_and_the_earlier_build_is_put_back() {
     good.push(manage_old.issue("acme", &[]).await);
     good.push(manage_new.issue("acme", &[]).await);
     drop(second);
-    let new = site("trustgate_serve").serve().await;
+    let new = test_config("trustgate_serve").serve().await;
     let loads = [
         Load::on("old beside new", &first, good.clone(), revoked.clone()).await,
         Load::on("new beside old", &new, good.clone(), revoked.clone()).await,
@@ -157,8 +157,8 @@ async fn tables_are_upgraded_under_load_and_the_earlier_build_is_put_back() {
 
     // And the new one once more.
     drop(back);
-    site("admin").migrate().await;
-    let new = site("trustgate_serve").serve().await;
+    test_config("admin").migrate().await;
+    let new = test_config("trustgate_serve").serve().await;
     let load = Load::on("new again", &new, good.clone(), revoked.clone()).await;
     load.run_until(CHECKS).await;
     checks += load.end().await;

@@ -28,7 +28,7 @@ use uuid::Uuid;
 
 use crate::{
     program::Place,
-    support::{alone, grpc::Asker, machine, postgres::Postgres, redis::Redis, server::Site},
+    support::{exclusive, grpc::CheckClient, machine, postgres::Postgres, redis::Redis, server::TestConfig},
 };
 
 const MAC_KEY: [u8; 32] = [7; 32];
@@ -128,7 +128,7 @@ async fn json(place: &Arc<Place>, arguments: &[&str]) -> serde_json::Value {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn what_is_denied_from_the_command_line_is_denied_within_a_second_without_a_database() {
-    let _turn = alone().await;
+    let _turn = exclusive().await;
     let redis = Redis::start().await;
     let (replica, place) = (Replica::start(&redis), Arc::new(operator(&redis)));
     let (by_key, by_trust, by_digest) = (record(1), record(2), record(3));
@@ -296,31 +296,31 @@ async fn the_key_of_the_mac_comes_from_the_database_where_no_file_has_it() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn with_the_database_down_an_entry_stops_a_key_within_a_second() {
-    let _turn = alone().await;
+    let _turn = exclusive().await;
     let (postgres, redis) = (Postgres::start().await, Redis::start().await);
     let database = postgres.database().await;
-    let mut site = Site::new().with("store.url", postgres.url("admin", &database)).with("redis.url", redis.url());
-    let (file, mac_key) = (site.path().join("deny"), site.path().join("mac-key"));
+    let mut test_config = TestConfig::new().with("store.url", postgres.url("admin", &database)).with("redis.url", redis.url());
+    let (file, mac_key) = (test_config.path().join("deny"), test_config.path().join("mac-key"));
     fs::write(&file, "# nobody yet\n").unwrap();
     fs::write(&mac_key, MAC_KEY).unwrap();
-    site.set("freshness.deny_file", file.display().to_string());
-    site.set("redis.mac_key_file", mac_key.display().to_string());
-    site.migrate().await;
-    site.trust("acme").await;
-    site.trust("globex").await;
-    let (by_file, by_digest) = (site.issue("acme", &[]).await, site.issue("acme", &[]).await);
-    let (by_trust, good) = (site.issue("globex", &[]).await, site.issue("acme", &[]).await);
-    let server = site.serve().await;
-    let asker = Asker::connect(server.grpc()).await;
+    test_config.set("freshness.deny_file", file.display().to_string());
+    test_config.set("redis.mac_key_file", mac_key.display().to_string());
+    test_config.migrate().await;
+    test_config.trust("acme").await;
+    test_config.trust("globex").await;
+    let (by_file, by_digest) = (test_config.issue("acme", &[]).await, test_config.issue("acme", &[]).await);
+    let (by_trust, good) = (test_config.issue("globex", &[]).await, test_config.issue("acme", &[]).await);
+    let server = test_config.serve().await;
+    let client = CheckClient::connect(server.grpc()).await;
     for key in [&by_file, &by_digest, &by_trust, &good] {
-        assert_eq!(asker.check(&key.key).await.status, 200);
+        assert_eq!(client.check(&key.key).await.status, 200);
     }
     let frozen = postgres.freeze();
 
     let until_denied = async |key: &str| {
         let start = Instant::now();
         let denied = loop {
-            let verdict = asker.check(key).await;
+            let verdict = client.check(key).await;
             if verdict.status != 200 {
                 break verdict;
             }
@@ -332,16 +332,16 @@ async fn with_the_database_down_an_entry_stops_a_key_within_a_second() {
     };
     fs::write(&file, format!("key {}\n", by_file.id)).unwrap();
     until_denied(&by_file.key).await;
-    let added = site.feed(&["deny", "add", "--stdin", "--for", "1h"], &by_digest.key).await;
+    let added = test_config.feed(&["deny", "add", "--stdin", "--for", "1h"], &by_digest.key).await;
     assert_eq!(added.code, 0, "{added:?}");
     until_denied(&by_digest.key).await;
-    site.json(&["deny", "add", "--trust", &by_trust.trust_id, "--for", "1h"]).await;
+    test_config.json(&["deny", "add", "--trust", &by_trust.trust_id, "--for", "1h"]).await;
     until_denied(&by_trust.key).await;
-    assert_eq!(asker.check(&good.key).await.status, 200, "who is not denied is not stopped");
+    assert_eq!(client.check(&good.key).await.status, 200, "who is not denied is not stopped");
 
     // The database is back: what is denied stays denied.
     drop(frozen);
-    assert_eq!(asker.check(&by_file.key).await.reason.as_deref(), Some("deny_listed"));
+    assert_eq!(client.check(&by_file.key).await.reason.as_deref(), Some("deny_listed"));
     assert!(server.metric("trustgate_deny_entries{source=\"file\"}").await > 0.0);
 }
 

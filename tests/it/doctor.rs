@@ -110,29 +110,29 @@ impl Report {
 }
 
 /// A database with our tables, the two roles that are printed, and whoever serves with them.
-struct Site {
+struct TestConfig {
     server: std::sync::Arc<Postgres>,
     database: String,
     serve: String,
     manage: String,
 }
 
-impl Site {
+impl TestConfig {
     async fn new() -> Self {
         let server = Postgres::shared().await;
         let database = server.database().await;
         let (serve, manage) = (format!("serve_{database}"), format!("manage_{database}"));
-        let site = Self { server, database, serve, manage };
-        site.owner().run(&["migrate"]).done();
-        site.execute(&format!(
+        let test_config = Self { server, database, serve, manage };
+        test_config.owner().run(&["migrate"]).done();
+        test_config.execute(&format!(
             "CREATE ROLE {} LOGIN PASSWORD 'letmein'; CREATE ROLE {} LOGIN",
-            site.serve, site.manage
+            test_config.serve, test_config.manage
         ))
         .await;
-        let roles = ["--serve-role", &site.serve, "--manage-role", &site.manage];
-        let printed = site.owner().run(&[&["migrate", "--print-grants"], &roles[..]].concat()).done().out;
-        site.execute(&printed).await;
-        site
+        let roles = ["--serve-role", &test_config.serve, "--manage-role", &test_config.manage];
+        let printed = test_config.owner().run(&[&["migrate", "--print-grants"], &roles[..]].concat()).done().out;
+        test_config.execute(&printed).await;
+        test_config
     }
 
     async fn execute(&self, sql: &str) {
@@ -158,9 +158,9 @@ const FILES: [&str; 3] = ["envoy", "tls", "deny_file"];
 
 #[tokio::test]
 async fn a_healthy_set_up_is_ok_in_every_line_and_unchanged() {
-    let (site, redis) = (Site::new().await, Redis::start().await);
-    let place = site.place().with("TRUSTGATE__REDIS__URL", &redis.url());
-    let before = site.server.dump(&site.database, &[]);
+    let (test_config, redis) = (TestConfig::new().await, Redis::start().await);
+    let place = test_config.place().with("TRUSTGATE__REDIS__URL", &redis.url());
+    let before = test_config.server.dump(&test_config.database, &[]);
     Report::of(&place).is_well_but_for(&FILES);
 
     let table = place.run(&["doctor"]).done().out;
@@ -172,16 +172,16 @@ async fn a_healthy_set_up_is_ok_in_every_line_and_unchanged() {
                grpc_service.timeout    60s, in the ext_authz filter of Envoy\n";
     assert!(table.ends_with(two), "{table}");
 
-    assert_eq!(site.server.dump(&site.database, &[]), before);
+    assert_eq!(test_config.server.dump(&test_config.database, &[]), before);
     let written = redis.ask::<String>(&["INFO", "persistence"]).await;
     assert!(written.contains("rdb_changes_since_last_save:0\r\n"), "{written}");
 }
 
 #[tokio::test]
 async fn the_statement_that_is_proposed_gives_the_right_that_is_missing() {
-    let site = Site::new().await;
-    let Site { serve, manage, .. } = &site;
-    let place = site.place();
+    let test_config = TestConfig::new().await;
+    let TestConfig { serve, manage, .. } = &test_config;
+    let place = test_config.place();
     for (name, lost, given) in [
         (
             "database_rights",
@@ -209,7 +209,7 @@ async fn the_statement_that_is_proposed_gives_the_right_that_is_missing() {
             format!("GRANT INSERT ON trustgate.audit TO \"{manage}\";"),
         ),
     ] {
-        site.execute(&format!("REVOKE {lost}")).await;
+        test_config.execute(&format!("REVOKE {lost}")).await;
         let report = Report::of(&place);
         report.shows(name, "failed", &[&given, " lacks 1 of "]);
         assert_eq!(report.ran.code, 1, "{lost}");
@@ -220,37 +220,37 @@ async fn the_statement_that_is_proposed_gives_the_right_that_is_missing() {
         assert!(table.out.contains(&is_set), "{table:?}");
         let remedy = report.one(name)["remedy"].as_str().unwrap();
         let statements: Vec<_> = remedy.lines().filter(|line| line.starts_with("GRANT ")).collect();
-        site.execute(&statements.concat()).await;
+        test_config.execute(&statements.concat()).await;
         Report::of(&place).is_well_but_for(&[&FILES[..], &WITHOUT_REDIS].concat());
     }
-    site.execute(&format!("REVOKE ALL ON ALL TABLES IN SCHEMA trustgate FROM {serve}")).await;
+    test_config.execute(&format!("REVOKE ALL ON ALL TABLES IN SCHEMA trustgate FROM {serve}")).await;
     Report::of(&place).shows("database_rights", "failed", &["lacks 12 of 21", "and so on", "--print-grants"]);
 }
 
 #[tokio::test]
 async fn whoever_serves_needs_no_right_to_change_keys() {
-    let site = Site::new().await;
-    site.execute(&format!("GRANT UPDATE ON trustgate.api_key TO {}", site.serve)).await;
-    let report = Report::of(&site.place());
-    report.shows("database_rights", "warning", &["may change trusts and keys too", &site.manage]);
+    let test_config = TestConfig::new().await;
+    test_config.execute(&format!("GRANT UPDATE ON trustgate.api_key TO {}", test_config.serve)).await;
+    let report = Report::of(&test_config.place());
+    report.shows("database_rights", "warning", &["may change trusts and keys too", &test_config.manage]);
     assert_eq!(report.ran.code, 0);
     // Where one role does everything, it has to.
-    let place = unhurried().with("TRUSTGATE__STORE__URL", &site.server.url("admin", &site.database));
+    let place = unhurried().with("TRUSTGATE__STORE__URL", &test_config.server.url("admin", &test_config.database));
     let report = Report::of(&place);
     report.shows("database_rights", "ok", &[]).shows(
         "management_rights",
         "skipped",
         &["store.management_url is not set"],
     );
-    let elsewhere = site.server.database().await;
-    let place = place.with("TRUSTGATE__STORE__MANAGEMENT_URL", &site.server.url("admin", &elsewhere));
+    let elsewhere = test_config.server.database().await;
+    let place = place.with("TRUSTGATE__STORE__MANAGEMENT_URL", &test_config.server.url("admin", &elsewhere));
     Report::of(&place).shows("management_rights", "failed", &["another database"]);
 }
 
 #[tokio::test]
 async fn what_keeps_changes_from_being_named_is_told_also_to_a_role_that_may_not_mend_it() {
-    let site = Site::new().await;
-    let place = site.place();
+    let test_config = TestConfig::new().await;
+    let place = test_config.place();
     for (harm, text) in [
         (
             "ALTER TABLE trustgate.api_key DISABLE TRIGGER trustgate_changed",
@@ -258,37 +258,37 @@ async fn what_keeps_changes_from_being_named_is_told_also_to_a_role_that_may_not
         ),
         ("DROP TRIGGER trustgate_stamp ON trustgate.tx", "trustgate_stamp on table trustgate.tx is missing"),
     ] {
-        site.execute(harm).await;
+        test_config.execute(harm).await;
         Report::of(&place).shows("database_watch", "failed", &[text, "trustgate migrate"]);
-        site.owner().run(&["migrate"]).done();
+        test_config.owner().run(&["migrate"]).done();
         Report::of(&place).shows("database_watch", "ok", &[]);
     }
-    site.execute("ALTER TABLE trustgate.api_key ADD COLUMN note text").await;
+    test_config.execute("ALTER TABLE trustgate.api_key ADD COLUMN note text").await;
     Report::of(&place).shows("database_watch", "ok", &["were altered", "the next poll"]);
 }
 
 #[tokio::test]
 async fn a_table_that_was_not_attached_or_by_other_columns_is_told() {
-    let site = Site::new().await;
-    site.execute(&format!(
+    let test_config = TestConfig::new().await;
+    test_config.execute(&format!(
         "CREATE TABLE tenant (id uuid PRIMARY KEY, api_key_hash char(64) UNIQUE, gone_at timestamptz);
          GRANT SELECT ON tenant TO {}",
-        site.serve
+        test_config.serve
     ))
     .await;
     let attached = |place: Place| {
         place.with("TRUSTGATE__STORE__TABLE", "public.tenant").with("TRUSTGATE__STORE__ATTACHED", "true")
     };
-    let (place, owner) = (attached(site.place()), attached(site.owner()));
+    let (place, owner) = (attached(test_config.place()), attached(test_config.owner()));
     let missing = ["public.tenant is not attached", "run `trustgate attach`"];
     let report = Report::of(&place);
     report.shows("database_watch", "failed", &missing);
     assert_eq!(report.ran.code, 1);
     owner.run(&["attach"]).done();
     Report::of(&place).shows("database_watch", "ok", &["every change is named"]);
-    let other = attached(site.place()).with("TRUSTGATE__STORE__TABLE_REVOKED_AT", "gone_at");
+    let other = attached(test_config.place()).with("TRUSTGATE__STORE__TABLE_REVOKED_AT", "gone_at");
     Report::of(&other).shows("database_watch", "failed", &missing);
-    site.execute("DROP TRIGGER trustgate_changed ON tenant").await;
+    test_config.execute("DROP TRIGGER trustgate_changed ON tenant").await;
     let report = Report::of(&place);
     report.shows(
         "database_watch",
@@ -300,21 +300,21 @@ async fn a_table_that_was_not_attached_or_by_other_columns_is_told() {
 
 #[tokio::test]
 async fn tables_that_are_missing_or_too_new_and_a_role_that_may_only_read_are_told() {
-    let site = Site::new().await;
-    let empty = site.server.database().await;
-    let place = unhurried().with("TRUSTGATE__STORE__URL", &site.server.url("admin", &empty));
+    let test_config = TestConfig::new().await;
+    let empty = test_config.server.database().await;
+    let place = unhurried().with("TRUSTGATE__STORE__URL", &test_config.server.url("admin", &empty));
     let report = Report::of(&place);
     report.shows("database_tables", "failed", &["holds no tables", "run `trustgate migrate`"]);
     report.shows("database_rights", "skipped", &["because of database_tables"]).shows("database_hints", "ok", &[]);
     assert_eq!(report.one("database_tables")["settings"][0]["origin"], "TRUSTGATE__STORE__URL");
 
-    let read_only = format!("ALTER ROLE {} SET default_transaction_read_only", site.serve);
-    site.execute(&format!("{read_only} = on")).await;
-    let report = Report::of(&site.place());
+    let read_only = format!("ALTER ROLE {} SET default_transaction_read_only", test_config.serve);
+    test_config.execute(&format!("{read_only} = on")).await;
+    let report = Report::of(&test_config.place());
     report.shows("database_server", "failed", &["read-only", "default_transaction_read_only"]);
     report.shows("database_polls", "failed", &["read-only"]).shows("database_rights", "ok", &[]);
-    site.execute(&format!("{read_only} = off; INSERT INTO trustgate.schema VALUES (99, 99)")).await;
-    Report::of(&site.place()).shows("database_tables", "failed", &["version 99", "start a newer trustgate"]);
+    test_config.execute(&format!("{read_only} = off; INSERT INTO trustgate.schema VALUES (99, 99)")).await;
+    Report::of(&test_config.place()).shows("database_tables", "failed", &["version 99", "start a newer trustgate"]);
 }
 
 #[tokio::test]
@@ -332,9 +332,9 @@ async fn a_standby_is_no_database_to_serve_from() {
 
 #[tokio::test]
 async fn through_a_pooler_everything_is_well_but_the_hints() {
-    let site = Site::new().await;
-    let pooler = PgBouncer::start(&site.server).await;
-    let report = Report::of(&unhurried().with("TRUSTGATE__STORE__URL", &pooler.url(&site.database)));
+    let test_config = TestConfig::new().await;
+    let pooler = PgBouncer::start(&test_config.server).await;
+    let report = Report::of(&unhurried().with("TRUSTGATE__STORE__URL", &pooler.url(&test_config.database)));
     report.shows("database_hints", "warning", &["hints do not arrive: the bound rests on polling alone"]);
     for name in ["database_connection", "database_rights", "database_watch", "database_polls", "database_reads"] {
         report.shows(name, "ok", &[]);
@@ -344,9 +344,9 @@ async fn through_a_pooler_everything_is_well_but_the_hints() {
 
 #[tokio::test]
 async fn whoever_cannot_be_reached_is_named_and_no_password_is() {
-    let site = Site::new().await;
+    let test_config = TestConfig::new().await;
     let quick = |url: &str| Place::new().with("TRUSTGATE__STORE__URL", url);
-    let tcp = site.server.tcp_url(&site.serve, &site.database);
+    let tcp = test_config.server.tcp_url(&test_config.serve, &test_config.database);
     let silent = TcpListener::bind("127.0.0.1:0").unwrap();
     let hangs = format!("postgres://me:hunter2@{}/db", silent.local_addr().unwrap());
     for (place, name, texts) in [
@@ -363,7 +363,7 @@ async fn whoever_cannot_be_reached_is_named_and_no_password_is() {
             &["password authentication failed", "store.password_file"],
         ),
         (
-            quick(&site.server.url("admin", "nowhere")).with("TRUSTGATE__STORE__PASSWORD", "hunter2"),
+            quick(&test_config.server.url("admin", "nowhere")).with("TRUSTGATE__STORE__PASSWORD", "hunter2"),
             "database_connection",
             &["\"nowhere\" does not exist", "create the database"],
         ),
@@ -384,7 +384,7 @@ async fn whoever_cannot_be_reached_is_named_and_no_password_is() {
     }
     let good = quick(&tcp).with("TRUSTGATE__STORE__PASSWORD", "letmein");
     Report::of(&good).shows("database_connection", "ok", &["without TLS, on this machine"]).ran.hides("letmein");
-    let management = site.place().with("TRUSTGATE__STORE__MANAGEMENT_URL", "postgres://me:hunter2@127.0.0.1:1/db");
+    let management = test_config.place().with("TRUSTGATE__STORE__MANAGEMENT_URL", "postgres://me:hunter2@127.0.0.1:1/db");
     let report = Report::of(&management);
     report.shows("management_rights", "failed", &["127.0.0.1:1"]).shows("database_rights", "ok", &[]);
     report.ran.hides("hunter2");

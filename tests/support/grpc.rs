@@ -14,11 +14,11 @@ use envoy_types::pb::{
 use tonic::{Status, transport::Channel};
 use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient};
 
-use super::{eventually, load::Shot, server::IssuedKey};
+use super::{eventually, load::KeyCase, server::IssuedKey};
 
 /// A connection to one trustgate.
 #[derive(Clone)]
-pub struct Asker(AuthorizationClient<Channel>);
+pub struct CheckClient(AuthorizationClient<Channel>);
 
 /// What a check came to, in Envoy's eyes.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -31,7 +31,7 @@ pub struct Verdict {
     pub reason: Option<String>,
 }
 
-impl Asker {
+impl CheckClient {
     /// Connects.
     ///
     /// # Panics
@@ -50,11 +50,11 @@ impl Asker {
     ///
     /// # Panics
     /// If one is denied, or not granted for very long.
-    pub async fn hold(&self, shots: &[Shot]) {
-        for shot in shots {
+    pub async fn hold(&self, cases: &[KeyCase]) {
+        for case in cases {
             eventually("a good key is granted", Duration::from_secs(30), || async {
-                let verdict = self.check(&shot.key).await;
-                assert!(verdict.trust_id == shot.owner || verdict.status == 503, "{verdict:?}");
+                let verdict = self.check(&case.key).await;
+                assert!(verdict.trust_id == case.owner || verdict.status == 503, "{verdict:?}");
                 verdict.status == 200
             })
             .await;
@@ -72,8 +72,8 @@ impl Asker {
 ///
 /// # Panics
 /// If it is not.
-pub async fn granted(asker: &Asker, key: &IssuedKey) {
-    let verdict = asker.check(&key.key).await;
+pub async fn granted(client: &CheckClient, key: &IssuedKey) {
+    let verdict = client.check(&key.key).await;
     assert_eq!((verdict.status, verdict.trust_id.as_ref()), (200, Some(&key.trust_id)), "{verdict:?}");
 }
 
@@ -81,8 +81,8 @@ pub async fn granted(asker: &Asker, key: &IssuedKey) {
 ///
 /// # Panics
 /// If it is not.
-pub async fn refused(asker: &Asker, key: &IssuedKey, reason: &str) {
-    let verdict = asker.check(&key.key).await;
+pub async fn refused(client: &CheckClient, key: &IssuedKey, reason: &str) {
+    let verdict = client.check(&key.key).await;
     assert_eq!((verdict.status, verdict.reason.as_deref()), (401, Some(reason)), "{verdict:?}");
 }
 

@@ -18,7 +18,7 @@ use super::{
 
 /// One request.
 #[derive(Clone, Debug)]
-pub struct Shot {
+pub struct KeyCase {
     /// The key it carries.
     pub key: String,
     /// What it must come to: `Some` trust for a grant, `None` for a 401.
@@ -35,7 +35,7 @@ pub struct Hit {
     /// From when it was due until its answer was there: what a client would have waited, queueing included.
     pub took: Duration,
     /// What was fired.
-    pub shot: Shot,
+    pub case: KeyCase,
     /// The status and the trust the application saw; or what went wrong on the way to Envoy.
     pub answer: Result<(u16, Option<String>), String>,
 }
@@ -43,8 +43,8 @@ pub struct Hit {
 impl Hit {
     /// Whether the answer is the one that belongs to the key.
     pub fn is_right(&self) -> bool {
-        let wanted = if self.shot.owner.is_some() { 200 } else { 401 };
-        self.answer == Ok((wanted, self.shot.owner.clone()))
+        let wanted = if self.case.owner.is_some() { 200 } else { 401 };
+        self.answer == Ok((wanted, self.case.owner.clone()))
     }
 
     /// Whether the answer says that the gate could not decide.
@@ -58,20 +58,20 @@ pub async fn fire(
     server: SocketAddr,
     per_second: u32,
     length: Duration,
-    mut aim: impl FnMut(Duration) -> Shot,
+    mut aim: impl FnMut(Duration) -> KeyCase,
 ) -> Vec<Hit> {
     let idle = Arc::new(Mutex::new(Vec::new()));
     let (start, step) = (Instant::now(), Duration::from_secs(1) / per_second);
-    let (mut due, mut shots, mut hits) = (Duration::ZERO, JoinSet::new(), Vec::new());
+    let (mut due, mut cases, mut hits) = (Duration::ZERO, JoinSet::new(), Vec::new());
     while due < length {
         sleep_until(start + due).await;
-        shots.spawn(shoot(server, Arc::clone(&idle), start, due, aim(due)));
+        cases.spawn(shoot(server, Arc::clone(&idle), start, due, aim(due)));
         due += step;
-        while let Some(hit) = shots.try_join_next() {
+        while let Some(hit) = cases.try_join_next() {
             hits.push(hit.expect("no panic"));
         }
     }
-    hits.extend(shots.join_all().await);
+    hits.extend(cases.join_all().await);
     hits
 }
 
@@ -80,11 +80,11 @@ async fn shoot(
     idle: Arc<Mutex<Vec<Connection>>>,
     start: Instant,
     due: Duration,
-    shot: Shot,
+    case: KeyCase,
 ) -> Hit {
-    let answer = answer(server, &idle, &shot.key).await.map_err(|error| format!("{error:?}"));
+    let answer = answer(server, &idle, &case.key).await.map_err(|error| format!("{error:?}"));
     let at = start + due;
-    Hit { due, at, took: at.elapsed(), shot, answer }
+    Hit { due, at, took: at.elapsed(), case, answer }
 }
 
 async fn answer(

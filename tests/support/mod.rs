@@ -16,7 +16,7 @@ pub mod postgres;
 pub mod probe;
 pub mod process;
 pub mod redis;
-pub mod seam;
+pub mod store_proxy;
 pub mod server;
 
 use std::{future::Future, time::Duration};
@@ -40,14 +40,14 @@ pub async fn eventually<F: Future<Output = bool>>(what: &str, limit: Duration, m
 pub struct Alone(machine::Watch, RwLockWriteGuard<'static, ()>);
 
 /// Waits until no other test runs, and the machine is calm.
-pub async fn alone() -> Alone {
+pub async fn exclusive() -> Alone {
     let turn = TURN.write().await;
     machine::is_calm().await;
     Alone(machine::Watch::start(), turn)
 }
 
 /// Held by every other test of a binary in which some measure time.
-pub async fn among_others() -> RwLockReadGuard<'static, ()> {
+pub async fn shared() -> RwLockReadGuard<'static, ()> {
     TURN.read().await
 }
 

@@ -10,7 +10,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    grpc::{Asker, Verdict},
+    grpc::{CheckClient, Verdict},
     machine,
 };
 
@@ -59,12 +59,12 @@ pub struct Probing {
 }
 
 impl Probing {
-    /// Asks `asker` `per_second` times a second, for each of `keys` in turn, on a route with these context extensions.
-    pub fn start(asker: &Asker, per_second: u32, keys: Vec<String>, extensions: &'static [(&str, &str)]) -> Self {
-        let (enough, asker) = (CancellationToken::new(), asker.clone());
+    /// Asks `client` `per_second` times a second, for each of `keys` in turn, on a route with these context extensions.
+    pub fn start(client: &CheckClient, per_second: u32, keys: Vec<String>, extensions: &'static [(&str, &str)]) -> Self {
+        let (enough, client) = (CancellationToken::new(), client.clone());
         let (grants, granted) = watch::channel(0);
         let (step, count) = (Duration::from_secs(1) / per_second, keys.len());
-        let sending = tokio::spawn(send(asker, step, keys, extensions, (enough.clone(), grants)));
+        let sending = tokio::spawn(send(client, step, keys, extensions, (enough.clone(), grants)));
         Self { enough, keys: count, granted, sending }
     }
 
@@ -86,7 +86,7 @@ impl Probing {
 }
 
 async fn send(
-    asker: Asker,
+    client: CheckClient,
     step: Duration,
     keys: Vec<String>,
     extensions: &'static [(&str, &str)],
@@ -95,10 +95,10 @@ async fn send(
     let (mut due, mut number) = (Instant::now(), 0);
     let (mut sent, mut done, mut granted) = (JoinSet::new(), Vec::new(), HashSet::new());
     while enough.run_until_cancelled(sleep_until(due)).await.is_some() {
-        let (asker, key, text) = (asker.clone(), number % keys.len(), keys[number % keys.len()].clone());
+        let (client, key, text) = (client.clone(), number % keys.len(), keys[number % keys.len()].clone());
         sent.spawn(async move {
             let began = Instant::now();
-            let verdict = asker.check_with(&text, extensions).await.map_err(|status| status.to_string());
+            let verdict = client.check_with(&text, extensions).await.map_err(|status| status.to_string());
             Probe { key, began, answered: Instant::now(), verdict }
         });
         number += 1;

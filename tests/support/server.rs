@@ -27,7 +27,7 @@ pub const UNHURRIED: [(&str, &str); 3] =
     [("store.read_timeout", "60s"), ("decision.deadline", "70s"), ("decision.envoy_timeout", "80s")];
 
 /// Five times the default deadlines: on a busy machine a check must not become a fault in a test that does not measure time. Tests of
-/// the promised times use [`Site::with_default_deadlines`].
+/// the promised times use [`TestConfig::with_default_deadlines`].
 const ROOMY: [(&str, &str); 4] = [
     ("store.read_timeout", "500ms"),
     ("redis.timeout", "100ms"),
@@ -36,7 +36,7 @@ const ROOMY: [(&str, &str); 4] = [
 ];
 
 /// A set of settings, and a directory for the embedded database. Everything runs with these and nothing else.
-pub struct Site {
+pub struct TestConfig {
     dir: TempDir,
     settings: Vec<(String, String)>,
     /// What runs.
@@ -59,15 +59,15 @@ pub struct IssuedKey {
     pub trust_id: String,
 }
 
-impl Site {
+impl TestConfig {
     /// The embedded database and defaults, except that the server listens on free ports and has [`ROOMY`] deadlines.
     pub fn new() -> Self {
         let program = env!("CARGO_BIN_EXE_trustgate").into();
-        let mut site = Self { dir: tempfile::tempdir().expect("a directory"), settings: Vec::new(), program };
+        let mut test_config = Self { dir: tempfile::tempdir().expect("a directory"), settings: Vec::new(), program };
         for (setting, value) in [("grpc.listen", "127.0.0.1:0"), ("admin.listen", "127.0.0.1:0")].iter().chain(&ROOMY) {
-            site.set(setting, *value);
+            test_config.set(setting, *value);
         }
-        site
+        test_config
     }
 
     /// The same with the default deadlines, for tests of the promised times.

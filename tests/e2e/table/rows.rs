@@ -9,7 +9,7 @@ use trustgate::ext_authz::identity;
 
 use super::{
     request::{Encoding, Request},
-    stage::{Made, Stage},
+    fixture::{Made, Fixture},
 };
 
 #[derive(Deserialize)]
@@ -119,15 +119,15 @@ impl Table {
         self.denials.get(reason).unwrap_or_else(|| panic!("there is no denial {reason:?}"))
     }
 
-    /// Every row with the keys of `stage`.
-    pub fn spelt_out(&self, stage: &Stage) -> Vec<Expected> {
+    /// Every row with the keys of `fixture`.
+    pub fn spelt_out(&self, fixture: &Fixture) -> Vec<Expected> {
         let spell = |group: &Group, row: &Row| {
-            let raw = self.answer(&row.want, stage);
-            let request = row.send.request(stage);
+            let raw = self.answer(&row.want, fixture);
+            let request = row.send.request(fixture);
             Expected {
                 name: format!("{}: {}", group.name, row.name),
                 server: group.server.clone().unwrap_or_else(|| "default".to_owned()),
-                map: row.map.as_ref().map_or_else(|| raw.clone(), |want| self.answer(want, stage)),
+                map: row.map.as_ref().map_or_else(|| raw.clone(), |want| self.answer(want, fixture)),
                 path: row.want.path.clone().unwrap_or_else(|| request.path.clone()),
                 stays: row.want.stays,
                 not_in_process: row.not_in_process.clone(),
@@ -141,9 +141,9 @@ impl Table {
     }
 
     /// An answer in the form of `answer::read`.
-    fn answer(&self, want: &Want, stage: &Stage) -> Value {
+    fn answer(&self, want: &Want, fixture: &Fixture) -> Value {
         match (&want.who, &want.reason) {
-            (Some(who), None) => passed(want, (who != "nobody").then(|| stage.key(who))),
+            (Some(who), None) => passed(want, (who != "nobody").then(|| fixture.key(who))),
             (None, Some(reason)) => self.denied(want, reason),
             _ => panic!("a row wants one of `as` and `reason`"),
         }
@@ -202,18 +202,18 @@ fn passed(want: &Want, key: Option<&Made>) -> Value {
 }
 
 impl Send {
-    fn request(&self, stage: &Stage) -> Request {
-        let text = |text: &str| String::from_utf8(stage.spell(text)).unwrap();
+    fn request(&self, fixture: &Fixture) -> Request {
+        let text = |text: &str| String::from_utf8(fixture.spell(text)).unwrap();
         let fillers = (0..self.fillers).map(|number| (format!("x-filler-{number}"), b"f".to_vec()));
         Request {
             method: self.method.clone().unwrap_or_else(|| "GET".to_owned()),
             path: text(self.path.as_deref().unwrap_or("/things?page=2")),
             from: self.from.clone().unwrap_or_else(|| "127.0.0.1".to_owned()),
             headers: fillers
-                .chain(self.headers.iter().map(|(name, value)| (name.clone(), stage.spell(value))))
+                .chain(self.headers.iter().map(|(name, value)| (name.clone(), fixture.spell(value))))
                 .collect(),
             route: self.route.clone(),
-            instead: self.message.as_ref().map(|message| stage.spell(message)),
+            instead: self.message.as_ref().map(|message| fixture.spell(message)),
         }
     }
 }

@@ -22,7 +22,7 @@ use trustgate::{
 };
 
 use super::rows::Table;
-use crate::support::among_others;
+use crate::support::shared;
 
 /// What every server of the table is set to. Times are long: this is about answers, on whatever machine.
 const SETTINGS: [(&str, &str); 6] = [
@@ -35,7 +35,7 @@ const SETTINGS: [(&str, &str); 6] = [
 ];
 
 /// Servers and keys.
-pub struct Stage {
+pub struct Fixture {
     servers: BTreeMap<String, (Running, Config)>,
     keys: BTreeMap<&'static str, Made>,
     _dir: TempDir,
@@ -51,14 +51,14 @@ pub struct Made {
     pub scopes: Vec<String>,
 }
 
-impl Stage {
+impl Fixture {
     pub async fn start() -> Self {
         Self::of(|_| true).await
     }
 
     /// The servers that `wanted` picks by name.
     pub async fn of(wanted: impl Fn(&str) -> bool) -> Self {
-        let (turn, dir) = (among_others().await, tempfile::tempdir().unwrap());
+        let (turn, dir) = (shared().await, tempfile::tempdir().unwrap());
         let table = Table::read();
         let configs = table.servers.iter().map(|(name, more)| (name.clone(), configured(dir.path(), more)));
         let configs: BTreeMap<String, Config> = configs.collect();

@@ -19,10 +19,10 @@ use trustgate::{
 };
 use uuid::Uuid;
 
-use super::server::Site;
+use super::server::TestConfig;
 
 /// The seam. Open at first.
-pub struct Seam {
+pub struct StoreProxy {
     inner: Arc<dyn Source>,
     finds: AtomicUsize,
     before_find: Gate,
@@ -81,16 +81,16 @@ impl Drop for Waiting<'_> {
     }
 }
 
-impl Seam {
-    /// Starts a server with the settings of `site` and a seam in it.
-    pub async fn start(site: &Site, prepare: impl FnOnce(&Self)) -> (Running, Arc<Self>) {
-        let variables = site.variables();
+impl StoreProxy {
+    /// Starts a server with the settings of `test_config` and a seam in it.
+    pub async fn start(test_config: &TestConfig, prepare: impl FnOnce(&Self)) -> (Running, Arc<Self>) {
+        let variables = test_config.variables();
         let environment = variables.iter().map(|(name, value)| (OsString::from(name), OsString::from(value)));
         let config = config::load(None, environment, Purpose::Serve).expect("good settings");
         let variable = |name: &str| variables.iter().find(|(set, _)| set == name).map(|(_, value)| value.clone());
         let mut made = None;
         let builder = AppBuilder::new(config, &variable).expect("good settings").wrap_store(|inner| {
-            let seam = Arc::new(Self {
+            let proxy = Arc::new(Self {
                 inner,
                 finds: AtomicUsize::new(0),
                 before_find: Gate::default(),
@@ -98,9 +98,9 @@ impl Seam {
                 after_poll: Gate::default(),
                 panics: AtomicBool::new(false),
             });
-            prepare(&seam);
-            made = Some(Arc::clone(&seam));
-            seam
+            prepare(&proxy);
+            made = Some(Arc::clone(&proxy));
+            proxy
         });
         (builder.start().await.expect("it starts"), made.expect("wrapped"))
     }
@@ -138,7 +138,7 @@ impl Seam {
 }
 
 #[async_trait]
-impl Lookup for Seam {
+impl Lookup for StoreProxy {
     async fn find(&self, digests: &Digests) -> Result<Versioned<Option<Record>>, Fault> {
         self.enter().await;
         let found = self.inner.find(digests).await;
@@ -189,7 +189,7 @@ impl Lookup for Seam {
 }
 
 #[async_trait]
-impl Source for Seam {
+impl Source for StoreProxy {
     async fn prepare(&self, missing: Missing) -> Result<(), StoreError> {
         self.inner.prepare(missing).await
     }
