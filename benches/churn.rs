@@ -48,10 +48,8 @@ struct Arguments {
 
 fn main() -> Result<(), Box<dyn Error>> {
     let Arguments { size, keys, rate, seconds } = Arguments::parse();
-    let l1 = L1::new(&CacheSettings {
-        size: ByteSize::parse(&size).ok_or("a size has a unit")?,
-        ..CacheSettings::default()
-    });
+    let size = ByteSize::parse(&size).ok_or("a size has a unit")?;
+    let l1 = L1::new(size, CacheSettings::default().absences_size);
     for number in 0..keys {
         put(&l1, number);
     }

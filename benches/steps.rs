@@ -88,7 +88,7 @@ fn main() -> Result<(), Box<dyn Error>> {
             black_box(decide(Some(black_box(&record)), &demands, now));
         }),
         Step::Encode => measured(count, &mut || {
-            drop(black_box(replies.decision(black_box(&decision), &extracted.removals, false)));
+            drop(black_box(replies.decision(black_box(&decision), &extracted.removals, Basis::Confirmed)));
         }),
         Step::Check => check(count, &message)?,
     };

@@ -31,7 +31,7 @@ use crate::{
     manage::{ManageError, Manager, keys::Wanted},
     record::TrustId,
     store::{
-        Actor, StoreError, Management,
+        Actor, Management, StoreError,
         ledger::{Trust, TrustRef},
     },
 };
@@ -368,7 +368,7 @@ impl CanaryMetrics {
 mod tests {
     use super::*;
     use crate::{
-        base::settings::{Setting as _, RawValue},
+        base::settings::{RawValue, Setting as _},
         ext_authz::{credential::extract::extract, request::View},
     };
 

@@ -10,6 +10,8 @@ mod deny;
 mod doctor;
 mod effect;
 mod error;
+mod exit;
+mod explain;
 mod key;
 mod progress;
 mod stdin;
@@ -25,27 +27,15 @@ use clap::Parser;
 use self::{
     answer::Answer,
     args::{Arguments, Output},
-    error::CliError,
+    exit::{DONE, FAILED, USAGE},
 };
 
 use crate::ext_authz::credential::format;
 
-/// Everything went well.
-const DONE: u8 = 0;
-/// What was wanted could not be done.
-const FAILED: u8 = 1;
-/// What was wanted makes no sense.
-const USAGE: u8 = 2;
-/// The key that was checked is denied.
-const DENIED: u8 = 3;
-
-/// The environment the program was started with.
-type Environment = [(OsString, OsString)];
-
 /// Does what `arguments` want in this `environment` and returns the exit code: 0 done, 1 failed, 2 used wrongly, 3 the checked key is denied.
 pub fn run(
     arguments: impl IntoIterator<Item = OsString>,
-    environment: &Environment,
+    environment: &[(OsString, OsString)],
     out: &mut dyn Write,
     err: &mut dyn Write,
 ) -> u8 {

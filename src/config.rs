@@ -18,7 +18,7 @@ use std::{
 use crate::{
     api::ApiSettings,
     base::{
-        settings::{Field, ConfigError, Origin, Reader, Section},
+        settings::{ConfigError, Field, Origin, Reader, Section},
         telemetry::LogSettings,
     },
     cache::CacheSettings,

@@ -4,4 +4,5 @@ pub mod database;
 pub mod diagnosis;
 pub(crate) mod postgres;
 pub mod redis;
+pub mod session;
 pub(crate) mod sqlite;

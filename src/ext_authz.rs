@@ -5,6 +5,7 @@ pub mod credential;
 pub mod decision;
 pub mod framing;
 pub mod identity;
+pub(crate) mod metrics;
 pub mod request;
 pub mod response;
 pub mod route;

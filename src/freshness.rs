@@ -25,14 +25,14 @@ use tokio::sync::{Notify, watch};
 
 pub use self::mode::Freshness;
 use self::{
-    history::{History, Provenance, Continuity},
-    lease::{Lease, Limits, LeaseState},
+    history::{Continuity, History, Provenance},
+    lease::{Lease, LeaseState, Limits},
     pepper::PepperState,
     revoked::Revoked,
 };
 use crate::{
     base::clock::{DatabaseClock, Moment},
-    record::{Change, Versioned, Lineage, Version},
+    record::{Change, Lineage, Version, Versioned},
     store::Polled,
 };
 
@@ -300,7 +300,9 @@ impl ReplicaState {
             }
             Continuity::Follow if begun => None,
             // What changed before the first of them is not known.
-            Continuity::Follow if polled.complete => Some(polled.versions.first().map_or(newest.as_of, |(first, _)| *first)),
+            Continuity::Follow if polled.complete => {
+                Some(polled.versions.first().map_or(newest.as_of, |(first, _)| *first))
+            }
             Continuity::Follow | Continuity::Jump => Some(newest.as_of),
         };
         // Only this function changes the history, and it is not called twice at once. Release the lock: the work below must not block checks.
@@ -379,7 +381,10 @@ mod tests {
         let replica_state = ReplicaState::new(LIMITS);
         assert_eq!((replica_state.is_confirmed(), replica_state.load().since()), (false, None));
         let digest = ApiKeyDigest::from_bytes([1; 32]);
-        assert_eq!(replica_state.apply(&polled(&[(5, 5), (7, 7)], &[(7, Change::Absent(digest))]), true), Applied::Begun);
+        assert_eq!(
+            replica_state.apply(&polled(&[(5, 5), (7, 7)], &[(7, Change::Absent(digest))]), true),
+            Applied::Begun
+        );
         assert_eq!((replica_state.is_confirmed(), replica_state.load().since()), (true, Some(Version(7))));
         assert_eq!(replica_state.load().lease_state(Moment::from_nanos(8)), LeaseState::Fresh);
         for (as_of, covered) in [(4, false), (5, false), (6, false), (7, true)] {
@@ -394,13 +399,19 @@ mod tests {
         let replica_state = ReplicaState::new(LIMITS);
         let digest = ApiKeyDigest::from_bytes([1; 32]);
         replica_state.apply(&polled(&[(5, 5)], &[]), true);
-        assert_eq!(replica_state.apply(&polled(&[(5, 5), (6, 6)], &[(6, Change::Gone(digest))]), true), Applied::Changed);
+        assert_eq!(
+            replica_state.apply(&polled(&[(5, 5), (6, 6)], &[(6, Change::Gone(digest))]), true),
+            Applied::Changed
+        );
         let before = replica_state.load();
         // Also where the tables were altered with it.
         let lost = replica_state.apply(&Polled { triggers_intact: false, ..polled(&[(6, 1), (7, 7)], &[]) }, true);
         assert!(matches!(lost, Applied::Lost { applied: Version(6), .. }), "{lost:?}");
         assert_eq!(before.lease_state(Moment::from_nanos(8)), LeaseState::Expired, "the old view's lease is over");
-        assert_eq!((replica_state.load().since(), replica_state.load().lease_state(Moment::from_nanos(8))), (None, LeaseState::Expired));
+        assert_eq!(
+            (replica_state.load().since(), replica_state.load().lease_state(Moment::from_nanos(8))),
+            (None, LeaseState::Expired)
+        );
         assert!(replica_state.revoked.binds(&digest));
         let issued = (5, Change::Absent(digest));
         let begins = polled(&[(5, 5), (6, 1), (7, 7)], std::slice::from_ref(&issued));
@@ -446,7 +457,10 @@ mod tests {
         assert_eq!(replica_state.load().applied(), Version(5));
         let other = Polled { triggers_intact: false, ..polled(&[(5, 6)], &[]) };
         assert!(matches!(ReplicaState::new(LIMITS).apply(&other, true), Applied::Unwatched), "nothing is known of it");
-        assert_eq!(replica_state.apply(&polled(&[(5, 5), (6, 6), (7, 7)], &[(7, Change::Everything)]), true), Applied::Changed);
+        assert_eq!(
+            replica_state.apply(&polled(&[(5, 5), (6, 6), (7, 7)], &[(7, Change::Everything)]), true),
+            Applied::Changed
+        );
         assert!(!absence_covered(&replica_state, 6));
     }
 

@@ -3,121 +3,52 @@
 //! Never decides anything.
 
 pub mod admin;
+pub(crate) mod error;
+pub(crate) mod health;
 pub mod lifecycle;
 pub(crate) mod memory;
 pub mod replica;
+pub(crate) mod runtime;
 pub(crate) mod signals;
 
-use std::{
-    future::pending, io, net::SocketAddr, num::NonZero, sync::Arc, thread::available_parallelism, time::Duration,
-};
+use std::{io, net::SocketAddr, num::NonZero, sync::Arc, thread::available_parallelism, time::Duration};
 
 use futures_util::FutureExt as _;
 use tokio::{
     net::TcpListener,
-    runtime::{Builder, Handle, Runtime},
-    sync::watch,
+    runtime::{Builder, Handle},
     time::{sleep, timeout},
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
-use tonic::service::Routes;
-use tonic_health::{ServingStatus, server::HealthReporter};
 use uuid::Uuid;
 
 use self::{
     admin::Admin,
+    health::{announce, health},
     lifecycle::{Life, Phase},
     replica::{Replica, ReplicaDeps, Tasks},
+    runtime::{OwnedRuntime, Priority},
     signals::SystemSignals,
 };
+pub use self::{error::AppError, lifecycle::Delay};
 use crate::{
     base::{
-        clock::{Clock, DatabaseTime, SystemClock},
-        metrics,
-        secret::Secret,
-        telemetry,
+        clock::{Clock, SystemClock},
+        metrics, telemetry,
     },
-    cache::{Cache, api_key::ApiKey, cacheable::Cacheable as _},
+    cache::{Cache, api_key::ApiKey},
     canary::{self, Canary, CanaryMetrics},
     config::Config,
-    ext_authz::{
-        check::Checker,
-        credential::is_well_formed,
-        decision::{Decision, DenyReason, decide},
-        framing,
-        route::Demands,
-    },
+    ext_authz::check::Checker,
     freshness::{ReplicaState, poll::PollMetrics},
     grpc::{
         self, LimitsSettings, Service, Signals,
         listener::{ListenAddress, Listener},
-        tls::{self, TlsError},
+        tls,
         worker::Workers,
     },
-    record::{KeyId, Record, TrustId},
-    store::{self, Env, StoreError, Management, Missing, Source},
+    store::{self, Env, Management, Source},
 };
-
-/// Why the server did not start, or ended before it was told to.
-#[derive(Debug, thiserror::Error)]
-pub enum AppError {
-    /// A listener cannot be had.
-    #[error("cannot listen on {address} ({setting}{}): {source}", set_in(origin.as_deref()))]
-    Listen {
-        /// The address.
-        address: ListenAddress,
-        /// The setting that names it.
-        setting: &'static str,
-        /// Where that was set.
-        origin: Option<String>,
-        /// What the operating system says.
-        source: io::Error,
-    },
-    /// A file with a secret cannot be read.
-    #[error("{setting}: {source}")]
-    SecretFile {
-        /// The setting that names it.
-        setting: &'static str,
-        /// What is wrong with it.
-        source: io::Error,
-    },
-    /// TLS cannot be had.
-    #[error(transparent)]
-    Tls(#[from] TlsError),
-    /// The file of the deny list cannot be read.
-    #[error("freshness.deny_file: {source}")]
-    DenyFile {
-        /// What is wrong with it.
-        source: io::Error,
-    },
-    /// The database cannot be used, and waiting would not help.
-    #[error("{place}: {source}")]
-    Store {
-        /// Which database.
-        place: String,
-        /// What is wrong.
-        source: StoreError,
-    },
-    /// The operating system refused something.
-    #[error("cannot start: {0}")]
-    Start(#[from] io::Error),
-    /// Two metrics have one name: a mistake in the program.
-    #[error("cannot start: {0}")]
-    Metrics(#[from] prometheus::Error),
-    /// A part ended before it was told to.
-    #[error("a task of the server ended, so the server stops: {0}: {1}")]
-    Ended(&'static str, String),
-    /// Calls in flight did not end within `limits.drain_grace`.
-    #[error("{0} connections did not end within limits.drain_grace and were closed")]
-    GraceExceeded(usize),
-    /// A second signal came while the server stopped.
-    #[error("shutdown forced: a second signal ended the server before calls in flight were done")]
-    Forced,
-}
-
-fn set_in(origin: Option<&str>) -> String {
-    origin.map(|origin| format!(", set in {origin}")).unwrap_or_default()
-}
 
 /// A server to be started. What is required is an argument of [`Self::new`]; the rest has a natural default.
 pub struct AppBuilder {
@@ -189,7 +120,8 @@ impl AppBuilder {
             poll: poll_runtime.handle(),
             stop: stop.clone(),
         };
-        let Replica { checker, cache, replica_state, poll, fresh } = Replica::start(&config, deps, &registry, &mut parts)?;
+        let Replica { checker, cache, replica_state, poll, fresh } =
+            Replica::start(&config, deps, &registry, &mut parts)?;
 
         let (routes, health) = health().await;
         let announcing = announce(Arc::clone(&replica_state), fresh, life.clone(), health, stop.clone());
@@ -245,15 +177,6 @@ pub struct Running {
 
 /// How long the rest of the shutdown may take after the calls: deregistering the replica and closing the database, for example.
 const STOP_TIMEOUT: Duration = Duration::from_secs(5);
-
-/// Whether to serve on for a moment, not ready, before anything closes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Delay {
-    /// For `limits.drain_delay`: Envoys need that long to turn away.
-    Full,
-    /// Not at all: somebody is waiting at a terminal.
-    None,
-}
 
 impl Running {
     /// The first TCP address that Envoy can call; port 0 is resolved.
@@ -358,147 +281,6 @@ pub fn serve(config: Config, env: Env<'_>) -> Result<(), AppError> {
     })
 }
 
-/// What a check of one key came to, and why.
-#[derive(Clone, Debug)]
-pub struct Explanation {
-    /// Whether the key is granted.
-    pub allowed: bool,
-    /// The word that metrics and metadata use for the outcome: `granted`, `revoked`, ...
-    pub reason: &'static str,
-    /// The same in a sentence.
-    pub sentence: String,
-    /// Whose key it is, if it is known.
-    pub trust_id: Option<TrustId>,
-    /// Which key it is, if it is known.
-    pub key_id: Option<KeyId>,
-    /// What it may be used for.
-    pub scopes: Vec<String>,
-}
-
-/// Decides `key` as a request without further demands would be, by what the database holds now.
-///
-/// # Errors
-/// When the database cannot be asked.
-pub fn explain(config: Config, env: Env<'_>, key: &Secret) -> Result<Explanation, AppError> {
-    let bytes = key.expose().as_bytes();
-    if bytes.is_empty() {
-        return Ok(explained(&Decision::Deny(DenyReason::Missing), None));
-    }
-    if !is_well_formed(&config.credential, bytes) {
-        return Ok(explained(&Decision::Deny(DenyReason::Malformed), None));
-    }
-    let hasher = hasher(&config)?;
-    let digests = hasher.digests(hasher.current(bytes), bytes);
-    let AppBuilder { source, place, .. } = AppBuilder::new(config, env)?;
-    let runtime = Builder::new_current_thread().enable_all().build()?;
-    runtime.block_on(async {
-        let failed = |source| AppError::Store { place: place.clone(), source };
-        source.prepare(Missing::Refuse).await.map_err(failed)?;
-        let found = ApiKey::load(&*source, &digests).await.map_err(|fault| failed(fault.into()));
-        source.close().await;
-        let found = found?;
-        let record = found.value.as_ref();
-        // Where a request comes from is not known here: a key that is bound to networks is explained as if from one.
-        let demands = Demands { source: record.and_then(from_an_allowed_network), ..Demands::default() };
-        Ok(explained(&decide(record, &demands, found.read_at), record))
-    })
-}
-
-fn from_an_allowed_network(record: &Record) -> Option<std::net::IpAddr> {
-    record.allowed_cidrs.first().map(ipnet::IpNet::addr)
-}
-
-fn explained(decision: &Decision<'_>, record: Option<&Record>) -> Explanation {
-    let date = |time: Option<DatabaseTime>| time.map(|time| time.to_string()).unwrap_or_default();
-    let (reason, sentence) = match decision {
-        Decision::Allow(_) => match record.map_or(&[][..], |record| &*record.allowed_cidrs) {
-            [] => ("granted", "the key is good".to_owned()),
-            cidrs => {
-                let cidrs: Vec<String> = cidrs.iter().map(ToString::to_string).collect();
-                ("granted", format!("the key is good, from {} alone", cidrs.join(", ")))
-            }
-        },
-        Decision::Anonymous => ("anonymous", "the request passes without a key".to_owned()),
-        Decision::Deny(reason) => {
-            let sentence = match reason {
-                DenyReason::Missing => "nothing was given".to_owned(),
-                DenyReason::Malformed => {
-                    "this cannot be a key: too short or long, not visible ASCII, or the checksum is wrong".to_owned()
-                }
-                DenyReason::Unknown => "no such key is stored (under this pepper)".to_owned(),
-                DenyReason::Revoked => format!("revoked at {}", date(record.and_then(|record| record.revoked_at))),
-                DenyReason::Expired => format!("expired at {}", date(record.and_then(|record| record.expires_at))),
-                DenyReason::NotYetValid => format!("valid from {}", date(record.and_then(|record| record.not_before))),
-                DenyReason::TrustDisabled => "its trust is disabled".to_owned(),
-                other => format!("denied: {}", other.as_str()),
-            };
-            (reason.as_str(), sentence)
-        }
-    };
-    Explanation {
-        allowed: matches!(decision, Decision::Allow(_) | Decision::Anonymous),
-        reason,
-        sentence,
-        trust_id: record.map(|record| record.trust_id),
-        key_id: record.map(|record| record.key_id),
-        scopes: record.map(|record| record.scopes.to_vec()).unwrap_or_default(),
-    }
-}
-
-/// A runtime of its own threads. Ends without waiting when dropped, also inside another runtime.
-struct OwnedRuntime(Option<Runtime>);
-
-/// Who goes first where the processors do not suffice for all threads.
-#[derive(Clone, Copy)]
-enum Priority {
-    /// As every program.
-    Normal,
-    /// After the others.
-    Low,
-}
-
-/// How much lower: half the weight of a thread as every program has it (sched(7), "The nice value"). With much less, what
-/// shares the processors with a server and not its control group starves its reads until they are too late.
-const LOW: i32 = 3;
-
-impl Priority {
-    /// Takes effect for the calling thread. One that cannot be had is not worth ending for.
-    fn take(self) {
-        // On Linux alone it is a thread's own; elsewhere it would be that of the whole process.
-        if let (Self::Low, true) = (self, cfg!(target_os = "linux")) {
-            let _ = rustix::process::setpriority_process(None, LOW);
-        }
-    }
-}
-
-impl OwnedRuntime {
-    fn start(name: &str, threads: usize, priority: Priority) -> io::Result<Self> {
-        Builder::new_multi_thread()
-            .worker_threads(threads)
-            .thread_name(name)
-            .on_thread_start(move || priority.take())
-            .enable_all()
-            .build()
-            .map(|runtime| Self(Some(runtime)))
-    }
-
-    fn handle(&self) -> Handle {
-        // Present until `drop`.
-        self.0.as_ref().map_or_else(
-            || unreachable!("the runtime is there until it is dropped"),
-            |runtime| runtime.handle().clone(),
-        )
-    }
-}
-
-impl Drop for OwnedRuntime {
-    fn drop(&mut self) {
-        if let Some(runtime) = self.0.take() {
-            runtime.shutdown_background();
-        }
-    }
-}
-
 async fn bind_grpc(config: &Config) -> Result<Vec<Listener>, AppError> {
     let mut listeners = Vec::new();
     for address in &config.grpc.listen {
@@ -550,7 +332,8 @@ fn observe(
     replica_state: &Arc<ReplicaState>,
     clock: &Arc<dyn Clock>,
 ) -> Box<dyn Fn() + Send + Sync> {
-    let (cache, poll, replica_state, clock) = (Arc::clone(cache), poll.clone(), Arc::clone(replica_state), Arc::clone(clock));
+    let (cache, poll, replica_state, clock) =
+        (Arc::clone(cache), poll.clone(), Arc::clone(replica_state), Arc::clone(clock));
     let (mode, freshness, decided_within) = (replica::mode(config), config.freshness.clone(), config.decision.deadline);
     Box::new(move || {
         cache.observe_entries();
@@ -579,10 +362,6 @@ fn start_admin(
     Ok(runtime)
 }
 
-fn hasher(config: &Config) -> Result<crate::ext_authz::credential::Hasher, AppError> {
-    config.credential.hasher().map_err(|source| AppError::SecretFile { setting: "credential.pepper_file", source })
-}
-
 fn canary_parts(
     config: &Config,
     management: Management,
@@ -605,56 +384,4 @@ fn canary_parts(
 /// What people know this machine, or pod, by.
 fn host_name() -> String {
     rustix::system::uname().nodename().to_string_lossy().into_owned()
-}
-
-/// The service of the health check that is SERVING only while what is held may be relied on.
-const FRESH: &str = "trustgate.fresh";
-
-/// The longest message of a health check that is read.
-const HEALTH_MESSAGE_BYTES_MAX: usize = 512;
-
-/// The gRPC health service (`grpc.health.v1`), not serving yet: tonic's own start is SERVING.
-async fn health() -> (Routes, HealthReporter) {
-    let (reporter, server) = tonic_health::server::health_reporter();
-    for service in ["", framing::SERVICE, FRESH] {
-        reporter.set_service_status(service, ServingStatus::NotServing).await;
-    }
-    // It carries the name of a service.
-    let server = server.max_decoding_message_size(HEALTH_MESSAGE_BYTES_MAX);
-    (Routes::new(server).prepare(), reporter)
-}
-
-/// Tells probes and health checks where this server is in its life.
-async fn announce(
-    replica_state: Arc<ReplicaState>,
-    mut fresh: watch::Receiver<bool>,
-    life: Life,
-    health: HealthReporter,
-    stop: CancellationToken,
-) -> Result<(), AppError> {
-    let (mut phases, mut pepper) = (life.watch(), replica_state.pepper.subscribe());
-    let announced = async {
-        loop {
-            let fits = *pepper.borrow_and_update();
-            let serves = *phases.borrow_and_update() == Phase::Serve && fits;
-            let status = |serving| if serving { ServingStatus::Serving } else { ServingStatus::NotServing };
-            for service in ["", framing::SERVICE] {
-                health.set_service_status(service, status(serves)).await;
-            }
-            let is_fresh = *fresh.borrow_and_update();
-            health.set_service_status(FRESH, status(serves && is_fresh)).await;
-            tokio::select! {
-                () = replica_state.confirmed(), if fits && life.phase() == Phase::Start => {
-                    life.advance(Phase::Serve);
-                    tracing::info!("ready");
-                }
-                changed = phases.changed() => if changed.is_err() { return },
-                changed = pepper.changed() => if changed.is_err() { return },
-                // Without a poll there is no lease, and nothing changes any more.
-                changed = fresh.changed() => if changed.is_err() { return pending().await },
-            }
-        }
-    };
-    stop.run_until_cancelled(announced).await;
-    Ok(())
 }

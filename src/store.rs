@@ -4,140 +4,25 @@
 //! "No such key" is `Ok(None)`; an error is never turned into absence.
 
 pub(crate) mod change_log;
+pub mod error;
 pub mod existing_table;
 pub mod ledger;
+pub mod names;
 pub mod open;
 pub(crate) mod postgres;
 pub mod reads;
 pub(crate) mod rows;
 pub(crate) mod schema;
+pub mod settings;
 pub(crate) mod sqlite;
 pub mod url;
 
-use std::{path::PathBuf, time::Duration};
-
-pub use self::existing_table::{ColumnName, DigestForm, TableName};
-pub use self::ledger::{Actor, AuditEntry, Ledger, StoreError};
+pub use self::error::StoreError;
+pub use self::ledger::{Actor, AuditEntry, Ledger};
 pub use self::open::{
     Management, attach, describe, detach, grants, management, migrate, new_incarnation, open_history, open_ledger,
     open_lookup, print_attach, print_detach,
 };
-pub use self::reads::lookup::{Lookup, Missing, PollError, Polled, Heartbeat, Source, Tended};
+pub use self::reads::lookup::{Heartbeat, Lookup, Missing, PollError, Polled, Source, Tended};
+pub use self::settings::StoreSettings;
 pub use self::url::{Env, default_path};
-
-use crate::base::secret::Secret;
-
-crate::settings! {
-    /// The database that holds trusts and keys.
-    pub struct StoreSettings in "store" {
-        /// Where the database is: `sqlite:///path/to/trustgate.db`, or
-        /// `postgres://user@host/database?sslmode=verify-full`. Unset: an embedded SQLite file in `$STATE_DIRECTORY`,
-        /// else in `$XDG_STATE_HOME/trustgate`, else in `~/.local/state/trustgate`.
-        url: Option<Secret> = "",
-        /// A file that holds the URL; read again at every connect.
-        url_file: Option<PathBuf> = "",
-        /// The password, where the URL holds none: `url`'s, and `management_url`'s too.
-        password: Option<Secret> = "",
-        /// A file that holds the password; read again at every connect.
-        password_file: Option<PathBuf> = "",
-        /// What everything that changes the database connects to, where it uses a role of its own: `migrate`, `attach`,
-        /// `detach`, `trust`, `key`, `cache`, `store copy` and the canary. Unset: `url`.
-        management_url: Option<Secret> = "",
-        /// A file that holds the management URL.
-        management_url_file: Option<PathBuf> = "",
-        /// The PostgreSQL schema that holds the tables.
-        schema: SchemaName = "trustgate",
-        /// `trust-table`: read an existing table `trust(id uuid, api_key_hash char(64) null)` instead of our own
-        /// tables.
-        preset: Option<Preset> = "",
-        /// Any existing PostgreSQL table to read instead of our own tables, with its schema: `public.tokens`. Its
-        /// columns are named by the settings that begin with `table_`. See `docs/migrating.md`.
-        table: Option<TableName> = "",
-        /// In `table`: the id of the row, a `uuid`; it is the key id.
-        table_id: ColumnName = "id",
-        /// In `table`: the id of the trust, a `uuid`; may be the same column.
-        table_trust: ColumnName = "id",
-        /// In `table`: the SHA-256 digest of the key; null where there is none.
-        table_digest: ColumnName = "api_key_hash",
-        /// How that column holds the digest: `hex` (small letters) or `bytes` (`bytea`).
-        table_digest_form: DigestForm = "hex",
-        /// In `table`: whether the trust is enabled, a `boolean`; null counts as false. Unset: always.
-        table_enabled: Option<ColumnName> = "",
-        /// In `table`: the scopes of the key, a `text[]`. Unset: none.
-        table_scopes: Option<ColumnName> = "",
-        /// In `table`: when the key begins to be valid, a `timestamptz`. Unset, or null: at once.
-        table_not_before: Option<ColumnName> = "",
-        /// In `table`: when the key expires, a `timestamptz`. Unset, or null: never.
-        table_expires_at: Option<ColumnName> = "",
-        /// In `table`: when the key was revoked, a `timestamptz`. Unset, or null: it was not.
-        table_revoked_at: Option<ColumnName> = "",
-        /// Whether `trustgate attach` has been run on `table`, so that the table names its changes: then what was read
-        /// is relied on under the lease, as with our own tables.
-        attached: bool = "false",
-        /// Connections to the database for reads of checks, at most; one more is used to watch it, and with PostgreSQL and
-        /// `freshness.hints` another to listen. With SQLite no more than two for each processor.
-        connections_max: u32 = "8",
-        /// Reads of checks that may wait or run at one time. A quarter is kept for keys that were good before.
-        reads_max: u32 = "64",
-        /// How long one read may take. Must leave room inside `decision.deadline`.
-        read_timeout: Duration = "100ms",
-        /// How long connecting may take.
-        connect_timeout: Duration = "2s",
-        /// Failed reads in a row after which the database is given a pause; reads that failed together failed once.
-        breaker_failures: u32 = "5",
-        /// How long that pause is.
-        breaker_open: Duration = "250ms",
-    }
-}
-
-impl StoreSettings {
-    /// Whether keys are read from somebody else's table.
-    #[must_use]
-    pub const fn reads_existing(&self) -> bool {
-        self.preset.is_some() || self.table.is_some()
-    }
-
-    /// What tells somebody else's table, in the database at `place`, and the use of its columns from every other, in
-    /// hexadecimal; `None`: the tables are ours. One that is not attached has no history to be known by.
-    #[must_use]
-    pub fn table_identity(&self, place: &str) -> Option<String> {
-        existing_table::ExistingTable::of(self).map(|table| table.identity_at(place))
-    }
-
-    /// Whether changes of what is read are named, as a lease needs it.
-    #[must_use]
-    pub const fn tracks_changes(&self) -> bool {
-        !self.reads_existing() || self.attached
-    }
-}
-
-crate::setting_enum! {
-    /// Somebody else's tables, read as they are.
-    pub enum Preset ("\"trust-table\"") {
-        /// `trust(id uuid, api_key_hash char(64) null)`: one SHA-256 digest in hexadecimal per trust.
-        TrustTable = "trust-table",
-    }
-}
-
-/// The name of a PostgreSQL schema that needs no quotes: `[a-z_][a-z0-9_]*`, at most 63 bytes.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct SchemaName(String);
-
-impl SchemaName {
-    /// The name, safe to stand in a statement as it is.
-    #[must_use]
-    pub fn as_str(&self) -> &str {
-        &self.0
-    }
-}
-
-impl crate::base::settings::Setting for SchemaName {
-    const EXPECTED: &'static str = "a schema name of small letters, digits and _";
-    fn read(written: &crate::base::settings::RawValue) -> Option<Self> {
-        let name = String::read(written)?;
-        let fits = name.len() <= 63
-            && name.starts_with(|c: char| c.is_ascii_lowercase() || c == '_')
-            && name.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'_');
-        fits.then_some(Self(name))
-    }
-}

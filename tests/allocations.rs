@@ -20,11 +20,11 @@ use std::{
 
 use proptest::{collection::vec, prelude::*};
 use trustgate::{
-    base::settings::{Reader, Section as _, RawValue},
+    base::settings::{RawValue, Reader, Section as _},
     ext_authz::{
         check::Progress,
         credential::{CredentialSettings, extract::extract},
-        decision::{Decision, DenyReason},
+        decision::{Basis, Decision, DenyReason},
         request::View,
         response::{OnFault, Replies, Reply},
         route::Demands,
@@ -33,8 +33,8 @@ use trustgate::{
 };
 
 use crate::support::{
-    store_proxy::StoreProxy,
     server::{TestConfig, metric},
+    store_proxy::StoreProxy,
 };
 
 struct Counting;
@@ -93,7 +93,7 @@ fn check(settings: &CredentialSettings, replies: &Replies, message: &[u8]) {
     let Ok(view) = View::parse(message) else { return drop(replies.denial(DenyReason::Undecodable)) };
     let extracted = extract(settings, &view);
     let demands = Demands::of(&view);
-    drop(replies.decision(&Decision::Anonymous, &extracted.removals, false));
+    drop(replies.decision(&Decision::Anonymous, &extracted.removals, Basis::Confirmed));
     drop((demands, extracted));
 }
 

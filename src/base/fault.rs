@@ -107,6 +107,41 @@ pub enum Fault {
     Ended,
 }
 
+/// The sort of a fault, as the metric `trustgate_checks_total` counts it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FaultReason {
+    /// The database, or a record in it, could not be used.
+    Store,
+    /// The circuit breaker of the database is open.
+    Breaker,
+    /// The configuration of the proxy cannot be understood: a context extension, or a compressed message.
+    Route,
+    /// A limit of this server is reached.
+    Overload,
+    /// The check took longer than its deadline.
+    Deadline,
+    /// This server lacks a secret that it needs to judge the credential.
+    Keys,
+}
+
+impl FaultReason {
+    /// Every reason, in the order of the enum.
+    pub const ALL: [Self; 6] = [Self::Store, Self::Breaker, Self::Route, Self::Overload, Self::Deadline, Self::Keys];
+
+    /// The value of the label.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Store => "store",
+            Self::Breaker => "breaker",
+            Self::Route => "route",
+            Self::Overload => "overload",
+            Self::Deadline => "deadline",
+            Self::Keys => "keys",
+        }
+    }
+}
+
 /// Text from a request, cut to 128 bytes, for a log line that prints it escaped (`{:?}`).
 #[must_use]
 pub fn quoted(text: &[u8]) -> Box<str> {
@@ -117,6 +152,23 @@ impl Fault {
     /// A tier failed with `source`.
     pub fn unreachable(tier: Tier, source: impl Error + Send + Sync + 'static) -> Self {
         Self::Unreachable { tier, source: Arc::new(source) }
+    }
+
+    /// The sort of this fault.
+    #[must_use]
+    pub const fn reason(&self) -> FaultReason {
+        match self {
+            Self::Timeout { .. }
+            | Self::Unreachable { .. }
+            | Self::Corrupt { .. }
+            | Self::Unconfirmed
+            | Self::Ended => FaultReason::Store,
+            Self::Paused { .. } => FaultReason::Breaker,
+            Self::Route { .. } | Self::Compressed { .. } => FaultReason::Route,
+            Self::Overloaded { .. } => FaultReason::Overload,
+            Self::Late { .. } => FaultReason::Deadline,
+            Self::Pepper => FaultReason::Keys,
+        }
     }
 
     /// Whether the tier itself is to blame, so that its breaker should hear of it.

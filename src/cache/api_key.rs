@@ -10,7 +10,7 @@ use crate::{
         clock::DatabaseTime,
         fault::{Fault, Tier},
     },
-    record::{ApiKeyDigest, Versioned, Digests, KeyId, Record, TrustId},
+    record::{ApiKeyDigest, Digests, KeyId, Record, TrustId, Versioned},
     store::Lookup,
 };
 

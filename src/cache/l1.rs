@@ -8,9 +8,9 @@ use foldhash::fast::RandomState;
 use moka::sync::Cache;
 use smallvec::SmallVec;
 
-use super::{CacheSettings, cacheable::Cacheable};
+use super::cacheable::Cacheable;
 use crate::{
-    base::clock::Moment,
+    base::{clock::Moment, units::ByteSize},
     freshness::{Epoch, ReplicaView, lease::stripe},
     record::Version,
 };
@@ -49,7 +49,13 @@ const ENTRY_BYTES: usize = 350;
 
 impl<K: Cacheable> Entry<K> {
     /// What was found for `query` at the version `as_of`, in the view of `epoch` if it may be used there by others too.
-    pub fn new(query: &K::Query, found: Option<K::Value>, as_of: Version, lifetime: Lifetime, epoch: Option<Epoch>) -> Self {
+    pub fn new(
+        query: &K::Query,
+        found: Option<K::Value>,
+        as_of: Version,
+        lifetime: Lifetime,
+        epoch: Option<Epoch>,
+    ) -> Self {
         let content = match found {
             Some(value) => Content::Record(value),
             None => Content::NotFound(K::asked(query).map(stripe).collect()),
@@ -103,7 +109,9 @@ impl<K: Cacheable> Entry<K> {
     pub fn is_covered(&self, view: &ReplicaView) -> bool {
         let lease = view.lease();
         match &self.content {
-            Content::Record(value) => lease.covers_record(self.as_of, K::objects(value).map(|id| stripe(id.as_bytes()))),
+            Content::Record(value) => {
+                lease.covers_record(self.as_of, K::objects(value).map(|id| stripe(id.as_bytes())))
+            }
             Content::NotFound(asked) => lease.covers_absence(self.as_of, asked),
         }
     }
@@ -130,14 +138,14 @@ pub struct L1<K: Cacheable> {
 }
 
 impl<K: Cacheable> L1<K> {
-    /// An empty cache of at most the sizes in `settings`.
+    /// An empty cache of at most `size` bytes of records and `negative_size` bytes of negative entries.
     #[must_use]
-    pub fn new(settings: &CacheSettings) -> Self {
-        let storage = |bytes| {
+    pub fn new(size: ByteSize, negative_size: ByteSize) -> Self {
+        let storage = |size: ByteSize| {
             let weigher = |_: &K::Key, entry: &Arc<Entry<K>>| entry.weight();
-            Cache::builder().max_capacity(bytes).weigher(weigher).build_with_hasher(RandomState::default())
+            Cache::builder().max_capacity(size.bytes()).weigher(weigher).build_with_hasher(RandomState::default())
         };
-        Self { records: storage(settings.size.bytes()), absences: storage(settings.absences_size.bytes()) }
+        Self { records: storage(size), absences: storage(negative_size) }
     }
 
     /// What is held of `key`, usable or not.

@@ -20,7 +20,7 @@ use uuid::Uuid;
 use super::cacheable::Cacheable;
 use crate::{
     base::clock::{DatabaseTime, Moment},
-    record::{Versioned, Lineage, Nonce, Version, bytes_from_hex, hex},
+    record::{Lineage, Nonce, Version, Versioned, bytes_from_hex, hex},
     redis::{QueryError, Redis, Script},
 };
 
@@ -59,7 +59,7 @@ pub enum Answer<V> {
 
 impl<K: Cacheable> L2<K> {
     /// Records in `redis`, authenticated with `mac_key`. `table`: what tells the table that they are made of from others,
-    /// where it is not our own ([`crate::store::StoreSettings::table_identity`]).
+    /// where it is not our own ([`crate::store::existing_table::identity_of`]).
     pub fn new(redis: Redis, mac_key: MacKey, table: Option<&str>) -> Self {
         Self { redis, mac_key, names: Names::of(table) }
     }

@@ -14,15 +14,13 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    Cache, Shared,
     cacheable::Cacheable,
     l1::{Entry, L1},
+    loader::{Loader, Seen},
+    metrics::Comparison,
 };
 use crate::{
-    base::{
-        jitter::Jitter,
-        metrics::{IntCounter, IntCounterVec, Opts, Registry, register},
-    },
+    base::jitter::Jitter,
     freshness::{
         ReplicaView,
         history::Provenance,
@@ -34,51 +32,39 @@ use crate::{
 /// Records looked at for one that can be compared, at most: what waits for its turn may be out of date by then.
 const LOOKED_AT_MAX: usize = 64;
 
-/// What a comparison came to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Outcome {
-    /// The row is as it is held.
-    Same,
-    /// A change named it meanwhile: it would not be used any more either.
-    Changed,
-    /// The row is another one, or gone, and no change has said so.
-    Different,
-    /// There is nothing to compare with: no answer, or one of a version that was not confirmed.
-    Error,
-}
-
 /// A record that is held.
 type Record<K> = (<K as Cacheable>::Key, Arc<Entry<K>>);
 
-impl<K: Cacheable> Cache<K> {
-    /// Compares one record after the other, each `interval` after the one before, until `stop`.
-    ///
-    /// Goes through all that are held, in an order that is another one in each process, and then again.
-    pub async fn sample(&self, interval: Duration, mut jitter: Jitter, stop: CancellationToken) {
-        let shared = &*self.shared;
-        // How far the walk has come cannot be handed from thread to thread: it has one of its own, and waits there.
-        let (found, mut records) = mpsc::channel(1);
-        let walked = Arc::clone(&self.shared);
-        let walk = spawn_blocking(move || walk(&walked.l1, &found));
-        let sampling = async {
-            loop {
-                sleep(jitter.around(interval)).await;
-                let view = Arc::clone(&shared.replica_state.load());
-                if view.lease_state(shared.clock.now()) != LeaseState::Fresh {
-                    continue; // nothing is relied on without asking
-                }
-                match shared.next(&mut records, &view).await {
-                    Next::Record((key, entry)) => shared.compare(&view, &key, &entry).await,
-                    Next::None => {}
-                    Next::Ended => return,
-                }
+/// Compares one record after another, each `interval` after the one before, until `stop`. Walks over all records, in an
+/// order that differs between processes, and then starts again.
+pub(crate) async fn sample<K: Cacheable>(
+    loader: &Arc<Loader<K>>,
+    interval: Duration,
+    mut jitter: Jitter,
+    stop: CancellationToken,
+) {
+    // moka's iterator cannot move between threads, so the walk has a thread of its own and blocks there.
+    let (found, mut records) = mpsc::channel(1);
+    let walked = Arc::clone(loader);
+    let walk = spawn_blocking(move || walk(&walked.l1, &found));
+    let sampling = async {
+        loop {
+            sleep(jitter.around(interval)).await;
+            let view = Arc::clone(&loader.replica_state.load());
+            if view.lease_state(loader.clock.now()) != LeaseState::Fresh {
+                continue; // checks do not rely on cached entries either
             }
-        };
-        stop.run_until_cancelled(sampling).await;
-        drop(records); // ends the walk
-        if let Err(Ok(panic)) = walk.await.map_err(tokio::task::JoinError::try_into_panic) {
-            resume_unwind(panic);
+            match next(loader, &mut records, &view).await {
+                Next::Record((key, entry)) => compare(loader, &view, &key, &entry).await,
+                Next::None => {}
+                Next::Ended => return,
+            }
         }
+    };
+    stop.run_until_cancelled(sampling).await;
+    drop(records); // ends the walk
+    if let Err(Ok(panic)) = walk.await.map_err(tokio::task::JoinError::try_into_panic) {
+        resume_unwind(panic);
     }
 }
 
@@ -102,105 +88,81 @@ enum Next<K: Cacheable> {
     Ended,
 }
 
-impl<K: Cacheable> Shared<K> {
-    /// The next record that a check would use.
-    async fn next(&self, records: &mut mpsc::Receiver<Option<Record<K>>>, view: &ReplicaView) -> Next<K> {
-        let mut ends = 0;
-        for _ in 0..LOOKED_AT_MAX {
-            match records.recv().await {
-                Some(Some((key, entry))) if entry.is_current(view, self.clock.now()) => return Next::Record((key, entry)),
-                Some(Some(_)) => {}
-                Some(None) if ends == 0 => ends = 1,
-                Some(None) => break,
-                None => return Next::Ended,
+/// The next record that a check would use.
+async fn next<K: Cacheable>(
+    loader: &Loader<K>,
+    records: &mut mpsc::Receiver<Option<Record<K>>>,
+    view: &ReplicaView,
+) -> Next<K> {
+    let mut ends = 0;
+    for _ in 0..LOOKED_AT_MAX {
+        match records.recv().await {
+            Some(Some((key, entry))) if entry.is_current(view, loader.clock.now()) => {
+                return Next::Record((key, entry));
             }
+            Some(Some(_)) => {}
+            Some(None) if ends == 0 => ends = 1,
+            Some(None) => break,
+            None => return Next::Ended,
         }
-        Next::None
     }
+    Next::None
+}
 
-    /// Compares `entry`, which a check would use under `view`, with its row.
-    async fn compare(&self, view: &ReplicaView, key: &K::Key, entry: &Entry<K>) {
-        let Some(record) = entry.value() else { return };
-        let outcome = match self.read(true, K::load_again(&*self.store, record)).await {
-            Ok(live) => {
-                if view.provenance(&live) == Provenance::Ahead {
-                    let _ = timeout(self.replica_state.limits().lease, self.replica_state.reached(view, live.as_of)).await;
-                }
-                let outcome = judge(entry, view, &live);
-                if outcome == Outcome::Different {
-                    self.refuse(view, key, record, &live).await;
-                }
-                outcome
+/// Compares `entry`, which a check would use under `view`, with its row.
+async fn compare<K: Cacheable>(loader: &Loader<K>, view: &ReplicaView, key: &K::Key, entry: &Entry<K>) {
+    let Some(record) = entry.value() else { return };
+    let comparison = match loader.read(Seen::Good, K::load_again(&*loader.store, record)).await {
+        Ok(live) => {
+            if view.provenance(&live) == Provenance::Ahead {
+                let lease = loader.replica_state.limits().lease;
+                let _ = timeout(lease, loader.replica_state.reached(view, live.as_of)).await;
             }
-            Err(_) => Outcome::Error, // the tier has counted it, and told if that is news
-        };
-        self.metrics.samples.of(outcome).inc();
-    }
-
-    /// Lets nobody here use what is held of `record` any more, nor what else is made of the same rows.
-    async fn refuse(&self, view: &ReplicaView, key: &K::Key, record: &K::Value, live: &Versioned<Option<K::Value>>) {
-        let ids: Vec<String> = K::objects(record).map(|id| id.to_string()).collect();
-        tracing::error!(
-            kind = K::NAME,
-            ids = ids.join(", "),
-            version = live.as_of.0,
-            "a change went unnoticed: what is held differs from the database, and no change has named it; it is read again"
-        );
-        view.lease().refuse(live.as_of, K::objects(record).map(|id| stripe(id.as_bytes())));
-        // Where not even a version was drawn, what was read before has the same date.
-        if let Some(l2) = &self.l2 {
-            l2.forget(key).await;
+            let comparison = judge(entry, view, &live);
+            if comparison == Comparison::Different {
+                refuse(loader, view, key, record, &live).await;
+            }
+            comparison
         }
-        self.l1.forget(key);
+        Err(_) => Comparison::Error, // `read` has counted the failure and logged it if it is news
+    };
+    loader.metrics.samples.of(comparison).inc();
+}
+
+/// Makes sure that no check uses `record` any more, nor any other entry that is made of the same rows.
+async fn refuse<K: Cacheable>(
+    loader: &Loader<K>,
+    view: &ReplicaView,
+    key: &K::Key,
+    record: &K::Value,
+    live: &Versioned<Option<K::Value>>,
+) {
+    let ids: Vec<String> = K::objects(record).map(|id| id.to_string()).collect();
+    tracing::error!(
+        kind = K::NAME,
+        ids = ids.join(", "),
+        version = live.as_of.0,
+        "a change went unnoticed: what is held differs from the database, and no change has named it; it is read again"
+    );
+    view.lease().refuse(live.as_of, K::objects(record).map(|id| stripe(id.as_bytes())));
+    // If the change did not even draw a version, an older value in Redis carries the same version.
+    if let Some(l2) = &loader.l2 {
+        l2.forget(key).await;
     }
+    loader.l1.forget(key);
 }
 
 /// What `live`, a read of the row that `entry` is made of, says of it. Whatever was applied under `view` up to the version of
 /// that read counts.
-fn judge<K: Cacheable>(entry: &Entry<K>, view: &ReplicaView, live: &Versioned<Option<K::Value>>) -> Outcome {
+fn judge<K: Cacheable>(entry: &Entry<K>, view: &ReplicaView, live: &Versioned<Option<K::Value>>) -> Comparison {
     if view.provenance(live) != Provenance::Known || live.as_of < entry.as_of() {
-        return Outcome::Error;
+        return Comparison::Error;
     }
     // After the version was seen to be applied: what it named is out of date by then.
     if !entry.is_covered(view) {
-        return Outcome::Changed;
+        return Comparison::Changed;
     }
-    if live.value.as_ref() == entry.value() { Outcome::Same } else { Outcome::Different }
-}
-
-/// Comparisons by what they came to.
-pub(crate) struct Samples {
-    same: IntCounter,
-    changed: IntCounter,
-    different: IntCounter,
-    error: IntCounter,
-}
-
-impl Samples {
-    pub(crate) fn register<K: Cacheable>(registry: &Registry) -> prometheus::Result<Self> {
-        let opts = Opts::new(
-            "trustgate_samples_total",
-            "Held records compared with the database, by kind and outcome: same, changed (a change named it meanwhile), \
-             different (none did: a change went unnoticed) or error (nothing to compare with).",
-        );
-        let samples = register(registry, IntCounterVec::new(opts, &["kind", "outcome"]))?;
-        let count = |outcome| samples.with_label_values(&[K::NAME, outcome]);
-        Ok(Self {
-            same: count("same"),
-            changed: count("changed"),
-            different: count("different"),
-            error: count("error"),
-        })
-    }
-
-    const fn of(&self, outcome: Outcome) -> &IntCounter {
-        match outcome {
-            Outcome::Same => &self.same,
-            Outcome::Changed => &self.changed,
-            Outcome::Different => &self.different,
-            Outcome::Error => &self.error,
-        }
-    }
+    if live.value.as_ref() == entry.value() { Comparison::Same } else { Comparison::Different }
 }
 
 #[cfg(test)]
@@ -273,25 +235,25 @@ mod tests {
         let view = replica_state.load();
         let revoked = |key| Some(Record { revoked_at: Some(DatabaseTime::from_micros(1)), ..record(key) });
         for (key, live, want) in [
-            (2, versioned(Some(record(2)), 7), Outcome::Same),
-            (2, versioned(revoked(2), 7), Outcome::Different),
-            (2, versioned(revoked(2), 5), Outcome::Different),
-            (2, versioned(None, 7), Outcome::Different),
-            (1, versioned(revoked(1), 7), Outcome::Changed),
-            (1, versioned(Some(record(1)), 7), Outcome::Changed),
-            (2, versioned(revoked(2), 8), Outcome::Error),
-            (2, versioned(revoked(2), 4), Outcome::Error),
-            (2, Versioned { nonce: Nonce([0; 16]), ..versioned(revoked(2), 7) }, Outcome::Error),
+            (2, versioned(Some(record(2)), 7), Comparison::Same),
+            (2, versioned(revoked(2), 7), Comparison::Different),
+            (2, versioned(revoked(2), 5), Comparison::Different),
+            (2, versioned(None, 7), Comparison::Different),
+            (1, versioned(revoked(1), 7), Comparison::Changed),
+            (1, versioned(Some(record(1)), 7), Comparison::Changed),
+            (2, versioned(revoked(2), 8), Comparison::Error),
+            (2, versioned(revoked(2), 4), Comparison::Error),
+            (2, Versioned { nonce: Nonce([0; 16]), ..versioned(revoked(2), 7) }, Comparison::Error),
         ] {
             assert_eq!(judge(&entry(key, 5, &view), &view, &live), want, "{live:?}");
         }
-        assert_eq!(judge(&entry(2, 7, &view), &view, &versioned(revoked(2), 6)), Outcome::Error, "read before");
+        assert_eq!(judge(&entry(2, 7, &view), &view, &versioned(revoked(2), 6)), Comparison::Error, "read before");
     }
 
     #[test]
     fn a_walk_hands_out_every_record_and_begins_again() {
         let replica_state = ReplicaState::new(LIMITS);
-        let l1 = Arc::new(L1::<ApiKey>::new(&CacheSettings::default()));
+        let l1 = Arc::new(L1::<ApiKey>::new(CacheSettings::default().size, CacheSettings::default().absences_size));
         let keys = 1..=9_u8;
         for key in keys.clone() {
             l1.put(digests(key).current, Arc::new(entry(key, 5, &replica_state.load())));

@@ -1,142 +1,149 @@
-//! Single flight: however many callers wait for one key, one load goes, and it goes on when the first of them leaves.
+//! Single flight: concurrent callers that need the same key share one load. The load continues when the caller that
+//! started it leaves.
 //!
-//! Never caches: what a flight found is in L1 before it lands, if the poll has confirmed its version by then.
+//! Knows nothing of caches: the caller passes the load, and the work that follows once the waiters have their result.
 
 use std::{
     collections::HashMap,
+    hash::Hash,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
 use tokio::{runtime::Handle, sync::SetOnce};
 use tokio_util::task::TaskTracker;
 
-use super::{Loaded, Shared, cacheable::Cacheable};
 use crate::base::fault::Fault;
 
-/// Loads that may be in the air at one time, over all keys. Beyond it a caller gets a fault: waiting would only make
-/// its own deadline pass. Enough for 40 000 cold keys a second at 100 ms each.
-const IN_FLIGHT_MAX: usize = 4_096;
+/// Tasks at one time over all keys: loads, and what follows them. Beyond this a caller gets a fault at once, because
+/// waiting would only use up its own deadline.
+const TASKS_MAX: usize = 4_096;
 
-/// What a flight comes to. Those who wait for it go on in the order in which they came.
-type ResultSlot<K> = Arc<SetOnce<Result<Loaded<K>, Fault>>>;
-type InFlight<K> = Arc<Mutex<HashMap<(<K as Cacheable>::Key, LoadPath), ResultSlot<K>>>>;
+/// The result of one load, shared by its waiters. They are woken in the order in which they came.
+type ResultSlot<V> = Arc<SetOnce<Result<V, Fault>>>;
+type InFlight<K, V> = Arc<Mutex<HashMap<K, ResultSlot<V>>>>;
 
-/// Where a flight looks.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum LoadPath {
-    /// In L2, then in the store.
-    Tiers,
-    /// In the store alone.
-    Store,
-}
-
-/// The flights of one kind, on the I/O runtime. Callers may be on any runtime.
-pub struct SingleFlight<K: Cacheable> {
+/// The loads that are in flight, run on the I/O runtime. Callers may be on any runtime.
+pub(crate) struct SingleFlight<K, V> {
     io: Handle,
     tasks: TaskTracker,
-    in_flight: InFlight<K>,
+    in_flight: InFlight<K, V>,
 }
 
-impl<K: Cacheable> SingleFlight<K> {
-    /// No flights yet; they will run on `io`.
-    pub fn new(io: Handle) -> Self {
+/// How a caller got its result.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Joined {
+    /// From a load that this caller started.
+    Own,
+    /// From a load that was in flight before, or from the cache.
+    Other,
+}
+
+impl<K, V> SingleFlight<K, V>
+where
+    K: Copy + Eq + Hash + Send + 'static,
+    V: Clone + Send + Sync + 'static,
+{
+    /// Nothing in flight; loads will run on `io`.
+    pub(crate) fn new(io: Handle) -> Self {
         Self { io, tasks: TaskTracker::new(), in_flight: Arc::default() }
     }
 
-    /// Waits for the flight of `query`, beginning it if there is none, and says whether it was in the air before. One that
-    /// is joined after the end of another began after that.
-    pub(super) async fn join(
+    /// Waits for the load of `key` that is in flight, or starts `load`.
+    ///
+    /// `cached` is asked right before a load starts: another load may have ended since the caller looked into its cache.
+    /// `publish` runs after the waiters have their value.
+    ///
+    /// # Errors
+    /// The [`Fault`] of the load, shared by all its waiters; [`Fault::Overloaded`] beyond the limit of tasks.
+    ///
+    /// # Cancel safety
+    /// Safe: the load continues and its value reaches the other waiters.
+    pub(crate) async fn join_or_start<L, P>(
         &self,
-        shared: &Arc<Shared<K>>,
-        query: K::Query,
-        path: LoadPath,
-    ) -> (Result<Loaded<K>, Fault>, bool) {
-        let (slot, joined) = match self.join_or_start(shared, query, path) {
-            Ok(JoinOutcome::Cached(loaded)) => return (Ok(loaded), true),
-            Ok(JoinOutcome::Started(slot)) => (slot, false),
-            Ok(JoinOutcome::Joined(slot)) => (slot, true),
-            Err(fault) => return (Err(fault), false),
+        key: K,
+        cached: impl FnOnce() -> Option<V>,
+        load: L,
+        publish: impl FnOnce(V) -> P + Send + 'static,
+    ) -> (Result<V, Fault>, Joined)
+    where
+        L: Future<Output = Result<V, Fault>> + Send + 'static,
+        P: Future<Output = ()> + Send + 'static,
+    {
+        let (slot, joined) = {
+            let mut in_flight = lock(&self.in_flight);
+            if let Some(slot) = in_flight.get(&key) {
+                (Arc::clone(slot), Joined::Other)
+            } else if let Some(value) = cached() {
+                return (Ok(value), Joined::Other);
+            } else if self.tasks.len() >= TASKS_MAX {
+                return (Err(Fault::Overloaded { limit: "loads in flight" }), Joined::Own);
+            } else {
+                let slot = ResultSlot::<V>::default();
+                in_flight.insert(key, Arc::clone(&slot));
+                let guard = InFlightGuard {
+                    key,
+                    in_flight: Arc::clone(&self.in_flight),
+                    slot: Arc::clone(&slot),
+                    outcome: Err(Fault::Ended),
+                };
+                // Release the lock before the spawn: a runtime that is shutting down drops the task at once on this
+                // thread, and the drop of `guard` takes the lock.
+                drop(in_flight);
+                self.start(guard, load, publish);
+                (slot, Joined::Own)
+            }
         };
         (slot.wait().await.clone(), joined)
     }
 
-    /// Flights that have not ended.
-    pub fn in_flight(&self) -> usize {
-        self.tasks.len()
-    }
-
-    /// Waits for the end of every flight.
-    pub async fn drain(&self) {
-        self.tasks.close();
-        self.tasks.wait().await;
-    }
-
-    fn join_or_start(&self, shared: &Arc<Shared<K>>, query: K::Query, path: LoadPath) -> Result<JoinOutcome<K>, Fault> {
-        let name = (K::key(&query), path);
-        let mut in_flight = lock(&self.in_flight);
-        if let Some(slot) = in_flight.get(&name) {
-            return Ok(JoinOutcome::Joined(Arc::clone(slot)));
-        }
-        if path == LoadPath::Tiers {
-            // A flight may have landed between the caller's look into L1 and now.
-            let (view, now) = (shared.replica_state.load(), shared.clock.now());
-            if let Some(entry) = shared.l1.get(&name.0).filter(|entry| entry.is_current(&view, now)) {
-                return Ok(JoinOutcome::Cached(Loaded { entry, read: None }));
-            }
-        }
-        if self.tasks.len() >= IN_FLIGHT_MAX {
-            return Err(Fault::Overloaded { limit: "loads in the air" });
-        }
-        let slot = ResultSlot::<K>::default();
-        in_flight.insert(name, Arc::clone(&slot));
-        let mut guard = InFlightGuard {
-            name,
-            in_flight: Arc::clone(&self.in_flight),
-            slot: Arc::clone(&slot),
-            outcome: Err(Fault::Ended),
-        };
-        // A runtime that shuts down drops the task at once, on this thread, and the drop of `guard` takes the lock.
-        drop(in_flight);
-        let shared = Arc::clone(shared);
+    fn start<L, P>(&self, mut guard: InFlightGuard<K, V>, load: L, publish: impl FnOnce(V) -> P + Send + 'static)
+    where
+        L: Future<Output = Result<V, Fault>> + Send + 'static,
+        P: Future<Output = ()> + Send + 'static,
+    {
         self.tasks.spawn_on(
             async move {
-                guard.outcome = shared.load(&query, path).await;
+                guard.outcome = load.await;
                 let outcome = guard.outcome.clone();
                 drop(guard);
-                if let Ok(loaded) = outcome {
-                    shared.publish(&query, loaded).await;
+                if let Ok(value) = outcome {
+                    publish(value).await;
                 }
             },
             &self.io,
         );
-        Ok(JoinOutcome::Started(slot))
+    }
+
+    /// Tasks that have not ended.
+    pub(crate) fn tasks(&self) -> usize {
+        self.tasks.len()
+    }
+
+    /// Waits for the end of every task.
+    pub(crate) async fn drain(&self) {
+        self.tasks.close();
+        self.tasks.wait().await;
     }
 }
 
-enum JoinOutcome<K: Cacheable> {
-    Cached(Loaded<K>),
-    Joined(ResultSlot<K>),
-    Started(ResultSlot<K>),
+/// Removes a load from the map when it ends, and hands its outcome to the waiters: [`Fault::Ended`] if the load panicked
+/// or its runtime shut down.
+struct InFlightGuard<K: Eq + Hash, V> {
+    key: K,
+    in_flight: InFlight<K, V>,
+    slot: ResultSlot<V>,
+    outcome: Result<V, Fault>,
 }
 
-/// Takes the flight off the list when it ends, and says what it came to: [`Fault::Ended`] where it panicked, or the
-/// runtime is going down.
-struct InFlightGuard<K: Cacheable> {
-    name: (K::Key, LoadPath),
-    in_flight: InFlight<K>,
-    slot: ResultSlot<K>,
-    outcome: Result<Loaded<K>, Fault>,
-}
-
-impl<K: Cacheable> Drop for InFlightGuard<K> {
+impl<K: Eq + Hash, V> Drop for InFlightGuard<K, V> {
     fn drop(&mut self) {
-        lock(&self.in_flight).remove(&self.name);
-        // Nobody else sets it.
+        lock(&self.in_flight).remove(&self.key);
+        // Only this guard sets the slot, so it is still empty.
         let _ = self.slot.set(std::mem::replace(&mut self.outcome, Err(Fault::Ended)));
     }
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // Insertions and removals are whole at every moment, whoever panicked elsewhere.
+    // Each insertion and removal is one call, so a panic elsewhere leaves the map intact.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

@@ -66,7 +66,7 @@ mod tests {
     use super::*;
     use crate::ext_authz::{
         credential::extract::Removals,
-        decision::{Decision, DenyReason},
+        decision::{Basis, Decision, DenyReason},
         request::View,
         response::{OnFault, Replies},
     };
@@ -88,7 +88,7 @@ mod tests {
             for reason in DenyReason::ALL {
                 assert_eq!(verdict(&replies.denial(reason)), Verdict::Denied, "{reason:?}");
             }
-            let granted = replies.decision(&Decision::Anonymous, &Removals::default(), false);
+            let granted = replies.decision(&Decision::Anonymous, &Removals::default(), Basis::Confirmed);
             assert_eq!(verdict(&granted), Verdict::Granted { is_stale: false });
         }
         assert_eq!(verdict(&Reply::Message(vec![0].into())), Verdict::Undecided, "no message");

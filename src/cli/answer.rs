@@ -6,7 +6,7 @@ use comfy_table::{Table, presets};
 use serde_json::Value;
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 
-use super::DONE;
+use super::exit::DONE;
 use crate::base::clock::DatabaseTime;
 
 /// What a command has to say.

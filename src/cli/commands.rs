@@ -2,29 +2,32 @@
 //!
 //! Never writes an answer and never decides: it opens what is needed and passes it on.
 
+use std::ffi::OsString;
+
 use clap::CommandFactory;
 use serde_json::json;
 
 use super::{
-    Answer, Arguments, CliError, DENIED, Environment, FAILED,
-    args::{self, Alter, Command},
+    answer::Answer,
+    args::{self, Alter, Arguments, Command},
     deny, doctor,
     effect::effect_json,
-    error::At,
-    key, progress, stdin, trust,
+    error::{At, CliError},
+    exit::{DENIED, FAILED},
+    explain, key, progress, stdin, trust,
 };
 use crate::{
     base::{clock::SystemClock, secret::Secret},
     config::{self, Config, ConfigErrors, Purpose, document},
     manage::{Effect, ManageError, Manager},
-    server::{self, Explanation},
+    server,
     store::{
         self, Actor, Env, Ledger, StoreError, StoreSettings,
         ledger::copy::{self, Copied, Ends},
     },
 };
 
-pub(crate) fn run(arguments: Arguments, environment: &Environment) -> Result<Answer, CliError> {
+pub(crate) fn run(arguments: Arguments, environment: &[(OsString, OsString)]) -> Result<Answer, CliError> {
     let Arguments { config: file, command, .. } = arguments;
     let load = |purpose| config::load(file.as_deref(), environment.iter().cloned(), purpose);
     match command {
@@ -40,8 +43,8 @@ pub(crate) fn run(arguments: Arguments, environment: &Environment) -> Result<Ans
         Command::Check => {
             let config = load(Purpose::Serve)?;
             let text = stdin::text().map_err(|error| CliError::new(format!("cannot read the key: {error}")))?;
-            Ok(explained(&server::explain(
-                config,
+            Ok(explained(&explain::explain(
+                &config,
                 &|name| variable(environment, name),
                 &Secret::new(text.expose().trim().to_owned()),
             )?))
@@ -98,7 +101,7 @@ pub(crate) fn run(arguments: Arguments, environment: &Environment) -> Result<Ans
 /// Runs `command` with management of the configured database.
 fn managing(
     config: &Config,
-    environment: &Environment,
+    environment: &[(OsString, OsString)],
     open: impl AsyncFnOnce(&StoreSettings, Env<'_>) -> Result<Box<dyn Ledger>, StoreError>,
     command: impl AsyncFnOnce(&mut Manager, &Config) -> Result<Answer, CliError>,
 ) -> Result<Answer, CliError> {
@@ -117,7 +120,11 @@ fn block_on<T>(work: impl Future<Output = T>) -> Result<T, CliError> {
     Ok(runtime.map_err(|error| CliError::new(format!("cannot start: {error}")))?.block_on(work))
 }
 
-async fn migrate(config: &Config, environment: &Environment, new_incarnation: bool) -> Result<Answer, StoreError> {
+async fn migrate(
+    config: &Config,
+    environment: &[(OsString, OsString)],
+    new_incarnation: bool,
+) -> Result<Answer, StoreError> {
     let variable = |name: &str| variable(environment, name);
     store::migrate(&config.store, &variable).await?;
     if new_incarnation {
@@ -130,7 +137,12 @@ async fn migrate(config: &Config, environment: &Environment, new_incarnation: bo
 }
 
 /// Adds to somebody else's table what names its changes, or takes it away; or prints how.
-fn alter(config: &Config, environment: &Environment, attached: bool, print: bool) -> Result<Answer, CliError> {
+fn alter(
+    config: &Config,
+    environment: &[(OsString, OsString)],
+    attached: bool,
+    print: bool,
+) -> Result<Answer, CliError> {
     let (settings, env) = (&config.store, |name: &str| variable(environment, name));
     let altered = block_on(async {
         Ok(match (attached, print) {
@@ -152,7 +164,7 @@ fn altered(config: &Config, env: Env<'_>, table: &str, attached: bool) -> Answer
     answer.note("Set `store.attached = true` and restart every replica: until then it reads the table as before.")
 }
 
-async fn copy(config: &Config, environment: &Environment, ends: Ends) -> Result<Answer, CliError> {
+async fn copy(config: &Config, environment: &[(OsString, OsString)], ends: Ends) -> Result<Answer, CliError> {
     let variable = |name: &str| variable(environment, name);
     let progress = progress::keys();
     let told = |done, total| {
@@ -167,12 +179,12 @@ async fn copy(config: &Config, environment: &Environment, ends: Ends) -> Result<
 }
 
 /// A variable of the environment, if it is there and is text.
-fn variable(environment: &Environment, name: &str) -> Option<String> {
+fn variable(environment: &[(OsString, OsString)], name: &str) -> Option<String> {
     environment.iter().find(|(found, _)| found == name)?.1.to_str().map(str::to_owned)
 }
 
 /// Who is at the terminal, by their own account: for the audit's readers, not a proof.
-fn actor(environment: &Environment) -> Actor {
+fn actor(environment: &[(OsString, OsString)]) -> Actor {
     let user = ["USER", "LOGNAME"].iter().find_map(|name| variable(environment, name).filter(|user| !user.is_empty()));
     let user: String =
         user.unwrap_or_else(|| "unknown".to_owned()).chars().filter(|c| !c.is_control()).take(64).collect();
@@ -220,8 +232,8 @@ fn cleared(effect: &Effect) -> Answer {
     if effect.missing.is_empty() { answer } else { answer.exit(FAILED) }
 }
 
-fn explained(explanation: &Explanation) -> Answer {
-    let Explanation { allowed, reason, sentence, trust_id, key_id, scopes } = explanation;
+fn explained(explanation: &explain::Explanation) -> Answer {
+    let explain::Explanation { allowed, reason, sentence, trust_id, key_id, scopes } = explanation;
     let object = json!({
         "decision": if *allowed { "allow" } else { "deny" },
         "reason": reason,

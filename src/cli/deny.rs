@@ -7,17 +7,16 @@ use std::time::Duration;
 use serde_json::{Value, json};
 
 use super::{
-    CliError,
     answer::{self, Answer},
     args,
-    error::At,
+    error::{At, CliError},
     stdin,
 };
 use crate::{
     base::telemetry::{self, Format, Level, LogSettings},
     config::Config,
     ext_authz::credential::is_well_formed,
-    freshness::deny_list::Denied,
+    freshness::deny_list::entries::Denied,
     manage::deny::{Denials, DenyError, Entry, mac_key},
     store::Env,
 };

@@ -7,7 +7,7 @@ use std::{fmt::Write as _, time::Duration};
 
 use serde_json::{Value, json};
 
-use super::{CliError, FAILED, answer::Answer};
+use super::{answer::Answer, error::CliError, exit::FAILED};
 use crate::{
     base::{
         clock::{Clock as _, SystemClock, wall_time},
@@ -15,9 +15,10 @@ use crate::{
     },
     config::{Config, ConfigErrors, SECTIONS},
     doctor::{
-        database::{Examined, NAMES as DATABASE, Use, diagnose as examine_database},
+        database::{NAMES as DATABASE, diagnose as examine_database},
         diagnosis::{Diagnosis, State, complete},
         redis::{NAMES as REDIS, diagnose as examine_redis},
+        session::{Examined, Use},
     },
     ext_authz::credential::Hasher,
     freshness::deny_list,
@@ -75,7 +76,8 @@ impl Told {
     /// Why what these sections say cannot be gone by, if it cannot: a mistake in one of them, or one that may belong
     /// into any.
     fn because(&self, sections: &[&str]) -> Option<String> {
-        let section = |config_error: &ConfigError| config_error.setting.split('.').next().unwrap_or_default().to_owned();
+        let section =
+            |config_error: &ConfigError| config_error.setting.split('.').next().unwrap_or_default().to_owned();
         let concerns = |config_error: &&ConfigError| {
             let section = section(config_error);
             sections.contains(&section.as_str()) || !SECTIONS.iter().any(|known| known.name == section)
@@ -107,8 +109,9 @@ async fn diagnose(told: &Told, env: Env<'_>) -> Vec<Diagnosis> {
         (PEPPER, &["credential"][..], pepper),
         (DENY_FILE, &["freshness"][..], deny_file),
     ] {
-        diagnoses
-            .push(told.because(sections).map_or_else(|| diagnosis(config), |because| Diagnosis::skipped(name, because)));
+        diagnoses.push(
+            told.because(sections).map_or_else(|| diagnosis(config), |because| Diagnosis::skipped(name, because)),
+        );
     }
     let skipped = |because: String| Diagnosis::skipped(tls::EXAMINATION, because);
     diagnoses.push(told.because(&["grpc"]).map_or_else(|| tls::diagnose(&config.grpc, now), skipped));
@@ -191,7 +194,9 @@ fn pepper(config: &Config) -> Diagnosis {
         Ok(_) if settings.pepper.is_none() && settings.pepper_file.is_none() => {
             Diagnosis::ok(PEPPER, "none is set: digests are plain SHA-256")
         }
-        Ok(_) => Diagnosis::ok(PEPPER, format!("one is set, and {} earlier ones", settings.previous_pepper_files.len())),
+        Ok(_) => {
+            Diagnosis::ok(PEPPER, format!("one is set, and {} earlier ones", settings.previous_pepper_files.len()))
+        }
     }
 }
 
@@ -224,8 +229,10 @@ fn mac_key(config: &Config, in_database: Result<(), String>) -> Diagnosis {
         },
         None => match in_database {
             Ok(()) => Diagnosis::ok(MAC_KEY, "in the database"),
-            Err(problem) => Diagnosis::failed(MAC_KEY, format!("it cannot be had from the database: {problem}"), remedy)
-                .about(SETTING),
+            Err(problem) => {
+                Diagnosis::failed(MAC_KEY, format!("it cannot be had from the database: {problem}"), remedy)
+                    .about(SETTING)
+            }
         },
     }
 }
@@ -288,7 +295,8 @@ mod tests {
 
     #[test]
     fn a_mistake_keeps_from_examining_its_section_alone_and_one_that_may_be_anywhere_everything() {
-        let config_error = |setting: &str| ConfigError { setting: setting.to_owned(), origin: None, problem: "no".to_owned() };
+        let config_error =
+            |setting: &str| ConfigError { setting: setting.to_owned(), origin: None, problem: "no".to_owned() };
         let told = |setting: &str| Told { config: Config::default(), config_errors: vec![config_error(setting)] };
         assert_eq!(told("redis.url").because(&["store", "freshness"]), None);
         assert!(told("store.urls").because(&["store"]).is_some_and(|because| because.contains("store.urls")));

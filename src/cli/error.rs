@@ -4,7 +4,7 @@
 
 use std::fmt;
 
-use super::{FAILED, USAGE};
+use super::exit::{FAILED, USAGE};
 use crate::{
     config::{Config, ConfigErrors},
     manage::{ManageError, deny::DenyError},

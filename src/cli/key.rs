@@ -8,10 +8,10 @@ use indicatif::ProgressStyle;
 use serde_json::{Value, json};
 
 use super::{
-    FAILED,
     answer::{self, Answer},
     args,
     effect::with_effect,
+    exit::FAILED,
     progress, stdin,
 };
 use crate::{

@@ -5,7 +5,7 @@
 use std::ffi::OsString;
 
 use super::{SECTIONS, suggest};
-use crate::base::settings::{Reader, RawValue};
+use crate::base::settings::{RawValue, Reader};
 
 const START: &str = "TRUSTGATE__";
 
@@ -21,8 +21,10 @@ pub(crate) fn put(reader: &mut Reader, variables: &[(OsString, OsString)]) {
             continue;
         };
         let Some((_, section, setting)) = known.iter().find(|(variable, ..)| variable == name) else {
-            let near =
-                suggest::nearest(&rest.to_ascii_uppercase(), known.iter().map(|(variable, ..)| &variable[START.len()..]));
+            let near = suggest::nearest(
+                &rest.to_ascii_uppercase(),
+                known.iter().map(|(variable, ..)| &variable[START.len()..]),
+            );
             let hint = near.map_or_else(
                 || "see `trustgate config default`".to_owned(),
                 |near| format!("did you mean {START}{near}?"),

@@ -5,7 +5,7 @@
 use toml_edit::{Document, TableLike, Value};
 
 use super::{SECTIONS, SectionInfo, section, suggest};
-use crate::base::settings::{Reader, RawValue};
+use crate::base::settings::{RawValue, Reader};
 
 /// Puts everything that `text`, the content of `path`, says into `reader`; unknown names are mistakes.
 pub(crate) fn put(reader: &mut Reader, path: &str, text: &str) {

@@ -9,20 +9,21 @@ use tokio::time::timeout;
 use uuid::Uuid;
 
 use super::{
-    database::{
+    diagnosis::{Diagnosis, located, milliseconds, resolve},
+    session::{
         ADDRESS, ALTERED, CONNECTION, Examination, HINTS, Kind, MANAGEMENT, RIGHTS, Report, SERVER, Session, Tables,
         Trouble, URL, WATCH,
     },
-    diagnosis::{Diagnosis, located, milliseconds, resolve},
 };
 use crate::store::{
-    SchemaName, StoreSettings,
+    StoreSettings,
     change_log::{listen, postgres},
+    names::SchemaName,
     postgres::code,
     reads::postgres::Postgres,
     rows::RowExt as _,
     schema::grants::{self, Needs},
-    url::{StoreUrl, Backend, Role},
+    url::{Backend, Role, StoreUrl},
 };
 
 /// How long a hint may take to be of any use.
@@ -34,7 +35,9 @@ const LISTED: usize = 3;
 pub(crate) async fn run(postgres: Postgres, examination: Examination<'_>, report: &mut Report) {
     let options = match postgres.address.postgres() {
         Ok(options) => options,
-        Err(error) => return report.add(Diagnosis::failed(ADDRESS, error.to_string(), "correct the setting").about(URL)),
+        Err(error) => {
+            return report.add(Diagnosis::failed(ADDRESS, error.to_string(), "correct the setting").about(URL));
+        }
     };
     let nearby = match address(&options, examination).await {
         Ok((diagnosis, nearby)) => {
@@ -273,7 +276,12 @@ async fn manager(serve: &Who, examination: Examination<'_>, report: &mut Report)
 }
 
 /// What the role of `serve` may; more than it needs only where `manager` is there to do the rest.
-async fn rights(session: &mut Session<'_, Postgres>, who: &Who, manager: Option<&str>, schema: &SchemaName) -> Diagnosis {
+async fn rights(
+    session: &mut Session<'_, Postgres>,
+    who: &Who,
+    manager: Option<&str>,
+    schema: &SchemaName,
+) -> Diagnosis {
     let failed = |found: String, remedy: String| Diagnosis::failed(RIGHTS, found, remedy).about(URL);
     match missing(session, &grants::SERVE, &who.role, schema).await {
         Ok(None) => {}
@@ -385,9 +393,10 @@ async fn hints(session: &mut Session<'_, Postgres>, address: &StoreUrl, examinat
         return lost(trouble.to_string());
     }
     match timeout(HINT, listener.try_recv()).await {
-        Ok(Ok(Some(_))) => {
-            Diagnosis::ok(HINTS, format!("a hint arrives after {}", milliseconds(examination.clock.now().since(sent_at))))
-        }
+        Ok(Ok(Some(_))) => Diagnosis::ok(
+            HINTS,
+            format!("a hint arrives after {}", milliseconds(examination.clock.now().since(sent_at))),
+        ),
         Ok(Ok(None)) => lost("the connection broke".to_owned()),
         Ok(Err(error)) => lost(Trouble::Sql(error).to_string()),
         Err(_) => lost(format!("not within {HINT:?}")),

@@ -233,7 +233,9 @@ async fn hint(connection: &mut Connection, settings: &RedisSettings, clock: &dyn
     }
     let heard = timeout(HINT, subscriber.on_message().next()).await;
     match heard {
-        Ok(Some(_)) => Diagnosis::ok(HINTS, format!("a hint arrives after {}", milliseconds(clock.now().since(sent_at)))),
+        Ok(Some(_)) => {
+            Diagnosis::ok(HINTS, format!("a hint arrives after {}", milliseconds(clock.now().since(sent_at))))
+        }
         Ok(None) => lost("the connection broke".to_owned()),
         Err(_) => lost(format!("not within {HINT:?}")),
     }

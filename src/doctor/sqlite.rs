@@ -7,11 +7,11 @@ use std::{fs, os::unix::fs::MetadataExt};
 use sqlx::{Connection, Row};
 
 use super::{
-    database::{
+    diagnosis::{Diagnosis, State, milliseconds},
+    session::{
         ADDRESS, ALTERED, CLOCK, CONNECTION, Examination, HINTS, Kind, MANAGEMENT, RIGHTS, Report, SERVER, Session,
         Tables, Trouble, URL, WATCH, within,
     },
-    diagnosis::{Diagnosis, State, milliseconds},
 };
 use crate::store::{
     StoreError,
@@ -91,7 +91,8 @@ fn address(sqlite: &Sqlite) -> Diagnosis {
             let text = format!("{}, on a local disk, mode {mode:o}, of user {owner}", path.display());
             let user = rustix::process::geteuid().as_raw();
             if mode & 0o077 != 0 {
-                Diagnosis::warning(ADDRESS, text, format!("others may read it: chmod 600 {}", path.display())).about(URL)
+                Diagnosis::warning(ADDRESS, text, format!("others may read it: chmod 600 {}", path.display()))
+                    .about(URL)
             } else if owner != user {
                 let remedy = format!("run `serve` as the owner of the file; this is user {user}");
                 Diagnosis::warning(ADDRESS, text, remedy).about(URL)

@@ -13,7 +13,8 @@ use super::{
         CredentialSettings, Hasher,
         extract::{CredentialError, Extracted, Key, Removals, extract},
     },
-    decision::{Decision, DenyReason, decide},
+    decision::{Basis, Decision, DenyReason, decide},
+    metrics::CheckMetrics,
     request::View,
     response::{OnFault, Replies, Reply},
     route::{Demands, is_preflight},
@@ -23,10 +24,10 @@ use crate::{
         clock::{Clock, Moment},
         fault::{Fault, quoted},
         log_limit::LogLimit,
-        metrics::{ThreadCounter, ThreadCounters, ThreadHistogram, HistogramOpts, Opts, Registry, SHORT_SECONDS, register},
+        metrics::Registry,
     },
-    cache::{Cache, ReadPolicy, api_key::ApiKey},
-    freshness::{Freshness, ReplicaView, ReplicaState, deny_list::DenyList, history::Provenance, lease::LeaseState},
+    cache::{Cache, Loaded, ReadContext, ReadPolicy, api_key::ApiKey},
+    freshness::{Freshness, ReplicaState, deny_list::DenyList, history::Provenance},
     record::{ApiKeyDigest, Digests, Record},
 };
 
@@ -60,7 +61,7 @@ crate::setting_enum! {
 }
 
 /// What a checker is made of.
-pub struct Parts {
+pub struct CheckerParts {
     /// What is answered.
     pub decision: DecisionSettings,
     /// Where credentials stand.
@@ -83,13 +84,13 @@ pub struct Parts {
 
 /// Decides checks.
 pub struct Checker {
-    parts: Parts,
+    parts: CheckerParts,
     replies: Replies,
     metrics: CheckMetrics,
     fault_log: LogLimit,
 }
 
-/// What a check came to, before it is put into words for Envoy.
+/// The result of a check, before it is encoded for Envoy.
 type Outcome<'r> = Result<Decision<'r>, Fault>;
 
 impl Checker {
@@ -97,7 +98,7 @@ impl Checker {
     ///
     /// # Errors
     /// When a metric of that name exists already.
-    pub fn new(parts: Parts, registry: &Registry) -> prometheus::Result<Self> {
+    pub fn new(parts: CheckerParts, registry: &Registry) -> prometheus::Result<Self> {
         let replies = Replies::new(parts.decision.on_fault, parts.decision.retry_after);
         Ok(Self {
             replies,
@@ -110,7 +111,7 @@ impl Checker {
     /// Decides the request in `message`, the bytes of a `CheckRequest`.
     ///
     /// # Cancel safety
-    /// Safe: a dropped check is counted as cancelled, and what it waited for goes on for others.
+    /// Safe: a dropped check is counted as cancelled, and a load that it waited for continues for other checks.
     pub async fn check(&self, message: &[u8]) -> Reply {
         match self.try_decide(message) {
             Progress::Done(reply) => reply,
@@ -118,90 +119,81 @@ impl Checker {
         }
     }
 
-    /// The same as far as it goes without waiting: what L1 holds, and what needs no record at all.
+    /// Decides the request without waiting, if L1 has a usable entry or the decision needs none.
     #[must_use]
     pub fn try_decide(&self, message: &[u8]) -> Progress {
-        let now = self.parts.clock.now();
-        // Before anything else: what is found later is judged by this view and its lease.
-        let history = self.parts.replica_state.load();
-        let lease_state = history.lease_state(now);
+        let began = self.parts.clock.now();
+        // Load the view and the state of its lease first: the freshness rule holds for values that are looked up later.
+        let view = self.parts.replica_state.load();
+        let lease = view.lease_state(began);
         let request = match self.read(message) {
             Ok(request) => request,
-            Err(reason) => return Progress::Done(self.denied(reason, now)),
+            Err(refusal) => return Progress::Done(self.refused(&refusal, began)),
         };
-        let key = match &request.subject {
-            Ok(Subject::Key(key)) => key.expose(),
-            Ok(Subject::Anonymous) => return Progress::Done(self.answer(Ok(Decision::Anonymous), &request, now, false)),
-            Err(Refusal::Denied(reason)) => return Progress::Done(self.denied(*reason, now)),
-            Err(Refusal::Fault(fault)) => {
-                return Progress::Done(self.answer(Err(fault.clone()), &request, now, false));
+        let Subject::Key(key) = &request.subject else {
+            return Progress::Done(self.answer(Ok(Decision::Anonymous), &request, Basis::Confirmed, began));
+        };
+        let digest = self.parts.hasher.current(key.expose());
+        let policy = ReadPolicy::new(self.freshness(&request.demands), lease);
+        if let Some(entry) = self.parts.cache.hit(policy, &view, &digest, began) {
+            let found = Found { record: entry.value(), digest: &digest, provenance: Provenance::Known };
+            let is_its = |stored: &ApiKeyDigest| self.parts.hasher.matches(stored, &digest, key.expose());
+            let outcome = self.decide(&found, is_its, &request.demands, began);
+            let denies_key = matches!(&outcome, Ok(Decision::Deny(reason)) if reason.is_of_key());
+            if policy != ReadPolicy::GrantOnly {
+                return Progress::Done(self.answer(outcome, &request, Basis::Confirmed, began));
             }
-        };
-        let digest = self.parts.hasher.current(key);
-        let freshness = self.freshness(&request.demands);
-        let lease_state = match (freshness, lease_state) {
-            (Freshness::Lease, lease_state) => lease_state,
-            (Freshness::Strict, LeaseState::Fresh) => LeaseState::Fresh,
-            (Freshness::Strict | Freshness::Live | Freshness::Ttl, _) => LeaseState::Expired,
-        };
-        if lease_state != LeaseState::Expired || freshness == Freshness::Ttl {
-            let entry = self.parts.cache.hit(&history, &digest, now, freshness == Freshness::Ttl);
-            // An absence that cannot be confirmed is not one.
-            if let Some(entry) = entry.filter(|entry| lease_state != LeaseState::Stale || entry.value().is_some()) {
-                let is_its = |stored: &ApiKeyDigest| self.parts.hasher.matches(stored, &digest, key);
-                let outcome = self.decide(&digest, entry.value(), is_its, false, &request.demands, now);
-                // In the stale window an unknown key gets a fault, so a revoked one must get the same answer.
-                let is_stale = lease_state == LeaseState::Stale;
-                if !(is_stale && matches!(&outcome, Ok(Decision::Deny(reason)) if reason.is_of_key())) {
-                    return Progress::Done(self.answer(outcome, &request, now, is_stale));
-                }
+            if !denies_key {
+                return Progress::Done(self.answer(outcome, &request, Basis::Stale, began));
             }
         }
-        let digests = self.parts.hasher.digests(digest, key);
-        let history = Guard::into_inner(history);
-        let policy = match (freshness, lease_state) {
-            (Freshness::Ttl, _) => ReadPolicy::Age,
-            (_, LeaseState::Fresh) => ReadPolicy::Lease(Arc::clone(&history), now),
-            (_, LeaseState::Stale | LeaseState::Expired) => ReadPolicy::Store(Arc::clone(&history), now),
-        };
-        Progress::Pending(Waiting { began: now, history, digests, policy })
+        let digests = self.parts.hasher.digests(digest, key.expose());
+        Progress::Pending(Waiting { digests, context: ReadContext { policy, view: Guard::into_inner(view), began } })
     }
 
-    /// Decides what [`Self::try_decide`] could not decide at once, for the same `message`.
+    /// Decides a check that [`Self::try_decide`] left pending, for the same `message`.
     ///
     /// # Cancel safety
     /// As [`Self::check`].
     pub async fn finish(&self, message: &[u8], waiting: Waiting) -> Reply {
-        let Waiting { began, history, digests, policy } = waiting;
+        let Waiting { digests, context } = waiting;
+        let began = context.began;
         let clock = &*self.parts.clock;
         let cancel_guard = CancelGuard { metrics: Some(&self.metrics), clock, began };
         let limit = self.parts.decision.deadline;
-        let found = self.parts.cache.find(digests.clone(), &policy);
-        let found = timeout(limit, found).await.unwrap_or(Err(Fault::Late { limit }));
-        if let Ok(loaded) = &found
-            && let Some(version) = loaded.ahead_of(&history)
-            && digests.all().any(|digest| self.parts.replica_state.revoked.binds_elsewhere(digest))
-        {
-            // Made good again, or good in a history that lost its revocation? The next poll tells; without one it binds.
-            let left = limit.saturating_sub(clock.now().since(began));
-            let _ = timeout(left, self.parts.replica_state.reached(&history, version)).await;
+        let loaded = self.parts.cache.find(digests.clone(), &context);
+        let loaded = timeout(limit, loaded).await.unwrap_or(Err(Fault::Late { limit }));
+        if let Ok(loaded) = &loaded {
+            self.await_word_on_lost_revocation(loaded, &digests, &context).await;
         }
         cancel_guard.disarm();
-        // Read once more: nothing of the request was kept while it waited.
+        // Read the message again: a pending check keeps nothing of it.
         let request = match self.read(message) {
             Ok(request) => request,
-            Err(reason) => return self.denied(reason, began),
+            Err(refusal) => return self.refused(&refusal, began),
         };
-        let outcome = match &found {
+        let outcome = match &loaded {
             Ok(loaded) => {
-                let elsewhere = loaded.provenance(&history) != Provenance::Known;
-                let is_its = |stored: &ApiKeyDigest| digests.contains(stored);
-                let value = loaded.entry.value();
-                self.decide(&digests.current, value, is_its, elsewhere, &request.demands, clock.now())
+                let provenance = loaded.provenance(&context.view);
+                let found = Found { record: loaded.entry.value(), digest: &digests.current, provenance };
+                self.decide(&found, |stored| digests.contains(stored), &request.demands, clock.now())
             }
             Err(fault) => Err(fault.clone()),
         };
-        self.answer(outcome, &request, began, false)
+        self.answer(outcome, &request, Basis::Confirmed, began)
+    }
+
+    /// Waits for the next poll if the key was revoked in a database history that was lost. It may have been enabled again
+    /// since, which the poll finds out; if none comes in time, [`Self::decide`] denies the key.
+    async fn await_word_on_lost_revocation(&self, loaded: &Loaded<ApiKey>, digests: &Digests, context: &ReadContext) {
+        let replica_state = &self.parts.replica_state;
+        if let Some(version) = loaded.ahead_of(&context.view)
+            && digests.all().any(|digest| replica_state.revoked.binds_elsewhere(digest))
+        {
+            let elapsed = self.parts.clock.now().since(context.began);
+            let left = self.parts.decision.deadline.saturating_sub(elapsed);
+            let _ = timeout(left, replica_state.reached(&context.view, version)).await;
+        }
     }
 
     /// The reply to a message that was refused unread.
@@ -229,31 +221,26 @@ impl Checker {
         self.metrics.observe(&self.metrics.cancelled, Duration::ZERO);
     }
 
-    /// What a decision needs of `message`, where it lies.
-    fn read<'c, 'm: 'c>(&'c self, message: &'m [u8]) -> Result<Request<'m, 'c>, DenyReason> {
-        let view = View::parse(message).map_err(|_| DenyReason::Undecodable)?;
+    /// The parts of `message` that a decision needs, borrowed from it.
+    fn read<'c, 'm: 'c>(&'c self, message: &'m [u8]) -> Result<Request<'m, 'c>, Refusal> {
+        let view = View::parse(message).map_err(|_| Refusal::Denied(DenyReason::Undecodable))?;
         if !view.is_http {
-            return Err(DenyReason::Undecodable);
+            return Err(Refusal::Denied(DenyReason::Undecodable));
         }
         let Extracted { key, removals } = extract(&self.parts.credential, &view);
-        let demands = match Demands::of(&view) {
-            Ok(demands) => demands,
-            Err(fault) => {
-                return Ok(Request { subject: Err(Refusal::Fault(fault)), demands: Demands::default(), removals });
-            }
-        };
+        let demands = Demands::of(&view).map_err(Refusal::Fault)?;
         let passes = self.parts.decision.preflight == Preflight::Pass && is_preflight(&view);
         let subject = match key {
-            _ if passes => Ok(Subject::Anonymous),
-            Ok(key) => Ok(Subject::Key(key)),
-            Err(CredentialError::Missing) if demands.admits_anonymous() => Ok(Subject::Anonymous),
-            Err(error) => Err(Refusal::Denied(error.into())),
+            _ if passes => Subject::Anonymous,
+            Ok(key) => Subject::Key(key),
+            Err(CredentialError::Missing) if demands.admits_anonymous() => Subject::Anonymous,
+            Err(error) => return Err(Refusal::Denied(error.into())),
         };
         Ok(Request { subject, demands, removals })
     }
 
-    /// What the route demands, or the configuration says. Tables that do not name their changes cannot confirm anything
-    /// by a lease: there, a route that demands one gets what is fresher.
+    /// The freshness that the route demands, or else the configured one. Tables that do not track their changes cannot
+    /// confirm anything by a lease, so a route that demands a lease there gets `live`, which is stricter.
     fn freshness(&self, demands: &Demands<'_>) -> Freshness {
         match demands.freshness.unwrap_or(self.parts.freshness) {
             Freshness::Lease | Freshness::Strict if !self.parts.tracks_changes => Freshness::Live,
@@ -261,49 +248,47 @@ impl Checker {
         }
     }
 
-    /// What `record`, found by `digest`, comes to. `elsewhere`: it is of a history that no poll of this check's view has
-    /// confirmed.
+    /// Decides by `found`. `is_its` compares the stored digest with the presented key, in constant time.
     fn decide<'r>(
         &self,
-        digest: &ApiKeyDigest,
-        record: Option<&'r Record>,
+        found: &Found<'r, '_>,
         is_its: impl FnOnce(&ApiKeyDigest) -> bool,
-        elsewhere: bool,
         demands: &Demands<'_>,
         now: Moment,
     ) -> Outcome<'r> {
         let replica_state = &self.parts.replica_state;
-        // A value was read from the database, so its clock is known by now.
+        // The value was read from the database, so the offset of the database's clock is known by now.
         let now = replica_state.database_clock.at(now).ok_or(Fault::Unconfirmed)?;
         // Without the recorded pepper this server cannot find new keys, so it must not deny them as unknown.
-        if record.is_none() && !replica_state.pepper.identifies_all() {
+        if found.record.is_none() && !replica_state.pepper.identifies_all() {
             return Err(Fault::Pepper);
         }
-        let decision = decide(record, demands, now);
-        let Some(record) = record.filter(|_| matches!(decision, Decision::Allow(_))) else { return Ok(decision) };
-        // A map found it; what was hashed from this request says once more that it is the one, in constant time.
+        let decision = decide(found.record, demands, now);
+        let Some(record) = found.record.filter(|_| matches!(decision, Decision::Allow(_))) else { return Ok(decision) };
+        // The map lookup is not constant-time, so compare the digest again in constant time.
         if !is_its(&record.digest) {
             return Ok(Decision::Deny(DenyReason::Unknown));
         }
-        if self.parts.denials.denies(digest, record, now) {
+        if self.parts.denials.denies(found.digest, record, now) {
             return Ok(Decision::Deny(DenyReason::DenyListed));
         }
-        // What was revoked in a history that was lost stays so, until the present one speaks of it.
-        let is_bound = [digest, &record.digest]
-            .into_iter()
-            .any(|digest| replica_state.revoked.binds(digest) || (elsewhere && replica_state.revoked.binds_elsewhere(digest)));
+        // A key that was revoked in a lost history stays revoked until the present history changes it.
+        let is_unconfirmed = found.provenance != Provenance::Known;
+        let is_bound = [found.digest, &record.digest].into_iter().any(|digest| {
+            replica_state.revoked.binds(digest) || (is_unconfirmed && replica_state.revoked.binds_elsewhere(digest))
+        });
         Ok(if is_bound { Decision::Deny(DenyReason::Revoked) } else { decision })
     }
 
-    /// The reply to a request that began at `began`. `is_stale`: whether it rests on what the lease no longer covers.
-    fn answer(&self, outcome: Outcome<'_>, request: &Request<'_, '_>, began: Moment, is_stale: bool) -> Reply {
+    /// The reply to a request whose check began at `began`.
+    fn answer(&self, outcome: Outcome<'_>, request: &Request<'_, '_>, basis: Basis, began: Moment) -> Reply {
         let took = self.parts.clock.now().since(began);
         let limit = self.parts.decision.deadline;
         match outcome {
-            // What was relied on when the check began may have ended since.
+            // The lease that the check relied on may have expired since.
             Ok(Decision::Allow(_)) if took > limit => self.failed(&Fault::Late { limit }, began, took),
             Ok(decision) => {
-                if is_stale && matches!(decision, Decision::Allow(_)) {
+                if basis == Basis::Stale && matches!(decision, Decision::Allow(_)) {
                     self.metrics.stale.inc();
                 }
                 let counter = match &decision {
@@ -312,9 +297,16 @@ impl Checker {
                     Decision::Deny(reason) => &self.metrics.denied[*reason as usize],
                 };
                 self.metrics.observe(counter, took);
-                self.replies.decision(&decision, &request.removals, is_stale)
+                self.replies.decision(&decision, &request.removals, basis)
             }
             Err(fault) => self.failed(&fault, began, took),
+        }
+    }
+
+    fn refused(&self, refusal: &Refusal, began: Moment) -> Reply {
+        match refusal {
+            Refusal::Denied(reason) => self.denied(*reason, began),
+            Refusal::Fault(fault) => self.failed(fault, began, self.parts.clock.now().since(began)),
         }
     }
 
@@ -325,7 +317,7 @@ impl Checker {
     }
 
     fn failed(&self, fault: &Fault, began: Moment, took: Duration) -> Reply {
-        self.metrics.observe(&self.metrics.fault, took);
+        self.metrics.observe(self.metrics.fault(fault.reason()), took);
         if let Some(suppressed) = self.fault_log.permit(began) {
             tracing::warn!(%fault, suppressed, "a check could not be decided");
         }
@@ -333,41 +325,49 @@ impl Checker {
     }
 }
 
-/// What a check came to without waiting.
+/// How far a check got without waiting.
 pub enum Progress {
-    /// A reply.
+    /// The reply.
     Done(Reply),
-    /// Redis or the database has to be asked: [`Checker::finish`] does.
+    /// Redis or the database must be asked: [`Checker::finish`] does so.
     Pending(Waiting),
 }
 
-/// A check that has to wait. Holds nothing of its message.
+/// A check that has to wait. Keeps nothing of its message.
 pub struct Waiting {
-    began: Moment,
-    history: Arc<ReplicaView>,
     digests: Digests,
-    policy: ReadPolicy,
+    context: ReadContext,
 }
 
-/// What a decision needs of a request. `'m`: the message, `'c`: the checker.
+/// The parts of a request that a decision needs. `'m`: the message, `'c`: the checker.
 struct Request<'m, 'c> {
-    subject: Result<Subject<'m>, Refusal>,
+    subject: Subject<'m>,
     demands: Demands<'m>,
     removals: Removals<'c>,
 }
 
-/// Who is asked about.
+/// On whose behalf a request is made.
 enum Subject<'m> {
-    /// Whoever holds this key.
+    /// The holder of this key.
     Key(Key<'m>),
-    /// Nobody: the request may pass without a key.
+    /// The request may pass without a key.
     Anonymous,
 }
 
-/// Why a request ends before a record is looked for.
+/// Why a check ends before a record is looked up.
 enum Refusal {
     Denied(DenyReason),
     Fault(Fault),
+}
+
+/// What the cache or the store found for a key. `'r`: the record.
+struct Found<'r, 'd> {
+    /// `None`: no such key.
+    record: Option<&'r Record>,
+    /// The digest of the presented key under the current pepper.
+    digest: &'d ApiKeyDigest,
+    /// How the value relates to the history that this replica knows.
+    provenance: Provenance,
 }
 
 /// Counts a check that waits as cancelled if it is dropped: Envoy gave up.
@@ -394,50 +394,3 @@ impl Drop for CancelGuard<'_> {
 
 /// How often faults are logged: an outage must not become a flood of lines.
 const FAULT_LOG_INTERVAL: Duration = Duration::from_secs(1);
-
-/// Checks answered. Children are resolved here, since looking them up hashes and locks.
-struct CheckMetrics {
-    allowed: ThreadCounter,
-    anonymous: ThreadCounter,
-    denied: [ThreadCounter; DenyReason::ALL.len()],
-    fault: ThreadCounter,
-    cancelled: ThreadCounter,
-    stale: ThreadCounter,
-    seconds: ThreadHistogram,
-}
-
-impl CheckMetrics {
-    fn register(registry: &Registry) -> prometheus::Result<Self> {
-        let checks = ThreadCounters::new(
-            Opts::new(
-                "trustgate_checks_total",
-                "Checks by decision (allow, deny, fault, cancelled) and the reason for it.",
-            ),
-            &["decision", "reason"],
-        );
-        let checks = register(registry, checks)?;
-        let seconds = HistogramOpts::new(
-            "trustgate_check_duration_seconds",
-            "How long checks took from the whole message to the reply, in seconds.",
-        );
-        let stale = Opts::new(
-            "trustgate_stale_grants_total",
-            "Grants on what the database has not confirmed within freshness.lease, while it did not answer.",
-        );
-        let count = |decision, reason| checks.with(&[decision, reason]);
-        Ok(Self {
-            allowed: count("allow", "key"),
-            anonymous: count("allow", "anonymous"),
-            denied: DenyReason::ALL.map(|reason| count("deny", reason.as_str())),
-            fault: count("fault", "fault"),
-            cancelled: count("cancelled", "cancelled"),
-            stale: register(registry, ThreadCounters::new(stale, &[]))?.with(&[]),
-            seconds: register(registry, ThreadHistogram::new(seconds.buckets(SHORT_SECONDS.to_vec())))?,
-        })
-    }
-
-    fn observe(&self, counter: &ThreadCounter, took: Duration) {
-        counter.inc();
-        self.seconds.observe(took);
-    }
-}

@@ -19,7 +19,7 @@ pub use self::format::Prefix;
 pub use self::source::Source;
 use crate::base::{
     secret::Secret,
-    settings::{Setting, RawValue},
+    settings::{RawValue, Setting},
     text,
 };
 

@@ -49,7 +49,7 @@ macro_rules! reasons {
         #[derive(Clone, Copy, Debug, PartialEq, Eq)]
         pub enum DenyReason { $( $(#[doc = $doc])+ $Reason, )+ }
 
-        impl DenyReason {
+impl DenyReason {
             /// Every reason.
             pub const ALL: [Self; [$($word),+].len()] = [$(Self::$Reason),+];
 
@@ -97,6 +97,15 @@ impl DenyReason {
     pub const fn is_of_key(self) -> bool {
         matches!(self, Self::Unknown | Self::Revoked | Self::Expired | Self::NotYetValid | Self::TrustDisabled)
     }
+}
+
+/// Whether the database has confirmed the data that a decision rests on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Basis {
+    /// Within the bound of the route's freshness.
+    Confirmed,
+    /// Before that: the database does not answer, and the lease is stale.
+    Stale,
 }
 
 impl From<CredentialError> for DenyReason {

@@ -23,7 +23,7 @@ use envoy_types::pb::{
 use self::allowed::allowed;
 use super::{
     credential::extract::Removals,
-    decision::{Decision, DenyReason},
+    decision::{Basis, Decision, DenyReason},
     framing,
 };
 
@@ -89,13 +89,13 @@ impl Replies {
         Self { denials: DenyReason::ALL.map(denial), fault }
     }
 
-    /// The reply to a request that was decided. `removals`: what must not reach the upstream; `is_stale`: whether it rests
+    /// The reply to a request that was decided. `removals`: what must not reach the upstream; `basis`: whether it rests
     /// on what the database has not confirmed lately, which the metadata tells.
     #[must_use]
-    pub fn decision(&self, decision: &Decision<'_>, removals: &Removals<'_>, is_stale: bool) -> Reply {
+    pub fn decision(&self, decision: &Decision<'_>, removals: &Removals<'_>, basis: Basis) -> Reply {
         Reply::Message(match decision {
-            Decision::Allow(grant) => allowed(Some(grant), removals, is_stale),
-            Decision::Anonymous => allowed(None, removals, false),
+            Decision::Allow(grant) => allowed(Some(grant), removals, basis),
+            Decision::Anonymous => allowed(None, removals, Basis::Confirmed),
             Decision::Deny(reason) => self.denials[*reason as usize].clone(),
         })
     }

@@ -3,11 +3,11 @@
 //! It can only deny: nothing in it, and nothing missing from it, lets anybody pass. Its sources are a file and a list in
 //! Redis; a source that fails leaves in force what was read of it before.
 
+pub mod entries;
 pub(crate) mod file;
 pub mod redis;
 
 use std::{
-    collections::HashMap,
     io,
     path::PathBuf,
     sync::{
@@ -22,6 +22,7 @@ use tokio::time::{MissedTickBehavior, interval};
 use tokio_util::sync::CancellationToken;
 
 use self::{
+    entries::{Denied, Entries},
     file::{Look, Watched},
     redis::{Memory, SharedList},
 };
@@ -30,7 +31,7 @@ use crate::{
         clock::DatabaseTime,
         metrics::{IntGauge, IntGaugeVec, Opts, Registry, register},
     },
-    record::{ApiKeyDigest, KeyId, Record, TrustId},
+    record::{ApiKeyDigest, Record},
 };
 
 pub use self::file::check_file;
@@ -41,66 +42,6 @@ const FILE_INTERVAL: Duration = Duration::from_millis(200);
 const SHARED_INTERVAL: Duration = Duration::from_millis(500);
 /// How often it is looked whether the key of its MAC is known by now. Nothing is sent for that.
 const MAC_KEY_INTERVAL: Duration = Duration::from_millis(50);
-
-/// What an entry of the list denies.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Denied {
-    /// One key, by the id of its row.
-    Key(KeyId),
-    /// Every key of a trust.
-    Trust(TrustId),
-    /// The key that has this digest, whether it is stored under it or only looked up by it.
-    Digest(ApiKeyDigest),
-}
-
-impl Denied {
-    /// The entry as a line of the file: `key UUID`, `trust UUID` or `digest HEX64`. Not a `Display`: a log must not get a
-    /// digest by accident.
-    #[must_use]
-    pub fn line(&self) -> String {
-        format!("{} {}", self.kind(), self.id())
-    }
-
-    /// The word for what is denied.
-    #[must_use]
-    pub const fn kind(&self) -> &'static str {
-        match self {
-            Self::Key(_) => "key",
-            Self::Trust(_) => "trust",
-            Self::Digest(_) => "digest",
-        }
-    }
-
-    /// Which one: a UUID, or 64 hexadecimal digits.
-    #[must_use]
-    pub fn id(&self) -> String {
-        match self {
-            Self::Key(id) => id.to_string(),
-            Self::Trust(id) => id.to_string(),
-            Self::Digest(digest) => digest.to_hex(),
-        }
-    }
-
-    /// From the two words of [`Self::line`].
-    fn read(kind: &str, id: &str) -> Option<Self> {
-        let uuid = || uuid::Uuid::parse_str(id).ok();
-        match kind {
-            "key" => Some(Self::Key(KeyId(uuid()?))),
-            "trust" => Some(Self::Trust(TrustId(uuid()?))),
-            "digest" => ApiKeyDigest::from_hex(id).map(Self::Digest),
-            _ => None,
-        }
-    }
-}
-
-/// Entries and until when they deny, by the database's clock; `None`: as long as they are listed.
-type Entries = HashMap<Denied, Option<DatabaseTime>>;
-
-/// Adds an entry; of two ends the later one counts.
-fn add(entries: &mut Entries, denied: Denied, until: Option<DatabaseTime>) {
-    let end = entries.entry(denied).or_insert(until);
-    *end = end.zip(until).map(|(one, other)| one.max(other));
-}
 
 /// Where entries come from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

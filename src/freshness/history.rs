@@ -6,7 +6,7 @@ use std::{collections::VecDeque, time::Duration};
 
 use crate::{
     base::clock::Moment,
-    record::{Versioned, Lineage, Nonce, Version},
+    record::{Lineage, Nonce, Version, Versioned},
     store::Polled,
 };
 

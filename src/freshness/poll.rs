@@ -28,7 +28,7 @@ use crate::{
         },
     },
     record::Version,
-    store::{Lookup, PollError, Polled, Heartbeat, Tended},
+    store::{Heartbeat, Lookup, PollError, Polled, Tended},
 };
 
 /// A sign of life for whoever waits for replicas, at least this often.

@@ -8,8 +8,9 @@ use tokio::time::{sleep, timeout};
 use tokio_util::task::TaskTracker;
 
 use super::{
-    Service, Signals, connection, http1,
+    connection, http1,
     listener::Listener,
+    service::{Service, Signals},
     stream::{Refused, Stream},
     worker::Workers,
 };
@@ -19,7 +20,13 @@ const ACCEPT_WAIT: Duration = Duration::from_millis(10);
 const ACCEPT_WAIT_MAX: Duration = Duration::from_secs(1);
 
 /// Accepts from `listener` until `signals.drain`, then closes it. Connections live on in `tasks`, on `workers`.
-pub async fn run(listener: Listener, service: Arc<Service>, workers: Arc<Workers>, signals: Signals, tasks: TaskTracker) {
+pub async fn run(
+    listener: Listener,
+    service: Arc<Service>,
+    workers: Arc<Workers>,
+    signals: Signals,
+    tasks: TaskTracker,
+) {
     let (mut wait, mut number) = (ACCEPT_WAIT, 0_u16);
     loop {
         let accepted = signals.drain.run_until_cancelled(async {

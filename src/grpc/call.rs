@@ -10,28 +10,23 @@ use std::{
 };
 
 use bytes::Bytes;
-use h2::{Reason as ResetReason, RecvStream, server::SendResponse};
-use http::{HeaderMap, HeaderValue, Request, Response, StatusCode, header};
-use tokio::{
-    sync::{OwnedSemaphorePermit, Semaphore},
-    time::timeout,
-};
+use h2::{RecvStream, server::SendResponse};
+use http::{Request, StatusCode};
+use tokio::{sync::OwnedSemaphorePermit, time::timeout};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use super::{
-    Service,
+    answer::{Answer, answer, answer_unless_reset, send},
     body::{BodyError, MessageReader},
     refused::Reason,
     rpc::Rpc,
+    service::Service,
     worker::WorkerLoad,
 };
 use crate::ext_authz::{
     check::{Progress, Waiting},
     response::Reply,
 };
-
-/// The status of gRPC for what may be tried elsewhere, or again.
-pub(crate) const UNAVAILABLE: HeaderValue = HeaderValue::from_static("14");
 
 /// Serves the calls of one connection.
 pub(crate) struct Calls {
@@ -121,16 +116,6 @@ impl Calls {
     }
 }
 
-/// What a caller gets.
-pub(crate) enum Answer {
-    /// The answer of a check: HTTP 200 and gRPC.
-    Reply(Reply),
-    /// An HTTP error: no whole gRPC call has arrived, and 200 would be a grant to an HTTP caller.
-    Status(StatusCode),
-    /// Nothing: the caller has left.
-    Nothing,
-}
-
 impl Service {
     /// Reads the rest of a message, which `unfinished` permits, and decides it.
     async fn read(&self, mut reader: MessageReader, unfinished: OwnedSemaphorePermit, peer: Option<IpAddr>) -> Answer {
@@ -192,80 +177,5 @@ impl Service {
     pub(crate) fn not_grpc(&self, status: StatusCode, peer: Option<IpAddr>) -> Answer {
         self.refuse_peer(Reason::NotGrpc, peer, format_args!("answered with HTTP {status}"));
         Answer::Status(status)
-    }
-}
-
-/// Sends what `work` returns, unless the peer resets the stream before.
-async fn answer_unless_reset(
-    mut respond: SendResponse<Bytes>,
-    work: impl Future<Output = Answer>,
-    unread: &Arc<Semaphore>,
-) {
-    let found = tokio::select! {
-        biased; // `work` reads the body and counts a caller that left
-        answer = work => answer,
-        _ = poll_fn(|cx| respond.poll_reset(cx)) => return,
-    };
-    answer(respond, found, unread);
-}
-
-/// Sends `answer`. A failure to send is ignored: the peer has left. `unread`: permits for answers that the peer does not read.
-pub(crate) fn answer(mut respond: SendResponse<Bytes>, answer: Answer, unread: &Arc<Semaphore>) {
-    match answer {
-        Answer::Reply(reply) => send(respond, reply, unread),
-        Answer::Status(status) => {
-            let mut response = Response::new(());
-            *response.status_mut() = status;
-            if status == StatusCode::METHOD_NOT_ALLOWED {
-                response.headers_mut().insert(header::ALLOW, HeaderValue::from_static("POST"));
-            }
-            let _ = respond.send_response(response, true);
-        }
-        Answer::Nothing => {}
-    }
-}
-
-/// An answer that waits until the peer opens its flow-control window. The message is copied: a slice would keep the larger shared buffer
-/// allocated for as long as the peer does not read.
-struct Unread {
-    message: Box<[u8]>,
-    _permit: OwnedSemaphorePermit,
-}
-
-impl AsRef<[u8]> for Unread {
-    fn as_ref(&self) -> &[u8] {
-        &self.message
-    }
-}
-
-/// Sends `reply`. If the peer's flow-control window is too small, h2 queues the answer. If `UNREAD_MAX` answers are queued already, resets
-/// the stream.
-fn send(mut respond: SendResponse<Bytes>, reply: Reply, unread: &Arc<Semaphore>) {
-    let mut response = Response::new(());
-    response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
-    match reply {
-        Reply::Message(message) => {
-            let Ok(mut stream) = respond.send_response(response, false) else { return };
-            stream.reserve_capacity(message.len());
-            let message = if stream.capacity() >= message.len() {
-                message
-            } else if let Ok(permit) = Arc::clone(unread).try_acquire_owned() {
-                Bytes::from_owner(Unread { message: message.as_ref().into(), _permit: permit })
-            } else {
-                return stream.send_reset(ResetReason::ENHANCE_YOUR_CALM);
-            };
-            if stream.send_data(message, false).is_ok() {
-                let mut trailers = HeaderMap::with_capacity(1);
-                trailers.insert("grpc-status", HeaderValue::from_static("0"));
-                let _ = stream.send_trailers(trailers);
-            }
-        }
-        // Trailers-Only: the status stands in the headers and nothing follows.
-        Reply::Unavailable => {
-            let headers = response.headers_mut();
-            headers.insert("grpc-status", UNAVAILABLE);
-            headers.insert("grpc-message", HeaderValue::from_static("the request could not be decided"));
-            let _ = respond.send_response(response, true);
-        }
     }
 }

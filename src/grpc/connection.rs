@@ -24,7 +24,12 @@ use tokio::{
 };
 use tokio_util::task::TaskTracker;
 
-use super::{LimitsSettings, Service, Signals, call::Calls, worker::WorkerLoad};
+use super::{
+    call::Calls,
+    service::{Service, Signals},
+    settings::LimitsSettings,
+    worker::WorkerLoad,
+};
 
 /// Resets that a peer may leave pending: Envoy resets en masse when its own timeout passes.
 const PENDING_ACCEPT_RESETS_MAX: usize = 1_000;

@@ -4,7 +4,7 @@
 
 use rustix::process::{Resource, getrlimit, setrlimit};
 
-use super::LimitsSettings;
+use super::settings::LimitsSettings;
 
 /// How many connections may be open, of those that `limits` allow: what the system allows is used up to its end, except for
 /// what the database, Redis, the probes and files need.

@@ -1,56 +1,27 @@
 //! Health checks (`grpc.health.v1`): their message is read here, within bounds, then tonic's service answers.
 
-use std::{future::poll_fn, net::IpAddr, sync::Arc, time::Duration};
+use std::{future::poll_fn, net::IpAddr, time::Duration};
 
 use bytes::Bytes;
 use h2::{Reason, RecvStream, SendStream, server::SendResponse};
 use http::{HeaderMap, Request, Response, StatusCode};
 use http_body::Body as _;
 use http_body_util::{BodyExt as _, Full};
-use tokio::{
-    sync::{OwnedSemaphorePermit, Semaphore},
-    time::timeout,
-};
+use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
-use tonic::{body::Body, service::Routes};
+use tonic::body::Body;
 use tower_service::Service as _;
 
 use super::{
-    Service,
+    answer::{Answer, UNAVAILABLE, answer},
     body::{BodyError, MessageReader},
-    call::{Answer, UNAVAILABLE, answer},
     rpc::Rpc,
+    service::Service,
 };
 use crate::ext_authz::{decision::DenyReason, framing::frame_bytes};
 
 /// The longest message that is read: it carries the name of a service.
 const MESSAGE_BYTES_MAX: u64 = 512;
-/// Health checks at one time, over all connections: each takes about 10 KiB.
-const CHECKS_MAX: usize = 256;
-/// Watches at one time, over all connections: each takes about 9 KiB for as long as the client wants.
-const WATCHES_MAX: usize = 512;
-
-/// Answers health checks.
-pub(crate) struct Health {
-    routes: Routes,
-    checks: Arc<Semaphore>,
-    watches: Arc<Semaphore>,
-}
-
-impl Health {
-    /// Answers with `routes`, which serves `grpc.health.v1`.
-    pub(crate) fn new(routes: Routes) -> Self {
-        let semaphore = |permits| Arc::new(Semaphore::new(permits));
-        Self { routes, checks: semaphore(CHECKS_MAX), watches: semaphore(WATCHES_MAX) }
-    }
-
-    /// Reserves one more call of `rpc` until the permit is dropped; `None` where there are too many.
-    pub(crate) fn admit(&self, rpc: Rpc) -> Option<OwnedSemaphorePermit> {
-        let semaphore = if rpc == Rpc::HealthWatch { &self.watches } else { &self.checks };
-        Arc::clone(semaphore).try_acquire_owned().ok()
-    }
-}
-
 impl Service {
     /// Serves one health check: for as long as the peer wants answers, or until `drain` for a watch.
     pub(crate) async fn check_health(

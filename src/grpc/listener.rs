@@ -14,7 +14,7 @@ use std::{
 
 use tokio::net::{TcpListener, UnixListener};
 
-use crate::base::settings::{Setting, RawValue};
+use crate::base::settings::{RawValue, Setting};
 
 /// Where to listen, as it is configured.
 #[derive(Clone, Debug, PartialEq, Eq)]

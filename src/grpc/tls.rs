@@ -17,7 +17,7 @@ use rustls::{
 };
 use tokio_rustls::TlsAcceptor;
 
-use super::GrpcSettings;
+use super::settings::GrpcSettings;
 use crate::{base::clock::DatabaseTime, doctor::diagnosis::Diagnosis};
 
 /// Why TLS cannot be had.
@@ -84,7 +84,10 @@ pub const EXAMINATION: &str = "tls";
 pub fn diagnose(settings: &GrpcSettings, now: DatabaseTime) -> Diagnosis {
     const SETTING: &[&str] = &["grpc.tls_certificate_file"];
     let Some(path) = &settings.tls_certificate_file else {
-        return Diagnosis::skipped(EXAMINATION, "grpc.tls_certificate_file is not set: the listener speaks without TLS");
+        return Diagnosis::skipped(
+            EXAMINATION,
+            "grpc.tls_certificate_file is not set: the listener speaks without TLS",
+        );
     };
     if let Err(error) = acceptor(settings) {
         let remedy = "put a PEM file there that this user may read, with the certificate that belongs to the key";

@@ -18,11 +18,11 @@ use crate::{
         metrics::{IntGauge, Registry},
     },
     freshness::deny_list::{
-        Denied,
+        entries::Denied,
         redis::{SharedError, SharedList, Term},
     },
     redis::{QueryError, Redis, RedisMetrics, RedisSettings, read_mac_key},
-    store::{self, Env, StoreError, Missing, StoreSettings},
+    store::{self, Env, Missing, StoreError, StoreSettings},
 };
 
 /// The longest life of an entry: a year. What is to be denied for longer is to be revoked.

@@ -295,7 +295,7 @@ fn check(wanted: &Wanted) -> Result<(), ManageError> {
 mod tests {
     use super::*;
     use crate::{
-        base::settings::{Setting, RawValue},
+        base::settings::{RawValue, Setting},
         ext_authz::credential::CredentialSettings,
         manage::fake::FakeLedger,
         store::Actor,

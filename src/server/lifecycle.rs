@@ -62,3 +62,12 @@ impl Life {
         self.0.subscribe()
     }
 }
+
+/// Whether to serve on for a moment, not ready, before anything closes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Delay {
+    /// For `limits.drain_delay`: Envoys need that long to turn away.
+    Full,
+    /// Not at all: somebody is waiting at a terminal.
+    None,
+}

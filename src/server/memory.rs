@@ -5,7 +5,7 @@ use std::{sync::Arc, time::Duration};
 use tokio::{task::spawn_blocking, time::sleep};
 use tokio_util::sync::CancellationToken;
 
-use super::AppError;
+use super::error::AppError;
 use crate::grpc::Service;
 
 /// Minimum time between two trims.

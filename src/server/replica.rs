@@ -18,7 +18,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
-use super::{AppError, hasher};
+use super::error::AppError;
 use crate::{
     base::{
         breaker,
@@ -28,13 +28,13 @@ use crate::{
         metrics::{IntGaugeVec, Opts, Registry, register},
     },
     cache::{
-        self, Cache, Lifetimes, StoreLimits,
+        AgeLimits, Cache, CacheParts, StoreLimits,
         api_key::ApiKey,
         l2::{L2, MacKey},
     },
     config::Config,
     ext_authz::{
-        check::{self, Checker},
+        check::{Checker, CheckerParts},
         credential::Hasher,
     },
     freshness::{
@@ -44,7 +44,7 @@ use crate::{
         poll::{Poll, PollMetrics},
     },
     redis::{Link, Redis, RedisMetrics, listen, read_mac_key},
-    store::{StoreError, Missing, Source},
+    store::{self, Missing, Source, StoreError},
 };
 
 /// What is around a replica.
@@ -121,12 +121,7 @@ impl Replica {
     ///
     /// # Errors
     /// A file with a secret or the deny list cannot be read.
-    pub fn start(
-        config: &Config,
-        deps: ReplicaDeps,
-        registry: &Registry,
-        tasks: &mut Tasks,
-    ) -> Result<Self, AppError> {
+    pub fn start(config: &Config, deps: ReplicaDeps, registry: &Registry, tasks: &mut Tasks) -> Result<Self, AppError> {
         let ReplicaDeps { source, place, redis, clock, id, name, io, poll: poll_runtime, stop } = deps;
         let replica_state = Arc::new(ReplicaState::new(config.freshness.limits()));
         let breakers = breaker_gauges(registry)?;
@@ -138,16 +133,20 @@ impl Replica {
         let hints = redis.zip(l2.as_ref().map(|(redis, _)| redis.clone())).filter(|_| config.freshness.hints);
         let denials = open_denials(config, registry)?;
         let shared_denials = l2.as_ref().map(|(redis, mac_key)| SharedList::new(redis.clone(), Arc::clone(mac_key)));
-        tasks.spawn_on("deny list", keep_denials(Arc::clone(&denials), shared_denials, &replica_state, &clock, &stop), &io);
-        let table = config.store.table_identity(&place);
-        let tiers = cache::Parts {
+        tasks.spawn_on(
+            "deny list",
+            keep_denials(Arc::clone(&denials), shared_denials, &replica_state, &clock, &stop),
+            &io,
+        );
+        let table = store::existing_table::identity_of(&config.store, &place);
+        let tiers = CacheParts {
             store: Arc::clone(&source) as _,
             l2: l2.map(|(redis, mac_key)| L2::new(redis, mac_key, table.as_deref())),
             replica_state: Arc::clone(&replica_state),
             clock: Arc::clone(&clock),
             io: io.clone(),
             limits: store_limits(config),
-            lifetimes: lifetimes(config),
+            ages: age_limits(config),
             settings: config.cache.clone(),
         };
         let cache = Arc::new(Cache::new(tiers, registry, &breakers)?);
@@ -252,9 +251,9 @@ fn store_limits(config: &Config) -> StoreLimits {
     }
 }
 
-const fn lifetimes(config: &Config) -> Lifetimes {
+const fn age_limits(config: &Config) -> AgeLimits {
     let freshness = &config.freshness;
-    Lifetimes { present: freshness.ttl, absent: freshness.absence_ttl, hard: config.cache.value_age_max }
+    AgeLimits { record: freshness.ttl, negative: freshness.absence_ttl, any: config.cache.value_age_max }
 }
 
 /// Compares what is held with the database now and then, where that is asked for.
@@ -292,8 +291,8 @@ fn check_parts(
     replica_state: &Arc<ReplicaState>,
     clock: &Arc<dyn Clock>,
     denials: Arc<DenyList>,
-) -> check::Parts {
-    check::Parts {
+) -> CheckerParts {
+    CheckerParts {
         decision: config.decision.clone(),
         credential: config.credential.clone(),
         freshness: mode(config),
@@ -402,3 +401,7 @@ impl Fetch {
 
 /// Why there is nothing to wait for.
 const NO_MAC_KEY: &str = "these tables hold none: set redis.mac_key_file";
+
+pub(crate) fn hasher(config: &Config) -> Result<Hasher, AppError> {
+    config.credential.hasher().map_err(|source| AppError::SecretFile { setting: "credential.pepper_file", source })
+}

@@ -4,7 +4,7 @@ use std::io;
 
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-use super::Delay;
+use super::lifecycle::Delay;
 
 /// Receives signals. From its creation on, none of them ends the process by itself.
 pub(crate) struct SystemSignals {

@@ -6,108 +6,11 @@ pub(crate) mod postgres;
 
 use sha2::{Digest, Sha256};
 
-use super::{Preset, StoreSettings};
-use crate::{
-    base::settings::{Setting, RawValue},
-    record::hex,
+use super::{
+    names::{ColumnName, TableName},
+    settings::{DigestForm, Preset, StoreSettings},
 };
-
-crate::setting_enum! {
-    /// How an existing table holds the SHA-256 digest of a key.
-    pub enum DigestForm ("\"hex\" or \"bytes\"") {
-        /// 64 hexadecimal digits in small letters: `char(64)`, `varchar` or `text`.
-        Hex = "hex",
-        /// 32 bytes: `bytea`.
-        Bytes = "bytes",
-    }
-}
-
-/// The name of a column. Taken as it stands in the catalog: capital letters count.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct ColumnName(String);
-
-/// The name of a table, with its schema or, found by the role's `search_path`, without. Taken as it stands in the
-/// catalog.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct TableName {
-    pub(crate) schema: Option<String>,
-    pub(crate) name: String,
-}
-
-/// The longest identifier of PostgreSQL, in bytes.
-const IDENTIFIER_BYTES_MAX: usize = 63;
-
-/// What can be a name here. Not one in which our own statements have places to fill, or with which they quote.
-fn is_identifier(name: &str) -> bool {
-    let is_plain = !name.contains(['{', '}']) && !name.contains("$body$") && !name.chars().any(char::is_control);
-    !name.is_empty() && name.len() <= IDENTIFIER_BYTES_MAX && is_plain
-}
-
-/// `name` as an identifier that means just this name.
-pub(crate) fn quoted(name: &str) -> String {
-    format!("\"{}\"", name.replace('"', "\"\""))
-}
-
-/// `text` as a literal of SQL.
-pub(crate) fn literal(text: &str) -> String {
-    // Whatever `standard_conforming_strings` says, a backslash in an E-string is doubled to mean itself.
-    format!("E'{}'", text.replace('\\', r"\\").replace('\'', "''"))
-}
-
-/// Bytes, given as hexadecimal digits, as a literal of SQL for a `bytea`.
-pub(crate) fn bytes_literal(hex: &str) -> String {
-    // An E-string, as in `literal`.
-    format!(r"E'\\x{hex}'")
-}
-
-impl ColumnName {
-    /// The name in a statement.
-    pub(crate) fn sql(&self) -> String {
-        quoted(&self.0)
-    }
-
-    /// The name as it stands in the catalog.
-    pub(crate) fn as_str(&self) -> &str {
-        &self.0
-    }
-}
-
-impl TableName {
-    /// The name in a statement.
-    pub(crate) fn sql(&self) -> String {
-        let name = quoted(&self.name);
-        self.schema.as_deref().map_or_else(|| name.clone(), |schema| format!("{}.{name}", quoted(schema)))
-    }
-}
-
-impl std::fmt::Display for TableName {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        if let Some(schema) = &self.schema {
-            write!(f, "{schema}.")?;
-        }
-        f.write_str(&self.name)
-    }
-}
-
-impl Setting for ColumnName {
-    const EXPECTED: &'static str = "the name of a column";
-    fn read(written: &RawValue) -> Option<Self> {
-        String::read(written).filter(|name| is_identifier(name)).map(Self)
-    }
-}
-
-impl Setting for TableName {
-    const EXPECTED: &'static str = "a table, such as \"public.trust\"";
-    fn read(written: &RawValue) -> Option<Self> {
-        let text = String::read(written)?;
-        let (schema, name) = match text.split_once('.') {
-            Some((schema, name)) => (Some(schema.to_owned()), name.to_owned()),
-            None => (None, text),
-        };
-        let fits = is_identifier(&name) && !name.contains('.') && schema.as_deref().is_none_or(is_identifier);
-        fits.then_some(Self { schema, name })
-    }
-}
+use crate::record::hex;
 
 /// An existing table and what its columns mean.
 #[derive(Clone, Debug)]
@@ -173,39 +76,33 @@ impl ExistingTable {
     }
 }
 
+/// The identity of the existing table that `settings` name, in the database at `place`, in hexadecimal: it differs for
+/// another table and for another use of its columns. `None`: the tables are our own. A table that is not attached has no
+/// history that could identify it.
+#[must_use]
+pub fn identity_of(settings: &StoreSettings, place: &str) -> Option<String> {
+    ExistingTable::of(settings).map(|table| table.identity_at(place))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn written(text: &str) -> RawValue {
-        RawValue::One(text.to_owned())
-    }
-
-    #[test]
-    fn names_are_quoted_so_that_they_mean_nothing_else() {
-        let table = |text| TableName::read(&written(text)).map(|table| table.sql());
-        assert_eq!(table("trust").as_deref(), Some("\"trust\""));
-        assert_eq!(table("public.Trust").as_deref(), Some("\"public\".\"Trust\""));
-        assert_eq!(table("a\"b.c; --").as_deref(), Some("\"a\"\"b\".\"c; --\""));
-        for bad in ["", ".", "a.", ".b", "a.b.c", "a\nb", "a{s}", "$body$", &"x".repeat(64)] {
-            assert_eq!(table(bad), None, "{bad:?}");
-        }
-        assert_eq!(ColumnName::read(&written("a.b")).map(|column| column.sql()).as_deref(), Some("\"a.b\""));
-        assert_eq!(ColumnName::read(&written("")), None);
-        assert_eq!(literal(r"a'b\c"), r"E'a''b\\c'");
-    }
+    use crate::base::settings::{RawValue, Setting as _};
 
     #[test]
     fn another_use_of_a_column_is_another_identity() {
         let settings = StoreSettings { preset: Some(Preset::TrustTable), ..StoreSettings::default() };
         let table = ExistingTable::of(&settings).unwrap();
-        let column = || ColumnName("gone_at".to_owned());
+        let column = || ColumnName::read(&RawValue::One("gone_at".to_owned())).unwrap();
         let others = [
             ExistingTable { revoked_at: Some(column()), ..table.clone() },
             ExistingTable { expires_at: Some(column()), ..table.clone() },
             ExistingTable { trust: column(), ..table.clone() },
             ExistingTable { digest_form: DigestForm::Bytes, ..table.clone() },
-            ExistingTable { table: TableName { schema: Some("public".into()), name: "trust".into() }, ..table.clone() },
+            ExistingTable {
+                table: TableName::read(&RawValue::One("public.trust".to_owned())).unwrap(),
+                ..table.clone()
+            },
         ];
         let mut identities: Vec<_> = others.iter().chain([&table]).map(ExistingTable::identity).collect();
         identities.sort_unstable();

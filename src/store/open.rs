@@ -3,15 +3,23 @@
 use std::{num::NonZero, sync::Arc, thread::available_parallelism, time::Duration};
 
 use super::{
-    Ledger, StoreError, Missing, SchemaName, Source, StoreSettings,
+    error::StoreError,
     existing_table::{self, ExistingTable, postgres::AttachAction},
     ledger::{
-        self,
-        sql_ledger::{SqlLedger, LedgerBackend},
+        self, Ledger,
+        sql_ledger::{LedgerBackend, SqlLedger},
     },
-    reads::{postgres::Postgres, reader::Reader, sqlite::Sqlite},
-    schema, sqlite,
-    url::{StoreUrl, Env, Backend, Role},
+    names::SchemaName,
+    reads::{
+        lookup::{Missing, Source},
+        postgres::Postgres,
+        reader::Reader,
+        sqlite::Sqlite,
+    },
+    schema,
+    settings::StoreSettings,
+    sqlite,
+    url::{Backend, Env, Role, StoreUrl},
 };
 use crate::base::clock::Clock;
 
@@ -206,7 +214,8 @@ async fn action(settings: &StoreSettings, env: Env<'_>, action: AttachAction) ->
 /// As [`attach`].
 pub async fn print_attach(settings: &StoreSettings, env: Env<'_>) -> Result<String, StoreError> {
     let (address, table) = attachable(settings, env)?;
-    existing_table::postgres::print(&address, &settings.schema, &table, AttachAction::Attach, settings.connect_timeout).await
+    existing_table::postgres::print(&address, &settings.schema, &table, AttachAction::Attach, settings.connect_timeout)
+        .await
 }
 
 /// The statements of [`detach`], each under the role that has to run it.
@@ -215,7 +224,8 @@ pub async fn print_attach(settings: &StoreSettings, env: Env<'_>) -> Result<Stri
 /// As [`detach`].
 pub async fn print_detach(settings: &StoreSettings, env: Env<'_>) -> Result<String, StoreError> {
     let (address, table) = attachable(settings, env)?;
-    existing_table::postgres::print(&address, &settings.schema, &table, AttachAction::Detach, settings.connect_timeout).await
+    existing_table::postgres::print(&address, &settings.schema, &table, AttachAction::Detach, settings.connect_timeout)
+        .await
 }
 
 fn attachable(settings: &StoreSettings, env: Env<'_>) -> Result<(StoreUrl, ExistingTable), StoreError> {

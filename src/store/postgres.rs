@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use sqlx::{AssertSqlSafe, Connection, PgConnection};
 
-use super::{SchemaName, url::StoreUrl};
+use super::{names::SchemaName, url::StoreUrl};
 
 /// Opens a connection. Reads the URL and the password anew.
 pub(crate) async fn connect(address: &StoreUrl) -> Result<PgConnection, sqlx::Error> {

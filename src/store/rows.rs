@@ -19,8 +19,8 @@ use crate::{
         fault::{Fault, Tier},
     },
     record::{
-        ApiKeyDigest, Change, ChangeKind, Versioned, Digests, Fingerprint, KeyId, Lineage, Nonce, Record, Scheme,
-        StoredPeppers, TrustId, Version, bytes_from_hex, canonical,
+        ApiKeyDigest, Change, ChangeKind, Digests, Fingerprint, KeyId, Lineage, Nonce, Record, Scheme, StoredPeppers,
+        TrustId, Version, Versioned, bytes_from_hex, canonical,
     },
 };
 

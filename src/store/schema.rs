@@ -7,7 +7,7 @@ pub(crate) mod grants;
 pub(crate) mod postgres;
 pub(crate) mod sqlite;
 
-use super::StoreError;
+use super::error::StoreError;
 
 /// The version of the tables that this release makes and needs.
 pub(crate) const VERSION: i64 = 4;

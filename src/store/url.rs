@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use sqlx::{ConnectOptions, postgres::PgConnectOptions};
 
-use super::{StoreError, StoreSettings};
+use super::{error::StoreError, settings::StoreSettings};
 use crate::base::secret::Secret;
 
 /// How a variable of the environment is looked up.

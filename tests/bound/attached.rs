@@ -169,16 +169,19 @@ async fn of_an_attached_table_with_a_million_rows_half_within_15_ms_and_all_with
     let postgres = Postgres::start().await;
     let database = postgres.database().await;
     table(&postgres, &database).await;
-    let test_config = TestConfig::new().with_default_deadlines()
+    let test_config = TestConfig::new()
+        .with_default_deadlines()
         .with("store.url", postgres.url("serve", &database))
         .with("store.table", "hospital.trust")
         .with("store.attached", "true")
         .with("store.management_url", postgres.url("gate", &database));
     test_config.migrate().await;
-    let grants = test_config.run(&["migrate", "--print-grants", "--serve-role", "serve", "--manage-role", "gate"]).await.out;
+    let grants =
+        test_config.run(&["migrate", "--print-grants", "--serve-role", "serve", "--manage-role", "gate"]).await.out;
     postgres.execute(&database, &grants).await;
     // By one who may do both parts at once.
-    let admin = TestConfig::new().with_default_deadlines().with("store.table", "hospital.trust").with("store.attached", "true");
+    let admin =
+        TestConfig::new().with_default_deadlines().with("store.table", "hospital.trust").with("store.attached", "true");
     let admin = admin.with("store.url", postgres.url("admin", &database));
 
     // === the application without our triggers and with them ===

@@ -7,7 +7,7 @@
 #![allow(clippy::unwrap_used, clippy::print_stdout, dead_code, unreachable_pub)]
 
 mod attached;
-#[path = "../e2e/stage.rs"]
+#[path = "../e2e/fixture.rs"]
 mod fixture;
 #[path = "../support/mod.rs"]
 mod support;

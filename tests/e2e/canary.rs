@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use crate::{
     fixture::Fixture,
-    support::{shared, eventually, server::Server},
+    support::{eventually, server::Server, shared},
 };
 
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -36,7 +36,8 @@ async fn a_revocation_that_nobody_was_told_of_is_found_on_every_replica() {
         fixture.test_config.trust(name).await;
         fixture.test_config.issue(name, &[]).await;
     }
-    let servers = [fixture.test_config.serve().await, fixture.test_config.serve().await, fixture.test_config.serve().await];
+    let servers =
+        [fixture.test_config.serve().await, fixture.test_config.serve().await, fixture.test_config.serve().await];
     for server in &servers {
         eventually("rounds go well", PATIENCE, || async { rounds(server, "ok").await >= 3.0 }).await;
         for outcome in ["late", "denied"] {

@@ -10,9 +10,8 @@ use trustgate::ext_authz::framing::SERVICE;
 use crate::{
     fixture::Fixture,
     support::{
-        exclusive,
         envoy::Envoy,
-        eventually,
+        eventually, exclusive,
         forward::Forwarder,
         grpc::{CheckClient, is_serving},
         http,
@@ -64,7 +63,8 @@ async fn cut_off(loss: Loss) {
     let server = fixture.test_config.serve().await;
     fixture.test_config.set("freshness.stale_if_unconfirmed", "0s");
     let impatient = fixture.test_config.serve().await;
-    let (client, at_impatient) = (CheckClient::connect(server.grpc()).await, CheckClient::connect(impatient.grpc()).await);
+    let (client, at_impatient) =
+        (CheckClient::connect(server.grpc()).await, CheckClient::connect(impatient.grpc()).await);
     let (absent, newest) = (made_up_key(), fixture.keys(1).await.remove(0));
     for client in [&client, &at_impatient] {
         assert_eq!(client.check(&absent).await.status, 401);
@@ -250,7 +250,8 @@ async fn a_line_in_the_deny_file_ends_a_key_within_a_second_with_the_database_do
     sleep(LEASE * 2).await; // what is granted now is granted in the stale window
 
     let texts = |keys: &[IssuedKey]| keys.iter().map(|key| key.key.clone()).collect::<Vec<_>>();
-    let probing = [Probing::start(&client, 250, texts(&denied), &[]), Probing::start(&client, 100, texts(&granted), &[])];
+    let probing =
+        [Probing::start(&client, 250, texts(&denied), &[]), Probing::start(&client, 100, texts(&granted), &[])];
     sleep(Duration::from_millis(300)).await;
     let at = |offset: time::Duration| (OffsetDateTime::now_utc() + offset).format(&Rfc3339).unwrap();
     let hour = time::Duration::HOUR;
@@ -307,7 +308,8 @@ async fn nor_does_one_whose_connections_were_dropped_meanwhile() {
 async fn stopped(connections_dropped: bool) {
     let _turn = exclusive().await;
     let mut fixture = Fixture::with_default_deadlines(&[]).await;
-    let (revoked, good) = (fixture.test_config.issue("acme", &[]).await, fixture.test_config.issue("globex", &[]).await);
+    let (revoked, good) =
+        (fixture.test_config.issue("acme", &[]).await, fixture.test_config.issue("globex", &[]).await);
     let other = fixture.test_config.serve().await;
     let forwarder = Forwarder::start(fixture.postgres.socket()).await;
     fixture.test_config.set("store.management_url", fixture.postgres.url("admin", &fixture.database));

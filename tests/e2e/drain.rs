@@ -13,13 +13,13 @@ use trustgate::ext_authz::framing::SERVICE;
 use crate::{
     fixture::Fixture,
     support::{
-        exclusive, shared,
         connection::{answer, call, connect},
         envoy::Envoy,
-        eventually,
+        eventually, exclusive,
         grpc::CheckClient,
         http, load,
         server::{TestConfig, UNHURRIED},
+        shared,
     },
 };
 
@@ -45,7 +45,9 @@ async fn one_of_two_replicas_ends_under_load_and_no_request_fails() {
     let start = Instant::now();
     let firing = tokio::spawn(load::fire(envoy.address(), 250, length, aim));
     sleep_until(start + Duration::from_secs(2)).await;
-    let its_share = leaving.metric("trustgate_checks_total{decision=\"allow\",reason=\"key\"}").await;
+    let its_share = leaving
+        .metric("trustgate_checks_total{credential=\"key\",decision=\"allow\",reason=\"key\",transport=\"grpc\"}")
+        .await;
     assert!(its_share > 0.0, "{its_share}");
     leaving.signal("TERM");
     let told = Instant::now();

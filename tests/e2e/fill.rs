@@ -6,12 +6,13 @@ use tokio::task::JoinHandle;
 use trustgate::server::Delay;
 
 use crate::{
-    fixture::{PATIENT_REDIS, Fixture},
+    fixture::{Fixture, PATIENT_REDIS},
     support::{
-        shared, eventually,
+        eventually,
         grpc::{CheckClient, Verdict},
-        store_proxy::StoreProxy,
         server::{IssuedKey, Server, TestConfig, UNHURRIED},
+        shared,
+        store_proxy::StoreProxy,
     },
 };
 
@@ -24,7 +25,8 @@ async fn read_before_a_revocation_it_serves_nobody_after_it() {
     let (running, proxy) = StoreProxy::start(&fixture.test_config, |_| ()).await;
     running.ready().await;
     let other = fixture.test_config.serve().await;
-    let (client, at_other) = (CheckClient::connect(running.grpc_address().unwrap()).await, CheckClient::connect(other.grpc()).await);
+    let (client, at_other) =
+        (CheckClient::connect(running.grpc_address().unwrap()).await, CheckClient::connect(other.grpc()).await);
     for somebody_waits in [true, false] {
         let key = fixture.test_config.issue("acme", &[]).await;
         let finds = proxy.finds();
@@ -82,7 +84,8 @@ async fn put_into_redis_after_a_revocation_it_serves_no_replica_that_knows_of_it
     let (running, proxy) = StoreProxy::start(&fixture.test_config, |_| ()).await;
     running.ready().await;
     let other = fixture.test_config.serve().await;
-    let (client, at_other) = (CheckClient::connect(running.grpc_address().unwrap()).await, CheckClient::connect(other.grpc()).await);
+    let (client, at_other) =
+        (CheckClient::connect(running.grpc_address().unwrap()).await, CheckClient::connect(other.grpc()).await);
     proxy.after_find().close();
     let waiting = ask(&client, &key);
     eventually("the key was read", PATIENCE, || async { proxy.after_find().waiting() == 1 }).await;

@@ -38,7 +38,8 @@ impl Fixture {
     async fn of(test_config: TestConfig, settings: &[(&str, &str)]) -> Self {
         let (postgres, redis) = (Postgres::start().await, Redis::start().await);
         let database = postgres.database().await;
-        let mut test_config = test_config.with("store.url", postgres.url("admin", &database)).with("redis.url", redis.url());
+        let mut test_config =
+            test_config.with("store.url", postgres.url("admin", &database)).with("redis.url", redis.url());
         for (setting, value) in settings {
             test_config.set(setting, *value);
         }

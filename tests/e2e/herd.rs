@@ -11,10 +11,11 @@ use trustgate::{
 };
 
 use crate::support::{
-    shared, eventually,
+    eventually,
     grpc::{CheckClient, Verdict, request, verdict},
-    store_proxy::StoreProxy,
     server::{IssuedKey, TestConfig, metric},
+    shared,
+    store_proxy::StoreProxy,
 };
 
 const CALLERS: usize = 1_000;
@@ -23,7 +24,8 @@ const PATIENCE: Duration = Duration::from_secs(30);
 
 /// A server whose deadlines leave the test all the time it wants, and a key.
 async fn start(mode: &str) -> (Running, Arc<StoreProxy>, IssuedKey, TestConfig) {
-    let test_config = TestConfig::new().unhurried().with("freshness.mode", mode).with("limits.streams_per_connection", "1024");
+    let test_config =
+        TestConfig::new().unhurried().with("freshness.mode", mode).with("limits.streams_per_connection", "1024");
     test_config.migrate().await;
     test_config.trust("acme").await;
     let key = test_config.issue("acme", &[]).await;
@@ -78,7 +80,12 @@ async fn over_grpc_one_read_serves_those_who_stay_when_its_leader_leaves() {
 
     leader.abort();
     leaving.abort_all();
-    until_metric(&running, "trustgate_checks_total{decision=\"cancelled\",reason=\"cancelled\"}", LEAVING).await;
+    until_metric(
+        &running,
+        "trustgate_checks_total{credential=\"key\",decision=\"cancelled\",reason=\"cancelled\",transport=\"grpc\"}",
+        LEAVING,
+    )
+    .await;
     assert_eq!((proxy.finds(), running.loads()), (1, 1));
     proxy.before_find().open();
     let verdicts = staying.join_all().await;

@@ -10,7 +10,7 @@ use tokio::time::{Instant, sleep, sleep_until};
 use crate::{
     fixture::Fixture,
     support::{
-        exclusive, eventually,
+        eventually, exclusive,
         forward::Forwarder,
         grpc::{CheckClient, granted, is_serving, refused},
         machine,
@@ -213,8 +213,10 @@ async fn forgotten(origin: Origin) {
     for (server, client) in &replicas {
         eventually("it is fresh again", PATIENCE, || is_serving(server.grpc(), "trustgate.fresh")).await;
         // Reads that failed while the primary was away have opened the circuit breaker, for 250 ms after the last of them.
-        eventually("a good key is granted", PATIENCE, || async { client.check(&test_config.good.key).await.status == 200 })
-            .await;
+        eventually("a good key is granted", PATIENCE, || async {
+            client.check(&test_config.good.key).await.status == 200
+        })
+        .await;
     }
     sleep_until(switched + Duration::from_secs(3)).await;
     for ((_, client), (lost, unlike)) in replicas.iter().zip(probing) {
@@ -239,8 +241,10 @@ async fn forgotten(origin: Origin) {
     let change = format!("UPDATE trustgate.api_key SET scopes = '{{again}}' WHERE id = '{id}'");
     test_config.primary().execute(&test_config.fixture.database, &change).await;
     for (_, client) in &replicas {
-        eventually("it is granted again", PATIENCE, || async { client.check(&test_config.lost[0].key).await.status == 200 })
-            .await;
+        eventually("it is granted again", PATIENCE, || async {
+            client.check(&test_config.lost[0].key).await.status == 200
+        })
+        .await;
         assert_eq!(client.check(&test_config.lost[1].key).await.status, 401);
     }
 }
@@ -259,7 +263,8 @@ async fn forgotten_and_restarted(origin: Origin) {
         assert!(test_config.is_in_redis(key).await, "Redis was kept");
     }
 
-    let servers = [test_config.fixture.test_config.listening().await, test_config.fixture.test_config.listening().await];
+    let servers =
+        [test_config.fixture.test_config.listening().await, test_config.fixture.test_config.listening().await];
     let mut probing = Vec::new();
     for server in &servers {
         let client = CheckClient::connect(server.grpc()).await;

@@ -10,12 +10,12 @@ use tokio::net::TcpStream;
 use trustgate::ext_authz::framing::{CHECK_PATH, frame};
 
 use crate::support::{
-    shared,
     connection::connect,
     envoy::{Envoy, Plan},
     grpc::request,
     http,
     server::{IssuedKey, Server, TestConfig},
+    shared,
 };
 
 /// What Envoy forwards of a request to the authorization server.

@@ -20,14 +20,14 @@ use trustgate::ext_authz::framing::frame;
 use crate::{
     fixture::Fixture,
     support::{
-        exclusive, shared,
         certificates::certificates,
         connection::{answer, call, connect, head, head_of, try_connect},
         envoy::Plan,
-        eventually,
+        eventually, exclusive,
         grpc::{CheckClient, request},
         http, load, machine,
         server::{IssuedKey, Server, TestConfig, UNHURRIED, made_up_key},
+        shared,
     },
 };
 
@@ -452,7 +452,8 @@ async fn refused_peers_are_counted_by_reason_and_logged_once_a_minute() {
     let (test_config, _) = encrypted(certificates.path(), true).await;
     let socket = test_config.path().join("trustgate.sock");
     let behind_tls = test_config.serve().await;
-    let plain = TestConfig::new().with("grpc.listen", format!("127.0.0.1:0, unix://{}", socket.display())).serve().await;
+    let plain =
+        TestConfig::new().with("grpc.listen", format!("127.0.0.1:0, unix://{}", socket.display())).serve().await;
 
     for server in [&plain, &behind_tls] {
         for _ in 0..3 {

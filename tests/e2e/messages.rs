@@ -21,8 +21,8 @@ use trustgate::ext_authz::{framing::CHECK_PATH, response::Reply};
 
 use crate::table::{
     answer,
-    request::{Encoding, Request},
     fixture::Fixture,
+    request::{Encoding, Request},
 };
 
 /// `limits.message_size` by default.

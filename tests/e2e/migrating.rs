@@ -6,11 +6,12 @@ use std::time::Duration;
 use uuid::Uuid;
 
 use crate::support::{
-    shared, eventually,
+    eventually,
     grpc::{CheckClient, Verdict},
     postgres::Postgres,
     redis::Redis,
     server::{Server, TestConfig, digest, made_up_key},
+    shared,
 };
 
 /// PostgreSQL with such a table, as an application made it.

@@ -9,11 +9,12 @@ use tokio::time::{Instant, sleep_until};
 use uuid::Uuid;
 
 use crate::support::{
-    shared, eventually,
+    eventually,
     grpc::CheckClient,
     postgres::Postgres,
     process::Frozen,
     server::{Server, TestConfig, digest, made_up_key},
+    shared,
 };
 
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -91,7 +92,8 @@ const THEIR_TABLE: &str = "CREATE TABLE trust (id {uuid} PRIMARY KEY, api_key_ha
 
 impl Fixture {
     async fn new(tables: Tables, database: Database) -> Self {
-        let mut test_config = TestConfig::new().with_default_deadlines()
+        let mut test_config = TestConfig::new()
+            .with_default_deadlines()
             .with("freshness.ttl", "2s")
             .with("freshness.stale_if_unconfirmed", "60s")
             .with("store.read_timeout", "100ms");
@@ -136,7 +138,8 @@ impl Fixture {
             Database::Postgres(postgres, name) => postgres.execute(name, sql).await,
             Database::Sqlite => {
                 let file = if self.tables == Tables::Own { "trustgate.db" } else { "theirs.db" };
-                let options = SqliteConnectOptions::new().filename(self.test_config.path().join(file)).create_if_missing(true);
+                let options =
+                    SqliteConnectOptions::new().filename(self.test_config.path().join(file)).create_if_missing(true);
                 let mut connection = options.connect().await.unwrap();
                 sqlx::raw_sql(AssertSqlSafe(sql)).execute(&mut connection).await.unwrap();
                 connection.close().await.unwrap();
@@ -212,7 +215,8 @@ async fn is_cached_as_the_mode_says(server: &Server, client: &CheckClient, key: 
     let name = format!("{tables:?}, {mode:?}");
     eventually(&format!("{name}: the key is granted without a read where it may be"), PATIENCE, || async {
         let before = reads(server).await;
-        status(client, key, mode).await == 200 && (tables.effective(mode) == Mode::Live || reads(server).await <= before)
+        status(client, key, mode).await == 200
+            && (tables.effective(mode) == Mode::Live || reads(server).await <= before)
     })
     .await;
     let (read_before, hits_before) = (reads(server).await, hits(server).await);

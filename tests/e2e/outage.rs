@@ -12,14 +12,14 @@ use tokio::time::{Instant, sleep, sleep_until};
 use crate::{
     fixture::Fixture,
     support::{
-        exclusive, shared,
         envoy::Envoy,
-        eventually,
+        eventually, exclusive,
         grpc::CheckClient,
         http,
         load::{self, Hit, KeyCase},
         machine,
         server::{Server, made_up_key},
+        shared,
     },
 };
 

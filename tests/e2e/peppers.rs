@@ -5,11 +5,12 @@ use std::{path::Path, time::Duration};
 use serde_json::Value;
 
 use crate::support::{
-    shared, eventually,
+    eventually,
     grpc::CheckClient,
     http,
     postgres::Postgres,
     server::{IssuedKey, Server, TestConfig, made_up_key},
+    shared,
 };
 
 const PATIENCE: Duration = Duration::from_secs(30);

@@ -12,7 +12,7 @@ use trustgate::{
     store::{self, Source, StoreSettings},
 };
 
-use crate::support::{exclusive, certificates::certificates, postgres::Postgres};
+use crate::support::{certificates::certificates, exclusive, postgres::Postgres};
 
 /// Connects of each kind.
 const ROUNDS: usize = 20;

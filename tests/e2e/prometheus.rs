@@ -14,10 +14,11 @@ use serde_json::Value;
 use crate::{
     fixture::Fixture,
     support::{
-        shared, eventually,
+        eventually,
         grpc::CheckClient,
         http,
         process::{End, Guarded, directory, free_port, program},
+        shared,
     },
 };
 
@@ -38,8 +39,8 @@ async fn prometheus_scrapes_a_run_and_promtool_finds_nothing() {
     let (_prometheus, address) = start(server.admin()).await;
     eventually("it has scraped", PATIENCE, || async { value(address, "up").await.as_deref() == Some("1") }).await;
     for (query, wanted) in [
-        ("trustgate_checks_total{decision=\"allow\",reason=\"key\"}", "7"),
-        ("trustgate_checks_total{decision=\"deny\",reason=\"unknown\"}", "1"),
+        ("trustgate_checks_total{credential=\"key\",decision=\"allow\",reason=\"key\",transport=\"grpc\"}", "7"),
+        ("trustgate_checks_total{credential=\"key\",decision=\"deny\",reason=\"unknown\",transport=\"grpc\"}", "1"),
         ("trustgate_check_duration_seconds_count", "8"),
         // A value whose version no poll confirms within a lease is not kept, so a busy machine may keep fewer than eight.
         ("trustgate_cache_entries > bool 0", "1"),

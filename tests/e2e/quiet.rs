@@ -11,11 +11,12 @@ use trustgate::record::ApiKeyDigest;
 use crate::{
     fixture::Fixture,
     support::{
-        exclusive, shared,
+        exclusive,
         grpc::CheckClient,
         load::KeyCase,
         probe::{Probe, Probing},
         server::{Server, TestConfig, made_up_key},
+        shared,
     },
 };
 

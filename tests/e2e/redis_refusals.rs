@@ -11,10 +11,11 @@ use tokio::{
 use crate::{
     fixture::PATIENT_REDIS,
     support::{
-        shared, eventually,
+        eventually,
         grpc::{CheckClient, granted},
         redis::Redis,
         server::{Server, TestConfig},
+        shared,
     },
 };
 
@@ -57,7 +58,8 @@ async fn size(redis: &Redis) -> u64 {
 }
 
 async fn served(url: String) -> (TestConfig, Server, CheckClient) {
-    let test_config = PATIENT_REDIS.iter().fold(TestConfig::new(), |test_config, (setting, value)| test_config.with(setting, *value));
+    let test_config =
+        PATIENT_REDIS.iter().fold(TestConfig::new(), |test_config, (setting, value)| test_config.with(setting, *value));
     let test_config = test_config.with("redis.url", url);
     test_config.migrate().await;
     test_config.trust("acme").await;

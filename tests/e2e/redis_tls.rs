@@ -7,13 +7,14 @@ use sha2::{Digest as _, Sha256};
 use trustgate::record::ApiKeyDigest;
 
 use crate::{
-    fixture::{PATIENT_REDIS, Fixture},
+    fixture::{Fixture, PATIENT_REDIS},
     support::{
-        shared, eventually,
+        eventually,
         grpc::CheckClient,
         postgres::Postgres,
         redis::{Cluster, MASTER, Redis, USER, Watched},
         server::{Server, TestConfig, made_up_key},
+        shared,
     },
 };
 
@@ -77,7 +78,8 @@ async fn without_the_password_it_serves_without_redis_and_says_why() {
     let _turn = shared().await;
     let (postgres, redis) = (Postgres::shared().await, Redis::start_secured().await);
     let url = redis.url().replace(&format!("{}@", USER.0), "");
-    let test_config = test_config(&postgres, &[("redis.url", &url), ("redis.ca_file", &redis.ca_file().display().to_string())]).await;
+    let test_config =
+        test_config(&postgres, &[("redis.url", &url), ("redis.ca_file", &redis.ca_file().display().to_string())]).await;
     serves_without(&test_config, "NOAUTH").await;
 }
 

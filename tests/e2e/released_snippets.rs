@@ -1,6 +1,6 @@
 //! The configurations of Envoy that were shipped before: users have copied them, and they must work with the present server.
 
-use crate::support::{shared, envoy::Plan, http, server::TestConfig};
+use crate::support::{envoy::Plan, http, server::TestConfig, shared};
 
 /// Each with the change that followed it.
 const RELEASED: [(&str, &str); 1] =
@@ -32,7 +32,8 @@ async fn every_released_configuration_works_with_the_present_server() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_key_is_cut_out_of_the_query_byte_for_byte_where_the_path_may_be_set() {
     let _turn = shared().await;
-    let test_config = TestConfig::new().with("credential.sources", "query:key").with("credential.query_removal", "exact");
+    let test_config =
+        TestConfig::new().with("credential.sources", "query:key").with("credential.query_removal", "exact");
     test_config.migrate().await;
     test_config.trust("acme").await;
     let key = test_config.issue("acme", &[]).await;

@@ -12,11 +12,11 @@ use tokio::{
 use trustgate::ext_authz::framing::frame_bytes;
 
 use crate::support::{
-    exclusive, shared,
     connection::{answer, call, connect, head, head_of},
-    eventually,
+    eventually, exclusive,
     grpc::{CheckClient, granted},
     server::{IssuedKey, Memory, Server, TestConfig},
+    shared,
 };
 
 /// What one kind of caller may add to the memory of a server, in MiB.

@@ -9,15 +9,15 @@ use tokio::time::{Instant, sleep, sleep_until};
 use trustgate::server::Delay;
 
 use crate::{
-    fixture::{PATIENT_REDIS, Fixture},
+    fixture::{Fixture, PATIENT_REDIS},
     support::{
-        shared,
         envoy::Envoy,
         eventually,
         grpc::{CheckClient, granted, refused},
         http,
-        store_proxy::StoreProxy,
         server::{IssuedKey, TestConfig, made_up_key},
+        shared,
+        store_proxy::StoreProxy,
     },
 };
 
@@ -105,8 +105,11 @@ async fn at_once_after_the_caches_were_cleared_on_every_replica_and_in_redis() {
     let fixture = Fixture::new(&[PATIENT_REDIS.as_slice(), &[("freshness.ttl", "10m")]].concat()).await;
     let (one, other) = (fixture.test_config.serve().await, fixture.test_config.serve().await);
     let (at_one, at_other) = (CheckClient::connect(one.grpc()).await, CheckClient::connect(other.grpc()).await);
-    let (everywhere, one_only, good) =
-        (fixture.test_config.issue("acme", &[]).await, fixture.test_config.issue("acme", &[]).await, fixture.test_config.issue("acme", &[]).await);
+    let (everywhere, one_only, good) = (
+        fixture.test_config.issue("acme", &[]).await,
+        fixture.test_config.issue("acme", &[]).await,
+        fixture.test_config.issue("acme", &[]).await,
+    );
     for key in [&everywhere, &one_only, &good] {
         granted(&at_one, key).await;
     }
@@ -198,7 +201,8 @@ async fn foreign_table(fixture: &Fixture, ttl: &str) -> (TestConfig, ForeignTabl
         .with("redis.url", fixture.redis.url())
         .with("redis.mac_key_file", mac_key.display().to_string())
         .with("freshness.ttl", ttl);
-    let test_config = PATIENT_REDIS.iter().fold(test_config, |test_config, (setting, value)| test_config.with(setting, *value));
+    let test_config =
+        PATIENT_REDIS.iter().fold(test_config, |test_config, (setting, value)| test_config.with(setting, *value));
     (test_config, ForeignTable(tokio::sync::Mutex::new(connection)))
 }
 

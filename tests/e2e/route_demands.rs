@@ -1,10 +1,10 @@
 //! The demands of a route and of its virtual host, which Envoy merges before it asks.
 
 use crate::support::{
-    shared,
     envoy::Plan,
     http,
     server::{IssuedKey, Server, TestConfig},
+    shared,
 };
 
 /// A server with two keys: one without scopes, one with the scope `admin`.

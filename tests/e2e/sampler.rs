@@ -6,9 +6,10 @@ use std::time::Duration;
 use crate::{
     fixture::Fixture,
     support::{
-        shared, eventually,
+        eventually,
         grpc::{CheckClient, granted, refused},
         server::{IssuedKey, Server, digest},
+        shared,
     },
 };
 
@@ -23,7 +24,8 @@ async fn a_change_that_nobody_was_told_of_is_found_on_every_replica() {
     let (revoked, deleted) = (issue("acme").await, issue("globex").await);
     let unsampled = fixture.test_config.serve().await;
     fixture.test_config.set("freshness.sample_interval", "20ms");
-    let sampled = [fixture.test_config.serve().await, fixture.test_config.serve().await, fixture.test_config.serve().await];
+    let sampled =
+        [fixture.test_config.serve().await, fixture.test_config.serve().await, fixture.test_config.serve().await];
     let control = CheckClient::connect(unsampled.grpc()).await;
     let mut askers = Vec::new();
     for server in &sampled {

@@ -12,9 +12,10 @@ use sqlx::{ConnectOptions as _, Connection as _, sqlite::SqliteConnectOptions};
 use tokio::time::{Instant, sleep, sleep_until};
 
 use crate::support::{
-    shared, eventually,
+    eventually,
     grpc::{CheckClient, granted},
     server::{IssuedKey, Server, TestConfig},
+    shared,
 };
 
 /// A revoked key is granted no longer than this after the commit: the lease of 1 s and the deadline of a check.

@@ -8,10 +8,11 @@ use tokio::time::{Instant, sleep};
 use crate::{
     fixture::Fixture,
     support::{
-        shared, eventually,
+        eventually,
         grpc::{CheckClient, granted},
         postgres::Postgres,
         server::Server,
+        shared,
     },
 };
 
@@ -145,6 +146,7 @@ async fn no_refusal_of_the_database_opens_the_stale_window() {
         refusal.end(&fixture.postgres, &fixture.database, guard).await;
         eventually("good keys are granted again", PATIENCE, || async { client.check(&good.key).await.status == 200 })
             .await;
-        eventually("the revoked key is denied", PATIENCE, || async { client.check(&key.key).await.status == 401 }).await;
+        eventually("the revoked key is denied", PATIENCE, || async { client.check(&key.key).await.status == 401 })
+            .await;
     }
 }

@@ -4,19 +4,19 @@
 //! What the file says is read and spelt out here alone; the Python runners get every row as it is to be sent and answered.
 
 pub mod answer;
+pub mod fixture;
 pub mod python;
 pub mod request;
 pub mod rows;
-pub mod fixture;
 
 use std::fmt::Write as _;
 
 use serde_json::{Value, json};
 
 use self::{
+    fixture::Fixture,
     request::Encoding,
     rows::{Expected, Table},
-    fixture::Fixture,
 };
 
 /// Fewer would not be the table that was agreed on.

@@ -13,10 +13,11 @@ use std::{
 use tokio::task::JoinHandle;
 
 use crate::support::{
-    shared, eventually,
+    eventually,
     grpc::CheckClient,
     postgres::Postgres,
     server::{IssuedKey, Server, TestConfig, made_up_key},
+    shared,
 };
 
 /// Checks on one server, one after the other, until it is stopped.

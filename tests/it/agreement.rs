@@ -152,8 +152,9 @@ fn the_configuration_in_the_readme_is_accepted() {
         let told = place.run(&["--config", "trustgate.toml", "--output", "json", "config", "check"]).parsed();
         let config_errors = told["mistakes"].as_array().unwrap().iter();
         // The files with the secrets are on another machine.
-        let wrong: Vec<_> =
-            config_errors.filter(|config_error| !config_error["problem"].as_str().unwrap().starts_with("cannot read /")).collect();
+        let wrong: Vec<_> = config_errors
+            .filter(|config_error| !config_error["problem"].as_str().unwrap().starts_with("cannot read /"))
+            .collect();
         assert!(wrong.is_empty(), "{wrong:?} in\n{block}");
     }
 }

@@ -8,10 +8,10 @@ use trustgate::{
     base::{
         clock::{DatabaseTime, SystemClock},
         secret::Secret,
-        settings::{Setting, RawValue},
+        settings::{RawValue, Setting},
     },
     record::{ApiKeyDigest, Change, ChangeKind, Digests, KeyId, Version},
-    store::{self, StoreError, Missing, PollError, Source, StoreSettings, TableName},
+    store::{self, Missing, PollError, Source, StoreError, StoreSettings, TableName},
 };
 use uuid::Uuid;
 

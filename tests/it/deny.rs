@@ -299,7 +299,8 @@ async fn with_the_database_down_an_entry_stops_a_key_within_a_second() {
     let _turn = exclusive().await;
     let (postgres, redis) = (Postgres::start().await, Redis::start().await);
     let database = postgres.database().await;
-    let mut test_config = TestConfig::new().with("store.url", postgres.url("admin", &database)).with("redis.url", redis.url());
+    let mut test_config =
+        TestConfig::new().with("store.url", postgres.url("admin", &database)).with("redis.url", redis.url());
     let (file, mac_key) = (test_config.path().join("deny"), test_config.path().join("mac-key"));
     fs::write(&file, "# nobody yet\n").unwrap();
     fs::write(&mac_key, MAC_KEY).unwrap();

@@ -124,11 +124,12 @@ impl TestConfig {
         let (serve, manage) = (format!("serve_{database}"), format!("manage_{database}"));
         let test_config = Self { server, database, serve, manage };
         test_config.owner().run(&["migrate"]).done();
-        test_config.execute(&format!(
-            "CREATE ROLE {} LOGIN PASSWORD 'letmein'; CREATE ROLE {} LOGIN",
-            test_config.serve, test_config.manage
-        ))
-        .await;
+        test_config
+            .execute(&format!(
+                "CREATE ROLE {} LOGIN PASSWORD 'letmein'; CREATE ROLE {} LOGIN",
+                test_config.serve, test_config.manage
+            ))
+            .await;
         let roles = ["--serve-role", &test_config.serve, "--manage-role", &test_config.manage];
         let printed = test_config.owner().run(&[&["migrate", "--print-grants"], &roles[..]].concat()).done().out;
         test_config.execute(&printed).await;
@@ -270,12 +271,13 @@ async fn what_keeps_changes_from_being_named_is_told_also_to_a_role_that_may_not
 #[tokio::test]
 async fn a_table_that_was_not_attached_or_by_other_columns_is_told() {
     let test_config = TestConfig::new().await;
-    test_config.execute(&format!(
-        "CREATE TABLE tenant (id uuid PRIMARY KEY, api_key_hash char(64) UNIQUE, gone_at timestamptz);
+    test_config
+        .execute(&format!(
+            "CREATE TABLE tenant (id uuid PRIMARY KEY, api_key_hash char(64) UNIQUE, gone_at timestamptz);
          GRANT SELECT ON tenant TO {}",
-        test_config.serve
-    ))
-    .await;
+            test_config.serve
+        ))
+        .await;
     let attached = |place: Place| {
         place.with("TRUSTGATE__STORE__TABLE", "public.tenant").with("TRUSTGATE__STORE__ATTACHED", "true")
     };
@@ -384,7 +386,8 @@ async fn whoever_cannot_be_reached_is_named_and_no_password_is() {
     }
     let good = quick(&tcp).with("TRUSTGATE__STORE__PASSWORD", "letmein");
     Report::of(&good).shows("database_connection", "ok", &["without TLS, on this machine"]).ran.hides("letmein");
-    let management = test_config.place().with("TRUSTGATE__STORE__MANAGEMENT_URL", "postgres://me:hunter2@127.0.0.1:1/db");
+    let management =
+        test_config.place().with("TRUSTGATE__STORE__MANAGEMENT_URL", "postgres://me:hunter2@127.0.0.1:1/db");
     let report = Report::of(&management);
     report.shows("management_rights", "failed", &["127.0.0.1:1"]).shows("database_rights", "ok", &[]);
     report.ran.hides("hunter2");

@@ -22,7 +22,7 @@ use trustgate::{
         api_key::ApiKey,
         l2::{Answer, L2, MacKey},
     },
-    record::{ApiKeyDigest, Versioned, KeyId, Lineage, Nonce, Record, TrustId, Version},
+    record::{ApiKeyDigest, KeyId, Lineage, Nonce, Record, TrustId, Version, Versioned},
     redis::{Redis as Handle, RedisMetrics, RedisSettings, listen},
 };
 use uuid::Uuid;

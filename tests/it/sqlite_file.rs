@@ -5,7 +5,7 @@ use std::{os::unix::fs::PermissionsExt, path::Path, sync::Arc, time::Duration};
 use trustgate::{
     base::{clock::SystemClock, fault::Fault},
     record::{ApiKeyDigest, Digests, Version},
-    store::{self, StoreError, Missing, Heartbeat, StoreSettings},
+    store::{self, Heartbeat, Missing, StoreError, StoreSettings},
 };
 
 fn nobody() -> Digests {

@@ -11,10 +11,11 @@ use trustgate::{
         secret::Secret,
     },
     record::{
-        ApiKeyDigest, Change, Versioned, Digests, Fingerprint, KeyId, Lineage, Made, Nonce, StoredPeppers, TrustId, Version,
+        ApiKeyDigest, Change, Digests, Fingerprint, KeyId, Lineage, Made, Nonce, StoredPeppers, TrustId, Version,
+        Versioned,
     },
     store::{
-        self, Actor, Ledger, StoreError, Missing, PollError, Preset, Heartbeat, Source, StoreSettings,
+        self, Actor, Heartbeat, Ledger, Missing, PollError, Preset, Source, StoreError, StoreSettings,
         ledger::{NewKey, TrustRef},
     },
 };
@@ -897,7 +898,10 @@ async fn a_table_of_somebody_else_is_read_as_it_is(mut db: Db) {
 
     assert_eq!(lookup.redis_mac_key().await.unwrap(), None);
     let polled = lookup.poll(Some(Version(0))).await.unwrap();
-    assert_eq!((polled.newest.as_of, polled.newest.nonce, polled.triggers_intact), (Version(0), Nonce::default(), false));
+    assert_eq!(
+        (polled.newest.as_of, polled.newest.nonce, polled.triggers_intact),
+        (Version(0), Nonce::default(), false)
+    );
     assert!(polled.changes.is_empty() && polled.complete, "{polled:?}");
     lookup.report(&sign(first, 0)).await.unwrap();
     lookup.restore_watch().await.unwrap();

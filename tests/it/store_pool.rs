@@ -14,7 +14,7 @@ use trustgate::{
     base::{clock::SystemClock, fault::Fault, secret::Secret},
     record::{ApiKeyDigest, Digests},
     store::{
-        self, Missing, Heartbeat, Source, StoreSettings,
+        self, Heartbeat, Missing, Source, StoreSettings,
         reads::pool::{Connect, Limits, Pool, PoolError},
     },
 };

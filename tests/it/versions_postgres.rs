@@ -17,7 +17,7 @@ use tokio::task::JoinSet;
 use trustgate::{
     base::{clock::SystemClock, fault::Fault, secret::Secret},
     record::{Change, ChangeKind, KeyId, Version},
-    store::{self, Actor, StoreError, Missing, Polled, Source, StoreSettings},
+    store::{self, Actor, Missing, Polled, Source, StoreError, StoreSettings},
 };
 use uuid::Uuid;
 

@@ -16,7 +16,7 @@ use tokio::task::JoinSet;
 use trustgate::{
     base::{clock::SystemClock, secret::Secret},
     record::{ApiKeyDigest, Change, Digests, KeyId, Nonce, Version},
-    store::{self, Ledger, StoreError, Missing, PollError, Polled, Heartbeat, Source, StoreSettings},
+    store::{self, Heartbeat, Ledger, Missing, PollError, Polled, Source, StoreError, StoreSettings},
 };
 use uuid::Uuid;
 

@@ -14,7 +14,7 @@ use trustgate::{
     base::{clock::SystemClock, fault::Fault, secret::Secret},
     record::{ApiKeyDigest, Change, ChangeKind, Digests, Fingerprint, KeyId, Made, TrustId, Version},
     store::{
-        self, Actor, Missing, PollError, Heartbeat, Source, StoreSettings,
+        self, Actor, Heartbeat, Missing, PollError, Source, StoreSettings,
         ledger::{NewKey, TrustRef},
     },
 };

@@ -14,9 +14,9 @@ use std::{
 
 use loom::thread;
 // What the file under test imports of its crate.
-use trustgate::{base::clock, record};
+use trustgate::{base, record};
 
-use clock::Moment;
+use base::clock::Moment;
 use lease::{Lease, stripe};
 use record::{ApiKeyDigest, Change, ChangeKind, KeyId, TrustId, Version};
 use uuid::Uuid;

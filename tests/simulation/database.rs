@@ -13,8 +13,8 @@ use tokio::{sync::Notify, time::Instant};
 use trustgate::{
     base::clock::{DatabaseTime, Moment},
     record::{
-        ApiKeyDigest, Change, ChangeKind, Versioned, Digests, KeyId, Lineage, Nonce, Record, StoredPeppers, TrustId,
-        Version,
+        ApiKeyDigest, Change, ChangeKind, Digests, KeyId, Lineage, Nonce, Record, StoredPeppers, TrustId, Version,
+        Versioned,
     },
     store::Polled,
 };

@@ -14,8 +14,8 @@ use trustgate::{
         clock::{Clock, DatabaseTime, Moment},
         fault::{Fault, Tier},
     },
-    record::{Versioned, Digests, Fingerprint, KeyId, Record, Version},
-    store::{StoreError, Lookup, Missing, PollError, Polled, Heartbeat, Source, Tended},
+    record::{Digests, Fingerprint, KeyId, Record, Version, Versioned},
+    store::{Heartbeat, Lookup, Missing, PollError, Polled, Source, StoreError, Tended},
 };
 use uuid::Uuid;
 

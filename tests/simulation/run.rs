@@ -22,7 +22,7 @@ use trustgate::{
     ext_authz::{check::Checker, credential::Hasher, response::Reply},
     freshness::ReplicaState,
     record::Version,
-    server::replica::{Replica, Surroundings, Tasks},
+    server::replica::{Replica, ReplicaDeps, Tasks},
 };
 use uuid::Uuid;
 
@@ -178,7 +178,7 @@ impl World {
         let clock = Arc::new(DriftingClock::new(&self.chance));
         let network = Arc::new(Network::new(Arc::clone(&self.database), Arc::clone(&clock) as _, &self.chance));
         network.set(place.ways.last().map_or(Way::Fine, |(_, way)| *way));
-        let around = Surroundings {
+        let around = ReplicaDeps {
             source: Arc::clone(&network) as _,
             place: "simulated".to_owned(),
             redis: Some(Arc::new(self.redis.clone())),
@@ -195,8 +195,13 @@ impl World {
         if let Some(before) = place.running.take() {
             self.keep_metrics(&before);
         }
-        place.running =
-            Some(Running { checker: replica.checker, replica_state: replica.replica_state, network, registry, _tasks: tasks });
+        place.running = Some(Running {
+            checker: replica.checker,
+            replica_state: replica.replica_state,
+            network,
+            registry,
+            _tasks: tasks,
+        });
     }
 
     fn goes_on(&self) -> bool {

@@ -16,8 +16,8 @@ pub mod postgres;
 pub mod probe;
 pub mod process;
 pub mod redis;
-pub mod store_proxy;
 pub mod server;
+pub mod store_proxy;
 
 use std::{future::Future, time::Duration};
 

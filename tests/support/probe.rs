@@ -60,7 +60,12 @@ pub struct Probing {
 
 impl Probing {
     /// Asks `client` `per_second` times a second, for each of `keys` in turn, on a route with these context extensions.
-    pub fn start(client: &CheckClient, per_second: u32, keys: Vec<String>, extensions: &'static [(&str, &str)]) -> Self {
+    pub fn start(
+        client: &CheckClient,
+        per_second: u32,
+        keys: Vec<String>,
+        extensions: &'static [(&str, &str)],
+    ) -> Self {
         let (enough, client) = (CancellationToken::new(), client.clone());
         let (grants, granted) = watch::channel(0);
         let (step, count) = (Duration::from_secs(1) / per_second, keys.len());

@@ -13,9 +13,9 @@ use tokio::sync::watch;
 use trustgate::{
     base::fault::Fault,
     config::{self, Purpose},
-    record::{Versioned, Digests, Fingerprint, KeyId, Record, Version},
+    record::{Digests, Fingerprint, KeyId, Record, Version, Versioned},
     server::{AppBuilder, Running},
-    store::{StoreError, Lookup, Missing, PollError, Polled, Heartbeat, Source, Tended},
+    store::{Heartbeat, Lookup, Missing, PollError, Polled, Source, StoreError, Tended},
 };
 use uuid::Uuid;
 

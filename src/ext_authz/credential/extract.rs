@@ -287,7 +287,7 @@ mod tests {
     use prost::Message;
 
     use super::{CredentialError::*, *};
-    use crate::base::settings::{Reader, Section, RawValue};
+    use crate::base::settings::{RawValue, Reader, Section};
 
     const A: &str = "a-foreign-key-of-32-characters-A";
     const B: &str = "a-foreign-key-of-32-characters-B";

@@ -4,7 +4,7 @@
 
 use crate::base::{
     secret::Secret,
-    settings::{Setting, RawValue},
+    settings::{RawValue, Setting},
 };
 
 const ALPHABET: &[u8; 62] = b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz";

@@ -1,7 +1,7 @@
 //! Where a credential may stand in a request.
 
 use crate::{
-    base::settings::{Setting, RawValue},
+    base::settings::{RawValue, Setting},
     ext_authz::identity,
 };
 

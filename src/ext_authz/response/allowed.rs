@@ -10,7 +10,11 @@ use std::cell::RefCell;
 use bytes::{BufMut, Bytes, BytesMut};
 use uuid::fmt::Hyphenated;
 
-use crate::ext_authz::{credential::extract::Removals, decision::Grant, framing, identity};
+use crate::ext_authz::{
+    credential::extract::Removals,
+    decision::{Basis, Grant},
+    framing, identity,
+};
 
 /// Room for the answers of a thread. Where those of one batch take more, the next ones get another buffer.
 const BUFFER_BYTES: usize = 64 << 10;
@@ -20,8 +24,8 @@ thread_local! {
 }
 
 /// The framed `CheckResponse` that lets a request pass. `grant`: as whose; `removals`: what the upstream must not see.
-pub(crate) fn allowed(grant: Option<&Grant<'_>>, removals: &Removals<'_>, is_stale: bool) -> Bytes {
-    let answer = Answer::new(grant, removals, is_stale);
+pub(crate) fn allowed(grant: Option<&Grant<'_>>, removals: &Removals<'_>, basis: Basis) -> Bytes {
+    let answer = Answer::new(grant, removals, basis);
     BUFFER.with_borrow_mut(|buffer| {
         let sizes = answer.sizes();
         let bytes = framing::PREFIX_BYTES + sizes.message;
@@ -88,11 +92,11 @@ struct Answer<'a, 's> {
     ids: Option<[[u8; Hyphenated::LENGTH]; 2]>,
     scopes: &'a [String],
     removals: &'a Removals<'s>,
-    is_stale: bool,
+    basis: Basis,
 }
 
 impl<'a, 's> Answer<'a, 's> {
-    fn new(grant: Option<&Grant<'a>>, removals: &'a Removals<'s>, is_stale: bool) -> Self {
+    fn new(grant: Option<&Grant<'a>>, removals: &'a Removals<'s>, basis: Basis) -> Self {
         let ids = grant.map(|grant| {
             [grant.trust_id().0, grant.key_id().0].map(|id| {
                 let mut text = [0; Hyphenated::LENGTH];
@@ -100,7 +104,7 @@ impl<'a, 's> Answer<'a, 's> {
                 text
             })
         });
-        Self { ids, scopes: grant.map_or(&[], Grant::scopes), removals, is_stale }
+        Self { ids, scopes: grant.map_or(&[], Grant::scopes), removals, basis }
     }
 
     fn ids(&self) -> Option<[&[u8]; 2]> {
@@ -139,7 +143,7 @@ impl<'a, 's> Answer<'a, 's> {
 
     fn metadata(&self) -> impl Iterator<Item = (&'static str, Value<'_>)> {
         let somebody = self.ids().map(|[trust_id, key_id]| {
-            let stale = self.is_stale.then_some(("stale", Value::Yes));
+            let stale = (self.basis == Basis::Stale).then_some(("stale", Value::Yes));
             [
                 Some(("trust_id", Value::Text(trust_id))),
                 Some(("key_id", Value::Text(key_id))),
@@ -315,6 +319,7 @@ mod tests {
             path in option::of("/[a-z?&=]{0,200}"),
             is_stale: bool,
         ) {
+            let basis = if is_stale { Basis::Stale } else { Basis::Confirmed };
             let record = ids.map(|(trust, key)| record(trust, key, scopes.clone()));
             let removals = Removals {
                 headers: headers.iter().map(String::as_str).collect(),
@@ -329,7 +334,7 @@ mod tests {
                 Some(other) => panic!("{other:?}"),
                 None => None,
             };
-            let response = decoded(&allowed(grant, &removals, is_stale));
+            let response = decoded(&allowed(grant, &removals, basis));
             prop_assert_eq!(response.status.unwrap().code, 0);
             let Some(HttpResponse::OkResponse(ok)) = response.http_response else { panic!("not OK") };
 
@@ -352,7 +357,7 @@ mod tests {
                 let values = scopes.iter().cloned().map(|scope| known(Kind::StringValue(scope))).collect();
                 let list = envoy_types::pb::google::protobuf::ListValue { values };
                 fields.insert("scopes".to_owned(), known(Kind::ListValue(list)));
-                if is_stale {
+                if basis == Basis::Stale {
                     fields.insert("stale".to_owned(), known(Kind::BoolValue(true)));
                 }
                 if scopes.is_empty() {

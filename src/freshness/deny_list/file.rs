@@ -15,7 +15,7 @@ use std::{
 
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 
-use super::{Denied, Entries, add};
+use super::entries::{Denied, Entries, add};
 use crate::base::{clock::DatabaseTime, text};
 
 /// Entries of one file, at most.

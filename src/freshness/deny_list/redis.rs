@@ -14,7 +14,7 @@ use std::{
 use hmac::{Hmac, KeyInit, Mac};
 use sha2::Sha256;
 
-use super::{Denied, Entries};
+use super::entries::{Denied, Entries};
 use crate::{
     base::clock::DatabaseTime,
     redis::{QueryError, Redis},

@@ -15,7 +15,7 @@ use sqlx::{
 use tokio::time::timeout;
 use uuid::Uuid;
 
-use crate::store::{SchemaName, postgres::in_schema, url::StoreUrl};
+use crate::store::{names::SchemaName, postgres::in_schema, url::StoreUrl};
 
 /// A connection over which nothing came for so long is asked whether it is still there.
 const SILENCE: Duration = Duration::from_secs(10);

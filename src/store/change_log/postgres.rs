@@ -10,7 +10,11 @@ use sqlx::PgConnection;
 
 use crate::{
     record::{Fingerprint, hex},
-    store::{SchemaName, existing_table::bytes_literal, postgres::in_schema, reads::postgres},
+    store::{
+        names::{SchemaName, bytes_literal},
+        postgres::in_schema,
+        reads::postgres,
+    },
 };
 
 /// Version 2 of the tables: changes are named.

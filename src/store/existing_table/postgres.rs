@@ -6,13 +6,15 @@
 use sha2::{Digest, Sha256};
 use sqlx::{AssertSqlSafe, Connection, PgConnection, Row, postgres::PgRow};
 
-use super::{DigestForm, ExistingTable, bytes_literal, literal};
+use super::ExistingTable;
 use crate::{
     record::{Digests, KeyId, hex},
     store::{
-        ColumnName, StoreError, SchemaName, TableName,
+        error::StoreError,
+        names::{ColumnName, SchemaName, TableName, bytes_literal, literal},
         postgres::{code, connect_within, describe, in_schema},
         reads, schema,
+        settings::DigestForm,
         url::StoreUrl,
     },
 };

@@ -5,13 +5,17 @@
 
 use serde_json::json;
 
-use super::sql_ledger::{self, BATCH, TxMode, LedgerBackend};
+use super::{
+    Actor,
+    sql_ledger::{self, BATCH, LedgerBackend, TxMode},
+};
 use crate::{
     base::secret::Secret,
     store::{
-        Actor, StoreError, StoreSettings,
+        error::StoreError,
         open::open_tables,
-        url::{StoreUrl, Env, Role},
+        settings::StoreSettings,
+        url::{Env, Role, StoreUrl},
     },
 };
 

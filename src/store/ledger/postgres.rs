@@ -10,13 +10,14 @@ use sqlx::{
 
 use super::{
     Actor, AuditEntry, Key, NewKey, Replica, Trust, TrustRef,
-    sql_ledger::{TxMode, StoredKey, LedgerBackend, KeyFilter},
+    sql_ledger::{KeyFilter, LedgerBackend, StoredKey, TxMode},
 };
 use crate::{
     base::clock::DatabaseTime,
     record::{ApiKeyDigest, Fingerprint, KeyId, TrustId},
     store::{
-        StoreError, SchemaName,
+        error::StoreError,
+        names::SchemaName,
         postgres::{
             blocked::{self, LOCK_TIMEOUT},
             code, connect_within, describe, in_schema,

@@ -7,10 +7,11 @@ use std::collections::HashSet;
 use async_trait::async_trait;
 use serde_json::{Value, json};
 
-use super::{Actor, AuditEntry, Key, Ledger, StoreError, NewKey, Replica, Trust, TrustRef};
+use super::{Actor, AuditEntry, Key, Ledger, NewKey, Replica, Trust, TrustRef};
 use crate::{
     base::clock::DatabaseTime,
     record::{ApiKeyDigest, Digests, Fingerprint, KeyId, Made, TrustId, Version},
+    store::error::StoreError,
 };
 
 /// What a transaction is for.
@@ -256,7 +257,12 @@ async fn one_key(tables: &mut dyn LedgerBackend, id: KeyId) -> Result<Key, Store
     tables.keys(KeyFilter::Id(id)).await?.into_iter().next().ok_or(StoreError::NoKey(id))
 }
 
-async fn create_trust(tables: &mut dyn LedgerBackend, actor: &Actor, id: TrustId, name: &str) -> Result<Trust, StoreError> {
+async fn create_trust(
+    tables: &mut dyn LedgerBackend,
+    actor: &Actor,
+    id: TrustId,
+    name: &str,
+) -> Result<Trust, StoreError> {
     if !tables.insert_trust(id, name).await? {
         return Err(StoreError::NameTaken(name.to_owned()));
     }
@@ -300,7 +306,12 @@ async fn delete_trust(
     Ok(trust)
 }
 
-async fn add_key(tables: &mut dyn LedgerBackend, actor: &Actor, trust: &TrustRef, key: &NewKey) -> Result<Key, StoreError> {
+async fn add_key(
+    tables: &mut dyn LedgerBackend,
+    actor: &Actor,
+    trust: &TrustRef,
+    key: &NewKey,
+) -> Result<Key, StoreError> {
     let trust = held_trust(tables, trust).await?;
     check_pepper(tables, key.made).await?;
     if tables.insert_keys(trust.id, std::slice::from_ref(key)).await? == 0 {

@@ -7,14 +7,15 @@ use sqlx::{AssertSqlSafe, Executor, Row, Sqlite, SqliteConnection, sqlite::Sqlit
 
 use super::{
     Actor, AuditEntry, Key, NewKey, Replica, Trust, TrustRef,
-    sql_ledger::{TxMode, StoredKey, LedgerBackend, KeyFilter},
+    sql_ledger::{KeyFilter, LedgerBackend, StoredKey, TxMode},
 };
 use crate::{
     base::clock::DatabaseTime,
     record::{ApiKeyDigest, Fingerprint, KeyId, TrustId},
     store::{
-        StoreError, Missing, change_log,
-        reads::sqlite::HOLD_PEPPER,
+        change_log,
+        error::StoreError,
+        reads::{lookup::Missing, sqlite::HOLD_PEPPER},
         rows, schema,
         sqlite::{Access, NOW, connect, file, has_log},
         url::describe_sqlite,

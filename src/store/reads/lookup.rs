@@ -9,8 +9,8 @@ use uuid::Uuid;
 
 use crate::{
     base::{clock::DatabaseTime, fault::Fault},
-    record::{Change, Versioned, Digests, Fingerprint, KeyId, Nonce, Record, StoredPeppers, Version},
-    store::StoreError,
+    record::{Change, Digests, Fingerprint, KeyId, Nonce, Record, StoredPeppers, Version, Versioned},
+    store::error::StoreError,
 };
 
 /// The reads a decision rests on. Each is one statement on the primary, so that value and date are of one snapshot.

@@ -6,16 +6,17 @@ use sqlx::{AssertSqlSafe, Connection, PgConnection, Row, postgres::PgRow};
 use uuid::Uuid;
 
 use super::{
-    lookup::{Missing, OTHER_KEYS_MAX, Heartbeat},
+    lookup::{Heartbeat, Missing, OTHER_KEYS_MAX},
     pool::Connect,
     reader::{Dialect, OwnTableQueries},
 };
 use crate::{
     record::{Digests, Fingerprint, KeyId, Version},
     store::{
-        StoreError, SchemaName,
         change_log::{self, listen},
-        existing_table::{ExistingTable, bytes_literal, literal},
+        error::StoreError,
+        existing_table::ExistingTable,
+        names::{SchemaName, bytes_literal, literal},
         postgres::{code, connect, describe, is_missing},
         rows::{self, POLL_ROWS_MAX},
         schema,

@@ -15,7 +15,7 @@ use async_trait::async_trait;
 use uuid::Uuid;
 
 use super::{
-    lookup::{Missing, PollError, Polled, Heartbeat, Source, Tended},
+    lookup::{Heartbeat, Lookup, Missing, PollError, Polled, Source, Tended},
     pool::{Connect, Limits, Pool, PoolError},
 };
 use crate::{
@@ -23,12 +23,12 @@ use crate::{
         clock::{Clock, Moment},
         fault::{Fault, Tier},
     },
-    record::{ApiKeyDigest, Versioned, Digests, Fingerprint, KeyId, Record, Version, bytes_from_hex},
+    record::{ApiKeyDigest, Digests, Fingerprint, KeyId, Record, Version, Versioned, bytes_from_hex},
     store::{
-        Lookup, StoreSettings,
-        ledger::StoreError,
-        rows::{self, Corrupt, RowExt, Read},
+        error::StoreError,
+        rows::{self, Corrupt, Read, RowExt},
         schema,
+        settings::StoreSettings,
     },
 };
 

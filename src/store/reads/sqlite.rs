@@ -13,16 +13,17 @@ use sqlx::{AssertSqlSafe, Connection, SqliteConnection, sqlite::SqliteRow};
 use uuid::Uuid;
 
 use super::{
-    lookup::{Missing, OTHER_KEYS_MAX, Heartbeat},
+    lookup::{Heartbeat, Missing, OTHER_KEYS_MAX},
     pool::Connect,
     reader::{Dialect, OwnTableQueries},
 };
 use crate::{
     record::{Digests, Fingerprint, KeyId, Version},
     store::{
-        StoreError, Preset,
         change_log::{self, sqlite::IN_FORCE},
+        error::StoreError,
         rows, schema,
+        settings::Preset,
         sqlite::{
             Access, NOW, code, connect,
             file::{self, Change},

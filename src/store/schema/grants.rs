@@ -4,8 +4,8 @@
 //! As little as possible. Never grants anything itself.
 
 use crate::store::{
-    SchemaName,
-    existing_table::{ExistingTable, quoted},
+    existing_table::ExistingTable,
+    names::{SchemaName, quoted},
 };
 
 /// Kinds of things that rights are given on.
@@ -182,7 +182,7 @@ ORDER BY w.number";
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::base::settings::{Setting as _, RawValue};
+    use crate::base::settings::{RawValue, Setting as _};
 
     #[test]
     fn what_is_printed_is_what_is_asked_for() {

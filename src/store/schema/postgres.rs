@@ -6,8 +6,9 @@ use sqlx::{Connection, PgConnection, Row};
 use uuid::Uuid;
 
 use crate::store::{
-    StoreError, SchemaName,
     change_log::postgres,
+    error::StoreError,
+    names::SchemaName,
     postgres::{connect_within, describe, in_schema, is_missing},
     schema,
     url::StoreUrl,

@@ -6,8 +6,9 @@ use sqlx::{Connection, Row, SqliteConnection};
 use uuid::Uuid;
 
 use crate::store::{
-    StoreError, Missing,
     change_log::sqlite,
+    error::StoreError,
+    reads::lookup::Missing,
     schema,
     sqlite::{Access, NOW, connect, file, is_busy, is_missing},
     url::describe_sqlite,

@@ -7,7 +7,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use crate::store::{StoreError, reads::lookup::Missing};
+use crate::store::{error::StoreError, reads::lookup::Missing};
 
 /// Filesystems that lie on another machine, by `f_type` of statfs(2). SQLite's write-ahead log needs shared memory and
 /// locks that all its users see, which these do not give. FUSE is not among them: what is behind it cannot be told, and
@@ -34,9 +34,8 @@ const NETWORK: &[(u32, &str)] = &[
 /// # Errors
 /// [`StoreError::NoDatabase`], or [`StoreError::Unusable`] with the reason.
 pub(crate) fn prepare(path: &Path, missing: Missing) -> Result<(), StoreError> {
-    let unusable = |what: &str, error: &dyn std::fmt::Display| {
-        StoreError::Unusable(format!("{what} {}: {error}", path.display()))
-    };
+    let unusable =
+        |what: &str, error: &dyn std::fmt::Display| StoreError::Unusable(format!("{what} {}: {error}", path.display()));
     match fs::metadata(path) {
         Ok(found) => {
             refuse_network(path)?;

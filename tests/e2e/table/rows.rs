@@ -8,8 +8,8 @@ use serde_json::{Map, Value, json};
 use trustgate::ext_authz::identity;
 
 use super::{
+    fixture::{Fixture, Made},
     request::{Encoding, Request},
-    fixture::{Made, Fixture},
 };
 
 #[derive(Deserialize)]

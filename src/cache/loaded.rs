@@ -1,0 +1,58 @@
+//! The result of a load: a value, and the read that found it.
+
+use std::sync::Arc;
+
+use super::{cacheable::Cacheable, l1::Entry};
+use crate::{
+    base::{clock::Moment, fault::Tier},
+    freshness::{ReplicaView, history::Provenance},
+    record::{Version, Versioned},
+};
+
+/// The result of a load.
+pub struct Loaded<K: Cacheable> {
+    /// The value.
+    pub entry: Arc<Entry<K>>,
+    /// The read that found it; `None` where another load had put it into L1 in the meantime.
+    pub(crate) read: Option<Read>,
+}
+
+/// Where and when a load found its value.
+#[derive(Clone)]
+pub(crate) struct Read {
+    /// The version and the time of the read.
+    pub(crate) version: Versioned<()>,
+    /// L2 or the store.
+    pub(crate) tier: Tier,
+}
+
+impl<K: Cacheable> Loaded<K> {
+    /// How the value relates to the history that `view` knows.
+    #[must_use]
+    pub fn provenance(&self, view: &ReplicaView) -> Provenance {
+        match &self.read {
+            _ if self.entry.is_of(view) => Provenance::Known,
+            Some(read) => view.provenance(&read.version),
+            None => Provenance::Foreign,
+        }
+    }
+
+    /// The version at which the value was read, if no poll of `view` has reached it yet.
+    #[must_use]
+    pub fn ahead_of(&self, view: &ReplicaView) -> Option<Version> {
+        let read = self.read.as_ref()?;
+        (self.provenance(view) == Provenance::Ahead).then_some(read.version.as_of)
+    }
+
+    /// Whether the value comes from a read of the store that was sent at `began` or later.
+    #[must_use]
+    pub fn is_read_after(&self, began: Moment) -> bool {
+        self.read.as_ref().is_some_and(|read| read.tier == Tier::Store && read.version.sent_at >= began)
+    }
+}
+
+impl<K: Cacheable> Clone for Loaded<K> {
+    fn clone(&self) -> Self {
+        Self { entry: Arc::clone(&self.entry), read: self.read.clone() }
+    }
+}

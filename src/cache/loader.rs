@@ -1,0 +1,264 @@
+//! Loads values: L2 first, then the store. A loaded value enters L1 once a poll has confirmed its version.
+//!
+//! Every read of the store for a check passes through here, so its limits, its deadline and its circuit breaker are here.
+
+use std::{sync::Arc, time::Duration};
+
+use tokio::{
+    sync::{Semaphore, SemaphorePermit},
+    time::timeout,
+};
+
+use super::{
+    cacheable::Cacheable,
+    l1::{Entry, L1, Lifetime},
+    l2::{self, L2},
+    loaded::{Loaded, Read},
+    metrics::CacheMetrics,
+    policy::AgeLimits,
+};
+use crate::{
+    base::{
+        breaker::{self, Breaker},
+        clock::Clock,
+        fault::{Fault, Tier},
+    },
+    freshness::{ReplicaState, history::Provenance, lease::LeaseState},
+    record::Versioned,
+    store::Lookup,
+};
+
+/// The limits on reads of the store.
+#[derive(Clone, Copy, Debug)]
+pub struct StoreLimits {
+    /// Reads that may wait or run at one time.
+    pub reads_max: u32,
+    /// How long one read may take.
+    pub read_timeout: Duration,
+    /// When the circuit breaker opens.
+    pub breaker: breaker::Rules,
+}
+
+/// Where a load looks for its value.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum LoadPath {
+    /// In L2, then in the store.
+    Tiers,
+    /// In the store only.
+    Store,
+}
+
+/// Whether the key of a read was good before. Such reads keep a quarter of the slots to themselves, so that a flood of
+/// unknown keys cannot use all of them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Seen {
+    /// L1 has a record of the key.
+    Good,
+    /// L1 has none.
+    Unknown,
+}
+
+/// What a load works with. The tasks of loads share it, so that they outlive the callers that started them.
+pub(crate) struct Loader<K: Cacheable> {
+    pub(crate) l1: L1<K>,
+    pub(crate) l2: Option<L2<K>>,
+    pub(crate) store: Arc<dyn Lookup>,
+    pub(crate) replica_state: Arc<ReplicaState>,
+    pub(crate) clock: Arc<dyn Clock>,
+    pub(crate) ages: AgeLimits,
+    pub(crate) metrics: CacheMetrics,
+    pub(crate) reads: StoreReads,
+}
+
+/// The slots and the circuit breaker of reads of the store.
+pub(crate) struct StoreReads {
+    timeout: Duration,
+    breaker: Breaker,
+    slots: Semaphore,
+    slots_for_unknown: Semaphore,
+}
+
+impl StoreReads {
+    /// All slots free, the breaker closed.
+    pub(crate) fn new(limits: StoreLimits) -> Self {
+        let slots = limits.reads_max as usize;
+        Self {
+            timeout: limits.read_timeout,
+            breaker: Breaker::new(limits.breaker),
+            slots: Semaphore::new(slots),
+            slots_for_unknown: Semaphore::new((slots * 3 / 4).max(1)),
+        }
+    }
+
+    fn slot(&self, seen: Seen) -> Result<(SemaphorePermit<'_>, Option<SemaphorePermit<'_>>), Fault> {
+        let overloaded = |_| Fault::Overloaded { limit: "store.reads_max" };
+        let unknown = match seen {
+            Seen::Good => None,
+            Seen::Unknown => Some(self.slots_for_unknown.try_acquire().map_err(overloaded)?),
+        };
+        Ok((self.slots.try_acquire().map_err(overloaded)?, unknown))
+    }
+}
+
+impl<K: Cacheable> Loader<K> {
+    /// One load. The value is in L1 when this returns, if a poll has confirmed its version by then.
+    pub(crate) async fn load(&self, query: &K::Query, path: LoadPath) -> Result<Loaded<K>, Fault> {
+        let before = self.l1.get(&K::key(query));
+        let record = before.as_deref().and_then(Entry::value);
+        if path == LoadPath::Tiers
+            && let Some(loaded) = self.load_from_l2(query).await
+        {
+            return Ok(loaded);
+        }
+        if path == LoadPath::Store
+            && let Some(record) = record
+        {
+            // One row by its primary key, which is cheaper, if it still is the row that was asked for.
+            let live = self.read(Seen::Good, K::load_again(&*self.store, record)).await?;
+            if live.value.as_ref().is_some_and(|live| K::is_same(live, record)) {
+                return Ok(self.insert_if_confirmed(query, live, Tier::Store));
+            }
+        }
+        let seen = if record.is_some() { Seen::Good } else { Seen::Unknown };
+        let found = self.read(seen, K::load(&*self.store, query)).await?;
+        Ok(self.insert_if_confirmed(query, found, Tier::Store))
+    }
+
+    async fn load_from_l2(&self, query: &K::Query) -> Option<Loaded<K>> {
+        let found = self.l2.as_ref()?.get(&K::key(query), self.clock.now()).await;
+        let outcomes = &self.metrics.l2;
+        let found = match found {
+            l2::Answer::Found(found) => found,
+            l2::Answer::Absent => {
+                outcomes.miss.inc();
+                return None;
+            }
+            l2::Answer::Refused => {
+                outcomes.refused.inc();
+                return None;
+            }
+            l2::Answer::Down => {
+                outcomes.error.inc();
+                return None;
+            }
+        };
+        let loaded = self.insert_if_confirmed(query, found.map(Some), Tier::L2);
+        if !loaded.entry.is_current(&self.replica_state.load(), self.clock.now()) {
+            outcomes.refused.inc();
+            return None;
+        }
+        outcomes.hit.inc();
+        Some(loaded)
+    }
+
+    /// One read of the store, within its slots, its deadline and its circuit breaker.
+    pub(crate) async fn read<T>(
+        &self,
+        seen: Seen,
+        read: impl Future<Output = Result<Versioned<Option<T>>, Fault>>,
+    ) -> Result<Versioned<Option<T>>, Fault> {
+        let _slot = self.reads.slot(seen)?;
+        let began = self.clock.now();
+        if !self.reads.breaker.admits(began) {
+            self.metrics.store.error.inc();
+            return Err(Fault::Paused { tier: Tier::Store });
+        }
+        let limit = self.reads.timeout;
+        let timer = self.metrics.read_seconds.start_timer();
+        let answer = timeout(limit, read).await.unwrap_or(Err(Fault::Timeout { tier: Tier::Store, limit }));
+        timer.observe_duration();
+        match &answer {
+            Ok(found) => {
+                // If the reply took longer than `limit`, this process was paused and `read_at` may be old: do not set the
+                // clock from it.
+                if self.clock.now().since(found.sent_at) <= limit {
+                    self.replica_state.database_clock.observe(found.sent_at, found.read_at);
+                }
+                self.report(self.reads.breaker.succeeded());
+                let outcome = if found.value.is_some() { &self.metrics.store.hit } else { &self.metrics.store.miss };
+                outcome.inc();
+                self.metrics.reads_ok.inc();
+            }
+            Err(fault) => {
+                if fault.blames_tier() {
+                    self.report(self.reads.breaker.failed(began, self.clock.now()));
+                } else if fault.is_answer() {
+                    self.report(self.reads.breaker.succeeded());
+                }
+                self.metrics.store.error.inc();
+                self.metrics.reads_failed.inc();
+            }
+        }
+        answer
+    }
+
+    fn report(&self, change: breaker::Change) {
+        match change {
+            breaker::Change::None => {}
+            breaker::Change::Opened => {
+                tracing::warn!(
+                    "database circuit breaker opened: reads failed repeatedly; checks that need one get a fault"
+                );
+            }
+            breaker::Change::Closed => tracing::info!("database circuit breaker closed"),
+        }
+        self.metrics.breaker_open.set(i64::from(!self.reads.breaker.is_closed()));
+    }
+
+    /// Makes an entry of a found value, and puts it into L1 if a poll has confirmed its version.
+    pub(crate) fn insert_if_confirmed(
+        &self,
+        query: &K::Query,
+        found: Versioned<Option<K::Value>>,
+        tier: Tier,
+    ) -> Loaded<K> {
+        let (view, key) = (self.replica_state.load(), K::key(query));
+        let epoch = (view.provenance(&found) == Provenance::Known).then(|| view.epoch());
+        let (version, lifetime) = (found.as_ref().map(drop), self.lifetime(K::spread(&key), &found));
+        let entry = Arc::new(Entry::new(query, found.value, version.as_of, lifetime, epoch));
+        if epoch.is_some() {
+            self.l1.put(key, Arc::clone(&entry));
+        }
+        Loaded { entry, read: Some(Read { version, tier }) }
+    }
+
+    /// Runs after the waiters of a load have their value. Puts a value whose version no poll had confirmed into L1 once one
+    /// has, and writes records to Redis, where the other replicas find them. Negative entries never go to Redis.
+    pub(crate) async fn publish(&self, query: &K::Query, loaded: Loaded<K>) {
+        let Loaded { mut entry, read: Some(Read { version, tier: Tier::Store }) } = loaded else { return };
+        let (view, key) = (Arc::clone(&self.replica_state.load()), K::key(query));
+        if !entry.is_of(&view) {
+            if view.provenance(&version) == Provenance::Ahead && view.lease_state(self.clock.now()) == LeaseState::Fresh
+            {
+                // A poll that takes longer than the lease has failed.
+                let lease = self.replica_state.limits().lease;
+                let _ = timeout(lease, self.replica_state.reached(&view, version.as_of)).await;
+            }
+            // Look again also where nothing was waited for: a poll on another thread may have confirmed the version since
+            // `insert_if_confirmed` looked.
+            if view.provenance(&version) == Provenance::Known {
+                entry = Arc::new(entry.entered(view.epoch()));
+                self.l1.put(key, Arc::clone(&entry));
+            }
+        }
+        let now = self.clock.now();
+        if let (Some(l2), Some(value)) = (&self.l2, entry.value())
+            && entry.is_current(&view, now)
+        {
+            l2.put(&key, &version.map(|()| value), entry.deadline().since(now)).await;
+        }
+    }
+
+    /// How long an entry lives. Its age counts from the read of the database, so a value from Redis has spent part of its
+    /// life there.
+    fn lifetime(&self, spread: u8, found: &Versioned<Option<K::Value>>) -> Lifetime {
+        let now = self.replica_state.database_clock.at(found.sent_at);
+        let age = now.map_or(Duration::ZERO, |now| now.since(found.read_at));
+        Lifetime { born: found.sent_at.before(age), lasts: jittered(self.ages.any, spread) }
+    }
+}
+
+/// `time` +-20 %, by `spread`, so that entries that were read together do not expire together.
+fn jittered(time: Duration, spread: u8) -> Duration {
+    time.mul_f64(0.8 + 0.4 * f64::from(spread) / 255.0)
+}

@@ -1,0 +1,131 @@
+//! The metrics of the tiers. Label values are resolved here once, since a look-up by label hashes and locks.
+
+use super::cacheable::Cacheable;
+use crate::base::{
+    fault::Tier,
+    metrics::{
+        Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, SHORT_SECONDS,
+        ThreadCounter, ThreadCounters, register,
+    },
+};
+
+/// The outcomes of look-ups in one tier.
+pub(crate) struct Outcomes {
+    pub(crate) hit: ThreadCounter,
+    pub(crate) negative_hit: ThreadCounter,
+    pub(crate) miss: ThreadCounter,
+    pub(crate) refused: ThreadCounter,
+    pub(crate) error: ThreadCounter,
+}
+
+/// The metrics of one kind of cached value.
+pub(crate) struct CacheMetrics {
+    pub(crate) l1: Outcomes,
+    pub(crate) l2: Outcomes,
+    pub(crate) store: Outcomes,
+    pub(crate) entries: IntGauge,
+    pub(crate) reads_ok: IntCounter,
+    pub(crate) reads_failed: IntCounter,
+    pub(crate) read_seconds: Histogram,
+    pub(crate) breaker_open: IntGauge,
+    pub(crate) samples: SampleCounts,
+}
+
+impl CacheMetrics {
+    /// Declares the metrics; `breaker_open` is the gauge of the store's circuit breaker.
+    ///
+    /// # Errors
+    /// As [`register`].
+    pub(crate) fn register<K: Cacheable>(registry: &Registry, breaker_open: IntGauge) -> prometheus::Result<Self> {
+        let lookups = ThreadCounters::new(
+            Opts::new(
+                "trustgate_cache_lookups_total",
+                "Lookups by kind of value, tier (l1, l2, store) and outcome (hit, negative_hit, miss, refused, error).",
+            ),
+            &["kind", "tier", "outcome"],
+        );
+        let lookups = register(registry, lookups)?;
+        let outcomes = |tier: Tier| {
+            let outcome = |outcome| lookups.with(&[K::NAME, tier.as_str(), outcome]);
+            Outcomes {
+                hit: outcome("hit"),
+                negative_hit: outcome("negative_hit"),
+                miss: outcome("miss"),
+                refused: outcome("refused"),
+                error: outcome("error"),
+            }
+        };
+        let entries = IntGaugeVec::new(
+            Opts::new("trustgate_cache_entries", "Values held in L1, absences included, by kind."),
+            &["kind"],
+        );
+        let reads = IntCounterVec::new(
+            Opts::new("trustgate_store_reads_total", "Reads of the database for checks, by outcome (ok, error)."),
+            &["outcome"],
+        );
+        let reads = register(registry, reads)?;
+        let seconds = HistogramOpts::new(
+            "trustgate_store_read_duration_seconds",
+            "How long reads of the database for checks took, in seconds.",
+        );
+        Ok(Self {
+            l1: outcomes(Tier::L1),
+            l2: outcomes(Tier::L2),
+            store: outcomes(Tier::Store),
+            entries: register(registry, entries)?.with_label_values(&[K::NAME]),
+            reads_ok: reads.with_label_values(&["ok"]),
+            reads_failed: reads.with_label_values(&["error"]),
+            read_seconds: register(registry, Histogram::with_opts(seconds.buckets(SHORT_SECONDS.to_vec())))?,
+            breaker_open,
+            samples: SampleCounts::register::<K>(registry)?,
+        })
+    }
+}
+
+/// The result of comparing a cached record with its row.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Comparison {
+    /// The cached copy matches the database.
+    Same,
+    /// A change concerned the record in the meantime, so no check would use it.
+    Changed,
+    /// The row differs or is absent, and no change recorded that.
+    Different,
+    /// There was nothing to compare with: no answer, or one of a version that no poll has confirmed.
+    Error,
+}
+
+/// Comparisons by their result.
+pub(crate) struct SampleCounts {
+    same: IntCounter,
+    changed: IntCounter,
+    different: IntCounter,
+    error: IntCounter,
+}
+
+impl SampleCounts {
+    fn register<K: Cacheable>(registry: &Registry) -> prometheus::Result<Self> {
+        let opts = Opts::new(
+            "trustgate_samples_total",
+            "Held records compared with the database, by kind and outcome: same, changed (a change named it meanwhile), \
+             different (none did: a change went unnoticed) or error (nothing to compare with).",
+        );
+        let samples = register(registry, IntCounterVec::new(opts, &["kind", "outcome"]))?;
+        let count = |outcome| samples.with_label_values(&[K::NAME, outcome]);
+        Ok(Self {
+            same: count("same"),
+            changed: count("changed"),
+            different: count("different"),
+            error: count("error"),
+        })
+    }
+
+    pub(crate) const fn of(&self, comparison: Comparison) -> &IntCounter {
+        match comparison {
+            Comparison::Same => &self.same,
+            Comparison::Changed => &self.changed,
+            Comparison::Different => &self.different,
+            Comparison::Error => &self.error,
+        }
+    }
+}

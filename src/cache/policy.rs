@@ -1,0 +1,99 @@
+//! The freshness rule: whether a value may be used for a check.
+//!
+//! This is the only place that decides it. A check chooses its [`ReadPolicy`] once, when it begins; [`is_usable`] then
+//! judges every value that the check gets to see, be it from L1 or from a load.
+
+use std::time::Duration;
+
+use super::{cacheable::Cacheable, l1::Entry, loaded::Loaded};
+use crate::{
+    base::clock::Moment,
+    freshness::{Freshness, ReplicaView, history::Provenance, lease::LeaseState},
+};
+
+/// Which values a check may use: the demand of its route, combined with the state of the lease when the check began.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ReadPolicy {
+    /// The lease is fresh: a cached entry that no applied change concerns.
+    Lease,
+    /// The lease is stale: the same, but an entry may only be used to grant. The database may have changed since, so a
+    /// cached denial or "not found" must not be served.
+    GrantOnly,
+    /// A read of the store that is sent after the check began.
+    Store,
+    /// A value that is young enough, wherever it comes from.
+    Age,
+}
+
+impl ReadPolicy {
+    /// The policy for a route that demands `freshness`, while the lease is in `state`.
+    #[must_use]
+    pub const fn new(freshness: Freshness, state: LeaseState) -> Self {
+        match (freshness, state) {
+            (Freshness::Ttl, _) => Self::Age,
+            (Freshness::Lease | Freshness::Strict, LeaseState::Fresh) => Self::Lease,
+            (Freshness::Lease, LeaseState::Stale) => Self::GrantOnly,
+            (Freshness::Lease, LeaseState::Expired)
+            | (Freshness::Strict, LeaseState::Stale | LeaseState::Expired)
+            | (Freshness::Live, _) => Self::Store,
+        }
+    }
+}
+
+/// How old values may get, counted from the read of the database.
+#[derive(Clone, Copy, Debug)]
+pub struct AgeLimits {
+    /// A record under [`ReadPolicy::Age`].
+    pub record: Duration,
+    /// A negative entry under [`ReadPolicy::Age`].
+    pub negative: Duration,
+    /// Any entry, under any policy. Each entry gets this time +-20 %, so that entries do not expire together.
+    pub any: Duration,
+}
+
+impl AgeLimits {
+    fn is_young<K: Cacheable>(&self, entry: &Entry<K>, now: Moment) -> bool {
+        entry.age(now) < if entry.value().is_some() { self.record } else { self.negative }
+    }
+}
+
+/// A value to be judged.
+pub(crate) enum Candidate<'a, K: Cacheable> {
+    /// An entry of L1.
+    Cached(&'a Entry<K>),
+    /// The result of a load, for a check that began at `began`.
+    Loaded { loaded: &'a Loaded<K>, began: Moment },
+}
+
+/// Whether a check under `policy` may use `candidate` at `now`, by what this replica knows in `view`.
+pub(crate) fn is_usable<K: Cacheable>(
+    policy: ReadPolicy,
+    candidate: &Candidate<'_, K>,
+    view: &ReplicaView,
+    limits: &AgeLimits,
+    now: Moment,
+) -> bool {
+    match (policy, candidate) {
+        (ReadPolicy::Lease, Candidate::Cached(entry)) => entry.is_current(view, now),
+        (ReadPolicy::GrantOnly, Candidate::Cached(entry)) => entry.value().is_some() && entry.is_current(view, now),
+        (ReadPolicy::Store, Candidate::Cached(_)) => false,
+        (ReadPolicy::Age, Candidate::Cached(entry)) => entry.is_current(view, now) && limits.is_young(entry, now),
+        (ReadPolicy::Lease, Candidate::Loaded { loaded, began }) => match loaded.provenance(view) {
+            Provenance::Known => loaded.entry.is_covered(view),
+            // No poll has confirmed this version yet, so only the check that asked for the read may rely on it.
+            Provenance::Ahead | Provenance::Foreign => loaded.is_read_after(*began),
+        },
+        (ReadPolicy::GrantOnly | ReadPolicy::Store, Candidate::Loaded { loaded, began }) => {
+            loaded.is_read_after(*began) && !is_outdated(loaded, view)
+        }
+        (ReadPolicy::Age, Candidate::Loaded { loaded, .. }) => {
+            !is_outdated(loaded, view) && limits.is_young(&loaded.entry, now)
+        }
+    }
+}
+
+/// Whether a change that this replica has applied concerns the value. A value of a version or history that no poll has
+/// seen is newer than everything this replica knows.
+fn is_outdated<K: Cacheable>(loaded: &Loaded<K>, view: &ReplicaView) -> bool {
+    loaded.provenance(view) == Provenance::Known && !loaded.entry.is_covered(view)
+}
