@@ -1,10 +1,11 @@
-//! Look-ups in a full L1 while other values come and go: how long the longest of them takes. Part of `benches/run scale`.
+//! Measures the longest lookup in a full L1 cache during insertions and evictions. Part of `benches/run scale`.
 //!
-//! One thread looks keys up uniformly at random, the other puts values of new keys in, each of which pushes another out.
-//! Prints a line of JSON. `longest_us` is what a caller waited; `longest_cpu_us` is the most that one look-up worked, which
-//! a host that stops the machine does not change. Never leaves the process.
+//! One thread looks keys up, uniformly at random. Another thread inserts values of new keys, each of which evicts an
+//! old value. The program prints one line of JSON. `longest_us` is the longest time that a caller waited.
+//! `longest_cpu_us` is the longest processor time of one lookup, which pauses of the machine do not change. The program
+//! uses no network.
 
-// What is measured here is this machine's time.
+// This program measures real time.
 #![allow(clippy::disallowed_methods)]
 
 use std::{
@@ -33,50 +34,51 @@ use trustgate::{
 use uuid::Uuid;
 
 #[derive(Parser)]
-#[command(about = "Looks keys up in a full L1 while others come and go")]
+#[command(about = "Measures lookups in a full L1 cache during insertions and evictions")]
 struct Arguments {
-    /// Memory of the cache, as `cache.size`.
+    /// Memory of the cache, in the form of `cache.size`.
     size: String,
-    /// Keys that are put in before anything is measured, and looked up.
+    /// Number of keys that are inserted before the measurement, and then looked up.
     keys: u64,
-    /// New keys a second.
+    /// Number of new keys that are inserted in a second.
     #[arg(long, default_value_t = 1_000)]
     rate: u32,
+    /// Length of the measurement, in seconds.
     #[arg(long, default_value_t = 60.0)]
     seconds: f64,
 }
 
 fn main() -> Result<(), Box<dyn Error>> {
     let Arguments { size, keys, rate, seconds } = Arguments::parse();
-    let size = ByteSize::parse(&size).ok_or("a size has a unit")?;
+    let size = ByteSize::parse(&size).ok_or("invalid size: expected a number with a unit, such as 128MiB")?;
     let l1 = L1::new(size, CacheSettings::default().absences_size);
     for number in 0..keys {
         put(&l1, number);
     }
-    let entry = l1.entries();
-    let (enough, put_in) = (AtomicBool::new(false), AtomicU64::new(0));
-    let looked = thread::scope(|scope| {
-        scope.spawn(|| churn(&l1, keys, rate, &enough, &put_in));
-        let looked = look(&l1, keys, Duration::from_secs_f64(seconds));
-        enough.store(true, Ordering::Relaxed);
-        looked
+    let entries = l1.entries();
+    let (stop, inserted) = (AtomicBool::new(false), AtomicU64::new(0));
+    let lookups = thread::scope(|scope| {
+        scope.spawn(|| churn(&l1, keys, rate, &stop, &inserted));
+        let lookups = run_lookups(&l1, keys, Duration::from_secs_f64(seconds));
+        stop.store(true, Ordering::Relaxed);
+        lookups
     });
     writeln!(
         io::stdout(),
-        "{{\"entries\": {entry}, \"lookups\": {}, \"found\": {}, \"put\": {}, \"longest_us\": {:.1}, \"longest_cpu_us\": {:.1}, \
-         \"over_1_ms\": {}}}",
-        looked.count,
-        looked.found,
-        put_in.load(Ordering::Relaxed),
-        looked.longest.as_secs_f64() * 1e6,
-        looked.longest_cpu.as_secs_f64() * 1e6,
-        looked.over_1_ms,
+        "{{\"entries\": {entries}, \"lookups\": {}, \"found\": {}, \"put\": {}, \"longest_us\": {:.1}, \
+         \"longest_cpu_us\": {:.1}, \"over_1_ms\": {}}}",
+        lookups.count,
+        lookups.found,
+        inserted.load(Ordering::Relaxed),
+        lookups.longest.as_secs_f64() * 1e6,
+        lookups.longest_cpu.as_secs_f64() * 1e6,
+        lookups.over_1_ms,
     )?;
     Ok(())
 }
 
 #[derive(Default)]
-struct Looked {
+struct Lookups {
     count: u64,
     found: u64,
     longest: Duration,
@@ -84,32 +86,33 @@ struct Looked {
     over_1_ms: u64,
 }
 
-fn look(l1: &L1<ApiKey>, keys: u64, length: Duration) -> Looked {
-    let (mut looked, mut number, began) = (Looked::default(), 0_u64, Instant::now());
+fn run_lookups(l1: &L1<ApiKey>, keys: u64, length: Duration) -> Lookups {
+    let (mut lookups, mut number, began) = (Lookups::default(), 0_u64, Instant::now());
     loop {
-        number = number.wrapping_add(0x9E37_79B9_7F4A_7C15); // visits all, in no order that the processor could guess
+        // Visit all keys, in an order that the processor cannot predict.
+        number = number.wrapping_add(0x9E37_79B9_7F4A_7C15);
         let key = digest(number % keys);
         let (start, start_cpu) = (Instant::now(), cpu());
-        looked.found += u64::from(black_box(l1.get(&key)).is_some());
+        lookups.found += u64::from(black_box(l1.get(&key)).is_some());
         let (took_cpu, took) = (cpu().saturating_sub(start_cpu), start.elapsed());
-        looked.count += 1;
-        looked.longest = looked.longest.max(took);
-        looked.longest_cpu = looked.longest_cpu.max(took_cpu);
-        looked.over_1_ms += u64::from(took_cpu > Duration::from_millis(1));
+        lookups.count += 1;
+        lookups.longest = lookups.longest.max(took);
+        lookups.longest_cpu = lookups.longest_cpu.max(took_cpu);
+        lookups.over_1_ms += u64::from(took_cpu > Duration::from_millis(1));
         if start.duration_since(began) > length {
-            return looked;
+            return lookups;
         }
     }
 }
 
-fn churn(l1: &L1<ApiKey>, keys: u64, rate: u32, enough: &AtomicBool, put_in: &AtomicU64) {
+fn churn(l1: &L1<ApiKey>, keys: u64, rate: u32, stop: &AtomicBool, inserted: &AtomicU64) {
     let (began, mut number) = (Instant::now(), 0_u32);
-    while !enough.load(Ordering::Relaxed) {
+    while !stop.load(Ordering::Relaxed) {
         while Duration::from_secs(1).mul_f64(f64::from(number) / f64::from(rate)) < began.elapsed() {
             put(l1, keys + u64::from(number));
             number += 1;
         }
-        put_in.store(number.into(), Ordering::Relaxed);
+        inserted.store(number.into(), Ordering::Relaxed);
         thread::sleep(Duration::from_micros(200));
     }
 }
@@ -132,7 +135,7 @@ fn put(l1: &L1<ApiKey>, number: u64) {
     l1.put(digest, Arc::new(Entry::new(&query, Some(record), Version(1), lifetime, None)));
 }
 
-/// Spread over all bytes, as real digests are.
+/// A digest whose bytes are all distributed evenly, like those of real digests.
 fn digest(number: u64) -> ApiKeyDigest {
     let mut bytes = [0; 32];
     let mut word = number;
@@ -143,7 +146,7 @@ fn digest(number: u64) -> ApiKeyDigest {
     ApiKeyDigest::from_bytes(bytes)
 }
 
-/// Processor time of this thread.
+/// The processor time of this thread.
 fn cpu() -> Duration {
     let time = clock_gettime(ClockId::ThreadCPUTime);
     Duration::new(time.tv_sec.unsigned_abs(), u32::try_from(time.tv_nsec).unwrap_or(0))

@@ -1,10 +1,11 @@
-//! One step of a check, or the whole of one, many times over, in this process: what `benches/run instructions` counts.
+//! Runs one step of a check, or a complete check, many times in this process. `benches/run instructions` counts the
+//! instructions.
 //!
-//! Prints how many nanoseconds each took. Under callgrind only what happens in [`measured`] is to be collected. The whole
-//! check is that of a server as it comes, made of the environment like any other, with the key already in its cache. Never
-//! opens a connection to itself: what the transport costs is measured from outside.
+//! Prints the nanoseconds for one step. Under callgrind, only the instructions in [`measured`] are collected. The
+//! complete check runs in a server with the settings from the environment, with the key in its cache. It does not
+//! include the cost of the transport, which other benchmarks measure.
 
-// What is measured here is this machine's time.
+// This program measures real time.
 #![allow(clippy::disallowed_methods)]
 
 use std::{
@@ -21,7 +22,7 @@ use trustgate::{
     ext_authz::{
         check::Progress,
         credential::{CredentialSettings, Hasher, extract::extract},
-        decision::decide,
+        decision::{Basis, decide},
         request::View,
         response::{OnFault, Replies, Reply},
         route::Demands,
@@ -31,43 +32,46 @@ use trustgate::{
 };
 use uuid::Uuid;
 
-/// A message as Envoy 1.40 sends it, and what stands in it where the key belongs.
+/// A message as Envoy 1.40 sends it.
 const MESSAGE: &[u8] = include_bytes!("check_request.bin");
-const PLACE: &[u8] = b"tg_0000000000000000000000000000000000000000000000000";
+/// The part of the message to replace with the key.
+const PLACEHOLDER: &[u8] = b"tg_0000000000000000000000000000000000000000000000000";
 
 #[derive(Parser)]
-#[command(about = "Does one step of a check many times over")]
+#[command(about = "Runs one step of a check many times")]
 struct Arguments {
-    /// Which.
+    /// The step to run.
     step: Step,
-    /// How many times.
+    /// How many times to run it.
     count: u64,
-    /// A key that the store of the environment's settings holds.
+    /// A key that exists in the database of the server.
     #[arg(long)]
     key: String,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
 enum Step {
-    /// A view over the message.
+    /// Parse the message into a view.
     Parse,
-    /// The key and the demands out of the view.
+    /// Extract the key and the demands from the view.
     Extract,
-    /// The key to its digest.
+    /// Compute the digest of the key.
     Hash,
-    /// Record, demands and time to a decision.
+    /// Decide from the record, the demands and the time.
     Decide,
-    /// The decision to the answer's bytes.
+    /// Encode the decision as the bytes of an answer.
     Encode,
-    /// All of it, and the look-up, from message to answer.
+    /// Run the complete check, including the lookup, from the message to the answer.
     Check,
 }
 
 fn main() -> Result<(), Box<dyn Error>> {
     let Arguments { step, count, key } = Arguments::parse();
     let mut message = MESSAGE.to_vec();
-    let place = message.windows(PLACE.len()).position(|part| part == PLACE).ok_or("no place for the key")?;
-    message[place..place + PLACE.len()].copy_from_slice(key.as_bytes().get(..PLACE.len()).ok_or("a short key")?);
+    let key_at = message.windows(PLACEHOLDER.len()).position(|part| part == PLACEHOLDER);
+    let key_at = key_at.ok_or("the message does not contain the placeholder of the key")?;
+    let key_bytes = key.as_bytes().get(..PLACEHOLDER.len()).ok_or("--key: the key is too short")?;
+    message[key_at..key_at + PLACEHOLDER.len()].copy_from_slice(key_bytes);
 
     let (settings, hasher) = (CredentialSettings::default(), Hasher::new(None, &[]));
     let replies = Replies::new(OnFault::Deny, Duration::from_secs(1));
@@ -118,18 +122,18 @@ fn check(count: u64, message: &[u8]) -> Result<Duration, Box<dyn Error>> {
     let checker = running.checker();
     runtime.block_on(async {
         running.ready().await;
-        // The first is read from the store, and fills the cache.
+        // The first check reads the key from the store and fills the cache.
         drop(checker.check(message).await);
     });
     let _inside = runtime.enter();
     let took = measured(count, &mut || {
-        let begun = checker.try_decide(black_box(message));
-        assert!(matches!(black_box(begun), Progress::Done(Reply::Message(_))), "not a hit");
+        let progress = checker.try_decide(black_box(message));
+        assert!(matches!(black_box(progress), Progress::Done(Reply::Message(_))), "not a hit");
     });
     Ok(took)
 }
 
-/// What is collected.
+/// The function whose instructions callgrind collects.
 #[inline(never)]
 fn measured(count: u64, step: &mut dyn FnMut()) -> Duration {
     let began = Instant::now();

@@ -1,13 +1,11 @@
-//! The management API's place. This release has none.
-//!
-//! Never listens.
+//! The section of the management API, which this release does not have. No code listens on its addresses.
 
 use std::net::SocketAddr;
 
 crate::settings! {
-    /// The management API. This release has none: leave it unset.
+    /// The management API. This release has no management API: leave this section unset.
     pub struct ApiSettings in "api" {
-        /// Address and port. Setting it is refused in this release.
+        /// The address and port to listen on. In this release, setting it is a configuration error.
         listen: Vec<SocketAddr> = "",
     }
 }

@@ -1,4 +1,5 @@
-//! Foundations without knowledge of checks: time, text, secrets, units, settings, metrics, faults and logging.
+//! Building blocks that know nothing of checks: time, settings, text and units, secrets, faults, logs, metrics, jitter
+//! and the circuit breaker.
 
 pub mod breaker;
 pub mod clock;

@@ -1,7 +1,7 @@
-//! Finds a value through the tiers: L1 in this process, then one load for all callers through L2 to the store.
+//! Finds a value through the tiers: L1 in this process, then one load shared by all callers, through L2 to the store.
 //!
-//! A hit is synchronous and takes none of our locks; only a miss is a future. Decides nothing about requests, and never
-//! turns an error into "not found" (`tests/e2e/outage.rs`).
+//! A hit is synchronous and takes none of our locks; only a miss is a future. The cache makes no decisions about
+//! requests, and it does not turn an error into "not found" (`tests/e2e/outage.rs`).
 
 pub mod api_key;
 pub mod cacheable;
@@ -46,32 +46,34 @@ use crate::{
 };
 
 crate::settings! {
-    /// The cache in this process.
+    /// The cache in the memory of this process (L1).
     pub struct CacheSettings in "cache" {
-        /// Memory for records of keys.
+        /// Memory for cached records of keys. When it is full, entries are evicted.
         size: ByteSize = "128MiB",
-        /// Memory for absences ("no such key"), apart, so that random keys evict no good one.
+        /// Memory for negative entries ("not found"). It is separate from `size`, so that requests with random keys do
+        /// not evict the records of good keys.
         absences_size: ByteSize = "8MiB",
-        /// How old a record may get whatever else allows it, +-20 % so that records do not age in step.
+        /// The maximum age of a cache entry in any mode, counted from the read of the database. It varies by +-20 %
+        /// from entry to entry, so that entries do not expire together.
         value_age_max: Duration = "15m",
     }
 }
 
-/// What a cache is made of.
+/// The dependencies and settings of a cache.
 pub struct CacheParts<K: Cacheable> {
     /// The system of record.
     pub store: Arc<dyn Lookup>,
-    /// Redis, where it is used.
+    /// Redis; `None` if it is not configured.
     pub l2: Option<L2<K>>,
-    /// What this replica knows of the store's history.
+    /// The changes that this replica has applied.
     pub replica_state: Arc<ReplicaState>,
-    /// The time.
+    /// The clock.
     pub clock: Arc<dyn Clock>,
-    /// The runtime on which loads ask Redis and the store.
+    /// The runtime on which loads read from Redis and the store.
     pub io: Handle,
     /// Limits on reads of the store.
     pub limits: StoreLimits,
-    /// How old values may get.
+    /// The maximum ages of values.
     pub ages: AgeLimits,
     /// The sizes of L1.
     pub settings: CacheSettings,
@@ -83,10 +85,10 @@ pub struct Cache<K: Cacheable> {
     loads: SingleFlight<(K::Key, LoadPath), Loaded<K>>,
 }
 
-/// What one check may use: its policy, the view of the replica that it was chosen by, and the moment the check began.
+/// The inputs of the freshness rule that stay the same during one check.
 #[derive(Clone, Debug)]
 pub struct ReadContext {
-    /// Which values may be used.
+    /// The read policy of the check.
     pub policy: ReadPolicy,
     /// The view of the replica when the check began.
     pub view: Arc<ReplicaView>,
@@ -95,10 +97,10 @@ pub struct ReadContext {
 }
 
 impl<K: Cacheable> Cache<K> {
-    /// An empty cache of `parts`.
+    /// Creates an empty cache.
     ///
     /// # Errors
-    /// When a metric of that name exists already.
+    /// A metric of the same name is already registered.
     pub fn new(parts: CacheParts<K>, registry: &Registry, breakers: &IntGaugeVec) -> prometheus::Result<Self> {
         let CacheParts { store, l2, replica_state, clock, io, limits, ages, settings } = parts;
         let breaker_open = breakers.with_label_values(&[Tier::Store.as_str()]);
@@ -115,7 +117,7 @@ impl<K: Cacheable> Cache<K> {
         Ok(Self { loader: Arc::new(loader), loads: SingleFlight::new(io) })
     }
 
-    /// The entry of `key` in L1, if a check under `policy` and `view` may use it at `now`. Never waits.
+    /// The entry of `key` in L1, if a check under `policy` and `view` may use it at `now`. Does not wait.
     #[must_use]
     pub fn hit(&self, policy: ReadPolicy, view: &ReplicaView, key: &K::Key, now: Moment) -> Option<Arc<Entry<K>>> {
         if policy == ReadPolicy::Store {
@@ -137,8 +139,8 @@ impl<K: Cacheable> Cache<K> {
         Some(entry)
     }
 
-    /// Loads the value of `query` from L2 or the store until `context` allows its use. Concurrent callers share one load,
-    /// and each judges its result by its own context.
+    /// Loads the value of `query` from L2 or the store until `context` allows its use. Concurrent callers share one
+    /// load, and each judges its result by its own context.
     ///
     /// # Errors
     /// A [`Fault`], shared by all callers that waited for the same load; [`Fault::Unconfirmed`] if the last of
@@ -150,13 +152,13 @@ impl<K: Cacheable> Cache<K> {
         for attempt in 0..JOINS_MAX {
             let path = match context.policy {
                 ReadPolicy::GrantOnly | ReadPolicy::Store => LoadPath::Store,
-                // The tiers have just returned a value that was too old.
+                // The tiers have just returned a value that is too old.
                 ReadPolicy::Age if attempt > 0 => LoadPath::Store,
                 ReadPolicy::Lease | ReadPolicy::Age => LoadPath::Tiers,
             };
             let loaded = match self.join_or_load(query.clone(), path).await {
                 (Ok(loaded), _) => loaded,
-                // A read that another caller sent has failed, which says nothing about a read of our own.
+                // A read that another caller started has failed. A new read may succeed.
                 (Err(_), Joined::Other) if attempt == 0 && path == LoadPath::Store => continue,
                 (Err(fault), _) => return Err(fault),
             };
@@ -186,13 +188,13 @@ impl<K: Cacheable> Cache<K> {
         self.loads.join_or_start((key, path), cached, load, publish).await
     }
 
-    /// Whether `context` allows the use of the result of a load.
+    /// True if `context` allows the use of `loaded`, the result of a load. May wait for a poll to confirm its version.
     async fn allows(&self, context: &ReadContext, loaded: &Loaded<K>) -> bool {
         let Loader { replica_state, clock, ages, .. } = &*self.loader;
         let ReadContext { policy, view, began } = context;
         let candidate = Candidate::Loaded { loaded, began: *began };
         if *policy == ReadPolicy::Age {
-            // The age is what counts, so judge by all that is known by now.
+            // Only the age counts here, so use the current view and time.
             return is_usable(*policy, &candidate, &replica_state.load(), ages, clock.now());
         }
         if *policy == ReadPolicy::Lease
@@ -210,25 +212,26 @@ impl<K: Cacheable> Cache<K> {
         sampler::sample(&self.loader, interval, jitter, stop).await;
     }
 
-    /// Sets the gauges that are read at scrape time.
+    /// Sets the gauges that are computed at scrape time.
     pub fn observe_entries(&self) {
         self.loader.metrics.entries.set(self.loader.l1.entries().cast_signed());
     }
 
-    /// Waits until no load is in flight. Each has a deadline, so this ends.
+    /// Waits until no load is in flight. Each load has a timeout, so this ends.
     pub async fn drain(&self) {
         self.loads.drain().await;
     }
 
-    /// Loads in flight, and those whose value is still being published.
+    /// The number of loads in flight, including those whose value is still being published.
     #[must_use]
     pub fn loads(&self) -> usize {
         self.loads.tasks()
     }
 }
 
-/// Loads that one call of [`Cache::find`] joins or starts. The first may have been in flight before the call, the second
-/// was not; only a change between the read and its return makes a third necessary.
+/// The maximum number of loads that one call of [`Cache::find`] joins or starts. The first load may have been in flight
+/// before the call; the second was not. A third is needed only if a change is applied between the second read and its
+/// return.
 const JOINS_MAX: u32 = 3;
 
 #[cfg(test)]
@@ -276,7 +279,7 @@ mod tests {
         }
     }
 
-    /// A cache over a store that no test asks.
+    /// The loader of a cache whose store is not read in the tests.
     fn loader() -> Arc<Loader<ApiKey>> {
         let clock: Arc<dyn Clock> = Arc::new(SystemClock);
         let url = Some(Secret::new("sqlite:///never/opened".to_owned()));
@@ -297,7 +300,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_value_whose_version_is_confirmed_right_after_its_read_is_kept() {
+    async fn value_confirmed_right_after_its_read_enters_l1() {
         let loader = loader();
         let query = Digests { current: DIGEST, older: Vec::new() };
         let record = Record {
@@ -319,7 +322,7 @@ mod tests {
             loader.l1.forget(&DIGEST);
             loader.replica_state.apply(&polled(newest..=newest + 1), true);
             loader.publish(&query, loaded).await;
-            let entry = loader.l1.get(&DIGEST).expect("kept");
+            let entry = loader.l1.get(&DIGEST).expect("in L1");
             assert!(entry.is_current(&loader.replica_state.load(), SystemClock.now()));
         }
     }

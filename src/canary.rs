@@ -1,9 +1,9 @@
-//! The canary: this replica issues a key of its own, sees it granted, revokes it and asks for it until it is refused,
-//! again and again. A proof while the server runs that a revocation counts here when it must.
+//! The canary: a task that repeatedly issues a key, waits until it is granted, revokes it, and checks it until it is
+//! denied. It shows on the running server whether revocations take effect within the revocation bound.
 //!
-//! Takes the way of everybody: management, with its audit, and the checker, with its counters. Never leaves anything behind
-//! but those: each round deletes what it made, and now and then what others left who are gone. Off unless
-//! `freshness.canary_interval` is set.
+//! The canary uses the same code as other callers: management, which writes audit entries, and the checker, which
+//! counts the checks. Each round deletes its trust and key; about once an hour, a round also deletes the trusts of
+//! replicas that are gone. Off unless `freshness.canary_interval` is set.
 
 pub mod client;
 
@@ -36,42 +36,43 @@ use crate::{
     },
 };
 
-/// What the names of canaries' trusts begin with; the id of the replica follows.
+/// Prefix of the names of canary trusts. The id of the replica follows.
 const PREFIX: &str = "trustgate-canary-";
-/// The wait between two checks of its key.
+/// Wait between two checks of the key.
 const PROBE_WAIT: Duration = Duration::from_millis(5);
-/// How long a new key may be refused before that is a finding. It should be granted at once.
+/// How long a new key may be denied before the round counts as `denied`. It should be granted at once.
 const GRANTED_WITHIN: Duration = Duration::from_secs(5);
-/// How much longer than promised a revoked key is asked for, at most.
-const PROBED_BEYOND: Duration = Duration::from_secs(1);
-/// How long a key lives beyond everything else: should this process end in the middle, nothing stays good for long.
-const LIFE_LEFT: Duration = Duration::from_mins(1);
-/// How long one change may take.
+/// How long a revoked key is checked beyond the revocation bound, at most.
+const PROBE_MARGIN: Duration = Duration::from_secs(1);
+/// Added to the longest time of a round to get the lifetime of its key. The key expires soon even if this process ends
+/// in the middle of a round.
+const LIFETIME_MARGIN: Duration = Duration::from_mins(1);
+/// Timeout of one management operation.
 const CHANGE_TIMEOUT: Duration = Duration::from_secs(5);
-/// How often what others left behind is looked for: all trusts are listed for that.
+/// Minimum time between two searches for the trusts of replicas that are gone. Each search lists all trusts.
 const CLEAN_INTERVAL: Duration = Duration::from_hours(1);
-/// How long the end of the server waits for the end of a round.
-const FAREWELL: Duration = Duration::from_secs(2);
+/// How long the shutdown waits for the end of a round.
+const STOP_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// What a canary works with.
+/// The dependencies of a canary.
 pub struct Parts {
-    /// Where it makes its keys.
+    /// Issues and revokes the keys.
     pub management: Management,
-    /// Whom it asks.
+    /// Decides the checks.
     pub checker: Arc<Checker>,
-    /// What this replica knows of the store's history.
+    /// The replica state.
     pub replica_state: Arc<ReplicaState>,
-    /// The time.
+    /// The clock.
     pub clock: Arc<dyn Clock>,
-    /// Where a key stands in a request.
+    /// The sources of a key in a request, and the pepper.
     pub credential: CredentialSettings,
-    /// What is promised, and how often that is tried.
+    /// The revocation bound, and the interval between rounds.
     pub settings: FreshnessSettings,
-    /// How fresh records are where a route does not say so.
+    /// The freshness mode of routes that do not set their own.
     pub mode: Freshness,
-    /// This replica.
+    /// The id of this replica.
     pub replica: Uuid,
-    /// What people know it by.
+    /// The name of this replica, for people.
     pub name: String,
 }
 
@@ -82,22 +83,23 @@ pub struct Canary {
 }
 
 impl Canary {
-    /// A canary of `parts`.
+    /// A canary with these dependencies.
     #[must_use]
     pub const fn new(parts: Parts, metrics: CanaryMetrics) -> Self {
         Self { parts, metrics }
     }
 
-    /// Makes round after round until `stop`, then deletes what there is of the last one.
+    /// Runs one round after another until `stop`. A round that `stop` interrupts deletes its trust, within
+    /// `STOP_TIMEOUT`.
     pub async fn run(self, stop: CancellationToken) {
-        let given_up = async {
+        let timed_out = async {
             stop.cancelled().await;
-            sleep(FAREWELL).await;
+            sleep(STOP_TIMEOUT).await;
         };
         tokio::select! {
             biased;
             () = self.rounds(&stop) => {}
-            () = given_up => {}
+            () = timed_out => {}
         }
     }
 
@@ -105,7 +107,7 @@ impl Canary {
         if stop.run_until_cancelled(self.parts.replica_state.confirmed()).await.is_none() {
             return;
         }
-        let (mut jitter, mut cleaned, mut before) = (Jitter::of(self.parts.replica), None, Outcome::Ok);
+        let (mut jitter, mut cleaned, mut previous) = (Jitter::of(self.parts.replica), None, Outcome::Ok);
         let interval = self.parts.settings.canary_interval;
         while stop.run_until_cancelled(sleep(jitter.around(interval))).await.is_some() {
             let outcome = match self.round(&mut cleaned, stop).await {
@@ -114,14 +116,14 @@ impl Canary {
                 Err(problem) => Outcome::Failed(problem.to_string()),
             };
             self.metrics.of(&outcome).inc();
-            if outcome != before {
-                tell(&outcome);
+            if outcome != previous {
+                log(&outcome);
             }
-            before = outcome;
+            previous = outcome;
         }
     }
 
-    /// One round; `None` where it was stopped before its end.
+    /// Runs one round; `None` if `stop` interrupted it.
     async fn round(&self, cleaned: &mut Option<Moment>, stop: &CancellationToken) -> Result<Option<Outcome>, Problem> {
         let mut manager = self.open().await?;
         let now = self.parts.clock.now();
@@ -131,11 +133,11 @@ impl Canary {
         }
         let trust = self.trust(&mut manager).await?.id;
         let tried = self.try_key(&mut manager, trust, stop).await;
-        let left = within(manager.delete_trust(&TrustRef::Id(trust), true)).await;
+        let deleted = within(manager.delete_trust(&TrustRef::Id(trust), true)).await;
         match tried? {
-            // What was found counts, whatever became of the rest.
+            // A late revocation is reported even if the trust could not be deleted.
             Some(Outcome::Late) => Ok(Some(Outcome::Late)),
-            outcome => left.map(|_| outcome),
+            outcome => deleted.map(|_| outcome),
         }
     }
 
@@ -145,7 +147,7 @@ impl Canary {
         Manager::new(ledger, Actor(format!("canary:{name}")), credential.clone()).map_err(Problem::Pepper)
     }
 
-    /// This canary's trust. It is there already if an earlier round could not delete it.
+    /// Creates this canary's trust. It exists already if an earlier round could not delete it.
     async fn trust(&self, manager: &mut Manager) -> Result<Trust, Problem> {
         let name = format!("{PREFIX}{}", self.parts.replica);
         match within(manager.create_trust(&name)).await {
@@ -156,7 +158,8 @@ impl Canary {
         }
     }
 
-    /// Issues a key, sees it granted, revokes it and asks for it until it is refused.
+    /// Issues a key, waits until it is granted, revokes it, and checks it until it is denied. `None` if `stop`
+    /// interrupted this.
     async fn try_key(
         &self,
         manager: &mut Manager,
@@ -171,10 +174,10 @@ impl Canary {
             name: Some("canary".to_owned()),
             scopes: Vec::new(),
             allowed_cidrs: Vec::new(),
-            expires_in: Some(GRANTED_WITHIN + 2 * CHANGE_TIMEOUT + bound + PROBED_BEYOND + LIFE_LEFT),
+            expires_in: Some(GRANTED_WITHIN + 2 * CHANGE_TIMEOUT + bound + PROBE_MARGIN + LIFETIME_MARGIN),
         }))
         .await?;
-        let message = question(&self.parts.credential, issued.secret.expose());
+        let message = check_message(&self.parts.credential, issued.secret.expose());
 
         let granted = |verdict| matches!(verdict, Verdict::Granted { .. });
         match self.probe(&message, granted, GRANTED_WITHIN, |_, _| (), stop).await {
@@ -183,7 +186,8 @@ impl Canary {
             Some(Verdict::Denied) => return Ok(Some(Outcome::Denied)),
             Some(Verdict::Undecided) => return Err(Problem::Undecided),
         }
-        // Once a poll has come to its version it is held: only what is held can be granted too long.
+        // L1 caches the key only after a poll has confirmed its version, and only a cached key can be granted for too
+        // long. So wait for a poll, then check the key once more.
         let polled = settings.poll_interval + settings.poll_timeout;
         if stop.run_until_cancelled(sleep(polled)).await.is_none() {
             return Ok(None);
@@ -191,18 +195,19 @@ impl Canary {
         self.ask(&message).await;
 
         within(manager.revoke_key(issued.key.id)).await?;
-        // Committed before, so whatever begins too long after this began too long after the commit.
+        // The revocation was committed before this moment. So a grant that begins more than the bound after this moment
+        // also begins more than the bound after the commit.
         let revoked = clock.now();
         let (mut last, mut is_late) = (Duration::ZERO, false);
         let note = |began: Moment, verdict| {
             if let Verdict::Granted { is_stale } = verdict {
                 last = began.since(revoked);
-                // One that is stale says that polls get no answer.
+                // A stale grant means that polls get no answer, for which the bound is longer.
                 is_late |= last > bound_of(is_stale);
             }
         };
         let denied = |verdict| verdict == Verdict::Denied;
-        let Some(end) = self.probe(&message, denied, bound + PROBED_BEYOND, note, stop).await else { return Ok(None) };
+        let Some(end) = self.probe(&message, denied, bound + PROBE_MARGIN, note, stop).await else { return Ok(None) };
         if !is_late && !denied(end) {
             return Err(Problem::Unconfirmed);
         }
@@ -210,8 +215,8 @@ impl Canary {
         Ok(Some(if is_late { Outcome::Late } else { Outcome::Ok }))
     }
 
-    /// Asks until an answer `is_end`, for `limit` at most, and tells `note` when each check began. Returns the last answer;
-    /// `None` where it was stopped before.
+    /// Repeats the check until `is_end` returns true for its verdict, for at most `limit`. Calls `note` with the start
+    /// and the verdict of each check. Returns the last verdict; `None` if `stop` interrupted this.
     async fn probe(
         &self,
         message: &[u8],
@@ -236,16 +241,17 @@ impl Canary {
         client::verdict(&self.parts.checker.check(message).await)
     }
 
-    /// Deletes the trusts of canaries whose replicas are gone without having done so.
+    /// Deletes the trusts of canaries whose replicas are gone.
     async fn clean(&self, manager: &mut Manager) -> Result<(), Problem> {
-        // In this order: whoever has a trust by now is alive when replicas are listed, or gone.
+        // List the trusts first: a replica that has created its trust by then is either in the later list of replicas,
+        // or gone.
         let trusts = within(manager.trusts()).await?;
         let alive = within(manager.replicas()).await?;
         for trust in trusts {
             let replica = trust.name.strip_prefix(PREFIX).and_then(|id| Uuid::parse_str(id).ok());
             if replica.is_some_and(|id| alive.iter().all(|alive| alive.id != id)) {
                 match within(manager.delete_trust(&TrustRef::Id(trust.id), true)).await {
-                    // Another canary was quicker.
+                    // `NoTrust`: another canary has deleted it.
                     Ok(_) | Err(Problem::Manage(ManageError::Ledger(StoreError::NoTrust(_)))) => {}
                     Err(problem) => return Err(problem),
                 }
@@ -255,8 +261,8 @@ impl Canary {
     }
 }
 
-/// The message that asks for `key` where the first of the configured sources has it.
-fn question(credential: &CredentialSettings, key: &str) -> Vec<u8> {
+/// The `CheckRequest` that presents `key` in the first of the configured sources.
+fn check_message(credential: &CredentialSettings, key: &str) -> Vec<u8> {
     let (path, header) = match credential.sources.first() {
         Some(Source::Header(name)) => ("/".to_owned(), Some((name.as_str(), key.to_owned()))),
         Some(Source::Authorization(Scheme::Bearer)) => {
@@ -267,56 +273,56 @@ fn question(credential: &CredentialSettings, key: &str) -> Vec<u8> {
         }
         Some(Source::Query(name)) => (format!("/?{name}={key}"), None),
         Some(Source::Cookie(name)) => ("/".to_owned(), Some(("cookie", format!("{name}={key}")))),
-        None => ("/".to_owned(), None), // refused at start
+        None => ("/".to_owned(), None), // a configuration without a source is refused
     };
     let headers: Vec<_> = header.iter().map(|(name, value)| (*name, value.as_str())).collect();
     client::request(&path, &headers)
 }
 
-/// What a change came to, if it did in time.
+/// Runs a management operation with a timeout.
 async fn within<T>(change: impl Future<Output = Result<T, ManageError>>) -> Result<T, Problem> {
     Ok(timeout(CHANGE_TIMEOUT, change).await.map_err(|_| Problem::Late)??)
 }
 
-/// What a round came to.
+/// The outcome of a round.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Outcome {
-    /// Granted, revoked, refused in time.
+    /// The key was granted and, after its revocation, denied in time.
     Ok,
-    /// Granted later than is promised.
+    /// The revoked key was granted for longer than the revocation bound.
     Late,
-    /// The good key was refused.
+    /// The valid key was denied.
     Denied,
-    /// The round could not be made, and why.
+    /// The round could not be completed, for this reason.
     Failed(String),
 }
 
-/// Says what has changed with this round.
-fn tell(outcome: &Outcome) {
+/// Logs an outcome that differs from the previous one.
+fn log(outcome: &Outcome) {
     match outcome {
-        Outcome::Ok => tracing::info!("the canary's key is granted and, once revoked, refused in time"),
-        Outcome::Late => tracing::error!("the canary's revoked key was granted for longer than is promised"),
-        Outcome::Denied => tracing::error!("the canary's key is refused although it is good"),
-        Outcome::Failed(problem) => tracing::warn!(problem, "the canary could not make its round"),
+        Outcome::Ok => tracing::info!("canary ok: the key was granted and, after its revocation, denied in time"),
+        Outcome::Late => tracing::error!("canary late: the revoked key was granted beyond the revocation bound"),
+        Outcome::Denied => tracing::error!("canary denied: the valid key was not granted"),
+        Outcome::Failed(problem) => tracing::warn!(problem, "canary round failed"),
     }
 }
 
-/// Why a round could not be made.
+/// Why a round could not be completed.
 #[derive(Debug, thiserror::Error)]
 enum Problem {
     #[error(transparent)]
     Manage(#[from] ManageError),
     #[error("cannot read the pepper: {0}")]
     Pepper(io::Error),
-    #[error("management took longer than {CHANGE_TIMEOUT:?}")]
+    #[error("management timeout: an operation took longer than {CHANGE_TIMEOUT:?}")]
     Late,
-    #[error("the good key could not be decided")]
+    #[error("check fault: the server could not decide the valid key")]
     Undecided,
-    #[error("the database did not confirm the revocation")]
+    #[error("revocation not confirmed: no check denied the revoked key")]
     Unconfirmed,
 }
 
-/// What canaries look like from outside.
+/// The metrics of the canary.
 #[derive(Clone)]
 pub struct CanaryMetrics {
     ok: IntCounter,
@@ -334,13 +340,14 @@ impl CanaryMetrics {
     pub fn register(registry: &Registry) -> prometheus::Result<Self> {
         let rounds = Opts::new(
             "trustgate_canary_rounds_total",
-            "Rounds of the canary by outcome: ok, late (granted for longer than is promised), denied (a good key was \
-             refused) or failed.",
+            "Rounds of the canary by outcome: ok, late (granted for longer than the bound allows), denied (a good key \
+             was denied) or failed.",
         );
         let rounds = register(registry, IntCounterVec::new(rounds, &["outcome"]))?;
         let revocation = HistogramOpts::new(
             "trustgate_canary_revocation_seconds",
-            "From the acknowledged revocation of the canary's key until the last check that was granted began, in seconds.",
+            "Time from the acknowledged revocation of the canary's key to the start of the last granted check, in \
+             seconds.",
         );
         let mut buckets = SHORT_SECONDS.to_vec();
         buckets.extend([0.5, 1.0, 2.5]);
@@ -373,13 +380,13 @@ mod tests {
     };
 
     #[test]
-    fn the_key_stands_where_the_first_source_looks_for_it() {
+    fn the_key_is_presented_in_the_first_source() {
         for source in ["header:x-key", "authorization:bearer", "authorization:apikey", "query:key", "cookie:key"] {
             let sources = vec![Source::read(&RawValue::One(source.to_owned())).unwrap()];
             let credential = CredentialSettings { sources, ..CredentialSettings::default() };
-            let message = question(&credential, "a-key-of-somebody");
+            let message = check_message(&credential, "a-key");
             let found = extract(&credential, &View::parse(&message).unwrap()).key;
-            assert_eq!(found.unwrap().expose(), b"a-key-of-somebody", "{source}");
+            assert_eq!(found.unwrap().expose(), b"a-key", "{source}");
         }
     }
 }

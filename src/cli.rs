@@ -1,7 +1,7 @@
-//! The command line: reads what is wanted, lets others do it, and shows what came of it.
+//! The command line: parses the arguments, runs the command and writes its answer.
 //!
-//! Answers go to standard output, everything else to standard error. Never changes anything itself, and shows a key only
-//! once, right after it was made.
+//! Answers go to standard output; errors, warnings and progress go to standard error. `key issue` is the only command
+//! that shows a key (`tests/it/cli.rs`).
 
 mod answer;
 mod args;
@@ -32,7 +32,8 @@ use self::{
 
 use crate::ext_authz::credential::format;
 
-/// Does what `arguments` want in this `environment` and returns the exit code: 0 done, 1 failed, 2 used wrongly, 3 the checked key is denied.
+/// Runs the command in `arguments` with the variables in `environment`. Returns the exit code: 0 done, 1 failed,
+/// 2 wrong usage, 3 the checked key is denied.
 pub fn run(
     arguments: impl IntoIterator<Item = OsString>,
     environment: &[(OsString, OsString)],
@@ -40,12 +41,12 @@ pub fn run(
     err: &mut dyn Write,
 ) -> u8 {
     let arguments: Vec<_> = arguments.into_iter().collect();
-    // Before anything shows or stores it.
+    // Check this first: parse errors repeat arguments, and commands may store them.
     if arguments.iter().any(is_key) {
         let _ = writeln!(
             err,
-            "error: an argument is an API key, which other users of this machine can see: revoke that key; commands read keys from \
-             standard input"
+            "error: an argument is an API key, and other users of this machine can read the command line: revoke that \
+             key, and pass keys on standard input"
         );
         return USAGE;
     }
@@ -58,9 +59,9 @@ pub fn run(
         Ok(answer) => match show(&answer, output, out) {
             Ok(()) => answer.code,
             Err(error) => {
-                // A reader that closed the pipe has seen enough, unless something is lost.
+                // A reader that closes the pipe (`head`) is not an error, unless the lost output matters.
                 if error.kind() != ErrorKind::BrokenPipe || answer.if_lost.is_some() {
-                    let _ = writeln!(err, "error: the answer could not be written: {error}");
+                    let _ = writeln!(err, "error: the output could not be written: {error}");
                 }
                 if let Some(lost) = &answer.if_lost {
                     let _ = writeln!(err, "{lost}");
@@ -75,7 +76,7 @@ pub fn run(
     }
 }
 
-/// Whether an argument, or the value of `--option=value`, is a key.
+/// True if `argument`, or the value in `--option=value`, is an API key in trustgate's own format.
 fn is_key(argument: &OsString) -> bool {
     let text = argument.to_string_lossy();
     format::is_key(&text) || text.split_once('=').is_some_and(|(_, value)| format::is_key(value))

@@ -1,6 +1,6 @@
-//! The configuration: one TOML file, overlaid by environment variables, checked as a whole.
+//! The configuration: one TOML file, overridden by environment variables, and checked as a whole.
 //!
-//! The environment is an argument. Never prints what was written: a value may be a secret.
+//! The caller passes the environment. Errors do not quote values that may be secrets.
 
 mod check;
 pub mod document;
@@ -30,20 +30,20 @@ use crate::{
     store::StoreSettings,
 };
 
-/// The variable that names the file where `--config` does not.
+/// The environment variable with the path of the file. `--config` takes precedence.
 pub const FILE_VARIABLE: &str = "TRUSTGATE_CONFIG";
 
-/// Lists the sections; a new one is a new line where this is used.
+/// Declares `Config` and `SECTIONS`. To add a section, add a line to the call below.
 macro_rules! sections {
     ($($name:ident: $Section:ty,)+) => {
-        /// Everything that is set, or its default.
+        /// The values of all settings: as configured, or their defaults.
         #[derive(Clone, Debug, Default)]
         pub struct Config {
             $( #[doc = concat!("`[", stringify!($name), "]`")] pub $name: $Section, )+
             origins: BTreeMap<String, Origin>,
         }
 
-        /// Every section, in the order to be shown.
+        /// All sections, in the order of the documentation.
         pub const SECTIONS: &[SectionInfo] = &[
             $( SectionInfo { name: <$Section>::NAME, doc: <$Section>::DOC, fields: <$Section>::FIELDS }, )+
         ];
@@ -68,43 +68,43 @@ sections! {
     log: LogSettings,
 }
 
-/// A section as documentation sees it.
+/// The documentation of a section.
 #[derive(Clone, Copy, Debug)]
 pub struct SectionInfo {
     /// Its name: `[name]` in the file.
     pub name: &'static str,
-    /// What it is about.
+    /// Its description.
     pub doc: &'static str,
     /// Its settings.
     pub fields: &'static [Field],
 }
 
-/// Why there is no configuration to run with.
+/// Why the configuration cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigErrors {
     /// The file cannot be read.
     #[error("cannot read the configuration file {path} (named by {named_by}): {source}")]
     Unreadable {
-        /// Which file.
+        /// The path of the file.
         path: PathBuf,
-        /// `--config`, or the variable.
+        /// The source of the path: `--config` or the environment variable.
         named_by: &'static str,
-        /// What the operating system says.
+        /// The error of the operating system.
         source: io::Error,
     },
-    /// There are mistakes in it; all of them.
+    /// The configuration has errors; all of them.
     #[error("{0}")]
     Mistakes(Mistakes),
 }
 
-/// All mistakes of a configuration; never empty.
+/// All errors of a configuration; at least one.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Mistakes(pub Vec<ConfigError>);
 
 impl fmt::Display for Mistakes {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let count = self.0.len();
-        write!(f, "the configuration has {count} mistake{}:", if count == 1 { "" } else { "s" })?;
+        write!(f, "the configuration has {count} error{}:", if count == 1 { "" } else { "s" })?;
         for config_error in &self.0 {
             write!(f, "\n  {config_error}")?;
         }
@@ -112,31 +112,32 @@ impl fmt::Display for Mistakes {
     }
 }
 
-/// What the configuration is for: which of its secret files must be readable.
+/// The purpose of a configuration. It decides which secret files must be readable.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Purpose {
-    /// Answering checks. The management URL is none of this process's business.
+    /// Answer checks. Only the canary needs the management URL.
     Serve,
-    /// Changing trusts and keys. Redis is none of this process's business.
+    /// Change trusts and keys. Redis is not needed.
     Manage,
-    /// Changing the deny list in Redis. The database is needed only where it holds the key of the MAC.
+    /// Change the deny list in Redis. The database is needed only if it has the MAC key.
     Deny,
-    /// Finding every mistake.
+    /// Find all errors in the configuration.
     Check,
 }
 
 impl Config {
-    /// Where `section.name` was set, if it was.
+    /// The place where `section.name` was set, if it was set.
     #[must_use]
     pub fn origin(&self, section: &str, name: &str) -> Option<&str> {
         self.origins.get(&format!("{section}.{name}")).map(String::as_str)
     }
 }
 
-/// Reads `file` (else the file that `TRUSTGATE_CONFIG` names, else none) and overlays it with `environment`.
+/// Reads `file`, or else the file that `TRUSTGATE_CONFIG` names, and overrides it with `environment`. Without a file,
+/// the defaults apply.
 ///
 /// # Errors
-/// When the file cannot be read, or with every mistake there is.
+/// If the file cannot be read, or if the configuration has errors. The result lists all of them.
 pub fn load(
     file: Option<&Path>,
     environment: impl IntoIterator<Item = (OsString, OsString)>,
@@ -146,10 +147,10 @@ pub fn load(
     if config_errors.is_empty() { Ok(config) } else { Err(ConfigErrors::Mistakes(Mistakes(config_errors))) }
 }
 
-/// As [`load`], but with what could be read where there are mistakes: a setting that cannot be read has its default.
+/// As [`load`], but returns the configuration even if it has errors. A setting with an invalid value has its default.
 ///
 /// # Errors
-/// When the file cannot be read.
+/// If the file cannot be read.
 pub fn load_with_errors(
     file: Option<&Path>,
     environment: impl IntoIterator<Item = (OsString, OsString)>,
@@ -192,7 +193,8 @@ mod tests {
     use super::*;
     use crate::grpc::listener::ListenAddress;
 
-    /// The mistakes in a file with this text and this environment, one a line, as a person sees them.
+    /// The configuration errors in a file with this text and in this environment, one per line, as an operator sees
+    /// them.
     pub(crate) fn config_errors(text: &str, environment: &[(&str, &str)]) -> Vec<String> {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("trustgate.toml");
@@ -212,7 +214,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_set_is_the_defaults() {
+    fn defaults_apply_if_nothing_is_set() {
         let config = load(None, [], Purpose::Serve).unwrap();
         assert_eq!(config.grpc.listen, [ListenAddress::Tcp("127.0.0.1:50051".parse().unwrap())]);
         assert!(config.store.url.is_none());
@@ -220,7 +222,7 @@ mod tests {
     }
 
     #[test]
-    fn the_environment_wins_over_the_file_and_where_is_remembered() {
+    fn the_environment_overrides_the_file_and_origins_are_recorded() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("t.toml");
         std::fs::write(&path, "[grpc]\nlisten = [\"127.0.0.1:1\", \"127.0.0.1:2\"]\n[cache]\nsize = \"1GiB\"\n")
@@ -235,24 +237,26 @@ mod tests {
     }
 
     #[test]
-    fn every_mistake_is_told_at_once_with_its_place() {
+    fn all_errors_are_reported_at_once_with_their_origins() {
         let text = "[grpc]\nlisten = \"nowhere\"\n\n[chache]\nsize = 1\n[store]\nurls = \"x\"\nread_timeout = 100\n";
         assert_eq!(
             config_errors(text, &[("TRUSTGATE__LIMITS__MESAGE_SIZE", "1MiB"), ("TRUSTGATE__CACHE__SIZE", "lots")]),
             [
                 "trustgate.toml:4: chache: there is no such section; did you mean [cache]?",
                 "trustgate.toml:7: store.urls: there is no such setting; did you mean store.url?",
-                "TRUSTGATE__LIMITS__MESAGE_SIZE: there is no such setting; did you mean TRUSTGATE__LIMITS__MESSAGE_SIZE?",
+                "TRUSTGATE__LIMITS__MESAGE_SIZE: there is no such setting; did you mean \
+                 TRUSTGATE__LIMITS__MESSAGE_SIZE?",
                 "trustgate.toml:2: grpc.listen: expected an address with its port, such as \"127.0.0.1:50051\", \
                  or \"unix:///run/trustgate/trustgate.sock\"",
-                "trustgate.toml:8: store.read_timeout: expected a duration with its unit, such as \"150ms\", \"20s\" or \"15m\"",
+                "trustgate.toml:8: store.read_timeout: expected a duration with its unit, such as \"150ms\", \"20s\" \
+                 or \"15m\"",
                 "TRUSTGATE__CACHE__SIZE: cache.size: expected a size with its unit, such as \"256KiB\" or \"128MiB\"",
             ]
         );
     }
 
     #[test]
-    fn a_file_that_is_not_there_names_who_named_it() {
+    fn the_error_for_a_missing_file_says_where_its_path_was_set() {
         let missing = OsString::from("/nowhere/trustgate.toml");
         let error = load(None, [(FILE_VARIABLE.into(), missing)], Purpose::Serve).unwrap_err().to_string();
         assert!(error.contains("/nowhere/trustgate.toml (named by TRUSTGATE_CONFIG)"), "{error}");

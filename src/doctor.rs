@@ -1,4 +1,4 @@
-//! The examinations of `trustgate doctor`: what the database and Redis answer, and what to do about it.
+//! The examinations of the database and of Redis for `trustgate doctor`, and their results as data.
 
 pub mod database;
 pub mod diagnosis;

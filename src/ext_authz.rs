@@ -1,4 +1,5 @@
-//! A check, in the order of a request: message, credential, route demands, decision, response.
+//! Envoy's `ext_authz` check, from the bytes of a `CheckRequest` to the bytes of a `CheckResponse`: find the
+//! credential, look up its record, decide, and encode the response. [`crate::grpc`] receives and sends the bytes.
 
 pub mod check;
 pub mod credential;

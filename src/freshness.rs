@@ -1,6 +1,7 @@
-//! How long what was read may be relied on: the view of this replica, and the poll that keeps it.
+//! How long this replica may use cached data: its view of the change log, and the poll that keeps the view current.
 //!
-//! A view is state without I/O. Never touches a cache: a value that left the view is refused where it is used.
+//! A view does no I/O and does not touch the cache. `cache::policy` asks the view about each cached value and refuses
+//! the value if the view no longer covers it.
 
 pub mod deny_list;
 pub mod history;
@@ -37,57 +38,66 @@ use crate::{
 };
 
 crate::settings! {
-    /// How fresh what is held must be for a decision, and how that is made sure of. See `docs/revocation.md`.
+    /// How current the data behind a decision must be, and how this replica keeps it current. See `docs/revocation.md`.
     pub struct FreshnessSettings in "freshness" {
-        /// `lease`: what is held is relied on while a poll has confirmed it within `lease`, so that a revoked key stops
-        /// within about a second at the worst, and for `stale_if_unconfirmed` while the database does not answer.
-        /// `strict`: the same without that time. `live`: every request reads its key's row in the database. `ttl`: a
-        /// record is used until it is `ttl` old. A route can say otherwise with the context extension
-        /// `trustgate.freshness`. Unset: `lease`, or `ttl` with an existing table that is not attached, which
-        /// names no changes.
+        /// How current cached data must be. `lease`: cache entries are used while the last successful poll is at most
+        /// `lease` old, so with the default settings a revoked key is refused after about one second at most. If the
+        /// database stops answering, keys known to be good are granted for another `stale_if_unconfirmed`. `strict`:
+        /// like `lease`, but without `stale_if_unconfirmed`. `live`: each request reads the row of its key in the
+        /// database. `ttl`: a cached record is used until it is `ttl` old. The context extension `trustgate.freshness`
+        /// overrides this setting for one route. Unset: `lease`; for an existing table that is not attached, which has
+        /// no change log, `ttl`.
         mode: Option<Freshness> = "",
-        /// How long what is held may be relied on after the last poll that was answered (L): a revoked key is granted no
-        /// longer than this while this replica reaches the database.
+        /// How long cache entries may be used after the last successful poll was sent (L). While this replica reaches
+        /// the database, a check that starts later than this after a revocation refuses the revoked key.
         lease: Duration = "1s",
-        /// How much longer records that were good may be granted while polls get no answer at all (S); `0s`: not at all.
-        /// While the database is down nobody can revoke a key in it; this time counts where this replica is cut off from
-        /// a database that others reach.
+        /// How much longer keys that were known to be good are granted while the database answers no poll at all (S).
+        /// `0s` turns this off. While the database is down for every client, no key can be revoked in it. The time is a
+        /// risk only if this replica is cut off from a database that other clients still reach.
         stale_if_unconfirmed: Duration = "120s",
-        /// How often the database is asked what changed.
+        /// How often this replica polls the database for changes.
         poll_interval: Duration = "100ms",
-        /// How long such a poll may take; connecting may take `store.connect_timeout`.
+        /// How long one poll may take. A new connection is opened in the background and may take
+        /// `store.connect_timeout`.
         poll_timeout: Duration = "250ms",
-        /// Whether the database (`NOTIFY` of PostgreSQL) and Redis may tell that something changed, so that the poll need
-        /// not wait for its turn. They only make a revocation faster: the bound holds without them.
+        /// If true, the database (`NOTIFY` in PostgreSQL) and Redis notify this replica of changes, and it polls at
+        /// once instead of after `poll_interval`. Notifications only speed up revocations; the revocation bound does
+        /// not depend on them.
         hints: bool = "true",
-        /// In mode `ttl`: how old a record may get, counted from the database read, whatever tiers it passed through.
+        /// In mode `ttl`: the maximum age of a cached record, counted from the read of the database. Time that the
+        /// record spent in Redis is included.
         ttl: Duration = "60s",
-        /// In mode `ttl`: how long "no such key" is remembered. A new key that somebody tried before it was issued waits
-        /// this long.
+        /// In mode `ttl`: how long a negative entry ("not found") is used. If a client presents a key before the key is
+        /// issued, the key can be refused for this long afterwards.
         absence_ttl: Duration = "5s",
-        /// A file of keys, trusts and digests to deny, while the database is down too: lines such as `key UUID`,
-        /// `trust UUID` or `digest` and 64 hexadecimal digits, each with ` until 2026-01-31T12:00:00Z` after it if it is to
-        /// end; `#` begins a comment. A change counts within a second. Unset: there is none.
+        /// A file of keys, trusts and digests to deny. It also works while the database is down. Each line is
+        /// `key UUID`, `trust UUID`, or `digest` and 64 hexadecimal digits. To end an entry at a given time, append
+        /// ` until 2026-01-31T12:00:00Z`. `#` starts a comment. The server applies changes to the file within a second.
+        /// Unset: no file.
         deny_file: Option<PathBuf> = "",
-        /// How often a record that is held here is compared with its row in the database, which proves that no change goes
-        /// unnoticed; 10 ms at least, `0s`: never. One that differs though no change named it is read again, and counted.
+        /// How often the server compares one cached record with its row in the database, to detect changes that are
+        /// missing from the change log. At least 10 ms; `0s` turns this off. If a record differs and the change log
+        /// does not explain it, the server counts and logs the record and loads it again.
         sample_interval: Duration = "0s",
-        /// How often this replica issues a key of its own, sees it granted, revokes it and asks for it until it is refused;
-        /// 1 s at least, `0s`: never. Needs a role that may change trusts and keys (`store.management_url`, or `store.url`)
-        /// and writes four entries of the audit each time. Not more often than once a second over all replicas.
+        /// How often this replica tests revocation: it issues a key, checks that the key is granted, revokes the key,
+        /// and repeats the check until the key is refused. At least 1 s; `0s` turns this off. The server then needs a
+        /// database role that may change trusts and keys (`store.management_url`, or `store.url`), and each round
+        /// writes four audit entries. Choose the interval so that all replicas together start at most one round per
+        /// second.
         canary_interval: Duration = "0s",
     }
 }
 
 impl FreshnessSettings {
-    /// The bounds of the lease.
+    /// The limits of the lease, from `lease` and `stale_if_unconfirmed`.
     #[must_use]
     pub const fn limits(&self) -> Limits {
         Limits { lease: self.lease, stale: self.stale_if_unconfirmed }
     }
 
-    /// How long after its commit a revocation may go unnoticed by checks under `mode`, at most. `is_unanswered`: whether
-    /// polls get no answer at all. How long the check itself may take comes on top.
+    /// The revocation bound under `mode`: a check that starts later than this after the commit of a revocation refuses
+    /// the key. The duration of the check itself is not included. `is_unanswered`: true while polls get no answer at
+    /// all.
     #[must_use]
     pub fn bound(&self, mode: Freshness, is_unanswered: bool) -> Duration {
         match mode {
@@ -99,24 +109,25 @@ impl FreshnessSettings {
     }
 }
 
-/// What this replica knows of the store's history, and which values that covers.
+/// This replica's view of one history of the database: the version applied, the lease, and which cached values are out
+/// of date.
 #[derive(Debug)]
 pub struct ReplicaView {
     epoch: Epoch,
     limits: Limits,
     lease: Lease,
     history: Mutex<History>,
-    /// The history that was lost before this view.
+    /// The lost history that the view before this one followed; empty in the first view.
     lost: History,
 }
 
-/// Which view a value entered: stamped on it when it enters a cache. Views follow upon polls that found a lost history, so
-/// that their numbers last for a decade of nothing else.
+/// Identifies a view. A cache entry carries the epoch of the view in which it entered the cache. Each new view takes at
+/// least one poll, so at ten polls per second the 32-bit numbers last for more than ten years.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Epoch(NonZeroU32);
 
 impl ReplicaView {
-    /// The view that comes after `earlier` others, of which the last knew the history `lost`.
+    /// A view that follows `earlier` views. `lost`: the history of the last of them.
     fn new(earlier: u32, limits: Limits, lost: History) -> Self {
         Self {
             epoch: Epoch(NonZeroU32::MIN.saturating_add(earlier)),
@@ -127,25 +138,25 @@ impl ReplicaView {
         }
     }
 
-    /// Which view it is.
+    /// The epoch that identifies this view.
     #[must_use]
     pub const fn epoch(&self) -> Epoch {
         self.epoch
     }
 
-    /// The lease and what it covers.
+    /// The lease, and the changes that were applied under it.
     #[must_use]
     pub const fn lease(&self) -> &Lease {
         &self.lease
     }
 
-    /// What the lease is worth at `now`. A check asks before it looks at any value.
+    /// The state of the lease at `now`. A check must call this before it looks at any value.
     #[must_use]
     pub fn lease_state(&self, now: Moment) -> LeaseState {
         self.lease.lease_state(now, self.limits)
     }
 
-    /// Where a value belongs in this view's history.
+    /// The relation of a value to this view's history.
     #[must_use]
     pub fn provenance<T>(&self, value: &Versioned<T>) -> Provenance {
         self.history().provenance(value)
@@ -157,7 +168,7 @@ impl ReplicaView {
         self.history().applied()
     }
 
-    /// From which version on the next poll asks; `None` before the first.
+    /// The version from which the next poll reads the change log; `None` before the first poll.
     #[must_use]
     pub fn since(&self) -> Option<Version> {
         let history = self.history();
@@ -165,52 +176,53 @@ impl ReplicaView {
     }
 
     fn history(&self) -> MutexGuard<'_, History> {
-        // Every step is whole at every moment.
+        // No update can panic halfway, so the history behind a poisoned lock is still consistent.
         self.history.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// The present view, and what outlives it.
+/// The current view, and the state that outlives a view.
 #[derive(Debug)]
 pub struct ReplicaState {
     present: ArcSwap<ReplicaView>,
     limits: Limits,
     epochs: AtomicU32,
-    /// Digests that were revoked in a history that was lost.
+    /// Digests that this replica saw revoked. They stay denied if the database loses that history.
     pub revoked: Revoked,
-    /// The database's clock as seen from here.
+    /// An estimate of the database's clock.
     pub database_clock: DatabaseClock,
-    /// Whether this server has the pepper of the database.
+    /// The result of comparing this server's peppers with those recorded in the database.
     pub pepper: PepperState,
     confirmed: watch::Sender<bool>,
     applied: Notify,
-    hint: Notify,
+    wake: Notify,
 }
 
-/// What the answer to a poll changed.
+/// The effect of applying the answer to a poll.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Applied {
-    /// Nothing new.
+    /// There was no new version.
     Nothing,
-    /// The first confirmation of this view.
+    /// This was the first poll of the view.
     Begun,
-    /// New versions; what they named is out of date.
+    /// There were new versions. Values that their changes concern are out of date.
     Changed,
-    /// New versions, but not all of what they named is known: everything read before is out of date.
+    /// There were new versions, but the answer does not contain all of their changes. Every value read before is out of
+    /// date.
     Everything,
-    /// History was lost: nothing read before is used, and the next poll begins anew.
+    /// The database lost history. No value read before is used, and the next poll starts a new view.
     Lost {
-        /// The history that was followed.
+        /// The lineage of the lost history.
         lineage: Lineage,
-        /// The version it had come to.
+        /// The last version of it that this replica applied.
         applied: Version,
     },
-    /// The store does not name all changes at the moment: nothing is relied on until it does.
+    /// The triggers that record changes are not intact. The lease ended; it can begin again once they are restored.
     Unwatched,
 }
 
 impl ReplicaState {
-    /// No view yet: nothing is relied on before the first poll.
+    /// A state without a lease: no cache entry may be used before the first poll.
     #[must_use]
     pub fn new(limits: Limits) -> Self {
         Self {
@@ -222,53 +234,53 @@ impl ReplicaState {
             pepper: PepperState::default(),
             confirmed: watch::Sender::new(false),
             applied: Notify::new(),
-            hint: Notify::new(),
+            wake: Notify::new(),
         }
     }
 
-    /// The present view. A check loads it once and keeps to it.
+    /// The current view. A check loads it once and uses it to the end.
     #[must_use]
     pub fn load(&self) -> Guard<Arc<ReplicaView>> {
         self.present.load()
     }
 
-    /// The bounds of the lease.
+    /// The limits of the lease.
     #[must_use]
     pub const fn limits(&self) -> Limits {
         self.limits
     }
 
-    /// Whether the store has confirmed anything yet.
+    /// True once the answer to a poll has been applied.
     #[must_use]
     pub fn is_confirmed(&self) -> bool {
         *self.confirmed.borrow()
     }
 
-    /// Returns once the store has confirmed something.
+    /// Waits until the answer to a poll has been applied.
     pub async fn confirmed(&self) {
-        // The sender is `self`'s own.
+        // `self` owns the sender, so the channel is open.
         let _ = self.confirmed.subscribe().wait_for(|confirmed| *confirmed).await;
     }
 
-    /// Asks for a poll soon.
+    /// Requests a poll without waiting for `poll_interval`.
     pub fn wake(&self) {
-        self.hint.notify_one();
+        self.wake.notify_one();
     }
 
-    /// Returns when a poll was asked for.
+    /// Waits until a poll is requested.
     ///
     /// # Cancel safety
-    /// Safe: a request that comes meanwhile is kept.
+    /// Safe: the next call returns at once if a poll was requested in between.
     pub async fn woken(&self) {
-        self.hint.notified().await;
+        self.wake.notified().await;
     }
 
-    /// Asks for a poll and returns when `view` has applied `version`, or is no longer the present one. The caller sets
+    /// Requests a poll, and waits until `view` has applied `version` or is no longer the current view. The caller sets
     /// the deadline.
     pub async fn reached(&self, view: &ReplicaView, version: Version) {
         self.wake();
         loop {
-            // Begun before the look, so that nothing comes between them.
+            // Register before the test, so that a poll applied in between wakes this task.
             let applied = self.applied.notified();
             if view.applied() >= version || self.load().epoch != view.epoch {
                 return;
@@ -277,15 +289,15 @@ impl ReplicaState {
         }
     }
 
-    /// Takes in the answer to a poll that was sent for [`ReplicaView::since`] of the present view. `tracks_changes`: whether
-    /// the tables are ours; others never give a lease.
+    /// Applies the answer to a poll that was sent for [`ReplicaView::since`] of the current view. `tracks_changes`:
+    /// true for tables with a change log; without one, the poll does not start a lease.
     pub fn apply(&self, polled: &Polled, tracks_changes: bool) -> Applied {
         let newest = &polled.newest;
         self.database_clock.observe(newest.sent_at, newest.read_at);
         let view = self.present.load_full();
         let history = view.history();
         let (begun, before) = (history.is_begun(), history.applied());
-        // Without versions there is nothing to judge: such tables have no history that could be lost.
+        // Tables without a change log have no versions, so they have no history that could be lost.
         let continuity = if tracks_changes { history.judge(polled) } else { Continuity::Follow };
         if tracks_changes && !polled.triggers_intact && continuity != Continuity::Lost {
             view.lease.end();
@@ -299,24 +311,27 @@ impl ReplicaState {
                 return lost;
             }
             Continuity::Follow if begun => None,
-            // What changed before the first of them is not known.
+            // The changes before the first version of the answer are unknown, so older values are out of date.
             Continuity::Follow if polled.complete => {
                 Some(polled.versions.first().map_or(newest.as_of, |(first, _)| *first))
             }
             Continuity::Follow | Continuity::Jump => Some(newest.as_of),
         };
-        // Only this function changes the history, and it is not called twice at once. Release the lock: the work below must not block checks.
+        // Only this function changes the history, and only the poll task calls it. Release the lock, so that the work
+        // below does not block checks.
         drop(history);
-        // A view that begins is told of the last minutes, those before history was lost included: what was said then does
-        // not make good again what was revoked.
+        // The first poll of a view returns the changes of the last 15 minutes, which may include changes from before
+        // history was lost. Such a change must not release a digest that was revoked after it, so only changes that the
+        // lost history does not contain may release digests. A `Gone` change only adds a denial and is always noted.
         let is_news = |of: Version| {
-            let named = polled.versions.binary_search_by_key(&of, |(version, _)| *version).ok();
-            let nonce = named.map_or(newest.nonce, |index| polled.versions[index].1);
+            let found = polled.versions.binary_search_by_key(&of, |(version, _)| *version).ok();
+            let nonce = found.map_or(newest.nonce, |index| polled.versions[index].1);
             view.lost.is_news(of, nonce)
         };
-        let told = polled.changes.iter();
-        let told = told.filter(|(version, change)| begun || matches!(change, Change::Gone(_)) || is_news(*version));
-        self.revoked.note(told, newest.sent_at);
+        let changes = polled.changes.iter();
+        let changes =
+            changes.filter(|(version, change)| begun || matches!(change, Change::Gone(_)) || is_news(*version));
+        self.revoked.note(changes, newest.sent_at);
         let sent = tracks_changes.then_some(newest.sent_at);
         view.lease.renew(floor, &polled.changes, || view.history().advance(polled), sent);
         self.applied.notify_waiters();
@@ -329,7 +344,7 @@ impl ReplicaState {
         }
     }
 
-    /// A new view in place of one whose history was lost: whoever holds the old one finds its lease at an end.
+    /// Replaces the view whose history was lost. Checks that still use that view find its lease expired.
     fn replace(&self, lost: &ReplicaView) {
         lost.lease.end();
         self.revoked.bind();
@@ -372,12 +387,12 @@ mod tests {
         }
     }
 
-    fn absence_covered(replica_state: &ReplicaState, as_of: u64) -> bool {
+    fn covers_negative_entry(replica_state: &ReplicaState, as_of: u64) -> bool {
         replica_state.load().lease().covers_absence(Version(as_of), &[lease::stripe(&[1; 32])])
     }
 
     #[test]
-    fn a_view_begins_with_all_versions_of_late_and_refuses_what_is_older() {
+    fn first_poll_covers_values_read_at_its_versions_but_no_older_ones() {
         let replica_state = ReplicaState::new(LIMITS);
         assert_eq!((replica_state.is_confirmed(), replica_state.load().since()), (false, None));
         let digest = ApiKeyDigest::from_bytes([1; 32]);
@@ -388,14 +403,14 @@ mod tests {
         assert_eq!((replica_state.is_confirmed(), replica_state.load().since()), (true, Some(Version(7))));
         assert_eq!(replica_state.load().lease_state(Moment::from_nanos(8)), LeaseState::Fresh);
         for (as_of, covered) in [(4, false), (5, false), (6, false), (7, true)] {
-            assert_eq!(absence_covered(&replica_state, as_of), covered, "{as_of}");
+            assert_eq!(covers_negative_entry(&replica_state, as_of), covered, "{as_of}");
         }
         assert!(replica_state.load().lease().covers_record(Version(5), std::iter::once(9)));
         assert!(!replica_state.load().lease().covers_record(Version(4), std::iter::once(9)));
     }
 
     #[test]
-    fn a_lost_history_begins_a_new_view_and_what_was_revoked_binds_there() {
+    fn lost_history_starts_a_new_view_where_revoked_digests_stay_denied() {
         let replica_state = ReplicaState::new(LIMITS);
         let digest = ApiKeyDigest::from_bytes([1; 32]);
         replica_state.apply(&polled(&[(5, 5)], &[]), true);
@@ -404,10 +419,10 @@ mod tests {
             Applied::Changed
         );
         let before = replica_state.load();
-        // Also where the tables were altered with it.
+        // Lost history takes precedence over altered triggers.
         let lost = replica_state.apply(&Polled { triggers_intact: false, ..polled(&[(6, 1), (7, 7)], &[]) }, true);
         assert!(matches!(lost, Applied::Lost { applied: Version(6), .. }), "{lost:?}");
-        assert_eq!(before.lease_state(Moment::from_nanos(8)), LeaseState::Expired, "the old view's lease is over");
+        assert_eq!(before.lease_state(Moment::from_nanos(8)), LeaseState::Expired, "the old lease has ended");
         assert_eq!(
             (replica_state.load().since(), replica_state.load().lease_state(Moment::from_nanos(8))),
             (None, LeaseState::Expired)
@@ -416,17 +431,17 @@ mod tests {
         let issued = (5, Change::Absent(digest));
         let begins = polled(&[(5, 5), (6, 1), (7, 7)], std::slice::from_ref(&issued));
         assert_eq!(replica_state.apply(&begins, true), Applied::Begun);
-        assert!(replica_state.revoked.binds(&digest), "that it was issued was said before");
+        assert!(replica_state.revoked.binds(&digest), "the change that issued it is older than the revocation");
         replica_state.apply(&polled(&[(7, 7), (8, 8)], &[(8, issued.1)]), true);
-        assert!(!replica_state.revoked.binds(&digest), "the new history speaks of it");
+        assert!(!replica_state.revoked.binds(&digest), "a change in the new history releases it");
         assert_ne!(replica_state.load().epoch(), before.epoch());
     }
 
     #[test]
-    fn what_a_new_history_said_before_its_first_poll_counts() {
+    fn changes_of_the_new_history_before_its_first_poll_release_digests() {
         let digest = ApiKeyDigest::from_bytes([1; 32]);
         let issued = |version| (version, Change::Absent(digest));
-        // Under a number that was another one's, and under a later one.
+        // Once under a version number that the lost history used too, and once under a later number.
         for (versions, issued) in [(&[(5, 5), (6, 1)][..], issued(6)), (&[(5, 5), (6, 1), (7, 7)][..], issued(7))] {
             let replica_state = ReplicaState::new(LIMITS);
             replica_state.apply(&polled(&[(5, 5)], &[]), true);
@@ -439,7 +454,7 @@ mod tests {
     }
 
     #[test]
-    fn a_key_that_was_good_again_before_the_first_poll_is_not_remembered_as_revoked() {
+    fn key_issued_again_before_the_first_poll_is_not_remembered_as_revoked() {
         let (replica_state, digest) = (ReplicaState::new(LIMITS), ApiKeyDigest::from_bytes([1; 32]));
         let changes = [(5, Change::Gone(digest)), (6, Change::Absent(digest))];
         replica_state.apply(&polled(&[(5, 5), (6, 6)], &changes), true);
@@ -448,7 +463,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_relied_on_while_changes_are_not_named() {
+    fn lease_ends_while_triggers_are_not_intact() {
         let replica_state = ReplicaState::new(LIMITS);
         replica_state.apply(&polled(&[(5, 5)], &[]), true);
         let unwatched = Polled { triggers_intact: false, ..polled(&[(5, 5), (6, 6)], &[]) };
@@ -456,37 +471,37 @@ mod tests {
         assert_eq!(replica_state.load().lease_state(Moment::from_nanos(8)), LeaseState::Expired);
         assert_eq!(replica_state.load().applied(), Version(5));
         let other = Polled { triggers_intact: false, ..polled(&[(5, 6)], &[]) };
-        assert!(matches!(ReplicaState::new(LIMITS).apply(&other, true), Applied::Unwatched), "nothing is known of it");
+        assert!(matches!(ReplicaState::new(LIMITS).apply(&other, true), Applied::Unwatched));
         assert_eq!(
             replica_state.apply(&polled(&[(5, 5), (6, 6), (7, 7)], &[(7, Change::Everything)]), true),
             Applied::Changed
         );
-        assert!(!absence_covered(&replica_state, 6));
+        assert!(!covers_negative_entry(&replica_state, 6));
     }
 
     #[test]
-    fn too_much_at_once_makes_everything_out_of_date() {
+    fn incomplete_poll_makes_every_older_value_out_of_date() {
         let replica_state = ReplicaState::new(LIMITS);
         replica_state.apply(&polled(&[(5, 5)], &[]), true);
         let much = Polled { complete: false, ..polled(&[(5, 5), (9, 9)], &[]) };
         assert_eq!(replica_state.apply(&much, true), Applied::Everything);
-        assert!(!absence_covered(&replica_state, 8) && absence_covered(&replica_state, 9));
+        assert!(!covers_negative_entry(&replica_state, 8) && covers_negative_entry(&replica_state, 9));
     }
 
     #[test]
-    fn tables_that_name_no_changes_are_confirmed_but_never_give_a_lease() {
+    fn tables_without_a_change_log_are_confirmed_but_get_no_lease() {
         let replica_state = ReplicaState::new(LIMITS);
-        let unnamed = Polled { triggers_intact: false, ..polled(&[(0, 0)], &[]) };
-        assert_eq!(replica_state.apply(&unnamed, false), Applied::Begun);
+        let untracked = Polled { triggers_intact: false, ..polled(&[(0, 0)], &[]) };
+        assert_eq!(replica_state.apply(&untracked, false), Applied::Begun);
         assert_eq!(replica_state.load().lease_state(Moment::from_nanos(8)), LeaseState::Expired);
         assert!(replica_state.is_confirmed());
         let epoch = replica_state.load().epoch();
-        assert_eq!(replica_state.apply(&Polled { versions: vec![], ..unnamed }, false), Applied::Nothing);
+        assert_eq!(replica_state.apply(&Polled { versions: vec![], ..untracked }, false), Applied::Nothing);
         assert_eq!(replica_state.load().epoch(), epoch, "no history is lost");
     }
 
     #[tokio::test]
-    async fn whoever_waits_for_a_version_is_told_when_it_is_applied_or_its_view_is_gone() {
+    async fn waiter_for_a_version_wakes_when_it_is_applied_or_its_view_is_replaced() {
         let replica_state = Arc::new(ReplicaState::new(LIMITS));
         replica_state.apply(&polled(&[(5, 5)], &[]), true);
         for answer in [polled(&[(5, 5), (6, 6)], &[]), polled(&[(6, 7)], &[])] {
@@ -498,7 +513,7 @@ mod tests {
                     replica_state.reached(&view, version).await;
                 }
             });
-            replica_state.woken().await; // it asked for a poll
+            replica_state.woken().await; // `reached` requested a poll
             replica_state.apply(&answer, true);
             waiting.await.unwrap();
         }

@@ -1,6 +1,6 @@
-//! The gRPC listener: connections in, Check calls and health checks answered, bounds kept.
+//! The gRPC server: accepts connections, answers `Check` calls and health checks, and enforces the limits.
 //!
-//! Never decides and never reads a message: `check` does. The caller passes the listener and the signals to stop.
+//! `ext_authz::check` decodes the messages and decides them. `server` passes in the listeners and the shutdown signals.
 
 pub mod accept;
 pub(crate) mod answer;

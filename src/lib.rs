@@ -9,9 +9,9 @@
 //!
 //! - [`base`], time, text, secrets, units, settings, metrics, circuit breaker, faults and logging
 //! - [`record`], the record of a key, and the database version at which a value was read
-//! - [`doctor::finding`], the result of one examination of `trustgate doctor`
+//! - [`doctor::diagnosis`], the result of one examination of `trustgate doctor`
 //!
-//! Finding a record:
+//! Loading a record:
 //!
 //! - [`store`], the database: reads, changes, tables and their change log
 //! - [`redis`], the connection to Redis, and the notifications that replicas send each other

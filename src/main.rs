@@ -1,4 +1,4 @@
-//! The program `trustgate`: hands what it was started with to [`trustgate::cli`], and nothing more.
+//! The program `trustgate`: passes its arguments and environment to [`trustgate::cli`], which does the work.
 
 use std::{io, process::ExitCode};
 

@@ -1,6 +1,6 @@
-//! Management: the one place where trusts and keys change. The command line calls it, and whatever manages later will.
+//! Management: the operations that change trusts and keys, for the command line and the canary.
 //!
-//! Never decides a check, and never keeps or shows a key beyond the one moment after it was made.
+//! It takes no part in checks. It returns a new key once and does not keep it.
 
 pub mod deny;
 #[cfg(test)]
@@ -18,35 +18,35 @@ use crate::{
     store::{Actor, Ledger, StoreError, ledger::Replica},
 };
 
-/// How often replicas are looked at while they are waited for.
+/// How often the list of replicas is read while waiting for them.
 const EFFECT_POLL: Duration = Duration::from_millis(10);
 
-/// Why a change was not made or a question not answered.
+/// Why a change was not made, or a query failed.
 #[derive(Debug, thiserror::Error)]
 pub enum ManageError {
-    /// The store says why not.
+    /// The store rejected the change, or failed.
     #[error(transparent)]
     Ledger(#[from] StoreError),
-    /// What was given cannot be used as what it was given for.
+    /// An argument is invalid.
     #[error("{what} must be {expected}")]
     Invalid {
-        /// What was given, as a name of the thing: "the name of a trust".
+        /// The argument: "the name of a trust".
         what: &'static str,
-        /// What it must be.
+        /// A description of valid values.
         expected: &'static str,
     },
-    /// The operating system gives no randomness to make a key from.
-    #[error("the operating system gives no randomness: {0}")]
+    /// The operating system returned no random bytes for a key.
+    #[error("cannot generate a key: the operating system returned no random bytes: {0}")]
     Randomness(getrandom::Error),
     /// The keys to import cannot be read.
     #[error("cannot read the keys to import: {0}")]
     Read(#[from] io::Error),
-    /// Lines to import that are not what they should be. Nothing was stored.
+    /// The input of an import has invalid lines. Nothing was stored.
     #[error("{0}")]
     BadLines(import::BadLines),
 }
 
-/// Management in somebody's name.
+/// Runs management operations on behalf of an actor.
 pub struct Manager {
     ledger: Box<dyn Ledger>,
     actor: Actor,
@@ -55,35 +55,35 @@ pub struct Manager {
 }
 
 impl Manager {
-    /// Management of `ledger` in the name of `actor`; keys are made and hashed as `credential` says.
+    /// Manages `ledger` on behalf of `actor`; `credential` sets how keys are generated and hashed.
     ///
     /// # Errors
-    /// What the operating system says of a pepper file that cannot be read.
+    /// A pepper file cannot be read.
     pub fn new(ledger: Box<dyn Ledger>, actor: Actor, credential: CredentialSettings) -> io::Result<Self> {
         let hasher = credential.hasher()?;
         Ok(Self { ledger, actor, credential, hasher })
     }
 
-    /// Makes every replica forget what it read before, and waits, as [`Self::effect`] does, until all of them have.
+    /// Makes all replicas discard their cached data and waits, as [`Self::effect`] does, until they have.
     ///
     /// # Errors
-    /// The database failed; if that was while waiting, the caches are cleared all the same.
+    /// The database failed. If it failed during the wait, the replicas discard their cached data nevertheless.
     pub async fn clear_caches(&mut self, clock: &impl Clock, wait_max: Duration) -> Result<Effect, ManageError> {
         let version = self.ledger.clear_caches(&self.actor).await?;
         self.effect_of(version, clock, wait_max).await
     }
 
-    /// Where everything that was committed before is effective: waits until every replica that may still grant what it
-    /// holds has applied it, but for `wait_max` at most.
+    /// Waits, at most `wait_max`, until each replica that may still grant keys from its cache has applied all changes
+    /// that were committed before this call. Returns which replicas have.
     ///
     /// # Errors
-    /// The database failed, so that this is not known; what was committed is committed.
+    /// The database failed, so the effect is unknown. The changes stay committed.
     pub async fn effect(&mut self, clock: &impl Clock, wait_max: Duration) -> Result<Effect, ManageError> {
         let version = self.ledger.newest().await?;
         self.effect_of(version, clock, wait_max).await
     }
 
-    /// Replicas that may still grant what they hold.
+    /// The replicas that may still grant keys from their caches.
     ///
     /// # Errors
     /// The database failed.
@@ -111,21 +111,21 @@ impl Manager {
     }
 }
 
-/// Where a change is effective.
+/// The replicas on which a change is effective.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Effect {
     /// The version of the change.
     pub version: Version,
-    /// How many replicas may still grant what they hold.
+    /// The number of replicas that may still grant keys from their caches.
     pub replicas: usize,
-    /// How long it took, or how long was waited.
+    /// How long the wait took.
     pub after: Duration,
-    /// Those that have not applied it.
+    /// The replicas that have not applied the change.
     pub missing: Vec<Replica>,
 }
 
 impl Effect {
-    /// On how many replicas it is effective.
+    /// The number of replicas on which the change is effective.
     #[must_use]
     pub const fn applied(&self) -> usize {
         self.replicas - self.missing.len()
@@ -141,7 +141,7 @@ impl fmt::Display for Effect {
         for Replica { id, name, until, .. } in &self.missing {
             write!(
                 f,
-                ";\nnot yet on {name} ({id}): it grants nothing it holds after {until} unless it is heard of again"
+                ";\nnot yet on {name} ({id}): it grants no cached key after {until}, unless it sends another heartbeat"
             )?;
         }
         Ok(())
@@ -168,7 +168,7 @@ mod tests {
     const WAIT: Duration = Duration::from_millis(100);
 
     #[tokio::test]
-    async fn a_change_is_waited_for_until_every_replica_has_applied_it() {
+    async fn effect_waits_until_every_replica_has_applied_the_change() {
         let rounds = || {
             vec![
                 vec![replica(1, 7), replica(2, 6)],
@@ -186,7 +186,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn replicas_that_do_not_apply_it_are_named_with_their_last_moment() {
+    async fn effect_lists_replicas_that_have_not_applied_the_change() {
         let effect = manager(vec![vec![replica(1, 7), replica(2, 6), replica(3, 0)]]).effect(&SystemClock, WAIT).await;
         let effect = effect.unwrap();
         assert_eq!((effect.applied(), &*effect.missing), (1, &[replica(2, 6), replica(3, 0)][..]));
@@ -194,8 +194,8 @@ mod tests {
         let line = |id: u128| {
             let id = uuid::Uuid::from_u128(id);
             format!(
-                "not yet on pod-{} ({id}): it grants nothing it holds after 1970-01-01T00:00:01Z unless it is heard of \
-                 again",
+                "not yet on pod-{} ({id}): it grants no cached key after 1970-01-01T00:00:01Z, unless it sends another \
+                 heartbeat",
                 id.as_u128()
             )
         };
@@ -204,14 +204,14 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_replica_that_is_no_longer_heard_of_is_not_waited_for() {
+    async fn effect_does_not_wait_for_a_replica_that_is_no_longer_listed() {
         let mut manager = manager(vec![vec![replica(1, 7), replica(2, 6)], vec![replica(1, 7)]]);
         let effect = manager.effect(&SystemClock, Duration::from_mins(1)).await.unwrap();
         assert!(effect.to_string().starts_with("effective on 1/1 replicas after "), "{effect}");
     }
 
     #[tokio::test]
-    async fn with_no_replica_there_is_nothing_to_wait_for() {
+    async fn effect_without_replicas_says_that_none_is_running() {
         let effect = manager(vec![vec![]]).effect(&SystemClock, WAIT).await.unwrap();
         assert_eq!(effect.to_string(), "effective: no replica is running");
     }

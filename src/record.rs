@@ -1,6 +1,7 @@
-//! What the store knows of a key, and the date that belongs to every value read from it.
+//! The data types of keys and trusts, and [`Versioned`], which combines a value with the database version at which it
+//! was read.
 //!
-//! Plain data: never reads, decides or sends anything.
+//! Plain data without I/O and without decisions.
 
 use std::fmt;
 
@@ -10,27 +11,28 @@ use uuid::Uuid;
 
 use crate::base::clock::{DatabaseTime, Moment};
 
-/// The tenant organisation a key speaks for. Given by the store, never taken from a request.
+/// The id of a trust, the tenant organisation that a key belongs to. The store assigns it; it is not taken from a
+/// request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct TrustId(pub Uuid);
 
-/// The id of a key's row. Safe to log, show and use in commands.
+/// The id of a key's row. It can be logged, shown and used in commands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct KeyId(pub Uuid);
 
 /// The longest scope, in bytes.
 const SCOPE_BYTES_MAX: usize = 128;
 
-/// Whether `text` can be a scope of a key: RFC 6749, section 3.3, without the comma, so that lists of scopes can be written
-/// in any way.
+/// True if `text` is valid as a scope of a key: RFC 6749, section 3.3, but without the comma, so that a comma or a
+/// space can separate scopes in a list.
 #[must_use]
 pub fn is_scope(text: &str) -> bool {
     (1..=SCOPE_BYTES_MAX).contains(&text.len())
         && text.bytes().all(|byte| byte.is_ascii_graphic() && !b"\"\\,".contains(&byte))
 }
 
-/// `network` in the family that addresses are compared in: a network of IPv4-mapped addresses (RFC 4291, section 2.5.5.2) becomes
-/// one of IPv4, as the source of a request does.
+/// Converts a network of IPv4-mapped addresses (RFC 4291, section 2.5.5.2) to IPv4, as is done with the source address
+/// of a request, so that the two can be compared.
 #[must_use]
 pub fn canonical(network: IpNet) -> IpNet {
     let IpNet::V6(mapped) = network else { return network };
@@ -52,19 +54,19 @@ impl fmt::Display for KeyId {
     }
 }
 
-/// HMAC-SHA-256 (FIPS 198-1) of a key under the pepper, or its plain SHA-256 (FIPS 180-4): the only form of a key that
-/// is kept. 32 bytes.
+/// HMAC-SHA-256 (FIPS 198-1) of a key under the pepper, or its plain SHA-256 (FIPS 180-4): the only form in which a key
+/// is stored. 32 bytes.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct ApiKeyDigest([u8; 32]);
 
 impl ApiKeyDigest {
-    /// A digest that was computed or stored before.
+    /// A digest from its bytes.
     #[must_use]
     pub const fn from_bytes(bytes: [u8; 32]) -> Self {
         Self(bytes)
     }
 
-    /// From 64 hexadecimal digits, in either case.
+    /// A digest from 64 hexadecimal digits, in upper or lower case.
     #[must_use]
     pub fn from_hex(text: &str) -> Option<Self> {
         bytes_from_hex(text).map(Self)
@@ -82,22 +84,22 @@ impl ApiKeyDigest {
         hex(&self.0)
     }
 
-    /// Whether two digests are the same, in constant time. Maps may use `Eq`; the last comparison before a grant uses
-    /// this.
+    /// True if two digests are equal; compares in constant time. Maps may use `Eq`; the last comparison before a grant
+    /// uses this function.
     #[must_use]
     pub fn matches(&self, stored: &Self) -> bool {
         self.0.ct_eq(&stored.0).into()
     }
 }
 
-/// Four bytes: enough to join two log lines, useless to an attacker.
+/// Shows four bytes: enough to correlate two log lines, but useless to an attacker.
 impl fmt::Debug for ApiKeyDigest {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "ApiKeyDigest({}…)", hex(&self.0[..4]))
     }
 }
 
-/// `N` bytes from `2 * N` hexadecimal digits, in either case.
+/// `N` bytes from `2 * N` hexadecimal digits, in upper or lower case.
 #[must_use]
 pub fn bytes_from_hex<const N: usize>(text: &str) -> Option<[u8; N]> {
     let (pairs, []) = text.as_bytes().as_chunks::<2>() else { return None };
@@ -116,7 +118,7 @@ pub fn hex(bytes: &[u8]) -> String {
         .collect()
 }
 
-/// How a digest was made.
+/// How a digest was computed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Scheme {
     /// Plain SHA-256 of the key.
@@ -126,7 +128,7 @@ pub enum Scheme {
 }
 
 impl Scheme {
-    /// The number that stands for it in the database and in Redis.
+    /// The number of the scheme in the database.
     #[must_use]
     pub const fn number(self) -> i16 {
         match self {
@@ -145,7 +147,7 @@ impl Scheme {
         }
     }
 
-    /// The word for listings.
+    /// The name of the scheme in listings.
     #[must_use]
     pub const fn as_str(self) -> &'static str {
         match self {
@@ -176,18 +178,20 @@ impl fmt::Display for Fingerprint {
     }
 }
 
-/// The pepper that the database names for new keys, and the one before it.
+/// The pepper that the database records for new keys, and the previous one.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct StoredPeppers {
-    /// Recorded by the first command that issued or imported a key, or by `pepper use`; `None`: no such command has run yet.
+    /// Recorded by the first command that issued or imported a key, or by `pepper use`; `None`: no such command has
+    /// run.
     pub current: Option<Fingerprint>,
-    /// What `current` replaced; [`Fingerprint::NO_PEPPER`] where keys were stored without a pepper before.
+    /// The pepper before `current`; [`Fingerprint::NO_PEPPER`] if keys were stored without a pepper before.
     pub previous: Option<Fingerprint>,
 }
 
 impl StoredPeppers {
-    /// Whether a server is ready: one of its peppers, whose fingerprints are `known`, is recorded here, or none is recorded
-    /// yet. The one before counts too, so that a change of the pepper does not take out every server that was not restarted yet.
+    /// True if a server whose peppers have the fingerprints `known` is ready: one of its peppers is recorded here, or
+    /// none is recorded yet. The previous pepper also counts, so that a change of the pepper does not make servers
+    /// unready that have not been restarted.
     #[must_use]
     pub fn fit(&self, known: &[Fingerprint]) -> bool {
         let recorded = [self.current, self.previous].into_iter().flatten();
@@ -195,15 +199,15 @@ impl StoredPeppers {
         self.current.is_none() || has_none || recorded.into_iter().any(|one| known.contains(&one))
     }
 
-    /// Whether a key that a server with the peppers `known` does not find is unknown. Without the current pepper it may be a
-    /// new key that the server cannot recognise.
+    /// True if a server with the peppers `known` can recognise every key. Without the current pepper, a key that it
+    /// does not find may be a new key.
     #[must_use]
     pub fn identify_all(&self, known: &[Fingerprint]) -> bool {
         self.current.is_none_or(|current| known.contains(&current))
     }
 }
 
-/// How the digest of a new key was made.
+/// The origin of a new key's digest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Made {
     /// Imported as a SHA-256 digest; the pepper does not apply.
@@ -212,12 +216,12 @@ pub enum Made {
     Plain,
     /// Issued here under this pepper.
     Peppered(Fingerprint),
-    /// Issued by the canary under this pepper, which is neither compared with the recorded one nor recorded as such.
+    /// Issued by the canary under this pepper, which is neither compared with the recorded pepper nor recorded.
     Probe(Fingerprint),
 }
 
 impl Made {
-    /// The scheme of such a digest.
+    /// The scheme of the digest.
     #[must_use]
     pub const fn scheme(self) -> Scheme {
         match self {
@@ -236,63 +240,64 @@ impl Made {
     }
 }
 
-/// The digests one presented key may be stored under.
+/// The digests under which one presented key may be stored.
 #[derive(Clone, Debug)]
 pub struct Digests {
-    /// Under the scheme in force: what caches are keyed by.
+    /// The digest under the current scheme, by which caches look up the key.
     pub current: ApiKeyDigest,
-    /// Under schemes that were in force before (a pepper was set or changed), newest first.
+    /// The digests under earlier schemes (before a pepper was set or changed), newest first.
     pub older: Vec<ApiKeyDigest>,
 }
 
 impl Digests {
-    /// Every digest, the current one first.
+    /// All digests, the current one first.
     pub fn all(&self) -> impl Iterator<Item = &ApiKeyDigest> {
         std::iter::once(&self.current).chain(&self.older)
     }
 
-    /// Whether `stored` is one of them; compares with each, in constant time.
+    /// True if `stored` is one of them; compares with each digest, in constant time.
     #[must_use]
     pub fn contains(&self, stored: &ApiKeyDigest) -> bool {
         self.all().fold(false, |found, digest| found | digest.matches(stored))
     }
 }
 
-/// A key and its trust, as far as decisions need them.
+/// The data of a key and its trust that decisions need.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Record {
-    /// The key's row.
+    /// The id of the key's row.
     pub key_id: KeyId,
-    /// Whom it speaks for.
+    /// The trust that the key belongs to.
     pub trust_id: TrustId,
-    /// Whether the trust is enabled.
+    /// True if the trust is enabled.
     pub trust_enabled: bool,
-    /// The digest it is stored under.
+    /// The digest under which the key is stored.
     pub digest: ApiKeyDigest,
-    /// What the key may be used for; sorted, without duplicates.
+    /// The scopes of the key, sorted, without duplicates.
     pub scopes: Box<[String]>,
-    /// Where it may be used from; empty: anywhere.
+    /// The networks it may be used from; empty: anywhere.
     pub allowed_cidrs: Box<[IpNet]>,
-    /// Not valid before this time.
+    /// The key is not valid before this time.
     pub not_before: Option<DatabaseTime>,
-    /// Not valid from this time on.
+    /// The key is not valid from this time on.
     pub expires_at: Option<DatabaseTime>,
-    /// Revoked at this time; any value revokes it.
+    /// When the key was revoked. Any value, also one in the future, means that it is revoked.
     pub revoked_at: Option<DatabaseTime>,
 }
 
-/// Number of a committed change, in commit order.
+/// The number of a committed change, in commit order.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Version(pub u64);
 
-/// The random name of a version: two versions with the same number but another nonce are of different histories.
+/// The random nonce of a version. Two versions with the same number and different nonces are from different database
+/// histories.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Nonce(pub [u8; 16]);
 
-/// Which history a version belongs to: a restored copy or a promoted standby is another one.
+/// The database history that a version belongs to. A restored copy or a promoted standby has another lineage.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Lineage {
-    /// Written at the first migration, and anew whenever history is known to be lost.
+    /// Generated by the first migration, and again when it is known that history was lost.
     pub incarnation: Uuid,
     /// PostgreSQL's system identifier; 0 for SQLite.
     pub system: u64,
@@ -300,64 +305,66 @@ pub struct Lineage {
     pub timeline: u32,
 }
 
-/// `T` as the store held it at a version. Value and date come from one statement.
+/// A value and the database version at which it was read. One statement reads both.
 #[derive(Clone, Debug)]
 pub struct Versioned<T> {
     /// The value.
     pub value: T,
-    /// The newest version when it was read.
+    /// The newest version at the time of the read.
     pub as_of: Version,
-    /// That version's nonce.
+    /// The nonce of that version.
     pub nonce: Nonce,
-    /// The history that version belongs to.
+    /// The lineage of that version.
     pub lineage: Lineage,
-    /// The database's clock during the read. Age is counted from here, through every tier.
+    /// The database's clock at the time of the read. The age of the value counts from here, in each cache.
     pub read_at: DatabaseTime,
-    /// When the read was sent, by this machine's clock; for a value out of Redis, when it was fetched from there.
+    /// When the read was sent, by this machine's clock; for a value from Redis, when it was fetched from there.
     pub sent_at: Moment,
 }
 
 impl<T> Versioned<T> {
-    /// The same date for something made of the value.
+    /// Converts the value with `make`; the version stays the same.
     pub fn map<U>(self, make: impl FnOnce(T) -> U) -> Versioned<U> {
         let Self { value, as_of, nonce, lineage, read_at, sent_at } = self;
         Versioned { value: make(value), as_of, nonce, lineage, read_at, sent_at }
     }
 
-    /// The same with the value where it is.
+    /// A reference to the value, with the same version.
     pub const fn as_ref(&self) -> Versioned<&T> {
         let Self { value, as_of, nonce, lineage, read_at, sent_at } = self;
         Versioned { value, as_of: *as_of, nonce: *nonce, lineage: *lineage, read_at: *read_at, sent_at: *sent_at }
     }
 }
 
-/// What a committed change named: which values it makes out of date.
+/// An entry of the change log: the cached values that a committed change makes out of date.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Change {
     /// Records of this key.
     Key(KeyId),
     /// Records of this trust.
     Trust(TrustId),
-    /// "No such key" under this digest: there may be one now.
+    /// The negative entry of this digest: the key may exist now.
     Absent(ApiKeyDigest),
-    /// Nothing that is dated; the digest was revoked, deleted or replaced, which outlives a lost history.
+    /// No cached value. The digest was revoked, deleted or replaced; replicas remember it for the case that the
+    /// database loses history.
     Gone(ApiKeyDigest),
-    /// Everything of one kind.
+    /// All values of one kind.
     Whole(ChangeKind),
-    /// Everything. Also what a newer release names and this one does not know.
+    /// All values. Also stands for an entry of a newer release that this release does not know.
     Everything,
 }
 
-/// Kinds of objects that are named as a whole when too many of them change at once.
+/// The kinds of objects. If too many objects of one kind change at once, the change log has one entry for the whole
+/// kind.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ChangeKind {
-    /// Records, by their keys.
+    /// Records, by key.
     Keys,
-    /// Records, by their trusts.
+    /// Records, by trust.
     Trusts,
-    /// Absences.
+    /// Negative entries.
     Absences,
-    /// Digests that are gone.
+    /// Digests that were revoked, deleted or replaced.
     Gone,
 }
 
@@ -366,7 +373,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn hexadecimal_goes_both_ways_and_nothing_else_passes() {
+    fn hexadecimal_digests_round_trip_and_other_text_is_rejected() {
         let digest = ApiKeyDigest::from_bytes(std::array::from_fn(|i| u8::try_from(i * 7).unwrap()));
         assert_eq!(ApiKeyDigest::from_hex(&digest.to_hex()), Some(digest));
         assert_eq!(ApiKeyDigest::from_hex(&digest.to_hex().to_uppercase()), Some(digest));
@@ -376,7 +383,7 @@ mod tests {
     }
 
     #[test]
-    fn a_server_fits_a_database_whose_pepper_it_has() {
+    fn server_with_a_recorded_pepper_is_ready() {
         let print = |number| Fingerprint([number; 8]);
         let stored = |current, previous| StoredPeppers { current, previous };
         let (one, two, none) = (Some(print(1)), Some(print(2)), Some(Fingerprint::NO_PEPPER));
@@ -398,7 +405,7 @@ mod tests {
     }
 
     #[test]
-    fn without_the_current_pepper_an_unknown_key_may_be_a_new_one() {
+    fn server_without_the_current_pepper_cannot_recognise_every_key() {
         let print = |number| Fingerprint([number; 8]);
         let stored = StoredPeppers { current: Some(print(2)), previous: Some(print(1)) };
         assert!(stored.identify_all(&[print(2), print(1)]) && StoredPeppers::default().identify_all(&[]));
@@ -406,7 +413,7 @@ mod tests {
     }
 
     #[test]
-    fn debug_shows_four_bytes_at_most() {
+    fn debug_output_shows_four_bytes_of_a_digest() {
         assert_eq!(format!("{:?}", ApiKeyDigest::from_bytes([0xab; 32])), "ApiKeyDigest(abababab…)");
     }
 }

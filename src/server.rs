@@ -1,6 +1,4 @@
-//! The wiring: makes the parts, hands them to each other, and ends them in order.
-//!
-//! Never decides anything.
+//! Builds the server from its parts, starts it, and shuts it down in order.
 
 pub mod admin;
 pub(crate) mod error;
@@ -50,21 +48,21 @@ use crate::{
     store::{self, Env, Management, Source},
 };
 
-/// A server to be started. What is required is an argument of [`Self::new`]; the rest has a natural default.
+/// Builds and starts a server. [`Self::new`] takes everything that is required; the rest has defaults.
 pub struct AppBuilder {
     config: Config,
     source: Arc<dyn Source>,
     place: String,
     clock: Arc<dyn Clock>,
-    /// Where the canary makes its keys, if there is one.
+    /// Issues the canary's keys; `None` if the canary is off.
     management: Option<Management>,
 }
 
 impl AppBuilder {
-    /// A server as `config` says, with the database that it names.
+    /// A server with the settings and the database of `config`. Does not connect to the database.
     ///
     /// # Errors
-    /// [`AppError::Store`] when the settings of the database cannot be right.
+    /// [`AppError::Store`] if the settings of the database are invalid.
     pub fn new(config: Config, env: Env<'_>) -> Result<Self, AppError> {
         let clock: Arc<dyn Clock> = Arc::new(SystemClock);
         let place = store::describe(&config.store, env);
@@ -75,25 +73,25 @@ impl AppBuilder {
         Ok(Self { config, source, place, clock, management })
     }
 
-    /// Puts `wrap` around the database: for tests that hold a read open.
+    /// Wraps the database with `wrap`, for tests that delay a read.
     #[must_use]
     pub fn wrap_store(mut self, wrap: impl FnOnce(Arc<dyn Source>) -> Arc<dyn Source>) -> Self {
         self.source = wrap(self.source);
         self
     }
 
-    /// Another clock than the machine's.
+    /// Uses `clock` instead of the machine's clock.
     #[must_use]
     pub fn clock(mut self, clock: Arc<dyn Clock>) -> Self {
         self.clock = clock;
         self
     }
 
-    /// Binds the listeners and starts everything. Returns as soon as calls can come in; ready it is once the database
-    /// has answered.
+    /// Binds the listeners and starts all tasks. Returns as soon as clients can connect. The server becomes ready
+    /// later, when the database has answered.
     ///
     /// # Errors
-    /// An address that is in use, a secret's file that cannot be read.
+    /// If an address is in use or the file of a secret cannot be read, for example.
     pub async fn start(self) -> Result<Running, AppError> {
         let Self { config, source, place, clock, management } = self;
         tls::install_provider();
@@ -131,12 +129,12 @@ impl AppBuilder {
         let (signals, tasks) = (Signals::default(), TaskTracker::new());
         let canary = CanaryMetrics::register(&registry)?;
         if let Some(management) = management {
-            let parts_of_it = canary_parts(&config, management, (&checker, &replica_state, &clock), id);
-            // It ends with the first calls, so that it takes none of the time that they have.
-            let running = Canary::new(parts_of_it, canary).run(signals.drain.clone());
+            let canary_parts = canary_parts(&config, management, (&checker, &replica_state, &clock), id);
+            // The canary stops when the drain begins, so that it uses none of the grace period of the calls.
+            let running = Canary::new(canary_parts, canary).run(signals.drain.clone());
             parts.spawn_on("canary", running.map(Ok), &io.handle());
         }
-        // As many as this process may use: its affinity and its share of the machine (cgroup) are counted in.
+        // One worker for each processor that the CPU affinity and the cgroup quota of this process allow.
         let workers = Arc::new(Workers::start(available_parallelism().map_or(1, NonZero::get))?);
         for listener in grpc {
             let (service, workers) = (Arc::clone(&service), Arc::clone(&workers));
@@ -159,7 +157,7 @@ impl AppBuilder {
     }
 }
 
-/// A server that was started. Dropped without [`Self::stop`], it ends at once.
+/// A running server. Dropping it without [`Self::stop`] ends it at once.
 pub struct Running {
     config: Config,
     addresses: Addresses,
@@ -175,11 +173,12 @@ pub struct Running {
     runtimes: (OwnedRuntime, OwnedRuntime, OwnedRuntime),
 }
 
-/// How long the rest of the shutdown may take after the calls: deregistering the replica and closing the database, for example.
+/// Timeout for the rest of the shutdown after the calls have ended: deregistering the replica and closing the database,
+/// for example.
 const STOP_TIMEOUT: Duration = Duration::from_secs(5);
 
 impl Running {
-    /// The first TCP address that Envoy can call; port 0 is resolved.
+    /// The first TCP address of the gRPC listeners; port 0 is resolved.
     #[must_use]
     pub fn grpc_address(&self) -> Option<SocketAddr> {
         self.addresses.0.iter().find_map(|address| match address {
@@ -188,19 +187,19 @@ impl Running {
         })
     }
 
-    /// The first address for metrics and probes; port 0 is resolved.
+    /// The first address of the admin listeners; port 0 is resolved.
     #[must_use]
     pub fn admin_address(&self) -> SocketAddr {
-        self.addresses.1[0] // the configuration is refused without one
+        self.addresses.1[0] // a configuration without an address is refused
     }
 
-    /// What decides checks, for callers in this process.
+    /// The checker, for callers in this process.
     #[must_use]
     pub fn checker(&self) -> Arc<Checker> {
         Arc::clone(&self.checker)
     }
 
-    /// Flights in the air.
+    /// Number of loads in flight.
     #[must_use]
     pub fn loads(&self) -> usize {
         self.cache.loads()
@@ -208,11 +207,11 @@ impl Running {
 
     /// Returns once the server is ready.
     pub async fn ready(&self) {
-        // The sender lives as long as `self`.
+        // The wait cannot fail: `self` owns the sender.
         let _ = self.life.watch().wait_for(|phase| *phase >= Phase::Serve).await;
     }
 
-    /// Returns when a part ended although nobody asked it to.
+    /// Returns when a task of the server has ended before the shutdown, with the reason.
     pub async fn ended(&mut self) -> AppError {
         match self.parts.join_next().await {
             Some((_, Err(error))) => error,
@@ -221,12 +220,13 @@ impl Running {
         }
     }
 
-    /// Ends the server in order: not ready, delay, no new calls, those in flight, everything else.
+    /// Shuts the server down: reports not ready, waits for `delay`, stops accepting, waits for the calls in flight, and
+    /// then ends the other tasks.
     ///
     /// # Errors
-    /// [`AppError::GraceExceeded`] when calls had to be cut off, or what a part ended with.
+    /// [`AppError::GraceExceeded`] if calls had to be cut off; otherwise the first error with which a task ended.
     pub async fn stop(mut self, delay: Delay) -> Result<(), AppError> {
-        // Nobody was ever told to come here before it was ready, so nobody needs time to turn away.
+        // Envoy sends no calls to a server that has not been ready, so there are none to divert.
         let was_ready = self.life.phase() == Phase::Serve;
         self.life.advance(Phase::Drain);
         tracing::info!("draining: not ready, still serving");
@@ -258,13 +258,13 @@ impl Running {
     }
 }
 
-/// Serves as `config` says until SIGTERM, SIGQUIT or SIGINT. A second one of them ends the server at once.
+/// Runs a server with `config` until SIGTERM, SIGQUIT or SIGINT. A second such signal ends the server at once.
 ///
 /// # Errors
-/// When the server cannot start, or ended before it was told to.
+/// If the server cannot start, ends without a signal, or cannot shut down in order.
 pub fn serve(config: Config, env: Env<'_>) -> Result<(), AppError> {
     telemetry::start(&config.log);
-    // Checks have their own threads: here connections are accepted, and everything is begun and ended.
+    // This runtime accepts connections, and starts and ends the tasks. Checks run on the workers.
     let runtime = Builder::new_multi_thread().worker_threads(1).enable_all().thread_name("trustgate").build()?;
     runtime.block_on(async {
         let mut signals = SystemSignals::listen()?;
@@ -274,7 +274,7 @@ pub fn serve(config: Config, env: Env<'_>) -> Result<(), AppError> {
             error = running.ended() => (Delay::None, Some(error)),
         };
         tokio::select! {
-            // The error of the part that ended is what the operator needs.
+            // If a task has ended, its error is the cause, so it takes precedence over errors of the shutdown.
             stopped = running.stop(delay) => failed.map_or(stopped, Err),
             _ = signals.stop() => Err(AppError::Forced),
         }
@@ -310,7 +310,7 @@ fn cannot_listen(
     AppError::Listen { address, setting, origin: config.origin(section, "listen").map(str::to_owned), source }
 }
 
-/// Where Envoy calls, and where the admin listener is.
+/// The addresses of the gRPC listeners and of the admin listeners.
 type Addresses = (Vec<ListenAddress>, Vec<SocketAddr>);
 
 fn addresses(grpc: &[Listener], admin: &[TcpListener]) -> io::Result<Addresses> {
@@ -324,7 +324,7 @@ fn listed(addresses: &[impl ToString]) -> String {
     format!("[{}]", addresses.join(", "))
 }
 
-/// Sets the gauges that are read at scrape time.
+/// Returns the function that sets, before each scrape, the gauges that depend on the time of the scrape.
 fn observe(
     config: &Config,
     cache: &Arc<Cache<ApiKey>>,
@@ -341,7 +341,7 @@ fn observe(
     })
 }
 
-/// The admin listeners, on a thread of their own.
+/// Starts the admin listeners on a separate thread.
 fn start_admin(
     listeners: Vec<TcpListener>,
     shown: Admin,
@@ -353,7 +353,7 @@ fn start_admin(
         let listener = listener.into_std()?;
         let (shown, stop) = (Arc::clone(&shown), stop.clone());
         let serving = async move {
-            // A listener belongs to the runtime it is made on.
+            // A tokio listener belongs to the runtime on which it is created.
             admin::run(TcpListener::from_std(listener)?, shown, stop).await;
             Ok(())
         };
@@ -381,7 +381,7 @@ fn canary_parts(
     }
 }
 
-/// What people know this machine, or pod, by.
+/// The host name of this machine or pod.
 fn host_name() -> String {
     rustix::system::uname().nodename().to_string_lossy().into_owned()
 }

@@ -1,7 +1,9 @@
-//! The system of record: what the check path reads of it, and what management changes in it.
+//! The system of record: the database that holds trusts and keys. Checks read it through [`Lookup`]; management changes
+//! it through [`Ledger`].
 //!
-//! Adapters: `sqlite` (embedded default) and `postgres`. One contract test-suite runs on both. Reads go to the primary.
-//! "No such key" is `Ok(None)`; an error is never turned into absence.
+//! There are two adapters, `sqlite` (embedded, the default) and `postgres`, and one contract test suite that runs on
+//! both. Reads go to the primary. "No such key" is `Ok(None)`, and a failed read is an `Err`, so that an error is not
+//! taken for "not found".
 
 pub(crate) mod change_log;
 pub mod error;
@@ -17,12 +19,15 @@ pub mod settings;
 pub(crate) mod sqlite;
 pub mod url;
 
-pub use self::error::StoreError;
-pub use self::ledger::{Actor, AuditEntry, Ledger};
-pub use self::open::{
-    Management, attach, describe, detach, grants, management, migrate, new_incarnation, open_history, open_ledger,
-    open_lookup, print_attach, print_detach,
+pub use self::{
+    error::StoreError,
+    ledger::{Actor, AuditEntry, Ledger},
+    names::TableName,
+    open::{
+        Management, attach, describe, detach, grants, management, migrate, new_incarnation, open_history, open_ledger,
+        open_lookup, print_attach, print_detach,
+    },
+    reads::lookup::{Heartbeat, Lookup, Missing, PollError, Polled, Source, Tended},
+    settings::{Preset, StoreSettings},
+    url::{Env, default_path},
 };
-pub use self::reads::lookup::{Heartbeat, Lookup, Missing, PollError, Polled, Source, Tended};
-pub use self::settings::StoreSettings;
-pub use self::url::{Env, default_path};

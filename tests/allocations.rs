@@ -1,12 +1,12 @@
-//! What the server allocates: a small multiple of a message's size, whatever is in it; and for a check that is answered out
-//! of L1, nothing.
+//! The memory that the server allocates for a check: a small multiple of the message's size for any message, and
+//! nothing for a check that is answered from L1.
 //!
-//! In a binary of its own, since it counts every allocation of the process (of the thread that asks).
+//! This is a separate binary because its allocator counts all allocations of the process, for each thread.
 
 #![allow(clippy::unwrap_used, unreachable_pub)]
 #![expect(
     unsafe_code,
-    reason = "an allocator is an unsafe trait; this one counts and hands everything to the system's"
+    reason = "`GlobalAlloc` is an unsafe trait; this allocator counts, and calls the system's allocator"
 )]
 
 #[path = "support/mod.rs"]
@@ -48,8 +48,8 @@ thread_local! {
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
 
-// SAFETY: every call is handed on to `System` with the arguments it came with, and its answer handed back; the counters are
-// thread-local cells without a destructor, so that counting allocates nothing and cannot fail.
+// SAFETY: each call is passed to `System` with its arguments, and the result of `System` is returned. The counters are
+// thread-local cells without a destructor, so counting allocates nothing and cannot fail.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         LIVE.set(LIVE.get().wrapping_add(layout.size()));
@@ -66,7 +66,7 @@ unsafe impl GlobalAlloc for Counting {
     }
 }
 
-/// The most that was allocated at one time during `work`, in bytes.
+/// The peak of the memory that this thread allocated during `work`, in bytes.
 fn peak_of(work: impl FnOnce()) -> usize {
     LIVE.set(0);
     PEAK.set(0);
@@ -74,7 +74,7 @@ fn peak_of(work: impl FnOnce()) -> usize {
     PEAK.get()
 }
 
-/// How often this thread allocated during `work`.
+/// The number of allocations of this thread during `work`.
 fn allocations_of(work: impl FnOnce()) -> usize {
     COUNT.set(0);
     work();
@@ -88,7 +88,7 @@ fn settings() -> CredentialSettings {
     CredentialSettings::read(&mut reader)
 }
 
-/// Everything that a check does with a message besides looking up its key.
+/// Everything that a check does with a message, except the lookup of its key.
 fn check(settings: &CredentialSettings, replies: &Replies, message: &[u8]) {
     let Ok(view) = View::parse(message) else { return drop(replies.denial(DenyReason::Undecodable)) };
     let extracted = extract(settings, &view);
@@ -118,7 +118,7 @@ fn raw_header(name: &[u8], value: &[u8]) -> Vec<u8> {
     field(1, &[field(1, name), field(3, value)].concat())
 }
 
-/// The raw headers of a request that has this one alone; several such lists are merged.
+/// A list of raw headers with one header. If a message contains several lists, the decoder merges them.
 fn raw_header_list(name: &[u8], value: &[u8]) -> Vec<u8> {
     field(13, &raw_header(name, value))
 }
@@ -127,27 +127,28 @@ fn map_header(name: &[u8], value: &[u8]) -> Vec<u8> {
     field(3, &[field(1, name), field(2, value)].concat())
 }
 
-/// Bytes allocated at one time for each byte of message, at most. The shortest header takes 5 bytes of message and 32 of
-/// memory in a list that doubles: 19. The shortest scope 2 and 16: 24. A generated decoder would need more.
+/// The maximum number of bytes allocated at one time for each byte of the message. The shortest header takes 5 bytes in
+/// the message and 32 bytes in a list that doubles its capacity: a factor of 19. The shortest scope takes 2 and 16
+/// bytes: a factor of 24. A generated decoder would need more.
 const MULTIPLE: usize = 32;
-/// What the smallest message may need: an answer.
+/// The maximum number of bytes for the smallest message: its answer.
 const FIXED: usize = 4 << 10;
 
 fn assert_small(content: &str, settings: &CredentialSettings, replies: &Replies, message: &[u8]) {
-    // The buffer of this thread's answers is there once and for all.
+    // The first check of a thread allocates the buffer for its answers, which later checks reuse.
     check(settings, replies, &[]);
     let peak = peak_of(|| check(settings, replies, message));
     assert!(peak <= FIXED + MULTIPLE * message.len(), "{content}: {peak} bytes for a message of {}", message.len());
 }
 
 #[test]
-fn counting_counts() {
+fn allocator_measures_the_size_of_an_allocation() {
     assert_eq!(peak_of(|| drop(std::hint::black_box(vec![0_u8; 12_345]))), 12_345);
 }
 
-/// From the bytes of a message to those of its answer, with metrics, lease and everything: for a key without scopes and for
-/// one with some, in either encoding of the headers, where a credential stands in `authorization`, in the query and in a
-/// cookie; and for a denial.
+/// Runs complete checks, from the bytes of the message to the bytes of the answer, including metrics and lease. The
+/// messages contain keys with and without scopes, in both encodings of headers, in `authorization` and in the query.
+/// Two of the checks are denied.
 #[tokio::test]
 async fn ten_thousand_hits_allocate_nothing() {
     let test_config = TestConfig::new().with("credential.sources", "header:x-api-key,authorization:bearer,query:key");
@@ -157,26 +158,26 @@ async fn ten_thousand_hits_allocate_nothing() {
     let scoped = test_config.issue("acme", &["--scope", "read", "--scope", "write"]).await;
     let revoked = test_config.issue("acme", &[]).await;
     test_config.revoke(&revoked).await;
-    let (running, _seam) = StoreProxy::start(&test_config, |_| ()).await;
+    let (running, _proxy) = StoreProxy::start(&test_config, |_| ()).await;
     running.ready().await;
     let checker = running.checker();
     let head = [field(2, b"GET"), raw_header_list(b"user-agent", b"curl/8.5.0")].concat();
     let with = |name: &[u8], value: &str| http(&[head.clone(), raw_header_list(name, value.as_bytes())].concat());
     let messages = [
-        ("a key", with(b"x-api-key", &plain.key)),
-        ("in the map", http(&map_header(b"x-api-key", plain.key.as_bytes()))),
-        ("with scopes", with(b"x-api-key", &scoped.key)),
-        ("a bearer", with(b"authorization", &format!("Bearer {}", plain.key))),
-        ("in the query", http(&field(4, format!("/p?key={}&x=1", plain.key).as_bytes()))),
-        ("revoked", with(b"x-api-key", &revoked.key)),
+        ("key in a raw header", with(b"x-api-key", &plain.key)),
+        ("key in a map header", http(&map_header(b"x-api-key", plain.key.as_bytes()))),
+        ("key with scopes", with(b"x-api-key", &scoped.key)),
+        ("key as a bearer token", with(b"authorization", &format!("Bearer {}", plain.key))),
+        ("key in the query", http(&field(4, format!("/p?key={}&x=1", plain.key).as_bytes()))),
+        ("revoked key", with(b"x-api-key", &revoked.key)),
         ("no key", http(&head)),
     ];
     for (content, message) in &messages {
-        // The first one reads it; those after it find the buffers of this thread made.
+        // The first check reads the key from the store. The next ones allocate the buffers of this thread.
         for _ in 0..3 {
             assert!(matches!(checker.check(message).await, Reply::Message(_)), "{content}");
         }
-        // What the cache itself still has to do for the insertion, it does now.
+        // Reading this metric makes the cache finish its pending work for the insertion.
         metric(running.admin_address(), "trustgate_cache_entries{kind=\"api_key\"}").await;
         let count = allocations_of(|| {
             for _ in 0..10_000 {
@@ -189,17 +190,17 @@ async fn ten_thousand_hits_allocate_nothing() {
 }
 
 #[test]
-fn the_worst_messages_take_a_small_multiple_of_their_size() {
-    let (settings, replies) = parts();
-    // Just above a power of two, where a list that doubles has most room to spare.
+fn worst_case_messages_allocate_a_small_multiple_of_their_size() {
+    let (settings, replies) = checker_parts();
+    // Just above a power of two, where a list that doubles its capacity has the most unused capacity.
     for count in [1, 33, 1_025, 65_537] {
         let many = |content: &[u8]| content.repeat(count);
         let raw = |content: &[u8]| http(&field(13, &many(content)));
         let cookies = raw_header(b"cookie", b"k=");
         for (content, message) in [
-            ("raw headers without anything", raw(&[10, 0])),
+            ("empty raw headers", raw(&[10, 0])),
             ("lists of one raw header", http(&many(&field(13, &raw_header(b"a", b""))))),
-            ("map headers without anything", http(&many(&[26, 0]))),
+            ("empty map headers", http(&many(&[26, 0]))),
             ("short raw headers", raw(&raw_header(b"a", b""))),
             ("short map headers", http(&many(&map_header(b"a", b"")))),
             ("keys in raw headers", raw(&raw_header(b"k", b""))),
@@ -225,22 +226,22 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(256))]
 
     #[test]
-    fn no_bytes_take_more(bytes in vec(any::<u8>(), 0..2_000)) {
-        let (settings, replies) = parts();
+    fn random_bytes_allocate_a_small_multiple_of_their_size(bytes in vec(any::<u8>(), 0..2_000)) {
+        let (settings, replies) = checker_parts();
         assert_small("bytes", &settings, &replies, &bytes);
         assert_small("bytes as a request", &settings, &replies, &http(&bytes));
         assert_small("bytes as headers", &settings, &replies, &http(&field(13, &bytes)));
     }
 
-    /// Pieces that mean something, in any order.
+    /// Valid fields in any number and order.
     #[test]
-    fn no_requests_take_more(pieces in vec(piece(), 0..60)) {
-        let (settings, replies) = parts();
+    fn random_requests_allocate_a_small_multiple_of_their_size(pieces in vec(piece(), 0..60)) {
+        let (settings, replies) = checker_parts();
         assert_small("a request", &settings, &replies, &http(&pieces.concat()));
     }
 }
 
-fn parts() -> (CredentialSettings, Replies) {
+fn checker_parts() -> (CredentialSettings, Replies) {
     (settings(), Replies::new(OnFault::Deny, Duration::from_secs(1)))
 }
 

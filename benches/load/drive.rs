@@ -1,8 +1,9 @@
-//! The run: one thread, all connections, checks as they are due, until the time is over and all are answered.
+//! Runs the load: one thread sends checks over all connections until the time is over, and then waits for the remaining
+//! answers.
 //!
-//! Closed loop: as many checks are always in flight as were asked for; how long they take decides how many there are. Open
-//! loop: they leave when they are due, however long earlier ones take, and their time counts from when they were due, so
-//! that a server that stalls is not spared the checks that would have come meanwhile.
+//! In a closed loop, a fixed number of checks is in flight, and each answer is followed by the next check. In an open
+//! loop, each check is sent when it is due, without waiting for earlier answers. Its time counts from the due time, so
+//! the times include the delay of the checks that are due while the server stalls.
 
 use std::{
     collections::VecDeque,
@@ -19,39 +20,39 @@ use crate::{
     wire::{Address, Input, START_MAX, Tls, Wire},
 };
 
-/// How long answers may take once nothing more is sent.
+/// How long to wait for the remaining answers after the last check was sent.
 const REST_MAX: Duration = Duration::from_secs(5);
-/// How often a run that waits looks at the time.
-const LOOK: Duration = Duration::from_millis(50);
+/// The longest wait for an answer before the run checks the time again.
+const WAIT_MAX: Duration = Duration::from_millis(50);
 
-/// What a run is to be.
+/// The parameters of a run.
 pub(crate) struct Plan {
     pub(crate) address: Address,
     pub(crate) tls: Option<Tls>,
     pub(crate) connections: usize,
-    /// Checks a second; `None`: as many as come back.
+    /// Checks a second in an open loop; `None`: a closed loop.
     pub(crate) rate: Option<f64>,
-    /// How long to send before anything is counted.
+    /// How long to send before the measurement.
     pub(crate) warm_up: Duration,
-    /// How long to send after that.
+    /// How long to send during the measurement.
     pub(crate) length: Duration,
-    /// Checks that are sent, at most.
+    /// The maximum number of checks to send.
     pub(crate) requests: u64,
-    /// Looks for answers all the time instead of sleeping until they come.
+    /// True to poll for answers all the time instead of sleeping until they arrive.
     pub(crate) spins: bool,
 }
 
-/// A connection and what goes over it.
+/// A connection with its protocol session and buffers.
 struct Link<S> {
     wire: Wire,
     session: S,
     input: Input,
     output: Vec<u8>,
-    /// The system takes no more until the socket can be written to again.
+    /// True if the kernel accepts no more bytes until the socket is writable again.
     is_full: bool,
 }
 
-/// A run under way.
+/// The state of a run.
 struct Run<'p, S, F> {
     plan: &'p Plan,
     make: F,
@@ -60,18 +61,20 @@ struct Run<'p, S, F> {
     links: Vec<Link<S>>,
     start: Instant,
     sent: u64,
+    /// True if there are no more checks to send.
     are_out: bool,
-    /// Where the next check goes first.
+    /// The index of the connection to try first for the next check.
     turn: usize,
-    /// Checks that a server did not look at.
+    /// Checks to send again, because the server did not process them.
     again: VecDeque<Ticket>,
     ended: Vec<Ended>,
 }
 
-/// Runs `plan` with connections that `make` makes; returns what came of it and how many seconds were measured.
+/// Runs `plan`; `make` creates the session of each connection. Returns the results and the length of the measurement in
+/// seconds.
 ///
 /// # Errors
-/// When the server cannot be reached, or does not keep to the protocol.
+/// If the server cannot be reached, or violates the protocol.
 pub(crate) fn run<S: Session>(plan: &Plan, keys: Keys, make: impl Fn() -> S) -> io::Result<(Tally, f64)> {
     let links = Vec::with_capacity(plan.connections);
     let (tally, again, ended) = (Tally::default(), VecDeque::new(), Vec::new());
@@ -84,14 +87,14 @@ pub(crate) fn run<S: Session>(plan: &Plan, keys: Keys, make: impl Fn() -> S) -> 
     run.start = Instant::now();
     let stopped = run.send_all()?;
     run.wait_for_rest()?;
-    // Where the checks end before the time does, the last answer ends the run.
+    // If the checks run out before the time is over, the run ends with the last answer.
     let stopped = if run.are_out { run.start.elapsed() } else { stopped };
     let measured = stopped.min(plan.warm_up + plan.length).saturating_sub(plan.warm_up);
     Ok((run.tally, measured.as_secs_f64()))
 }
 
 impl<S: Session, F: Fn() -> S> Run<'_, S, F> {
-    /// A new connection, as far as the server having said what it takes.
+    /// Connects, and waits until the session is ready: over HTTP/2, until the server has sent its settings.
     fn connect(&self) -> io::Result<Link<S>> {
         let wire = Wire::connect(&self.plan.address, self.plan.tls.as_ref())?;
         let mut link = Link { wire, session: (self.make)(), input: Input::new(), output: Vec::new(), is_full: false };
@@ -99,16 +102,16 @@ impl<S: Session, F: Fn() -> S> Run<'_, S, F> {
         let (began, mut ended) = (Instant::now(), Vec::new());
         link.flush()?;
         while !link.session.is_ready() {
-            wait(&mut [PollFd::new(&link.wire, PollFlags::IN)], Some(LOOK))?;
+            wait(&mut [PollFd::new(&link.wire, PollFlags::IN)], Some(WAIT_MAX))?;
             if link.receive(&self.keys, &mut ended)? || began.elapsed() > START_MAX {
-                return Err(io::Error::other("the server did not begin to speak HTTP/2"));
+                return Err(io::Error::other("connection not ready: the server did not send its HTTP/2 settings"));
             }
             link.flush()?;
         }
         Ok(link)
     }
 
-    /// Sends until it is enough; returns when that was.
+    /// Sends checks until the time is over or there are no more checks; returns the time since the start.
     fn send_all(&mut self) -> io::Result<Duration> {
         let end = self.plan.warm_up + self.plan.length;
         loop {
@@ -118,17 +121,17 @@ impl<S: Session, F: Fn() -> S> Run<'_, S, F> {
             }
             match self.plan.rate {
                 Some(rate) => self.send_due(now, rate),
-                None => self.send_as_many_as_go(now),
+                None => self.send_while_room(now),
             }
             self.flush()?;
             let until_next = self.plan.rate.map(|rate| due(self.sent, rate).saturating_sub(self.start.elapsed()));
             let has_room = self.links.iter().any(|link| link.session.has_room());
-            let limit = until_next.filter(|_| has_room).unwrap_or(LOOK);
-            self.look(if self.plan.spins { Duration::ZERO } else { limit.min(end.saturating_sub(now)) })?;
+            let limit = until_next.filter(|_| has_room).unwrap_or(WAIT_MAX);
+            self.receive(if self.plan.spins { Duration::ZERO } else { limit.min(end.saturating_sub(now)) })?;
         }
     }
 
-    /// Takes what comes after the last check was sent.
+    /// Waits for the remaining answers after the last check was sent.
     fn wait_for_rest(&mut self) -> io::Result<()> {
         let stopped = Instant::now();
         let in_flight = |links: &[Link<S>]| links.iter().map(|link| link.session.in_flight()).sum::<usize>();
@@ -140,7 +143,7 @@ impl<S: Session, F: Fn() -> S> Run<'_, S, F> {
             }
             self.send_again();
             self.flush()?;
-            self.look(LOOK)?;
+            self.receive(WAIT_MAX)?;
         }
         Ok(())
     }
@@ -155,36 +158,36 @@ impl<S: Session, F: Fn() -> S> Run<'_, S, F> {
         }
     }
 
-    fn send_as_many_as_go(&mut self, now: Duration) {
+    fn send_while_room(&mut self, now: Duration) {
         self.send_again();
         while self.send_one(nanos(now)) {}
     }
 
     fn send_again(&mut self) {
-        while let Some(place) = self.room() {
+        while let Some(index) = self.room() {
             let Some(ticket) = self.again.pop_front() else { return };
-            self.links[place].send(ticket, &mut self.keys);
+            self.links[index].send(ticket, &mut self.keys);
         }
     }
 
-    /// Whether there was room for it, and a key.
+    /// Sends one check, if a connection has room and there is a key; returns true if it did.
     fn send_one(&mut self, due: u64) -> bool {
-        let Some(place) = self.room() else { return false };
+        let Some(index) = self.room() else { return false };
         let key = if self.sent < self.plan.requests { self.keys.next() } else { None };
         let Some(key) = key else {
             self.are_out = true;
             return false;
         };
-        self.links[place].send(Ticket { due, key }, &mut self.keys);
+        self.links[index].send(Ticket { due, key }, &mut self.keys);
         self.sent += 1;
         true
     }
 
-    /// The next connection with room, in turn.
+    /// The index of the next connection with room, in turn.
     fn room(&mut self) -> Option<usize> {
         let count = self.links.len();
-        let found = (self.turn..self.turn + count).map(|place| place % count);
-        let found = found.into_iter().find(|place| self.links[*place].session.has_room())?;
+        let found = (self.turn..self.turn + count).map(|index| index % count);
+        let found = found.into_iter().find(|index| self.links[*index].session.has_room())?;
         self.turn = found + 1;
         Some(found)
     }
@@ -196,15 +199,16 @@ impl<S: Session, F: Fn() -> S> Run<'_, S, F> {
         Ok(())
     }
 
-    /// Waits until something comes, at most that long, and takes it.
-    fn look(&mut self, limit: Duration) -> io::Result<()> {
+    /// Waits for at most `limit` until bytes arrive, and processes them. Replaces connections that the server has
+    /// closed.
+    fn receive(&mut self, limit: Duration) -> io::Result<()> {
         let flags = |link: &Link<S>| if link.is_full { PollFlags::IN | PollFlags::OUT } else { PollFlags::IN };
         let mut polled: Vec<_> = self.links.iter().map(|link| PollFd::new(&link.wire, flags(link))).collect();
         wait(&mut polled, Some(limit))?;
         let found: Vec<_> = polled.iter().map(PollFd::revents).collect();
         drop(polled);
-        for (place, found) in found.into_iter().enumerate().filter(|(_, found)| !found.is_empty()) {
-            let link = &mut self.links[place];
+        for (index, found) in found.into_iter().enumerate().filter(|(_, found)| !found.is_empty()) {
+            let link = &mut self.links[index];
             link.is_full &= !found.contains(PollFlags::OUT);
             let is_over = if found == PollFlags::OUT { false } else { link.receive(&self.keys, &mut self.ended)? };
             if is_over {
@@ -214,13 +218,13 @@ impl<S: Session, F: Fn() -> S> Run<'_, S, F> {
             let is_done = link.session.is_done();
             self.count();
             if is_done {
-                self.links[place] = self.connect()?;
+                self.links[index] = self.connect()?;
             }
         }
         Ok(())
     }
 
-    /// Counts what ended. All of it was there before the clock is looked at.
+    /// Counts the checks that have ended. All their answers arrived before this function reads the clock.
     fn count(&mut self) {
         let now = self.start.elapsed();
         let is_measured = now >= self.plan.warm_up && now < self.plan.warm_up + self.plan.length;
@@ -232,7 +236,7 @@ impl<S: Session, F: Fn() -> S> Run<'_, S, F> {
                         self.tally.add_measured(nanos(now).saturating_sub(ticket.due));
                     }
                 }
-                Ended::NotLookedAt(ticket) => self.again.push_back(ticket),
+                Ended::NotProcessed(ticket) => self.again.push_back(ticket),
             }
         }
     }
@@ -243,9 +247,9 @@ impl<S: Session> Link<S> {
         self.session.send(ticket, keys, &mut self.output);
     }
 
-    /// Takes what has come; whether that was the last.
+    /// Processes the bytes that have arrived; returns true if the server has closed the connection.
     fn receive(&mut self, keys: &Keys, ended: &mut Vec<Ended>) -> io::Result<bool> {
-        // A connection that was reset has ended like any other: what it owed is counted.
+        // Treat a reset like any other end of a connection: the missing answers are counted as errors.
         let is_over = self.wire.read(&mut self.input).or_else(|error| match error.kind() {
             io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe | io::ErrorKind::UnexpectedEof => Ok(true),
             _ => Err(error),
@@ -258,7 +262,7 @@ impl<S: Session> Link<S> {
     fn flush(&mut self) -> io::Result<()> {
         match self.wire.write(&mut self.output) {
             Ok(is_all) => self.is_full = !is_all,
-            // What is read next says the same.
+            // Ignore the error here: the next read returns it, too.
             Err(error) if matches!(error.kind(), io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe) => {}
             Err(error) => return Err(error),
         }
@@ -275,7 +279,7 @@ fn wait(polled: &mut [PollFd<'_>], limit: Option<Duration>) -> io::Result<()> {
 }
 
 /// When the check after `sent` others is due.
-#[expect(clippy::cast_precision_loss, reason = "nobody waits for 2^53 checks")]
+#[expect(clippy::cast_precision_loss, reason = "a run has far fewer than 2^53 checks")]
 fn due(sent: u64, rate: f64) -> Duration {
     Duration::from_secs_f64(sent as f64 / rate)
 }

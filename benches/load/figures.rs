@@ -1,6 +1,7 @@
-//! What a run came to: how many checks, how they were answered, how long they took.
+//! The results of a run: the number of checks, their outcomes and their times.
 //!
-//! Times go into a histogram whose steps are 1/64 of the value: a quantile is at most 1.6 % too high, never too low.
+//! Times are counted in a histogram whose steps are 1/64 of the value. A quantile is the upper end of a step, so it is
+//! at most 1.6 % too high, and not too low.
 
 use std::collections::BTreeMap;
 
@@ -11,7 +12,7 @@ use crate::message::Outcome;
 /// 2^6 steps between a power of two and the next.
 const STEP_BITS: u32 = 6;
 
-/// How long things took.
+/// A histogram of times.
 #[derive(Default)]
 pub(crate) struct Times {
     counts: Vec<u64>,
@@ -30,7 +31,7 @@ impl Times {
         self.max = self.max.max(nanos);
     }
 
-    /// The time that this share of all, in thousandths, did not exceed; in nanoseconds.
+    /// The time, in nanoseconds, that this share of all checks did not exceed. The share is in thousandths.
     fn quantile(&self, thousandths: u64) -> u64 {
         let wanted = (self.count * thousandths).div_ceil(1_000);
         let mut seen = 0;
@@ -55,7 +56,7 @@ impl Times {
     }
 }
 
-/// Small values are their own step; above, the highest 7 bits count.
+/// The step of a value. Each small value has a step for itself; for larger values, the highest 7 bits select the step.
 fn step_of(nanos: u64) -> usize {
     let shift = (u64::BITS - nanos.leading_zeros()).saturating_sub(STEP_BITS + 1);
     ((shift as usize) << STEP_BITS) + usize::try_from(nanos >> shift).unwrap_or(usize::MAX)
@@ -74,27 +75,27 @@ fn micros(nanos: u64) -> f64 {
     nanos as f64 / 1_000.0
 }
 
-/// What must come of every check, or the run has failed.
+/// The expected outcome of each check. If one has another outcome, the run fails.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub(crate) enum Expected {
-    /// Every check is granted.
+    /// Each check is granted.
     Grant,
-    /// Every check is denied.
+    /// Each check is denied.
     Denial,
-    /// Grants and denials may come, but nothing else.
+    /// Each check is granted or denied.
     Any,
-    /// Whatever it is, as long as it is an answer: a server that is flooded may say that it cannot decide.
+    /// Each check is granted, denied or answered with a fault, as by an overloaded server.
     Answer,
 }
 
-/// Everything that came of the checks of a run.
+/// The outcomes of the checks of a run.
 #[derive(Default)]
 pub(crate) struct Tally {
     grants: u64,
     denials: u64,
     faults: u64,
     errors: BTreeMap<&'static str, u64>,
-    /// Answered inside the window that is measured.
+    /// The number of checks that were answered during the measurement.
     measured: u64,
     times: Times,
 }
@@ -118,12 +119,12 @@ impl Tally {
         self.times.add(nanos);
     }
 
-    /// All checks that were answered.
+    /// The number of checks that were answered.
     pub(crate) const fn answered(&self) -> u64 {
         self.grants + self.denials + self.faults
     }
 
-    /// Whether everything came as `expected`, and anything at all did.
+    /// True if there was an answer, and each check had the expected outcome.
     pub(crate) fn is_as(&self, expected: Expected) -> bool {
         let wrong = match expected {
             Expected::Grant => self.denials + self.faults,
@@ -134,8 +135,8 @@ impl Tally {
         wrong == 0 && self.errors.is_empty() && self.answered() > 0
     }
 
-    /// The figures, for a window of that length.
-    #[expect(clippy::cast_precision_loss, reason = "nobody waits for 2^53 checks")]
+    /// The results as JSON, for a measurement of `seconds`.
+    #[expect(clippy::cast_precision_loss, reason = "a run has far fewer than 2^53 checks")]
     pub(crate) fn json(&self, seconds: f64) -> Value {
         json!({
             "seconds": seconds,

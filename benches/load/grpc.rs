@@ -1,7 +1,7 @@
-//! Check calls over HTTP/2 (RFC 9113), with frames made by hand: as Envoy asks, at a fraction of its cost.
+//! Check calls over HTTP/2 (RFC 9113) with prepared frames: the bytes that Envoy sends, at a fraction of its cost.
 //!
-//! Keeps to what the server allows: its windows, its streams at one time. Never sends a call twice unless the server said
-//! with GOAWAY that it did not look at it.
+//! The client obeys the flow-control windows and the stream limit of the server. It sends a call again only if the
+//! server reported in a GOAWAY frame that it did not process the call.
 
 use std::{collections::VecDeque, rc::Rc};
 
@@ -14,11 +14,12 @@ use crate::{
 
 const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 const FRAME_BYTES: usize = 9;
-/// What both sides begin with (section 6.5.2).
+/// The initial flow-control window of both sides (section 6.5.2).
 const FIRST_WINDOW: i64 = 65_535;
-/// Envoy's own windows: wide enough that answers never wait for us.
+/// The windows that Envoy uses by default, large enough that the server does not have to wait before it sends an
+/// answer.
 const OUR_WINDOW: u32 = 256 << 20;
-/// Numbers of streams end here; long before, a new connection is made.
+/// After this stream number, which is far below the maximum of HTTP/2, the client opens a new connection.
 const LAST_STREAM: u32 = 1 << 30;
 
 const DATA: u8 = 0;
@@ -30,24 +31,29 @@ const GOAWAY: u8 = 7;
 const WINDOW_UPDATE: u8 = 8;
 const CONTINUATION: u8 = 9;
 
-/// Of DATA and HEADERS; of SETTINGS and PING it is the acknowledgement.
+/// Flag of DATA and HEADERS.
 const END_STREAM: u8 = 1;
+/// Flag of SETTINGS and PING: an acknowledgement.
 const ACK: u8 = 1;
 const END_HEADERS: u8 = 4;
 const PADDED: u8 = 8;
 const PRIORITY: u8 = 32;
 
-/// The header blocks that Envoy 1.40 wrote: on a new connection, and from then on, with what the server remembers.
+/// The first header block that Envoy 1.40 sends on a connection.
 const FIRST_BLOCK: &[u8] = include_bytes!("../check_headers_first.bin");
+/// Each later header block, which refers to the dynamic table of the server.
 const LATER_BLOCK: &[u8] = include_bytes!("../check_headers_later.bin");
-/// Where in them `:scheme` stands, and what stands there for http and https (appendix A of RFC 7541).
+/// The positions of `:scheme` in these two blocks.
 const SCHEME_AT: [usize; 2] = [42, 35];
+/// `:scheme: http` (appendix A of RFC 7541).
 const HTTP: u8 = 0x86;
+/// `:scheme: https` (appendix A of RFC 7541).
 const HTTPS: u8 = 0x87;
-/// What the server has to remember of them, in bytes (section 4.1).
+/// The size of the dynamic table that these blocks need, in bytes (section 4.1 of RFC 7541).
 const TABLE_BYTES: u32 = 373;
 
-/// A call as bytes, the first of a connection and all later ones; in each the stream and the key are still to be put in.
+/// A call as bytes: the first call of a connection, and each later one. Before a call is sent, the stream number and
+/// the key are written into the bytes.
 pub(crate) struct Call {
     first: Shape,
     later: Shape,
@@ -61,7 +67,7 @@ struct Shape {
 }
 
 impl Call {
-    /// A Check call with that message.
+    /// A Check call with the message of `template`.
     pub(crate) fn of(template: &Template, is_tls: bool) -> Self {
         let shape = |block: &[u8], scheme_at: usize| {
             let mut block = block.to_vec();
@@ -86,21 +92,23 @@ fn put_frame(out: &mut Vec<u8>, kind: u8, flags: u8, stream: u32, payload: &[u8]
     out.extend_from_slice(payload);
 }
 
-/// One connection's side of the protocol.
+/// The client side of an HTTP/2 connection.
 pub(crate) struct Grpc {
     call: Rc<Call>,
     decoder: Decoder,
     streams_max: usize,
     next_stream: u32,
-    /// Calls from the oldest that is still open, by stream; those that ended meanwhile are `None`.
+    /// The calls since the oldest open one, by stream; `None` for a call that has ended.
     calls: VecDeque<Option<Open>>,
     in_flight: usize,
-    /// What the server still takes on the connection, in bytes; and on a new stream.
+    /// How many bytes the server still accepts on the connection.
     window: i64,
+    /// How many bytes the server accepts on a new stream.
     stream_window: i64,
-    /// What came and was not yet given back to the server's window.
+    /// Bytes that were received since the last WINDOW_UPDATE.
     received: u32,
     is_ready: bool,
+    /// True if no more calls may be sent on this connection.
     is_leaving: bool,
 }
 
@@ -108,7 +116,7 @@ struct Open {
     ticket: Ticket,
     status: Option<u16>,
     outcome: Option<Outcome>,
-    /// A message that came in parts.
+    /// The part of the message that has arrived, if it comes in several frames.
     part: Vec<u8>,
 }
 
@@ -130,19 +138,19 @@ impl Grpc {
         }
     }
 
-    fn place(&self, stream: u32) -> Option<usize> {
+    fn index_of(&self, stream: u32) -> Option<usize> {
         let oldest = self.next_stream - 2 * u32::try_from(self.calls.len()).ok()?;
         Some((stream.checked_sub(oldest)? / 2) as usize)
     }
 
     fn open(&mut self, stream: u32) -> Option<&mut Open> {
-        let place = self.place(stream)?;
-        self.calls.get_mut(place)?.as_mut()
+        let index = self.index_of(stream)?;
+        self.calls.get_mut(index)?.as_mut()
     }
 
     fn take(&mut self, stream: u32) -> Option<Open> {
-        let place = self.place(stream)?;
-        let open = self.calls.get_mut(place)?.take()?;
+        let index = self.index_of(stream)?;
+        let open = self.calls.get_mut(index)?.take()?;
         self.in_flight -= 1;
         while let Some(None) = self.calls.front() {
             self.calls.pop_front();
@@ -162,7 +170,7 @@ impl Grpc {
             put_frame(out, WINDOW_UPDATE, 0, 0, &self.received.to_be_bytes());
             self.received = 0;
         }
-        let payload = frame.content().ok_or("DATA with more padding than there is of it")?;
+        let payload = frame.content().ok_or("DATA frame with more padding than payload")?;
         let Some(open) = self.open(frame.stream) else { return Ok(()) };
         let trust = keys.trust(open.ticket.key);
         if open.part.is_empty() && is_whole(payload) {
@@ -174,32 +182,33 @@ impl Grpc {
             }
         }
         if frame.flags & END_STREAM != 0 {
-            self.end(frame.stream, Outcome::Wrong("an answer without a gRPC status"), ended);
+            self.end(frame.stream, Outcome::Wrong("answer without a gRPC status"), ended);
         }
         Ok(())
     }
 
     fn headers(&mut self, frame: &Frame<'_>, ended: &mut Vec<Ended>) -> Result<(), String> {
-        let mut block = frame.content().ok_or("HEADERS with more padding than there is of them")?;
+        let mut block = frame.content().ok_or("HEADERS frame with more padding than payload")?;
         if frame.kind == HEADERS && frame.flags & PRIORITY != 0 {
-            block = block.get(5..).ok_or("HEADERS without their priority")?;
+            block = block.get(5..).ok_or("HEADERS frame without its priority fields")?;
         }
         if frame.flags & END_HEADERS == 0 || frame.kind == CONTINUATION {
-            // END_STREAM stands on the first frame alone; no server of checks has headers of 16 KiB.
-            return Err("a header block of several frames".to_owned());
+            // A block in several frames would have END_STREAM on its first frame only. No server answers checks with
+            // headers of 16 KiB, so this client does not support it.
+            return Err("header block in several frames: not supported".to_owned());
         }
-        let said = self.decoder.read(block).ok_or("a header block that is none")?;
+        let statuses = self.decoder.read(block).ok_or("invalid header block")?;
         let is_end = frame.flags & END_STREAM != 0;
         let Some(open) = self.open(frame.stream) else { return Ok(()) };
-        open.status = open.status.or(said.status);
+        open.status = open.status.or(statuses.status);
         if is_end {
-            let outcome = match (open.status, said.grpc_status, open.outcome) {
+            let outcome = match (open.status, statuses.grpc_status, open.outcome) {
                 (Some(200), Some(0), Some(outcome)) => outcome,
-                (Some(200), Some(0), None) => Outcome::Wrong("no message, and no error"),
-                // UNAVAILABLE is how a server says that it cannot decide.
+                (Some(200), Some(0), None) => Outcome::Wrong("answer without a message or an error"),
+                // UNAVAILABLE means that the server cannot decide.
                 (Some(200), Some(14), None) => Outcome::Fault,
-                (Some(200), ..) => Outcome::Wrong("a gRPC error"),
-                _ => Outcome::Wrong("another status than 200"),
+                (Some(200), ..) => Outcome::Wrong("gRPC error"),
+                _ => Outcome::Wrong("HTTP status other than 200"),
             };
             self.end(frame.stream, outcome, ended);
         }
@@ -215,10 +224,10 @@ impl Grpc {
     fn settings(&mut self, payload: &[u8]) -> Result<(), String> {
         for setting in payload.chunks_exact(6) {
             let [high, low, value @ ..] = setting else { continue };
-            let value = u32::from_be_bytes(value.try_into().map_err(|_| "a setting that is none")?);
+            let value = u32::from_be_bytes(value.try_into().map_err(|_| "invalid SETTINGS frame")?);
             match u16::from_be_bytes([*high, *low]) {
                 1 if value < TABLE_BYTES => {
-                    return Err("a header table that is too small".to_owned());
+                    return Err("SETTINGS_HEADER_TABLE_SIZE is too small for the prepared header blocks".to_owned());
                 }
                 3 => self.streams_max = self.streams_max.min(value as usize),
                 4 => self.stream_window = i64::from(value),
@@ -226,26 +235,26 @@ impl Grpc {
             }
         }
         if self.stream_window < self.call.later.window || self.streams_max == 0 {
-            return Err("the server takes no whole message on a stream".to_owned());
+            return Err("server settings too small for one call: stream window or number of streams".to_owned());
         }
         self.is_ready = true;
         Ok(())
     }
 
     fn leave(&mut self, payload: &[u8], ended: &mut Vec<Ended>) -> Result<(), String> {
-        let (last, _) = payload.split_first_chunk::<4>().ok_or("GOAWAY without its stream")?;
+        let (last, _) = payload.split_first_chunk::<4>().ok_or("GOAWAY frame without the last stream")?;
         let last = u32::from_be_bytes(*last) & 0x7fff_ffff;
         self.is_leaving = true;
         for stream in (1..self.next_stream).step_by(2).filter(|stream| *stream > last) {
             if let Some(open) = self.take(stream) {
-                ended.push(Ended::NotLookedAt(open.ticket));
+                ended.push(Ended::NotProcessed(open.ticket));
             }
         }
         Ok(())
     }
 }
 
-/// Whether that is one gRPC message, with its prefix.
+/// True if `bytes` are one complete gRPC message with its prefix.
 fn is_whole(bytes: &[u8]) -> bool {
     matches!(bytes, [_, a, b, c, d, message @ ..] if u32::from_be_bytes([*a, *b, *c, *d]) as usize == message.len())
 }
@@ -253,7 +262,7 @@ fn is_whole(bytes: &[u8]) -> bool {
 impl Session for Grpc {
     fn begin(&mut self, out: &mut Vec<u8>) {
         out.extend_from_slice(PREFACE);
-        let settings: Vec<u8> = [(2_u16, 0_u32), (4, OUR_WINDOW)] // 2: nothing may be pushed
+        let settings: Vec<u8> = [(2_u16, 0_u32), (4, OUR_WINDOW)] // 2: SETTINGS_ENABLE_PUSH
             .iter()
             .flat_map(|(number, value)| number.to_be_bytes().into_iter().chain(value.to_be_bytes()))
             .collect();
@@ -308,7 +317,7 @@ impl Session for Grpc {
             match frame.kind {
                 DATA => self.data(&frame, keys, out, ended)?,
                 HEADERS | CONTINUATION => self.headers(&frame, ended)?,
-                RST_STREAM => self.end(frame.stream, Outcome::Wrong("a stream that was reset"), ended),
+                RST_STREAM => self.end(frame.stream, Outcome::Wrong("stream reset"), ended),
                 SETTINGS if frame.flags & ACK == 0 => {
                     self.settings(frame.payload)?;
                     put_frame(out, SETTINGS, ACK, 0, &[]);
@@ -317,7 +326,7 @@ impl Session for Grpc {
                 GOAWAY => self.leave(frame.payload, ended)?,
                 WINDOW_UPDATE if frame.stream == 0 => {
                     let more = frame.payload.try_into().map(u32::from_be_bytes);
-                    self.window += i64::from(more.map_err(|_| "WINDOW_UPDATE without its number")?);
+                    self.window += i64::from(more.map_err(|_| "WINDOW_UPDATE frame without its increment")?);
                 }
                 _ => {}
             }
@@ -328,7 +337,7 @@ impl Session for Grpc {
     fn abandon(&mut self, ended: &mut Vec<Ended>) {
         self.is_leaving = true;
         self.in_flight = 0;
-        let why = Outcome::Wrong("a connection that ended before the answer");
+        let why = Outcome::Wrong("connection ended before the answer");
         ended.extend(self.calls.drain(..).flatten().map(|open| Ended::Answered(open.ticket, why)));
     }
 }
@@ -341,7 +350,7 @@ struct Frame<'i> {
 }
 
 impl<'i> Frame<'i> {
-    /// The first frame of `input` and what follows it, if all of it is there.
+    /// The first frame of `input` and the rest after it; `None` if the frame is incomplete.
     fn split(input: &'i [u8]) -> Option<(Self, &'i [u8])> {
         let (head, rest) = input.split_first_chunk::<FRAME_BYTES>()?;
         let [a, b, c, kind, flags, stream @ ..] = *head;

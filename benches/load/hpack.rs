@@ -1,35 +1,36 @@
-//! Header compression (RFC 7541), as much as answers need: requests carry the bytes that Envoy wrote.
+//! The part of header compression (RFC 7541) that answers need. Requests consist of bytes that Envoy wrote.
 //!
-//! Answers are read in full, whatever their form; kept is only what tells how a call ended.
+//! The decoder accepts every encoding of a header, and returns only the headers that say how a call ended.
 
 use std::collections::VecDeque;
 
-/// The table that both sides begin with, in bytes by the rule of section 4.1.
+/// The initial size of the dynamic table, in bytes as section 4.1 counts them.
 const TABLE_BYTES: usize = 4_096;
-/// The first number after the static table (appendix A).
+/// The first index after the static table (appendix A).
 const DYNAMIC: usize = 62;
+/// The index of `:status: 200` in the static table.
 const STATUS_200: usize = 8;
 
-/// What a header block says of a call.
+/// The statuses in a header block.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Said {
+pub(crate) struct Statuses {
     /// `:status`.
     pub(crate) status: Option<u16>,
     /// `grpc-status`.
     pub(crate) grpc_status: Option<u16>,
 }
 
-/// The answers' side of a connection.
+/// The decoder for the answers on a connection.
 #[derive(Default)]
 pub(crate) struct Decoder {
-    /// Newest first.
-    table: VecDeque<Remembered>,
+    /// The dynamic table, newest entry first.
+    table: VecDeque<TableEntry>,
     bytes: usize,
     bytes_max: Option<usize>,
 }
 
 #[derive(Clone)]
-struct Remembered {
+struct TableEntry {
     name: Box<[u8]>,
     meaning: Meaning,
     bytes: usize,
@@ -43,40 +44,40 @@ enum Meaning {
 }
 
 impl Decoder {
-    /// Reads one block; `None` if it is not one.
-    pub(crate) fn read(&mut self, mut block: &[u8]) -> Option<Said> {
-        let mut said = Said::default();
+    /// Decodes one header block; `None` if it is invalid.
+    pub(crate) fn read(&mut self, mut block: &[u8]) -> Option<Statuses> {
+        let mut statuses = Statuses::default();
         while let Some(first) = block.first().copied() {
             let meaning = if first & 0x80 != 0 {
                 self.at(number(&mut block, 7)?)?
             } else if first & 0xc0 == 0x40 {
                 let (name, value) = self.literal(&mut block, 6)?;
-                self.remember(name, &value)
+                self.insert(name, &value)
             } else if first & 0xe0 == 0x20 {
                 self.bytes_max = Some(number(&mut block, 5)?);
-                self.forget();
+                self.evict();
                 continue;
             } else {
                 let (name, value) = self.literal(&mut block, 4)?;
                 meaning(&name, &value)
             };
             match meaning {
-                Meaning::Status(status) => said.status = Some(status),
-                Meaning::GrpcStatus(status) => said.grpc_status = Some(status),
+                Meaning::Status(status) => statuses.status = Some(status),
+                Meaning::GrpcStatus(status) => statuses.grpc_status = Some(status),
                 Meaning::Other => {}
             }
         }
-        Some(said)
+        Some(statuses)
     }
 
     fn at(&self, number: usize) -> Option<Meaning> {
         match number {
             0 => None,
-            // 200, 204, 206, 304, 400, 404, 500: only whether it is 200 counts.
+            // 204, 206, 304, 400, 404 and 500. The caller only needs to know that the status is not 200.
             STATUS_200 => Some(Meaning::Status(200)),
             9..=14 => Some(Meaning::Status(0)),
             1..DYNAMIC => Some(Meaning::Other),
-            _ => self.table.get(number - DYNAMIC).map(|remembered| remembered.meaning),
+            _ => self.table.get(number - DYNAMIC).map(|entry| entry.meaning),
         }
     }
 
@@ -84,22 +85,22 @@ impl Decoder {
         let name = match number(block, bits)? {
             0 => text(block)?.into(),
             STATUS_200..=14 => Box::from(&b":status"[..]),
-            // None of these names is one we look for: only its length counts.
+            // The decoder does not use these headers. Only the length of the name matters, for the size of the table.
             number @ 1..DYNAMIC => vec![b'?'; static_name_bytes(number)].into(),
             number => self.table.get(number - DYNAMIC)?.name.clone(),
         };
         Some((name, text(block)?))
     }
 
-    fn remember(&mut self, name: Box<[u8]>, value: &[u8]) -> Meaning {
+    fn insert(&mut self, name: Box<[u8]>, value: &[u8]) -> Meaning {
         let (meaning, bytes) = (meaning(&name, value), name.len() + value.len() + 32);
-        self.table.push_front(Remembered { name, meaning, bytes });
+        self.table.push_front(TableEntry { name, meaning, bytes });
         self.bytes += bytes;
-        self.forget();
+        self.evict();
         meaning
     }
 
-    fn forget(&mut self) {
+    fn evict(&mut self) {
         while self.bytes > self.bytes_max.unwrap_or(TABLE_BYTES) {
             let Some(oldest) = self.table.pop_back() else { return };
             self.bytes -= oldest.bytes;
@@ -116,7 +117,7 @@ fn meaning(name: &[u8], value: &[u8]) -> Meaning {
     }
 }
 
-/// How long the names of appendix A are, from 1.
+/// The length of a name in the static table (appendix A), whose first index is 1.
 fn static_name_bytes(number: usize) -> usize {
     const LENGTHS: [u8; DYNAMIC - 1] = [
         10, 7, 7, 5, 5, 7, 7, 7, 7, 7, 7, 7, 7, 7, 14, 15, 15, 13, 6, 27, 3, 5, 13, 13, 19, 16, 16, 14, 16, 13, 12, 6,
@@ -125,7 +126,7 @@ fn static_name_bytes(number: usize) -> usize {
     usize::from(LENGTHS[number - 1])
 }
 
-/// A number whose first byte has `bits` bits for it (section 5.1).
+/// Reads an integer whose first byte has `bits` bits for it (section 5.1).
 fn number(block: &mut &[u8], bits: u32) -> Option<usize> {
     let mask = (1_u8 << bits) - 1;
     let (first, rest) = block.split_first()?;
@@ -145,7 +146,7 @@ fn number(block: &mut &[u8], bits: u32) -> Option<usize> {
     None
 }
 
-/// A text, plain or in the code of appendix B (section 5.2).
+/// Reads a string, plain or in the Huffman code of appendix B (section 5.2).
 fn text(block: &mut &[u8]) -> Option<Vec<u8>> {
     let is_coded = block.first()? & 0x80 != 0;
     let length = number(block, 7)?;
@@ -154,8 +155,9 @@ fn text(block: &mut &[u8]) -> Option<Vec<u8>> {
     if is_coded { decode(text) } else { Some(text.to_vec()) }
 }
 
-/// How many bits each character has in the code of appendix B. The code is canonical: characters of one length follow each
-/// other, so that the lengths say everything. The last is the end of a text, which never stands in one.
+/// The length of the code of each character in appendix B, in bits. The code is canonical: codes of the same length are
+/// consecutive numbers, so the lengths determine the codes. The last entry is the end-of-string symbol, which no valid
+/// string contains.
 #[rustfmt::skip]
 const CODE_BITS: [u8; 257] = [
     13, 23, 28, 28, 28, 28, 28, 28, 28, 24, 30, 28, 28, 30, 28, 28, 28, 28, 28, 28, 28, 28, 30, 28,
@@ -171,19 +173,19 @@ const CODE_BITS: [u8; 257] = [
     26, 27, 26, 26, 27, 27, 27, 27, 27, 28, 27, 27, 27, 27, 27, 26, 30,
 ];
 
-/// The characters whose codes have one length.
+/// The characters whose codes have the same length.
 #[derive(Clone, Copy)]
 struct Level {
     /// The lowest code.
     first: u32,
     count: u32,
-    /// Where in [`CHARACTERS`] they begin.
+    /// The index in [`CHARACTERS`] at which they begin.
     start: u32,
 }
 
-/// By length, in bits.
+/// The levels, by the length of the codes in bits.
 const LEVELS: [Level; 31] = levels();
-/// All characters, by the length of their codes and then by their own number.
+/// All characters, ordered by the length of their codes and then by their number.
 const CHARACTERS: [u16; 257] = characters();
 
 const fn levels() -> [Level; 31] {
@@ -228,12 +230,12 @@ fn decode(coded: &[u8]) -> Option<Vec<u8>> {
             code = code << 1 | u32::from(byte >> bit & 1);
             bits += 1;
             let level = LEVELS.get(bits)?;
-            if let Some(place) = code.checked_sub(level.first).filter(|place| *place < level.count) {
-                text.push(u8::try_from(CHARACTERS[(level.start + place) as usize]).ok()?);
+            if let Some(offset) = code.checked_sub(level.first).filter(|offset| *offset < level.count) {
+                text.push(u8::try_from(CHARACTERS[(level.start + offset) as usize]).ok()?);
                 (code, bits) = (0, 0);
             }
         }
     }
-    // What is left is padding: fewer than 8 bits, all 1.
+    // The remaining bits must be padding: fewer than 8 bits, all of them 1.
     (bits < 8 && code == (1 << bits) - 1).then_some(text)
 }

@@ -1,29 +1,30 @@
-//! Requests over HTTP/1.1, for a server behind Envoy: one at a time on a connection, as most clients do.
+//! Requests over HTTP/1.1, for a server behind Envoy: one request at a time on each connection, as with most clients.
 //!
-//! 200 is a grant, 401 and 403 are denials, 503 is a fault. Bodies are of a length that is given, or the run has failed.
+//! 200 is a grant, 401 and 403 are denials, 503 is a fault. An answer without `content-length` is an error of the run.
 
 use std::rc::Rc;
 
 use crate::{
     keys::Keys,
-    message::{KEY_BYTES, Outcome, PLACE},
+    message::{KEY_BYTES, Outcome, PLACEHOLDER},
     session::{Ended, Session, Ticket},
 };
 
-/// A request as bytes, with the place of its key.
+/// A request as bytes.
 pub(crate) struct Request {
     bytes: Vec<u8>,
+    /// The position of the key in the bytes, if the request has one.
     key_at: Option<usize>,
 }
 
 impl Request {
-    /// A request for `path`.
+    /// A GET request for `path`.
     pub(crate) fn of(path: &str, with_key: bool) -> Self {
         let mut bytes = format!("GET {path} HTTP/1.1\r\nhost: service.example\r\nuser-agent: load\r\naccept: */*\r\n");
         let key_at = with_key.then(|| {
             bytes.push_str("x-api-key: ");
             let key_at = bytes.len();
-            bytes.push_str(&String::from_utf8_lossy(PLACE));
+            bytes.push_str(&String::from_utf8_lossy(PLACEHOLDER));
             bytes.push_str("\r\n");
             key_at
         });
@@ -32,7 +33,7 @@ impl Request {
     }
 }
 
-/// One connection's side of the protocol.
+/// The client side of an HTTP/1.1 connection.
 pub(crate) struct Http1 {
     request: Rc<Request>,
     waiting: Option<Ticket>,
@@ -40,7 +41,7 @@ pub(crate) struct Http1 {
 }
 
 impl Http1 {
-    /// A connection for `request`s.
+    /// A connection that sends `request`.
     pub(crate) const fn new(request: Rc<Request>) -> Self {
         Self { request, waiting: None, is_leaving: false }
     }
@@ -78,10 +79,10 @@ impl Session for Http1 {
         let Some(head_bytes) = input.windows(4).position(|bytes| bytes == b"\r\n\r\n").map(|at| at + 4) else {
             return Ok(0);
         };
-        let head = std::str::from_utf8(&input[..head_bytes]).map_err(|_| "an answer that is not text")?;
+        let head = std::str::from_utf8(&input[..head_bytes]).map_err(|_| "answer with a head that is not UTF-8")?;
         let status = head.get(9..12).unwrap_or_default();
         let length = header(head, "content-length").and_then(|length| length.parse::<usize>().ok());
-        let whole = head_bytes + length.ok_or("an answer without content-length")?;
+        let whole = head_bytes + length.ok_or("answer without content-length")?;
         if input.len() < whole {
             return Ok(0);
         }
@@ -89,9 +90,9 @@ impl Session for Http1 {
             "200" => Outcome::Grant,
             "401" | "403" => Outcome::Denial,
             "503" => Outcome::Fault,
-            _ => Outcome::Wrong("another status than 200, 401, 403 and 503"),
+            _ => Outcome::Wrong("HTTP status other than 200, 401, 403 and 503"),
         };
-        let ticket = self.waiting.take().ok_or("an answer that nobody asked for")?;
+        let ticket = self.waiting.take().ok_or("answer without a request")?;
         ended.push(Ended::Answered(ticket, outcome));
         self.is_leaving = header(head, "connection").is_some_and(|value| value.eq_ignore_ascii_case("close"));
         Ok(whole)
@@ -99,7 +100,7 @@ impl Session for Http1 {
 
     fn abandon(&mut self, ended: &mut Vec<Ended>) {
         self.is_leaving = true;
-        let why = Outcome::Wrong("a connection that ended before the answer");
+        let why = Outcome::Wrong("connection ended before the answer");
         ended.extend(self.waiting.take().map(|ticket| Ended::Answered(ticket, why)));
     }
 }

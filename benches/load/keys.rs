@@ -1,4 +1,4 @@
-//! Which key goes with which check: from a file by a chosen order, or made up.
+//! Chooses the key of each check: from a file, in a selectable order, or a random key.
 //!
 //! The same seed gives the same keys in the same order.
 
@@ -6,20 +6,20 @@ use std::{fs, path::Path};
 
 use crate::message::KEY_BYTES;
 
-/// How keys of a file follow each other.
+/// The order in which the keys of a file are used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub(crate) enum Order {
-    /// Few keys often, many seldom: the one in place n comes with a probability of 1/n.
+    /// At random, a few keys often and most keys rarely: the probability of the n-th key is proportional to 1/n.
     Zipf,
-    /// Each as often as any other, at random.
+    /// At random, each key with the same probability.
     Uniform,
-    /// Each once; the run ends with the last.
+    /// In the order of the file, each key once. The run ends with the last key.
     Once,
 }
 
-/// Checks whose keys are drawn before the run; then they come in the same order again.
+/// The number of checks whose keys are drawn before the run. After them, the same sequence of keys begins again.
 const DRAWN: usize = 1 << 20;
-/// 64 characters that may stand in a key.
+/// 64 characters that a key may contain.
 const CHARACTERS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_";
 
 /// A source of keys.
@@ -27,7 +27,7 @@ pub(crate) struct Keys {
     all: Vec<Key>,
     order: Option<Order>,
     drawn: Vec<u32>,
-    given: usize,
+    used: usize,
     random: Random,
 }
 
@@ -37,45 +37,46 @@ struct Key {
 }
 
 impl Keys {
-    /// Keys of `file`: one a line, and after a space the id of the trust it belongs to, if that is to be looked at.
+    /// The keys in `file`, one key a line. A space and the id of the trust may follow the key; grants must then be for
+    /// this trust.
     ///
     /// # Errors
-    /// What is wrong with it.
+    /// If the file cannot be read, contains no key, or contains a key of another length.
     pub(crate) fn from_file(file: &Path, order: Order, seed: u64) -> Result<Self, String> {
         let text = fs::read_to_string(file).map_err(|error| format!("{}: {error}", file.display()))?;
         let keys: Vec<_> =
             text.lines().enumerate().map(|(line, text)| key(line + 1, text)).collect::<Result<_, _>>()?;
         if keys.is_empty() {
-            return Err(format!("{}: there is no key in it", file.display()));
+            return Err(format!("{}: the file contains no key", file.display()));
         }
         let mut random = Random(seed);
         let drawn = if order == Order::Zipf { zipf(keys.len(), &mut random) } else { Vec::new() };
-        Ok(Self { all: keys, order: Some(order), drawn, given: 0, random })
+        Ok(Self { all: keys, order: Some(order), drawn, used: 0, random })
     }
 
-    /// Keys that nobody was ever given, no two the same.
+    /// Random keys, which the server does not know, all different.
     pub(crate) const fn made_up(seed: u64) -> Self {
-        Self { all: Vec::new(), order: None, drawn: Vec::new(), given: 0, random: Random(seed) }
+        Self { all: Vec::new(), order: None, drawn: Vec::new(), used: 0, random: Random(seed) }
     }
 
-    /// The next key's number; `None` when all were given.
+    /// The index of the next key; `None` when all keys were used.
     pub(crate) fn next(&mut self) -> Option<u32> {
-        self.given += 1;
+        self.used += 1;
         match self.order {
-            None => Some(0), // the number says nothing: each is made as it is sent
-            Some(Order::Zipf) => Some(self.drawn[self.given % DRAWN]),
+            None => Some(0), // not used: `put` generates a random key
+            Some(Order::Zipf) => Some(self.drawn[self.used % DRAWN]),
             Some(Order::Uniform) => Some(self.random.below(self.all.len())),
-            Some(Order::Once) => u32::try_from(self.given - 1).ok().filter(|_| self.given <= self.all.len()),
+            Some(Order::Once) => u32::try_from(self.used - 1).ok().filter(|_| self.used <= self.all.len()),
         }
     }
 
-    /// Writes the key of that number to its place.
+    /// Writes the key with this index to `place`.
     pub(crate) fn put(&mut self, key: u32, place: &mut [u8]) {
         if let Some(key) = self.all.get(key as usize) {
             place.copy_from_slice(&key.bytes);
             return;
         }
-        // A key of somebody else's form: no checksum tells that it was made up.
+        // The key does not have the form of trustgate's keys, so the server cannot reject it by its checksum.
         for ten in place.chunks_mut(10) {
             let mut bits = self.random.next();
             for character in ten {
@@ -85,7 +86,7 @@ impl Keys {
         }
     }
 
-    /// Whose key that is, if the file says so.
+    /// The id of the key's trust, if the file contains it.
     pub(crate) fn trust(&self, key: u32) -> Option<&[u8]> {
         self.all.get(key as usize)?.trust.as_deref()
     }
@@ -93,7 +94,8 @@ impl Keys {
 
 fn key(line: usize, text: &str) -> Result<Key, String> {
     let (key, trust) = text.split_once(' ').map_or((text, None), |(key, trust)| (key, Some(trust)));
-    let bytes = key.as_bytes().try_into().map_err(|_| format!("line {line}: a key must have {KEY_BYTES} bytes"))?;
+    let bytes = key.as_bytes().try_into();
+    let bytes = bytes.map_err(|_| format!("line {line}: invalid key: it must have {KEY_BYTES} bytes"))?;
     Ok(Key { bytes, trust: trust.map(|trust| trust.as_bytes().into()) })
 }
 
@@ -101,8 +103,8 @@ fn key(line: usize, text: &str) -> Result<Key, String> {
 fn zipf(keys: usize, random: &mut Random) -> Vec<u32> {
     let mut sum = 0.0;
     let sums: Vec<f64> = (1..=keys)
-        .map(|place| {
-            sum += 1.0 / place as f64;
+        .map(|rank| {
+            sum += 1.0 / rank as f64;
             sum
         })
         .collect();

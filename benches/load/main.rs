@@ -1,10 +1,10 @@
-//! Sends Check calls as Envoy does and says how fast and how right they were answered, as one line of JSON.
+//! A load generator for benchmarks, which `benches/run` calls. It sends Check calls as Envoy does, and prints the
+//! number, the outcomes and the times of the answers as one line of JSON.
 //!
-//! One thread, frames made by hand, no allocation for an answer: it must cost less than the cheapest server that it drives.
-//! Looks into every answer: where one is not what it must be, the run has failed and the exit code says so. Never used but
-//! to measure; `benches/run` calls it.
+//! It runs on one thread, sends prepared frames and does not allocate for an answer, because it must cost less than the
+//! cheapest server that it drives. It checks each answer; if one has not the expected outcome, the exit code is not 0.
 
-// What is measured here is this machine's time.
+// This program measures real time.
 #![allow(clippy::disallowed_methods)]
 
 mod drive;
@@ -41,70 +41,71 @@ use crate::{
 
 /// The message of a check as Envoy 1.40 sends it, with its default encoding of headers.
 const MESSAGE: &[u8] = include_bytes!("../check_request.bin");
-/// The same as `envoy/envoy.yaml` makes Envoy send it, with `encode_raw_headers`.
+/// The message as Envoy sends it with `encode_raw_headers`, which `envoy/envoy.yaml` sets.
 const RAW_MESSAGE: &[u8] = include_bytes!("../check_request_raw.bin");
 
 #[derive(Parser)]
-#[command(about = "Sends Check calls and says how they were answered, as JSON")]
-#[expect(clippy::struct_excessive_bools, reason = "each is a switch of the command line")]
+#[command(about = "Sends Check calls and prints the outcomes and times of the answers as JSON")]
+#[expect(clippy::struct_excessive_bools, reason = "each field is an option of the command line")]
 struct Arguments {
     /// The server: `IP:PORT` or `unix:///PATH`.
     address: Address,
-    /// A file of keys, one a line; after a space the id of the trust that must come back.
+    /// A file of keys, one key a line. A space and the id of the expected trust may follow the key.
     #[arg(long, value_name = "FILE", required_unless_present_any = ["made_up", "no_key"])]
     keys: Option<PathBuf>,
-    /// How keys of the file follow each other.
+    /// The order in which the keys of the file are used.
     #[arg(long, value_enum, default_value_t = Order::Zipf)]
     order: Order,
-    /// Keys that nobody was given, each once, instead of those of a file.
+    /// Send random keys, which the server does not know, instead of keys from a file.
     #[arg(long, conflicts_with = "keys")]
     made_up: bool,
-    /// No key at all.
+    /// Send no key.
     #[arg(long, conflicts_with_all = ["keys", "made_up"])]
     no_key: bool,
-    /// What keys are chosen by.
+    /// The seed of the random choice of keys.
     #[arg(long, default_value_t = 1)]
     seed: u64,
-    /// Connections.
+    /// Number of connections.
     #[arg(short, long, default_value_t = 4)]
     connections: usize,
-    /// Checks at one time on each connection.
+    /// Maximum number of checks in flight on each connection.
     #[arg(short = 'm', long, default_value_t = 32)]
     streams: usize,
-    /// Checks a second, due at even distances (open loop); without it the next goes when one came back (closed loop).
+    /// Checks a second, evenly spaced (open loop). Without it, each answer is followed by the next check (closed loop).
     #[arg(long)]
     rate: Option<f64>,
-    /// Seconds that are measured.
+    /// Length of the measurement, in seconds.
     #[arg(long, default_value_t = 5.0)]
     seconds: f64,
-    /// Seconds before them.
+    /// Length of the warm-up before the measurement, in seconds.
     #[arg(long, default_value_t = 1.0)]
     warm_up: f64,
-    /// Checks, at most.
+    /// Maximum number of checks.
     #[arg(long, default_value_t = u64::MAX)]
     requests: u64,
-    /// What must come of every check.
+    /// The expected outcome of each check.
     #[arg(long, value_enum, default_value_t = Expected::Grant)]
     expect: Expected,
-    /// Never sleep: exact to the microsecond, at the price of a whole processor.
+    /// Poll for answers instead of sleeping. Times are then exact to the microsecond, but the program uses a whole
+    /// processor.
     #[arg(long)]
     spin: bool,
-    /// Headers in the message as `encode_raw_headers` makes them.
+    /// Encode the headers in the message as Envoy does with `encode_raw_headers`.
     #[arg(long)]
     raw_headers: bool,
-    /// GET this path over HTTP/1.1, one request at a time on a connection, instead of Check calls.
+    /// Send GET requests for this path over HTTP/1.1 instead of Check calls, one at a time on each connection.
     #[arg(long, value_name = "PATH")]
     http1: Option<String>,
-    /// Speak TLS and trust the certificates in this file.
+    /// Use TLS, and trust the certificate authorities in this PEM file.
     #[arg(long, value_name = "FILE")]
     tls_ca: Option<PathBuf>,
-    /// Whose certificate the server must show.
+    /// The name in the certificate of the server.
     #[arg(long, value_name = "NAME", default_value = "localhost")]
     tls_name: String,
-    /// Our own certificate, where the server asks for one.
+    /// The client certificate, a PEM file, for a server that requires one.
     #[arg(long, value_name = "FILE", requires_all = ["tls_key", "tls_ca"])]
     tls_certificate: Option<PathBuf>,
-    /// Its key.
+    /// The private key of the client certificate, a PEM file.
     #[arg(long, value_name = "FILE", requires = "tls_certificate")]
     tls_key: Option<PathBuf>,
 }
@@ -114,23 +115,23 @@ fn main() -> ExitCode {
     match run(&arguments) {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => {
-            tell(&format!("load: not every check came to what was expected ({:?})", arguments.expect));
+            report(&format!("load: unexpected outcome of at least one check: expected {:?}", arguments.expect));
             ExitCode::FAILURE
         }
         Err(error) => {
-            tell(&format!("load: {error}"));
+            report(&format!("load: {error}"));
             ExitCode::FAILURE
         }
     }
 }
 
-fn tell(line: &str) {
-    // Nobody is left to tell that standard error is gone.
+fn report(line: &str) {
+    // If standard error is closed, there is no other place to report the problem.
     let _ = writeln!(io::stderr(), "{line}");
 }
 
 fn run(arguments: &Arguments) -> Result<bool, Box<dyn Error>> {
-    // Without this a sleep ends up to 50 us late, and every check of an open loop with it.
+    // With the default timer slack, each sleep, and so each check of an open loop, is up to 50 us late.
     rustix::thread::set_current_timer_slack(NonZeroU64::new(1))?;
     let plan = plan(arguments)?;
     let keys = match &arguments.keys {
@@ -159,7 +160,8 @@ fn plan(arguments: &Arguments) -> Result<Plan, Box<dyn Error>> {
     let tls =
         arguments.tls_ca.as_ref().map(|ca| Tls::new(ca, arguments.tls_name.clone(), own, protocol)).transpose()?;
     if arguments.connections == 0 || arguments.streams == 0 || arguments.rate.is_some_and(|rate| rate <= 0.0) {
-        Arguments::command().error(ErrorKind::ValueValidation, "numbers must be above 0").exit();
+        let message = "--connections, --streams and --rate must be above 0";
+        Arguments::command().error(ErrorKind::ValueValidation, message).exit();
     }
     Ok(Plan {
         address: arguments.address.clone(),

@@ -1,8 +1,8 @@
-//! The `CheckRequest` that is sent, and as much of a `CheckResponse` as tells a grant from a denial and from a fault.
+//! The `CheckRequest` to send, and the part of a `CheckResponse` that distinguishes grants, denials and faults.
 //!
-//! Never believes that an answer is one: what does not say clearly what it is, or speaks for another trust, is wrong.
+//! An answer counts as wrong if it is not clearly one of these, or if it grants for another trust.
 
-/// What a check came to.
+/// The outcome of a check.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Outcome {
     /// Granted, for the trust that owns the key.
@@ -11,36 +11,38 @@ pub(crate) enum Outcome {
     Denial,
     /// The server could not decide.
     Fault,
-    /// No proper answer.
+    /// The answer is wrong or missing, for this reason.
     Wrong(&'static str),
 }
 
-/// What stands in the stored message where the key belongs: as long as a key of trustgate's own.
-pub(crate) const PLACE: &[u8; KEY_BYTES] = b"tg_0000000000000000000000000000000000000000000000000";
+/// The part of the stored message to replace with a key. It has the length of the keys that trustgate issues.
+pub(crate) const PLACEHOLDER: &[u8; KEY_BYTES] = b"tg_0000000000000000000000000000000000000000000000000";
 /// The length of every key that is sent.
 pub(crate) const KEY_BYTES: usize = 52;
-/// The header that holds the key.
+/// The header that contains the key.
 const KEY_HEADER: &[u8] = b"x-api-key";
-/// One of the same length that nobody reads a key from.
+/// A header name of the same length, which is not a source of keys.
 const OTHER_HEADER: &[u8] = b"x-api-kez";
 
-/// A message as Envoy sends it, framed for gRPC, and where in it the key stands.
+/// A message as Envoy sends it, with its gRPC prefix.
 pub(crate) struct Template {
     pub(crate) framed: Vec<u8>,
+    /// The position of the key in `framed`.
     pub(crate) key_at: usize,
 }
 
 impl Template {
-    /// From the bytes of a `CheckRequest` that holds [`PLACE`] once; without `with_key`, no header of it holds a key.
+    /// Creates a template from a `CheckRequest` that contains [`PLACEHOLDER`] once. If `with_key` is false, its header
+    /// is renamed, so that the request has no key.
     ///
     /// # Errors
-    /// What is wrong with them.
+    /// If the message is too long, or does not contain the placeholder or the header exactly once.
     pub(crate) fn of(message: &[u8], with_key: bool) -> Result<Self, String> {
         let length = u32::try_from(message.len()).map_err(|_| "the message is too long")?;
         let mut framed = vec![0];
         framed.extend_from_slice(&length.to_be_bytes());
         framed.extend_from_slice(message);
-        let key_at = only(&framed, PLACE)?;
+        let key_at = only(&framed, PLACEHOLDER)?;
         if !with_key {
             let header_at = only(&framed, KEY_HEADER)?;
             framed[header_at..header_at + KEY_HEADER.len()].copy_from_slice(OTHER_HEADER);
@@ -49,25 +51,26 @@ impl Template {
     }
 }
 
+/// The position of `wanted`, which `bytes` must contain exactly once.
 fn only(bytes: &[u8], wanted: &[u8]) -> Result<usize, String> {
     let mut places = bytes.windows(wanted.len()).enumerate().filter(|(_, part)| *part == wanted);
     match (places.next(), places.next()) {
         (Some((at, _)), None) => Ok(at),
         (found, _) => {
             let count = if found.is_some() { "more than once" } else { "not at all" };
-            Err(format!("the message holds {:?} {count}", String::from_utf8_lossy(wanted)))
+            Err(format!("invalid message: it contains {:?} {count}", String::from_utf8_lossy(wanted)))
         }
     }
 }
 
-/// What a framed `CheckResponse` says; `trust` is who the key belongs to, if that is known.
+/// The outcome in a `CheckResponse` with its gRPC prefix. `trust`: the id of the key's trust, if it is known.
 pub(crate) fn read(framed: &[u8], trust: Option<&[u8]>) -> Outcome {
-    let Some((prefix, message)) = framed.split_at_checked(5) else { return Outcome::Wrong("a cut message") };
-    let [compressed, length @ ..] = prefix else { return Outcome::Wrong("a cut message") };
+    let Some((prefix, message)) = framed.split_at_checked(5) else { return Outcome::Wrong("incomplete message") };
+    let [compressed, length @ ..] = prefix else { return Outcome::Wrong("incomplete message") };
     if *compressed != 0 || length != u32::try_from(message.len()).unwrap_or(u32::MAX).to_be_bytes() {
-        return Outcome::Wrong("more or less than one message");
+        return Outcome::Wrong("not exactly one message");
     }
-    decode(message, trust).unwrap_or(Outcome::Wrong("an answer that is no CheckResponse"))
+    decode(message, trust).unwrap_or(Outcome::Wrong("invalid CheckResponse"))
 }
 
 /// Field numbers: `envoy/service/auth/v3/external_auth.proto`, `google/rpc/status.proto`.
@@ -86,11 +89,11 @@ fn decode(message: &[u8], trust: Option<&[u8]>) -> Result<Outcome, Malformed> {
     Ok(match (code, ok, denied) {
         _ if is_error => Outcome::Fault,
         (0, Some(ok), None) => match (trust_in(ok)?, trust) {
-            (None, _) => Outcome::Wrong("a grant without x-trust-id"),
-            (Some(found), Some(trust)) if found != trust => Outcome::Wrong("a grant for another trust"),
+            (None, _) => Outcome::Wrong("grant without x-trust-id"),
+            (Some(found), Some(trust)) if found != trust => Outcome::Wrong("grant for another trust"),
             (Some(_), _) => Outcome::Grant,
         },
-        (0, ..) => Outcome::Wrong("an answer with the code of a grant that is none"),
+        (0, ..) => Outcome::Wrong("status code OK that does not match the response"),
         (_, None, Some(denied)) => {
             let mut fields = Fields(denied);
             let mut status = 0;
@@ -101,7 +104,7 @@ fn decode(message: &[u8], trust: Option<&[u8]>) -> Result<Outcome, Malformed> {
             }
             if status >= 500 { Outcome::Fault } else { Outcome::Denial }
         }
-        (..) => Outcome::Wrong("a code that goes with no answer"),
+        (..) => Outcome::Wrong("status code that does not match the response"),
     })
 }
 
@@ -130,7 +133,7 @@ fn trust_in(ok: &[u8]) -> Result<Option<&[u8]>, Malformed> {
     Ok(None)
 }
 
-/// The number in a field of a message; 0 if it is not there.
+/// The value of a number field of a message; 0 if the field is absent.
 fn number_in(message: &[u8], wanted: u64) -> Result<u64, Malformed> {
     let mut found = 0;
     let mut fields = Fields(message);
@@ -144,10 +147,10 @@ fn number_in(message: &[u8], wanted: u64) -> Result<u64, Malformed> {
     Ok(found)
 }
 
-/// The bytes are no message.
+/// The bytes are not a valid protobuf message.
 struct Malformed;
 
-/// The fields of a protobuf message, one after the other.
+/// Iterates over the fields of a protobuf message.
 struct Fields<'m>(&'m [u8]);
 
 enum Field<'m> {

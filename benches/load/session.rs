@@ -1,42 +1,43 @@
-//! What the sender needs of a protocol: when it takes another request, its bytes, and what came of those before.
+//! The interface between the sender and a protocol: room for requests, bytes to send, and outcomes of earlier requests.
 
 use crate::{keys::Keys, message::Outcome};
 
 /// One check.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Ticket {
-    /// When it was due, in nanoseconds since the start: from then on its time counts.
+    /// When it was due, in nanoseconds since the start. Its time counts from then on.
     pub(crate) due: u64,
-    /// The number of its key.
+    /// The index of its key.
     pub(crate) key: u32,
 }
 
 /// How a check ended.
 pub(crate) enum Ended {
-    /// With this.
+    /// The server answered, or the answer cannot arrive any more.
     Answered(Ticket, Outcome),
-    /// The server left before it looked at it: to be sent on another connection.
-    NotLookedAt(Ticket),
+    /// The server closes the connection and did not process the check: send it on another connection.
+    NotProcessed(Ticket),
 }
 
-/// One connection's side of a protocol. Never reads or writes a socket itself.
+/// The client side of a protocol on one connection. It does not read or write the socket.
 pub(crate) trait Session {
-    /// What is sent first.
+    /// Appends the first bytes to send.
     fn begin(&mut self, out: &mut Vec<u8>);
-    /// Whether the server has said what it takes.
+    /// True if requests can be sent: over HTTP/2, after the server has sent its settings.
     fn is_ready(&self) -> bool;
-    /// Whether another request may be sent now.
+    /// True if another request can be sent now.
     fn has_room(&self) -> bool;
-    /// Requests without an answer.
+    /// The number of requests without an answer.
     fn in_flight(&self) -> usize;
-    /// Whether the connection takes no more requests and owes no answer: time for another.
+    /// True if the connection accepts no more requests and all requests are answered, so that it can be replaced.
     fn is_done(&self) -> bool;
-    /// Puts a request into `out`. Only after [`Self::has_room`] said yes.
+    /// Appends a request to `out`. May only be called if [`Self::has_room`] is true.
     fn send(&mut self, ticket: Ticket, keys: &mut Keys, out: &mut Vec<u8>);
-    /// Reads what came, and says how much of it was understood; the rest comes again with what follows.
+    /// Processes the complete messages in `input`; returns the number of bytes processed. The next call gets the rest
+    /// again, with the bytes that follow.
     ///
     /// # Errors
-    /// Why the connection cannot go on.
+    /// If the server violates the protocol.
     fn receive(
         &mut self,
         input: &[u8],
@@ -44,6 +45,6 @@ pub(crate) trait Session {
         out: &mut Vec<u8>,
         ended: &mut Vec<Ended>,
     ) -> Result<usize, String>;
-    /// The connection is gone.
+    /// Ends all requests that have no answer, because the connection has ended.
     fn abandon(&mut self, ended: &mut Vec<Ended>);
 }

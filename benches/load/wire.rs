@@ -1,4 +1,4 @@
-//! A connection to the server: TCP, TLS over it, or a Unix socket. Never waits once it is connected.
+//! A connection to the server: TCP, TLS over TCP, or a Unix socket. Once connected, it does not block.
 
 use std::{
     io::{self, Read, Write},
@@ -18,10 +18,10 @@ use rustls::{
     pki_types::{CertificateDer, PrivateKeyDer, ServerName, pem::PemObject as _},
 };
 
-/// How long connecting and the first bytes may take.
+/// The timeout for connecting, and for the server's first bytes.
 pub(crate) const START_MAX: Duration = Duration::from_secs(10);
 
-/// Where the server is.
+/// The address of the server.
 #[derive(Clone, Debug)]
 pub(crate) enum Address {
     Tcp(SocketAddr),
@@ -38,7 +38,7 @@ impl FromStr for Address {
     }
 }
 
-/// How to speak TLS.
+/// The configuration of TLS.
 #[derive(Clone)]
 pub(crate) struct Tls {
     config: Arc<ClientConfig>,
@@ -46,10 +46,11 @@ pub(crate) struct Tls {
 }
 
 impl Tls {
-    /// Trusts `authority`, expects `name`, and shows `own` (certificate and key) where it is asked for one.
+    /// Creates a configuration that trusts `authority`, expects the server `name`, and authenticates with the
+    /// certificate and the key in `own` if the server asks for them.
     ///
     /// # Errors
-    /// What is wrong with the files.
+    /// If a file cannot be read or is invalid, or if `name` is invalid.
     pub(crate) fn new(
         authority: &PathBuf,
         name: String,
@@ -87,10 +88,10 @@ enum Socket {
 }
 
 impl Wire {
-    /// Connects, and waits for nothing more: a TLS handshake goes on as bytes come and go.
+    /// Connects. Does not wait for the TLS handshake, which continues with each read and write.
     ///
     /// # Errors
-    /// What the system says.
+    /// If the connection fails.
     pub(crate) fn connect(address: &Address, tls: Option<&Tls>) -> io::Result<Self> {
         let socket = match address {
             Address::Tcp(address) => {
@@ -109,10 +110,11 @@ impl Wire {
         Ok(Self { socket, tls: tls.map_err(io::Error::other)?.map(Box::new) })
     }
 
-    /// Appends what has come to `input`, up to its capacity; `Ok(true)` when there is no more to come, ever.
+    /// Appends the bytes that have arrived to `input`, up to its capacity; returns true if the server has closed the
+    /// connection.
     ///
     /// # Errors
-    /// What the system or TLS says.
+    /// If reading or TLS fails.
     pub(crate) fn read(&mut self, input: &mut Input) -> io::Result<bool> {
         let Some(tls) = &mut self.tls else { return closed(input.fill(&mut self.socket)) };
         let ended = match tls.read_tls(&mut self.socket) {
@@ -132,10 +134,10 @@ impl Wire {
         }
     }
 
-    /// Sends as much of `output` as goes, and takes it away; `Ok(true)` when all went.
+    /// Sends as much of `output` as the kernel accepts, and removes it from `output`; returns true if nothing is left.
     ///
     /// # Errors
-    /// What the system says.
+    /// If writing fails.
     pub(crate) fn write(&mut self, output: &mut Vec<u8>) -> io::Result<bool> {
         if let Some(tls) = &mut self.tls {
             let taken = tls.writer().write(output)?;
@@ -199,7 +201,7 @@ impl Write for Socket {
     }
 }
 
-/// What came and was not yet understood.
+/// Bytes that have arrived and are not processed yet.
 pub(crate) struct Input {
     bytes: Box<[u8]>,
     from: usize,
@@ -207,7 +209,7 @@ pub(crate) struct Input {
 }
 
 impl Input {
-    /// Room for more than any frame of the size that both sides begin with.
+    /// An empty buffer of 256 KiB, larger than any frame of the initial maximum size.
     pub(crate) fn new() -> Self {
         Self { bytes: vec![0; 256 << 10].into(), from: 0, to: 0 }
     }
@@ -216,7 +218,7 @@ impl Input {
         &self.bytes[self.from..self.to]
     }
 
-    /// Forgets the first `count` bytes.
+    /// Removes the first `count` bytes.
     pub(crate) fn used(&mut self, count: usize) {
         self.from += count;
         if self.from == self.to {
@@ -224,13 +226,13 @@ impl Input {
         }
     }
 
-    /// One read; 0 means the end, so without room for more it is an error.
+    /// Reads once; returns 0 at the end of the input. A full buffer is an error.
     fn fill(&mut self, source: &mut impl Read) -> io::Result<usize> {
         if self.to == self.bytes.len() {
             self.bytes.copy_within(self.from..self.to, 0);
             (self.from, self.to) = (0, self.to - self.from);
             if self.to == self.bytes.len() {
-                return Err(io::Error::other("more than 256 KiB that mean nothing yet"));
+                return Err(io::Error::other("message of more than 256 KiB: not supported"));
             }
         }
         let count = source.read(&mut self.bytes[self.to..])?;

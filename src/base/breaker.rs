@@ -1,47 +1,48 @@
-//! Whether a tier is worth asking: after repeated failures it is left alone for a moment, then one caller tries it.
+//! A circuit breaker for a tier. After repeated failures it opens, and callers skip the tier; after a while it lets one
+//! caller try the tier again.
 //!
-//! What failed together failed once: a machine that stands still for a moment makes everything late that is in flight, and
-//! that must not become a pause on top.
+//! Concurrent failures count as one. If this machine pauses for a moment, all calls in flight time out together, and
+//! that must not open the breaker.
 //!
-//! Never waits and never reads the clock: the time is an argument.
+//! The breaker does not wait and does not read the clock: callers pass the time.
 
 use std::{sync::Mutex, time::Duration};
 
 use super::clock::Moment;
 
-/// When a breaker opens and for how long.
+/// The rules by which a breaker opens.
 #[derive(Clone, Copy, Debug)]
 pub struct Rules {
-    /// Failures in a row that open it, each of something that was begun after the one before.
+    /// Failures in a row that open the breaker. A failure counts only if its call began after the previous failure.
     pub failures_max: u32,
-    /// How long it stays open before one caller tries again.
+    /// How long the breaker stays open before one caller tries again.
     pub open_for: Duration,
 }
 
-/// Closed -> (`failures_max` in a row) -> Open -> (after `open_for`) -> Probing -> Closed or Open.
+/// Closed -> (`failures_max` in a row) -> Open -> (after `open_for`) -> Probing (half-open) -> Closed or Open.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum State {
-    /// Everybody may ask.
+    /// All callers may use the tier.
     Closed {
         /// Failures in a row so far.
         failures: u32,
-        /// When the last of them was.
+        /// The time of the last failure.
         last: Moment,
     },
-    /// Nobody may ask before `until`.
+    /// No caller may use the tier before `until`.
     Open {
-        /// When one caller may try again.
+        /// The time from which one caller may try again.
         until: Moment,
     },
-    /// One caller is trying since `since`; if it never reports, another may after `open_for`.
+    /// Half-open: one caller tries since `since`. If it does not report, another caller may try after `open_for`.
     Probing {
-        /// When the trial began.
+        /// The start of the trial.
         since: Moment,
     },
 }
 
 impl State {
-    /// The state after somebody wants to ask at `now`, and whether they may.
+    /// The state after a caller asked for permission at `now`, and true if the caller may use the tier.
     #[must_use]
     pub fn asked(self, now: Moment, rules: &Rules) -> (Self, bool) {
         match self {
@@ -52,7 +53,7 @@ impl State {
         }
     }
 
-    /// The state after something failed at `now` that was begun at `began`.
+    /// The state after a call that began at `began` failed at `now`.
     #[must_use]
     pub fn failed(self, began: Moment, now: Moment, rules: &Rules) -> Self {
         match self {
@@ -67,24 +68,24 @@ impl State {
     }
 }
 
-/// Nothing failed.
-const WELL: State = State::Closed { failures: 0, last: Moment::from_nanos(0) };
+/// Closed, without failures.
+const CLOSED: State = State::Closed { failures: 0, last: Moment::from_nanos(0) };
 
-/// A shared breaker. The lock is held for a few instructions and only on a miss.
+/// A breaker that threads share. Only misses take its lock, for a few instructions.
 #[derive(Debug)]
 pub struct Breaker {
     rules: Rules,
     state: Mutex<State>,
 }
 
-/// What a report to the breaker changed, for the log: state changes are logged, repetitions are not.
+/// The state change that a report caused. Callers log state changes, and do not log repeated failures.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Change {
-    /// Nothing.
+    /// No change.
     None,
-    /// It opened.
+    /// The breaker opened.
     Opened,
-    /// It closed again.
+    /// The breaker closed again.
     Closed,
 }
 
@@ -92,10 +93,10 @@ impl Breaker {
     /// A closed breaker.
     #[must_use]
     pub const fn new(rules: Rules) -> Self {
-        Self { rules, state: Mutex::new(WELL) }
+        Self { rules, state: Mutex::new(CLOSED) }
     }
 
-    /// Whether the caller may ask now. Whoever may, reports with [`Self::succeeded`] or [`Self::failed`].
+    /// True if the caller may use the tier now. It must then report with [`Self::succeeded`] or [`Self::failed`].
     pub fn admits(&self, now: Moment) -> bool {
         let mut state = self.lock();
         let (next, may) = state.asked(now, &self.rules);
@@ -103,13 +104,13 @@ impl Breaker {
         may
     }
 
-    /// The tier answered.
+    /// Reports that the tier answered.
     pub fn succeeded(&self) -> Change {
-        let was = std::mem::replace(&mut *self.lock(), WELL);
+        let was = std::mem::replace(&mut *self.lock(), CLOSED);
         if matches!(was, State::Closed { .. }) { Change::None } else { Change::Closed }
     }
 
-    /// The tier failed, at `now`, what it was asked at `began`.
+    /// Reports that a call that began at `began` failed at `now`.
     pub fn failed(&self, began: Moment, now: Moment) -> Change {
         let mut state = self.lock();
         let was = *state;
@@ -118,13 +119,13 @@ impl Breaker {
         if opened { Change::Opened } else { Change::None }
     }
 
-    /// Whether everybody may ask.
+    /// True if all callers may use the tier.
     pub fn is_closed(&self) -> bool {
         matches!(*self.lock(), State::Closed { .. })
     }
 
     fn lock(&self) -> std::sync::MutexGuard<'_, State> {
-        // The state is a plain value, whole at every moment: a panic elsewhere cannot have left it half changed.
+        // The state is a plain value that is replaced as a whole, so a panic cannot leave it half changed.
         self.state.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 }
@@ -138,39 +139,39 @@ mod tests {
         Moment::from_nanos(millis * 1_000_000)
     }
 
-    /// Something that failed as soon as it was begun.
+    /// Reports a call that failed as soon as it began.
     fn fails(breaker: &Breaker, millis: u64) -> Change {
         breaker.failed(at(millis), at(millis))
     }
 
     #[test]
-    fn it_opens_after_failures_in_a_row_and_lets_one_caller_try() {
+    fn breaker_opens_after_failures_in_a_row_and_lets_one_caller_try() {
         let breaker = Breaker::new(RULES);
         assert_eq!(fails(&breaker, 0), Change::None);
         breaker.succeeded();
         assert_eq!(fails(&breaker, 1), Change::None, "a success starts the count again");
         assert_eq!(fails(&breaker, 2), Change::Opened);
         assert!(!breaker.admits(at(50)));
-        assert_eq!(fails(&breaker, 60), Change::None, "a late failure does not extend the pause");
-        assert!(breaker.admits(at(102)), "the pause is over");
+        assert_eq!(fails(&breaker, 60), Change::None, "a late failure does not keep the breaker open for longer");
+        assert!(breaker.admits(at(102)), "the breaker was open for `open_for`");
         assert!(!breaker.admits(at(103)), "but only one caller tries");
-        assert_eq!(breaker.failed(at(1), at(104)), Change::None, "what was begun before says nothing of the trial");
+        assert_eq!(breaker.failed(at(1), at(104)), Change::None, "a call that began before the trial does not count");
         assert_eq!(breaker.succeeded(), Change::Closed);
         assert!(breaker.admits(at(104)));
     }
 
     #[test]
-    fn what_failed_together_failed_once() {
+    fn concurrent_failures_count_as_one() {
         let breaker = Breaker::new(RULES);
         for began in 0..50 {
             assert_eq!(breaker.failed(at(began), at(100 + began)), Change::None);
         }
         assert!(breaker.admits(at(150)));
-        assert_eq!(breaker.failed(at(100), at(200)), Change::Opened, "begun after the first had failed");
+        assert_eq!(breaker.failed(at(100), at(200)), Change::Opened, "this call began after the first failure");
     }
 
     #[test]
-    fn a_trial_that_fails_opens_it_again_and_one_that_vanishes_is_replaced() {
+    fn a_failed_trial_reopens_the_breaker_and_a_lost_trial_is_replaced() {
         let breaker = Breaker::new(RULES);
         fails(&breaker, 0);
         fails(&breaker, 0);
@@ -179,6 +180,6 @@ mod tests {
         assert!(!breaker.admits(at(150)));
         assert!(breaker.admits(at(210)));
         assert!(!breaker.admits(at(300)));
-        assert!(breaker.admits(at(310)), "the caller of 210 never reported");
+        assert!(breaker.admits(at(310)), "the caller of 210 did not report");
     }
 }

@@ -1,7 +1,7 @@
-//! Time: moments on the boot clock, the database's own time, and the seam through which tests give the time.
+//! Time: moments on the boot clock, times on the database's clock, and the [`Clock`] trait that tests implement.
 //!
-//! The host's wall clock is only compared with its boot clock, to notice a pause that the boot clock slept through; no
-//! decision depends on what it shows.
+//! The host's wall clock is only compared with its boot clock, to detect a pause of the machine that the boot clock
+//! missed. No decision depends on the time that the wall clock shows.
 
 use std::{
     fmt,
@@ -15,8 +15,8 @@ use std::{
 
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 
-/// A moment on `CLOCK_BOOTTIME`, in nanoseconds since the machine started. Unlike [`std::time::Instant`] it goes on
-/// while the machine is suspended, so nothing held can outlive a pause unnoticed.
+/// A moment on `CLOCK_BOOTTIME`, in nanoseconds since the machine started. Unlike [`std::time::Instant`], this clock
+/// advances while the machine is suspended, so that leases and cache entries expire during a suspension.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Moment(u64);
 
@@ -27,19 +27,19 @@ impl Moment {
         Self(nanos)
     }
 
-    /// Time from `earlier` to `self`; zero if `earlier` is in fact later.
+    /// Time from `earlier` to `self`; zero if `earlier` is later than `self`.
     #[must_use]
     pub const fn since(self, earlier: Self) -> Duration {
         Duration::from_nanos(self.0.saturating_sub(earlier.0))
     }
 
-    /// `self` plus `wait`; the end of time if that does not fit.
+    /// `self` plus `wait`, or the latest possible moment if that overflows.
     #[must_use]
     pub fn after(self, wait: Duration) -> Self {
         Self(self.0.saturating_add(u64::try_from(wait.as_nanos()).unwrap_or(u64::MAX)))
     }
 
-    /// `self` minus `age`; the start of the machine if that does not fit.
+    /// `self` minus `age`, or the start of the machine if that would be earlier.
     #[must_use]
     pub fn before(self, age: Duration) -> Self {
         Self(self.0.saturating_sub(u64::try_from(age.as_nanos()).unwrap_or(u64::MAX)))
@@ -52,25 +52,26 @@ impl Moment {
     }
 
     const fn micros(self) -> i64 {
-        (self.0 / 1_000).cast_signed() // u64 / 1000 always fits an i64
+        (self.0 / 1_000).cast_signed() // u64 / 1000 fits an i64
     }
 }
 
 /// A point in time by the database's clock: microseconds since the Unix epoch.
 ///
-/// Kept with its sign bit turned over, which leaves the order as it is, so that an `Option` of one takes no more room: each
-/// record in a cache holds three.
+/// Stored with its sign bit flipped, which keeps the order. Zero is then unused, so that an `Option` takes no extra
+/// memory: each cached record has three of them.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct DatabaseTime(NonZeroU64);
 
 const SIGN: u64 = 1 << 63;
 
 impl DatabaseTime {
-    /// From microseconds since the Unix epoch; the first of all stands for the one after it too.
+    /// The time `micros` microseconds after the Unix epoch. `i64::MIN`, which would be stored as zero, becomes
+    /// `i64::MIN + 1`.
     #[must_use]
     pub const fn from_micros(micros: i64) -> Self {
         match NonZeroU64::new(micros.cast_unsigned() ^ SIGN) {
-            Some(turned) => Self(turned),
+            Some(flipped) => Self(flipped),
             None => Self(NonZeroU64::MIN),
         }
     }
@@ -81,7 +82,7 @@ impl DatabaseTime {
         (self.0.get() ^ SIGN).cast_signed()
     }
 
-    /// Time from `earlier` to `self`; zero if `earlier` is in fact later.
+    /// Time from `earlier` to `self`; zero if `earlier` is later than `self`.
     #[must_use]
     pub fn since(self, earlier: Self) -> Duration {
         Duration::from_micros(u64::try_from(self.micros().saturating_sub(earlier.micros())).unwrap_or(0))
@@ -100,7 +101,7 @@ impl fmt::Debug for DatabaseTime {
     }
 }
 
-/// RFC 3339 in UTC. A time that no calendar has is shown as its number.
+/// RFC 3339 in UTC. A time outside the range of the calendar is shown as its number of microseconds.
 impl fmt::Display for DatabaseTime {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let at = OffsetDateTime::from_unix_timestamp_nanos(i128::from(self.micros()) * 1_000);
@@ -111,12 +112,12 @@ impl fmt::Display for DatabaseTime {
     }
 }
 
-/// What the time is. The real one is [`SystemClock`]; tests pass [`ManualClock`].
+/// A source of time. The program uses [`SystemClock`]; tests use [`ManualClock`].
 pub trait Clock: Send + Sync + 'static {
-    /// The present moment.
+    /// The current moment.
     fn now(&self) -> Moment;
-    /// By how many microseconds the wall clock is ahead of the boot clock. A step in it: the wall clock was set, or the
-    /// whole machine was paused and its boot clock with it.
+    /// Microseconds by which the wall clock is ahead of the boot clock. A jump means that the wall clock was set, or
+    /// that the whole machine was paused and its boot clock stopped.
     fn wall_offset(&self) -> i64;
 }
 
@@ -127,7 +128,7 @@ pub struct SystemClock;
 impl Clock for SystemClock {
     fn now(&self) -> Moment {
         let time = rustix::time::clock_gettime(rustix::time::ClockId::Boottime);
-        // The kernel's boot clock is never negative and its nanoseconds are below 1e9.
+        // The kernel's boot clock is not negative, and its nanoseconds are below 1e9.
         Moment(time.tv_sec.cast_unsigned() * 1_000_000_000 + time.tv_nsec.cast_unsigned())
     }
 
@@ -137,13 +138,14 @@ impl Clock for SystemClock {
     }
 }
 
-/// What the wall clock of this machine showed at `at`, as far as it was not set since: for people who compare clocks.
+/// The time that the wall clock of this machine showed at `at`, if it was not set since. For diagnostics, not for
+/// decisions.
 #[must_use]
 pub fn wall_time(clock: &dyn Clock, at: Moment) -> DatabaseTime {
     DatabaseTime::from_micros(at.micros().saturating_add(clock.wall_offset()))
 }
 
-/// A clock that stands still until it is told to go on.
+/// A clock for tests that only moves when [`Self::advance`] is called.
 #[derive(Debug, Default)]
 pub struct ManualClock(AtomicU64);
 
@@ -154,7 +156,7 @@ impl ManualClock {
         Arc::new(Self(AtomicU64::new(start.0)))
     }
 
-    /// Moves the clock on by `step`.
+    /// Advances the clock by `step`.
     pub fn advance(&self, step: Duration) {
         self.0.fetch_add(u64::try_from(step.as_nanos()).unwrap_or(u64::MAX), Ordering::SeqCst);
     }
@@ -170,10 +172,10 @@ impl Clock for ManualClock {
     }
 }
 
-/// The database's clock as seen from here: an offset to the boot clock, renewed by every answered read.
+/// An estimate of the database's clock: its offset to the boot clock, updated by each answered read.
 ///
-/// The estimate is never behind the database: it takes the read to have happened when it was sent. It may be ahead by
-/// the length of that read, which ages values and ends keys a little early, never late.
+/// The estimate assumes that the database read its clock when the read was sent. So it may be ahead of the database by
+/// the duration of that read, but not behind: values age and keys expire slightly early, not late.
 #[derive(Debug, Default)]
 pub struct DatabaseClock {
     offset_micros: AtomicI64,
@@ -181,7 +183,7 @@ pub struct DatabaseClock {
 }
 
 impl DatabaseClock {
-    /// Takes note that a read sent at `sent` found the database's clock at `shown`.
+    /// Records that a read sent at `sent` returned `shown` as the database's time.
     pub fn observe(&self, sent: Moment, shown: DatabaseTime) {
         self.offset_micros.store(shown.micros().saturating_sub(sent.micros()), Ordering::Relaxed);
         self.known.store(true, Ordering::Release);
@@ -211,7 +213,7 @@ mod tests {
     }
 
     #[test]
-    fn times_of_the_database_keep_their_order_and_an_option_takes_no_more_room() {
+    fn database_times_keep_their_order_and_an_option_takes_no_extra_memory() {
         let times = [i64::MIN + 1, -1, 0, 1, i64::MAX];
         assert!(times.windows(2).all(|pair| DatabaseTime::from_micros(pair[0]) < DatabaseTime::from_micros(pair[1])));
         assert_eq!(times.map(|micros| DatabaseTime::from_micros(micros).micros()), times);
@@ -220,7 +222,7 @@ mod tests {
     }
 
     #[test]
-    fn moments_never_underflow() {
+    fn arithmetic_with_moments_saturates() {
         let (early, late) = (Moment::from_nanos(1), Moment::from_nanos(9));
         assert_eq!(early.since(late), Duration::ZERO);
         assert_eq!(late.since(early), Duration::from_nanos(8));

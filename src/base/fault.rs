@@ -1,10 +1,10 @@
-//! Why a request could not be decided. A fault is never the caller's doing, and "no such key" is not one.
+//! Faults: the reasons why trustgate could not decide a request. "No such key" is a denial, not a fault.
 //!
-//! Never picks an answer: `wire::response` alone says what a fault looks like to Envoy.
+//! `ext_authz::response` chooses the answer that Envoy receives for a fault.
 
 use std::{error::Error, sync::Arc, time::Duration};
 
-/// Where a record can be found.
+/// A place where a record can be found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Tier {
     /// The cache in this process.
@@ -27,65 +27,66 @@ impl Tier {
     }
 }
 
-/// The error beneath a fault. Shared, since everybody who waited for the same read gets the same fault.
+/// The cause of a fault. It is shared, because all waiters of one load receive the same fault.
 pub type Source = Arc<dyn Error + Send + Sync>;
 
-/// Why a lookup could not be answered.
+/// Why trustgate could not decide a request.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum Fault {
-    /// A tier took too long.
-    #[error("{} gave no answer within {limit:?}", tier.as_str())]
+    /// A tier did not answer in time.
+    #[error("{} timeout: no answer within {limit:?}", tier.as_str())]
     Timeout {
-        /// Which tier.
+        /// The tier.
         tier: Tier,
-        /// How long it was given.
+        /// The timeout that it exceeded.
         limit: Duration,
     },
     /// A tier failed or cannot be reached.
-    #[error("{} cannot be used: {source}", tier.as_str())]
+    #[error("{} failed: {source}", tier.as_str())]
     Unreachable {
-        /// Which tier.
+        /// The tier.
         tier: Tier,
-        /// What it said.
+        /// The cause.
         source: Source,
     },
-    /// A tier failed so often that it is left alone for a moment.
-    #[error("{} failed repeatedly and is given a pause", tier.as_str())]
+    /// The circuit breaker of a tier is open.
+    #[error("{} circuit breaker open: the tier failed repeatedly", tier.as_str())]
     Paused {
-        /// Which tier.
+        /// The tier.
         tier: Tier,
     },
-    /// A tier holds something that is not a record.
-    #[error("{} holds a record that cannot be read: {problem}", tier.as_str())]
+    /// A tier returned data that is not a valid record.
+    #[error("{} record invalid: {problem}", tier.as_str())]
     Corrupt {
-        /// Which tier.
+        /// The tier.
         tier: Tier,
-        /// What is wrong with it.
+        /// The problem with the data.
         problem: &'static str,
     },
-    /// More is going on than the limits allow.
-    #[error("over the limit of {limit}")]
+    /// A limit of this server is reached.
+    #[error("overload: over the limit of {limit}")]
     Overloaded {
         /// The setting or constant that was exceeded.
         limit: &'static str,
     },
-    /// The whole check took longer than `decision.deadline`.
-    #[error("the check was not decided within {limit:?}")]
+    /// The whole check took longer than `decision.deadline`, or its message did not arrive in time.
+    #[error("deadline exceeded: the check was not decided within {limit:?}")]
     Late {
         /// The deadline.
         limit: Duration,
     },
-    /// What was read could not be confirmed: it kept changing under the reader.
-    #[error("what was read could not be confirmed")]
+    /// No usable value was found: each loaded value was outdated by the time it arrived, or the database's clock is not
+    /// known yet.
+    #[error("record not confirmed: it kept changing while it was read, or the database has not answered yet")]
     Unconfirmed,
-    /// A context extension of the route names trustgate, and this server does not understand it.
-    #[error("the route's context extension {name:?} with the value {value:?} cannot be understood: {problem}")]
+    /// The route has a trustgate context extension that this server does not understand.
+    #[error("route invalid: cannot use the context extension {name:?} with the value {value:?}: {problem}")]
     Route {
-        /// The name of the context extension, cut to [`quoted`]'s length.
+        /// The name of the context extension, cut by [`quoted`].
         name: Box<str>,
-        /// Its value, cut likewise.
+        /// Its value, cut by [`quoted`].
         value: Box<str>,
-        /// What is expected instead.
+        /// The expected form.
         problem: &'static str,
     },
     /// The caller compressed its message. This server offers no compression, so it cannot read the message.
@@ -94,27 +95,28 @@ pub enum Fault {
          ext_authz gRPC service"
     )]
     Compressed {
-        /// The header `grpc-encoding`, cut to [`quoted`]'s length.
+        /// The header `grpc-encoding`, cut by [`quoted`].
         encoding: Box<str>,
     },
-    /// The key was not found, and this server is not known to have the recorded pepper.
+    /// The key was not found, and this server is not confirmed to have the pepper that the database records.
     #[error(
-        "pepper mismatch: the key was not found, and this server has not been confirmed to have the pepper recorded in the database"
+        "pepper mismatch: the key was not found, and this server is not confirmed to have the pepper recorded in the \
+         database"
     )]
     Pepper,
-    /// A part of this server ended before its time.
-    #[error("a task ended before it answered")]
+    /// The task that loads the record panicked or was shut down.
+    #[error("load aborted: its task ended without a result")]
     Ended,
 }
 
-/// The sort of a fault, as the metric `trustgate_checks_total` counts it.
+/// The kind of a fault: the label `reason` of the metric `trustgate_checks_total`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FaultReason {
     /// The database, or a record in it, could not be used.
     Store,
     /// The circuit breaker of the database is open.
     Breaker,
-    /// The configuration of the proxy cannot be understood: a context extension, or a compressed message.
+    /// The configuration of the proxy is wrong: an invalid context extension, or a compressed message.
     Route,
     /// A limit of this server is reached.
     Overload,
@@ -125,7 +127,7 @@ pub enum FaultReason {
 }
 
 impl FaultReason {
-    /// Every reason, in the order of the enum.
+    /// All reasons, in the order of the enum.
     pub const ALL: [Self; 6] = [Self::Store, Self::Breaker, Self::Route, Self::Overload, Self::Deadline, Self::Keys];
 
     /// The value of the label.
@@ -149,12 +151,12 @@ pub fn quoted(text: &[u8]) -> Box<str> {
 }
 
 impl Fault {
-    /// A tier failed with `source`.
+    /// A fault of `tier`, which failed with `source`.
     pub fn unreachable(tier: Tier, source: impl Error + Send + Sync + 'static) -> Self {
         Self::Unreachable { tier, source: Arc::new(source) }
     }
 
-    /// The sort of this fault.
+    /// The kind of this fault.
     #[must_use]
     pub const fn reason(&self) -> FaultReason {
         match self {
@@ -171,13 +173,13 @@ impl Fault {
         }
     }
 
-    /// Whether the tier itself is to blame, so that its breaker should hear of it.
+    /// True if the tier itself failed, so that the fault counts for its circuit breaker.
     #[must_use]
     pub const fn blames_tier(&self) -> bool {
         matches!(self, Self::Timeout { .. } | Self::Unreachable { .. })
     }
 
-    /// Whether the tier has answered all the same: one odd row is no reason to leave all others alone.
+    /// True if the tier did answer. One invalid row must not open the circuit breaker for all other rows.
     #[must_use]
     pub const fn is_answer(&self) -> bool {
         matches!(self, Self::Corrupt { .. })

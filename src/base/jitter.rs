@@ -1,26 +1,26 @@
-//! Intervals that differ a little from each other, so that replicas do nothing in step.
+//! Jitter: small variations of intervals, so that replicas do not act at the same moments.
 //!
-//! Never random: those of one replica are the same in every run.
+//! The variations depend only on the replica's id, so they are the same in each run.
 
 use std::time::Duration;
 
 use uuid::Uuid;
 
-/// The intervals of one replica.
+/// The jitter of one replica.
 #[derive(Clone, Debug)]
 pub struct Jitter(u64);
 
 impl Jitter {
-    /// The intervals of `replica`.
+    /// The jitter of `replica`.
     #[must_use]
     pub const fn of(replica: Uuid) -> Self {
         let (high, low) = replica.as_u64_pair();
         Self(high ^ low)
     }
 
-    /// `time` +-10 %.
+    /// `time`, varied by up to 10 % in either direction.
     pub fn around(&mut self, time: Duration) -> Duration {
-        // A linear congruential generator (Knuth, MMIX); its upper bits are the good ones.
+        // A linear congruential generator (Knuth, MMIX). Its upper bits are the most random ones.
         self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         let upper = u8::try_from(self.0 >> 56).unwrap_or(0); // 8 bits are left
         time.mul_f64(0.9 + 0.2 * f64::from(upper) / 255.0)

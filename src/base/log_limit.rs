@@ -10,13 +10,13 @@ use super::clock::Moment;
 /// Permits one log line per interval, and counts the events that were not logged in between.
 pub struct LogLimit {
     interval: Duration,
-    /// When the next line is permitted, in nanoseconds of [`Moment`]; 0 until the first line.
+    /// The time from which the next line is permitted, in nanoseconds of [`Moment`]; 0 until the first line.
     next: AtomicU64,
     suppressed: AtomicU64,
 }
 
 impl LogLimit {
-    /// Permits one line every `interval`.
+    /// Permits one line per `interval`.
     #[must_use]
     pub const fn every(interval: Duration) -> Self {
         Self { interval, next: AtomicU64::new(0), suppressed: AtomicU64::new(0) }
@@ -42,7 +42,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn one_line_per_interval_carries_the_count_of_those_before_it() {
+    fn one_line_per_interval_reports_the_number_of_suppressed_lines() {
         let limit = LogLimit::every(Duration::from_mins(1));
         let at = |seconds: u64| Moment::from_nanos(seconds * 1_000_000_000);
         assert_eq!(limit.permit(at(5)), Some(0));

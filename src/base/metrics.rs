@@ -1,6 +1,6 @@
 //! The registry of metrics and its text form. Each module declares its own metrics in a typed struct.
 //!
-//! Never takes a label value from data: label sets are closed, and hold no key, path or host.
+//! Label values are fixed in the code: no key, path or host becomes a label value.
 
 pub(crate) mod per_thread;
 
@@ -10,14 +10,14 @@ pub use prometheus::{
 
 pub use self::per_thread::{ThreadCounter, ThreadCounters, ThreadHistogram};
 
-/// Seconds, for durations between 10 us and 250 ms in steps of 1, 2 and 5.
+/// Upper bounds of histogram buckets in seconds, from 10 us to 250 ms.
 pub const SHORT_SECONDS: [f64; 14] =
     [0.000_01, 0.000_02, 0.000_05, 0.000_1, 0.000_2, 0.000_5, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25];
 
-/// Registers `metric` and hands it back.
+/// Registers `metric` and returns it.
 ///
 /// # Errors
-/// When its name or its description is taken or not valid: a mistake in the program, which every start finds.
+/// If its name or description is taken or invalid. This is a programming error, which shows at startup.
 pub fn register<M: Collector + Clone + 'static>(
     registry: &Registry,
     metric: prometheus::Result<M>,
@@ -27,7 +27,7 @@ pub fn register<M: Collector + Clone + 'static>(
     Ok(metric)
 }
 
-/// A registry with what is true of the process: its build, and what the kernel counts for it.
+/// Creates a registry with the metrics of the process: its build, and the figures that the kernel keeps for it.
 ///
 /// # Errors
 /// As [`register`].
@@ -35,7 +35,7 @@ pub fn registry(version: &str, commit: &str) -> prometheus::Result<Registry> {
     let registry = Registry::new();
     registry.register(Box::new(prometheus::process_collector::ProcessCollector::for_self()))?;
     let build = IntGaugeVec::new(
-        Opts::new("trustgate_build_info", "Always 1; version and commit of this build are its labels."),
+        Opts::new("trustgate_build_info", "Build information: constant 1, with the version and commit as labels."),
         &["version", "commit"],
     );
     register(&registry, build)?.with_label_values(&[version, commit]).set(1);
@@ -49,7 +49,7 @@ pub fn text(registry: &Registry) -> String {
     let encoder = prometheus::TextEncoder::new();
     // Writing to a String cannot fail, and families from one registry are consistent.
     if let Err(error) = encoder.encode_utf8(&registry.gather(), &mut text) {
-        tracing::error!(%error, "metrics could not be written");
+        tracing::error!(%error, "metrics could not be encoded");
     }
     text
 }

@@ -1,6 +1,4 @@
-//! Values that must never be shown: they have no `Display`, and their `Debug` prints stars.
-//!
-//! Never logs, never formats, never compares in variable time.
+//! Texts that must not be printed. [`Secret`] has no `Display`, and its `Debug` prints `***`.
 
 use std::{fmt, fs, io, path::Path};
 
@@ -8,36 +6,36 @@ use zeroize::{Zeroize, Zeroizing};
 
 use super::text;
 
-/// A secret text: a password, a pepper, a URL that may hold one. Overwritten in memory when dropped.
+/// A secret text: a password, a pepper, or a URL that may contain one. Dropping it overwrites its memory.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Secret(String);
 
 impl Secret {
-    /// Takes charge of `text`.
+    /// Wraps `text`.
     #[must_use]
     pub const fn new(text: String) -> Self {
         Self(text)
     }
 
-    /// Reads a secret from a file, without the byte order mark and the line end that editors put there.
+    /// Reads a secret from a file, without the byte order mark and the line end that editors add.
     ///
     /// # Errors
-    /// What the operating system says when the file cannot be read, or `InvalidData` with the reason in words when it does not
-    /// hold one line of text.
+    /// The error of the operating system if the file cannot be read, or `InvalidData` with the reason if the file does
+    /// not contain one line of text.
     pub fn read(path: &Path) -> io::Result<Self> {
         Ok(Self(text::value(&Self::read_text(path)?.0)?.to_owned()))
     }
 
-    /// Reads a text of several lines that may hold secrets.
+    /// Reads a text that may have several lines and may contain secrets.
     ///
     /// # Errors
-    /// As [`Self::read`]; the text may be empty.
+    /// As [`Self::read`], but the text may be empty.
     pub fn read_text(path: &Path) -> io::Result<Self> {
         let bytes = Zeroizing::new(fs::read(path)?);
         Ok(Self(text::decode(&bytes)?.to_owned()))
     }
 
-    /// The secret itself; the name makes every use easy to find.
+    /// The secret itself. The name makes each use easy to find.
     #[must_use]
     pub fn expose(&self) -> &str {
         &self.0
@@ -61,7 +59,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_secret_never_prints_itself() {
+    fn debug_output_does_not_contain_the_secret() {
         assert_eq!(format!("{:?}", Some(Secret::new("hunter2".into()))), "Some(***)");
     }
 }

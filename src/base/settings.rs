@@ -1,7 +1,7 @@
-//! What a setting is: a name in a section, a typed value, a default, and a sentence for the person who sets it.
+//! Settings: each has a name in a section, a type, a default, and a description for operators.
 //!
-//! Each module declares the section it is set by with `settings!`; reading files and the environment is `config`'s.
-//! Never prints a value: a setting may be a secret.
+//! A module declares its section with `settings!`; `config` reads the file and the environment. Errors from this module
+//! do not contain values, because a value may be a secret.
 
 use std::{collections::BTreeMap, fmt, net::SocketAddr, path::PathBuf, time::Duration};
 
@@ -11,7 +11,7 @@ use super::{
     units::{ByteSize, parse_duration},
 };
 
-/// A value as it was written, before it has a type. Numbers and booleans of a file are texts here.
+/// A value as the operator wrote it, before it is parsed. Numbers and booleans of the file are texts here.
 #[derive(Clone, PartialEq, Eq)]
 pub enum RawValue {
     /// One value.
@@ -20,21 +20,21 @@ pub enum RawValue {
     Many(Vec<String>),
 }
 
-/// Where a value was set, for messages: `trustgate.toml:12` or `TRUSTGATE__GRPC__LISTEN`.
+/// The place where a value was set, for messages: `trustgate.toml:12` or `TRUSTGATE__GRPC__LISTEN`.
 pub type Origin = String;
 
-/// One mistake in the configuration.
+/// One error in the configuration.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ConfigError {
     /// The setting, as `section.name`.
     pub setting: String,
-    /// Where it was set; `None` where it was not.
+    /// The place where it was set; `None` if it is not set.
     pub origin: Option<Origin>,
-    /// What is wrong and what to write instead. Never holds the value of a secret.
+    /// The problem and its remedy, without the value of a secret.
     pub problem: String,
 }
 
-/// In one line, with the place where it was made.
+/// One line, which begins with the place where the setting was set.
 impl fmt::Display for ConfigError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { setting, origin, problem } = self;
@@ -48,27 +48,27 @@ impl fmt::Display for ConfigError {
 
 /// A type that a setting can have.
 pub trait Setting: Sized {
-    /// What to write, for messages: "a duration with its unit, such as 150ms".
+    /// The accepted form, for messages: "a duration with its unit, such as 150ms".
     const EXPECTED: &'static str;
-    /// The value, or `None` where `written` is not one.
+    /// Parses a value; `None` if `written` does not have the accepted form.
     fn read(written: &RawValue) -> Option<Self>;
-    /// The value of a setting without a default that nobody set.
+    /// The value of a setting that has no default and is not set.
     #[must_use]
     fn unset() -> Option<Self> {
         None
     }
 }
 
-/// A setting as documentation sees it.
+/// The documentation of a setting.
 #[derive(Clone, Copy, Debug)]
 pub struct Field {
     /// Its name inside the section.
     pub name: &'static str,
-    /// What it does, in one or a few lines.
+    /// Its description, in one or a few lines.
     pub doc: &'static str,
-    /// The default, as a person would write it; `""` for unset.
+    /// The default, as an operator would write it; `""` for unset.
     pub default: &'static str,
-    /// What can be written.
+    /// The accepted form.
     pub expected: &'static str,
 }
 
@@ -76,15 +76,16 @@ pub struct Field {
 pub trait Section: Sized {
     /// Its name: `[name]` in the file.
     const NAME: &'static str;
-    /// What the section is about.
+    /// The description of the section.
     const DOC: &'static str;
-    /// Its settings, in the order to be shown.
+    /// Its settings, in the order of the documentation.
     const FIELDS: &'static [Field];
-    /// Takes the section out of `reader`, with defaults for what was not set. Mistakes stay in the reader.
+    /// Reads the section from `reader`, with defaults for settings that are not set. Adds configuration errors to
+    /// `reader`.
     fn read(reader: &mut Reader) -> Self;
 }
 
-/// All that was written in the file and the environment, and the mistakes found in it so far.
+/// The values of the file and the environment, and the configuration errors found so far.
 #[derive(Default)]
 pub struct Reader {
     written: BTreeMap<(String, String), (RawValue, Origin)>,
@@ -92,32 +93,34 @@ pub struct Reader {
 }
 
 impl Reader {
-    /// Notes that `section.name` was written at `origin`. A later call wins: the environment comes after the file.
+    /// Records that `section.name` was set to `written` at `origin`. A later call replaces an earlier one: the
+    /// environment comes after the file.
     pub fn put(&mut self, section: &str, name: &str, written: RawValue, origin: Origin) {
         self.written.insert((section.to_owned(), name.to_owned()), (written, origin));
     }
 
-    /// Where `section.name` was set.
+    /// The place where `section.name` was set, if it was set.
     #[must_use]
     pub fn origin(&self, section: &str, name: &str) -> Option<&Origin> {
         self.written.get(&(section.to_owned(), name.to_owned())).map(|(_, origin)| origin)
     }
 
-    /// Notes a mistake about `section.name`.
+    /// Adds a configuration error about `section.name`.
     pub fn refuse(&mut self, section: &str, name: &str, problem: String) {
         let origin = self.origin(section, name).cloned();
         self.config_errors.push(ConfigError { setting: format!("{section}.{name}"), origin, problem });
     }
 
-    /// Notes a mistake that is about no known setting.
+    /// Adds a configuration error at `origin`. `setting` need not be a known setting.
     pub fn refuse_at(&mut self, setting: String, origin: Origin, problem: String) {
         self.config_errors.push(ConfigError { setting, origin: Some(origin), problem });
     }
 
-    /// The value of a setting: as written, else its default. A mistake is noted and reads as the default.
+    /// The value of a setting, or its default if it is not set. An invalid value adds a configuration error and yields
+    /// the default.
     ///
     /// # Panics
-    /// If `default` itself cannot be read: a mistake in the declaration, which the test of the defaults finds.
+    /// If `default` is invalid. This is an error in the declaration, which the test of the defaults finds.
     pub fn take<T: Setting>(&mut self, section: &str, name: &str, default: &'static str) -> T {
         let written = self.written.get(&(section.to_owned(), name.to_owned())).map(|(written, _)| written);
         if let Some(value) = written.and_then(T::read) {
@@ -130,20 +133,20 @@ impl Reader {
         fallback.unwrap_or_else(|| panic!("the default of {section}.{name} is not {}", T::EXPECTED))
     }
 
-    /// Every mistake found, in the order of discovery.
+    /// All configuration errors, in the order in which they were found.
     #[must_use]
     pub fn into_mistakes(self) -> Vec<ConfigError> {
         self.config_errors
     }
 
-    /// Mistakes found so far.
+    /// The configuration errors found so far.
     #[must_use]
     pub fn config_errors(&self) -> &[ConfigError] {
         &self.config_errors
     }
 }
 
-/// Declares a section: a struct whose every field has a sentence, a type and a default (`""`: unset).
+/// Declares a section: a struct whose fields each have a description, a type and a default (`""`: unset).
 #[macro_export]
 macro_rules! settings {
     (
@@ -180,7 +183,7 @@ macro_rules! settings {
     };
 }
 
-/// Declares an enum that is set by one of a few words.
+/// Declares an enum for a setting that accepts one of a few words.
 #[macro_export]
 macro_rules! setting_enum {
     (
@@ -200,7 +203,7 @@ macro_rules! setting_enum {
             }
         }
         impl $Enum {
-            /// What `word` stands for, if it is one of them.
+            /// The variant of `word`, if there is one.
             #[must_use]
             pub fn from_word(word: &str) -> Option<Self> {
                 match word {
@@ -208,7 +211,7 @@ macro_rules! setting_enum {
                     _ => None,
                 }
             }
-            /// The word that stands for it in the configuration.
+            /// The word of this variant in the configuration.
             #[must_use]
             pub const fn as_str(self) -> &'static str {
                 match self { $( Self::$Variant => $word, )+ }
@@ -235,13 +238,13 @@ setting_from_text! {
     ByteSize, "a size with its unit, such as \"256KiB\" or \"128MiB\"", ByteSize::parse;
     bool, "true or false", |text| text.parse().ok();
     u32, "a whole number, 1 or more", |text| whole_number(text).filter(|number| *number > 0);
-    String, "a text", |text| Some(text.to_owned());
+    String, "text", |text| Some(text.to_owned());
     Secret, "one line of text", |text| text::value(text).ok().map(|value| Self::new(value.to_owned()));
     PathBuf, "a path", |text| (!text.is_empty()).then(|| Self::from(text));
     SocketAddr, "an address with its port, such as \"127.0.0.1:50051\"", |text| text.parse().ok();
 }
 
-/// A whole number, also in the forms of TOML with another base: `0x1f`, `0o17`, `0b1`.
+/// Parses a whole number, in decimal or in another base of TOML: `0x1f`, `0o17`, `0b1`.
 fn whole_number(text: &str) -> Option<u32> {
     let based = |prefix, base| text.strip_prefix(prefix).map(|digits| u32::from_str_radix(digits, base));
     let parsed = based("0x", 16).or_else(|| based("0o", 8)).or_else(|| based("0b", 2));
@@ -258,7 +261,7 @@ impl<T: Setting> Setting for Option<T> {
     }
 }
 
-/// A list; one value alone is a list of one, and commas separate the values of an environment variable.
+/// A list. A single text is split at its commas, because an environment variable cannot contain a list.
 impl<T: Setting> Setting for Vec<T> {
     const EXPECTED: &'static str = T::EXPECTED;
     fn read(written: &RawValue) -> Option<Self> {

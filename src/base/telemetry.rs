@@ -1,50 +1,51 @@
-//! Logs: what is written, and in which form.
+//! Logging to standard error: its level and its format.
 //!
-//! Never writes a key, a path or a header's value.
+//! Only trustgate's own log lines are written. Those of libraries may contain secrets, such as the headers of a
+//! request.
 
 use std::io::IsTerminal as _;
 
 use tracing_subscriber::{Layer as _, layer::SubscriberExt as _, util::SubscriberInitExt as _};
 
 crate::settings! {
-    /// What is logged, and in which form. Logs go to standard error.
+    /// The level and format of logs. trustgate logs to standard error.
     pub struct LogSettings in "log" {
-        /// The least serious that is written: `error`, `warn`, `info`, `debug` or `trace`.
+        /// The least severe level to log: `error`, `warn`, `info`, `debug` or `trace`.
         level: Level = "info",
-        /// `text`, `json`, or `auto`: text on a terminal, else JSON.
+        /// The format of log lines: `text`, `json`, or `auto` (text on a terminal, else JSON).
         format: Format = "auto",
     }
 }
 
 crate::setting_enum! {
-    /// How serious a line is.
+    /// The severity of a log line.
     pub enum Level ("\"error\", \"warn\", \"info\", \"debug\" or \"trace\"") {
-        /// Something is broken.
+        /// A failure.
         Error = "error",
-        /// Something is odd.
+        /// A problem that does not stop the server.
         Warn = "warn",
-        /// Something changed.
+        /// A change of state.
         Info = "info",
-        /// For those who look for a cause.
+        /// Details for finding the cause of a problem.
         Debug = "debug",
-        /// Everything.
+        /// All details.
         Trace = "trace",
     }
 }
 
 crate::setting_enum! {
-    /// The form of a log line.
+    /// The format of log lines.
     pub enum Format ("\"auto\", \"text\" or \"json\"") {
         /// Text on a terminal, else JSON.
         Auto = "auto",
-        /// For people.
+        /// Text for people.
         Text = "text",
-        /// One object a line.
+        /// One JSON object per line.
         Json = "json",
     }
 }
 
-/// Sends logs to standard error, as `settings` say. The first call counts; a later one (in tests) changes nothing.
+/// Starts logging to standard error, as `settings` say. Only the first call has an effect; tests call this repeatedly.
 pub fn start(settings: &LogSettings) {
     let level = match settings.level {
         Level::Error => tracing::Level::ERROR,
@@ -54,7 +55,7 @@ pub fn start(settings: &LogSettings) {
         Level::Trace => tracing::Level::TRACE,
     };
     let is_terminal = std::io::stderr().is_terminal();
-    // Our own lines alone: those of libraries may hold what must not be logged, such as a request's headers.
+    // Only our own lines: those of libraries may contain secrets, such as the headers of a request.
     let filter = tracing_subscriber::filter::Targets::new().with_target("trustgate", level);
     let format = tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_ansi(is_terminal);
     let format = match settings.format {

@@ -1,24 +1,25 @@
-//! Text that comes from outside: files, environment variables, standard input. One place cleans it, so that the same text means
-//! the same everywhere.
+//! Cleans text from files, environment variables and standard input. All of them use this module, so that the same text
+//! has the same meaning in each of them.
 //!
-//! Editors add a byte order mark, shells and Kubernetes secrets a line end. Never quotes what it refuses: it may be a secret.
+//! Editors add a byte order mark; shells and Kubernetes secrets add a line end. Errors do not quote the text, because
+//! it may be a secret.
 
 use std::io;
 
-/// Why bytes are no text that can be used.
+/// Why bytes are not usable as text.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum TextError {
-    /// A byte order mark of UTF-16.
+    /// The text begins with a byte order mark of UTF-16.
     #[error("this is UTF-16: save it as UTF-8")]
     Utf16,
-    /// Not UTF-8.
+    /// The bytes are not UTF-8.
     #[error("this is not UTF-8 text; for a random secret, use `openssl rand -hex 32`")]
     NotUtf8,
-    /// Nothing but a byte order mark and line ends.
+    /// The text is empty, or consists of a byte order mark and line ends.
     #[error("it is empty")]
     Empty,
-    /// A control character inside.
-    #[error("it holds a control character or a line end; a value is one line of text")]
+    /// The text contains a control character.
+    #[error("it contains a control character or a line end: a value must be one line of text")]
     Control,
 }
 
@@ -28,7 +29,7 @@ impl From<TextError> for io::Error {
     }
 }
 
-/// `bytes` without a byte order mark of UTF-8.
+/// `bytes` without a UTF-8 byte order mark.
 ///
 /// # Errors
 /// [`TextError::Utf16`]
@@ -47,7 +48,7 @@ pub fn decode(bytes: &[u8]) -> Result<&str, TextError> {
     std::str::from_utf8(without_mark(bytes)?).map_err(|_| TextError::NotUtf8)
 }
 
-/// The one value in `text`: without a byte order mark and without line ends behind it.
+/// The value in `text`, without a byte order mark and without the line ends at its end.
 ///
 /// # Errors
 /// [`TextError::Empty`] and [`TextError::Control`]

@@ -1,6 +1,4 @@
-//! Amounts as people write them: durations and sizes, always with their unit.
-//!
-//! Never guesses a unit: a bare number is refused.
+//! Durations and sizes as operators write them. The unit is required: a bare number is refused.
 
 use std::{fmt, time::Duration};
 
@@ -29,7 +27,7 @@ impl ByteSize {
         usize::try_from(self.0).unwrap_or(usize::MAX)
     }
 
-    /// Reads `128MiB`; `None` where the number or its unit is missing.
+    /// Reads a size such as `128MiB`; `None` if the number or its unit is missing.
     #[must_use]
     pub fn parse(text: &str) -> Option<Self> {
         let (unit, bytes) = SIZE_UNITS.into_iter().find(|(unit, _)| text.ends_with(unit))?;
@@ -46,10 +44,10 @@ impl fmt::Display for ByteSize {
     }
 }
 
-/// Reads a duration such as `150ms`, `2s` or `90d`; `None` where the number or its unit is missing.
+/// Reads a duration such as `150ms`, `2s` or `90d`; `None` if the number or its unit is missing.
 #[must_use]
 pub fn parse_duration(text: &str) -> Option<Duration> {
-    // humantime takes a bare "0"; a reader of the file should not have to wonder of what.
+    // humantime accepts a bare "0", but a duration here needs its unit.
     text.contains(|c: char| c.is_ascii_alphabetic()).then(|| humantime::parse_duration(text).ok())?
 }
 

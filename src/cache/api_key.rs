@@ -1,4 +1,4 @@
-//! API keys as a kind of cached value: found by their digest under the scheme in force.
+//! API keys as a kind of cached value. They are found by their digest under the current scheme.
 
 use async_trait::async_trait;
 use ipnet::IpNet;
@@ -95,10 +95,10 @@ impl Cacheable for ApiKey {
 
     async fn load(store: &dyn Lookup, query: &Digests) -> Result<Versioned<Option<Record>>, Fault> {
         let found = store.find(query).await?;
-        // The index found it; the digest itself says whether it is what was asked for.
+        // The index lookup is not constant-time, so compare the digest again in constant time.
         match &found.value {
             Some(record) if !query.contains(&record.digest) => {
-                Err(Fault::Corrupt { tier: Tier::Store, problem: "another digest than was asked for" })
+                Err(Fault::Corrupt { tier: Tier::Store, problem: "its digest does not match the query" })
             }
             _ => Ok(found),
         }
@@ -113,7 +113,8 @@ impl Cacheable for ApiKey {
     }
 }
 
-/// Texts, as a count and then each with its length; a record's are bounded by what the store accepts.
+/// Writes texts as a count, then each with its length before it. The store limits the texts of a record, so each length
+/// fits into 32 bits.
 fn put_texts<'t>(texts: impl ExactSizeIterator<Item = &'t str>, into: &mut Vec<u8>) {
     let length = |length: usize| u32::try_from(length).unwrap_or(u32::MAX).to_be_bytes();
     into.extend_from_slice(&length(texts.len()));
@@ -137,7 +138,7 @@ fn take_flag(rest: &mut &[u8]) -> Option<bool> {
     }
 }
 
-/// A time that may not be set; an error where there is none to be read.
+/// Reads an optional time; `Err` if the bytes do not contain one.
 fn take_time(rest: &mut &[u8]) -> Result<Option<DatabaseTime>, ()> {
     let is_set = take_flag(rest).ok_or(())?;
     let time = DatabaseTime::from_micros(i64::from_be_bytes(*take(rest).ok_or(())?));
@@ -187,7 +188,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn a_record_comes_back_and_no_part_of_one_does(record in record()) {
+        fn record_round_trips_and_a_truncated_one_is_rejected(record in record()) {
             let mut bytes = Vec::new();
             ApiKey::encode(&record, &mut bytes);
             prop_assert_eq!(ApiKey::decode(&bytes), Some(record));
@@ -197,7 +198,7 @@ mod tests {
         }
 
         #[test]
-        fn any_bytes_are_read_without_panic(bytes in vec(any::<u8>(), 0..200)) {
+        fn decoding_any_bytes_does_not_panic(bytes in vec(any::<u8>(), 0..200)) {
             let _ = ApiKey::decode(&bytes);
         }
     }

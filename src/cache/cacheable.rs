@@ -1,4 +1,4 @@
-//! What a cached value is about. Caches and flights are generic over it; `api_key` is the first.
+//! The trait for kinds of cached values. The tiers of the cache are generic over it; `api_key` implements it.
 
 use std::{fmt::Debug, hash::Hash};
 
@@ -9,34 +9,35 @@ use crate::{base::fault::Fault, record::Versioned, store::Lookup};
 /// One kind of cached value.
 #[async_trait]
 pub trait Cacheable: Send + Sync + 'static {
-    /// Its name in metrics and Redis keys.
+    /// The name of the kind in metrics and Redis keys.
     const NAME: &'static str;
-    /// What values are found by.
+    /// The key of a value in the cache.
     type Key: Copy + Eq + Hash + Debug + AsRef<[u8]> + Send + Sync + 'static;
-    /// What the store needs to find one.
+    /// The input for a lookup in the store.
     type Query: Clone + Send + Sync + 'static;
     /// The value.
     type Value: Clone + PartialEq + Send + Sync + 'static;
 
-    /// The key that `query` is about.
+    /// The cache key for `query`.
     fn key(query: &Self::Query) -> Self::Key;
-    /// Everything that `query` looks under: what a change must name for an absence to end.
+    /// Everything that `query` searches for. A change that concerns one of these makes a negative entry for `query` out
+    /// of date.
     fn asked(query: &Self::Query) -> impl Iterator<Item = &[u8]>;
-    /// A byte that differs between keys, to spread their deadlines.
+    /// A byte that differs between keys, for jitter in the lifetimes of their entries.
     fn spread(key: &Self::Key) -> u8;
-    /// Bytes that a value holds on the heap, about.
+    /// The approximate number of heap bytes of a value.
     fn heap_bytes(value: &Self::Value) -> usize;
-    /// Writes a value for Redis.
+    /// Encodes a value for Redis.
     fn encode(value: &Self::Value, into: &mut Vec<u8>);
-    /// Reads what [`Self::encode`] wrote; `None` for anything else.
+    /// Decodes the output of [`Self::encode`]; `None` for anything else.
     fn decode(bytes: &[u8]) -> Option<Self::Value>;
-    /// The ids of the rows that a value was made of, at most four: what a change must name to concern it.
+    /// The ids of the rows from which a value was made, at most four. A change of one of these rows concerns the value.
     fn objects(value: &Self::Value) -> impl Iterator<Item = uuid::Uuid>;
 
-    /// Asks the store for the value.
+    /// Reads the value from the store.
     async fn load(store: &dyn Lookup, query: &Self::Query) -> Result<Versioned<Option<Self::Value>>, Fault>;
-    /// Asks the store for the row that `entry` was read from.
+    /// Reads the row of `entry` from the store again.
     async fn load_again(store: &dyn Lookup, entry: &Self::Value) -> Result<Versioned<Option<Self::Value>>, Fault>;
-    /// Whether `live` is still what somebody who found `entry` asked for; compares secrets in constant time.
+    /// True if `live` still answers the query that found `entry`. Compares secrets in constant time.
     fn is_same(live: &Self::Value, entry: &Self::Value) -> bool;
 }

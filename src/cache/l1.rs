@@ -1,6 +1,7 @@
-//! L1: the cache in this process. moka is storage only; whether a value may be used is decided where it is used.
+//! L1: the cache in this process. moka only stores the entries; `cache::policy` decides whether a check may use one.
 //!
-//! Values that may no longer be used stay until they are replaced or evicted: they tell that a key was good before.
+//! Entries that may no longer be used stay until they are replaced or evicted, because they show that a key was good
+//! before.
 
 use std::{sync::Arc, time::Duration};
 
@@ -15,7 +16,7 @@ use crate::{
     record::Version,
 };
 
-/// A value as L1 holds it: what checks need of it and no more, since there may be a million of them.
+/// An entry of L1. It contains only the data that checks need, because there may be a million entries.
 pub struct Entry<K: Cacheable> {
     content: Content<K::Value>,
     /// The newest version when the store was read.
@@ -23,32 +24,35 @@ pub struct Entry<K: Cacheable> {
     /// When the store was read, by this machine's clock.
     born: Moment,
     lasts_millis: u32,
-    /// The view it entered; `None`: it can only serve those who asked for it.
+    /// The view in which it entered the cache; `None`: it is not in the cache, and only the callers of its load may use
+    /// it.
     epoch: Option<Epoch>,
 }
 
 #[derive(Clone)]
 enum Content<V> {
     Record(V),
-    /// With the stripes of all it was looked for under.
+    /// Contains the stripes of all digests that the query searched for.
     NotFound(SmallVec<[u16; 2]>),
 }
 
-/// How long a value lives.
+/// The lifetime of an entry.
 #[derive(Clone, Copy, Debug)]
 pub struct Lifetime {
     /// When the store was read, by this machine's clock.
     pub born: Moment,
-    /// For how long from then on it may be used, whatever else allows it. In whole milliseconds.
+    /// How long the entry may be used from then on, under any read policy. Rounded down to milliseconds.
     pub lasts: Duration,
 }
 
-/// What an entry costs beside its value: 326 bytes of moka's own, measured with a million entries (`examples/churn`), the
-/// counts of the `Arc`, and what the allocator adds. Less would let the cache outgrow `cache.size`.
+/// The memory overhead of an entry, in bytes: 326 bytes in moka, measured with a million entries (`benches/churn.rs`),
+/// the counts of the `Arc`, and the overhead of the allocator. With a lower number, the cache would use more memory
+/// than `cache.size`.
 const ENTRY_BYTES: usize = 350;
 
 impl<K: Cacheable> Entry<K> {
-    /// What was found for `query` at the version `as_of`, in the view of `epoch` if it may be used there by others too.
+    /// The result of `query` at the version `as_of`. `epoch`: the view in which it enters the cache; `None` if only the
+    /// callers of its load may use it.
     pub fn new(
         query: &K::Query,
         found: Option<K::Value>,
@@ -64,14 +68,14 @@ impl<K: Cacheable> Entry<K> {
         Self { content, as_of, born: lifetime.born, lasts_millis, epoch }
     }
 
-    /// The same value in the view of `epoch`.
+    /// A copy that enters the cache in the view of `epoch`.
     #[must_use]
     pub fn entered(&self, epoch: Epoch) -> Self {
         let Self { content, as_of, born, lasts_millis, epoch: _ } = self;
         Self { content: content.clone(), as_of: *as_of, born: *born, lasts_millis: *lasts_millis, epoch: Some(epoch) }
     }
 
-    /// The value; `None`: an absence.
+    /// The value; `None` for a negative entry.
     #[must_use]
     pub const fn value(&self) -> Option<&K::Value> {
         match &self.content {
@@ -86,25 +90,25 @@ impl<K: Cacheable> Entry<K> {
         self.as_of
     }
 
-    /// Until when it may be used.
+    /// The end of its lifetime.
     #[must_use]
     pub fn deadline(&self) -> Moment {
         self.born.after(Duration::from_millis(self.lasts_millis.into()))
     }
 
-    /// Whether it entered `view`.
+    /// True if it entered the cache in `view`.
     #[must_use]
     pub fn is_of(&self, view: &ReplicaView) -> bool {
         self.epoch == Some(view.epoch())
     }
 
-    /// Whether it entered `view` and no change concerns it that was applied there, and its deadline has not passed.
+    /// True if it entered the cache in `view`, no change applied there concerns it, and its lifetime has not ended.
     #[must_use]
     pub fn is_current(&self, view: &ReplicaView, now: Moment) -> bool {
         self.is_of(view) && now < self.deadline() && self.is_covered(view)
     }
 
-    /// Whether no change that was applied in `view` concerns it.
+    /// True if no change that was applied in `view` concerns it.
     #[must_use]
     pub fn is_covered(&self, view: &ReplicaView) -> bool {
         let lease = view.lease();
@@ -128,59 +132,60 @@ impl<K: Cacheable> Entry<K> {
     }
 }
 
-/// Keys of L1 are digests: they need no strong hash, only a seed that nobody outside knows.
+/// Keys of L1 are digests, so a fast hash is enough. Its random seed keeps clients from choosing keys that collide.
 type Storage<K> = Cache<<K as Cacheable>::Key, Arc<Entry<K>>, RandomState>;
 
-/// Records and absences, apart: however many keys are made up, they evict no good one.
+/// The storage of records and of negative entries. They are separate, so that requests with random keys do not evict
+/// records.
 pub struct L1<K: Cacheable> {
     records: Storage<K>,
-    absences: Storage<K>,
+    negatives: Storage<K>,
 }
 
 impl<K: Cacheable> L1<K> {
-    /// An empty cache of at most `size` bytes of records and `negative_size` bytes of negative entries.
+    /// Creates an empty cache of at most `size` bytes of records and `negative_size` bytes of negative entries.
     #[must_use]
     pub fn new(size: ByteSize, negative_size: ByteSize) -> Self {
         let storage = |size: ByteSize| {
             let weigher = |_: &K::Key, entry: &Arc<Entry<K>>| entry.weight();
             Cache::builder().max_capacity(size.bytes()).weigher(weigher).build_with_hasher(RandomState::default())
         };
-        Self { records: storage(size), absences: storage(negative_size) }
+        Self { records: storage(size), negatives: storage(negative_size) }
     }
 
-    /// What is held of `key`, usable or not.
+    /// The entry of `key`, usable or not.
     #[must_use]
     pub fn get(&self, key: &K::Key) -> Option<Arc<Entry<K>>> {
-        self.records.get(key).or_else(|| self.absences.get(key))
+        self.records.get(key).or_else(|| self.negatives.get(key))
     }
 
-    /// Holds a value of `key` in place of what was held before.
+    /// Puts `entry` in place of the present entry of `key`, if any.
     pub fn put(&self, key: K::Key, entry: Arc<Entry<K>>) {
         if entry.value().is_some() {
             self.records.insert(key, entry);
-            self.absences.invalidate(&key);
+            self.negatives.invalidate(&key);
         } else {
-            self.absences.insert(key, entry);
+            self.negatives.insert(key, entry);
             self.records.invalidate(&key);
         }
     }
 
-    /// Every record that is held, usable or not, in an order that is another one in each process.
+    /// All records, usable or not, in an order that differs between processes.
     pub fn records(&self) -> impl Iterator<Item = (K::Key, Arc<Entry<K>>)> {
         self.records.iter().map(|(key, entry)| (*key, entry))
     }
 
-    /// Holds nothing of `key` any more.
+    /// Removes the entry of `key`.
     pub fn forget(&self, key: &K::Key) {
         self.records.invalidate(key);
-        self.absences.invalidate(key);
+        self.negatives.invalidate(key);
     }
 
-    /// How many values are held. Catches up with moka's own book-keeping first: for scrapes, not for checks.
+    /// The number of entries. First runs moka's pending maintenance, which is too slow for checks.
     #[must_use]
     pub fn entries(&self) -> u64 {
         self.records.run_pending_tasks();
-        self.absences.run_pending_tasks();
-        self.records.entry_count() + self.absences.entry_count()
+        self.negatives.run_pending_tasks();
+        self.records.entry_count() + self.negatives.entry_count()
     }
 }

@@ -1,10 +1,12 @@
-//! L2: records in Redis, shared between replicas, each with its date and a MAC.
+//! L2: records in Redis, shared between replicas, each with its version and a MAC.
 //!
-//! A value: layout (1 byte), MAC (32), lineage (16 + 8 + 4), `as_of` (16 hexadecimal digits, so that Redis's Lua can
-//! compare it), nonce (16), database time (8), record. The MAC is HMAC-SHA-256 over layout, kind, table, key and
-//! everything after it, and is checked before anything is parsed.
-//! Never holds an absence, never puts an older value in place of a newer one, and never trusts what it reads: whoever
-//! can write to Redis can at most make us ask the store.
+//! A value consists of the layout (1 byte), a MAC (32), the lineage (16 + 8 + 4), `as_of` (16 hexadecimal digits, so
+//! that Lua in Redis can compare it), the nonce (16), the database's time (8) and the record. The MAC is HMAC-SHA-256
+//! over the layout, the kind, the table, the key and all bytes after the MAC. It is verified before the value is
+//! parsed.
+//!
+//! L2 contains no negative entries, and an older value does not replace a newer one. A value whose MAC does not verify
+//! is ignored. So a client that can write to Redis but lacks the MAC key can only cause more reads of the store.
 
 use std::{
     marker::PhantomData,
@@ -24,18 +26,19 @@ use crate::{
     redis::{QueryError, Redis, Script},
 };
 
-/// The layout of values. Another one is another release's: a miss, and left alone until there is a value to put.
+/// The layout of values. A value with another layout belongs to another release: it counts as a miss, and stays until a
+/// value replaces it.
 const LAYOUT: u8 = 2;
 const MAC_BYTES: usize = 32;
 const AS_OF_BYTES: usize = 16;
-/// The longest value that is shared, and the most that is read of one: what others write must not fill our memory.
-/// Enough for a thousand scopes.
+/// The maximum length of a value, in bytes. Longer values are not written, and reads stop there, so that values written
+/// by other clients cannot exhaust our memory. It is enough for a thousand scopes.
 const VALUE_BYTES_MAX: usize = 64 << 10;
 
 static REPLACE: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("l2/replace.lua")));
 static DISCARD: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("l2/discard.lua")));
 
-/// The key of the MAC: known once the store has answered, or from a file.
+/// The MAC key. It comes from a file, or from the store once that has answered.
 pub type MacKey = Arc<OnceLock<[u8; 32]>>;
 
 /// Records of one kind in Redis.
@@ -45,21 +48,21 @@ pub struct L2<K: Cacheable> {
     names: Names<K>,
 }
 
-/// What Redis said.
+/// The result of a lookup in Redis.
 pub enum Answer<V> {
-    /// A value that is genuine; whether it is fresh enough is not said.
+    /// A value whose MAC verifies. It may be out of date.
     Found(Versioned<V>),
-    /// None.
+    /// No value.
     Absent,
-    /// Something that is not a value of ours; it was deleted.
+    /// A value whose MAC does not verify, or of another type. A delete was attempted.
     Refused,
-    /// Nothing in time.
+    /// No answer in time, or the MAC key is not known yet.
     Down,
 }
 
 impl<K: Cacheable> L2<K> {
-    /// Records in `redis`, authenticated with `mac_key`. `table`: what tells the table that they are made of from others,
-    /// where it is not our own ([`crate::store::existing_table::identity_of`]).
+    /// Records in `redis`, authenticated with `mac_key`. `table`: the identity of the table that the records come from,
+    /// if it is not our own table ([`crate::store::existing_table::identity_of`]).
     pub fn new(redis: Redis, mac_key: MacKey, table: Option<&str>) -> Self {
         Self { redis, mac_key, names: Names::of(table) }
     }
@@ -68,11 +71,11 @@ impl<K: Cacheable> L2<K> {
     pub async fn get(&self, key: &K::Key, now: Moment) -> Answer<K::Value> {
         let Some(mac_key) = self.mac_key.get() else { return Answer::Down };
         let name = self.names.redis_key(key);
-        let time_is_up = sleep(self.redis.limit());
+        let deadline = sleep(self.redis.limit());
         let mut command = redis::cmd("GETRANGE");
         command.arg(&name).arg(0).arg(VALUE_BYTES_MAX - 1);
         let bad = match self.redis.query::<Vec<u8>>(&command).await {
-            // Nothing at all reads as nothing.
+            // A missing value reads as empty.
             Ok(bytes) if bytes.first().is_none_or(|layout| *layout != LAYOUT) => return Answer::Absent,
             Ok(bytes) => match self.names.open(mac_key, key, &bytes, now) {
                 Some(found) => return Answer::Found(found),
@@ -81,28 +84,28 @@ impl<K: Cacheable> L2<K> {
             Err(QueryError::WrongType) => Vec::new(),
             Err(QueryError::Paused | QueryError::Failed(_) | QueryError::NoScript) => return Answer::Down,
         };
-        // Best effort, in what is left of the time: what cannot be read now cannot be read later either.
+        // Best effort, in the remaining time: later reads of the same value would fail too.
         tokio::select! {
             biased;
             () = self.discard(&name, &bad) => {}
-            () = time_is_up => {}
+            () = deadline => {}
         }
         Answer::Refused
     }
 
     async fn discard(&self, name: &str, bad: &[u8]) {
-        // The breaker has heard of a failure.
+        // Best effort: `run` reports a failure to the circuit breaker.
         let _ = self.redis.run::<()>(&DISCARD, name, &[bad, VALUE_BYTES_MAX.to_string().as_bytes()]).await;
     }
 
-    /// Shares the value of `key` for `lifetime`, if Redis holds no newer one.
+    /// Writes the value of `key` to Redis for `lifetime`, unless Redis has a newer one.
     pub async fn put(&self, key: &K::Key, found: &Versioned<&K::Value>, lifetime: Duration) {
         let Some(mac_key) = self.mac_key.get() else { return };
         let bytes = self.names.seal(mac_key, key, found);
-        let lifetime = lifetime.min(LIFE_MAX).as_millis();
+        let lifetime = lifetime.min(LIFETIME_MAX).as_millis();
         if lifetime > 0 && bytes.len() <= VALUE_BYTES_MAX {
             let name = self.names.redis_key(key);
-            // Redis is an optimisation: the breaker has heard of a failure, and nobody waits for this.
+            // Best effort: `run` reports a failure to the circuit breaker, and no caller waits for the result.
             let written = self.redis.run::<i64>(&REPLACE, &name, &[&bytes, lifetime.to_string().as_bytes()]).await;
             if matches!(written, Ok(1)) {
                 self.redis.note_written();
@@ -110,27 +113,28 @@ impl<K: Cacheable> L2<K> {
         }
     }
 
-    /// Shares nothing of `key` any more. Best effort.
+    /// Deletes the value of `key` from Redis. Best effort.
     pub async fn forget(&self, key: &K::Key) {
         let mut command = redis::cmd("UNLINK");
         command.arg(self.names.redis_key(key));
-        // The breaker has heard of a failure.
+        // Best effort: `query` reports a failure to the circuit breaker.
         let _ = self.redis.query::<()>(&command).await;
     }
 }
 
-/// Values leave Redis after this time even if they might be used longer.
-const LIFE_MAX: Duration = Duration::from_mins(10);
+/// The maximum lifetime of a value in Redis, even if it could be used for longer.
+const LIFETIME_MAX: Duration = Duration::from_mins(10);
 
-/// What records of one kind and one table are called. The same key may stand in two tables, in rows with other ids and
-/// other limits: a record of one must never be taken for one of the other, which its changes do not name.
+/// The names in Redis of records of one kind from one table. Two tables may contain the same key in rows with different
+/// ids and limits. A record from one table must not be used for the other, whose changes do not concern it.
 struct Names<K: Cacheable> {
     /// `KIND`, or `KIND@TABLE`.
     kind: String,
     of: PhantomData<K>,
 }
 
-/// Enough of a table's identity to tell the few that ever share a Redis apart.
+/// The number of digits of a table's identity in a name. They are enough to distinguish the few tables that share one
+/// Redis.
 const TABLE_DIGITS: usize = 16;
 
 impl<K: Cacheable> Names<K> {
@@ -139,14 +143,14 @@ impl<K: Cacheable> Names<K> {
         Self { kind: format!("{}{}", K::NAME, table.unwrap_or_default()), of: PhantomData }
     }
 
-    /// `trustgate:KIND:HEX`. Holds the digest, never the key.
+    /// `trustgate:KIND:HEX`, where `HEX` is the digest of the API key.
     fn redis_key(&self, key: &K::Key) -> String {
         format!("trustgate:{}:{}", self.kind, hex(key.as_ref()))
     }
 
     fn mac(&self, mac_key: &[u8; 32], key: &K::Key, body: &[u8]) -> Hmac<Sha256> {
-        // The length of the kind's name goes first, so that no two inputs run together into the same bytes; keys of a
-        // kind all have one length.
+        // The length before the kind keeps two inputs from producing the same bytes. All keys of a kind have the same
+        // length.
         let name_length = u8::try_from(self.kind.len()).unwrap_or(u8::MAX);
         Hmac::<Sha256>::new_from_slice(mac_key)
             .unwrap_or_else(|_| unreachable!("HMAC takes a key of any length (RFC 2104)"))
@@ -230,7 +234,7 @@ mod tests {
     }
 
     #[test]
-    fn a_sealed_record_opens_under_its_own_key_alone_and_unchanged() {
+    fn sealed_record_opens_only_unchanged_under_its_own_key_table_and_mac_key() {
         let digest = ApiKeyDigest::from_bytes([1; 32]);
         let (ours, now) = (Names::<ApiKey>::of(None), Moment::from_nanos(0));
         let sealed = ours.seal(&[5; 32], &digest, &found(digest).as_ref());
@@ -240,11 +244,11 @@ mod tests {
         assert!(ours.open(&[6; 32], &digest, &sealed, now).is_none(), "another MAC key");
         let other = ApiKeyDigest::from_bytes([2; 32]);
         assert!(ours.open(&[5; 32], &other, &sealed, now).is_none(), "moved to another key");
-        let theirs = ["0123456789abcdef0", "123456789abcdef01"].map(|table| Names::<ApiKey>::of(Some(table)));
-        for names in &theirs {
+        let other_tables = ["0123456789abcdef0", "123456789abcdef01"].map(|table| Names::<ApiKey>::of(Some(table)));
+        for names in &other_tables {
             assert!(names.open(&[5; 32], &digest, &sealed, now).is_none(), "moved to another table");
         }
-        let names: HashSet<_> = theirs.iter().chain([&ours]).map(|names| names.redis_key(&digest)).collect();
+        let names: HashSet<_> = other_tables.iter().chain([&ours]).map(|names| names.redis_key(&digest)).collect();
         assert_eq!(names.len(), 3, "{names:?}");
         for at in 0..sealed.len() {
             let mut forged = sealed.clone();

@@ -27,7 +27,7 @@ pub(crate) struct Read {
 }
 
 impl<K: Cacheable> Loaded<K> {
-    /// How the value relates to the history that `view` knows.
+    /// The relation of the value to the history of `view`.
     #[must_use]
     pub fn provenance(&self, view: &ReplicaView) -> Provenance {
         match &self.read {
@@ -44,7 +44,7 @@ impl<K: Cacheable> Loaded<K> {
         (self.provenance(view) == Provenance::Ahead).then_some(read.version.as_of)
     }
 
-    /// Whether the value comes from a read of the store that was sent at `began` or later.
+    /// True if the value comes from a read of the store that was sent at `began` or later.
     #[must_use]
     pub fn is_read_after(&self, began: Moment) -> bool {
         self.read.as_ref().is_some_and(|read| read.tier == Tier::Store && read.version.sent_at >= began)

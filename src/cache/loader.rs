@@ -1,6 +1,7 @@
 //! Loads values: L2 first, then the store. A loaded value enters L1 once a poll has confirmed its version.
 //!
-//! Every read of the store for a check passes through here, so its limits, its deadline and its circuit breaker are here.
+//! Checks read the store only through this module, so it contains the limits, the timeout and the circuit breaker of
+//! reads.
 
 use std::{sync::Arc, time::Duration};
 
@@ -31,25 +32,25 @@ use crate::{
 /// The limits on reads of the store.
 #[derive(Clone, Copy, Debug)]
 pub struct StoreLimits {
-    /// Reads that may wait or run at one time.
+    /// The maximum number of reads that may wait or run at one time.
     pub reads_max: u32,
     /// How long one read may take.
     pub read_timeout: Duration,
-    /// When the circuit breaker opens.
+    /// The rules of the circuit breaker.
     pub breaker: breaker::Rules,
 }
 
-/// Where a load looks for its value.
+/// The tiers that a load reads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum LoadPath {
-    /// In L2, then in the store.
+    /// L2, then the store.
     Tiers,
-    /// In the store only.
+    /// Only the store.
     Store,
 }
 
-/// Whether the key of a read was good before. Such reads keep a quarter of the slots to themselves, so that a flood of
-/// unknown keys cannot use all of them.
+/// The kind of key that a read is for. A quarter of the slots is reserved for keys with a record in L1, so that a flood
+/// of unknown keys cannot use all of them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Seen {
     /// L1 has a record of the key.
@@ -58,7 +59,8 @@ pub(crate) enum Seen {
     Unknown,
 }
 
-/// What a load works with. The tasks of loads share it, so that they outlive the callers that started them.
+/// The dependencies of loads. The tasks of loads share them, so that a load continues when the caller that started it
+/// leaves.
 pub(crate) struct Loader<K: Cacheable> {
     pub(crate) l1: L1<K>,
     pub(crate) l2: Option<L2<K>>,
@@ -79,7 +81,7 @@ pub(crate) struct StoreReads {
 }
 
 impl StoreReads {
-    /// All slots free, the breaker closed.
+    /// Creates free slots and a closed circuit breaker.
     pub(crate) fn new(limits: StoreLimits) -> Self {
         let slots = limits.reads_max as usize;
         Self {
@@ -101,7 +103,7 @@ impl StoreReads {
 }
 
 impl<K: Cacheable> Loader<K> {
-    /// One load. The value is in L1 when this returns, if a poll has confirmed its version by then.
+    /// Runs one load. The value is in L1 when this returns, if a poll has confirmed its version by then.
     pub(crate) async fn load(&self, query: &K::Query, path: LoadPath) -> Result<Loaded<K>, Fault> {
         let before = self.l1.get(&K::key(query));
         let record = before.as_deref().and_then(Entry::value);
@@ -113,7 +115,8 @@ impl<K: Cacheable> Loader<K> {
         if path == LoadPath::Store
             && let Some(record) = record
         {
-            // One row by its primary key, which is cheaper, if it still is the row that was asked for.
+            // First read one row by its primary key, which is cheaper. Use it if it still is the row that was asked
+            // for.
             let live = self.read(Seen::Good, K::load_again(&*self.store, record)).await?;
             if live.value.as_ref().is_some_and(|live| K::is_same(live, record)) {
                 return Ok(self.insert_if_confirmed(query, live, Tier::Store));
@@ -151,7 +154,7 @@ impl<K: Cacheable> Loader<K> {
         Some(loaded)
     }
 
-    /// One read of the store, within its slots, its deadline and its circuit breaker.
+    /// Runs one read of the store, subject to the slots, the timeout and the circuit breaker.
     pub(crate) async fn read<T>(
         &self,
         seen: Seen,
@@ -169,8 +172,8 @@ impl<K: Cacheable> Loader<K> {
         timer.observe_duration();
         match &answer {
             Ok(found) => {
-                // If the reply took longer than `limit`, this process was paused and `read_at` may be old: do not set the
-                // clock from it.
+                // If the reply took longer than `limit`, this process was paused and `read_at` may be old: do not set
+                // the clock from it.
                 if self.clock.now().since(found.sent_at) <= limit {
                     self.replica_state.database_clock.observe(found.sent_at, found.read_at);
                 }
@@ -197,7 +200,7 @@ impl<K: Cacheable> Loader<K> {
             breaker::Change::None => {}
             breaker::Change::Opened => {
                 tracing::warn!(
-                    "database circuit breaker opened: reads failed repeatedly; checks that need one get a fault"
+                    "database circuit breaker opened: reads failed repeatedly; checks that need a read get a fault"
                 );
             }
             breaker::Change::Closed => tracing::info!("database circuit breaker closed"),
@@ -205,7 +208,7 @@ impl<K: Cacheable> Loader<K> {
         self.metrics.breaker_open.set(i64::from(!self.reads.breaker.is_closed()));
     }
 
-    /// Makes an entry of a found value, and puts it into L1 if a poll has confirmed its version.
+    /// Makes an entry from a found value, and puts it into L1 if a poll has confirmed its version.
     pub(crate) fn insert_if_confirmed(
         &self,
         query: &K::Query,
@@ -222,20 +225,21 @@ impl<K: Cacheable> Loader<K> {
         Loaded { entry, read: Some(Read { version, tier }) }
     }
 
-    /// Runs after the waiters of a load have their value. Puts a value whose version no poll had confirmed into L1 once one
-    /// has, and writes records to Redis, where the other replicas find them. Negative entries never go to Redis.
+    /// Runs after the waiters of a load have their value. If no poll had confirmed the version of the value, this waits
+    /// for a poll and then puts the value into L1. It writes records to Redis, where the other replicas find them.
+    /// Negative entries are not written to Redis.
     pub(crate) async fn publish(&self, query: &K::Query, loaded: Loaded<K>) {
         let Loaded { mut entry, read: Some(Read { version, tier: Tier::Store }) } = loaded else { return };
         let (view, key) = (Arc::clone(&self.replica_state.load()), K::key(query));
         if !entry.is_of(&view) {
             if view.provenance(&version) == Provenance::Ahead && view.lease_state(self.clock.now()) == LeaseState::Fresh
             {
-                // A poll that takes longer than the lease has failed.
+                // Do not wait longer than the lease: a poll that takes longer has failed.
                 let lease = self.replica_state.limits().lease;
                 let _ = timeout(lease, self.replica_state.reached(&view, version.as_of)).await;
             }
-            // Look again also where nothing was waited for: a poll on another thread may have confirmed the version since
-            // `insert_if_confirmed` looked.
+            // Test again even if this did not wait: a poll on another thread may have confirmed the version after
+            // `insert_if_confirmed` tested it.
             if view.provenance(&version) == Provenance::Known {
                 entry = Arc::new(entry.entered(view.epoch()));
                 self.l1.put(key, Arc::clone(&entry));
@@ -249,8 +253,8 @@ impl<K: Cacheable> Loader<K> {
         }
     }
 
-    /// How long an entry lives. Its age counts from the read of the database, so a value from Redis has spent part of its
-    /// life there.
+    /// The lifetime of an entry. It starts with the read of the database, so it includes the time that a value spent in
+    /// Redis.
     fn lifetime(&self, spread: u8, found: &Versioned<Option<K::Value>>) -> Lifetime {
         let now = self.replica_state.database_clock.at(found.sent_at);
         let age = now.map_or(Duration::ZERO, |now| now.since(found.read_at));

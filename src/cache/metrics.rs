@@ -1,4 +1,5 @@
-//! The metrics of the tiers. Label values are resolved here once, since a look-up by label hashes and locks.
+//! The metrics of the tiers. Label values are resolved once, at registration, because a lookup by label hashes and
+//! locks.
 
 use super::cacheable::Cacheable;
 use crate::base::{
@@ -9,7 +10,7 @@ use crate::base::{
     },
 };
 
-/// The outcomes of look-ups in one tier.
+/// The outcomes of lookups in one tier.
 pub(crate) struct Outcomes {
     pub(crate) hit: ThreadCounter,
     pub(crate) negative_hit: ThreadCounter,
@@ -56,7 +57,7 @@ impl CacheMetrics {
             }
         };
         let entries = IntGaugeVec::new(
-            Opts::new("trustgate_cache_entries", "Values held in L1, absences included, by kind."),
+            Opts::new("trustgate_cache_entries", "Entries in L1, negative entries included, by kind."),
             &["kind"],
         );
         let reads = IntCounterVec::new(
@@ -66,7 +67,7 @@ impl CacheMetrics {
         let reads = register(registry, reads)?;
         let seconds = HistogramOpts::new(
             "trustgate_store_read_duration_seconds",
-            "How long reads of the database for checks took, in seconds.",
+            "Duration of reads of the database for checks, in seconds.",
         );
         Ok(Self {
             l1: outcomes(Tier::L1),
@@ -89,9 +90,10 @@ pub(crate) enum Comparison {
     Same,
     /// A change concerned the record in the meantime, so no check would use it.
     Changed,
-    /// The row differs or is absent, and no change recorded that.
+    /// The row differs or is missing, and no recorded change explains it.
     Different,
-    /// There was nothing to compare with: no answer, or one of a version that no poll has confirmed.
+    /// The comparison was not possible: the database did not answer, or no poll has confirmed the version of its
+    /// answer.
     Error,
 }
 
@@ -107,8 +109,8 @@ impl SampleCounts {
     fn register<K: Cacheable>(registry: &Registry) -> prometheus::Result<Self> {
         let opts = Opts::new(
             "trustgate_samples_total",
-            "Held records compared with the database, by kind and outcome: same, changed (a change named it meanwhile), \
-             different (none did: a change went unnoticed) or error (nothing to compare with).",
+            "Cached records compared with the database, by kind and outcome: same, changed (a change was applied in \
+             the meantime), different (no recorded change explains the difference) or error (not comparable).",
         );
         let samples = register(registry, IntCounterVec::new(opts, &["kind", "outcome"]))?;
         let count = |outcome| samples.with_label_values(&[K::NAME, outcome]);

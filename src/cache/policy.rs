@@ -1,7 +1,7 @@
 //! The freshness rule: whether a value may be used for a check.
 //!
-//! This is the only place that decides it. A check chooses its [`ReadPolicy`] once, when it begins; [`is_usable`] then
-//! judges every value that the check gets to see, be it from L1 or from a load.
+//! No other module decides this. A check chooses its [`ReadPolicy`] once, when it begins; [`is_usable`] then judges
+//! each value that the check finds in L1 or gets from a load.
 
 use std::time::Duration;
 
@@ -11,17 +11,18 @@ use crate::{
     freshness::{Freshness, ReplicaView, history::Provenance, lease::LeaseState},
 };
 
-/// Which values a check may use: the demand of its route, combined with the state of the lease when the check began.
+/// The values that a check may use. The policy follows from the demand of its route and the state of the lease when the
+/// check began.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ReadPolicy {
-    /// The lease is fresh: a cached entry that no applied change concerns.
+    /// The lease is fresh: a cache entry that no applied change concerns.
     Lease,
     /// The lease is stale: the same, but an entry may only be used to grant. The database may have changed since, so a
     /// cached denial or "not found" must not be served.
     GrantOnly,
     /// A read of the store that is sent after the check began.
     Store,
-    /// A value that is young enough, wherever it comes from.
+    /// A value from any tier that is young enough.
     Age,
 }
 
@@ -40,7 +41,7 @@ impl ReadPolicy {
     }
 }
 
-/// How old values may get, counted from the read of the database.
+/// The maximum ages of values, counted from the read of the database.
 #[derive(Clone, Copy, Debug)]
 pub struct AgeLimits {
     /// A record under [`ReadPolicy::Age`].
@@ -65,7 +66,7 @@ pub(crate) enum Candidate<'a, K: Cacheable> {
     Loaded { loaded: &'a Loaded<K>, began: Moment },
 }
 
-/// Whether a check under `policy` may use `candidate` at `now`, by what this replica knows in `view`.
+/// True if a check under `policy` may use `candidate` at `now`, given the changes applied in `view`.
 pub(crate) fn is_usable<K: Cacheable>(
     policy: ReadPolicy,
     candidate: &Candidate<'_, K>,
@@ -92,8 +93,8 @@ pub(crate) fn is_usable<K: Cacheable>(
     }
 }
 
-/// Whether a change that this replica has applied concerns the value. A value of a version or history that no poll has
-/// seen is newer than everything this replica knows.
+/// True if a change that this replica has applied concerns the value. A value whose version no poll has returned yet
+/// counts as newer than all applied changes.
 fn is_outdated<K: Cacheable>(loaded: &Loaded<K>, view: &ReplicaView) -> bool {
     loaded.provenance(view) == Provenance::Known && !loaded.entry.is_covered(view)
 }

@@ -1,8 +1,9 @@
-//! The sampler: compares records that are held with their rows in the database, and counts those that differ although no
-//! change named them.
+//! The sampler: compares cached records with their rows in the database, and counts those that differ although no
+//! recorded change explains the difference.
 //!
-//! A proof while the server runs that no change goes unnoticed. Never fills a cache and never decides a check; what it
-//! finds to differ is read again from then on. Off unless `freshness.sample_interval` is set.
+//! It detects changes that are missing from the change log while the server runs. It puts nothing into a cache and
+//! decides no check. If a record differs, later checks load it again. The sampler is off unless
+//! `freshness.sample_interval` is set.
 
 use std::{panic::resume_unwind, sync::Arc, time::Duration};
 
@@ -29,21 +30,21 @@ use crate::{
     record::Versioned,
 };
 
-/// Records looked at for one that can be compared, at most: what waits for its turn may be out of date by then.
-const LOOKED_AT_MAX: usize = 64;
+/// The maximum number of records to try for one comparison. Records in L1 may be out of date, and those are skipped.
+const TRIED_MAX: usize = 64;
 
-/// A record that is held.
+/// A cached record.
 type Record<K> = (<K as Cacheable>::Key, Arc<Entry<K>>);
 
-/// Compares one record after another, each `interval` after the one before, until `stop`. Walks over all records, in an
-/// order that differs between processes, and then starts again.
+/// Compares one record after another, each `interval` after the one before, until `stop`. It walks over all records in
+/// an order that differs between processes, and then starts again.
 pub(crate) async fn sample<K: Cacheable>(
     loader: &Arc<Loader<K>>,
     interval: Duration,
     mut jitter: Jitter,
     stop: CancellationToken,
 ) {
-    // moka's iterator cannot move between threads, so the walk has a thread of its own and blocks there.
+    // moka's iterator cannot move between threads, so the walk runs and blocks on a separate thread.
     let (found, mut records) = mpsc::channel(1);
     let walked = Arc::clone(loader);
     let walk = spawn_blocking(move || walk(&walked.l1, &found));
@@ -52,7 +53,7 @@ pub(crate) async fn sample<K: Cacheable>(
             sleep(jitter.around(interval)).await;
             let view = Arc::clone(&loader.replica_state.load());
             if view.lease_state(loader.clock.now()) != LeaseState::Fresh {
-                continue; // checks do not rely on cached entries either
+                continue; // checks do not use cache entries now, apart from stale grants
             }
             match next(loader, &mut records, &view).await {
                 Next::Record((key, entry)) => compare(loader, &view, &key, &entry).await,
@@ -68,7 +69,7 @@ pub(crate) async fn sample<K: Cacheable>(
     }
 }
 
-/// Hands out all records of `l1`, and nothing after the last, again and again until nobody wants them.
+/// Sends all records of `l1`, then `None`, and repeats that until the receiver is dropped.
 fn walk<K: Cacheable>(l1: &L1<K>, found: &mpsc::Sender<Option<Record<K>>>) {
     loop {
         for record in l1.records().map(Some).chain([None]) {
@@ -79,23 +80,23 @@ fn walk<K: Cacheable>(l1: &L1<K>, found: &mpsc::Sender<Option<Record<K>>>) {
     }
 }
 
-/// What is to be compared next.
+/// The next record to compare.
 enum Next<K: Cacheable> {
     Record(Record<K>),
-    /// Nothing: none is held that could be used.
+    /// No usable record was found.
     None,
-    /// The walk is over before its time.
+    /// The walk has ended unexpectedly.
     Ended,
 }
 
-/// The next record that a check would use.
+/// Returns the next record that a check would use.
 async fn next<K: Cacheable>(
     loader: &Loader<K>,
     records: &mut mpsc::Receiver<Option<Record<K>>>,
     view: &ReplicaView,
 ) -> Next<K> {
     let mut ends = 0;
-    for _ in 0..LOOKED_AT_MAX {
+    for _ in 0..TRIED_MAX {
         match records.recv().await {
             Some(Some((key, entry))) if entry.is_current(view, loader.clock.now()) => {
                 return Next::Record((key, entry));
@@ -109,7 +110,7 @@ async fn next<K: Cacheable>(
     Next::None
 }
 
-/// Compares `entry`, which a check would use under `view`, with its row.
+/// Compares `entry`, which a check would use under `view`, with its row in the database.
 async fn compare<K: Cacheable>(loader: &Loader<K>, view: &ReplicaView, key: &K::Key, entry: &Entry<K>) {
     let Some(record) = entry.value() else { return };
     let comparison = match loader.read(Seen::Good, K::load_again(&*loader.store, record)).await {
@@ -120,17 +121,18 @@ async fn compare<K: Cacheable>(loader: &Loader<K>, view: &ReplicaView, key: &K::
             }
             let comparison = judge(entry, view, &live);
             if comparison == Comparison::Different {
-                refuse(loader, view, key, record, &live).await;
+                discard(loader, view, key, record, &live).await;
             }
             comparison
         }
-        Err(_) => Comparison::Error, // `read` has counted the failure and logged it if it is news
+        Err(_) => Comparison::Error, // `read` has counted the failure and logged a change of the circuit breaker
     };
     loader.metrics.samples.of(comparison).inc();
 }
 
-/// Makes sure that no check uses `record` any more, nor any other entry that is made of the same rows.
-async fn refuse<K: Cacheable>(
+/// Logs that `record` differs from its row, and makes sure that checks no longer use it or other entries from the same
+/// rows.
+async fn discard<K: Cacheable>(
     loader: &Loader<K>,
     view: &ReplicaView,
     key: &K::Key,
@@ -142,23 +144,24 @@ async fn refuse<K: Cacheable>(
         kind = K::NAME,
         ids = ids.join(", "),
         version = live.as_of.0,
-        "a change went unnoticed: what is held differs from the database, and no change has named it; it is read again"
+        "sample differs: a cached record does not match the database, and no recorded change explains it. The record \
+         is loaded again; run `trustgate cache clear`, because other entries may be affected"
     );
     view.lease().refuse(live.as_of, K::objects(record).map(|id| stripe(id.as_bytes())));
-    // If the change did not even draw a version, an older value in Redis carries the same version.
+    // If the change did not even get a version, an older value in Redis has the same version and would be used again.
     if let Some(l2) = &loader.l2 {
         l2.forget(key).await;
     }
     loader.l1.forget(key);
 }
 
-/// What `live`, a read of the row that `entry` is made of, says of it. Whatever was applied under `view` up to the version of
-/// that read counts.
+/// Compares `entry` with `live`, a read of its row. The changes that were applied under `view` up to the version of
+/// that read are taken into account.
 fn judge<K: Cacheable>(entry: &Entry<K>, view: &ReplicaView, live: &Versioned<Option<K::Value>>) -> Comparison {
     if view.provenance(live) != Provenance::Known || live.as_of < entry.as_of() {
         return Comparison::Error;
     }
-    // After the version was seen to be applied: what it named is out of date by then.
+    // Test this after the version is known to be applied, because then its changes are visible in `view`.
     if !entry.is_covered(view) {
         return Comparison::Changed;
     }
@@ -228,7 +231,7 @@ mod tests {
     }
 
     #[test]
-    fn a_row_that_differs_is_a_mistake_only_if_no_change_has_named_it() {
+    fn differing_row_counts_as_different_only_without_an_applied_change() {
         let replica_state = ReplicaState::new(LIMITS);
         replica_state.apply(&polled(5..=5, &[]), true);
         replica_state.apply(&polled(5..=7, &[(6, Change::Key(KeyId(Uuid::from_u128(1))))]), true);
@@ -251,7 +254,7 @@ mod tests {
     }
 
     #[test]
-    fn a_walk_hands_out_every_record_and_begins_again() {
+    fn walk_sends_each_record_and_starts_again() {
         let replica_state = ReplicaState::new(LIMITS);
         let l1 = Arc::new(L1::<ApiKey>::new(CacheSettings::default().size, CacheSettings::default().absences_size));
         let keys = 1..=9_u8;

@@ -1,7 +1,8 @@
 //! Single flight: concurrent callers that need the same key share one load. The load continues when the caller that
 //! started it leaves.
 //!
-//! Knows nothing of caches: the caller passes the load, and the work that follows once the waiters have their result.
+//! This module does not depend on the cache: the caller passes the load, and the work that follows once the waiters
+//! have their result.
 
 use std::{
     collections::HashMap,
@@ -14,11 +15,11 @@ use tokio_util::task::TaskTracker;
 
 use crate::base::fault::Fault;
 
-/// Tasks at one time over all keys: loads, and what follows them. Beyond this a caller gets a fault at once, because
-/// waiting would only use up its own deadline.
+/// The maximum number of tasks at one time over all keys. A task is a load and the work that follows it. Beyond the
+/// limit, a caller gets a fault at once, because waiting would only use up its deadline.
 const TASKS_MAX: usize = 4_096;
 
-/// The result of one load, shared by its waiters. They are woken in the order in which they came.
+/// The result of one load, shared by its waiters. They wake in the order in which they arrived.
 type ResultSlot<V> = Arc<SetOnce<Result<V, Fault>>>;
 type InFlight<K, V> = Arc<Mutex<HashMap<K, ResultSlot<V>>>>;
 
@@ -43,15 +44,15 @@ where
     K: Copy + Eq + Hash + Send + 'static,
     V: Clone + Send + Sync + 'static,
 {
-    /// Nothing in flight; loads will run on `io`.
+    /// Creates an instance without loads. Loads run on `io`.
     pub(crate) fn new(io: Handle) -> Self {
         Self { io, tasks: TaskTracker::new(), in_flight: Arc::default() }
     }
 
     /// Waits for the load of `key` that is in flight, or starts `load`.
     ///
-    /// `cached` is asked right before a load starts: another load may have ended since the caller looked into its cache.
-    /// `publish` runs after the waiters have their value.
+    /// `cached` runs right before a load starts, because another load may have ended since the caller looked into its
+    /// cache. `publish` runs after the waiters have their value.
     ///
     /// # Errors
     /// The [`Fault`] of the load, shared by all its waiters; [`Fault::Overloaded`] beyond the limit of tasks.
@@ -114,20 +115,20 @@ where
         );
     }
 
-    /// Tasks that have not ended.
+    /// The number of tasks that have not ended.
     pub(crate) fn tasks(&self) -> usize {
         self.tasks.len()
     }
 
-    /// Waits for the end of every task.
+    /// Waits until all tasks have ended.
     pub(crate) async fn drain(&self) {
         self.tasks.close();
         self.tasks.wait().await;
     }
 }
 
-/// Removes a load from the map when it ends, and hands its outcome to the waiters: [`Fault::Ended`] if the load panicked
-/// or its runtime shut down.
+/// Removes a load from the map when it ends, and passes its outcome to the waiters. The outcome is [`Fault::Ended`] if
+/// the load panicked or its runtime shut down.
 struct InFlightGuard<K: Eq + Hash, V> {
     key: K,
     in_flight: InFlight<K, V>,

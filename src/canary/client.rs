@@ -1,7 +1,5 @@
-//! The other end of the wire: a request as Envoy sends one, and what Envoy makes of the reply. For a server that asks
-//! itself.
-//!
-//! Never has a part in a check that somebody else asks for.
+//! Encodes a `CheckRequest` as Envoy does, and interprets the reply as Envoy does. The canary uses it to check its own
+//! key.
 
 use envoy_types::pb::{
     envoy::service::auth::v3::{
@@ -14,21 +12,21 @@ use prost::Message as _;
 
 use crate::ext_authz::{framing, response::Reply};
 
-/// What a reply means for a request.
+/// The meaning of a reply for a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verdict {
-    /// It is let in.
+    /// The request passes.
     Granted {
-        /// On what the database has not confirmed lately, while it did not answer.
+        /// True for a stale grant: the database did not answer, so it has not confirmed the record recently.
         is_stale: bool,
     },
-    /// It is refused: the caller's doing.
+    /// The request is denied.
     Denied,
-    /// It could not be decided.
+    /// The server could not decide.
     Undecided,
 }
 
-/// The message that asks about a GET of `path` with these headers.
+/// The `CheckRequest` for a GET of `path` with these headers, encoded.
 #[must_use]
 pub fn request(path: &str, headers: &[(&str, &str)]) -> Vec<u8> {
     let http = HttpRequest {
@@ -42,18 +40,18 @@ pub fn request(path: &str, headers: &[(&str, &str)]) -> Vec<u8> {
     CheckRequest { attributes: Some(AttributeContext { request, ..AttributeContext::default() }) }.encode_to_vec()
 }
 
-/// What `reply` means. One that cannot be read means nothing.
+/// The meaning of `reply`. A reply that cannot be decoded is undecided.
 #[must_use]
 pub fn verdict(reply: &Reply) -> Verdict {
     let Reply::Message(framed) = reply else { return Verdict::Undecided };
     let message = framing::unframe(framed).and_then(|message| CheckResponse::decode(message).ok());
     let Some(CheckResponse { status, dynamic_metadata, .. }) = message else { return Verdict::Undecided };
-    let said = |name| dynamic_metadata.as_ref().and_then(|metadata| metadata.fields.get(name)?.kind.as_ref());
-    // To Envoy no status at all is OK.
+    let field = |name| dynamic_metadata.as_ref().and_then(|metadata| metadata.fields.get(name)?.kind.as_ref());
+    // Envoy takes a response without a status for OK.
     if status.is_none_or(|status| status.code == 0) {
-        return Verdict::Granted { is_stale: said("stale") == Some(&Kind::BoolValue(true)) };
+        return Verdict::Granted { is_stale: field("stale") == Some(&Kind::BoolValue(true)) };
     }
-    match said("reason") {
+    match field("reason") {
         Some(Kind::StringValue(reason)) if reason == "fault" => Verdict::Undecided,
         _ => Verdict::Denied,
     }
@@ -72,7 +70,7 @@ mod tests {
     };
 
     #[test]
-    fn a_request_is_read_as_it_was_meant() {
+    fn a_request_is_decoded_as_it_was_encoded() {
         let message = request("/?key=k", &[("x-api-key", "k"), ("cookie", "a=b")]);
         let view = View::parse(&message).unwrap();
         assert_eq!((view.is_http, view.method, view.path), (true, "GET", "/?key=k"));
@@ -81,7 +79,7 @@ mod tests {
     }
 
     #[test]
-    fn every_reply_means_to_us_what_it_means_to_envoy() {
+    fn replies_are_interpreted_as_envoy_interprets_them() {
         for on_fault in [OnFault::Deny, OnFault::Error, OnFault::ErrorResponse] {
             let replies = Replies::new(on_fault, Duration::from_secs(1));
             assert_eq!(verdict(&replies.fault()), Verdict::Undecided, "{on_fault:?}");

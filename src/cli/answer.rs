@@ -1,6 +1,4 @@
-//! What a command has to say, as text and as data.
-//!
-//! Never writes anywhere: `cli` does.
+//! The answer of a command: as text for people, as JSON for programs, and with an exit code. `cli` writes it.
 
 use comfy_table::{Table, presets};
 use serde_json::Value;
@@ -9,20 +7,20 @@ use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 use super::exit::DONE;
 use crate::base::clock::DatabaseTime;
 
-/// What a command has to say.
+/// The answer of a command.
 pub(crate) struct Answer {
-    /// For people, with its last line end.
+    /// The text for people. Ends with a line break, unless it is empty.
     pub(crate) text: String,
-    /// For programs; `None` where the text is for programs already.
+    /// The value for `--output json`. `None`: `text` is printed with either output format.
     pub(crate) json: Option<Value>,
     /// The exit code.
     pub(crate) code: u8,
-    /// What the operator has to know if the answer cannot be written.
+    /// The text for standard error if the answer cannot be written.
     pub(crate) if_lost: Option<String>,
 }
 
 impl Answer {
-    /// Text that is the same for people and programs.
+    /// A text that is printed with either output format.
     pub(crate) fn text(mut text: String) -> Self {
         if !text.is_empty() && !text.ends_with('\n') {
             text.push('\n');
@@ -30,7 +28,7 @@ impl Answer {
         Self { text, json: None, code: DONE, if_lost: None }
     }
 
-    /// One object, shown as its fields, one a line: `first` those, in this order, then the others.
+    /// One object. The text has one line for each field: the fields in `first`, in that order, then all other fields.
     pub(crate) fn object(object: Value, first: &[&str]) -> Self {
         let others = object.as_object().into_iter().flatten().map(|(name, _)| name.as_str());
         let names = first.iter().copied().chain(others.filter(|name| !first.contains(name)));
@@ -38,13 +36,13 @@ impl Answer {
         Self { text: table(None, rows), json: Some(object), code: DONE, if_lost: None }
     }
 
-    /// Objects, shown as one row each with these of their fields.
+    /// A list of objects. The text has one row for each object, with the fields in `columns`.
     pub(crate) fn list(objects: Vec<Value>, columns: &[&str]) -> Self {
         let rows = objects.iter().map(|object| columns.iter().map(|column| cell(&object[*column])).collect());
         Self { text: table(Some(columns), rows), json: Some(Value::Array(objects)), code: DONE, if_lost: None }
     }
 
-    /// The same with one more member, for programs.
+    /// Adds a member to the JSON object; the text does not show it.
     pub(crate) fn member(mut self, name: &str, value: Value) -> Self {
         if let Some(Value::Object(members)) = &mut self.json {
             members.insert(name.to_owned(), value);
@@ -52,7 +50,7 @@ impl Answer {
         self
     }
 
-    /// The same with more to say below, to people.
+    /// Adds a note below the text; the JSON does not contain it.
     pub(crate) fn note(mut self, note: &str) -> Self {
         self.text.push('\n');
         self.text.push_str(note);
@@ -60,13 +58,13 @@ impl Answer {
         self
     }
 
-    /// The same with what the operator has to know if the answer cannot be written.
+    /// Sets the text for standard error if the answer cannot be written.
     pub(crate) fn if_lost(mut self, note: String) -> Self {
         self.if_lost = Some(note);
         self
     }
 
-    /// The same with another exit code.
+    /// Sets the exit code.
     pub(crate) const fn exit(mut self, code: u8) -> Self {
         self.code = code;
         self
@@ -78,12 +76,12 @@ pub(crate) fn time(at: DatabaseTime) -> Value {
     Value::String(at.to_string())
 }
 
-/// A time that may not be set.
+/// An optional time as RFC 3339 in UTC, or null.
 pub(crate) fn time_or_null(at: Option<DatabaseTime>) -> Value {
     at.map_or(Value::Null, time)
 }
 
-/// Columns side by side, without lines around them: easy to read, and easy to cut with other tools.
+/// Aligned columns without borders, so that tools such as `awk` can split the lines.
 fn table(header: Option<&[&str]>, rows: impl Iterator<Item = Vec<String>>) -> String {
     let mut table = Table::new();
     table.load_style(presets::NOTHING);
@@ -100,7 +98,8 @@ fn table(header: Option<&[&str]>, rows: impl Iterator<Item = Vec<String>>) -> St
     lines.collect::<Vec<_>>().concat()
 }
 
-/// A value for people: without quotes, `-` for nothing, times to the second, and nothing that could steer a terminal.
+/// A value for people: without quotes, `-` if it is null or empty, times to the second. Replaces control characters,
+/// because they could control the terminal.
 fn cell(value: &Value) -> String {
     let text = match value {
         Value::Null => return "-".to_owned(),
@@ -116,7 +115,7 @@ fn cell(value: &Value) -> String {
     text.replace(char::is_control, "\u{fffd}")
 }
 
-/// An RFC 3339 time without its fraction of a second; any other text as it is.
+/// An RFC 3339 time without its fraction of a second; any other text unchanged.
 fn seconds(text: &str) -> String {
     let Ok(at) = OffsetDateTime::parse(text, &Rfc3339) else { return text.to_owned() };
     let whole = at.replace_nanosecond(0).unwrap_or(at);
@@ -130,7 +129,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn times_are_utc_and_to_the_microsecond_for_programs() {
+    fn times_have_microseconds_in_json_and_seconds_in_text() {
         let at = DatabaseTime::from_micros(1_700_000_000_123_456);
         assert_eq!(time(at), json!("2023-11-14T22:13:20.123456Z"));
         assert_eq!(cell(&time(at)), "2023-11-14T22:13:20Z");
@@ -138,7 +137,7 @@ mod tests {
     }
 
     #[test]
-    fn tables_are_plain_columns() {
+    fn tables_have_no_borders_and_no_control_characters() {
         let objects = vec![json!({"name": "acme", "on": true}), json!({"name": "a\u{1b}[31m", "on": null})];
         let answer = Answer::list(objects, &["name", "on"]);
         let words: Vec<Vec<_>> = answer.text.lines().map(|line| line.split_whitespace().collect()).collect();

@@ -1,6 +1,7 @@
-//! What can be written on the command line.
+//! The commands and options, for clap. Their doc comments are the text of `--help`.
 //!
-//! Never holds a key: keys come on standard input, where other users of the machine cannot see them.
+//! No argument takes an API key, because other users of the machine can read the command line. Keys come from standard
+//! input.
 
 use std::{net::IpAddr, path::PathBuf, time::Duration};
 
@@ -21,90 +22,103 @@ use crate::{
 
 const VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), " (", env!("TRUSTGATE_COMMIT"), ")");
 
-/// Decides for Envoy whose request it is and whether it may pass.
+/// External authorization for Envoy: identifies the caller of each request and decides whether it may pass.
+///
+/// Exit codes: 0 done, 1 failed, 2 wrong usage. `check` exits with 3 if the key is denied.
 #[derive(Parser)]
 #[command(name = "trustgate", version = VERSION, arg_required_else_help = true)]
 pub(crate) struct Arguments {
-    /// The configuration file; else the one that the variable `TRUSTGATE_CONFIG` names, else none.
+    /// Configuration file. Default: the file named by the variable `TRUSTGATE_CONFIG`, or none.
     #[arg(long, global = true, value_name = "FILE")]
     pub(crate) config: Option<PathBuf>,
-    /// How answers are shown.
+    /// Output format.
     #[arg(long, global = true, value_enum, default_value_t = Output::Table)]
     pub(crate) output: Output,
     #[command(subcommand)]
     pub(crate) command: Command,
 }
 
-/// How answers are shown.
+/// Output format.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Output {
-    /// For people.
+    /// Columns, for people.
     Table,
-    /// For programs.
+    /// JSON, for programs.
     Json,
 }
 
 #[derive(Subcommand)]
 pub(crate) enum Command {
-    /// Answer Envoy's checks until told to stop.
+    /// Run the server that answers Envoy's checks.
+    ///
+    /// Creates and upgrades an embedded SQLite database; a PostgreSQL database needs `migrate` first. Stops on SIGTERM,
+    /// SIGQUIT or SIGINT.
     Serve,
-    /// Create or upgrade the tables in the database.
+    /// Create, upgrade or repair the tables in the database.
+    ///
+    /// It is safe to run this again.
     Migrate {
-        /// Only print the statements that give the roles in PostgreSQL the rights they need.
+        /// Print the statements that grant the PostgreSQL roles the rights they need, and change nothing.
         #[arg(long)]
         print_grants: bool,
-        /// Also begin a new history: run it once after a backup or a copy of the database was put in place, so that no
-        /// replica takes what it remembers for what is stored now.
+        /// Also start a new database history. Use this once after you restored a backup or a copy of the database, so
+        /// that replicas do not use what they cached from the old one.
         #[arg(long, conflicts_with = "print_grants")]
         new_incarnation: bool,
-        /// The role of `serve` in these statements.
+        /// Role of `serve` in the printed statements.
         #[arg(long, value_name = "ROLE", default_value = "trustgate_serve", requires = "print_grants")]
         serve_role: String,
-        /// The role of `trust`, `key` and `cache` in these statements.
+        /// Role of the management commands (`trust`, `key`, `cache`) in the printed statements.
         #[arg(long, value_name = "ROLE", default_value = "trustgate_manage", requires = "print_grants")]
         manage_role: String,
     },
-    /// Make an existing table, `store.table`, name its changes, so that what is read from it can be relied on under the
-    /// lease: two triggers are added to it, and nothing else. Run `migrate` before.
+    /// Record the changes of an existing table (`store.table`), so that replicas can cache its rows under the lease.
+    ///
+    /// Adds two triggers to the table, and changes nothing else in it. Run `migrate` first. Afterwards, set
+    /// `store.attached = true` and restart every replica.
     Attach(Alter),
-    /// Take away what `attach` added.
+    /// Remove the triggers that `attach` added.
     Detach(Alter),
-    /// The organisations that keys speak for.
+    /// Manage trusts, the tenant organisations that keys belong to.
     #[command(subcommand)]
     Trust(Trust),
-    /// API keys.
+    /// Manage API keys.
     #[command(subcommand)]
     Key(Key),
     /// Manage the pepper, the secret that keys are hashed with.
     #[command(subcommand)]
     Pepper(Pepper),
-    /// What is denied whatever the database says, also while it cannot be reached.
+    /// Manage the deny list, which denies keys whatever the database says, even while the database is down.
     #[command(subcommand)]
     Deny(Deny),
-    /// What replicas remember.
+    /// Manage the caches of the replicas.
     #[command(subcommand)]
     Cache(Cache),
-    /// The database as a whole.
+    /// Copy a whole database.
     #[command(subcommand)]
     Store(Store),
-    /// The configuration.
+    /// Check the configuration, or print the default one.
     #[command(subcommand)]
     Config(Config),
-    /// Decide one key, read from standard input, and say why. Exit code 3: denied.
+    /// Read a key from standard input, and print the decision on it and the reason.
+    ///
+    /// Reads the database, not a cache. Exit code 3: the key is denied.
     Check,
-    /// Examine what `serve` would find with this configuration: deadlines, files, the database, the rights there, Redis.
-    /// Changes nothing. Exit code 1: something that is needed does not work.
+    /// Examine everything that `serve` needs: configuration, deadlines, files, database, rights and Redis.
+    ///
+    /// Run it on the machine of `serve`, with the same user and configuration. Prints each examination and, for each
+    /// problem, what to do. Changes nothing. Exit code 1: something that `serve` needs does not work.
     Doctor,
-    /// Print completions for a shell.
+    /// Print a completion script for a shell.
     Completions {
-        /// Which shell.
+        /// Shell that the script is for.
         shell: Shell,
     },
 }
 
 #[derive(Args)]
 pub(crate) struct Alter {
-    /// Only print the statements, each under the role that has to run it.
+    /// Print the statements, each under the role that has to run it, and change nothing.
     #[arg(long)]
     pub(crate) print: bool,
 }
@@ -113,22 +127,26 @@ pub(crate) struct Alter {
 pub(crate) enum Trust {
     /// Create a trust.
     Create {
-        /// Its name.
+        /// Name of the trust.
         name: String,
     },
     /// List all trusts.
     List,
     /// Show one trust.
     Show(WhichTrust),
-    /// Let the keys of a trust be granted again.
+    /// Enable a trust, so that its keys are granted again.
     Enable(WhichTrust),
-    /// Deny every key of a trust until it is enabled again.
+    /// Disable a trust: all its keys are denied until it is enabled again.
+    ///
+    /// Prints on how many replicas the change is effective.
     Disable(WhichTrust),
-    /// Delete a trust.
+    /// Delete a trust. Fails if the trust still has keys, unless you also delete the keys.
+    ///
+    /// Prints on how many replicas the change is effective.
     Delete {
         #[command(flatten)]
         which: WhichTrust,
-        /// Delete its keys too.
+        /// Also delete the keys of the trust.
         #[arg(long)]
         with_keys: bool,
     },
@@ -143,89 +161,100 @@ pub(crate) struct WhichTrust {
 
 #[derive(Subcommand)]
 pub(crate) enum Key {
-    /// Make a key and show it, once.
+    /// Create a key and print it. The key cannot be shown again.
     Issue(Issue),
     /// List keys, newest first.
     List {
-        /// Only those of this trust.
+        /// List only the keys of this trust.
         #[arg(long, value_name = "NAME_OR_ID", value_parser = to_trust())]
         trust: Option<TrustRef>,
-        /// Only keys issued under this pepper: `current` or `previous` of this configuration, `unknown` (not in this
-        /// configuration), `unrecorded` (no check has identified it yet), or a fingerprint of 16 hexadecimal digits.
+        /// List only the keys issued under this pepper: `current` or `previous` (in this configuration), `unknown` (not
+        /// in this configuration), `unrecorded` (no check has identified it yet), or a fingerprint of 16 hexadecimal
+        /// digits.
         #[arg(long, value_name = "PEPPER", value_parser = to_pepper)]
         pepper: Option<PepperFilter>,
     },
     /// Show one key.
     Show(WhichKey),
-    /// Revoke a key for good.
+    /// Revoke a key permanently.
+    ///
+    /// Prints on how many replicas the revocation is effective. Revoking a key again changes nothing.
     Revoke(WhichKey),
-    /// Read a key, or any text that may hold keys, from standard input and say whose they are. Exit code 1: no key of
+    /// Find the keys in a text from standard input, and print which trust each belongs to.
+    ///
+    /// The text can be one key, or for example a log. It can be up to 1 MiB long. Exit code 1: the text has no key of
     /// this database.
     Identify,
-    /// Store keys made elsewhere, one a line, all or none.
+    /// Import existing keys, one per line.
+    ///
+    /// Imports nothing if any line is invalid. Skips blank lines and lines that begin with `#`.
     Import(Import),
 }
 
 #[derive(Subcommand)]
 pub(crate) enum Pepper {
-    /// Record the configured pepper as the one for new keys. Run it after every server has the new pepper, with the old one
-    /// in `credential.previous_pepper_files`.
+    /// Record the configured pepper as the one for new keys.
+    ///
+    /// First give every server the new pepper, with the old one in `credential.previous_pepper_files`.
     Use,
 }
 
 #[derive(Args)]
 pub(crate) struct WhichKey {
-    /// Id of the key.
+    /// Id of the key, as shown by `trustgate key list`.
     #[arg(value_name = "KEY_ID", value_parser = to_key)]
     pub(crate) id: KeyId,
 }
 
 #[derive(Args)]
 pub(crate) struct Issue {
-    /// Whom the key speaks for.
+    /// Trust that the key belongs to.
     #[arg(long, value_name = "NAME_OR_ID", value_parser = to_trust())]
     pub(crate) trust: TrustRef,
-    /// What the key is for.
+    /// Name of the key: what it is for.
     #[arg(long, value_name = "TEXT")]
     pub(crate) name: Option<String>,
-    /// How long it is valid, such as 90d or 12h; without it, until it is revoked.
+    /// How long the key is valid, such as 90d or 12h. Default: until it is revoked.
     #[arg(long, value_name = "DURATION", value_parser = to_duration)]
     pub(crate) expires_in: Option<Duration>,
-    /// What it may be used for; can be given several times.
+    /// Scope of the key: what it may be used for. Can be given several times.
     #[arg(long = "scope", value_name = "SCOPE")]
     pub(crate) scopes: Vec<String>,
-    /// A network it may be used from, such as 192.0.2.0/24; can be given several times. Without it, from anywhere.
+    /// Network that the key may be used from, such as 192.0.2.0/24. Can be given several times. Default: any network.
     #[arg(long = "allow-cidr", value_name = "CIDR", value_parser = to_network)]
     pub(crate) allowed_cidrs: Vec<IpNet>,
 }
 
 #[derive(Args)]
 pub(crate) struct Import {
-    /// Whom the keys speak for.
+    /// Trust that the keys belong to.
     #[arg(long, value_name = "NAME_OR_ID", value_parser = to_trust())]
     pub(crate) trust: TrustRef,
-    /// The lines are keys, to be hashed at once, instead of SHA-256 digests in hexadecimal.
+    /// The lines are keys instead of SHA-256 digests in hexadecimal. Only the digests of the keys are stored.
     #[arg(long)]
     pub(crate) plaintext: bool,
-    /// Where to read from; - is standard input.
+    /// File to read; - is standard input.
     #[arg(value_name = "FILE", default_value = "-")]
     pub(crate) file: PathBuf,
 }
 
 #[derive(Subcommand)]
 pub(crate) enum Deny {
-    /// Deny a key, or every key of a trust, for some time. Needs Redis, and not the database where `redis.mac_key_file` is
-    /// set.
+    /// Deny a key, or every key of a trust, for a limited time.
+    ///
+    /// Needs Redis. Needs the database only if `redis.mac_key_file` is not set.
     Add {
         #[command(flatten)]
         which: WhichDenied,
-        /// For how long, such as 12h or 90d.
+        /// How long to deny it, such as 12h or 90d.
         #[arg(long = "for", value_name = "DURATION", value_parser = to_duration)]
         life: Duration,
     },
-    /// List what is denied in this way. What is in the file of `freshness.deny_file` is not listed.
+    /// List the entries that `deny add` made.
+    ///
+    /// Does not list the entries in the file of `freshness.deny_file`.
     List,
-    /// End what `add` began.
+    /// Remove entries that `deny add` made.
     Remove {
         #[command(flatten)]
         which: WhichDenied,
@@ -235,48 +264,56 @@ pub(crate) enum Deny {
 #[derive(Args)]
 #[group(required = true, multiple = false)]
 pub(crate) struct WhichDenied {
-    /// The key with this id.
+    /// Key with this id.
     #[arg(long, value_name = "KEY_ID", value_parser = to_key)]
     pub(crate) key: Option<KeyId>,
-    /// Every key of the trust with this id. Not its name: that only the database knows.
+    /// Every key of the trust with this id. A name is not accepted, because only the database could resolve it.
     #[arg(long, value_name = "TRUST_ID", value_parser = to_trust_id)]
     pub(crate) trust: Option<TrustId>,
-    /// The key with this digest, 64 hexadecimal digits.
+    /// Key with this digest of 64 hexadecimal digits.
     #[arg(long, value_name = "DIGEST", value_parser = to_digest)]
     pub(crate) digest: Option<ApiKeyDigest>,
-    /// The key that is read from standard input.
+    /// Key read from standard input.
     #[arg(long)]
     pub(crate) stdin: bool,
 }
 
 #[derive(Subcommand)]
 pub(crate) enum Cache {
-    /// Make every replica forget what it read from the database, and wait until all have.
+    /// Clear the caches of all replicas.
+    ///
+    /// Waits up to `freshness.lease` until every replica has done so, and lists the replicas that have not. Exit code 1:
+    /// there are such replicas.
     Clear,
 }
 
 #[derive(Subcommand)]
 pub(crate) enum Store {
-    /// Copy every trust and key from one database into another, which `migrate` has made and which is empty. Keys keep
-    /// working, under the same peppers. The audit and the history stay where they are.
+    /// Copy every trust and key from one database into another, empty one.
+    ///
+    /// Run `migrate` on the target first. The keys keep working under the same peppers. The audit log and the change
+    /// log are not copied.
     Copy(Copy),
 }
 
 #[derive(Args)]
 #[group(required = true, multiple = true)]
 pub(crate) struct Copy {
-    /// The database to copy from, as `store.url` has it; without it, the configured one. Others of this machine can read
-    /// the command line: leave a password to the variable PGPASSWORD, a `.pgpass` file, or the configuration.
+    /// URL of the database to copy from, in the format of `store.url`. Default: the configured database. Other users of
+    /// this machine can read the command line, so put a password into the variable PGPASSWORD, a `.pgpass` file or the
+    /// configuration.
     #[arg(long, value_name = "URL", value_parser = to_secret())]
     pub(crate) from: Option<Secret>,
-    /// The database to copy to; without it, the configured one.
+    /// URL of the database to copy to, in the format of `store.url`. Default: the configured database.
     #[arg(long, value_name = "URL", value_parser = to_secret())]
     pub(crate) to: Option<Secret>,
 }
 
 #[derive(Subcommand)]
 pub(crate) enum Config {
-    /// Tell every mistake in the configuration.
+    /// Validate the configuration and list every error.
+    ///
+    /// Exit code 1: there are errors.
     Check,
     /// Print a configuration file with every setting, its meaning and its default.
     Default,
@@ -303,17 +340,17 @@ fn to_pepper(text: &str) -> Result<PepperFilter, &'static str> {
     })
 }
 
-// What was written is not repeated: somebody may have put a key there.
+// These messages do not repeat the value, because it may be a secret.
 fn to_key(text: &str) -> Result<KeyId, String> {
     Uuid::parse_str(text)
         .map(KeyId)
-        .map_err(|_| "expected a key's id, a UUID as `trustgate key list` shows it".to_owned())
+        .map_err(|_| "expected a key's id: a UUID, as shown by `trustgate key list`".to_owned())
 }
 
 fn to_trust_id(text: &str) -> Result<TrustId, String> {
     Uuid::parse_str(text)
         .map(TrustId)
-        .map_err(|_| "expected a trust's id, a UUID as `trustgate trust list` shows it".to_owned())
+        .map_err(|_| "expected a trust's id: a UUID, as shown by `trustgate trust list`".to_owned())
 }
 
 fn to_digest(text: &str) -> Result<ApiKeyDigest, String> {
@@ -337,7 +374,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_declarations_hold_together_and_every_command_explains_itself() {
+    fn the_declarations_are_valid_and_every_command_and_argument_has_help() {
         fn explained(command: &clap::Command) {
             assert!(command.get_about().is_some(), "{}", command.get_name());
             for argument in command.get_arguments() {
@@ -351,7 +388,7 @@ mod tests {
     }
 
     #[test]
-    fn an_address_is_a_network_of_one() {
+    fn an_address_without_a_prefix_length_is_a_network_of_one_address() {
         assert_eq!(to_network("192.0.2.1").unwrap().to_string(), "192.0.2.1/32");
         assert!(to_network("192.0.2.0/33").is_err());
         assert_eq!(to_network("::ffff:10.0.0.0/104").unwrap().to_string(), "10.0.0.0/8");

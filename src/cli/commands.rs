@@ -1,6 +1,4 @@
-//! Each command from its arguments to its answer.
-//!
-//! Never writes an answer and never decides: it opens what is needed and passes it on.
+//! Runs a command: loads the configuration, opens the database and returns the answer. `cli` writes it.
 
 use std::ffi::OsString;
 
@@ -98,7 +96,7 @@ pub(crate) fn run(arguments: Arguments, environment: &[(OsString, OsString)]) ->
     }
 }
 
-/// Runs `command` with management of the configured database.
+/// Opens the configured database with `open` and runs `command` with a [`Manager`] for it.
 fn managing(
     config: &Config,
     environment: &[(OsString, OsString)],
@@ -117,7 +115,7 @@ fn managing(
 
 fn block_on<T>(work: impl Future<Output = T>) -> Result<T, CliError> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-    Ok(runtime.map_err(|error| CliError::new(format!("cannot start: {error}")))?.block_on(work))
+    Ok(runtime.map_err(|error| CliError::new(format!("cannot start the async runtime: {error}")))?.block_on(work))
 }
 
 async fn migrate(
@@ -132,11 +130,11 @@ async fn migrate(
     }
     let database = store::describe(&config.store, &variable);
     let json = Some(json!({ "database": database, "migrated": true, "new_incarnation": new_incarnation }));
-    let more = if new_incarnation { "; a new history has begun" } else { "" };
+    let more = if new_incarnation { "; a new database history was started" } else { "" };
     Ok(Answer { json, ..Answer::text(format!("{database} has the tables of this release{more}")) })
 }
 
-/// Adds to somebody else's table what names its changes, or takes it away; or prints how.
+/// Attaches the change log to an existing table, or detaches it. With `print`, returns the SQL statements instead.
 fn alter(
     config: &Config,
     environment: &[(OsString, OsString)],
@@ -161,29 +159,29 @@ fn altered(config: &Config, env: Env<'_>, table: &str, attached: bool) -> Answer
     if !attached || config.store.attached {
         return answer;
     }
-    answer.note("Set `store.attached = true` and restart every replica: until then it reads the table as before.")
+    answer.note("Set `store.attached = true` and restart every replica: until then, replicas read the table as before.")
 }
 
 async fn copy(config: &Config, environment: &[(OsString, OsString)], ends: Ends) -> Result<Answer, CliError> {
     let variable = |name: &str| variable(environment, name);
     let progress = progress::keys();
-    let told = |done, total| {
+    let report = |done, total| {
         progress.set_length(total);
         progress.set_position(done);
     };
-    let copied = copy::copy(&config.store, ends, &variable, &actor(environment), told).await;
+    let copied = copy::copy(&config.store, ends, &variable, &actor(environment), report).await;
     progress.finish_and_clear();
     let Copied { from, to, trusts, keys } = copied.map_err(|error| CliError::new(error.to_string()))?;
     let object = json!({ "from": from, "to": to, "trusts": trusts, "keys": keys });
     Ok(Answer::object(object, &["from", "to", "trusts", "keys"]))
 }
 
-/// A variable of the environment, if it is there and is text.
+/// The value of an environment variable; `None` if it is not set or not UTF-8.
 fn variable(environment: &[(OsString, OsString)], name: &str) -> Option<String> {
     environment.iter().find(|(found, _)| found == name)?.1.to_str().map(str::to_owned)
 }
 
-/// Who is at the terminal, by their own account: for the audit's readers, not a proof.
+/// The name of the operator for the audit log, from `USER` or `LOGNAME`. The operator can set these, so it is no proof.
 fn actor(environment: &[(OsString, OsString)]) -> Actor {
     let user = ["USER", "LOGNAME"].iter().find_map(|name| variable(environment, name).filter(|user| !user.is_empty()));
     let user: String =
@@ -219,8 +217,8 @@ async fn pepper_used(manager: &mut Manager) -> Result<Answer, ManageError> {
     let answer = Answer::object(object, &["pepper", "before"]);
     Ok(match before {
         Some(before) if before != pepper => answer.note(
-            "Existing keys keep working on servers that list the previous pepper in credential.previous_pepper_files. List them with \
-             `trustgate key list --pepper previous`.",
+            "Existing keys keep working on servers that list the previous pepper in credential.previous_pepper_files. \
+             List these keys with `trustgate key list --pepper previous`.",
         ),
         Some(_) => answer.note("This pepper is already the recorded one; nothing changed."),
         None => answer,

@@ -1,6 +1,6 @@
 //! The commands about the deny list.
 //!
-//! Never shows a key: of one read from standard input only the digests go on.
+//! A key from standard input is hashed here; only its digests are stored and shown (`tests/it/deny.rs`).
 
 use std::time::Duration;
 
@@ -22,11 +22,11 @@ use crate::{
 };
 
 const COLUMNS: &[&str] = &["kind", "id", "set_at", "until"];
-/// The interval between two readings of the list in Redis is half of that.
-const EFFECTIVE: &str = "Every replica that reaches Redis has this within 1 s, with the database or without.";
+/// The promise in this text leaves room for one failed read: replicas read the list in Redis every 500 ms.
+const EFFECTIVE: &str = "Every replica that reaches Redis applies this within 1 s, even while the database is down.";
 
 pub(crate) async fn run(config: &Config, env: Env<'_>, command: args::Deny) -> Result<Answer, CliError> {
-    // Why there is no connection to Redis is only in the log.
+    // Only the log says why the connection to Redis failed.
     telemetry::start(&LogSettings { level: Level::Warn, format: Format::Text });
     let (which, life) = match command {
         args::Deny::List => (Vec::new(), None),
@@ -36,7 +36,7 @@ pub(crate) async fn run(config: &Config, env: Env<'_>, command: args::Deny) -> R
     change(config, env, &which, life).await.map_err(|error| error.at(config))
 }
 
-/// Adds `which` for a `life`, removes them, or lists everything where there are none.
+/// Adds the entries in `which` if there is a `life`, else removes them. Lists all entries if `which` is empty.
 async fn change(config: &Config, env: Env<'_>, which: &[Denied], life: Option<Duration>) -> Result<Answer, DenyError> {
     if !config.redis.is_configured() {
         return Err(DenyError::NoRedis(if life.is_some() { which.to_owned() } else { Vec::new() }));
@@ -49,8 +49,9 @@ async fn change(config: &Config, env: Env<'_>, which: &[Denied], life: Option<Du
                 let answer = list(&listed.entries);
                 match listed.refused {
                     0 => answer,
-                    refused => answer
-                        .note(&format!("{refused} more are not genuine, or of another release: they deny nothing.")),
+                    refused => {
+                        answer.note(&format!("{refused} more ignored by replicas: wrong MAC, or from another release."))
+                    }
                 }
             }
             (which, Some(life)) => list(&denials.add(which, life).await?).note(EFFECTIVE),
@@ -80,14 +81,14 @@ fn denied(which: &args::WhichDenied, config: &Config) -> Result<Vec<Denied>, Cli
     if let Some(denied) = given.into_iter().flatten().next() {
         return Ok(vec![denied]);
     }
-    let failed = |what: &str, error: std::io::Error| CliError::new(format!("cannot read {what}: {error}"));
-    let text = stdin::text().map_err(|error| failed("the key", error))?;
+    let unreadable = |what: &str, error: std::io::Error| CliError::new(format!("cannot read {what}: {error}"));
+    let text = stdin::text().map_err(|error| unreadable("the key", error))?;
     let key = text.expose().trim().as_bytes();
     if !is_well_formed(&config.credential, key) {
-        let problem = "what was read is no key: too short or long, not visible ASCII, or the checksum is wrong";
+        let problem = "standard input is not a key: too short or too long, not visible ASCII, or a wrong checksum";
         return Err(CliError::usage(problem.to_owned()));
     }
-    let hasher = config.credential.hasher().map_err(|error| failed("the pepper", error))?;
-    // It may be stored under any of them.
+    let hasher = config.credential.hasher().map_err(|error| unreadable("the pepper", error))?;
+    // The key may be stored under any configured pepper, or without one.
     Ok(hasher.digests(hasher.current(key), key).all().copied().map(Denied::Digest).collect())
 }

@@ -1,7 +1,7 @@
-//! The examination of everything `serve` needs around it: each part says what it finds, and here it is put in order.
+//! `trustgate doctor`: examines everything that `serve` needs, and lists the diagnoses in a fixed order.
 //!
-//! Changes nothing, and ends in bounded time whatever hangs: every part bounds its own waits, and no lookup of a name
-//! that was given up is waited for.
+//! Changes nothing. The command ends even if a server hangs: each examination has its own timeouts, and name lookups
+//! that timed out are abandoned.
 
 use std::{fmt::Write as _, time::Duration};
 
@@ -36,72 +36,74 @@ const PEPPER: &str = "pepper";
 const DENY_FILE: &str = "deny_file";
 const MAC_KEY: &str = "redis_mac_key";
 
-/// Envoy should have this much more time than a check may take: the way there and back, and its own turn.
+/// How much longer Envoy's timeout should be than the deadline of a check: time for the network round trip and for
+/// Envoy itself.
 const MARGIN: Duration = Duration::from_millis(20);
 
 pub(crate) fn run(loaded: Result<(Config, Vec<ConfigError>), ConfigErrors>, env: Env<'_>) -> Result<Answer, CliError> {
     tls::install_provider();
-    let (told, unreadable) = match loaded {
-        Ok((config, config_errors)) => (Told { config, config_errors }, None),
-        Err(error) => (Told { config: Config::default(), config_errors: Vec::new() }, Some(error.to_string())),
+    let (loaded, unreadable) = match loaded {
+        Ok((config, config_errors)) => (LoadedConfig { config, config_errors }, None),
+        Err(error) => (LoadedConfig { config: Config::default(), config_errors: Vec::new() }, Some(error.to_string())),
     };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
-    let runtime = runtime.map_err(|error| CliError::new(format!("cannot start: {error}")))?;
+    let runtime = runtime.map_err(|error| CliError::new(format!("cannot start the async runtime: {error}")))?;
     let diagnoses = match &unreadable {
         Some(problem) => {
             let remedy = "correct the path, or let this user read the file";
             let diagnosis = Diagnosis::failed(CONFIGURATION, problem.as_str(), remedy);
-            complete(&names(), vec![diagnosis], "because of configuration")
+            complete(&names(), vec![diagnosis], "the configuration file cannot be read")
         }
-        None => runtime.block_on(diagnose(&told, env)),
+        None => runtime.block_on(diagnose(&loaded, env)),
     };
-    // A name that nobody resolves keeps a thread waiting.
+    // Do not wait for threads: a name lookup without a reply blocks one.
     runtime.shutdown_background();
-    Ok(answer(&diagnoses, &told.config, unreadable.is_none() && told.because(&["decision"]).is_none()))
+    Ok(answer(&diagnoses, &loaded.config, unreadable.is_none() && loaded.skip_reason(&["decision"]).is_none()))
 }
 
-/// Every examination, in order.
+/// The names of all examinations, in the order of the answer.
 fn names() -> Vec<&'static str> {
     let own = [CONFIGURATION, DEADLINES, ENVOY, PEPPER, tls::EXAMINATION, DENY_FILE];
     [&own[..], DATABASE, REDIS, &[MAC_KEY]].concat()
 }
 
-/// What was configured, mistakes included.
-struct Told {
+/// The configuration, with its errors.
+struct LoadedConfig {
     config: Config,
     config_errors: Vec<ConfigError>,
 }
 
-impl Told {
-    /// Why what these sections say cannot be gone by, if it cannot: a mistake in one of them, or one that may belong
-    /// into any.
-    fn because(&self, sections: &[&str]) -> Option<String> {
+impl LoadedConfig {
+    /// Why examinations that depend on `sections` must be skipped: the first configuration error that is in one of
+    /// them, or in no known section, so that it may concern any section.
+    fn skip_reason(&self, sections: &[&str]) -> Option<String> {
         let section =
             |config_error: &ConfigError| config_error.setting.split('.').next().unwrap_or_default().to_owned();
         let concerns = |config_error: &&ConfigError| {
             let section = section(config_error);
             sections.contains(&section.as_str()) || !SECTIONS.iter().any(|known| known.name == section)
         };
-        self.config_errors.iter().find(concerns).map(|config_error| format!("because of the mistake: {config_error}"))
+        let first = self.config_errors.iter().find(concerns);
+        first.map(|config_error| format!("because of this configuration error: {config_error}"))
     }
 
-    /// The findings of `examination`, or why these `names` cannot be examined.
-    async fn unless_mistaken(
+    /// Runs `examination`. If `sections` have a configuration error, skips the examinations in `names` instead.
+    async fn unless_skipped(
         &self,
         sections: &[&str],
         names: &[&'static str],
         examination: impl Future<Output = Vec<Diagnosis>>,
     ) -> Vec<Diagnosis> {
-        match self.because(sections) {
-            Some(because) => complete(names, Vec::new(), &because),
+        match self.skip_reason(sections) {
+            Some(reason) => complete(names, Vec::new(), &reason),
             None => examination.await,
         }
     }
 }
 
-async fn diagnose(told: &Told, env: Env<'_>) -> Vec<Diagnosis> {
-    let config = &told.config;
-    let mut diagnoses = vec![configuration(&told.config_errors)];
+async fn diagnose(loaded: &LoadedConfig, env: Env<'_>) -> Vec<Diagnosis> {
+    let config = &loaded.config;
+    let mut diagnoses = vec![configuration(&loaded.config_errors)];
     let now = wall_time(&SystemClock, SystemClock.now());
     for (name, sections, diagnosis) in [
         (DEADLINES, &["store", "redis", "decision"][..], deadlines as fn(&Config) -> Diagnosis),
@@ -109,16 +111,15 @@ async fn diagnose(told: &Told, env: Env<'_>) -> Vec<Diagnosis> {
         (PEPPER, &["credential"][..], pepper),
         (DENY_FILE, &["freshness"][..], deny_file),
     ] {
-        diagnoses.push(
-            told.because(sections).map_or_else(|| diagnosis(config), |because| Diagnosis::skipped(name, because)),
-        );
+        let skip_reason = loaded.skip_reason(sections);
+        diagnoses.push(skip_reason.map_or_else(|| diagnosis(config), |reason| Diagnosis::skipped(name, reason)));
     }
-    let skipped = |because: String| Diagnosis::skipped(tls::EXAMINATION, because);
-    diagnoses.push(told.because(&["grpc"]).map_or_else(|| tls::diagnose(&config.grpc, now), skipped));
+    let skipped = |reason: String| Diagnosis::skipped(tls::EXAMINATION, reason);
+    diagnoses.push(loaded.skip_reason(&["grpc"]).map_or_else(|| tls::diagnose(&config.grpc, now), skipped));
 
     let hints = config.freshness.hints;
-    let mut in_database = Err("because the database was not examined".to_owned());
-    let hasher = told.because(&["credential"]).is_none().then(|| config.credential.hasher_again().ok()).flatten();
+    let mut in_database = Err("the database was not examined".to_owned());
+    let hasher = loaded.skip_reason(&["credential"]).is_none().then(|| config.credential.hasher_again().ok()).flatten();
     let peppers = hasher.as_ref().map(Hasher::fingerprints);
     let usage = Use { peppers, poll_timeout: config.freshness.poll_timeout, hints };
     let database = Box::pin(async {
@@ -126,41 +127,41 @@ async fn diagnose(told: &Told, env: Env<'_>) -> Vec<Diagnosis> {
         in_database = redis_mac_key;
         diagnoses
     });
-    diagnoses.extend(told.unless_mistaken(&["store", "freshness"], DATABASE, database).await);
+    diagnoses.extend(loaded.unless_skipped(&["store", "freshness"], DATABASE, database).await);
     let redis_names = [REDIS, &[MAC_KEY]].concat();
     let redis = async {
         let mut diagnoses = examine_redis(&config.redis, hints, &SystemClock).await;
         diagnoses.push(mac_key(config, in_database));
         diagnoses
     };
-    diagnoses.extend(told.unless_mistaken(&["redis", "freshness"], &redis_names, redis).await);
+    diagnoses.extend(loaded.unless_skipped(&["redis", "freshness"], &redis_names, redis).await);
     complete(&names(), diagnoses, "")
 }
 
 fn configuration(config_errors: &[ConfigError]) -> Diagnosis {
     match config_errors {
-        [] => Diagnosis::ok(CONFIGURATION, "no mistakes"),
+        [] => Diagnosis::ok(CONFIGURATION, "no configuration errors"),
         some => {
-            let told: Vec<_> = some.iter().map(ToString::to_string).collect();
-            let remedy = "correct the configuration: `serve` does not start with it";
-            Diagnosis::failed(CONFIGURATION, told.join("; "), remedy)
+            let texts: Vec<_> = some.iter().map(ToString::to_string).collect();
+            let remedy = "correct the configuration: `serve` does not start with these errors";
+            Diagnosis::failed(CONFIGURATION, texts.join("; "), remedy)
         }
     }
 }
 
-/// How the deadlines nest. What does not nest at all is a mistake of the configuration.
+/// Warns if the deadlines leave too little time for Envoy. Deadlines that do not nest at all are configuration errors.
 fn deadlines(config: &Config) -> Diagnosis {
     let (read, redis) = (config.store.read_timeout, config.redis.timeout);
     let (deadline, envoy) = (config.decision.deadline, config.decision.envoy_timeout);
     let (margin, rest) = (envoy.saturating_sub(deadline), deadline.saturating_sub(read + redis));
     let found = format!(
-        "Redis {redis:?} and a read {read:?} leave {rest:?} of a check's {deadline:?}; that leaves {margin:?} of \
-         Envoy's {envoy:?}"
+        "a check may take {deadline:?}: Redis {redis:?}, a database read {read:?}, the rest {rest:?}; Envoy's timeout \
+         {envoy:?} exceeds this by {margin:?}"
     );
     if margin < MARGIN {
         let remedy = format!(
-            "leave {MARGIN:?} or more between decision.deadline and decision.envoy_timeout (and Envoy's own): an \
-             answer that comes when Envoy has stopped waiting is an error there"
+            "make decision.envoy_timeout (and grpc_service.timeout in Envoy) at least {MARGIN:?} longer than \
+             decision.deadline: Envoy treats a reply after its timeout as an error"
         );
         Diagnosis::warning(DEADLINES, found, remedy).about(&["decision.deadline", "decision.envoy_timeout"])
     } else {
@@ -168,17 +169,18 @@ fn deadlines(config: &Config) -> Diagnosis {
     }
 }
 
-/// Envoy's side, which only the operator can see.
+/// Reminds the operator of Envoy's own timeout, which cannot be examined from here.
 fn envoy(config: &Config) -> Diagnosis {
     let timeout = config.decision.envoy_timeout;
     let found = format!(
-        "Envoy cannot be asked: its grpc_service.timeout must not be shorter than {}, as decision.envoy_timeout is {timeout:?}",
+        "Envoy's configuration cannot be read from here: its grpc_service.timeout must be {} or more, because \
+         decision.envoy_timeout is {timeout:?}",
         in_envoy(timeout)
     );
     Diagnosis::skipped(ENVOY, found).about(&["decision.envoy_timeout"])
 }
 
-/// A duration as Envoy's configuration writes it.
+/// A duration in the format of Envoy's configuration: `0.25s`.
 fn in_envoy(duration: Duration) -> String {
     format!("{}s", duration.as_secs_f64())
 }
@@ -187,15 +189,16 @@ fn pepper(config: &Config) -> Diagnosis {
     let settings = &config.credential;
     match settings.hasher() {
         Err(error) => {
-            let remedy = "let this user read the file: without the pepper every key is unknown";
+            let remedy = "correct the file, or let this user read it: `serve` does not start without the pepper";
             Diagnosis::failed(PEPPER, error.to_string(), remedy)
                 .about(&["credential.pepper_file", "credential.previous_pepper_files"])
         }
         Ok(_) if settings.pepper.is_none() && settings.pepper_file.is_none() => {
-            Diagnosis::ok(PEPPER, "none is set: digests are plain SHA-256")
+            Diagnosis::ok(PEPPER, "no pepper is set: digests are plain SHA-256")
         }
         Ok(_) => {
-            Diagnosis::ok(PEPPER, format!("one is set, and {} earlier ones", settings.previous_pepper_files.len()))
+            let previous = settings.previous_pepper_files.len();
+            Diagnosis::ok(PEPPER, format!("a pepper is set, and {previous} previous peppers"))
         }
     }
 }
@@ -206,22 +209,22 @@ fn deny_file(config: &Config) -> Diagnosis {
         return Diagnosis::skipped(DENY_FILE, "freshness.deny_file is not set");
     };
     match deny_list::check_file(file) {
-        Ok(()) => Diagnosis::ok(DENY_FILE, format!("{} can be read to its end", file.display())),
+        Ok(()) => Diagnosis::ok(DENY_FILE, format!("every line of {} is valid", file.display())),
         Err(error) => {
-            let remedy = "correct the file: `serve` does not heed what it cannot read";
+            let remedy = "correct the file: `serve` ignores lines that it cannot read";
             Diagnosis::failed(DENY_FILE, format!("{}: {error}", file.display()), remedy).about(SETTING)
         }
     }
 }
 
-/// Where the key comes from that authenticates what is in Redis.
+/// Whether the key for the MAC of Redis values can be read, and where it comes from.
 fn mac_key(config: &Config, in_database: Result<(), String>) -> Diagnosis {
     const SETTING: &[&str] = &["redis.mac_key_file"];
     if !config.redis.is_configured() {
         return Diagnosis::skipped(MAC_KEY, "redis.url is not set: Redis is not used");
     }
-    let remedy = "Redis holds nothing for replicas without it: make the database answer, or set redis.mac_key_file to \
-                  a file with 32 bytes or 64 hexadecimal digits, the same for every replica";
+    let remedy = "without this key, replicas do not use Redis: make the database reachable, or set redis.mac_key_file \
+                  to a file with 32 bytes or 64 hexadecimal digits, the same for every replica";
     match &config.redis.mac_key_file {
         Some(file) => match read_mac_key(file) {
             Ok(_) => Diagnosis::ok(MAC_KEY, format!("in {}", file.display())),
@@ -230,25 +233,25 @@ fn mac_key(config: &Config, in_database: Result<(), String>) -> Diagnosis {
         None => match in_database {
             Ok(()) => Diagnosis::ok(MAC_KEY, "in the database"),
             Err(problem) => {
-                Diagnosis::failed(MAC_KEY, format!("it cannot be had from the database: {problem}"), remedy)
-                    .about(SETTING)
+                let found = format!("cannot read the key from the database: {problem}");
+                Diagnosis::failed(MAC_KEY, found, remedy).about(SETTING)
             }
         },
     }
 }
 
-fn answer(diagnoses: &[Diagnosis], config: &Config, envoy_is_known: bool) -> Answer {
+fn answer(diagnoses: &[Diagnosis], config: &Config, envoy_timeout_is_valid: bool) -> Answer {
     let mut answer = Answer::list(diagnoses.iter().map(|diagnosis| data(diagnosis, config)).collect(), COLUMNS);
     for diagnosis in diagnoses {
         if let Some(remedy) = &diagnosis.remedy {
             answer = answer.note(&advice(diagnosis, remedy, config));
         }
     }
-    if envoy_is_known {
+    if envoy_timeout_is_valid {
         let timeout = config.decision.envoy_timeout;
         answer = answer.note(&format!(
-            "The second must not be shorter than the first:\n  decision.envoy_timeout  {timeout:?}, {}\n  grpc_service.timeout    {}, in the \
-             ext_authz filter of Envoy",
+            "Envoy's timeout must not be shorter than decision.envoy_timeout:\n  decision.envoy_timeout  {timeout:?}, \
+             {}\n  grpc_service.timeout    {} or more, in the ext_authz filter of Envoy",
             origin(config, "decision.envoy_timeout")
                 .map_or_else(|| "the default".to_owned(), |at| format!("set in {at}")),
             in_envoy(timeout),
@@ -257,11 +260,11 @@ fn answer(diagnoses: &[Diagnosis], config: &Config, envoy_is_known: bool) -> Ans
     if diagnoses.iter().any(|diagnosis| diagnosis.state == State::Failed) { answer.exit(FAILED) } else { answer }
 }
 
-/// What to do, and where the settings that led there were set.
+/// The remedy of `diagnosis`, and where the settings behind the problem are set.
 fn advice(diagnosis: &Diagnosis, remedy: &str, config: &Config) -> String {
     let mut text = format!("{} ({}): {}", diagnosis.name, diagnosis.state.as_str(), remedy.replace('\n', "\n    "));
     for (setting, origin) in settings(diagnosis, config) {
-        // Writing to a text does not fail.
+        // Writing to a `String` cannot fail.
         let _ = match origin {
             Some(origin) => write!(text, "\n  {setting} is set in {origin}"),
             None => write!(text, "\n  {setting} is not set"),
@@ -277,7 +280,7 @@ fn data(diagnosis: &Diagnosis, config: &Config) -> Value {
     json!({ "name": name, "state": state.as_str(), "found": found, "remedy": remedy, "settings": settings })
 }
 
-/// The settings of `diagnosis` that somebody set; the first of them, where nobody set any.
+/// The settings of `diagnosis` that are set, with their origins. If none is set: the first one, without an origin.
 fn settings<'c>(diagnosis: &Diagnosis, config: &'c Config) -> Vec<(&'static str, Option<&'c str>)> {
     let all: Vec<_> = diagnosis.settings.iter().map(|setting| (*setting, origin(config, setting))).collect();
     let set: Vec<_> = all.iter().copied().filter(|(_, origin)| origin.is_some()).collect();
@@ -294,19 +297,20 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_mistake_keeps_from_examining_its_section_alone_and_one_that_may_be_anywhere_everything() {
+    fn a_config_error_skips_its_own_section_and_one_in_no_known_section_skips_all() {
         let config_error =
             |setting: &str| ConfigError { setting: setting.to_owned(), origin: None, problem: "no".to_owned() };
-        let told = |setting: &str| Told { config: Config::default(), config_errors: vec![config_error(setting)] };
-        assert_eq!(told("redis.url").because(&["store", "freshness"]), None);
-        assert!(told("store.urls").because(&["store"]).is_some_and(|because| because.contains("store.urls")));
+        let loaded =
+            |setting: &str| LoadedConfig { config: Config::default(), config_errors: vec![config_error(setting)] };
+        assert_eq!(loaded("redis.url").skip_reason(&["store", "freshness"]), None);
+        assert!(loaded("store.urls").skip_reason(&["store"]).is_some_and(|reason| reason.contains("store.urls")));
         for anywhere in ["", "stroe", "not TOML"] {
-            assert!(told(anywhere).because(&["grpc"]).is_some(), "{anywhere:?}");
+            assert!(loaded(anywhere).skip_reason(&["grpc"]).is_some(), "{anywhere:?}");
         }
     }
 
     #[test]
-    fn deadlines_need_room_for_the_network() {
+    fn a_short_margin_to_the_timeout_of_envoy_is_a_warning() {
         let mut config = Config::default();
         assert_eq!(deadlines(&config).state, State::Ok);
         config.decision.envoy_timeout = config.decision.deadline + Duration::from_millis(19);

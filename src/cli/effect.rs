@@ -1,6 +1,6 @@
-//! From when on a change counts, for whoever made it.
+//! Shows the operator on which replicas a change is effective.
 //!
-//! Never fails: what was committed is committed, also where nobody can say yet which replicas know of it.
+//! The change is already committed here. So a failure to find its effect is part of the answer, not an error.
 
 use serde_json::{Value, json};
 
@@ -12,28 +12,28 @@ use crate::{
     manage::{Effect, Manager},
 };
 
-/// Adds to `answer` where the change just committed is effective, waiting at most `freshness.lease` for all replicas. The
-/// exit code stays: the change is made.
+/// Waits until all replicas have applied the change just committed, for `freshness.lease` at most, and adds to `answer`
+/// on which replicas it is effective. Leaves the exit code as it is, because the change is committed.
 pub(crate) async fn with_effect(answer: Answer, manager: &mut Manager, config: &Config) -> Answer {
     let effect = manager.effect(&SystemClock, config.freshness.lease).await;
     let (json, note) = match &effect {
         Ok(effect) => (effect_json(effect), effect.to_string()),
         Err(error) => {
-            (Value::Null, format!("the change is made; on which replicas it is effective is not known: {error}"))
+            (Value::Null, format!("the change is committed, but its effect on the replicas is unknown: {error}"))
         }
     };
     let answer = answer.member("effect", json).note(&note);
     match config.freshness.mode {
         Some(Freshness::Ttl) => answer.note(&format!(
-            "Where `freshness.mode` is \"ttl\", records that were read before are used for up to {} (`freshness.ttl`); \
-             `trustgate cache clear` ends that at once.",
+            "With `freshness.mode` \"ttl\", cached records are used for up to {} (`freshness.ttl`). To clear them now, \
+             run `trustgate cache clear`.",
             humantime::format_duration(config.freshness.ttl)
         )),
         Some(Freshness::Lease | Freshness::Strict | Freshness::Live) | None => answer,
     }
 }
 
-/// The effect for programs.
+/// `effect` as JSON.
 pub(crate) fn effect_json(effect: &Effect) -> Value {
     let missing = effect.missing.iter().map(|replica| {
         json!({

@@ -1,6 +1,6 @@
-//! What went wrong, for the person at the terminal: what it is, where it was set, what to do.
+//! Errors of commands as the operator sees them: the problem, what to do, and where the setting in question is set.
 //!
-//! Never holds a secret: the errors it is made of hold none.
+//! The texts contain no secrets, because the errors they are made from contain none.
 
 use std::fmt;
 
@@ -12,35 +12,36 @@ use crate::{
     store::StoreError,
 };
 
-/// Why a command did not do what was wanted.
+/// Why a command failed.
 #[derive(Debug)]
 pub(crate) struct CliError {
     problem: String,
+    /// Where the setting behind the problem is set.
     place: Option<String>,
     /// The exit code.
     pub(crate) code: u8,
 }
 
 impl CliError {
-    /// A plain failure.
+    /// A failure with exit code 1.
     pub(crate) const fn new(problem: String) -> Self {
         Self { problem, place: None, code: FAILED }
     }
 
-    /// Something that makes no sense was given.
+    /// An invalid argument or input: exit code 2.
     pub(crate) const fn usage(problem: String) -> Self {
         Self { problem, place: None, code: USAGE }
     }
 
-    /// Says where the database was configured, when it is the database that is to blame.
+    /// A failure of the database, with where the database is configured if that may be the cause.
     pub(crate) fn of_store(error: StoreError, config: &Config) -> Self {
         ManageError::from(error).at(config)
     }
 }
 
-/// An error together with the configuration it happened under.
+/// Adds to an error where the configuration sets what may have caused it.
 pub(crate) trait At {
-    /// The error, with the place in the configuration that led there.
+    /// The error for the operator, with the origin of the setting that may have caused it.
     fn at(self, config: &Config) -> CliError;
 }
 
@@ -52,7 +53,7 @@ impl At for ManageError {
                 let set = |name| Some(format!("store.{name} is set in {}", config.origin("store", name)?));
                 ["preset", "table"].into_iter().find_map(set)
             }
-            Self::Ledger(error) if blames_database(error) => Some(database_place(config)),
+            Self::Ledger(error) if may_be_misconfigured(error) => Some(database_place(config)),
             _ => None,
         };
         CliError { problem: self.to_string(), place, code }
@@ -64,7 +65,7 @@ impl At for DenyError {
         let code = if matches!(self, Self::Invalid { .. }) { USAGE } else { FAILED };
         let place = match &self {
             Self::Redis(_) => redis_place(config),
-            Self::Store(error) if blames_database(error) => Some(database_place(config)),
+            Self::Store(error) if may_be_misconfigured(error) => Some(database_place(config)),
             _ => None,
         };
         CliError { problem: self.to_string(), place, code }
@@ -76,8 +77,8 @@ fn redis_place(config: &Config) -> Option<String> {
     ["url", "url_file"].into_iter().find_map(set)
 }
 
-/// Whether it helps to know where the database was configured.
-const fn blames_database(error: &StoreError) -> bool {
+/// True if the URL of the database may be the cause, so that its origin helps the operator.
+const fn may_be_misconfigured(error: &StoreError) -> bool {
     !matches!(
         error,
         StoreError::NotOurs

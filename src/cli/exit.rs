@@ -1,10 +1,10 @@
 //! The exit codes of the program.
 
-/// Everything went well.
+/// The command succeeded.
 pub(crate) const DONE: u8 = 0;
-/// What was wanted could not be done.
+/// The command failed.
 pub(crate) const FAILED: u8 = 1;
-/// What was wanted makes no sense.
+/// The arguments or their values are invalid.
 pub(crate) const USAGE: u8 = 2;
-/// The key that was checked is denied.
+/// `trustgate check`: the key is denied.
 pub(crate) const DENIED: u8 = 3;

@@ -1,4 +1,4 @@
-//! Decides one key without a request, and says why: `trustgate check`.
+//! `trustgate check`: decides one key without a request, and explains the decision.
 
 use std::sync::Arc;
 
@@ -21,27 +21,27 @@ use crate::{
     store::{self, Env, Missing},
 };
 
-/// What a check of one key came to, and why.
+/// The decision on one key, and its reason.
 #[derive(Clone, Debug)]
 pub(crate) struct Explanation {
-    /// Whether the key is granted.
+    /// True if the key is granted.
     pub allowed: bool,
-    /// The word that metrics and metadata use for the outcome: `granted`, `revoked`, ...
+    /// The reason as in metrics and Envoy's dynamic metadata: `granted`, `revoked`, ...
     pub reason: &'static str,
-    /// The same in a sentence.
+    /// The reason as a sentence for people.
     pub sentence: String,
-    /// Whose key it is, if it is known.
+    /// The trust of the key, if the database has the key.
     pub trust_id: Option<TrustId>,
-    /// Which key it is, if it is known.
+    /// The id of the key, if the database has the key.
     pub key_id: Option<KeyId>,
-    /// What it may be used for.
+    /// The scopes of the key.
     pub scopes: Vec<String>,
 }
 
-/// Decides `key` as a request without further demands would be, by what the database holds now.
+/// Decides `key` as for a request to a route without demands. Reads the record from the database, not from a cache.
 ///
 /// # Errors
-/// When the database cannot be asked.
+/// The settings cannot be used, a pepper cannot be read, or the database cannot be read.
 pub(crate) fn explain(config: &Config, env: Env<'_>, key: &Secret) -> Result<Explanation, AppError> {
     let bytes = key.expose().as_bytes();
     if bytes.is_empty() {
@@ -63,7 +63,8 @@ pub(crate) fn explain(config: &Config, env: Env<'_>, key: &Secret) -> Result<Exp
         source.close().await;
         let found = found?;
         let record = found.value.as_ref();
-        // Where a request comes from is not known here: a key that is bound to networks is explained as if from one.
+        // There is no request, so there is no source address. Assume an address that the key allows; the sentence lists
+        // the allowed networks.
         let demands = Demands { source: record.and_then(from_an_allowed_network), ..Demands::default() };
         Ok(explained(&decide(record, &demands, found.read_at), record))
     })
@@ -80,17 +81,19 @@ fn explained(decision: &Decision<'_>, record: Option<&Record>) -> Explanation {
             [] => ("granted", "the key is good".to_owned()),
             cidrs => {
                 let cidrs: Vec<String> = cidrs.iter().map(ToString::to_string).collect();
-                ("granted", format!("the key is good, from {} alone", cidrs.join(", ")))
+                ("granted", format!("the key is good, but only from {}", cidrs.join(", ")))
             }
         },
         Decision::Anonymous => ("anonymous", "the request passes without a key".to_owned()),
         Decision::Deny(reason) => {
             let sentence = match reason {
-                DenyReason::Missing => "nothing was given".to_owned(),
+                DenyReason::Missing => "no key was given".to_owned(),
                 DenyReason::Malformed => {
-                    "this cannot be a key: too short or long, not visible ASCII, or the checksum is wrong".to_owned()
+                    "this is not a key: too short or too long, not visible ASCII, or a wrong checksum".to_owned()
                 }
-                DenyReason::Unknown => "no such key is stored (under this pepper)".to_owned(),
+                DenyReason::Unknown => {
+                    "the database has no such key, or has it under a pepper that is not configured".to_owned()
+                }
                 DenyReason::Revoked => format!("revoked at {}", date(record.and_then(|record| record.revoked_at))),
                 DenyReason::Expired => format!("expired at {}", date(record.and_then(|record| record.expires_at))),
                 DenyReason::NotYetValid => format!("valid from {}", date(record.and_then(|record| record.not_before))),

@@ -1,6 +1,6 @@
 //! The commands about keys.
 //!
-//! Shows a key right after it was made and at no other time; what was read from standard input is never shown.
+//! `key issue` shows the new key. The other commands show no key, nor any text from standard input (`tests/it/cli.rs`).
 
 use std::{fs::File, path::Path};
 
@@ -71,8 +71,8 @@ pub(crate) async fn run(manager: &mut Manager, config: &Config, command: args::K
 fn issued(Issued { key, secret }: &Issued) -> Answer {
     let mut object = data(key, key.created_at);
     object["key"] = json!(secret.expose());
-    Answer::object(object, &["key", "id"]).note("This is the only time the key is shown: store it now.").if_lost(
-        format!("the key {id} was issued, and its secret is lost; revoke it: trustgate key revoke {id}", id = key.id),
+    Answer::object(object, &["key", "id"]).note("This is the only time the key is shown: save it now.").if_lost(
+        format!("key {id} was issued, but could not be shown: revoke it with `trustgate key revoke {id}`", id = key.id),
     )
 }
 
@@ -107,7 +107,7 @@ fn identified(found: &[Identified], now: DatabaseTime) -> Answer {
         })
     });
     let answer = Answer::list(objects.collect(), IDENTIFIED_COLUMNS);
-    if known { answer } else { answer.note("No key of this database is in the text.").exit(FAILED) }
+    if known { answer } else { answer.note("No key of this database was found in the text.").exit(FAILED) }
 }
 
 fn data(key: &Key, now: DatabaseTime) -> Value {

@@ -1,14 +1,14 @@
-//! How far long work is, on standard error and only if that is a terminal.
+//! Progress bars for long commands. They appear on standard error, and only if it is a terminal.
 
 use indicatif::{ProgressBar, ProgressStyle};
 
-/// Of an input of this many bytes, where that is known.
+/// Progress of reading an input, whose `length` in bytes may be unknown.
 pub(crate) fn reading(length: Option<u64>) -> ProgressBar {
     let template = if length.is_some() { "{wide_bar} {bytes}/{total_bytes}" } else { "{bytes} read" };
     length.map_or_else(ProgressBar::new_spinner, ProgressBar::new).with_style(style(template))
 }
 
-/// Of keys, as soon as it is known how many there are.
+/// Progress in keys. The caller sets the length as soon as it knows the number of keys.
 pub(crate) fn keys() -> ProgressBar {
     ProgressBar::new(0).with_style(style("{wide_bar} {human_pos}/{human_len} keys"))
 }

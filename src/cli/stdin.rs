@@ -1,6 +1,5 @@
-//! Standard input, which may hold keys: read without a buffer that would outlive the reading.
-//!
-//! Never shows what it read.
+//! Reads standard input, which may contain API keys. This module bypasses the buffer of the standard library, which
+//! would keep the keys in memory, and overwrites its own buffer.
 
 use std::{
     fs::File,
@@ -12,25 +11,29 @@ use zeroize::Zeroizing;
 
 use crate::base::{secret::Secret, text};
 
-/// The longest text that is read at once, in bytes.
+/// The longest text that [`text`] accepts, in bytes.
 const TEXT_BYTES_MAX: usize = 1 << 20;
 
-/// Standard input as a file, past the buffer that the standard library keeps.
+/// Standard input as a file, without the buffer of the standard library.
 pub(crate) fn open() -> io::Result<File> {
     Ok(File::from(io::stdin().as_fd().try_clone_to_owned()?))
 }
 
-/// Everything on standard input. What is not UTF-8 becomes a replacement character: no key holds such.
+/// All of standard input, without a byte order mark. Bytes that are not UTF-8 become replacement characters, which no
+/// key contains.
+///
+/// # Errors
+/// Standard input cannot be read, is UTF-16, or is longer than [`TEXT_BYTES_MAX`].
 pub(crate) fn text() -> io::Result<Secret> {
     if io::stdin().is_terminal() {
-        // A hint for somebody who sees nothing happen; answers go elsewhere.
+        // Otherwise the command would seem to hang. If the prompt cannot be written, read all the same.
         let _ = io::Write::write_all(&mut io::stderr(), b"Reading from the terminal; end with Ctrl-D on a new line.\n");
     }
     read(open()?)
 }
 
 fn read(mut input: impl Read) -> io::Result<Secret> {
-    // All of it at once, so that growing leaves no copies behind.
+    // Allocate the maximum at once: a buffer that grows leaves copies of its content in freed memory.
     let mut bytes = Zeroizing::new(vec![0; TEXT_BYTES_MAX + 1]);
     let mut length = 0;
     while length < bytes.len() {
@@ -44,7 +47,7 @@ fn read(mut input: impl Read) -> io::Result<Secret> {
             Err(error) => return Err(error),
         }
     }
-    Err(io::Error::new(io::ErrorKind::InvalidData, "more than 1 MiB on standard input"))
+    Err(io::Error::new(io::ErrorKind::InvalidData, "standard input is longer than 1 MiB"))
 }
 
 #[cfg(test)]
@@ -52,7 +55,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn too_much_is_refused_and_not_cut() {
+    fn input_over_the_limit_is_an_error_and_not_truncated() {
         assert_eq!(read(&b"a key\xff\n"[..]).unwrap().expose(), "a key\u{fffd}\n");
         assert!(read(io::repeat(b'a')).is_err());
         assert_eq!(read(io::repeat(b'a').take(1 << 20)).unwrap().expose().len(), 1 << 20);

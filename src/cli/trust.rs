@@ -1,6 +1,4 @@
-//! The commands about trusts.
-//!
-//! Never changes a trust itself: `manage` does.
+//! The commands about trusts: call [`Manager`] and show the trust that it returns.
 
 use serde_json::{Value, json};
 

@@ -1,6 +1,6 @@
-//! What no setting can know alone: pairs that exclude each other, deadlines that must nest, files that must be readable.
+//! Checks across settings: settings that exclude each other, deadlines that must nest, files that must be readable.
 //!
-//! Never connects anywhere, and says nothing about a setting that has a mistake already.
+//! No check opens a connection. A setting that already has an error is not compared with others.
 
 use std::{
     fs::File,
@@ -22,7 +22,7 @@ use crate::{
 /// The longest message that `limits.message_size` may allow; the protocol layer refuses longer ones.
 const MESSAGE_SIZE_MAX: ByteSize = ByteSize::from_bytes(4 << 20);
 
-/// Notes every mistake between the settings of `config` in `reader`.
+/// Adds the errors between the settings of `config` to `reader`.
 pub(crate) fn run(config: &Config, purpose: Purpose, reader: &mut Reader) {
     listeners(config, reader);
     store(config, reader);
@@ -34,7 +34,7 @@ pub(crate) fn run(config: &Config, purpose: Purpose, reader: &mut Reader) {
     files(config, purpose, reader);
 }
 
-/// Whether none of `settings` has a mistake, so that comparing them makes sense.
+/// True if none of `settings` has an error, so that they can be compared.
 fn sound(reader: &Reader, settings: &[&str]) -> bool {
     !reader.config_errors().iter().any(|config_error| settings.contains(&config_error.setting.as_str()))
 }
@@ -47,11 +47,11 @@ fn listeners(config: &Config, reader: &mut Reader) {
     }
     let is_both = |at: &&SocketAddr| at.port() != 0 && config.grpc.listen.contains(&ListenAddress::Tcp(**at));
     if let Some(both) = config.admin.listen.iter().find(is_both) {
-        reader.refuse("admin", "listen", format!("{both} is also in grpc.listen: each needs a port of its own"));
+        reader.refuse("admin", "listen", format!("{both} is also in grpc.listen: use another port"));
     }
     let GrpcSettings { tls_certificate_file, tls_key_file, tls_client_ca_file, .. } = &config.grpc;
     let needs = |setting: &'static str, is_set: bool, other: &'static str, is_there: bool| {
-        (is_set && !is_there).then(|| (setting, format!("needs grpc.{other} too")))
+        (is_set && !is_there).then(|| (setting, format!("also needs grpc.{other}")))
     };
     let (certificate, key) = (tls_certificate_file.is_some(), tls_key_file.is_some());
     for (setting, problem) in [
@@ -88,25 +88,25 @@ fn store(config: &Config, reader: &mut Reader) {
         ("management_url_file", store.management_url_file.is_some()),
     ] {
         if set && no_url {
-            reader.refuse("store", name, "needs store.url: the embedded SQLite database has no use for it".to_owned());
+            reader.refuse("store", name, "needs store.url: the embedded SQLite database does not use it".to_owned());
         }
     }
     if store.reads_existing() {
         let name = if store.preset.is_some() { "preset" } else { "table" };
         if no_url {
-            reader.refuse("store", name, "needs store.url: where is the table?".to_owned());
+            reader.refuse("store", name, "needs store.url, the database with this table".to_owned());
         }
         if config.credential.pepper.is_some() || config.credential.pepper_file.is_some() {
             let pepper = if config.credential.pepper.is_some() { "pepper" } else { "pepper_file" };
-            let problem = format!("does nothing with store.{name}, whose digests are plain SHA-256: unset one of them");
+            let problem = format!("has no effect with store.{name}, which has plain SHA-256 digests: unset either");
             reader.refuse("credential", pepper, problem);
         }
     }
     if store.attached {
         match &store.table {
-            None => reader.refuse("store", "attached", "needs store.table: which table is it?".to_owned()),
+            None => reader.refuse("store", "attached", "needs store.table, the attached table".to_owned()),
             Some(table) if table.schema.is_none() => {
-                let problem = format!("needs its schema, such as \"public.{table}\", since store.attached is set");
+                let problem = format!("needs its schema, such as \"public.{table}\", because store.attached is set");
                 reader.refuse("store", "table", problem);
             }
             Some(_) => {}
@@ -116,7 +116,7 @@ fn store(config: &Config, reader: &mut Reader) {
         let columns = ["enabled", "scopes", "not_before", "expires_at", "revoked_at"];
         for name in columns.map(|column| format!("table_{column}")) {
             if reader.origin("store", &name).is_some() {
-                reader.refuse("store", &name, "needs store.table: of which table is it a column?".to_owned());
+                reader.refuse("store", &name, "needs store.table, the table with this column".to_owned());
             }
         }
     }
@@ -137,16 +137,16 @@ fn redis(config: &Config, reader: &mut Reader) {
         ("ca_file", redis.ca_file.is_some()),
     ] {
         if set && !redis.is_configured() && sound(reader, &["redis.url"]) {
-            reader.refuse("redis", name, "needs redis.url: without it there is no Redis".to_owned());
+            reader.refuse("redis", name, "needs redis.url: without it, Redis is not used".to_owned());
         }
     }
     for (name, set) in [("sentinel_password", value), ("sentinel_password_file", file)] {
         if set && redis.sentinel_master.is_none() {
-            reader.refuse("redis", name, "needs redis.sentinel_master: without it no Sentinel is asked".to_owned());
+            reader.refuse("redis", name, "needs redis.sentinel_master: without it, no Sentinels are used".to_owned());
         }
     }
     if redis.cluster && redis.sentinel_master.is_some() {
-        let problem = "does not go with redis.sentinel_master: a Cluster has no Sentinels";
+        let problem = "excludes redis.sentinel_master, because a Cluster has no Sentinels: unset one of them";
         reader.refuse("redis", "cluster", problem.to_owned());
     }
     redis_urls(redis, reader);
@@ -159,12 +159,12 @@ fn redis_urls(redis: &RedisSettings, reader: &mut Reader) {
         Some(("url", "expected redis://user@host:6379/0 or rediss://user@host:6379/0, or a list of them"))
     } else if all > 1 && !redis.cluster && redis.sentinel_master.is_none() {
         let problem =
-            "holds several URLs: set redis.sentinel_master or redis.cluster (and write %2C for a comma in a URL)";
+            "has several URLs: set redis.sentinel_master or redis.cluster (and write %2C for a comma in a URL)";
         Some(("url", problem))
     } else if plain > 0 && secured > 0 {
-        Some(("url", "mixes redis:// and rediss://: use TLS for all of them or for none"))
+        Some(("url", "mixes redis:// and rediss://: use TLS for all URLs or for none"))
     } else if plain > 0 && redis.ca_file.is_some() {
-        Some(("ca_file", "needs a redis.url that begins with rediss://, for TLS"))
+        Some(("ca_file", "needs TLS: use a redis.url that begins with rediss://"))
     } else {
         None
     };
@@ -176,7 +176,7 @@ fn redis_urls(redis: &RedisSettings, reader: &mut Reader) {
 fn credential(config: &Config, purpose: Purpose, reader: &mut Reader) {
     let credential = &config.credential;
     either(reader, "credential", "pepper", credential.pepper.is_some(), credential.pepper_file.is_some());
-    // Denying has to work where nothing else does.
+    // `trustgate deny` must work in an emergency, even if the pepper is too short.
     if let Some(Err(short)) = credential.pepper.as_ref().filter(|_| purpose != Purpose::Deny).map(Pepper::check_length)
     {
         reader.refuse("credential", "pepper", short.to_string());
@@ -186,7 +186,7 @@ fn credential(config: &Config, purpose: Purpose, reader: &mut Reader) {
     }
     let no_pepper = credential.pepper.is_none() && credential.pepper_file.is_none();
     if no_pepper && !credential.previous_pepper_files.is_empty() {
-        let problem = "needs credential.pepper_file: the pepper in force; new keys are stored under it";
+        let problem = "needs credential.pepper or credential.pepper_file: the pepper under which new keys are stored";
         reader.refuse("credential", "previous_pepper_files", problem.to_owned());
     }
 }
@@ -196,37 +196,37 @@ fn deadlines(config: &Config, reader: &mut Reader) {
     let (deadline, envoy) = (config.decision.deadline, config.decision.envoy_timeout);
     if sound(reader, &["store.read_timeout", "redis.timeout", "decision.deadline"]) && read + redis > deadline {
         let problem = format!(
-            "store.read_timeout ({read:?}) and redis.timeout ({redis:?}) must together fit into decision.deadline \
+            "store.read_timeout ({read:?}) and redis.timeout ({redis:?}) must together not exceed decision.deadline \
              ({deadline:?})"
         );
         let settings = [("store", "read_timeout"), ("redis", "timeout"), ("decision", "deadline")];
-        refuse_whichever_was_set(reader, &settings, problem);
+        refuse_first_set(reader, &settings, problem);
     }
     if sound(reader, &["decision.deadline", "decision.envoy_timeout"]) && deadline >= envoy {
         let problem = format!(
             "decision.deadline ({deadline:?}) must be shorter than decision.envoy_timeout ({envoy:?}), or Envoy stops \
              waiting before it gets an answer"
         );
-        refuse_whichever_was_set(reader, &[("decision", "deadline"), ("decision", "envoy_timeout")], problem);
+        refuse_first_set(reader, &[("decision", "deadline"), ("decision", "envoy_timeout")], problem);
     }
 }
 
 fn freshness(config: &Config, reader: &mut Reader) {
     let FreshnessSettings { mode, lease, stale_if_unconfirmed, poll_interval, poll_timeout, .. } = config.freshness;
     if !config.store.tracks_changes() && matches!(mode, Some(Freshness::Lease | Freshness::Strict)) {
-        let problem = "needs tables that name their changes, which yours does not: run `trustgate attach` and set \
-                       store.attached, or set \"ttl\" or \"live\"";
+        let problem = "needs a table with a change log: run `trustgate attach` and set store.attached, or use \"ttl\" \
+                       or \"live\"";
         reader.refuse("freshness", "mode", problem.to_owned());
     }
     if sound(reader, &["freshness.lease", "freshness.poll_interval", "freshness.poll_timeout"]) {
-        // One poll may fail without the lease running out.
+        // The lease must outlast one poll that times out.
         if poll_interval + poll_timeout * 2 > lease {
             let problem = format!(
-                "freshness.lease ({lease:?}) must hold freshness.poll_interval ({poll_interval:?}) and twice \
-                 freshness.poll_timeout ({poll_timeout:?}), or one slow poll ends it"
+                "freshness.lease ({lease:?}) must be at least freshness.poll_interval ({poll_interval:?}) plus twice \
+                 freshness.poll_timeout ({poll_timeout:?}), or one slow poll makes the lease stale"
             );
             let settings = [("freshness", "lease"), ("freshness", "poll_interval"), ("freshness", "poll_timeout")];
-            refuse_whichever_was_set(reader, &settings, problem);
+            refuse_first_set(reader, &settings, problem);
         }
     }
     let FreshnessSettings { sample_interval, canary_interval, .. } = config.freshness;
@@ -236,39 +236,39 @@ fn freshness(config: &Config, reader: &mut Reader) {
             sample_interval,
             SAMPLE_INTERVAL_MIN,
             config.store.tracks_changes(),
-            "needs tables that name their changes, which yours does not: attach it, or unset this",
+            "needs a table with a change log: run `trustgate attach` and set store.attached, or unset this",
         ),
         (
             "canary_interval",
             canary_interval,
             CANARY_INTERVAL_MIN,
             !config.store.reads_existing(),
-            "issues keys, and those of your own table are yours to issue: unset this",
+            "issues keys, which trustgate does not do in an existing table: unset this",
         ),
     ] {
         if interval > Duration::ZERO && !is_possible {
             reader.refuse("freshness", name, problem.to_owned());
         }
         if interval > Duration::ZERO && interval < min {
-            let problem = format!("must be {} at least, or 0s for never", humantime::format_duration(min));
+            let problem = format!("must be at least {}, or 0s to turn it off", humantime::format_duration(min));
             reader.refuse("freshness", name, problem);
         }
     }
     for (name, set, max) in [("lease", lease, LEASE_MAX), ("stale_if_unconfirmed", stale_if_unconfirmed, STALE_MAX)] {
         if set > max {
-            reader.refuse("freshness", name, format!("must be {} at most", humantime::format_duration(max)));
+            reader.refuse("freshness", name, format!("must be at most {}", humantime::format_duration(max)));
         }
     }
 }
 
-/// A longer lease would be a TTL by another name.
+/// The longest lease. With a longer one, the revocation bound would be no better than a TTL.
 const LEASE_MAX: Duration = Duration::from_mins(1);
-/// A replica that is cut off for longer has no claim left to what it holds.
+/// The longest time for stale grants. A replica that is cut off for longer must not grant any more.
 const STALE_MAX: Duration = Duration::from_mins(15);
 
-/// More often would be a load on the database.
+/// The shortest interval of the sampler. More frequent samples would burden the database.
 const SAMPLE_INTERVAL_MIN: Duration = Duration::from_millis(10);
-/// Every round is a few changes that every replica hears of.
+/// The shortest interval of the canary. Each round makes a few changes that all replicas apply.
 const CANARY_INTERVAL_MIN: Duration = Duration::from_secs(1);
 
 fn amounts(config: &Config, reader: &mut Reader) {
@@ -292,7 +292,7 @@ fn amounts(config: &Config, reader: &mut Reader) {
         ("limits", "connection_age", limits.connection_age),
     ] {
         if duration == Duration::ZERO {
-            reader.refuse(section, name, "must be longer than nothing".to_owned());
+            reader.refuse(section, name, "must be longer than zero".to_owned());
         }
     }
     for (section, name, size) in [
@@ -301,26 +301,26 @@ fn amounts(config: &Config, reader: &mut Reader) {
         ("limits", "message_size", limits.message_size),
     ] {
         if size.bytes() == 0 {
-            reader.refuse(section, name, "must be more than nothing".to_owned());
+            reader.refuse(section, name, "must be larger than zero".to_owned());
         }
     }
     let (message, all) = (limits.message_size, limits.messages_in_flight_size);
     if message > MESSAGE_SIZE_MAX {
-        reader.refuse("limits", "message_size", format!("must be {MESSAGE_SIZE_MAX} at most"));
+        reader.refuse("limits", "message_size", format!("must be at most {MESSAGE_SIZE_MAX}"));
     }
     if sound(reader, &["limits.message_size", "limits.messages_in_flight_size"]) && all < message {
         let problem =
-            format!("limits.messages_in_flight_size ({all}) must hold at least one limits.message_size ({message})");
+            format!("limits.messages_in_flight_size ({all}) must be at least limits.message_size ({message})");
         let settings = [("limits", "messages_in_flight_size"), ("limits", "message_size")];
-        refuse_whichever_was_set(reader, &settings, problem);
+        refuse_first_set(reader, &settings, problem);
     }
 }
 
-/// Secrets are read again whenever they are used; that they can be read at all is found out here.
+/// Checks that files can be read. Secrets are read again when they are used; this check reports unreadable files early.
 fn files(config: &Config, purpose: Purpose, reader: &mut Reader) {
     let Config { store, redis, credential, freshness, .. } = config;
     let own_management = store.management_url.is_some() || store.management_url_file.is_some();
-    // Denying has to work where nothing else does: a file that it can do without may be missing.
+    // `trustgate deny` must work during an outage, so files that it does not need may be missing.
     let denying = purpose == Purpose::Deny;
     let serve = purpose != Purpose::Manage;
     let issues = purpose == Purpose::Serve && freshness.canary_interval > Duration::ZERO;
@@ -351,13 +351,13 @@ fn files(config: &Config, purpose: Purpose, reader: &mut Reader) {
     for file in credential.previous_pepper_files.iter().filter(|_| !denying) {
         readable(reader, "credential", "previous_pepper_files", file, Secret::read(file).map(drop));
     }
-    // Not texts: that they have a first byte is enough here.
+    // These files need not be text, so this only checks that the first byte can be read.
     for (name, file) in [("mac_key_file", &redis.mac_key_file), ("ca_file", &redis.ca_file)] {
         if let (Some(file), true) = (file, serve) {
             readable(reader, "redis", name, file, File::open(file).and_then(|mut file| file.read_exact(&mut [0])));
         }
     }
-    // `serve` and `doctor` say more of them than that they cannot be read.
+    // `serve` and `doctor` load these files themselves and report more details.
     let GrpcSettings { tls_certificate_file, tls_key_file, tls_client_ca_file, .. } = &config.grpc;
     let used = purpose == Purpose::Check && tls_certificate_file.is_some() && tls_key_file.is_some();
     for (name, file) in [
@@ -370,7 +370,7 @@ fn files(config: &Config, purpose: Purpose, reader: &mut Reader) {
         }
     }
     match &freshness.deny_file {
-        // A server starts with what can be read of it: better that than not at all.
+        // A server starts with the valid lines of the file. `config check` also reports invalid lines.
         Some(file) if purpose == Purpose::Serve => {
             readable(reader, "freshness", "deny_file", file, File::open(file).map(drop));
         }
@@ -387,26 +387,27 @@ fn readable(reader: &mut Reader, section: &str, name: &str, file: &Path, read: i
     }
 }
 
-/// Two settings for one value, of which one is to be chosen.
+/// Refuses `section.name` together with its `_file` variant.
 fn either(reader: &mut Reader, section: &str, name: &str, value: bool, file: bool) {
     if value && file {
         let other = reader.origin(section, name).cloned().unwrap_or_default();
-        let problem = format!("{section}.{name} is set too ({other}): set one of the two");
+        let problem = format!("{section}.{name} is also set ({other}): set only one of the two");
         reader.refuse(section, &format!("{name}_file"), problem);
     }
 }
 
-/// A URL that begins like none of `schemes`; `expected` says how it should. The URL itself is never shown.
+/// Refuses a URL that begins with none of `schemes`, with the error `expected`. The URL may contain a password, so the
+/// error does not quote it.
 fn scheme(reader: &mut Reader, section: &str, name: &str, url: Option<&Secret>, schemes: &[&str], expected: &str) {
     if url.is_some_and(|url| !schemes.iter().any(|scheme| url.expose().starts_with(scheme))) {
         reader.refuse(section, name, expected.to_owned());
     }
 }
 
-/// A mistake between `settings` belongs to the first that somebody set.
-fn refuse_whichever_was_set(reader: &mut Reader, settings: &[(&str, &str)], problem: String) {
+/// Adds an error between `settings`, at the first of them that is set.
+fn refuse_first_set(reader: &mut Reader, settings: &[(&str, &str)], problem: String) {
     let set = settings.iter().find(|(section, name)| reader.origin(section, name).is_some());
-    // The defaults agree with each other, so one was set.
+    // The defaults are consistent, so at least one of the settings is set.
     let Some((section, name)) = set.or(settings.first()) else { return };
     reader.refuse(section, name, problem);
 }
@@ -416,7 +417,7 @@ mod tests {
     use crate::config::tests::config_errors;
 
     #[test]
-    fn what_is_said_of_an_existing_table_belongs_together() {
+    fn inconsistent_settings_of_an_existing_table_are_refused() {
         for (text, want) in [
             ("store.table = \"a.b.c\"", "trustgate.toml:1: store.table: expected a table, such as \"public.trust\""),
             ("store.table = \"public.t\"", "trustgate.toml:1: store.table: needs store.url"),
@@ -431,7 +432,7 @@ mod tests {
             ),
             (
                 "store.url = \"postgres://h/d\"\nstore.table = \"t\"\nfreshness.mode = \"lease\"",
-                "trustgate.toml:3: freshness.mode: needs tables that name their changes",
+                "trustgate.toml:3: freshness.mode: needs a table with a change log",
             ),
         ] {
             refused(text, want);
@@ -439,17 +440,17 @@ mod tests {
     }
 
     #[test]
-    fn what_does_not_go_together_is_refused() {
+    fn inconsistent_settings_are_refused() {
         for (text, want) in [
             ("grpc.listen = []", "trustgate.toml:1: grpc.listen: needs at least one address"),
             (
                 "admin.listen = \"127.0.0.1:50051\"",
                 "trustgate.toml:1: admin.listen: 127.0.0.1:50051 is also in grpc.listen",
             ),
-            ("grpc.tls_key_file = \"/k\"", "trustgate.toml:1: grpc.tls_key_file: needs grpc.tls_certificate_file too"),
+            ("grpc.tls_key_file = \"/k\"", "trustgate.toml:1: grpc.tls_key_file: also needs grpc.tls_certificate_file"),
             (
                 "grpc.tls_client_ca_file = \"/c\"",
-                "trustgate.toml:1: grpc.tls_client_ca_file: needs grpc.tls_certificate_file too",
+                "trustgate.toml:1: grpc.tls_client_ca_file: also needs grpc.tls_certificate_file",
             ),
             ("grpc.listen = \"unix:relative\"", "trustgate.toml:1: grpc.listen: expected an address with its port"),
             ("grpc.socket_mode = \"rw\"", "trustgate.toml:1: grpc.socket_mode: expected permission bits in octal"),
@@ -458,8 +459,9 @@ mod tests {
             ("store.password = \"hunter2\"", "trustgate.toml:1: store.password: needs store.url"),
             ("store.preset = \"trust-table\"", "trustgate.toml:1: store.preset: needs store.url"),
             (
-                "store.url = \"postgres://h/d\"\nstore.preset = \"trust-table\"\ncredential.pepper = \"hunter2-hunter2-hunter2\"",
-                "trustgate.toml:3: credential.pepper: does nothing with store.preset",
+                "store.url = \"postgres://h/d\"\nstore.preset = \"trust-table\"\n\
+                 credential.pepper = \"hunter2-hunter2-hunter2\"",
+                "trustgate.toml:3: credential.pepper: has no effect with store.preset",
             ),
             ("credential.sources = []", "trustgate.toml:1: credential.sources: needs at least one source"),
             (
@@ -479,8 +481,8 @@ mod tests {
                 "trustgate.toml:1: redis.timeout: store.read_timeout (100ms) and redis.timeout (60ms) must",
             ),
             ("freshness.poll_interval = \"0ms\"", "trustgate.toml:1: freshness.poll_interval: must be longer"),
-            ("cache.size = \"0B\"", "trustgate.toml:1: cache.size: must be more"),
-            ("limits.message_size = \"5MiB\"", "trustgate.toml:1: limits.message_size: must be 4MiB at most"),
+            ("cache.size = \"0B\"", "trustgate.toml:1: cache.size: must be larger"),
+            ("limits.message_size = \"5MiB\"", "trustgate.toml:1: limits.message_size: must be at most 4MiB"),
             (
                 "limits.messages_in_flight_size = \"1KiB\"",
                 "trustgate.toml:1: limits.messages_in_flight_size: limits.mess",
@@ -499,19 +501,19 @@ mod tests {
     }
 
     #[test]
-    fn what_proves_that_revocations_count_is_refused_where_it_cannot() {
+    fn sampler_and_canary_are_refused_where_they_cannot_work() {
         for (text, want) in [
             (
                 "freshness.sample_interval = \"9ms\"",
-                "trustgate.toml:1: freshness.sample_interval: must be 10ms at least",
+                "trustgate.toml:1: freshness.sample_interval: must be at least 10ms",
             ),
             (
                 "store.url = \"postgres://h/d\"\nstore.preset = \"trust-table\"\nfreshness.sample_interval = \"1s\"",
-                "trustgate.toml:3: freshness.sample_interval: needs tables that name their changes",
+                "trustgate.toml:3: freshness.sample_interval: needs a table with a change log",
             ),
             (
                 "freshness.canary_interval = \"999ms\"",
-                "trustgate.toml:1: freshness.canary_interval: must be 1s at least",
+                "trustgate.toml:1: freshness.canary_interval: must be at least 1s",
             ),
             (
                 "store.url = \"postgres://h/d\"\nstore.preset = \"trust-table\"\nfreshness.canary_interval = \"1m\"",
@@ -523,14 +525,14 @@ mod tests {
     }
 
     #[test]
-    fn what_does_not_go_together_about_redis_is_refused() {
+    fn inconsistent_redis_settings_are_refused() {
         for (text, want) in [
             ("redis.url = \"http://hunter2@h\"", "trustgate.toml:1: redis.url: expected redis://"),
             ("redis.ca_file = \"/dev/zero\"\n#", "trustgate.toml:1: redis.ca_file: needs redis.url"),
             ("redis.cluster = true", "trustgate.toml:1: redis.cluster: needs redis.url"),
             (
                 "redis.url = [\"redis://a\", \"redis://:hunter2@b\"]",
-                "trustgate.toml:1: redis.url: holds several URLs: set redis.sentinel_master",
+                "trustgate.toml:1: redis.url: has several URLs: set redis.sentinel_master",
             ),
             (
                 "redis.url = [\"redis://a\", \"rediss://:hunter2@b\"]\nredis.cluster = true",
@@ -542,7 +544,7 @@ mod tests {
             ),
             (
                 "redis.url = \"redis://a\"\nredis.cluster = true\nredis.sentinel_master = \"main\"",
-                "trustgate.toml:2: redis.cluster: does not go with redis.sentinel_master",
+                "trustgate.toml:2: redis.cluster: excludes redis.sentinel_master",
             ),
             (
                 "redis.url = \"redis://a\"\nredis.sentinel_password = \"hunter2\"",
@@ -564,14 +566,13 @@ mod tests {
         let text = "[credential]\npepper_file = \"/proc/version\"";
         assert_eq!(
             config_errors(text, &[("TRUSTGATE__CREDENTIAL__PEPPER", "hunter2-hunter2-hunter2")]),
-            [
-                "trustgate.toml:2: credential.pepper_file: credential.pepper is set too (TRUSTGATE__CREDENTIAL__PEPPER): set one of the two"
-            ]
+            ["trustgate.toml:2: credential.pepper_file: credential.pepper is also set \
+                 (TRUSTGATE__CREDENTIAL__PEPPER): set only one of the two"]
         );
     }
 
     #[test]
-    fn a_mistaken_value_is_not_compared() {
+    fn a_setting_with_an_error_is_not_compared_with_others() {
         let got = config_errors("store.read_timeout = \"long\"\ndecision.deadline = \"110ms\"", &[]);
         assert_eq!(got.len(), 1, "{got:?}");
     }

@@ -1,18 +1,17 @@
-//! The configuration described: as a file to start from, as a page, and as data. All from the same declarations.
-//!
-//! Never shows what is set here, only what can be set.
+//! The documentation of all settings, as a TOML file to start from, as a Markdown page and as JSON. All three are
+//! generated from the declarations of the settings, and do not contain the values that are configured.
 
 use serde_json::json;
 
 use super::{SECTIONS, environment::variable};
 use crate::base::settings::Field;
 
-/// A file with every setting, its meaning and its default; what is unset by default is commented out.
+/// A file with all settings, their descriptions and their defaults. Settings without a default are commented out.
 #[must_use]
 pub fn toml() -> String {
     let mut lines = vec![
-        "# Every setting of trustgate with its default. What has none is commented out.".to_owned(),
-        "# Each can also be set by a variable: TRUSTGATE__SECTION__NAME, with commas between the values of a list."
+        "# All settings of trustgate with their defaults. Settings without a default are commented out.".to_owned(),
+        "# The environment variable TRUSTGATE__SECTION__NAME overrides a setting; commas separate the values of a list."
             .to_owned(),
     ];
     for section in SECTIONS {
@@ -29,7 +28,7 @@ pub fn toml() -> String {
     lines.join("\n")
 }
 
-/// The same as a page in Markdown.
+/// The same content as a Markdown page.
 #[must_use]
 pub fn markdown() -> String {
     let mut lines = vec![PAGE_START.to_owned()];
@@ -48,18 +47,20 @@ pub fn markdown() -> String {
 
 const PAGE_START: &str = "# Configuration
 
-One TOML file, named by `--config FILE` or by the variable `TRUSTGATE_CONFIG`; with none, the defaults below hold.
-Each setting can also be given by a variable, `TRUSTGATE__SECTION__NAME`, which wins over the file; commas separate
-the values of a list. Durations and sizes carry their unit. A name that does not exist is a mistake, in the file as in
-the environment. `trustgate config check` tells all mistakes at once, `trustgate config default` prints a file to
-start from.
+trustgate reads one TOML file: pass its path with `--config FILE` or in the environment variable `TRUSTGATE_CONFIG`.
+Without a file, the defaults below apply. The environment variable `TRUSTGATE__SECTION__NAME` overrides a setting of the
+file; commas separate the values of a list. Durations and sizes need a unit. An unknown name is an error, both in the
+file and in a variable that begins with `TRUSTGATE__`.
 
-A setting that ends in `_file` names a file which holds the value; it and the setting without `_file` exclude each
-other.
+`trustgate config default` prints a file to start from. `trustgate config check` validates the configuration and lists
+all errors.
 
-This page is made from the declarations in the code: `UPDATE=1 cargo test --lib config` writes it anew.";
+If a setting exists with and without `_file` at the end of its name, the one with `_file` is the path of a file that
+contains the value. Set only one of the two.
 
-/// The same as data.
+This page is generated from the code: `UPDATE=1 cargo test --lib config` writes it again.";
+
+/// The same content as JSON.
 #[must_use]
 pub fn json() -> serde_json::Value {
     let all = SECTIONS.iter().flat_map(|section| section.fields.iter().map(|field| (section.name, field)));
@@ -97,9 +98,9 @@ mod tests {
     use crate::config::tests::config_errors;
 
     #[test]
-    fn the_default_file_says_what_the_defaults_are() {
+    fn the_default_file_is_valid_and_contains_all_settings() {
         assert_eq!(config_errors(&super::toml(), &[]), [""; 0]);
-        // With every comment taken off a setting, each is known (a mistake in its value aside).
+        // Uncomment all settings: their values may be invalid, but each name must be known.
         let all: String = super::toml()
             .lines()
             .map(|line| if line.ends_with("= \"\"") { &line[2..] } else { line }.to_owned() + "\n")
@@ -109,12 +110,13 @@ mod tests {
     }
 
     #[test]
-    fn the_page_in_docs_is_the_one_made_here() {
+    fn the_page_in_docs_is_up_to_date() {
         let path = concat!(env!("CARGO_MANIFEST_DIR"), "/docs/configuration.md");
         if std::env::var_os("UPDATE").is_some() {
             std::fs::write(path, super::markdown()).unwrap();
         }
         let page = std::fs::read_to_string(path).unwrap_or_default();
-        assert!(page == super::markdown(), "docs/configuration.md is old: run `UPDATE=1 cargo test --lib config`");
+        let is_current = page == super::markdown();
+        assert!(is_current, "docs/configuration.md is out of date: run `UPDATE=1 cargo test --lib config`");
     }
 }

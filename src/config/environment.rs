@@ -1,15 +1,16 @@
-//! The environment: `TRUSTGATE__SECTION__NAME` sets `section.name`; commas separate the values of a list.
+//! Reads the environment: `TRUSTGATE__SECTION__NAME` sets `section.name`; commas separate the values of a list.
 //!
-//! Never looks at variables that begin otherwise: Kubernetes sets `TRUSTGATE_PORT` and the like for a service of that name.
+//! Variables with another prefix are ignored: Kubernetes sets `TRUSTGATE_PORT` and similar variables for a service that
+//! is called trustgate.
 
 use std::ffi::OsString;
 
 use super::{SECTIONS, suggest};
 use crate::base::settings::{RawValue, Reader};
 
-const START: &str = "TRUSTGATE__";
+const PREFIX: &str = "TRUSTGATE__";
 
-/// Puts what `variables` set into `reader`; unknown names that begin with `TRUSTGATE__` are mistakes.
+/// Adds the settings in `variables` to `reader`. An unknown name that begins with `TRUSTGATE__` is an error.
 pub(crate) fn put(reader: &mut Reader, variables: &[(OsString, OsString)]) {
     let known: Vec<_> = SECTIONS
         .iter()
@@ -17,31 +18,32 @@ pub(crate) fn put(reader: &mut Reader, variables: &[(OsString, OsString)]) {
         .map(|(section, name)| (variable(section, name), section, name))
         .collect();
     for (name, value) in variables {
-        let Some((name, rest)) = name.to_str().and_then(|name| Some((name, name.strip_prefix(START)?))) else {
+        let Some((name, rest)) = name.to_str().and_then(|name| Some((name, name.strip_prefix(PREFIX)?))) else {
             continue;
         };
         let Some((_, section, setting)) = known.iter().find(|(variable, ..)| variable == name) else {
-            let near = suggest::nearest(
-                &rest.to_ascii_uppercase(),
-                known.iter().map(|(variable, ..)| &variable[START.len()..]),
-            );
-            let hint = near.map_or_else(
+            let names = known.iter().map(|(variable, ..)| &variable[PREFIX.len()..]);
+            let near = suggest::nearest(&rest.to_ascii_uppercase(), names);
+            let suggestion = near.map_or_else(
                 || "see `trustgate config default`".to_owned(),
-                |near| format!("did you mean {START}{near}?"),
+                |near| format!("did you mean {PREFIX}{near}?"),
             );
-            reader.refuse_at(String::new(), name.to_owned(), format!("there is no such setting; {hint}"));
+            reader.refuse_at(String::new(), name.to_owned(), format!("there is no such setting; {suggestion}"));
             continue;
         };
         match value.to_str() {
             Some(value) => reader.put(section, setting, RawValue::One(value.to_owned()), name.to_owned()),
-            None => reader.refuse_at(format!("{section}.{setting}"), name.to_owned(), "is not UTF-8".to_owned()),
+            None => {
+                let problem = "the value is not UTF-8".to_owned();
+                reader.refuse_at(format!("{section}.{setting}"), name.to_owned(), problem);
+            }
         }
     }
 }
 
 /// The variable that sets `section.name`.
 pub(crate) fn variable(section: &str, name: &str) -> String {
-    format!("{START}{}__{}", section.to_ascii_uppercase(), name.to_ascii_uppercase())
+    format!("{PREFIX}{}__{}", section.to_ascii_uppercase(), name.to_ascii_uppercase())
 }
 
 #[cfg(test)]
@@ -49,7 +51,7 @@ mod tests {
     use crate::config::tests::config_errors;
 
     #[test]
-    fn unknown_variables_are_refused_with_the_nearest() {
+    fn unknown_variables_are_refused_with_a_suggestion() {
         for (name, want) in [
             (
                 "TRUSTGATE__STORE__ULR",

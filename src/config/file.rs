@@ -1,18 +1,18 @@
-//! The TOML file: what it says, and on which line.
+//! Reads the TOML file: its values, each with its line number.
 //!
-//! Never gives a value a type, and never shows one.
+//! This module does not parse values, and its errors do not contain them.
 
 use toml_edit::{Document, TableLike, Value};
 
 use super::{SECTIONS, SectionInfo, section, suggest};
 use crate::base::settings::{RawValue, Reader};
 
-/// Puts everything that `text`, the content of `path`, says into `reader`; unknown names are mistakes.
+/// Adds the settings in `text`, the content of `path`, to `reader`. An unknown name is an error.
 pub(crate) fn put(reader: &mut Reader, path: &str, text: &str) {
     let lines = Lines { path, text };
     let document = match Document::parse(text) {
         Ok(document) => document,
-        // Its `Display` would quote the line, which may hold a secret.
+        // The `Display` form of the error would quote the line, which may contain a secret.
         Err(error) => {
             return reader.refuse_at("not TOML".to_owned(), lines.origin(error.span()), error.message().to_owned());
         }
@@ -49,7 +49,7 @@ fn put_section(reader: &mut Reader, section: &SectionInfo, table: &dyn TableLike
     }
 }
 
-/// Why `wrong` is refused: with the nearest of `names`, else with all of them.
+/// The error for the unknown name `wrong`: it suggests the nearest of `names`, or lists all of them.
 pub(crate) fn no_such<'n>(
     what: &str,
     wrong: &str,
@@ -60,11 +60,11 @@ pub(crate) fn no_such<'n>(
         return format!("there is no such {what}; did you mean {}?", show(near));
     }
     let all: Vec<_> = names.map(show).collect();
-    format!("there is no such {what}; there are {}", all.join(", "))
+    format!("there is no such {what}; use one of {}", all.join(", "))
 }
 
-/// Returns a TOML value as text. Numbers and booleans are formatted in decimal and as `true` or `false`. An integer written with `0x`,
-/// `0o` or `0b` keeps its spelling, because a setting of permission bits accepts octal only.
+/// Returns a TOML value as text. Numbers are formatted in decimal, booleans as `true` or `false`. An integer written
+/// with `0x`, `0o` or `0b` keeps its spelling, because a setting of permission bits only accepts octal.
 fn written(value: &Value, text: &str) -> Option<RawValue> {
     let scalar = |value| scalar(value, text);
     match value {
@@ -87,7 +87,7 @@ fn scalar(value: &Value, text: &str) -> Option<String> {
     }
 }
 
-/// Finds the line of a place in the text.
+/// Finds the line number of a position in the text.
 struct Lines<'t> {
     path: &'t str,
     text: &'t str,
@@ -106,7 +106,7 @@ mod tests {
     use crate::config::tests::config_errors;
 
     #[test]
-    fn what_is_not_a_section_or_a_value_is_refused() {
+    fn invalid_sections_and_values_are_refused() {
         for (text, want) in [
             ("grpc = 1", "trustgate.toml:1: grpc: expected a section: [grpc]"),
             ("[[grpc]]\nlisten = \"127.0.0.1:1\"", "trustgate.toml:1: grpc: expected a section: [grpc]"),
@@ -126,7 +126,7 @@ mod tests {
         for mode in ["\"0660\"", "0o660", "\"0o660\""] {
             assert_eq!(config_errors(&format!("grpc.socket_mode = {mode}"), &[]), [""; 0], "{mode}");
         }
-        // Decimal numbers are other bits: 432 is 0o660, and read as octal it would be open to everybody.
+        // A decimal number is refused: 432 is 0o660, but read as octal it would let all users connect.
         for mode in ["432", "660", "\"660\"", "0x1b0", "0b110110000", "0o1000"] {
             let got = config_errors(&format!("grpc.socket_mode = {mode}"), &[]);
             assert!(got.len() == 1 && got[0].contains("permission bits in octal"), "{mode}: {got:?}");

@@ -1,15 +1,15 @@
-//! What somebody may have meant by a name that does not exist.
+//! Suggests a known name in place of an unknown one.
 //!
-//! Never guesses far: a bad guess is worse than the list of what there is.
+//! If no name is similar, there is no suggestion: a list of all names is more helpful than a bad guess.
 
-/// Below this likeness (1 is equal) a name is not offered.
-const LIKENESS_MIN: f64 = 0.5;
+/// The lowest similarity of a suggestion, where 1 is equal.
+const SIMILARITY_MIN: f64 = 0.5;
 
-/// Whichever of `names` is most like `wrong`, if one is alike at all.
+/// The one of `names` that is most similar to `wrong`, if it is similar enough.
 pub(crate) fn nearest<'n>(wrong: &str, names: impl Iterator<Item = &'n str>) -> Option<&'n str> {
     names
         .map(|name| (strsim::normalized_damerau_levenshtein(wrong, name), name))
-        .filter(|(likeness, _)| *likeness >= LIKENESS_MIN)
+        .filter(|(similarity, _)| *similarity >= SIMILARITY_MIN)
         .max_by(|(one, _), (other, _)| one.total_cmp(other))
         .map(|(_, name)| name)
 }
@@ -17,7 +17,7 @@ pub(crate) fn nearest<'n>(wrong: &str, names: impl Iterator<Item = &'n str>) -> 
 #[cfg(test)]
 mod tests {
     #[test]
-    fn only_what_is_alike_is_offered() {
+    fn only_similar_names_are_suggested() {
         let names = ["url", "url_file", "read_timeout", "connect_timeout"];
         for (wrong, want) in [
             ("ulr", Some("url")),

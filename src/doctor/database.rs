@@ -1,4 +1,4 @@
-//! What can be found out about the database from here, for `doctor`: one finding for each of [`NAMES`].
+//! Examines the database for `doctor`: one diagnosis for each of [`NAMES`].
 
 pub use super::session::NAMES;
 use super::{
@@ -30,7 +30,7 @@ pub async fn diagnose(settings: &StoreSettings, usage: Use<'_>, env: Env<'_>, cl
             super::sqlite::run(sqlite, examination, &mut report).await;
         }
         Ok(Backend::Postgres) => {
-            // What is too slow is to be measured, not ended.
+            // Longer than `serve`'s timeout, so that slow queries are measured instead of cancelled.
             let statement_timeout = settings.connect_timeout;
             let (schema, existing) = (settings.schema.clone(), ExistingTable::of(settings));
             let postgres = Postgres { address, schema, existing, statement_timeout };

@@ -1,7 +1,6 @@
-//! What an examination of the surroundings came to, as data: `doctor` shows it. And how a name is looked up, which every
-//! examination of a server begins with.
+//! The results of `doctor`'s examinations as data, and helpers for examining a server: durations and name resolution.
 //!
-//! Never shows anything itself, and holds no secret: its texts name places, roles and figures.
+//! The texts contain addresses, roles and figures, but no secrets.
 
 use std::{net::IpAddr, time::Duration};
 
@@ -10,18 +9,18 @@ use tokio::{net::lookup_host, time::timeout};
 /// How an examination ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum State {
-    /// It is as it should be.
+    /// Everything examined works.
     Ok,
-    /// It works, and may not always, or not as well as it could.
+    /// It works, but the operator should change something.
     Warning,
     /// Something that is needed does not work.
     Failed,
-    /// It was not examined, for the reason that is given.
+    /// It was not examined, for the given reason.
     Skipped,
 }
 
 impl State {
-    /// The word for people and programs.
+    /// The word in the output.
     #[must_use]
     pub const fn as_str(self) -> &'static str {
         match self {
@@ -33,43 +32,43 @@ impl State {
     }
 }
 
-/// One examination and what it found.
+/// The result of one examination.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Diagnosis {
     /// The name of the examination.
     pub name: &'static str,
     /// How it ended.
     pub state: State,
-    /// What was found, with figures.
+    /// The facts found, with figures.
     pub found: String,
-    /// What to do about it, where it is not as it should be.
+    /// The action to take; `None` if none is needed.
     pub remedy: Option<String>,
-    /// The settings that led there, each as `section.name`.
+    /// The settings concerned, each as `section.name`.
     pub settings: &'static [&'static str],
 }
 
 impl Diagnosis {
-    /// All is well.
+    /// Everything examined works.
     pub fn ok(name: &'static str, found: impl Into<String>) -> Self {
         Self { name, state: State::Ok, found: found.into(), remedy: None, settings: &[] }
     }
 
-    /// It works, but.
+    /// A problem that does not stop the server.
     pub fn warning(name: &'static str, found: impl Into<String>, remedy: impl Into<String>) -> Self {
         Self { state: State::Warning, remedy: Some(remedy.into()), ..Self::ok(name, found) }
     }
 
-    /// It does not work.
+    /// Something that the server needs does not work.
     pub fn failed(name: &'static str, found: impl Into<String>, remedy: impl Into<String>) -> Self {
         Self { state: State::Failed, remedy: Some(remedy.into()), ..Self::ok(name, found) }
     }
 
-    /// It was not examined, `because`.
+    /// It was not examined, for the reason `because`.
     pub fn skipped(name: &'static str, because: impl Into<String>) -> Self {
         Self { state: State::Skipped, ..Self::ok(name, because) }
     }
 
-    /// The same, with the settings that led there.
+    /// Adds the settings concerned.
     #[must_use]
     pub const fn about(mut self, settings: &'static [&'static str]) -> Self {
         self.settings = settings;
@@ -77,7 +76,8 @@ impl Diagnosis {
     }
 }
 
-/// One finding for each of `names`, in that order: what is not among `diagnoses` was skipped, `because`.
+/// Returns one diagnosis for each of `names`, in that order. Examinations that are not in `diagnoses` were skipped, for
+/// the reason `because`.
 #[must_use]
 pub fn complete(names: &[&'static str], mut diagnoses: Vec<Diagnosis>, because: &str) -> Vec<Diagnosis> {
     let mut one = |name: &&'static str| {
@@ -87,64 +87,64 @@ pub fn complete(names: &[&'static str], mut diagnoses: Vec<Diagnosis>, because: 
     names.iter().map(&mut one).collect()
 }
 
-/// How long the same thing took, several times in a row.
+/// The durations of repeated requests, sorted.
 #[derive(Clone, Debug, Default)]
 pub struct Times(Vec<Duration>);
 
 impl Times {
-    /// Of these.
+    /// These durations, in any order.
     #[must_use]
     pub fn new(mut times: Vec<Duration>) -> Self {
         times.sort_unstable();
         Self(times)
     }
 
-    /// The one in the middle.
+    /// The median duration.
     #[must_use]
     pub fn median(&self) -> Duration {
         self.0.get(self.0.len() / 2).copied().unwrap_or_default()
     }
 
-    /// The longest.
+    /// The longest duration.
     #[must_use]
     pub fn longest(&self) -> Duration {
         self.0.last().copied().unwrap_or_default()
     }
 
-    /// All of it in words, beside what it may take at most.
+    /// A summary in words, with the `limit` of one request.
     #[must_use]
     pub fn beside(&self, limit: Duration) -> String {
         let (median, longest) = (milliseconds(self.median()), milliseconds(self.longest()));
-        format!("{} in a row: median {median}, longest {longest}, of {limit:?}", self.0.len())
+        format!("{} measured: median {median}, longest {longest}, limit {limit:?}", self.0.len())
     }
 }
 
-/// A duration as people compare it: `0.4 ms`.
+/// A duration in milliseconds, for people: `0.4 ms`.
 #[must_use]
 pub fn milliseconds(duration: Duration) -> String {
     format!("{:.1} ms", duration.as_secs_f64() * 1e3)
 }
 
-/// A host and its addresses, unless its name is one: `db.example.org is 192.0.2.1, 192.0.2.2`.
+/// A host and its addresses, or only the address if `host` is one: `db.example.org resolves to 192.0.2.1, 192.0.2.2`.
 #[must_use]
 pub fn located(host: &str, addresses: &[IpAddr]) -> String {
     match addresses {
         [address] if address.to_string() == host => host.to_owned(),
-        _ => format!("{host} is {}", addresses.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")),
+        _ => format!("{host} resolves to {}", addresses.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")),
     }
 }
 
-/// The addresses behind the name of a host: one at the least.
+/// Resolves the name of a host to its addresses, of which there is at least one.
 ///
 /// # Errors
-/// In words: there are none, or nobody says so within `limit`.
+/// A text: the name has no address, or was not resolved within `limit`.
 pub async fn resolve((host, port): (&str, u16), limit: Duration) -> Result<Vec<IpAddr>, String> {
-    // As in a URL: `[::1]`.
+    // A URL has brackets around an IPv6 address: `[::1]`.
     let host = host.trim_matches(['[', ']']);
     let mut addresses: Vec<_> = match timeout(limit, lookup_host((host, port))).await {
         Ok(Ok(addresses)) => addresses.map(|address| address.ip()).collect(),
         Ok(Err(error)) => return Err(format!("{host}: {error}")),
-        Err(_) => return Err(format!("{host}: its name was not resolved within {limit:?}")),
+        Err(_) => return Err(format!("{host}: name not resolved within {limit:?}")),
     };
     addresses.dedup();
     if addresses.is_empty() { Err(format!("{host}: no address")) } else { Ok(addresses) }
@@ -155,29 +155,29 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_name_has_its_finding_in_order_and_what_is_missing_was_skipped() {
+    fn missing_examinations_are_skipped_and_names_keep_their_order() {
         let diagnoses = vec![Diagnosis::ok("c", "3"), Diagnosis::failed("a", "1", "do")];
-        let all = complete(&["a", "b", "c"], diagnoses, "nobody looked");
+        let all = complete(&["a", "b", "c"], diagnoses, "not examined");
         let words: Vec<_> = all.iter().map(|one| (one.name, one.state.as_str(), one.found.as_str())).collect();
-        assert_eq!(words, [("a", "failed", "1"), ("b", "skipped", "nobody looked"), ("c", "ok", "3")]);
+        assert_eq!(words, [("a", "failed", "1"), ("b", "skipped", "not examined"), ("c", "ok", "3")]);
     }
 
     #[test]
-    fn times_are_told_by_their_middle_and_their_end() {
+    fn times_are_summarised_by_median_and_longest() {
         let times = Times::new([9, 1, 2].map(Duration::from_millis).to_vec());
-        assert_eq!(times.beside(Duration::from_millis(250)), "3 in a row: median 2.0 ms, longest 9.0 ms, of 250ms");
+        assert_eq!(times.beside(Duration::from_millis(250)), "3 measured: median 2.0 ms, longest 9.0 ms, limit 250ms");
         assert_eq!(Times::default().longest(), Duration::ZERO);
     }
 
     #[test]
-    fn a_host_is_told_with_what_its_name_leads_to() {
+    fn a_host_is_shown_with_its_addresses() {
         let addresses = ["192.0.2.1", "::1"].map(|text| text.parse().unwrap());
-        assert_eq!(located("db", &addresses), "db is 192.0.2.1, ::1");
+        assert_eq!(located("db", &addresses), "db resolves to 192.0.2.1, ::1");
         assert_eq!(located("192.0.2.1", &addresses[..1]), "192.0.2.1");
     }
 
     #[tokio::test]
-    async fn a_host_that_is_an_address_needs_nobody_to_resolve_it() {
+    async fn an_address_resolves_to_itself() {
         for host in ["127.0.0.1", "::1", "[::1]"] {
             let addresses = resolve((host, 1), Duration::from_mins(1)).await.unwrap();
             assert!(addresses.iter().all(IpAddr::is_loopback) && addresses.len() == 1, "{addresses:?}");

@@ -1,6 +1,6 @@
-//! What can be found out about a PostgreSQL server, the way to it and the rights on our tables, for `doctor`.
+//! Examines for `doctor` a PostgreSQL server, the connection to it, and the rights of the roles.
 //!
-//! Changes nothing: its one NOTIFY goes to a channel that nobody else listens to.
+//! Changes nothing. The one NOTIFY uses a random channel to which only `doctor` listens.
 
 use std::{net::IpAddr, time::Duration};
 
@@ -26,12 +26,12 @@ use crate::store::{
     url::{Backend, Role, StoreUrl},
 };
 
-/// How long a hint may take to be of any use.
-const HINT: Duration = Duration::from_secs(1);
-/// How many statements or problems are listed; the rest is counted.
+/// Timeout for the arrival of a notification.
+const NOTIFICATION_TIMEOUT: Duration = Duration::from_secs(1);
+/// Maximum number of statements or problems that are listed.
 const LISTED: usize = 3;
 
-/// Examines the server that `postgres` leads to, and our tables there.
+/// Examines the server at the address of `postgres`, and our tables there.
 pub(crate) async fn run(postgres: Postgres, examination: Examination<'_>, report: &mut Report) {
     let options = match postgres.address.postgres() {
         Ok(options) => options,
@@ -39,10 +39,10 @@ pub(crate) async fn run(postgres: Postgres, examination: Examination<'_>, report
             return report.add(Diagnosis::failed(ADDRESS, error.to_string(), "correct the setting").about(URL));
         }
     };
-    let nearby = match address(&options, examination).await {
-        Ok((diagnosis, nearby)) => {
+    let is_local = match address(&options, examination).await {
+        Ok((diagnosis, is_local)) => {
             report.add(diagnosis);
-            nearby
+            is_local
         }
         Err(diagnosis) => return report.add(diagnosis),
     };
@@ -50,41 +50,41 @@ pub(crate) async fn run(postgres: Postgres, examination: Examination<'_>, report
         Ok(session) => session,
         Err(trouble) => return report.add(refused(&trouble, &postgres.address).about(URL)),
     };
-    report.add(connection(&mut session, &options, nearby).await);
-    let who = match who(&mut session).await {
-        Ok(who) => who,
+    report.add(connection(&mut session, &options, is_local).await);
+    let identity = match identify(&mut session).await {
+        Ok(identity) => identity,
         Err(trouble) => {
-            let remedy = "the server does not answer simple questions: see its log";
+            let remedy = "see the log of the server: it does not answer simple queries";
             return report.add(Diagnosis::failed(SERVER, trouble.to_string(), remedy).about(URL));
         }
     };
-    report.add(server(&who));
+    report.add(server(&identity));
     let tables = session.diagnose(Kind::Server, report).await;
     if postgres.tracks_changes() {
-        let manager = manager(&who, examination, report).await;
+        let manager = manager(&identity, examination, report).await;
         if tables != Tables::Unfit {
-            report.add(rights(&mut session, &who, manager.as_deref(), &postgres.schema).await);
+            report.add(rights(&mut session, &identity, manager.as_deref(), &postgres.schema).await);
         }
         if let Tables::Fit { triggers_intact } = tables {
-            report.add(naming(&mut session, triggers_intact, &postgres).await);
+            report.add(watch(&mut session, triggers_intact, &postgres).await);
         }
-        report.add(hints(&mut session, &postgres.address, examination).await);
+        report.add(notifications(&mut session, &postgres.address, examination).await);
     } else {
-        let because = "the table is yours, and not attached";
+        let because = "the existing table is not attached";
         report.add(Diagnosis::skipped(RIGHTS, because));
         report.add(Diagnosis::skipped(MANAGEMENT, because));
-        report.add(Diagnosis::skipped(WATCH, "the table is yours, and not attached: nobody names changes there"));
-        report.add(Diagnosis::skipped(HINTS, "the table is yours, and not attached: nobody sends any"));
+        report.add(Diagnosis::skipped(WATCH, "the existing table is not attached: its changes are not recorded"));
+        report.add(Diagnosis::skipped(HINTS, "the existing table is not attached: it sends no notifications"));
     }
     session.close().await;
 }
 
-/// Where the server is, and whether that is this machine.
+/// Examines the address of the server. Returns with the diagnosis whether the server is on this machine.
 async fn address(options: &PgConnectOptions, examination: Examination<'_>) -> Result<(Diagnosis, bool), Diagnosis> {
     let directory = options.get_socket().map(|directory| directory.display().to_string());
     let directory = directory.or_else(|| options.get_host().starts_with('/').then(|| options.get_host().to_owned()));
     if let Some(directory) = directory {
-        // libpq(5), "host": the name of the socket inside of it.
+        // The name of the socket in that directory: see "host" in the documentation of libpq.
         let socket = format!("{directory}/.s.PGSQL.{}", options.get_port());
         return match std::fs::metadata(&socket) {
             Ok(_) => Ok((Diagnosis::ok(ADDRESS, format!("the socket {socket}")), true)),
@@ -99,72 +99,75 @@ async fn address(options: &PgConnectOptions, examination: Examination<'_>) -> Re
     match resolve(host, examination.settings.connect_timeout).await {
         Ok(addresses) => {
             let took = examination.clock.now().since(began);
-            let found = format!("{}, port {}, known after {}", located(host.0, &addresses), host.1, milliseconds(took));
+            let found = format!("{}, port {}, resolved in {}", located(host.0, &addresses), host.1, milliseconds(took));
             Ok((Diagnosis::ok(ADDRESS, found), addresses.iter().all(IpAddr::is_loopback)))
         }
         Err(problem) => {
-            let remedy = "correct the host in the URL, or the resolver of this machine (/etc/resolv.conf, the DNS of \
-                          the cluster)";
+            let remedy = "correct the host in the URL, or the name resolution of this machine (/etc/resolv.conf, the \
+                          DNS of the cluster)";
             Err(Diagnosis::failed(ADDRESS, problem, remedy).about(URL))
         }
     }
 }
 
-/// There is no connection.
+/// The diagnosis of a failed connection.
 fn refused(trouble: &Trouble, address: &StoreUrl) -> Diagnosis {
     let remedy = match trouble {
         Trouble::Sql(error) => match code(error).as_deref() {
             Some("28P01" | "28000") => {
-                "correct the user in the URL or its password (store.password_file, store.password, the URL), or let it \
-                 in: pg_hba.conf"
+                "correct the user in the URL or its password (store.password_file, store.password, the URL), or permit \
+                 the user in pg_hba.conf"
             }
             Some("3D000") => "create the database, or correct its name in the URL",
             Some("53300") => "raise max_connections of the server, or lower store.connections_max",
             Some("57P03") => "wait until the server has started",
             Some(_) => "see the log of the server",
             None if matches!(error, sqlx::Error::Tls(_)) => {
-                "correct sslmode or sslrootcert in the URL: the certificate must be of an authority that is trusted, \
-                 for the host in the URL"
+                "correct sslmode or sslrootcert in the URL: the certificate must come from a trusted authority and \
+                 name the host in the URL"
             }
-            None => "start the server, and let this machine reach its port: listen_addresses, firewall, network policy",
+            None => {
+                "start the server, and make its port reachable from this machine: listen_addresses, firewall, network \
+                 policy"
+            }
         },
         Trouble::Late(_) | Trouble::Gone => {
-            "find out what keeps the server, or the network before it, from answering; or raise store.connect_timeout"
+            "find out why the server or the network does not answer, or raise store.connect_timeout"
         }
     };
     Diagnosis::failed(CONNECTION, format!("{}: {trouble}", address.describe_postgres()), remedy)
 }
 
-/// How long connecting took, and whether anybody on the way can read along.
-async fn connection(session: &mut Session<'_, Postgres>, options: &PgConnectOptions, nearby: bool) -> Diagnosis {
+/// Diagnoses the time of connecting, and whether TLS protects the connection to another machine.
+async fn connection(session: &mut Session<'_, Postgres>, options: &PgConnectOptions, is_local: bool) -> Diagnosis {
     let took = milliseconds(session.connected_after);
-    let asked = session.ask(&TLS.to_owned()).await;
-    let tls = asked.and_then(|rows| {
+    let answer = session.ask(&TLS.to_owned()).await;
+    let tls = answer.and_then(|rows| {
         let tls = rows.first().map(|row| Ok::<_, sqlx::Error>((row.number(0)? == 1, row.text(1)?)));
         tls.transpose().map_err(Trouble::Sql)
     });
-    let checked = matches!(options.get_ssl_mode(), PgSslMode::VerifyCa | PgSslMode::VerifyFull);
+    let verified = matches!(options.get_ssl_mode(), PgSslMode::VerifyCa | PgSslMode::VerifyFull);
     match tls {
-        Ok(Some((true, version))) if checked || nearby => {
-            Diagnosis::ok(CONNECTION, format!("after {took}, with {version}"))
+        Ok(Some((true, version))) if verified || is_local => {
+            Diagnosis::ok(CONNECTION, format!("connected in {took}, with {version}"))
         }
         Ok(Some((true, version))) => Diagnosis::warning(
             CONNECTION,
-            format!("after {took}, with {version}, but the server's certificate is not checked"),
-            "add sslmode=verify-full to the URL, and sslrootcert where the authority is your own: until then anybody \
-             on the way may pass for the database",
+            format!("connected in {took}, with {version}, but the server's certificate is not verified"),
+            "add sslmode=verify-full to the URL, and sslrootcert for a private authority: until then an attacker on \
+             the network can impersonate the database",
         )
         .about(URL),
-        Ok(_) if nearby => Diagnosis::ok(CONNECTION, format!("after {took}, without TLS, on this machine")),
+        Ok(_) if is_local => Diagnosis::ok(CONNECTION, format!("connected in {took}, without TLS, on this machine")),
         Ok(_) => Diagnosis::warning(
             CONNECTION,
-            format!("after {took}, without TLS, to another machine"),
-            "add sslmode=verify-full to the URL: until then anybody on the way can read along and answer for the \
-             database",
+            format!("connected in {took}, without TLS, to another machine"),
+            "add sslmode=verify-full to the URL: until then an attacker on the network can read the connection and \
+             impersonate the database",
         )
         .about(URL),
         Err(trouble) => {
-            let found = format!("after {took}, but whether it uses TLS is not known: {trouble}");
+            let found = format!("connected in {took}, but the use of TLS is unknown: {trouble}");
             Diagnosis::warning(CONNECTION, found, "let the role read pg_stat_ssl").about(URL)
         }
     }
@@ -173,23 +176,23 @@ async fn connection(session: &mut Session<'_, Postgres>, options: &PgConnectOpti
 const TLS: &str =
     "SELECT s.ssl::int::bigint, coalesce(s.version, '') FROM pg_stat_ssl s WHERE s.pid = pg_backend_pid()";
 
-/// Who answers, and as whom we ask.
-struct Who {
+/// The server, the role of the connection, and the database.
+struct Identity {
     /// `primary`, `standby` or `read-only`.
     state: String,
     version: String,
     role: String,
-    /// The same for every role of one database, and different for another one.
+    /// Identifies the database, whatever the role of the connection.
     database: String,
 }
 
-async fn who(session: &mut Session<'_, Postgres>) -> Result<Who, Trouble> {
-    let rows = session.ask(&WHO.to_owned()).await?;
+async fn identify(session: &mut Session<'_, Postgres>) -> Result<Identity, Trouble> {
+    let rows = session.ask(&IDENTITY.to_owned()).await?;
     let row = rows.first().ok_or(sqlx::Error::RowNotFound)?;
-    Ok(Who { state: row.text(0)?, version: row.text(1)?, role: row.text(2)?, database: row.text(3)? })
+    Ok(Identity { state: row.text(0)?, version: row.text(1)?, role: row.text(2)?, database: row.text(3)? })
 }
 
-const WHO: &str = "
+const IDENTITY: &str = "
 SELECT CASE
         WHEN pg_is_in_recovery() THEN 'standby'
         WHEN current_setting('transaction_read_only')::boolean THEN 'read-only'
@@ -198,32 +201,32 @@ SELECT CASE
     current_setting('server_version'), current_user::text,
     (SELECT system_identifier FROM pg_control_system()) || ' ' || current_database()";
 
-fn server(who: &Who) -> Diagnosis {
-    let Who { state, version, role, .. } = who;
+fn server(identity: &Identity) -> Diagnosis {
+    let Identity { state, version, role, .. } = identity;
     let found = format!("PostgreSQL {version}, {state}, as the role {role:?}");
     match state.as_str() {
         "standby" => {
-            let remedy = "lead the URL to the primary: a standby cannot confirm what its primary has committed, so no \
+            let remedy = "point the URL to the primary: a standby cannot confirm what its primary has committed, so no \
                           replica becomes ready there";
             Diagnosis::failed(SERVER, found, remedy).about(URL)
         }
         "read-only" => {
-            let remedy = "unset default_transaction_read_only for this role, database or server: a database that is \
-                          read-only confirms nothing";
+            let remedy = "unset default_transaction_read_only for this role, database or server: polls confirm nothing \
+                          on a read-only database";
             Diagnosis::failed(SERVER, found, remedy).about(URL)
         }
         _ => Diagnosis::ok(SERVER, found),
     }
 }
 
-/// What the role of management may; the role, where it is another than `serve`'s.
-async fn manager(serve: &Who, examination: Examination<'_>, report: &mut Report) -> Option<String> {
+/// Examines the rights of the role of management. Returns the role if it is not the role of `serve`.
+async fn manager(serve: &Identity, examination: Examination<'_>, report: &mut Report) -> Option<String> {
     const SETTING: &[&str] = &["store.management_url", "store.management_url_file"];
     let StoreSettings { management_url, management_url_file, schema, .. } = examination.settings;
     if management_url.is_none() && management_url_file.is_none() {
         report.add(Diagnosis::skipped(
             MANAGEMENT,
-            "store.management_url is not set: whoever manages has a URL of their own, or uses store.url",
+            "store.management_url is not set: management uses store.url, unless its configuration has another URL",
         ));
         return None;
     }
@@ -233,7 +236,7 @@ async fn manager(serve: &Who, examination: Examination<'_>, report: &mut Report)
     match place {
         Ok(Backend::Postgres) => {}
         Ok(Backend::Sqlite(_)) => {
-            report.add(failed("it leads to another database than store.url".to_owned(), "correct one of the two"));
+            report.add(failed("it refers to another database than store.url".to_owned(), "correct one of the URLs"));
             return None;
         }
         Err(error) => {
@@ -250,12 +253,12 @@ async fn manager(serve: &Who, examination: Examination<'_>, report: &mut Report)
             return None;
         }
     };
-    let diagnosis = match who(&mut session).await {
+    let diagnosis = match identify(&mut session).await {
         Err(trouble) => Err(failed(trouble.to_string(), "see the log of the server")),
-        Ok(who) if who.database != serve.database => {
-            Err(failed("it leads to another database than store.url".to_owned(), "correct one of the two"))
+        Ok(identity) if identity.database != serve.database => {
+            Err(failed("it refers to another database than store.url".to_owned(), "correct one of the URLs"))
         }
-        Ok(who) => Ok((missing(&mut session, &grants::MANAGE, &who.role, schema).await, who.role)),
+        Ok(identity) => Ok((missing(&mut session, &grants::MANAGE, &identity.role, schema).await, identity.role)),
     };
     session.close().await;
     match diagnosis {
@@ -275,30 +278,31 @@ async fn manager(serve: &Who, examination: Examination<'_>, report: &mut Report)
     }
 }
 
-/// What the role of `serve` may; more than it needs only where `manager` is there to do the rest.
+/// Diagnoses the rights of the role of `serve`. Its right to change keys is a warning if another role, `manager`,
+/// exists.
 async fn rights(
     session: &mut Session<'_, Postgres>,
-    who: &Who,
+    identity: &Identity,
     manager: Option<&str>,
     schema: &SchemaName,
 ) -> Diagnosis {
     let failed = |found: String, remedy: String| Diagnosis::failed(RIGHTS, found, remedy).about(URL);
-    match missing(session, &grants::SERVE, &who.role, schema).await {
+    match missing(session, &grants::SERVE, &identity.role, schema).await {
         Ok(None) => {}
         Ok(Some((found, remedy))) => return failed(found, remedy),
         Err(trouble) => return failed(trouble.to_string(), "see the log of the server".to_owned()),
     }
-    let found = has_all(&who.role, &grants::SERVE);
+    let found = has_all(&identity.role, &grants::SERVE);
     let writes = session.ask(&grants::WRITES.replace("{s}", schema.as_str())).await;
     let writes =
         writes.is_ok_and(|rows| rows.first().and_then(|row| row.number(0).ok()).is_some_and(|count| count > 0));
     match manager {
         Some(manager) if writes => Diagnosis::warning(
             RIGHTS,
-            format!("{found}, and may change trusts and keys too"),
+            format!("{found}, and may also change trusts and keys"),
             format!(
-                "let `serve` connect as a role with nothing but what `trustgate migrate --print-grants` prints for it: \
-                 only {manager:?} needs to change keys"
+                "let `serve` connect as a role that has only the rights that `trustgate migrate --print-grants` prints \
+                 for it: only {manager:?} needs to change keys"
             ),
         )
         .about(URL),
@@ -310,7 +314,7 @@ fn has_all(role: &str, needs: &Needs) -> String {
     format!("{role:?} has all {} rights that it needs", needs.count())
 }
 
-/// What `role`, whose connection this is, lacks of what it needs, and the statements that give it.
+/// The rights in `needs` that `role`, the role of the connection, lacks, and the statements that grant them.
 async fn missing(
     session: &mut Session<'_, Postgres>,
     needs: &Needs,
@@ -329,20 +333,20 @@ async fn missing(
     remedy.extend(statements.iter().take(LISTED).map(String::as_str));
     if statements.len() > LISTED {
         remedy.push(
-            "and so on: `trustgate migrate --print-grants` prints all, for the roles that --serve-role and --manage-role \
-             name",
+            "and so on: `trustgate migrate --print-grants` prints all statements, for the roles in --serve-role and \
+             --manage-role",
         );
     }
     Ok(Some((found, remedy.join("\n"))))
 }
 
-/// What the first column of the answer says, row by row.
+/// The first column of the answer to `question`.
 async fn texts(session: &mut Session<'_, Postgres>, question: &String) -> Result<Vec<String>, Trouble> {
     session.ask(question).await?.iter().map(|row| row.text(0).map_err(Trouble::Sql)).collect()
 }
 
-/// Whether every change is named, by what a poll says and by the triggers themselves.
-async fn naming(session: &mut Session<'_, Postgres>, triggers_intact: Option<bool>, postgres: &Postgres) -> Diagnosis {
+/// Diagnoses whether every change is recorded, by the answers to polls and by the triggers themselves.
+async fn watch(session: &mut Session<'_, Postgres>, triggers_intact: Option<bool>, postgres: &Postgres) -> Diagnosis {
     let mut problems = texts(session, &postgres::problems(&postgres.schema)).await;
     if let (Ok(found), Some(question)) = (&mut problems, postgres.unattached()) {
         match texts(session, &question).await {
@@ -358,29 +362,33 @@ async fn naming(session: &mut Session<'_, Postgres>, triggers_intact: Option<boo
             let command =
                 if problems.iter().any(|problem| problem.ends_with(postgres::ATTACH)) { "attach" } else { "migrate" };
             let remedy = format!(
-                "run `trustgate {command}`, which puts it right: until then revocations may go unnoticed, so no replica \
-                 relies on what it holds"
+                "run `trustgate {command}`, which repairs this: until then revocations may go unnoticed, so replicas \
+                 do not rely on cached data"
             );
             Diagnosis::failed(WATCH, found, remedy)
         }
-        (Ok(_), Some(true)) => Diagnosis::ok(WATCH, "every change is named: all triggers are as they were made"),
-        // Rights that were given are such an alteration too.
+        (Ok(_), Some(true)) => Diagnosis::ok(WATCH, "every change is recorded: all triggers are as they were created"),
+        // Granting a right is also such an alteration.
         (Ok(_), Some(false)) => Diagnosis::ok(WATCH, ALTERED),
-        (Ok(_), None) => Diagnosis::skipped(WATCH, "because no poll was answered; the triggers are as they were made"),
+        (Ok(_), None) => Diagnosis::skipped(WATCH, "no poll was answered; all triggers are as they were created"),
         (Err(trouble), _) => Diagnosis::failed(WATCH, trouble.to_string(), "see database_rights"),
     }
 }
 
-/// Whether a word of the database reaches us without being asked for, and how soon.
-async fn hints(session: &mut Session<'_, Postgres>, address: &StoreUrl, examination: Examination<'_>) -> Diagnosis {
+/// Diagnoses whether notifications of the database arrive, and how soon.
+async fn notifications(
+    session: &mut Session<'_, Postgres>,
+    address: &StoreUrl,
+    examination: Examination<'_>,
+) -> Diagnosis {
     const SETTING: &[&str] = &["freshness.hints"];
     if !examination.usage.hints {
         return Diagnosis::skipped(HINTS, "freshness.hints is false").about(SETTING);
     }
     let lost = |problem: String| {
-        let found = format!("hints do not arrive: the bound rests on polling alone ({problem})");
-        let remedy = "nothing, if a pooler is in between: the bound is the same, and a revocation takes up to \
-                      freshness.poll_interval more; else connect to the server itself";
+        let found = format!("notifications do not arrive: replicas depend on polling only ({problem})");
+        let remedy = "with a pooler, no action is needed: the revocation bound is the same, but a revocation may take \
+                      up to freshness.poll_interval longer; otherwise connect to the server directly";
         Diagnosis::warning(HINTS, found, remedy).about(URL)
     };
     let channel = format!("trustgate_doctor_{}", Uuid::new_v4().simple());
@@ -392,13 +400,13 @@ async fn hints(session: &mut Session<'_, Postgres>, address: &StoreUrl, examinat
     if let Err(trouble) = session.ask(&format!("SELECT pg_notify('{channel}', '')")).await {
         return lost(trouble.to_string());
     }
-    match timeout(HINT, listener.try_recv()).await {
-        Ok(Ok(Some(_))) => Diagnosis::ok(
-            HINTS,
-            format!("a hint arrives after {}", milliseconds(examination.clock.now().since(sent_at))),
-        ),
-        Ok(Ok(None)) => lost("the connection broke".to_owned()),
+    match timeout(NOTIFICATION_TIMEOUT, listener.try_recv()).await {
+        Ok(Ok(Some(_))) => {
+            let took = examination.clock.now().since(sent_at);
+            Diagnosis::ok(HINTS, format!("a notification arrived after {}", milliseconds(took)))
+        }
+        Ok(Ok(None)) => lost("the connection was lost".to_owned()),
         Ok(Err(error)) => lost(Trouble::Sql(error).to_string()),
-        Err(_) => lost(format!("not within {HINT:?}")),
+        Err(_) => lost(format!("none within {NOTIFICATION_TIMEOUT:?}")),
     }
 }

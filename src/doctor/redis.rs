@@ -1,7 +1,7 @@
-//! What can be found out about Redis from here, for `doctor`: one finding for each of [`NAMES`].
+//! Examines Redis for `doctor`: one diagnosis for each of [`NAMES`].
 //!
-//! Goes the way that `serve` goes, and changes nothing: what would write is sent so that there is nothing to write. A
-//! hint on the replicas' channel makes each of them poll once.
+//! Connects like `serve`, and changes no data: the commands that write are sent with arguments that write nothing. The
+//! notification on the replicas' channel makes each replica poll once.
 
 use std::{collections::BTreeMap, time::Duration};
 
@@ -14,7 +14,10 @@ use super::diagnosis::{Diagnosis, Times, complete, located, milliseconds, resolv
 use crate::{
     base::clock::Clock,
     redis::{
-        CONNECT_TIMEOUT, Connection, Link as _, RedisSettings, connection::servers, notifications::CHANNEL, timed_out,
+        Connection, Link as _, RedisSettings,
+        connection::servers,
+        notifications::CHANNEL,
+        reconnect::{CONNECT_TIMEOUT, timed_out},
     },
 };
 
@@ -26,30 +29,30 @@ const CONNECTION: &str = "redis_connection";
 const COMMANDS: &str = "redis_commands";
 const HINTS: &str = "redis_hints";
 
-/// The settings that hold the URL.
+/// The settings that contain the URL.
 const URL: &[&str] = &["redis.url", "redis.url_file"];
-/// How often what is measured is done.
+/// Number of requests in the measurement.
 const ROUNDS: usize = 20;
-/// How long one answer may take: longer than anybody waits for it, so that slow can be told from never.
-const ANSWER: Duration = Duration::from_secs(1);
-/// How long a hint may take to be of any use.
-const HINT: Duration = Duration::from_secs(1);
+/// Timeout for one answer. Longer than the usual `redis.timeout`, to distinguish a slow answer from none.
+const ANSWER_TIMEOUT: Duration = Duration::from_secs(1);
+/// Timeout for the arrival of a notification.
+const NOTIFICATION_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Examines Redis as `settings` say; hints only where they are used.
+/// Examines the Redis in `settings`; notifications only if `hints` is set.
 pub async fn diagnose(settings: &RedisSettings, hints: bool, clock: &dyn Clock) -> Vec<Diagnosis> {
     if !settings.is_configured() {
         return complete(NAMES, Vec::new(), "redis.url is not set: Redis is not used");
     }
     let mut diagnoses = Vec::new();
-    let because = look(settings, hints, clock, &mut diagnoses).await.err().unwrap_or_default();
+    let because = examine(settings, hints, clock, &mut diagnoses).await.err().unwrap_or_default();
     complete(NAMES, diagnoses, &because)
 }
 
-/// Examines one thing after another.
+/// Runs the examinations in order.
 ///
 /// # Errors
-/// Why the rest cannot be examined.
-async fn look(
+/// The reason why the remaining examinations are skipped.
+async fn examine(
     settings: &RedisSettings,
     hints: bool,
     clock: &dyn Clock,
@@ -58,8 +61,8 @@ async fn look(
     match address(settings).await {
         Ok(found) => diagnoses.push(Diagnosis::ok(ADDRESS, found)),
         Err(problem) => {
-            let remedy = "correct the host in the URL, or the resolver of this machine; until then replicas share \
-                          nothing, and the database answers what they do not hold";
+            let remedy = "correct the host in the URL, or the name resolution of this machine; until then replicas \
+                          have no shared cache, and each L1 miss reads the database";
             diagnoses.push(Diagnosis::failed(ADDRESS, problem, remedy).about(URL));
             return Err(format!("because of {ADDRESS}"));
         }
@@ -76,21 +79,22 @@ async fn look(
     match pings(&mut connection, settings, clock).await {
         Ok(times) => diagnoses.push(judged(&mut connection, settings, took, &times).await),
         Err(error) => {
-            let remedy = "find out what keeps Redis, or the network before it, from answering";
-            diagnoses.push(Diagnosis::failed(CONNECTION, format!("connected, but: {error}"), remedy).about(URL));
+            let remedy = "find out why Redis or the network does not answer";
+            let found = format!("connected, but PING failed: {error}");
+            diagnoses.push(Diagnosis::failed(CONNECTION, found, remedy).about(URL));
             return Err(format!("because of {CONNECTION}"));
         }
     }
     diagnoses.push(commands(&mut connection).await);
     diagnoses.push(if hints {
-        hint(&mut connection, settings, clock).await
+        notifications(&mut connection, settings, clock).await
     } else {
         Diagnosis::skipped(HINTS, "freshness.hints is false").about(&["freshness.hints"])
     });
     Ok(())
 }
 
-/// Where the servers are, in words; each must be somewhere.
+/// The addresses of the servers, in words. Fails if one of them cannot be resolved.
 async fn address(settings: &RedisSettings) -> Result<String, String> {
     let servers = servers(settings).map_err(|error| error.to_string())?;
     let found = join_all(servers.iter().map(|server| resolved(server.addr()))).await;
@@ -113,18 +117,17 @@ fn unconnected(error: &RedisError) -> Diagnosis {
     let remedy = if refused {
         "correct the user in the URL or its password (redis.password_file, redis.password, the URL)"
     } else {
-        "start Redis, and let this machine reach its port; with rediss:// its certificate must be of an authority that \
-         is trusted (redis.ca_file), for the host in the URL. Until then the database answers what replicas do not hold"
+        "start Redis, and make its port reachable from this machine; with rediss:// its certificate must come from a \
+         trusted authority (redis.ca_file) and name the host in the URL. Until then each L1 miss reads the database"
     };
-    Diagnosis::failed(CONNECTION, said(error), remedy).about(URL)
+    Diagnosis::failed(CONNECTION, text(error), remedy).about(URL)
 }
 
 async fn pings(connection: &mut Connection, settings: &RedisSettings, clock: &dyn Clock) -> Result<Times, RedisError> {
     let mut times = Vec::new();
-    // What never comes in time is known before all are sent.
     for _ in 0..ROUNDS {
         let sent_at = clock.now();
-        within(ANSWER, connection.ping()).await?;
+        within(ANSWER_TIMEOUT, connection.ping()).await?;
         times.push(clock.now().since(sent_at));
         let late = times.iter().filter(|took| **took >= settings.timeout).count();
         if late > LATE_MAX {
@@ -134,23 +137,24 @@ async fn pings(connection: &mut Connection, settings: &RedisSettings, clock: &dy
     Ok(Times::new(times))
 }
 
-/// After so many late answers no more are asked for.
+/// If more answers than this are late, the measurement ends: the result is clear.
 const LATE_MAX: usize = 4;
 
 async fn judged(connection: &mut Connection, settings: &RedisSettings, took: Duration, times: &Times) -> Diagnosis {
     const SETTING: &[&str] = &["redis.timeout"];
-    // Every user may send it, whatever else it may not.
+    // Redis lets every user send HELLO, whatever its rights.
     let hello = ask::<BTreeMap<String, Value>>(connection, redis::cmd("HELLO")).await.unwrap_or_default();
     let word = |name: &str| hello.get(name).and_then(|value| redis::from_redis_value_ref::<String>(value).ok());
     let server = word("server").unwrap_or_else(|| "a server".to_owned());
     let version = word("version").unwrap_or_else(|| "of unknown version".to_owned());
-    let found = format!("{server} {version}, after {}; PING {}", milliseconds(took), times.beside(settings.timeout));
+    let (took, pings) = (milliseconds(took), times.beside(settings.timeout));
+    let found = format!("{server} {version}, connected in {took}; PING {pings}");
     if word("role").is_some_and(|role| role == "replica" || role == "slave") && !settings.cluster {
-        let remedy = "lead the URL to the master, or set redis.sentinel_master: a replica takes no values";
+        let remedy = "point the URL to the master, or set redis.sentinel_master: a replica accepts no writes";
         return Diagnosis::failed(CONNECTION, format!("a replica: {found}"), remedy).about(URL);
     }
-    let remedy = "bring Redis nearer to `serve`, find out what holds it up, or raise redis.timeout: an answer that \
-                  comes later costs a read of the database";
+    let remedy = "run `serve` closer to Redis, find out why Redis is slow, or raise redis.timeout: a check whose \
+                  answer is late reads the database";
     if times.median() >= settings.timeout {
         Diagnosis::failed(CONNECTION, found, remedy).about(SETTING)
     } else if times.longest() >= settings.timeout {
@@ -160,12 +164,13 @@ async fn judged(connection: &mut Connection, settings: &RedisSettings, took: Dur
     }
 }
 
-/// Whether the user may send what `serve` sends: each command so that it finds nothing and leaves nothing.
+/// Diagnoses whether the user may send the commands that `serve` sends. Each is sent so that it finds and changes
+/// nothing.
 async fn commands(connection: &mut Connection) -> Diagnosis {
     let name = format!("trustgate:doctor:{}", Uuid::new_v4().simple());
     let values: [(&str, &[&str]); 5] = [
         ("GETRANGE", &[&name, "0", "0"]),
-        // Only over a value that is there.
+        // XX: only if the key exists, which it does not.
         ("SET", &[&name, "", "XX"]),
         ("UNLINK", &[&name]),
         ("EVAL", &["return redis.call('GETRANGE', KEYS[1], 0, 0)", "1", &name]),
@@ -178,8 +183,8 @@ async fn commands(connection: &mut Connection) -> Diagnosis {
         ("HSTRLEN", &[&name, "field"]),
         ("HGET", &[&name, "field"]),
     ];
-    let remedy = "give the user of Redis the commands and keys that [redis] in docs/configuration.md lists (ACL \
-                  SETUSER); an error of another kind is the server's to explain";
+    let remedy = "give the Redis user the commands and keys that [redis] in docs/configuration.md lists (ACL SETUSER); \
+                  for errors of other kinds, see the log of Redis";
     let refused_values = refused(connection, &values).await;
     if !refused_values.is_empty() {
         return Diagnosis::failed(COMMANDS, refused_values.join("; "), remedy).about(URL);
@@ -192,7 +197,7 @@ async fn commands(connection: &mut Connection) -> Diagnosis {
     Diagnosis::ok(COMMANDS, "the user may read, write, delete and run scripts on keys that begin with trustgate:")
 }
 
-/// Those of `commands` that may not be sent, each with what is said of it.
+/// The commands among `commands` that Redis refuses, each with the error.
 async fn refused(connection: &mut Connection, commands: &[(&str, &[&str])]) -> Vec<String> {
     let mut refused = Vec::new();
     for (word, arguments) in commands {
@@ -200,20 +205,20 @@ async fn refused(connection: &mut Connection, commands: &[(&str, &[&str])]) -> V
         command.arg(*arguments);
         match ask::<Value>(connection, command).await {
             Ok(_) => {}
-            // It may be sent: that nobody has such a script is another matter.
+            // The user may send the command, but no script has this digest.
             Err(error) if error.code() == Some("NOSCRIPT") => {}
-            Err(error) => refused.push(format!("{word}: {}", said(&error))),
+            Err(error) => refused.push(format!("{word}: {}", text(&error))),
         }
     }
     refused
 }
 
-/// Whether a hint reaches us, and how soon.
-async fn hint(connection: &mut Connection, settings: &RedisSettings, clock: &dyn Clock) -> Diagnosis {
+/// Diagnoses whether notifications through Redis arrive, and how soon.
+async fn notifications(connection: &mut Connection, settings: &RedisSettings, clock: &dyn Clock) -> Diagnosis {
     let lost = |problem: String| {
-        let found = format!("hints do not arrive by Redis ({problem})");
-        let remedy = "let the user publish and subscribe on the channel trustgate:hints: until then a revocation is \
-                      found by the database's own hints, or by the next poll";
+        let found = format!("notifications do not arrive through Redis ({problem})");
+        let remedy = "let the user publish and subscribe on the channel trustgate:hints: until then replicas find a \
+                      revocation by a notification of the database, or by the next poll";
         Diagnosis::warning(HINTS, found, remedy).about(URL)
     };
     let listening = async {
@@ -223,33 +228,34 @@ async fn hint(connection: &mut Connection, settings: &RedisSettings, clock: &dyn
     };
     let mut subscriber = match within(CONNECT_TIMEOUT, listening).await {
         Ok(subscriber) => subscriber,
-        Err(error) => return lost(said(&error)),
+        Err(error) => return lost(text(&error)),
     };
     let sent_at = clock.now();
     let mut publish = redis::cmd("PUBLISH");
     publish.arg(CHANNEL).arg("");
     if let Err(error) = ask::<Value>(connection, publish).await {
-        return lost(said(&error));
+        return lost(text(&error));
     }
-    let heard = timeout(HINT, subscriber.on_message().next()).await;
-    match heard {
+    let received = timeout(NOTIFICATION_TIMEOUT, subscriber.on_message().next()).await;
+    match received {
         Ok(Some(_)) => {
-            Diagnosis::ok(HINTS, format!("a hint arrives after {}", milliseconds(clock.now().since(sent_at))))
+            let took = milliseconds(clock.now().since(sent_at));
+            Diagnosis::ok(HINTS, format!("a notification arrived after {took}"))
         }
-        Ok(None) => lost("the connection broke".to_owned()),
-        Err(_) => lost(format!("not within {HINT:?}")),
+        Ok(None) => lost("the connection was lost".to_owned()),
+        Err(_) => lost(format!("none within {NOTIFICATION_TIMEOUT:?}")),
     }
 }
 
 async fn ask<T: redis::FromRedisValue>(connection: &mut Connection, command: Cmd) -> Result<T, RedisError> {
-    within(ANSWER, connection.send(&command)).await
+    within(ANSWER_TIMEOUT, connection.send(&command)).await
 }
 
 async fn within<T>(limit: Duration, work: impl Future<Output = Result<T, RedisError>>) -> Result<T, RedisError> {
     timeout(limit, work).await.unwrap_or_else(|_| Err(timed_out()))
 }
 
-/// An error in words; one that is only a limit of ours says so.
-fn said(error: &RedisError) -> String {
+/// The text of an error. An error that is only our timeout says so.
+fn text(error: &RedisError) -> String {
     if error.is_timeout() { "no answer in time".to_owned() } else { error.to_string() }
 }

@@ -1,6 +1,6 @@
-//! One connection to the database for `doctor`, and the questions that both kinds of database are asked.
+//! The database connection of `doctor`, and the examinations that SQLite and PostgreSQL have in common.
 //!
-//! Asks what `serve` asks, and changes nothing. Every wait has an end.
+//! They send the queries that `serve` sends, and change nothing. Each wait has a timeout.
 
 use std::{future::Future, time::Duration};
 
@@ -36,23 +36,23 @@ pub(crate) const READS: &str = "database_reads";
 pub(crate) const CLOCK: &str = "database_clock";
 pub(crate) const HINTS: &str = "database_hints";
 
-/// All triggers are right, and nobody has made sure of that since the last alteration.
-pub(crate) const ALTERED: &str = "every change is named: all triggers are as they were made. Tables, triggers or rights were \
-    altered since a replica made sure of that: the next poll of one does";
+/// All triggers are intact, but no replica has verified them since tables, triggers or rights were altered.
+pub(crate) const ALTERED: &str = "every change is recorded: all triggers are as they were created. Tables, triggers or \
+    rights were altered since a replica verified this; the next poll of a replica verifies it again";
 
-/// The settings that hold the URL of `serve`.
+/// The settings that contain the URL of `serve`.
 pub(crate) const URL: &[&str] = &["store.url", "store.url_file"];
-/// How often what is measured is done.
+/// Number of requests in a measurement.
 const ROUNDS: i64 = 20;
-/// Measuring ends after so long: whatever is that slow is known by then.
-const PATIENCE: Duration = Duration::from_secs(5);
-/// A clock that is further off misleads whoever compares logs.
+/// A measurement sends no further request after this time: a database that is so slow has been found out by then.
+const MEASUREMENT_TIMEOUT: Duration = Duration::from_secs(5);
+/// A larger offset between the clocks is a warning: it misleads people who compare logs.
 const OFFSET_MAX: Duration = Duration::from_secs(1);
 
-/// What other sections say about the use of the database.
+/// The settings of other sections that concern the database.
 #[derive(Clone, Copy, Debug)]
 pub struct Use<'a> {
-    /// The fingerprints of the peppers, the current one first; `None`: they cannot be read.
+    /// The fingerprints of the peppers, the current one first; `None` if the peppers cannot be read.
     pub peppers: Option<&'a [Fingerprint]>,
     /// `freshness.poll_timeout`.
     pub poll_timeout: Duration,
@@ -60,16 +60,16 @@ pub struct Use<'a> {
     pub hints: bool,
 }
 
-/// What came of it.
+/// The results of the database examinations.
 #[derive(Debug)]
 pub struct Examined {
     /// One for each of [`NAMES`].
     pub diagnoses: Vec<Diagnosis>,
-    /// Whether the key of the Redis MAC can be had from the database; else why not.
+    /// `Ok` if the database has the key of the Redis MAC; otherwise the reason why it is not available.
     pub redis_mac_key: Result<(), String>,
 }
 
-/// What an examination goes by.
+/// The inputs of the database examinations.
 #[derive(Clone, Copy)]
 pub(crate) struct Examination<'a> {
     pub(crate) settings: &'a StoreSettings,
@@ -78,7 +78,7 @@ pub(crate) struct Examination<'a> {
     pub(crate) clock: &'a dyn Clock,
 }
 
-/// What was found so far.
+/// The diagnoses so far.
 #[derive(Default)]
 pub(crate) struct Report {
     diagnoses: Vec<Diagnosis>,
@@ -90,7 +90,8 @@ impl Report {
         self.diagnoses.push(diagnosis);
     }
 
-    /// What was not examined, could not be because of the first that failed.
+    /// Completes the report: examinations that did not run were skipped because of the first failure, or else because
+    /// of the last warning.
     pub(crate) fn examined(self) -> Examined {
         let Self { diagnoses, redis_mac_key } = self;
         let is = |state| move |diagnosis: &&Diagnosis| diagnosis.state == state;
@@ -104,31 +105,31 @@ impl Report {
     }
 }
 
-/// That something could not be examined because of what was found before.
+/// The reason to skip an examination because of an earlier diagnosis.
 fn because_of(diagnosis: &Diagnosis) -> String {
     format!("because of {}", diagnosis.name)
 }
 
-/// Why a question has no answer.
+/// Why a query has no answer.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Trouble {
-    /// The database, or the way to it, says.
-    #[error("{}", words(.0))]
+    /// The database or the connection has reported an error.
+    #[error("{}", message(.0))]
     Sql(#[from] sqlx::Error),
-    /// It says nothing.
+    /// The database did not answer within the timeout.
     #[error("no answer within {0:?}")]
     Late(Duration),
-    /// An answer to an earlier question may still come.
-    #[error("the connection was given up when an answer did not come in time")]
+    /// The connection was closed, because the answer to an earlier query may still arrive.
+    #[error("connection closed: an earlier query was not answered in time")]
     Gone,
 }
 
-/// What an error says, without the words before it that everybody knows.
-fn words(error: &sqlx::Error) -> String {
+/// The message of an error. Leaves out the words that sqlx adds before a message of the database.
+fn message(error: &sqlx::Error) -> String {
     error.as_database_error().map_or_else(|| error.to_string(), |error| error.message().to_owned())
 }
 
-/// A connection to be asked one thing after another.
+/// A connection that sends one query after another.
 pub(crate) struct Session<'a, D: Dialect> {
     pub(crate) dialect: &'a D,
     connection: Option<D::Connection>,
@@ -147,7 +148,7 @@ impl<'a, D: Dialect> Session<'a, D> {
 
     pub(crate) async fn ask(&mut self, query: &D::Query) -> Result<Vec<D::Row>, Trouble> {
         let connection = self.connection.as_mut().ok_or(Trouble::Gone)?;
-        // Longer than `serve` waits, so that what is too slow can be told from what never answers.
+        // Wait longer than `serve` does, to distinguish a slow answer from none.
         let answer = within(self.examination.settings.connect_timeout, self.dialect.run(connection, query)).await;
         if matches!(answer, Err(Trouble::Late(_))) {
             self.connection = None;
@@ -157,12 +158,12 @@ impl<'a, D: Dialect> Session<'a, D> {
 
     pub(crate) async fn close(self) {
         if let Some(connection) = self.connection {
-            // It is gone either way.
-            let _ = timeout(GOODBYE, D::close(connection)).await;
+            // Ignore errors: the connection is not used any more.
+            let _ = timeout(CLOSE_TIMEOUT, D::close(connection)).await;
         }
     }
 
-    /// What any database is asked about our tables, or about somebody else's.
+    /// Examines our own tables or the existing table, as far as the queries are the same for both kinds of database.
     pub(crate) async fn diagnose(&mut self, kind: Kind, report: &mut Report) -> Tables {
         if let Some(ours) = self.dialect.ours() {
             let tables = match self.ask(&ours.schema).await {
@@ -188,21 +189,24 @@ impl<'a, D: Dialect> Session<'a, D> {
         Tables::Fit { triggers_intact }
     }
 
-    /// Whether our tables are there and of a fitting version.
+    /// Diagnoses whether our tables exist and have a compatible version.
     fn tables(&self, kind: Kind, found: Result<Option<schema::Tables>, Trouble>) -> Diagnosis {
         let place = self.dialect.backend();
         let found = match found {
             Ok(found) => found,
             Err(trouble) => {
-                let remedy = "let the role of `serve` read them, see database_rights";
+                let remedy = "let the role of `serve` read the tables; see database_rights";
                 return Diagnosis::failed(TABLES, format!("{place}: {trouble}"), remedy).about(URL);
             }
         };
         let version = found.map_or(0, |tables| tables.version);
         match (schema::check(found, &place), kind) {
-            (Ok(()), _) => Diagnosis::ok(TABLES, format!("version {version}; this release makes {}", schema::VERSION)),
+            (Ok(()), _) => {
+                Diagnosis::ok(TABLES, format!("version {version}; this release creates version {}", schema::VERSION))
+            }
             (Err(problem), Kind::Embedded) if version < schema::VERSION => {
-                Diagnosis::warning(TABLES, problem.to_string(), "nothing: `serve` does that when it starts")
+                let remedy = "no action needed: `serve` creates or upgrades the tables when it starts";
+                Diagnosis::warning(TABLES, problem.to_string(), remedy)
             }
             (Err(problem), _) => {
                 let newer = version > schema::VERSION;
@@ -213,13 +217,14 @@ impl<'a, D: Dialect> Session<'a, D> {
     }
 
     async fn redis_mac_key(&mut self) -> Result<(), String> {
-        let ours = self.dialect.ours().ok_or("these tables hold none")?;
+        let ours = self.dialect.ours().ok_or("these tables have no MAC key")?;
         let rows = self.ask(&ours.redis_mac_key).await.map_err(|trouble| trouble.to_string())?;
         let key = rows.first().and_then(|row| bytes_from_hex::<32>(&row.text(0).ok()?));
         key.map(drop).ok_or_else(|| "the setting redis_mac_key is missing or not 32 bytes".to_owned())
     }
 
-    /// Polls as a replica does, first as one that begins.
+    /// Polls as a replica does: the first poll like a new replica, the others like one that follows the change log.
+    /// Returns `triggers_intact` of the last answer; `None` if no poll was answered.
     async fn polls(&mut self, kind: Kind, report: &mut Report) -> Option<bool> {
         const SETTING: &[&str] = &["freshness.poll_timeout"];
         let limit = self.examination.usage.poll_timeout;
@@ -227,7 +232,7 @@ impl<'a, D: Dialect> Session<'a, D> {
         let mut last = None;
         let began = self.examination.clock.now();
         for echo in 0..=ROUNDS {
-            if echo > 1 && self.examination.clock.now().since(began) > PATIENCE {
+            if echo > 1 && self.examination.clock.now().since(began) > MEASUREMENT_TIMEOUT {
                 break;
             }
             let since = last.as_ref().map(|polled: &Polled| polled.newest.as_of);
@@ -237,16 +242,16 @@ impl<'a, D: Dialect> Session<'a, D> {
                     samples.push(sample);
                 }
                 Err(problem) => {
-                    let remedy = "`serve` confirms nothing while this is so: see the findings above this one";
+                    let remedy = "`serve` confirms nothing until polls work: see the failed lines above this one";
                     report.add(Diagnosis::failed(POLLS, problem, remedy).about(SETTING));
                     return last.map(|polled| polled.triggers_intact);
                 }
             }
         }
-        // The first reads a quarter of an hour of history, once in the life of a replica.
+        // Leave out the first poll: it reads a quarter of an hour of history, which a replica does only when it starts.
         let times = Times::new(samples.iter().skip(1).map(Sample::took).collect());
-        let remedy = "bring `serve` nearer to its database, find out what holds the database up, or raise \
-                      freshness.poll_timeout (freshness.lease must hold twice as much)";
+        let remedy = "run `serve` closer to its database, find out why the database is slow, or raise \
+                      freshness.poll_timeout (and freshness.lease, which must be longer than twice that)";
         report.add(judged(POLLS, &times, limit, remedy).about(SETTING));
         report.diagnoses.extend(last.as_ref().map(|polled| self.pepper(polled.peppers)));
         if matches!(kind, Kind::Server) {
@@ -255,11 +260,11 @@ impl<'a, D: Dialect> Session<'a, D> {
         last.map(|polled| polled.triggers_intact)
     }
 
-    /// Whether `serve` would have the pepper of the keys.
+    /// Diagnoses whether `serve` has the pepper that the database records.
     fn pepper(&self, stored: StoredPeppers) -> Diagnosis {
         const SETTINGS: &[&str] = &["credential.pepper_file", "credential.previous_pepper_files"];
         let Some(known) = self.examination.usage.peppers else {
-            return Diagnosis::skipped(PEPPER, "because the configured peppers cannot be read");
+            return Diagnosis::skipped(PEPPER, "the configured peppers cannot be read");
         };
         let Some(recorded) = stored.current else {
             return Diagnosis::ok(PEPPER, "no pepper is recorded yet: the first issued or imported key records it");
@@ -272,12 +277,12 @@ impl<'a, D: Dialect> Session<'a, D> {
             return Diagnosis::failed(PEPPER, found, remedy).about(SETTINGS);
         }
         if known.first() == Some(&recorded) {
-            return Diagnosis::ok(PEPPER, format!("keys are made under the current pepper ({recorded})"));
+            return Diagnosis::ok(PEPPER, format!("keys are issued under the current pepper ({recorded})"));
         }
         let found =
-            format!("keys are made under the pepper {recorded}, which is not the current one of this configuration");
-        let remedy = "once every server has the new pepper, run `trustgate pepper use` with it; until then no key can be issued \
-                      with this configuration";
+            format!("keys are issued under the pepper {recorded}, which is not the current one of this configuration");
+        let remedy = "once every server has the new pepper, run `trustgate pepper use` with it; until then no key can \
+                      be issued with this configuration";
         Diagnosis::warning(PEPPER, found, remedy).about(SETTINGS)
     }
 
@@ -291,77 +296,80 @@ impl<'a, D: Dialect> Session<'a, D> {
         Ok((polled, Sample { sent_at, answered_at, shown }))
     }
 
-    /// Reads of keys that nobody has.
+    /// Measures reads of random digests, which belong to no key.
     async fn reads(&mut self) -> Diagnosis {
         const SETTING: &[&str] = &["store.read_timeout"];
         let mut times = Vec::new();
         let began = self.examination.clock.now();
         for round in 0..ROUNDS {
-            if round > 0 && self.examination.clock.now().since(began) > PATIENCE {
+            if round > 0 && self.examination.clock.now().since(began) > MEASUREMENT_TIMEOUT {
                 break;
             }
             let digest = match schema::random::<32>() {
                 Ok(bytes) => ApiKeyDigest::from_bytes(bytes),
-                Err(error) => return Diagnosis::failed(READS, error.to_string(), "start it where there is randomness"),
+                Err(error) => {
+                    let remedy = "run `doctor` on a system with a source of random numbers";
+                    return Diagnosis::failed(READS, error.to_string(), remedy);
+                }
             };
             let query = self.dialect.find(&Digests { current: digest, older: Vec::new() });
             let sent_at = self.examination.clock.now();
             if let Err(trouble) = self.ask(&query).await {
                 let remedy =
-                    "no key that is not cached can be checked while this is so: see the findings above this one";
+                    "keys that are not cached cannot be checked until reads work: see the failed lines above this one";
                 return Diagnosis::failed(READS, trouble.to_string(), remedy).about(SETTING);
             }
             times.push(self.examination.clock.now().since(sent_at));
         }
-        let remedy = "bring `serve` nearer to its database, find out what holds the database up, or raise \
+        let remedy = "run `serve` closer to its database, find out why the database is slow, or raise \
                       store.read_timeout (and decision.deadline with it)";
         judged(READS, &Times::new(times), self.examination.settings.read_timeout, remedy).about(SETTING)
     }
 
-    /// The database's clock beside ours, by the poll whose moment is known best.
+    /// Compares the database's clock with this machine's, by the shortest poll: its time is known most precisely.
     fn clock(&self, sample: &Sample) -> Diagnosis {
         let half = sample.took() / 2;
         let here = wall_time(self.examination.clock, sample.sent_at.after(half));
         let (ahead, behind) = (sample.shown.since(here), here.since(sample.shown));
         let (offset, word) = if ahead > behind { (ahead, "ahead of") } else { (behind, "behind") };
         let found = format!(
-            "the database's clock is {} {word} this machine's, to {} more or less",
+            "the database's clock is {} {word} this machine's, give or take {}",
             milliseconds(offset),
             milliseconds(half)
         );
         if offset <= OFFSET_MAX + half {
             return Diagnosis::ok(CLOCK, found);
         }
-        let remedy = "set both clocks by NTP: nothing is decided by this machine's, but its log does not fit to the \
-                      database's times (audit, expiry)";
+        let remedy = "synchronise both clocks by NTP: no decision depends on this machine's clock, but the times in \
+                      its log do not match those in the database (audit, expiry)";
         Diagnosis::warning(CLOCK, found, remedy)
     }
 }
 
-/// What is known of the tables.
+/// The result of examining the tables.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Tables {
     /// They can be read.
     Fit {
-        /// Whether changes are named, if a poll says so.
+        /// True if the last poll confirms that every change is recorded; `None` if no poll was answered.
         triggers_intact: Option<bool>,
     },
-    /// They are missing, or of another version.
+    /// They are missing, or have an incompatible version.
     Unfit,
     /// They cannot be read.
     Closed,
 }
 
-/// Kinds of databases.
+/// The kinds of databases.
 #[derive(Clone, Copy)]
 pub(crate) enum Kind {
-    /// On this machine, by its clock; `serve` makes the tables and brings them up to date.
+    /// On this machine, with its clock; `serve` creates and upgrades the tables.
     Embedded,
-    /// Anywhere, with a clock of its own; `migrate` makes the tables.
+    /// On any machine, with a separate clock; `migrate` creates and upgrades the tables.
     Server,
 }
 
-/// When a poll was sent and answered, and what the database's clock showed meanwhile.
+/// When a poll was sent and answered, and the time of the database's clock in between.
 struct Sample {
     sent_at: Moment,
     answered_at: Moment,
@@ -374,7 +382,7 @@ impl Sample {
     }
 }
 
-/// What took these times, and fails where one took longer than `limit`.
+/// Diagnoses measured times: failed if the longest reaches `limit`, a warning if it exceeds a quarter of it.
 fn judged(name: &'static str, times: &Times, limit: Duration, remedy: &str) -> Diagnosis {
     let found = times.beside(limit);
     if times.longest() >= limit {
@@ -393,15 +401,15 @@ pub(crate) async fn within<T>(
     timeout(limit, work).await.map_err(|_| Trouble::Late(limit))?.map_err(Trouble::Sql)
 }
 
-/// How long a connection may take to say goodbye.
-const GOODBYE: Duration = Duration::from_secs(1);
+/// Timeout for closing a connection.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn a_round_trip_is_judged_by_its_longest() {
+    fn the_longest_time_decides_the_state() {
         let limit = Duration::from_millis(100);
         for (longest, state) in [(25, State::Ok), (26, State::Warning), (99, State::Warning), (100, State::Failed)] {
             let times = Times::new(vec![Duration::from_millis(1), Duration::from_millis(longest)]);

@@ -1,7 +1,7 @@
-//! A check from message to reply: one orchestration for every transport.
+//! Runs one check, from the bytes of the message to the reply. It does not depend on the transport.
 //!
-//! Synchronous on an L1 hit; only a miss waits. Never answers with a gRPC error of its own making unless
-//! `decision.on_fault = "error"` asks for it.
+//! A check that hits in L1 returns without waiting; a miss waits for Redis or the database. A fault becomes a gRPC
+//! error only with `decision.on_fault = "error"`.
 
 use std::{sync::Arc, time::Duration};
 
@@ -32,53 +32,57 @@ use crate::{
 };
 
 crate::settings! {
-    /// What is answered.
+    /// How trustgate answers checks, and how long a check may take.
     pub struct DecisionSettings in "decision" {
-        /// What Envoy is told when we cannot decide: `deny` (503, always enforced), `error` (the gRPC error UNAVAILABLE:
-        /// Envoy's retry, `failure_mode_allow` and `status_on_error` decide) or `error_response` (503 that counts as an
-        /// error; Envoy 1.37 and later).
+        /// The answer to Envoy when trustgate cannot decide. `deny`: a denial with 503, which Envoy enforces whatever
+        /// its `failure_mode_allow` says. `error`: the gRPC error UNAVAILABLE, so that Envoy's retry policy,
+        /// `failure_mode_allow` and `status_on_error` decide. `error_response`: a 503 that Envoy counts as an error, so
+        /// that `failure_mode_allow` decides (Envoy 1.37 and later; an older Envoy denies with 403).
         on_fault: OnFault = "deny",
-        /// What happens to a CORS preflight: `check` it like any request, or let it `pass` as anonymous (for proxies
-        /// that ask us before they apply CORS, such as Istio).
+        /// How to treat a CORS preflight. `check`: like any other request. `pass`: let it pass as anonymous, for
+        /// proxies that call trustgate before they apply CORS, such as Istio.
         preflight: Preflight = "check",
-        /// How long one check may take in all.
+        /// How long one whole check may take. After that, trustgate answers as `on_fault` says. `store.read_timeout`
+        /// and `redis.timeout` together must not exceed it.
         deadline: Duration = "150ms",
-        /// Envoy's own timeout for the check, `grpc_service.timeout` of its filter, or less. `deadline` must be below it.
+        /// Envoy's timeout for the check (`grpc_service.timeout` of its ext_authz filter), or a shorter time.
+        /// `deadline` must be shorter than this.
         envoy_timeout: Duration = "200ms",
-        /// What `Retry-After` tells clients when we cannot decide; whole seconds.
+        /// The `Retry-After` header that clients receive when trustgate cannot decide. Rounded down to whole seconds;
+        /// at least one second.
         retry_after: Duration = "1s",
     }
 }
 
 crate::setting_enum! {
-    /// What happens to a CORS preflight.
+    /// How to treat a CORS preflight.
     pub enum Preflight ("\"check\" or \"pass\"") {
-        /// Checked like any request.
+        /// Check it like any other request.
         Check = "check",
-        /// Passes as anonymous.
+        /// Let it pass as anonymous.
         Pass = "pass",
     }
 }
 
-/// What a checker is made of.
+/// The dependencies of a [`Checker`].
 pub struct CheckerParts {
-    /// What is answered.
+    /// The section `[decision]`.
     pub decision: DecisionSettings,
-    /// Where credentials stand.
+    /// The section `[credential]`.
     pub credential: CredentialSettings,
-    /// How fresh records must be where a route does not say so.
+    /// The freshness for routes that do not set `trustgate.freshness`.
     pub freshness: Freshness,
-    /// Whether the tables name their changes; without that there is no lease.
+    /// True if the tables have a change log. Without one there is no lease.
     pub tracks_changes: bool,
-    /// From key to digest.
+    /// Computes the digests of keys.
     pub hasher: Hasher,
-    /// Where records are found.
+    /// Finds records in L1, Redis and the database.
     pub cache: Arc<Cache<ApiKey>>,
-    /// What this replica knows of the store's history.
+    /// The changes that this replica has applied, and its lease.
     pub replica_state: Arc<ReplicaState>,
-    /// What is denied whatever the store says.
+    /// The deny list, which applies even to keys that the store calls good.
     pub denials: Arc<DenyList>,
-    /// The time.
+    /// The clock for deadlines, the lease and metrics.
     pub clock: Arc<dyn Clock>,
 }
 
@@ -94,10 +98,10 @@ pub struct Checker {
 type Outcome<'r> = Result<Decision<'r>, Fault>;
 
 impl Checker {
-    /// A checker of `parts`.
+    /// Creates a checker from `parts` and registers its metrics.
     ///
     /// # Errors
-    /// When a metric of that name exists already.
+    /// If `registry` already has one of the metrics.
     pub fn new(parts: CheckerParts, registry: &Registry) -> prometheus::Result<Self> {
         let replies = Replies::new(parts.decision.on_fault, parts.decision.retry_after);
         Ok(Self {
@@ -123,7 +127,8 @@ impl Checker {
     #[must_use]
     pub fn try_decide(&self, message: &[u8]) -> Progress {
         let began = self.parts.clock.now();
-        // Load the view and the state of its lease first: the freshness rule holds for values that are looked up later.
+        // Read the lease before looking up a value. In the other order, a poll in between could outdate the value and
+        // renew the lease, and this check would rely on both.
         let view = self.parts.replica_state.load();
         let lease = view.lease_state(began);
         let request = match self.read(message) {
@@ -137,8 +142,8 @@ impl Checker {
         let policy = ReadPolicy::new(self.freshness(&request.demands), lease);
         if let Some(entry) = self.parts.cache.hit(policy, &view, &digest, began) {
             let found = Found { record: entry.value(), digest: &digest, provenance: Provenance::Known };
-            let is_its = |stored: &ApiKeyDigest| self.parts.hasher.matches(stored, &digest, key.expose());
-            let outcome = self.decide(&found, is_its, &request.demands, began);
+            let matches_key = |stored: &ApiKeyDigest| self.parts.hasher.matches(stored, &digest, key.expose());
+            let outcome = self.decide(&found, matches_key, &request.demands, began);
             let denies_key = matches!(&outcome, Ok(Decision::Deny(reason)) if reason.is_of_key());
             if policy != ReadPolicy::GrantOnly {
                 return Progress::Done(self.answer(outcome, &request, Basis::Confirmed, began));
@@ -164,10 +169,10 @@ impl Checker {
         let loaded = self.parts.cache.find(digests.clone(), &context);
         let loaded = timeout(limit, loaded).await.unwrap_or(Err(Fault::Late { limit }));
         if let Ok(loaded) = &loaded {
-            self.await_word_on_lost_revocation(loaded, &digests, &context).await;
+            self.await_poll_after_lost_revocation(loaded, &digests, &context).await;
         }
         cancel_guard.disarm();
-        // Read the message again: a pending check keeps nothing of it.
+        // Parse the message again: a pending check does not borrow from it.
         let request = match self.read(message) {
             Ok(request) => request,
             Err(refusal) => return self.refused(&refusal, began),
@@ -183,9 +188,15 @@ impl Checker {
         self.answer(outcome, &request, Basis::Confirmed, began)
     }
 
-    /// Waits for the next poll if the key was revoked in a database history that was lost. It may have been enabled again
-    /// since, which the poll finds out; if none comes in time, [`Self::decide`] denies the key.
-    async fn await_word_on_lost_revocation(&self, loaded: &Loaded<ApiKey>, digests: &Digests, context: &ReadContext) {
+    /// If the record is newer than the last poll and this replica once saw its key revoked, waits for a poll: the
+    /// database may have been restored to a state in which the key is good. If no poll arrives before the deadline,
+    /// [`Self::decide`] denies the key.
+    async fn await_poll_after_lost_revocation(
+        &self,
+        loaded: &Loaded<ApiKey>,
+        digests: &Digests,
+        context: &ReadContext,
+    ) {
         let replica_state = &self.parts.replica_state;
         if let Some(version) = loaded.ahead_of(&context.view)
             && digests.all().any(|digest| replica_state.revoked.binds_elsewhere(digest))
@@ -196,27 +207,28 @@ impl Checker {
         }
     }
 
-    /// The reply to a message that was refused unread.
+    /// The reply to a message that the transport refuses without reading all of it.
     pub fn refuse(&self, reason: DenyReason) -> Reply {
         self.denied(reason, self.parts.clock.now())
     }
 
-    /// The reply to a message that there is no room for.
+    /// The reply to a message that exceeds `limit` of this server.
     pub fn shed(&self, limit: &'static str) -> Reply {
         self.failed(&Fault::Overloaded { limit }, self.parts.clock.now(), Duration::ZERO)
     }
 
-    /// Counts a message that did not arrive within `limit`. `net::call` answers it with HTTP 408, not with a [`Reply`].
+    /// Counts a message that did not arrive within `limit`. `grpc::call` answers it with HTTP 408, not with a
+    /// [`Reply`].
     pub fn late(&self, limit: Duration) {
         self.failed(&Fault::Late { limit }, self.parts.clock.now(), limit);
     }
 
-    /// The reply to a message that is compressed, by the algorithm that the header `grpc-encoding` names.
+    /// The reply to a compressed message. `encoding` is its header `grpc-encoding`.
     pub fn compressed(&self, encoding: &[u8]) -> Reply {
         self.failed(&Fault::Compressed { encoding: quoted(encoding) }, self.parts.clock.now(), Duration::ZERO)
     }
 
-    /// Counts a check whose caller left before its message had arrived.
+    /// Counts a check as cancelled because its caller ended the stream before the message was complete.
     pub fn abandoned(&self) {
         self.metrics.observe(&self.metrics.cancelled, Duration::ZERO);
     }
@@ -239,8 +251,8 @@ impl Checker {
         Ok(Request { subject, demands, removals })
     }
 
-    /// The freshness that the route demands, or else the configured one. Tables that do not track their changes cannot
-    /// confirm anything by a lease, so a route that demands a lease there gets `live`, which is stricter.
+    /// The freshness that the route demands, or else the configured one. Without a change log there is no lease: a
+    /// route that demands a lease gets `live` instead, which is stricter.
     fn freshness(&self, demands: &Demands<'_>) -> Freshness {
         match demands.freshness.unwrap_or(self.parts.freshness) {
             Freshness::Lease | Freshness::Strict if !self.parts.tracks_changes => Freshness::Live,
@@ -248,16 +260,16 @@ impl Checker {
         }
     }
 
-    /// Decides by `found`. `is_its` compares the stored digest with the presented key, in constant time.
+    /// Decides by `found`. `matches_key` compares the stored digest with the presented key, in constant time.
     fn decide<'r>(
         &self,
         found: &Found<'r, '_>,
-        is_its: impl FnOnce(&ApiKeyDigest) -> bool,
+        matches_key: impl FnOnce(&ApiKeyDigest) -> bool,
         demands: &Demands<'_>,
         now: Moment,
     ) -> Outcome<'r> {
         let replica_state = &self.parts.replica_state;
-        // The value was read from the database, so the offset of the database's clock is known by now.
+        // Polls and database reads set the database's clock. Before the first one, expiry cannot be decided.
         let now = replica_state.database_clock.at(now).ok_or(Fault::Unconfirmed)?;
         // Without the recorded pepper this server cannot find new keys, so it must not deny them as unknown.
         if found.record.is_none() && !replica_state.pepper.identifies_all() {
@@ -266,13 +278,13 @@ impl Checker {
         let decision = decide(found.record, demands, now);
         let Some(record) = found.record.filter(|_| matches!(decision, Decision::Allow(_))) else { return Ok(decision) };
         // The map lookup is not constant-time, so compare the digest again in constant time.
-        if !is_its(&record.digest) {
+        if !matches_key(&record.digest) {
             return Ok(Decision::Deny(DenyReason::Unknown));
         }
         if self.parts.denials.denies(found.digest, record, now) {
             return Ok(Decision::Deny(DenyReason::DenyListed));
         }
-        // A key that was revoked in a lost history stays revoked until the present history changes it.
+        // A key that was revoked in a lost database history stays denied until the current history changes the key.
         let is_unconfirmed = found.provenance != Provenance::Known;
         let is_bound = [found.digest, &record.digest].into_iter().any(|digest| {
             replica_state.revoked.binds(digest) || (is_unconfirmed && replica_state.revoked.binds_elsewhere(digest))
@@ -285,7 +297,7 @@ impl Checker {
         let took = self.parts.clock.now().since(began);
         let limit = self.parts.decision.deadline;
         match outcome {
-            // The lease that the check relied on may have expired since.
+            // The lease that was read at `began` may have expired.
             Ok(Decision::Allow(_)) if took > limit => self.failed(&Fault::Late { limit }, began, took),
             Ok(decision) => {
                 if basis == Basis::Stale && matches!(decision, Decision::Allow(_)) {
@@ -319,21 +331,21 @@ impl Checker {
     fn failed(&self, fault: &Fault, began: Moment, took: Duration) -> Reply {
         self.metrics.observe(self.metrics.fault(fault.reason()), took);
         if let Some(suppressed) = self.fault_log.permit(began) {
-            tracing::warn!(%fault, suppressed, "a check could not be decided");
+            tracing::warn!(%fault, suppressed, "check could not be decided");
         }
         self.replies.fault()
     }
 }
 
-/// How far a check got without waiting.
+/// The state of a check after [`Checker::try_decide`].
 pub enum Progress {
-    /// The reply.
+    /// The check is decided; this is its reply.
     Done(Reply),
-    /// Redis or the database must be asked: [`Checker::finish`] does so.
+    /// The check needs Redis or the database: [`Checker::finish`] waits for them.
     Pending(Waiting),
 }
 
-/// A check that has to wait. Keeps nothing of its message.
+/// A pending check. It does not borrow from the message.
 pub struct Waiting {
     digests: Digests,
     context: ReadContext,
@@ -346,11 +358,11 @@ struct Request<'m, 'c> {
     removals: Removals<'c>,
 }
 
-/// On whose behalf a request is made.
+/// The caller of a request.
 enum Subject<'m> {
-    /// The holder of this key.
+    /// A caller with this key.
     Key(Key<'m>),
-    /// The request may pass without a key.
+    /// A caller without an identity, whose request may pass without a key.
     Anonymous,
 }
 
@@ -360,19 +372,19 @@ enum Refusal {
     Fault(Fault),
 }
 
-/// What the cache or the store found for a key. `'r`: the record.
+/// The result of a lookup in the cache or the store. `'r`: the record.
 struct Found<'r, 'd> {
     /// `None`: no such key.
     record: Option<&'r Record>,
     /// The digest of the presented key under the current pepper.
     digest: &'d ApiKeyDigest,
-    /// How the value relates to the history that this replica knows.
+    /// The relation of the value to the database history that this replica has applied.
     provenance: Provenance,
 }
 
-/// Counts a check that waits as cancelled if it is dropped: Envoy gave up.
+/// Counts a pending check as cancelled if it is dropped before it is decided, which happens when Envoy gives up.
 struct CancelGuard<'a> {
-    /// `None` once the check has its answer.
+    /// `None` once the guard is disarmed.
     metrics: Option<&'a CheckMetrics>,
     clock: &'a dyn Clock,
     began: Moment,
@@ -392,5 +404,5 @@ impl Drop for CancelGuard<'_> {
     }
 }
 
-/// How often faults are logged: an outage must not become a flood of lines.
+/// The shortest time between two log lines about faults, so that an outage does not flood the log.
 const FAULT_LOG_INTERVAL: Duration = Duration::from_secs(1);

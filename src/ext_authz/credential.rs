@@ -1,6 +1,6 @@
-//! The credential of a request: where it may stand, what it must look like, and its digest.
+//! The credential of a request: where trustgate looks for it, its form and its digest.
 //!
-//! Needs no I/O and never keeps a key.
+//! Apart from reading pepper files, this module does no I/O. It does not store keys.
 
 pub mod digest;
 pub mod extract;
@@ -24,40 +24,43 @@ use crate::base::{
 };
 
 crate::settings! {
-    /// Where a request's API key stands and what it looks like.
+    /// Where trustgate looks for the API key of a request, and the form of keys.
     pub struct CredentialSettings in "credential" {
-        /// Where to look, in this order: `header:NAME`, `authorization:bearer`, `authorization:apikey`, `query:NAME`,
-        /// `cookie:NAME`.
+        /// Where to look for the key, in this order: `header:NAME`, `authorization:bearer`, `authorization:apikey`,
+        /// `query:NAME`, `cookie:NAME`.
         sources: Vec<Source> = "header:x-api-key",
-        /// What to do when two sources hold different keys: `deny`, or take the `first`. The keys of all sources are removed either way.
+        /// What to do if two sources contain different keys. `deny`: deny the request. `first`: use the key of the
+        /// first source in `sources`. In both cases, no key reaches the upstream.
         on_multiple: OnMultiple = "deny",
-        /// How a key is taken out of the query. `parameter`: Envoy removes the parameter, then sorts the others and encodes them anew.
-        /// `exact`: trustgate sets `:path` to the same path without the key's bytes; Envoy's `allow_expression` must then
-        /// permit `:path`.
+        /// How a key is removed from the query. `parameter`: Envoy removes the parameter, and also sorts and re-encodes
+        /// the other parameters. `exact`: trustgate sets `:path` to the same path without the parameter; Envoy's
+        /// `allow_expression` must then permit `:path`.
         query_removal: QueryRemoval = "parameter",
-        /// What our own keys begin with, before the `_`.
+        /// The prefix of the keys that trustgate issues, without the `_` that follows it.
         prefix: Prefix = "tg",
-        /// Refuse keys that are not of our own form. Set it when every client has a key issued here.
+        /// Accept only keys in the form that trustgate issues, with a correct checksum. Set this when every client has
+        /// a key that trustgate issued.
         require_checksum: bool = "false",
-        /// The pepper: a secret of 16 bytes or more, without which the stored digests are useless. Unset: digests are plain SHA-256.
+        /// The pepper: a secret of 16 bytes or more under which keys are hashed, so that the stored digests are useless
+        /// without it. Unset: digests are plain SHA-256.
         pepper: Option<Pepper> = "",
-        /// A file that holds the pepper.
+        /// A file that contains the pepper.
         pepper_file: Option<PathBuf> = "",
-        /// Files that hold earlier peppers, newest first: keys stored under them keep working.
+        /// Files that contain earlier peppers, newest first. Keys stored under them keep working.
         previous_pepper_files: Vec<PathBuf> = "",
     }
 }
 
 impl CredentialSettings {
-    /// The hasher under the peppers set here; reads their files.
+    /// Creates the hasher with the configured peppers. Reads their files.
     ///
     /// # Errors
-    /// What the operating system says of a file that cannot be read.
+    /// If a pepper file cannot be read or does not contain one line of text.
     pub fn hasher(&self) -> io::Result<Hasher> {
         self.read_hasher(|warning| tracing::warn!("{warning}"))
     }
 
-    /// Reads the peppers again without logging warnings a second time, to compare them with those from the start.
+    /// Reads the peppers again, to compare them with those read at startup. Does not log the warnings a second time.
     ///
     /// # Errors
     /// As [`Self::hasher`].
@@ -65,7 +68,7 @@ impl CredentialSettings {
         self.read_hasher(|_| ())
     }
 
-    /// Whether a pepper is read from a file.
+    /// True if a pepper is read from a file.
     #[must_use]
     pub const fn has_pepper_files(&self) -> bool {
         self.pepper_file.is_some() || !self.previous_pepper_files.is_empty()
@@ -85,8 +88,8 @@ impl CredentialSettings {
             let pepper = Pepper::read_file(file)?;
             if pepper.is_short() {
                 warn(&format!(
-                    "the pepper in {} (credential.previous_pepper_files) has fewer than {PEPPER_BYTES_MIN} bytes and can be \
-                     guessed: replace the keys that were made under it",
+                    "previous pepper too short: {} (credential.previous_pepper_files) has fewer than \
+                     {PEPPER_BYTES_MIN} bytes, so it can be guessed; replace the keys that were issued under it",
                     file.display()
                 ));
             }
@@ -97,29 +100,29 @@ impl CredentialSettings {
     }
 }
 
-/// The shortest pepper that new keys may be made under, in bytes.
+/// The shortest pepper under which trustgate issues keys, in bytes.
 const PEPPER_BYTES_MIN: usize = 16;
-/// Why a shorter one is refused.
-const SHORT_PEPPER: &str = "a pepper must have 16 bytes or more; `openssl rand -hex 32` makes a good one";
+/// The error for a shorter pepper.
+const SHORT_PEPPER: &str = "a pepper must have 16 bytes or more: generate one with `openssl rand -hex 32`";
 
-/// A pepper, as a value or from a file.
+/// A pepper, from a setting or from a file.
 #[derive(Clone, Debug)]
 pub struct Pepper {
     secret: Secret,
-    /// The uncleaned text, if cleaning changed it: earlier builds hashed keys with it.
+    /// The text before cleaning, if cleaning changed it. Earlier releases hashed keys with that text.
     untrimmed: Option<Secret>,
 }
 
 impl Pepper {
-    /// Whether it can be guessed.
+    /// True if the pepper is so short that it can be guessed.
     fn is_short(&self) -> bool {
         self.secret.expose().len() < PEPPER_BYTES_MIN
     }
 
-    /// Refuses a current pepper that can be guessed.
+    /// Refuses a current pepper that is too short.
     ///
     /// # Errors
-    /// How long it must be.
+    /// `InvalidData`, with the minimum length in its text.
     pub fn check_length(&self) -> io::Result<()> {
         let short = || io::Error::new(io::ErrorKind::InvalidData, SHORT_PEPPER);
         if self.is_short() { Err(short()) } else { Ok(()) }
@@ -133,7 +136,7 @@ impl Pepper {
         let bytes = Zeroizing::new(fs::read(path)?);
         let text = text::decode(&bytes)?;
         let secret = text::value(text)?;
-        // Earlier builds removed line ends from a file, and kept a byte order mark.
+        // Earlier releases removed line ends from a pepper file but kept a byte order mark.
         let has_mark = text.len() < bytes.len();
         let untrimmed = has_mark.then(|| Secret::new(format!("\u{feff}{secret}")));
         Ok(Self { secret: Secret::new(secret.to_owned()), untrimmed })
@@ -152,21 +155,21 @@ impl Setting for Pepper {
 }
 
 crate::setting_enum! {
-    /// What to do when two sources hold different keys.
+    /// What to do if two sources contain different keys.
     pub enum OnMultiple ("\"deny\" or \"first\"") {
-        /// Deny: nobody can tell which of them the application would believe.
+        /// Deny the request, because it is unclear which key the application would use.
         Deny = "deny",
-        /// Take the first in the order of `sources`.
+        /// Use the key of the first source in `sources`.
         First = "first",
     }
 }
 
 crate::setting_enum! {
-    /// How a key is taken out of the query.
+    /// How a key is removed from the query.
     pub enum QueryRemoval ("\"parameter\" or \"exact\"") {
-        /// By `query_parameters_to_remove`.
+        /// Envoy removes the parameter (`query_parameters_to_remove`).
         Parameter = "parameter",
-        /// By another `:path`.
+        /// trustgate sets a new `:path`.
         Exact = "exact",
     }
 }
@@ -176,8 +179,9 @@ pub const KEY_BYTES_MIN: usize = 16;
 /// The longest credential that is looked up, in bytes.
 pub const KEY_BYTES_MAX: usize = 512;
 
-/// Whether `key` can be looked up: 16 to 512 bytes of visible ASCII without a comma, and not a mistyped key of ours (nor a foreign one,
-/// where a checksum is required). Envoy joins repeated headers with a comma, so that a key with one would be ambiguous.
+/// True if `key` can be looked up: 16 to 512 bytes of visible ASCII without a comma, and not a trustgate key with a
+/// wrong checksum (nor a foreign key, if `require_checksum` is set). Envoy joins repeated headers with a comma, so a
+/// key with a comma would be ambiguous.
 #[must_use]
 pub fn is_well_formed(settings: &CredentialSettings, key: &[u8]) -> bool {
     (KEY_BYTES_MIN..=KEY_BYTES_MAX).contains(&key.len())

@@ -1,6 +1,6 @@
-//! The decision: from a record, the route's demands and the time to a grant or a denial.
+//! The decision: turns a record, the route's demands and the time into a grant or a denial.
 //!
-//! Pure: no I/O, no clock, no configuration. Never sees a key.
+//! Pure: it uses no I/O, no clock, no configuration and no key.
 
 use super::{credential::extract::CredentialError, route::Demands};
 use crate::{
@@ -11,32 +11,32 @@ use crate::{
 /// The answer to "whose request is this, and may it pass?".
 #[derive(Debug, PartialEq, Eq)]
 pub enum Decision<'r> {
-    /// The request is this trust's and may pass.
+    /// The request belongs to a trust and may pass.
     Allow(Grant<'r>),
-    /// The request may pass without being anybody's.
+    /// The request may pass without an identity.
     Anonymous,
     /// The request may not pass.
     Deny(DenyReason),
 }
 
-/// Evidence that [`decide`] found a key good: nothing else makes one.
+/// Proof that [`decide`] accepted a key: no other function constructs a grant.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Grant<'r>(&'r Record);
 
 impl<'r> Grant<'r> {
-    /// Whose request it is.
+    /// The trust that the key belongs to.
     #[must_use]
     pub const fn trust_id(&self) -> TrustId {
         self.0.trust_id
     }
 
-    /// The key that was presented.
+    /// The id of the presented key.
     #[must_use]
     pub const fn key_id(&self) -> KeyId {
         self.0.key_id
     }
 
-    /// What the key may be used for.
+    /// The scopes of the key.
     #[must_use]
     pub fn scopes(&self) -> &'r [String] {
         &self.0.scopes
@@ -45,12 +45,12 @@ impl<'r> Grant<'r> {
 
 macro_rules! reasons {
     ($($(#[doc = $doc:literal])+ $Reason:ident = $word:literal,)+) => {
-        /// Why a request is denied: always the caller's doing.
+        /// Why a request is denied. Unlike a fault, the cause lies with the request or its credential.
         #[derive(Clone, Copy, Debug, PartialEq, Eq)]
         pub enum DenyReason { $( $(#[doc = $doc])+ $Reason, )+ }
 
 impl DenyReason {
-            /// Every reason.
+            /// All reasons.
             pub const ALL: [Self; [$($word),+].len()] = [$(Self::$Reason),+];
 
             /// The word for labels, metadata and logs.
@@ -65,17 +65,17 @@ impl DenyReason {
 reasons! {
     /// No credential.
     Missing = "missing",
-    /// More than one credential, or something that may be two.
+    /// More than one credential, or a value that may be two credentials.
     Ambiguous = "ambiguous",
-    /// Something that cannot be a key.
+    /// A credential that cannot be a key.
     Malformed = "malformed",
-    /// No such key was ever issued.
+    /// The store has no such key.
     Unknown = "unknown",
     /// The key was revoked.
     Revoked = "revoked",
-    /// The key's time is over.
+    /// The key has expired.
     Expired = "expired",
-    /// The key's time has not come.
+    /// The key is not valid yet.
     NotYetValid = "not_yet_valid",
     /// The key's trust is disabled.
     TrustDisabled = "trust_disabled",
@@ -83,28 +83,29 @@ reasons! {
     DenyListed = "deny_listed",
     /// The key lacks a scope that the route demands.
     Scope = "scope",
-    /// The key may not be used from there.
+    /// The key may not be used from the source address of the request.
     Source = "source",
-    /// The message is no HTTP request, or no message at all.
+    /// The message cannot be decoded, or does not describe an HTTP request.
     Undecodable = "undecodable",
-    /// The message is over the limit.
+    /// The message is larger than `limits.message_size`.
     TooLarge = "too_large",
 }
 
 impl DenyReason {
-    /// Whether the stored key or its trust is the reason. Clients cannot tell these reasons from each other.
+    /// True if the reason is the state of the key or its trust in the store. Clients receive the same response for all
+    /// of these reasons.
     #[must_use]
     pub const fn is_of_key(self) -> bool {
         matches!(self, Self::Unknown | Self::Revoked | Self::Expired | Self::NotYetValid | Self::TrustDisabled)
     }
 }
 
-/// Whether the database has confirmed the data that a decision rests on.
+/// How recently the database confirmed the data behind a decision.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Basis {
-    /// Within the bound of the route's freshness.
+    /// The database confirmed the data within the bound of the route's freshness.
     Confirmed,
-    /// Before that: the database does not answer, and the lease is stale.
+    /// The last confirmation is older: the lease is stale because the database does not answer.
     Stale,
 }
 
@@ -118,13 +119,14 @@ impl From<CredentialError> for DenyReason {
     }
 }
 
-/// Decides what `record` may do under `demands` at `now`, by the database's clock. `None`: no such key.
+/// Decides about a request with the demands `demands` whose key has the record `record` (`None`: no such key). `now` is
+/// the time on the database's clock.
 #[must_use]
 pub fn decide<'r>(record: Option<&'r Record>, demands: &Demands<'_>, now: DatabaseTime) -> Decision<'r> {
     let Some(record) = record else { return Decision::Deny(DenyReason::Unknown) };
     let has_scope = |scope: &&str| record.scopes.iter().any(|own| own == scope);
     let is_allowed_from = |cidrs: &[ipnet::IpNet]| {
-        // A source without an address (a Unix socket) is in no network.
+        // A source without an address (a Unix socket) belongs to no network.
         cidrs.is_empty() || demands.source.is_some_and(|source| cidrs.iter().any(|cidr| cidr.contains(&source)))
     };
     let denial = if !record.trust_enabled {

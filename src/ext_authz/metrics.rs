@@ -1,4 +1,5 @@
-//! The metrics of checks. Label values are resolved here once, since a look-up by label hashes and locks.
+//! The metrics of checks. Label values are resolved once, at startup, because a lookup by label hashes and takes a
+//! lock.
 
 use std::time::Duration;
 
@@ -8,7 +9,7 @@ use crate::base::{
     metrics::{HistogramOpts, Opts, Registry, SHORT_SECONDS, ThreadCounter, ThreadCounters, ThreadHistogram, register},
 };
 
-/// Checks by their decision.
+/// The counters of checks by decision, and the histogram of their durations.
 pub(crate) struct CheckMetrics {
     pub(crate) allowed: ThreadCounter,
     pub(crate) anonymous: ThreadCounter,
@@ -21,7 +22,7 @@ pub(crate) struct CheckMetrics {
 }
 
 impl CheckMetrics {
-    /// Declares the metrics.
+    /// Registers the metrics.
     ///
     /// # Errors
     /// As [`register`].
@@ -36,11 +37,11 @@ impl CheckMetrics {
         let checks = register(registry, checks)?;
         let seconds = HistogramOpts::new(
             "trustgate_check_duration_seconds",
-            "How long checks took from the whole message to the reply, in seconds.",
+            "Duration of checks from the complete message to the reply, in seconds.",
         );
         let stale = Opts::new(
             "trustgate_stale_grants_total",
-            "Grants on what the database has not confirmed within freshness.lease, while it did not answer.",
+            "Stale grants: cached keys granted while the lease was stale because the database did not answer.",
         );
         let count = |decision, reason| checks.with(&[decision, reason, "key", "grpc"]);
         Ok(Self {

@@ -1,14 +1,16 @@
-//! A borrowed view over the bytes of an `envoy.service.auth.v3.CheckRequest`: what a decision needs, where it lies.
+//! Parses an `envoy.service.auth.v3.CheckRequest` into a [`View`] that borrows the fields a decision needs.
 //!
-//! It accepts what a generated decoder accepts, and header values that are not UTF-8 besides: Envoy forwards the bytes
-//! of a client, and a decoder that refuses them turns into a gRPC error, which `failure_mode_allow` lets in
-//! (GHSA-9g5w-hqr3-w2ph). Fields that no decision needs are skipped without a look inside.
-//! Stricter in one thing: a map entry whose key names another wire type is refused, where prost reads it all the same.
-//! Never copies a value and never panics. Memory: 32 bytes for each header or context extension beyond the inline ones;
-//! those without a name, which no HTTP request has, are not kept.
+//! The parser accepts what a generated decoder accepts, and also header values that are not UTF-8. Envoy forwards the
+//! bytes of the client. A decoder that refuses them fails the call with a gRPC error, and `failure_mode_allow` then
+//! lets the request pass (GHSA-9g5w-hqr3-w2ph). Fields that no decision needs are skipped without decoding their
+//! content. The parser is stricter than prost in one case: it refuses a map field whose tag does not have the wire type
+//! of a message, which prost does not check.
 //!
-//! Field numbers: `envoy/service/auth/v3/attribute_context.proto`, `external_auth.proto`, `config/core/v3/address.proto`
-//! and `base.proto`. Wire format: <https://protobuf.dev/programming-guides/encoding/>.
+//! Values are not copied. Each header or context extension beyond the inline ones takes 32 bytes of memory. Entries
+//! without a name, which no HTTP request has, are dropped.
+//!
+//! Field numbers: `envoy/service/auth/v3/attribute_context.proto`, `external_auth.proto`,
+//! `config/core/v3/address.proto` and `base.proto`. Wire format: <https://protobuf.dev/programming-guides/encoding/>.
 
 use smallvec::SmallVec;
 
@@ -20,13 +22,13 @@ pub struct Undecodable;
 /// One request header as Envoy sent it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Header<'m> {
-    /// Its name, which is UTF-8. Envoy sends lower case; compare without regard to case all the same.
+    /// The name, valid UTF-8. Envoy sends it in lower case, but compare it case-insensitively.
     pub name: &'m [u8],
-    /// Its value: any bytes.
+    /// The value: any bytes.
     pub value: &'m [u8],
 }
 
-/// Where a connection to Envoy came from.
+/// The source of a connection to Envoy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Peer<'m> {
     /// An IP address, as text.
@@ -35,20 +37,20 @@ pub enum Peer<'m> {
     Pipe,
 }
 
-/// What a decision needs of a `CheckRequest`. Texts that the request did not carry are empty.
+/// The parts of a `CheckRequest` that a decision needs. Strings that are missing in the message are empty.
 #[derive(Debug, Default)]
 pub struct View<'m> {
-    /// Whether there was a `request.http` at all: a TCP connection has none.
+    /// True if the message has a `request.http`. The message about a TCP connection has none.
     pub is_http: bool,
-    /// The method, as the client wrote it.
+    /// The method, as the client sent it.
     pub method: &'m str,
-    /// Path and query, undecoded.
+    /// Path and query, not decoded.
     pub path: &'m str,
     /// The authority.
     pub host: &'m str,
     /// The direct peer of Envoy.
     pub peer: Option<Peer<'m>>,
-    /// The peer's identity from its certificate, where there is mTLS.
+    /// The peer's identity from its certificate, if the connection uses mTLS.
     pub principal: &'m str,
     map: SmallVec<[Header<'m>; 32]>,
     raw: SmallVec<[Header<'m>; 32]>,
@@ -56,10 +58,10 @@ pub struct View<'m> {
 }
 
 impl<'m> View<'m> {
-    /// Reads `message`.
+    /// Parses `message`.
     ///
     /// # Errors
-    /// [`Undecodable`], where a generated decoder would refuse the message too.
+    /// [`Undecodable`] if `message` is not an encoded `CheckRequest`.
     pub fn parse(message: &'m [u8]) -> Result<Self, Undecodable> {
         let mut view = Self::default();
         each(message, |number, field| match number {
@@ -69,20 +71,20 @@ impl<'m> View<'m> {
         Ok(view)
     }
 
-    /// The request's headers: the raw list where Envoy sent one (`encode_raw_headers`), else the map. Never both: only
-    /// one of them is what the client sent.
+    /// The request's headers: the raw list if Envoy sent one (`encode_raw_headers`), else the map. The two are not
+    /// combined, because only one of them is the list that the client sent.
     #[must_use]
     pub fn headers(&self) -> &[Header<'m>] {
         if self.raw.is_empty() { &self.map } else { &self.raw }
     }
 
-    /// Whether each header is as the client sent it. Else Envoy has joined headers of one name with commas.
+    /// True if the headers are as the client sent them. Otherwise, Envoy has joined headers of one name with commas.
     #[must_use]
     pub fn has_raw_headers(&self) -> bool {
         !self.raw.is_empty()
     }
 
-    /// The values of every header named `name`, which is lower case.
+    /// The values of all headers called `name`, in any case.
     pub fn header<'a>(&'a self, name: &'a str) -> impl Iterator<Item = &'m [u8]> + 'a {
         self.headers()
             .iter()
@@ -90,7 +92,7 @@ impl<'m> View<'m> {
             .map(|header| header.value)
     }
 
-    /// The route's context extensions. Of a key that occurs twice the last one counts, as in a map.
+    /// The route's context extensions in the order of the message. If a key occurs twice, the last value counts.
     pub fn context_extensions(&self) -> impl Iterator<Item = (&'m str, &'m str)> + '_ {
         self.extensions.iter().copied()
     }
@@ -114,7 +116,7 @@ impl<'m> View<'m> {
         })
     }
 
-    /// `AttributeContext.Peer`.
+    /// Reads an `AttributeContext.Peer`.
     fn source(&mut self, message: &'m [u8]) -> Result<(), Undecodable> {
         each(message, |number, field| {
             match number {
@@ -126,13 +128,13 @@ impl<'m> View<'m> {
         })
     }
 
-    /// `core.Address`: a oneof, so the last one counts.
+    /// Reads a `core.Address`. It is a oneof, so the last field wins.
     fn address(&mut self, message: &'m [u8]) -> Result<(), Undecodable> {
         each(message, |number, field| {
             match number {
                 1 => {
                     let mut address = match self.peer {
-                        Some(Peer::Socket(address)) => address, // a message that occurs twice is merged
+                        Some(Peer::Socket(address)) => address, // protobuf merges a message field that occurs twice
                         _ => "",
                     };
                     each(field.bytes()?, |number, field| {
@@ -149,7 +151,7 @@ impl<'m> View<'m> {
                 }
                 3 => {
                     field.bytes()?;
-                    self.peer = None; // an internal listener's address says nothing about a network
+                    self.peer = None; // the address of an internal listener is not a network address
                 }
                 _ => {}
             }
@@ -157,7 +159,7 @@ impl<'m> View<'m> {
         })
     }
 
-    /// `AttributeContext.HttpRequest`.
+    /// Reads an `AttributeContext.HttpRequest`.
     fn http(&mut self, message: &'m [u8]) -> Result<(), Undecodable> {
         self.is_http = true;
         each(message, |number, field| {
@@ -165,13 +167,13 @@ impl<'m> View<'m> {
                 2 => self.method = text(field.bytes()?)?,
                 3 => {
                     let (name, value) = entry(field.bytes()?)?;
-                    keep(&mut self.map, Header { name: valid(name)?, value });
+                    push_named(&mut self.map, Header { name: utf8(name)?, value });
                 }
                 4 => self.path = text(field.bytes()?)?,
                 5 => self.host = text(field.bytes()?)?,
                 13 => each(field.bytes()?, |number, field| {
                     if number == 1 {
-                        keep(&mut self.raw, header_value(field.bytes()?)?);
+                        push_named(&mut self.raw, header_value(field.bytes()?)?);
                     }
                     Ok(())
                 })?,
@@ -182,13 +184,13 @@ impl<'m> View<'m> {
     }
 }
 
-fn keep<'m>(headers: &mut SmallVec<[Header<'m>; 32]>, header: Header<'m>) {
+fn push_named<'m>(headers: &mut SmallVec<[Header<'m>; 32]>, header: Header<'m>) {
     if !header.name.is_empty() {
         headers.push(header);
     }
 }
 
-/// A map entry: field 1 is the key, field 2 the value; what is missing is empty.
+/// Reads a map entry: field 1 is the key, field 2 the value. A missing field is empty.
 fn entry(message: &[u8]) -> Result<(&[u8], &[u8]), Undecodable> {
     let (mut key, mut value): (&[u8], &[u8]) = (&[], &[]);
     each(message, |number, field| {
@@ -202,13 +204,13 @@ fn entry(message: &[u8]) -> Result<(&[u8], &[u8]), Undecodable> {
     Ok((key, value))
 }
 
-/// `core.HeaderValue`: Envoy fills `raw_value` here and leaves `value` empty.
+/// Reads a `core.HeaderValue` of the raw list, where Envoy fills `raw_value` and leaves `value` empty.
 fn header_value(message: &[u8]) -> Result<Header<'_>, Undecodable> {
     let mut header = Header::default();
     let mut raw: &[u8] = &[];
     each(message, |number, field| {
         match number {
-            1 => header.name = valid(field.bytes()?)?,
+            1 => header.name = utf8(field.bytes()?)?,
             2 => header.value = field.bytes()?,
             3 => raw = field.bytes()?,
             _ => {}
@@ -225,12 +227,12 @@ fn text(bytes: &[u8]) -> Result<&str, Undecodable> {
     std::str::from_utf8(bytes).map_err(|_| Undecodable)
 }
 
-/// The same where no text is made of it: most names are ASCII, and that is soon seen.
-fn valid(bytes: &[u8]) -> Result<&[u8], Undecodable> {
+/// Checks that `bytes` are UTF-8 and returns them as bytes. Most names are ASCII, which is faster to check.
+fn utf8(bytes: &[u8]) -> Result<&[u8], Undecodable> {
     if bytes.is_ascii() { Ok(bytes) } else { text(bytes).map(str::as_bytes) }
 }
 
-/// What a field holds, as far as its wire type tells.
+/// The content of a field, by its wire type.
 #[derive(Clone, Copy)]
 enum Field<'m> {
     Bytes(&'m [u8]),
@@ -238,7 +240,7 @@ enum Field<'m> {
 }
 
 impl<'m> Field<'m> {
-    /// The bytes of a length-delimited field; another wire type is not the field it claims to be.
+    /// The bytes of a length-delimited field. A known field with another wire type makes the message undecodable.
     const fn bytes(self) -> Result<&'m [u8], Undecodable> {
         match self {
             Self::Bytes(bytes) => Ok(bytes),
@@ -247,7 +249,7 @@ impl<'m> Field<'m> {
     }
 }
 
-/// Calls `take` with number and content of every field of `message`.
+/// Calls `take` with the number and the content of each field of `message`.
 fn each<'m>(
     mut message: &'m [u8],
     mut take: impl FnMut(u64, Field<'m>) -> Result<(), Undecodable>,
@@ -266,14 +268,14 @@ fn each<'m>(
     Ok(())
 }
 
-/// A field's key: its number, 1 or more, and its wire type.
+/// Reads a field's key: its number, 1 or more, and its wire type.
 fn key(message: &mut &[u8]) -> Result<(u64, u64), Undecodable> {
     let key = varint(message)?;
     let (number, kind) = (key >> 3, key & 7);
     if number == 0 || key > u64::from(u32::MAX) { Err(Undecodable) } else { Ok((number, kind)) }
 }
 
-/// Passes over a field that is not length-delimited. Groups may nest 100 deep, as in generated decoders.
+/// Skips a field that is not length-delimited. Groups may be nested 100 deep, as in generated decoders.
 fn skip(message: &mut &[u8], number: u64, kind: u64) -> Result<(), Undecodable> {
     let mut open: SmallVec<[u64; 8]> = SmallVec::new();
     let (mut number, mut kind) = (number, kind);
@@ -305,11 +307,11 @@ fn take<'m>(message: &mut &'m [u8], length: usize) -> Result<&'m [u8], Undecodab
     Ok(taken)
 }
 
-/// A varint: at most ten bytes, at most 64 bits.
+/// Reads a varint of at most ten bytes and 64 bits.
 #[inline]
 fn varint(message: &mut &[u8]) -> Result<u64, Undecodable> {
     match *message {
-        // Most are keys, and lengths below 128.
+        // Most varints have one byte: the keys of fields, and lengths below 128.
         [byte @ 0..0x80, rest @ ..] => {
             *message = rest;
             Ok(u64::from(*byte))

@@ -1,7 +1,7 @@
-//! From a decision to the bytes of a `CheckResponse`: the only place that picks codes, headers and bodies.
+//! Encodes a decision as a `CheckResponse`. Only this module chooses status codes, headers and bodies.
 //!
-//! `status.code` alone decides, and unset means allow (envoy.service.auth.v3, `CheckResponse.status`): every answer here
-//! states its code. Never sends text that depends on what went wrong inside.
+//! Envoy decides by `status.code` and allows the request if the status is unset (envoy.service.auth.v3,
+//! `CheckResponse.status`), so each response sets it. The texts are fixed: none contains details of an internal error.
 
 pub(crate) mod allowed;
 
@@ -28,40 +28,40 @@ use super::{
 };
 
 crate::setting_enum! {
-    /// What Envoy is told when we cannot decide.
+    /// The answer to Envoy when trustgate cannot decide.
     pub enum OnFault ("\"deny\", \"error\" or \"error_response\"") {
         /// A denial with 503, which Envoy enforces whatever its `failure_mode_allow` says.
         Deny = "deny",
-        /// The gRPC error UNAVAILABLE: Envoy may retry another replica, then its `failure_mode_allow` and
+        /// The gRPC error UNAVAILABLE. Envoy may retry another replica; then its `failure_mode_allow` and
         /// `status_on_error` decide.
         Error = "error",
-        /// `CheckResponse.error_response` with 503 (Envoy 1.37 and later): counts as an error, so `failure_mode_allow`
-        /// applies. An older Envoy takes it for a denial with 403.
+        /// `CheckResponse.error_response` with 503 (Envoy 1.37 and later). It counts as an error, so
+        /// `failure_mode_allow` applies. An older Envoy treats it as a denial with 403.
         ErrorResponse = "error_response",
     }
 }
 
-/// `google.rpc.Code`: the only two that denials use (an Envoy before 1.32 once took others for errors).
+/// Denials use only these two values of `google.rpc.Code`: an Envoy before 1.32 treated other codes as errors.
 const PERMISSION_DENIED: i32 = 7;
 const UNAUTHENTICATED: i32 = 16;
 
-/// What goes back to Envoy.
+/// The reply to Envoy.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Reply {
     /// One framed `CheckResponse`, with the gRPC status OK.
     Message(Bytes),
-    /// No message, the gRPC status UNAVAILABLE.
+    /// No message, with the gRPC status UNAVAILABLE.
     Unavailable,
 }
 
-/// Makes replies. Denials and faults are encoded once, at start.
+/// Builds replies. Denials and faults are encoded once, at startup.
 pub struct Replies {
     denials: [Bytes; DenyReason::ALL.len()],
     fault: Reply,
 }
 
 impl Replies {
-    /// Replies that treat faults as `on_fault` says and tell clients to come back after `retry_after`.
+    /// Creates replies that answer faults as `on_fault` says, with the header `Retry-After: {retry_after}`.
     #[must_use]
     pub fn new(on_fault: OnFault, retry_after: Duration) -> Self {
         let retry_after = retry_after.as_secs().max(1).to_string();
@@ -75,13 +75,13 @@ impl Replies {
         };
         let metadata = reason_metadata("fault");
         let fault = match on_fault {
-            // Reaches the client under every setting of Envoy.
+            // Envoy sends this denial to the client whatever its own settings are.
             OnFault::Deny => {
                 Reply::Message(response(PERMISSION_DENIED, HttpResponse::DeniedResponse(unavailable()), metadata))
             }
-            // Reaches `failure_mode_allow`, `status_on_error` and `grpc_service.retry_policy`.
+            // Envoy applies `grpc_service.retry_policy`, `failure_mode_allow` and `status_on_error`.
             OnFault::Error => Reply::Unavailable,
-            // Reaches `failure_mode_allow`; otherwise the client gets this very answer.
+            // Envoy applies `failure_mode_allow`; without it, Envoy sends this response to the client.
             OnFault::ErrorResponse => {
                 Reply::Message(response(PERMISSION_DENIED, HttpResponse::ErrorResponse(unavailable()), metadata))
             }
@@ -89,8 +89,8 @@ impl Replies {
         Self { denials: DenyReason::ALL.map(denial), fault }
     }
 
-    /// The reply to a request that was decided. `removals`: what must not reach the upstream; `basis`: whether it rests
-    /// on what the database has not confirmed lately, which the metadata tells.
+    /// The reply to a decided request. `removals` lists the credentials that must not reach the upstream. The dynamic
+    /// metadata of a grant says if its `basis` is stale.
     #[must_use]
     pub fn decision(&self, decision: &Decision<'_>, removals: &Removals<'_>, basis: Basis) -> Reply {
         Reply::Message(match decision {
@@ -100,7 +100,7 @@ impl Replies {
         })
     }
 
-    /// The reply to a request that was refused before anything was found in it.
+    /// The reply to a request that is denied without a lookup.
     #[must_use]
     pub fn denial(&self, reason: DenyReason) -> Reply {
         Reply::Message(self.denials[reason as usize].clone())
@@ -122,7 +122,7 @@ fn denial(reason: DenyReason) -> Bytes {
         DenyReason::Malformed => {
             (UNAUTHENTICATED, unauthorized("malformed_credential", "what was sent cannot be an API key"))
         }
-        // The client must not learn which of these it is: that would tell whether a key ever existed.
+        // The client must not learn which of these applies, because that would reveal whether a key exists.
         DenyReason::Unknown
         | DenyReason::Revoked
         | DenyReason::Expired
@@ -140,7 +140,7 @@ fn denial(reason: DenyReason) -> Bytes {
     response(code, HttpResponse::DeniedResponse(response_parts), reason_metadata(reason.as_str()))
 }
 
-/// 401 names the scheme to use (RFC 9110, section 15.5.2).
+/// A 401 response must name the scheme to use (RFC 9110, section 15.5.2).
 fn unauthorized(error: &str, message: &str) -> DeniedHttpResponse {
     denied(401, error, message, &[("www-authenticate", "ApiKey")])
 }
@@ -162,9 +162,10 @@ fn response(code: i32, http: HttpResponse, metadata: Struct) -> Bytes {
     })
 }
 
-/// The only form that replaces a client's copy on every Envoy: 1.37.0 appends where both fields are unset.
+/// Sets both `append` and `append_action`. Only then does each version of Envoy replace the client's header: 1.37.0
+/// appends if both are unset.
 fn overwrite(name: &str, value: String) -> HeaderValueOption {
-    #[expect(deprecated, reason = "Envoy up to 1.40 looks at `append` alone")]
+    #[expect(deprecated, reason = "Envoy up to 1.40 only looks at `append`")]
     HeaderValueOption {
         header: Some(HeaderValue { key: name.to_owned(), value, ..Default::default() }),
         append: Some(BoolValue { value: false }),

@@ -1,7 +1,7 @@
-//! What a route asks of a request, from Envoy's `context_extensions`.
+//! The demands of a route, from Envoy's `context_extensions`.
 //!
-//! Envoy merges the extensions of the virtual host with those of the route, so both can contribute. An extension that names
-//! trustgate and is invalid is a fault: ignoring it would open the route.
+//! Envoy merges the extensions of the virtual host with those of the route, so both can contribute. An invalid
+//! trustgate extension is a fault, because without its demand the route would admit too many requests.
 
 use std::net::IpAddr;
 
@@ -14,28 +14,28 @@ use crate::{
     record::is_scope,
 };
 
-/// What a route asks of a request.
+/// The demands of a route on a request.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Demands<'m> {
-    /// Scopes the key must have, all of them.
+    /// The scopes that the key must have, all of them.
     pub scopes: SmallVec<[&'m str; 4]>,
-    /// How fresh the record must be, where the route says so.
+    /// How fresh the record must be, if the route sets it.
     pub freshness: Option<Freshness>,
-    /// `trustgate.optional`; whether it has an effect is [`Self::admits_anonymous`].
+    /// The value of `trustgate.optional`. [`Self::admits_anonymous`] says if it has an effect.
     pub optional: bool,
-    /// Where the request came from: the direct peer of Envoy, where it has an address.
+    /// The source address of the request: the direct peer of Envoy, if it has an address.
     pub source: Option<IpAddr>,
 }
 
 const PREFIX: &str = "trustgate.";
-/// The names after the prefix.
+/// The known names after the prefix.
 const NAMES: [&str; 3] = ["scopes", "freshness", "optional"];
 
 impl<'m> Demands<'m> {
-    /// The demands of the route that `view` came by.
+    /// Reads the demands of the route from `view`.
     ///
     /// # Errors
-    /// [`Fault::Route`] for an extension that names trustgate and that this release does not understand.
+    /// [`Fault::Route`] for a trustgate extension that is invalid, misspelt, or unknown to this release.
     pub fn of(view: &View<'m>) -> Result<Self, Fault> {
         let mut demands = Self { source: source(view), ..Self::default() };
         for (name, value) in view.context_extensions() {
@@ -45,7 +45,7 @@ impl<'m> Demands<'m> {
                     return Err(route(
                         name,
                         value,
-                        "write trustgate.scopes, trustgate.freshness or trustgate.optional",
+                        "unknown name; use trustgate.scopes, trustgate.freshness or trustgate.optional",
                     ));
                 }
                 None => {}
@@ -54,15 +54,15 @@ impl<'m> Demands<'m> {
         Ok(demands)
     }
 
-    /// Takes in one demand; says what was expected if it cannot be understood.
+    /// Reads one demand. The error describes the expected value.
     fn take(&mut self, name: &str, value: &'m str) -> Result<(), &'static str> {
         match name {
             "scopes" => {
                 self.scopes = value.split_ascii_whitespace().collect();
-                let is_understood = !self.scopes.is_empty() && self.scopes.iter().all(|scope| is_scope(scope));
-                is_understood.then_some(()).ok_or(
-                    "expected one scope or several, separated by spaces: each 1 to 128 visible ASCII characters without \
-                     \", \\ and comma",
+                let is_valid = !self.scopes.is_empty() && self.scopes.iter().all(|scope| is_scope(scope));
+                is_valid.then_some(()).ok_or(
+                    "expected one or more scopes, separated by spaces: each has 1 to 128 visible ASCII characters \
+                     other than \", \\ and comma",
                 )
             }
             "freshness" => {
@@ -77,8 +77,8 @@ impl<'m> Demands<'m> {
         }
     }
 
-    /// Whether a request without a credential may pass. A route that demands scopes never admits one, even if the virtual host
-    /// sets `trustgate.optional`: an anonymous request has no scopes.
+    /// True if a request without a credential may pass. A route that demands scopes does not admit it, even if the
+    /// virtual host sets `trustgate.optional`, because an anonymous request has no scopes.
     #[must_use]
     pub fn admits_anonymous(&self) -> bool {
         self.optional && self.scopes.is_empty()
@@ -89,9 +89,9 @@ fn route(name: &str, value: &str, problem: &'static str) -> Fault {
     Fault::Route { name: quoted(name.as_bytes()), value: quoted(value.as_bytes()), problem }
 }
 
-/// Whether an extension without our prefix is meant for us all the same: it begins with `trustgate` in another spelling, such as
-/// `Trustgate.scopes`, `trust-gate/scopes` or `trustgate_scopes`, or it ends in one of our names after a word that differs from
-/// `trustgate` in one or two letters.
+/// True if `name` has another prefix but is probably meant for trustgate. Such a name begins with `trustgate` in
+/// another spelling (`Trustgate.scopes`, `trust-gate/scopes`, `trustgate_scopes`), or it ends in a known name after a
+/// word that differs from `trustgate` in one or two letters.
 fn is_misspelt(name: &str) -> bool {
     let letters = name.bytes().filter(u8::is_ascii_alphanumeric).map(|byte| byte.to_ascii_lowercase());
     if letters.take("trustgate".len()).eq(*b"trustgate") {
@@ -114,7 +114,7 @@ fn source(view: &View<'_>) -> Option<IpAddr> {
     }
 }
 
-/// Whether the request is a CORS preflight (Fetch standard, "CORS-preflight fetch"), which browsers send without
+/// True if the request is a CORS preflight (Fetch standard, "CORS-preflight fetch"). Browsers send preflights without
 /// credentials.
 #[must_use]
 pub fn is_preflight(view: &View<'_>) -> bool {
@@ -127,7 +127,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn other_spellings_of_our_prefix_are_recognized() {
+    fn misspelt_extension_names_are_recognised() {
         for name in [
             "Trustgate.scopes",
             "TRUSTGATE.SCOPES",

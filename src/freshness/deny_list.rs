@@ -1,7 +1,8 @@
-//! The deny list: keys, digests and trusts that are denied whatever the database says, for when it cannot be reached.
+//! The deny list: keys, digests and trusts to deny whatever the database says. It also works while the database is
+//! down.
 //!
-//! It can only deny: nothing in it, and nothing missing from it, lets anybody pass. Its sources are a file and a list in
-//! Redis; a source that fails leaves in force what was read of it before.
+//! The list can only deny; a missing entry grants nothing. Its sources are a file and a list in Redis. If a source
+//! cannot be read, the entries read from it before stay in force.
 
 pub mod entries;
 pub(crate) mod file;
@@ -36,14 +37,14 @@ use crate::{
 
 pub use self::file::check_file;
 
-/// How often the file is looked at. Reading it twice (see [`file`]) still leaves most of the promised second.
+/// How often the file is examined. A change needs at most two reads (see [`file`]), well below the documented second.
 const FILE_INTERVAL: Duration = Duration::from_millis(200);
 /// How often the list in Redis is read.
 const SHARED_INTERVAL: Duration = Duration::from_millis(500);
-/// How often it is looked whether the key of its MAC is known by now. Nothing is sent for that.
+/// How often to test whether the MAC key of the list is known. The test sends nothing.
 const MAC_KEY_INTERVAL: Duration = Duration::from_millis(50);
 
-/// Where entries come from.
+/// A source of entries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Source {
     File,
@@ -54,7 +55,7 @@ enum Source {
 #[derive(Clone, Debug, Default)]
 struct Lists([Arc<Entries>; 2]);
 
-/// What the deny list looks like from outside.
+/// The metrics of the deny list.
 #[derive(Clone)]
 pub struct DenyMetrics {
     entries: [IntGauge; 2],
@@ -70,8 +71,8 @@ impl DenyMetrics {
         let entries = Opts::new("trustgate_deny_entries", "Entries of the deny list by their source (file, redis).");
         let stale = Opts::new(
             "trustgate_deny_stale",
-            "1 while a source of the deny list (file, redis) cannot be read, or only in part; what was read before \
-             stays in force.",
+            "1 while a source of the deny list (file, redis) cannot be read, or only in part; entries read before stay \
+             in force.",
         );
         let gauges = |opts| -> prometheus::Result<[IntGauge; 2]> {
             let gauges = register(registry, IntGaugeVec::new(opts, &["source"]))?;
@@ -81,43 +82,43 @@ impl DenyMetrics {
     }
 }
 
-/// The list, as checks ask it.
+/// The deny list that checks use, with its sources.
 pub struct DenyList {
-    /// False while both lists are empty: all that a check looks at then.
+    /// False while both lists are empty, so that checks skip the lookup.
     any: AtomicBool,
     lists: ArcSwap<Lists>,
-    /// Held while `lists` and `any` change together.
+    /// Locked while `lists` and `any` change together.
     changing: Mutex<()>,
-    /// What is wrong with each source, as it was told last.
-    told: Mutex<[Option<String>; 2]>,
+    /// The problem of each source that was logged last.
+    logged: Mutex<[Option<String>; 2]>,
     file: Option<PathBuf>,
     metrics: DenyMetrics,
 }
 
 impl DenyList {
-    /// The list with what `file` holds now. Lines that cannot be read are left out and told in the log.
+    /// Opens the list and reads `file`. Lines that cannot be read are skipped and logged.
     ///
     /// # Errors
-    /// The file cannot be read: at start that is a mistake in the configuration.
+    /// The file cannot be read, which is a configuration error at startup.
     pub fn open(file: Option<PathBuf>, metrics: DenyMetrics) -> io::Result<Self> {
         let list = Self {
             any: AtomicBool::new(false),
             lists: ArcSwap::from_pointee(Lists::default()),
             changing: Mutex::default(),
-            told: Mutex::default(),
+            logged: Mutex::default(),
             file,
             metrics,
         };
         if let Some(path) = &list.file {
             let reading = file::read(path)?;
             list.put(Source::File, reading.entries);
-            list.tell(Source::File, reading.problem.map(|problem| problem.to_string()));
+            list.log_problem(Source::File, reading.problem.map(|problem| problem.to_string()));
         }
         Ok(list)
     }
 
-    /// Whether a key is denied at `now` that was looked up by the digest `lookup` and has this `record`. One atomic load
-    /// while the list is empty.
+    /// True if the list denies the key at `now`. The check looked it up by the digest `lookup` and found `record`.
+    /// Costs one atomic load while the list is empty.
     #[must_use]
     pub fn denies(&self, lookup: &ApiKeyDigest, record: &Record, now: DatabaseTime) -> bool {
         if !self.any.load(Ordering::Acquire) {
@@ -135,11 +136,12 @@ impl DenyList {
         })
     }
 
-    /// Keeps the list as its sources have it until `stop`: changes in the file take effect within 400 ms, those in
-    /// Redis within 500 ms and the time that Redis takes. `now` tells the database's time, once it is known.
+    /// Applies changes of the sources until `stop`: new entries in the file after 200 ms and removed ones after 400 ms,
+    /// changes in Redis after 500 ms, each plus the time of the read. `now` returns the database's time, once it is
+    /// known.
     ///
     /// # Cancel safety
-    /// Safe: the list stays as it was last read.
+    /// Safe: the entries that were read last stay in force.
     pub async fn run(
         &self,
         shared: Option<SharedList>,
@@ -159,7 +161,7 @@ impl DenyList {
             }
         };
         stop.run_until_cancelled(async {
-            // Neither ends, unless the runtime itself does.
+            // Both run until the runtime shuts down.
             tokio::select! {
                 biased;
                 () = file => {}
@@ -175,11 +177,11 @@ impl DenyList {
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             ticks.tick().await;
-            // Reading may take long on a network filesystem.
+            // Reading may take long on a network file system.
             let looking = tokio::task::spawn_blocking(move || (watched.look(), watched));
             let (look, after) = match looking.await {
                 Ok(looked) => looked,
-                // The server stops with it, and the log names this task.
+                // The panic ends this task; the server then logs the name of the task and stops.
                 Err(error) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
                 Err(_) => return, // the runtime shuts down
             };
@@ -188,9 +190,9 @@ impl DenyList {
                 Look::Same => {}
                 Look::Read { in_force, problem } => {
                     self.put(Source::File, in_force);
-                    self.tell(Source::File, problem);
+                    self.log_problem(Source::File, problem);
                 }
-                Look::Failed(problem) => self.tell(Source::File, Some(problem)),
+                Look::Failed(problem) => self.log_problem(Source::File, Some(problem)),
             }
         }
     }
@@ -207,10 +209,10 @@ impl DenyList {
             match shared.read().await {
                 Ok(found) => {
                     let problem = found.problem();
-                    self.put(Source::Redis, memory.take_in(found, now()));
-                    self.tell(Source::Redis, problem);
+                    self.put(Source::Redis, memory.merge(found, now()));
+                    self.log_problem(Source::Redis, problem);
                 }
-                Err(error) => self.tell(Source::Redis, Some(error.to_string())),
+                Err(error) => self.log_problem(Source::Redis, Some(error.to_string())),
             }
         }
     }
@@ -222,27 +224,30 @@ impl DenyList {
         lists.0[source as usize] = Arc::new(entries);
         let any = lists.0.iter().any(|entries| !entries.is_empty());
         self.lists.store(Arc::new(lists));
-        // After the lists: whoever sees it sees them too.
+        // Store `any` after the lists, so that a check that sees it also sees them.
         self.any.store(any, Ordering::Release);
     }
 
-    /// Logs what is wrong with a source, once; and that it is not any more.
-    fn tell(&self, source: Source, problem: Option<String>) {
+    /// Logs the problem of a source when it changes, and logs when it is solved.
+    fn log_problem(&self, source: Source, problem: Option<String>) {
         self.metrics.stale[source as usize].set(i64::from(problem.is_some()));
-        let told = &mut self.told.lock().unwrap_or_else(PoisonError::into_inner)[source as usize];
-        if problem == *told {
+        let logged = &mut self.logged.lock().unwrap_or_else(PoisonError::into_inner)[source as usize];
+        if problem == *logged {
             return;
         }
         let name = match (source, &self.file) {
             (Source::File, Some(path)) => format!("freshness.deny_file {}", path.display()),
-            _ => "the list in Redis".to_owned(),
+            _ => "Redis".to_owned(),
         };
         if let Some(problem) = &problem {
-            tracing::error!(problem, "the deny list cannot be read in full from {name}; entries read before stay");
+            tracing::error!(
+                problem,
+                "deny list not fully loaded from {name}: see `problem`; entries read before stay in force"
+            );
         } else {
-            tracing::info!("the deny list is as {name} has it");
+            tracing::info!("deny list fully loaded again from {name}");
         }
-        *told = problem;
+        *logged = problem;
     }
 }
 
@@ -260,6 +265,7 @@ mod tests {
 
     use super::*;
     use crate::base::clock::{Clock as _, SystemClock};
+    use crate::record::{KeyId, TrustId};
 
     const NOW: DatabaseTime = DatabaseTime::from_micros(1_000_000);
 
@@ -286,7 +292,7 @@ mod tests {
     }
 
     #[test]
-    fn a_key_is_denied_by_its_id_its_trust_or_either_digest_until_the_end() {
+    fn entry_denies_by_key_trust_or_digest_until_its_end() {
         let at = |micros| Some(DatabaseTime::from_micros(micros));
         let digest = |byte| Denied::Digest(ApiKeyDigest::from_bytes([byte; 32]));
         let (key, trust) =
@@ -314,28 +320,28 @@ mod tests {
         }
     }
 
-    /// How long it takes until `condition` holds.
+    /// Waits until `condition` is true, and returns how long that took.
     async fn until(condition: impl Fn() -> bool) -> Duration {
         let start = SystemClock.now();
         while !condition() {
-            assert!(SystemClock.now().since(start) < Duration::from_secs(30), "it never came to hold");
+            assert!(SystemClock.now().since(start) < Duration::from_secs(30), "timeout");
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
         SystemClock.now().since(start)
     }
 
     #[tokio::test(flavor = "multi_thread")]
-    async fn what_is_written_into_the_file_counts_within_a_second_and_so_does_what_is_taken_out() {
+    async fn file_changes_take_effect_within_a_second() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("deny");
         fs::write(&path, format!("{}\nnonsense", Denied::Key(record().key_id).line())).unwrap();
         let list = Arc::new(list(Some(path.clone())));
-        assert!(denies(&list), "read at once");
+        assert!(denies(&list), "read when the list is opened");
         let stale = &list.metrics.stale[0];
         assert_eq!(stale.get(), 1);
 
         let stop = CancellationToken::new();
-        // The database's clock is unknown: nothing here needs it.
+        // The database's clock stays unknown; entries of the file do not need it.
         let running = {
             let (list, stop) = (Arc::clone(&list), stop.clone());
             async move { list.run(None, || None, stop).await }
@@ -348,13 +354,13 @@ mod tests {
         assert!(until(|| denies(&list)).await < Duration::from_secs(1));
         fs::remove_file(&path).unwrap();
         until(|| stale.get() == 1).await;
-        assert!(denies(&list), "what is not there takes nothing away");
+        assert!(denies(&list), "a missing file removes no entry");
         stop.cancel();
         running.await.unwrap();
     }
 
     #[test]
-    fn a_file_that_is_not_there_at_start_is_a_mistake() {
+    fn missing_file_is_an_error_at_startup() {
         let missing = Some(PathBuf::from("/nowhere/deny"));
         let opened = DenyList::open(missing, DenyMetrics::register(&Registry::new()).unwrap());
         assert!(opened.is_err_and(|error| error.kind() == io::ErrorKind::NotFound));

@@ -1,6 +1,7 @@
-//! What a replica knows of the store's history: the version it has applied, and the nonces by which a version is known.
+//! One history of the database, as this replica knows it: the last version applied, and the nonces of recent versions.
 //!
-//! State without I/O. Decides what a poll's answer means; what that changes for checks is the lease's.
+//! It does no I/O. It decides whether the answer to a poll continues this history and whether a value was read from it;
+//! `lease` decides which values are out of date.
 
 use std::{collections::VecDeque, time::Duration};
 
@@ -10,16 +11,16 @@ use crate::{
     store::Polled,
 };
 
-/// How long the nonce of a version is kept after a newer one came: longer than any value lives in Redis.
+/// How long the nonce of a version is kept after a newer version is seen. This is longer than a value stays in Redis.
 const NONCES_KEPT: Duration = Duration::from_mins(20);
-/// Nonces kept, at most. Values of older versions are read again.
+/// The maximum number of nonces kept. Values read at older versions are loaded again.
 const NONCES_MAX: usize = 100_000;
 
 /// The history of one view. Empty until its first poll.
 #[derive(Clone, Debug, Default)]
 pub struct History {
     lineage: Lineage,
-    /// In order, the version applied last; never empty once begun.
+    /// In ascending order; the last one is the version applied. Empty only before the first poll.
     known: VecDeque<Known>,
 }
 
@@ -27,53 +28,53 @@ pub struct History {
 struct Known {
     version: Version,
     nonce: Nonce,
-    /// When it was first seen.
+    /// When a poll first returned it.
     seen: Moment,
 }
 
-/// What a poll's answer means.
+/// How the answer to a poll continues a history.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Continuity {
-    /// The history goes on where it was left: what the versions after it named is to be applied.
+    /// It continues from the version applied, and the answer contains all later changes.
     Follow,
-    /// It goes on, but what happened in between is not known in full: everything read before the newest version is out
+    /// It continues, but some of the changes in between are unknown. Every value read before the newest version is out
     /// of date.
     Jump,
-    /// It is another one, or a part of it is gone.
+    /// It does not continue: the database has another history, or lost a part of this one.
     Lost,
 }
 
-/// Whether a value belongs to the history.
+/// The relation of a value to a history.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Provenance {
-    /// It was read at a version that is known.
+    /// It was read at a known version of this history.
     Known,
-    /// It was read at a version that no poll has confirmed yet.
+    /// It was read at a version that no poll has returned yet.
     Ahead,
-    /// It was read in another history, or at a version that is not known any more.
+    /// It was read in another history, or at a version whose nonce is no longer kept.
     Foreign,
 }
 
 impl History {
-    /// Whether there was a poll.
+    /// True after the first poll.
     #[must_use]
     pub fn is_begun(&self) -> bool {
         !self.known.is_empty()
     }
 
-    /// Which history it is.
+    /// The lineage of this history.
     #[must_use]
     pub const fn lineage(&self) -> Lineage {
         self.lineage
     }
 
-    /// The version applied; 0 before the first poll.
+    /// The last version applied; 0 before the first poll.
     #[must_use]
     pub fn applied(&self) -> Version {
         self.known.back().map_or(Version(0), |known| known.version)
     }
 
-    /// What `polled`, asked for from the version applied, means.
+    /// How `polled`, the answer to a poll from the version applied, continues this history.
     #[must_use]
     pub fn judge(&self, polled: &Polled) -> Continuity {
         let Some(applied) = self.known.back() else { return Continuity::Follow };
@@ -81,25 +82,26 @@ impl History {
         if newest.lineage != self.lineage || newest.as_of < applied.version {
             return Continuity::Lost;
         }
-        let same = polled.versions.iter().find(|(version, _)| *version == applied.version);
-        match same {
+        let found = polled.versions.iter().find(|(version, _)| *version == applied.version);
+        match found {
             Some((_, nonce)) if *nonce != applied.nonce => Continuity::Lost,
             Some(_) if polled.complete => Continuity::Follow,
             Some(_) => Continuity::Jump,
-            // Pruned away, unless an older version is still there: pruning takes the oldest.
+            // Pruning deletes the oldest versions first. So the version was pruned only if all remaining ones are
+            // newer.
             None if polled.oldest > applied.version => Continuity::Jump,
             None => Continuity::Lost,
         }
     }
 
-    /// Whether a version of a history that came after this one was committed after what this one knows of: a later one, or
-    /// another one under the same number.
+    /// True if `version` of the history that replaced this one is not part of this history: its number is higher than
+    /// the version applied, or this history has another nonce under the same number.
     #[must_use]
     pub fn is_news(&self, version: Version, nonce: Nonce) -> bool {
         version > self.applied() || self.find(version).is_some_and(|known| known.nonce != nonce)
     }
 
-    /// Takes in the versions that `polled` names. What they changed has been applied already.
+    /// Adds the versions in `polled`. The caller has already applied their changes.
     pub fn advance(&mut self, polled: &Polled) {
         let newest = &polled.newest;
         self.lineage = newest.lineage;
@@ -108,7 +110,8 @@ impl History {
                 self.known.push_back(Known { version, nonce, seen: newest.sent_at });
             }
         }
-        // A version was newest until its successor was seen; the one applied stays whatever its age.
+        // A version was the newest until its successor was seen, so the age of the successor counts. The version
+        // applied is kept at any age.
         while let Some(next) = self.known.get(1)
             && (newest.sent_at.since(next.seen) > NONCES_KEPT || self.known.len() > NONCES_MAX)
         {
@@ -116,7 +119,7 @@ impl History {
         }
     }
 
-    /// Where a value belongs.
+    /// The relation of a value to this history.
     #[must_use]
     pub fn provenance<T>(&self, value: &Versioned<T>) -> Provenance {
         if !self.is_begun() || value.lineage != self.lineage {
@@ -153,7 +156,7 @@ mod tests {
         }
     }
 
-    /// An answer with these versions (number and nonce), the last of them the newest.
+    /// The answer to a poll, with these versions (number and nonce) in ascending order.
     fn polled(versions: &[(u64, u8)]) -> Polled {
         let (version, nonce) = *versions.last().unwrap();
         Polled {
@@ -175,7 +178,7 @@ mod tests {
     }
 
     #[test]
-    fn history_goes_on_only_from_the_version_applied_with_its_own_nonce() {
+    fn history_continues_only_from_the_applied_version_with_the_same_nonce() {
         let history = begun();
         let other = |change: fn(&mut Polled), versions| {
             let mut polled = polled(versions);
@@ -198,11 +201,11 @@ mod tests {
     }
 
     #[test]
-    fn a_value_is_placed_by_number_and_nonce() {
+    fn provenance_depends_on_version_and_nonce() {
         let mut history = begun();
         history.advance(&polled(&[(6, 6), (8, 8), (9, 9)]));
         assert_eq!(history.applied(), Version(9));
-        for (value, place) in [
+        for (value, provenance) in [
             (versioned(4, 4), Provenance::Foreign),
             (versioned(5, 5), Provenance::Known),
             (versioned(6, 6), Provenance::Known),
@@ -212,23 +215,23 @@ mod tests {
             (versioned(10, 1), Provenance::Ahead),
             (Versioned { lineage: Lineage::default(), ..versioned(9, 9) }, Provenance::Foreign),
         ] {
-            assert_eq!(history.provenance(&value), place, "{value:?}");
+            assert_eq!(history.provenance(&value), provenance, "{value:?}");
         }
         assert_eq!(History::default().provenance(&versioned(1, 1)), Provenance::Foreign);
     }
 
     #[test]
-    fn news_of_a_later_history_is_what_this_one_does_not_know() {
+    fn versions_missing_from_this_history_are_news() {
         let history = begun();
         for (version, nonce, is_news) in [(5, 5, false), (5, 1, true), (6, 6, false), (6, 1, true), (7, 7, true)] {
             assert_eq!(history.is_news(Version(version), Nonce([nonce; 16])), is_news, "{version}, {nonce}");
         }
-        assert!(!history.is_news(Version(4), Nonce([4; 16])), "deleted long ago, or a number that was never drawn");
+        assert!(!history.is_news(Version(4), Nonce([4; 16])), "pruned long ago, or a number that was not used");
         assert!(History::default().is_news(Version(1), Nonce([1; 16])));
     }
 
     #[test]
-    fn nonces_are_forgotten_when_no_value_can_be_of_their_time_but_never_the_one_applied() {
+    fn old_nonces_are_dropped_but_not_that_of_the_applied_version() {
         let mut history = begun();
         let at = |after: Duration, versions: &[(u64, u8)]| {
             let mut polled = polled(versions);
@@ -239,7 +242,7 @@ mod tests {
         assert_eq!(history.provenance(&versioned(5, 5)), Provenance::Known);
         history.advance(&at(NONCES_KEPT * 2, &[(7, 7)]));
         assert_eq!(history.provenance(&versioned(5, 5)), Provenance::Foreign);
-        assert_eq!(history.provenance(&versioned(6, 6)), Provenance::Known, "it was the newest until 20 minutes ago");
+        assert_eq!(history.provenance(&versioned(6, 6)), Provenance::Known, "newest until 20 minutes ago");
         history.advance(&at(NONCES_KEPT * 9, &[(7, 7)]));
         assert_eq!(history.provenance(&versioned(6, 6)), Provenance::Foreign);
         assert_eq!(history.provenance(&versioned(7, 7)), Provenance::Known);

@@ -1,9 +1,10 @@
-//! What checks read of a view while the poll writes it: the lease, the floors and the stripes.
+//! The part of a view that checks read while the poll task writes it: the lease, the floors and the stripes.
 //!
-//! A poll raises stripes and floors first and the lease last; a check loads the lease first and the stripes last. So a
-//! check that sees a lease sees every change that was committed before that lease began. No I/O, no clock, no lock.
+//! The poll task raises stripes and floors first and begins the lease last. A check loads the lease first and the
+//! stripes last. So a check that sees a lease also sees every change that was committed before the lease began
+//! (`tests/loom`). This file does no I/O, reads no clock and takes no lock.
 
-// `tests/loom` compiles this file by itself with loom's atomics, which can be shown in every order.
+// `tests/loom` compiles this file on its own, with loom's atomics, and explores the orders of memory operations.
 #[cfg(trustgate_loom)]
 use loom::sync::atomic::{AtomicU64, Ordering};
 #[cfg(not(trustgate_loom))]
@@ -15,52 +16,60 @@ use crate::{
     record::{Change, ChangeKind, Version},
 };
 
-/// For how long a replica may rely on what it holds.
+/// How long a replica may use its cache entries.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
-    /// After the start of the last poll that was answered.
+    /// From the sending of the last successful poll.
     pub lease: Duration,
-    /// And this much longer while polls get no answer at all.
+    /// How much longer records may be used to grant, while polls get no answer at all.
     pub stale: Duration,
 }
 
-/// What a lease is worth at a moment.
+/// The state of a lease at a moment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LeaseState {
-    /// What is held may be relied on.
+    /// Cache entries may be used.
     Fresh,
-    /// The database does not answer: records that were held as good may still be granted, absences may not be told.
+    /// The database does not answer. Cached records may still be used to grant; cached denials and negative entries
+    /// must not be used.
     Stale,
-    /// Nothing that is held may be relied on.
+    /// No cache entry may be used.
     Expired,
 }
 
-/// The lease of a view and what it covers. Within a view everything here only rises; the lease may also be dropped.
+/// The lease of a view, and the versions of the changes that were applied in it. Within a view, versions and the start
+/// of the lease only rise, except that [`Self::end`] ends the lease.
 #[derive(Debug)]
 pub struct Lease {
-    /// The moment it began, in nanoseconds of the boot clock, plus one; 0: never.
+    /// When the lease began, in nanoseconds of the boot clock, plus one; 0: there is no lease.
     start: AtomicU64,
-    /// The moment the last poll was given up for lack of an answer, as opposed to one that could not be applied; as `start`.
-    /// 0: it got one.
+    /// When the last poll was given up because no answer came, encoded as `start`; 0: the last poll got an answer, even
+    /// if it could not be applied.
     unanswered: AtomicU64,
+    /// Floor: records read before this version are out of date, because many keys changed.
     keys: AtomicU64,
+    /// Floor: records read before this version are out of date, because many trusts changed.
     trusts: AtomicU64,
-    absences: AtomicU64,
-    named_records: Stripes,
-    named_absences: Stripes,
+    /// Floor: negative entries read before this version are out of date.
+    negatives: AtomicU64,
+    /// Changes of single keys and trusts, by their ids.
+    changed_records: Stripes,
+    /// Changes that may end a negative entry, by digest.
+    changed_negatives: Stripes,
 }
 
-/// The newest version that named one of the objects that share a stripe.
+/// For each stripe, the newest version that changed one of the objects that share it.
 #[derive(Debug)]
 struct Stripes(Box<[AtomicU64]>);
 
-/// Stripes of each sort. Objects that share one cost each other a read of the store, never a wrong answer.
+/// The number of stripes in one table. If two objects share a stripe, a change of one makes checks read the other from
+/// the store again; the answer stays correct.
 const STRIPES: usize = if cfg!(trustgate_loom) { 2 } else { 1 << 16 };
 
 /// The stripe of an object, by the bytes of its id or digest.
 #[must_use]
 pub fn stripe(object: &[u8]) -> u16 {
-    // Ids and digests are random in most of their bytes: folding and one multiplication spread them.
+    // Most bytes of ids and digests are random, so folding and one multiplication distribute them evenly enough.
     let (words, rest) = object.as_chunks::<8>();
     let folded = words.iter().fold(0, |folded: u64, word| folded.rotate_left(23) ^ u64::from_le_bytes(*word));
     let folded = rest.iter().fold(folded, |folded, byte| folded.rotate_left(8) ^ u64::from(*byte));
@@ -89,17 +98,17 @@ impl Default for Lease {
             unanswered: AtomicU64::new(0),
             keys: AtomicU64::new(0),
             trusts: AtomicU64::new(0),
-            absences: AtomicU64::new(0),
-            named_records: Stripes::new(),
-            named_absences: Stripes::new(),
+            negatives: AtomicU64::new(0),
+            changed_records: Stripes::new(),
+            changed_negatives: Stripes::new(),
         }
     }
 }
 
 impl Lease {
-    // === what a check does ===
+    // === used by checks ===
 
-    /// What the lease is worth at `now`. A check calls it before it looks at any value.
+    /// The state of the lease at `now`. A check must call this before it looks at any value.
     #[must_use]
     pub fn lease_state(&self, now: Moment, limits: Limits) -> LeaseState {
         let Some(start) = self.start() else { return LeaseState::Expired };
@@ -113,43 +122,44 @@ impl Lease {
         }
     }
 
-    /// Whether polls get no answer, and one was given up so lately that the next is not overdue: after a pause of this
-    /// process nobody has asked. Two attempts of a poll fit into two leases.
+    /// True if polls get no answer and the last of them was given up recently. After a pause of this process, the last
+    /// failed poll is old and proves nothing about the database now. The allowed time is two leases, enough for two
+    /// polls.
     fn is_unanswered_at(&self, now: Moment, limits: Limits) -> bool {
         let given_up = self.unanswered.load(Ordering::Relaxed).checked_sub(1).map(Moment::from_nanos);
         given_up.is_some_and(|moment| now.since(moment) <= limits.lease.saturating_mul(2))
     }
 
-    /// When the lease began, if there is one.
+    /// When the lease began; `None` if there is no lease.
     #[must_use]
     pub fn start(&self) -> Option<Moment> {
         self.start.load(Ordering::Acquire).checked_sub(1).map(Moment::from_nanos)
     }
 
-    /// Whether no change that was applied concerns a record read at `as_of` and made of the objects of these stripes.
+    /// True if no applied change concerns a record that was read at `as_of` from the objects of these stripes.
     #[must_use]
     pub fn covers_record(&self, as_of: Version, mut stripes: impl Iterator<Item = u16>) -> bool {
         let floor = self.keys.load(Ordering::Relaxed).max(self.trusts.load(Ordering::Relaxed));
-        as_of.0 >= floor && stripes.all(|stripe| as_of >= self.named_records.at(stripe))
+        as_of.0 >= floor && stripes.all(|stripe| as_of >= self.changed_records.at(stripe))
     }
 
-    /// Whether no change that was applied concerns an absence read at `as_of` that was looked for under the digests of
-    /// these stripes.
+    /// True if no applied change concerns a negative entry that was read at `as_of` for the digests of these stripes.
     #[must_use]
     pub fn covers_absence(&self, as_of: Version, stripes: &[u16]) -> bool {
-        as_of.0 >= self.absences.load(Ordering::Relaxed)
-            && stripes.iter().all(|stripe| as_of >= self.named_absences.at(*stripe))
+        as_of.0 >= self.negatives.load(Ordering::Relaxed)
+            && stripes.iter().all(|stripe| as_of >= self.changed_negatives.at(*stripe))
     }
 
-    // === what a poll does ===
+    // === used by the poll task ===
 
-    /// Takes in what the poll found that was sent at `sent`: what was read before `floor`, and what `changes` name, is out
-    /// of date; then, once `move_on` was called, the lease begins. `None`: there is none.
+    /// Applies the answer to a poll that was sent at `sent`. Values read before `floor`, and older values that
+    /// `changes` concern, become out of date. Then it calls `advance`, and the lease begins at `sent`; `None`: it does
+    /// not begin.
     pub fn renew(
         &self,
         floor: Option<Version>,
         changes: &[(Version, Change)],
-        move_on: impl FnOnce(),
+        advance: impl FnOnce(),
         sent: Option<Moment>,
     ) {
         if let Some(floor) = floor {
@@ -158,46 +168,47 @@ impl Lease {
         for (version, change) in changes {
             self.apply(*version, change);
         }
-        move_on();
+        advance();
         let Some(sent) = sent else { return };
         self.unanswered.store(0, Ordering::Relaxed);
-        // Release: whoever sees this lease sees the stripes and floors raised before it.
+        // Release: a check that sees this lease also sees the stripes and floors raised before it.
         self.start.fetch_max(sent.nanos().saturating_add(1), Ordering::Release);
     }
 
-    /// Makes what `change` names at `version` out of date.
+    /// Marks the values that `change` concerns as out of date if they were read before `version`.
     fn apply(&self, version: Version, change: &Change) {
         match change {
-            Change::Key(id) => self.named_records.raise(stripe(id.0.as_bytes()), version),
-            Change::Trust(id) => self.named_records.raise(stripe(id.0.as_bytes()), version),
-            Change::Absent(digest) => self.named_absences.raise(stripe(digest.as_bytes()), version),
+            Change::Key(id) => self.changed_records.raise(stripe(id.0.as_bytes()), version),
+            Change::Trust(id) => self.changed_records.raise(stripe(id.0.as_bytes()), version),
+            Change::Absent(digest) => self.changed_negatives.raise(stripe(digest.as_bytes()), version),
             Change::Gone(_) | Change::Whole(ChangeKind::Gone) => {}
             Change::Whole(ChangeKind::Keys) => raise(&self.keys, version),
             Change::Whole(ChangeKind::Trusts) => raise(&self.trusts, version),
-            Change::Whole(ChangeKind::Absences) => raise(&self.absences, version),
+            Change::Whole(ChangeKind::Absences) => raise(&self.negatives, version),
             Change::Everything => {
-                for floor in [&self.keys, &self.trusts, &self.absences] {
+                for floor in [&self.keys, &self.trusts, &self.negatives] {
                     raise(floor, version);
                 }
             }
         }
     }
 
-    /// Makes what was read before `version` and is made of the objects of these stripes out of date, although no change named
-    /// them.
+    /// Marks records of the objects of these stripes as out of date if they were read before `version`. The sampler
+    /// calls this for a record that differs from its row although no change explains it.
     pub fn refuse(&self, version: Version, stripes: impl Iterator<Item = u16>) {
         for stripe in stripes {
-            self.named_records.raise(stripe, version);
+            self.changed_records.raise(stripe, version);
         }
     }
 
-    /// A poll got no answer and was given up at `now`: the lease runs on to its end, and the stale time after it as long as
-    /// the next ones get none either.
+    /// Notes that a poll got no answer and was given up at `now`. The lease keeps its end. After that it is stale, as
+    /// long as the next polls get no answer either.
     pub fn note_unanswered(&self, now: Moment) {
         self.unanswered.store(now.nanos().saturating_add(1), Ordering::Relaxed);
     }
 
-    /// A poll was answered, but the answer could not be applied: the lease runs on to its end and no further.
+    /// Notes that a poll was answered but the answer could not be applied. The lease keeps its end and does not become
+    /// stale.
     pub fn note_unusable(&self) {
         self.unanswered.store(0, Ordering::Relaxed);
     }
@@ -208,7 +219,7 @@ impl Lease {
         self.start.store(0, Ordering::Release);
     }
 
-    /// Whether polls get no answer at all.
+    /// True while polls get no answer at all.
     #[must_use]
     pub fn is_unanswered(&self) -> bool {
         self.unanswered.load(Ordering::Relaxed) > 0
@@ -233,11 +244,11 @@ mod tests {
     }
 
     #[test]
-    fn a_lease_lasts_from_the_sending_of_its_poll_and_longer_only_without_any_answer() {
+    fn lease_counts_from_the_sending_of_its_poll_and_becomes_stale_only_without_an_answer() {
         let lease = Lease::default();
-        assert_eq!(lease.lease_state(at(0), LIMITS), LeaseState::Expired, "never begun");
+        assert_eq!(lease.lease_state(at(0), LIMITS), LeaseState::Expired, "no poll yet");
         lease.note_unanswered(at(0));
-        assert_eq!(lease.lease_state(at(0), LIMITS), LeaseState::Expired, "nothing was ever confirmed");
+        assert_eq!(lease.lease_state(at(0), LIMITS), LeaseState::Expired, "no poll has succeeded yet");
         let begin = |nanos| lease.renew(None, &[], || (), Some(at(nanos)));
         begin(0);
         assert_eq!(lease.lease_state(at(100), LIMITS), LeaseState::Fresh);
@@ -245,21 +256,21 @@ mod tests {
         lease.note_unanswered(at(90));
         assert_eq!(lease.lease_state(at(101), LIMITS), LeaseState::Stale);
         assert_eq!(lease.lease_state(at(290), LIMITS), LeaseState::Stale);
-        assert_eq!(lease.lease_state(at(291), LIMITS), LeaseState::Expired, "nobody has asked since");
+        assert_eq!(lease.lease_state(at(291), LIMITS), LeaseState::Expired, "the last failed poll is too old");
         lease.note_unanswered(at(1_000));
         assert_eq!(lease.lease_state(at(1_100), LIMITS), LeaseState::Stale);
         assert_eq!(lease.lease_state(at(1_101), LIMITS), LeaseState::Expired);
         lease.note_unusable();
-        assert_eq!(lease.lease_state(at(101), LIMITS), LeaseState::Expired, "an answer that confirms nothing");
+        assert_eq!(lease.lease_state(at(101), LIMITS), LeaseState::Expired, "the answer could not be applied");
         begin(500);
         begin(400);
-        assert_eq!(lease.start(), Some(at(500)), "it never goes back");
+        assert_eq!(lease.start(), Some(at(500)), "an older poll does not move the start back");
         lease.end();
         assert_eq!(lease.lease_state(at(500), LIMITS), LeaseState::Expired);
     }
 
     #[test]
-    fn a_change_makes_out_of_date_what_it_names_and_nothing_else() {
+    fn change_makes_only_the_values_it_concerns_out_of_date() {
         let (key, trust) = (Uuid::from_u128(0xA1), Uuid::from_u128(0xB2));
         let digest = ApiKeyDigest::from_bytes([7; 32]);
         let covered = |change: &Change, as_of: u64| {
@@ -269,7 +280,7 @@ mod tests {
             let record = lease.covers_record(Version(as_of), [key, trust].iter().map(|id| stripe(id.as_bytes())));
             (record, lease.covers_absence(Version(as_of), &[stripe(digest.as_bytes())]))
         };
-        for (change, record, absence) in [
+        for (change, record, negative) in [
             (Change::Key(KeyId(key)), false, true),
             (Change::Key(KeyId(Uuid::from_u128(3))), true, true),
             (Change::Trust(TrustId(trust)), false, true),
@@ -281,23 +292,23 @@ mod tests {
             (Change::Whole(ChangeKind::Absences), true, false),
             (Change::Everything, false, false),
         ] {
-            assert_eq!(covered(&change, 4), (record, absence), "{change:?}");
-            assert_eq!(covered(&change, 5), (true, true), "{change:?}: read at the version that named it");
+            assert_eq!(covered(&change, 4), (record, negative), "{change:?}");
+            assert_eq!(covered(&change, 5), (true, true), "{change:?}: read at the version of the change");
         }
     }
 
     #[test]
-    fn what_was_found_to_differ_is_refused_where_it_was_read_before() {
+    fn refuse_makes_older_records_of_its_stripes_out_of_date() {
         let (lease, key, other) = (Lease::default(), Uuid::from_u128(0xA1), Uuid::from_u128(0xB2));
         let covers = |id: Uuid, as_of| lease.covers_record(Version(as_of), std::iter::once(stripe(id.as_bytes())));
         lease.refuse(Version(5), std::iter::once(stripe(key.as_bytes())));
         assert_eq!((covers(key, 4), covers(key, 5), covers(other, 4)), (false, true, true));
         lease.refuse(Version(3), std::iter::once(stripe(key.as_bytes())));
-        assert!(!covers(key, 4), "it never goes back");
+        assert!(!covers(key, 4), "a lower version does not lower the stripe");
     }
 
     #[test]
-    fn stripes_spread_ids_that_differ_little() {
+    fn similar_ids_get_different_stripes() {
         let mut seen = std::collections::HashSet::new();
         for id in 0..1_000_u128 {
             seen.insert(stripe(Uuid::from_u128(id << 64 | 0x7000_0000_0000_0000).as_bytes()));

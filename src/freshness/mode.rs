@@ -1,16 +1,17 @@
-//! How fresh a route demands its data to be.
+//! The freshness that the configuration or a route demands of a record.
 
 crate::setting_enum! {
     /// How fresh a record must be.
     pub enum Freshness ("\"lease\", \"strict\", \"live\" or \"ttl\"") {
-        /// As the newest change that a poll confirmed within `freshness.lease`; for `freshness.stale_if_unconfirmed`
-        /// longer while the database does not answer.
+        /// Use a record while polls confirm within `freshness.lease` that it has not changed. While the database does
+        /// not answer, grant known-good keys for `freshness.stale_if_unconfirmed` longer.
         Lease = "lease",
-        /// As `lease`, but not a moment longer: then the database is asked for each request.
+        /// Like `lease`, but without the longer time: as soon as the lease is stale, each request reads the database.
         Strict = "strict",
-        /// As old as `freshness.ttl`, counted from the database read, whatever tiers it passed through.
+        /// Use a record until it is `freshness.ttl` old, counted from the database read, whatever tiers it passed
+        /// through.
         Ttl = "ttl",
-        /// As the database holds it now: one read by primary key for each request.
+        /// Read the database for each request.
         Live = "live",
     }
 }

@@ -1,6 +1,7 @@
-//! Whether this server has the pepper that the keys of the database are made under.
+//! Compares the peppers of this server with those recorded in the database, under which the digests of keys were made.
 //!
-//! With another pepper it would find no key and reject every client. So it is not ready then, and an unknown key is a fault.
+//! With a wrong pepper, a server would not find any key and would reject every client. So it is not ready, and it
+//! answers a check of an unknown key with a fault.
 
 use std::{
     io,
@@ -18,7 +19,7 @@ use crate::{
     store::reads::lookup::OTHER_KEYS_MAX,
 };
 
-/// Whether the peppers of this server fit the database. False until a poll has compared them.
+/// The result of comparing this server's peppers with the recorded ones. Both flags are false until the first poll.
 #[derive(Debug)]
 pub struct PepperState {
     fits: AtomicBool,
@@ -33,14 +34,14 @@ impl Default for PepperState {
 }
 
 impl PepperState {
-    /// Whether they fit: this server is ready only then.
+    /// True if this server has a recorded pepper, or none is recorded. The server is ready only then.
     #[must_use]
     pub fn fits(&self) -> bool {
         self.fits.load(Ordering::Relaxed)
     }
 
-    /// Whether a key that is not found is unknown, and not perhaps one that was issued under a pepper that is missing here. For
-    /// checks: reads one byte.
+    /// True if a key that is not found can be denied as unknown. False if it may have been issued under the current
+    /// pepper, which this server does not have. Cheap enough for each check: it reads one byte.
     #[must_use]
     pub fn identifies_all(&self) -> bool {
         self.identifies_all.load(Ordering::Relaxed)
@@ -52,7 +53,7 @@ impl PepperState {
         self.changes.subscribe()
     }
 
-    /// Sets both. Returns whether [`Self::fits`] changed.
+    /// Sets both flags. Returns true if [`Self::fits`] changed.
     pub(crate) fn set(&self, fits: bool, identifies_all: bool) -> bool {
         self.identifies_all.store(identifies_all, Ordering::Relaxed);
         self.fits.store(fits, Ordering::Relaxed);
@@ -63,13 +64,13 @@ impl PepperState {
 /// Reads the peppers from their files again.
 pub type Reread = Arc<dyn Fn() -> io::Result<Vec<Fingerprint>> + Send + Sync>;
 
-/// The peppers of this server.
+/// The peppers of this server, and how to check them.
 pub struct Peppers {
-    /// Their fingerprints, the current one first, in the order of the digests.
+    /// The fingerprints, the current one first, in the order of [`Digests::all`](crate::record::Digests::all).
     pub known: Vec<Fingerprint>,
-    /// `None` where no pepper is in a file.
+    /// Reads the pepper files again; `None` if no pepper comes from a file.
     pub reread: Option<Reread>,
-    /// Their metrics.
+    /// The metrics.
     pub metrics: PepperMetrics,
 }
 
@@ -87,9 +88,9 @@ impl PepperMetrics {
     /// As [`register`].
     pub fn register(registry: &Registry) -> prometheus::Result<Self> {
         let gauge = |name, help: String| register(registry, IntGauge::with_opts(Opts::new(name, help)));
-        let fits = "1 while this server has the pepper that keys of the database are made under, else 0.";
+        let fits = "1 if this server has the recorded pepper or the one before it, or none is recorded; else 0.";
         let other_keys = format!(
-            "Active keys that were made under a pepper that this server does not have, {OTHER_KEYS_MAX} at most."
+            "Active keys issued under a pepper that this server does not have, counted up to {OTHER_KEYS_MAX}."
         );
         Ok(Self {
             fits: gauge("trustgate_pepper_fits", fits.to_owned())?,
@@ -98,7 +99,8 @@ impl PepperMetrics {
     }
 }
 
-/// The last recorded peppers, shared by the poll and the file watch, so that each change is logged once.
+/// The last recorded peppers that a poll returned. The poll task and the check of the pepper files share them, so that
+/// each change is logged once.
 #[derive(Default)]
 pub(crate) struct Compared {
     stored: Mutex<Option<StoredPeppers>>,
@@ -111,7 +113,7 @@ fn listed(fingerprints: impl IntoIterator<Item = Fingerprint>) -> String {
 }
 
 impl Peppers {
-    /// Compares them with what a poll found.
+    /// Compares them with the recorded peppers that a poll returned, and logs changes.
     pub(crate) fn compare(&self, stored: StoredPeppers, compared: &Compared, state: &PepperState) {
         let mut last = compared.stored.lock().unwrap_or_else(PoisonError::into_inner);
         if last.replace(stored) == Some(stored) {
@@ -124,9 +126,9 @@ impl Peppers {
             tracing::error!(
                 configured = listed(self.known.iter().copied()),
                 recorded = listed(stored.current),
-                "pepper mismatch: this server does not have the pepper recorded in the database, so it is not ready; set \
-                 credential.pepper_file or credential.previous_pepper_files and restart. If a command recorded a wrong pepper, run \
-                 `trustgate pepper use` with the right one"
+                "pepper mismatch: this server does not have the pepper recorded in the database, so it is not ready; \
+                 set credential.pepper_file or credential.previous_pepper_files and restart. If a command recorded a \
+                 wrong pepper, run `trustgate pepper use` with the right one"
             );
         } else if changed && stored.current.is_some() {
             tracing::info!(
@@ -136,7 +138,7 @@ impl Peppers {
         }
     }
 
-    /// Takes in how many active keys are under other peppers.
+    /// Exposes the number of active keys under other peppers, and logs when it becomes or stops being zero.
     pub(crate) fn count_others(&self, count: u64) {
         let count = i64::try_from(count).unwrap_or(i64::MAX); // at most 10 000
         let before = self.metrics.other_keys.get();
@@ -145,15 +147,16 @@ impl Peppers {
             tracing::warn!(
                 count,
                 configured = listed(self.known.iter().copied()),
-                "unknown pepper: active keys were issued under a pepper that this server does not have, so it cannot grant them; list \
-                 them with `trustgate key list --pepper unknown`"
+                "unknown pepper: active keys were issued under a pepper that this server does not have, so it cannot \
+                 grant them; list them with `trustgate key list --pepper unknown`"
             );
         } else if before > 0 && count == 0 {
             tracing::info!("unknown pepper: no such active keys are left");
         }
     }
 
-    /// Compares what the files hold now with what they held at the start, and with what the database names.
+    /// Compares the present content of the pepper files with that at startup and with the recorded peppers, and logs
+    /// changes.
     pub(crate) fn compare_files(&self, read: io::Result<Vec<Fingerprint>>, compared: &Compared, last: &mut FileState) {
         let stored = compared.stored.lock().unwrap_or_else(PoisonError::into_inner).unwrap_or_default();
         let (state, problem) = match read {
@@ -169,7 +172,7 @@ impl Peppers {
         match last {
             FileState::Same => tracing::info!("pepper files restored: they match what this server loaded"),
             FileState::Unreadable => {
-                tracing::error!(problem, "pepper files unreadable: a restart would fail");
+                tracing::error!(problem, "pepper files unreadable: a restart would fail; restore the files");
             }
             FileState::Other(found) if stored.fit(found) => tracing::warn!(
                 configured,
@@ -180,20 +183,20 @@ impl Peppers {
                 configured,
                 found = listed(found.iter().copied()),
                 recorded = listed(stored.current),
-                "pepper files changed: they no longer contain the pepper recorded in the database, so this server would not be ready \
-                 after a restart"
+                "pepper files changed: they no longer contain the pepper recorded in the database, so this server \
+                 would not be ready after a restart"
             ),
         }
     }
 }
 
-/// What the pepper files hold.
+/// The content of the pepper files.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum FileState {
-    /// What they held at the start.
+    /// The same peppers as at startup.
     Same,
     /// Other peppers.
     Other(Vec<Fingerprint>),
-    /// Nothing that can be read.
+    /// A file cannot be read.
     Unreadable,
 }

@@ -1,7 +1,8 @@
-//! The poll: asks the store what was committed, again and again, tells the views, and keeps the store's side in order.
+//! The poll task: reads the change log at intervals and applies it to the replica state. It also sends heartbeats,
+//! prunes old versions and restores triggers.
 //!
-//! Never touches a cache, and never ends because the store failed. Runs on a thread of its own, so that nothing else can
-//! hold it up.
+//! It does not touch the cache, and it continues when the store fails. It runs on a separate thread, so that other work
+//! does not delay it.
 
 use std::{collections::VecDeque, future::pending, sync::Arc, time::Duration};
 
@@ -31,31 +32,31 @@ use crate::{
     store::{Heartbeat, Lookup, PollError, Polled, Tended},
 };
 
-/// A sign of life for whoever waits for replicas, at least this often.
+/// The longest time between two heartbeats, +-10 %. Commands that wait for all replicas read them.
 const REPORT_INTERVAL: Duration = Duration::from_secs(5);
-/// How soon a report that failed is tried again while polls are answered.
+/// The wait before a failed heartbeat is sent again while polls are answered.
 const REPORT_AGAIN: Duration = Duration::from_secs(1);
-/// How long a sign of life, or mending the store's side, may take.
+/// How long one write to the store may take: a heartbeat, pruning, restoring triggers.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(2);
-/// How often versions that nobody needs are deleted. Every replica does it; one at a time has any effect.
+/// How often old versions are deleted. All replicas try; the database lets one at a time delete.
 const PRUNE_INTERVAL: Duration = Duration::from_secs(30);
-/// And how soon again while there is more to delete than one attempt may.
+/// The wait before the next attempt if one attempt could not delete all old versions.
 const PRUNE_AGAIN: Duration = Duration::from_secs(1);
-/// How often the store's side is mended at most, while it does not name all changes.
+/// The wait between two attempts to restore the triggers, while they are not intact.
 const RESTORE_INTERVAL: Duration = Duration::from_secs(1);
-/// Polls that hints may cause, at most, in [`HINTED_PERIOD`].
-const HINTED_MAX: usize = 20;
-/// See [`HINTED_MAX`].
-const HINTED_PERIOD: Duration = Duration::from_secs(1);
-/// Wait before listening again after the connection for hints broke.
+/// The maximum number of requested polls in [`REQUESTED_PERIOD`]. Notifications and waiting checks request polls.
+const REQUESTED_MAX: usize = 20;
+/// See [`REQUESTED_MAX`].
+const REQUESTED_PERIOD: Duration = Duration::from_secs(1);
+/// The wait before the poll task listens again after the connection for notifications failed.
 const LISTEN_WAIT: Duration = Duration::from_secs(1);
-/// By how much the wall clock and the boot clock may drift apart between two polls: more is a pause that the boot clock
-/// slept through.
+/// The maximum drift between the wall clock and the boot clock from one poll to the next. A larger one means that this
+/// machine was paused without its boot clock counting the time, or that the wall clock was set.
 const CLOCK_STEP_MAX: Duration = Duration::from_secs(1);
-/// What is added to the time that a sign of life covers: for the way of the sign itself.
-const SIGN_MARGIN: Duration = Duration::from_millis(200);
+/// An addition to the time that a heartbeat covers, for its way to the database.
+const HEARTBEAT_MARGIN: Duration = Duration::from_millis(200);
 
-/// What the poll and the lease look like from outside.
+/// The metrics of the poll and the lease.
 #[derive(Clone)]
 pub struct PollMetrics {
     store_up: IntGauge,
@@ -80,37 +81,37 @@ impl PollMetrics {
         let polls = IntCounterVec::new(
             Opts::new(
                 "trustgate_polls_total",
-                "Polls of the database by outcome: ok, unanswered, or unusable (an answer that confirms nothing).",
+                "Polls of the database by outcome: ok, unanswered, or unusable (answered, but lease not renewed).",
             ),
             &["outcome"],
         );
         let polls = register(registry, polls)?;
         let latency = HistogramOpts::new(
             "trustgate_revocation_latency_seconds",
-            "From the commit of a change until it was applied here, by the database's clock, in seconds.",
+            "Time from the commit of a change until this replica applied it, by the database's clock, in seconds.",
         );
         let mut buckets = SHORT_SECONDS.to_vec();
         buckets.extend([0.5, 1.0, 2.5]);
         Ok(Self {
-            store_up: gauge("trustgate_store_up", "1 while the database answers the poll and can be used, else 0.")?,
+            store_up: gauge("trustgate_store_up", "1 while the database answers polls and can be used, else 0.")?,
             applied_version: gauge(
                 "trustgate_applied_version",
-                "The newest version of the store that is applied here.",
+                "The newest version of the database that this replica has applied.",
             )?,
             lease_age: seconds(
                 "trustgate_lease_age_seconds",
-                "How long ago the lease began: when the last poll that was confirmed was sent; +Inf without one.",
+                "Seconds since the lease began, when the last successful poll was sent; +Inf without a lease.",
             )?,
             bound: seconds(
                 "trustgate_revocation_bound_seconds",
-                "How long after its commit a revocation may still go unnoticed here, at the most, as things are.",
+                "The revocation bound at present: how long after its revocation a key may be granted, in seconds.",
             )?,
             latency: register(registry, Histogram::with_opts(latency.buckets(buckets)))?,
             lost: register(
                 registry,
                 IntCounter::new(
                     "trustgate_lost_history_total",
-                    "How often the database was found to have lost history: restored, or failed over with a loss.",
+                    "How often this replica found that the database lost history: restore or failover with data loss.",
                 ),
             )?,
             confirmed: polls.with_label_values(&["ok"]),
@@ -119,14 +120,14 @@ impl PollMetrics {
         })
     }
 
-    /// Whether the last poll was answered.
+    /// True if the last poll was answered and the database can be used.
     #[must_use]
     pub fn is_store_up(&self) -> bool {
         self.store_up.get() == 1
     }
 
-    /// Sets the gauges that are read at scrape time. `bound`: how long a revocation may go unnoticed, where polls get no
-    /// answer (`true`) and else.
+    /// Sets the gauges that are computed at scrape time. `bound` returns the revocation bound; its argument is true
+    /// while polls get no answer.
     pub fn observe(&self, replica_state: &ReplicaState, clock: &dyn Clock, bound: impl FnOnce(bool) -> Duration) {
         let view = replica_state.load();
         let age = view.lease().start().map_or(f64::INFINITY, |start| clock.now().since(start).as_secs_f64());
@@ -135,45 +136,45 @@ impl PollMetrics {
     }
 }
 
-/// What the poll works with.
+/// The poll task and its dependencies.
 pub struct Poll {
     /// The store.
     pub store: Arc<dyn Lookup>,
-    /// What it tells.
+    /// The state to which it applies the change log.
     pub replica_state: Arc<ReplicaState>,
     /// The time.
     pub clock: Arc<dyn Clock>,
     /// Its intervals and limits.
     pub settings: FreshnessSettings,
-    /// Whether the tables name their changes.
+    /// True if the tables have a change log.
     pub tracks_changes: bool,
-    /// This replica, from the start of the process to its end.
+    /// The id of this replica. It stays the same until the process ends.
     pub replica: Uuid,
-    /// What people know it by.
+    /// The name of this replica for operators.
     pub name: String,
     /// The peppers of this server.
     pub peppers: Peppers,
-    /// What it looks like from outside.
+    /// The metrics.
     pub metrics: PollMetrics,
-    /// Whether the lease is fresh, for health checks.
+    /// True while the lease is fresh; for health checks.
     pub fresh: watch::Sender<bool>,
-    /// Called when new versions were applied that other replicas may not have seen: to tell them.
+    /// Called after new versions were applied, to notify replicas that may not have seen them.
     pub applied: Box<dyn Fn() + Send + Sync>,
 }
 
 impl Poll {
-    /// Polls until `stop`.
+    /// Polls until `stop`, then sends a last heartbeat.
     ///
     /// # Cancel safety
-    /// Applying an answer is never interrupted: it does not wait.
+    /// `stop` does not interrupt the application of an answer, because [`ReplicaState::apply`] does not wait.
     pub async fn run(self, stop: CancellationToken) {
-        let signs = watch::Sender::new(Version(0));
+        let to_report = watch::Sender::new(Version(0));
         let compared = Compared::default();
         let polling = async {
             tokio::join!(
-                self.poll(&signs, &compared),
+                self.poll(&to_report, &compared),
                 self.watch_freshness(),
-                self.report(signs.subscribe()),
+                self.report(to_report.subscribe()),
                 self.prune(),
                 self.tend_peppers(),
                 self.watch_pepper_files(&compared),
@@ -181,16 +182,16 @@ impl Poll {
             );
         };
         stop.run_until_cancelled(polling).await;
-        // Whoever waits for replicas need not wait for this one any more.
-        let farewell = Heartbeat { lasts: Duration::ZERO, ..self.sign(self.replica_state.load().applied()) };
+        // Commands that wait for all replicas need not wait for this one any longer.
+        let farewell = Heartbeat { lasts: Duration::ZERO, ..self.heartbeat(self.replica_state.load().applied()) };
         let _ = timeout(WRITE_TIMEOUT, self.store.report(&farewell)).await;
     }
 
-    async fn poll(&self, signs: &watch::Sender<Version>, compared: &Compared) {
+    async fn poll(&self, to_report: &watch::Sender<Version>, compared: &Compared) {
         let mut state = State {
             up: None,
-            known: false,
-            untold: false,
+            registered: false,
+            warned: false,
             attempted: None,
             restored: None,
             offset: self.clock.wall_offset(),
@@ -198,8 +199,8 @@ impl Poll {
         let (mut rate, mut jitter) = (Rate::default(), Jitter::of(self.replica));
         loop {
             let due = Instant::now() + jitter.around(self.settings.poll_interval);
-            self.once(signs, compared, &mut state).await;
-            self.tell_freshness();
+            self.poll_once(to_report, compared, &mut state).await;
+            self.publish_freshness();
             tokio::select! {
                 biased;
                 () = sleep_until(due) => {}
@@ -208,130 +209,140 @@ impl Poll {
         }
     }
 
-    /// Tells health checks whether the lease is fresh.
-    fn tell_freshness(&self) {
+    /// Publishes whether the lease is fresh, for health checks.
+    fn publish_freshness(&self) {
         self.fresh.send_if_modified(|fresh| {
             let is_fresh = self.replica_state.load().lease_state(self.clock.now()) == LeaseState::Fresh;
             std::mem::replace(fresh, is_fresh) != is_fresh
         });
     }
 
-    /// Tells them as well when it has run out, whatever a poll waits for meanwhile. Nothing but a poll makes it fresh.
+    /// Publishes the end of the lease even while a poll waits for its answer. Only a poll can make the lease fresh
+    /// again.
     async fn watch_freshness(&self) {
         let mut fresh = self.fresh.subscribe();
         while fresh.wait_for(|is_fresh| *is_fresh).await.is_ok() {
             let view = self.replica_state.load();
             let age = view.lease().start().map_or(Duration::MAX, |start| self.clock.now().since(start));
             let left = self.settings.lease.saturating_sub(age);
-            // A moment beyond its last, when it still is.
+            // The lease is still fresh at exactly `lease`, so wait a little longer.
             sleep(left + Duration::from_millis(1)).await;
-            self.tell_freshness();
+            self.publish_freshness();
         }
     }
 
-    async fn once(&self, signs: &watch::Sender<Version>, compared: &Compared, state: &mut State) {
-        if !state.known && state.may_report() {
+    async fn poll_once(&self, to_report: &watch::Sender<Version>, compared: &Compared, state: &mut State) {
+        if !state.registered && state.may_report() {
             state.attempted = Some(Instant::now());
-            // Before it relies on what it reads: whoever changes something must not overlook a replica that is starting
-            // or was cut off.
-            let sign = self.sign(self.replica_state.load().applied());
-            state.known = self.tell(&sign, self.settings.poll_timeout).await;
-            if !state.known && !std::mem::replace(&mut state.untold, true) {
+            // Send the heartbeat before a poll can begin a lease. Otherwise a command that waits for all replicas could
+            // overlook a replica that is starting or was cut off.
+            let heartbeat = self.heartbeat(self.replica_state.load().applied());
+            state.registered = self.send(&heartbeat, self.settings.poll_timeout).await;
+            if !state.registered && !std::mem::replace(&mut state.warned, true) {
                 tracing::warn!(
-                    "this replica could not say that it is there: commands that count replicas may overlook it"
+                    "heartbeat failed: commands that wait for all replicas may overlook this one until a heartbeat \
+                     succeeds; retrying"
                 );
             }
         }
-        self.notice_pause(state);
+        self.detect_pause(state);
         let limit = self.settings.poll_timeout;
-        let late = Err(PollError::NoAnswer(Fault::Timeout { tier: Tier::Store, limit }));
+        let timed_out = Err(PollError::NoAnswer(Fault::Timeout { tier: Tier::Store, limit }));
         let (since, asked) = (self.replica_state.load().since(), self.clock.now());
-        let answer = timeout(limit, self.store.poll(since)).await.unwrap_or(late);
-        if self.notice_pause(state) {
-            return; // the answer may be older than it seems
+        let answer = timeout(limit, self.store.poll(since)).await.unwrap_or(timed_out);
+        if self.detect_pause(state) {
+            return; // the machine was paused, so the answer may be old
         }
         match answer {
             Ok(polled) => {
-                // Before anything is confirmed, which makes the server ready.
+                // Compare the peppers first: applying the answer can make the server ready.
                 self.peppers.compare(polled.peppers, compared, &self.replica_state.pepper);
-                self.take_in(&polled, signs, state).await;
+                self.apply_answer(&polled, to_report, state).await;
             }
             Err(PollError::NoAnswer(fault)) => {
                 let given_up = self.clock.now();
-                // Long after its time, it was this process that stood still: that says nothing of the database.
+                // Ignore a poll whose timeout fired late: this process was paused, which proves nothing about the
+                // database.
                 if given_up.since(asked) <= limit * 2 {
                     self.replica_state.load().lease().note_unanswered(given_up);
                 }
                 self.metrics.unanswered.inc();
-                state.known = false;
+                state.registered = false;
                 if state.up.replace(Up::No) != Some(Up::No) {
                     let interval = self.settings.poll_interval;
-                    tracing::warn!(%fault, "the database does not answer; trying again every {interval:?}");
+                    tracing::warn!(%fault, "poll failed: the database does not answer; retrying every {interval:?}");
                 }
                 self.metrics.store_up.set(0);
             }
             Err(PollError::Unusable(problem)) => {
                 self.replica_state.load().lease().note_unusable();
                 self.metrics.unusable.inc();
-                state.known = false;
+                state.registered = false;
                 if state.up.replace(Up::Unusable) != Some(Up::Unusable) {
-                    tracing::error!(%problem, "the database answers, but confirms nothing");
+                    tracing::error!(%problem, "poll result unusable; lease not renewed: run `trustgate doctor`");
                 }
                 self.metrics.store_up.set(0);
             }
         }
     }
 
-    async fn take_in(&self, polled: &Polled, signs: &watch::Sender<Version>, state: &mut State) {
+    async fn apply_answer(&self, polled: &Polled, to_report: &watch::Sender<Version>, state: &mut State) {
         let newest = polled.newest.as_of;
         let applied = self.replica_state.apply(polled, self.tracks_changes);
         match applied {
             Applied::Nothing => {}
             Applied::Begun => {
-                tracing::info!(version = newest.0, "the database has confirmed its history");
+                tracing::info!(version = newest.0, "first poll of this database history succeeded");
             }
             Applied::Changed => self.observe_latency(polled),
             Applied::Everything => {
                 self.observe_latency(polled);
-                tracing::warn!(version = newest.0, "too much changed at once: everything cached before is read again");
+                tracing::warn!(
+                    version = newest.0,
+                    "too many changes for one poll: values cached before are out of date and are loaded again"
+                );
             }
             Applied::Lost { lineage, applied } => {
                 self.metrics.lost.inc();
                 tracing::error!(
                     applied = applied.0,
                     newest = newest.0,
-                    "the database has lost history (restored, or failed over with a loss?): what was revoked in between \
-                     may be good again there; nothing cached before is used"
+                    "database history lost: the database was restored, or failed over with data loss; values cached \
+                     before are not used. Recent revocations may be missing from the database: repeat them"
                 );
                 if lineage == polled.newest.lineage {
                     let renewed = timeout(WRITE_TIMEOUT, self.store.renew_incarnation(lineage.incarnation)).await;
                     if let Ok(Err(fault)) = renewed {
-                        tracing::error!(%fault, "the lost history could not be closed in the database");
+                        tracing::error!(
+                            %fault,
+                            "incarnation not renewed: cannot record in the database that history was lost; run \
+                             `trustgate migrate --new-incarnation`"
+                        );
                     }
                 }
-                self.replica_state.wake(); // begin anew at once
+                self.replica_state.wake(); // start the new view at once
             }
             Applied::Unwatched => {
                 self.metrics.unusable.inc();
-                return self.restore(state).await;
+                return self.restore_triggers(state).await;
             }
         }
         self.metrics.confirmed.inc();
         self.metrics.applied_version.set(newest.0.cast_signed());
         if applied != Applied::Nothing {
-            signs.send_replace(self.replica_state.load().applied());
+            to_report.send_replace(self.replica_state.load().applied());
         }
         if matches!(applied, Applied::Changed | Applied::Everything) {
             (self.applied)();
         }
         if state.up.replace(Up::Yes) != Some(Up::Yes) {
-            tracing::info!("the database answers");
+            tracing::info!("poll succeeded: the database answers");
         }
         self.metrics.store_up.set(1);
     }
 
-    /// Ends the lease when time passed that the boot clock did not count. Says whether it did.
-    fn notice_pause(&self, state: &mut State) -> bool {
+    /// Ends the lease if time passed that the boot clock did not count. Returns true in that case.
+    fn detect_pause(&self, state: &mut State) -> bool {
         let offset = self.clock.wall_offset();
         let step = Duration::from_micros(offset.abs_diff(state.offset));
         state.offset = offset;
@@ -340,30 +351,35 @@ impl Poll {
         }
         tracing::warn!(
             ?step,
-            "the wall clock stepped, or this machine was paused: nothing is relied on until the next poll"
+            "clock step: the wall clock was set, or this machine was paused; the lease ended until the next poll"
         );
         self.replica_state.load().lease().end();
-        self.tell_freshness();
+        self.publish_freshness();
         true
     }
 
-    async fn restore(&self, state: &mut State) {
+    /// Restores the triggers that record changes, at most once per [`RESTORE_INTERVAL`].
+    async fn restore_triggers(&self, state: &mut State) {
         if state.restored.is_some_and(|last| last.elapsed() < RESTORE_INTERVAL) {
             return;
         }
         state.restored = Some(Instant::now());
         if state.up.replace(Up::Unusable) != Some(Up::Unusable) {
             tracing::warn!(
-                "tables or triggers of the database were altered: nothing is relied on until they are checked"
+                "triggers not intact: tables or triggers of the database were altered; the lease ended until they are \
+                 restored"
             );
         }
         self.metrics.store_up.set(1);
         match timeout(WRITE_TIMEOUT, self.store.restore_watch()).await {
             Ok(Ok(())) => self.replica_state.wake(),
             Ok(Err(fault)) => {
-                tracing::error!(%fault, "changes of trusts and keys may go unnoticed; `trustgate doctor` says what to do");
+                tracing::error!(
+                    %fault,
+                    "triggers not restored: changes of trusts and keys may not be recorded; run `trustgate doctor`"
+                );
             }
-            Err(_) => tracing::warn!("checking the triggers took too long; trying again"),
+            Err(_) => tracing::warn!("triggers not restored: timeout; retrying"),
         }
     }
 
@@ -373,29 +389,29 @@ impl Poll {
         }
     }
 
-    /// Says what was applied as soon as it was, and that this replica is alive.
-    async fn report(&self, mut signs: watch::Receiver<Version>) {
+    /// Sends a heartbeat after each applied version, and at least every [`REPORT_INTERVAL`].
+    async fn report(&self, mut to_report: watch::Receiver<Version>) {
         let mut jitter = Jitter::of(self.replica);
         loop {
             tokio::select! {
                 biased;
-                changed = signs.changed() => if changed.is_err() { return },
+                changed = to_report.changed() => if changed.is_err() { return },
                 () = sleep(jitter.around(REPORT_INTERVAL)) => {}
             }
-            let applied = *signs.borrow_and_update();
+            let applied = *to_report.borrow_and_update();
             if self.replica_state.is_confirmed() {
-                // What it does not hear now it hears next time.
-                self.tell(&self.sign(applied), WRITE_TIMEOUT).await;
+                // Best effort: the next heartbeat carries the same information.
+                self.send(&self.heartbeat(applied), WRITE_TIMEOUT).await;
             }
         }
     }
 
-    /// Says that this replica is alive, and whether that was taken.
-    async fn tell(&self, sign: &Heartbeat, limit: Duration) -> bool {
-        match timeout(limit, self.store.report(sign)).await {
+    /// Sends one heartbeat. Returns true if the database accepted it.
+    async fn send(&self, heartbeat: &Heartbeat, limit: Duration) -> bool {
+        match timeout(limit, self.store.report(heartbeat)).await {
             Ok(Ok(())) => true,
             Ok(Err(fault)) => {
-                tracing::debug!(%fault, "the sign of life was not taken");
+                tracing::debug!(%fault, "heartbeat failed");
                 false
             }
             Err(_) => false,
@@ -413,12 +429,12 @@ impl Poll {
             match timeout(WRITE_TIMEOUT, self.store.prune()).await {
                 Ok(Ok(true)) => wait = PRUNE_AGAIN,
                 Ok(Ok(false)) | Err(_) => {}
-                Ok(Err(fault)) => tracing::debug!(%fault, "old versions could not be deleted"),
+                Ok(Err(fault)) => tracing::debug!(%fault, "change log pruning failed; retrying"),
             }
         }
     }
 
-    /// Records the peppers of keys that checks have proven, and counts the keys that are made under others.
+    /// Records the peppers of keys, as found by checks, and counts the active keys under unknown peppers.
     async fn tend_peppers(&self) {
         let mut jitter = Jitter::of(self.replica);
         let mut failed = false;
@@ -449,7 +465,7 @@ impl Poll {
         loop {
             sleep(jitter.around(REPORT_INTERVAL)).await;
             let reread = Arc::clone(reread);
-            // Reading may take long on a network filesystem.
+            // Reading may take long on a network file system.
             let read = tokio::task::spawn_blocking(move || reread()).await;
             self.peppers.compare_files(read.unwrap_or_else(|panic| Err(panic.into())), compared, &mut last);
         }
@@ -462,34 +478,39 @@ impl Poll {
         loop {
             let replica_state = &self.replica_state;
             let fault = self.store.listen(&|| replica_state.wake()).await;
-            tracing::debug!(%fault, "no hints from the database at the moment; the poll goes on");
+            tracing::debug!(%fault, "notifications unavailable: cannot listen to the database; retrying");
             sleep(LISTEN_WAIT).await;
         }
     }
 
-    fn sign(&self, applied: Version) -> Heartbeat {
+    fn heartbeat(&self, applied: Version) -> Heartbeat {
         let FreshnessSettings { lease, stale_if_unconfirmed, .. } = self.settings;
-        // The next sign may be a whole interval away, and a lease is as old as the last poll before it.
-        let lasts = REPORT_INTERVAL + REPORT_INTERVAL / 10 + lease + stale_if_unconfirmed + SIGN_MARGIN;
+        // The next heartbeat may follow after a whole interval (+10 %). A poll just before it may begin a lease, which
+        // this replica may use to its end and through its stale time.
+        let lasts = REPORT_INTERVAL + REPORT_INTERVAL / 10 + lease + stale_if_unconfirmed + HEARTBEAT_MARGIN;
         Heartbeat { replica: self.replica, name: self.name.clone(), applied, lasts }
     }
 }
 
+/// The state of the poll task between polls.
 struct State {
+    /// The result of the last poll, so that only changes of it are logged.
     up: Option<Up>,
-    /// Whether a sign of life was taken since the database last answered anew.
-    known: bool,
-    /// Whether it was told that none was.
-    untold: bool,
-    /// When the last attempt to report was made.
+    /// True if the database accepted a heartbeat since the last poll that failed.
+    registered: bool,
+    /// True once a warning about a failed heartbeat was logged.
+    warned: bool,
+    /// When the poll task last tried to register.
     attempted: Option<Instant>,
+    /// When it last tried to restore the triggers.
     restored: Option<Instant>,
+    /// How far the wall clock was ahead of the boot clock, in microseconds.
     offset: i64,
 }
 
 impl State {
-    /// Whether to try a report. Where polls are answered and reports fail, rights are missing: each attempt would cost a new connection,
-    /// ten times a second.
+    /// True if the poll task may send a heartbeat now. If polls are answered but heartbeats fail, rights are missing.
+    /// Each attempt then costs a new connection, so limit them to one per [`REPORT_AGAIN`].
     fn may_report(&self) -> bool {
         self.up != Some(Up::Yes) || self.attempted.is_none_or(|last| last.elapsed() >= REPORT_AGAIN)
     }
@@ -502,25 +523,25 @@ enum Up {
     Unusable,
 }
 
-/// The hinted polls of late.
+/// Limits requested polls. Contains the times of the recent ones.
 #[derive(Default)]
 struct Rate(VecDeque<Instant>);
 
 impl Rate {
-    /// Returns when a poll was asked for and may go.
+    /// Waits until a poll is requested and the limit allows it.
     async fn woken(&mut self, replica_state: &ReplicaState) {
         replica_state.woken().await;
         sleep_until(self.earliest(Instant::now())).await;
         self.0.push_back(Instant::now());
     }
 
-    /// When the next hinted poll may go.
+    /// The earliest time for the next requested poll.
     fn earliest(&mut self, now: Instant) -> Instant {
-        while self.0.front().is_some_and(|oldest| now.duration_since(*oldest) > HINTED_PERIOD) {
+        while self.0.front().is_some_and(|oldest| now.duration_since(*oldest) > REQUESTED_PERIOD) {
             self.0.pop_front();
         }
         match self.0.front() {
-            Some(oldest) if self.0.len() >= HINTED_MAX => *oldest + HINTED_PERIOD,
+            Some(oldest) if self.0.len() >= REQUESTED_MAX => *oldest + REQUESTED_PERIOD,
             _ => now,
         }
     }
@@ -531,14 +552,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn hints_cause_a_bounded_number_of_polls_a_second() {
+    fn requested_polls_are_limited_per_second() {
         let (mut rate, start) = (Rate::default(), Instant::now());
-        for _ in 0..HINTED_MAX {
-            assert_eq!(rate.earliest(start), start, "a few at once are no problem");
+        for _ in 0..REQUESTED_MAX {
+            assert_eq!(rate.earliest(start), start, "polls within the limit are not delayed");
             rate.0.push_back(start);
         }
-        assert_eq!(rate.earliest(start), start + HINTED_PERIOD);
-        let later = start + HINTED_PERIOD * 2;
+        assert_eq!(rate.earliest(start), start + REQUESTED_PERIOD);
+        let later = start + REQUESTED_PERIOD * 2;
         assert_eq!(rate.earliest(later), later);
     }
 }

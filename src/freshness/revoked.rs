@@ -1,6 +1,8 @@
-//! Digests that this replica saw revoked, deleted or replaced. A history that is lost does not make them good again.
+//! Remembers the digests that this replica saw revoked, deleted or replaced, and denies them if the database loses that
+//! history.
 //!
-//! Best effort, in one replica's memory. Never grants anything, and says nothing while history goes on.
+//! Best effort: the list is in the memory of one replica. It can only deny, and it does not affect values of the
+//! current history until that history is lost.
 
 use std::{
     collections::{HashMap, HashSet, VecDeque},
@@ -20,14 +22,15 @@ use crate::{
 
 /// How long a digest is remembered.
 const KEPT: Duration = Duration::from_hours(24);
-/// Digests remembered, at most; the oldest go first.
+/// The maximum number of digests remembered. The oldest are dropped first.
 const DIGESTS_MAX: usize = 100_000;
 
-/// What was revoked here. Changed by one caller at a time, the poll; read by every check.
+/// The revoked digests. Only the poll task changes them; checks read them.
 #[derive(Debug, Default)]
 pub struct Revoked {
     digests: Mutex<Digests>,
-    /// Digests revoked in a lost history that are still denied. Replaced as a whole, so that checks look them up without a lock.
+    /// Digests revoked in a lost history, which checks deny. Replaced as a whole, so that checks look them up without a
+    /// lock.
     binding: ArcSwap<HashSet<ApiKeyDigest>>,
     /// False while `binding` is empty, so that checks skip the lookup.
     any_binds: AtomicBool,
@@ -35,27 +38,29 @@ pub struct Revoked {
 
 #[derive(Debug, Default)]
 struct Digests {
-    /// Each with when it was seen, and whether the history in which it was seen is lost.
+    /// Each digest with the time it was last seen revoked, and true if the history in which that happened is lost.
     seen: HashMap<ApiKeyDigest, (Moment, bool)>,
+    /// The same times in ascending order. A digest that was seen again has more than one.
     order: VecDeque<(Moment, ApiKeyDigest)>,
 }
 
 impl Revoked {
-    /// Takes note of changes of the present history, in whatever order they come.
+    /// Notes changes of the current history. They may be in any order.
     pub fn note<'c>(&self, changes: impl Iterator<Item = &'c (Version, Change)>, now: Moment) {
         let mut changes: Vec<_> = changes.collect();
-        // A revocation names its digest as absent and as gone: gone it is.
+        // A revocation records `Absent` and `Gone` for its digest in the same version. `Gone` must come last to take
+        // effect.
         changes.sort_by_key(|(version, change)| (*version, matches!(change, Change::Gone(_))));
         let mut digests = self.lock();
         let mut released = Vec::new();
         for (_, change) in changes {
             match change {
                 Change::Gone(digest) => {
-                    // Of one that binds already it changes nothing: it is as revoked as before.
+                    // A digest that is already denied stays denied.
                     digests.seen.entry(*digest).or_insert((now, false)).0 = now;
                     digests.order.push_back((now, *digest));
                 }
-                // The present history has spoken of it: what an earlier one said no longer counts.
+                // The current history has changed this digest, so the lost history no longer counts for it.
                 Change::Absent(digest) => {
                     if let Some((_, true)) = digests.seen.remove(digest) {
                         released.push(*digest);
@@ -78,7 +83,7 @@ impl Revoked {
         }
     }
 
-    /// History was lost: from now on what was seen in it binds.
+    /// Denies all remembered digests from now on, because history was lost.
     pub fn bind(&self) {
         let mut digests = self.lock();
         for (_, lost) in digests.seen.values_mut() {
@@ -89,13 +94,14 @@ impl Revoked {
         self.bind_all(binding);
     }
 
-    /// Whether a value of the present history may not be granted although it is good there.
+    /// True if checks must deny `digest`, even if it is good in the current history.
     #[must_use]
     pub fn binds(&self, digest: &ApiKeyDigest) -> bool {
         self.any_binds.load(Ordering::Acquire) && self.binding.load().contains(digest)
     }
 
-    /// Whether a value of a history that no poll has seen yet may not be granted although it is good there.
+    /// True if checks must deny `digest` in a record whose version no poll has returned yet. Such a record may come
+    /// from another history, so all remembered digests count. Takes a lock.
     #[must_use]
     pub fn binds_elsewhere(&self, digest: &ApiKeyDigest) -> bool {
         self.lock().seen.contains_key(digest)
@@ -108,13 +114,13 @@ impl Revoked {
     }
 
     fn lock(&self) -> MutexGuard<'_, Digests> {
-        // Every change is whole at every moment.
+        // No update can panic halfway, so the data behind a poisoned lock is still consistent.
         self.digests.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Digests {
-    /// Forgets the oldest, and adds those of them that bound to `released`.
+    /// Drops digests that are too old or too many, oldest first. Those that checks denied are added to `released`.
     fn forget(&mut self, now: Moment, released: &mut Vec<ApiKeyDigest>) {
         while let Some((at, digest)) = self.order.front().copied()
             && (self.order.len() > DIGESTS_MAX || now.since(at) > KEPT)
@@ -134,20 +140,20 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_was_revoked_binds_after_history_is_lost_until_the_new_one_speaks_of_it() {
+    fn revoked_digests_are_denied_after_lost_history_until_the_new_history_changes_them() {
         let revoked = Revoked::default();
         let [one, other] = [1, 2].map(|byte| ApiKeyDigest::from_bytes([byte; 32]));
         let now = Moment::from_nanos(1);
         revoked.note([(Version(1), Change::Gone(one))].iter(), now);
-        assert!(!revoked.binds(&one), "the present history says it itself");
+        assert!(!revoked.binds(&one), "the current history denies it itself");
         assert!(revoked.binds_elsewhere(&one));
         revoked.note([(Version(1), Change::Gone(one)), (Version(1), Change::Absent(one))].iter(), now);
-        assert!(revoked.binds_elsewhere(&one), "a revocation names both");
+        assert!(revoked.binds_elsewhere(&one), "a revocation records both");
         revoked.bind();
         revoked.note([(Version(1), Change::Gone(other))].iter(), now);
         assert!(revoked.binds(&one) && !revoked.binds(&other));
         revoked.note([(Version(1), Change::Everything)].iter(), now);
-        assert!(revoked.binds(&one), "everything is not this digest");
+        assert!(revoked.binds(&one), "a change of everything releases no single digest");
         revoked.note([(Version(1), Change::Absent(one))].iter(), now);
         assert!(!revoked.binds(&one) && revoked.binds_elsewhere(&other));
         revoked.bind();
@@ -156,7 +162,7 @@ mod tests {
     }
 
     #[test]
-    fn the_oldest_are_forgotten() {
+    fn oldest_digests_are_dropped() {
         let revoked = Revoked::default();
         let digest = |n: usize| {
             let mut bytes = [0; 32];
@@ -176,6 +182,6 @@ mod tests {
         revoked.bind();
         assert!(revoked.binds(&digest(0)));
         revoked.note([].iter(), Moment::from_nanos(0).after(KEPT * 4));
-        assert!(!revoked.binds(&digest(0)), "also where nothing else is revoked");
+        assert!(!revoked.binds(&digest(0)), "also without another revocation");
     }
 }

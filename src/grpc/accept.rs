@@ -1,6 +1,7 @@
-//! Accepts connections within their bound, and waits a moment where the machine has no more of something.
+//! Accepts connections up to `limits.connections_max`, and retries after a wait when the operating system refuses one.
 //!
-//! Never ends because accepting failed: a server that stopped listening under load would be down for good.
+//! A failed accept does not end the listener: otherwise one shortage of file descriptors would make the server
+//! unreachable until its restart.
 
 use std::{sync::Arc, time::Duration};
 
@@ -15,11 +16,12 @@ use super::{
     worker::Workers,
 };
 
-/// The wait after a failed accept (out of file descriptors, say); it doubles up to the longest one.
+/// Wait after a failed accept (out of file descriptors, for example). Each further failure doubles the wait, up to
+/// [`ACCEPT_WAIT_MAX`].
 const ACCEPT_WAIT: Duration = Duration::from_millis(10);
 const ACCEPT_WAIT_MAX: Duration = Duration::from_secs(1);
 
-/// Accepts from `listener` until `signals.drain`, then closes it. Connections live on in `tasks`, on `workers`.
+/// Accepts from `listener` until `signals.drain`, then closes it. Open connections continue in `tasks`, on `workers`.
 pub async fn run(
     listener: Listener,
     service: Arc<Service>,
@@ -30,7 +32,8 @@ pub async fn run(
     let (mut wait, mut number) = (ACCEPT_WAIT, 0_u16);
     loop {
         let accepted = signals.drain.run_until_cancelled(async {
-            // The semaphore is never closed; without a permit there would be no bound, so none means stop.
+            // Acquiring fails only if the semaphore is closed, which no code does. Without a permit the number of
+            // connections would be unlimited, so stop.
             let permit = Arc::clone(&service.connections).acquire_owned().await.ok()?;
             Some((permit, listener.accept().await))
         });
@@ -38,7 +41,7 @@ pub async fn run(
         let accepted = match accepted {
             Ok(accepted) => accepted,
             Err(error) => {
-                tracing::warn!(%error, "a connection could not be accepted; trying again in {wait:?}");
+                tracing::warn!(%error, "gRPC accept failed; trying again in {wait:?}");
                 sleep(wait).await;
                 wait = (wait * 2).min(ACCEPT_WAIT_MAX);
                 continue;
@@ -46,7 +49,7 @@ pub async fn run(
         };
         wait = ACCEPT_WAIT;
         number = number.wrapping_add(1);
-        let age = spread_age(service.limits.connection_age, number);
+        let age = jittered_age(service.limits.connection_age, number);
         let peer = accepted.peer();
         let (service, signals, calls) = (Arc::clone(&service), signals.clone(), tasks.clone());
         workers.serve(&tasks, |load| async move {
@@ -60,7 +63,7 @@ pub async fn run(
                         service.refuse_peer(reason, peer, "answered with HTTP 400");
                         http1::refuse(stream, service.limits.preface_timeout).await;
                     }
-                    // The peer left, or sent nothing: it asked for nothing.
+                    // The peer left, or sent nothing before the timeout: there is no request to answer or to log.
                     Ok(Err(Refused::Ended)) | Err(_) => {}
                 }
             };
@@ -70,8 +73,8 @@ pub async fn run(
     }
 }
 
-/// `age` +-20 %, so that connections that came together do not leave together.
-fn spread_age(age: Duration, number: u16) -> Duration {
-    // A multiple of the golden ratio spreads numbers that follow each other.
+/// `age`, changed by up to 20 %, so that connections that were opened together are not all closed together.
+fn jittered_age(age: Duration, number: u16) -> Duration {
+    // Multiplying by the golden ratio (40 503 / 65 536) distributes consecutive numbers evenly over the range.
     age.mul_f64(0.8 + 0.4 * f64::from(number.wrapping_mul(40_503)) / f64::from(u16::MAX))
 }

@@ -9,34 +9,35 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::ext_authz::response::Reply;
 
-/// The status of gRPC for what may be tried elsewhere, or again.
+/// The gRPC status UNAVAILABLE: the client may retry, here or at another server.
 pub(crate) const UNAVAILABLE: HeaderValue = HeaderValue::from_static("14");
 
-/// What a caller gets.
+/// The answer to a call.
 pub(crate) enum Answer {
-    /// The answer of a check: HTTP 200 and gRPC.
+    /// The reply to a check: HTTP 200 with a gRPC status.
     Reply(Reply),
-    /// An HTTP error: no whole gRPC call has arrived, and 200 would be a grant to an HTTP caller.
+    /// An HTTP error, because no complete gRPC call has arrived: an HTTP caller would take 200 for a grant.
     Status(StatusCode),
-    /// Nothing: the caller has left.
+    /// No answer: the caller has left.
     Nothing,
 }
 
-/// Sends what `work` returns, unless the peer resets the stream before.
+/// Sends the answer that `work` returns, unless the peer resets the stream first.
 pub(crate) async fn answer_unless_reset(
     mut respond: SendResponse<Bytes>,
     work: impl Future<Output = Answer>,
     unread: &Arc<Semaphore>,
 ) {
     let found = tokio::select! {
-        biased; // `work` reads the body and counts a caller that left
+        biased; // poll `work` first: it reads the body, and counts a caller that has left
         answer = work => answer,
         _ = poll_fn(|cx| respond.poll_reset(cx)) => return,
     };
     answer(respond, found, unread);
 }
 
-/// Sends `answer`. A failure to send is ignored: the peer has left. `unread`: permits for answers that the peer does not read.
+/// Sends `answer`. A failure to send is ignored: the peer has left. `unread` has the permits for answers that the peer
+/// does not read.
 pub(crate) fn answer(mut respond: SendResponse<Bytes>, answer: Answer, unread: &Arc<Semaphore>) {
     match answer {
         Answer::Reply(reply) => send(respond, reply, unread),
@@ -87,7 +88,7 @@ pub(crate) fn send(mut respond: SendResponse<Bytes>, reply: Reply, unread: &Arc<
                 let _ = stream.send_trailers(trailers);
             }
         }
-        // Trailers-Only: the status stands in the headers and nothing follows.
+        // A Trailers-Only response: its headers include the gRPC status, and no message follows.
         Reply::Unavailable => {
             let headers = response.headers_mut();
             headers.insert("grpc-status", UNAVAILABLE);

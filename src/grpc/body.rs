@@ -1,7 +1,8 @@
-//! The one message in the body of a gRPC call, read within bounds.
+//! Reads the one message in the body of a gRPC call, within the limits on size and memory.
 //!
-//! A complete message never causes a gRPC error here, even if its bytes are invalid: Envoy's `failure_mode_allow` would let
-//! such a request in. (Only `decision.on_fault = "error"` answers with one.) A body that ends early is not a gRPC call.
+//! A complete message is answered with a `CheckResponse`, not a gRPC error, even if its bytes are invalid: Envoy's
+//! `failure_mode_allow` would let a request with a gRPC error pass. Only `decision.on_fault = "error"` answers with
+//! one. A body that ends before its message is complete is not a gRPC call.
 
 use std::{
     sync::atomic::{AtomicUsize, Ordering},
@@ -17,37 +18,37 @@ use crate::ext_authz::{
     framing::{PREFIX_BYTES, Prefix, unframe},
 };
 
-/// Room for messages that wait, over all connections.
+/// The memory budget for messages that wait, shared by all connections.
 pub(crate) struct ByteBudget {
     free: AtomicUsize,
 }
 
 impl ByteBudget {
-    /// Room for `bytes` bytes.
+    /// A budget of `bytes` bytes.
     pub(crate) const fn new(bytes: usize) -> Self {
         Self { free: AtomicUsize::new(bytes) }
     }
 
-    /// Takes `bytes` of it, if they are free.
+    /// Reserves `bytes` bytes; `None` if fewer are free.
     pub(crate) fn reserve(&self, bytes: usize) -> Option<ReservedBytes<'_>> {
-        let mut held = self.reserve_nothing();
-        held.grow_to(bytes).then_some(held)
+        let mut reserved = self.reserve_nothing();
+        reserved.grow_to(bytes).then_some(reserved)
     }
 
-    /// Takes nothing yet.
+    /// An empty reservation, to be grown later.
     pub(crate) const fn reserve_nothing(&self) -> ReservedBytes<'_> {
         ReservedBytes { budget: self, bytes: 0 }
     }
 }
 
-/// Room that is taken until this is dropped.
+/// A part of the budget, reserved until this is dropped.
 pub(crate) struct ReservedBytes<'r> {
     budget: &'r ByteBudget,
     bytes: usize,
 }
 
 impl ReservedBytes<'_> {
-    /// Takes as much as is missing to `bytes`; says whether it was there.
+    /// Grows the reservation to `bytes` bytes. Returns false, and leaves it unchanged, if too few are free.
     pub(crate) fn grow_to(&mut self, bytes: usize) -> bool {
         let missing = bytes.saturating_sub(self.bytes);
         let free = |free: usize| free.checked_sub(missing);
@@ -63,18 +64,18 @@ impl Drop for ReservedBytes<'_> {
     }
 }
 
-/// Why a body gave no message that can be decided.
+/// Why a body contains no message to decide.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum BodyError {
-    /// The body ended before a whole message had arrived.
+    /// The body ended before the message was complete.
     Incomplete,
-    /// A whole message arrived, and it is denied.
+    /// A complete message arrived, but it is too large or its framing is invalid.
     Denied(DenyReason),
-    /// A whole message arrived, and it is compressed.
+    /// A complete message arrived, but it is compressed.
     Compressed,
-    /// Too many messages are held at the moment.
+    /// The memory budget for messages is used up.
     NoRoom {
-        /// Whether the message arrived whole.
+        /// True if the message was complete.
         is_whole: bool,
     },
     /// The peer reset the stream, or the connection ended.
@@ -84,9 +85,11 @@ pub(crate) enum BodyError {
 /// Reads the message of one call.
 pub(crate) struct MessageReader {
     request: Request<RecvStream>,
-    /// The prefix and what has arrived of the message; `None` for a message that is too large.
-    kept: Option<Bytes>,
+    /// The prefix and the part of the message that has arrived; `None` before that, and for a message that is too
+    /// large.
+    received: Option<Bytes>,
     prefix: Option<Prefix>,
+    /// Number of bytes that have arrived, discarded ones included.
     seen: u64,
     too_large: bool,
     bytes_max: u64,
@@ -96,26 +99,27 @@ impl MessageReader {
     /// Reads the body of `request`. The bytes of a message over `bytes_max` are discarded as they arrive, so that the
     /// connection stays usable.
     pub(crate) const fn new(request: Request<RecvStream>, bytes_max: u64) -> Self {
-        Self { request, kept: None, prefix: None, seen: 0, too_large: false, bytes_max }
+        Self { request, received: None, prefix: None, seen: 0, too_large: false, bytes_max }
     }
 
-    /// Bytes that it holds.
+    /// Number of bytes in the buffer.
     pub(crate) fn bytes(&self) -> usize {
-        self.kept.as_ref().map_or(0, Bytes::len)
+        self.received.as_ref().map_or(0, Bytes::len)
     }
 
-    /// The compression algorithm that the caller announced.
+    /// The compression algorithm that the caller announced in the header `grpc-encoding`.
     pub(crate) fn encoding(&self) -> &[u8] {
         self.request.headers().get("grpc-encoding").map_or(b"", |value| value.as_bytes())
     }
 
-    /// Reads what has arrived; ready with the message once the body has ended, or with why there is none.
+    /// Reads the data that has arrived. Ready once the body has ended: with the message, or the reason why there is
+    /// none.
     pub(crate) fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<Bytes, BodyError>> {
         loop {
             let body = self.request.body_mut();
             match ready!(body.poll_data(cx)) {
                 Some(Ok(data)) => {
-                    // The peer may send as much again. This fails only once the connection has ended.
+                    // Let the peer send as many bytes again. This fails only after the connection has ended.
                     let _ = body.flow_control().release_capacity(data.len());
                     let is_end = body.is_end_stream();
                     self.take(data);
@@ -134,14 +138,14 @@ impl MessageReader {
         if self.too_large {
             return;
         }
-        let kept = match self.kept.take() {
-            None => data, // most messages come in one frame: no copy
+        let received = match self.received.take() {
+            None => data, // most messages arrive in one frame, which is not copied
             Some(before) => joined(before, &data),
         };
-        self.prefix = self.prefix.or_else(|| Prefix::of(&kept));
+        self.prefix = self.prefix.or_else(|| Prefix::of(&received));
         let announced = self.prefix.map_or(0, |prefix| u64::from(prefix.length));
         self.too_large = announced > self.bytes_max || self.seen > self.bytes_max + PREFIX_BYTES as u64;
-        self.kept = (!self.too_large).then_some(kept);
+        self.received = (!self.too_large).then_some(received);
     }
 
     fn message(&self) -> Result<Bytes, BodyError> {
@@ -153,13 +157,13 @@ impl MessageReader {
         if prefix.flag == 1 {
             return Err(BodyError::Compressed);
         }
-        // Kept on, and so counted, for as long as the check may wait.
-        self.kept.as_ref().and_then(unframe).ok_or(BodyError::Denied(DenyReason::Undecodable))
+        // Do not take `received`: the caller reserves `bytes()` for the message after this.
+        self.received.as_ref().and_then(unframe).ok_or(BodyError::Denied(DenyReason::Undecodable))
     }
 }
 
 fn joined(before: Bytes, data: &[u8]) -> Bytes {
-    // Usually we hold the only reference, and the buffer grows in place.
+    // Usually this is the only reference to the buffer, so the buffer grows in place.
     let mut joined = before.try_into_mut().unwrap_or_else(|shared| BytesMut::from(&*shared));
     joined.extend_from_slice(data);
     joined.freeze()

@@ -1,6 +1,7 @@
-//! One call: a message in, a decision, an answer out.
+//! Handles one call: reads its message, gets the decision and sends the answer.
 //!
-//! A check that L1 can answer is answered where it was read, without a task, a lock or a wait.
+//! If L1 has a usable entry, the connection's own task answers the check, without spawning another task and without
+//! waiting.
 
 use std::{
     future::{Future, poll_fn},
@@ -38,8 +39,8 @@ pub(crate) struct Calls {
 }
 
 impl Calls {
-    /// Serves calls from `peer`. Checks that cannot be answered at once run in `tasks` and count in `load`. Health watches end at
-    /// `drain`.
+    /// Serves calls from `peer`. Checks that cannot be answered at once run in `tasks` and count in `load`. Health
+    /// watches end at `drain`.
     pub(crate) const fn new(
         service: Arc<Service>,
         peer: Option<IpAddr>,
@@ -50,7 +51,7 @@ impl Calls {
         Self { service, peer, tasks, load, drain }
     }
 
-    /// Answers a call at once, or spawns a task that does.
+    /// Answers a call at once, or spawns a task that answers it.
     pub(crate) fn serve(&self, cx: &mut Context<'_>, request: Request<RecvStream>, respond: SendResponse<Bytes>) {
         match Rpc::of(&request) {
             Ok(Rpc::Check) => self.check(cx, request, respond),
@@ -59,7 +60,7 @@ impl Calls {
                 let Some(permit) = service.health.admit(rpc) else {
                     return answer(respond, Answer::Status(StatusCode::SERVICE_UNAVAILABLE), &self.service.unread);
                 };
-                // Not counted in `load`: a watch is open for hours and does nothing.
+                // Health calls do not count in `load`: a watch stays open for hours and causes almost no work.
                 self.tasks.spawn(async move {
                     service.check_health(rpc, request, respond, peer, drain).await;
                     drop(permit);
@@ -108,7 +109,7 @@ impl Calls {
 
     fn spawn(&self, call: impl Future<Output = ()> + Send + 'static) {
         let open = self.load.stream();
-        // On the core of the connection: this is called there.
+        // The task runs on the worker of the connection, since this method is called there.
         self.tasks.spawn(async move {
             call.await;
             drop(open);
@@ -117,12 +118,12 @@ impl Calls {
 }
 
 impl Service {
-    /// Reads the rest of a message, which `unfinished` permits, and decides it.
+    /// Reads the rest of a message and decides it. `unfinished` is the permit for an incomplete message.
     async fn read(&self, mut reader: MessageReader, unfinished: OwnedSemaphorePermit, peer: Option<IpAddr>) -> Answer {
-        let mut held = self.budget.reserve_nothing();
+        let mut reserved = self.budget.reserve_nothing();
         let read = poll_fn(|cx| {
             let message = reader.poll(cx);
-            if held.grow_to(reader.bytes()) {
+            if reserved.grow_to(reader.bytes()) {
                 return message;
             }
             Poll::Ready(Err(BodyError::NoRoom { is_whole: matches!(message, Poll::Ready(Ok(_))) }))
@@ -139,16 +140,17 @@ impl Service {
         Answer::Reply(match self.checker.try_decide(&message) {
             Progress::Done(reply) => reply,
             Progress::Pending(waiting) => match self.checks.try_acquire() {
-                // On the heap, so that the task of a call whose message has not arrived stays small.
+                // Boxed, so that the task of a call stays small while its message is incomplete.
                 Ok(_permit) => Box::pin(self.checker.finish(&message, waiting)).await,
                 Err(_) => self.checker.shed("limits.checks_in_flight"),
             },
         })
     }
 
-    /// Decides a check that has to wait, which `_permit` allows. Its message was not counted yet.
+    /// Finishes a pending check under `_permit`. First reserves memory for its message: `Calls::check` did not, because
+    /// the message was complete at once.
     async fn finish(&self, message: Bytes, waiting: Waiting, _permit: OwnedSemaphorePermit) -> Reply {
-        let Some(_held) = self.budget.reserve(message.len()) else { return self.over_budget() };
+        let Some(_reserved) = self.budget.reserve(message.len()) else { return self.over_budget() };
         self.checker.finish(&message, waiting).await
     }
 
@@ -162,7 +164,7 @@ impl Service {
             BodyError::Compressed => Answer::Reply(self.checker.compressed(reader.encoding())),
             BodyError::NoRoom { is_whole: true } => Answer::Reply(self.over_budget()),
             BodyError::NoRoom { is_whole: false } => {
-                self.over_budget(); // counted and logged
+                self.over_budget(); // counts and logs the fault
                 Answer::Status(StatusCode::SERVICE_UNAVAILABLE)
             }
             BodyError::Incomplete => self.not_grpc(StatusCode::BAD_REQUEST, peer),
@@ -173,7 +175,7 @@ impl Service {
         }
     }
 
-    /// Counts a request that is not a gRPC call of a method that this server has.
+    /// Counts and logs a request that does not call a gRPC method of this server. Returns `status` as its answer.
     pub(crate) fn not_grpc(&self, status: StatusCode, peer: Option<IpAddr>) -> Answer {
         self.refuse_peer(Reason::NotGrpc, peer, format_args!("answered with HTTP {status}"));
         Answer::Status(status)

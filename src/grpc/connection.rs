@@ -1,7 +1,7 @@
-//! One HTTP/2 connection, from its preface to its end.
+//! Serves one HTTP/2 connection, from its preface until it closes.
 //!
-//! Everything that came in at once is decided before anything is sent, so that one write takes all the answers. Never waits
-//! for a call: one that cannot be answered at once goes on in a task of its own.
+//! Calls that arrive together are decided before anything is sent, so that one write sends all their answers. The
+//! connection does not wait for a call: a call that cannot be answered at once continues in a separate task.
 
 use std::{
     future::{Future as _, poll_fn},
@@ -31,22 +31,26 @@ use super::{
     worker::WorkerLoad,
 };
 
-/// Resets that a peer may leave pending: Envoy resets en masse when its own timeout passes.
+/// Maximum number of streams that the peer has reset before this server accepted them. Envoy resets many streams
+/// together when its own timeout passes.
 const PENDING_ACCEPT_RESETS_MAX: usize = 1_000;
-/// Streams that we may have reset because the peer was wrong.
+/// Maximum number of streams that this server resets because of the peer's protocol errors; one more closes the
+/// connection.
 const LOCAL_ERROR_RESETS_MAX: usize = 1_024;
-/// Bytes of request headers of one call. Envoy may pass on headers of the client's request (tracing), of which it takes 60 KiB:
-/// whatever comes beyond our limit is refused by the protocol, which `failure_mode_allow` would let in.
+/// Maximum size of the request headers of one call, in bytes. Envoy accepts 60 KiB of headers from its client and may
+/// forward some of them (tracing). Larger headers cause a protocol error, which `failure_mode_allow` would let pass.
 const HEADER_LIST_BYTES_MAX: u32 = 96 << 10;
-/// Calls that are answered before anything is sent. The frames of their answers are in memory at one time, and h2 keeps what the largest
-/// batch took until the connection ends.
+/// Maximum number of calls that are answered before anything is sent. The frames of all these answers are in memory
+/// together, and h2 keeps the memory for the largest batch until the connection closes.
 const BATCH_CALLS: usize = 32;
-/// Batches of calls that are answered before other connections have their turn.
+/// Maximum number of batches that are answered before the worker polls its other connections.
 const BATCHES_MAX: usize = 32;
-/// What a peer may send before we have read it, on one stream and on all of a connection.
+/// Size of the flow-control windows, in bytes: how much the peer may send before this server reads it, on one stream
+/// and on the whole connection.
 const WINDOW_BYTES: u32 = 1 << 20;
 
-/// Serves one connection to its end, calls that wait included.
+/// Serves one connection until it closes. At `age` or `signals.drain`, the connection shuts down gracefully: it waits
+/// for calls in flight for at most `limits.drain_grace`. At `signals.end`, the connection closes at once.
 pub(crate) async fn serve(
     service: Arc<Service>,
     io: impl AsyncRead + AsyncWrite + Unpin,
@@ -65,18 +69,18 @@ pub(crate) async fn serve(
     let mut connection = Connection { http2, calls, arrived: Vec::new() };
     let mut lost = pin!(until_lost(pings, &limits));
     let is_over = {
-        let mut told = pin!(async {
+        let mut shutdown_due = pin!(async {
             tokio::select! {
                 () = sleep(age) => {}
                 () = signals.drain.cancelled() => {}
             }
         });
         poll_fn(|cx| {
-            // The peer's mistakes and departures are its own business: they end the connection and are no news.
+            // Protocol errors and disconnects of the peer end the connection. They are not logged.
             if connection.poll(cx).is_ready() || lost.as_mut().poll(cx).is_ready() {
                 return Poll::Ready(true);
             }
-            told.as_mut().poll(cx).map(|()| false)
+            shutdown_due.as_mut().poll(cx).map(|()| false)
         })
         .await
     };
@@ -85,7 +89,7 @@ pub(crate) async fn serve(
         tokio::select! {
             () = poll_fn(|cx| connection.poll(cx)) => {}
             () = lost => {}
-            // A peer may never close its streams.
+            // The peer may keep its streams open without end.
             () = sleep(limits.drain_grace) => {}
             () = signals.end.cancelled() => {}
         }
@@ -127,16 +131,16 @@ async fn handshake<T: AsyncRead + AsyncWrite + Unpin>(
 struct Connection<T> {
     http2: server::Connection<T, Bytes>,
     calls: Calls,
-    /// Calls that came in and were not looked at yet. Kept, so that it is not made anew each time.
+    /// Calls that have arrived and are not handled yet. A field, so that the allocation is reused.
     arrived: Vec<(Request<RecvStream>, SendResponse<Bytes>)>,
 }
 
 impl<T: AsyncRead + AsyncWrite + Unpin> Connection<T> {
-    /// Ready once the connection is closed. Yields after [`BATCHES_MAX`] batches, so that one busy connection cannot starve the others on
-    /// this worker.
+    /// Ready once the connection is closed. Yields after [`BATCHES_MAX`] batches, so that one busy connection cannot
+    /// starve the others on this worker.
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         for _ in 0..BATCHES_MAX {
-            // Each of these also sends what was answered before.
+            // `poll_accept` also sends the answers of the previous batch.
             while self.arrived.len() < BATCH_CALLS {
                 match self.http2.poll_accept(cx) {
                     Poll::Ready(Some(Ok(call))) => self.arrived.push(call),

@@ -1,4 +1,4 @@
-//! Health checks (`grpc.health.v1`): their message is read here, within bounds, then tonic's service answers.
+//! Serves health checks (`grpc.health.v1`): reads the message within limits, then lets tonic's service answer.
 
 use std::{future::poll_fn, net::IpAddr, time::Duration};
 
@@ -20,10 +20,10 @@ use super::{
 };
 use crate::ext_authz::{decision::DenyReason, framing::frame_bytes};
 
-/// The longest message that is read: it carries the name of a service.
+/// Maximum size of a request message, in bytes. The message contains the name of a service.
 const MESSAGE_BYTES_MAX: u64 = 512;
 impl Service {
-    /// Serves one health check: for as long as the peer wants answers, or until `drain` for a watch.
+    /// Serves one health check or watch. A watch lasts until the peer ends it, or until `drain`.
     pub(crate) async fn check_health(
         &self,
         rpc: Rpc,
@@ -48,7 +48,7 @@ impl Service {
         };
         let mut call = Request::new(Full::new(frame_bytes(&message)));
         (*call.method_mut(), *call.uri_mut(), *call.headers_mut()) = (method, path, headers);
-        // The service is always ready, and answers without waiting for anything.
+        // `poll_ready` is not needed: tonic's health service is ready at once, and answers without waiting.
         let Ok(response) = self.health.routes.clone().call(call).await;
         let (head, body) = response.into_parts();
         let ends = body.is_end_stream();
@@ -56,10 +56,11 @@ impl Service {
         if ends {
             return;
         }
-        // A watch lasts as long as its client wants. The answer to a check must not keep its permit from others.
+        // A watch lasts as long as its client wants. The answer to a check has a timeout, so that a client that does
+        // not read it cannot keep its permit.
         let limit = if rpc == Rpc::HealthWatch { Duration::MAX } else { self.limits.preface_timeout };
         match timeout(limit, send(&mut stream, body, &drain)).await {
-            // A peer that has left reads nothing.
+            // `Gone` needs no reset: the peer has left.
             Ok(Sent::Whole | Sent::Gone) => {}
             Ok(Sent::Broken) => stream.send_reset(Reason::INTERNAL_ERROR),
             Err(_) => stream.send_reset(Reason::CANCEL),
@@ -92,7 +93,7 @@ async fn send(stream: &mut SendStream<Bytes>, mut body: Body, drain: &Cancellati
         };
         match frame.into_data() {
             Ok(data) => {
-                // As much as the peer takes: nothing piles up here.
+                // Send only what the peer's window allows, so that h2 queues nothing.
                 stream.reserve_capacity(data.len());
                 while stream.capacity() < data.len() {
                     let capacity = tokio::select! {

@@ -1,7 +1,8 @@
 //! Answers a caller that does not speak HTTP/2 with an HTTP error.
 //!
-//! To close the connection instead would be dangerous. Envoy in `http_service` mode then makes its own answer, and where it
-//! forwards a `content-type` of `application/grpc`, that answer is HTTP 200 with a gRPC status, which it takes for a grant.
+//! Closing the connection without an answer would be dangerous: Envoy in `http_service` mode then generates the
+//! response itself. If it has forwarded a `content-type` of `application/grpc`, that response is HTTP 200 with a gRPC
+//! status, which Envoy takes for a grant.
 
 use std::time::Duration;
 
@@ -14,8 +15,8 @@ const ANSWER: &[u8] =
     b"HTTP/1.1 400 Bad Request\r\ncontent-type: text/plain\r\ncontent-length: 35\r\nconnection: close\r\n\r\n\
 this port serves gRPC over HTTP/2\r\n";
 
-/// Answers the request that has begun on `stream` with 400, then reads until the peer closes, for at most `limit`: a
-/// connection that is closed with unread data is reset, and the peer may lose the answer.
+/// Answers the request on `stream` with 400, then reads until the peer closes, for at most `limit`. Closing a
+/// connection with unread data resets it, and the peer may lose the answer.
 pub(crate) async fn refuse(mut stream: impl AsyncRead + AsyncWrite + Unpin, limit: Duration) {
     let answered = timeout(limit, async {
         stream.write_all(ANSWER).await?;
@@ -24,7 +25,7 @@ pub(crate) async fn refuse(mut stream: impl AsyncRead + AsyncWrite + Unpin, limi
         while stream.read(&mut unread).await? > 0 {}
         std::io::Result::Ok(())
     });
-    // A peer that left, or that is too slow, loses the answer.
+    // Ignore errors and the timeout: the peer has left or is too slow.
     let _ = answered.await;
 }
 
@@ -33,7 +34,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_length_of_the_body_is_as_announced() {
+    fn content_length_is_the_length_of_the_body() {
         let answer = std::str::from_utf8(ANSWER).unwrap();
         let (head, body) = answer.split_once("\r\n\r\n").unwrap();
         assert!(head.contains(&format!("content-length: {}\r\n", body.len())), "{}", body.len());

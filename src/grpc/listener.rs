@@ -1,6 +1,6 @@
-//! Where Envoy can call: a TCP address or a Unix socket, each bound once.
+//! Binds the addresses that Envoy calls: TCP addresses and Unix sockets.
 //!
-//! Never shares an address with another server, and never takes a socket's path away from one that lives.
+//! Binding fails if another server uses the TCP address, or still answers on the Unix socket.
 
 use std::{
     fmt, io,
@@ -16,10 +16,10 @@ use tokio::net::{TcpListener, UnixListener};
 
 use crate::base::settings::{RawValue, Setting};
 
-/// Where to listen, as it is configured.
+/// An address to listen on, as configured.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ListenAddress {
-    /// An address with its port.
+    /// A TCP address with its port.
     Tcp(SocketAddr),
     /// A Unix socket, by its absolute path.
     Unix(PathBuf),
@@ -56,13 +56,13 @@ impl Setting for SocketMode {
 
     fn read(written: &RawValue) -> Option<Self> {
         let RawValue::One(text) = written else { return None };
-        // Without a leading zero it may be a decimal number, which would be other bits.
+        // Require the leading zero: other digits may be a decimal number, which means different bits.
         let digits = text.strip_prefix("0o").or_else(|| text.strip_prefix('0'))?;
         u32::from_str_radix(digits, 8).ok().filter(|mode| *mode <= 0o777).map(Self)
     }
 }
 
-/// Who owns a Unix socket.
+/// The owner of a Unix socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SocketOwner {
     user: u32,
@@ -82,24 +82,24 @@ impl Setting for SocketOwner {
     }
 }
 
-/// A place where connections come in.
+/// A bound listener.
 pub enum Listener {
     /// Over TCP.
     Tcp(TcpListener),
-    /// Over a Unix socket; its file goes with this.
+    /// Over a Unix socket; its file is removed with the listener.
     Unix(UnixListener, SocketFile),
 }
 
-/// A stream that was accepted, not yet in any runtime.
+/// An accepted stream that no runtime has registered yet.
 pub(crate) enum Accepted {
-    /// Over TCP, from this address.
+    /// Over TCP, with the peer's address.
     Tcp(StdTcpStream, IpAddr),
     /// Over a Unix socket.
     Unix(StdUnixStream),
 }
 
 impl Accepted {
-    /// The address of the peer, where it has one.
+    /// The address of the peer; `None` for a Unix socket.
     pub(crate) const fn peer(&self) -> Option<IpAddr> {
         match self {
             Self::Tcp(_, peer) => Some(*peer),
@@ -109,10 +109,10 @@ impl Accepted {
 }
 
 impl Listener {
-    /// Binds `address`. A Unix socket gets `mode` and, where one is given, `owner`.
+    /// Binds `address`. A Unix socket gets `mode` and, if given, `owner`.
     ///
     /// # Errors
-    /// What the operating system says; `AddrInUse` also where another server still answers at a socket's path.
+    /// The error of the operating system; `AddrInUse` also if another server still answers on the Unix socket.
     pub async fn bind(address: &ListenAddress, mode: SocketMode, owner: Option<SocketOwner>) -> io::Result<Self> {
         match address {
             ListenAddress::Tcp(address) => TcpListener::bind(address).await.map(Self::Tcp),
@@ -129,10 +129,10 @@ impl Listener {
         }
     }
 
-    /// Where it listens; port 0 is resolved.
+    /// The bound address; port 0 is resolved.
     ///
     /// # Errors
-    /// What the operating system says.
+    /// The error of the operating system.
     pub fn address(&self) -> io::Result<ListenAddress> {
         match self {
             Self::Tcp(listener) => listener.local_addr().map(ListenAddress::Tcp),
@@ -140,10 +140,10 @@ impl Listener {
         }
     }
 
-    /// The next connection.
+    /// Accepts the next connection.
     ///
     /// # Errors
-    /// What the operating system says: out of descriptors, say.
+    /// The error of the operating system: out of file descriptors, for example.
     ///
     /// # Cancel safety
     /// Safe: no connection is lost.
@@ -158,13 +158,13 @@ impl Listener {
     }
 }
 
-/// Removes a socket that nobody answers at: a server that was killed leaves its own behind.
+/// Removes a socket that a killed server has left behind. Fails if a server still answers on it.
 fn clear(path: &Path) -> io::Result<()> {
     match std::fs::symlink_metadata(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         Err(error) => Err(error),
         Ok(found) if !found.file_type().is_socket() => {
-            Err(io::Error::new(io::ErrorKind::AlreadyExists, "there is a file that is no socket"))
+            Err(io::Error::new(io::ErrorKind::AlreadyExists, "the file exists and is not a socket"))
         }
         Ok(_) => match StdUnixStream::connect(path) {
             Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => std::fs::remove_file(path),
@@ -174,7 +174,7 @@ fn clear(path: &Path) -> io::Result<()> {
     }
 }
 
-/// The file of a Unix socket. Removed when this is dropped, unless another server has put its own there since.
+/// The file of a Unix socket. Dropping this removes the file, unless another server has replaced it since.
 pub struct SocketFile {
     path: PathBuf,
     inode: (u64, u64),
@@ -193,7 +193,7 @@ fn inode(path: &Path) -> io::Result<(u64, u64)> {
 impl Drop for SocketFile {
     fn drop(&mut self) {
         if inode(&self.path).is_ok_and(|inode| inode == self.inode) {
-            // One that cannot be removed is removed by the next server.
+            // If this fails, the next server removes the file when it starts.
             let _ = std::fs::remove_file(&self.path);
         }
     }

@@ -1,15 +1,16 @@
-//! Detects the protocol of a peer from the first bytes of its connection. `stream` peeks at them (or, under TLS, reads and replays
-//! them), so that HTTP/2 still receives them.
+//! Detects the protocol of a peer from the first bytes of its connection. `stream` peeks at them (or, under TLS, reads
+//! and replays them), so that HTTP/2 still receives them.
 
 use super::refused::Reason;
 
-/// How many bytes decide: as long as the preface of HTTP/2 (RFC 9113, section 3.4).
+/// Number of bytes to look at: the length of the HTTP/2 preface (RFC 9113, section 3.4).
 pub(crate) const FIRST_BYTES: usize = HTTP2_PREFACE.len();
 const HTTP2_PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 /// A TLS record that holds a handshake (RFC 8446, section 5.1).
 const TLS_HANDSHAKE: u8 = 22;
 
-/// Why a connection that begins with `first` is refused; `None` if it is accepted. `has_tls`: whether the listener expects TLS.
+/// The reason to refuse a connection that begins with `first`; `None` if it is accepted. `has_tls`: true if the
+/// listener expects TLS.
 pub(crate) fn refusal(first: &[u8], has_tls: bool) -> Option<Reason> {
     let speaks_tls = first.first() == Some(&TLS_HANDSHAKE);
     if speaks_tls || HTTP2_PREFACE.starts_with(first) {
@@ -21,8 +22,9 @@ pub(crate) fn refusal(first: &[u8], has_tls: bool) -> Option<Reason> {
     }
 }
 
-/// Whether `first` begins like a request of HTTP/1: a method and a blank (RFC 9112, section 3). A method can be any token; those in
-/// use are in capitals. Unusual ones get the same answer, and only count under another reason.
+/// True if `first` begins like an HTTP/1 request: a method and a space (RFC 9112, section 3). A method can be any
+/// token; the methods in use are in capitals. Peers with other methods get the same answer, but are counted as
+/// `unrecognized`.
 fn is_http1(first: &[u8]) -> bool {
     let method = first.iter().take_while(|byte| byte.is_ascii_uppercase() || b"-_".contains(byte)).count();
     method > 0 && first.get(method).is_none_or(|byte| *byte == b' ')
@@ -33,7 +35,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn first_bytes_say_what_a_peer_speaks() {
+    fn first_bytes_identify_the_protocol() {
         for (first, plain, tls) in [
             (&HTTP2_PREFACE[..], None, Some(Reason::Tls)),
             (b"PRI * HT", None, Some(Reason::Tls)),

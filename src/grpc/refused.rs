@@ -1,7 +1,7 @@
-//! Peers that are refused because they do not speak gRPC as this listener expects it: counted, and logged now and then.
+//! Counts refused peers, which do not speak gRPC as this listener expects it, and logs them at a limited rate.
 //!
-//! A connection that sends no bytes (a TCP health probe, for example) is neither counted nor logged. Port scans that send bytes are
-//! counted as `unrecognized`, but not logged.
+//! A connection that sends no bytes (a TCP health probe, for example) is neither counted nor logged. Port scans that
+//! send bytes are counted as `unrecognized`, but not logged.
 
 use std::{fmt::Display, net::IpAddr, time::Duration};
 
@@ -11,7 +11,7 @@ use crate::base::{
     metrics::{IntCounter, IntCounterVec, Opts, Registry, register},
 };
 
-/// How often refused peers are logged, for each reason.
+/// Minimum time between two log lines with the same reason.
 const LOG_INTERVAL: Duration = Duration::from_mins(1);
 
 /// Why a peer was refused.
@@ -21,7 +21,7 @@ pub(crate) enum Reason {
     Http1,
     /// The peer spoke TLS to a listener without it, spoke no TLS to a listener with it, or its handshake failed.
     Tls,
-    /// The peer showed no certificate that `grpc.tls_client_ca_file` accepts.
+    /// The peer presented no certificate that `grpc.tls_client_ca_file` accepts.
     NoClientCertificate,
     /// An HTTP/2 request was not a call of a gRPC method that this server has.
     NotGrpc,
@@ -43,7 +43,7 @@ impl Reason {
         }
     }
 
-    /// What the operator can do about it; `None` where nothing is logged.
+    /// The cause and the remedy for the log; `None` if the refusal is not logged.
     const fn remedy(self) -> Option<&'static str> {
         match self {
             Self::Http1 => Some(
@@ -51,7 +51,7 @@ impl Reason {
                  http_service) and set http2_protocol_options on the cluster",
             ),
             Self::Tls => Some(
-                "its TLS does not fit this listener; compare the transport_socket of Envoy's cluster with \
+                "its TLS does not match this listener; compare the transport_socket of Envoy's cluster with \
                  grpc.tls_certificate_file",
             ),
             Self::NoClientCertificate => {
@@ -77,11 +77,12 @@ impl RefusedPeers {
     /// Declares the counter in `registry`.
     ///
     /// # Errors
-    /// When a metric of that name exists already.
+    /// If a metric of that name exists already.
     pub(crate) fn register(registry: &Registry) -> prometheus::Result<Self> {
         let opts = Opts::new(
             "trustgate_grpc_refused_total",
-            "Connections and requests that the gRPC listeners refused because the peer did not speak gRPC as expected.",
+            "Connections and requests that the gRPC listeners refused because the peer did not speak gRPC as expected, \
+             by reason.",
         );
         let counters = register(registry, IntCounterVec::new(opts, &["reason"]))?;
         Ok(Self {

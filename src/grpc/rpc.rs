@@ -1,6 +1,6 @@
-//! Which gRPC method a request calls, or the HTTP status that refuses it.
+//! Determines the gRPC method that a request calls, or the HTTP status that refuses it.
 //!
-//! An HTTP caller must never get 200 for a request that is not a gRPC call: Envoy in `http_service` mode takes any 200 as
+//! An HTTP caller must not get 200 for a request that is not a gRPC call: Envoy in `http_service` mode takes any 200 as
 //! a grant (`envoy.extensions.filters.http.ext_authz.v3.HttpService`). gRPC clients turn these statuses into gRPC codes
 //! (<https://github.com/grpc/grpc/blob/master/doc/http-grpc-status-mapping.md>): 404 becomes UNIMPLEMENTED.
 
@@ -21,7 +21,7 @@ pub(crate) enum Rpc {
     Check,
     /// `grpc.health.v1.Health/Check`
     HealthCheck,
-    /// `grpc.health.v1.Health/Watch`: its answers end only when the client or the server leaves.
+    /// `grpc.health.v1.Health/Watch`: a stream of answers that lasts until the client or the server ends it.
     HealthWatch,
 }
 
@@ -38,7 +38,7 @@ impl Rpc {
         if !is_grpc(headers) {
             return Err(StatusCode::UNSUPPORTED_MEDIA_TYPE);
         }
-        // The whole path: gRPC has no query.
+        // Compare the query too: the path of a gRPC call has none.
         let rpc = match request.uri().path_and_query().map_or("", |path| path.as_str()) {
             CHECK_PATH => Self::Check,
             HEALTH_CHECK_PATH => Self::HealthCheck,
@@ -48,9 +48,10 @@ impl Rpc {
         if only(headers, &TE) != Some(b"trailers") {
             return Err(StatusCode::BAD_REQUEST);
         }
-        // gRPC clients do not send a length, and Envoy in `http_service` mode always does. Without this rule, a client could
-        // send the path, the headers and the body of a health check through such an Envoy and get 200. A Check with a length is
-        // accepted, because a proxy in front of this server may add one; SECURITY.md describes what remains open.
+        // gRPC clients send no length; Envoy in `http_service` mode sends one. Without this rule, a client could send
+        // the path, the headers and the body of a health check through such an Envoy and get 200. A `Check` with a
+        // length is accepted, because a proxy in front of this server may add one; SECURITY.md describes the remaining
+        // risk.
         if rpc != Self::Check && headers.contains_key(CONTENT_LENGTH) {
             return Err(StatusCode::BAD_REQUEST);
         }

@@ -1,4 +1,4 @@
-//! What the connections of all listeners share: the checker, the limits and what is in use of them.
+//! The state that the connections of all listeners share: the checker, the limits, and how much of them is in use.
 
 use std::{
     net::IpAddr,
@@ -27,13 +27,13 @@ use crate::{
     ext_authz::check::Checker,
 };
 
-/// Calls whose message has begun and not arrived whole, over all connections: each takes about 1 KiB. Envoy sends a message at
-/// once; other clients send the heads of all calls of a burst before the first message.
+/// Maximum number of calls with an incomplete message, over all connections: each takes about 1 KiB. Envoy sends a
+/// message at once; other clients send the headers of all calls of a burst before the first message.
 const UNFINISHED_MAX: usize = 8_192;
-/// Answers that wait because their callers do not read, over all connections: each takes about 2 KiB.
+/// Maximum number of queued answers that their callers do not read, over all connections: each takes about 2 KiB.
 const UNREAD_MAX: usize = 2_048;
 
-/// What serves calls: shared by all listeners.
+/// Serves calls. All listeners share it.
 pub struct Service {
     pub(crate) checker: Arc<Checker>,
     pub(crate) health: Health,
@@ -51,11 +51,11 @@ pub struct Service {
 }
 
 impl Service {
-    /// A service that answers Check calls with `checker` and health checks with `health`, which serves `grpc.health.v1`; over
-    /// TCP behind `tls`, where there is one.
+    /// A service that answers `Check` calls with `checker` and health checks with `health`, which serves
+    /// `grpc.health.v1`. With `tls`, TCP connections must use TLS.
     ///
     /// # Errors
-    /// When a metric of that name exists already.
+    /// If a metric of that name exists already.
     pub fn new(
         checker: Arc<Checker>,
         health: Routes,
@@ -64,7 +64,7 @@ impl Service {
         clock: Arc<dyn Clock>,
         registry: &Registry,
     ) -> prometheus::Result<Self> {
-        let open = Opts::new("trustgate_grpc_connections", "Connections to the gRPC listeners that are open.");
+        let open = Opts::new("trustgate_grpc_connections", "Open connections to the gRPC listeners.");
         Ok(Self {
             checker,
             health: Health::new(health),
@@ -82,23 +82,23 @@ impl Service {
         })
     }
 
-    /// How many connections have ended so far.
+    /// Number of connections that have closed so far.
     pub fn connections_closed(&self) -> u64 {
         self.connections_closed.load(Ordering::Relaxed)
     }
 
-    /// Counts and, now and then, logs a peer that does not speak gRPC as this listener expects it.
+    /// Counts a peer that does not speak gRPC as this listener expects it, and logs it at a limited rate.
     pub(crate) fn refuse_peer(&self, reason: Reason, peer: Option<IpAddr>, detail: impl std::fmt::Display) {
         self.refused.note(reason, peer, detail, &*self.clock);
     }
 }
 
-/// Health checks at one time, over all connections: each takes about 10 KiB.
+/// Maximum number of concurrent health checks, over all connections: each takes about 10 KiB.
 const CHECKS_MAX: usize = 256;
-/// Watches at one time, over all connections: each takes about 9 KiB for as long as the client wants.
+/// Maximum number of concurrent watches, over all connections: each takes about 9 KiB until its client ends it.
 const WATCHES_MAX: usize = 512;
 
-/// Answers health checks.
+/// Serves health checks and watches, up to a maximum number of each.
 pub(crate) struct Health {
     pub(crate) routes: Routes,
     checks: Arc<Semaphore>,
@@ -112,18 +112,18 @@ impl Health {
         Self { routes, checks: semaphore(CHECKS_MAX), watches: semaphore(WATCHES_MAX) }
     }
 
-    /// Reserves one more call of `rpc` until the permit is dropped; `None` where there are too many.
+    /// Returns a permit for one call of `rpc`; `None` if too many are in flight.
     pub(crate) fn admit(&self, rpc: Rpc) -> Option<OwnedSemaphorePermit> {
         let semaphore = if rpc == Rpc::HealthWatch { &self.watches } else { &self.checks };
         Arc::clone(semaphore).try_acquire_owned().ok()
     }
 }
 
-/// When connections end: gently once `drain` is cancelled, at once when `end` is.
+/// The shutdown signals for connections: graceful when `drain` is cancelled, immediate when `end` is cancelled.
 #[derive(Clone, Default)]
 pub struct Signals {
-    /// Finish what is in flight and take nothing new.
+    /// Finish the calls in flight and accept no new ones.
     pub drain: CancellationToken,
-    /// Close now.
+    /// Close the connections at once.
     pub end: CancellationToken,
 }

@@ -1,4 +1,4 @@
-//! The settings of the gRPC listener, and its limits.
+//! The settings of the gRPC listener and its limits.
 
 use std::{path::PathBuf, time::Duration};
 
@@ -8,51 +8,58 @@ use crate::base::units::ByteSize;
 crate::settings! {
     /// The listener that Envoy calls.
     pub struct GrpcSettings in "grpc" {
-        /// Where to listen: one address or a list. `unix:///PATH` is a Unix socket, for an Envoy on the same machine.
+        /// Addresses to listen on: one address or a list. `unix:///PATH` is a Unix socket, for an Envoy on the same
+        /// machine.
         listen: Vec<ListenAddress> = "127.0.0.1:50051",
-        /// The permission bits of a Unix socket: who may call.
+        /// Permission bits of a Unix socket. They decide which users may connect.
         socket_mode: SocketMode = "0660",
-        /// Who owns a Unix socket: the number of a user, or of a user and a group (`101:101`). Unset: whoever runs this
-        /// server.
+        /// Owner of a Unix socket: the number of a user, or of a user and a group (`101:101`). Unset: the user that
+        /// runs the server.
         socket_owner: Option<SocketOwner> = "",
-        /// A PEM file with our certificate and those between it and its authority. Set: every TCP address in `listen` speaks
-        /// TLS (1.2 or 1.3) alone. Read at start.
+        /// PEM file with the server's certificate, followed by any intermediate certificates. If set, the TCP addresses
+        /// in `listen` accept only TLS (1.2 or 1.3). Requires `tls_key_file`. Read once, at startup.
         tls_certificate_file: Option<PathBuf> = "",
-        /// A PEM file with the key of that certificate. Read at start.
+        /// PEM file with the private key of the certificate. Read once, at startup.
         tls_key_file: Option<PathBuf> = "",
-        /// A PEM file with certificate authorities. Set: only who shows a certificate of theirs may call (mTLS). Read at
-        /// start.
+        /// PEM file with certificate authorities. If set, TCP clients must present a certificate of one of them (mTLS).
+        /// Read once, at startup.
         tls_client_ca_file: Option<PathBuf> = "",
     }
 }
 
 crate::settings! {
-    /// Bounds. Everything that waits, queues or grows does so within one of them.
+    /// Limits on connections and calls, their timeouts, and the times of a graceful shutdown.
     pub struct LimitsSettings in "limits" {
-        /// Calls at one time on one connection; Envoy opens another connection where it needs more. A connection takes about 1 KiB for
-        /// each, until it ends.
+        /// Maximum number of calls in flight on one connection; Envoy opens another connection if it needs more. Each
+        /// takes about 1 KiB, which the connection keeps until it closes.
         streams_per_connection: u32 = "64",
-        /// A larger `CheckRequest` is denied with 431, unread. Envoy's headers are at most 60 KiB unless configured.
+        /// Maximum size of a `CheckRequest`. A larger one is denied with 431 without being decoded. Envoy limits the
+        /// headers of a request to 60 KiB unless configured otherwise.
         message_size: ByteSize = "256KiB",
-        /// Messages held at one time, over all connections, for checks that wait or are not read to their end.
+        /// Maximum total size, over all connections, of the messages of checks that wait and of messages that are
+        /// incomplete. A check that exceeds it is answered as a fault.
         messages_in_flight_size: ByteSize = "64MiB",
-        /// Checks that wait at one time, over all connections; beyond it they are answered as faults at once.
+        /// Maximum number of checks that wait for Redis or the database, over all connections. Further checks that
+        /// would have to wait are answered as faults at once.
         checks_in_flight: u32 = "16384",
-        /// Connections at one time; further ones wait in the kernel's queue. Fewer where this process may have fewer
-        /// descriptors (`RLIMIT_NOFILE`), of which it keeps some for everything else.
+        /// Maximum number of open connections; further ones wait in the kernel's queue. The server allows fewer if its
+        /// file descriptor limit (`RLIMIT_NOFILE`) is too low; it reserves some descriptors for the database, Redis and
+        /// files.
         connections_max: u32 = "4096",
-        /// How long a client may take for what comes first: the TLS handshake, the connection preface, and the whole of one
-        /// message.
+        /// Timeout for the TLS handshake, for the HTTP/2 preface, and for the arrival of one complete message.
         preface_timeout: Duration = "2s",
-        /// How often an idle connection is asked whether it is still there.
+        /// Interval between the HTTP/2 pings that check whether the peer is still reachable.
         keepalive_interval: Duration = "20s",
-        /// How long it has for the answer.
+        /// How long the peer may take to answer a ping; the server then closes the connection.
         keepalive_timeout: Duration = "5s",
-        /// How old a connection gets, +-20 %, before Envoy is told to open another: how a scale-out is found.
+        /// Age at which the server gracefully closes a connection, varied by up to 20 %. Envoy then opens a new
+        /// connection, and so also uses replicas that were added since.
         connection_age: Duration = "30m",
-        /// How long to serve on after SIGTERM while not ready, so that Envoys have turned away before we stop accepting.
+        /// How long the server continues to serve after SIGTERM while it reports not ready, so that Envoy sends new
+        /// calls to other replicas before this one stops accepting.
         drain_delay: Duration = "5s",
-        /// How long calls in flight then have to end.
+        /// Grace period after `drain_delay`, and at `connection_age`: how long calls in flight may take before the
+        /// server closes their connections.
         drain_grace: Duration = "20s",
     }
 }

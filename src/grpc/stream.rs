@@ -1,7 +1,7 @@
-//! The byte stream under a connection, whatever kind it is.
+//! The byte stream of a connection: TCP, TLS over TCP, or a Unix socket.
 //!
-//! Never says that it can write several buffers at once, though it can: h2 then copies small answers behind each other and
-//! one write takes them all, where it would otherwise make a write of each.
+//! [`Stream`] does not report support for vectored writes, although the sockets have it. h2 therefore copies small
+//! answers into one buffer and sends them with one write, instead of one write for each answer.
 
 use std::{
     io,
@@ -23,22 +23,22 @@ use super::{
     refused::Reason,
 };
 
-/// A stream that was accepted.
+/// An accepted stream.
 pub(crate) enum Stream {
-    /// Over TCP, as it comes.
+    /// Over TCP, without TLS.
     Tcp(TcpStream),
     /// Over a Unix socket.
     Unix(UnixStream),
-    /// Over TCP, encrypted.
+    /// Over TCP, with TLS.
     Tls(Box<Rewound<TlsStream<TcpStream>>>),
 }
 
 impl Stream {
-    /// Takes `accepted` into the runtime of the caller; one over TCP through the handshake of `tls`, where there is one. The
-    /// caller sets the deadline.
+    /// Registers `accepted` with the runtime of the caller, completes the TLS handshake if it is a TCP stream and `tls`
+    /// is set, and detects the protocol. The caller sets the deadline.
     ///
     /// # Errors
-    /// Why the peer is refused.
+    /// The reason why the peer is refused.
     pub(crate) async fn open(accepted: Accepted, tls: Option<&TlsAcceptor>) -> Result<Self, Refused> {
         let mut first = [0; FIRST_BYTES];
         match accepted {
@@ -50,7 +50,8 @@ impl Stream {
             }
             Accepted::Tcp(stream, _) => {
                 let stream = TcpStream::from_std(stream)?;
-                // Answers are small and must not wait for more; a socket that refuses this still works.
+                // Without this option, Nagle's algorithm delays small answers. A socket that refuses the option still
+                // works.
                 let _ = stream.set_nodelay(true);
                 let length = stream.peek(&mut first).await?;
                 let Some(tls) = tls else { return Self::Tcp(stream).recognized(&first[..length]) };
@@ -73,7 +74,7 @@ impl Stream {
         }
     }
 
-    /// `self`, if the peer began with `first`, which is the beginning of HTTP/2.
+    /// Returns `self` if the peer's bytes `first` begin like HTTP/2.
     fn recognized(self, first: &[u8]) -> Result<Self, Refused> {
         if first.is_empty() {
             return Err(Refused::Ended);
@@ -89,11 +90,11 @@ impl Stream {
     }
 }
 
-/// Why a connection does not begin.
+/// Why a connection is not served.
 pub(crate) enum Refused {
-    /// The peer said something that this listener does not serve. With what is known of it, for the log.
+    /// The peer's protocol, TLS handshake or certificate is refused. The text is a detail for the log.
     Peer(Reason, String),
-    /// The peer speaks HTTP/1, or something unknown, on this stream.
+    /// The peer speaks HTTP/1 or an unknown protocol on this stream.
     NotHttp2(Reason, Stream),
     /// The connection ended, or the operating system failed.
     Ended,
@@ -112,7 +113,7 @@ impl From<io::Error> for Refused {
     }
 }
 
-/// A stream of which the first bytes were read already: they are read once more.
+/// A stream whose first bytes were read already. Its reads return these bytes again.
 pub(crate) struct Rewound<T> {
     first: BytesMut,
     stream: T,
@@ -143,7 +144,7 @@ impl<T: AsyncWrite + Unpin> AsyncWrite for Rewound<T> {
     }
 }
 
-/// The same call, on whatever it is.
+/// Calls the method of the stream inside.
 macro_rules! on {
     ($stream:expr, $call:ident($($argument:expr),*)) => {
         match $stream.get_mut() {

@@ -1,6 +1,6 @@
-//! TLS on the gRPC listener: our certificate, and the authorities whose clients may call, read once at start.
+//! TLS of the gRPC listener: the server's certificate, and the authorities for client certificates.
 //!
-//! Never speaks anything but HTTP/2 (ALPN `h2`), and never without encryption where a certificate is configured.
+//! The server reads the files once, at startup. If a certificate is configured, `stream` refuses TCP peers without TLS.
 
 use std::{
     path::{Path, PathBuf},
@@ -20,7 +20,7 @@ use tokio_rustls::TlsAcceptor;
 use super::settings::GrpcSettings;
 use crate::{base::clock::DatabaseTime, doctor::diagnosis::Diagnosis};
 
-/// Why TLS cannot be had.
+/// Why TLS cannot be set up.
 #[derive(Debug, thiserror::Error)]
 #[error("{setting}: {path}: {problem}", path = path.display())]
 pub struct TlsError {
@@ -29,18 +29,18 @@ pub struct TlsError {
     problem: String,
 }
 
-/// Makes one provider of cryptography that of every TLS connection of this process, unless it has one already.
+/// Installs `ring` as the cryptography provider of this process, unless it has one already.
 pub fn install_provider() {
     let _ = ring::default_provider().install_default();
 }
 
-/// What accepts TLS connections as `settings` say; `None` where they name no certificate.
+/// Creates the acceptor of TLS connections from `settings`; `None` if they name no certificate.
 ///
 /// # Errors
-/// [`TlsError`], with the setting and the file, where one cannot be read or does not fit.
+/// [`TlsError`], with the setting and the file, if a file cannot be read or the key does not match the certificate.
 pub fn acceptor(settings: &GrpcSettings) -> Result<Option<TlsAcceptor>, TlsError> {
     let (Some(certificate), Some(key)) = (&settings.tls_certificate_file, &settings.tls_key_file) else {
-        return Ok(None); // one without the other was refused with the configuration
+        return Ok(None); // a configuration with only one of the two is refused
     };
     let certificates = read_certificates("grpc.tls_certificate_file", certificate)?;
     let builder = ServerConfig::builder();
@@ -56,11 +56,11 @@ pub fn acceptor(settings: &GrpcSettings) -> Result<Option<TlsAcceptor>, TlsError
             builder.with_client_cert_verifier(verifier.map_err(|error| failed(error.to_string()))?)
         }
     };
-    // The text of an error here says what is wrong with the form of the file, never what stands in it.
+    // These errors describe the format of the file, not its content, so they reveal nothing of the key.
     let failed = |problem: String| TlsError { setting: "grpc.tls_key_file", path: key.clone(), problem };
     let private = PrivateKeyDer::from_pem_file(key).map_err(|error| failed(error.to_string()))?;
     let mut config = builder.with_single_cert(certificates, private).map_err(|error| failed(error.to_string()))?;
-    // A peer that offers only HTTP/1 must get an HTTP error, which a failed handshake would not be: see `http1`.
+    // Accept HTTP/1.1 too: a peer that offers only HTTP/1 must get an HTTP error, not a failed handshake. See `http1`.
     config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
     Ok(Some(TlsAcceptor::from(Arc::new(config))))
 }
@@ -70,27 +70,24 @@ fn read_certificates(setting: &'static str, path: &Path) -> Result<Vec<Certifica
     let read = CertificateDer::pem_file_iter(path).and_then(Iterator::collect::<Result<Vec<_>, _>>);
     let certificates = read.map_err(|error| failed(error.to_string()))?;
     if certificates.is_empty() {
-        return Err(failed("there is no certificate in it".to_owned()));
+        return Err(failed("the file contains no certificate".to_owned()));
     }
     Ok(certificates)
 }
 
-/// The name of the examination of our certificate.
+/// The name of the examination of the server's certificate.
 pub const EXAMINATION: &str = "tls";
 
-/// Loads what `settings` name, for `doctor`, and looks when the first certificate ends; `now` is by this machine's
-/// clock.
+/// Examines for `doctor` the TLS files that `settings` name, and when the certificates expire. `now` is the time of
+/// this machine's clock.
 #[must_use]
 pub fn diagnose(settings: &GrpcSettings, now: DatabaseTime) -> Diagnosis {
     const SETTING: &[&str] = &["grpc.tls_certificate_file"];
     let Some(path) = &settings.tls_certificate_file else {
-        return Diagnosis::skipped(
-            EXAMINATION,
-            "grpc.tls_certificate_file is not set: the listener speaks without TLS",
-        );
+        return Diagnosis::skipped(EXAMINATION, "grpc.tls_certificate_file is not set: the listener does not use TLS");
     };
     if let Err(error) = acceptor(settings) {
-        let remedy = "put a PEM file there that this user may read, with the certificate that belongs to the key";
+        let remedy = "provide PEM files that this user may read, with a certificate that matches the key";
         return Diagnosis::failed(EXAMINATION, error.to_string(), remedy).about(&[
             "grpc.tls_certificate_file",
             "grpc.tls_key_file",
@@ -99,20 +96,20 @@ pub fn diagnose(settings: &GrpcSettings, now: DatabaseTime) -> Diagnosis {
     }
     let certificates = read_certificates("grpc.tls_certificate_file", path).unwrap_or_default();
     let Some((begins, ends)) = validity(&certificates, now) else {
-        return Diagnosis::ok(EXAMINATION, "certificate and key fit; until when it is valid cannot be told");
+        return Diagnosis::ok(EXAMINATION, "certificate and key match; the expiry of the certificate is unknown");
     };
-    let renew = "renew the certificate, and restart `serve`: it is read at start";
+    let renew = "renew the certificate and restart `serve`, which reads the file once, at startup";
     if let Some(begins) = begins {
-        let remedy = "use it from then on, or set this machine's clock";
-        return Diagnosis::failed(EXAMINATION, format!("the certificate is valid only from {begins} on"), remedy)
+        let remedy = "wait until then, use another certificate, or correct this machine's clock";
+        return Diagnosis::failed(EXAMINATION, format!("the certificate is valid only from {begins}"), remedy)
             .about(SETTING);
     }
     if ends <= now {
         return Diagnosis::failed(EXAMINATION, format!("the certificate expired at {ends}"), renew).about(SETTING);
     }
     let days = ends.since(now).as_secs() / DAY.as_secs();
-    let found = format!("certificate and key fit, valid until {ends}, for {days} days");
-    if ends.since(now) < RENEWED_BEFORE {
+    let found = format!("certificate and key match; valid until {ends}, for {days} days");
+    if ends.since(now) < RENEWAL_MARGIN {
         Diagnosis::warning(EXAMINATION, found, renew).about(SETTING)
     } else {
         Diagnosis::ok(EXAMINATION, found)
@@ -120,20 +117,20 @@ pub fn diagnose(settings: &GrpcSettings, now: DatabaseTime) -> Diagnosis {
 }
 
 const DAY: Duration = Duration::from_hours(24);
-/// How long before its end whoever renews certificates has usually done it.
-const RENEWED_BEFORE: Duration = Duration::from_hours(30 * 24);
+/// `doctor` warns if the certificate expires sooner. Certificates are usually renewed earlier than that.
+const RENEWAL_MARGIN: Duration = Duration::from_hours(30 * 24);
 
-/// When the last of `certificates` begins, if that is yet to come, and when the first of them ends. Told by the reasons
-/// for which they are refused: before anything else their time is looked at.
+/// The latest start of validity of `certificates`, if it is in the future, and the earliest end. rustls exposes these
+/// times only in verification errors, and verification checks them first.
 fn validity(certificates: &[CertificateDer<'_>], now: DatabaseTime) -> Option<(Option<DatabaseTime>, DatabaseTime)> {
     let seconds = |seconds: u64| i64::try_from(seconds).ok()?.checked_mul(1_000_000).map(DatabaseTime::from_micros);
     let now = Duration::from_micros(u64::try_from(now.micros()).ok()?);
     let (mut begins, mut ends) = (None, None);
     for certificate in certificates {
-        if let Some(CertificateError::NotValidYetContext { not_before, .. }) = refused(certificate, now) {
+        if let Some(CertificateError::NotValidYetContext { not_before, .. }) = rejection(certificate, now) {
             begins = begins.max(seconds(not_before.as_secs()));
         }
-        if let Some(CertificateError::ExpiredContext { not_after, .. }) = refused(certificate, Duration::MAX) {
+        if let Some(CertificateError::ExpiredContext { not_after, .. }) = rejection(certificate, Duration::MAX) {
             let end = seconds(not_after.as_secs())?;
             ends = Some(ends.map_or(end, |earlier: DatabaseTime| earlier.min(end)));
         }
@@ -141,12 +138,12 @@ fn validity(certificates: &[CertificateDer<'_>], now: DatabaseTime) -> Option<(O
     Some((begins, ends?))
 }
 
-/// Why nobody would take `certificate` at a time, given as what passed since 1970.
-fn refused(certificate: &CertificateDer<'_>, at: Duration) -> Option<CertificateError> {
+/// The error of verifying `certificate` at the time `at`, counted from 1970.
+fn rejection(certificate: &CertificateDer<'_>, at: Duration) -> Option<CertificateError> {
     let parsed = ParsedCertificate::try_from(certificate).ok()?;
     let algorithms = ring::default_provider().signature_verification_algorithms.all;
-    let (nobody, at) = (RootCertStore::empty(), UnixTime::since_unix_epoch(at));
-    match verify_server_cert_signed_by_trust_anchor(&parsed, &nobody, &[], at, algorithms) {
+    let (no_roots, at) = (RootCertStore::empty(), UnixTime::since_unix_epoch(at));
+    match verify_server_cert_signed_by_trust_anchor(&parsed, &no_roots, &[], at, algorithms) {
         Err(Error::InvalidCertificate(error)) => Some(error),
         _ => None,
     }

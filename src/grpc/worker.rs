@@ -1,7 +1,8 @@
-//! The cores that serve connections: a thread each, with a runtime of its own, so that a check that is answered out of
-//! this process never waits for another thread and never wakes one.
+//! The workers that serve connections. Each worker is a thread with a single-threaded runtime, so that a check that L1
+//! can answer neither waits for another thread nor wakes one.
 //!
-//! Never asks Redis or the database: a core waits for what the I/O runtime brings, and serves others meanwhile.
+//! A worker sends no requests to Redis or the database. A check that needs them waits for the I/O runtime, and the
+//! worker serves its other connections meanwhile.
 
 use std::{
     future::Future,
@@ -16,19 +17,19 @@ use std::{
 use tokio::runtime::{Builder, Handle};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-/// All of them. Dropped, they end with what they still serve.
+/// All workers. Dropping this ends their threads and closes the connections that they still serve.
 pub struct Workers {
-    workers: Vec<Core>,
+    workers: Vec<Worker>,
     end: CancellationToken,
 }
 
-struct Core {
+struct Worker {
     handle: Handle,
     load: Arc<WorkerLoad>,
     thread: Option<JoinHandle<()>>,
 }
 
-/// What a core has to do.
+/// The load of a worker: its open streams and connections.
 #[derive(Default)]
 pub struct WorkerLoad {
     streams: AtomicUsize,
@@ -36,49 +37,51 @@ pub struct WorkerLoad {
 }
 
 impl Workers {
-    /// `count` of them.
+    /// Starts `count` workers.
     ///
     /// # Errors
-    /// When the operating system gives no more threads or descriptors.
+    /// If the operating system refuses a thread or a file descriptor.
     pub fn start(count: usize) -> io::Result<Self> {
         let mut started = Self { workers: Vec::new(), end: CancellationToken::new() };
         for number in 0..count {
             let runtime = Builder::new_current_thread().enable_all().build()?;
             let (handle, end) = (runtime.handle().clone(), started.end.clone());
-            let thread = thread::Builder::new().name(format!("core-{number}"));
+            let thread = thread::Builder::new().name(format!("worker-{number}"));
             let thread = thread.spawn(move || runtime.block_on(end.cancelled()))?;
-            started.workers.push(Core { handle, load: Arc::default(), thread: Some(thread) });
+            started.workers.push(Worker { handle, load: Arc::default(), thread: Some(thread) });
         }
         Ok(started)
     }
 
-    /// The runtimes, to be asked whether they answer.
+    /// The runtimes of the workers, for the readiness probe.
     #[must_use]
     pub fn handles(&self) -> Vec<Handle> {
-        self.workers.iter().map(|core| core.handle.clone()).collect()
+        self.workers.iter().map(|worker| worker.handle.clone()).collect()
     }
 
-    /// Serves a connection, in `tasks`, on the core that has the fewest open streams (those that wait: others are answered as
-    /// they come); where several have, on the one of them with the fewest connections, since those that are idle now will not
-    /// stay so.
+    /// Serves a connection, in `tasks`, on the worker with the fewest open streams. Only streams of calls that wait
+    /// count: others are answered as soon as they arrive. If several workers have equally few, the one with the fewest
+    /// connections serves it, since idle connections may become busy.
     pub fn serve<F: Future<Output = ()> + Send + 'static>(
         &self,
         tasks: &TaskTracker,
         connection: impl FnOnce(Arc<WorkerLoad>) -> F,
     ) {
-        let weight =
-            |core: &&Core| (core.load.streams.load(Ordering::Relaxed), core.load.connections.load(Ordering::Relaxed));
-        // There is at least one.
-        let Some(core) = self.workers.iter().min_by_key(weight) else { return };
-        core.load.connections.fetch_add(1, Ordering::Relaxed);
-        let open = Open { load: Arc::clone(&core.load), of: |load| &load.connections };
-        let serving = connection(Arc::clone(&core.load));
+        let weight = |worker: &&Worker| {
+            let load = &worker.load;
+            (load.streams.load(Ordering::Relaxed), load.connections.load(Ordering::Relaxed))
+        };
+        // The server starts at least one worker.
+        let Some(worker) = self.workers.iter().min_by_key(weight) else { return };
+        worker.load.connections.fetch_add(1, Ordering::Relaxed);
+        let open = Open { load: Arc::clone(&worker.load), of: |load| &load.connections };
+        let serving = connection(Arc::clone(&worker.load));
         tasks.spawn_on(
             async move {
                 serving.await;
                 drop(open);
             },
-            &core.handle,
+            &worker.handle,
         );
     }
 }
@@ -86,22 +89,22 @@ impl Workers {
 impl Drop for Workers {
     fn drop(&mut self) {
         self.end.cancel();
-        for core in &mut self.workers {
-            // One that panicked ended as well; its panic was shown.
-            let _ = core.thread.take().map(JoinHandle::join);
+        for worker in &mut self.workers {
+            // A thread that panicked has ended, and its panic was printed.
+            let _ = worker.thread.take().map(JoinHandle::join);
         }
     }
 }
 
 impl WorkerLoad {
-    /// Counts a stream until the answer is dropped.
+    /// Counts a stream as open until the returned guard is dropped.
     pub fn stream(self: &Arc<Self>) -> Open {
         self.streams.fetch_add(1, Ordering::Relaxed);
         Open { load: Arc::clone(self), of: |load| &load.streams }
     }
 }
 
-/// Something that is open on a core, counted until it is dropped.
+/// Counts a stream or a connection as open until this is dropped.
 pub struct Open {
     load: Arc<WorkerLoad>,
     of: fn(&WorkerLoad) -> &AtomicUsize,
@@ -120,9 +123,9 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn connections_go_where_the_fewest_streams_are_open() {
+    async fn a_new_connection_goes_to_the_worker_with_the_fewest_streams() {
         let (workers, tasks) = (Workers::start(3).unwrap(), TaskTracker::new());
-        // Connections with one open stream each: where they were served, and what ends them.
+        // Opens connections with one stream each. Returns the threads that serve them, and the senders that end them.
         let serve = async |count: usize| {
             let (mut places, mut ends) = (Vec::new(), Vec::new());
             for _ in 0..count {
@@ -140,14 +143,14 @@ mod tests {
         };
         let (mut places, mut ends) = serve(3).await;
         places.sort();
-        assert_eq!(places, ["core-0", "core-1", "core-2"]);
+        assert_eq!(places, ["worker-0", "worker-1", "worker-2"]);
         ends.extend(serve(3).await.1);
-        // Two end on one core: whoever comes next goes there.
+        // Two connections of one worker end: the next two go there.
         drop((ends.remove(0), ends.remove(2)));
         while tasks.len() > 4 {
             tokio::task::yield_now().await;
         }
         let (places, _ends) = serve(2).await;
-        assert_eq!(places, ["core-0", "core-0"]);
+        assert_eq!(places, ["worker-0", "worker-0"]);
     }
 }

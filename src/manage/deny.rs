@@ -1,6 +1,7 @@
-//! Denying at once, with the database or without: entries of the list that replicas read in Redis.
+//! The commands `trustgate deny`: entries of the deny list in Redis, which replicas read even while the database is
+//! unavailable.
 //!
-//! Never changes a key or a trust: an entry ends by itself, a revocation does not.
+//! They do not change keys or trusts: an entry expires, a revocation does not.
 
 use std::{
     io,
@@ -25,81 +26,85 @@ use crate::{
     store::{self, Env, Missing, StoreError, StoreSettings},
 };
 
-/// The longest life of an entry: a year. What is to be denied for longer is to be revoked.
+/// The maximum duration of an entry: a year. To deny a key for longer, revoke it.
 const LIFE_MAX: Duration = Duration::from_hours(366 * 24);
-/// How long a connection to Redis is waited for: somewhat longer than one attempt may take.
+/// How long to wait for a connection to Redis: somewhat longer than one attempt to connect may take.
 const CONNECT_MAX: Duration = Duration::from_secs(3);
-/// How often it is looked whether there is one.
+/// The interval between attempts while there is no connection.
 const CONNECT_POLL: Duration = Duration::from_millis(20);
-/// How long a command may take. Nobody's request waits for it, so it may be longer than `redis.timeout`.
+/// Timeout of a Redis command. No check waits for it, so it can be longer than `redis.timeout`.
 const COMMAND_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Why nothing was denied or listed.
 #[derive(Debug, thiserror::Error)]
 pub enum DenyError {
-    /// What was given cannot be used.
+    /// An argument is invalid.
     #[error("{what} must be {expected}")]
     Invalid {
-        /// What was given, as a name of the thing.
+        /// The argument.
         what: &'static str,
-        /// What it must be.
+        /// A description of valid values.
         expected: &'static str,
     },
-    /// There is no list that all replicas read.
+    /// Redis is not configured. Contains what should have been denied.
     #[error("{}", without_redis(.0))]
     NoRedis(Vec<Denied>),
-    /// The file with the key of the MAC cannot be used.
+    /// The file with the MAC key cannot be used.
     #[error("redis.mac_key_file: cannot read {path}: {source}")]
     MacKeyFile {
-        /// Which file.
+        /// The path of the file.
         path: PathBuf,
-        /// What is wrong with it.
+        /// The cause.
         source: io::Error,
     },
-    /// The database holds no key of the MAC: its tables are not ours.
-    #[error("these tables hold no key to authenticate entries with: set redis.mac_key_file, here and for `serve`")]
+    /// The database has no MAC key, because the configured tables are not ours.
+    #[error("no MAC key for the deny list: an existing table has none. Set redis.mac_key_file, here and for `serve`")]
     NoMacKey,
-    /// The key of the MAC is in the database, which failed.
+    /// The MAC key is in the database, which failed.
     #[error(
-        "the key that authenticates entries is in the database: {0}\n  redis.mac_key_file, here and for `serve`, makes this independent of the database"
+        "the MAC key of the deny list is in the database: {0}\n  \
+         Set redis.mac_key_file, here and for `serve`, to deny without the database"
     )]
     Store(#[from] StoreError),
     /// Redis failed.
     #[error("{}", of_redis(.0))]
     Redis(#[from] SharedError),
-    /// Something of the program itself failed.
+    /// The metrics that the connection to Redis needs could not be created.
     #[error("cannot start: {0}")]
     Start(#[from] prometheus::Error),
 }
 
 fn without_redis(denied: &[Denied]) -> String {
-    let place = "redis.url is not set, so there is no list that every replica reads; what is denied stands in the file \
-                 that freshness.deny_file names, on each of them";
+    let problem = "redis.url is not set: without Redis, a replica denies the entries in its own file, which \
+                   freshness.deny_file names";
     if denied.is_empty() {
-        return place.to_owned();
+        return problem.to_owned();
     }
     let lines: Vec<_> = denied.iter().map(|denied| format!("  {}", denied.line())).collect();
     format!(
-        "{place}. For this entry add\n\n{}\n\nto that file; ` until 2026-01-31T12:00:00Z` after it gives it an end",
+        "{problem}. On each replica, add\n\n{}\n\nto that file. To let the entry expire, append \
+         ` until 2026-01-31T12:00:00Z` to the line",
         lines.join("\n")
     )
 }
 
 fn of_redis(error: &SharedError) -> String {
     match error {
-        SharedError::Down(QueryError::Failed(fault)) => format!("the deny list in Redis: {fault}"),
+        SharedError::Down(QueryError::Failed(fault)) => format!("deny list in Redis failed: {fault}"),
         SharedError::Down(QueryError::Paused) => "no connection to Redis".to_owned(),
         SharedError::Down(QueryError::WrongType | QueryError::NoScript) => {
-            "what stands in Redis under the name of the deny list is none".to_owned()
+            "deny list in Redis is unusable: `trustgate:deny` is not a hash. Delete it in Redis, then add the entries \
+             again"
+                .to_owned()
         }
-        other => format!("the deny list in Redis: {other}"),
+        other => format!("deny list in Redis failed: {other}"),
     }
 }
 
-/// An entry as people see it. Its times are by Redis's clock.
+/// An entry, as the commands show it. Its times are by Redis's clock.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Entry {
-    /// What it denies.
+    /// The key, trust or digest that it denies.
     pub denied: Denied,
     /// When it was set.
     pub set_at: DatabaseTime,
@@ -114,19 +119,19 @@ impl Entry {
     }
 }
 
-/// What the list holds.
+/// The content of the deny list.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Listed {
-    /// Entries that deny, in the order of their ends.
+    /// Entries that are in effect, ordered by their end.
     pub entries: Vec<Entry>,
-    /// Entries that are not genuine, or of another release: no replica of this one heeds them.
+    /// The number of entries with a wrong MAC or of another release, which replicas of this release ignore.
     pub refused: usize,
 }
 
-/// The key of the MAC: from its file, else from the database.
+/// The MAC key: from `redis.mac_key_file` if that is set, else from the database.
 ///
 /// # Errors
-/// Neither has it.
+/// The file or the database cannot be read, or the database has no MAC key.
 pub async fn mac_key(redis: &RedisSettings, store: &StoreSettings, env: Env<'_>) -> Result<[u8; 32], DenyError> {
     if let Some(path) = &redis.mac_key_file {
         return read_mac_key(path).map_err(|source| DenyError::MacKeyFile { path: path.clone(), source });
@@ -143,46 +148,46 @@ pub async fn mac_key(redis: &RedisSettings, store: &StoreSettings, env: Env<'_>)
     key.unwrap_or_else(|_| Err(late()))?.ok_or(DenyError::NoMacKey)
 }
 
-/// The list in Redis, for those who change it.
+/// The deny list in Redis, for reading and changing it.
 pub struct Denials(SharedList);
 
 impl Denials {
-    /// Lets `work` use the list in the Redis that `settings` name, over a connection that lasts as long.
+    /// Runs `work` with the deny list in the Redis of `settings`. The connection is closed when `work` ends.
     ///
     /// # Errors
-    /// Those of `work`.
+    /// The error of `work`.
     pub async fn with<T>(
         settings: RedisSettings,
         mac_key: [u8; 32],
         work: impl AsyncFnOnce(&Self) -> Result<T, DenyError>,
     ) -> Result<T, DenyError> {
-        // Whoever waits at a terminal waits for a connection, so a failed command is no reason for a pause.
+        // A command waits for a connection anyway, so the circuit breaker must stay closed after failures.
         let settings = RedisSettings { timeout: COMMAND_TIMEOUT, breaker_failures: u32::MAX, ..settings };
-        let metrics = RedisMetrics::register(&Registry::new(), IntGauge::new("breaker", "Shown to nobody.")?)?;
+        let metrics = RedisMetrics::register(&Registry::new(), IntGauge::new("breaker", "Not exported.")?)?;
         let stop = CancellationToken::new();
         let (redis, keeper) = Redis::new(&settings.clone(), settings, Arc::new(SystemClock), metrics, stop);
         let denials = Self(SharedList::new(redis, Arc::new(OnceLock::from(mac_key))));
         tokio::select! {
             done = work(&denials) => done,
-            () = keeper => unreachable!("the connection is kept until it is told to stop"),
+            () = keeper => unreachable!("the connection task runs until `stop` is cancelled, and nothing cancels it"),
         }
     }
 
-    /// Denies each of `denied` for `life` from now on.
+    /// Adds an entry for each of `denied`, which lasts for `life` from now.
     ///
     /// # Errors
-    /// A life of nothing or longer than a year, or Redis failed.
+    /// `life` is zero or longer than a year, or Redis failed.
     pub async fn add(&self, denied: &[Denied], life: Duration) -> Result<Vec<Entry>, DenyError> {
         if life.is_zero() || life > LIFE_MAX {
             return Err(DenyError::Invalid {
-                what: "the life of an entry",
-                expected: "longer than nothing and at most a year",
+                what: "the duration of an entry",
+                expected: "longer than zero and at most a year",
             });
         }
         self.set(denied, life).await
     }
 
-    /// Ends the entries for `denied` now, whether Redis still holds them or not.
+    /// Ends the entries for `denied` now. This includes entries that Redis has lost and replicas still remember.
     ///
     /// # Errors
     /// Redis failed.
@@ -190,14 +195,14 @@ impl Denials {
         self.set(denied, Duration::ZERO).await
     }
 
-    /// Everything on the list.
+    /// All entries of the list.
     ///
     /// # Errors
     /// Redis failed.
     pub async fn list(&self) -> Result<Listed, DenyError> {
         let found = self.connected(async || self.0.read().await).await?;
-        let in_force = found.entries.into_iter().filter(|(_, term)| found.now < term.end);
-        let mut entries: Vec<_> = in_force.map(|(denied, term)| Entry::new(denied, term)).collect();
+        let active = found.entries.into_iter().filter(|(_, term)| found.now < term.end);
+        let mut entries: Vec<_> = active.map(|(denied, term)| Entry::new(denied, term)).collect();
         entries.sort_by_cached_key(|entry| (entry.until, entry.denied.line()));
         Ok(Listed { entries, refused: found.refused + found.foreign })
     }
@@ -207,7 +212,7 @@ impl Denials {
         Ok(terms.into_iter().map(|(denied, term)| Entry::new(denied, term)).collect())
     }
 
-    /// Does `work` once there is a connection.
+    /// Repeats `work` until there is a connection, for at most [`CONNECT_MAX`].
     async fn connected<T>(&self, work: impl AsyncFn() -> Result<T, SharedError>) -> Result<T, DenyError> {
         let start = SystemClock.now();
         loop {
@@ -229,11 +234,11 @@ mod tests {
     use crate::record::KeyId;
 
     #[test]
-    fn without_redis_the_line_for_the_file_is_told() {
+    fn error_without_redis_shows_the_line_for_the_deny_file() {
         let id = Uuid::from_u128(7);
-        let told = DenyError::NoRedis(vec![Denied::Key(KeyId(id))]).to_string();
-        assert!(told.starts_with("redis.url is not set") && told.contains("freshness.deny_file"), "{told}");
-        assert!(told.contains(&format!("\n  key {id}\n")), "{told}");
+        let message = DenyError::NoRedis(vec![Denied::Key(KeyId(id))]).to_string();
+        assert!(message.starts_with("redis.url is not set") && message.contains("freshness.deny_file"), "{message}");
+        assert!(message.contains(&format!("\n  key {id}\n")), "{message}");
         assert!(!DenyError::NoRedis(Vec::new()).to_string().contains("add"));
     }
 }

@@ -1,6 +1,6 @@
-//! A ledger in memory, for the tests of management alone: what the database does is tested on the database.
+//! A ledger in memory, for the unit tests of management. Other tests run against the databases.
 //!
-//! Never checks names or trusts: every trust exists and is "acme".
+//! It does not check names or trusts: each trust exists and is called "acme".
 
 use async_trait::async_trait;
 
@@ -13,7 +13,7 @@ use crate::{
     },
 };
 
-/// Keys with their digests, and what [`Ledger::replicas`] is to answer, call by call; the last answer stays.
+/// Keys with their digests, and the results of [`Ledger::replicas`], one per call; the last one is repeated.
 #[derive(Default)]
 pub(crate) struct FakeLedger {
     pub(crate) keys: Vec<(ApiKeyDigest, Key)>,

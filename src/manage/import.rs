@@ -1,6 +1,6 @@
-//! Keys made elsewhere: read one a line, all checked before any is stored.
+//! Imports keys that were issued elsewhere, one per line. All lines are checked before any key is stored.
 //!
-//! Never keeps a plaintext key longer than it takes to hash it, and never shows a line: it may hold one.
+//! A plaintext key stays in memory only until it is hashed. Messages do not quote a line, because it may contain a key.
 
 use std::{fmt, io::Read};
 
@@ -15,12 +15,12 @@ use crate::{
     store::ledger::{NewKey, Trust, TrustRef},
 };
 
-/// Keys of one import, at most: some 200 bytes of memory each.
+/// The maximum number of keys in one import. Each takes about 200 bytes of memory.
 pub const KEYS_MAX: usize = 500_000;
-/// The longest line that is read, in bytes: a key, spaces around it, or a comment.
+/// The maximum length of a line, in bytes: a key with spaces around it, or a comment.
 const LINE_BYTES_MAX: usize = 2 * KEY_BYTES_MAX;
 
-/// What stands on a line.
+/// The format of the input lines.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Form {
     /// The SHA-256 digest of a key, as 64 hexadecimal digits.
@@ -29,18 +29,18 @@ pub enum Form {
     Plaintext,
 }
 
-/// What an import did.
+/// The result of an import.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Imported {
-    /// Whose keys they are.
+    /// The trust that the keys belong to.
     pub trust: Trust,
-    /// Keys that were not there before.
+    /// The number of keys that were stored.
     pub new: u64,
-    /// Lines whose key was there already, or stood twice in the input.
+    /// The number of lines with a key that was already stored, or that is repeated in the input.
     pub known: u64,
 }
 
-/// Lines that are not what they should be, in order. Neighbours with the same problem are one range.
+/// The invalid lines of the input, in order. Consecutive lines with the same problem are one range.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct BadLines(Vec<(usize, usize, &'static str)>);
 
@@ -56,7 +56,7 @@ impl BadLines {
 impl fmt::Display for BadLines {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let count: usize = self.0.iter().map(|(first, last, _)| last - first + 1).sum();
-        write!(f, "nothing was imported, because of {count} line{}:", if count == 1 { "" } else { "s" })?;
+        write!(f, "import failed: {count} invalid line{}, nothing was stored:", if count == 1 { "" } else { "s" })?;
         for (first, last, problem) in &self.0 {
             if first == last {
                 write!(f, "\n  line {first}: {problem}")?;
@@ -69,12 +69,12 @@ impl fmt::Display for BadLines {
 }
 
 impl Manager {
-    /// Stores the keys of `input` for a trust: one a line; blank lines and those that begin with `#` are left out.
-    /// `when_read` hears how many keys there are, once all are read and before they are stored.
+    /// Stores the keys in `input` for a trust. Each line contains one key; blank lines and lines that begin with `#`
+    /// are skipped. Calls `when_read` with the number of keys after reading all of them and before storing them.
     ///
     /// # Errors
-    /// There is no such trust, the input cannot be read, some of its lines are wrong (all are named), or the database
-    /// failed. Nothing was stored then.
+    /// The trust does not exist, the input cannot be read, some of its lines are invalid (the error lists all of them),
+    /// or the database failed. Nothing was stored.
     pub async fn import_keys(
         &mut self,
         trust: &TrustRef,
@@ -82,11 +82,11 @@ impl Manager {
         input: impl Read,
         when_read: impl FnOnce(usize),
     ) -> Result<Imported, ManageError> {
-        let trust = self.ledger.trust(trust).await?; // before the reading, which may take long
+        let trust = self.ledger.trust(trust).await?; // before reading the input, which may take long
         let keys = self.read_keys(form, input)?;
         let count = keys.len() as u64;
         if count == 0 {
-            return Err(ManageError::Invalid { what: "the input", expected: "one key a line; there is none in it" });
+            return Err(ManageError::Invalid { what: "the input", expected: "one key per line; it contains no key" });
         }
         when_read(keys.len());
         let new = self.ledger.import_keys(&self.actor, &TrustRef::Id(trust.id), keys).await?;
@@ -104,9 +104,9 @@ impl Manager {
             if line.whole && (text.is_empty() || text.starts_with(b"#")) {
                 continue;
             }
-            match if line.whole { self.read_key(form, text) } else { Err("is too long") } {
+            match if line.whole { self.read_key(form, text) } else { Err("too long: a key has at most 512 bytes") } {
                 Ok(_) if keys.len() == KEYS_MAX => {
-                    return Err(ManageError::Invalid { what: "the input", expected: "500000 keys at most: split it" });
+                    return Err(ManageError::Invalid { what: "the input", expected: "at most 500000 keys: split it" });
                 }
                 Ok(key) => keys.push(key),
                 Err(problem) => bad.add(line.number, problem),
@@ -132,7 +132,7 @@ impl Manager {
                 (current, older, self.hasher.made(), format::hint(prefix, text))
             }
             Form::Plaintext if format::form(prefix, text) == format::Form::Mistyped => {
-                return Err("looks like a key made here, but its checksum is wrong");
+                return Err("has the form of a trustgate key, but its checksum is wrong");
             }
             Form::Plaintext => return Err("expected a key of 16 to 512 visible ASCII characters without a comma"),
         };
@@ -155,20 +155,20 @@ impl Manager {
 
 /// One line of the input.
 struct Line<'l> {
-    /// From 1.
+    /// The line number, from 1.
     number: usize,
-    /// What stands on it, or the beginning of it.
+    /// The line without its line end; only the beginning if it is too long.
     bytes: &'l [u8],
-    /// Whether that is all of it.
+    /// True if `bytes` is the complete line.
     whole: bool,
 }
 
-/// Lines of an input that may hold keys: nothing of it is kept but the present line, in memory that never moves and is
-/// overwritten in the end.
+/// Reads the lines of an input that may contain keys. Keeps only the current line and chunk, in buffers that are not
+/// reallocated and are overwritten when dropped.
 struct Lines<R> {
     input: R,
     chunk: Zeroizing<Vec<u8>>,
-    /// What of `chunk` was read and not yet used.
+    /// The part of `chunk` that was read and is not used yet.
     unused: std::ops::Range<usize>,
     line: Zeroizing<Vec<u8>>,
     number: usize,
@@ -221,7 +221,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn good_lines_are_stored_once_each() {
+    async fn valid_lines_are_stored_once_each() {
         let (one, two) = ("a1".repeat(32), "b2".repeat(32));
         let text = format!("# from the old gateway\n\n{one}\r\n  {two}\n{}", one.to_uppercase());
         assert_eq!(import(Form::Digests, text.as_bytes()).await, Ok((2, 1)));
@@ -240,30 +240,30 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn every_bad_line_is_named_and_none_is_shown() {
+    async fn error_lists_the_numbers_of_invalid_lines_and_not_their_content() {
         let good = "a1".repeat(32);
         let text = format!("{good}\nhunter2\nhunter2\n{good}\n\n{}\n\u{e9}\n", "9".repeat(2_000));
         let error = import(Form::Digests, text.as_bytes()).await.unwrap_err();
         assert_eq!(
             error,
-            "nothing was imported, because of 4 lines:\n  \
+            "import failed: 4 invalid lines, nothing was stored:\n  \
              lines 2 to 3: expected a SHA-256 digest of 64 hexadecimal digits\n  \
-             line 6: is too long\n  \
+             line 6: too long: a key has at most 512 bytes\n  \
              line 7: expected a SHA-256 digest of 64 hexadecimal digits"
         );
         let mistyped = format!("tg_{}\nshort\n", "0".repeat(49));
         let error = import(Form::Plaintext, mistyped.as_bytes()).await.unwrap_err();
-        assert!(error.contains("line 1: looks like a key made here"), "{error}");
+        assert!(error.contains("line 1: has the form of a trustgate key"), "{error}");
         assert!(error.contains("line 2: expected a key of 16 to 512"), "{error}");
     }
 
     #[tokio::test]
-    async fn an_input_without_keys_is_a_mistake() {
-        assert!(import(Form::Digests, b"# nothing\n\n").await.unwrap_err().contains("there is none in it"));
+    async fn input_without_keys_is_rejected() {
+        assert!(import(Form::Digests, b"# nothing\n\n").await.unwrap_err().contains("it contains no key"));
     }
 
     #[test]
-    fn lines_are_the_same_however_the_input_is_cut() {
+    fn lines_do_not_depend_on_how_the_input_is_split_into_reads() {
         struct Slow<'i>(&'i [u8]);
         impl Read for Slow<'_> {
             fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {

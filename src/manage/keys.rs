@@ -1,6 +1,6 @@
-//! Keys: made, listed, revoked, recognised. A key is shown once, by whoever called [`Manager::issue_key`].
+//! Operations on keys: issue, list, revoke and identify. [`Manager::issue_key`] returns a new key once, to its caller.
 //!
-//! Never stores a key, only its digest and a hint.
+//! Only the digest and a hint of a key are stored.
 
 use std::time::Duration;
 
@@ -18,49 +18,49 @@ use crate::{
     store::ledger::{Key, NewKey, TrustRef},
 };
 
-/// The longest name of a key, in characters.
+/// The maximum length of a key's name, in characters.
 const NAME_CHARS_MAX: usize = 200;
-/// Scopes of one key, at most.
+/// The maximum number of scopes of a key.
 const SCOPES_MAX: usize = 64;
-/// Networks of one key, at most.
+/// The maximum number of networks of a key.
 const CIDRS_MAX: usize = 64;
-/// The longest life of a key: 100 years. More is a mistake, and none at all is for ever.
+/// The maximum validity of a key: 100 years. A longer one is probably a typing error.
 const LIFE_MAX: Duration = Duration::from_hours(100 * 366 * 24);
-/// Key-like strings that one call of [`Manager::identify_keys`] looks up, at most.
+/// The maximum number of key-like strings in one call of [`Manager::identify_keys`].
 const IDENTIFY_MAX: usize = 1_000;
 
-/// What a new key is to be.
+/// The properties of a key to issue.
 #[derive(Clone, Debug)]
 pub struct Wanted {
-    /// Whom it speaks for.
+    /// The trust that it belongs to.
     pub trust: TrustRef,
-    /// What it is for.
+    /// Its name: the purpose of the key, in the operator's words.
     pub name: Option<String>,
-    /// What it may be used for.
+    /// Its scopes.
     pub scopes: Vec<String>,
-    /// Where it may be used from; empty: anywhere.
+    /// The networks it may be used from; empty: anywhere.
     pub allowed_cidrs: Vec<IpNet>,
     /// How long it is valid; `None`: until it is revoked.
     pub expires_in: Option<Duration>,
 }
 
-/// Which peppers are meant; the configuration is that of [`Manager`].
+/// Selects keys by the pepper of their digest. The configured peppers are those of [`Manager`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PepperFilter {
-    /// The current one of the configuration.
+    /// The current configured pepper.
     Current,
-    /// The previous ones of the configuration.
+    /// The previous configured peppers.
     Previous,
-    /// Recorded ones that the configuration does not have.
+    /// Recorded peppers that are not configured.
     Unknown,
-    /// Any, as long as it is not recorded.
+    /// A pepper that is not recorded for the key.
     Unrecorded,
-    /// The one with this fingerprint.
+    /// The pepper with this fingerprint.
     Fingerprint(Fingerprint),
 }
 
 impl PepperFilter {
-    /// Whether `key` was made under such a pepper. `known`: those of the configuration, the current one first.
+    /// True if the filter selects `key`. `known`: the fingerprints of the configured peppers, the current one first.
     fn passes(self, key: &Key, known: &[Fingerprint]) -> bool {
         let Some(pepper) = key.pepper else {
             return self == Self::Unrecorded && key.scheme == Scheme::Hmac;
@@ -75,25 +75,25 @@ impl PepperFilter {
     }
 }
 
-/// A key just made.
+/// A newly issued key.
 #[derive(Clone, Debug)]
 pub struct Issued {
-    /// What is stored of it.
+    /// The stored data of the key.
     pub key: Key,
-    /// The key itself, which is nowhere else.
+    /// The key itself, which is not stored.
     pub secret: Secret,
 }
 
-/// Whether a key works.
+/// The state of a key: active, or the reason for its denial.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum KeyState {
-    /// It is granted.
+    /// Checks grant it.
     Active,
-    /// Somebody revoked it.
+    /// It was revoked.
     Revoked,
-    /// Its time is over.
+    /// Its `expires_at` has passed.
     Expired,
-    /// Its time has not come.
+    /// Its `not_before` has not come yet.
     NotYetValid,
     /// Its trust is disabled.
     TrustDisabled,
@@ -116,7 +116,7 @@ impl KeyState {
         }
     }
 
-    /// The word for it.
+    /// The name of the state in the output of commands.
     #[must_use]
     pub const fn as_str(self) -> &'static str {
         match self {
@@ -129,28 +129,28 @@ impl KeyState {
     }
 }
 
-/// What became of one string that looked like a key. Does not hold the string.
+/// The result for one key-like string. Does not contain the string.
 #[derive(Clone, Debug)]
 pub struct Identified {
-    /// The line of the text it stands in, from 1.
+    /// The number of its line in the text, from 1.
     pub line: usize,
-    /// What its form says.
+    /// The form of the string.
     pub form: Form,
-    /// The key it is, if it is one.
+    /// The stored key, if the string is one.
     pub key: Option<Key>,
 }
 
 impl Manager {
-    /// Makes a key and stores its digest.
+    /// Generates a key and stores its digest.
     ///
     /// # Errors
-    /// What is wanted makes no sense, there is no such trust, or the database failed.
+    /// `wanted` is invalid, the trust does not exist, or the database failed.
     pub async fn issue_key(&mut self, wanted: Wanted) -> Result<Issued, ManageError> {
         let made = self.hasher.made();
         self.issue(wanted, made).await
     }
 
-    /// The same for the canary, which tests one server with that server's own pepper.
+    /// Issues a key for the canary, which tests one server with the pepper of that server.
     ///
     /// # Errors
     /// As [`Self::issue_key`].
@@ -169,7 +169,7 @@ impl Manager {
         let new = NewKey {
             id: KeyId(Uuid::now_v7()),
             digest: self.hasher.current(bytes),
-            older: Vec::new(), // nobody has had it before
+            older: Vec::new(), // a random key cannot be stored already
             made,
             hint: format::hint(&self.credential.prefix, bytes),
             name,
@@ -182,22 +182,24 @@ impl Manager {
         Ok(Issued { key, secret })
     }
 
-    /// Makes new keys under the configured pepper from now on. Returns its fingerprint, and that of the pepper before.
+    /// Records the configured pepper as the pepper for new keys. Returns its fingerprint, and that of the pepper that
+    /// was recorded before.
     ///
     /// # Errors
     /// No pepper is configured, or the database failed.
     pub async fn use_pepper(&mut self) -> Result<(Fingerprint, Option<Fingerprint>), ManageError> {
         let pepper = self.hasher.made().fingerprint().ok_or(ManageError::Invalid {
             what: "credential.pepper_file, or credential.pepper,",
-            expected: "set to the pepper that is to be used",
+            expected: "set to the pepper for new keys",
         })?;
         Ok((pepper, self.ledger.use_pepper(&self.actor, pepper).await?))
     }
 
-    /// Keys, newest first: of one trust, or of all, made under one pepper, or any; and the database's time, by which they are valid or not.
+    /// Lists keys, newest first: of one trust or of all, and of some peppers or of all. Also returns the database's
+    /// time, by which the keys are valid or not.
     ///
     /// # Errors
-    /// There is no such trust, or the database failed.
+    /// The trust does not exist, or the database failed.
     pub async fn keys(
         &mut self,
         trust: Option<&TrustRef>,
@@ -211,24 +213,25 @@ impl Manager {
     /// One key, and the database's time.
     ///
     /// # Errors
-    /// There is none, or the database failed.
+    /// The key does not exist, or the database failed.
     pub async fn key(&mut self, id: KeyId) -> Result<(Key, DatabaseTime), ManageError> {
         Ok((self.ledger.key(id).await?, self.ledger.now().await?))
     }
 
-    /// Revokes a key for good. One that is revoked already stays as it was.
+    /// Revokes a key permanently. A key that is already revoked keeps its time of revocation. Also returns the
+    /// database's time.
     ///
     /// # Errors
-    /// There is none, or the database failed.
+    /// The key does not exist, or the database failed.
     pub async fn revoke_key(&mut self, id: KeyId) -> Result<(Key, DatabaseTime), ManageError> {
         Ok((self.ledger.revoke_key(&self.actor, id).await?, self.ledger.now().await?))
     }
 
-    /// Says of every key-like string in `text` whose it is: keys of our own form anywhere in a line, else the line as a
-    /// whole. And the database's time.
+    /// Looks up each key-like string in `text`: the keys of our own form in a line, or else the whole line. Also
+    /// returns the database's time.
     ///
     /// # Errors
-    /// There are too many such strings, or the database failed.
+    /// The text has too many such strings, or the database failed.
     pub async fn identify_keys(&mut self, text: &str) -> Result<(Vec<Identified>, DatabaseTime), ManageError> {
         let prefix = self.credential.prefix.clone();
         let strings: Vec<_> = text
@@ -273,20 +276,20 @@ fn check(wanted: &Wanted) -> Result<(), ManageError> {
     if !wanted.name.as_ref().is_none_or(name_fits) {
         return invalid(
             "the name of a key",
-            "1 to 200 characters, none of them a control character, and no space around them",
+            "1 to 200 characters without control characters, with no space at either end",
         );
     }
     if wanted.scopes.len() > SCOPES_MAX || !wanted.scopes.iter().all(|scope| is_scope(scope)) {
         return invalid(
             "the scopes of a key",
-            "64 at most, each of 1 to 128 visible ASCII characters without \", \\ and comma",
+            "at most 64, each of 1 to 128 visible ASCII characters without \", \\ and comma",
         );
     }
     if wanted.allowed_cidrs.len() > CIDRS_MAX {
-        return invalid("the networks of a key", "64 at most");
+        return invalid("the networks of a key", "at most 64");
     }
     if wanted.expires_in.is_some_and(|life| life.is_zero() || life > LIFE_MAX) {
-        return invalid("the life of a key", "longer than nothing and at most 100 years");
+        return invalid("the validity of a key", "longer than zero and at most 100 years");
     }
     Ok(())
 }
@@ -313,7 +316,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_key_is_found_again_wherever_it_leaked() {
+    async fn leaked_key_is_identified_inside_other_text() {
         let mut manager = manager();
         let issued = manager.issue_key(wanted()).await.unwrap();
         assert_eq!((issued.key.scheme, issued.key.hint.as_str()), (Scheme::Hmac, &issued.secret.expose()[..8]));
@@ -335,7 +338,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn what_makes_no_sense_is_refused() {
+    async fn invalid_key_properties_are_rejected() {
         let mut manager = manager();
         for (name, bad) in [
             ("name", Wanted { name: Some("a\u{1b}b".to_owned()), ..wanted() }),
@@ -353,7 +356,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_key_is_valid_from_its_start_to_just_before_its_end() {
+    async fn key_is_active_from_not_before_until_just_before_expires_at() {
         let key = manager().issue_key(wanted()).await.unwrap().key;
         let at = DatabaseTime::from_micros;
         let limited = Key { not_before: Some(at(10)), expires_at: Some(at(20)), ..key.clone() };

@@ -1,6 +1,6 @@
-//! Trusts: who keys speak for.
+//! Operations on trusts, the tenant organisations that keys belong to.
 //!
-//! Never touches a key, except that deleting a trust may delete its keys.
+//! They do not change keys, except that deleting a trust can delete its keys.
 
 use uuid::Uuid;
 
@@ -10,10 +10,10 @@ use crate::{
     store::ledger::{Trust, TrustRef},
 };
 
-/// The longest name of a trust, in characters.
+/// The maximum length of a trust's name, in characters.
 const NAME_CHARS_MAX: usize = 100;
 
-/// Which trust `text` means: a UUID is an id, anything else a name.
+/// Parses a reference to a trust: a UUID is an id, any other text is a name.
 #[must_use]
 pub fn trust_ref(text: &str) -> TrustRef {
     Uuid::parse_str(text).map_or_else(|_| TrustRef::Name(text.to_owned()), |id| TrustRef::Id(TrustId(id)))
@@ -23,18 +23,18 @@ impl Manager {
     /// Creates a trust.
     ///
     /// # Errors
-    /// The name cannot be one or is taken, or the database failed.
+    /// The name is invalid or taken, or the database failed.
     pub async fn create_trust(&mut self, name: &str) -> Result<Trust, ManageError> {
         let printable = !name.is_empty() && name.trim() == name && !name.contains(char::is_control);
         if !printable || name.chars().count() > NAME_CHARS_MAX || Uuid::parse_str(name).is_ok() {
             let expected =
-                "1 to 100 characters, none of them a control character, no space around them, and not a UUID";
+                "1 to 100 characters without control characters, with no space at either end, and not a UUID";
             return Err(ManageError::Invalid { what: "the name of a trust", expected });
         }
         Ok(self.ledger.create_trust(&self.actor, TrustId(Uuid::new_v4()), name).await?)
     }
 
-    /// Every trust, by name.
+    /// Every trust, ordered by name.
     ///
     /// # Errors
     /// The database failed.
@@ -45,23 +45,23 @@ impl Manager {
     /// One trust.
     ///
     /// # Errors
-    /// There is none, or the database failed.
+    /// The trust does not exist, or the database failed.
     pub async fn trust(&mut self, which: &TrustRef) -> Result<Trust, ManageError> {
         Ok(self.ledger.trust(which).await?)
     }
 
-    /// Lets the keys of a trust be granted, or stops that.
+    /// Enables or disables a trust. The keys of a disabled trust are denied.
     ///
     /// # Errors
-    /// There is none, or the database failed.
+    /// The trust does not exist, or the database failed.
     pub async fn enable_trust(&mut self, which: &TrustRef, enabled: bool) -> Result<Trust, ManageError> {
         Ok(self.ledger.enable_trust(&self.actor, which, enabled).await?)
     }
 
-    /// Deletes a trust; one that has keys only `with_keys`.
+    /// Deletes a trust. If it has keys, they are deleted if `with_keys` is set; otherwise this fails.
     ///
     /// # Errors
-    /// There is none, it has keys, or the database failed.
+    /// The trust does not exist, it has keys and `with_keys` is not set, or the database failed.
     pub async fn delete_trust(&mut self, which: &TrustRef, with_keys: bool) -> Result<Trust, ManageError> {
         Ok(self.ledger.delete_trust(&self.actor, which, with_keys).await?)
     }
@@ -73,14 +73,14 @@ mod tests {
     use crate::{ext_authz::credential::CredentialSettings, manage::fake::FakeLedger, store::Actor};
 
     #[test]
-    fn a_uuid_is_an_id_and_anything_else_a_name() {
+    fn trust_ref_reads_a_uuid_as_an_id_and_other_text_as_a_name() {
         let id = Uuid::from_u128(7);
         assert_eq!(trust_ref(&id.to_string()), TrustRef::Id(TrustId(id)));
         assert_eq!(trust_ref("acme"), TrustRef::Name("acme".to_owned()));
     }
 
     #[tokio::test]
-    async fn names_that_could_be_confused_are_refused() {
+    async fn ambiguous_trust_names_are_rejected() {
         let ledger = Box::new(FakeLedger::default());
         let mut manager = Manager::new(ledger, Actor("test".to_owned()), CredentialSettings::default()).unwrap();
         for name in ["", " acme", "a\nb", &"n".repeat(101), "00000000-0000-0000-0000-000000000007"] {

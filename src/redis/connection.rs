@@ -1,6 +1,6 @@
-//! The way from settings to connections: to a single server, the master that Sentinels name, or a Cluster.
+//! Connects to Redis as the settings say: to a single server, to the master that Sentinels name, or to a Cluster.
 //!
-//! Reads the files that hold secrets at every connect, and never shows what they hold.
+//! Reads the files with secrets again at each connect. Error messages do not contain their content.
 
 use std::{fs, io, path::Path, sync::Arc, time::Duration};
 
@@ -14,19 +14,19 @@ use redis::{
     sentinel::{SentinelClientBuilder, SentinelServerType},
 };
 
-use super::{CONNECT_TIMEOUT, RedisSettings};
+use super::{reconnect::CONNECT_TIMEOUT, settings::RedisSettings};
 use crate::base::secret::Secret;
 
-/// The way to Redis. That of the settings is the real one.
+/// Opens connections to Redis. [`RedisSettings`] is the implementation of the server.
 #[async_trait]
 pub trait Link: Send + Sync + 'static {
-    /// Connects, and has heard a first answer. The caller sets the deadline.
+    /// Connects and waits for a first reply. The caller sets the timeout.
     ///
     /// # Errors
-    /// What Redis, or the way to it, says.
+    /// The error of Redis or of the network.
     async fn connect(&self) -> Result<Connection, RedisError>;
 
-    /// A connection that can subscribe; the next of several ways at each `turn`.
+    /// Opens a connection that can subscribe. If there are several addresses, each `turn` uses the next one.
     ///
     /// # Errors
     /// As [`Self::connect`].
@@ -47,14 +47,14 @@ impl<L: Link + ?Sized> Link for Arc<L> {
 /// A connection that many callers share.
 #[derive(Clone)]
 pub enum Connection {
-    /// To one server.
+    /// A connection to one server.
     Server(MultiplexedConnection),
-    /// To all nodes of a Cluster; follows `MOVED` and `ASK` and connects again to nodes that went away.
+    /// Connections to all nodes of a Cluster; follows `MOVED` and `ASK`, and reconnects to nodes that were lost.
     Cluster(ClusterConnection),
 }
 
 impl Connection {
-    /// Sends `command`; waits without an end of its own.
+    /// Sends `command` and waits for the reply, without a timeout: the caller sets one.
     pub(crate) async fn send<T: FromRedisValue>(&mut self, command: &Cmd) -> Result<T, RedisError> {
         match self {
             Self::Server(connection) => command.query_async(connection).await,
@@ -62,18 +62,20 @@ impl Connection {
         }
     }
 
-    /// Asks for a sign of life; in a Cluster, of every master.
+    /// Sends a PING; in a Cluster, to every master.
     pub(crate) async fn ping(&mut self) -> Result<(), RedisError> {
         self.send(&redis::cmd("PING")).await
     }
 }
 
-/// How long one node of a Cluster may take to connect and to answer, so that one that hangs leaves time for the others.
+/// Timeout for connecting to a node of a Cluster, and for its reply. It is short, so that a node that hangs leaves time
+/// to connect to the other nodes.
 const NODE_TIMEOUT: Duration = Duration::from_millis(500);
-// A node that hangs is waited for twice: among the first to connect to, and as one that another node named.
+// The client waits for a node that hangs twice: as one of the configured nodes, and as one that another node lists.
 const _: () = assert!(NODE_TIMEOUT.as_millis() * 4 <= CONNECT_TIMEOUT.as_millis());
-/// How often a command is sent on within a Cluster, after `MOVED`, `ASK` or a broken connection. `redis.timeout` ends
-/// it anyway; what it does not end soon would only pile up.
+/// The number of times that the client sends a command again within a Cluster, after `MOVED`, `ASK` or a broken
+/// connection. `redis.timeout` limits how long the caller waits, but not the client: with more retries, commands could
+/// pile up.
 const REDIRECTS_MAX: u32 = 3;
 
 #[async_trait]
@@ -87,18 +89,18 @@ impl Link for RedisSettings {
             let client = server(self, 0).await?;
             Connection::Server(client.get_multiplexed_async_connection_with_config(&config).await?)
         };
-        // A server that wants a password says so only when it is asked something.
+        // A server that requires a password reports that only in reply to a command.
         connection.ping().await?;
         Ok(connection)
     }
 
-    /// In a Cluster a message reaches every node, so any will do.
+    /// A message that is published in a Cluster reaches all nodes, so any node can serve the subscription.
     async fn subscriber(&self, turn: usize) -> Result<PubSub, RedisError> {
         server(self, turn).await?.get_async_pubsub().await
     }
 }
 
-/// What the settings and their files say at the moment.
+/// The current values of the settings, including those from files.
 struct Files {
     servers: Vec<ConnectionInfo>,
     certificates: Option<TlsCertificates>,
@@ -112,14 +114,14 @@ impl Files {
         Ok(Self { servers: servers(settings)?, certificates: certificates(settings)?, sentinel_password })
     }
 
-    /// Reads them on another thread: they may be on a network filesystem, and hold up nothing else.
+    /// Reads the files on another thread, because reading can block for long on a network filesystem.
     async fn of(settings: &RedisSettings) -> Result<Self, RedisError> {
         let settings = settings.clone();
         tokio::task::spawn_blocking(move || Self::read(&settings)).await.map_err(io::Error::from)?
     }
 }
 
-/// The single server, the master that the Sentinels name now, or the `turn`-th node of a Cluster.
+/// A client for the single server, for the master that the Sentinels name now, or for the `turn`-th node of a Cluster.
 async fn server(settings: &RedisSettings, turn: usize) -> Result<Client, RedisError> {
     let mut files = Files::of(settings).await?;
     if let Some(name) = &settings.sentinel_master {
@@ -136,7 +138,7 @@ async fn master(name: &str, files: Files) -> Result<Client, RedisError> {
     let sentinels = &files.servers;
     let addresses = sentinels.iter().map(|sentinel| sentinel.addr().clone());
     let mut builder = SentinelClientBuilder::new(addresses, name, SentinelServerType::Master)?;
-    let first = &sentinels[0]; // `servers` gives at least one
+    let first = &sentinels[0]; // `servers` returns at least one
     let redis = first.redis_settings();
     builder = builder.set_client_to_redis_protocol(redis.protocol()).set_client_to_redis_db(redis.db());
     if let Some(user) = redis.username() {
@@ -170,7 +172,7 @@ fn cluster(files: Files) -> Result<ClusterClient, RedisError> {
     }
 }
 
-/// What `redis.url` and the files say now, with the password; at least one.
+/// The servers in `redis.url` or its file now, with the password; at least one.
 pub(crate) fn servers(settings: &RedisSettings) -> Result<Vec<ConnectionInfo>, RedisError> {
     let urls = match &settings.url_file {
         Some(file) => urls_in(&Secret::read_text(file)?),
@@ -178,7 +180,7 @@ pub(crate) fn servers(settings: &RedisSettings) -> Result<Vec<ConnectionInfo>, R
     };
     let password = secret(settings.password.as_ref(), settings.password_file.as_deref())?;
     let servers = urls.iter().map(|url| {
-        // The parser's own message might quote the URL.
+        // The parser's own message can quote the URL, which may contain a password.
         let info = url.expose().into_connection_info().map_err(|_| invalid("redis.url is not a Redis URL"))?;
         let Some(password) = &password else { return Ok(info) };
         let redis = info.redis_settings().clone().set_password(password.expose());
@@ -192,9 +194,9 @@ pub(crate) fn servers(settings: &RedisSettings) -> Result<Vec<ConnectionInfo>, R
     }
 }
 
-const SEVERAL: &str = "several URLs need redis.sentinel_master or redis.cluster";
+const SEVERAL: &str = "redis.url contains several URLs: set redis.sentinel_master or redis.cluster";
 
-/// The URLs in a file: one a line, or with commas between them, as in a variable.
+/// The URLs in a file: one per line, or separated by commas, as in an environment variable.
 fn urls_in(text: &Secret) -> Vec<Secret> {
     let urls = text.expose().split(['\n', ',']).map(str::trim).filter(|url| !url.is_empty());
     urls.map(|url| Secret::new(url.to_owned())).collect()

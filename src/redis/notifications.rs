@@ -1,27 +1,30 @@
-//! Hints: the word between replicas that there is something new in the database.
+//! Notifications through Redis: a replica notifies the others that the database has a new version, and they poll.
 //!
-//! What a hint holds is never looked at, and one that is lost costs no more than the wait for the next poll.
+//! The content of a notification is ignored. If one is lost, the replicas learn of the change with their next poll.
 
 use futures_util::StreamExt as _;
 use redis::{RedisError, aio::PubSub};
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 
-use super::{Attempts, Link, PING_INTERVAL, Redis, timed_out};
+use super::{
+    connection::Link,
+    reconnect::{Attempts, PING_INTERVAL, timed_out},
+};
 
-/// Where hints are sent. In a Cluster a message reaches every node.
+/// The channel of the notifications. A message that is published in a Cluster reaches all nodes.
 pub(crate) const CHANNEL: &str = "trustgate:hints";
 
-/// Calls `on_hint` for every hint, and once after every connect, since what was said before was missed. Goes on until
-/// `stop`, on a connection of its own; `on_hint` must not block.
-pub async fn listen(link: impl Link, on_hint: impl Fn() + Send + Sync, stop: CancellationToken) {
+/// Subscribes on a dedicated connection until `stop`. Calls `on_notification` for each notification, and after each
+/// connect, because earlier notifications were missed. `on_notification` must not block.
+pub async fn listen(link: impl Link, on_notification: impl Fn() + Send + Sync, stop: CancellationToken) {
     let listening = async {
-        let mut attempts = Attempts::new(" for hints");
-        // The next node of a Cluster each time, so that one that is gone is passed over.
+        let mut attempts = Attempts::new(" for notifications");
+        // Each attempt uses the next node of a Cluster, so that it skips a node that is down.
         for turn in 0_usize.. {
             let Some(subscriber) = attempts.make(Box::pin(subscribe(&link, turn))).await else { continue };
-            on_hint();
-            let error = hear(subscriber, &on_hint).await;
+            on_notification();
+            let error = receive(subscriber, &on_notification).await;
             attempts.broke(&error);
         }
     };
@@ -34,10 +37,10 @@ async fn subscribe(link: &impl Link, turn: usize) -> Result<PubSub, RedisError> 
     Ok(subscriber)
 }
 
-/// Returns once the connection no longer answers.
-async fn hear(subscriber: PubSub, on_hint: &(impl Fn() + Sync)) -> RedisError {
-    let (mut sender, mut hints) = subscriber.split();
-    let until_silent = async {
+/// Calls `on_notification` for each notification until the connection fails; returns the error.
+async fn receive(subscriber: PubSub, on_notification: &(impl Fn() + Sync)) -> RedisError {
+    let (mut sender, mut notifications) = subscriber.split();
+    let until_ping_fails = async {
         loop {
             sleep(PING_INTERVAL).await;
             match timeout(PING_INTERVAL, sender.ping::<redis::Value>()).await {
@@ -48,25 +51,14 @@ async fn hear(subscriber: PubSub, on_hint: &(impl Fn() + Sync)) -> RedisError {
         }
     };
     let until_closed = async {
-        while hints.next().await.is_some() {
-            on_hint();
+        while notifications.next().await.is_some() {
+            on_notification();
         }
         RedisError::from(std::io::Error::from(std::io::ErrorKind::ConnectionReset))
     };
     tokio::select! {
         biased;
-        error = until_silent => error,
+        error = until_ping_fails => error,
         error = until_closed => error,
-    }
-}
-
-/// Sends a hint whenever there is one to send, for ever.
-pub(crate) async fn publish(redis: &Redis) {
-    let mut command = redis::cmd("PUBLISH");
-    command.arg(CHANNEL).arg("");
-    loop {
-        redis.hint.notified().await;
-        // The breaker has heard of a failure, and the replicas poll without a hint too.
-        let _ = redis.query::<()>(&command).await;
     }
 }

@@ -1,8 +1,8 @@
 //! The admin listener: metrics and probes, over HTTP/1.
 //!
-//! Has its own thread, so that it answers while checks are many. Nothing here lists or changes anything. Everything that a
-//! caller can make it hold is bounded, so that unfinished requests can neither use up memory and descriptors nor keep the
-//! server from stopping.
+//! The listener has its own thread, so that it answers while the workers are busy. It lists no keys and changes
+//! nothing. Its connections, requests and times are limited, so that unfinished requests can neither exhaust memory and
+//! file descriptors nor delay the shutdown.
 
 use std::{collections::VecDeque, convert::Infallible, net::SocketAddr, sync::Arc, time::Duration};
 
@@ -35,40 +35,40 @@ use crate::{
 crate::settings! {
     /// The listener for metrics and probes.
     pub struct AdminSettings in "admin" {
-        /// Where to listen: one address or a list.
+        /// Addresses to listen on: one address or a list.
         listen: Vec<SocketAddr> = "127.0.0.1:9180",
     }
 }
 
-/// Connections at one time. One more closes the oldest: a probe gets through however many unfinished requests there are.
+/// Maximum number of open connections. One more closes the oldest, so that unfinished requests cannot keep a probe out.
 const CONNECTIONS_MAX: usize = 64;
-/// How long a request's head may take to arrive.
+/// Timeout for the arrival of a request's head.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(2);
-/// How long a connection may take in all, which serves one request. A scrape takes a few milliseconds.
+/// Timeout for a whole connection, which serves one request. A scrape takes a few milliseconds.
 const CONNECTION_TIMEOUT: Duration = Duration::from_secs(10);
-/// The largest head of a request, in bytes. Hyper's smallest bound.
+/// Maximum size of a request's head, in bytes. Hyper accepts no smaller limit.
 const HEAD_BYTES_MAX: usize = 8 << 10;
-/// The wait after a failed accept (out of file descriptors, for example).
+/// Wait after a failed accept (out of file descriptors, for example).
 const ACCEPT_WAIT: Duration = Duration::from_secs(1);
 
-/// How long the runtimes that serve checks have to answer a probe, all of them.
+/// Timeout for all workers together to answer a readiness probe.
 const PROBE_TIMEOUT: Duration = Duration::from_millis(250);
 
-/// What the admin listener shows.
+/// The data that the admin listener exposes.
 pub struct Admin {
-    /// The metrics.
+    /// All metrics.
     pub registry: Registry,
-    /// Where this server is in its life.
+    /// The phase of the server's life.
     pub life: Life,
-    /// What this replica knows of the store.
+    /// The replica state.
     pub replica_state: Arc<ReplicaState>,
-    /// The time.
+    /// The clock.
     pub clock: Arc<dyn Clock>,
-    /// Whether the store answers.
+    /// The metrics of the poll, which show whether the database answers.
     pub poll: PollMetrics,
-    /// The runtimes that serve checks.
+    /// The runtimes of the workers.
     pub serving: Vec<Handle>,
-    /// Called before a scrape.
+    /// Called before each scrape.
     pub before_scrape: Box<dyn Fn() + Send + Sync>,
 }
 
@@ -90,18 +90,18 @@ pub async fn run(listener: TcpListener, admin: Arc<Admin>, stop: CancellationTok
                     open.push_back(connections.spawn(serve(stream, Arc::clone(&admin))));
                 }
                 Err(error) => {
-                    tracing::warn!(%error, "admin connection not accepted; trying again in {ACCEPT_WAIT:?}");
+                    tracing::warn!(%error, "admin accept failed; trying again in {ACCEPT_WAIT:?}");
                     sleep(ACCEPT_WAIT).await;
                 }
             }
         }
     };
     stop.run_until_cancelled(accepting).await;
-    // Whatever is still open here waits for a caller that is slow.
+    // The connections that are still open wait for slow callers, so do not wait for them.
     connections.shutdown().await;
 }
 
-/// Serves one request. The errors of a connection are its caller's, and not logged.
+/// Serves one request. Errors of the connection are not logged: the caller causes them.
 async fn serve(stream: TcpStream, admin: Arc<Admin>) {
     let service = service_fn(move |request: Request<Incoming>| {
         let admin = Arc::clone(&admin);
@@ -138,11 +138,12 @@ const TEXT: &str = "text/plain; charset=utf-8";
 /// The text format of Prometheus (<https://prometheus.io/docs/instrumenting/exposition_formats/>).
 const METRICS: &str = "text/plain; version=0.0.4; charset=utf-8";
 
-/// 200 from the first confirmed poll until draining, provided that this server has the recorded pepper. It stays 200 while the
-/// database or Redis is down: otherwise all replicas would leave at once. The body says what is lost.
+/// Answers a readiness probe. The status is 200 from the first confirmed poll until the drain, if the workers respond
+/// and this server has the recorded pepper. It stays 200 while the database or Redis is down: otherwise Envoy would
+/// lose all replicas at once. The body shows what is unavailable.
 async fn ready(admin: &Admin) -> (StatusCode, &'static str, String) {
     let phase = admin.life.phase();
-    let probes = admin.serving.iter().map(|core| core.spawn(async {}));
+    let probes = admin.serving.iter().map(|worker| worker.spawn(async {}));
     let answers = timeout(PROBE_TIMEOUT, join_all(probes)).await.is_ok();
     let store = match (admin.replica_state.is_confirmed(), admin.poll.is_store_up()) {
         (_, true) => "ok",
@@ -158,7 +159,7 @@ async fn ready(admin: &Admin) -> (StatusCode, &'static str, String) {
     let is_ready = phase == Phase::Serve && answers && fits;
     let status = if is_ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
     let serving = if answers { "ok" } else { "does not answer" };
-    // Compared by the first poll.
+    // The first poll compares the peppers.
     let pepper = match (fits, admin.replica_state.is_confirmed()) {
         (true, _) => "ok",
         (false, true) => "mismatch with the database; both fingerprints are in the log",

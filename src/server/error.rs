@@ -1,4 +1,4 @@
-//! Why the server did not start, or ended before it was asked to.
+//! The errors with which the server ends.
 
 use std::io;
 
@@ -7,57 +7,57 @@ use crate::{
     store::StoreError,
 };
 
-/// Why the server did not start, or ended before it was told to.
+/// Why the server did not start, ended before it was asked to, or did not shut down in order.
 #[derive(Debug, thiserror::Error)]
 pub enum AppError {
-    /// A listener cannot be had.
+    /// A listener cannot be bound.
     #[error("cannot listen on {address} ({setting}{}): {source}", set_in(origin.as_deref()))]
     Listen {
         /// The address.
         address: ListenAddress,
-        /// The setting that names it.
+        /// The setting that contains the address.
         setting: &'static str,
-        /// Where that was set.
+        /// The file and line, or the variable, that sets it.
         origin: Option<String>,
-        /// What the operating system says.
+        /// The error of the operating system.
         source: io::Error,
     },
     /// A file with a secret cannot be read.
     #[error("{setting}: {source}")]
     SecretFile {
-        /// The setting that names it.
+        /// The setting that contains the path.
         setting: &'static str,
-        /// What is wrong with it.
+        /// The problem with the file.
         source: io::Error,
     },
-    /// TLS cannot be had.
+    /// TLS cannot be set up.
     #[error(transparent)]
     Tls(#[from] TlsError),
     /// The file of the deny list cannot be read.
     #[error("freshness.deny_file: {source}")]
     DenyFile {
-        /// What is wrong with it.
+        /// The problem with the file.
         source: io::Error,
     },
-    /// The database cannot be used, and waiting would not help.
+    /// The database cannot be used, and retrying would not help.
     #[error("{place}: {source}")]
     Store {
-        /// Which database.
+        /// The database, in words.
         place: String,
-        /// What is wrong.
+        /// The problem.
         source: StoreError,
     },
     /// The operating system refused something.
     #[error("cannot start: {0}")]
     Start(#[from] io::Error),
-    /// Two metrics have one name: a mistake in the program.
+    /// Two metrics have the same name: a bug in the program.
     #[error("cannot start: {0}")]
     Metrics(#[from] prometheus::Error),
-    /// A part ended before it was told to.
-    #[error("a task of the server ended, so the server stops: {0}: {1}")]
+    /// A task of the server ended before the shutdown.
+    #[error("server task ended unexpectedly, so the server stops: {0}: {1}")]
     Ended(&'static str, String),
     /// Calls in flight did not end within `limits.drain_grace`.
-    #[error("{0} connections did not end within limits.drain_grace and were closed")]
+    #[error("grace period exceeded: {0} connections did not end within limits.drain_grace and were closed")]
     GraceExceeded(usize),
     /// A second signal came while the server stopped.
     #[error("shutdown forced: a second signal ended the server before calls in flight were done")]

@@ -1,4 +1,4 @@
-//! The state of the server for gRPC health checks and probes.
+//! Publishes the state of the server to gRPC health checks and readiness probes.
 
 use std::{future::pending, sync::Arc};
 
@@ -13,24 +13,24 @@ use super::{
 };
 use crate::{ext_authz::framing, freshness::ReplicaState};
 
-/// The service of the health check that is SERVING only while what is held may be relied on.
+/// The health service that is `SERVING` only while the server is ready and its lease is fresh.
 const FRESH: &str = "trustgate.fresh";
 
-/// The longest message of a health check that is read.
+/// Maximum size of a health check's message, in bytes. The message contains the name of a service.
 const HEALTH_MESSAGE_BYTES_MAX: usize = 512;
 
-/// The gRPC health service (`grpc.health.v1`), not serving yet: tonic's own start is SERVING.
+/// The gRPC health service (`grpc.health.v1`), which starts as `NOT_SERVING`: tonic's default is `SERVING`.
 pub(crate) async fn health() -> (Routes, HealthReporter) {
     let (reporter, server) = tonic_health::server::health_reporter();
     for service in ["", framing::SERVICE, FRESH] {
         reporter.set_service_status(service, ServingStatus::NotServing).await;
     }
-    // It carries the name of a service.
     let server = server.max_decoding_message_size(HEALTH_MESSAGE_BYTES_MAX);
     (Routes::new(server).prepare(), reporter)
 }
 
-/// Tells probes and health checks where this server is in its life.
+/// Publishes every change of the phase, the pepper and the lease to health checks, until `stop`. Makes the server ready
+/// when the database has confirmed its state and the pepper matches.
 pub(crate) async fn announce(
     replica_state: Arc<ReplicaState>,
     mut fresh: watch::Receiver<bool>,
@@ -56,7 +56,7 @@ pub(crate) async fn announce(
                 }
                 changed = phases.changed() => if changed.is_err() { return },
                 changed = pepper.changed() => if changed.is_err() { return },
-                // Without a poll there is no lease, and nothing changes any more.
+                // The poll has ended, so the lease does not change any more.
                 changed = fresh.changed() => if changed.is_err() { return pending().await },
             }
         }

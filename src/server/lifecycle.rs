@@ -1,4 +1,4 @@
-//! Where this server is in its life.
+//! The phases of the server's life, from its start to its shutdown.
 
 use tokio::sync::watch;
 
@@ -9,9 +9,9 @@ pub enum Phase {
     Start,
     /// Ready.
     Serve,
-    /// Told to stop: not ready, still serving, so that Envoys turn away first.
+    /// Shutting down: not ready but still serving, so that Envoy sends new calls elsewhere.
     Drain,
-    /// No longer accepting; calls in flight end.
+    /// No longer accepting; calls in flight finish.
     Stop,
 }
 
@@ -28,7 +28,7 @@ impl Phase {
     }
 }
 
-/// The phase, for whoever sets it and whoever watches it. It only moves forward.
+/// The current phase, shared between the tasks that set it and those that watch it. It only moves forward.
 #[derive(Clone)]
 pub struct Life(watch::Sender<Phase>);
 
@@ -39,13 +39,13 @@ impl Default for Life {
 }
 
 impl Life {
-    /// The present phase.
+    /// The current phase.
     #[must_use]
     pub fn phase(&self) -> Phase {
         *self.0.borrow()
     }
 
-    /// Moves on to `phase`, unless it is past already.
+    /// Advances to `phase`, unless the server has reached it already.
     pub fn advance(&self, phase: Phase) {
         self.0.send_if_modified(|now| {
             let forward = phase > *now;
@@ -56,18 +56,18 @@ impl Life {
         });
     }
 
-    /// To be told of every change.
+    /// Returns a receiver that is notified when the phase changes.
     #[must_use]
     pub fn watch(&self) -> watch::Receiver<Phase> {
         self.0.subscribe()
     }
 }
 
-/// Whether to serve on for a moment, not ready, before anything closes.
+/// How long the server continues to serve, not ready, before the shutdown closes anything.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Delay {
-    /// For `limits.drain_delay`: Envoys need that long to turn away.
+    /// For `limits.drain_delay`, in which Envoy finds out and sends new calls elsewhere.
     Full,
-    /// Not at all: somebody is waiting at a terminal.
+    /// Not at all: an operator waits at a terminal, or a task of the server has failed.
     None,
 }

@@ -1,4 +1,4 @@
-//! Gives memory back to the operating system after many connections have ended.
+//! Returns freed memory to the operating system after many connections have closed.
 
 use std::{sync::Arc, time::Duration};
 
@@ -10,10 +10,11 @@ use crate::grpc::Service;
 
 /// Minimum time between two trims.
 const INTERVAL: Duration = Duration::from_secs(10);
-/// Trim only after this many connections have ended. A trim locks the allocator, which delays cache misses that allocate.
+/// Minimum number of closed connections between two trims. A trim locks the allocator, which delays cache misses that
+/// allocate.
 const CONNECTIONS_MIN: u64 = 16;
 
-/// Runs until `stop`.
+/// Trims the heap when enough connections have closed, until `stop`.
 pub(crate) async fn give_back(service: Arc<Service>, stop: CancellationToken) -> Result<(), AppError> {
     let giving = async {
         let mut seen = 0;
@@ -22,7 +23,7 @@ pub(crate) async fn give_back(service: Arc<Service>, stop: CancellationToken) ->
             let closed = service.connections_closed();
             if closed - seen >= CONNECTIONS_MIN {
                 seen = closed;
-                // It cannot fail, and does not panic.
+                // `trim` does not panic, so the result needs no handling.
                 let _ = spawn_blocking(trustgate_heap::trim).await;
             }
         }

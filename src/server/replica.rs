@@ -1,6 +1,6 @@
-//! The wiring of what decides checks, without a listener: the view and the poll that keeps it, the caches, the checker.
+//! Starts a replica without listeners: the replica state and the poll that updates it, the caches, and the checker.
 //!
-//! Simulations run it as it is, in a world of their own. Never decides anything.
+//! The simulation tests run this code with a simulated database, network and clock.
 
 use std::{
     collections::HashMap,
@@ -47,43 +47,43 @@ use crate::{
     store::{self, Missing, Source, StoreError},
 };
 
-/// What is around a replica.
+/// The dependencies of a replica.
 pub struct ReplicaDeps {
     /// The database.
     pub source: Arc<dyn Source>,
-    /// What people know the database by.
+    /// The database in words, for messages.
     pub place: String,
-    /// The way to Redis, where it is used.
+    /// Connects to Redis; `None` if Redis is not used.
     pub redis: Option<Arc<dyn Link>>,
-    /// The time.
+    /// The clock.
     pub clock: Arc<dyn Clock>,
-    /// The replica, from its start to its end.
+    /// The id of the replica, which is new at each start.
     pub id: Uuid,
-    /// What people know it by.
+    /// The name of the replica, for people.
     pub name: String,
-    /// Where the database and Redis are asked.
+    /// The runtime for requests to the database and Redis.
     pub io: Handle,
-    /// Where the poll runs.
+    /// The runtime of the poll.
     pub poll: Handle,
-    /// Ends all of it.
+    /// Ends all tasks of the replica.
     pub stop: CancellationToken,
 }
 
-/// What decides checks.
+/// A running replica.
 pub struct Replica {
-    /// What decides.
+    /// Decides checks.
     pub checker: Arc<Checker>,
-    /// Where records are found.
+    /// Finds records.
     pub cache: Arc<Cache<ApiKey>>,
-    /// What is known of the store's history.
+    /// The replica state.
     pub replica_state: Arc<ReplicaState>,
-    /// What the poll looks like from outside.
+    /// The metrics of the poll.
     pub poll: PollMetrics,
-    /// Whether the lease is fresh.
+    /// True while the lease is fresh.
     pub fresh: watch::Receiver<bool>,
 }
 
-/// Tasks that run until the server stops, each with its name. One that ends before ends the server.
+/// Tasks that run until the server stops, each with a name. If a task ends earlier, the server ends.
 #[derive(Default)]
 pub struct Tasks {
     running: JoinSet<Result<(), AppError>>,
@@ -91,7 +91,7 @@ pub struct Tasks {
 }
 
 impl Tasks {
-    /// Runs `task` on `runtime`.
+    /// Runs `task` on `runtime` under `name`.
     pub fn spawn_on(
         &mut self,
         name: &'static str,
@@ -102,14 +102,14 @@ impl Tasks {
         self.names.insert(task.id(), name);
     }
 
-    /// Returns the next task that ends, with what it returned; `None` once there is none left.
+    /// Returns the name and the result of the next task that ends; `None` once there is no task left.
     ///
     /// # Cancel safety
     /// Safe: no task is lost.
     pub async fn join_next(&mut self) -> Option<(&'static str, Result<(), AppError>)> {
         let ended = self.running.join_next_with_id().await?;
         let id = ended.as_ref().map_or_else(JoinError::id, |(id, _)| *id);
-        // `spawn_on` gave it one.
+        // `spawn_on` has recorded the name.
         let name = self.names.remove(&id).unwrap_or("task");
         let outcome = ended.map_or_else(|panic| Err(AppError::Ended(name, panic.to_string())), |(_, outcome)| outcome);
         Some((name, outcome))
@@ -117,20 +117,20 @@ impl Tasks {
 }
 
 impl Replica {
-    /// Starts everything that a replica does by itself, as `tasks` that end with `deps.stop`.
+    /// Starts a replica. Its background tasks are added to `tasks`, and end at `deps.stop`.
     ///
     /// # Errors
-    /// A file with a secret or the deny list cannot be read.
+    /// If the file of a secret or of the deny list cannot be read.
     pub fn start(config: &Config, deps: ReplicaDeps, registry: &Registry, tasks: &mut Tasks) -> Result<Self, AppError> {
         let ReplicaDeps { source, place, redis, clock, id, name, io, poll: poll_runtime, stop } = deps;
         let replica_state = Arc::new(ReplicaState::new(config.freshness.limits()));
         let breakers = breaker_gauges(registry)?;
         let l2 = match &redis {
             Some(link) => Some(start_redis(config, link, registry, &breakers, &clock, &stop, (tasks, &io))?),
-            None => None, // and no metric says that it is down
+            None => None, // no Redis metrics either: `trustgate_redis_up` must not report an unused Redis as down
         };
         let mac_key = l2.as_ref().map(|(_, mac_key)| Arc::clone(mac_key));
-        let hints = redis.zip(l2.as_ref().map(|(redis, _)| redis.clone())).filter(|_| config.freshness.hints);
+        let notified = redis.zip(l2.as_ref().map(|(redis, _)| redis.clone())).filter(|_| config.freshness.hints);
         let denials = open_denials(config, registry)?;
         let shared_denials = l2.as_ref().map(|(redis, mac_key)| SharedList::new(redis.clone(), Arc::clone(mac_key)));
         tasks.spawn_on(
@@ -167,12 +167,12 @@ impl Replica {
             peppers,
             metrics: metrics.clone(),
             fresh,
-            applied: exchange_hints(hints, &replica_state, &stop, (tasks, &io)),
+            applied: start_notifications(notified, &replica_state, &stop, (tasks, &io)),
         };
         sample(config, (&cache, Jitter::of(id)), &stop, (tasks, &io));
         source.run_reads_on(io.clone());
         let database = Database { place, source, mac_key, limit: config.store.connect_timeout };
-        tasks.spawn_on("poll", confirm(database, poll, stop), &poll_runtime);
+        tasks.spawn_on("poll", prepare_and_poll(database, poll, stop), &poll_runtime);
         Ok(Self { checker, cache, replica_state, poll: metrics, fresh: is_fresh })
     }
 }
@@ -180,12 +180,13 @@ impl Replica {
 fn breaker_gauges(registry: &Registry) -> prometheus::Result<IntGaugeVec> {
     let opts = Opts::new(
         "trustgate_breaker_state",
-        "State of a tier's breaker: 0 closed (the tier is asked), 1 open (it is given a pause).",
+        "State of a tier's circuit breaker: 0 closed (requests pass), 1 open (requests are not sent).",
     );
     register(registry, IntGaugeVec::new(opts, &["tier"]))
 }
 
-/// Redis, with the key of its MAC (which may have to wait for the database).
+/// Starts the connection to Redis. Returns it with its MAC key, which is set later if it must be read from the
+/// database.
 fn start_redis(
     config: &Config,
     link: &Arc<dyn Link>,
@@ -207,8 +208,8 @@ fn start_redis(
     Ok((redis, mac_key))
 }
 
-/// Listens to what other replicas tell by Redis, where it is used, and returns how to tell them.
-fn exchange_hints(
+/// Listens for notifications from other replicas through Redis, if it is used. Returns the function that notifies them.
+fn start_notifications(
     redis: Option<(Arc<dyn Link>, Redis)>,
     replica_state: &Arc<ReplicaState>,
     stop: &CancellationToken,
@@ -227,7 +228,7 @@ fn open_denials(config: &Config, registry: &Registry) -> Result<Arc<DenyList>, A
     opened.map(Arc::new).map_err(|source| AppError::DenyFile { source })
 }
 
-/// Keeps the deny list as its sources have it.
+/// Keeps the deny list up to date with its sources, until `stop`.
 fn keep_denials(
     denials: Arc<DenyList>,
     shared: Option<SharedList>,
@@ -256,7 +257,7 @@ const fn age_limits(config: &Config) -> AgeLimits {
     AgeLimits { record: freshness.ttl, negative: freshness.absence_ttl, any: config.cache.value_age_max }
 }
 
-/// Compares what is held with the database now and then, where that is asked for.
+/// Starts the sampler, if an interval is set and the tables track their changes.
 fn sample(
     config: &Config,
     (cache, jitter): (&Arc<Cache<ApiKey>>, Jitter),
@@ -273,7 +274,7 @@ fn sample(
     }
 }
 
-/// The peppers, to be compared with what the database and the files say.
+/// The peppers of this server. The poll compares them with the database and with the pepper files.
 fn peppers(config: &Config, hasher: &Hasher, registry: &Registry) -> prometheus::Result<Peppers> {
     let credential = config.credential.clone();
     let reread: Reread = Arc::new(move || Ok(credential.hasher_again()?.fingerprints().to_vec()));
@@ -305,16 +306,16 @@ fn check_parts(
     }
 }
 
-/// How fresh records must be where a route does not say so.
+/// The freshness mode of routes that do not set their own.
 pub(crate) fn mode(config: &Config) -> Freshness {
     let usual = if config.store.tracks_changes() { Freshness::Lease } else { Freshness::Ttl };
     config.freshness.mode.unwrap_or(usual)
 }
 
-/// The wait between attempts to prepare the database.
+/// Wait between attempts to prepare the database, or to read the MAC key from it.
 const PREPARE_WAIT: Duration = Duration::from_millis(250);
 
-/// What the task that watches the database works with.
+/// The database, for the task that prepares and polls it.
 struct Database {
     place: String,
     source: Arc<dyn Source>,
@@ -322,13 +323,13 @@ struct Database {
     limit: Duration,
 }
 
-/// Prepares the database, however long that takes, then polls it.
-async fn confirm(
+/// Prepares the database, then polls it until `stop`. Retries the preparation after transient errors, without a limit.
+async fn prepare_and_poll(
     Database { place, source, mac_key, limit }: Database,
     poll: Poll,
     stop: CancellationToken,
 ) -> Result<(), AppError> {
-    let mut told = String::new();
+    let mut reported = String::new();
     let prepared = stop.run_until_cancelled(async {
         loop {
             let late = || StoreError::Fault(Fault::Timeout { tier: Tier::Store, limit });
@@ -337,9 +338,9 @@ async fn confirm(
                 Ok(()) => return Ok(()),
                 Err(error) if error.is_transient() => {
                     let problem = error.to_string();
-                    if problem != told {
-                        tracing::warn!(%error, database = place, "not ready: the database cannot be used yet; trying again");
-                        told = problem;
+                    if problem != reported {
+                        tracing::warn!(%error, database = place, "database not usable yet: the server is not ready; trying again");
+                        reported = problem;
                     }
                     sleep(PREPARE_WAIT).await;
                 }
@@ -355,25 +356,26 @@ async fn confirm(
         poll.run(stop).await;
         return Ok(());
     };
-    // The first attempt comes before the first poll, so that Redis is of use from the first check on; where there is no
-    // key, everything else goes on without.
-    let mut fetch = Fetch { source, mac_key, limit: limit.saturating_mul(2), told: String::new() };
+    // Try to read the key before the first poll makes the server ready, so that L2 serves the first checks already. If
+    // that fails, the server works without L2 until a later attempt succeeds.
+    let mut fetch = MacKeyFetch { source, mac_key, limit: limit.saturating_mul(2), reported: String::new() };
     stop.run_until_cancelled(fetch.once()).await;
     tokio::join!(stop.run_until_cancelled(fetch.until_done()), poll.run(stop.clone()));
     Ok(())
 }
 
-/// Gets the key of the Redis MAC from the database, unless a file gave one.
-struct Fetch {
+/// Reads the key of the Redis MAC from the database, unless it came from a file.
+struct MacKeyFetch {
     source: Arc<dyn Source>,
     mac_key: MacKey,
     limit: Duration,
-    told: String,
+    /// The problem that was logged last.
+    reported: String,
 }
 
-impl Fetch {
+impl MacKeyFetch {
     async fn until_done(&mut self) {
-        while self.mac_key.get().is_none() && self.told != NO_MAC_KEY {
+        while self.mac_key.get().is_none() && self.reported != NO_MAC_KEY {
             sleep(PREPARE_WAIT).await;
             self.once().await;
         }
@@ -385,22 +387,22 @@ impl Fetch {
         }
         let problem = match timeout(self.limit, self.source.redis_mac_key()).await {
             Ok(Ok(Some(key))) => {
-                let _ = self.mac_key.set(key); // whoever else knew one knew this one
+                let _ = self.mac_key.set(key); // fails only if the key is set already
                 return;
             }
             Ok(Ok(None)) => NO_MAC_KEY.to_owned(),
             Ok(Err(fault)) => fault.to_string(),
             Err(_) => Fault::Timeout { tier: Tier::Store, limit: self.limit }.to_string(),
         };
-        if problem != self.told {
-            tracing::warn!(problem, "redis is not used for records until the key of its MAC is known");
-            self.told = problem;
+        if problem != self.reported {
+            tracing::warn!(problem, "redis cache disabled: its MAC key is not available");
+            self.reported = problem;
         }
     }
 }
 
-/// Why there is nothing to wait for.
-const NO_MAC_KEY: &str = "these tables hold none: set redis.mac_key_file";
+/// The problem that retrying cannot solve: the database has no MAC key.
+const NO_MAC_KEY: &str = "these tables have no MAC key: set redis.mac_key_file";
 
 pub(crate) fn hasher(config: &Config) -> Result<Hasher, AppError> {
     config.credential.hasher().map_err(|source| AppError::SecretFile { setting: "credential.pepper_file", source })

@@ -1,29 +1,30 @@
-//! The runtimes that the server owns besides the one that accepts connections, and their priorities.
+//! The runtimes for I/O, the poll and the admin listeners, and the priorities of their threads.
 
 use std::io;
 
 use tokio::runtime::{Builder, Handle, Runtime};
 
-/// A runtime of its own threads. Ends without waiting when dropped, also inside another runtime.
+/// A runtime with its own threads. Dropping it does not wait for its tasks, so it can be dropped inside another
+/// runtime.
 pub(crate) struct OwnedRuntime(Option<Runtime>);
 
-/// Who goes first where the processors do not suffice for all threads.
+/// The scheduling priority of a runtime's threads.
 #[derive(Clone, Copy)]
 pub(crate) enum Priority {
-    /// As every program.
+    /// The default priority.
     Normal,
-    /// After the others.
+    /// Lower than the default: other threads run first if there are too few processors.
     Low,
 }
 
-/// How much lower: half the weight of a thread as every program has it (sched(7), "The nice value"). With much less, what
-/// shares the processors with a server and not its control group starves its reads until they are too late.
+/// The nice value for [`Priority::Low`]. It gives a thread half of the default weight (sched(7), "The nice value").
+/// With a much lower weight, programs outside the server's control group would delay its reads until they time out.
 const LOW: i32 = 3;
 
 impl Priority {
-    /// Takes effect for the calling thread. One that cannot be had is not worth ending for.
+    /// Applies the priority to the calling thread. Ignores a failure: the server also works with the default priority.
     fn take(self) {
-        // On Linux alone it is a thread's own; elsewhere it would be that of the whole process.
+        // Only on Linux does this set the priority of one thread. Elsewhere it would set that of the whole process.
         if let (Self::Low, true) = (self, cfg!(target_os = "linux")) {
             let _ = rustix::process::setpriority_process(None, LOW);
         }
@@ -43,10 +44,9 @@ impl OwnedRuntime {
 
     pub(crate) fn handle(&self) -> Handle {
         // Present until `drop`.
-        self.0.as_ref().map_or_else(
-            || unreachable!("the runtime is there until it is dropped"),
-            |runtime| runtime.handle().clone(),
-        )
+        self.0
+            .as_ref()
+            .map_or_else(|| unreachable!("the runtime exists until it is dropped"), |runtime| runtime.handle().clone())
     }
 }
 

@@ -6,7 +6,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use super::lifecycle::Delay;
 
-/// Receives signals. From its creation on, none of them ends the process by itself.
+/// Receives signals. Once it exists, none of these signals ends the process by default.
 pub(crate) struct SystemSignals {
     terminate: Signal,
     quit: Signal,
@@ -17,10 +17,10 @@ pub(crate) struct SystemSignals {
 }
 
 impl SystemSignals {
-    /// Takes charge of the signals.
+    /// Registers the handlers of the signals.
     ///
     /// # Errors
-    /// What the operating system says.
+    /// The error of the operating system.
     pub(crate) fn listen() -> io::Result<Self> {
         Ok(Self {
             terminate: signal(SignalKind::terminate())?,
@@ -32,8 +32,8 @@ impl SystemSignals {
         })
     }
 
-    /// Returns once a signal asks the server to stop. SIGHUP, SIGUSR1 and SIGUSR2 are logged and ignored: log rotation, `systemctl reload` and
-    /// closed terminals send them, and by default they would end the process without a drain.
+    /// Returns once a signal asks the server to stop. SIGHUP, SIGUSR1 and SIGUSR2 are logged and ignored: log rotation,
+    /// `systemctl reload` and closed terminals send them, and by default they would end the process without a drain.
     ///
     /// # Cancel safety
     /// Safe: no signal is lost.

@@ -1,4 +1,6 @@
-//! The change log of the database: triggers that record changes, and notifications about them.
+//! The change log: triggers give each committed change of a trust or key a version and record what it changed.
+//!
+//! On PostgreSQL the triggers also send notifications, to which [`listen`] subscribes.
 
 pub(crate) mod listen;
 pub(crate) mod postgres;

@@ -1,70 +1,75 @@
-//! Why the database could not be used, or a change in it was not made.
+//! The errors of the store: why the database cannot be used, or why a change was not made.
 
 use crate::{
     base::fault::Fault,
     record::{Fingerprint, KeyId},
 };
 
-/// Why a change was not made.
+/// Why the database cannot be used, or why a change was not made.
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
-    /// There is no trust of that id or name.
+    /// No trust has this id or name.
     #[error("there is no trust {0:?}")]
     NoTrust(String),
-    /// There is no key of that id.
+    /// No key has this id.
     #[error("there is no key {0}")]
     NoKey(KeyId),
-    /// The name is taken.
+    /// Another trust has this name.
     #[error("there already is a trust {0:?}")]
     NameTaken(String),
-    /// The digest is stored already.
+    /// The digest is already stored, under this key id.
     #[error("a key with this digest is already stored (key id {0})")]
     DigestTaken(KeyId),
-    /// The keys of this database are made under another pepper.
+    /// The configured pepper is not the one that the database records for new keys.
     #[error(
-        "pepper mismatch: this configuration has {}, but the database records the pepper {recorded}. Servers without the configured \
-         pepper would reject the key. Correct credential.pepper_file. To change the pepper, wait until every server has the new \
-         one, then run `trustgate pepper use`",
+        "pepper mismatch: this configuration has {}, but the database records the pepper {recorded}. Servers without \
+         the configured pepper would reject the key. Correct credential.pepper_file. To change the pepper, wait until \
+         all servers have the new one, then run `trustgate pepper use`",
         configured.map_or_else(|| "no pepper".to_owned(), |pepper| format!("the pepper {pepper}"))
     )]
     OtherPepper {
-        /// Of the pepper in the configuration.
+        /// Fingerprint of the configured pepper; `None`: no pepper is configured.
         configured: Option<Fingerprint>,
-        /// What the database names.
+        /// Fingerprint that the database records.
         recorded: Fingerprint,
     },
-    /// A trust with keys is not deleted unless that was asked for.
+    /// The trust still has this many keys, and the caller did not ask to delete them.
     #[error("the trust still has {0} keys; disable it, or delete it with --with-keys")]
     HasKeys(u64),
-    /// There is no SQLite database where one was expected.
+    /// There is no SQLite database at the expected path.
     #[error(
-        "no database at {path}: start `trustgate serve` or run `trustgate migrate` to create it, or point `store.url` at the database you mean"
+        "no database at {path}: start `trustgate serve` or run `trustgate migrate` to create it, or set `store.url` to \
+         your database"
     )]
     NoDatabase {
-        /// Where it was looked for.
+        /// The expected path.
         path: std::path::PathBuf,
     },
     /// The tables are missing, too old, or too new for this release.
     #[error("{0}")]
     Schema(String),
-    /// The configured tables are not ours to change.
+    /// The keys are in an existing table of the operator, which trustgate only reads.
     #[error(
-        "with `store.preset` or `store.table` the keys live in a table of yours: trustgate reads it and never changes it"
+        "existing table is read-only: with `store.preset` or `store.table`, the keys are in a table of yours, which \
+         trustgate reads and does not change. Change it with your own tools"
     )]
     NotOurs,
-    /// The database cannot be used as it is: a network filesystem, wrong permissions, a bad URL.
+    /// The database cannot be used: a network filesystem, wrong permissions, a bad URL.
     #[error("{0}")]
     Unusable(String),
-    /// Somebody else held a lock for too long.
-    #[error("gave up after waiting {waited:?} for a lock, which is held by: {blockers}")]
+    /// Another database session kept a lock for too long.
+    #[error(
+        "lock timeout: gave up after {waited:?}; the lock is held by: {blockers}. Try again when that transaction has \
+         ended"
+    )]
     Blocked {
-        /// How long.
+        /// How long this process waited.
         waited: std::time::Duration,
-        /// Who holds it, in words.
+        /// The sessions that hold the lock, described for the operator.
         blockers: String,
     },
     /// The database failed.
-    #[error("the database failed: {0}")]
+    #[error("database error: {0}")]
     Database(#[from] sqlx::Error),
     /// The database could not be read.
     #[error("{0}")]
@@ -72,8 +77,8 @@ pub enum StoreError {
 }
 
 impl StoreError {
-    /// Whether the same may go well later without a change of the configuration: the server comes back, somebody
-    /// migrates.
+    /// True if the same call may succeed later without a change of the configuration: the database may come back, or
+    /// the operator may run `trustgate migrate`.
     #[must_use]
     pub const fn is_transient(&self) -> bool {
         matches!(self, Self::Database(_) | Self::Blocked { .. } | Self::Fault(_) | Self::Schema(_))

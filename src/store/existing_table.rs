@@ -1,6 +1,6 @@
-//! Somebody else's table, by its columns: what the settings say of it, in the forms that statements need.
+//! An existing table of the operator: its columns, as the settings describe them, and its identity.
 //!
-//! Never talks to a database. Names go into statements as quoted identifiers, and only through here.
+//! The types here do no I/O. Names of tables and columns enter SQL statements as quoted identifiers.
 
 pub(crate) mod postgres;
 
@@ -12,11 +12,11 @@ use super::{
 };
 use crate::record::hex;
 
-/// An existing table and what its columns mean.
+/// An existing table and the meaning of its columns.
 #[derive(Clone, Debug)]
 pub(crate) struct ExistingTable {
     pub(crate) table: TableName,
-    /// The row's own id: the key id.
+    /// The id of the row, which is the key id.
     pub(crate) id: ColumnName,
     pub(crate) trust: ColumnName,
     pub(crate) digest: ColumnName,
@@ -26,12 +26,12 @@ pub(crate) struct ExistingTable {
     pub(crate) not_before: Option<ColumnName>,
     pub(crate) expires_at: Option<ColumnName>,
     pub(crate) revoked_at: Option<ColumnName>,
-    /// Whether its changes are named.
+    /// True if the operator has run `trustgate attach` on it (`store.attached`), so that triggers record its changes.
     pub(crate) attached: bool,
 }
 
 impl ExistingTable {
-    /// The table that `settings` name; `None`: our own are used.
+    /// The existing table in `settings`; `None`: trustgate uses its own tables.
     pub(crate) fn of(settings: &StoreSettings) -> Option<Self> {
         let preset = settings.preset.map(|Preset::TrustTable| TableName { schema: None, name: "trust".to_owned() });
         Some(Self {
@@ -49,7 +49,7 @@ impl ExistingTable {
         })
     }
 
-    /// Every column that a decision reads, with what it is for; one may have two uses.
+    /// The columns that a decision reads, each with its purpose. A column can appear twice, with different purposes.
     pub(crate) fn columns(&self) -> impl Iterator<Item = (&'static str, &ColumnName)> {
         let always = [("id", &self.id), ("trust", &self.trust), ("digest", &self.digest)].into_iter();
         let others = [
@@ -62,13 +62,13 @@ impl ExistingTable {
         always.chain(others.into_iter().filter_map(|(purpose, column)| Some((purpose, column.as_ref()?))))
     }
 
-    /// What tells this table in the database at `place` from every other, in hexadecimal.
+    /// A hash of [`Self::identity`] and `place`, in hexadecimal: it identifies the table in one database.
     pub(crate) fn identity_at(&self, place: &str) -> String {
         hex(&Sha256::digest(format!("{} {place}", self.identity())))
     }
 
-    /// What tells this table and the use of its columns from every other, in hexadecimal: who reads a table that is
-    /// attached makes sure by it that the same columns are watched.
+    /// A hash of the table name and the purposes of its columns, in hexadecimal. `trustgate attach` records it. A
+    /// server that reads the table compares it, to make sure that the triggers track the columns that it reads.
     pub(crate) fn identity(&self) -> String {
         let columns = self.columns().map(|(purpose, column)| format!("{purpose}={}", column.sql()));
         let all: Vec<_> = [self.table.sql(), self.digest_form.as_str().to_owned()].into_iter().chain(columns).collect();
@@ -76,9 +76,9 @@ impl ExistingTable {
     }
 }
 
-/// The identity of the existing table that `settings` name, in the database at `place`, in hexadecimal: it differs for
-/// another table and for another use of its columns. `None`: the tables are our own. A table that is not attached has no
-/// history that could identify it.
+/// The identity of the existing table in `settings`, in the database at `place`, in hexadecimal. Another table, or
+/// other purposes of its columns, have another identity. `None`: trustgate uses its own tables. Cached values need this
+/// identity because a table that is not attached has no lineage.
 #[must_use]
 pub fn identity_of(settings: &StoreSettings, place: &str) -> Option<String> {
     ExistingTable::of(settings).map(|table| table.identity_at(place))
@@ -90,7 +90,7 @@ mod tests {
     use crate::base::settings::{RawValue, Setting as _};
 
     #[test]
-    fn another_use_of_a_column_is_another_identity() {
+    fn identity_differs_for_another_use_of_a_column() {
         let settings = StoreSettings { preset: Some(Preset::TrustTable), ..StoreSettings::default() };
         let table = ExistingTable::of(&settings).unwrap();
         let column = || ColumnName::read(&RawValue::One("gone_at".to_owned())).unwrap();

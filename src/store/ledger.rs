@@ -1,6 +1,6 @@
-//! What management holds of the store: everything that changes, each with its audit entry in the same transaction.
+//! The [`Ledger`] trait: the operations by which management reads and changes trusts and keys.
 //!
-//! Never used on the path of a check.
+//! Each change is committed together with its audit entry. Checks do not use this module.
 
 pub mod copy;
 pub(crate) mod postgres;
@@ -17,112 +17,114 @@ use crate::{
     store::error::StoreError,
 };
 
-/// Who makes a change, for the audit: `cli:USER`, `api:...`.
+/// The person or program that makes a change, as the audit records it: `cli:USER`, `api:...`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Actor(pub String);
 
-/// What the audit keeps of a change. Never holds a key or a digest.
+/// A change as the audit records it. Contains neither keys nor digests.
 #[derive(Clone, Debug, Serialize)]
 pub struct AuditEntry {
-    /// What was done: `trust.create`, `key.revoke`, ...
+    /// The action: `trust.create`, `key.revoke`, ...
     pub action: &'static str,
-    /// The id of what it was done to.
+    /// The id of the object that the action changed.
     pub object: String,
-    /// The object before, where there was one.
+    /// The object before the change, if it existed.
     pub before: Option<serde_json::Value>,
-    /// The object after, where there is one.
+    /// The object after the change, if it exists.
     pub after: Option<serde_json::Value>,
 }
 
-/// A trust as management sees it.
+/// A trust, as management shows it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Trust {
     /// Its id.
     pub id: TrustId,
-    /// Its name, unique.
+    /// Its name, which is unique.
     pub name: String,
-    /// Whether its keys are granted.
+    /// True if its keys may be granted; the keys of a disabled trust are denied.
     pub enabled: bool,
     /// When it was created.
     pub created_at: DatabaseTime,
-    /// How many keys it has, whatever their state.
+    /// The number of its keys, including revoked and expired keys.
     pub keys: u64,
 }
 
-/// A key to be stored.
+/// A key to store.
 #[derive(Clone, Debug)]
 pub struct NewKey {
     /// Its id.
     pub id: KeyId,
     /// Its digest.
     pub digest: ApiKeyDigest,
-    /// What its digest would be if it had been stored before, under earlier schemes.
+    /// Its digests under earlier schemes (a previous pepper, or none). An import skips a key that is stored under one
+    /// of them.
     pub older: Vec<ApiKeyDigest>,
-    /// How the digest was made.
+    /// How the digest was computed.
     pub made: Made,
-    /// What people recognise it by.
+    /// The key hint: the few leading characters by which people recognise the key. Empty for an imported digest.
     pub hint: String,
-    /// What it is for, in somebody's words.
+    /// Its name: the purpose of the key, in the operator's words.
     pub name: Option<String>,
-    /// Sorted, without duplicates.
+    /// Its scopes, sorted, without duplicates.
     pub scopes: Vec<String>,
-    /// Where it may be used from; empty: anywhere.
+    /// The networks it may be used from; empty: anywhere.
     pub allowed_cidrs: Vec<IpNet>,
-    /// Not valid before this time.
+    /// The key is not valid before this time.
     pub not_before: Option<DatabaseTime>,
-    /// How long it is valid, counted by the database's clock from the commit's transaction start.
+    /// How long the key is valid, by the database's clock, from the start of the transaction that stores it.
     pub expires_in: Option<std::time::Duration>,
 }
 
-/// A key as management sees it: everything but its digest.
+/// A key, as management shows it: everything except its digest.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Key {
     /// Its id.
     pub id: KeyId,
     /// Its trust.
     pub trust_id: TrustId,
-    /// Its trust's name.
+    /// The name of its trust.
     pub trust_name: String,
-    /// Whether its trust is enabled.
+    /// True if its trust is enabled.
     pub trust_enabled: bool,
-    /// What people recognise it by.
+    /// The key hint: the few leading characters by which people recognise the key.
     pub hint: String,
-    /// How its digest was made.
+    /// How its digest was computed.
     pub scheme: Scheme,
-    /// The fingerprint of the pepper that made it; `None`: no pepper, or not recorded yet.
+    /// The fingerprint of the pepper under which its digest was computed; `None`: no pepper, or a pepper that is not
+    /// recorded yet.
     pub pepper: Option<Fingerprint>,
-    /// What it is for.
+    /// Its name: the purpose of the key, in the operator's words.
     pub name: Option<String>,
-    /// What it may be used for.
+    /// Its scopes.
     pub scopes: Vec<String>,
-    /// Where it may be used from.
+    /// The networks it may be used from; empty: anywhere.
     pub allowed_cidrs: Vec<IpNet>,
     /// When it was stored.
     pub created_at: DatabaseTime,
-    /// Not valid before.
+    /// The key is not valid before this time.
     pub not_before: Option<DatabaseTime>,
-    /// Not valid from then on.
+    /// The key is not valid from this time on.
     pub expires_at: Option<DatabaseTime>,
-    /// Revoked then.
+    /// When it was revoked.
     pub revoked_at: Option<DatabaseTime>,
 }
 
-/// A replica that may still grant what it holds.
+/// A replica that may still grant keys from its cache.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Replica {
-    /// Its id, new at every start.
+    /// Its id, which is new at each start of the process.
     pub id: uuid::Uuid,
     /// The name of its host or pod.
     pub name: String,
     /// The version it has applied.
     pub applied: Version,
-    /// Its last sign of life.
+    /// When its last heartbeat arrived.
     pub seen_at: DatabaseTime,
-    /// Without another one it grants nothing it holds from then on.
+    /// Unless it sends another heartbeat, the replica grants no cached key after this time.
     pub until: DatabaseTime,
 }
 
-/// Which trust is meant.
+/// A reference to a trust.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum TrustRef {
     /// By id.
@@ -131,15 +133,16 @@ pub enum TrustRef {
     Name(String),
 }
 
-/// Everything that changes. Every change writes its audit entry in the same transaction and is all or nothing.
+/// Reads and changes trusts and keys. A change and its audit entry are one transaction: either both are committed or
+/// neither.
 #[async_trait]
 pub trait Ledger: Send + Sync {
-    /// Creates a trust, enabled, named `name`.
+    /// Creates an enabled trust with the name `name`.
     ///
     /// # Errors
     /// [`StoreError::NameTaken`], or the database failed.
     async fn create_trust(&mut self, actor: &Actor, id: TrustId, name: &str) -> Result<Trust, StoreError>;
-    /// Every trust, by name.
+    /// Every trust, ordered by name.
     ///
     /// # Errors
     /// The database failed.
@@ -149,12 +152,12 @@ pub trait Ledger: Send + Sync {
     /// # Errors
     /// [`StoreError::NoTrust`], or the database failed.
     async fn trust(&mut self, which: &TrustRef) -> Result<Trust, StoreError>;
-    /// Enables or disables a trust; returns it as it is after.
+    /// Enables or disables a trust; returns the trust after the change.
     ///
     /// # Errors
     /// [`StoreError::NoTrust`], or the database failed.
     async fn enable_trust(&mut self, actor: &Actor, which: &TrustRef, enabled: bool) -> Result<Trust, StoreError>;
-    /// Deletes a trust, with its keys if `with_keys`; returns it as it was.
+    /// Deletes a trust, with its keys if `with_keys` is set; returns the trust before the change.
     ///
     /// # Errors
     /// [`StoreError::NoTrust`], [`StoreError::HasKeys`], or the database failed.
@@ -164,13 +167,13 @@ pub trait Ledger: Send + Sync {
     /// # Errors
     /// [`StoreError::NoTrust`], [`StoreError::DigestTaken`], [`StoreError::OtherPepper`], or the database failed.
     async fn add_key(&mut self, actor: &Actor, trust: &TrustRef, key: NewKey) -> Result<Key, StoreError>;
-    /// Stores many keys in one transaction with one audit entry; those of which a digest is stored already are left as they
-    /// are. Returns how many were new.
+    /// Stores many keys in one transaction with one audit entry. Skips keys that are already stored under one of their
+    /// digests. Returns the number of keys that were stored.
     ///
     /// # Errors
-    /// [`StoreError::NoTrust`], [`StoreError::OtherPepper`], or the database failed: then none was stored.
+    /// [`StoreError::NoTrust`], [`StoreError::OtherPepper`], or the database failed. No key was stored.
     async fn import_keys(&mut self, actor: &Actor, trust: &TrustRef, keys: Vec<NewKey>) -> Result<u64, StoreError>;
-    /// Keys, newest first: of one trust, or of all.
+    /// The keys of one trust, or all keys, newest first.
     ///
     /// # Errors
     /// [`StoreError::NoTrust`], or the database failed.
@@ -185,32 +188,33 @@ pub trait Ledger: Send + Sync {
     /// # Errors
     /// The database failed.
     async fn identify(&mut self, digests: &Digests) -> Result<Option<Key>, StoreError>;
-    /// Revokes a key; a key already revoked stays as it was. Returns it as it is after.
+    /// Revokes a key; a key that is already revoked keeps its time of revocation. Returns the key after the change.
     ///
     /// # Errors
     /// [`StoreError::NoKey`], or the database failed.
     async fn revoke_key(&mut self, actor: &Actor, id: KeyId) -> Result<Key, StoreError>;
-    /// Names the pepper that keys are made under from now on; returns the one that was named before.
+    /// Records `pepper` as the pepper for new keys; returns the pepper that was recorded before.
     ///
     /// # Errors
     /// The database failed.
     async fn use_pepper(&mut self, actor: &Actor, pepper: Fingerprint) -> Result<Option<Fingerprint>, StoreError>;
-    /// Draws a version "everything changed", so that no replica uses what it read before.
+    /// Commits a version "everything changed", which makes all data that replicas have cached out of date. Returns that
+    /// version or a newer one.
     ///
     /// # Errors
     /// The database failed.
     async fn clear_caches(&mut self, actor: &Actor) -> Result<Version, StoreError>;
-    /// The newest version: whoever applied it has applied every change that was committed before this call.
+    /// The newest version. A replica that has applied it has applied each change that was committed before this call.
     ///
     /// # Errors
     /// The database failed.
     async fn newest(&mut self) -> Result<Version, StoreError>;
-    /// Replicas that, by their last sign of life and the database's clock, may still grant what they hold.
+    /// The replicas that may still grant keys from their caches, by their last heartbeats and the database's clock.
     ///
     /// # Errors
     /// The database failed.
     async fn replicas(&mut self) -> Result<Vec<Replica>, StoreError>;
-    /// The database's present time.
+    /// The current time by the database's clock.
     ///
     /// # Errors
     /// The database failed.

@@ -1,4 +1,4 @@
-//! Names and literals in SQL statements: every name that comes from the configuration is checked and quoted here.
+//! Names and literals for SQL statements. Names that come from the configuration are checked and quoted here.
 
 use crate::base::settings::{RawValue, Setting};
 
@@ -7,7 +7,7 @@ use crate::base::settings::{RawValue, Setting};
 pub struct SchemaName(String);
 
 impl SchemaName {
-    /// The name, safe to stand in a statement as it is.
+    /// The name. It needs no quotes in a statement.
     #[must_use]
     pub fn as_str(&self) -> &str {
         &self.0
@@ -15,7 +15,7 @@ impl SchemaName {
 }
 
 impl Setting for SchemaName {
-    const EXPECTED: &'static str = "a schema name of small letters, digits and _";
+    const EXPECTED: &'static str = "a schema name of lower-case letters, digits and _";
     fn read(written: &RawValue) -> Option<Self> {
         let name = String::read(written)?;
         let fits = name.len() <= 63
@@ -25,12 +25,12 @@ impl Setting for SchemaName {
     }
 }
 
-/// The name of a column. Taken as it stands in the catalog: capital letters count.
+/// The name of a column, spelt exactly as in the database catalog: capital letters matter.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ColumnName(String);
 
-/// The name of a table, with its schema or, found by the role's `search_path`, without. Taken as it stands in the
-/// catalog.
+/// The name of a table, spelt exactly as in the database catalog. If it has no schema, PostgreSQL looks the table up in
+/// the role's `search_path`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TableName {
     pub(crate) schema: Option<String>,
@@ -40,43 +40,44 @@ pub struct TableName {
 /// The longest identifier of PostgreSQL, in bytes.
 const IDENTIFIER_BYTES_MAX: usize = 63;
 
-/// What can be a name here. Not one in which our own statements have places to fill, or with which they quote.
+/// True if `name` can be the name of a table or column. Braces and `$body$` are refused, because the templates of our
+/// statements use them as placeholders and as quotes.
 fn is_identifier(name: &str) -> bool {
     let is_plain = !name.contains(['{', '}']) && !name.contains("$body$") && !name.chars().any(char::is_control);
     !name.is_empty() && name.len() <= IDENTIFIER_BYTES_MAX && is_plain
 }
 
-/// `name` as an identifier that means just this name.
+/// `name` as a quoted SQL identifier.
 pub(crate) fn quoted(name: &str) -> String {
     format!("\"{}\"", name.replace('"', "\"\""))
 }
 
-/// `text` as a literal of SQL.
+/// `text` as an SQL string literal.
 pub(crate) fn literal(text: &str) -> String {
-    // Whatever `standard_conforming_strings` says, a backslash in an E-string is doubled to mean itself.
+    // In an E-string, two backslashes mean one, whatever the value of `standard_conforming_strings`.
     format!("E'{}'", text.replace('\\', r"\\").replace('\'', "''"))
 }
 
-/// Bytes, given as hexadecimal digits, as a literal of SQL for a `bytea`.
+/// An SQL literal for a `bytea`, made from the hexadecimal digits of its bytes.
 pub(crate) fn bytes_literal(hex: &str) -> String {
     // An E-string, as in `literal`.
     format!(r"E'\\x{hex}'")
 }
 
 impl ColumnName {
-    /// The name in a statement.
+    /// The quoted name, for a statement.
     pub(crate) fn sql(&self) -> String {
         quoted(&self.0)
     }
 
-    /// The name as it stands in the catalog.
+    /// The name without quotes, as in the catalog.
     pub(crate) fn as_str(&self) -> &str {
         &self.0
     }
 }
 
 impl TableName {
-    /// The name in a statement.
+    /// The quoted name, for a statement.
     pub(crate) fn sql(&self) -> String {
         let name = quoted(&self.name);
         self.schema.as_deref().map_or_else(|| name.clone(), |schema| format!("{}.{name}", quoted(schema)))
@@ -121,7 +122,7 @@ mod tests {
     }
 
     #[test]
-    fn names_are_quoted_so_that_they_mean_nothing_else() {
+    fn names_are_quoted_and_malformed_names_are_refused() {
         let table = |text| TableName::read(&written(text)).map(|table| table.sql());
         assert_eq!(table("trust").as_deref(), Some("\"trust\""));
         assert_eq!(table("public.Trust").as_deref(), Some("\"public\".\"Trust\""));

@@ -1,4 +1,5 @@
-//! The doors to the store: which adapter the settings mean, and how it is opened.
+//! Opens the store: picks the adapter that the settings select, and opens it for checks, for management or for a
+//! migration.
 
 use std::{num::NonZero, sync::Arc, thread::available_parallelism, time::Duration};
 
@@ -23,16 +24,19 @@ use super::{
 };
 use crate::base::clock::Clock;
 
-/// The database the settings mean, in words for messages: its kind and place, never a user, a password or a query.
+/// Describes the configured database for messages: its kind and its host or path, without user, password and URL
+/// parameters.
 #[must_use]
 pub fn describe(settings: &StoreSettings, env: Env<'_>) -> String {
     StoreUrl::of(settings, Role::Serve).describe(env)
 }
 
-/// The reads of checks. Connects to nothing yet, so it succeeds with the database down; [`Source::prepare`] finds out.
+/// Opens the reads of checks. Does not connect, so it succeeds while the database is down; [`Source::prepare`]
+/// connects.
 ///
 /// # Errors
-/// [`StoreError::Unusable`]: a URL or a secret's file that cannot be read.
+/// [`StoreError::Unusable`]: the URL is wrong or does not fit the other settings, or the file of a secret cannot be
+/// read.
 pub fn open_lookup(
     settings: &StoreSettings,
     env: Env<'_>,
@@ -54,43 +58,44 @@ pub fn open_lookup(
         Backend::Postgres => {
             let statement_timeout = settings.read_timeout + GRACE;
             let (schema, existing) = (settings.schema.clone(), ExistingTable::of(settings));
-            // A misspelt URL is a mistake to be told at start, not by the first connect.
+            // Parse the URL now, so that an error in it is reported at startup and not by the first connect.
             address.postgres()?;
             Arc::new(Reader::new(Postgres { address, schema, existing, statement_timeout }, settings, clock))
         }
     })
 }
 
-/// Reads of a file are work for the processors of this process, a thread each: with more of them nothing is read
-/// sooner, and what is served from the cache gets a smaller share.
+/// The most connections that help with SQLite: two for each processor. Each read of the file occupies a thread of this
+/// process, so more connections would not read faster, and would take processor time from requests that the cache
+/// answers.
 fn sqlite_connections() -> u32 {
     let processors = available_parallelism().map_or(1, NonZero::get);
     u32::try_from(processors).unwrap_or(u32::MAX).saturating_mul(2)
 }
 
-/// What management changes trusts and keys through. Connects at once.
+/// Opens the ledger, through which management changes trusts and keys. Connects at once.
 ///
 /// # Errors
-/// [`StoreError::NotOurs`] with somebody else's table; [`StoreError::NoDatabase`] and [`StoreError::Schema`] where
-/// there is nothing to work on; or the database cannot be reached.
+/// [`StoreError::NotOurs`] if the keys are in an existing table; [`StoreError::NoDatabase`] or [`StoreError::Schema`]
+/// if the database is missing, or its tables are missing or have the wrong version; or the database cannot be reached.
 pub async fn open_ledger(settings: &StoreSettings, env: Env<'_>) -> Result<Box<dyn Ledger>, StoreError> {
     management(settings, env)?.open().await
 }
 
-/// The way to what management works on.
+/// How management connects to the database. One value serves for any number of connections.
 #[derive(Clone, Debug)]
 pub struct Management {
     address: StoreUrl,
-    place: Backend,
+    backend: Backend,
     schema: SchemaName,
     connect_timeout: Duration,
 }
 
-/// The way to what management works on, for who goes it again and again. Connects to nothing yet.
+/// Prepares the connections of management, for a caller that connects repeatedly. Does not connect yet.
 ///
 /// # Errors
-/// [`StoreError::NotOurs`] with somebody else's table; [`StoreError::Unusable`]: a URL or its file that cannot be
-/// read.
+/// [`StoreError::NotOurs`] if the keys are in an existing table; [`StoreError::Unusable`] if the URL is wrong or its
+/// file cannot be read.
 pub fn management(settings: &StoreSettings, env: Env<'_>) -> Result<Management, StoreError> {
     if settings.reads_existing() {
         return Err(StoreError::NotOurs);
@@ -98,8 +103,8 @@ pub fn management(settings: &StoreSettings, env: Env<'_>) -> Result<Management, 
     manage(settings, env)
 }
 
-/// What replicas remember, for whoever changes no trust and no key: also of somebody else's table, once it is attached.
-/// Connects at once.
+/// Opens the ledger for a caller that uses only versions and replicas and changes no trust and no key, such as
+/// `trustgate cache clear`. Also works with an attached existing table. Connects at once.
 ///
 /// # Errors
 /// As [`open_ledger`].
@@ -113,11 +118,11 @@ pub async fn open_history(settings: &StoreSettings, env: Env<'_>) -> Result<Box<
 fn manage(settings: &StoreSettings, env: Env<'_>) -> Result<Management, StoreError> {
     let address = StoreUrl::of(settings, Role::Manage);
     let (schema, connect_timeout) = (settings.schema.clone(), settings.connect_timeout);
-    Ok(Management { place: address.backend(env)?, address, schema, connect_timeout })
+    Ok(Management { backend: address.backend(env)?, address, schema, connect_timeout })
 }
 
 impl Management {
-    /// Connects. Reads the files of secrets anew.
+    /// Connects. Reads the files of the URL and the password again.
     ///
     /// # Errors
     /// As [`open_ledger`].
@@ -126,15 +131,15 @@ impl Management {
     }
 
     async fn tables(&self) -> Result<Box<dyn LedgerBackend>, StoreError> {
-        let Self { address, place, schema, connect_timeout } = self;
-        Ok(match place {
+        let Self { address, backend, schema, connect_timeout } = self;
+        Ok(match backend {
             Backend::Sqlite(path) => Box::new(ledger::sqlite::open(path).await?),
             Backend::Postgres => Box::new(ledger::postgres::open(address, schema, *connect_timeout).await?),
         })
     }
 }
 
-/// The tables at `address`. Connects at once.
+/// Opens the tables at `address`. Connects at once.
 ///
 /// # Errors
 /// As [`open_ledger`].
@@ -144,14 +149,14 @@ pub(crate) async fn open_tables(
     env: Env<'_>,
 ) -> Result<Box<dyn LedgerBackend>, StoreError> {
     let (schema, connect_timeout) = (settings.schema.clone(), settings.connect_timeout);
-    Management { place: address.backend(env)?, address: address.clone(), schema, connect_timeout }.tables().await
+    Management { backend: address.backend(env)?, address: address.clone(), schema, connect_timeout }.tables().await
 }
 
-/// Makes the tables, or adds what a newer release needs. Can be repeated, and run by several at once.
+/// Creates the tables, or adds what this release needs. Can be repeated, and several processes may run it at once.
 ///
 /// # Errors
-/// [`StoreError::NotOurs`] with somebody else's table that is not to be attached; [`StoreError::Schema`] where the
-/// tables are too new; a file that cannot be used; or the database cannot be reached.
+/// [`StoreError::NotOurs`] with an existing table and without `store.attached`; [`StoreError::Schema`] if the tables
+/// are too new; [`StoreError::Unusable`] if the file cannot be used; or the database cannot be reached.
 pub async fn migrate(settings: &StoreSettings, env: Env<'_>) -> Result<(), StoreError> {
     if !settings.tracks_changes() {
         return Err(StoreError::NotOurs);
@@ -166,8 +171,8 @@ pub async fn migrate(settings: &StoreSettings, env: Env<'_>) -> Result<(), Store
     }
 }
 
-/// Begins a new history: for whoever restored a backup or a copy of the database, so that no replica and no Redis ever
-/// takes what it holds of the old one for the new one's.
+/// Starts a new database history. The operator asks for this after restoring a backup or a copy of the database, so
+/// that neither replicas nor Redis take values of the earlier history for present ones.
 ///
 /// # Errors
 /// As [`open_ledger`].
@@ -184,17 +189,17 @@ pub async fn new_incarnation(settings: &StoreSettings, env: Env<'_>) -> Result<(
     }
 }
 
-/// Makes somebody else's table name its changes, in one transaction.
+/// Adds triggers to the existing table that record its changes in the change log, in one transaction. Returns the name
+/// of the table.
 ///
 /// # Errors
-/// [`StoreError::Unusable`] with everything that keeps it from that, or the right that is missing;
-/// [`StoreError::Schema`] where `migrate` has not been run; or the database cannot be reached. Nothing was changed
-/// then.
+/// [`StoreError::Unusable`], which lists the obstacles or names the missing right; [`StoreError::Schema`] if
+/// `trustgate migrate` has not been run; or the database cannot be reached. After an error nothing has changed.
 pub async fn attach(settings: &StoreSettings, env: Env<'_>) -> Result<String, StoreError> {
     action(settings, env, AttachAction::Attach).await
 }
 
-/// Takes away what [`attach`] added.
+/// Removes what [`attach`] added. Returns the name of the table.
 ///
 /// # Errors
 /// As [`attach`].
@@ -208,7 +213,7 @@ async fn action(settings: &StoreSettings, env: Env<'_>, action: AttachAction) ->
     Ok(table.table.to_string())
 }
 
-/// The statements of [`attach`], each under the role that has to run it.
+/// The statements of [`attach`], each with the role that must run it.
 ///
 /// # Errors
 /// As [`attach`].
@@ -218,7 +223,7 @@ pub async fn print_attach(settings: &StoreSettings, env: Env<'_>) -> Result<Stri
         .await
 }
 
-/// The statements of [`detach`], each under the role that has to run it.
+/// The statements of [`detach`], each with the role that must run it.
 ///
 /// # Errors
 /// As [`detach`].
@@ -234,23 +239,26 @@ fn attachable(settings: &StoreSettings, env: Env<'_>) -> Result<(StoreUrl, Exist
         return Err(not_on_sqlite());
     }
     let table = ExistingTable::of(settings).ok_or_else(|| {
-        StoreError::Unusable("store.table: name the table that is meant, with its schema: \"public.trust\"".into())
+        StoreError::Unusable("store.table: not set: set it to your table with its schema: \"public.trust\"".into())
     })?;
     Ok((address, table))
 }
 
 fn not_on_sqlite() -> StoreError {
     StoreError::Unusable(
-        "store.table, store.attached: only a table in PostgreSQL can be described by its columns or attached".into(),
+        "store.table, store.attached: only a table in PostgreSQL can be read by column names or attached: set \
+         `store.url` to a PostgreSQL database, or remove these settings"
+            .into(),
     )
 }
 
-/// The statements that give the roles of `serve` and of management the rights they need on the tables, for their owner
-/// to run. With an SQLite file nobody needs any.
+/// The GRANT statements for the roles `serve` and `manage`, for the owner of the tables to run. An SQLite file has no
+/// roles and needs none.
 #[must_use]
 pub fn grants(settings: &StoreSettings, serve: &str, manage: &str) -> String {
     schema::grants::grants(&settings.schema, ExistingTable::of(settings).as_ref(), serve, manage)
 }
 
-/// How much longer than a read's deadline the server may go on with it: the deadline here comes first.
+/// How much longer the server may work on a read than `store.read_timeout`, so that the timeout of this process fires
+/// first.
 const GRACE: Duration = Duration::from_millis(20);

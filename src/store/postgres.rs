@@ -1,7 +1,8 @@
-//! PostgreSQL: for more than one replica. Its tables are made by `trustgate migrate`.
+//! PostgreSQL, the database for more than one replica: connections and error codes. `trustgate migrate` creates the
+//! tables.
 //!
-//! Everything works through a pooler in transaction mode: reads use the simple protocol, writers stay inside one
-//! transaction, and nothing is set for a whole session.
+//! Reads and writes work through a connection pooler in transaction mode: reads use the simple query protocol, writes
+//! stay inside one transaction, and no setting applies to a whole session.
 
 pub(crate) mod blocked;
 
@@ -11,26 +12,27 @@ use sqlx::{AssertSqlSafe, Connection, PgConnection};
 
 use super::{names::SchemaName, url::StoreUrl};
 
-/// Opens a connection. Reads the URL and the password anew.
+/// Opens a connection. Reads the files of the URL and the password again.
 pub(crate) async fn connect(address: &StoreUrl) -> Result<PgConnection, sqlx::Error> {
-    // Files of secrets may be on a network filesystem: reading them must not hold up the thread of the poll.
+    // These files may be on a slow network filesystem, so a blocking thread reads them: the thread of the poll task
+    // must not be blocked.
     let address = address.clone();
     let options = tokio::task::spawn_blocking(move || address.postgres()).await.map_err(std::io::Error::from)?;
     let options = options.map_err(|error| sqlx::Error::Configuration(Box::new(error)))?;
     PgConnection::connect_with(&options).await
 }
 
-/// As [`connect`], given up after `limit`.
+/// As [`connect`], but fails after `limit`.
 pub(crate) async fn connect_within(address: &StoreUrl, limit: Duration) -> Result<PgConnection, sqlx::Error> {
     tokio::time::timeout(limit, connect(address)).await.unwrap_or_else(|_| {
-        let problem = format!("no answer within {limit:?} while connecting");
+        let problem = format!("connect timeout: no answer within {limit:?}");
         Err(sqlx::Error::Io(std::io::Error::new(std::io::ErrorKind::TimedOut, problem)))
     })
 }
 
-/// The database and the schema in words.
+/// Describes the database and the schema, for messages.
 pub(crate) fn describe(address: &StoreUrl, schema: &SchemaName) -> String {
-    format!("{}, schema {:?},", address.describe_postgres(), schema.as_str())
+    format!("{} (schema {:?})", address.describe_postgres(), schema.as_str())
 }
 
 /// `text` with every `{s}` replaced by the schema, whose name needs no quotes.
@@ -38,12 +40,12 @@ pub(crate) fn in_schema(text: &str, schema: &SchemaName) -> AssertSqlSafe<String
     AssertSqlSafe(text.replace("{s}", schema.as_str()))
 }
 
-/// The code of a database error: five characters, of which the first two are its class.
+/// The SQLSTATE code of a database error: five characters, of which the first two are its class.
 pub(crate) fn code(error: &sqlx::Error) -> Option<String> {
     error.as_database_error().and_then(sqlx::error::DatabaseError::code).map(std::borrow::Cow::into_owned)
 }
 
-/// Whether `error` says that a table, or the schema, is not there.
+/// True if `error` means that a table or the schema does not exist.
 pub(crate) fn is_missing(error: &sqlx::Error) -> bool {
     matches!(code(error).as_deref(), Some("42P01" | "3F000"))
 }

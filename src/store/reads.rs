@@ -1,4 +1,5 @@
-//! The reads of checks, and the heartbeats of replicas.
+//! The reads of checks and of the poll: the [`lookup::Lookup`] trait, a connection pool, and one dialect for each kind
+//! of database.
 
 pub mod lookup;
 pub mod pool;

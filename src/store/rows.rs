@@ -1,7 +1,7 @@
-//! What the statements of both adapters return, and how it becomes records, trusts and keys.
+//! Converts the rows of both adapters to records, trusts, keys and answers of polls.
 //!
-//! Both adapters select the same columns in the same order and the same plain forms: whole numbers, texts, lists as
-//! JSON, times as microseconds, digests and nonces in hexadecimal. Never talks to a database.
+//! Both adapters select the same columns in the same order and in the same plain types: whole numbers, texts, lists as
+//! JSON, times in microseconds, digests and nonces in hexadecimal. Does no I/O.
 
 use std::{sync::Arc, time::Duration};
 
@@ -24,7 +24,7 @@ use crate::{
     },
 };
 
-/// The columns of a read for a decision, in this order; those from `key_id` on are null where there is no key.
+/// The columns of a read for a decision, in this order. The columns of the key are null where there is no key.
 pub(crate) struct Read {
     version: i64,
     nonce: String,
@@ -49,7 +49,7 @@ struct KeyRow {
     pepper_unrecorded: i64,
 }
 
-/// A row whose whole numbers and texts can be taken out by position.
+/// Reads whole numbers and texts from a row, by the position of the column.
 pub(crate) trait RowExt {
     /// A whole number.
     fn number(&self, column: usize) -> Result<i64, sqlx::Error>;
@@ -82,7 +82,7 @@ where
     }
 }
 
-/// A row that is not what it should be.
+/// A row does not have the expected format.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 pub(crate) struct Corrupt(pub(crate) &'static str);
@@ -100,7 +100,7 @@ impl From<Corrupt> for sqlx::Error {
 }
 
 impl Read {
-    /// Takes the columns out of a row.
+    /// Reads the columns of a row.
     pub(crate) fn of(row: &impl RowExt) -> Result<Self, sqlx::Error> {
         let key = match row.text_or_null(6)? {
             None => None,
@@ -129,7 +129,7 @@ impl Read {
         })
     }
 
-    /// The digest of the key, where the pepper that made it is not recorded.
+    /// The digest of the key, if the database does not record the pepper that it was made under.
     pub(crate) fn unrecorded(&self) -> Option<ApiKeyDigest> {
         let key = self.key.as_ref().filter(|key| key.pepper_unrecorded != 0)?;
         ApiKeyDigest::from_hex(&key.digest)
@@ -147,7 +147,7 @@ impl Read {
             nonce: nonce(&self.nonce)?,
             lineage: Lineage {
                 incarnation: uuid(&self.incarnation)?,
-                system: self.system.cast_unsigned(), // 64 bits that PostgreSQL shows as a signed number
+                system: self.system.cast_unsigned(), // PostgreSQL returns these 64 bits as a signed number
                 timeline: u32::try_from(self.timeline)
                     .map_err(|_| Corrupt("the timeline is not a number of 32 bits"))?,
             },
@@ -174,19 +174,30 @@ impl KeyRow {
     }
 }
 
-/// Rows a poll takes, at most; the statement asks for one more, which says that there were more.
+/// The most rows that a poll takes. The statement asks for one more: if that row arrives, the answer is incomplete.
 pub(crate) const POLL_ROWS_MAX: usize = 5_000;
 
-/// What a poll found. Its columns, in this order: the number it was sent with, the state of the server (`primary`,
-/// `standby`, `read-only`), the oldest version (or the one asked from, where it is still there), the newest with its nonce, incarnation, system, timeline, clock, whether
-/// changes are named, when the newest version was stamped; then, null where there is none, a version with its nonce, or
-/// a version, the kind of what it named and the object (null: the whole kind); then the recorded pepper and the one before it.
+/// Converts the rows of a poll. `echo`: the number that the poll was sent with.
+///
+/// The first row has all columns below. Further rows need only columns 11 to 14.
+///
+/// - 0: `echo`
+/// - 1: the state of the server: `primary`, `standby` or `read-only`
+/// - 2: the oldest version, or the version that the poll asked from if it still exists
+/// - 3, 4: the newest version and its nonce
+/// - 5, 6, 7: incarnation, system identifier and timeline
+/// - 8: the database's clock
+/// - 9: 1 if the triggers of the change log are intact, else 0
+/// - 10: the time at which the newest version was drawn
+/// - 11 to 14: either a version and its nonce, or a version, null, the kind of a change and its object (null: the whole
+///   kind); all null if the row has neither
+/// - 15, 16: the fingerprints of the recorded pepper and of the one before it
 pub(crate) fn polled(rows: &[impl RowExt], echo: i64, sent_at: Moment) -> Result<Polled, PollError> {
     let unusable = |problem: &str| PollError::Unusable(problem.into());
     let read = || -> Result<Option<Polled>, sqlx::Error> {
         let Some(first) = rows.first() else { return Ok(None) };
         if first.number(0)? != echo {
-            return Err(Corrupt("the answer to another poll").into());
+            return Err(Corrupt("the answer belongs to another poll").into());
         }
         if first.text(1)? != "primary" {
             return Ok(None);
@@ -222,7 +233,8 @@ pub(crate) fn polled(rows: &[impl RowExt], echo: i64, sent_at: Moment) -> Result
             }
         }
         polled.versions.sort_by_key(|(version, _)| *version);
-        // A key that was revoked is named as one that may be there and as one that is gone: the latter holds.
+        // The change log records a revoked key twice: as `Absent`, which says that the digest may be stored now, and as
+        // `Gone`. `Gone` must take effect, so it comes last.
         polled.changes.sort_by_key(|(version, change)| (*version, matches!(change, Change::Gone(_))));
         Ok(Some(polled))
     };
@@ -231,22 +243,26 @@ pub(crate) fn polled(rows: &[impl RowExt], echo: i64, sent_at: Moment) -> Result
         Ok(None) => Err(match rows.first().map(|row| row.text(1)) {
             None => unusable(NO_VERSION.0),
             Some(state) => PollError::Unusable(Arc::from(match state.as_deref() {
-                Ok("standby") => "the database is a standby: it cannot confirm what its primary has committed",
-                Ok("read-only") => "the database is read-only for this role: it cannot confirm anything",
-                _ => "the poll's answer cannot be understood",
+                Ok("standby") => {
+                    "the database is a standby and cannot confirm commits of its primary: connect to the primary"
+                }
+                Ok("read-only") => {
+                    "the database is read-only for this server and cannot confirm changes: allow the server to write"
+                }
+                _ => "the answer to the poll does not have the expected format",
             })),
         }),
         Err(error) => Err(unusable(&error.to_string())),
     }
 }
 
-/// The fingerprint of a pepper in hexadecimal, if there is one.
+/// Parses the fingerprint of a pepper from hexadecimal, if there is one.
 pub(crate) fn fingerprint(hex: Option<String>) -> Result<Option<Fingerprint>, Corrupt> {
     hex.map(|hex| Fingerprint::from_hex(&hex).ok_or(Corrupt("the fingerprint of a pepper is not 8 bytes"))).transpose()
 }
 
-/// What a row names. A kind that this release does not know counts as everything, and an object that it cannot read as
-/// its whole kind: one odd row must not end all confirmation.
+/// The change that a row of the change log records. A kind that this release does not know counts as "everything", and
+/// an object that it cannot parse counts as its whole kind: one unexpected row must not make the whole poll unusable.
 fn change(kind: &str, object: Option<&str>) -> Change {
     let digest = |change: fn(ApiKeyDigest) -> Change| object.and_then(ApiKeyDigest::from_hex).map(change);
     let id = |change: fn(Uuid) -> Change| object.and_then(|id| uuid(id).ok()).map(change);
@@ -259,7 +275,7 @@ fn change(kind: &str, object: Option<&str>) -> Change {
     }
 }
 
-/// What a read by id found.
+/// Converts the rows of a read by id.
 pub(crate) fn by_id(mut rows: Vec<Read>, sent_at: Moment) -> Result<Versioned<Option<Record>>, Corrupt> {
     if rows.len() > 1 {
         return Err(Corrupt("two rows have the same id"));
@@ -270,7 +286,8 @@ pub(crate) fn by_id(mut rows: Vec<Read>, sent_at: Moment) -> Result<Versioned<Op
     Ok(date.map(|()| record))
 }
 
-/// What a read by digests found: of several rows the one stored under the newest scheme.
+/// Converts the rows of a read by digests. If there are several keys, takes the one whose digest comes first in
+/// `digests`.
 pub(crate) fn by_digests(
     rows: Vec<Read>,
     digests: &Digests,
@@ -288,10 +305,10 @@ pub(crate) fn by_digests(
             return Ok(date.map(|()| Some(record.clone())));
         }
     }
-    if found.is_empty() { Ok(date.map(|()| None)) } else { Err(Corrupt("a row with another digest than asked for")) }
+    if found.is_empty() { Ok(date.map(|()| None)) } else { Err(Corrupt("a row has a digest that was not asked for")) }
 }
 
-/// A trust, from its id, name, enabled, created and number of keys.
+/// A trust, from the columns id, name, enabled, creation time and number of keys.
 pub(crate) fn trust(row: &impl RowExt) -> Result<Trust, sqlx::Error> {
     Ok(Trust {
         id: TrustId(uuid(&row.text(0)?)?),
@@ -302,8 +319,8 @@ pub(crate) fn trust(row: &impl RowExt) -> Result<Trust, sqlx::Error> {
     })
 }
 
-/// A key, from its id, trust (id, name, enabled), hint, scheme, name, scopes, allowed CIDRs, created, not before,
-/// expires, revoked, the fingerprint of its pepper.
+/// A key, from the columns id, trust (id, name, enabled), hint, scheme, name, scopes, allowed CIDRs, creation time, not
+/// before, expiry, revocation, and the fingerprint of its pepper.
 pub(crate) fn key(row: &impl RowExt) -> Result<Key, sqlx::Error> {
     Ok(Key {
         id: KeyId(uuid(&row.text(0)?)?),
@@ -323,13 +340,14 @@ pub(crate) fn key(row: &impl RowExt) -> Result<Key, sqlx::Error> {
     })
 }
 
-/// A key with all that is stored of it: the columns of [`key`], then its digest.
+/// A key with its digest, from the columns of [`key`] and the digest after them.
 pub(crate) fn stored_key(row: &impl RowExt) -> Result<StoredKey, sqlx::Error> {
     let digest = ApiKeyDigest::from_hex(&row.text(14)?).ok_or(Corrupt("a digest is not 32 bytes"))?;
     Ok(StoredKey { key: key(row)?, digest })
 }
 
-/// A replica, from its id, name, applied version, last sign of life, and until when that counts.
+/// A replica, from the columns id, name, applied version, time of the last heartbeat, and the time at which that
+/// heartbeat expires.
 pub(crate) fn replica(row: &impl RowExt) -> Result<Replica, sqlx::Error> {
     Ok(Replica {
         id: uuid(&row.text(0)?)?,
@@ -340,7 +358,7 @@ pub(crate) fn replica(row: &impl RowExt) -> Result<Replica, sqlx::Error> {
     })
 }
 
-/// Digests, one a row, in hexadecimal.
+/// Digests in hexadecimal, one in each row.
 pub(crate) fn digests(rows: &[impl RowExt]) -> Result<Vec<ApiKeyDigest>, sqlx::Error> {
     let digest = |row: &_| {
         let hex = RowExt::text(row, 0)?;
@@ -349,22 +367,22 @@ pub(crate) fn digests(rows: &[impl RowExt]) -> Result<Vec<ApiKeyDigest>, sqlx::E
     rows.iter().map(digest).collect()
 }
 
-/// A list as both adapters take it.
+/// A list as a JSON array of texts, the form in which both adapters send lists.
 pub(crate) fn json_list<T: ToString>(list: &[T]) -> String {
     serde_json::Value::from(list.iter().map(ToString::to_string).collect::<Vec<_>>()).to_string()
 }
 
-/// Networks without the bits that name a host in them, which PostgreSQL's `cidr` refuses.
+/// The networks with their host bits cleared: PostgreSQL's `cidr` refuses a network that has any set.
 pub(crate) fn networks(cidrs: &[IpNet]) -> Vec<IpNet> {
     cidrs.iter().map(IpNet::trunc).collect()
 }
 
-/// A length of time in microseconds; what does not fit is as good as for ever.
+/// A duration in microseconds, at most [`FOR_EVER`].
 pub(crate) fn micros(time: Duration) -> i64 {
     i64::try_from(time.as_micros()).unwrap_or(i64::MAX).min(FOR_EVER)
 }
 
-/// Some 146 000 years: added to the present time it still is a time to both databases.
+/// About 146 000 years in microseconds. Added to the present time, it is still a valid time in both databases.
 const FOR_EVER: i64 = i64::MAX / 2;
 
 const NO_VERSION: Corrupt = Corrupt("the tables have no version, or no incarnation");
@@ -389,7 +407,8 @@ fn is_word(text: &str) -> bool {
     !text.is_empty() && !text.chars().any(|char| char.is_whitespace() || char.is_control())
 }
 
-/// One that is no word gives no right: in the header that lists them it would be another one, or two, or an end of it.
+/// Parses the scopes. Drops a scope that is empty or contains white space or control characters: in the header that
+/// lists the scopes it would read as other scopes, or end the header.
 fn scopes(json: &str) -> Result<Vec<String>, Corrupt> {
     let texts: Vec<String> = serde_json::from_str(json).map_err(|_| Corrupt("scopes are not a list of texts"))?;
     Ok(texts.into_iter().filter(|text| is_word(text)).collect())

@@ -1,7 +1,7 @@
-//! Which version the tables are of, and whether this release can work with them.
+//! The version of the tables, and the check that this release can use them.
 //!
-//! A migration only adds; what it drops goes one release later. So a release serves tables that are newer than itself,
-//! as long as they say that it may: a rolled-back image keeps working.
+//! A migration only adds; anything it replaces is dropped one release later. The table `schema` records the oldest
+//! release that can use the tables. So a release can serve from newer tables, and a rolled-back image keeps working.
 
 pub(crate) mod grants;
 pub(crate) mod postgres;
@@ -9,38 +9,39 @@ pub(crate) mod sqlite;
 
 use super::error::StoreError;
 
-/// The version of the tables that this release makes and needs.
+/// The version of the tables that this release creates and needs.
 pub(crate) const VERSION: i64 = 4;
-/// The oldest release, by the version it makes, that can work with these tables.
+/// The oldest release that can use these tables, given as the version of the tables that it creates.
 pub(crate) const COMPATIBLE_FROM: i64 = 2;
 
 /// The newest row of the table `schema`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Tables {
-    /// The version the tables are of.
+    /// The version of the tables.
     pub(crate) version: i64,
     /// Releases from this version on may use them.
     pub(crate) compatible_from: i64,
 }
 
-/// Whether the tables at `place` can be used by this release; `None` where there are none.
+/// Checks that this release can use the tables at `place`; `None`: there are none.
 ///
 /// # Errors
-/// [`StoreError::Schema`], with what to do.
+/// [`StoreError::Schema`], which says what to do.
 pub(crate) fn check(tables: Option<Tables>, place: &str) -> Result<(), StoreError> {
     match tables {
         None => Err(missing(place)),
         Some(Tables { compatible_from, version }) if compatible_from > VERSION => Err(StoreError::Schema(format!(
-            "{place} holds tables of version {version}, which need a release that knows version {compatible_from}; this one knows {VERSION}: use a newer trustgate"
+            "{place} holds tables of version {version}, which need a release that knows version {compatible_from}; \
+             this release knows {VERSION}: use a newer trustgate"
         ))),
         Some(Tables { version, .. }) if version < VERSION => Err(StoreError::Schema(format!(
-            "{place} holds tables of version {version}, and this release needs {VERSION}: run `trustgate migrate`"
+            "{place} holds tables of version {version}, but this release needs {VERSION}: run `trustgate migrate`"
         ))),
         Some(_) => Ok(()),
     }
 }
 
-/// There are no tables at `place`.
+/// The error for a database at `place` that has no tables.
 pub(crate) fn missing(place: &str) -> StoreError {
     StoreError::Schema(format!("{place} holds no tables of trustgate: run `trustgate migrate`"))
 }
@@ -48,10 +49,10 @@ pub(crate) fn missing(place: &str) -> StoreError {
 /// `N` random bytes from the operating system, for nonces and keys.
 ///
 /// # Errors
-/// [`StoreError::Unusable`]: there is no randomness, so nothing can be made.
+/// [`StoreError::Unusable`] if the operating system provides no random bytes.
 pub(crate) fn random<const N: usize>() -> Result<[u8; N], StoreError> {
     let mut bytes = [0; N];
-    getrandom::fill(&mut bytes).map_err(|error| StoreError::Unusable(format!("no random bytes: {error}")))?;
+    getrandom::fill(&mut bytes).map_err(|error| StoreError::Unusable(format!("random bytes unavailable: {error}")))?;
     Ok(bytes)
 }
 

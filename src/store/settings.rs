@@ -1,4 +1,4 @@
-//! The settings of the database.
+//! The settings of the section `store`: the database and the reads of checks.
 
 use std::{path::PathBuf, time::Duration};
 
@@ -8,74 +8,80 @@ use crate::base::secret::Secret;
 crate::settings! {
     /// The database that holds trusts and keys.
     pub struct StoreSettings in "store" {
-        /// Where the database is: `sqlite:///path/to/trustgate.db`, or
+        /// URL of the database: `sqlite:///path/to/trustgate.db`, or
         /// `postgres://user@host/database?sslmode=verify-full`. Unset: an embedded SQLite file in `$STATE_DIRECTORY`,
         /// else in `$XDG_STATE_HOME/trustgate`, else in `~/.local/state/trustgate`.
         url: Option<Secret> = "",
-        /// A file that holds the URL; read again at every connect.
+        /// File that contains the URL, instead of `url`. It is read again at each connect.
         url_file: Option<PathBuf> = "",
-        /// The password, where the URL holds none: `url`'s, and `management_url`'s too.
+        /// Password for the database, used with `url` and with `management_url` if they contain none.
         password: Option<Secret> = "",
-        /// A file that holds the password; read again at every connect.
+        /// File that contains the password, instead of `password`. It is read again at each connect.
         password_file: Option<PathBuf> = "",
-        /// What everything that changes the database connects to, where it uses a role of its own: `migrate`, `attach`,
-        /// `detach`, `trust`, `key`, `cache`, `store copy` and the canary. Unset: `url`.
+        /// URL of the database with a separate role, for everything that changes it: `migrate`, `attach`, `detach`,
+        /// `trust`, `key`, `pepper`, `cache`, `store copy` and the canary. Unset: `url`.
         management_url: Option<Secret> = "",
-        /// A file that holds the management URL.
+        /// File that contains the management URL, instead of `management_url`. It is read again at each connect.
         management_url_file: Option<PathBuf> = "",
-        /// The PostgreSQL schema that holds the tables.
+        /// PostgreSQL schema for the tables of trustgate.
         schema: SchemaName = "trustgate",
-        /// `trust-table`: read an existing table `trust(id uuid, api_key_hash char(64) null)` instead of our own
-        /// tables.
+        /// Set to `trust-table` to read the keys from an existing table `trust(id uuid, api_key_hash char(64) null)`
+        /// instead of trustgate's own tables.
         preset: Option<Preset> = "",
-        /// Any existing PostgreSQL table to read instead of our own tables, with its schema: `public.tokens`. Its
-        /// columns are named by the settings that begin with `table_`. See `docs/migrating.md`.
+        /// Existing PostgreSQL table to read the keys from instead of trustgate's own tables, with its schema:
+        /// `public.tokens`. The settings that begin with `table_` name its columns. See `docs/migrating.md`.
         table: Option<TableName> = "",
-        /// In `table`: the id of the row, a `uuid`; it is the key id.
+        /// Column of `table` with the id of the row, a `uuid`. It is the key id.
         table_id: ColumnName = "id",
-        /// In `table`: the id of the trust, a `uuid`; may be the same column.
+        /// Column of `table` with the id of the trust, a `uuid`. It may be the same column as `table_id`.
         table_trust: ColumnName = "id",
-        /// In `table`: the SHA-256 digest of the key; null where there is none.
+        /// Column of `table` with the SHA-256 digest of the key. Null: the row has no key.
         table_digest: ColumnName = "api_key_hash",
-        /// How that column holds the digest: `hex` (small letters) or `bytes` (`bytea`).
+        /// Format of the column `table_digest`: `hex` (lower-case hexadecimal digits) or `bytes` (`bytea`).
         table_digest_form: DigestForm = "hex",
-        /// In `table`: whether the trust is enabled, a `boolean`; null counts as false. Unset: always.
+        /// Column of `table` that is true if the trust is enabled, a `boolean`. Null counts as false. Unset: all trusts
+        /// are enabled.
         table_enabled: Option<ColumnName> = "",
-        /// In `table`: the scopes of the key, a `text[]`. Unset: none.
+        /// Column of `table` with the scopes of the key, a `text[]`. Unset: keys have no scopes.
         table_scopes: Option<ColumnName> = "",
-        /// In `table`: when the key begins to be valid, a `timestamptz`. Unset, or null: at once.
+        /// Column of `table` with the time from which the key is valid, a `timestamptz`. Unset or null: the key is
+        /// valid at once.
         table_not_before: Option<ColumnName> = "",
-        /// In `table`: when the key expires, a `timestamptz`. Unset, or null: never.
+        /// Column of `table` with the time at which the key expires, a `timestamptz`. Unset or null: the key does not
+        /// expire.
         table_expires_at: Option<ColumnName> = "",
-        /// In `table`: when the key was revoked, a `timestamptz`. Unset, or null: it was not.
+        /// Column of `table` with the time at which the key was revoked, a `timestamptz`. Unset or null: the key is not
+        /// revoked.
         table_revoked_at: Option<ColumnName> = "",
-        /// Whether `trustgate attach` has been run on `table`, so that the table names its changes: then what was read
-        /// is relied on under the lease, as with our own tables.
+        /// Set to `true` before `trustgate migrate` and `trustgate attach`, and leave it set: the triggers on `table`
+        /// then record its changes, and cached keys are used under the lease, as with trustgate's own tables.
         attached: bool = "false",
-        /// Connections to the database for reads of checks, at most; one more is used to watch it, and with PostgreSQL and
-        /// `freshness.hints` another to listen. With SQLite no more than two for each processor.
+        /// The most connections for reads of checks. The server opens one more for polls, and another for notifications
+        /// with PostgreSQL and `freshness.hints`. With SQLite it opens at most two for each processor.
         connections_max: u32 = "8",
-        /// Reads of checks that may wait or run at one time. A quarter is kept for keys that were good before.
+        /// The most reads of checks that may wait or run at the same time. A quarter of them is reserved for keys that
+        /// are in the cache as good keys, so that a flood of unknown keys cannot use all of them.
         reads_max: u32 = "64",
-        /// How long one read may take. Must leave room inside `decision.deadline`.
+        /// Timeout of one read. Together with `redis.timeout` it must fit into `decision.deadline`.
         read_timeout: Duration = "100ms",
-        /// How long connecting may take.
+        /// Timeout of connecting to the database.
         connect_timeout: Duration = "2s",
-        /// Failed reads in a row after which the database is given a pause; reads that failed together failed once.
+        /// Consecutive failed reads after which the circuit breaker of the database opens. Concurrent failures count as
+        /// one.
         breaker_failures: u32 = "5",
-        /// How long that pause is.
+        /// How long the circuit breaker stays open. After that, one read tries the database again.
         breaker_open: Duration = "250ms",
     }
 }
 
 impl StoreSettings {
-    /// Whether keys are read from somebody else's table.
+    /// True if keys are read from an existing table.
     #[must_use]
     pub const fn reads_existing(&self) -> bool {
         self.preset.is_some() || self.table.is_some()
     }
 
-    /// Whether changes of what is read are named, as a lease needs it.
+    /// True if changes of trusts and keys are tracked in the change log, which the lease needs.
     #[must_use]
     pub const fn tracks_changes(&self) -> bool {
         !self.reads_existing() || self.attached
@@ -83,7 +89,7 @@ impl StoreSettings {
 }
 
 crate::setting_enum! {
-    /// Somebody else's tables, read as they are.
+    /// Existing tables with a known layout.
     pub enum Preset ("\"trust-table\"") {
         /// `trust(id uuid, api_key_hash char(64) null)`: one SHA-256 digest in hexadecimal per trust.
         TrustTable = "trust-table",
@@ -91,9 +97,9 @@ crate::setting_enum! {
 }
 
 crate::setting_enum! {
-    /// How an existing table holds the SHA-256 digest of a key.
+    /// The format of the SHA-256 digests in an existing table.
     pub enum DigestForm ("\"hex\" or \"bytes\"") {
-        /// 64 hexadecimal digits in small letters: `char(64)`, `varchar` or `text`.
+        /// 64 lower-case hexadecimal digits: `char(64)`, `varchar` or `text`.
         Hex = "hex",
         /// 32 bytes: `bytea`.
         Bytes = "bytes",

@@ -1,6 +1,8 @@
-//! Where the database is: the URL and its secrets, read anew whenever they are needed, and the embedded default.
+//! The address of the database: the URL and the password, whose files are read again at each use, and the default path
+//! of the embedded database.
 //!
-//! Never shows a user, a password or a query: messages name the kind of database, its host or path, and nothing else.
+//! Messages give the kind of database, its host or path and its name. They contain no user, no password and no URL
+//! parameters.
 
 use std::path::{Path, PathBuf};
 
@@ -9,10 +11,10 @@ use sqlx::{ConnectOptions, postgres::PgConnectOptions};
 use super::{error::StoreError, settings::StoreSettings};
 use crate::base::secret::Secret;
 
-/// How a variable of the environment is looked up.
+/// Looks up a variable of the environment.
 pub type Env<'a> = &'a (dyn Fn(&str) -> Option<String> + Sync);
 
-/// Which database, by its kind.
+/// The kind of database.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Backend {
     /// An SQLite file.
@@ -21,28 +23,28 @@ pub(crate) enum Backend {
     Postgres,
 }
 
-/// Whose URL is meant.
+/// The purpose of a connection, which selects the URL.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Role {
-    /// The one that `serve` reads with.
+    /// Reads by `serve`: `store.url`.
     Serve,
-    /// The one that changes things; the same as `Serve` where none was set.
+    /// Changes: `store.management_url`, or `store.url` if that is not set.
     Manage,
 }
 
-/// The URL and password of the database, or the files that hold them.
+/// The URL and the password of the database, or the files that contain them.
 #[derive(Clone, Debug)]
 pub(crate) struct StoreUrl {
     url: Option<Secret>,
     url_file: Option<PathBuf>,
     password: Option<Secret>,
     password_file: Option<PathBuf>,
-    /// The settings that hold the URL, for messages.
+    /// The names of the settings for the URL and for its file, for messages.
     names: (&'static str, &'static str),
 }
 
 impl StoreUrl {
-    /// The address that `role` uses.
+    /// The URL and password for `role`.
     pub(crate) fn of(settings: &StoreSettings, role: Role) -> Self {
         let StoreSettings { url, url_file, management_url, management_url_file, password, password_file, .. } =
             settings.clone();
@@ -55,39 +57,42 @@ impl StoreUrl {
         Self { url, url_file, password, password_file, names }
     }
 
-    /// What was given as the option `name` of a command.
+    /// A URL that was given as the option `name` of a command.
     pub(crate) const fn given(name: &'static str, url: Secret) -> Self {
         Self { url: Some(url), url_file: None, password: None, password_file: None, names: (name, name) }
     }
 
-    /// Which database it is.
+    /// The kind of database that the URL leads to.
     pub(crate) fn backend(&self, env: Env<'_>) -> Result<Backend, StoreError> {
         let Some(url) = self.url()? else { return Ok(Backend::Sqlite(default_path(env)?)) };
         match url.expose().split_once(':') {
             Some(("sqlite", rest)) => sqlite_path(rest).map(Backend::Sqlite).ok_or_else(|| {
-                self.refuse("an SQLite URL is sqlite:// and an absolute path, such as sqlite:///var/lib/trustgate/trustgate.db, without parameters")
+                self.refuse(
+                    "an SQLite URL is sqlite:// and an absolute path, such as \
+                     sqlite:///var/lib/trustgate/trustgate.db, without parameters",
+                )
             }),
             Some(("postgres" | "postgresql", _)) => Ok(Backend::Postgres),
             _ => Err(self.refuse("expected a URL that begins with sqlite://, postgres:// or postgresql://")),
         }
     }
 
-    /// What to connect to PostgreSQL with. Reads the files anew.
+    /// The options for a connection to PostgreSQL. Reads the files again.
     pub(crate) fn postgres(&self) -> Result<PgConnectOptions, StoreError> {
-        let url = self.url()?.ok_or_else(|| self.refuse("there is no URL"))?;
+        let url =
+            self.url()?.ok_or_else(|| self.refuse("no URL is set: expected postgres://user@host:5432/database"))?;
         let url = url.expose();
         if !(url.starts_with("postgres://") || url.starts_with("postgresql://")) {
             return Err(self.refuse("expected a URL that begins with postgres:// or postgresql://"));
         }
         if let Some(parameter) = unknown_parameter(url) {
-            let problem = format!("the parameter {parameter:?} is unknown; known are {}", PARAMETERS.join(", "));
+            let problem = format!("unknown parameter {parameter:?}: expected one of {}", PARAMETERS.join(", "));
             return Err(self.refuse(&problem));
         }
-        // What the parser says may hold a part of the URL, so it is not shown.
-        let mut options: PgConnectOptions = url
-            .parse()
-            .map_err(|_| self.refuse("the URL cannot be read: expected postgres://user@host:5432/database"))?;
-        // A URL has brackets around an IPv6 address (RFC 3986, section 3.2.2), which the parser leaves on.
+        // The error of the parser may contain a part of the URL, so it is not shown.
+        let mut options: PgConnectOptions =
+            url.parse().map_err(|_| self.refuse("malformed URL: expected postgres://user@host:5432/database"))?;
+        // A URL has brackets around an IPv6 address (RFC 3986, section 3.2.2), which the parser does not remove.
         if let Some(host) = options.get_host().strip_prefix('[').and_then(|host| host.strip_suffix(']')) {
             let host = host.to_owned();
             options = options.host(&host);
@@ -100,12 +105,12 @@ impl StoreUrl {
         if options.get_application_name().is_none() {
             options = options.application_name("trustgate");
         }
-        // A parameter that a pooler would refuse, and for numbers of a kind that nothing here reads. Statements hold
-        // digests: they stay out of the log at every level.
+        // Do not send `extra_float_digits`: a pooler would refuse it, and no statement here reads floating-point
+        // numbers. Do not log statements at any level: they contain digests.
         Ok(options.extra_float_digits(None).disable_statement_logging())
     }
 
-    /// The same in words, once it is known to be an address.
+    /// Checks that the URL can be parsed, then describes the database for messages.
     pub(crate) fn checked(&self, env: Env<'_>) -> Result<String, StoreError> {
         if self.backend(env)? == Backend::Postgres {
             self.postgres()?;
@@ -113,7 +118,7 @@ impl StoreUrl {
         Ok(self.describe(env))
     }
 
-    /// The database in words, for messages.
+    /// Describes the database, for messages.
     pub(crate) fn describe(&self, env: Env<'_>) -> String {
         match self.backend(env) {
             Ok(Backend::Sqlite(path)) => describe_sqlite(&path),
@@ -122,7 +127,7 @@ impl StoreUrl {
         }
     }
 
-    /// The PostgreSQL database in words.
+    /// Describes the PostgreSQL database, for messages.
     pub(crate) fn describe_postgres(&self) -> String {
         let options = match self.postgres() {
             Ok(options) => options,
@@ -159,16 +164,16 @@ impl StoreUrl {
     }
 }
 
-/// The SQLite database at `path` in words.
+/// Describes the SQLite database at `path`, for messages.
 pub(crate) fn describe_sqlite(path: &Path) -> String {
     format!("the SQLite database at {}", path.display())
 }
 
-/// Where the embedded database is when nobody says otherwise: `$STATE_DIRECTORY/trustgate.db` (systemd sets it), else
+/// The default path of the embedded database: `$STATE_DIRECTORY/trustgate.db` (systemd sets this variable), else
 /// `$XDG_STATE_HOME/trustgate/trustgate.db`, else `~/.local/state/trustgate/trustgate.db`.
 ///
 /// # Errors
-/// [`StoreError::Unusable`], when the environment names none of these directories.
+/// [`StoreError::Unusable`] if the environment sets none of these variables to an absolute path.
 pub fn default_path(env: Env<'_>) -> Result<PathBuf, StoreError> {
     // A relative path would depend on where the command was started; the XDG rules say to ignore it.
     let directory = |name: &str, pick: fn(&str) -> &str| {
@@ -179,14 +184,14 @@ pub fn default_path(env: Env<'_>) -> Result<PathBuf, StoreError> {
         .or_else(|| directory("HOME", |path| path).map(|home| home.join(".local/state/trustgate")));
     path.map(|directory| directory.join("trustgate.db")).ok_or_else(|| {
         StoreError::Unusable(
-            "no place for the embedded database: set `store.url`, or one of STATE_DIRECTORY, XDG_STATE_HOME and HOME"
+            "no path for the embedded database: set `store.url`, or one of STATE_DIRECTORY, XDG_STATE_HOME and HOME"
                 .into(),
         )
     })
 }
 
-/// What may stand behind the `?` of a PostgreSQL URL. Others would be ignored without a word, which is no way to treat
-/// a misspelt `sslmode`.
+/// The parameters that may follow the `?` of a PostgreSQL URL. The parser would silently ignore others, for example a
+/// misspelt `sslmode`.
 const PARAMETERS: &[&str] = &[
     "sslmode",
     "sslrootcert",
@@ -209,7 +214,7 @@ fn secret(value: Option<&Secret>, file: Option<&Path>, name: &str) -> Result<Opt
         .map_err(|error| StoreError::Unusable(format!("{name}: cannot read {}: {error}", file.display())))
 }
 
-/// The path in what follows `sqlite:`, taken as it stands.
+/// The path in `rest`, the part of an SQLite URL after `sqlite:`. Percent signs are not decoded.
 fn sqlite_path(rest: &str) -> Option<PathBuf> {
     let path = rest.strip_prefix("//")?;
     (path.starts_with('/') && path.len() > 1 && !path.contains('?')).then(|| PathBuf::from(path))
@@ -262,7 +267,7 @@ mod tests {
     }
 
     #[test]
-    fn each_scheme_leads_to_its_database_and_others_are_explained() {
+    fn each_scheme_selects_its_database_and_other_schemes_are_refused() {
         let place = |url: &str| address(url).backend(&|_| None).map_err(|error| error.to_string());
         assert_eq!(place("sqlite:///a/b.db"), Ok(Backend::Sqlite("/a/b.db".into())));
         assert_eq!(place("postgres://u@h/d"), Ok(Backend::Postgres));
@@ -277,7 +282,7 @@ mod tests {
     }
 
     #[test]
-    fn a_password_beside_the_url_is_used_only_where_the_url_holds_none() {
+    fn a_separate_password_is_used_only_if_the_url_contains_none() {
         for (url, holds) in [
             ("postgres://u@h/d", false),
             ("postgres://u:p@h/d", true),
@@ -300,7 +305,7 @@ mod tests {
     }
 
     #[test]
-    fn descriptions_and_refusals_hold_no_secret() {
+    fn descriptions_and_errors_contain_no_secret() {
         let described = address("postgres://someone:hunter2@db.example:5433/keys?sslmode=require").describe(&|_| None);
         assert_eq!(described, "the PostgreSQL database \"keys\" at db.example:5433");
         for bad in [

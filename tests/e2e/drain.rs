@@ -1,4 +1,5 @@
-//! The end of a server: nobody notices, or at least nobody is cut off.
+//! Graceful shutdown: no request through Envoy fails, and calls in flight are finished. Also the error of a server
+//! whose address is in use.
 
 use std::time::Duration;
 
@@ -24,12 +25,13 @@ use crate::{
 };
 
 const PATIENCE: Duration = Duration::from_secs(30);
-/// `limits.drain_delay` and `limits.drain_grace` as they are by default.
+/// The default of `limits.drain_delay`.
 const DELAY: Duration = Duration::from_secs(5);
+/// The default of `limits.drain_grace`.
 const GRACE: Duration = Duration::from_secs(20);
 
 #[tokio::test(flavor = "multi_thread")]
-async fn one_of_two_replicas_ends_under_load_and_no_request_fails() {
+async fn one_of_two_replicas_shuts_down_under_load_and_no_request_fails() {
     let _turn = exclusive().await;
     let fixture = Fixture::new(&[]).await;
     let mut keys = fixture.keys(300).await;
@@ -43,27 +45,27 @@ async fn one_of_two_replicas_ends_under_load_and_no_request_fails() {
     };
     let length = Duration::from_secs(10);
     let start = Instant::now();
-    let firing = tokio::spawn(load::fire(envoy.address(), 250, length, aim));
+    let firing = tokio::spawn(load::send_requests(envoy.address(), 250, length, aim));
     sleep_until(start + Duration::from_secs(2)).await;
     let its_share = leaving
         .metric("trustgate_checks_total{credential=\"key\",decision=\"allow\",reason=\"key\",transport=\"grpc\"}")
         .await;
     assert!(its_share > 0.0, "{its_share}");
     leaving.signal("TERM");
-    let told = Instant::now();
+    let signalled = Instant::now();
     let (code, log) = leaving.ended(DELAY + GRACE).await;
-    let took = told.elapsed();
+    let took = signalled.elapsed();
     assert_eq!(code, 0, "{log}");
-    assert!(start.elapsed() < length, "there was no load in the end: {took:?}");
+    assert!(start.elapsed() < length, "the load ended before the server: {took:?}");
     let hits = firing.await.unwrap();
-    load::figures("while one of two replicas ends", hits.iter());
-    println!("ended {took:?} after SIGTERM");
+    load::print_times("while one of two replicas shuts down", hits.iter());
+    println!("the server exited {took:?} after SIGTERM");
     assert_eq!(hits.len(), 2_500);
-    load::all_right(hits.iter());
+    load::assert_expected(hits.iter());
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn whoever_watches_the_health_is_told_and_holds_nothing_up() {
+async fn health_watchers_are_notified_of_the_drain_and_do_not_delay_it() {
     let _turn = shared().await;
     let server = Fixture::new(&[("limits.drain_delay", "1s")]).await.test_config.serve().await;
     let channel = Channel::from_shared(format!("http://{}", server.grpc())).unwrap().connect().await.unwrap();
@@ -101,19 +103,19 @@ async fn calls_in_flight_are_finished_after_goaway() {
     let connection = connect(TcpStream::connect(grpc).await.unwrap()).await;
     let frozen = fixture.postgres.freeze();
     let in_flight = call(&connection, &key.key);
-    eventually("the call has begun", PATIENCE, || async {
+    eventually("the check is in flight", PATIENCE, || async {
         server.metric("trustgate_cache_lookups_total{kind=\"api_key\",outcome=\"miss\",tier=\"l1\"}").await > 0.0
     })
     .await;
     server.signal("TERM");
-    eventually("it is not ready", PATIENCE, || async {
+    eventually("the server is draining", PATIENCE, || async {
         let readiness = http::get(admin, "/readyz", &[]).await;
         readiness.status == 503 && readiness.body.starts_with("draining")
     })
     .await;
-    // Not ready, and still serving: Envoys need a moment to turn away.
+    // The server still answers checks: Envoy needs a moment to stop sending them.
     while serving().await.unwrap() != ServingStatus::NotServing {
-        tokio::task::yield_now().await; // it is told a moment later
+        tokio::task::yield_now().await; // the health service changes a moment after `/readyz`
     }
     let bad = call(&connection, "too-short");
     assert_eq!(answer(bad).await.unwrap().status, 401);
@@ -125,7 +127,7 @@ async fn calls_in_flight_are_finished_after_goaway() {
     };
     assert!(goaway.is_go_away() && goaway.is_remote(), "{goaway}");
     assert_eq!(goaway.reason(), Some(h2::Reason::NO_ERROR));
-    eventually("nobody listens", PATIENCE, || async { TcpStream::connect(grpc).await.is_err() }).await;
+    eventually("the gRPC port is closed", PATIENCE, || async { TcpStream::connect(grpc).await.is_err() }).await;
     assert!(server.is_running());
 
     drop(frozen);
@@ -137,12 +139,12 @@ async fn calls_in_flight_are_finished_after_goaway() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn at_a_terminal_there_is_no_delay() {
+async fn sigint_ends_the_server_without_the_drain_delay() {
     let _turn = shared().await;
     let test_config = TestConfig::new().with("limits.drain_delay", "10m");
     let server = test_config.serve().await;
     let client = CheckClient::connect(server.grpc()).await;
-    assert_eq!(client.check("key-that-nobody-issued").await.status, 401);
+    assert_eq!(client.check("key-that-was-not-issued").await.status, 401);
     server.signal("INT");
     let (code, log) = server.ended(GRACE).await;
     assert_eq!(code, 0, "{log}");

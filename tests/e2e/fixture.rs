@@ -1,11 +1,12 @@
-//! What most of these tests begin with: PostgreSQL, Redis, the settings that name them, and a few trusts.
+//! The setup that most of these tests use: PostgreSQL, Redis, a configuration that points to them, and three trusts.
 
 use std::time::Duration;
 
 use crate::support::{eventually, load::KeyCase, postgres::Postgres, redis::Redis, server::TestConfig};
 
-/// Time for Redis that a busy machine cannot use up. A record is written to Redis once, as best effort: where that write takes longer than
-/// `redis.timeout`, it is not repeated while the record is in L1, and a test that waits for it in Redis would wait for ever.
+/// A `redis.timeout` that a busy machine does not exceed, and the deadlines that must be longer. The server writes a
+/// record to Redis once, best effort. If that write times out, the server does not repeat it while the record is in L1,
+/// and a test that waits for the record in Redis would fail.
 pub const PATIENT_REDIS: [(&str, &str); 4] = [
     ("store.read_timeout", "60s"),
     ("redis.timeout", "5s"),
@@ -13,19 +14,19 @@ pub const PATIENT_REDIS: [(&str, &str); 4] = [
     ("decision.envoy_timeout", "80s"),
 ];
 
-/// Servers of this test's own, which it may harm, and settings that name them.
+/// PostgreSQL and Redis servers that belong to one test, which may stop them, and a configuration that points to them.
 pub struct Fixture {
     pub postgres: Postgres,
     pub redis: Redis,
     pub test_config: TestConfig,
     /// The name of the database in PostgreSQL.
     pub database: String,
-    /// Names and ids.
+    /// Name and id of each trust.
     pub trusts: Vec<(String, String)>,
 }
 
 impl Fixture {
-    /// Everything up, the tables made, nothing served yet.
+    /// Starts PostgreSQL and Redis, and creates the tables and the trusts. Starts no trustgate server.
     pub async fn new(settings: &[(&str, &str)]) -> Self {
         Self::of(TestConfig::new(), settings).await
     }
@@ -51,12 +52,12 @@ impl Fixture {
         Self { postgres, redis, test_config, database, trusts }
     }
 
-    /// `count` keys, those of each trust among those of the others.
+    /// Imports keys for each trust. Returns `count` of them, with the trusts in turn.
     pub async fn keys(&self, count: usize) -> Vec<KeyCase> {
         let mut cases = Vec::new();
         for (name, id) in &self.trusts {
             let keys = self.test_config.import(name, count.div_ceil(self.trusts.len())).await;
-            cases.push(keys.into_iter().map(|key| KeyCase { key, owner: Some(id.clone()) }));
+            cases.push(keys.into_iter().map(|key| KeyCase { key, trust_id: Some(id.clone()) }));
         }
         let mut mixed = Vec::new();
         while mixed.len() < count {
@@ -66,15 +67,16 @@ impl Fixture {
         mixed
     }
 
-    /// A key that was revoked before anybody asked for it.
+    /// Issues a key and revokes it before any check of it.
     pub async fn revoked_key(&self) -> KeyCase {
         let issued = self.test_config.issue(&self.trusts[0].0, &[]).await;
         self.test_config.revoke(&issued).await;
-        KeyCase { key: issued.key, owner: None }
+        KeyCase { key: issued.key, trust_id: None }
     }
-    /// Waits until Redis holds this many values.
+
+    /// Waits until Redis has exactly `count` values.
     pub async fn until_shared(&self, count: u64) {
-        eventually("values are in Redis", Duration::from_secs(30), || async {
+        eventually("the values are in Redis", Duration::from_secs(30), || async {
             let size = redis::cmd("DBSIZE").query_async::<u64>(&mut self.redis.connection().await).await;
             size.expect("Redis answers") == count
         })

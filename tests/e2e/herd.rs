@@ -1,5 +1,5 @@
-//! A thousand callers for one key that nobody has asked for before: one read of the database serves them all, whoever
-//! leaves meanwhile.
+//! A thousand concurrent checks of one key that is not cached: one read of the database serves them all, even if half
+//! of the callers cancel their checks meanwhile.
 
 use std::{future::poll_fn, pin::Pin, sync::Arc, task::Poll, time::Duration};
 
@@ -19,10 +19,10 @@ use crate::support::{
 };
 
 const CALLERS: usize = 1_000;
-const LEAVING: usize = 500;
+const CANCELLING: usize = 500;
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// A server whose deadlines leave the test all the time it wants, and a key.
+/// Starts a server with long deadlines and this `freshness.mode`, and issues a key that it has not cached.
 async fn start(mode: &str) -> (Running, Arc<StoreProxy>, IssuedKey, TestConfig) {
     let test_config =
         TestConfig::new().unhurried().with("freshness.mode", mode).with("limits.streams_per_connection", "1024");
@@ -35,20 +35,20 @@ async fn start(mode: &str) -> (Running, Arc<StoreProxy>, IssuedKey, TestConfig) 
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn in_process_one_read_serves_those_who_stay_when_its_leader_leaves() {
+async fn in_process_one_read_serves_the_waiters_after_its_first_caller_cancels() {
     let _turn = shared().await;
-    let (running, proxy, key, _site) = start("lease").await;
+    let (running, proxy, key, _test_config) = start("lease").await;
     proxy.before_find().close();
     let message = request(&key.key, &[]).encode_to_vec();
     let mut calls: Vec<_> = (0..CALLERS).map(|_| check(&running, &message)).collect();
     for call in &mut calls {
-        // Asked once, each waits; the first of them has begun the flight.
+        // Poll each call once: the first call starts the load, the others join it.
         assert!(poll_fn(|context| Poll::Ready(call.as_mut().poll(context))).await.is_pending());
     }
-    eventually("the read is held open", PATIENCE, || async { proxy.before_find().waiting() == 1 }).await;
+    eventually("the read is blocked", PATIENCE, || async { proxy.before_find().waiting() == 1 }).await;
     assert_eq!(running.loads(), 1);
 
-    drop(calls.drain(..LEAVING));
+    drop(calls.drain(..CANCELLING));
     proxy.before_find().open();
     for call in calls {
         granted(&decoded(&call.await), &key);
@@ -57,39 +57,39 @@ async fn in_process_one_read_serves_those_who_stay_when_its_leader_leaves() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn over_grpc_one_read_serves_those_who_stay_when_its_leader_leaves() {
+async fn over_grpc_one_read_serves_the_waiters_after_its_first_caller_cancels() {
     let _turn = shared().await;
-    let (running, proxy, key, _site) = start("lease").await;
+    let (running, proxy, key, _test_config) = start("lease").await;
     let client = CheckClient::connect(running.grpc_address().unwrap()).await;
     proxy.before_find().close();
     let call = |client: CheckClient| {
         let key = key.key.clone();
         async move { client.check(&key).await }
     };
-    let leader = tokio::spawn(call(client.clone()));
-    eventually("the leader's read is held open", PATIENCE, || async { proxy.before_find().waiting() == 1 }).await;
-    let (mut leaving, mut staying) = (JoinSet::new(), JoinSet::new());
-    for _ in 0..LEAVING - 1 {
-        leaving.spawn(call(client.clone()));
+    let first = tokio::spawn(call(client.clone()));
+    eventually("the first caller's read is blocked", PATIENCE, || async { proxy.before_find().waiting() == 1 }).await;
+    let (mut cancelling, mut waiters) = (JoinSet::new(), JoinSet::new());
+    for _ in 0..CANCELLING - 1 {
+        cancelling.spawn(call(client.clone()));
     }
-    for _ in LEAVING..CALLERS {
-        staying.spawn(call(client.clone()));
+    for _ in CANCELLING..CALLERS {
+        waiters.spawn(call(client.clone()));
     }
     let misses = "trustgate_cache_lookups_total{kind=\"api_key\",outcome=\"miss\",tier=\"l1\"}";
     until_metric(&running, misses, CALLERS).await;
 
-    leader.abort();
-    leaving.abort_all();
+    first.abort();
+    cancelling.abort_all();
     until_metric(
         &running,
         "trustgate_checks_total{credential=\"key\",decision=\"cancelled\",reason=\"cancelled\",transport=\"grpc\"}",
-        LEAVING,
+        CANCELLING,
     )
     .await;
     assert_eq!((proxy.finds(), running.loads()), (1, 1));
     proxy.before_find().open();
-    let verdicts = staying.join_all().await;
-    assert_eq!(verdicts.len(), CALLERS - LEAVING);
+    let verdicts = waiters.join_all().await;
+    assert_eq!(verdicts.len(), CALLERS - CANCELLING);
     for verdict in verdicts {
         granted(&verdict, &key);
     }
@@ -97,10 +97,10 @@ async fn over_grpc_one_read_serves_those_who_stay_when_its_leader_leaves() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_read_that_panics_is_a_fault_for_all_who_waited_and_the_next_works() {
+async fn a_read_that_panics_is_a_fault_for_all_waiters_and_the_next_read_works() {
     let _turn = shared().await;
     for mode in ["lease", "strict", "live", "ttl"] {
-        let (running, proxy, key, _site) = start(mode).await;
+        let (running, proxy, key, _test_config) = start(mode).await;
         proxy.before_find().close();
         proxy.set_panics(true);
         let message = request(&key.key, &[]).encode_to_vec();
@@ -108,7 +108,7 @@ async fn a_read_that_panics_is_a_fault_for_all_who_waited_and_the_next_works() {
         for _ in 0..10 {
             calls.spawn(check(&running, &message));
         }
-        eventually("all wait", PATIENCE, || async { proxy.before_find().waiting() == 1 }).await;
+        eventually("the read is blocked", PATIENCE, || async { proxy.before_find().waiting() == 1 }).await;
         proxy.before_find().open();
         for reply in calls.join_all().await {
             let verdict = decoded(&reply);
@@ -116,7 +116,7 @@ async fn a_read_that_panics_is_a_fault_for_all_who_waited_and_the_next_works() {
         }
         proxy.set_panics(false);
         granted(&decoded(&check(&running, &message).await), &key);
-        eventually("no flight is left", PATIENCE, || async { running.loads() == 0 }).await;
+        eventually("no load is in flight", PATIENCE, || async { running.loads() == 0 }).await;
         running.stop(Delay::None).await.unwrap();
     }
 }
@@ -139,13 +139,13 @@ fn granted(verdict: &Verdict, key: &IssuedKey) {
 }
 
 async fn until_metric(running: &Running, name: &str, value: usize) {
-    let what = format!("{name} is {value}");
+    let what = format!("{name} is at least {value}");
     let wanted = f64::from(u32::try_from(value).unwrap());
     eventually(&what, PATIENCE, || async { metric(running.admin_address(), name).await >= wanted }).await;
 }
 
 async fn ends_with_one_read(running: Running, proxy: &StoreProxy) {
-    eventually("no flight is left", PATIENCE, || async { running.loads() == 0 }).await;
+    eventually("no load is in flight", PATIENCE, || async { running.loads() == 0 }).await;
     assert_eq!((proxy.finds(), proxy.before_find().waiting()), (1, 0));
     running.stop(Delay::None).await.unwrap();
 }

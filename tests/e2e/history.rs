@@ -1,5 +1,6 @@
-//! A database that is not what it was: a copy put back, a standby promoted too early, one asked in its place, triggers
-//! disabled, a file replaced. What was read of the other one decides nothing any more, and nothing is missed.
+//! Changes of the database that bypass the change log: a restored copy, a standby promoted too early, a standby in
+//! place of the primary, disabled triggers, a replaced SQLite file. The server must notice each of them and must not
+//! grant keys from what it read before. Also writes to SQLite by other programs.
 
 use std::{path::Path, time::Duration};
 
@@ -21,74 +22,75 @@ use crate::{
 };
 
 const PATIENCE: Duration = Duration::from_secs(30);
-/// How long a revoked key may be granted where polls alone tell of it.
+/// How long a revoked key may be granted if only polls detect the revocation.
 const BY_POLLING: Duration = Duration::from_millis(400);
-/// How long whatever happens, as long as a database answers.
+/// How long a revoked key may be granted in any of these cases, as long as a database answers.
 const AT_WORST: Duration = Duration::from_millis(1_200);
 
-// === the primary forgets ===
+// === a new primary that lacks the newest changes ===
 
-/// Where a primary comes from that does not know the last changes.
+/// Why the new primary lacks the newest changes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Origin {
-    /// A copy of the database was put back: the same cluster, timeline and incarnation. Only nonces tell.
-    CopyPutBack,
-    /// A standby was promoted before it had them.
-    StandbyPromoted,
+    /// A copy of the data directory was restored. The cluster, the timeline and the incarnation stay the same; only the
+    /// nonces of the versions differ.
+    RestoredCopy,
+    /// A standby was promoted before it had replicated the changes.
+    PromotedStandby,
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_copy_put_back_is_noticed_at_the_same_version_number() {
-    forgotten(Origin::CopyPutBack).await;
+async fn a_restored_copy_is_noticed_at_the_same_version_number() {
+    lose_changes(Origin::RestoredCopy).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_standby_promoted_too_early_is_noticed_at_the_same_version_number() {
-    forgotten(Origin::StandbyPromoted).await;
+    lose_changes(Origin::PromotedStandby).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn replicas_started_on_a_copy_put_back_take_nothing_from_before_out_of_redis() {
-    forgotten_and_restarted(Origin::CopyPutBack).await;
+async fn replicas_started_on_a_restored_copy_grant_nothing_from_older_redis_values() {
+    lose_changes_and_restart(Origin::RestoredCopy).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn replicas_started_on_a_standby_promoted_too_early_take_nothing_from_before_out_of_redis() {
-    forgotten_and_restarted(Origin::StandbyPromoted).await;
+async fn replicas_started_on_a_standby_promoted_too_early_grant_nothing_from_older_redis_values() {
+    lose_changes_and_restart(Origin::PromotedStandby).await;
 }
 
-/// A site of which the database forgets.
-struct Forgetful {
+/// A configuration, its servers and keys, and the new primary that will lack the newest changes.
+struct FailoverWithLoss {
     fixture: Fixture,
-    /// The way of the replicas to the database.
+    /// Connects the replicas to the database.
     forwarder: Forwarder,
     origin: Origin,
     standby: Option<Postgres>,
-    /// The newest version that the new primary will know of.
+    /// The newest version that both primaries have.
     fork: i64,
-    /// Revoked, and the new primary does not know it.
+    /// Keys that were revoked. The new primary lacks the revocations.
     lost: [IssuedKey; 3],
-    /// Issued, and the new primary does not know it.
-    born: Option<IssuedKey>,
-    /// Revoked by the new primary alone.
-    doomed: IssuedKey,
+    /// A key that was issued. The new primary lacks it.
+    missing: Option<IssuedKey>,
+    /// A key that is revoked on the new primary only.
+    revoked_later: IssuedKey,
     good: IssuedKey,
 }
 
-impl Forgetful {
-    /// The moment that the new primary will come from.
+impl FailoverWithLoss {
+    /// Starts the servers, issues keys, and makes the copy or the standby that will become the new primary.
     async fn new(origin: Origin) -> Self {
         let mut fixture = Fixture::new(&[]).await;
         let issue = async || fixture.test_config.issue("acme", &[]).await;
         let lost = [issue().await, issue().await, issue().await];
-        let (doomed, good) = (issue().await, issue().await);
+        let (revoked_later, good) = (issue().await, issue().await);
         let fork = newest(&fixture.postgres, &fixture.database).await;
         let standby = match origin {
-            Origin::CopyPutBack => {
-                fixture.postgres.copy_aside().await;
+            Origin::RestoredCopy => {
+                fixture.postgres.back_up().await;
                 None
             }
-            Origin::StandbyPromoted => {
+            Origin::PromotedStandby => {
                 let standby = fixture.postgres.standby().await;
                 standby.cut_replication().await;
                 Some(standby)
@@ -97,37 +99,38 @@ impl Forgetful {
         let forwarder = Forwarder::start(fixture.postgres.socket()).await;
         fixture.test_config.set("store.management_url", fixture.postgres.url("admin", &fixture.database));
         fixture.test_config.set("store.url", forwarder.url("admin", &fixture.database));
-        Self { fixture, forwarder, origin, standby, fork, lost, born: None, doomed, good }
+        Self { fixture, forwarder, origin, standby, fork, lost, missing: None, revoked_later, good }
     }
 
-    /// What the new primary will not know. Every replica saw it, and Redis holds keys as of its end.
-    async fn live_on(&mut self, replicas: &[(Server, CheckClient)]) {
+    /// Makes the changes that the new primary will lack. Waits until each replica has applied them and Redis has values
+    /// of the newest version.
+    async fn make_changes(&mut self, replicas: &[(Server, CheckClient)]) {
         for (_, client) in replicas {
             for key in self.lost.iter().chain([&self.good]) {
                 granted(client, key).await;
             }
         }
-        let born = self.fixture.test_config.issue("globex", &[]).await;
+        let missing = self.fixture.test_config.issue("globex", &[]).await;
         for key in &self.lost {
             self.fixture.postgres.execute(&self.fixture.database, &revocation(key)).await;
         }
         let newest = newest(&self.fixture.postgres, &self.fixture.database).await;
         assert!(newest >= self.fork + 4, "{newest}");
         for (server, client) in replicas {
-            eventually("everything is applied", PATIENCE, || async {
+            eventually("the changes are applied", PATIENCE, || async {
                 server.metric("trustgate_applied_version").await >= f64::from(i32::try_from(newest).unwrap())
             })
             .await;
             for key in &self.lost {
                 refused(client, key, "revoked").await;
             }
-            granted(client, &born).await;
-            granted(client, &self.doomed).await; // for the first time: as of the newest version
+            granted(client, &missing).await;
+            granted(client, &self.revoked_later).await; // its first check, so its value has the newest version
         }
-        for key in [&born, &self.doomed] {
-            eventually("Redis holds it", PATIENCE, || self.is_in_redis(key)).await;
+        for key in [&missing, &self.revoked_later] {
+            eventually("the value is in Redis", PATIENCE, || self.is_in_redis(key)).await;
         }
-        self.born = Some(born);
+        self.missing = Some(missing);
     }
 
     async fn is_in_redis(&self, key: &IssuedKey) -> bool {
@@ -137,15 +140,15 @@ impl Forgetful {
         !names.is_empty()
     }
 
-    /// The new primary takes the place of the old one, which is gone: it does not know what came after the fork, and
-    /// as many other changes were made there, so that the number of its newest version is that of the old one.
-    async fn forget(&mut self) {
+    /// Stops the old primary and starts the new one, which lacks the changes after `fork`. Makes as many other changes
+    /// there, so that the newest version of both primaries has the same number.
+    async fn replace_primary(&mut self) {
         let database = &self.fixture.database;
         let newest_before = newest(&self.fixture.postgres, database).await;
         self.forwarder.cut();
         self.fixture.postgres.stop();
         match &self.standby {
-            None => self.fixture.postgres.put_back().await,
+            None => self.fixture.postgres.restore().await,
             Some(standby) => standby.promote().await,
         }
         let primary = self.standby.as_ref().unwrap_or(&self.fixture.postgres);
@@ -153,10 +156,10 @@ impl Forgetful {
         let sequence = "SELECT format('%I.%I', schemaname, sequencename) FROM pg_sequences
             WHERE schemaname = 'trustgate' AND sequencename LIKE '%version%'";
         let sequence: String = primary.value(database, sequence).await;
-        // After a crash a sequence goes on somewhat higher.
+        // After a crash, PostgreSQL may continue a sequence at a higher number.
         let set: i64 = primary.value(database, &format!("SELECT setval('{sequence}', {})", self.fork)).await;
         assert_eq!(set, self.fork);
-        primary.execute(database, &revocation(&self.doomed)).await;
+        primary.execute(database, &revocation(&self.revoked_later)).await;
         for number in newest(primary, database).await..newest_before {
             let other = format!("{{\"{number}\"}}");
             let id = &self.good.id;
@@ -165,9 +168,9 @@ impl Forgetful {
                 .await;
         }
         assert_eq!(newest(primary, database).await, newest_before, "{:?}", self.origin);
-        let known: i64 =
+        let unrevoked: i64 =
             primary.value(database, "SELECT count(*) FROM trustgate.api_key WHERE revoked_at IS NULL").await;
-        assert_eq!(known, 4, "the new primary knows of no other revocation, and of no key born later");
+        assert_eq!(unrevoked, 4, "the new primary has one revocation, and no key that was issued after the fork");
         self.fixture.test_config.set("store.management_url", primary.url("admin", database));
     }
 
@@ -181,96 +184,94 @@ impl Forgetful {
         (server, client)
     }
 
-    fn born(&self) -> &IssuedKey {
-        self.born.as_ref().unwrap()
+    fn missing(&self) -> &IssuedKey {
+        self.missing.as_ref().unwrap()
     }
 }
 
-async fn forgotten(origin: Origin) {
+async fn lose_changes(origin: Origin) {
     let _turn = exclusive().await;
-    let mut test_config = Forgetful::new(origin).await;
-    let replicas = [test_config.replica().await, test_config.replica().await];
-    test_config.live_on(&replicas).await;
+    let mut setup = FailoverWithLoss::new(origin).await;
+    let replicas = [setup.replica().await, setup.replica().await];
+    setup.make_changes(&replicas).await;
 
     let probing: Vec<_> = replicas
         .iter()
         .map(|(_, client)| {
-            let lost = Probing::start(client, 150, texts(&test_config.lost), &[]);
-            let unlike = Probing::start(client, 100, texts([test_config.born(), &test_config.doomed]), &[]);
-            (lost, unlike)
+            let lost = Probing::start(client, 150, texts(&setup.lost), &[]);
+            let denied = Probing::start(client, 100, texts([setup.missing(), &setup.revoked_later]), &[]);
+            (lost, denied)
         })
         .collect();
-    test_config.forget().await;
+    setup.replace_primary().await;
     let switched = Instant::now();
-    test_config.forwarder.lead_to(test_config.primary().socket());
+    setup.forwarder.forward_to(setup.primary().socket());
     for (server, _) in &replicas {
-        eventually("it is noticed", PATIENCE, || async { server.metric("trustgate_lost_history_total").await > 0.0 })
-            .await;
+        eventually("the loss is noticed", PATIENCE, || async {
+            server.metric("trustgate_lost_history_total").await > 0.0
+        })
+        .await;
         let took = machine::elapsed(switched);
         println!("{origin:?}: noticed {took:?} after the new primary could be reached");
         assert!(took <= Duration::from_secs(1), "{took:?}");
     }
     for (server, client) in &replicas {
-        eventually("it is fresh again", PATIENCE, || is_serving(server.grpc(), "trustgate.fresh")).await;
-        // Reads that failed while the primary was away have opened the circuit breaker, for 250 ms after the last of them.
-        eventually("a good key is granted", PATIENCE, || async {
-            client.check(&test_config.good.key).await.status == 200
-        })
-        .await;
+        eventually("the lease is fresh again", PATIENCE, || is_serving(server.grpc(), "trustgate.fresh")).await;
+        // Reads that failed while the primary was away have opened the circuit breaker. It stays open for 250 ms.
+        let is_granted = || async { client.check(&setup.good.key).await.status == 200 };
+        eventually("a good key is granted", PATIENCE, is_granted).await;
     }
     sleep_until(switched + Duration::from_secs(3)).await;
-    for ((_, client), (lost, unlike)) in replicas.iter().zip(probing) {
-        let (lost, unlike) = (lost.stop().await, unlike.stop().await);
-        // Who saw a revocation remembers it, also where the database has forgotten it.
-        let resurrected: Vec<_> = lost.iter().filter(|probe| probe.is_grant()).collect();
-        assert!(resurrected.is_empty(), "{} grants of a revoked key: {:?}", resurrected.len(), resurrected[0]);
-        for key in &test_config.lost {
+    for ((_, client), (lost, denied)) in replicas.iter().zip(probing) {
+        let (lost, denied) = (lost.stop().await, denied.stop().await);
+        // A replica that applied a revocation keeps denying the key, although the new primary lacks the revocation.
+        let wrong: Vec<_> = lost.iter().filter(|probe| probe.is_grant()).collect();
+        assert!(wrong.is_empty(), "{} grants of a revoked key; the first: {:?}", wrong.len(), wrong[0]);
+        for key in &setup.lost {
             assert_eq!(client.check(&key.key).await.status, 401);
         }
-        // What the database of now denies is denied as soon as it can be asked.
-        assert!(unlike.iter().any(|probe| probe.began < switched && probe.is_grant()), "nothing was held");
-        let late = granted_after(switched, &unlike);
+        // The replica denies what the new primary denies soon after it can reach the new primary.
+        assert!(denied.iter().any(|probe| probe.began < switched && probe.is_grant()), "no key was granted before");
+        let late = granted_after(switched, &denied);
         println!("{origin:?}: last wrong grant began {late:?} after the new primary could be reached");
         assert!(late <= AT_WORST, "{late:?}");
-        refused(client, test_config.born(), "unknown").await;
-        refused(client, &test_config.doomed, "revoked").await;
+        refused(client, setup.missing(), "unknown").await;
+        refused(client, &setup.revoked_later, "revoked").await;
     }
 
-    // A change there that names the digest ends the memory of its revocation.
-    let id = &test_config.lost[0].id;
+    // Once the new primary records a change of such a key, its row decides again.
+    let id = &setup.lost[0].id;
     let change = format!("UPDATE trustgate.api_key SET scopes = '{{again}}' WHERE id = '{id}'");
-    test_config.primary().execute(&test_config.fixture.database, &change).await;
+    setup.primary().execute(&setup.fixture.database, &change).await;
     for (_, client) in &replicas {
-        eventually("it is granted again", PATIENCE, || async {
-            client.check(&test_config.lost[0].key).await.status == 200
-        })
-        .await;
-        assert_eq!(client.check(&test_config.lost[1].key).await.status, 401);
+        let is_granted = || async { client.check(&setup.lost[0].key).await.status == 200 };
+        eventually("the key is granted again", PATIENCE, is_granted).await;
+        assert_eq!(client.check(&setup.lost[1].key).await.status, 401);
     }
 }
 
-/// What is wrong here, since nobody is left who saw the revocations: a grant that the database of now denies. Keys that
-/// it calls good may be granted, revoked before or not.
-async fn forgotten_and_restarted(origin: Origin) {
+/// Restarts the replicas on the new primary. No replica remembers the lost revocations, so these keys may be granted.
+/// No replica may grant what the new primary denies, although Redis still has older values of those keys.
+async fn lose_changes_and_restart(origin: Origin) {
     let _turn = exclusive().await;
-    let mut test_config = Forgetful::new(origin).await;
-    let replicas = [test_config.replica().await, test_config.replica().await];
-    test_config.live_on(&replicas).await;
-    test_config.forwarder.cut();
+    let mut setup = FailoverWithLoss::new(origin).await;
+    let replicas = [setup.replica().await, setup.replica().await];
+    setup.make_changes(&replicas).await;
+    setup.forwarder.cut();
     drop(replicas);
-    test_config.forget().await;
-    for key in [test_config.born(), &test_config.doomed] {
-        assert!(test_config.is_in_redis(key).await, "Redis was kept");
+    setup.replace_primary().await;
+    for key in [setup.missing(), &setup.revoked_later] {
+        assert!(setup.is_in_redis(key).await, "Redis lost the value");
     }
 
-    let servers =
-        [test_config.fixture.test_config.listening().await, test_config.fixture.test_config.listening().await];
+    let test_config = &setup.fixture.test_config;
+    let servers = [test_config.listening().await, test_config.listening().await];
     let mut probing = Vec::new();
     for server in &servers {
         let client = CheckClient::connect(server.grpc()).await;
-        probing.push((Probing::start(&client, 200, texts([test_config.born(), &test_config.doomed]), &[]), client));
+        probing.push((Probing::start(&client, 200, texts([setup.missing(), &setup.revoked_later]), &[]), client));
     }
-    test_config.forwarder.lead_to(test_config.primary().socket());
+    setup.forwarder.forward_to(setup.primary().socket());
     for server in &servers {
         server.until_ready().await;
     }
@@ -278,20 +279,20 @@ async fn forgotten_and_restarted(origin: Origin) {
     for ((probing, client), server) in probing.into_iter().zip(&servers) {
         let probes = probing.stop().await;
         let wrong: Vec<_> = probes.iter().filter(|probe| probe.is_grant()).collect();
-        assert!(wrong.is_empty(), "{} grants that the database denies: {:?}", wrong.len(), wrong[0]);
+        assert!(wrong.is_empty(), "{} grants that the database denies; the first: {:?}", wrong.len(), wrong[0]);
         assert!(probes.iter().filter(|probe| probe.status() == Some(401)).count() > 200);
-        refused(&client, test_config.born(), "unknown").await;
-        refused(&client, &test_config.doomed, "revoked").await;
-        granted(&client, &test_config.good).await;
+        refused(&client, setup.missing(), "unknown").await;
+        refused(&client, &setup.revoked_later, "revoked").await;
+        granted(&client, &setup.good).await;
         let (hit, refused, miss) = (server.l2("hit").await, server.l2("refused").await, server.l2("miss").await);
         println!("{origin:?}: look-ups in Redis after the restart: {hit} hits, {refused} refused, {miss} misses");
     }
 }
 
-// === a standby in the place of the primary ===
+// === a standby in place of the primary ===
 
 #[tokio::test(flavor = "multi_thread")]
-async fn started_at_a_standby_it_grants_nothing_until_the_standby_is_promoted() {
+async fn a_replica_started_on_a_standby_grants_nothing_until_the_standby_is_promoted() {
     let _turn = exclusive().await;
     let mut fixture = Fixture::new(&[]).await;
     let key = fixture.test_config.issue("acme", &[]).await;
@@ -310,13 +311,13 @@ async fn started_at_a_standby_it_grants_nothing_until_the_standby_is_promoted() 
     fixture.postgres.stop();
     standby.promote().await;
     server.until_ready().await;
-    // Two seconds of failed reads have earned the database a pause, which may have a moment to go.
-    eventually("it is granted", PATIENCE, || async { client.check(&key.key).await.status == 200 }).await;
-    eventually("it is fresh", PATIENCE, || is_serving(server.grpc(), "trustgate.fresh")).await;
+    // The failed reads opened the circuit breaker, which may stay open for a moment.
+    eventually("the key is granted", PATIENCE, || async { client.check(&key.key).await.status == 200 }).await;
+    eventually("the lease is fresh", PATIENCE, || is_serving(server.grpc(), "trustgate.fresh")).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn led_to_a_standby_its_lease_ends_and_no_stale_window_opens() {
+async fn a_replica_switched_to_a_standby_loses_its_lease_and_gets_no_stale_window() {
     let _turn = exclusive().await;
     let mut fixture = Fixture::new(&[]).await;
     let (revoked, good) = (fixture.test_config.issue("acme", &[]).await, fixture.test_config.issue("acme", &[]).await);
@@ -332,24 +333,24 @@ async fn led_to_a_standby_its_lease_ends_and_no_stale_window_opens() {
     }
     let probing = Probing::start(&client, 200, texts([&revoked, &good]), &[]);
     sleep(Duration::from_millis(300)).await;
-    forwarder.lead_to(standby.socket());
-    let led_away = Instant::now();
+    forwarder.forward_to(standby.socket());
+    let switched = Instant::now();
     fixture.postgres.execute(&fixture.database, &revocation(&revoked)).await;
     sleep(AT_WORST).await;
-    while led_away.elapsed() < Duration::from_secs(3) {
+    while switched.elapsed() < Duration::from_secs(3) {
         assert!(!is_serving(server.grpc(), "trustgate.fresh").await);
         assert_eq!(server.readiness().await.status, 200);
         sleep(Duration::from_millis(50)).await;
     }
     let back = Instant::now();
-    forwarder.lead_to(fixture.postgres.socket());
-    eventually("it is fresh again", PATIENCE, || is_serving(server.grpc(), "trustgate.fresh")).await;
-    println!("fresh {:?} after the primary was back", back.elapsed());
+    forwarder.forward_to(fixture.postgres.socket());
+    eventually("the lease is fresh again", PATIENCE, || is_serving(server.grpc(), "trustgate.fresh")).await;
+    println!("lease fresh {:?} after the primary was back", back.elapsed());
     sleep(Duration::from_millis(500)).await;
     let probes = probing.stop().await;
     let at_standby: Vec<_> = probes.iter().filter(|probe| probe.began < back).collect();
-    let late = granted_after(led_away, at_standby.iter().copied());
-    println!("last grant began {late:?} after the way led to a standby");
+    let late = granted_after(switched, at_standby.iter().copied());
+    println!("last grant began {late:?} after the switch to a standby");
     assert!(late <= AT_WORST, "{late:?}");
     let of_revoked = probes.iter().filter(|probe| probe.key == 0 && probe.began >= back);
     assert!(!of_revoked.clone().any(Probe::is_grant));
@@ -360,61 +361,61 @@ async fn led_to_a_standby_its_lease_ends_and_no_stale_window_opens() {
 // === triggers ===
 
 #[tokio::test(flavor = "multi_thread")]
-async fn with_a_trigger_disabled_the_lease_ends_and_comes_back_with_it() {
+async fn a_disabled_trigger_ends_the_lease_until_it_is_enabled_again() {
     let _turn = exclusive().await;
     let fixture = Fixture::new(&[]).await;
     let database = fixture.database.as_str();
     let issue = async || fixture.test_config.issue("acme", &[]).await;
-    let (with_it, after_it, good) = (issue().await, issue().await, issue().await);
+    let (revoked_with, revoked_after, good) = (issue().await, issue().await, issue().await);
     let server = fixture.test_config.serve().await;
     let client = CheckClient::connect(server.grpc()).await;
-    for key in [&with_it, &after_it, &good] {
+    for key in [&revoked_with, &revoked_after, &good] {
         granted(&client, key).await;
     }
     let triggers = "SELECT string_agg(format('ALTER TABLE trustgate.api_key ENABLE ALWAYS TRIGGER %I', tgname), ';')
         FROM pg_trigger WHERE tgrelid = 'trustgate.api_key'::regclass AND NOT tgisinternal";
     let enable_all: String = fixture.postgres.value(database, triggers).await;
     let before = newest(&fixture.postgres, database).await;
-    let probing = Probing::start(&client, 600, texts([&with_it, &after_it, &good]), &[]);
+    let probing = Probing::start(&client, 600, texts([&revoked_with, &revoked_after, &good]), &[]);
     sleep(Duration::from_millis(300)).await;
 
-    // In one transaction, so that no poll can come between.
+    // In one transaction, so that no poll can run between the two changes.
     let at_once =
-        format!("BEGIN; ALTER TABLE trustgate.api_key DISABLE TRIGGER USER; {}; COMMIT", revocation(&with_it));
+        format!("BEGIN; ALTER TABLE trustgate.api_key DISABLE TRIGGER USER; {}; COMMIT", revocation(&revoked_with));
     fixture.postgres.execute(database, &at_once).await;
     let disabled = Instant::now();
     eventually("the lease ends", PATIENCE, || async { !is_serving(server.grpc(), "trustgate.fresh").await }).await;
-    println!("the lease was gone {:?} after the trigger", disabled.elapsed());
+    println!("the lease ended {:?} after the trigger was disabled", disabled.elapsed());
     sleep_until(disabled + BY_POLLING).await;
-    fixture.postgres.execute(database, &revocation(&after_it)).await;
+    fixture.postgres.execute(database, &revocation(&revoked_after)).await;
     let revoked = Instant::now();
-    assert_eq!(newest(&fixture.postgres, database).await, before, "nobody was told");
+    assert_eq!(newest(&fixture.postgres, database).await, before, "the revocation got a version");
     while disabled.elapsed() < Duration::from_secs(2) {
         assert!(!is_serving(server.grpc(), "trustgate.fresh").await);
         assert_eq!(server.readiness().await.status, 200);
         sleep(Duration::from_millis(50)).await;
     }
-    refused(&client, &with_it, "revoked").await;
-    refused(&client, &after_it, "revoked").await;
-    granted(&client, &good).await; // the database says so
+    refused(&client, &revoked_with, "revoked").await;
+    refused(&client, &revoked_after, "revoked").await;
+    granted(&client, &good).await; // the check reads the database
 
     fixture.postgres.execute(database, &enable_all).await;
     let enabled = Instant::now();
-    eventually("the lease is back", PATIENCE, || is_serving(server.grpc(), "trustgate.fresh")).await;
-    println!("the lease was back {:?} after the trigger", enabled.elapsed());
-    assert!(newest(&fixture.postgres, database).await > before, "everything is read anew");
+    eventually("the lease is fresh again", PATIENCE, || is_serving(server.grpc(), "trustgate.fresh")).await;
+    println!("lease fresh {:?} after the trigger was enabled", enabled.elapsed());
+    assert!(newest(&fixture.postgres, database).await > before, "the server recorded no new version");
     sleep(Duration::from_millis(500)).await;
     let probes = probing.stop().await;
     let of = |key: usize| probes.iter().filter(move |probe| probe.key == key);
-    let (late, at_once) = (granted_after(disabled, of(0)), granted_after(revoked, of(1)));
-    println!("last grant began {late:?} after the commit that disabled the trigger, {at_once:?} after a later one");
+    let (late, late_after) = (granted_after(disabled, of(0)), granted_after(revoked, of(1)));
+    println!("last grant began {late:?} after the commit that disabled the trigger, {late_after:?} after a later one");
     assert!(late <= BY_POLLING, "{late:?}");
-    assert_eq!(at_once, Duration::ZERO, "only the database may grant without a lease");
+    assert_eq!(late_after, Duration::ZERO, "a cached value was granted without a lease");
     assert!(of(2).all(|probe| probe.is_grant() || probe.is_fault()));
-    refused(&client, &with_it, "revoked").await;
-    held_without_reads(&server, &client, &good).await;
+    refused(&client, &revoked_with, "revoked").await;
+    granted_without_reads(&server, &client, &good).await;
 
-    // A trigger that is gone is one that `migrate` makes again.
+    // `migrate` creates a dropped trigger again.
     let drop_one = "DO $$ DECLARE name text; BEGIN
         SELECT tgname INTO STRICT name FROM pg_trigger
         WHERE tgrelid = 'trustgate.api_key'::regclass AND NOT tgisinternal ORDER BY tgname LIMIT 1;
@@ -422,14 +423,14 @@ async fn with_a_trigger_disabled_the_lease_ends_and_comes_back_with_it() {
     fixture.postgres.execute(database, drop_one).await;
     eventually("the lease ends", PATIENCE, || async { !is_serving(server.grpc(), "trustgate.fresh").await }).await;
     fixture.test_config.migrate().await;
-    eventually("the lease is back", PATIENCE, || is_serving(server.grpc(), "trustgate.fresh")).await;
+    eventually("the lease is fresh again", PATIENCE, || is_serving(server.grpc(), "trustgate.fresh")).await;
     fixture.postgres.execute(database, &revocation(&good)).await;
     sleep(BY_POLLING).await;
     refused(&client, &good, "revoked").await;
 }
 
-/// Under a lease a held key needs no database.
-async fn held_without_reads(server: &Server, client: &CheckClient, key: &IssuedKey) {
+/// Asserts that the server grants a cached key without a read of the database.
+async fn granted_without_reads(server: &Server, client: &CheckClient, key: &IssuedKey) {
     granted(client, key).await;
     let reads = async || server.metric("trustgate_store_reads_total{outcome=\"ok\"}").await;
     let before = reads().await;
@@ -442,8 +443,9 @@ async fn held_without_reads(server: &Server, client: &CheckClient, key: &IssuedK
 
 // === SQLite ===
 
-/// What somebody else's program does to the key whose digest is `{digest}`; it knows nothing of foreign keys.
-const FOREIGN: &[(&str, &str, &str)] = &[
+/// Statements by which another program changes the key whose digest is `{digest}`: a name, the reason of the denial
+/// that follows, and the SQL. The program does not enforce foreign keys.
+const STATEMENTS: &[(&str, &str, &str)] = &[
     ("UPDATE", "revoked", "UPDATE api_key SET revoked_at = created_at WHERE digest = {digest}"),
     ("DELETE", "unknown", "DELETE FROM api_key WHERE digest = {digest}"),
     (
@@ -486,7 +488,7 @@ const FOREIGN: &[(&str, &str, &str)] = &[
 ];
 
 #[tokio::test(flavor = "multi_thread")]
-async fn on_sqlite_whatever_another_program_writes_counts_within_the_bound() {
+async fn on_sqlite_writes_by_another_program_take_effect_within_the_bound() {
     let _turn = exclusive().await;
     let test_config = TestConfig::new();
     test_config.migrate().await;
@@ -494,28 +496,28 @@ async fn on_sqlite_whatever_another_program_writes_counts_within_the_bound() {
     let client = CheckClient::connect(server.grpc()).await;
     let file = test_config.path().join("trustgate.db");
     let mut late = Vec::new();
-    for (name, reason, statement) in FOREIGN {
+    for (name, reason, statement) in STATEMENTS {
         test_config.trust(name).await;
         let key = test_config.issue(name, &[]).await;
         let probing = Probing::start(&client, 250, texts([&key]), &[]);
         sleep(Duration::from_millis(200)).await;
-        let mut foreign = sqlite(&file).await;
+        let mut other_program = sqlite(&file).await;
         let digest = format!("x'{}'", digest(&key.key));
         let statement = statement.replace("{digest}", &digest);
-        sqlx::raw_sql(AssertSqlSafe(statement.as_str())).execute(&mut foreign).await.unwrap();
+        sqlx::raw_sql(AssertSqlSafe(statement.as_str())).execute(&mut other_program).await.unwrap();
         let committed = Instant::now();
-        foreign.close().await.unwrap();
+        other_program.close().await.unwrap();
         sleep(Duration::from_millis(800)).await;
         let probes = probing.stop().await;
-        assert!(probes.iter().any(|probe| probe.began < committed && probe.is_grant()), "{name}: it was not held");
+        assert!(probes.iter().any(|probe| probe.began < committed && probe.is_grant()), "{name}: not granted before");
         let last = granted_after(committed, &probes);
-        println!("SQLite, {name} by another program: last grant began {last:?} after it");
+        println!("SQLite, {name} by another program: last grant began {last:?} after the commit");
         refused(&client, &key, reason).await;
         late.push((name, last));
     }
     assert!(late.iter().all(|(_, late)| *late <= BY_POLLING), "{late:?}");
 
-    // The command is another program too, and says when everybody knew.
+    // `key revoke` is another program too. It ends once the server has applied the change.
     test_config.trust("acme").await;
     let key = test_config.issue("acme", &[]).await;
     granted(&client, &key).await;
@@ -526,7 +528,7 @@ async fn on_sqlite_whatever_another_program_writes_counts_within_the_bound() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn on_sqlite_a_trigger_that_is_gone_ends_the_lease() {
+async fn on_sqlite_dropped_triggers_end_the_lease() {
     let _turn = exclusive().await;
     let test_config = TestConfig::new();
     test_config.migrate().await;
@@ -539,15 +541,15 @@ async fn on_sqlite_a_trigger_that_is_gone_ends_the_lease() {
     }
     let probing = Probing::start(&client, 200, texts([&revoked]), &[]);
     sleep(Duration::from_millis(200)).await;
-    let mut foreign = sqlite(&test_config.path().join("trustgate.db")).await;
+    let mut other_program = sqlite(&test_config.path().join("trustgate.db")).await;
     let all = "SELECT group_concat(format('DROP TRIGGER \"%w\"', name), ';') FROM sqlite_schema
         WHERE type = 'trigger' AND tbl_name = 'api_key'";
-    let drop_all: String = sqlx::query_scalar(all).fetch_one(&mut foreign).await.unwrap();
+    let drop_all: String = sqlx::query_scalar(all).fetch_one(&mut other_program).await.unwrap();
     let revocation = format!("UPDATE api_key SET revoked_at = created_at WHERE id = '{}'", revoked.id);
     let at_once = format!("BEGIN IMMEDIATE; {drop_all}; {revocation}; COMMIT");
-    sqlx::raw_sql(AssertSqlSafe(at_once)).execute(&mut foreign).await.unwrap();
+    sqlx::raw_sql(AssertSqlSafe(at_once)).execute(&mut other_program).await.unwrap();
     let committed = Instant::now();
-    foreign.close().await.unwrap();
+    other_program.close().await.unwrap();
     sleep(Duration::from_millis(1_500)).await;
     let late = granted_after(committed, &probing.stop().await);
     println!("SQLite: last grant began {late:?} after the commit that dropped the triggers");
@@ -557,13 +559,13 @@ async fn on_sqlite_a_trigger_that_is_gone_ends_the_lease() {
     assert!(!is_serving(server.grpc(), "trustgate.fresh").await);
     assert_eq!(server.readiness().await.status, 200);
     test_config.migrate().await;
-    eventually("the lease is back", PATIENCE, || is_serving(server.grpc(), "trustgate.fresh")).await;
+    eventually("the lease is fresh again", PATIENCE, || is_serving(server.grpc(), "trustgate.fresh")).await;
     refused(&client, &revoked, "revoked").await;
-    held_without_reads(&server, &client, &good).await;
+    granted_without_reads(&server, &client, &good).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn on_sqlite_a_file_put_in_the_place_of_another_is_noticed() {
+async fn on_sqlite_a_replaced_database_file_is_noticed() {
     let _turn = exclusive().await;
     let mut test_config = TestConfig::new();
     let (ours, theirs) = (test_config.path().join("ours"), test_config.path().join("theirs"));
@@ -573,19 +575,19 @@ async fn on_sqlite_a_file_put_in_the_place_of_another_is_noticed() {
     test_config.trust("acme").await;
     let issue = async || test_config.issue("acme", &[]).await;
     let (revoked, lost, good) = (issue().await, issue().await, issue().await);
-    // A copy in which one key is revoked, and which does not know that another one is.
+    // In the copy one key is revoked. The copy lacks the revocation of another key, which follows below.
     std::fs::create_dir(&theirs).unwrap();
     let copy = theirs.join("trustgate.db");
-    let mut foreign = sqlite(&file).await;
+    let mut other_program = sqlite(&file).await;
     let into = format!("VACUUM INTO '{}'", copy.display());
-    sqlx::raw_sql(AssertSqlSafe(into)).execute(&mut foreign).await.unwrap();
-    foreign.close().await.unwrap();
-    let mut foreign = sqlite(&copy).await;
+    sqlx::raw_sql(AssertSqlSafe(into)).execute(&mut other_program).await.unwrap();
+    other_program.close().await.unwrap();
+    let mut other_program = sqlite(&copy).await;
     let revocation = format!("UPDATE api_key SET revoked_at = created_at WHERE id = '{}'", revoked.id);
     for sql in ["PRAGMA journal_mode = WAL", revocation.as_str()] {
-        sqlx::raw_sql(AssertSqlSafe(sql)).execute(&mut foreign).await.unwrap();
+        sqlx::raw_sql(AssertSqlSafe(sql)).execute(&mut other_program).await.unwrap();
     }
-    foreign.close().await.unwrap();
+    other_program.close().await.unwrap();
 
     let server = test_config.serve().await;
     let client = CheckClient::connect(server.grpc()).await;
@@ -593,20 +595,21 @@ async fn on_sqlite_a_file_put_in_the_place_of_another_is_noticed() {
         granted(&client, key).await;
     }
     test_config.revoke(&lost).await;
-    eventually("it is refused", PATIENCE, || async { client.check(&lost.key).await.status == 401 }).await;
+    eventually("the key is denied", PATIENCE, || async { client.check(&lost.key).await.status == 401 }).await;
     let probing = Probing::start(&client, 400, texts([&revoked, &lost]), &[]);
     sleep(Duration::from_millis(200)).await;
     renameat_with(CWD, &theirs, CWD, &ours, RenameFlags::EXCHANGE).unwrap();
     let exchanged = Instant::now();
-    eventually("it is noticed", PATIENCE, || async { server.metric("trustgate_lost_history_total").await > 0.0 }).await;
+    let is_noticed = || async { server.metric("trustgate_lost_history_total").await > 0.0 };
+    eventually("the other file is noticed", PATIENCE, is_noticed).await;
     println!("SQLite: another file noticed after {:?}", exchanged.elapsed());
-    eventually("it is fresh again", PATIENCE, || is_serving(server.grpc(), "trustgate.fresh")).await;
+    eventually("the lease is fresh again", PATIENCE, || is_serving(server.grpc(), "trustgate.fresh")).await;
     sleep_until(exchanged + Duration::from_secs(2)).await;
     let probes = probing.stop().await;
     let late = granted_after(exchanged, probes.iter().filter(|probe| probe.key == 0));
-    println!("SQLite: last grant began {late:?} after another file took the place");
+    println!("SQLite: last grant began {late:?} after the file was replaced");
     assert!(late <= AT_WORST, "{late:?}");
-    assert!(!probes.iter().any(|probe| probe.key == 1 && probe.is_grant()), "a key seen revoked was granted");
+    assert!(!probes.iter().any(|probe| probe.key == 1 && probe.is_grant()), "granted despite the known revocation");
     refused(&client, &revoked, "revoked").await;
     granted(&client, &good).await;
 }
@@ -616,7 +619,7 @@ async fn sqlite(file: &Path) -> SqliteConnection {
     SqliteConnection::connect_with(&options).await.unwrap()
 }
 
-// === all of them ===
+// === helpers ===
 
 fn revocation(key: &IssuedKey) -> String {
     format!("UPDATE trustgate.api_key SET revoked_at = now() WHERE id = '{}'", key.id)

@@ -1,5 +1,5 @@
-//! An Envoy that is configured with `http_service` for the gRPC listener. In that mode any HTTP 200 is a grant, so the gRPC
-//! listener must not answer 200 to anything but a whole gRPC call.
+//! A misconfigured Envoy that calls the gRPC listener with `http_service`. In that mode Envoy takes any HTTP 200 for a
+//! grant, so the gRPC listener must not answer 200 to anything but a complete gRPC call.
 
 use std::sync::{Arc, atomic::AtomicUsize, atomic::Ordering::Relaxed};
 
@@ -18,14 +18,14 @@ use crate::support::{
     shared,
 };
 
-/// What Envoy forwards of a request to the authorization server.
+/// The part of a request that Envoy forwards to the authorization server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Forwarding {
-    /// Method, path and the headers that Envoy forwards without being asked.
+    /// Method, path and the headers that Envoy forwards by default.
     Default,
     /// All headers and the body.
     Everything,
-    /// The same, below a path of the authorization server's own.
+    /// All headers and the body, with `path_prefix`.
     EverythingBelowPrefix,
 }
 
@@ -33,14 +33,19 @@ impl Forwarding {
     const ALL: [Self; 3] = [Self::Default, Self::Everything, Self::EverythingBelowPrefix];
 }
 
-/// What Envoy speaks to the authorization server.
+/// The protocol in which Envoy calls the authorization server.
 #[derive(Clone, Copy, Debug)]
 enum Upstream {
     Http1,
     Http2,
 }
 
-async fn envoy(application: std::net::SocketAddr, gate: &Server, upstream: Upstream, forwarding: Forwarding) -> Envoy {
+async fn envoy(
+    application: std::net::SocketAddr,
+    server: &Server,
+    upstream: Upstream,
+    forwarding: Forwarding,
+) -> Envoy {
     let prefix = if forwarding == Forwarding::EverythingBelowPrefix { ", path_prefix: /authorize" } else { "" };
     let mut filter = format!(
         "http_service: {{server_uri: {{uri: http://trustgate, cluster: trustgate, timeout: 5s}}{prefix}}}\n              "
@@ -51,9 +56,9 @@ async fn envoy(application: std::net::SocketAddr, gate: &Server, upstream: Upstr
              with_request_body: {max_request_bytes: 65536, allow_partial_message: true}\n              ",
         );
     }
-    let plan = Plan::new(application, &[gate.grpc()])
+    let plan = Plan::new(application, &[server.grpc()])
         .replace_block("grpc_service:  ", "emit_filter_state_stats", &filter)
-        // Health checks of gRPC need HTTP/2; without any, Envoy takes the server for healthy.
+        // gRPC health checks need HTTP/2. Without health checks Envoy takes the server for healthy.
         .replace_block("    health_checks:", "    load_assignment:\n      cluster_name: trustgate", "");
     let plan = match upstream {
         Upstream::Http2 => plan,
@@ -66,7 +71,8 @@ async fn envoy(application: std::net::SocketAddr, gate: &Server, upstream: Upstr
     plan.start().await
 }
 
-/// The requests that clients send: every combination of path, method, content type and body, with forged identity headers.
+/// The requests that clients send: each combination of path, method, content type and body, with forged identity
+/// headers.
 fn requests(key: &IssuedKey) -> Vec<(String, Request<Bytes>)> {
     let message = frame(&request(&key.key, &[]));
     let bodies = [
@@ -129,8 +135,8 @@ fn requests(key: &IssuedKey) -> Vec<(String, Request<Bytes>)> {
     requests
 }
 
-/// The one exception, which SECURITY.md describes: the client's own request is a whole gRPC call of the Check method, and
-/// Envoy forwards all of it to its own path.
+/// True for the one exception, which SECURITY.md describes: the client's request is a gRPC call of the Check method,
+/// and Envoy forwards all of it, to the same path.
 fn is_exception(request: &Request<Bytes>, forwarding: Forwarding) -> bool {
     forwarding == Forwarding::Everything && request.uri().path_and_query().unwrap() == CHECK_PATH
 }
@@ -149,13 +155,13 @@ async fn over_http2(connection: &h2::client::SendRequest<Bytes>, request: &Reque
     let mut connection = connection.clone().ready().await.unwrap();
     let (answered, mut stream) = connection.send_request(Request::from_parts(head, ()), body.is_empty()).unwrap();
     if !body.is_empty() {
-        // Fails where Envoy has answered already.
+        // Fails if Envoy has already answered.
         let _ = stream.send_data(body, true);
     }
     answered.await.unwrap().status().as_u16()
 }
 
-/// Sends every request in both ways; returns how many there were. Panics if one reaches the application.
+/// Sends each request over HTTP/1.1 and over HTTP/2; returns how many it sent. Panics if one reaches the application.
 async fn none_reaches_the_application(
     envoy: &Envoy,
     key: &IssuedKey,
@@ -169,7 +175,7 @@ async fn none_reaches_the_application(
         if is_exception(&request, forwarding) {
             continue;
         }
-        // Envoy may close a connection after an answer that came before the whole request.
+        // Envoy may close a connection if it answers before it has received the whole request.
         if http1.ready().await.is_err() {
             http1 = http::connect(envoy.address()).await.unwrap();
         }
@@ -211,7 +217,7 @@ async fn an_envoy_in_http_service_mode_lets_no_request_in() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn only_a_whole_check_call_on_its_own_path_passes_where_everything_is_forwarded() {
+async fn only_a_complete_check_call_passes_if_envoy_forwards_everything() {
     let _turn = shared().await;
     let test_config = TestConfig::new();
     test_config.migrate().await;

@@ -1,5 +1,5 @@
-//! Where Envoy can call: over TLS, with and without certificates of clients, and over a Unix socket; and what a peer that
-//! does not behave can do there.
+//! The gRPC listeners: TLS with and without client certificates, Unix sockets, the spread over workers, and what
+//! misbehaving peers can do.
 
 use std::{net::SocketAddr, os::unix::fs::PermissionsExt as _, path::Path, sync::Arc, time::Duration};
 
@@ -34,7 +34,7 @@ use crate::{
 const PATIENCE: Duration = Duration::from_secs(30);
 
 #[tokio::test(flavor = "multi_thread")]
-async fn over_a_unix_socket_envoy_is_answered() {
+async fn envoy_is_answered_over_a_unix_socket() {
     let _turn = shared().await;
     let mut test_config = TestConfig::new();
     let socket = test_config.path().join("trustgate.sock");
@@ -52,21 +52,21 @@ async fn over_a_unix_socket_envoy_is_answered() {
         )
         .start()
         .await;
-    eventually("Envoy finds it healthy", PATIENCE, || async {
+    eventually("Envoy finds the server healthy", PATIENCE, || async {
         envoy.get("/", &[("x-api-key", &key.key)]).await.saw_or_none("x-trust-id").as_ref() == Some(&key.trust_id)
     })
     .await;
     assert_eq!(envoy.get("/", &[]).await.status, 401);
     drop(envoy);
 
-    // The path is taken while the server lives, and free again however it ended.
+    // A second server cannot use the path while the first one runs. The next server can use it, even after SIGKILL.
     let ran = test_config.run(&["serve"]).await;
     assert_eq!(ran.code, 1, "{ran:?}");
     for text in ["in use", "grpc.listen", "unix:///"] {
         assert!(ran.err.contains(text), "no {text:?} in {ran:?}");
     }
     server.signal("KILL");
-    eventually("it is gone", PATIENCE, || async { !server.is_running() }).await;
+    eventually("the process has ended", PATIENCE, || async { !server.is_running() }).await;
     assert!(socket.exists());
     let next = test_config.serve().await;
     next.signal("INT");
@@ -74,11 +74,11 @@ async fn over_a_unix_socket_envoy_is_answered() {
     assert_eq!((code, socket.exists()), (0, false), "{log}");
     std::fs::write(&socket, "precious").unwrap();
     let ran = test_config.run(&["serve"]).await;
-    assert!(ran.code == 1 && ran.err.contains("no socket"), "{ran:?}");
+    assert!(ran.code == 1 && ran.err.contains("not a socket"), "{ran:?}");
     assert_eq!(std::fs::read_to_string(&socket).unwrap(), "precious");
 }
 
-/// A site behind TLS, with a good key.
+/// A configuration with TLS and a good key. With `with_clients` the server requires client certificates.
 async fn encrypted(certificates: &Path, with_clients: bool) -> (TestConfig, IssuedKey) {
     let file = |name: &str| certificates.join(name).display().to_string();
     let mut test_config = TestConfig::new().with("grpc.tls_certificate_file", file("server.pem"));
@@ -93,7 +93,7 @@ async fn encrypted(certificates: &Path, with_clients: bool) -> (TestConfig, Issu
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn over_tls_envoy_is_answered_and_others_are_not() {
+async fn over_tls_only_peers_with_the_required_certificate_are_answered() {
     let _turn = shared().await;
     let certificates = certificates();
     let file = |name: &str| certificates.path().join(name).display().to_string();
@@ -124,7 +124,7 @@ async fn over_tls_envoy_is_answered_and_others_are_not() {
         assert_eq!((granted.status, granted.saw("x-trust-id")), (200, Some(key.trust_id.clone())), "{with_clients}");
         assert_eq!(envoy.get("/", &[]).await.status, 401);
 
-        // Nobody gets in without encryption, nor without a certificate where one is asked for.
+        // The server refuses peers without TLS and, if it requires client certificates, peers without one.
         let mut unencrypted = TcpStream::connect(server.grpc()).await.unwrap();
         unencrypted.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").await.unwrap();
         assert!(ends(&mut unencrypted).await);
@@ -143,7 +143,7 @@ async fn over_tls_envoy_is_answered_and_others_are_not() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn sigterm_ends_a_server_whatever_is_open_inside_tls() {
+async fn sigterm_ends_a_server_in_time_with_unfinished_tls_connections() {
     let _turn = exclusive().await;
     let certificates = certificates();
     let (mut test_config, key) = encrypted(certificates.path(), false).await;
@@ -152,7 +152,7 @@ async fn sigterm_ends_a_server_whatever_is_open_inside_tls() {
     let server = test_config.serve().await;
     let (mut raw, mut connections, mut unfinished, mut unread) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     for _ in 0..100 {
-        // Nothing, half a handshake, idle HTTP/2, half a message, an answer that is not read.
+        // A silent peer, half a handshake, half a message, idle HTTP/2, an answer that the client does not read.
         raw.push(TcpStream::connect(server.grpc()).await.unwrap());
         let mut half = TcpStream::connect(server.grpc()).await.unwrap();
         half.write_all(b"\x16\x03\x01\x02").await.unwrap();
@@ -170,18 +170,18 @@ async fn sigterm_ends_a_server_whatever_is_open_inside_tls() {
         unread.push(call(&closed.ready().await.unwrap(), &key.key));
     }
     server.signal("TERM");
-    let asked = Instant::now();
+    let signalled = Instant::now();
     let (_, log) = server.ended(PATIENCE).await;
-    let took = asked.elapsed();
-    println!("ended {took:?} after SIGTERM");
-    // Delay and grace, and a moment to start and end.
+    let took = signalled.elapsed();
+    println!("the server exited {took:?} after SIGTERM");
+    // Drain delay, grace period, and a moment to start and exit.
     assert!(took < Duration::from_millis(3_500), "{took:?}\n{log}");
     assert!(log.contains("\"stopped\""), "{log}");
     drop((raw, connections, unfinished, unread));
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_is_wrong_with_tls_is_said_with_its_file() {
+async fn a_tls_error_names_the_setting_and_the_file() {
     let _turn = shared().await;
     let certificates = certificates();
     let (mut test_config, _) = encrypted(certificates.path(), false).await;
@@ -196,36 +196,38 @@ async fn what_is_wrong_with_tls_is_said_with_its_file() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_workers_of_an_envoy_are_spread_over_the_cores() {
+async fn connections_of_envoy_workers_are_spread_over_the_server_workers() {
     let _turn = exclusive().await;
     let fixture = Fixture::new(&[]).await;
     let cases = fixture.keys(1).await;
     for workers in [1, 2, 8] {
         let server = fixture.test_config.serve().await;
-        let cores = server.waits_of_cores().len();
-        assert_eq!(cores, std::thread::available_parallelism().unwrap().get());
+        let server_workers = server.worker_waits().len();
+        assert_eq!(server_workers, std::thread::available_parallelism().unwrap().get());
         let envoy = Plan::new(http::application().await, &[server.grpc()]).workers(workers).start().await;
         envoy.until_healthy(server.grpc()).await;
-        let at_work = workers.min(cores);
-        // Which of its workers takes a client's connection is the kernel's choice, so new ones come until all were chosen.
-        eventually(&format!("{workers} workers keep {at_work} cores at work"), PATIENCE, || async {
-            let before = server.waits_of_cores();
+        let expected = workers.min(server_workers);
+        // The kernel chooses the Envoy worker for each client connection, so the test opens connections until each
+        // Envoy worker has one.
+        eventually(&format!("{workers} Envoy workers keep {expected} server workers busy"), PATIENCE, || async {
+            let before = server.worker_waits();
             for _ in 0..20 {
-                let hits = load::fire(envoy.address(), 500, Duration::from_millis(20), |_| cases[0].clone()).await;
-                load::all_right(hits.iter());
+                let hits =
+                    load::send_requests(envoy.address(), 500, Duration::from_millis(20), |_| cases[0].clone()).await;
+                load::assert_expected(hits.iter());
             }
             let busy = |(name, waits): &(String, u64)| waits - before[name] > 50;
-            let busy = server.waits_of_cores().into_iter().filter(busy).count();
-            println!("{workers} workers: {busy} of {cores} cores at work");
-            busy == at_work
+            let busy = server.worker_waits().into_iter().filter(busy).count();
+            println!("{workers} Envoy workers: {busy} of {server_workers} server workers busy");
+            busy == expected
         })
         .await;
     }
 }
 
-// === peers that do not behave ===
+// === peers that misbehave ===
 
-/// `limits.preface_timeout` by default, and a little.
+/// The default of `limits.preface_timeout`, and a second more.
 const SLOW: Duration = Duration::from_secs(3);
 
 #[tokio::test(flavor = "multi_thread")]
@@ -236,7 +238,7 @@ async fn slow_peers_are_disconnected_and_unfinished_messages_time_out() {
     let behind_tls = test_config.serve().await;
     let plain = TestConfig::new().serve().await;
     let begun = Instant::now();
-    // Nothing at all; a part of the preface; a handshake without anything after it.
+    // Silent peers, a part of the HTTP/2 preface, and a TLS handshake with nothing after it.
     let mut silent = TcpStream::connect(plain.grpc()).await.unwrap();
     let mut partial = TcpStream::connect(plain.grpc()).await.unwrap();
     partial.write_all(b"PRI * HTT").await.unwrap();
@@ -245,12 +247,12 @@ async fn slow_peers_are_disconnected_and_unfinished_messages_time_out() {
     assert!(ends(&mut silent).await && ends(&mut partial).await);
     assert!(ends(&mut unencrypted).await && ends(&mut shaken).await);
     assert!(begun.elapsed() < 2 * SLOW, "{:?}", begun.elapsed());
-    // A message that does not end gets an HTTP error: 200 would be a grant to an HTTP caller.
+    // An unfinished message gets an HTTP error: an Envoy in `http_service` mode would take 200 for a grant.
     let mut connection = connect(tls(behind_tls.grpc(), certificates.path(), None).await.unwrap()).await;
     let (unfinished, mut stream) = connection.send_request(head(), false).unwrap();
     stream.send_data(frame(&request(&key.key, &[])).slice(..20), false).unwrap();
     assert_eq!(timeout(SLOW, unfinished).await.unwrap().unwrap().status(), 408);
-    // The same holds for health checks.
+    // Health checks get HTTP errors for the same reason.
     let (unfinished, mut stream) = connection.send_request(head_of(HEALTH), false).unwrap();
     stream.send_data(Bytes::from_static(&[0, 0, 0, 0, 100, 10, 98, b'a']), false).unwrap();
     assert_eq!(timeout(SLOW, unfinished).await.unwrap().unwrap().status(), 408);
@@ -260,11 +262,11 @@ async fn slow_peers_are_disconnected_and_unfinished_messages_time_out() {
     assert_eq!(answer(call(&connection, &key.key)).await.unwrap().status, 200);
 }
 
-/// The method of health checks.
+/// Path of the gRPC health check.
 const HEALTH: &str = "/grpc.health.v1.Health/Check";
 
 #[tokio::test(flavor = "multi_thread")]
-async fn headers_that_envoy_passes_on_are_no_reason_for_anything_but_an_answer() {
+async fn a_check_with_60_kib_of_headers_is_answered() {
     let _turn = shared().await;
     let test_config = TestConfig::new();
     test_config.migrate().await;
@@ -279,7 +281,7 @@ async fn headers_that_envoy_passes_on_are_no_reason_for_anything_but_an_answer()
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn messages_that_wait_have_a_bound_however_they_came() {
+async fn messages_in_flight_are_bounded_even_if_their_streams_opened_earlier() {
     let _turn = shared().await;
     let bounds = [("limits.message_size", "64KiB"), ("limits.messages_in_flight_size", "128KiB")];
     let fixture = Fixture::new(&[UNHURRIED.as_slice(), &bounds].concat()).await;
@@ -294,7 +296,7 @@ async fn messages_that_wait_have_a_bound_however_they_came() {
         begun.push(connection.send_request(head(), false).unwrap());
         connection = connection.ready().await.unwrap();
     }
-    // All came before this, so each of them waits for the rest when that is answered.
+    // The server has read the three heads before this call, so when it answers this call it waits for their messages.
     assert_eq!(answer(call(&connection, &key.key)).await.unwrap().status, 200);
     let mut waiting = Vec::new();
     for (answered, mut stream) in begun {
@@ -302,13 +304,13 @@ async fn messages_that_wait_have_a_bound_however_they_came() {
         stream.send_data(message, true).unwrap();
         waiting.push(tokio::spawn(answer(answered)));
     }
-    // Two have room, and wait for the database, which is longer.
-    let (first, ..) = timeout(PATIENCE, select_all(waiting)).await.expect("one has no room");
+    // Two messages fit into `limits.messages_in_flight_size` and wait for the database. The third is answered first.
+    let (first, ..) = timeout(PATIENCE, select_all(waiting)).await.expect("one message exceeds the limit");
     assert_eq!(first.unwrap().unwrap().status, 503);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_reader_that_opens_no_window_holds_up_nobody_else() {
+async fn a_client_with_a_zero_window_does_not_block_other_connections() {
     let _turn = shared().await;
     let certificates = certificates();
     let (test_config, key) = encrypted(certificates.path(), false).await;
@@ -327,18 +329,18 @@ async fn a_reader_that_opens_no_window_holds_up_nobody_else() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn on_one_connection_there_are_no_more_streams_than_allowed() {
+async fn streams_per_connection_are_limited() {
     let _turn = shared().await;
     let fixture = Fixture::new(&[UNHURRIED.as_slice(), &[("limits.streams_per_connection", "8")]].concat()).await;
     let key = fixture.test_config.issue("acme", &[]).await;
     let server = fixture.test_config.serve().await;
     let frozen = fixture.postgres.freeze();
     let connection = connect(TcpStream::connect(server.grpc()).await.unwrap()).await;
-    // Once the client knows the server's settings it sends no more than they allow: what is over it waits there.
+    // After this call the client knows the server's HTTP/2 settings, and queues streams above the limit.
     assert_eq!(answer(call(&connection, "too-short")).await.unwrap().status, 401);
     let waiting: Vec<_> = (0..20).map(|_| call(&connection, &key.key)).collect();
     let misses = "trustgate_cache_lookups_total{kind=\"api_key\",outcome=\"miss\",tier=\"l1\"}";
-    eventually("eight wait", PATIENCE, || async { (server.metric(misses).await - 8.0).abs() < 0.5 }).await;
+    eventually("eight checks wait", PATIENCE, || async { (server.metric(misses).await - 8.0).abs() < 0.5 }).await;
     drop(frozen);
     for waiting in waiting {
         assert_eq!(answer(waiting).await.unwrap().status, 200);
@@ -346,7 +348,7 @@ async fn on_one_connection_there_are_no_more_streams_than_allowed() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn five_thousand_resets_at_once_cost_nobody_a_connection() {
+async fn five_thousand_resets_at_once_close_no_connection() {
     let _turn = exclusive().await;
     let fixture = Fixture::new(&[UNHURRIED.as_slice(), &[("limits.streams_per_connection", "1024")]].concat()).await;
     let key = fixture.test_config.issue("acme", &[]).await;
@@ -356,7 +358,7 @@ async fn five_thousand_resets_at_once_cost_nobody_a_connection() {
     for _ in 0..5 {
         connections.push(connect(TcpStream::connect(server.grpc()).await.unwrap()).await);
     }
-    // What Envoy does when its own timeout passes: every check in flight is reset at the same moment.
+    // Dropping these calls resets all their streams at once, as Envoy does when its timeout expires.
     let mut in_flight = Vec::new();
     for connection in &connections {
         for _ in 0..1_000 {
@@ -364,23 +366,24 @@ async fn five_thousand_resets_at_once_cost_nobody_a_connection() {
         }
     }
     let misses = "trustgate_cache_lookups_total{kind=\"api_key\",outcome=\"miss\",tier=\"l1\"}";
-    eventually("all wait", PATIENCE, || async { server.metric(misses).await >= 5_000.0 }).await;
+    eventually("all checks wait", PATIENCE, || async { server.metric(misses).await >= 5_000.0 }).await;
     let reset = Instant::now();
     drop(in_flight);
-    let cancelled = "trustgate_checks_total{decision=\"cancelled\",reason=\"cancelled\"}";
-    eventually("all are given up", PATIENCE, || async { server.metric(cancelled).await >= 5_000.0 }).await;
+    let cancelled =
+        "trustgate_checks_total{credential=\"key\",decision=\"cancelled\",reason=\"cancelled\",transport=\"grpc\"}";
+    eventually("all checks are cancelled", PATIENCE, || async { server.metric(cancelled).await >= 5_000.0 }).await;
     drop(frozen);
     for connection in &connections {
         let again = answer(call(connection, &key.key)).await.expect("the connection was not closed");
         assert_eq!(again.trust_id.as_ref(), Some(&key.trust_id));
     }
     let took = machine::elapsed(reset);
-    println!("5 000 resets: every connection answers again after {took:?}");
+    println!("5 000 resets: all connections answer again after {took:?}");
     assert!(took < Duration::from_secs(1), "{took:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn out_of_descriptors_it_waits_and_serves_on() {
+async fn a_server_without_free_descriptors_serves_open_connections_and_recovers() {
     let _turn = shared().await;
     let test_config = TestConfig::new();
     test_config.migrate().await;
@@ -394,17 +397,18 @@ async fn out_of_descriptors_it_waits_and_serves_on() {
     for _ in 0..100 {
         crowd.push(TcpStream::connect(server.grpc()).await.unwrap());
     }
-    server.until_logged("a connection could not be accepted").await;
-    assert_eq!(client.check(&key.key).await.status, 200, "who is connected is served");
+    server.until_logged("gRPC accept failed").await;
+    assert_eq!(client.check(&key.key).await.status, 200, "an open connection is not served");
     drop(crowd);
-    eventually("others are served again", PATIENCE, || async {
+    eventually("new connections are served again", PATIENCE, || async {
         let connection = connect(TcpStream::connect(server.grpc()).await.unwrap()).await;
         timeout(Duration::from_secs(1), answer(call(&connection, &key.key))).await.is_ok_and(|answer| answer.is_some())
     })
     .await;
 }
 
-/// To close the connection would be a grant to an Envoy in `http_service` mode that forwards a gRPC content type.
+/// The server must not just close the connection: an Envoy in `http_service` mode that forwards a gRPC content type
+/// turns that into a grant.
 #[tokio::test(flavor = "multi_thread")]
 async fn http1_inside_tls_gets_an_http_error() {
     let _turn = shared().await;
@@ -416,7 +420,7 @@ async fn http1_inside_tls_gets_an_http_error() {
     let mut answer = vec![0; 12];
     timeout(SLOW, peer.read_exact(&mut answer)).await.unwrap().unwrap();
     assert_eq!(answer, b"HTTP/1.1 400");
-    eventually("it is counted", PATIENCE, || async { refused(&server, "http1").await > 0.5 }).await;
+    eventually("the refusal is counted", PATIENCE, || async { refused(&server, "http1").await > 0.5 }).await;
 }
 
 /// Per-message gRPC compression, which Envoy's `google_grpc` client can be configured to use.
@@ -468,19 +472,20 @@ async fn refused_peers_are_counted_by_reason_and_logged_once_a_minute() {
     assert!(ends(&mut local).await);
     assert_eq!((refused(&plain, "http1").await, lines(&plain, "http1")), (4.0, 1));
 
-    assert!(tls(plain.grpc(), certificates.path(), None).await.is_err(), "there is no TLS");
-    eventually("it is counted", PATIENCE, || async { refused(&plain, "tls").await > 0.5 }).await;
+    assert!(tls(plain.grpc(), certificates.path(), None).await.is_err(), "the listener speaks TLS");
+    eventually("the refusal is counted", PATIENCE, || async { refused(&plain, "tls").await > 0.5 }).await;
     let mut unencrypted = TcpStream::connect(behind_tls.grpc()).await.unwrap();
     unencrypted.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").await.unwrap();
     assert!(ends(&mut unencrypted).await);
-    // The connection may end before it is counted.
-    eventually("it is counted", PATIENCE, || async { refused(&behind_tls, "tls").await > 0.5 }).await;
+    // The connection may end before the refusal is counted.
+    eventually("the refusal is counted", PATIENCE, || async { refused(&behind_tls, "tls").await > 0.5 }).await;
     assert_eq!(lines(&plain, "tls"), 1);
     if let Ok(mut anonymous) = tls(behind_tls.grpc(), certificates.path(), None).await {
-        // In TLS 1.3 the client does not know yet that it is refused.
+        // In TLS 1.3 the client may finish its handshake before the server refuses it.
         let _ = ends(&mut anonymous).await;
     }
-    eventually("it is counted", PATIENCE, || async { refused(&behind_tls, "no_client_certificate").await > 0.5 }).await;
+    let is_counted = || async { refused(&behind_tls, "no_client_certificate").await > 0.5 };
+    eventually("the refusal is counted", PATIENCE, is_counted).await;
     assert_eq!(lines(&behind_tls, "no_client_certificate"), 1, "{}", behind_tls.log());
 
     let connection = connect(TcpStream::connect(plain.grpc()).await.unwrap()).await;
@@ -512,7 +517,7 @@ async fn port_scans_cause_no_log_lines() {
         assert!(refused(&server, reason).await < 0.5, "{reason}");
         assert!(refused(&behind_tls, reason).await < 0.5, "{reason}");
     }
-    // On a busy machine the log may have lines of late polls.
+    // On a busy machine the log may have lines about late polls.
     for server in [&server, &behind_tls] {
         assert!(!server.log().contains("peer"), "{}", server.log());
     }
@@ -520,21 +525,21 @@ async fn port_scans_cause_no_log_lines() {
 
 // === clients ===
 
-/// A TLS connection to `server`; `as_whom`: the name of the certificate that is shown.
+/// A TLS connection to `server`; `client_name`: the name of the client certificate to present.
 async fn tls(
     server: SocketAddr,
     certificates: &Path,
-    as_whom: Option<&str>,
+    client_name: Option<&str>,
 ) -> std::io::Result<tokio_rustls::client::TlsStream<TcpStream>> {
-    tls_for(b"h2", server, certificates, as_whom).await
+    tls_for(b"h2", server, certificates, client_name).await
 }
 
-/// The same for another protocol than HTTP/2.
+/// The same with this ALPN protocol.
 async fn tls_for(
     protocol: &[u8],
     server: SocketAddr,
     certificates: &Path,
-    as_whom: Option<&str>,
+    client_name: Option<&str>,
 ) -> std::io::Result<tokio_rustls::client::TlsStream<TcpStream>> {
     let certificate = |name: &str| CertificateDer::from_pem_file(certificates.join(name)).unwrap();
     let mut roots = RootCertStore::empty();
@@ -542,7 +547,7 @@ async fn tls_for(
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let builder = ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions().unwrap();
     let builder = builder.with_root_certificates(roots);
-    let mut config = match as_whom {
+    let mut config = match client_name {
         None => builder.with_no_client_auth(),
         Some(name) => {
             let key = PrivateKeyDer::from_pem_file(certificates.join(format!("{name}.key"))).unwrap();
@@ -554,8 +559,8 @@ async fn tls_for(
     TlsConnector::from(Arc::new(config)).connect("localhost".try_into().unwrap(), stream).await
 }
 
-/// Whether the server ends a connection before long; what it says until then does not matter.
+/// True if the server closes the connection within [`SLOW`], whatever it sends before.
 async fn ends(stream: &mut (impl AsyncRead + Unpin)) -> bool {
-    let mut said = Vec::new();
-    timeout(SLOW, stream.read_to_end(&mut said)).await.is_ok()
+    let mut received = Vec::new();
+    timeout(SLOW, stream.read_to_end(&mut received)).await.is_ok()
 }

@@ -1,6 +1,6 @@
-//! The real server among real ones: Envoy, PostgreSQL, Redis and Prometheus. One binary, one module for each subject.
+//! Tests of the real server with real Envoy, PostgreSQL, Redis and Prometheus: one binary, one module per subject.
 
-// All of it is tests: what fails here should fail loudly, nobody else uses it, and it says what it measured.
+// A test may panic, and prints its measurements. No other crate uses these items.
 #![allow(clippy::unwrap_used, clippy::print_stdout, unreachable_pub)]
 
 #[path = "../support/mod.rs"]

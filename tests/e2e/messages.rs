@@ -1,5 +1,6 @@
-//! Messages and bodies that Envoy does not send. A whole message is answered with a `CheckResponse`, never with a gRPC error,
-//! because `failure_mode_allow` lets a request in on an error. A body that ends before that is no gRPC call: HTTP 400.
+//! Messages and bodies that Envoy does not send. The server answers a complete message with a `CheckResponse` and not
+//! with a gRPC error, because an Envoy with `failure_mode_allow` lets a request pass on an error. A body that ends
+//! before its message does is not a gRPC call and gets HTTP 400.
 
 use std::convert::Infallible;
 
@@ -25,7 +26,7 @@ use crate::table::{
     request::{Encoding, Request},
 };
 
-/// `limits.message_size` by default.
+/// The default of `limits.message_size`.
 const MESSAGE_BYTES_MAX: usize = 256 << 10;
 
 async fn fixture() -> Fixture {
@@ -57,7 +58,7 @@ async fn every_truncation_of_a_good_message_is_denied() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn whatever_the_bytes_are_the_answer_is_a_response() {
+async fn random_and_damaged_messages_get_a_check_response() {
     let fixture = fixture().await;
     let (checker, handle) = (fixture.checker("default"), Handle::current());
     let message = good(&fixture).message(Encoding::Raw);
@@ -73,7 +74,7 @@ async fn whatever_the_bytes_are_the_answer_is_a_response() {
             for message in [&bytes, &damaged] {
                 let reply = handle.block_on(checker.check(message));
                 prop_assert!(matches!(reply, Reply::Message(_)));
-                answer::read(reply); // asserts what must be true of every response
+                answer::read(reply); // panics if the response breaks a rule for all responses
             }
             Ok(())
         })
@@ -83,15 +84,15 @@ async fn whatever_the_bytes_are_the_answer_is_a_response() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_whole_message_gets_a_response_and_anything_less_is_a_bad_request() {
+async fn a_complete_message_gets_a_response_and_an_incomplete_one_http_400() {
     let fixture = fixture().await;
     let mut client = Client::connect(&fixture).await;
     let message = good(&fixture).message(Encoding::Raw);
     let framed = frame(0, message.len(), &message);
     let longer = message.len() + 1;
     for (name, body, want) in [
-        ("a good one", framed.clone(), "ok"),
-        ("none", vec![], "HTTP 400"),
+        ("a good message", framed.clone(), "ok"),
+        ("an empty body", vec![], "HTTP 400"),
         ("an empty message", frame(0, 0, &[]), "undecodable"),
         ("less than a prefix", vec![0, 0, 0, 0], "HTTP 400"),
         ("only a prefix", framed[..5].to_vec(), "HTTP 400"),
@@ -117,7 +118,7 @@ async fn a_whole_message_gets_a_response_and_anything_less_is_a_bad_request() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn the_bound_on_messages_is_exact_and_a_larger_one_is_a_denial() {
+async fn a_message_at_the_size_limit_is_decided_and_a_larger_one_is_denied() {
     let fixture = fixture().await;
     let mut client = Client::connect(&fixture).await;
     for encoding in Encoding::BOTH {
@@ -127,15 +128,15 @@ async fn the_bound_on_messages_is_exact_and_a_larger_one_is_a_denial() {
             let outcome = client.outcome(framed(&padded(&fixture, encoding, size))).await;
             assert_eq!(outcome, "too_large", "{size} bytes ({encoding:?})");
         }
-        // The connection is in order afterwards.
+        // The connection works afterwards.
         assert_eq!(client.outcome(framed(&at_bound)).await, "ok", "{encoding:?}");
     }
     fixture.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn bytes_that_are_not_utf8_in_the_map_are_no_error() {
-    // Envoy puts `!` there; what other proxies do, nobody promised. A generated decoder refuses the whole message.
+async fn header_values_that_are_not_utf8_do_not_fail_the_message() {
+    // Envoy replaces such bytes with `!`, but other proxies may not. A generated decoder would refuse the message.
     let fixture = fixture().await;
     let mut client = Client::connect(&fixture).await;
     let secret = &fixture.key("scoped").secret;
@@ -155,13 +156,13 @@ async fn bytes_that_are_not_utf8_in_the_map_are_no_error() {
     fixture.stop().await;
 }
 
-/// Stands where bytes that are not UTF-8 come to stand.
+/// Placeholder that the test replaces with bytes that are not UTF-8.
 const MARK: &str = "~~~~~~";
 
 /// A good message of exactly `size` bytes.
 fn padded(fixture: &Fixture, encoding: Encoding, size: usize) -> Vec<u8> {
     let with = |pad: usize| good(fixture).with_header("x-pad", &"p".repeat(pad)).message(encoding);
-    // What is around the padding takes as much for this much less of it: lengths are as long.
+    // A little less padding leaves the size of the length prefixes unchanged.
     let around = with(size - 1_000).len() - (size - 1_000);
     let message = with(size - around);
     assert_eq!(message.len(), size);
@@ -176,7 +177,7 @@ fn framed(message: &[u8]) -> Body {
     Body::new(http_body_util::Full::new(frame(0, message.len(), message).into()))
 }
 
-/// A caller that sends any body.
+/// A client that sends any body.
 struct Client(Channel);
 
 impl Client {
@@ -185,7 +186,7 @@ impl Client {
         Self(Channel::from_shared(url).unwrap().connect().await.unwrap())
     }
 
-    /// `ok`, the reason of a denial, or the HTTP status of an error. Everything else fails the test.
+    /// Sends `body`. Returns `ok`, the reason of a denial, or the HTTP status of an error; panics on any other answer.
     async fn outcome(&mut self, body: Body) -> String {
         std::future::poll_fn(|cx| self.0.poll_ready(cx)).await.unwrap();
         let request = HttpRequest::post(CHECK_PATH).header("content-type", "application/grpc").header("te", "trailers");

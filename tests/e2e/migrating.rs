@@ -1,5 +1,5 @@
-//! From a table of trusts with their keys' digests, step by step, as `docs/migrating.md` says: read as it is, attached,
-//! and moved into our own tables.
+//! The migration in `docs/migrating.md`: trustgate reads an application's table of trusts and key digests as it is,
+//! then attaches it, then the operator moves its rows into trustgate's own tables.
 
 use std::time::Duration;
 
@@ -14,14 +14,14 @@ use crate::support::{
     shared,
 };
 
-/// PostgreSQL with such a table, as an application made it.
-struct Before {
+/// PostgreSQL with the table of an application, and a configuration that points to it.
+struct Application {
     postgres: Postgres,
     database: String,
     test_config: TestConfig,
 }
 
-impl Before {
+impl Application {
     async fn new() -> Self {
         let postgres = Postgres::start().await;
         let database = postgres.database().await;
@@ -36,13 +36,14 @@ impl Before {
         self.postgres.execute(&self.database, sql).await;
     }
 
-    /// A trust with a key; its id and the key.
+    /// Inserts a trust with a key; returns its id and the key.
     async fn trust(&self) -> (String, String) {
         let (id, key) = (Uuid::new_v4().to_string(), made_up_key());
         self.execute(&format!("INSERT INTO trust VALUES ('{id}', '{}')", digest(&key))).await;
         (id, key)
     }
 
+    /// Starts a server with these further settings.
     async fn served(mut self, settings: &[(&str, &str)]) -> (Self, Server, CheckClient) {
         for (setting, value) in settings {
             self.test_config.set(setting, *value);
@@ -52,6 +53,7 @@ impl Before {
         (self, server, client)
     }
 
+    /// Attaches the table and starts a server.
     async fn attached(mut self) -> (Self, Server, CheckClient) {
         self.test_config.set("store.table", "public.trust");
         self.test_config.set("store.attached", "true");
@@ -64,33 +66,33 @@ impl Before {
 const LIVE: &[(&str, &str)] = &[("store.preset", "trust-table"), ("freshness.mode", "live")];
 
 #[track_caller]
-fn is_of(verdict: &Verdict, id: &str) {
+fn assert_granted(verdict: &Verdict, id: &str) {
     assert_eq!((verdict.status, verdict.trust_id.as_deref()), (200, Some(id)), "{verdict:?}");
 }
 
 #[track_caller]
-fn is_unknown(verdict: &Verdict) {
+fn assert_unknown(verdict: &Verdict) {
     assert_eq!((verdict.status, verdict.reason.as_deref()), (401, Some("unknown")), "{verdict:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_hit_is_compared_with_the_live_row_before_it_is_granted() {
     let _turn = shared().await;
-    let (before, server, client) = Before::new().await.served(LIVE).await;
-    let (id, key) = before.trust().await;
+    let (app, server, client) = Application::new().await.served(LIVE).await;
+    let (id, key) = app.trust().await;
     for _ in 0..3 {
-        is_of(&client.check(&key).await, &id);
+        assert_granted(&client.check(&key).await, &id);
     }
     assert!(server.metric("trustgate_store_reads_total{outcome=\"ok\"}").await >= 3.0, "each request reads its row");
-    before.execute(&format!("UPDATE trust SET api_key_hash = '{}'", digest("another-key-altogether"))).await;
-    is_unknown(&client.check(&key).await);
-    is_of(&client.check("another-key-altogether").await, &id);
-    before.execute("UPDATE trust SET api_key_hash = NULL").await;
-    is_unknown(&client.check("another-key-altogether").await);
+    app.execute(&format!("UPDATE trust SET api_key_hash = '{}'", digest("another-key-altogether"))).await;
+    assert_unknown(&client.check(&key).await);
+    assert_granted(&client.check("another-key-altogether").await, &id);
+    app.execute("UPDATE trust SET api_key_hash = NULL").await;
+    assert_unknown(&client.check("another-key-altogether").await);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_key_that_moved_to_another_row_is_looked_for_and_not_refused() {
+async fn a_key_that_moved_to_another_row_is_found_there() {
     let _turn = shared().await;
     let move_it = |from: &str, to: &str, key: &str| {
         format!(
@@ -99,102 +101,102 @@ async fn a_key_that_moved_to_another_row_is_looked_for_and_not_refused() {
             digest(key)
         )
     };
-    let (before, _server, client) = Before::new().await.served(LIVE).await;
-    let ((one, key), (other, _)) = (before.trust().await, before.trust().await);
-    is_of(&client.check(&key).await, &one);
-    before.execute(&move_it(&one, &other, &key)).await;
-    is_of(&client.check(&key).await, &other);
+    let (app, _server, client) = Application::new().await.served(LIVE).await;
+    let ((one, key), (other, _)) = (app.trust().await, app.trust().await);
+    assert_granted(&client.check(&key).await, &one);
+    app.execute(&move_it(&one, &other, &key)).await;
+    assert_granted(&client.check(&key).await, &other);
 
-    let (before, _server, client) = Before::new().await.attached().await;
-    let ((one, key), (other, _)) = (before.trust().await, before.trust().await);
-    is_of(&client.check(&key).await, &one);
-    before.execute(&move_it(&one, &other, &key)).await;
-    // Whoever clears the caches is told when every replica has applied all that was committed before.
-    before.test_config.json(&["cache", "clear"]).await;
-    is_of(&client.check(&key).await, &other);
+    let (app, _server, client) = Application::new().await.attached().await;
+    let ((one, key), (other, _)) = (app.trust().await, app.trust().await);
+    assert_granted(&client.check(&key).await, &one);
+    app.execute(&move_it(&one, &other, &key)).await;
+    // `cache clear` ends once all replicas have applied what was committed before it.
+    app.test_config.json(&["cache", "clear"]).await;
+    assert_granted(&client.check(&key).await, &other);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_trust_that_is_being_made_has_no_key_until_it_is_written() {
+async fn a_trust_without_a_digest_has_no_key_until_the_digest_is_written() {
     let _turn = shared().await;
     for attached in [false, true] {
-        let before = Before::new().await;
-        let (before, _server, client) = if attached { before.attached().await } else { before.served(LIVE).await };
+        let app = Application::new().await;
+        let (app, _server, client) = if attached { app.attached().await } else { app.served(LIVE).await };
         let (id, key) = (Uuid::new_v4(), made_up_key());
-        before.execute(&format!("INSERT INTO trust (id) VALUES ('{id}')")).await;
-        is_unknown(&client.check(&key).await);
-        before.execute(&format!("UPDATE trust SET api_key_hash = '{}' WHERE id = '{id}'", digest(&key))).await;
+        app.execute(&format!("INSERT INTO trust (id) VALUES ('{id}')")).await;
+        assert_unknown(&client.check(&key).await);
+        app.execute(&format!("UPDATE trust SET api_key_hash = '{}' WHERE id = '{id}'", digest(&key))).await;
         if attached {
-            before.test_config.json(&["cache", "clear"]).await;
+            app.test_config.json(&["cache", "clear"]).await;
         }
-        is_of(&client.check(&key).await, &id.to_string());
+        assert_granted(&client.check(&key).await, &id.to_string());
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_is_held_of_an_attached_table_needs_no_read_until_it_changes() {
+async fn a_cached_key_of_an_attached_table_needs_no_read_until_its_row_changes() {
     let _turn = shared().await;
-    let (before, server, client) = Before::new().await.attached().await;
-    let ((id, key), (other, theirs)) = (before.trust().await, before.trust().await);
-    // What is read from then on is of a version that has been confirmed, so it is held at once.
-    before.test_config.json(&["cache", "clear"]).await;
-    is_of(&client.check(&key).await, &id);
-    is_of(&client.check(&theirs).await, &other);
+    let (app, server, client) = Application::new().await.attached().await;
+    let ((id, key), (other, other_key)) = (app.trust().await, app.trust().await);
+    // After this the replica has confirmed the newest version, so the first read of a key caches it.
+    app.test_config.json(&["cache", "clear"]).await;
+    assert_granted(&client.check(&key).await, &id);
+    assert_granted(&client.check(&other_key).await, &other);
     let reads = || server.metric("trustgate_store_reads_total{outcome=\"ok\"}");
     let read = reads().await;
     for _ in 0..100 {
-        is_of(&client.check(&key).await, &id);
+        assert_granted(&client.check(&key).await, &id);
     }
-    assert!(reads().await <= read, "nothing is read");
-    before.execute(&format!("DELETE FROM trust WHERE id = '{id}'")).await;
-    let effect = before.test_config.json(&["cache", "clear"]).await;
+    assert!(reads().await <= read, "the server read the database");
+    app.execute(&format!("DELETE FROM trust WHERE id = '{id}'")).await;
+    let effect = app.test_config.json(&["cache", "clear"]).await;
     assert_eq!((&effect["replicas"], &effect["applied"]), (&1.into(), &1.into()), "{effect}");
-    is_unknown(&client.check(&key).await);
-    is_of(&client.check(&theirs).await, &other);
+    assert_unknown(&client.check(&key).await);
+    assert_granted(&client.check(&other_key).await, &other);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn moved_into_our_own_tables_every_key_keeps_its_trust() {
     let _turn = shared().await;
-    let (redis, mut before) = (Redis::start().await, Before::new().await);
-    before.test_config.set("redis.url", redis.url());
-    let (mut before, server, client) = before.attached().await;
-    let (id, key) = before.trust().await;
-    before.execute(&format!("INSERT INTO trust (id) VALUES ('{}')", Uuid::new_v4())).await;
-    before.test_config.json(&["cache", "clear"]).await;
-    is_of(&client.check(&key).await, &id);
-    eventually("it is shared", Duration::from_secs(30), || async { keys_in(&redis).await == 1 }).await;
+    let (redis, mut app) = (Redis::start().await, Application::new().await);
+    app.test_config.set("redis.url", redis.url());
+    let (mut app, server, client) = app.attached().await;
+    let (id, key) = app.trust().await;
+    app.execute(&format!("INSERT INTO trust (id) VALUES ('{}')", Uuid::new_v4())).await;
+    app.test_config.json(&["cache", "clear"]).await;
+    assert_granted(&client.check(&key).await, &id);
+    eventually("the record is in Redis", Duration::from_secs(30), || async { keys_in(&redis).await == 1 }).await;
     drop(server);
-    before.execute(&moving()).await;
-    let attached = before.test_config;
-    let url = before.postgres.url("admin", &before.database);
-    before.test_config = TestConfig::new().unhurried().with("store.url", url).with("redis.url", redis.url());
-    let (before, _server, client) = before.served(&[]).await;
-    is_of(&client.check(&key).await, &id);
-    eventually("it is shared apart", Duration::from_secs(30), || async {
-        is_of(&client.check(&key).await, &id);
+    app.execute(&statements_of_the_page()).await;
+    let attached = app.test_config;
+    let url = app.postgres.url("admin", &app.database);
+    app.test_config = TestConfig::new().unhurried().with("store.url", url).with("redis.url", redis.url());
+    let (app, _server, client) = app.served(&[]).await;
+    assert_granted(&client.check(&key).await, &id);
+    eventually("the record of the other table is in Redis", Duration::from_secs(30), || async {
+        assert_granted(&client.check(&key).await, &id);
         keys_in(&redis).await == 2
     })
     .await;
-    let keys = before.test_config.json(&["key", "list"]).await;
+    let keys = app.test_config.json(&["key", "list"]).await;
     assert_eq!((keys.as_array().unwrap().len(), &keys[0]["trust_id"]), (1, &id.as_str().into()), "{keys}");
-    // Of a row of the other table this would say nothing.
-    before.test_config.json(&["key", "revoke", keys[0]["id"].as_str().unwrap()]).await;
+    // This changes trustgate's own table only, so the denial shows that the server reads that table.
+    app.test_config.json(&["key", "revoke", keys[0]["id"].as_str().unwrap()]).await;
     assert_eq!(client.check(&key).await.reason.as_deref(), Some("revoked"));
     attached.json(&["detach"]).await;
     assert_eq!(client.check(&key).await.reason.as_deref(), Some("revoked"));
 }
 
-/// How many records Redis holds.
+/// The number of API key records in Redis.
 async fn keys_in(redis: &Redis) -> usize {
     let names: Vec<String> =
         redis::cmd("KEYS").arg("trustgate:api_key*").query_async(&mut redis.connection().await).await.unwrap();
     names.len()
 }
 
-/// The statements of the page.
-fn moving() -> String {
+/// The SQL statements of `docs/migrating.md`.
+fn statements_of_the_page() -> String {
     let page = include_str!("../../docs/migrating.md");
     let block = page.split_once("```sql\n").expect("the page has statements").1;
-    block.split_once("```").expect("they end").0.to_owned()
+    block.split_once("```").expect("the block ends").0.to_owned()
 }

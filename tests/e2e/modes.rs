@@ -1,6 +1,7 @@
-//! Every kind of tables in every mode: own tables, an attached table, one that is not attached, and a preset, on PostgreSQL and
-//! SQLite, in the modes `lease`, `strict`, `live` and `ttl`. Each is cached as it says, logs nothing, loses no history, keeps
-//! the bound of its mode on revocation, and behaves in an outage as `docs/revocation.md` says.
+//! The modes `lease`, `strict`, `live` and `ttl` on each kind of table (trustgate's own, an attached table, one that is
+//! not attached, a preset), on PostgreSQL and SQLite. In each mode the server caches as the mode says, logs no warning,
+//! loses no history, denies a revoked key within the bound of the mode, and behaves in an outage as
+//! `docs/revocation.md` says.
 
 use std::{fs, os::unix::fs::PermissionsExt as _, time::Duration};
 
@@ -20,11 +21,11 @@ use crate::support::{
 const PATIENCE: Duration = Duration::from_secs(30);
 const LEASE: Duration = Duration::from_secs(1);
 const TTL: Duration = Duration::from_secs(2);
-/// `decision.deadline`, which is added to each bound.
+/// The default of `decision.deadline`, which is part of the bound of a mode that caches.
 const DEADLINE: Duration = Duration::from_millis(150);
 const CHECKS: u32 = 20;
 
-/// Whose tables hold the keys.
+/// The kind of table that the keys are in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Tables {
     Own,
@@ -38,7 +39,8 @@ impl Tables {
         matches!(self, Self::Own | Self::Attached)
     }
 
-    /// How a mode that a route demands works here: without tracked changes nothing can be confirmed by a lease.
+    /// The mode that takes effect on a route that demands `mode`. Where changes are not tracked, no lease can confirm
+    /// cached data, so `lease` and `strict` become `live`.
     const fn effective(self, mode: Mode) -> Mode {
         match mode {
             Mode::Lease | Mode::Strict if !self.track_changes() => Mode::Live,
@@ -88,7 +90,7 @@ struct Fixture {
     test_config: TestConfig,
 }
 
-const THEIR_TABLE: &str = "CREATE TABLE trust (id {uuid} PRIMARY KEY, api_key_hash char(64) NULL UNIQUE)";
+const APPLICATION_TABLE: &str = "CREATE TABLE trust (id {uuid} PRIMARY KEY, api_key_hash char(64) NULL UNIQUE)";
 
 impl Fixture {
     async fn new(tables: Tables, database: Database) -> Self {
@@ -105,17 +107,17 @@ impl Fixture {
         let fixture = Self { tables, database, test_config };
         if tables != Tables::Own {
             let kind = if matches!(fixture.database, Database::Sqlite) { "text" } else { "uuid" };
-            fixture.execute(&THEIR_TABLE.replace("{uuid}", kind)).await;
+            fixture.execute(&APPLICATION_TABLE.replace("{uuid}", kind)).await;
             if matches!(fixture.database, Database::Sqlite) {
                 let file = fixture.test_config.path().join("theirs.db");
                 fs::set_permissions(file, fs::Permissions::from_mode(0o600)).unwrap();
             }
         }
-        fixture.described().await
+        fixture.configured().await
     }
 
-    /// Describes the tables in the settings, and makes what is missing.
-    async fn described(mut self) -> Self {
+    /// Sets the settings for the tables, and creates trustgate's own tables where they are needed.
+    async fn configured(mut self) -> Self {
         match self.tables {
             Tables::Own => {
                 self.test_config.migrate().await;
@@ -147,7 +149,7 @@ impl Fixture {
         }
     }
 
-    /// A good key; returns it with the statement that revokes it.
+    /// Adds a good key; returns it with the SQL statement that revokes it.
     async fn key(&self) -> (String, String) {
         if self.tables == Tables::Own {
             let issued = self.test_config.issue("acme", &[]).await;
@@ -162,7 +164,7 @@ impl Fixture {
         (key, format!("DELETE FROM trust WHERE id = '{id}'"))
     }
 
-    /// Takes the database away until the answer is dropped.
+    /// Makes the database unreachable until the returned value is dropped.
     fn outage(&self) -> Outage<'_> {
         match &self.database {
             Database::Postgres(postgres, _) => Outage::Frozen(postgres.freeze()),
@@ -210,10 +212,10 @@ async fn hits(server: &Server) -> f64 {
     server.metric(&format!("trustgate_cache_lookups_total{{{labels}}}")).await
 }
 
-/// Checks that a key is cached, or read each time, as the mode says.
+/// Asserts that the server caches the key, or reads it for each check, as the mode says.
 async fn is_cached_as_the_mode_says(server: &Server, client: &CheckClient, key: &str, (tables, mode): (Tables, Mode)) {
     let name = format!("{tables:?}, {mode:?}");
-    eventually(&format!("{name}: the key is granted without a read where it may be"), PATIENCE, || async {
+    eventually(&format!("{name}: the key is granted, from the cache if the mode allows it"), PATIENCE, || async {
         let before = reads(server).await;
         status(client, key, mode).await == 200
             && (tables.effective(mode) == Mode::Live || reads(server).await <= before)
@@ -225,17 +227,17 @@ async fn is_cached_as_the_mode_says(server: &Server, client: &CheckClient, key: 
     }
     let (read, hit) = (reads(server).await - read_before, hits(server).await - hits_before);
     let checks = f64::from(CHECKS);
-    let is_as_said = if tables.effective(mode) == Mode::Live {
+    let is_as_documented = if tables.effective(mode) == Mode::Live {
         read >= checks && hit < 0.5
     } else {
-        // What is as old as the TTL is read once more.
+        // The entry may reach its TTL during these checks, and is read once more.
         let again = if mode == Mode::Ttl { 1.5 } else { 0.5 };
         read < again && hit > checks - again
     };
-    assert!(is_as_said, "{name}: {read} reads and {hit} hits in {CHECKS} checks");
+    assert!(is_as_documented, "{name}: {read} reads and {hit} hits in {CHECKS} checks");
 }
 
-async fn holds(tables: Tables, database: Database) {
+async fn behaves_as_documented(tables: Tables, database: Database) {
     let fixture = Fixture::new(tables, database).await;
     let server = fixture.test_config.serve().await;
     let client = CheckClient::connect(server.grpc()).await;
@@ -246,14 +248,14 @@ async fn holds(tables: Tables, database: Database) {
         keys.push((mode, key, revoke));
     }
 
-    // A quiet log, and no history that is lost.
+    // No warnings, and no lost history.
     let log = server.log();
     let loud: Vec<_> = log.lines().filter(|line| line.contains("\"WARN\"") || line.contains("\"ERROR\"")).collect();
     assert!(loud.is_empty(), "{tables:?}: {loud:#?}");
     assert!(server.metric("trustgate_lost_history_total").await < 0.5);
     assert!(server.metric("trustgate_polls_total{outcome=\"unusable\"}").await < 0.5);
 
-    // The bound of each mode.
+    // Each mode denies the revoked key within its bound.
     for (_, _, revoke) in &keys {
         fixture.execute(revoke).await;
     }
@@ -265,7 +267,7 @@ async fn holds(tables: Tables, database: Database) {
         assert_ne!(status, 200, "{tables:?}, {mode:?}: granted {:?} after the revocation", revoked.elapsed());
     }
 
-    // An outage.
+    // In an outage the mode `lease` grants cached keys. All other checks are faults.
     let mut keys = Vec::new();
     for mode in Mode::ALL {
         let (key, _) = fixture.key().await;
@@ -298,35 +300,35 @@ async fn postgres() -> Database {
 #[tokio::test(flavor = "multi_thread")]
 async fn own_tables_on_postgresql() {
     let _turn = shared().await;
-    holds(Tables::Own, postgres().await).await;
+    behaves_as_documented(Tables::Own, postgres().await).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn an_attached_table_on_postgresql() {
     let _turn = shared().await;
-    holds(Tables::Attached, postgres().await).await;
+    behaves_as_documented(Tables::Attached, postgres().await).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_table_that_is_not_attached_on_postgresql() {
     let _turn = shared().await;
-    holds(Tables::Unattached, postgres().await).await;
+    behaves_as_documented(Tables::Unattached, postgres().await).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_preset_on_postgresql() {
     let _turn = shared().await;
-    holds(Tables::Preset, postgres().await).await;
+    behaves_as_documented(Tables::Preset, postgres().await).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn own_tables_on_sqlite() {
     let _turn = shared().await;
-    holds(Tables::Own, Database::Sqlite).await;
+    behaves_as_documented(Tables::Own, Database::Sqlite).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_preset_on_sqlite() {
     let _turn = shared().await;
-    holds(Tables::Preset, Database::Sqlite).await;
+    behaves_as_documented(Tables::Preset, Database::Sqlite).await;
 }

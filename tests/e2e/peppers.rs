@@ -1,4 +1,5 @@
-//! A server with another pepper than the one that keys are made under rejects no valid key: it is not ready, and says why.
+//! A server whose pepper is not the one recorded in the database denies no valid key. It reports that it is not ready,
+//! logs the reason, and answers checks with 503.
 
 use std::{path::Path, time::Duration};
 
@@ -15,8 +16,9 @@ use crate::support::{
 
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// A database, and files with peppers.
+/// A database and a directory with pepper files.
 struct Peppers {
+    /// The server that has the database; `None` for SQLite.
     postgres: Option<Postgres>,
     database: String,
     files: tempfile::TempDir,
@@ -41,7 +43,7 @@ impl Peppers {
         std::fs::write(self.file(name), pepper.repeat(8)).unwrap();
     }
 
-    /// Settings with the pepper `current`, and the others before it; `None`: without a pepper.
+    /// Settings with the pepper `current` (`None`: no pepper) and the previous peppers `previous`.
     fn test_config(&self, current: Option<&str>, previous: &[&str]) -> TestConfig {
         let url = match &self.postgres {
             Some(postgres) => postgres.url("admin", &self.database),
@@ -61,17 +63,18 @@ impl Peppers {
         test_config
     }
 
-    /// Does to the keys what an upgrade finds: no pepper is recorded.
-    async fn forget(&self) {
-        let forget = |schema: &str| {
+    /// Deletes the recorded fingerprints of peppers. After an upgrade from a release that recorded none, the tables
+    /// look like this.
+    async fn clear_recorded(&self) {
+        let clear = |schema: &str| {
             format!(
                 "UPDATE {schema}api_key SET pepper_fingerprint = NULL;
                  UPDATE {schema}meta SET pepper_fingerprint = NULL, previous_pepper_fingerprint = NULL"
             )
         };
         match &self.postgres {
-            Some(postgres) => postgres.execute(&self.database, &forget("trustgate.")).await,
-            None => sqlite(&self.file("trustgate.db"), &forget("")).await,
+            Some(postgres) => postgres.execute(&self.database, &clear("trustgate.")).await,
+            None => sqlite(&self.file("trustgate.db"), &clear("")).await,
         }
     }
 }
@@ -83,7 +86,7 @@ async fn sqlite(path: &Path, sql: &str) {
     sqlx::raw_sql(sqlx::AssertSqlSafe(sql.to_owned())).execute(&mut connection).await.unwrap();
 }
 
-/// The fingerprint that is recorded with a key.
+/// The fingerprint of the pepper that the database records for a key.
 async fn pepper(test_config: &TestConfig, key: &IssuedKey) -> Option<String> {
     let shown: Value = test_config.json(&["key", "show", &key.id]).await;
     shown["pepper"].as_str().map(str::to_owned)
@@ -100,7 +103,7 @@ async fn status(server: &Server, key: &str) -> u16 {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn with_another_pepper_a_server_is_not_ready_and_rejects_nobody() {
+async fn a_server_with_another_pepper_is_not_ready_and_answers_503() {
     let _turn = shared().await;
     for peppers in [Peppers::on_postgres().await, Peppers::on_sqlite()] {
         let old = peppers.test_config(Some("old-pepper"), &[]);
@@ -112,7 +115,7 @@ async fn with_another_pepper_a_server_is_not_ready_and_rejects_nobody() {
         assert!(is_granted(&server, &first).await);
         assert_eq!(status(&server, &made_up_key()).await, 401);
 
-        // Another pepper, and none.
+        // A server with another pepper, and one without a pepper.
         for current in [Some("new-pepper"), None] {
             let wrong = peppers.test_config(current, &[]);
             let other = wrong.listening().await;
@@ -134,7 +137,7 @@ async fn with_another_pepper_a_server_is_not_ready_and_rejects_nobody() {
             assert!(doctor.out.contains("the database records the pepper"), "{doctor:?}");
         }
 
-        // The change that the README describes.
+        // The change of the pepper as the documentation describes it.
         let new = peppers.test_config(Some("new-pepper"), &["old-pepper"]);
         let changed = new.serve().await;
         assert!(is_granted(&changed, &first).await);
@@ -146,14 +149,14 @@ async fn with_another_pepper_a_server_is_not_ready_and_rejects_nobody() {
         let second = new.issue("acme", &[]).await;
         assert_eq!(pepper(&new, &second).await.as_deref(), used["pepper"].as_str());
         assert!(is_granted(&changed, &first).await && is_granted(&changed, &second).await);
-        // Found at a poll: neither needs a restart.
+        // The servers read the recorded pepper at each poll, so neither needs a restart.
         waiting.until_ready().await;
         assert!(is_granted(&waiting, &second).await);
         waiting.until_logged("this server does not have, so it cannot grant them").await;
         assert!((waiting.metric("trustgate_other_pepper_keys").await - 1.0).abs() < 0.5);
-        assert_eq!(server.readiness().await.status, 200, "it has the pepper before");
+        assert_eq!(server.readiness().await.status, 200, "a server with the previous pepper must stay ready");
         server.until_logged("this server does not have, so it cannot grant them").await;
-        // A key that it does not find may be a new one.
+        // This server cannot tell an unknown key from one issued under the new pepper.
         assert_eq!(status(&server, &second.key).await, 503);
         assert!(is_granted(&server, &first).await);
         assert!(old.run(&["key", "issue", "--trust", "acme"]).await.err.contains("pepper use"));
@@ -173,7 +176,7 @@ async fn with_another_pepper_a_server_is_not_ready_and_rejects_nobody() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_check_records_the_pepper_of_keys_from_before_an_upgrade() {
+async fn a_check_records_the_pepper_of_a_key_from_before_an_upgrade() {
     let _turn = shared().await;
     for peppers in [Peppers::on_postgres().await, Peppers::on_sqlite()] {
         let test_config = peppers.test_config(Some("a-pepper"), &[]);
@@ -181,22 +184,26 @@ async fn a_check_records_the_pepper_of_keys_from_before_an_upgrade() {
         test_config.trust("acme").await;
         let (used, unused) = (test_config.issue("acme", &[]).await, test_config.issue("acme", &[]).await);
         let recorded = pepper(&test_config, &used).await;
-        peppers.forget().await;
+        peppers.clear_recorded().await;
         let server = test_config.serve().await;
         assert!(is_granted(&server, &used).await);
         let version = server.metric("trustgate_applied_version").await;
-        eventually("the pepper of the key", PATIENCE, || async { pepper(&test_config, &used).await == recorded }).await;
-        assert_eq!(pepper(&test_config, &unused).await, None, "no check has proven it");
-        // The server recorded its pepper for the database as well, so a command with another one cannot.
+        eventually("the pepper of the key is recorded", PATIENCE, || async {
+            pepper(&test_config, &used).await == recorded
+        })
+        .await;
+        assert_eq!(pepper(&test_config, &unused).await, None, "a pepper is recorded for a key that no check used");
+        // The server also recorded its pepper for the whole database, so a command with another pepper cannot issue
+        // keys.
         let wrong = peppers.test_config(Some("another-pepper"), &[]);
         assert!(wrong.run(&["key", "issue", "--trust", "acme"]).await.err.contains("pepper use"));
         test_config.issue("acme", &[]).await;
-        assert!(server.metric("trustgate_applied_version").await <= version + 1.0, "recording changes no version");
+        assert!(server.metric("trustgate_applied_version").await <= version + 1.0, "recording created a version");
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_pepper_file_that_changes_is_compared_and_not_used() {
+async fn a_changed_pepper_file_is_reported_and_not_used() {
     let _turn = shared().await;
     let peppers = Peppers::on_sqlite();
     let test_config = peppers.test_config(Some("a-pepper"), &[]);

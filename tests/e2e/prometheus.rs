@@ -1,4 +1,4 @@
-//! A real Prometheus reads the metrics, and its own checker has nothing to say against them.
+//! A real Prometheus scrapes the metrics, and its tool `promtool` checks them and the documented alerts.
 
 use std::{
     io::Write as _,
@@ -26,23 +26,27 @@ const PATIENCE: Duration = Duration::from_secs(30);
 const PACKAGE: &str = "prometheus";
 
 #[tokio::test(flavor = "multi_thread")]
-async fn prometheus_scrapes_a_run_and_promtool_finds_nothing() {
+async fn prometheus_scrapes_the_metrics_and_promtool_reports_no_problem() {
     let _turn = shared().await;
     let fixture = Fixture::new(&[]).await;
     let server = fixture.test_config.serve().await;
     let client = CheckClient::connect(server.grpc()).await;
     for case in fixture.keys(7).await {
-        assert_eq!(client.check(&case.key).await.trust_id, case.owner);
+        assert_eq!(client.check(&case.key).await.trust_id, case.trust_id);
     }
     assert_eq!(client.check("key-that-nobody-issued").await.status, 401);
 
     let (_prometheus, address) = start(server.admin()).await;
-    eventually("it has scraped", PATIENCE, || async { value(address, "up").await.as_deref() == Some("1") }).await;
+    eventually("Prometheus has scraped the server", PATIENCE, || async {
+        value(address, "up").await.as_deref() == Some("1")
+    })
+    .await;
     for (query, wanted) in [
         ("trustgate_checks_total{credential=\"key\",decision=\"allow\",reason=\"key\",transport=\"grpc\"}", "7"),
         ("trustgate_checks_total{credential=\"key\",decision=\"deny\",reason=\"unknown\",transport=\"grpc\"}", "1"),
         ("trustgate_check_duration_seconds_count", "8"),
-        // A value whose version no poll confirms within a lease is not kept, so a busy machine may keep fewer than eight.
+        // L1 keeps an entry only after a poll has confirmed its version within a lease, so on a busy machine there may
+        // be fewer than eight entries.
         ("trustgate_cache_entries > bool 0", "1"),
         ("trustgate_store_up", "1"),
         ("trustgate_redis_up", "1"),
@@ -62,22 +66,22 @@ async fn prometheus_scrapes_a_run_and_promtool_finds_nothing() {
         .unwrap();
     promtool.stdin.take().unwrap().write_all(metrics.body.as_bytes()).unwrap();
     let checked = promtool.wait_with_output().unwrap();
-    let said = [checked.stdout, checked.stderr].map(|text| String::from_utf8(text).unwrap()).concat();
-    assert_eq!((checked.status.code(), said.as_str()), (Some(0), ""));
+    let output = [checked.stdout, checked.stderr].map(|text| String::from_utf8(text).unwrap()).concat();
+    assert_eq!((checked.status.code(), output.as_str()), (Some(0), ""));
 }
 
 #[test]
-fn the_alerts_are_rules_and_raise_the_alarm_when_they_should() {
+fn the_documented_alerts_are_valid_and_fire_when_they_should() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     for (kind, file) in [("check", "docs/alerts.yaml"), ("test", "tests/e2e/alerts.yaml")] {
         let ran =
             Command::new(program(&["promtool"], PACKAGE)).args([kind, "rules"]).arg(root.join(file)).output().unwrap();
-        let said = [ran.stdout, ran.stderr].map(|text| String::from_utf8(text).unwrap()).concat();
-        assert!(ran.status.success() && said.contains("SUCCESS"), "{file}: {said}");
+        let output = [ran.stdout, ran.stderr].map(|text| String::from_utf8(text).unwrap()).concat();
+        assert!(ran.status.success() && output.contains("SUCCESS"), "{file}: {output}");
     }
 }
 
-/// A Prometheus that scrapes `target`.
+/// Starts a Prometheus that scrapes `target`; returns it and its address.
 async fn start(target: SocketAddr) -> (Guarded, SocketAddr) {
     for _ in 0..10 {
         let (dir, address) = (directory("prometheus"), SocketAddr::from(([127, 0, 0, 1], free_port())));
@@ -87,24 +91,24 @@ async fn start(target: SocketAddr) -> (Guarded, SocketAddr) {
              static_configs: [{{targets: ['{target}']}}]\n"
         );
         std::fs::write(&config, text).unwrap();
-        let words = [
+        let command = [
             program(&["prometheus"], PACKAGE).display().to_string(),
             format!("--config.file={}", config.display()),
             format!("--storage.tsdb.path={}", dir.join("data").display()),
             format!("--web.listen-address={address}"),
         ];
-        let prometheus = Guarded::start_to(End::Kill, &dir, &words);
+        let prometheus = Guarded::start_with_end(End::Kill, &dir, &command);
         let ready = prometheus.until(async || http::try_get(address, "/-/ready").await.filter(|it| it.status == 200));
         if ready.await.is_some() {
             return (prometheus, address);
         }
-        // Somebody else took the port.
+        // Another process took the port first.
         assert!(prometheus.log().contains("address already in use"), "{}", prometheus.log());
     }
     panic!("Prometheus does not start");
 }
 
-/// The one value that `query` gives at the moment.
+/// The present result of `query`, which must give at most one value.
 async fn value(prometheus: SocketAddr, query: &str) -> Option<String> {
     let encoded = utf8_percent_encode(query, NON_ALPHANUMERIC);
     let answer = http::get(prometheus, &format!("/api/v1/query?query={encoded}"), &[]).await.body;

@@ -1,4 +1,5 @@
-//! What freshness costs the database: nothing is read again that did not change, and little is said while nothing does.
+//! How much work freshness causes in the database: an import makes no replica read unchanged keys again, and without
+//! changes a replica sends few statements.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -23,8 +24,8 @@ use crate::{
 const CACHED: usize = 1_000;
 const IMPORTED: usize = 100_000;
 
-/// A lease that does not expire where polls are late because the import and other programs take the processors: each check would then read
-/// the database, whatever the import did to the cache.
+/// A lease that does not expire where polls are late because the import and other programs use the processors: each check
+/// would then read the database, whatever the import did to the cache.
 const LONG_LEASE: (&str, &str) = ("freshness.lease", "1m");
 
 #[tokio::test(flavor = "multi_thread")]
@@ -42,11 +43,11 @@ async fn an_import_of_100_000_keys_leaves_cached_keys_cached_on_sqlite() {
     test_config.migrate().await;
     let owner = Some(test_config.trust("acme").await);
     let keys = test_config.import("acme", CACHED).await.into_iter();
-    import_beside_traffic(&test_config, keys.map(|key| KeyCase { key, owner: owner.clone() }).collect()).await;
+    import_beside_traffic(&test_config, keys.map(|key| KeyCase { key, trust_id: owner.clone() }).collect()).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn where_processors_are_short_hits_and_polls_go_before_what_misses_wait_for() {
+async fn worker_and_poll_threads_have_a_higher_priority_than_io_threads() {
     let _turn = shared().await;
     let test_config = TestConfig::new();
     test_config.migrate().await;
@@ -54,13 +55,13 @@ async fn where_processors_are_short_hits_and_polls_go_before_what_misses_wait_fo
     let key = test_config.issue("acme", &[]).await;
     let server = test_config.serve().await;
     CheckClient::connect(server.grpc()).await.check(&key.key).await;
-    let of = |prefix| {
+    let niceness = |prefix| {
         let nice = server.niceness().into_iter().filter(|(name, _)| name.starts_with(prefix)).map(|(_, nice)| nice);
         nice.collect::<BTreeSet<_>>()
     };
     let (normal, low) = (0, 3);
-    for (threads, nice) in [("core-", normal), ("trustgate-poll", normal), ("trustgate-io", low)] {
-        assert_eq!(of(threads), [nice].into(), "{threads}");
+    for (threads, nice) in [("worker-", normal), ("trustgate-poll", normal), ("trustgate-io", low)] {
+        assert_eq!(niceness(threads), [nice].into(), "{threads}");
     }
 }
 
@@ -68,7 +69,7 @@ async fn import_beside_traffic(test_config: &TestConfig, cached: Vec<KeyCase>) {
     let server = test_config.serve().await;
     let client = CheckClient::connect(server.grpc()).await;
     let imported = made_up_key();
-    client.hold(&cached).await;
+    client.fill_cache(&cached).await;
     let file = test_config.path().join("keys");
     let digests = (1..IMPORTED).map(|_| {
         let mut digest = [0; 32];
@@ -85,7 +86,7 @@ async fn import_beside_traffic(test_config: &TestConfig, cached: Vec<KeyCase>) {
     let answer = test_config.json(&["key", "import", "--trust", "acme", &path]).await;
     let took = start.elapsed();
     assert_eq!(answer["imported"], IMPORTED, "{answer}");
-    // Long enough for every cached key to be asked for once more, after everybody knows of the import.
+    // At 500 checks per second this is long enough to check each cached key once more after the import was applied.
     sleep(Duration::from_secs(3)).await;
     let probes = probing.stop().await;
     let read = reads(&server).await - before;
@@ -94,23 +95,23 @@ async fn import_beside_traffic(test_config: &TestConfig, cached: Vec<KeyCase>) {
     assert!(wrong.is_empty(), "{} of {}: {:?}", wrong.len(), probes.len(), wrong[0]);
     assert!(probes.len() >= CACHED);
     let limit = f64::from(u32::try_from(CACHED / 100).unwrap());
-    assert!(read <= limit, "{read} reads, {limit} are allowed");
-    // And that they were imported is known.
+    assert!(read <= limit, "{read} reads of the database, at most {limit} are allowed");
+    // The replica has applied the import: it grants an imported key.
     assert_eq!(client.check(&imported).await.status, 200);
 }
 
-/// Reads of the database for checks, whatever came of them.
+/// Reads of the database for checks, successful or not.
 async fn reads(server: &Server) -> f64 {
     server.metric("trustgate_store_reads_total{outcome=\"ok\"}").await
         + server.metric("trustgate_store_reads_total{outcome=\"error\"}").await
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn while_nothing_changes_a_replica_sends_eleven_polls_and_one_write_a_second_at_most() {
+async fn without_changes_a_replica_sends_at_most_eleven_polls_and_one_write_per_second() {
     const LENGTH: Duration = Duration::from_secs(10);
     let _turn = exclusive().await;
     let mut fixture = Fixture::with_default_deadlines(&[]).await;
-    let held = fixture.keys(100).await;
+    let cached = fixture.keys(100).await;
     let names = ["replica-one", "replica-two", "replica-three"];
     let url = fixture.postgres.url("admin", &fixture.database);
     let mut probing = Vec::new();
@@ -119,11 +120,11 @@ async fn while_nothing_changes_a_replica_sends_eleven_polls_and_one_write_a_seco
         fixture.test_config.set("store.url", format!("{url}&application_name={name}"));
         let server = fixture.test_config.serve().await;
         let client = CheckClient::connect(server.grpc()).await;
-        client.hold(&held).await;
-        probing.push(Probing::start(&client, 100, held.iter().map(|case| case.key.clone()).collect(), &[]));
+        client.fill_cache(&cached).await;
+        probing.push(Probing::start(&client, 100, cached.iter().map(|case| case.key.clone()).collect(), &[]));
         servers.push(server);
     }
-    // What a replica does in its first moments is not what it does all day.
+    // Startup takes statements that do not recur, so let it pass before counting.
     sleep(Duration::from_secs(2)).await;
     for sql in [
         "ALTER SYSTEM SET log_line_prefix = 'said by %a, '",
@@ -141,26 +142,26 @@ async fn while_nothing_changes_a_replica_sends_eleven_polls_and_one_write_a_seco
         assert!(probing.stop().await.iter().all(Probe::is_grant));
     }
 
-    let said = said(&log[before..]);
+    let statements = statements(&log[before..]);
     for name in names {
         let mut counts = BTreeMap::new();
-        for statement in said.get(name).unwrap_or_else(|| panic!("{name} said nothing")) {
+        for statement in statements.get(name).unwrap_or_else(|| panic!("{name} sent no statement")) {
             *counts.entry(kind(statement)).or_insert(0) += 1;
         }
         println!("{name} in {took:?}: {counts:?}");
         let at_most = |kind, per_second: u64| {
-            // One more than fits into the time, since it may begin and end with one.
+            // The period may begin and end with a statement, so allow one more than the rate gives.
             let limit = u128::from(per_second) * took.as_millis() / 1_000 + 1;
             let count: u128 = counts.get(&kind).copied().unwrap_or(0);
-            assert!(count <= limit, "{count} of {kind:?}, {limit} are allowed");
+            assert!(count <= limit, "{count} of {kind:?}, at most {limit} are allowed");
         };
-        assert!(counts[&Kind::Poll] >= 50, "is it a poll that is counted? {counts:?}");
+        assert!(counts[&Kind::Poll] >= 50, "too few polls: does `kind` recognise them? {counts:?}");
         at_most(Kind::Poll, 11);
         at_most(Kind::Write, 1);
         at_most(Kind::Setting, 12);
-        // The connection for hints is asked every 10 s whether it is still there.
-        at_most(Kind::Hints, 1);
-        let others: Vec<_> = said[name].iter().filter(|statement| kind(statement) == Kind::Other).collect();
+        // Every 10 s a replica checks that its connection for notifications still listens.
+        at_most(Kind::Listening, 1);
+        let others: Vec<_> = statements[name].iter().filter(|statement| kind(statement) == Kind::Other).collect();
         assert!(others.is_empty(), "{others:?}");
     }
 }
@@ -169,9 +170,10 @@ async fn while_nothing_changes_a_replica_sends_eleven_polls_and_one_write_a_seco
 enum Kind {
     Poll,
     Write,
-    /// Sent in one message with a poll or a write.
+    /// A setting of the session, sent in one message with a poll or a write.
     Setting,
-    Hints,
+    /// The check that the connection for notifications still listens.
+    Listening,
     Other,
 }
 
@@ -182,7 +184,7 @@ fn kind(statement: &str) -> Kind {
     } else if statement.contains(".poll(") {
         Kind::Poll
     } else if statement.contains("pg_listening_channels") {
-        Kind::Hints
+        Kind::Listening
     } else if statement.starts_with("set local") {
         Kind::Setting
     } else {
@@ -190,28 +192,28 @@ fn kind(statement: &str) -> Kind {
     }
 }
 
-/// What the log says that everybody said.
-fn said(log: &str) -> BTreeMap<&str, Vec<String>> {
-    let mut said = BTreeMap::<_, Vec<String>>::new();
-    let mut speaker = None;
+/// The statements in a log of PostgreSQL, by the name of the application that sent them.
+fn statements(log: &str) -> BTreeMap<&str, Vec<String>> {
+    let mut statements = BTreeMap::<_, Vec<String>>::new();
+    let mut sender = None;
     for line in log.lines() {
         let entry = line.strip_prefix("said by ").and_then(|line| line.split_once(", LOG:  "));
         if let Some((name, message)) = entry {
             let statement = message.strip_prefix("statement: ").or_else(|| {
                 message.starts_with("execute ").then(|| message.split_once(": ")).flatten().map(|(_, it)| it)
             });
-            speaker = statement.map(|_| name);
+            sender = statement.map(|_| name);
             if let Some(statement) = statement {
-                said.entry(name).or_default().push(statement.to_owned());
+                statements.entry(name).or_default().push(statement.to_owned());
             }
-        } else if let (Some(name), Some(more)) = (speaker, line.strip_prefix('\t')) {
-            // A statement goes on in the next line.
-            let statement = said.get_mut(name).and_then(|statements| statements.last_mut()).unwrap();
+        } else if let (Some(name), Some(more)) = (sender, line.strip_prefix('\t')) {
+            // PostgreSQL begins each further line of a statement with a tab.
+            let statement = statements.get_mut(name).and_then(|sent| sent.last_mut()).unwrap();
             statement.push('\n');
             statement.push_str(more);
         } else {
-            speaker = None;
+            sender = None;
         }
     }
-    said
+    statements
 }

@@ -1,4 +1,4 @@
-//! A Redis that is there and refuses commands: it became a replica, or it has no memory left.
+//! A Redis that answers but refuses commands, because it became a replica or has no memory left.
 
 use std::{net::SocketAddr, time::Duration};
 
@@ -21,23 +21,24 @@ use crate::{
 
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// A port that leads to a Redis, or after a failover to another one. Connections that are open stay where they are.
+/// Forwards new connections to the Redis at `target`, or after a failover to the address that was sent to the channel.
+/// Open connections keep their target.
 async fn forwarder(target: SocketAddr) -> (SocketAddr, watch::Sender<SocketAddr>) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
-    let (leads_to, target) = watch::channel(target);
+    let (target_sender, target) = watch::channel(target);
     tokio::spawn(async move {
         loop {
             let (mut stream, _) = listener.accept().await.unwrap();
-            let goal = *target.borrow();
+            let target = *target.borrow();
             tokio::spawn(async move {
-                if let Ok(mut redis) = TcpStream::connect(goal).await {
+                if let Ok(mut redis) = TcpStream::connect(target).await {
                     let _ = copy_bidirectional(&mut stream, &mut redis).await;
                 }
             });
         }
     });
-    (address, leads_to)
+    (address, target_sender)
 }
 
 fn address(redis: &Redis) -> SocketAddr {
@@ -72,14 +73,14 @@ async fn served(url: String) -> (TestConfig, Server, CheckClient) {
 async fn a_connection_to_a_node_that_became_a_replica_is_replaced() {
     let _turn = shared().await;
     let (old, new) = (Redis::start().await, Redis::start().await);
-    let (way, leads_to) = forwarder(address(&old)).await;
-    let (test_config, server, client) = served(format!("redis://{way}")).await;
+    let (front, target_sender) = forwarder(address(&old)).await;
+    let (test_config, server, client) = served(format!("redis://{front}")).await;
     granted(&client, &test_config.issue("acme", &[]).await).await;
     eventually("the record is in Redis", PATIENCE, || async { size(&old).await == 1 }).await;
 
     let master = address(&new);
     old.ask::<()>(&["REPLICAOF", &master.ip().to_string(), &master.port().to_string()]).await;
-    leads_to.send(master).unwrap();
+    target_sender.send(master).unwrap();
     eventually("records reach the new master", PATIENCE, || async {
         granted(&client, &test_config.issue("acme", &[]).await).await;
         size(&new).await > 0
@@ -87,7 +88,7 @@ async fn a_connection_to_a_node_that_became_a_replica_is_replaced() {
     .await;
     assert!(refused(&server, "readonly").await > 0.5);
     assert_eq!(lines(&server, "redis refuses commands"), 1, "{}", server.log());
-    eventually("the log says when it is over", PATIENCE, || async {
+    eventually("the log reports that Redis accepts writes again", PATIENCE, || async {
         granted(&client, &test_config.issue("acme", &[]).await).await;
         lines(&server, "redis accepts writes again") == 1
     })
@@ -95,7 +96,7 @@ async fn a_connection_to_a_node_that_became_a_replica_is_replaced() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn writes_that_are_refused_for_want_of_memory_are_counted_and_logged_once() {
+async fn writes_refused_for_lack_of_memory_are_counted_and_logged_once() {
     let _turn = shared().await;
     let redis = Redis::start().await;
     let (test_config, server, client) = served(redis.url()).await;
@@ -106,10 +107,10 @@ async fn writes_that_are_refused_for_want_of_memory_are_counted_and_logged_once(
             .await;
     }
     assert_eq!(lines(&server, "redis refuses commands"), 1, "{}", server.log());
-    // The connection is as good as any other.
-    assert_eq!(lines(&server, "connected to redis\""), 1, "{}", server.log());
+    // The server keeps its connection, because a new one would meet the same refusal.
+    assert_eq!(lines(&server, "redis connection established\""), 1, "{}", server.log());
     redis.ask::<()>(&["CONFIG", "SET", "maxmemory", "0"]).await;
-    eventually("the log says when it is over", PATIENCE, || async {
+    eventually("the log reports that Redis accepts writes again", PATIENCE, || async {
         granted(&client, &test_config.issue("acme", &[]).await).await;
         lines(&server, "redis accepts writes again") == 1
     })

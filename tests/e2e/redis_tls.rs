@@ -1,4 +1,5 @@
-//! Redis in every set-up, with TLS and a password, and a Redis in which somebody else writes: it never decides anything.
+//! Redis with TLS and a password, behind Sentinels and as a Cluster, and a Redis into which other programs write:
+//! forged values grant nothing.
 
 use std::time::Duration;
 
@@ -12,7 +13,7 @@ use crate::{
         eventually,
         grpc::CheckClient,
         postgres::Postgres,
-        redis::{Cluster, MASTER, Redis, USER, Watched},
+        redis::{Cluster, MASTER, Redis, SentinelSetup, USER},
         server::{Server, TestConfig, made_up_key},
         shared,
     },
@@ -21,33 +22,34 @@ use crate::{
 const PATIENCE: Duration = Duration::from_secs(30);
 
 #[tokio::test(flavor = "multi_thread")]
-async fn with_tls_user_and_password_replicas_share_what_they_read() {
+async fn replicas_share_records_through_redis_with_tls_user_and_password() {
     let _turn = shared().await;
     let (redis, mut test_config, _postgres) = secured().await;
     test_config.set("redis.ca_file", redis.ca_file().display().to_string());
-    two_share_what_they_read(&test_config, async |_| redis.connection().await).await;
+    assert_replicas_share(&test_config, async |_| redis.connection().await).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn behind_sentinels_replicas_share_what_they_read() {
+async fn replicas_share_records_through_redis_behind_sentinels() {
     let _turn = shared().await;
-    let (postgres, watched) = (Postgres::shared().await, Watched::start(false).await);
-    let urls = ["redis://127.0.0.1:1".to_owned(), watched.sentinel.url()].join(", ");
+    let (postgres, sentinels) = (Postgres::shared().await, SentinelSetup::start(false).await);
+    let urls = ["redis://127.0.0.1:1".to_owned(), sentinels.sentinel.url()].join(", ");
     let test_config = test_config(&postgres, &[("redis.url", &urls), ("redis.sentinel_master", MASTER)]).await;
-    two_share_what_they_read(&test_config, async |_| watched.master.connection().await).await;
+    assert_replicas_share(&test_config, async |_| sentinels.master.connection().await).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn in_a_cluster_replicas_share_what_they_read() {
+async fn replicas_share_records_through_a_redis_cluster() {
     let _turn = shared().await;
     let (postgres, cluster) = (Postgres::shared().await, Cluster::start(false).await);
     let urls: Vec<_> = cluster.nodes.iter().map(Redis::url).collect();
     let test_config = test_config(&postgres, &[("redis.url", &urls.join(",")), ("redis.cluster", "true")]).await;
-    two_share_what_they_read(&test_config, async |name: &str| cluster.home_of(name).await.0.connection().await).await;
+    assert_replicas_share(&test_config, async |name: &str| cluster.node_of(name).await.0.connection().await).await;
 }
 
-/// Two replicas, of which one reads the database and the other Redis; `home` gives the server for a name.
-async fn two_share_what_they_read(test_config: &TestConfig, home: impl AsyncFn(&str) -> MultiplexedConnection) {
+/// Starts two replicas and asserts that the first reads a key from the database and the second reads it from Redis.
+/// `home` connects to the Redis node that stores the entry with a given name.
+async fn assert_replicas_share(test_config: &TestConfig, home: impl AsyncFn(&str) -> MultiplexedConnection) {
     let key = test_config.issue("acme", &[]).await;
     let (one, other) = (test_config.serve().await, test_config.serve().await);
     for server in [&one, &other] {
@@ -61,43 +63,43 @@ async fn two_share_what_they_read(test_config: &TestConfig, home: impl AsyncFn(&
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn with_the_wrong_password_it_serves_without_redis_and_says_why() {
+async fn with_a_wrong_redis_password_the_server_runs_without_redis_and_logs_the_cause() {
     let _turn = shared().await;
     let (redis, mut test_config, _postgres) = secured().await;
     test_config.set("redis.ca_file", redis.ca_file().display().to_string());
     std::fs::write(test_config.path().join("password"), "wrong").unwrap();
-    let server = serves_without(&test_config, "AuthenticationFailed").await;
-    assert!(!server.log().contains("connected to redis"));
-    // The file is read at every connect: no restart is needed.
+    let server = serve_without_redis(&test_config, "AuthenticationFailed").await;
+    assert!(!server.log().contains("redis connection established"));
+    // The server reads the password file at each connect, so it needs no restart.
     std::fs::write(test_config.path().join("password"), USER.1).unwrap();
     until_connected(&server).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn without_the_password_it_serves_without_redis_and_says_why() {
+async fn without_the_redis_password_the_server_runs_without_redis_and_logs_the_cause() {
     let _turn = shared().await;
     let (postgres, redis) = (Postgres::shared().await, Redis::start_secured().await);
     let url = redis.url().replace(&format!("{}@", USER.0), "");
     let test_config =
         test_config(&postgres, &[("redis.url", &url), ("redis.ca_file", &redis.ca_file().display().to_string())]).await;
-    serves_without(&test_config, "NOAUTH").await;
+    serve_without_redis(&test_config, "NOAUTH").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn with_the_wrong_authority_it_serves_without_redis_and_says_why() {
+async fn with_another_certificate_authority_the_server_runs_without_redis_and_logs_the_cause() {
     let _turn = shared().await;
     let (_redis, mut test_config, _postgres) = secured().await;
-    let stranger = Redis::start_secured().await;
-    test_config.set("redis.ca_file", stranger.ca_file().display().to_string());
-    serves_without(&test_config, "certificate").await;
+    let other_redis = Redis::start_secured().await;
+    test_config.set("redis.ca_file", other_redis.ca_file().display().to_string());
+    serve_without_redis(&test_config, "certificate").await;
 }
 
-async fn serves_without(test_config: &TestConfig, why: &str) -> Server {
+async fn serve_without_redis(test_config: &TestConfig, why: &str) -> Server {
     let key = test_config.issue("acme", &[]).await;
     let server = test_config.serve().await;
-    server.until_logged("cannot connect to redis").await;
+    server.until_logged("redis connection failed").await;
     let log = server.log();
-    let line = log.lines().find(|line| line.contains("cannot connect to redis")).unwrap();
+    let line = log.lines().find(|line| line.contains("redis connection failed")).unwrap();
     assert!(line.contains(why), "{line}");
     assert!(!log.contains(USER.1), "{log}");
     let client = CheckClient::connect(server.grpc()).await;
@@ -108,7 +110,7 @@ async fn serves_without(test_config: &TestConfig, why: &str) -> Server {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_others_write_into_redis_is_refused_deleted_and_grants_nothing() {
+async fn forged_redis_values_are_refused_deleted_and_grant_nothing() {
     let _turn = shared().await;
     let fixture = Fixture::new(&PATIENT_REDIS).await;
     let server = fixture.test_config.serve().await;
@@ -123,8 +125,8 @@ async fn what_others_write_into_redis_is_refused_deleted_and_grants_nothing() {
     let mut forged = vec![
         ("noise", (0..genuine.len()).map(|at| u8::try_from((at * 37 + 2) % 256).unwrap()).collect()),
         ("the value of another key", genuine.clone()),
-        ("half of it", genuine[..genuine.len() / 2].to_vec()),
-        ("more than it", [&genuine[..], b"x"].concat()),
+        ("half of a value", genuine[..genuine.len() / 2].to_vec()),
+        ("a value with one byte more", [&genuine[..], b"x"].concat()),
     ];
     forged.extend((1..genuine.len()).step_by(16).map(|at| {
         let mut changed = genuine.clone();
@@ -133,43 +135,43 @@ async fn what_others_write_into_redis_is_refused_deleted_and_grants_nothing() {
     }));
     let count = forged.len();
     for (what, value) in forged {
-        // Under a key that nobody issued ...
-        let stranger = made_up_key();
-        connection.set::<_, _, ()>(name(&stranger), value).await.unwrap();
-        let verdict = client.check(&stranger).await;
+        // A forged value for a key that was not issued.
+        let unissued = made_up_key();
+        connection.set::<_, _, ()>(name(&unissued), value).await.unwrap();
+        let verdict = client.check(&unissued).await;
         assert_eq!((verdict.status, verdict.reason.as_deref()), (401, Some("unknown")), "{what}");
-        assert!(!connection.exists::<_, bool>(name(&stranger)).await.unwrap(), "{what} was not deleted");
+        assert!(!connection.exists::<_, bool>(name(&unissued)).await.unwrap(), "{what} was not deleted");
     }
     assert!((server.l2("refused").await - f64::from(u32::try_from(count).unwrap())).abs() < 0.5);
-    // What another release may have written grants nothing either, but is left to it.
+    // Values that another release may have written grant nothing either, but this server leaves them in Redis.
     for (what, value) in [
         ("nothing", Vec::new()),
         ("text", b"{\"trust_id\":\"00000000-0000-0000-0000-000000000001\"}".to_vec()),
-        ("the layout before", [&[1], &genuine[1..]].concat()),
-        ("a layout to come", [&[3], &genuine[1..]].concat()),
+        ("the previous layout", [&[1], &genuine[1..]].concat()),
+        ("a later layout", [&[3], &genuine[1..]].concat()),
     ] {
-        let stranger = made_up_key();
-        connection.set::<_, _, ()>(name(&stranger), value).await.unwrap();
-        assert_eq!(client.check(&stranger).await.reason.as_deref(), Some("unknown"), "{what}");
-        assert!(connection.exists::<_, bool>(name(&stranger)).await.unwrap(), "{what} was deleted");
+        let unissued = made_up_key();
+        connection.set::<_, _, ()>(name(&unissued), value).await.unwrap();
+        assert_eq!(client.check(&unissued).await.reason.as_deref(), Some("unknown"), "{what}");
+        assert!(connection.exists::<_, bool>(name(&unissued)).await.unwrap(), "{what} was deleted");
     }
-    // ... and under one that belongs to somebody else: who it belongs to, the database says.
+    // The value of one key under the name of another. The database decides which trust the other key belongs to.
     connection.set::<_, _, ()>(name(&other.key), &genuine).await.unwrap();
     assert_eq!(client.check(&other.key).await.trust_id, Some(other.trust_id));
-    eventually("a genuine value took its place", PATIENCE, || async {
+    eventually("a genuine value has replaced the forged one", PATIENCE, || async {
         let value: Option<Vec<u8>> = connection.clone().get(name(&other.key)).await.unwrap();
         value.is_some_and(|value| value != genuine)
     })
     .await;
-    // Not even a text.
-    let (stranger, refused) = (made_up_key(), server.l2("refused").await);
-    connection.lpush::<_, _, ()>(name(&stranger), &genuine).await.unwrap();
-    assert_eq!(client.check(&stranger).await.status, 401);
-    assert!(!connection.exists::<_, bool>(name(&stranger)).await.unwrap());
+    // A value that is a Redis list instead of a string.
+    let (unissued, refused) = (made_up_key(), server.l2("refused").await);
+    connection.lpush::<_, _, ()>(name(&unissued), &genuine).await.unwrap();
+    assert_eq!(client.check(&unissued).await.status, 401);
+    assert!(!connection.exists::<_, bool>(name(&unissued)).await.unwrap());
     assert!(server.l2("refused").await > refused);
 }
 
-/// A Redis with TLS and a password, and settings that name them, without the authority to trust.
+/// A Redis with TLS and a password, and settings for both except `redis.ca_file`.
 async fn secured() -> (Redis, TestConfig, std::sync::Arc<Postgres>) {
     let (postgres, redis) = (Postgres::shared().await, Redis::start_secured().await);
     let mut test_config = test_config(&postgres, &[("redis.url", &redis.url())]).await;
@@ -179,7 +181,7 @@ async fn secured() -> (Redis, TestConfig, std::sync::Arc<Postgres>) {
     (redis, test_config, postgres)
 }
 
-/// These settings and a new database, in which there is a trust.
+/// These settings and a new database with the trust "acme".
 async fn test_config(postgres: &Postgres, settings: &[(&str, &str)]) -> TestConfig {
     let database = postgres.database().await;
     let mut test_config = TestConfig::new().with("store.url", postgres.url("admin", &database));
@@ -195,13 +197,13 @@ async fn until_connected(server: &Server) {
     eventually("Redis is connected", PATIENCE, || async { server.metric("trustgate_redis_up").await > 0.0 }).await;
 }
 
-/// Where the value of `key` stands in Redis.
+/// The name of the Redis entry for `key`.
 fn name(key: &str) -> String {
     let digest = ApiKeyDigest::from_bytes(Sha256::digest(key).into());
     format!("trustgate:api_key:{}", digest.to_hex())
 }
 
-/// The value of `key`, once it is there.
+/// Waits until Redis has the value for `key`, and returns it.
 async fn genuine(connection: &mut MultiplexedConnection, key: &str) -> Vec<u8> {
     eventually("the value is in Redis", PATIENCE, || async {
         connection.clone().exists::<_, bool>(name(key)).await.unwrap()

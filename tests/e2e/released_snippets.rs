@@ -1,8 +1,9 @@
-//! The configurations of Envoy that were shipped before: users have copied them, and they must work with the present server.
+//! Operators have copied the Envoy configurations of earlier releases, so these must work with the present server.
+//! Another test checks `credential.query_removal = "exact"`, which needs one change of the shipped configuration.
 
 use crate::support::{envoy::Plan, http, server::TestConfig, shared};
 
-/// Each with the change that followed it.
+/// Released configurations, each with a description of the change that came after it.
 const RELEASED: [(&str, &str); 1] =
     [("before identity headers were allowed by their prefix", include_str!("released/envoy-1.yaml"))];
 
@@ -22,7 +23,7 @@ async fn every_released_configuration_works_with_the_present_server() {
         assert_eq!(granted.status, 200, "{name}: {granted:?}");
         assert_eq!(granted.saw("x-trust-id").as_ref(), Some(&admin.trust_id), "{name}");
         assert_eq!(granted.saw("x-trust-scopes").as_deref(), Some("admin"), "{name}");
-        assert_eq!(granted.saw("x-api-key"), None, "{name}: the application sees the key");
+        assert_eq!(granted.saw("x-api-key"), None, "{name}: the application gets the key");
         assert_eq!(envoy.get("/admin/a", &[("x-api-key", &plain.key)]).await.status, 403, "{name}");
         assert_eq!(envoy.get("/", &[]).await.status, 401, "{name}");
         assert_eq!(envoy.get("/public/a", &[]).await.status, 200, "{name}");
@@ -30,7 +31,7 @@ async fn every_released_configuration_works_with_the_present_server() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_key_is_cut_out_of_the_query_byte_for_byte_where_the_path_may_be_set() {
+async fn exact_query_removal_leaves_the_rest_of_the_query_unchanged() {
     let _turn = shared().await;
     let test_config =
         TestConfig::new().with("credential.sources", "query:key").with("credential.query_removal", "exact");

@@ -1,4 +1,5 @@
-//! What callers can make a server hold has a bound: memory, connections and time, on every listener.
+//! Callers cannot make a server use memory, connections or time without bound. Signals end the server in a limited
+//! time, whatever its connections do.
 
 use std::{sync::Mutex, time::Duration};
 
@@ -19,10 +20,10 @@ use crate::support::{
     shared,
 };
 
-/// What one kind of caller may add to the memory of a server, in MiB.
+/// How much the callers of one test may add to the memory of a server, in MiB.
 const GROWTH_MAX: f64 = 32.0;
 
-/// And how much of it may be left once the callers are gone.
+/// How much of the added memory may remain after the callers have disconnected, in MiB.
 const LEFT_MAX: f64 = 8.0;
 
 struct Fixture {
@@ -49,28 +50,29 @@ impl Fixture {
         connect(TcpStream::connect(self.server.grpc()).await.unwrap()).await
     }
 
-    /// Runs `callers` twice. Peak memory after both runs must stay within [`GROWTH_MAX`] of the start, so that repeated attacks do not
-    /// accumulate memory.
-    async fn holds_little<C>(&self, what: &str, callers: impl AsyncFn() -> C) {
+    /// Runs `callers` twice. Peak memory after both runs must stay within [`GROWTH_MAX`] of the start, so that repeated
+    /// attacks do not accumulate memory.
+    async fn assert_memory_is_bounded<C>(&self, what: &str, callers: impl AsyncFn() -> C) {
         let before = self.server.memory();
         let first = callers().await;
-        let held = self.server.memory();
+        let after_first = self.server.memory();
         drop(first);
         let second = callers().await;
-        let again = self.server.memory();
-        println!("{what}: {:.1} MiB more, {:.1} the second time", held.peak - before.now, again.peak - before.now);
-        assert!(again.peak - before.now < GROWTH_MAX, "{what}: {before:?}, then {held:?}, then {again:?}");
+        let after_second = self.server.memory();
+        let growth = (after_first.peak - before.now, after_second.peak - before.now);
+        println!("{what}: the peak grew by {:.1} MiB, and by {:.1} MiB after the second run", growth.0, growth.1);
+        assert!(growth.1 < GROWTH_MAX, "{what}: {before:?}, then {after_first:?}, then {after_second:?}");
         // Checks on a new connection are still granted.
         granted(&CheckClient::connect(self.server.grpc()).await, &self.key).await;
         drop(second);
-        self.falls_back(what, before).await;
+        self.until_released(what, before).await;
     }
 
-    /// Waits until the memory of a server is what it was `before`, but for a few buffers.
-    async fn falls_back(&self, what: &str, before: Memory) {
-        let falls = "memory falls back after the connections ended";
-        eventually(falls, Duration::from_secs(40), async || self.server.memory().now < before.now + LEFT_MAX).await;
-        println!("{what}: {:.1} MiB more once they had ended", self.server.memory().now - before.now);
+    /// Waits until the memory of the server is at most [`LEFT_MAX`] above `before`.
+    async fn until_released(&self, what: &str, before: Memory) {
+        let released = "the server releases memory after the connections ended";
+        eventually(released, Duration::from_secs(40), async || self.server.memory().now < before.now + LEFT_MAX).await;
+        println!("{what}: {:.1} MiB more after the connections ended", self.server.memory().now - before.now);
     }
 }
 
@@ -87,13 +89,13 @@ async fn unfinished_admin_requests_are_bounded() {
             let _ = timeout(Duration::from_millis(5), caller.write_all(padding.as_bytes())).await;
             callers.push(caller);
         }
-        // Probes get through all the same.
+        // Readiness probes succeed meanwhile.
         for _ in 0..10 {
             assert_eq!(fixture.server.readiness().await.status, 200);
         }
         callers
     };
-    fixture.holds_little("1 000 unfinished heads", unfinished).await;
+    fixture.assert_memory_is_bounded("1 000 unfinished heads", unfinished).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -108,7 +110,7 @@ async fn health_watches_are_bounded() {
                 .map(|_| {
                     let head = head_of("/grpc.health.v1.Health/Watch");
                     let (watch, mut stream) = connection.clone().send_request(head, false).unwrap();
-                    // Fails where the server has refused the stream already.
+                    // This fails if the server has refused the stream already.
                     let _ = stream.send_data(frame_bytes(b""), true);
                     watch
                 })
@@ -125,11 +127,11 @@ async fn health_watches_are_bounded() {
             }
             callers.push(connection);
         }
-        println!("{} watch, {refused} are refused", watching.len());
-        assert!((500..1_000).contains(&watching.len()), "{} watch", watching.len());
+        println!("{} streams watch, the server refused {refused}", watching.len());
+        assert!((500..1_000).contains(&watching.len()), "{} streams watch", watching.len());
         (callers, watching)
     };
-    fixture.holds_little("10 000 watchers", callers).await;
+    fixture.assert_memory_is_bounded("10 000 watchers", callers).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -140,7 +142,7 @@ async fn streams_without_a_message_are_bounded() {
         let mut callers = Vec::new();
         for _ in 0..40 {
             let connection = fixture.connection().await;
-            // Those beyond `limits.streams_per_connection` wait at the caller until others have ended.
+            // The client queues streams beyond `limits.streams_per_connection` until earlier ones have ended.
             let unfinished: Vec<_> =
                 (0..1_000).map(|_| connection.clone().send_request(head(), false).unwrap()).collect();
             callers.push((connection, unfinished));
@@ -154,7 +156,7 @@ async fn streams_without_a_message_are_bounded() {
                         assert_eq!(status, 408);
                         late += 1;
                     }
-                    // Opened before the caller knew the limit.
+                    // The client opened this stream before it had received the limit.
                     Err(error) => {
                         assert_eq!(error.reason(), Some(h2::Reason::REFUSED_STREAM));
                         refused += 1;
@@ -163,20 +165,20 @@ async fn streams_without_a_message_are_bounded() {
             }
             assert_eq!(answer(call(connection, &fixture.key.key)).await.unwrap().status, 200);
         }
-        println!("{refused} refused at once, {late} after their time");
+        println!("{refused} streams refused at once, {late} after the timeout");
         callers
     };
-    fixture.holds_little("40 000 streams without a message", callers).await;
+    fixture.assert_memory_is_bounded("40 000 streams without a message", callers).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn bursts_of_calls_are_bounded() {
     let _turn = exclusive().await;
     let fixture = Fixture::new(&[]).await;
-    // Both bursts use the same connections: what a burst takes stays with its connection until that ends.
-    let kept = Mutex::new(None);
+    // Both bursts use the same connections, because a connection keeps the buffers of a burst until it ends.
+    let reused = Mutex::new(None);
     let bursts = async || {
-        let earlier = kept.lock().unwrap().take();
+        let earlier = reused.lock().unwrap().take();
         let connections = if let Some(connections) = earlier {
             connections
         } else {
@@ -184,7 +186,7 @@ async fn bursts_of_calls_are_bounded() {
             for _ in 0..200 {
                 connections.push(fixture.connection().await);
             }
-            *kept.lock().unwrap() = Some(connections.clone());
+            *reused.lock().unwrap() = Some(connections.clone());
             connections
         };
         for connection in &connections {
@@ -195,7 +197,7 @@ async fn bursts_of_calls_are_bounded() {
         }
         connections
     };
-    fixture.holds_little("bursts of 1 000 calls on 200 connections", bursts).await;
+    fixture.assert_memory_is_bounded("bursts of 1 000 calls on 200 connections", bursts).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -214,7 +216,8 @@ async fn unread_answers_are_bounded() {
             let mut unread = Vec::new();
             for number in 0..64 {
                 unread.push(call(&closed, &fixture.key.key));
-                // Others are answered on the same workers in between, so that buffers would be shared with them.
+                // Another connection gets answers from the same workers in between. If connections shared buffers, an
+                // unread answer would keep a whole shared buffer alive.
                 if number % 50 == 0 {
                     assert_eq!(answer(call(&reader, &fixture.key.key)).await.unwrap().status, 200);
                 }
@@ -223,11 +226,11 @@ async fn unread_answers_are_bounded() {
         }
         callers
     };
-    fixture.holds_little("12 800 unread answers", callers).await;
+    fixture.assert_memory_is_bounded("12 800 unread answers", callers).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn one_watch_does_not_keep_connections_away_from_its_worker() {
+async fn a_health_watch_does_not_keep_connections_away_from_its_worker() {
     let _turn = exclusive().await;
     let fixture = Fixture::new(&[]).await;
     let workers = std::thread::available_parallelism().unwrap().get();
@@ -239,23 +242,24 @@ async fn one_watch_does_not_keep_connections_away_from_its_worker() {
     for _ in 0..10 * workers {
         connections.push(fixture.connection().await);
     }
-    let before = fixture.server.waits_of_cores();
+    let before = fixture.server.worker_waits();
     for _ in 0..50 {
         for connection in &connections {
             assert_eq!(answer(call(connection, &fixture.key.key)).await.unwrap().status, 200);
         }
     }
-    let after = fixture.server.waits_of_cores();
+    let after = fixture.server.worker_waits();
     let busy = after.iter().filter(|(name, waits)| *waits - before[*name] > 100).count();
     assert_eq!(busy, workers, "{before:?}, then {after:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn sigterm_ends_the_server_whatever_is_open() {
+async fn sigterm_ends_the_server_in_time_despite_open_connections() {
     let _turn = exclusive().await;
     let fixture = Fixture::new(&[("limits.drain_delay", "1s"), ("limits.drain_grace", "2s")]).await;
     let mut open = Vec::new();
-    // On the admin listener: half a request line, a head without its end, an answer that is not read.
+    // On the admin listener: half a request line, an unfinished head, and a request whose answer the caller does not
+    // read.
     for bytes in
         [&b"GET /met"[..], b"GET /metrics HTTP/1.1\r\nhost: a\r\n", b"GET /metrics HTTP/1.1\r\nhost: a\r\n\r\n"]
     {
@@ -265,7 +269,8 @@ async fn sigterm_ends_the_server_whatever_is_open() {
             open.push(caller);
         }
     }
-    // On the gRPC listener: half a preface, idle HTTP/2 that answers no ping, and half a message.
+    // On the gRPC listener: half a preface, an idle connection that answers no ping, half a message, and unread
+    // answers.
     for _ in 0..100 {
         let mut caller = TcpStream::connect(fixture.server.grpc()).await.unwrap();
         caller.write_all(b"PRI * HT").await.unwrap();
@@ -297,7 +302,7 @@ async fn sigterm_ends_the_server_whatever_is_open() {
     let (_, log) = fixture.server.ended(Duration::from_secs(30)).await;
     let took = asked.elapsed();
     println!("ended {took:?} after SIGTERM");
-    // Delay and grace, and a moment to start and end.
+    // The drain delay (1 s) and grace period (2 s), and 0.5 s to start and end.
     assert!(took < Duration::from_millis(3_500), "{took:?}\n{log}");
     assert!(log.contains("\"stopped\""), "{log}");
     drop((open, connections, unfinished, fixture.test_config));
@@ -310,14 +315,14 @@ async fn a_second_signal_ends_the_server_at_once() {
     server.signal("TERM");
     server.until_logged("draining").await;
     server.signal("TERM");
-    // The delay alone takes 5 s.
+    // The drain delay would take 5 s.
     let (code, log) = server.ended(Duration::from_secs(3)).await;
     assert_eq!(code, 1, "{log}");
     assert!(log.contains("second signal"), "{log}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn signals_that_ask_for_nothing_are_ignored_and_sigquit_drains() {
+async fn sighup_and_sigusr_are_ignored_and_sigquit_drains() {
     let _turn = shared().await;
     let server = TestConfig::new().with("limits.drain_delay", "1s").serve().await;
     for signal in ["HUP", "USR1", "USR2"] {
@@ -337,13 +342,13 @@ async fn the_admin_listener_speaks_http1_only_and_closes_slow_connections() {
     let server = TestConfig::new().serve().await;
     let mut http2 = TcpStream::connect(server.admin()).await.unwrap();
     http2.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0").await.unwrap();
-    let mut said = Vec::new();
-    let closed = timeout(Duration::from_secs(3), http2.read_to_end(&mut said)).await;
-    assert!(closed.is_ok() && !said.starts_with(b"\0\0"), "{said:?}");
+    let mut output = Vec::new();
+    let closed = timeout(Duration::from_secs(3), http2.read_to_end(&mut output)).await;
+    assert!(closed.is_ok() && !output.starts_with(b"\0\0"), "{output:?}");
     let mut slow = TcpStream::connect(server.admin()).await.unwrap();
     slow.write_all(b"GET /readyz HTTP/1.1\r\n").await.unwrap();
-    let mut said = Vec::new();
-    assert!(timeout(Duration::from_secs(3), slow.read_to_end(&mut said)).await.is_ok(), "after 2 s");
+    let mut output = Vec::new();
+    assert!(timeout(Duration::from_secs(3), slow.read_to_end(&mut output)).await.is_ok(), "not closed within 3 s");
     for (request, status) in [
         ("GET /livez HTTP/1.1\r\nhost: a\r\n\r\n", "200"),
         ("HEAD /metrics HTTP/1.1\r\nhost: a\r\n\r\n", "200"),
@@ -353,8 +358,8 @@ async fn the_admin_listener_speaks_http1_only_and_closes_slow_connections() {
     ] {
         let mut stream = TcpStream::connect(server.admin()).await.unwrap();
         stream.write_all(request.as_bytes()).await.unwrap();
-        let mut said = String::new();
-        stream.read_to_string(&mut said).await.unwrap();
-        assert!(said.starts_with(&format!("HTTP/1.1 {status}")), "{request:?}: {said:?}");
+        let mut output = String::new();
+        stream.read_to_string(&mut output).await.unwrap();
+        assert!(output.starts_with(&format!("HTTP/1.1 {status}")), "{request:?}: {output:?}");
     }
 }

@@ -1,5 +1,5 @@
-//! A revoked key is refused when it must be: on every replica once the command says so, at once where a request asks the
-//! database, within the TTL on tables that name no changes.
+//! A revoked key is denied in time: on all replicas once the command reports it, at once where a check reads the
+//! database, and within the TTL on an existing table, which has no change log.
 
 use std::time::Duration;
 
@@ -24,11 +24,11 @@ use crate::{
 const PATIENCE: Duration = Duration::from_secs(30);
 
 #[tokio::test(flavor = "multi_thread")]
-async fn within_the_ttl_on_tables_that_name_no_changes() {
+async fn revoked_keys_are_denied_within_the_ttl_on_tables_without_a_change_log() {
     let _turn = shared().await;
     let ttl = Duration::from_secs(2);
     let fixture = Fixture::new(&[]).await;
-    let (test_config, table) = foreign_table(&fixture, "2s").await;
+    let (test_config, table) = existing_table(&fixture, "2s").await;
     let key = table.key().await;
     let server = test_config.serve().await;
     let client = CheckClient::connect(server.grpc()).await;
@@ -36,12 +36,12 @@ async fn within_the_ttl_on_tables_that_name_no_changes() {
     table.revoke(&key).await;
     let revoked = Instant::now();
     let last = last_grant(&client, &key, "unknown").await.map(|began| began.duration_since(revoked));
-    println!("last granted {last:?} after the revocation, of {ttl:?}");
+    println!("last grant after the revocation: {last:?}; the TTL is {ttl:?}");
     assert!(last.is_none_or(|late| late <= ttl), "{last:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn on_every_replica_as_soon_as_the_command_says_so() {
+async fn revoked_keys_are_denied_on_all_replicas_once_the_command_reports_it() {
     let _turn = shared().await;
     let fixture = Fixture::new(&PATIENT_REDIS).await;
     let (one, other) = (fixture.test_config.serve().await, fixture.test_config.serve().await);
@@ -66,15 +66,15 @@ async fn on_every_replica_as_soon_as_the_command_says_so() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn at_once_where_every_request_asks() {
+async fn revoked_keys_are_denied_at_once_in_live_mode() {
     let _turn = shared().await;
     let fixture = Fixture::new(&[("freshness.mode", "live")]).await;
     let server = fixture.test_config.serve().await;
     let client = CheckClient::connect(server.grpc()).await;
     for _ in 0..3 {
         let key = fixture.test_config.issue("acme", &[]).await;
-        granted(&client, &key).await; // by a full look-up
-        granted(&client, &key).await; // by primary key
+        granted(&client, &key).await; // read by its digest
+        granted(&client, &key).await; // read by its primary key
         fixture.test_config.revoke(&key).await;
         refused(&client, &key, "revoked").await;
     }
@@ -87,7 +87,7 @@ async fn at_once_where_every_request_asks() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn at_once_on_a_route_that_asks_though_the_others_do_not() {
+async fn revoked_keys_are_denied_at_once_on_a_live_route() {
     let _turn = shared().await;
     let fixture = Fixture::new(&[("freshness.ttl", "10m")]).await;
     let key = fixture.test_config.issue("acme", &["--scope", "admin"]).await;
@@ -100,41 +100,45 @@ async fn at_once_on_a_route_that_asks_though_the_others_do_not() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn at_once_after_the_caches_were_cleared_on_every_replica_and_in_redis() {
+async fn cache_clear_discards_entries_on_every_replica_and_in_redis() {
     let _turn = shared().await;
     let fixture = Fixture::new(&[PATIENT_REDIS.as_slice(), &[("freshness.ttl", "10m")]].concat()).await;
     let (one, other) = (fixture.test_config.serve().await, fixture.test_config.serve().await);
     let (at_one, at_other) = (CheckClient::connect(one.grpc()).await, CheckClient::connect(other.grpc()).await);
-    let (everywhere, one_only, good) = (
+    let (on_both, first_on_one, second_on_one) = (
         fixture.test_config.issue("acme", &[]).await,
         fixture.test_config.issue("acme", &[]).await,
         fixture.test_config.issue("acme", &[]).await,
     );
-    for key in [&everywhere, &one_only, &good] {
+    for key in [&on_both, &first_on_one, &second_on_one] {
         granted(&at_one, key).await;
     }
-    granted(&at_other, &everywhere).await;
+    granted(&at_other, &on_both).await;
     fixture.until_shared(3).await;
     let cleared = fixture.test_config.json(&["cache", "clear"]).await;
     println!("cleared: {cleared}");
     assert_eq!((&cleared["replicas"], &cleared["applied"]), (&2.into(), &2.into()), "{cleared}");
-    // The other one first: what it does not hold itself it finds in Redis, as old as it is.
+    // Check the other replica first. Two of the keys are not in its L1, so it reads their values from Redis, which were
+    // written before the clearing.
     let before = other.metric("trustgate_store_reads_total{outcome=\"ok\"}").await;
     for client in [&at_other, &at_one] {
-        for key in [&everywhere, &one_only, &good] {
+        for key in [&on_both, &first_on_one, &second_on_one] {
             granted(client, key).await;
         }
     }
-    assert!(other.l2("refused").await > 0.0, "Redis held a value from before the clearing");
-    assert!(other.metric("trustgate_store_reads_total{outcome=\"ok\"}").await >= before + 3.0, "all was read again");
+    assert!(other.l2("refused").await > 0.0, "the replica refused no value from Redis");
+    assert!(
+        other.metric("trustgate_store_reads_total{outcome=\"ok\"}").await >= before + 3.0,
+        "the replica did not read all keys again"
+    );
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn age_is_counted_from_the_database_through_both_tiers() {
+async fn the_ttl_counts_from_the_database_read_through_both_tiers() {
     let _turn = shared().await;
     let ttl = Duration::from_secs(4);
     let fixture = Fixture::new(&[]).await;
-    let (test_config, table) = foreign_table(&fixture, "4s").await;
+    let (test_config, table) = existing_table(&fixture, "4s").await;
     let (one, other) = (test_config.serve().await, test_config.serve().await);
     let (at_one, at_other) = (CheckClient::connect(one.grpc()).await, CheckClient::connect(other.grpc()).await);
     let key = table.key().await;
@@ -142,23 +146,24 @@ async fn age_is_counted_from_the_database_through_both_tiers() {
     let read = Instant::now();
     fixture.until_shared(1).await;
     table.revoke(&key).await;
-    // Late in the life of the value the other replica gets it out of Redis: that does not make it young again.
+    // The other replica loads the value from Redis after 5/8 of the TTL. The age of the value still counts from the
+    // database read.
     sleep_until(read + ttl * 5 / 8).await;
     granted(&at_other, &key).await;
-    assert!(other.l2("hit").await > 0.0, "it came out of Redis");
+    assert!(other.l2("hit").await > 0.0, "the other replica did not load the value from Redis");
     let last = last_grant(&at_other, &key, "unknown").await.map(|began| began.duration_since(read));
-    println!("last granted {last:?} after the read, of {ttl:?}");
+    println!("last grant after the read: {last:?}; the TTL is {ttl:?}");
     assert!(last.is_none_or(|late| late <= ttl), "{last:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_clearing_does_not_overlook_a_replica_that_is_just_starting() {
+async fn cache_clear_counts_a_replica_that_is_just_starting() {
     let _turn = shared().await;
     let test_config = TestConfig::new();
     test_config.migrate().await;
     let (running, proxy) = StoreProxy::start(&test_config, |proxy| proxy.after_poll().close()).await;
-    // It has read the newest version and is about to serve what it reads.
-    eventually("the version was read", PATIENCE, || async { proxy.after_poll().waiting() == 1 }).await;
+    // The replica has read the newest version and is about to serve, but the proxy delays the result of the poll.
+    eventually("the replica has read the version", PATIENCE, || async { proxy.after_poll().waiting() == 1 }).await;
     let cleared = test_config.run(&["--output", "json", "cache", "clear"]).await;
     let counts: Value = serde_json::from_str(&cleared.out).unwrap();
     assert_eq!((cleared.code, &counts["replicas"], &counts["applied"]), (1, &1.into(), &0.into()), "{cleared:?}");
@@ -167,7 +172,7 @@ async fn a_clearing_does_not_overlook_a_replica_that_is_just_starting() {
     running.stop(Delay::None).await.unwrap();
 }
 
-/// Asks again and again until the key is refused; returns when the last request that was granted began.
+/// Repeats a check until the key is denied. Returns the start of the last check that was granted.
 async fn last_grant(client: &CheckClient, key: &IssuedKey, reason: &str) -> Option<Instant> {
     let (start, mut last) = (Instant::now(), None);
     loop {
@@ -177,14 +182,15 @@ async fn last_grant(client: &CheckClient, key: &IssuedKey, reason: &str) -> Opti
             assert_eq!((verdict.status, verdict.reason.as_deref()), (401, Some(reason)), "{verdict:?}");
             return last;
         }
-        assert!(start.elapsed() < PATIENCE, "still granted");
+        assert!(start.elapsed() < PATIENCE, "the key is still granted");
         last = Some(began);
         sleep(Duration::from_millis(2)).await;
     }
 }
 
-/// A table of somebody else in the stage's database server, and settings that read it.
-async fn foreign_table(fixture: &Fixture, ttl: &str) -> (TestConfig, ForeignTable) {
+/// Creates an existing table (one that trustgate does not manage) in the fixture's database server, and settings that
+/// read it.
+async fn existing_table(fixture: &Fixture, ttl: &str) -> (TestConfig, ExistingTable) {
     let database = fixture.postgres.database().await;
     let url = fixture.postgres.url("admin", &database);
     let mut connection = sqlx::PgConnection::connect(&url).await.unwrap();
@@ -203,12 +209,12 @@ async fn foreign_table(fixture: &Fixture, ttl: &str) -> (TestConfig, ForeignTabl
         .with("freshness.ttl", ttl);
     let test_config =
         PATIENT_REDIS.iter().fold(test_config, |test_config, (setting, value)| test_config.with(setting, *value));
-    (test_config, ForeignTable(tokio::sync::Mutex::new(connection)))
+    (test_config, ExistingTable(tokio::sync::Mutex::new(connection)))
 }
 
-struct ForeignTable(tokio::sync::Mutex<sqlx::PgConnection>);
+struct ExistingTable(tokio::sync::Mutex<sqlx::PgConnection>);
 
-impl ForeignTable {
+impl ExistingTable {
     async fn key(&self) -> IssuedKey {
         let (key, trust_id) = (made_up_key(), uuid::Uuid::new_v4());
         let sql = "INSERT INTO trust VALUES ($1, encode(sha256(convert_to($2, 'UTF8')), 'hex'))";

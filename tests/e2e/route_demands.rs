@@ -1,4 +1,4 @@
-//! The demands of a route and of its virtual host, which Envoy merges before it asks.
+//! The demands of a route and of its virtual host, which Envoy merges before it sends the check.
 
 use crate::support::{
     envoy::Plan,
@@ -17,10 +17,11 @@ async fn server() -> (TestConfig, Server, IssuedKey, IssuedKey) {
     (test_config, server, keys.0, keys.1)
 }
 
-/// What the shipped route `/admin` demands.
+/// The demands of the route `/admin` in the shipped configuration.
 const ADMIN: &str = "context_extensions: {trustgate.scopes: \"admin\", trustgate.freshness: \"live\"}";
 
-/// The shipped configuration with extensions on the virtual host, and with others in place of [`ADMIN`].
+/// The shipped configuration with the context extensions `virtual_host` on the virtual host, and `admin` in place of
+/// [`ADMIN`].
 async fn plan(server: &Server, virtual_host: &str, admin: &str) -> Plan {
     let domains = "              domains: [\"*\"]\n";
     let extensions = format!(
@@ -34,28 +35,29 @@ async fn plan(server: &Server, virtual_host: &str, admin: &str) -> Plan {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_route_that_demands_scopes_admits_no_anonymous_request_below_an_optional_virtual_host() {
+async fn a_route_with_scopes_denies_anonymous_requests_below_an_optional_virtual_host() {
     let _turn = shared().await;
-    let (_site, server, plain, admin) = server().await;
+    let (_test_config, server, plain, admin) = server().await;
     let envoy = plan(&server, "trustgate.optional: \"true\"", "trustgate.scopes: \"admin\"").await.start().await;
     envoy.until_healthy(server.grpc()).await;
     let status = async |path: &str, headers: &[(&str, &str)]| envoy.get(path, headers).await.status;
-    assert_eq!(status("/things", &[]).await, 200, "the virtual host says optional");
+    assert_eq!(status("/things", &[]).await, 200, "the virtual host makes credentials optional");
     assert_eq!(status("/admin/a", &[]).await, 401);
     assert_eq!(status("/admin/a", &[("x-api-key", &plain.key)]).await, 403);
     assert_eq!(status("/admin/a", &[("x-api-key", &admin.key)]).await, 200);
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_demand_that_cannot_be_understood_is_a_fault_that_the_log_quotes() {
+async fn an_invalid_demand_is_a_fault_and_the_log_quotes_it() {
     let _turn = shared().await;
     for (demand, quoted) in [
         ("trustgate.scopes: \"\"", "\\\"trustgate.scopes\\\" with the value \\\"\\\""),
         ("trustgate.scope: \"read\"", "\\\"trustgate.scope\\\" with the value \\\"read\\\""),
         ("Trustgate.Scopes: \"read\"", "\\\"Trustgate.Scopes\\\" with the value \\\"read\\\""),
     ] {
-        let (_site, server, _, admin) = server().await;
-        // The route's empty list replaces what the virtual host demands.
+        let (_test_config, server, _, admin) = server().await;
+        // In the first case Envoy replaces the scopes of the virtual host by the route's empty list, which must not
+        // mean "no scopes".
         let envoy = plan(&server, "trustgate.scopes: \"admin\"", demand).await.start().await;
         envoy.until_healthy(server.grpc()).await;
         let key = [("x-api-key", admin.key.as_str())];

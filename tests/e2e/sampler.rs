@@ -1,5 +1,5 @@
-//! The sampler on three replicas of one database: it finds a change that nobody was told of, and nothing where all are
-//! named.
+//! The sampler on three replicas of one database finds changes that are missing from the change log, and reports no
+//! difference for changes that are in it.
 
 use std::time::Duration;
 
@@ -16,7 +16,7 @@ use crate::{
 const PATIENCE: Duration = Duration::from_secs(30);
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_change_that_nobody_was_told_of_is_found_on_every_replica() {
+async fn a_change_missing_from_the_change_log_is_found_on_every_replica() {
     let _turn = shared().await;
     let mut fixture = Fixture::new(&[]).await;
     let issue = async |trust: &str| fixture.test_config.issue(trust, &[]).await;
@@ -27,50 +27,54 @@ async fn a_change_that_nobody_was_told_of_is_found_on_every_replica() {
     let sampled =
         [fixture.test_config.serve().await, fixture.test_config.serve().await, fixture.test_config.serve().await];
     let control = CheckClient::connect(unsampled.grpc()).await;
-    let mut askers = Vec::new();
+    let mut clients = Vec::new();
     for server in &sampled {
-        askers.push(CheckClient::connect(server.grpc()).await);
+        clients.push(CheckClient::connect(server.grpc()).await);
     }
-    for client in askers.iter().chain([&control]) {
+    for client in clients.iter().chain([&control]) {
         for key in ordinary.iter().chain([&good, &revoked, &deleted]) {
             granted(client, key).await;
         }
     }
 
-    // Changes that are named make no difference, however they come about.
+    // Changes in the change log cause no difference, whether a command or plain SQL made them.
     fixture.test_config.revoke(&ordinary[0]).await;
     fixture.postgres.execute(&fixture.database, &update(&ordinary[1])).await;
-    for (server, client) in sampled.iter().zip(&askers) {
+    for (server, client) in sampled.iter().zip(&clients) {
         for key in &ordinary {
-            eventually("it is refused", PATIENCE, || async { client.check(&key.key).await.status == 401 }).await;
+            eventually("the key is denied", PATIENCE, || async { client.check(&key.key).await.status == 401 }).await;
         }
         let before = samples(server, "same").await;
         let enough = || async { samples(server, "same").await >= before + 20.0 };
-        eventually("what is held was compared several times over", PATIENCE, enough).await;
+        eventually("the sampler has compared 20 more entries", PATIENCE, enough).await;
         assert!(samples(server, "different").await < 1.0, "{}", server.log());
     }
 
     for (key, change, reason, count) in
         [(&revoked, update(&revoked), "revoked", 1.0), (&deleted, deletion(&deleted), "unknown", 2.0)]
     {
-        fixture.postgres.execute(&fixture.database, &untold(&change)).await;
-        for (server, client) in sampled.iter().zip(&askers) {
-            eventually("it is found", PATIENCE, || async { samples(server, "different").await >= count }).await;
+        fixture.postgres.execute(&fixture.database, &unrecorded(&change)).await;
+        for (server, client) in sampled.iter().zip(&clients) {
+            eventually("the sampler finds the change", PATIENCE, || async {
+                samples(server, "different").await >= count
+            })
+            .await;
             refused(client, key, reason).await;
             granted(client, &good).await;
             server.until_logged(&key.id).await;
-            assert!(!server.log().contains(&digest(&key.key)), "no digest is logged");
+            assert!(!server.log().contains(&digest(&key.key)), "the log contains a digest");
         }
-        // Without the sampler nothing would have ended it: the replicas know of no change.
+        // The replica without the sampler still grants the key, because its polls report no change.
         granted(&control, key).await;
     }
     for server in &sampled {
-        assert!(samples(server, "different").await < 3.0, "each was found once");
+        assert!(samples(server, "different").await < 3.0, "the sampler reported a change twice");
     }
 }
 
-/// A change of which the database tells no replica: it has a version, but names nothing.
-fn untold(change: &str) -> String {
+/// A change that is missing from the change log. It has a version, but the transaction deletes its rows in
+/// `trustgate.change`, which list the changed keys.
+fn unrecorded(change: &str) -> String {
     format!("BEGIN; {change}; DELETE FROM trustgate.change WHERE tx = pg_current_xact_id(); COMMIT")
 }
 

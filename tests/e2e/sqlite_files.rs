@@ -1,5 +1,6 @@
-//! The files of the embedded database are removed, moved, put back or reached by a second way while a server uses them. A
-//! revocation that a command reported as done is neither missed by the server nor lost later.
+//! The files of the embedded database are removed, moved, restored, or opened through a hard link or a mount, while a
+//! server uses them. The server must apply each revocation that a command reported as done, and a restart must not lose
+//! it.
 
 use std::{
     fs,
@@ -18,7 +19,7 @@ use crate::support::{
     shared,
 };
 
-/// A revoked key is granted no longer than this after the commit: the lease of 1 s and the deadline of a check.
+/// How long after the commit a revoked key may still be granted: the lease (1 s) and the deadline of a check.
 const BOUND: Duration = Duration::from_millis(1_150);
 const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -31,7 +32,7 @@ struct Fixture {
 }
 
 impl Fixture {
-    /// A server that has two keys in its cache.
+    /// Starts a server and puts two keys into its cache.
     async fn new() -> Self {
         let test_config = TestConfig::new().with_default_deadlines();
         test_config.migrate().await;
@@ -48,7 +49,7 @@ impl Fixture {
         file(&self.test_config, suffix)
     }
 
-    /// Copies the write-ahead log into the database.
+    /// Copies the write-ahead log (WAL) into the database.
     async fn checkpoint(&self) {
         let options = SqliteConnectOptions::new().filename(self.file(""));
         let mut connection = options.connect().await.unwrap();
@@ -60,9 +61,9 @@ impl Fixture {
         self.client.check_with(&key.key, &[("trustgate.freshness", freshness)]).await.unwrap().status
     }
 
-    /// Revokes the key by a command, which must report it as done. Then no check may grant it once the bound has passed, nor
-    /// after a restart; and the server says what happened.
-    async fn a_revocation_holds(self) {
+    /// Revokes the key with the command, which must report success. After [`BOUND`] no check may grant the key, not
+    /// even after a restart, and the server must log that its files were replaced.
+    async fn assert_revocation_holds(self) {
         self.test_config.revoke(&self.key).await;
         let revoked = Instant::now();
         sleep_until(revoked + BOUND).await;
@@ -93,25 +94,25 @@ fn file(test_config: &TestConfig, suffix: &str) -> PathBuf {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_index_of_the_log_is_removed() {
+async fn a_revocation_holds_after_the_index_of_the_wal_is_removed() {
     let _turn = shared().await;
     let fixture = Fixture::new().await;
     fs::remove_file(fixture.file("-shm")).unwrap();
-    fixture.a_revocation_holds().await;
+    fixture.assert_revocation_holds().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_log_and_its_index_are_removed_after_a_checkpoint() {
+async fn a_revocation_holds_after_the_wal_and_its_index_are_removed() {
     let _turn = shared().await;
     let fixture = Fixture::new().await;
     fixture.checkpoint().await;
     fs::remove_file(fixture.file("-wal")).unwrap();
     fs::remove_file(fixture.file("-shm")).unwrap();
-    fixture.a_revocation_holds().await;
+    fixture.assert_revocation_holds().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_backup_is_copied_over_the_database() {
+async fn a_revocation_holds_after_a_backup_is_copied_over_the_database() {
     let _turn = shared().await;
     let fixture = Fixture::new().await;
     fixture.checkpoint().await;
@@ -119,32 +120,32 @@ async fn a_backup_is_copied_over_the_database() {
     fs::copy(fixture.file(""), &backup).unwrap();
     fs::remove_file(fixture.file("-wal")).unwrap();
     fs::remove_file(fixture.file("-shm")).unwrap();
-    // Into the same inode, as `cp` does.
+    // Like `cp`, this keeps the inode of the database file.
     fs::write(fixture.file(""), fs::read(&backup).unwrap()).unwrap();
-    fixture.a_revocation_holds().await;
+    fixture.assert_revocation_holds().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_log_and_its_index_are_moved_away() {
+async fn a_revocation_holds_after_the_wal_and_its_index_are_moved_away() {
     let _turn = shared().await;
     let fixture = Fixture::new().await;
     fixture.checkpoint().await;
     for suffix in ["-wal", "-shm"] {
         fs::rename(fixture.file(suffix), fixture.file(&format!("{suffix}.moved"))).unwrap();
     }
-    fixture.a_revocation_holds().await;
+    fixture.assert_revocation_holds().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn only_the_log_is_removed_while_it_holds_changes() {
+async fn a_revocation_holds_after_a_wal_with_changes_is_removed() {
     let _turn = shared().await;
     let fixture = Fixture::new().await;
     fixture.checkpoint().await;
-    // It holds this key from now on.
+    // After the checkpoint the WAL is empty, so this key is only in the WAL.
     let applied = fixture.server.metric("trustgate_applied_version").await;
     let late = fixture.test_config.issue("acme", &[]).await;
     granted(&fixture.client, &late).await;
-    eventually("the poll has read it", PATIENCE, || async {
+    eventually("a poll has read the new key", PATIENCE, || async {
         fixture.server.metric("trustgate_applied_version").await > applied
     })
     .await;
@@ -154,9 +155,9 @@ async fn only_the_log_is_removed_while_it_holds_changes() {
         fixture.test_config.run(&["key", "list", "--trust", "acme"]).await.code == 0
     })
     .await;
-    // What only the log held is lost, and the server notices that too.
-    fixture.server.until_logged("the database has lost history").await;
-    fixture.a_revocation_holds().await;
+    // The changes in the removed WAL are lost, and the server must notice this.
+    fixture.server.until_logged("database history lost").await;
+    fixture.assert_revocation_holds().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -167,7 +168,7 @@ async fn a_hard_link_warns_a_running_server_and_blocks_commands_and_startup() {
     fs::hard_link(fixture.file(""), &link).unwrap();
     fixture.server.until_logged("several names (hard links)").await;
     granted(&fixture.client, &fixture.key).await;
-    // By neither name is a revocation reported as done that the server might not see.
+    // Under both names the command refuses to revoke, because the server might not see the change.
     let url = format!("sqlite://{}", link.display());
     let mut by_link = TestConfig::new().with_default_deadlines().with("store.url", url);
     by_link.set("grpc.listen", "127.0.0.1:0");
@@ -195,16 +196,18 @@ async fn commands_and_serve_refuse_a_bind_mounted_database_file() {
     let mounted = elsewhere.join("trustgate.db");
     fs::write(&mounted, "").unwrap();
     for command in ["key revoke", "serve", "doctor"] {
-        let words = if command == "key revoke" { format!("{command} {}", fixture.key.id) } else { command.to_owned() };
-        let (code, said) = below_a_mount(&fixture.file(""), &mounted, &words);
-        assert!(code != 0 && said.contains("mounted by itself"), "{command}: {code}: {said}");
+        let arguments =
+            if command == "key revoke" { format!("{command} {}", fixture.key.id) } else { command.to_owned() };
+        let (code, output) = run_on_bind_mount(&fixture.file(""), &mounted, &arguments);
+        assert!(code != 0 && output.contains("mounted by itself"), "{command}: {code}: {output}");
     }
     granted(&fixture.client, &fixture.key).await;
 }
 
-/// Runs a command of the program while `from` is mounted at `to`, which `store.url` names. Root mounts it for everybody and
-/// unmounts it again: a mount namespace cannot be made in a chroot. Other users need a namespace of their own to mount at all.
-fn below_a_mount(from: &Path, to: &Path, words: &str) -> (i32, String) {
+/// Runs a command of trustgate while `from` is mounted at `to`. `store.url` is set to `to`. Returns the exit code and the
+/// output. Root mounts in the namespace of this test, because `unshare` cannot make a mount namespace in a chroot. Other
+/// users need a namespace to be allowed to mount.
+fn run_on_bind_mount(from: &Path, to: &Path, arguments: &str) -> (i32, String) {
     let script = "mount --bind \"$1\" \"$2\" || exit; trap 'umount \"$2\"' EXIT; \"$3\" $4";
     let is_root = rustix::process::getuid().is_root();
     let shell = if is_root { &["sh"][..] } else { &["unshare", "--user", "--map-root-user", "--mount", "sh"] };
@@ -212,17 +215,17 @@ fn below_a_mount(from: &Path, to: &Path, words: &str) -> (i32, String) {
         .args(&shell[1..])
         .args(["-c", script, "sh"])
         .args([from, to, Path::new(env!("CARGO_BIN_EXE_trustgate"))])
-        .arg(words)
+        .arg(arguments)
         .env("TRUSTGATE__STORE__URL", format!("sqlite://{}", to.display()))
         .env("TRUSTGATE__GRPC__LISTEN", "127.0.0.1:0")
         .env("TRUSTGATE__ADMIN__LISTEN", "127.0.0.1:0")
         .output()
         .expect("this test needs mount and unshare: install util-linux and mount");
-    let said = [output.stdout, output.stderr].concat();
-    (output.status.code().unwrap_or(-1), String::from_utf8_lossy(&said).into_owned())
+    let output_bytes = [output.stdout, output.stderr].concat();
+    (output.status.code().unwrap_or(-1), String::from_utf8_lossy(&output_bytes).into_owned())
 }
 
-/// The procedure of docs/backups.md: a backup while the server runs, and its restore while the server is stopped.
+/// Runs the commands of docs/backups.md: a backup while the server runs, and the restore while it is stopped.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_documented_backup_and_restore_work() {
     let _turn = shared().await;
@@ -230,7 +233,7 @@ async fn the_documented_backup_and_restore_work() {
     let page = include_str!("../../docs/backups.md");
     let commands = |heading: &str| {
         let section = page.split("\n## ").find(|section| section.starts_with(heading)).expect("the section");
-        let block = section.split("```sh\n").nth(1).expect("commands").split("```").next().expect("closed");
+        let block = section.split("```sh\n").nth(1).expect("a block").split("```").next().expect("its end");
         block.to_owned()
     };
     let (directory, variables) = (fixture.test_config.path().to_owned(), fixture.test_config.variables());
@@ -247,7 +250,7 @@ async fn the_documented_backup_and_restore_work() {
         assert!(output.status.success(), "{script}\n{output:?}");
     };
     run(commands("Back up SQLite"));
-    // Revoked after the backup, which therefore still has the key.
+    // Revoke the key after the backup, so that the backup still has it as valid.
     fixture.test_config.revoke(&fixture.key).await;
     let Fixture { test_config, server, key, other, .. } = fixture;
     server.signal("INT");

@@ -1,5 +1,5 @@
-//! The stale window opens only while the database gives no answer. A server that refuses a replica may commit revocations from
-//! other clients, so the replica must not rely on its cache for longer than the lease.
+//! Stale grants are allowed only while the database does not answer at all. A database that refuses a replica may still
+//! commit revocations from other clients, so the replica must not rely on its cache for longer than the lease.
 
 use std::time::Duration;
 
@@ -17,27 +17,29 @@ use crate::{
 };
 
 const PATIENCE: Duration = Duration::from_secs(30);
-/// The lease of 1 s and the deadline of a check: `freshness.stale_if_unconfirmed` is not added.
+/// How long after the commit a revoked key may still be granted: the lease (1 s) and the deadline of a check.
+/// `freshness.stale_if_unconfirmed` must not extend it.
 const BOUND: Duration = Duration::from_millis(1_150);
 
-/// How PostgreSQL refuses a replica.
+/// A way in which PostgreSQL refuses a replica, with its SQLSTATE.
 #[derive(Clone, Copy, Debug)]
 enum Refusal {
     /// 53300: the role has no connection left.
     TooManyClients,
     /// 28000: `pg_hba.conf` rejects the role.
     RejectedLogin,
-    /// 28000: the role may not log in any more.
+    /// 28000: the role has lost the right to log in.
     LoginRevoked,
     /// 28P01: the password was changed.
     ChangedPassword,
-    /// 55P03: another session has locked a table of ours.
+    /// 55P03: another session has locked one of trustgate's tables.
     LockedTable,
-    /// 57014: the statements of the replica are cancelled.
+    /// 57014: another session cancels the statements of the replica.
     CancelledStatement,
 }
 
-/// Guards a refusal: dropping it releases the table lock and ends the cancelling task.
+/// Guards a refusal. Dropping it aborts the task that has locked the table or cancels statements, which releases the
+/// lock.
 struct RefusalGuard(Option<tokio::task::JoinHandle<()>>);
 
 impl Drop for RefusalGuard {
@@ -66,15 +68,15 @@ impl Refusal {
             Self::ChangedPassword => postgres.execute(database, "ALTER ROLE serve PASSWORD 'other'").await,
             Self::RejectedLogin => reject(postgres, true).await,
             Self::LockedTable | Self::CancelledStatement => {
-                let mut holder = postgres.admin(database).await;
+                let mut locker = postgres.admin(database).await;
                 let lock = "BEGIN; LOCK TABLE trustgate.meta IN ACCESS EXCLUSIVE MODE";
-                sqlx::raw_sql(lock).execute(&mut holder).await.unwrap();
+                sqlx::raw_sql(lock).execute(&mut locker).await.unwrap();
                 let cancels = matches!(self, Self::CancelledStatement);
                 return RefusalGuard(Some(tokio::spawn(async move {
                     let cancel = "SELECT pg_cancel_backend(pid) FROM pg_stat_activity WHERE usename = 'serve'";
                     loop {
                         if cancels {
-                            sqlx::raw_sql(cancel).execute(&mut holder).await.unwrap();
+                            sqlx::raw_sql(cancel).execute(&mut locker).await.unwrap();
                         }
                         sleep(Duration::from_millis(5)).await;
                     }
@@ -97,7 +99,7 @@ impl Refusal {
     }
 }
 
-/// Lets `pg_hba.conf` reject the role, or not.
+/// Adds a rule to `pg_hba.conf` that rejects the role, or removes the rule.
 async fn reject(postgres: &Postgres, rejects: bool) {
     let file = postgres.directory().join("data/pg_hba.conf");
     let rule = "host all serve 127.0.0.1/32 reject\n";
@@ -132,8 +134,10 @@ async fn no_refusal_of_the_database_opens_the_stale_window() {
         let guard = refusal.begin(&fixture.postgres, &fixture.database).await;
         let unusable = "trustgate_polls_total{outcome=\"unusable\"}";
         let before = server.metric(unusable).await;
-        eventually(&format!("{refusal:?} is an answer"), PATIENCE, || async { server.metric(unusable).await > before })
-            .await;
+        eventually(&format!("{refusal:?} counts as an answer"), PATIENCE, || async {
+            server.metric(unusable).await > before
+        })
+        .await;
         let revoke = format!("UPDATE trustgate.api_key SET revoked_at = now() WHERE id = '{}'", key.id);
         fixture.postgres.execute(&fixture.database, &revoke).await;
         let revoked = Instant::now();

@@ -1,7 +1,8 @@
-//! The table of requests and answers (`table.json`), by three runners: in process, over gRPC from Python (another
+//! Three runners check the table of requests and answers (`table.json`): in process, over gRPC from Python (another
 //! implementation of both gRPC and protobuf), and through a real Envoy to a real application.
 //!
-//! What the file says is read and spelt out here alone; the Python runners get every row as it is to be sent and answered.
+//! Only the Rust code reads the file and replaces its placeholders. The Python runners get complete requests and
+//! complete expected answers.
 
 pub mod answer;
 pub mod fixture;
@@ -19,16 +20,16 @@ use self::{
     rows::{Expected, Table},
 };
 
-/// Fewer would not be the table that was agreed on.
+/// The smallest number of rows that the table may have, so that rows cannot get lost unnoticed.
 const ROWS_MIN: usize = 60;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn in_process() {
+async fn rows_get_their_answers_in_process() {
     let (table, fixture) = (Table::read(), Fixture::start().await);
-    let rows = table.spelt_out(&fixture);
+    let rows = table.expanded_rows(&fixture);
     let (mut wrong, mut checked) = (String::new(), 0);
-    let asked = rows.iter().filter(|row| row.not_in_process.is_none());
-    for row in asked.clone() {
+    let selected = rows.iter().filter(|row| row.not_in_process.is_none());
+    for row in selected.clone() {
         for encoding in Encoding::BOTH {
             let message = row.request.message(encoding);
             let got = answer::read(fixture.checker(&row.server).check(&message).await);
@@ -39,41 +40,41 @@ async fn in_process() {
             checked += 1;
         }
     }
-    println!("in process: {} of {} rows, {checked} checks", asked.count(), rows.len());
-    assert!(wrong.is_empty(), "not as the table says:\n{wrong}");
+    println!("in process: {} of {} rows, {checked} checks", selected.count(), rows.len());
+    assert!(wrong.is_empty(), "answers that differ from the table:\n{wrong}");
     fixture.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn over_grpc_from_python() {
+async fn rows_get_their_answers_over_grpc_from_python() {
     let (table, fixture) = (Table::read(), Fixture::start().await);
-    python::run("table_grpc.py", &given(&table, &fixture)).await;
+    python::run("table_grpc.py", &runner_input(&table, &fixture)).await;
     fixture.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn through_envoy() {
+async fn rows_get_their_answers_through_envoy() {
     let (table, fixture) = (Table::read(), Fixture::start().await);
-    python::run("table_envoy.py", &given(&table, &fixture)).await;
+    python::run("table_envoy.py", &runner_input(&table, &fixture)).await;
     fixture.stop().await;
 }
 
 #[test]
-fn it_is_whole() {
+fn the_table_has_every_denial_reason_and_every_identity_header() {
     let table = Table::read();
     assert!(table.rows().count() >= ROWS_MIN, "{} rows", table.rows().count());
-    // What a client is told must not say whether a key ever existed.
-    let of = |reason: &str| table.denial(reason).clone();
+    // A denial must not reveal to the client whether a key ever existed.
+    let denial = |reason: &str| table.denial(reason).clone();
     for reason in ["revoked", "expired", "not_yet_valid", "trust_disabled"] {
-        assert_eq!(of(reason), of("unknown"), "{reason}");
+        assert_eq!(denial(reason), denial("unknown"), "{reason}");
     }
-    // Every reason that there is, at least once; but the deny list, whose tests are its own.
+    // At least one row has each reason, except that of the deny list, which has its own tests.
     let reasons =
         trustgate::ext_authz::decision::DenyReason::ALL.map(trustgate::ext_authz::decision::DenyReason::as_str);
     for reason in reasons.into_iter().filter(|reason| *reason != "deny_listed") {
         assert!(table.rows().any(|row| row.want.reason.as_deref() == Some(reason)), "no row has {reason}");
     }
-    // Every identity header, forged.
+    // At least one row forges each identity header.
     for header in trustgate::ext_authz::identity::HEADERS {
         let forged = |name: &String| name.eq_ignore_ascii_case(header);
         assert!(
@@ -83,8 +84,8 @@ fn it_is_whole() {
     }
 }
 
-/// What a Python runner is given: the servers, and every row as it is to be sent and answered.
-fn given(table: &Table, fixture: &Fixture) -> Value {
-    let rows: Vec<Value> = table.spelt_out(fixture).iter().map(Expected::json).collect();
+/// The input of a Python runner: the servers, and for each row the complete request and the expected answer.
+fn runner_input(table: &Table, fixture: &Fixture) -> Value {
+    let rows: Vec<Value> = table.expanded_rows(fixture).iter().map(Expected::json).collect();
     json!({ "rows": rows, "servers": fixture.servers(), "secrets": fixture.secrets() })
 }

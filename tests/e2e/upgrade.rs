@@ -1,5 +1,6 @@
-//! The tables of an earlier build are upgraded under load: its servers go on with the new tables, beside new servers, and are put
-//! back. `make upgrade OLD=...` builds the earlier one and runs this.
+//! Upgrades the tables of an earlier build under load. Servers of the earlier build keep running on the upgraded
+//! tables, also beside servers of this build. Then the earlier build is installed again. `make upgrade OLD=...` builds
+//! the earlier build and runs this test.
 
 use std::{
     path::PathBuf,
@@ -20,22 +21,23 @@ use crate::support::{
     shared,
 };
 
-/// Checks on one server, one after the other, until it is stopped.
+/// Sends checks to one server, one after the other, until it is stopped.
 struct Load {
-    ends: Arc<AtomicBool>,
+    stop: Arc<AtomicBool>,
     checks: Arc<AtomicU64>,
+    /// Returns the wrong answers.
     task: JoinHandle<Vec<String>>,
 }
 
 impl Load {
-    /// `good` keys must be granted, `revoked` and unknown ones denied. Keys join the load as they are issued.
+    /// Starts to check `good` keys, which must be granted, and `revoked` and unknown keys, which must be denied.
     async fn on(name: &'static str, server: &Server, good: Vec<IssuedKey>, revoked: Vec<IssuedKey>) -> Self {
         let client = CheckClient::connect(server.grpc()).await;
-        let (ends, checks) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
-        let (stop, count) = (Arc::clone(&ends), Arc::clone(&checks));
+        let (stop, checks) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
+        let (stopped, count) = (Arc::clone(&stop), Arc::clone(&checks));
         let task = tokio::spawn(async move {
             let mut wrong = Vec::new();
-            while !stop.load(Ordering::Relaxed) {
+            while !stopped.load(Ordering::Relaxed) {
                 for key in &good {
                     let verdict = client.check(&key.key).await;
                     if (verdict.status, verdict.trust_id.as_ref()) != (200, Some(&key.trust_id)) {
@@ -56,27 +58,27 @@ impl Load {
             }
             wrong
         });
-        Self { ends, checks, task }
+        Self { stop, checks, task }
     }
 
-    /// Waits for `more` checks from now on.
-    async fn run_until(&self, more: u64) {
-        let until = self.checks.load(Ordering::Relaxed) + more;
-        while self.checks.load(Ordering::Relaxed) < until {
+    /// Waits until `more` further checks are done.
+    async fn wait_for(&self, more: u64) {
+        let target = self.checks.load(Ordering::Relaxed) + more;
+        while self.checks.load(Ordering::Relaxed) < target {
             tokio::task::yield_now().await;
         }
     }
 
-    /// Ends it; returns how many checks there were.
+    /// Ends the load and returns the number of checks. Panics if an answer was wrong.
     async fn end(self) -> u64 {
-        self.ends.store(true, Ordering::Relaxed);
+        self.stop.store(true, Ordering::Relaxed);
         let wrong = self.task.await.unwrap();
         assert!(wrong.is_empty(), "{} wrong answers, the first: {}", wrong.len(), wrong[0]);
         self.checks.load(Ordering::Relaxed)
     }
 }
 
-/// Keys of acme: good ones and revoked ones.
+/// Issues keys of the trust "acme"; returns the good ones and the revoked ones.
 async fn keys(test_config: &TestConfig) -> (Vec<IssuedKey>, Vec<IssuedKey>) {
     let mut good = Vec::new();
     for _ in 0..20 {
@@ -89,14 +91,14 @@ async fn keys(test_config: &TestConfig) -> (Vec<IssuedKey>, Vec<IssuedKey>) {
     (good, revoked)
 }
 
-/// How many checks each step sees.
+/// How many checks each step waits for, at least.
 const CHECKS: u64 = 3_000;
 
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "needs an earlier build: make upgrade OLD=..."]
-async fn tables_are_upgraded_under_load_and_the_earlier_build_is_put_back() {
+async fn an_upgrade_under_load_and_a_return_to_the_earlier_build_cause_no_wrong_answer() {
     let _turn = shared().await;
-    let old_program: PathBuf = std::env::var_os("TRUSTGATE_OLD").expect("make upgrade OLD=...").into();
+    let old_program: PathBuf = std::env::var_os("TRUSTGATE_OLD").expect("run `make upgrade OLD=...`").into();
     let postgres = Postgres::start().await;
     let database = postgres.database().await;
     postgres.execute(&database, "CREATE ROLE trustgate_serve LOGIN; CREATE ROLE trustgate_manage LOGIN").await;
@@ -107,7 +109,7 @@ async fn tables_are_upgraded_under_load_and_the_earlier_build_is_put_back() {
             .with("credential.pepper", "a pepper of more than 16 bytes")
     };
     let old = |user: &str| test_config(user).run_by(&old_program);
-    // The rights are those that the earlier build asks for; none is given later.
+    // The roles get the privileges that the earlier build prints. The upgrade must need no others.
     old("admin").migrate().await;
     let grants = old("admin").run(&["migrate", "--print-grants"]).await.out;
     postgres.execute(&database, &grants).await;
@@ -116,19 +118,19 @@ async fn tables_are_upgraded_under_load_and_the_earlier_build_is_put_back() {
     let (mut good, mut revoked) = keys(&manage_old).await;
     let mut checks = 0;
 
-    // Earlier servers, on earlier tables and on new ones.
+    // Servers of the earlier build run on its own tables, and then on the upgraded ones.
     let (first, second) = (old("trustgate_serve").serve().await, old("trustgate_serve").serve().await);
     let loads = [
         Load::on("old", &first, good.clone(), revoked.clone()).await,
         Load::on("old", &second, good.clone(), revoked.clone()).await,
     ];
-    loads[0].run_until(CHECKS).await;
+    loads[0].wait_for(CHECKS).await;
     test_config("admin").migrate().await;
-    loads[0].run_until(CHECKS).await;
+    loads[0].wait_for(CHECKS).await;
     let [load, other] = loads;
     checks += load.end().await + other.end().await;
 
-    // Both commands change keys, and a new server stands beside an earlier one.
+    // The commands of both builds change keys, and a server of this build runs beside one of the earlier build.
     revoked.push(good.pop().unwrap());
     manage_old.revoke(revoked.last().unwrap()).await;
     revoked.push(good.pop().unwrap());
@@ -141,11 +143,11 @@ async fn tables_are_upgraded_under_load_and_the_earlier_build_is_put_back() {
         Load::on("old beside new", &first, good.clone(), revoked.clone()).await,
         Load::on("new beside old", &new, good.clone(), revoked.clone()).await,
     ];
-    loads[1].run_until(2 * CHECKS).await;
+    loads[1].wait_for(2 * CHECKS).await;
     let [load, other] = loads;
     checks += load.end().await + other.end().await;
 
-    // The earlier build is put back, `migrate` included.
+    // Return to the earlier build, and run its `migrate`.
     drop((first, new));
     old("admin").migrate().await;
     revoked.push(good.remove(0));
@@ -153,20 +155,20 @@ async fn tables_are_upgraded_under_load_and_the_earlier_build_is_put_back() {
     good.push(manage_old.issue("acme", &[]).await);
     let back = old("trustgate_serve").serve().await;
     let load = Load::on("old again", &back, good.clone(), revoked.clone()).await;
-    load.run_until(CHECKS).await;
+    load.wait_for(CHECKS).await;
     checks += load.end().await;
 
-    // And the new one once more.
+    // Upgrade to this build once more.
     drop(back);
     test_config("admin").migrate().await;
     let new = test_config("trustgate_serve").serve().await;
     let load = Load::on("new again", &new, good.clone(), revoked.clone()).await;
-    load.run_until(CHECKS).await;
+    load.wait_for(CHECKS).await;
     checks += load.end().await;
     let pepper_of_all = async || {
         let keys = manage_new.json(&["key", "list", "--pepper", "current"]).await;
         keys.as_array().unwrap().iter().filter(|key| key["state"] == "active").count() == good.len()
     };
-    eventually("each key has its pepper", Duration::from_secs(30), pepper_of_all).await;
+    eventually("the pepper of each active key is recorded", Duration::from_secs(30), pepper_of_all).await;
     println!("{checks} checks, 0 wrong answers, 0 faults");
 }

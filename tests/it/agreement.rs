@@ -1,4 +1,5 @@
-//! What is written in more than one place says the same in each: documentation, envoy/, helm/ and the code.
+//! The documentation, `envoy/`, `helm/` and the code agree on metrics, settings, commands, identity headers and
+//! versions.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -20,16 +21,16 @@ use trustgate::{
 
 use crate::program::Place;
 
-/// The header that holds the key unless somebody sets another one.
+/// The request header that contains the key by default.
 const DEFAULT_CREDENTIAL_HEADER: &str = "x-api-key";
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_page_of_metrics_lists_exactly_what_a_server_exposes() {
+async fn the_metrics_page_lists_exactly_the_metrics_that_a_server_exposes() {
     let dir = tempfile::tempdir().unwrap();
     let variables = [
         ("TRUSTGATE__GRPC__LISTEN", "127.0.0.1:0"),
         ("TRUSTGATE__ADMIN__LISTEN", "127.0.0.1:0"),
-        ("TRUSTGATE__REDIS__URL", "redis://127.0.0.1:1/0"), // nobody listens there, but its metrics exist
+        ("TRUSTGATE__REDIS__URL", "redis://127.0.0.1:1/0"), // nothing listens there, but the metrics exist
     ];
     let variables = variables.map(|(name, value)| (OsString::from(name), OsString::from(value)));
     let config = config::load(None, variables, Purpose::Serve).unwrap();
@@ -47,7 +48,7 @@ async fn the_page_of_metrics_lists_exactly_what_a_server_exposes() {
     assert_eq!(documented_metrics(&file("docs/metrics.md")), exposed_metrics(&exposed));
 }
 
-/// Name to type and labels, from the text format.
+/// Maps each metric name in the text format to the type and the labels.
 fn exposed_metrics(text: &str) -> BTreeMap<String, (String, BTreeSet<String>)> {
     let mut metrics = BTreeMap::new();
     for line in text.lines() {
@@ -62,7 +63,7 @@ fn exposed_metrics(text: &str) -> BTreeMap<String, (String, BTreeSet<String>)> {
     metrics
 }
 
-/// The same from the tables of the page: name, type and labels are its first columns.
+/// Maps each metric name in the tables of `page` to the type and the labels. These three are the first columns.
 fn documented_metrics(page: &str) -> BTreeMap<String, (String, BTreeSet<String>)> {
     let rows = rows(page).filter(|cells| cells.len() > 3);
     rows.map(|cells| {
@@ -72,18 +73,18 @@ fn documented_metrics(page: &str) -> BTreeMap<String, (String, BTreeSet<String>)
     .collect()
 }
 
-/// A page that promises something names the test that shows it.
+/// The last column of the table names a test that proves the row.
 #[test]
-fn every_row_of_the_page_on_migrating_names_tests_that_exist() {
+fn each_row_of_the_migration_page_names_tests_that_exist() {
     let page = file("docs/migrating.md");
     let tests: String = ["it", "e2e", "bound"].into_iter().flat_map(sources).collect();
-    let shown: Vec<_> =
+    let test_cells: Vec<_> =
         cells(section(&page, "## What the cache in front of such a table does, and what does it here").as_str())
             .skip(2)
             .map(|cells| cells[2].clone())
             .collect();
-    assert!(shown.len() > 9, "{shown:?}");
-    for cell in shown {
+    assert!(test_cells.len() > 9, "{test_cells:?}");
+    for cell in test_cells {
         let names = quoted(&cell);
         assert!(!names.is_empty(), "{cell}");
         for name in names {
@@ -99,10 +100,10 @@ fn sources(binary: &str) -> Vec<String> {
 }
 
 #[test]
-fn the_readme_names_only_metrics_and_settings_that_exist() {
+fn the_readme_mentions_only_metrics_and_settings_that_exist() {
     let settings = settings();
     let metrics = documented_metrics(&file("docs/metrics.md"));
-    let (mut settings_named, mut metrics_named) = (0, 0);
+    let (mut settings_found, mut metrics_found) = (0, 0);
     for page in ["README.md", "SECURITY.md", "CHANGELOG.md", "docs/architecture.md", "docs/metrics.md"] {
         let text = file(page);
         for word in quoted(&text).into_iter().flat_map(str::split_whitespace) {
@@ -111,34 +112,34 @@ fn the_readme_names_only_metrics_and_settings_that_exist() {
             if let Some(rest) = name.strip_prefix("TRUSTGATE__") {
                 let setting = rest.to_lowercase().replacen("__", ".", 1);
                 assert!(setting == "section.name" || settings.contains(&setting), "{page}: {name}");
-                settings_named += 1;
+                settings_found += 1;
             } else if name.starts_with("trustgate_") && !name.contains('.') {
                 let base = ["_bucket", "_sum", "_count"].iter().find_map(|end| name.strip_suffix(end)).unwrap_or(name);
                 let is_role = ["trustgate_owner", "trustgate_manage", "trustgate_serve"].contains(&name);
                 assert!(is_role || metrics.contains_key(base), "{page}: there is no metric {name}");
-                metrics_named += 1;
+                metrics_found += 1;
             } else if let Some((section, rest)) = name.split_once('.')
                 && SECTIONS.iter().any(|one| one.name == section)
                 && !rest.contains(['.', '/', ':'])
                 && !["rs", "md", "yaml"].contains(&rest)
             {
                 assert!(settings.contains(name), "{page}: there is no setting {name}");
-                settings_named += 1;
+                settings_found += 1;
             }
         }
     }
-    assert!(settings_named > 20 && metrics_named > 10, "{settings_named} settings, {metrics_named} metrics");
+    assert!(settings_found > 20 && metrics_found > 10, "{settings_found} settings, {metrics_found} metrics");
 }
 
 #[test]
-fn the_alerts_are_about_metrics_that_exist() {
+fn the_alerts_use_only_metrics_that_exist() {
     let (metrics, alerts) = (documented_metrics(&file("docs/metrics.md")), file("docs/alerts.yaml"));
     let words = alerts.split(|c: char| !c.is_ascii_alphanumeric() && c != '_');
-    let named: BTreeSet<_> = words.filter(|word| word.starts_with("trustgate_")).collect();
-    for name in &named {
+    let names: BTreeSet<_> = words.filter(|word| word.starts_with("trustgate_")).collect();
+    for name in &names {
         assert!(metrics.contains_key(name.trim_end_matches("_bucket")), "docs/alerts.yaml: there is no metric {name}");
     }
-    assert!(named.len() > 10, "{named:?}");
+    assert!(names.len() > 10, "{names:?}");
 }
 
 #[test]
@@ -149,9 +150,9 @@ fn the_configuration_in_the_readme_is_accepted() {
     for block in blocks {
         let place = Place::new();
         place.write("trustgate.toml", &block);
-        let told = place.run(&["--config", "trustgate.toml", "--output", "json", "config", "check"]).parsed();
-        let config_errors = told["mistakes"].as_array().unwrap().iter();
-        // The files with the secrets are on another machine.
+        let checked = place.run(&["--config", "trustgate.toml", "--output", "json", "config", "check"]).parsed();
+        let config_errors = checked["mistakes"].as_array().unwrap().iter();
+        // The files with the secrets do not exist on this machine.
         let wrong: Vec<_> = config_errors
             .filter(|config_error| !config_error["problem"].as_str().unwrap().starts_with("cannot read /"))
             .collect();
@@ -176,7 +177,7 @@ fn the_readme_lists_every_command_with_its_options_and_no_other() {
     }
     assert_eq!(listed, commands);
 
-    // What the text tells to run, wherever it does.
+    // The commands that the pages show in shell blocks and in inline code exist too.
     let mut seen = 0;
     for page in ["README.md", "SECURITY.md", "CHANGELOG.md", "docs/architecture.md", "docs/metrics.md"] {
         let text = file(page);
@@ -184,11 +185,11 @@ fn the_readme_lists_every_command_with_its_options_and_no_other() {
         let fenced = shell.lines().filter_map(|line| line.split("| ").last()?.strip_prefix("trustgate "));
         let inline = quoted(&text).into_iter().filter_map(|code| code.strip_prefix("trustgate "));
         for command in fenced.chain(inline) {
-            let told = command.split_whitespace().skip_while(|word| word.starts_with("--"));
-            let told: Vec<_> = told.take_while(|word| word.chars().all(|c| c.is_ascii_lowercase())).collect();
+            let words = command.split_whitespace().skip_while(|word| word.starts_with("--"));
+            let words: Vec<_> = words.take_while(|word| word.chars().all(|c| c.is_ascii_lowercase())).collect();
             let exists = commands.keys().any(|known| {
                 let known: Vec<_> = known.split(' ').collect();
-                known.starts_with(&told) || told.starts_with(&known)
+                known.starts_with(&words) || words.starts_with(&known)
             });
             assert!(exists, "{page}: trustgate {command}");
             seen += 1;
@@ -197,7 +198,7 @@ fn the_readme_lists_every_command_with_its_options_and_no_other() {
     assert!(seen > 10, "only {seen} commands were seen");
 }
 
-/// Every command that has none below it, with its options, as its help tells them.
+/// Adds each command without subcommands to `found`, with the options that its `--help` lists.
 fn leaf_commands(place: &Place, path: &mut Vec<String>, found: &mut BTreeMap<String, BTreeSet<String>>) {
     let arguments: Vec<_> = path.iter().map(String::as_str).chain(["--help"]).collect();
     let help = place.run(&arguments).done().out;
@@ -223,7 +224,7 @@ fn leaf_commands(place: &Place, path: &mut Vec<String>, found: &mut BTreeMap<Str
 }
 
 #[test]
-fn the_yaml_for_an_existing_envoy_is_that_of_the_whole_example() {
+fn the_yaml_in_the_readme_is_part_of_the_envoy_example() {
     let readme = file("README.md");
     let whole = plain_yaml(&file("envoy/envoy.yaml"));
     let steps = section(&readme, "## Into an existing Envoy in five minutes");
@@ -231,7 +232,7 @@ fn the_yaml_for_an_existing_envoy_is_that_of_the_whole_example() {
     assert_eq!(blocks.len(), 3, "the early strip, the filter and the cluster");
     for block in blocks {
         let block = plain_yaml(&block);
-        assert!(whole.contains(&block), "not in envoy/envoy.yaml, in one piece:\n{block}");
+        assert!(whole.contains(&block), "envoy/envoy.yaml does not contain this block:\n{block}");
     }
 }
 
@@ -242,7 +243,7 @@ fn plain_yaml(text: &str) -> String {
 }
 
 #[test]
-fn whoever_strips_identity_headers_strips_all_of_them() {
+fn each_snippet_that_strips_identity_headers_strips_all_of_them() {
     let envoy = file("envoy/envoy.yaml");
     let removed: Vec<_> = between(&envoy, "identity headers")
         .lines()
@@ -251,7 +252,7 @@ fn whoever_strips_identity_headers_strips_all_of_them() {
     assert_eq!(removed, identity::HEADERS);
 
     let expression = between(&envoy, "identity expression");
-    // By prefix, so that an identity header of a later release is permitted by snippets that were copied before.
+    // The expression permits the prefix, so that a snippet that is copied today permits the headers of later releases.
     assert_eq!(
         expression.trim(),
         format!("allow_expression: {{regex: \"^(x-trust-[a-z-]+|{DEFAULT_CREDENTIAL_HEADER})$\"}}")
@@ -280,7 +281,7 @@ fn between(text: &str, name: &str) -> String {
 }
 
 #[test]
-fn the_chart_knows_every_setting_but_listeners_and_secrets() {
+fn the_chart_has_each_setting_except_listeners_and_secrets() {
     let schema: Value = serde_json::from_str(&file("helm/trustgate/values.schema.json")).unwrap();
     let sections = schema["properties"]["config"]["properties"].as_object().unwrap();
     let known: BTreeSet<_> = sections
@@ -291,7 +292,7 @@ fn the_chart_knows_every_setting_but_listeners_and_secrets() {
         })
         .collect();
     let listens = |setting: &str| setting.ends_with(".listen") || setting.starts_with("grpc.socket_");
-    // Secrets are files of Secrets, which the chart mounts and names itself.
+    // The chart mounts Kubernetes Secrets as files, and sets the paths of these files itself.
     let is_secret = |setting: &str| {
         let name = setting.split_once('.').unwrap().1;
         name.ends_with("_file")
@@ -304,7 +305,7 @@ fn the_chart_knows_every_setting_but_listeners_and_secrets() {
 }
 
 #[test]
-fn one_version_is_everywhere() {
+fn the_crate_the_chart_and_the_changelog_have_one_version() {
     let version = env!("CARGO_PKG_VERSION");
     let chart = file("helm/trustgate/Chart.yaml");
     assert!(chart.lines().any(|line| line == format!("appVersion: \"{version}\"")), "Chart.yaml: appVersion");
@@ -326,12 +327,12 @@ fn file(path: &str) -> String {
     fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
 }
 
-/// The cells of every row of the tables in `page` that begins with a name.
+/// The cells of each table row in `page` whose first cell is a name in backticks.
 fn rows(page: &str) -> impl Iterator<Item = Vec<String>> {
     cells(page).filter(|cells| cells[0].starts_with('`'))
 }
 
-/// The cells of every row of the tables in `page`.
+/// The cells of each table row in `page`.
 fn cells(page: &str) -> impl Iterator<Item = Vec<String>> {
     let lines = page.lines().filter_map(|line| line.strip_prefix('|')?.strip_suffix('|'));
     lines.map(|line| {
@@ -341,7 +342,7 @@ fn cells(page: &str) -> impl Iterator<Item = Vec<String>> {
     })
 }
 
-/// What stands between backticks, in blocks and in lines.
+/// The texts between backticks: code blocks and inline code.
 fn quoted(text: &str) -> Vec<&str> {
     let mut found = Vec::new();
     for (at, part) in text.split("```").enumerate() {
@@ -354,13 +355,13 @@ fn quoted(text: &str) -> Vec<&str> {
     found
 }
 
-/// The blocks of code in that language.
+/// The code blocks with this language.
 fn blocks(text: &str, language: &str) -> Vec<String> {
     let fence = format!("```{language}\n");
     text.split(&fence).skip(1).map(|rest| rest.split("```").next().unwrap().to_owned()).collect()
 }
 
-/// From this heading to the next of its rank.
+/// The lines from `heading` to the next heading of level two.
 fn section(text: &str, heading: &str) -> String {
     let mut lines = text.lines().skip_while(|line| *line != heading);
     assert!(lines.next().is_some(), "no {heading:?}");

@@ -1,5 +1,5 @@
-//! An existing table that is attached: every change of what decisions read is named, for an application that knows
-//! nothing of it, and nothing is left when it is detached.
+//! `trustgate attach` and `detach` on an existing table: the triggers record each change that decisions depend on, the
+//! application needs no rights on our tables, and `detach` leaves nothing behind.
 
 use std::sync::Arc;
 
@@ -17,9 +17,9 @@ use uuid::Uuid;
 
 use crate::{program::Place, support::postgres::Postgres};
 
-/// A database with a table of somebody's: owned by `…-owner`, written by `…-app`, neither of which has any right on our
-/// tables, which belong to `…-gate`; read by `…-serve`.
-struct Theirs {
+/// A database with the table of an application. The role `…-owner` owns the table and `…-app` writes it. Neither has
+/// any right on our tables, which belong to `…-gate`. `…-serve` reads the table and our tables.
+struct AppDb {
     server: Arc<Postgres>,
     name: String,
     place: Place,
@@ -33,7 +33,7 @@ CREATE TABLE hospital.trust (
 CREATE INDEX ON hospital.trust (api_key_hash) WHERE api_key_hash IS NOT NULL;
 ";
 
-impl Theirs {
+impl AppDb {
     async fn new() -> Self {
         Self::with(TABLE).await
     }
@@ -51,17 +51,17 @@ impl Theirs {
             .with("TRUSTGATE__STORE__TABLE", "hospital.trust")
             .with("TRUSTGATE__STORE__TABLE_REVOKED_AT", "revoked_at")
             .with("TRUSTGATE__STORE__ATTACHED", "true");
-        let theirs = Self { server, name, place };
-        theirs.run("owner", table).await;
-        theirs.run("owner", &format!("GRANT USAGE ON SCHEMA hospital TO \"{0}-app\"", theirs.name)).await;
+        let app_db = Self { server, name, place };
+        app_db.run("owner", table).await;
+        app_db.run("owner", &format!("GRANT USAGE ON SCHEMA hospital TO \"{0}-app\"", app_db.name)).await;
         let rights = "SELECT, INSERT, UPDATE, DELETE, TRUNCATE";
-        theirs.run("owner", &format!("GRANT {rights} ON hospital.trust TO \"{}-app\"", theirs.name)).await;
-        theirs.place.run(&["migrate"]).done();
+        app_db.run("owner", &format!("GRANT {rights} ON hospital.trust TO \"{}-app\"", app_db.name)).await;
+        app_db.place.run(&["migrate"]).done();
         let roles =
-            ["--serve-role", &format!("{}-serve", theirs.name), "--manage-role", &format!("{}-gate", theirs.name)];
-        let grants = theirs.place.run(&[&["migrate", "--print-grants"], &roles[..]].concat()).done().out;
-        theirs.server.execute(&theirs.name, &grants).await;
-        theirs
+            ["--serve-role", &format!("{}-serve", app_db.name), "--manage-role", &format!("{}-gate", app_db.name)];
+        let grants = app_db.place.run(&[&["migrate", "--print-grants"], &roles[..]].concat()).done().out;
+        app_db.server.execute(&app_db.name, &grants).await;
+        app_db
     }
 
     async fn as_role(&self, role: &str) -> PgConnection {
@@ -73,7 +73,7 @@ impl Theirs {
         execute(&mut self.as_role(role).await, sql).await;
     }
 
-    /// Has each part of what is printed run by the role that it names.
+    /// Runs each part of the printed statements as the role that the comment before the part names.
     async fn run_printed(&self, command: &str) {
         let printed = self.place.run(&[command, "--print"]).done().out;
         let parts: Vec<_> = printed.split("-- As the owner of ").skip(1).collect();
@@ -105,8 +105,8 @@ impl Theirs {
         lookup
     }
 
-    /// The lookup of a table that is attached, and its newest version.
-    async fn watched(&self) -> (Arc<dyn Source>, Version) {
+    /// Opens a lookup on the attached table and has it examine the triggers. Returns the lookup and the newest version.
+    async fn attached_lookup(&self) -> (Arc<dyn Source>, Version) {
         let lookup = self.lookup().await;
         lookup.restore_watch().await.unwrap();
         let newest = lookup.poll(None).await.unwrap().newest.as_of;
@@ -119,8 +119,8 @@ async fn execute(connection: &mut PgConnection, sql: &str) {
     done.unwrap_or_else(|error| panic!("{sql}: {error}"));
 }
 
-/// What was named since `version`, sorted, and how many versions there were.
-async fn named(lookup: &Arc<dyn Source>, version: &mut Version) -> (Vec<String>, usize) {
+/// The changes recorded after `version`, sorted, and the number of new versions. Advances `version` to the newest.
+async fn recorded(lookup: &Arc<dyn Source>, version: &mut Version) -> (Vec<String>, usize) {
     let polled = lookup.poll(Some(*version)).await.unwrap();
     assert!(polled.triggers_intact && polled.complete, "{polled:?}");
     *version = polled.newest.as_of;
@@ -151,10 +151,10 @@ fn key(number: u128) -> Change {
     Change::Key(KeyId(id(number)))
 }
 
-/// What an application may write, one after the other, and what each names.
+/// Statements that an application may run, in this order, and the changes that each one records.
 fn statements() -> Vec<(String, Vec<Change>)> {
     vec![
-        // A row that is being made is nothing yet.
+        // A row without a digest is no key yet.
         (format!("INSERT INTO hospital.trust (id) VALUES ('{}')", id(1)), vec![]),
         (
             format!("UPDATE hospital.trust SET api_key_hash = '{}' WHERE id = '{}'", hash(11), id(1)),
@@ -211,46 +211,53 @@ fn statements() -> Vec<(String, Vec<Change>)> {
 }
 
 #[tokio::test]
-async fn whatever_an_application_does_to_an_attached_table_is_named_and_a_heartbeat_is_nothing() {
-    let theirs = Theirs::new().await;
-    theirs.run_printed("attach").await;
-    let (lookup, mut seen) = theirs.watched().await;
+async fn changes_of_an_attached_table_are_recorded_and_last_seen_updates_are_not() {
+    let app_db = AppDb::new().await;
+    app_db.run_printed("attach").await;
+    let (lookup, mut seen) = app_db.attached_lookup().await;
     for level in ["READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"] {
-        let mut app = theirs.as_role("app").await;
+        let mut app = app_db.as_role("app").await;
         execute(&mut app, &format!("SET default_transaction_isolation = '{level}'")).await;
         for (sql, changes) in statements() {
             execute(&mut app, &sql).await;
             let versions = usize::from(!changes.is_empty());
-            assert_eq!(named(&lookup, &mut seen).await, (texts(&changes), versions), "{level}: {sql}");
+            assert_eq!(recorded(&lookup, &mut seen).await, (texts(&changes), versions), "{level}: {sql}");
         }
         let mut copy = app.copy_in_raw("COPY hospital.trust (id, api_key_hash) FROM STDIN").await.unwrap();
         copy.send(format!("{}\t{}\n{}\t\\N\n", id(20), hash(20), id(21)).into_bytes()).await.unwrap();
         copy.finish().await.unwrap();
-        assert_eq!(named(&lookup, &mut seen).await, (texts(&[Change::Absent(digest(20))]), 1), "{level}");
+        assert_eq!(recorded(&lookup, &mut seen).await, (texts(&[Change::Absent(digest(20))]), 1), "{level}");
         execute(&mut app, "BEGIN; DELETE FROM hospital.trust; ROLLBACK").await;
-        assert_eq!(named(&lookup, &mut seen).await, (vec![], 0), "what was undone did not happen");
+        assert_eq!(
+            recorded(&lookup, &mut seen).await,
+            (vec![], 0),
+            "a transaction that is rolled back records nothing"
+        );
         execute(&mut app, "TRUNCATE hospital.trust").await;
-        // The table has another file then, which might as well be another table.
+        // TRUNCATE gives the table a new file, as a replacement of the table does.
         assert!(!lookup.poll(Some(seen)).await.unwrap().triggers_intact);
         lookup.restore_watch().await.unwrap();
         let whole = [Change::Whole(ChangeKind::Keys), Change::Whole(ChangeKind::Trusts), Change::Everything];
-        assert_eq!(named(&lookup, &mut seen).await, (texts(&whole), 2), "{level}");
+        assert_eq!(recorded(&lookup, &mut seen).await, (texts(&whole), 2), "{level}");
     }
     let rights = format!(
         "SELECT has_schema_privilege('{0}-app', 'trustgate', 'USAGE') OR has_schema_privilege('{0}-owner', 'trustgate', 'USAGE')",
-        theirs.name
+        app_db.name
     );
-    assert!(!theirs.server.value::<bool>(&theirs.name, &rights).await, "neither needs a right on our tables");
+    assert!(
+        !app_db.server.value::<bool>(&app_db.name, &rights).await,
+        "the application and the owner of the table need no right on our tables"
+    );
 }
 
 #[tokio::test]
-async fn what_is_read_of_an_attached_table_is_dated_and_decided_by_its_columns() {
-    let theirs = Theirs::new().await;
-    theirs.run_printed("attach").await;
-    let (lookup, newest) = theirs.watched().await;
+async fn a_read_of_an_attached_table_has_a_version_and_follows_its_columns() {
+    let app_db = AppDb::new().await;
+    app_db.run_printed("attach").await;
+    let (lookup, newest) = app_db.attached_lookup().await;
     let digests = |number| Digests { current: digest(number), older: Vec::new() };
     assert_eq!(lookup.find(&digests(11)).await.unwrap().value, None);
-    theirs
+    app_db
         .run(
             "app",
             &format!(
@@ -262,7 +269,7 @@ async fn what_is_read_of_an_attached_table_is_dated_and_decided_by_its_columns()
     let good = lookup.find(&digests(11)).await.unwrap();
     let record = good.value.clone().unwrap();
     assert_eq!((record.key_id.0, record.trust_id.0, record.trust_enabled), (id(1), id(1), true));
-    assert_eq!((record.revoked_at, record.expires_at), (None, None), "one that never comes is none");
+    assert_eq!((record.revoked_at, record.expires_at), (None, None), "an infinite time counts as no time");
     let polled = lookup.poll(Some(newest)).await.unwrap();
     assert_eq!(
         (good.as_of, good.nonce, good.lineage),
@@ -274,43 +281,46 @@ async fn what_is_read_of_an_attached_table_is_dated_and_decided_by_its_columns()
 }
 
 #[tokio::test]
-async fn nothing_is_left_when_it_is_detached() {
+async fn detach_restores_the_schema_as_it_was() {
     for printed in [true, false] {
-        let mut theirs = Theirs::new().await;
+        let mut app_db = AppDb::new().await;
         if !printed {
-            // One that may do all of it.
-            let all = theirs.server.url("admin", &theirs.name);
-            theirs.place = theirs.place.with("TRUSTGATE__STORE__MANAGEMENT_URL", &all);
+            // A role that may run both parts.
+            let all = app_db.server.url("admin", &app_db.name);
+            app_db.place = app_db.place.with("TRUSTGATE__STORE__MANAGEMENT_URL", &all);
         }
-        let schema = || theirs.server.dump(&theirs.name, &["--schema-only"]);
+        let schema = || app_db.server.dump(&app_db.name, &["--schema-only"]);
         let before = schema();
         for _ in 0..2 {
             if printed {
-                theirs.run_printed("attach").await;
+                app_db.run_printed("attach").await;
             } else {
-                let answer = theirs.place.json(&["attach"]);
+                let answer = app_db.place.json(&["attach"]);
                 assert_eq!((&answer["table"], &answer["attached"]), (&"hospital.trust".into(), &true.into()));
             }
         }
         let attached = schema();
         assert!(attached.contains("CREATE TRIGGER trustgate_changed") && attached.contains("attached_changed"));
-        let (lookup, newest) = theirs.watched().await;
+        let (lookup, newest) = app_db.attached_lookup().await;
         if printed {
-            theirs.run_printed("detach").await;
+            app_db.run_printed("detach").await;
         } else {
-            assert_eq!(theirs.place.json(&["detach"])["attached"], false);
+            assert_eq!(app_db.place.json(&["detach"])["attached"], false);
         }
         assert!(schema() == before, "{}", schema());
-        assert!(!lookup.poll(Some(newest)).await.unwrap().triggers_intact, "nothing is relied on any more");
+        assert!(
+            !lookup.poll(Some(newest)).await.unwrap().triggers_intact,
+            "the poll notices that the triggers are gone"
+        );
         let problem = lookup.restore_watch().await.unwrap_err().to_string();
         assert!(problem.contains("run `trustgate attach`"), "{problem}");
-        theirs.run("app", &format!("INSERT INTO hospital.trust (id) VALUES ('{}')", id(1))).await;
+        app_db.run("app", &format!("INSERT INTO hospital.trust (id) VALUES ('{}')", id(1))).await;
     }
 }
 
 #[tokio::test]
 async fn a_table_whose_changes_would_be_missed_is_not_attached() {
-    let theirs = Theirs::with(
+    let app_db = AppDb::with(
         "CREATE SCHEMA hospital;
          CREATE TABLE hospital.base (id bigint, api_key_hash text, revoked_at timestamp);
          CREATE VIEW hospital.trust AS SELECT * FROM hospital.base;
@@ -318,41 +328,44 @@ async fn a_table_whose_changes_would_be_missed_is_not_attached() {
          ALTER TABLE hospital.hidden ENABLE ROW LEVEL SECURITY",
     )
     .await;
-    theirs.place.run(&["attach"]).failed(1, &["hospital.trust cannot be attached", "is a view or a foreign table"]);
-    let of = |table: &str| Place::new().like(&theirs.place).with("TRUSTGATE__STORE__TABLE", table);
-    of("hospital.base").run(&["attach"]).failed(
+    app_db.place.run(&["attach"]).failed(1, &["hospital.trust cannot be attached", "is a view or a foreign table"]);
+    let with_table = |table: &str| Place::new().like(&app_db.place).with("TRUSTGATE__STORE__TABLE", table);
+    with_table("hospital.base").run(&["attach"]).failed(
         1,
         &[
-            "column \"id\" (store.table_id) is of type bigint, not uuid",
+            "column \"id\" (store.table_id) has type bigint, not uuid",
             "no index of all rows begins with column \"id\"",
             "no index of all rows begins with column \"api_key_hash\" (store.table_digest)",
             "CREATE INDEX CONCURRENTLY ON \"hospital\".\"base\" (\"api_key_hash\")",
-            "column \"revoked_at\" (store.table_revoked_at) is of type timestamp without time zone",
+            "column \"revoked_at\" (store.table_revoked_at) has type timestamp without time zone",
         ],
     );
-    of("hospital.hidden").run(&["attach"]).failed(1, &["has row level security"]);
-    of("hospital.gone").run(&["attach"]).failed(1, &["there is no such table"]);
-    of("hospital.hidden")
+    with_table("hospital.hidden").run(&["attach"]).failed(1, &["has row level security"]);
+    with_table("hospital.gone").run(&["attach"]).failed(1, &["there is no such table"]);
+    with_table("hospital.hidden")
         .with("TRUSTGATE__STORE__TABLE_TRUST", "tenant")
         .run(&["attach"])
         .failed(1, &["there is no column \"tenant\" (store.table_trust)"]);
-    let sqlite = Place::new().like(&theirs.place).with("TRUSTGATE__STORE__MANAGEMENT_URL", "sqlite:///nowhere/t.db");
+    let sqlite = Place::new().like(&app_db.place).with("TRUSTGATE__STORE__MANAGEMENT_URL", "sqlite:///nowhere/t.db");
     sqlite.run(&["attach"]).failed(1, &["only a table in PostgreSQL"]);
 }
 
 #[tokio::test]
-async fn without_the_rights_it_is_said_who_has_to_do_it() {
-    let theirs = Theirs::new().await;
-    theirs.place.run(&["attach"]).failed(1, &["hospital.trust", "--print"]);
-    let (lookup, newest) = (theirs.lookup().await, Version(1));
-    assert!(!lookup.poll(Some(newest)).await.is_ok_and(|polled| polled.triggers_intact), "nothing was done");
+async fn attach_without_the_rights_fails_and_points_to_print() {
+    let app_db = AppDb::new().await;
+    app_db.place.run(&["attach"]).failed(1, &["hospital.trust", "--print"]);
+    let (lookup, newest) = (app_db.lookup().await, Version(1));
+    assert!(
+        !lookup.poll(Some(newest)).await.is_ok_and(|polled| polled.triggers_intact),
+        "the failed attach added no triggers"
+    );
 }
 
 #[tokio::test]
-async fn whoever_alters_an_attached_table_ends_the_lease_until_it_is_put_right() {
-    let theirs = Theirs::new().await;
-    theirs.run_printed("attach").await;
-    for (harm, says) in [
+async fn altered_triggers_end_the_lease_until_attach_restores_them() {
+    let app_db = AppDb::new().await;
+    app_db.run_printed("attach").await;
+    for (harm, text) in [
         ("ALTER TABLE hospital.trust DISABLE TRIGGER trustgate_changed", "is not enabled for every session"),
         ("DROP TRIGGER trustgate_changed ON hospital.trust", "is missing"),
         ("DROP TRIGGER trustgate_truncated ON hospital.trust", "is missing"),
@@ -364,28 +377,28 @@ async fn whoever_alters_an_attached_table_ends_the_lease_until_it_is_put_right()
         ),
         ("DROP TABLE hospital.trust", "there is no table hospital.trust"),
     ] {
-        let (lookup, mut seen) = theirs.watched().await;
-        theirs.run("owner", harm).await;
+        let (lookup, mut seen) = app_db.attached_lookup().await;
+        app_db.run("owner", harm).await;
         assert!(!lookup.poll(Some(seen)).await.unwrap().triggers_intact, "{harm}");
         let problem = lookup.restore_watch().await.unwrap_err().to_string();
-        assert!(problem.contains(says) && problem.contains("run `trustgate attach`"), "{harm}: {problem}");
+        assert!(problem.contains(text) && problem.contains("run `trustgate attach`"), "{harm}: {problem}");
         if harm.starts_with("DROP TABLE") {
-            theirs.run("owner", TABLE.split_once(';').unwrap().1).await;
+            app_db.run("owner", TABLE.split_once(';').unwrap().1).await;
         }
-        theirs.run("owner", &format!("GRANT SELECT ON hospital.trust TO \"{}-serve\"", theirs.name)).await;
-        theirs.run_printed("attach").await;
+        app_db.run("owner", &format!("GRANT SELECT ON hospital.trust TO \"{}-serve\"", app_db.name)).await;
+        app_db.run_printed("attach").await;
         lookup.restore_watch().await.unwrap();
-        let (changes, _) = named(&lookup, &mut seen).await;
+        let (changes, _) = recorded(&lookup, &mut seen).await;
         assert!(
             changes.contains(&format!("{:?}", Change::Everything)),
-            "what passed meanwhile may be anything: {changes:?}"
+            "changes may have passed unrecorded, so everything is out of date: {changes:?}"
         );
     }
 }
 
 #[tokio::test]
-async fn a_part_that_is_added_later_is_watched_by_itself() {
-    let theirs = Theirs::with(
+async fn a_partition_that_is_added_later_gets_the_triggers_by_itself() {
+    let app_db = AppDb::with(
         "CREATE SCHEMA hospital;
          CREATE TABLE hospital.trust (id uuid, api_key_hash char(64), revoked_at timestamptz, PRIMARY KEY (id))
              PARTITION BY HASH (id);
@@ -393,86 +406,90 @@ async fn a_part_that_is_added_later_is_watched_by_itself() {
          CREATE TABLE hospital.one PARTITION OF hospital.trust FOR VALUES WITH (MODULUS 2, REMAINDER 0)",
     )
     .await;
-    theirs.run_printed("attach").await;
-    let (lookup, mut seen) = theirs.watched().await;
+    app_db.run_printed("attach").await;
+    let (lookup, mut seen) = app_db.attached_lookup().await;
     let part = "CREATE TABLE hospital.two PARTITION OF hospital.trust FOR VALUES WITH (MODULUS 2, REMAINDER 1)";
-    theirs.run("owner", part).await;
-    assert!(!lookup.poll(Some(seen)).await.unwrap().triggers_intact, "until it is seen to have the trigger");
+    app_db.run("owner", part).await;
+    assert!(!lookup.poll(Some(seen)).await.unwrap().triggers_intact, "nothing has examined the new partition yet");
     lookup.restore_watch().await.unwrap();
-    assert_eq!(named(&lookup, &mut seen).await, (texts(&[Change::Everything]), 1));
+    assert_eq!(recorded(&lookup, &mut seen).await, (texts(&[Change::Everything]), 1));
     for number in 1..9 {
         let insert =
             format!("INSERT INTO hospital.trust (id, api_key_hash) VALUES ('{}', '{}')", id(number), hash(number));
-        theirs.run("app", &insert).await;
-        assert_eq!(named(&lookup, &mut seen).await, (texts(&[Change::Absent(digest(number))]), 1));
+        app_db.run("app", &insert).await;
+        assert_eq!(recorded(&lookup, &mut seen).await, (texts(&[Change::Absent(digest(number))]), 1));
     }
-    theirs.run("owner", "TRUNCATE hospital.two").await;
+    app_db.run("owner", "TRUNCATE hospital.two").await;
     assert!(!lookup.poll(Some(seen)).await.unwrap().triggers_intact);
     lookup.restore_watch().await.unwrap();
-    assert_eq!(named(&lookup, &mut seen).await, (texts(&[Change::Everything]), 1));
-    theirs.run_printed("detach").await;
-    assert!(!theirs.server.dump(&theirs.name, &["--schema-only"]).contains("trustgate.attached_changed()"));
+    assert_eq!(recorded(&lookup, &mut seen).await, (texts(&[Change::Everything]), 1));
+    app_db.run_printed("detach").await;
+    assert!(!app_db.server.dump(&app_db.name, &["--schema-only"]).contains("trustgate.attached_changed()"));
 }
 
 #[tokio::test]
-async fn columns_that_are_renamed_end_the_lease_and_never_fail_the_application() {
-    let theirs = Theirs::new().await;
-    theirs.run_printed("attach").await;
+async fn renamed_columns_end_the_lease_and_do_not_fail_the_application() {
+    let app_db = AppDb::new().await;
+    app_db.run_printed("attach").await;
     let rows = [(1, 11), (2, 12)].map(|(row, key)| format!("('{}', '{}', 'infinity')", id(row), hash(key))).join(", ");
-    theirs.run("app", &format!("INSERT INTO hospital.trust (id, api_key_hash, revoked_at) VALUES {rows}")).await;
-    let (lookup, mut seen) = theirs.watched().await;
+    app_db.run("app", &format!("INSERT INTO hospital.trust (id, api_key_hash, revoked_at) VALUES {rows}")).await;
+    let (lookup, mut seen) = app_db.attached_lookup().await;
     let digests = |number| Digests { current: digest(number), older: Vec::new() };
     let rename = |from: &str, to: &str| format!("ALTER TABLE hospital.trust RENAME {from} TO {to};");
 
-    // Every key is another one at once, and no row was written.
-    theirs.run("owner", "ALTER TABLE hospital.trust ADD COLUMN next char(64) UNIQUE").await;
-    theirs.run("app", &format!("UPDATE hospital.trust SET next = '{}' WHERE id = '{}'", hash(21), id(1))).await;
+    // Swapping two columns replaces the digests of all keys without writing a row.
+    app_db.run("owner", "ALTER TABLE hospital.trust ADD COLUMN next char(64) UNIQUE").await;
+    app_db.run("app", &format!("UPDATE hospital.trust SET next = '{}' WHERE id = '{}'", hash(21), id(1))).await;
     lookup.restore_watch().await.unwrap();
     seen = lookup.poll(Some(seen)).await.unwrap().newest.as_of;
     let swap = [rename("api_key_hash", "old"), rename("next", "api_key_hash")].concat();
-    theirs.run("owner", &format!("BEGIN; {swap} COMMIT")).await;
+    app_db.run("owner", &format!("BEGIN; {swap} COMMIT")).await;
     assert!(!lookup.poll(Some(seen)).await.unwrap().triggers_intact);
     lookup.restore_watch().await.unwrap();
-    assert_eq!(named(&lookup, &mut seen).await, (texts(&[Change::Everything]), 1));
+    assert_eq!(recorded(&lookup, &mut seen).await, (texts(&[Change::Everything]), 1));
     assert!(lookup.find(&digests(11)).await.unwrap().value.is_none());
     assert!(lookup.find(&digests(21)).await.unwrap().value.is_some());
     let gone = vec![key(1), Change::Gone(digest(21))];
-    theirs.run("app", &format!("DELETE FROM hospital.trust WHERE id = '{}'", id(1))).await;
-    assert_eq!(named(&lookup, &mut seen).await, (texts(&gone), 1), "by the name that it has now");
+    app_db.run("app", &format!("DELETE FROM hospital.trust WHERE id = '{}'", id(1))).await;
+    assert_eq!(
+        recorded(&lookup, &mut seen).await,
+        (texts(&gone), 1),
+        "the trigger reads the column that has the name now"
+    );
 
-    // One that is read is gone: nobody can tell what is written then.
-    theirs.run("owner", &rename("revoked_at", "ended_at")).await;
+    // Without a column that decisions need, the trigger cannot compare it and records `Change::Everything`.
+    app_db.run("owner", &rename("revoked_at", "ended_at")).await;
     assert!(!lookup.poll(Some(seen)).await.unwrap().triggers_intact);
     for sql in [
         format!("UPDATE hospital.trust SET ended_at = now() WHERE id = '{}'", id(2)),
         format!("INSERT INTO hospital.trust (id) VALUES ('{}')", id(3)),
         "DELETE FROM hospital.trust".to_owned(),
     ] {
-        theirs.run("app", &sql).await;
+        app_db.run("app", &sql).await;
         let polled = lookup.poll(Some(seen)).await.unwrap();
         seen = polled.newest.as_of;
         assert!(polled.changes.iter().all(|(_, change)| *change == Change::Everything), "{sql}: {polled:?}");
         assert!(!polled.changes.is_empty(), "{sql}");
     }
-    assert!(lookup.find(&digests(21)).await.is_err(), "it cannot be read either");
+    assert!(lookup.find(&digests(21)).await.is_err(), "the lookup cannot read the missing column");
 }
 
 #[tokio::test]
-async fn policies_that_are_switched_on_later_end_the_lease() {
-    let theirs = Theirs::new().await;
-    theirs.run_printed("attach").await;
-    let (lookup, seen) = theirs.watched().await;
-    theirs.run("owner", "ALTER TABLE hospital.trust ENABLE ROW LEVEL SECURITY").await;
+async fn row_level_security_that_is_enabled_later_ends_the_lease() {
+    let app_db = AppDb::new().await;
+    app_db.run_printed("attach").await;
+    let (lookup, seen) = app_db.attached_lookup().await;
+    app_db.run("owner", "ALTER TABLE hospital.trust ENABLE ROW LEVEL SECURITY").await;
     assert!(!lookup.poll(Some(seen)).await.unwrap().triggers_intact);
     let problem = lookup.restore_watch().await.unwrap_err().to_string();
     assert!(problem.contains("ALTER TABLE hospital.trust DISABLE ROW LEVEL SECURITY"), "{problem}");
-    theirs.run("owner", "ALTER TABLE hospital.trust DISABLE ROW LEVEL SECURITY").await;
+    app_db.run("owner", "ALTER TABLE hospital.trust DISABLE ROW LEVEL SECURITY").await;
     lookup.restore_watch().await.unwrap();
 }
 
 #[tokio::test]
-async fn rows_that_are_odd_are_decided_or_concern_nobody_else() {
-    let theirs = Theirs::with(
+async fn unusual_rows_are_decided_or_rejected_one_by_one() {
+    let app_db = AppDb::with(
         "CREATE SCHEMA hospital;
          CREATE TABLE hospital.trust (
              id uuid PRIMARY KEY, tenant uuid, api_key_hash text, scopes text[],
@@ -488,7 +505,7 @@ async fn rows_that_are_odd_are_decided_or_concern_nobody_else() {
         table_scopes: column("scopes"),
         table_not_before: column("starts_at"),
         table_expires_at: column("ends_at"),
-        ..theirs.settings()
+        ..app_db.settings()
     };
     let lookup = store::open_lookup(&settings, &|_| None, Arc::new(SystemClock)).unwrap();
     let own = |number| format!("'{}', '{}', '{}'", id(number), id(90), hash(number));
@@ -500,7 +517,7 @@ async fn rows_that_are_odd_are_decided_or_concern_nobody_else() {
         format!("({}, NULL, NULL, NULL, NULL)", own(5)),
         format!("('{}', '{}', '{}', NULL, NULL, NULL, NULL)", id(6), id(90), hash(5)),
     ];
-    theirs.run("app", &format!("INSERT INTO hospital.trust VALUES {}", rows.join(", "))).await;
+    app_db.run("app", &format!("INSERT INTO hospital.trust VALUES {}", rows.join(", "))).await;
     let found = async |number| {
         let digests = Digests { current: digest(number), older: Vec::new() };
         lookup.find(&digests).await.map(|versioned| versioned.value)
@@ -513,14 +530,14 @@ async fn rows_that_are_odd_are_decided_or_concern_nobody_else() {
     assert!(bad.not_before > Some(now) && bad.expires_at.unwrap() < now && bad.revoked_at.is_some(), "{bad:?}");
     let far = found(3).await.unwrap().unwrap();
     assert!(far.not_before > Some(now) && far.expires_at.unwrap() < now && far.scopes.len() == 2, "{far:?}");
-    assert_eq!(found(4).await.unwrap(), None, "one without a trust is not anybody's");
+    assert_eq!(found(4).await.unwrap(), None, "a row without a trust is no key");
     let twice = found(5).await.unwrap_err();
     assert!(twice.is_answer() && !twice.blames_tier(), "{twice}");
 }
 
 #[tokio::test]
-async fn what_stands_in_the_way_is_told_and_left_alone() {
-    let theirs = Theirs::with(&format!(
+async fn attach_reports_other_triggers_missing_indexes_and_another_attached_table() {
+    let app_db = AppDb::with(&format!(
         "{TABLE}
          CREATE FUNCTION hospital.theirs() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END';
          CREATE TRIGGER trustgate_changed AFTER INSERT ON hospital.trust EXECUTE FUNCTION hospital.theirs();
@@ -528,37 +545,37 @@ async fn what_stands_in_the_way_is_told_and_left_alone() {
          CREATE INDEX ON hospital.other (api_key_hash) WHERE revoked_at IS NULL"
     ))
     .await;
-    theirs.place.run(&["attach"]).failed(1, &["hospital.trust already has another trigger trustgate_changed"]);
-    let other = Place::new().like(&theirs.place).with("TRUSTGATE__STORE__TABLE", "hospital.other");
+    app_db.place.run(&["attach"]).failed(1, &["hospital.trust already has another trigger trustgate_changed"]);
+    let other = Place::new().like(&app_db.place).with("TRUSTGATE__STORE__TABLE", "hospital.other");
     other.run(&["attach"]).failed(1, &["no index of all rows begins with column \"api_key_hash\""]);
-    theirs.run("owner", "DROP TRIGGER trustgate_changed ON hospital.trust").await;
-    theirs.run_printed("attach").await;
+    app_db.run("owner", "DROP TRIGGER trustgate_changed ON hospital.trust").await;
+    app_db.run_printed("attach").await;
     other.run(&["detach"]).failed(1, &["hospital.trust is attached, and not hospital.other"]);
     other.run(&["attach"]).failed(1, &["hospital.trust is attached, and only one table can be"]);
-    theirs.watched().await;
+    app_db.attached_lookup().await;
 }
 
 #[tokio::test]
-async fn our_own_tables_are_upgraded_whatever_became_of_theirs() {
-    let theirs = Theirs::new().await;
-    theirs.run_printed("attach").await;
-    theirs.run("owner", "DROP TRIGGER trustgate_changed ON hospital.trust").await;
-    theirs.run("gate", "DROP TRIGGER trustgate_changed ON trustgate.api_key").await;
-    theirs.place.run(&["migrate"]).done();
-    let lookup = theirs.lookup().await;
+async fn migrate_restores_our_triggers_while_the_attached_table_lacks_its_own() {
+    let app_db = AppDb::new().await;
+    app_db.run_printed("attach").await;
+    app_db.run("owner", "DROP TRIGGER trustgate_changed ON hospital.trust").await;
+    app_db.run("gate", "DROP TRIGGER trustgate_changed ON trustgate.api_key").await;
+    app_db.place.run(&["migrate"]).done();
+    let lookup = app_db.lookup().await;
     let problem = lookup.restore_watch().await.unwrap_err().to_string();
     assert!(problem.contains("hospital.trust is missing: run `trustgate attach`"), "{problem}");
-    theirs.run_printed("attach").await;
-    theirs.watched().await;
+    app_db.run_printed("attach").await;
+    app_db.attached_lookup().await;
 }
 
 #[tokio::test]
-async fn a_replica_that_reads_other_columns_than_are_watched_relies_on_nothing() {
-    let theirs = Theirs::new().await;
-    theirs.run_printed("attach").await;
-    let (lookup, newest) = theirs.watched().await;
+async fn a_replica_that_reads_columns_without_triggers_gets_no_lease() {
+    let app_db = AppDb::new().await;
+    app_db.run_printed("attach").await;
+    let (lookup, newest) = app_db.attached_lookup().await;
     assert!(lookup.poll(Some(newest)).await.unwrap().triggers_intact);
-    let settings = StoreSettings { table_revoked_at: None, ..theirs.settings() };
+    let settings = StoreSettings { table_revoked_at: None, ..app_db.settings() };
     let other = store::open_lookup(&settings, &|_| None, Arc::new(SystemClock)).unwrap();
     other.prepare(Missing::Refuse).await.unwrap();
     assert!(!other.poll(Some(newest)).await.unwrap().triggers_intact);
@@ -566,18 +583,18 @@ async fn a_replica_that_reads_other_columns_than_are_watched_relies_on_nothing()
 }
 
 #[tokio::test]
-async fn caches_are_cleared_and_keys_left_alone() {
-    let theirs = Theirs::new().await;
-    theirs.run_printed("attach").await;
-    let (lookup, mut seen) = theirs.watched().await;
-    theirs.place.run(&["cache", "clear"]).done();
-    assert_eq!(named(&lookup, &mut seen).await, (texts(&[Change::Everything]), 1));
-    theirs.place.run(&["trust", "create", "acme"]).failed(1, &["a table of yours", "store.table is set in"]);
-    theirs.place.run(&["migrate"]).done();
+async fn with_an_attached_table_cache_clear_works_and_trust_create_is_refused() {
+    let app_db = AppDb::new().await;
+    app_db.run_printed("attach").await;
+    let (lookup, mut seen) = app_db.attached_lookup().await;
+    app_db.place.run(&["cache", "clear"]).done();
+    assert_eq!(recorded(&lookup, &mut seen).await, (texts(&[Change::Everything]), 1));
+    app_db.place.run(&["trust", "create", "acme"]).failed(1, &["a table of yours", "store.table is set in"]);
+    app_db.place.run(&["migrate"]).done();
 }
 
 #[tokio::test]
-async fn before_migrate_it_is_said_to_run_that() {
+async fn attach_before_migrate_says_to_run_migrate() {
     let server = Postgres::shared().await;
     let name = server.database().await;
     server.execute(&name, TABLE).await;

@@ -1,4 +1,4 @@
-//! The command line as somebody meets it who runs the program, on the embedded database.
+//! The command line on the SQLite database: results, exit codes, errors, imports and the handling of secrets.
 
 use std::fs;
 
@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use crate::program::Place;
 
 #[test]
-fn a_key_lives_from_issue_to_revocation_and_is_shown_once() {
+fn a_key_is_issued_and_shown_once_then_identified_and_revoked() {
     let place = Place::migrated();
     let trust = place.json(&["trust", "create", "acme"]);
     assert_eq!((&trust["name"], &trust["enabled"], &trust["keys"]), (&json!("acme"), &json!(true), &json!(0)));
@@ -39,7 +39,7 @@ fn a_key_lives_from_issue_to_revocation_and_is_shown_once() {
     assert_eq!((&effect["replicas"], &effect["applied"], &effect["missing"]), (&json!(0), &json!(0), &json!([])));
     let mut again = place.json(&["key", "revoke", id]);
     assert_eq!(again.as_object_mut().unwrap().remove("effect").unwrap()["version"], effect["version"]);
-    assert_eq!(again, revoked, "a second time changes nothing");
+    assert_eq!(again, revoked, "a second revocation changes nothing");
     let again = place.feed(&["key", "identify"], &leaked).done();
     assert!(again.out.contains("revoked") && again.out.contains("acme"), "{again:?}");
 
@@ -54,7 +54,7 @@ fn time(value: &Value) -> time::OffsetDateTime {
 }
 
 #[test]
-fn people_get_columns_and_are_told_what_a_script_need_not_know() {
+fn table_output_has_columns_and_notes_for_people() {
     let place = Place::migrated();
     place.run(&["trust", "create", "acme"]).done();
     let issued = place.run(&["key", "issue", "--trust", "acme"]).done().out;
@@ -100,7 +100,7 @@ fn a_trust_is_disabled_enabled_and_deleted_only_with_its_keys() {
 }
 
 #[test]
-fn ten_thousand_digests_are_imported_once_and_a_bad_line_stops_them_all() {
+fn ten_thousand_digests_are_imported_once_and_an_invalid_line_stops_the_import() {
     let place = Place::migrated();
     place.json(&["trust", "create", "acme"]);
     let digests: Vec<_> = (0..10_000).map(|number| format!("{number:064x}")).collect();
@@ -109,10 +109,9 @@ fn ten_thousand_digests_are_imported_once_and_a_bad_line_stops_them_all() {
     let mut bad = digests.clone();
     bad[41] = "hunter2-hunter2-hunter2".to_owned();
     bad[9_999] = "0".repeat(63);
-    let refused = place.feed(&import, &bad.join("\n")).failed(
-        1,
-        &["nothing was imported, because of 2 lines", "line 42: expected a SHA-256 digest", "line 10000: expected"],
-    );
+    let refused = place
+        .feed(&import, &bad.join("\n"))
+        .failed(1, &["import failed: 2 invalid lines", "line 42: expected a SHA-256 digest", "line 10000: expected"]);
     refused.hides("hunter2");
     assert_eq!(place.json(&["trust", "show", "acme"])["keys"], 0);
 
@@ -134,7 +133,7 @@ fn foreign_keys_are_imported_as_plaintext_and_found_under_a_pepper() {
     let found = place.feed(&["--output", "json", "key", "identify"], "  second-foreign-key-5678\n").done();
     assert_eq!(found.parsed()[0]["hint"], "seco");
     assert_eq!(place.json(&["key", "list"])[0]["scheme"], "hmac-sha256");
-    // Under another pepper they are known all the same.
+    // With another pepper, an import still finds the keys that are stored under the earlier pepper.
     let (url, earlier) = (place.path().join("trustgate.db"), place.write("earlier", "pepper-hunter2-hunter2"));
     let other = Place::new()
         .with("TRUSTGATE__STORE__URL", &format!("sqlite://{}", url.display()))
@@ -152,7 +151,7 @@ fn foreign_keys_are_imported_as_plaintext_and_found_under_a_pepper() {
             ran.hides(secret);
         }
     }
-    // The database keeps no key, in any of its files.
+    // No file of the database contains a key.
     for file in fs::read_dir(place.path()).unwrap() {
         let content = fs::read(file.unwrap().path()).unwrap();
         assert!(!String::from_utf8_lossy(&content).contains("foreign-key"));
@@ -160,7 +159,7 @@ fn foreign_keys_are_imported_as_plaintext_and_found_under_a_pepper() {
 }
 
 #[test]
-fn what_is_no_key_of_ours_is_said_to_be_none() {
+fn key_identify_reports_unknown_mistyped_and_foreign_keys() {
     let place = Place::migrated();
     let unknown = "tg_yhjskwdA6OZ1AL1YmHWZWm8LLG7HjnuCA2j5rOw8Xp10Xwm86";
     for (input, result) in
@@ -171,11 +170,11 @@ fn what_is_no_key_of_ours_is_said_to_be_none() {
         ran.hides(input);
     }
     let ran = place.feed(&["key", "identify"], "nothing here\n");
-    assert!(ran.code == 1 && ran.out.contains("No key of this database"), "{ran:?}");
+    assert!(ran.code == 1 && ran.out.contains("No key of this database was found"), "{ran:?}");
 }
 
 #[test]
-fn only_serve_and_migrate_make_a_database() {
+fn only_serve_and_migrate_create_a_database() {
     let place = Place::new();
     let path = place.path().join("trustgate.db");
     let id = "00000000-0000-0000-0000-000000000001";
@@ -202,8 +201,8 @@ fn only_serve_and_migrate_make_a_database() {
 }
 
 #[test]
-fn a_database_that_does_not_answer_is_named_without_its_password() {
-    let url = "postgres://somebody:url-hunter2@127.0.0.1:1/db";
+fn an_unreachable_database_is_reported_without_its_password() {
+    let url = "postgres://operator:url-hunter2@127.0.0.1:1/db";
     let place = Place::new().with("TRUSTGATE__STORE__URL", url);
     let ran = place.run(&["trust", "list"]).failed(1, &["store.url is set in TRUSTGATE__STORE__URL"]);
     ran.hides("hunter2");
@@ -212,7 +211,7 @@ fn a_database_that_does_not_answer_is_named_without_its_password() {
 }
 
 #[test]
-fn tables_of_somebody_else_are_not_changed() {
+fn commands_refuse_to_change_an_existing_table() {
     let place = Place::migrated();
     let url = format!("sqlite://{}", place.path().join("trustgate.db").display());
     place.write("t.toml", &format!("[store]\nurl = \"{url}\"\npreset = \"trust-table\"\n"));
@@ -223,7 +222,7 @@ fn tables_of_somebody_else_are_not_changed() {
 }
 
 #[test]
-fn the_pepper_may_be_in_a_file_that_must_be_there() {
+fn a_pepper_file_is_used_and_a_missing_one_is_an_error() {
     let place = Place::migrated().with("TRUSTGATE__CREDENTIAL__PEPPER_FILE", "pepper");
     place
         .run(&["trust", "list"])
@@ -234,7 +233,7 @@ fn the_pepper_may_be_in_a_file_that_must_be_there() {
 }
 
 #[test]
-fn clearing_caches_without_replicas_is_done_at_once() {
+fn cache_clear_without_replicas_ends_at_once() {
     let place = Place::migrated();
     assert_eq!(place.run(&["cache", "clear"]).done().out, "effective: no replica is running\n");
     let cleared = place.json(&["cache", "clear"]);
@@ -242,7 +241,7 @@ fn clearing_caches_without_replicas_is_done_at_once() {
 }
 
 #[test]
-fn wrong_use_is_exit_code_2_and_says_what_is_right() {
+fn usage_errors_exit_with_code_2_and_say_what_is_expected() {
     let place = Place::new();
     for (command, text) in [
         (&["trsut", "list"][..], "trust"),
@@ -259,7 +258,7 @@ fn wrong_use_is_exit_code_2_and_says_what_is_right() {
 }
 
 #[test]
-fn every_command_explains_itself() {
+fn each_command_has_help() {
     let place = Place::new();
     for command in [
         "",
@@ -307,7 +306,7 @@ fn every_command_explains_itself() {
 }
 
 #[test]
-fn the_id_of_a_key_is_reported_where_its_secret_cannot_be_written() {
+fn the_key_id_is_reported_if_the_key_cannot_be_written() {
     let place = Place::migrated();
     place.run(&["trust", "create", "acme"]).done();
     for (output, command) in [("text", "key issue --trust acme"), ("json", "--output json key issue --trust acme")] {
@@ -323,7 +322,7 @@ fn the_id_of_a_key_is_reported_where_its_secret_cannot_be_written() {
 }
 
 #[test]
-fn a_pepper_means_the_same_in_a_variable_and_in_a_file() {
+fn a_pepper_is_the_same_in_a_variable_and_in_a_file() {
     let place = Place::migrated();
     place.run(&["trust", "create", "acme"]).done();
     let pepper = "a-pepper-of-more-than-sixteen-bytes";

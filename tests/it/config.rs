@@ -1,11 +1,11 @@
-//! The configuration as somebody meets it who runs the program.
+//! The configuration file and its errors, as an operator sees them on the command line.
 
 use crate::program::Place;
 
 const SECRETS: [&str; 3] = ["pepper-hunter2-hunter2", "password-hunter2", "url-hunter2"];
 
 #[test]
-fn all_mistakes_are_told_at_once_each_with_its_place_and_no_value() {
+fn all_configuration_errors_are_listed_at_once_with_their_place_and_without_values() {
     let place = Place::new().with("TRUSTGATE__CREDENTIAL__PEPPER", SECRETS[0]).with("TRUSTGATE__CACHE__SZIE", "1GiB");
     place.write(
         "trustgate.toml",
@@ -19,11 +19,11 @@ fn all_mistakes_are_told_at_once_each_with_its_place_and_no_value() {
     let ran = place.run(&command);
     assert_eq!((ran.code, ran.err.as_str()), (1, ""), "{ran:?}");
     for text in [
-        "the configuration has 8 mistakes:",
+        "the configuration has 8 errors:",
         "trustgate.toml:2: grpc.listen: expected an address with its port",
         "trustgate.toml:4: store.url: expected sqlite:///",
         "trustgate.toml:6: store.pool: there is no such setting",
-        "trustgate.toml:8: credential.pepper_file: credential.pepper is set too (TRUSTGATE__CREDENTIAL__PEPPER)",
+        "trustgate.toml:8: credential.pepper_file: credential.pepper is also set (TRUSTGATE__CREDENTIAL__PEPPER)",
         "trustgate.toml:8: credential.pepper_file: cannot read /nowhere/pepper",
         "trustgate.toml:10: decision.deadline: decision.deadline (1s) must be shorter than decision.envoy_timeout (200ms)",
         "trustgate.toml:11: redsi: there is no such section; did you mean [redis]?",
@@ -34,7 +34,7 @@ fn all_mistakes_are_told_at_once_each_with_its_place_and_no_value() {
     let json = place.run(&[&["--output", "json"], &command[..]].concat());
     assert_eq!((json.code, json.parsed()["mistakes"].as_array().unwrap().len()), (1, 8), "{json:?}");
     let other =
-        place.run(&["--config", "trustgate.toml", "trust", "list"]).failed(1, &["the configuration has 8 mistakes"]);
+        place.run(&["--config", "trustgate.toml", "trust", "list"]).failed(1, &["the configuration has 8 errors"]);
     for secret in SECRETS {
         for ran in [&ran, &json, &other] {
             ran.hides(secret);
@@ -43,7 +43,7 @@ fn all_mistakes_are_told_at_once_each_with_its_place_and_no_value() {
 }
 
 #[test]
-fn the_file_is_found_by_option_then_variable_and_missed_loudly() {
+fn the_file_comes_from_the_option_or_the_variable_and_a_missing_file_is_an_error() {
     let place = Place::new().with("TRUSTGATE_CONFIG", "other.toml");
     place
         .run(&["config", "check"])
@@ -55,7 +55,7 @@ fn the_file_is_found_by_option_then_variable_and_missed_loudly() {
 }
 
 #[test]
-fn the_default_file_can_be_used_as_it_is() {
+fn the_printed_default_file_is_valid() {
     let place = Place::new();
     place.write("trustgate.toml", &place.run(&["config", "default"]).done().out);
     assert_eq!(place.run(&["config", "check", "--config", "trustgate.toml"]).done().out, "ok\n");

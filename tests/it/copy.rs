@@ -1,10 +1,10 @@
-//! From one database into another with the real program: everything a key is comes along.
+//! `trustgate store copy` between SQLite and PostgreSQL: a copy keeps all fields, and a failed copy leaves no rows.
 
 use serde_json::{Value, json};
 
 use crate::{program::Place, support::postgres::Postgres};
 
-/// Adds what a database may hold; the key that is granted.
+/// Creates trusts and keys in different states. Returns a key that is granted.
 fn fill(place: &Place) -> String {
     place.json(&["trust", "create", "acme"]);
     place.json(&["trust", "create", "closed"]);
@@ -16,13 +16,13 @@ fn fill(place: &Place) -> String {
     place.json(&["key", "revoke", revoked["id"].as_str().unwrap()]);
     place.json(&["key", "issue", "--trust", "closed", "--expires-in", "36500d"]);
     place.json(&["trust", "disable", "closed"]);
-    // More than go with one statement.
+    // More keys than one INSERT statement takes.
     let digests: Vec<_> = (0..2_500).map(|number| format!("{number:064x}")).collect();
     place.feed(&["key", "import", "--trust", "acme", "-"], &digests.join("\n")).done();
     good
 }
 
-/// All of it, in an order that does not depend on the database.
+/// All trusts and keys. The keys are sorted by id, because the databases return them in different orders.
 fn stored(place: &Place) -> (Value, Vec<Value>) {
     let mut keys = place.json(&["key", "list"]).as_array().unwrap().clone();
     keys.sort_by_key(|key| key["id"].as_str().unwrap().to_owned());
@@ -34,7 +34,7 @@ fn with_pepper(place: Place) -> Place {
 }
 
 #[tokio::test]
-async fn everything_a_key_is_comes_along_and_back_and_it_keeps_working() {
+async fn a_copy_to_postgresql_and_back_keeps_all_fields_and_the_key_still_works() {
     let server = Postgres::shared().await;
     let database = server.database().await;
     let url = server.url("admin", &database);
@@ -55,10 +55,10 @@ async fn everything_a_key_is_comes_along_and_back_and_it_keeps_working() {
     let checked = new.feed(&["--output", "json", "check"], &good).done().parsed();
     assert_eq!(checked["decision"], "allow");
     let audited = "SELECT actor || ' ' || (after->>'keys') FROM trustgate.audit WHERE action = 'store.copy'";
-    assert_eq!(server.value::<String>(&database, audited).await, "cli:somebody 2504");
+    assert_eq!(server.value::<String>(&database, audited).await, "cli:operator 2504");
 
-    new.run(&copy).failed(1, &["cannot copy to the PostgreSQL database", "holds trusts already (2)"]);
-    assert_eq!(stored(&new), before, "a second time changes nothing");
+    new.run(&copy).failed(1, &["cannot copy to the PostgreSQL database", "already contains trusts (2)"]);
+    assert_eq!(stored(&new), before, "the refused second copy changes nothing");
 
     let back = with_pepper(Place::migrated());
     back.run(&["store", "copy", "--from", &url]).done();
@@ -67,7 +67,7 @@ async fn everything_a_key_is_comes_along_and_back_and_it_keeps_working() {
 }
 
 #[tokio::test]
-async fn an_end_that_cannot_be_is_named_and_its_password_is_not() {
+async fn an_unusable_source_is_reported_without_its_password() {
     let place = Place::migrated();
     place.run(&["store", "copy"]).failed(2, &["--from"]);
     let from = |url: &str| place.run(&["store", "copy", "--from", url]);
@@ -83,14 +83,14 @@ async fn an_end_that_cannot_be_is_named_and_its_password_is_not() {
 }
 
 #[tokio::test]
-async fn what_fails_in_the_middle_leaves_nothing() {
+async fn a_copy_that_fails_halfway_leaves_no_rows() {
     let server = Postgres::shared().await;
     let database = server.database().await;
     let old = Place::migrated();
     fill(&old);
     let new = Place::new().with("TRUSTGATE__STORE__URL", &server.url("admin", &database));
     new.run(&["migrate"]).done();
-    // The last digest of all: what came before it is written by then.
+    // The new table refuses only the last imported digest, so the copy fails after it has written other rows.
     let refuse = format!("ALTER TABLE trustgate.api_key ADD CHECK (digest <> decode('{:064x}', 'hex'))", 2_499);
     server.execute(&database, &refuse).await;
     let sqlite = format!("sqlite://{}", old.path().join("trustgate.db").display());

@@ -1,4 +1,5 @@
-//! The deny list in a real Redis: what is denied by it, and what whoever can write to Redis cannot do.
+//! The deny list in a real Redis: entries take effect within a second, and a program that can write to Redis, but does
+//! not have the MAC key, can neither add nor remove an entry.
 
 use std::{
     ffi::OsString,
@@ -18,7 +19,8 @@ use trustgate::{
     },
     config::{self, Purpose},
     freshness::deny_list::{
-        Denied, DenyList, DenyMetrics,
+        DenyList, DenyMetrics,
+        entries::Denied,
         redis::{ENTRIES_MAX, SharedList},
     },
     record::{ApiKeyDigest, KeyId, Record, TrustId},
@@ -35,7 +37,7 @@ const MAC_KEY: [u8; 32] = [7; 32];
 const HASH: &str = "trustgate:deny";
 const NOW: DatabaseTime = DatabaseTime::from_micros(1_000_000);
 
-/// A replica, as far as it denies.
+/// The part of a replica that reads the deny list.
 struct Replica {
     list: Arc<DenyList>,
     registry: Registry,
@@ -63,7 +65,7 @@ impl Replica {
         self.list.denies(&record.digest, record, NOW)
     }
 
-    /// Returns once it does, and how long that took.
+    /// Waits until [`Self::denies`] returns `denies`. Returns how long that took.
     async fn until_it_denies(&self, record: &Record, denies: bool) -> Duration {
         self.until(|| self.denies(record) == denies).await
     }
@@ -71,7 +73,7 @@ impl Replica {
     async fn until(&self, condition: impl Fn() -> bool) -> Duration {
         let start = Instant::now();
         while !condition() {
-            assert!(start.elapsed() < Duration::from_secs(30), "it never came to be");
+            assert!(start.elapsed() < Duration::from_secs(30), "the condition was not met within 30 s");
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
         machine::elapsed(start)
@@ -81,9 +83,9 @@ impl Replica {
         metrics::text(&self.registry).lines().any(|shown| shown == line)
     }
 
-    /// Returns once the list was read again, to be sure that nothing more comes.
-    async fn after_another_reading(&self) {
-        tokio::time::sleep(Duration::from_millis(1_100)).await; // two intervals
+    /// Waits until the replica has read the list again: twice the interval between two reads.
+    async fn after_another_read(&self) {
+        tokio::time::sleep(Duration::from_millis(1_100)).await;
     }
 }
 
@@ -107,19 +109,19 @@ fn record(number: u128) -> Record {
     }
 }
 
-/// The command line of somebody who has the key of the MAC, and no database.
+/// The command line of an operator who has the MAC key but cannot reach the database.
 fn operator(redis: &Redis) -> Place {
     let place = Place::new()
         .with("TRUSTGATE__REDIS__URL", &redis.url())
         .with("TRUSTGATE__REDIS__MAC_KEY_FILE", "mac-key")
-        .with("TRUSTGATE__STORE__URL", "postgres://nobody@127.0.0.1:1/none")
+        .with("TRUSTGATE__STORE__URL", "postgres://operator@127.0.0.1:1/none")
         .with("TRUSTGATE__STORE__PASSWORD_FILE", "nowhere")
         .with("TRUSTGATE__FRESHNESS__DENY_FILE", "nowhere");
     fs::write(place.path().join("mac-key"), MAC_KEY).unwrap();
     place
 }
 
-/// Runs a command of the program beside everything else.
+/// Runs a command of the program on a thread for blocking calls, and returns the parsed output.
 async fn json(place: &Arc<Place>, arguments: &[&str]) -> serde_json::Value {
     let (place, arguments) = (Arc::clone(place), arguments.iter().map(|text| (*text).to_owned()).collect::<Vec<_>>());
     let run = move || place.json(&arguments.iter().map(String::as_str).collect::<Vec<_>>());
@@ -127,7 +129,7 @@ async fn json(place: &Arc<Place>, arguments: &[&str]) -> serde_json::Value {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_is_denied_from_the_command_line_is_denied_within_a_second_without_a_database() {
+async fn deny_add_and_remove_take_effect_within_a_second_without_a_database() {
     let _turn = exclusive().await;
     let redis = Redis::start().await;
     let (replica, place) = (Replica::start(&redis), Arc::new(operator(&redis)));
@@ -154,7 +156,7 @@ async fn what_is_denied_from_the_command_line_is_denied_within_a_second_without_
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn whoever_can_write_to_redis_can_neither_deny_nor_let_pass() {
+async fn writes_to_redis_without_the_mac_key_neither_add_nor_remove_an_entry() {
     let redis = Redis::start().await;
     let (replica, place) = (Replica::start(&redis), Arc::new(operator(&redis)));
     let (denied, good) = (record(1), record(2));
@@ -164,7 +166,7 @@ async fn whoever_can_write_to_redis_can_neither_deny_nor_let_pass() {
     let mut connection = redis.connection().await;
     let genuine: Vec<u8> = connection.hget(HASH, &field).await.unwrap();
 
-    // A genuine value under another name, and values that are none.
+    // A genuine value under the field of another key, and a value without a valid MAC.
     for (field, value) in [(Denied::Key(good.key_id).line(), &genuine[..]), (Denied::Trust(good.trust_id).line(), b"x")]
     {
         let _: () = connection.hset(HASH, field, value).await.unwrap();
@@ -172,7 +174,7 @@ async fn whoever_can_write_to_redis_can_neither_deny_nor_let_pass() {
     replica.until(|| replica.shows("trustgate_deny_stale{source=\"redis\"} 1")).await;
     assert!(!replica.denies(&good) && replica.denies(&denied));
 
-    // Emptied, restarted without its data, or holding something else: nobody passes.
+    // The key stays denied after the hash is deleted, replaced by a text, or filled with too many fields.
     let _: () = connection.del(HASH).await.unwrap();
     replica.until(|| replica.shows("trustgate_deny_stale{source=\"redis\"} 0")).await;
     assert!(replica.denies(&denied));
@@ -182,20 +184,20 @@ async fn whoever_can_write_to_redis_can_neither_deny_nor_let_pass() {
     let _: () = connection.del(HASH).await.unwrap();
     let many: Vec<(String, &[u8])> = (0..=ENTRIES_MAX).map(|number| (number.to_string(), &b"x"[..])).collect();
     let _: () = connection.hset_multiple(HASH, &many).await.unwrap();
-    replica.after_another_reading().await;
+    replica.after_another_read().await;
     assert!(replica.denies(&denied) && replica.shows("trustgate_deny_stale{source=\"redis\"} 1"));
     let _: () = connection.del(HASH).await.unwrap();
 
-    // Removed though it is gone, then the old value put back.
+    // The operator removes the entry although the hash is gone. Writing the old value again does not deny the key.
     json(&place, &["deny", "remove", "--key", &key]).await;
     replica.until_it_denies(&denied, false).await;
     let _: () = connection.hset(HASH, &field, &genuine[..]).await.unwrap();
-    replica.after_another_reading().await;
+    replica.after_another_read().await;
     assert!(!replica.denies(&denied));
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn large_and_foreign_fields_are_not_read_and_keep_no_entry_out() {
+async fn large_and_foreign_fields_are_not_read_and_do_not_block_new_entries() {
     let redis = Redis::start().await;
     let (replica, place) = (Replica::start(&redis), Arc::new(operator(&redis)));
     let denied = record(1);
@@ -213,11 +215,11 @@ async fn large_and_foreign_fields_are_not_read_and_keep_no_entry_out() {
         sent.parse::<u64>().unwrap()
     };
     let before = sent().await;
-    replica.after_another_reading().await;
+    replica.after_another_read().await;
     let after = sent().await;
     assert!(after - before < 1 << 20, "{} bytes left Redis", after - before);
 
-    // A new entry reaches replicas, and adding it has cleaned up.
+    // `deny add` deletes the foreign fields, and the new entry reaches the replica.
     json(&place, &["deny", "add", "--key", &denied.key_id.to_string(), "--for", "1h"]).await;
     replica.until_it_denies(&denied, true).await;
     let left: usize = connection.hlen(HASH).await.unwrap();
@@ -226,7 +228,7 @@ async fn large_and_foreign_fields_are_not_read_and_keep_no_entry_out() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_was_read_stays_while_redis_is_down() {
+async fn entries_stay_in_force_while_redis_is_down() {
     let mut redis = Redis::start().await;
     let (replica, place) = (Replica::start(&redis), Arc::new(operator(&redis)));
     let (denied, other) = (record(1), record(2));
@@ -239,9 +241,9 @@ async fn what_was_read_stays_while_redis_is_down() {
     let add = move || failed.run(&["deny", "add", "--key", &Uuid::from_u128(2).to_string(), "--for", "1h"]);
     let failed = tokio::task::spawn_blocking(add).await.unwrap();
     failed
-        .failed(1, &["no connection to Redis", "redis.url is set in TRUSTGATE__REDIS__URL", "cannot connect to redis"]);
+        .failed(1, &["no connection to Redis", "redis.url is set in TRUSTGATE__REDIS__URL", "redis connection failed"]);
 
-    redis.resume().await; // empty
+    redis.resume().await; // without its data
     replica.until(|| replica.shows("trustgate_deny_stale{source=\"redis\"} 0")).await;
     assert!(replica.denies(&denied) && !replica.denies(&other));
     json(&place, &["deny", "add", "--key", &other.key_id.to_string(), "--for", "1h"]).await;
@@ -256,7 +258,7 @@ async fn a_key_on_standard_input_is_denied_under_every_digest_it_may_have() {
     let place = operator(&redis).with("TRUSTGATE__CREDENTIAL__PEPPER", "pepper-hunter2-hunter2");
     let added = tokio::task::spawn_blocking(move || {
         let command = ["--output", "json", "deny", "add", "--stdin", "--for", "1h"];
-        let mistyped = place.feed(&command, "short\n").failed(2, &["what was read is no key"]);
+        let mistyped = place.feed(&command, "short\n").failed(2, &["standard input is not a key"]);
         mistyped.hides("short\n");
         let added = place.feed(&command, &format!("{KEY}\n")).done();
         added.hides(KEY);
@@ -267,24 +269,27 @@ async fn a_key_on_standard_input_is_denied_under_every_digest_it_may_have() {
     });
     let added = added.await.unwrap();
     let ids: Vec<_> = added.as_array().unwrap().iter().map(|entry| entry["id"].as_str().unwrap().to_owned()).collect();
-    // SHA-256 of the key alone, and under the pepper.
+    // One digest without a pepper, and one under the pepper.
     assert_eq!(ids.len(), 2, "{ids:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_key_of_the_mac_comes_from_the_database_where_no_file_has_it() {
+async fn the_mac_key_comes_from_the_database_if_no_file_is_set() {
     let redis = Redis::start().await;
     let url = redis.url();
     tokio::task::spawn_blocking(move || {
         let place = Place::migrated().with("TRUSTGATE__REDIS__URL", &url);
         let id = Uuid::from_u128(7).to_string();
         let added = place.run(&["deny", "add", "--key", &id, "--for", "1h"]).done();
-        assert!(added.out.contains("Every replica that reaches Redis has this within 1 s"), "{added:?}");
+        assert!(added.out.contains("Every replica that reaches Redis applies this within 1 s"), "{added:?}");
         assert_eq!(place.json(&["deny", "list"])[0]["id"], json!(id));
 
         let other = Place::migrated().with("TRUSTGATE__REDIS__URL", &url);
         let listed = other.run(&["deny", "list"]).done();
-        assert!(listed.out.contains("1 more are not genuine"), "another database, another key: {listed:?}");
+        assert!(
+            listed.out.contains("1 more ignored by replicas"),
+            "the other database has another MAC key: {listed:?}"
+        );
         assert_eq!(other.json(&["deny", "list"]), json!([]));
 
         let nowhere = Place::new().with("TRUSTGATE__REDIS__URL", &url);
@@ -302,7 +307,7 @@ async fn with_the_database_down_an_entry_stops_a_key_within_a_second() {
     let mut test_config =
         TestConfig::new().with("store.url", postgres.url("admin", &database)).with("redis.url", redis.url());
     let (file, mac_key) = (test_config.path().join("deny"), test_config.path().join("mac-key"));
-    fs::write(&file, "# nobody yet\n").unwrap();
+    fs::write(&file, "# no entries yet\n").unwrap();
     fs::write(&mac_key, MAC_KEY).unwrap();
     test_config.set("freshness.deny_file", file.display().to_string());
     test_config.set("redis.mac_key_file", mac_key.display().to_string());
@@ -338,23 +343,23 @@ async fn with_the_database_down_an_entry_stops_a_key_within_a_second() {
     until_denied(&by_digest.key).await;
     test_config.json(&["deny", "add", "--trust", &by_trust.trust_id, "--for", "1h"]).await;
     until_denied(&by_trust.key).await;
-    assert_eq!(client.check(&good.key).await.status, 200, "who is not denied is not stopped");
+    assert_eq!(client.check(&good.key).await.status, 200, "a key that is not on the deny list still passes");
 
-    // The database is back: what is denied stays denied.
+    // After the database is back, the entries are still in force.
     drop(frozen);
     assert_eq!(client.check(&by_file.key).await.reason.as_deref(), Some("deny_listed"));
     assert!(server.metric("trustgate_deny_entries{source=\"file\"}").await > 0.0);
 }
 
 #[test]
-fn without_redis_the_file_is_the_way() {
+fn without_redis_deny_add_points_to_the_deny_file() {
     let place = Place::new();
     let id = Uuid::from_u128(7).to_string();
     let line = format!("\n  key {id}\n");
     let add = ["deny", "add", "--key", &id, "--for", "1h"];
     place.run(&add).failed(1, &["redis.url is not set", "freshness.deny_file", &line]);
     place.run(&["deny", "list"]).failed(1, &["redis.url is not set"]);
-    for (arguments, told) in [
+    for (arguments, text) in [
         (&["deny", "add", "--key", &id][..], "--for"),
         (&["deny", "add", "--for", "1h"], "--stdin"),
         (&["deny", "add", "--key", &id, "--trust", &id, "--for", "1h"], "cannot be used with"),
@@ -362,12 +367,12 @@ fn without_redis_the_file_is_the_way() {
         (&["deny", "add", "--digest", "hunter2", "--for", "1h"], "64 hexadecimal digits"),
         (&["deny", "remove"], "--stdin"),
     ] {
-        place.run(arguments).failed(2, &[told]);
+        place.run(arguments).failed(2, &[text]);
     }
 }
 
 #[test]
-fn the_file_must_be_there_at_start_and_a_check_of_the_configuration_reads_it() {
+fn serve_and_config_check_report_a_deny_file_that_is_missing_or_invalid() {
     let place = Place::new().with("TRUSTGATE__FRESHNESS__DENY_FILE", "deny");
     let setting = "freshness.deny_file: cannot read deny: ";
     place.run(&["serve"]).failed(1, &[&format!("{setting}No such file")]);

@@ -1,5 +1,5 @@
-//! `trustgate doctor` against real servers: of a healthy set-up every line is ok, and each fault shows in its line,
-//! with what to do about it and without any secret.
+//! `trustgate doctor` against real servers: in a healthy set-up each examination is ok, and each problem appears in the
+//! examination that covers it, with a remedy and without a secret.
 
 use std::{fs, net::TcpListener, os::unix::fs::PermissionsExt as _, path::Path};
 
@@ -16,7 +16,7 @@ use crate::{
     },
 };
 
-/// Every examination, in order.
+/// The names of all examinations, in the order of the report.
 const NAMES: [&str; 23] = [
     "configuration",
     "deadlines",
@@ -43,7 +43,7 @@ const NAMES: [&str; 23] = [
     "redis_mac_key",
 ];
 
-/// Deadlines that no busy machine misses.
+/// Timeouts that are long enough for a busy machine.
 fn unhurried() -> Place {
     let settings = [
         ("STORE__READ_TIMEOUT", "40s"),
@@ -57,7 +57,7 @@ fn unhurried() -> Place {
     settings.iter().fold(Place::new(), |place, (name, value)| place.with(&format!("TRUSTGATE__{name}"), value))
 }
 
-/// What the doctor said.
+/// The result of one run of `trustgate doctor`.
 struct Report {
     ran: Ran,
     findings: Vec<Value>,
@@ -74,8 +74,8 @@ impl Report {
         let failed = findings.iter().any(|finding| finding["state"] == "failed");
         assert_eq!(ran.code, i32::from(failed), "{ran:?}");
         for finding in &findings {
-            let unwell = finding["state"] == "failed" || finding["state"] == "warning";
-            assert_eq!(finding["remedy"].is_string(), unwell, "{finding}");
+            let needs_remedy = finding["state"] == "failed" || finding["state"] == "warning";
+            assert_eq!(finding["remedy"].is_string(), needs_remedy, "{finding}");
             assert!(!finding["found"].as_str().unwrap().is_empty(), "{finding}");
         }
         Self { ran, findings }
@@ -85,21 +85,21 @@ impl Report {
         self.findings.iter().find(|finding| finding["name"] == name).unwrap()
     }
 
-    /// The finding of this name is in this state, and holds these texts.
+    /// Asserts that the examination `name` has this state, and that its finding or its remedy contains each of `texts`.
     #[track_caller]
     fn shows(&self, name: &str, state: &str, texts: &[&str]) -> &Self {
         let finding = self.one(name);
         assert_eq!(finding["state"], state, "{finding}");
         for text in texts {
-            let holds = |field: &str| finding[field].as_str().is_some_and(|found| found.contains(text));
-            assert!(holds("found") || holds("remedy"), "no {text:?} in {finding}");
+            let contains = |field: &str| finding[field].as_str().is_some_and(|found| found.contains(text));
+            assert!(contains("found") || contains("remedy"), "no {text:?} in {finding}");
         }
         self
     }
 
-    /// Nothing needs to be done, and these alone were not examined.
+    /// Asserts that the examinations in `skipped` were skipped and all others are ok.
     #[track_caller]
-    fn is_well_but_for(&self, skipped: &[&str]) -> &Self {
+    fn is_ok_except(&self, skipped: &[&str]) -> &Self {
         for finding in &self.findings {
             let name = finding["name"].as_str().unwrap();
             let state = if skipped.contains(&name) { "skipped" } else { "ok" };
@@ -109,38 +109,38 @@ impl Report {
     }
 }
 
-/// A database with our tables, the two roles that are printed, and whoever serves with them.
-struct TestConfig {
+/// A database with our tables, and a serving and a managing role that have the printed grants.
+struct Setup {
     server: std::sync::Arc<Postgres>,
     database: String,
     serve: String,
     manage: String,
 }
 
-impl TestConfig {
+impl Setup {
     async fn new() -> Self {
         let server = Postgres::shared().await;
         let database = server.database().await;
         let (serve, manage) = (format!("serve_{database}"), format!("manage_{database}"));
-        let test_config = Self { server, database, serve, manage };
-        test_config.owner().run(&["migrate"]).done();
-        test_config
+        let setup = Self { server, database, serve, manage };
+        setup.owner().run(&["migrate"]).done();
+        setup
             .execute(&format!(
                 "CREATE ROLE {} LOGIN PASSWORD 'letmein'; CREATE ROLE {} LOGIN",
-                test_config.serve, test_config.manage
+                setup.serve, setup.manage
             ))
             .await;
-        let roles = ["--serve-role", &test_config.serve, "--manage-role", &test_config.manage];
-        let printed = test_config.owner().run(&[&["migrate", "--print-grants"], &roles[..]].concat()).done().out;
-        test_config.execute(&printed).await;
-        test_config
+        let roles = ["--serve-role", &setup.serve, "--manage-role", &setup.manage];
+        let printed = setup.owner().run(&[&["migrate", "--print-grants"], &roles[..]].concat()).done().out;
+        setup.execute(&printed).await;
+        setup
     }
 
     async fn execute(&self, sql: &str) {
         self.server.execute(&self.database, sql).await;
     }
 
-    /// Whoever owns the tables.
+    /// The program with the role that owns the tables.
     fn owner(&self) -> Place {
         Place::new().with("TRUSTGATE__STORE__URL", &self.server.url("admin", &self.database))
     }
@@ -154,35 +154,35 @@ impl TestConfig {
 
 const WITHOUT_REDIS: [&str; 5] =
     ["redis_address", "redis_connection", "redis_commands", "redis_hints", "redis_mac_key"];
-/// What a set-up without them has no finding about.
+/// The examinations that are skipped if none of these is configured.
 const FILES: [&str; 3] = ["envoy", "tls", "deny_file"];
 
 #[tokio::test]
-async fn a_healthy_set_up_is_ok_in_every_line_and_unchanged() {
-    let (test_config, redis) = (TestConfig::new().await, Redis::start().await);
-    let place = test_config.place().with("TRUSTGATE__REDIS__URL", &redis.url());
-    let before = test_config.server.dump(&test_config.database, &[]);
-    Report::of(&place).is_well_but_for(&FILES);
+async fn a_healthy_set_up_passes_each_examination_and_is_not_changed() {
+    let (setup, redis) = (Setup::new().await, Redis::start().await);
+    let place = setup.place().with("TRUSTGATE__REDIS__URL", &redis.url());
+    let before = setup.server.dump(&setup.database, &[]);
+    Report::of(&place).is_ok_except(&FILES);
 
     let table = place.run(&["doctor"]).done().out;
     let lines: Vec<Vec<_>> = table.lines().map(|line| line.split_whitespace().collect()).collect();
     assert_eq!(lines[0], ["NAME", "STATE", "FOUND"]);
     let names: Vec<_> = lines[1..=NAMES.len()].iter().map(|words| words[0]).collect();
     assert_eq!(names, NAMES);
-    let two = "The second must not be shorter than the first:\n  decision.envoy_timeout  60s, set in TRUSTGATE__DECISION__ENVOY_TIMEOUT\n  \
-               grpc_service.timeout    60s, in the ext_authz filter of Envoy\n";
+    let two = "Envoy's timeout must not be shorter than decision.envoy_timeout:\n  decision.envoy_timeout  60s, set in \
+               TRUSTGATE__DECISION__ENVOY_TIMEOUT\n  grpc_service.timeout    60s or more, in the ext_authz filter of Envoy\n";
     assert!(table.ends_with(two), "{table}");
 
-    assert_eq!(test_config.server.dump(&test_config.database, &[]), before);
+    assert_eq!(setup.server.dump(&setup.database, &[]), before);
     let written = redis.ask::<String>(&["INFO", "persistence"]).await;
     assert!(written.contains("rdb_changes_since_last_save:0\r\n"), "{written}");
 }
 
 #[tokio::test]
-async fn the_statement_that_is_proposed_gives_the_right_that_is_missing() {
-    let test_config = TestConfig::new().await;
-    let TestConfig { serve, manage, .. } = &test_config;
-    let place = test_config.place();
+async fn the_proposed_statement_grants_the_missing_right() {
+    let setup = Setup::new().await;
+    let Setup { serve, manage, .. } = &setup;
+    let place = setup.place();
     for (name, lost, given) in [
         (
             "database_rights",
@@ -210,7 +210,7 @@ async fn the_statement_that_is_proposed_gives_the_right_that_is_missing() {
             format!("GRANT INSERT ON trustgate.audit TO \"{manage}\";"),
         ),
     ] {
-        test_config.execute(&format!("REVOKE {lost}")).await;
+        setup.execute(&format!("REVOKE {lost}")).await;
         let report = Report::of(&place);
         report.shows(name, "failed", &[&given, " lacks 1 of "]);
         assert_eq!(report.ran.code, 1, "{lost}");
@@ -221,37 +221,37 @@ async fn the_statement_that_is_proposed_gives_the_right_that_is_missing() {
         assert!(table.out.contains(&is_set), "{table:?}");
         let remedy = report.one(name)["remedy"].as_str().unwrap();
         let statements: Vec<_> = remedy.lines().filter(|line| line.starts_with("GRANT ")).collect();
-        test_config.execute(&statements.concat()).await;
-        Report::of(&place).is_well_but_for(&[&FILES[..], &WITHOUT_REDIS].concat());
+        setup.execute(&statements.concat()).await;
+        Report::of(&place).is_ok_except(&[&FILES[..], &WITHOUT_REDIS].concat());
     }
-    test_config.execute(&format!("REVOKE ALL ON ALL TABLES IN SCHEMA trustgate FROM {serve}")).await;
+    setup.execute(&format!("REVOKE ALL ON ALL TABLES IN SCHEMA trustgate FROM {serve}")).await;
     Report::of(&place).shows("database_rights", "failed", &["lacks 12 of 21", "and so on", "--print-grants"]);
 }
 
 #[tokio::test]
-async fn whoever_serves_needs_no_right_to_change_keys() {
-    let test_config = TestConfig::new().await;
-    test_config.execute(&format!("GRANT UPDATE ON trustgate.api_key TO {}", test_config.serve)).await;
-    let report = Report::of(&test_config.place());
-    report.shows("database_rights", "warning", &["may change trusts and keys too", &test_config.manage]);
+async fn a_serving_role_that_may_change_keys_is_a_warning() {
+    let setup = Setup::new().await;
+    setup.execute(&format!("GRANT UPDATE ON trustgate.api_key TO {}", setup.serve)).await;
+    let report = Report::of(&setup.place());
+    report.shows("database_rights", "warning", &["may also change trusts and keys", &setup.manage]);
     assert_eq!(report.ran.code, 0);
-    // Where one role does everything, it has to.
-    let place = unhurried().with("TRUSTGATE__STORE__URL", &test_config.server.url("admin", &test_config.database));
+    // If one role serves and manages, it needs that right, and there is no warning.
+    let place = unhurried().with("TRUSTGATE__STORE__URL", &setup.server.url("admin", &setup.database));
     let report = Report::of(&place);
     report.shows("database_rights", "ok", &[]).shows(
         "management_rights",
         "skipped",
         &["store.management_url is not set"],
     );
-    let elsewhere = test_config.server.database().await;
-    let place = place.with("TRUSTGATE__STORE__MANAGEMENT_URL", &test_config.server.url("admin", &elsewhere));
+    let elsewhere = setup.server.database().await;
+    let place = place.with("TRUSTGATE__STORE__MANAGEMENT_URL", &setup.server.url("admin", &elsewhere));
     Report::of(&place).shows("management_rights", "failed", &["another database"]);
 }
 
 #[tokio::test]
-async fn what_keeps_changes_from_being_named_is_told_also_to_a_role_that_may_not_mend_it() {
-    let test_config = TestConfig::new().await;
-    let place = test_config.place();
+async fn broken_triggers_are_reported_also_to_a_role_that_cannot_repair_them() {
+    let setup = Setup::new().await;
+    let place = setup.place();
     for (harm, text) in [
         (
             "ALTER TABLE trustgate.api_key DISABLE TRIGGER trustgate_changed",
@@ -259,38 +259,38 @@ async fn what_keeps_changes_from_being_named_is_told_also_to_a_role_that_may_not
         ),
         ("DROP TRIGGER trustgate_stamp ON trustgate.tx", "trustgate_stamp on table trustgate.tx is missing"),
     ] {
-        test_config.execute(harm).await;
+        setup.execute(harm).await;
         Report::of(&place).shows("database_watch", "failed", &[text, "trustgate migrate"]);
-        test_config.owner().run(&["migrate"]).done();
+        setup.owner().run(&["migrate"]).done();
         Report::of(&place).shows("database_watch", "ok", &[]);
     }
-    test_config.execute("ALTER TABLE trustgate.api_key ADD COLUMN note text").await;
+    setup.execute("ALTER TABLE trustgate.api_key ADD COLUMN note text").await;
     Report::of(&place).shows("database_watch", "ok", &["were altered", "the next poll"]);
 }
 
 #[tokio::test]
-async fn a_table_that_was_not_attached_or_by_other_columns_is_told() {
-    let test_config = TestConfig::new().await;
-    test_config
+async fn a_table_that_is_not_attached_or_attached_with_other_columns_fails() {
+    let setup = Setup::new().await;
+    setup
         .execute(&format!(
             "CREATE TABLE tenant (id uuid PRIMARY KEY, api_key_hash char(64) UNIQUE, gone_at timestamptz);
          GRANT SELECT ON tenant TO {}",
-            test_config.serve
+            setup.serve
         ))
         .await;
     let attached = |place: Place| {
         place.with("TRUSTGATE__STORE__TABLE", "public.tenant").with("TRUSTGATE__STORE__ATTACHED", "true")
     };
-    let (place, owner) = (attached(test_config.place()), attached(test_config.owner()));
+    let (place, owner) = (attached(setup.place()), attached(setup.owner()));
     let missing = ["public.tenant is not attached", "run `trustgate attach`"];
     let report = Report::of(&place);
     report.shows("database_watch", "failed", &missing);
     assert_eq!(report.ran.code, 1);
     owner.run(&["attach"]).done();
-    Report::of(&place).shows("database_watch", "ok", &["every change is named"]);
-    let other = attached(test_config.place()).with("TRUSTGATE__STORE__TABLE_REVOKED_AT", "gone_at");
+    Report::of(&place).shows("database_watch", "ok", &["every change is recorded"]);
+    let other = attached(setup.place()).with("TRUSTGATE__STORE__TABLE_REVOKED_AT", "gone_at");
     Report::of(&other).shows("database_watch", "failed", &missing);
-    test_config.execute("DROP TRIGGER trustgate_changed ON tenant").await;
+    setup.execute("DROP TRIGGER trustgate_changed ON tenant").await;
     let report = Report::of(&place);
     report.shows(
         "database_watch",
@@ -301,43 +301,43 @@ async fn a_table_that_was_not_attached_or_by_other_columns_is_told() {
 }
 
 #[tokio::test]
-async fn tables_that_are_missing_or_too_new_and_a_role_that_may_only_read_are_told() {
-    let test_config = TestConfig::new().await;
-    let empty = test_config.server.database().await;
-    let place = unhurried().with("TRUSTGATE__STORE__URL", &test_config.server.url("admin", &empty));
+async fn missing_tables_too_new_tables_and_a_read_only_role_fail() {
+    let setup = Setup::new().await;
+    let empty = setup.server.database().await;
+    let place = unhurried().with("TRUSTGATE__STORE__URL", &setup.server.url("admin", &empty));
     let report = Report::of(&place);
     report.shows("database_tables", "failed", &["holds no tables", "run `trustgate migrate`"]);
     report.shows("database_rights", "skipped", &["because of database_tables"]).shows("database_hints", "ok", &[]);
     assert_eq!(report.one("database_tables")["settings"][0]["origin"], "TRUSTGATE__STORE__URL");
 
-    let read_only = format!("ALTER ROLE {} SET default_transaction_read_only", test_config.serve);
-    test_config.execute(&format!("{read_only} = on")).await;
-    let report = Report::of(&test_config.place());
+    let read_only = format!("ALTER ROLE {} SET default_transaction_read_only", setup.serve);
+    setup.execute(&format!("{read_only} = on")).await;
+    let report = Report::of(&setup.place());
     report.shows("database_server", "failed", &["read-only", "default_transaction_read_only"]);
     report.shows("database_polls", "failed", &["read-only"]).shows("database_rights", "ok", &[]);
-    test_config.execute(&format!("{read_only} = off; INSERT INTO trustgate.schema VALUES (99, 99)")).await;
-    Report::of(&test_config.place()).shows("database_tables", "failed", &["version 99", "start a newer trustgate"]);
+    setup.execute(&format!("{read_only} = off; INSERT INTO trustgate.schema VALUES (99, 99)")).await;
+    Report::of(&setup.place()).shows("database_tables", "failed", &["version 99", "start a newer trustgate"]);
 }
 
 #[tokio::test]
-async fn a_standby_is_no_database_to_serve_from() {
+async fn a_standby_fails_the_examination_of_the_server() {
     let primary = Postgres::start().await;
     let owner = Place::new().with("TRUSTGATE__STORE__URL", &primary.url("admin", "postgres"));
     owner.run(&["migrate"]).done();
     let standby = primary.standby().await;
     let place = unhurried().with("TRUSTGATE__STORE__URL", &standby.url("admin", "postgres"));
     let report = Report::of(&place);
-    report.shows("database_server", "failed", &["standby", "lead the URL to the primary"]);
+    report.shows("database_server", "failed", &["standby", "point the URL to the primary"]);
     report.shows("database_polls", "failed", &["standby"]).shows("database_tables", "ok", &[]);
-    report.shows("database_hints", "warning", &["hints do not arrive: the bound rests on polling alone"]);
+    report.shows("database_hints", "warning", &["notifications do not arrive: replicas depend on polling only"]);
 }
 
 #[tokio::test]
-async fn through_a_pooler_everything_is_well_but_the_hints() {
-    let test_config = TestConfig::new().await;
-    let pooler = PgBouncer::start(&test_config.server).await;
-    let report = Report::of(&unhurried().with("TRUSTGATE__STORE__URL", &pooler.url(&test_config.database)));
-    report.shows("database_hints", "warning", &["hints do not arrive: the bound rests on polling alone"]);
+async fn through_a_pooler_only_the_notifications_are_a_warning() {
+    let setup = Setup::new().await;
+    let pooler = PgBouncer::start(&setup.server).await;
+    let report = Report::of(&unhurried().with("TRUSTGATE__STORE__URL", &pooler.url(&setup.database)));
+    report.shows("database_hints", "warning", &["notifications do not arrive: replicas depend on polling only"]);
     for name in ["database_connection", "database_rights", "database_watch", "database_polls", "database_reads"] {
         report.shows(name, "ok", &[]);
     }
@@ -345,10 +345,10 @@ async fn through_a_pooler_everything_is_well_but_the_hints() {
 }
 
 #[tokio::test]
-async fn whoever_cannot_be_reached_is_named_and_no_password_is() {
-    let test_config = TestConfig::new().await;
+async fn an_unreachable_database_fails_with_a_remedy_and_without_its_password() {
+    let setup = Setup::new().await;
     let quick = |url: &str| Place::new().with("TRUSTGATE__STORE__URL", url);
-    let tcp = test_config.server.tcp_url(&test_config.serve, &test_config.database);
+    let tcp = setup.server.tcp_url(&setup.serve, &setup.database);
     let silent = TcpListener::bind("127.0.0.1:0").unwrap();
     let hangs = format!("postgres://me:hunter2@{}/db", silent.local_addr().unwrap());
     for (place, name, texts) in [
@@ -365,7 +365,7 @@ async fn whoever_cannot_be_reached_is_named_and_no_password_is() {
             &["password authentication failed", "store.password_file"],
         ),
         (
-            quick(&test_config.server.url("admin", "nowhere")).with("TRUSTGATE__STORE__PASSWORD", "hunter2"),
+            quick(&setup.server.url("admin", "nowhere")).with("TRUSTGATE__STORE__PASSWORD", "hunter2"),
             "database_connection",
             &["\"nowhere\" does not exist", "create the database"],
         ),
@@ -386,15 +386,14 @@ async fn whoever_cannot_be_reached_is_named_and_no_password_is() {
     }
     let good = quick(&tcp).with("TRUSTGATE__STORE__PASSWORD", "letmein");
     Report::of(&good).shows("database_connection", "ok", &["without TLS, on this machine"]).ran.hides("letmein");
-    let management =
-        test_config.place().with("TRUSTGATE__STORE__MANAGEMENT_URL", "postgres://me:hunter2@127.0.0.1:1/db");
+    let management = setup.place().with("TRUSTGATE__STORE__MANAGEMENT_URL", "postgres://me:hunter2@127.0.0.1:1/db");
     let report = Report::of(&management);
     report.shows("management_rights", "failed", &["127.0.0.1:1"]).shows("database_rights", "ok", &[]);
     report.ran.hides("hunter2");
 }
 
 #[tokio::test]
-async fn redis_is_examined_as_far_as_it_answers() {
+async fn examinations_of_redis_depend_on_the_connection() {
     let mut redis = Redis::start().await;
     let place = unhurried().with("TRUSTGATE__REDIS__URL", &redis.url());
     place.run(&["migrate"]).done();
@@ -426,7 +425,7 @@ async fn redis_is_examined_as_far_as_it_answers() {
 }
 
 #[tokio::test]
-async fn a_user_of_redis_needs_every_command_that_is_sent() {
+async fn a_redis_user_that_lacks_a_command_is_reported() {
     let redis = Redis::start_secured().await;
     let place = unhurried()
         .with("TRUSTGATE__REDIS__URL", &redis.url())
@@ -437,7 +436,7 @@ async fn a_user_of_redis_needs_every_command_that_is_sent() {
     report.shows("redis_connection", "failed", &["redis.password_file"]).ran.hides("hunter2");
     let place = place.with("TRUSTGATE__REDIS__PASSWORD", USER.1);
     let report = Report::of(&place);
-    // What the deny list needs is for who uses it.
+    // Only the deny list needs these commands. It is optional, so the result is a warning.
     report.shows(
         "redis_commands",
         "warning",
@@ -450,7 +449,10 @@ async fn a_user_of_redis_needs_every_command_that_is_sent() {
     redis.ask::<()>(&["ACL", "SETUSER", USER.0, "-eval", "-publish"]).await;
     let report = Report::of(&place);
     report.shows("redis_commands", "failed", &["EVAL: ", "ACL SETUSER"]).shows("redis_hints", "warning", &[]);
-    assert!(!report.one("redis_commands")["found"].as_str().unwrap().contains("SET:"), "only what is refused");
+    assert!(
+        !report.one("redis_commands")["found"].as_str().unwrap().contains("SET:"),
+        "only refused commands are listed"
+    );
 }
 
 #[tokio::test]
@@ -458,13 +460,13 @@ async fn an_embedded_database_is_examined_as_a_file() {
     let place = unhurried();
     let path = place.path().join("trustgate.db");
     let report = Report::of(&place);
-    report.shows("database_address", "warning", &["no database at", "`serve` makes it"]);
+    report.shows("database_address", "warning", &["no database at", "`serve` creates it"]);
     report.shows("database_tables", "skipped", &["because of database_address"]);
     assert!(report.ran.code == 0 && !path.exists(), "{:?}", report.ran);
 
     place.run(&["migrate"]).done();
     let skipped = ["database_rights", "management_rights", "database_clock", "database_hints"];
-    Report::of(&place).is_well_but_for(&[&FILES[..], &WITHOUT_REDIS, &skipped].concat());
+    Report::of(&place).is_ok_except(&[&FILES[..], &WITHOUT_REDIS, &skipped].concat());
     fs::set_permissions(&path, fs::Permissions::from_mode(0o644)).unwrap();
     Report::of(&place).shows("database_address", "warning", &["mode 644", "chmod 600"]);
     fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
@@ -474,13 +476,13 @@ async fn an_embedded_database_is_examined_as_a_file() {
         "failed",
         &["the trigger api_key_delete is missing", "trustgate migrate"],
     );
-    fs::write(&path, "notes of somebody's, longer than any header could be".repeat(50)).unwrap();
+    fs::write(&path, "notes that are longer than the header of a database file".repeat(50)).unwrap();
     let report = Report::of(&place);
     assert_eq!(report.ran.code, 1, "{:?}", report.ran);
     fs::remove_file(&path).unwrap();
     fs::write(&path, "").unwrap();
     fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
-    Report::of(&place).shows("database_tables", "warning", &["`serve` does that when it starts"]);
+    Report::of(&place).shows("database_tables", "warning", &["`serve` creates or upgrades the tables when it starts"]);
 }
 
 async fn sqlite(path: &Path, sql: &'static str) {
@@ -491,7 +493,7 @@ async fn sqlite(path: &Path, sql: &'static str) {
 }
 
 #[test]
-fn every_mistake_is_told_and_what_does_not_depend_on_it_is_examined_all_the_same() {
+fn configuration_errors_are_listed_and_independent_examinations_still_run() {
     let place = unhurried();
     place.run(&["migrate"]).done();
     place.write(
@@ -509,7 +511,7 @@ fn every_mistake_is_told_and_what_does_not_depend_on_it_is_examined_all_the_same
     report.shows("configuration", "failed", &config_errors).shows(
         "pepper",
         "skipped",
-        &["because of the mistake: t.toml:2"],
+        &["because of this configuration error: t.toml:2"],
     );
     report.shows("redis_connection", "skipped", &["redis.url"]).shows("tls", "skipped", &["grpc.socket_mode"]);
     report.shows("database_reads", "ok", &[]).shows("deadlines", "skipped", &["redis.url"]);
@@ -517,25 +519,25 @@ fn every_mistake_is_told_and_what_does_not_depend_on_it_is_examined_all_the_same
 
     let report = Report::of(&place.with("TRUSTGATE_CONFIG", "nowhere.toml"));
     report.shows("configuration", "failed", &["nowhere.toml (named by TRUSTGATE_CONFIG)"]);
-    report.shows("database_address", "skipped", &["because of configuration"]);
+    report.shows("database_address", "skipped", &["the configuration file cannot be read"]);
 }
 
 #[test]
-fn deadlines_and_files_are_looked_at_one_by_one() {
+fn deadlines_the_deny_file_and_the_pepper_are_examined() {
     let place = unhurried();
     place.run(&["migrate"]).done();
     let margin = place.with("TRUSTGATE__DECISION__ENVOY_TIMEOUT", "50010ms");
-    Report::of(&margin).shows("deadlines", "warning", &["leaves 10ms of Envoy's", "decision.deadline"]);
+    Report::of(&margin).shows("deadlines", "warning", &["exceeds this by 10ms", "decision.deadline"]);
     margin.write("denied", "key 00000000-0000-0000-0000-000000000001\nnonsense\n");
     let place = margin.with("TRUSTGATE__FRESHNESS__DENY_FILE", "denied");
     Report::of(&place).shows("deny_file", "failed", &["line 2"]);
     place.write("pepper", "hunter2-hunter2-hunter2");
     let place = place.with("TRUSTGATE__CREDENTIAL__PEPPER_FILE", "pepper");
-    Report::of(&place).shows("pepper", "ok", &["one is set"]).ran.hides("hunter2");
+    Report::of(&place).shows("pepper", "ok", &["a pepper is set"]).ran.hides("hunter2");
 }
 
 #[test]
-fn the_certificate_of_the_listener_must_fit_its_key_and_last() {
+fn the_certificate_of_the_listener_must_match_its_key_and_be_valid() {
     let place = unhurried()
         .with("TRUSTGATE__GRPC__TLS_CERTIFICATE_FILE", "server.pem")
         .with("TRUSTGATE__GRPC__TLS_KEY_FILE", "server.key");

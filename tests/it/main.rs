@@ -1,6 +1,6 @@
-//! Everything that needs the real program or real servers, in one binary.
+//! Tests that need the real program or real servers, in one test binary.
 
-// All of it is tests: what fails here should fail loudly, nobody else uses it, and it says what it measured.
+// Test code may panic on errors and print its measurements, and no other crate uses its items.
 #![allow(clippy::unwrap_used, clippy::print_stdout, unreachable_pub)]
 
 #[path = "../support/mod.rs"]

@@ -1,4 +1,4 @@
-//! The real program in a place of its own: an empty environment and a directory for its database.
+//! Runs the real program with an empty environment, in a temporary directory that also holds its database.
 
 use std::{
     fs,
@@ -10,13 +10,13 @@ use std::{
 use serde_json::Value;
 use tempfile::TempDir;
 
-/// A directory in which the program runs.
+/// A temporary directory, and the environment variables with which the program runs in it.
 pub struct Place {
     dir: TempDir,
     variables: Vec<(String, String)>,
 }
 
-/// What a run of the program came to.
+/// The exit code and the output of one run of the program.
 #[derive(Debug)]
 pub struct Ran {
     pub code: i32,
@@ -25,25 +25,25 @@ pub struct Ran {
 }
 
 impl Place {
-    /// An empty one.
+    /// An empty directory, and no variables.
     pub fn new() -> Self {
         Self { dir: tempfile::tempdir().unwrap(), variables: Vec::new() }
     }
 
-    /// One whose database exists.
+    /// A directory in which `trustgate migrate` has created the database.
     pub fn migrated() -> Self {
         let place = Self::new();
         place.run(&["migrate"]).done();
         place
     }
 
-    /// The same with a variable set.
+    /// Adds an environment variable.
     pub fn with(mut self, name: &str, value: &str) -> Self {
         self.variables.push((name.to_owned(), value.to_owned()));
         self
     }
 
-    /// The same with the variables of another one, in which nothing is shared.
+    /// Takes the variables of `other`. The directories stay separate.
     pub fn like(mut self, other: &Self) -> Self {
         self.variables.clone_from(&other.variables);
         self
@@ -64,7 +64,7 @@ impl Place {
         self.feed(arguments, "")
     }
 
-    /// Runs the program with its answer going to a disk that is full.
+    /// Runs the program with `/dev/full` as standard output: each write fails as on a full disk.
     pub fn run_to_full_disk(&self, arguments: &[&str]) -> Ran {
         let full = fs::File::options().write(true).open("/dev/full").unwrap();
         self.launch(arguments, "", full.into())
@@ -75,22 +75,22 @@ impl Place {
         self.launch(arguments, input, Stdio::piped())
     }
 
-    fn launch(&self, arguments: &[&str], input: &str, answer: Stdio) -> Ran {
+    fn launch(&self, arguments: &[&str], input: &str, stdout: Stdio) -> Ran {
         let mut child = Command::new(env!("CARGO_BIN_EXE_trustgate"))
             .args(arguments)
             .env_clear()
             .env("STATE_DIRECTORY", self.dir.path())
-            .env("USER", "somebody")
+            .env("USER", "operator")
             .envs(self.variables.iter().map(|(name, value)| (name, value)))
             .current_dir(self.dir.path())
             .stdin(Stdio::piped())
-            .stdout(answer)
+            .stdout(stdout)
             .stderr(Stdio::piped())
             .spawn()
             .unwrap();
         let mut stdin = child.stdin.take().unwrap();
         let input = input.to_owned();
-        // A command that fails early does not read its input.
+        // A command that fails early does not read its input, so this write may fail.
         let feeder = std::thread::spawn(move || drop(stdin.write_all(input.as_bytes())));
         let output = child.wait_with_output().unwrap();
         feeder.join().unwrap();
@@ -101,21 +101,22 @@ impl Place {
         }
     }
 
-    /// Runs the program with `--output json` and returns its answer.
+    /// Runs the program with `--output json` and returns the parsed output.
     pub fn json(&self, arguments: &[&str]) -> Value {
         self.run(&[&["--output", "json"], arguments].concat()).done().parsed()
     }
 }
 
 impl Ran {
-    /// It went well and said nothing on standard error.
+    /// Asserts that the run succeeded and wrote nothing to standard error.
     #[track_caller]
     pub fn done(self) -> Self {
         assert_eq!((self.code, self.err.as_str()), (0, ""), "{self:?}");
         self
     }
 
-    /// It failed with this code, and with these texts on standard error; nothing on standard output.
+    /// Asserts that the run failed with exit code `code`, with each of `texts` in standard error and an empty standard
+    /// output.
     #[track_caller]
     pub fn failed(self, code: i32, texts: &[&str]) -> Self {
         assert_eq!((self.code, self.out.as_str()), (code, ""), "{self:?}");
@@ -129,6 +130,7 @@ impl Ran {
         serde_json::from_str(&self.out).unwrap()
     }
 
+    /// Asserts that the output does not contain `secret`.
     #[track_caller]
     pub fn hides(&self, secret: &str) {
         assert!(!self.out.contains(secret) && !self.err.contains(secret), "{secret:?} in {self:?}");

@@ -1,4 +1,5 @@
-//! What is said to Redis, against real servers: which value stays, what is thrown away, every kind of set-up, and hints.
+//! The Redis tier and notifications against real servers: which values Redis keeps, which ones a reader deletes, and
+//! single servers, Sentinels, a Cluster and TLS.
 
 use std::{
     collections::BTreeSet,
@@ -29,45 +30,46 @@ use uuid::Uuid;
 
 use crate::support::{
     eventually,
-    redis::{Cluster, MASTER, Redis, SENTINEL_PASSWORD, USER, Watched},
+    redis::{Cluster, MASTER, Redis, SENTINEL_PASSWORD, SentinelSetup, USER},
 };
 
-/// For what happens soon, but not at once.
-const PATIENCE: Duration = Duration::from_mins(1);
+/// How long a test waits for a condition.
+const TIMEOUT: Duration = Duration::from_mins(1);
 
-/// One replica, as far as Redis knows it.
+/// The part of a replica that uses Redis.
 struct Replica {
     l2: L2<ApiKey>,
     handle: Handle,
-    hints: Arc<AtomicUsize>,
+    notifications: Arc<AtomicUsize>,
     breaker_open: IntGauge,
     stop: CancellationToken,
     tasks: JoinSet<()>,
 }
 
 impl Replica {
-    /// A replica whose Redis was reached.
+    /// Starts a replica and waits until it is connected to Redis.
     async fn start(settings: RedisSettings) -> Self {
-        let breaker_open = IntGauge::new("breaker_open", "As the real one.").unwrap();
+        let breaker_open = IntGauge::new("breaker_open", "1 while the circuit breaker is open.").unwrap();
         let metrics = RedisMetrics::register(&Registry::new(), breaker_open.clone()).unwrap();
-        let (stop, hints, mut tasks) = (CancellationToken::new(), Arc::new(AtomicUsize::new(0)), JoinSet::new());
+        let (stop, notifications, mut tasks) =
+            (CancellationToken::new(), Arc::new(AtomicUsize::new(0)), JoinSet::new());
         let (handle, keeper) = Handle::new(&settings, settings.clone(), Arc::new(SystemClock), metrics, stop.clone());
         tasks.spawn(keeper);
-        let heard = Arc::clone(&hints);
-        let on_hint = move || {
-            heard.fetch_add(1, Ordering::SeqCst);
+        let counter = Arc::clone(&notifications);
+        let on_notification = move || {
+            counter.fetch_add(1, Ordering::SeqCst);
         };
-        tasks.spawn(listen(settings, on_hint, stop.clone()));
+        tasks.spawn(listen(settings, on_notification, stop.clone()));
         let l2 = L2::new(handle.clone(), MacKey::new(OnceLock::from([7; 32])), None);
-        let replica = Self { l2, handle, hints, breaker_open, stop, tasks };
+        let replica = Self { l2, handle, notifications, breaker_open, stop, tasks };
         replica.connected().await;
-        eventually("hints are heard", PATIENCE, || async { replica.heard() > 0 }).await;
+        eventually("the listener is connected", TIMEOUT, || async { replica.received() > 0 }).await;
         replica
     }
 
     /// Waits until L2 answers.
     async fn connected(&self) {
-        eventually("Redis is connected", PATIENCE, || async { self.get(key(0xffff)).await != "down" }).await;
+        eventually("Redis is connected", TIMEOUT, || async { self.get(key(0xffff)).await != "down" }).await;
     }
 
     async fn put(&self, found: Versioned<Record>) {
@@ -83,26 +85,26 @@ impl Replica {
         }
     }
 
-    /// Hints so far, those after a connect included.
-    fn heard(&self) -> usize {
-        self.hints.load(Ordering::SeqCst)
+    /// The number of notifications so far. Each connect of the listener counts as one.
+    fn received(&self) -> usize {
+        self.notifications.load(Ordering::SeqCst)
     }
 
-    /// Ends it; what runs for it ends by itself.
+    /// Stops the replica and waits until its tasks have ended.
     async fn stop(mut self) {
         self.stop.cancel();
         let ended = async { while self.tasks.join_next().await.transpose().unwrap().is_some() {} };
-        tokio::time::timeout(PATIENCE, ended).await.expect("the tasks end when they are told to");
+        tokio::time::timeout(TIMEOUT, ended).await.expect("the tasks end after the stop signal");
     }
 }
 
 fn settings(url: impl Into<String>) -> RedisSettings {
     let url = vec![Secret::new(url.into())];
-    // Not the time that is tested here; a busy machine must not open the breaker.
+    // No test here measures this timeout, and a busy machine must not open the circuit breaker.
     RedisSettings { url, timeout: Duration::from_secs(5), ..RedisSettings::default() }
 }
 
-/// The same with what [`USER`] needs.
+/// Settings with the password of [`USER`] and TLS.
 fn secured(redis: &Redis) -> RedisSettings {
     let password = Some(Secret::new(USER.1.to_owned()));
     RedisSettings { password, ca_file: Some(redis.ca_file()), ..settings(redis.url()) }
@@ -114,12 +116,12 @@ fn key(number: u16) -> ApiKeyDigest {
     ApiKeyDigest::from_bytes(bytes)
 }
 
-/// Where the value of `key` stands in Redis.
+/// The name of the value of `key` in Redis.
 fn name(key: ApiKeyDigest) -> String {
     format!("trustgate:api_key:{}", key.to_hex())
 }
 
-/// A record of `key` as of this version, in the history of this timeline.
+/// A record of `key` as of this version, in a lineage with this timeline.
 fn found(key: ApiKeyDigest, as_of: u64, timeline: u32) -> Versioned<Record> {
     let record = Record {
         key_id: KeyId(Uuid::from_u128(1)),
@@ -147,7 +149,7 @@ async fn raw(connection: &mut MultiplexedConnection, key: ApiKeyDigest) -> Optio
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn only_a_newer_value_or_one_of_another_history_takes_a_value_s_place() {
+async fn only_a_newer_version_or_another_lineage_replaces_a_value() {
     let server = Redis::start().await;
     for (number, protocol) in ["", "?protocol=resp2", "?protocol=resp3"].into_iter().enumerate() {
         let (replica, key) =
@@ -158,28 +160,28 @@ async fn only_a_newer_value_or_one_of_another_history_takes_a_value_s_place() {
             (9, 1, "9 of 1"),
             (8, 1, "9 of 1"), // older
             (0xa, 1, "a of 1"),
-            (0x10, 1, "10 of 1"), // a digit more
+            (0x10, 1, "10 of 1"), // one digit more
             (0xf, 1, "10 of 1"),
             (1 << 53, 1, "20000000000000 of 1"),
-            ((1 << 53) + 1, 1, "20000000000001 of 1"), // the same number in Lua
+            ((1 << 53) + 1, 1, "20000000000001 of 1"), // a Lua number cannot represent the difference
             (1 << 53, 1, "20000000000001 of 1"),
-            (1, 2, "1 of 2"), // another history
+            (1, 2, "1 of 2"), // another lineage
             (u64::MAX, 2, "ffffffffffffffff of 2"),
             (3, 1, "3 of 1"),
         ] {
             replica.put(found(key, as_of, timeline)).await;
             assert_eq!(replica.get(key).await, want, "after {as_of:x} of {timeline} by {protocol:?}");
         }
-        // Of the same version: what is there stays, byte for byte, and keeps its end.
+        // A value of the same version replaces neither the stored bytes nor their time to live.
         let before = raw(&mut connection, key).await.unwrap();
         assert_eq!((before[0], &before[61..77]), (2, &b"0000000000000003"[..]));
-        let life: u64 = connection.pttl::<_, i64>(name(key)).await.unwrap().try_into().unwrap();
-        assert!((1..=300_000).contains(&life), "{life} ms");
+        let ttl: u64 = connection.pttl::<_, i64>(name(key)).await.unwrap().try_into().unwrap();
+        assert!((1..=300_000).contains(&ttl), "{ttl} ms");
         connection.pexpire::<_, ()>(name(key), 200_000).await.unwrap();
         replica.put(found(key, 3, 1)).await;
         assert_eq!(raw(&mut connection, key).await.unwrap(), before);
         assert!(connection.pttl::<_, i64>(name(key)).await.unwrap() <= 200_000);
-        // Of another layout, and what is no value: replaced, whatever its bytes say.
+        // A value with another layout is replaced, and so are bytes that are no value, whatever version they contain.
         for other in [[&[1], &before[1..]].concat(), [&[3], &before[1..]].concat(), before[..60].to_vec(), vec![]] {
             connection.set::<_, _, ()>(name(key), other).await.unwrap();
             replica.put(found(key, 2, 1)).await;
@@ -189,7 +191,7 @@ async fn only_a_newer_value_or_one_of_another_history_takes_a_value_s_place() {
         connection.lpush::<_, _, ()>(name(key), "x").await.unwrap();
         replica.put(found(key, 1, 1)).await;
         assert_eq!(replica.get(key).await, "1 of 1");
-        // A server that forgot the script is sent it again.
+        // After the server has lost the script, the replica sends it again.
         server.ask::<()>(&["SCRIPT", "FLUSH"]).await;
         replica.put(found(key, 2, 1)).await;
         assert_eq!(replica.get(key).await, "2 of 1");
@@ -198,7 +200,7 @@ async fn only_a_newer_value_or_one_of_another_history_takes_a_value_s_place() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn what_is_not_ours_is_thrown_away_and_what_a_newer_release_wrote_is_not() {
+async fn invalid_values_are_deleted_and_values_of_other_releases_are_kept() {
     let server = Redis::start().await;
     let replica = Replica::start(settings(server.url())).await;
     let (key, mut connection) = (key(1), server.connection().await);
@@ -210,23 +212,23 @@ async fn what_is_not_ours_is_thrown_away_and_what_a_newer_release_wrote_is_not()
     huge.resize(1 << 20, 0);
     for (what, value) in [
         ("a changed bit", genuine.iter().enumerate().map(|(at, byte)| byte ^ u8::from(at == 100)).collect()),
-        ("a date that nobody signed", newest),
-        ("half of it", genuine[..genuine.len() / 2].to_vec()),
-        ("the layout alone", vec![2]),
+        ("a version that the MAC does not cover", newest),
+        ("half of the value", genuine[..genuine.len() / 2].to_vec()),
+        ("only the layout", vec![2]),
         ("a megabyte", huge),
     ] {
         connection.set::<_, _, ()>(name(key), value).await.unwrap();
         assert_eq!(replica.get(key).await, "refused", "{what}");
         assert_eq!(raw(&mut connection, key).await, None, "{what} is still there");
     }
-    // Something that is no text is as bad as a bad text: no reason to think that Redis is down.
+    // A value of another Redis type is an invalid value. It does not count as a failure of Redis.
     for _ in 0..RedisSettings::default().breaker_failures * 2 {
         connection.lpush::<_, _, ()>(name(key), &genuine).await.unwrap();
         assert_eq!(replica.get(key).await, "refused");
         assert!(!connection.exists::<_, bool>(name(key)).await.unwrap(), "the list is still there");
     }
     assert_eq!(replica.breaker_open.get(), 0);
-    // Another release may read what this one cannot.
+    // Another release may be able to read a layout that this release cannot read.
     for layout in [1, 3, b'{'] {
         let other = [&[layout], &genuine[1..]].concat();
         connection.set::<_, _, ()>(name(key), &other).await.unwrap();
@@ -239,25 +241,25 @@ async fn what_is_not_ours_is_thrown_away_and_what_a_newer_release_wrote_is_not()
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_good_value_that_came_meanwhile_is_not_thrown_away_with_the_bad_one() {
+async fn a_valid_value_that_is_written_meanwhile_is_not_deleted_with_the_invalid_one() {
     let server = Redis::start().await;
     let mut connection = server.connection().await;
-    // What a reader runs after it read `bad`.
+    // A reader runs this script after it has read the invalid value `bad`.
     let discard = redis::Script::new(include_str!("../../src/cache/l2/discard.lua"));
-    let mut there_after = async |there: &[u8], bad: &[u8], asked_for: usize| -> Option<Vec<u8>> {
-        connection.set::<_, _, ()>("name", there).await.unwrap();
+    let mut left_after = async |stored: &[u8], bad: &[u8], bytes_read: usize| -> Option<Vec<u8>> {
+        connection.set::<_, _, ()>("name", stored).await.unwrap();
         let mut call = discard.key("name");
-        call.arg(bad).arg(asked_for).invoke_async::<()>(&mut connection).await.unwrap();
+        call.arg(bad).arg(bytes_read).invoke_async::<()>(&mut connection).await.unwrap();
         connection.get("name").await.unwrap()
     };
-    assert_eq!(there_after(b"bad", b"bad", 10).await, None);
-    assert_eq!(there_after(b"good", b"bad", 10).await, Some(b"good".to_vec()));
-    assert_eq!(there_after(b"long and bad", b"long", 4).await, None, "as much as was read is compared");
-    assert_eq!(there_after(b"in place of a list", b"", 10).await, Some(b"in place of a list".to_vec()));
+    assert_eq!(left_after(b"bad", b"bad", 10).await, None);
+    assert_eq!(left_after(b"good", b"bad", 10).await, Some(b"good".to_vec()));
+    assert_eq!(left_after(b"long and bad", b"long", 4).await, None, "only the bytes that were read are compared");
+    assert_eq!(left_after(b"in place of a list", b"", 10).await, Some(b"in place of a list".to_vec()));
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_user_with_no_more_rights_than_the_page_of_settings_names_is_enough() {
+async fn the_documented_rights_of_a_redis_user_are_enough() {
     let server = Redis::start_secured().await;
     for protocol in ["", "?protocol=resp3"] {
         let mut settings = secured(&server);
@@ -272,12 +274,12 @@ async fn a_user_with_no_more_rights_than_the_page_of_settings_names_is_enough() 
     }
 }
 
-/// What one replica writes, the other reads, and the hints of each reach both.
+/// Asserts that `other` reads the values that `one` writes, and that the notifications of each reach both.
 async fn everything_works(one: &Replica, other: &Replica, keys: u16) {
     for number in 1..=keys {
         let key = key(number);
-        // A Cluster that just became whole says now and then that it is down.
-        eventually("the value is shared", PATIENCE, || async {
+        // A Cluster that has just recovered sometimes still reports that it is down.
+        eventually("the value is shared", TIMEOUT, || async {
             one.put(found(key, 7, 1)).await;
             one.put(found(key, 6, 1)).await;
             other.get(key).await == "7 of 1"
@@ -285,54 +287,56 @@ async fn everything_works(one: &Replica, other: &Replica, keys: u16) {
         .await;
     }
     for from in [one, other] {
-        let before = [one.heard(), other.heard()];
+        let before = [one.received(), other.received()];
         from.handle.publish();
-        eventually("both hear the hint", PATIENCE, || async { one.heard() > before[0] && other.heard() > before[1] })
-            .await;
+        eventually("both receive the notification", TIMEOUT, || async {
+            one.received() > before[0] && other.received() > before[1]
+        })
+        .await;
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn hints_are_heard_once_each_and_again_after_the_server_was_away() {
+async fn each_notification_arrives_once_and_the_listener_reconnects() {
     let mut server = Redis::start().await;
     for protocol in ["", "?protocol=resp3"] {
         let replica = Replica::start(settings(server.url() + protocol)).await;
-        assert_eq!(replica.heard(), 1, "the connect");
+        assert_eq!(replica.received(), 1, "one for the connect");
         let mut connection = server.connection().await;
         for (number, content) in ["", "12", "{}", "\0"].into_iter().enumerate() {
             connection.publish::<_, _, ()>("trustgate:hints", content).await.unwrap();
             connection.publish::<_, _, ()>("trustgate:other", content).await.unwrap();
-            eventually("the hint is heard", PATIENCE, || async { replica.heard() >= number + 2 }).await;
+            eventually("the notification arrives", TIMEOUT, || async { replica.received() >= number + 2 }).await;
         }
-        assert_eq!(replica.heard(), 5);
+        assert_eq!(replica.received(), 5);
         server.kill();
-        replica.handle.publish(); // lost, and nobody waits
+        replica.handle.publish(); // lost, but the call does not wait
         server.resume().await;
-        eventually("the listener is back", PATIENCE, || async { replica.heard() == 6 }).await;
+        eventually("the listener is back", TIMEOUT, || async { replica.received() == 6 }).await;
         replica.connected().await;
         replica.handle.publish();
-        eventually("the hint is heard", PATIENCE, || async { replica.heard() == 7 }).await;
-        // Silent, but not gone: noticed too, if it lasts longer than the second to the next sign of life that is asked for
-        // and the second in which it must come.
+        eventually("the notification arrives", TIMEOUT, || async { replica.received() == 7 }).await;
+        // The server hangs but keeps its connections. The listener notices within 2 s: it sends a PING each second and
+        // waits up to 1 s for the reply.
         let frozen = server.freeze();
-        eventually("Redis is given up", PATIENCE, || async { replica.get(key(1)).await == "down" }).await;
+        eventually("Redis counts as down", TIMEOUT, || async { replica.get(key(1)).await == "down" }).await;
         tokio::time::sleep(Duration::from_secs(3)).await;
         drop(frozen);
-        eventually("the listener is back", PATIENCE, || async { replica.heard() == 8 }).await;
+        eventually("the listener is back", TIMEOUT, || async { replica.received() == 8 }).await;
         replica.stop().await;
     }
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn behind_sentinels_the_new_master_is_found_after_the_old_one_died() {
+async fn replicas_find_the_new_master_after_a_failover_of_the_sentinels() {
     for with_tls in [false, true] {
-        let mut watched = Watched::start(with_tls).await;
-        let sentinel = &watched.sentinel;
+        let mut setup = SentinelSetup::start(with_tls).await;
+        let sentinel = &setup.sentinel;
         let base = if with_tls { secured(sentinel) } else { settings(sentinel.url()) };
         let password = with_tls.then(|| Secret::new(SENTINEL_PASSWORD.to_owned()));
         let dead = if with_tls { "rediss://gate@127.0.0.1:1" } else { "redis://127.0.0.1:1" };
         let settings = RedisSettings {
-            // The first is never there.
+            // Nothing listens at the first URL.
             url: [dead.to_owned(), sentinel.url()].map(Secret::new).to_vec(),
             sentinel_master: Some(MASTER.to_owned()),
             sentinel_password: password,
@@ -340,15 +344,15 @@ async fn behind_sentinels_the_new_master_is_found_after_the_old_one_died() {
         };
         let (one, other) = (Replica::start(settings.clone()).await, Replica::start(settings).await);
         everything_works(&one, &other, 3).await;
-        let heard = [one.heard(), other.heard()];
-        watched.master.kill();
-        watched.failed_over().await;
-        for (replica, heard) in [&one, &other].into_iter().zip(heard) {
+        let before = [one.received(), other.received()];
+        setup.master.kill();
+        setup.failed_over().await;
+        for (replica, before) in [&one, &other].into_iter().zip(before) {
             replica.connected().await;
-            eventually("the listener is back", PATIENCE, || async { replica.heard() > heard }).await;
+            eventually("the listener is back", TIMEOUT, || async { replica.received() > before }).await;
         }
         everything_works(&one, &other, 3).await;
-        let mut connection = watched.replica.connection().await;
+        let mut connection = setup.replica.connection().await;
         assert!(connection.exists::<_, bool>(name(key(3))).await.unwrap());
         one.stop().await;
         other.stop().await;
@@ -362,36 +366,36 @@ async fn in_a_cluster_every_node_is_used_and_moved_slots_are_found() {
         let first = &cluster.nodes[0];
         let base = if with_tls { secured(first) } else { settings(first.url()) };
         let urls = cluster.nodes.iter().map(|node| Secret::new(node.url())).collect();
-        // The one knows every node, the other finds them through one.
+        // `one` has the URLs of all nodes, and `other` finds the nodes through the first one.
         let one = RedisSettings { url: urls, cluster: true, ..base.clone() };
         let other = RedisSettings { cluster: true, ..base };
         let (one, other) = (Replica::start(one).await, Replica::start(other).await);
         everything_works(&one, &other, 20).await;
         let mut used = BTreeSet::new();
         for number in 1..=20 {
-            used.insert(cluster.home_of(&name(key(number))).await.0.url());
+            used.insert(cluster.node_of(&name(key(number))).await.0.url());
         }
         assert_eq!(used.len(), 3, "too few keys");
 
         move_slot_of(&cluster, key(1), (&one, &other)).await;
         everything_works(&one, &other, 20).await;
 
-        // A node is away and comes back, empty; without it the Cluster does not serve.
+        // A node stops and starts again without its data. Meanwhile the Cluster does not serve.
         cluster.nodes[2].kill();
-        eventually("the Cluster is given up", PATIENCE, || async { one.get(key(2)).await == "down" }).await;
+        eventually("the Cluster counts as down", TIMEOUT, || async { one.get(key(2)).await == "down" }).await;
         cluster.nodes[2].resume().await;
-        cluster.whole().await;
+        cluster.until_ready().await;
         one.connected().await;
         other.connected().await;
         everything_works(&one, &other, 20).await;
 
-        // One hangs: hints come by another node meanwhile.
-        let heard = one.heard();
+        // A node hangs: the listener reconnects through another node.
+        let before = one.received();
         let frozen = cluster.nodes[0].freeze();
-        eventually("the listener is back", PATIENCE, || async { one.heard() > heard }).await;
-        eventually("the Cluster is given up", PATIENCE, || async { one.get(key(2)).await == "down" }).await;
+        eventually("the listener is back", TIMEOUT, || async { one.received() > before }).await;
+        eventually("the Cluster counts as down", TIMEOUT, || async { one.get(key(2)).await == "down" }).await;
         drop(frozen);
-        cluster.whole().await;
+        cluster.until_ready().await;
         one.connected().await;
         other.connected().await;
         everything_works(&one, &other, 20).await;
@@ -400,26 +404,26 @@ async fn in_a_cluster_every_node_is_used_and_moved_slots_are_found() {
     }
 }
 
-/// Moves the slot of `key` to another node, by hand: first the nodes answer `ASK`, then `MOVED`.
+/// Moves the slot of `key` to another node step by step: the old node first answers `ASK`, and then `MOVED`.
 async fn move_slot_of(cluster: &Cluster, key: ApiKeyDigest, (one, other): (&Replica, &Replica)) {
     let name = name(key);
-    let (from, to) = cluster.home_of(&name).await;
+    let (from, to) = cluster.node_of(&name).await;
     let slot: u16 = from.ask(&["CLUSTER", "KEYSLOT", &name]).await;
     let slot = slot.to_string();
     let (from_id, to_id): (String, String) = (from.ask(&["CLUSTER", "MYID"]).await, to.ask(&["CLUSTER", "MYID"]).await);
     to.ask::<()>(&["CLUSTER", "SETSLOT", &slot, "IMPORTING", &from_id]).await;
     from.ask::<()>(&["CLUSTER", "SETSLOT", &slot, "MIGRATING", &to_id]).await;
     from.ask::<()>(&["DEL", &name]).await;
-    one.put(found(key, 8, 1)).await; // by ASK
+    one.put(found(key, 8, 1)).await; // follows ASK
     assert_eq!(other.get(key).await, "8 of 1");
     let at_home = redis::cmd("GET").arg(&name).query_async::<()>(&mut from.connection().await).await;
     assert_eq!(at_home.unwrap_err().code(), Some("ASK"));
     for node in [to, from] {
         node.ask::<()>(&["CLUSTER", "SETSLOT", &slot, "NODE", &to_id]).await;
     }
-    assert_eq!(one.get(key).await, "8 of 1"); // by MOVED
+    assert_eq!(one.get(key).await, "8 of 1"); // follows MOVED
     one.put(found(key, 9, 1)).await;
     assert_eq!(other.get(key).await, "9 of 1");
-    // Back to a version that the rest of the test writes.
+    // Delete the value, because the rest of the test writes older versions.
     to.ask::<()>(&["DEL", &name]).await;
 }

@@ -1,4 +1,5 @@
-//! The embedded database as a file: who may read it, who makes it, and where it lies by default.
+//! The SQLite database file: its default path, its mode, which commands create it, and what happens when it is replaced
+//! or removed.
 
 use std::{os::unix::fs::PermissionsExt, path::Path, sync::Arc, time::Duration};
 
@@ -8,7 +9,7 @@ use trustgate::{
     store::{self, Heartbeat, Missing, StoreError, StoreSettings},
 };
 
-fn nobody() -> Digests {
+fn unknown_key() -> Digests {
     Digests { current: ApiKeyDigest::from_bytes([0; 32]), older: Vec::new() }
 }
 
@@ -17,7 +18,7 @@ fn mode(path: &Path) -> u32 {
 }
 
 #[tokio::test]
-async fn only_serve_and_migrate_make_the_file_and_only_its_owner_can_read_it() {
+async fn only_serve_and_migrate_create_the_file_and_only_its_owner_can_read_it() {
     let home = tempfile::tempdir().unwrap();
     let path = home.path().join(".local/state/trustgate/trustgate.db");
     let vars = home.path().to_str().unwrap().to_owned();
@@ -26,7 +27,7 @@ async fn only_serve_and_migrate_make_the_file_and_only_its_owner_can_read_it() {
     assert_eq!(store::describe(&settings, &env), format!("the SQLite database at {}", path.display()));
     let lookup = store::open_lookup(&settings, &env, Arc::new(SystemClock)).unwrap();
 
-    // Every other command.
+    // The other commands create no file.
     for outcome in [lookup.prepare(Missing::Refuse).await, store::open_ledger(&settings, &env).await.map(drop)] {
         let problem = outcome.unwrap_err();
         assert!(matches!(&problem, StoreError::NoDatabase { path: missing } if *missing == path));
@@ -34,13 +35,13 @@ async fn only_serve_and_migrate_make_the_file_and_only_its_owner_can_read_it() {
         assert!(text.contains(path.to_str().unwrap()) && text.contains("trustgate serve"), "{text}");
         assert!(!problem.is_transient());
     }
-    assert!(!path.exists() && std::fs::read_dir(home.path()).unwrap().next().is_none(), "nothing was made");
+    assert!(!path.exists() && std::fs::read_dir(home.path()).unwrap().next().is_none(), "no file was created");
 
-    // Serve.
+    // `serve` creates the file.
     lookup.prepare(Missing::Create).await.unwrap();
-    let sign =
+    let heartbeat =
         Heartbeat { replica: uuid::Uuid::nil(), name: "here".into(), applied: Version(1), lasts: Duration::ZERO };
-    lookup.report(&sign).await.unwrap();
+    lookup.report(&heartbeat).await.unwrap();
     assert_eq!(mode(&path), 0o600);
     assert_eq!(mode(path.parent().unwrap()), 0o700);
     for beside in ["trustgate.db-wal", "trustgate.db-shm"] {
@@ -49,17 +50,17 @@ async fn only_serve_and_migrate_make_the_file_and_only_its_owner_can_read_it() {
     store::open_ledger(&settings, &env).await.unwrap();
     lookup.close().await;
 
-    // A file that others may read is used all the same; the warning is in the log.
+    // trustgate still uses a file that other users can read, and leaves its mode as it is.
     std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o644)).unwrap();
     store::migrate(&settings, &env).await.unwrap();
     assert_eq!(mode(&path), 0o644);
 }
 
 #[tokio::test]
-async fn a_file_that_is_no_database_is_told_and_left_alone() {
+async fn a_file_that_is_not_a_database_is_reported_and_not_changed() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("trustgate.db");
-    std::fs::write(&path, "notes of somebody's, longer than any header could be".repeat(50)).unwrap();
+    std::fs::write(&path, "notes that are longer than the header of a database file".repeat(50)).unwrap();
     let before = std::fs::read(&path).unwrap();
     let state = dir.path().to_str().unwrap().to_owned();
     let env = move |name: &str| (name == "STATE_DIRECTORY").then(|| state.clone());
@@ -71,7 +72,7 @@ async fn a_file_that_is_no_database_is_told_and_left_alone() {
 }
 
 #[tokio::test]
-async fn a_file_that_was_replaced_or_removed_is_not_read_any_longer() {
+async fn a_file_that_was_replaced_or_removed_is_no_longer_read() {
     let dir = tempfile::tempdir().unwrap();
     let settings = |name: &str| StoreSettings {
         url: Some(trustgate::base::secret::Secret::new(format!("sqlite://{}/{name}.db", dir.path().display()))),
@@ -80,19 +81,22 @@ async fn a_file_that_was_replaced_or_removed_is_not_read_any_longer() {
     let lookup = store::open_lookup(&settings("used"), &|_| None, Arc::new(SystemClock)).unwrap();
     lookup.prepare(Missing::Create).await.unwrap();
     store::migrate(&settings("other"), &|_| None).await.unwrap();
-    let first = lookup.find(&nobody()).await.unwrap();
+    let first = lookup.find(&unknown_key()).await.unwrap();
     for beside in ["-wal", "-shm"] {
         let _ = std::fs::remove_file(dir.path().join(format!("used.db{beside}")));
     }
     std::fs::rename(dir.path().join("other.db"), dir.path().join("used.db")).unwrap();
-    let second = lookup.find(&nobody()).await.unwrap();
-    assert_ne!(first.lineage, second.lineage, "the one that lies there now");
+    let second = lookup.find(&unknown_key()).await.unwrap();
+    assert_ne!(first.lineage, second.lineage, "the lookup reads the new file");
     std::fs::remove_file(dir.path().join("used.db")).unwrap();
-    assert!(matches!(lookup.find(&nobody()).await, Err(Fault::Unreachable { .. })), "an error, never an absence");
+    assert!(
+        matches!(lookup.find(&unknown_key()).await, Err(Fault::Unreachable { .. })),
+        "a missing file is a fault, not an unknown key"
+    );
 }
 
 #[tokio::test]
-async fn a_preset_never_makes_a_file() {
+async fn a_preset_creates_no_file() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("theirs.db");
     let url = Some(trustgate::base::secret::Secret::new(format!("sqlite://{}", path.display())));
@@ -101,11 +105,14 @@ async fn a_preset_never_makes_a_file() {
     assert!(matches!(lookup.prepare(Missing::Create).await, Err(StoreError::NoDatabase { .. })));
     assert!(!path.exists());
     let nowhere = StoreSettings { url: None, ..settings };
-    assert!(store::open_lookup(&nowhere, &|_| None, Arc::new(SystemClock)).is_err(), "whose table would it be?");
+    assert!(
+        store::open_lookup(&nowhere, &|_| None, Arc::new(SystemClock)).is_err(),
+        "a preset needs the URL of the database"
+    );
 }
 
 #[tokio::test]
-async fn a_preset_whose_application_was_killed_in_the_middle_of_a_commit_is_read() {
+async fn a_table_whose_application_was_killed_during_a_commit_is_read() {
     use sqlx::{ConnectOptions as _, sqlite::SqliteConnectOptions};
     let dir = tempfile::tempdir().unwrap();
     let (theirs, copy) = (dir.path().join("theirs.db"), dir.path().join("copy.db"));
@@ -117,7 +124,7 @@ async fn a_preset_whose_application_was_killed_in_the_middle_of_a_commit_is_read
             SELECT printf('00000000-0000-0000-0000-%012d', n), printf('%064d', n) FROM n;
         BEGIN IMMEDIATE; UPDATE trust SET api_key_hash = api_key_hash || 'x'";
     sqlx::raw_sql(start).execute(&mut application).await.unwrap();
-    // What is on the disk now is what a killed application leaves: half of the change, and the journal to undo it.
+    // A killed application leaves the same files: a part of the change, and the journal that undoes it.
     std::fs::copy(&theirs, &copy).unwrap();
     std::fs::copy(dir.path().join("theirs.db-journal"), dir.path().join("copy.db-journal")).unwrap();
     let settings = StoreSettings {
@@ -129,6 +136,6 @@ async fn a_preset_whose_application_was_killed_in_the_middle_of_a_commit_is_read
     lookup.prepare(Missing::Refuse).await.unwrap();
     let digest = ApiKeyDigest::from_hex(&format!("{:064}", 4_999)).unwrap();
     let found = lookup.find(&Digests { current: digest, older: Vec::new() }).await.unwrap();
-    assert!(found.value.is_some(), "the change was undone");
+    assert!(found.value.is_some(), "SQLite undid the unfinished change");
     lookup.close().await;
 }

@@ -1,4 +1,4 @@
-//! What every store does, run on each adapter against the real database.
+//! The contract of a store: each test runs on SQLite and on PostgreSQL.
 
 use std::{collections::HashSet, future::poll_fn, path::PathBuf, pin::pin, sync::Arc, task::Poll, time::Duration};
 
@@ -35,42 +35,42 @@ macro_rules! contract {
 }
 
 contract! {
-    a_key_is_found_and_an_unknown_one_is_a_dated_absence
+    the_read_of_a_known_and_of_an_unknown_key_has_a_version
     a_key_stored_under_an_older_scheme_is_found
-    a_value_and_its_date_are_of_one_snapshot
-    every_field_a_decision_needs_comes_back
-    keys_are_made_under_the_recorded_pepper_alone
-    without_a_pepper_before_servers_without_one_still_fit
-    imported_digests_are_no_keys_without_a_pepper
+    a_record_and_its_version_are_from_one_snapshot
+    the_fields_of_a_decision_are_returned_as_stored
+    only_keys_under_the_recorded_pepper_are_accepted
+    servers_without_a_pepper_still_fit_after_the_first_key_under_a_pepper
+    imported_digests_do_not_count_as_keys_without_a_pepper
     a_check_records_the_pepper_of_an_older_key
-    a_trust_lives_and_dies_with_its_keys
-    names_and_digests_are_taken_once
+    a_trust_is_disabled_enabled_and_deleted_with_its_keys
+    names_of_trusts_and_digests_are_unique
     an_import_can_be_repeated
-    a_key_is_identified_without_being_shown
+    a_key_is_identified_without_its_digest
     revoking_twice_keeps_the_first_time
-    clearing_the_caches_draws_a_new_version_with_a_new_nonce
-    every_change_names_what_it_makes_out_of_date
-    a_replica_that_begins_is_told_the_last_quarter_of_an_hour
-    versions_are_deleted_when_nobody_needs_them
-    a_new_history_begins_once_for_each_that_is_lost
-    the_watch_is_restored_without_a_version_where_nothing_was_wrong
-    a_change_and_its_audit_are_one
-    replicas_that_give_signs_of_life_are_listed
-    a_table_of_somebody_else_is_read_as_it_is
-    a_table_of_somebody_else_that_lacks_a_column_is_told_at_start
-    tables_that_are_too_new_are_refused_and_newer_compatible_ones_are_not
-    migrating_twice_and_at_once_is_the_same_as_once
+    clearing_the_caches_creates_a_version_with_a_new_nonce
+    each_change_records_what_it_makes_out_of_date
+    the_first_poll_returns_the_changes_of_the_last_15_minutes
+    old_versions_are_pruned_and_the_newest_is_kept
+    a_lost_lineage_is_replaced_once
+    restoring_intact_triggers_creates_no_version
+    a_change_and_its_audit_entry_are_one_transaction
+    replicas_that_send_heartbeats_are_listed
+    an_existing_table_is_read_as_it_is
+    a_missing_column_of_an_existing_table_is_reported_at_startup
+    tables_that_are_too_new_are_refused_and_newer_compatible_tables_are_used
+    repeated_and_concurrent_migrations_equal_one_migration
     a_row_that_cannot_be_read_is_a_fault
-    a_ledger_call_dropped_in_the_middle_leaves_the_next_one_whole
+    a_dropped_ledger_call_leaves_no_partial_change
 }
 
 /// An empty database.
 struct Db {
     settings: StoreSettings,
-    place: Place,
+    backend: Backend,
 }
 
-enum Place {
+enum Backend {
     Sqlite { path: PathBuf, _dir: tempfile::TempDir },
     Postgres { server: Arc<Postgres>, database: String },
 }
@@ -80,19 +80,19 @@ impl Db {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("made/trustgate.db");
         let url = Some(Secret::new(format!("sqlite://{}", path.display())));
-        Self { settings: StoreSettings { url, ..patient() }, place: Place::Sqlite { path, _dir: dir } }
+        Self { settings: StoreSettings { url, ..unhurried() }, backend: Backend::Sqlite { path, _dir: dir } }
     }
 
     async fn postgres() -> Self {
         let server = Postgres::shared().await;
         let database = server.database().await;
-        // So that the same statements of a test find the tables on both.
+        // With this `search_path`, the tests can use the same names of tables on both databases.
         server.execute("postgres", &format!("ALTER DATABASE {database} SET search_path = trustgate, public")).await;
         let url = Some(Secret::new(server.url("admin", &database)));
-        Self { settings: StoreSettings { url, ..patient() }, place: Place::Postgres { server, database } }
+        Self { settings: StoreSettings { url, ..unhurried() }, backend: Backend::Postgres { server, database } }
     }
 
-    /// With our tables.
+    /// Creates our tables.
     async fn migrated(self) -> Self {
         store::migrate(&self.settings, NO_ENV).await.unwrap();
         self
@@ -112,11 +112,11 @@ impl Db {
         store::open_ledger(&self.settings, NO_ENV).await.unwrap()
     }
 
-    /// Runs statements of the test's own.
+    /// Runs SQL on the database, on a separate connection.
     async fn execute(&self, sql: &str) {
-        match &self.place {
-            Place::Postgres { server, database } => server.execute(database, sql).await,
-            Place::Sqlite { path, .. } => {
+        match &self.backend {
+            Backend::Postgres { server, database } => server.execute(database, sql).await,
+            Backend::Sqlite { path, .. } => {
                 std::fs::create_dir_all(path.parent().unwrap()).unwrap();
                 let options = SqliteConnectOptions::new().filename(path).create_if_missing(true);
                 let mut connection = SqliteConnection::connect_with(&options).await.unwrap();
@@ -126,15 +126,15 @@ impl Db {
         }
     }
 
-    /// The texts in the first column.
+    /// The texts in the first column of the rows.
     async fn texts(&self, sql: &str) -> Vec<String> {
-        match &self.place {
-            Place::Postgres { server, database } => {
+        match &self.backend {
+            Backend::Postgres { server, database } => {
                 let rows =
                     sqlx::raw_sql(AssertSqlSafe(sql)).fetch_all(&mut server.admin(database).await).await.unwrap();
                 rows.iter().map(|row| row.get(0)).collect()
             }
-            Place::Sqlite { path, .. } => {
+            Backend::Sqlite { path, .. } => {
                 let options = SqliteConnectOptions::new().filename(path);
                 let mut connection = SqliteConnection::connect_with(&options).await.unwrap();
                 let rows = sqlx::raw_sql(AssertSqlSafe(sql)).fetch_all(&mut connection).await.unwrap();
@@ -144,20 +144,20 @@ impl Db {
     }
 
     fn is_postgres(&self) -> bool {
-        matches!(self.place, Place::Postgres { .. })
+        matches!(self.backend, Backend::Postgres { .. })
     }
 }
 
 const NO_ENV: store::Env<'static> = &|_| None;
 
-/// Tests share their machine: no deadline here may fail them.
-fn patient() -> StoreSettings {
+/// Timeouts that are long enough for a busy machine.
+fn unhurried() -> StoreSettings {
     let second = Duration::from_secs(1);
     StoreSettings { read_timeout: 20 * second, connect_timeout: 20 * second, ..StoreSettings::default() }
 }
 
 fn actor() -> Actor {
-    Actor("test:somebody".into())
+    Actor("test:operator".into())
 }
 
 fn digest(number: u8) -> ApiKeyDigest {
@@ -198,7 +198,7 @@ async fn with_acme(ledger: &mut dyn Ledger) -> TrustId {
     ledger.create_trust(&actor(), TrustId(Uuid::new_v4()), "acme").await.unwrap().id
 }
 
-async fn a_key_is_found_and_an_unknown_one_is_a_dated_absence(db: Db) {
+async fn the_read_of_a_known_and_of_an_unknown_key_has_a_version(db: Db) {
     let db = db.migrated().await;
     let (lookup, mut ledger) = (db.lookup().await, db.ledger().await);
     let trust = with_acme(&mut *ledger).await;
@@ -246,12 +246,12 @@ async fn a_key_stored_under_an_older_scheme_is_found(db: Db) {
         lookup.find(&digests).await.unwrap().value.map(|record| record.digest)
     };
     assert_eq!(find(1, &[2, 7]).await, Some(digest(7)));
-    assert_eq!(find(8, &[7]).await, Some(digest(8)), "the scheme in force comes first");
-    assert_eq!(find(7, &[8]).await, Some(digest(7)), "the scheme in force comes first");
+    assert_eq!(find(8, &[7]).await, Some(digest(8)), "the current scheme takes precedence");
+    assert_eq!(find(7, &[8]).await, Some(digest(7)), "the current scheme takes precedence");
     assert_eq!(find(1, &[2, 3]).await, None);
 }
 
-async fn a_value_and_its_date_are_of_one_snapshot(db: Db) {
+async fn a_record_and_its_version_are_from_one_snapshot(db: Db) {
     let db = db.migrated().await;
     let (lookup, mut ledger) = (db.lookup().await, db.ledger().await);
     with_acme(&mut *ledger).await;
@@ -278,7 +278,7 @@ async fn a_value_and_its_date_are_of_one_snapshot(db: Db) {
     }
     stop.cancel();
     let seen = reading.await.unwrap();
-    // Good when it was issued, then revoked and good in turn.
+    // The key is active at first, and then alternates between revoked and active.
     let versions: Vec<_> = lookup.poll(Some(issued)).await.unwrap().versions.into_iter().map(|(of, _)| of).collect();
     assert_eq!(versions.len(), 301);
     for (as_of, revoked) in &seen {
@@ -289,7 +289,7 @@ async fn a_value_and_its_date_are_of_one_snapshot(db: Db) {
     assert!(distinct.len() > 50, "{} reads saw {} versions", seen.len(), distinct.len());
 }
 
-async fn keys_are_made_under_the_recorded_pepper_alone(db: Db) {
+async fn only_keys_under_the_recorded_pepper_are_accepted(db: Db) {
     let db = db.migrated().await;
     let (lookup, mut ledger) = (db.lookup().await, db.ledger().await);
     with_acme(&mut *ledger).await;
@@ -299,7 +299,7 @@ async fn keys_are_made_under_the_recorded_pepper_alone(db: Db) {
     ledger.add_key(&actor(), &acme(), under(1, first)).await.unwrap();
     let stored = |current, previous| StoredPeppers { current, previous };
     assert_eq!(lookup.poll(None).await.unwrap().peppers, stored(Some(PEPPER), None));
-    // Digests made elsewhere have no pepper, so any database takes them.
+    // A digest from elsewhere has no pepper, so a database accepts it under any recorded pepper.
     ledger.import_keys(&actor(), &acme(), vec![new_key(2)]).await.unwrap();
     for (made, number) in [(second, 3), (Made::Plain, 4)] {
         let refused = ledger.add_key(&actor(), &acme(), under(number, made)).await;
@@ -309,7 +309,11 @@ async fn keys_are_made_under_the_recorded_pepper_alone(db: Db) {
     }
     assert_eq!(ledger.keys(None).await.unwrap().len(), 2);
     assert_eq!(ledger.use_pepper(&actor(), OTHER_PEPPER).await.unwrap(), Some(PEPPER));
-    assert_eq!(ledger.use_pepper(&actor(), OTHER_PEPPER).await.unwrap(), Some(OTHER_PEPPER), "nothing changes");
+    assert_eq!(
+        ledger.use_pepper(&actor(), OTHER_PEPPER).await.unwrap(),
+        Some(OTHER_PEPPER),
+        "the second call changes nothing"
+    );
     assert_eq!(lookup.poll(None).await.unwrap().peppers, stored(Some(OTHER_PEPPER), Some(PEPPER)));
     assert!(ledger.add_key(&actor(), &acme(), under(5, first)).await.is_err());
     ledger.add_key(&actor(), &acme(), under(6, second)).await.unwrap();
@@ -332,7 +336,7 @@ async fn keys_are_made_under_the_recorded_pepper_alone(db: Db) {
     assert_eq!(lookup.tend_peppers(&[OTHER_PEPPER]).await.unwrap().others, 0, "only active keys count");
 }
 
-async fn without_a_pepper_before_servers_without_one_still_fit(db: Db) {
+async fn servers_without_a_pepper_still_fit_after_the_first_key_under_a_pepper(db: Db) {
     let db = db.migrated().await;
     let (lookup, mut ledger) = (db.lookup().await, db.ledger().await);
     with_acme(&mut *ledger).await;
@@ -344,14 +348,18 @@ async fn without_a_pepper_before_servers_without_one_still_fit(db: Db) {
     assert!(peppers.fit(&[]) && peppers.fit(&[PEPPER]) && !peppers.fit(&[OTHER_PEPPER]));
 }
 
-async fn imported_digests_are_no_keys_without_a_pepper(db: Db) {
+async fn imported_digests_do_not_count_as_keys_without_a_pepper(db: Db) {
     let db = db.migrated().await;
     let (lookup, mut ledger) = (db.lookup().await, db.ledger().await);
     with_acme(&mut *ledger).await;
     let imported = NewKey { hint: String::new(), ..new_key(1) };
     ledger.import_keys(&actor(), &acme(), vec![imported]).await.unwrap();
     ledger.add_key(&actor(), &acme(), NewKey { made: Made::Probe(OTHER_PEPPER), ..new_key(2) }).await.unwrap();
-    assert_eq!(lookup.poll(None).await.unwrap().peppers, StoredPeppers::default(), "the canary records nothing");
+    assert_eq!(
+        lookup.poll(None).await.unwrap().peppers,
+        StoredPeppers::default(),
+        "a key of the canary records no pepper"
+    );
     ledger.add_key(&actor(), &acme(), NewKey { made: Made::Peppered(PEPPER), ..new_key(3) }).await.unwrap();
     let peppers = lookup.poll(None).await.unwrap().peppers;
     assert_eq!(peppers, StoredPeppers { current: Some(PEPPER), previous: None });
@@ -364,7 +372,7 @@ async fn a_check_records_the_pepper_of_an_older_key(db: Db) {
     for number in 1..=3 {
         ledger.add_key(&actor(), &acme(), NewKey { made: Made::Peppered(PEPPER), ..new_key(number) }).await.unwrap();
     }
-    // As an earlier release stored them.
+    // An earlier release stored keys without a fingerprint of the pepper.
     let tables = if db.is_postgres() { "trustgate." } else { "" };
     db.execute(&format!("UPDATE {tables}api_key SET pepper_fingerprint = NULL")).await;
     db.execute(&format!("UPDATE {tables}meta SET pepper_fingerprint = NULL")).await;
@@ -380,16 +388,16 @@ async fn a_check_records_the_pepper_of_an_older_key(db: Db) {
     let pepper = |number| keys.iter().find(|key| key.id == KeyId(Uuid::from_u128(number))).unwrap().pepper;
     assert_eq!([pepper(1), pepper(2), pepper(3)], [Some(OTHER_PEPPER), Some(PEPPER), None]);
     let polled = lookup.poll(None).await.unwrap();
-    assert_eq!(polled.newest.as_of, before, "no decision reads it, so nothing is read again");
-    assert_eq!(polled.peppers.current, Some(OTHER_PEPPER), "proven under the server's current pepper");
-    // What is recorded stays, and is not recorded again.
+    assert_eq!(polled.newest.as_of, before, "no decision reads the fingerprint, so there is no new version");
+    assert_eq!(polled.peppers.current, Some(OTHER_PEPPER), "a key was found under the current pepper of the server");
+    // A pepper that is recorded is not replaced.
     lookup.find(&Digests { current: digest(1), older: Vec::new() }).await.unwrap();
     lookup.tend_peppers(&[PEPPER]).await.unwrap();
     let key = ledger.key(KeyId(Uuid::from_u128(1))).await.unwrap();
     assert_eq!(key.pepper, Some(OTHER_PEPPER));
 }
 
-async fn every_field_a_decision_needs_comes_back(db: Db) {
+async fn the_fields_of_a_decision_are_returned_as_stored(db: Db) {
     let db = db.migrated().await;
     let (lookup, mut ledger) = (db.lookup().await, db.ledger().await);
     let trust = with_acme(&mut *ledger).await;
@@ -422,12 +430,12 @@ async fn every_field_a_decision_needs_comes_back(db: Db) {
     assert!(expires >= before.after(hour) && expires <= after.after(hour), "{expires:?}");
     assert_eq!(stored.expires_at, Some(expires));
 
-    // For ever is long, but still a time.
+    // The longest duration still gives a valid time.
     let endless = NewKey { expires_in: Some(Duration::MAX), ..new_key(2) };
     assert!(ledger.add_key(&actor(), &acme(), endless).await.unwrap().expires_at > Some(expires));
 }
 
-async fn a_trust_lives_and_dies_with_its_keys(db: Db) {
+async fn a_trust_is_disabled_enabled_and_deleted_with_its_keys(db: Db) {
     let db = db.migrated().await;
     let (lookup, mut ledger) = (db.lookup().await, db.ledger().await);
     let id = with_acme(&mut *ledger).await;
@@ -455,17 +463,17 @@ async fn a_trust_lives_and_dies_with_its_keys(db: Db) {
     assert_eq!(ledger.delete_trust(&actor(), &acme(), true).await.unwrap(), trust);
     assert_eq!(lookup.find(&only(digest(1))).await.unwrap().value, None);
     assert_eq!(lookup.find_by_id(new_key(1).id).await.unwrap().value, None);
-    let nobody = |outcome: Result<_, StoreError>| matches!(outcome, Err(StoreError::NoTrust(name)) if name == "acme");
-    assert!(nobody(ledger.trust(&acme()).await.map(drop)));
-    assert!(nobody(ledger.enable_trust(&actor(), &acme(), true).await.map(drop)));
-    assert!(nobody(ledger.delete_trust(&actor(), &acme(), true).await.map(drop)));
-    assert!(nobody(ledger.add_key(&actor(), &acme(), new_key(3)).await.map(drop)));
-    assert!(nobody(ledger.keys(Some(&acme())).await.map(drop)));
+    let no_trust = |outcome: Result<_, StoreError>| matches!(outcome, Err(StoreError::NoTrust(name)) if name == "acme");
+    assert!(no_trust(ledger.trust(&acme()).await.map(drop)));
+    assert!(no_trust(ledger.enable_trust(&actor(), &acme(), true).await.map(drop)));
+    assert!(no_trust(ledger.delete_trust(&actor(), &acme(), true).await.map(drop)));
+    assert!(no_trust(ledger.add_key(&actor(), &acme(), new_key(3)).await.map(drop)));
+    assert!(no_trust(ledger.keys(Some(&acme())).await.map(drop)));
     assert!(matches!(ledger.key(new_key(1).id).await, Err(StoreError::NoKey(_))));
     ledger.delete_trust(&actor(), &TrustRef::Name("Zebra".into()), false).await.unwrap();
 }
 
-async fn names_and_digests_are_taken_once(db: Db) {
+async fn names_of_trusts_and_digests_are_unique(db: Db) {
     let db = db.migrated().await;
     let mut ledger = db.ledger().await;
     with_acme(&mut *ledger).await;
@@ -500,7 +508,8 @@ async fn an_import_can_be_repeated(db: Db) {
     assert_eq!(stored.len(), 1_600);
     assert_eq!(stored.iter().map(|key| key.scopes.len()).sum::<usize>(), 1_599, "each with its own scopes");
     assert_eq!(stored.iter().filter(|key| key.name.is_some()).count(), 800);
-    // What is stored under an earlier digest is known: a key that stood there twice would survive its revocation.
+    // An import skips a key that is stored under an older digest. With two rows, the key would still pass after the
+    // revocation of one of them.
     let moved = |key: &NewKey| {
         let mut digest = [9; 32];
         digest[..16].copy_from_slice(key.id.0.as_bytes());
@@ -511,16 +520,16 @@ async fn an_import_can_be_repeated(db: Db) {
     assert_eq!(ledger.import_keys(&actor(), &acme(), again).await.unwrap(), 2);
     for row in [1_600, 1_601] {
         let under = Digests { current: keys(1_602)[row].digest, older: Vec::new() };
-        assert!(ledger.identify(&under).await.unwrap().is_none(), "the new ones are under the newest alone");
+        assert!(ledger.identify(&under).await.unwrap().is_none(), "the new keys are not stored under the older digest");
     }
-    // One broken row, and nothing of it is stored: an id twice.
+    // If one row fails, here because of a duplicate id, the import stores nothing.
     let mut broken = keys(1_700).split_off(1_600);
     broken[99].id = broken[0].id;
     assert!(ledger.import_keys(&actor(), &acme(), broken).await.is_err());
     assert_eq!(ledger.keys(None).await.unwrap().len(), 1_602);
 }
 
-async fn a_key_is_identified_without_being_shown(db: Db) {
+async fn a_key_is_identified_without_its_digest(db: Db) {
     let db = db.migrated().await;
     let mut ledger = db.ledger().await;
     with_acme(&mut *ledger).await;
@@ -546,11 +555,11 @@ async fn revoking_twice_keeps_the_first_time(db: Db) {
     assert_eq!(ledger.revoke_key(&actor(), new_key(1).id).await.unwrap(), revoked);
     assert_eq!(ledger.key(new_key(1).id).await.unwrap(), revoked);
     assert!(matches!(ledger.revoke_key(&actor(), new_key(3).id).await, Err(StoreError::NoKey(_))));
-    let noted = db.texts("SELECT object FROM audit WHERE action = 'key.revoke'").await;
-    assert_eq!(noted, [new_key(1).id.to_string()], "only what changed something");
+    let audited = db.texts("SELECT object FROM audit WHERE action = 'key.revoke'").await;
+    assert_eq!(audited, [new_key(1).id.to_string()], "only the first revocation changed the key");
 }
 
-async fn clearing_the_caches_draws_a_new_version_with_a_new_nonce(db: Db) {
+async fn clearing_the_caches_creates_a_version_with_a_new_nonce(db: Db) {
     let db = db.migrated().await;
     let (lookup, mut ledger) = (db.lookup().await, db.ledger().await);
     let first = newest(&lookup).await;
@@ -561,13 +570,13 @@ async fn clearing_the_caches_draws_a_new_version_with_a_new_nonce(db: Db) {
     assert_ne!(second.nonce, first.nonce);
     assert_eq!(lookup.find(&only(digest(1))).await.unwrap().as_of, drawn);
 
-    // Many at once: each draws its own.
+    // Each of several concurrent calls creates a version.
     let mut clearing = tokio::task::JoinSet::new();
     for _ in 0..8 {
         let mut ledger = db.ledger().await;
         clearing.spawn(async move { ledger.clear_caches(&actor()).await.unwrap() });
     }
-    // Each answers with a version that is not older than its own.
+    // A call returns a version that is not older than the version that it created.
     let last = clearing.join_all().await.into_iter().max().unwrap();
     assert_eq!(newest(&lookup).await.as_of, last);
     let everything = (lookup.poll(Some(drawn)).await.unwrap().changes)
@@ -576,7 +585,7 @@ async fn clearing_the_caches_draws_a_new_version_with_a_new_nonce(db: Db) {
     assert_eq!(everything.map(|(version, _)| version.0).collect::<HashSet<_>>().len(), 8);
 }
 
-async fn a_change_and_its_audit_are_one(db: Db) {
+async fn a_change_and_its_audit_entry_are_one_transaction(db: Db) {
     let db = db.migrated().await;
     let mut ledger = db.ledger().await;
     let id = with_acme(&mut *ledger).await;
@@ -592,11 +601,11 @@ async fn a_change_and_its_audit_are_one(db: Db) {
         "SELECT actor || ' ' || object || coalesce(CAST(before AS text), '-') || coalesce(CAST(after AS text), '-')
         FROM audit ORDER BY id";
     let entries = db.texts(whole).await;
-    assert!(entries.iter().all(|entry| entry.starts_with("test:somebody ")));
+    assert!(entries.iter().all(|entry| entry.starts_with("test:operator ")));
     assert!(entries[0].contains(&id.to_string()) && entries[0].contains("acme"), "{}", entries[0]);
-    assert!(entries.iter().all(|entry| !entry.to_lowercase().contains("abab")), "no digest is noted");
+    assert!(entries.iter().all(|entry| !entry.to_lowercase().contains("abab")), "the audit contains no digest");
 
-    // Without an audit entry there is no change.
+    // A change whose audit entry cannot be written is rolled back.
     let lookup = db.lookup().await;
     let before = newest(&lookup).await.as_of;
     db.execute("ALTER TABLE audit RENAME TO away").await;
@@ -611,30 +620,33 @@ async fn a_change_and_its_audit_are_one(db: Db) {
     assert!(!ledger.trust(&acme()).await.unwrap().enabled);
     assert_eq!(ledger.keys(None).await.unwrap().len(), 2);
     assert_eq!(ledger.key(new_key(0xab).id).await.unwrap().revoked_at, None);
-    assert_eq!(newest(&lookup).await.as_of, before, "what is undone has no version");
+    assert_eq!(newest(&lookup).await.as_of, before, "a change that is rolled back creates no version");
     db.execute("ALTER TABLE away RENAME TO audit").await;
     ledger.delete_trust(&actor(), &acme(), true).await.unwrap();
     assert_eq!(db.texts("SELECT action FROM audit ORDER BY id").await.last().unwrap(), "trust.delete");
 }
 
-/// What was named since `version`, each once, in words; and the newest version.
-async fn named_since(lookup: &Arc<dyn Source>, version: &mut Version) -> Vec<String> {
+/// The changes recorded after `version`: each one once, as text, sorted. Advances `version` to the newest.
+async fn recorded_since(lookup: &Arc<dyn Source>, version: &mut Version) -> Vec<String> {
     let polled = lookup.poll(Some(*version)).await.unwrap();
     assert!(polled.triggers_intact && polled.complete, "{polled:?}");
-    assert!(polled.versions.iter().any(|(found, _)| found == version), "the version asked from is shown as well");
+    assert!(
+        polled.versions.iter().any(|(found, _)| found == version),
+        "the poll also returns the version that it starts from"
+    );
     assert_eq!(polled.versions.last(), Some(&(polled.newest.as_of, polled.newest.nonce)));
     assert!(polled.versions.is_sorted_by_key(|(version, _)| *version));
     assert!(polled.changes.is_sorted_by_key(|(version, change)| (*version, matches!(change, Change::Gone(_)))));
     let versions: Vec<_> = polled.versions.iter().map(|(version, _)| *version).collect();
     assert!(polled.changes.iter().all(|(found, _)| found > version && versions.contains(found)), "{polled:?}");
     *version = polled.newest.as_of;
-    let mut named: Vec<_> = polled.changes.iter().map(|(_, change)| format!("{change:?}")).collect();
-    named.sort();
-    named.dedup();
-    named
+    let mut recorded: Vec<_> = polled.changes.iter().map(|(_, change)| format!("{change:?}")).collect();
+    recorded.sort();
+    recorded.dedup();
+    recorded
 }
 
-async fn every_change_names_what_it_makes_out_of_date(db: Db) {
+async fn each_change_records_what_it_makes_out_of_date(db: Db) {
     let db = db.migrated().await;
     let (lookup, mut ledger) = (db.lookup().await, db.ledger().await);
     let mut seen = newest(&lookup).await.as_of;
@@ -648,59 +660,55 @@ async fn every_change_names_what_it_makes_out_of_date(db: Db) {
     };
 
     let trust = with_acme(&mut *ledger).await;
-    assert_eq!(named_since(&lookup, &mut seen).await, expect(&[Change::Trust(trust)]));
+    assert_eq!(recorded_since(&lookup, &mut seen).await, expect(&[Change::Trust(trust)]));
     ledger.add_key(&actor(), &acme(), one.clone()).await.unwrap();
-    assert_eq!(named_since(&lookup, &mut seen).await, expect(&[absent(1)]), "records that are cached stay good");
+    assert_eq!(recorded_since(&lookup, &mut seen).await, expect(&[absent(1)]), "cached records stay valid");
     ledger.import_keys(&actor(), &acme(), vec![two.clone(), new_key(3)]).await.unwrap();
-    assert_eq!(named_since(&lookup, &mut seen).await, expect(&[absent(2), absent(3)]));
-    assert_eq!(named_since(&lookup, &mut seen).await, expect(&[]), "nothing twice");
+    assert_eq!(recorded_since(&lookup, &mut seen).await, expect(&[absent(2), absent(3)]));
+    assert_eq!(recorded_since(&lookup, &mut seen).await, expect(&[]), "a poll repeats no change");
     ledger.revoke_key(&actor(), one.id).await.unwrap();
-    assert_eq!(named_since(&lookup, &mut seen).await, expect(&[key(one.id), absent(1), gone(1)]));
+    assert_eq!(recorded_since(&lookup, &mut seen).await, expect(&[key(one.id), absent(1), gone(1)]));
     let revoked = seen;
     ledger.revoke_key(&actor(), one.id).await.unwrap();
-    assert_eq!(named_since(&lookup, &mut seen).await, expect(&[]));
-    assert_eq!(seen, revoked, "what changes nothing has no version");
+    assert_eq!(recorded_since(&lookup, &mut seen).await, expect(&[]));
+    assert_eq!(seen, revoked, "a call that changes nothing creates no version");
     for enabled in [false, true] {
         ledger.enable_trust(&actor(), &acme(), enabled).await.unwrap();
-        assert_eq!(named_since(&lookup, &mut seen).await, expect(&[Change::Trust(trust)]));
+        assert_eq!(recorded_since(&lookup, &mut seen).await, expect(&[Change::Trust(trust)]));
     }
     assert_eq!(ledger.newest().await.unwrap(), seen);
 
     let ahead = lookup.poll(Some(Version(seen.0 + 10))).await.unwrap();
-    assert_eq!(
-        (ahead.newest.as_of, ahead.versions, ahead.changes),
-        (seen, vec![], vec![]),
-        "history was lost, perhaps"
-    );
+    assert_eq!((ahead.newest.as_of, ahead.versions, ahead.changes), (seen, vec![], vec![]), "the lineage may be lost");
 
     let before = seen;
     db.execute("UPDATE api_key SET name = 'other', hint = 'tg_other'; UPDATE trust SET name = 'acme ltd'").await;
     db.execute("UPDATE api_key SET scheme = scheme, digest = digest; UPDATE trust SET enabled = enabled").await;
     db.execute(&format!("UPDATE api_key SET revoked_at = NULL WHERE id = '{}' AND name IS NULL", one.id)).await;
-    assert_eq!(named_since(&lookup, &mut seen).await, expect(&[]));
+    assert_eq!(recorded_since(&lookup, &mut seen).await, expect(&[]));
     assert_eq!(seen, before, "no decision reads these columns");
 
     let scheme = format!("UPDATE api_key SET scheme = 1 WHERE id = '{}'", two.id);
     db.execute(&scheme).await;
-    assert_eq!(named_since(&lookup, &mut seen).await, expect(&[key(two.id), absent(2)]));
+    assert_eq!(recorded_since(&lookup, &mut seen).await, expect(&[key(two.id), absent(2)]));
     let bytes =
         if db.is_postgres() { format!("'\\x{}'", digest(4).to_hex()) } else { format!("x'{}'", digest(4).to_hex()) };
     db.execute(&format!("UPDATE api_key SET digest = {bytes} WHERE id = '{}'", two.id)).await;
-    assert_eq!(named_since(&lookup, &mut seen).await, expect(&[key(two.id), absent(4), gone(2)]));
+    assert_eq!(recorded_since(&lookup, &mut seen).await, expect(&[key(two.id), absent(4), gone(2)]));
     let moved = KeyId(Uuid::from_u128(99));
     db.execute(&format!("UPDATE api_key SET id = '{moved}' WHERE id = '{}'", two.id)).await;
-    assert_eq!(named_since(&lookup, &mut seen).await, expect(&[key(two.id), key(moved), absent(4)]));
+    assert_eq!(recorded_since(&lookup, &mut seen).await, expect(&[key(two.id), key(moved), absent(4)]));
     db.execute(&format!("DELETE FROM api_key WHERE id = '{moved}'")).await;
-    assert_eq!(named_since(&lookup, &mut seen).await, expect(&[key(moved), gone(4)]));
+    assert_eq!(recorded_since(&lookup, &mut seen).await, expect(&[key(moved), gone(4)]));
 
     ledger.delete_trust(&actor(), &TrustRef::Id(trust), true).await.unwrap();
     let all = [key(one.id), gone(1), key(new_key(3).id), gone(3), Change::Trust(trust)];
-    assert_eq!(named_since(&lookup, &mut seen).await, expect(&all));
+    assert_eq!(recorded_since(&lookup, &mut seen).await, expect(&all));
     ledger.clear_caches(&actor()).await.unwrap();
-    assert_eq!(named_since(&lookup, &mut seen).await, expect(&[Change::Everything]));
+    assert_eq!(recorded_since(&lookup, &mut seen).await, expect(&[Change::Everything]));
 }
 
-async fn a_replica_that_begins_is_told_the_last_quarter_of_an_hour(db: Db) {
+async fn the_first_poll_returns_the_changes_of_the_last_15_minutes(db: Db) {
     let db = db.migrated().await;
     let (lookup, mut ledger) = (db.lookup().await, db.ledger().await);
     with_acme(&mut *ledger).await;
@@ -709,7 +717,7 @@ async fn a_replica_that_begins_is_told_the_last_quarter_of_an_hour(db: Db) {
         ledger.add_key(&actor(), &acme(), new_key(number)).await.unwrap();
         versions.push(newest(&lookup).await.as_of);
     }
-    let beginning = async |aged: Version, by: u32| {
+    let first_poll = async |aged: Version, by: u32| {
         let at = if db.is_postgres() {
             format!("now() - interval '{by} minutes'")
         } else {
@@ -717,26 +725,26 @@ async fn a_replica_that_begins_is_told_the_last_quarter_of_an_hour(db: Db) {
         };
         db.execute(&format!("UPDATE version SET at = {at} WHERE version <= {}", aged.0)).await;
         let polled = lookup.poll(None).await.unwrap();
-        let named: Vec<_> = polled.changes.iter().map(|(version, _)| *version).collect();
+        let recorded: Vec<_> = polled.changes.iter().map(|(version, _)| *version).collect();
         let first = polled.versions[0].0;
-        assert!(named.iter().all(|version| *version >= first), "{polled:?}");
+        assert!(recorded.iter().all(|version| *version >= first), "{polled:?}");
         assert_eq!(polled.versions.last().unwrap().0, versions[3]);
-        (first, named.contains(&first))
+        (first, recorded.contains(&first))
     };
-    assert_eq!(beginning(versions[0], 16).await, (versions[1], true), "what the first one named is told as well");
-    // Not by age row by row: a long transaction's row may look old.
+    assert_eq!(first_poll(versions[0], 16).await, (versions[1], true), "the changes of the first version are included");
+    // The poll does not select each row by its age: the row of a long transaction can have an old time.
     let at = if db.is_postgres() { "now() - interval '1 hour'" } else { "at - 3600000000" };
     db.execute(&format!("UPDATE version SET at = {at} WHERE version = {}", versions[2].0)).await;
-    assert_eq!(beginning(versions[0], 14).await.0, Version(1));
-    assert_eq!(beginning(versions[0], 16).await, (versions[1], true));
+    assert_eq!(first_poll(versions[0], 14).await.0, Version(1));
+    assert_eq!(first_poll(versions[0], 16).await, (versions[1], true));
     assert_eq!(
         lookup.poll(None).await.unwrap().versions.len(),
         usize::try_from(versions[3].0 - versions[0].0).unwrap()
     );
-    assert_eq!(beginning(versions[3], 16).await, (versions[3], true), "the newest, however old");
+    assert_eq!(first_poll(versions[3], 16).await, (versions[3], true), "the newest version, whatever its age");
 }
 
-async fn versions_are_deleted_when_nobody_needs_them(db: Db) {
+async fn old_versions_are_pruned_and_the_newest_is_kept(db: Db) {
     let db = db.migrated().await;
     let (lookup, mut ledger) = (db.lookup().await, db.ledger().await);
     with_acme(&mut *ledger).await;
@@ -751,23 +759,27 @@ async fn versions_are_deleted_when_nobody_needs_them(db: Db) {
         left.iter().map(|number| number.parse::<u64>().unwrap()).collect::<Vec<_>>()
     };
     let old = if db.is_postgres() { "now() - interval '21 minutes'" } else { "at - 21 * 60000000" };
-    assert_eq!(left().await, numbers, "nothing is old");
+    assert_eq!(left().await, numbers, "no version is old enough");
     let third = numbers[numbers.len() - 3];
-    // One that is older than those before it, by a clock that was put back: they are kept with it.
+    // After the clock was set back, a version can have an older time than the versions before it. All are kept.
     db.execute(&format!("UPDATE version SET at = {old} WHERE version = {third}")).await;
     assert_eq!(left().await, numbers);
     db.execute(&format!("UPDATE version SET at = {old} WHERE version <= {third}")).await;
-    assert_eq!(left().await, numbers[numbers.len() - 3..], "it was the newest less than 20 minutes ago");
+    assert_eq!(left().await, numbers[numbers.len() - 3..], "the last of these was the newest less than 20 minutes ago");
     let polled = lookup.poll(Some(Version(third))).await.unwrap();
     assert_eq!((polled.versions[0], polled.oldest), (all.versions[numbers.len() - 3], Version(third)));
     let polled = lookup.poll(Some(Version(numbers[0]))).await.unwrap();
-    assert_eq!((polled.versions[0].0, polled.oldest), (Version(third), Version(third)), "pruned away");
-    let named = "SELECT CAST(count(*) AS text) FROM change";
-    assert_eq!(db.texts(named).await, ["3"], "what they named is gone with them, the rest is there");
+    assert_eq!(
+        (polled.versions[0].0, polled.oldest),
+        (Version(third), Version(third)),
+        "the earlier versions were pruned"
+    );
+    let changes = "SELECT CAST(count(*) AS text) FROM change";
+    assert_eq!(db.texts(changes).await, ["3"], "only the changes of the kept versions are left");
     db.execute(&format!("UPDATE version SET at = {old}")).await;
-    assert_eq!(left().await, [*numbers.last().unwrap()], "the newest is the date of now");
+    assert_eq!(left().await, [*numbers.last().unwrap()], "the newest version is kept");
     assert_eq!(newest(&lookup).await.nonce, all.newest.nonce);
-    // More of them than go at once.
+    // More versions than one call prunes.
     let numbers = "WITH RECURSIVE number (n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM number WHERE n < 1500)";
     let (nonce, old) = if db.is_postgres() { ("decode(repeat('00', 16), 'hex')", old) } else { ("zeroblob(16)", "0") };
     let last = all.newest.as_of.0;
@@ -775,36 +787,36 @@ async fn versions_are_deleted_when_nobody_needs_them(db: Db) {
         "INSERT INTO version (version, nonce, at) {numbers} SELECT {last} + n, {nonce}, {old} FROM number"
     ))
     .await;
-    assert!(lookup.prune().await.unwrap(), "there are more");
+    assert!(lookup.prune().await.unwrap(), "more versions are left");
     assert!(!lookup.prune().await.unwrap());
     assert_eq!(left().await, [last + 1_500]);
     db.execute(&format!("UPDATE version SET version = {last}")).await;
     assert!(ledger.clear_caches(&actor()).await.unwrap() > all.newest.as_of);
 }
 
-async fn a_new_history_begins_once_for_each_that_is_lost(db: Db) {
+async fn a_lost_lineage_is_replaced_once(db: Db) {
     let db = db.migrated().await;
     let lookup = db.lookup().await;
     let mut seen = newest(&lookup).await.as_of;
     let first = newest(&lookup).await.lineage;
     lookup.renew_incarnation(Uuid::new_v4()).await.unwrap();
-    assert_eq!(newest(&lookup).await.lineage, first, "somebody else was faster");
-    assert_eq!(named_since(&lookup, &mut seen).await, Vec::<String>::new());
+    assert_eq!(newest(&lookup).await.lineage, first, "a call with an incarnation that is not current changes nothing");
+    assert_eq!(recorded_since(&lookup, &mut seen).await, Vec::<String>::new());
     lookup.renew_incarnation(first.incarnation).await.unwrap();
     lookup.renew_incarnation(first.incarnation).await.unwrap();
     let second = newest(&lookup).await;
     assert_ne!(second.lineage.incarnation, first.incarnation);
     assert_eq!(Lineage { incarnation: first.incarnation, ..second.lineage }, first);
-    assert_eq!(named_since(&lookup, &mut seen).await, ["Everything"]);
+    assert_eq!(recorded_since(&lookup, &mut seen).await, ["Everything"]);
     assert_eq!(lookup.find(&only(digest(1))).await.unwrap().lineage, second.lineage);
 
     store::new_incarnation(&db.settings, NO_ENV).await.unwrap();
     let third = newest(&lookup).await.lineage.incarnation;
     assert!(third != first.incarnation && third != second.lineage.incarnation);
-    assert_eq!(named_since(&lookup, &mut seen).await, ["Everything"]);
+    assert_eq!(recorded_since(&lookup, &mut seen).await, ["Everything"]);
 }
 
-async fn the_watch_is_restored_without_a_version_where_nothing_was_wrong(db: Db) {
+async fn restoring_intact_triggers_creates_no_version(db: Db) {
     let db = db.migrated().await;
     let lookup = db.lookup().await;
     let first = newest(&lookup).await;
@@ -819,22 +831,22 @@ async fn the_watch_is_restored_without_a_version_where_nothing_was_wrong(db: Db)
     }
     restoring.join_all().await;
     let mut seen = first.as_of;
-    assert_eq!(named_since(&lookup, &mut seen).await, ["Everything"]);
-    assert_eq!(seen, Version(first.as_of.0 + 1), "once, however many find it");
+    assert_eq!(recorded_since(&lookup, &mut seen).await, ["Everything"]);
+    assert_eq!(seen, Version(first.as_of.0 + 1), "the concurrent calls create one version");
 }
 
-fn sign(replica: Uuid, applied: u64) -> Heartbeat {
+fn heartbeat(replica: Uuid, applied: u64) -> Heartbeat {
     let lasts = Duration::from_mins(2);
     Heartbeat { replica, name: format!("pod-{applied}'\\\"; ü"), applied: Version(applied), lasts }
 }
 
-async fn replicas_that_give_signs_of_life_are_listed(db: Db) {
+async fn replicas_that_send_heartbeats_are_listed(db: Db) {
     let db = db.migrated().await;
     let (lookup, mut ledger) = (db.lookup().await, db.ledger().await);
     assert_eq!(ledger.replicas().await.unwrap(), []);
     let (one, other) = (Uuid::from_u128(1), Uuid::from_u128(2));
     for (replica, applied) in [(one, 1), (one, 5), (other, 3)] {
-        lookup.report(&sign(replica, applied)).await.unwrap();
+        lookup.report(&heartbeat(replica, applied)).await.unwrap();
     }
     let mut seen = ledger.replicas().await.unwrap();
     seen.sort_by_key(|replica| replica.id);
@@ -854,20 +866,24 @@ async fn replicas_that_give_signs_of_life_are_listed(db: Db) {
     };
     db.execute(&format!("UPDATE replica SET until = {} WHERE id = '{one}'", ago(1))).await;
     assert_eq!(ledger.replicas().await.unwrap().iter().map(|replica| replica.id).collect::<Vec<_>>(), [other]);
-    lookup.report(&sign(other, 4)).await.unwrap();
-    assert_eq!(db.texts("SELECT CAST(count(*) AS text) FROM replica").await, ["2"], "dead for a second");
+    lookup.report(&heartbeat(other, 4)).await.unwrap();
+    assert_eq!(db.texts("SELECT CAST(count(*) AS text) FROM replica").await, ["2"], "a row that ended 1 s ago is kept");
     db.execute(&format!("UPDATE replica SET until = {} WHERE id = '{one}'", ago(25 * 60 * 60))).await;
-    lookup.report(&sign(other, 6)).await.unwrap();
-    assert_eq!(db.texts("SELECT CAST(count(*) AS text) FROM replica").await, ["1"], "dead for more than a day");
-    lookup.report(&Heartbeat { lasts: Duration::ZERO, ..sign(other, 7) }).await.unwrap();
-    assert_eq!(ledger.replicas().await.unwrap(), [], "it said goodbye");
+    lookup.report(&heartbeat(other, 6)).await.unwrap();
+    assert_eq!(
+        db.texts("SELECT CAST(count(*) AS text) FROM replica").await,
+        ["1"],
+        "a row that ended more than a day ago is deleted"
+    );
+    lookup.report(&Heartbeat { lasts: Duration::ZERO, ..heartbeat(other, 7) }).await.unwrap();
+    assert_eq!(ledger.replicas().await.unwrap(), [], "a heartbeat with a duration of zero ends the row");
 
     let key = lookup.redis_mac_key().await.unwrap().expect("made by the first migration");
     assert_ne!(key, [0; 32]);
     assert_eq!(db.lookup().await.redis_mac_key().await.unwrap(), Some(key));
 }
 
-async fn a_table_of_somebody_else_is_read_as_it_is(mut db: Db) {
+async fn an_existing_table_is_read_as_it_is(mut db: Db) {
     let id_type = if db.is_postgres() { "uuid" } else { "text" };
     db.execute(&format!("CREATE TABLE trust (id {id_type} PRIMARY KEY, api_key_hash char(64) NULL)")).await;
     db.settings.preset = Some(Preset::TrustTable);
@@ -885,14 +901,14 @@ async fn a_table_of_somebody_else_is_read_as_it_is(mut db: Db) {
     assert_eq!((record.trust_id, record.key_id, record.digest), (TrustId(first), KeyId(first), digest(1)));
     assert!(record.trust_enabled && record.scopes.is_empty() && record.allowed_cidrs.is_empty());
     assert_eq!(lookup.find_by_id(KeyId(first)).await.unwrap().value, Some(record));
-    assert_eq!(lookup.find_by_id(KeyId(second)).await.unwrap().value, None, "a row that is being made has no key");
+    assert_eq!(lookup.find_by_id(KeyId(second)).await.unwrap().value, None, "a row without a digest is no key");
     if !db.is_postgres() {
         let odd = first.simple().to_string().to_uppercase();
         db.execute(&format!("UPDATE trust SET id = '{odd}' WHERE id = '{first}'")).await;
         assert!(lookup.find_by_id(KeyId(first)).await.unwrap().value.is_some(), "{odd}");
     }
     db.execute(&format!("UPDATE trust SET api_key_hash = '{}'", digest(1).to_hex())).await;
-    assert!(matches!(lookup.find(&only(digest(1))).await, Err(Fault::Corrupt { .. })), "whose is it?");
+    assert!(matches!(lookup.find(&only(digest(1))).await, Err(Fault::Corrupt { .. })), "two rows have this digest");
     db.execute("UPDATE trust SET api_key_hash = NULL").await;
     assert_eq!(lookup.find(&only(digest(1))).await.unwrap().value, None);
 
@@ -903,26 +919,27 @@ async fn a_table_of_somebody_else_is_read_as_it_is(mut db: Db) {
         (Version(0), Nonce::default(), false)
     );
     assert!(polled.changes.is_empty() && polled.complete, "{polled:?}");
-    lookup.report(&sign(first, 0)).await.unwrap();
+    lookup.report(&heartbeat(first, 0)).await.unwrap();
     lookup.restore_watch().await.unwrap();
     lookup.renew_incarnation(Uuid::nil()).await.unwrap();
     lookup.prune().await.unwrap();
-    let listening = tokio::time::timeout(Duration::from_millis(200), lookup.listen(&|| panic!("who says so?")));
-    assert!(listening.await.is_err(), "nobody ever says that something changed");
+    let listening =
+        tokio::time::timeout(Duration::from_millis(200), lookup.listen(&|| panic!("an unexpected notification")));
+    assert!(listening.await.is_err(), "an existing table sends no notifications");
     assert!(matches!(store::open_ledger(&db.settings, NO_ENV).await, Err(StoreError::NotOurs)));
     assert!(matches!(store::migrate(&db.settings, NO_ENV).await, Err(StoreError::NotOurs)));
     assert!(matches!(store::new_incarnation(&db.settings, NO_ENV).await, Err(StoreError::NotOurs)));
 }
 
-async fn a_table_of_somebody_else_that_lacks_a_column_is_told_at_start(mut db: Db) {
+async fn a_missing_column_of_an_existing_table_is_reported_at_startup(mut db: Db) {
     db.settings.preset = Some(Preset::TrustTable);
     db.execute("CREATE TABLE trust (id text)").await;
     let problem = db.open().prepare(Missing::Create).await.unwrap_err().to_string();
     assert!(problem.contains("api_key_hash"), "{problem}");
 }
 
-async fn tables_that_are_too_new_are_refused_and_newer_compatible_ones_are_not(db: Db) {
-    // None at all: the other commands say so, and who serves PostgreSQL as well.
+async fn tables_that_are_too_new_are_refused_and_newer_compatible_tables_are_used(db: Db) {
+    // Without tables, commands fail. On PostgreSQL `serve` fails too, because it does not create tables there.
     if db.is_postgres() {
         let problem = db.open().prepare(Missing::Create).await.unwrap_err();
         assert!(matches!(problem, StoreError::Schema(_)) && problem.to_string().contains("trustgate migrate"));
@@ -948,7 +965,7 @@ async fn tables_that_are_too_new_are_refused_and_newer_compatible_ones_are_not(d
     }
 }
 
-async fn migrating_twice_and_at_once_is_the_same_as_once(db: Db) {
+async fn repeated_and_concurrent_migrations_equal_one_migration(db: Db) {
     let mut migrating = tokio::task::JoinSet::new();
     for _ in 0..6 {
         let settings = db.settings.clone();
@@ -980,35 +997,35 @@ async fn a_row_that_cannot_be_read_is_a_fault(db: Db) {
         let outcome = lookup.find(&only(digest(1))).await;
         assert!(matches!(outcome, Err(Fault::Corrupt { tier: Tier::Store, .. })), "{broken}: {outcome:?}");
         let absent = lookup.find(&only(digest(2))).await;
-        assert_eq!(absent.unwrap().value, None, "others are not concerned");
+        assert_eq!(absent.unwrap().value, None, "other keys are not affected");
     }
     db.execute("DELETE FROM version").await;
     let outcome = lookup.find(&only(digest(2))).await;
-    assert!(matches!(outcome, Err(Fault::Corrupt { .. })), "no date, no answer: {outcome:?}");
+    assert!(matches!(outcome, Err(Fault::Corrupt { .. })), "without a version a read fails: {outcome:?}");
     let outcome = lookup.poll(None).await;
-    assert!(matches!(outcome, Err(PollError::Unusable(_))), "an answer that confirms nothing: {outcome:?}");
+    assert!(matches!(outcome, Err(PollError::Unusable(_))), "without a version a poll is unusable: {outcome:?}");
 }
 
 fn empty(db: &Db) -> &'static str {
     if db.is_postgres() { "{}" } else { "[]" }
 }
 
-async fn a_ledger_call_dropped_in_the_middle_leaves_the_next_one_whole(db: Db) {
+async fn a_dropped_ledger_call_leaves_no_partial_change(db: Db) {
     let db = db.migrated().await;
     let mut ledger = db.ledger().await;
-    // However far each call gets before it is dropped, none leaves half a change.
+    // Each call is dropped after another number of polls, and none leaves a part of a change.
     for polls in 0..40 {
         let name = format!("trust {polls}");
         let actor = actor();
-        polled(ledger.create_trust(&actor, TrustId(Uuid::new_v4()), &name), polls).await;
+        poll_and_drop(ledger.create_trust(&actor, TrustId(Uuid::new_v4()), &name), polls).await;
     }
     with_acme(&mut *ledger).await;
     let trusts = ledger.trusts().await.unwrap().len().to_string();
     assert_eq!(db.texts("SELECT CAST(count(*) AS text) FROM audit").await, [trusts]);
 }
 
-/// Polls `future` as often as said, then drops it.
-async fn polled(future: impl Future, polls: u32) {
+/// Polls `future` the given number of times, then drops it.
+async fn poll_and_drop(future: impl Future, polls: u32) {
     let (mut future, mut left) = (pin!(future), polls);
     poll_fn(|context| {
         if left == 0 {

@@ -1,4 +1,5 @@
-//! PostgreSQL going away beneath the reads of checks, and the connections they hold.
+//! The connections for reads from PostgreSQL: restarts and hangs of the server, timeouts, limits, grants and password
+//! files.
 
 use std::{
     sync::{
@@ -37,28 +38,28 @@ fn open(settings: &StoreSettings) -> Arc<dyn Source> {
     store::open_lookup(settings, &|_| None, Arc::new(SystemClock)).unwrap()
 }
 
-fn nobody() -> Digests {
+fn unknown_key() -> Digests {
     Digests { current: ApiKeyDigest::from_bytes([1; 32]), older: Vec::new() }
 }
 
-/// Reads so many at once, so that as many connections are in use.
+/// Starts `count` reads at once, so that the pool uses several connections.
 async fn read_at_once(lookup: &Arc<dyn Source>, count: usize) {
     let mut reading = JoinSet::new();
     for _ in 0..count {
         let lookup = Arc::clone(lookup);
-        reading.spawn(async move { lookup.find(&nobody()).await.unwrap() });
+        reading.spawn(async move { lookup.find(&unknown_key()).await.unwrap() });
     }
     reading.join_all().await;
 }
 
-/// Connections of `user`, as the server counts them.
+/// The number of connections of `user`, counted by the server.
 async fn connections(server: &Postgres, user: &str) -> i64 {
     let count = "SELECT count(*) FROM pg_stat_activity WHERE usename = $1";
     let row = sqlx::query(count).bind(user).fetch_one(&mut server.admin("postgres").await).await.unwrap();
     row.get(0)
 }
 
-/// A server with our tables and the role `reader`, which may do what `serve` may.
+/// Creates our tables, and the roles `reader` and `manager` with the printed grants. Returns the settings of `reader`.
 async fn migrated(server: &Postgres) -> StoreSettings {
     store::migrate(&settings(server.url("admin", "postgres")), &|_| None).await.unwrap();
     let settings = settings(server.url("reader", "postgres"));
@@ -74,8 +75,8 @@ async fn after_a_restart_of_the_server_the_next_read_works() {
     lookup.prepare(Missing::Refuse).await.unwrap();
     read_at_once(&lookup, 9).await;
     server.stop();
-    let refused = tokio::time::timeout(20 * SECONDS, lookup.find(&nobody())).await;
-    let fault = refused.expect("a connect that is refused keeps nobody waiting").unwrap_err();
+    let refused = tokio::time::timeout(20 * SECONDS, lookup.find(&unknown_key())).await;
+    let fault = refused.expect("a read fails at once if the server refuses the connect").unwrap_err();
     assert!(matches!(fault, Fault::Unreachable { .. }), "refused at once: {fault:?}");
     let text = fault.to_string();
     assert!(!text.contains("reader") && !text.contains("postgres://"), "{text}");
@@ -83,29 +84,30 @@ async fn after_a_restart_of_the_server_the_next_read_works() {
     read_at_once(&lookup, 9).await;
     server.stop();
     server.resume().await;
-    // This time nobody noticed that it was gone.
-    lookup.find(&nobody()).await.unwrap();
+    // This time no read ran while the server was down, so the pool has not noticed that its connections are closed.
+    lookup.find(&unknown_key()).await.unwrap();
     lookup.poll(None).await.unwrap();
     lookup.close().await;
-    eventually("the connections are gone", 10 * SECONDS, || async { connections(&server, "reader").await == 0 }).await;
+    eventually("the connections are closed", 10 * SECONDS, || async { connections(&server, "reader").await == 0 })
+        .await;
 }
 
 #[tokio::test]
-async fn started_before_its_server_it_serves_as_soon_as_that_is_there() {
+async fn a_lookup_that_is_opened_before_the_server_runs_works_once_the_server_runs() {
     let mut server = Postgres::start().await;
     let settings = migrated(&server).await;
     server.stop();
     let lookup = open(&settings);
     let problem = lookup.prepare(Missing::Refuse).await.unwrap_err();
     assert!(problem.is_transient(), "{problem}");
-    assert!(matches!(lookup.find(&nobody()).await, Err(Fault::Unreachable { .. })));
+    assert!(matches!(lookup.find(&unknown_key()).await, Err(Fault::Unreachable { .. })));
     server.resume().await;
     lookup.prepare(Missing::Refuse).await.unwrap();
-    lookup.find(&nobody()).await.unwrap();
+    lookup.find(&unknown_key()).await.unwrap();
 }
 
 #[tokio::test]
-async fn reads_given_up_while_the_server_hangs_close_their_connections() {
+async fn cancelled_reads_close_their_connections_while_the_server_hangs() {
     let server = Postgres::start().await;
     let lookup = open(&migrated(&server).await);
     read_at_once(&lookup, 9).await;
@@ -113,37 +115,37 @@ async fn reads_given_up_while_the_server_hangs_close_their_connections() {
     assert!(connections(&server, "reader").await <= 4);
     let frozen = server.freeze();
     for _ in 0..10 {
-        let hung = tokio::time::timeout(Duration::from_millis(20), lookup.find(&nobody())).await;
-        assert!(hung.is_err(), "a server that is stopped does not answer: {hung:?}");
+        let hung = tokio::time::timeout(Duration::from_millis(20), lookup.find(&unknown_key())).await;
+        assert!(hung.is_err(), "a frozen server does not answer: {hung:?}");
     }
     drop(frozen);
-    lookup.find(&nobody()).await.unwrap();
+    lookup.find(&unknown_key()).await.unwrap();
     read_at_once(&lookup, 9).await;
-    eventually("no more than 3 for reads and 1 beside", 10 * SECONDS, || async {
+    eventually("at most 3 connections for reads and 1 for polls", 10 * SECONDS, || async {
         connections(&server, "reader").await <= 4
     })
     .await;
 }
 
 #[tokio::test]
-async fn a_read_given_up_while_it_waits_for_a_lock_is_ended_by_the_server_too() {
+async fn the_server_also_ends_a_cancelled_read_that_waits_for_a_lock() {
     let server = Postgres::start().await;
     let settings = StoreSettings { read_timeout: Duration::from_millis(100), ..migrated(&server).await };
     let lookup = open(&settings);
-    lookup.find(&nobody()).await.unwrap();
+    lookup.find(&unknown_key()).await.unwrap();
     let mut admin = server.admin("postgres").await;
     sqlx::raw_sql("BEGIN; LOCK TABLE trustgate.api_key IN ACCESS EXCLUSIVE MODE").execute(&mut admin).await.unwrap();
     for _ in 0..5 {
-        assert!(tokio::time::timeout(settings.read_timeout, lookup.find(&nobody())).await.is_err());
+        assert!(tokio::time::timeout(settings.read_timeout, lookup.find(&unknown_key())).await.is_err());
     }
-    eventually("nobody waits for the lock", 10 * SECONDS, || async {
+    eventually("no session waits for the lock", 10 * SECONDS, || async {
         let waiting = "SELECT count(*) FROM pg_stat_activity WHERE usename = 'reader' AND wait_event_type = 'Lock'";
         let row = sqlx::query(waiting).fetch_one(&mut server.admin("postgres").await).await.unwrap();
         row.get::<i64, _>(0) == 0
     })
     .await;
     sqlx::raw_sql("ROLLBACK").execute(&mut admin).await.unwrap();
-    lookup.find(&nobody()).await.unwrap();
+    lookup.find(&unknown_key()).await.unwrap();
 }
 
 #[tokio::test]
@@ -154,8 +156,8 @@ async fn the_printed_grants_are_enough_to_serve_and_to_manage_and_no_more() {
     lookup.prepare(Missing::Refuse).await.unwrap();
     let applied = lookup.poll(None).await.unwrap().newest.as_of;
     let replica = uuid::Uuid::from_u128(1);
-    let sign = Heartbeat { replica, name: "one".into(), applied, lasts: SECONDS };
-    lookup.report(&sign).await.unwrap();
+    let heartbeat = Heartbeat { replica, name: "one".into(), applied, lasts: SECONDS };
+    lookup.report(&heartbeat).await.unwrap();
     assert!(lookup.redis_mac_key().await.unwrap().is_some());
     let actor = store::Actor("test".into());
     let id = trustgate::record::TrustId(uuid::Uuid::from_u128(7));
@@ -171,7 +173,7 @@ async fn the_printed_grants_are_enough_to_serve_and_to_manage_and_no_more() {
     ledger.enable_trust(&actor, &trust, false).await.unwrap();
     let key = store::ledger::NewKey {
         id: trustgate::record::KeyId(uuid::Uuid::from_u128(8)),
-        digest: nobody().current,
+        digest: unknown_key().current,
         older: Vec::new(),
         made: trustgate::record::Made::Elsewhere,
         hint: "tg_abcde".into(),
@@ -191,7 +193,7 @@ async fn the_printed_grants_are_enough_to_serve_and_to_manage_and_no_more() {
 }
 
 #[tokio::test]
-async fn a_password_file_is_read_at_every_connect() {
+async fn a_password_file_is_read_at_each_connect() {
     let server = Postgres::start().await;
     let dir = tempfile::tempdir().unwrap();
     let (url_file, password_file) = (dir.path().join("url"), dir.path().join("password"));
@@ -205,90 +207,98 @@ async fn a_password_file_is_read_at_every_connect() {
         ..settings(String::new())
     };
     let lookup = open(&settings);
-    let refused = lookup.find(&nobody()).await.unwrap_err().to_string();
+    let refused = lookup.find(&unknown_key()).await.unwrap_err().to_string();
     assert!(refused.contains("password authentication failed") && !refused.contains("wrong-secret"), "{refused}");
     std::fs::write(&password_file, "first\n").unwrap();
-    lookup.find(&nobody()).await.unwrap();
+    lookup.find(&unknown_key()).await.unwrap();
     server.execute("postgres", "ALTER ROLE reader PASSWORD 'second'; SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'reader'").await;
     std::fs::write(&password_file, "second").unwrap();
-    lookup.find(&nobody()).await.unwrap();
-    // A password in the URL goes before the file's.
+    lookup.find(&unknown_key()).await.unwrap();
+    // A password in the URL takes precedence over the password file.
     let own = server.tcp_url("manager", "postgres").replace("manager@", "manager:other@");
     let with_own = StoreSettings { url: Some(Secret::new(own)), url_file: None, ..settings.clone() };
     store::open_ledger(&with_own, &|_| None).await.unwrap();
     std::fs::remove_file(&url_file).unwrap();
     server.execute("postgres", "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'reader'").await;
-    let gone = lookup.find(&nobody()).await.unwrap_err().to_string();
+    let gone = lookup.find(&unknown_key()).await.unwrap_err().to_string();
     assert!(gone.contains("store.url_file"), "{gone}");
 }
 
-/// A database that connects and answers when the test says so.
+/// A fake database: each connect and each answer waits for a permit from the test.
 #[derive(Default)]
-struct Staged {
+struct FakeDatabase {
+    /// The number of connects that were started.
     connects: AtomicUsize,
+    /// The number of connections that are open now.
     open: Arc<AtomicUsize>,
-    most: AtomicUsize,
-    may_connect: Semaphores,
-    may_answer: Semaphores,
+    /// The largest number of connections that were open at once.
+    open_max: AtomicUsize,
+    may_connect: Permits,
+    may_answer: Permits,
 }
 
-struct Semaphores(Semaphore);
+struct Permits(Semaphore);
 
-impl Default for Semaphores {
+impl Default for Permits {
     fn default() -> Self {
         Self(Semaphore::new(0))
     }
 }
 
-impl Semaphores {
+impl Permits {
     async fn pass(&self) {
-        self.0.acquire().await.expect("never closed").forget();
+        self.0.acquire().await.expect("the semaphore is open").forget();
     }
 }
 
-struct Held(Arc<AtomicUsize>, usize);
+/// A connection to the fake database, with its number.
+struct FakeConnection(Arc<AtomicUsize>, usize);
 
-impl Drop for Held {
+impl Drop for FakeConnection {
     fn drop(&mut self) {
         self.0.fetch_sub(1, Ordering::SeqCst);
     }
 }
 
-impl Connect for Staged {
-    type Connection = Held;
+impl Connect for FakeDatabase {
+    type Connection = FakeConnection;
     type Query = ();
     type Row = usize;
-    async fn connect(&self) -> Result<Held, sqlx::Error> {
+    async fn connect(&self) -> Result<FakeConnection, sqlx::Error> {
         let number = self.connects.fetch_add(1, Ordering::SeqCst);
         self.may_connect.pass().await;
-        self.most.fetch_max(self.open.fetch_add(1, Ordering::SeqCst) + 1, Ordering::SeqCst);
-        Ok(Held(Arc::clone(&self.open), number))
+        self.open_max.fetch_max(self.open.fetch_add(1, Ordering::SeqCst) + 1, Ordering::SeqCst);
+        Ok(FakeConnection(Arc::clone(&self.open), number))
     }
-    async fn run(&self, held: &mut Held, (): &()) -> Result<Vec<usize>, sqlx::Error> {
+    async fn run(&self, connection: &mut FakeConnection, (): &()) -> Result<Vec<usize>, sqlx::Error> {
         self.may_answer.pass().await;
-        Ok(vec![held.1])
+        Ok(vec![connection.1])
     }
-    async fn close(_: Held) {}
+    async fn close(_: FakeConnection) {}
     fn lost(_: &sqlx::Error) -> bool {
         false
     }
 }
 
-fn staged(connections_max: usize, waiting_max: usize, connect_timeout: Duration) -> (Arc<Staged>, Arc<Pool<Staged>>) {
-    let staged = Arc::new(Staged::default());
-    let pool = Pool::new("test", Arc::clone(&staged), Limits { connections_max, waiting_max, connect_timeout });
-    (staged, Arc::new(pool))
+fn fake_pool(
+    connections_max: usize,
+    waiting_max: usize,
+    connect_timeout: Duration,
+) -> (Arc<FakeDatabase>, Arc<Pool<FakeDatabase>>) {
+    let database = Arc::new(FakeDatabase::default());
+    let pool = Pool::new("test", Arc::clone(&database), Limits { connections_max, waiting_max, connect_timeout });
+    (database, Arc::new(pool))
 }
 
 #[test]
 fn a_read_on_a_runtime_that_has_ended_fails_and_does_not_hang() {
     let (done, is_done) = std::sync::mpsc::channel();
-    // On a thread of its own: a deadlock would hang it for ever.
+    // On another thread, because a deadlock would block it forever.
     std::thread::spawn(move || {
         let ended = tokio::runtime::Runtime::new().unwrap();
         let home = ended.handle().clone();
         ended.shutdown_background();
-        let (_staged, pool) = staged(4, 4, 60 * SECONDS);
+        let (_database, pool) = fake_pool(4, 4, 60 * SECONDS);
         pool.run_on(home);
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         let outcome = runtime.block_on(pool.read(&()));
@@ -298,22 +308,22 @@ fn a_read_on_a_runtime_that_has_ended_fails_and_does_not_hang() {
 }
 
 #[tokio::test]
-async fn a_connect_slower_than_the_read_ends_well_and_the_next_read_finds_it() {
-    let (staged, pool) = staged(4, 4, 60 * SECONDS);
+async fn a_connect_that_outlasts_its_read_serves_the_next_read() {
+    let (database, pool) = fake_pool(4, 4, 60 * SECONDS);
     for _ in 0..3 {
         assert!(tokio::time::timeout(Duration::from_millis(5), pool.read(&())).await.is_err());
     }
-    assert_eq!(staged.connects.load(Ordering::SeqCst), 1, "reads that gave up have no connects left over");
-    staged.may_connect.0.add_permits(1);
-    staged.may_answer.0.add_permits(1);
+    assert_eq!(database.connects.load(Ordering::SeqCst), 1, "the cancelled reads share one connect");
+    database.may_connect.0.add_permits(1);
+    database.may_answer.0.add_permits(1);
     assert_eq!(pool.read(&()).await.unwrap(), [0]);
     pool.close().await;
-    assert_eq!(staged.open.load(Ordering::SeqCst), 0);
+    assert_eq!(database.open.load(Ordering::SeqCst), 0);
 }
 
 #[tokio::test]
-async fn a_connect_that_never_ends_fails_whoever_waits_when_its_time_is_up() {
-    let (_staged, pool) = staged(1, 4, Duration::from_millis(20));
+async fn a_connect_that_hangs_fails_the_waiting_reads_after_the_connect_timeout() {
+    let (_database, pool) = fake_pool(1, 4, Duration::from_millis(20));
     let waiting = (pool.read(&()), pool.read(&()));
     let (one, other) = tokio::join!(waiting.0, waiting.1);
     assert!(matches!((one, other), (Err(PoolError::Connect(_)), Err(PoolError::Connect(_)))));
@@ -321,47 +331,50 @@ async fn a_connect_that_never_ends_fails_whoever_waits_when_its_time_is_up() {
 }
 
 #[tokio::test]
-async fn reads_beyond_the_limit_are_turned_away_and_connections_never_exceed_theirs() {
-    let (staged, pool) = staged(2, 5, 60 * SECONDS);
-    staged.may_connect.0.add_permits(1_000);
+async fn reads_beyond_the_limit_fail_and_connections_stay_within_their_limit() {
+    let (database, pool) = fake_pool(2, 5, 60 * SECONDS);
+    database.may_connect.0.add_permits(1_000);
     let mut reading = JoinSet::new();
     for _ in 0..20 {
         let pool = Arc::clone(&pool);
         reading.spawn(async move { pool.read(&()).await });
     }
-    eventually("two run", 10 * SECONDS, || async { staged.open.load(Ordering::SeqCst) == 2 }).await;
-    staged.may_answer.0.add_permits(1_000);
+    eventually("two connections are open", 10 * SECONDS, || async { database.open.load(Ordering::SeqCst) == 2 }).await;
+    database.may_answer.0.add_permits(1_000);
     let outcomes = reading.join_all().await;
     let full = outcomes.iter().filter(|outcome| matches!(outcome, Err(PoolError::Full))).count();
     let read = outcomes.iter().filter(|outcome| outcome.is_ok()).count();
     assert_eq!((full + read, full > 0, read > 0), (20, true, true), "{full} {read}");
-    assert_eq!(staged.most.load(Ordering::SeqCst), 2);
+    assert_eq!(database.open_max.load(Ordering::SeqCst), 2);
 }
 
 #[tokio::test]
-async fn a_dropped_read_closes_its_connection_and_hands_its_place_on() {
-    let (staged, pool) = staged(1, 5, 60 * SECONDS);
-    staged.may_connect.0.add_permits(1_000);
+async fn a_dropped_read_closes_its_connection_and_frees_its_place() {
+    let (database, pool) = fake_pool(1, 5, 60 * SECONDS);
+    database.may_connect.0.add_permits(1_000);
     // The first connection is in the middle of an answer when its read is dropped.
     assert!(tokio::time::timeout(Duration::from_millis(20), pool.read(&())).await.is_err());
-    assert_eq!(staged.open.load(Ordering::SeqCst), 0, "closed");
-    staged.may_answer.0.add_permits(2);
-    assert_eq!(pool.read(&()).await.unwrap(), [1], "a new one");
-    assert_eq!(pool.read(&()).await.unwrap(), [1], "which is used again");
+    assert_eq!(database.open.load(Ordering::SeqCst), 0, "the connection is closed");
+    database.may_answer.0.add_permits(2);
+    assert_eq!(pool.read(&()).await.unwrap(), [1], "the read opens a new connection");
+    assert_eq!(pool.read(&()).await.unwrap(), [1], "the next read reuses it");
     assert_eq!(pool.connections(), 1);
 }
 
 #[tokio::test]
-async fn a_closed_pool_leaves_nothing_behind_and_nobody_waiting() {
-    let (staged, pool) = staged(2, 5, 60 * SECONDS);
+async fn closing_the_pool_fails_waiting_reads_and_leaves_no_connection() {
+    let (database, pool) = fake_pool(2, 5, 60 * SECONDS);
     let reading = tokio::spawn({
         let pool = Arc::clone(&pool);
         async move { pool.read(&()).await }
     });
-    eventually("it connects", 10 * SECONDS, || async { staged.connects.load(Ordering::SeqCst) == 1 }).await;
+    eventually("the read has started a connect", 10 * SECONDS, || async {
+        database.connects.load(Ordering::SeqCst) == 1
+    })
+    .await;
     let closed = tokio::time::timeout(20 * SECONDS, pool.close()).await;
-    assert!(closed.is_ok(), "it does not wait for the connect");
+    assert!(closed.is_ok(), "close does not wait for the connect");
     assert!(matches!(reading.await.unwrap(), Err(PoolError::Closed)));
     assert!(matches!(pool.read(&()).await, Err(PoolError::Closed)));
-    assert_eq!((pool.connections(), staged.open.load(Ordering::SeqCst)), (0, 0));
+    assert_eq!((pool.connections(), database.open.load(Ordering::SeqCst)), (0, 0));
 }

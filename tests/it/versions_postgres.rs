@@ -1,6 +1,7 @@
-//! Versions on PostgreSQL: every committed change has one, in commit order, whoever makes it and however.
+//! The change log on PostgreSQL: each committed change has a version, in commit order, whichever role and statement
+//! makes the change.
 
-// What a change costs others is measured by the clock on the wall, and each story is told in its order.
+// Some tests measure wall-clock time, and some are long because each step depends on the step before.
 #![allow(clippy::disallowed_methods, clippy::too_many_lines, clippy::similar_names, clippy::needless_for_each)]
 
 use std::{
@@ -43,7 +44,7 @@ impl Db {
     async fn on(server: Arc<Postgres>) -> Self {
         let name = server.database().await;
         let url = Some(Secret::new(server.url("admin", &name)));
-        // Tests share their machine: no deadline here may fail them.
+        // Timeouts that are long enough for a busy machine.
         let settings = StoreSettings {
             url,
             read_timeout: 20 * SECONDS,
@@ -61,7 +62,7 @@ impl Db {
              GRANT SELECT, INSERT, UPDATE, DELETE, TRUNCATE ON trustgate.trust, trustgate.api_key TO writer",
         )
         .await;
-        // A right that is granted alters the table too.
+        // GRANT alters the table, so the triggers must be examined again.
         db.lookup.restore_watch().await.unwrap();
         db
     }
@@ -96,8 +97,8 @@ impl Db {
         polled
     }
 
-    /// What was named since `version`, each with how often; and how many versions there were.
-    async fn named(&self, version: &mut Version) -> (Vec<Change>, usize) {
+    /// The changes recorded after `version`, with repetitions, and the number of new versions. Advances `version`.
+    async fn recorded(&self, version: &mut Version) -> (Vec<Change>, usize) {
         let polled = self.since(version).await;
         (polled.changes.into_iter().map(|(_, change)| change).collect(), polled.versions.len() - 1)
     }
@@ -123,19 +124,20 @@ async fn run(connection: &mut PgConnection, sql: &str) {
     sqlx::raw_sql(AssertSqlSafe(sql)).execute(connection).await.unwrap_or_else(|error| panic!("{sql}: {error}"));
 }
 
+/// Runs a statement that the server must refuse. Returns the SQLSTATE and the message.
 async fn refused(connection: &mut PgConnection, sql: &str) -> (String, String) {
     let error = sqlx::raw_sql(AssertSqlSafe(sql)).execute(connection).await.expect_err(sql);
-    let error = error.into_database_error().expect("the server says so");
+    let error = error.into_database_error().expect("an error of the server");
     (error.code().unwrap().into_owned(), error.message().to_owned())
 }
 
-/// What a transaction of a writer left behind once it was committed: its number, and what each key then said.
-type Left = (u64, BTreeMap<Uuid, String>);
+/// A committed transaction of a writer: the transaction id, and the text that it wrote to each key.
+type Committed = (u64, BTreeMap<Uuid, String>);
 
 const WRITERS: u128 = 4;
 const KEYS_EACH: u128 = 8;
-/// So many other keys lie between those of two writers, so that no two of them meet in one page of an index: under
-/// SERIALIZABLE whoever looks for a key has read the whole page where it stands.
+/// The distance between the first keys of two writers, so that their keys are not on the same page of an index. Under
+/// SERIALIZABLE, a lookup of a key counts as a read of the whole page.
 const BETWEEN: u128 = 2_000;
 
 /// The number of the first key of a writer.
@@ -144,30 +146,30 @@ const fn first(writer: u128) -> u128 {
 }
 const TRANSACTIONS: u64 = 500;
 
-/// Changes its own keys in transactions of many kinds.
-async fn write(mut connection: PgConnection, writer: u128, isolation: &'static str) -> Vec<Left> {
-    // By index alone: SERIALIZABLE would rightly take a scan of the table for a read of all keys.
+/// Changes the keys of one writer in transactions of several kinds. Returns the committed transactions.
+async fn write(mut connection: PgConnection, writer: u128, isolation: &'static str) -> Vec<Committed> {
+    // Use only the index, because under SERIALIZABLE a scan of the table counts as a read of all keys.
     run(&mut connection, "SET enable_seqscan = off; SET enable_bitmapscan = off").await;
-    let mut left = Vec::new();
+    let mut committed = Vec::new();
     for number in 0..TRANSACTIONS {
-        let mut says = BTreeMap::new();
+        let mut wrote = BTreeMap::new();
         let pick = |of: u64| Uuid::from_u128(first(writer) + u128::from((number * 7 + of) % 8));
         let word = format!("{isolation}:{writer}:{number}");
         let update = |id: Uuid| format!("UPDATE trustgate.api_key SET scopes = ARRAY['{word}'] WHERE id = '{id}'");
         run(&mut connection, &format!("BEGIN ISOLATION LEVEL {isolation}")).await;
         if number % 10 == 0 {
-            // The change that is undone may be the first of its transaction, or not.
+            // In some transactions the change that is rolled back is the first one, in others it is not.
             if number % 20 == 0 {
                 run(&mut connection, &update(pick(0))).await;
-                says.insert(pick(0), word.clone());
+                wrote.insert(pick(0), word.clone());
             }
             run(&mut connection, &format!("SAVEPOINT one; {}", update(pick(1)))).await;
             run(&mut connection, "ROLLBACK TO one").await;
             run(&mut connection, &format!("SAVEPOINT two; {}; RELEASE two", update(pick(2)))).await;
-            says.insert(pick(2), word.clone());
+            wrote.insert(pick(2), word.clone());
         } else {
             run(&mut connection, &update(pick(0))).await;
-            says.insert(pick(0), word.clone());
+            wrote.insert(pick(0), word.clone());
         }
         let id: String =
             sqlx::query("SELECT pg_current_xact_id()::text").fetch_one(&mut connection).await.unwrap().get(0);
@@ -175,21 +177,21 @@ async fn write(mut connection: PgConnection, writer: u128, isolation: &'static s
             run(&mut connection, "ROLLBACK").await;
         } else {
             run(&mut connection, "COMMIT").await;
-            left.push((id.parse().unwrap(), says));
+            committed.push((id.parse().unwrap(), wrote));
         }
     }
-    left
+    committed
 }
 
-/// What the poll and the keys said in one snapshot.
-struct Seen {
+/// The newest version and the text of each key, read in one snapshot of the database.
+struct Snapshot {
     newest: i64,
     keys: BTreeMap<Uuid, String>,
 }
 
-/// Looks at the poll and at the keys in one snapshot, until told to stop.
-async fn look(mut connection: PgConnection, stop: Arc<AtomicBool>) -> Vec<Seen> {
-    let mut seen = Vec::new();
+/// Takes one snapshot after the other until `stop` is set.
+async fn take_snapshots(mut connection: PgConnection, stop: Arc<AtomicBool>) -> Vec<Snapshot> {
+    let mut snapshots = Vec::new();
     while !stop.load(Ordering::Relaxed) {
         run(&mut connection, "BEGIN ISOLATION LEVEL REPEATABLE READ READ WRITE").await;
         let poll = "SELECT newest FROM trustgate.poll(9223372036854775807, 1)";
@@ -198,12 +200,12 @@ async fn look(mut connection: PgConnection, stop: Arc<AtomicBool>) -> Vec<Seen> 
             .fetch_all(&mut connection);
         let keys = all.await.unwrap().iter().map(|row| (row.get(0), row.get(1))).collect();
         run(&mut connection, "COMMIT").await;
-        seen.push(Seen { newest, keys });
+        snapshots.push(Snapshot { newest, keys });
     }
-    seen
+    snapshots
 }
 
-/// Follows as a replica does; what each version named, and how often.
+/// Polls as a replica does until `stop` is set. Returns each recorded change with its version.
 async fn follow(db: Arc<Db>, mut since: Version, stop: Arc<AtomicBool>) -> Vec<(Version, Change)> {
     let mut changes = Vec::new();
     loop {
@@ -219,9 +221,9 @@ async fn follow(db: Arc<Db>, mut since: Version, stop: Arc<AtomicBool>) -> Vec<(
 }
 
 #[tokio::test]
-async fn versions_follow_commits_and_nobody_fails_because_of_us() {
+async fn versions_follow_the_commit_order_and_no_writer_fails() {
     let db = Arc::new(Db::new().await);
-    // One heap page for each few keys, so that keys that are disjoint do not meet in what SERIALIZABLE locks.
+    // A heap page contains only a few keys, so that two writers do not conflict on a page under SERIALIZABLE.
     db.execute("ALTER TABLE trustgate.api_key SET (fillfactor = 10)").await;
     db.lookup.restore_watch().await.unwrap();
     db.execute(&format!(
@@ -235,56 +237,56 @@ async fn versions_follow_commits_and_nobody_fails_because_of_us() {
     for isolation in ["READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"] {
         let (begin, stop) = (db.newest().await, Arc::new(AtomicBool::new(false)));
         let following = tokio::spawn(follow(Arc::clone(&db), begin, Arc::clone(&stop)));
-        let looking = tokio::spawn(look(db.admin().await, Arc::clone(&stop)));
+        let watching = tokio::spawn(take_snapshots(db.admin().await, Arc::clone(&stop)));
         let mut writing = JoinSet::new();
         for writer in 0..WRITERS {
-            // Half of them own nothing.
+            // Half of the writers have a role that does not own the tables.
             let connection = if writer % 2 == 0 { db.writer().await } else { db.admin().await };
             writing.spawn(write(connection, writer, isolation));
         }
-        let left: HashMap<u64, _> = writing.join_all().await.into_iter().flatten().collect();
+        let committed: HashMap<u64, _> = writing.join_all().await.into_iter().flatten().collect();
         stop.store(true, Ordering::Relaxed);
-        let (changes, seen) = (following.await.unwrap(), looking.await.unwrap());
+        let (changes, snapshots) = (following.await.unwrap(), watching.await.unwrap());
 
-        // One version for each transaction that was committed, and for no other.
+        // Each committed transaction has one version, and there are no other versions.
         let versions = format!("SELECT version, tx::text FROM trustgate.version WHERE version > {}", begin.0);
         let rows = sqlx::query(AssertSqlSafe(versions)).fetch_all(&mut db.admin().await).await.unwrap();
         let versions: BTreeMap<i64, u64> =
             rows.iter().map(|row| (row.get(0), row.get::<String, _>(1).parse().unwrap())).collect();
-        assert_eq!(left.len(), usize::try_from(WRITERS).unwrap() * 334, "a third was rolled back");
-        assert_eq!(versions.len(), left.len());
-        assert_eq!(versions.values().collect::<BTreeSet<_>>(), left.keys().collect::<BTreeSet<_>>());
+        assert_eq!(committed.len(), usize::try_from(WRITERS).unwrap() * 334, "a third was rolled back");
+        assert_eq!(versions.len(), committed.len());
+        assert_eq!(versions.values().collect::<BTreeSet<_>>(), committed.keys().collect::<BTreeSet<_>>());
 
-        // Each named once what it changed, and nothing that it undid.
-        let mut named: BTreeMap<i64, Vec<Uuid>> = BTreeMap::new();
+        // Each version records the keys that its transaction changed, once, and no change that was rolled back.
+        let mut recorded: BTreeMap<i64, Vec<Uuid>> = BTreeMap::new();
         for (version, change) in &changes {
             if let Change::Key(id) = change {
-                named.entry(version.0.cast_signed()).or_default().push(id.0);
+                recorded.entry(version.0.cast_signed()).or_default().push(id.0);
             }
         }
-        named.values_mut().for_each(|ids| ids.sort());
+        recorded.values_mut().for_each(|ids| ids.sort());
         let changed: BTreeMap<i64, Vec<Uuid>> =
-            versions.iter().map(|(version, tx)| (*version, left[tx].keys().copied().collect())).collect();
-        assert_eq!(named, changed, "{isolation}");
+            versions.iter().map(|(version, tx)| (*version, committed[tx].keys().copied().collect())).collect();
+        assert_eq!(recorded, changed, "{isolation}");
 
-        // A snapshot holds exactly what was committed by the versions up to its newest.
-        assert!(seen.len() > 20, "{isolation}: only {} looks", seen.len());
-        let mut expected = seen[0].keys.clone();
-        let mut upcoming = versions.iter().skip_while(|(version, _)| **version <= seen[0].newest).peekable();
-        for (before, now) in seen.iter().zip(&seen[1..]) {
+        // A snapshot contains exactly the changes of the versions up to its newest one.
+        assert!(snapshots.len() > 20, "{isolation}: only {} snapshots", snapshots.len());
+        let mut expected = snapshots[0].keys.clone();
+        let mut upcoming = versions.iter().skip_while(|(version, _)| **version <= snapshots[0].newest).peekable();
+        for (before, now) in snapshots.iter().zip(&snapshots[1..]) {
             assert!(now.newest >= before.newest);
             while let Some((version, tx)) = upcoming.next_if(|(version, _)| **version <= now.newest) {
                 assert!(*version > before.newest, "{isolation}: {version} appeared below {}", before.newest);
-                expected.extend(left[tx].clone());
+                expected.extend(committed[tx].clone());
             }
             assert_eq!(now.keys, expected, "{isolation}: as of {}", now.newest);
         }
-        println!("{isolation}: {} versions, {} looks, {} changes named", versions.len(), seen.len(), changes.len());
+        println!("{isolation}: {} versions, {} snapshots, {} changes", versions.len(), snapshots.len(), changes.len());
     }
 }
 
 #[tokio::test]
-async fn every_kind_of_statement_is_named_for_a_role_without_rights_on_our_tables() {
+async fn each_kind_of_statement_is_recorded_for_a_role_without_rights_on_the_change_log() {
     let db = Db::new().await;
     db.keys(1..10).await;
     let mut writer = db.writer().await;
@@ -299,11 +301,11 @@ async fn every_kind_of_statement_is_named_for_a_role_without_rights_on_our_table
 
     let upsert = format!("{} ON CONFLICT (id) DO UPDATE SET revoked_at = now()", insert(1));
     run(&mut writer, &upsert).await;
-    let (changes, versions) = db.named(&mut seen).await;
+    let (changes, versions) = db.recorded(&mut seen).await;
     has(&changes, &[Change::Key(key(1)), gone(1)]);
     assert_eq!((changes.len(), versions), (3, 1));
     run(&mut writer, &format!("{} ON CONFLICT DO NOTHING", insert(1))).await;
-    assert_eq!(db.named(&mut seen).await, (vec![], 0), "nothing was inserted");
+    assert_eq!(db.recorded(&mut seen).await, (vec![], 0), "nothing was inserted");
 
     let merge = format!(
         "MERGE INTO trustgate.api_key k USING (VALUES ('{}'::uuid), ('{}'), ('{}')) AS n (id) ON k.id = n.id
@@ -317,7 +319,7 @@ async fn every_kind_of_statement_is_named_for_a_role_without_rights_on_our_table
         digest(50),
     );
     run(&mut writer, &merge).await;
-    let (changes, versions) = db.named(&mut seen).await;
+    let (changes, versions) = db.recorded(&mut seen).await;
     has(&changes, &[Change::Key(key(2)), gone(2), Change::Key(key(3)), absent(3), absent(50)]);
     assert_eq!((changes.len(), versions), (5, 1));
 
@@ -328,11 +330,12 @@ async fn every_kind_of_statement_is_named_for_a_role_without_rights_on_our_table
         copy.send(line.into_bytes()).await.unwrap();
     }
     copy.finish().await.unwrap();
-    let (changes, versions) = db.named(&mut seen).await;
+    let (changes, versions) = db.recorded(&mut seen).await;
     has(&changes, &[absent(60), absent(61), absent(62)]);
     assert_eq!((changes.len(), versions), (3, 1));
 
-    // What a cascade deletes is deleted by the system, not by the writer; and another table may hang on ours.
+    // PostgreSQL runs a cascade with the rights of the table's owner, not of the writer. Here `key_use` also
+    // references the keys.
     db.execute(
         "ALTER TABLE trustgate.api_key DROP CONSTRAINT api_key_trust_id_fkey,
             ADD FOREIGN KEY (trust_id) REFERENCES trustgate.trust (id) ON DELETE CASCADE ON UPDATE CASCADE;
@@ -340,10 +343,10 @@ async fn every_kind_of_statement_is_named_for_a_role_without_rights_on_our_table
     )
     .await;
     db.lookup.restore_watch().await.unwrap();
-    db.named(&mut seen).await;
+    db.recorded(&mut seen).await;
     let other = Uuid::from_u128(0xb0b);
     run(&mut writer, &format!("UPDATE trustgate.trust SET id = '{other}' WHERE id = '{TRUST}'")).await;
-    let (changes, versions) = db.named(&mut seen).await;
+    let (changes, versions) = db.recorded(&mut seen).await;
     has(
         &changes,
         &[Change::Trust(trustgate::record::TrustId(TRUST)), Change::Trust(trustgate::record::TrustId(other))],
@@ -351,17 +354,17 @@ async fn every_kind_of_statement_is_named_for_a_role_without_rights_on_our_table
     has(&changes, &[Change::Key(key(1)), Change::Key(key(3)), Change::Key(key(62))]);
     assert_eq!(versions, 1);
     run(&mut writer, &format!("DELETE FROM trustgate.trust WHERE id = '{other}'")).await;
-    let (changes, versions) = db.named(&mut seen).await;
+    let (changes, versions) = db.recorded(&mut seen).await;
     has(&changes, &[Change::Trust(trustgate::record::TrustId(other)), Change::Key(key(1)), gone(62), gone(50)]);
     assert_eq!(versions, 1);
 
     db.execute(&format!("INSERT INTO trustgate.trust (id, name) VALUES ('{TRUST}', 'acme')")).await;
     db.execute("INSERT INTO trustgate.key_use SELECT id, now() FROM trustgate.api_key").await;
-    db.named(&mut seen).await;
+    db.recorded(&mut seen).await;
     db.execute("UPDATE trustgate.key_use SET last_used_at = now(); DELETE FROM trustgate.key_use").await;
-    assert_eq!(db.named(&mut seen).await, (vec![], 0), "using a key is no change");
+    assert_eq!(db.recorded(&mut seen).await, (vec![], 0), "an update of the last use of a key records no change");
 
-    // The writer can do none of what would harm.
+    // The writer may neither call these functions nor access these tables.
     for sql in [
         "SELECT trustgate.everything()",
         "SELECT trustgate.note('key', 'x')",
@@ -378,7 +381,7 @@ async fn every_kind_of_statement_is_named_for_a_role_without_rights_on_our_table
 }
 
 #[tokio::test]
-async fn no_setting_of_a_session_keeps_a_change_from_being_named() {
+async fn no_session_setting_prevents_the_record_of_a_change() {
     let db = Db::new().await;
     db.keys(1..10).await;
     let mut seen = db.newest().await;
@@ -387,7 +390,7 @@ async fn no_setting_of_a_session_keeps_a_change_from_being_named() {
         (false, "SET trustgate.trustgate_key = '-5'; SET trustgate.trustgate_absent = '3'"),
         (false, "SET trustgate.trustgate_key = 'garbage'; SET trustgate.trustgate_gone = ''"),
         (false, "SET trustgate.tx = '1'; SET trustgate.stamped = 'on'"),
-        // Shadows of what the functions use.
+        // Temporary objects with the names that the functions of the triggers use.
         (
             false,
             "CREATE TEMPORARY TABLE tx (a int); CREATE TEMPORARY TABLE change (a int);
@@ -402,44 +405,44 @@ async fn no_setting_of_a_session_keeps_a_change_from_being_named() {
         let mut session = if superuser { db.admin().await } else { db.writer().await };
         run(&mut session, sql).await;
         run(&mut session, change).await;
-        let (changes, versions) = db.named(&mut seen).await;
+        let (changes, versions) = db.recorded(&mut seen).await;
         let keys: BTreeSet<_> =
             changes.iter().filter(|change| matches!(change, Change::Key(_))).map(|c| format!("{c:?}")).collect();
         assert_eq!((keys.len(), changes.len(), versions), (9, 18, 1), "{sql}");
     }
-    // One that says so many were named already makes the naming coarser.
+    // With a counter that the session sets too high, the triggers record all keys instead of single ones.
     let mut session = db.writer().await;
     run(&mut session, "SET trustgate.trustgate_key = '99999999'").await;
     run(&mut session, change).await;
-    let (changes, _) = db.named(&mut seen).await;
+    let (changes, _) = db.recorded(&mut seen).await;
     assert!(changes.contains(&Change::Whole(ChangeKind::Keys)), "{changes:?}");
     assert_eq!(changes.len(), 10, "the other kinds are listed");
 }
 
 #[tokio::test]
-async fn a_lock_that_was_taken_early_does_not_stay() {
+async fn a_lock_that_is_taken_early_is_released() {
     let db = Db::new().await;
     db.keys(1..4).await;
     let mut seen = db.newest().await;
     let (mut early, mut other) = (db.writer().await, db.writer().await);
     let update = |number| format!("UPDATE trustgate.api_key SET scheme = 1 - scheme WHERE id = '{}'", key(number));
-    // While it works on, all its changes are of one version, which nobody sees before.
+    // After it has taken the lock, a transaction can change more keys. All its changes get one version at the commit.
     run(&mut early, &format!("BEGIN; SET CONSTRAINTS ALL IMMEDIATE; {}", update(1))).await;
     run(&mut early, &update(2)).await;
-    assert_eq!(db.named(&mut seen).await, (vec![], 0));
+    assert_eq!(db.recorded(&mut seen).await, (vec![], 0));
     run(&mut early, "COMMIT").await;
-    let (changes, versions) = db.named(&mut seen).await;
+    let (changes, versions) = db.recorded(&mut seen).await;
     assert_eq!((changes.len(), versions), (4, 1));
 
-    // Undone, the lock is free.
+    // ROLLBACK TO releases the lock.
     run(&mut early, &format!("BEGIN; SAVEPOINT one; {}; SET CONSTRAINTS ALL IMMEDIATE; ROLLBACK TO one", update(1)))
         .await;
     run(&mut other, &format!("SET lock_timeout = '50ms'; {}", update(3))).await;
     run(&mut early, &format!("{}; COMMIT", update(2))).await;
-    let (changes, versions) = db.named(&mut seen).await;
+    let (changes, versions) = db.recorded(&mut seen).await;
     assert_eq!((changes.len(), versions), (4, 2));
 
-    // Doing nothing with the lock ends the session after 3 s.
+    // PostgreSQL ends a session that is idle for 3 s while it has the lock.
     run(&mut early, &format!("BEGIN; SET CONSTRAINTS ALL IMMEDIATE; {}", update(1))).await;
     assert_eq!(refused(&mut other, &update(3)).await.0, "55P03");
     run(&mut other, "SET lock_timeout = '20s'").await;
@@ -447,7 +450,7 @@ async fn a_lock_that_was_taken_early_does_not_stay() {
     run(&mut other, &update(3)).await;
     println!("the lock was free after {:?} and 50 ms", begun.elapsed());
     assert!(sqlx::raw_sql("COMMIT").execute(&mut early).await.is_err(), "its session was ended");
-    let (changes, versions) = db.named(&mut seen).await;
+    let (changes, versions) = db.recorded(&mut seen).await;
     assert_eq!((changes.contains(&Change::Key(key(3))), changes.len(), versions), (true, 2, 1));
 }
 
@@ -469,13 +472,13 @@ async fn no_prepared_transaction_can_keep_the_lock() {
         assert!(problem.contains("NOTIFY"), "{problem}");
         run(&mut writer, "ROLLBACK").await;
     }
-    assert_eq!(db.named(&mut seen).await, (vec![], 0));
+    assert_eq!(db.recorded(&mut seen).await, (vec![], 0));
     run(&mut writer, "SET lock_timeout = '50ms'; UPDATE trustgate.api_key SET scheme = 1").await;
-    assert_eq!(db.named(&mut seen).await.1, 1);
+    assert_eq!(db.recorded(&mut seen).await.1, 1);
 }
 
 #[tokio::test]
-async fn neither_a_huge_nor_an_open_transaction_holds_up_the_changes_of_others() {
+async fn a_huge_and_an_open_transaction_do_not_block_other_writers() {
     let db = Arc::new(Db::new().await);
     db.execute(&format!(
         "INSERT INTO trustgate.api_key (id, trust_id, digest, scheme, hint)
@@ -490,7 +493,7 @@ async fn neither_a_huge_nor_an_open_transaction_holds_up_the_changes_of_others()
         let (db, stop) = (Arc::clone(&db), Arc::clone(&stop));
         async move {
             let mut other = db.writer().await;
-            // No wait for any lock is longer than what is promised, however busy the machine.
+            // A statement that waits longer than this for a lock fails, and so does the test.
             run(&mut other, "SET lock_timeout = '50ms'").await;
             let (mut changes, mut longest) = (0, Duration::ZERO);
             while !stop.load(Ordering::Relaxed) {
@@ -511,25 +514,30 @@ async fn neither_a_huge_nor_an_open_transaction_holds_up_the_changes_of_others()
     let commit = begun.elapsed();
     stop.store(true, Ordering::Relaxed);
     let (changes, longest) = others.await.unwrap();
-    println!("the huge one was committed in {commit:?}; {changes} others meanwhile, the longest took {longest:?}");
+    println!(
+        "commit of the huge transaction: {commit:?}; {changes} other changes meanwhile, the longest took {longest:?}"
+    );
     assert!(changes > 100);
     let polled = db.since(&mut seen).await;
     let whole = |kind| polled.changes.iter().filter(|(_, change)| *change == Change::Whole(kind)).count();
-    assert_eq!(whole(ChangeKind::Keys), 1, "named as a whole");
+    assert_eq!(whole(ChangeKind::Keys), 1, "recorded as a whole");
     assert_eq!((whole(ChangeKind::Gone), whole(ChangeKind::Absences), whole(ChangeKind::Trusts)), (1, 1, 0));
     let listed = sqlx::query("SELECT kind, count(*) FROM trustgate.change GROUP BY kind HAVING count(*) > 30000");
-    assert!(listed.fetch_all(&mut db.admin().await).await.unwrap().is_empty(), "no more than 10 000 of a transaction");
+    assert!(
+        listed.fetch_all(&mut db.admin().await).await.unwrap().is_empty(),
+        "a transaction lists at most 10 000 changes of a kind"
+    );
 
     run(&mut open, "COMMIT").await;
     let late = db.since(&mut seen).await;
     assert!(
         late.changes.iter().any(|(_, change)| *change == Change::Key(key(2))),
-        "what is committed late is named late"
+        "a change is recorded when it is committed"
     );
 }
 
 #[tokio::test]
-async fn an_import_is_listed_as_long_as_there_is_room_and_leaves_cached_records_alone() {
+async fn an_import_is_listed_up_to_a_limit_and_cached_records_stay_valid() {
     let db = Db::new().await;
     let mut seen = db.newest().await;
     let before = seen;
@@ -540,33 +548,33 @@ async fn an_import_is_listed_as_long_as_there_is_room_and_leaves_cached_records_
         )
     };
     db.execute(&import(1, 4_000)).await;
-    let (changes, _) = db.named(&mut seen).await;
+    let (changes, _) = db.recorded(&mut seen).await;
     assert_eq!(changes.iter().filter(|change| matches!(change, Change::Absent(_))).count(), 4_000);
     db.execute(&import(4_001, 10_000)).await;
     db.execute(&format!("UPDATE trustgate.trust SET enabled = false WHERE id = '{TRUST}'")).await;
-    let (changes, _) = db.named(&mut seen).await;
+    let (changes, _) = db.recorded(&mut seen).await;
     assert_eq!(changes.len(), 2, "{changes:?}");
     assert!(changes.contains(&Change::Whole(ChangeKind::Absences)));
     assert!(matches!(changes[0], Change::Trust(_)) || matches!(changes[1], Change::Trust(_)), "{changes:?}");
-    // Kind by kind: of 2 000 revoked at once all but the absences are listed.
+    // The limit applies to each kind of change: of 2 000 revocations, only the negative entries are not listed.
     db.execute(
         "UPDATE trustgate.api_key SET revoked_at = now() WHERE id IN (SELECT id FROM trustgate.api_key LIMIT 2000)",
     )
     .await;
-    let (changes, _) = db.named(&mut seen).await;
+    let (changes, _) = db.recorded(&mut seen).await;
     let count = |wanted: fn(&Change) -> bool| changes.iter().filter(|change| wanted(change)).count();
     assert_eq!(count(|change| matches!(change, Change::Key(_))), 2_000);
     assert_eq!(count(|change| matches!(change, Change::Gone(_))), 2_000);
-    assert_eq!(changes.len(), 4_001, "and absences as a whole");
-    // More than is worth counting: everything, at once.
+    assert_eq!(changes.len(), 4_001, "and the negative entries as a whole");
+    // Too many changes to list: the poll returns `Change::Everything`.
     for part in 0..5 {
         db.execute(&import(20_000 + part * 9_000, 28_999 + part * 9_000)).await;
     }
-    let (changes, versions) = db.named(&mut seen).await;
+    let (changes, versions) = db.recorded(&mut seen).await;
     assert!(changes.contains(&Change::Everything), "{changes:?}");
     assert_eq!(versions, 5);
     assert!(db.lookup.poll(Some(before)).await.unwrap().complete);
-    // More versions than one answer takes.
+    // More versions than one poll returns.
     db.execute(
         "DO $$ BEGIN FOR i IN 1..5100 LOOP UPDATE trustgate.trust SET enabled = NOT enabled; COMMIT; END LOOP; END $$",
     )
@@ -576,9 +584,9 @@ async fn an_import_is_listed_as_long_as_there_is_room_and_leaves_cached_records_
 }
 
 #[tokio::test]
-async fn a_crash_gives_no_version_another_meaning() {
+async fn versions_that_were_polled_survive_a_crash() {
     let mut server = Postgres::start().await;
-    // What is committed without being flushed stays in memory, and is lost.
+    // With these settings, a crash loses a commit unless PostgreSQL has flushed it to disk for another reason.
     for setting in ["wal_writer_delay = '10s'", "synchronous_commit = off"] {
         server.execute("postgres", &format!("ALTER SYSTEM SET {setting}")).await;
     }
@@ -596,18 +604,18 @@ async fn a_crash_gives_no_version_another_meaning() {
     let before = db.lookup.poll(Some(begin)).await.unwrap();
     assert_eq!(before.versions.len(), 51);
     db.execute("INSERT INTO beside VALUES (1)").await;
-    let Db { name, settings, lookup, server: held } = db;
+    let Db { name, settings, lookup, server: shared } = db;
     lookup.close().await;
-    drop((writer, held));
+    drop((writer, shared));
     let mut server = Arc::into_inner(server).unwrap();
     server.stop();
     server.resume().await;
     let db = Db { server: Arc::new(server), name, lookup: open(&settings), settings };
     let after = db.lookup.poll(Some(begin)).await.unwrap();
-    assert_eq!(after.versions, before.versions, "a version that was seen is on disk");
+    assert_eq!(after.versions, before.versions, "a version that was polled is on disk");
     assert_eq!(after.newest.lineage, before.newest.lineage);
     let lost = sqlx::query("SELECT n FROM beside").fetch_all(&mut db.admin().await).await.unwrap();
-    assert!(lost.is_empty(), "otherwise this test shows nothing: other commits survive as well");
+    assert!(lost.is_empty(), "this test needs a crash that loses other commits");
     db.execute("UPDATE trustgate.api_key SET scheme = 1 - scheme").await;
     assert!(db.newest().await > before.newest.as_of);
 }
@@ -617,11 +625,11 @@ fn open(settings: &StoreSettings) -> Arc<dyn Source> {
 }
 
 #[tokio::test]
-async fn a_dump_that_is_restored_elsewhere_goes_on_although_transactions_have_old_numbers() {
+async fn a_restored_dump_records_changes_although_transaction_ids_repeat() {
     let (first, second) = (Arc::new(Postgres::start().await), Arc::new(Postgres::start().await));
     let db = Db::on(Arc::clone(&first)).await;
     db.keys(1..3).await;
-    // Numbers that the other server has yet to give.
+    // The dump contains the ids of these transactions, and the other server will use many of them again.
     db.execute(
         "DO $$ BEGIN FOR i IN 1..600 LOOP UPDATE trustgate.api_key SET scheme = 1 - scheme; COMMIT; END LOOP; END $$",
     )
@@ -634,11 +642,11 @@ async fn a_dump_that_is_restored_elsewhere_goes_on_although_transactions_have_ol
     let restored = Db { server: Arc::clone(&second), name, lookup: open(&settings), settings };
     let polled = restored.lookup.poll(None).await.unwrap();
     assert_eq!((polled.newest.as_of, polled.newest.nonce), (before.newest.as_of, before.newest.nonce));
-    assert_ne!(polled.newest.lineage, before.newest.lineage, "another server is another history");
-    assert!(!polled.triggers_intact, "these are other triggers than those that were watched");
+    assert_ne!(polled.newest.lineage, before.newest.lineage, "another server is another lineage");
+    assert!(!polled.triggers_intact, "the restored triggers were not examined yet");
     restored.lookup.restore_watch().await.unwrap();
     let mut seen = polled.newest.as_of;
-    assert_eq!(restored.named(&mut seen).await, (vec![Change::Everything], 1));
+    assert_eq!(restored.recorded(&mut seen).await, (vec![Change::Everything], 1));
     let mut writer = restored.admin().await;
     for number in 0..600 {
         run(
@@ -647,70 +655,70 @@ async fn a_dump_that_is_restored_elsewhere_goes_on_although_transactions_have_ol
         )
         .await;
     }
-    let (changes, versions) = restored.named(&mut seen).await;
+    let (changes, versions) = restored.recorded(&mut seen).await;
     assert_eq!((changes.len(), versions), (1_200, 600));
     let twice = "SELECT count(*) FROM (SELECT id FROM trustgate.tx WHERE whole = '' GROUP BY id HAVING count(*) > 1) t";
     let twice: i64 = sqlx::query(twice).fetch_one(&mut writer).await.unwrap().get(0);
-    assert!(twice > 50, "only {twice} numbers came twice: this shows nothing");
+    assert!(twice > 50, "only {twice} transaction ids were repeated: the test needs more");
     store::migrate(&restored.settings, &|_| None).await.unwrap();
-    assert_eq!(restored.newest().await, seen, "nothing to mend");
+    assert_eq!(restored.newest().await, seen, "nothing is left to repair");
 }
 
 #[tokio::test]
-async fn whoever_gives_up_waiting_says_for_whom() {
+async fn a_lock_timeout_names_the_blocking_session() {
     let db = Db::new().await;
     db.keys(1..3).await;
     let mut ledger = store::open_ledger(&db.settings, &|_| None).await.unwrap();
-    let actor = Actor("test:somebody".into());
+    let actor = Actor("test:operator".into());
     let mut writer = db.writer().await;
     let pid: i32 = sqlx::query("SELECT pg_backend_pid()").fetch_one(&mut writer).await.unwrap().get(0);
     run(&mut writer, "SET application_name = 'a billing job'; SET idle_in_transaction_session_timeout = '60s'").await;
-    // A row, at a statement; and the right to draw a version, at the commit.
+    // The first lock is on a row and blocks a statement. The second is the lock for new versions and blocks a commit.
     let secret = format!("UPDATE trustgate.api_key SET scheme = 1 WHERE digest = '\\x{}'", digest(1));
     for (sql, id) in [(format!("BEGIN; {secret}"), 1), (format!("BEGIN; SET CONSTRAINTS ALL IMMEDIATE; {secret}"), 2)] {
         run(&mut writer, &sql).await;
         let error = ledger.revoke_key(&actor, key(id)).await.unwrap_err();
         assert!(matches!(error, StoreError::Blocked { .. }), "{error:?}");
-        let says = error.to_string();
+        let text = error.to_string();
         for word in [&format!("process {pid}"), "a billing job", "idle in transaction", "2s"] {
-            assert!(says.contains(word), "{says}");
+            assert!(text.contains(word), "{text}");
         }
-        assert!(!says.contains("UPDATE") && !says.contains(&digest(1)), "{says}");
+        assert!(!text.contains("UPDATE") && !text.contains(&digest(1)), "{text}");
         run(&mut writer, "ROLLBACK").await;
-        assert!(ledger.revoke_key(&actor, key(id)).await.unwrap().revoked_at.is_some(), "the next call is whole");
+        assert!(ledger.revoke_key(&actor, key(id)).await.unwrap().revoked_at.is_some(), "the next call succeeds");
     }
 }
 
 #[tokio::test]
-async fn hints_come_with_every_commit_and_a_lost_connection_is_told() {
+async fn each_commit_sends_a_notification_and_a_lost_connection_is_reported() {
     let db = Db::on(Arc::new(Postgres::start().await)).await;
     db.keys(1..2).await;
-    let (hints, mut heard) = tokio::sync::mpsc::channel(1_000);
+    let (sender, mut notifications) = tokio::sync::mpsc::channel(1_000);
     let listen = |lookup: Arc<dyn Source>| {
-        let hints = hints.clone();
-        tokio::spawn(async move { lookup.listen(&move || hints.try_send(()).unwrap()).await })
+        let sender = sender.clone();
+        tokio::spawn(async move { lookup.listen(&move || sender.try_send(()).unwrap()).await })
     };
     let listening = listen(Arc::clone(&db.lookup));
-    heard.recv().await.unwrap(); // it listens
+    notifications.recv().await.unwrap(); // the listener is connected
     for _ in 0..20 {
         db.execute("UPDATE trustgate.api_key SET scheme = 1 - scheme").await;
-        heard.recv().await.unwrap();
+        notifications.recv().await.unwrap();
     }
     db.execute("UPDATE trustgate.api_key SET hint = 'other'").await;
     db.execute("BEGIN; UPDATE trustgate.api_key SET scheme = 7; ROLLBACK").await;
     db.execute("NOTIFY trustgate").await;
-    heard.recv().await.unwrap();
-    assert!(heard.try_recv().is_err(), "only commits of changes are told");
+    notifications.recv().await.unwrap();
+    assert!(notifications.try_recv().is_err(), "only commits of recorded changes send a notification");
 
-    // A server that hangs: nothing breaks the connection.
+    // The server hangs, and the connection stays open.
     let frozen = db.server.freeze();
     let fault = tokio::time::timeout(15 * SECONDS, listening).await.expect("noticed").unwrap();
     assert!(matches!(fault, Fault::Unreachable { .. }), "{fault:?}");
     drop(frozen);
     let listening = listen(Arc::clone(&db.lookup));
-    heard.recv().await.unwrap();
+    notifications.recv().await.unwrap();
     let others = "FROM pg_stat_activity WHERE pid <> pg_backend_pid() AND backend_type = 'client backend'";
     db.execute(&format!("SELECT pg_terminate_backend(pid) {others}")).await;
     tokio::time::timeout(5 * SECONDS, listening).await.expect("noticed at once").unwrap();
-    assert!(heard.try_recv().is_err(), "it does not begin anew by itself");
+    assert!(notifications.try_recv().is_err(), "`listen` does not reconnect by itself");
 }

@@ -1,6 +1,7 @@
-//! SQLite: every committed change is named, whoever makes it and however; what cannot be named is noticed.
+//! The change log on SQLite: each committed change is recorded, whichever program and statement makes it, and a poll
+//! notices when a change may be missing.
 
-// What a change costs is measured by the clock on the wall, and one story is told in its order.
+// Some tests measure wall-clock time, and some are long because each step depends on the step before.
 #![allow(clippy::disallowed_methods, clippy::too_many_lines, clippy::single_match_else, clippy::result_large_err)]
 
 use std::{
@@ -20,19 +21,20 @@ use trustgate::{
 };
 use uuid::Uuid;
 
-/// A database file with our tables, in a directory of its own.
+/// A database file in a temporary directory.
 struct Db {
     path: PathBuf,
     _dir: tempfile::TempDir,
 }
 
 impl Db {
-    /// Without tables, and without a file.
+    /// The path of a file that does not exist.
     fn nowhere() -> Self {
         let dir = tempfile::tempdir().unwrap();
         Self { path: dir.path().join("trustgate.db"), _dir: dir }
     }
 
+    /// With our tables.
     async fn new() -> Self {
         let db = Self::nowhere();
         store::migrate(&settings(&db.path), NO_ENV).await.unwrap();
@@ -67,7 +69,7 @@ impl Db {
         store::open_lookup(&settings(&self.path), NO_ENV, Arc::new(SystemClock)).unwrap()
     }
 
-    /// A replica that has read what there is.
+    /// A follower that has polled once.
     async fn follower(&self) -> Follower {
         let lookup = self.open();
         let start = lookup.poll(None).await.unwrap();
@@ -81,12 +83,12 @@ fn settings(path: &Path) -> StoreSettings {
     let second = Duration::from_secs(1);
     StoreSettings {
         url: Some(Secret::new(format!("sqlite://{}", path.display()))),
-        connect_timeout: 20 * second, // tests share their machine: no deadline here may fail them
+        connect_timeout: 20 * second, // long enough for a busy machine
         ..StoreSettings::default()
     }
 }
 
-/// Somebody who writes to the file and knows nothing of trustgate: foreign keys are off, as they are by default.
+/// A connection of another program that writes to the file. Foreign keys are off, which is the default of SQLite.
 struct Writer(SqliteConnection);
 
 impl Writer {
@@ -143,20 +145,20 @@ struct Follower {
 }
 
 impl Follower {
-    /// What was named since the last call.
-    async fn named(&mut self) -> Vec<String> {
+    /// The changes recorded since the last poll.
+    async fn recorded(&mut self) -> Vec<String> {
         let polled = self.poll().await;
         assert!(polled.triggers_intact && polled.complete, "{polled:?}");
-        polled.changes.iter().map(|(_, change)| written(change)).collect()
+        polled.changes.iter().map(|(_, change)| describe(change)).collect()
     }
 
-    /// A poll, whose answer is applied.
+    /// Polls from the last version, checks the result, and advances to the newest version.
     async fn poll(&mut self) -> Polled {
         let (since, nonce) = self.at;
         let polled = self.lookup.poll(Some(since)).await.unwrap();
         let newest = (polled.newest.as_of, polled.newest.nonce);
-        assert_eq!(polled.versions.first(), Some(&(since, nonce)), "the one that was asked from");
-        assert_eq!(polled.versions.last(), Some(&newest), "the newest");
+        assert_eq!(polled.versions.first(), Some(&(since, nonce)), "the version that the poll starts from");
+        assert_eq!(polled.versions.last(), Some(&newest), "the newest version");
         assert!(polled.versions.is_sorted_by_key(|(version, _)| *version) && polled.oldest <= since, "{polled:?}");
         assert!(polled.changes.iter().all(|(version, _)| *version > since && *version <= newest.0), "{polled:?}");
         self.at = newest;
@@ -165,8 +167,8 @@ impl Follower {
     }
 }
 
-/// A change in few words.
-fn written(change: &Change) -> String {
+/// A short description of a change.
+fn describe(change: &Change) -> String {
     let number =
         |digest: &ApiKeyDigest| digest.as_bytes()[28..].iter().fold(0, |all, byte| all << 8 | u32::from(*byte));
     match change {
@@ -179,23 +181,23 @@ fn written(change: &Change) -> String {
     }
 }
 
-/// Runs each statement and compares what it names, in any order.
+/// Runs each statement and compares the changes that it records, in any order.
 async fn check(cases: &[(&str, &[&str])], prepare: &str) {
     let db = Db::with_keys().await;
     let (mut writer, mut follower) = (db.writer().await, db.follower().await);
     writer.run(prepare).await.unwrap();
-    for (sql, names) in cases {
+    for (sql, expected) in cases {
         writer.run(sql).await.unwrap_or_else(|error| panic!("{sql}: {error}"));
         let before = follower.at.0;
-        let mut found = follower.named().await;
+        let mut found = follower.recorded().await;
         found.sort();
-        assert_eq!(found, *names, "{prepare} {sql}");
-        assert_eq!(follower.at.0 == before, names.is_empty(), "a version only where something is named: {sql}");
+        assert_eq!(found, *expected, "{prepare} {sql}");
+        assert_eq!(follower.at.0 == before, expected.is_empty(), "only a recorded change has a version: {sql}");
     }
 }
 
 #[tokio::test]
-async fn what_a_decision_reads_is_named_and_nothing_else() {
+async fn only_changes_that_decisions_depend_on_are_recorded() {
     let set = |what: &str| format!("UPDATE api_key SET {what} WHERE id = $k11");
     let (insert, revoked) = (insert("INTO", 13, 3, ""), set("revoked_at = 5"));
     let columns: Vec<String> = [
@@ -214,7 +216,7 @@ async fn what_a_decision_reads_is_named_and_nothing_else() {
     cases.extend(columns.iter().map(|sql| (&**sql, &["absent 1", "key 11"][..])));
     cases.extend([
         (&*revoked, &["absent 1", "gone 1", "key 11"][..]),
-        // Once more: still revoked, and still another time.
+        // A key that is already revoked gets another time of revocation.
         ("UPDATE api_key SET revoked_at = 6 WHERE id = $k11", &["absent 1", "gone 1", "key 11"]),
         ("UPDATE api_key SET revoked_at = NULL WHERE id = $k11", &["absent 1", "key 11"]),
         ("UPDATE api_key SET digest = $d4 WHERE id = $k11", &["absent 4", "gone 1", "key 11"]),
@@ -223,7 +225,7 @@ async fn what_a_decision_reads_is_named_and_nothing_else() {
             "UPDATE api_key SET revoked_at = 7 WHERE id IN ($k12, $k13)",
             &["absent 2", "absent 3", "gone 2", "gone 3", "key 12", "key 13"],
         ),
-        // The same values, and columns that no decision reads.
+        // Values that stay the same, and columns that no decision reads.
         ("UPDATE api_key SET digest = digest, id = id, scopes = scopes, revoked_at = revoked_at", &[]),
         ("UPDATE api_key SET name = 'x', hint = 'y', created_at = 9, pepper_fingerprint = x'0102030405060708', metadata = '{}', rotated_from = NULL", &[]),
         ("UPDATE api_key SET rowid = rowid + 100", &[]),
@@ -243,7 +245,7 @@ async fn what_a_decision_reads_is_named_and_nothing_else() {
 }
 
 #[tokio::test]
-async fn rows_that_replace_removes_are_named_and_those_that_ignore_leaves_are_not() {
+async fn rows_that_replace_removes_are_recorded_and_rows_that_ignore_keeps_are_not() {
     let way = |how: &str, key, digest, conflict: &str| insert(how, key, digest, conflict);
     let replace = |key, digest| way("OR REPLACE INTO", key, digest, "");
     let (ignored, nothing) = (way("OR IGNORE INTO", 13, 1, ""), way("INTO", 13, 1, "ON CONFLICT DO NOTHING"));
@@ -263,7 +265,7 @@ async fn rows_that_replace_removes_are_named_and_those_that_ignore_leaves_are_no
             (&nothing_of_digest, &[]),
             (&unrelated, &[]),
             (&upsert, &["absent 1", "key 11"]),
-            // A deletion is told of first, and then that it may be there again.
+            // With recursive triggers, REPLACE also runs the delete trigger, which records the digest as gone.
             (&same, either(&["absent 1", "key 11"], &["absent 1", "gone 1", "key 11"])),
             (&by_digest, either(&["absent 1", "key 11"], &["absent 1", "gone 1", "key 11"])),
             (&by_id, &["absent 3", "gone 1", "key 13"]),
@@ -277,7 +279,7 @@ async fn rows_that_replace_removes_are_named_and_those_that_ignore_leaves_are_no
             (by_rowid, &["absent 4", "gone 3", "key 12"]),
             (revoked, &["absent 4", "gone 4", "key 14"]),
             ("UPDATE api_key SET revoked_at = NULL", &["absent 4", "key 14"]),
-            // Several rows at once, one of which is passed over.
+            // Several rows in one statement, one of which is ignored.
             (
                 "INSERT OR IGNORE INTO api_key (id, trust_id, digest, scheme, hint, created_at) VALUES
                 ($k15, $t1, $d5, 0, 'hint', 0), ($k16, $t1, $d5, 0, 'hint', 0), ($k17, $t1, $d7, 0, 'hint', 0)",
@@ -312,7 +314,7 @@ async fn rows_that_replace_removes_are_named_and_those_that_ignore_leaves_are_no
                 &["trust 3"],
             ),
             ("UPDATE OR REPLACE trust SET name = 'two' WHERE id = $t1", either(&["trust 1", "trust 3"], &["trust 3"])),
-            // Without foreign keys a trust can go and come back under its keys: those are absent meanwhile.
+            // Without foreign keys, a trust can be deleted and inserted again. Its keys are not found meanwhile.
             ("DELETE FROM trust", &["trust 1"]),
             ("INSERT INTO trust (id, name, enabled, created_at) VALUES ($t1, 'one', 1, 0)", &["absent 5", "trust 1"]),
             ("UPDATE trust SET id = $t2", &["trust 1", "trust 2"]),
@@ -324,7 +326,7 @@ async fn rows_that_replace_removes_are_named_and_those_that_ignore_leaves_are_no
 }
 
 #[tokio::test]
-async fn what_is_rolled_back_is_not_named() {
+async fn changes_that_are_rolled_back_are_not_recorded() {
     let db = Db::with_keys().await;
     let (mut writer, mut follower) = (db.writer().await, db.follower().await);
     let revoke = |key| format!("UPDATE api_key SET revoked_at = 1 WHERE id = $k{key};");
@@ -332,14 +334,14 @@ async fn what_is_rolled_back_is_not_named() {
     let start = follower.at.0;
 
     writer.run(&format!("BEGIN; {first} {}; DELETE FROM trust; ROLLBACK", insert("INTO", 13, 3, ""))).await.unwrap();
-    assert_eq!(follower.named().await, [""; 0]);
+    assert_eq!(follower.recorded().await, [""; 0]);
     assert_eq!(follower.at.0, start);
-    // Not before the commit, and all of it at once.
+    // The changes appear at the commit, all at once.
     writer.run(&format!("BEGIN; SAVEPOINT a; {first} ROLLBACK TO a; {second} SAVEPOINT b; {first}")).await.unwrap();
-    assert_eq!(follower.named().await, [""; 0]);
+    assert_eq!(follower.recorded().await, [""; 0]);
     writer.run("ROLLBACK TO b; RELEASE a; COMMIT").await.unwrap();
-    assert_eq!(follower.named().await, ["absent 2", "key 12", "gone 2"], "what is gone comes last");
-    // A statement that fails in the middle undoes its own rows, or keeps those before it.
+    assert_eq!(follower.recorded().await, ["absent 2", "key 12", "gone 2"], "removed digests come last");
+    // A statement that fails undoes its rows. With OR FAIL it keeps the rows before the one that failed.
     let three = |how: &str| {
         format!(
             "INSERT {how} INTO api_key (id, trust_id, digest, scheme, hint, created_at) VALUES
@@ -349,25 +351,25 @@ async fn what_is_rolled_back_is_not_named() {
     writer.run("BEGIN").await.unwrap();
     writer.run(&three("")).await.unwrap_err();
     writer.run(&format!("{first} COMMIT")).await.unwrap();
-    assert_eq!(follower.named().await, ["absent 1", "key 11", "gone 1"]);
+    assert_eq!(follower.recorded().await, ["absent 1", "key 11", "gone 1"]);
     writer.run(&three("OR FAIL")).await.unwrap_err();
-    assert_eq!(follower.named().await, ["absent 3", "absent 4"]);
+    assert_eq!(follower.recorded().await, ["absent 3", "absent 4"]);
     writer.run("BEGIN; DELETE FROM api_key WHERE id = $k13").await.unwrap();
     writer.run(&three("OR ROLLBACK")).await.unwrap_err();
-    assert_eq!(follower.named().await, [""; 0]);
+    assert_eq!(follower.recorded().await, [""; 0]);
 }
 
-/// Objects of each writer: its number times this, and up.
+/// The numbers of a writer's keys begin at the number of the writer times this.
 const OBJECTS: u32 = 100_000;
 
-/// Transactions on keys of its own: a third is rolled back, one in ten goes through savepoints. Returns what those that
-/// were committed have to name.
+/// Runs transactions on the keys of one writer. A third is rolled back, and one in ten uses savepoints. Returns the
+/// changes that the committed transactions must record.
 async fn write(path: PathBuf, writer: u32, transactions: u32) -> Vec<String> {
     let mut connection = Writer::open(&path).await;
-    let mut names = Vec::new();
+    let mut expected = Vec::new();
     let mut object = writer * OBJECTS;
     for transaction in 0..transactions {
-        let mut here = Vec::new();
+        let mut changes = Vec::new();
         let begin = if transaction % 2 == 0 { "BEGIN IMMEDIATE" } else { "BEGIN EXCLUSIVE" };
         connection.run(begin).await.unwrap();
         for _ in 0..=transaction % 3 {
@@ -378,25 +380,26 @@ async fn write(path: PathBuf, writer: u32, transactions: u32) -> Vec<String> {
                 object += 1;
             }
             connection.run(&insert("INTO", object, object, "")).await.unwrap();
-            here.push(format!("absent {object}"));
+            changes.push(format!("absent {object}"));
             if transaction % 4 == 0 {
                 let other = OBJECTS * 50 + object;
                 let change = format!("UPDATE api_key SET digest = $d{other}, revoked_at = 1 WHERE id = $k{object}");
                 connection.run(&change).await.unwrap();
-                here.extend([format!("key {object}"), format!("absent {other}"), format!("gone {object}")]);
+                changes.extend([format!("key {object}"), format!("absent {other}"), format!("gone {object}")]);
             }
         }
         if transaction % 3 == 1 {
             connection.run("ROLLBACK").await.unwrap();
         } else {
             connection.run("COMMIT").await.unwrap();
-            names.append(&mut here);
+            expected.append(&mut changes);
         }
     }
-    names
+    expected
 }
 
-/// The same as another process does it, with the SQLite of the system: `executemany`, and a trust for each transaction.
+/// A writer in another process, with the SQLite library of Python. It uses `executemany`, and each transaction creates
+/// a trust.
 const PYTHON: &str = r"
 import sqlite3, sys, uuid
 path, first, transactions = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
@@ -423,7 +426,7 @@ async fn write_in_another_process(path: PathBuf, writer: u32, transactions: u32)
             .args([(writer * OBJECTS).to_string(), transactions.to_string()])
             .stderr(Stdio::inherit())
             .output()
-            .expect("python3 is needed by this test: install it, do not skip")
+            .expect("cannot run python3, which this test needs")
     };
     let output = tokio::task::spawn_blocking(run).await.unwrap();
     assert!(output.status.success());
@@ -431,7 +434,7 @@ async fn write_in_another_process(path: PathBuf, writer: u32, transactions: u32)
 }
 
 #[tokio::test]
-async fn beside_several_writers_a_poller_misses_nothing() {
+async fn polls_beside_several_writers_miss_no_change() {
     const WRITERS: u32 = 4;
     const TRANSACTIONS: u32 = 200;
     let db = Db::with_keys().await;
@@ -444,25 +447,25 @@ async fn beside_several_writers_a_poller_misses_nothing() {
 
     let (mut expected, mut found, mut polls) = (Vec::new(), Vec::new(), 0_u32);
     loop {
-        while let Some(names) = writing.try_join_next() {
-            expected.extend(names.unwrap());
+        while let Some(changes) = writing.try_join_next() {
+            expected.extend(changes.unwrap());
         }
         let done = writing.is_empty();
-        found.extend(follower.named().await);
+        found.extend(follower.recorded().await);
         polls += 1;
         if done {
             break;
         }
     }
     println!("{} changes in {polls} polls, at most {} versions in one", found.len(), follower.versions_max);
-    assert!(polls > 20, "polled while they wrote");
+    assert!(polls > 20, "only {polls} polls while the writers were running");
     expected.sort();
     found.sort();
-    assert!(expected.len() > 1_000 && found == expected, "each exactly once");
+    assert!(expected.len() > 1_000 && found == expected, "each change is recorded exactly once");
 }
 
 #[tokio::test]
-async fn a_thousand_of_a_kind_are_named_one_by_one_and_more_as_a_whole() {
+async fn a_thousand_changes_of_a_kind_are_listed_and_more_are_recorded_as_a_whole() {
     let db = Db::with_keys().await;
     let (mut writer, mut follower) = (db.writer().await, db.follower().await);
     let many = |from: u32, count: u32| {
@@ -474,36 +477,39 @@ async fn a_thousand_of_a_kind_are_named_one_by_one_and_more_as_a_whole() {
     };
     writer.run(&many(1_000, 1_000)).await.unwrap();
     let since = follower.at;
-    let named = follower.named().await;
-    assert_eq!(named.iter().collect::<BTreeSet<_>>().len(), 1_000);
-    assert!(named.iter().all(|name| name.starts_with("absent ")));
-    // One more, and something of another kind.
+    let recorded = follower.recorded().await;
+    assert_eq!(recorded.iter().collect::<BTreeSet<_>>().len(), 1_000);
+    assert!(recorded.iter().all(|change| change.starts_with("absent ")));
+    // One more change of this kind, and a change of another kind.
     writer.run(&many(2_000, 1)).await.unwrap();
     writer.run("UPDATE trust SET enabled = 0 WHERE id = $t2").await.unwrap();
     follower.at = since;
     let polled = follower.poll().await;
     let newest = polled.newest.as_of;
-    let changes: Vec<(Version, String)> = polled.changes.iter().map(|(at, change)| (*at, written(change))).collect();
+    let changes: Vec<(Version, String)> = polled.changes.iter().map(|(at, change)| (*at, describe(change))).collect();
     assert_eq!(changes, [(Version(newest.0 - 1), "all Absences".into()), (newest, "trust 2".into())]);
-    assert_eq!(polled.versions.len(), 1_001, "the newest thousand, and the one that was asked from");
+    assert_eq!(polled.versions.len(), 1_001, "the newest thousand versions, and the one that the poll starts from");
 
     let started = Instant::now();
     writer.run(&many(100_000, 100_000)).await.unwrap();
     let (inserted, started) = (started.elapsed(), Instant::now());
-    assert_eq!(follower.named().await, ["all Absences"], "cached records stay valid");
+    assert_eq!(follower.recorded().await, ["all Absences"], "cached records stay valid");
     println!("100 000 keys in {inserted:?}, the poll after them {:?}", started.elapsed());
-    assert_eq!(follower.named().await, [""; 0]);
+    assert_eq!(follower.recorded().await, [""; 0]);
     assert_eq!(writer.number("SELECT count(*) FROM api_key").await, 101_003);
-    // For a replica that begins as well.
+    // The same holds for the first poll of a replica.
     let start = follower.lookup.poll(None).await.unwrap();
     assert!(start.triggers_intact && start.complete && start.newest.as_of == follower.at.0);
     assert_eq!(start.versions.len(), 1_001);
-    let told: Vec<String> = start.changes.iter().map(|(_, change)| written(change)).collect();
-    assert!(told.contains(&"all Absences".to_owned()) && told.contains(&"trust 2".to_owned()), "{told:?}");
+    let described: Vec<String> = start.changes.iter().map(|(_, change)| describe(change)).collect();
+    assert!(
+        described.contains(&"all Absences".to_owned()) && described.contains(&"trust 2".to_owned()),
+        "{described:?}"
+    );
 }
 
 #[tokio::test]
-async fn whatever_may_let_a_change_pass_unnamed_is_noticed_and_mended_or_told() {
+async fn alterations_that_may_hide_a_change_are_noticed_and_repaired_or_reported() {
     let db = Db::with_keys().await;
     let (mut writer, mut follower) = (db.writer().await, db.follower().await);
     let text = |name: &str| format!("SELECT sql FROM sqlite_schema WHERE name = '{name}'");
@@ -512,8 +518,9 @@ async fn whatever_may_let_a_change_pass_unnamed_is_noticed_and_mended_or_told() 
     let unseen = "UPDATE api_key SET revoked_at = ifnull(revoked_at, 0) + 1";
     let within_one = format!("BEGIN; DROP TRIGGER api_key_update; {unseen}; {update}; COMMIT");
     let tampered = format!("DROP TRIGGER api_key_update; {}", update.replace("OLD.scopes", "NEW.scopes"));
-    // What was done, and what is told; nothing where all is right again.
-    for (done, problem, undo) in [
+    // The alteration, the problem that is reported (none if `restore_watch` succeeds), and the statement that undoes
+    // the alteration. "migrate" stands for a migration.
+    for (alteration, problem, undo) in [
         (&*within_one, None, ""),
         ("VACUUM", None, ""),
         ("ANALYZE", None, ""),
@@ -522,37 +529,37 @@ async fn whatever_may_let_a_change_pass_unnamed_is_noticed_and_mended_or_told() 
         ("ALTER TABLE api_key ADD COLUMN note TEXT", None, ""),
         ("CREATE TABLE elsewhere (x); CREATE TRIGGER t AFTER INSERT ON elsewhere BEGIN SELECT 1; END", None, ""),
         ("DROP TRIGGER trust_delete", Some("trust_delete is missing"), "migrate"),
-        (&*tampered, Some("api_key_update is not as it was made"), "migrate"),
+        (&*tampered, Some("api_key_update was altered"), "migrate"),
         (
             "CREATE TRIGGER mine BEFORE INSERT ON change BEGIN SELECT RAISE(IGNORE); END",
-            Some("\"mine\" is no trigger of trustgate's"),
+            Some("\"mine\" is not one of trustgate's"),
             "DROP TRIGGER mine",
         ),
         (
             "CREATE TRIGGER mine AFTER INSERT ON API_KEY BEGIN DELETE FROM displaced; END",
-            Some("\"mine\" is no trigger of trustgate's"),
+            Some("\"mine\" is not one of trustgate's"),
             "DROP TRIGGER mine",
         ),
         (
             "CREATE UNIQUE INDEX one_name ON api_key (name)",
-            Some("\"one_name\" makes more unique"),
+            Some("\"one_name\" is not one of trustgate's"),
             "DROP INDEX one_name",
         ),
         (
             "CREATE UNIQUE INDEX any_case ON trust (name COLLATE NOCASE)",
-            Some("\"any_case\" makes more unique"),
+            Some("\"any_case\" is not one of trustgate's"),
             "DROP INDEX any_case",
         ),
         ("ALTER TABLE trust RENAME TO away", Some("is missing"), "ALTER TABLE away RENAME TO trust; migrate"),
     ] {
-        writer.run(done).await.unwrap();
+        writer.run(alteration).await.unwrap();
         let polled = follower.poll().await;
-        assert!(!polled.triggers_intact, "{done}");
+        assert!(!polled.triggers_intact, "{alteration}");
         if let Some(problem) = problem {
-            let told = follower.lookup.restore_watch().await.unwrap_err().to_string();
-            assert!(told.contains(problem), "{done}: {told}");
-            assert!(!follower.poll().await.triggers_intact, "{done}");
-            // Not even the start of another server puts in force what is not.
+            let reported = follower.lookup.restore_watch().await.unwrap_err().to_string();
+            assert!(reported.contains(problem), "{alteration}: {reported}");
+            assert!(!follower.poll().await.triggers_intact, "{alteration}");
+            // If a migration cannot repair the alteration, it fails with the same problem.
             match undo.strip_suffix("migrate") {
                 Some(undo) => {
                     writer.run(undo).await.unwrap();
@@ -568,28 +575,28 @@ async fn whatever_may_let_a_change_pass_unnamed_is_noticed_and_mended_or_told() 
         } else {
             follower.lookup.restore_watch().await.unwrap();
         }
-        assert_eq!(follower.named().await, ["everything"], "{done}: what passed unnamed");
+        assert_eq!(follower.recorded().await, ["everything"], "{alteration}: a change may be missing");
         follower.lookup.restore_watch().await.unwrap();
-        assert_eq!(follower.named().await, [""; 0], "once is enough");
+        assert_eq!(follower.recorded().await, [""; 0], "the second call records nothing");
         writer.run(unseen).await.unwrap();
-        assert_eq!(follower.named().await.len(), 6, "{done}: named again");
+        assert_eq!(follower.recorded().await.len(), 6, "{alteration}: changes are recorded again");
     }
-    // The tables themselves.
+    // A table is missing.
     writer.run("DROP TABLE api_key").await.unwrap();
     assert!(!follower.poll().await.triggers_intact);
     assert!(follower.lookup.restore_watch().await.unwrap_err().to_string().contains("is missing"));
 }
 
-/// Puts a file in the place of the database, with nothing left of what lay beside that.
-fn put_in_place(from: &Path, place: &Path) {
+/// Replaces the file of a database and removes its `-wal` and `-shm` files.
+fn put_in_place(from: &Path, to: &Path) {
     for beside in ["-wal", "-shm"] {
-        let _ = std::fs::remove_file(place.with_file_name(format!("trustgate.db{beside}")));
+        let _ = std::fs::remove_file(to.with_file_name(format!("trustgate.db{beside}")));
     }
-    std::fs::rename(from, place).unwrap();
+    std::fs::rename(from, to).unwrap();
 }
 
 #[tokio::test]
-async fn a_copy_put_back_with_as_many_other_changes_is_told_by_the_nonce() {
+async fn a_copy_that_is_put_back_and_changed_as_often_differs_by_the_nonce() {
     let db = Db::with_keys().await;
     let (mut writer, follower) = (db.writer().await, db.follower().await);
     let copy = db.path.with_file_name("copy.db");
@@ -611,9 +618,9 @@ async fn a_copy_put_back_with_as_many_other_changes_is_told_by_the_nonce() {
     let same = follower.lookup.poll(Some(known.newest.as_of)).await.unwrap();
     assert_eq!((same.newest.as_of, same.newest.lineage), (known.newest.as_of, known.newest.lineage));
     assert_eq!(same.versions, [(same.newest.as_of, same.newest.nonce)]);
-    assert_ne!(same.newest.nonce, known.newest.nonce, "the same number in another history");
+    assert_ne!(same.newest.nonce, known.newest.nonce, "the same version number in another lineage");
 
-    // Whoever found out begins a new history, once.
+    // The replica that notices this gives the database a new incarnation, once.
     let lost = same.newest.lineage.incarnation;
     follower.lookup.renew_incarnation(lost).await.unwrap();
     let renewed = follower.lookup.poll(Some(same.newest.as_of)).await.unwrap();
@@ -625,23 +632,23 @@ async fn a_copy_put_back_with_as_many_other_changes_is_told_by_the_nonce() {
 }
 
 #[tokio::test]
-async fn no_poll_confirms_a_file_that_is_not_there_any_longer() {
+async fn a_poll_does_not_confirm_a_file_that_was_removed_or_replaced() {
     let (db, other) = (Db::with_keys().await, Db::new().await);
     let follower = db.follower().await;
     let before = follower.lookup.poll(Some(follower.at.0)).await.unwrap();
-    // Removed: the connection still has it, and could answer for ever.
+    // The file is removed, but its open connection could still read it.
     let aside = db.path.with_file_name("aside.db");
     std::fs::rename(&db.path, &aside).unwrap();
     let gone = follower.lookup.poll(Some(follower.at.0)).await;
     assert!(matches!(gone, Err(PollError::NoAnswer(_))), "{gone:?}");
-    // Another one in its place: what is told is of that one.
+    // Another file takes its place: the poll reads the new file.
     put_in_place(&other.path, &db.path);
     let swapped = follower.lookup.poll(Some(follower.at.0)).await.unwrap();
     assert_ne!(swapped.newest.lineage.incarnation, before.newest.lineage.incarnation);
     assert!(swapped.newest.as_of < before.newest.as_of);
 }
 
-/// The tables and rows that release 0.1 made.
+/// The tables and rows of release 0.1.
 const VERSION_1: &str = "
 PRAGMA journal_mode = WAL;
 CREATE TABLE schema (
@@ -693,14 +700,14 @@ INSERT INTO replica VALUES ('00000000-0000-0000-0000-000000000099', 2, 0);
 ";
 
 #[tokio::test]
-async fn a_database_of_the_first_release_is_brought_up_to_date_with_its_keys() {
+async fn a_database_of_the_first_release_is_upgraded_and_keeps_its_keys() {
     let db = Db::nowhere();
     std::fs::write(&db.path, "").unwrap();
     let mut writer = db.writer().await;
     writer.run(VERSION_1).await.unwrap();
-    assert!(store::open_ledger(&settings(&db.path), NO_ENV).await.is_err(), "not yet");
+    assert!(store::open_ledger(&settings(&db.path), NO_ENV).await.is_err(), "the database is not upgraded yet");
 
-    // `serve` does it by itself; several at once are no trouble.
+    // `serve` upgrades the tables at startup. Several servers can start at once.
     let mut preparing = JoinSet::new();
     for _ in 0..4 {
         let lookup = db.open();
@@ -712,27 +719,27 @@ async fn a_database_of_the_first_release_is_brought_up_to_date_with_its_keys() {
     assert!(start.triggers_intact && start.newest.as_of == Version(3), "{start:?}");
     assert_eq!(start.newest.lineage.incarnation, Uuid::from_u128(0x77));
     let before = follower.lookup.poll(Some(Version(2))).await.unwrap();
-    assert_eq!(before.changes, [(Version(3), Change::Everything)], "nobody named what happened until now");
+    assert_eq!(before.changes, [(Version(3), Change::Everything)], "changes before the upgrade were not recorded");
 
     let digests = Digests { current: digest(1), older: Vec::new() };
     let record = follower.lookup.find(&digests).await.unwrap().value.expect("kept");
     assert_eq!(record.key_id, KeyId(Uuid::from_u128(11)));
     let mut ledger = db.ledger().await;
     ledger.revoke_key(&store::Actor("test".into()), record.key_id).await.unwrap();
-    assert_eq!(follower.named().await, ["absent 1", "key 11", "gone 1"]);
+    assert_eq!(follower.recorded().await, ["absent 1", "key 11", "gone 1"]);
     assert_eq!(ledger.newest().await.unwrap(), follower.at.0);
     assert_eq!(writer.number("SELECT count(*) FROM schema").await, 4);
-    assert_eq!(ledger.replicas().await.unwrap(), [], "a sign of life that never said how long it counts");
+    assert_eq!(ledger.replicas().await.unwrap(), [], "the first release stored no end of a heartbeat");
 
-    // Done is done.
+    // Another migration changes nothing.
     store::migrate(&settings(&db.path), NO_ENV).await.unwrap();
-    assert_eq!(follower.named().await, [""; 0]);
+    assert_eq!(follower.recorded().await, [""; 0]);
 }
 
 #[tokio::test]
-async fn what_is_an_answer_confirms_nothing_and_what_is_none_is_told_apart() {
-    let is_unusable = |outcome: Result<Polled, PollError>, says: &str| {
-        matches!(&outcome, Err(PollError::Unusable(text)) if text.contains(says)).then_some(()).ok_or(outcome)
+async fn unusable_answers_and_missing_answers_are_different_errors() {
+    let is_unusable = |outcome: Result<Polled, PollError>, part: &str| {
+        matches!(&outcome, Err(PollError::Unusable(text)) if text.contains(part)).then_some(()).ok_or(outcome)
     };
     // Another program has locked the whole file, and may commit changes.
     let db = Db::with_keys().await;
@@ -749,8 +756,8 @@ async fn what_is_an_answer_confirms_nothing_and_what_is_none_is_told_apart() {
     is_unusable(follower.lookup.poll(Some(follower.at.0)).await, "no such table").unwrap();
     holder.0.close().await.unwrap();
 
-    // SQLite opens a file for reading alone whose header says that later releases write otherwise: the two bytes at 18
-    // are the formats to write and to read (https://www.sqlite.org/fileformat.html#the_database_header).
+    // SQLite opens a file read-only if its header contains a newer write format. Bytes 18 and 19 are the formats for
+    // writing and reading (https://www.sqlite.org/fileformat.html#the_database_header).
     let db = Db::with_keys().await;
     let mut writer = db.writer().await;
     writer.run("PRAGMA journal_mode = DELETE").await.unwrap();
@@ -760,7 +767,7 @@ async fn what_is_an_answer_confirms_nothing_and_what_is_none_is_told_apart() {
     std::fs::write(&db.path, &bytes).unwrap();
     is_unusable(db.open().poll(None).await, "read-only").unwrap();
 
-    // Damaged, cut, and no database at all.
+    // Damaged files, a truncated file, a file that is not a database, an empty file, and a removed file.
     let whole = bytes.clone();
     bytes[4_096..].fill(0xff);
     std::fs::write(&db.path, &bytes).unwrap();
@@ -777,10 +784,10 @@ async fn what_is_an_answer_confirms_nothing_and_what_is_none_is_told_apart() {
 }
 
 #[tokio::test]
-async fn a_kind_of_a_newer_release_is_everything_and_an_odd_object_is_its_kind() {
+async fn an_unknown_kind_is_everything_and_an_invalid_id_is_all_of_its_kind() {
     let db = Db::with_keys().await;
     let (mut writer, mut follower) = (db.writer().await, db.follower().await);
-    let odd = "a key of somebody who read no manual";
+    let odd = "a text of 36 characters but no UUID.";
     let change = |kind: &str| {
         format!(
             "INSERT INTO version (nonce, at) VALUES (randomblob(16), 0);
@@ -788,31 +795,32 @@ async fn a_kind_of_a_newer_release_is_everything_and_an_odd_object_is_its_kind()
         )
     };
     writer.run(&format!("UPDATE api_key SET id = '{odd}' WHERE id = $k11")).await.unwrap();
-    assert_eq!(follower.named().await, ["absent 1", "key 11", "all Keys"]);
+    assert_eq!(follower.recorded().await, ["absent 1", "key 11", "all Keys"]);
     writer.run("INSERT INTO schema VALUES (5, 1, 0)").await.unwrap();
     for kind in ["user", "a", "~", "gonf"] {
         writer.run(&change(kind)).await.unwrap();
-        assert_eq!(follower.named().await, ["everything"], "{kind}");
+        assert_eq!(follower.recorded().await, ["everything"], "{kind}");
     }
-    assert_eq!(follower.named().await, [""; 0]);
+    assert_eq!(follower.recorded().await, [""; 0]);
 }
 
 #[tokio::test]
-async fn versions_are_pruned_from_the_oldest_on_and_never_the_newest() {
+async fn the_oldest_versions_are_pruned_and_the_newest_is_kept() {
     let db = Db::with_keys().await;
     let (mut writer, mut follower) = (db.writer().await, db.follower().await);
     let rows = "SELECT count(*) FROM version";
     follower.lookup.prune().await.unwrap();
     let all = writer.number(rows).await;
-    assert!(all > 3, "all of the last minute");
+    assert!(all > 3, "versions of the last minute are kept");
 
-    let spent = follower.at.0;
+    let pruned = follower.at.0;
     for _ in 0..1_500 {
         writer.run("UPDATE trust SET enabled = 1 - enabled WHERE id = $t2").await.unwrap();
     }
-    follower.named().await;
+    follower.recorded().await;
     let newest = follower.at.0;
-    // Stamped long ago, but for the last ten; the first of these says when the one before it was superseded.
+    // All versions but the last ten get an old time. The version before these ten was the newest until the first of
+    // them, so it is kept.
     let age = |to: u64| format!("UPDATE version SET at = at - 1210000000 WHERE version <= {to}");
     writer.run(&age(newest.0 - 10)).await.unwrap();
     let total = all + 1_500;
@@ -821,39 +829,43 @@ async fn versions_are_pruned_from_the_oldest_on_and_never_the_newest() {
         assert_eq!(writer.number(rows).await, left);
         let changes = "SELECT count(*) FROM change WHERE version < (SELECT min(version) FROM version)";
         assert_eq!(writer.number(changes).await, 0);
-        assert_eq!(writer.number("SELECT count(DISTINCT version) FROM change").await, left, "the others keep theirs");
+        assert_eq!(
+            writer.number("SELECT count(DISTINCT version) FROM change").await,
+            left,
+            "the other versions keep their changes"
+        );
     }
-    let polled = follower.lookup.poll(Some(spent)).await.unwrap();
+    let polled = follower.lookup.poll(Some(pruned)).await.unwrap();
     assert_eq!(polled.oldest, Version(newest.0 - 10));
-    assert_ne!(polled.versions.first().unwrap().0, spent, "it finds its own gone");
-    // A replica that begins takes those of the last 15 minutes, by number: what was stamped late counts as well.
+    assert_ne!(polled.versions.first().unwrap().0, pruned, "the version that the poll starts from was pruned");
+    // The first poll returns the oldest version of the last 15 minutes and all later ones, whatever time they have.
     writer.run(&format!("UPDATE version SET at = at - 1210000000 WHERE version = {}", newest.0 - 3)).await.unwrap();
     let start = follower.lookup.poll(None).await.unwrap();
     assert_eq!(start.versions.first().unwrap().0, Version(newest.0 - 9));
-    assert_eq!((start.versions.len(), start.changes.len()), (10, 10), "what the first of them named included");
-    // Nothing for a long time.
+    assert_eq!((start.versions.len(), start.changes.len()), (10, 10), "the changes of the first version are included");
+    // All versions are old.
     writer.run(&age(newest.0)).await.unwrap();
     follower.lookup.prune().await.unwrap();
     assert_eq!(writer.number(rows).await, 1);
     let start = follower.lookup.poll(None).await.unwrap();
     assert_eq!((start.oldest, start.newest.as_of, start.versions.len()), (newest, newest, 1));
     writer.run("UPDATE trust SET enabled = 1 - enabled WHERE id = $t2").await.unwrap();
-    assert_eq!(follower.named().await, ["trust 2"]);
+    assert_eq!(follower.recorded().await, ["trust 2"]);
     assert_eq!(follower.at.0, Version(newest.0 + 1));
 }
 
 #[tokio::test]
-async fn a_replica_counts_until_the_end_of_its_last_sign() {
+async fn a_replica_is_listed_until_its_last_heartbeat_ends() {
     let db = Db::new().await;
     let (lookup, mut ledger, mut writer) = (db.open(), db.ledger().await, db.writer().await);
-    let sign = |replica, applied, seconds| Heartbeat {
+    let heartbeat = |replica, applied, seconds| Heartbeat {
         replica: Uuid::from_u128(replica),
         name: format!("pod-{replica}"),
         applied: Version(applied),
         lasts: Duration::from_secs(seconds),
     };
-    for sign in [sign(1, 1, 60), sign(2, 1, 0), sign(1, 2, 90), sign(3, 2, u64::MAX)] {
-        lookup.report(&sign).await.unwrap();
+    for sent in [heartbeat(1, 1, 60), heartbeat(2, 1, 0), heartbeat(1, 2, 90), heartbeat(3, 2, u64::MAX)] {
+        lookup.report(&sent).await.unwrap();
     }
     let mut until = BTreeMap::new();
     for replica in ledger.replicas().await.unwrap() {
@@ -862,14 +874,14 @@ async fn a_replica_counts_until_the_end_of_its_last_sign() {
     }
     assert_eq!(until.keys().collect::<Vec<_>>(), ["pod-1", "pod-3"]);
     assert_eq!(until["pod-1"], 90);
-    // Rows of the dead are kept for a day, however long they were to live and whoever wrote them.
+    // Rows of replicas that have ended are kept for a day, whatever the duration of their heartbeat was.
     let mut age = async |hours: i64| {
         let sql = format!(
             "UPDATE replica SET seen_at = seen_at - {hours} * 3600000000,
                 until = min(until, seen_at) - {hours} * 3600000000 WHERE name <> 'pod-1'"
         );
         writer.run(&sql).await.unwrap();
-        lookup.report(&sign(1, 3, 60)).await.unwrap();
+        lookup.report(&heartbeat(1, 3, 60)).await.unwrap();
         writer.number("SELECT count(*) FROM replica").await
     };
     assert_eq!(age(23).await, 3);
@@ -877,13 +889,13 @@ async fn a_replica_counts_until_the_end_of_its_last_sign() {
 }
 
 #[tokio::test]
-async fn a_table_of_somebody_else_is_polled_and_never_written() {
+async fn an_existing_table_is_polled_and_not_changed() {
     let db = Db::nowhere();
     std::fs::write(&db.path, "").unwrap();
     let mut writer = db.writer().await;
     writer.run("CREATE TABLE trust (id TEXT PRIMARY KEY, api_key_hash TEXT)").await.unwrap();
-    let theirs = StoreSettings { preset: Some(store::Preset::TrustTable), ..settings(&db.path) };
-    let lookup = store::open_lookup(&theirs, NO_ENV, Arc::new(SystemClock)).unwrap();
+    let existing = StoreSettings { preset: Some(store::Preset::TrustTable), ..settings(&db.path) };
+    let lookup = store::open_lookup(&existing, NO_ENV, Arc::new(SystemClock)).unwrap();
     lookup.prepare(Missing::Refuse).await.unwrap();
     for since in [None, Some(Version(0))] {
         let polled = lookup.poll(since).await.unwrap();

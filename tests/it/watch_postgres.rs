@@ -1,6 +1,7 @@
-//! Whoever alters what names changes on PostgreSQL is noticed; and which servers and roles a poll can rely on.
+//! On PostgreSQL, a poll notices altered triggers, functions and tables. Also: upgrades, grants, and the servers,
+//! poolers and session settings under which a poll works.
 
-// What a change costs others is measured by the clock on the wall, and each story is told in its order.
+// Some tests measure wall-clock time, and some are long because each step depends on the step before.
 #![allow(clippy::disallowed_methods, clippy::too_many_lines, clippy::similar_names, clippy::needless_for_each)]
 
 use std::{sync::Arc, time::Duration};
@@ -34,7 +35,7 @@ struct Db {
 }
 
 fn settings(url: String) -> StoreSettings {
-    // Tests share their machine: no deadline here may fail them.
+    // Timeouts that are long enough for a busy machine.
     StoreSettings {
         url: Some(Secret::new(url)),
         read_timeout: 20 * SECONDS,
@@ -47,14 +48,14 @@ fn open(settings: &StoreSettings) -> Arc<dyn Source> {
     store::open_lookup(settings, &|_| None, Arc::new(SystemClock)).unwrap()
 }
 
-/// Listens to the hints of `lookup`, until the task is aborted; what comes out of it says that there was one.
+/// Receives the notifications of `lookup` until the task is aborted, and passes them to the returned channel.
 fn listen(lookup: &Arc<dyn Source>) -> (Receiver<()>, JoinHandle<Fault>) {
-    let ((hints, heard), lookup) = (channel(10), Arc::clone(lookup));
+    let ((sender, notifications), lookup) = (channel(10), Arc::clone(lookup));
     let woken = move || {
-        // Full: one is as good as many.
-        let _ = hints.try_send(());
+        // If the channel is full, it already contains a notification, and one is enough.
+        let _ = sender.try_send(());
     };
-    (heard, tokio::spawn(async move { lookup.listen(&woken).await }))
+    (notifications, tokio::spawn(async move { lookup.listen(&woken).await }))
 }
 
 impl Db {
@@ -86,7 +87,7 @@ impl Db {
         self.server.execute(&self.name, sql).await;
     }
 
-    async fn is_watched(&self) -> bool {
+    async fn triggers_intact(&self) -> bool {
         self.lookup.poll(None).await.unwrap().triggers_intact
     }
 
@@ -94,107 +95,107 @@ impl Db {
         self.lookup.poll(None).await.unwrap().newest.as_of
     }
 
-    /// What was named since `version`.
-    async fn named(&self, version: &mut Version) -> Vec<Change> {
+    /// The changes recorded after `version`. Advances `version` to the newest.
+    async fn recorded(&self, version: &mut Version) -> Vec<Change> {
         let polled = self.lookup.poll(Some(*version)).await.unwrap();
         assert!(polled.complete);
         *version = polled.newest.as_of;
         polled.changes.into_iter().map(|(_, change)| change).collect()
     }
 
-    /// A change of the key is named.
-    async fn names(&self, seen: &mut Version) {
+    /// Asserts that a change of the key is recorded.
+    async fn records_a_change(&self, seen: &mut Version) {
         self.execute("UPDATE trustgate.api_key SET scheme = 1 - scheme").await;
-        let changes = self.named(seen).await;
+        let changes = self.recorded(seen).await;
         assert!(changes.contains(&Change::Key(KeyId(KEY.parse().unwrap()))), "{changes:?}");
     }
 }
 
-/// What happens to what was altered.
+/// What repairs an alteration.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Then {
-    /// It is all right, and was not for a while: that is made up for.
-    Heals,
-    /// It stays noticed until this is done.
-    Cure(&'static str),
-    /// The same, until it is mended by `trustgate migrate`.
+enum Repair {
+    /// `restore_watch` succeeds: the triggers are intact again, but changes may have passed unrecorded.
+    Restore,
+    /// `restore_watch` fails until the test has run this SQL.
+    Run(&'static str),
+    /// `restore_watch` fails until `trustgate migrate` has repaired the alteration.
     Migrate,
-    /// It is none of our business.
-    Unnoticed,
+    /// The alteration does not affect the triggers, and no poll notices it.
+    Unneeded,
 }
 
 #[tokio::test]
-async fn whatever_keeps_changes_from_being_named_is_noticed_until_it_is_put_right() {
+async fn alterations_that_prevent_records_of_changes_are_noticed_until_they_are_repaired() {
     const ROW: &str = "TRIGGER trustgate_changed";
     let on = |rest: &str| format!("ALTER TABLE trustgate.api_key {rest}");
-    let cases: Vec<(&str, String, Then)> = vec![
-        ("VACUUM, ANALYZE and an index", "VACUUM (FREEZE, ANALYZE) trustgate.api_key; VACUUM (FREEZE, ANALYZE) pg_trigger; CREATE INDEX ON trustgate.api_key (hint); REINDEX TABLE trustgate.api_key".into(), Then::Unnoticed),
-        ("a trigger is disabled", on(&format!("DISABLE {ROW}")), Then::Cure("ALTER TABLE trustgate.api_key ENABLE ALWAYS TRIGGER trustgate_changed")),
+    let cases: Vec<(&str, String, Repair)> = vec![
+        ("VACUUM, ANALYZE and an index", "VACUUM (FREEZE, ANALYZE) trustgate.api_key; VACUUM (FREEZE, ANALYZE) pg_trigger; CREATE INDEX ON trustgate.api_key (hint); REINDEX TABLE trustgate.api_key".into(), Repair::Unneeded),
+        ("a trigger is disabled", on(&format!("DISABLE {ROW}")), Repair::Run("ALTER TABLE trustgate.api_key ENABLE ALWAYS TRIGGER trustgate_changed")),
         (
-            "for the length of one transaction",
+            "a trigger is disabled for one transaction",
             format!(
                 "BEGIN; {}; UPDATE trustgate.api_key SET scheme = 5; {}; COMMIT",
                 on(&format!("DISABLE {ROW}")),
                 on(&format!("ENABLE ALWAYS {ROW}"))
             ),
-            Then::Heals,
+            Repair::Restore,
         ),
-        ("enabled, but not for every session", on(&format!("ENABLE {ROW}")), Then::Migrate),
-        ("all are disabled and enabled", on("DISABLE TRIGGER ALL, ENABLE TRIGGER ALL"), Then::Migrate),
-        ("only for replicas", on(&format!("ENABLE REPLICA {ROW}")), Then::Migrate),
-        ("dropped", format!("DROP {ROW} ON trustgate.api_key"), Then::Migrate),
-        ("the one that sees TRUNCATE", "DROP TRIGGER trustgate_truncated ON trustgate.trust".into(), Then::Migrate),
-        ("the stamp", "ALTER TABLE trustgate.tx DISABLE TRIGGER trustgate_stamp".into(), Then::Migrate),
+        ("a trigger is not enabled for every session", on(&format!("ENABLE {ROW}")), Repair::Migrate),
+        ("all triggers are disabled and enabled", on("DISABLE TRIGGER ALL, ENABLE TRIGGER ALL"), Repair::Migrate),
+        ("a trigger is enabled only for replicas", on(&format!("ENABLE REPLICA {ROW}")), Repair::Migrate),
+        ("a trigger is dropped", format!("DROP {ROW} ON trustgate.api_key"), Repair::Migrate),
+        ("the trigger for TRUNCATE is dropped", "DROP TRIGGER trustgate_truncated ON trustgate.trust".into(), Repair::Migrate),
+        ("the stamp trigger is disabled", "ALTER TABLE trustgate.tx DISABLE TRIGGER trustgate_stamp".into(), Repair::Migrate),
         (
-            "the stamp, not deferred",
+            "the stamp trigger is not deferred",
             "DROP TRIGGER trustgate_stamp ON trustgate.tx; CREATE TRIGGER trustgate_stamp AFTER INSERT ON trustgate.tx
                 FOR EACH ROW EXECUTE FUNCTION trustgate.stamp(); ALTER TABLE trustgate.tx ENABLE ALWAYS TRIGGER trustgate_stamp"
                 .into(),
-            Then::Migrate,
+            Repair::Migrate,
         ),
         (
-            "another trigger of the same name",
+            "a trigger is replaced by another one with its name",
             format!(
                 "DROP {ROW} ON trustgate.api_key; CREATE {ROW} AFTER UPDATE OF name ON trustgate.api_key
                     FOR EACH ROW EXECUTE FUNCTION trustgate.api_key_changed(); {}",
                 on(&format!("ENABLE ALWAYS {ROW}"))
             ),
-            Then::Migrate,
+            Repair::Migrate,
         ),
         (
-            "a function",
+            "a function is replaced",
             "CREATE OR REPLACE FUNCTION trustgate.api_key_changed() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER
                 SET search_path = pg_catalog, pg_temp AS $$ BEGIN RETURN NULL; END $$"
                 .into(),
-            Then::Migrate,
+            Repair::Migrate,
         ),
-        ("how a function is run", "ALTER FUNCTION trustgate.note(text, text) COST 99".into(), Then::Heals),
+        ("an attribute of a function is changed", "ALTER FUNCTION trustgate.note(text, text) COST 99".into(), Repair::Restore),
         (
             "the table is swapped for another",
             format!("{}; CREATE TABLE trustgate.api_key (LIKE trustgate.away INCLUDING ALL)", on("RENAME TO away")),
-            Then::Cure("DROP TABLE trustgate.api_key; ALTER TABLE trustgate.away RENAME TO api_key"),
+            Repair::Run("DROP TABLE trustgate.api_key; ALTER TABLE trustgate.away RENAME TO api_key"),
         ),
         (
-            "and back, in one transaction",
+            "the table is renamed and renamed back in one transaction",
             format!("BEGIN; {}; UPDATE trustgate.away SET scheme = 6; ALTER TABLE trustgate.away RENAME TO api_key; COMMIT", on("RENAME TO away")),
-            Then::Heals,
+            Repair::Restore,
         ),
         (
             "a table inherits from ours",
             "CREATE TABLE trustgate.child () INHERITS (trustgate.api_key)".into(),
-            Then::Cure("ALTER TABLE trustgate.child NO INHERIT trustgate.api_key; DROP TABLE trustgate.child"),
+            Repair::Run("ALTER TABLE trustgate.child NO INHERIT trustgate.api_key; DROP TABLE trustgate.child"),
         ),
-        ("a column is emptied by dropping it", on("DROP COLUMN revoked_at, ADD COLUMN revoked_at timestamptz"), Then::Heals),
-        ("a column is rewritten", on("ALTER COLUMN expires_at TYPE timestamptz USING now()"), Then::Heals),
-        ("VACUUM FULL", "VACUUM FULL trustgate.api_key".into(), Then::Heals),
-        ("TRUNCATE", "BEGIN; SAVEPOINT a; TRUNCATE trustgate.api_key CASCADE; ROLLBACK TO a; TRUNCATE trustgate.key_use; COMMIT".into(), Then::Unnoticed),
-        ("TRUNCATE for good", "TRUNCATE trustgate.api_key CASCADE".into(), Then::Heals),
+        ("a column is emptied by dropping it", on("DROP COLUMN revoked_at, ADD COLUMN revoked_at timestamptz"), Repair::Restore),
+        ("a column is rewritten", on("ALTER COLUMN expires_at TYPE timestamptz USING now()"), Repair::Restore),
+        ("VACUUM FULL", "VACUUM FULL trustgate.api_key".into(), Repair::Restore),
+        ("TRUNCATE is rolled back", "BEGIN; SAVEPOINT a; TRUNCATE trustgate.api_key CASCADE; ROLLBACK TO a; TRUNCATE trustgate.key_use; COMMIT".into(), Repair::Unneeded),
+        ("TRUNCATE is committed", "TRUNCATE trustgate.api_key CASCADE".into(), Repair::Restore),
         (
-            "a trigger of somebody else",
+            "another program adds a trigger",
             "CREATE TRIGGER other BEFORE UPDATE ON trustgate.api_key FOR EACH ROW
                 EXECUTE FUNCTION suppress_redundant_updates_trigger()"
                 .into(),
-            Then::Heals,
+            Repair::Restore,
         ),
     ];
     let db = Db::new().await;
@@ -203,43 +204,43 @@ async fn whatever_keeps_changes_from_being_named_is_noticed_until_it_is_put_righ
          ON CONFLICT DO NOTHING"
     );
     let mut seen = db.newest().await;
-    for (what, sql, then) in cases {
-        // One by one: some cannot be part of a transaction.
+    for (what, sql, repair) in cases {
+        // Statements run one by one, because some of them cannot run in a transaction.
         let whole = sql.contains("BEGIN") || sql.contains("$$");
         for statement in if whole { vec![&*sql] } else { sql.split(';').collect() } {
             db.execute(statement).await;
         }
-        assert_eq!(db.is_watched().await, then == Then::Unnoticed, "{what}");
-        if let Then::Cure(_) | Then::Migrate = then {
+        assert_eq!(db.triggers_intact().await, repair == Repair::Unneeded, "{what}");
+        if let Repair::Run(_) | Repair::Migrate = repair {
             let refused = db.lookup.restore_watch().await;
             let problem = refused.expect_err(what);
             let Fault::Unreachable { source, .. } = &problem else { panic!("{what}: {problem:?}") };
             assert!(source.to_string().contains("trustgate."), "{what}: {source}");
-            assert!(!db.is_watched().await, "{what}");
+            assert!(!db.triggers_intact().await, "{what}");
         }
-        match then {
-            Then::Cure(cure) => {
-                db.execute(cure).await;
-                assert!(!db.is_watched().await, "{what}: nobody has looked what passed meanwhile");
+        match repair {
+            Repair::Run(statements) => {
+                db.execute(statements).await;
+                assert!(!db.triggers_intact().await, "{what}: changes may have passed unrecorded");
                 db.lookup.restore_watch().await.unwrap();
             }
-            Then::Migrate => db.migrate().await,
-            Then::Heals => db.lookup.restore_watch().await.unwrap(),
-            Then::Unnoticed => {}
+            Repair::Migrate => db.migrate().await,
+            Repair::Restore => db.lookup.restore_watch().await.unwrap(),
+            Repair::Unneeded => {}
         }
-        assert!(db.is_watched().await, "{what}");
-        let changes = db.named(&mut seen).await;
-        assert_eq!(changes.contains(&Change::Everything), then != Then::Unnoticed, "{what}: {changes:?}");
+        assert!(db.triggers_intact().await, "{what}");
+        let changes = db.recorded(&mut seen).await;
+        assert_eq!(changes.contains(&Change::Everything), repair != Repair::Unneeded, "{what}: {changes:?}");
         db.migrate().await;
-        assert_eq!(db.named(&mut seen).await, [], "{what}: nothing was left to mend");
+        assert_eq!(db.recorded(&mut seen).await, [], "{what}: nothing is left to repair");
         db.execute(&refill).await;
-        db.named(&mut seen).await;
-        db.names(&mut seen).await;
+        db.recorded(&mut seen).await;
+        db.records_a_change(&mut seen).await;
     }
 }
 
 #[tokio::test]
-async fn children_and_partitions_are_watched_once_they_have_triggers() {
+async fn changes_of_children_and_partitions_are_recorded_once_they_have_triggers() {
     let db = Db::new().await;
     db.execute("CREATE TABLE trustgate.child () INHERITS (trustgate.api_key)").await;
     db.migrate().await;
@@ -250,13 +251,13 @@ async fn children_and_partitions_are_watched_once_they_have_triggers() {
     ))
     .await;
     db.execute("UPDATE trustgate.child SET scheme = 1").await;
-    assert!(db.named(&mut seen).await.contains(&Change::Key(KeyId(id))));
+    assert!(db.recorded(&mut seen).await.contains(&Change::Key(KeyId(id))));
     db.execute("TRUNCATE trustgate.child").await;
-    assert!(!db.is_watched().await);
-    assert!(db.named(&mut seen).await.contains(&Change::Whole(ChangeKind::Keys)));
+    assert!(!db.triggers_intact().await);
+    assert!(db.recorded(&mut seen).await.contains(&Change::Whole(ChangeKind::Keys)));
     db.lookup.restore_watch().await.unwrap();
     db.execute("BEGIN; ALTER TABLE trustgate.child NO INHERIT trustgate.api_key; ALTER TABLE trustgate.child INHERIT trustgate.api_key; COMMIT").await;
-    assert!(!db.is_watched().await);
+    assert!(!db.triggers_intact().await);
     db.lookup.restore_watch().await.unwrap();
     // A child of the child.
     db.execute("CREATE TABLE trustgate.grandchild () INHERITS (trustgate.child)").await;
@@ -273,43 +274,43 @@ async fn children_and_partitions_are_watched_once_they_have_triggers() {
          INSERT INTO trustgate.api_key SELECT * FROM trustgate.old",
     )
     .await;
-    assert!(!db.is_watched().await);
+    assert!(!db.triggers_intact().await);
     assert!(db.lookup.restore_watch().await.is_err());
     db.migrate().await;
-    db.named(&mut seen).await;
-    db.names(&mut seen).await;
+    db.recorded(&mut seen).await;
+    db.records_a_change(&mut seen).await;
     let part = "SELECT tableoid::regclass::text FROM trustgate.api_key";
     let part: String = sqlx::query(part).fetch_one(&mut db.server.admin(&db.name).await).await.unwrap().get(0);
     db.execute(&format!("UPDATE {part} SET scheme = 1 - scheme")).await;
     assert!(
-        db.named(&mut seen).await.contains(&Change::Key(KeyId(KEY.parse().unwrap()))),
-        "by the partition's own name"
+        db.recorded(&mut seen).await.contains(&Change::Key(KeyId(KEY.parse().unwrap()))),
+        "an update by the name of the partition is recorded"
     );
     db.execute(&format!("ALTER TABLE trustgate.api_key DETACH PARTITION {part}")).await;
-    assert!(!db.is_watched().await);
+    assert!(!db.triggers_intact().await);
     db.lookup.restore_watch().await.unwrap();
-    assert_eq!(db.named(&mut seen).await, [Change::Everything]);
+    assert_eq!(db.recorded(&mut seen).await, [Change::Everything]);
     let remainder = part.chars().last().unwrap();
     db.execute(&format!(
         "ALTER TABLE {part} DISABLE TRIGGER ALL; UPDATE {part} SET scheme = 9; ALTER TABLE {part} ENABLE ALWAYS TRIGGER trustgate_truncated;
          ALTER TABLE trustgate.api_key ATTACH PARTITION {part} FOR VALUES WITH (MODULUS 2, REMAINDER {remainder})"
     ))
     .await;
-    assert!(!db.is_watched().await);
+    assert!(!db.triggers_intact().await);
     if db.lookup.restore_watch().await.is_err() {
         db.migrate().await;
     }
-    assert!(db.named(&mut seen).await.contains(&Change::Everything));
-    db.names(&mut seen).await;
+    assert!(db.recorded(&mut seen).await.contains(&Change::Everything));
+    db.records_a_change(&mut seen).await;
     db.execute(&format!("ALTER TABLE {part} DISABLE TRIGGER ALL")).await;
-    assert!(!db.is_watched().await);
+    assert!(!db.triggers_intact().await);
     assert!(db.lookup.restore_watch().await.is_err());
     db.migrate().await;
-    db.named(&mut seen).await;
-    db.names(&mut seen).await;
+    db.recorded(&mut seen).await;
+    db.records_a_change(&mut seen).await;
 }
 
-/// What the first release made.
+/// The tables and rows of the first release.
 const FIRST: &str = "
 CREATE SCHEMA trustgate; SET search_path = trustgate;
 CREATE TABLE schema (version bigint PRIMARY KEY, compatible_from bigint NOT NULL, at timestamptz NOT NULL DEFAULT now());
@@ -367,7 +368,7 @@ async fn tables_of_the_first_release_are_upgraded_in_place() {
     db.execute(FIRST).await;
     let problem = db.lookup.prepare(Missing::Refuse).await.unwrap_err().to_string();
     assert!(problem.contains("version 1") && problem.contains("trustgate migrate"), "{problem}");
-    // Whoever changes something meanwhile is waited for, and whoever reads does not wait.
+    // A migration waits for a transaction that changes keys, and does not block a transaction that reads.
     let mut writer = db.server.admin(&db.name).await;
     sqlx::raw_sql("BEGIN; UPDATE trustgate.api_key SET scheme = 1").execute(&mut writer).await.unwrap();
     let mut migrating = JoinSet::new();
@@ -376,7 +377,7 @@ async fn tables_of_the_first_release_are_upgraded_in_place() {
         migrating.spawn(async move { store::migrate(&settings, &|_| None).await.unwrap() });
     }
     let waits = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()";
-    eventually("all wait for the writer", 20 * SECONDS, || async {
+    eventually("all migrations wait for the writer", 20 * SECONDS, || async {
         let row = sqlx::query(waits).fetch_one(&mut db.server.admin(&db.name).await).await.unwrap();
         row.get::<i64, _>(0) == 3
     })
@@ -394,13 +395,13 @@ async fn tables_of_the_first_release_are_upgraded_in_place() {
     assert_eq!((polled.newest.as_of, polled.changes), (Version(42), vec![(Version(42), Change::Everything)]));
     assert!(polled.triggers_intact);
     let mut seen = polled.newest.as_of;
-    db.names(&mut seen).await;
+    db.records_a_change(&mut seen).await;
     assert_eq!(seen, Version(43));
     db.migrate().await;
-    assert_eq!(db.newest().await, seen, "nothing to do");
+    assert_eq!(db.newest().await, seen, "another migration changes nothing");
     assert!(db.lookup.redis_mac_key().await.unwrap().is_some());
     let mut ledger = store::open_ledger(&db.settings, &|_| None).await.unwrap();
-    assert_eq!(ledger.replicas().await.unwrap(), [], "nobody knows until when it counts");
+    assert_eq!(ledger.replicas().await.unwrap(), [], "the first release stored no end of a heartbeat");
 }
 
 #[tokio::test]
@@ -429,7 +430,7 @@ async fn functions_that_an_upgrade_adds_need_no_new_rights() {
 }
 
 #[tokio::test]
-async fn the_rights_that_are_printed_are_enough_and_no_more() {
+async fn the_printed_grants_are_enough_and_no_more() {
     let db = Db::new().await;
     let (serve, manage) = (format!("serve_{}", db.name), format!("manage_{}", db.name));
     db.execute(&format!("CREATE ROLE {serve} LOGIN; CREATE ROLE {manage} LOGIN")).await;
@@ -439,8 +440,8 @@ async fn the_rights_that_are_printed_are_enough_and_no_more() {
     db.execute(&store::grants(&db.settings, &serve, &manage)).await;
 
     lookup.prepare(Missing::Refuse).await.unwrap();
-    let sign = Heartbeat { replica: Uuid::nil(), name: "here".into(), applied: Version(1), lasts: 60 * SECONDS };
-    lookup.report(&sign).await.unwrap();
+    let heartbeat = Heartbeat { replica: Uuid::nil(), name: "here".into(), applied: Version(1), lasts: 60 * SECONDS };
+    lookup.report(&heartbeat).await.unwrap();
     lookup.prune().await.unwrap();
     lookup.redis_mac_key().await.unwrap();
     db.execute("UPDATE trustgate.meta SET fingerprint = NULL").await;
@@ -449,12 +450,12 @@ async fn the_rights_that_are_printed_are_enough_and_no_more() {
     assert!(polled.triggers_intact);
     lookup.renew_incarnation(polled.newest.lineage.incarnation).await.unwrap();
     assert_ne!(lookup.poll(None).await.unwrap().newest.lineage, polled.newest.lineage);
-    let (mut heard, listening) = listen(&lookup);
-    heard.recv().await.unwrap();
+    let (mut notifications, listening) = listen(&lookup);
+    notifications.recv().await.unwrap();
     listening.abort();
 
     let mut ledger = store::open_ledger(&settings(db.server.url(&manage, &db.name)), &|_| None).await.unwrap();
-    let actor = Actor("test:somebody".into());
+    let actor = Actor("test:operator".into());
     let trust = TrustRef::Id(TrustId(KEY.parse().unwrap()));
     let key = NewKey {
         id: KeyId(Uuid::from_u128(2)),
@@ -492,13 +493,14 @@ async fn the_rights_that_are_printed_are_enough_and_no_more() {
         (&manage, "INSERT INTO trustgate.version (version, nonce) VALUES (999, '\\x00')"),
         (&manage, "SELECT trustgate.note('key', 'x')"),
         (&manage, "SELECT trustgate.prune()"),
-        (&manage, "UPDATE trustgate.audit SET actor = 'nobody'"),
+        (&manage, "UPDATE trustgate.audit SET actor = 'other'"),
     ] {
         let mut connection = sqlx::PgConnection::connect(&db.server.url(role, &db.name)).await.unwrap();
         let refused = sqlx::raw_sql(AssertSqlSafe(sql)).execute(&mut connection).await.unwrap_err();
         assert_eq!(refused.as_database_error().unwrap().code().as_deref(), Some("42501"), "{role}: {sql}");
     }
-    // A right that is taken away later is an answer: it opens no window of stale grants.
+    // After a right is revoked, the answer of the database is unusable. That is not a missing answer, which would start
+    // stale grants.
     db.execute(&format!("REVOKE SELECT ON trustgate.change FROM {serve}")).await;
     let outcome = lookup.poll(Some(Version(1))).await;
     assert!(
@@ -508,7 +510,7 @@ async fn the_rights_that_are_printed_are_enough_and_no_more() {
 }
 
 #[tokio::test]
-async fn a_poll_relies_on_a_primary_that_can_be_written_to_and_on_nothing_else() {
+async fn only_a_primary_that_can_be_written_confirms_a_poll() {
     let primary = Arc::new(Postgres::start().await);
     let db = Db::empty(Arc::clone(&primary)).await;
     db.migrate().await;
@@ -522,9 +524,9 @@ async fn a_poll_relies_on_a_primary_that_can_be_written_to_and_on_nothing_else()
     let lookup = open(&db.settings);
     unusable(&lookup, "read-only").await;
     primary.execute("postgres", &read_only.replace("= on", "= off")).await;
-    // Sessions keep what they began with, whatever became of the database or of the way to it: they are left for others.
+    // A session keeps the settings that it started with, so the lookup closes it and opens another one.
     eventually("a new session", 20 * SECONDS, || async { lookup.poll(None).await.is_ok() }).await;
-    // Where every transaction is SERIALIZABLE by default, our reads are not.
+    // Our reads do not use SERIALIZABLE, even if it is the default of the database.
     let serializable = format!("ALTER DATABASE {} SET default_transaction_isolation = 'serializable'", db.name);
     primary.execute("postgres", &serializable).await;
     open(&db.settings).poll(None).await.unwrap();
@@ -537,7 +539,7 @@ async fn a_poll_relies_on_a_primary_that_can_be_written_to_and_on_nothing_else()
     assert!(outcome.is_err(), "{outcome:?}");
     standby.promote().await;
     let before = db.lookup.poll(None).await.unwrap().newest;
-    eventually("it is a primary", 20 * SECONDS, || async { following.poll(None).await.is_ok() }).await;
+    eventually("the standby has become a primary", 20 * SECONDS, || async { following.poll(None).await.is_ok() }).await;
     let after = following.poll(None).await.unwrap().newest;
     assert_eq!((after.as_of, after.nonce), (newest, before.nonce));
     assert_eq!((after.lineage.system, after.lineage.incarnation), (before.lineage.system, before.lineage.incarnation));
@@ -551,7 +553,7 @@ async fn a_poll_relies_on_a_primary_that_can_be_written_to_and_on_nothing_else()
         db.execute(sql).await;
         unusable(&db.lookup, word).await;
     }
-    // No answer at all.
+    // A server that does not run gives no answer.
     let Db { server, lookup, .. } = db;
     drop(primary);
     let mut primary = Arc::into_inner(server).unwrap();
@@ -561,7 +563,7 @@ async fn a_poll_relies_on_a_primary_that_can_be_written_to_and_on_nothing_else()
 }
 
 #[tokio::test]
-async fn through_a_pooler_everything_works_but_hints() {
+async fn through_a_pooler_all_but_notifications_works() {
     let server = Arc::new(Postgres::start().await);
     let db = Db::empty(Arc::clone(&server)).await;
     db.migrate().await;
@@ -571,9 +573,9 @@ async fn through_a_pooler_everything_works_but_hints() {
     let lookup = open(&settings);
     lookup.prepare(Missing::Refuse).await.unwrap();
     let mut ledger = store::open_ledger(&settings, &|_| None).await.unwrap();
-    let actor = Actor("test:somebody".into());
+    let actor = Actor("test:operator".into());
     let mut seen = lookup.poll(None).await.unwrap().newest.as_of;
-    // Others use the same connections of the server meanwhile, each with its own idea of a session.
+    // Meanwhile other clients use the same server connections, and change the settings of the session.
     let stop = tokio_util::sync::CancellationToken::new();
     let mut others = JoinSet::new();
     for _ in 0..3 {
@@ -598,8 +600,8 @@ async fn through_a_pooler_everything_works_but_hints() {
         );
         seen = polled.newest.as_of;
     }
-    let sign = Heartbeat { replica: Uuid::nil(), name: "here".into(), applied: seen, lasts: SECONDS * 60 };
-    lookup.report(&sign).await.unwrap();
+    let heartbeat = Heartbeat { replica: Uuid::nil(), name: "here".into(), applied: seen, lasts: SECONDS * 60 };
+    lookup.report(&heartbeat).await.unwrap();
     assert_eq!(ledger.replicas().await.unwrap().len(), 1);
     lookup.prune().await.unwrap();
     lookup.restore_watch().await.unwrap();
@@ -607,13 +609,14 @@ async fn through_a_pooler_everything_works_but_hints() {
     stop.cancel();
     others.join_all().await;
 
-    // Hints do not pass through one, and to listen there would fall on others: that is told at once.
-    let told = tokio::time::timeout(10 * SECONDS, lookup.listen(&|| panic!("nobody listens"))).await.unwrap();
-    assert!(matches!(told, Fault::Unreachable { .. }), "{told:?}");
+    // A pooler does not pass on notifications, and LISTEN would affect its other clients, so `listen` fails at once.
+    let fault =
+        tokio::time::timeout(10 * SECONDS, lookup.listen(&|| panic!("an unexpected notification"))).await.unwrap();
+    assert!(matches!(fault, Fault::Unreachable { .. }), "{fault:?}");
 }
 
 #[tokio::test]
-async fn a_schema_of_another_name_has_everything_of_its_own() {
+async fn two_schemas_in_one_database_are_independent() {
     let db = Db::new().await;
     let mut other = db.settings.clone();
     other.schema =
@@ -622,19 +625,19 @@ async fn a_schema_of_another_name_has_everything_of_its_own() {
     let lookup = open(&other);
     lookup.prepare(Missing::Refuse).await.unwrap();
     let before = (db.newest().await, lookup.poll(None).await.unwrap().newest.as_of);
-    let (mut heard, listening) = listen(&lookup);
-    heard.recv().await.unwrap();
+    let (mut notifications, listening) = listen(&lookup);
+    notifications.recv().await.unwrap();
     db.execute("UPDATE trustgate.api_key SET scheme = 1").await;
     db.execute("INSERT INTO gate_2.trust (id, name) VALUES (gen_random_uuid(), 'acme')").await;
-    heard.recv().await.unwrap();
+    notifications.recv().await.unwrap();
     assert_eq!(
         (db.newest().await.0, lookup.poll(None).await.unwrap().newest.as_of.0),
         (before.0.0 + 1, before.1.0 + 1)
     );
-    assert!(heard.try_recv().is_err(), "each has its own channel");
+    assert!(notifications.try_recv().is_err(), "each schema has a separate channel for notifications");
     db.execute("ALTER TABLE trustgate.api_key DISABLE TRIGGER ALL").await;
-    assert!(lookup.poll(None).await.unwrap().triggers_intact && !db.is_watched().await);
-    // Both in one transaction, each of them counted by itself.
+    assert!(lookup.poll(None).await.unwrap().triggers_intact && !db.triggers_intact().await);
+    // One transaction changes both schemas, and each schema records only its own change.
     db.migrate().await;
     db.execute("BEGIN; UPDATE trustgate.api_key SET scheme = 0; UPDATE gate_2.trust SET enabled = false; COMMIT").await;
     assert_eq!(lookup.poll(Some(Version(before.1.0 + 1))).await.unwrap().changes.len(), 1);
@@ -642,7 +645,7 @@ async fn a_schema_of_another_name_has_everything_of_its_own() {
 }
 
 #[tokio::test]
-async fn session_settings_of_a_database_do_no_harm() {
+async fn session_settings_of_a_database_do_not_affect_reads() {
     let db = Db::new().await;
     let digest = ApiKeyDigest::from_hex(
         &db.server.value::<String>(&db.name, "SELECT encode(digest, 'hex') FROM trustgate.api_key").await,

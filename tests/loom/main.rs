@@ -1,10 +1,10 @@
-//! The lease and what it covers, with a poll and a check at the same time, in every order in which the memory of a
-//! machine may show the one what the other did.
+//! A poll and a check that use one lease at the same time. loom explores every order of their memory operations that
+//! the memory model allows. A check that sees a lease must also see the changes that were applied before it.
 //!
-//! Compiles `src/freshness/lease.rs` by itself, with loom's atomics: `make loom`. Never touches the library's own.
+//! Compiles `src/freshness/lease.rs` separately, with loom's atomics: `make loom`. The library keeps its own atomics.
 
 #![cfg(trustgate_loom)]
-// The file under test is written for a library.
+// The file under test is part of a library, so its items are `pub`.
 #![allow(unreachable_pub)]
 
 use std::{
@@ -13,7 +13,7 @@ use std::{
 };
 
 use loom::thread;
-// What the file under test imports of its crate.
+// The modules that the file under test imports from its crate.
 use trustgate::{base, record};
 
 use base::clock::Moment;
@@ -22,7 +22,7 @@ use record::{ApiKeyDigest, Change, ChangeKind, KeyId, TrustId, Version};
 use uuid::Uuid;
 
 #[path = "../../src/freshness/lease.rs"]
-#[expect(dead_code, reason = "the stale time has no part in this")]
+#[expect(dead_code, reason = "these tests do not use the stale state")]
 mod lease;
 
 const KEY: KeyId = KeyId(Uuid::from_u128(1));
@@ -33,11 +33,12 @@ fn covers_record(lease: &Lease, as_of: u64) -> bool {
     lease.covers_record(Version(as_of), [KEY.0, TRUST.0].iter().map(|id| stripe(id.as_bytes())))
 }
 
-fn covers_absence(lease: &Lease, as_of: u64) -> bool {
+fn covers_negative(lease: &Lease, as_of: u64) -> bool {
     lease.covers_absence(Version(as_of), &[stripe(DIGEST.as_bytes())])
 }
 
-/// What a check does with a value that was read at `as_of`: the lease first, then what it covers.
+/// Does what a check does with a value that was read at `as_of`: loads the lease first, and then tests if the lease
+/// covers the value. Returns when the lease began (0: no lease), and true if it covers the value.
 fn check(lease: &Lease, covers: Covers, as_of: u64) -> (u64, bool) {
     let begun = lease.start().map_or(0, Moment::nanos);
     (begun, covers(lease, as_of))
@@ -45,59 +46,58 @@ fn check(lease: &Lease, covers: Covers, as_of: u64) -> (u64, bool) {
 
 type Covers = fn(&Lease, u64) -> bool;
 
-/// A poll that found nothing new.
+/// Applies the answer to a poll that was sent at `sent` and found no changes.
 fn begin(lease: &Lease, sent: u64) {
     lease.renew(None, &[], || (), Some(Moment::from_nanos(sent)));
 }
 
-/// Takes a check through a poll, in every order, and returns what it may see: when the lease it saw began, and whether
-/// that covered its value.
+/// Runs a check at the same time as `polls`, in every order, and returns all results of [`check`] that occur.
 fn seen(polls: &'static [(u64, Change)], covers: Covers, as_of: u64) -> BTreeSet<(u64, bool)> {
     let seen = Arc::new(Mutex::new(BTreeSet::new()));
     let all = Arc::clone(&seen);
     loom::model(move || {
         let lease = loom::sync::Arc::new(Lease::default());
-        begin(&lease, 4); // of the poll that found version 4
+        begin(&lease, 4); // the poll that found version 4
         let checked = loom::sync::Arc::clone(&lease);
         let checking = thread::spawn(move || check(&checked, covers, as_of));
         for (number, change) in polls {
             let sent = Some(Moment::from_nanos(*number));
             lease.renew(None, &[(Version(*number), change.clone())], || (), sent);
         }
-        let came = checking.join().expect("a check does not panic");
-        all.lock().unwrap_or_else(PoisonError::into_inner).insert(came);
+        let result = checking.join().expect("a check does not panic");
+        all.lock().unwrap_or_else(PoisonError::into_inner).insert(result);
     });
     std::mem::take(&mut *seen.lock().unwrap_or_else(PoisonError::into_inner))
 }
 
 #[test]
-fn whoever_sees_a_lease_sees_every_change_before_it() {
+fn check_that_sees_a_lease_sees_the_changes_applied_before_it() {
     static KEY_CHANGED: [(u64, Change); 1] = [(5, Change::Key(KEY))];
     static TRUST_CHANGED: [(u64, Change); 1] = [(5, Change::Trust(TRUST))];
     static KEYS_CHANGED: [(u64, Change); 1] = [(5, Change::Whole(ChangeKind::Keys))];
     static TRUSTS_CHANGED: [(u64, Change); 1] = [(5, Change::Whole(ChangeKind::Trusts))];
     static EVERYTHING_CHANGED: [(u64, Change); 1] = [(5, Change::Everything)];
     static ISSUED: [(u64, Change); 1] = [(5, Change::Absent(DIGEST))];
-    static ABSENCES_CHANGED: [(u64, Change); 1] = [(5, Change::Whole(ChangeKind::Absences))];
+    static NEGATIVES_CHANGED: [(u64, Change); 1] = [(5, Change::Whole(ChangeKind::Absences))];
     for (change, covers) in [
         (&KEY_CHANGED, covers_record as Covers),
         (&TRUST_CHANGED, covers_record),
         (&KEYS_CHANGED, covers_record),
         (&TRUSTS_CHANGED, covers_record),
         (&EVERYTHING_CHANGED, covers_record),
-        (&EVERYTHING_CHANGED, covers_absence),
-        (&ISSUED, covers_absence),
-        (&ABSENCES_CHANGED, covers_absence),
+        (&EVERYTHING_CHANGED, covers_negative),
+        (&ISSUED, covers_negative),
+        (&NEGATIVES_CHANGED, covers_negative),
     ] {
-        // Before, in between, and after; never the new lease with the old value.
+        // The new lease (5) does not cover the old value, whether the check runs before, during or after the poll.
         assert_eq!(seen(change, covers, 4), [(4, false), (4, true), (5, false)].into(), "{change:?}");
-        // What was read at the version itself is covered by both leases.
+        // Both leases cover a value that was read at version 5.
         assert_eq!(seen(change, covers, 5), [(4, true), (5, true)].into(), "{change:?}");
     }
 }
 
 #[test]
-fn a_later_lease_speaks_for_all_changes_before_it() {
+fn check_that_sees_a_later_lease_sees_the_changes_of_both_polls() {
     static POLLS: [(u64, Change); 2] = [(5, Change::Key(KEY)), (6, Change::Trust(TRUST))];
     let seen_of = |as_of| seen(&POLLS, covers_record, as_of);
     assert!(seen_of(4).iter().all(|(begun, covered)| *begun < 5 || !covered), "{:?}", seen_of(4));
@@ -106,8 +106,9 @@ fn a_later_lease_speaks_for_all_changes_before_it() {
 }
 
 #[test]
-fn a_lease_that_was_ended_is_not_seen_with_what_was_applied_after_it() {
-    // Between two leases there is none: whatever a check sees of the second, it sees all that came before.
+fn check_that_sees_a_lease_after_an_ended_one_sees_the_new_floor() {
+    // The poll task ends the first lease before it begins the second. A check that sees the second lease must also see
+    // the floor that was raised before it.
     loom::model(|| {
         let lease = loom::sync::Arc::new(Lease::default());
         begin(&lease, 4);

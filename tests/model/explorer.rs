@@ -1,4 +1,4 @@
-//! Goes every way there is through a model, the shortest ways first.
+//! Visits every state that a model can reach, breadth first.
 
 use std::{collections::HashSet, hash::BuildHasher as _};
 
@@ -6,59 +6,60 @@ use foldhash::fast::FixedState;
 
 use crate::protocol::{Next, State, Step, World};
 
-/// What came of it.
+/// The result of an exploration.
 pub struct Explored {
-    /// Different states that were reached.
+    /// The number of different states.
     pub states: usize,
-    /// Checks that were decided, on whatever way.
+    /// The number of transitions that decide a check.
     pub decided: usize,
-    /// Grants among them.
+    /// The number of them that grant.
     pub granted: usize,
-    /// The shortest way to a wrong answer, if there is one.
+    /// A shortest path to a wrong answer, if there is one.
     pub wrong: Option<Vec<Step>>,
 }
 
-/// Visits every state that can be reached; stops at the first wrong answer. A state is known again by 64 bits of a hash:
-/// that two of a few million share one is next to impossible, and would leave one of them out.
+/// Visits the reachable states until it finds a wrong answer. It recognises a visited state by a hash of 64 bits. Among
+/// a few million states, a collision is very unlikely; it would leave one state out.
 pub fn explore(world: &World) -> Explored {
     let hasher = FixedState::with_seed(7);
     let start = world.start();
     let mut seen = HashSet::from([hasher.hash_one(start)]);
-    // How each state was reached first: from which, by which step.
-    let mut ways: Vec<(u32, Step)> = vec![(0, Step::AMomentPasses)];
-    let mut front = vec![(start, 0_u32)];
-    let mut came = Explored { states: 0, decided: 0, granted: 0, wrong: None };
-    while !front.is_empty() && came.wrong.is_none() {
-        let mut next_front: Vec<(State, u32)> = Vec::new();
-        for (state, place) in &front {
+    // For each state, the index of its predecessor on a shortest path, and the step between them.
+    let mut transitions: Vec<(u32, Step)> = vec![(0, Step::TimePasses)];
+    let mut frontier = vec![(start, 0_u32)];
+    let mut explored = Explored { states: 0, decided: 0, granted: 0, wrong: None };
+    while !frontier.is_empty() && explored.wrong.is_none() {
+        let mut next_frontier: Vec<(State, u32)> = Vec::new();
+        for (state, index) in &frontier {
             world.steps(state, |next| match next {
                 Next::State(step, after) => {
                     if seen.insert(hasher.hash_one(after)) {
-                        ways.push((*place, step));
-                        next_front.push((after, u32::try_from(ways.len() - 1).unwrap()));
+                        transitions.push((*index, step));
+                        next_frontier.push((after, u32::try_from(transitions.len() - 1).unwrap()));
                     }
                 }
                 Next::Decided(step, outcome) => {
-                    came.decided += 1;
-                    came.granted += usize::from(step == Step::CheckDecides { grants: true });
-                    if outcome.is_err() && came.wrong.is_none() {
-                        came.wrong = Some(way(&ways, *place, step));
+                    explored.decided += 1;
+                    explored.granted += usize::from(step == Step::CheckDecides { grants: true });
+                    if outcome.is_err() && explored.wrong.is_none() {
+                        explored.wrong = Some(path_to(&transitions, *index, step));
                     }
                 }
             });
         }
-        front = next_front;
+        frontier = next_frontier;
     }
-    came.states = seen.len();
-    came
+    explored.states = seen.len();
+    explored
 }
 
-fn way(ways: &[(u32, Step)], mut place: u32, last: Step) -> Vec<Step> {
+/// The steps that lead to the state `index`, and then `last`.
+fn path_to(transitions: &[(u32, Step)], mut index: u32, last: Step) -> Vec<Step> {
     let mut steps = vec![last];
-    while place != 0 {
-        let (from, step) = ways[place as usize];
+    while index != 0 {
+        let (from, step) = transitions[index as usize];
         steps.push(step);
-        place = from;
+        index = from;
     }
     steps.reverse();
     steps

@@ -1,9 +1,10 @@
-//! The protocol of freshness, gone through in every order of its steps within stated bounds: no check is answered with
-//! what was so at no moment of the time allowed. Each rule is broken once, and the wrong answer it then allows is found.
+//! Explores a model of the freshness protocol in every order of its steps, within stated bounds. Each answer of a check
+//! must have been true at some moment of the allowed time. Also breaks each rule of the protocol once, and expects to
+//! find a wrong answer.
 //!
-//! It is a model: written after design and code, not made from them. What the code does is for the other tests.
+//! The model was written after the design and the code, and is not derived from them. Other tests cover the code.
 
-// All of it is tests: what fails here should fail loudly, and it says what it found.
+// This crate contains only tests: they may panic, and they print their results.
 #![allow(clippy::unwrap_used, clippy::print_stdout, clippy::disallowed_methods, unreachable_pub)]
 
 mod explorer;
@@ -18,7 +19,7 @@ use crate::{
 
 use Change::{BulkInsert, Delete, DisableTrust, EnableTrust, Insert, Other, Revoke, Unrevoke};
 
-const CALM: Bounds = Bounds {
+const BASE: Bounds = Bounds {
     name: "",
     begins_good: true,
     changes: &[],
@@ -32,37 +33,39 @@ const CALM: Bounds = Bounds {
 };
 
 const KEYS: Bounds =
-    Bounds { name: "a key is revoked, deleted, made anew", changes: &[Revoke, Delete, Insert], ..CALM };
+    Bounds { name: "a key is revoked, deleted, created again", changes: &[Revoke, Delete, Insert], ..BASE };
 const TRUSTS: Bounds =
-    Bounds { name: "a trust is disabled and enabled", changes: &[DisableTrust, EnableTrust], ..CALM };
+    Bounds { name: "a trust is disabled and enabled", changes: &[DisableTrust, EnableTrust], ..BASE };
 const MANY: Bounds =
-    Bounds { name: "many keys appear at once", begins_good: false, changes: &[BulkInsert, Revoke], ..CALM };
+    Bounds { name: "many keys are created at once", begins_good: false, changes: &[BulkInsert, Revoke], ..BASE };
 const FAILOVER: Bounds =
-    Bounds { name: "failover, with a loss or without", changes: &[Revoke, Other], failovers: 1, moments: 2, ..CALM };
-const BACKLOG: Bounds = Bounds { name: "more than a poll lists", changes: &[Revoke, Other], listed: 1, ..CALM };
-const LIVE: Bounds = Bounds { name: "the live row is wanted", changes: &[Revoke, Unrevoke], live: true, ..CALM };
+    Bounds { name: "failover with or without a loss", changes: &[Revoke, Other], failovers: 1, moments: 2, ..BASE };
+const BACKLOG: Bounds =
+    Bounds { name: "more versions than a poll lists", changes: &[Revoke, Other], listed: 1, ..BASE };
+const LIVE: Bounds = Bounds { name: "the route demands `live`", changes: &[Revoke, Unrevoke], live: true, ..BASE };
 
-/// What is gone through. Together they hold everything that may happen; all of it at once would be too much.
-const SCENES: [Bounds; 10] = [
+/// The scenarios. Together they contain everything that can happen; one scenario with all of it would have too many
+/// states.
+const SCENARIOS: [Bounds; 10] = [
     KEYS,
     TRUSTS,
     MANY,
     FAILOVER,
     BACKLOG,
     LIVE,
-    Bounds { name: "a key appears and goes", begins_good: false, changes: &[Insert, Delete], ..CALM },
-    Bounds { name: "revoked and good again, a replica restarts", changes: &[Revoke, Unrevoke], crashes: 1, ..CALM },
+    Bounds { name: "a key is created and deleted", begins_good: false, changes: &[Insert, Delete], ..BASE },
+    Bounds { name: "a key is restored, a replica restarts", changes: &[Revoke, Unrevoke], crashes: 1, ..BASE },
     Bounds { name: "failover that loses a new key", begins_good: false, changes: &[Insert, Other], ..FAILOVER },
-    Bounds { name: "old versions are pruned", changes: &[Revoke, Other], prunes: 2, moments: 2, ..CALM },
+    Bounds { name: "old versions are pruned", changes: &[Revoke, Other], prunes: 2, moments: 2, ..BASE },
 ];
 
-/// Where it shows that a rule is broken.
-const fn scene_of(rule: Rule) -> Bounds {
+/// The scenario in which breaking `rule` leads to a wrong answer.
+const fn scenario_for(rule: Rule) -> Bounds {
     match rule {
-        Rule::TrustsAreNamed => TRUSTS,
-        Rule::AbsencesHaveAFloor => MANY,
+        Rule::TrustChangesReachRecords => TRUSTS,
+        Rule::NegativeEntriesHaveAFloor => MANY,
         Rule::NonceOfApplied | Rule::NonceOfValue => FAILOVER,
-        Rule::AllOfALongPoll => BACKLOG,
+        Rule::FloorAfterALongPoll => BACKLOG,
         Rule::OwnReadWithoutLease | Rule::OwnReadWhenLive => LIVE,
         _ => KEYS,
     }
@@ -70,34 +73,35 @@ const fn scene_of(rule: Rule) -> Bounds {
 
 #[test]
 fn no_order_of_steps_leads_to_a_wrong_answer() {
-    for bounds in SCENES {
+    for bounds in SCENARIOS {
         let began = Instant::now();
-        let came = explore(&World { bounds, broken: None });
+        let explored = explore(&World { bounds, broken: None });
         println!(
             "{}: {} states, {} checks decided, {} of them granted, {:.1} s",
             bounds.name,
-            came.states,
-            came.decided,
-            came.granted,
+            explored.states,
+            explored.decided,
+            explored.granted,
             began.elapsed().as_secs_f64()
         );
-        assert!(came.wrong.is_none(), "{}: {:#?}", bounds.name, came.wrong);
-        assert!(came.granted > 0 && came.decided > came.granted, "{}: nothing was decided", bounds.name);
+        assert!(explored.wrong.is_none(), "{}: {:#?}", bounds.name, explored.wrong);
+        let denied = explored.decided - explored.granted;
+        assert!(explored.granted > 0 && denied > 0, "{}: no grants or no denials", bounds.name);
     }
 }
 
 #[test]
-fn without_any_one_rule_a_wrong_answer_is_found() {
-    let mut needless = Vec::new();
+fn breaking_any_one_rule_leads_to_a_wrong_answer() {
+    let mut unnoticed = Vec::new();
     for rule in Rule::ALL {
-        let bounds = scene_of(rule);
+        let bounds = scenario_for(rule);
         match explore(&World { bounds, broken: Some(rule) }).wrong {
-            Some(way) => {
-                let way: Vec<_> = way.iter().map(ToString::to_string).collect();
-                println!("without {rule:?}, {}:\n    {}", bounds.name, way.join(", "));
+            Some(path) => {
+                let path: Vec<_> = path.iter().map(ToString::to_string).collect();
+                println!("without {rule:?}, {}:\n    {}", bounds.name, path.join(", "));
             }
-            None => needless.push(rule),
+            None => unnoticed.push(rule),
         }
     }
-    assert!(needless.is_empty(), "nothing goes wrong without {needless:?}");
+    assert!(unnoticed.is_empty(), "no wrong answer without {unnoticed:?}");
 }

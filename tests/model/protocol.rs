@@ -1,57 +1,57 @@
-//! The protocol of freshness as steps between states, and everything that may happen in between.
+//! The freshness protocol as steps between states, with everything that can happen between them.
 //!
-//! One replica, one digest, and around it a world that does its worst: time passes between any two steps, the database
-//! commits, fails over with or without a loss, loses its old versions; Redis answers with anything that any replica ever
-//! read, or with nothing. So Redis holds no state of its own here: whatever other replicas wrote there, late, twice or
-//! never, and whatever somebody put back, is among those answers. A poll may be asked for at any time, so hints need no
-//! step. Values with a wrong code of authentication are not modelled: they are not read.
+//! The model has one replica and one digest. Time can pass between any two steps. The database commits, fails over with
+//! or without a loss, and prunes old versions. Redis answers with any value that any replica ever read, or with
+//! nothing, so it needs no state: these answers include the values that other replicas wrote late, twice or not at all,
+//! and old values that an attacker restored. A replica can poll at any time, so notifications need no step. Values with
+//! a wrong MAC are not modelled, because replicas ignore them.
 
 use std::fmt;
 
-/// For how many moments a lease lasts.
+/// How long a lease lasts, in moments.
 const LEASE: u8 = 1;
-/// Versions of one run, those of a lost branch included.
+/// The maximum number of versions in one run, including those of a lost branch.
 const VERSIONS_MAX: usize = 5;
-/// Loads that a check waits for.
+/// The number of loads that a check waits for, at most.
 const ATTEMPTS: u8 = 2;
 
-/// A rule of the protocol that can be broken, to see that it is needed.
+/// A rule of the protocol. A test breaks each rule, to show that the rule is necessary.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Rule {
-    /// A poll raises what makes values out of date before it renews the lease.
+    /// A poll raises stripes and floors before it renews the lease.
     StripesBeforeLease,
-    /// A poll raises it before it moves on to the new version.
+    /// A poll raises stripes and floors before it advances to the new version.
     StripesBeforeVersion,
-    /// A check looks at the lease before it looks at a value.
+    /// A check loads the lease before it looks at a value.
     LeaseBeforeValue,
     /// The lease begins when the poll was sent.
     LeaseFromSending,
-    /// What a hint says is not applied.
-    HintsSayNothing,
-    /// A value is dated by the statement that read it.
-    DatedByItsRead,
-    /// Value and version come from one statement.
+    /// A notification does not change the view.
+    NotificationsCarryNoData,
+    /// The version of a value is that of the statement that read it, not that of the view.
+    VersionOfItsRead,
+    /// One statement reads the value and the version.
     OneStatement,
-    /// A standby confirms nothing.
+    /// A standby cannot renew the lease.
     PrimaryOnly,
-    /// The version that was applied must be there with its nonce, also when nothing is new.
+    /// The database must have the applied version with the same nonce, even if there is no new version.
     NonceOfApplied,
-    /// A value counts only if the nonce of its version is known.
+    /// A value is usable only if the nonce of its version is known.
     NonceOfValue,
-    /// A view begins with what was changed of late.
+    /// The first poll of a view applies the recent changes.
     StartFromChanges,
-    /// What a poll could not list is out of date as a whole.
-    AllOfALongPoll,
-    /// What a load brings is judged by each check that waited for it.
-    LoadsAreJudged,
-    /// Without a lease only a read decides that was sent after the check began.
+    /// If a poll cannot list all new versions, all earlier values are out of date.
+    FloorAfterALongPoll,
+    /// Each check that waited for a load decides whether it may use the loaded value.
+    LoadsAreChecked,
+    /// Without a fresh lease, a check may use only a read that was sent after the check began.
     OwnReadWithoutLease,
-    /// The same for a check that wants the live row.
+    /// The same for a check with the read policy `live`.
     OwnReadWhenLive,
     /// A change of a trust makes the records of its keys out of date.
-    TrustsAreNamed,
-    /// An absence has a floor like a record.
-    AbsencesHaveAFloor,
+    TrustChangesReachRecords,
+    /// Negative entries have a floor, like records.
+    NegativeEntriesHaveAFloor,
 }
 
 impl Rule {
@@ -60,43 +60,43 @@ impl Rule {
         Self::StripesBeforeVersion,
         Self::LeaseBeforeValue,
         Self::LeaseFromSending,
-        Self::HintsSayNothing,
-        Self::DatedByItsRead,
+        Self::NotificationsCarryNoData,
+        Self::VersionOfItsRead,
         Self::OneStatement,
         Self::PrimaryOnly,
         Self::NonceOfApplied,
         Self::NonceOfValue,
         Self::StartFromChanges,
-        Self::AllOfALongPoll,
-        Self::LoadsAreJudged,
+        Self::FloorAfterALongPoll,
+        Self::LoadsAreChecked,
         Self::OwnReadWithoutLease,
         Self::OwnReadWhenLive,
-        Self::TrustsAreNamed,
-        Self::AbsencesHaveAFloor,
+        Self::TrustChangesReachRecords,
+        Self::NegativeEntriesHaveAFloor,
     ];
 }
 
-/// A change that somebody commits.
+/// A change to commit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Change {
     Revoke,
     Unrevoke,
     Delete,
-    /// The digest becomes that of a new key.
+    /// A new key gets the digest.
     Insert,
     DisableTrust,
     EnableTrust,
-    /// As `Insert`, among so many that absences are named as a whole.
+    /// Like `Insert`, with so many keys that the change log has one entry for all negative entries.
     BulkInsert,
-    /// Of something else.
+    /// A change of another object.
     Other,
 }
 
-/// What may happen, how often.
+/// The events that can happen in a scenario, and how often.
 #[derive(Clone, Copy, Debug)]
 pub struct Bounds {
     pub name: &'static str,
-    /// Whether the digest is that of a good key at first, or of none.
+    /// True if the digest initially belongs to a good key; false if it belongs to no key.
     pub begins_good: bool,
     pub changes: &'static [Change],
     pub commits: u8,
@@ -105,12 +105,13 @@ pub struct Bounds {
     pub failovers: u8,
     pub crashes: u8,
     pub prunes: u8,
-    /// Versions that a poll lists, at most.
+    /// The maximum number of versions that a poll lists.
     pub listed: usize,
+    /// True if checks may have the read policy `live`.
     pub live: bool,
 }
 
-/// Which rule is broken, if one is.
+/// A scenario, and the rule that is broken in it, if any.
 #[derive(Clone, Copy, Debug)]
 pub struct World {
     pub bounds: Bounds,
@@ -123,7 +124,7 @@ struct Key {
     revoked: bool,
 }
 
-/// What the database holds of the digest.
+/// The rows of the digest in the database.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 struct Content {
     key: Option<Key>,
@@ -136,31 +137,31 @@ impl Content {
     }
 }
 
-/// What a version names.
+/// The objects that a version changed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
-struct Named {
+struct Changed {
     key: Option<u8>,
     trust: bool,
-    absence: bool,
-    every_absence: bool,
+    negative: bool,
+    every_negative: bool,
 }
 
-/// A version that was committed. Its place in the list of all is its nonce.
+/// A committed version. Its index in [`State::versions`] is its nonce.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 struct Version {
     number: u8,
-    named: Named,
+    changed_objects: Changed,
     content: Content,
-    /// The lineages that it is part of, a bit each.
+    /// The lineages that contain it, one bit each.
     lineages: u8,
 }
 
-/// Versions by nonce, in their order.
+/// The versions of a lineage in order, each by its nonce.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 struct Branch {
     lineage: u8,
     nonces: [u8; VERSIONS_MAX],
-    /// Those before were pruned.
+    /// The index of the oldest version that was not pruned.
     oldest: u8,
     len: u8,
 }
@@ -180,7 +181,7 @@ impl Branch {
     }
 }
 
-/// A value and its date.
+/// A value with the version at which it was read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 struct Value {
     content: Content,
@@ -188,21 +189,21 @@ struct Value {
     lineage: u8,
 }
 
-/// What a replica knows; `applied` is a nonce.
+/// The view of a replica. `applied` is a nonce.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
 struct View {
     epoch: u8,
     begun: bool,
     lineage: u8,
     applied: u8,
-    /// Nonces, a bit each.
+    /// The known nonces, one bit each.
     known: u8,
     records_from: u8,
-    absences_from: u8,
+    negatives_from: u8,
     keys: [u8; VERSIONS_MAX],
     trust: u8,
-    absence: u8,
-    /// When the lease began, plus one.
+    negative: u8,
+    /// When the lease began, plus one; 0: there is no lease.
     lease: u8,
 }
 
@@ -216,7 +217,9 @@ enum Poll {
         at: u8,
         answer: Branch,
     },
-    /// `done` of three steps. What the answer means was decided before the first.
+    /// The replica has interpreted the answer, and has done `done` of the three steps that apply it. `after`: the
+    /// version that was applied before. `jumps`: all earlier values are out of date. `begins`: the first poll of the
+    /// view.
     Applying {
         lease_from: u8,
         answer: Branch,
@@ -233,12 +236,12 @@ enum Load {
     FoundInRedis {
         value: Value,
     },
-    /// `own`: since the check began.
+    /// `tiers`: a load for checks with a fresh lease, which may use the caches. `own`: sent after the check began.
     Sent {
         tiers: bool,
         own: bool,
     },
-    /// Where value and version are not read at once.
+    /// The rows are read, but not yet their version: only if [`Rule::OneStatement`] is broken.
     HalfRead {
         tiers: bool,
         own: bool,
@@ -249,12 +252,13 @@ enum Load {
         own: bool,
         value: Value,
     },
-    /// It has landed, ahead of what was applied.
-    Settling {
+    /// The load has completed, with a version that is newer than the applied one. The value is inserted after a poll.
+    Ahead {
         value: Value,
     },
 }
 
+/// A check that has begun.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 struct Question {
     at: u8,
@@ -268,10 +272,12 @@ struct Question {
 enum Check {
     None,
     Begun(Question),
-    /// Where the value is looked at before the lease: whether it may be used.
-    Looked(Question, Option<Content>),
+    /// The check has read L1, but not yet the lease: only if [`Rule::LeaseBeforeValue`] is broken.
+    ReadL1(Question, Option<Content>),
+    /// The check waits for a load.
     Waits(Question),
-    Landed {
+    /// The load has completed. `entered`: the epoch of the view in which the value was inserted into L1.
+    Loaded {
         question: Question,
         value: Value,
         entered: Option<u8>,
@@ -279,12 +285,13 @@ enum Check {
     },
 }
 
-/// Everything at one moment.
+/// The state of the whole model.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct State {
     now: u8,
-    /// In which moments the key was good, and bad, in the database: a bit each.
+    /// The moments at which the key was good in the database, one bit each.
     good: u8,
+    /// The moments at which it was not.
     bad: u8,
     versions: [Option<Version>; VERSIONS_MAX],
     database: Branch,
@@ -292,41 +299,43 @@ pub struct State {
     crashes: u8,
     prunes: u8,
     view: View,
+    /// The previous view, as long as a check that began in it is not decided.
     former: View,
+    /// The cache entry, and the epoch of the view in which it was inserted.
     l1: Option<(Value, u8)>,
     poll: Poll,
     load: Load,
     check: Check,
 }
 
-/// What happened, for people.
+/// A step of the model, to be printed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Step {
-    AMomentPasses,
+    TimePasses,
     Commit(Change),
     Failover { keeps: u8, new_lineage: bool },
     Prune,
     Crash,
-    HintIsApplied,
+    NotificationIsApplied,
     PollIsSent,
     PollIsAnswered,
     PollIsAnsweredByAStandby { has: u8 },
     PollIsDropped,
-    PollFindsAnotherHistory,
+    PollFindsLostHistory,
     PollRaisesStripes,
-    PollMovesOn,
+    PollAdvances,
     PollRenewsTheLease,
     LoadFindsInRedis { nonce: u8 },
     LoadIsSent,
     LoadReadsTheRow,
     LoadReads,
-    LoadLands,
-    LoadIsKeptLater,
-    LoadIsGivenUp,
+    LoadCompletes,
+    LoadIsInsertedLater,
+    LoadIsDropped,
     CheckBegins { live: bool },
-    CheckLooks,
-    CheckLooksAtTheLease,
-    CheckRefuses,
+    CheckReadsL1,
+    CheckReadsTheLease,
+    CheckRefusesTheValue,
     CheckWaitsForAPoll,
     CheckDecides { grants: bool },
 }
@@ -337,18 +346,18 @@ impl fmt::Display for Step {
     }
 }
 
-/// A step and where it leads; where the check was decided, rightly or not, there is nothing more to lead to.
+/// A step and its result: the next state, or the decision of a check, which ends the path.
 pub enum Next {
     State(Step, State),
     Decided(Step, Result<(), Wrong>),
 }
 
-/// An answer that no moment of the time allowed bears out.
+/// The answer was true at no moment of the allowed time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Wrong;
 
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Place {
+enum Provenance {
     Known,
     Ahead,
     Foreign,
@@ -359,12 +368,12 @@ impl World {
         self.broken != Some(rule)
     }
 
-    /// Where everything begins: a replica that has not polled.
+    /// The initial state: a replica that has not polled yet.
     pub fn start(&self) -> State {
         let key = self.bounds.begins_good.then_some(Key { id: 0, revoked: false });
         let content = Content { key, trust_enabled: true };
         let mut versions = [None; VERSIONS_MAX];
-        versions[0] = Some(Version { number: 1, named: Named::default(), content, lineages: 1 });
+        versions[0] = Some(Version { number: 1, changed_objects: Changed::default(), content, lineages: 1 });
         let mut state = State {
             now: 0,
             good: 0,
@@ -381,11 +390,11 @@ impl World {
             load: Load::None,
             check: Check::None,
         };
-        state.note();
+        state.record_truth();
         state
     }
 
-    /// Every step that can be next.
+    /// Calls `next` with each possible next step.
     pub fn steps(&self, state: &State, mut next: impl FnMut(Next)) {
         self.world(state, &mut next);
         self.poll(state, &mut next);
@@ -398,17 +407,17 @@ impl World {
         let mut go = |step, change: &dyn Fn(&mut State)| {
             let mut after = *state;
             change(&mut after);
-            after.note();
+            after.record_truth();
             next(Next::State(step, after));
         };
         if state.now < moments {
-            go(Step::AMomentPasses, &|after| after.now += 1);
+            go(Step::TimePasses, &|after| after.now += 1);
         }
         let committed = state.versions.iter().flatten().count();
         if committed <= usize::from(commits) {
             for change in changes {
-                if let Some((content, named)) = state.changed(*change) {
-                    go(Step::Commit(*change), &|after| after.commit(content, named));
+                if let Some((content, changed_objects)) = state.effect_of(*change) {
+                    go(Step::Commit(*change), &|after| after.commit(content, changed_objects));
                 }
             }
         }
@@ -416,7 +425,7 @@ impl World {
             for keeps in state.database.oldest + 1..=state.database.len {
                 for new_lineage in [false, true] {
                     if keeps == state.database.len && !new_lineage {
-                        continue; // nothing happened
+                        continue; // nothing would change
                     }
                     go(Step::Failover { keeps, new_lineage }, &|after| after.fail_over(keeps, new_lineage));
                 }
@@ -443,13 +452,13 @@ impl World {
         match state.poll {
             Poll::Idle => {
                 go(Step::PollIsSent, Poll::Sent { at: state.now });
-                if !self.keeps(Rule::HintsSayNothing)
+                if !self.keeps(Rule::NotificationsCarryNoData)
                     && state.view.begun
                     && state.view.lineage == state.database.lineage
                 {
                     let mut after = *state;
-                    after.view.move_on(state.database, state.database.kept());
-                    next(Next::State(Step::HintIsApplied, after));
+                    after.view.advance(state.database, state.database.kept());
+                    next(Next::State(Step::NotificationIsApplied, after));
                 }
             }
             Poll::Sent { at } => {
@@ -465,13 +474,13 @@ impl World {
             }
             Poll::Answered { at, answer } => {
                 let lease_from = if self.keeps(Rule::LeaseFromSending) { at } else { state.now };
-                match self.judge(state, answer) {
+                match self.interpret(state, answer) {
                     None => {
                         let mut after = State { poll: Poll::Idle, ..*state };
                         after.former = View { lease: 0, ..state.view };
                         after.view = View { epoch: state.view.epoch + 1, ..View::default() };
-                        after.forget();
-                        next(Next::State(Step::PollFindsAnotherHistory, after));
+                        after.drop_unused_view();
+                        next(Next::State(Step::PollFindsLostHistory, after));
                     }
                     Some(jumps) => {
                         let (begins, after) = (!state.view.begun, state.view.number_applied(state));
@@ -482,15 +491,16 @@ impl World {
                 }
             }
             Poll::Applying { .. } => {
-                // Applying is never cancelled; that it could be costs nothing.
+                // The code does not cancel this, but the model allows it.
                 go(Step::PollIsDropped, Poll::Idle);
                 self.apply(state, next);
             }
         }
     }
 
-    /// What an answer means: `None`: another history; else whether everything before it is out of date.
-    fn judge(&self, state: &State, answer: Branch) -> Option<bool> {
+    /// Interprets an answer. `None`: the database has lost history, so that a new view must begin. Else true if all
+    /// earlier values are out of date.
+    fn interpret(&self, state: &State, answer: Branch) -> Option<bool> {
         let view = &state.view;
         if !view.begun {
             return Some(false);
@@ -503,7 +513,7 @@ impl World {
         }
         let listed = self.listed(state, answer, applied);
         let is_complete = listed.last() == Some(&answer.newest()) || newest == applied;
-        let is_followed = is_complete || !self.keeps(Rule::AllOfALongPoll);
+        let is_followed = is_complete || !self.keeps(Rule::FloorAfterALongPoll);
         match answer.kept().iter().find(|nonce| number(**nonce) == applied) {
             _ if !self.keeps(Rule::NonceOfApplied) && newest == applied => Some(false),
             Some(nonce) if *nonce != view.applied => None,
@@ -513,7 +523,7 @@ impl World {
         }
     }
 
-    /// The versions that a poll lists: those after `after`, the oldest first, as many as there is room for.
+    /// The versions after `after` that a poll lists: oldest first, at most as many as the bounds allow.
     fn listed(&self, state: &State, answer: Branch, after: u8) -> Vec<u8> {
         let new = answer.kept().iter().copied().filter(|nonce| state.version(*nonce).number > after);
         new.take(self.bounds.listed).collect()
@@ -522,9 +532,9 @@ impl World {
     fn apply(&self, state: &State, next: &mut impl FnMut(Next)) {
         let Poll::Applying { lease_from, answer, done, after: from, jumps, begins } = state.poll else { return };
         let order = match self.broken {
-            Some(Rule::StripesBeforeLease) => [Step::PollRenewsTheLease, Step::PollRaisesStripes, Step::PollMovesOn],
-            Some(Rule::StripesBeforeVersion) => [Step::PollMovesOn, Step::PollRaisesStripes, Step::PollRenewsTheLease],
-            _ => [Step::PollRaisesStripes, Step::PollMovesOn, Step::PollRenewsTheLease],
+            Some(Rule::StripesBeforeLease) => [Step::PollRenewsTheLease, Step::PollRaisesStripes, Step::PollAdvances],
+            Some(Rule::StripesBeforeVersion) => [Step::PollAdvances, Step::PollRaisesStripes, Step::PollRenewsTheLease],
+            _ => [Step::PollRaisesStripes, Step::PollAdvances, Step::PollRenewsTheLease],
         };
         let step = order[usize::from(done)];
         let mut after = *state;
@@ -543,33 +553,33 @@ impl World {
                 if jumps || begins {
                     let floor = if begins && is_complete { state.version(listed[0]).number } else { newest };
                     after.view.records_from = after.view.records_from.max(floor);
-                    if self.keeps(Rule::AbsencesHaveAFloor) {
-                        after.view.absences_from = after.view.absences_from.max(floor);
+                    if self.keeps(Rule::NegativeEntriesHaveAFloor) {
+                        after.view.negatives_from = after.view.negatives_from.max(floor);
                     }
                 }
                 for nonce in &listed {
                     self.raise(&mut after.view, state.version(*nonce));
                 }
             }
-            Step::PollMovesOn => after.view.move_on(answer, &listed),
+            Step::PollAdvances => after.view.advance(answer, &listed),
             _ => after.view.lease = after.view.lease.max(lease_from + 1),
         }
         next(Next::State(step, after));
     }
 
     fn raise(&self, view: &mut View, version: &Version) {
-        let Version { number, named, .. } = *version;
-        if let Some(id) = named.key {
+        let Version { number, changed_objects, .. } = *version;
+        if let Some(id) = changed_objects.key {
             view.keys[usize::from(id)] = view.keys[usize::from(id)].max(number);
         }
-        if named.trust && self.keeps(Rule::TrustsAreNamed) {
+        if changed_objects.trust && self.keeps(Rule::TrustChangesReachRecords) {
             view.trust = view.trust.max(number);
         }
-        if named.absence {
-            view.absence = view.absence.max(number);
+        if changed_objects.negative {
+            view.negative = view.negative.max(number);
         }
-        if named.every_absence && self.keeps(Rule::AbsencesHaveAFloor) {
-            view.absences_from = view.absences_from.max(number);
+        if changed_objects.every_negative && self.keeps(Rule::NegativeEntriesHaveAFloor) {
+            view.negatives_from = view.negatives_from.max(number);
         }
     }
 
@@ -578,12 +588,12 @@ impl World {
         let newest = |content| Value { content, as_of: state.database.newest(), lineage: state.database.lineage };
         let in_database = state.version(state.database.newest()).content;
         match state.load {
-            // For somebody else's check, or that of ours.
+            // The load is for the check of this model, or for a check of another caller.
             Load::None => {
                 let own = state.check != Check::None;
                 for (nonce, version) in (0..).zip(state.versions.iter().flatten()) {
                     let lineages = (0..=state.database.lineage).filter(|lineage| version.lineages >> lineage & 1 == 1);
-                    // Absences never go to Redis.
+                    // Negative entries are not stored in Redis.
                     for lineage in lineages.filter(|_| version.content.key.is_some()) {
                         let value = Value { content: version.content, as_of: nonce, lineage };
                         go(Step::LoadFindsInRedis { nonce }, Load::FoundInRedis { value });
@@ -596,10 +606,10 @@ impl World {
             }
             Load::FoundInRedis { value } => {
                 let mut after = *state;
-                let entered = self.keep(&mut after, value);
+                let entered = self.insert_if_known(&mut after, value);
                 if entered && Self::covers(state, &state.view, value) {
                     after.load = Load::None;
-                    self.land(after, (true, false), value, true, next);
+                    self.complete_load(after, (true, false), value, true, next);
                 } else {
                     let own = state.check != Check::None;
                     after.load = Load::Sent { tiers: true, own };
@@ -617,36 +627,36 @@ impl World {
                 go(Step::LoadReads, Load::Read { tiers, own, value: newest(content) });
             }
             Load::Read { tiers, own, mut value } => {
-                if !self.keeps(Rule::DatedByItsRead) && state.view.begun {
+                if !self.keeps(Rule::VersionOfItsRead) && state.view.begun {
                     (value.as_of, value.lineage) = (state.view.applied, state.view.lineage);
                 }
                 let mut after = *state;
-                let entered = self.keep(&mut after, value);
-                let is_ahead = self.place(state, &state.view, value) == Place::Ahead;
-                after.load = if is_ahead { Load::Settling { value } } else { Load::None };
-                self.land(after, (tiers, own), value, entered, next);
+                let entered = self.insert_if_known(&mut after, value);
+                let is_ahead = self.provenance(state, &state.view, value) == Provenance::Ahead;
+                after.load = if is_ahead { Load::Ahead { value } } else { Load::None };
+                self.complete_load(after, (tiers, own), value, entered, next);
             }
-            Load::Settling { value } => {
-                go(Step::LoadIsGivenUp, Load::None);
+            Load::Ahead { value } => {
+                go(Step::LoadIsDropped, Load::None);
                 let mut after = State { load: Load::None, ..*state };
-                if state.view.is_fresh(state.now) && self.keep(&mut after, value) {
-                    next(Next::State(Step::LoadIsKeptLater, after));
+                if state.view.is_fresh(state.now) && self.insert_if_known(&mut after, value) {
+                    next(Next::State(Step::LoadIsInsertedLater, after));
                 }
             }
         }
     }
 
-    /// Puts a value into L1 if its version is known; says whether it did.
-    fn keep(&self, state: &mut State, value: Value) -> bool {
-        let is_known = self.place(state, &state.view, value) == Place::Known;
+    /// Inserts a value into L1 if its version is known; returns true if it did.
+    fn insert_if_known(&self, state: &mut State, value: Value) -> bool {
+        let is_known = self.provenance(state, &state.view, value) == Provenance::Known;
         if is_known {
             state.l1 = Some((value, state.view.epoch));
         }
         is_known
     }
 
-    /// Tells the check that waits for such a load.
-    fn land(
+    /// Completes a load. If the check waits for such a load, it gets the value.
+    fn complete_load(
         &self,
         mut state: State,
         (tiers, own): (bool, bool),
@@ -657,11 +667,11 @@ impl World {
         match state.check {
             Check::Waits(question) if question.fresh == tiers => {
                 let entered = entered.then_some(state.view.epoch);
-                state.check = Check::Landed { question, value, entered, own };
-                // At once: all that a pause could bring makes it refuse what it would use.
+                state.check = Check::Loaded { question, value, entered, own };
+                // Continue the check at once: a delay could only make it refuse a value that it would use now.
                 self.check(&state, next);
             }
-            _ => next(Next::State(Step::LoadLands, state)),
+            _ => next(Next::State(Step::LoadCompletes, state)),
         }
     }
 
@@ -670,7 +680,7 @@ impl World {
         match state.check {
             Check::None => {
                 for live in [false, true] {
-                    // Earlier ones are answered with what was so at some moment since the start: that is never wrong.
+                    // An earlier check may use any state since the start of the run, so its answer cannot be wrong.
                     let first = if live { 1 } else { LEASE + 1 };
                     if live && !self.bounds.live || state.now < first {
                         continue;
@@ -678,7 +688,7 @@ impl World {
                     let fresh = !live && state.view.is_fresh(state.now);
                     let question = Question { at: state.now, epoch: state.view.epoch, fresh, live, attempt: 0 };
                     let mut after = State { check: Check::Begun(question), ..*state };
-                    // What is in the air was sent before.
+                    // A load in flight was sent before this check began.
                     match &mut after.load {
                         Load::Sent { own, .. } | Load::HalfRead { own, .. } | Load::Read { own, .. } => *own = false,
                         _ => {}
@@ -691,57 +701,58 @@ impl World {
                     *epoch == question.epoch && Self::covers(state, state.view_of(question.epoch), *value)
                 });
                 if !self.keeps(Rule::LeaseBeforeValue) && !question.live {
-                    return go(Step::CheckLooks, Check::Looked(question, in_l1.map(|(value, _)| value.content)));
+                    return go(Step::CheckReadsL1, Check::ReadL1(question, in_l1.map(|(value, _)| value.content)));
                 }
                 match in_l1 {
                     Some((value, _)) if question.fresh => next(state.decide(question, value.content)),
-                    _ => go(Step::CheckLooks, Check::Waits(question)),
+                    _ => go(Step::CheckReadsL1, Check::Waits(question)),
                 }
             }
-            Check::Looked(question, found) => {
+            Check::ReadL1(question, found) => {
                 let fresh = state.view.epoch == question.epoch && state.view.is_fresh(question.at);
                 match found {
                     Some(content) if fresh => next(state.decide(question, content)),
-                    _ => go(Step::CheckLooksAtTheLease, Check::Waits(Question { fresh, ..question })),
+                    _ => go(Step::CheckReadsTheLease, Check::Waits(Question { fresh, ..question })),
                 }
             }
-            Check::Waits(_) => {} // until a load lands
-            Check::Landed { question, value, entered, own } => {
+            Check::Waits(_) => {} // until a load completes
+            Check::Loaded { question, value, entered, own } => {
                 let view = state.view_of(question.epoch);
-                let place = if entered == Some(question.epoch) { Place::Known } else { self.place(state, view, value) };
+                let is_entered = entered == Some(question.epoch);
+                let provenance = if is_entered { Provenance::Known } else { self.provenance(state, view, value) };
                 let is_covered = Self::covers(state, view, value);
                 let own = own
                     || !self.keeps(Rule::OwnReadWithoutLease) && !question.fresh && !question.live
                     || !self.keeps(Rule::OwnReadWhenLive) && question.live;
-                let may_be_used = match (question.fresh, place) {
-                    (true, Place::Known) => is_covered,
-                    (false, Place::Known) => own && is_covered,
-                    (_, Place::Ahead | Place::Foreign) => own,
+                let may_be_used = match (question.fresh, provenance) {
+                    (true, Provenance::Known) => is_covered,
+                    (false, Provenance::Known) => own && is_covered,
+                    (_, Provenance::Ahead | Provenance::Foreign) => own,
                 };
-                if may_be_used || question.fresh && !self.keeps(Rule::LoadsAreJudged) {
+                if may_be_used || question.fresh && !self.keeps(Rule::LoadsAreChecked) {
                     return next(state.decide(question, value.content));
                 }
-                if question.fresh && place == Place::Ahead {
+                if question.fresh && provenance == Provenance::Ahead {
                     go(Step::CheckWaitsForAPoll, state.check);
                 }
                 if question.attempt + 1 < ATTEMPTS {
                     let again = Question { attempt: question.attempt + 1, ..question };
-                    go(Step::CheckRefuses, Check::Waits(again));
+                    go(Step::CheckRefusesTheValue, Check::Waits(again));
                 }
             }
         }
     }
 
-    fn place(&self, state: &State, view: &View, value: Value) -> Place {
+    fn provenance(&self, state: &State, view: &View, value: Value) -> Provenance {
         if !view.begun || value.lineage != view.lineage {
-            return Place::Foreign;
+            return Provenance::Foreign;
         }
         let number = |nonce| state.version(nonce).number;
         if number(value.as_of) > number(view.applied) {
-            return Place::Ahead;
+            return Provenance::Ahead;
         }
         let is_known = view.known >> value.as_of & 1 == 1 || !self.keeps(Rule::NonceOfValue);
-        if is_known { Place::Known } else { Place::Foreign }
+        if is_known { Provenance::Known } else { Provenance::Foreign }
     }
 
     fn covers(state: &State, view: &View, value: Value) -> bool {
@@ -750,7 +761,7 @@ impl World {
             Some(Key { id, .. }) => {
                 as_of >= view.records_from && as_of >= view.keys[usize::from(id)] && as_of >= view.trust
             }
-            None => as_of >= view.absences_from && as_of >= view.absence,
+            None => as_of >= view.negatives_from && as_of >= view.negative,
         }
     }
 }
@@ -764,7 +775,7 @@ impl View {
         if self.begun { state.version(self.applied).number } else { 0 }
     }
 
-    fn move_on(&mut self, answer: Branch, listed: &[u8]) {
+    fn advance(&mut self, answer: Branch, listed: &[u8]) {
         (self.begun, self.lineage, self.applied) = (true, answer.lineage, answer.newest());
         for nonce in listed.iter().chain([&answer.newest()]) {
             self.known |= 1 << nonce;
@@ -774,7 +785,7 @@ impl View {
 
 impl State {
     fn version(&self, nonce: u8) -> &Version {
-        // Nonces are places of versions that were committed.
+        // A nonce is the index of a committed version.
         self.versions[usize::from(nonce)].as_ref().unwrap()
     }
 
@@ -782,30 +793,31 @@ impl State {
         if self.view.epoch == epoch { &self.view } else { &self.former }
     }
 
-    /// Forgets a former view that no check began in.
-    fn forget(&mut self) {
+    /// Drops the former view if the check did not begin in it.
+    fn drop_unused_view(&mut self) {
         let of_former = match self.check {
             Check::None => false,
             Check::Begun(question)
-            | Check::Looked(question, _)
+            | Check::ReadL1(question, _)
             | Check::Waits(question)
-            | Check::Landed { question, .. } => question.epoch != self.view.epoch,
+            | Check::Loaded { question, .. } => question.epoch != self.view.epoch,
         };
         if !of_former {
             self.former = View::default();
         }
     }
 
-    /// Notes whether the key is good now.
-    fn note(&mut self) {
+    /// Records whether the key is good now.
+    fn record_truth(&mut self) {
         let is_good = self.version(self.database.newest()).content.is_good();
         *(if is_good { &mut self.good } else { &mut self.bad }) |= 1 << self.now;
     }
 
-    fn changed(&self, change: Change) -> Option<(Content, Named)> {
+    /// The rows after `change` and the objects that it changes; `None` if the change is not possible now.
+    fn effect_of(&self, change: Change) -> Option<(Content, Changed)> {
         let content = self.version(self.database.newest()).content;
         let Content { key, trust_enabled } = content;
-        let of_key = |id| Named { key: Some(id), ..Named::default() };
+        let of_key = |id| Changed { key: Some(id), ..Changed::default() };
         let next_id = || {
             let ids = self.versions.iter().flatten().filter_map(|version| version.content.key);
             ids.map(|key| key.id + 1).max().unwrap_or(0)
@@ -821,24 +833,24 @@ impl State {
             (Change::Insert | Change::BulkInsert, None) => {
                 let key = Some(Key { id: next_id(), revoked: false });
                 let whole = change == Change::BulkInsert;
-                (Content { key, ..content }, Named { absence: !whole, every_absence: whole, ..Named::default() })
+                (Content { key, ..content }, Changed { negative: !whole, every_negative: whole, ..Changed::default() })
             }
             (Change::DisableTrust, _) if trust_enabled => {
-                (Content { trust_enabled: false, ..content }, Named { trust: true, ..Named::default() })
+                (Content { trust_enabled: false, ..content }, Changed { trust: true, ..Changed::default() })
             }
             (Change::EnableTrust, _) if !trust_enabled => {
-                (Content { trust_enabled: true, ..content }, Named { trust: true, ..Named::default() })
+                (Content { trust_enabled: true, ..content }, Changed { trust: true, ..Changed::default() })
             }
-            (Change::Other, _) => (content, Named::default()),
+            (Change::Other, _) => (content, Changed::default()),
             _ => return None,
         })
     }
 
-    fn commit(&mut self, content: Content, named: Named) {
+    fn commit(&mut self, content: Content, changed_objects: Changed) {
         let number = self.version(self.database.newest()).number + 1;
         let nonce = self.versions.iter().flatten().count();
         let lineages = 1 << self.database.lineage;
-        self.versions[nonce] = Some(Version { number, named, content, lineages });
+        self.versions[nonce] = Some(Version { number, changed_objects, content, lineages });
         self.database.nonces[usize::from(self.database.len)] = u8::try_from(nonce).unwrap();
         self.database.len += 1;
     }
@@ -848,8 +860,8 @@ impl State {
         self.database.truncate(keeps);
         if new_lineage {
             self.database.lineage += 1;
-            for place in 0..usize::from(keeps) {
-                let nonce = usize::from(self.database.nonces[place]);
+            for index in 0..usize::from(keeps) {
+                let nonce = usize::from(self.database.nonces[index]);
                 if let Some(version) = &mut self.versions[nonce] {
                     version.lineages |= 1 << self.database.lineage;
                 }
@@ -857,14 +869,14 @@ impl State {
         }
     }
 
-    /// The check is answered. What it says must have been so at some moment from a lease before it began until now; for a
-    /// check that wants the live row, since it began.
+    /// Decides the check. The answer must have been true at some moment between now and one lease before the check
+    /// began; if the read policy is `live`, between now and the beginning of the check.
     fn decide(&self, question: Question, content: Content) -> Next {
         let earliest = if question.live { question.at } else { question.at.saturating_sub(LEASE) };
         let (grants, until_now) = (content.is_good(), (2_u8 << self.now).wrapping_sub(1));
         let allowed = until_now & !((1_u8 << earliest) - 1);
-        let was_so = if grants { self.good } else { self.bad };
-        let outcome = if was_so & allowed == 0 { Err(Wrong) } else { Ok(()) };
+        let was_true = if grants { self.good } else { self.bad };
+        let outcome = if was_true & allowed == 0 { Err(Wrong) } else { Ok(()) };
         Next::Decided(Step::CheckDecides { grants }, outcome)
     }
 }

@@ -1,4 +1,4 @@
-//! Chance that a seed determines: the same seed, the same run.
+//! Random values that a seed determines: the same seed gives the same run.
 
 use std::{
     ops::Range,
@@ -6,17 +6,17 @@ use std::{
     time::Duration,
 };
 
-/// A source of chance; clones share it.
+/// A source of random values; clones share it.
 #[derive(Clone)]
 pub struct Chance(Arc<Mutex<fastrand::Rng>>);
 
 impl Chance {
-    /// What follows from `seed`.
+    /// The source with this seed.
     pub fn of(seed: u64) -> Self {
         Self(Arc::new(Mutex::new(fastrand::Rng::with_seed(seed))))
     }
 
-    /// One that goes on by itself from here.
+    /// A new source, which from now on is independent of this one.
     pub fn fork(&self) -> Self {
         Self(Arc::new(Mutex::new(self.lock().fork())))
     }
@@ -26,22 +26,22 @@ impl Chance {
         self.lock().u32(0..times) == 0
     }
 
-    /// A whole number of this range.
+    /// A whole number in this range.
     pub fn number(&self, of: Range<usize>) -> usize {
         self.lock().usize(of)
     }
 
-    /// A time of this range, in microseconds.
+    /// A duration in this range of microseconds.
     pub fn micros(&self, of: Range<u64>) -> Duration {
         Duration::from_micros(self.lock().u64(of))
     }
 
-    /// One of these.
+    /// One of `all`.
     pub fn one_of<T: Copy>(&self, all: &[T]) -> T {
         all[self.number(0..all.len())]
     }
 
-    /// 16 bytes.
+    /// 16 random bytes.
     pub fn bytes(&self) -> [u8; 16] {
         self.lock().u128(..).to_be_bytes()
     }

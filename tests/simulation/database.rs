@@ -1,7 +1,8 @@
-//! A database that names its changes: what is true, and what a replica is told of it.
+//! The simulated database with its change log: the true state of each key, and the answers to the reads and polls of a
+//! replica.
 //!
-//! It fails over, loses what it committed, forgets old versions, and has its triggers altered. Never shows a state that
-//! was at no moment.
+//! The database can fail over, lose committed versions and prune old ones, and its triggers can be dropped. Each answer
+//! shows a state that existed at some moment.
 
 use std::{
     collections::VecDeque,
@@ -22,18 +23,19 @@ use uuid::Uuid;
 
 use crate::chance::Chance;
 
-/// Keys that are asked for. Some are there, some not.
+/// The number of keys that the checks use. At any time, some of them have no row.
 pub const KEYS: usize = 6;
-/// Trusts; key `k` is of trust `k % TRUSTS`.
+/// The number of trusts; key `k` belongs to trust `k % TRUSTS`.
 pub const TRUSTS: usize = 2;
-/// Rows that a poll takes, versions and changes together.
+/// The maximum number of rows that a poll returns, versions and changes together.
 const POLL_ROWS_MAX: usize = 16;
-/// Changes of one version that are named one by one; more are named as a whole.
-const NAMED_MAX: usize = 4;
+/// The maximum number of changes of one kind in a version that have separate entries in the change log. If there are
+/// more, the change log has one entry for the whole kind.
+const ENTRIES_MAX: usize = 4;
 
 const KINDS: [ChangeKind; 4] = [ChangeKind::Keys, ChangeKind::Trusts, ChangeKind::Absences, ChangeKind::Gone];
 
-/// Whether `change` is of one object of this kind.
+/// True if `change` concerns one object of this kind.
 const fn is_of(change: &Change, kind: ChangeKind) -> bool {
     matches!(
         (change, kind),
@@ -49,26 +51,26 @@ pub fn key(number: usize) -> String {
     format!("simulated-key-number-{number}")
 }
 
-/// Something that is committed.
+/// A change to commit.
 #[derive(Clone, Copy, Debug)]
 pub enum Event {
     Revoke(usize),
     Restore(usize),
     Delete(usize),
     Issue(usize),
-    /// The row of one key gets the digest of another that has no row.
+    /// The row of the first key gets the digest of the second, which has no row.
     Rename(usize, usize),
     SetTrust(usize, bool),
     Truncate,
-    /// So many keys at once that they are named as a whole.
+    /// Issues all keys in one version.
     IssueAll,
-    /// `cache clear`.
+    /// The command `cache clear`.
     Everything,
-    /// Of something that nobody asks for.
+    /// A change of an object that no check uses.
     Other,
 }
 
-/// What a history ends in.
+/// The content of the tables.
 #[derive(Clone, Default)]
 struct Tables {
     keys: [Option<Row>; KEYS],
@@ -82,6 +84,7 @@ struct Row {
     revoked: Option<DatabaseTime>,
 }
 
+/// A committed version.
 struct Stamp {
     version: Version,
     nonce: Nonce,
@@ -101,21 +104,22 @@ pub struct Database {
 
 struct State {
     lineage: Lineage,
-    /// All that were not lost, the newest last. There is always one.
+    /// All versions that were not lost, newest last. There is at least one.
     stamps: VecDeque<Stamp>,
-    /// Those before this one are no longer shown.
+    /// The oldest version that was not pruned. Polls do not show earlier ones.
     oldest: Version,
     tables: Tables,
-    /// Whether changes are named.
+    /// True if the triggers record changes.
     triggers_intact: bool,
-    /// For each key since when it was good, and not, in turn; not at first.
+    /// For each key, the moments at which it became good and bad, in turn. No key is good at first.
     truth: [Vec<Instant>; KEYS],
     /// Keys that were revoked, deleted or replaced.
     gone: [bool; KEYS],
-    /// Those of them of which that was lost.
+    /// The keys among them whose revocation, deletion or replacement was lost in a failover.
     forgotten: [bool; KEYS],
-    /// When history was lost last, if it was, and whether a replica was not told of all changes.
+    /// When the last failover was, if there was one.
     failed_over: Option<Instant>,
+    /// True if a poll did not list all changes one by one.
     withheld: bool,
 }
 
@@ -152,24 +156,24 @@ impl Database {
         }
     }
 
-    /// What its clock shows.
+    /// The time on the database's clock.
     pub fn time(&self) -> DatabaseTime {
         let micros = u64::try_from(self.began.elapsed().as_micros()).expect("a short run");
         DatabaseTime::from_micros(micros.cast_signed())
     }
 
-    /// Returns after the next commit.
+    /// Waits for the next commit.
     pub async fn committed(&self) {
         self.commits.notified().await;
     }
 
-    // === what is committed ===
+    // === commits ===
 
-    /// Commits `event`, if it changes anything. `named`: whether the triggers do their work.
-    pub fn commit(&self, event: Event, named: bool) {
+    /// Commits `event`, if it changes anything. `recorded`: true if the triggers record it; false if they were dropped.
+    pub fn commit(&self, event: Event, recorded: bool) {
         let mut state = self.lock();
         let Some(changes) = self.apply(&mut state.tables, event) else { return };
-        if named {
+        if recorded {
             self.stamp(&mut state, changes);
         } else {
             state.triggers_intact = false;
@@ -177,8 +181,8 @@ impl Database {
         self.note_truth(&mut state);
     }
 
-    /// The server is replaced: the last `lost` versions never were. `copied`: by a copy of itself, so that nothing but
-    /// the history tells them apart.
+    /// Replaces the server by one that lacks the last `lost` versions. `copied`: the new server is a copy of the old
+    /// one with the same lineage, so that only the versions and their nonces differ.
     pub fn fail_over(&self, lost: usize, copied: bool) {
         let mut state = self.lock();
         for _ in 0..lost.min(state.stamps.len() - 1) {
@@ -190,16 +194,16 @@ impl Database {
             }
         }
         state.failed_over = Some(Instant::now());
-        // A row that was changed behind the triggers is lost with the server, too.
-        state.tables = state.stamps.back().expect("one stays").after.clone();
-        state.oldest = state.oldest.min(state.stamps.back().expect("one stays").version);
+        // A change that the triggers did not record is in no version, so it is lost with the old server.
+        state.tables = state.stamps.back().expect("at least one version").after.clone();
+        state.oldest = state.oldest.min(state.stamps.back().expect("at least one version").version);
         if !copied {
             state.lineage.timeline += 1;
         }
         self.note_truth(&mut state);
     }
 
-    /// Old versions are deleted, but for the last few.
+    /// Deletes old versions, except for the last few.
     pub fn prune(&self) {
         let mut state = self.lock();
         let kept = self.chance.number(1..4).min(state.stamps.len());
@@ -251,7 +255,7 @@ impl Database {
                 let issued = (0..KEYS).filter(|number| self.issue(tables, *number)).count();
                 match issued {
                     0 => return None,
-                    1..=NAMED_MAX => (0..KEYS).map(absent).collect(),
+                    1..=ENTRIES_MAX => (0..KEYS).map(absent).collect(),
                     _ => vec![Change::Whole(ChangeKind::Absences)],
                 }
             }
@@ -275,13 +279,13 @@ impl Database {
                 state.gone[self.number(digest)] = true;
             }
         }
-        let version = Version(state.stamps.back().expect("one stays").version.0 + 1);
+        let version = Version(state.stamps.back().expect("at least one version").version.0 + 1);
         let (nonce, at, after) = (Nonce(self.chance.bytes()), self.time(), state.tables.clone());
         state.stamps.push_back(Stamp { version, nonce, at, committed: Instant::now(), changes, after });
         self.commits.notify_waiters();
     }
 
-    // === what is true ===
+    // === the true state of the keys ===
 
     fn note_truth(&self, state: &mut State) {
         for number in 0..KEYS {
@@ -294,47 +298,47 @@ impl Database {
         }
     }
 
-    /// Whether key `number` was `good`, or was not, at any moment between `from` and `to`.
+    /// True if key `number` was good (or bad, if `good` is false) at some moment between `from` and `to`.
     pub fn was(&self, number: usize, good: bool, from: Instant, to: Instant) -> bool {
         let state = self.lock();
         let turns = &state.truth[number];
-        // Turn 0 makes it good. What it was at `from`, and every turn until `to`.
+        // The key was bad before turn 0 and good after it. Look at its state at `from`, and at each turn until `to`.
         let before = turns.iter().take_while(|turn| **turn <= from).count();
         let until = turns.iter().take_while(|turn| **turn <= to).count();
         let is_turn_at_from = turns.iter().any(|turn| *turn == from);
         (before % 2 == 1) == good || until > before || is_turn_at_from
     }
 
-    /// Whether a replica may deny key `number` although it is good: it saw it revoked, and either that was lost, or
-    /// history was lost and it was not told by name that the key is good again, or it cannot know (`is_cut`) whether
-    /// history was lost.
+    /// True if a replica may deny key `number` although it is good. The replica may have seen that the key was revoked;
+    /// and the revocation was lost in a failover, or there was a failover and a poll did not list the change that made
+    /// the key good again, or the replica is disconnected (`is_cut`) and does not know whether there was a failover.
     pub fn is_remembered(&self, number: usize, is_cut: bool) -> bool {
         let state = self.lock();
         state.forgotten[number] || (state.gone[number] && (is_cut || (state.failed_over.is_some() && state.withheld)))
     }
 
-    /// When `version` was committed, if it is of the only history there was for so long.
-    pub fn committed_at(&self, version: Version, for_so_long: Duration) -> Option<Instant> {
+    /// When `version` was committed; `None` if there was a failover within `period`.
+    pub fn committed_at(&self, version: Version, period: Duration) -> Option<Instant> {
         let state = self.lock();
-        if state.failed_over.is_some_and(|at| at.elapsed() < for_so_long) {
+        if state.failed_over.is_some_and(|at| at.elapsed() < period) {
             return None;
         }
         state.stamps.iter().find(|stamp| stamp.version == version).map(|stamp| stamp.committed)
     }
 
-    /// When key `number` became good, and bad, in turn.
+    /// When key `number` became good and bad, in turn, since the start of the run.
     pub fn turns(&self, number: usize) -> Vec<Duration> {
         self.lock().truth[number].iter().map(|turn| *turn - self.began).collect()
     }
 
-    // === what a replica is told ===
+    // === answers to a replica ===
 
     /// The key found under one of `digests`.
     pub fn find(&self, digests: &Digests, read_at: DatabaseTime, sent_at: Moment) -> Versioned<Option<Record>> {
         let state = self.lock();
         let found = (0..KEYS).find(|number| digests.contains(&self.digests[*number]));
         let record = found.and_then(|number| self.record(&state, number));
-        state.date(record, read_at, sent_at)
+        state.versioned(record, read_at, sent_at)
     }
 
     /// The key with this id.
@@ -342,30 +346,30 @@ impl Database {
         let state = self.lock();
         let found = (0..KEYS).find(|number| state.tables.keys[*number].is_some_and(|row| row.id == id));
         let record = found.and_then(|number| self.record(&state, number));
-        state.date(record, read_at, sent_at)
+        state.versioned(record, read_at, sent_at)
     }
 
-    /// What was committed from `since` on.
+    /// The answer to a poll that asks for the versions from `since` on.
     pub fn poll(&self, since: Option<Version>, read_at: DatabaseTime, sent_at: Moment) -> Polled {
         let mut state = self.lock();
         let shown = state.stamps.iter().filter(|stamp| stamp.version >= state.oldest);
         let first = since.unwrap_or(state.oldest);
         let versions = shown.clone().filter(|stamp| stamp.version >= first).map(|stamp| (stamp.version, stamp.nonce));
         let mut versions: Vec<_> = versions.collect();
-        let news = shown.clone().filter(|stamp| since.is_none_or(|since| stamp.version > since));
-        let changes = news.flat_map(|stamp| stamp.changes.iter().map(|change| (stamp.version, change.clone())));
+        let new = shown.clone().filter(|stamp| since.is_none_or(|since| stamp.version > since));
+        let changes = new.flat_map(|stamp| stamp.changes.iter().map(|change| (stamp.version, change.clone())));
         let mut changes: Vec<_> = changes.collect();
         versions.truncate(POLL_ROWS_MAX + 1);
-        let newest = state.stamps.back().expect("one stays").version;
-        let mut named: Vec<_> =
+        let newest = state.stamps.back().expect("at least one version").version;
+        let mut counts: Vec<_> =
             KINDS.into_iter().map(|kind| (changes.iter().filter(|c| is_of(&c.1, kind)).count(), kind)).collect();
-        named.sort_by_key(|(count, _)| *count);
+        counts.sort_by_key(|(count, _)| *count);
         let mut room = POLL_ROWS_MAX.saturating_sub(versions.len() + KINDS.len());
-        for (count, kind) in named {
+        for (count, kind) in counts {
             if count <= room {
                 room -= count;
             } else {
-                // More than there is room for is named as a whole.
+                // There is no room for these changes: list one change of the whole kind instead.
                 changes.retain(|(_, change)| !is_of(change, kind));
                 changes.push((newest, Change::Whole(kind)));
             }
@@ -374,9 +378,9 @@ impl Database {
         versions.truncate(POLL_ROWS_MAX);
         changes.truncate(POLL_ROWS_MAX - versions.len());
         state.withheld |= !complete || changes.iter().any(|(_, change)| *change == Change::Whole(ChangeKind::Absences));
-        let newest = state.stamps.back().expect("one stays");
+        let newest = state.stamps.back().expect("at least one version");
         Polled {
-            newest: state.date((), read_at, sent_at),
+            newest: state.versioned((), read_at, sent_at),
             stamped_at: newest.at,
             oldest: state.oldest,
             triggers_intact: state.triggers_intact,
@@ -387,7 +391,7 @@ impl Database {
         }
     }
 
-    /// Makes sure that changes are named again.
+    /// Restores the triggers, and draws a version in which everything changed.
     pub fn restore_watch(&self) {
         let mut state = self.lock();
         if !state.triggers_intact {
@@ -396,7 +400,7 @@ impl Database {
         }
     }
 
-    /// Begins a new history where `lost` is the present one.
+    /// Draws a new incarnation if the present one is `lost`.
     pub fn renew_incarnation(&self, lost: Uuid) {
         let mut state = self.lock();
         if state.lineage.incarnation == lost {
@@ -420,7 +424,7 @@ impl Database {
     }
 
     fn number(&self, digest: &ApiKeyDigest) -> usize {
-        self.digests.iter().position(|known| known == digest).expect("of one of the keys")
+        self.digests.iter().position(|known| known == digest).expect("the digest of one of the keys")
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -429,8 +433,8 @@ impl Database {
 }
 
 impl State {
-    fn date<T>(&self, value: T, read_at: DatabaseTime, sent_at: Moment) -> Versioned<T> {
-        let newest = self.stamps.back().expect("one stays");
+    fn versioned<T>(&self, value: T, read_at: DatabaseTime, sent_at: Moment) -> Versioned<T> {
+        let newest = self.stamps.back().expect("at least one version");
         Versioned { value, as_of: newest.version, nonce: newest.nonce, lineage: self.lineage, read_at, sent_at }
     }
 }

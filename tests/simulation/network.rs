@@ -1,4 +1,4 @@
-//! The way from one replica to the database: slow, cut, refused, or to a standby, as chance has it.
+//! The simulated network between one replica and the database, with random delays and failures.
 
 use std::{
     future::pending,
@@ -21,77 +21,78 @@ use uuid::Uuid;
 
 use crate::{chance::Chance, database::Database};
 
-/// What a way is like.
+/// The condition of the network.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Way {
+pub enum Condition {
+    /// Short delays.
     Fine,
-    /// Up to half a second, each way.
+    /// Up to half a second in each direction.
     Slow,
-    /// Up to a twentieth of a second, each way.
+    /// Up to a twentieth of a second in each direction.
     Lagging,
-    /// There at once, and back as late as a poll allows.
+    /// Requests arrive soon, answers almost as late as a poll allows.
     LateBack,
-    /// Nothing arrives, or nothing comes back.
+    /// Requests and answers are lost.
     Cut,
-    /// Every attempt fails at once.
+    /// Each attempt fails at once.
     Refused,
-    /// It leads to a server that only follows.
+    /// The connection leads to a standby.
     Standby,
 }
 
-/// The ways of one replica.
+/// The network of one replica.
 pub struct Network {
     database: Arc<Database>,
     clock: Arc<dyn Clock>,
     chance: Chance,
-    way: Mutex<(Way, Instant)>,
+    condition: Mutex<(Condition, Instant)>,
 }
 
 impl Network {
     pub fn new(database: Arc<Database>, clock: Arc<dyn Clock>, chance: &Chance) -> Self {
-        // Long ago: nothing was ever wrong with it.
-        let way = Mutex::new((Way::Fine, Instant::now()));
-        Self { database, clock, chance: chance.fork(), way }
+        let condition = Mutex::new((Condition::Fine, Instant::now()));
+        Self { database, clock, chance: chance.fork(), condition }
     }
 
-    /// From now on it is like this.
-    pub fn set(&self, way: Way) {
-        *self.way.lock().unwrap_or_else(PoisonError::into_inner) = (way, Instant::now());
+    /// Sets the condition from now on.
+    pub fn set(&self, condition: Condition) {
+        *self.condition.lock().unwrap_or_else(PoisonError::into_inner) = (condition, Instant::now());
     }
 
-    /// What it is like, and since when.
-    pub fn way(&self) -> (Way, Instant) {
-        *self.way.lock().unwrap_or_else(PoisonError::into_inner)
+    /// The condition, and the time at which it was set.
+    pub fn condition(&self) -> (Condition, Instant) {
+        *self.condition.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// One way: there, or back.
-    async fn go(&self, back: bool) -> Result<(), Fault> {
-        match self.way().0 {
-            Way::LateBack if back => sleep(self.chance.micros(180_000..245_000)).await,
-            Way::Fine | Way::Standby | Way::LateBack => {
+    /// Delivers one message: a request, or an answer if `is_answer`.
+    async fn deliver(&self, is_answer: bool) -> Result<(), Fault> {
+        match self.condition().0 {
+            Condition::LateBack if is_answer => sleep(self.chance.micros(180_000..245_000)).await,
+            Condition::Fine | Condition::Standby | Condition::LateBack => {
                 let most = if self.chance.one_in(20) { 20_000 } else { 1_000 };
                 sleep(self.chance.micros(0..most)).await;
             }
-            Way::Lagging => sleep(self.chance.micros(0..50_000)).await,
-            Way::Slow => sleep(self.chance.micros(0..500_000)).await,
-            Way::Cut => return pending().await,
-            Way::Refused => return Err(refused("connection refused")),
+            Condition::Lagging => sleep(self.chance.micros(0..50_000)).await,
+            Condition::Slow => sleep(self.chance.micros(0..500_000)).await,
+            Condition::Cut => return pending().await,
+            Condition::Refused => return Err(refused("connection refused")),
         }
-        // Cut meanwhile.
-        if self.way().0 == Way::Cut { pending().await } else { Ok(()) }
+        // The network may have been cut during the delay.
+        if self.condition().0 == Condition::Cut { pending().await } else { Ok(()) }
     }
 
-    /// Has `answer` given by the database: told when the statement began, by its clock, and when it was sent, by ours.
-    async fn ask<T>(&self, answer: impl FnOnce(&Database, DatabaseTime, Moment) -> T) -> Result<T, Fault> {
+    /// Runs one statement. `answer` gets the database, the time at which the statement began by the database's clock,
+    /// and the moment at which it was sent by the replica's clock.
+    async fn query<T>(&self, answer: impl FnOnce(&Database, DatabaseTime, Moment) -> T) -> Result<T, Fault> {
         let sent_at = self.clock.now();
-        self.go(false).await?;
-        if self.way().0 == Way::Standby {
+        self.deliver(false).await?;
+        if self.condition().0 == Condition::Standby {
             return Err(refused("this is a standby"));
         }
         let began = self.database.time();
         sleep(self.chance.micros(0..500)).await;
         let answer = answer(&self.database, began, sent_at);
-        self.go(true).await?;
+        self.deliver(true).await?;
         Ok(answer)
     }
 }
@@ -103,17 +104,17 @@ fn refused(why: &'static str) -> Fault {
 #[async_trait]
 impl Lookup for Network {
     async fn find(&self, digests: &Digests) -> Result<Versioned<Option<Record>>, Fault> {
-        self.ask(|database, began, sent_at| database.find(digests, began, sent_at)).await
+        self.query(|database, began, sent_at| database.find(digests, began, sent_at)).await
     }
 
     async fn find_by_id(&self, key: KeyId) -> Result<Versioned<Option<Record>>, Fault> {
-        self.ask(|database, began, sent_at| database.find_by_id(key, began, sent_at)).await
+        self.query(|database, began, sent_at| database.find_by_id(key, began, sent_at)).await
     }
 
     async fn poll(&self, since: Option<Version>) -> Result<Polled, PollError> {
-        let polled = self.ask(|database, began, sent_at| database.poll(since, began, sent_at)).await;
-        match self.way().0 {
-            Way::Standby => Err(PollError::Unusable("this is a standby".into())),
+        let polled = self.query(|database, began, sent_at| database.poll(since, began, sent_at)).await;
+        match self.condition().0 {
+            Condition::Standby => Err(PollError::Unusable("this is a standby".into())),
             _ => polled.map_err(PollError::NoAnswer),
         }
     }
@@ -122,26 +123,26 @@ impl Lookup for Network {
         changed();
         while !self.chance.one_in(30) {
             self.database.committed().await;
-            if self.go(true).await.is_err() {
+            if self.deliver(true).await.is_err() {
                 break;
             }
             if !self.chance.one_in(3) {
                 changed();
             }
         }
-        refused("the connection for hints broke")
+        refused("the connection for notifications broke")
     }
 
     async fn report(&self, _: &Heartbeat) -> Result<(), Fault> {
-        self.ask(|_, _, _| ()).await
+        self.query(|_, _, _| ()).await
     }
 
     async fn restore_watch(&self) -> Result<(), Fault> {
-        self.ask(|database, _, _| database.restore_watch()).await
+        self.query(|database, _, _| database.restore_watch()).await
     }
 
     async fn renew_incarnation(&self, lost: Uuid) -> Result<(), Fault> {
-        self.ask(|database, _, _| database.renew_incarnation(lost)).await
+        self.query(|database, _, _| database.renew_incarnation(lost)).await
     }
 
     async fn tend_peppers(&self, _: &[Fingerprint]) -> Result<Tended, Fault> {
@@ -149,18 +150,18 @@ impl Lookup for Network {
     }
 
     async fn prune(&self) -> Result<bool, Fault> {
-        Ok(false) // chance decides that
+        Ok(false) // the simulation prunes at random times instead
     }
 
     async fn redis_mac_key(&self) -> Result<Option<[u8; 32]>, Fault> {
-        self.ask(|_, _, _| Some([7; 32])).await
+        self.query(|_, _, _| Some([7; 32])).await
     }
 }
 
 #[async_trait]
 impl Source for Network {
     async fn prepare(&self, _: Missing) -> Result<(), StoreError> {
-        Ok(self.ask(|_, _, _| ()).await?)
+        Ok(self.query(|_, _, _| ()).await?)
     }
 
     fn run_reads_on(&self, _: tokio::runtime::Handle) {}
@@ -168,16 +169,16 @@ impl Source for Network {
     async fn close(&self) {}
 }
 
-/// A boot clock that runs a little fast or slow.
+/// A boot clock that runs slightly fast or slow.
 pub struct DriftingClock {
     began: Instant,
-    /// What it shows at the beginning.
+    /// The time that it shows at the beginning.
     from: Moment,
-    /// Nanoseconds that it shows for a million of them.
+    /// The nanoseconds by which it advances in a million nanoseconds.
     rate: u64,
 }
 
-/// By how much a boot clock may be wrong.
+/// The maximum error of a boot clock, in nanoseconds per million.
 const DRIFT_MAX: usize = 10_000;
 
 impl DriftingClock {

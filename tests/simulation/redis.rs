@@ -1,5 +1,5 @@
-//! A Redis that speaks its protocol over memory, and has its own ways: it is down, hangs, is emptied, and somebody puts
-//! back what it held before, or something else.
+//! A simulated Redis server that speaks the Redis protocol over streams in memory. It can be down, hang, lose its
+//! values, and contain old or forged values.
 
 use std::{
     collections::BTreeMap,
@@ -22,10 +22,11 @@ use trustgate::redis::{Connection, Link};
 
 use crate::chance::Chance;
 
-/// The statement by which a replica shares a value.
+/// The script with which a replica stores a value.
 const REPLACE: &str = include_str!("../../src/cache/l2/replace.lua");
-/// Where in a value its lineage stands, and where its version.
+/// The bytes of a value that contain its lineage.
 const LINEAGE: std::ops::Range<usize> = 33..61;
+/// The bytes of a value that contain its version.
 const AS_OF: std::ops::Range<usize> = 61..77;
 
 #[derive(Clone)]
@@ -34,13 +35,13 @@ pub struct Redis(Arc<Inner>);
 struct Inner {
     chance: Chance,
     state: Mutex<State>,
-    hints: broadcast::Sender<()>,
+    notifications: broadcast::Sender<()>,
 }
 
 #[derive(Default)]
 struct State {
     values: BTreeMap<Vec<u8>, Vec<u8>>,
-    /// All that were ever there.
+    /// All values that were ever stored, in order.
     past: Vec<(Vec<u8>, Vec<u8>)>,
     refuses: bool,
     hangs_until: Option<Instant>,
@@ -48,26 +49,26 @@ struct State {
 
 impl Redis {
     pub fn new(chance: &Chance) -> Self {
-        let hints = broadcast::Sender::new(64);
-        Self(Arc::new(Inner { chance: chance.fork(), state: Mutex::default(), hints }))
+        let notifications = broadcast::Sender::new(64);
+        Self(Arc::new(Inner { chance: chance.fork(), state: Mutex::default(), notifications }))
     }
 
-    /// Whether it lets anybody connect.
+    /// Sets whether the server refuses and closes connections.
     pub fn set_refuses(&self, refuses: bool) {
         self.lock().refuses = refuses;
     }
 
-    /// Answers nobody until then.
+    /// Makes the server hang until `until`: it delays its replies.
     pub fn hang_until(&self, until: Instant) {
         self.lock().hangs_until = Some(until);
     }
 
-    /// Holds nothing any more.
+    /// Deletes all values.
     pub fn empty(&self) {
         self.lock().values.clear();
     }
 
-    /// Holds something that it held before, under each name.
+    /// Restores an earlier value under each key.
     pub fn replay(&self) {
         let state = &mut *self.lock();
         for (name, value) in &state.past {
@@ -77,7 +78,7 @@ impl Redis {
         }
     }
 
-    /// Changes a byte of each value, or puts one under the name of another.
+    /// Flips a bit of each value, or replaces the value with that of another key.
     pub fn forge(&self) {
         let state = &mut *self.lock();
         let others: Vec<_> = state.values.values().cloned().collect();
@@ -101,7 +102,7 @@ impl Redis {
         }
         let (ours, theirs) = duplex(1 << 16);
         let redis = self.clone();
-        // A client that went away ends it; so does a message that is none.
+        // The task ends when the client disconnects or sends an invalid message.
         tokio::spawn(async move { drop(redis.serve(ours).await) });
         Ok(theirs)
     }
@@ -124,13 +125,13 @@ impl Redis {
                 write
                     .write_all(&[b"*3\r\n$9\r\nsubscribe\r\n".as_slice(), &bulk(&command[1]), b":1\r\n"].concat())
                     .await?;
-                return self.tell_hints(&command[1], &mut read, &mut write).await;
+                return self.send_notifications(&command[1], &mut read, &mut write).await;
             }
             write.write_all(&self.answer(&command)).await?;
         }
     }
 
-    /// One command: an array of texts.
+    /// Reads one command: an array of strings.
     async fn command(&self, read: &mut (impl tokio::io::AsyncBufRead + Unpin)) -> io::Result<Vec<Vec<u8>>> {
         let count = number(read, b'*').await?;
         let mut command = Vec::with_capacity(count);
@@ -148,12 +149,12 @@ impl Redis {
         match command[0].as_slice() {
             b"PING" => b"+PONG\r\n".to_vec(),
             b"GETRANGE" => bulk(state.values.get(&command[1]).map_or(&[], Vec::as_slice)),
-            // It never holds a script, so that all of them come whole.
+            // This server stores no scripts, so replicas send the full text.
             b"EVALSHA" => b"-NOSCRIPT No matching script.\r\n".to_vec(),
             b"EVAL" if command[1] == REPLACE.as_bytes() => {
                 let (name, value) = (&command[3], &command[4]);
-                // Rarely it is not asked for the rule: no harm may come of it.
-                if self.0.chance.one_in(10) || state.values.get(name).is_none_or(|held| !is_newer(held, value)) {
+                // Sometimes ignore the rule of the script: replicas must cope with an older value.
+                if self.0.chance.one_in(10) || state.values.get(name).is_none_or(|stored| !is_newer(stored, value)) {
                     state.values.insert(name.clone(), value.clone());
                     state.past.push((name.clone(), value.clone()));
                 }
@@ -165,22 +166,22 @@ impl Redis {
                 b":1\r\n".to_vec()
             }
             b"PUBLISH" => {
-                // Nobody may be there to hear it.
-                let _ = self.0.hints.send(());
+                // The error says that there is no subscriber.
+                let _ = self.0.notifications.send(());
                 b":1\r\n".to_vec()
             }
             _ => b"+OK\r\n".to_vec(),
         }
     }
 
-    /// Hints to one subscriber: some late, some never, some twice.
-    async fn tell_hints(
+    /// Sends notifications to one subscriber: some late, some not at all, some twice.
+    async fn send_notifications(
         &self,
         channel: &[u8],
         read: &mut (impl tokio::io::AsyncBufRead + Unpin),
         write: &mut (impl tokio::io::AsyncWrite + Unpin),
     ) -> io::Result<()> {
-        let mut hints = self.0.hints.subscribe();
+        let mut notifications = self.0.notifications.subscribe();
         let message = [b"*3\r\n$7\r\nmessage\r\n".as_slice(), &bulk(channel), &bulk(b"")].concat();
         loop {
             tokio::select! {
@@ -189,8 +190,8 @@ impl Redis {
                     command?; // a PING
                     write.write_all(b"*2\r\n$4\r\npong\r\n$0\r\n\r\n").await?;
                 }
-                hint = hints.recv() => {
-                    if matches!(hint, Err(broadcast::error::RecvError::Closed)) || self.lock().refuses {
+                notification = notifications.recv() => {
+                    if matches!(notification, Err(broadcast::error::RecvError::Closed)) || self.lock().refuses {
                         return Ok(());
                     }
                     sleep(self.0.chance.micros(0..5_000)).await;
@@ -203,16 +204,16 @@ impl Redis {
     }
 }
 
-/// Whether what is held is of the same lineage and not older than `value`, as `replace.lua` has it.
-fn is_newer(held: &[u8], value: &[u8]) -> bool {
-    held.get(LINEAGE) == value.get(LINEAGE) && held.get(AS_OF) >= value.get(AS_OF)
+/// True if the stored value has the same lineage as `value` and is not older: the rule of `replace.lua`.
+fn is_newer(stored: &[u8], value: &[u8]) -> bool {
+    stored.get(LINEAGE) == value.get(LINEAGE) && stored.get(AS_OF) >= value.get(AS_OF)
 }
 
 fn bulk(text: &[u8]) -> Vec<u8> {
     [format!("${}\r\n", text.len()).as_bytes(), text, b"\r\n"].concat()
 }
 
-/// A line of a kind and a number.
+/// Reads a line that consists of `kind` and a number.
 async fn number(read: &mut (impl tokio::io::AsyncBufRead + Unpin), kind: u8) -> io::Result<usize> {
     let mut line = Vec::new();
     read.read_until(b'\n', &mut line).await?;
@@ -235,5 +236,5 @@ impl Link for Redis {
     }
 }
 
-/// For how long Redis hangs, at most.
+/// The maximum time for which the server hangs.
 pub const HANGS_MAX: Duration = Duration::from_secs(2);

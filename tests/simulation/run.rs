@@ -1,5 +1,5 @@
-//! One run: three replicas as they are, one database, one Redis, and what chance does to them. Time is simulated, all of it
-//! happens on one thread, and the same seed gives the same run.
+//! One simulated run: three complete replicas, one database and one Redis server, with random events. Time is simulated
+//! and everything runs on one thread, so the same seed gives the same run.
 
 use std::{
     collections::BTreeMap,
@@ -29,53 +29,53 @@ use uuid::Uuid;
 use crate::{
     chance::Chance,
     database::{Database, Event, KEYS, TRUSTS, key},
-    network::{DriftingClock, Network, Way},
+    network::{Condition, DriftingClock, Network},
     redis::{HANGS_MAX, Redis},
     support::grpc::{Verdict, request, verdict},
 };
 
 const REPLICAS: usize = 3;
-/// For how long a run goes on.
+/// How long a run lasts, without pauses.
 const LENGTH: Duration = Duration::from_secs(6);
-/// L: as it comes.
+/// L: the default of `freshness.lease`.
 const LEASE: Duration = Duration::from_secs(1);
-/// For how long after its way is fine again a replica may not know it: connecting gets two seconds, and a poll without an
-/// answer speaks for two leases.
+/// How long after the network of a replica has recovered the lease of the replica may still be stale: an attempt to
+/// connect may take two seconds, and an unanswered poll counts for two leases.
 const UNREACHED: Duration = Duration::from_millis(4_200);
-/// How long a check may take from its start to a grant: `decision.deadline`, as it comes.
+/// How long a check may take from its start to a grant: the default of `decision.deadline`.
 const DEADLINE: Duration = Duration::from_millis(150);
 
-/// What kind of run.
+/// The parameters of a run.
 #[derive(Clone, Copy, Debug)]
 pub struct Plan {
     pub seed: u64,
-    /// Whether keys change but nothing fails.
+    /// True if keys change but nothing fails.
     pub calm: bool,
-    pub story: Story,
+    pub events: EventLog,
 }
 
-/// Whether what happens is told.
+/// Where the events of a run are logged.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Story {
-    Untold,
+pub enum EventLog {
+    Off,
     /// In the outcome.
-    Kept,
-    /// As it happens.
-    Shown,
+    Collected,
+    /// On standard output, as they happen.
+    Printed,
 }
 
-/// What a run came to.
+/// The result of a run.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Outcome {
-    /// Checks, by what they came to.
+    /// The number of checks by result, and of events that the metrics count.
     pub counts: BTreeMap<&'static str, u64>,
-    /// Answers that break the promise, in words.
+    /// Descriptions of the wrong answers.
     pub wrong: Vec<String>,
-    /// What happened, where that was to be kept.
-    pub story: Vec<String>,
+    /// The events, if they are [`EventLog::Collected`].
+    pub events: Vec<String>,
 }
 
-/// Goes through one run.
+/// Runs the simulation once.
 pub fn run(plan: Plan) -> Outcome {
     let runtime = Builder::new_current_thread().enable_time().start_paused(true).build().expect("a runtime");
     runtime.block_on(async {
@@ -87,7 +87,7 @@ pub fn run(plan: Plan) -> Outcome {
         actors.spawn(Arc::clone(&world).change());
         actors.spawn(Arc::clone(&world).disturb());
         for number in 0..REPLICAS {
-            actors.spawn(Arc::clone(&world).ask(number));
+            actors.spawn(Arc::clone(&world).send_checks(number));
         }
         while let Some(ended) = actors.join_next().await {
             ended.expect("no panic in an actor");
@@ -105,24 +105,24 @@ struct World {
     began: Instant,
     chance: Chance,
     config: Config,
-    /// S: for how long it stays in force while polls get no answer.
+    /// S: how long the lease stays stale while polls get no answer (`freshness.stale_if_unconfirmed`).
     stale: Duration,
     database: Arc<Database>,
     redis: Redis,
-    places: [Mutex<Place>; REPLICAS],
-    /// Nothing is committed before.
+    slots: [Mutex<Slot>; REPLICAS],
+    /// No change is committed before this moment.
     quiet_until: Mutex<Instant>,
-    /// For how long the machine of the replicas stood still, in all.
+    /// How long the process of the replicas was paused in total.
     paused: Mutex<Duration>,
     checks: Mutex<JoinSet<()>>,
     outcome: Mutex<Outcome>,
 }
 
-/// Where a replica runs, and its ways to the database since the beginning.
+/// A replica, and the conditions of its network since the start of the run.
 #[derive(Default)]
-struct Place {
+struct Slot {
     running: Option<Running>,
-    ways: Vec<(Instant, Way)>,
+    conditions: Vec<(Instant, Condition)>,
 }
 
 struct Running {
@@ -130,7 +130,7 @@ struct Running {
     replica_state: Arc<ReplicaState>,
     network: Arc<Network>,
     registry: Registry,
-    /// Dropped, all of them end at once: a crash.
+    /// Dropping the tasks ends all of them at once: a crash.
     _tasks: Tasks,
 }
 
@@ -142,10 +142,10 @@ impl World {
     fn new(plan: Plan) -> Self {
         let chance = Chance::of(plan.seed);
         let stale = chance.one_of(&[Duration::ZERO, Duration::from_secs(2), Duration::from_secs(20)]);
-        let hints = if chance.one_in(3) { "false" } else { "true" };
+        let notifications = if chance.one_in(3) { "false" } else { "true" };
         let set = [
             ("FRESHNESS__STALE_IF_UNCONFIRMED", format!("{}s", stale.as_secs())),
-            ("FRESHNESS__HINTS", hints.to_owned()),
+            ("FRESHNESS__HINTS", notifications.to_owned()),
             ("CACHE__SIZE", "1MiB".to_owned()),
             ("CACHE__ABSENCES_SIZE", "1MiB".to_owned()),
         ];
@@ -154,7 +154,7 @@ impl World {
         let hasher = Hasher::new(None, &[]);
         let database = Arc::new(Database::new(&chance, |key| hasher.current(key.as_bytes())));
         let redis = Redis::new(&chance);
-        let (places, outcome, began) = (Default::default(), Mutex::default(), Instant::now());
+        let (slots, outcome, began) = (Default::default(), Mutex::default(), Instant::now());
         let quiet_until = Mutex::new(began);
         Self {
             plan,
@@ -164,7 +164,7 @@ impl World {
             stale,
             database,
             redis,
-            places,
+            slots,
             quiet_until,
             paused: Mutex::default(),
             checks: Mutex::default(),
@@ -172,13 +172,13 @@ impl World {
         }
     }
 
-    /// Starts replica `number`; one that runs there crashes.
+    /// Starts replica `number`; if it is running, it crashes first.
     fn start(&self, number: usize) {
-        let mut place = lock(&self.places[number]);
+        let mut slot = lock(&self.slots[number]);
         let clock = Arc::new(DriftingClock::new(&self.chance));
         let network = Arc::new(Network::new(Arc::clone(&self.database), Arc::clone(&clock) as _, &self.chance));
-        network.set(place.ways.last().map_or(Way::Fine, |(_, way)| *way));
-        let around = ReplicaDeps {
+        network.set(slot.conditions.last().map_or(Condition::Fine, |(_, condition)| *condition));
+        let deps = ReplicaDeps {
             source: Arc::clone(&network) as _,
             place: "simulated".to_owned(),
             redis: Some(Arc::new(self.redis.clone())),
@@ -191,31 +191,26 @@ impl World {
         };
         let registry = metrics::registry("simulated", "none").expect("a registry");
         let mut tasks = Tasks::default();
-        let replica = Replica::start(&self.config, around, &registry, &mut tasks).expect("it starts");
-        if let Some(before) = place.running.take() {
-            self.keep_metrics(&before);
+        let replica = Replica::start(&self.config, deps, &registry, &mut tasks).expect("a replica that starts");
+        if let Some(before) = slot.running.take() {
+            self.count_metrics(&before);
         }
-        place.running = Some(Running {
-            checker: replica.checker,
-            replica_state: replica.replica_state,
-            network,
-            registry,
-            _tasks: tasks,
-        });
+        let Replica { checker, replica_state, .. } = replica;
+        slot.running = Some(Running { checker, replica_state, network, registry, _tasks: tasks });
     }
 
-    fn goes_on(&self) -> bool {
+    fn is_running(&self) -> bool {
         self.began.elapsed() < LENGTH + *lock(&self.paused)
     }
 
-    fn tell(&self, what: impl FnOnce() -> String) {
-        if self.plan.story == Story::Untold {
+    fn log(&self, event: impl FnOnce() -> String) {
+        if self.plan.events == EventLog::Off {
             return;
         }
-        let line = format!("{:9.4} s  {}", self.began.elapsed().as_secs_f64(), what());
-        match self.plan.story {
-            Story::Shown => println!("{line}"),
-            Story::Untold | Story::Kept => lock(&self.outcome).story.push(line),
+        let line = format!("{:9.4} s  {}", self.began.elapsed().as_secs_f64(), event());
+        match self.plan.events {
+            EventLog::Printed => println!("{line}"),
+            EventLog::Off | EventLog::Collected => lock(&self.outcome).events.push(line),
         }
     }
 
@@ -223,8 +218,8 @@ impl World {
         *lock(&self.outcome).counts.entry(what).or_default() += times;
     }
 
-    /// What the metrics of a replica say of the ways its answers took.
-    fn keep_metrics(&self, running: &Running) {
+    /// Adds events that the metrics of a replica have counted.
+    fn count_metrics(&self, running: &Running) {
         for family in running.registry.gather() {
             for metric in family.get_metric() {
                 let label =
@@ -233,8 +228,8 @@ impl World {
                     ("trustgate_cache_lookups_total", Some("l2"), Some("hit")) => "found in Redis",
                     ("trustgate_cache_lookups_total", Some("l2"), Some("refused")) => "refused from Redis",
                     ("trustgate_cache_lookups_total", Some("l1"), Some("refused")) => "refused in L1",
-                    ("trustgate_stale_grants_total", ..) => "granted while unconfirmed",
-                    ("trustgate_lost_history_total", ..) => "histories found lost",
+                    ("trustgate_stale_grants_total", ..) => "granted while stale",
+                    ("trustgate_lost_history_total", ..) => "lost histories found",
                     ("trustgate_polls_total", _, Some("ok")) => "polls confirmed",
                     ("trustgate_polls_total", _, Some("unanswered")) => "polls unanswered",
                     ("trustgate_polls_total", _, Some("unusable")) => "polls unusable",
@@ -245,9 +240,9 @@ impl World {
         }
     }
 
-    // === who acts ===
+    // === actors ===
 
-    /// Commits one thing after the other.
+    /// Commits random changes.
     async fn change(self: Arc<Self>) {
         let chance = self.chance.fork();
         for number in 0..KEYS {
@@ -255,7 +250,7 @@ impl World {
                 self.database.commit(Event::Issue(number), true);
             }
         }
-        while self.goes_on() {
+        while self.is_running() {
             sleep(chance.micros(1_000..200_000)).await;
             let quiet_until = *lock(&self.quiet_until);
             sleep_until(quiet_until).await;
@@ -274,59 +269,60 @@ impl World {
                 _ => Event::Other,
             };
             if !self.plan.calm && chance.one_in(8) {
-                // A key is revoked while many wait for one read of it.
+                // Revoke the key while many checks wait for one read of it.
                 let replica = chance.number(0..REPLICAS);
                 event = Event::Revoke(number);
                 let good = [Event::Issue(number), Event::Restore(number), Event::SetTrust(number % TRUSTS, true)];
                 for event in good.into_iter().chain([Event::Everything]) {
                     self.database.commit(event, true);
                 }
-                self.set_way(&[replica], Way::Lagging, Duration::from_millis(200));
+                self.set_condition_for(&[replica], Condition::Lagging, Duration::from_millis(200));
                 sleep(chance.micros(1_000..30_000)).await;
                 for _ in 0..30 {
                     self.check_after(replica, number, Demand::Lease, chance.micros(0..100_000));
                 }
                 sleep(chance.micros(1_000..50_000)).await;
             }
-            // Several at once, now and then: more than a poll takes.
+            // Sometimes commit more versions at once than a poll lists.
             let times = if chance.one_in(15) { 20 } else { 1 };
             for _ in 1..times {
                 self.database.commit(Event::Other, true);
             }
-            let named = self.plan.calm || !chance.one_in(40);
-            self.tell(|| format!("{event:?}{}", if named { "" } else { ", unnamed: a trigger was dropped" }));
-            self.database.commit(event, named);
+            let recorded = self.plan.calm || !chance.one_in(40);
+            self.log(|| format!("{event:?}{}", if recorded { "" } else { ", not recorded: a trigger was dropped" }));
+            self.database.commit(event, recorded);
         }
     }
 
-    /// Lets things fail.
+    /// Causes random failures.
     async fn disturb(self: Arc<Self>) {
         let chance = self.chance.fork();
-        while !self.plan.calm && self.goes_on() {
+        while !self.plan.calm && self.is_running() {
             sleep(chance.micros(10_000..800_000)).await;
             let number = chance.number(0..REPLICAS);
             match chance.number(0..19) {
                 0..4 => {
-                    let way = chance.one_of(&[Way::Lagging, Way::Slow, Way::Cut, Way::Refused, Way::Standby]);
-                    self.set_way(&[number], way, chance.micros(10_000..4_000_000));
+                    use Condition::{Cut, Lagging, Refused, Slow, Standby};
+                    let condition = chance.one_of(&[Lagging, Slow, Cut, Refused, Standby]);
+                    self.set_condition_for(&[number], condition, chance.micros(10_000..4_000_000));
                 }
                 14..16 => {
-                    // What came back late is the last for a while.
-                    self.set_way(&[number], Way::LateBack, Duration::from_secs(3));
+                    // Cut the network after a late answer, so that this answer is the last for a while.
+                    self.set_condition_for(&[number], Condition::LateBack, Duration::from_secs(3));
                     sleep(chance.micros(300_000..800_000)).await;
-                    self.set_way(&[number], Way::Cut, chance.micros(1_000_000..3_000_000));
+                    self.set_condition_for(&[number], Condition::Cut, chance.micros(1_000_000..3_000_000));
                 }
                 17.. => {
-                    // A poll has just been given up, perhaps, and the way is fine again.
+                    // Sometimes cut the network first, so that the pause begins shortly after a poll has timed out.
                     if chance.one_in(2) {
-                        self.set_way(&[number], Way::Cut, chance.micros(500_000..1_500_000));
+                        self.set_condition_for(&[number], Condition::Cut, chance.micros(500_000..1_500_000));
                         sleep(chance.micros(500_000..1_600_000)).await;
                     }
                     self.pause(chance.micros(100_000..9_000_000), &chance).await;
                 }
                 16 => {
                     let lost = chance.number(1..4);
-                    self.tell(|| format!("all is put back to a copy, {lost} versions ago, and begins anew"));
+                    self.log(|| format!("database restored to {lost} versions earlier; all replicas restart"));
                     self.database.fail_over(lost, true);
                     for _ in 0..chance.number(0..4) {
                         self.database.commit(Event::Revoke(chance.number(0..KEYS)), true);
@@ -336,15 +332,16 @@ impl World {
                     }
                 }
                 4 => {
-                    let way = chance.one_of(&[Way::Lagging, Way::Slow, Way::Cut, Way::Refused]);
-                    self.set_way(&[0, 1, 2], way, chance.micros(10_000..2_000_000));
+                    use Condition::{Cut, Lagging, Refused, Slow};
+                    let condition = chance.one_of(&[Lagging, Slow, Cut, Refused]);
+                    self.set_condition_for(&[0, 1, 2], condition, chance.micros(10_000..2_000_000));
                 }
                 5..8 => {
                     let (lost, copied) = (chance.number(0..4), chance.one_in(3));
-                    self.tell(|| format!("failover, {lost} versions lost{}", if copied { ", to a copy" } else { "" }));
+                    self.log(|| format!("failover, {lost} versions lost{}", if copied { ", to a copy" } else { "" }));
                     self.database.fail_over(lost, copied);
                     if copied && chance.one_in(2) {
-                        // As many versions as were lost, and none for a while: nothing but their nonces is new.
+                        // Commit as many versions as were lost, and then none for a while: only the nonces differ.
                         for _ in 0..lost {
                             self.database.commit(Event::Other, true);
                         }
@@ -352,69 +349,69 @@ impl World {
                     }
                 }
                 8 => {
-                    self.tell(|| "old versions are deleted".to_owned());
+                    self.log(|| "old versions are pruned".to_owned());
                     self.database.prune();
                 }
                 9 => {
-                    self.tell(|| format!("replica {number} crashes and starts"));
+                    self.log(|| format!("replica {number} crashes and restarts"));
                     self.start(number);
                 }
                 10 => {
                     let until = Instant::now() + chance.micros(1_000..HANGS_MAX.as_micros() as u64);
-                    self.tell(|| "Redis hangs".to_owned());
+                    self.log(|| "Redis hangs".to_owned());
                     self.redis.hang_until(until);
                 }
                 11 => {
-                    self.tell(|| "Redis is down for a moment, and empty".to_owned());
+                    self.log(|| "Redis is down for a moment, and empty".to_owned());
                     self.redis.set_refuses(true);
                     self.redis.empty();
                     sleep(chance.micros(1_000..1_500_000)).await;
                     self.redis.set_refuses(false);
                 }
                 12 => {
-                    self.tell(|| "somebody puts old values back into Redis".to_owned());
+                    self.log(|| "old values are restored in Redis".to_owned());
                     self.redis.replay();
                 }
                 _ => {
-                    self.tell(|| "somebody forges values in Redis".to_owned());
+                    self.log(|| "values in Redis are forged".to_owned());
                     self.redis.forge();
                 }
             }
         }
     }
 
-    /// Stops the replicas, and with them whoever asks, while others commit.
+    /// Pauses the process in which the replicas and the checks run. A key is revoked at the beginning of the pause.
     async fn pause(&self, length: Duration, chance: &Chance) {
         let number = chance.number(0..KEYS);
-        self.tell(|| format!("all replicas stand still for {length:?}, and key {number} is revoked"));
+        self.log(|| format!("all replicas are paused for {length:?}, and key {number} is revoked"));
         self.database.commit(Event::Revoke(number), true);
         *lock(&self.paused) += length;
         tokio::time::advance(length).await;
     }
 
-    fn set_way(self: &Arc<Self>, replicas: &[usize], way: Way, length: Duration) {
-        self.tell(|| format!("way of {replicas:?} to the database: {way:?} for {length:?}"));
+    fn set_condition_for(self: &Arc<Self>, replicas: &[usize], condition: Condition, length: Duration) {
+        self.log(|| format!("network of {replicas:?} to the database: {condition:?} for {length:?}"));
         for number in replicas.iter().copied() {
-            self.note_way(number, way);
+            self.set_condition(number, condition);
             let world = Arc::clone(self);
             tokio::spawn(async move {
                 sleep(length).await;
-                world.note_way(number, Way::Fine);
+                world.set_condition(number, Condition::Fine);
             });
         }
     }
 
-    fn note_way(&self, number: usize, way: Way) {
-        let mut place = lock(&self.places[number]);
-        place.ways.push((Instant::now(), way));
-        place.running.as_ref().expect("one always runs").network.set(way);
+    fn set_condition(&self, number: usize, condition: Condition) {
+        let mut slot = lock(&self.slots[number]);
+        slot.conditions.push((Instant::now(), condition));
+        slot.running.as_ref().expect("a running replica").network.set(condition);
     }
 
-    /// Asks replica `number`, a check after the other and some at the same time.
-    async fn ask(self: Arc<Self>, number: usize) {
+    /// Sends checks to replica `number`: some one after the other, some at the same time.
+    async fn send_checks(self: Arc<Self>, number: usize) {
         let chance = self.chance.fork();
         let mut due = Instant::now();
-        while self.goes_on() {
+        while self.is_running() {
             due += chance.micros(100..25_000);
             sleep_until(due).await;
             let freshness = match chance.number(0..20) {
@@ -422,17 +419,17 @@ impl World {
                 1 => Demand::Strict,
                 _ => Demand::Lease,
             };
-            // Some are asked for more often than others.
+            // Use some keys more often than others.
             let key = chance.number(0..KEYS).min(chance.number(0..KEYS));
             let times = if chance.one_in(40) { 10 } else { 1 };
             for _ in 0..times {
                 self.check_after(number, key, freshness, chance.micros(0..times * 5_000 - 4_999));
             }
         }
-        self.keep_metrics(lock(&self.places[number]).running.as_ref().expect("one always runs"));
+        self.count_metrics(lock(&self.slots[number]).running.as_ref().expect("a running replica"));
     }
 
-    /// Asks `replica` for key `number` after `wait`.
+    /// Sends a check of key `number` to `replica` after `wait`.
     fn check_after(self: &Arc<Self>, replica: usize, number: usize, demand: Demand, wait: Duration) {
         let world = Arc::clone(self);
         lock(&self.checks).spawn(async move {
@@ -443,15 +440,15 @@ impl World {
 
     async fn check(self: Arc<Self>, replica: usize, number: usize, demand: Demand) {
         let (checker, applied) = {
-            let place = lock(&self.places[replica]);
-            let running = place.running.as_ref().expect("one always runs");
+            let slot = lock(&self.slots[replica]);
+            let running = slot.running.as_ref().expect("a running replica");
             (Arc::clone(&running.checker), running.replica_state.load().applied())
         };
         let message = request(&key(number), demand.extensions()).encode_to_vec();
         let began = Instant::now();
         let reply = checker.check(&message).await;
-        let Reply::Message(frame) = reply else { panic!("nobody asked for gRPC errors") };
-        // Without the frame's own five bytes.
+        let Reply::Message(frame) = reply else { panic!("a gRPC error, although `decision.on_fault` is `deny`") };
+        // Skip the five bytes of the gRPC frame header.
         let answer = envoy_types::pb::envoy::service::auth::v3::CheckResponse::decode(&frame[5..]).expect("an answer");
         self.judge(&Check {
             replica,
@@ -464,9 +461,9 @@ impl World {
         });
     }
 
-    // === the rule ===
+    // === verdict ===
 
-    /// A grant must have been right at some moment not longer ago than promised, and so must a denial.
+    /// Checks an answer: a grant or a denial must have been true at some moment within the bound.
     fn judge(&self, check: &Check) {
         let Check { replica, number, demand, applied, began, decided, ref verdict } = *check;
         let is_at_once = began == decided;
@@ -476,10 +473,10 @@ impl World {
             (401, Some("unknown" | "revoked" | "trust_disabled")) if is_at_once => "denied at once",
             (401, Some("unknown" | "revoked" | "trust_disabled")) => "denied after a read",
             (503, _) => "faults",
-            _ => return self.wrong(check, "an answer that nothing here can come to"),
+            _ => return self.wrong(check, "an unexpected answer"),
         };
         self.count(what, 1);
-        self.tell(|| {
+        self.log(|| {
             format!("replica {replica}: key {number}, {demand:?}: {what}, {:?} after its start", decided - began)
         });
         if verdict.status == 503 {
@@ -490,50 +487,50 @@ impl World {
         }
         let is_cut = self.was_cut(replica, began);
         let stale = if is_cut { self.stale } else { Duration::ZERO };
-        // Boot clocks are true to a hundredth.
+        // The boot clocks are wrong by up to 1 %.
         let bound = match demand {
             Demand::Lease => (LEASE + stale).mul_f64(1.02),
             Demand::Strict => LEASE.mul_f64(1.02),
             Demand::Live => Duration::ZERO,
         };
-        // What the replica had been told of counts at once: what was so after that commit, not before it.
-        let told = self.database.committed_at(applied, 2 * (LEASE + self.stale));
-        let told = told.map_or(self.began, |committed| committed + Duration::from_nanos(1));
-        let from = began.checked_sub(bound).unwrap_or(began).max(told).max(self.began);
+        // The replica must not fall behind the version that it has applied: earlier states do not count.
+        let known_since = self.database.committed_at(applied, 2 * (LEASE + self.stale));
+        let known_since = known_since.map_or(self.began, |committed| committed + Duration::from_nanos(1));
+        let from = began.checked_sub(bound).unwrap_or(began).max(known_since).max(self.began);
         let good = verdict.status == 200;
         if good && decided - began > DEADLINE.mul_f64(1.02) {
-            self.wrong(check, "granted later than a check may be decided");
+            self.wrong(check, "granted after the deadline of the check");
         }
         let is_remembered = !good && self.database.is_remembered(number, is_cut);
         if !is_remembered && !self.database.was(number, good, from, decided) {
-            self.wrong(check, "so it was at no moment of the time allowed");
+            self.wrong(check, "the answer was true at no moment of the allowed time");
         }
     }
 
-    /// Whether this replica could not reach the database of late, so that polls may have gone unanswered.
+    /// True if this replica could not reach the database recently, so that polls may have got no answer.
     fn was_cut(&self, replica: usize, began: Instant) -> bool {
-        let place = lock(&self.places[replica]);
+        let slot = lock(&self.slots[replica]);
         let since = began.checked_sub(UNREACHED).unwrap_or(self.began);
-        let last = place.ways.last();
-        last.is_some_and(|(at, way)| *way != Way::Fine || *at >= since)
+        let last = slot.conditions.last();
+        last.is_some_and(|(at, condition)| *condition != Condition::Fine || *at >= since)
     }
 
     fn wrong(&self, check: &Check, why: &str) {
         let Check { replica, number, demand, began, decided, verdict, .. } = check;
         let seconds = |at: Instant| (at - self.began).as_secs_f64();
-        let mut told = String::new();
-        // Writing into a String never fails.
+        let mut description = String::new();
+        // Writing into a String cannot fail.
         let _ = write!(
-            told,
-            "seed {}: replica {replica}, key {number}, {demand:?}: {verdict:?} from {:.4} s to {:.4} s: {why}; it became \
-             good, then bad, in turn at {:?}",
+            description,
+            "seed {}: replica {replica}, key {number}, {demand:?}: {verdict:?} from {:.4} s to {:.4} s: {why}; the key \
+             became good and bad, in turn, at {:?}",
             self.plan.seed,
             seconds(*began),
             seconds(*decided),
             self.database.turns(*number),
         );
-        self.tell(|| format!("WRONG: {told}"));
-        lock(&self.outcome).wrong.push(told);
+        self.log(|| format!("WRONG: {description}"));
+        lock(&self.outcome).wrong.push(description);
     }
 }
 
@@ -541,14 +538,14 @@ struct Check {
     replica: usize,
     number: usize,
     demand: Demand,
-    /// The version that the replica had applied when it began.
+    /// The version that the replica had applied when the check began.
     applied: Version,
     began: Instant,
     decided: Instant,
     verdict: Verdict,
 }
 
-/// How fresh a route wants it.
+/// The freshness that the route demands.
 #[derive(Clone, Copy, Debug)]
 enum Demand {
     Lease,

@@ -1,4 +1,4 @@
-//! One HTTP/2 connection to a trustgate, of which the test sees every stream: for what a gRPC client hides.
+//! An HTTP/2 connection to trustgate on which a test controls each stream, for behaviour that a gRPC client hides.
 
 use bytes::Bytes;
 use h2::client::{ResponseFuture, SendRequest};
@@ -7,15 +7,15 @@ use trustgate::ext_authz::framing::{CHECK_PATH, frame};
 
 use super::grpc::{Verdict, request, verdict};
 
-/// A connection over `stream`.
+/// Opens an HTTP/2 connection over `stream`.
 ///
 /// # Errors
-/// When the server does not want it.
+/// If the server refuses it.
 pub async fn try_connect<T>(stream: T) -> Result<SendRequest<Bytes>, h2::Error>
 where
     T: AsyncRead + AsyncWrite + Unpin + Send + 'static,
 {
-    // Windows as large as Envoy's, so that an answer comes in one piece.
+    // Use flow-control windows as large as Envoy's, so that an answer arrives in one frame.
     let mut builder = h2::client::Builder::new();
     builder.initial_window_size(1 << 20).initial_connection_window_size(16 << 20);
     let (sender, connection) = builder.handshake(stream).await?;
@@ -23,47 +23,44 @@ where
     sender.ready().await
 }
 
-/// The same where the server has to want it.
+/// As [`try_connect`], where the server must accept the connection.
 ///
 /// # Panics
-/// If it does not.
+/// If the server refuses it.
 pub async fn connect(stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static) -> SendRequest<Bytes> {
     try_connect(stream).await.expect("a connection")
 }
 
-/// What stands before the message of a Check call.
-///
-/// # Panics
-/// Never: it is the same each time.
+/// The request head of a Check call.
 pub fn head() -> ::http::Request<()> {
     head_of(CHECK_PATH)
 }
 
-/// The same for a call of another method.
+/// The request head of a call of another gRPC method.
 ///
 /// # Panics
-/// If `path` is none.
+/// If `path` is not a valid path.
 pub fn head_of(path: &str) -> ::http::Request<()> {
     let head = ::http::Request::post(format!("http://trustgate{path}"));
     head.header("content-type", "application/grpc").header("te", "trailers").body(()).expect("a request")
 }
 
-/// Sends a check of `key`, or leaves it with the client's side of the connection as long as the server wants no more
-/// streams.
+/// Sends a check of `key`. While the server accepts no more streams, the h2 client queues the check.
 ///
 /// # Panics
-/// If the connection is at its end.
+/// If the connection has ended.
 pub fn call(connection: &SendRequest<Bytes>, key: &str) -> ResponseFuture {
-    // Each on a handle of its own: h2 refuses a second request on one whose first waits for the bound on streams.
-    let (answer, mut stream) = connection.clone().send_request(head(), false).expect("it is open");
-    stream.send_data(frame(&request(key, &[])), true).expect("it is open");
+    // Use a new handle for each call: h2 refuses a second request on a handle whose first request still waits for a
+    // stream.
+    let (answer, mut stream) = connection.clone().send_request(head(), false).expect("an open connection");
+    stream.send_data(frame(&request(key, &[])), true).expect("an open stream");
     answer
 }
 
-/// The answer, if the connection brings one.
+/// Waits for the answer to a call; `None` if the call ends without one.
 ///
 /// # Panics
-/// If it is no `CheckResponse`.
+/// If the answer is not a `CheckResponse`.
 pub async fn answer(answer: ResponseFuture) -> Option<Verdict> {
     let mut body = answer.await.ok()?.into_body();
     let message = body.data().await?.ok()?;

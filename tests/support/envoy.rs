@@ -1,4 +1,4 @@
-//! A real Envoy with the configuration that the project ships, on ports of its own.
+//! A real Envoy with the configuration that the project ships, on free ports.
 
 use std::{net::SocketAddr, path::PathBuf};
 
@@ -9,31 +9,31 @@ use super::{
     process::{End, Guarded, directory},
 };
 
-/// The configuration.
+/// The shipped configuration.
 const CONFIG: &str = include_str!("../../envoy/envoy.yaml");
 
-/// A running Envoy, healthy or not.
+/// A running Envoy process.
 pub struct Envoy {
     program: Guarded,
     address: SocketAddr,
     admin: SocketAddr,
 }
 
-/// What Envoy is given.
+/// The configuration with which Envoy starts.
 pub struct Plan {
     config: String,
     workers: usize,
 }
 
 impl Plan {
-    /// The shipped configuration, with requests going to `application` and checks to `gates`. Beside it, the access log
-    /// gets a field `check_us`: how long the check took in Envoy's eyes.
-    pub fn new(application: SocketAddr, gates: &[SocketAddr]) -> Self {
-        Self::of(CONFIG, application, gates)
+    /// The shipped configuration. Envoy sends requests to `application` and checks to `servers`. The access log has an
+    /// additional field `check_us`: the duration of the check that Envoy measured, in microseconds.
+    pub fn new(application: SocketAddr, servers: &[SocketAddr]) -> Self {
+        Self::of(CONFIG, application, servers)
     }
 
-    /// The same for a configuration that was shipped before.
-    pub fn of(config: &str, application: SocketAddr, gates: &[SocketAddr]) -> Self {
+    /// As [`Self::new`], with `config` instead, which an earlier release shipped.
+    pub fn of(config: &str, application: SocketAddr, servers: &[SocketAddr]) -> Self {
         let endpoint = |address: &SocketAddr| {
             let (ip, port) = (address.ip(), address.port());
             format!("{{endpoint: {{address: {{socket_address: {{address: {ip}, port_value: {port}}}}}}}}}")
@@ -44,7 +44,7 @@ impl Plan {
             .replace("port_value: 9901", "port_value: 0")
             .replace("port_value: 10000", "port_value: 0")
             .replace(&shipped(8080), &all(&[application]))
-            .replace(&shipped(50051), &all(gates))
+            .replace(&shipped(50051), &all(servers))
             .replace(
                 "              failure_mode_allow: ",
                 "              emit_filter_state_stats: true\n              failure_mode_allow: ",
@@ -56,19 +56,19 @@ impl Plan {
             )
     }
 
-    /// The same with `from`, which stands in it once, replaced by `to`.
+    /// Replaces `from` in the configuration with `to`.
     ///
     /// # Panics
-    /// If it does not stand there exactly once.
+    /// If the configuration does not contain `from` exactly once.
     pub fn replace(self, from: &str, to: &str) -> Self {
         assert_eq!(self.config.matches(from).count(), 1, "envoy/envoy.yaml has changed: {from:?}");
         Self { config: self.config.replace(from, to), ..self }
     }
 
-    /// The same with everything from `from` up to `until`, which stays, replaced by `to`.
+    /// Replaces the part of the configuration that begins with `from` and ends before `until` with `to`.
     ///
     /// # Panics
-    /// If either of them is missing.
+    /// If `from` or `until` is missing.
     pub fn replace_block(self, from: &str, until: &str, to: &str) -> Self {
         let start = self.config.find(from).unwrap_or_else(|| panic!("envoy/envoy.yaml has changed: {from:?}"));
         let length =
@@ -77,25 +77,26 @@ impl Plan {
         Self { config, ..self }
     }
 
-    /// The same with this many workers, each of which has a connection of its own to each gate.
+    /// Sets the number of Envoy's worker threads. Each worker opens a separate connection to each server.
     pub fn workers(self, workers: usize) -> Self {
         Self { workers, ..self }
     }
 
-    /// Starts Envoy and waits until it listens. Whether it finds a gate healthy is another matter.
+    /// Starts Envoy and waits until it listens. It may not have found a healthy server yet.
     ///
     /// # Panics
-    /// If there is no Envoy, with how to get it; if it does not start, with what it said.
+    /// If Envoy is not installed; the message says how to install it. If it does not start; the message contains its
+    /// log.
     pub async fn start(self) -> Envoy {
         let dir = directory("envoy");
         let (config, admin_file) = (dir.join("envoy.yaml"), dir.join("admin"));
-        std::fs::write(&config, &self.config).expect("our directory");
+        std::fs::write(&config, &self.config).expect("a writable directory");
         let mut words = vec![binary().into_os_string(), "-c".into(), config.into(), "--admin-address-path".into()];
         words.push(admin_file.clone().into());
         let options = "--disable-hot-restart --log-level warning --file-flush-interval-msec 50 --concurrency";
         words.extend(options.split(' ').map(Into::into));
         words.push(self.workers.to_string().into());
-        let program = Guarded::start_to(End::Kill, &dir, &words);
+        let program = Guarded::start_with_end(End::Kill, &dir, &words);
         let ready = program.until(async || {
             let admin: SocketAddr = std::fs::read_to_string(&admin_file).ok()?.trim().parse().ok()?;
             let ready = http::try_get(admin, "/ready").await?;
@@ -111,28 +112,28 @@ impl Plan {
 }
 
 impl Envoy {
-    /// Starts Envoy as [`Plan::new`] says and waits until it finds every gate healthy.
-    pub async fn start(application: SocketAddr, gates: &[SocketAddr]) -> Self {
-        let envoy = Plan::new(application, gates).start().await;
-        for gate in gates {
-            envoy.until_healthy(*gate).await;
+    /// Starts Envoy with [`Plan::new`] and waits until it finds each server healthy.
+    pub async fn start(application: SocketAddr, servers: &[SocketAddr]) -> Self {
+        let envoy = Plan::new(application, servers).start().await;
+        for server in servers {
+            envoy.until_healthy(*server).await;
         }
         envoy
     }
 
-    /// Where requests go.
+    /// The address of Envoy's listener for requests.
     pub const fn address(&self) -> SocketAddr {
         self.address
     }
 
-    /// Envoy's own statistics and configuration.
+    /// The address of Envoy's admin interface: statistics and configuration.
     pub const fn admin(&self) -> SocketAddr {
         self.admin
     }
 
-    /// Waits until Envoy finds `gate` healthy.
-    pub async fn until_healthy(&self, gate: SocketAddr) {
-        let healthy = format!("trustgate::{gate}::health_flags::healthy");
+    /// Waits until Envoy finds `server` healthy.
+    pub async fn until_healthy(&self, server: SocketAddr) {
+        let healthy = format!("trustgate::{server}::health_flags::healthy");
         let found = self.program.until(async || {
             let clusters = http::get(self.admin, "/clusters", &[]).await.body;
             clusters.contains(&healthy).then_some(())
@@ -140,12 +141,12 @@ impl Envoy {
         assert!(found.await.is_some(), "Envoy ended:\n{}", self.program.log());
     }
 
-    /// Asks for `path` through Envoy.
+    /// Sends a GET request for `path` through Envoy.
     pub async fn get(&self, path: &str, headers: &[(&str, &str)]) -> http::Answer {
         http::get(self.address, path, headers).await
     }
 
-    /// The access log, once it has `lines` lines: Envoy writes a moment after it answers.
+    /// Waits until the access log has `lines` lines, and returns them. Envoy writes a line shortly after it answers.
     pub async fn access_log(&self, lines: usize) -> Vec<Value> {
         let found = self.program.until(async || {
             let log = self.program.log();
@@ -158,10 +159,10 @@ impl Envoy {
     }
 }
 
-/// What `TRUSTGATE_TEST_ENVOY` names, else what `make setup` fetched.
+/// The path in `TRUSTGATE_TEST_ENVOY`, or else the path of the binary that `make setup` fetches.
 fn binary() -> PathBuf {
-    let named = std::env::var_os("TRUSTGATE_TEST_ENVOY").map(PathBuf::from);
-    let path = named.unwrap_or_else(|| concat!(env!("CARGO_MANIFEST_DIR"), "/target/tools/bin/envoy").into());
-    assert!(path.is_file(), "this test needs Envoy, and {} is not there: run `make setup`", path.display());
+    let configured = std::env::var_os("TRUSTGATE_TEST_ENVOY").map(PathBuf::from);
+    let path = configured.unwrap_or_else(|| concat!(env!("CARGO_MANIFEST_DIR"), "/target/tools/bin/envoy").into());
+    assert!(path.is_file(), "Envoy not found: this test needs {}: run `make setup`", path.display());
     path
 }

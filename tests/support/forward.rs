@@ -1,4 +1,4 @@
-//! A TCP port that leads to a PostgreSQL server, which can be another one a moment later, or none.
+//! A TCP port that forwards to a PostgreSQL server. A test can switch it to another server, or cut the connection.
 
 use std::{net::SocketAddr, path::PathBuf};
 
@@ -8,15 +8,15 @@ use tokio::{
     sync::watch,
 };
 
-/// The port. It ends with the test.
+/// A forwarding port. It closes when the test's runtime ends.
 pub struct Forwarder {
     address: SocketAddr,
-    /// The Unix socket of the server; `None` while the way is cut.
+    /// The Unix socket of the server; `None` while the connection is cut.
     target: watch::Sender<Option<PathBuf>>,
 }
 
 impl Forwarder {
-    /// A port that leads to the Unix socket `target`.
+    /// Opens a port that forwards to the Unix socket `target`.
     pub async fn start(target: PathBuf) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
         let address = listener.local_addr().expect("bound");
@@ -30,31 +30,31 @@ impl Forwarder {
         format!("postgres://{user}@{}/{database}?sslmode=disable", self.address)
     }
 
-    /// Drops every connection, and each new one at once.
+    /// Closes all connections, and from now on each new connection at once.
     pub fn cut(&self) {
         self.target.send_replace(None);
     }
 
-    /// Drops every connection; new ones lead to the Unix socket `target`.
-    pub fn lead_to(&self, target: PathBuf) {
+    /// Closes all connections, and forwards new connections to the Unix socket `target`.
+    pub fn forward_to(&self, target: PathBuf) {
         self.target.send_replace(Some(target));
     }
 }
 
 async fn accept(listener: TcpListener, mut target: watch::Receiver<Option<PathBuf>>) {
     loop {
-        let (stream, _) = listener.accept().await.expect("accepts");
-        let goal = target.borrow_and_update().clone();
-        tokio::spawn(forward(stream, goal, target.clone()));
+        let (stream, _) = listener.accept().await.expect("a connection");
+        let socket = target.borrow_and_update().clone();
+        tokio::spawn(forward(stream, socket, target.clone()));
     }
 }
 
-async fn forward(mut stream: TcpStream, goal: Option<PathBuf>, mut target: watch::Receiver<Option<PathBuf>>) {
-    let Some(goal) = goal else { return };
-    let Ok(mut server) = UnixStream::connect(goal).await else { return };
+async fn forward(mut stream: TcpStream, socket: Option<PathBuf>, mut target: watch::Receiver<Option<PathBuf>>) {
+    let Some(socket) = socket else { return };
+    let Ok(mut server) = UnixStream::connect(socket).await else { return };
     stream.set_nodelay(true).expect("a TCP stream");
     tokio::select! {
-        // However it ends, both sides are closed now.
+        // Returning drops and thereby closes both sides, however the copy ended.
         _ = copy_bidirectional(&mut stream, &mut server) => {}
         _ = target.changed() => {}
     }

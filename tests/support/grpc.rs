@@ -1,4 +1,4 @@
-//! A client that asks a trustgate as Envoy does, without Envoy between.
+//! A client that sends checks to trustgate directly, in the form in which Envoy sends them.
 
 use std::{net::SocketAddr, time::Duration};
 
@@ -16,18 +16,18 @@ use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus,
 
 use super::{eventually, load::KeyCase, server::IssuedKey};
 
-/// A connection to one trustgate.
+/// A connection to one trustgate server.
 #[derive(Clone)]
 pub struct CheckClient(AuthorizationClient<Channel>);
 
-/// What a check came to, in Envoy's eyes.
+/// The result of a check, as Envoy applies it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Verdict {
-    /// 200 for a grant, else what the client would see.
+    /// 200 for a grant, else the status that the client would receive.
     pub status: u16,
-    /// `x-trust-id` as it would be set.
+    /// The value of the header `x-trust-id` that a grant sets.
     pub trust_id: Option<String>,
-    /// The reason in the metadata of a denial.
+    /// The `reason` in the dynamic metadata.
     pub reason: Option<String>,
 }
 
@@ -35,40 +35,46 @@ impl CheckClient {
     /// Connects.
     ///
     /// # Panics
-    /// If nobody listens.
+    /// If no server listens.
     pub async fn connect(server: SocketAddr) -> Self {
         let endpoint = Channel::from_shared(format!("http://{server}")).expect("a URL");
-        Self(AuthorizationClient::new(endpoint.connect().await.expect("somebody listens")))
+        Self(AuthorizationClient::new(endpoint.connect().await.expect("a connection")))
     }
 
-    /// Asks for a request with `key` in `x-api-key`.
+    /// Sends a check of a request with `key` in `x-api-key`.
+    ///
+    /// # Panics
+    /// If the answer is a gRPC error.
     pub async fn check(&self, key: &str) -> Verdict {
         self.check_with(key, &[]).await.expect("an answer")
     }
 
-    /// Asks for each of these good keys until it is granted, so that it is held from then on.
+    /// Checks each of these good keys until it is granted, so that it is in the cache afterwards.
     ///
     /// # Panics
-    /// If one is denied, or not granted for very long.
-    pub async fn hold(&self, cases: &[KeyCase]) {
+    /// If a key is denied, or is not granted within 30 s.
+    pub async fn fill_cache(&self, cases: &[KeyCase]) {
         for case in cases {
             eventually("a good key is granted", Duration::from_secs(30), || async {
                 let verdict = self.check(&case.key).await;
-                assert!(verdict.trust_id == case.owner || verdict.status == 503, "{verdict:?}");
+                assert!(verdict.trust_id == case.trust_id || verdict.status == 503, "{verdict:?}");
                 verdict.status == 200
             })
             .await;
         }
     }
 
-    /// As [`Self::check`], with context extensions of a route; a gRPC error is one here.
+    /// As [`Self::check`], with the context extensions of a route.
+    ///
+    /// # Errors
+    /// If the answer is a gRPC error.
     pub async fn check_with(&self, key: &str, extensions: &[(&str, &str)]) -> Result<Verdict, Status> {
         let answer = self.0.clone().check(request(key, extensions)).await?;
         Ok(verdict(&answer.into_inner()))
     }
 }
 
-/// That `key` is granted, for its own trust.
+/// Asserts that `key` is granted, for its trust.
 ///
 /// # Panics
 /// If it is not.
@@ -77,7 +83,7 @@ pub async fn granted(client: &CheckClient, key: &IssuedKey) {
     assert_eq!((verdict.status, verdict.trust_id.as_ref()), (200, Some(&key.trust_id)), "{verdict:?}");
 }
 
-/// That `key` is refused, for this reason.
+/// Asserts that `key` is denied with `reason`.
 ///
 /// # Panics
 /// If it is not.
@@ -86,13 +92,13 @@ pub async fn refused(client: &CheckClient, key: &IssuedKey, reason: &str) {
     assert_eq!((verdict.status, verdict.reason.as_deref()), (401, Some(reason)), "{verdict:?}");
 }
 
-/// Whether the gRPC health service of `server` calls `service` SERVING.
+/// True if the gRPC health service of `server` reports `service` as SERVING.
 ///
 /// # Panics
-/// If there is no answer, or it knows no such service.
+/// If the server does not answer, or does not know the service.
 pub async fn is_serving(server: SocketAddr, service: &str) -> bool {
     let channel = Channel::from_shared(format!("http://{server}")).expect("a URL").connect().await;
-    let mut health = HealthClient::new(channel.expect("somebody listens"));
+    let mut health = HealthClient::new(channel.expect("a connection"));
     let answer = health.check(HealthCheckRequest { service: service.to_owned() }).await;
     let answer = answer.unwrap_or_else(|status| panic!("{service:?}: {status}")).into_inner();
     answer.status() == ServingStatus::Serving
@@ -118,7 +124,7 @@ pub fn request(key: &str, extensions: &[(&str, &str)]) -> CheckRequest {
     }
 }
 
-/// What Envoy makes of `answer`.
+/// The result that Envoy derives from `answer`.
 pub fn verdict(answer: &CheckResponse) -> Verdict {
     let granted = answer.status.as_ref().is_none_or(|status| status.code == 0);
     let mut verdict = Verdict { status: if granted { 200 } else { 403 }, trust_id: None, reason: None };

@@ -1,4 +1,5 @@
-//! HTTP/1.1 on both sides: a client that asks one thing, and an application that answers with what it saw.
+//! HTTP/1.1 for tests: a client, and an upstream application that answers each request with the path and the headers
+//! that it received.
 
 use std::{
     collections::BTreeMap,
@@ -20,47 +21,48 @@ use tokio::net::{TcpListener, TcpStream};
 /// One connection to a server.
 pub type Connection = http1::SendRequest<Full<Bytes>>;
 
-/// An answer.
+/// A response.
 #[derive(Clone, Debug)]
 pub struct Answer {
     pub status: u16,
-    /// By name in lower case; several of one name are joined with a comma.
+    /// By name in lower case; the values of headers with the same name are joined with commas.
     pub headers: BTreeMap<String, String>,
     pub body: String,
 }
 
 impl Answer {
-    /// A header as the [`application`] got it; `None` as well where it was not the application that answered.
+    /// The value of a header that the [`application`] received; also `None` if the response is not the application's.
     pub fn saw_or_none(&self, header: &str) -> Option<String> {
         let seen: Value = serde_json::from_str(&self.body).ok()?;
         seen["headers"][header].as_str().map(str::to_owned)
     }
 
-    /// A header as the [`application`] got it.
+    /// The value of a header that the [`application`] received.
     ///
     /// # Panics
-    /// If it was not the application that answered.
+    /// If the response is not the application's.
     pub fn saw(&self, header: &str) -> Option<String> {
-        let seen: Value = serde_json::from_str(&self.body).unwrap_or_else(|_| panic!("not the application: {self:?}"));
+        let seen = serde_json::from_str::<Value>(&self.body);
+        let seen = seen.unwrap_or_else(|_| panic!("not a response of the application: {self:?}"));
         seen["headers"][header].as_str().map(str::to_owned)
     }
 }
 
-/// What can go wrong on the way to a server.
-pub type Trouble = Box<dyn Error + Send + Sync>;
+/// An error of a connection or of a request.
+pub type HttpError = Box<dyn Error + Send + Sync>;
 
 /// Connects to a server.
-pub async fn connect(server: SocketAddr) -> Result<Connection, Trouble> {
+pub async fn connect(server: SocketAddr) -> Result<Connection, HttpError> {
     let stream = TcpStream::connect(server).await?;
     stream.set_nodelay(true)?;
     let (sender, connection) = http1::handshake(TokioIo::new(stream)).await?;
-    // It ends with its sender, or says there what went wrong.
+    // This task ends when the sender is dropped. The sender reports errors of the connection.
     tokio::spawn(connection);
     Ok(sender)
 }
 
-/// Asks for `path` on a connection that is ready.
-pub async fn ask(connection: &mut Connection, path: &str, headers: &[(&str, &str)]) -> Result<Answer, Trouble> {
+/// Sends a GET request for `path` on a connection that is ready.
+pub async fn ask(connection: &mut Connection, path: &str, headers: &[(&str, &str)]) -> Result<Answer, HttpError> {
     let mut request = hyper::Request::get(path).header("host", "service.example");
     for (name, value) in headers {
         request = request.header(*name, *value);
@@ -69,7 +71,7 @@ pub async fn ask(connection: &mut Connection, path: &str, headers: &[(&str, &str
 }
 
 /// Sends any request on a connection that is ready.
-pub async fn send(connection: &mut Connection, request: hyper::Request<Full<Bytes>>) -> Result<Answer, Trouble> {
+pub async fn send(connection: &mut Connection, request: hyper::Request<Full<Bytes>>) -> Result<Answer, HttpError> {
     let answer = connection.send_request(request).await?;
     let (head, body) = answer.into_parts();
     let mut joined = BTreeMap::<String, String>::new();
@@ -84,26 +86,26 @@ pub async fn send(connection: &mut Connection, request: hyper::Request<Full<Byte
     Ok(Answer { status: head.status.as_u16(), headers: joined, body })
 }
 
-/// Asks for `path` on a connection of its own.
+/// Sends a GET request for `path` on a new connection.
 ///
 /// # Panics
-/// If there is no answer.
+/// If there is no response.
 pub async fn get(server: SocketAddr, path: &str, headers: &[(&str, &str)]) -> Answer {
     let mut connection = connect(server).await.unwrap_or_else(|error| panic!("{server}: {error}"));
     ask(&mut connection, path, headers).await.unwrap_or_else(|error| panic!("{server}{path}: {error}"))
 }
 
-/// The same, where it may be that nobody listens.
+/// As [`get`], but returns `None` if there is no response, for example because no server listens.
 pub async fn try_get(server: SocketAddr, path: &str) -> Option<Answer> {
     ask(&mut connect(server).await.ok()?, path, &[]).await.ok()
 }
 
-/// Starts an application that answers every request with its path and headers, as JSON. It ends with the test.
+/// Starts an application that answers each request with the request's path and headers, as JSON. It ends with the test.
 pub async fn application() -> SocketAddr {
     counting_application().await.0
 }
 
-/// The same, with the number of requests that have reached it.
+/// As [`application`], also with the number of requests that have reached the application.
 pub async fn counting_application() -> (SocketAddr, Arc<AtomicUsize>) {
     let reached = Arc::new(AtomicUsize::new(0));
     let counter = Arc::clone(&reached);

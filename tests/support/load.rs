@@ -1,4 +1,4 @@
-//! An open-loop load generator: requests leave when they are due, however long the answers to earlier ones take.
+//! An open-loop load generator: it sends each request when the request is due, without waiting for earlier answers.
 
 use std::{
     net::SocketAddr,
@@ -12,86 +12,87 @@ use tokio::{
 };
 
 use super::{
-    http::{self, Connection, Trouble},
+    http::{self, Connection, HttpError},
     machine,
 };
 
-/// One request.
+/// A key and the expected answer.
 #[derive(Clone, Debug)]
 pub struct KeyCase {
-    /// The key it carries.
+    /// The key to send.
     pub key: String,
-    /// What it must come to: `Some` trust for a grant, `None` for a 401.
-    pub owner: Option<String>,
+    /// The expected answer: a grant for this trust, or a 401 if `None`.
+    pub trust_id: Option<String>,
 }
 
-/// What a request came to.
+/// The result of one request.
 #[derive(Clone, Debug)]
-pub struct Hit {
-    /// When it was due, since the start.
+pub struct LoadResult {
+    /// When the request was due, from the start of the load.
     pub due: Duration,
-    /// The same moment.
+    /// The same moment as an [`Instant`].
     pub at: Instant,
-    /// From when it was due until its answer was there: what a client would have waited, queueing included.
+    /// From the due time to the answer: the time that a client would have waited, queueing included.
     pub took: Duration,
-    /// What was fired.
+    /// The key that was sent.
     pub case: KeyCase,
-    /// The status and the trust the application saw; or what went wrong on the way to Envoy.
+    /// The status, and the trust id that the application received; or the error on the way to Envoy.
     pub answer: Result<(u16, Option<String>), String>,
 }
 
-impl Hit {
-    /// Whether the answer is the one that belongs to the key.
-    pub fn is_right(&self) -> bool {
-        let wanted = if self.case.owner.is_some() { 200 } else { 401 };
-        self.answer == Ok((wanted, self.case.owner.clone()))
+impl LoadResult {
+    /// True if the answer is the expected one.
+    pub fn is_expected(&self) -> bool {
+        let wanted = if self.case.trust_id.is_some() { 200 } else { 401 };
+        self.answer == Ok((wanted, self.case.trust_id.clone()))
     }
 
-    /// Whether the answer says that the gate could not decide.
+    /// True if the answer is a fault: trustgate could not decide.
     pub fn is_fault(&self) -> bool {
         self.answer == Ok((503, None))
     }
 }
 
-/// Fires at `server` for `length`, `per_second` requests each second; `aim` makes the next one, by when it is due.
-pub async fn fire(
+/// Sends `per_second` requests a second to `server` for `length`. `next_case` returns the key of each request, by the
+/// request's due time.
+pub async fn send_requests(
     server: SocketAddr,
     per_second: u32,
     length: Duration,
-    mut aim: impl FnMut(Duration) -> KeyCase,
-) -> Vec<Hit> {
+    mut next_case: impl FnMut(Duration) -> KeyCase,
+) -> Vec<LoadResult> {
     let idle = Arc::new(Mutex::new(Vec::new()));
     let (start, step) = (Instant::now(), Duration::from_secs(1) / per_second);
-    let (mut due, mut cases, mut hits) = (Duration::ZERO, JoinSet::new(), Vec::new());
+    let (mut due, mut requests, mut results) = (Duration::ZERO, JoinSet::new(), Vec::new());
     while due < length {
         sleep_until(start + due).await;
-        cases.spawn(shoot(server, Arc::clone(&idle), start, due, aim(due)));
+        requests.spawn(send_one(server, Arc::clone(&idle), start, due, next_case(due)));
         due += step;
-        while let Some(hit) = cases.try_join_next() {
-            hits.push(hit.expect("no panic"));
+        while let Some(result) = requests.try_join_next() {
+            results.push(result.expect("no panic"));
         }
     }
-    hits.extend(cases.join_all().await);
-    hits
+    results.extend(requests.join_all().await);
+    results
 }
 
-async fn shoot(
+async fn send_one(
     server: SocketAddr,
     idle: Arc<Mutex<Vec<Connection>>>,
     start: Instant,
     due: Duration,
     case: KeyCase,
-) -> Hit {
+) -> LoadResult {
     let answer = answer(server, &idle, &case.key).await.map_err(|error| format!("{error:?}"));
     let at = start + due;
-    Hit { due, at, took: at.elapsed(), case, answer }
+    LoadResult { due, at, took: at.elapsed(), case, answer }
 }
 
 async fn answer(
     server: SocketAddr,
     idle: &Mutex<Vec<Connection>>,
     key: &str,
-) -> Result<(u16, Option<String>), Trouble> {
+) -> Result<(u16, Option<String>), HttpError> {
     let mut connection = match idle_connection(idle).await {
         Some(connection) => connection,
         None => http::connect(server).await?,
@@ -102,7 +103,8 @@ async fn answer(
     Ok((answer.status, seen))
 }
 
-/// An idle connection that is still open, if there is one; no request is ever sent twice.
+/// Takes an idle connection that is still open, if there is one. Requests are not repeated, so a connection that the
+/// server has closed must not be used.
 async fn idle_connection(idle: &Mutex<Vec<Connection>>) -> Option<Connection> {
     loop {
         let mut connection = idle.lock().expect("no panic").pop()?;
@@ -112,32 +114,36 @@ async fn idle_connection(idle: &Mutex<Vec<Connection>>) -> Option<Connection> {
     }
 }
 
-/// That every request came to what belongs to its key. One that the machine stood still for may have come to nothing; one
-/// that came to something wrong never has an excuse.
+/// Asserts that each answer is the expected one. A fault is excused if the machine was disturbed during the request; a
+/// wrong grant or denial is not.
 ///
 /// # Panics
-/// If one did not, with some of them; if more than a tenth came to nothing because the machine stood still.
+/// If an answer is wrong; the message contains up to five of them. If more than a tenth of the answers are excused
+/// faults.
 #[track_caller]
-pub fn all_right<'h>(hits: impl Iterator<Item = &'h Hit>) {
-    let hits: Vec<_> = hits.collect();
-    let is_excused = |hit: &&&Hit| hit.is_fault() && machine::was_disturbed(hit.at, hit.at + hit.took);
-    let (excused, wrong): (Vec<&&Hit>, Vec<_>) = hits.iter().filter(|hit| !hit.is_right()).partition(is_excused);
-    assert!(wrong.is_empty(), "{} wrong, among them {:?}", wrong.len(), &wrong[..wrong.len().min(5)]);
-    assert!(excused.len() * 10 <= hits.len(), "the machine stood still: {} of {} faults", excused.len(), hits.len());
+pub fn assert_expected<'h>(results: impl Iterator<Item = &'h LoadResult>) {
+    let results: Vec<_> = results.collect();
+    let is_excused =
+        |result: &&&LoadResult| result.is_fault() && machine::was_disturbed(result.at, result.at + result.took);
+    let unexpected = results.iter().filter(|result| !result.is_expected());
+    let (excused, wrong): (Vec<&&LoadResult>, Vec<_>) = unexpected.partition(is_excused);
+    assert!(wrong.is_empty(), "{} wrong answers, for example {:?}", wrong.len(), &wrong[..wrong.len().min(5)]);
+    let (faults, all) = (excused.len(), results.len());
+    assert!(faults * 10 <= all, "machine disturbed too often: {faults} of {all} answers are excused faults");
 }
 
-/// The figures of some requests, for the test's output.
-pub fn figures<'h>(name: &str, hits: impl Iterator<Item = &'h Hit>) {
-    let mut took: Vec<_> = hits.map(|hit| hit.took).collect();
+/// Prints quantiles of the times that some requests took.
+pub fn print_times<'h>(name: &str, results: impl Iterator<Item = &'h LoadResult>) {
+    let mut took: Vec<_> = results.map(|result| result.took).collect();
     took.sort();
-    quantiles(name, &took);
+    print_quantiles(name, &took);
 }
 
-/// The figures of some times, the shortest first.
+/// Prints quantiles of `took`, which is sorted in ascending order.
 ///
 /// # Panics
-/// If there are none.
-pub fn quantiles(name: &str, took: &[Duration]) {
+/// If `took` is empty.
+pub fn print_quantiles(name: &str, took: &[Duration]) {
     let at = |share: usize| took[(took.len() * share / 1000).min(took.len() - 1)];
     let (count, median, most, nearly_all, all) = (took.len(), at(500), at(990), at(999), at(1000));
     println!("{name}: {count}, median {median:?}, 99 % {most:?}, 99.9 % {nearly_all:?}, all {all:?}");

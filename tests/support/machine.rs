@@ -1,7 +1,7 @@
-//! What the machine did while a test measured: a virtual machine whose host is busy stands still now and then, all
-//! programs in it, and what they are late by then is not theirs.
+//! Detects disturbances of the machine while a test measures times. A busy host pauses a virtual machine now and then,
+//! with all programs in it; the tests must not blame the server for such delays.
 
-// What the machine does is measured by its own clocks.
+// Pauses of the machine can only be measured with the machine's own clocks.
 #![allow(clippy::disallowed_methods)]
 
 use std::{
@@ -18,51 +18,53 @@ use rustix::{
     thread::{CpuSet, sched_getaffinity, sched_setaffinity},
 };
 
-/// How often each processor is looked at.
+/// The interval at which each watching thread wakes.
 const STEP: Duration = Duration::from_millis(4);
-/// A thread that goes before all others, and wants a processor for a moment only, gets it much sooner than this.
+/// A wake-up that is late by more than this is a pause of the processor. A thread with the highest priority that needs
+/// a processor for a moment usually gets it much sooner.
 const PAUSE: Duration = Duration::from_millis(25);
 
-/// When a processor stood still.
+/// A period in which the machine was disturbed.
 #[derive(Clone, Copy)]
 struct Pause {
     from: Instant,
     to: Instant,
 }
 
-/// Of the watch that is on, or was last.
+/// Periods in which a processor was paused, of the current or the last [`Watch`].
 static PAUSES: Mutex<Vec<Pause>> = Mutex::new(Vec::new());
-/// Of the same: when the hypervisor kept more than a tenth of the processors for others, in pieces however small.
+/// Periods in which the hypervisor took more than a tenth of the processor time (steal time), of the same watch. The
+/// single pauses may be too short for [`PAUSES`].
 static STARVED: Mutex<Vec<Pause>> = Mutex::new(Vec::new());
-/// How often that is looked at. The system counts in hundredths of a second.
-const COUNTED: Duration = Duration::from_millis(100);
-/// A tenth of the time of all processors: what runs here takes most of what is left.
-const KEPT_PART: u64 = 10;
+/// The interval at which the steal time is read. The kernel counts it in hundredths of a second.
+const STEAL_INTERVAL: Duration = Duration::from_millis(100);
+/// Steal time above one tenth of the processor time is a disturbance: the tests need most of the rest.
+const STEAL_DIVISOR: u64 = 10;
 
-/// Whether a processor stood still between two moments, or too much of them was kept for others, or so shortly before that
-/// what had queued up meanwhile was still being worked off: for as long again.
+/// True if the machine was disturbed between two moments. A disturbance counts for twice its length: while it lasts,
+/// work queues up, which is still being done afterwards.
 pub fn was_disturbed(from: impl Into<Instant>, to: impl Into<Instant>) -> bool {
     let (from, to) = (from.into(), to.into());
     let meets = |pause: &Pause| pause.from <= to && from <= pause.to + (pause.to - pause.from);
     pauses().iter().any(meets) || lock(&STARVED).iter().any(meets)
 }
 
-/// For how long processors stood still between two moments, taken together.
-pub fn stood_still(from: impl Into<Instant>, to: impl Into<Instant>) -> Duration {
+/// How long processors were paused between two moments, in total.
+pub fn pause_time(from: impl Into<Instant>, to: impl Into<Instant>) -> Duration {
     let (from, to) = (from.into(), to.into());
     pauses().iter().map(|pause| pause.to.min(to).saturating_duration_since(pause.from.max(from))).sum()
 }
 
-/// How long ago `from` was, without what the machine stood still.
+/// The time since `from`, without the time for which the machine was paused.
 pub fn elapsed(from: impl Into<Instant>) -> Duration {
     let (from, now) = (from.into(), Instant::now());
-    now.saturating_duration_since(from).saturating_sub(stood_still(from, now))
+    now.saturating_duration_since(from).saturating_sub(pause_time(from, now))
 }
 
-/// A moment of the past that another program took down by the clock on the wall.
+/// The instant of a wall-clock time in the past, which another program recorded.
 ///
 /// # Panics
-/// If it is in the future, or of before the machine's start.
+/// If the time is in the future, or before the start of the machine.
 pub fn moment(wall: SystemTime) -> Instant {
     let age = SystemTime::now().duration_since(wall).expect("in the past");
     Instant::now().checked_sub(age).expect("since the machine's start")
@@ -73,129 +75,132 @@ fn pauses() -> MutexGuard<'static, Vec<Pause>> {
 }
 
 fn lock<T>(mutex: &'static Mutex<T>) -> MutexGuard<'static, T> {
-    // Whole at every moment, whoever panicked elsewhere.
+    // Each change of these values is a single step, so a panic of another thread cannot leave them half changed.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// How long a processor must not have stood still before anything is measured.
-const CALM: Duration = Duration::from_secs(2);
-/// How long all tests of a binary together wait for that. Then they measure what there is: a machine that is never calm
-/// is to be seen.
+/// How long the machine must be undisturbed before a measurement starts.
+const UNDISTURBED: Duration = Duration::from_secs(2);
+/// How long all tests of a binary together wait for that. Afterwards the tests measure anyway, so that a machine that
+/// is disturbed all the time shows up in the results.
 const WAITED_MAX: Duration = Duration::from_mins(8);
 
-/// What is left of [`WAITED_MAX`].
+/// The rest of [`WAITED_MAX`].
 static LEFT: Mutex<Duration> = Mutex::new(WAITED_MAX);
 
-/// Waits until the machine is fit to measure on. A condition of measuring, decided before there is anything to be
-/// measured: no result ever leads here again.
-pub async fn is_calm() {
+/// Waits until the machine is undisturbed. Tests call this before a measurement; they do not repeat a measurement
+/// because of its result.
+pub async fn until_undisturbed() {
     let began = Instant::now();
     let left = *lock(&LEFT);
     let _watch = Watch::start();
     let last = |list: &'static Mutex<Vec<Pause>>| lock(list).last().map_or(began, |pause| pause.to);
-    let is_calm = || last(&PAUSES).max(last(&STARVED)).elapsed() >= CALM;
+    let is_undisturbed = || last(&PAUSES).max(last(&STARVED)).elapsed() >= UNDISTURBED;
     while began.elapsed() < left {
         tokio::time::sleep(STEP).await;
-        // Some hosts keep processors for others only as soon as they are wanted.
-        if is_calm() && tokio::task::spawn_blocking(work).await.is_ok() && is_calm() {
+        // Some hosts take processor time away only while the processors are busy.
+        if is_undisturbed() && tokio::task::spawn_blocking(work).await.is_ok() && is_undisturbed() {
             break;
         }
     }
     let waited = began.elapsed();
-    *lock(&LEFT) = left.saturating_sub(waited.saturating_sub(CALM));
-    if waited > 2 * CALM {
-        println!("waited {waited:?} until the machine stood still no more");
+    *lock(&LEFT) = left.saturating_sub(waited.saturating_sub(UNDISTURBED));
+    if waited > 2 * UNDISTURBED {
+        println!("waited {waited:?} until the machine was undisturbed");
     }
 }
 
-/// Keeps every processor busy, for somewhat longer than it takes to see what the hypervisor keeps of them.
+/// Keeps every processor busy, long enough to measure the steal time.
 fn work() {
-    let enough = Instant::now() + 3 * COUNTED;
+    let end = Instant::now() + 3 * STEAL_INTERVAL;
     thread::scope(|threads| {
         for _ in 0..thread::available_parallelism().map_or(1, usize::from) {
-            threads.spawn(|| while Instant::now() < enough {});
+            threads.spawn(|| while Instant::now() < end {});
         }
     });
 }
 
-/// Watches every processor, each by a thread that is bound to it, until it is dropped. One at a time.
+/// Records disturbances of the machine until it is dropped. One thread is pinned to each processor, and one more thread
+/// reads the steal time. Only one watch may exist at a time.
 pub struct Watch {
-    enough: Arc<AtomicBool>,
+    stop: Arc<AtomicBool>,
     threads: Vec<JoinHandle<()>>,
 }
 
 impl Watch {
-    /// Watches from now on.
+    /// Clears the records of the last watch and starts to watch.
     ///
     /// # Panics
-    /// If the system does not say which processors are ours.
+    /// If the kernel does not report which processors this process may use.
     pub fn start() -> Self {
         pauses().clear();
         lock(&STARVED).clear();
-        let enough = Arc::new(AtomicBool::new(false));
-        let ours = sched_getaffinity(None).expect("the system says which processors are ours");
+        let stop = Arc::new(AtomicBool::new(false));
+        let ours = sched_getaffinity(None).expect("the processors of this process");
         let processors = (0..CpuSet::MAX_CPU).filter(|processor| ours.is_set(*processor));
         let threads = processors.map(|processor| {
-            let enough = Arc::clone(&enough);
-            thread::spawn(move || watch(processor, &enough))
+            let stop = Arc::clone(&stop);
+            thread::spawn(move || watch(processor, &stop))
         });
         let mut threads: Vec<_> = threads.collect();
-        let until = Arc::clone(&enough);
-        threads.push(thread::spawn(move || count(&until)));
-        Self { enough, threads }
+        let stop_of_steal = Arc::clone(&stop);
+        threads.push(thread::spawn(move || watch_steal(&stop_of_steal)));
+        Self { stop, threads }
     }
 }
 
 impl Drop for Watch {
     fn drop(&mut self) {
-        self.enough.store(true, Ordering::Relaxed);
+        self.stop.store(true, Ordering::Relaxed);
         for thread in self.threads.drain(..) {
-            // A test that failed shows its own reason.
+            // Ignore a panic of the thread: it must not hide the message of a failed test.
             let _ = thread.join();
         }
         let pauses = pauses().clone();
         if let Some(longest) = pauses.iter().map(|pause| pause.to - pause.from).max() {
-            println!("the machine stood still {} times, up to {longest:?}", pauses.len());
+            println!("the machine was paused {} times, for up to {longest:?}", pauses.len());
         }
         let starved = lock(&STARVED).len();
         if starved > 0 {
-            println!("{starved} times {COUNTED:?} the hypervisor kept more than a tenth of it for others");
+            println!("steal time above a tenth of the processor time: {starved} intervals of {STEAL_INTERVAL:?}");
         }
     }
 }
 
-fn watch(processor: usize, enough: &AtomicBool) {
+fn watch(processor: usize, stop: &AtomicBool) {
     let mut only = CpuSet::new();
     only.set(processor);
-    sched_setaffinity(None, &only).expect("it is among ours");
-    // So that what programs do to each other is not taken for a pause. Where we may not, it mostly is not anyway.
+    sched_setaffinity(None, &only).expect("a processor of this process");
+    // Take the highest priority, so that a delay by another program is not recorded as a pause. If that is not
+    // permitted, such delays are still shorter than `PAUSE` in most cases.
     let _ = setpriority_process(None, -20);
-    let mut looked = Instant::now();
-    while !enough.load(Ordering::Relaxed) {
+    let mut woke = Instant::now();
+    while !stop.load(Ordering::Relaxed) {
         thread::sleep(STEP);
         let now = Instant::now();
-        if now - looked > STEP + PAUSE {
-            pauses().push(Pause { from: looked, to: now });
+        if now - woke > STEP + PAUSE {
+            pauses().push(Pause { from: woke, to: now });
         }
-        looked = now;
+        woke = now;
     }
 }
 
-fn count(enough: &AtomicBool) {
-    let mut last = (Instant::now(), kept());
-    while !enough.load(Ordering::Relaxed) {
-        thread::sleep(COUNTED);
-        let (now, kept) = (Instant::now(), kept());
-        let (all, stolen) = (kept.0.saturating_sub(last.1.0), kept.1.saturating_sub(last.1.1));
-        if stolen > all / KEPT_PART {
+fn watch_steal(stop: &AtomicBool) {
+    let mut last = (Instant::now(), processor_times());
+    while !stop.load(Ordering::Relaxed) {
+        thread::sleep(STEAL_INTERVAL);
+        let (now, times) = (Instant::now(), processor_times());
+        let (all, stolen) = (times.0.saturating_sub(last.1.0), times.1.saturating_sub(last.1.1));
+        if stolen > all / STEAL_DIVISOR {
             lock(&STARVED).push(Pause { from: last.0, to: now });
         }
-        last = (now, kept);
+        last = (now, times);
     }
 }
 
-/// Time of all processors so far, and how much of it the hypervisor kept for others (`proc_stat(5)`, `steal`).
-fn kept() -> (u64, u64) {
+/// The time of all processors since the start of the machine, and the part of it that the hypervisor took (`steal` in
+/// `proc_stat(5)`), in clock ticks.
+fn processor_times() -> (u64, u64) {
     let all = std::fs::read_to_string("/proc/stat").unwrap_or_default();
     let times: Vec<u64> =
         all.lines().next().unwrap_or("").split_whitespace().skip(1).filter_map(|time| time.parse().ok()).collect();

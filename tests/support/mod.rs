@@ -1,6 +1,7 @@
-//! What tests share: real servers, private to the test and gone with it, and waiting without sleeping blindly.
+//! Code that the tests share: private servers that stop with their test, and functions that wait for a condition
+//! instead of for a fixed time.
 
-// Each test binary uses a part of it; what is measured is shown.
+// Each test binary uses only a part of this module. Tests print their measurements.
 #![allow(dead_code, clippy::print_stdout)]
 
 pub mod certificates;
@@ -23,30 +24,31 @@ use std::{future::Future, time::Duration};
 
 use tokio::sync::{RwLock, RwLockReadGuard, RwLockWriteGuard};
 
-/// Asks `question` until it says yes, at most `limit` long.
+/// Calls `condition` every 10 ms until it returns true, for at most `limit`.
 ///
 /// # Panics
-/// If it still says no by then, naming `what`.
-pub async fn eventually<F: Future<Output = bool>>(what: &str, limit: Duration, mut question: impl FnMut() -> F) {
-    let asked = tokio::time::timeout(limit, async {
-        while !question().await {
+/// If it does not return true in time; the message contains `what`.
+pub async fn eventually<F: Future<Output = bool>>(what: &str, limit: Duration, mut condition: impl FnMut() -> F) {
+    let waiting = tokio::time::timeout(limit, async {
+        while !condition().await {
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
     });
-    assert!(asked.await.is_ok(), "not within {limit:?}: {what}");
+    assert!(waiting.await.is_ok(), "not within {limit:?}: {what}");
 }
 
-/// Held by tests that measure time: no other test that waits for its turn runs meanwhile, and the machine is watched.
-pub struct Alone(machine::Watch, RwLockWriteGuard<'static, ()>);
+/// The turn of a test that measures time. While it exists, tests that call [`shared`] wait, and [`machine::Watch`]
+/// records disturbances of the machine.
+pub struct ExclusiveTurn(machine::Watch, RwLockWriteGuard<'static, ()>);
 
-/// Waits until no other test runs, and the machine is calm.
-pub async fn exclusive() -> Alone {
+/// Waits until no other test runs and the machine is undisturbed.
+pub async fn exclusive() -> ExclusiveTurn {
     let turn = TURN.write().await;
-    machine::is_calm().await;
-    Alone(machine::Watch::start(), turn)
+    machine::until_undisturbed().await;
+    ExclusiveTurn(machine::Watch::start(), turn)
 }
 
-/// Held by every other test of a binary in which some measure time.
+/// The turn of a test that measures no time, in a binary with tests that do. Such tests run at the same time.
 pub async fn shared() -> RwLockReadGuard<'static, ()> {
     TURN.read().await
 }

@@ -1,4 +1,4 @@
-//! A private PgBouncer in transaction mode: a server connection belongs to a client for one transaction.
+//! A private PgBouncer in transaction mode: it assigns a server connection to a client for one transaction.
 
 use tokio::net::TcpStream;
 
@@ -14,10 +14,10 @@ pub struct PgBouncer {
 }
 
 impl PgBouncer {
-    /// Starts one in front of `postgres`, where every client becomes its superuser.
+    /// Starts PgBouncer in front of `postgres`. Each client connects as the superuser.
     ///
     /// # Panics
-    /// If it is not installed, with how to install it.
+    /// If PgBouncer is not installed; the message says how to install it.
     pub async fn start(postgres: &Postgres) -> Self {
         for _ in 0..10 {
             let (dir, port) = (directory("pgbouncer"), free_port());
@@ -29,24 +29,24 @@ impl PgBouncer {
                 postgres.directory().display(),
                 postgres.port(),
             );
-            std::fs::write(&config, text).expect("our directory");
-            // As PostgreSQL it refuses to run as root.
+            std::fs::write(&config, text).expect("a writable directory");
+            // Like PostgreSQL, PgBouncer refuses to run as root.
             hand_over(&dir);
             let mut words = owner_prefix();
             words.push(program(&["pgbouncer"], "pgbouncer").display().to_string());
             words.push(config.display().to_string());
-            let server = Guarded::start_to(End::Kill, &dir, &words);
+            let server = Guarded::start_with_end(End::Kill, &dir, &words);
             let up = server.until(async || TcpStream::connect(("127.0.0.1", port)).await.ok()).await.is_some();
             if up && !server.has_ended() {
                 return Self { _server: server, port };
             }
-            // Somebody else took the port.
+            // Another process took the port: try another port.
             assert!(server.log().contains("Address already in use"), "{}", server.log());
         }
         panic!("PgBouncer does not start");
     }
 
-    /// The URL for `database` through it.
+    /// The URL for `database` through PgBouncer.
     pub fn url(&self, database: &str) -> String {
         format!("postgres://admin@127.0.0.1:{}/{database}?sslmode=disable", self.port)
     }

@@ -1,5 +1,5 @@
-//! A private PostgreSQL: its own data directory, its own socket, ended with the test. It can be given a standby, and its
-//! data can be copied aside and put back.
+//! A private PostgreSQL server with a separate data directory and socket, which stops with the test. A test can start
+//! standbys of it, and can back up and restore its data.
 
 use std::{
     cell::Cell,
@@ -21,8 +21,8 @@ use super::{
     process::{Frozen, Guarded, free_port, has_ended, signal},
 };
 
-/// A running server. Its superuser is `admin`, and everybody may log in without a password over the socket; over TCP
-/// passwords are asked for.
+/// A running server. Its superuser is `admin`. Over the socket, all users log in without a password; over TCP, the
+/// server asks for passwords.
 pub struct Postgres {
     dir: PathBuf,
     port: u16,
@@ -30,12 +30,12 @@ pub struct Postgres {
 }
 
 impl Postgres {
-    /// Makes and starts a server.
+    /// Creates and starts a server.
     ///
     /// # Panics
-    /// If PostgreSQL is not installed, with how to install it.
+    /// If PostgreSQL is not installed; the message says how to install it.
     pub async fn start() -> Self {
-        let dir = Self::place();
+        let dir = Self::create_directory();
         let data = dir.join("data");
         let made = as_owner(&[
             text(&binary("initdb")),
@@ -54,9 +54,10 @@ impl Postgres {
         postgres
     }
 
-    /// Makes and starts a standby of this server, and waits until it has everything that was committed so far.
+    /// Creates and starts a standby of this server, and waits until it has applied everything that was committed so
+    /// far.
     pub async fn standby(&self) -> Self {
-        let dir = Self::place();
+        let dir = Self::create_directory();
         let data = dir.join("data");
         let port = self.port.to_string();
         let made = as_owner(&[
@@ -83,18 +84,18 @@ impl Postgres {
     pub async fn until_caught_up_with(&self, primary: &Self) {
         let written: String = primary.value("postgres", "SELECT pg_current_wal_lsn()::text").await;
         let applied = format!("SELECT coalesce(pg_last_wal_replay_lsn() >= '{written}', false)");
-        eventually("the standby has it all", LIMIT, || self.value::<bool>("postgres", &applied)).await;
+        eventually("the standby has caught up", LIMIT, || self.value::<bool>("postgres", &applied)).await;
     }
 
-    /// Lets this standby hear no more of its primary.
+    /// Disconnects this standby from its primary for good.
     pub async fn cut_replication(&self) {
         self.execute("postgres", "ALTER SYSTEM SET primary_conninfo = ''").await;
         self.execute("postgres", "SELECT pg_reload_conf()").await;
-        let heard = "SELECT NOT EXISTS (SELECT FROM pg_stat_wal_receiver)";
-        eventually("the standby hears nothing", LIMIT, || self.value::<bool>("postgres", heard)).await;
+        let is_cut = "SELECT NOT EXISTS (SELECT FROM pg_stat_wal_receiver)";
+        eventually("the standby is disconnected", LIMIT, || self.value::<bool>("postgres", is_cut)).await;
     }
 
-    /// Makes this standby a primary.
+    /// Promotes this standby to a primary.
     pub async fn promote(&self) {
         let data = self.dir.join("data");
         let done = as_owner(&[text(&binary("pg_ctl")), "promote", "--wait", "-D", text(&data)]);
@@ -103,20 +104,20 @@ impl Postgres {
         eventually("the standby is a primary", LIMIT, || self.value::<bool>("postgres", is_primary)).await;
     }
 
-    /// Ends the server, copies its data aside for [`Self::put_back`], and starts it again.
-    pub async fn copy_aside(&mut self) {
+    /// Stops the server, copies its data for [`Self::restore`], and starts it again.
+    pub async fn back_up(&mut self) {
         self.stop();
-        self.copy("data", "aside");
+        self.copy("data", "backup");
         self.resume().await;
     }
 
-    /// Ends the server if it runs, puts the copy of [`Self::copy_aside`] in the place of its data, and starts it again.
-    pub async fn put_back(&mut self) {
+    /// Stops the server if it runs, replaces its data with the copy of [`Self::back_up`], and starts it again.
+    pub async fn restore(&mut self) {
         if let Some(server) = self.server.take() {
             server.stop();
         }
-        std::fs::remove_dir_all(self.dir.join("data")).expect("it is ours");
-        self.copy("aside", "data");
+        std::fs::remove_dir_all(self.dir.join("data")).expect("a directory of the test");
+        self.copy("backup", "data");
         self.resume().await;
     }
 
@@ -126,28 +127,29 @@ impl Postgres {
         assert!(done.status.success(), "cp: {}", String::from_utf8_lossy(&done.stderr));
     }
 
-    /// A directory that belongs to whom the server runs as.
-    fn place() -> PathBuf {
+    /// Creates a directory that belongs to the user as which the server runs.
+    fn create_directory() -> PathBuf {
         let dir = tempfile::Builder::new().prefix("trustgate-pg").tempdir().expect("a directory").keep();
         hand_over(&dir);
         dir
     }
 
-    /// What `pg_dump` with these options says of a database, but for what it makes up anew each time.
+    /// The output of `pg_dump` with these options for a database, without the lines that contain a new random value in
+    /// each run.
     pub fn dump(&self, database: &str, options: &[&str]) -> String {
         let pg_dump = binary("pg_dump");
         let output =
             Command::new(pg_dump).args(self.client(database)).args(options).output().expect("pg_dump is there");
         assert!(output.status.success(), "pg_dump: {}", String::from_utf8_lossy(&output.stderr));
         let dump = String::from_utf8(output.stdout).expect("text");
-        let is_made_up = |line: &str| line.starts_with("\\restrict ") || line.starts_with("\\unrestrict ");
-        dump.split_inclusive('\n').filter(|line| !is_made_up(line)).collect()
+        let is_random = |line: &str| line.starts_with("\\restrict ") || line.starts_with("\\unrestrict ");
+        dump.split_inclusive('\n').filter(|line| !is_random(line)).collect()
     }
 
-    /// Gives `psql` a script, such as a dump.
+    /// Runs a script, for example a dump, with `psql`.
     pub fn load(&self, database: &str, script: &str) {
         let file = self.dir.join("script.sql");
-        std::fs::write(&file, script).expect("our directory");
+        std::fs::write(&file, script).expect("a writable directory");
         let mut psql = Command::new(binary("psql"));
         let output = psql.args(self.client(database)).args(["-q", "-v", "ON_ERROR_STOP=1", "-f", text(&file)]).output();
         let output = output.expect("psql is there");
@@ -159,15 +161,15 @@ impl Postgres {
         ["-h", text(&self.dir), "-p", &port, "-U", "admin", "-d", database].map(str::to_owned).to_vec()
     }
 
-    /// One server for all tests of the binary that do not harm it; it ends with the process.
+    /// The server that all tests of a binary share, as long as they do not harm it. It stops with the process.
     pub async fn shared() -> Arc<Self> {
         static SERVER: OnceCell<Arc<Postgres>> = OnceCell::const_new();
         Arc::clone(SERVER.get_or_init(|| async { Arc::new(Self::start().await) }).await)
     }
 
-    /// Starts the server again after [`Self::stop`], at the same place.
+    /// Starts the server again after [`Self::stop`], with the same data.
     pub async fn resume(&mut self) {
-        // Somebody may take a free port before the server does; it says so by ending.
+        // Another process may take a free port first. The server then ends: try another port.
         for _ in 0..10 {
             if self.port == 0 {
                 self.port = free_port();
@@ -198,7 +200,7 @@ impl Postgres {
             );
             let server = Guarded::start(&self.dir, &command.iter().map(String::as_str).collect::<Vec<_>>());
             self.server = Some(server);
-            if self.came_up().await {
+            if self.has_started().await {
                 return;
             }
             self.port = 0;
@@ -206,7 +208,8 @@ impl Postgres {
         panic!("PostgreSQL does not start: {}", std::fs::read_to_string(self.dir.join("log")).unwrap_or_default());
     }
 
-    async fn came_up(&self) -> bool {
+    /// Waits until the server answers or ends; returns true if it answers.
+    async fn has_started(&self) -> bool {
         let server = self.server.as_ref().expect("started");
         let up = Cell::new(false);
         eventually("PostgreSQL answers or ends", Duration::from_secs(30), || async {
@@ -218,15 +221,15 @@ impl Postgres {
         up.get()
     }
 
-    /// Ends the server at once, as a crash would; its data stays.
+    /// Stops the server at once, like a crash; its data stays.
     pub fn stop(&mut self) {
         self.server.take().expect("running").stop();
     }
 
-    /// Stops every process of the server without ending it (SIGSTOP), until the answer is dropped.
+    /// Pauses all processes of the server (SIGSTOP) until the returned value is dropped.
     pub fn freeze(&self) -> Frozen {
         let postmaster = self.server.as_ref().and_then(Guarded::pid).expect("running");
-        // The postmaster first, so that it starts nobody while the others are counted.
+        // Pause the postmaster first, so that it starts no process while its children are listed.
         signal("STOP", &[postmaster]);
         let mut pids = vec![postmaster];
         let children = std::fs::read_to_string(format!("/proc/{postmaster}/task/{postmaster}/children"));
@@ -235,22 +238,22 @@ impl Postgres {
         Frozen(pids)
     }
 
-    /// Where its socket is, among other things.
+    /// The directory of the server, which contains its socket.
     pub fn directory(&self) -> &Path {
         &self.dir
     }
 
-    /// Its port.
+    /// The port of the server.
     pub const fn port(&self) -> u16 {
         self.port
     }
 
-    /// Its socket.
+    /// The Unix socket of the server.
     pub fn socket(&self) -> PathBuf {
         self.dir.join(format!(".s.PGSQL.{}", self.port))
     }
 
-    /// What it logged since it was made.
+    /// The log since the server was created.
     pub fn log(&self) -> String {
         std::fs::read_to_string(self.dir.join("log")).unwrap_or_default()
     }
@@ -260,17 +263,17 @@ impl Postgres {
         format!("postgres://{user}@{}:{}/{database}?sslmode=disable", text(&self.dir).replace('/', "%2F"), self.port)
     }
 
-    /// The URL for `user` and `database` over TCP, where a password is asked for.
+    /// The URL for `user` and `database` over TCP, where the server asks for a password.
     pub fn tcp_url(&self, user: &str, database: &str) -> String {
         format!("postgres://{user}@127.0.0.1:{}/{database}?sslmode=disable", self.port)
     }
 
-    /// Lets it speak TLS, with the certificate `server.pem` in `certificates`.
+    /// Turns TLS on, with the certificate `server.pem` in `certificates`.
     pub async fn turn_on_tls(&self, certificates: &Path) {
         for name in ["server.pem", "server.key"] {
             let copy = self.dir.join(name);
-            std::fs::copy(certificates.join(name), &copy).expect("our directory");
-            std::fs::set_permissions(&copy, std::fs::Permissions::from_mode(0o600)).expect("ours");
+            std::fs::copy(certificates.join(name), &copy).expect("a writable directory");
+            std::fs::set_permissions(&copy, std::fs::Permissions::from_mode(0o600)).expect("a file of the test");
             hand_over(&copy);
         }
         for (setting, value) in [("ssl_cert_file", "server.pem"), ("ssl_key_file", "server.key")] {
@@ -279,13 +282,13 @@ impl Postgres {
         }
         self.execute("postgres", "ALTER SYSTEM SET ssl = on").await;
         self.execute("postgres", "SELECT pg_reload_conf()").await;
-        eventually("it speaks TLS", LIMIT, || async {
+        eventually("TLS is on", LIMIT, || async {
             self.value::<String>("postgres", "SELECT current_setting('ssl')").await == "on"
         })
         .await;
     }
 
-    /// Makes a database of its own; returns its name.
+    /// Creates a database; returns its name.
     pub async fn database(&self) -> String {
         static NUMBER: AtomicU32 = AtomicU32::new(0);
         let name = format!("db{}", NUMBER.fetch_add(1, Ordering::Relaxed));
@@ -300,10 +303,10 @@ impl Postgres {
             .execute(&mut connection)
             .await
             .unwrap_or_else(|error| panic!("{sql}: {error}"));
-        connection.close().await.expect("closes");
+        connection.close().await.expect("an orderly close");
     }
 
-    /// The one value that a query gives, as superuser.
+    /// Runs a query as superuser and returns its single value.
     pub async fn value<T>(&self, database: &str, sql: &str) -> T
     where
         T: for<'r> sqlx::Decode<'r, sqlx::Postgres> + sqlx::Type<sqlx::Postgres>,
@@ -311,24 +314,24 @@ impl Postgres {
         let mut connection = self.admin(database).await;
         let row = sqlx::query(AssertSqlSafe(sql)).fetch_one(&mut connection).await;
         let value = row.and_then(|row| row.try_get(0)).unwrap_or_else(|error| panic!("{sql}: {error}"));
-        connection.close().await.expect("closes");
+        connection.close().await.expect("an orderly close");
         value
     }
 
-    /// A superuser's connection.
+    /// Opens a connection as superuser.
     pub async fn admin(&self, database: &str) -> PgConnection {
         let options: PgConnectOptions = self.url("admin", database).parse().expect("a URL");
-        PgConnection::connect_with(&options).await.expect("connects")
+        PgConnection::connect_with(&options).await.expect("a connection")
     }
 }
 
-/// Far beyond any usual time.
+/// A timeout far above the usual times.
 const LIMIT: Duration = Duration::from_secs(30);
 
-/// The newest PostgreSQL installed, or what `POSTGRES_BIN` names.
+/// The program `name` in the directory `POSTGRES_BIN`, or else of the newest installed PostgreSQL.
 fn binary(name: &str) -> PathBuf {
-    let named = std::env::var_os("POSTGRES_BIN").map(PathBuf::from);
-    let mut found: Vec<PathBuf> = named.map_or_else(
+    let configured = std::env::var_os("POSTGRES_BIN").map(PathBuf::from);
+    let mut found: Vec<PathBuf> = configured.map_or_else(
         || {
             let versions = std::fs::read_dir("/usr/lib/postgresql").into_iter().flatten().flatten();
             versions.map(|version| version.path().join("bin")).collect()
@@ -347,7 +350,8 @@ fn binary(name: &str) -> PathBuf {
     dir.join(name)
 }
 
-/// PostgreSQL refuses to run as root: then it runs as the user that its package made.
+/// The user and the group of PostgreSQL's package, if this process runs as root. PostgreSQL refuses to run as root, so
+/// the tests start it as this user.
 fn unprivileged() -> Option<(u32, u32)> {
     let number = |option: &str, user: &[&str]| -> u32 {
         let output = Command::new("id").arg(option).args(user).output().expect("id is there");
@@ -357,14 +361,14 @@ fn unprivileged() -> Option<(u32, u32)> {
     (number("-u", &[]) == 0).then(|| (number("-u", &["postgres"]), number("-g", &["postgres"])))
 }
 
-/// Gives a directory to whom the server runs as.
+/// Changes the owner of a file or directory to the user as which the server runs.
 pub(super) fn hand_over(dir: &Path) {
     if let Some((user, group)) = unprivileged() {
-        chown(dir, Some(user), Some(group)).expect("root may");
+        chown(dir, Some(user), Some(group)).expect("root can change owners");
     }
 }
 
-/// What stands before a command that refuses to run as root.
+/// The words to put before a command that refuses to run as root.
 pub(super) fn owner_prefix() -> Vec<String> {
     unprivileged().map_or_else(Vec::new, |(user, group)| {
         vec!["setpriv".into(), format!("--reuid={user}"), format!("--regid={group}"), "--clear-groups".into()]
@@ -374,7 +378,7 @@ pub(super) fn owner_prefix() -> Vec<String> {
 fn as_owner(command: &[&str]) -> Output {
     let mut words = owner_prefix();
     words.extend(command.iter().map(|word| (*word).to_owned()));
-    Command::new(&words[0]).args(&words[1..]).current_dir("/").output().expect("can be started")
+    Command::new(&words[0]).args(&words[1..]).current_dir("/").output().expect("a command that starts")
 }
 
 fn text(path: &Path) -> &str {

@@ -1,4 +1,4 @@
-//! Checks that are sent when they are due, however long the answers to earlier ones take, and what they came to.
+//! Sends checks when they are due, without waiting for earlier answers, and records the results.
 
 use std::{collections::HashSet, time::Duration};
 
@@ -17,75 +17,78 @@ use super::{
 /// One check.
 #[derive(Clone, Debug)]
 pub struct Probe {
-    /// Which of the keys it carried.
+    /// The index of its key.
     pub key: usize,
-    /// Just before it was sent.
+    /// The moment just before it was sent.
     pub began: Instant,
-    /// When its answer was there.
+    /// The moment at which the answer arrived.
     pub answered: Instant,
-    /// The answer, or why there was none.
+    /// The answer, or the error if there was none.
     pub verdict: Result<Verdict, String>,
 }
 
 impl Probe {
-    /// Whether it was granted, whatever trust it was taken for.
+    /// True if it was granted, for any trust.
     pub fn is_grant(&self) -> bool {
         self.status() == Some(200)
     }
 
-    /// Whether the answer says that the gate could not decide.
+    /// True if the answer is a fault: trustgate could not decide.
     pub fn is_fault(&self) -> bool {
         self.verdict.as_ref().is_ok_and(|verdict| verdict.status == 503 && verdict.reason.as_deref() == Some("fault"))
     }
 
-    /// Whether it is a fault that the machine may be to blame for. A denial never is, nor a grant.
+    /// True if the answer is a fault that a disturbance of the machine may have caused. A grant or a denial is not
+    /// excused.
     pub fn is_excused(&self) -> bool {
         self.is_fault() && machine::was_disturbed(self.began, self.answered)
     }
 
-    /// What the client would see, where there was an answer.
+    /// The status that the client would receive; `None` if there was no answer.
     pub fn status(&self) -> Option<u16> {
         self.verdict.as_ref().ok().map(|verdict| verdict.status)
     }
 }
 
-/// Checks that are being sent.
+/// A series of checks that is being sent.
 pub struct Probing {
-    enough: CancellationToken,
-    /// How many keys were asked for, and how many of them were granted so far.
+    stop: CancellationToken,
+    /// The number of keys.
     keys: usize,
+    /// How many of the keys were granted at least once.
     granted: watch::Receiver<usize>,
     sending: JoinHandle<Vec<Probe>>,
 }
 
 impl Probing {
-    /// Asks `client` `per_second` times a second, for each of `keys` in turn, on a route with these context extensions.
+    /// Sends `per_second` checks a second through `client`, with each of `keys` in turn, on a route with these context
+    /// extensions.
     pub fn start(
         client: &CheckClient,
         per_second: u32,
         keys: Vec<String>,
         extensions: &'static [(&str, &str)],
     ) -> Self {
-        let (enough, client) = (CancellationToken::new(), client.clone());
+        let (stop, client) = (CancellationToken::new(), client.clone());
         let (grants, granted) = watch::channel(0);
         let (step, count) = (Duration::from_secs(1) / per_second, keys.len());
-        let sending = tokio::spawn(send(client, step, keys, extensions, (enough.clone(), grants)));
-        Self { enough, keys: count, granted, sending }
+        let sending = tokio::spawn(send(client, step, keys, extensions, (stop.clone(), grants)));
+        Self { stop, keys: count, granted, sending }
     }
 
-    /// Waits until each of the keys was granted.
+    /// Waits until each of the keys was granted at least once.
     ///
     /// # Panics
-    /// If one is not for very long.
+    /// If that takes longer than 30 s.
     pub async fn until_granted(&mut self) {
         let all = self.keys;
         let granted = tokio::time::timeout(Duration::from_secs(30), self.granted.wait_for(|granted| *granted == all));
-        granted.await.expect("they are granted soon").expect("checks are being sent");
+        granted.await.expect("all keys granted within 30 s").expect("checks are being sent");
     }
 
-    /// Sends no more and waits for the answers; what everything came to, in the order in which it was answered.
+    /// Stops sending and waits for the remaining answers. Returns all results, in the order in which they arrived.
     pub async fn stop(self) -> Vec<Probe> {
-        self.enough.cancel();
+        self.stop.cancel();
         self.sending.await.expect("no panic")
     }
 }
@@ -95,11 +98,11 @@ async fn send(
     step: Duration,
     keys: Vec<String>,
     extensions: &'static [(&str, &str)],
-    (enough, grants): (CancellationToken, watch::Sender<usize>),
+    (stop, grants): (CancellationToken, watch::Sender<usize>),
 ) -> Vec<Probe> {
     let (mut due, mut number) = (Instant::now(), 0);
     let (mut sent, mut done, mut granted) = (JoinSet::new(), Vec::new(), HashSet::new());
-    while enough.run_until_cancelled(sleep_until(due)).await.is_some() {
+    while stop.run_until_cancelled(sleep_until(due)).await.is_some() {
         let (client, key, text) = (client.clone(), number % keys.len(), keys[number % keys.len()].clone());
         sent.spawn(async move {
             let began = Instant::now();
@@ -122,15 +125,15 @@ async fn send(
     done
 }
 
-/// When the last check that was granted began.
+/// When the last granted check began; `None` if none was granted.
 pub fn last_grant<'p>(probes: impl IntoIterator<Item = &'p Probe>) -> Option<Instant> {
     probes.into_iter().filter(|probe| probe.is_grant()).map(|probe| probe.began).max()
 }
 
-/// How long after `event` the last check that was granted began, without the time that the machine stood still
-/// meanwhile; 0 where none did.
+/// How long after `event` the last granted check began, without the time for which the machine was paused in between;
+/// zero if no check that began after `event` was granted.
 pub fn granted_after<'p>(event: Instant, probes: impl IntoIterator<Item = &'p Probe>) -> Duration {
     let late = last_grant(probes)
-        .map(|began| began.saturating_duration_since(event).saturating_sub(machine::stood_still(event, began)));
+        .map(|began| began.saturating_duration_since(event).saturating_sub(machine::pause_time(event, began)));
     late.unwrap_or_default()
 }

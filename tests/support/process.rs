@@ -1,5 +1,5 @@
-//! Child processes that cannot outlive the test: a small shell holds each, and ends it when its own input ends, which
-//! happens however the test process goes.
+//! Child processes that cannot outlive the test. A small shell starts each program, and ends it when the shell's
+//! standard input closes. That happens however the test process ends.
 
 use std::{
     ffi::OsStr,
@@ -20,18 +20,19 @@ pub struct Guarded {
     dir: PathBuf,
 }
 
-/// How a program is ended that does not end by itself.
+/// How to end a program that does not end by itself.
 #[derive(Clone, Copy, Debug)]
 pub enum End {
-    /// SIGQUIT: for programs that have children of their own and end them then.
+    /// SIGQUIT, for programs that then end their own children.
     Quit,
     /// SIGKILL.
     Kill,
 }
 
-/// Starts what stands behind `$3` with its output in `$1/log`, and ends it with signal `$2` at the end of input, with its
-/// exit code in `$1/exit`; then removes `$1`, unless told to keep it. A session of its own, as service managers give each,
-/// lets the system share out processors between programs and not between their threads (sched(7), "The autogroup feature").
+/// Starts the command in the arguments after `$2`, with its output in `$1/log`. At the end of input, sends signal `$2`
+/// to the program, writes its exit code to `$1/exit`, and removes `$1` unless the input was `keep`. The program runs in
+/// a separate session, as under a service manager: the kernel then divides processor time between programs instead of
+/// between their threads (sched(7), "The autogroup feature").
 const SHELL: &str = r#"
 trap "" INT TERM HUP
 dir=$1; end=$2; shift 2
@@ -46,16 +47,16 @@ echo $? >"$dir/exit"
 "#;
 
 impl Guarded {
-    /// Starts `command`, which is a program and its arguments; SIGQUIT ends it. `dir` is its own: it holds the output and
-    /// is removed at the end.
+    /// Starts `command`, a program and its arguments, and later ends it with SIGQUIT. No other program may use `dir`:
+    /// it contains the output, and is removed at the end.
     pub fn start(dir: &Path, command: &[&str]) -> Self {
-        Self::start_to(End::Quit, dir, command)
+        Self::start_with_end(End::Quit, dir, command)
     }
 
-    /// The same for a program that ends by `end`.
-    pub fn start_to<S: AsRef<OsStr>>(end: End, dir: &Path, command: &[S]) -> Self {
-        for left in ["shell.pid", "exit"] {
-            let _ = std::fs::remove_file(dir.join(left));
+    /// As [`Self::start`], but later ends the program with `end`.
+    pub fn start_with_end<S: AsRef<OsStr>>(end: End, dir: &Path, command: &[S]) -> Self {
+        for old in ["shell.pid", "exit"] {
+            let _ = std::fs::remove_file(dir.join(old));
         }
         let mut shell = Command::new("sh")
             .args(["-c", SHELL, "sh"])
@@ -72,23 +73,23 @@ impl Guarded {
         Self { shell, input, dir: dir.to_owned() }
     }
 
-    /// The process id of the program, once it was started.
+    /// The process id of the program; `None` if it was not started yet.
     pub fn pid(&self) -> Option<u32> {
         std::fs::read_to_string(self.dir.join("shell.pid")).ok()?.trim().parse().ok()
     }
 
-    /// What the program wrote so far, on either stream.
+    /// The output of the program so far: standard output and standard error.
     pub fn log(&self) -> String {
         let bytes = std::fs::read(self.dir.join("log")).unwrap_or_default();
         String::from_utf8_lossy(&bytes).into_owned()
     }
 
-    /// Whether the program was started and is there no more.
+    /// True if the program was started and has ended.
     pub fn has_ended(&self) -> bool {
         self.pid().is_some_and(has_ended)
     }
 
-    /// Sends the program a signal.
+    /// Sends a signal to the program.
     ///
     /// # Panics
     /// If it was not started yet.
@@ -96,12 +97,12 @@ impl Guarded {
         signal(name, &[self.pid().expect("started")]);
     }
 
-    /// Asks `ready` until it gives something; `None` if the program ended before.
+    /// Calls `ready` until it returns a value; returns `None` if the program ends first.
     ///
     /// # Panics
-    /// If neither happens in 30 s, with what the program wrote.
+    /// If neither happens within 30 s; the message contains the output of the program.
     pub async fn until<T>(&self, ready: impl AsyncFn() -> Option<T>) -> Option<T> {
-        let asked = tokio::time::timeout(STARTING, async {
+        let waiting = tokio::time::timeout(STARTING, async {
             loop {
                 let ended = self.has_ended();
                 if let Some(found) = ready().await {
@@ -113,16 +114,16 @@ impl Guarded {
                 tokio::time::sleep(Duration::from_millis(10)).await;
             }
         });
-        asked.await.unwrap_or_else(|_| panic!("neither ready nor ended within {STARTING:?}:\n{}", self.log()))
+        waiting.await.unwrap_or_else(|_| panic!("neither ready nor ended within {STARTING:?}:\n{}", self.log()))
     }
 
-    /// Waits at most `limit` for the program to end by itself; returns its exit code and what it wrote.
+    /// Waits until the program ends by itself, for at most `limit`; returns its exit code and its output.
     pub async fn ended(mut self, limit: Duration) -> (i32, String) {
         eventually("the program ends", limit, || async { self.has_ended() }).await;
         self.keep();
-        let code = std::fs::read_to_string(self.dir.join("exit")).expect("the shell wrote it");
+        let code = std::fs::read_to_string(self.dir.join("exit")).expect("an exit code from the shell");
         let log = self.log();
-        std::fs::remove_dir_all(&self.dir).expect("it is ours");
+        std::fs::remove_dir_all(&self.dir).expect("a directory of the test");
         (code.trim().parse().expect("a number"), log)
     }
 
@@ -146,15 +147,15 @@ impl Drop for Guarded {
     }
 }
 
-/// How long a program may take to be ready; usual: less than 1 s.
+/// How long a program may take to become ready; usually less than 1 s.
 const STARTING: Duration = Duration::from_secs(30);
 
-/// A directory for a program; it goes with its [`Guarded`].
+/// Creates a directory for a program; its [`Guarded`] removes the directory.
 pub fn directory(name: &str) -> PathBuf {
     tempfile::Builder::new().prefix(&format!("trustgate-{name}-")).tempdir().expect("a directory").keep()
 }
 
-/// Sends processes a signal.
+/// Sends a signal to processes.
 pub fn signal(name: &str, pids: &[u32]) {
     let signal = match name {
         "CONT" => Signal::CONT,
@@ -170,21 +171,21 @@ pub fn signal(name: &str, pids: &[u32]) {
     };
     for pid in pids {
         let pid = i32::try_from(*pid).ok().and_then(Pid::from_raw).expect("a process id");
-        // A process that ended meanwhile is none to signal.
+        // Ignore the error: the process may have ended in the meantime.
         let _ = kill_process(pid, signal);
     }
 }
 
-/// Whether a process is there no more, or only waits to be reaped.
+/// True if a process has ended, whether or not it was reaped.
 pub fn has_ended(pid: u32) -> bool {
     std::fs::read_to_string(format!("/proc/{pid}/stat")).map_or(true, |stat| stat.contains(") Z "))
 }
 
-/// Processes that are stopped until this is dropped.
+/// Paused processes, which continue when this value is dropped.
 pub struct Frozen(pub(super) Vec<u32>);
 
 impl Frozen {
-    /// Stops one process (SIGSTOP).
+    /// Pauses one process (SIGSTOP).
     pub fn of(pid: u32) -> Self {
         signal("STOP", &[pid]);
         Self(vec![pid])
@@ -197,8 +198,8 @@ impl Drop for Frozen {
     }
 }
 
-/// A port nobody listens on, below the range that the system gives to outgoing connections: a server that is restarted
-/// finds it free. Somebody may still take it before the server does; then try another.
+/// A free port below the range that the kernel uses for outgoing connections, so that a restarted server can use it
+/// again. Another process may take it before the server does; the caller then tries another port.
 pub fn free_port() -> u16 {
     loop {
         let mut random = [0; 2];
@@ -210,10 +211,11 @@ pub fn free_port() -> u16 {
     }
 }
 
-/// The first of `candidates` in `PATH` or `/usr/sbin`, where Debian puts servers and which is in few users' `PATH`.
+/// The first of `candidates` in `PATH` or in `/usr/sbin`, where Debian installs servers and which few users have in
+/// `PATH`.
 ///
 /// # Panics
-/// If there is none, with the package that brings it.
+/// If there is none; the message names the package to install.
 pub fn program(candidates: &[&str], package: &str) -> PathBuf {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let directories = || std::env::split_paths(&path).chain(["/usr/sbin".into()]);

@@ -1,5 +1,5 @@
-//! Private redis-servers: in memory alone, ended with the test. A single one, one with a replica and a Sentinel, or a
-//! Cluster; each also with TLS and users.
+//! Private Redis servers that keep their data in memory only and stop with the test: a single server, a master with a
+//! replica and a Sentinel, or a Cluster. Each can use TLS and users.
 
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
@@ -15,13 +15,13 @@ use super::{
     process::{End, Frozen, Guarded, directory, free_port, program},
 };
 
-/// A server that was started.
+/// A running server.
 pub struct Redis {
     dir: PathBuf,
     role: Role,
     tls: Option<Arc<TempDir>>,
     port: u16,
-    /// Where nodes of a Cluster talk to each other.
+    /// The port on which the nodes of a Cluster communicate.
     bus: u16,
     server: Option<Guarded>,
 }
@@ -34,79 +34,80 @@ enum Role {
     Node,
 }
 
-/// The user of a server with TLS, and the password. May do what the page of settings says that it must, and no more.
+/// The user and the password for a server with TLS. The user has exactly the permissions that the documentation of the
+/// settings requires.
 pub const USER: (&str, &str) = ("gate", "letmein-4711");
-/// The tests' own user of such a server.
+/// The user with which the tests themselves connect to such a server.
 const ADMIN: (&str, &str) = ("admin", "hunter2");
-/// What a Sentinel with TLS asks for.
+/// The password of a Sentinel with TLS.
 pub const SENTINEL_PASSWORD: &str = "who-goes-there";
-/// The name under which the Sentinel knows the master.
+/// The name of the master in the Sentinel's configuration.
 pub const MASTER: &str = "main";
 
-/// How long servers may take to find each other; usual: 2 s.
+/// How long servers may take to find each other; usually 2 s.
 const PATIENCE: Duration = Duration::from_mins(1);
 
 impl Redis {
-    /// A server that everybody may use.
+    /// Starts a single server without TLS and without a password.
     ///
     /// # Panics
-    /// If redis-server is not installed, with how to install it.
+    /// If redis-server is not installed; the message says how to install it.
     pub async fn start() -> Self {
         Self::new(Role::Single, None).await
     }
 
-    /// A server that speaks TLS alone and serves only [`USER`].
+    /// Starts a single server that requires TLS and a user: [`USER`], or the user of the tests.
     pub async fn start_secured() -> Self {
         Self::new(Role::Single, Some(certificates::certificates())).await
     }
 
     async fn new(role: Role, tls: Option<Arc<TempDir>>) -> Self {
-        // Whoever starts first installs it.
+        // Fails if another test of this binary has installed the provider already.
         let _ = rustls::crypto::ring::default_provider().install_default();
         let mut redis = Self { dir: directory("redis"), role, tls, port: 0, bus: 0, server: None };
         redis.resume().await;
         redis
     }
 
-    /// Starts the server again after [`Self::kill`], at the same port. A single server is empty then.
+    /// Starts the server again after [`Self::kill`], on the same port. A single server is then empty.
     pub async fn resume(&mut self) {
-        let known = self.port != 0;
+        let is_restart = self.port != 0;
         for _ in 0..10 {
-            if !known {
+            if !is_restart {
                 (self.port, self.bus) = (free_port(), free_port());
             }
-            // Sentinels and nodes write down what they learn.
-            if !known || matches!(self.role, Role::Single) {
-                std::fs::write(self.dir.join("redis.conf"), self.config()).expect("our directory");
+            // Keep the files of Sentinels and Cluster nodes: they describe the other servers.
+            if !is_restart || matches!(self.role, Role::Single) {
+                std::fs::write(self.dir.join("redis.conf"), self.config()).expect("a writable directory");
             }
             let mut words =
                 vec![program(&["redis-server", "valkey-server"], "redis-server"), self.dir.join("redis.conf")];
             if matches!(self.role, Role::Sentinel { .. }) {
                 words.push("--sentinel".into());
             }
-            let server = Guarded::start_to(End::Kill, &self.dir, &words);
-            // Somebody else may take the port before the server does; it says so by ending.
+            let server = Guarded::start_with_end(End::Kill, &self.dir, &words);
+            // Another process may take the port first. The server then ends: try another port.
             if server.until(async || self.try_connection().await).await.is_some() && !server.has_ended() {
                 self.server = Some(server);
                 return;
             }
             server.stop();
-            assert!(!known, "Redis does not start again: {}", self.log());
+            assert!(!is_restart, "Redis does not start again: {}", self.log());
         }
         panic!("Redis does not start: {}", self.log());
     }
 
-    /// Ends the server at once.
+    /// Kills the server.
     pub fn kill(&mut self) {
         self.server.take().expect("running").stop();
     }
 
-    /// Stops the server without ending it (SIGSTOP), until the answer is dropped.
+    /// Pauses the server (SIGSTOP) until the returned value is dropped.
     pub fn freeze(&self) -> Frozen {
         Frozen::of(self.server.as_ref().and_then(Guarded::pid).expect("running"))
     }
 
-    /// The URL, with the user where there is one and without the password.
+    /// The URL, with the user if the server has users, and without the password.
     pub fn url(&self) -> String {
         if self.tls.is_some() {
             format!("rediss://{}@localhost:{}/0", USER.0, self.port)
@@ -115,7 +116,7 @@ impl Redis {
         }
     }
 
-    /// The certificate authority that signed the server's certificate, as PEM.
+    /// The PEM file of the certificate authority that signed the server's certificate.
     ///
     /// # Panics
     /// If the server has no TLS.
@@ -123,15 +124,15 @@ impl Redis {
         self.tls.as_ref().expect("with TLS").path().join("ca.pem")
     }
 
-    /// A connection of the test's own.
+    /// Opens a connection for the test.
     pub async fn connection(&self) -> MultiplexedConnection {
-        self.try_connection().await.expect("Redis is up")
+        self.try_connection().await.expect("a connection")
     }
 
-    /// What the server answers to `words`.
+    /// Runs the command `words` and returns the reply.
     ///
     /// # Panics
-    /// If it answers with an error.
+    /// If the reply is an error.
     pub async fn ask<T: FromRedisValue>(&self, words: &[&str]) -> T {
         let mut command = Cmd::new();
         command.arg(words);
@@ -146,14 +147,14 @@ impl Redis {
                 Role::Sentinel { .. } => redis.set_password(SENTINEL_PASSWORD),
                 _ => redis.set_username(ADMIN.0).set_password(ADMIN.1),
             };
-            let root_cert = Some(std::fs::read(tls.path().join("ca.pem")).expect("written"));
+            let root_cert = Some(std::fs::read(tls.path().join("ca.pem")).expect("a certificate file"));
             let certificates = TlsCertificates { client_tls: None, root_cert };
             Client::build_with_tls(info.set_redis_settings(redis), certificates).expect("certificates")
         } else {
             let redis = redis::RedisConnectionInfo::default();
             Client::open(info.set_redis_settings(redis)).expect("a URL")
         };
-        // Bounds for a server that hangs, not for one on a busy machine.
+        // Timeouts for a server that hangs; long enough for a busy machine.
         let limit = Some(Duration::from_secs(10));
         let config = AsyncConnectionConfig::new().set_connection_timeout(limit).set_response_timeout(limit);
         let mut connection = client.get_multiplexed_async_connection_with_config(&config).await.ok()?;
@@ -204,19 +205,19 @@ impl Redis {
         lines.join("\n") + "\n"
     }
 
-    /// What the page of settings says that the user needs for a server of this role.
+    /// The permissions that the documentation of the settings requires for the user of a server with this role.
     fn permissions(&self) -> String {
         let quoted: Vec<&str> = RedisSettings::DOC.split('`').skip(1).step_by(2).collect();
-        let said = |what: &str| {
-            let found = quoted.iter().find(|words| words.contains(what));
-            found.unwrap_or_else(|| panic!("{what} is not in {:?}", RedisSettings::DOC)).replace('\n', " ")
+        let documented = |part: &str| {
+            let found = quoted.iter().find(|words| words.contains(part));
+            found.unwrap_or_else(|| panic!("{part} is not in {:?}", RedisSettings::DOC)).replace('\n', " ")
         };
         let role = match self.role {
             Role::Single => &["+ping"][..],
             Role::Master | Role::Replica { .. } | Role::Sentinel { .. } => &["+ping", "+role"],
             Role::Node => &["+ping", "+cluster|slots", "+asking"],
         };
-        [&["~", "&"], role].concat().into_iter().map(said).collect::<Vec<_>>().join(" ")
+        [&["~", "&"], role].concat().into_iter().map(documented).collect::<Vec<_>>().join(" ")
     }
 
     fn log(&self) -> String {
@@ -227,25 +228,26 @@ impl Redis {
 impl Drop for Redis {
     fn drop(&mut self) {
         drop(self.server.take());
-        // Gone already, unless the server was killed before.
+        // The directory is already removed, unless the server was killed before.
         let _ = std::fs::remove_dir_all(&self.dir);
     }
 }
 
-/// A master, its replica, and a Sentinel that watches both and needs 500 ms to see that one is gone.
-pub struct Watched {
+/// A master, its replica, and a Sentinel that monitors both. A server that does not answer the Sentinel for 500 ms is
+/// down.
+pub struct SentinelSetup {
     pub master: Redis,
     pub replica: Redis,
     pub sentinel: Redis,
 }
 
-impl Watched {
-    /// All three, once they know of each other.
+impl SentinelSetup {
+    /// Starts the three servers and waits until they know each other.
     pub async fn start(secured: bool) -> Self {
         let tls = secured.then(certificates::certificates);
         let master = Redis::new(Role::Master, tls.clone()).await;
         let replica = Redis::new(Role::Replica { of: master.port }, tls.clone()).await;
-        eventually("the replica follows", PATIENCE, || async {
+        eventually("the replica is connected", PATIENCE, || async {
             replica.ask::<String>(&["INFO", "replication"]).await.contains("master_link_status:up")
         })
         .await;
@@ -257,10 +259,10 @@ impl Watched {
         Self { master, replica, sentinel }
     }
 
-    /// Waits until the replica is the master.
+    /// Waits until the replica has become the master.
     pub async fn failed_over(&self) {
         eventually("the replica became master", PATIENCE, || async {
-            // The Sentinel cuts every connection to a server that it gives another role.
+            // The Sentinel closes all connections to a server whose role it changes.
             let Some(mut connection) = self.replica.try_connection().await else { return false };
             let info = redis::cmd("INFO").arg("replication").query_async::<String>(&mut connection).await;
             info.is_ok_and(|info| info.contains("role:master"))
@@ -275,7 +277,7 @@ pub struct Cluster {
 }
 
 impl Cluster {
-    /// All nodes, once each knows all slots.
+    /// Starts the nodes and waits until each knows all slots.
     pub async fn start(secured: bool) -> Self {
         let tls = secured.then(certificates::certificates);
         let mut nodes = Vec::new();
@@ -288,14 +290,14 @@ impl Cluster {
             node.ask::<()>(&["CLUSTER", "MEET", "127.0.0.1", &port, &bus]).await;
         }
         let cluster = Self { nodes };
-        cluster.whole().await;
+        cluster.until_ready().await;
         cluster
     }
 
-    /// Waits until every node knows who has which slots.
-    pub async fn whole(&self) {
+    /// Waits until each node knows which node has which slots.
+    pub async fn until_ready(&self) {
         for node in &self.nodes {
-            eventually("the Cluster is whole", PATIENCE, || async {
+            eventually("the Cluster is ready", PATIENCE, || async {
                 let info: String = node.ask(&["CLUSTER", "INFO"]).await;
                 info.contains("cluster_state:ok") && info.contains("cluster_size:3")
             })
@@ -303,8 +305,8 @@ impl Cluster {
         }
     }
 
-    /// The node that `name` is kept at, and the one after it.
-    pub async fn home_of(&self, name: &str) -> (&Redis, &Redis) {
+    /// The node that stores the Redis key `name`, and the node after it.
+    pub async fn node_of(&self, name: &str) -> (&Redis, &Redis) {
         let slot: u16 = self.nodes[0].ask(&["CLUSTER", "KEYSLOT", name]).await;
         let at = usize::from(slot > 5460) + usize::from(slot > 10922);
         (&self.nodes[at], &self.nodes[(at + 1) % 3])

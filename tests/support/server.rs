@@ -1,4 +1,4 @@
-//! The real program: its commands, and the server as a process of its own.
+//! The trustgate program: its commands, and the server as a separate process.
 
 use std::{
     collections::BTreeMap,
@@ -22,12 +22,12 @@ use super::{
     process::{End, Frozen, Guarded, directory},
 };
 
-/// Deadlines that leave a test all the time it wants.
+/// Timeouts and deadlines that no test reaches.
 pub const UNHURRIED: [(&str, &str); 3] =
     [("store.read_timeout", "60s"), ("decision.deadline", "70s"), ("decision.envoy_timeout", "80s")];
 
-/// Five times the default deadlines: on a busy machine a check must not become a fault in a test that does not measure time. Tests of
-/// the promised times use [`TestConfig::with_default_deadlines`].
+/// Five times the default deadlines, so that a busy machine does not turn a check into a fault in a test that measures no
+/// time. Tests of the promised times use [`TestConfig::with_default_deadlines`].
 const ROOMY: [(&str, &str); 4] = [
     ("store.read_timeout", "500ms"),
     ("redis.timeout", "100ms"),
@@ -35,17 +35,17 @@ const ROOMY: [(&str, &str); 4] = [
     ("decision.envoy_timeout", "1s"),
 ];
 
-/// A set of settings, and a directory for the embedded database. Everything runs with these and nothing else.
+/// Settings, and a directory for the embedded database. The program runs with these settings and no other environment.
 pub struct TestConfig {
     dir: TempDir,
     settings: Vec<(String, String)>,
-    /// What runs.
+    /// The path of the program.
     program: PathBuf,
 }
 
-/// What a command came to.
+/// The exit code and the output of a command.
 #[derive(Debug)]
-pub struct Ran {
+pub struct CommandOutput {
     pub code: i32,
     pub out: String,
     pub err: String,
@@ -60,7 +60,7 @@ pub struct IssuedKey {
 }
 
 impl TestConfig {
-    /// The embedded database and defaults, except that the server listens on free ports and has [`ROOMY`] deadlines.
+    /// The embedded database and the default settings, but with free ports for the listeners and [`ROOMY`] deadlines.
     pub fn new() -> Self {
         let program = env!("CARGO_BIN_EXE_trustgate").into();
         let mut test_config = Self { dir: tempfile::tempdir().expect("a directory"), settings: Vec::new(), program };
@@ -76,12 +76,12 @@ impl TestConfig {
         self
     }
 
-    /// The same run by another build of trustgate.
+    /// Uses another build of trustgate.
     pub fn run_by(self, program: &Path) -> Self {
         Self { program: program.to_owned(), ..self }
     }
 
-    /// The same with [`UNHURRIED`].
+    /// Adds the settings [`UNHURRIED`].
     pub fn unhurried(mut self) -> Self {
         for (setting, value) in UNHURRIED {
             self.set(setting, value);
@@ -89,24 +89,24 @@ impl TestConfig {
         self
     }
 
-    /// The same with `section.name` set to `value`.
+    /// Sets `section.name` to `value`.
     pub fn with(mut self, setting: &str, value: impl Into<String>) -> Self {
         self.set(setting, value);
         self
     }
 
-    /// Sets `section.name` for what is started from now on.
+    /// Sets `section.name` for programs that are started from now on.
     pub fn set(&mut self, setting: &str, value: impl Into<String>) {
         let name = variable(setting);
         self.settings.retain(|(set, _)| *set != name);
         self.settings.push((name, value.into()));
     }
 
-    /// The settings as environment variables, for a server inside the test.
+    /// The settings as environment variables.
     pub fn variables(&self) -> Vec<(String, String)> {
         let mut variables = self.settings.clone();
         variables.push(("STATE_DIRECTORY".to_owned(), self.path().display().to_string()));
-        variables.push(("USER".to_owned(), "somebody".to_owned()));
+        variables.push(("USER".to_owned(), "operator".to_owned()));
         variables
     }
 
@@ -115,7 +115,7 @@ impl TestConfig {
     }
 
     /// Runs the program with `input` on standard input.
-    pub async fn feed(&self, arguments: &[&str], input: &str) -> Ran {
+    pub async fn feed(&self, arguments: &[&str], input: &str) -> CommandOutput {
         let mut command = Command::new(&self.program);
         command.args(arguments).env_clear().envs(self.variables()).current_dir(self.path());
         let input = input.to_owned();
@@ -125,16 +125,16 @@ impl TestConfig {
                 .stdout(Stdio::piped())
                 .stderr(Stdio::piped())
                 .spawn()
-                .expect("the program is there");
+                .expect("a program that starts");
             let mut stdin = child.stdin.take().expect("piped");
             // A command that fails early does not read its input.
             let feeder = std::thread::spawn(move || drop(stdin.write_all(input.as_bytes())));
-            let output = child.wait_with_output().expect("it ends");
+            let output = child.wait_with_output().expect("an exit status");
             feeder.join().expect("no panic");
             output
         });
         let output = running.await.expect("no panic");
-        Ran {
+        CommandOutput {
             code: output.status.code().expect("no signal"),
             out: String::from_utf8(output.stdout).expect("UTF-8"),
             err: String::from_utf8(output.stderr).expect("UTF-8"),
@@ -142,31 +142,31 @@ impl TestConfig {
     }
 
     /// Runs the program.
-    pub async fn run(&self, arguments: &[&str]) -> Ran {
+    pub async fn run(&self, arguments: &[&str]) -> CommandOutput {
         self.feed(arguments, "").await
     }
 
-    /// Runs the program and returns what it answers as JSON.
+    /// Runs the program with `--output json` and returns its answer.
     ///
     /// # Panics
-    /// If it fails.
+    /// If the command fails.
     pub async fn json(&self, arguments: &[&str]) -> Value {
         let ran = self.run(&[&["--output", "json"], arguments].concat()).await;
         assert_eq!(ran.code, 0, "{arguments:?}: {ran:?}");
         serde_json::from_str(&ran.out).unwrap_or_else(|_| panic!("{arguments:?}: {ran:?}"))
     }
 
-    /// Makes the tables.
+    /// Creates the tables.
     pub async fn migrate(&self) {
         self.json(&["migrate"]).await;
     }
 
-    /// Makes a trust; returns its id.
+    /// Creates a trust; returns its id.
     pub async fn trust(&self, name: &str) -> String {
         text(&self.json(&["trust", "create", name]).await["id"])
     }
 
-    /// Issues a key with further options of `key issue`.
+    /// Issues a key, with `options` of `key issue`.
     pub async fn issue(&self, trust: &str, options: &[&str]) -> IssuedKey {
         let issued = self.json(&[&["key", "issue", "--trust", trust], options].concat()).await;
         IssuedKey { id: text(&issued["id"]), key: text(&issued["key"]), trust_id: text(&issued["trust_id"]) }
@@ -177,7 +177,7 @@ impl TestConfig {
         self.json(&["key", "revoke", &key.id]).await;
     }
 
-    /// Makes `count` keys for a trust, all at once; returns them.
+    /// Imports `count` random keys for a trust with one command; returns the keys.
     pub async fn import(&self, trust: &str, count: usize) -> Vec<String> {
         let keys: Vec<_> = (0..count).map(|_| made_up_key()).collect();
         let arguments = ["--output", "json", "key", "import", "--trust", trust, "--plaintext", "-"];
@@ -186,16 +186,16 @@ impl TestConfig {
         keys
     }
 
-    /// Starts the server and waits until it listens. Whether it is ready is another matter.
+    /// Starts the server and waits until it listens. It may not be ready yet.
     ///
     /// # Panics
-    /// If it ends instead, with its log.
+    /// If the server ends instead; the message contains its log.
     pub async fn listening(&self) -> Server {
         let variables = self.variables().into_iter().map(|(name, value)| format!("{name}={value}").into());
         let mut words = vec![OsString::from("env"), "-i".into()];
         words.extend(variables);
         words.extend([self.program.clone().into(), "serve".into()]);
-        let program = Guarded::start_to(End::Kill, &directory("serve"), &words);
+        let program = Guarded::start_with_end(End::Kill, &directory("serve"), &words);
         let listening = program.until(async || {
             let log = program.log();
             let line = log.lines().find(|line| line.contains("\"listening\""))?;
@@ -214,7 +214,7 @@ impl TestConfig {
     }
 }
 
-/// A server that is running; killed when dropped.
+/// A running server, which is killed when this value is dropped.
 pub struct Server {
     program: Guarded,
     grpc: SocketAddr,
@@ -222,66 +222,66 @@ pub struct Server {
 }
 
 impl Server {
-    /// Where Envoy calls.
+    /// The address of the gRPC listener.
     pub const fn grpc(&self) -> SocketAddr {
         self.grpc
     }
 
-    /// Metrics and probes.
+    /// The address of the admin listener.
     pub const fn admin(&self) -> SocketAddr {
         self.admin
     }
 
-    /// Waits until it is ready.
+    /// Waits until the server is ready.
     pub async fn until_ready(&self) {
         let ready = self.program.until(async || (self.readiness().await.status == 200).then_some(()));
         assert!(ready.await.is_some(), "the server ended:\n{}", self.log());
     }
 
-    /// What `/readyz` says.
+    /// The response of `/readyz`.
     pub async fn readiness(&self) -> http::Answer {
         http::get(self.admin, "/readyz", &[]).await
     }
 
-    /// The value of one metric, as [`metric`].
+    /// The value of one metric; see [`metric`].
     pub async fn metric(&self, name: &str) -> f64 {
         metric(self.admin, name).await
     }
 
-    /// How many lookups in Redis had this outcome.
+    /// The number of lookups in Redis with this outcome.
     pub async fn l2(&self, outcome: &str) -> f64 {
         let labels = format!("kind=\"api_key\",outcome=\"{outcome}\",tier=\"l2\"");
         self.metric(&format!("trustgate_cache_lookups_total{{{labels}}}")).await
     }
 
-    /// Waits until the log holds `text`.
+    /// Waits until the log contains `text`.
     pub async fn until_logged(&self, text: &str) {
         let what = format!("{text:?} in the log");
         eventually(&what, Duration::from_secs(30), || async { self.log().contains(text) }).await;
     }
 
-    /// What it logged so far.
+    /// The log so far.
     pub fn log(&self) -> String {
         self.program.log()
     }
 
-    /// Whether the process is still there.
+    /// True if the process has not ended.
     pub fn is_running(&self) -> bool {
         !self.program.has_ended()
     }
 
-    /// Stops the process without ending it (SIGSTOP), until the answer is dropped.
+    /// Pauses the process (SIGSTOP) until the returned value is dropped.
     pub fn freeze(&self) -> Frozen {
         Frozen::of(self.program.pid().expect("running"))
     }
 
-    /// How much memory the process has in RAM, and how much it had at the most.
+    /// The memory of the process in RAM, now and at its peak.
     ///
     /// # Panics
     /// If the server has ended.
     pub fn memory(&self) -> Memory {
         let status = format!("/proc/{}/status", self.program.pid().expect("started"));
-        let status = std::fs::read_to_string(status).expect("it runs");
+        let status = std::fs::read_to_string(status).expect("a running process");
         let mib = |name: &str| {
             let line = status.lines().find_map(|line| line.strip_prefix(name)).expect("a line");
             line.trim().trim_end_matches(" kB").parse::<f64>().expect("a number") / 1024.0
@@ -289,19 +289,20 @@ impl Server {
         Memory { now: mib("VmRSS:"), peak: mib("VmHWM:") }
     }
 
-    /// How often each core has waited for something to do: a thread that serves nothing hardly does.
+    /// How often each worker thread has waited for work, by the thread's name. The number hardly rises for a worker
+    /// that serves nothing.
     ///
     /// # Panics
     /// If the server has ended.
-    pub fn waits_of_cores(&self) -> BTreeMap<String, u64> {
+    pub fn worker_waits(&self) -> BTreeMap<String, u64> {
         let waits = self.threads("status").into_iter().filter_map(|(name, status)| {
             let waits = status.lines().find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"))?;
-            name.starts_with("core-").then(|| (name, waits.trim().parse().expect("a number")))
+            name.starts_with("worker-").then(|| (name, waits.trim().parse().expect("a number")))
         });
         waits.collect()
     }
 
-    /// The nice value of each thread, by the thread's name: `proc_pid_stat(5)`.
+    /// The nice value of each thread, with the thread's name (`proc_pid_stat(5)`).
     ///
     /// # Panics
     /// If the server has ended.
@@ -310,25 +311,25 @@ impl Server {
         self.threads("stat").into_iter().map(|(name, stat)| (name, nice(&stat).expect("a number"))).collect()
     }
 
-    /// What `file` in /proc says of each thread, with the thread's name.
+    /// The content of `file` in /proc for each thread, with the thread's name.
     fn threads(&self, file: &str) -> Vec<(String, String)> {
         let tasks = format!("/proc/{}/task", self.program.pid().expect("started"));
-        let threads = std::fs::read_dir(tasks).expect("it runs").filter_map(Result::ok);
-        let said = threads.filter_map(|thread| {
+        let threads = std::fs::read_dir(tasks).expect("a running process").filter_map(Result::ok);
+        let contents = threads.filter_map(|thread| {
             let name = std::fs::read_to_string(thread.path().join("comm")).ok()?.trim().to_owned();
             Some((name, std::fs::read_to_string(thread.path().join(file)).ok()?))
         });
-        said.collect()
+        contents.collect()
     }
 
-    /// Lets the server have no more than `most` descriptors from now on.
+    /// Limits the server to `most` file descriptors from now on.
     ///
     /// # Panics
-    /// If it has ended.
+    /// If the server has ended.
     pub fn limit_descriptors(&self, most: u64) {
         let pid = i32::try_from(self.program.pid().expect("started")).expect("a process id");
         let limit = Rlimit { current: Some(most), maximum: Some(most) };
-        prlimit(Pid::from_raw(pid), Resource::Nofile, limit).expect("it is ours");
+        prlimit(Pid::from_raw(pid), Resource::Nofile, limit).expect("a process of the test");
     }
 
     /// Sends a signal, such as `TERM`.
@@ -336,7 +337,7 @@ impl Server {
         self.program.signal(name);
     }
 
-    /// Waits at most `limit` for the process to end by itself; returns its exit code and its log.
+    /// Waits until the process ends by itself, for at most `limit`; returns its exit code and its log.
     pub async fn ended(self, limit: Duration) -> (i32, String) {
         self.program.ended(limit).await
     }
@@ -349,7 +350,7 @@ pub struct Memory {
     pub peak: f64,
 }
 
-/// The value of one metric of the server at `admin`, by its name with its labels as `/metrics` writes it.
+/// The value of one metric of the server at `admin`. `name`: the name with its labels, in the form of `/metrics`.
 ///
 /// # Panics
 /// If there is no such metric.
@@ -365,12 +366,12 @@ fn variable(setting: &str) -> String {
     format!("TRUSTGATE__{}", setting.to_uppercase().replace('.', "__"))
 }
 
-/// A key that nobody issued; as it is imported, or as somebody guesses.
+/// A random key that no command has issued: to import it, or to send it as an unknown key.
 pub fn made_up_key() -> String {
     format!("key-{}", Uuid::new_v4().simple())
 }
 
-/// What the database knows a key by where there is no pepper: its SHA-256, in hexadecimal.
+/// The digest under which the database stores a key if there is no pepper: its SHA-256, in hexadecimal.
 pub fn digest(key: &str) -> String {
     ApiKeyDigest::from_bytes(Sha256::digest(key).into()).to_hex()
 }
@@ -379,7 +380,7 @@ fn text(value: &Value) -> String {
     value.as_str().unwrap_or_else(|| panic!("not a text: {value}")).to_owned()
 }
 
-/// The first address of a list in the log.
+/// The first address in a list that the server has logged.
 fn first(list: &Value) -> Option<SocketAddr> {
     list.as_str()?.trim_matches(['[', ']']).split(", ").next()?.parse().ok()
 }

@@ -1,4 +1,5 @@
-//! A server inside the test, with a seam between it and its database: reads are counted, held open, and made to fail.
+//! A server inside the test process, with a proxy between it and its store. The proxy counts reads, can make them wait,
+//! and can make them panic.
 
 use std::{
     ffi::OsString,
@@ -21,7 +22,7 @@ use uuid::Uuid;
 
 use super::server::TestConfig;
 
-/// The seam. Open at first.
+/// The proxy. Its gates are open at first.
 pub struct StoreProxy {
     inner: Arc<dyn Source>,
     finds: AtomicUsize,
@@ -31,7 +32,7 @@ pub struct StoreProxy {
     panics: AtomicBool,
 }
 
-/// Where callers pass, or wait until they may.
+/// A point at which callers wait while the gate is closed.
 pub struct Gate {
     open: watch::Sender<bool>,
     waiting: AtomicUsize,
@@ -44,51 +45,52 @@ impl Default for Gate {
 }
 
 impl Gate {
-    /// From now on callers wait.
+    /// Closes the gate: from now on, callers wait.
     pub fn close(&self) {
         self.open.send_replace(false);
     }
 
-    /// Lets everybody pass, and those that come later.
+    /// Opens the gate for waiting and for later callers.
     pub fn open(&self) {
         self.open.send_replace(true);
     }
 
-    /// Callers that wait.
+    /// The number of waiting callers.
     pub fn waiting(&self) -> usize {
         self.waiting.load(Ordering::SeqCst)
     }
 
     async fn pass(&self) {
-        let _waiting = Waiting::at(&self.waiting);
-        self.open.subscribe().wait_for(|open| *open).await.expect("the sender is ours");
+        let _waiter = Waiter::at(&self.waiting);
+        self.open.subscribe().wait_for(|open| *open).await.expect("the gate has the sender");
     }
 }
 
-/// Somebody who waits; also counted out when they give up.
-struct Waiting<'g>(&'g AtomicUsize);
+/// A waiting caller. It is counted until this value is dropped, so a caller that is cancelled is not counted any more.
+struct Waiter<'g>(&'g AtomicUsize);
 
-impl<'g> Waiting<'g> {
+impl<'g> Waiter<'g> {
     fn at(gate: &'g AtomicUsize) -> Self {
         gate.fetch_add(1, Ordering::SeqCst);
         Self(gate)
     }
 }
 
-impl Drop for Waiting<'_> {
+impl Drop for Waiter<'_> {
     fn drop(&mut self) {
         self.0.fetch_sub(1, Ordering::SeqCst);
     }
 }
 
 impl StoreProxy {
-    /// Starts a server with the settings of `test_config` and a seam in it.
+    /// Starts a server with the settings of `test_config` and a proxy in front of its store. `prepare` can change the
+    /// proxy before the server starts.
     pub async fn start(test_config: &TestConfig, prepare: impl FnOnce(&Self)) -> (Running, Arc<Self>) {
         let variables = test_config.variables();
         let environment = variables.iter().map(|(name, value)| (OsString::from(name), OsString::from(value)));
         let config = config::load(None, environment, Purpose::Serve).expect("good settings");
         let variable = |name: &str| variables.iter().find(|(set, _)| set == name).map(|(_, value)| value.clone());
-        let mut made = None;
+        let mut created = None;
         let builder = AppBuilder::new(config, &variable).expect("good settings").wrap_store(|inner| {
             let proxy = Arc::new(Self {
                 inner,
@@ -99,33 +101,33 @@ impl StoreProxy {
                 panics: AtomicBool::new(false),
             });
             prepare(&proxy);
-            made = Some(Arc::clone(&proxy));
+            created = Some(Arc::clone(&proxy));
             proxy
         });
-        (builder.start().await.expect("it starts"), made.expect("wrapped"))
+        (builder.start().await.expect("a server that starts"), created.expect("a proxy from `wrap_store`"))
     }
 
-    /// Reads of keys by digest that were begun.
+    /// The number of reads of keys, by digest or by id, that have begun.
     pub fn finds(&self) -> usize {
         self.finds.load(Ordering::SeqCst)
     }
 
-    /// Before a key is read.
+    /// The gate before a key is read.
     pub const fn before_find(&self) -> &Gate {
         &self.before_find
     }
 
-    /// After a key was read, before the answer is given.
+    /// The gate after a key was read, before the caller gets the result.
     pub const fn after_find(&self) -> &Gate {
         &self.after_find
     }
 
-    /// After a poll, before the answer is given.
+    /// The gate after a poll, before the caller gets the result.
     pub const fn after_poll(&self) -> &Gate {
         &self.after_poll
     }
 
-    /// Whether reads of keys panic, once they are through the gate.
+    /// Sets whether reads of keys panic after they have passed the first gate.
     pub fn set_panics(&self, panics: bool) {
         self.panics.store(panics, Ordering::SeqCst);
     }
@@ -163,8 +165,8 @@ impl Lookup for StoreProxy {
         self.inner.listen(changed).await
     }
 
-    async fn report(&self, sign: &Heartbeat) -> Result<(), Fault> {
-        self.inner.report(sign).await
+    async fn report(&self, heartbeat: &Heartbeat) -> Result<(), Fault> {
+        self.inner.report(heartbeat).await
     }
 
     async fn restore_watch(&self) -> Result<(), Fault> {

@@ -1,7 +1,9 @@
-//! Gives freed memory back to the operating system. A crate of its own because it calls C, which the main crate never does.
+//! Returns freed memory to the operating system. A separate crate because it calls C, and the main crate denies unsafe
+//! code.
 
-/// Lets the C library return the pages that hold no live allocation (`malloc_trim(3)` of glibc). glibc keeps them otherwise, for later
-/// allocations. Holds each arena's lock for as long as it looks through its free chunks. Does nothing with other C libraries.
+/// Makes glibc return pages without live allocations to the operating system (`malloc_trim(3)`). Otherwise glibc keeps
+/// them for later allocations. Locks each arena while it searches the arena's free chunks. Does nothing with other C
+/// libraries.
 pub fn trim() {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
     // SAFETY: `malloc_trim` has no preconditions and is MT-Safe.

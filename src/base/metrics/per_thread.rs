@@ -1,7 +1,7 @@
-//! Counters and histograms that every check adds to: a copy for each thread that serves, so that no core waits for memory
-//! that another one writes. They are summed when they are scraped, and look like any other then.
+//! Counters and histograms for the request path. Each thread adds to its own copy, so that threads do not contend for
+//! cache lines. A scrape sums the copies, and the result looks like an ordinary metric.
 //!
-//! Never loses a count: where more threads than copies add, they share one, which costs time alone.
+//! If there are more threads than copies, some threads share a copy. That costs time, but loses no count.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -19,39 +19,40 @@ use prometheus::{
     proto::{self, MetricFamily, MetricType},
 };
 
-/// Copies beyond one for each processor: for threads that serve beside the cores.
+/// Copies in addition to one per processor, for threads other than the workers.
 const OTHER_THREADS: usize = 4;
 
 thread_local! {
-    /// Which copy this thread adds to.
+    /// The number of this thread. It selects the copy that the thread adds to.
     static COPY: usize = {
         static NEXT: AtomicUsize = AtomicUsize::new(0);
         NEXT.fetch_add(1, Ordering::Relaxed)
     };
 }
 
-/// One of something for each thread, each in cache lines of its own: 128 bytes, since processors fetch lines in pairs.
+/// A value that shares no cache line with another. The alignment is 128 bytes, because processors fetch lines in pairs.
 #[derive(Debug)]
 #[repr(align(128))]
-struct Apart<T>(T);
+struct CacheAligned<T>(T);
 
+/// The copies of a value. Each thread uses one of them.
 #[derive(Debug)]
-struct PerThread<T>(Box<[Apart<T>]>);
+struct PerThread<T>(Box<[CacheAligned<T>]>);
 
 impl<T> PerThread<T> {
     fn of(one: impl Fn() -> T) -> Arc<Self> {
         let processors = available_parallelism().map_or(1, std::num::NonZero::get);
-        Arc::new(Self((0..processors + OTHER_THREADS).map(|_| Apart(one())).collect()))
+        Arc::new(Self((0..processors + OTHER_THREADS).map(|_| CacheAligned(one())).collect()))
     }
 
-    /// That of this thread.
+    /// The copy of this thread.
     fn own(&self) -> &T {
-        // There is at least one.
+        // There is at least one copy.
         &self.0[COPY.with(|copy| *copy) % self.0.len()].0
     }
 
     fn all(&self) -> impl Iterator<Item = &T> {
-        self.0.iter().map(|apart| &apart.0)
+        self.0.iter().map(|copy| &copy.0)
     }
 }
 
@@ -74,7 +75,7 @@ impl ThreadCounter {
     }
 }
 
-/// A family of counters, with labels or without.
+/// A family of counters, with or without labels.
 #[derive(Clone, Debug)]
 pub struct ThreadCounters {
     labels: &'static [&'static str],
@@ -83,20 +84,20 @@ pub struct ThreadCounters {
 }
 
 impl ThreadCounters {
-    /// A family that is told apart by `labels`.
+    /// Creates a family whose counters differ in the values of `labels`.
     ///
     /// # Errors
-    /// When a name or the description is not valid.
+    /// If a name or the description is invalid.
     pub fn new(opts: Opts, labels: &'static [&'static str]) -> prometheus::Result<Self> {
         let names = labels.iter().map(|label| (*label).to_owned()).collect();
         let desc = Desc::new(opts.fq_name(), opts.help, names, HashMap::new())?;
         Ok(Self { labels, desc, counters: Arc::default() })
     }
 
-    /// The counter with these values of the labels; kept by whoever counts, since looking it up takes a lock.
+    /// The counter with these label values. Callers keep the result, because the lookup takes a lock.
     #[must_use]
     pub fn with(&self, values: &[&'static str]) -> ThreadCounter {
-        // Insertions are whole at every moment.
+        // A panic cannot leave an insertion half done.
         let mut counters = self.counters.lock().unwrap_or_else(PoisonError::into_inner);
         counters.entry(values.to_owned()).or_insert_with(ThreadCounter::new).clone()
     }
@@ -110,9 +111,9 @@ impl Collector for ThreadCounters {
     fn collect(&self) -> Vec<MetricFamily> {
         let counters = self.counters.lock().unwrap_or_else(PoisonError::into_inner);
         let metrics = counters.iter().map(|(values, counter)| {
-            // By name, as the library's own families are.
-            let named: BTreeMap<_, _> = self.labels.iter().zip(values).collect();
-            let pairs = named.into_iter().map(|(name, value)| {
+            // Sort the labels by name, as the prometheus crate does.
+            let sorted: BTreeMap<_, _> = self.labels.iter().zip(values).collect();
+            let pairs = sorted.into_iter().map(|(name, value)| {
                 let mut pair = proto::LabelPair::default();
                 pair.set_name((*name).to_owned());
                 pair.set_value((*value).to_owned());
@@ -128,27 +129,27 @@ impl Collector for ThreadCounters {
     }
 }
 
-/// A histogram of durations, in seconds where it is shown.
+/// A histogram of durations. Scrapes return it in seconds.
 #[derive(Clone, Debug)]
 pub struct ThreadHistogram {
     desc: Desc,
-    /// Up to how long each bucket goes, in seconds and in nanoseconds.
+    /// The upper bound of each bucket, in seconds and in nanoseconds.
     bounds: Arc<[(f64, u64)]>,
     copies: Arc<PerThread<Observed>>,
 }
 
 #[derive(Debug)]
 struct Observed {
-    /// One for each bound, and one for what is longer than all of them.
+    /// One bucket for each bound, and one for longer durations.
     buckets: Box<[AtomicU64]>,
     nanos: AtomicU64,
 }
 
 impl ThreadHistogram {
-    /// A histogram with the buckets of `opts`.
+    /// Creates a histogram with the buckets of `opts`.
     ///
     /// # Errors
-    /// When its name or its description is not valid.
+    /// If its name or description is invalid.
     pub fn new(opts: HistogramOpts) -> prometheus::Result<Self> {
         let bound = |seconds: &f64| (*seconds, nanos(Duration::from_secs_f64(*seconds)));
         let bounds: Arc<[_]> = opts.buckets.iter().map(bound).collect();
@@ -163,7 +164,7 @@ impl ThreadHistogram {
     /// Adds a duration.
     pub fn observe(&self, took: Duration) {
         let (took, own) = (nanos(took), self.copies.own());
-        // Most are in the first bucket.
+        // Search from the front, because most durations fall into the first bucket.
         let bucket = self.bounds.iter().position(|(_, nanos)| took <= *nanos).unwrap_or(self.bounds.len());
         own.buckets[bucket].fetch_add(1, Ordering::Relaxed);
         own.nanos.fetch_add(took, Ordering::Relaxed);
@@ -211,8 +212,8 @@ fn nanos(duration: Duration) -> u64 {
     u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
 }
 
-/// Exact up to 2^53; a counter that has come that far has counted for centuries.
-#[expect(clippy::cast_precision_loss, reason = "Prometheus has no other numbers")]
+/// Exact up to 2^53, which a counter reaches only after centuries.
+#[expect(clippy::cast_precision_loss, reason = "Prometheus values are floating-point numbers")]
 const fn as_float(count: u64) -> f64 {
     count as f64
 }
@@ -223,7 +224,7 @@ mod tests {
     use crate::base::metrics::{Registry, SHORT_SECONDS, register, text};
 
     #[test]
-    fn what_threads_add_is_shown_as_one() {
+    fn a_scrape_sums_the_copies_of_all_threads() {
         let registry = Registry::new();
         let counters = register(&registry, ThreadCounters::new(Opts::new("c_total", "Some."), &["what", "a"])).unwrap();
         let opts = HistogramOpts::new("t_seconds", "Times.").buckets(SHORT_SECONDS.to_vec());

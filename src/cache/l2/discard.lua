@@ -1,6 +1,6 @@
--- Deletes what its reader found bad, unless something else stands there by now. KEYS[1]: its name. ARGV[1]: what was
--- read, or nothing where it could not be read as a text. ARGV[2]: how many bytes were asked for.
-local held = redis.pcall('GETRANGE', KEYS[1], 0, ARGV[2] - 1) -- a table where it is still no text
+-- Deletes a value that its reader refused, unless it has changed since. KEYS[1]: its name. ARGV[1]: the bytes that were
+-- read; empty if the value was not a string. ARGV[2]: the maximum number of bytes that were read.
+local held = redis.pcall('GETRANGE', KEYS[1], 0, ARGV[2] - 1) -- an error table if the value is not a string
 if type(held) ~= 'string' or held == ARGV[1] then
   return redis.call('UNLINK', KEYS[1])
 end

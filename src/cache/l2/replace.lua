@@ -1,7 +1,7 @@
--- Puts a value in place of an older one. KEYS[1]: its name. ARGV[1]: the value. ARGV[2]: its life in milliseconds.
--- A value that is there stays if it has the same layout (byte 1) and lineage (bytes 34 to 61) and is not older (bytes 62
--- to 77: 16 hexadecimal digits, which sort alike under every locale; a number of Lua's would end at 2^53).
-local held = redis.pcall('GETRANGE', KEYS[1], 0, 76) -- a table where the name stands for something else than a text
+-- Replaces an older value. KEYS[1]: its name. ARGV[1]: the new value. ARGV[2]: its lifetime in milliseconds.
+-- The present value stays if it has the same layout (byte 1) and lineage (bytes 34 to 61) and is not older (bytes 62 to 77:
+-- 16 hexadecimal digits, which sort the same in every locale; a Lua number is exact only up to 2^53).
+local held = redis.pcall('GETRANGE', KEYS[1], 0, 76) -- an error table if the value is not a string
 local function same(first, last)
   return string.sub(held, first, last) == string.sub(ARGV[1], first, last)
 end

@@ -1,6 +1,6 @@
-//! From key to digest: HMAC-SHA-256 under the pepper when one is set, else plain SHA-256.
+//! Digests of keys: HMAC-SHA-256 under the pepper if one is set, else plain SHA-256.
 //!
-//! The key is hashed where it lies; no copy of it is made.
+//! Keys are hashed in place, without a copy.
 
 use hmac::{Hmac, KeyInit, Mac};
 use sha2::{Digest, Sha256};
@@ -10,21 +10,22 @@ use crate::{
     record::{ApiKeyDigest, Digests, Fingerprint, Made},
 };
 
-/// The schemes of this server: the one in force, and those that keys may still be stored under.
+/// Hashes keys under the current scheme and under the earlier schemes that stored keys may still use.
 #[derive(Clone)]
 pub struct Hasher {
-    /// HMAC states with the pepper worked in already; the current one first. Empty: plain SHA-256 alone.
+    /// HMAC states that already contain the pepper, the current pepper first. Empty: only plain SHA-256.
     peppers: Vec<Hmac<Sha256>>,
-    /// One for each of `peppers`.
+    /// The fingerprint of each of `peppers`, in the same order.
     fingerprints: Vec<Fingerprint>,
 }
 
-/// What a fingerprint is the HMAC of. No API key: those hold no space.
+/// The text whose HMAC is the fingerprint of a pepper. It contains spaces, so it cannot be an API key.
 const FINGERPRINTED: &[u8] = b"trustgate pepper fingerprint";
 
 impl Hasher {
-    /// A hasher under `pepper` (`None`: plain SHA-256) that also knows `previous` peppers, newest first. Keys stored
-    /// under plain SHA-256 are always known, so that a pepper can be set on a store that has keys.
+    /// Creates a hasher with the current `pepper` (`None`: plain SHA-256) and the `previous` peppers, newest first.
+    /// Keys stored under plain SHA-256 are also found, so that an operator can set a pepper on a store that already has
+    /// keys.
     #[must_use]
     pub fn new(pepper: Option<&Secret>, previous: &[Secret]) -> Self {
         let keyed = |secret: &Secret| {
@@ -36,7 +37,7 @@ impl Hasher {
         Self { peppers, fingerprints }
     }
 
-    /// The digest under the scheme in force: all that a cache hit needs.
+    /// The digest under the current scheme. A cache hit needs no other digest.
     #[must_use]
     pub fn current(&self, key: &[u8]) -> ApiKeyDigest {
         self.peppers.first().map_or_else(|| plain(key), |pepper| peppered(pepper, key))
@@ -48,20 +49,20 @@ impl Hasher {
         &self.fingerprints
     }
 
-    /// How keys are stored that are made now.
+    /// The scheme under which new keys are stored.
     #[must_use]
     pub fn made(&self) -> Made {
         self.fingerprints.first().map_or(Made::Plain, |fingerprint| Made::Peppered(*fingerprint))
     }
 
-    /// `current` and every digest that `key` may be stored under from before. Costs one hash a scheme: for misses.
+    /// `current` and the digests of `key` under the earlier schemes. Costs one hash per scheme; only misses call this.
     #[must_use]
     pub fn digests(&self, current: ApiKeyDigest, key: &[u8]) -> Digests {
         Digests { current, older: self.older(key).collect() }
     }
 
-    /// Whether `stored` is a digest of `key`, whose digest under the scheme in force is `current`. Compares in constant
-    /// time, and hashes only where it is not that one.
+    /// True if `stored` is a digest of `key`, whose digest under the current scheme is `current`. Compares in constant
+    /// time. Hashes `key` under the earlier schemes only if `current` does not match.
     #[must_use]
     pub fn matches(&self, stored: &ApiKeyDigest, current: &ApiKeyDigest, key: &[u8]) -> bool {
         current.matches(stored) || self.older(key).any(|digest| digest.matches(stored))
@@ -91,7 +92,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn known_digests_stay_as_they_are() {
+    fn digests_match_published_test_vectors() {
         // FIPS 180-4 example "abc", and RFC 4231 test case 2.
         assert_eq!(
             Hasher::new(None, &[]).current(b"abc").to_hex(),

@@ -1,6 +1,8 @@
-//! Finds the one credential of a request, or says why there is none, and what must be removed before the upstream.
+//! Extracts the one credential of a request, and lists what Envoy must remove so that no credential reaches the
+//! upstream.
 //!
-//! Needs no I/O. Never keeps a key: it borrows where it can, and overwrites what it had to decode.
+//! Does no I/O. A key is borrowed from the message where possible; a decoded copy is overwritten in memory when
+//! dropped.
 
 use std::borrow::Cow;
 
@@ -18,29 +20,29 @@ use crate::ext_authz::request::View;
 /// Why a request has no usable credential.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CredentialError {
-    /// No source holds anything.
+    /// No source contains a credential.
     Missing,
-    /// Nobody can tell which credential is meant.
+    /// There is more than one credential, or there may be.
     Ambiguous,
-    /// There is one, but it cannot be a key.
+    /// There is one credential, but it cannot be a key.
     Malformed,
 }
 
-/// What was found in a request.
+/// The result of [`extract`].
 #[derive(Debug, PartialEq, Eq)]
 pub struct Extracted<'m, 's> {
-    /// The key, as it lies in the message (or percent-decoded from the query).
+    /// The key, borrowed from the message or percent-decoded from the query.
     pub key: Result<Key<'m>, CredentialError>,
     /// What to remove so that no credential reaches the upstream.
     pub removals: Removals<'s>,
 }
 
-/// A presented key. Printed as stars.
+/// A presented key. Its `Debug` form is `***`.
 #[derive(PartialEq, Eq)]
 pub struct Key<'m>(Cow<'m, [u8]>);
 
 impl Key<'_> {
-    /// The key's bytes; the name makes every use easy to find.
+    /// The key's bytes. The name makes each use easy to find.
     #[must_use]
     pub fn expose(&self) -> &[u8] {
         &self.0
@@ -61,26 +63,26 @@ impl std::fmt::Debug for Key<'_> {
     }
 }
 
-/// Where credentials were found: what the upstream must not see.
+/// The places where credentials were found, to be removed from the request.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Removals<'s> {
     /// Headers to remove.
     pub headers: SmallVec<[&'s str; 2]>,
     /// Query parameters to remove, as the request spells their names.
     pub query: SmallVec<[&'s str; 2]>,
-    /// The path that is left, where a credential is cut out of the query byte for byte.
+    /// The new path, if a credential was cut out of the query (`query_removal = "exact"`).
     pub path: Option<String>,
-    /// The cookies that are left, where a credential was among them; empty where none are.
+    /// The remaining cookies, if a credential was among the cookies. Empty if none remain.
     pub cookies: Option<String>,
 }
 
-/// What one source holds, of which [`FOUND_MAX`] are looked at.
+/// The values found in one source.
 type Found<'m> = SmallVec<[Cow<'m, [u8]>; 1]>;
 
-/// Two in one source are ambiguous, however many follow.
+/// Stop the search of one source here: two values are ambiguous, and more make no difference.
 const FOUND_MAX: usize = 2;
 
-/// The credential of the request in `view`, by the rules of `settings`.
+/// Extracts the credential of the request in `view`, by the rules of `settings`.
 #[must_use]
 pub fn extract<'m: 's, 's>(settings: &'s CredentialSettings, view: &View<'m>) -> Extracted<'m, 's> {
     let mut found: SmallVec<[(&'s Source, Found<'m>); 2]> = SmallVec::new();
@@ -95,8 +97,8 @@ pub fn extract<'m: 's, 's>(settings: &'s CredentialSettings, view: &View<'m>) ->
             found.push((source, values));
         }
     }
-    // `Authorization` often belongs to the application. Beside a key in another source, a single token there that cannot be a key
-    // stays; anything less clear may hold a second key.
+    // `Authorization` often belongs to the application. If another source has a key, a single token in `Authorization`
+    // that cannot be a key is not a credential and stays in the request. Anything less clear may be a second key.
     if found.len() > 1 && found.iter().any(|(_, values)| values.iter().all(|value| is_well_formed(settings, value))) {
         let has_one = view.header("authorization").count() == 1;
         found.retain(|(source, values)| {
@@ -117,14 +119,14 @@ pub fn extract<'m: 's, 's>(settings: &'s CredentialSettings, view: &View<'m>) ->
             Source::Query(_) => removals.path = Some(path_left(settings, view.path)),
             Source::Cookie(_) => removals.cookies = Some(cookies_left(settings, view)),
         }
-        // Envoy joins repeated headers with a comma, so that one header with a comma may have been two.
+        // Envoy joins repeated headers with a comma, so one value with a comma may have been two headers.
         ambiguous |= values.len() > 1 || values.iter().any(|key| key.contains(&b','));
         keys.append(&mut values);
     }
     Extracted { key: choose(settings, keys, ambiguous), removals }
 }
 
-/// Whether `value` cannot be a key, also not a mistyped one of ours.
+/// True if `value` cannot be a key, not even a mistyped trustgate key.
 fn is_foreign(settings: &CredentialSettings, value: &[u8]) -> bool {
     !is_well_formed(settings, value) && format::form(&settings.prefix, value) == Form::Foreign
 }
@@ -142,8 +144,8 @@ fn choose<'m>(settings: &CredentialSettings, keys: Found<'m>, ambiguous: bool) -
     }
 }
 
-/// Credentials of `scheme` in `Authorization`. Where Envoy joined several headers with commas, each part is looked at;
-/// a part of our scheme beside another part leaves the comma in, which makes it ambiguous.
+/// The credentials of `scheme` in `Authorization`. Envoy may have joined several headers with commas. If one of the
+/// joined parts has our scheme, the result contains a comma, which [`extract`] treats as ambiguous.
 fn authorization<'m>(view: &View<'m>, scheme: Scheme) -> Found<'m> {
     let scheme = match scheme {
         Scheme::Bearer => &b"bearer"[..],
@@ -170,27 +172,27 @@ fn authorization<'m>(view: &View<'m>, scheme: Scheme) -> Found<'m> {
         }
     }
     if other && !found.is_empty() {
-        found.push(Cow::Borrowed(b",")); // a second Authorization header: which one would the application believe?
+        found.push(Cow::Borrowed(b",")); // a second Authorization header makes the credential ambiguous
     }
     found
 }
 
-/// A path before `?`, its query, and what follows from `#` on.
+/// Splits a path into the part before `?`, the query, and the fragment with its `#`.
 fn split_path(path: &str) -> Option<(&str, &str, &str)> {
     let end = path.find('#').unwrap_or(path.len());
     let (before, query) = path[..end].split_once('?')?;
     Some((before, query, &path[end..]))
 }
 
-/// Whether `written`, a name in a query, means `name`: applications compare names after decoding them (WHATWG URL Standard,
-/// section 5.1), so that `k%65y` is `key`.
+/// True if `written`, a name in a query, means `name`. Applications compare names after decoding them (WHATWG URL
+/// Standard, section 5.1), so `k%65y` means `key`.
 fn is_name(written: &str, name: &str) -> bool {
     written == name
         || (written.contains(['%', '+'])
             && percent_decode_str(written).map(|byte| if byte == b'+' { b' ' } else { byte }).eq(name.bytes()))
 }
 
-/// The pairs of a query whose name means `name`: each with its name as it is written, and its value.
+/// The pairs of a query whose name means `name`: each name as written, and its value.
 fn pairs_of<'m>(path: &'m str, name: &str) -> impl Iterator<Item = (&'m str, Option<&'m str>)> {
     let query = split_path(path).map_or("", |(_, query, _)| query);
     let pairs = query.split('&').map(|pair| match pair.split_once('=') {
@@ -200,13 +202,13 @@ fn pairs_of<'m>(path: &'m str, name: &str) -> impl Iterator<Item = (&'m str, Opt
     pairs.filter(move |(written, _)| is_name(written, name))
 }
 
-/// Values of the query parameter `name`, percent-decoded.
+/// The values of the query parameter `name`, percent-decoded.
 fn query<'m>(path: &'m str, name: &str) -> Found<'m> {
     let values = pairs_of(path, name).map(|(_, value)| percent_decode_str(value.unwrap_or_default()).into());
     values.take(FOUND_MAX).collect()
 }
 
-/// The ways in which a query spells the name of a parameter, each once.
+/// The spellings of the parameter `name` in the query, without duplicates.
 fn spellings<'m>(path: &'m str, name: &str) -> SmallVec<[&'m str; 2]> {
     let mut spellings = SmallVec::<[&str; 2]>::new();
     for (written, _) in pairs_of(path, name) {
@@ -217,7 +219,7 @@ fn spellings<'m>(path: &'m str, name: &str) -> SmallVec<[&'m str; 2]> {
     spellings
 }
 
-/// `path` without the parameters that hold credentials; everything else stays byte for byte.
+/// `path` without the parameters that contain credentials. All other bytes stay the same.
 fn path_left(settings: &CredentialSettings, path: &str) -> String {
     let Some((before, query, fragment)) = split_path(path) else { return path.to_owned() };
     let is_ours = |pair: &&str| {
@@ -229,12 +231,13 @@ fn path_left(settings: &CredentialSettings, path: &str) -> String {
     [before, mark, &left.join("&"), fragment].concat()
 }
 
-/// The cookies on a line, with the blanks around them. Only `;` separates them (RFC 6265, section 4.2.1): a comma is part of a value.
+/// Splits a `Cookie` header into cookies, with the spaces around them. Only `;` separates cookies (RFC 6265, section
+/// 4.2.1); a comma is part of a value.
 fn each_cookie(line: &[u8]) -> impl Iterator<Item = &[u8]> {
     line.split(|byte| *byte == b';')
 }
 
-/// The value of a cookie, if its name means `name`: applications trim names, and some decode them.
+/// The value of a cookie, if its name means `name`. Applications trim names, and some applications decode them.
 fn cookie_value<'m>(cookie: &'m [u8], name: &str) -> Option<&'m [u8]> {
     let at = cookie.iter().position(|byte| *byte == b'=')?;
     let (written, value) = (cookie[..at].trim_ascii(), cookie[at + 1..].trim_ascii());
@@ -247,18 +250,18 @@ fn cookies<'m>(view: &View<'m>, name: &str) -> Found<'m> {
     let cookies = || view.header("cookie").flat_map(each_cookie);
     let values = cookies().filter_map(|cookie| cookie_value(cookie, name)).map(Cow::Borrowed);
     let mut found: Found<'m> = values.take(FOUND_MAX).collect();
-    // Without raw headers, a comma may also be the place where Envoy joined two Cookie headers, which clients must not send (RFC 6265,
-    // section 5.4). The two cases look the same, so the credential is ambiguous.
-    let is_behind_comma =
+    // Without raw headers, a comma may also be the place where Envoy joined two Cookie headers, which clients must not
+    // send (RFC 6265, section 5.4). The two cases look the same, so the credential is ambiguous.
+    let follows_comma =
         |cookie: &[u8]| cookie.split(|byte| *byte == b',').skip(1).any(|part| cookie_value(part, name).is_some());
-    if !view.has_raw_headers() && cookies().any(is_behind_comma) {
+    if !view.has_raw_headers() && cookies().any(follows_comma) {
         found.push(Cow::Borrowed(b","));
     }
     found
 }
 
-/// The cookies that may go on to the upstream, byte for byte. A cookie that is not UTF-8, or
-/// holds a control character, cannot be sent in an answer and is dropped.
+/// The cookies without credentials, byte for byte, for the upstream. A cookie that is not UTF-8 or contains a control
+/// character cannot be sent in a response and is dropped.
 fn cookies_left(settings: &CredentialSettings, view: &View<'_>) -> String {
     let is_ours = |cookie: &[u8]| {
         settings
@@ -316,7 +319,7 @@ mod tests {
     }
 
     #[test]
-    fn exactly_one_credential_or_the_reason_why_not() {
+    fn extract_returns_one_credential_or_an_error() {
         let all = "header:x-api-key,authorization:bearer,authorization:apikey,query:key,cookie:key";
         let long = "k".repeat(513);
         let (bearer_a, cookie_a) = (format!("bEaReR  {A}"), format!("x=1; key={A}; y=2"));
@@ -363,7 +366,7 @@ mod tests {
     }
 
     #[test]
-    fn whatever_held_a_credential_is_removed() {
+    fn credentials_are_removed_from_all_sources() {
         let settings = settings("header:x-api-key,query:key,cookie:key", "first");
         let cookie = format!("a=1; key={A}; b=2,key={B}");
         let bytes = message(&format!("/p?key={B}"), &[("x-api-key", A), ("cookie", &cookie)]);
@@ -437,7 +440,7 @@ mod tests {
         let extracted = extract(&settings, &View::parse(&bytes).unwrap());
         assert_eq!(extracted.key.unwrap().expose(), key.expose().as_bytes());
         assert_eq!(&*extracted.removals.headers, &["x-api-key"][..]);
-        // Without a key it may be a mistake of the caller, and is refused.
+        // Without a key in another source, the token may be a wrong credential, so the request is denied.
         let bytes = message("/", &[("authorization", token)]);
         assert_eq!(extract(&settings, &View::parse(&bytes).unwrap()).key, Err(Malformed));
         for unclear in [format!("Basic x,Bearer {A}"), format!("Bearer {A}, Bearer y"), "Bearer x y".to_owned()] {

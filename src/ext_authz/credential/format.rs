@@ -1,6 +1,8 @@
-//! The form of our own keys: `<prefix>_<43 base62 characters from 32 random bytes><6 base62 characters of CRC-32>`.
+//! The form of the keys that trustgate issues: a prefix, `_`, 43 base62 characters from 32 random bytes, and 6 base62
+//! characters of a CRC-32.
 //!
-//! The checksum finds typing mistakes and lets scanners recognise a leaked key; it proves nothing. Never stores a key.
+//! The checksum detects typing errors and lets scanners recognise a leaked key. It does not prove that trustgate issued
+//! the key.
 
 use crate::base::{
     secret::Secret,
@@ -12,12 +14,12 @@ const ALPHABET: &[u8; 62] = b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmn
 const RANDOM_CHARS: usize = 43;
 /// 62^6 > 2^32: enough characters for a CRC-32.
 const CHECKSUM_CHARS: usize = 6;
-/// Characters of a key of ours after its prefix and `_`.
+/// Number of characters in a trustgate key after its prefix and `_`.
 pub const BODY_CHARS: usize = RANDOM_CHARS + CHECKSUM_CHARS;
-/// How many characters of a key of ours, after the prefix, make its hint.
+/// Number of characters after the prefix and `_` in the hint of a trustgate key.
 const HINT_CHARS: usize = 5;
 
-/// What our keys begin with: 1 to 16 letters, digits or `_`; an `_` follows it in the key.
+/// The prefix of trustgate keys: 1 to 16 letters, digits or `_`. In the key, an `_` follows it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Prefix(String);
 
@@ -27,7 +29,7 @@ impl Prefix {
         &self.0
     }
 
-    /// What follows the prefix in `key`, if it begins with it.
+    /// The part of `key` after the prefix and `_`, if `key` begins with them.
     fn body<'k>(&self, key: &'k [u8]) -> Option<&'k [u8]> {
         key.strip_prefix(self.0.as_bytes())?.strip_prefix(b"_")
     }
@@ -43,18 +45,18 @@ impl Setting for Prefix {
     }
 }
 
-/// What the form of a key says about it.
+/// The class of a key, by its form.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Form {
-    /// One of ours, checksum right.
+    /// The form of a trustgate key, with the right checksum.
     Ours,
-    /// Our prefix and our length, but the checksum is wrong: mistyped or made up.
+    /// The prefix and length of a trustgate key, with a wrong checksum: mistyped or made up.
     Mistyped,
-    /// Somebody else's opaque key.
+    /// Any other form: an opaque key that another system issued.
     Foreign,
 }
 
-/// What the form of `key` says about it. Needs no I/O.
+/// Classifies `key` by its form, without a lookup.
 #[must_use]
 pub fn form(prefix: &Prefix, key: &[u8]) -> Form {
     match prefix.body(key) {
@@ -66,17 +68,17 @@ pub fn form(prefix: &Prefix, key: &[u8]) -> Form {
     }
 }
 
-/// Whether `text` is a key of ours under any prefix: for places where a key must not be shown.
+/// True if `text` is a trustgate key under any prefix. For places that must not show a key.
 #[must_use]
 pub fn is_key(text: &str) -> bool {
     let prefix = text.rsplit_once('_').and_then(|(prefix, _)| Prefix::read(&RawValue::One(prefix.to_owned())));
     prefix.is_some_and(|prefix| form(&prefix, text.as_bytes()) == Form::Ours)
 }
 
-/// A new key, from 32 bytes of the operating system's randomness.
+/// Generates a new key from 32 random bytes of the operating system.
 ///
 /// # Errors
-/// When the operating system gives no randomness.
+/// If the operating system provides no randomness.
 pub fn generate(prefix: &Prefix) -> Result<Secret, getrandom::Error> {
     let mut bytes = [0; 32];
     getrandom::fill(&mut bytes)?;
@@ -93,8 +95,8 @@ fn from_random(prefix: &Prefix, bytes: [u8; 32]) -> Secret {
     Secret::new(key)
 }
 
-/// The few characters kept so that people recognise a key: of ours the prefix and 5, of a foreign one a quarter, at
-/// most 4.
+/// The leading characters that are stored so that people recognise a key: of a trustgate key the prefix, `_` and 5
+/// more; of a foreign key a quarter of its length, but at most 4.
 #[must_use]
 pub fn hint(prefix: &Prefix, key: &[u8]) -> String {
     let chars = match form(prefix, key) {
@@ -104,8 +106,8 @@ pub fn hint(prefix: &Prefix, key: &[u8]) -> String {
     String::from_utf8_lossy(&key[..chars]).into_owned()
 }
 
-/// CRC-32 (IEEE, as in zlib) of prefix, `_` and the random characters, in base 62. The prefix counts, so that a key
-/// whose prefix was mistyped for another configured one is found too.
+/// CRC-32 (IEEE, as in zlib) of the prefix, `_` and the random characters, in base 62. It covers the prefix, so that it
+/// also detects a prefix that was mistyped as another configured one.
 fn checksum_of(prefix: &Prefix, random: &[u8]) -> [u8; CHECKSUM_CHARS] {
     let mut crc = crc32fast::Hasher::new();
     crc.update(prefix.0.as_bytes());
@@ -119,7 +121,7 @@ fn checksum_of(prefix: &Prefix, random: &[u8]) -> [u8; CHECKSUM_CHARS] {
     digits
 }
 
-/// A big-endian number in base 62, padded with zeros on the left.
+/// Encodes a big-endian number in base 62, padded with zeros on the left.
 fn base62(mut number: [u8; 32]) -> [u8; RANDOM_CHARS] {
     let mut digits = [ALPHABET[0]; RANDOM_CHARS];
     for digit in digits.iter_mut().rev() {
@@ -145,15 +147,18 @@ mod tests {
     }
 
     #[test]
-    fn a_known_key_stays_as_it_is() {
-        // The format is a promise: keys issued by one release are recognised by the next.
-        // Made by another implementation of the same rule.
+    fn key_format_stays_the_same_between_releases() {
+        // A release must recognise the keys of earlier releases. Another implementation of the format made this key.
         assert_eq!(from_random(&tg(), [0xff; 32]).expose(), "tg_yhjskwdA6OZ1AL1YmHWZWm8LLG7HjnuCA2j5rOw8Xp10Xwm86");
     }
 
     proptest! {
         #[test]
-        fn every_key_is_ours_and_no_mistyped_one_is(bytes: [u8; 32], at in 3_usize..52, to in 0_usize..62) {
+        fn generated_keys_are_recognised_and_mistyped_ones_are_not(
+            bytes: [u8; 32],
+            at in 3_usize..52,
+            to in 0_usize..62,
+        ) {
             let key = from_random(&tg(), bytes);
             prop_assert_eq!(key.expose().len(), 52);
             prop_assert_eq!(form(&tg(), key.expose().as_bytes()), Form::Ours);
@@ -165,7 +170,7 @@ mod tests {
     }
 
     #[test]
-    fn a_key_is_recognized_under_any_prefix() {
+    fn is_key_recognises_keys_under_any_prefix() {
         for prefix in ["tg", "acme", "a_b"] {
             let prefix = Prefix::read(&RawValue::One(prefix.to_owned())).unwrap();
             assert!(is_key(generate(&prefix).unwrap().expose()));

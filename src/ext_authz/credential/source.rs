@@ -1,20 +1,20 @@
-//! Where a credential may stand in a request.
+//! The places in a request where trustgate looks for a credential: the values of `credential.sources`.
 
 use crate::{
     base::settings::{RawValue, Setting},
     ext_authz::identity,
 };
 
-/// One place a key may stand in.
+/// One place to look for a key.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Source {
     /// A request header, by its lower-case name.
     Header(String),
     /// `Authorization` with this scheme.
     Authorization(Scheme),
-    /// A query parameter, by its exact name.
+    /// A query parameter, by its case-sensitive name.
     Query(String),
-    /// A cookie, by its exact name.
+    /// A cookie, by its case-sensitive name.
     Cookie(String),
 }
 
@@ -46,11 +46,12 @@ impl Setting for Source {
     }
 }
 
-/// Headers with a source of their own, and those that an answer sets: a credential is removed from where it was found, and
-/// a removal comes after everything that is set.
+/// The source `header:NAME`. Refuses `authorization` and `cookie`, which have their own sources, and the identity
+/// headers: Envoy removes the header with the credential after it sets the identity headers, so it would remove the
+/// identity.
 fn header(name: String) -> Option<Source> {
-    let taken = ["authorization", "cookie"].contains(&name.as_str()) || identity::HEADERS.contains(&name.as_str());
-    (!taken).then_some(Source::Header(name))
+    let reserved = ["authorization", "cookie"].contains(&name.as_str()) || identity::HEADERS.contains(&name.as_str());
+    (!reserved).then_some(Source::Header(name))
 }
 
 #[cfg(test)]
@@ -58,7 +59,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn no_header_that_answers_set_is_a_source() {
+    fn reserved_headers_are_refused_as_sources() {
         let read = |text: &str| Source::read(&RawValue::One(text.to_owned()));
         assert_eq!(read("header:X-Api-Key"), Some(Source::Header("x-api-key".to_owned())));
         for name in ["authorization", "Authorization", "cookie", "Cookie"].iter().chain(&identity::HEADERS) {

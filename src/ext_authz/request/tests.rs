@@ -1,9 +1,9 @@
-//! The view against the generated decoder, on messages that are well formed and on bytes that are not.
+//! Compares [`View`] with the generated decoder, on well-formed messages and on arbitrary bytes.
 
 use std::collections::HashMap;
 
 use envoy_types::pb::envoy::{
-    config::core::v3::{Address, HeaderMap, HeaderValue, Pipe, SocketAddress, address::Address as Place},
+    config::core::v3::{Address, HeaderMap, HeaderValue, Pipe, SocketAddress, address::Address as Variant},
     service::auth::v3::{
         AttributeContext, CheckRequest,
         attribute_context::{HttpRequest, Peer as ProtoPeer, Request},
@@ -16,8 +16,8 @@ use super::*;
 
 fn address() -> impl Strategy<Value = Address> {
     let socket =
-        "[0-9.:]{0,15}".prop_map(|address| Place::SocketAddress(SocketAddress { address, ..Default::default() }));
-    let pipe = "[a-z/]{0,9}".prop_map(|path| Place::Pipe(Pipe { path, mode: 0 }));
+        "[0-9.:]{0,15}".prop_map(|address| Variant::SocketAddress(SocketAddress { address, ..Default::default() }));
+    let pipe = "[a-z/]{0,9}".prop_map(|path| Variant::Pipe(Pipe { path, mode: 0 }));
     option::of(prop_oneof![socket, pipe]).prop_map(|address| Address { address })
 }
 
@@ -75,7 +75,7 @@ fn message() -> impl Strategy<Value = CheckRequest> {
     option::of(attributes()).prop_map(|attributes| CheckRequest { attributes })
 }
 
-/// That the view shows of `bytes` what the generated decoder found in them.
+/// Asserts that the view of `bytes` equals `decoded`, the result of the generated decoder.
 fn assert_same(bytes: &[u8], decoded: &CheckRequest) {
     let view = View::parse(bytes).expect("a well-formed message is accepted");
     let attributes = decoded.attributes.clone().unwrap_or_default();
@@ -86,8 +86,8 @@ fn assert_same(bytes: &[u8], decoded: &CheckRequest) {
     assert_eq!((view.method, view.path, view.host), (&*http.method, &*http.path, &*http.host));
     assert_eq!(view.principal, source.principal);
     let peer = match source.address.as_ref().and_then(|address| address.address.as_ref()) {
-        Some(Place::SocketAddress(socket)) => Some(Peer::Socket(&socket.address)),
-        Some(Place::Pipe(_)) => Some(Peer::Pipe),
+        Some(Variant::SocketAddress(socket)) => Some(Peer::Socket(&socket.address)),
+        Some(Variant::Pipe(_)) => Some(Peer::Pipe),
         _ => None,
     };
     assert_eq!(view.peer, peer);
@@ -117,28 +117,31 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(512))]
 
     #[test]
-    fn it_agrees_with_the_generated_decoder(message in message()) {
+    fn view_agrees_with_the_generated_decoder(message in message()) {
         assert_same(&message.encode_to_vec(), &message);
     }
 
-    /// Two encodings in a row are one message: scalars of the second win, lists add up.
+    /// Two encodings in a row are one message: the scalars of the second one win, and lists are concatenated.
     #[test]
-    fn it_merges_as_the_generated_decoder_does(first in message(), second in message()) {
+    fn view_merges_as_the_generated_decoder_does(first in message(), second in message()) {
         let bytes = [first.encode_to_vec(), second.encode_to_vec()].concat();
         let merged = CheckRequest::decode(&*bytes).unwrap();
         assert_same(&bytes, &merged);
     }
 
     #[test]
-    fn of_any_bytes_it_shows_what_the_generated_decoder_does(bytes in vec(any::<u8>(), 0..300)) {
+    fn view_of_arbitrary_bytes_agrees_with_the_generated_decoder(bytes in vec(any::<u8>(), 0..300)) {
         if let (Ok(decoded), Ok(_)) = (CheckRequest::decode(&*bytes), View::parse(&bytes)) {
             assert_same(&bytes, &decoded);
         }
     }
 
-    /// A well-formed message with a few bytes changed: near the edge of what is accepted.
+    /// Well-formed messages with a few changed bytes reach more of the parser than random bytes.
     #[test]
-    fn damaged_messages_never_panic(message in message(), damage in vec((any::<prop::sample::Index>(), any::<u8>()), 1..4)) {
+    fn damaged_messages_do_not_panic(
+        message in message(),
+        damage in vec((any::<prop::sample::Index>(), any::<u8>()), 1..4),
+    ) {
         let mut bytes = message.encode_to_vec();
         if !bytes.is_empty() {
             for (at, byte) in damage {
@@ -147,7 +150,7 @@ proptest! {
             }
         }
         if let Ok(view) = View::parse(&bytes) {
-            // A header that is kept takes 5 bytes of message at least.
+            // A header in the view takes at least 5 bytes of the message.
             prop_assert!(view.map.len() + view.raw.len() <= bytes.len() / 5);
             if let Ok(decoded) = CheckRequest::decode(&*bytes) {
                 assert_same(&bytes, &decoded);
@@ -157,7 +160,7 @@ proptest! {
 }
 
 #[test]
-fn no_truncation_of_a_good_message_has_a_request() {
+fn truncated_messages_have_no_http_request() {
     let request = Request { http: Some(HttpRequest { path: "/".into(), ..Default::default() }), ..Default::default() };
     let attributes = AttributeContext { request: Some(request), ..Default::default() };
     let bytes = CheckRequest { attributes: Some(attributes) }.encode_to_vec();
@@ -168,7 +171,7 @@ fn no_truncation_of_a_good_message_has_a_request() {
 }
 
 #[test]
-fn header_values_may_hold_any_bytes() {
+fn header_values_may_contain_any_bytes() {
     // attributes { request { http { headers { "x": "\xff" } header_map { headers { key: "x" value: "\xfe" } } } } }
     let entry = [10, 1, b'x', 18, 1, 0xff];
     let raw = [10, 6, 10, 1, b'x', 18, 1, 0xfe];

@@ -1,9 +1,9 @@
-//! The answer to a request that passes, written by hand: it is most of what a trustgate says, and generated code makes some
-//! thirty allocations of it. This makes none: answers of a thread lie behind each other in one buffer, which is taken anew
-//! once they were sent.
+//! Encodes the response to a request that passes. Most responses have this form, and generated code makes about thirty
+//! allocations for each. This hand-written encoder makes none (`tests/allocations.rs`): it appends the responses of a
+//! thread to one buffer, and reuses the buffer after they were sent.
 //!
-//! What it writes is what generated code reads: a test compares them. Field numbers:
-//! `envoy/service/auth/v3/external_auth.proto`, `envoy/config/core/v3/base.proto`, `google/protobuf/struct.proto`.
+//! A test compares the output with the generated decoder. Field numbers: `envoy/service/auth/v3/external_auth.proto`,
+//! `envoy/config/core/v3/base.proto`, `google/protobuf/struct.proto`.
 
 use std::cell::RefCell;
 
@@ -16,35 +16,36 @@ use crate::ext_authz::{
     framing, identity,
 };
 
-/// Room for the answers of a thread. Where those of one batch take more, the next ones get another buffer.
+/// The size of a thread's buffer. If the responses of one batch need more, the next ones go into a new buffer.
 const BUFFER_BYTES: usize = 64 << 10;
 
 thread_local! {
     static BUFFER: RefCell<BytesMut> = RefCell::new(BytesMut::new());
 }
 
-/// The framed `CheckResponse` that lets a request pass. `grant`: as whose; `removals`: what the upstream must not see.
+/// The framed `CheckResponse` that lets a request pass. `grant` has the identity (`None`: anonymous); `removals` lists
+/// the credentials that the upstream must not see.
 pub(crate) fn allowed(grant: Option<&Grant<'_>>, removals: &Removals<'_>, basis: Basis) -> Bytes {
     let answer = Answer::new(grant, removals, basis);
     BUFFER.with_borrow_mut(|buffer| {
         let sizes = answer.sizes();
         let bytes = framing::PREFIX_BYTES + sizes.message;
-        // From the front again as soon as everything in it was sent, and not only when it is full.
+        // When half of the buffer is used, try to start again at its front: that works if all responses were sent.
         let has_room = buffer.capacity() >= BUFFER_BYTES / 2 || buffer.try_reclaim(BUFFER_BYTES);
         if !has_room && buffer.capacity() < bytes {
             buffer.reserve(BUFFER_BYTES);
         }
-        buffer.reserve(bytes); // for an answer that is larger than all others
+        buffer.reserve(bytes); // for a response that is larger than a buffer
         answer.put(sizes, buffer);
         buffer.split().freeze()
     })
 }
 
-/// A text that may lie in pieces.
+/// A text in one piece or in several.
 #[derive(Clone, Copy)]
 enum Text<'t> {
     Whole(&'t [u8]),
-    /// Joined by spaces.
+    /// Words, to be joined by spaces.
     Words(&'t [String]),
 }
 
@@ -69,7 +70,7 @@ impl Text<'_> {
     }
 }
 
-/// What the metadata says, beside the ids.
+/// A value in the dynamic metadata.
 #[derive(Clone, Copy)]
 enum Value<'t> {
     Text(&'t [u8]),
@@ -77,7 +78,7 @@ enum Value<'t> {
     Yes,
 }
 
-/// Bytes of the parts of an answer, each without its own field and length.
+/// Encoded lengths of the parts of a response in bytes, each without its own tag and length prefix.
 #[derive(Clone, Copy)]
 struct Sizes {
     message: usize,
@@ -87,7 +88,7 @@ struct Sizes {
     metadata: usize,
 }
 
-/// Everything that goes into one answer.
+/// The content of one response.
 struct Answer<'a, 's> {
     ids: Option<[[u8; Hyphenated::LENGTH]; 2]>,
     scopes: &'a [String],
@@ -111,8 +112,8 @@ impl<'a, 's> Answer<'a, 's> {
         self.ids.as_ref().map(|ids| ids.each_ref().map(<[u8; Hyphenated::LENGTH]>::as_slice))
     }
 
-    /// What is set. Removal runs after setting in Envoy, so a header is in one list or the other; an empty value would be
-    /// sent on.
+    /// The headers to set. Envoy removes headers after it sets them, so a header must not be in both lists. A header
+    /// with an empty value is not set but removed, because Envoy would forward the empty header.
     fn headers(&self) -> impl Iterator<Item = (&str, Text<'_>)> {
         let [trust_id, key_id] = self.ids().map_or([None; 2], |ids| ids.map(Some));
         let identity = [
@@ -129,11 +130,11 @@ impl<'a, 's> Answer<'a, 's> {
         headers.filter_map(|(name, value)| Some((name, value?)))
     }
 
-    /// What is removed: where a credential was found, and the identity headers that are not set.
+    /// The headers to remove: those that contained a credential, and the identity headers that are not set.
     fn removed(&self) -> impl Iterator<Item = &str> {
-        let (is_somebody, has_scopes) = (self.ids.is_some(), !self.scopes.is_empty());
+        let (has_identity, has_scopes) = (self.ids.is_some(), !self.scopes.is_empty());
         let identity = identity::HEADERS.into_iter().filter(move |name| match *name {
-            identity::TRUST_ID | identity::KEY_ID => !is_somebody,
+            identity::TRUST_ID | identity::KEY_ID => !has_identity,
             identity::SCOPES => !has_scopes,
             _ => true,
         });
@@ -142,7 +143,7 @@ impl<'a, 's> Answer<'a, 's> {
     }
 
     fn metadata(&self) -> impl Iterator<Item = (&'static str, Value<'_>)> {
-        let somebody = self.ids().map(|[trust_id, key_id]| {
+        let identity = self.ids().map(|[trust_id, key_id]| {
             let stale = (self.basis == Basis::Stale).then_some(("stale", Value::Yes));
             [
                 Some(("trust_id", Value::Text(trust_id))),
@@ -151,8 +152,8 @@ impl<'a, 's> Answer<'a, 's> {
                 stale,
             ]
         });
-        let nobody = self.ids.is_none().then_some(("anonymous", Value::Yes));
-        somebody.into_iter().flatten().flatten().chain(nobody)
+        let anonymous = self.ids.is_none().then_some(("anonymous", Value::Yes));
+        identity.into_iter().flatten().flatten().chain(anonymous)
     }
 
     fn sizes(&self) -> Sizes {
@@ -160,13 +161,13 @@ impl<'a, 's> Answer<'a, 's> {
         let removed = self.removed().chain(self.removals.query.iter().copied()).map(|name| field_bytes(name.len()));
         let ok = headers.chain(removed).sum();
         let metadata = self.metadata().map(|(name, value)| field_bytes(entry_bytes(name, value))).sum();
-        // The status is there and empty: its code is OK.
+        // The status is present but empty, so its code is OK.
         Sizes { message: field_bytes(0) + field_bytes(ok) + field_bytes(metadata), ok, metadata }
     }
 
     fn put(&self, sizes: Sizes, into: &mut BytesMut) {
         into.put_u8(0);
-        // A few hundred bytes; the bounds on scopes and on messages keep it far below 4 GiB.
+        // The bounds on scopes and on messages keep the response far below 4 GiB.
         into.put_u32(u32::try_from(sizes.message).unwrap_or(u32::MAX));
         put_field(into, 1, 0);
         put_field(into, 3, sizes.ok);
@@ -175,9 +176,9 @@ impl<'a, 's> Answer<'a, 's> {
             put_field(into, 1, pair_bytes(name, value.bytes()));
             put_name(into, 1, name);
             put_text(into, 2, value);
-            // The only form that replaces a client's copy on every Envoy: `append` is there and false (1.37.0 appends where
-            // both fields are unset; up to 1.40 it looks at `append` alone), and `append_action` is
-            // OVERWRITE_IF_EXISTS_OR_ADD.
+            // Set both fields: only then does each version of Envoy replace the client's header. `append` is present
+            // and false (1.37.0 appends if both fields are unset; Envoy up to 1.40 only looks at `append`), and
+            // `append_action` is OVERWRITE_IF_EXISTS_OR_ADD.
             into.put_slice(OVERWRITE);
         }
         for name in self.removed() {
@@ -211,12 +212,12 @@ const OVERWRITE: &[u8] = &[2 << 3 | 2, 0, 3 << 3, 2];
 /// `Value.bool_value` = true.
 const YES: &[u8] = &[4 << 3, 1];
 
-/// A `HeaderValueOption` that overwrites.
+/// The encoded length of a `HeaderValueOption` that overwrites.
 fn option_bytes(name: &str, value: Text<'_>) -> usize {
     field_bytes(pair_bytes(name, value.bytes())) + OVERWRITE.len()
 }
 
-/// A message of two fields: a name and a value of so many bytes.
+/// The encoded length of a message with two fields: a name, and a value of `value` bytes.
 fn pair_bytes(name: &str, value: usize) -> usize {
     field_bytes(name.len()) + field_bytes(value)
 }
@@ -225,7 +226,7 @@ fn entry_bytes(name: &str, value: Value<'_>) -> usize {
     pair_bytes(name, value_bytes(value))
 }
 
-/// A `Value`.
+/// The encoded length of a `Value`.
 fn value_bytes(value: Value<'_>) -> usize {
     match value {
         Value::Text(text) => field_bytes(text.len()),
@@ -234,12 +235,12 @@ fn value_bytes(value: Value<'_>) -> usize {
     }
 }
 
-/// A `ListValue` of texts.
+/// The encoded length of a `ListValue` of texts.
 fn list_bytes(texts: &[String]) -> usize {
     texts.iter().map(|text| field_bytes(field_bytes(text.len()))).sum()
 }
 
-/// A field with a length: its number (below 16), its length, and so many bytes.
+/// The encoded length of a length-delimited field with a number below 16 and `bytes` bytes of content.
 fn field_bytes(bytes: usize) -> usize {
     let bits = usize::BITS - (bytes | 1).leading_zeros();
     1 + bits.div_ceil(7) as usize + bytes
@@ -311,7 +312,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn generated_code_reads_what_is_meant(
+        fn generated_code_decodes_what_was_encoded(
             ids in option::of((any::<u128>(), any::<u128>())),
             scopes in vec("[a-z:]{1,300}", 0..5),
             (headers, query) in (vec("[a-z-]{1,200}", 0..3), vec("[a-z]{1,9}", 0..3)),
@@ -338,20 +339,20 @@ mod tests {
             prop_assert_eq!(response.status.unwrap().code, 0);
             let Some(HttpResponse::OkResponse(ok)) = response.http_response else { panic!("not OK") };
 
-            let mut said = HashMap::new();
+            let mut set = HashMap::new();
             for option in ok.headers {
-                #[expect(deprecated, reason = "Envoy up to 1.40 looks at `append` alone")]
+                #[expect(deprecated, reason = "Envoy up to 1.40 only looks at `append`")]
                 let append = option.append.unwrap().value;
                 prop_assert_eq!((append, option.append_action), (false, 2));
                 let header = option.header.unwrap();
-                prop_assert!(said.insert(header.key, header.value).is_none());
+                prop_assert!(set.insert(header.key, header.value).is_none());
             }
             let mut removed = headers.clone();
             let mut fields = HashMap::new();
             if let Some(record) = &record {
                 let (trust_id, key_id) = (record.trust_id.to_string(), record.key_id.to_string());
-                prop_assert_eq!(said.remove("x-trust-id"), Some(trust_id.clone()));
-                prop_assert_eq!(said.remove("x-trust-key-id"), Some(key_id.clone()));
+                prop_assert_eq!(set.remove("x-trust-id"), Some(trust_id.clone()));
+                prop_assert_eq!(set.remove("x-trust-key-id"), Some(key_id.clone()));
                 fields.insert("trust_id".to_owned(), known(Kind::StringValue(trust_id)));
                 fields.insert("key_id".to_owned(), known(Kind::StringValue(key_id)));
                 let values = scopes.iter().cloned().map(|scope| known(Kind::StringValue(scope))).collect();
@@ -363,7 +364,7 @@ mod tests {
                 if scopes.is_empty() {
                     removed.push("x-trust-scopes".to_owned());
                 } else {
-                    prop_assert_eq!(said.remove("x-trust-scopes"), Some(scopes.join(" ")));
+                    prop_assert_eq!(set.remove("x-trust-scopes"), Some(scopes.join(" ")));
                 }
             } else {
                 fields.insert("anonymous".to_owned(), known(Kind::BoolValue(true)));
@@ -371,13 +372,13 @@ mod tests {
             }
             match cookies {
                 Some(left) if left.is_empty() => removed.push("cookie".to_owned()),
-                Some(left) => prop_assert_eq!(said.remove("cookie"), Some(left)),
+                Some(left) => prop_assert_eq!(set.remove("cookie"), Some(left)),
                 None => {}
             }
             if let Some(left) = path {
-                prop_assert_eq!(said.remove(":path"), Some(left));
+                prop_assert_eq!(set.remove(":path"), Some(left));
             }
-            prop_assert_eq!(said, HashMap::new());
+            prop_assert_eq!(set, HashMap::new());
             prop_assert_eq!(ok.headers_to_remove, removed);
             prop_assert_eq!(ok.query_parameters_to_remove, query.clone());
             prop_assert_eq!(response.dynamic_metadata, Some(Struct { fields }));

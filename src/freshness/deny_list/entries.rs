@@ -7,26 +7,26 @@ use crate::{
     record::{ApiKeyDigest, KeyId, TrustId},
 };
 
-/// What an entry of the list denies.
+/// The object that an entry denies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Denied {
     /// One key, by the id of its row.
     Key(KeyId),
     /// Every key of a trust.
     Trust(TrustId),
-    /// The key that has this digest, whether it is stored under it or only looked up by it.
+    /// The key with this digest: the digest stored in its row, or the one by which a check looked it up.
     Digest(ApiKeyDigest),
 }
 
 impl Denied {
-    /// The entry as a line of the file: `key UUID`, `trust UUID` or `digest HEX64`. Not a `Display`: a log must not get a
-    /// digest by accident.
+    /// The entry as a line of the file: `key UUID`, `trust UUID` or `digest HEX64`. This is not a `Display`
+    /// implementation, so that no digest gets into a log by accident.
     #[must_use]
     pub fn line(&self) -> String {
         format!("{} {}", self.kind(), self.id())
     }
 
-    /// The word for what is denied.
+    /// The first word of [`Self::line`].
     #[must_use]
     pub const fn kind(&self) -> &'static str {
         match self {
@@ -36,7 +36,7 @@ impl Denied {
         }
     }
 
-    /// Which one: a UUID, or 64 hexadecimal digits.
+    /// The second word of [`Self::line`]: a UUID, or 64 hexadecimal digits.
     #[must_use]
     pub fn id(&self) -> String {
         match self {
@@ -46,7 +46,7 @@ impl Denied {
         }
     }
 
-    /// From the two words of [`Self::line`].
+    /// Parses the two words of [`Self::line`].
     pub(crate) fn read(kind: &str, id: &str) -> Option<Self> {
         let uuid = || uuid::Uuid::parse_str(id).ok();
         match kind {
@@ -58,10 +58,10 @@ impl Denied {
     }
 }
 
-/// Entries and until when they deny, by the database's clock; `None`: as long as they are listed.
+/// Entries with the end of each by the database's clock; `None`: no end.
 pub(crate) type Entries = HashMap<Denied, Option<DatabaseTime>>;
 
-/// Adds an entry; of two ends the later one counts.
+/// Adds an entry. If it is already listed, the later of the two ends counts.
 pub(crate) fn add(entries: &mut Entries, denied: Denied, until: Option<DatabaseTime>) {
     let end = entries.entry(denied).or_insert(until);
     *end = end.zip(until).map(|(one, other)| one.max(other));

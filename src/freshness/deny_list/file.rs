@@ -1,8 +1,8 @@
-//! The deny list as a file: its lines, and how its changes are noticed.
+//! The deny list in a file: parses its lines and detects changes.
 //!
-//! A line that cannot be read takes nothing away: then the last good list stays in force, with what can be read of the
-//! new one. An entry is gone only after two readings, one interval apart, agreed on that: a file that is being written
-//! is empty for a moment. Never shows what stands in a line.
+//! If a line cannot be read, the last good list stays in force, together with the readable lines of the new one. An
+//! entry is removed only if two reads, one interval apart, do not find it, because a file that is being rewritten is
+//! empty for a moment. Messages do not contain the text of a line, which may be a secret.
 
 use std::{
     fmt,
@@ -18,24 +18,24 @@ use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 use super::entries::{Denied, Entries, add};
 use crate::base::{clock::DatabaseTime, text};
 
-/// Entries of one file, at most.
+/// The maximum number of entries in one file.
 const ENTRIES_MAX: usize = 100_000;
 /// The largest file, in bytes: an entry and a short comment for each of [`ENTRIES_MAX`].
 const FILE_BYTES_MAX: usize = 16 << 20;
 
-/// What a file holds.
+/// The content of a file.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Reading {
-    /// What can be read.
+    /// The entries on readable lines.
     pub(crate) entries: Entries,
-    /// The first line that cannot.
+    /// The first line that cannot be read.
     pub(crate) problem: Option<Problem>,
 }
 
 /// A line that cannot be read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Problem {
-    /// From 1.
+    /// The number of the line, from 1.
     line: usize,
     expected: &'static str,
 }
@@ -46,25 +46,25 @@ impl fmt::Display for Problem {
     }
 }
 
-/// Whether every line of the deny list at `path` can be read.
+/// Checks that each line of the deny list at `path` can be read.
 ///
 /// # Errors
-/// The file cannot be read, or `InvalidData` names the first line that cannot.
+/// The file cannot be read; or `InvalidData`, with the number of the first line that cannot be read.
 pub fn check_file(path: &Path) -> io::Result<()> {
     let problem = read(path)?.problem;
     problem.map_or(Ok(()), |problem| Err(io::Error::new(io::ErrorKind::InvalidData, problem.to_string())))
 }
 
-/// Reads the file at `path` as it is now.
+/// Reads the file at `path`.
 ///
 /// # Errors
-/// What the operating system says, or that it is no regular file.
+/// The error of the operating system; `InvalidInput` if `path` is not a regular file.
 pub(crate) fn read(path: &Path) -> io::Result<Reading> {
     read_open(&open(path)?.0)
 }
 
-/// What a file looks like without reading it. Replacing the file, writing to it, and the change of the link by which
-/// Kubernetes updates a mounted `ConfigMap` each make another one.
+/// Metadata that identifies the content of a file. It changes when the file is replaced or written, and when Kubernetes
+/// updates a mounted `ConfigMap` by changing a symbolic link.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Stamp {
     device: u64,
@@ -76,10 +76,10 @@ struct Stamp {
 
 impl Stamp {
     /// # Errors
-    /// It is no regular file: reading a pipe might never end.
+    /// `InvalidInput` if it is not a regular file: reading a pipe might not end.
     fn of(metadata: &fs::Metadata) -> io::Result<Self> {
         if !metadata.is_file() {
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, "it is no regular file"));
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file"));
         }
         Ok(Self {
             device: metadata.dev(),
@@ -92,7 +92,7 @@ impl Stamp {
 }
 
 fn open(path: &Path) -> io::Result<(File, Stamp)> {
-    Stamp::of(&fs::metadata(path)?)?; // before opening, which waits for a writer where it is a pipe
+    Stamp::of(&fs::metadata(path)?)?; // before opening: opening a pipe waits for a writer
     let file = File::open(path)?;
     let stamp = Stamp::of(&file.metadata()?)?;
     Ok((file, stamp))
@@ -106,19 +106,19 @@ fn read_open(file: &File) -> io::Result<Reading> {
 
 fn parse(bytes: &[u8]) -> Reading {
     let mut reading = Reading::default();
-    let whole = bytes.len() <= FILE_BYTES_MAX;
+    let is_whole = bytes.len() <= FILE_BYTES_MAX;
     let Ok(bytes) = text::without_mark(&bytes[..bytes.len().min(FILE_BYTES_MAX)]) else {
-        reading.problem = Some(Problem { line: 1, expected: "the file is UTF-16: save it as UTF-8" });
+        reading.problem = Some(Problem { line: 1, expected: "the file is UTF-16; save it as UTF-8" });
         return reading;
     };
     let mut lines = bytes.split(|byte| *byte == b'\n').zip(1..).peekable();
     while let Some((line, number)) = lines.next() {
-        let cut_off = !whole && lines.peek().is_none();
-        let got = if cut_off { Err("the file must not be larger than 16 MiB") } else { parse_line(line) };
+        let cut_off = !is_whole && lines.peek().is_none();
+        let got = if cut_off { Err("the file is larger than 16 MiB") } else { parse_line(line) };
         let problem = match got {
             Ok(None) => None,
             Ok(Some((denied, _))) if reading.entries.len() >= ENTRIES_MAX && !reading.entries.contains_key(&denied) => {
-                Some("there must not be more than 100000 entries")
+                Some("the file has more than 100000 entries")
             }
             Ok(Some((denied, until))) => {
                 add(&mut reading.entries, denied, until);
@@ -131,10 +131,10 @@ fn parse(bytes: &[u8]) -> Reading {
     reading
 }
 
-/// What stands on a line, if anything does.
+/// The entry on a line; `None` if the line is empty or a comment. The error says what was expected.
 fn parse_line(line: &[u8]) -> Result<Option<(Denied, Option<DatabaseTime>)>, &'static str> {
     const EXPECTED: &str = "expected `key UUID`, `trust UUID` or `digest` and 64 hexadecimal digits";
-    const EXPECTED_END: &str = "expected nothing more, or `until` and a time as in 2026-01-31T12:00:00Z";
+    const EXPECTED_END: &str = "expected the end of the line, or `until` and a time such as 2026-01-31T12:00:00Z";
     let text = line.split(|byte| *byte == b'#').next().unwrap_or_default();
     let mut words = std::str::from_utf8(text).map_err(|_| EXPECTED)?.split_ascii_whitespace();
     let Some(kind) = words.next() else { return Ok(None) };
@@ -152,45 +152,45 @@ fn parse_time(text: &str) -> Option<DatabaseTime> {
     i64::try_from(nanos / 1_000).ok().map(DatabaseTime::from_micros)
 }
 
-/// A file that is looked at again and again.
+/// A file that is examined for changes at intervals.
 pub(crate) struct Watched {
     path: PathBuf,
-    /// The last list of which every line could be read.
+    /// The last list without an unreadable line, confirmed by a second read.
     good: Arc<Entries>,
-    /// What was in force when the file was last seen twice the same.
+    /// The entries that were in force after the last second read of an unchanged file.
     settled: Arc<Entries>,
-    /// The file that was read last, and whether that was read twice.
+    /// The stamp of the file at the last read, and true if that file was read twice.
     seen: Option<(Stamp, bool)>,
 }
 
-/// What a look at the file came to.
+/// The result of examining the file.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Look {
-    /// Nothing new.
+    /// The file is unchanged and was not read.
     Same,
-    /// It was read.
+    /// The file was read.
     Read {
-        /// What is denied now.
+        /// The entries that are in force now.
         in_force: Entries,
-        /// What is wrong with it.
+        /// The first unreadable line.
         problem: Option<String>,
     },
-    /// It could not be read, in words. What was in force stays so.
+    /// The file could not be read, for this reason. The entries that were in force stay in force.
     Failed(String),
 }
 
 impl Watched {
-    /// The file at `path`, of which `entries` were read before.
+    /// Watches the file at `path`, from which `entries` were read before.
     pub(crate) fn new(path: PathBuf, entries: Arc<Entries>) -> Self {
         Self { path, good: Arc::clone(&entries), settled: entries, seen: None }
     }
 
-    /// Looks at the file, and reads it if it changed since the last look, or had changed before that.
+    /// Examines the file, and reads it if it changed since the last call or was read only once since it changed.
     pub(crate) fn look(&mut self) -> Look {
         match self.try_look() {
             Ok(look) => look,
             Err(error) => {
-                self.seen = None; // what comes back is read, whatever it looks like
+                self.seen = None; // read the file when it is back, even if its stamp is the same
                 Look::Failed(error.to_string())
             }
         }
@@ -266,7 +266,7 @@ mod tests {
     }
 
     #[test]
-    fn a_byte_order_mark_is_no_part_of_the_first_line() {
+    fn byte_order_mark_is_ignored() {
         let line = format!("key {}", uuid::Uuid::from_u128(1));
         let plain = parse(line.as_bytes());
         let marked = parse(format!("\u{feff}{line}\r\n").as_bytes());
@@ -277,7 +277,7 @@ mod tests {
     }
 
     #[test]
-    fn every_kind_of_line_is_read_and_the_first_bad_one_is_named() {
+    fn each_kind_of_line_is_read_and_the_first_bad_line_is_reported() {
         let (uuid, digest) = (Uuid::from_u128(7).to_string(), "aB".repeat(32));
         let lines = [
             "# leaked on Friday".to_owned(),
@@ -297,12 +297,12 @@ mod tests {
             (Denied::Digest(ApiKeyDigest::from_bytes([0xab; 32])), at(2_000_000)),
         ];
         assert_eq!(reading.entries, want.into());
-        let told = reading.problem.unwrap().to_string();
-        assert!(told.starts_with("line 7: expected `key UUID`"), "{told}");
+        let message = reading.problem.unwrap().to_string();
+        assert!(message.starts_with("line 7: expected `key UUID`"), "{message}");
     }
 
     #[test]
-    fn lines_that_are_not_understood_in_full_deny_nothing_and_are_not_shown() {
+    fn malformed_lines_deny_nothing_and_their_text_is_not_shown() {
         let uuid = Uuid::from_u128(7);
         for line in [
             format!("key {uuid} until"),
@@ -318,40 +318,40 @@ mod tests {
         ] {
             let reading = parse(line.as_bytes());
             assert!(reading.entries.is_empty(), "{line}");
-            let told = reading.problem.unwrap().to_string();
-            assert!(told.starts_with("line 1: expected ") && !told.contains("hunter2"), "{line}: {told}");
+            let message = reading.problem.unwrap().to_string();
+            assert!(message.starts_with("line 1: expected ") && !message.contains("hunter2"), "{line}: {message}");
         }
         assert!(parse(b"\xff\xfe").problem.is_some());
     }
 
     proptest! {
         #[test]
-        fn any_bytes_are_read(bytes: Vec<u8>) {
+        fn any_bytes_do_not_panic(bytes: Vec<u8>) {
             let _ = parse(&bytes);
         }
 
         #[test]
-        fn any_words_are_read(line in "(key|trust|digest)? ?[0-9a-f-]{0,70}( until [0-9TZ:.+-]{0,40})?[ #\n]?") {
+        fn any_words_do_not_panic(line in "(key|trust|digest)? ?[0-9a-f-]{0,70}( until [0-9TZ:.+-]{0,40})?[ #\n]?") {
             let _ = parse(line.as_bytes());
         }
     }
 
     #[test]
-    fn too_much_is_cut_and_said_to_be_too_much() {
+    fn files_over_a_limit_are_cut_and_reported() {
         let numbers: Vec<u128> = (0..100_001).collect();
         let reading = parse((text(&numbers) + &text(&[0])).as_bytes());
         assert_eq!(reading.entries.len(), 100_000);
-        assert!(reading.problem.unwrap().to_string().starts_with("line 100001: there must not be more than 100000"));
+        assert!(reading.problem.unwrap().to_string().starts_with("line 100001: the file has more than 100000"));
 
-        // Cut in the middle of the second entry, which must not be taken for another one.
+        // The limit cuts the second entry in the middle; the rest must not be read as another entry.
         let comment = "#".repeat(FILE_BYTES_MAX - 80);
         let reading = parse(format!("{}{comment}\n{}", text(&[1]), text(&[2])).as_bytes());
         assert_eq!(reading.entries, [(key(1), None)].into());
-        assert!(reading.problem.unwrap().to_string().starts_with("line 3: the file must not be larger"));
+        assert!(reading.problem.unwrap().to_string().starts_with("line 3: the file is larger"));
     }
 
     #[test]
-    fn an_entry_counts_at_the_first_look_and_is_gone_at_the_second() {
+    fn new_entry_counts_after_one_read_and_removed_entry_ends_after_two() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("deny");
         fs::write(&path, text(&[1])).unwrap();
@@ -361,8 +361,8 @@ mod tests {
         assert_eq!(watched.look(), Look::Same);
 
         fs::write(&path, text(&[2])).unwrap();
-        assert_eq!(keys(&watched.look()), [1, 2], "1 is denied until that was read twice");
-        // Again the same size, perhaps with the same time of change.
+        assert_eq!(keys(&watched.look()), [1, 2], "1 stays denied until the file was read twice");
+        // The same size again, and perhaps the same modification time.
         fs::write(&path, text(&[3])).unwrap();
         let both = keys(&watched.look());
         assert!(both == [1, 3] || both == [3], "{both:?}");
@@ -383,7 +383,7 @@ mod tests {
     }
 
     #[test]
-    fn what_cannot_be_read_takes_nothing_away() {
+    fn unreadable_file_or_line_removes_no_entry() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("deny");
         fs::write(&path, text(&[1, 2])).unwrap();
@@ -398,7 +398,7 @@ mod tests {
             assert!(problem(&look).unwrap().starts_with("line 2: expected"), "{look:?}");
         }
         assert_eq!(watched.look(), Look::Same);
-        // What only ever stood in a bad file goes with it; the last good one does not.
+        // Entries of a bad file end when it is replaced; those of the last good file stay.
         fs::write(&path, text(&[4]) + "hunter2\n").unwrap();
         watched.look();
         assert_eq!(keys(&watched.look()), [1, 2, 4]);
@@ -406,7 +406,7 @@ mod tests {
         fs::remove_file(&path).unwrap();
         assert!(problem(&watched.look()).unwrap().contains("No such file"));
         fs::create_dir(&path).unwrap();
-        assert!(problem(&watched.look()).unwrap().contains("no regular file"));
+        assert!(problem(&watched.look()).unwrap().contains("not a regular file"));
         fs::remove_dir(&path).unwrap();
         fs::write(&path, text(&[5])).unwrap();
         assert_eq!(keys(&watched.look()), [1, 2, 4, 5]);
@@ -415,8 +415,8 @@ mod tests {
     }
 
     #[test]
-    fn the_link_of_a_mounted_config_map_is_followed() {
-        // As the kubelet does it: deny -> ..data/deny, ..data -> a directory that is replaced.
+    fn update_of_a_mounted_config_map_is_detected() {
+        // Like the kubelet: `deny` links to `..data/deny`, and `..data` links to a directory that is replaced.
         let dir = tempfile::tempdir().unwrap();
         let at = |name: &str| dir.path().join(name);
         for (version, content) in [("one", text(&[1])), ("two", text(&[2]))] {
@@ -436,7 +436,7 @@ mod tests {
     }
 
     #[test]
-    fn mistakes_are_found_before_the_file_is_used() {
+    fn check_file_reports_a_missing_file_and_a_bad_line() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("deny");
         assert_eq!(check_file(&path).unwrap_err().kind(), io::ErrorKind::NotFound);

@@ -1,9 +1,10 @@
-//! The deny list in Redis: one hash, `trustgate:deny`, whose fields are entries and whose values say until when.
+//! The deny list in Redis: one hash, `trustgate:deny`, whose fields are entries and whose values are their terms.
 //!
-//! A value: version byte, MAC (32), `set_at` (8), `end` (8), both in microseconds by Redis's clock. Of two values for one
-//! entry the one set later counts, and an entry is removed by setting an end that has come. So whoever can write to Redis
-//! without the key of the MAC can neither deny anybody nor, on a replica that has read the entry, let anybody pass: an
-//! entry that is merely gone (Redis was emptied, or restarted without its data) stays in force there until its end.
+//! A value consists of the layout (1 byte), a MAC (32), `set_at` (8) and `end` (8); both times are microseconds by
+//! Redis's clock. Of two values for one entry, the one set later counts. A command removes an entry by setting an end
+//! in the past. A replica that has read an entry keeps it until its end even if it is missing from Redis, for example
+//! after a restart without data. So a client that can write to Redis but lacks the MAC key can neither add an entry nor
+//! remove one from such a replica.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -22,28 +23,29 @@ use crate::{
 
 /// The name of the hash.
 const NAME: &str = "trustgate:deny";
-/// The layout of values. Another one is not understood.
+/// The layout of values. Values with another layout are refused.
 const LAYOUT: u8 = 1;
 const MAC_BYTES: usize = 32;
-/// Entries of the hash, at most: every replica reads all of them twice a second. A trust is one entry, however many keys
-/// it has, and the file takes more.
+/// The maximum number of entries in the hash. Each replica reads all of them twice a second. To deny many keys, deny
+/// their trust, which is one entry, or use the file, which has a higher limit.
 pub const ENTRIES_MAX: usize = 1_000;
-/// Entries that one replica remembers, at most, with those that are gone from the hash.
+/// The maximum number of entries that one replica remembers, including those no longer in the hash.
 const MEMORY_MAX: usize = 10 * ENTRIES_MAX;
-/// How long an entry that is over is kept, in microseconds: a day, so that replicas that were cut off from Redis meanwhile
-/// hear that it was removed, and no older value counts again.
+/// How long an ended entry is kept, in microseconds: one day. A replica that was cut off from Redis in the meantime
+/// then still reads that the entry was removed, and an older value that is replayed does not count.
 const KEPT_MICROS: i64 = 24 * 3_600 * 1_000_000;
 
-/// Fields of the hash that are looked at, at most, foreign ones included.
+/// The maximum number of fields in the hash, including foreign ones.
 const FIELDS_MAX: usize = 4 * ENTRIES_MAX;
-/// The longest field: `digest`, a blank and 64 hexadecimal digits.
+/// The length of the longest field: `digest`, a space and 64 hexadecimal digits.
 const FIELD_BYTES_MAX: usize = 71;
-/// Every value has this length.
+/// The length of a value.
 const VALUE_BYTES: usize = 1 + MAC_BYTES + 8 + 8;
 
-/// Atomically returns Redis's clock, the number of fields, the number of fields whose length rules them out as entries, and the
-/// remaining fields with their values. A client with write access to Redis can store anything in the hash, so the script filters by
-/// length inside Redis, and oversized values cannot exhaust our memory.
+/// Atomically returns Redis's clock, the number of fields, the number of foreign fields (their length, or that of their
+/// value, rules them out as entries), and the remaining fields with their values. A client with write access to Redis
+/// can store anything in the hash. So the script filters by length inside Redis, and oversized values cannot exhaust
+/// our memory.
 const READ: &str = "\
 local now = redis.call('TIME')
 local count = redis.call('HLEN', KEYS[1])
@@ -60,7 +62,7 @@ if count <= tonumber(ARGV[1]) then
 end
 return {now[1], now[2], count, foreign, entries}";
 
-/// Deletes the fields that cannot be entries by their length.
+/// Deletes the foreign fields.
 const DELETE_FOREIGN: &str = "\
 for _, field in ipairs(redis.call('HKEYS', KEYS[1])) do
   if #field > tonumber(ARGV[1]) or redis.call('HSTRLEN', KEYS[1], field) ~= tonumber(ARGV[2]) then
@@ -68,13 +70,13 @@ for _, field in ipairs(redis.call('HKEYS', KEYS[1])) do
   end
 end";
 
-/// The list in Redis.
+/// The deny list in Redis.
 pub struct SharedList {
     redis: Redis,
     mac_key: Arc<OnceLock<[u8; 32]>>,
 }
 
-/// From when on an entry is as it is, and until when it denies: microseconds since the Unix epoch by Redis's clock.
+/// The term of an entry: microseconds since the Unix epoch by Redis's clock.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Term {
     /// When it was set.
@@ -83,52 +85,52 @@ pub struct Term {
     pub end: i64,
 }
 
-/// What the hash holds.
+/// The content of the hash.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Found {
     /// Redis's clock, in microseconds since the Unix epoch.
     pub now: i64,
-    /// Its genuine entries, those that are over included.
+    /// The entries whose MAC verifies, including ended ones.
     pub entries: HashMap<Denied, Term>,
-    /// Fields with the form of an entry that are not genuine.
+    /// The number of fields with the length of an entry whose MAC or layout does not match.
     pub refused: usize,
-    /// Fields that cannot be entries by their length.
+    /// The number of fields whose length, or that of their value, rules them out as entries.
     pub foreign: usize,
 }
 
 impl Found {
-    /// What is wrong with it, if anything is.
+    /// The problem to log, if there are fields that are not entries.
     pub(crate) fn problem(&self) -> Option<String> {
         let count = self.refused + self.foreign;
-        (count > 0).then(|| format!("{count} entries are not genuine, or of another release"))
+        (count > 0).then(|| format!("{count} entries are not genuine or belong to another release, and are ignored"))
     }
 }
 
 /// Why the list cannot be read or changed.
 #[derive(Debug, thiserror::Error)]
 pub enum SharedError {
-    /// The key of the MAC is not known.
-    #[error("the key of the MAC is not known yet")]
+    /// The MAC key is not known.
+    #[error("the MAC key of the deny list is not known yet")]
     NoMacKey,
-    /// Redis gave nothing.
+    /// Redis does not answer.
     #[error("Redis does not answer")]
     Down(QueryError),
-    /// There is more than is read.
+    /// There are more fields or entries than the limits allow.
     #[error(
-        "deny list in Redis is too long: {0} fields or entries; the limits are {ENTRIES_MAX} entries and {FIELDS_MAX} fields. Delete \
-         {NAME} in Redis, then add the entries again"
+        "deny list in Redis is too long: {0} fields or entries; the limits are {ENTRIES_MAX} entries and {FIELDS_MAX} \
+         fields. Delete {NAME} in Redis, then add the entries again"
     )]
     TooMany(usize),
 }
 
 impl SharedList {
-    /// The list in `redis`, authenticated with `mac_key` once that is known.
+    /// The list in `redis`. It can be used once `mac_key` is set, which authenticates the entries.
     #[must_use]
     pub const fn new(redis: Redis, mac_key: Arc<OnceLock<[u8; 32]>>) -> Self {
         Self { redis, mac_key }
     }
 
-    /// Whether what is read can be told from what somebody else wrote.
+    /// True if the MAC key is known, so that the list can be read.
     pub(crate) fn has_mac_key(&self) -> bool {
         self.mac_key.get().is_some()
     }
@@ -154,18 +156,18 @@ impl SharedList {
                 None => found.refused += 1,
             }
         }
-        // Fields that are not genuine count against `FIELDS_MAX` only.
+        // Refused fields count only against `FIELDS_MAX`.
         if found.entries.len() > ENTRIES_MAX {
             return Err(SharedError::TooMany(found.entries.len()));
         }
         Ok(found)
     }
 
-    /// Sets each of `denied` to end after `life`, and takes entries out that were over long ago. Waits at most four times
-    /// `redis.timeout`.
+    /// Sets each of `denied` to end after `life`, and deletes foreign fields and entries that ended more than a day
+    /// ago. Waits at most four times `redis.timeout`.
     ///
     /// # Errors
-    /// [`SharedError`]; what was set then is not known.
+    /// [`SharedError`]. The entries may or may not have been set.
     pub async fn set(&self, denied: &[Denied], life: Duration) -> Result<Vec<(Denied, Term)>, SharedError> {
         let Found { now, entries, foreign, .. } = self.read().await?;
         if foreign > 0 {
@@ -174,21 +176,21 @@ impl SharedList {
             self.redis.query::<()>(&command).await.map_err(SharedError::Down)?;
         }
         let mac_key = self.mac_key.get().ok_or(SharedError::NoMacKey)?;
-        let (over, kept): (Vec<_>, Vec<_>) = entries.iter().partition(|(_, term)| is_long_over(term.end, now));
+        let (ended, kept): (Vec<_>, Vec<_>) = entries.iter().partition(|(_, term)| ended_long_ago(term.end, now));
         let new = denied.iter().filter(|one| !entries.contains_key(one)).count();
         if kept.len() + new > ENTRIES_MAX {
             return Err(SharedError::TooMany(kept.len() + new));
         }
-        if !over.is_empty() {
+        if !ended.is_empty() {
             let mut command = redis::cmd("HDEL");
-            command.arg(NAME).arg(over.iter().map(|(denied, _)| denied.line()).collect::<Vec<_>>());
+            command.arg(NAME).arg(ended.iter().map(|(denied, _)| denied.line()).collect::<Vec<_>>());
             self.redis.query::<()>(&command).await.map_err(SharedError::Down)?;
         }
         let life = i64::try_from(life.as_micros()).unwrap_or(i64::MAX);
         let mut command = redis::cmd("HSET");
         command.arg(NAME);
         let terms = denied.iter().map(|denied| {
-            // Later than what is there, also where Redis is another server by now, whose clock is behind.
+            // Later than the present value, even if Redis was replaced by a server whose clock is behind.
             let set_at = entries.get(denied).map_or(now, |term| now.max(term.set_at.saturating_add(1)));
             let term = Term { set_at, end: set_at.saturating_add(life) };
             command.arg(denied.line()).arg(seal(mac_key, denied, term));
@@ -200,11 +202,12 @@ impl SharedList {
     }
 }
 
-const fn is_long_over(end: i64, now: i64) -> bool {
+const fn ended_long_ago(end: i64, now: i64) -> bool {
     end.saturating_add(KEPT_MICROS) < now
 }
 
-/// The MAC of an entry: as of a value in L2, under a name that no kind of value has; then the entry, its length first.
+/// The MAC of an entry. The input has the same form as that of a value in L2, under a kind that no cached value has.
+/// The length before the entry keeps two inputs from producing the same bytes.
 fn mac(mac_key: &[u8; 32], line: &str, body: &[u8]) -> Hmac<Sha256> {
     let length = u8::try_from(line.len()).unwrap_or_else(|_| unreachable!("a line has 71 bytes at most"));
     Hmac::<Sha256>::new_from_slice(mac_key)
@@ -233,20 +236,20 @@ fn open(mac_key: &[u8; 32], field: &[u8], value: &[u8]) -> Option<(Denied, Term)
     Some((denied, term))
 }
 
-/// What one replica knows of the list: also what was in it before.
+/// The entries that one replica has read, including those no longer in the hash.
 #[derive(Default)]
 pub(crate) struct Memory(HashMap<Denied, Known>);
 
 struct Known {
     term: Term,
-    /// Its end by the database's clock, fixed when both clocks were first known.
+    /// The end by the database's clock, computed once when both clocks are known.
     until: Option<DatabaseTime>,
 }
 
 impl Memory {
-    /// Takes in what the list holds at `now` by the database's clock, and returns what is denied from now on. While that
-    /// clock is unknown an entry denies without an end.
-    pub(crate) fn take_in(&mut self, found: Found, now: Option<DatabaseTime>) -> Entries {
+    /// Merges the content of the hash, read at `now` by the database's clock, and returns the entries in force. While
+    /// that clock is unknown, the entries are returned without an end.
+    pub(crate) fn merge(&mut self, found: Found, now: Option<DatabaseTime>) -> Entries {
         let listed: HashSet<Denied> = found.entries.keys().copied().collect();
         for (denied, term) in found.entries {
             let known = self.0.entry(denied).or_insert(Known { term, until: None });
@@ -254,7 +257,7 @@ impl Memory {
                 *known = Known { term, until: None };
             }
         }
-        self.0.retain(|_, known| !is_long_over(known.term.end, found.now));
+        self.0.retain(|_, known| !ended_long_ago(known.term.end, found.now));
         if self.0.len() > MEMORY_MAX {
             self.0.retain(|denied, _| listed.contains(denied));
         }
@@ -289,7 +292,7 @@ mod tests {
     }
 
     #[test]
-    fn an_entry_is_genuine_under_its_own_key_and_name_alone_and_unchanged() {
+    fn entry_verifies_only_unchanged_under_its_own_name_and_mac_key() {
         let term = Term { set_at: 1, end: 9 };
         let (uuid, digest) = (Uuid::from_u128(7), ApiKeyDigest::from_bytes([7; 32]));
         for denied in [Denied::Key(KeyId(uuid)), Denied::Trust(TrustId(uuid)), Denied::Digest(digest)] {
@@ -307,51 +310,51 @@ mod tests {
                 assert_eq!(open(&KEY, field.as_bytes(), &forged), None, "byte {at}");
                 assert_eq!(open(&KEY, field.as_bytes(), &sealed[..at]), None, "{at} bytes");
             }
-            assert_eq!(open(&KEY, field.as_bytes(), &[&sealed[..], &[0]].concat()), None, "a byte more");
+            assert_eq!(open(&KEY, field.as_bytes(), &[&sealed[..], &[0]].concat()), None, "one more byte");
         }
         let moved = seal(&KEY, &Denied::Key(KeyId(uuid)), term);
-        assert_eq!(open(&KEY, Denied::Trust(TrustId(uuid)).line().as_bytes(), &moved), None, "a key is no trust");
+        assert_eq!(open(&KEY, Denied::Trust(TrustId(uuid)).line().as_bytes(), &moved), None, "moved to a trust");
     }
 
     #[test]
-    fn an_end_by_the_clock_of_redis_becomes_one_by_the_clock_of_the_database() {
+    fn end_is_converted_once_from_redis_clock_to_database_clock() {
         let at = |micros| Some(DatabaseTime::from_micros(micros));
         let mut memory = Memory::default();
-        // The database's clock is 1 000 behind, and not known at first.
+        // The database's clock is 1 000 microseconds behind, and unknown at first.
         let listed = || found(5_000, &[(1, 4_000, 6_000), (2, 4_000, 5_000)]);
-        assert_eq!(memory.take_in(listed(), None), [(key(1), None)].into());
-        assert_eq!(memory.take_in(listed(), at(4_000)), [(key(1), at(5_000))].into());
-        // Then its end is fixed: it does not matter what Redis's clock does.
-        assert_eq!(memory.take_in(found(90_000, &[(1, 4_000, 6_000)]), at(4_999)), [(key(1), at(5_000))].into());
-        assert_eq!(memory.take_in(found(90_000, &[(1, 4_000, 6_000)]), at(5_000)), [].into());
+        assert_eq!(memory.merge(listed(), None), [(key(1), None)].into());
+        assert_eq!(memory.merge(listed(), at(4_000)), [(key(1), at(5_000))].into());
+        // Now the end is fixed, and a change of Redis's clock has no effect.
+        assert_eq!(memory.merge(found(90_000, &[(1, 4_000, 6_000)]), at(4_999)), [(key(1), at(5_000))].into());
+        assert_eq!(memory.merge(found(90_000, &[(1, 4_000, 6_000)]), at(5_000)), [].into());
     }
 
     #[test]
-    fn an_entry_is_removed_by_a_later_end_and_not_by_its_absence() {
+    fn entry_is_removed_by_a_newer_end_but_not_when_it_is_missing() {
         let now = Some(DatabaseTime::from_micros(0));
         let mut memory = Memory::default();
-        let denied = |memory: &mut Memory, found| memory.take_in(found, now).contains_key(&key(1));
+        let denied = |memory: &mut Memory, found| memory.merge(found, now).contains_key(&key(1));
         let original = || found(10, &[(1, 10, 1_000)]);
         assert!(denied(&mut memory, original()));
         assert!(denied(&mut memory, found(20, &[])), "Redis was emptied");
         assert!(!denied(&mut memory, found(30, &[(1, 30, 30)])), "removed");
         assert!(!denied(&mut memory, original()), "an older value is put back");
-        assert!(denied(&mut memory, found(40, &[(1, 31, 2_000)])), "denied anew");
+        assert!(denied(&mut memory, found(40, &[(1, 31, 2_000)])), "denied again");
         assert!(denied(&mut memory, found(40, &[(1, 30, 30)])), "an older removal is put back");
     }
 
     #[test]
-    fn memory_does_not_grow_for_ever() {
+    fn memory_is_bounded() {
         let now = Some(DatabaseTime::from_micros(0));
         let mut memory = Memory::default();
         for round in 0..11 {
             let entries: Vec<_> = (0..1_000).map(|number| (round * 1_000 + number, 1, 1_000)).collect();
-            memory.take_in(found(2, &entries), now);
+            memory.merge(found(2, &entries), now);
         }
-        assert_eq!(memory.0.len(), ENTRIES_MAX, "those that are listed stay");
-        memory.take_in(found(1_000 + KEPT_MICROS, &[]), now);
+        assert_eq!(memory.0.len(), ENTRIES_MAX, "entries in the hash stay");
+        memory.merge(found(1_000 + KEPT_MICROS, &[]), now);
         assert_eq!(memory.0.len(), ENTRIES_MAX);
-        memory.take_in(found(1_001 + KEPT_MICROS, &[]), now);
-        assert!(memory.0.is_empty(), "over for a day");
+        memory.merge(found(1_001 + KEPT_MICROS, &[]), now);
+        assert!(memory.0.is_empty(), "ended more than a day ago");
     }
 }

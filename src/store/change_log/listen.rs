@@ -1,6 +1,6 @@
-//! Hints from PostgreSQL: a connection that only listens.
+//! Notifications from PostgreSQL, on a connection that is used only to LISTEN.
 //!
-//! Never tells what changed: whoever hears a hint polls.
+//! A notification does not say what changed: the receiver polls the change log.
 
 use std::{
     convert::Infallible,
@@ -17,15 +17,15 @@ use uuid::Uuid;
 
 use crate::store::{names::SchemaName, postgres::in_schema, url::StoreUrl};
 
-/// A connection over which nothing came for so long is asked whether it is still there.
+/// After this time without a notification, the connection is checked with a query.
 const SILENCE: Duration = Duration::from_secs(10);
-/// How long connecting may take, and how long each answer.
+/// Timeout for connecting, and for each reply.
 const ANSWER: Duration = Duration::from_secs(2);
 
-/// Calls `changed` once it listens, and for every hint.
+/// Calls `changed` when it starts to listen, and again for each notification.
 ///
 /// # Errors
-/// The connection broke, does not answer any longer, or turns out to lead through a pooler: what was said meanwhile is
+/// The connection broke, does not reply in time, or leads through a pooler. Notifications sent in the meantime are
 /// lost.
 pub(crate) async fn attend(
     address: &StoreUrl,
@@ -38,40 +38,42 @@ pub(crate) async fn attend(
     loop {
         match timeout(SILENCE, listener.try_recv()).await {
             Ok(Ok(Some(_))) => changed(),
-            Ok(Ok(None)) => return Err(lost("the connection for hints broke")),
+            Ok(Ok(None)) => return Err(lost("notification connection broke")),
             Ok(Err(error)) => return Err(error),
-            // A pooler gives each transaction another server, of which only one listens, to nobody.
-            Err(_) if backend(&mut listener, schema).await? != listening => {
-                return Err(lost("a pooler is in between: no hints"));
-            }
+            // The query ran in another server process. A pooler can do this for each transaction, and then no client
+            // receives the notifications of the process that listens.
+            Err(_) if backend(&mut listener, schema).await? != listening => return Err(lost(POOLER)),
             Err(_) => {}
         }
     }
 }
 
-/// A connection of its own that listens to `channel`.
+const POOLER: &str = "notifications do not pass a connection pooler: connect to PostgreSQL directly to receive them";
+
+/// Opens a dedicated connection that listens to `channel`.
 ///
 /// # Errors
-/// There is none to be had, or it leads through a pooler.
+/// The connection fails, or it leads through a pooler.
 pub(crate) async fn open(address: &StoreUrl, channel: &str) -> Result<PgListener, sqlx::Error> {
-    // A pooler would let this session's LISTEN fall on a server that others use next, and their drivers would choke on
-    // what it hears. A setting of the session alone does not pass through one: it is refused, or not there afterwards.
+    // Behind a pooler, LISTEN would stay in effect on a server connection that the pooler hands to other clients, whose
+    // drivers may fail on unexpected notifications. So look for a pooler first: set a random session setting when
+    // connecting. A pooler rejects the setting or drops it.
     let session = Uuid::new_v4().simple().to_string();
     let options = address.postgres().map_err(|error| sqlx::Error::Configuration(Box::new(error)))?;
     let options = options.options([("trustgate.session", &session)]);
     let pool = PgPoolOptions::new().max_connections(1).acquire_timeout(ANSWER).connect_lazy_with(options);
     let mut listener = PgListener::connect_with(&pool).await?;
-    // It would connect anew by itself, which hides that something was lost.
+    // Without this, the listener reconnects by itself and hides that notifications were lost.
     listener.eager_reconnect(false);
     let own = sqlx::raw_sql("SELECT coalesce(current_setting('trustgate.session', true), '')").fetch_one(&mut listener);
     if in_time(own).await?.try_get::<String, _>(0)? != session {
-        return Err(lost("a pooler is in between: no hints"));
+        return Err(lost(POOLER));
     }
     in_time(listener.listen(channel)).await?;
     Ok(listener)
 }
 
-/// The process on the other side, and whether it listens.
+/// The id of the server process, and true if it listens to our channel.
 async fn backend(listener: &mut PgListener, schema: &SchemaName) -> Result<(i32, bool), sqlx::Error> {
     let sql = "SELECT pg_backend_pid(), '{s}' IN (SELECT pg_listening_channels())";
     let row = in_time(sqlx::raw_sql(in_schema(sql, schema)).fetch_one(listener)).await?;
@@ -79,7 +81,7 @@ async fn backend(listener: &mut PgListener, schema: &SchemaName) -> Result<(i32,
 }
 
 async fn in_time<T>(work: impl Future<Output = Result<T, sqlx::Error>>) -> Result<T, sqlx::Error> {
-    timeout(ANSWER, work).await.unwrap_or_else(|_| Err(lost("the connection for hints does not answer")))
+    timeout(ANSWER, work).await.unwrap_or_else(|_| Err(lost("notification connection timed out")))
 }
 
 fn lost(problem: &'static str) -> sqlx::Error {

@@ -1,9 +1,9 @@
-//! What gives every committed change a version on PostgreSQL, whoever makes it: triggers, their functions, and the
-//! fingerprint that shows when somebody altered them.
+//! The change log on PostgreSQL: triggers give each committed change a version, no matter which client makes it. A
+//! fingerprint of the triggers and their functions shows when they were altered.
 //!
-//! Inside a writer's transaction these functions only insert: a read would take the locks by which PostgreSQL finds
-//! conflicts between SERIALIZABLE transactions, and an update would be one, so writers would fail because of us. They
-//! never trust a setting of the session: anybody can set those.
+//! Inside a writer's transaction these functions only insert. A read would take the predicate locks by which PostgreSQL
+//! detects conflicts between SERIALIZABLE transactions, and an update could itself conflict, so the triggers would make
+//! writers fail. The functions do not rely on session settings to be correct, because any client can change those.
 
 use sha2::{Digest, Sha256};
 use sqlx::PgConnection;
@@ -17,11 +17,11 @@ use crate::{
     },
 };
 
-/// Version 2 of the tables: changes are named.
+/// Version 2 of the tables: adds the change log.
 ///
-/// A transaction is known by its number and its start: a dump that is restored elsewhere brings old numbers back.
-/// `tx.whole` is empty in the one row of a transaction that draws its version; in others it names a kind that changed as
-/// a whole, or `*` for everything.
+/// A transaction is identified by its number and its start time, because a dump that is restored elsewhere can bring
+/// back old numbers. `tx.whole` is empty in the one row of a transaction whose insertion assigns the version. In other
+/// rows it is the kind of objects that changed as a whole, or `*` for everything.
 pub(crate) const TABLES: &str = "
 ALTER TABLE {s}.meta ADD COLUMN fingerprint bytea;
 ALTER TABLE {s}.replica ADD COLUMN name text NOT NULL DEFAULT '', ADD COLUMN until timestamptz NOT NULL DEFAULT '-infinity';
@@ -42,15 +42,15 @@ CREATE SEQUENCE {s}.version_number;
 SELECT setval('{s}.version_number', max(version)) FROM {s}.version;
 ";
 
-/// Locks out writers and waits for those that are under way, before anything else is locked: readers must not wait for
-/// writers.
+/// Blocks writers and waits for running ones. Use it before any other lock: a migration that waits for writers while it
+/// already holds a stronger lock would block readers during that time.
 pub(crate) const HOLD_WRITERS: &str = "LOCK TABLE {s}.trust, {s}.api_key IN SHARE ROW EXCLUSIVE MODE";
 
-/// Makes the functions that are missing or not those of this release, and the triggers that are missing, disabled or of
-/// another make; then makes sure of the watch. Does nothing where all is right.
+/// Repairs the change log: creates or replaces functions that are missing or differ from this release, and triggers
+/// that are missing, disabled or different. Then records the fingerprint. Changes nothing if everything is intact.
 pub(crate) async fn mend(connection: &mut PgConnection, name: &SchemaName) -> Result<(), sqlx::Error> {
     for function in FUNCTIONS {
-        if !function.is_there(connection, name).await? {
+        if !function.is_current(connection, name).await? {
             let grants = function.inherited_rights(connection, name).await?;
             let sql = function.definition(name) + &grants;
             sqlx::raw_sql(in_schema(&sql, name)).execute(&mut *connection).await?;
@@ -61,8 +61,12 @@ pub(crate) async fn mend(connection: &mut PgConnection, name: &SchemaName) -> Re
     let left: Vec<String> =
         sqlx::query_scalar(in_schema("SELECT problem FROM {s}.gaps()", name)).fetch_all(&mut *connection).await?;
     if !left.is_empty() && left.iter().all(|problem| problem.ends_with(ATTACH)) {
-        // Somebody else's table, which whoever owns it puts right, must not hold up what our own tables need.
-        tracing::warn!(problems = left.join("; "), "the table that is attached is not watched: nothing is relied on");
+        // Only the owner of the attached table can repair its triggers. That must not block the repair of our own
+        // tables.
+        tracing::warn!(
+            problems = left.join("; "),
+            "attached table is not tracked: replicas cannot renew their leases until its owner repairs the problems"
+        );
         return Ok(());
     }
     sqlx::raw_sql(in_schema("SELECT {s}.restore_watch()", name)).execute(connection).await?;
@@ -89,7 +93,8 @@ BEGIN
 END
 $mend$";
 
-/// What was written while the stamp was missing has no version, so pruning would never come to it.
+/// Deletes rows that were written while the trigger `trustgate_stamp` was missing. They have no version, and pruning
+/// goes by version, so it would not delete them.
 const FORGET_UNSTAMPED: &str = "
 DELETE FROM {s}.change c WHERE NOT EXISTS (SELECT FROM {s}.version v WHERE v.tx = c.tx AND v.tx_at = c.tx_at);
 DELETE FROM {s}.tx t WHERE NOT EXISTS (SELECT FROM {s}.version v WHERE v.tx = t.id AND v.tx_at = t.at)";
@@ -101,14 +106,16 @@ struct Function {
     returns: &'static str,
     attributes: &'static str,
     body: &'static str,
-    /// The signature of an older function whose callers need this one too. When a migration adds this function, each role that may
-    /// call the older one gets the right to call this one, so an upgrade needs no new grants.
+    /// The signature of an older function whose callers also need this one. When a migration adds this function, each
+    /// role that may call the older one gets the right to call this one, so an upgrade needs no new grants.
     rights_of: Option<&'static str>,
 }
 
 impl Function {
-    async fn is_there(&self, connection: &mut PgConnection, name: &SchemaName) -> Result<bool, sqlx::Error> {
-        // Its body is kept as it was written; what else there is to it is told by the catalog in its own words.
+    /// True if the database has this function as this release defines it.
+    async fn is_current(&self, connection: &mut PgConnection, name: &SchemaName) -> Result<bool, sqlx::Error> {
+        // The catalog keeps the text of the body, but only a parsed form of the attributes: compare the body as text,
+        // and of the attributes the two that matter for security.
         let sql = "SELECT FROM pg_proc
              WHERE oid = to_regprocedure($1) AND prosrc = $2 AND proconfig @> ARRAY['search_path=pg_catalog, pg_temp']
                 AND prosecdef = ($3 LIKE '%SECURITY DEFINER%')";
@@ -121,13 +128,14 @@ impl Function {
         Ok(found.is_some())
     }
 
-    /// The name with the types of the arguments.
+    /// The name, qualified with the schema, and the types of the arguments.
     fn signature(&self, schema: &SchemaName) -> String {
         let types = self.arguments.split(", ").filter_map(|argument| argument.split_once(' ')).map(|(_, of)| of);
         format!("{}.{}({})", schema.as_str(), self.name, types.collect::<Vec<_>>().join(", "))
     }
 
-    /// The statements that give a function that is new the rights of [`Self::rights_of`].
+    /// GRANT statements that give a new function the rights of [`Self::rights_of`]; empty if the function already
+    /// exists.
     async fn inherited_rights(
         &self,
         connection: &mut PgConnection,
@@ -162,34 +170,34 @@ impl Function {
     }
 }
 
-/// `text` with the schema, and the digests of the functions by which changes are named, where it has a place for them.
+/// Fills the placeholders in `text`: the schema, some constants, and the digests of the functions that record changes.
 fn filled(text: &str, schema: &SchemaName) -> String {
     let no_pepper = format!("{}::bytea", bytes_literal(&Fingerprint::NO_PEPPER.to_string()));
     let text = text.replace("{s}", schema.as_str()).replace("{attach}", ATTACH).replace("{no_pepper}", &no_pepper);
     if !text.contains("{functions}") {
         return text;
     }
-    let naming = FUNCTIONS.iter().filter(|function| NAMING.contains(&function.name));
+    let recording = FUNCTIONS.iter().filter(|function| RECORDING.contains(&function.name));
     let digests =
-        naming.map(|function| format!("('{}', '{}')", function.name, hex(&Sha256::digest(function.body(schema)))));
+        recording.map(|function| format!("('{}', '{}')", function.name, hex(&Sha256::digest(function.body(schema)))));
     text.replace("{functions}", &digests.collect::<Vec<_>>().join(", "))
 }
 
-/// What keeps changes from being named, in words. What the function `gaps` asks, for a role that may not call it: it reads
-/// the catalog and `meta` alone.
+/// A query for the problems that keep changes from being recorded, as messages. It is the query inside the function
+/// `gaps`, for a role that may not call that function. It reads only the catalog and `meta`.
 pub(crate) fn problems(schema: &SchemaName) -> String {
     let gaps = filled(GAPS, schema);
     format!("SELECT g.problem FROM ({gaps}) AS g (relation, name, disabled, creation, problem)")
 }
 
-/// The functions by which changes are named. The same list stands in `fingerprint`.
-const NAMING: &[&str] = &["note", "api_key_changed", "trust_changed", "truncated", "stamp"];
+/// The functions that record changes. The function `fingerprint` repeats this list.
+const RECORDING: &[&str] = &["note", "api_key_changed", "trust_changed", "truncated", "stamp"];
 
-/// What ends a problem that only attaching that table again can mend.
+/// The end of the messages about problems that only `trustgate attach` can repair.
 pub(crate) const ATTACH: &str = ": run `trustgate attach`";
 
-/// What is missing, disabled or of another make, in the columns of the function `gaps`. Numbers of `pg_trigger.tgtype`: 1 for
-/// each row, 4 insert, 8 delete, 16 update, 32 truncate.
+/// A query for the triggers and functions that are missing, disabled or different, in the columns of the function
+/// `gaps`. The bits of `pg_trigger.tgtype`: 1 FOR EACH ROW, 4 INSERT, 8 DELETE, 16 UPDATE, 32 TRUNCATE.
 const GAPS: &str = "WITH RECURSIVE wanted (home, root, name, function, type, deferred, creation) AS (
         SELECT '{s}', own.* FROM (VALUES
             ('api_key', 'trustgate_changed', 'api_key_changed', 29, false,
@@ -253,11 +261,12 @@ const GAPS: &str = "WITH RECURSIVE wanted (home, root, name, function, type, def
     )";
 
 const DEFINER: &str = "SECURITY DEFINER";
-/// All its statements see the snapshot of the statement that calls it. Plans are made once for a connection, so they
-/// must be good however much the tables grow: by index, and without the compiler, which takes longer than the work.
+/// STABLE: all statements in the function see the snapshot of the calling statement. A connection plans each statement
+/// once, so the plan must stay good while the tables grow: use indexes, and no JIT compilation, which takes longer than
+/// the statements themselves.
 const ONE_SNAPSHOT: &str = "STABLE SET enable_seqscan = off SET enable_bitmapscan = off SET jit = off";
 
-/// What `find` and `find_key` return, and what `$more` adds.
+/// The return type of `find` and `find_key`: the columns of a read, followed by those in `$more`.
 macro_rules! found {
     ($more:literal) => {
         concat!(
@@ -272,10 +281,11 @@ macro_rules! found {
     };
 }
 
-/// The body of `find` and `find_key`. `$more`: the values of what [`found`] adds.
+/// The body of `find` and `find_key`. `$more`: the expressions for the columns that [`found`] gets in its `$more`.
 ///
-/// One statement, so one snapshot. `statement_timestamp()` is when the server got the statement: never after the snapshot, so
-/// that no age is counted too short. `pg_current_wal_lsn()` fails on a standby, as it should.
+/// One statement reads everything, so all values are from one snapshot. `statement_timestamp()` is the time when the
+/// server received the statement. That is before it takes the snapshot, so an age is not underestimated.
+/// `pg_current_wal_lsn()` fails on a standby, as intended: a standby may not have received a revocation yet.
 macro_rules! find_body {
     ($more:literal) => {
         concat!(
@@ -314,8 +324,9 @@ const FUNCTIONS: &[Function] = &[
         returns: "void",
         attributes: DEFINER,
         rights_of: None,
-        // More than 10 000 of one kind in one transaction are named as a whole: no poll takes as many. The count is kept
-        // where anybody could change it: that makes the names coarser or finer, never wrong.
+        // If a transaction changes more than 10 000 objects of one kind, the function records that the whole kind
+        // changed, because no poll reads that many rows. The count is in a session setting, which any client can
+        // change. A wrong count makes the record coarser or finer, but not wrong.
         body: "
 DECLARE
     counter CONSTANT text := 'trustgate.{s}_' || kind;
@@ -398,7 +409,7 @@ END
         returns: "trigger",
         attributes: DEFINER,
         rights_of: None,
-        // Every record is of a key and of a trust, so it does not matter which of the tables it was.
+        // A record combines a key with its trust, so truncating either table makes all records out of date.
         body: "
 BEGIN
     INSERT INTO {s}.tx (id, at, whole)
@@ -428,9 +439,10 @@ END
         returns: "trigger",
         attributes: DEFINER,
         rights_of: None,
-        // Runs at the commit, once. The lock ends when the commit can be seen, so the order of versions is the order of
-        // commits. A commit that can be seen must be on disk; whoever took the lock early must not keep it by doing
-        // nothing; and NOTIFY refuses PREPARE TRANSACTION, which would keep it for good.
+        // Runs once per transaction, at the commit. The lock is released when the commit becomes visible, so versions
+        // are in commit order. A visible commit must be on disk, so asynchronous commits are turned off. A client can
+        // run this trigger before the commit (SET CONSTRAINTS), so an idle timeout keeps it from holding the lock
+        // without end. PREPARE TRANSACTION would also keep the lock, but PostgreSQL rejects it after a NOTIFY.
         body: "
 BEGIN
     IF NEW.whole <> '' THEN
@@ -457,9 +469,9 @@ END
         returns: "bytea",
         attributes: ONE_SNAPSHOT,
         rights_of: None,
-        // What is altered and put back within one transaction shows all the same: xmin is the transaction that wrote a
-        // row of the catalog. A column that is renamed or dropped changes its own row alone; those of parts and children
-        // follow their parents'.
+        // An object that is altered and restored within one transaction also changes the fingerprint: xmin is the
+        // transaction that wrote the catalog row. Renaming or dropping a column changes only the row of that column, so
+        // columns are listed, but only those of the root tables: partitions and child tables follow their parents.
         body: "
 BEGIN
     RETURN sha256(convert_to((
@@ -514,7 +526,8 @@ END
         returns: "void",
         attributes: DEFINER,
         rights_of: None,
-        // The fingerprint is taken before the triggers are looked at: what changes in between makes it differ again.
+        // The function computes the fingerprint before it checks the triggers. A change in between makes the
+        // fingerprint differ again, so the next poll notices it.
         body: "
 DECLARE
     present bytea;
@@ -555,9 +568,9 @@ END
         returns: "void",
         attributes: "SECURITY DEFINER SET enable_seqscan = off SET enable_bitmapscan = off SET jit = off",
         rights_of: None,
-        // Kept are all versions from the first one of the last 20 minutes on, and the one before it, which was the
-        // newest until then: a replica that begins asks for the last 15 minutes, and one that follows for the version it
-        // applied last. The number of the lock is the first 8 bytes of SHA-256('trustgate prune').
+        // Keeps all versions of the last 20 minutes and the one before them, which was the newest until then: a
+        // starting replica reads the last 15 minutes, and a running replica polls from the version that it applied
+        // last. The number of the lock is the first 8 bytes of SHA-256('trustgate prune').
         body: "
 DECLARE
     kept bigint;
@@ -583,7 +596,7 @@ END
 ",
     },
     Function {
-        // For releases that use table version 3: they may still be running, or be rolled back to.
+        // For releases with version 3 of the tables, which may still be running, or to which an operator may roll back.
         name: "find",
         arguments: "digests bytea[], key uuid",
         returns: found!(""),
@@ -605,8 +618,9 @@ END
         returns: "text",
         attributes: DEFINER,
         rights_of: Some("everything()"),
-        // Records the pepper of the first key, and returns the recorded one. Two that come at once wait for each other. Imported
-        // digests have no hint: they were not issued without a pepper.
+        // Records the pepper of the first key if none is recorded, and returns the recorded one. Concurrent calls wait
+        // for each other. If keys were issued without a pepper, records "no pepper" as the previous one. Imported
+        // digests have an empty hint and do not count as issued.
         body: "
 BEGIN
     IF made_under IS NOT NULL THEN
@@ -646,8 +660,8 @@ END
         returns: "void",
         attributes: DEFINER,
         rights_of: Some("prune()"),
-        // For the role of `serve`, which can change nothing else of a key. No version is drawn: no decision reads this
-        // column. Skips keys that another replica has locked.
+        // Called by the role of `serve`, which can change nothing else in a key. The change gets no version, because no
+        // decision reads this column. Skips keys that another replica has locked.
         body: "
 BEGIN
     UPDATE {s}.api_key k SET pepper_fingerprint = proven.fingerprint

@@ -1,19 +1,20 @@
-//! The triggers that give every committed change of a trust or key a version, and how to tell that they still do.
+//! The change log on SQLite: triggers give each committed change of a trust or key a version, and a check shows when
+//! they were altered.
 //!
-//! They are part of the file, so whoever writes to it fires them, from SQLite 3.37 on. Never polls.
+//! The triggers are part of the database file, so they run in each program that writes to it with SQLite 3.37 or later.
 //!
-//! INSERT and UPDATE with OR REPLACE remove the rows that are in their way, and unless the writer asks for it, no DELETE
-//! trigger tells. So what is in the way is put into `displaced` before, and named after, once it is certain that it was
-//! removed: OR IGNORE and ON CONFLICT take the first step too, and remove nothing. Nothing comes between the two steps
-//! of a row as long as nobody else has a trigger on these tables, and the first step finds all that is in the way as long
-//! as nothing else is unique: [`problem`] makes sure of both.
+//! INSERT OR REPLACE and UPDATE OR REPLACE delete the rows that conflict with the new row. By default, SQLite does not
+//! run DELETE triggers for these rows. So a BEFORE trigger copies the conflicting rows to `displaced`, and an AFTER
+//! trigger records those that no longer exist. It must look, because with OR IGNORE and ON CONFLICT the BEFORE trigger
+//! runs, and no row is deleted. This works if no other trigger on these tables runs between the two, and if there is no
+//! other unique index, with conflicts that the BEFORE trigger does not look for. [`problem`] checks both conditions.
 
 use sqlx::{AssertSqlSafe, Row, SqliteConnection};
 
-/// Makes what is missing, replaces triggers that are not as they should be, and puts the watch in force.
+/// Creates missing tables and triggers, replaces triggers that differ, and records that the change log is intact.
 ///
 /// # Errors
-/// The database failed; or, inside, what only its owner can put right.
+/// The database failed. The inner error is a problem that only the owner of the database can repair.
 pub(crate) async fn install(connection: &mut SqliteConnection) -> Result<Result<(), String>, sqlx::Error> {
     sqlx::raw_sql(TABLES).execute(&mut *connection).await?;
     let found = found(connection).await?;
@@ -26,11 +27,11 @@ pub(crate) async fn install(connection: &mut SqliteConnection) -> Result<Result<
     restore(connection).await
 }
 
-/// Puts the watch in force, where it is not, and draws a version "everything" for what may have passed unnamed. Belongs
-/// into a transaction that holds the write lock.
+/// Records that the change log is intact. If that was not recorded before, also adds a version "everything changed",
+/// because changes may be missing. The caller must be in a transaction that has the write lock.
 ///
 /// # Errors
-/// The database failed; or, inside, what keeps changes from being named.
+/// The database failed. The inner error is a problem that keeps changes from being recorded.
 pub(crate) async fn restore(connection: &mut SqliteConnection) -> Result<Result<(), String>, sqlx::Error> {
     if let Some(problem) = problem(connection).await? {
         return Ok(Err(problem));
@@ -43,16 +44,16 @@ pub(crate) async fn restore(connection: &mut SqliteConnection) -> Result<Result<
     Ok(Ok(()))
 }
 
-/// Whether nothing of the schema was changed since it was last made sure that every change is named.
+/// True if the schema has not changed since [`restore`] last found the change log intact.
 pub(crate) async fn in_force(connection: &mut SqliteConnection) -> Result<bool, sqlx::Error> {
     sqlx::raw_sql(AssertSqlSafe(format!("SELECT {IN_FORCE} FROM meta m"))).fetch_one(connection).await?.try_get(0)
 }
 
-/// The same as part of a statement that reads `meta` as `m`. SQLite counts every change of the schema, and takes the
-/// number from the snapshot of the statement.
+/// The same condition in SQL, for a statement that reads `meta` as `m`. SQLite increments `schema_version` with each
+/// change of the schema, and reads it from the snapshot of the statement.
 pub(crate) const IN_FORCE: &str = "m.fingerprint IS (SELECT schema_version FROM pragma_schema_version)";
 
-/// Draws a version "everything".
+/// Adds a version "everything changed".
 pub(crate) async fn everything(connection: &mut SqliteConnection) -> Result<(), sqlx::Error> {
     let sql = format!("{DRAW} INSERT INTO change (kind, version, object) VALUES ('*', last_insert_rowid(), '')");
     sqlx::raw_sql(AssertSqlSafe(sql)).execute(connection).await.map(drop)
@@ -65,38 +66,44 @@ struct Trigger {
 }
 
 async fn found(connection: &mut SqliteConnection) -> Result<Vec<Trigger>, sqlx::Error> {
-    // Names of tables are kept as they were written, in whatever case.
+    // `tbl_name` keeps upper and lower case as the CREATE statement had it.
     let sql = "SELECT name, sql FROM sqlite_schema WHERE type = 'trigger'
         AND lower(tbl_name) IN ('api_key', 'trust', 'version', 'change', 'displaced')";
     let rows = sqlx::raw_sql(sql).fetch_all(connection).await?;
     rows.iter().map(|row| Ok(Trigger { name: row.try_get(0)?, text: row.try_get(1)? })).collect()
 }
 
-/// Why changes may go unnamed, if they may.
+/// The first problem that keeps changes from being recorded; `None`: the triggers are intact.
 pub(crate) async fn problem(connection: &mut SqliteConnection) -> Result<Option<String>, sqlx::Error> {
     let found = found(connection).await?;
     for (name, text) in triggers() {
         match found.iter().find(|trigger| trigger.name == name) {
             None => return Ok(Some(format!("the trigger {name} is missing: run `trustgate migrate`"))),
             Some(trigger) if trigger.text != text => {
-                return Ok(Some(format!("the trigger {name} is not as it was made: run `trustgate migrate`")));
+                return Ok(Some(format!("the trigger {name} was altered: run `trustgate migrate`")));
             }
             Some(_) => {}
         }
     }
     if let Some(other) = found.iter().find(|other| triggers().all(|(name, _)| name != other.name)) {
-        return Ok(Some(format!("{:?} is no trigger of trustgate's: drop it, it may hide changes", other.name)));
+        return Ok(Some(format!(
+            "the trigger {:?} is not one of trustgate's: drop it, because it can hide changes from the change log",
+            other.name
+        )));
     }
     let other = sqlx::raw_sql(OTHER_UNIQUE).fetch_optional(connection).await?;
     other
         .map(|row| {
             let name: String = row.try_get(0)?;
-            Ok(format!("{name:?} makes more unique than trustgate does: drop it, REPLACE would remove rows unseen"))
+            Ok(format!(
+                "the unique index {name:?} is not one of trustgate's: drop it, because REPLACE could delete rows \
+                 without a record in the change log"
+            ))
         })
         .transpose()
 }
 
-/// An index that makes something unique that the first step does not look at.
+/// A query for a unique index with conflicts that the BEFORE triggers do not look for.
 const OTHER_UNIQUE: &str = "
     SELECT i.name FROM (SELECT 'api_key' AS on_table UNION ALL SELECT 'trust') w
     JOIN pragma_index_list(w.on_table) i ON i.\"unique\"
@@ -107,9 +114,10 @@ const OTHER_UNIQUE: &str = "
         VALUES ('api_key', 'id BINARY'), ('api_key', 'digest BINARY'), ('trust', 'id BINARY'), ('trust', 'name BINARY')
     )";
 
-/// What changes name: the kinds `key`, `trust`, `absent`, `gone` with an id or a digest in small hexadecimal digits, and
-/// `*`; an empty object is the whole kind. By kind, so that a poll can look at a thousand of each whatever there is, and
-/// so that it need not read what a bulk insert left to tell that no record changed.
+/// The table `change` has one row per changed object: its kind (`key`, `trust`, `absent`, `gone`, or `*` for
+/// everything) and its id, or its digest in lower-case hexadecimal. An empty object means the whole kind. The primary
+/// key begins with the kind, so a poll can read a limited number of rows of each kind, and can see that no record
+/// changed without reading the `absent` rows of a bulk insert.
 const TABLES: &str = "
 CREATE TABLE IF NOT EXISTS change (
     kind TEXT NOT NULL, version INTEGER NOT NULL, object TEXT NOT NULL, PRIMARY KEY (kind, version, object)
@@ -117,12 +125,12 @@ CREATE TABLE IF NOT EXISTS change (
 CREATE TABLE IF NOT EXISTS displaced (id TEXT NOT NULL, digest BLOB) STRICT;
 ";
 
-/// Name and text of every trigger, the text as SQLite keeps it.
+/// The name and the text of each trigger. The text equals the one that SQLite stores in `sqlite_schema`.
 fn triggers() -> impl Iterator<Item = (&'static str, String)> {
     TRIGGERS.iter().map(|(name, text)| {
         let text = text
             .replace("{draw}", DRAW)
-            .replace("{v}", "last_insert_rowid()") // inside a trigger: the version it has drawn
+            .replace("{v}", "last_insert_rowid()") // inside a trigger: the version that it inserted
             .replace("{forget}", FORGET)
             .replace("{removed key}", &REMOVED.replace("{table}", "api_key"))
             .replace("{removed trust}", &REMOVED.replace("{table}", "trust"));
@@ -130,20 +138,20 @@ fn triggers() -> impl Iterator<Item = (&'static str, String)> {
     })
 }
 
-/// A version, which SQLite numbers one higher than the highest. The time in microseconds since the Unix epoch, computed
-/// in a way that the SQLite of any writer knows.
+/// Inserts a version, which SQLite numbers one higher than the highest. The time is in microseconds since the Unix
+/// epoch; the expression for it also works in the old SQLite versions of other writers.
 const DRAW: &str = "INSERT INTO version (nonce, at) VALUES (
         randomblob(16), CAST((julianday('now') - 2440587.5) * 86400000.0 + 0.5 AS INTEGER) * 1000
     );";
 
-/// Without a condition SQLite would write to the table even where it is empty.
+/// Empties `displaced`. Without a condition, SQLite would write to the table even if it is empty.
 const FORGET: &str = "DELETE FROM displaced WHERE true;";
 
-/// Those that were in the way and are not there any longer.
+/// The rows of `displaced` that were deleted from `{table}`.
 const REMOVED: &str = "displaced d
         WHERE NOT EXISTS (SELECT 1 FROM {table} t WHERE t.id = d.id AND t.id <> NEW.id)";
 
-/// One version for each changed row: they become visible together. UNION leaves out what was said already.
+/// Each changed row gets one version; the versions of a transaction become visible together. UNION removes duplicates.
 const TRIGGERS: [(&str, &str); 10] = [
     (
         "api_key_before_insert",
@@ -209,7 +217,7 @@ END",
     INSERT INTO displaced (id) SELECT id FROM trust WHERE id = NEW.id OR name = NEW.name OR rowid = NEW.rowid;
 END",
     ),
-    // Without foreign keys, which every writer turns on for himself, keys can be there before their trust.
+    // SQLite checks foreign keys only in connections that turn this on, so keys can exist before their trust.
     (
         "trust_insert",
         "AFTER INSERT ON trust BEGIN

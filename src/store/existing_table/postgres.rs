@@ -1,7 +1,8 @@
-//! Somebody else's table on PostgreSQL: how it is read, and, once it is attached, how its changes are named.
+//! An existing table of the operator on PostgreSQL: the queries that read it and, once it is attached, the triggers
+//! that record its changes.
 //!
-//! Attaching adds two triggers to the table and nothing else; detaching takes them away. What a trigger does is done
-//! with the rights of the owner of our tables, so that whoever writes the table needs none on them.
+//! Attaching adds two triggers to the table and changes nothing else in it; detaching removes them. The triggers run
+//! with the rights of the owner of our tables, so clients that write the table need no rights on ours.
 
 use sha2::{Digest, Sha256};
 use sqlx::{AssertSqlSafe, Connection, PgConnection, Row, postgres::PgRow};
@@ -19,10 +20,10 @@ use crate::{
     },
 };
 
-// === how it is read ===
+// === reads ===
 
 impl ExistingTable {
-    /// The condition that a row `t` is of a key with one of `digests`.
+    /// The condition that row `t` stores one of `digests`.
     pub(crate) fn has_digest(&self, digests: &Digests) -> String {
         let form = |hex: String| match self.digest_form {
             DigestForm::Hex => format!("'{hex}'"),
@@ -32,13 +33,13 @@ impl ExistingTable {
         format!("t.{} IN ({})", self.digest.sql(), list.join(", "))
     }
 
-    /// The condition that a row `t` is the one of `key`.
+    /// The condition that row `t` has the id `key`.
     pub(crate) fn has_id(&self, key: KeyId) -> String {
         format!("t.{} = '{key}'", self.id.sql())
     }
 
-    /// What `find` returns (`watch.rs`) of the rows that fulfil `condition`. Where the table is not attached there are
-    /// no versions: everything is dated with number 0.
+    /// A query for the rows that fulfil `condition`, with the columns of `find_key` (`change_log/postgres.rs`). A table
+    /// that is not attached has no versions: all its values get version 0.
     pub(crate) fn find(&self, condition: &str) -> String {
         let (system, timeline, clock) = ("c.system_identifier", reads::postgres::TIMELINE, reads::postgres::CLOCK);
         let (date, from) = if self.attached {
@@ -48,7 +49,7 @@ impl ExistingTable {
                  CROSS JOIN {s}.meta m CROSS JOIN pg_control_system() c",
             )
         } else {
-            // That of the log being written fails on a standby, as it should.
+            // Reading the timeline fails on a standby, as intended. The value itself is not used.
             (
                 format!(
                     "0::bigint, repeat('0', 32), '00000000-0000-0000-0000-000000000000', 0::bigint, 0 * {timeline}, {clock}"
@@ -73,7 +74,7 @@ impl ExistingTable {
                 format!("(SELECT coalesce(json_agg(scope), '[]')::text FROM {listed})")
             },
         );
-        // One without an end is none.
+        // An infinite time means no limit.
         let time = |column: &Option<ColumnName>, endless: &str| {
             column.as_ref().map_or_else(
                 || "NULL::bigint".to_owned(),
@@ -91,10 +92,10 @@ impl ExistingTable {
         )
     }
 
-    // === how its changes are named ===
+    // === change log ===
 
-    /// The function that both triggers call. As those on our own tables (`watch.rs`) it only inserts, and a change of a
-    /// column that no decision reads is none.
+    /// The body of the function that both triggers call. Like the trigger functions of our own tables
+    /// (`change_log/postgres.rs`), it only inserts, and it ignores changes of columns that no decision reads.
     fn function(&self) -> String {
         let row = |row: &str| {
             let columns: Vec<_> = self.columns().map(|(_, column)| format!("{row}.{}", column.sql())).collect();
@@ -118,9 +119,10 @@ impl ExistingTable {
     }
 }
 
-/// Columns are read in a block of their own: where one was renamed, dropped or given another type, the application's
-/// statement must not fail, and nobody can tell what it changed. That block writes nothing, so it costs no transaction
-/// number. A digest that is not one cannot be asked for, so nobody needs to hear of it.
+/// The function reads the columns in a nested block. If a column was renamed, dropped or given another type, the block
+/// fails, and the function records that everything changed, so that the application's statement still succeeds. The
+/// block writes nothing, so it uses no transaction number. The function does not record a value that has not the form
+/// of a digest, because no request can look it up.
 const FUNCTION: &str = "
 DECLARE
     old_id text;
@@ -175,20 +177,20 @@ BEGIN
 END
 ";
 
-/// What one role has to run.
+/// The statements that one role has to run.
 struct Part {
-    /// What it must own.
+    /// The object that the role must own.
     what: String,
-    /// Who owns that.
+    /// The role that owns it.
     owner: String,
     statements: Vec<String>,
 }
 
-/// What has to be run, in this order.
+/// The statements of all roles, in the order in which they have to be run.
 struct Script(Vec<Part>);
 
 impl Script {
-    /// For people who run it by other means.
+    /// The script as text, for operators who run it with other tools.
     fn print(&self, name: &SchemaName) -> String {
         let parts = self.0.iter().filter(|part| !part.statements.is_empty());
         let parts = parts.map(|Part { what, owner, statements }| {
@@ -207,26 +209,27 @@ impl Script {
     }
 }
 
-/// Whoever waits for a lock on a table makes everybody wait who comes after, and whoever holds one and is heard of no
-/// more does so for hours: better to give up and be run again.
+/// A statement that waits for a table lock blocks all later statements on that table. A session whose client has
+/// disappeared can keep a lock for hours. So the script gives up early, and the operator can run it again.
 const WAITS: &str = "SET LOCAL lock_timeout = '2s';
 SET LOCAL statement_timeout = '5s';
 SET LOCAL idle_in_transaction_session_timeout = '5s'";
 
-/// What to do about the triggers.
+/// An action on the triggers of the existing table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum AttachAction {
-    /// They are to be there.
+    /// Add the triggers.
     Attach,
-    /// They are to be gone.
+    /// Remove the triggers.
     Detach,
 }
 
-/// Does what `action` says, in one transaction.
+/// Runs `action` in one transaction.
 ///
 /// # Errors
-/// [`StoreError::Unusable`] with everything that keeps the table from being attached; [`StoreError::Schema`] where
-/// our own tables are missing; a right is missing; or the database failed. Nothing was changed then.
+/// [`StoreError::Unusable`]: the message lists all problems that keep the table from being attached, or says that a
+/// right is missing. [`StoreError::Schema`]: our own tables are missing, or of another release. Or the database failed.
+/// Nothing was changed.
 pub(crate) async fn run(
     address: &StoreUrl,
     name: &SchemaName,
@@ -240,12 +243,13 @@ pub(crate) async fn run(
     if let Err(error) = script.run(&mut transaction, name).await {
         return Err(match code(&error).as_deref() {
             Some("42501") => StoreError::Unusable(format!(
-                "{error}: this needs the rights of the owners of {} and of the schema {}; or have each of them run its part of what --print prints",
+                "{error}: run this as a role with the rights of the owners of {} and of the schema {}, or let each \
+                 owner run its part of the output of --print",
                 table.table,
                 name.as_str()
             )),
             Some("55P03" | "57014") => StoreError::Unusable(format!(
-                "{} was in use for too long to be altered: nothing was changed; try again",
+                "timeout: {} was in use for too long, so it could not be altered. Nothing was changed; try again",
                 table.table
             )),
             _ => error.into(),
@@ -256,7 +260,7 @@ pub(crate) async fn run(
     Ok(connection.close().await?)
 }
 
-/// The statements that do what `action` says, for their roles to run.
+/// The statements of `action` as text, grouped by the roles that have to run them.
 ///
 /// # Errors
 /// As [`run`].
@@ -286,7 +290,9 @@ async fn script(
     let tables = schema::postgres::tables(connection, name).await?;
     schema::check(tables, &place)?;
     if tables.is_some_and(|tables| tables.version > schema::VERSION) {
-        return Err(StoreError::Schema(format!("{place} holds tables of a newer release: use that one to {action}")));
+        return Err(StoreError::Schema(format!(
+            "{place} has tables of a newer release: run `trustgate {action}` of that release"
+        )));
     }
     let owner: String = sqlx::query_scalar(in_schema(OWNER, name)).fetch_one(&mut *connection).await?;
     match action {
@@ -314,13 +320,15 @@ async fn attach(
 ) -> Result<Script, StoreError> {
     let Some(home) = &table.table.schema else {
         return Err(StoreError::Unusable(
-            "store.table: name the table with its schema, such as \"public.trust\": what is watched must be what is read"
+            "store.table: write the table with its schema, such as \"public.trust\". Without it, the triggers could be \
+             added to another table than the one that `serve` reads"
                 .into(),
         ));
     };
-    if let Some(other) = another(connection, name, table).await? {
+    if let Some(other) = other_attached(connection, name, table).await? {
         return Err(StoreError::Unusable(format!(
-            "{other} is attached, and only one table can be: name it in store.table and run `trustgate detach` first"
+            "{other} is attached, and only one table can be attached: set store.table to it and run `trustgate detach` \
+             first"
         )));
     }
     let tree = sqlx::query(in_schema(TREE, name)).bind(home).bind(&table.table.name).bind(&[CHANGED, TRUNCATED][..]);
@@ -329,10 +337,10 @@ async fn attach(
     if !problems.is_empty() {
         return Err(StoreError::Unusable(format!("{} cannot be attached:\n  {}", table.table, problems.join("\n  "))));
     }
-    let theirs = sqlx::query(in_schema(THEIRS, name)).bind(home).bind(&table.table.name);
-    let theirs = theirs.fetch_one(&mut *connection).await?;
-    let (owner, is_welcome, is_ours): (String, bool, bool) =
-        (theirs.try_get(0)?, theirs.try_get(1)?, theirs.try_get(2)?);
+    let row = sqlx::query(in_schema(TABLE_OWNER, name)).bind(home).bind(&table.table.name);
+    let row = row.fetch_one(&mut *connection).await?;
+    let (owner, may_use_schema, has_our_rights): (String, bool, bool) =
+        (row.try_get(0)?, row.try_get(1)?, row.try_get(2)?);
 
     let body = table.function().replace("{s}", name.as_str());
     let digest = hex(&Sha256::digest(&body));
@@ -351,13 +359,14 @@ LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $body
             table.identity(),
         ),
     ];
-    // To fire a trigger nobody needs a right on its function. To make one, the table's owner does: now, and whenever the
-    // table gets another part, which gets the trigger by itself. Nobody can call it in any other way.
-    if !is_ours {
+    // A client that fires a trigger needs no right on its function, but the owner of the table needs one to create the
+    // trigger: now, and for each new partition, to which PostgreSQL adds the trigger. The right is harmless, because a
+    // trigger function cannot be called directly.
+    if !has_our_rights {
         first.push(format!("GRANT EXECUTE ON FUNCTION {{s}}.attached_changed() TO {owner}"));
     }
     let mut last = Vec::new();
-    if !is_welcome {
+    if !may_use_schema {
         first.push(format!("GRANT USAGE ON SCHEMA {{s}} TO {owner}"));
         last.push(format!("REVOKE USAGE ON SCHEMA {{s}} FROM {owner}"));
     }
@@ -370,8 +379,8 @@ LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $body
     ]))
 }
 
-/// The table that is attached, if it is another one than `table`.
-async fn another(
+/// The attached table, if it is not `table`.
+async fn other_attached(
     connection: &mut PgConnection,
     name: &SchemaName,
     ExistingTable { table, .. }: &ExistingTable,
@@ -384,8 +393,10 @@ async fn another(
 
 const ATTACHED: &str = "SELECT attached_schema, attached_table FROM {s}.meta";
 
-/// Who owns the table; whether that role may use our schema, and whether it has the rights of the owner of our tables.
-const THEIRS: &str = "SELECT c.relowner::regrole::text, has_schema_privilege(c.relowner, ours.relnamespace, 'USAGE'),
+/// A query for the owner of the table. Further columns: true if that role may use our schema; true if it has the rights
+/// of the owner of our tables.
+const TABLE_OWNER: &str =
+    "SELECT c.relowner::regrole::text, has_schema_privilege(c.relowner, ours.relnamespace, 'USAGE'),
     pg_has_role(c.relowner, ours.relowner, 'USAGE')
  FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
  JOIN pg_class ours ON ours.oid = '{s}.meta'::regclass
@@ -395,8 +406,8 @@ const THEIRS: &str = "SELECT c.relowner::regrole::text, has_schema_privilege(c.r
 const CHANGED: &str = "trustgate_changed";
 const TRUNCATED: &str = "trustgate_truncated";
 
-/// The table and all that inherit from it or are parts of it, parents first; with triggers of those names ($3) that are
-/// somebody else's.
+/// A query for the table and all tables that inherit from it or are its partitions, parents first, each with the
+/// triggers that have one of our names ($3) but do not call our function.
 const TREE: &str = "WITH RECURSIVE tree (oid, depth) AS (
     SELECT c.oid, 0 FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
         WHERE n.nspname = $1 AND c.relname = $2
@@ -410,7 +421,7 @@ const TREE: &str = "WITH RECURSIVE tree (oid, depth) AS (
  FROM tree JOIN pg_class c USING (oid) JOIN pg_namespace n ON n.oid = c.relnamespace ORDER BY tree.depth, c.oid";
 
 fn triggers(tree: &[PgRow], table: &ExistingTable) -> Result<Vec<String>, sqlx::Error> {
-    // All locks in one statement, which has one limit; whoever comes after waits no longer than that.
+    // One statement takes all locks, so that one timeout limits how long later statements of other clients wait.
     let mut statements = vec![format!("LOCK TABLE {} IN SHARE ROW EXCLUSIVE MODE", table.table.sql())];
     for row in tree {
         let (relation, is_partition): (String, bool) = (row.try_get(0)?, row.try_get(1)?);
@@ -419,7 +430,8 @@ fn triggers(tree: &[PgRow], table: &ExistingTable) -> Result<Vec<String>, sqlx::
             (TRUNCATED, format!("TRUNCATE ON {relation}")),
         ];
         for (name, when) in when {
-            // A partition gets that for its rows from the table that it is a part of, and needs no other (`watch.rs`).
+            // A partition gets the row trigger from its parent and needs no truncate trigger
+            // (`change_log/postgres.rs`).
             if !is_partition {
                 let function = "EXECUTE FUNCTION {s}.attached_changed()";
                 statements.push(format!("CREATE OR REPLACE TRIGGER {name} AFTER {when} {function}"));
@@ -432,8 +444,8 @@ fn triggers(tree: &[PgRow], table: &ExistingTable) -> Result<Vec<String>, sqlx::
     Ok(statements)
 }
 
-/// The type of a column of the table, if there is such a column; whether an index finds a row by it, and whether it is
-/// computed when it is read (PostgreSQL 18), so that no trigger sees it.
+/// A query for the type of a column of the table, if the column exists. Further columns: true if an index finds rows by
+/// it; true if it is a virtual generated column (PostgreSQL 18), whose value no trigger sees.
 const COLUMN: &str = "SELECT format_type(a.atttypid, NULL), EXISTS (
         SELECT FROM pg_index i JOIN pg_class x ON x.oid = i.indexrelid JOIN pg_am m ON m.oid = x.relam
         WHERE i.indrelid = a.attrelid AND i.indkey[0] = a.attnum AND i.indisvalid AND m.amname IN ('btree', 'hash')
@@ -443,7 +455,7 @@ const COLUMN: &str = "SELECT format_type(a.atttypid, NULL), EXISTS (
  FROM pg_attribute a JOIN pg_class c ON c.oid = a.attrelid JOIN pg_namespace n ON n.oid = c.relnamespace
  WHERE n.nspname = $1 AND c.relname = $2 AND a.attname = $3 AND a.attnum > 0 AND NOT a.attisdropped";
 
-/// Everything that keeps the table from being attached.
+/// All problems that keep the table from being attached.
 async fn problems(
     connection: &mut PgConnection,
     tree: &[PgRow],
@@ -461,12 +473,14 @@ async fn problems(
         }
         if !["r", "p"].contains(&kind.as_str()) {
             problems.push(format!(
-                "{relation} is a view or a foreign table, of which no trigger sees every change: name the tables behind it, or use freshness.mode = \"ttl\""
+                "{relation} is a view or a foreign table, where triggers do not see every change: set store.table to \
+                 the table behind it, or use freshness.mode = \"ttl\""
             ));
         }
         if hides_rows {
             problems.push(format!(
-                "{relation} has row level security: what a policy shows may change without any change of a row"
+                "{relation} has row level security, and a policy can show other rows without a change of any row: \
+                 disable it for this table"
             ));
         }
     }
@@ -488,17 +502,19 @@ async fn problems(
             (found.try_get(0)?, found.try_get(1)?, found.try_get(2)?);
         if is_virtual {
             problems.push(format!(
-                "column {} (store.table_{purpose}) is computed when it is read, which no trigger sees: make it GENERATED ALWAYS AS (...) STORED",
+                "column {} (store.table_{purpose}) is computed when it is read, so no trigger sees its changes: make \
+                 it GENERATED ALWAYS AS (...) STORED",
                 column.sql()
             ));
         }
         if !expected.contains(&of.as_str()) {
             let expected = expected.join(" or ");
-            problems.push(format!("column {} (store.table_{purpose}) is of type {of}, not {expected}", column.sql()));
+            problems.push(format!("column {} (store.table_{purpose}) has type {of}, not {expected}", column.sql()));
         }
         if ["id", "digest"].contains(&purpose) && !is_indexed {
             problems.push(format!(
-                "no index of all rows begins with column {0} (store.table_{purpose}), so that every read would go through the whole table: CREATE INDEX CONCURRENTLY ON {1} ({0})",
+                "no index of all rows begins with column {0} (store.table_{purpose}), so every read would scan the \
+                 whole table: run CREATE INDEX CONCURRENTLY ON {1} ({0})",
                 column.sql(),
                 table.table.sql()
             ));
@@ -507,7 +523,8 @@ async fn problems(
     Ok(problems)
 }
 
-/// The triggers that call our function, wherever they are by now: for each owner the tables, and what drops them.
+/// A query for the triggers that call our function, on any table: for each owner, the tables and the statements that
+/// drop the triggers.
 const TRIGGERS: &str = "SELECT owner, string_agg(DISTINCT relation, ', '),
     array_agg(format('DROP TRIGGER %I ON %s', tgname, relation) ORDER BY relation, tgname)
  FROM (
@@ -522,9 +539,9 @@ async fn detach(
     table: &ExistingTable,
     ours: String,
 ) -> Result<Script, StoreError> {
-    if let Some(other) = another(connection, name, table).await? {
+    if let Some(other) = other_attached(connection, name, table).await? {
         return Err(StoreError::Unusable(format!(
-            "{other} is attached, and not {}: name it in store.table",
+            "{other} is attached, and not {}: set store.table to the attached table",
             table.table
         )));
     }
@@ -536,9 +553,9 @@ async fn detach(
         statements.extend(drops);
         parts.push(Part { what: "the table".to_owned(), owner, statements });
     }
-    let nothing = "attached_schema = NULL, attached_table = NULL, attached_digest = NULL, attached_identity = NULL";
+    let cleared = "attached_schema = NULL, attached_table = NULL, attached_digest = NULL, attached_identity = NULL";
     let statements = vec![
-        format!("UPDATE {{s}}.meta SET {nothing} WHERE attached_identity IS NOT NULL"),
+        format!("UPDATE {{s}}.meta SET {cleared} WHERE attached_identity IS NOT NULL"),
         "DROP FUNCTION IF EXISTS {s}.attached_changed()".to_owned(),
     ];
     parts.push(Part { what: format!("the schema {}", name.as_str()), owner: ours, statements });

@@ -1,7 +1,7 @@
-//! The trusts and keys of one database into another, as they are: ids, digests, states and times. Whoever holds a key goes
-//! on using it.
+//! Copies all trusts and keys from one database to another, with their ids, digests, states and times, so that clients
+//! can keep using their keys.
 //!
-//! Never copies what belongs to a database itself: its versions and history, the key of Redis values, its audit.
+//! Does not copy the data that belongs to one database only: versions and lineage, the MAC key for Redis, the audit.
 
 use serde_json::json;
 
@@ -19,67 +19,69 @@ use crate::{
     },
 };
 
-/// From where to where; `None` is what the configuration names for management.
+/// The source and the target. `None` is the database that the configuration sets for management.
 #[derive(Debug)]
 pub struct Ends {
-    /// The URL that is copied from.
+    /// The URL of the source.
     pub from: Option<Secret>,
-    /// The URL that is copied to.
+    /// The URL of the target.
     pub to: Option<Secret>,
 }
 
-/// What was copied.
+/// The result of a copy.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Copied {
-    /// From where, in words without secrets.
+    /// A description of the source, without secrets.
     pub from: String,
-    /// To where, in words without secrets.
+    /// A description of the target, without secrets.
     pub to: String,
-    /// How many trusts.
+    /// The number of trusts copied.
     pub trusts: u64,
-    /// How many keys.
+    /// The number of keys copied.
     pub keys: u64,
 }
 
 /// Why nothing was copied.
 #[derive(Debug, thiserror::Error)]
 pub enum CopyError {
-    /// What is copied from cannot be used or read.
+    /// The source cannot be used or read.
     #[error("cannot copy from {place}: {error}")]
     From {
-        /// In words.
+        /// A description of the source, without secrets.
         place: String,
-        /// Why.
+        /// The cause.
         error: StoreError,
     },
-    /// What is copied to cannot be used or written.
+    /// The target cannot be used or written.
     #[error("cannot copy to {place}: {error}")]
     To {
-        /// In words.
+        /// A description of the target, without secrets.
         place: String,
-        /// Why.
+        /// The cause.
         error: StoreError,
     },
-    /// An end that cannot be, as it was written.
+    /// The configuration or a given URL rules out the copy.
     #[error(transparent)]
     Unusable(#[from] StoreError),
-    /// There are trusts already where it should go.
-    #[error("cannot copy to {place}: it holds trusts already ({trusts}), and only an empty one is filled")]
+    /// The target already contains trusts.
+    #[error("cannot copy to {place}: it already contains trusts ({trusts}). Copy to a database without trusts")]
     NotEmpty {
-        /// In words.
+        /// A description of the target, without secrets.
         place: String,
-        /// How many.
+        /// The number of trusts in it.
         trusts: usize,
     },
 }
 
-/// Copies every trust and key, in one transaction at either end: of one moment, and all or nothing. The tables must be
-/// there, and hold no trust yet at the other end. `progress` hears how many keys of how many are copied.
-///
-/// Cancel safe: nothing was copied then.
+/// Copies every trust and key, in one transaction on each side: the copy is a consistent snapshot, and all or nothing.
+/// Both databases must have our tables, and the target must contain no trusts. `progress` receives the number of keys
+/// copied so far and the total.
 ///
 /// # Errors
-/// [`CopyError`]; nothing was copied then.
+/// [`CopyError`]; nothing was copied.
+///
+/// # Cancel safety
+/// Safe: if the future is dropped before the commit, the target rolls back, and nothing is copied.
 pub async fn copy(
     settings: &StoreSettings,
     ends: Ends,
@@ -103,7 +105,7 @@ pub async fn copy(
     let mut target = open_tables(&to, settings, env).await.map_err(to_failed)?;
     source.begin(TxMode::Read).await.map_err(|error| from_failed(error.into()))?;
     target.begin(TxMode::Change).await.map_err(|error| to_failed(error.into()))?;
-    // Where this is left early, the connections close, which undoes what was begun.
+    // An early return drops the connections, and the databases roll the transactions back.
     let present = target.trusts(None).await.map_err(|error| to_failed(target.explain(error)))?;
     if !present.is_empty() {
         return Err(CopyError::NotEmpty { place: to_place.clone(), trusts: present.len() });
@@ -116,12 +118,12 @@ pub async fn copy(
     let total = trusts.iter().map(|trust| trust.keys).sum();
     target.put_trusts(&trusts).await.map_err(|error| to_failed(target.explain(error)))?;
     copied.trusts = trusts.len() as u64;
-    let mut behind = None;
+    let mut last_id = None;
     loop {
         progress(copied.keys, total);
-        let keys = source.stored_keys(behind, BATCH).await.map_err(|error| from_failed(error.into()))?;
+        let keys = source.stored_keys(last_id, BATCH).await.map_err(|error| from_failed(error.into()))?;
         let Some(last) = keys.last() else { break };
-        behind = Some(last.key.id);
+        last_id = Some(last.key.id);
         target.put_keys(&keys).await.map_err(|error| to_failed(target.explain(error)))?;
         copied.keys += keys.len() as u64;
     }

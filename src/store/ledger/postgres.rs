@@ -1,4 +1,4 @@
-//! The statements of management on PostgreSQL.
+//! The SQL statements of management on PostgreSQL.
 
 use std::time::Duration;
 
@@ -32,17 +32,17 @@ use crate::{
 /// One connection to a PostgreSQL database, and the schema of our tables.
 pub(crate) struct PostgresTables {
     connection: PgConnection,
-    /// The schema.
+    /// The schema of our tables.
     schema: SchemaName,
-    /// Where another connection finds out who holds up this one.
+    /// The database, for a second connection that finds out which processes block this one.
     address: StoreUrl,
-    /// The server process of the present transaction.
+    /// The server process of the current transaction.
     pid: Option<i32>,
-    /// Who held up the last statement that took long.
+    /// The processes that blocked the last slow statement, as text.
     blockers: Option<String>,
 }
 
-/// Connects to the database, which must hold our tables.
+/// Connects to the database and checks that it has our tables.
 pub(crate) async fn open(
     address: &StoreUrl,
     schema: &SchemaName,
@@ -57,14 +57,15 @@ pub(crate) async fn open(
 type Prepared<'q> = sqlx::query::Query<'q, sqlx::Postgres, PgArguments>;
 
 impl PostgresTables {
-    /// A statement of ours. Not kept by name on the server: the next transaction may run on another one.
+    /// A statement for our schema. It is not a named prepared statement, because a pooler may run the next transaction
+    /// on another server connection.
     fn query<'q>(&self, sql: &str) -> Prepared<'q> {
         sqlx::query(in_schema(sql, &self.schema)).persistent(false)
     }
 
     async fn rows(&mut self, query: Prepared<'_>) -> Result<Vec<PgRow>, sqlx::Error> {
         let Self { connection, address, pid, blockers, .. } = self;
-        blocked::watched(address, *pid, blockers, connection.fetch_all(query)).await
+        blocked::with_blockers(address, *pid, blockers, connection.fetch_all(query)).await
     }
 
     async fn one(&mut self, query: Prepared<'_>) -> Result<PgRow, sqlx::Error> {
@@ -73,7 +74,7 @@ impl PostgresTables {
 
     async fn change(&mut self, query: Prepared<'_>) -> Result<u64, sqlx::Error> {
         let Self { connection, address, pid, blockers, .. } = self;
-        Ok(blocked::watched(address, *pid, blockers, connection.execute(query)).await?.rows_affected())
+        Ok(blocked::with_blockers(address, *pid, blockers, connection.execute(query)).await?.rows_affected())
     }
 }
 
@@ -95,10 +96,10 @@ impl LedgerBackend for PostgresTables {
     }
 
     async fn commit(&mut self) -> Result<(), sqlx::Error> {
-        // The version is drawn here, one after the other.
+        // The trigger `trustgate_stamp` runs here. It assigns versions one transaction at a time, so a commit may wait.
         let Self { connection, address, pid, blockers, .. } = self;
         let commit = connection.execute(sqlx::raw_sql("COMMIT"));
-        blocked::watched(address, *pid, blockers, commit).await.map(drop)
+        blocked::with_blockers(address, *pid, blockers, commit).await.map(drop)
     }
 
     async fn rollback(&mut self) -> Result<(), sqlx::Error> {
@@ -110,7 +111,7 @@ impl LedgerBackend for PostgresTables {
         self.one(query).await?.try_get(0)
     }
 
-    async fn hold_trust(&mut self, which: &TrustRef) -> Result<(), sqlx::Error> {
+    async fn lock_trust(&mut self, which: &TrustRef) -> Result<(), sqlx::Error> {
         let query = match which {
             TrustRef::Id(id) => self.query("SELECT FROM {s}.trust WHERE id = $1 FOR UPDATE").bind(id.0),
             TrustRef::Name(name) => self.query("SELECT FROM {s}.trust WHERE name = $1 FOR UPDATE").bind(name.clone()),
@@ -170,10 +171,10 @@ impl LedgerBackend for PostgresTables {
         self.rows(query).await?.iter().map(rows::key).collect()
     }
 
-    async fn stored_keys(&mut self, behind: Option<KeyId>, count_max: usize) -> Result<Vec<StoredKey>, sqlx::Error> {
+    async fn stored_keys(&mut self, after: Option<KeyId>, count_max: usize) -> Result<Vec<StoredKey>, sqlx::Error> {
         let sql = select_keys(", encode(k.digest, 'hex')", "$1 IS NULL OR k.id > $1", "k.id LIMIT $2");
         let count_max = i64::try_from(count_max).unwrap_or(i64::MAX);
-        let query = self.query(&sql).bind(behind.map(|id| id.0)).bind(count_max);
+        let query = self.query(&sql).bind(after.map(|id| id.0)).bind(count_max);
         self.rows(query).await?.iter().map(rows::stored_key).collect()
     }
 
@@ -224,7 +225,7 @@ impl LedgerBackend for PostgresTables {
     }
 
     async fn insert_keys(&mut self, trust: TrustId, keys: &[NewKey]) -> Result<u64, sqlx::Error> {
-        // One statement for all: a column is an array, and the lists within travel as JSON.
+        // One statement inserts all keys: each column is passed as an array, and a list inside a row as JSON.
         let sql = "INSERT INTO {s}.api_key
                 (id, trust_id, digest, scheme, pepper_fingerprint, hint, name, scopes, allowed_cidrs, not_before, expires_at)
              SELECT n.id, $1, n.digest, n.scheme, n.pepper, n.hint, n.name,
@@ -310,14 +311,14 @@ impl LedgerBackend for PostgresTables {
     }
 
     fn explain(&self, error: sqlx::Error) -> StoreError {
-        // 55P03: no lock in time.
+        // 55P03 (lock_not_available): `lock_timeout` has passed.
         if code(&error).as_deref() != Some("55P03") {
             return error.into();
         }
         let blockers = self.blockers.as_deref().filter(|blockers| !blockers.is_empty());
         StoreError::Blocked {
             waited: LOCK_TIMEOUT,
-            blockers: blockers.unwrap_or("nobody any longer, or it could not be found out").to_owned(),
+            blockers: blockers.unwrap_or("an unknown process (it is gone, or could not be looked up)").to_owned(),
         }
     }
 }
@@ -330,7 +331,7 @@ fn column<T, V>(rows: &[T], value: impl Fn(&T) -> V) -> Vec<V> {
     rows.iter().map(value).collect()
 }
 
-/// The columns of a key as management sees it, then those of `more`.
+/// A query for the columns that `rows::key` reads, followed by those in `more`.
 fn select_keys(more: &str, condition: &str, order: &str) -> String {
     format!(
         "SELECT k.id::text, t.id::text, t.name, t.enabled::int::bigint, k.hint, k.scheme::bigint, k.name,

@@ -1,6 +1,6 @@
-//! [`Ledger`] over either database: what a change consists of, and in which order. The statements are the adapters'.
+//! [`Ledger`] for both databases: the steps of each operation and their order. The adapters contain the SQL statements.
 //!
-//! Every change and its audit entry are one transaction. The audit never holds a key or a digest.
+//! A change and its audit entry are one transaction. Audit entries contain neither keys nor digests.
 
 use std::collections::HashSet;
 
@@ -14,69 +14,69 @@ use crate::{
     store::error::StoreError,
 };
 
-/// What a transaction is for.
+/// The access that a transaction needs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum TxMode {
-    /// Nothing changes. All statements see the same moment.
+    /// Reads only. All statements see one snapshot.
     Read,
-    /// Something changes: SQLite takes its write lock at once.
+    /// Reads and writes. SQLite takes its write lock at the start.
     Change,
 }
 
-/// Which keys are meant.
+/// Selects keys.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum KeyFilter<'a> {
-    /// All of them.
+    /// Every key.
     All,
-    /// Those of a trust.
+    /// The keys of a trust.
     Of(TrustId),
-    /// One, by its id.
+    /// The key with this id.
     Id(KeyId),
-    /// Those stored under one of the digests.
+    /// The keys stored under one of these digests.
     Digests(&'a Digests),
 }
 
-/// A key with all that is stored of it.
+/// A key with its digest, for copying.
 #[derive(Debug)]
 pub(crate) struct StoredKey {
-    /// What management sees of it.
+    /// The key, as management shows it.
     pub(crate) key: Key,
     /// Its digest.
     pub(crate) digest: ApiKeyDigest,
 }
 
-/// One connection and the statements that management needs. All run inside a transaction.
+/// One connection and the statements that management needs. The caller runs them inside a transaction.
 #[async_trait]
 pub(crate) trait LedgerBackend: Send + Sync {
     async fn begin(&mut self, mode: TxMode) -> Result<(), sqlx::Error>;
     async fn commit(&mut self) -> Result<(), sqlx::Error>;
     async fn rollback(&mut self) -> Result<(), sqlx::Error>;
-    /// The database's time, in microseconds.
+    /// The database's time, in microseconds since the Unix epoch.
     async fn now(&mut self) -> Result<i64, sqlx::Error>;
-    /// Keeps others from changing this trust, or adding keys to it, until the transaction ends.
-    async fn hold_trust(&mut self, which: &TrustRef) -> Result<(), sqlx::Error>;
-    /// One trust, or all of them by name.
+    /// Locks the trust until the transaction ends: other transactions can neither change it nor add keys to it.
+    async fn lock_trust(&mut self, which: &TrustRef) -> Result<(), sqlx::Error>;
+    /// One trust, or all trusts ordered by name.
     async fn trusts(&mut self, which: Option<&TrustRef>) -> Result<Vec<Trust>, sqlx::Error>;
-    /// False where the name is taken.
+    /// Returns false if the name is taken.
     async fn insert_trust(&mut self, id: TrustId, name: &str) -> Result<bool, sqlx::Error>;
     async fn set_enabled(&mut self, id: TrustId, enabled: bool) -> Result<(), sqlx::Error>;
     async fn delete_trust(&mut self, id: TrustId) -> Result<(), sqlx::Error>;
     async fn delete_keys(&mut self, trust: TrustId) -> Result<(), sqlx::Error>;
-    /// The newest first.
+    /// The selected keys, newest first.
     async fn keys(&mut self, which: KeyFilter<'_>) -> Result<Vec<Key>, sqlx::Error>;
-    /// The next keys by their ids, behind this one, at most so many.
-    async fn stored_keys(&mut self, behind: Option<KeyId>, count_max: usize) -> Result<Vec<StoredKey>, sqlx::Error>;
-    /// Stores trusts as they are. Fails where one is there already.
+    /// At most `count_max` keys in the order of their ids, starting after the id `after`.
+    async fn stored_keys(&mut self, after: Option<KeyId>, count_max: usize) -> Result<Vec<StoredKey>, sqlx::Error>;
+    /// Inserts copies of trusts. Fails if one of them exists.
     async fn put_trusts(&mut self, trusts: &[Trust]) -> Result<(), sqlx::Error>;
-    /// Stores keys as they are. Fails where one is there already.
+    /// Inserts copies of keys. Fails if one of them exists.
     async fn put_keys(&mut self, keys: &[StoredKey]) -> Result<(), sqlx::Error>;
-    /// How many were stored; those whose digest is taken are left out.
+    /// Inserts new keys, except those whose digest is stored already. Returns the number of inserted keys.
     async fn insert_keys(&mut self, trust: TrustId, keys: &[NewKey]) -> Result<u64, sqlx::Error>;
-    /// Those of `digests` that keys are stored under.
+    /// The subset of `digests` under which keys are stored.
     async fn stored_digests(&mut self, digests: &[ApiKeyDigest]) -> Result<Vec<ApiKeyDigest>, sqlx::Error>;
-    /// False where it was revoked before, or is not there.
+    /// Returns false if the key is already revoked or does not exist.
     async fn revoke_key(&mut self, id: KeyId) -> Result<bool, sqlx::Error>;
-    /// Draws a version "everything changed" with this transaction.
+    /// Gives this transaction a version "everything changed".
     async fn change_everything(&mut self) -> Result<(), sqlx::Error>;
     /// Records this pepper if none is recorded. Returns the recorded pepper. With `None`, only reads it.
     async fn hold_pepper(&mut self, pepper: Option<Fingerprint>) -> Result<Option<Fingerprint>, sqlx::Error>;
@@ -84,10 +84,10 @@ pub(crate) trait LedgerBackend: Send + Sync {
     async fn use_pepper(&mut self, pepper: Fingerprint) -> Result<Option<Fingerprint>, sqlx::Error>;
     /// The newest version.
     async fn newest(&mut self) -> Result<i64, sqlx::Error>;
-    /// Replicas that may still grant what they hold.
+    /// Replicas that may still grant keys from their caches.
     async fn replicas(&mut self) -> Result<Vec<Replica>, sqlx::Error>;
     async fn insert_audit(&mut self, actor: &Actor, entry: &AuditEntry) -> Result<(), sqlx::Error>;
-    /// What a failed statement of this transaction means.
+    /// Translates the error of a failed statement of this transaction.
     fn explain(&self, error: sqlx::Error) -> StoreError {
         error.into()
     }
@@ -96,7 +96,8 @@ pub(crate) trait LedgerBackend: Send + Sync {
 /// [`Ledger`] on one connection.
 pub(crate) struct SqlLedger {
     tables: Box<dyn LedgerBackend>,
-    /// A transaction was begun and not seen to end: a call was dropped in the middle.
+    /// True while a transaction is open. Still true at the start of the next call if a call was cancelled or its
+    /// rollback failed.
     open: bool,
 }
 
@@ -113,7 +114,7 @@ impl SqlLedger {
         Ok(self.tables.begin(mode).await?)
     }
 
-    /// Commits what went well and undoes what did not.
+    /// Commits if `outcome` is `Ok`, else rolls back. Returns `outcome`, or the error of the commit.
     async fn end<R>(&mut self, outcome: Result<R, StoreError>) -> Result<R, StoreError> {
         match outcome {
             Ok(done) => {
@@ -122,7 +123,7 @@ impl SqlLedger {
                 Ok(done)
             }
             Err(error) => {
-                // The error to tell is the first one; should undoing fail as well, the next call tries again.
+                // Return the first error. If the rollback also fails, the next call to `begin` repeats it.
                 self.open = self.tables.rollback().await.is_err();
                 Err(match error {
                     StoreError::Database(error) => self.tables.explain(error),
@@ -133,7 +134,7 @@ impl SqlLedger {
     }
 }
 
-/// Keys stored with one statement.
+/// The maximum number of keys in one statement.
 pub(crate) const BATCH: usize = 1_000;
 
 #[async_trait]
@@ -220,7 +221,7 @@ impl Ledger for SqlLedger {
     async fn newest(&mut self) -> Result<Version, StoreError> {
         self.begin(TxMode::Read).await?;
         let outcome = self.tables.newest().await.map_err(StoreError::from);
-        Ok(Version(self.end(outcome).await?.cast_unsigned())) // versions start at 1 and rise
+        Ok(Version(self.end(outcome).await?.cast_unsigned())) // versions are positive
     }
 
     async fn replicas(&mut self) -> Result<Vec<Replica>, StoreError> {
@@ -236,7 +237,7 @@ impl Ledger for SqlLedger {
     }
 }
 
-// === the changes, each inside a transaction ===
+// === the steps of the operations, inside a transaction ===
 
 async fn one_trust(tables: &mut dyn LedgerBackend, which: &TrustRef) -> Result<Trust, StoreError> {
     let found = tables.trusts(Some(which)).await?.into_iter().next();
@@ -248,8 +249,8 @@ async fn one_trust(tables: &mut dyn LedgerBackend, which: &TrustRef) -> Result<T
     })
 }
 
-async fn held_trust(tables: &mut dyn LedgerBackend, which: &TrustRef) -> Result<Trust, StoreError> {
-    tables.hold_trust(which).await?;
+async fn locked_trust(tables: &mut dyn LedgerBackend, which: &TrustRef) -> Result<Trust, StoreError> {
+    tables.lock_trust(which).await?;
     one_trust(tables, which).await
 }
 
@@ -277,9 +278,9 @@ async fn enable_trust(
     which: &TrustRef,
     enabled: bool,
 ) -> Result<Trust, StoreError> {
-    let before = held_trust(tables, which).await?;
+    let before = locked_trust(tables, which).await?;
     if before.enabled == enabled {
-        return Ok(before); // nothing changed, so there is nothing to note
+        return Ok(before); // no change, so no audit entry
     }
     tables.set_enabled(before.id, enabled).await?;
     let after = Trust { enabled, ..before.clone() };
@@ -294,7 +295,7 @@ async fn delete_trust(
     which: &TrustRef,
     with_keys: bool,
 ) -> Result<Trust, StoreError> {
-    let trust = held_trust(tables, which).await?;
+    let trust = locked_trust(tables, which).await?;
     if trust.keys > 0 {
         if !with_keys {
             return Err(StoreError::HasKeys(trust.keys));
@@ -312,11 +313,12 @@ async fn add_key(
     trust: &TrustRef,
     key: &NewKey,
 ) -> Result<Key, StoreError> {
-    let trust = held_trust(tables, trust).await?;
+    let trust = locked_trust(tables, trust).await?;
     check_pepper(tables, key.made).await?;
     if tables.insert_keys(trust.id, std::slice::from_ref(key)).await? == 0 {
         let digests = Digests { current: key.digest, older: Vec::new() };
-        // Deleted between the two statements: then its id is not known, but nothing was stored either.
+        // If another transaction deletes the stored key before this query, its id is unknown: report the id of the new
+        // key.
         let taken = tables.keys(KeyFilter::Digests(&digests)).await?.into_iter().next();
         return Err(StoreError::DigestTaken(taken.map_or(key.id, |taken| taken.id)));
     }
@@ -344,8 +346,8 @@ async fn use_pepper(
 ) -> Result<Option<Fingerprint>, StoreError> {
     let before = tables.use_pepper(pepper).await?;
     if before != Some(pepper) {
-        let named = |pepper: Fingerprint| json!({ "fingerprint": pepper.to_string() });
-        note(tables, actor, "pepper.use", "pepper", before.map(named), Some(named(pepper))).await?;
+        let pepper_json = |pepper: Fingerprint| json!({ "fingerprint": pepper.to_string() });
+        note(tables, actor, "pepper.use", "pepper", before.map(pepper_json), Some(pepper_json(pepper))).await?;
     }
     Ok(before)
 }
@@ -356,8 +358,8 @@ async fn import_keys(
     trust: &TrustRef,
     keys: &[NewKey],
 ) -> Result<u64, StoreError> {
-    let trust = held_trust(tables, trust).await?;
-    // All keys of one import are made in the same way.
+    let trust = locked_trust(tables, trust).await?;
+    // The digests of one import are all computed in the same way, so one check is enough.
     if let Some(first) = keys.first() {
         check_pepper(tables, first.made).await?;
     }
@@ -368,7 +370,8 @@ async fn import_keys(
             stored += tables.insert_keys(trust.id, batch).await?;
             continue;
         }
-        // A key that stood there twice could be revoked once, and go on under its other digest.
+        // Skip keys that are stored under an older digest. Otherwise one key would have two rows, and revoking one of
+        // them would leave the key valid through the other.
         let known: HashSet<_> = tables.stored_digests(&older).await?.into_iter().collect();
         let new: Vec<_> = batch.iter().filter(|key| !key.older.iter().any(|digest| known.contains(digest))).collect();
         stored += tables.insert_keys(trust.id, &new.into_iter().cloned().collect::<Vec<_>>()).await?;
@@ -389,7 +392,7 @@ async fn keys(tables: &mut dyn LedgerBackend, trust: Option<&TrustRef>) -> Resul
 async fn revoke_key(tables: &mut dyn LedgerBackend, actor: &Actor, id: KeyId) -> Result<Key, StoreError> {
     let before = one_key(tables, id).await?;
     if !tables.revoke_key(id).await? {
-        return one_key(tables, id).await; // revoked before, perhaps a moment ago by somebody else
+        return one_key(tables, id).await; // already revoked, perhaps by a concurrent transaction
     }
     let after = one_key(tables, id).await?;
     note(tables, actor, "key.revoke", id, Some(key_json(&before)), Some(key_json(&after))).await?;
@@ -401,6 +404,7 @@ async fn clear_caches(tables: &mut dyn LedgerBackend, actor: &Actor) -> Result<(
     Ok(note(tables, actor, "cache.clear", "everything", None, None).await?)
 }
 
+/// Writes an audit entry.
 pub(crate) async fn note(
     tables: &mut dyn LedgerBackend,
     actor: &Actor,
@@ -416,7 +420,7 @@ pub(crate) async fn note(
 fn trust_json(trust: &Trust) -> Value {
     let Trust { id, name, enabled, created_at, keys } = trust;
     json!({
-        "id": id.to_string(), "name": name, "enabled": enabled, "created_at": written(*created_at), "keys": keys,
+        "id": id.to_string(), "name": name, "enabled": enabled, "created_at": time_json(*created_at), "keys": keys,
     })
 }
 
@@ -425,14 +429,14 @@ fn key_json(key: &Key) -> Value {
     let cidrs: Vec<String> = key.allowed_cidrs.iter().map(ToString::to_string).collect();
     json!({
         "id": id.to_string(), "trust_id": trust_id.to_string(), "hint": hint, "scheme": scheme.as_str(), "name": name,
-        "scopes": scopes, "allowed_cidrs": cidrs, "created_at": written(key.created_at),
-        "not_before": key.not_before.map(written), "expires_at": key.expires_at.map(written),
-        "revoked_at": key.revoked_at.map(written),
+        "scopes": scopes, "allowed_cidrs": cidrs, "created_at": time_json(key.created_at),
+        "not_before": key.not_before.map(time_json), "expires_at": key.expires_at.map(time_json),
+        "revoked_at": key.revoked_at.map(time_json),
     })
 }
 
-/// A time as people write it; as a number of microseconds where it lies outside the calendar.
-fn written(time: DatabaseTime) -> Value {
+/// A time in RFC 3339 format, or the number of microseconds since the Unix epoch if the format cannot represent it.
+fn time_json(time: DatabaseTime) -> Value {
     let format = &time::format_description::well_known::Rfc3339;
     time::OffsetDateTime::from_unix_timestamp_nanos(i128::from(time.micros()) * 1_000)
         .ok()

@@ -1,4 +1,4 @@
-//! The statements of management on SQLite.
+//! The SQL statements of management on SQLite.
 
 use std::path::{Path, PathBuf};
 
@@ -22,14 +22,14 @@ use crate::{
     },
 };
 
-/// One connection to an SQLite file that holds our tables.
+/// One connection to an SQLite file with our tables.
 pub(crate) struct SqliteTables {
     connection: SqliteConnection,
     path: PathBuf,
     files: file::Files,
 }
 
-/// Opens the database at `path`, which must exist and hold our tables.
+/// Opens the database at `path`, which must exist and contain our tables.
 pub(crate) async fn open(path: &Path) -> Result<SqliteTables, StoreError> {
     file::prepare(path, Missing::Refuse)?;
     let mut files = file::Files::before_connect(path).map_err(sqlx::Error::Io)?;
@@ -53,21 +53,22 @@ impl LedgerBackend for SqliteTables {
     async fn begin(&mut self, mode: TxMode) -> Result<(), sqlx::Error> {
         let begin = match mode {
             TxMode::Read => "BEGIN",
-            // With the write lock from the start, nobody else can come between a look and the change made on it.
+            // Taking the write lock at the start keeps other connections from writing between our reads and our writes.
             TxMode::Change => "BEGIN IMMEDIATE",
         };
         self.connection.execute(begin).await.map(drop)
     }
 
     async fn commit(&mut self) -> Result<(), sqlx::Error> {
-        // A change to other files than those that the server has open would be reported as done, and lost.
+        // If another file has replaced the database at this path, a commit to the old file would be lost, although we
+        // would report success.
         self.files.verify(&self.path)?;
         self.connection.execute("COMMIT").await.map(drop)
     }
 
     async fn rollback(&mut self) -> Result<(), sqlx::Error> {
         match self.connection.execute("ROLLBACK").await {
-            // SQLite undoes a transaction by itself after some errors, and one whose BEGIN failed never was.
+            // SQLite rolls back by itself after some errors, and after a failed BEGIN there is no transaction.
             Err(sqlx::Error::Database(error)) if error.message().contains("no transaction is active") => Ok(()),
             outcome => outcome.map(drop),
         }
@@ -77,8 +78,8 @@ impl LedgerBackend for SqliteTables {
         self.connection.fetch_one(sqlx::query(AssertSqlSafe(format!("SELECT {NOW}")))).await?.try_get(0)
     }
 
-    async fn hold_trust(&mut self, _which: &TrustRef) -> Result<(), sqlx::Error> {
-        Ok(()) // the transaction holds the whole database
+    async fn lock_trust(&mut self, _which: &TrustRef) -> Result<(), sqlx::Error> {
+        Ok(()) // `BEGIN IMMEDIATE` has locked the whole database
     }
 
     async fn trusts(&mut self, which: Option<&TrustRef>) -> Result<Vec<Trust>, sqlx::Error> {
@@ -130,10 +131,10 @@ impl LedgerBackend for SqliteTables {
         self.connection.fetch_all(query).await?.iter().map(rows::key).collect()
     }
 
-    async fn stored_keys(&mut self, behind: Option<KeyId>, count_max: usize) -> Result<Vec<StoredKey>, sqlx::Error> {
+    async fn stored_keys(&mut self, after: Option<KeyId>, count_max: usize) -> Result<Vec<StoredKey>, sqlx::Error> {
         let sql = select_keys(", hex(k.digest)", "k.id > ?", "k.id LIMIT ?");
-        let behind = behind.map_or_else(String::new, |id| id.to_string());
-        let query = sqlx::query(AssertSqlSafe(sql)).bind(behind).bind(i64::try_from(count_max).unwrap_or(i64::MAX));
+        let after = after.map_or_else(String::new, |id| id.to_string());
+        let query = sqlx::query(AssertSqlSafe(sql)).bind(after).bind(i64::try_from(count_max).unwrap_or(i64::MAX));
         self.connection.fetch_all(query).await?.iter().map(rows::stored_key).collect()
     }
 
@@ -257,7 +258,7 @@ fn bytes(fingerprint: Fingerprint) -> Vec<u8> {
     fingerprint.0.to_vec()
 }
 
-/// The columns of a key as management sees it, then those of `more`.
+/// A query for the columns that `rows::key` reads, followed by those in `more`.
 fn select_keys(more: &str, condition: &str, order: &str) -> String {
     format!(
         "SELECT k.id, t.id, t.name, t.enabled, k.hint, k.scheme, k.name, k.scopes, k.allowed_cidrs, k.created_at,

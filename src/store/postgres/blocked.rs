@@ -1,6 +1,6 @@
-//! Who holds up a statement of management.
+//! Finds the database sessions that block a statement of management.
 //!
-//! Says which process it is and what it does, never its statement: that may hold what nobody else may see.
+//! Reports their server processes and states, but not their statements, which may contain confidential values.
 
 use std::{convert::Infallible, future::pending, time::Duration};
 
@@ -10,21 +10,22 @@ use tokio::time::sleep;
 use super::connect_within;
 use crate::store::url::StoreUrl;
 
-/// How long a statement may take before somebody looks who holds it up. The rest of [`LOCK_TIMEOUT`] is for looking.
-const PATIENCE: Duration = Duration::from_secs(1);
-/// How long a statement of management waits for a lock. Whoever waits longer only lengthens the queue behind.
+/// How long a statement may take before this module looks for the sessions that block it. The rest of [`LOCK_TIMEOUT`]
+/// is left for that search.
+const SEARCH_DELAY: Duration = Duration::from_secs(1);
+/// How long a statement of management waits for a lock. While it waits, later statements queue behind it.
 pub(crate) const LOCK_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Runs `work` on the connection whose server process is `pid`. Should that take long, puts into `found` who holds it
-/// up, in words.
-pub(crate) async fn watched<T>(
+/// Runs `work` on the connection whose server process is `pid`. If it takes longer than [`SEARCH_DELAY`], describes the
+/// sessions that block it in `found`.
+pub(crate) async fn with_blockers<T>(
     address: &StoreUrl,
     pid: Option<i32>,
     found: &mut Option<String>,
     work: impl Future<Output = T>,
 ) -> T {
     let look = async {
-        sleep(PATIENCE).await;
+        sleep(SEARCH_DELAY).await;
         if let Some(pid) = pid {
             *found = blockers(address, pid).await.ok();
         }
@@ -38,7 +39,7 @@ pub(crate) async fn watched<T>(
 }
 
 async fn blockers(address: &StoreUrl, pid: i32) -> Result<String, sqlx::Error> {
-    let mut connection = connect_within(address, PATIENCE).await?;
+    let mut connection = connect_within(address, SEARCH_DELAY).await?;
     let sql = "SELECT b.pid, a.application_name, a.state, extract(epoch FROM clock_timestamp() - a.xact_start)::bigint
          FROM unnest(pg_blocking_pids($1)) AS b (pid) LEFT JOIN pg_stat_activity a ON a.pid = b.pid";
     let rows = sqlx::query(sql).persistent(false).bind(pid).fetch_all(&mut connection).await?;

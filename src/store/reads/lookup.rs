@@ -1,6 +1,7 @@
-//! What the check path holds of the store: reads, each dated by the statement that made it.
+//! The interface between checks and the store: reads, each with the database version at which its statement ran.
 //!
-//! Writes only heartbeats and, through one function, the fingerprints of peppers; and prunes old versions.
+//! It cannot change trusts and keys, except that it records the pepper that a key was made under. Its other writes are
+//! heartbeats, versions that say "everything changed", a new incarnation, and the deletion of old versions.
 
 use std::{sync::Arc, time::Duration};
 
@@ -13,160 +14,169 @@ use crate::{
     store::error::StoreError,
 };
 
-/// The reads a decision rests on. Each is one statement on the primary, so that value and date are of one snapshot.
+/// The reads that a decision depends on. Each is one statement on the primary, so that a value and its version come
+/// from one snapshot.
 ///
 /// # Cancel safety
-/// Every method: a dropped call closes the connection it used and leaves nothing behind. The caller sets the deadline.
+/// All methods: dropping a call closes the connection that it used. The caller sets the deadline.
 #[async_trait]
 pub trait Lookup: Send + Sync + 'static {
-    /// The record stored under one of `digests`, or `None` if no such key was ever issued.
+    /// The record stored under one of `digests`, or `None` if there is no such key.
     ///
     /// # Errors
-    /// A [`Fault`] of the store; never for an absent key.
+    /// A [`Fault`] of the store. A key that does not exist is no error.
     async fn find(&self, digests: &Digests) -> Result<Versioned<Option<Record>>, Fault>;
 
-    /// The record of a key by primary key: what `live` asks on every request.
+    /// The record of a key, by its id. The read policy `live` calls this for each request.
     ///
     /// # Errors
     /// As [`Self::find`].
     async fn find_by_id(&self, key: KeyId) -> Result<Versioned<Option<Record>>, Fault>;
 
-    /// What was committed from version `since` on, in one statement on a connection of its own; `None`: what a replica
-    /// that begins needs, see [`Polled::versions`]. One call at a time.
+    /// Reads what was committed from version `since` on, in one statement on a separate connection. `None`: this
+    /// replica has applied no version yet; see [`Polled::versions`]. One call at a time.
     ///
     /// # Errors
-    /// [`PollError::NoAnswer`] when nothing came back, [`PollError::Unusable`] when what came back confirms nothing.
+    /// [`PollError::NoAnswer`] if the database does not answer; [`PollError::Unusable`] if its answer cannot renew the
+    /// lease.
     async fn poll(&self, since: Option<Version>) -> Result<Polled, PollError>;
 
-    /// Calls `changed` whenever the database says that something was committed, once after it began to listen, and
-    /// returns when it cannot listen any longer. A database that never says so: never returns.
+    /// Listens for notifications. Calls `changed` once when it has started to listen, and then for each notification of
+    /// a commit. Returns when it can no longer listen. Waits for ever if the database sends no notifications: SQLite,
+    /// or an existing table that is not attached.
     async fn listen(&self, changed: &(dyn Fn() + Send + Sync)) -> Fault;
 
-    /// Says that this replica is alive and what it has applied, so that whoever changes something can tell when it took
-    /// effect. Does nothing on tables that are not ours.
+    /// Sends one heartbeat: this replica is alive and has applied a version. A command that changes keys finds out from
+    /// the heartbeats when its change has taken effect. Does nothing where changes are not tracked.
     ///
     /// # Errors
     /// As [`Self::find`].
-    async fn report(&self, sign: &Heartbeat) -> Result<(), Fault>;
+    async fn report(&self, heartbeat: &Heartbeat) -> Result<(), Fault>;
 
-    /// After a poll that was not [`Polled::watched`]: makes sure that every change is named again, and draws a version
-    /// "everything changed" for what may have passed unnamed.
+    /// Checks the triggers of the change log and records them as intact. Called after a poll in which
+    /// [`Polled::triggers_intact`] was false. Draws a version "everything changed", because the change log may lack
+    /// changes that were made in the meantime.
     ///
     /// # Errors
-    /// A [`Fault`] that says what is missing: a trigger was dropped or disabled, a table replaced.
+    /// A [`Fault`] that says what is wrong: a trigger was dropped or disabled, or a table was replaced.
     async fn restore_watch(&self) -> Result<(), Fault>;
 
-    /// Begins a new history where `lost` is still the incarnation: whoever found history lost calls it, so that nobody
-    /// takes up the old one again.
+    /// Draws a new incarnation if the present one is still `lost`. A replica calls this when it finds that the database
+    /// has lost committed versions, so that no replica continues with the earlier history.
     ///
     /// # Errors
     /// As [`Self::find`].
     async fn renew_incarnation(&self, lost: Uuid) -> Result<(), Fault>;
 
-    /// Deletes versions that no replica needs any more; a bounded number at a call. Says whether there are more.
+    /// Deletes versions that no replica needs any more, a bounded number in each call. Returns true if there are more.
     ///
     /// # Errors
     /// As [`Self::find`].
     async fn prune(&self) -> Result<bool, Fault>;
 
-    /// Records the pepper of each key that was read since the last call and has none recorded. Then counts the active keys whose
-    /// recorded pepper is not among `known`, up to [`OTHER_KEYS_MAX`]. `known`: the fingerprints of this server's peppers, in the
-    /// order of [`Digests::all`]. Does nothing on tables that are not ours.
+    /// Records the pepper of each key that was read since the last call and has none recorded. Then counts the active
+    /// keys whose recorded pepper is not among `known`, up to [`OTHER_KEYS_MAX`]. `known`: the fingerprints of this
+    /// server's peppers, in the order of [`Digests::all`]. Does nothing if the keys are in an existing table.
     ///
     /// # Errors
     /// As [`Self::find`].
     async fn tend_peppers(&self, known: &[Fingerprint]) -> Result<Tended, Fault>;
 
-    /// The key of the Redis MAC, which the first migration made; `None` where the tables are not ours.
+    /// The key of the Redis MAC, which the first migration generated; `None` where changes are not tracked, because
+    /// trustgate then has no tables in this database.
     ///
     /// # Errors
     /// As [`Self::find`].
     async fn redis_mac_key(&self) -> Result<Option<[u8; 32]>, Fault>;
 }
 
-/// What [`Lookup::tend_peppers`] found.
+/// The result of [`Lookup::tend_peppers`].
 #[derive(Debug, Default)]
 pub struct Tended {
-    /// Active keys under other peppers.
+    /// Number of active keys that were made under peppers which this server does not have, at most [`OTHER_KEYS_MAX`].
     pub others: u64,
-    /// Why peppers that checks have proven could not be recorded.
+    /// The fault, if the peppers that reads have proven could not be recorded.
     pub unrecorded: Option<Fault>,
 }
 
-/// Keys under other peppers are counted up to this number.
+/// The count of keys under other peppers stops at this number.
 pub const OTHER_KEYS_MAX: u64 = 10_000;
 
-/// What a poll found in one snapshot.
+/// The answer to a poll, from one snapshot.
 #[derive(Clone, Debug)]
 pub struct Polled {
-    /// The newest version: the date of now.
+    /// The newest version.
     pub newest: Versioned<()>,
-    /// When the newest version was stamped, by the database's clock.
+    /// When the newest version was drawn, by the database's clock.
     pub stamped_at: DatabaseTime,
-    /// The oldest version that was not pruned yet; it may be the one that was asked from although older ones are there.
+    /// The oldest version that is not pruned yet, or the version that the poll asked from if that one still exists.
     pub oldest: Version,
-    /// Whether changes are named: all triggers are as they were when that was last made sure of. False on tables that
-    /// are not ours.
+    /// True if the triggers that fill the change log are as they were when a migration or [`Lookup::restore_watch`]
+    /// last checked them. False where changes are not tracked.
     pub triggers_intact: bool,
-    /// Versions from the one that was asked from on, itself included, oldest first; there may be gaps. For a replica that
-    /// begins: from the smallest version stamped within the last 15 minutes on, or the newest alone.
+    /// The versions from the one that the poll asked from, itself included, oldest first; there may be gaps. A poll
+    /// that asked from no version gets those from the first version of the last 15 minutes, or only the newest if there
+    /// is none.
     pub versions: Vec<(Version, Nonce)>,
-    /// What the versions after the one that was asked from named, oldest first; within a version what is gone comes last.
+    /// The changes of the versions after the one that the poll asked from, oldest first. Within a version,
+    /// [`Change::Gone`] comes last.
     pub changes: Vec<(Version, Change)>,
-    /// False where there was more than a poll takes: then `changes` and `versions` are not all of them.
+    /// False if there was more than a poll takes: `changes` and `versions` are then incomplete.
     pub complete: bool,
-    /// The peppers that the database names; none on tables that are not ours.
+    /// The peppers that the database records; none if the keys are in an existing table.
     pub peppers: StoredPeppers,
 }
 
-/// Why a poll confirmed nothing.
+/// Why a poll cannot renew the lease.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum PollError {
-    /// No answer: the database is down, or cannot be reached.
+    /// The database is down or cannot be reached.
     #[error(transparent)]
     NoAnswer(Fault),
-    /// An answer that cannot be relied on: a standby, a read-only database, missing tables or rights, nonsense.
+    /// The database answers, but is a standby or read-only, lacks tables or rights, or sends an answer in the wrong
+    /// format.
     #[error("{0}")]
     Unusable(Arc<str>),
 }
 
-/// That a replica is alive.
+/// The report of a replica that it is alive.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Heartbeat {
-    /// The same from start to end of a process.
+    /// The id of the replica, new at each start of the process.
     pub replica: Uuid,
-    /// What people know it by: the name of its host or pod.
+    /// The name of its host or pod, for people.
     pub name: String,
-    /// The version it has applied.
+    /// The version that it has applied.
     pub applied: Version,
-    /// For how long from now on it may grant what it holds without another sign.
+    /// How long from now on it may grant from its cache without another heartbeat.
     pub lasts: Duration,
 }
 
-/// Whether a database that is not there is made.
+/// How to treat an embedded database that does not exist.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Missing {
-    /// It is made, and brought up to date: for `serve`. Means the embedded database; a server's is made by `migrate`.
+    /// Create it, and migrate one that exists (`serve` and `migrate`). On PostgreSQL only `trustgate migrate` creates
+    /// tables.
     Create,
-    /// It is a mistake: for every other command.
+    /// Return an error (the other commands).
     Refuse,
 }
 
-/// A [`Lookup`] with a life of its own: made without any I/O, prepared when the database answers, closed at the end.
+/// A [`Lookup`] with a lifecycle: created without I/O, prepared once the database answers, and closed at shutdown.
 #[async_trait]
 pub trait Source: Lookup {
-    /// Finds out whether the database can serve: makes the embedded one if it may, checks the version of the tables, and
-    /// sends every read once. Can be repeated until it succeeds.
+    /// Checks that the database can be used: creates the embedded one if `missing` allows it, checks the version of the
+    /// tables, and sends each read once. Can be repeated until it succeeds.
     ///
     /// # Errors
-    /// What is wrong, in words for an operator and without any secret: unreachable, not migrated, too new, a missing
-    /// right. [`StoreError::is_transient`] says whether waiting may help.
+    /// The problem, described for the operator and without secrets: the database is unreachable, not migrated or too
+    /// new, or a right is missing. [`StoreError::is_transient`] is true if waiting may help.
     async fn prepare(&self, missing: Missing) -> Result<(), StoreError>;
 
-    /// Makes the connections for reads on `runtime`, so that reads that the poll sends (its preparation, heartbeats) do not bring them
-    /// to the thread that keeps the lease.
+    /// Opens the connections for reads on `runtime`. Otherwise a read that the poll thread sends (preparation,
+    /// heartbeats) could open them on that thread, which must stay free to renew the lease.
     fn run_reads_on(&self, runtime: tokio::runtime::Handle);
 
-    /// Closes every connection and waits for them.
+    /// Closes all connections and waits until they are closed.
     async fn close(&self);
 }

@@ -1,9 +1,10 @@
-//! A small pool of connections for the reads of checks: bounded, quick to fail, and never handing on a connection in an
-//! unknown state.
+//! A small, bounded pool of connections for the reads of checks. It fails fast and does not reuse a connection whose
+//! state is unknown.
 //!
-//! A read waits for a connection; connecting itself happens in a task of the pool's own, so that a connect that takes
-//! longer than a read's deadline still ends well and a later read finds it. A read whose future is dropped closes its
-//! connection: a late answer must never be taken for the next read's. Never logs where it connects to.
+//! A read waits for a connection, but a task of the pool opens it. So a connect that takes longer than the read's
+//! deadline can still succeed, and a later read uses the connection. A read whose future is dropped while its query
+//! runs closes the connection, because its late answer could be taken for the answer to the next read. The pool does
+//! not log addresses.
 
 use std::{
     collections::VecDeque,
@@ -17,7 +18,7 @@ use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use crate::base::fault::{Fault, Tier};
 
-/// How one kind of database is connected to and asked.
+/// Connects to one kind of database and runs queries on it.
 pub trait Connect: Send + Sync + 'static {
     /// An open connection.
     type Connection: Send + 'static;
@@ -25,47 +26,48 @@ pub trait Connect: Send + Sync + 'static {
     type Query: Send + Sync;
     /// One row of an answer.
     type Row: Send;
-    /// Opens a connection. Secrets in files are read here, so each connect sees their present content.
+    /// Opens a connection. Reads secrets from their files, so that each connect uses their present content.
     fn connect(&self) -> impl Future<Output = Result<Self::Connection, sqlx::Error>> + Send;
-    /// Sends one query and takes its whole answer.
+    /// Sends one query and reads its whole answer.
     fn run(
         &self,
         connection: &mut Self::Connection,
         query: &Self::Query,
     ) -> impl Future<Output = Result<Vec<Self::Row>, sqlx::Error>> + Send;
-    /// Says goodbye. Merely dropping a connection closes it as well.
+    /// Closes a connection gracefully. Dropping a connection closes it without notice to the server.
     fn close(connection: Self::Connection) -> impl Future<Output = ()> + Send;
-    /// Whether `error` means that the server behind the connection went away, so that another connection may do better.
+    /// True if `error` means that the connection to the server is lost, so that the query may succeed on a new
+    /// connection.
     fn lost(error: &sqlx::Error) -> bool;
 }
 
-/// What a pool may use.
+/// The limits of a pool.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
-    /// Connections, at most: idle, in use, or being made.
+    /// The most connections: idle, in use and being opened.
     pub connections_max: usize,
-    /// Reads that may wait for a connection.
+    /// The most reads that may wait for a connection.
     pub waiting_max: usize,
     /// How long connecting may take.
     pub connect_timeout: Duration,
 }
 
-/// Why a read has no answer. Shared by everybody who waited for the same connect.
+/// Why a read has no answer. Can be cloned, because all reads that waited for the same connect get the same error.
 #[derive(Clone, Debug)]
 pub enum PoolError {
-    /// The database, or the way to it, failed.
+    /// The database or the network failed.
     Sql(Arc<sqlx::Error>),
     /// Connecting took longer than this.
     Connect(Duration),
-    /// Too many reads wait already.
+    /// [`Limits::waiting_max`] reads wait already.
     Full,
     /// The pool was closed.
     Closed,
 }
 
 impl From<PoolError> for Fault {
-    fn from(trouble: PoolError) -> Self {
-        match trouble {
+    fn from(error: PoolError) -> Self {
+        match error {
             PoolError::Sql(source) => Self::Unreachable { tier: Tier::Store, source },
             PoolError::Connect(limit) => Self::Timeout { tier: Tier::Store, limit },
             PoolError::Full => Self::Overloaded { limit: "store.reads_max" },
@@ -74,12 +76,12 @@ impl From<PoolError> for Fault {
     }
 }
 
-/// At most `connections_max` connections, made when they are needed.
+/// Opens connections when reads need them, at most [`Limits::connections_max`].
 #[derive(Debug)]
 pub struct Pool<C: Connect>(Arc<Shared<C>>);
 
 impl<C: Connect> Pool<C> {
-    /// A pool without any connection yet. `name` stands in the log.
+    /// A pool without connections. `name` identifies it in the log.
     #[must_use]
     pub fn new(name: &'static str, connect: Arc<C>, limits: Limits) -> Self {
         Self(Arc::new(Shared {
@@ -95,15 +97,17 @@ impl<C: Connect> Pool<C> {
     /// Runs `query` on a connection and returns its rows. The caller sets the deadline by dropping the future.
     ///
     /// # Errors
-    /// [`PoolError`]; a connect that is refused fails at once.
+    /// [`PoolError`]. If the server refuses the connection, the read fails at once.
     ///
     /// # Cancel safety
-    /// A dropped read closes the connection it used, and gives back one that it was only about to use.
+    /// Safe: if the query was sent, dropping the future closes the connection; otherwise the connection returns to the
+    /// pool.
     pub async fn read(&self, query: &C::Query) -> Result<Vec<C::Row>, PoolError> {
         let pooled = self.0.acquire().await?;
         let reused = pooled.reused;
         match pooled.run(query).await {
-            // Most likely the server was restarted while the connection lay idle; then the other idle ones are as dead.
+            // The server was probably restarted while this connection was idle. The other idle connections are then
+            // dead, so close them all and try once more.
             Err(PoolError::Sql(error)) if reused && C::lost(&error) => {
                 self.0.forget();
                 self.0.acquire().await?.run(query).await
@@ -112,12 +116,12 @@ impl<C: Connect> Pool<C> {
         }
     }
 
-    /// Makes connections on `runtime` from now on, wherever reads are sent from.
+    /// Opens connections on `runtime` from now on, whichever runtime a read is sent from.
     pub fn run_on(&self, runtime: Handle) {
         self.0.lock().runtime = Some(runtime);
     }
 
-    /// Ends every connection and task. Reads that wait, and reads that come later, fail with [`PoolError::Closed`].
+    /// Closes all connections and ends all tasks. Waiting and later reads fail with [`PoolError::Closed`].
     pub async fn close(&self) {
         let idle = {
             let mut state = self.0.lock();
@@ -129,21 +133,21 @@ impl<C: Connect> Pool<C> {
         self.0.stop.cancel();
         self.0.tasks.close();
         self.0.tasks.wait().await;
-        let goodbyes = async {
+        let close_idle = async {
             for connection in idle {
                 C::close(connection).await;
             }
         };
-        // Whoever does not take a goodbye in time loses the connection without one.
-        let _ = timeout(GOODBYE, goodbyes).await;
+        // On a timeout, dropping the remaining connections closes them without notice to the server.
+        let _ = timeout(CLOSE_TIMEOUT, close_idle).await;
     }
 
-    /// Closes every idle connection, and each one in use as soon as it comes back.
+    /// Closes the idle connections, and those in use when their reads give them back.
     pub fn forget(&self) {
         self.0.forget();
     }
 
-    /// Connections there are at this moment, being made included.
+    /// The present number of connections, including those being opened.
     #[must_use]
     pub fn connections(&self) -> usize {
         self.0.lock().open
@@ -152,13 +156,13 @@ impl<C: Connect> Pool<C> {
 
 impl<C: Connect> Drop for Pool<C> {
     fn drop(&mut self) {
-        // A pool that is dropped without `close` must not leave a connect behind.
+        // Ends connects that are in flight if the pool is dropped without `close`.
         self.0.stop.cancel();
     }
 }
 
-/// How long all connections together may take to say goodbye.
-const GOODBYE: Duration = Duration::from_secs(1);
+/// How long a graceful close of all connections together may take.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
 
 #[derive(Debug)]
 struct Shared<C: Connect> {
@@ -173,19 +177,20 @@ struct Shared<C: Connect> {
 type Waiter<C> = oneshot::Sender<Result<PooledConn<C>, PoolError>>;
 
 struct State<C: Connect> {
-    /// Good connections nobody uses, the last used one last. Not empty only while nobody waits.
+    /// Usable connections that no read uses, the most recently used one last. Empty while a read waits.
     idle: Vec<C::Connection>,
-    /// Connections there are: idle, in use, and being made.
+    /// Number of connections: idle, in use and being opened.
     open: usize,
-    /// Those being made.
+    /// Number of connections being opened.
     connecting: usize,
     /// Reads that wait for a connection, the oldest first.
     waiting: VecDeque<Waiter<C>>,
-    /// Connections of an earlier generation are closed when they come back.
+    /// Rises when all connections are to be replaced. A connection of an earlier generation is closed when it is given
+    /// back.
     generation: u64,
-    /// Where connects run: what [`Pool::run_on`] says, else where the first read that waited was sent from.
+    /// The runtime of connects: the one given to [`Pool::run_on`], else the one of the first read that waited.
     runtime: Option<Handle>,
-    /// Whether the last connect went well; for the log.
+    /// True if the last connect succeeded. Only changes of it are logged.
     up: Option<bool>,
     closed: bool,
 }
@@ -193,7 +198,7 @@ struct State<C: Connect> {
 impl<C: Connect> std::fmt::Debug for State<C> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let Self { idle, open, connecting, waiting, .. } = self;
-        write!(f, "{open} connections, {} idle, {connecting} being made, {} reads wait", idle.len(), waiting.len())
+        write!(f, "{open} connections, {} idle, {connecting} being opened, {} reads waiting", idle.len(), waiting.len())
     }
 }
 
@@ -216,12 +221,13 @@ impl<C: Connect> State<C> {
 
 impl<C: Connect> Shared<C> {
     fn lock(&self) -> MutexGuard<'_, State<C>> {
-        // Nothing under the lock can panic half-way through a change.
+        // No code under the lock can panic in the middle of a change, so the state is consistent even if the lock is
+        // poisoned.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     async fn acquire(self: &Arc<Self>) -> Result<PooledConn<C>, PoolError> {
-        let turn = {
+        let receiver = {
             let mut state = self.lock();
             if state.closed {
                 return Err(PoolError::Closed);
@@ -233,19 +239,19 @@ impl<C: Connect> Shared<C> {
             if state.waiting.len() >= self.limits.waiting_max {
                 return Err(PoolError::Full);
             }
-            let (waiter, turn) = oneshot::channel();
+            let (waiter, receiver) = oneshot::channel();
             state.waiting.push_back(waiter);
             let runtime = state.runtime.get_or_insert_with(Handle::current).clone();
             let connects = self.wanted_connects(&mut state);
             drop(state);
             self.spawn(connects, &runtime);
-            turn
+            receiver
         };
-        // A waiter is dropped without a word only by `close`.
-        turn.await.unwrap_or(Err(PoolError::Closed))
+        // Only `close` drops a waiter without sending a result.
+        receiver.await.unwrap_or(Err(PoolError::Closed))
     }
 
-    /// A connect for each waiting read that has none on its way, as far as the limit allows.
+    /// A connect for each waiting read that has none in flight, as far as the limit allows.
     fn wanted_connects(self: &Arc<Self>, state: &mut State<C>) -> Vec<Pending<C>> {
         let wanted = state.waiting.iter().filter(|waiter| !waiter.is_closed()).count();
         let mut connects = Vec::new();
@@ -257,15 +263,15 @@ impl<C: Connect> Shared<C> {
         connects
     }
 
-    /// Starts connects. Without the lock: a runtime that shuts down drops a task at once, on this thread, and the drop of a connect
-    /// takes the lock.
+    /// Starts connects. The caller must have released the lock: a runtime that is shutting down drops the task at once,
+    /// on this thread, and the drop of a [`Pending`] takes the lock.
     fn spawn(&self, connects: Vec<Pending<C>>, runtime: &Handle) {
         for pending in connects {
             self.tasks.spawn_on(pending.connect(), runtime);
         }
     }
 
-    /// A connect ended.
+    /// Takes the outcome of a connect.
     fn on_connect_done(self: &Arc<Self>, outcome: Result<C::Connection, PoolError>) {
         let mut state = self.lock();
         state.connecting -= 1;
@@ -275,20 +281,20 @@ impl<C: Connect> Shared<C> {
                 let generation = state.generation;
                 self.hand_to_waiter(state, connection, generation, false);
             }
-            Err(trouble) => {
+            Err(error) => {
                 state.open -= 1;
-                // With other connections in use or being made, those serve whoever waits.
+                // If there are other connections, in use or being opened, the waiting reads get those.
                 if state.open == 0 {
                     for waiter in state.waiting.drain(..) {
-                        // A read that gave up does not need to know.
-                        let _ = waiter.send(Err(trouble.clone()));
+                        // Sending fails if the read was cancelled.
+                        let _ = waiter.send(Err(error.clone()));
                     }
                 }
             }
         }
     }
 
-    /// Gives a good connection to whoever waits longest, or lays it aside.
+    /// Gives a usable connection to the read that has waited longest, or keeps it as idle.
     fn hand_to_waiter(
         self: &Arc<Self>,
         mut state: MutexGuard<'_, State<C>>,
@@ -310,14 +316,14 @@ impl<C: Connect> Shared<C> {
         state.idle.extend(pooled.connection.take());
     }
 
-    /// Closes a connection and lets its place be taken.
+    /// Closes a connection, and opens another if a read waits for one.
     fn discard(self: &Arc<Self>, connection: C::Connection) {
-        drop(connection); // before it stops counting, so that there never are too many
+        drop(connection); // close it before it stops counting, so that the limit is not exceeded
         let mut state = self.lock();
         state.open -= 1;
         let (connects, runtime) = (self.wanted_connects(&mut state), state.runtime.clone());
         drop(state);
-        // There is one as soon as any read has waited.
+        // The runtime is known as soon as a read has waited.
         if let Some(runtime) = runtime {
             self.spawn(connects, &runtime);
         }
@@ -342,17 +348,17 @@ impl<C: Connect> Shared<C> {
         }
         let pool = self.name;
         match outcome {
-            Ok(()) => tracing::info!(pool, "connected to the database"),
-            Err(PoolError::Sql(error)) => tracing::warn!(pool, %error, "cannot connect to the database"),
+            Ok(()) => tracing::info!(pool, "database connected"),
+            Err(PoolError::Sql(error)) => tracing::warn!(pool, %error, "database connect failed"),
             Err(PoolError::Connect(limit)) => {
-                tracing::warn!(pool, ?limit, "cannot connect to the database: no answer in time");
+                tracing::warn!(pool, ?limit, "database connect failed: no answer within store.connect_timeout");
             }
             Err(PoolError::Full | PoolError::Closed) => {}
         }
     }
 }
 
-/// A connect under way. However it ends, also by a panic or with the runtime, the pool hears of it.
+/// A connect in flight. Its drop reports the outcome to the pool, also after a panic or when the runtime shuts down.
 struct Pending<C: Connect> {
     shared: Arc<Shared<C>>,
     outcome: Option<Result<C::Connection, PoolError>>,
@@ -380,14 +386,15 @@ impl<C: Connect> Drop for Pending<C> {
     }
 }
 
-/// The right to use one connection. Dropped while a query runs, it closes the connection; otherwise it gives it back.
+/// Exclusive use of one connection. Dropping it while a query runs closes the connection; otherwise the connection
+/// returns to the pool.
 struct PooledConn<C: Connect> {
     shared: Arc<Shared<C>>,
     connection: Option<C::Connection>,
     generation: u64,
-    /// Whether the connection served reads before.
+    /// True if the connection has served a read before.
     reused: bool,
-    /// A query was sent and its answer not taken.
+    /// True if a query was sent and its answer was not read to the end.
     dirty: bool,
 }
 
@@ -405,9 +412,10 @@ impl<C: Connect> PooledConn<C> {
                 self.reused = true;
                 Ok(rows)
             }
-            // After any error the connection is closed: a standby, a revoked right or a lost server is left behind.
+            // The connection stays dirty after an error, so it is closed: the next read does not meet the same standby,
+            // missing right or dead server again.
             Err(error) => {
-                self.reused = false; // it answered: this says nothing of the idle ones
+                self.reused = false; // the error came in time, so keep the idle connections
                 Err(PoolError::Sql(Arc::new(error)))
             }
         }
@@ -422,8 +430,8 @@ impl<C: Connect> Drop for PooledConn<C> {
         }
         self.shared.discard(connection);
         if self.reused {
-            // No answer in time on a connection that worked before: the way to the server may be gone without a word,
-            // and then every idle connection would cost one more read its deadline.
+            // The read got no answer in time on a connection that worked before. The network may be losing packets
+            // silently; each idle connection would then cost another read its deadline.
             self.shared.discard_idle();
         }
     }

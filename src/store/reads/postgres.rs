@@ -24,24 +24,25 @@ use crate::{
     },
 };
 
-/// One PostgreSQL database and whose tables it holds.
+/// A PostgreSQL database, with our own tables or with an existing table.
 #[derive(Clone, Debug)]
 pub(crate) struct Postgres {
-    /// Where it is.
+    /// The address of the database.
     pub(crate) address: StoreUrl,
-    /// Where our tables are in it.
+    /// The schema of our tables.
     pub(crate) schema: SchemaName,
-    /// Somebody else's table, if it is one.
+    /// The existing table to read instead of our own tables, if the settings name one.
     pub(crate) existing: Option<ExistingTable>,
-    /// How long the server may work on a statement. Longer than anybody waits for it: it is there to end statements
-    /// whose connection was closed, which the server would not notice while one waits for a lock.
+    /// How long the server may work on a read, which is longer than the caller waits. It ends statements whose
+    /// connection was closed: while a statement waits for a lock, the server does not notice that its client has gone.
     pub(crate) statement_timeout: Duration,
 }
 
 impl Connect for Postgres {
     type Connection = PgConnection;
-    /// The whole text of a statement, values included: digests, ids and numbers as this release writes them, never a
-    /// text from outside. One round trip, also on a new connection, and nothing for a pooler to lose.
+    /// The whole text of a statement, including its values: digests, ids and numbers that this program formats, but no
+    /// text from outside. The simple query protocol needs one round trip, also on a new connection, and leaves no
+    /// prepared statement on the server that a pooler could lose.
     type Query = String;
     type Row = PgRow;
 
@@ -54,15 +55,15 @@ impl Connect for Postgres {
     }
 
     async fn close(connection: PgConnection) {
-        // It is gone either way.
+        // An error leaves the connection closed all the same.
         let _ = connection.close().await;
     }
 
     fn lost(error: &sqlx::Error) -> bool {
         match error {
             sqlx::Error::Io(_) | sqlx::Error::Tls(_) | sqlx::Error::Protocol(_) => true,
-            // Class 08: connection; 57P: the server stops, crashed or starts. 55000 is what a read says on a server
-            // that became a standby; 25006, what a write says there.
+            // Class 08: connection; 57P: the server stops, crashed or starts. On a server that became a standby, a read
+            // fails with 55000 and a write with 25006.
             _ => code(error).is_some_and(|code| {
                 code.starts_with("08") || code.starts_with("57P") || code == "55000" || code == "25006"
             }),
@@ -100,7 +101,7 @@ impl Dialect for Postgres {
             ));
         }
         let since = since.map_or_else(|| "NULL".to_owned(), |version| version.0.to_string());
-        // Of somebody else's table it also has to be the one that is read here, by the same columns.
+        // If there is an existing table, the attached table must also be this one, with the columns configured here.
         let watched = self.existing.as_ref().map_or_else(
             || "watched".to_owned(),
             |table| format!("watched * ({})::int", attached_as(&table.identity())),
@@ -124,10 +125,11 @@ impl Dialect for Postgres {
     fn answered(error: &sqlx::Error) -> bool {
         use sqlx::Error::{ColumnDecode, ColumnIndexOutOfBounds, ColumnNotFound, Decode, TypeNotFound};
         match code(error) {
-            // Class 08: the connection (a pooler uses it for a server that it cannot reach); 57P01, 57P02, 57P03, 57P05: the
-            // server stops, crashed, starts, or closes idle connections. With every other code the server is there, and
-            // others may commit revocations meanwhile: it is a standby or read-only, without our tables or the rights to
-            // them, it rejects the login, has no connection to spare, cancelled the statement, or a table is locked.
+            // Class 08: the connection (a pooler uses it for a server that it cannot reach); 57P01, 57P02, 57P03,
+            // 57P05: the server stops, crashed, starts, or closes idle connections. Any other code means that the
+            // server is up and that other clients may be committing revocations: it is a standby or read-only, lacks
+            // our tables or the rights to them, rejects the login, has no free connection, cancelled the statement, or
+            // a table is locked.
             Some(code) => !code.starts_with("08") && !["57P01", "57P02", "57P03", "57P05"].contains(&code.as_str()),
             None => matches!(
                 error,
@@ -142,7 +144,7 @@ impl Dialect for Postgres {
 
     async fn listen(&self, changed: &(dyn Fn() + Send + Sync)) -> sqlx::Error {
         if !self.tracks_changes() {
-            return std::future::pending().await; // nobody tells of changes there
+            return std::future::pending().await; // without our tables there are no notifications
         }
         match listen::attend(&self.address, &self.schema, changed).await {
             Ok(never) => match never {},
@@ -170,9 +172,9 @@ impl Dialect for Postgres {
         self.tracks_changes().then(|| OwnTableQueries {
             schema: self.timed(schema::postgres::SCHEMA),
             redis_mac_key: self.timed("SELECT encode(value, 'hex') FROM {s}.setting WHERE name = 'redis_mac_key'"),
-            // Goes on if nobody waits for it: what it did not delete the next one must.
+            // The server may continue after the caller has stopped waiting, which leaves less for the next call.
             prune: self.within(PRUNE_TIMEOUT, "SELECT {s}.prune()"),
-            // The oldest is kept: it was the newest until the next one came.
+            // `prune` keeps the last version that is older than its limit, so look at the second oldest.
             is_more: self.timed(
                 "SELECT (at < clock_timestamp() - interval '21 minutes')::int::bigint
                  FROM {s}.version ORDER BY version LIMIT 1 OFFSET 1",
@@ -201,7 +203,7 @@ impl Dialect for Postgres {
             )
         });
         let ranges = ranges.collect::<Vec<_>>().join(" UNION ALL ");
-        // A new column has no statistics yet, by which the planner would rather read the whole table.
+        // A new column has no statistics yet, so the planner might otherwise choose to read the whole table.
         self.timed(&format!(
             "SET LOCAL enable_seqscan = off; SELECT least(count(*), {OTHER_KEYS_MAX}) FROM ({ranges}) k
              WHERE expires_at IS NULL OR expires_at > statement_timestamp()"
@@ -212,9 +214,9 @@ impl Dialect for Postgres {
         self.existing.is_none()
     }
 
-    fn report(&self, sign: &Heartbeat) -> String {
-        let Heartbeat { replica, name, applied, lasts } = sign;
-        // The name of a host as a list of characters: a text from outside never stands in a statement.
+    fn report(&self, heartbeat: &Heartbeat) -> String {
+        let Heartbeat { replica, name, applied, lasts } = heartbeat;
+        // Send the host name as a list of character codes: a text from outside must not become part of a statement.
         let name = name.chars().filter(char::is_ascii_graphic).take(NAME_CHARS_MAX);
         let name = name.map(|c| u32::from(c).to_string()).collect::<Vec<_>>().join(", ");
         self.timed(&format!(
@@ -232,7 +234,7 @@ impl Dialect for Postgres {
     }
 
     async fn prepare(&self, _missing: Missing) -> Result<(), StoreError> {
-        Ok(()) // made by `migrate`, never by who serves
+        Ok(()) // `trustgate migrate` creates the tables, `serve` does not
     }
 
     fn backend(&self) -> String {
@@ -245,17 +247,17 @@ impl Dialect for Postgres {
 }
 
 impl Postgres {
-    /// Whether our tables are there, which name what changed.
+    /// True if the database has our tables, whose change log records changes: our own tables, or an attached table.
     pub(crate) fn tracks_changes(&self) -> bool {
         self.existing.as_ref().is_none_or(|table| table.attached)
     }
 
-    /// Asks for the problem that somebody else's table is to be read under a lease, and is not attached with the
-    /// columns that are read here. No row: it is. `None`: there is nothing to attach.
+    /// The query whether the existing table is attached with the columns configured here. It returns one row with the
+    /// problem, or no row if the table is attached. `None`: the settings name no attached table.
     pub(crate) fn unattached(&self) -> Option<String> {
         let table = self.existing.as_ref().filter(|table| table.attached)?;
         let problem = format!(
-            "{} is not attached, or its columns are not used as they are here{}",
+            "{} is not attached, or was attached with other columns than are configured here{}",
             table.table,
             change_log::postgres::ATTACH
         );
@@ -263,25 +265,26 @@ impl Postgres {
         Some(self.within(CALL_TIMEOUT, &question))
     }
 
-    /// Calls a function of ours on a connection of its own.
+    /// Calls one of our functions, on a separate connection.
     async fn call(&self, call: &str) -> Result<(), sqlx::Error> {
         if !self.tracks_changes() {
-            return Ok(()); // there are none
+            return Ok(()); // without our tables there are no functions
         }
         let mut connection = connect(&self.address).await?;
-        // Bounds of the server's: whoever waits here has one of their own.
+        // These limits are for the server. The caller has its own timeout.
         let call = format!("SET LOCAL lock_timeout = '1s'; {}", self.within(CALL_TIMEOUT, call));
         sqlx::raw_sql(AssertSqlSafe(call)).execute(&mut connection).await?;
         connection.close().await
     }
 
-    /// `text` in our schema, with the limit of a read for the server.
+    /// `text` for our schema, with the time limit of a read for the server.
     fn timed(&self, text: &str) -> String {
         self.within(self.statement_timeout, text)
     }
 
-    /// `text` in our schema, with a limit for the server. `SET LOCAL` ends with the implicit transaction around all of
-    /// it. Reads that are SERIALIZABLE, where somebody made that the default, would make writers fail.
+    /// `text` for our schema, with a time limit for the server. `SET LOCAL` ends with the implicit transaction around
+    /// the whole text. The isolation level is set because SERIALIZABLE may be the default of the database, and
+    /// SERIALIZABLE reads would make writers fail.
     fn within(&self, limit: Duration, text: &str) -> String {
         format!(
             "SET LOCAL transaction_isolation = 'read committed'; SET LOCAL statement_timeout = {}; {}",
@@ -291,29 +294,32 @@ impl Postgres {
     }
 }
 
-/// How long the server may work on a poll. Longer than anybody waits for it, as with reads.
+/// How long the server may work on a poll: longer than the default of `freshness.poll_timeout`, for the reason given at
+/// [`Postgres::statement_timeout`].
 const POLL_TIMEOUT: Duration = Duration::from_secs(1);
-/// How long a poll may wait for a lock on our tables. Well below `freshness.poll_timeout`: the server then says that a table is
-/// locked, which is an answer, and opens no stale window. Without it the poll would seem to get none.
+/// How long a poll may wait for a lock on our tables. It is well below `freshness.poll_timeout`, so that the server
+/// reports in time that a table is locked. That is an answer, which allows no stale grants. Without this limit the poll
+/// would count as unanswered.
 const POLL_LOCK_TIMEOUT: Duration = Duration::from_millis(50);
 /// How long the server may delete old versions.
 const PRUNE_TIMEOUT: Duration = Duration::from_secs(10);
-/// How long the server may work on a call of a function.
+/// How long the server may work on a function call.
 const CALL_TIMEOUT: Duration = Duration::from_secs(2);
-/// The longest name of a host that is written down (RFC 1035, section 2.3.4).
+/// The longest host name that a heartbeat records (RFC 1035, section 2.3.4).
 const NAME_CHARS_MAX: usize = 255;
 
-/// Whether the table that is attached is the one with this identity.
+/// The SQL condition that the attached table has this identity.
 fn attached_as(identity: &str) -> String {
     format!("(SELECT attached_identity IS NOT DISTINCT FROM '{identity}' FROM {{s}}.meta)")
 }
 
-/// The timeline of the log being written.
+/// SQL for the timeline of the write-ahead log that the server is writing.
 pub(crate) const TIMELINE: &str = "('x' || left(pg_walfile_name(pg_current_wal_lsn()), 8))::bit(32)::bigint";
-/// The database's clock in microseconds since the Unix epoch.
+/// SQL for the database's clock, in microseconds since the Unix epoch.
 pub(crate) const CLOCK: &str = "(extract(epoch FROM statement_timestamp()) * 1000000)::bigint";
 
-/// A point in time in microseconds since the Unix epoch. One that has no such number counts as far as it can.
+/// SQL for the time in `column`, in microseconds since the Unix epoch. A time that does not fit, such as `infinity`,
+/// becomes the latest or earliest time of the supported range.
 pub(crate) fn micros(column: &str) -> String {
     format!(
         "(extract(epoch FROM CASE WHEN {column} > '200000-01-01+00' THEN '200000-01-01+00'

@@ -1,6 +1,4 @@
-//! The reads of checks, over either database: a pool for them, and one connection beside it for the poll.
-//!
-//! Writes only heartbeats and, through one function, the fingerprints of peppers; and prunes old versions.
+//! The reads of checks over either database: a pool of connections for reads, and a separate connection for polls.
 
 use std::{
     future::Future,
@@ -32,61 +30,63 @@ use crate::{
     },
 };
 
-/// One database's side of the reads: what to send. Reads for decisions return the columns of [`Read`].
+/// The statements of one kind of database. Reads for decisions return the columns of [`Read`].
 pub(crate) trait Dialect: Connect<Row: RowExt> {
-    /// The record under one of `digests`.
+    /// The query for the record stored under one of `digests`.
     fn find(&self, digests: &Digests) -> Self::Query;
-    /// The record of a key.
+    /// The query for the record of a key.
     fn find_by_id(&self, key: KeyId) -> Self::Query;
-    /// What was committed from `since` on, in the columns of [`rows::polled`]; the first of them is `echo`.
+    /// The query for what was committed from `since` on, in the columns of [`rows::polled`]; the first column is
+    /// `echo`.
     fn poll(&self, since: Option<Version>, echo: i64) -> Self::Query;
-    /// Whether a failed poll is an answer all the same: the server is there, and a standby, or without our tables, or
-    /// without the rights to them.
+    /// True if a failed poll counts as an answer: the server is up, but is a standby, or our tables or the rights to
+    /// them are missing.
     fn answered(error: &sqlx::Error) -> bool;
-    /// Whether every connection of this process has to be closed before a new one can see the database as it is now.
+    /// True if all connections of this process must be closed before a new one can see the present database.
     fn is_replaced(_error: &sqlx::Error) -> bool {
         false
     }
-    /// Calls `changed` for every hint, as [`Lookup::listen`].
+    /// As [`Lookup::listen`].
     fn listen(&self, changed: &(dyn Fn() + Send + Sync)) -> impl Future<Output = sqlx::Error> + Send;
-    /// What only our own tables have; `None` on somebody else's.
+    /// The statements on our tables; `None` where changes are not tracked.
     fn ours(&self) -> Option<OwnTableQueries<Self::Query>>;
-    /// Records the pepper of each key; `current`: that of the server. Only on our own tables.
+    /// The statement that records the pepper of each key. `current`: the present pepper of the server. Only for keys in
+    /// our own tables.
     fn record_peppers(&self, proven: &[(KeyId, Fingerprint)], current: Fingerprint) -> Self::Query;
-    /// A fingerprint in a statement.
+    /// A fingerprint as an SQL literal.
     fn fingerprint_literal(fingerprint: Fingerprint) -> String;
-    /// How many active keys are recorded under a pepper for which one of `conditions` holds, [`super::lookup::OTHER_KEYS_MAX`] at
-    /// most. Reads no more rows than that for each condition.
+    /// The query for the number of active keys whose recorded pepper fulfils one of `conditions`, at most
+    /// [`super::lookup::OTHER_KEYS_MAX`]. It reads no more rows than that for each condition.
     fn count_keys(&self, conditions: &[String]) -> Self::Query;
-    /// The sign of life of this replica.
-    fn report(&self, sign: &Heartbeat) -> Self::Query;
-    /// As [`Lookup::restore_watch`], on a connection of its own.
+    /// The statement that records a heartbeat.
+    fn report(&self, heartbeat: &Heartbeat) -> Self::Query;
+    /// As [`Lookup::restore_watch`], on a separate connection.
     fn restore_watch(&self) -> impl Future<Output = Result<(), sqlx::Error>> + Send;
-    /// As [`Lookup::renew_incarnation`], on a connection of its own.
+    /// As [`Lookup::renew_incarnation`], on a separate connection.
     fn renew_incarnation(&self, lost: Uuid) -> impl Future<Output = Result<(), sqlx::Error>> + Send;
-    /// Whether the keys are in our own tables.
+    /// True if the keys are in our own tables.
     fn has_own_keys(&self) -> bool;
-    /// Makes the database and brings it up to date, where this kind of database is made by who uses it.
+    /// Creates and migrates an embedded database, as `missing` allows. Does nothing for a database server.
     fn prepare(&self, missing: Missing) -> impl Future<Output = Result<(), StoreError>> + Send;
-    /// What is left to do once every connection is closed.
+    /// Runs after all connections are closed.
     fn finish(&self) -> impl Future<Output = ()> + Send {
         std::future::ready(())
     }
-    /// Where the database is, for messages.
+    /// Describes the database, for messages.
     fn backend(&self) -> String;
-    /// Whether `error` says that a table, or the schema, is not there.
+    /// True if `error` means that a table or the schema does not exist.
     fn is_missing(error: &sqlx::Error) -> bool;
 }
 
-/// Statements on our own tables.
+/// Statements on our tables.
 pub(crate) struct OwnTableQueries<Q> {
-    /// Version and compatible-from of the tables, newest first.
+    /// The columns `version` and `compatible_from` of the table `schema`, newest first.
     pub(crate) schema: Q,
     /// The Redis MAC key in hexadecimal.
     pub(crate) redis_mac_key: Q,
     /// As [`Lookup::prune`].
     pub(crate) prune: Q,
-    /// Whether there is more to delete: 1, else 0 or nothing.
+    /// 1 if there is more to delete, else 0 or no row.
     pub(crate) is_more: Q,
 }
 
@@ -94,20 +94,22 @@ pub(crate) struct OwnTableQueries<Q> {
 pub(crate) struct Reader<D: Dialect> {
     dialect: Arc<D>,
     reads: Pool<D>,
-    /// Its one connection is the poll's: nothing else waits for it or makes it wait.
+    /// One connection, used only for polls, so that polls and reads do not wait for each other.
     poll: Pool<D>,
+    /// Number of polls sent so far, from which each poll gets its `echo`.
     polls: AtomicI64,
+    /// When [`Self::reconnect`] last closed the connections.
     reconnected: Mutex<Option<Moment>>,
     /// Keys without a recorded pepper, each with the position of its digest in [`Digests::all`].
     proven: Mutex<Vec<(KeyId, usize)>>,
     clock: Arc<dyn Clock>,
 }
 
-/// How long connections are used at least, to a server that confirms nothing.
+/// The shortest time between two reconnects to a server whose answers to polls are unusable.
 const RECONNECT_WAIT: Duration = Duration::from_secs(1);
 
 impl<D: Dialect> Reader<D> {
-    /// Connects to nothing yet.
+    /// Does not connect yet.
     pub(crate) fn new(dialect: D, settings: &StoreSettings, clock: Arc<dyn Clock>) -> Self {
         let dialect = Arc::new(dialect);
         let limits = Limits {
@@ -129,11 +131,11 @@ impl<D: Dialect> Reader<D> {
 
     async fn ask(&self, query: &D::Query) -> Result<Vec<Read>, Fault> {
         let rows = self.reads.read(query).await?;
-        rows.iter().map(Read::of).collect::<Result<_, _>>().map_err(|_| Corrupt("a column has another type").into())
+        rows.iter().map(Read::of).collect::<Result<_, _>>().map_err(|_| Corrupt("a column has the wrong type").into())
     }
 
-    /// Leaves every connection for new ones: that to a server which is a standby by now, or read-only, would last for as
-    /// long as that server does, wherever the URL has led since. At most once in [`RECONNECT_WAIT`].
+    /// Closes all connections, so that new ones follow the URL to where it leads now. A connection to a server that has
+    /// become a standby or read-only would otherwise last as long as that server. At most once in [`RECONNECT_WAIT`].
     fn reconnect(&self) {
         let now = self.clock.now();
         let mut last = self.reconnected.lock().unwrap_or_else(PoisonError::into_inner);
@@ -160,23 +162,23 @@ impl<D: Dialect> Reader<D> {
         }
     }
 
-    /// The version of the tables, and whether it fits.
+    /// Checks that this release can use the tables.
     async fn check_schema(&self, query: &D::Query) -> Result<(), StoreError> {
         let place = self.dialect.backend();
         let tables = match self.reads.read(query).await {
             Ok(rows) => newest_tables(&rows)?,
             Err(PoolError::Sql(error)) if D::is_missing(&error) => None,
-            Err(trouble) => return Err(Fault::from(trouble).into()),
+            Err(error) => return Err(Fault::from(error).into()),
         };
         schema::check(tables, &place)
     }
 }
 
-/// Keys whose pepper is recorded with one statement, at most.
+/// The most keys whose pepper one statement records.
 const PROVEN_MAX: usize = 500;
 
-/// Conditions of which one holds for each fingerprint that is not among `known`: ranges, so that an index leads to the
-/// few rows there are, instead of past all others.
+/// SQL conditions for the fingerprints that are not among `known`; exactly one of them holds for each such fingerprint.
+/// They are ranges, so that the database finds the few matching rows through an index and does not read the others.
 fn others(known: &[Fingerprint], literal: fn(Fingerprint) -> String) -> Vec<String> {
     let mut known = known.to_vec();
     known.sort_unstable();
@@ -191,7 +193,7 @@ fn others(known: &[Fingerprint], literal: fn(Fingerprint) -> String) -> Vec<Stri
         .collect()
 }
 
-/// What the answer to [`OwnTableQueries::schema`] says; `None` where there are no tables.
+/// Converts the answer to [`OwnTableQueries::schema`]; `None` if there are no tables.
 pub(crate) fn newest_tables(rows: &[impl RowExt]) -> Result<Option<schema::Tables>, sqlx::Error> {
     let Some(row) = rows.first() else { return Ok(None) };
     Ok(Some(schema::Tables { version: row.number(0)?, compatible_from: row.number(1)? }))
@@ -230,7 +232,7 @@ impl<D: Dialect> Lookup for Reader<D> {
                 }
                 Err(PollError::Unusable(error.to_string().into()))
             }
-            Err(trouble) => Err(PollError::NoAnswer(trouble.into())),
+            Err(error) => Err(PollError::NoAnswer(error.into())),
         }
     }
 
@@ -238,9 +240,9 @@ impl<D: Dialect> Lookup for Reader<D> {
         Fault::unreachable(Tier::Store, self.dialect.listen(changed).await)
     }
 
-    async fn report(&self, sign: &Heartbeat) -> Result<(), Fault> {
+    async fn report(&self, heartbeat: &Heartbeat) -> Result<(), Fault> {
         if self.dialect.ours().is_some() {
-            self.reads.read(&self.dialect.report(sign)).await?;
+            self.reads.read(&self.dialect.report(heartbeat)).await?;
         }
         Ok(())
     }
@@ -280,13 +282,14 @@ impl<D: Dialect> Lookup for Reader<D> {
             _ => None,
         };
         if unrecorded.is_some() {
-            // For the next call. What reads have queued meanwhile is proven again by a later read.
+            // Keep these keys for the next call. This drops keys that reads queued in the meantime; later reads prove
+            // those again.
             *self.proven.lock().unwrap_or_else(PoisonError::into_inner) = proven;
         }
         let conditions = others(known, D::fingerprint_literal);
         let rows = self.reads.read(&self.dialect.count_keys(&conditions)).await?;
         let count = rows.first().map_or(Ok(0), |row| row.number(0));
-        let others = count.map_err(|_| Corrupt("a number of keys is not a number"))?.unsigned_abs();
+        let others = count.map_err(|_| Corrupt("the count of keys is not a number"))?.unsigned_abs();
         Ok(Tended { others, unrecorded })
     }
 
@@ -306,9 +309,9 @@ impl<D: Dialect> Source for Reader<D> {
         if let Some(ours) = self.dialect.ours() {
             self.check_schema(&ours.schema).await?;
         }
-        // Every read once, so that a missing column or right is found now and not by a request.
-        let nobody = Digests { current: ApiKeyDigest::from_bytes([0; 32]), older: Vec::new() };
-        self.find(&nobody).await?;
+        // Send each read once, so that a missing column or right is found now and not by a request.
+        let no_key = Digests { current: ApiKeyDigest::from_bytes([0; 32]), older: Vec::new() };
+        self.find(&no_key).await?;
         self.find_by_id(KeyId(Uuid::nil())).await?;
         match self.poll(None).await {
             Ok(_) => Ok(()),

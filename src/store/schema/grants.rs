@@ -1,14 +1,14 @@
-//! What the roles of `serve` and of management need on the tables: the one list, which `migrate --print-grants` prints
-//! and `doctor` asks the server about.
+//! The rights that the roles of `serve` and of management need on the tables. `migrate --print-grants` prints this
+//! list, and `doctor` checks it on the server.
 //!
-//! As little as possible. Never grants anything itself.
+//! The list is as short as possible. This module only writes statements and does not run them.
 
 use crate::store::{
     existing_table::ExistingTable,
     names::{SchemaName, quoted},
 };
 
-/// Kinds of things that rights are given on.
+/// The kinds of objects that rights are granted on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum On {
     Schema,
@@ -16,7 +16,7 @@ enum On {
     Function,
 }
 
-/// Privileges on things of one kind.
+/// Privileges on objects of one kind.
 struct Right {
     privileges: &'static [&'static str],
     on: On,
@@ -27,10 +27,10 @@ const fn right(privileges: &'static [&'static str], on: On, objects: &'static [&
     Right { privileges, on, objects }
 }
 
-/// What one role needs.
+/// The rights that one role needs.
 pub(crate) struct Needs(&'static [Right]);
 
-/// For the role that `serve` connects as.
+/// The rights of the role that `serve` connects as.
 pub(crate) const SERVE: Needs = Needs(&[
     right(&["USAGE"], On::Schema, &[""]),
     right(
@@ -43,7 +43,7 @@ pub(crate) const SERVE: Needs = Needs(&[
         &["EXECUTE"],
         On::Function,
         &[
-            "find(bytea[], uuid)", // for releases before this one, which may be put back
+            "find(bytea[], uuid)", // earlier releases call it, and an operator may roll back to one
             "find_key(bytea[], uuid)",
             "poll(bigint, bigint)",
             "fingerprint()",
@@ -55,7 +55,7 @@ pub(crate) const SERVE: Needs = Needs(&[
     ),
 ]);
 
-/// For the role that `trust`, `key` and `cache clear` connect as.
+/// The rights of the role that `trust`, `key` and `cache clear` connect as.
 pub(crate) const MANAGE: Needs = Needs(&[
     right(&["USAGE"], On::Schema, &[""]),
     right(&["SELECT"], On::Table, &["schema", "version", "trust", "api_key", "replica"]),
@@ -64,7 +64,7 @@ pub(crate) const MANAGE: Needs = Needs(&[
     right(&["EXECUTE"], On::Function, &["everything()", "hold_pepper(bytea)", "use_pepper(bytea)"]),
 ]);
 
-/// What `serve`'s role and management's role need, as statements for the owners of the tables to run.
+/// The GRANT statements for the roles `serve` and `manage`, for the owner of the tables to run.
 #[must_use]
 pub(crate) fn grants(schema: &SchemaName, existing: Option<&ExistingTable>, serve: &str, manage: &str) -> String {
     let ours = format!(
@@ -77,13 +77,13 @@ pub(crate) fn grants(schema: &SchemaName, existing: Option<&ExistingTable>, serv
     );
     match existing {
         None => ours,
-        Some(table) if table.attached => ours + &theirs(table, serve),
-        Some(table) => theirs(table, serve),
+        Some(table) if table.attached => ours + &on_existing_table(table, serve),
+        Some(table) => on_existing_table(table, serve),
     }
 }
 
-/// What `serve`'s role needs on somebody else's table.
-fn theirs(ExistingTable { table, .. }: &ExistingTable, serve: &str) -> String {
+/// The GRANT statements for the role `serve` on an existing table.
+fn on_existing_table(ExistingTable { table, .. }: &ExistingTable, serve: &str) -> String {
     let serve = quoted(serve);
     let home = table.schema.as_deref();
     let home = home.map_or_else(String::new, |home| format!("GRANT USAGE ON SCHEMA {} TO {serve};\n", quoted(home)));
@@ -100,7 +100,7 @@ impl Needs {
         lines.collect()
     }
 
-    /// Each privilege on each thing by itself.
+    /// All pairs of one privilege and one object.
     fn each(&self) -> impl Iterator<Item = Need> {
         self.0.iter().flat_map(|Right { privileges, on, objects }| {
             let pairs = objects.iter().flat_map(move |object| privileges.iter().map(move |of| (*object, *of)));
@@ -108,8 +108,9 @@ impl Needs {
         })
     }
 
-    /// Asks which of them the role of the connection does not have, as positions in [`Self::at`]. By the numbers of
-    /// things: whoever may not look into a schema may not name what is in it either.
+    /// The query for the rights that the role of the connection does not have. It returns their positions, for
+    /// [`Self::at`]. It uses object ids (oid), because a role without USAGE on a schema may not refer to the objects in
+    /// it by name.
     pub(crate) fn question(&self, schema: &SchemaName) -> String {
         let wanted = self.each().enumerate().map(|(at, Need { privilege, on, object })| {
             let kind = match on {
@@ -122,19 +123,19 @@ impl Needs {
         QUESTION.replace("{wanted}", &wanted.collect::<Vec<_>>().join(", ")).replace("{s}", schema.as_str())
     }
 
-    /// The statement that gives `role` what is at this position.
+    /// The statement that grants `role` the right at this position.
     pub(crate) fn at(&self, position: usize, schema: &SchemaName, role: &str) -> Option<String> {
         let Need { privilege, on, object } = self.each().nth(position)?;
         Some(format!("GRANT {privilege} ON {}{} TO {};", on.word(), on.name(schema, object), quoted(role)))
     }
 
-    /// How many there are.
+    /// The number of rights.
     pub(crate) fn count(&self) -> usize {
         self.each().count()
     }
 }
 
-/// One privilege on one thing.
+/// One privilege on one object.
 struct Need {
     privilege: &'static str,
     on: On,
@@ -142,7 +143,7 @@ struct Need {
 }
 
 impl On {
-    /// What stands before names of this kind in a statement.
+    /// The keyword before names of this kind in a GRANT statement.
     const fn word(self) -> &'static str {
         match self {
             Self::Schema => "SCHEMA ",
@@ -159,7 +160,7 @@ impl On {
     }
 }
 
-/// Whether the role of the connection may change trusts or keys: the number of tables of which it may.
+/// The query for the number of tables, `trust` and `api_key`, that the role of the connection may change.
 pub(crate) const WRITES: &str = "
 SELECT count(*) FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
 WHERE n.nspname = '{s}' AND c.relname IN ('trust', 'api_key')
@@ -185,7 +186,7 @@ mod tests {
     use crate::base::settings::{RawValue, Setting as _};
 
     #[test]
-    fn what_is_printed_is_what_is_asked_for() {
+    fn printed_grants_cover_each_right_that_doctor_checks() {
         let schema = SchemaName::read(&RawValue::One("gate".into())).unwrap();
         let printed = grants(&schema, None, "a \"role\"", "other");
         assert!(printed.contains("GRANT USAGE ON SCHEMA gate TO \"a \"\"role\"\"\";\n"), "{printed}");
@@ -196,8 +197,8 @@ mod tests {
                 let (given, to) = statement.split_once(" TO ").unwrap();
                 let (privilege, object) = given.strip_prefix("GRANT ").unwrap().split_once(" ON ").unwrap();
                 let object = object.trim_start_matches("FUNCTION ");
-                let is_said = |line: &str| line.contains(privilege) && line.contains(object) && line.ends_with(to);
-                assert!(printed.lines().any(is_said), "{statement} is not in\n{printed}");
+                let is_granted = |line: &str| line.contains(privilege) && line.contains(object) && line.ends_with(to);
+                assert!(printed.lines().any(is_granted), "{statement} is not in\n{printed}");
             }
         }
         let asked = SERVE.question(&schema);

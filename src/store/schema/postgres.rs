@@ -1,4 +1,4 @@
-//! The tables on PostgreSQL. A migration only adds.
+//! Creates and migrates the tables on PostgreSQL. A migration only adds.
 
 use std::time::Duration;
 
@@ -14,10 +14,11 @@ use crate::store::{
     url::StoreUrl,
 };
 
-/// The version of the tables, newest first.
+/// The query for the version of the tables, newest first.
 pub(crate) const SCHEMA: &str = "SELECT version, compatible_from FROM {s}.schema ORDER BY version DESC LIMIT 1";
 
-/// Makes the tables, or adds and mends what is missing. Several may run at once: one works, the others wait for it.
+/// Creates the tables, or adds and repairs what is missing. Several processes may run this at once: one works, and the
+/// others wait for its lock.
 ///
 /// # Errors
 /// [`StoreError::Schema`] where the tables are too new for this release; or the database failed.
@@ -25,7 +26,7 @@ pub(crate) async fn run(address: &StoreUrl, name: &SchemaName, connect_timeout: 
     let mut connection = connect_within(address, connect_timeout).await?;
     let mut transaction = connection.begin().await?;
     sqlx::raw_sql(LOCK).execute(&mut *transaction).await?;
-    sqlx::raw_sql(WAITS).execute(&mut *transaction).await?;
+    sqlx::raw_sql(TABLE_LOCK_LIMIT).execute(&mut *transaction).await?;
     if tables(&mut transaction, name).await?.is_none() {
         first(&mut transaction, name).await?;
     }
@@ -39,7 +40,7 @@ pub(crate) async fn run(address: &StoreUrl, name: &SchemaName, connect_timeout: 
         fourth(&mut transaction, name).await?;
     }
     let tables = tables(&mut transaction, name).await?;
-    // A newer release's functions and triggers are left to it.
+    // If the tables are newer than this release, do not replace their functions and triggers with older ones.
     if tables.is_some_and(|tables| tables.version == schema::VERSION) {
         postgres::mend(&mut transaction, name).await?;
     }
@@ -51,10 +52,11 @@ pub(crate) async fn run(address: &StoreUrl, name: &SchemaName, connect_timeout: 
     schema::check(tables, &describe(address, name))
 }
 
-/// Begins a new history. For whoever restored a backup: what replicas and Redis hold of the old one is never used again.
+/// Starts a new database history after the operator restored a backup, so that replicas and Redis do not use values of
+/// the earlier history.
 ///
 /// # Errors
-/// The database failed, or holds no tables of ours.
+/// The database failed, or has no tables of trustgate.
 pub(crate) async fn new_incarnation(
     address: &StoreUrl,
     name: &SchemaName,
@@ -67,17 +69,19 @@ pub(crate) async fn new_incarnation(
     Ok(connection.close().await?)
 }
 
-/// One lock for every schema of the database: migrations are rare. The number is the first 8 bytes of
-/// SHA-256("trustgate migrate").
+/// Takes one lock for all schemas of the database, which is enough because migrations are rare. The number is the first
+/// 8 bytes of SHA-256("trustgate migrate").
 const LOCK: &str = "SET LOCAL lock_timeout = '60s'; SET LOCAL statement_timeout = 0; SELECT pg_advisory_xact_lock(2242996985564621124)";
-/// Whoever waits for a lock on a table makes everybody wait who comes after: better to give up and be run again.
-const WAITS: &str = "SET LOCAL lock_timeout = '5s'; SET LOCAL client_min_messages = warning";
+/// Limits the wait for a table lock to 5 s. While the migration waits, later statements on that table queue behind it,
+/// so it is better to give up and to let the operator run it again.
+const TABLE_LOCK_LIMIT: &str = "SET LOCAL lock_timeout = '5s'; SET LOCAL client_min_messages = warning";
 
+/// The version of the tables, or `None` if there are none.
 pub(crate) async fn tables(
     connection: &mut PgConnection,
     name: &SchemaName,
 ) -> Result<Option<schema::Tables>, sqlx::Error> {
-    // A savepoint: a table that is not there must not end the transaction.
+    // This nested transaction is a savepoint: the error for a missing table must not abort the outer transaction.
     let mut attempt = connection.begin().await?;
     match sqlx::raw_sql(in_schema(SCHEMA, name)).fetch_all(&mut *attempt).await {
         Ok(rows) => match rows.first() {
@@ -91,7 +95,7 @@ pub(crate) async fn tables(
 
 /// Version 1: the tables, the first version, and the key of the Redis MAC.
 async fn first(connection: &mut PgConnection, name: &SchemaName) -> Result<(), StoreError> {
-    // CREATE SCHEMA asks for the right to make one even where it exists.
+    // CREATE SCHEMA IF NOT EXISTS needs the right to create a schema even if the schema exists.
     let exists = sqlx::query("SELECT FROM pg_namespace WHERE nspname = $1")
         .bind(name.as_str())
         .fetch_optional(&mut *connection)
@@ -119,21 +123,21 @@ async fn first(connection: &mut PgConnection, name: &SchemaName) -> Result<(), S
     Ok(())
 }
 
-/// Version 2: changes are named.
+/// Version 2: adds the change log.
 async fn second(connection: &mut PgConnection, name: &SchemaName) -> Result<(), sqlx::Error> {
     sqlx::raw_sql(in_schema(postgres::HOLD_WRITERS, name)).execute(&mut *connection).await?;
     sqlx::raw_sql(in_schema(postgres::TABLES, name)).execute(&mut *connection).await?;
     stamp(connection, name, 2).await
 }
 
-/// Version 3: somebody else's table may be attached. What is known of it stands where `serve` has the right to read.
+/// Version 3: an existing table can be attached. `meta` describes it, because `serve` has the right to read `meta`.
 async fn third(connection: &mut PgConnection, name: &SchemaName) -> Result<(), sqlx::Error> {
     sqlx::raw_sql(in_schema(THIRD, name)).execute(&mut *connection).await?;
     stamp(connection, name, 3).await
 }
 
-/// Version 4: records the pepper of each key. No statement reads the rows of a large table. The other columns are for later releases, so that tables that every check reads
-/// change only once.
+/// Version 4: adds the pepper of each key. No statement here reads the rows of a large table. The other columns are for
+/// later releases: they are added now, so that the tables that checks read change only once.
 async fn fourth(connection: &mut PgConnection, name: &SchemaName) -> Result<(), sqlx::Error> {
     sqlx::raw_sql(in_schema(postgres::HOLD_WRITERS, name)).execute(&mut *connection).await?;
     sqlx::raw_sql(in_schema(FOURTH, name)).execute(&mut *connection).await?;
@@ -161,7 +165,8 @@ ALTER TABLE {s}.api_key ADD CONSTRAINT api_key_pepper_fingerprint_check
     CHECK (octet_length(pepper_fingerprint) = 8) NOT VALID;
 ";
 
-/// The index of version 4. Made after the tables were committed: it reads all of `api_key`, and holds up writers alone.
+/// The index of version 4. It is created after the commit of the migration, because it reads all of `api_key`.
+/// Meanwhile only writers wait.
 const PEPPER_INDEX: &str = "
 CREATE INDEX IF NOT EXISTS api_key_pepper ON {s}.api_key (pepper_fingerprint)
     WHERE pepper_fingerprint IS NOT NULL AND revoked_at IS NULL";

@@ -1,4 +1,4 @@
-//! The tables on SQLite. A migration only adds.
+//! Creates and migrates the tables on SQLite. A migration only adds.
 
 use std::{path::Path, time::Duration};
 
@@ -14,10 +14,10 @@ use crate::store::{
     url::describe_sqlite,
 };
 
-/// The version of the tables, newest first.
+/// The query for the version of the tables, newest first.
 pub(crate) const SCHEMA: &str = "SELECT version, compatible_from FROM schema ORDER BY version DESC LIMIT 1";
 
-/// Makes the tables, or adds what is missing. The file must exist. Can be run by several processes at once.
+/// Creates the tables, or adds what is missing. The file must exist. Several processes may run this at once.
 ///
 /// # Errors
 /// [`StoreError::Schema`] where the tables are too new for this release; or the database failed.
@@ -25,7 +25,8 @@ pub(crate) async fn run(path: &Path) -> Result<(), StoreError> {
     let mut left = ATTEMPTS;
     loop {
         match attempt(path).await {
-            // Two that turn on the write-ahead log at once are told so without waiting for each other.
+            // If two processes turn on the write-ahead log at once, SQLite returns "busy" without waiting for the busy
+            // timeout.
             Err(StoreError::Database(error)) if is_busy(&error) && left > 0 => {
                 left -= 1;
                 tokio::time::sleep(PAUSE).await;
@@ -35,16 +36,18 @@ pub(crate) async fn run(path: &Path) -> Result<(), StoreError> {
     }
 }
 
+/// How often a migration is tried again while another process writes.
 const ATTEMPTS: u32 = 100;
+/// The wait between two attempts.
 const PAUSE: Duration = Duration::from_millis(20);
 
 async fn attempt(path: &Path) -> Result<(), StoreError> {
     let mut connection = connect(path, Access::Write).await?;
     if !is_done(&mut connection).await? {
-        // Kept in the file; readers then never wait for the writer.
+        // The file stores this mode. With it, readers do not wait for the writer.
         sqlx::raw_sql("PRAGMA journal_mode = WAL").execute(&mut connection).await?;
         let mut transaction = connection.begin_with("BEGIN IMMEDIATE").await?;
-        // Somebody may have been faster.
+        // Another process may have migrated the database in the meantime.
         if !is_done(&mut transaction).await? {
             let version = tables(&mut transaction).await?.map_or(0, |tables| tables.version);
             if version < 1 {
@@ -54,13 +57,13 @@ async fn attempt(path: &Path) -> Result<(), StoreError> {
                 second(&mut transaction).await?;
             }
             if version < 3 {
-                // What came with it concerns PostgreSQL alone.
+                // Version 3 changes the tables only on PostgreSQL.
                 stamp(&mut transaction, 3).await?;
             }
             if version < 4 {
                 fourth(&mut transaction).await?;
             }
-            sqlite::install(&mut transaction).await?.map_err(|problem| unwatched(path, &problem))?;
+            sqlite::install(&mut transaction).await?.map_err(|problem| triggers_broken(path, &problem))?;
         }
         transaction.commit().await?;
     }
@@ -69,7 +72,8 @@ async fn attempt(path: &Path) -> Result<(), StoreError> {
     schema::check(tables, &describe_sqlite(path))
 }
 
-/// Whether there is nothing to do: the tables are of this release and every change is named, or they are of a newer one.
+/// True if there is nothing to do: the tables have the version of this release and their triggers are intact, or they
+/// are newer.
 async fn is_done(connection: &mut SqliteConnection) -> Result<bool, sqlx::Error> {
     match tables(connection).await? {
         Some(tables) if tables.version == schema::VERSION => sqlite::in_force(connection).await,
@@ -77,11 +81,12 @@ async fn is_done(connection: &mut SqliteConnection) -> Result<bool, sqlx::Error>
     }
 }
 
-fn unwatched(path: &Path, problem: &str) -> StoreError {
+fn triggers_broken(path: &Path, problem: &str) -> StoreError {
     StoreError::Schema(format!("{}: {problem}", describe_sqlite(path)))
 }
 
-/// Begins a new history, for a database that was put back from a copy: no replica uses what it knows of the old one.
+/// Starts a new database history after the operator restored a copy, so that replicas and Redis do not use values of
+/// the earlier history.
 ///
 /// # Errors
 /// [`StoreError::NoDatabase`], [`StoreError::Schema`], or the database failed.
@@ -95,7 +100,8 @@ pub(crate) async fn new_incarnation(path: &Path) -> Result<(), StoreError> {
     Ok(connection.close().await?)
 }
 
-/// Writes a new incarnation, only over `lost` if that is given, and draws a version "everything" with it.
+/// Writes a new incarnation and draws a version "everything changed". If `lost` is given, does so only if `lost` is
+/// still the present incarnation.
 pub(crate) async fn begin_incarnation(
     connection: &mut SqliteConnection,
     lost: Option<Uuid>,
@@ -111,7 +117,7 @@ pub(crate) async fn begin_incarnation(
     Ok(())
 }
 
-/// The version of the tables, or `None` where there are none.
+/// The version of the tables, or `None` if there are none.
 pub(crate) async fn tables(connection: &mut SqliteConnection) -> Result<Option<schema::Tables>, sqlx::Error> {
     match sqlx::raw_sql(SCHEMA).fetch_all(connection).await {
         Ok(rows) => match rows.first() {
@@ -123,7 +129,7 @@ pub(crate) async fn tables(connection: &mut SqliteConnection) -> Result<Option<s
     }
 }
 
-/// Version 1: everything, the first version, and the key of the Redis MAC.
+/// Version 1: the tables, the first version, and the key of the Redis MAC.
 async fn first(connection: &mut SqliteConnection) -> Result<(), StoreError> {
     sqlx::raw_sql(FIRST).execute(&mut *connection).await?;
     sqlx::query("INSERT INTO meta (incarnation) VALUES (?)")
@@ -141,14 +147,14 @@ async fn first(connection: &mut SqliteConnection) -> Result<(), StoreError> {
     Ok(())
 }
 
-/// Version 2: what the watch needs beside its triggers, and how long a replica's sign of life counts.
+/// Version 2: the column that the change log needs beside its triggers, and the name and expiry of heartbeats.
 async fn second(connection: &mut SqliteConnection) -> Result<(), sqlx::Error> {
     sqlx::raw_sql(SECOND).execute(&mut *connection).await?;
     stamp(connection, 2).await
 }
 
-/// Version 4: records the pepper of each key. The other columns are for later releases, so that tables that every check reads
-/// change only once.
+/// Version 4: adds the pepper of each key. The other columns are for later releases: they are added now, so that the
+/// tables that checks read change only once.
 async fn fourth(connection: &mut SqliteConnection) -> Result<(), sqlx::Error> {
     sqlx::raw_sql(FOURTH).execute(&mut *connection).await?;
     stamp(connection, schema::VERSION).await
@@ -163,7 +169,7 @@ async fn stamp(connection: &mut SqliteConnection, version: i64) -> Result<(), sq
         .map(drop)
 }
 
-/// Times are microseconds since the Unix epoch, ids UUIDs with hyphens in small letters, lists JSON.
+/// Times are in microseconds since the Unix epoch, ids are lower-case UUIDs with hyphens, and lists are JSON.
 const FIRST: &str = "
 CREATE TABLE schema (
     version INTEGER PRIMARY KEY, compatible_from INTEGER NOT NULL, at INTEGER NOT NULL

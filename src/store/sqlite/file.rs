@@ -1,4 +1,5 @@
-//! The file itself: who may read it, where it may lie, and that nobody makes it by mistake.
+//! The database file: creates it with safe permissions, refuses places where SQLite would lose writes, and detects that
+//! the files of an open connection were replaced.
 
 use std::{
     fs::{self, DirBuilder, OpenOptions},
@@ -9,9 +10,9 @@ use std::{
 
 use crate::store::{error::StoreError, reads::lookup::Missing};
 
-/// Filesystems that lie on another machine, by `f_type` of statfs(2). SQLite's write-ahead log needs shared memory and
-/// locks that all its users see, which these do not give. FUSE is not among them: what is behind it cannot be told, and
-/// much of it is local.
+/// Network filesystems, by `f_type` of statfs(2). SQLite's write-ahead log needs shared memory and locks that all its
+/// users see, which these filesystems do not provide. FUSE is not in the list: its number does not show what is behind
+/// it, and many FUSE filesystems are local.
 const NETWORK: &[(u32, &str)] = &[
     (0x0000_6969, "NFS"),
     (0x0000_517b, "SMB"),
@@ -29,7 +30,7 @@ const NETWORK: &[(u32, &str)] = &[
     (0x1983_0326, "BeeGFS"),
 ];
 
-/// Makes sure that there is a file at `path` that can be used: makes it, for its owner alone, if `missing` says so.
+/// Checks that the file at `path` can be used. If there is no file and `missing` allows it, creates one with mode 0600.
 ///
 /// # Errors
 /// [`StoreError::NoDatabase`], or [`StoreError::Unusable`] with the reason.
@@ -42,7 +43,7 @@ pub(crate) fn prepare(path: &Path, missing: Missing) -> Result<(), StoreError> {
             refuse_aliases(path)?;
             if found.mode() & 0o077 != 0 {
                 let mode = format!("{:o}", found.mode() & 0o777);
-                tracing::warn!(path = %path.display(), mode, "others may read the database; `chmod 600` it");
+                tracing::warn!(path = %path.display(), mode, "database file open to other users: `chmod 600` it");
             }
             Ok(())
         }
@@ -55,20 +56,20 @@ pub(crate) fn prepare(path: &Path, missing: Missing) -> Result<(), StoreError> {
                 .recursive(true)
                 .mode(0o700)
                 .create(directory)
-                .map_err(|error| unusable("cannot make the directory of", &error))?;
+                .map_err(|error| unusable("cannot create the directory of", &error))?;
             refuse_network(directory)?;
-            // SQLite gives its log and its shared memory the mode of the file.
+            // SQLite creates `-wal` and `-shm` with the mode of the database file.
             match OpenOptions::new().write(true).create_new(true).mode(0o600).open(path) {
                 Ok(_) => Ok(()),
-                Err(error) if error.kind() == ErrorKind::AlreadyExists => Ok(()), // somebody was faster
-                Err(error) => Err(unusable("cannot make the database", &error)),
+                Err(error) if error.kind() == ErrorKind::AlreadyExists => Ok(()), // another process created it first
+                Err(error) => Err(unusable("cannot create the database", &error)),
             }
         }
         Err(error) => Err(unusable("cannot use the database", &error)),
     }
 }
 
-/// A file, whatever its path: device and inode.
+/// Identifies a file independently of its path: device and inode.
 type Identity = (u64, u64);
 
 fn identity(path: &Path) -> io::Result<Identity> {
@@ -76,14 +77,15 @@ fn identity(path: &Path) -> io::Result<Identity> {
     Ok((found.dev(), found.ino()))
 }
 
-/// The files that one connection works with: the database, its write-ahead log (`-wal`) and the index of that log (`-shm`).
+/// The files that one connection works with: the database, its write-ahead log (`-wal`) and the index of that log
+/// (`-shm`).
 ///
-/// SQLite opens each by its path, once, and all connections of a process share one `-shm`. If `-wal` or `-shm` is removed, moved
-/// or not shared between processes, this process and the next command use different files: neither sees the other's changes, and each
-/// can overwrite them (<https://www.sqlite.org/howtocorrupt.html>, sections 1.3 and 2.5).
+/// SQLite opens each by its path, once, and all connections of a process share one `-shm`. If `-wal` or `-shm` is
+/// removed, moved or not shared between processes, this process and the next command use different files: neither sees
+/// the other's changes, and each can overwrite them (<https://www.sqlite.org/howtocorrupt.html>, sections 1.3 and 2.5).
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Files {
-    /// The path with every link resolved: SQLite puts the other two beside that.
+    /// The path with all symbolic links resolved: SQLite puts the other two files beside it.
     resolved: PathBuf,
     main: Identity,
     /// `None` for a database without a write-ahead log.
@@ -97,17 +99,17 @@ impl Files {
     /// The files at `path` before a connection is made.
     ///
     /// # Errors
-    /// What the operating system says of the database.
+    /// The error of the operating system if the database cannot be found.
     pub(crate) fn before_connect(path: &Path) -> io::Result<Self> {
         Ok(Self { resolved: fs::canonicalize(path)?, main: identity(path)?, beside: None })
     }
 
-    /// Notes the files beside the database once a connection has read from it, which is when SQLite opens them. `has_log`: whether
-    /// the database uses a write-ahead log.
+    /// Records the files beside the database. Call this after a connection has read from the database, because SQLite
+    /// opens the files at the first read. `has_log`: true if the database uses a write-ahead log.
     ///
     /// # Errors
-    /// [`Replaced`] where the files at the paths are not those that this process has open: an older connection may still share
-    /// its `-shm` with this one.
+    /// [`Replaced`] if the files at the paths are not those that this process has open: an older connection may still
+    /// share its `-shm` with this one.
     pub(crate) fn after_first_read(&mut self, path: &Path, has_log: bool) -> io::Result<()> {
         self.verify(path)?;
         if has_log {
@@ -121,10 +123,10 @@ impl Files {
         Ok(())
     }
 
-    /// Checks that `path` still leads to these files. Returns how many names the database has.
+    /// Checks that `path` still leads to these files. Returns the number of names (hard links) of the database.
     ///
     /// # Errors
-    /// [`Replaced`] where it does not; what the operating system says where there is no database.
+    /// [`Replaced`] if it does not; the error of the operating system if there is no database.
     pub(crate) fn verify(&self, path: &Path) -> io::Result<u64> {
         let main = fs::metadata(path)?;
         if (main.dev(), main.ino()) != self.main {
@@ -149,23 +151,24 @@ impl Files {
     }
 }
 
-/// Whether this process has the database of `files` open, by whatever connection.
+/// True if any connection of this process has the database of `files` open.
 pub(crate) fn is_open(files: &Files) -> io::Result<bool> {
     Ok(open_files()?.contains(&files.main))
 }
 
-/// Every file that this process has open.
+/// All files that this process has open.
 fn open_files() -> io::Result<Vec<Identity>> {
     let descriptors = fs::read_dir("/proc/self/fd")?;
-    // A descriptor may be closed meanwhile.
+    // Skip a descriptor that is closed while this function runs.
     Ok(descriptors.filter_map(|descriptor| identity(&descriptor.ok()?.path()).ok()).collect())
 }
 
-/// The path leads to other files than those that a connection has open. With the suffix of the file.
+/// The path leads to other files than those that a connection has open. The value is the suffix of the file, empty for
+/// the database itself.
 #[derive(Debug, thiserror::Error)]
 #[error(
-    "the database file{} was replaced, removed or moved while it was in use: its connections are closed and opened again; stop \
-     the server before you restore files, and do not remove -wal or -shm while it runs",
+    "the database file{} was replaced, removed or moved while it was in use: its connections are closed and opened \
+     again; stop the server before you restore files, and do not remove -wal or -shm while it runs",
     if .0.is_empty() { String::new() } else { format!("'s {}", .0) }
 )]
 struct Replaced(&'static str);
@@ -176,31 +179,31 @@ impl From<Replaced> for io::Error {
     }
 }
 
-/// The error of a connect that comes before every connection to replaced files is closed.
+/// The error of a connect that is tried before all connections to replaced files are closed.
 pub(crate) fn still_open() -> io::Error {
     Replaced(BESIDE[1]).into()
 }
 
-/// What a failed read says of the files.
+/// The file that was replaced, according to the error of a read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Change {
-    /// Another database lies at the path. A new connection reads it.
+    /// Another database is at the path. A new connection reads it.
     Main,
-    /// The log or its index is not the one that this process has open. All connections of a process share the index, so a new
-    /// connection reads the files at the paths only once every old one is closed.
+    /// The log or its index is not the one that this process has open. All connections of a process share the index, so
+    /// a new connection reads the files at the paths only once every old one is closed.
     Beside,
 }
 
-/// Whether `error` is [`Replaced`], and what was.
+/// The file that was replaced, if `error` is [`Replaced`].
 pub(crate) fn change(error: &sqlx::Error) -> Option<Change> {
     let sqlx::Error::Io(error) = error else { return None };
     let Replaced(suffix) = error.get_ref()?.downcast_ref()?;
     Some(if suffix.is_empty() { Change::Main } else { Change::Beside })
 }
 
-/// Returns why the database file can be reached by more than one path, or `None`. If a process opens it through a hard link or a
-/// bind mount of only this file, SQLite looks for `-wal` and `-shm` under another name or in another directory and misses committed
-/// changes.
+/// Returns why the database file can be reached by more than one path, or `None`. If a process opens it through a hard
+/// link or a bind mount of only this file, SQLite looks for `-wal` and `-shm` under another name or in another
+/// directory, and misses committed changes.
 pub(crate) fn alias_problem(path: &Path) -> io::Result<Option<String>> {
     let links = fs::metadata(path)?.nlink();
     if links > 1 {
@@ -211,7 +214,7 @@ pub(crate) fn alias_problem(path: &Path) -> io::Result<Option<String>> {
     Ok(is_mounted.then(|| "the file is mounted by itself, without its directory".to_owned()))
 }
 
-/// Whether `mountinfo` (`proc_pid_mountinfo(5)`) has a mount at exactly this path.
+/// True if `mountinfo` (`proc_pid_mountinfo(5)`) has a mount at exactly this path.
 fn is_mount_point(mountinfo: &str, path: &Path) -> bool {
     let unescaped = |field: &str| {
         ["\\040", "\\011", "\\012", "\\134"]
@@ -226,33 +229,34 @@ fn is_mount_point(mountinfo: &str, path: &Path) -> bool {
 fn refuse_aliases(path: &Path) -> Result<(), StoreError> {
     let unusable = |why: String| {
         StoreError::Unusable(format!(
-            "{}: {why}: SQLite keeps its log beside the path that was opened, so that changes made by another way would be \
-             lost. Remove the other names, and mount the directory, not the file (in Kubernetes: no subPath)",
+            "{}: {why}: SQLite keeps its log beside the path that was opened, so changes made through another path \
+             would be lost. Remove the other names, and mount the directory, not the file (in Kubernetes: no subPath)",
             path.display()
         ))
     };
     match alias_problem(path) {
         Ok(None) => Ok(()),
         Ok(Some(why)) => Err(unusable(why)),
-        Err(error) => Err(unusable(format!("cannot tell how it is mounted: {error}"))),
+        Err(error) => Err(unusable(format!("cannot find out how it is mounted: {error}"))),
     }
 }
 
 fn refuse_network(path: &Path) -> Result<(), StoreError> {
     let found = rustix::fs::statfs(path).map_err(|error| {
-        StoreError::Unusable(format!("cannot tell which filesystem holds {}: {error}", path.display()))
+        StoreError::Unusable(format!("cannot find out the filesystem of {}: {error}", path.display()))
     })?;
     match network_name(found.f_type.cast_unsigned()) {
         None => Ok(()),
         Some(name) => Err(StoreError::Unusable(format!(
-            "{} lies on a network filesystem ({name}), where SQLite would lose or tear writes: use a local disk, or PostgreSQL (`store.url`)",
+            "{} is on a network filesystem ({name}), where SQLite can lose or corrupt writes: use a local disk, or \
+             PostgreSQL (`store.url`)",
             path.display()
         ))),
     }
 }
 
 fn network_name(kind: u64) -> Option<&'static str> {
-    // The kernel's numbers have 32 bits; some architectures extend their sign.
+    // The kernel's numbers have 32 bits; some architectures sign-extend them.
     let kind = u32::try_from(kind & u64::from(u32::MAX)).unwrap_or(0);
     NETWORK.iter().find(|(number, _)| *number == kind).map(|(_, name)| *name)
 }
@@ -271,7 +275,7 @@ mod tests {
     }
 
     #[test]
-    fn network_filesystems_are_known_by_their_number_whatever_its_sign() {
+    fn network_filesystems_are_recognized_also_by_sign_extended_numbers() {
         assert_eq!(network_name(0x6969), Some("NFS"));
         assert_eq!(network_name(0xff53_4d42), Some("CIFS"));
         assert_eq!(network_name(0xffff_ffff_ff53_4d42), Some("CIFS"));

@@ -1,4 +1,5 @@
-//! A reply in the form in which the table says what it should be; what must be true of every reply is asserted on the way.
+//! Converts a reply into the form of the expected answers in the table, and asserts the rules that hold for all
+//! replies.
 
 use std::collections::BTreeSet;
 
@@ -13,7 +14,7 @@ use prost::Message as _;
 use serde_json::{Map, Value, json};
 use trustgate::ext_authz::response::Reply;
 
-/// The answer of a checker.
+/// Converts the reply of a checker.
 pub fn read(reply: Reply) -> Value {
     match reply {
         Reply::Unavailable => json!({ "kind": "unavailable" }),
@@ -26,30 +27,30 @@ pub fn read(reply: Reply) -> Value {
     }
 }
 
-/// The answer in the bytes of a `CheckResponse`.
+/// Converts an encoded `CheckResponse`.
 pub fn decode(message: &[u8]) -> Value {
     let response = CheckResponse::decode(message).unwrap();
-    // `status.code` alone decides, and unset means allow: it is always stated.
-    let code = response.status.expect("a reply states its status").code;
-    let metadata = object(&response.dynamic_metadata.expect("a reply says why"));
-    match response.http_response.expect("a reply says how") {
+    // Envoy decides by `status.code` only and reads a missing status as OK, so a reply must set it.
+    let code = response.status.expect("a reply has a status").code;
+    let metadata = object(&response.dynamic_metadata.expect("a reply has dynamic metadata"));
+    match response.http_response.expect("a reply has an HTTP response") {
         HttpResponse::OkResponse(ok) => {
-            assert_eq!(code, 0, "an ok_response is no denial");
+            assert_eq!(code, 0, "an ok_response must have the code 0");
             assert!(ok.query_parameters_to_set.is_empty() && ok.response_headers_to_add.is_empty());
             let set = overwrites(&ok.headers);
             let remove: BTreeSet<String> = ok.headers_to_remove.iter().cloned().collect();
             assert_eq!(remove.len(), ok.headers_to_remove.len(), "a header is removed twice");
-            // Removal comes last in Envoy and would win.
+            // Envoy removes headers after it has set them, so a header in both lists would be missing.
             assert!(remove.iter().all(|name| !set.contains_key(name)), "set and removed: {set:?} {remove:?}");
             let query = &ok.query_parameters_to_remove;
             json!({ "kind": "ok", "code": code, "set": set, "remove": remove, "query": query, "metadata": metadata })
         }
-        HttpResponse::DeniedResponse(denied) => refusal("denied", code, &denied, &metadata),
-        HttpResponse::ErrorResponse(denied) => refusal("error", code, &denied, &metadata),
+        HttpResponse::DeniedResponse(denied) => denial("denied", code, &denied, &metadata),
+        HttpResponse::ErrorResponse(denied) => denial("error", code, &denied, &metadata),
     }
 }
 
-fn refusal(kind: &str, code: i32, denied: &DeniedHttpResponse, metadata: &Map<String, Value>) -> Value {
+fn denial(kind: &str, code: i32, denied: &DeniedHttpResponse, metadata: &Map<String, Value>) -> Value {
     assert!([7, 16].contains(&code), "a denial with the code {code}");
     let status = denied.status.expect("a denial has a status").code;
     assert!((400..600).contains(&status), "a denial with the status {status}");
@@ -58,12 +59,13 @@ fn refusal(kind: &str, code: i32, denied: &DeniedHttpResponse, metadata: &Map<St
     json!({ "kind": kind, "code": code, "status": status, "headers": headers, "body": body, "metadata": metadata })
 }
 
-/// Headers that are set: each once, never empty, and in the only form that overwrites on every Envoy.
+/// The headers that a reply sets. Each must occur once, must not be empty, and must overwrite in all supported versions
+/// of Envoy.
 fn overwrites(headers: &[HeaderValueOption]) -> Map<String, Value> {
     let mut set = Map::new();
     for option in headers {
-        #[expect(deprecated, reason = "Envoy up to 1.40 looks at `append` alone")]
-        let append = option.append.expect("append is stated");
+        #[expect(deprecated, reason = "Envoy up to 1.40 reads only `append`")]
+        let append = option.append.expect("append is set");
         assert!(!append.value);
         assert_eq!(option.append_action, i32::from(HeaderAppendAction::OverwriteIfExistsOrAdd));
         let header = option.header.as_ref().unwrap();
@@ -77,16 +79,16 @@ fn overwrites(headers: &[HeaderValueOption]) -> Map<String, Value> {
 }
 
 fn object(object: &Struct) -> Map<String, Value> {
-    object.fields.iter().map(|(name, value)| (name.clone(), plain(value))).collect()
+    object.fields.iter().map(|(name, value)| (name.clone(), json_value(value))).collect()
 }
 
-fn plain(value: &ProtoValue) -> Value {
+fn json_value(value: &ProtoValue) -> Value {
     match value.kind.as_ref().unwrap() {
         Kind::NullValue(_) => Value::Null,
         Kind::NumberValue(number) => json!(number),
         Kind::StringValue(text) => json!(text),
         Kind::BoolValue(truth) => json!(truth),
         Kind::StructValue(inner) => object(inner).into(),
-        Kind::ListValue(list) => list.values.iter().map(plain).collect(),
+        Kind::ListValue(list) => list.values.iter().map(json_value).collect(),
     }
 }

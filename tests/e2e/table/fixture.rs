@@ -1,4 +1,4 @@
-//! The servers of the table, one for each configuration in it, on one database with one key of every kind.
+//! The servers of the table, one for each configuration in it. They use one database, which has a key of each kind.
 
 use std::{collections::BTreeMap, io::Write as _, net::SocketAddr, path::Path, sync::Arc, time::Duration};
 
@@ -24,7 +24,7 @@ use trustgate::{
 use super::rows::Table;
 use crate::support::shared;
 
-/// What every server of the table is set to. Times are long: this is about answers, on whatever machine.
+/// Settings of all servers of the table. The timeouts are long, so that a slow machine does not change an answer.
 const SETTINGS: [(&str, &str); 6] = [
     ("TRUSTGATE__GRPC__LISTEN", "127.0.0.1:0"),
     ("TRUSTGATE__ADMIN__LISTEN", "127.0.0.1:0"),
@@ -34,17 +34,17 @@ const SETTINGS: [(&str, &str); 6] = [
     ("TRUSTGATE__FRESHNESS__LEASE", "1m"),
 ];
 
-/// Servers and keys.
+/// The running servers and the keys of the table.
 pub struct Fixture {
     servers: BTreeMap<String, (Running, Config)>,
-    keys: BTreeMap<&'static str, Made>,
+    keys: BTreeMap<&'static str, TestKey>,
     _dir: TempDir,
     _turn: RwLockReadGuard<'static, ()>,
 }
 
-/// A key of the table.
+/// A key of the table. A key that does not exist in the database has only a secret.
 #[derive(Clone, Debug, Default)]
-pub struct Made {
+pub struct TestKey {
     pub secret: String,
     pub id: String,
     pub trust: String,
@@ -52,18 +52,19 @@ pub struct Made {
 }
 
 impl Fixture {
+    /// Starts all servers.
     pub async fn start() -> Self {
         Self::of(|_| true).await
     }
 
-    /// The servers that `wanted` picks by name.
+    /// Starts the servers for whose names `wanted` returns true.
     pub async fn of(wanted: impl Fn(&str) -> bool) -> Self {
         let (turn, dir) = (shared().await, tempfile::tempdir().unwrap());
         let table = Table::read();
-        let configs = table.servers.iter().map(|(name, more)| (name.clone(), configured(dir.path(), more)));
+        let configs = table.servers.iter().map(|(name, more)| (name.clone(), load_config(dir.path(), more)));
         let configs: BTreeMap<String, Config> = configs.collect();
         store::migrate(&configs["default"].store, &|_| None).await.unwrap();
-        let keys = Workshop { store: configs["default"].store.clone() }.make(&configs["pepper"].credential).await;
+        let keys = KeyFactory { store: configs["default"].store.clone() }.create(&configs["pepper"].credential).await;
         let mut servers = BTreeMap::new();
         for (name, config) in configs.into_iter().filter(|(name, _)| wanted(name)) {
             let running = AppBuilder::new(config.clone(), &|_| None).unwrap().start().await.unwrap();
@@ -75,7 +76,7 @@ impl Fixture {
         Self { servers, keys, _dir: dir, _turn: turn }
     }
 
-    /// Ends every server; each must end well.
+    /// Stops all servers; none may report an error.
     pub async fn stop(self) {
         for (running, _) in self.servers.into_values() {
             running.stop(Delay::None).await.unwrap();
@@ -90,17 +91,17 @@ impl Fixture {
         self.servers[server].0.grpc_address().unwrap()
     }
 
-    pub fn key(&self, name: &str) -> &Made {
+    pub fn key(&self, name: &str) -> &TestKey {
         self.keys.get(name).unwrap_or_else(|| panic!("there is no key {name:?}"))
     }
 
-    /// Every key itself: what no application may see.
+    /// The secrets of all keys, which the application must not get.
     pub fn secrets(&self) -> Vec<&str> {
         self.keys.values().map(|key| key.secret.as_str()).collect()
     }
 
-    /// The servers for the Python runners: where each is, and which headers its answers may change besides the identity
-    /// headers.
+    /// The servers for the Python runners: the port of each, and the headers besides the identity headers that its
+    /// answers may change.
     pub fn servers(&self) -> Value {
         let header = |source: &Source| match source {
             Source::Header(name) => Some(name.clone()),
@@ -115,24 +116,24 @@ impl Fixture {
         self.servers.iter().map(|(name, server)| (name.clone(), one(server))).collect()
     }
 
-    /// `text` with its placeholders and escapes replaced.
-    pub fn spell(&self, text: &str) -> Vec<u8> {
-        let mut spelt = Vec::with_capacity(text.len());
+    /// Replaces the placeholders and escapes in `text`.
+    pub fn expand(&self, text: &str) -> Vec<u8> {
+        let mut expanded = Vec::with_capacity(text.len());
         let mut rest = text;
         while let Some(at) = rest.find(['{', '\\']) {
-            spelt.extend_from_slice(&rest.as_bytes()[..at]);
+            expanded.extend_from_slice(&rest.as_bytes()[..at]);
             rest = &rest[at..];
             if let Some(escape) = rest.strip_prefix("\\x") {
-                spelt.push(u8::from_str_radix(&escape[..2], 16).unwrap());
+                expanded.push(u8::from_str_radix(&escape[..2], 16).unwrap());
                 rest = &escape[2..];
             } else {
-                let (name, behind) = rest[1..].split_once('}').unwrap();
-                spelt.extend(self.placeholder(name));
-                rest = behind;
+                let (name, after) = rest[1..].split_once('}').unwrap();
+                expanded.extend(self.placeholder(name));
+                rest = after;
             }
         }
-        spelt.extend_from_slice(rest.as_bytes());
-        spelt
+        expanded.extend_from_slice(rest.as_bytes());
+        expanded
     }
 
     fn placeholder(&self, name: &str) -> Vec<u8> {
@@ -140,7 +141,7 @@ impl Fixture {
             return vec![b'p'; length.parse().unwrap()];
         }
         let (name, part) = name.split_once('.').unwrap_or((name, ""));
-        let Made { secret, id, trust, .. } = self.key(name);
+        let TestKey { secret, id, trust, .. } = self.key(name);
         match part {
             "" => secret.clone().into_bytes(),
             "id" => id.clone().into_bytes(),
@@ -152,7 +153,7 @@ impl Fixture {
     }
 }
 
-fn configured(dir: &Path, more: &str) -> Config {
+fn load_config(dir: &Path, more: &str) -> Config {
     let mut file = tempfile::NamedTempFile::new_in(dir).unwrap();
     file.write_all(more.as_bytes()).unwrap();
     let url = format!("sqlite://{}/trustgate.db", dir.display());
@@ -161,13 +162,13 @@ fn configured(dir: &Path, more: &str) -> Config {
     config::load(Some(file.path()), settings, Purpose::Serve).unwrap_or_else(|error| panic!("{error}"))
 }
 
-/// Makes the keys of the table.
-struct Workshop {
+/// Creates the keys of the table.
+struct KeyFactory {
     store: StoreSettings,
 }
 
-impl Workshop {
-    async fn make(&self, peppered: &CredentialSettings) -> BTreeMap<&'static str, Made> {
+impl KeyFactory {
+    async fn create(&self, peppered: &CredentialSettings) -> BTreeMap<&'static str, TestKey> {
         let plain = CredentialSettings::default();
         let mut manager = self.manager(&plain).await;
         for trust in ["alpha", "beta", "disabled", "deleted"] {
@@ -196,8 +197,8 @@ impl Workshop {
             keys.insert(name, issue(&mut manager, wanted).await);
         }
         manager.revoke_key(KeyId(keys["revoked"].id.parse().unwrap())).await.unwrap();
-        manager.enable_trust(&named("disabled"), false).await.unwrap();
-        manager.delete_trust(&named("deleted"), true).await.unwrap();
+        manager.enable_trust(&trust_named("disabled"), false).await.unwrap();
+        manager.delete_trust(&trust_named("deleted"), true).await.unwrap();
         let longest = "l".repeat(512);
         for (name, secret) in
             [("foreign", "sk/live+AbCd==0123~456!"), ("shortest", "sixteen-bytes-ok"), ("longest", longest.as_str())]
@@ -209,8 +210,8 @@ impl Workshop {
         let unknown = format::generate(&plain.prefix).unwrap().expose().to_owned();
         let last = if keys["good"].secret.ends_with('0') { "1" } else { "0" };
         let mistyped = keys["good"].secret[..51].to_owned() + last;
-        keys.insert("unknown", Made { secret: unknown, ..Made::default() });
-        keys.insert("mistyped", Made { secret: mistyped, ..Made::default() });
+        keys.insert("unknown", TestKey { secret: unknown, ..TestKey::default() });
+        keys.insert("mistyped", TestKey { secret: mistyped, ..TestKey::default() });
         keys
     }
 
@@ -219,29 +220,29 @@ impl Workshop {
         Manager::new(ledger, actor(), credential.clone()).unwrap()
     }
 
-    /// A key under a pepper that the database does not record, as earlier releases stored it: servers without that pepper then
-    /// deny it.
-    async fn peppered(&self, credential: &CredentialSettings) -> Made {
+    /// Adds a key under a pepper that the database does not record, like a key from an earlier release. Servers without
+    /// this pepper deny it.
+    async fn peppered(&self, credential: &CredentialSettings) -> TestKey {
         let mut ledger = store::open_ledger(&self.store, &|_| None).await.unwrap();
         let hasher = credential.hasher().unwrap();
         let secret = format::generate(&credential.prefix).unwrap();
         let new = new_key(&hasher, secret.expose());
         let key = ledger
-            .add_key(&actor(), &named("beta"), NewKey { made: trustgate::record::Made::Elsewhere, ..new })
+            .add_key(&actor(), &trust_named("beta"), NewKey { made: trustgate::record::Made::Elsewhere, ..new })
             .await
             .unwrap();
-        made(secret.expose(), &key)
+        test_key(secret.expose(), &key)
     }
 
-    /// A key whose time has not come: no command makes one, so it is put into the store as such.
-    async fn not_yet(&self) -> Made {
+    /// Adds a key that becomes valid after 24 hours. No command creates such a key, so this uses the ledger.
+    async fn not_yet(&self) -> TestKey {
         let mut ledger = store::open_ledger(&self.store, &|_| None).await.unwrap();
         let (credential, hasher) = (CredentialSettings::default(), Hasher::new(None, &[]));
         let secret = format::generate(&credential.prefix).unwrap();
         let not_before = Some(ledger.now().await.unwrap().after(Duration::from_hours(24)));
         let new = NewKey { not_before, ..new_key(&hasher, secret.expose()) };
-        let key = ledger.add_key(&actor(), &named("alpha"), new).await.unwrap();
-        made(secret.expose(), &key)
+        let key = ledger.add_key(&actor(), &trust_named("alpha"), new).await.unwrap();
+        test_key(secret.expose(), &key)
     }
 }
 
@@ -264,27 +265,27 @@ fn actor() -> Actor {
     Actor("table".to_owned())
 }
 
-fn named(trust: &str) -> TrustRef {
+fn trust_named(trust: &str) -> TrustRef {
     TrustRef::Name(trust.to_owned())
 }
 
 fn wanted(trust: &str) -> Wanted {
-    Wanted { trust: named(trust), name: None, scopes: Vec::new(), allowed_cidrs: Vec::new(), expires_in: None }
+    Wanted { trust: trust_named(trust), name: None, scopes: Vec::new(), allowed_cidrs: Vec::new(), expires_in: None }
 }
 
-async fn issue(manager: &mut Manager, wanted: Wanted) -> Made {
+async fn issue(manager: &mut Manager, wanted: Wanted) -> TestKey {
     let issued = manager.issue_key(wanted).await.unwrap();
-    made(issued.secret.expose(), &issued.key)
+    test_key(issued.secret.expose(), &issued.key)
 }
 
-async fn import(manager: &mut Manager, secret: &str) -> Made {
-    manager.import_keys(&named("beta"), Form::Plaintext, secret.as_bytes(), |_| ()).await.unwrap();
+async fn import(manager: &mut Manager, secret: &str) -> TestKey {
+    manager.import_keys(&trust_named("beta"), Form::Plaintext, secret.as_bytes(), |_| ()).await.unwrap();
     let (found, _) = manager.identify_keys(secret).await.unwrap();
-    made(secret, found[0].key.as_ref().unwrap())
+    test_key(secret, found[0].key.as_ref().unwrap())
 }
 
-fn made(secret: &str, key: &store::ledger::Key) -> Made {
-    Made {
+fn test_key(secret: &str, key: &store::ledger::Key) -> TestKey {
+    TestKey {
         secret: secret.to_owned(),
         id: key.id.0.to_string(),
         trust: key.trust_id.0.to_string(),

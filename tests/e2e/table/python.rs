@@ -1,4 +1,4 @@
-//! The Python runners: programs of the virtual environment that `make setup` makes.
+//! Runs the Python runners in the virtual environment that `make setup` creates.
 
 use std::{
     path::Path,
@@ -7,11 +7,11 @@ use std::{
 
 use serde_json::Value;
 
-/// Runs a program of tests/e2e with `given` as a file, and shows what it wrote.
+/// Runs a program of tests/e2e, which reads `input` from a file, and prints its output.
 ///
 /// # Panics
-/// If it found something wrong.
-pub async fn run(program: &'static str, given: &Value) {
+/// If the program reports an error.
+pub async fn run(program: &'static str, input: &Value) {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let (python, envoy) = (root.join("target/tools/venv/bin/python"), root.join("target/tools/bin/envoy"));
     for tool in [&python, &envoy] {
@@ -19,20 +19,21 @@ pub async fn run(program: &'static str, given: &Value) {
     }
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("given.json");
-    std::fs::write(&file, given.to_string()).unwrap();
+    std::fs::write(&file, input.to_string()).unwrap();
     let mut child = Command::new(python)
         .arg(root.join("tests/e2e").join(program))
         .args([file.as_path(), dir.path(), &envoy, &root.join("envoy/envoy.yaml")])
-        // It ends when its input does: with this process, however that goes.
+        // The program exits when its standard input closes, so it ends with this process even if this process is
+        // killed.
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()
         .unwrap();
-    let input = child.stdin.take();
+    let stdin = child.stdin.take();
     let output = tokio::task::spawn_blocking(move || child.wait_with_output().unwrap()).await.unwrap();
-    drop(input);
+    drop(stdin);
     let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     println!("{out}");
-    assert!(output.status.success(), "{program} ended with {}:\n{out}{err}", output.status);
+    assert!(output.status.success(), "{program} failed with {}:\n{out}{err}", output.status);
 }

@@ -1,9 +1,9 @@
-//! A request as `CheckRequest`, in the two encodings that Envoy has for headers.
+//! Encodes a request as a `CheckRequest`, in both encodings that Envoy has for headers.
 
 use std::collections::{BTreeMap, HashMap};
 
 use envoy_types::pb::envoy::{
-    config::core::v3::{Address, HeaderMap, HeaderValue, Pipe, SocketAddress, address::Address as Place},
+    config::core::v3::{Address, HeaderMap, HeaderValue, Pipe, SocketAddress, address::Address as AddressKind},
     service::auth::v3::{
         AttributeContext, CheckRequest,
         attribute_context::{HttpRequest, Peer, Request as ProtoRequest},
@@ -11,12 +11,12 @@ use envoy_types::pb::envoy::{
 };
 use prost::Message as _;
 
-/// How headers are encoded.
+/// The encoding of the headers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Encoding {
-    /// `encode_raw_headers: true`: a list, as the client sent them.
+    /// `encode_raw_headers: true`: a list of the headers as the client sent them.
     Raw,
-    /// A map: equal names joined with a comma, `!` for each byte that is not UTF-8.
+    /// A map: values of equal names are joined with a comma, and each byte that is not UTF-8 is replaced by `!`.
     Map,
 }
 
@@ -24,16 +24,17 @@ impl Encoding {
     pub const BOTH: [Self; 2] = [Self::Raw, Self::Map];
 }
 
+/// A request of the table.
 #[derive(Clone, Debug)]
 pub struct Request {
     pub method: String,
     pub path: String,
-    /// The client's address, `unix`, or nothing.
+    /// The client's address, `unix` for a Unix socket, or empty for no address.
     pub from: String,
     pub headers: Vec<(String, Vec<u8>)>,
     /// The route's context extensions.
     pub route: BTreeMap<String, String>,
-    /// The bytes to send instead of all that.
+    /// The bytes to send instead of the encoded request.
     pub instead: Option<Vec<u8>>,
 }
 
@@ -108,16 +109,16 @@ impl Request {
     }
 
     fn address(&self) -> Option<Address> {
-        let place = match self.from.as_str() {
+        let kind = match self.from.as_str() {
             "" => return None,
-            "unix" => Place::Pipe(Pipe { path: "@".to_owned(), mode: 0 }),
-            address => Place::SocketAddress(SocketAddress { address: address.to_owned(), ..Default::default() }),
+            "unix" => AddressKind::Pipe(Pipe { path: "@".to_owned(), mode: 0 }),
+            address => AddressKind::SocketAddress(SocketAddress { address: address.to_owned(), ..Default::default() }),
         };
-        Some(Address { address: Some(place) })
+        Some(Address { address: Some(kind) })
     }
 }
 
-/// What Envoy makes of a value in the map encoding.
+/// The text that Envoy sends for a value in the map encoding.
 fn sanitized(value: &[u8]) -> String {
     value.utf8_chunks().map(|chunk| chunk.valid().to_owned() + &"!".repeat(chunk.invalid().len())).collect()
 }

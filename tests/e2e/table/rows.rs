@@ -1,4 +1,4 @@
-//! The table's file: read, and every row spelt out with the keys of a stage.
+//! Reads the table's file and expands its rows with the keys of a fixture. The file describes its fields at `about`.
 
 use std::collections::BTreeMap;
 
@@ -8,21 +8,24 @@ use serde_json::{Map, Value, json};
 use trustgate::ext_authz::identity;
 
 use super::{
-    fixture::{Fixture, Made},
+    fixture::{Fixture, TestKey},
     request::{Encoding, Request},
 };
 
+/// The contents of `table.json`.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Table {
     #[serde(rename = "about")]
     _about: Vec<String>,
-    /// Server by name: what its configuration says beyond the defaults of this test.
+    /// The configuration of each server, by name, without the settings that all servers share.
     pub servers: BTreeMap<String, String>,
+    /// The answer for each reason of a denial.
     denials: BTreeMap<String, Denial>,
     groups: Vec<Group>,
 }
 
+/// The answer that the client gets for a denial.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Denial {
@@ -32,6 +35,7 @@ pub struct Denial {
     message: String,
 }
 
+/// Rows for the same server.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Group {
@@ -41,6 +45,7 @@ struct Group {
     rows: Vec<Row>,
 }
 
+/// A request and its expected answer.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Row {
@@ -54,6 +59,7 @@ pub struct Row {
     not_in_process: Option<String>,
 }
 
+/// The request of a row.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Send {
@@ -69,6 +75,7 @@ pub struct Send {
     message: Option<String>,
 }
 
+/// The expected answer of a row.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Want {
@@ -88,7 +95,7 @@ pub struct Want {
     retry_after: Option<String>,
 }
 
-/// A row spelt out.
+/// A row with its placeholders replaced: the complete request and the expected answers.
 pub struct Expected {
     pub name: String,
     pub server: String,
@@ -119,9 +126,9 @@ impl Table {
         self.denials.get(reason).unwrap_or_else(|| panic!("there is no denial {reason:?}"))
     }
 
-    /// Every row with the keys of `fixture`.
-    pub fn spelt_out(&self, fixture: &Fixture) -> Vec<Expected> {
-        let spell = |group: &Group, row: &Row| {
+    /// All rows, with their placeholders replaced by the keys of `fixture`.
+    pub fn expanded_rows(&self, fixture: &Fixture) -> Vec<Expected> {
+        let expand = |group: &Group, row: &Row| {
             let raw = self.answer(&row.want, fixture);
             let request = row.send.request(fixture);
             Expected {
@@ -137,21 +144,21 @@ impl Table {
                 raw,
             }
         };
-        self.groups.iter().flat_map(|group| group.rows.iter().map(move |row| spell(group, row))).collect()
+        self.groups.iter().flat_map(|group| group.rows.iter().map(move |row| expand(group, row))).collect()
     }
 
-    /// An answer in the form of `answer::read`.
+    /// The expected answer in the form that `answer::read` returns.
     fn answer(&self, want: &Want, fixture: &Fixture) -> Value {
         match (&want.who, &want.reason) {
-            (Some(who), None) => passed(want, (who != "nobody").then(|| fixture.key(who))),
+            (Some(who), None) => granted(want, (who != "nobody").then(|| fixture.key(who))),
             (None, Some(reason)) => self.denied(want, reason),
-            _ => panic!("a row wants one of `as` and `reason`"),
+            _ => panic!("a row must have either `as` or `reason`"),
         }
     }
 
     fn denied(&self, want: &Want, reason: &str) -> Value {
         let Denial { status, code, error, message } = self.denial(reason);
-        assert_eq!(want.status, *status, "a denial for {reason}");
+        assert_eq!(want.status, *status, "the status of a denial for {reason}");
         if want.how.as_deref() == Some("unavailable") {
             return json!({ "kind": "unavailable" });
         }
@@ -174,7 +181,7 @@ impl Table {
     }
 }
 
-fn passed(want: &Want, key: Option<&Made>) -> Value {
+fn granted(want: &Want, key: Option<&TestKey>) -> Value {
     assert_eq!(want.status, 200);
     let mut set = Map::new();
     let mut remove = want.remove.clone();
@@ -183,15 +190,15 @@ fn passed(want: &Want, key: Option<&Made>) -> Value {
             "x-trust-id" => key.trust.clone(),
             "x-trust-key-id" => key.id.clone(),
             "x-trust-scopes" => key.scopes.join(" "),
-            other => panic!("what is {other} to be?"),
+            other => panic!("no expected value for {other}: add one here"),
         });
         match value.filter(|value| !value.is_empty()) {
             Some(value) => drop(set.insert(header.to_owned(), value.into())),
             None => remove.push(header.to_owned()),
         }
     }
-    if let Some(left) = &want.cookie {
-        set.insert("cookie".to_owned(), left.as_str().into());
+    if let Some(rest) = &want.cookie {
+        set.insert("cookie".to_owned(), rest.as_str().into());
     }
     remove.sort();
     let metadata = key.map_or_else(
@@ -203,22 +210,23 @@ fn passed(want: &Want, key: Option<&Made>) -> Value {
 
 impl Send {
     fn request(&self, fixture: &Fixture) -> Request {
-        let text = |text: &str| String::from_utf8(fixture.spell(text)).unwrap();
+        let text = |text: &str| String::from_utf8(fixture.expand(text)).unwrap();
         let fillers = (0..self.fillers).map(|number| (format!("x-filler-{number}"), b"f".to_vec()));
         Request {
             method: self.method.clone().unwrap_or_else(|| "GET".to_owned()),
             path: text(self.path.as_deref().unwrap_or("/things?page=2")),
             from: self.from.clone().unwrap_or_else(|| "127.0.0.1".to_owned()),
             headers: fillers
-                .chain(self.headers.iter().map(|(name, value)| (name.clone(), fixture.spell(value))))
+                .chain(self.headers.iter().map(|(name, value)| (name.clone(), fixture.expand(value))))
                 .collect(),
             route: self.route.clone(),
-            instead: self.message.as_ref().map(|message| fixture.spell(message)),
+            instead: self.message.as_ref().map(|message| fixture.expand(message)),
         }
     }
 }
 
 impl Expected {
+    /// The expected answer to a request in this encoding.
     pub fn want(&self, encoding: Encoding) -> &Value {
         match encoding {
             Encoding::Raw => &self.raw,
@@ -226,7 +234,7 @@ impl Expected {
         }
     }
 
-    /// As the Python runners read it; bytes in base64.
+    /// The row in the form that the Python runners read, with bytes in base64.
     pub fn json(&self) -> Value {
         let Request { method, path, from, headers, route, instead } = &self.request;
         let encoded = |bytes: &Vec<u8>| BASE64_STANDARD.encode(bytes);

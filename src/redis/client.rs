@@ -1,0 +1,373 @@
+//! The handle to Redis that the rest of the server uses, and the task that keeps its connection.
+
+use std::{
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
+
+use futures_util::FutureExt as _;
+use redis::{Cmd, FromRedisValue, RedisError};
+use tokio::{
+    sync::{Notify, watch},
+    time::{Instant, sleep, sleep_until, timeout},
+};
+use tokio_util::sync::CancellationToken;
+
+use super::{
+    connection::{Connection, Link},
+    notifications::CHANNEL,
+    reconnect::{Attempts, PING_INTERVAL, timed_out},
+    settings::RedisSettings,
+};
+use crate::base::{
+    breaker::{self, Breaker},
+    clock::Clock,
+    fault::{Fault, Tier},
+    metrics::{IntCounter, IntCounterVec, IntGauge, Opts, Registry, register},
+};
+
+/// The maximum time for which a connection to a node that refuses commands is kept.
+const REPLACE_INTERVAL_MAX: Duration = Duration::from_mins(1);
+
+/// The metrics of the connection to Redis.
+#[derive(Clone)]
+pub struct RedisMetrics {
+    up: IntGauge,
+    breaker_open: IntGauge,
+    refused: [IntCounter; Refusal::ALL.len()],
+}
+
+impl RedisMetrics {
+    /// Registers the metrics; `breaker_open` is the gauge of the circuit breaker for Redis.
+    ///
+    /// # Errors
+    /// As [`register`].
+    pub fn register(registry: &Registry, breaker_open: IntGauge) -> prometheus::Result<Self> {
+        let up = Opts::new(
+            "trustgate_redis_up",
+            "1 while there is a connection to Redis (in a Cluster, to every master) that answers, else 0.",
+        );
+        let refused = Opts::new("trustgate_redis_refused_total", "Commands that Redis refused, by reason.");
+        let refused = register(registry, IntCounterVec::new(refused, &["reason"]))?;
+        Ok(Self {
+            up: register(registry, IntGauge::with_opts(up))?,
+            breaker_open,
+            refused: Refusal::ALL.map(|refusal| refused.with_label_values(&[refusal.as_str()])),
+        })
+    }
+}
+
+/// Why a reachable server refuses commands
+/// (<https://redis.io/docs/latest/develop/reference/protocol-spec/#simple-errors>).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Refusal {
+    /// The node has become a replica.
+    ReadOnly,
+    /// The node is a replica that has lost its master.
+    MasterDown,
+    /// The node is still loading its data.
+    Loading,
+    /// The memory limit is reached, and the eviction policy frees none.
+    OutOfMemory,
+    /// The node cannot save its data, or has too few replicas.
+    Misconfigured,
+}
+
+impl Refusal {
+    const ALL: [Self; 5] = [Self::ReadOnly, Self::MasterDown, Self::Loading, Self::OutOfMemory, Self::Misconfigured];
+
+    /// The value of the label `reason`.
+    const fn as_str(self) -> &'static str {
+        match self {
+            Self::ReadOnly => "readonly",
+            Self::MasterDown => "masterdown",
+            Self::Loading => "loading",
+            Self::OutOfMemory => "oom",
+            Self::Misconfigured => "misconf",
+        }
+    }
+
+    fn of(error: &RedisError) -> Option<Self> {
+        let refusal = |code: &str| match code {
+            "READONLY" => Some(Self::ReadOnly),
+            "MASTERDOWN" => Some(Self::MasterDown),
+            "LOADING" => Some(Self::Loading),
+            "OOM" => Some(Self::OutOfMemory),
+            "MISCONF" | "NOREPLICAS" => Some(Self::Misconfigured),
+            _ => None,
+        };
+        // Before Redis 7, the error code of a command inside a script follows a dash in the error text.
+        let in_script = || {
+            let text = error.to_string();
+            text.split('-').skip(1).find_map(|part| refusal(part.split_whitespace().next().unwrap_or_default()))
+        };
+        error.code().and_then(refusal).or_else(in_script)
+    }
+
+    /// True if a new connection may lead to a node that accepts the command.
+    const fn may_pass_elsewhere(self) -> bool {
+        matches!(self, Self::ReadOnly | Self::MasterDown | Self::Loading)
+    }
+}
+
+/// The state of refusals by Redis.
+#[derive(Default)]
+struct Refusing {
+    /// True while Redis refuses commands, so that the log reports the start and the end once.
+    is_refusing: AtomicBool,
+    /// Requests a new connection.
+    replace: Notify,
+}
+
+/// A handle to Redis, cheap to clone.
+#[derive(Clone)]
+pub struct Redis {
+    connection: watch::Receiver<Option<Connection>>,
+    breaker: Arc<Breaker>,
+    clock: Arc<dyn Clock>,
+    limit: Duration,
+    metrics: RedisMetrics,
+    /// Requests a notification to the other replicas.
+    wake: Arc<Notify>,
+    refusing: Arc<Refusing>,
+}
+
+/// Why a command has no usable reply.
+#[derive(Debug)]
+pub enum QueryError {
+    /// The circuit breaker is open, or there is no connection at the moment.
+    Paused,
+    /// Redis failed or did not reply within the timeout.
+    Failed(Fault),
+    /// The Redis key has a value of another type than the command expects (`WRONGTYPE`).
+    WrongType,
+    /// The server does not have the script (`NOSCRIPT`).
+    NoScript,
+}
+
+/// A Lua script. It is called by its hash; the full text is sent only to a server that does not have it.
+pub struct Script {
+    code: &'static str,
+    hash: String,
+}
+
+impl Script {
+    /// The script `code`, which takes one Redis key.
+    #[must_use]
+    pub fn new(code: &'static str) -> Self {
+        Self { code, hash: redis::Script::new(code).get_hash().to_owned() }
+    }
+}
+
+impl Redis {
+    /// Creates a handle, and a task that keeps a connection over `link` and publishes notifications until `stop`. The
+    /// caller must run the task.
+    pub fn new<L: Link>(
+        settings: &RedisSettings,
+        link: L,
+        clock: Arc<dyn Clock>,
+        metrics: RedisMetrics,
+        stop: CancellationToken,
+    ) -> (Self, impl Future<Output = ()> + Send + use<L>) {
+        let rules = breaker::Rules { failures_max: settings.breaker_failures, open_for: settings.breaker_open };
+        let (sender, connection) = watch::channel(None);
+        let handle = Self {
+            connection,
+            breaker: Arc::new(Breaker::new(rules)),
+            clock,
+            limit: settings.timeout,
+            metrics: metrics.clone(),
+            wake: Arc::default(),
+            refusing: Arc::default(),
+        };
+        let publisher = handle.clone();
+        let keeper = async move {
+            let connected = keep_connected(&link, sender, metrics, &publisher.refusing);
+            stop.run_until_cancelled(async { tokio::join!(connected, publish(&publisher)) }).await;
+        };
+        (handle, keeper)
+    }
+
+    /// Sends `command`, waiting at most `redis.timeout`.
+    ///
+    /// # Errors
+    /// [`QueryError`]. The circuit breaker has already counted a failure.
+    ///
+    /// # Cancel safety
+    /// Safe: the connection, which all callers share, stays usable.
+    pub async fn query<T: FromRedisValue>(&self, command: &Cmd) -> Result<T, QueryError> {
+        let began = self.clock.now();
+        if !self.breaker.admits(began) {
+            return Err(QueryError::Paused);
+        }
+        let Some(mut connection) = self.connection.borrow().clone() else {
+            self.report(self.breaker.failed(began, began));
+            return Err(QueryError::Paused);
+        };
+        let fault = match timeout(self.limit, connection.send(command)).await {
+            Ok(Ok(value)) => {
+                self.report(self.breaker.succeeded());
+                return Ok(value);
+            }
+            Ok(Err(error)) => {
+                // These errors concern the command, not the server.
+                let answer = match error.code() {
+                    Some("WRONGTYPE") => Some(QueryError::WrongType),
+                    Some("NOSCRIPT") => Some(QueryError::NoScript),
+                    _ => None,
+                };
+                if let Some(answer) = answer {
+                    self.report(self.breaker.succeeded());
+                    return Err(answer);
+                }
+                let refusal = Refusal::of(&error);
+                if let Some(refusal) = refusal {
+                    self.note_refused(refusal, &error);
+                }
+                let fault = Fault::unreachable(Tier::L2, error);
+                if matches!(refusal, Some(Refusal::ReadOnly | Refusal::OutOfMemory | Refusal::Misconfigured)) {
+                    // The server still answers reads, so this is a success for the circuit breaker.
+                    self.report(self.breaker.succeeded());
+                    return Err(QueryError::Failed(fault));
+                }
+                fault
+            }
+            Err(_) => Fault::Timeout { tier: Tier::L2, limit: self.limit },
+        };
+        self.report(self.breaker.failed(began, self.clock.now()));
+        Err(QueryError::Failed(fault))
+    }
+
+    /// Runs `script` on the Redis key `key`. Waits at most `redis.timeout`, or twice that if it has to send the script
+    /// first.
+    ///
+    /// # Errors
+    /// As [`Self::query`].
+    ///
+    /// # Cancel safety
+    /// Safe. After a cancelled call, the script may or may not have run.
+    pub async fn run<T: FromRedisValue>(
+        &self,
+        script: &Script,
+        key: &str,
+        arguments: &[&[u8]],
+    ) -> Result<T, QueryError> {
+        let call = |command: &str, script: &str| {
+            let mut call = redis::cmd(command);
+            call.arg(script).arg(1).arg(key).arg(arguments);
+            call
+        };
+        match self.query(&call("EVALSHA", &script.hash)).await {
+            Err(QueryError::NoScript) => self.query(&call("EVAL", script.code)).await,
+            answer => answer,
+        }
+    }
+
+    /// Records that Redis accepted a write.
+    pub fn note_written(&self) {
+        if self.refusing.is_refusing.swap(false, Ordering::Relaxed) {
+            tracing::info!("redis accepts writes again");
+        }
+    }
+
+    fn note_refused(&self, refusal: Refusal, error: &RedisError) {
+        self.metrics.refused[refusal as usize].inc();
+        if refusal.may_pass_elsewhere() {
+            self.refusing.replace.notify_one();
+        }
+        if !self.refusing.is_refusing.swap(true, Ordering::Relaxed) {
+            tracing::warn!(
+                reason = refusal.as_str(),
+                %error,
+                "redis refuses commands: replicas do not share records until it accepts them again"
+            );
+        }
+    }
+
+    /// Asks the background task to notify the other replicas of a change in the database. Returns at once. Best effort:
+    /// requests that arrive while a notification is being sent become one, and a notification that Redis does not
+    /// accept is lost.
+    pub fn publish(&self) {
+        self.wake.notify_one();
+    }
+
+    /// The timeout of one command.
+    #[must_use]
+    pub const fn limit(&self) -> Duration {
+        self.limit
+    }
+
+    fn report(&self, change: breaker::Change) {
+        match change {
+            breaker::Change::None => {}
+            breaker::Change::Opened => tracing::warn!(
+                "redis circuit breaker opened: repeated failures; records are read from the database instead"
+            ),
+            breaker::Change::Closed => tracing::info!("redis circuit breaker closed: redis is used again"),
+        }
+        self.metrics.breaker_open.set(i64::from(!self.breaker.is_closed()));
+    }
+}
+
+async fn keep_connected(
+    link: &impl Link,
+    sender: watch::Sender<Option<Connection>>,
+    metrics: RedisMetrics,
+    refusing: &Refusing,
+) {
+    let mut attempts = Attempts::new("");
+    // The minimum lifetime of a connection whose node refuses commands. It doubles with each replacement, because the
+    // address may lead to a replica permanently.
+    let mut kept_for = PING_INTERVAL;
+    loop {
+        let Some(connection) = attempts.make(Box::pin(link.connect())).await else { continue };
+        metrics.up.set(1);
+        // Discard a request for replacement that a command on the previous connection made.
+        let _ = refusing.replace.notified().now_or_never();
+        sender.send_replace(Some(connection.clone()));
+        let made = Instant::now();
+        let broken = tokio::select! {
+            error = until_broken(connection) => Some(error),
+            () = async {
+                refusing.replace.notified().await;
+                sleep_until(made + kept_for).await;
+            } => None,
+        };
+        sender.send_replace(None);
+        metrics.up.set(0);
+        if let Some(error) = broken {
+            kept_for = PING_INTERVAL;
+            attempts.broke(&error);
+        } else {
+            kept_for = (kept_for * 2).min(REPLACE_INTERVAL_MAX);
+            attempts.replaced();
+        }
+    }
+}
+
+/// Pings the connection until it fails; returns the error.
+async fn until_broken(mut connection: Connection) -> RedisError {
+    loop {
+        sleep(PING_INTERVAL).await;
+        match timeout(PING_INTERVAL, connection.ping()).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => return error,
+            Err(_) => return timed_out(),
+        }
+    }
+}
+
+/// Publishes a notification for each request by [`Redis::publish`]. Does not return.
+async fn publish(redis: &Redis) {
+    let mut command = redis::cmd("PUBLISH");
+    command.arg(CHANNEL).arg("");
+    loop {
+        redis.wake.notified().await;
+        // Ignore a failure: `query` has reported it to the circuit breaker, and replicas also poll without
+        // notifications.
+        let _ = redis.query::<()>(&command).await;
+    }
+}

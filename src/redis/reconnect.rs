@@ -1,0 +1,71 @@
+//! Reconnects to Redis: timeouts and back-off of the attempts, and what the log says of them.
+
+use std::time::Duration;
+
+use redis::RedisError;
+use tokio::time::{sleep, timeout};
+
+/// Timeout of a connect, including the search for the master or the nodes, TLS, authentication and a first reply.
+pub(crate) const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
+/// The interval between two PINGs on a connection, and the timeout of each.
+pub(crate) const PING_INTERVAL: Duration = Duration::from_secs(1);
+/// The first back-off after a failed connect or a broken connection; it doubles up to [`PING_INTERVAL`].
+const RECONNECT_WAIT: Duration = Duration::from_millis(50);
+
+/// Attempts to connect, each with a timeout, and with a back-off after a failure. The log shows a change of state once.
+pub(crate) struct Attempts {
+    purpose: &'static str,
+    wait: Option<Duration>,
+    was_down: bool,
+    /// True if the next connection replaces a working one whose node refused commands. The log shows the refusals, so
+    /// it does not show the new connection.
+    is_replacement: bool,
+}
+
+impl Attempts {
+    /// The state before the first attempt. `purpose` follows "redis connection" in the log.
+    pub(crate) const fn new(purpose: &'static str) -> Self {
+        Self { purpose, wait: None, was_down: false, is_replacement: false }
+    }
+
+    /// Makes one attempt, after the back-off that the previous result requires. Returns `None` if it fails.
+    pub(crate) async fn make<C>(&mut self, connect: impl Future<Output = Result<C, RedisError>>) -> Option<C> {
+        let purpose = self.purpose;
+        if let Some(wait) = self.wait {
+            sleep(wait).await;
+        }
+        match timeout(CONNECT_TIMEOUT, connect).await.unwrap_or_else(|_| Err(timed_out())) {
+            Ok(connection) => {
+                if !self.is_replacement {
+                    tracing::info!("redis connection{purpose} established");
+                }
+                (self.wait, self.was_down, self.is_replacement) = (None, false, false);
+                Some(connection)
+            }
+            Err(error) => {
+                if !self.was_down {
+                    tracing::warn!(%error, "redis connection{purpose} failed; trying again in the background");
+                }
+                self.wait = Some(self.wait.map_or(RECONNECT_WAIT, |wait| (wait * 2).min(PING_INTERVAL)));
+                self.was_down = true;
+                None
+            }
+        }
+    }
+
+    /// Records that the connection broke.
+    pub(crate) fn broke(&mut self, error: &RedisError) {
+        tracing::warn!(%error, "redis connection{} broke; connecting again", self.purpose);
+        self.wait = Some(RECONNECT_WAIT);
+    }
+
+    /// Records that the connection was closed, to be replaced by a new one.
+    pub(crate) fn replaced(&mut self) {
+        (self.wait, self.is_replacement) = (Some(RECONNECT_WAIT), true);
+    }
+}
+
+/// The error of a command or connect that took too long.
+pub(crate) fn timed_out() -> RedisError {
+    std::io::Error::from(std::io::ErrorKind::TimedOut).into()
+}

@@ -1,0 +1,81 @@
+//! The settings of the connection to Redis, and the file with the MAC key.
+
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use crate::{
+    base::{secret::Secret, text},
+    record::bytes_from_hex,
+};
+
+crate::settings! {
+    /// Redis or Valkey, shared between replicas: a single server, the master that Sentinels name, or a Cluster. Without
+    /// it, every replica reads from the database itself. The Redis user needs the keys `~trustgate:*`, the channel
+    /// `&trustgate:hints` and the commands `+ping +getrange +set +unlink +eval +evalsha +publish +subscribe`. Add for
+    /// the deny list `+time +hlen +hkeys +hstrlen +hget`; for the user that runs `trustgate deny` also `+hset +hdel`;
+    /// for Sentinels `+role`; for a Cluster `+cluster|slots +asking`; for a database other than 0 `+select`.
+    pub struct RedisSettings in "redis" {
+        /// URL of Redis: `redis://user@host:6379/0`, or `rediss://` for TLS. Append `?protocol=resp3` to use RESP3
+        /// instead of RESP2. For Sentinels or a Cluster, list the URLs of the Sentinels or of the nodes; one that
+        /// answers is enough. Unset: Redis is not used.
+        url: Vec<Secret> = "",
+        /// File that contains the URL, or several URLs, one per line, instead of `url`. It is read again at each
+        /// connect.
+        url_file: Option<PathBuf> = "",
+        /// Password for Redis, if the URL contains none.
+        password: Option<Secret> = "",
+        /// File that contains the password, instead of `password`. It is read again at each connect.
+        password_file: Option<PathBuf> = "",
+        /// Name of the master, as the Sentinels know it. `redis.url` then lists the Sentinels with their port
+        /// (usually 26379); the user, password, database and protocol in the first URL are those of the master; TLS
+        /// applies to the master and the Sentinels. Unset: no Sentinels.
+        sentinel_master: Option<String> = "",
+        /// Password for the Sentinels, if they require one.
+        sentinel_password: Option<Secret> = "",
+        /// File that contains the password for the Sentinels, instead of `sentinel_password`. It is read again at each
+        /// connect.
+        sentinel_password_file: Option<PathBuf> = "",
+        /// Set to `true` if the servers in `redis.url` are nodes of a Cluster.
+        cluster: bool = "false",
+        /// File that contains a key of 32 bytes (or 64 hexadecimal digits), which authenticates cached values and the
+        /// deny list in Redis. All replicas need the same key. The server reads the file once, at startup. To change
+        /// the key, save the output of `trustgate deny list`, restart every replica with the new key, and add the
+        /// entries again. Unset: the key that the first migration stored in the database.
+        mac_key_file: Option<PathBuf> = "",
+        /// PEM file with the certificate authorities to trust for TLS. The certificates must match the host names or
+        /// addresses in `redis.url`, and those that Sentinels or Cluster nodes announce. Unset: the authorities of the
+        /// system.
+        ca_file: Option<PathBuf> = "",
+        /// Timeout of one command. After it, trustgate reads from the database instead. Together with
+        /// `store.read_timeout` it must fit into `decision.deadline`.
+        timeout: Duration = "20ms",
+        /// Consecutive failures after which the circuit breaker of Redis opens: trustgate then does not use Redis.
+        /// Concurrent failures count as one.
+        breaker_failures: u32 = "5",
+        /// How long the circuit breaker stays open. After that, one command tries Redis again.
+        breaker_open: Duration = "500ms",
+    }
+}
+
+impl RedisSettings {
+    /// True if Redis is configured.
+    #[must_use]
+    pub const fn is_configured(&self) -> bool {
+        !self.url.is_empty() || self.url_file.is_some()
+    }
+}
+
+/// Reads the MAC key from the file at `path`: 32 bytes, or 64 hexadecimal digits.
+///
+/// # Errors
+/// The file cannot be read, or has other content.
+pub fn read_mac_key(path: &Path) -> io::Result<[u8; 32]> {
+    let bytes = fs::read(path)?;
+    let from_hex = || bytes_from_hex(text::decode(&bytes).ok()?.trim());
+    <[u8; 32]>::try_from(&*bytes).ok().or_else(from_hex).ok_or_else(|| {
+        io::Error::new(io::ErrorKind::InvalidData, "expected a file with 32 bytes or 64 hexadecimal digits")
+    })
+}
