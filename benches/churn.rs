@@ -51,7 +51,7 @@ struct Arguments {
 fn main() -> Result<(), Box<dyn Error>> {
     let Arguments { size, keys, rate, seconds } = Arguments::parse();
     let size = ByteSize::parse(&size).ok_or("invalid size: expected a number with a unit, such as 128MiB")?;
-    let l1 = L1::new(size, CacheSettings::default().absences_size);
+    let l1 = L1::new(size, CacheSettings::default().negative_size);
     for number in 0..keys {
         put(&l1, number);
     }

@@ -52,7 +52,7 @@ crate::settings! {
         size: ByteSize = "128MiB",
         /// Memory for negative entries ("not found"). It is separate from `size`, so that requests with random keys do
         /// not evict the records of good keys.
-        absences_size: ByteSize = "8MiB",
+        negative_size: ByteSize = "8MiB",
         /// The maximum age of a cache entry in any mode, counted from the read of the database. It varies by +-20 %
         /// from entry to entry, so that entries do not expire together.
         value_age_max: Duration = "15m",
@@ -105,7 +105,7 @@ impl<K: Cacheable> Cache<K> {
         let CacheParts { store, l2, replica_state, clock, io, limits, ages, settings } = parts;
         let breaker_open = breakers.with_label_values(&[Tier::Store.as_str()]);
         let loader = Loader {
-            l1: L1::new(settings.size, settings.absences_size),
+            l1: L1::new(settings.size, settings.negative_size),
             l2,
             store,
             replica_state,

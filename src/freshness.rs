@@ -63,13 +63,13 @@ crate::settings! {
         /// If true, the database (`NOTIFY` in PostgreSQL) and Redis notify this replica of changes, and it polls at
         /// once instead of after `poll_interval`. Notifications only speed up revocations; the revocation bound does
         /// not depend on them.
-        hints: bool = "true",
+        notifications: bool = "true",
         /// In mode `ttl`: the maximum age of a cached record, counted from the read of the database. Time that the
         /// record spent in Redis is included.
         ttl: Duration = "60s",
         /// In mode `ttl`: how long a negative entry ("not found") is used. If a client presents a key before the key is
         /// issued, the key can be refused for this long afterwards.
-        absence_ttl: Duration = "5s",
+        negative_ttl: Duration = "5s",
         /// A file of keys, trusts and digests to deny. It also works while the database is down. Each line is
         /// `key UUID`, `trust UUID`, or `digest` and 64 hexadecimal digits. To end an entry at a given time, append
         /// ` until 2026-01-31T12:00:00Z`. `#` starts a comment. The server applies changes to the file within a second.

@@ -256,7 +256,7 @@ mod tests {
     #[test]
     fn walk_sends_each_record_and_starts_again() {
         let replica_state = ReplicaState::new(LIMITS);
-        let l1 = Arc::new(L1::<ApiKey>::new(CacheSettings::default().size, CacheSettings::default().absences_size));
+        let l1 = Arc::new(L1::<ApiKey>::new(CacheSettings::default().size, CacheSettings::default().negative_size));
         let keys = 1..=9_u8;
         for key in keys.clone() {
             l1.put(digests(key).current, Arc::new(entry(key, 5, &replica_state.load())));

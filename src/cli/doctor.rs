@@ -117,11 +117,11 @@ async fn diagnose(loaded: &LoadedConfig, env: Env<'_>) -> Vec<Diagnosis> {
     let skipped = |reason: String| Diagnosis::skipped(tls::EXAMINATION, reason);
     diagnoses.push(loaded.skip_reason(&["grpc"]).map_or_else(|| tls::diagnose(&config.grpc, now), skipped));
 
-    let hints = config.freshness.hints;
+    let notifications = config.freshness.notifications;
     let mut in_database = Err("the database was not examined".to_owned());
     let hasher = loaded.skip_reason(&["credential"]).is_none().then(|| config.credential.hasher_again().ok()).flatten();
     let peppers = hasher.as_ref().map(Hasher::fingerprints);
-    let usage = Use { peppers, poll_timeout: config.freshness.poll_timeout, hints };
+    let usage = Use { peppers, poll_timeout: config.freshness.poll_timeout, notifications };
     let database = Box::pin(async {
         let Examined { diagnoses, redis_mac_key } = examine_database(&config.store, usage, env, &SystemClock).await;
         in_database = redis_mac_key;
@@ -130,7 +130,7 @@ async fn diagnose(loaded: &LoadedConfig, env: Env<'_>) -> Vec<Diagnosis> {
     diagnoses.extend(loaded.unless_skipped(&["store", "freshness"], DATABASE, database).await);
     let redis_names = [REDIS, &[MAC_KEY]].concat();
     let redis = async {
-        let mut diagnoses = examine_redis(&config.redis, hints, &SystemClock).await;
+        let mut diagnoses = examine_redis(&config.redis, notifications, &SystemClock).await;
         diagnoses.push(mac_key(config, in_database));
         diagnoses
     };

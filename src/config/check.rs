@@ -282,7 +282,7 @@ fn amounts(config: &Config, reader: &mut Reader) {
         ("decision", "deadline", decision.deadline),
         ("cache", "value_age_max", cache.value_age_max),
         ("freshness", "ttl", freshness.ttl),
-        ("freshness", "absence_ttl", freshness.absence_ttl),
+        ("freshness", "negative_ttl", freshness.negative_ttl),
         ("freshness", "poll_interval", freshness.poll_interval),
         ("freshness", "poll_timeout", freshness.poll_timeout),
         ("freshness", "lease", freshness.lease),
@@ -297,7 +297,7 @@ fn amounts(config: &Config, reader: &mut Reader) {
     }
     for (section, name, size) in [
         ("cache", "size", cache.size),
-        ("cache", "absences_size", cache.absences_size),
+        ("cache", "negative_size", cache.negative_size),
         ("limits", "message_size", limits.message_size),
     ] {
         if size.bytes() == 0 {

@@ -22,13 +22,11 @@ pub(crate) fn put(reader: &mut Reader, variables: &[(OsString, OsString)]) {
             continue;
         };
         let Some((_, section, setting)) = known.iter().find(|(variable, ..)| variable == name) else {
-            let names = known.iter().map(|(variable, ..)| &variable[PREFIX.len()..]);
-            let near = suggest::nearest(&rest.to_ascii_uppercase(), names);
-            let suggestion = near.map_or_else(
-                || "see `trustgate config default`".to_owned(),
-                |near| format!("did you mean {PREFIX}{near}?"),
-            );
-            reader.refuse_at(String::new(), name.to_owned(), format!("there is no such setting; {suggestion}"));
+            let problem = match renamed(rest) {
+                Some(new) => format!("this setting is now called {new}"),
+                None => format!("there is no such setting; {}", suggestion(rest, &known)),
+            };
+            reader.refuse_at(String::new(), name.to_owned(), problem);
             continue;
         };
         match value.to_str() {
@@ -39,6 +37,21 @@ pub(crate) fn put(reader: &mut Reader, variables: &[(OsString, OsString)]) {
             }
         }
     }
+}
+
+/// The variable of the setting that an earlier release set with the variable [`PREFIX`]`rest`.
+fn renamed(rest: &str) -> Option<String> {
+    let (section, name) = rest.split_once("__")?;
+    let section = section.to_ascii_lowercase();
+    let new = suggest::renamed(&section, &name.to_ascii_lowercase())?;
+    Some(variable(&section, new))
+}
+
+/// A hint for the operator who set the unknown variable [`PREFIX`]`rest`. `known` has all variables.
+fn suggestion(rest: &str, known: &[(String, &str, &str)]) -> String {
+    let names = known.iter().map(|(variable, ..)| &variable[PREFIX.len()..]);
+    suggest::nearest(&rest.to_ascii_uppercase(), names)
+        .map_or_else(|| "see `trustgate config default`".to_owned(), |near| format!("did you mean {PREFIX}{near}?"))
 }
 
 /// The variable that sets `section.name`.

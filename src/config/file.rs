@@ -42,7 +42,11 @@ fn put_section(reader: &mut Reader, section: &SectionInfo, table: &dyn TableLike
             None if known => reader.refuse_at(full, origin, "expected a value or a list of values".to_owned()),
             _ => {
                 let names = section.fields.iter().map(|field| field.name);
-                let problem = no_such("setting", name, names, |name| format!("{}.{name}", section.name));
+                let full_name = |name: &str| format!("{}.{name}", section.name);
+                let problem = suggest::renamed(section.name, name).map_or_else(
+                    || no_such("setting", name, names, full_name),
+                    |new| format!("this setting is now called {}", full_name(new)),
+                );
                 reader.refuse_at(full, origin, problem);
             }
         }
@@ -104,6 +108,21 @@ impl Lines<'_> {
 #[cfg(test)]
 mod tests {
     use crate::config::tests::config_errors;
+
+    #[test]
+    fn old_names_of_settings_are_refused_with_the_new_name() {
+        for (old, new) in [
+            ("cache.absences_size = \"1MiB\"", "cache.negative_size"),
+            ("freshness.absence_ttl = \"1s\"", "freshness.negative_ttl"),
+            ("freshness.hints = false", "freshness.notifications"),
+        ] {
+            let got = config_errors(old, &[]);
+            let want = format!("this setting is now called {new}");
+            assert!(got.len() == 1 && got[0].ends_with(&want), "{old}: {got:?}");
+        }
+        let got = config_errors("", &[("TRUSTGATE__FRESHNESS__HINTS", "false")]);
+        assert!(got.len() == 1 && got[0].ends_with("now called TRUSTGATE__FRESHNESS__NOTIFICATIONS"), "{got:?}");
+    }
 
     #[test]
     fn invalid_sections_and_values_are_refused() {

@@ -14,6 +14,19 @@ pub(crate) fn nearest<'n>(wrong: &str, names: impl Iterator<Item = &'n str>) -> 
         .map(|(_, name)| name)
 }
 
+/// Settings that had another name in an earlier release: section, old name, new name.
+const RENAMED: [(&str, &str, &str); 3] = [
+    ("cache", "absences_size", "negative_size"),
+    ("freshness", "absence_ttl", "negative_ttl"),
+    ("freshness", "hints", "notifications"),
+];
+
+/// The present name of the setting that an earlier release called `section.name`.
+pub(crate) fn renamed(section: &str, name: &str) -> Option<&'static str> {
+    let (.., new) = RENAMED.iter().find(|(of, old, _)| *of == section && *old == name)?;
+    Some(new)
+}
+
 #[cfg(test)]
 mod tests {
     #[test]

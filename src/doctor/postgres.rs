@@ -11,8 +11,8 @@ use uuid::Uuid;
 use super::{
     diagnosis::{Diagnosis, located, milliseconds, resolve},
     session::{
-        ADDRESS, ALTERED, CONNECTION, Examination, HINTS, Kind, MANAGEMENT, RIGHTS, Report, SERVER, Session, Tables,
-        Trouble, URL, WATCH,
+        ADDRESS, ALTERED, CONNECTION, Examination, Kind, MANAGEMENT, NOTIFICATIONS, RIGHTS, Report, SERVER, Session,
+        Tables, Trouble, URL, WATCH,
     },
 };
 use crate::store::{
@@ -74,7 +74,7 @@ pub(crate) async fn run(postgres: Postgres, examination: Examination<'_>, report
         report.add(Diagnosis::skipped(RIGHTS, because));
         report.add(Diagnosis::skipped(MANAGEMENT, because));
         report.add(Diagnosis::skipped(WATCH, "the existing table is not attached: its changes are not recorded"));
-        report.add(Diagnosis::skipped(HINTS, "the existing table is not attached: it sends no notifications"));
+        report.add(Diagnosis::skipped(NOTIFICATIONS, "the existing table is not attached: it sends no notifications"));
     }
     session.close().await;
 }
@@ -381,15 +381,15 @@ async fn notifications(
     address: &StoreUrl,
     examination: Examination<'_>,
 ) -> Diagnosis {
-    const SETTING: &[&str] = &["freshness.hints"];
-    if !examination.usage.hints {
-        return Diagnosis::skipped(HINTS, "freshness.hints is false").about(SETTING);
+    const SETTING: &[&str] = &["freshness.notifications"];
+    if !examination.usage.notifications {
+        return Diagnosis::skipped(NOTIFICATIONS, "freshness.notifications is false").about(SETTING);
     }
     let lost = |problem: String| {
         let found = format!("notifications do not arrive: replicas depend on polling only ({problem})");
         let remedy = "with a pooler, no action is needed: the revocation bound is the same, but a revocation may take \
                       up to freshness.poll_interval longer; otherwise connect to the server directly";
-        Diagnosis::warning(HINTS, found, remedy).about(URL)
+        Diagnosis::warning(NOTIFICATIONS, found, remedy).about(URL)
     };
     let channel = format!("trustgate_doctor_{}", Uuid::new_v4().simple());
     let mut listener = match listen::open(address, &channel).await {
@@ -403,7 +403,7 @@ async fn notifications(
     match timeout(NOTIFICATION_TIMEOUT, listener.try_recv()).await {
         Ok(Ok(Some(_))) => {
             let took = examination.clock.now().since(sent_at);
-            Diagnosis::ok(HINTS, format!("a notification arrived after {}", milliseconds(took)))
+            Diagnosis::ok(NOTIFICATIONS, format!("a notification arrived after {}", milliseconds(took)))
         }
         Ok(Ok(None)) => lost("the connection was lost".to_owned()),
         Ok(Err(error)) => lost(Trouble::Sql(error).to_string()),

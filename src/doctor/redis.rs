@@ -22,12 +22,12 @@ use crate::{
 };
 
 /// The examinations of Redis, in order.
-pub const NAMES: &[&str] = &[ADDRESS, CONNECTION, COMMANDS, HINTS];
+pub const NAMES: &[&str] = &[ADDRESS, CONNECTION, COMMANDS, NOTIFICATIONS];
 
 const ADDRESS: &str = "redis_address";
 const CONNECTION: &str = "redis_connection";
 const COMMANDS: &str = "redis_commands";
-const HINTS: &str = "redis_hints";
+const NOTIFICATIONS: &str = "redis_notifications";
 
 /// The settings that contain the URL.
 const URL: &[&str] = &["redis.url", "redis.url_file"];
@@ -38,13 +38,13 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(1);
 /// Timeout for the arrival of a notification.
 const NOTIFICATION_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Examines the Redis in `settings`; notifications only if `hints` is set.
-pub async fn diagnose(settings: &RedisSettings, hints: bool, clock: &dyn Clock) -> Vec<Diagnosis> {
+/// Examines the Redis in `settings`; notifications only if `notifications` is set.
+pub async fn diagnose(settings: &RedisSettings, notifications: bool, clock: &dyn Clock) -> Vec<Diagnosis> {
     if !settings.is_configured() {
         return complete(NAMES, Vec::new(), "redis.url is not set: Redis is not used");
     }
     let mut diagnoses = Vec::new();
-    let because = examine(settings, hints, clock, &mut diagnoses).await.err().unwrap_or_default();
+    let because = examine(settings, notifications, clock, &mut diagnoses).await.err().unwrap_or_default();
     complete(NAMES, diagnoses, &because)
 }
 
@@ -54,7 +54,7 @@ pub async fn diagnose(settings: &RedisSettings, hints: bool, clock: &dyn Clock) 
 /// The reason why the remaining examinations are skipped.
 async fn examine(
     settings: &RedisSettings,
-    hints: bool,
+    notifications: bool,
     clock: &dyn Clock,
     diagnoses: &mut Vec<Diagnosis>,
 ) -> Result<(), String> {
@@ -86,10 +86,10 @@ async fn examine(
         }
     }
     diagnoses.push(commands(&mut connection).await);
-    diagnoses.push(if hints {
-        notifications(&mut connection, settings, clock).await
+    diagnoses.push(if notifications {
+        diagnose_notifications(&mut connection, settings, clock).await
     } else {
-        Diagnosis::skipped(HINTS, "freshness.hints is false").about(&["freshness.hints"])
+        Diagnosis::skipped(NOTIFICATIONS, "freshness.notifications is false").about(&["freshness.notifications"])
     });
     Ok(())
 }
@@ -214,12 +214,12 @@ async fn refused(connection: &mut Connection, commands: &[(&str, &[&str])]) -> V
 }
 
 /// Diagnoses whether notifications through Redis arrive, and how soon.
-async fn notifications(connection: &mut Connection, settings: &RedisSettings, clock: &dyn Clock) -> Diagnosis {
+async fn diagnose_notifications(connection: &mut Connection, settings: &RedisSettings, clock: &dyn Clock) -> Diagnosis {
     let lost = |problem: String| {
         let found = format!("notifications do not arrive through Redis ({problem})");
         let remedy = "let the user publish and subscribe on the channel trustgate:hints: until then replicas find a \
                       revocation by a notification of the database, or by the next poll";
-        Diagnosis::warning(HINTS, found, remedy).about(URL)
+        Diagnosis::warning(NOTIFICATIONS, found, remedy).about(URL)
     };
     let listening = async {
         let mut subscriber = settings.subscriber(0).await?;
@@ -240,7 +240,7 @@ async fn notifications(connection: &mut Connection, settings: &RedisSettings, cl
     match received {
         Ok(Some(_)) => {
             let took = milliseconds(clock.now().since(sent_at));
-            Diagnosis::ok(HINTS, format!("a notification arrived after {took}"))
+            Diagnosis::ok(NOTIFICATIONS, format!("a notification arrived after {took}"))
         }
         Ok(None) => lost("the connection was lost".to_owned()),
         Err(_) => lost(format!("none within {NOTIFICATION_TIMEOUT:?}")),

@@ -21,7 +21,7 @@ use crate::{
 
 /// The examinations of the database, in order.
 pub const NAMES: &[&str] =
-    &[ADDRESS, CONNECTION, SERVER, TABLES, RIGHTS, MANAGEMENT, WATCH, POLLS, PEPPER, READS, CLOCK, HINTS];
+    &[ADDRESS, CONNECTION, SERVER, TABLES, RIGHTS, MANAGEMENT, WATCH, POLLS, PEPPER, READS, CLOCK, NOTIFICATIONS];
 
 pub(crate) const ADDRESS: &str = "database_address";
 pub(crate) const CONNECTION: &str = "database_connection";
@@ -34,7 +34,7 @@ pub(crate) const POLLS: &str = "database_polls";
 pub(crate) const PEPPER: &str = "database_pepper";
 pub(crate) const READS: &str = "database_reads";
 pub(crate) const CLOCK: &str = "database_clock";
-pub(crate) const HINTS: &str = "database_hints";
+pub(crate) const NOTIFICATIONS: &str = "database_notifications";
 
 /// All triggers are intact, but no replica has verified them since tables, triggers or rights were altered.
 pub(crate) const ALTERED: &str = "every change is recorded: all triggers are as they were created. Tables, triggers or \
@@ -56,8 +56,8 @@ pub struct Use<'a> {
     pub peppers: Option<&'a [Fingerprint]>,
     /// `freshness.poll_timeout`.
     pub poll_timeout: Duration,
-    /// `freshness.hints`.
-    pub hints: bool,
+    /// `freshness.notifications`.
+    pub notifications: bool,
 }
 
 /// The results of the database examinations.

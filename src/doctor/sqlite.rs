@@ -9,8 +9,8 @@ use sqlx::{Connection, Row};
 use super::{
     diagnosis::{Diagnosis, State, milliseconds},
     session::{
-        ADDRESS, ALTERED, CLOCK, CONNECTION, Examination, HINTS, Kind, MANAGEMENT, RIGHTS, Report, SERVER, Session,
-        Tables, Trouble, URL, WATCH, within,
+        ADDRESS, ALTERED, CLOCK, CONNECTION, Examination, Kind, MANAGEMENT, NOTIFICATIONS, RIGHTS, Report, SERVER,
+        Session, Tables, Trouble, URL, WATCH, within,
     },
 };
 use crate::store::{
@@ -26,7 +26,7 @@ pub(crate) async fn run(sqlite: Sqlite, examination: Examination<'_>, report: &m
         (RIGHTS, "SQLite has no roles"),
         (MANAGEMENT, "SQLite has no roles"),
         (CLOCK, "SQLite uses this machine's clock"),
-        (HINTS, "SQLite sends no notifications of changes by other processes: polls find them"),
+        (NOTIFICATIONS, "SQLite sends no notifications of changes by other processes: polls find them"),
     ] {
         report.add(Diagnosis::skipped(name, because));
     }

@@ -472,7 +472,7 @@ impl Poll {
     }
 
     async fn listen(&self) {
-        if !self.settings.hints {
+        if !self.settings.notifications {
             return pending().await;
         }
         loop {

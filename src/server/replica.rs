@@ -130,7 +130,8 @@ impl Replica {
             None => None, // no Redis metrics either: `trustgate_redis_up` must not report an unused Redis as down
         };
         let mac_key = l2.as_ref().map(|(_, mac_key)| Arc::clone(mac_key));
-        let notified = redis.zip(l2.as_ref().map(|(redis, _)| redis.clone())).filter(|_| config.freshness.hints);
+        let notified =
+            redis.zip(l2.as_ref().map(|(redis, _)| redis.clone())).filter(|_| config.freshness.notifications);
         let denials = open_denials(config, registry)?;
         let shared_denials = l2.as_ref().map(|(redis, mac_key)| SharedList::new(redis.clone(), Arc::clone(mac_key)));
         tasks.spawn_on(
@@ -254,7 +255,7 @@ fn store_limits(config: &Config) -> StoreLimits {
 
 const fn age_limits(config: &Config) -> AgeLimits {
     let freshness = &config.freshness;
-    AgeLimits { record: freshness.ttl, negative: freshness.absence_ttl, any: config.cache.value_age_max }
+    AgeLimits { record: freshness.ttl, negative: freshness.negative_ttl, any: config.cache.value_age_max }
 }
 
 /// Starts the sampler, if an interval is set and the tables track their changes.

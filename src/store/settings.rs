@@ -57,7 +57,7 @@ crate::settings! {
         /// then record its changes, and cached keys are used under the lease, as with trustgate's own tables.
         attached: bool = "false",
         /// The most connections for reads of checks. The server opens one more for polls, and another for notifications
-        /// with PostgreSQL and `freshness.hints`. With SQLite it opens at most two for each processor.
+        /// with PostgreSQL and `freshness.notifications`. With SQLite it opens at most two for each processor.
         connections_max: u32 = "8",
         /// The most reads of checks that may wait or run at the same time. A quarter of them is reserved for keys that
         /// are in the cache as good keys, so that a flood of unknown keys cannot use all of them.

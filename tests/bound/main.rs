@@ -48,7 +48,7 @@ const LATE: Duration = Duration::from_millis(400);
 
 /// The parameters of a run.
 struct Plan {
-    /// The value of `freshness.hints`: notifications on or off.
+    /// The value of `freshness.notifications`: notifications on or off.
     notifications: &'static str,
     revocations: usize,
     /// From one revocation to the next. The tests observe several revocations at the same time.
@@ -94,7 +94,7 @@ fn revocations(few: usize) -> usize {
 
 /// Runs `plan`. Returns how long after each commit the last granted check began, in ascending order.
 async fn run(plan: &Plan) -> Vec<Duration> {
-    let fixture = Fixture::with_default_deadlines(&[("freshness.hints", plan.notifications)]).await;
+    let fixture = Fixture::with_default_deadlines(&[("freshness.notifications", plan.notifications)]).await;
     let (revoked_keys, good) = (revoked_keys(&fixture, plan.revocations).await, fixture.keys(300).await);
     let Fixture { postgres, redis, test_config, database, .. } = fixture;
     let (mut servers, mut clients) = (Vec::new(), Vec::new());

@@ -35,11 +35,11 @@ const NAMES: [&str; 23] = [
     "database_pepper",
     "database_reads",
     "database_clock",
-    "database_hints",
+    "database_notifications",
     "redis_address",
     "redis_connection",
     "redis_commands",
-    "redis_hints",
+    "redis_notifications",
     "redis_mac_key",
 ];
 
@@ -153,7 +153,7 @@ impl Setup {
 }
 
 const WITHOUT_REDIS: [&str; 5] =
-    ["redis_address", "redis_connection", "redis_commands", "redis_hints", "redis_mac_key"];
+    ["redis_address", "redis_connection", "redis_commands", "redis_notifications", "redis_mac_key"];
 /// The examinations that are skipped if none of these is configured.
 const FILES: [&str; 3] = ["envoy", "tls", "deny_file"];
 
@@ -307,7 +307,11 @@ async fn missing_tables_too_new_tables_and_a_read_only_role_fail() {
     let place = unhurried().with("TRUSTGATE__STORE__URL", &setup.server.url("admin", &empty));
     let report = Report::of(&place);
     report.shows("database_tables", "failed", &["holds no tables", "run `trustgate migrate`"]);
-    report.shows("database_rights", "skipped", &["because of database_tables"]).shows("database_hints", "ok", &[]);
+    report.shows("database_rights", "skipped", &["because of database_tables"]).shows(
+        "database_notifications",
+        "ok",
+        &[],
+    );
     assert_eq!(report.one("database_tables")["settings"][0]["origin"], "TRUSTGATE__STORE__URL");
 
     let read_only = format!("ALTER ROLE {} SET default_transaction_read_only", setup.serve);
@@ -329,7 +333,11 @@ async fn a_standby_fails_the_examination_of_the_server() {
     let report = Report::of(&place);
     report.shows("database_server", "failed", &["standby", "point the URL to the primary"]);
     report.shows("database_polls", "failed", &["standby"]).shows("database_tables", "ok", &[]);
-    report.shows("database_hints", "warning", &["notifications do not arrive: replicas depend on polling only"]);
+    report.shows(
+        "database_notifications",
+        "warning",
+        &["notifications do not arrive: replicas depend on polling only"],
+    );
 }
 
 #[tokio::test]
@@ -337,7 +345,11 @@ async fn through_a_pooler_only_the_notifications_are_a_warning() {
     let setup = Setup::new().await;
     let pooler = PgBouncer::start(&setup.server).await;
     let report = Report::of(&unhurried().with("TRUSTGATE__STORE__URL", &pooler.url(&setup.database)));
-    report.shows("database_hints", "warning", &["notifications do not arrive: replicas depend on polling only"]);
+    report.shows(
+        "database_notifications",
+        "warning",
+        &["notifications do not arrive: replicas depend on polling only"],
+    );
     for name in ["database_connection", "database_rights", "database_watch", "database_polls", "database_reads"] {
         report.shows(name, "ok", &[]);
     }
@@ -398,7 +410,7 @@ async fn examinations_of_redis_depend_on_the_connection() {
     let place = unhurried().with("TRUSTGATE__REDIS__URL", &redis.url());
     place.run(&["migrate"]).done();
     let report = Report::of(&place);
-    for name in ["redis_address", "redis_connection", "redis_commands", "redis_hints", "redis_mac_key"] {
+    for name in ["redis_address", "redis_connection", "redis_commands", "redis_notifications", "redis_mac_key"] {
         report.shows(name, "ok", &[]);
     }
     assert_eq!(report.one("redis_mac_key")["found"], "in the database");
@@ -407,14 +419,18 @@ async fn examinations_of_redis_depend_on_the_connection() {
     let place = place.with("TRUSTGATE__REDIS__MAC_KEY_FILE", key_file.to_str().unwrap());
     Report::of(&place).shows("redis_mac_key", "failed", &["32 bytes or 64 hexadecimal digits"]);
     place.write("mac-key", &"7".repeat(64));
-    let place = place.with("TRUSTGATE__FRESHNESS__HINTS", "false");
-    Report::of(&place).shows("redis_mac_key", "ok", &["mac-key"]).shows("redis_hints", "skipped", &["freshness.hints"]);
+    let place = place.with("TRUSTGATE__FRESHNESS__NOTIFICATIONS", "false");
+    Report::of(&place).shows("redis_mac_key", "ok", &["mac-key"]).shows(
+        "redis_notifications",
+        "skipped",
+        &["freshness.notifications"],
+    );
 
-    let place = place.with("TRUSTGATE__FRESHNESS__HINTS", "true");
+    let place = place.with("TRUSTGATE__FRESHNESS__NOTIFICATIONS", "true");
     let frozen = redis.freeze();
     let report = Report::of(&place);
     report.shows("redis_connection", "failed", &["no answer in time"]);
-    report.shows("redis_hints", "skipped", &["because of redis_connection"]);
+    report.shows("redis_notifications", "skipped", &["because of redis_connection"]);
     report.shows("redis_mac_key", "ok", &[]).shows("database_reads", "ok", &[]);
     drop(frozen);
     redis.kill();
@@ -443,12 +459,12 @@ async fn a_redis_user_that_lacks_a_command_is_reported() {
         &["the deny list in Redis cannot be read", "HSTRLEN", "docs/configuration.md"],
     );
     report.shows("redis_address", "ok", &["with TLS"]).shows("redis_connection", "ok", &["PING"]);
-    report.shows("redis_hints", "ok", &[]).ran.hides(USER.1);
+    report.shows("redis_notifications", "ok", &[]).ran.hides(USER.1);
     redis.ask::<()>(&["ACL", "SETUSER", USER.0, "+time", "+hlen", "+hkeys", "+hstrlen", "+hget"]).await;
     Report::of(&place).shows("redis_commands", "ok", &[]);
     redis.ask::<()>(&["ACL", "SETUSER", USER.0, "-eval", "-publish"]).await;
     let report = Report::of(&place);
-    report.shows("redis_commands", "failed", &["EVAL: ", "ACL SETUSER"]).shows("redis_hints", "warning", &[]);
+    report.shows("redis_commands", "failed", &["EVAL: ", "ACL SETUSER"]).shows("redis_notifications", "warning", &[]);
     assert!(
         !report.one("redis_commands")["found"].as_str().unwrap().contains("SET:"),
         "only refused commands are listed"
@@ -465,7 +481,7 @@ async fn an_embedded_database_is_examined_as_a_file() {
     assert!(report.ran.code == 0 && !path.exists(), "{:?}", report.ran);
 
     place.run(&["migrate"]).done();
-    let skipped = ["database_rights", "management_rights", "database_clock", "database_hints"];
+    let skipped = ["database_rights", "management_rights", "database_clock", "database_notifications"];
     Report::of(&place).is_ok_except(&[&FILES[..], &WITHOUT_REDIS, &skipped].concat());
     fs::set_permissions(&path, fs::Permissions::from_mode(0o644)).unwrap();
     Report::of(&place).shows("database_address", "warning", &["mode 644", "chmod 600"]);

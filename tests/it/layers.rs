@@ -1,11 +1,12 @@
-//! The layers of the code: who may import whom, and which crate has its home where.
+//! The layers of the source code: which module may import which, that no module has an import cycle, and which module
+//! may use which crate.
 
 use std::{
     fs,
     path::{Path, PathBuf},
 };
 
-/// Crates that are used in these modules (and what is below them) and nowhere else: replacing one stays one place.
+/// The modules, with their submodules, that may use a crate. A crate that one module uses can be replaced in one place.
 const HOMES: &[(&str, &[&str])] = &[
     ("clap", &["cli"]),
     ("comfy_table", &["cli"]),
@@ -16,29 +17,29 @@ const HOMES: &[(&str, &[&str])] = &[
     ("indicatif", &["cli"]),
     ("moka", &["cache::l1"]),
     ("prost", &["ext_authz", "canary::client"]),
-    // The connection is `redis`; what is said over it is L2's and the deny list's.
+    // `redis` has the connection; L2 and the deny list have the commands.
     ("redis", &["redis", "cache::l2", "freshness::deny_list", "doctor::redis"]),
     ("rustls", &["grpc"]),
     ("sqlx", &["store", "doctor"]),
     ("toml_edit", &["config"]),
-    // The wiring makes the health service that the listeners hand other calls to.
+    // The server makes the health service, and the listeners pass health checks to it.
     ("tonic", &["grpc", "server"]),
     ("tonic_health", &["server"]),
     ("tracing_subscriber", &["base::telemetry"]),
 ];
 
-/// Rust source in which only code is left: comments and the content of texts are blank.
+/// Rust source code whose comments and string literals are replaced by blanks.
 struct Code(String);
 
-/// A file of the library.
+/// A source file of the library.
 struct Source {
-    /// As in `store::sqlite`; `main` for the program.
+    /// The module, such as `store::sqlite`; `main` for the program.
     module: String,
     code: Code,
 }
 
 #[test]
-fn imports_follow_the_order_of_layers_in_the_map_of_the_code() {
+fn imports_follow_the_order_of_layers_in_lib_rs() {
     let layers = layers();
     let mut wrong = Vec::new();
     let mut imports = 0;
@@ -56,12 +57,12 @@ fn imports_follow_the_order_of_layers_in_the_map_of_the_code() {
             }
         }
     }
-    assert!(imports > 100, "only {imports} imports were seen: the reader of sources is broken");
+    assert!(imports > 100, "only {imports} imports were found: the parser of this test is broken");
     assert!(wrong.is_empty(), "\n{}", wrong.join("\n"));
 }
 
 #[test]
-fn the_map_of_the_code_names_every_module_once_and_no_other() {
+fn lib_rs_lists_every_module_once() {
     let layers = layers();
     let modules: Vec<String> = sources().into_iter().map(|source| source.module).collect();
     for (at, layer) in layers.iter().enumerate() {
@@ -74,7 +75,53 @@ fn the_map_of_the_code_names_every_module_once_and_no_other() {
 }
 
 #[test]
-fn crates_of_one_part_are_used_in_that_part_alone() {
+fn no_module_has_an_import_cycle() {
+    let sources = sources();
+    let file_of = |path: &str| {
+        let files = sources.iter().enumerate().filter(|(_, source)| is_within(path, &source.module));
+        files.max_by_key(|(_, source)| source.module.len()).map(|(index, _)| index)
+    };
+    let graph: Vec<Vec<usize>> = sources
+        .iter()
+        .enumerate()
+        .map(|(own, source)| {
+            let imports = source.imports_before(source.tests_at());
+            imports.iter().filter_map(|path| file_of(path)).filter(|file| *file != own).collect()
+        })
+        .collect();
+    let found = cycle(&graph).map(|cycle| cycle.iter().map(|file| &*sources[*file].module).collect::<Vec<_>>());
+    assert_eq!(found, None, "each of these modules imports the next, and the last imports the first");
+}
+
+#[test]
+fn cycles_are_found() {
+    assert_eq!(cycle(&[vec![1], vec![2], vec![]]), None);
+    assert_eq!(cycle(&[vec![1, 2], vec![2], vec![]]), None);
+    assert_eq!(cycle(&[vec![1], vec![2], vec![1]]), Some(vec![1, 2]));
+    assert_eq!(cycle(&[vec![], vec![1, 0]]), Some(vec![1]));
+}
+
+/// A cycle in `graph`, which has the successors of each node.
+fn cycle(graph: &[Vec<usize>]) -> Option<Vec<usize>> {
+    fn visit(graph: &[Vec<usize>], node: usize, path: &mut Vec<usize>, done: &mut [bool]) -> Option<Vec<usize>> {
+        if let Some(start) = path.iter().position(|earlier| *earlier == node) {
+            return Some(path[start..].to_vec());
+        }
+        if done[node] {
+            return None;
+        }
+        path.push(node);
+        let found = graph[node].iter().find_map(|next| visit(graph, *next, path, done));
+        path.pop();
+        done[node] = true;
+        found
+    }
+    let mut done = vec![false; graph.len()];
+    (0..graph.len()).find_map(|node| visit(graph, node, &mut Vec::new(), &mut done))
+}
+
+#[test]
+fn crates_are_used_only_in_their_modules() {
     let mut wrong = Vec::new();
     let mut homes_seen = vec![0; HOMES.len()];
     for source in sources() {
@@ -89,12 +136,12 @@ fn crates_of_one_part_are_used_in_that_part_alone() {
     }
     assert!(wrong.is_empty(), "\n{}", wrong.join("\n"));
     for ((name, _), seen) in HOMES.iter().zip(homes_seen) {
-        assert!(seen > 0, "{name} is used nowhere: take it off the list");
+        assert!(seen > 0, "no module uses {name}: remove it from the list");
     }
 }
 
 #[test]
-fn paths_are_read_as_rust_reads_them() {
+fn paths_resolve_as_in_rust() {
     let imports = |text: &str| Source::new("a::b".into(), text).imports();
     assert_eq!(imports("use crate::x::{self, y::{Z, w}, V as U};"), ["x::self", "x::y::Z", "x::y::w", "x::V"]);
     assert_eq!(imports("fn f() -> crate::x::Y { super::z::f(self::c) }"), ["x::Y", "a::z::f", "a::b::c"]);
@@ -115,7 +162,7 @@ fn paths_are_read_as_rust_reads_them() {
     assert!(!uses_redis("#[cfg(test)]\nmod tests {\n    use redis::Client;\n}"));
 }
 
-/// The modules in the order of layers, lowest first.
+/// The modules in the order of their layers, lowest first.
 fn layers() -> Vec<String> {
     let map = fs::read_to_string(root().join("src/lib.rs")).unwrap();
     let listed = map.lines().filter_map(|line| line.strip_prefix("//! - "));
@@ -128,7 +175,7 @@ fn layers() -> Vec<String> {
         .collect()
 }
 
-/// The place of `path` in `layers`, by the longest name that fits.
+/// The index of `path` in `layers`, by the longest name that matches.
 fn layer(layers: &[String], path: &str) -> Option<usize> {
     let fitting = layers.iter().enumerate().filter(|(_, layer)| is_within(path, layer));
     fitting.max_by_key(|(_, layer)| layer.len()).map(|(at, _)| at)
@@ -169,24 +216,29 @@ impl Source {
         Self { module, code: Code::of(text) }
     }
 
-    /// Where the tests at its end begin.
+    /// The position of the unit tests at the end of the file.
     fn tests_at(&self) -> usize {
         self.code.0.find("mod tests {").unwrap_or(usize::MAX)
     }
 
-    /// Every path in it that leads to a module of ours, from the root.
+    /// Every path in the file that leads to a module of the library, from the root of the crate.
     fn imports(&self) -> Vec<String> {
+        self.imports_before(usize::MAX)
+    }
+
+    /// As [`Self::imports`], up to the position `end`.
+    fn imports_before(&self, end: usize) -> Vec<String> {
         let mut found = Vec::new();
         let starts: &[&str] = if self.module == "main" { &["trustgate"] } else { &["crate", "super", "self"] };
         for start in starts {
-            for at in self.code.paths(start) {
+            for at in self.code.paths(start).into_iter().filter(|at| *at < end) {
                 let mut rest = &self.code.0[at + start.len() + "::".len()..];
                 let mut base = match *start {
                     "super" | "self" => self.module.clone(),
                     _ => String::new(),
                 };
                 if *start == "super" {
-                    // In the tests at the end of a file, the first `super` is the module itself.
+                    // In the unit tests, the first `super` is the module itself.
                     let mut up = usize::from(at < self.tests_at());
                     while let Some(further) = rest.strip_prefix("super::") {
                         (rest, up) = (further, up + 1);
@@ -201,8 +253,8 @@ impl Source {
         found
     }
 
-    /// Whether it, its tests aside, uses the crate of that name. A name in a list of imports from somewhere else, or one
-    /// that a module of ours was imported as, is not the crate.
+    /// True if the file, apart from its tests, uses the crate `name`. The same name within a list of imports, or for an
+    /// imported module of the library, is not the crate.
     fn uses_crate(&self, name: &str) -> bool {
         if self.module.ends_with("::tests") || self.imports().iter().any(|path| path == name) {
             return false;
@@ -215,7 +267,7 @@ impl Source {
     }
 }
 
-/// Adds the paths of the tree of imports at the start of `text`, and returns what follows it.
+/// Adds the paths of the import tree at the start of `text`. Returns the rest of `text`.
 fn expand<'t>(base: &str, text: &'t str, found: &mut Vec<String>) -> &'t str {
     let join = |name: &str| if base.is_empty() { name.to_owned() } else { format!("{base}::{name}") };
     let text = text.trim_start();
@@ -238,7 +290,7 @@ fn expand<'t>(base: &str, text: &'t str, found: &mut Vec<String>) -> &'t str {
     }
     let end = text.find(|c: char| !is_name(c)).unwrap_or(text.len());
     let (name, rest) = text.split_at(end);
-    // The macros that declare settings live at the root of the crate.
+    // The macros that declare settings are exported at the root of the crate.
     let path = if base.is_empty() && rest.starts_with('!') { "base::settings".to_owned() } else { join(name) };
     match rest.strip_prefix("::") {
         Some(rest) if !rest.starts_with('<') => expand(&path, rest, found),
@@ -268,7 +320,7 @@ impl Code {
                     let start = hashes + 2;
                     rest[start..].find(&end).map_or(rest.len(), |at| start + at + end.len())
                 }
-                // A character that would begin something else.
+                // A character literal with a quote.
                 '\'' if rest.starts_with("'\"'") => 3,
                 '\'' if rest.starts_with("'\\\"'") => 4,
                 other => {
@@ -283,7 +335,7 @@ impl Code {
         Self(code)
     }
 
-    /// Where paths begin with `name`.
+    /// The positions of paths that begin with `name`.
     fn paths(&self, name: &str) -> Vec<usize> {
         let start = format!("{name}::");
         let starts = self.0.match_indices(&start).map(|(at, _)| at);
@@ -291,7 +343,7 @@ impl Code {
     }
 }
 
-/// The length of the text that begins here, quotes included.
+/// The length of the string literal at the start of `rest`, including its quotes.
 fn text_length(rest: &str) -> usize {
     let mut escaped = false;
     for (at, c) in rest.char_indices().skip(1) {

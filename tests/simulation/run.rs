@@ -145,9 +145,9 @@ impl World {
         let notifications = if chance.one_in(3) { "false" } else { "true" };
         let set = [
             ("FRESHNESS__STALE_IF_UNCONFIRMED", format!("{}s", stale.as_secs())),
-            ("FRESHNESS__HINTS", notifications.to_owned()),
+            ("FRESHNESS__NOTIFICATIONS", notifications.to_owned()),
             ("CACHE__SIZE", "1MiB".to_owned()),
-            ("CACHE__ABSENCES_SIZE", "1MiB".to_owned()),
+            ("CACHE__NEGATIVE_SIZE", "1MiB".to_owned()),
         ];
         let set = set.map(|(name, value)| (OsString::from(format!("TRUSTGATE__{name}")), OsString::from(value)));
         let config = config::load(None, set, Purpose::Serve).expect("good settings");
