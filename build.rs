@@ -1,4 +1,4 @@
-//! Tells the program which commit it was made from: `TRUSTGATE_COMMIT`, else what git says, else "unknown".
+//! Sets `TRUSTGATE_COMMIT` for the compiler: the environment variable if it is set, else git's commit, else "unknown".
 
 use std::{path::Path, process::Command};
 

@@ -1,7 +1,8 @@
-"""Writes the page of benchmarks and its plots, from the last measurements on this machine.
+"""Writes the benchmark page and its plots from the last measurements on this machine.
 
-Measurements are kept in target/bench, one file for each kind, and the page is written beside them; `publish` writes it to docs/. Plots are SVG, written by
-hand: nothing but Python is needed. Never writes who or where the machine is: only what it is made of.
+target/bench contains one file of measurements per benchmark, and the page. `publish` writes the page to docs/. The
+module writes the plots as SVG without a library. The page describes the hardware of the machine, not its name or
+location.
 """
 
 import datetime
@@ -11,43 +12,48 @@ import platform
 import subprocess
 from pathlib import Path
 
-from stage import ROOT, Broken, say
+from fixture import ROOT, Broken, say
 
-KEPT = ROOT / "target" / "bench"
+SAVED = ROOT / "target" / "bench"
 DOCS = ROOT / "docs"
 PAGE = "benchmarks.md"
 
 HEAD = """# Benchmarks
 
-`make bench`, `make bench-envoy`, `make bench-instructions` and `make bench-scale` measure and write this page to `target/bench`;
-`make bench-publish` writes it here. Anybody can repeat them; two processors that nobody else uses are needed.
+`make bench`, `make bench-envoy`, `make bench-instructions` and `make bench-scale` measure and write this page to
+`target/bench`; `make bench-publish` writes it to `docs`. The measurements need two processors that no other program
+uses.
 
 ## What these numbers do not show
 
-- **How fast it is on your machine.** One machine measured itself. What carries over are the ratios between rows of one
-  table, which met the same machine in the same minutes; even those depend on how expensive its system calls are.
-- **A network.** Everything runs on one machine, so the way between Envoy and the server is shorter than in most places.
-- **More than one processor for the server.** It has one at the most.
-- **What Envoy itself spends** to ask any server at all, except in the table that says so.
-- **A fair fight.** The *yardstick* ([always_allow.rs](../examples/always_allow.rs)) decides nothing: it finds the key in the
-  request and says yes. It is no product; it is what an answer costs before any work is done for it, written as most people
-  write such a server: tonic, envoy-types, `#[tokio::main]`. *Current-thread* is the same on tokio's runtime of one thread.
+- **The speed on your machine.** All figures are from one machine. Only the ratios between the rows of one table apply
+  to other machines, because the rows were measured in the same minutes. Even these ratios depend on the cost of system
+  calls.
+- **A network.** All programs run on one machine, so the latency between Envoy and the server is lower than in most
+  installations.
+- **More than one processor for the server.** The server has at most one.
+- **The cost of the check in Envoy itself**, except in the table that states it.
+- **A fair comparison.** The *yardstick* ([always_allow.rs](../examples/always_allow.rs)) decides nothing: it finds the
+  key in the request and allows it. It shows the cost of an answer before any work, in a server that is written in the
+  usual way: tonic, envoy-types, `#[tokio::main]`. *Current-thread* is the same server on tokio's single-threaded
+  runtime.
 
-Rounds are interleaved (A B C A B C ...). Shown are the median and, in brackets, the least and the most of all rounds. The
-request is one that Envoy 1.40 sent (645 bytes). Every answer is looked into: a wrong one fails the run.
+Rounds are interleaved (A B C A B C ...). The tables show the median and, in brackets, the minimum and maximum of all
+rounds. Envoy 1.40 sent the request that the benchmarks use (645 bytes). The sender checks every answer, and a wrong
+answer fails the run.
 """
 
 
-def keep(kind, figures):
-    """Keeps what was measured, with what it was measured on."""
-    KEPT.mkdir(parents=True, exist_ok=True)
-    kept = {"figures": figures, "on": machine(), "commit": commit(), "date": f"{datetime.date.today()}"}
-    (KEPT / f"{kind}.json").write_text(json.dumps(kept, indent=1))
+def save(kind, figures):
+    """Saves the measured figures with the machine, the commit and the date."""
+    SAVED.mkdir(parents=True, exist_ok=True)
+    saved = {"figures": figures, "on": machine(), "commit": commit(), "date": f"{datetime.date.today()}"}
+    (SAVED / f"{kind}.json").write_text(json.dumps(saved, indent=1))
 
 
 def publish():
-    """Writes the page to docs/. Refuses figures from a machine that was disturbed, and negative ones: they say nothing."""
-    for file in KEPT.glob("*.json"):
+    """Writes the page to docs/. Refuses negative figures and figures from a disturbed machine, which mean nothing."""
+    for file in SAVED.glob("*.json"):
         figures = json.loads(file.read_text())["figures"]
         for name, value in leaves(figures):
             if name == "disturbed" and value:
@@ -58,7 +64,7 @@ def publish():
 
 
 def leaves(figures, name=""):
-    """Every single value in `figures`, with the name it stands under."""
+    """Yields every single value in `figures` with its name."""
     if isinstance(figures, dict):
         for name, value in figures.items():
             yield from leaves(value, name)
@@ -69,18 +75,18 @@ def leaves(figures, name=""):
         yield name, figures
 
 
-def write(folder=KEPT):
-    """Writes the page and its plots into `folder`, from all that is kept."""
+def write(folder=SAVED):
+    """Writes the page and its plots into `folder`, from all saved measurements."""
     sections = {"checks": checks, "envoy": envoy, "instructions": instructions, "scale": scale}
     text = [HEAD]
     for kind, section in sections.items():
-        file = KEPT / f"{kind}.json"
+        file = SAVED / f"{kind}.json"
         if file.is_file():
-            kept = json.loads(file.read_text())
-            text.append(section(kept["figures"], folder))
-            text.append(f"Measured {kept['date']} at commit {kept['commit']}, on {kept['on']}.\n")
+            saved = json.loads(file.read_text())
+            text.append(section(saved["figures"], folder))
+            text.append(f"Measured {saved['date']} at commit {saved['commit']}, on {saved['on']}.\n")
     if len(text) == 1:
-        raise Broken("nothing was measured here yet")
+        raise Broken("no measurements: target/bench is empty")
     (folder / PAGE).write_text("\n".join(text))
     say(f"\nwritten: {(folder / PAGE).relative_to(ROOT)}")
 
@@ -90,13 +96,15 @@ def write(folder=KEPT):
 
 def checks(figures, folder):
     ratios = figures["ratios"]
-    plot(folder, "checks-per-second.svg", "Checks per second, one core, closed loop", figures["closed"]["rows"], "checks_per_second")
+    caption = "Checks per second, one processor, closed loop"
+    plot(folder, "checks-per-second.svg", caption, figures["closed"]["rows"], "checks_per_second")
+    idle = figures["idle"]
     return "\n".join(
         [
             "## Checks: server on one processor, sender on the other\n",
-            f"10 000 keys of 100 trusts, Zipf; default configuration with metrics, lease and Redis. trustgate to yardstick, in "
-            f"checks/s: **{spread(ratios['current-thread'], 2)}** on a runtime of one thread, "
-            f"**{spread(ratios['as written'], 2)}** as people write it.\n",
+            f"10 000 keys of 100 trusts with a Zipf distribution; default configuration with metrics, lease and Redis. "
+            f"The ratio of trustgate to the yardstick in checks/s is **{spread(ratios['current-thread'], 2)}** for the "
+            f"single-threaded runtime and **{spread(ratios['as written'], 2)}** for the default runtime.\n",
             "![Checks per second](checks-per-second.svg)\n",
             title(figures["closed"]),
             table(figures["closed"], CLOSED),
@@ -106,8 +114,9 @@ def checks(figures, folder):
             table(figures["open_70"], OPEN),
             title(figures["tiers"]),
             table(figures["tiers"], CLOSED),
-            f"Idle with these keys in its cache, trustgate uses {figures['idle']['cpu_percent']:.2f} % of a processor and "
-            f"{figures['idle']['resident_mb']:.0f} MB of memory; after all of the above, {figures['resident_after_mb']:.0f} MB.\n",
+            f"Without requests and with these keys in its cache, trustgate uses {idle['cpu_percent']:.2f} % of a "
+            f"processor and {idle['resident_mb']:.0f} MB of memory. After all these measurements it uses "
+            f"{figures['resident_after_mb']:.0f} MB.\n",
         ]
     )
 
@@ -118,10 +127,11 @@ def envoy(figures, _folder):
     return "\n".join(
         [
             "## Through Envoy\n",
-            f"A real Envoy with one worker and [envoy/envoy.yaml](../envoy/envoy.yaml), which has a processor for itself; server and "
-            f"sender share the other. Requests at an even {thousands(figures['rate'])}/s. "
-            f"*Server* is what the server costs beside Envoy for each request, *Envoy* is Envoy's own part. Server CPU of "
-            f"trustgate to that of the yardstick over TCP: {cpu}. Added p99 over TCP: **{spread(ratios['added_p99'], 2)}**.\n",
+            f"A real Envoy with one worker and [envoy/envoy.yaml](../envoy/envoy.yaml) has one processor. The server "
+            f"and the sender share the other. The sender sends a constant {thousands(figures['rate'])} requests/s. "
+            f"*Server CPU* is the processor time of the server per request, *Envoy CPU* that of Envoy. The ratio of "
+            f"trustgate's server CPU to that of the yardstick over TCP is {cpu}. The ratio of the added p99 over TCP "
+            f"is **{spread(ratios['added_p99'], 2)}**.\n",
             table(figures["rows"], ENVOY),
             *busy(figures),
         ]
@@ -129,34 +139,36 @@ def envoy(figures, _folder):
 
 
 def busy(figures):
-    """What must be known of the times where Envoy had hardly any left."""
+    """Yields a warning if Envoy was so busy that its own queue determines the latency."""
     most = max(row["envoy_cpu_us"]["median"] for row in figures["rows"]["rows"].values()) * figures["rate"] / 1e6
     if most > BUSY:
-        yield f"**Envoy was busy {most:.0%} of the time: times are mostly those of its own queue.**\n"
+        yield f"**Envoy was busy {most:.0%} of the time, so the latency is mostly the time in Envoy's own queue.**\n"
 
 
 def instructions(figures, _folder):
     names = {
-        "parse": "a view over the message",
-        "extract": "key and demands out of it",
-        "hash": "key to digest",
-        "decide": "record and demands to a decision",
-        "encode": "decision to bytes",
-        "rest": "look-up, lease, metrics",
+        "parse": "parse the message",
+        "extract": "extract the key and the demands",
+        "hash": "hash the key",
+        "decide": "decide from the record and the demands",
+        "encode": "encode the answer",
+        "rest": "look-up, lease and metrics",
         "check": "**the whole check**",
     }
     steps = ["| in process | instructions | nanoseconds |", "|---|---|---|"]
     for step, name in names.items():
-        came = figures["steps"][step]
-        steps.append(f"| {name} | {thousands(came['instructions'])} | {spread(came['nanos'], 0) if 'nanos' in came else ''} |")
+        result = figures["steps"][step]
+        nanos = spread(result["nanos"], 0) if "nanos" in result else ""
+        steps.append(f"| {name} | {thousands(result['instructions'])} | {nanos} |")
     servers = ["| server | user instructions per check |", "|---|---|"]
     servers += [f"| {name} | {thousands(count)} |" for name, count in figures["servers"].items()]
     return "\n".join(
         [
             "## Instructions\n",
-            f"Counted by valgrind: what {thousands(2 * figures['checks'])} checks take more than {thousands(figures['checks'])}. "
-            f"trustgate to yardstick (current-thread): **{figures['ratio']:.2f}**. The kernel's part is not in it, and valgrind's "
-            "processor has no instructions for SHA-256, so that hashing a key counts for much more than it takes.\n",
+            f"valgrind counts the instructions of {thousands(2 * figures['checks'])} checks and of "
+            f"{thousands(figures['checks'])} checks; the tables show the difference per check. The ratio of trustgate "
+            f"to the yardstick (current-thread) is **{figures['ratio']:.2f}**. The count excludes the kernel. "
+            "valgrind's processor has no SHA-256 instructions, so the count for hashing a key is much too high.\n",
             *servers,
             "",
             *steps,
@@ -167,30 +179,33 @@ def instructions(figures, _folder):
 
 def scale(figures, folder):
     churn = figures["churn"]
-    columns = ("keys", "database", "bytes per cached key", "resident", "start to ready", "import", "reads to fill the cache")
+    columns = ("keys", "database", "bytes per cached key", "resident", "start to ready", "import")
+    columns += ("reads to fill the cache",)
     sizes = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    for came in figures["sizes"].values():
+    for result in figures["sizes"].values():
         sizes.append(
-            f"| {thousands(came['keys'])} | {came['database']} | {came['bytes_per_key']:.0f} | {came['resident_mb']:.0f} MB | {came['start_ms']:.0f} ms | "
-            f"{came['import_seconds']:.1f} s | {thousands(came['fills_per_second'])}/s |"
+            f"| {thousands(result['keys'])} | {result['database']} | {result['bytes_per_key']:.0f} | "
+            f"{result['resident_mb']:.0f} MB | {result['start_ms']:.0f} ms | {result['import_seconds']:.1f} s | "
+            f"{thousands(result['fills_per_second'])}/s |"
         )
-    plot(folder, "scale.svg", "Checks per second, keys uniformly at random", figures["hits"]["rows"], "checks_per_second")
+    caption = "Checks per second, keys uniformly at random"
+    plot(folder, "scale.svg", caption, figures["hits"]["rows"], "checks_per_second")
     return "\n".join(
         [
             "## Many keys\n",
-            "Room in the cache for all keys. What is below the table was measured with the embedded database.\n",
+            "The cache has room for all keys. The measurements below this table use the embedded database.\n",
             *sizes,
             "",
             title(figures["hits"]),
-            f"Most keys to fewest: **{spread(figures['ratio'], 2)}**.\n",
+            f"The ratio of the most keys to the fewest is **{spread(figures['ratio'], 2)}**.\n",
             "![Checks per second by number of keys](scale.svg)\n",
             table(figures["hits"], CLOSED),
             title(figures["beside"]),
-            table(figures["beside"], BESIDE),
-            f"In process, {thousands(churn['entries'])} values in a full L1, {thousands(churn['rate'])} others a second coming and "
-            f"going for {churn['seconds']} s: of {thousands(churn['lookups'])} look-ups the longest took "
-            f"**{thousands(churn['longest_us'])}** microseconds; the most that one worked, whatever the host did meanwhile, was "
-            f"**{thousands(churn['longest_cpu_us'])}**.\n",
+            table(figures["beside"], OTHER_LOAD),
+            f"In process, with {thousands(churn['entries'])} entries in a full L1 and {thousands(churn['rate'])} "
+            f"inserts and evictions a second for {churn['seconds']} s, the longest of {thousands(churn['lookups'])} "
+            f"look-ups took **{thousands(churn['longest_us'])}** microseconds. The most processor time of one look-up "
+            f"was **{thousands(churn['longest_cpu_us'])}** microseconds; pauses of the host do not count here.\n",
         ]
     )
 
@@ -199,7 +214,7 @@ def scale(figures, folder):
 
 CLOSED = {"checks/s": ("checks_per_second", 0), "CPU per check": ("cpu_us", 2), "p50": ("p50", 0), "p99": ("p99", 0)}
 OPEN = {"CPU per check": ("cpu_us", 2), "p50": ("p50", 0), "p99": ("p99", 0), "p99.9": ("p99.9", 0)}
-BESIDE = {"p50": ("p50", 0), "p99": ("p99", 0), "p99.9": ("p99.9", 0), "longest": ("max", 0)}
+OTHER_LOAD = {"p50": ("p50", 0), "p99": ("p99", 0), "p99.9": ("p99.9", 0), "longest": ("max", 0)}
 ENVOY = {
     "server CPU": ("cpu_us", 1),
     "Envoy CPU": ("envoy_cpu_us", 1),
@@ -215,7 +230,7 @@ def title(rounds):
 
 
 def table(rounds, columns):
-    """A table of a dictionary of rounds; times in microseconds."""
+    """Returns the table of one set of rounds. Times are in microseconds."""
     lines = ["| | " + " | ".join(columns) + " |", "|---|" + "---|" * len(columns)]
     for name, figures in rounds["rows"].items():
         cells = [spread(figures[figure], digits) if figure in figures else "" for figure, digits in columns.values()]
@@ -243,7 +258,7 @@ INK, BAR, GRID = "#24292f", "#4c78a8", "#d0d7de"
 
 
 def plot(folder, file, caption, rows, figure):
-    """Bars with their spread, one below the other."""
+    """Writes a bar chart with the median, minimum and maximum of each row."""
     rows = {name: figures[figure] for name, figures in rows.items()}
     most = max(values["max"] for values in rows.values())
     left, width, step = 220, 420, 34
@@ -265,11 +280,11 @@ def plot(folder, file, caption, rows, figure):
     (folder / file).write_text("\n".join([*parts, "</svg>"]) + "\n")
 
 
-# --- what it was measured on
+# --- the machine and the commit
 
 
 def machine():
-    """Processors, memory and kernel; no name."""
+    """Describes processors, memory and kernel, without a host name."""
     model = "an unknown processor"
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
@@ -282,7 +297,7 @@ def machine():
 
 
 def commit():
-    """The commit that was measured; marked if the tree was not clean, this page aside."""
+    """Returns the measured commit, with a mark if files other than docs/ had uncommitted changes."""
     git = lambda *words: subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)  # noqa: E731
     changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!docs").stdout.strip()
     named = git("describe", "--always").stdout.strip() or "unknown"

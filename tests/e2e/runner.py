@@ -1,4 +1,4 @@
-"""What the Python runners of the table share: what they are given, and how they end."""
+"""Common parts of the Python programs that run the table: their input, and the comparison of results."""
 
 import base64
 import json
@@ -11,7 +11,7 @@ ENCODINGS = ("raw", "map")
 
 
 class Row:
-    """One row, spelt out by the Rust side."""
+    """One row of the table. The Rust test has replaced its placeholders."""
 
     def __init__(self, given):
         self.name, self.server, self.method = given["name"], given["server"], given["method"]
@@ -23,6 +23,8 @@ class Row:
 
 
 class Given:
+    """The input from the Rust test: rows, servers, secrets and paths."""
+
     def __init__(self):
         path, directory, envoy, envoy_config = sys.argv[1:]
         given = json.loads(Path(path).read_text())
@@ -32,7 +34,7 @@ class Given:
 
 
 def end_with_input():
-    """Ends this process when its standard input ends: with whoever started it, however that goes."""
+    """Exits when standard input ends, so that this process does not outlive its parent, even a killed one."""
 
     def wait():
         while os.read(0, 1):
@@ -56,7 +58,7 @@ class Findings:
         for line in self.wrong:
             print(line, file=sys.stderr)
         sys.stdout.flush()
-        sys.exit(f"{len(self.wrong)} not as the table says" if self.wrong else 0)
+        sys.exit(f"{len(self.wrong)} results differ from the table" if self.wrong else 0)
 
 
 def shown(value):

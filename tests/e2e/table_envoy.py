@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""The table through a real Envoy, with envoy/envoy.yaml, to a real application.
+"""Sends the rows of the table through a real Envoy with envoy/envoy.yaml to a real application.
 
-For each server of the table Envoy has three listeners: `raw` and `map`, for its two encodings of headers, without the
-early removal of identity headers, so that it is trustgate's answer that has to deal with forged ones; and `shipped`, the
-file as it is. What is compared: what the client gets, what the application sees, and what Envoy logged.
+Envoy has three listeners for each server of the table. `raw` and `map` use its two encodings of headers and do not
+remove identity headers early, so that trustgate's answer must replace forged ones. `shipped` is the unchanged
+configuration. The program compares the answer to the client, the request at the application, and Envoy's access log
+with the table.
 """
 
 import copy
@@ -21,11 +22,11 @@ import yaml
 
 from runner import Findings, Given, end_with_input
 
-SECONDS_MAX = 60  # for Envoy to be ready, for an answer, for the log; usual: 1
-LISTENERS = {"raw": "raw", "map": "map", "shipped": "raw"}  # each with its encoding
+SECONDS_MAX = 60  # until Envoy is ready, answers or writes its log; usually 1
+LISTENERS = {"raw": "raw", "map": "map", "shipped": "raw"}  # listener: encoding
 EXT_AUTHZ = "envoy.filters.http.ext_authz"
 IDENTITY = ["x-trust-id", "x-trust-key-id", "x-trust-scopes"]
-# What Envoy and the application add or change by themselves.
+# Headers that Envoy or this program adds or changes.
 HOP_BY_HOP = {"connection", "host", "x-forwarded-for", "content-length"}
 
 
@@ -37,18 +38,18 @@ def main():
     application = Application()
     envoy = Envoy(given, configuration(given, demands, application.port))
     try:
-        asked = []
+        sent = []
         for number, row in enumerate(rows):
             for listener, encoding in LISTENERS.items():
                 host = f"{number}-{listener}.d{demands.index(row.route)}.test"
-                answer = ask(envoy.port(f"{row.server} {listener}"), row, host)
-                asked.append((row, f"{row.name} (Envoy, {listener})", host, row.want[encoding], answer))
-        # What Envoy cannot read it logs without a host.
-        log = envoy.log(len(asked))
-        for row, name, host, want, answer in asked:
+                answer = send(envoy.port(f"{row.server} {listener}"), row, host)
+                sent.append((row, f"{row.name} (Envoy, {listener})", host, row.want[encoding], answer))
+        # Envoy logs a request that it cannot parse without a host.
+        log = envoy.log(len(sent))
+        for row, name, host, want, answer in sent:
             if row.envoy_refuses:
                 got = (answer.status, host in application.seen)
-                findings.compare(f"{name}: status, application asked", (row.envoy_refuses, False), got)
+                findings.compare(f"{name}: status, request at the application", (row.envoy_refuses, False), got)
                 continue
             compare(findings, name, row, host, want, answer, application.seen.get(host), log.get(host), given.secrets)
     finally:
@@ -59,12 +60,13 @@ def main():
     for row in left:
         reasons[row.not_envoy] = reasons.get(row.not_envoy, 0) + 1
     findings.end(
-        f"through Envoy: {len(rows)} of {len(given.rows)} rows, {len(asked)} requests, {findings.checked} comparisons,"
-        f" {refused} rows refused by Envoy itself; {len(left)} left out:" + "".join(f"\n  {count:2} {reason}" for reason, count in sorted(reasons.items()))
+        f"through Envoy: {len(rows)} of {len(given.rows)} rows, {len(sent)} requests, {findings.checked} comparisons,"
+        f" {refused} rows refused by Envoy itself; {len(left)} left out:"
+        + "".join(f"\n  {count:2} {reason}" for reason, count in sorted(reasons.items()))
     )
 
 
-# --- what is compared
+# --- comparison
 
 
 def compare(findings, name, row, host, want, answer, seen, log, secrets):
@@ -75,19 +77,19 @@ def compare(findings, name, row, host, want, answer, seen, log, secrets):
     logged = {key: value for key, value in logged.items() if value is not None}
     findings.compare(f"{name}: metadata in the access log", metadata, logged)
     if want["kind"] != "ok":
-        findings.compare(f"{name}: the application was asked", False, seen is not None)
+        findings.compare(f"{name}: the application got the request", False, seen is not None)
         refused(findings, name, row, want, answer)
     elif seen is None:
-        findings.compare(f"{name}: the application was asked", True, False)
+        findings.compare(f"{name}: the application got the request", True, False)
     else:
         passed(findings, name, row, want, seen)
         if not row.stays:
             leaked = [secret for secret in secrets if secret.encode() in seen.head]
-            findings.compare(f"{name}: keys in what the application saw", [], leaked)
+            findings.compare(f"{name}: keys in the request at the application", [], leaked)
 
 
 def refused(findings, name, row, want, answer):
-    if want["kind"] == "unavailable":  # Envoy's own answer, by `status_on_error`
+    if want["kind"] == "unavailable":  # Envoy answers itself, as `status_on_error` says
         findings.compare(f"{name}: body", b"", answer.body)
         return
     for header in ("www-authenticate", "content-type", "cache-control", "retry-after"):
@@ -113,14 +115,14 @@ def passed(findings, name, row, want, seen):
         got = b",".join(seen.headers[header]) if header in seen.headers else None
         findings.compare(f"{name}: {header} at the application", expected, got)
         if header in want["set"]:
-            findings.compare(f"{name}: {header} how often", 1, len(seen.headers.get(header, [])))
+            findings.compare(f"{name}: number of {header} headers", 1, len(seen.headers.get(header, [])))
 
 
 # --- the client
 
 
 class Message:
-    """An HTTP/1.1 message as it lies in bytes."""
+    """A parsed HTTP/1.1 message."""
 
     def __init__(self, data):
         self.head, _, self.body = data.partition(b"\r\n\r\n")
@@ -143,7 +145,7 @@ class Message:
         return b",".join(values).decode() if values else None
 
 
-def ask(port, row, host):
+def send(port, row, host):
     head = f"{row.method} {row.path} HTTP/1.1\r\nhost: {host}\r\nconnection: close\r\n".encode()
     for name, value in row.headers:
         head += name.encode() + b": " + value + b"\r\n"
@@ -160,7 +162,7 @@ def ask(port, row, host):
 
 
 class Application:
-    """Remembers what it saw of each request, by its host."""
+    """Records each request by its host."""
 
     def __init__(self):
         self.seen = {}
@@ -193,7 +195,7 @@ class Application:
 
 
 def configuration(given, demands, application_port):
-    """envoy/envoy.yaml with a listener for each server and encoding; what is changed of it stands here."""
+    """Returns envoy/envoy.yaml with listeners for each server. All other changes to the file are also made here."""
     config = yaml.safe_load(given.envoy_config.read_text())
     at(config["admin"]["address"], 0)
     resources = config["static_resources"]
@@ -205,7 +207,7 @@ def configuration(given, demands, application_port):
         cluster = copy.deepcopy(trustgate)
         cluster["name"] = cluster["load_assignment"]["cluster_name"] = cluster_of(name)
         at(endpoint(cluster), server["port"])
-        # Patience: this is about answers, on whatever machine.
+        # Long timeouts, because this test compares answers and must pass on a slow machine.
         cluster["connect_timeout"] = "10s"
         cluster["health_checks"][0]["timeout"] = "10s"
         resources["clusters"].append(cluster)
@@ -219,7 +221,7 @@ def listener(shipped, name, server, kind, demands):
     made["name"] = f"{name} {kind}"
     at(made["address"], 0)
     manager = made["filter_chains"][0]["filters"][0]["typed_config"]
-    # So that large requests come as far as trustgate.
+    # Large requests must reach trustgate.
     manager["max_request_headers_kb"] = 8192
     manager["common_http_protocol_options"]["max_headers_count"] = 30000
     if kind != "shipped":
@@ -236,7 +238,7 @@ def listener(shipped, name, server, kind, demands):
     check["grpc_service"]["envoy_grpc"]["cluster_name"] = cluster_of(name)
     check["grpc_service"]["timeout"] = "20s"
     check["grpc_service"]["retry_policy"]["retry_back_off"]["max_interval"] = "20s"
-    # What the file says to add for other credential sources.
+    # The extensions for other credential sources that the comments in envoy/envoy.yaml describe.
     names = "|".join([*IDENTITY, *server["credential_headers"]])
     rules = check["decoder_header_mutation_rules"]
     if server["credential_headers"] == ["x-api-key"]:
@@ -247,7 +249,7 @@ def listener(shipped, name, server, kind, demands):
 
 
 def host(everything, number, demands):
-    """A virtual host whose route has these context_extensions."""
+    """Returns a virtual host whose route has these context_extensions."""
     made = copy.deepcopy(everything)
     made["name"], made["domains"] = f"d{number}", [f"*.d{number}.test"]
     if demands:
@@ -261,7 +263,7 @@ def host(everything, number, demands):
 
 
 def cluster_of(server):
-    """Also the authority of the calls, so without blanks."""
+    """Returns the name of the cluster, without blanks because Envoy also uses it as the authority of the calls."""
     return "trustgate-" + server.replace(" ", "-")
 
 
@@ -278,11 +280,11 @@ def at(address, port):
     address["socket_address"]["port_value"] = port
 
 
-# Ends the program behind it when its own input ends: with this process, however that goes.
+# Runs a program and kills it when standard input ends, so that Envoy ends even if this process is killed.
 GUARD = '"$@" & child=$!; read -r _; kill $child; wait $child'
 
 
-DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # whatever proxy the environment names
+DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # ignores a proxy in the environment
 
 
 class Envoy:
@@ -315,16 +317,16 @@ class Envoy:
             return None
 
     def log(self, lines):
-        """What Envoy logged of each request, by its host; it writes a moment after it answers."""
+        """Returns Envoy's access log by host, once it has `lines` lines. Envoy writes shortly after its answer."""
         self.wait(f"log {lines} requests", lambda: self.out.read_bytes().count(b"\n") >= lines)
         entries = [json.loads(line) for line in self.out.read_text().splitlines()]
         return {entry["host"]: entry for entry in entries if entry["host"]}
 
-    def wait(self, what, probe):
+    def wait(self, event, probe):
         end = time.monotonic() + SECONDS_MAX
         while not probe():
             if time.monotonic() > end or self.process.poll() is not None:
-                sys.exit(f"Envoy did not {what}:\n" + self.errors.read_text(errors="replace")[-4000:])
+                sys.exit(f"Envoy did not {event}:\n" + self.errors.read_text(errors="replace")[-4000:])
             time.sleep(0.02)
 
     def stop(self):

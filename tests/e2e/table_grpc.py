@@ -1,5 +1,8 @@
 #!/usr/bin/env python3
-"""The table over gRPC: Envoy's own messages from xds-protos, sent by grpcio. Also every truncation of a good message."""
+"""Sends the rows of the table over gRPC, with Envoy's messages from xds-protos and the client of grpcio.
+
+The program also sends every truncation of a valid message.
+"""
 
 import json
 
@@ -11,7 +14,7 @@ from google.protobuf import json_format
 from runner import ENCODINGS, Findings, Given, end_with_input
 
 METHOD = "/envoy.service.auth.v3.Authorization/Check"
-SECONDS_MAX = 30  # for one call; usual: a thousandth of that
+SECONDS_MAX = 30  # for one call; usually about 0.03
 
 
 def main():
@@ -21,30 +24,30 @@ def main():
     for row in given.rows:
         for encoding in ENCODINGS:
             message = row.message if row.message is not None else check_request(row, encoding)
-            findings.compare(f"{row.name} ({encoding})", row.want[encoding], ask(calls[row.server], message))
+            findings.compare(f"{row.name} ({encoding})", row.want[encoding], send(calls[row.server], message))
     rows = findings.checked
     truncations = truncated(given, calls, findings)
     findings.end(f"over gRPC: {len(given.rows)} of {len(given.rows)} rows, {rows} checks; {truncations} truncations")
 
 
 def truncated(given, calls, findings):
-    """Every truncation of a message that is granted: denied, with no gRPC error."""
+    """Sends every truncation of a message that would be granted. Each must be denied, without a gRPC error."""
     row = next(row for row in given.rows if row.name == "the key in its header: good key with scopes")
     count = 0
     for encoding in ENCODINGS:
         message = check_request(row, encoding)
         for length in range(len(message)):
-            answer = ask(calls[row.server], message[:length])
+            answer = send(calls[row.server], message[:length])
             findings.compare(f"{length} bytes of {len(message)} ({encoding})", "denied", answer["kind"])
             count += 1
-        findings.compare(f"all bytes ({encoding})", "ok", ask(calls[row.server], message)["kind"])
+        findings.compare(f"all bytes ({encoding})", "ok", send(calls[row.server], message)["kind"])
     return count
 
 
 def connect(port):
     channel = grpc.insecure_channel(
         f"127.0.0.1:{port}",
-        # A retry would hide a connection that was closed under a call.
+        # A retry would hide that the server closed a connection during a call.
         options=[("grpc.enable_retries", 0), ("grpc.max_send_message_length", -1)],
     )
     return channel.unary_unary(
@@ -54,7 +57,7 @@ def connect(port):
     )
 
 
-def ask(call, message):
+def send(call, message):
     try:
         return answer(call(message, timeout=SECONDS_MAX))
     except grpc.RpcError as error:
@@ -85,32 +88,32 @@ def check_request(row, encoding):
         else:
             joined.setdefault(name.lower(), []).append(value)
     for name, values in joined.items():
-        http.headers[name] = b",".join(values).decode("utf-8", errors=ENVOYS)
+        http.headers[name] = b",".join(values).decode("utf-8", errors=ENVOY_ERRORS)
     return request.SerializeToString()
 
 
-ENVOYS = "one-mark-a-byte"  # what Envoy does with bytes that are not UTF-8
+ENVOY_ERRORS = "one-mark-a-byte"  # Envoy replaces each byte that is not UTF-8 with a mark
 
 
 def register():
     import codecs
 
-    codecs.register_error(ENVOYS, lambda error: ("!" * (error.end - error.start), error.end))
+    codecs.register_error(ENVOY_ERRORS, lambda error: ("!" * (error.end - error.start), error.end))
 
 
 register()
 
 
 def answer(response):
-    """The response in the form in which the table says what it should be."""
-    assert response.HasField("status"), "a reply states its status"
+    """Converts the response to the form of the table's expected answers."""
+    assert response.HasField("status"), "the reply has no status"
     code, kind = response.status.code, response.WhichOneof("http_response")
     metadata = json_format.MessageToDict(response.dynamic_metadata)
     if kind == "ok_response":
         ok = response.ok_response
         removed = list(ok.headers_to_remove)
         headers = overwrites(ok.headers)
-        assert not set(removed) & set(headers), "a header is set and removed"
+        assert not set(removed) & set(headers), "a header is both set and removed"
         assert not ok.query_parameters_to_set and not ok.response_headers_to_add
         return {
             "kind": "ok",
@@ -142,6 +145,6 @@ def overwrites(options):
     return headers
 
 
-assert attribute_context_pb2  # its messages are parts of the request
+assert attribute_context_pb2  # the request contains messages of this module
 
 main()

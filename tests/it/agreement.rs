@@ -74,6 +74,39 @@ fn documented_metrics(page: &str) -> BTreeMap<String, (String, BTreeSet<String>)
 }
 
 /// The last column of the table names a test that proves the row.
+/// The pages whose settings, metrics and commands are compared with the code.
+const PAGES: [&str; 7] = [
+    "README.md",
+    "SECURITY.md",
+    "CHANGELOG.md",
+    "docs/architecture.md",
+    "docs/envoy.md",
+    "docs/metrics.md",
+    "docs/operations.md",
+];
+
+/// The README must stay short enough to be read in ten minutes.
+const README_LINES_MAX: usize = 320;
+
+#[test]
+fn the_readme_is_short() {
+    let lines = file("README.md").lines().count();
+    assert!(
+        lines <= README_LINES_MAX,
+        "README.md has {lines} lines, at most {README_LINES_MAX} are allowed: move details to docs/"
+    );
+}
+
+#[test]
+fn the_index_of_the_docs_lists_every_page() {
+    let index = file("docs/README.md");
+    let pages = fs::read_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join("docs")).unwrap();
+    for page in pages.map(|page| page.unwrap().file_name().into_string().unwrap()) {
+        let link = if page == "adr" { "](adr/".to_owned() } else { format!("]({page})") };
+        assert!(page == "README.md" || index.contains(&link), "docs/README.md does not list {page}");
+    }
+}
+
 #[test]
 fn each_row_of_the_migration_page_names_tests_that_exist() {
     let page = file("docs/migrating.md");
@@ -104,7 +137,7 @@ fn the_readme_mentions_only_metrics_and_settings_that_exist() {
     let settings = settings();
     let metrics = documented_metrics(&file("docs/metrics.md"));
     let (mut settings_found, mut metrics_found) = (0, 0);
-    for page in ["README.md", "SECURITY.md", "CHANGELOG.md", "docs/architecture.md", "docs/metrics.md"] {
+    for page in PAGES {
         let text = file(page);
         for word in quoted(&text).into_iter().flat_map(str::split_whitespace) {
             let name = word.trim_matches(|c: char| !c.is_alphanumeric());
@@ -179,7 +212,7 @@ fn the_readme_lists_every_command_with_its_options_and_no_other() {
 
     // The commands that the pages show in shell blocks and in inline code exist too.
     let mut seen = 0;
-    for page in ["README.md", "SECURITY.md", "CHANGELOG.md", "docs/architecture.md", "docs/metrics.md"] {
+    for page in PAGES {
         let text = file(page);
         let shell = blocks(&text, "sh").concat();
         let fenced = shell.lines().filter_map(|line| line.split("| ").last()?.strip_prefix("trustgate "));
@@ -262,7 +295,7 @@ fn each_snippet_that_strips_identity_headers_strips_all_of_them() {
         assert!(rest.bytes().all(|byte| byte.is_ascii_lowercase() || byte == b'-'), "{name}");
     }
 
-    for page in ["README.md", "SECURITY.md"] {
+    for page in ["README.md", "SECURITY.md", "docs/envoy.md"] {
         for block in blocks(&file(page), "yaml").iter().filter(|block| block.contains(identity::TRUST_ID)) {
             for name in identity::HEADERS {
                 assert!(block.contains(name), "{page}: {name} is missing in\n{block}");

@@ -1,4 +1,4 @@
-{{/* Names leave room for the longest suffix in use, "-migrate", below the 63 of a DNS label. */}}
+{{/* 52 characters leave room for the longest suffix, "-migrate", within the 63 characters of a DNS label. */}}
 {{- define "trustgate.name" -}}
 {{- default .Chart.Name .Values.nameOverride | trunc 52 | trimSuffix "-" -}}
 {{- end -}}
@@ -8,7 +8,8 @@
 {{- .Values.fullnameOverride | trunc 52 | trimSuffix "-" -}}
 {{- else -}}
 {{- $name := include "trustgate.name" . -}}
-{{- ternary .Release.Name (printf "%s-%s" .Release.Name $name) (contains $name .Release.Name) | trunc 52 | trimSuffix "-" -}}
+{{- $both := printf "%s-%s" .Release.Name $name -}}
+{{- ternary .Release.Name $both (contains $name .Release.Name) | trunc 52 | trimSuffix "-" -}}
 {{- end -}}
 {{- end -}}
 
@@ -28,14 +29,14 @@
 {{- end -}}
 {{- end -}}
 
-{{/* The component tells server pods from migration pods: without it the Service would send checks to the Job. */}}
+{{/* The component separates server pods from migration pods. Without it the Service would send checks to the Job. */}}
 {{- define "trustgate.selector" -}}
 app.kubernetes.io/name: {{ include "trustgate.name" .root }}
 app.kubernetes.io/instance: {{ .root.Release.Name }}
 app.kubernetes.io/component: {{ .component }}
 {{- end -}}
 
-{{/* On pods: no versions, which would roll every pod for a change of the chart alone. */}}
+{{/* Labels of pods. They have no versions, so that a new chart version does not replace every pod. */}}
 {{- define "trustgate.podLabels" -}}
 {{- mergeOverwrite (deepCopy .root.Values.podLabels) (fromYaml (include "trustgate.selector" .)) | toYaml -}}
 {{- end -}}
@@ -47,14 +48,18 @@ app.kubernetes.io/managed-by: {{ .root.Release.Service }}
 helm.sh/chart: {{ printf "%s-%s" .root.Chart.Name .root.Chart.Version | replace "+" "_" }}
 {{- end -}}
 
-{{/* "postgres" or "sqlite": the embedded database unless another one is named. */}}
+{{/* "postgres" if the values name a PostgreSQL database, else "sqlite" for the embedded database. */}}
 {{- define "trustgate.store" -}}
-{{- if or (dig "store" "url" "" .Values.config) (dig "storeUrl" "name" "" .Values.secrets) -}}postgres{{- else -}}sqlite{{- end -}}
+{{- if or (dig "store" "url" "" .Values.config) (dig "storeUrl" "name" "" .Values.secrets) -}}
+postgres
+{{- else -}}
+sqlite
+{{- end -}}
 {{- end -}}
 
 {{/*
-What can be a secret: the file it becomes, and the setting that names the file. `migrate`: the Job needs it too.
-storeCa has no setting; the url's sslrootcert names its file.
+Every secret with the name of its file and the setting that names this file. `migrate: true`: the migration Job also
+needs the secret. storeCa has no setting: the url's sslrootcert names its file.
 */}}
 {{- define "trustgate.secretTable" -}}
 storeUrl: {file: store-url, section: store, setting: url_file, migrate: true}
@@ -72,8 +77,8 @@ pepper: {file: pepper, section: credential, setting: pepper_file}
 {{- define "trustgate.secretDir" -}}/run/secrets/trustgate{{- end -}}
 
 {{/*
-The secrets that a pod gets, as {files: [{name, key, file}], settings: {section: {setting: path}}}, for the
-`component` "server" or "migrate".
+The secrets of a pod, as {files: [{name, key, file}], settings: {section: {setting: path}}}. The `component` is "server"
+or "migrate".
 */}}
 {{- define "trustgate.secrets" -}}
 {{- $dir := include "trustgate.secretDir" . -}}
@@ -81,18 +86,18 @@ The secrets that a pod gets, as {files: [{name, key, file}], settings: {section:
 {{- $values := .root.Values -}}
 {{- $files := list -}}
 {{- $settings := dict -}}
-{{- range $what, $to := fromYaml (include "trustgate.secretTable" .) -}}
-{{- $ref := get $values.secrets $what | default dict -}}
-{{- $wanted := or $server $to.migrate -}}
-{{- if and $server (eq $what "storeManagementUrl") -}}
+{{- range $secret, $entry := fromYaml (include "trustgate.secretTable" .) -}}
+{{- $ref := get $values.secrets $secret | default dict -}}
+{{- $wanted := or $server $entry.migrate -}}
+{{- if and $server (eq $secret "storeManagementUrl") -}}
 {{- $wanted = $values.management.inPods -}}
 {{- end -}}
 {{- if and $ref.name $wanted -}}
-{{- $files = append $files (dict "name" $ref.name "key" $ref.key "file" $to.file) -}}
-{{- if $to.setting -}}
-{{- $section := get $settings $to.section | default dict -}}
-{{- $_ := set $section $to.setting (printf "%s/%s" $dir $to.file) -}}
-{{- $_ := set $settings $to.section $section -}}
+{{- $files = append $files (dict "name" $ref.name "key" $ref.key "file" $entry.file) -}}
+{{- if $entry.setting -}}
+{{- $section := get $settings $entry.section | default dict -}}
+{{- $_ := set $section $entry.setting (printf "%s/%s" $dir $entry.file) -}}
+{{- $_ := set $settings $entry.section $section -}}
 {{- end -}}
 {{- end -}}
 {{- end -}}
@@ -110,7 +115,7 @@ The secrets that a pod gets, as {files: [{name, key, file}], settings: {section:
 {{- dict "files" $files "settings" $settings | toYaml -}}
 {{- end -}}
 
-{{/* One volume for all of them; no subPath, which would never see a changed Secret. */}}
+{{/* One volume for all secrets, mounted without subPath: such a file would never change with its Secret. */}}
 {{- define "trustgate.secretVolume" -}}
 - name: secrets
   projected:
@@ -127,7 +132,7 @@ The secrets that a pod gets, as {files: [{name, key, file}], settings: {section:
 
 {{- define "trustgate.stateDir" -}}/var/lib/trustgate{{- end -}}
 
-{{/* The configuration file. A JSON string, number, boolean or array of strings is the same thing in TOML. */}}
+{{/* The configuration file. JSON strings, numbers, booleans and arrays of strings are also valid TOML. */}}
 {{- define "trustgate.toml" -}}
 {{- $secrets := fromYaml (include "trustgate.secrets" (dict "root" . "component" "server")) -}}
 {{- $config := mergeOverwrite (deepCopy .Values.config) $secrets.settings -}}
@@ -135,7 +140,7 @@ The secrets that a pod gets, as {files: [{name, key, file}], settings: {section:
 {{- $url := printf "sqlite://%s/trustgate.db" (include "trustgate.stateDir" .) -}}
 {{- $config = mergeOverwrite $config (dict "store" (dict "url" $url)) -}}
 {{- end -}}
-# Written by the chart from its values. The listeners are in the pod's environment, which wins over this file.
+# The chart generates this file from its values. The listeners are in the pod's environment, which overrides the file.
 {{- range $section, $settings := $config }}
 {{- if $settings }}
 
@@ -147,21 +152,21 @@ The secrets that a pod gets, as {files: [{name, key, file}], settings: {section:
 {{- end }}
 {{- end -}}
 
-{{/* Milliseconds of "5s"; the schema lets only one number and one unit through. */}}
+{{/* The milliseconds of a duration such as "5s". The schema accepts only one number with one unit. */}}
 {{- define "trustgate.milliseconds" -}}
 {{- $number := regexFind "^[0-9]+" . | int64 -}}
 {{- $unit := regexFind "[a-z]+$" . -}}
 {{- mul $number (get (dict "ms" 1 "s" 1000 "m" 60000 "h" 3600000) $unit) -}}
 {{- end -}}
 
-{{/* The server's own drain (delay, then grace) ends before the kubelet's patience does: SIGKILL cuts answers off. */}}
+{{/* 5 s more than the delay and the grace period of the drain together, because SIGKILL would cut off answers. */}}
 {{- define "trustgate.terminationGracePeriodSeconds" -}}
 {{- $delay := include "trustgate.milliseconds" .Values.config.limits.drain_delay | int64 -}}
 {{- $grace := include "trustgate.milliseconds" .Values.config.limits.drain_grace | int64 -}}
 {{- add 5 (div (add $delay $grace 999) 1000) -}}
 {{- end -}}
 
-{{/* The "restricted" pod security standard. Values may choose the ids, not weaken the rest. */}}
+{{/* The "restricted" pod security standard. The values can set the ids but cannot weaken the rest. */}}
 {{- define "trustgate.podSecurityContext" -}}
 {{- $fixed := dict "runAsNonRoot" true "seccompProfile" (dict "type" "RuntimeDefault") -}}
 {{- mergeOverwrite (deepCopy .Values.podSecurityContext) $fixed | toYaml -}}
@@ -174,11 +179,11 @@ capabilities:
   drop: [ALL]
 {{- end -}}
 
-{{/* What both kinds of pod say before their containers. */}}
+{{/* The part of the pod specification that server and migration pods share. */}}
 {{- define "trustgate.podCommon" -}}
-# It never talks to the Kubernetes API: no token to steal.
+# The pod never calls the Kubernetes API, so it gets no token that could be stolen.
 automountServiceAccountToken: false
-# A Service called "trustgate" would put TRUSTGATE_PORT and the like into the environment, beside our settings.
+# For a Service named "trustgate", service links would set TRUSTGATE_PORT and similar variables among the settings.
 enableServiceLinks: false
 {{- with .Values.imagePullSecrets }}
 imagePullSecrets:
@@ -200,7 +205,7 @@ tolerations:
 {{- end -}}
 
 {{/*
-What the schema cannot say because it is about several values. One message each, naming the value to change.
+Rules about several values, which the schema cannot express. Each message names the value to change.
 */}}
 {{- define "trustgate.validate" -}}
 {{- $storeUrl := dig "store" "url" "" .Values.config -}}
@@ -210,10 +215,12 @@ What the schema cannot say because it is about several values. One message each,
 {{- $redisUrlSecret := dig "redisUrl" "name" "" $secrets -}}
 {{- $sqlite := eq (include "trustgate.store" .) "sqlite" -}}
 {{- if hasPrefix "sqlite:" $storeUrl -}}
-{{- fail "config.store.url names a SQLite file: leave it out, the chart puts the database on its volume" -}}
+{{- fail "config.store.url names a SQLite file: leave it out, because the chart sets the path of the database" -}}
 {{- end -}}
 {{- if and $sqlite (gt (int .Values.replicas) 1) -}}
-{{- fail (printf "replicas is %d, but the embedded SQLite database belongs to exactly one pod: set replicas to 1, or name a PostgreSQL database in config.store.url or secrets.storeUrl" (int .Values.replicas)) -}}
+{{- $problem := "replicas is %d, but the embedded SQLite database allows exactly one pod" -}}
+{{- $remedy := "set replicas to 1, or name a PostgreSQL database in config.store.url or secrets.storeUrl" -}}
+{{- fail (printf (printf "%s: %s" $problem $remedy) (int .Values.replicas)) -}}
 {{- end -}}
 {{- if and $storeUrl $storeUrlSecret -}}
 {{- fail "config.store.url and secrets.storeUrl are both set: keep one" -}}
@@ -222,28 +229,30 @@ What the schema cannot say because it is about several values. One message each,
 {{- fail "config.redis.url and secrets.redisUrl are both set: keep one" -}}
 {{- end -}}
 {{- $redisUrls := ternary $redisUrl (list $redisUrl) (kindIs "slice" $redisUrl) -}}
-{{- range $what, $urls := dict "store" (list $storeUrl) "redis" $redisUrls -}}
+{{- range $section, $urls := dict "store" (list $storeUrl) "redis" $redisUrls -}}
 {{- range $url := $urls -}}
 {{- if or (regexMatch "^[a-z+]+://[^/?#]*:[^/?#]*@" $url) (regexMatch "[?&]password=" $url) -}}
-{{- fail (printf "config.%s.url holds a password, and a ConfigMap is no secret: put it into a Secret and name that in secrets.%sPassword" $what $what) -}}
+{{- $problem := printf "config.%s.url contains a password, and a ConfigMap is not secret" $section -}}
+{{- fail (printf "%s: put the password into a Secret and name that in secrets.%sPassword" $problem $section) -}}
 {{- end -}}
 {{- end -}}
 {{- end -}}
 {{- if $sqlite -}}
-{{- range $what := list "storePassword" "storeManagementUrl" "storeCa" -}}
-{{- if dig $what "name" "" $secrets -}}
-{{- fail (printf "secrets.%s is set, but no PostgreSQL database is named in config.store.url or secrets.storeUrl" $what) -}}
+{{- range $secret := list "storePassword" "storeManagementUrl" "storeCa" -}}
+{{- if dig $secret "name" "" $secrets -}}
+{{- $problem := printf "secrets.%s is set, but no PostgreSQL database is named" $secret -}}
+{{- fail (printf "%s: set config.store.url or secrets.storeUrl" $problem) -}}
 {{- end -}}
 {{- end -}}
 {{- end -}}
 {{- if not (or $redisUrl $redisUrlSecret) -}}
-{{- range $what := list "redisPassword" "redisSentinelPassword" "redisMacKey" "redisCa" -}}
-{{- if dig $what "name" "" $secrets -}}
-{{- fail (printf "secrets.%s is set, but no Redis is named in config.redis.url or secrets.redisUrl" $what) -}}
+{{- range $secret := list "redisPassword" "redisSentinelPassword" "redisMacKey" "redisCa" -}}
+{{- if dig $secret "name" "" $secrets -}}
+{{- fail (printf "secrets.%s is set, but no Redis is named: set config.redis.url or secrets.redisUrl" $secret) -}}
 {{- end -}}
 {{- end -}}
 {{- end -}}
 {{- if and $secrets.previousPeppers (not (dig "pepper" "name" "" $secrets)) -}}
-{{- fail "secrets.previousPeppers is set without secrets.pepper: name the pepper they make way for" -}}
+{{- fail "secrets.previousPeppers is set without secrets.pepper: name the current pepper" -}}
 {{- end -}}
 {{- end -}}

@@ -1,7 +1,7 @@
-"""The programs that a benchmark runs, each in its place: servers on one processor, the sender and the rest on another.
+"""The programs of a benchmark: servers run on one processor, the sender and all other programs on another.
 
-Everything that is started ends with the stage, and everything that is written is in a directory under target/ that goes
-with it. No setting of the caller reaches a program.
+At its end the fixture stops every program that it started and removes its directory below target/. The programs do not
+get the caller's settings.
 """
 
 import glob
@@ -22,52 +22,52 @@ import zlib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SECONDS_MAX = 60  # for each program to be ready, for each command to end, beyond what it is told to take
-LATE_MAX = 0.001
+SECONDS_MAX = 60  # until a program is ready or a command ends, plus the requested duration of the command
+LATE_MAX = 0.001  # the share of checks that may fail because the machine paused
 TICKS = os.sysconf("SC_CLK_TCK")
 
 
 class Broken(Exception):
-    """The benchmark cannot go on, or what it would show is not true."""
+    """The benchmark cannot continue, or its result would be wrong."""
 
 
-class Stage:
-    """Everything that runs."""
+class Fixture:
+    """Starts and stops the programs, and sends load to them."""
 
     def __init__(self, programs):
-        self.programs = programs  # where trustgate, always_allow, load and envoy are
+        self.programs = programs  # the paths of trustgate, always_allow, load, envoy and so on
         self.children = []
-        self.elsewhere = []  # directories that others must be able to reach
+        self.outside = []  # directories outside target/, for programs that run as another user
         processors = sorted(os.sched_getaffinity(0))
         if len(processors) < 2:
-            raise Broken("two processors are needed: one for the server, one for what drives it")
+            raise Broken("too few processors: two are needed, one for the server and one for the sender")
         self.server_cpu, self.other_cpu = processors[0], processors[-1]
 
     def __enter__(self):
         for program in self.programs.values():
             if not Path(program).is_file():
-                raise Broken(f"{program} is not there; make it with `make bench-ready`")
+                raise Broken(f"{program} is missing: run `make bench-ready`")
         for name in ("taskset", "redis-server"):
             if not shutil.which(name):
-                raise Broken(f"{name} is missing; tools/packages says how to install it")
+                raise Broken(f"{name} is missing: run `tools/packages bench`")
         self.dir = Path(tempfile.mkdtemp(prefix="bench-", dir=ROOT / "target"))
         return self
 
     def __exit__(self, *_):
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C must not leave anything running
+            signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C must not interrupt the clean-up
         for child in reversed(self.children):
             child.stop()
-        for directory in (self.dir, *self.elsewhere):
+        for directory in (self.dir, *self.outside):
             shutil.rmtree(directory, ignore_errors=True)
 
     # --- servers
 
-    def start(self, name, command, cpu, env=None, stop_signal=signal.SIGTERM, wrap=(), out_is_kept=True):
-        """Starts a program on one processor; `wrap` is what it is run under."""
+    def start(self, name, command, cpu, env=None, stop_signal=signal.SIGTERM, wrap=(), keep_output=True):
+        """Starts a program on one processor, under the command `wrap` if given."""
         command = ["taskset", "-c", str(cpu), *wrap, *command]
         command = [str(part) for part in command]
-        child = Child(name, command, env or clean_environment(), self.dir, stop_signal, out_is_kept)
+        child = Child(name, command, env or clean_environment(), self.dir, stop_signal, keep_output)
         self.children.append(child)
         return child
 
@@ -94,24 +94,24 @@ class Stage:
         return server
 
     def postgres(self):
-        """A PostgreSQL as it comes, reached through a socket in its directory `home`."""
+        """Starts a PostgreSQL with default settings. Clients connect to a socket in its directory `home`."""
         home = Path(tempfile.mkdtemp(prefix="trustgate-bench-"))
-        self.elsewhere.append(home)
+        self.outside.append(home)
         wrap = ()
-        if os.geteuid() == 0:  # as which it refuses to run
-            nobody = pwd.getpwnam("nobody")
-            os.chown(home, nobody.pw_uid, nobody.pw_gid)
-            wrap = ("setpriv", f"--reuid={nobody.pw_uid}", f"--regid={nobody.pw_gid}", "--clear-groups")
-        command = [*wrap, postgres_program("initdb"), "--username=admin", "--auth=trust", "--no-locale", "--encoding=UTF8"]
-        self.run([*command, "-D", home / "data"])
-        options = ("-D", home / "data", "-k", home, "-c", "listen_addresses=")
-        server = self.start("postgres", [postgres_program("postgres"), *options], self.other_cpu, None, signal.SIGINT, wrap)
+        if os.geteuid() == 0:  # PostgreSQL refuses to run as root
+            user = pwd.getpwnam("nobody")
+            os.chown(home, user.pw_uid, user.pw_gid)
+            wrap = ("setpriv", f"--reuid={user.pw_uid}", f"--regid={user.pw_gid}", "--clear-groups")
+        options = ("--username=admin", "--auth=trust", "--no-locale", "--encoding=UTF8", "-D", home / "data")
+        self.run([*wrap, postgres_program("initdb"), *options])
+        command = [postgres_program("postgres"), "-D", home / "data", "-k", home, "-c", "listen_addresses="]
+        server = self.start("postgres", command, self.other_cpu, stop_signal=signal.SIGINT, wrap=wrap)
         server.home = home
         self.wait(server, lambda: (home / "data" / "postmaster.pid").exists() and accepts_at(home / ".s.PGSQL.5432"))
         return server
 
     def database(self, server, name):
-        """A new database; its URL."""
+        """Creates a database and returns its URL."""
         self.run([postgres_program("createdb"), "-h", server.home, "-U", "admin", name])
         return f"postgres://admin@localhost/{name}?host={server.home}"
 
@@ -122,24 +122,24 @@ class Stage:
             raise Broken(f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-2000:]}")
         return done.stdout
 
-    def site(self, name="site", **settings):
-        """Where a trustgate has its database, with its settings: {"section.name": value}."""
-        return Site(self, name, settings)
+    def instance(self, name="instance", **settings):
+        """Returns an instance of trustgate with these settings: {"section.name": value}."""
+        return Instance(self, name, settings)
 
     def wait(self, child, probe, seconds=SECONDS_MAX):
         end = time.monotonic() + seconds
         while not probe():
             child.alive()
             if time.monotonic() > end:
-                raise Broken(f"waited {seconds} s for {child.name}" + child.tail())
+                raise Broken(f"timeout: waited {seconds} s for {child.name}" + child.tail())
             time.sleep(0.01)
 
     # --- load
 
     def load(self, address, *options, seconds, warm_up=1.0, cpu=None):
-        """Sends checks; what came of them. Raises if that is not what was expected.
+        """Sends checks and returns the results. Raises `Broken` if an answer is not as expected.
 
-        `others` is how much of a processor went to whatever else the machine does.
+        `others` in the results is the share of a processor that other programs used.
         """
         began, all_before, own_before = time.monotonic(), machine_seconds(), self.own_seconds()
         command = [self.programs["load"], address, "--seconds", seconds, "--warm-up", warm_up, *options]
@@ -156,7 +156,7 @@ class Stage:
         try:
             out, err = sender.communicate(timeout=seconds + warm_up + SECONDS_MAX)
         except subprocess.TimeoutExpired:
-            raise Broken(f"the sender did not end: {' '.join(command)}") from None
+            raise Broken(f"timeout: the sender did not end: {' '.join(command)}") from None
         finally:
             if sender.poll() is None:
                 sender.kill()
@@ -165,48 +165,52 @@ class Stage:
             for child in self.children:
                 child.alive()
             raise Broken(f"{' '.join(command)}\n{err}{out}" + "".join(child.tail() for child in self.children))
-        came = json.loads(out)
+        result = json.loads(out)
         others = machine_seconds() - all_before - (self.own_seconds() - own_before)
-        came["others"] = max(others, 0.0) / (time.monotonic() - began)
-        return came
+        result["others"] = max(others, 0.0) / (time.monotonic() - began)
+        return result
 
     def own_seconds(self):
-        """Processor time of everything that runs here, and of this program."""
+        """Returns the processor time of this process and of all programs that it started."""
         return sum(child.cpu_seconds() for child in self.children) + sum(os.times()[:4])
 
     def fill(self, server, file, *more):
-        """Every key of the file into the cache; how long that took. What could not be read in time is read in another pass."""
+        """Sends every key of the file until the cache has it. Returns the seconds that this took.
+
+        Another pass repeats the keys for which the read timed out.
+        """
         seconds = 0.0
         for _ in range(5):
             options = ("--keys", file, "--order", "once", "--expect", "answer", "-c", 4, "-m", 8, *more)
-            came = self.load(server.address, *options, seconds=7_200, warm_up=0)
-            seconds += came["seconds"]
-            if came["denials"] + came["faults"] == 0:
+            result = self.load(server.address, *options, seconds=7_200, warm_up=0)
+            seconds += result["seconds"]
+            if result["denials"] + result["faults"] == 0:
                 return seconds
-        raise Broken(f"after five passes {came['faults']} keys could still not be read" + server.tail())
+        raise Broken(f"cache not filled: {result['faults']} faults in the fifth pass" + server.tail())
 
     def grants(self, address, *options, **more):
-        """The same, where every check is granted, but for a few that fail because the machine stood still meanwhile."""
-        came = self.load(address, *options, "--expect", "answer", **more)
-        if came["denials"] > 0 or came["faults"] > LATE_MAX * came["answered"]:
-            raise Broken(f"of {came['answered']} checks {came['denials']} were denied, {came['faults']} failed")
-        return came
+        """Sends checks that must be granted. A few may fail, because the machine may have paused."""
+        result = self.load(address, *options, "--expect", "answer", **more)
+        if result["denials"] > 0 or result["faults"] > LATE_MAX * result["answered"]:
+            counts = f"{result['denials']} denials and {result['faults']} faults"
+            raise Broken(f"not all checks were granted: {counts} in {result['answered']} checks")
+        return result
 
     def measured(self, server, *options, **more):
-        """Checks that are granted, where nothing else is expected, and what they cost `server`: `cpu_us` each."""
+        """Sends checks, which must be granted unless `--expect` is given, and adds the server's `cpu_us` per check."""
         before = server.cpu_seconds()
         load = self.load if "--expect" in options else self.grants
-        came = load(server.address, *options, **more)
-        came["cpu_us"] = (server.cpu_seconds() - before) * 1e6 / came["answered"]
-        return came
+        result = load(server.address, *options, **more)
+        result["cpu_us"] = (server.cpu_seconds() - before) * 1e6 / result["answered"]
+        return result
 
 
-class Site:
-    """A trustgate with its database and its settings."""
+class Instance:
+    """An instance of trustgate with its settings and its database."""
 
-    def __init__(self, stage, name, settings):
-        self.stage, self.name, self.server = stage, name, None
-        self.state = stage.dir / name
+    def __init__(self, fixture, name, settings):
+        self.fixture, self.name, self.server = fixture, name, None
+        self.state = fixture.dir / name
         self.state.mkdir()
         self.admin = free_address()
         self.settings = {"grpc.listen": free_address(), "admin.listen": self.admin, **settings}
@@ -216,28 +220,28 @@ class Site:
         return clean_environment() | {"STATE_DIRECTORY": str(self.state)} | named
 
     def serve(self, wrap=(), seconds=SECONDS_MAX, **changes):
-        """Starts the server and waits until it is ready; how long that took is `started_in`."""
+        """Starts the server and waits until it is ready. `started_in` of the result is the time that this took."""
         settings = self.settings | changes
         began = time.monotonic()
-        self.server = self.stage.start(
+        self.server = self.fixture.start(
             "trustgate",
-            [self.stage.programs["trustgate"], "serve"],
-            self.stage.server_cpu,
+            [self.fixture.programs["trustgate"], "serve"],
+            self.fixture.server_cpu,
             self.environment(settings),
-            signal.SIGINT,  # without the drain delay
+            signal.SIGINT,  # after SIGINT, unlike SIGTERM, trustgate stops without the drain delay
             wrap,
         )
-        self.stage.wait(self.server, lambda: get(self.admin, "/readyz") is not None, seconds)
+        self.fixture.wait(self.server, lambda: get(self.admin, "/readyz") is not None, seconds)
         self.server.started_in = time.monotonic() - began
         self.server.address = settings["grpc.listen"]
         return self.server
 
     def stop(self):
-        self.stage.stop(self.server)
+        self.fixture.stop(self.server)
 
     def command(self, *words, seconds=SECONDS_MAX):
-        """A command of trustgate; gives what it answered."""
-        command = [str(word) for word in (self.stage.programs["trustgate"], "--output", "json", *words)]
+        """Runs a command of trustgate and returns its output, parsed as JSON."""
+        command = [str(word) for word in (self.fixture.programs["trustgate"], "--output", "json", *words)]
         done = subprocess.run(
             command,
             env=self.environment(),
@@ -251,7 +255,7 @@ class Site:
         return json.loads(done.stdout or "null")
 
     def issue(self, keys, trusts, file, prefix="tenant"):
-        """Imports keys, spread evenly over that many trusts, and writes them to `file` with the trust of each."""
+        """Imports keys, distributed evenly over `trusts` trusts, and writes each key with its trust to `file`."""
         self.command("migrate")
         ids = [self.command("trust", "create", f"{prefix}-{number}")["id"] for number in range(trusts)]
         for number, trust in enumerate(ids):
@@ -259,11 +263,11 @@ class Site:
             chunk.write_text("".join(f"{sha256(key)}\n" for key in keys[number::trusts]))
             self.command("key", "import", "--trust", trust, chunk, seconds=600)
             chunk.unlink()
-        file.write_text("".join(f"{key} {ids[place % trusts]}\n" for place, key in enumerate(keys)))
+        file.write_text("".join(f"{key} {ids[number % trusts]}\n" for number, key in enumerate(keys)))
         return file
 
     def metric(self, line):
-        """The value of a metric, named with its labels as /metrics writes it; 0 if it is not there."""
+        """Returns the value of a metric, named with its labels as in /metrics, or 0 if it is absent."""
         for found in (get(self.admin, "/metrics") or "").splitlines():
             name, _, value = found.rpartition(" ")
             if name == line:
@@ -275,9 +279,9 @@ class Site:
 
 
 class Child:
-    """A program that was started; what it says is in a file."""
+    """A program that the fixture started. Its output is in a file."""
 
-    def __init__(self, name, command, env, directory, stop_signal, out_is_kept=True):
+    def __init__(self, name, command, env, directory, stop_signal, keep_output=True):
         self.name, self.stop_signal = name, stop_signal
         self.log = directory / f"{name}-{time.monotonic_ns()}.log"
         with self.log.open("wb") as log:
@@ -286,9 +290,9 @@ class Child:
                 env=env,
                 cwd=directory,
                 stdin=subprocess.DEVNULL,
-                stdout=log if out_is_kept else subprocess.DEVNULL,
+                stdout=log if keep_output else subprocess.DEVNULL,
                 stderr=log,
-                start_new_session=True,  # Ctrl-C reaches only the benchmark, which then stops everything in order
+                start_new_session=True,  # Ctrl-C reaches only the benchmark, which then stops the programs
             )
 
     def alive(self):
@@ -309,9 +313,9 @@ class Child:
                 self.process.wait()
 
     def cpu_seconds(self):
-        """User and system time so far, of all threads, those that ended too."""
+        """Returns the user and system time of all threads so far, including threads that ended."""
         if self.process.poll() is not None:
-            return 0.0  # it is counted among the children that ended
+            return 0.0  # os.times() counts it among the children that ended
         fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
         return (int(fields[11]) + int(fields[12])) / TICKS
 
@@ -328,7 +332,7 @@ ALPHABET = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 
 
 def make_keys(count, seed=1):
-    """Keys of trustgate's own form: docs of `credential::format`. The same every time."""
+    """Returns keys in trustgate's format (see `credential::format`). A seed always gives the same keys."""
     source = random.Random(seed)
     keys = []
     for _ in range(count):
@@ -349,7 +353,7 @@ def sha256(text):
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-# --- small things
+# --- helpers
 
 
 def clean_environment():
@@ -358,16 +362,16 @@ def clean_environment():
 
 
 def machine_seconds():
-    """Processor time that was not idle, of the whole machine, and what a hypervisor kept for others."""
+    """Returns the busy time of all processors, including the time that the hypervisor gave to other machines."""
     user, nice, system, _, _, irq, softirq, steal = map(int, Path("/proc/stat").read_text().split()[1:9])
     return (user + nice + system + irq + softirq + steal) / TICKS
 
 
-_given = set()
+_used_ports = set()
 
 
 def free_address():
-    """A port nobody listens on, below the range that the system gives to outgoing connections; never the same twice."""
+    """Returns an address with an unused port, below the range for outgoing connections. Every call returns another."""
     while True:
         port = random.SystemRandom().randrange(20000, 32000)
         with socket.socket() as probe:
@@ -375,13 +379,13 @@ def free_address():
                 probe.bind(("127.0.0.1", port))
             except OSError:
                 continue
-        if port not in _given:
-            _given.add(port)
+        if port not in _used_ports:
+            _used_ports.add(port)
             return f"127.0.0.1:{port}"
 
 
 def accepts_at(path):
-    """Whether somebody listens on that Unix socket."""
+    """Returns whether a server listens on the Unix socket."""
     with socket.socket(socket.AF_UNIX) as probe:
         try:
             probe.connect(str(path))
@@ -391,11 +395,11 @@ def accepts_at(path):
 
 
 def postgres_program(name):
-    """Debian keeps the server's programs out of PATH."""
-    for place in (shutil.which(name), *sorted(glob.glob(f"/usr/lib/postgresql/*/bin/{name}"))):
-        if place:
-            return place
-    raise Broken(f"PostgreSQL's {name} is missing; tools/packages says how to install it")
+    """Returns the path of one of PostgreSQL's programs. Debian does not put them into PATH."""
+    for path in (shutil.which(name), *sorted(glob.glob(f"/usr/lib/postgresql/*/bin/{name}"))):
+        if path:
+            return path
+    raise Broken(f"PostgreSQL's {name} is missing: run `tools/packages bench`")
 
 
 def accepts(address):
@@ -408,7 +412,7 @@ def accepts(address):
 
 
 def get(address, path):
-    """The body of a 200, else None."""
+    """Returns the body of an answer with status 200, else None."""
     connection = http.client.HTTPConnection(address, timeout=5)
     try:
         connection.request("GET", path)
@@ -422,7 +426,7 @@ def get(address, path):
 
 
 def answers(address, path):
-    """Whether there is any answer."""
+    """Returns whether the server answers, with any status."""
     connection = http.client.HTTPConnection(address, timeout=5)
     try:
         connection.request("GET", path)
@@ -438,7 +442,7 @@ def say(line=""):
 
 
 def progress(text):
-    """Shows what is being done: on a terminal in one line that is overwritten."""
+    """Shows the current step. On a terminal, each step overwrites the line of the previous one."""
     if sys.stderr.isatty():
         print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
     else:
