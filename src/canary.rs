@@ -384,9 +384,9 @@ mod tests {
         for source in ["header:x-key", "authorization:bearer", "authorization:apikey", "query:key", "cookie:key"] {
             let sources = vec![Source::read(&RawValue::One(source.to_owned())).unwrap()];
             let credential = CredentialSettings { sources, ..CredentialSettings::default() };
-            let message = check_message(&credential, "a-key");
+            let message = check_message(&credential, "a-key-for-this-test");
             let found = extract(&credential, &View::parse(&message).unwrap()).key;
-            assert_eq!(found.unwrap().expose(), b"a-key", "{source}");
+            assert_eq!(found.unwrap().expose(), b"a-key-for-this-test", "{source}");
         }
     }
 }
