@@ -198,6 +198,15 @@ mod tests {
     use super::*;
 
     #[test]
+    fn keys_with_a_comma_are_malformed() {
+        let settings = CredentialSettings::default();
+        assert!(is_well_formed(&settings, b"a-foreign-key-of-another-system"));
+        for key in [&b"a-foreign-key-of,another-system"[..], b",a-foreign-key-of-another-system"] {
+            assert!(!is_well_formed(&settings, key));
+        }
+    }
+
+    #[test]
     fn keys_under_a_pepper_with_its_line_end_are_found() {
         let hasher = |text: &str| {
             let pepper = Pepper::read(&RawValue::One(text.to_owned()));

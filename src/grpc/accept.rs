@@ -15,11 +15,14 @@ use super::{
     stream::{Refused, Stream},
     worker::Workers,
 };
+use crate::base::log_limit::LogLimit;
 
 /// Wait after a failed accept (out of file descriptors, for example). Each further failure doubles the wait, up to
 /// [`ACCEPT_WAIT_MAX`].
 const ACCEPT_WAIT: Duration = Duration::from_millis(10);
 const ACCEPT_WAIT_MAX: Duration = Duration::from_secs(1);
+/// The interval at which failed accepts are logged: a shortage of file descriptors can last for hours.
+const FAILURE_LOG_INTERVAL: Duration = Duration::from_mins(1);
 
 /// Accepts from `listener` until `signals.drain`, then closes it. Open connections continue in `tasks`, on `workers`.
 pub async fn run(
@@ -29,7 +32,7 @@ pub async fn run(
     signals: Signals,
     tasks: TaskTracker,
 ) {
-    let (mut wait, mut number) = (ACCEPT_WAIT, 0_u16);
+    let (mut wait, mut number, failures) = (ACCEPT_WAIT, 0_u16, LogLimit::every(FAILURE_LOG_INTERVAL));
     loop {
         let accepted = signals.drain.run_until_cancelled(async {
             // Acquiring fails only if the semaphore is closed, which no code does. Without a permit the number of
@@ -41,7 +44,9 @@ pub async fn run(
         let accepted = match accepted {
             Ok(accepted) => accepted,
             Err(error) => {
-                tracing::warn!(%error, "gRPC accept failed; trying again in {wait:?}");
+                if let Some(suppressed) = failures.permit(service.clock.now()) {
+                    tracing::warn!(%error, suppressed, "gRPC accept failed; trying again in {wait:?}");
+                }
                 sleep(wait).await;
                 wait = (wait * 2).min(ACCEPT_WAIT_MAX);
                 continue;

@@ -27,6 +27,7 @@ use super::lifecycle::{Life, Phase};
 use crate::{
     base::{
         clock::Clock,
+        log_limit::LogLimit,
         metrics::{self, Registry},
     },
     freshness::{ReplicaState, lease::LeaseState, poll::PollMetrics},
@@ -50,6 +51,8 @@ const CONNECTION_TIMEOUT: Duration = Duration::from_secs(10);
 const HEAD_BYTES_MAX: usize = 8 << 10;
 /// Wait after a failed accept (out of file descriptors, for example).
 const ACCEPT_WAIT: Duration = Duration::from_secs(1);
+/// The interval at which failed accepts are logged: a shortage of file descriptors can last for hours.
+const FAILURE_LOG_INTERVAL: Duration = Duration::from_mins(1);
 
 /// Timeout for all workers together to answer a readiness probe.
 const PROBE_TIMEOUT: Duration = Duration::from_millis(250);
@@ -76,6 +79,7 @@ pub struct Admin {
 pub async fn run(listener: TcpListener, admin: Arc<Admin>, stop: CancellationToken) {
     let mut connections = JoinSet::new();
     let mut open = VecDeque::<AbortHandle>::new();
+    let failures = LogLimit::every(FAILURE_LOG_INTERVAL);
     let accepting = async {
         loop {
             match listener.accept().await {
@@ -90,7 +94,9 @@ pub async fn run(listener: TcpListener, admin: Arc<Admin>, stop: CancellationTok
                     open.push_back(connections.spawn(serve(stream, Arc::clone(&admin))));
                 }
                 Err(error) => {
-                    tracing::warn!(%error, "admin accept failed; trying again in {ACCEPT_WAIT:?}");
+                    if let Some(suppressed) = failures.permit(admin.clock.now()) {
+                        tracing::warn!(%error, suppressed, "admin accept failed; trying again in {ACCEPT_WAIT:?}");
+                    }
                     sleep(ACCEPT_WAIT).await;
                 }
             }
