@@ -119,7 +119,8 @@ fmt-check: ## check the format of the code
 	cargo fmt --check
 
 .PHONY: lint
-lint: ## run clippy and rustdoc; a warning is an error
+lint: ## run clippy and rustdoc, where a warning is an error, and check the wording
+	tools/words
 	cargo clippy --all-targets --locked -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --no-deps --locked
 
