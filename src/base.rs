@@ -1,4 +1,4 @@
-//! Building blocks that know nothing of checks: time, settings, text and units, secrets, faults, logs, metrics, jitter
+//! Building blocks that do not depend on checks: time, settings, text and units, secrets, faults, logs, metrics, jitter
 //! and the circuit breaker.
 
 pub mod breaker;

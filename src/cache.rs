@@ -79,7 +79,7 @@ pub struct CacheParts<K: Cacheable> {
     pub settings: CacheSettings,
 }
 
-/// The tiers of one kind of value.
+/// The cache for one kind of value: L1, Redis and the store, with one load shared by concurrent callers.
 pub struct Cache<K: Cacheable> {
     loader: Arc<Loader<K>>,
     loads: SingleFlight<(K::Key, LoadPath), Loaded<K>>,
@@ -144,7 +144,7 @@ impl<K: Cacheable> Cache<K> {
     ///
     /// # Errors
     /// A [`Fault`], shared by all callers that waited for the same load; [`Fault::Unconfirmed`] if the last of
-    /// [`JOINS_MAX`] loads was still not usable.
+    /// `JOINS_MAX` loads was still not usable.
     ///
     /// # Cancel safety
     /// Safe: the load continues and fills the cache for later checks. The caller sets the deadline.
@@ -317,11 +317,11 @@ mod tests {
         loader.replica_state.apply(&polled(5..=5), true);
         for found in [Some(record), None] {
             let newest = loader.replica_state.load().applied().0;
-            let loaded = loader.insert_if_confirmed(&query, versioned(found, newest + 1), Tier::Store);
-            assert_eq!(loaded.provenance(&loader.replica_state.load()), Provenance::Ahead);
+            let result = loader.insert_if_confirmed(&query, versioned(found, newest + 1), Tier::Store);
+            assert_eq!(result.provenance(&loader.replica_state.load()), Provenance::Ahead);
             loader.l1.forget(&DIGEST);
             loader.replica_state.apply(&polled(newest..=newest + 1), true);
-            loader.publish(&query, loaded).await;
+            loader.publish(&query, result).await;
             let entry = loader.l1.get(&DIGEST).expect("in L1");
             assert!(entry.is_current(&loader.replica_state.load(), SystemClock.now()));
         }

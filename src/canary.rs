@@ -40,9 +40,9 @@ use crate::{
 const PREFIX: &str = "trustgate-canary-";
 /// Wait between two checks of the key.
 const PROBE_WAIT: Duration = Duration::from_millis(5);
-/// How long a new key may be denied before the round counts as `denied`. It should be granted at once.
+/// The maximum time that a new key may be denied before the round counts as `denied`. It should be granted at once.
 const GRANTED_WITHIN: Duration = Duration::from_secs(5);
-/// How long a revoked key is checked beyond the revocation bound, at most.
+/// The maximum time that a revoked key is checked beyond the revocation bound.
 const PROBE_MARGIN: Duration = Duration::from_secs(1);
 /// Added to the longest time of a round to get the lifetime of its key. The key expires soon even if this process ends
 /// in the middle of a round.
@@ -51,7 +51,7 @@ const LIFETIME_MARGIN: Duration = Duration::from_mins(1);
 const CHANGE_TIMEOUT: Duration = Duration::from_secs(5);
 /// Minimum time between two searches for the trusts of replicas that are gone. Each search lists all trusts.
 const CLEAN_INTERVAL: Duration = Duration::from_hours(1);
-/// How long the shutdown waits for the end of a round.
+/// The maximum time that the shutdown waits for the end of a round.
 const STOP_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// The dependencies of a canary.

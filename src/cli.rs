@@ -32,8 +32,8 @@ use self::{
 
 use crate::ext_authz::credential::format;
 
-/// Runs the command in `arguments` with the variables in `environment`. Returns the exit code: 0 done, 1 failed,
-/// 2 wrong usage, 3 the checked key is denied.
+/// Runs the command in `arguments` with the variables in `environment`. Returns the exit code: 0 success,
+/// 1 failure, 2 usage error, 3 the checked key is denied.
 pub fn run(
     arguments: impl IntoIterator<Item = OsString>,
     environment: &[(OsString, OsString)],

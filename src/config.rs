@@ -71,11 +71,11 @@ sections! {
 /// The documentation of a section.
 #[derive(Clone, Copy, Debug)]
 pub struct SectionInfo {
-    /// Its name: `[name]` in the file.
+    /// The name of the section: `[name]` in the file.
     pub name: &'static str,
-    /// Its description.
+    /// The description of the section.
     pub doc: &'static str,
-    /// Its settings.
+    /// The settings of the section.
     pub fields: &'static [Field],
 }
 

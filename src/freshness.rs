@@ -48,16 +48,17 @@ crate::settings! {
         /// overrides this setting for one route. Unset: `lease`; for an existing table that is not attached, which has
         /// no change log, `ttl`.
         mode: Option<Freshness> = "",
-        /// How long cache entries may be used after the last successful poll was sent (L). While this replica reaches
-        /// the database, a check that starts later than this after a revocation refuses the revoked key.
+        /// The maximum time that cache entries may be used after the last successful poll was sent (L). While this
+        /// replica reaches the database, a check that starts later than this after a revocation refuses the revoked
+        /// key.
         lease: Duration = "1s",
-        /// How much longer keys that were known to be good are granted while the database answers no poll at all (S).
+        /// The additional time that keys known to be good are granted while the database answers no poll at all (S).
         /// `0s` turns this off. While the database is down for every client, no key can be revoked in it. The time is a
         /// risk only if this replica is cut off from a database that other clients still reach.
         stale_if_unconfirmed: Duration = "120s",
-        /// How often this replica polls the database for changes.
+        /// The interval at which this replica polls the database for changes.
         poll_interval: Duration = "100ms",
-        /// How long one poll may take. A new connection is opened in the background and may take
+        /// The maximum time that one poll may take. A new connection is opened in the background and may take
         /// `store.connect_timeout`.
         poll_timeout: Duration = "250ms",
         /// If true, the database (`NOTIFY` in PostgreSQL) and Redis notify this replica of changes, and it polls at
@@ -75,15 +76,15 @@ crate::settings! {
         /// ` until 2026-01-31T12:00:00Z`. `#` starts a comment. The server applies changes to the file within a second.
         /// Unset: no file.
         deny_file: Option<PathBuf> = "",
-        /// How often the server compares one cached record with its row in the database, to detect changes that are
-        /// missing from the change log. At least 10 ms; `0s` turns this off. If a record differs and the change log
-        /// does not explain it, the server counts and logs the record and loads it again.
+        /// The interval at which the server compares one cached record with its row in the database, to detect changes
+        /// that are missing from the change log. At least 10 ms; `0s` turns this off. If a record differs and the
+        /// change log does not explain it, the server counts and logs the record and loads it again.
         sample_interval: Duration = "0s",
-        /// How often this replica tests revocation: it issues a key, checks that the key is granted, revokes the key,
-        /// and repeats the check until the key is refused. At least 1 s; `0s` turns this off. The server then needs a
-        /// database role that may change trusts and keys (`store.management_url`, or `store.url`), and each round
-        /// writes four audit entries. Choose the interval so that all replicas together start at most one round per
-        /// second.
+        /// The interval at which this replica tests revocation: it issues a key, checks that the key is granted,
+        /// revokes the key, and repeats the check until the key is refused. At least 1 s; `0s` turns this off. The
+        /// server then needs a database role that may change trusts and keys (`store.management_url`, or `store.url`),
+        /// and each round writes four audit entries. Choose the interval so that all replicas together start at most
+        /// one round per second.
         canary_interval: Duration = "0s",
     }
 }
@@ -214,7 +215,7 @@ pub enum Applied {
     Lost {
         /// The lineage of the lost history.
         lineage: Lineage,
-        /// The last version of it that this replica applied.
+        /// The last version of that history that this replica applied.
         applied: Version,
     },
     /// The triggers that record changes are not intact. The lease ended; it can begin again once they are restored.
@@ -463,7 +464,7 @@ mod tests {
     }
 
     #[test]
-    fn lease_ends_while_triggers_are_not_intact() {
+    fn lease_is_expired_while_triggers_are_not_intact() {
         let replica_state = ReplicaState::new(LIMITS);
         replica_state.apply(&polled(&[(5, 5)], &[]), true);
         let unwatched = Polled { triggers_intact: false, ..polled(&[(5, 5), (6, 6)], &[]) };

@@ -9,13 +9,13 @@
 //!
 //! - [`base`], time, text, secrets, units, settings, metrics, circuit breaker, faults and logging
 //! - [`record`], the record of a key, and the database version at which a value was read
-//! - [`doctor::diagnosis`], the result of one examination of `trustgate doctor`
+//! - [`doctor::diagnosis`], the result of one diagnostic of `trustgate doctor`
 //!
 //! Loading a record:
 //!
 //! - [`store`], the database: reads, changes, tables and their change log
 //! - [`redis`], the connection to Redis, and the notifications that replicas send each other
-//! - [`freshness`], what this replica knows of the database's change log, and the poll that keeps it up to date
+//! - [`freshness`], this replica's view of the database's change log, and the poll that keeps it up to date
 //! - [`cache`], loads a value through L1, single flight, L2 and the store
 //!
 //! Checks and management:

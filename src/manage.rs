@@ -18,7 +18,7 @@ use crate::{
     store::{Actor, Ledger, StoreError, ledger::Replica},
 };
 
-/// How often the list of replicas is read while waiting for them.
+/// The interval at which a command reads the list of replicas while it waits for them.
 const EFFECT_POLL: Duration = Duration::from_millis(10);
 
 /// Why a change was not made, or a query failed.
@@ -118,7 +118,7 @@ pub struct Effect {
     pub version: Version,
     /// The number of replicas that may still grant keys from their caches.
     pub replicas: usize,
-    /// How long the wait took.
+    /// The time that the command waited.
     pub after: Duration,
     /// The replicas that have not applied the change.
     pub missing: Vec<Replica>,

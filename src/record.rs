@@ -137,7 +137,7 @@ impl Scheme {
         }
     }
 
-    /// The scheme of `number`, if this release knows it.
+    /// The scheme of `number`, if this release supports it.
     #[must_use]
     pub const fn from_number(number: i16) -> Option<Self> {
         match number {
@@ -190,7 +190,7 @@ pub struct StoredPeppers {
 
 impl StoredPeppers {
     /// True if a server whose peppers have the fingerprints `known` is ready: one of its peppers is recorded here, or
-    /// none is recorded yet. The previous pepper also counts, so that a change of the pepper does not make servers
+    /// none is recorded yet. The previous pepper also counts, so that a change to the pepper does not make servers
     /// unready that have not been restarted.
     #[must_use]
     pub fn fit(&self, known: &[Fingerprint]) -> bool {
@@ -275,7 +275,7 @@ pub struct Record {
     pub digest: ApiKeyDigest,
     /// The scopes of the key, sorted, without duplicates.
     pub scopes: Box<[String]>,
-    /// The networks it may be used from; empty: anywhere.
+    /// The networks that the key may be used from. If empty, any network.
     pub allowed_cidrs: Box<[IpNet]>,
     /// The key is not valid before this time.
     pub not_before: Option<DatabaseTime>,
@@ -345,12 +345,12 @@ pub enum Change {
     Trust(TrustId),
     /// The negative entry of this digest: the key may exist now.
     Absent(ApiKeyDigest),
-    /// No cached value. The digest was revoked, deleted or replaced; replicas remember it for the case that the
-    /// database loses history.
+    /// Affects no cached value. The key with this digest was revoked or deleted, or its digest was replaced. Replicas
+    /// remember the digest in case the database loses history.
     Gone(ApiKeyDigest),
     /// All values of one kind.
     Whole(ChangeKind),
-    /// All values. Also stands for an entry of a newer release that this release does not know.
+    /// All values. Also represents an entry of a newer release that this release does not support.
     Everything,
 }
 

@@ -1,4 +1,4 @@
-//! The system of record: the database that holds trusts and keys. Checks read it through [`Lookup`]; management changes
+//! The system of record: the database of trusts and keys. Checks read it through [`Lookup`]; management changes
 //! it through [`Ledger`].
 //!
 //! There are two adapters, `sqlite` (embedded, the default) and `postgres`, and one contract test suite that runs on

@@ -105,7 +105,7 @@ pub(crate) struct Grpc {
     window: i64,
     /// How many bytes the server accepts on a new stream.
     stream_window: i64,
-    /// Bytes that were received since the last WINDOW_UPDATE.
+    /// Bytes that were received since the last `WINDOW_UPDATE`.
     received: u32,
     is_ready: bool,
     /// True if no more calls may be sent on this connection.

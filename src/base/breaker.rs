@@ -15,7 +15,7 @@ use super::clock::Moment;
 pub struct Rules {
     /// Failures in a row that open the breaker. A failure counts only if its call began after the previous failure.
     pub failures_max: u32,
-    /// How long the breaker stays open before one caller tries again.
+    /// The time that the breaker stays open before one caller tries again.
     pub open_for: Duration,
 }
 

@@ -84,7 +84,7 @@ pub enum Fault {
     Route {
         /// The name of the context extension, cut by [`quoted`].
         name: Box<str>,
-        /// Its value, cut by [`quoted`].
+        /// The value of the context extension, cut by [`quoted`].
         value: Box<str>,
         /// The expected form.
         problem: &'static str,

@@ -22,7 +22,8 @@ impl LogLimit {
         Self { interval, next: AtomicU64::new(0), suppressed: AtomicU64::new(0) }
     }
 
-    /// Returns how many events were not logged since the last line if this event may be logged, else `None`.
+    /// If this event may be logged, returns the number of events suppressed since the last logged line; otherwise
+    /// returns `None`.
     pub fn permit(&self, now: Moment) -> Option<u64> {
         let next = self.next.load(Ordering::Relaxed);
         let after = now.after(self.interval).nanos();

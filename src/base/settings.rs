@@ -62,9 +62,9 @@ pub trait Setting: Sized {
 /// The documentation of a setting.
 #[derive(Clone, Copy, Debug)]
 pub struct Field {
-    /// Its name inside the section.
+    /// The name of the setting inside its section.
     pub name: &'static str,
-    /// Its description, in one or a few lines.
+    /// The description of the setting, in one or a few lines.
     pub doc: &'static str,
     /// The default, as an operator would write it; `""` for unset.
     pub default: &'static str,
@@ -74,11 +74,11 @@ pub struct Field {
 
 /// A section of the configuration.
 pub trait Section: Sized {
-    /// Its name: `[name]` in the file.
+    /// The name of the section: `[name]` in the file.
     const NAME: &'static str;
     /// The description of the section.
     const DOC: &'static str;
-    /// Its settings, in the order of the documentation.
+    /// The settings of the section, in the order of the documentation.
     const FIELDS: &'static [Field];
     /// Reads the section from `reader`, with defaults for settings that are not set. Adds configuration errors to
     /// `reader`.
@@ -244,7 +244,7 @@ setting_from_text! {
     SocketAddr, "an address with its port, such as \"127.0.0.1:50051\"", |text| text.parse().ok();
 }
 
-/// Parses a whole number, in decimal or in another base of TOML: `0x1f`, `0o17`, `0b1`.
+/// Parses a whole number in decimal or in any other base that TOML supports: `0x1f`, `0o17`, `0b1`.
 fn whole_number(text: &str) -> Option<u32> {
     let based = |prefix, base| text.strip_prefix(prefix).map(|digits| u32::from_str_radix(digits, base));
     let parsed = based("0x", 16).or_else(|| based("0o", 8)).or_else(|| based("0b", 2));

@@ -48,7 +48,7 @@ pub fn decode(bytes: &[u8]) -> Result<&str, TextError> {
     std::str::from_utf8(without_mark(bytes)?).map_err(|_| TextError::NotUtf8)
 }
 
-/// The value in `text`, without a byte order mark and without the line ends at its end.
+/// The value in `text`, without the byte order mark and trailing line breaks.
 ///
 /// # Errors
 /// [`TextError::Empty`] and [`TextError::Control`]

@@ -56,7 +56,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn sizes_need_their_unit() {
+    fn sizes_require_a_unit() {
         for (text, want) in [
             ("128MiB", Some(128 << 20)),
             ("1 GiB", Some(1 << 30)),
@@ -74,7 +74,7 @@ mod tests {
     }
 
     #[test]
-    fn durations_need_their_unit() {
+    fn durations_require_a_unit() {
         for (text, want) in [
             ("150ms", Some(Duration::from_millis(150))),
             ("90d", Some(Duration::from_hours(90 * 24))),

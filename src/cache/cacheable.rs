@@ -31,7 +31,7 @@ pub trait Cacheable: Send + Sync + 'static {
     fn encode(value: &Self::Value, into: &mut Vec<u8>);
     /// Decodes the output of [`Self::encode`]; `None` for anything else.
     fn decode(bytes: &[u8]) -> Option<Self::Value>;
-    /// The ids of the rows from which a value was made, at most four. A change of one of these rows concerns the value.
+    /// The ids of the rows from which a value was made, at most four. A change to one of these rows affects the value.
     fn objects(value: &Self::Value) -> impl Iterator<Item = uuid::Uuid>;
 
     /// Reads the value from the store.

@@ -41,7 +41,7 @@ enum Content<V> {
 pub struct Lifetime {
     /// When the store was read, by this machine's clock.
     pub born: Moment,
-    /// How long the entry may be used from then on, under any read policy. Rounded down to milliseconds.
+    /// The maximum time after `born` for which any read policy may use the entry. Rounded down to milliseconds.
     pub lasts: Duration,
 }
 
@@ -120,7 +120,7 @@ impl<K: Cacheable> Entry<K> {
         }
     }
 
-    /// How long ago the store was read.
+    /// The time since the store was read.
     #[must_use]
     pub fn age(&self, now: Moment) -> Duration {
         now.since(self.born)
@@ -159,7 +159,7 @@ impl<K: Cacheable> L1<K> {
         self.records.get(key).or_else(|| self.negatives.get(key))
     }
 
-    /// Puts `entry` in place of the present entry of `key`, if any.
+    /// Puts `entry` in place of the current entry of `key`, if any.
     pub fn put(&self, key: K::Key, entry: Arc<Entry<K>>) {
         if entry.value().is_some() {
             self.records.insert(key, entry);

@@ -34,7 +34,7 @@ use crate::{
 pub struct StoreLimits {
     /// The maximum number of reads that may wait or run at one time.
     pub reads_max: u32,
-    /// How long one read may take.
+    /// The maximum time that one read may take.
     pub read_timeout: Duration,
     /// The rules of the circuit breaker.
     pub breaker: breaker::Rules,

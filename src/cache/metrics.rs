@@ -67,7 +67,7 @@ impl CacheMetrics {
         let reads = register(registry, reads)?;
         let seconds = HistogramOpts::new(
             "trustgate_store_read_duration_seconds",
-            "Duration of reads of the database for checks, in seconds.",
+            "Duration of database reads for checks, in seconds.",
         );
         Ok(Self {
             l1: outcomes(Tier::L1),
@@ -97,7 +97,7 @@ pub(crate) enum Comparison {
     Error,
 }
 
-/// Comparisons by their result.
+/// Counters of the comparisons by the sampler, one for each outcome.
 pub(crate) struct SampleCounts {
     same: IntCounter,
     changed: IntCounter,

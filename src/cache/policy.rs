@@ -1,6 +1,6 @@
 //! The freshness rule: whether a value may be used for a check.
 //!
-//! No other module decides this. A check chooses its [`ReadPolicy`] once, when it begins; [`is_usable`] then judges
+//! No other module decides this. A check chooses its [`ReadPolicy`] once, when it begins; `is_usable` then judges
 //! each value that the check finds in L1 or gets from a load.
 
 use std::time::Duration;

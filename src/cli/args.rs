@@ -24,7 +24,7 @@ const VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), " (", env!("TRUSTGATE_C
 
 /// External authorization for Envoy: identifies the caller of each request and decides whether it may pass.
 ///
-/// Exit codes: 0 done, 1 failed, 2 wrong usage. `check` exits with 3 if the key is denied.
+/// Exit codes: 0 success, 1 failure, 2 usage error. `check` exits with 3 if the key is denied.
 #[derive(Parser)]
 #[command(name = "trustgate", version = VERSION, arg_required_else_help = true)]
 pub(crate) struct Arguments {
@@ -61,8 +61,8 @@ pub(crate) enum Command {
         /// Print the statements that grant the PostgreSQL roles the rights they need, and change nothing.
         #[arg(long)]
         print_grants: bool,
-        /// Also start a new database history. Use this once after you restored a backup or a copy of the database, so
-        /// that replicas do not use what they cached from the old one.
+        /// Also start a new database history. Use this once, after restoring a backup or a copy of the database, so
+        /// that replicas do not use values cached from the earlier history.
         #[arg(long, conflicts_with = "print_grants")]
         new_incarnation: bool,
         /// Role of `serve` in the printed statements.
@@ -72,7 +72,7 @@ pub(crate) enum Command {
         #[arg(long, value_name = "ROLE", default_value = "trustgate_manage", requires = "print_grants")]
         manage_role: String,
     },
-    /// Record the changes of an existing table (`store.table`), so that replicas can cache its rows under the lease.
+    /// Record the changes to an existing table (`store.table`), so that replicas can cache its rows under the lease.
     ///
     /// Adds two triggers to the table, and changes nothing else in it. Run `migrate` first. Afterwards, set
     /// `store.attached = true` and restart every replica.
@@ -100,14 +100,15 @@ pub(crate) enum Command {
     /// Check the configuration, or print the default one.
     #[command(subcommand)]
     Config(Config),
-    /// Read a key from standard input, and print the decision on it and the reason.
+    /// Read a key from standard input and print the decision and its reason.
     ///
     /// Reads the database, not a cache. Exit code 3: the key is denied.
     Check,
     /// Examine everything that `serve` needs: configuration, deadlines, files, database, rights and Redis.
     ///
-    /// Run it on the machine of `serve`, with the same user and configuration. Prints each examination and, for each
-    /// problem, what to do. Changes nothing. Exit code 1: something that `serve` needs does not work.
+    /// Run it on the machine that runs `serve`, as the same user and with the same configuration. Prints the result of
+    /// each diagnostic and a remedy for each problem. Changes nothing. Exit code 1: something that `serve` needs does
+    /// not work.
     Doctor,
     /// Print a completion script for a shell.
     Completions {
@@ -138,11 +139,11 @@ pub(crate) enum Trust {
     Enable(WhichTrust),
     /// Disable a trust: all its keys are denied until it is enabled again.
     ///
-    /// Prints on how many replicas the change is effective.
+    /// Prints how many replicas have applied the change.
     Disable(WhichTrust),
     /// Delete a trust. Fails if the trust still has keys, unless you also delete the keys.
     ///
-    /// Prints on how many replicas the change is effective.
+    /// Prints how many replicas have applied the change.
     Delete {
         #[command(flatten)]
         which: WhichTrust,
@@ -178,12 +179,12 @@ pub(crate) enum Key {
     Show(WhichKey),
     /// Revoke a key permanently.
     ///
-    /// Prints on how many replicas the revocation is effective. Revoking a key again changes nothing.
+    /// Prints how many replicas have applied the revocation. Revoking a key again changes nothing.
     Revoke(WhichKey),
     /// Find the keys in a text from standard input, and print which trust each belongs to.
     ///
-    /// The text can be one key, or for example a log. It can be up to 1 MiB long. Exit code 1: the text has no key of
-    /// this database.
+    /// The text can be a single key or a longer text, such as a log, of up to 1 MiB. Exit code 1: the text contains no
+    /// key from this database.
     Identify,
     /// Import existing keys, one per line.
     ///
@@ -282,14 +283,14 @@ pub(crate) struct WhichDenied {
 pub(crate) enum Cache {
     /// Clear the caches of all replicas.
     ///
-    /// Waits up to `freshness.lease` until every replica has done so, and lists the replicas that have not. Exit code 1:
-    /// there are such replicas.
+    /// Waits up to `freshness.lease` until every replica has cleared its caches, and lists the replicas that have not.
+    /// Exit code 1: at least one replica has not.
     Clear,
 }
 
 #[derive(Subcommand)]
 pub(crate) enum Store {
-    /// Copy every trust and key from one database into another, empty one.
+    /// Copy every trust and key from one database into an empty one.
     ///
     /// Run `migrate` on the target first. The keys keep working under the same peppers. The audit log and the change
     /// log are not copied.

@@ -131,7 +131,8 @@ async fn migrate(
     let database = store::describe(&config.store, &variable);
     let json = Some(json!({ "database": database, "migrated": true, "new_incarnation": new_incarnation }));
     let more = if new_incarnation { "; a new database history was started" } else { "" };
-    Ok(Answer { json, ..Answer::text(format!("{database} has the tables of this release{more}")) })
+    let text = format!("tables up to date: {database} has the table version of this release{more}");
+    Ok(Answer { json, ..Answer::text(text) })
 }
 
 /// Attaches the change log to an existing table, or detaches it. With `print`, returns the SQL statements instead.

@@ -26,7 +26,7 @@ const COLUMNS: &[&str] = &["kind", "id", "set_at", "until"];
 const EFFECTIVE: &str = "Every replica that reaches Redis applies this within 1 s, even while the database is down.";
 
 pub(crate) async fn run(config: &Config, env: Env<'_>, command: args::Deny) -> Result<Answer, CliError> {
-    // Only the log says why the connection to Redis failed.
+    // Only the log records why the connection to Redis failed.
     telemetry::start(&LogSettings { level: Level::Warn, format: Format::Text });
     let (which, life) = match command {
         args::Deny::List => (Vec::new(), None),

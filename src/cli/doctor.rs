@@ -1,6 +1,6 @@
 //! `trustgate doctor`: examines everything that `serve` needs, and lists the diagnoses in a fixed order.
 //!
-//! Changes nothing. The command ends even if a server hangs: each examination has its own timeouts, and name lookups
+//! Changes nothing. The command ends even if a server hangs: each diagnostic has its own timeouts, and name lookups
 //! that timed out are abandoned.
 
 use std::{fmt::Write as _, time::Duration};
@@ -36,7 +36,7 @@ const PEPPER: &str = "pepper";
 const DENY_FILE: &str = "deny_file";
 const MAC_KEY: &str = "redis_mac_key";
 
-/// How much longer Envoy's timeout should be than the deadline of a check: time for the network round trip and for
+/// The minimum difference between Envoy's timeout and the deadline of a check: time for the network round trip and for
 /// Envoy itself.
 const MARGIN: Duration = Duration::from_millis(20);
 
@@ -87,7 +87,7 @@ impl LoadedConfig {
         first.map(|config_error| format!("because of this configuration error: {config_error}"))
     }
 
-    /// Runs `examination`. If `sections` have a configuration error, skips the examinations in `names` instead.
+    /// Runs `examination`. If `sections` have a configuration error, skips the diagnostics in `names` instead.
     async fn unless_skipped(
         &self,
         sections: &[&str],

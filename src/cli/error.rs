@@ -16,7 +16,7 @@ use crate::{
 #[derive(Debug)]
 pub(crate) struct CliError {
     problem: String,
-    /// Where the setting behind the problem is set.
+    /// The place that sets the setting behind the problem.
     place: Option<String>,
     /// The exit code.
     pub(crate) code: u8,

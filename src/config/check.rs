@@ -98,7 +98,10 @@ fn store(config: &Config, reader: &mut Reader) {
         }
         if config.credential.pepper.is_some() || config.credential.pepper_file.is_some() {
             let pepper = if config.credential.pepper.is_some() { "pepper" } else { "pepper_file" };
-            let problem = format!("has no effect with store.{name}, which has plain SHA-256 digests: unset either");
+            let problem = format!(
+                "has no effect with store.{name}, because that table has plain SHA-256 digests: unset one of the two \
+                 settings"
+            );
             reader.refuse("credential", pepper, problem);
         }
     }

@@ -28,7 +28,7 @@ pub fn toml() -> String {
     lines.join("\n")
 }
 
-/// The same content as a Markdown page.
+/// The documentation of all settings as a Markdown page.
 #[must_use]
 pub fn markdown() -> String {
     let mut lines = vec![PAGE_START.to_owned()];
@@ -58,9 +58,9 @@ all errors.
 If a setting exists with and without `_file` at the end of its name, the one with `_file` is the path of a file that
 contains the value. Set only one of the two.
 
-This page is generated from the code: `UPDATE=1 cargo test --lib config` writes it again.";
+This page is generated from the code: `UPDATE=1 cargo test --locked --lib config` writes it again.";
 
-/// The same content as JSON.
+/// The documentation of all settings as JSON.
 #[must_use]
 pub fn json() -> serde_json::Value {
     let all = SECTIONS.iter().flat_map(|section| section.fields.iter().map(|field| (section.name, field)));
@@ -117,6 +117,6 @@ mod tests {
         }
         let page = std::fs::read_to_string(path).unwrap_or_default();
         let is_current = page == super::markdown();
-        assert!(is_current, "docs/configuration.md is out of date: run `UPDATE=1 cargo test --lib config`");
+        assert!(is_current, "docs/configuration.md is out of date: run `UPDATE=1 cargo test --locked --lib config`");
     }
 }

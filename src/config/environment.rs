@@ -22,24 +22,23 @@ pub(crate) fn put(reader: &mut Reader, variables: &[(OsString, OsString)]) {
             continue;
         };
         let Some((_, section, setting)) = known.iter().find(|(variable, ..)| variable == name) else {
-            let problem = match renamed(rest) {
-                Some(new) => format!("this setting is now called {new}"),
-                None => format!("there is no such setting; {}", suggestion(rest, &known)),
-            };
+            let problem = renamed(rest).map_or_else(
+                || format!("there is no such setting; {}", suggestion(rest, &known)),
+                |new| format!("this setting is now called {new}"),
+            );
             reader.refuse_at(String::new(), name.to_owned(), problem);
             continue;
         };
-        match value.to_str() {
-            Some(value) => reader.put(section, setting, RawValue::One(value.to_owned()), name.to_owned()),
-            None => {
-                let problem = "the value is not UTF-8".to_owned();
-                reader.refuse_at(format!("{section}.{setting}"), name.to_owned(), problem);
-            }
+        if let Some(value) = value.to_str() {
+            reader.put(section, setting, RawValue::One(value.to_owned()), name.to_owned());
+        } else {
+            let problem = "the value is not UTF-8".to_owned();
+            reader.refuse_at(format!("{section}.{setting}"), name.to_owned(), problem);
         }
     }
 }
 
-/// The variable of the setting that an earlier release set with the variable [`PREFIX`]`rest`.
+/// If [`PREFIX`]`rest` is the variable of a setting that was renamed, returns the variable of its new name.
 fn renamed(rest: &str) -> Option<String> {
     let (section, name) = rest.split_once("__")?;
     let section = section.to_ascii_lowercase();
@@ -47,7 +46,7 @@ fn renamed(rest: &str) -> Option<String> {
     Some(variable(&section, new))
 }
 
-/// A hint for the operator who set the unknown variable [`PREFIX`]`rest`. `known` has all variables.
+/// A suggestion for the operator who set the unknown variable [`PREFIX`]`rest`. `known` has all variables.
 fn suggestion(rest: &str, known: &[(String, &str, &str)]) -> String {
     let names = known.iter().map(|(variable, ..)| &variable[PREFIX.len()..]);
     suggest::nearest(&rest.to_ascii_uppercase(), names)

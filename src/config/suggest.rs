@@ -2,10 +2,10 @@
 //!
 //! If no name is similar, there is no suggestion: a list of all names is more helpful than a bad guess.
 
-/// The lowest similarity of a suggestion, where 1 is equal.
+/// The minimum similarity of a suggestion; 1 means identical.
 const SIMILARITY_MIN: f64 = 0.5;
 
-/// The one of `names` that is most similar to `wrong`, if it is similar enough.
+/// The name in `names` that is most similar to `wrong`, if it is similar enough.
 pub(crate) fn nearest<'n>(wrong: &str, names: impl Iterator<Item = &'n str>) -> Option<&'n str> {
     names
         .map(|name| (strsim::normalized_damerau_levenshtein(wrong, name), name))
@@ -21,7 +21,7 @@ const RENAMED: [(&str, &str, &str); 3] = [
     ("freshness", "hints", "notifications"),
 ];
 
-/// The present name of the setting that an earlier release called `section.name`.
+/// The current name of the setting that an earlier release called `section.name`.
 pub(crate) fn renamed(section: &str, name: &str) -> Option<&'static str> {
     let (.., new) = RENAMED.iter().find(|(of, old, _)| *of == section && *old == name)?;
     Some(new)

@@ -6,16 +6,16 @@ use std::{net::IpAddr, time::Duration};
 
 use tokio::{net::lookup_host, time::timeout};
 
-/// How an examination ended.
+/// The outcome of a diagnostic.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum State {
     /// Everything examined works.
     Ok,
-    /// It works, but the operator should change something.
+    /// Everything examined works, but the operator should change something.
     Warning,
     /// Something that is needed does not work.
     Failed,
-    /// It was not examined, for the given reason.
+    /// The diagnostic was skipped, for the given reason.
     Skipped,
 }
 
@@ -32,10 +32,10 @@ impl State {
     }
 }
 
-/// The result of one examination.
+/// The result of one diagnostic.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Diagnosis {
-    /// The name of the examination.
+    /// The name of the diagnostic.
     pub name: &'static str,
     /// How it ended.
     pub state: State,
@@ -63,7 +63,7 @@ impl Diagnosis {
         Self { state: State::Failed, remedy: Some(remedy.into()), ..Self::ok(name, found) }
     }
 
-    /// It was not examined, for the reason `because`.
+    /// The diagnostic was skipped, for the reason `because`.
     pub fn skipped(name: &'static str, because: impl Into<String>) -> Self {
         Self { state: State::Skipped, ..Self::ok(name, because) }
     }

@@ -328,7 +328,7 @@ async fn missing(
     if statements.is_empty() {
         return Ok(None);
     }
-    let found = format!("{role:?} lacks {} of {} rights that it needs", statements.len(), needs.count());
+    let found = format!("{role:?} lacks {} of the {} rights that it needs", statements.len(), needs.count());
     let mut remedy = vec!["as the owner of the tables:"];
     remedy.extend(statements.iter().take(LISTED).map(String::as_str));
     if statements.len() > LISTED {
@@ -367,10 +367,16 @@ async fn watch(session: &mut Session<'_, Postgres>, triggers_intact: Option<bool
             );
             Diagnosis::failed(WATCH, found, remedy)
         }
-        (Ok(_), Some(true)) => Diagnosis::ok(WATCH, "every change is recorded: all triggers are as they were created"),
+        (Ok(_), Some(true)) => {
+            Diagnosis::ok(WATCH, "every change is recorded: no trigger has been altered since it was created")
+        }
         // Granting a right is also such an alteration.
         (Ok(_), Some(false)) => Diagnosis::ok(WATCH, ALTERED),
-        (Ok(_), None) => Diagnosis::skipped(WATCH, "no poll was answered; all triggers are as they were created"),
+        (Ok(_), None) => Diagnosis::skipped(
+            WATCH,
+            "no poll was answered, so it is unknown whether polls accept the triggers; no trigger has been altered \
+             since it was created",
+        ),
         (Err(trouble), _) => Diagnosis::failed(WATCH, trouble.to_string(), "see database_rights"),
     }
 }

@@ -37,8 +37,8 @@ pub(crate) const CLOCK: &str = "database_clock";
 pub(crate) const NOTIFICATIONS: &str = "database_notifications";
 
 /// All triggers are intact, but no replica has verified them since tables, triggers or rights were altered.
-pub(crate) const ALTERED: &str = "every change is recorded: all triggers are as they were created. Tables, triggers or \
-    rights were altered since a replica verified this; the next poll of a replica verifies it again";
+pub(crate) const ALTERED: &str = "every change is recorded: each trigger has its original definition. Tables, triggers \
+    or rights were altered since a replica verified this; the next poll of a replica verifies it again";
 
 /// The settings that contain the URL of `serve`.
 pub(crate) const URL: &[&str] = &["store.url", "store.url_file"];
@@ -60,10 +60,10 @@ pub struct Use<'a> {
     pub notifications: bool,
 }
 
-/// The results of the database examinations.
+/// The results of the database diagnostics.
 #[derive(Debug)]
 pub struct Examined {
-    /// One for each of [`NAMES`].
+    /// One diagnosis for each of [`NAMES`].
     pub diagnoses: Vec<Diagnosis>,
     /// `Ok` if the database has the key of the Redis MAC; otherwise the reason why it is not available.
     pub redis_mac_key: Result<(), String>,
@@ -105,7 +105,7 @@ impl Report {
     }
 }
 
-/// The reason to skip an examination because of an earlier diagnosis.
+/// The reason to skip a diagnostic because of an earlier diagnosis.
 fn because_of(diagnosis: &Diagnosis) -> String {
     format!("because of {}", diagnosis.name)
 }
@@ -134,7 +134,7 @@ pub(crate) struct Session<'a, D: Dialect> {
     pub(crate) dialect: &'a D,
     connection: Option<D::Connection>,
     examination: Examination<'a>,
-    /// How long connecting took.
+    /// The time that connecting took.
     pub(crate) connected_after: Duration,
 }
 
@@ -349,14 +349,14 @@ impl<'a, D: Dialect> Session<'a, D> {
 /// The result of examining the tables.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Tables {
-    /// They can be read.
+    /// The tables can be read.
     Fit {
         /// True if the last poll confirms that every change is recorded; `None` if no poll was answered.
         triggers_intact: Option<bool>,
     },
-    /// They are missing, or have an incompatible version.
+    /// The tables are missing, or have an incompatible version.
     Unfit,
-    /// They cannot be read.
+    /// The tables cannot be read.
     Closed,
 }
 

@@ -68,7 +68,7 @@ pub(crate) async fn run(sqlite: Sqlite, examination: Examination<'_>, report: &m
     let tables = session.diagnose(Kind::Embedded, report).await;
     session.close().await;
     if sqlite.preset.is_some() {
-        report.add(Diagnosis::skipped(WATCH, "store.preset is set: changes of that table are not recorded"));
+        report.add(Diagnosis::skipped(WATCH, "store.preset is set: changes to that table are not recorded"));
     } else if let Tables::Fit { triggers_intact: Some(triggers_intact) } = tables {
         report.add(watch(triggers_intact, problem));
     }
@@ -127,7 +127,9 @@ fn watch(triggers_intact: bool, problem: Result<Option<String>, Trouble>) -> Dia
                           cached data";
             Diagnosis::failed(WATCH, problem, remedy)
         }
-        (Ok(None), true) => Diagnosis::ok(WATCH, "every change is recorded: all triggers are as they were created"),
+        (Ok(None), true) => {
+            Diagnosis::ok(WATCH, "every change is recorded: no trigger has been altered since it was created")
+        }
         (Ok(None), false) => Diagnosis::ok(WATCH, ALTERED),
         (Err(trouble), _) => Diagnosis::failed(WATCH, trouble.to_string(), "see database_server"),
     }

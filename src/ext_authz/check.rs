@@ -42,10 +42,10 @@ crate::settings! {
         /// How to treat a CORS preflight. `check`: like any other request. `pass`: let it pass as anonymous, for
         /// proxies that call trustgate before they apply CORS, such as Istio.
         preflight: Preflight = "check",
-        /// How long one whole check may take. After that, trustgate answers as `on_fault` says. `store.read_timeout`
-        /// and `redis.timeout` together must not exceed it.
+        /// The maximum time that one whole check may take. After that, trustgate answers as `on_fault` says.
+        /// `store.read_timeout` and `redis.timeout` together must not exceed it.
         deadline: Duration = "150ms",
-        /// Envoy's timeout for the check (`grpc_service.timeout` of its ext_authz filter), or a shorter time.
+        /// Envoy's timeout for the check (`grpc_service.timeout` of its `ext_authz` filter), or a shorter time.
         /// `deadline` must be shorter than this.
         envoy_timeout: Duration = "200ms",
         /// The `Retry-After` header that clients receive when trustgate cannot decide. Rounded down to whole seconds;
@@ -144,12 +144,11 @@ impl Checker {
             let found = Found { record: entry.value(), digest: &digest, provenance: Provenance::Known };
             let matches_key = |stored: &ApiKeyDigest| self.parts.hasher.matches(stored, &digest, key.expose());
             let outcome = self.decide(&found, matches_key, &request.demands, began);
+            let basis = if policy == ReadPolicy::GrantOnly { Basis::Stale } else { Basis::Confirmed };
             let denies_key = matches!(&outcome, Ok(Decision::Deny(reason)) if reason.is_of_key());
-            if policy != ReadPolicy::GrantOnly {
-                return Progress::Done(self.answer(outcome, &request, Basis::Confirmed, began));
-            }
-            if !denies_key {
-                return Progress::Done(self.answer(outcome, &request, Basis::Stale, began));
+            // While the lease is stale, an unknown key gets a fault. A cached denial of a key must not look different.
+            if basis == Basis::Confirmed || !denies_key {
+                return Progress::Done(self.answer(outcome, &request, basis, began));
             }
         }
         let digests = self.parts.hasher.digests(digest, key.expose());
@@ -372,7 +371,7 @@ enum Refusal {
     Fault(Fault),
 }
 
-/// The result of a lookup in the cache or the store. `'r`: the record.
+/// The result of a lookup in the cache or the store. `'r` is the lifetime of the record.
 struct Found<'r, 'd> {
     /// `None`: no such key.
     record: Option<&'r Record>,

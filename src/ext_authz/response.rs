@@ -90,7 +90,7 @@ impl Replies {
     }
 
     /// The reply to a decided request. `removals` lists the credentials that must not reach the upstream. The dynamic
-    /// metadata of a grant says if its `basis` is stale.
+    /// metadata of a grant records whether `basis` is stale.
     #[must_use]
     pub fn decision(&self, decision: &Decision<'_>, removals: &Removals<'_>, basis: Basis) -> Reply {
         Reply::Message(match decision {

@@ -21,7 +21,7 @@ pub struct Demands<'m> {
     pub scopes: SmallVec<[&'m str; 4]>,
     /// How fresh the record must be, if the route sets it.
     pub freshness: Option<Freshness>,
-    /// The value of `trustgate.optional`. [`Self::admits_anonymous`] says if it has an effect.
+    /// The value of `trustgate.optional`. [`Self::admits_anonymous`] returns whether it has an effect.
     pub optional: bool,
     /// The source address of the request: the direct peer of Envoy, if it has an address.
     pub source: Option<IpAddr>,

@@ -37,11 +37,12 @@ use crate::{
 
 pub use self::file::check_file;
 
-/// How often the file is examined. A change needs at most two reads (see [`file`]), well below the documented second.
+/// The interval at which the file is read. A change takes effect after at most two reads (see [`file`]), well within
+/// the documented second.
 const FILE_INTERVAL: Duration = Duration::from_millis(200);
-/// How often the list in Redis is read.
+/// The interval at which the list in Redis is read.
 const SHARED_INTERVAL: Duration = Duration::from_millis(500);
-/// How often to test whether the MAC key of the list is known. The test sends nothing.
+/// The interval at which the server tests whether the MAC key of the list is known. The test sends nothing.
 const MAC_KEY_INTERVAL: Duration = Duration::from_millis(50);
 
 /// A source of entries.
@@ -71,8 +72,8 @@ impl DenyMetrics {
         let entries = Opts::new("trustgate_deny_entries", "Entries of the deny list by their source (file, redis).");
         let stale = Opts::new(
             "trustgate_deny_stale",
-            "1 while a source of the deny list (file, redis) cannot be read, or only in part; entries read before stay \
-             in force.",
+            "1 while a source of the deny list (file, redis) cannot be read completely, else 0; entries read earlier \
+             stay in force.",
         );
         let gauges = |opts| -> prometheus::Result<[IntGauge; 2]> {
             let gauges = register(registry, IntGaugeVec::new(opts, &["source"]))?;
@@ -136,7 +137,7 @@ impl DenyList {
         })
     }
 
-    /// Applies changes of the sources until `stop`: new entries in the file after 200 ms and removed ones after 400 ms,
+    /// Applies changes to the sources until `stop`: new entries in the file after 200 ms and removed ones after 400 ms,
     /// changes in Redis after 500 ms, each plus the time of the read. `now` returns the database's time, once it is
     /// known.
     ///
@@ -292,7 +293,7 @@ mod tests {
     }
 
     #[test]
-    fn entry_denies_by_key_trust_or_digest_until_its_end() {
+    fn entry_denies_by_key_trust_or_digest_until_it_expires() {
         let at = |micros| Some(DatabaseTime::from_micros(micros));
         let digest = |byte| Denied::Digest(ApiKeyDigest::from_bytes([byte; 32]));
         let (key, trust) =

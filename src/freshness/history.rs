@@ -1,4 +1,5 @@
-//! One history of the database, as this replica knows it: the last version applied, and the nonces of recent versions.
+//! One history of the database, as this replica records it: the last version applied, and the nonces of recent
+//! versions.
 //!
 //! It does no I/O. It decides whether the answer to a poll continues this history and whether a value was read from it;
 //! `lease` decides which values are out of date.
@@ -11,7 +12,8 @@ use crate::{
     store::Polled,
 };
 
-/// How long the nonce of a version is kept after a newer version is seen. This is longer than a value stays in Redis.
+/// The time that the nonce of a version is kept after a newer version is seen. This is longer than a value stays in
+/// Redis.
 const NONCES_KEPT: Duration = Duration::from_mins(20);
 /// The maximum number of nonces kept. Values read at older versions are loaded again.
 const NONCES_MAX: usize = 100_000;
@@ -35,23 +37,23 @@ struct Known {
 /// How the answer to a poll continues a history.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Continuity {
-    /// It continues from the version applied, and the answer contains all later changes.
+    /// The answer continues from the version applied, and contains all later changes.
     Follow,
-    /// It continues, but some of the changes in between are unknown. Every value read before the newest version is out
-    /// of date.
+    /// The answer continues the history, but some of the changes in between are unknown. Every value read before the
+    /// newest version is out of date.
     Jump,
-    /// It does not continue: the database has another history, or lost a part of this one.
+    /// The answer does not continue the history: the database has another history, or lost a part of this one.
     Lost,
 }
 
 /// The relation of a value to a history.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Provenance {
-    /// It was read at a known version of this history.
+    /// The value was read at a known version of this history.
     Known,
-    /// It was read at a version that no poll has returned yet.
+    /// The value was read at a version that no poll has returned yet.
     Ahead,
-    /// It was read in another history, or at a version whose nonce is no longer kept.
+    /// The value was read in another history, or at a version whose nonce is no longer kept.
     Foreign,
 }
 
@@ -94,8 +96,9 @@ impl History {
         }
     }
 
-    /// True if `version` of the history that replaced this one is not part of this history: its number is higher than
-    /// the version applied, or this history has another nonce under the same number.
+    /// A new history has replaced this one. Returns true if this history does not contain `version` of the new one:
+    /// either `version` is higher than the last version applied from this history, or this history has a different
+    /// nonce for it.
     #[must_use]
     pub fn is_news(&self, version: Version, nonce: Nonce) -> bool {
         version > self.applied() || self.find(version).is_some_and(|known| known.nonce != nonce)

@@ -16,12 +16,12 @@ use crate::{
     record::{Change, ChangeKind, Version},
 };
 
-/// How long a replica may use its cache entries.
+/// The maximum times that a replica may use its cache entries.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
     /// From the sending of the last successful poll.
     pub lease: Duration,
-    /// How much longer records may be used to grant, while polls get no answer at all.
+    /// The maximum additional time that records may be used to grant, while polls get no answer at all.
     pub stale: Duration,
 }
 
@@ -52,7 +52,7 @@ pub struct Lease {
     trusts: AtomicU64,
     /// Floor: negative entries read before this version are out of date.
     negatives: AtomicU64,
-    /// Changes of single keys and trusts, by their ids.
+    /// Changes to single keys and trusts, by their ids.
     changed_records: Stripes,
     /// Changes that may end a negative entry, by digest.
     changed_negatives: Stripes,
@@ -62,7 +62,7 @@ pub struct Lease {
 #[derive(Debug)]
 struct Stripes(Box<[AtomicU64]>);
 
-/// The number of stripes in one table. If two objects share a stripe, a change of one makes checks read the other from
+/// The number of stripes in one table. If two objects share a stripe, a change to one makes checks read the other from
 /// the store again; the answer stays correct.
 const STRIPES: usize = if cfg!(trustgate_loom) { 2 } else { 1 << 16 };
 

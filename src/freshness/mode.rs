@@ -3,8 +3,8 @@
 crate::setting_enum! {
     /// How fresh a record must be.
     pub enum Freshness ("\"lease\", \"strict\", \"live\" or \"ttl\"") {
-        /// Use a record while polls confirm within `freshness.lease` that it has not changed. While the database does
-        /// not answer, grant known-good keys for `freshness.stale_if_unconfirmed` longer.
+        /// Use a record as long as a poll within the last `freshness.lease` confirmed that it has not changed. If the
+        /// database stops answering, grant known-good keys for `freshness.stale_if_unconfirmed` longer.
         Lease = "lease",
         /// Like `lease`, but without the longer time: as soon as the lease is stale, each request reads the database.
         Strict = "strict",

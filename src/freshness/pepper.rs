@@ -155,7 +155,7 @@ impl Peppers {
         }
     }
 
-    /// Compares the present content of the pepper files with that at startup and with the recorded peppers, and logs
+    /// Compares the current content of the pepper files with that at startup and with the recorded peppers, and logs
     /// changes.
     pub(crate) fn compare_files(&self, read: io::Result<Vec<Fingerprint>>, compared: &Compared, last: &mut FileState) {
         let stored = compared.stored.lock().unwrap_or_else(PoisonError::into_inner).unwrap_or_default();

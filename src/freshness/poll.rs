@@ -36,9 +36,9 @@ use crate::{
 const REPORT_INTERVAL: Duration = Duration::from_secs(5);
 /// The wait before a failed heartbeat is sent again while polls are answered.
 const REPORT_AGAIN: Duration = Duration::from_secs(1);
-/// How long one write to the store may take: a heartbeat, pruning, restoring triggers.
+/// The maximum time that one write to the store may take: a heartbeat, pruning, restoring triggers.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(2);
-/// How often old versions are deleted. All replicas try; the database lets one at a time delete.
+/// The interval at which old versions are deleted. All replicas try; the database lets one at a time delete.
 const PRUNE_INTERVAL: Duration = Duration::from_secs(30);
 /// The wait before the next attempt if one attempt could not delete all old versions.
 const PRUNE_AGAIN: Duration = Duration::from_secs(1);
@@ -104,14 +104,14 @@ impl PollMetrics {
             )?,
             bound: seconds(
                 "trustgate_revocation_bound_seconds",
-                "The revocation bound at present: how long after its revocation a key may be granted, in seconds.",
+                "The current revocation bound: the maximum time that a revoked key is still granted, in seconds.",
             )?,
             latency: register(registry, Histogram::with_opts(latency.buckets(buckets)))?,
             lost: register(
                 registry,
                 IntCounter::new(
                     "trustgate_lost_history_total",
-                    "How often this replica found that the database lost history: restore or failover with data loss.",
+                    "Losses of database history that this replica detected: a restore, or a failover with data loss.",
                 ),
             )?,
             confirmed: polls.with_label_values(&["ok"]),
@@ -144,7 +144,7 @@ pub struct Poll {
     pub replica_state: Arc<ReplicaState>,
     /// The time.
     pub clock: Arc<dyn Clock>,
-    /// Its intervals and limits.
+    /// The intervals and limits of the poll task.
     pub settings: FreshnessSettings,
     /// True if the tables have a change log.
     pub tracks_changes: bool,
@@ -376,7 +376,7 @@ impl Poll {
             Ok(Err(fault)) => {
                 tracing::error!(
                     %fault,
-                    "triggers not restored: changes of trusts and keys may not be recorded; run `trustgate doctor`"
+                    "triggers not restored: changes to trusts and keys may not be recorded; run `trustgate doctor`"
                 );
             }
             Err(_) => tracing::warn!("triggers not restored: timeout; retrying"),
@@ -494,7 +494,7 @@ impl Poll {
 
 /// The state of the poll task between polls.
 struct State {
-    /// The result of the last poll, so that only changes of it are logged.
+    /// The result of the last poll. The poll task logs a result only if it differs from this one.
     up: Option<Up>,
     /// True if the database accepted a heartbeat since the last poll that failed.
     registered: bool,

@@ -20,7 +20,7 @@ use crate::{
     record::{ApiKeyDigest, Change, ChangeKind, Version},
 };
 
-/// How long a digest is remembered.
+/// The time that a digest is remembered.
 const KEPT: Duration = Duration::from_hours(24);
 /// The maximum number of digests remembered. The oldest are dropped first.
 const DIGESTS_MAX: usize = 100_000;
@@ -40,7 +40,7 @@ pub struct Revoked {
 struct Digests {
     /// Each digest with the time it was last seen revoked, and true if the history in which that happened is lost.
     seen: HashMap<ApiKeyDigest, (Moment, bool)>,
-    /// The same times in ascending order. A digest that was seen again has more than one.
+    /// The times in `seen`, in ascending order. A digest that was seen again has more than one.
     order: VecDeque<(Moment, ApiKeyDigest)>,
 }
 

@@ -10,7 +10,7 @@ use super::settings::LimitsSettings;
 pub fn connections(limits: &LimitsSettings) -> u32 {
     let mut allowed = getrlimit(Resource::Nofile);
     allowed.current = allowed.maximum;
-    // If the limit cannot be raised, the present one applies.
+    // If the limit cannot be raised, the current one applies.
     let _ = setrlimit(Resource::Nofile, allowed);
     let descriptors = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
     let possible = connections_for(descriptors);

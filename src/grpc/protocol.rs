@@ -6,7 +6,7 @@ use super::refused::Reason;
 /// Number of bytes to look at: the length of the HTTP/2 preface (RFC 9113, section 3.4).
 pub(crate) const FIRST_BYTES: usize = HTTP2_PREFACE.len();
 const HTTP2_PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
-/// A TLS record that holds a handshake (RFC 8446, section 5.1).
+/// A TLS record that contains a handshake (RFC 8446, section 5.1).
 const TLS_HANDSHAKE: u8 = 22;
 
 /// The reason to refuse a connection that begins with `first`; `None` if it is accepted. `has_tls`: true if the

@@ -50,13 +50,13 @@ crate::settings! {
         preface_timeout: Duration = "2s",
         /// Interval between the HTTP/2 pings that check whether the peer is still reachable.
         keepalive_interval: Duration = "20s",
-        /// How long the peer may take to answer a ping; the server then closes the connection.
+        /// The maximum time that the peer may take to answer a ping; the server then closes the connection.
         keepalive_timeout: Duration = "5s",
         /// Age at which the server gracefully closes a connection, varied by up to 20 %. Envoy then opens a new
         /// connection, and so also uses replicas that were added since.
         connection_age: Duration = "30m",
-        /// How long the server continues to serve after SIGTERM while it reports not ready, so that Envoy sends new
-        /// calls to other replicas before this one stops accepting.
+        /// The time that the server continues to serve after SIGTERM while it reports not ready, so that Envoy sends
+        /// new calls to other replicas before this one stops accepting.
         drain_delay: Duration = "5s",
         /// Grace period after `drain_delay`, and at `connection_age`: how long calls in flight may take before the
         /// server closes their connections.

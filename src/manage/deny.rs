@@ -28,7 +28,7 @@ use crate::{
 
 /// The maximum duration of an entry: a year. To deny a key for longer, revoke it.
 const LIFE_MAX: Duration = Duration::from_hours(366 * 24);
-/// How long to wait for a connection to Redis: somewhat longer than one attempt to connect may take.
+/// The maximum time to wait for a connection to Redis: somewhat longer than one attempt to connect may take.
 const CONNECT_MAX: Duration = Duration::from_secs(3);
 /// The interval between attempts while there is no connection.
 const CONNECT_POLL: Duration = Duration::from_millis(20);

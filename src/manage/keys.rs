@@ -32,15 +32,15 @@ const IDENTIFY_MAX: usize = 1_000;
 /// The properties of a key to issue.
 #[derive(Clone, Debug)]
 pub struct Wanted {
-    /// The trust that it belongs to.
+    /// The trust that the key belongs to.
     pub trust: TrustRef,
-    /// Its name: the purpose of the key, in the operator's words.
+    /// The name of the key: its purpose, in the operator's words.
     pub name: Option<String>,
-    /// Its scopes.
+    /// The scopes of the key.
     pub scopes: Vec<String>,
-    /// The networks it may be used from; empty: anywhere.
+    /// The networks that the key may be used from. If empty, any network.
     pub allowed_cidrs: Vec<IpNet>,
-    /// How long it is valid; `None`: until it is revoked.
+    /// The time that the key is valid; `None`: until it is revoked.
     pub expires_in: Option<Duration>,
 }
 
@@ -87,15 +87,15 @@ pub struct Issued {
 /// The state of a key: active, or the reason for its denial.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum KeyState {
-    /// Checks grant it.
+    /// Checks grant the key.
     Active,
-    /// It was revoked.
+    /// The key was revoked.
     Revoked,
-    /// Its `expires_at` has passed.
+    /// The key's `expires_at` has passed.
     Expired,
-    /// Its `not_before` has not come yet.
+    /// The key's `not_before` is in the future.
     NotYetValid,
-    /// Its trust is disabled.
+    /// The key's trust is disabled.
     TrustDisabled,
 }
 
@@ -331,7 +331,7 @@ mod tests {
             assert_eq!(found[0].line, line, "{text}");
             assert_eq!(found[0].key.as_ref().map(|key| key.id), Some(issued.key.id), "{text}");
         }
-        for text in ["", "short", "a-foreign-key-nobody-issued", "two words that are no key"] {
+        for text in ["", "short", "a-foreign-key-not-issued", "two words that are no key"] {
             let (found, _) = manager.identify_keys(text).await.unwrap();
             assert!(found.iter().all(|one| one.key.is_none()), "{text}");
         }

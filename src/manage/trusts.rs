@@ -80,7 +80,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn ambiguous_trust_names_are_rejected() {
+    async fn invalid_trust_names_are_rejected() {
         let ledger = Box::new(FakeLedger::default());
         let mut manager = Manager::new(ledger, Actor("test".to_owned()), CredentialSettings::default()).unwrap();
         for name in ["", " acme", "a\nb", &"n".repeat(101), "00000000-0000-0000-0000-000000000007"] {

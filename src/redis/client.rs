@@ -48,7 +48,7 @@ impl RedisMetrics {
     pub fn register(registry: &Registry, breaker_open: IntGauge) -> prometheus::Result<Self> {
         let up = Opts::new(
             "trustgate_redis_up",
-            "1 while there is a connection to Redis (in a Cluster, to every master) that answers, else 0.",
+            "1 while Redis (in a Cluster, every master) is connected and answers, else 0.",
         );
         let refused = Opts::new("trustgate_redis_refused_total", "Commands that Redis refused, by reason.");
         let refused = register(registry, IntCounterVec::new(refused, &["reason"]))?;

@@ -1,4 +1,4 @@
-//! Reconnects to Redis: timeouts and back-off of the attempts, and what the log says of them.
+//! Reconnects to Redis: timeouts and back-off of the attempts, and the log lines about them.
 
 use std::time::Duration;
 
@@ -59,7 +59,7 @@ impl Attempts {
         self.wait = Some(RECONNECT_WAIT);
     }
 
-    /// Records that the connection was closed, to be replaced by a new one.
+    /// Records that the connection was closed and that a new connection will replace it.
     pub(crate) fn replaced(&mut self) {
         (self.wait, self.is_replacement) = (Some(RECONNECT_WAIT), true);
     }

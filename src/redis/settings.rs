@@ -55,7 +55,7 @@ crate::settings! {
         /// Consecutive failures after which the circuit breaker of Redis opens: trustgate then does not use Redis.
         /// Concurrent failures count as one.
         breaker_failures: u32 = "5",
-        /// How long the circuit breaker stays open. After that, one command tries Redis again.
+        /// The time that the circuit breaker stays open. After that, one command tries Redis again.
         breaker_open: Duration = "500ms",
     }
 }

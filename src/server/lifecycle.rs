@@ -63,7 +63,7 @@ impl Life {
     }
 }
 
-/// How long the server continues to serve, not ready, before the shutdown closes anything.
+/// The time that the server continues to serve, not ready, before the shutdown closes anything.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Delay {
     /// For `limits.drain_delay`, in which Envoy finds out and sends new calls elsewhere.

@@ -9,13 +9,13 @@ use crate::{
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
     /// No trust has this id or name.
-    #[error("there is no trust {0:?}")]
+    #[error("trust {0:?} not found")]
     NoTrust(String),
     /// No key has this id.
-    #[error("there is no key {0}")]
+    #[error("key {0} not found")]
     NoKey(KeyId),
     /// Another trust has this name.
-    #[error("there already is a trust {0:?}")]
+    #[error("trust {0:?} already exists")]
     NameTaken(String),
     /// The digest is already stored, under this key id.
     #[error("a key with this digest is already stored (key id {0})")]
@@ -63,7 +63,7 @@ pub enum StoreError {
          ended"
     )]
     Blocked {
-        /// How long this process waited.
+        /// The time that this process waited.
         waited: std::time::Duration,
         /// The sessions that hold the lock, described for the operator.
         blockers: String,
@@ -77,7 +77,7 @@ pub enum StoreError {
 }
 
 impl StoreError {
-    /// True if the same call may succeed later without a change of the configuration: the database may come back, or
+    /// True if the same call may succeed later without a change to the configuration: the database may come back, or
     /// the operator may run `trustgate migrate`.
     #[must_use]
     pub const fn is_transient(&self) -> bool {

@@ -90,7 +90,7 @@ mod tests {
     use crate::base::settings::{RawValue, Setting as _};
 
     #[test]
-    fn identity_differs_for_another_use_of_a_column() {
+    fn identity_depends_on_the_table_the_digest_form_and_the_use_of_each_column() {
         let settings = StoreSettings { preset: Some(Preset::TrustTable), ..StoreSettings::default() };
         let table = ExistingTable::of(&settings).unwrap();
         let column = || ColumnName::read(&RawValue::One("gone_at".to_owned())).unwrap();

@@ -67,11 +67,11 @@ pub struct NewKey {
     pub name: Option<String>,
     /// Its scopes, sorted, without duplicates.
     pub scopes: Vec<String>,
-    /// The networks it may be used from; empty: anywhere.
+    /// The networks that the key may be used from. If empty, any network.
     pub allowed_cidrs: Vec<IpNet>,
     /// The key is not valid before this time.
     pub not_before: Option<DatabaseTime>,
-    /// How long the key is valid, by the database's clock, from the start of the transaction that stores it.
+    /// The time that the key is valid, by the database's clock, from the start of the transaction that stores it.
     pub expires_in: Option<std::time::Duration>,
 }
 
@@ -97,7 +97,7 @@ pub struct Key {
     pub name: Option<String>,
     /// Its scopes.
     pub scopes: Vec<String>,
-    /// The networks it may be used from; empty: anywhere.
+    /// The networks that the key may be used from. If empty, any network.
     pub allowed_cidrs: Vec<IpNet>,
     /// When it was stored.
     pub created_at: DatabaseTime,
@@ -112,11 +112,11 @@ pub struct Key {
 /// A replica that may still grant keys from its cache.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Replica {
-    /// Its id, which is new at each start of the process.
+    /// The id of the replica, which is new at each start of the process.
     pub id: uuid::Uuid,
     /// The name of its host or pod.
     pub name: String,
-    /// The version it has applied.
+    /// The version that the replica has applied.
     pub applied: Version,
     /// When its last heartbeat arrived.
     pub seen_at: DatabaseTime,

@@ -31,8 +31,8 @@ pub fn describe(settings: &StoreSettings, env: Env<'_>) -> String {
     StoreUrl::of(settings, Role::Serve).describe(env)
 }
 
-/// Opens the reads of checks. Does not connect, so it succeeds while the database is down; [`Source::prepare`]
-/// connects.
+/// Creates the store reader that checks use. Does not connect, so it succeeds while the database is down;
+/// [`Source::prepare`] connects.
 ///
 /// # Errors
 /// [`StoreError::Unusable`]: the URL is wrong or does not fit the other settings, or the file of a secret cannot be
@@ -45,7 +45,7 @@ pub fn open_lookup(
     let address = StoreUrl::of(settings, Role::Serve);
     if settings.reads_existing() && settings.url.is_none() && settings.url_file.is_none() {
         return Err(StoreError::Unusable(
-            "store.preset, store.table: set `store.url` to the database that holds your table".into(),
+            "store.preset, store.table: set `store.url` to the database that contains your table".into(),
         ));
     }
     Ok(match address.backend(env)? {
@@ -172,7 +172,7 @@ pub async fn migrate(settings: &StoreSettings, env: Env<'_>) -> Result<(), Store
 }
 
 /// Starts a new database history. The operator asks for this after restoring a backup or a copy of the database, so
-/// that neither replicas nor Redis take values of the earlier history for present ones.
+/// that replicas do not use values of the earlier history that they or Redis have cached.
 ///
 /// # Errors
 /// As [`open_ledger`].
@@ -259,6 +259,6 @@ pub fn grants(settings: &StoreSettings, serve: &str, manage: &str) -> String {
     schema::grants::grants(&settings.schema, ExistingTable::of(settings).as_ref(), serve, manage)
 }
 
-/// How much longer the server may work on a read than `store.read_timeout`, so that the timeout of this process fires
+/// The time beyond `store.read_timeout` that the server may work on a read, so that the timeout of this process fires
 /// first.
 const GRACE: Duration = Duration::from_millis(20);

@@ -35,7 +35,7 @@ pub(crate) fn describe(address: &StoreUrl, schema: &SchemaName) -> String {
     format!("{} (schema {:?})", address.describe_postgres(), schema.as_str())
 }
 
-/// `text` with every `{s}` replaced by the schema, whose name needs no quotes.
+/// `text` with every `{s}` replaced with the schema, whose name needs no quotes.
 pub(crate) fn in_schema(text: &str, schema: &SchemaName) -> AssertSqlSafe<String> {
     AssertSqlSafe(text.replace("{s}", schema.as_str()))
 }

@@ -188,7 +188,7 @@ pub(crate) const POLL_ROWS_MAX: usize = 5_000;
 /// - 5, 6, 7: incarnation, system identifier and timeline
 /// - 8: the database's clock
 /// - 9: 1 if the triggers of the change log are intact, else 0
-/// - 10: the time at which the newest version was drawn
+/// - 10: the time at which the newest version was recorded
 /// - 11 to 14: either a version and its nonce, or a version, null, the kind of a change and its object (null: the whole
 ///   kind); all null if the row has neither
 /// - 15, 16: the fingerprints of the recorded pepper and of the one before it
@@ -233,7 +233,7 @@ pub(crate) fn polled(rows: &[impl RowExt], echo: i64, sent_at: Moment) -> Result
             }
         }
         polled.versions.sort_by_key(|(version, _)| *version);
-        // The change log records a revoked key twice: as `Absent`, which says that the digest may be stored now, and as
+        // The change log records a revoked key twice: as `Absent`, because the digest may be stored now, and as
         // `Gone`. `Gone` must take effect, so it comes last.
         polled.changes.sort_by_key(|(version, change)| (*version, matches!(change, Change::Gone(_))));
         Ok(Some(polled))
@@ -382,7 +382,7 @@ pub(crate) fn micros(time: Duration) -> i64 {
     i64::try_from(time.as_micros()).unwrap_or(i64::MAX).min(FOR_EVER)
 }
 
-/// About 146 000 years in microseconds. Added to the present time, it is still a valid time in both databases.
+/// About 146 000 years in microseconds. Added to the current time, it is still a valid time in both databases.
 const FOR_EVER: i64 = i64::MAX / 2;
 
 const NO_VERSION: Corrupt = Corrupt("the tables have no version, or no incarnation");

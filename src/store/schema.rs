@@ -26,16 +26,16 @@ pub(crate) struct Tables {
 /// Checks that this release can use the tables at `place`; `None`: there are none.
 ///
 /// # Errors
-/// [`StoreError::Schema`], which says what to do.
+/// [`StoreError::Schema`], whose message contains the remedy.
 pub(crate) fn check(tables: Option<Tables>, place: &str) -> Result<(), StoreError> {
     match tables {
         None => Err(missing(place)),
         Some(Tables { compatible_from, version }) if compatible_from > VERSION => Err(StoreError::Schema(format!(
-            "{place} holds tables of version {version}, which need a release that knows version {compatible_from}; \
-             this release knows {VERSION}: use a newer trustgate"
+            "tables too new: {place} has tables of version {version}, which require a release that supports version \
+             {compatible_from}; this release supports {VERSION}: install a newer trustgate"
         ))),
         Some(Tables { version, .. }) if version < VERSION => Err(StoreError::Schema(format!(
-            "{place} holds tables of version {version}, but this release needs {VERSION}: run `trustgate migrate`"
+            "{place} has tables of version {version}, but this release needs {VERSION}: run `trustgate migrate`"
         ))),
         Some(_) => Ok(()),
     }
@@ -43,7 +43,7 @@ pub(crate) fn check(tables: Option<Tables>, place: &str) -> Result<(), StoreErro
 
 /// The error for a database at `place` that has no tables.
 pub(crate) fn missing(place: &str) -> StoreError {
-    StoreError::Schema(format!("{place} holds no tables of trustgate: run `trustgate migrate`"))
+    StoreError::Schema(format!("{place} has no trustgate tables: run `trustgate migrate`"))
 }
 
 /// `N` random bytes from the operating system, for nonces and keys.

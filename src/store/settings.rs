@@ -6,7 +6,7 @@ use super::names::{ColumnName, SchemaName, TableName};
 use crate::base::secret::Secret;
 
 crate::settings! {
-    /// The database that holds trusts and keys.
+    /// The database that contains trusts and keys.
     pub struct StoreSettings in "store" {
         /// URL of the database: `sqlite:///path/to/trustgate.db`, or
         /// `postgres://user@host/database?sslmode=verify-full`. Unset: an embedded SQLite file in `$STATE_DIRECTORY`,
@@ -69,7 +69,7 @@ crate::settings! {
         /// Consecutive failed reads after which the circuit breaker of the database opens. Concurrent failures count as
         /// one.
         breaker_failures: u32 = "5",
-        /// How long the circuit breaker stays open. After that, one read tries the database again.
+        /// The time that the circuit breaker stays open. After that, one read tries the database again.
         breaker_open: Duration = "250ms",
     }
 }
@@ -81,7 +81,7 @@ impl StoreSettings {
         self.preset.is_some() || self.table.is_some()
     }
 
-    /// True if changes of trusts and keys are tracked in the change log, which the lease needs.
+    /// True if changes to trusts and keys are tracked in the change log, which the lease needs.
     #[must_use]
     pub const fn tracks_changes(&self) -> bool {
         !self.reads_existing() || self.attached

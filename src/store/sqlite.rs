@@ -12,14 +12,14 @@ use sqlx::{
     sqlite::{SqliteConnectOptions, SqliteSynchronous},
 };
 
-/// How long a write waits for the write of another process to end.
+/// The maximum time that a write waits for the write of another process to end.
 pub(crate) const BUSY_TIMEOUT: Duration = Duration::from_secs(2);
-/// How long a read waits while another process has locked the whole database. It is well below
+/// The maximum time that a read waits while another process has locked the whole database. It is well below
 /// `freshness.poll_timeout`, so that a poll fails with "locked" in time, which counts as an answer. A poll that waited
 /// longer would count as unanswered.
 pub(crate) const BUSY_TIMEOUT_OF_READS: Duration = Duration::from_millis(50);
 
-/// SQL for the present time in microseconds since the Unix epoch. The clock of SQLite counts milliseconds.
+/// SQL for the current time in microseconds since the Unix epoch. The clock of SQLite counts milliseconds.
 pub(crate) const NOW: &str = "CAST(round(unixepoch('subsec') * 1000) AS INTEGER) * 1000";
 
 /// The access mode of a connection.

@@ -11,7 +11,7 @@ use sqlx::{ConnectOptions, postgres::PgConnectOptions};
 use super::{error::StoreError, settings::StoreSettings};
 use crate::base::secret::Secret;
 
-/// Looks up a variable of the environment.
+/// Looks up an environment variable.
 pub type Env<'a> = &'a (dyn Fn(&str) -> Option<String> + Sync);
 
 /// The kind of database.

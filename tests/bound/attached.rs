@@ -86,7 +86,7 @@ async fn as_role(postgres: &Postgres, database: &str, role: &str) -> PgConnectio
     PgConnection::connect_with(&options).await.unwrap()
 }
 
-/// An application that writes to its table and knows nothing of trustgate.
+/// An application that writes to its table and does not depend on trustgate.
 struct Application {
     stop: CancellationToken,
     writing: JoinHandle<Vec<Write>>,
@@ -95,7 +95,7 @@ struct Application {
 /// One write of the application.
 struct Write {
     due: Instant,
-    /// From the due time to the commit.
+    /// The time from the due time to the commit.
     took: Duration,
     is_of_key: bool,
 }

@@ -1,8 +1,8 @@
 //! Measures how long a revoked key is still granted. Three replicas are under load, and each of them gets checks of the
 //! key all the time. In the meantime, the tests kill and empty Redis, forge its values, and restore old ones.
 //!
-//! The time counts from the moment at which the client that revokes the key knows of the commit, to the start of the
-//! last check on any replica that was granted.
+//! The measured time starts when the revoking client learns of the commit. It ends at the start of the last granted
+//! check on any replica.
 
 // This crate contains only tests: they may panic, each uses only a part of `support`, and they print their
 // measurements.
@@ -43,7 +43,7 @@ const REPLICAS: usize = 3;
 const GOOD_PER_SECOND: u32 = 520;
 /// Checks of a key that is revoked, a second on each replica: slightly more than the 200 that the measurement requires.
 const REVOKED_PER_SECOND: u32 = 215;
-/// How long a transaction stays open after it has changed the row.
+/// The time that a transaction stays open after it has changed the row.
 const LATE: Duration = Duration::from_millis(400);
 
 /// The parameters of a run.
@@ -51,9 +51,9 @@ struct Plan {
     /// The value of `freshness.notifications`: notifications on or off.
     notifications: &'static str,
     revocations: usize,
-    /// From one revocation to the next. The tests observe several revocations at the same time.
+    /// The interval between revocations. The tests observe several revocations at the same time.
     spacing: Duration,
-    /// How long checks of a key continue after its commit: longer than a revoked key may be granted.
+    /// The time that checks of a key continue after its revocation commits: longer than a revoked key may be granted.
     watch_for: Duration,
 }
 
@@ -163,7 +163,7 @@ enum Revocation {
 struct Ended {
     how: Revocation,
     committed: Instant,
-    /// How long after the commit the last granted check began.
+    /// The time from the commit to the start of the last granted check.
     late: Duration,
 }
 
@@ -366,7 +366,7 @@ fn assert_good_keys(probes: &[Probe], cases: &[KeyCase], start: Instant, took: D
     assert!(unexcused.len() * 1_000 <= measured.len(), "{} faults in {} checks", unexcused.len(), measured.len());
 }
 
-/// The states of Redis during a run, each with the twentieth of the run in which it ends.
+/// The phases of Redis during a run. Each number is the end of the phase, in twentieths of the run.
 const PHASES: &[(&str, u32)] =
     &[("undisturbed", 3), ("killed", 6), ("undisturbed again", 8), ("emptied", 11), ("forged", 15), ("replayed", 20)];
 

@@ -1,4 +1,4 @@
-//! Changes of the database that bypass the change log: a restored copy, a standby promoted too early, a standby in
+//! Changes to the database that bypass the change log: a restored copy, a standby promoted too early, a standby in
 //! place of the primary, disabled triggers, a replaced SQLite file. The server must notice each of them and must not
 //! grant keys from what it read before. Also writes to SQLite by other programs.
 
@@ -22,9 +22,9 @@ use crate::{
 };
 
 const PATIENCE: Duration = Duration::from_secs(30);
-/// How long a revoked key may be granted if only polls detect the revocation.
+/// The maximum time that a revoked key may be granted if only polls detect the revocation.
 const BY_POLLING: Duration = Duration::from_millis(400);
-/// How long a revoked key may be granted in any of these cases, as long as a database answers.
+/// The maximum time that a revoked key may be granted in any of these cases, as long as a database answers.
 const AT_WORST: Duration = Duration::from_millis(1_200);
 
 // === a new primary that lacks the newest changes ===
@@ -239,7 +239,7 @@ async fn lose_changes(origin: Origin) {
         refused(client, &setup.revoked_later, "revoked").await;
     }
 
-    // Once the new primary records a change of such a key, its row decides again.
+    // Once the new primary records a change to such a key, its row decides again.
     let id = &setup.lost[0].id;
     let change = format!("UPDATE trustgate.api_key SET scopes = '{{again}}' WHERE id = '{id}'");
     setup.primary().execute(&setup.fixture.database, &change).await;

@@ -69,7 +69,7 @@ impl Mode {
         }
     }
 
-    /// How long after its revocation a key may pass while the database can be reached.
+    /// The maximum time that a revoked key may pass while the database can be reached.
     fn bound(self) -> Duration {
         match self {
             Self::Lease | Self::Strict => LEASE + DEADLINE,

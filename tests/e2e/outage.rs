@@ -23,10 +23,10 @@ use crate::{
     },
 };
 
-/// How long one check may take, also in an outage.
+/// The maximum time that one check may take, also in an outage.
 const CHECK_MAX: Duration = Duration::from_millis(150);
 
-/// How long the tests wait for a condition. Far longer than any documented bound.
+/// The maximum time that the tests wait for a condition. Far longer than any documented bound.
 const PATIENCE: Duration = Duration::from_secs(30);
 
 #[tokio::test(flavor = "multi_thread")]
@@ -125,7 +125,7 @@ async fn with_postgresql_hung_cached_keys_pass_until_the_stale_window_ends() {
 async fn postgresql_lost(loss: Loss) {
     const LEASE: Duration = Duration::from_secs(1);
     const STALE: Duration = Duration::from_secs(2);
-    /// How long before the failure the last lease may have begun: a poll in flight, or the wait for the next poll.
+    /// The maximum time from the start of the last lease to the failure: a poll in flight, or the wait before it.
     const POLL: Duration = Duration::from_millis(250);
     const LENGTH: Duration = Duration::from_secs(7);
     let _turn = exclusive().await;

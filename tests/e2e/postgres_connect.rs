@@ -15,9 +15,10 @@ use trustgate::{
 
 use crate::support::{certificates::certificates, exclusive, postgres::Postgres};
 
-/// How many times the test connects with TLS, and how many times without.
+/// The number of connects with TLS, and also of connects without TLS.
 const ROUNDS: usize = 20;
-/// How much longer a TLS connect may take: enough for a handshake, but less than a delayed acknowledgement (40 ms).
+/// The maximum additional time of a TLS connect: enough for a handshake, but less than a delayed acknowledgement
+/// (40 ms).
 const TLS_MAX: Duration = Duration::from_millis(20);
 
 fn open(url: &str) -> Arc<dyn Source> {

@@ -34,7 +34,7 @@ async fn prometheus_scrapes_the_metrics_and_promtool_reports_no_problem() {
     for case in fixture.keys(7).await {
         assert_eq!(client.check(&case.key).await.trust_id, case.trust_id);
     }
-    assert_eq!(client.check("key-that-nobody-issued").await.status, 401);
+    assert_eq!(client.check("key-that-was-not-issued").await.status, 401);
 
     let (_prometheus, address) = start(server.admin()).await;
     eventually("Prometheus has scraped the server", PATIENCE, || async {
@@ -108,7 +108,7 @@ async fn start(target: SocketAddr) -> (Guarded, SocketAddr) {
     panic!("Prometheus does not start");
 }
 
-/// The present result of `query`, which must give at most one value.
+/// The current result of `query`, which must give at most one value.
 async fn value(prometheus: SocketAddr, query: &str) -> Option<String> {
     let encoded = utf8_percent_encode(query, NON_ALPHANUMERIC);
     let answer = http::get(prometheus, &format!("/api/v1/query?query={encoded}"), &[]).await.body;

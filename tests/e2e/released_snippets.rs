@@ -1,5 +1,5 @@
-//! Operators have copied the Envoy configurations of earlier releases, so these must work with the present server.
-//! Another test checks `credential.query_removal = "exact"`, which needs one change of the shipped configuration.
+//! Operators have copied the Envoy configurations of earlier releases, so these must work with the current server.
+//! Another test checks `credential.query_removal = "exact"`, which needs one change to the shipped configuration.
 
 use crate::support::{envoy::Plan, http, server::TestConfig, shared};
 

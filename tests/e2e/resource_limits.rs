@@ -20,10 +20,10 @@ use crate::support::{
     shared,
 };
 
-/// How much the callers of one test may add to the memory of a server, in MiB.
+/// The maximum memory that the callers of one test may add to a server, in MiB.
 const GROWTH_MAX: f64 = 32.0;
 
-/// How much of the added memory may remain after the callers have disconnected, in MiB.
+/// The maximum part of the added memory that may remain after the callers have disconnected, in MiB.
 const LEFT_MAX: f64 = 8.0;
 
 struct Fixture {

@@ -56,8 +56,8 @@ async fn an_invalid_demand_is_a_fault_and_the_log_quotes_it() {
         ("Trustgate.Scopes: \"read\"", "\\\"Trustgate.Scopes\\\" with the value \\\"read\\\""),
     ] {
         let (_test_config, server, _, admin) = server().await;
-        // In the first case Envoy replaces the scopes of the virtual host by the route's empty list, which must not
-        // mean "no scopes".
+        // In the first case Envoy replaces the scopes of the virtual host with the route's empty list. The server must
+        // not read that list as "no scopes required".
         let envoy = plan(&server, "trustgate.scopes: \"admin\"", demand).await.start().await;
         envoy.until_healthy(server.grpc()).await;
         let key = [("x-api-key", admin.key.as_str())];

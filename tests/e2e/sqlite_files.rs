@@ -19,7 +19,7 @@ use crate::support::{
     shared,
 };
 
-/// How long after the commit a revoked key may still be granted: the lease (1 s) and the deadline of a check.
+/// The maximum time after the commit that a revoked key is granted: the lease (1 s) and the deadline of a check.
 const BOUND: Duration = Duration::from_millis(1_150);
 const PATIENCE: Duration = Duration::from_secs(30);
 

@@ -17,7 +17,7 @@ use crate::{
 };
 
 const PATIENCE: Duration = Duration::from_secs(30);
-/// How long after the commit a revoked key may still be granted: the lease (1 s) and the deadline of a check.
+/// The maximum time after the commit that a revoked key is granted: the lease (1 s) and the deadline of a check.
 /// `freshness.stale_if_unconfirmed` must not extend it.
 const BOUND: Duration = Duration::from_millis(1_150);
 

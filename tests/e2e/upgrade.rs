@@ -21,7 +21,7 @@ use crate::support::{
     shared,
 };
 
-/// Sends checks to one server, one after the other, until it is stopped.
+/// Sends checks to one server, one after another, until it is stopped.
 struct Load {
     stop: Arc<AtomicBool>,
     checks: Arc<AtomicU64>,
@@ -91,7 +91,7 @@ async fn keys(test_config: &TestConfig) -> (Vec<IssuedKey>, Vec<IssuedKey>) {
     (good, revoked)
 }
 
-/// How many checks each step waits for, at least.
+/// The minimum number of checks that each step waits for.
 const CHECKS: u64 = 3_000;
 
 #[tokio::test(flavor = "multi_thread")]

@@ -73,7 +73,6 @@ fn documented_metrics(page: &str) -> BTreeMap<String, (String, BTreeSet<String>)
     .collect()
 }
 
-/// The last column of the table names a test that proves the row.
 /// The pages whose settings, metrics and commands are compared with the code.
 const PAGES: [&str; 7] = [
     "README.md",
@@ -107,6 +106,7 @@ fn the_index_of_the_docs_lists_every_page() {
     }
 }
 
+/// The last column of the table names a test that proves the row.
 #[test]
 fn each_row_of_the_migration_page_names_tests_that_exist() {
     let page = file("docs/migrating.md");

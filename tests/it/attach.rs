@@ -345,7 +345,7 @@ async fn a_table_whose_changes_would_be_missed_is_not_attached() {
     with_table("hospital.hidden")
         .with("TRUSTGATE__STORE__TABLE_TRUST", "tenant")
         .run(&["attach"])
-        .failed(1, &["there is no column \"tenant\" (store.table_trust)"]);
+        .failed(1, &["column \"tenant\" (store.table_trust) not found"]);
     let sqlite = Place::new().like(&app_db.place).with("TRUSTGATE__STORE__MANAGEMENT_URL", "sqlite:///nowhere/t.db");
     sqlite.run(&["attach"]).failed(1, &["only a table in PostgreSQL"]);
 }
@@ -428,7 +428,7 @@ async fn a_partition_that_is_added_later_gets_the_triggers_by_itself() {
 }
 
 #[tokio::test]
-async fn renamed_columns_end_the_lease_and_do_not_fail_the_application() {
+async fn renaming_columns_ends_the_lease_and_does_not_break_application_writes() {
     let app_db = AppDb::new().await;
     app_db.run_printed("attach").await;
     let rows = [(1, 11), (2, 12)].map(|(row, key)| format!("('{}', '{}', 'infinity')", id(row), hash(key))).join(", ");
@@ -556,7 +556,7 @@ async fn attach_reports_other_triggers_missing_indexes_and_another_attached_tabl
 }
 
 #[tokio::test]
-async fn migrate_restores_our_triggers_while_the_attached_table_lacks_its_own() {
+async fn migrate_restores_trustgate_table_triggers_even_if_the_attached_table_lacks_its_trigger() {
     let app_db = AppDb::new().await;
     app_db.run_printed("attach").await;
     app_db.run("owner", "DROP TRIGGER trustgate_changed ON hospital.trust").await;
@@ -602,7 +602,7 @@ async fn attach_before_migrate_says_to_run_migrate() {
         .with("TRUSTGATE__STORE__URL", &server.url("admin", &name))
         .with("TRUSTGATE__STORE__TABLE", "hospital.trust");
     place.run(&["attach"]).failed(1, &["run `trustgate migrate`"]);
-    place.run(&["migrate"]).failed(1, &["reads it and never changes it"]);
+    place.run(&["migrate"]).failed(1, &["reads and does not change"]);
     let attached = place.with("TRUSTGATE__STORE__ATTACHED", "true");
     let settings = StoreSettings {
         url: Some(Secret::new(server.url("admin", &name))),

@@ -85,7 +85,7 @@ fn table_output_has_columns_and_notes_for_people() {
 fn a_trust_is_disabled_enabled_and_deleted_only_with_its_keys() {
     let place = Place::migrated();
     place.json(&["trust", "create", "acme"]);
-    place.run(&["trust", "create", "acme"]).failed(1, &["there already is a trust \"acme\""]);
+    place.run(&["trust", "create", "acme"]).failed(1, &["trust \"acme\" already exists"]);
     place.run(&["trust", "create", ""]).failed(2, &["the name of a trust must be"]);
     let key = place.json(&["key", "issue", "--trust", "acme"]);
     let disabled = place.json(&["trust", "disable", "acme"]);
@@ -96,7 +96,7 @@ fn a_trust_is_disabled_enabled_and_deleted_only_with_its_keys() {
     let deleted = place.json(&["trust", "delete", "acme", "--with-keys"]);
     assert_eq!((&deleted["name"], &deleted["effect"]["replicas"]), (&json!("acme"), &json!(0)));
     assert_eq!(place.json(&["trust", "list"]), json!([]));
-    place.run(&["trust", "show", "acme"]).failed(1, &["there is no trust \"acme\""]);
+    place.run(&["trust", "show", "acme"]).failed(1, &["trust \"acme\" not found"]);
 }
 
 #[test]
@@ -217,7 +217,7 @@ fn commands_refuse_to_change_an_existing_table() {
     place.write("t.toml", &format!("[store]\nurl = \"{url}\"\npreset = \"trust-table\"\n"));
     for command in [&["trust", "create", "acme"][..], &["key", "list"], &["migrate"], &["cache", "clear"]] {
         let ran = place.run(&[&["--config", "t.toml"], command].concat());
-        ran.failed(1, &["reads it and never changes it", "store.preset is set in t.toml:3"]);
+        ran.failed(1, &["reads and does not change", "store.preset is set in t.toml:3"]);
     }
 }
 

@@ -79,7 +79,7 @@ async fn an_unusable_source_is_reported_without_its_password() {
     ran.failed(1, &["cannot copy from the PostgreSQL database \"db\" at 127.0.0.1:1"]);
     let ran = from("postgres://me:hunter2@[");
     ran.hides("hunter2");
-    ran.failed(1, &["--from: the URL cannot be read"]);
+    ran.failed(1, &["--from: malformed URL"]);
 }
 
 #[tokio::test]

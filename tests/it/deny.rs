@@ -174,7 +174,7 @@ async fn writes_to_redis_without_the_mac_key_neither_add_nor_remove_an_entry() {
     replica.until(|| replica.shows("trustgate_deny_stale{source=\"redis\"} 1")).await;
     assert!(!replica.denies(&good) && replica.denies(&denied));
 
-    // The key stays denied after the hash is deleted, replaced by a text, or filled with too many fields.
+    // The key stays denied after the hash is deleted, replaced with a text, or filled with too many fields.
     let _: () = connection.del(HASH).await.unwrap();
     replica.until(|| replica.shows("trustgate_deny_stale{source=\"redis\"} 0")).await;
     assert!(replica.denies(&denied));

@@ -1,5 +1,5 @@
-//! `trustgate doctor` against real servers: in a healthy set-up each examination is ok, and each problem appears in the
-//! examination that covers it, with a remedy and without a secret.
+//! `trustgate doctor` against real servers: in a healthy set-up each diagnostic is ok, and each problem appears in the
+//! diagnostic that covers it, with a remedy and without a secret.
 
 use std::{fs, net::TcpListener, os::unix::fs::PermissionsExt as _, path::Path};
 
@@ -85,7 +85,7 @@ impl Report {
         self.findings.iter().find(|finding| finding["name"] == name).unwrap()
     }
 
-    /// Asserts that the examination `name` has this state, and that its finding or its remedy contains each of `texts`.
+    /// Asserts that the diagnostic `name` has this state, and that its finding or its remedy contains each of `texts`.
     #[track_caller]
     fn shows(&self, name: &str, state: &str, texts: &[&str]) -> &Self {
         let finding = self.one(name);
@@ -225,7 +225,7 @@ async fn the_proposed_statement_grants_the_missing_right() {
         Report::of(&place).is_ok_except(&[&FILES[..], &WITHOUT_REDIS].concat());
     }
     setup.execute(&format!("REVOKE ALL ON ALL TABLES IN SCHEMA trustgate FROM {serve}")).await;
-    Report::of(&place).shows("database_rights", "failed", &["lacks 12 of 21", "and so on", "--print-grants"]);
+    Report::of(&place).shows("database_rights", "failed", &["lacks 12 of the 21", "and so on", "--print-grants"]);
 }
 
 #[tokio::test]
@@ -269,7 +269,7 @@ async fn broken_triggers_are_reported_also_to_a_role_that_cannot_repair_them() {
 }
 
 #[tokio::test]
-async fn a_table_that_is_not_attached_or_attached_with_other_columns_fails() {
+async fn doctor_fails_if_the_table_is_not_attached_or_was_attached_with_other_columns() {
     let setup = Setup::new().await;
     setup
         .execute(&format!(
@@ -306,7 +306,7 @@ async fn missing_tables_too_new_tables_and_a_read_only_role_fail() {
     let empty = setup.server.database().await;
     let place = unhurried().with("TRUSTGATE__STORE__URL", &setup.server.url("admin", &empty));
     let report = Report::of(&place);
-    report.shows("database_tables", "failed", &["holds no tables", "run `trustgate migrate`"]);
+    report.shows("database_tables", "failed", &["has no trustgate tables", "run `trustgate migrate`"]);
     report.shows("database_rights", "skipped", &["because of database_tables"]).shows(
         "database_notifications",
         "ok",
@@ -405,7 +405,7 @@ async fn an_unreachable_database_fails_with_a_remedy_and_without_its_password() 
 }
 
 #[tokio::test]
-async fn examinations_of_redis_depend_on_the_connection() {
+async fn redis_diagnostics_report_a_bad_mac_key_and_a_failed_connection() {
     let mut redis = Redis::start().await;
     let place = unhurried().with("TRUSTGATE__REDIS__URL", &redis.url());
     place.run(&["migrate"]).done();

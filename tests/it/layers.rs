@@ -28,7 +28,7 @@ const HOMES: &[(&str, &[&str])] = &[
     ("tracing_subscriber", &["base::telemetry"]),
 ];
 
-/// Rust source code whose comments and string literals are replaced by blanks.
+/// Rust source code whose comments and string literals are replaced with blanks.
 struct Code(String);
 
 /// A source file of the library.
@@ -267,7 +267,7 @@ impl Source {
     }
 }
 
-/// Adds the paths of the import tree at the start of `text`. Returns the rest of `text`.
+/// Parses the import tree at the start of `text` and adds its paths to `found`. Returns the rest of `text`.
 fn expand<'t>(base: &str, text: &'t str, found: &mut Vec<String>) -> &'t str {
     let join = |name: &str| if base.is_empty() { name.to_owned() } else { format!("{base}::{name}") };
     let text = text.trim_start();

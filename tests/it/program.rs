@@ -1,4 +1,4 @@
-//! Runs the real program with an empty environment, in a temporary directory that also holds its database.
+//! Runs the real program with an empty environment, in a temporary directory that also contains its database.
 
 use std::{
     fs,

@@ -33,7 +33,7 @@ use crate::support::{
     redis::{Cluster, MASTER, Redis, SENTINEL_PASSWORD, SentinelSetup, USER},
 };
 
-/// How long a test waits for a condition.
+/// The maximum time that a test waits for a condition.
 const TIMEOUT: Duration = Duration::from_mins(1);
 
 /// The part of a replica that uses Redis.

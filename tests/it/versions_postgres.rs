@@ -189,7 +189,7 @@ struct Snapshot {
     keys: BTreeMap<Uuid, String>,
 }
 
-/// Takes one snapshot after the other until `stop` is set.
+/// Takes one snapshot after another until `stop` is set.
 async fn take_snapshots(mut connection: PgConnection, stop: Arc<AtomicBool>) -> Vec<Snapshot> {
     let mut snapshots = Vec::new();
     while !stop.load(Ordering::Relaxed) {

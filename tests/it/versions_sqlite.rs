@@ -245,7 +245,7 @@ async fn only_changes_that_decisions_depend_on_are_recorded() {
 }
 
 #[tokio::test]
-async fn rows_that_replace_removes_are_recorded_and_rows_that_ignore_keeps_are_not() {
+async fn rows_removed_by_or_replace_are_recorded_and_rows_kept_by_or_ignore_are_not() {
     let way = |how: &str, key, digest, conflict: &str| insert(how, key, digest, conflict);
     let replace = |key, digest| way("OR REPLACE INTO", key, digest, "");
     let (ignored, nothing) = (way("OR IGNORE INTO", 13, 1, ""), way("INTO", 13, 1, "ON CONFLICT DO NOTHING"));
@@ -518,8 +518,8 @@ async fn alterations_that_may_hide_a_change_are_noticed_and_repaired_or_reported
     let unseen = "UPDATE api_key SET revoked_at = ifnull(revoked_at, 0) + 1";
     let within_one = format!("BEGIN; DROP TRIGGER api_key_update; {unseen}; {update}; COMMIT");
     let tampered = format!("DROP TRIGGER api_key_update; {}", update.replace("OLD.scopes", "NEW.scopes"));
-    // The alteration, the problem that is reported (none if `restore_watch` succeeds), and the statement that undoes
-    // the alteration. "migrate" stands for a migration.
+    // The alteration; the problem that `restore_watch` reports (`None` if it succeeds); and the SQL that undoes the
+    // alteration. If that SQL ends with `migrate`, the test also runs a migration, which must succeed.
     for (alteration, problem, undo) in [
         (&*within_one, None, ""),
         ("VACUUM", None, ""),
@@ -784,7 +784,7 @@ async fn unusable_answers_and_missing_answers_are_different_errors() {
 }
 
 #[tokio::test]
-async fn an_unknown_kind_is_everything_and_an_invalid_id_is_all_of_its_kind() {
+async fn changes_of_unknown_kind_affect_everything_and_invalid_ids_affect_their_whole_kind() {
     let db = Db::with_keys().await;
     let (mut writer, mut follower) = (db.writer().await, db.follower().await);
     let odd = "a text of 36 characters but no UUID.";

@@ -103,7 +103,7 @@ impl Db {
         polled.changes.into_iter().map(|(_, change)| change).collect()
     }
 
-    /// Asserts that a change of the key is recorded.
+    /// Asserts that a change to the key is recorded.
     async fn records_a_change(&self, seen: &mut Version) {
         self.execute("UPDATE trustgate.api_key SET scheme = 1 - scheme").await;
         let changes = self.recorded(seen).await;

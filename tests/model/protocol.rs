@@ -8,7 +8,7 @@
 
 use std::fmt;
 
-/// How long a lease lasts, in moments.
+/// The duration of a lease, in moments.
 const LEASE: u8 = 1;
 /// The maximum number of versions in one run, including those of a lost branch.
 const VERSIONS_MAX: usize = 5;
@@ -48,7 +48,7 @@ pub enum Rule {
     OwnReadWithoutLease,
     /// The same for a check with the read policy `live`.
     OwnReadWhenLive,
-    /// A change of a trust makes the records of its keys out of date.
+    /// A change to a trust makes the records of its keys out of date.
     TrustChangesReachRecords,
     /// Negative entries have a floor, like records.
     NegativeEntriesHaveAFloor,
@@ -88,7 +88,7 @@ pub enum Change {
     EnableTrust,
     /// Like `Insert`, with so many keys that the change log has one entry for all negative entries.
     BulkInsert,
-    /// A change of another object.
+    /// A change to another object.
     Other,
 }
 

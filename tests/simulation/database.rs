@@ -66,7 +66,7 @@ pub enum Event {
     IssueAll,
     /// The command `cache clear`.
     Everything,
-    /// A change of an object that no check uses.
+    /// A change to an object that no check uses.
     Other,
 }
 
@@ -181,7 +181,7 @@ impl Database {
         self.note_truth(&mut state);
     }
 
-    /// Replaces the server by one that lacks the last `lost` versions. `copied`: the new server is a copy of the old
+    /// Replaces the server with one that lacks the last `lost` versions. `copied`: the new server is a copy of the old
     /// one with the same lineage, so that only the versions and their nonces differ.
     pub fn fail_over(&self, lost: usize, copied: bool) {
         let mut state = self.lock();
@@ -391,7 +391,7 @@ impl Database {
         }
     }
 
-    /// Restores the triggers, and draws a version in which everything changed.
+    /// Restores the triggers, and commits a version that marks everything as changed.
     pub fn restore_watch(&self) {
         let mut state = self.lock();
         if !state.triggers_intact {
@@ -400,7 +400,7 @@ impl Database {
         }
     }
 
-    /// Draws a new incarnation if the present one is `lost`.
+    /// Commits a new incarnation if the current one is `lost`.
     pub fn renew_incarnation(&self, lost: Uuid) {
         let mut state = self.lock();
         if state.lineage.incarnation == lost {

@@ -68,7 +68,7 @@ impl Redis {
         self.lock().values.clear();
     }
 
-    /// Restores an earlier value under each key.
+    /// Restores an earlier value of every missing key and, at random, of some keys that are present.
     pub fn replay(&self) {
         let state = &mut *self.lock();
         for (name, value) in &state.past {

@@ -35,14 +35,14 @@ use crate::{
 };
 
 const REPLICAS: usize = 3;
-/// How long a run lasts, without pauses.
+/// The duration of a run, without pauses.
 const LENGTH: Duration = Duration::from_secs(6);
 /// L: the default of `freshness.lease`.
 const LEASE: Duration = Duration::from_secs(1);
-/// How long after the network of a replica has recovered the lease of the replica may still be stale: an attempt to
-/// connect may take two seconds, and an unanswered poll counts for two leases.
+/// The maximum time that a replica's lease may remain stale after its network has recovered. A connection attempt may
+/// take two seconds, and the lease can be stale for up to two lease durations after the last unanswered poll.
 const UNREACHED: Duration = Duration::from_millis(4_200);
-/// How long a check may take from its start to a grant: the default of `decision.deadline`.
+/// The maximum time from the start of a check to its grant: the default of `decision.deadline`.
 const DEADLINE: Duration = Duration::from_millis(150);
 
 /// The parameters of a run.
@@ -54,7 +54,7 @@ pub struct Plan {
     pub events: EventLog,
 }
 
-/// Where the events of a run are logged.
+/// The log of the events of a run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum EventLog {
     Off,
@@ -112,7 +112,7 @@ struct World {
     slots: [Mutex<Slot>; REPLICAS],
     /// No change is committed before this moment.
     quiet_until: Mutex<Instant>,
-    /// How long the process of the replicas was paused in total.
+    /// The total time that the process of the replicas was paused.
     paused: Mutex<Duration>,
     checks: Mutex<JoinSet<()>>,
     outcome: Mutex<Outcome>,
@@ -407,7 +407,7 @@ impl World {
         slot.running.as_ref().expect("a running replica").network.set(condition);
     }
 
-    /// Sends checks to replica `number`: some one after the other, some at the same time.
+    /// Sends checks to replica `number`: some one after another, some at the same time.
     async fn send_checks(self: Arc<Self>, number: usize) {
         let chance = self.chance.fork();
         let mut due = Instant::now();

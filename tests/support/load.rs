@@ -32,7 +32,7 @@ pub struct LoadResult {
     pub due: Duration,
     /// The same moment as an [`Instant`].
     pub at: Instant,
-    /// From the due time to the answer: the time that a client would have waited, queueing included.
+    /// The time from the due time to the answer, as a client would have waited, including queueing.
     pub took: Duration,
     /// The key that was sent.
     pub case: KeyCase,

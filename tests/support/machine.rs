@@ -49,7 +49,7 @@ pub fn was_disturbed(from: impl Into<Instant>, to: impl Into<Instant>) -> bool {
     pauses().iter().any(meets) || lock(&STARVED).iter().any(meets)
 }
 
-/// How long processors were paused between two moments, in total.
+/// The total time that processors were paused between two moments.
 pub fn pause_time(from: impl Into<Instant>, to: impl Into<Instant>) -> Duration {
     let (from, to) = (from.into(), to.into());
     pauses().iter().map(|pause| pause.to.min(to).saturating_duration_since(pause.from.max(from))).sum()
@@ -79,10 +79,10 @@ fn lock<T>(mutex: &'static Mutex<T>) -> MutexGuard<'static, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// How long the machine must be undisturbed before a measurement starts.
+/// The time that the machine must be undisturbed before a measurement starts.
 const UNDISTURBED: Duration = Duration::from_secs(2);
-/// How long all tests of a binary together wait for that. Afterwards the tests measure anyway, so that a machine that
-/// is disturbed all the time shows up in the results.
+/// The maximum total time that the tests of one binary wait for an undisturbed machine. After that they measure anyway,
+/// so that a constantly disturbed machine shows up in the results.
 const WAITED_MAX: Duration = Duration::from_mins(8);
 
 /// The rest of [`WAITED_MAX`].

@@ -55,7 +55,7 @@ pub struct Probing {
     stop: CancellationToken,
     /// The number of keys.
     keys: usize,
-    /// How many of the keys were granted at least once.
+    /// The number of keys that were granted at least once.
     granted: watch::Receiver<usize>,
     sending: JoinHandle<Vec<Probe>>,
 }
@@ -70,9 +70,9 @@ impl Probing {
         extensions: &'static [(&str, &str)],
     ) -> Self {
         let (stop, client) = (CancellationToken::new(), client.clone());
-        let (grants, granted) = watch::channel(0);
-        let (step, count) = (Duration::from_secs(1) / per_second, keys.len());
-        let sending = tokio::spawn(send(client, step, keys, extensions, (stop.clone(), grants)));
+        let (counter, granted) = watch::channel(0);
+        let (interval, count) = (Duration::from_secs(1) / per_second, keys.len());
+        let sending = tokio::spawn(send(client, interval, keys, extensions, (stop.clone(), counter)));
         Self { stop, keys: count, granted, sending }
     }
 
@@ -95,10 +95,10 @@ impl Probing {
 
 async fn send(
     client: CheckClient,
-    step: Duration,
+    interval: Duration,
     keys: Vec<String>,
     extensions: &'static [(&str, &str)],
-    (stop, grants): (CancellationToken, watch::Sender<usize>),
+    (stop, counter): (CancellationToken, watch::Sender<usize>),
 ) -> Vec<Probe> {
     let (mut due, mut number) = (Instant::now(), 0);
     let (mut sent, mut done, mut granted) = (JoinSet::new(), Vec::new(), HashSet::new());
@@ -110,11 +110,11 @@ async fn send(
             Probe { key, began, answered: Instant::now(), verdict }
         });
         number += 1;
-        due += step;
+        due += interval;
         while let Some(probe) = sent.try_join_next() {
             let probe = probe.expect("no panic");
             if probe.is_grant() && granted.insert(probe.key) {
-                grants.send_replace(granted.len());
+                counter.send_replace(granted.len());
             }
             done.push(probe);
         }
@@ -130,7 +130,7 @@ pub fn last_grant<'p>(probes: impl IntoIterator<Item = &'p Probe>) -> Option<Ins
     probes.into_iter().filter(|probe| probe.is_grant()).map(|probe| probe.began).max()
 }
 
-/// How long after `event` the last granted check began, without the time for which the machine was paused in between;
+/// The time from `event` to the start of the last granted check, without the time for which the machine was paused;
 /// zero if no check that began after `event` was granted.
 pub fn granted_after<'p>(event: Instant, probes: impl IntoIterator<Item = &'p Probe>) -> Duration {
     let late = last_grant(probes)

@@ -73,7 +73,7 @@ impl Guarded {
         Self { shell, input, dir: dir.to_owned() }
     }
 
-    /// The process id of the program; `None` if it was not started yet.
+    /// The process id of the program; `None` if the program has not started yet.
     pub fn pid(&self) -> Option<u32> {
         std::fs::read_to_string(self.dir.join("shell.pid")).ok()?.trim().parse().ok()
     }
@@ -147,7 +147,7 @@ impl Drop for Guarded {
     }
 }
 
-/// How long a program may take to become ready; usually less than 1 s.
+/// The maximum time that a program may take to become ready; usually less than 1 s.
 const STARTING: Duration = Duration::from_secs(30);
 
 /// Creates a directory for a program; its [`Guarded`] removes the directory.

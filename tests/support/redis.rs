@@ -44,7 +44,7 @@ pub const SENTINEL_PASSWORD: &str = "who-goes-there";
 /// The name of the master in the Sentinel's configuration.
 pub const MASTER: &str = "main";
 
-/// How long servers may take to find each other; usually 2 s.
+/// The maximum time that servers may take to find each other; usually 2 s.
 const PATIENCE: Duration = Duration::from_mins(1);
 
 impl Redis {

@@ -289,8 +289,8 @@ impl Server {
         Memory { now: mib("VmRSS:"), peak: mib("VmHWM:") }
     }
 
-    /// How often each worker thread has waited for work, by the thread's name. The number hardly rises for a worker
-    /// that serves nothing.
+    /// The number of times that each worker thread has waited for work, by the thread's name. The number hardly rises
+    /// for a worker that serves nothing.
     ///
     /// # Panics
     /// If the server has ended.

@@ -179,7 +179,7 @@ mod tests {
     }
 
     #[test]
-    fn hints_show_little() {
+    fn hints_reveal_only_a_few_leading_characters() {
         let key = generate(&tg()).unwrap();
         assert_eq!(hint(&tg(), key.expose().as_bytes()), key.expose()[..8]);
         assert_eq!(hint(&tg(), b"a-foreign-key-of-some-length"), "a-fo");

@@ -351,7 +351,7 @@ mod tests {
     }
 
     #[test]
-    fn new_entry_counts_after_one_read_and_removed_entry_ends_after_two() {
+    fn new_entry_takes_effect_after_one_read_and_removed_entry_is_dropped_after_two() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("deny");
         fs::write(&path, text(&[1])).unwrap();

@@ -31,8 +31,8 @@ const MAC_BYTES: usize = 32;
 pub const ENTRIES_MAX: usize = 1_000;
 /// The maximum number of entries that one replica remembers, including those no longer in the hash.
 const MEMORY_MAX: usize = 10 * ENTRIES_MAX;
-/// How long an ended entry is kept, in microseconds: one day. A replica that was cut off from Redis in the meantime
-/// then still reads that the entry was removed, and an older value that is replayed does not count.
+/// The time that an ended entry is kept, in microseconds: one day. A replica that was cut off from Redis in the
+/// meantime then still reads that the entry was removed, and an older value that is replayed does not count.
 const KEPT_MICROS: i64 = 24 * 3_600 * 1_000_000;
 
 /// The maximum number of fields in the hash, including foreign ones.
@@ -190,7 +190,7 @@ impl SharedList {
         let mut command = redis::cmd("HSET");
         command.arg(NAME);
         let terms = denied.iter().map(|denied| {
-            // Later than the present value, even if Redis was replaced by a server whose clock is behind.
+            // Later than the current value, even if Redis was replaced with a server whose clock is behind.
             let set_at = entries.get(denied).map_or(now, |term| now.max(term.set_at.saturating_add(1)));
             let term = Term { set_at, end: set_at.saturating_add(life) };
             command.arg(denied.line()).arg(seal(mac_key, denied, term));

@@ -20,8 +20,8 @@ use crate::{
 /// Version 2 of the tables: adds the change log.
 ///
 /// A transaction is identified by its number and its start time, because a dump that is restored elsewhere can bring
-/// back old numbers. `tx.whole` is empty in the one row of a transaction whose insertion assigns the version. In other
-/// rows it is the kind of objects that changed as a whole, or `*` for everything.
+/// back old numbers. Each transaction has one row with an empty `tx.whole`; a trigger on that row assigns the version
+/// at commit. In every other row, `whole` is the kind of objects that changed as a whole, or `*` for everything.
 pub(crate) const TABLES: &str = "
 ALTER TABLE {s}.meta ADD COLUMN fingerprint bytea;
 ALTER TABLE {s}.replica ADD COLUMN name text NOT NULL DEFAULT '', ADD COLUMN until timestamptz NOT NULL DEFAULT '-infinity';

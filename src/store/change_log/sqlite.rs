@@ -1,4 +1,4 @@
-//! The change log on SQLite: triggers give each committed change of a trust or key a version, and a check shows when
+//! The change log on SQLite: triggers give each committed change to a trust or key a version, and a check shows when
 //! they were altered.
 //!
 //! The triggers are part of the database file, so they run in each program that writes to it with SQLite 3.37 or later.
@@ -49,8 +49,8 @@ pub(crate) async fn in_force(connection: &mut SqliteConnection) -> Result<bool, 
     sqlx::raw_sql(AssertSqlSafe(format!("SELECT {IN_FORCE} FROM meta m"))).fetch_one(connection).await?.try_get(0)
 }
 
-/// The same condition in SQL, for a statement that reads `meta` as `m`. SQLite increments `schema_version` with each
-/// change of the schema, and reads it from the snapshot of the statement.
+/// The condition of [`in_force`] in SQL, for a statement that reads `meta` as `m`. SQLite increments `schema_version`
+/// with each change to the schema, and reads it from the snapshot of the statement.
 pub(crate) const IN_FORCE: &str = "m.fingerprint IS (SELECT schema_version FROM pragma_schema_version)";
 
 /// Adds a version "everything changed".

@@ -95,7 +95,7 @@ impl ExistingTable {
     // === change log ===
 
     /// The body of the function that both triggers call. Like the trigger functions of our own tables
-    /// (`change_log/postgres.rs`), it only inserts, and it ignores changes of columns that no decision reads.
+    /// (`change_log/postgres.rs`), it only inserts, and it ignores changes to columns that no decision reads.
     fn function(&self) -> String {
         let row = |row: &str| {
             let columns: Vec<_> = self.columns().map(|(_, column)| format!("{row}.{}", column.sql())).collect();
@@ -479,7 +479,7 @@ async fn problems(
         }
         if hides_rows {
             problems.push(format!(
-                "{relation} has row level security, and a policy can show other rows without a change of any row: \
+                "{relation} has row level security, and a policy can show other rows without a change to any row: \
                  disable it for this table"
             ));
         }
@@ -495,7 +495,7 @@ async fn problems(
         };
         let found = sqlx::query(COLUMN).bind(home).bind(&table.table.name).bind(column.as_str());
         let Some(found) = found.fetch_optional(&mut *connection).await? else {
-            problems.push(format!("there is no column {} (store.table_{purpose})", column.sql()));
+            problems.push(format!("column {} (store.table_{purpose}) not found", column.sql()));
             continue;
         };
         let (of, is_indexed, is_virtual): (String, bool, bool) =

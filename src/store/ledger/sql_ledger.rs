@@ -41,7 +41,7 @@ pub(crate) enum KeyFilter<'a> {
 pub(crate) struct StoredKey {
     /// The key, as management shows it.
     pub(crate) key: Key,
-    /// Its digest.
+    /// The digest of the key.
     pub(crate) digest: ApiKeyDigest,
 }
 

@@ -10,10 +10,10 @@ use tokio::time::sleep;
 use super::connect_within;
 use crate::store::url::StoreUrl;
 
-/// How long a statement may take before this module looks for the sessions that block it. The rest of [`LOCK_TIMEOUT`]
-/// is left for that search.
+/// The time that a statement may take before this module looks for the sessions that block it. The rest of
+/// [`LOCK_TIMEOUT`] is left for that search.
 const SEARCH_DELAY: Duration = Duration::from_secs(1);
-/// How long a statement of management waits for a lock. While it waits, later statements queue behind it.
+/// The maximum time that a statement of management waits for a lock. While it waits, later statements queue behind it.
 pub(crate) const LOCK_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Runs `work` on the connection whose server process is `pid`. If it takes longer than [`SEARCH_DELAY`], describes the

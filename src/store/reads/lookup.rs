@@ -53,16 +53,16 @@ pub trait Lookup: Send + Sync + 'static {
     /// As [`Self::find`].
     async fn report(&self, heartbeat: &Heartbeat) -> Result<(), Fault>;
 
-    /// Checks the triggers of the change log and records them as intact. Called after a poll in which
-    /// [`Polled::triggers_intact`] was false. Draws a version "everything changed", because the change log may lack
-    /// changes that were made in the meantime.
+    /// Checks the triggers of the change log and records them as intact. The poll task calls this after a poll in which
+    /// [`Polled::triggers_intact`] was false. Also commits a version that marks everything as changed, because the
+    /// change log may lack changes made while the triggers were not intact.
     ///
     /// # Errors
-    /// A [`Fault`] that says what is wrong: a trigger was dropped or disabled, or a table was replaced.
+    /// A [`Fault`] that describes the problem: a trigger was dropped or disabled, or a table was replaced.
     async fn restore_watch(&self) -> Result<(), Fault>;
 
-    /// Draws a new incarnation if the present one is still `lost`. A replica calls this when it finds that the database
-    /// has lost committed versions, so that no replica continues with the earlier history.
+    /// Commits a new incarnation if the current one is still `lost`. A replica calls this when it finds that the
+    /// database has lost committed versions, so that no replica continues with the earlier history.
     ///
     /// # Errors
     /// As [`Self::find`].
@@ -107,7 +107,7 @@ pub const OTHER_KEYS_MAX: u64 = 10_000;
 pub struct Polled {
     /// The newest version.
     pub newest: Versioned<()>,
-    /// When the newest version was drawn, by the database's clock.
+    /// When the newest version was recorded, by the database's clock.
     pub stamped_at: DatabaseTime,
     /// The oldest version that is not pruned yet, or the version that the poll asked from if that one still exists.
     pub oldest: Version,
@@ -148,7 +148,7 @@ pub struct Heartbeat {
     pub name: String,
     /// The version that it has applied.
     pub applied: Version,
-    /// How long from now on it may grant from its cache without another heartbeat.
+    /// The maximum time from now that the replica may grant from its cache without another heartbeat.
     pub lasts: Duration,
 }
 

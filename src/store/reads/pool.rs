@@ -26,7 +26,7 @@ pub trait Connect: Send + Sync + 'static {
     type Query: Send + Sync;
     /// One row of an answer.
     type Row: Send;
-    /// Opens a connection. Reads secrets from their files, so that each connect uses their present content.
+    /// Opens a connection. Reads secrets from their files, so that each connect uses their current content.
     fn connect(&self) -> impl Future<Output = Result<Self::Connection, sqlx::Error>> + Send;
     /// Sends one query and reads its whole answer.
     fn run(
@@ -48,7 +48,7 @@ pub struct Limits {
     pub connections_max: usize,
     /// The most reads that may wait for a connection.
     pub waiting_max: usize,
-    /// How long connecting may take.
+    /// The maximum time that connecting may take.
     pub connect_timeout: Duration,
 }
 
@@ -147,7 +147,7 @@ impl<C: Connect> Pool<C> {
         self.0.forget();
     }
 
-    /// The present number of connections, including those being opened.
+    /// The current number of connections, including those being opened.
     #[must_use]
     pub fn connections(&self) -> usize {
         self.0.lock().open
@@ -161,7 +161,7 @@ impl<C: Connect> Drop for Pool<C> {
     }
 }
 
-/// How long a graceful close of all connections together may take.
+/// The maximum time that a graceful close of all connections together may take.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
 
 #[derive(Debug)]
@@ -190,7 +190,7 @@ struct State<C: Connect> {
     generation: u64,
     /// The runtime of connects: the one given to [`Pool::run_on`], else the one of the first read that waited.
     runtime: Option<Handle>,
-    /// True if the last connect succeeded. Only changes of it are logged.
+    /// True if the last connect succeeded. The pool logs a result only if it differs from this one.
     up: Option<bool>,
     closed: bool,
 }

@@ -33,8 +33,9 @@ pub(crate) struct Postgres {
     pub(crate) schema: SchemaName,
     /// The existing table to read instead of our own tables, if the settings name one.
     pub(crate) existing: Option<ExistingTable>,
-    /// How long the server may work on a read, which is longer than the caller waits. It ends statements whose
-    /// connection was closed: while a statement waits for a lock, the server does not notice that its client has gone.
+    /// The maximum time that the server may work on a read, which is longer than the caller waits. The limit ends
+    /// statements whose connection was closed: while a statement waits for a lock, the server does not notice that
+    /// its client has gone.
     pub(crate) statement_timeout: Duration,
 }
 
@@ -294,16 +295,16 @@ impl Postgres {
     }
 }
 
-/// How long the server may work on a poll: longer than the default of `freshness.poll_timeout`, for the reason given at
-/// [`Postgres::statement_timeout`].
+/// The maximum time that the server may work on a poll: longer than the default of `freshness.poll_timeout`, for the
+/// reason given at [`Postgres::statement_timeout`].
 const POLL_TIMEOUT: Duration = Duration::from_secs(1);
-/// How long a poll may wait for a lock on our tables. It is well below `freshness.poll_timeout`, so that the server
-/// reports in time that a table is locked. That is an answer, which allows no stale grants. Without this limit the poll
-/// would count as unanswered.
+/// The maximum time that a poll may wait for a lock on our tables. It is well below `freshness.poll_timeout`, so that
+/// the server reports in time that a table is locked. That is an answer, which allows no stale grants. Without this
+/// limit the poll would count as unanswered.
 const POLL_LOCK_TIMEOUT: Duration = Duration::from_millis(50);
-/// How long the server may delete old versions.
+/// The maximum time that the server may work on deleting old versions.
 const PRUNE_TIMEOUT: Duration = Duration::from_secs(10);
-/// How long the server may work on a function call.
+/// The maximum time that the server may work on a function call.
 const CALL_TIMEOUT: Duration = Duration::from_secs(2);
 /// The longest host name that a heartbeat records (RFC 1035, section 2.3.4).
 const NAME_CHARS_MAX: usize = 255;

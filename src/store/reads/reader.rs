@@ -42,7 +42,7 @@ pub(crate) trait Dialect: Connect<Row: RowExt> {
     /// True if a failed poll counts as an answer: the server is up, but is a standby, or our tables or the rights to
     /// them are missing.
     fn answered(error: &sqlx::Error) -> bool;
-    /// True if all connections of this process must be closed before a new one can see the present database.
+    /// True if all connections of this process must be closed before a new one can see the current database.
     fn is_replaced(_error: &sqlx::Error) -> bool {
         false
     }
@@ -50,7 +50,7 @@ pub(crate) trait Dialect: Connect<Row: RowExt> {
     fn listen(&self, changed: &(dyn Fn() + Send + Sync)) -> impl Future<Output = sqlx::Error> + Send;
     /// The statements on our tables; `None` where changes are not tracked.
     fn ours(&self) -> Option<OwnTableQueries<Self::Query>>;
-    /// The statement that records the pepper of each key. `current`: the present pepper of the server. Only for keys in
+    /// The statement that records the pepper of each key. `current`: the current pepper of the server. Only for keys in
     /// our own tables.
     fn record_peppers(&self, proven: &[(KeyId, Fingerprint)], current: Fingerprint) -> Self::Query;
     /// A fingerprint as an SQL literal.
@@ -338,7 +338,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_other_pepper_is_in_exactly_one_range() {
+    fn each_unknown_pepper_is_in_exactly_one_range() {
         let print = |number| Fingerprint([number; 8]);
         let literal = |fingerprint: Fingerprint| fingerprint.0[0].to_string();
         assert_eq!(others(&[], literal), ["pepper_fingerprint IS NOT NULL AND true"]);

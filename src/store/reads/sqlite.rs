@@ -63,7 +63,7 @@ impl Sqlite {
             path = %self.path.display(),
             links,
             "database file has several names (hard links): changes made through another name are lost; remove the \
-             other names, because commands refuse to run until one is left"
+             other names: commands refuse to run until only one name is left"
         );
     }
 
@@ -316,7 +316,7 @@ impl Dialect for Sqlite {
 
     fn record_peppers(&self, proven: &[(KeyId, Fingerprint)], current: Fingerprint) -> Query {
         let list: Vec<_> = proven.iter().map(|(id, fingerprint)| [id.to_string(), fingerprint.to_string()]).collect();
-        // No version is drawn: no decision reads this column.
+        // No version is recorded: no decision reads this column.
         let sql = format!(
             "UPDATE api_key SET pepper_fingerprint = unhex(p.value ->> 1) FROM json_each(?1) p
                 WHERE api_key.id = p.value ->> 0 AND scheme = 1 AND pepper_fingerprint IS NULL;
@@ -426,16 +426,16 @@ async fn can_write(path: &Path) -> Result<bool, sqlx::Error> {
     Ok(!attempt.is_err_and(|error| code(&error) == Some(SQLITE_READONLY)))
 }
 
-/// The statement for what was committed from version ?2 on, in the columns of [`rows::polled`]: first the row that is
-/// always there, then versions, then changes. It looks at no more than a thousand versions and a thousand changes of
+/// The statement for the changes committed from version ?2 on, in the columns of [`rows::polled`]: first the row
+/// that is always there, then versions, then changes. It reads at most a thousand versions and a thousand changes of
 /// each kind. Most polls find nothing new, so it uses no temporary tables, which would be most of the cost of such a
 /// poll.
 fn poll() -> String {
     committed("", "?2", "?2")
 }
 
-/// The same for a replica that has applied no version: from the first version of the last 15 minutes on, including the
-/// changes of that version. The statement finds that version once, because the clock advances while it runs.
+/// As [`poll`], for a replica that has applied no version: from the first version of the last 15 minutes on, including
+/// the changes of that version. The statement finds that version once, because the clock advances while it runs.
 fn poll_from_start() -> String {
     let start = format!(
         "WITH start AS MATERIALIZED (

@@ -93,7 +93,7 @@ pub(crate) async fn tables(
     }
 }
 
-/// Version 1: the tables, the first version, and the key of the Redis MAC.
+/// Table version 1: creates the tables, the first row of `version` and the MAC key for Redis.
 async fn first(connection: &mut PgConnection, name: &SchemaName) -> Result<(), StoreError> {
     // CREATE SCHEMA IF NOT EXISTS needs the right to create a schema even if the schema exists.
     let exists = sqlx::query("SELECT FROM pg_namespace WHERE nspname = $1")

@@ -36,7 +36,7 @@ pub(crate) async fn run(path: &Path) -> Result<(), StoreError> {
     }
 }
 
-/// How often a migration is tried again while another process writes.
+/// The maximum number of retries of a migration while another process writes.
 const ATTEMPTS: u32 = 100;
 /// The wait between two attempts.
 const PAUSE: Duration = Duration::from_millis(20);
@@ -100,8 +100,8 @@ pub(crate) async fn new_incarnation(path: &Path) -> Result<(), StoreError> {
     Ok(connection.close().await?)
 }
 
-/// Writes a new incarnation and draws a version "everything changed". If `lost` is given, does so only if `lost` is
-/// still the present incarnation.
+/// Writes a new incarnation and a version that marks everything as changed. If `lost` is given, does so only if `lost`
+/// is still the current incarnation.
 pub(crate) async fn begin_incarnation(
     connection: &mut SqliteConnection,
     lost: Option<Uuid>,
@@ -129,7 +129,7 @@ pub(crate) async fn tables(connection: &mut SqliteConnection) -> Result<Option<s
     }
 }
 
-/// Version 1: the tables, the first version, and the key of the Redis MAC.
+/// Table version 1: creates the tables, the first row of `version` and the MAC key for Redis.
 async fn first(connection: &mut SqliteConnection) -> Result<(), StoreError> {
     sqlx::raw_sql(FIRST).execute(&mut *connection).await?;
     sqlx::query("INSERT INTO meta (incarnation) VALUES (?)")

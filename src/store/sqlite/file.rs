@@ -237,13 +237,13 @@ fn refuse_aliases(path: &Path) -> Result<(), StoreError> {
     match alias_problem(path) {
         Ok(None) => Ok(()),
         Ok(Some(why)) => Err(unusable(why)),
-        Err(error) => Err(unusable(format!("cannot find out how it is mounted: {error}"))),
+        Err(error) => Err(unusable(format!("cannot determine how the file is mounted: {error}"))),
     }
 }
 
 fn refuse_network(path: &Path) -> Result<(), StoreError> {
     let found = rustix::fs::statfs(path).map_err(|error| {
-        StoreError::Unusable(format!("cannot find out the filesystem of {}: {error}", path.display()))
+        StoreError::Unusable(format!("cannot determine the filesystem of {}: {error}", path.display()))
     })?;
     match network_name(found.f_type.cast_unsigned()) {
         None => Ok(()),

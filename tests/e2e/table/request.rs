@@ -16,7 +16,7 @@ use prost::Message as _;
 pub enum Encoding {
     /// `encode_raw_headers: true`: a list of the headers as the client sent them.
     Raw,
-    /// A map: values of equal names are joined with a comma, and each byte that is not UTF-8 is replaced by `!`.
+    /// A map: values of equal names are joined with a comma, and each byte that is not UTF-8 is replaced with `!`.
     Map,
 }
 

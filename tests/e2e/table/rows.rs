@@ -126,7 +126,7 @@ impl Table {
         self.denials.get(reason).unwrap_or_else(|| panic!("there is no denial {reason:?}"))
     }
 
-    /// All rows, with their placeholders replaced by the keys of `fixture`.
+    /// All rows, with their placeholders replaced with the keys of `fixture`.
     pub fn expanded_rows(&self, fixture: &Fixture) -> Vec<Expected> {
         let expand = |group: &Group, row: &Row| {
             let raw = self.answer(&row.want, fixture);
