@@ -121,7 +121,7 @@ impl<K: Cacheable> Cache<K> {
     #[must_use]
     pub fn hit(&self, policy: ReadPolicy, view: &ReplicaView, key: &K::Key, now: Moment) -> Option<Arc<Entry<K>>> {
         if policy == ReadPolicy::Store {
-            return None;
+            return None; // no entry would be usable, so do not count a lookup
         }
         let Loader { l1, metrics, ages, .. } = &*self.loader;
         let Some(entry) = l1.get(key) else {
@@ -177,15 +177,13 @@ impl<K: Cacheable> Cache<K> {
             let entry = l1.get(&key).filter(|entry| path == LoadPath::Tiers && entry.is_current(&view, now))?;
             Some(Loaded { entry, read: None })
         };
-        let load = {
-            let (loader, query) = (Arc::clone(&self.loader), query.clone());
-            async move { loader.load(&query, path).await }
+        let start = || {
+            let (loader, publisher, loaded_query) = (Arc::clone(&self.loader), Arc::clone(&self.loader), query.clone());
+            let load = async move { loader.load(&loaded_query, path).await };
+            let publish = move |loaded| async move { publisher.publish(&query, loaded).await };
+            (load, publish)
         };
-        let publish = {
-            let loader = Arc::clone(&self.loader);
-            move |loaded| async move { loader.publish(&query, loaded).await }
-        };
-        self.loads.join_or_start((key, path), cached, load, publish).await
+        self.loads.join_or_start((key, path), cached, start).await
     }
 
     /// True if `context` allows the use of `loaded`, the result of a load. May wait for a poll to confirm its version.

@@ -49,25 +49,26 @@ where
         Self { io, tasks: TaskTracker::new(), in_flight: Arc::default() }
     }
 
-    /// Waits for the load of `key` that is in flight, or starts `load`.
+    /// Waits for the load of `key` that is in flight, or starts one.
     ///
     /// `cached` runs right before a load starts, because another load may have ended since the caller looked into its
-    /// cache. `publish` runs after the waiters have their value.
+    /// cache. `start` is called only if this caller starts the load. It returns the load, and the work that follows
+    /// once the waiters have their value.
     ///
     /// # Errors
     /// The [`Fault`] of the load, shared by all its waiters; [`Fault::Overloaded`] beyond the limit of tasks.
     ///
     /// # Cancel safety
     /// Safe: the load continues and its value reaches the other waiters.
-    pub(crate) async fn join_or_start<L, P>(
+    pub(crate) async fn join_or_start<L, F, P>(
         &self,
         key: K,
         cached: impl FnOnce() -> Option<V>,
-        load: L,
-        publish: impl FnOnce(V) -> P + Send + 'static,
+        start: impl FnOnce() -> (L, F),
     ) -> (Result<V, Fault>, Joined)
     where
         L: Future<Output = Result<V, Fault>> + Send + 'static,
+        F: FnOnce(V) -> P + Send + 'static,
         P: Future<Output = ()> + Send + 'static,
     {
         let (slot, joined) = {
@@ -90,14 +91,15 @@ where
                 // Release the lock before the spawn: a runtime that is shutting down drops the task at once on this
                 // thread, and the drop of `guard` takes the lock.
                 drop(in_flight);
-                self.start(guard, load, publish);
+                let (load, publish) = start();
+                self.spawn(guard, load, publish);
                 (slot, Joined::Own)
             }
         };
         (slot.wait().await.clone(), joined)
     }
 
-    fn start<L, P>(&self, mut guard: InFlightGuard<K, V>, load: L, publish: impl FnOnce(V) -> P + Send + 'static)
+    fn spawn<L, P>(&self, mut guard: InFlightGuard<K, V>, load: L, publish: impl FnOnce(V) -> P + Send + 'static)
     where
         L: Future<Output = Result<V, Fault>> + Send + 'static,
         P: Future<Output = ()> + Send + 'static,
@@ -147,4 +149,29 @@ impl<K: Eq + Hash, V> Drop for InFlightGuard<K, V> {
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     // Each insertion and removal is one call, so a panic elsewhere leaves the map intact.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{sync::mpsc, thread, time::Duration};
+
+    use tokio::runtime::{Builder, Runtime};
+
+    use super::*;
+
+    #[test]
+    fn a_load_on_a_runtime_that_has_ended_fails_and_does_not_hang() {
+        let (done, is_done) = mpsc::channel();
+        // On another thread, because a deadlock would block it forever.
+        thread::spawn(move || {
+            let ended = Runtime::new().unwrap();
+            let io = ended.handle().clone();
+            ended.shutdown_background();
+            let loads = SingleFlight::<u8, u8>::new(io);
+            let joining = loads.join_or_start(1, || None, || (async { Ok(1) }, |_| async {}));
+            let (outcome, _) = Builder::new_current_thread().build().unwrap().block_on(joining);
+            done.send(matches!(outcome, Err(Fault::Ended))).unwrap();
+        });
+        assert_eq!(is_done.recv_timeout(Duration::from_secs(30)), Ok(true));
+    }
 }
