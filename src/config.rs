@@ -81,7 +81,7 @@ pub struct SectionInfo {
 
 /// Why the configuration cannot be used.
 #[derive(Debug, thiserror::Error)]
-pub enum ConfigErrors {
+pub enum LoadError {
     /// The file cannot be read.
     #[error("cannot read the configuration file {path} (named by {named_by}): {source}")]
     Unreadable {
@@ -94,14 +94,14 @@ pub enum ConfigErrors {
     },
     /// The configuration has errors; all of them.
     #[error("{0}")]
-    Mistakes(Mistakes),
+    Invalid(ConfigErrors),
 }
 
 /// All errors of a configuration; at least one.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Mistakes(pub Vec<ConfigError>);
+pub struct ConfigErrors(pub Vec<ConfigError>);
 
-impl fmt::Display for Mistakes {
+impl fmt::Display for ConfigErrors {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let count = self.0.len();
         write!(f, "the configuration has {count} error{}:", if count == 1 { "" } else { "s" })?;
@@ -142,9 +142,9 @@ pub fn load(
     file: Option<&Path>,
     environment: impl IntoIterator<Item = (OsString, OsString)>,
     purpose: Purpose,
-) -> Result<Config, ConfigErrors> {
+) -> Result<Config, LoadError> {
     let (config, config_errors) = load_with_errors(file, environment, purpose)?;
-    if config_errors.is_empty() { Ok(config) } else { Err(ConfigErrors::Mistakes(Mistakes(config_errors))) }
+    if config_errors.is_empty() { Ok(config) } else { Err(LoadError::Invalid(ConfigErrors(config_errors))) }
 }
 
 /// As [`load`], but returns the configuration even if it has errors. A setting with an invalid value has its default.
@@ -155,14 +155,14 @@ pub fn load_with_errors(
     file: Option<&Path>,
     environment: impl IntoIterator<Item = (OsString, OsString)>,
     purpose: Purpose,
-) -> Result<(Config, Vec<ConfigError>), ConfigErrors> {
+) -> Result<(Config, Vec<ConfigError>), LoadError> {
     let variables: Vec<_> = environment.into_iter().collect();
     let named = variables.iter().find(|(name, value)| name == FILE_VARIABLE && !value.is_empty());
     let file = file.map(|path| (path, "--config")).or(named.map(|(_, path)| (Path::new(path), FILE_VARIABLE)));
 
     let mut reader = Reader::default();
     if let Some((path, named_by)) = file {
-        let text = std::fs::read_to_string(path).map_err(|source| ConfigErrors::Unreadable {
+        let text = std::fs::read_to_string(path).map_err(|source| LoadError::Unreadable {
             path: path.to_owned(),
             named_by,
             source,
@@ -174,7 +174,7 @@ pub fn load_with_errors(
     let mut config = read(&mut reader);
     check::run(&config, purpose, &mut reader);
     config.origins = origins(&reader);
-    Ok((config, reader.into_mistakes()))
+    Ok((config, reader.into_errors()))
 }
 
 fn origins(reader: &Reader) -> BTreeMap<String, Origin> {
@@ -202,7 +202,7 @@ mod tests {
         let variables = environment.iter().map(|(name, value)| (OsString::from(name), OsString::from(value)));
         match load(Some(&path), variables, Purpose::Check) {
             Ok(_) => Vec::new(),
-            Err(ConfigErrors::Mistakes(config_errors)) => config_errors
+            Err(LoadError::Invalid(config_errors)) => config_errors
                 .to_string()
                 .replace(&format!("{}/", dir.path().display()), "")
                 .lines()

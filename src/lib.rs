@@ -2,14 +2,14 @@
 //!
 //! `docs/architecture.md` describes how a request passes through the modules, and which rules each module follows. This
 //! list has every module in the order of layers, lowest first. A module imports only from itself and from modules above
-//! it in this list. If two names in the list match a module, the longer one applies. `tests/it/layers.rs` compares every
-//! import with this list, and checks that no module has a cycle of imports within it.
+//! it in this list. If two names in the list match a module, the longer one applies. `tests/it/layers.rs` compares
+//! every import with this list, and checks that no module has a cycle of imports within it.
 //!
 //! Foundations:
 //!
 //! - [`base`], time, text, secrets, units, settings, metrics, circuit breaker, faults and logging
 //! - [`record`], the record of a key, and the database version at which a value was read
-//! - [`doctor::diagnosis`], the result of one diagnostic of `trustgate doctor`
+//! - [`doctor::diagnosis`], the result of one examination of `trustgate doctor`
 //!
 //! Loading a record:
 //!

@@ -135,7 +135,7 @@ impl Reader {
 
     /// All configuration errors, in the order in which they were found.
     #[must_use]
-    pub fn into_mistakes(self) -> Vec<ConfigError> {
+    pub fn into_errors(self) -> Vec<ConfigError> {
         self.config_errors
     }
 

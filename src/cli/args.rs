@@ -107,7 +107,7 @@ pub(crate) enum Command {
     /// Examine everything that `serve` needs: configuration, deadlines, files, database, rights and Redis.
     ///
     /// Run it on the machine that runs `serve`, as the same user and with the same configuration. Prints the result of
-    /// each diagnostic and a remedy for each problem. Changes nothing. Exit code 1: something that `serve` needs does
+    /// each examination and a remedy for each problem. Changes nothing. Exit code 1: something that `serve` needs does
     /// not work.
     Doctor,
     /// Print a completion script for a shell.

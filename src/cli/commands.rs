@@ -15,8 +15,8 @@ use super::{
     explain, key, progress, stdin, trust,
 };
 use crate::{
-    base::{clock::SystemClock, secret::Secret},
-    config::{self, Config, ConfigErrors, Purpose, document},
+    base::{clock::SystemClock, secret::Secret, settings::ConfigError},
+    config::{self, Config, LoadError, Purpose, document},
     manage::{Effect, ManageError, Manager},
     server,
     store::{
@@ -196,15 +196,12 @@ fn completions(shell: clap_complete::Shell) -> Answer {
     Answer::text(String::from_utf8_lossy(&script).into_owned())
 }
 
-fn checked(config: Result<Config, ConfigErrors>) -> Result<Answer, CliError> {
+fn checked(config: Result<Config, LoadError>) -> Result<Answer, CliError> {
     match config {
         Ok(_) => Ok(Answer { json: Some(json!({ "ok": true, "mistakes": [] })), ..Answer::text("ok".to_owned()) }),
-        Err(ConfigErrors::Mistakes(config_errors)) => {
-            let objects: Vec<_> = config_errors
-                .0
-                .iter()
-                .map(|config_error| json!({ "setting": config_error.setting, "origin": config_error.origin, "problem": config_error.problem }))
-                .collect();
+        Err(LoadError::Invalid(config_errors)) => {
+            let object = |error: &ConfigError| json!({ "setting": error.setting, "origin": error.origin, "problem": error.problem });
+            let objects: Vec<_> = config_errors.0.iter().map(object).collect();
             let json = Some(json!({ "ok": false, "mistakes": objects }));
             Ok(Answer { json, ..Answer::text(config_errors.to_string()) }.exit(FAILED))
         }

@@ -1,6 +1,6 @@
 //! `trustgate doctor`: examines everything that `serve` needs, and lists the diagnoses in a fixed order.
 //!
-//! Changes nothing. The command ends even if a server hangs: each diagnostic has its own timeouts, and name lookups
+//! Changes nothing. The command ends even if a server hangs: each examination has its own timeouts, and name lookups
 //! that timed out are abandoned.
 
 use std::{fmt::Write as _, time::Duration};
@@ -13,7 +13,7 @@ use crate::{
         clock::{Clock as _, SystemClock, wall_time},
         settings::ConfigError,
     },
-    config::{Config, ConfigErrors, SECTIONS},
+    config::{Config, LoadError, SECTIONS},
     doctor::{
         database::{NAMES as DATABASE, diagnose as examine_database},
         diagnosis::{Diagnosis, State, complete},
@@ -40,7 +40,7 @@ const MAC_KEY: &str = "redis_mac_key";
 /// Envoy itself.
 const MARGIN: Duration = Duration::from_millis(20);
 
-pub(crate) fn run(loaded: Result<(Config, Vec<ConfigError>), ConfigErrors>, env: Env<'_>) -> Result<Answer, CliError> {
+pub(crate) fn run(loaded: Result<(Config, Vec<ConfigError>), LoadError>, env: Env<'_>) -> Result<Answer, CliError> {
     tls::install_provider();
     let (loaded, unreadable) = match loaded {
         Ok((config, config_errors)) => (LoadedConfig { config, config_errors }, None),
@@ -87,7 +87,7 @@ impl LoadedConfig {
         first.map(|config_error| format!("because of this configuration error: {config_error}"))
     }
 
-    /// Runs `examination`. If `sections` have a configuration error, skips the diagnostics in `names` instead.
+    /// Runs `examination`. If `sections` have a configuration error, skips the examinations in `names` instead.
     async fn unless_skipped(
         &self,
         sections: &[&str],

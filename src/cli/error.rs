@@ -6,7 +6,7 @@ use std::fmt;
 
 use super::exit::{FAILED, USAGE};
 use crate::{
-    config::{Config, ConfigErrors},
+    config::{Config, LoadError},
     manage::{ManageError, deny::DenyError},
     server::AppError,
     store::StoreError,
@@ -100,8 +100,8 @@ fn database_place(config: &Config) -> String {
     )
 }
 
-impl From<ConfigErrors> for CliError {
-    fn from(error: ConfigErrors) -> Self {
+impl From<LoadError> for CliError {
+    fn from(error: LoadError) -> Self {
         Self::new(error.to_string())
     }
 }

@@ -6,7 +6,7 @@ use std::{net::IpAddr, time::Duration};
 
 use tokio::{net::lookup_host, time::timeout};
 
-/// The outcome of a diagnostic.
+/// The outcome of an examination.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum State {
     /// Everything examined works.
@@ -15,7 +15,7 @@ pub enum State {
     Warning,
     /// Something that is needed does not work.
     Failed,
-    /// The diagnostic was skipped, for the given reason.
+    /// The examination was skipped, for the given reason.
     Skipped,
 }
 
@@ -32,10 +32,10 @@ impl State {
     }
 }
 
-/// The result of one diagnostic.
+/// The result of one examination.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Diagnosis {
-    /// The name of the diagnostic.
+    /// The name of the examination.
     pub name: &'static str,
     /// How it ended.
     pub state: State,
@@ -63,7 +63,7 @@ impl Diagnosis {
         Self { state: State::Failed, remedy: Some(remedy.into()), ..Self::ok(name, found) }
     }
 
-    /// The diagnostic was skipped, for the reason `because`.
+    /// The examination was skipped, for the reason `because`.
     pub fn skipped(name: &'static str, because: impl Into<String>) -> Self {
         Self { state: State::Skipped, ..Self::ok(name, because) }
     }

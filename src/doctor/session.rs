@@ -60,7 +60,7 @@ pub struct Use<'a> {
     pub notifications: bool,
 }
 
-/// The results of the database diagnostics.
+/// The results of the database examinations.
 #[derive(Debug)]
 pub struct Examined {
     /// One diagnosis for each of [`NAMES`].
@@ -105,7 +105,7 @@ impl Report {
     }
 }
 
-/// The reason to skip a diagnostic because of an earlier diagnosis.
+/// The reason to skip an examination because of an earlier diagnosis.
 fn because_of(diagnosis: &Diagnosis) -> String {
     format!("because of {}", diagnosis.name)
 }

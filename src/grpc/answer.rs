@@ -53,8 +53,8 @@ pub(crate) fn answer(mut respond: SendResponse<Bytes>, answer: Answer, unread: &
     }
 }
 
-/// An answer that waits until the peer opens its flow-control window. The message is copied: a slice would keep the larger shared buffer
-/// allocated for as long as the peer does not read.
+/// An answer that waits until the peer opens its flow-control window. The message is copied: a slice would keep the
+/// larger shared buffer allocated for as long as the peer does not read.
 struct Unread {
     message: Box<[u8]>,
     _permit: OwnedSemaphorePermit,
@@ -66,8 +66,8 @@ impl AsRef<[u8]> for Unread {
     }
 }
 
-/// Sends `reply`. If the peer's flow-control window is too small, h2 queues the answer. If `UNREAD_MAX` answers are queued already, resets
-/// the stream.
+/// Sends `reply`. If the peer's flow-control window is too small, h2 queues the answer. If `UNREAD_MAX` answers are
+/// queued already, resets the stream.
 pub(crate) fn send(mut respond: SendResponse<Bytes>, reply: Reply, unread: &Arc<Semaphore>) {
     let mut response = Response::new(());
     response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/grpc"));

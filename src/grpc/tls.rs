@@ -75,7 +75,7 @@ fn read_certificates(setting: &'static str, path: &Path) -> Result<Vec<Certifica
     Ok(certificates)
 }
 
-/// The name of the diagnostic of the server's certificate.
+/// The name of the examination of the server's certificate.
 pub const EXAMINATION: &str = "tls";
 
 /// Examines for `doctor` the TLS files that `settings` name, and when the certificates expire. `now` is the time of
