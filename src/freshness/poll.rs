@@ -562,4 +562,21 @@ mod tests {
         let later = start + REQUESTED_PERIOD * 2;
         assert_eq!(rate.earliest(later), later);
     }
+
+    #[test]
+    fn failed_heartbeats_are_retried_at_intervals_while_polls_are_answered() {
+        let attempted_after = |up, attempted| {
+            State { up, registered: false, warned: true, attempted, restored: None, offset: 0 }.may_report()
+        };
+        let (now, earlier) = (Some(Instant::now()), Instant::now().checked_sub(REPORT_AGAIN));
+        for (up, attempted, want) in [
+            (Some(Up::Yes), None, true),
+            (Some(Up::Yes), now, false),
+            (Some(Up::Yes), earlier, true),
+            (Some(Up::No), now, true),
+            (None, now, true),
+        ] {
+            assert_eq!(attempted_after(up, attempted), want);
+        }
+    }
 }

@@ -333,14 +333,18 @@ async fn prepare_and_poll(
     let mut reported = String::new();
     let prepared = stop.run_until_cancelled(async {
         loop {
-            let late = || StoreError::Fault(Fault::Timeout { tier: Tier::Store, limit });
-            let attempt = timeout(limit.saturating_mul(2), source.prepare(Missing::Create)).await.unwrap_or_else(|_| Err(late()));
-            match attempt {
+            let prepared = timeout(limit.saturating_mul(2), source.prepare(Missing::Create)).await;
+            let timed_out = || Err(StoreError::Fault(Fault::Timeout { tier: Tier::Store, limit }));
+            match prepared.unwrap_or_else(|_| timed_out()) {
                 Ok(()) => return Ok(()),
                 Err(error) if error.is_transient() => {
                     let problem = error.to_string();
                     if problem != reported {
-                        tracing::warn!(%error, database = place, "database not usable yet: the server is not ready; trying again");
+                        tracing::warn!(
+                            %error,
+                            database = place,
+                            "database not usable yet: the server is not ready; trying again"
+                        );
                         reported = problem;
                     }
                     sleep(PREPARE_WAIT).await;
@@ -407,4 +411,20 @@ const NO_MAC_KEY: &str = "these tables have no MAC key: set redis.mac_key_file";
 
 pub(crate) fn hasher(config: &Config) -> Result<Hasher, AppError> {
     config.credential.hasher().map_err(|source| AppError::SecretFile { setting: "credential.pepper_file", source })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_task_that_ends_or_panics_is_reported_with_its_name() {
+        let mut tasks = Tasks::default();
+        tasks.spawn_on("poll", async { Ok(()) }, &Handle::current());
+        assert!(matches!(tasks.join_next().await, Some(("poll", Ok(())))));
+        tasks.spawn_on("deny list", async { panic!("for the test") }, &Handle::current());
+        let ended = tasks.join_next().await;
+        assert!(matches!(&ended, Some(("deny list", Err(AppError::Ended("deny list", _))))), "{ended:?}");
+        assert!(tasks.join_next().await.is_none());
+    }
 }

@@ -423,3 +423,15 @@ fn cidrs(json: &str) -> Result<Vec<IpNet>, Corrupt> {
 fn time(micros: Option<i64>) -> Option<DatabaseTime> {
     micros.map(DatabaseTime::from_micros)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ipv4_mapped_networks_are_networks_of_ipv4() {
+        let networks = cidrs(r#"["::ffff:10.0.0.0/104", "::ffff:10.1.2.3/128", "2001:db8::/32"]"#).unwrap();
+        let texts: Vec<_> = networks.iter().map(ToString::to_string).collect();
+        assert_eq!(texts, ["10.0.0.0/8", "10.1.2.3/32", "2001:db8::/32"]);
+    }
+}

@@ -19,7 +19,7 @@ use crate::{
         eventually, exclusive,
         grpc::CheckClient,
         http, load,
-        server::{TestConfig, UNHURRIED},
+        server::{LONG_DEADLINES, TestConfig},
         shared,
     },
 };
@@ -88,7 +88,7 @@ async fn health_watchers_are_notified_of_the_drain_and_do_not_delay_it() {
 #[tokio::test(flavor = "multi_thread")]
 async fn calls_in_flight_are_finished_after_goaway() {
     let _turn = shared().await;
-    let fixture = Fixture::new(&[UNHURRIED.as_slice(), &[("limits.drain_delay", "1s")]].concat()).await;
+    let fixture = Fixture::new(&[LONG_DEADLINES.as_slice(), &[("limits.drain_delay", "1s")]].concat()).await;
     let key = fixture.test_config.issue("acme", &[]).await;
     let server = fixture.test_config.serve().await;
     let (admin, grpc) = (server.admin(), server.grpc());

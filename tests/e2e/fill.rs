@@ -7,11 +7,11 @@ use tokio::task::JoinHandle;
 use trustgate::server::Delay;
 
 use crate::{
-    fixture::{Fixture, PATIENT_REDIS},
+    fixture::Fixture,
     support::{
         eventually,
         grpc::{CheckClient, Verdict},
-        server::{IssuedKey, Server, TestConfig, UNHURRIED},
+        server::{IssuedKey, LONG_DEADLINES, Server, TestConfig},
         shared,
         store_proxy::StoreProxy,
     },
@@ -22,7 +22,7 @@ const PATIENCE: Duration = Duration::from_secs(30);
 #[tokio::test(flavor = "multi_thread")]
 async fn a_key_read_before_its_revocation_is_denied_after_it() {
     let _turn = shared().await;
-    let fixture = Fixture::new(&UNHURRIED).await;
+    let fixture = Fixture::new(&LONG_DEADLINES).await;
     let (running, proxy) = StoreProxy::start(&fixture.test_config, |_| ()).await;
     running.ready().await;
     let other = fixture.test_config.serve().await;
@@ -57,7 +57,7 @@ async fn a_key_read_before_its_revocation_is_denied_after_it() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_key_read_before_the_caches_were_cleared_is_denied_after_it() {
     let _turn = shared().await;
-    let test_config = TestConfig::new().unhurried();
+    let test_config = TestConfig::new().with_long_deadlines();
     test_config.migrate().await;
     test_config.trust("acme").await;
     let key = test_config.issue("acme", &[]).await;
@@ -81,7 +81,7 @@ async fn a_stale_value_put_into_redis_is_refused_by_replicas_that_applied_the_re
     let _turn = shared().await;
     // Polls of the first replica are blocked below, so it does not see the revocation. Its lease allows it to use the
     // old value for a minute.
-    let fixture = Fixture::new(&[PATIENT_REDIS.as_slice(), &[("freshness.lease", "1m")]].concat()).await;
+    let fixture = Fixture::new(&[LONG_DEADLINES.as_slice(), &[("freshness.lease", "1m")]].concat()).await;
     let key = fixture.test_config.issue("acme", &[]).await;
     let (running, proxy) = StoreProxy::start(&fixture.test_config, |_| ()).await;
     running.ready().await;

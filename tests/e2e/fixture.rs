@@ -4,16 +4,6 @@ use std::time::Duration;
 
 use crate::support::{eventually, load::KeyCase, postgres::Postgres, redis::Redis, server::TestConfig};
 
-/// A `redis.timeout` that a busy machine does not exceed, and the deadlines that must be longer. The server writes a
-/// record to Redis once, best effort. If that write times out, the server does not repeat it while the record is in L1,
-/// and a test that waits for the record in Redis would fail.
-pub const PATIENT_REDIS: [(&str, &str); 4] = [
-    ("store.read_timeout", "60s"),
-    ("redis.timeout", "5s"),
-    ("decision.deadline", "70s"),
-    ("decision.envoy_timeout", "80s"),
-];
-
 /// PostgreSQL and Redis servers that belong to one test, which may stop them, and a configuration that points to them.
 pub struct Fixture {
     pub postgres: Postgres,

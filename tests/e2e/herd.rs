@@ -24,8 +24,10 @@ const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Starts a server with long deadlines and this `freshness.mode`, and issues a key that it has not cached.
 async fn start(mode: &str) -> (Running, Arc<StoreProxy>, IssuedKey, TestConfig) {
-    let test_config =
-        TestConfig::new().unhurried().with("freshness.mode", mode).with("limits.streams_per_connection", "1024");
+    let test_config = TestConfig::new()
+        .with_long_deadlines()
+        .with("freshness.mode", mode)
+        .with("limits.streams_per_connection", "1024");
     test_config.migrate().await;
     test_config.trust("acme").await;
     let key = test_config.issue("acme", &[]).await;

@@ -26,7 +26,7 @@ use crate::{
         eventually, exclusive,
         grpc::{CheckClient, request},
         http, load, machine,
-        server::{IssuedKey, Server, TestConfig, UNHURRIED, made_up_key},
+        server::{IssuedKey, LONG_DEADLINES, Server, TestConfig, made_up_key},
         shared,
     },
 };
@@ -284,7 +284,7 @@ async fn a_check_with_60_kib_of_headers_is_answered() {
 async fn messages_in_flight_are_bounded_even_if_their_streams_opened_earlier() {
     let _turn = shared().await;
     let bounds = [("limits.message_size", "64KiB"), ("limits.messages_in_flight_size", "128KiB")];
-    let fixture = Fixture::new(&[UNHURRIED.as_slice(), &bounds].concat()).await;
+    let fixture = Fixture::new(&[LONG_DEADLINES.as_slice(), &bounds].concat()).await;
     let key = fixture.test_config.issue("acme", &[]).await;
     let server = fixture.test_config.serve().await;
     let mut connection = connect(TcpStream::connect(server.grpc()).await.unwrap()).await;
@@ -331,7 +331,7 @@ async fn a_client_with_a_zero_window_does_not_block_other_connections() {
 #[tokio::test(flavor = "multi_thread")]
 async fn streams_per_connection_are_limited() {
     let _turn = shared().await;
-    let fixture = Fixture::new(&[UNHURRIED.as_slice(), &[("limits.streams_per_connection", "8")]].concat()).await;
+    let fixture = Fixture::new(&[LONG_DEADLINES.as_slice(), &[("limits.streams_per_connection", "8")]].concat()).await;
     let key = fixture.test_config.issue("acme", &[]).await;
     let server = fixture.test_config.serve().await;
     let frozen = fixture.postgres.freeze();
@@ -350,7 +350,8 @@ async fn streams_per_connection_are_limited() {
 #[tokio::test(flavor = "multi_thread")]
 async fn five_thousand_resets_at_once_close_no_connection() {
     let _turn = exclusive().await;
-    let fixture = Fixture::new(&[UNHURRIED.as_slice(), &[("limits.streams_per_connection", "1024")]].concat()).await;
+    let fixture =
+        Fixture::new(&[LONG_DEADLINES.as_slice(), &[("limits.streams_per_connection", "1024")]].concat()).await;
     let key = fixture.test_config.issue("acme", &[]).await;
     let server = fixture.test_config.serve().await;
     let frozen = fixture.postgres.freeze();
@@ -380,6 +381,49 @@ async fn five_thousand_resets_at_once_close_no_connection() {
     let took = machine::elapsed(reset);
     println!("5 000 resets: all connections answer again after {took:?}");
     assert!(took < Duration::from_secs(1), "{took:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_reset_within_a_message_counts_as_cancelled_and_not_as_denied() {
+    let _turn = shared().await;
+    let server = TestConfig::new().serve().await;
+    let connection = connect(TcpStream::connect(server.grpc()).await.unwrap()).await;
+    let message = frame(&request("a-key-of-another-system", &[]));
+    for _ in 0..20 {
+        let (_answer, mut stream) = connection.clone().send_request(head(), false).unwrap();
+        stream.send_data(message.slice(..message.len() / 2), false).unwrap();
+        stream.send_reset(h2::Reason::CANCEL);
+    }
+    let checks = |decision: &str, reason: &str| {
+        format!(
+            "trustgate_checks_total{{credential=\"key\",decision=\"{decision}\",reason=\"{reason}\",transport=\"grpc\"}}"
+        )
+    };
+    let cancelled = checks("cancelled", "cancelled");
+    eventually("the checks are cancelled", PATIENCE, || async { server.metric(&cancelled).await >= 20.0 }).await;
+    assert!(server.metric(&checks("deny", "undecodable")).await < 0.5);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn connections_are_counted_until_they_end() {
+    let _turn = shared().await;
+    let server = TestConfig::new().serve().await;
+    let mut connections = Vec::new();
+    for _ in 0..3 {
+        connections.push(connect(TcpStream::connect(server.grpc()).await.unwrap()).await);
+    }
+    let open = async |count: f64| (server.metric("trustgate_grpc_connections").await - count).abs() < 0.5;
+    eventually("three connections are counted", PATIENCE, || open(3.0)).await;
+    drop(connections);
+    eventually("no connection is counted", PATIENCE, || open(0.0)).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_starts_with_the_longest_connect_timeout() {
+    let _turn = shared().await;
+    let test_config = TestConfig::new().with("store.connect_timeout", "500000000000y");
+    test_config.migrate().await;
+    test_config.serve().await.until_ready().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

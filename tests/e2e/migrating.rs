@@ -28,7 +28,7 @@ impl Application {
         postgres
             .execute(&database, "CREATE TABLE trust (id uuid PRIMARY KEY, api_key_hash char(64) NULL UNIQUE)")
             .await;
-        let test_config = TestConfig::new().unhurried().with("store.url", postgres.url("admin", &database));
+        let test_config = TestConfig::new().with_long_deadlines().with("store.url", postgres.url("admin", &database));
         Self { postgres, database, test_config }
     }
 
@@ -170,7 +170,7 @@ async fn moved_into_our_own_tables_every_key_keeps_its_trust() {
     app.execute(&statements_of_the_page()).await;
     let attached = app.test_config;
     let url = app.postgres.url("admin", &app.database);
-    app.test_config = TestConfig::new().unhurried().with("store.url", url).with("redis.url", redis.url());
+    app.test_config = TestConfig::new().with_long_deadlines().with("store.url", url).with("redis.url", redis.url());
     let (app, _server, client) = app.served(&[]).await;
     assert_granted(&client.check(&key).await, &id);
     eventually("the record of the other table is in Redis", Duration::from_secs(30), || async {

@@ -49,7 +49,7 @@ impl Peppers {
             Some(postgres) => postgres.url("admin", &self.database),
             None => format!("sqlite://{}", self.file("trustgate.db").display()),
         };
-        let mut test_config = TestConfig::new().unhurried().with("store.url", url);
+        let mut test_config = TestConfig::new().with_long_deadlines().with("store.url", url);
         for name in previous.iter().chain(&current) {
             self.write(name, name);
         }

@@ -8,15 +8,12 @@ use tokio::{
     sync::watch,
 };
 
-use crate::{
-    fixture::PATIENT_REDIS,
-    support::{
-        eventually,
-        grpc::{CheckClient, granted},
-        redis::Redis,
-        server::{Server, TestConfig},
-        shared,
-    },
+use crate::support::{
+    eventually,
+    grpc::{CheckClient, granted},
+    redis::Redis,
+    server::{Server, TestConfig},
+    shared,
 };
 
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -59,9 +56,7 @@ async fn size(redis: &Redis) -> u64 {
 }
 
 async fn served(url: String) -> (TestConfig, Server, CheckClient) {
-    let test_config =
-        PATIENT_REDIS.iter().fold(TestConfig::new(), |test_config, (setting, value)| test_config.with(setting, *value));
-    let test_config = test_config.with("redis.url", url);
+    let test_config = TestConfig::new().with_long_deadlines().with("redis.url", url);
     test_config.migrate().await;
     test_config.trust("acme").await;
     let server = test_config.serve().await;

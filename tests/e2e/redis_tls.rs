@@ -8,13 +8,13 @@ use sha2::{Digest as _, Sha256};
 use trustgate::record::ApiKeyDigest;
 
 use crate::{
-    fixture::{Fixture, PATIENT_REDIS},
+    fixture::Fixture,
     support::{
         eventually,
         grpc::CheckClient,
         postgres::Postgres,
         redis::{Cluster, MASTER, Redis, SentinelSetup, USER},
-        server::{Server, TestConfig, made_up_key},
+        server::{LONG_DEADLINES, Server, TestConfig, made_up_key},
         shared,
     },
 };
@@ -112,7 +112,7 @@ async fn serve_without_redis(test_config: &TestConfig, why: &str) -> Server {
 #[tokio::test(flavor = "multi_thread")]
 async fn forged_redis_values_are_refused_deleted_and_grant_nothing() {
     let _turn = shared().await;
-    let fixture = Fixture::new(&PATIENT_REDIS).await;
+    let fixture = Fixture::new(&LONG_DEADLINES).await;
     let server = fixture.test_config.serve().await;
     until_connected(&server).await;
     let client = CheckClient::connect(server.grpc()).await;

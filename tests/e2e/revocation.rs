@@ -9,13 +9,13 @@ use tokio::time::{Instant, sleep, sleep_until};
 use trustgate::server::Delay;
 
 use crate::{
-    fixture::{Fixture, PATIENT_REDIS},
+    fixture::Fixture,
     support::{
         envoy::Envoy,
         eventually,
         grpc::{CheckClient, granted, refused},
         http,
-        server::{IssuedKey, TestConfig, made_up_key},
+        server::{IssuedKey, LONG_DEADLINES, TestConfig, made_up_key},
         shared,
         store_proxy::StoreProxy,
     },
@@ -43,7 +43,7 @@ async fn revoked_keys_are_denied_within_the_ttl_on_tables_without_a_change_log()
 #[tokio::test(flavor = "multi_thread")]
 async fn revoked_keys_are_denied_on_all_replicas_once_the_command_reports_it() {
     let _turn = shared().await;
-    let fixture = Fixture::new(&PATIENT_REDIS).await;
+    let fixture = Fixture::new(&LONG_DEADLINES).await;
     let (one, other) = (fixture.test_config.serve().await, fixture.test_config.serve().await);
     let (at_one, at_other) = (CheckClient::connect(one.grpc()).await, CheckClient::connect(other.grpc()).await);
     let [key, good] = [fixture.test_config.issue("acme", &[]).await, fixture.test_config.issue("acme", &[]).await];
@@ -102,7 +102,7 @@ async fn revoked_keys_are_denied_at_once_on_a_live_route() {
 #[tokio::test(flavor = "multi_thread")]
 async fn cache_clear_discards_entries_on_every_replica_and_in_redis() {
     let _turn = shared().await;
-    let fixture = Fixture::new(&[PATIENT_REDIS.as_slice(), &[("freshness.ttl", "10m")]].concat()).await;
+    let fixture = Fixture::new(&[LONG_DEADLINES.as_slice(), &[("freshness.ttl", "10m")]].concat()).await;
     let (one, other) = (fixture.test_config.serve().await, fixture.test_config.serve().await);
     let (at_one, at_other) = (CheckClient::connect(one.grpc()).await, CheckClient::connect(other.grpc()).await);
     let (on_both, first_on_one, second_on_one) = (
@@ -206,9 +206,8 @@ async fn existing_table(fixture: &Fixture, ttl: &str) -> (TestConfig, ExistingTa
         .with("store.preset", "trust-table")
         .with("redis.url", fixture.redis.url())
         .with("redis.mac_key_file", mac_key.display().to_string())
-        .with("freshness.ttl", ttl);
-    let test_config =
-        PATIENT_REDIS.iter().fold(test_config, |test_config, (setting, value)| test_config.with(setting, *value));
+        .with("freshness.ttl", ttl)
+        .with_long_deadlines();
     (test_config, ExistingTable(tokio::sync::Mutex::new(connection)))
 }
 

@@ -104,7 +104,7 @@ async fn an_upgrade_under_load_and_a_return_to_the_earlier_build_cause_no_wrong_
     postgres.execute(&database, "CREATE ROLE trustgate_serve LOGIN; CREATE ROLE trustgate_manage LOGIN").await;
     let test_config = |user: &str| {
         TestConfig::new()
-            .unhurried()
+            .with_long_deadlines()
             .with("store.url", postgres.url(user, &database))
             .with("credential.pepper", "a pepper of more than 16 bytes")
     };

@@ -3,7 +3,7 @@
 
 use std::{
     sync::{
-        Arc,
+        Arc, Mutex,
         atomic::{AtomicUsize, Ordering},
     },
     time::Duration,
@@ -235,6 +235,8 @@ struct FakeDatabase {
     open_max: AtomicUsize,
     may_connect: Permits,
     may_answer: Permits,
+    /// The name of the thread of each connect.
+    threads: Mutex<Vec<Option<String>>>,
 }
 
 struct Permits(Semaphore);
@@ -266,6 +268,7 @@ impl Connect for FakeDatabase {
     type Row = usize;
     async fn connect(&self) -> Result<FakeConnection, sqlx::Error> {
         let number = self.connects.fetch_add(1, Ordering::SeqCst);
+        self.threads.lock().unwrap().push(std::thread::current().name().map(str::to_owned));
         self.may_connect.pass().await;
         self.open_max.fetch_max(self.open.fetch_add(1, Ordering::SeqCst) + 1, Ordering::SeqCst);
         Ok(FakeConnection(Arc::clone(&self.open), number))
@@ -305,6 +308,19 @@ fn a_read_on_a_runtime_that_has_ended_fails_and_does_not_hang() {
         done.send(outcome.is_err()).unwrap();
     });
     assert_eq!(is_done.recv_timeout(30 * SECONDS), Ok(true));
+}
+
+#[tokio::test]
+async fn connects_run_on_the_runtime_of_the_pool_and_not_on_that_of_the_first_caller() {
+    let io =
+        tokio::runtime::Builder::new_multi_thread().worker_threads(1).thread_name("io").enable_time().build().unwrap();
+    let (database, pool) = fake_pool(1, 4, 60 * SECONDS);
+    pool.run_on(io.handle().clone());
+    database.may_connect.0.add_permits(1);
+    database.may_answer.0.add_permits(1);
+    assert_eq!(pool.read(&()).await.unwrap(), [0]);
+    assert_eq!(*database.threads.lock().unwrap(), [Some("io".to_owned())]);
+    io.shutdown_background();
 }
 
 #[tokio::test]
