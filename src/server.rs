@@ -5,6 +5,7 @@ pub(crate) mod error;
 pub(crate) mod health;
 pub mod lifecycle;
 pub(crate) mod memory;
+pub(crate) mod readiness;
 pub mod replica;
 pub(crate) mod runtime;
 pub(crate) mod signals;
@@ -24,6 +25,7 @@ use self::{
     admin::Admin,
     health::{announce, health},
     lifecycle::{Life, Phase},
+    readiness::ServerReadiness,
     replica::{Replica, ReplicaDeps, Tasks},
     runtime::{OwnedRuntime, Priority},
     signals::SystemSignals,
@@ -143,12 +145,15 @@ impl AppBuilder {
         }
         let shown = Admin {
             registry,
-            life: life.clone(),
             before_scrape: observe(&config, &cache, &poll, &replica_state, &clock),
-            replica_state,
-            poll,
-            clock,
-            serving: workers.handles(),
+            clock: Arc::clone(&clock),
+            readiness: Box::new(ServerReadiness {
+                life: life.clone(),
+                replica_state,
+                clock,
+                poll,
+                workers: workers.handles(),
+            }),
         };
         let admin_runtime = start_admin(admin, shown, &stop, &mut parts)?;
         tracing::info!(grpc = listed(&addresses.0), admin = listed(&addresses.1), "listening");

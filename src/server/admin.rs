@@ -6,8 +6,8 @@
 
 use std::{collections::VecDeque, convert::Infallible, net::SocketAddr, sync::Arc, time::Duration};
 
+use async_trait::async_trait;
 use bytes::Bytes;
-use futures_util::future::join_all;
 use http::{
     HeaderValue, Method, Request, Response, StatusCode,
     header::{ALLOW, CONTENT_TYPE},
@@ -17,20 +17,15 @@ use hyper::{body::Incoming, server::conn::http1, service::service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::{
     net::{TcpListener, TcpStream},
-    runtime::Handle,
     task::{AbortHandle, JoinSet},
     time::{sleep, timeout},
 };
 use tokio_util::sync::CancellationToken;
 
-use super::lifecycle::{Life, Phase};
-use crate::{
-    base::{
-        clock::Clock,
-        log_limit::LogLimit,
-        metrics::{self, Registry},
-    },
-    freshness::{ReplicaState, lease::LeaseState, poll::PollMetrics},
+use crate::base::{
+    clock::Clock,
+    log_limit::LogLimit,
+    metrics::{self, Registry},
 };
 
 crate::settings! {
@@ -54,25 +49,23 @@ const ACCEPT_WAIT: Duration = Duration::from_secs(1);
 /// The interval at which failed accepts are logged: a shortage of file descriptors can last for hours.
 const FAILURE_LOG_INTERVAL: Duration = Duration::from_mins(1);
 
-/// Timeout for all workers together to answer a readiness probe.
-const PROBE_TIMEOUT: Duration = Duration::from_millis(250);
-
-/// The data that the admin listener exposes.
+/// What the admin listener exposes.
 pub struct Admin {
     /// All metrics.
     pub registry: Registry,
-    /// The phase of the server's life.
-    pub life: Life,
-    /// The replica state.
-    pub replica_state: Arc<ReplicaState>,
-    /// The clock.
-    pub clock: Arc<dyn Clock>,
-    /// The metrics of the poll, which show whether the database answers.
-    pub poll: PollMetrics,
-    /// The runtimes of the workers.
-    pub serving: Vec<Handle>,
     /// Called before each scrape.
     pub before_scrape: Box<dyn Fn() + Send + Sync>,
+    /// Answers readiness probes.
+    pub readiness: Box<dyn Readiness>,
+    /// The clock.
+    pub clock: Arc<dyn Clock>,
+}
+
+/// Decides whether this process is ready for work.
+#[async_trait]
+pub trait Readiness: Send + Sync {
+    /// Examines this process. Returns whether it is ready, and the details as text for people.
+    async fn examine(&self) -> (bool, String);
 }
 
 /// Serves `listener` until `stop`, then closes its connections.
@@ -124,7 +117,10 @@ async fn answer(request: &Request<Incoming>, admin: &Admin) -> Response<Full<Byt
             (StatusCode::METHOD_NOT_ALLOWED, TEXT, "use GET\n".to_owned())
         }
         "/livez" => (StatusCode::OK, TEXT, "alive\n".to_owned()),
-        "/readyz" => ready(admin).await,
+        "/readyz" => {
+            let (is_ready, details) = admin.readiness.examine().await;
+            (if is_ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE }, TEXT, details)
+        }
         "/metrics" => {
             (admin.before_scrape)();
             (StatusCode::OK, METRICS, metrics::text(&admin.registry))
@@ -143,37 +139,3 @@ async fn answer(request: &Request<Incoming>, admin: &Admin) -> Response<Full<Byt
 const TEXT: &str = "text/plain; charset=utf-8";
 /// The text format of Prometheus (<https://prometheus.io/docs/instrumenting/exposition_formats/>).
 const METRICS: &str = "text/plain; version=0.0.4; charset=utf-8";
-
-/// Answers a readiness probe. The status is 200 from the first confirmed poll until the drain, if the workers respond
-/// and this server has the recorded pepper. It stays 200 while the database or Redis is down: otherwise Envoy would
-/// lose all replicas at once. The body shows what is unavailable.
-async fn ready(admin: &Admin) -> (StatusCode, &'static str, String) {
-    let phase = admin.life.phase();
-    let probes = admin.serving.iter().map(|worker| worker.spawn(async {}));
-    let answers = timeout(PROBE_TIMEOUT, join_all(probes)).await.is_ok();
-    let store = match (admin.replica_state.is_confirmed(), admin.poll.is_store_up()) {
-        (_, true) => "ok",
-        (false, false) => "cannot be used yet; see the log for the reason",
-        (true, false) => "lost",
-    };
-    let lease = match admin.replica_state.load().lease_state(admin.clock.now()) {
-        LeaseState::Fresh => "fresh",
-        LeaseState::Stale => "stale; keys that were good are still granted for freshness.stale_if_unconfirmed",
-        LeaseState::Expired => "none; checks that would rely on it ask the database",
-    };
-    let fits = admin.replica_state.pepper.fits();
-    let is_ready = phase == Phase::Serve && answers && fits;
-    let status = if is_ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
-    let serving = if answers { "ok" } else { "does not answer" };
-    // The first poll compares the peppers.
-    let pepper = match (fits, admin.replica_state.is_confirmed()) {
-        (true, _) => "ok",
-        (false, true) => "mismatch with the database; both fingerprints are in the log",
-        (false, false) => "not compared yet",
-    };
-    let body = format!(
-        "{}\nserving: {serving}\ndatabase: {store}\nlease: {lease}\npepper: {pepper}\n",
-        if fits || phase != Phase::Serve { phase.as_str() } else { "not ready" }
-    );
-    (status, TEXT, body)
-}
