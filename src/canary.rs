@@ -1,44 +1,64 @@
-//! The canary: a task that repeatedly issues a key, waits until it is granted, revokes it, and checks it until it is
-//! denied. It shows on the running server whether revocations take effect within the revocation bound.
+//! The canary: repeatedly issues a key, waits until each replica grants it, revokes it, and checks it until each
+//! replica denies it. It shows on running replicas whether revocations take effect within the revocation bound.
 //!
-//! The canary uses the same code as other callers: management, which writes audit entries, and the checker, which
-//! counts the checks. Each round deletes its trust and key; about once an hour, a round also deletes the trusts of
-//! replicas that are gone. Off unless `freshness.canary_interval` is set.
+//! The canary is a client like any other: it changes keys through management, which writes audit entries, and sends
+//! checks over gRPC as Envoy does. Each round deletes its trust and key; about once an hour, a round also deletes
+//! trusts that other canaries left behind.
 
 pub mod client;
+pub mod metrics;
 
-use std::{io, sync::Arc, time::Duration};
+use std::{io, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
+use futures_util::future::join_all;
 use tokio::time::{sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
-use self::client::Verdict;
+use self::{
+    client::{ConnectError, Connector, Replica, Target, Verdict},
+    metrics::CanaryMetrics,
+};
 use crate::{
     base::{
         clock::{Clock, Moment},
         jitter::Jitter,
-        metrics::{Histogram, HistogramOpts, IntCounter, IntCounterVec, Opts, Registry, SHORT_SECONDS, register},
     },
-    ext_authz::{
-        check::Checker,
-        credential::{
-            CredentialSettings,
-            source::{Scheme, Source},
-        },
-    },
-    freshness::{Freshness, FreshnessSettings, ReplicaState},
+    ext_authz::credential::CredentialSettings,
+    freshness::{Freshness, FreshnessSettings},
     manage::{ManageError, Manager, keys::Wanted},
     record::TrustId,
-    store::{
-        Actor, Management, StoreError,
-        ledger::{Trust, TrustRef},
-    },
+    store::{Actor, Management, StoreError, ledger::TrustRef},
 };
 
-/// Prefix of the names of canary trusts. The id of the replica follows.
+crate::settings! {
+    /// The canary, a separate process (`trustgate canary`) that tests revocation on running replicas.
+    pub struct CanarySettings in "canary" {
+        /// The gRPC listeners to test: one address or a list. If `HOST:PORT` has a host name, the canary tests each
+        /// address that DNS returns for the name, at most 64: with a headless Kubernetes service, all of its pods.
+        /// `unix:///PATH` is a Unix socket.
+        targets: Vec<Target> = "127.0.0.1:50051",
+        /// The interval at which the canary starts rounds, varied by up to 10 %. At least 1 s. Each round writes four
+        /// audit entries.
+        interval: Duration = "1m",
+        /// Addresses of the listener for metrics: one address or a list.
+        listen: Vec<SocketAddr> = "127.0.0.1:9181",
+        /// PEM file with the certificate authorities of the servers' certificates. If set, the canary connects to TCP
+        /// targets over TLS. Read in each round.
+        tls_ca_file: Option<PathBuf> = "",
+        /// The name that the servers' certificates must contain. Unset: the host of the target.
+        tls_server_name: Option<String> = "",
+        /// PEM file with the canary's certificate, for servers that require one (`grpc.tls_client_ca_file`). Requires
+        /// `tls_ca_file` and `tls_key_file`. Read in each round.
+        tls_certificate_file: Option<PathBuf> = "",
+        /// PEM file with the private key of the certificate. Read in each round.
+        tls_key_file: Option<PathBuf> = "",
+    }
+}
+
+/// Prefix of the names of canary trusts. A random id follows.
 const PREFIX: &str = "trustgate-canary-";
-/// Wait between two checks of the key.
+/// Wait between two checks of the key on one replica.
 const PROBE_WAIT: Duration = Duration::from_millis(5);
 /// The maximum time that a new key may be denied before the round counts as `denied`. It should be granted at once.
 const GRANTED_WITHIN: Duration = Duration::from_secs(5);
@@ -49,261 +69,303 @@ const PROBE_MARGIN: Duration = Duration::from_secs(1);
 const LIFETIME_MARGIN: Duration = Duration::from_mins(1);
 /// Timeout of one management operation.
 const CHANGE_TIMEOUT: Duration = Duration::from_secs(5);
-/// Minimum time between two searches for the trusts of replicas that are gone. Each search lists all trusts.
+/// Minimum time between two searches for trusts that other canaries left behind. Each search lists all trusts.
 const CLEAN_INTERVAL: Duration = Duration::from_hours(1);
-/// The maximum time that the shutdown waits for the end of a round.
-const STOP_TIMEOUT: Duration = Duration::from_secs(2);
+/// A canary trust that is older than this was left behind: a round takes minutes at most.
+const LEFT_BEHIND_AFTER: Duration = Duration::from_hours(1);
 
 /// The dependencies of a canary.
-pub struct Parts {
+pub struct CanaryDeps {
     /// Issues and revokes the keys.
     pub management: Management,
-    /// Decides the checks.
-    pub checker: Arc<Checker>,
-    /// The replica state.
-    pub replica_state: Arc<ReplicaState>,
     /// The clock.
     pub clock: Arc<dyn Clock>,
+    /// The settings of the canary.
+    pub settings: CanarySettings,
     /// The sources of a key in a request, and the pepper.
     pub credential: CredentialSettings,
-    /// The revocation bound, and the interval between rounds.
-    pub settings: FreshnessSettings,
-    /// The freshness mode of routes that do not set their own.
+    /// The revocation bound of the replicas.
+    pub freshness: FreshnessSettings,
+    /// The freshness mode of the replicas.
     pub mode: Freshness,
-    /// The id of this replica.
-    pub replica: Uuid,
-    /// The name of this replica, for people.
+    /// The name of this machine or pod, for the audit.
     pub name: String,
 }
 
 /// A canary that is not running yet.
 pub struct Canary {
-    parts: Parts,
+    deps: CanaryDeps,
     metrics: CanaryMetrics,
 }
 
 impl Canary {
     /// A canary with these dependencies.
     #[must_use]
-    pub const fn new(parts: Parts, metrics: CanaryMetrics) -> Self {
-        Self { parts, metrics }
+    pub const fn new(deps: CanaryDeps, metrics: CanaryMetrics) -> Self {
+        Self { deps, metrics }
     }
 
-    /// Runs one round after another until `stop`. A round that `stop` interrupts deletes its trust, within
-    /// `STOP_TIMEOUT`.
+    /// Runs one round after another until `stop`. A round that `stop` interrupts deletes its trust.
     pub async fn run(self, stop: CancellationToken) {
-        let timed_out = async {
-            stop.cancelled().await;
-            sleep(STOP_TIMEOUT).await;
-        };
-        tokio::select! {
-            biased;
-            () = self.rounds(&stop) => {}
-            () = timed_out => {}
-        }
-    }
-
-    async fn rounds(&self, stop: &CancellationToken) {
-        if stop.run_until_cancelled(self.parts.replica_state.confirmed()).await.is_none() {
-            return;
-        }
-        let (mut jitter, mut cleaned, mut previous) = (Jitter::of(self.parts.replica), None, Outcome::Ok);
-        let interval = self.parts.settings.canary_interval;
-        while stop.run_until_cancelled(sleep(jitter.around(interval))).await.is_some() {
-            let outcome = match self.round(&mut cleaned, stop).await {
-                Ok(Some(outcome)) => outcome,
-                Ok(None) => return,
-                Err(problem) => Outcome::Failed(problem.to_string()),
-            };
-            self.metrics.of(&outcome).inc();
-            if outcome != previous {
-                log(&outcome);
+        let targets = &self.deps.settings.targets;
+        let (mut jitter, mut cleaned) = (Jitter::of(Uuid::new_v4()), None);
+        let mut previous = vec![Outcome::Ok; targets.len()];
+        loop {
+            let Some(outcomes) = self.round(&mut cleaned, &stop).await else { return };
+            for ((target, outcome), previous) in targets.iter().zip(outcomes).zip(&mut previous) {
+                self.metrics.count(target, &outcome);
+                if outcome != *previous {
+                    log(target, &outcome);
+                }
+                *previous = outcome;
             }
-            previous = outcome;
+            if stop.run_until_cancelled(sleep(jitter.around(self.deps.settings.interval))).await.is_none() {
+                return;
+            }
         }
     }
 
-    /// Runs one round; `None` if `stop` interrupted it.
-    async fn round(&self, cleaned: &mut Option<Moment>, stop: &CancellationToken) -> Result<Option<Outcome>, Problem> {
+    /// Runs one round. Returns the outcome for each target, which is the worst outcome of its replicas; `None` if
+    /// `stop` interrupted the round.
+    async fn round(&self, cleaned: &mut Option<Moment>, stop: &CancellationToken) -> Option<Vec<Outcome>> {
+        let targets = &self.deps.settings.targets;
+        let mut outcomes = vec![Outcome::Ok; targets.len()];
+        let mut replicas = Vec::new();
+        for (index, connected) in self.connect().await.into_iter().enumerate() {
+            let mut worsen = |outcome| outcomes[index].worsen(outcome);
+            match connected {
+                Err(error) => worsen(Outcome::Failed(error.to_string())),
+                Ok(connections) => {
+                    for connection in connections {
+                        match connection {
+                            Ok(replica) => replicas.push((index, replica)),
+                            Err(error) => worsen(Outcome::Failed(error.to_string())),
+                        }
+                    }
+                }
+            }
+        }
+        if replicas.is_empty() {
+            return (!stop.is_cancelled()).then_some(outcomes);
+        }
+        match self.try_key(&replicas, cleaned, stop).await {
+            Ok(Some(tried)) => {
+                for ((index, _), outcome) in replicas.iter().zip(tried) {
+                    outcomes[*index].worsen(outcome);
+                }
+            }
+            Ok(None) => return None,
+            Err(problem) => {
+                for (index, _) in &replicas {
+                    outcomes[*index].worsen(Outcome::Failed(problem.to_string()));
+                }
+            }
+        }
+        Some(outcomes)
+    }
+
+    /// Connects to the replicas of each target.
+    async fn connect(&self) -> Vec<Result<Vec<Result<Replica, ConnectError>>, ConnectError>> {
+        let connector = Connector::new(&self.deps.settings).await.map_err(Arc::new);
+        let connecting = self.deps.settings.targets.iter().map(async |target| match &connector {
+            Ok(connector) => connector.connect(target).await,
+            Err(error) => Err(ConnectError::Tls(Arc::clone(error))),
+        });
+        join_all(connecting).await
+    }
+
+    /// Tries a key of its own trust on the replicas, and deletes the trust. Returns the outcome for each replica;
+    /// `None` if `stop` interrupted this.
+    async fn try_key(
+        &self,
+        replicas: &[(usize, Replica)],
+        cleaned: &mut Option<Moment>,
+        stop: &CancellationToken,
+    ) -> Result<Option<Vec<Outcome>>, Problem> {
         let mut manager = self.open().await?;
-        let now = self.parts.clock.now();
+        let now = self.deps.clock.now();
         if cleaned.is_none_or(|last| now.since(last) >= CLEAN_INTERVAL) {
-            self.clean(&mut manager).await?;
+            clean(&mut manager).await?;
             *cleaned = Some(now);
         }
-        let trust = self.trust(&mut manager).await?.id;
-        let tried = self.try_key(&mut manager, trust, stop).await;
+        let trust = within(manager.create_trust(&format!("{PREFIX}{}", Uuid::new_v4()))).await?.id;
+        let tried = stop.run_until_cancelled(self.try_key_of(trust, &mut manager, replicas)).await;
         let deleted = within(manager.delete_trust(&TrustRef::Id(trust), true)).await;
-        match tried? {
+        let mut outcomes = match tried {
+            None => return Ok(None),
+            Some(tried) => tried?,
+        };
+        if let Err(problem) = deleted {
             // A late revocation is reported even if the trust could not be deleted.
-            Some(Outcome::Late) => Ok(Some(Outcome::Late)),
-            outcome => deleted.map(|_| outcome),
+            for outcome in &mut outcomes {
+                outcome.worsen(Outcome::Failed(problem.to_string()));
+            }
         }
+        Ok(Some(outcomes))
     }
 
     async fn open(&self) -> Result<Manager, Problem> {
-        let Parts { management, name, credential, .. } = &self.parts;
+        let CanaryDeps { management, name, credential, .. } = &self.deps;
         let ledger = within(async { Ok(management.open().await?) }).await?;
         Manager::new(ledger, Actor(format!("canary:{name}")), credential.clone()).map_err(Problem::Pepper)
     }
 
-    /// Creates this canary's trust. It exists already if an earlier round could not delete it.
-    async fn trust(&self, manager: &mut Manager) -> Result<Trust, Problem> {
-        let name = format!("{PREFIX}{}", self.parts.replica);
-        match within(manager.create_trust(&name)).await {
-            Err(Problem::Manage(ManageError::Ledger(StoreError::NameTaken(_)))) => {
-                within(manager.trust(&TrustRef::Name(name))).await
-            }
-            made => made,
-        }
-    }
-
-    /// Issues a key, waits until it is granted, revokes it, and checks it until it is denied. `None` if `stop`
-    /// interrupted this.
-    async fn try_key(
+    /// Issues a key, waits until it is granted, revokes it, and checks it until it is denied, on all replicas at once.
+    /// Returns the outcome for each replica.
+    async fn try_key_of(
         &self,
-        manager: &mut Manager,
         trust: TrustId,
-        stop: &CancellationToken,
-    ) -> Result<Option<Outcome>, Problem> {
-        let Parts { clock, settings, .. } = &self.parts;
-        let bound_of = |is_unanswered| settings.bound(self.parts.mode, is_unanswered);
-        let bound = bound_of(false);
-        let issued = within(manager.issue_probe(Wanted {
+        manager: &mut Manager,
+        replicas: &[(usize, Replica)],
+    ) -> Result<Vec<Outcome>, Problem> {
+        let CanaryDeps { clock, freshness, mode, .. } = &self.deps;
+        let issued = within(manager.issue_key(Wanted {
             trust: TrustRef::Id(trust),
             name: Some("canary".to_owned()),
             scopes: Vec::new(),
             allowed_cidrs: Vec::new(),
-            expires_in: Some(GRANTED_WITHIN + 2 * CHANGE_TIMEOUT + bound + PROBE_MARGIN + LIFETIME_MARGIN),
+            expires_in: Some(self.key_lifetime()),
         }))
         .await?;
-        let message = check_message(&self.parts.credential, issued.secret.expose());
-
-        let granted = |verdict| matches!(verdict, Verdict::Granted { .. });
-        match self.probe(&message, granted, GRANTED_WITHIN, |_, _| (), stop).await {
-            None => return Ok(None),
-            Some(Verdict::Granted { .. }) => {}
-            Some(Verdict::Denied) => return Ok(Some(Outcome::Denied)),
-            Some(Verdict::Undecided) => return Err(Problem::Undecided),
-        }
-        // L1 caches the key only after a poll has confirmed its version, and only a cached key can be granted for too
-        // long. So wait for a poll, then check the key once more.
-        let polled = settings.poll_interval + settings.poll_timeout;
-        if stop.run_until_cancelled(sleep(polled)).await.is_none() {
-            return Ok(None);
-        }
-        self.ask(&message).await;
+        let request = client::request(&self.deps.credential, issued.secret.expose());
+        let fill = |(_, replica)| self.fill_cache(replica, &request);
+        let filled = join_all(replicas.iter().map(|(index, replica)| fill((index, replica)))).await;
 
         within(manager.revoke_key(issued.key.id)).await?;
         // The revocation was committed before this moment. So a grant that begins more than the bound after this moment
         // also begins more than the bound after the commit.
         let revoked = clock.now();
-        let (mut last, mut is_late) = (Duration::ZERO, false);
-        let note = |began: Moment, verdict| {
-            if let Verdict::Granted { is_stale } = verdict {
-                last = began.since(revoked);
-                // A stale grant means that polls get no answer, for which the bound is longer.
-                is_late |= last > bound_of(is_stale);
+        let bound_of = |is_stale| freshness.bound(*mode, is_stale);
+        let probed = replicas.iter().zip(filled).map(async |((index, replica), filled)| match filled {
+            Outcome::Ok => {
+                let (last, outcome) = self.until_denied(replica, &request, revoked, bound_of).await;
+                self.metrics.observe_revocation(&self.deps.settings.targets[*index], last);
+                outcome
             }
-        };
-        let denied = |verdict| verdict == Verdict::Denied;
-        let Some(end) = self.probe(&message, denied, bound + PROBE_MARGIN, note, stop).await else { return Ok(None) };
-        if !is_late && !denied(end) {
-            return Err(Problem::Unconfirmed);
-        }
-        self.metrics.revocation.observe(last.as_secs_f64());
-        Ok(Some(if is_late { Outcome::Late } else { Outcome::Ok }))
+            failed => failed,
+        });
+        Ok(join_all(probed).await)
     }
 
-    /// Repeats the check until `is_end` returns true for its verdict, for at most `limit`. Calls `note` with the start
-    /// and the verdict of each check. Returns the last verdict; `None` if `stop` interrupted this.
-    async fn probe(
-        &self,
-        message: &[u8],
-        is_end: impl Fn(Verdict) -> bool,
-        limit: Duration,
-        mut note: impl FnMut(Moment, Verdict),
-        stop: &CancellationToken,
-    ) -> Option<Verdict> {
-        let start = self.parts.clock.now();
+    /// The longest time of a round, with a margin.
+    fn key_lifetime(&self) -> Duration {
+        let CanaryDeps { freshness, mode, .. } = &self.deps;
+        let polled = freshness.poll_interval + freshness.poll_timeout;
+        let bound = freshness.bound(*mode, false);
+        GRANTED_WITHIN + polled + 2 * CHANGE_TIMEOUT + bound + PROBE_MARGIN + LIFETIME_MARGIN
+    }
+
+    /// Checks the new key on `replica` until it is granted, and once more when it must be cached there.
+    async fn fill_cache(&self, replica: &Replica, request: &client::Request) -> Outcome {
+        let start = self.deps.clock.now();
         loop {
-            let began = self.parts.clock.now();
-            let verdict = self.ask(message).await;
-            note(began, verdict);
-            if is_end(verdict) || began.since(start) > limit {
-                return Some(verdict);
-            }
-            stop.run_until_cancelled(sleep(PROBE_WAIT)).await?;
-        }
-    }
-
-    async fn ask(&self, message: &[u8]) -> Verdict {
-        client::verdict(&self.parts.checker.check(message).await)
-    }
-
-    /// Deletes the trusts of canaries whose replicas are gone.
-    async fn clean(&self, manager: &mut Manager) -> Result<(), Problem> {
-        // List the trusts first: a replica that has created its trust by then is either in the later list of replicas,
-        // or gone.
-        let trusts = within(manager.trusts()).await?;
-        let alive = within(manager.replicas()).await?;
-        for trust in trusts {
-            let replica = trust.name.strip_prefix(PREFIX).and_then(|id| Uuid::parse_str(id).ok());
-            if replica.is_some_and(|id| alive.iter().all(|alive| alive.id != id)) {
-                match within(manager.delete_trust(&TrustRef::Id(trust.id), true)).await {
-                    // `NoTrust`: another canary has deleted it.
-                    Ok(_) | Err(Problem::Manage(ManageError::Ledger(StoreError::NoTrust(_)))) => {}
-                    Err(problem) => return Err(problem),
+            match replica.check(request).await {
+                Verdict::Granted { .. } => break,
+                verdict if self.deps.clock.now().since(start) <= GRANTED_WITHIN => {
+                    tracing::debug!(%replica, ?verdict, "canary key not granted yet");
+                    sleep(PROBE_WAIT).await;
+                }
+                Verdict::Denied => return Outcome::Denied(replica.to_string()),
+                Verdict::Undecided(why) => {
+                    return Outcome::Failed(format!("{replica} could not decide the valid key: {why}"));
                 }
             }
         }
-        Ok(())
+        // A replica caches the key only after a poll has confirmed its version, and only a cached key can be granted
+        // for too long. So wait for a poll, then check the key once more.
+        sleep(self.deps.freshness.poll_interval + self.deps.freshness.poll_timeout).await;
+        replica.check(request).await;
+        Outcome::Ok
+    }
+
+    /// Checks the revoked key on `replica` until it is denied, for at most the bound and a margin. Returns the time
+    /// from `revoked` to the start of the last granted check, and the outcome.
+    async fn until_denied(
+        &self,
+        replica: &Replica,
+        request: &client::Request,
+        revoked: Moment,
+        bound_of: impl Fn(bool) -> Duration,
+    ) -> (Duration, Outcome) {
+        let (mut last, mut is_late) = (Duration::ZERO, false);
+        let end = loop {
+            let began = self.deps.clock.now();
+            let verdict = replica.check(request).await;
+            if let Verdict::Granted { is_stale } = verdict {
+                last = began.since(revoked);
+                // A stale grant means that the replica's polls get no answer, for which the bound is longer.
+                is_late |= last > bound_of(is_stale);
+            }
+            if matches!(verdict, Verdict::Denied) || began.since(revoked) > bound_of(false) + PROBE_MARGIN {
+                break verdict;
+            }
+            sleep(PROBE_WAIT).await;
+        };
+        let outcome = match end {
+            _ if is_late => Outcome::Late(replica.to_string()),
+            Verdict::Denied => Outcome::Ok,
+            Verdict::Granted { .. } => Outcome::Failed(format!("{replica} gives stale grants: its database is down")),
+            Verdict::Undecided(why) => Outcome::Failed(format!("{replica} could not decide the revoked key: {why}")),
+        };
+        (last, outcome)
     }
 }
 
-/// The `CheckRequest` that presents `key` in the first of the configured sources.
-fn check_message(credential: &CredentialSettings, key: &str) -> Vec<u8> {
-    let (path, header) = match credential.sources.first() {
-        Some(Source::Header(name)) => ("/".to_owned(), Some((name.as_str(), key.to_owned()))),
-        Some(Source::Authorization(Scheme::Bearer)) => {
-            ("/".to_owned(), Some(("authorization", format!("Bearer {key}"))))
+/// Deletes trusts that canaries left behind when they were killed.
+async fn clean(manager: &mut Manager) -> Result<(), Problem> {
+    let (now, trusts) = (within(manager.now()).await?, within(manager.trusts()).await?);
+    for trust in trusts {
+        let is_canary = trust.name.strip_prefix(PREFIX).is_some_and(|id| Uuid::parse_str(id).is_ok());
+        if is_canary && now.since(trust.created_at) > LEFT_BEHIND_AFTER {
+            match within(manager.delete_trust(&TrustRef::Id(trust.id), true)).await {
+                // `NoTrust`: another canary has deleted it.
+                Ok(_) | Err(Problem::Manage(ManageError::Ledger(StoreError::NoTrust(_)))) => {}
+                Err(problem) => return Err(problem),
+            }
         }
-        Some(Source::Authorization(Scheme::ApiKey)) => {
-            ("/".to_owned(), Some(("authorization", format!("ApiKey {key}"))))
-        }
-        Some(Source::Query(name)) => (format!("/?{name}={key}"), None),
-        Some(Source::Cookie(name)) => ("/".to_owned(), Some(("cookie", format!("{name}={key}")))),
-        None => ("/".to_owned(), None), // a configuration without a source is refused
-    };
-    let headers: Vec<_> = header.iter().map(|(name, value)| (*name, value.as_str())).collect();
-    client::request(&path, &headers)
+    }
+    Ok(())
 }
 
 /// Runs a management operation with a timeout.
 async fn within<T>(change: impl Future<Output = Result<T, ManageError>>) -> Result<T, Problem> {
-    Ok(timeout(CHANGE_TIMEOUT, change).await.map_err(|_| Problem::Late)??)
+    Ok(timeout(CHANGE_TIMEOUT, change).await.map_err(|_| Problem::Timeout)??)
 }
 
-/// The outcome of a round.
-#[derive(Clone, Debug, PartialEq, Eq)]
-enum Outcome {
+/// The outcome of a round for a replica or a target, from good to bad. The texts name the replica, or the cause.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Outcome {
     /// The key was granted and, after its revocation, denied in time.
     Ok,
-    /// The revoked key was granted for longer than the revocation bound.
-    Late,
-    /// The valid key was denied.
-    Denied,
     /// The round could not be completed, for this reason.
     Failed(String),
+    /// This replica denied the valid key.
+    Denied(String),
+    /// This replica granted the revoked key for longer than the revocation bound.
+    Late(String),
+}
+
+impl Outcome {
+    /// Becomes `other` if that is worse.
+    fn worsen(&mut self, other: Self) {
+        let current = std::mem::replace(self, Self::Ok);
+        *self = current.max(other);
+    }
 }
 
 /// Logs an outcome that differs from the previous one.
-fn log(outcome: &Outcome) {
+fn log(target: &Target, outcome: &Outcome) {
     match outcome {
-        Outcome::Ok => tracing::info!("canary ok: the key was granted and, after its revocation, denied in time"),
-        Outcome::Late => tracing::error!("canary late: the revoked key was granted beyond the revocation bound"),
-        Outcome::Denied => tracing::error!("canary denied: the valid key was not granted"),
-        Outcome::Failed(problem) => tracing::warn!(problem, "canary round failed"),
+        Outcome::Ok => {
+            tracing::info!(%target, "canary ok: the key was granted and, after its revocation, denied in time");
+        }
+        Outcome::Late(replica) => {
+            tracing::error!(%target, replica, "canary late: the revoked key was granted beyond the revocation bound");
+        }
+        Outcome::Denied(replica) => {
+            tracing::error!(%target, replica, "canary denied: the valid key was not granted");
+        }
+        Outcome::Failed(problem) => tracing::warn!(%target, problem, "canary round failed"),
     }
 }
 
@@ -315,78 +377,25 @@ enum Problem {
     #[error("cannot read the pepper: {0}")]
     Pepper(io::Error),
     #[error("management timeout: an operation took longer than {CHANGE_TIMEOUT:?}")]
-    Late,
-    #[error("check fault: the server could not decide the valid key")]
-    Undecided,
-    #[error("revocation not confirmed: no check denied the revoked key")]
-    Unconfirmed,
-}
-
-/// The metrics of the canary.
-#[derive(Clone)]
-pub struct CanaryMetrics {
-    ok: IntCounter,
-    late: IntCounter,
-    denied: IntCounter,
-    failed: IntCounter,
-    revocation: Histogram,
-}
-
-impl CanaryMetrics {
-    /// Declares the metrics.
-    ///
-    /// # Errors
-    /// As [`register`].
-    pub fn register(registry: &Registry) -> prometheus::Result<Self> {
-        let rounds = Opts::new(
-            "trustgate_canary_rounds_total",
-            "Rounds of the canary by outcome: ok, late (granted for longer than the bound allows), denied (a good key \
-             was denied) or failed.",
-        );
-        let rounds = register(registry, IntCounterVec::new(rounds, &["outcome"]))?;
-        let revocation = HistogramOpts::new(
-            "trustgate_canary_revocation_seconds",
-            "Time from the acknowledged revocation of the canary's key to the start of the last granted check, in \
-             seconds.",
-        );
-        let mut buckets = SHORT_SECONDS.to_vec();
-        buckets.extend([0.5, 1.0, 2.5]);
-        let count = |outcome| rounds.with_label_values(&[outcome]);
-        Ok(Self {
-            ok: count("ok"),
-            late: count("late"),
-            denied: count("denied"),
-            failed: count("failed"),
-            revocation: register(registry, Histogram::with_opts(revocation.buckets(buckets)))?,
-        })
-    }
-
-    const fn of(&self, outcome: &Outcome) -> &IntCounter {
-        match outcome {
-            Outcome::Ok => &self.ok,
-            Outcome::Late => &self.late,
-            Outcome::Denied => &self.denied,
-            Outcome::Failed(_) => &self.failed,
-        }
-    }
+    Timeout,
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{
-        base::settings::{RawValue, Setting as _},
-        ext_authz::{credential::extract::extract, request::View},
-    };
 
     #[test]
-    fn the_key_is_presented_in_the_first_source() {
-        for source in ["header:x-key", "authorization:bearer", "authorization:apikey", "query:key", "cookie:key"] {
-            let sources = vec![Source::read(&RawValue::One(source.to_owned())).unwrap()];
-            let credential = CredentialSettings { sources, ..CredentialSettings::default() };
-            let message = check_message(&credential, "a-key-for-this-test");
-            let found = extract(&credential, &View::parse(&message).unwrap()).key;
-            assert_eq!(found.unwrap().expose(), b"a-key-for-this-test", "{source}");
+    fn the_worst_outcome_of_its_replicas_is_that_of_a_target() {
+        let of = |text: &str| text.to_owned();
+        let mut outcome = Outcome::Ok;
+        for (next, worst) in [
+            (Outcome::Failed(of("a")), Outcome::Failed(of("a"))),
+            (Outcome::Ok, Outcome::Failed(of("a"))),
+            (Outcome::Late(of("b")), Outcome::Late(of("b"))),
+            (Outcome::Denied(of("c")), Outcome::Late(of("b"))),
+        ] {
+            outcome.worsen(next);
+            assert_eq!(outcome, worst);
         }
     }
 }

@@ -5,6 +5,7 @@
 
 mod answer;
 mod args;
+mod canary;
 mod commands;
 mod deny;
 mod doctor;

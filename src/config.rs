@@ -22,6 +22,7 @@ use crate::{
         telemetry::LogSettings,
     },
     cache::CacheSettings,
+    canary::CanarySettings,
     ext_authz::{check::DecisionSettings, credential::CredentialSettings},
     freshness::FreshnessSettings,
     grpc::{GrpcSettings, LimitsSettings},
@@ -65,6 +66,7 @@ sections! {
     cache: CacheSettings,
     freshness: FreshnessSettings,
     limits: LimitsSettings,
+    canary: CanarySettings,
     log: LogSettings,
 }
 
@@ -115,8 +117,10 @@ impl fmt::Display for ConfigErrors {
 /// The purpose of a configuration. It decides which secret files must be readable.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Purpose {
-    /// Answer checks. Only the canary needs the management URL.
+    /// Answer checks.
     Serve,
+    /// Run the canary.
+    Canary,
     /// Change trusts and keys. Redis is not needed.
     Manage,
     /// Change the deny list in Redis. The database is needed only if it has the MAC key.

@@ -80,12 +80,6 @@ crate::settings! {
         /// that are missing from the change log. At least 10 ms; `0s` turns this off. If a record differs and the
         /// change log does not explain it, the server counts and logs the record and loads it again.
         sample_interval: Duration = "0s",
-        /// The interval at which this replica tests revocation: it issues a key, checks that the key is granted,
-        /// revokes the key, and repeats the check until the key is refused. At least 1 s; `0s` turns this off. The
-        /// server then needs a database role that may change trusts and keys (`store.management_url`, or `store.url`),
-        /// and each round writes four audit entries. Choose the interval so that all replicas together start at most
-        /// one round per second.
-        canary_interval: Duration = "0s",
     }
 }
 

@@ -22,7 +22,6 @@
 //!
 //! - [`ext_authz`], a check from request message to reply, in the order of a request
 //! - [`manage`], the only module that changes trusts and keys
-//! - [`canary`], issues a key, revokes it and checks that the revocation takes effect
 //! - [`grpc`], listeners, and the connections that Envoy opens
 //! - [`api`], the settings of the management API; not in this release
 //!
@@ -30,6 +29,7 @@
 //!
 //! - [`server::lifecycle`], the phases of the server
 //! - [`server::admin`], the listener for metrics and probes
+//! - [`canary`], issues a key, revokes it and checks that the revocation takes effect on running replicas
 //! - [`config`], reads settings from the file and the environment, and reports all errors at once
 //! - [`doctor`], examines the database and Redis for `trustgate doctor`
 //! - [`server`], creates and connects the parts, starts the server and drains it at the end

@@ -12,7 +12,7 @@ pub mod trusts;
 use std::{fmt, io, time::Duration};
 
 use crate::{
-    base::clock::Clock,
+    base::clock::{Clock, DatabaseTime},
     ext_authz::credential::{CredentialSettings, Hasher},
     record::Version,
     store::{Actor, Ledger, StoreError, ledger::Replica},
@@ -83,12 +83,12 @@ impl Manager {
         self.effect_of(version, clock, wait_max).await
     }
 
-    /// The replicas that may still grant keys from their caches.
+    /// The time of the database's clock.
     ///
     /// # Errors
     /// The database failed.
-    pub async fn replicas(&mut self) -> Result<Vec<Replica>, ManageError> {
-        Ok(self.ledger.replicas().await?)
+    pub async fn now(&mut self) -> Result<DatabaseTime, ManageError> {
+        Ok(self.ledger.now().await?)
     }
 
     async fn effect_of(
@@ -152,7 +152,7 @@ impl fmt::Display for Effect {
 mod tests {
     use super::fake::FakeLedger;
     use super::*;
-    use crate::base::clock::{DatabaseTime, SystemClock};
+    use crate::base::clock::SystemClock;
 
     fn replica(id: u128, applied: u64) -> Replica {
         let at = DatabaseTime::from_micros;

@@ -216,8 +216,6 @@ pub enum Made {
     Plain,
     /// Issued here under this pepper.
     Peppered(Fingerprint),
-    /// Issued by the canary under this pepper, which is neither compared with the recorded pepper nor recorded.
-    Probe(Fingerprint),
 }
 
 impl Made {
@@ -226,7 +224,7 @@ impl Made {
     pub const fn scheme(self) -> Scheme {
         match self {
             Self::Elsewhere | Self::Plain => Scheme::Sha256,
-            Self::Peppered(_) | Self::Probe(_) => Scheme::Hmac,
+            Self::Peppered(_) => Scheme::Hmac,
         }
     }
 
@@ -235,7 +233,7 @@ impl Made {
     pub const fn fingerprint(self) -> Option<Fingerprint> {
         match self {
             Self::Elsewhere | Self::Plain => None,
-            Self::Peppered(fingerprint) | Self::Probe(fingerprint) => Some(fingerprint),
+            Self::Peppered(fingerprint) => Some(fingerprint),
         }
     }
 }

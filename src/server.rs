@@ -37,7 +37,6 @@ use crate::{
         metrics, telemetry,
     },
     cache::{Cache, api_key::ApiKey},
-    canary::{self, Canary, CanaryMetrics},
     config::Config,
     ext_authz::check::Checker,
     freshness::{ReplicaState, poll::PollMetrics},
@@ -47,7 +46,7 @@ use crate::{
         tls,
         worker::Workers,
     },
-    store::{self, Env, Management, Source},
+    store::{self, Env, Source},
 };
 
 /// Builds and starts a server. [`Self::new`] takes everything that is required; the rest has defaults.
@@ -56,8 +55,6 @@ pub struct AppBuilder {
     source: Arc<dyn Source>,
     place: String,
     clock: Arc<dyn Clock>,
-    /// Issues the canary's keys; `None` if the canary is off.
-    management: Option<Management>,
 }
 
 impl AppBuilder {
@@ -70,9 +67,7 @@ impl AppBuilder {
         let place = store::describe(&config.store, env);
         let failed = |source| AppError::Store { place: place.clone(), source };
         let source = store::open_lookup(&config.store, env, Arc::clone(&clock)).map_err(failed)?;
-        let has_canary = config.freshness.canary_interval > Duration::ZERO;
-        let management = has_canary.then(|| store::management(&config.store, env)).transpose().map_err(failed)?;
-        Ok(Self { config, source, place, clock, management })
+        Ok(Self { config, source, place, clock })
     }
 
     /// Wraps the database with `wrap`, for tests that delay a read.
@@ -95,12 +90,13 @@ impl AppBuilder {
     /// # Errors
     /// If an address is in use or the file of a secret cannot be read, for example.
     pub async fn start(self) -> Result<Running, AppError> {
-        let Self { config, source, place, clock, management } = self;
+        let Self { config, source, place, clock } = self;
         tls::install_provider();
         let tls = tls::acceptor(&config.grpc)?;
         let limits =
             LimitsSettings { connections_max: grpc::descriptors::connections(&config.limits), ..config.limits.clone() };
-        let (grpc, admin) = (bind_grpc(&config).await?, bind_admin(&config).await?);
+        let admin = bind_tcp(&config, &config.admin.listen, ("admin", "admin.listen")).await?;
+        let grpc = bind_grpc(&config).await?;
         let addresses = addresses(&grpc, &admin)?;
 
         let registry = metrics::registry(env!("CARGO_PKG_VERSION"), env!("TRUSTGATE_COMMIT"))?;
@@ -129,13 +125,6 @@ impl AppBuilder {
         let service = Arc::new(Service::new(Arc::clone(&checker), routes, tls, limits, Arc::clone(&clock), &registry)?);
         parts.spawn_on("memory", memory::give_back(Arc::clone(&service), stop.clone()), &io.handle());
         let (signals, tasks) = (Signals::default(), TaskTracker::new());
-        let canary = CanaryMetrics::register(&registry)?;
-        if let Some(management) = management {
-            let canary_parts = canary_parts(&config, management, (&checker, &replica_state, &clock), id);
-            // The canary stops when the drain begins, so that it uses none of the grace period of the calls.
-            let running = Canary::new(canary_parts, canary).run(signals.drain.clone());
-            parts.spawn_on("canary", running.map(Ok), &io.handle());
-        }
         // One worker for each processor that the CPU affinity and the cgroup quota of this process allow.
         let workers = Arc::new(Workers::start(available_parallelism().map_or(1, NonZero::get))?);
         for listener in grpc {
@@ -296,12 +285,17 @@ async fn bind_grpc(config: &Config) -> Result<Vec<Listener>, AppError> {
     Ok(listeners)
 }
 
-async fn bind_admin(config: &Config) -> Result<Vec<TcpListener>, AppError> {
+/// Binds the TCP addresses of a setting, which is given by its section and its full name.
+pub(crate) async fn bind_tcp(
+    config: &Config,
+    addresses: &[SocketAddr],
+    setting: (&str, &'static str),
+) -> Result<Vec<TcpListener>, AppError> {
     let mut listeners = Vec::new();
-    for address in &config.admin.listen {
+    for address in addresses {
         let bound = TcpListener::bind(address).await;
         let address = ListenAddress::Tcp(*address);
-        listeners.push(bound.map_err(|source| cannot_listen(config, address, ("admin", "admin.listen"), source))?);
+        listeners.push(bound.map_err(|source| cannot_listen(config, address, setting, source))?);
     }
     Ok(listeners)
 }
@@ -324,7 +318,7 @@ fn addresses(grpc: &[Listener], admin: &[TcpListener]) -> io::Result<Addresses> 
 }
 
 /// Addresses for the log: `[127.0.0.1:1, unix:///s]`.
-fn listed(addresses: &[impl ToString]) -> String {
+pub(crate) fn listed(addresses: &[impl ToString]) -> String {
     let addresses: Vec<_> = addresses.iter().map(ToString::to_string).collect();
     format!("[{}]", addresses.join(", "))
 }
@@ -367,26 +361,7 @@ fn start_admin(
     Ok(runtime)
 }
 
-fn canary_parts(
-    config: &Config,
-    management: Management,
-    (checker, replica_state, clock): (&Arc<Checker>, &Arc<ReplicaState>, &Arc<dyn Clock>),
-    replica: Uuid,
-) -> canary::Parts {
-    canary::Parts {
-        management,
-        checker: Arc::clone(checker),
-        replica_state: Arc::clone(replica_state),
-        clock: Arc::clone(clock),
-        credential: config.credential.clone(),
-        settings: config.freshness.clone(),
-        mode: replica::mode(config),
-        replica,
-        name: host_name(),
-    }
-}
-
 /// The host name of this machine or pod.
-fn host_name() -> String {
+pub(crate) fn host_name() -> String {
     rustix::system::uname().nodename().to_string_lossy().into_owned()
 }

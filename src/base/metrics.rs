@@ -1,11 +1,12 @@
 //! The registry of metrics and its text form. Each module declares its own metrics in a typed struct.
 //!
-//! Label values are fixed in the code: no key, path or host becomes a label value.
+//! Label values are fixed in the code or in the configuration: nothing from a request becomes a label value.
 
 pub(crate) mod per_thread;
 
 pub use prometheus::{
-    Gauge, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, core::Collector,
+    Gauge, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
+    core::Collector,
 };
 
 pub use self::per_thread::{ThreadCounter, ThreadCounters, ThreadHistogram};

@@ -1,19 +1,221 @@
-//! Encodes a `CheckRequest` as Envoy does, and interprets the reply as Envoy does. The canary uses it to check its own
-//! key.
+//! The client of the canary: connects to replicas over gRPC, sends checks as Envoy does, and interprets the answers as
+//! Envoy does.
+
+use std::{
+    fmt, io,
+    net::{Ipv6Addr, SocketAddr},
+    path::PathBuf,
+    sync::Arc,
+    time::Duration,
+};
 
 use envoy_types::pb::{
     envoy::service::auth::v3::{
         AttributeContext, CheckRequest, CheckResponse,
-        attribute_context::{HttpRequest, Request},
+        attribute_context::{HttpRequest, Request as AttributeRequest},
+        authorization_client::AuthorizationClient,
     },
     google::protobuf::value::Kind,
 };
-use prost::Message as _;
+use futures_util::future::join_all;
+use tokio::{fs, net::lookup_host, time::timeout};
+use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
 
-use crate::ext_authz::{framing, response::Reply};
+use super::CanarySettings;
+use crate::{
+    base::settings::{RawValue, Setting},
+    ext_authz::credential::{
+        CredentialSettings,
+        source::{Scheme, Source},
+    },
+};
 
-/// The meaning of a reply for a request.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// Timeout for the DNS lookup of a target, and for each connect.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
+/// Timeout of one check. Envoy gives up sooner, but then the canary could not tell a slow replica from a broken one.
+const CHECK_TIMEOUT: Duration = Duration::from_secs(1);
+/// The maximum number of addresses of one target.
+const ADDRESSES_MAX: usize = 64;
+
+/// A gRPC listener to test, as configured.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Target {
+    /// A host name or IP address, with its port.
+    Tcp(String, u16),
+    /// A Unix socket, by its absolute path.
+    Unix(PathBuf),
+}
+
+impl Setting for Target {
+    const EXPECTED: &'static str =
+        "a host with its port, such as \"127.0.0.1:50051\" or \"trustgate:50051\", or \"unix:///PATH\"";
+
+    fn read(written: &RawValue) -> Option<Self> {
+        let RawValue::One(text) = written else { return None };
+        if let Some(path) = text.strip_prefix("unix://") {
+            return (path.starts_with('/') && path.len() > 1).then(|| Self::Unix(path.into()));
+        }
+        let (host, port) = text.rsplit_once(':')?;
+        let port = port.parse().ok().filter(|port| *port > 0)?;
+        let is_ipv6 = || host.strip_prefix('[')?.strip_suffix(']')?.parse::<Ipv6Addr>().ok();
+        let is_name =
+            !host.is_empty() && host.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-._".contains(&byte));
+        (is_name || is_ipv6().is_some()).then(|| Self::Tcp(host.to_owned(), port))
+    }
+}
+
+impl fmt::Display for Target {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Tcp(host, port) => write!(f, "{host}:{port}"),
+            Self::Unix(path) => write!(f, "unix://{}", path.display()),
+        }
+    }
+}
+
+/// A file of the TLS settings that cannot be read.
+#[derive(Debug, thiserror::Error)]
+#[error("canary.{setting}: cannot read {path}: {source}", path = path.display())]
+pub struct TlsFileError {
+    setting: &'static str,
+    path: PathBuf,
+    source: io::Error,
+}
+
+/// Why the canary cannot connect to a target or to one of its replicas.
+#[derive(Debug, thiserror::Error)]
+pub enum ConnectError {
+    /// The TLS files cannot be read.
+    #[error(transparent)]
+    Tls(#[from] Arc<TlsFileError>),
+    /// DNS returns no address for the host.
+    #[error("cannot find an address of {0}: {1}")]
+    Dns(Target, io::Error),
+    /// The replica does not accept the connection.
+    #[error("cannot connect to {0}: {1}")]
+    Refused(String, String),
+}
+
+/// Connects to replicas.
+pub struct Connector {
+    /// The TLS configuration; `None` for connections without TLS.
+    tls: Option<ClientTlsConfig>,
+    server_name: Option<String>,
+}
+
+impl Connector {
+    /// A connector with these settings. Reads the TLS files.
+    ///
+    /// # Errors
+    /// A file cannot be read.
+    pub async fn new(settings: &CanarySettings) -> Result<Self, TlsFileError> {
+        let CanarySettings { tls_ca_file, tls_server_name, tls_certificate_file, tls_key_file, .. } = settings;
+        let mut tls = None;
+        if let Some(authorities) = tls_ca_file {
+            let authorities = Certificate::from_pem(read("tls_ca_file", authorities).await?);
+            let mut config = ClientTlsConfig::new().ca_certificate(authorities);
+            if let (Some(certificate), Some(key)) = (tls_certificate_file, tls_key_file) {
+                let certificate = read("tls_certificate_file", certificate).await?;
+                config = config.identity(Identity::from_pem(certificate, read("tls_key_file", key).await?));
+            }
+            tls = Some(config);
+        }
+        Ok(Self { tls, server_name: tls_server_name.clone() })
+    }
+
+    /// Connects to each address of `target`.
+    ///
+    /// # Errors
+    /// [`ConnectError::Dns`] if the target has no address. An address that cannot be reached is an error inside the
+    /// list.
+    pub async fn connect(&self, target: &Target) -> Result<Vec<Result<Replica, ConnectError>>, ConnectError> {
+        match target {
+            Target::Unix(path) => {
+                let uri = format!("unix://{}", path.display());
+                Ok(vec![replica(target.to_string(), Endpoint::from_shared(uri)).await])
+            }
+            Target::Tcp(host, port) => {
+                let failed = |error| ConnectError::Dns(target.clone(), error);
+                let found = timeout(CONNECT_TIMEOUT, lookup_host(target.to_string())).await;
+                let found = found.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())).map_err(failed)?;
+                let mut addresses: Vec<_> = found.take(ADDRESSES_MAX).collect();
+                addresses.sort_unstable();
+                addresses.dedup();
+                if addresses.is_empty() {
+                    return Err(failed(io::Error::other("DNS returns none")));
+                }
+                let connecting = addresses.iter().map(|address| self.connect_to(host, *port, *address));
+                Ok(join_all(connecting).await)
+            }
+        }
+    }
+
+    async fn connect_to(&self, host: &str, port: u16, address: SocketAddr) -> Result<Replica, ConnectError> {
+        let name = if address.ip().to_string() == host.trim_matches(['[', ']']) {
+            address.to_string()
+        } else {
+            format!("{host}:{port} ({address})")
+        };
+        let scheme = if self.tls.is_some() { "https" } else { "http" };
+        let mut endpoint = Endpoint::from_shared(format!("{scheme}://{address}"));
+        if let Some(tls) = &self.tls {
+            let expected = self.server_name.as_deref().unwrap_or(host.trim_matches(['[', ']']));
+            endpoint = endpoint.and_then(|endpoint| endpoint.tls_config(tls.clone().domain_name(expected)));
+        }
+        replica(name, endpoint).await
+    }
+}
+
+async fn read(setting: &'static str, path: &PathBuf) -> Result<Vec<u8>, TlsFileError> {
+    fs::read(path).await.map_err(|source| TlsFileError { setting, path: path.clone(), source })
+}
+
+async fn replica(name: String, endpoint: Result<Endpoint, tonic::transport::Error>) -> Result<Replica, ConnectError> {
+    let connected = async { endpoint?.connect_timeout(CONNECT_TIMEOUT).connect().await };
+    match timeout(CONNECT_TIMEOUT, connected).await {
+        Ok(Ok(channel)) => Ok(Replica { name, client: AuthorizationClient::new(channel) }),
+        Ok(Err(error)) => Err(ConnectError::Refused(name, causes(&error))),
+        Err(_) => Err(ConnectError::Refused(name, format!("no answer within {CONNECT_TIMEOUT:?}"))),
+    }
+}
+
+/// The causes of `error`; its own text says only that the transport failed.
+fn causes(error: &dyn std::error::Error) -> String {
+    let mut texts = Vec::new();
+    let mut next = error.source();
+    while let Some(cause) = next {
+        texts.push(cause.to_string());
+        next = cause.source();
+    }
+    texts.dedup();
+    if texts.is_empty() { error.to_string() } else { texts.join(": ") }
+}
+
+/// A connection to one replica.
+pub struct Replica {
+    name: String,
+    client: AuthorizationClient<Channel>,
+}
+
+impl fmt::Display for Replica {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.name)
+    }
+}
+
+impl Replica {
+    /// Sends a check. A gRPC error, and an answer that takes longer than 1 s, are undecided.
+    pub async fn check(&self, request: &Request) -> Verdict {
+        match timeout(CHECK_TIMEOUT, self.client.clone().check(request.0.clone())).await {
+            Ok(Ok(response)) => verdict(&response.into_inner()),
+            Ok(Err(status)) => Verdict::Undecided(format!("gRPC status {:?}", status.code())),
+            Err(_) => Verdict::Undecided(format!("no answer within {CHECK_TIMEOUT:?}")),
+        }
+    }
+}
+
+/// What an answer means for a request.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Verdict {
     /// The request passes.
     Granted {
@@ -22,74 +224,105 @@ pub enum Verdict {
     },
     /// The request is denied.
     Denied,
-    /// The server could not decide.
-    Undecided,
+    /// The replica could not decide, for this reason.
+    Undecided(String),
 }
 
-/// The `CheckRequest` for a GET of `path` with these headers, encoded.
+/// A check of one key. Its `Debug` output would contain the key, so it has none.
+#[derive(Clone)]
+pub struct Request(CheckRequest);
+
+/// A check of a GET request that presents `key` in the first of the configured sources.
 #[must_use]
-pub fn request(path: &str, headers: &[(&str, &str)]) -> Vec<u8> {
+pub fn request(credential: &CredentialSettings, key: &str) -> Request {
+    let (mut path, mut headers) = ("/".to_owned(), Vec::new());
+    match credential.sources.first() {
+        Some(Source::Header(name)) => headers.push((name.clone(), key.to_owned())),
+        Some(Source::Authorization(Scheme::Bearer)) => headers.push(("authorization".into(), format!("Bearer {key}"))),
+        Some(Source::Authorization(Scheme::ApiKey)) => headers.push(("authorization".into(), format!("ApiKey {key}"))),
+        Some(Source::Query(name)) => path = format!("/?{name}={key}"),
+        Some(Source::Cookie(name)) => headers.push(("cookie".into(), format!("{name}={key}"))),
+        None => {} // a configuration without a source is refused
+    }
     let http = HttpRequest {
         method: "GET".to_owned(),
-        path: path.to_owned(),
-        host: "localhost".to_owned(),
-        headers: headers.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect(),
+        path,
+        host: "trustgate-canary.invalid".to_owned(),
+        scheme: "https".to_owned(),
+        protocol: "HTTP/1.1".to_owned(),
+        headers: headers.into_iter().collect(),
         ..HttpRequest::default()
     };
-    let request = Some(Request { http: Some(http), ..Request::default() });
-    CheckRequest { attributes: Some(AttributeContext { request, ..AttributeContext::default() }) }.encode_to_vec()
+    let request = Some(AttributeRequest { http: Some(http), ..AttributeRequest::default() });
+    Request(CheckRequest { attributes: Some(AttributeContext { request, ..AttributeContext::default() }) })
 }
 
-/// The meaning of `reply`. A reply that cannot be decoded is undecided.
-#[must_use]
-pub fn verdict(reply: &Reply) -> Verdict {
-    let Reply::Message(framed) = reply else { return Verdict::Undecided };
-    let message = framing::unframe(framed).and_then(|message| CheckResponse::decode(message).ok());
-    let Some(CheckResponse { status, dynamic_metadata, .. }) = message else { return Verdict::Undecided };
+/// The meaning of `response`.
+fn verdict(response: &CheckResponse) -> Verdict {
+    let CheckResponse { status, dynamic_metadata, .. } = response;
     let field = |name| dynamic_metadata.as_ref().and_then(|metadata| metadata.fields.get(name)?.kind.as_ref());
     // Envoy takes a response without a status for OK.
-    if status.is_none_or(|status| status.code == 0) {
+    if status.as_ref().is_none_or(|status| status.code == 0) {
         return Verdict::Granted { is_stale: field("stale") == Some(&Kind::BoolValue(true)) };
     }
     match field("reason") {
-        Some(Kind::StringValue(reason)) if reason == "fault" => Verdict::Undecided,
+        Some(Kind::StringValue(reason)) if reason == "fault" => Verdict::Undecided("fault".to_owned()),
         _ => Verdict::Denied,
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
+    use prost::Message as _;
 
     use super::*;
     use crate::ext_authz::{
-        credential::extract::Removals,
+        credential::extract::{Removals, extract},
         decision::{Basis, Decision, DenyReason},
+        framing,
         request::View,
-        response::{OnFault, Replies},
+        response::{OnFault, Replies, Reply},
     };
 
     #[test]
-    fn a_request_is_decoded_as_it_was_encoded() {
-        let message = request("/?key=k", &[("x-api-key", "k"), ("cookie", "a=b")]);
-        let view = View::parse(&message).unwrap();
-        assert_eq!((view.is_http, view.method, view.path), (true, "GET", "/?key=k"));
-        assert_eq!(view.header("x-api-key").collect::<Vec<_>>(), [b"k"]);
-        assert_eq!(view.header("cookie").collect::<Vec<_>>(), [b"a=b"]);
+    fn targets_are_hosts_with_ports_and_unix_sockets() {
+        let read = |text: &str| Target::read(&RawValue::One(text.to_owned()));
+        for valid in ["127.0.0.1:50051", "[::1]:50051", "trustgate.example:1", "unix:///run/trustgate.sock"] {
+            assert_eq!(read(valid).map(|target| target.to_string()).as_deref(), Some(valid));
+        }
+        for invalid in
+            ["127.0.0.1", ":50051", "::1:50051", "host:0", "host:65536", "unix://", "unix://run", "a b:1", ""]
+        {
+            assert_eq!(read(invalid), None, "{invalid}");
+        }
     }
 
     #[test]
-    fn replies_are_interpreted_as_envoy_interprets_them() {
+    fn the_key_is_presented_in_the_first_source() {
+        for source in ["header:x-key", "authorization:bearer", "authorization:apikey", "query:key", "cookie:key"] {
+            let sources = vec![Source::read(&RawValue::One(source.to_owned())).unwrap()];
+            let credential = CredentialSettings { sources, ..CredentialSettings::default() };
+            let message = request(&credential, "a-key-for-this-test").0.encode_to_vec();
+            let found = extract(&credential, &View::parse(&message).unwrap()).key;
+            assert_eq!(found.unwrap().expose(), b"a-key-for-this-test", "{source}");
+        }
+    }
+
+    #[test]
+    fn answers_are_interpreted_as_envoy_interprets_them() {
+        let of = |reply: &Reply| match reply {
+            Reply::Message(framed) => verdict(&CheckResponse::decode(framing::unframe(framed).unwrap()).unwrap()),
+            Reply::Unavailable => Verdict::Undecided("fault".to_owned()),
+        };
         for on_fault in [OnFault::Deny, OnFault::Error, OnFault::ErrorResponse] {
             let replies = Replies::new(on_fault, Duration::from_secs(1));
-            assert_eq!(verdict(&replies.fault()), Verdict::Undecided, "{on_fault:?}");
+            assert_eq!(of(&replies.fault()), Verdict::Undecided("fault".to_owned()), "{on_fault:?}");
             for reason in DenyReason::ALL {
-                assert_eq!(verdict(&replies.denial(reason)), Verdict::Denied, "{reason:?}");
+                assert_eq!(of(&replies.denial(reason)), Verdict::Denied, "{reason:?}");
             }
             let granted = replies.decision(&Decision::Anonymous, &Removals::default(), Basis::Confirmed);
-            assert_eq!(verdict(&granted), Verdict::Granted { is_stale: false });
+            assert_eq!(of(&granted), Verdict::Granted { is_stale: false });
         }
-        assert_eq!(verdict(&Reply::Message(vec![0].into())), Verdict::Undecided, "no message");
-        assert_eq!(verdict(&Reply::Message(vec![0; 5].into())), Verdict::Granted { is_stale: false }, "an empty one");
+        assert_eq!(verdict(&CheckResponse::default()), Verdict::Granted { is_stale: false }, "an empty one");
     }
 }

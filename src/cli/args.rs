@@ -54,6 +54,12 @@ pub(crate) enum Command {
     /// Creates and upgrades an embedded SQLite database; a PostgreSQL database needs `migrate` first. Stops on SIGTERM,
     /// SIGQUIT or SIGINT.
     Serve,
+    /// Test on running replicas that revocations take effect in time (`[canary]`).
+    ///
+    /// Repeatedly issues a key, checks that each replica grants it, revokes it, and checks it until each replica denies
+    /// it. Run it with the configuration of the replicas and with a database role that may change keys. Exposes its
+    /// results as metrics. Stops on SIGTERM, SIGQUIT or SIGINT.
+    Canary,
     /// Create, upgrade or repair the tables in the database.
     ///
     /// It is safe to run this again.

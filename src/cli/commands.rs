@@ -8,7 +8,7 @@ use serde_json::json;
 use super::{
     answer::Answer,
     args::{self, Alter, Arguments, Command},
-    deny, doctor,
+    canary, deny, doctor,
     effect::effect_json,
     error::{At, CliError},
     exit::{DENIED, FAILED},
@@ -38,6 +38,10 @@ pub(crate) fn run(arguments: Arguments, environment: &[(OsString, OsString)]) ->
             let config = load(Purpose::Serve)?;
             Ok(server::serve(config, &|name| variable(environment, name)).map(|()| Answer::text(String::new()))?)
         }
+        Command::Canary => {
+            let config = load(Purpose::Canary)?;
+            Ok(canary::run(&config, &|name| variable(environment, name)).map(|()| Answer::text(String::new()))?)
+        }
         Command::Check => {
             let config = load(Purpose::Serve)?;
             let text = stdin::text().map_err(|error| CliError::new(format!("cannot read the key: {error}")))?;
@@ -63,17 +67,17 @@ pub(crate) fn run(arguments: Arguments, environment: &[(OsString, OsString)]) ->
         Command::Detach(Alter { print }) => alter(&load(Purpose::Manage)?, environment, false, print),
         Command::Trust(command) => {
             managing(&load(Purpose::Manage)?, environment, store::open_ledger, async |manager, config| {
-                trust::run(manager, config, command).await.map_err(|error| error.at(config))
+                trust::run(manager, config, command).await
             })
         }
         Command::Key(command) => {
             managing(&load(Purpose::Manage)?, environment, store::open_ledger, async |manager, config| {
-                key::run(manager, config, command).await.map_err(|error| error.at(config))
+                key::run(manager, config, command).await
             })
         }
         Command::Pepper(args::Pepper::Use) => {
-            managing(&load(Purpose::Manage)?, environment, store::open_ledger, async |manager, config| {
-                pepper_used(manager).await.map_err(|error| error.at(config))
+            managing(&load(Purpose::Manage)?, environment, store::open_ledger, async |manager, _| {
+                pepper_used(manager).await
             })
         }
         Command::Deny(command) => {
@@ -86,11 +90,7 @@ pub(crate) fn run(arguments: Arguments, environment: &[(OsString, OsString)]) ->
         }
         Command::Cache(args::Cache::Clear) => {
             managing(&load(Purpose::Manage)?, environment, store::open_history, async |manager, config| {
-                manager
-                    .clear_caches(&SystemClock, config.freshness.lease)
-                    .await
-                    .map(|effect| cleared(&effect))
-                    .map_err(|error| error.at(config))
+                Ok(cleared(&manager.clear_caches(&SystemClock, config.freshness.lease).await?))
             })
         }
     }
@@ -101,7 +101,7 @@ fn managing(
     config: &Config,
     environment: &[(OsString, OsString)],
     open: impl AsyncFnOnce(&StoreSettings, Env<'_>) -> Result<Box<dyn Ledger>, StoreError>,
-    command: impl AsyncFnOnce(&mut Manager, &Config) -> Result<Answer, CliError>,
+    command: impl AsyncFnOnce(&mut Manager, &Config) -> Result<Answer, ManageError>,
 ) -> Result<Answer, CliError> {
     block_on(async {
         let variable = |name: &str| variable(environment, name);
@@ -109,7 +109,7 @@ fn managing(
         let ledger = ledger.map_err(|error| CliError::of_store(error, config))?;
         let mut manager = Manager::new(ledger, actor(environment), config.credential.clone())
             .map_err(|error| CliError::new(format!("cannot read the pepper: {error}")))?;
-        command(&mut manager, config).await
+        command(&mut manager, config).await.map_err(|error| error.at(config))
     })?
 }
 

@@ -13,6 +13,7 @@ use std::{
 use super::{Config, Purpose};
 use crate::{
     base::{secret::Secret, settings::Reader, units::ByteSize},
+    canary::CanarySettings,
     ext_authz::credential::Pepper,
     freshness::{Freshness, FreshnessSettings, deny_list},
     grpc::{GrpcSettings, listener::ListenAddress},
@@ -25,6 +26,7 @@ const MESSAGE_SIZE_MAX: ByteSize = ByteSize::from_bytes(4 << 20);
 /// Adds the errors between the settings of `config` to `reader`.
 pub(crate) fn run(config: &Config, purpose: Purpose, reader: &mut Reader) {
     listeners(config, reader);
+    canary(config, reader);
     store(config, reader);
     redis(config, reader);
     credential(config, purpose, reader);
@@ -40,9 +42,14 @@ fn sound(reader: &Reader, settings: &[&str]) -> bool {
 }
 
 fn listeners(config: &Config, reader: &mut Reader) {
-    for (section, is_empty) in [("grpc", config.grpc.listen.is_empty()), ("admin", config.admin.listen.is_empty())] {
-        if is_empty && sound(reader, &[&format!("{section}.listen")]) {
-            reader.refuse(section, "listen", "needs at least one address".to_owned());
+    for (section, name, is_empty) in [
+        ("grpc", "listen", config.grpc.listen.is_empty()),
+        ("admin", "listen", config.admin.listen.is_empty()),
+        ("canary", "listen", config.canary.listen.is_empty()),
+        ("canary", "targets", config.canary.targets.is_empty()),
+    ] {
+        if is_empty && sound(reader, &[&format!("{section}.{name}")]) {
+            reader.refuse(section, name, "needs at least one address".to_owned());
         }
     }
     let is_both = |at: &&SocketAddr| at.port() != 0 && config.grpc.listen.contains(&ListenAddress::Tcp(**at));
@@ -50,24 +57,38 @@ fn listeners(config: &Config, reader: &mut Reader) {
         reader.refuse("admin", "listen", format!("{both} is also in grpc.listen: use another port"));
     }
     let GrpcSettings { tls_certificate_file, tls_key_file, tls_client_ca_file, .. } = &config.grpc;
-    let needs = |setting: &'static str, is_set: bool, other: &'static str, is_there: bool| {
-        (is_set && !is_there).then(|| (setting, format!("also needs grpc.{other}")))
-    };
     let (certificate, key) = (tls_certificate_file.is_some(), tls_key_file.is_some());
-    for (setting, problem) in [
-        needs("tls_certificate_file", certificate, "tls_key_file", key),
-        needs("tls_key_file", key, "tls_certificate_file", certificate),
-        needs("tls_client_ca_file", tls_client_ca_file.is_some(), "tls_certificate_file", certificate),
-    ]
-    .into_iter()
-    .flatten()
-    {
-        reader.refuse("grpc", setting, problem);
-    }
+    needs(reader, "grpc", ("tls_certificate_file", certificate), ("tls_key_file", key));
+    needs(reader, "grpc", ("tls_key_file", key), ("tls_certificate_file", certificate));
+    needs(reader, "grpc", ("tls_client_ca_file", tls_client_ca_file.is_some()), ("tls_certificate_file", certificate));
     if !config.api.listen.is_empty() {
         reader.refuse("api", "listen", "this release has no management API: leave it unset".to_owned());
     }
 }
+
+/// Refuses `section.name` if it is set and `section.other` is not.
+fn needs(reader: &mut Reader, section: &str, (name, is_set): (&str, bool), (other, other_is_set): (&str, bool)) {
+    if is_set && !other_is_set {
+        reader.refuse(section, name, format!("also needs {section}.{other}"));
+    }
+}
+
+fn canary(config: &Config, reader: &mut Reader) {
+    let CanarySettings { interval, tls_ca_file, tls_server_name, tls_certificate_file, tls_key_file, .. } =
+        &config.canary;
+    if *interval < CANARY_INTERVAL_MIN {
+        let problem = format!("must be at least {}", humantime::format_duration(CANARY_INTERVAL_MIN));
+        reader.refuse("canary", "interval", problem);
+    }
+    let (ca, certificate, key) = (tls_ca_file.is_some(), tls_certificate_file.is_some(), tls_key_file.is_some());
+    needs(reader, "canary", ("tls_server_name", tls_server_name.is_some()), ("tls_ca_file", ca));
+    needs(reader, "canary", ("tls_certificate_file", certificate), ("tls_ca_file", ca));
+    needs(reader, "canary", ("tls_certificate_file", certificate), ("tls_key_file", key));
+    needs(reader, "canary", ("tls_key_file", key), ("tls_certificate_file", certificate));
+}
+
+/// The shortest interval of the canary. Each round makes four changes that all replicas apply.
+const CANARY_INTERVAL_MIN: Duration = Duration::from_secs(1);
 
 fn store(config: &Config, reader: &mut Reader) {
     let store = &config.store;
@@ -232,30 +253,14 @@ fn freshness(config: &Config, reader: &mut Reader) {
             refuse_first_set(reader, &settings, problem);
         }
     }
-    let FreshnessSettings { sample_interval, canary_interval, .. } = config.freshness;
-    for (name, interval, min, is_possible, problem) in [
-        (
-            "sample_interval",
-            sample_interval,
-            SAMPLE_INTERVAL_MIN,
-            config.store.tracks_changes(),
-            "needs a table with a change log: run `trustgate attach` and set store.attached, or unset this",
-        ),
-        (
-            "canary_interval",
-            canary_interval,
-            CANARY_INTERVAL_MIN,
-            !config.store.reads_existing(),
-            "issues keys, which trustgate does not do in an existing table: unset this",
-        ),
-    ] {
-        if interval > Duration::ZERO && !is_possible {
-            reader.refuse("freshness", name, problem.to_owned());
-        }
-        if interval > Duration::ZERO && interval < min {
-            let problem = format!("must be at least {}, or 0s to turn it off", humantime::format_duration(min));
-            reader.refuse("freshness", name, problem);
-        }
+    let sample_interval = config.freshness.sample_interval;
+    if sample_interval > Duration::ZERO && !config.store.tracks_changes() {
+        let problem = "needs a table with a change log: run `trustgate attach` and set store.attached, or unset this";
+        reader.refuse("freshness", "sample_interval", problem.to_owned());
+    }
+    if sample_interval > Duration::ZERO && sample_interval < SAMPLE_INTERVAL_MIN {
+        let min = humantime::format_duration(SAMPLE_INTERVAL_MIN);
+        reader.refuse("freshness", "sample_interval", format!("must be at least {min}, or 0s to turn it off"));
     }
     for (name, set, max) in [("lease", lease, LEASE_MAX), ("stale_if_unconfirmed", stale_if_unconfirmed, STALE_MAX)] {
         if set > max {
@@ -271,8 +276,6 @@ const STALE_MAX: Duration = Duration::from_mins(15);
 
 /// The shortest interval of the sampler. More frequent samples would burden the database.
 const SAMPLE_INTERVAL_MIN: Duration = Duration::from_millis(10);
-/// The shortest interval of the canary. Each round makes a few changes that all replicas apply.
-const CANARY_INTERVAL_MIN: Duration = Duration::from_secs(1);
 
 fn amounts(config: &Config, reader: &mut Reader) {
     let Config { store, redis, decision, cache, freshness, limits, .. } = config;
@@ -325,9 +328,8 @@ fn files(config: &Config, purpose: Purpose, reader: &mut Reader) {
     let own_management = store.management_url.is_some() || store.management_url_file.is_some();
     // `trustgate deny` must work during an outage, so files that it does not need may be missing.
     let denying = purpose == Purpose::Deny;
-    let serve = purpose != Purpose::Manage;
-    let issues = purpose == Purpose::Serve && freshness.canary_interval > Duration::ZERO;
-    let manage = issues || matches!(purpose, Purpose::Manage | Purpose::Check);
+    let serve = !matches!(purpose, Purpose::Manage | Purpose::Canary);
+    let manage = matches!(purpose, Purpose::Manage | Purpose::Canary | Purpose::Check);
     let database = !denying || redis.mac_key_file.is_none();
     for (section, name, file, used) in [
         ("store", "url_file", &store.url_file, database && (serve || !own_management)),
@@ -357,7 +359,7 @@ fn files(config: &Config, purpose: Purpose, reader: &mut Reader) {
     // These files need not be text, so this only checks that the first byte can be read.
     for (name, file) in [("mac_key_file", &redis.mac_key_file), ("ca_file", &redis.ca_file)] {
         if let (Some(file), true) = (file, serve) {
-            readable(reader, "redis", name, file, File::open(file).and_then(|mut file| file.read_exact(&mut [0])));
+            readable(reader, "redis", name, file, first_byte(file));
         }
     }
     // `serve` and `doctor` load these files themselves and report more details.
@@ -369,7 +371,15 @@ fn files(config: &Config, purpose: Purpose, reader: &mut Reader) {
         ("tls_client_ca_file", tls_client_ca_file),
     ] {
         if let (Some(file), true) = (file, used) {
-            readable(reader, "grpc", name, file, File::open(file).and_then(|mut file| file.read_exact(&mut [0])));
+            readable(reader, "grpc", name, file, first_byte(file));
+        }
+    }
+    let CanarySettings { tls_ca_file, tls_certificate_file, tls_key_file, .. } = &config.canary;
+    for (name, file) in
+        [("tls_ca_file", tls_ca_file), ("tls_certificate_file", tls_certificate_file), ("tls_key_file", tls_key_file)]
+    {
+        if let (Some(file), Purpose::Canary | Purpose::Check) = (file, purpose) {
+            readable(reader, "canary", name, file, first_byte(file));
         }
     }
     match &freshness.deny_file {
@@ -382,6 +392,11 @@ fn files(config: &Config, purpose: Purpose, reader: &mut Reader) {
         }
         _ => {}
     }
+}
+
+/// Reads the first byte of `file`, which shows that it can be read and is not empty.
+fn first_byte(file: &Path) -> io::Result<()> {
+    File::open(file)?.read_exact(&mut [0])
 }
 
 fn readable(reader: &mut Reader, section: &str, name: &str, file: &Path, read: io::Result<()>) {
@@ -504,7 +519,7 @@ mod tests {
     }
 
     #[test]
-    fn sampler_and_canary_are_refused_where_they_cannot_work() {
+    fn settings_of_sampler_and_canary_that_cannot_work_are_refused() {
         for (text, want) in [
             (
                 "freshness.sample_interval = \"9ms\"",
@@ -514,14 +529,18 @@ mod tests {
                 "store.url = \"postgres://h/d\"\nstore.preset = \"trust-table\"\nfreshness.sample_interval = \"1s\"",
                 "trustgate.toml:3: freshness.sample_interval: needs a table with a change log",
             ),
+            ("canary.interval = \"999ms\"", "trustgate.toml:1: canary.interval: must be at least 1s"),
+            ("canary.targets = []", "trustgate.toml:1: canary.targets: needs at least one address"),
+            ("canary.targets = \"localhost\"", "trustgate.toml:1: canary.targets: expected a host with its port"),
             (
-                "freshness.canary_interval = \"999ms\"",
-                "trustgate.toml:1: freshness.canary_interval: must be at least 1s",
+                "canary.tls_server_name = \"a\"",
+                "trustgate.toml:1: canary.tls_server_name: also needs canary.tls_ca_file",
             ),
             (
-                "store.url = \"postgres://h/d\"\nstore.preset = \"trust-table\"\nfreshness.canary_interval = \"1m\"",
-                "trustgate.toml:3: freshness.canary_interval: issues keys",
+                "canary.tls_ca_file = \"/dev/zero\"\ncanary.tls_key_file = \"/dev/zero\"",
+                "trustgate.toml:2: canary.tls_key_file: also needs canary.tls_certificate_file",
             ),
+            ("canary.tls_ca_file = \"/nowhere\"", "trustgate.toml:1: canary.tls_ca_file: cannot read /nowhere"),
         ] {
             refused(text, want);
         }

@@ -22,10 +22,8 @@ pub(crate) fn put(reader: &mut Reader, variables: &[(OsString, OsString)]) {
             continue;
         };
         let Some((_, section, setting)) = known.iter().find(|(variable, ..)| variable == name) else {
-            let problem = renamed(rest).map_or_else(
-                || format!("there is no such setting; {}", suggestion(rest, &known)),
-                |new| format!("this setting is now called {new}"),
-            );
+            let problem =
+                renamed(rest).unwrap_or_else(|| format!("there is no such setting; {}", suggestion(rest, &known)));
             reader.refuse_at(String::new(), name.to_owned(), problem);
             continue;
         };
@@ -38,12 +36,10 @@ pub(crate) fn put(reader: &mut Reader, variables: &[(OsString, OsString)]) {
     }
 }
 
-/// If [`PREFIX`]`rest` is the variable of a setting that was renamed, returns the variable of its new name.
+/// The error for the variable [`PREFIX`]`rest` if its setting was renamed.
 fn renamed(rest: &str) -> Option<String> {
     let (section, name) = rest.split_once("__")?;
-    let section = section.to_ascii_lowercase();
-    let new = suggest::renamed(&section, &name.to_ascii_lowercase())?;
-    Some(variable(&section, new))
+    suggest::renamed(&section.to_ascii_lowercase(), &name.to_ascii_lowercase(), variable)
 }
 
 /// A suggestion for the operator who set the unknown variable [`PREFIX`]`rest`. `known` has all variables.

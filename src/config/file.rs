@@ -43,10 +43,8 @@ fn put_section(reader: &mut Reader, section: &SectionInfo, table: &dyn TableLike
             _ => {
                 let names = section.fields.iter().map(|field| field.name);
                 let full_name = |name: &str| format!("{}.{name}", section.name);
-                let problem = suggest::renamed(section.name, name).map_or_else(
-                    || no_such("setting", name, names, full_name),
-                    |new| format!("this setting is now called {}", full_name(new)),
-                );
+                let problem = suggest::renamed(section.name, name, |section, name| format!("{section}.{name}"))
+                    .unwrap_or_else(|| no_such("setting", name, names, full_name));
                 reader.refuse_at(full, origin, problem);
             }
         }
@@ -115,6 +113,10 @@ mod tests {
             ("cache.absences_size = \"1MiB\"", "cache.negative_size"),
             ("freshness.absence_ttl = \"1s\"", "freshness.negative_ttl"),
             ("freshness.hints = false", "freshness.notifications"),
+            (
+                "freshness.canary_interval = \"1m\"",
+                "canary.interval, and the canary is a separate process: `trustgate canary`",
+            ),
         ] {
             let got = config_errors(old, &[]);
             let want = format!("this setting is now called {new}");

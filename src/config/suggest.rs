@@ -14,17 +14,24 @@ pub(crate) fn nearest<'n>(wrong: &str, names: impl Iterator<Item = &'n str>) -> 
         .map(|(_, name)| name)
 }
 
-/// Settings that had another name in an earlier release: section, old name, new name.
-const RENAMED: [(&str, &str, &str); 3] = [
-    ("cache", "absences_size", "negative_size"),
-    ("freshness", "absence_ttl", "negative_ttl"),
-    ("freshness", "hints", "notifications"),
+/// Settings that had another name in an earlier release: section, old name; section, new name; an explanation.
+const RENAMED: [(&str, &str, (&str, &str), &str); 4] = [
+    ("cache", "absences_size", ("cache", "negative_size"), ""),
+    ("freshness", "absence_ttl", ("freshness", "negative_ttl"), ""),
+    ("freshness", "hints", ("freshness", "notifications"), ""),
+    (
+        "freshness",
+        "canary_interval",
+        ("canary", "interval"),
+        ", and the canary is a separate process: `trustgate canary`",
+    ),
 ];
 
-/// The current name of the setting that an earlier release called `section.name`.
-pub(crate) fn renamed(section: &str, name: &str) -> Option<&'static str> {
-    let (.., new) = RENAMED.iter().find(|(of, old, _)| *of == section && *old == name)?;
-    Some(new)
+/// The error for a setting that an earlier release called `section.name`. `show` formats the current name from its
+/// section and its name.
+pub(crate) fn renamed(section: &str, name: &str, show: impl Fn(&str, &str) -> String) -> Option<String> {
+    let (.., (new_section, new), explanation) = RENAMED.iter().find(|(of, old, ..)| *of == section && *old == name)?;
+    Some(format!("this setting is now called {}{explanation}", show(new_section, new)))
 }
 
 #[cfg(test)]

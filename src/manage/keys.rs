@@ -14,7 +14,7 @@ use crate::{
         self,
         format::{self, Form},
     },
-    record::{Fingerprint, KeyId, Made, Scheme, is_scope},
+    record::{Fingerprint, KeyId, Scheme, is_scope},
     store::ledger::{Key, NewKey, TrustRef},
 };
 
@@ -146,20 +146,6 @@ impl Manager {
     /// # Errors
     /// `wanted` is invalid, the trust does not exist, or the database failed.
     pub async fn issue_key(&mut self, wanted: Wanted) -> Result<Issued, ManageError> {
-        let made = self.hasher.made();
-        self.issue(wanted, made).await
-    }
-
-    /// Issues a key for the canary, which tests one server with the pepper of that server.
-    ///
-    /// # Errors
-    /// As [`Self::issue_key`].
-    pub async fn issue_probe(&mut self, wanted: Wanted) -> Result<Issued, ManageError> {
-        let made = self.hasher.made().fingerprint().map_or(Made::Elsewhere, Made::Probe);
-        self.issue(wanted, made).await
-    }
-
-    async fn issue(&mut self, wanted: Wanted, made: Made) -> Result<Issued, ManageError> {
         check(&wanted)?;
         let secret = format::generate(&self.credential.prefix).map_err(ManageError::Randomness)?;
         let Wanted { trust, name, mut scopes, allowed_cidrs, expires_in } = wanted;
@@ -170,7 +156,7 @@ impl Manager {
             id: KeyId(Uuid::now_v7()),
             digest: self.hasher.current(bytes),
             older: Vec::new(), // a random key cannot be stored already
-            made,
+            made: self.hasher.made(),
             hint: format::hint(&self.credential.prefix, bytes),
             name,
             scopes,

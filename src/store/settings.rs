@@ -19,7 +19,7 @@ crate::settings! {
         /// File that contains the password, instead of `password`. It is read again at each connect.
         password_file: Option<PathBuf> = "",
         /// URL of the database with a separate role, for everything that changes it: `migrate`, `attach`, `detach`,
-        /// `trust`, `key`, `pepper`, `cache`, `store copy` and the canary. Unset: `url`.
+        /// `trust`, `key`, `pepper`, `cache`, `store copy` and `canary`. Unset: `url`.
         management_url: Option<Secret> = "",
         /// File that contains the management URL, instead of `management_url`. It is read again at each connect.
         management_url_file: Option<PathBuf> = "",

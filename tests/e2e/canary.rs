@@ -1,11 +1,11 @@
-//! The canary on three replicas of one database: its rounds succeed, it finds a revocation that is missing from the
-//! change log, and it leaves no trusts or keys behind.
+//! The canary on three replicas of one database: its rounds succeed over TCP, TLS and a Unix socket, it finds a
+//! revocation that is missing from the change log, and it leaves no trusts or keys behind.
 
 use std::time::Duration;
 
 use crate::{
     fixture::Fixture,
-    support::{eventually, server::Server, shared},
+    support::{certificates::certificates, eventually, server::Canary, shared},
 };
 
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -30,55 +30,125 @@ const TRUSTS: &str = "SELECT coalesce(string_agg(name, ' ' ORDER BY name), '') F
 #[tokio::test(flavor = "multi_thread")]
 async fn a_revocation_missing_from_the_change_log_is_found_on_every_replica() {
     let _turn = shared().await;
-    let settings = [("freshness.canary_interval", "1s"), ("limits.drain_delay", "0s")];
-    let fixture = Fixture::new(&settings).await;
-    // The first trust looks like one that a stopped replica left behind: the canaries must delete it. The second does
-    // not belong to a canary: they must keep it.
-    let left_behind = format!("trustgate-canary-{}", uuid::Uuid::new_v4());
-    for name in [&left_behind, "trustgate-canary-in-a-coal-mine"] {
+    let mut fixture = Fixture::new(&[("canary.interval", "1s"), ("limits.drain_delay", "0s")]).await;
+    // The first two trusts look like those of other canaries: one was killed hours ago and its trust must be deleted,
+    // the other is running. The third does not belong to a canary.
+    let (left_behind, running) = (canary_trust(), canary_trust());
+    let others = "trustgate-canary-in-a-coal-mine";
+    for name in [&*left_behind, &*running, others] {
         fixture.test_config.trust(name).await;
         fixture.test_config.issue(name, &[]).await;
     }
+    let age = format!(
+        "UPDATE trustgate.trust SET created_at = now() - interval '2 h' WHERE name IN ('{left_behind}', '{others}')"
+    );
+    fixture.postgres.execute(&fixture.database, &age).await;
     let servers =
         [fixture.test_config.serve().await, fixture.test_config.serve().await, fixture.test_config.serve().await];
-    for server in &servers {
-        eventually("three rounds succeed", PATIENCE, || async { rounds(server, "ok").await >= 3.0 }).await;
-        for outcome in ["late", "denied"] {
-            assert!(rounds(server, outcome).await < 1.0, "{outcome}: {}", server.log());
+    let targets = servers.each_ref().map(|server| server.grpc().to_string());
+    fixture.test_config.set("canary.targets", targets.join(","));
+    let canary = fixture.test_config.canary().await;
+    for target in &targets {
+        until_rounds(&canary, target, "ok", 3.0).await;
+        for outcome in ["late", "denied", "failed"] {
+            assert!(canary.rounds(target, outcome).await < 1.0, "{outcome}: {}", canary.log());
         }
-        let revoked = server.metric("trustgate_canary_revocation_seconds_count").await;
-        assert!(revoked >= 3.0, "{revoked}");
+        let revocations = canary.revocations(target).await;
+        assert!(revocations >= 3.0, "{revocations}");
     }
 
     fixture.postgres.execute(&fixture.database, SUPPRESS_CHANGES).await;
-    for server in &servers {
-        eventually("a late revocation is found", PATIENCE, || async { rounds(server, "late").await >= 1.0 }).await;
-        server.until_logged("granted beyond the revocation bound").await;
+    for target in &targets {
+        until_rounds(&canary, target, "late", 1.0).await;
+        let logged = canary.log();
+        let is_late = |line: &str| line.contains("granted beyond the revocation bound") && line.contains(target);
+        assert!(logged.lines().any(is_late), "{logged}");
     }
     fixture.postgres.execute(&fixture.database, RECORD_CHANGES).await;
-    for server in &servers {
-        let before = rounds(server, "ok").await;
-        eventually("a round succeeds again", PATIENCE, || async { rounds(server, "ok").await > before }).await;
-        assert!(rounds(server, "denied").await < 1.0, "{}", server.log());
+    for target in &targets {
+        let before = canary.rounds(target, "ok").await;
+        until_rounds(&canary, target, "ok", before + 1.0).await;
+        assert!(canary.rounds(target, "denied").await < 1.0, "{}", canary.log());
     }
 
-    for server in &servers {
-        server.signal("TERM");
-    }
-    for server in servers {
-        let (code, log) = server.ended(PATIENCE).await;
-        assert_eq!(code, 0, "{log}");
-    }
+    let (code, log) = canary.stop(PATIENCE).await;
+    assert_eq!(code, 0, "{log}");
     let trusts: String = fixture.postgres.value(&fixture.database, TRUSTS).await;
-    assert_eq!(trusts, "trustgate-canary-in-a-coal-mine");
+    let mut want = [&*running, others];
+    want.sort_unstable();
+    assert_eq!(trusts, want.join(" "));
     let keys: i64 = fixture.postgres.value(&fixture.database, "SELECT count(*) FROM trustgate.api_key").await;
-    assert_eq!(keys, 1, "only the key of the other trust may remain");
+    assert_eq!(keys, 2, "only the keys of the other trusts may remain");
     let audited =
         "SELECT string_agg(DISTINCT action, ' ' ORDER BY action) FROM trustgate.audit WHERE actor LIKE 'canary:%'";
     let audited: String = fixture.postgres.value(&fixture.database, audited).await;
     assert_eq!(audited, "key.issue key.revoke trust.create trust.delete");
 }
 
-async fn rounds(server: &Server, outcome: &str) -> f64 {
-    server.metric(&format!("trustgate_canary_rounds_total{{outcome=\"{outcome}\"}}")).await
+#[tokio::test(flavor = "multi_thread")]
+async fn replicas_are_probed_over_mutual_tls_and_unix_sockets_and_a_dead_one_fails_alone() {
+    let _turn = shared().await;
+    let mut fixture = Fixture::new(&[("canary.interval", "1s")]).await;
+    let certificates = certificates();
+    let file = |name: &str| certificates.path().join(name).display().to_string();
+    let socket = format!("unix://{}", fixture.test_config.path().join("grpc.sock").display());
+    fixture.test_config.set("grpc.listen", format!("127.0.0.1:0,{socket}"));
+    for (setting, name) in [
+        ("grpc.tls_certificate_file", "server.pem"),
+        ("grpc.tls_key_file", "server.key"),
+        ("grpc.tls_client_ca_file", "ca.pem"),
+        ("canary.tls_ca_file", "ca.pem"),
+        ("canary.tls_certificate_file", "client.pem"),
+        ("canary.tls_key_file", "client.key"),
+    ] {
+        fixture.test_config.set(setting, file(name));
+    }
+    let server = fixture.test_config.serve().await;
+    let target = server.grpc().to_string();
+    // Nothing listens on port 1.
+    fixture.test_config.set("canary.targets", format!("{target},{socket},127.0.0.1:1"));
+    let canary = fixture.test_config.canary().await;
+    for target in [&target, &socket] {
+        until_rounds(&canary, target, "ok", 2.0).await;
+        assert!(canary.rounds(target, "failed").await < 1.0, "{}", canary.log());
+    }
+    assert!(canary.rounds("127.0.0.1:1", "failed").await >= 2.0, "{}", canary.log());
+    assert!(canary.rounds("127.0.0.1:1", "ok").await < 1.0, "{}", canary.log());
+    let log = canary.log();
+    let failed: Vec<_> = log.lines().filter(|line| line.contains("canary round failed")).collect();
+    assert!(failed.len() == 1 && failed[0].contains("cannot connect to 127.0.0.1:1: "), "{log}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_database_that_refuses_changes_fails_rounds_and_probes_resume_afterwards() {
+    let _turn = shared().await;
+    let mut fixture = Fixture::new(&[("canary.interval", "1s")]).await;
+    let server = fixture.test_config.serve().await;
+    let target = server.grpc().to_string();
+    fixture.test_config.set("canary.targets", &*target);
+    let canary = fixture.test_config.canary().await;
+    until_rounds(&canary, &target, "ok", 1.0).await;
+    let refuse = "CREATE FUNCTION public.refuse() RETURNS trigger LANGUAGE plpgsql AS
+        $$ BEGIN RAISE EXCEPTION 'no new trusts'; END $$;
+        CREATE TRIGGER refuse BEFORE INSERT ON trustgate.trust EXECUTE FUNCTION public.refuse()";
+    fixture.postgres.execute(&fixture.database, refuse).await;
+    until_rounds(&canary, &target, "failed", 1.0).await;
+    let log = canary.log();
+    assert!(log.contains("canary round failed") && log.contains("no new trusts"), "{log}");
+    fixture.postgres.execute(&fixture.database, "DROP TRIGGER refuse ON trustgate.trust").await;
+    let before = canary.rounds(&target, "ok").await;
+    until_rounds(&canary, &target, "ok", before + 1.0).await;
+    for outcome in ["late", "denied"] {
+        assert!(canary.rounds(&target, outcome).await < 1.0, "{outcome}: {}", canary.log());
+    }
+}
+
+/// A name as canaries give it to their trusts.
+fn canary_trust() -> String {
+    format!("trustgate-canary-{}", uuid::Uuid::new_v4())
+}
+
+async fn until_rounds(canary: &Canary, target: &str, outcome: &str, count: f64) {
+    let what = format!("{count} rounds of {target} are {outcome}");
+    eventually(&what, PATIENCE, || async { canary.rounds(target, outcome).await >= count }).await;
 }

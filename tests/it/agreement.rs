@@ -14,6 +14,8 @@ use tokio::{
     net::TcpStream,
 };
 use trustgate::{
+    base::metrics::{self, Registry},
+    canary::{CanarySettings, metrics::CanaryMetrics},
     config::{self, Purpose, SECTIONS},
     ext_authz::identity,
     server::{AppBuilder, Delay},
@@ -25,7 +27,7 @@ use crate::program::Place;
 const DEFAULT_CREDENTIAL_HEADER: &str = "x-api-key";
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_metrics_page_lists_exactly_the_metrics_that_a_server_exposes() {
+async fn the_metrics_page_lists_exactly_the_metrics_that_a_server_and_a_canary_expose() {
     let dir = tempfile::tempdir().unwrap();
     let variables = [
         ("TRUSTGATE__GRPC__LISTEN", "127.0.0.1:0"),
@@ -45,6 +47,9 @@ async fn the_metrics_page_lists_exactly_the_metrics_that_a_server_exposes() {
     admin.read_to_string(&mut exposed).await.unwrap();
     running.stop(Delay::None).await.unwrap();
 
+    let canary = Registry::new();
+    CanaryMetrics::register(&canary, &CanarySettings::default().targets).unwrap();
+    exposed += &metrics::text(&canary);
     assert_eq!(documented_metrics(&file("docs/metrics.md")), exposed_metrics(&exposed));
 }
 
@@ -314,7 +319,7 @@ fn between(text: &str, name: &str) -> String {
 }
 
 #[test]
-fn the_chart_has_each_setting_except_listeners_and_secrets() {
+fn the_chart_has_each_setting_except_listeners_secrets_and_the_canary() {
     let schema: Value = serde_json::from_str(&file("helm/trustgate/values.schema.json")).unwrap();
     let sections = schema["properties"]["config"]["properties"].as_object().unwrap();
     let known: BTreeSet<_> = sections
@@ -332,8 +337,10 @@ fn the_chart_has_each_setting_except_listeners_and_secrets() {
             || name.ends_with("_files")
             || ["password", "sentinel_password", "pepper", "management_url"].contains(&name)
     };
-    let wanted: BTreeSet<_> =
-        settings().into_iter().filter(|setting| !listens(setting) && !is_secret(setting)).collect();
+    // The chart runs no canary.
+    let is_canary = |setting: &str| setting.starts_with("canary.");
+    let is_left_out = |setting: &String| listens(setting) || is_secret(setting) || is_canary(setting);
+    let wanted: BTreeSet<_> = settings().into_iter().filter(|setting| !is_left_out(setting)).collect();
     assert_eq!(known, wanted);
 }
 

@@ -16,14 +16,14 @@ const HOMES: &[(&str, &[&str])] = &[
     ("hyper_util", &["server::admin"]),
     ("indicatif", &["cli"]),
     ("moka", &["cache::l1"]),
-    ("prost", &["ext_authz", "canary::client"]),
+    ("prost", &["ext_authz"]),
     // `redis` has the connection; L2 and the deny list have the commands.
     ("redis", &["redis", "cache::l2", "freshness::deny_list", "doctor::redis"]),
     ("rustls", &["grpc"]),
     ("sqlx", &["store", "doctor"]),
     ("toml_edit", &["config"]),
-    // The server makes the health service, and the listeners pass health checks to it.
-    ("tonic", &["grpc", "server"]),
+    // The server makes the health service, and the listeners pass health checks to it. The canary is a gRPC client.
+    ("tonic", &["grpc", "server", "canary::client"]),
     ("tonic_health", &["server"]),
     ("tracing_subscriber", &["base::telemetry"]),
 ];

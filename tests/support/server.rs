@@ -71,7 +71,9 @@ impl TestConfig {
         let program = env!("CARGO_BIN_EXE_trustgate").into();
         let mut test_config = Self { dir: tempfile::tempdir().expect("a directory"), settings: Vec::new(), program };
         for (setting, value) in
-            [("grpc.listen", "127.0.0.1:0"), ("admin.listen", "127.0.0.1:0")].iter().chain(&RELAXED_DEADLINES)
+            [("grpc.listen", "127.0.0.1:0"), ("admin.listen", "127.0.0.1:0"), ("canary.listen", "127.0.0.1:0")]
+                .iter()
+                .chain(&RELAXED_DEADLINES)
         {
             test_config.set(setting, *value);
         }
@@ -199,19 +201,34 @@ impl TestConfig {
     /// # Panics
     /// If the server ends instead; the message contains its log.
     pub async fn listening(&self) -> Server {
+        let (program, line) = self.start("serve", "listening").await;
+        let grpc = first(&line["grpc"]).expect("an address");
+        Server { program, grpc, admin: first(&line["admin"]).expect("an address") }
+    }
+
+    /// Starts the canary and waits until its metrics can be read. It may not have completed a round yet.
+    ///
+    /// # Panics
+    /// If the canary ends instead; the message contains its log.
+    pub async fn canary(&self) -> Canary {
+        let (program, line) = self.start("canary", "canary started").await;
+        Canary { program, metrics: first(&line["metrics"]).expect("an address") }
+    }
+
+    /// Starts the program with `command`, and returns it with its log line `message`.
+    async fn start(&self, command: &str, message: &str) -> (Guarded, Value) {
         let variables = self.variables().into_iter().map(|(name, value)| format!("{name}={value}").into());
         let mut words = vec![OsString::from("env"), "-i".into()];
         words.extend(variables);
-        words.extend([self.program.clone().into(), "serve".into()]);
-        let program = Guarded::start_with_end(End::Kill, &directory("serve"), &words);
-        let listening = program.until(async || {
+        words.extend([self.program.clone().into(), command.into()]);
+        let program = Guarded::start_with_end(End::Kill, &directory(command), &words);
+        let logged = program.until(async || {
             let log = program.log();
-            let line = log.lines().find(|line| line.contains("\"listening\""))?;
-            let line: Value = serde_json::from_str(line).ok()?;
-            Some((first(&line["grpc"])?, first(&line["admin"])?))
+            let mut lines = log.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+            lines.find(|line| line["message"] == message)
         });
-        let Some((grpc, admin)) = listening.await else { panic!("the server ended:\n{}", program.log()) };
-        Server { program, grpc, admin }
+        let Some(line) = logged.await else { panic!("{command} ended:\n{}", program.log()) };
+        (program, line)
     }
 
     /// Starts the server and waits until it is ready.
@@ -347,6 +364,41 @@ impl Server {
 
     /// Waits until the process ends by itself, for at most `limit`; returns its exit code and its log.
     pub async fn ended(self, limit: Duration) -> (i32, String) {
+        self.program.ended(limit).await
+    }
+}
+
+/// A running canary, which is killed when this value is dropped.
+pub struct Canary {
+    program: Guarded,
+    metrics: SocketAddr,
+}
+
+impl Canary {
+    /// The number of rounds for `target` with this outcome.
+    pub async fn rounds(&self, target: &str, outcome: &str) -> f64 {
+        let labels = format!("outcome=\"{outcome}\",target=\"{target}\"");
+        metric(self.metrics, &format!("trustgate_canary_rounds_total{{{labels}}}")).await
+    }
+
+    /// The number of revocations of which the time was measured for `target`.
+    pub async fn revocations(&self, target: &str) -> f64 {
+        metric(self.metrics, &format!("trustgate_canary_revocation_seconds_count{{target=\"{target}\"}}")).await
+    }
+
+    /// The metrics page.
+    pub async fn metrics(&self) -> String {
+        http::get(self.metrics, "/metrics", &[]).await.body
+    }
+
+    /// The log so far.
+    pub fn log(&self) -> String {
+        self.program.log()
+    }
+
+    /// Sends SIGTERM and waits until the process ends, for at most `limit`; returns its exit code and its log.
+    pub async fn stop(self, limit: Duration) -> (i32, String) {
+        self.program.signal("TERM");
         self.program.ended(limit).await
     }
 }

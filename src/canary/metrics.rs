@@ -1,0 +1,59 @@
+//! The metrics of the canary.
+
+use std::time::Duration;
+
+use super::{Outcome, client::Target};
+use crate::base::metrics::{HistogramOpts, HistogramVec, IntCounterVec, Opts, Registry, SHORT_SECONDS, register};
+
+/// The metrics of the canary.
+#[derive(Clone)]
+pub struct CanaryMetrics {
+    rounds: IntCounterVec,
+    revocation: HistogramVec,
+}
+
+impl CanaryMetrics {
+    /// Declares the metrics, with all their series for `targets`: a series must exist before it first increases.
+    ///
+    /// # Errors
+    /// As [`register`].
+    pub fn register(registry: &Registry, targets: &[Target]) -> prometheus::Result<Self> {
+        let rounds = Opts::new(
+            "trustgate_canary_rounds_total",
+            "Rounds of the canary by target and outcome: ok, late (granted for longer than the bound allows), denied \
+             (a good key was denied) or failed.",
+        );
+        let rounds = register(registry, IntCounterVec::new(rounds, &["target", "outcome"]))?;
+        let revocation = HistogramOpts::new(
+            "trustgate_canary_revocation_seconds",
+            "Time from the acknowledged revocation of the canary's key to the start of the last granted check, in \
+             seconds.",
+        );
+        let mut buckets = SHORT_SECONDS.to_vec();
+        buckets.extend([0.5, 1.0, 2.5]);
+        let revocation = register(registry, HistogramVec::new(revocation.buckets(buckets), &["target"]))?;
+        for target in targets.iter().map(ToString::to_string) {
+            for outcome in ["ok", "late", "denied", "failed"] {
+                rounds.with_label_values(&[&*target, outcome]);
+            }
+            revocation.with_label_values(&[&*target]);
+        }
+        Ok(Self { rounds, revocation })
+    }
+
+    /// Counts a round.
+    pub(crate) fn count(&self, target: &Target, outcome: &Outcome) {
+        let outcome = match outcome {
+            Outcome::Ok => "ok",
+            Outcome::Late(_) => "late",
+            Outcome::Denied(_) => "denied",
+            Outcome::Failed(_) => "failed",
+        };
+        self.rounds.with_label_values(&[&*target.to_string(), outcome]).inc();
+    }
+
+    /// Records the time from a revocation to the start of the last granted check on one replica.
+    pub(crate) fn observe_revocation(&self, target: &Target, last_grant: Duration) {
+        self.revocation.with_label_values(&[&target.to_string()]).observe(last_grant.as_secs_f64());
+    }
+}
