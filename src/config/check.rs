@@ -2,20 +2,18 @@
 //!
 //! No check opens a connection. A setting that already has an error is not compared with others.
 
-use std::{
-    fs::File,
-    io::{self, Read},
-    net::SocketAddr,
-    path::Path,
-    time::Duration,
-};
+mod files;
+mod refuse;
 
+use std::{net::SocketAddr, time::Duration};
+
+use self::refuse::{either, needs, refuse_first_set, scheme, sound};
 use super::{Config, Purpose};
 use crate::{
-    base::{secret::Secret, settings::Reader, units::ByteSize},
+    base::{settings::Reader, units::ByteSize},
     canary::CanarySettings,
     ext_authz::credential::Pepper,
-    freshness::{Freshness, FreshnessSettings, deny_list},
+    freshness::{Freshness, FreshnessSettings},
     grpc::{GrpcSettings, listener::ListenAddress},
     redis::RedisSettings,
 };
@@ -33,12 +31,7 @@ pub(crate) fn run(config: &Config, purpose: Purpose, reader: &mut Reader) {
     deadlines(config, reader);
     freshness(config, reader);
     amounts(config, reader);
-    files(config, purpose, reader);
-}
-
-/// True if none of `settings` has an error, so that they can be compared.
-fn sound(reader: &Reader, settings: &[&str]) -> bool {
-    !reader.config_errors().iter().any(|config_error| settings.contains(&config_error.setting.as_str()))
+    files::run(config, purpose, reader);
 }
 
 fn listeners(config: &Config, reader: &mut Reader) {
@@ -63,13 +56,6 @@ fn listeners(config: &Config, reader: &mut Reader) {
     needs(reader, "grpc", ("tls_client_ca_file", tls_client_ca_file.is_some()), ("tls_certificate_file", certificate));
     if !config.api.listen.is_empty() {
         reader.refuse("api", "listen", "this release has no management API: leave it unset".to_owned());
-    }
-}
-
-/// Refuses `section.name` if it is set and `section.other` is not.
-fn needs(reader: &mut Reader, section: &str, (name, is_set): (&str, bool), (other, other_is_set): (&str, bool)) {
-    if is_set && !other_is_set {
-        reader.refuse(section, name, format!("also needs {section}.{other}"));
     }
 }
 
@@ -320,114 +306,6 @@ fn amounts(config: &Config, reader: &mut Reader) {
         let settings = [("limits", "messages_in_flight_size"), ("limits", "message_size")];
         refuse_first_set(reader, &settings, problem);
     }
-}
-
-/// Checks that files can be read. Secrets are read again when they are used; this check reports unreadable files early.
-fn files(config: &Config, purpose: Purpose, reader: &mut Reader) {
-    let Config { store, redis, credential, freshness, .. } = config;
-    let own_management = store.management_url.is_some() || store.management_url_file.is_some();
-    // `trustgate deny` must work during an outage, so files that it does not need may be missing.
-    let denying = purpose == Purpose::Deny;
-    let serve = !matches!(purpose, Purpose::Manage | Purpose::Canary);
-    let manage = matches!(purpose, Purpose::Manage | Purpose::Canary | Purpose::Check);
-    let database = !denying || redis.mac_key_file.is_none();
-    for (section, name, file, used) in [
-        ("store", "url_file", &store.url_file, database && (serve || !own_management)),
-        ("store", "password_file", &store.password_file, database),
-        ("store", "management_url_file", &store.management_url_file, manage),
-        ("redis", "url_file", &redis.url_file, serve),
-        ("redis", "password_file", &redis.password_file, serve),
-        ("redis", "sentinel_password_file", &redis.sentinel_password_file, serve),
-        ("credential", "pepper_file", &credential.pepper_file, !denying),
-    ] {
-        if let (Some(file), true) = (file, used) {
-            let read = match (section, name) {
-                ("redis", "url_file") => Secret::read_text(file).map(drop),
-                ("credential", _) => Pepper::read_file(file).map(|pepper| {
-                    if let Err(short) = pepper.check_length() {
-                        reader.refuse(section, name, format!("{}: {short}", file.display()));
-                    }
-                }),
-                _ => Secret::read(file).map(drop),
-            };
-            readable(reader, section, name, file, read);
-        }
-    }
-    for file in credential.previous_pepper_files.iter().filter(|_| !denying) {
-        readable(reader, "credential", "previous_pepper_files", file, Secret::read(file).map(drop));
-    }
-    // These files need not be text, so this only checks that the first byte can be read.
-    for (name, file) in [("mac_key_file", &redis.mac_key_file), ("ca_file", &redis.ca_file)] {
-        if let (Some(file), true) = (file, serve) {
-            readable(reader, "redis", name, file, first_byte(file));
-        }
-    }
-    // `serve` and `doctor` load these files themselves and report more details.
-    let GrpcSettings { tls_certificate_file, tls_key_file, tls_client_ca_file, .. } = &config.grpc;
-    let used = purpose == Purpose::Check && tls_certificate_file.is_some() && tls_key_file.is_some();
-    for (name, file) in [
-        ("tls_certificate_file", tls_certificate_file),
-        ("tls_key_file", tls_key_file),
-        ("tls_client_ca_file", tls_client_ca_file),
-    ] {
-        if let (Some(file), true) = (file, used) {
-            readable(reader, "grpc", name, file, first_byte(file));
-        }
-    }
-    let CanarySettings { tls_ca_file, tls_certificate_file, tls_key_file, .. } = &config.canary;
-    for (name, file) in
-        [("tls_ca_file", tls_ca_file), ("tls_certificate_file", tls_certificate_file), ("tls_key_file", tls_key_file)]
-    {
-        if let (Some(file), Purpose::Canary | Purpose::Check) = (file, purpose) {
-            readable(reader, "canary", name, file, first_byte(file));
-        }
-    }
-    match &freshness.deny_file {
-        // A server starts with the valid lines of the file. `config check` also reports invalid lines.
-        Some(file) if purpose == Purpose::Serve => {
-            readable(reader, "freshness", "deny_file", file, File::open(file).map(drop));
-        }
-        Some(file) if purpose == Purpose::Check => {
-            readable(reader, "freshness", "deny_file", file, deny_list::check_file(file));
-        }
-        _ => {}
-    }
-}
-
-/// Reads the first byte of `file`, which shows that it can be read and is not empty.
-fn first_byte(file: &Path) -> io::Result<()> {
-    File::open(file)?.read_exact(&mut [0])
-}
-
-fn readable(reader: &mut Reader, section: &str, name: &str, file: &Path, read: io::Result<()>) {
-    if let Err(error) = read {
-        reader.refuse(section, name, format!("cannot read {}: {error}", file.display()));
-    }
-}
-
-/// Refuses `section.name` together with its `_file` variant.
-fn either(reader: &mut Reader, section: &str, name: &str, value: bool, file: bool) {
-    if value && file {
-        let other = reader.origin(section, name).cloned().unwrap_or_default();
-        let problem = format!("{section}.{name} is also set ({other}): set only one of the two");
-        reader.refuse(section, &format!("{name}_file"), problem);
-    }
-}
-
-/// Refuses a URL that begins with none of `schemes`, with the error `expected`. The URL may contain a password, so the
-/// error does not quote it.
-fn scheme(reader: &mut Reader, section: &str, name: &str, url: Option<&Secret>, schemes: &[&str], expected: &str) {
-    if url.is_some_and(|url| !schemes.iter().any(|scheme| url.expose().starts_with(scheme))) {
-        reader.refuse(section, name, expected.to_owned());
-    }
-}
-
-/// Adds an error between `settings`, at the first of them that is set.
-fn refuse_first_set(reader: &mut Reader, settings: &[(&str, &str)], problem: String) {
-    let set = settings.iter().find(|(section, name)| reader.origin(section, name).is_some());
-    // The defaults are consistent, so at least one of the settings is set.
-    let Some((section, name)) = set.or(settings.first()) else { return };
-    reader.refuse(section, name, problem);
 }
 
 #[cfg(test)]
