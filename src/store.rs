@@ -16,6 +16,7 @@ pub mod reads;
 pub(crate) mod rows;
 pub(crate) mod schema;
 pub mod settings;
+pub(crate) mod sql;
 pub(crate) mod sqlite;
 pub mod url;
 

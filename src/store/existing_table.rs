@@ -2,7 +2,8 @@
 //!
 //! The types here do no I/O. Names of tables and columns enter SQL statements as quoted identifiers.
 
-pub(crate) mod postgres;
+pub(crate) mod attach;
+pub(crate) mod reads;
 
 use sha2::{Digest, Sha256};
 

@@ -5,7 +5,10 @@ use std::{num::NonZero, sync::Arc, thread::available_parallelism, time::Duration
 
 use super::{
     error::StoreError,
-    existing_table::{self, ExistingTable, postgres::AttachAction},
+    existing_table::{
+        ExistingTable,
+        attach::{self, AttachAction},
+    },
     ledger::{
         self, Ledger,
         sql_ledger::{LedgerBackend, SqlLedger},
@@ -209,7 +212,7 @@ pub async fn detach(settings: &StoreSettings, env: Env<'_>) -> Result<String, St
 
 async fn action(settings: &StoreSettings, env: Env<'_>, action: AttachAction) -> Result<String, StoreError> {
     let (address, table) = attachable(settings, env)?;
-    existing_table::postgres::run(&address, &settings.schema, &table, action, settings.connect_timeout).await?;
+    attach::run(&address, &settings.schema, &table, action, settings.connect_timeout).await?;
     Ok(table.table.to_string())
 }
 
@@ -219,8 +222,7 @@ async fn action(settings: &StoreSettings, env: Env<'_>, action: AttachAction) ->
 /// As [`attach`].
 pub async fn print_attach(settings: &StoreSettings, env: Env<'_>) -> Result<String, StoreError> {
     let (address, table) = attachable(settings, env)?;
-    existing_table::postgres::print(&address, &settings.schema, &table, AttachAction::Attach, settings.connect_timeout)
-        .await
+    attach::print(&address, &settings.schema, &table, AttachAction::Attach, settings.connect_timeout).await
 }
 
 /// The statements of [`detach`], each with the role that must run it.
@@ -229,8 +231,7 @@ pub async fn print_attach(settings: &StoreSettings, env: Env<'_>) -> Result<Stri
 /// As [`detach`].
 pub async fn print_detach(settings: &StoreSettings, env: Env<'_>) -> Result<String, StoreError> {
     let (address, table) = attachable(settings, env)?;
-    existing_table::postgres::print(&address, &settings.schema, &table, AttachAction::Detach, settings.connect_timeout)
-        .await
+    attach::print(&address, &settings.schema, &table, AttachAction::Detach, settings.connect_timeout).await
 }
 
 fn attachable(settings: &StoreSettings, env: Env<'_>) -> Result<(StoreUrl, ExistingTable), StoreError> {

@@ -22,6 +22,15 @@ pub(crate) const BUSY_TIMEOUT_OF_READS: Duration = Duration::from_millis(50);
 /// SQL for the current time in microseconds since the Unix epoch. The clock of SQLite counts milliseconds.
 pub(crate) const NOW: &str = "CAST(round(unixepoch('subsec') * 1000) AS INTEGER) * 1000";
 
+/// A minute in microseconds.
+pub(crate) const MINUTE: i64 = 60_000_000;
+
+/// Records the pepper with the fingerprint ?2, in hexadecimal, if none is recorded. If keys were issued without a
+/// pepper, also records "no pepper" as the previous one. Imported digests do not count as issued; they have no hint.
+pub(crate) const HOLD_PEPPER: &str = "UPDATE meta SET pepper_fingerprint = unhex(?2),
+        previous_pepper_fingerprint = CASE WHEN EXISTS (SELECT 1 FROM api_key WHERE scheme = 0 AND hint <> '') THEN zeroblob(8) END
+    WHERE pepper_fingerprint IS NULL";
+
 /// The access mode of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Access {

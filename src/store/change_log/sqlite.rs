@@ -11,6 +11,11 @@
 
 use sqlx::{AssertSqlSafe, Row, SqliteConnection};
 
+use crate::store::{
+    sql::without_newline,
+    sqlite::{MINUTE, NOW},
+};
+
 /// Creates missing tables and triggers, replaces triggers that differ, and records that the change log is intact.
 ///
 /// # Errors
@@ -59,6 +64,22 @@ pub(crate) async fn everything(connection: &mut SqliteConnection) -> Result<(), 
     sqlx::raw_sql(AssertSqlSafe(sql)).execute(connection).await.map(drop)
 }
 
+/// The statements that delete, of the oldest versions, up to a thousand whose successors are older than 20 minutes, and
+/// then their changes. If a poll still asks from a deleted version, it does not find that version, and the replica then
+/// uses no value older than the newest version.
+pub(crate) fn prune() -> String {
+    format!(include_str!("sqlite/prune.sql"), now = NOW, old = OLD)
+}
+
+/// The query that returns true if [`prune`] has more to delete. `prune` keeps the last version that is older than its
+/// limit, so the query looks at the second oldest.
+pub(crate) fn is_more() -> String {
+    format!("SELECT at < {NOW} - {OLD} - {MINUTE} FROM version ORDER BY version LIMIT 1 OFFSET 1")
+}
+
+/// 20 minutes in microseconds. Polls do not ask from a version that was superseded this long ago.
+const OLD: i64 = 20 * MINUTE;
+
 /// A trigger on one of our tables.
 struct Trigger {
     name: String,
@@ -104,26 +125,9 @@ pub(crate) async fn problem(connection: &mut SqliteConnection) -> Result<Option<
 }
 
 /// A query for a unique index with conflicts that the BEFORE triggers do not look for.
-const OTHER_UNIQUE: &str = "
-    SELECT i.name FROM (SELECT 'api_key' AS on_table UNION ALL SELECT 'trust') w
-    JOIN pragma_index_list(w.on_table) i ON i.\"unique\"
-    WHERE (
-        w.on_table,
-        (SELECT group_concat(coalesce(c.name, '') || ' ' || c.coll) FROM pragma_index_xinfo(i.name) c WHERE c.key)
-    ) NOT IN (
-        VALUES ('api_key', 'id BINARY'), ('api_key', 'digest BINARY'), ('trust', 'id BINARY'), ('trust', 'name BINARY')
-    )";
+const OTHER_UNIQUE: &str = include_str!("sqlite/other_unique.sql");
 
-/// The table `change` has one row per changed object: its kind (`key`, `trust`, `absent`, `gone`, or `*` for
-/// everything) and its id, or its digest in lower-case hexadecimal. An empty object means the whole kind. The primary
-/// key begins with the kind, so a poll can read a limited number of rows of each kind, and can see that no record
-/// changed without reading the `absent` rows of a bulk insert.
-const TABLES: &str = "
-CREATE TABLE IF NOT EXISTS change (
-    kind TEXT NOT NULL, version INTEGER NOT NULL, object TEXT NOT NULL, PRIMARY KEY (kind, version, object)
-) STRICT, WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS displaced (id TEXT NOT NULL, digest BLOB) STRICT;
-";
+const TABLES: &str = include_str!("sqlite/tables.sql");
 
 /// The name and the text of each trigger. The text equals the one that SQLite stores in `sqlite_schema`.
 fn triggers() -> impl Iterator<Item = (&'static str, String)> {
@@ -134,7 +138,7 @@ fn triggers() -> impl Iterator<Item = (&'static str, String)> {
             .replace("{forget}", FORGET)
             .replace("{removed key}", &REMOVED.replace("{table}", "api_key"))
             .replace("{removed trust}", &REMOVED.replace("{table}", "trust"));
-        (*name, format!("CREATE TRIGGER {name} {text}"))
+        (*name, text)
     })
 }
 
@@ -151,112 +155,25 @@ const FORGET: &str = "DELETE FROM displaced WHERE true;";
 const REMOVED: &str = "displaced d
         WHERE NOT EXISTS (SELECT 1 FROM {table} t WHERE t.id = d.id AND t.id <> NEW.id)";
 
+/// A trigger by its name, which is also the name of its file.
+macro_rules! trigger {
+    ($name:literal) => {
+        ($name, without_newline(include_str!(concat!("sqlite/triggers/", $name, ".sql"))))
+    };
+}
+
 /// Each changed row gets one version; the versions of a transaction become visible together. UNION removes duplicates.
+/// SQLite keeps the text of a trigger as it was created, so a change of a file replaces the trigger in each database.
 const TRIGGERS: [(&str, &str); 10] = [
-    (
-        "api_key_before_insert",
-        "BEFORE INSERT ON api_key BEGIN
-    {forget}
-    INSERT INTO displaced (id, digest)
-        SELECT id, digest FROM api_key WHERE id = NEW.id OR digest = NEW.digest OR rowid = NEW.rowid;
-END",
-    ),
-    (
-        "api_key_insert",
-        "AFTER INSERT ON api_key BEGIN
-    {draw}
-    INSERT INTO change (kind, version, object) VALUES ('absent', {v}, lower(hex(NEW.digest)));
-    INSERT INTO change (kind, version, object) SELECT 'key', {v}, d.id FROM {removed key};
-    INSERT INTO change (kind, version, object) SELECT 'gone', {v}, lower(hex(d.digest)) FROM {removed key}
-        AND (d.digest <> NEW.digest OR NEW.revoked_at IS NOT NULL);
-    {forget}
-END",
-    ),
-    (
-        "api_key_before_update",
-        "BEFORE UPDATE ON api_key BEGIN
-    {forget}
-    INSERT INTO displaced (id, digest)
-        SELECT id, digest FROM api_key
-        WHERE (id = NEW.id OR digest = NEW.digest OR rowid = NEW.rowid) AND rowid <> OLD.rowid;
-END",
-    ),
-    (
-        "api_key_update",
-        "AFTER UPDATE ON api_key WHEN
-    (OLD.id, OLD.trust_id, OLD.digest, OLD.scheme, OLD.scopes, OLD.allowed_cidrs,
-        OLD.not_before, OLD.expires_at, OLD.revoked_at) IS NOT
-    (NEW.id, NEW.trust_id, NEW.digest, NEW.scheme, NEW.scopes, NEW.allowed_cidrs,
-        NEW.not_before, NEW.expires_at, NEW.revoked_at)
-    OR EXISTS (SELECT 1 FROM displaced)
-BEGIN
-    {draw}
-    INSERT INTO change (kind, version, object) VALUES ('absent', {v}, lower(hex(NEW.digest)));
-    INSERT INTO change (kind, version, object)
-        SELECT 'key', {v}, OLD.id UNION SELECT 'key', {v}, NEW.id UNION SELECT 'key', {v}, d.id FROM {removed key};
-    INSERT INTO change (kind, version, object)
-        SELECT 'gone', {v}, lower(hex(OLD.digest)) WHERE OLD.digest <> NEW.digest OR NEW.revoked_at IS NOT NULL
-        UNION SELECT 'gone', {v}, lower(hex(d.digest)) FROM {removed key}
-            AND (d.digest <> NEW.digest OR NEW.revoked_at IS NOT NULL);
-    {forget}
-END",
-    ),
-    (
-        "api_key_delete",
-        "AFTER DELETE ON api_key BEGIN
-    {draw}
-    INSERT INTO change (kind, version, object)
-        VALUES ('key', {v}, OLD.id), ('gone', {v}, lower(hex(OLD.digest)));
-    DELETE FROM displaced WHERE id = OLD.id;
-END",
-    ),
-    (
-        "trust_before_insert",
-        "BEFORE INSERT ON trust BEGIN
-    {forget}
-    INSERT INTO displaced (id) SELECT id FROM trust WHERE id = NEW.id OR name = NEW.name OR rowid = NEW.rowid;
-END",
-    ),
+    trigger!("api_key_before_insert"),
+    trigger!("api_key_insert"),
+    trigger!("api_key_before_update"),
+    trigger!("api_key_update"),
+    trigger!("api_key_delete"),
+    trigger!("trust_before_insert"),
     // SQLite checks foreign keys only in connections that turn this on, so keys can exist before their trust.
-    (
-        "trust_insert",
-        "AFTER INSERT ON trust BEGIN
-    {draw}
-    INSERT INTO change (kind, version, object)
-        SELECT 'trust', {v}, NEW.id UNION SELECT 'trust', {v}, d.id FROM {removed trust};
-    INSERT INTO change (kind, version, object) SELECT 'absent', {v}, lower(hex(digest)) FROM api_key
-        WHERE trust_id = NEW.id AND NOT EXISTS (SELECT 1 FROM displaced WHERE id = NEW.id);
-    {forget}
-END",
-    ),
-    (
-        "trust_before_update",
-        "BEFORE UPDATE ON trust BEGIN
-    {forget}
-    INSERT INTO displaced (id)
-        SELECT id FROM trust WHERE (id = NEW.id OR name = NEW.name OR rowid = NEW.rowid) AND rowid <> OLD.rowid;
-END",
-    ),
-    (
-        "trust_update",
-        "AFTER UPDATE ON trust
-WHEN (OLD.id, OLD.enabled) IS NOT (NEW.id, NEW.enabled) OR EXISTS (SELECT 1 FROM displaced)
-BEGIN
-    {draw}
-    INSERT INTO change (kind, version, object)
-        SELECT 'trust', {v}, OLD.id UNION SELECT 'trust', {v}, NEW.id
-        UNION SELECT 'trust', {v}, d.id FROM {removed trust};
-    INSERT INTO change (kind, version, object) SELECT 'absent', {v}, lower(hex(digest)) FROM api_key
-        WHERE trust_id = NEW.id AND OLD.id <> NEW.id;
-    {forget}
-END",
-    ),
-    (
-        "trust_delete",
-        "AFTER DELETE ON trust BEGIN
-    {draw}
-    INSERT INTO change (kind, version, object) VALUES ('trust', {v}, OLD.id);
-    DELETE FROM displaced WHERE id = OLD.id;
-END",
-    ),
+    trigger!("trust_insert"),
+    trigger!("trust_before_update"),
+    trigger!("trust_update"),
+    trigger!("trust_delete"),
 ];

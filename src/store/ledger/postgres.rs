@@ -192,22 +192,8 @@ impl LedgerBackend for PostgresTables {
     }
 
     async fn put_keys(&mut self, keys: &[StoredKey]) -> Result<(), sqlx::Error> {
-        let sql = "INSERT INTO {s}.api_key
-                (id, trust_id, digest, scheme, pepper_fingerprint, hint, name, scopes, allowed_cidrs, created_at, not_before,
-                expires_at, revoked_at)
-             SELECT n.id, n.trust_id, n.digest, n.scheme, n.pepper, n.hint, n.name,
-                ARRAY(SELECT json_array_elements_text(n.scopes::json)),
-                ARRAY(SELECT json_array_elements_text(n.cidrs::json))::cidr[],
-                to_timestamp(0) + n.created_at * interval '1 microsecond',
-                to_timestamp(0) + n.not_before * interval '1 microsecond',
-                to_timestamp(0) + n.expires_at * interval '1 microsecond',
-                to_timestamp(0) + n.revoked_at * interval '1 microsecond'
-             FROM unnest($1::uuid[], $2::uuid[], $3::bytea[], $4::int2[], $5::text[], $6::text[], $7::text[], $8::text[],
-                $9::int8[], $10::int8[], $11::int8[], $12::int8[], $13::bytea[])
-                AS n (id, trust_id, digest, scheme, hint, name, scopes, cidrs, created_at, not_before, expires_at, revoked_at,
-                    pepper)";
         let query = self
-            .query(sql)
+            .query(include_str!("postgres/put_keys.sql"))
             .bind(column(keys, |stored| stored.key.id.0))
             .bind(column(keys, |stored| stored.key.trust_id.0))
             .bind(column(keys, |stored| stored.digest.as_bytes().to_vec()))
@@ -226,19 +212,8 @@ impl LedgerBackend for PostgresTables {
 
     async fn insert_keys(&mut self, trust: TrustId, keys: &[NewKey]) -> Result<u64, sqlx::Error> {
         // One statement inserts all keys: each column is passed as an array, and a list inside a row as JSON.
-        let sql = "INSERT INTO {s}.api_key
-                (id, trust_id, digest, scheme, pepper_fingerprint, hint, name, scopes, allowed_cidrs, not_before, expires_at)
-             SELECT n.id, $1, n.digest, n.scheme, n.pepper, n.hint, n.name,
-                ARRAY(SELECT json_array_elements_text(n.scopes::json)),
-                ARRAY(SELECT json_array_elements_text(n.cidrs::json))::cidr[],
-                to_timestamp(0) + n.not_before * interval '1 microsecond',
-                now() + n.expires_in * interval '1 microsecond'
-             FROM unnest($2::uuid[], $3::bytea[], $4::int2[], $5::text[], $6::text[], $7::text[], $8::text[],
-                $9::int8[], $10::int8[], $11::bytea[])
-                AS n (id, digest, scheme, hint, name, scopes, cidrs, not_before, expires_in, pepper)
-             ON CONFLICT (digest) DO NOTHING";
         let query = self
-            .query(sql)
+            .query(include_str!("postgres/insert_keys.sql"))
             .bind(trust.0)
             .bind(column(keys, |key| key.id.0))
             .bind(column(keys, |key| key.digest.as_bytes().to_vec()))

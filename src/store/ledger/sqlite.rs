@@ -15,9 +15,9 @@ use crate::{
     store::{
         change_log,
         error::StoreError,
-        reads::{lookup::Missing, sqlite::HOLD_PEPPER},
+        reads::lookup::Missing,
         rows, schema,
-        sqlite::{Access, NOW, connect, file, has_log},
+        sqlite::{Access, HOLD_PEPPER, NOW, connect, file, has_log},
         url::describe_sqlite,
     },
 };

@@ -221,16 +221,12 @@ impl Dialect for Postgres {
         let name = name.chars().filter(char::is_ascii_graphic).take(NAME_CHARS_MAX);
         let name = name.map(|c| u32::from(c).to_string()).collect::<Vec<_>>().join(", ");
         self.timed(&format!(
-            "WITH dead AS (
-                DELETE FROM {{s}}.replica WHERE until < statement_timestamp() - interval '1 day' AND id <> '{replica}'
-             )
-             INSERT INTO {{s}}.replica (id, name, applied, seen_at, until)
-             VALUES ('{replica}', (SELECT coalesce(string_agg(chr(c), '' ORDER BY o), '')
-                        FROM unnest(ARRAY[{name}]::int[]) WITH ORDINALITY AS u (c, o)),
-                 {}, statement_timestamp(), statement_timestamp() + {} * interval '1 microsecond')
-             ON CONFLICT (id) DO UPDATE SET applied = excluded.applied, seen_at = excluded.seen_at, until = excluded.until",
-            applied.0,
-            rows::micros(*lasts),
+            include_str!("postgres/heartbeat.sql"),
+            s = self.schema.as_str(),
+            replica = replica,
+            name = name,
+            applied = applied.0,
+            lasts = rows::micros(*lasts),
         ))
     }
 

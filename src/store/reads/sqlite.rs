@@ -1,5 +1,7 @@
 //! The reads of checks on SQLite.
 
+mod query;
+
 use std::{
     future, io,
     path::{Path, PathBuf},
@@ -9,9 +11,10 @@ use std::{
     },
 };
 
-use sqlx::{AssertSqlSafe, Connection, SqliteConnection, sqlite::SqliteRow};
+use sqlx::{Connection, SqliteConnection, sqlite::SqliteRow};
 use uuid::Uuid;
 
+use self::query::{DAY, Query, Value, own, poll, poll_from_start, trust_table, trust_table_poll};
 use super::{
     lookup::{Heartbeat, Missing, OTHER_KEYS_MAX},
     pool::Connect,
@@ -20,12 +23,12 @@ use super::{
 use crate::{
     record::{Digests, Fingerprint, KeyId, Version},
     store::{
-        change_log::{self, sqlite::IN_FORCE},
+        change_log,
         error::StoreError,
         rows, schema,
         settings::Preset,
         sqlite::{
-            Access, NOW, code, connect,
+            Access, HOLD_PEPPER, NOW, code, connect,
             file::{self, Change},
             has_log, is_missing,
         },
@@ -132,46 +135,6 @@ pub(crate) struct Opened {
     connection: SqliteConnection,
     files: file::Files,
     writable: bool,
-}
-
-/// A statement and its values.
-pub(crate) struct Query {
-    sql: String,
-    values: Vec<Value>,
-    access: Access,
-}
-
-enum Value {
-    Text(String),
-    Bytes(Vec<u8>),
-    Number(Option<i64>),
-    /// True if this process can write to the database; bound when the query runs.
-    Writable,
-}
-
-impl Query {
-    fn new(sql: impl Into<String>, values: impl IntoIterator<Item = Value>) -> Self {
-        Self { sql: sql.into(), values: values.into_iter().collect(), access: Access::Read }
-    }
-
-    fn writing(sql: impl Into<String>, values: impl IntoIterator<Item = Value>) -> Self {
-        Self { access: Access::Write, ..Self::new(sql, values) }
-    }
-
-    /// Runs the statements to their end, because an unfinished SELECT would keep its snapshot.
-    async fn run(&self, connection: &mut SqliteConnection, writable: bool) -> Result<Vec<SqliteRow>, sqlx::Error> {
-        // The text consists only of constants of this program and of placeholders.
-        let mut bound = sqlx::query(AssertSqlSafe(self.sql.clone()));
-        for value in &self.values {
-            bound = match value {
-                Value::Text(text) => bound.bind(text.as_str()),
-                Value::Bytes(bytes) => bound.bind(bytes.as_slice()),
-                Value::Number(number) => bound.bind(*number),
-                Value::Writable => bound.bind(writable),
-            };
-        }
-        bound.fetch_all(connection).await
-    }
 }
 
 /// A short-lived connection for one write transaction. It commits only if the paths still lead to the files that it
@@ -305,12 +268,8 @@ impl Dialect for Sqlite {
         self.preset.is_none().then(|| OwnTableQueries {
             schema: Query::new(schema::sqlite::SCHEMA, []),
             redis_mac_key: Query::new("SELECT hex(value) FROM setting WHERE name = 'redis_mac_key'", []),
-            prune: Query::writing(prune(), []),
-            // `prune` keeps the last version that is older than its limit, so look at the second oldest.
-            is_more: Query::new(
-                format!("SELECT at < {NOW} - {OLD} - {MINUTE} FROM version ORDER BY version LIMIT 1 OFFSET 1"),
-                [],
-            ),
+            prune: Query::writing(change_log::sqlite::prune(), []),
+            is_more: Query::new(change_log::sqlite::is_more(), []),
         })
     }
 
@@ -396,12 +355,6 @@ impl Dialect for Sqlite {
     }
 }
 
-/// Records the pepper with the fingerprint ?2, in hexadecimal, if none is recorded. If keys were issued without a
-/// pepper, also records "no pepper" as the previous one. Imported digests do not count as issued; they have no hint.
-pub(crate) const HOLD_PEPPER: &str = "UPDATE meta SET pepper_fingerprint = unhex(?2),
-        previous_pepper_fingerprint = CASE WHEN EXISTS (SELECT 1 FROM api_key WHERE scheme = 0 AND hint <> '') THEN zeroblob(8) END
-    WHERE pepper_fingerprint IS NULL";
-
 /// Error codes that do not count as an answer: the database cannot be reached or read now. Other errors count as an
 /// answer: the file is not a database or is damaged, lacks our tables, may not be opened by us, or is locked by a
 /// program that may commit changes.
@@ -424,135 +377,6 @@ async fn can_write(path: &Path) -> Result<bool, sqlx::Error> {
     let attempt = sqlx::raw_sql(statements).execute(&mut connection).await;
     connection.close().await?;
     Ok(!attempt.is_err_and(|error| code(&error) == Some(SQLITE_READONLY)))
-}
-
-/// The statement for the changes committed from version ?2 on, in the columns of [`rows::polled`]: first the row
-/// that is always there, then versions, then changes. It reads at most a thousand versions and a thousand changes of
-/// each kind. Most polls find nothing new, so it uses no temporary tables, which would be most of the cost of such a
-/// poll.
-fn poll() -> String {
-    committed("", "?2", "?2")
-}
-
-/// As [`poll`], for a replica that has applied no version: from the first version of the last 15 minutes on, including
-/// the changes of that version. The statement finds that version once, because the clock advances while it runs.
-fn poll_from_start() -> String {
-    let start = format!(
-        "WITH start AS MATERIALIZED (
-            SELECT coalesce(
-                (SELECT min(version) FROM version WHERE at >= {NOW} - {RECENT}), (SELECT max(version) FROM version)
-            ) AS version
-         )"
-    );
-    committed(&start, "(SELECT version FROM start)", "(SELECT version - 1 FROM start)")
-}
-
-/// Versions from `first` on, and changes after `known`. Both are SQL expressions; `with` comes before the statement.
-fn committed(with: &str, first: &str, known: &str) -> String {
-    const KINDS: &str = "(SELECT '*' AS kind UNION ALL SELECT 'absent' UNION ALL SELECT 'gone' UNION ALL SELECT 'key'
-            UNION ALL SELECT 'trust') k";
-    let too_many = format!(
-        "(SELECT c.version FROM change c WHERE c.kind = k.kind AND c.version > {known}
-            ORDER BY c.version LIMIT 1 OFFSET {EACH_MAX}) IS NOT NULL"
-    );
-    format!(
-        "{with}
-         SELECT ?1, CASE WHEN ?3 THEN 'primary' ELSE 'read-only' END, (SELECT min(version) FROM version),
-            v.version, hex(v.nonce), m.incarnation, 0, 0, {NOW}, {IN_FORCE}, v.at, NULL, NULL, NULL, NULL,
-            nullif(hex(m.pepper_fingerprint), ''), nullif(hex(m.previous_pepper_fingerprint), '')
-         FROM (SELECT version, nonce, at FROM version ORDER BY version DESC LIMIT 1) v CROSS JOIN meta m
-         UNION ALL
-         SELECT {NOTHING}, v.version, hex(v.nonce), NULL, NULL, NULL, NULL
-         FROM (SELECT version, nonce FROM version WHERE version >= {first} ORDER BY version DESC LIMIT {EACH_MAX}) v
-         UNION ALL
-         SELECT {NOTHING}, v.version, hex(v.nonce), NULL, NULL, NULL, NULL
-         FROM version v WHERE v.version = {first} AND (
-            SELECT version FROM version WHERE version >= {first} ORDER BY version LIMIT 1 OFFSET {EACH_MAX}
-         ) IS NOT NULL
-         UNION ALL
-         SELECT {NOTHING}, (SELECT max(c.version) FROM change c WHERE c.kind = k.kind), NULL, k.kind, NULL, NULL, NULL
-         FROM {KINDS} WHERE {too_many}
-         UNION ALL
-         SELECT {NOTHING}, c.version, NULL, c.kind, nullif(c.object, ''), NULL, NULL
-         FROM {KINDS} CROSS JOIN change c WHERE NOT {too_many} AND c.kind = k.kind AND c.version > {known}
-         UNION ALL
-         SELECT {NOTHING}, max(c.version), NULL, '*', NULL, NULL, NULL
-         FROM (SELECT 1 FROM schema WHERE version > {version} LIMIT 1) s CROSS JOIN change c
-         WHERE c.version > {known} AND c.kind NOT IN ('*', 'absent', 'gone', 'key', 'trust')
-         HAVING max(c.version) IS NOT NULL
-         LIMIT {rows}",
-        version = schema::VERSION,
-        rows = rows::POLL_ROWS_MAX + 1,
-    )
-}
-
-/// Nulls for the columns that only the first row has.
-const NOTHING: &str = "NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL";
-/// The most versions, and the most changes of one kind, that a poll returns one by one. If there are more changes, it
-/// returns the whole kind as changed.
-const EACH_MAX: usize = 1_000;
-/// 15 minutes in microseconds: longer than values stay in Redis.
-const RECENT: i64 = 15 * MINUTE;
-/// A day in microseconds.
-const DAY: i64 = 24 * 60 * MINUTE;
-const MINUTE: i64 = 60_000_000;
-
-/// The statements that delete, of the oldest versions, up to a thousand whose successors are older than 20 minutes, and
-/// then their changes. If a poll still asks from a deleted version, it does not find that version, and the replica then
-/// uses no value older than the newest version.
-fn prune() -> String {
-    format!(
-        "WITH
-         oldest AS MATERIALIZED (SELECT version, at FROM version ORDER BY version LIMIT {EACH_MAX} + 1),
-         recent AS (SELECT min(version) AS version FROM oldest WHERE at >= {NOW} - {OLD})
-         DELETE FROM version WHERE version < (
-            SELECT max(o.version) FROM oldest o CROSS JOIN recent r WHERE r.version IS NULL OR o.version < r.version
-         );
-         DELETE FROM change WHERE kind IN (
-            WITH RECURSIVE kinds (kind) AS (
-                SELECT min(kind) FROM change
-                UNION ALL
-                SELECT (SELECT min(c.kind) FROM change c WHERE c.kind > k.kind) FROM kinds k WHERE k.kind IS NOT NULL
-            )
-            SELECT kind FROM kinds WHERE kind IS NOT NULL
-         ) AND version < (SELECT min(version) FROM version)"
-    )
-}
-
-/// 20 minutes in microseconds. Polls do not ask from a version that was superseded this long ago.
-const OLD: i64 = 20 * MINUTE;
-
-/// The query for the newest version and, if a row fulfils `condition`, a key with its trust. It is one statement, so
-/// both come from one snapshot.
-fn own(condition: &str) -> String {
-    format!(
-        "SELECT v.version, hex(v.nonce), m.incarnation, 0, 0, {NOW},
-            k.id, t.id, t.enabled, hex(k.digest), k.scheme, k.scopes, k.allowed_cidrs,
-            k.not_before, k.expires_at, k.revoked_at, k.scheme = 1 AND k.pepper_fingerprint IS NULL
-         FROM (SELECT version, nonce FROM version ORDER BY version DESC LIMIT 1) v
-         CROSS JOIN meta m
-         LEFT JOIN (api_key k JOIN trust t ON t.id = k.trust_id) ON {condition}"
-    )
-}
-
-/// The query for the same columns from a table `trust(id, api_key_hash)`. The table has no versions, so the query
-/// returns version 0.
-fn trust_table(condition: &str) -> String {
-    format!(
-        "SELECT 0, '00000000000000000000000000000000', '00000000-0000-0000-0000-000000000000', 0, 0, {NOW},
-            t.id, t.id, 1, t.api_key_hash, 0, '[]', '[]', NULL, NULL, NULL, 0
-         FROM (SELECT 1) v
-         LEFT JOIN trust t ON t.api_key_hash IS NOT NULL AND {condition}"
-    )
-}
-
-/// The poll of such a table. It only proves that the table exists.
-fn trust_table_poll() -> String {
-    format!(
-        "SELECT ?1, 'primary', 0, 0, '00000000000000000000000000000000', '00000000-0000-0000-0000-000000000000', 0, 0,
-            {NOW}, 0, 0, NULL, NULL, NULL, NULL, NULL, NULL
-         FROM (SELECT 1) v LEFT JOIN trust t ON false"
-    )
 }
 
 #[cfg(test)]

@@ -126,7 +126,7 @@ async fn first(connection: &mut PgConnection, name: &SchemaName) -> Result<(), S
 /// Version 2: adds the change log.
 async fn second(connection: &mut PgConnection, name: &SchemaName) -> Result<(), sqlx::Error> {
     sqlx::raw_sql(in_schema(postgres::HOLD_WRITERS, name)).execute(&mut *connection).await?;
-    sqlx::raw_sql(in_schema(postgres::TABLES, name)).execute(&mut *connection).await?;
+    sqlx::raw_sql(in_schema(SECOND, name)).execute(&mut *connection).await?;
     stamp(connection, name, 2).await
 }
 
@@ -144,26 +144,14 @@ async fn fourth(connection: &mut PgConnection, name: &SchemaName) -> Result<(), 
     stamp(connection, name, schema::VERSION).await
 }
 
+const FIRST: &str = include_str!("postgres/version_1.sql");
+
+const SECOND: &str = include_str!("postgres/version_2.sql");
+
 const THIRD: &str = "ALTER TABLE {s}.meta ADD COLUMN attached_schema text, ADD COLUMN attached_table text,
     ADD COLUMN attached_digest text, ADD COLUMN attached_identity text";
 
-const FOURTH: &str = "
-ALTER TABLE {s}.meta
-    ADD COLUMN pepper_fingerprint bytea CHECK (octet_length(pepper_fingerprint) = 8),
-    ADD COLUMN previous_pepper_fingerprint bytea CHECK (octet_length(previous_pepper_fingerprint) = 8);
-ALTER TABLE {s}.api_key
-    ADD COLUMN pepper_fingerprint bytea,
-    ADD COLUMN metadata jsonb,
-    ADD COLUMN rotated_from uuid,
-    ADD COLUMN limit_requests bigint,
-    ADD COLUMN limit_unit text;
-ALTER TABLE {s}.trust
-    ADD COLUMN external_id text,
-    ADD COLUMN limit_requests bigint,
-    ADD COLUMN limit_unit text;
-ALTER TABLE {s}.api_key ADD CONSTRAINT api_key_pepper_fingerprint_check
-    CHECK (octet_length(pepper_fingerprint) = 8) NOT VALID;
-";
+const FOURTH: &str = include_str!("postgres/version_4.sql");
 
 /// The index of version 4. It is created after the commit of the migration, because it reads all of `api_key`.
 /// Meanwhile only writers wait.
@@ -179,52 +167,3 @@ async fn stamp(connection: &mut PgConnection, name: &SchemaName, version: i64) -
         .await
         .map(drop)
 }
-
-const FIRST: &str = "
-CREATE TABLE {s}.schema (
-    version bigint PRIMARY KEY, compatible_from bigint NOT NULL, at timestamptz NOT NULL DEFAULT now()
-);
-CREATE TABLE {s}.meta (
-    one boolean PRIMARY KEY DEFAULT true CHECK (one), incarnation uuid NOT NULL
-);
-CREATE TABLE {s}.version (
-    version bigint PRIMARY KEY CHECK (version > 0),
-    nonce bytea NOT NULL CHECK (octet_length(nonce) = 16),
-    at timestamptz NOT NULL DEFAULT clock_timestamp()
-);
-CREATE TABLE {s}.setting (name text PRIMARY KEY, value bytea NOT NULL);
-CREATE TABLE {s}.trust (
-    id uuid PRIMARY KEY,
-    name text NOT NULL UNIQUE CHECK (name <> ''),
-    enabled boolean NOT NULL DEFAULT true,
-    created_at timestamptz NOT NULL DEFAULT now()
-);
-CREATE TABLE {s}.api_key (
-    id uuid PRIMARY KEY,
-    trust_id uuid NOT NULL REFERENCES {s}.trust (id),
-    digest bytea NOT NULL UNIQUE CHECK (octet_length(digest) = 32),
-    scheme smallint NOT NULL,
-    hint text NOT NULL,
-    name text,
-    scopes text[] NOT NULL DEFAULT '{}',
-    allowed_cidrs cidr[] NOT NULL DEFAULT '{}',
-    not_before timestamptz CHECK (isfinite(not_before)),
-    expires_at timestamptz CHECK (isfinite(expires_at)),
-    revoked_at timestamptz CHECK (isfinite(revoked_at)),
-    created_at timestamptz NOT NULL DEFAULT now()
-);
-CREATE INDEX api_key_trust ON {s}.api_key (trust_id);
-CREATE TABLE {s}.key_use (
-    key_id uuid PRIMARY KEY REFERENCES {s}.api_key (id) ON DELETE CASCADE, last_used_at timestamptz NOT NULL
-);
-CREATE TABLE {s}.replica (id uuid PRIMARY KEY, applied bigint NOT NULL, seen_at timestamptz NOT NULL);
-CREATE TABLE {s}.audit (
-    id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
-    at timestamptz NOT NULL DEFAULT clock_timestamp(),
-    actor text NOT NULL,
-    action text NOT NULL,
-    object text NOT NULL,
-    before jsonb,
-    after jsonb
-);
-";

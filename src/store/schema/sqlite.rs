@@ -169,66 +169,8 @@ async fn stamp(connection: &mut SqliteConnection, version: i64) -> Result<(), sq
         .map(drop)
 }
 
-/// Times are in microseconds since the Unix epoch, ids are lower-case UUIDs with hyphens, and lists are JSON.
-const FIRST: &str = "
-CREATE TABLE schema (
-    version INTEGER PRIMARY KEY, compatible_from INTEGER NOT NULL, at INTEGER NOT NULL
-) STRICT;
-CREATE TABLE meta (
-    one INTEGER PRIMARY KEY DEFAULT 1 CHECK (one = 1), incarnation TEXT NOT NULL
-) STRICT;
-CREATE TABLE version (
-    version INTEGER PRIMARY KEY CHECK (version > 0), nonce BLOB NOT NULL CHECK (length(nonce) = 16), at INTEGER NOT NULL
-) STRICT;
-CREATE TABLE setting (name TEXT PRIMARY KEY, value BLOB NOT NULL) STRICT;
-CREATE TABLE trust (
-    id TEXT PRIMARY KEY CHECK (length(id) = 36),
-    name TEXT NOT NULL UNIQUE CHECK (name <> ''),
-    enabled INTEGER NOT NULL DEFAULT 1 CHECK (enabled IN (0, 1)),
-    created_at INTEGER NOT NULL
-) STRICT;
-CREATE TABLE api_key (
-    id TEXT PRIMARY KEY CHECK (length(id) = 36),
-    trust_id TEXT NOT NULL REFERENCES trust (id),
-    digest BLOB NOT NULL UNIQUE CHECK (length(digest) = 32),
-    scheme INTEGER NOT NULL,
-    hint TEXT NOT NULL,
-    name TEXT,
-    scopes TEXT NOT NULL DEFAULT '[]' CHECK (json_valid(scopes)),
-    allowed_cidrs TEXT NOT NULL DEFAULT '[]' CHECK (json_valid(allowed_cidrs)),
-    not_before INTEGER,
-    expires_at INTEGER,
-    revoked_at INTEGER,
-    created_at INTEGER NOT NULL
-) STRICT;
-CREATE INDEX api_key_trust ON api_key (trust_id);
-CREATE TABLE key_use (
-    key_id TEXT PRIMARY KEY REFERENCES api_key (id) ON DELETE CASCADE, last_used_at INTEGER NOT NULL
-) STRICT;
-CREATE TABLE replica (id TEXT PRIMARY KEY, applied INTEGER NOT NULL, seen_at INTEGER NOT NULL) STRICT;
-CREATE TABLE audit (
-    id INTEGER PRIMARY KEY AUTOINCREMENT, at INTEGER NOT NULL, actor TEXT NOT NULL, action TEXT NOT NULL,
-    object TEXT NOT NULL, before TEXT, after TEXT
-) STRICT;
-";
+const FIRST: &str = include_str!("sqlite/version_1.sql");
 
-const SECOND: &str = "
-ALTER TABLE meta ADD COLUMN fingerprint INTEGER;
-ALTER TABLE replica ADD COLUMN name TEXT NOT NULL DEFAULT '';
-ALTER TABLE replica ADD COLUMN until INTEGER NOT NULL DEFAULT 0;
-";
+const SECOND: &str = include_str!("sqlite/version_2.sql");
 
-const FOURTH: &str = "
-ALTER TABLE meta ADD COLUMN pepper_fingerprint BLOB CHECK (length(pepper_fingerprint) = 8);
-ALTER TABLE meta ADD COLUMN previous_pepper_fingerprint BLOB CHECK (length(previous_pepper_fingerprint) = 8);
-ALTER TABLE api_key ADD COLUMN pepper_fingerprint BLOB CHECK (length(pepper_fingerprint) = 8);
-ALTER TABLE api_key ADD COLUMN metadata TEXT CHECK (metadata IS NULL OR json_valid(metadata));
-ALTER TABLE api_key ADD COLUMN rotated_from TEXT CHECK (length(rotated_from) = 36);
-ALTER TABLE api_key ADD COLUMN limit_requests INTEGER;
-ALTER TABLE api_key ADD COLUMN limit_unit TEXT;
-ALTER TABLE trust ADD COLUMN external_id TEXT;
-ALTER TABLE trust ADD COLUMN limit_requests INTEGER;
-ALTER TABLE trust ADD COLUMN limit_unit TEXT;
-CREATE INDEX api_key_pepper ON api_key (pepper_fingerprint)
-    WHERE pepper_fingerprint IS NOT NULL AND revoked_at IS NULL;
-";
+const FOURTH: &str = include_str!("sqlite/version_4.sql");

@@ -1,5 +1,4 @@
-//! An existing table of the operator on PostgreSQL: the queries that read it and, once it is attached, the triggers
-//! that record its changes.
+//! Attaching an existing table of the operator on PostgreSQL: the triggers that record its changes.
 //!
 //! Attaching adds two triggers to the table and changes nothing else in it; detaching removes them. The triggers run
 //! with the rights of the owner of our tables, so clients that write the table need no rights on ours.
@@ -9,93 +8,21 @@ use sqlx::{AssertSqlSafe, Connection, PgConnection, Row, postgres::PgRow};
 
 use super::ExistingTable;
 use crate::{
-    record::{Digests, KeyId, hex},
+    record::hex,
     store::{
         error::StoreError,
-        names::{ColumnName, SchemaName, TableName, bytes_literal, literal},
+        names::{SchemaName, TableName, literal},
         postgres::{code, connect_within, describe, in_schema},
-        reads, schema,
+        schema,
         settings::DigestForm,
+        sql::{body, without_newline},
         url::StoreUrl,
     },
 };
 
-// === reads ===
-
 impl ExistingTable {
-    /// The condition that row `t` stores one of `digests`.
-    pub(crate) fn has_digest(&self, digests: &Digests) -> String {
-        let form = |hex: String| match self.digest_form {
-            DigestForm::Hex => format!("'{hex}'"),
-            DigestForm::Bytes => bytes_literal(&hex),
-        };
-        let list: Vec<_> = digests.all().map(|digest| form(digest.to_hex())).collect();
-        format!("t.{} IN ({})", self.digest.sql(), list.join(", "))
-    }
-
-    /// The condition that row `t` has the id `key`.
-    pub(crate) fn has_id(&self, key: KeyId) -> String {
-        format!("t.{} = '{key}'", self.id.sql())
-    }
-
-    /// A query for the rows that fulfil `condition`, with the columns of `find_key` (`change_log/postgres.rs`). A table
-    /// that is not attached has no versions: all its values get version 0.
-    pub(crate) fn find(&self, condition: &str) -> String {
-        let (system, timeline, clock) = ("c.system_identifier", reads::postgres::TIMELINE, reads::postgres::CLOCK);
-        let (date, from) = if self.attached {
-            (
-                format!("v.version, encode(v.nonce, 'hex'), m.incarnation::text, {system}, {timeline}, {clock}"),
-                "(SELECT version, nonce FROM {s}.version ORDER BY version DESC LIMIT 1) v
-                 CROSS JOIN {s}.meta m CROSS JOIN pg_control_system() c",
-            )
-        } else {
-            // Reading the timeline fails on a standby, as intended. The value itself is not used.
-            (
-                format!(
-                    "0::bigint, repeat('0', 32), '00000000-0000-0000-0000-000000000000', 0::bigint, 0 * {timeline}, {clock}"
-                ),
-                "(SELECT 1) v",
-            )
-        };
-        let column = |column: &ColumnName| format!("t.{}", column.sql());
-        let (id, trust, digest) = (column(&self.id), column(&self.trust), column(&self.digest));
-        let digest_text = match self.digest_form {
-            DigestForm::Hex => format!("{digest}::text"),
-            DigestForm::Bytes => format!("encode({digest}, 'hex')"),
-        };
-        let enabled = self.enabled.as_ref().map_or_else(
-            || "1::bigint".to_owned(),
-            |enabled| format!("coalesce({}, false)::int::bigint", column(enabled)),
-        );
-        let scopes = self.scopes.as_ref().map_or_else(
-            || "'[]'".to_owned(),
-            |scopes| {
-                let listed = format!("unnest({}) AS scope WHERE scope IS NOT NULL", column(scopes));
-                format!("(SELECT coalesce(json_agg(scope), '[]')::text FROM {listed})")
-            },
-        );
-        // An infinite time means no limit.
-        let time = |column: &Option<ColumnName>, endless: &str| {
-            column.as_ref().map_or_else(
-                || "NULL::bigint".to_owned(),
-                |column| reads::postgres::micros(&format!("nullif(t.{}, '{endless}')", column.sql())),
-            )
-        };
-        let not_before = time(&self.not_before, "-infinity");
-        let (expires_at, revoked_at) = (time(&self.expires_at, "infinity"), time(&self.revoked_at, "infinity"));
-        format!(
-            "SELECT {date}, {id}::text, {trust}::text, {enabled}, {digest_text}, 0::bigint, {scopes}, '[]',
-                {not_before}, {expires_at}, {revoked_at}, 0::bigint
-             FROM {from}
-             LEFT JOIN {table} t ON {id} IS NOT NULL AND {trust} IS NOT NULL AND {digest} IS NOT NULL AND {condition}",
-            table = self.table.sql(),
-        )
-    }
-
-    // === change log ===
-
-    /// The body of the function that both triggers call. Like the trigger functions of our own tables
-    /// (`change_log/postgres.rs`), it only inserts, and it ignores changes to columns that no decision reads.
+    /// The statement that creates the function that both triggers call. Like the trigger functions of our own tables
+    /// (`change_log/postgres/functions/`), it only inserts, and it ignores changes to columns that no decision reads.
     fn function(&self) -> String {
         let row = |row: &str| {
             let columns: Vec<_> = self.columns().map(|(_, column)| format!("{row}.{}", column.sql())).collect();
@@ -123,59 +50,7 @@ impl ExistingTable {
 /// fails, and the function records that everything changed, so that the application's statement still succeeds. The
 /// block writes nothing, so it uses no transaction number. The function does not record a value that has not the form
 /// of a digest, because no request can look it up.
-const FUNCTION: &str = "
-DECLARE
-    old_id text;
-    new_id text;
-    old_digest text;
-    new_digest text;
-    revoked boolean;
-BEGIN
-    IF TG_OP = 'TRUNCATE' THEN
-        INSERT INTO {s}.tx (id, at, whole)
-            SELECT pg_current_xact_id(), transaction_timestamp(), kind FROM unnest(ARRAY['', 'key', 'trust']) AS kind
-            ON CONFLICT DO NOTHING;
-        RETURN NULL;
-    END IF;
-    BEGIN
-        IF TG_OP = 'UPDATE' AND {old row} IS NOT DISTINCT FROM {new row} THEN
-            RETURN NULL;
-        END IF;
-        IF TG_OP <> 'INSERT' THEN
-            old_id := OLD.{id}::text;
-            old_digest := {old digest};
-        END IF;
-        IF TG_OP <> 'DELETE' THEN
-            new_id := NEW.{id}::text;
-            new_digest := {new digest};
-            revoked := {revoked};
-        END IF;
-    EXCEPTION WHEN OTHERS THEN
-        PERFORM {s}.everything();
-        RETURN NULL;
-    END;
-    IF TG_OP = 'INSERT' AND new_digest IS NULL THEN
-        RETURN NULL;
-    END IF;
-    INSERT INTO {s}.tx (id, at, whole) VALUES (pg_current_xact_id(), transaction_timestamp(), '')
-        ON CONFLICT DO NOTHING;
-    IF TG_OP <> 'INSERT' THEN
-        PERFORM {s}.note('key', old_id);
-    END IF;
-    IF TG_OP = 'UPDATE' AND new_id IS DISTINCT FROM old_id THEN
-        PERFORM {s}.note('key', new_id);
-    END IF;
-    IF TG_OP <> 'DELETE' AND new_digest ~ '^[0-9a-f]{64}$' THEN
-        PERFORM {s}.note('absent', new_digest);
-    END IF;
-    IF TG_OP <> 'INSERT' AND old_digest ~ '^[0-9a-f]{64}$'
-        AND (TG_OP = 'DELETE' OR old_digest IS DISTINCT FROM new_digest OR revoked)
-    THEN
-        PERFORM {s}.note('gone', old_digest);
-    END IF;
-    RETURN NULL;
-END
-";
+const FUNCTION: &str = without_newline(include_str!("attach/attached_changed.sql"));
 
 /// The statements that one role has to run.
 struct Part {
@@ -342,13 +217,10 @@ async fn attach(
     let (owner, may_use_schema, has_our_rights): (String, bool, bool) =
         (row.try_get(0)?, row.try_get(1)?, row.try_get(2)?);
 
-    let body = table.function().replace("{s}", name.as_str());
-    let digest = hex(&Sha256::digest(&body));
+    let function = table.function().replace("{s}", name.as_str());
+    let digest = hex(&Sha256::digest(body(&function)));
     let mut first = vec![
-        format!(
-            "CREATE OR REPLACE FUNCTION {{s}}.attached_changed() RETURNS trigger
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $body${body}$body$"
-        ),
+        function,
         format!("ALTER FUNCTION {{s}}.attached_changed() OWNER TO {ours}"),
         "REVOKE ALL ON FUNCTION {s}.attached_changed() FROM PUBLIC".to_owned(),
         format!(
@@ -408,17 +280,7 @@ const TRUNCATED: &str = "trustgate_truncated";
 
 /// A query for the table and all tables that inherit from it or are its partitions, parents first, each with the
 /// triggers that have one of our names ($3) but do not call our function.
-const TREE: &str = "WITH RECURSIVE tree (oid, depth) AS (
-    SELECT c.oid, 0 FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
-        WHERE n.nspname = $1 AND c.relname = $2
-    UNION ALL
-    SELECT i.inhrelid, depth + 1 FROM tree JOIN pg_inherits i ON i.inhparent = tree.oid
- )
- SELECT format('%I.%I', n.nspname, c.relname), c.relispartition, c.relkind::text, c.relrowsecurity, ARRAY(
-    SELECT g.tgname::text FROM pg_trigger g WHERE g.tgrelid = c.oid AND g.tgname = ANY ($3)
-        AND g.tgfoid IS DISTINCT FROM to_regprocedure('{s}.attached_changed()')
- )
- FROM tree JOIN pg_class c USING (oid) JOIN pg_namespace n ON n.oid = c.relnamespace ORDER BY tree.depth, c.oid";
+const TREE: &str = include_str!("attach/tree.sql");
 
 fn triggers(tree: &[PgRow], table: &ExistingTable) -> Result<Vec<String>, sqlx::Error> {
     // One statement takes all locks, so that one timeout limits how long later statements of other clients wait.
@@ -431,7 +293,7 @@ fn triggers(tree: &[PgRow], table: &ExistingTable) -> Result<Vec<String>, sqlx::
         ];
         for (name, when) in when {
             // A partition gets the row trigger from its parent and needs no truncate trigger
-            // (`change_log/postgres.rs`).
+            // (`change_log/postgres/gaps.sql`).
             if !is_partition {
                 let function = "EXECUTE FUNCTION {s}.attached_changed()";
                 statements.push(format!("CREATE OR REPLACE TRIGGER {name} AFTER {when} {function}"));
@@ -446,14 +308,7 @@ fn triggers(tree: &[PgRow], table: &ExistingTable) -> Result<Vec<String>, sqlx::
 
 /// A query for the type of a column of the table, if the column exists. Further columns: true if an index finds rows by
 /// it; true if it is a virtual generated column (PostgreSQL 18), whose value no trigger sees.
-const COLUMN: &str = "SELECT format_type(a.atttypid, NULL), EXISTS (
-        SELECT FROM pg_index i JOIN pg_class x ON x.oid = i.indexrelid JOIN pg_am m ON m.oid = x.relam
-        WHERE i.indrelid = a.attrelid AND i.indkey[0] = a.attnum AND i.indisvalid AND m.amname IN ('btree', 'hash')
-            AND (i.indpred IS NULL
-                OR pg_get_expr(i.indpred, i.indrelid) = format('(%I IS NOT NULL)', a.attname))
-    ), a.attgenerated = 'v'
- FROM pg_attribute a JOIN pg_class c ON c.oid = a.attrelid JOIN pg_namespace n ON n.oid = c.relnamespace
- WHERE n.nspname = $1 AND c.relname = $2 AND a.attname = $3 AND a.attnum > 0 AND NOT a.attisdropped";
+const COLUMN: &str = include_str!("attach/column.sql");
 
 /// All problems that keep the table from being attached.
 async fn problems(
@@ -525,13 +380,7 @@ async fn problems(
 
 /// A query for the triggers that call our function, on any table: for each owner, the tables and the statements that
 /// drop the triggers.
-const TRIGGERS: &str = "SELECT owner, string_agg(DISTINCT relation, ', '),
-    array_agg(format('DROP TRIGGER %I ON %s', tgname, relation) ORDER BY relation, tgname)
- FROM (
-    SELECT c.relowner::regrole::text AS owner, format('%I.%I', n.nspname, c.relname) AS relation, g.tgname
-    FROM pg_trigger g JOIN pg_class c ON c.oid = g.tgrelid JOIN pg_namespace n ON n.oid = c.relnamespace
-    WHERE g.tgfoid = to_regprocedure('{s}.attached_changed()') AND g.tgparentid = 0
- ) AS theirs GROUP BY owner ORDER BY owner";
+const TRIGGERS: &str = include_str!("attach/triggers.sql");
 
 async fn detach(
     connection: &mut PgConnection,

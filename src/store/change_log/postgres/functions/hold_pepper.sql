@@ -1,0 +1,14 @@
+-- Records the pepper of the first key if none is recorded, and returns the recorded one. Concurrent calls wait
+-- for each other. If keys were issued without a pepper, records "no pepper" as the previous one. Imported
+-- digests have an empty hint and do not count as issued.
+CREATE OR REPLACE FUNCTION {s}.hold_pepper(made_under bytea) RETURNS text
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $body$
+BEGIN
+    IF made_under IS NOT NULL THEN
+        UPDATE {s}.meta SET pepper_fingerprint = made_under, previous_pepper_fingerprint = CASE
+                WHEN EXISTS (SELECT FROM {s}.api_key WHERE scheme = 0 AND hint <> '') THEN {no_pepper} END
+            WHERE pepper_fingerprint IS NULL;
+    END IF;
+    RETURN (SELECT encode(pepper_fingerprint, 'hex') FROM {s}.meta);
+END
+$body$;

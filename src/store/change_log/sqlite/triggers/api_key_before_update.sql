@@ -1,0 +1,6 @@
+CREATE TRIGGER api_key_before_update BEFORE UPDATE ON api_key BEGIN
+    {forget}
+    INSERT INTO displaced (id, digest)
+        SELECT id, digest FROM api_key
+        WHERE (id = NEW.id OR digest = NEW.digest OR rowid = NEW.rowid) AND rowid <> OLD.rowid;
+END

@@ -1,0 +1,134 @@
+//! The statements that read an SQLite file, and their values. Only [`Query::run`] does I/O.
+
+use sqlx::{AssertSqlSafe, SqliteConnection, sqlite::SqliteRow};
+
+use crate::store::{
+    change_log::sqlite::IN_FORCE,
+    rows, schema,
+    sqlite::{Access, MINUTE, NOW},
+};
+
+/// A statement and its values.
+pub(crate) struct Query {
+    sql: String,
+    values: Vec<Value>,
+    pub(super) access: Access,
+}
+
+pub(super) enum Value {
+    Text(String),
+    Bytes(Vec<u8>),
+    Number(Option<i64>),
+    /// True if this process can write to the database; bound when the query runs.
+    Writable,
+}
+
+impl Query {
+    pub(super) fn new(sql: impl Into<String>, values: impl IntoIterator<Item = Value>) -> Self {
+        Self { sql: sql.into(), values: values.into_iter().collect(), access: Access::Read }
+    }
+
+    pub(super) fn writing(sql: impl Into<String>, values: impl IntoIterator<Item = Value>) -> Self {
+        Self { access: Access::Write, ..Self::new(sql, values) }
+    }
+
+    /// Runs the statements to their end, because an unfinished SELECT would keep its snapshot.
+    pub(super) async fn run(
+        &self,
+        connection: &mut SqliteConnection,
+        writable: bool,
+    ) -> Result<Vec<SqliteRow>, sqlx::Error> {
+        // The text consists only of constants of this program and of placeholders.
+        let mut bound = sqlx::query(AssertSqlSafe(self.sql.clone()));
+        for value in &self.values {
+            bound = match value {
+                Value::Text(text) => bound.bind(text.as_str()),
+                Value::Bytes(bytes) => bound.bind(bytes.as_slice()),
+                Value::Number(number) => bound.bind(*number),
+                Value::Writable => bound.bind(writable),
+            };
+        }
+        bound.fetch_all(connection).await
+    }
+}
+
+/// The statement for the changes committed from version ?2 on, in the columns of [`rows::polled`]: first the row
+/// that is always there, then versions, then changes. It reads at most a thousand versions and a thousand changes of
+/// each kind. Most polls find nothing new, so it uses no temporary tables, which would be most of the cost of such a
+/// poll.
+pub(super) fn poll() -> String {
+    committed("", "?2", "?2")
+}
+
+/// As [`poll`], for a replica that has applied no version: from the first version of the last 15 minutes on, including
+/// the changes of that version. The statement finds that version once, because the clock advances while it runs.
+pub(super) fn poll_from_start() -> String {
+    let start = format!(
+        "WITH start AS MATERIALIZED (
+            SELECT coalesce(
+                (SELECT min(version) FROM version WHERE at >= {NOW} - {RECENT}), (SELECT max(version) FROM version)
+            ) AS version
+         )"
+    );
+    committed(&start, "(SELECT version FROM start)", "(SELECT version - 1 FROM start)")
+}
+
+/// Versions from `first` on, and changes after `known`. Both are SQL expressions; `with` comes before the statement.
+fn committed(with: &str, first: &str, known: &str) -> String {
+    const KINDS: &str = "(SELECT '*' AS kind UNION ALL SELECT 'absent' UNION ALL SELECT 'gone' UNION ALL SELECT 'key'
+            UNION ALL SELECT 'trust') k";
+    let too_many = format!(
+        "(SELECT c.version FROM change c WHERE c.kind = k.kind AND c.version > {known}
+            ORDER BY c.version LIMIT 1 OFFSET {EACH_MAX}) IS NOT NULL"
+    );
+    format!(
+        include_str!("poll.sql"),
+        with = with,
+        first = first,
+        known = known,
+        kinds = KINDS,
+        too_many = too_many,
+        nothing = NOTHING,
+        each_max = EACH_MAX,
+        now = NOW,
+        in_force = IN_FORCE,
+        version = schema::VERSION,
+        rows = rows::POLL_ROWS_MAX + 1,
+    )
+}
+
+/// Nulls for the columns that only the first row has.
+const NOTHING: &str = "NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL";
+/// The most versions, and the most changes of one kind, that a poll returns one by one. If there are more changes, it
+/// returns the whole kind as changed.
+const EACH_MAX: usize = 1_000;
+/// 15 minutes in microseconds: longer than values stay in Redis.
+const RECENT: i64 = 15 * MINUTE;
+/// A day in microseconds.
+pub(super) const DAY: i64 = 24 * 60 * MINUTE;
+
+/// The query for the newest version and, if a row fulfils `condition`, a key with its trust. It is one statement, so
+/// both come from one snapshot.
+pub(super) fn own(condition: &str) -> String {
+    format!(include_str!("find.sql"), now = NOW, condition = condition)
+}
+
+/// The query for the same columns from a table `trust(id, api_key_hash)`. The table has no versions, so the query
+/// returns version 0.
+pub(super) fn trust_table(condition: &str) -> String {
+    format!(
+        "SELECT 0, '00000000000000000000000000000000', '00000000-0000-0000-0000-000000000000', 0, 0, {NOW},
+            t.id, t.id, 1, t.api_key_hash, 0, '[]', '[]', NULL, NULL, NULL, 0
+         FROM (SELECT 1) v
+         LEFT JOIN trust t ON t.api_key_hash IS NOT NULL AND {condition}"
+    )
+}
+
+/// The poll of such a table. It only proves that the table exists.
+pub(super) fn trust_table_poll() -> String {
+    format!(
+        "SELECT ?1, 'primary', 0, 0, '00000000000000000000000000000000', '00000000-0000-0000-0000-000000000000', 0, 0,
+            {NOW}, 0, 0, NULL, NULL, NULL, NULL, NULL, NULL
+         FROM (SELECT 1) v LEFT JOIN trust t ON false"
+    )
+}
