@@ -4,7 +4,7 @@
 
 pub mod deny;
 #[cfg(test)]
-mod fake;
+mod fixture;
 pub mod import;
 pub mod keys;
 pub mod trusts;
@@ -48,7 +48,7 @@ pub enum ManageError {
 
 /// Runs management operations on behalf of an actor.
 pub struct Manager {
-    ledger: Box<dyn Ledger>,
+    ledger: Ledger,
     actor: Actor,
     credential: CredentialSettings,
     hasher: Hasher,
@@ -59,7 +59,7 @@ impl Manager {
     ///
     /// # Errors
     /// A pepper file cannot be read.
-    pub fn new(ledger: Box<dyn Ledger>, actor: Actor, credential: CredentialSettings) -> io::Result<Self> {
+    pub fn new(ledger: Ledger, actor: Actor, credential: CredentialSettings) -> io::Result<Self> {
         let hasher = credential.hasher()?;
         Ok(Self { ledger, actor, credential, hasher })
     }
@@ -150,36 +150,41 @@ impl fmt::Display for Effect {
 
 #[cfg(test)]
 mod tests {
-    use super::fake::FakeLedger;
-    use super::*;
+    use super::{fixture::Fixture, *};
     use crate::base::clock::SystemClock;
 
-    fn replica(id: u128, applied: u64) -> Replica {
-        let at = DatabaseTime::from_micros;
-        let (id, name) = (uuid::Uuid::from_u128(id), format!("pod-{id}"));
-        Replica { id, name, applied: Version(applied), seen_at: at(0), until: at(1_000_000) }
-    }
-
-    fn manager(rounds: Vec<Vec<Replica>>) -> Manager {
-        let ledger = FakeLedger { rounds, ..FakeLedger::default() };
-        Manager::new(Box::new(ledger), Actor("test".to_owned()), CredentialSettings::default()).unwrap()
-    }
-
     const WAIT: Duration = Duration::from_millis(100);
+    const MINUTE: Duration = Duration::from_mins(1);
+    /// A version that is newer than each change of a test, and one that is older.
+    const NEWER: Version = Version(1_000_000);
+    const OLDER: Version = Version(1);
+
+    async fn fixture() -> Fixture {
+        Fixture::new(CredentialSettings::default()).await
+    }
 
     #[tokio::test]
     async fn effect_waits_until_every_replica_has_applied_the_change() {
-        let rounds = || {
-            vec![
-                vec![replica(1, 7), replica(2, 6)],
-                vec![replica(1, 7), replica(2, 6)],
-                vec![replica(1, 9), replica(2, 7)],
-            ]
-        };
-        let waited = manager(rounds()).effect(&SystemClock, Duration::from_mins(1)).await.unwrap();
-        let cleared = manager(rounds()).clear_caches(&SystemClock, Duration::from_mins(1)).await.unwrap();
-        for effect in [waited, cleared] {
-            assert_eq!((effect.version, effect.replicas, effect.applied()), (Version(7), 2, 2));
+        for clears_caches in [false, true] {
+            let mut fixture = fixture().await;
+            fixture.replicas.heartbeat(1, NEWER, MINUTE).await;
+            fixture.replicas.heartbeat(2, OLDER, MINUTE).await;
+            let Fixture { manager, replicas, .. } = &mut fixture;
+            let change = async {
+                if clears_caches {
+                    manager.clear_caches(&SystemClock, MINUTE).await
+                } else {
+                    manager.effect(&SystemClock, MINUTE).await
+                }
+            };
+            let applies = async {
+                tokio::time::sleep(WAIT).await;
+                replicas.heartbeat(2, NEWER, MINUTE).await;
+            };
+            let (effect, ()) = tokio::join!(change, applies);
+            let effect = effect.unwrap();
+            assert_eq!(effect.version, fixture.manager.ledger.newest().await.unwrap());
+            assert_eq!((effect.replicas, effect.applied()), (2, 2));
             assert!(effect.after >= EFFECT_POLL, "{effect}");
             assert_eq!(effect.to_string(), format!("effective on 2/2 replicas after {} ms", effect.after.as_millis()));
         }
@@ -187,32 +192,36 @@ mod tests {
 
     #[tokio::test]
     async fn effect_lists_replicas_that_have_not_applied_the_change() {
-        let effect = manager(vec![vec![replica(1, 7), replica(2, 6), replica(3, 0)]]).effect(&SystemClock, WAIT).await;
-        let effect = effect.unwrap();
-        assert_eq!((effect.applied(), &*effect.missing), (1, &[replica(2, 6), replica(3, 0)][..]));
+        let mut fixture = fixture().await;
+        for (id, applied) in [(1, NEWER), (2, OLDER), (3, OLDER)] {
+            fixture.replicas.heartbeat(id, applied, MINUTE).await;
+        }
+        let effect = fixture.manager.effect(&SystemClock, WAIT).await.unwrap();
+        let missing: Vec<_> = effect.missing.iter().map(|replica| (replica.id.as_u128(), replica.applied)).collect();
+        assert_eq!((effect.applied(), &*missing), (1, &[(2, OLDER), (3, OLDER)][..]));
         assert!(effect.after >= WAIT);
-        let line = |id: u128| {
-            let id = uuid::Uuid::from_u128(id);
+        let line = |Replica { id, name, until, .. }: &Replica| {
             format!(
-                "not yet on pod-{} ({id}): it grants no cached key after 1970-01-01T00:00:01Z, unless it sends another \
-                 heartbeat",
-                id.as_u128()
+                "not yet on {name} ({id}): it grants no cached key after {until}, unless it sends another heartbeat"
             )
         };
         let first = format!("effective on 1/3 replicas after {} ms", effect.after.as_millis());
-        assert_eq!(effect.to_string(), [first, line(2), line(3)].join(";\n"));
+        assert_eq!(effect.to_string(), [first, line(&effect.missing[0]), line(&effect.missing[1])].join(";\n"));
     }
 
     #[tokio::test]
     async fn effect_does_not_wait_for_a_replica_that_is_no_longer_listed() {
-        let mut manager = manager(vec![vec![replica(1, 7), replica(2, 6)], vec![replica(1, 7)]]);
-        let effect = manager.effect(&SystemClock, Duration::from_mins(1)).await.unwrap();
+        let mut fixture = fixture().await;
+        fixture.replicas.heartbeat(1, NEWER, MINUTE).await;
+        fixture.replicas.heartbeat(2, OLDER, Duration::from_secs(1)).await;
+        assert_eq!(fixture.manager.replicas().await.unwrap().len(), 2);
+        let effect = fixture.manager.effect(&SystemClock, MINUTE).await.unwrap();
         assert!(effect.to_string().starts_with("effective on 1/1 replicas after "), "{effect}");
     }
 
     #[tokio::test]
     async fn effect_without_replicas_says_that_none_is_running() {
-        let effect = manager(vec![vec![]]).effect(&SystemClock, WAIT).await.unwrap();
+        let effect = fixture().await.manager.effect(&SystemClock, WAIT).await.unwrap();
         assert_eq!(effect.to_string(), "effective: no replica is running");
     }
 }

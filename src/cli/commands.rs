@@ -100,7 +100,7 @@ pub(crate) fn run(arguments: Arguments, environment: &[(OsString, OsString)]) ->
 fn managing(
     config: &Config,
     environment: &[(OsString, OsString)],
-    open: impl AsyncFnOnce(&StoreSettings, Env<'_>) -> Result<Box<dyn Ledger>, StoreError>,
+    open: impl AsyncFnOnce(&StoreSettings, Env<'_>) -> Result<Ledger, StoreError>,
     command: impl AsyncFnOnce(&mut Manager, &Config) -> Result<Answer, ManageError>,
 ) -> Result<Answer, CliError> {
     block_on(async {

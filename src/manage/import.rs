@@ -210,13 +210,12 @@ impl<R: Read> Lines<R> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{ext_authz::credential::CredentialSettings, manage::fake::FakeLedger, store::Actor};
+    use crate::{ext_authz::credential::CredentialSettings, manage::fixture::Fixture};
 
     async fn import(form: Form, input: &[u8]) -> Result<(u64, u64), String> {
-        let ledger = Box::new(FakeLedger::default());
-        let mut manager = Manager::new(ledger, Actor("test".to_owned()), CredentialSettings::default()).unwrap();
+        let mut fixture = Fixture::new(CredentialSettings::default()).await;
         let trust = TrustRef::Name("acme".to_owned());
-        let got = manager.import_keys(&trust, form, input, |_| ()).await;
+        let got = fixture.manager.import_keys(&trust, form, input, |_| ()).await;
         got.map(|imported| (imported.new, imported.known)).map_err(|error| error.to_string())
     }
 

@@ -286,14 +286,13 @@ mod tests {
     use crate::{
         base::settings::{RawValue, Setting},
         ext_authz::credential::CredentialSettings,
-        manage::fake::FakeLedger,
-        store::Actor,
+        manage::fixture::Fixture,
     };
 
-    fn manager() -> Manager {
+    async fn fixture() -> Fixture {
         let pepper = Setting::read(&RawValue::One("a pepper of some length".to_owned()));
         let credential = CredentialSettings { pepper, ..CredentialSettings::default() };
-        Manager::new(Box::new(FakeLedger::default()), Actor("test".to_owned()), credential).unwrap()
+        Fixture::new(credential).await
     }
 
     fn wanted() -> Wanted {
@@ -303,7 +302,8 @@ mod tests {
 
     #[tokio::test]
     async fn leaked_key_is_identified_inside_other_text() {
-        let mut manager = manager();
+        let mut fixture = fixture().await;
+        let manager = &mut fixture.manager;
         let issued = manager.issue_key(wanted()).await.unwrap();
         assert_eq!((issued.key.scheme, issued.key.hint.as_str()), (Scheme::Hmac, &issued.secret.expose()[..8]));
         let key = issued.secret.expose();
@@ -325,7 +325,8 @@ mod tests {
 
     #[tokio::test]
     async fn invalid_key_properties_are_rejected() {
-        let mut manager = manager();
+        let mut fixture = fixture().await;
+        let manager = &mut fixture.manager;
         for (name, bad) in [
             ("name", Wanted { name: Some("a\u{1b}b".to_owned()), ..wanted() }),
             ("empty scope", Wanted { scopes: vec![String::new()], ..wanted() }),
@@ -343,7 +344,7 @@ mod tests {
 
     #[tokio::test]
     async fn key_is_active_from_not_before_until_just_before_expires_at() {
-        let key = manager().issue_key(wanted()).await.unwrap().key;
+        let key = fixture().await.manager.issue_key(wanted()).await.unwrap().key;
         let at = DatabaseTime::from_micros;
         let limited = Key { not_before: Some(at(10)), expires_at: Some(at(20)), ..key.clone() };
         for (key, now, want) in [

@@ -70,7 +70,7 @@ impl Manager {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{ext_authz::credential::CredentialSettings, manage::fake::FakeLedger, store::Actor};
+    use crate::{ext_authz::credential::CredentialSettings, manage::fixture::Fixture};
 
     #[test]
     fn trust_ref_reads_a_uuid_as_an_id_and_other_text_as_a_name() {
@@ -81,8 +81,8 @@ mod tests {
 
     #[tokio::test]
     async fn invalid_trust_names_are_rejected() {
-        let ledger = Box::new(FakeLedger::default());
-        let mut manager = Manager::new(ledger, Actor("test".to_owned()), CredentialSettings::default()).unwrap();
+        let mut fixture = Fixture::new(CredentialSettings::default()).await;
+        let manager = &mut fixture.manager;
         for name in ["", " acme", "a\nb", &"n".repeat(101), "00000000-0000-0000-0000-000000000007"] {
             let got = manager.create_trust(name).await;
             assert!(matches!(got, Err(ManageError::Invalid { .. })), "{name:?}: {got:?}");

@@ -1,222 +1,371 @@
-//! The [`Ledger`] trait: the operations by which management reads and changes trusts and keys.
+//! The operations by which management reads and changes trusts and keys, for both databases.
 //!
-//! Each change is committed together with its audit entry. Checks do not use this module.
+//! Each change is committed together with its audit entry. Checks do not use this module. [`Ledger`] contains the steps
+//! of each operation and their order; the modules `postgres` and `sqlite` contain the statements.
 
+mod audit;
+pub(crate) mod backend;
 pub mod copy;
 pub(crate) mod postgres;
-pub(crate) mod sql_ledger;
 pub(crate) mod sqlite;
+pub(crate) mod types;
 
-use async_trait::async_trait;
-use ipnet::IpNet;
-use serde::Serialize;
+use std::collections::HashSet;
 
+use serde_json::json;
+
+pub use self::types::{Actor, AuditEntry, Key, NewKey, Replica, Trust, TrustRef};
+use self::{
+    audit::{key_json, note, trust_json},
+    backend::{BATCH, KeyFilter, LedgerBackend, TxMode},
+};
 use crate::{
     base::clock::DatabaseTime,
-    record::{ApiKeyDigest, Digests, Fingerprint, KeyId, Made, Scheme, TrustId, Version},
+    record::{Digests, Fingerprint, KeyId, Made, TrustId, Version},
     store::error::StoreError,
 };
 
-/// The person or program that makes a change, as the audit records it: `cli:USER`, `api:...`.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Actor(pub String);
-
-/// A change as the audit records it. Contains neither keys nor digests.
-#[derive(Clone, Debug, Serialize)]
-pub struct AuditEntry {
-    /// The action: `trust.create`, `key.revoke`, ...
-    pub action: &'static str,
-    /// The id of the object that the action changed.
-    pub object: String,
-    /// The object before the change, if it existed.
-    pub before: Option<serde_json::Value>,
-    /// The object after the change, if it exists.
-    pub after: Option<serde_json::Value>,
+/// Reads and changes trusts and keys, on one connection. A change and its audit entry are one transaction: either both
+/// are committed or neither.
+pub struct Ledger {
+    backend: Box<dyn LedgerBackend>,
+    /// True while a transaction is open. Still true at the start of the next call if a call was cancelled or its
+    /// rollback failed.
+    open: bool,
 }
 
-/// A trust, as management shows it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Trust {
-    /// Its id.
-    pub id: TrustId,
-    /// Its name, which is unique.
-    pub name: String,
-    /// True if its keys may be granted; the keys of a disabled trust are denied.
-    pub enabled: bool,
-    /// When it was created.
-    pub created_at: DatabaseTime,
-    /// The number of its keys, including revoked and expired keys.
-    pub keys: u64,
-}
+impl Ledger {
+    pub(crate) fn new(backend: Box<dyn LedgerBackend>) -> Self {
+        Self { backend, open: false }
+    }
 
-/// A key to store.
-#[derive(Clone, Debug)]
-pub struct NewKey {
-    /// Its id.
-    pub id: KeyId,
-    /// Its digest.
-    pub digest: ApiKeyDigest,
-    /// Its digests under earlier schemes (a previous pepper, or none). An import skips a key that is stored under one
-    /// of them.
-    pub older: Vec<ApiKeyDigest>,
-    /// How the digest was computed.
-    pub made: Made,
-    /// The key hint: the few leading characters by which people recognise the key. Empty for an imported digest.
-    pub hint: String,
-    /// Its name: the purpose of the key, in the operator's words.
-    pub name: Option<String>,
-    /// Its scopes, sorted, without duplicates.
-    pub scopes: Vec<String>,
-    /// The networks that the key may be used from. If empty, any network.
-    pub allowed_cidrs: Vec<IpNet>,
-    /// The key is not valid before this time.
-    pub not_before: Option<DatabaseTime>,
-    /// The time that the key is valid, by the database's clock, from the start of the transaction that stores it.
-    pub expires_in: Option<std::time::Duration>,
-}
-
-/// A key, as management shows it: everything except its digest.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Key {
-    /// Its id.
-    pub id: KeyId,
-    /// Its trust.
-    pub trust_id: TrustId,
-    /// The name of its trust.
-    pub trust_name: String,
-    /// True if its trust is enabled.
-    pub trust_enabled: bool,
-    /// The key hint: the few leading characters by which people recognise the key.
-    pub hint: String,
-    /// How its digest was computed.
-    pub scheme: Scheme,
-    /// The fingerprint of the pepper under which its digest was computed; `None`: no pepper, or a pepper that is not
-    /// recorded yet.
-    pub pepper: Option<Fingerprint>,
-    /// Its name: the purpose of the key, in the operator's words.
-    pub name: Option<String>,
-    /// Its scopes.
-    pub scopes: Vec<String>,
-    /// The networks that the key may be used from. If empty, any network.
-    pub allowed_cidrs: Vec<IpNet>,
-    /// When it was stored.
-    pub created_at: DatabaseTime,
-    /// The key is not valid before this time.
-    pub not_before: Option<DatabaseTime>,
-    /// The key is not valid from this time on.
-    pub expires_at: Option<DatabaseTime>,
-    /// When it was revoked.
-    pub revoked_at: Option<DatabaseTime>,
-}
-
-/// A replica that may still grant keys from its cache.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Replica {
-    /// The id of the replica, which is new at each start of the process.
-    pub id: uuid::Uuid,
-    /// The name of its host or pod.
-    pub name: String,
-    /// The version that the replica has applied.
-    pub applied: Version,
-    /// When its last heartbeat arrived.
-    pub seen_at: DatabaseTime,
-    /// Unless it sends another heartbeat, the replica grants no cached key after this time.
-    pub until: DatabaseTime,
-}
-
-/// A reference to a trust.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum TrustRef {
-    /// By id.
-    Id(TrustId),
-    /// By name.
-    Name(String),
-}
-
-/// Reads and changes trusts and keys. A change and its audit entry are one transaction: either both are committed or
-/// neither.
-#[async_trait]
-pub trait Ledger: Send + Sync {
     /// Creates an enabled trust with the name `name`.
     ///
     /// # Errors
     /// [`StoreError::NameTaken`], or the database failed.
-    async fn create_trust(&mut self, actor: &Actor, id: TrustId, name: &str) -> Result<Trust, StoreError>;
+    pub async fn create_trust(&mut self, actor: &Actor, id: TrustId, name: &str) -> Result<Trust, StoreError> {
+        let tables = self.begin(TxMode::Change).await?;
+        let outcome = async {
+            if !tables.insert_trust(id, name).await? {
+                return Err(StoreError::NameTaken(name.to_owned()));
+            }
+            let trust = one_trust(tables, &TrustRef::Id(id)).await?;
+            note(tables, actor, "trust.create", id, None, Some(trust_json(&trust))).await?;
+            Ok(trust)
+        }
+        .await;
+        self.end(outcome).await
+    }
+
     /// Every trust, ordered by name.
     ///
     /// # Errors
     /// The database failed.
-    async fn trusts(&mut self) -> Result<Vec<Trust>, StoreError>;
+    pub async fn trusts(&mut self) -> Result<Vec<Trust>, StoreError> {
+        let tables = self.begin(TxMode::Read).await?;
+        let outcome = tables.trusts(None).await.map_err(StoreError::from);
+        self.end(outcome).await
+    }
+
     /// One trust.
     ///
     /// # Errors
     /// [`StoreError::NoTrust`], or the database failed.
-    async fn trust(&mut self, which: &TrustRef) -> Result<Trust, StoreError>;
+    pub async fn trust(&mut self, which: &TrustRef) -> Result<Trust, StoreError> {
+        let tables = self.begin(TxMode::Read).await?;
+        let outcome = one_trust(tables, which).await;
+        self.end(outcome).await
+    }
+
     /// Enables or disables a trust; returns the trust after the change.
     ///
     /// # Errors
     /// [`StoreError::NoTrust`], or the database failed.
-    async fn enable_trust(&mut self, actor: &Actor, which: &TrustRef, enabled: bool) -> Result<Trust, StoreError>;
+    pub async fn enable_trust(&mut self, actor: &Actor, which: &TrustRef, enabled: bool) -> Result<Trust, StoreError> {
+        let tables = self.begin(TxMode::Change).await?;
+        let outcome = async {
+            let before = locked_trust(tables, which).await?;
+            if before.enabled == enabled {
+                return Ok(before); // no change, so no audit entry
+            }
+            tables.set_enabled(before.id, enabled).await?;
+            let after = Trust { enabled, ..before.clone() };
+            let action = if enabled { "trust.enable" } else { "trust.disable" };
+            note(tables, actor, action, after.id, Some(trust_json(&before)), Some(trust_json(&after))).await?;
+            Ok(after)
+        }
+        .await;
+        self.end(outcome).await
+    }
+
     /// Deletes a trust, with its keys if `with_keys` is set; returns the trust before the change.
     ///
     /// # Errors
     /// [`StoreError::NoTrust`], [`StoreError::HasKeys`], or the database failed.
-    async fn delete_trust(&mut self, actor: &Actor, which: &TrustRef, with_keys: bool) -> Result<Trust, StoreError>;
+    pub async fn delete_trust(
+        &mut self,
+        actor: &Actor,
+        which: &TrustRef,
+        with_keys: bool,
+    ) -> Result<Trust, StoreError> {
+        let tables = self.begin(TxMode::Change).await?;
+        let outcome = async {
+            let trust = locked_trust(tables, which).await?;
+            if trust.keys > 0 {
+                if !with_keys {
+                    return Err(StoreError::HasKeys(trust.keys));
+                }
+                tables.delete_keys(trust.id).await?;
+            }
+            tables.delete_trust(trust.id).await?;
+            note(tables, actor, "trust.delete", trust.id, Some(trust_json(&trust)), None).await?;
+            Ok(trust)
+        }
+        .await;
+        self.end(outcome).await
+    }
+
     /// Stores one key.
     ///
     /// # Errors
     /// [`StoreError::NoTrust`], [`StoreError::DigestTaken`], [`StoreError::OtherPepper`], or the database failed.
-    async fn add_key(&mut self, actor: &Actor, trust: &TrustRef, key: NewKey) -> Result<Key, StoreError>;
+    pub async fn add_key(&mut self, actor: &Actor, trust: &TrustRef, key: NewKey) -> Result<Key, StoreError> {
+        let tables = self.begin(TxMode::Change).await?;
+        let outcome = async {
+            let trust = locked_trust(tables, trust).await?;
+            check_pepper(tables, key.made).await?;
+            if tables.insert_keys(trust.id, std::slice::from_ref(&key)).await? == 0 {
+                let digests = Digests { current: key.digest, older: Vec::new() };
+                // If another transaction deletes the stored key before this query, its id is unknown: report the id of
+                // the new key.
+                let taken = tables.keys(KeyFilter::Digests(&digests)).await?.into_iter().next();
+                return Err(StoreError::DigestTaken(taken.map_or(key.id, |taken| taken.id)));
+            }
+            let stored = one_key(tables, key.id).await?;
+            note(tables, actor, "key.issue", stored.id, None, Some(key_json(&stored))).await?;
+            Ok(stored)
+        }
+        .await;
+        self.end(outcome).await
+    }
+
     /// Stores many keys in one transaction with one audit entry. Skips keys that are already stored under one of their
     /// digests. Returns the number of keys that were stored.
     ///
     /// # Errors
     /// [`StoreError::NoTrust`], [`StoreError::OtherPepper`], or the database failed. No key was stored.
-    async fn import_keys(&mut self, actor: &Actor, trust: &TrustRef, keys: Vec<NewKey>) -> Result<u64, StoreError>;
+    pub async fn import_keys(&mut self, actor: &Actor, trust: &TrustRef, keys: Vec<NewKey>) -> Result<u64, StoreError> {
+        let tables = self.begin(TxMode::Change).await?;
+        let outcome = async {
+            let trust = locked_trust(tables, trust).await?;
+            // The digests of one import are all computed in the same way, so one check is enough.
+            if let Some(first) = keys.first() {
+                check_pepper(tables, first.made).await?;
+            }
+            let mut stored = 0;
+            for batch in keys.chunks(BATCH) {
+                stored += insert_new(tables, trust.id, batch).await?;
+            }
+            let after = json!({ "trust_id": trust.id.to_string(), "given": keys.len(), "stored": stored });
+            note(tables, actor, "key.import", trust.id, None, Some(after)).await?;
+            Ok(stored)
+        }
+        .await;
+        self.end(outcome).await
+    }
+
     /// The keys of one trust, or all keys, newest first.
     ///
     /// # Errors
     /// [`StoreError::NoTrust`], or the database failed.
-    async fn keys(&mut self, trust: Option<&TrustRef>) -> Result<Vec<Key>, StoreError>;
+    pub async fn keys(&mut self, trust: Option<&TrustRef>) -> Result<Vec<Key>, StoreError> {
+        let tables = self.begin(TxMode::Read).await?;
+        let outcome = async {
+            let which = match trust {
+                None => KeyFilter::All,
+                Some(trust) => KeyFilter::Of(one_trust(tables, trust).await?.id),
+            };
+            Ok(tables.keys(which).await?)
+        }
+        .await;
+        self.end(outcome).await
+    }
+
     /// One key.
     ///
     /// # Errors
     /// [`StoreError::NoKey`], or the database failed.
-    async fn key(&mut self, id: KeyId) -> Result<Key, StoreError>;
+    pub async fn key(&mut self, id: KeyId) -> Result<Key, StoreError> {
+        let tables = self.begin(TxMode::Read).await?;
+        let outcome = one_key(tables, id).await;
+        self.end(outcome).await
+    }
+
     /// The key stored under one of `digests`, if any.
     ///
     /// # Errors
     /// The database failed.
-    async fn identify(&mut self, digests: &Digests) -> Result<Option<Key>, StoreError>;
+    pub async fn identify(&mut self, digests: &Digests) -> Result<Option<Key>, StoreError> {
+        let tables = self.begin(TxMode::Read).await?;
+        let outcome = async { Ok(tables.keys(KeyFilter::Digests(digests)).await?.into_iter().next()) }.await;
+        self.end(outcome).await
+    }
+
     /// Revokes a key; a key that is already revoked keeps its time of revocation. Returns the key after the change.
     ///
     /// # Errors
     /// [`StoreError::NoKey`], or the database failed.
-    async fn revoke_key(&mut self, actor: &Actor, id: KeyId) -> Result<Key, StoreError>;
+    pub async fn revoke_key(&mut self, actor: &Actor, id: KeyId) -> Result<Key, StoreError> {
+        let tables = self.begin(TxMode::Change).await?;
+        let outcome = async {
+            let before = one_key(tables, id).await?;
+            if !tables.revoke_key(id).await? {
+                return one_key(tables, id).await; // already revoked, perhaps by a concurrent transaction
+            }
+            let after = one_key(tables, id).await?;
+            note(tables, actor, "key.revoke", id, Some(key_json(&before)), Some(key_json(&after))).await?;
+            Ok(after)
+        }
+        .await;
+        self.end(outcome).await
+    }
+
     /// Records `pepper` as the pepper for new keys; returns the pepper that was recorded before.
     ///
     /// # Errors
     /// The database failed.
-    async fn use_pepper(&mut self, actor: &Actor, pepper: Fingerprint) -> Result<Option<Fingerprint>, StoreError>;
+    pub async fn use_pepper(&mut self, actor: &Actor, pepper: Fingerprint) -> Result<Option<Fingerprint>, StoreError> {
+        let tables = self.begin(TxMode::Change).await?;
+        let outcome = async {
+            let before = tables.use_pepper(pepper).await?;
+            if before != Some(pepper) {
+                let pepper_json = |pepper: Fingerprint| json!({ "fingerprint": pepper.to_string() });
+                note(tables, actor, "pepper.use", "pepper", before.map(pepper_json), Some(pepper_json(pepper))).await?;
+            }
+            Ok(before)
+        }
+        .await;
+        self.end(outcome).await
+    }
+
     /// Commits a version "everything changed", which makes all data that replicas have cached out of date. Returns that
     /// version or a newer one.
     ///
     /// # Errors
     /// The database failed.
-    async fn clear_caches(&mut self, actor: &Actor) -> Result<Version, StoreError>;
+    pub async fn clear_caches(&mut self, actor: &Actor) -> Result<Version, StoreError> {
+        let tables = self.begin(TxMode::Change).await?;
+        let outcome = async {
+            tables.change_everything().await?;
+            Ok(note(tables, actor, "cache.clear", "everything", None, None).await?)
+        }
+        .await;
+        self.end(outcome).await?;
+        self.newest().await
+    }
+
     /// The newest version. A replica that has applied it has applied each change that was committed before this call.
     ///
     /// # Errors
     /// The database failed.
-    async fn newest(&mut self) -> Result<Version, StoreError>;
+    pub async fn newest(&mut self) -> Result<Version, StoreError> {
+        let tables = self.begin(TxMode::Read).await?;
+        let outcome = tables.newest().await.map_err(StoreError::from);
+        let newest = self.end(outcome).await?;
+        Ok(Version(newest.cast_unsigned())) // versions are positive
+    }
+
     /// The replicas that may still grant keys from their caches, by their last heartbeats and the database's clock.
     ///
     /// # Errors
     /// The database failed.
-    async fn replicas(&mut self) -> Result<Vec<Replica>, StoreError>;
+    pub async fn replicas(&mut self) -> Result<Vec<Replica>, StoreError> {
+        let tables = self.begin(TxMode::Read).await?;
+        let outcome = tables.replicas().await.map_err(StoreError::from);
+        self.end(outcome).await
+    }
+
     /// The current time by the database's clock.
     ///
     /// # Errors
     /// The database failed.
-    async fn now(&mut self) -> Result<DatabaseTime, StoreError>;
+    pub async fn now(&mut self) -> Result<DatabaseTime, StoreError> {
+        let tables = self.begin(TxMode::Read).await?;
+        let outcome = tables.now().await.map(DatabaseTime::from_micros).map_err(StoreError::from);
+        self.end(outcome).await
+    }
+
+    /// Begins a transaction. Its caller runs statements on the returned backend, and then calls [`Self::end`].
+    async fn begin(&mut self, mode: TxMode) -> Result<&mut dyn LedgerBackend, StoreError> {
+        if self.open {
+            self.backend.rollback().await?;
+        }
+        self.open = true;
+        self.backend.begin(mode).await?;
+        Ok(&mut *self.backend)
+    }
+
+    /// Commits if `outcome` is `Ok`, else rolls back. Returns `outcome`, or the error of the commit.
+    async fn end<R>(&mut self, outcome: Result<R, StoreError>) -> Result<R, StoreError> {
+        match outcome {
+            Ok(done) => {
+                self.backend.commit().await.map_err(|error| self.backend.explain(error))?;
+                self.open = false;
+                Ok(done)
+            }
+            Err(error) => {
+                // Return the first error. If the rollback also fails, the next call to `begin` repeats it.
+                self.open = self.backend.rollback().await.is_err();
+                Err(match error {
+                    StoreError::Database(error) => self.backend.explain(error),
+                    error => error,
+                })
+            }
+        }
+    }
+}
+
+async fn one_trust(tables: &mut dyn LedgerBackend, which: &TrustRef) -> Result<Trust, StoreError> {
+    let found = tables.trusts(Some(which)).await?.into_iter().next();
+    found.ok_or_else(|| {
+        StoreError::NoTrust(match which {
+            TrustRef::Id(id) => id.to_string(),
+            TrustRef::Name(name) => name.clone(),
+        })
+    })
+}
+
+async fn locked_trust(tables: &mut dyn LedgerBackend, which: &TrustRef) -> Result<Trust, StoreError> {
+    tables.lock_trust(which).await?;
+    one_trust(tables, which).await
+}
+
+async fn one_key(tables: &mut dyn LedgerBackend, id: KeyId) -> Result<Key, StoreError> {
+    tables.keys(KeyFilter::Id(id)).await?.into_iter().next().ok_or(StoreError::NoKey(id))
+}
+
+/// Rejects new keys hashed under a pepper other than the recorded one: servers could not verify them.
+async fn check_pepper(tables: &mut dyn LedgerBackend, made: Made) -> Result<(), StoreError> {
+    if made == Made::Elsewhere {
+        return Ok(());
+    }
+    let configured = made.fingerprint();
+    match tables.hold_pepper(configured).await? {
+        Some(recorded) if configured != Some(recorded) => Err(StoreError::OtherPepper { configured, recorded }),
+        _ => Ok(()),
+    }
+}
+
+/// Inserts the keys that are stored neither under their digest nor under an older one. Returns the number of inserted
+/// keys.
+async fn insert_new(tables: &mut dyn LedgerBackend, trust: TrustId, keys: &[NewKey]) -> Result<u64, StoreError> {
+    let older: Vec<_> = keys.iter().flat_map(|key| key.older.iter().copied()).collect();
+    if older.is_empty() {
+        return Ok(tables.insert_keys(trust, keys).await?);
+    }
+    // Skip keys that are stored under an older digest. Otherwise one key would have two rows, and revoking one of them
+    // would leave the key valid through the other.
+    let known: HashSet<_> = tables.stored_digests(&older).await?.into_iter().collect();
+    let new: Vec<_> = keys.iter().filter(|key| !key.older.iter().any(|digest| known.contains(digest))).collect();
+    Ok(tables.insert_keys(trust, &new.into_iter().cloned().collect::<Vec<_>>()).await?)
 }

@@ -9,10 +9,7 @@ use super::{
         ExistingTable,
         attach::{self, AttachAction},
     },
-    ledger::{
-        self, Ledger,
-        sql_ledger::{LedgerBackend, SqlLedger},
-    },
+    ledger::{self, Ledger, backend::LedgerBackend},
     names::SchemaName,
     reads::{
         lookup::{Missing, Source},
@@ -81,7 +78,7 @@ fn sqlite_connections() -> u32 {
 /// # Errors
 /// [`StoreError::NotOurs`] if the keys are in an existing table; [`StoreError::NoDatabase`] or [`StoreError::Schema`]
 /// if the database is missing, or its tables are missing or have the wrong version; or the database cannot be reached.
-pub async fn open_ledger(settings: &StoreSettings, env: Env<'_>) -> Result<Box<dyn Ledger>, StoreError> {
+pub async fn open_ledger(settings: &StoreSettings, env: Env<'_>) -> Result<Ledger, StoreError> {
     management(settings, env)?.open().await
 }
 
@@ -111,7 +108,7 @@ pub fn management(settings: &StoreSettings, env: Env<'_>) -> Result<Management, 
 ///
 /// # Errors
 /// As [`open_ledger`].
-pub async fn open_history(settings: &StoreSettings, env: Env<'_>) -> Result<Box<dyn Ledger>, StoreError> {
+pub async fn open_history(settings: &StoreSettings, env: Env<'_>) -> Result<Ledger, StoreError> {
     if !settings.tracks_changes() {
         return Err(StoreError::NotOurs);
     }
@@ -129,8 +126,8 @@ impl Management {
     ///
     /// # Errors
     /// As [`open_ledger`].
-    pub async fn open(&self) -> Result<Box<dyn Ledger>, StoreError> {
-        Ok(Box::new(SqlLedger::new(self.tables().await?)))
+    pub async fn open(&self) -> Result<Ledger, StoreError> {
+        Ok(Ledger::new(self.tables().await?))
     }
 
     async fn tables(&self) -> Result<Box<dyn LedgerBackend>, StoreError> {

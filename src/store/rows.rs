@@ -10,7 +10,10 @@ use sqlx::{ColumnIndex, Decode, Row, Type};
 use uuid::Uuid;
 
 use super::{
-    ledger::{Key, Replica, Trust, sql_ledger::StoredKey},
+    ledger::{
+        backend::StoredKey,
+        types::{Key, Replica, Trust},
+    },
     reads::lookup::{PollError, Polled},
 };
 use crate::{

@@ -108,7 +108,7 @@ impl Db {
         store::open_lookup(&self.settings, NO_ENV, Arc::new(SystemClock)).unwrap()
     }
 
-    async fn ledger(&self) -> Box<dyn Ledger> {
+    async fn ledger(&self) -> Ledger {
         store::open_ledger(&self.settings, NO_ENV).await.unwrap()
     }
 
@@ -194,14 +194,14 @@ fn acme() -> TrustRef {
     TrustRef::Name("acme".into())
 }
 
-async fn with_acme(ledger: &mut dyn Ledger) -> TrustId {
+async fn with_acme(ledger: &mut Ledger) -> TrustId {
     ledger.create_trust(&actor(), TrustId(Uuid::new_v4()), "acme").await.unwrap().id
 }
 
 async fn the_read_of_a_known_and_of_an_unknown_key_has_a_version(db: Db) {
     let db = db.migrated().await;
     let (lookup, mut ledger) = (db.lookup().await, db.ledger().await);
-    let trust = with_acme(&mut *ledger).await;
+    let trust = with_acme(&mut ledger).await;
     let before = ledger.now().await.unwrap();
     ledger.add_key(&actor(), &acme(), new_key(1)).await.unwrap();
 
@@ -237,7 +237,7 @@ async fn the_read_of_a_known_and_of_an_unknown_key_has_a_version(db: Db) {
 async fn a_key_stored_under_an_older_scheme_is_found(db: Db) {
     let db = db.migrated().await;
     let (lookup, mut ledger) = (db.lookup().await, db.ledger().await);
-    with_acme(&mut *ledger).await;
+    with_acme(&mut ledger).await;
     for number in [7, 8] {
         ledger.add_key(&actor(), &acme(), new_key(number)).await.unwrap();
     }
@@ -254,7 +254,7 @@ async fn a_key_stored_under_an_older_scheme_is_found(db: Db) {
 async fn a_record_and_its_version_are_from_one_snapshot(db: Db) {
     let db = db.migrated().await;
     let (lookup, mut ledger) = (db.lookup().await, db.ledger().await);
-    with_acme(&mut *ledger).await;
+    with_acme(&mut ledger).await;
     ledger.add_key(&actor(), &acme(), new_key(1)).await.unwrap();
     let issued = newest(&lookup).await.as_of;
     let stop = CancellationToken::new();
@@ -292,7 +292,7 @@ async fn a_record_and_its_version_are_from_one_snapshot(db: Db) {
 async fn only_keys_under_the_recorded_pepper_are_accepted(db: Db) {
     let db = db.migrated().await;
     let (lookup, mut ledger) = (db.lookup().await, db.ledger().await);
-    with_acme(&mut *ledger).await;
+    with_acme(&mut ledger).await;
     let under = |number, made| NewKey { made, ..new_key(number) };
     let (first, second) = (Made::Peppered(PEPPER), Made::Peppered(OTHER_PEPPER));
     assert_eq!(lookup.poll(None).await.unwrap().peppers, StoredPeppers::default());
@@ -339,7 +339,7 @@ async fn only_keys_under_the_recorded_pepper_are_accepted(db: Db) {
 async fn servers_without_a_pepper_still_fit_after_the_first_key_under_a_pepper(db: Db) {
     let db = db.migrated().await;
     let (lookup, mut ledger) = (db.lookup().await, db.ledger().await);
-    with_acme(&mut *ledger).await;
+    with_acme(&mut ledger).await;
     ledger.add_key(&actor(), &acme(), NewKey { made: Made::Plain, ..new_key(1) }).await.unwrap();
     assert_eq!(lookup.poll(None).await.unwrap().peppers, StoredPeppers::default());
     ledger.add_key(&actor(), &acme(), NewKey { made: Made::Peppered(PEPPER), ..new_key(2) }).await.unwrap();
@@ -351,7 +351,7 @@ async fn servers_without_a_pepper_still_fit_after_the_first_key_under_a_pepper(d
 async fn imported_digests_do_not_count_as_keys_without_a_pepper(db: Db) {
     let db = db.migrated().await;
     let (lookup, mut ledger) = (db.lookup().await, db.ledger().await);
-    with_acme(&mut *ledger).await;
+    with_acme(&mut ledger).await;
     let imported = NewKey { hint: String::new(), ..new_key(1) };
     ledger.import_keys(&actor(), &acme(), vec![imported]).await.unwrap();
     assert_eq!(lookup.poll(None).await.unwrap().peppers, StoredPeppers::default());
@@ -363,7 +363,7 @@ async fn imported_digests_do_not_count_as_keys_without_a_pepper(db: Db) {
 async fn a_check_records_the_pepper_of_an_older_key(db: Db) {
     let db = db.migrated().await;
     let (lookup, mut ledger) = (db.lookup().await, db.ledger().await);
-    with_acme(&mut *ledger).await;
+    with_acme(&mut ledger).await;
     for number in 1..=3 {
         ledger.add_key(&actor(), &acme(), NewKey { made: Made::Peppered(PEPPER), ..new_key(number) }).await.unwrap();
     }
@@ -395,7 +395,7 @@ async fn a_check_records_the_pepper_of_an_older_key(db: Db) {
 async fn the_fields_of_a_decision_are_returned_as_stored(db: Db) {
     let db = db.migrated().await;
     let (lookup, mut ledger) = (db.lookup().await, db.ledger().await);
-    let trust = with_acme(&mut *ledger).await;
+    let trust = with_acme(&mut ledger).await;
     let not_before = DatabaseTime::from_micros(1_700_000_000_123_456);
     let key = NewKey {
         name: Some("for 'invoices'; \\ \"x\"".into()),
@@ -433,7 +433,7 @@ async fn the_fields_of_a_decision_are_returned_as_stored(db: Db) {
 async fn a_trust_is_disabled_enabled_and_deleted_with_its_keys(db: Db) {
     let db = db.migrated().await;
     let (lookup, mut ledger) = (db.lookup().await, db.ledger().await);
-    let id = with_acme(&mut *ledger).await;
+    let id = with_acme(&mut ledger).await;
     ledger.create_trust(&actor(), TrustId(Uuid::new_v4()), "Zebra").await.unwrap();
     ledger.add_key(&actor(), &TrustRef::Id(id), new_key(1)).await.unwrap();
     ledger.add_key(&actor(), &acme(), new_key(2)).await.unwrap();
@@ -471,7 +471,7 @@ async fn a_trust_is_disabled_enabled_and_deleted_with_its_keys(db: Db) {
 async fn names_of_trusts_and_digests_are_unique(db: Db) {
     let db = db.migrated().await;
     let mut ledger = db.ledger().await;
-    with_acme(&mut *ledger).await;
+    with_acme(&mut ledger).await;
     let again = ledger.create_trust(&actor(), TrustId(Uuid::new_v4()), "acme").await;
     assert!(matches!(again, Err(StoreError::NameTaken(name)) if name == "acme"));
     ledger.add_key(&actor(), &acme(), new_key(1)).await.unwrap();
@@ -485,7 +485,7 @@ async fn names_of_trusts_and_digests_are_unique(db: Db) {
 async fn an_import_can_be_repeated(db: Db) {
     let db = db.migrated().await;
     let mut ledger = db.ledger().await;
-    with_acme(&mut *ledger).await;
+    with_acme(&mut ledger).await;
     let keys = |count: u32| -> Vec<NewKey> {
         let key = |number: u32| {
             let mut digest = [0; 32];
@@ -527,7 +527,7 @@ async fn an_import_can_be_repeated(db: Db) {
 async fn a_key_is_identified_without_its_digest(db: Db) {
     let db = db.migrated().await;
     let mut ledger = db.ledger().await;
-    with_acme(&mut *ledger).await;
+    with_acme(&mut ledger).await;
     let stored = ledger.add_key(&actor(), &acme(), new_key(9)).await.unwrap();
     let digests = Digests { current: digest(1), older: vec![digest(9)] };
     assert_eq!(ledger.identify(&digests).await.unwrap(), Some(stored.clone()));
@@ -539,7 +539,7 @@ async fn a_key_is_identified_without_its_digest(db: Db) {
 async fn revoking_twice_keeps_the_first_time(db: Db) {
     let db = db.migrated().await;
     let (lookup, mut ledger) = (db.lookup().await, db.ledger().await);
-    with_acme(&mut *ledger).await;
+    with_acme(&mut ledger).await;
     ledger.add_key(&actor(), &acme(), new_key(1)).await.unwrap();
     ledger.add_key(&actor(), &acme(), new_key(2)).await.unwrap();
     let before = ledger.now().await.unwrap();
@@ -583,7 +583,7 @@ async fn clearing_the_caches_creates_a_version_with_a_new_nonce(db: Db) {
 async fn a_change_and_its_audit_entry_are_one_transaction(db: Db) {
     let db = db.migrated().await;
     let mut ledger = db.ledger().await;
-    let id = with_acme(&mut *ledger).await;
+    let id = with_acme(&mut ledger).await;
     ledger.add_key(&actor(), &acme(), new_key(0xab)).await.unwrap();
     ledger.enable_trust(&actor(), &acme(), false).await.unwrap();
     ledger.enable_trust(&actor(), &acme(), false).await.unwrap();
@@ -654,7 +654,7 @@ async fn each_change_records_what_it_makes_out_of_date(db: Db) {
         words
     };
 
-    let trust = with_acme(&mut *ledger).await;
+    let trust = with_acme(&mut ledger).await;
     assert_eq!(recorded_since(&lookup, &mut seen).await, expect(&[Change::Trust(trust)]));
     ledger.add_key(&actor(), &acme(), one.clone()).await.unwrap();
     assert_eq!(recorded_since(&lookup, &mut seen).await, expect(&[absent(1)]), "cached records stay valid");
@@ -706,7 +706,7 @@ async fn each_change_records_what_it_makes_out_of_date(db: Db) {
 async fn the_first_poll_returns_the_changes_of_the_last_15_minutes(db: Db) {
     let db = db.migrated().await;
     let (lookup, mut ledger) = (db.lookup().await, db.ledger().await);
-    with_acme(&mut *ledger).await;
+    with_acme(&mut ledger).await;
     let mut versions = Vec::new();
     for number in 1..=4 {
         ledger.add_key(&actor(), &acme(), new_key(number)).await.unwrap();
@@ -742,7 +742,7 @@ async fn the_first_poll_returns_the_changes_of_the_last_15_minutes(db: Db) {
 async fn old_versions_are_pruned_and_the_newest_is_kept(db: Db) {
     let db = db.migrated().await;
     let (lookup, mut ledger) = (db.lookup().await, db.ledger().await);
-    with_acme(&mut *ledger).await;
+    with_acme(&mut ledger).await;
     for number in 1..=5 {
         ledger.add_key(&actor(), &acme(), new_key(number)).await.unwrap();
     }
@@ -977,7 +977,7 @@ async fn repeated_and_concurrent_migrations_equal_one_migration(db: Db) {
 async fn a_row_that_cannot_be_read_is_a_fault(db: Db) {
     let db = db.migrated().await;
     let (lookup, mut ledger) = (db.lookup().await, db.ledger().await);
-    with_acme(&mut *ledger).await;
+    with_acme(&mut ledger).await;
     ledger.add_key(&actor(), &acme(), new_key(1)).await.unwrap();
     let mut breaks = vec!["scheme = 77"];
     breaks.extend(if db.is_postgres() {
@@ -1014,7 +1014,7 @@ async fn a_dropped_ledger_call_leaves_no_partial_change(db: Db) {
         let actor = actor();
         poll_and_drop(ledger.create_trust(&actor, TrustId(Uuid::new_v4()), &name), polls).await;
     }
-    with_acme(&mut *ledger).await;
+    with_acme(&mut ledger).await;
     let trusts = ledger.trusts().await.unwrap().len().to_string();
     assert_eq!(db.texts("SELECT CAST(count(*) AS text) FROM audit").await, [trusts]);
 }

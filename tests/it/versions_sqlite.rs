@@ -61,7 +61,7 @@ impl Db {
         Writer::open(&self.path).await
     }
 
-    async fn ledger(&self) -> Box<dyn Ledger> {
+    async fn ledger(&self) -> Ledger {
         store::open_ledger(&settings(&self.path), NO_ENV).await.unwrap()
     }
 

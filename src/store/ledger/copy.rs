@@ -6,8 +6,9 @@
 use serde_json::json;
 
 use super::{
-    Actor,
-    sql_ledger::{self, BATCH, LedgerBackend, TxMode},
+    audit::note,
+    backend::{BATCH, LedgerBackend, TxMode},
+    types::Actor,
 };
 use crate::{
     base::secret::Secret,
@@ -133,6 +134,6 @@ pub async fn copy(
 
 async fn finish(target: &mut dyn LedgerBackend, actor: &Actor, copied: &Copied) -> Result<(), sqlx::Error> {
     let after = json!({ "from": copied.from, "trusts": copied.trusts, "keys": copied.keys });
-    sql_ledger::note(target, actor, "store.copy", "everything", None, Some(after)).await?;
+    note(target, actor, "store.copy", "everything", None, Some(after)).await?;
     target.commit().await
 }

@@ -9,8 +9,8 @@ use sqlx::{
 };
 
 use super::{
-    Actor, AuditEntry, Key, NewKey, Replica, Trust, TrustRef,
-    sql_ledger::{KeyFilter, LedgerBackend, StoredKey, TxMode},
+    backend::{KeyFilter, LedgerBackend, StoredKey, TxMode},
+    types::{Actor, AuditEntry, Key, NewKey, Replica, Trust, TrustRef},
 };
 use crate::{
     base::clock::DatabaseTime,

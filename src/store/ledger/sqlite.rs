@@ -6,8 +6,8 @@ use async_trait::async_trait;
 use sqlx::{AssertSqlSafe, Executor, Row, Sqlite, SqliteConnection, sqlite::SqliteArguments};
 
 use super::{
-    Actor, AuditEntry, Key, NewKey, Replica, Trust, TrustRef,
-    sql_ledger::{KeyFilter, LedgerBackend, StoredKey, TxMode},
+    backend::{KeyFilter, LedgerBackend, StoredKey, TxMode},
+    types::{Actor, AuditEntry, Key, NewKey, Replica, Trust, TrustRef},
 };
 use crate::{
     base::clock::DatabaseTime,
