@@ -211,7 +211,7 @@ mod tests {
         for function in FUNCTIONS {
             let (head, name) = (function.head(), function.name());
             assert!(head.starts_with(&format!("CREATE OR REPLACE FUNCTION {{s}}.{name}(")), "{name}: {head}");
-            assert!(head.ends_with(" SET search_path = pg_catalog, pg_temp AS "), "{name}: {head}");
+            assert!(head.ends_with("SET search_path = pg_catalog, pg_temp AS "), "{name}: {head}");
             assert_eq!(function.sql.matches(BODY).count(), 2, "{name}");
         }
     }
