@@ -21,7 +21,7 @@ use crate::{
     server,
     store::{
         self, Actor, Env, Ledger, StoreError, StoreSettings,
-        ledger::copy::{self, Copied, Ends},
+        ledger::copy::{self, Copied, Ends, GivenUrl},
     },
 };
 
@@ -86,7 +86,9 @@ pub(crate) fn run(arguments: Arguments, environment: &[(OsString, OsString)]) ->
         }
         Command::Store(args::Store::Copy(args::Copy { from, to })) => {
             let config = load(Purpose::Manage)?;
-            block_on(copy(&config, environment, Ends { from, to }))?
+            let given = |option, url: Option<Secret>| url.map(|url| GivenUrl { option, url });
+            let ends = Ends { from: given("--from", from), to: given("--to", to) };
+            block_on(copy(&config, environment, ends))?
         }
         Command::Cache(args::Cache::Clear) => {
             managing(&load(Purpose::Manage)?, environment, store::open_history, async |manager, config| {

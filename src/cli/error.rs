@@ -56,7 +56,18 @@ impl At for ManageError {
             Self::Ledger(error) if may_be_misconfigured(error) => Some(database_place(config)),
             _ => None,
         };
-        CliError { problem: self.to_string(), place, code }
+        CliError { problem: with_option(&self), place, code }
+    }
+}
+
+/// The message of `error`. If an option of the command helps, the message names it.
+fn with_option(error: &ManageError) -> String {
+    match error {
+        ManageError::Ledger(StoreError::HasKeys(_)) => format!("{error}, or delete it with --with-keys"),
+        ManageError::Ledger(StoreError::NotOwner { .. }) => {
+            format!("{error}, or let each owner run its part of the output of --print")
+        }
+        error => error.to_string(),
     }
 }
 

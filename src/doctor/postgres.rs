@@ -17,7 +17,7 @@ use super::{
 };
 use crate::store::{
     StoreSettings,
-    change_log::{listen, postgres},
+    change_log::{listen, postgres, problem::TrackingProblem},
     names::SchemaName,
     postgres::code,
     reads::postgres::Postgres,
@@ -347,20 +347,21 @@ async fn texts(session: &mut Session<'_, Postgres>, question: &String) -> Result
 
 /// Diagnoses whether every change is recorded, by the answers to polls and by the triggers themselves.
 async fn watch(session: &mut Session<'_, Postgres>, triggers_intact: Option<bool>, postgres: &Postgres) -> Diagnosis {
-    let mut problems = texts(session, &postgres::problems(&postgres.schema)).await;
-    if let (Ok(found), Some(question)) = (&mut problems, postgres.unattached()) {
-        match texts(session, &question).await {
-            Ok(unattached) => found.extend(unattached),
+    let problems = texts(session, &postgres::problems(&postgres.schema)).await;
+    let mut problems = problems.map(|found| found.into_iter().map(TrackingProblem::of_gaps).collect::<Vec<_>>());
+    if let (Ok(found), Some((question, problem))) = (&mut problems, postgres.unattached()) {
+        match session.ask(&question).await {
+            Ok(rows) if rows.is_empty() => {}
+            Ok(_) => found.push(problem),
             Err(trouble) => problems = Err(trouble),
         }
     }
     match (problems, triggers_intact) {
         (Ok(problems), _) if !problems.is_empty() => {
-            let listed = problems.iter().take(LISTED).cloned().collect::<Vec<_>>().join("; ");
+            let listed = problems.iter().take(LISTED).map(ToString::to_string).collect::<Vec<_>>().join("; ");
             let more = problems.len().saturating_sub(LISTED);
             let found = if more > 0 { format!("{listed}; and {more} more") } else { listed };
-            let command =
-                if problems.iter().any(|problem| problem.ends_with(postgres::ATTACH)) { "attach" } else { "migrate" };
+            let command = if problems.iter().any(TrackingProblem::needs_attach) { "attach" } else { "migrate" };
             let remedy = format!(
                 "run `trustgate {command}`, which repairs this: until then revocations may go unnoticed, so replicas \
                  do not rely on cached data"

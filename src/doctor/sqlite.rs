@@ -15,7 +15,7 @@ use super::{
 };
 use crate::store::{
     StoreError,
-    change_log::sqlite,
+    change_log::{problem::TrackingProblem, sqlite},
     reads::{lookup::Missing, sqlite::Sqlite},
     sqlite::{Access, connect, file},
 };
@@ -110,7 +110,7 @@ fn unusable(found: String) -> Diagnosis {
 }
 
 /// Reads the version, the journal mode, and the problem that keeps changes from being recorded, if any.
-async fn inspect(sqlite: &Sqlite) -> Result<(String, String, Option<String>), sqlx::Error> {
+async fn inspect(sqlite: &Sqlite) -> Result<(String, String, Option<TrackingProblem>), sqlx::Error> {
     let mut connection = connect(&sqlite.path, Access::Read).await?;
     let version = sqlx::raw_sql("SELECT sqlite_version()").fetch_one(&mut connection).await?.try_get(0)?;
     let journal = sqlx::raw_sql("PRAGMA journal_mode").fetch_one(&mut connection).await?.try_get(0)?;
@@ -120,12 +120,12 @@ async fn inspect(sqlite: &Sqlite) -> Result<(String, String, Option<String>), sq
 }
 
 /// Diagnoses whether every change is recorded.
-fn watch(triggers_intact: bool, problem: Result<Option<String>, Trouble>) -> Diagnosis {
+fn watch(triggers_intact: bool, problem: Result<Option<TrackingProblem>, Trouble>) -> Diagnosis {
     match (problem, triggers_intact) {
         (Ok(Some(problem)), _) => {
             let remedy = "run `trustgate migrate`, which restores the triggers: until then replicas do not rely on \
                           cached data";
-            Diagnosis::failed(WATCH, problem, remedy)
+            Diagnosis::failed(WATCH, problem.to_string(), remedy)
         }
         (Ok(None), true) => {
             Diagnosis::ok(WATCH, "every change is recorded: no trigger has been altered since it was created")

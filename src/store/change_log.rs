@@ -4,4 +4,5 @@
 
 pub(crate) mod listen;
 pub(crate) mod postgres;
+pub(crate) mod problem;
 pub(crate) mod sqlite;

@@ -1,5 +1,6 @@
 //! The errors of the store: why the database cannot be used, or why a change was not made.
 
+use super::names::{SchemaName, TableName};
 use crate::{
     base::fault::Fault,
     record::{Fingerprint, KeyId},
@@ -34,7 +35,7 @@ pub enum StoreError {
         recorded: Fingerprint,
     },
     /// The trust still has this many keys, and the caller did not ask to delete them.
-    #[error("the trust still has {0} keys; disable it, or delete it with --with-keys")]
+    #[error("the trust still has {0} keys; disable it")]
     HasKeys(u64),
     /// There is no SQLite database at the expected path.
     #[error(
@@ -54,6 +55,19 @@ pub enum StoreError {
          trustgate reads and does not change. Change it with your own tools"
     )]
     NotOurs,
+    /// The role lacks rights of an owner to attach or detach a table.
+    #[error(
+        "{error}: run this as a role with the rights of the owners of {table} and of the schema {}",
+        schema.as_str()
+    )]
+    NotOwner {
+        /// The error of the database.
+        error: sqlx::Error,
+        /// The table to attach or detach.
+        table: TableName,
+        /// The schema of our tables.
+        schema: SchemaName,
+    },
     /// The database cannot be used: a network filesystem, wrong permissions, a bad URL.
     #[error("{0}")]
     Unusable(String),

@@ -193,8 +193,9 @@ pub async fn new_incarnation(settings: &StoreSettings, env: Env<'_>) -> Result<(
 /// of the table.
 ///
 /// # Errors
-/// [`StoreError::Unusable`], which lists the obstacles or names the missing right; [`StoreError::Schema`] if
-/// `trustgate migrate` has not been run; or the database cannot be reached. After an error nothing has changed.
+/// [`StoreError::Unusable`], which lists the obstacles; [`StoreError::NotOwner`] if a right is missing;
+/// [`StoreError::Schema`] if `trustgate migrate` has not been run; or the database cannot be reached. After an error
+/// nothing has changed.
 pub async fn attach(settings: &StoreSettings, env: Env<'_>) -> Result<String, StoreError> {
     action(settings, env, AttachAction::Attach).await
 }

@@ -8,6 +8,7 @@
 use sha2::{Digest, Sha256};
 use sqlx::{AssertSqlSafe, PgConnection};
 
+use super::problem::{ATTACH, TrackingProblem};
 use crate::{
     record::{Fingerprint, hex},
     store::{
@@ -36,11 +37,12 @@ pub(crate) async fn mend(connection: &mut PgConnection, name: &SchemaName) -> Re
     sqlx::raw_sql(in_schema(FORGET_UNSTAMPED, name)).execute(&mut *connection).await?;
     let left: Vec<String> =
         sqlx::query_scalar(in_schema("SELECT problem FROM {s}.gaps()", name)).fetch_all(&mut *connection).await?;
-    if !left.is_empty() && left.iter().all(|problem| problem.ends_with(ATTACH)) {
+    let left: Vec<_> = left.into_iter().map(TrackingProblem::of_gaps).collect();
+    if !left.is_empty() && left.iter().all(TrackingProblem::needs_attach) {
         // Only the owner of the attached table can repair its triggers. That must not block the repair of our own
         // tables.
         tracing::warn!(
-            problems = left.join("; "),
+            problems = left.iter().map(ToString::to_string).collect::<Vec<_>>().join("; "),
             "attached table is not tracked: replicas cannot renew their leases until its owner repairs the problems"
         );
         return Ok(());
@@ -157,7 +159,7 @@ fn filled(text: &str, schema: &SchemaName) -> String {
     text.replace("{functions}", &digests.collect::<Vec<_>>().join(", "))
 }
 
-/// A query for the problems that keep changes from being recorded, as messages. It is the query inside the function
+/// A query for the problems that keep changes from being recorded, as messages for [`TrackingProblem::of_gaps`]. It is the query inside the function
 /// `gaps`, for a role that may not call that function. It reads only the catalog and `meta`.
 pub(crate) fn problems(schema: &SchemaName) -> String {
     let gaps = filled(GAPS, schema);
@@ -166,9 +168,6 @@ pub(crate) fn problems(schema: &SchemaName) -> String {
 
 /// The functions that record changes. The function `fingerprint` repeats this list.
 const RECORDING: &[&str] = &["note", "api_key_changed", "trust_changed", "truncated", "stamp"];
-
-/// The end of the messages about problems that only `trustgate attach` can repair.
-pub(crate) const ATTACH: &str = ": run `trustgate attach`";
 
 /// A query for the triggers and functions that are missing, disabled or different, in the columns of the function
 /// `gaps`. The bits of `pg_trigger.tgtype`: 1 FOR EACH ROW, 4 INSERT, 8 DELETE, 16 UPDATE, 32 TRUNCATE.

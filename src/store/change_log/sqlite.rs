@@ -11,6 +11,7 @@
 
 use sqlx::{AssertSqlSafe, Row, SqliteConnection};
 
+use super::problem::{NotIntact, TrackingProblem};
 use crate::store::{
     sql::without_newline,
     sqlite::{MINUTE, NOW},
@@ -19,8 +20,8 @@ use crate::store::{
 /// Creates missing tables and triggers, replaces triggers that differ, and records that the change log is intact.
 ///
 /// # Errors
-/// The database failed. The inner error is a problem that only the owner of the database can repair.
-pub(crate) async fn install(connection: &mut SqliteConnection) -> Result<Result<(), String>, sqlx::Error> {
+/// The database failed, or has a problem that only its owner can repair.
+pub(crate) async fn install(connection: &mut SqliteConnection) -> Result<(), NotIntact> {
     sqlx::raw_sql(TABLES).execute(&mut *connection).await?;
     let found = found(connection).await?;
     for (name, text) in triggers() {
@@ -36,17 +37,17 @@ pub(crate) async fn install(connection: &mut SqliteConnection) -> Result<Result<
 /// because changes may be missing. The caller must be in a transaction that has the write lock.
 ///
 /// # Errors
-/// The database failed. The inner error is a problem that keeps changes from being recorded.
-pub(crate) async fn restore(connection: &mut SqliteConnection) -> Result<Result<(), String>, sqlx::Error> {
+/// The database failed, or has a problem that keeps changes from being recorded.
+pub(crate) async fn restore(connection: &mut SqliteConnection) -> Result<(), NotIntact> {
     if let Some(problem) = problem(connection).await? {
-        return Ok(Err(problem));
+        return Err(problem.into());
     }
     if !in_force(connection).await? {
         let sql = "UPDATE meta SET fingerprint = (SELECT schema_version FROM pragma_schema_version)";
         sqlx::raw_sql(sql).execute(&mut *connection).await?;
         everything(connection).await?;
     }
-    Ok(Ok(()))
+    Ok(())
 }
 
 /// True if the schema has not changed since [`restore`] last found the change log intact.
@@ -95,33 +96,22 @@ async fn found(connection: &mut SqliteConnection) -> Result<Vec<Trigger>, sqlx::
 }
 
 /// The first problem that keeps changes from being recorded; `None`: the triggers are intact.
-pub(crate) async fn problem(connection: &mut SqliteConnection) -> Result<Option<String>, sqlx::Error> {
+pub(crate) async fn problem(connection: &mut SqliteConnection) -> Result<Option<TrackingProblem>, sqlx::Error> {
     let found = found(connection).await?;
     for (name, text) in triggers() {
         match found.iter().find(|trigger| trigger.name == name) {
-            None => return Ok(Some(format!("the trigger {name} is missing: run `trustgate migrate`"))),
+            None => return Ok(Some(TrackingProblem::MissingTrigger(name))),
             Some(trigger) if trigger.text != text => {
-                return Ok(Some(format!("the trigger {name} was altered: run `trustgate migrate`")));
+                return Ok(Some(TrackingProblem::AlteredTrigger(name)));
             }
             Some(_) => {}
         }
     }
     if let Some(other) = found.iter().find(|other| triggers().all(|(name, _)| name != other.name)) {
-        return Ok(Some(format!(
-            "the trigger {:?} is not one of trustgate's: drop it, because it can hide changes from the change log",
-            other.name
-        )));
+        return Ok(Some(TrackingProblem::OtherTrigger(other.name.clone())));
     }
     let other = sqlx::raw_sql(OTHER_UNIQUE).fetch_optional(connection).await?;
-    other
-        .map(|row| {
-            let name: String = row.try_get(0)?;
-            Ok(format!(
-                "the unique index {name:?} is not one of trustgate's: drop it, because REPLACE could delete rows \
-                 without a record in the change log"
-            ))
-        })
-        .transpose()
+    other.map(|row| Ok(TrackingProblem::OtherUniqueIndex(row.try_get(0)?))).transpose()
 }
 
 /// A query for a unique index with conflicts that the BEFORE triggers do not look for.

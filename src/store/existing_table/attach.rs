@@ -102,9 +102,9 @@ pub(crate) enum AttachAction {
 /// Runs `action` in one transaction.
 ///
 /// # Errors
-/// [`StoreError::Unusable`]: the message lists all problems that keep the table from being attached, or says that a
-/// right is missing. [`StoreError::Schema`]: our own tables are missing, or of another release. Or the database failed.
-/// Nothing was changed.
+/// [`StoreError::Unusable`]: the message lists all problems that keep the table from being attached.
+/// [`StoreError::NotOwner`]: a right is missing. [`StoreError::Schema`]: our own tables are missing, or of another
+/// release. Or the database failed. Nothing was changed.
 pub(crate) async fn run(
     address: &StoreUrl,
     name: &SchemaName,
@@ -117,12 +117,7 @@ pub(crate) async fn run(
     let script = script(&mut transaction, address, name, table, action).await?;
     if let Err(error) = script.run(&mut transaction, name).await {
         return Err(match code(&error).as_deref() {
-            Some("42501") => StoreError::Unusable(format!(
-                "{error}: run this as a role with the rights of the owners of {} and of the schema {}, or let each \
-                 owner run its part of the output of --print",
-                table.table,
-                name.as_str()
-            )),
+            Some("42501") => StoreError::NotOwner { error, table: table.table.clone(), schema: name.clone() },
             Some("55P03" | "57014") => StoreError::Unusable(format!(
                 "timeout: {} was in use for too long, so it could not be altered. Nothing was changed; try again",
                 table.table

@@ -24,9 +24,18 @@ use crate::{
 #[derive(Debug)]
 pub struct Ends {
     /// The URL of the source.
-    pub from: Option<Secret>,
+    pub from: Option<GivenUrl>,
     /// The URL of the target.
-    pub to: Option<Secret>,
+    pub to: Option<GivenUrl>,
+}
+
+/// A URL that the operator gave to a command.
+#[derive(Debug)]
+pub struct GivenUrl {
+    /// The name of the command's option, for messages.
+    pub option: &'static str,
+    /// The URL.
+    pub url: Secret,
 }
 
 /// The result of a copy.
@@ -90,14 +99,14 @@ pub async fn copy(
     actor: &Actor,
     mut progress: impl FnMut(u64, u64),
 ) -> Result<Copied, CopyError> {
-    let address = |name, url: Option<Secret>| match url {
-        Some(url) => StoreUrl::given(name, url),
+    let address = |given: Option<GivenUrl>| match given {
+        Some(GivenUrl { option, url }) => StoreUrl::given(option, url),
         None => StoreUrl::of(settings, Role::Manage),
     };
     if settings.reads_existing() && (ends.from.is_none() || ends.to.is_none()) {
         return Err(StoreError::NotOurs.into());
     }
-    let (from, to) = (address("--from", ends.from), address("--to", ends.to));
+    let (from, to) = (address(ends.from), address(ends.to));
     let (from_place, to_place) = (from.checked(env)?, to.checked(env)?);
     let mut copied = Copied { from: from_place.clone(), to: to_place.clone(), trusts: 0, keys: 0 };
     let from_failed = |error| CopyError::From { place: from_place.clone(), error };

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use sqlx::{AssertSqlSafe, Connection, PgConnection, Row, postgres::PgRow};
+use sqlx::{AssertSqlSafe, Connection, PgConnection, postgres::PgRow};
 use uuid::Uuid;
 
 use super::{
@@ -13,10 +13,10 @@ use super::{
 use crate::{
     record::{Digests, Fingerprint, KeyId, Version},
     store::{
-        change_log::{self, listen},
+        change_log::{listen, problem::TrackingProblem},
         error::StoreError,
         existing_table::ExistingTable,
-        names::{SchemaName, bytes_literal, literal},
+        names::{SchemaName, bytes_literal},
         postgres::{code, connect, describe, is_missing},
         rows::{self, POLL_ROWS_MAX},
         schema,
@@ -154,12 +154,12 @@ impl Dialect for Postgres {
     }
 
     async fn restore_watch(&self) -> Result<(), sqlx::Error> {
-        if let Some(question) = self.unattached() {
+        if let Some((question, problem)) = self.unattached() {
             let mut connection = connect(&self.address).await?;
             let rows = sqlx::raw_sql(AssertSqlSafe(question)).fetch_all(&mut connection).await?;
             connection.close().await?;
-            if let Some(row) = rows.first() {
-                return Err(sqlx::Error::InvalidArgument(row.try_get(0)?));
+            if !rows.is_empty() {
+                return Err(sqlx::Error::InvalidArgument(problem.to_string()));
             }
         }
         self.call("SELECT {s}.restore_watch()").await
@@ -249,17 +249,14 @@ impl Postgres {
         self.existing.as_ref().is_none_or(|table| table.attached)
     }
 
-    /// The query whether the existing table is attached with the columns configured here. It returns one row with the
-    /// problem, or no row if the table is attached. `None`: the settings name no attached table.
-    pub(crate) fn unattached(&self) -> Option<String> {
+    /// A query that returns a row unless the existing table is attached with the columns configured here, and the
+    /// problem if it returns a row. `None`: the settings name no attached table.
+    pub(crate) fn unattached(&self) -> Option<(String, TrackingProblem)> {
         let table = self.existing.as_ref().filter(|table| table.attached)?;
-        let problem = format!(
-            "{} is not attached, or was attached with other columns than are configured here{}",
-            table.table,
-            change_log::postgres::ATTACH
-        );
-        let question = format!("SELECT {} WHERE NOT {}", literal(&problem), attached_as(&table.identity()));
-        Some(self.within(CALL_TIMEOUT, &question))
+        let problem =
+            format!("{} is not attached, or was attached with other columns than are configured here", table.table);
+        let question = format!("SELECT 1 WHERE NOT {}", attached_as(&table.identity()));
+        Some((self.within(CALL_TIMEOUT, &question), TrackingProblem::AttachedTable(problem)))
     }
 
     /// Calls one of our functions, on a separate connection.

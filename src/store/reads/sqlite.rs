@@ -23,7 +23,7 @@ use super::{
 use crate::{
     record::{Digests, Fingerprint, KeyId, Version},
     store::{
-        change_log,
+        change_log::{self, problem::NotIntact},
         error::StoreError,
         rows, schema,
         settings::Preset,
@@ -251,7 +251,10 @@ impl Dialect for Sqlite {
             return Err(sqlx::Error::InvalidArgument("an existing table in SQLite has no change log".into()));
         }
         let mut writer = self.begin().await?;
-        change_log::sqlite::restore(&mut writer.connection).await?.map_err(sqlx::Error::InvalidArgument)?;
+        change_log::sqlite::restore(&mut writer.connection).await.map_err(|error| match error {
+            NotIntact::Problem(problem) => sqlx::Error::InvalidArgument(problem.to_string()),
+            NotIntact::Database(error) => error,
+        })?;
         self.commit(writer).await
     }
 

@@ -6,7 +6,10 @@ use sqlx::{Connection, Row, SqliteConnection};
 use uuid::Uuid;
 
 use crate::store::{
-    change_log::sqlite,
+    change_log::{
+        problem::{NotIntact, TrackingProblem},
+        sqlite,
+    },
     error::StoreError,
     reads::lookup::Missing,
     schema,
@@ -63,7 +66,10 @@ async fn attempt(path: &Path) -> Result<(), StoreError> {
             if version < 4 {
                 fourth(&mut transaction).await?;
             }
-            sqlite::install(&mut transaction).await?.map_err(|problem| triggers_broken(path, &problem))?;
+            sqlite::install(&mut transaction).await.map_err(|error| match error {
+                NotIntact::Problem(problem) => triggers_broken(path, &problem),
+                NotIntact::Database(error) => error.into(),
+            })?;
         }
         transaction.commit().await?;
     }
@@ -81,7 +87,7 @@ async fn is_done(connection: &mut SqliteConnection) -> Result<bool, sqlx::Error>
     }
 }
 
-fn triggers_broken(path: &Path, problem: &str) -> StoreError {
+fn triggers_broken(path: &Path, problem: &TrackingProblem) -> StoreError {
     StoreError::Schema(format!("{}: {problem}", describe_sqlite(path)))
 }
 
