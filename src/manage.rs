@@ -15,7 +15,7 @@ use crate::{
     base::clock::{Clock, DatabaseTime},
     ext_authz::credential::{CredentialSettings, Hasher},
     record::Version,
-    store::{Actor, Ledger, StoreError, ledger::Replica},
+    store::{Actor, Ledger, StoreError, ledger::ReplicaStatus},
 };
 
 /// The interval at which a command reads the list of replicas while it waits for them.
@@ -121,7 +121,7 @@ pub struct Effect {
     /// The time that the command waited.
     pub after: Duration,
     /// The replicas that have not applied the change.
-    pub missing: Vec<Replica>,
+    pub missing: Vec<ReplicaStatus>,
 }
 
 impl Effect {
@@ -138,7 +138,7 @@ impl fmt::Display for Effect {
             return write!(f, "effective: no replica is running");
         }
         write!(f, "effective on {}/{} replicas after {} ms", self.applied(), self.replicas, self.after.as_millis())?;
-        for Replica { id, name, until, .. } in &self.missing {
+        for ReplicaStatus { id, name, until, .. } in &self.missing {
             write!(
                 f,
                 ";\nnot yet on {name} ({id}): it grants no cached key after {until}, unless it sends another heartbeat"
@@ -200,7 +200,7 @@ mod tests {
         let missing: Vec<_> = effect.missing.iter().map(|replica| (replica.id.as_u128(), replica.applied)).collect();
         assert_eq!((effect.applied(), &*missing), (1, &[(2, OLDER), (3, OLDER)][..]));
         assert!(effect.after >= WAIT);
-        let line = |Replica { id, name, until, .. }: &Replica| {
+        let line = |ReplicaStatus { id, name, until, .. }: &ReplicaStatus| {
             format!(
                 "not yet on {name} ({id}): it grants no cached key after {until}, unless it sends another heartbeat"
             )

@@ -17,7 +17,7 @@ use crate::{
     config::Config,
     ext_authz::credential::is_well_formed,
     freshness::deny_list::entries::Denied,
-    manage::deny::{Denials, DenyError, Entry, mac_key},
+    manage::deny::{Denials, DenyEntry, DenyError, mac_key},
     store::Env,
 };
 
@@ -61,12 +61,12 @@ async fn change(config: &Config, env: Env<'_>, which: &[Denied], life: Option<Du
     .await
 }
 
-fn list(entries: &[Entry]) -> Answer {
+fn list(entries: &[DenyEntry]) -> Answer {
     Answer::list(entries.iter().map(data).collect(), COLUMNS)
 }
 
-fn data(entry: &Entry) -> Value {
-    let Entry { denied, set_at, until } = entry;
+fn data(entry: &DenyEntry) -> Value {
+    let DenyEntry { denied, set_at, until } = entry;
     json!({
         "kind": denied.kind(),
         "id": denied.id(),

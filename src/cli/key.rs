@@ -22,7 +22,7 @@ use crate::{
         ManageError, Manager, import,
         keys::{Identified, Issued, KeyState, Wanted},
     },
-    store::ledger::Key,
+    store::ledger::KeyDetails,
 };
 
 const COLUMNS: &[&str] = &["id", "trust_name", "hint", "name", "state", "scopes", "created_at", "expires_at"];
@@ -53,7 +53,7 @@ pub(crate) async fn run(manager: &mut Manager, config: &Config, command: args::K
             Ok(identified(&found, now))
         }
         args::Key::Import(args::Import { trust, plaintext, file }) => {
-            let form = if plaintext { import::Form::Plaintext } else { import::Form::Digests };
+            let form = if plaintext { import::LineForm::Plaintext } else { import::LineForm::Digests };
             let input = if file == Path::new("-") { stdin::open()? } else { File::open(&file)? };
             let length = input.metadata().ok().filter(std::fs::Metadata::is_file).map(|metadata| metadata.len());
             let progress = progress::reading(length);
@@ -110,7 +110,7 @@ fn identified(found: &[Identified], now: DatabaseTime) -> Answer {
     if known { answer } else { answer.note("No key of this database was found in the text.").exit(FAILED) }
 }
 
-fn data(key: &Key, now: DatabaseTime) -> Value {
+fn data(key: &KeyDetails, now: DatabaseTime) -> Value {
     let cidrs: Vec<_> = key.allowed_cidrs.iter().map(ToString::to_string).collect();
     json!({
         "id": key.id.to_string(),

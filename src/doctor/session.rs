@@ -190,7 +190,7 @@ impl<'a, D: Dialect> Session<'a, D> {
     }
 
     /// Diagnoses whether our tables exist and have a compatible version.
-    fn tables(&self, kind: Kind, found: Result<Option<schema::Tables>, Trouble>) -> Diagnosis {
+    fn tables(&self, kind: Kind, found: Result<Option<schema::TableVersion>, Trouble>) -> Diagnosis {
         let place = self.dialect.backend();
         let found = match found {
             Ok(found) => found,

@@ -103,7 +103,7 @@ fn of_redis(error: &SharedError) -> String {
 
 /// An entry, as the commands show it. Its times are by Redis's clock.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Entry {
+pub struct DenyEntry {
     /// The key, trust or digest that it denies.
     pub denied: Denied,
     /// When it was set.
@@ -112,7 +112,7 @@ pub struct Entry {
     pub until: DatabaseTime,
 }
 
-impl Entry {
+impl DenyEntry {
     const fn new(denied: Denied, term: Term) -> Self {
         let at = DatabaseTime::from_micros;
         Self { denied, set_at: at(term.set_at), until: at(term.end) }
@@ -123,7 +123,7 @@ impl Entry {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Listed {
     /// Entries that are in effect, ordered by their end.
-    pub entries: Vec<Entry>,
+    pub entries: Vec<DenyEntry>,
     /// The number of entries with a wrong MAC or of another release, which replicas of this release ignore.
     pub refused: usize,
 }
@@ -177,7 +177,7 @@ impl Denials {
     ///
     /// # Errors
     /// `life` is zero or longer than a year, or Redis failed.
-    pub async fn add(&self, denied: &[Denied], life: Duration) -> Result<Vec<Entry>, DenyError> {
+    pub async fn add(&self, denied: &[Denied], life: Duration) -> Result<Vec<DenyEntry>, DenyError> {
         if life.is_zero() || life > LIFE_MAX {
             return Err(DenyError::Invalid {
                 what: "the duration of an entry",
@@ -191,7 +191,7 @@ impl Denials {
     ///
     /// # Errors
     /// Redis failed.
-    pub async fn remove(&self, denied: &[Denied]) -> Result<Vec<Entry>, DenyError> {
+    pub async fn remove(&self, denied: &[Denied]) -> Result<Vec<DenyEntry>, DenyError> {
         self.set(denied, Duration::ZERO).await
     }
 
@@ -202,14 +202,14 @@ impl Denials {
     pub async fn list(&self) -> Result<Listed, DenyError> {
         let found = self.connected(async || self.0.read().await).await?;
         let active = found.entries.into_iter().filter(|(_, term)| found.now < term.end);
-        let mut entries: Vec<_> = active.map(|(denied, term)| Entry::new(denied, term)).collect();
+        let mut entries: Vec<_> = active.map(|(denied, term)| DenyEntry::new(denied, term)).collect();
         entries.sort_by_cached_key(|entry| (entry.until, entry.denied.line()));
         Ok(Listed { entries, refused: found.refused + found.foreign })
     }
 
-    async fn set(&self, denied: &[Denied], life: Duration) -> Result<Vec<Entry>, DenyError> {
+    async fn set(&self, denied: &[Denied], life: Duration) -> Result<Vec<DenyEntry>, DenyError> {
         let terms = self.connected(async || self.0.set(denied, life).await).await?;
-        Ok(terms.into_iter().map(|(denied, term)| Entry::new(denied, term)).collect())
+        Ok(terms.into_iter().map(|(denied, term)| DenyEntry::new(denied, term)).collect())
     }
 
     /// Repeats `work` until there is a connection, for at most [`CONNECT_MAX`].

@@ -22,7 +22,7 @@ const LINE_BYTES_MAX: usize = 2 * KEY_BYTES_MAX;
 
 /// The format of the input lines.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Form {
+pub enum LineForm {
     /// The SHA-256 digest of a key, as 64 hexadecimal digits.
     Digests,
     /// A key itself.
@@ -78,7 +78,7 @@ impl Manager {
     pub async fn import_keys(
         &mut self,
         trust: &TrustRef,
-        form: Form,
+        form: LineForm,
         input: impl Read,
         when_read: impl FnOnce(usize),
     ) -> Result<Imported, ManageError> {
@@ -93,8 +93,8 @@ impl Manager {
         Ok(Imported { trust, new, known: count - new })
     }
 
-    fn read_keys(&self, form: Form, input: impl Read) -> Result<Vec<NewKey>, ManageError> {
-        let (mut lines, mut keys, mut bad) = (Lines::of(input), Vec::new(), BadLines::default());
+    fn read_keys(&self, form: LineForm, input: impl Read) -> Result<Vec<NewKey>, ManageError> {
+        let (mut lines, mut keys, mut bad) = (LineReader::of(input), Vec::new(), BadLines::default());
         while let Some(line) = lines.next()? {
             let bytes = if line.number == 1 { text::without_mark(line.bytes) } else { Ok(line.bytes) };
             let Ok(bytes) = bytes else {
@@ -115,10 +115,10 @@ impl Manager {
         if bad == BadLines::default() { Ok(keys) } else { Err(ManageError::BadLines(bad)) }
     }
 
-    fn read_key(&self, form: Form, text: &[u8]) -> Result<NewKey, &'static str> {
+    fn read_key(&self, form: LineForm, text: &[u8]) -> Result<NewKey, &'static str> {
         let prefix = &self.credential.prefix;
         let (digest, older, made, hint) = match form {
-            Form::Digests => {
+            LineForm::Digests => {
                 let digest = std::str::from_utf8(text).ok().and_then(ApiKeyDigest::from_hex);
                 (
                     digest.ok_or("expected a SHA-256 digest of 64 hexadecimal digits")?,
@@ -127,14 +127,14 @@ impl Manager {
                     String::new(),
                 )
             }
-            Form::Plaintext if credential::is_well_formed(&self.credential, text) => {
+            LineForm::Plaintext if credential::is_well_formed(&self.credential, text) => {
                 let Digests { current, older } = self.hasher.digests(self.hasher.current(text), text);
                 (current, older, self.hasher.made(), format::hint(prefix, text))
             }
-            Form::Plaintext if format::form(prefix, text) == format::Form::Mistyped => {
+            LineForm::Plaintext if format::form(prefix, text) == format::Form::Mistyped => {
                 return Err("has the form of a trustgate key, but its checksum is wrong");
             }
-            Form::Plaintext => return Err("expected a key of 16 to 512 visible ASCII characters without a comma"),
+            LineForm::Plaintext => return Err("expected a key of 16 to 512 visible ASCII characters without a comma"),
         };
         let id = KeyId(Uuid::now_v7());
         let (scopes, allowed_cidrs) = (Vec::new(), Vec::new());
@@ -165,7 +165,7 @@ struct Line<'l> {
 
 /// Reads the lines of an input that may contain keys. Keeps only the current line and chunk, in buffers that are not
 /// reallocated and are overwritten when dropped.
-struct Lines<R> {
+struct LineReader<R> {
     input: R,
     chunk: Zeroizing<Vec<u8>>,
     /// The part of `chunk` that was read and is not used yet.
@@ -174,7 +174,7 @@ struct Lines<R> {
     number: usize,
 }
 
-impl<R: Read> Lines<R> {
+impl<R: Read> LineReader<R> {
     fn of(input: R) -> Self {
         let (chunk, line) = (Zeroizing::new(vec![0; 64 << 10]), Zeroizing::new(Vec::with_capacity(LINE_BYTES_MAX)));
         Self { input, chunk, unused: 0..0, line, number: 0 }
@@ -212,7 +212,7 @@ mod tests {
     use super::*;
     use crate::{ext_authz::credential::CredentialSettings, manage::fixture::Fixture};
 
-    async fn import(form: Form, input: &[u8]) -> Result<(u64, u64), String> {
+    async fn import(form: LineForm, input: &[u8]) -> Result<(u64, u64), String> {
         let mut fixture = Fixture::new(CredentialSettings::default()).await;
         let trust = TrustRef::Name("acme".to_owned());
         let got = fixture.manager.import_keys(&trust, form, input, |_| ()).await;
@@ -223,9 +223,9 @@ mod tests {
     async fn valid_lines_are_stored_once_each() {
         let (one, two) = ("a1".repeat(32), "b2".repeat(32));
         let text = format!("# from the old gateway\n\n{one}\r\n  {two}\n{}", one.to_uppercase());
-        assert_eq!(import(Form::Digests, text.as_bytes()).await, Ok((2, 1)));
+        assert_eq!(import(LineForm::Digests, text.as_bytes()).await, Ok((2, 1)));
         assert_eq!(
-            import(Form::Plaintext, b"a-foreign-key-of-some-length\nanother-foreign-key-of-mine").await,
+            import(LineForm::Plaintext, b"a-foreign-key-of-some-length\nanother-foreign-key-of-mine").await,
             Ok((2, 0))
         );
     }
@@ -233,8 +233,8 @@ mod tests {
     #[tokio::test]
     async fn a_byte_order_mark_is_no_part_of_the_first_line() {
         let digest = "a1".repeat(32);
-        assert_eq!(import(Form::Digests, format!("\u{feff}{digest}\r\n").as_bytes()).await, Ok((1, 0)));
-        let error = import(Form::Digests, b"\xff\xfea\x001\0").await.unwrap_err();
+        assert_eq!(import(LineForm::Digests, format!("\u{feff}{digest}\r\n").as_bytes()).await, Ok((1, 0)));
+        let error = import(LineForm::Digests, b"\xff\xfea\x001\0").await.unwrap_err();
         assert!(error.contains("UTF-16"), "{error}");
     }
 
@@ -242,7 +242,7 @@ mod tests {
     async fn error_lists_the_numbers_of_invalid_lines_and_not_their_content() {
         let good = "a1".repeat(32);
         let text = format!("{good}\nhunter2\nhunter2\n{good}\n\n{}\n\u{e9}\n", "9".repeat(2_000));
-        let error = import(Form::Digests, text.as_bytes()).await.unwrap_err();
+        let error = import(LineForm::Digests, text.as_bytes()).await.unwrap_err();
         assert_eq!(
             error,
             "import failed: 4 invalid lines, nothing was stored:\n  \
@@ -251,14 +251,14 @@ mod tests {
              line 7: expected a SHA-256 digest of 64 hexadecimal digits"
         );
         let mistyped = format!("tg_{}\nshort\n", "0".repeat(49));
-        let error = import(Form::Plaintext, mistyped.as_bytes()).await.unwrap_err();
+        let error = import(LineForm::Plaintext, mistyped.as_bytes()).await.unwrap_err();
         assert!(error.contains("line 1: has the form of a trustgate key"), "{error}");
         assert!(error.contains("line 2: expected a key of 16 to 512"), "{error}");
     }
 
     #[tokio::test]
     async fn input_without_keys_is_rejected() {
-        assert!(import(Form::Digests, b"# nothing\n\n").await.unwrap_err().contains("it contains no key"));
+        assert!(import(LineForm::Digests, b"# nothing\n\n").await.unwrap_err().contains("it contains no key"));
     }
 
     #[test]
@@ -272,7 +272,7 @@ mod tests {
                 Ok(count)
             }
         }
-        let mut lines = Lines::of(Slow(b"first\n\nthird line\nlast"));
+        let mut lines = LineReader::of(Slow(b"first\n\nthird line\nlast"));
         let mut got = Vec::new();
         while let Some(line) = lines.next().unwrap() {
             got.push((line.number, String::from_utf8(line.bytes.to_vec()).unwrap(), line.whole));

@@ -15,7 +15,7 @@ use crate::{
         format::{self, Form},
     },
     record::{Fingerprint, KeyId, Scheme, is_scope},
-    store::ledger::{Key, NewKey, TrustRef},
+    store::ledger::{KeyDetails, NewKey, TrustRef},
 };
 
 /// The maximum length of a key's name, in characters.
@@ -61,7 +61,7 @@ pub enum PepperFilter {
 
 impl PepperFilter {
     /// True if the filter selects `key`. `known`: the fingerprints of the configured peppers, the current one first.
-    fn passes(self, key: &Key, known: &[Fingerprint]) -> bool {
+    fn passes(self, key: &KeyDetails, known: &[Fingerprint]) -> bool {
         let Some(pepper) = key.pepper else {
             return self == Self::Unrecorded && key.scheme == Scheme::Hmac;
         };
@@ -79,7 +79,7 @@ impl PepperFilter {
 #[derive(Clone, Debug)]
 pub struct Issued {
     /// The stored data of the key.
-    pub key: Key,
+    pub key: KeyDetails,
     /// The key itself, which is not stored.
     pub secret: Secret,
 }
@@ -102,7 +102,7 @@ pub enum KeyState {
 impl KeyState {
     /// The state of `key` at `now`, by the database's clock.
     #[must_use]
-    pub fn of(key: &Key, now: DatabaseTime) -> Self {
+    pub fn of(key: &KeyDetails, now: DatabaseTime) -> Self {
         if key.revoked_at.is_some() {
             Self::Revoked
         } else if key.expires_at.is_some_and(|end| end <= now) {
@@ -137,7 +137,7 @@ pub struct Identified {
     /// The form of the string.
     pub form: Form,
     /// The stored key, if the string is one.
-    pub key: Option<Key>,
+    pub key: Option<KeyDetails>,
 }
 
 impl Manager {
@@ -190,7 +190,7 @@ impl Manager {
         &mut self,
         trust: Option<&TrustRef>,
         pepper: Option<PepperFilter>,
-    ) -> Result<(Vec<Key>, DatabaseTime), ManageError> {
+    ) -> Result<(Vec<KeyDetails>, DatabaseTime), ManageError> {
         let mut keys = self.ledger.keys(trust).await?;
         keys.retain(|key| pepper.is_none_or(|pepper| pepper.passes(key, self.hasher.fingerprints())));
         Ok((keys, self.ledger.now().await?))
@@ -200,7 +200,7 @@ impl Manager {
     ///
     /// # Errors
     /// The key does not exist, or the database failed.
-    pub async fn key(&mut self, id: KeyId) -> Result<(Key, DatabaseTime), ManageError> {
+    pub async fn key(&mut self, id: KeyId) -> Result<(KeyDetails, DatabaseTime), ManageError> {
         Ok((self.ledger.key(id).await?, self.ledger.now().await?))
     }
 
@@ -209,7 +209,7 @@ impl Manager {
     ///
     /// # Errors
     /// The key does not exist, or the database failed.
-    pub async fn revoke_key(&mut self, id: KeyId) -> Result<(Key, DatabaseTime), ManageError> {
+    pub async fn revoke_key(&mut self, id: KeyId) -> Result<(KeyDetails, DatabaseTime), ManageError> {
         Ok((self.ledger.revoke_key(&self.actor, id).await?, self.ledger.now().await?))
     }
 
@@ -346,14 +346,14 @@ mod tests {
     async fn key_is_active_from_not_before_until_just_before_expires_at() {
         let key = fixture().await.manager.issue_key(wanted()).await.unwrap().key;
         let at = DatabaseTime::from_micros;
-        let limited = Key { not_before: Some(at(10)), expires_at: Some(at(20)), ..key.clone() };
+        let limited = KeyDetails { not_before: Some(at(10)), expires_at: Some(at(20)), ..key.clone() };
         for (key, now, want) in [
             (&limited, 9, KeyState::NotYetValid),
             (&limited, 10, KeyState::Active),
             (&limited, 19, KeyState::Active),
             (&limited, 20, KeyState::Expired),
-            (&Key { revoked_at: Some(at(1)), ..limited.clone() }, 10, KeyState::Revoked),
-            (&Key { trust_enabled: false, ..limited.clone() }, 10, KeyState::TrustDisabled),
+            (&KeyDetails { revoked_at: Some(at(1)), ..limited.clone() }, 10, KeyState::Revoked),
+            (&KeyDetails { trust_enabled: false, ..limited.clone() }, 10, KeyState::TrustDisabled),
         ] {
             assert_eq!(KeyState::of(key, at(now)), want, "{now}");
         }

@@ -14,7 +14,7 @@ use std::collections::HashSet;
 
 use serde_json::json;
 
-pub use self::types::{Actor, AuditEntry, Key, NewKey, Replica, Trust, TrustRef};
+pub use self::types::{Actor, AuditEntry, KeyDetails, NewKey, ReplicaStatus, Trust, TrustRef};
 use self::{
     audit::{key_json, note, trust_json},
     backend::{BATCH, KeyFilter, LedgerBackend, TxMode},
@@ -129,7 +129,7 @@ impl Ledger {
     ///
     /// # Errors
     /// [`StoreError::NoTrust`], [`StoreError::DigestTaken`], [`StoreError::OtherPepper`], or the database failed.
-    pub async fn add_key(&mut self, actor: &Actor, trust: &TrustRef, key: NewKey) -> Result<Key, StoreError> {
+    pub async fn add_key(&mut self, actor: &Actor, trust: &TrustRef, key: NewKey) -> Result<KeyDetails, StoreError> {
         let tables = self.begin(TxMode::Change).await?;
         let outcome = async {
             let trust = locked_trust(tables, trust).await?;
@@ -178,7 +178,7 @@ impl Ledger {
     ///
     /// # Errors
     /// [`StoreError::NoTrust`], or the database failed.
-    pub async fn keys(&mut self, trust: Option<&TrustRef>) -> Result<Vec<Key>, StoreError> {
+    pub async fn keys(&mut self, trust: Option<&TrustRef>) -> Result<Vec<KeyDetails>, StoreError> {
         let tables = self.begin(TxMode::Read).await?;
         let outcome = async {
             let which = match trust {
@@ -195,7 +195,7 @@ impl Ledger {
     ///
     /// # Errors
     /// [`StoreError::NoKey`], or the database failed.
-    pub async fn key(&mut self, id: KeyId) -> Result<Key, StoreError> {
+    pub async fn key(&mut self, id: KeyId) -> Result<KeyDetails, StoreError> {
         let tables = self.begin(TxMode::Read).await?;
         let outcome = one_key(tables, id).await;
         self.end(outcome).await
@@ -205,7 +205,7 @@ impl Ledger {
     ///
     /// # Errors
     /// The database failed.
-    pub async fn identify(&mut self, digests: &Digests) -> Result<Option<Key>, StoreError> {
+    pub async fn identify(&mut self, digests: &Digests) -> Result<Option<KeyDetails>, StoreError> {
         let tables = self.begin(TxMode::Read).await?;
         let outcome = async { Ok(tables.keys(KeyFilter::Digests(digests)).await?.into_iter().next()) }.await;
         self.end(outcome).await
@@ -215,7 +215,7 @@ impl Ledger {
     ///
     /// # Errors
     /// [`StoreError::NoKey`], or the database failed.
-    pub async fn revoke_key(&mut self, actor: &Actor, id: KeyId) -> Result<Key, StoreError> {
+    pub async fn revoke_key(&mut self, actor: &Actor, id: KeyId) -> Result<KeyDetails, StoreError> {
         let tables = self.begin(TxMode::Change).await?;
         let outcome = async {
             let before = one_key(tables, id).await?;
@@ -279,7 +279,7 @@ impl Ledger {
     ///
     /// # Errors
     /// The database failed.
-    pub async fn replicas(&mut self) -> Result<Vec<Replica>, StoreError> {
+    pub async fn replicas(&mut self) -> Result<Vec<ReplicaStatus>, StoreError> {
         let tables = self.begin(TxMode::Read).await?;
         let outcome = tables.replicas().await.map_err(StoreError::from);
         self.end(outcome).await
@@ -340,7 +340,7 @@ async fn locked_trust(tables: &mut dyn LedgerBackend, which: &TrustRef) -> Resul
     one_trust(tables, which).await
 }
 
-async fn one_key(tables: &mut dyn LedgerBackend, id: KeyId) -> Result<Key, StoreError> {
+async fn one_key(tables: &mut dyn LedgerBackend, id: KeyId) -> Result<KeyDetails, StoreError> {
     tables.keys(KeyFilter::Id(id)).await?.into_iter().next().ok_or(StoreError::NoKey(id))
 }
 

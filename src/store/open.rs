@@ -14,7 +14,7 @@ use super::{
     reads::{
         lookup::{Missing, Source},
         postgres::Postgres,
-        reader::Reader,
+        reader::StoreReader,
         sqlite::Sqlite,
     },
     schema,
@@ -53,14 +53,14 @@ pub fn open_lookup(
         Backend::Sqlite(path) => {
             let connections_max = settings.connections_max.min(sqlite_connections());
             let settings = StoreSettings { connections_max, ..settings.clone() };
-            Arc::new(Reader::new(Sqlite::new(path, settings.preset), &settings, clock))
+            Arc::new(StoreReader::new(Sqlite::new(path, settings.preset), &settings, clock))
         }
         Backend::Postgres => {
             let statement_timeout = settings.read_timeout + GRACE;
             let (schema, existing) = (settings.schema.clone(), ExistingTable::of(settings));
             // Parse the URL now, so that an error in it is reported at startup and not by the first connect.
             address.postgres()?;
-            Arc::new(Reader::new(Postgres { address, schema, existing, statement_timeout }, settings, clock))
+            Arc::new(StoreReader::new(Postgres { address, schema, existing, statement_timeout }, settings, clock))
         }
     })
 }

@@ -12,7 +12,7 @@ use uuid::Uuid;
 use super::{
     ledger::{
         backend::StoredKey,
-        types::{Key, Replica, Trust},
+        types::{KeyDetails, ReplicaStatus, Trust},
     },
     reads::lookup::{PollError, Polled},
 };
@@ -28,7 +28,7 @@ use crate::{
 };
 
 /// The columns of a read for a decision, in this order. The columns of the key are null where there is no key.
-pub(crate) struct Read {
+pub(crate) struct ReadRow {
     version: i64,
     nonce: String,
     incarnation: String,
@@ -102,7 +102,7 @@ impl From<Corrupt> for sqlx::Error {
     }
 }
 
-impl Read {
+impl ReadRow {
     /// Reads the columns of a row.
     pub(crate) fn of(row: &impl RowExt) -> Result<Self, sqlx::Error> {
         let key = match row.text_or_null(6)? {
@@ -205,7 +205,7 @@ pub(crate) fn polled(rows: &[impl RowExt], echo: i64, sent_at: Moment) -> Result
         if first.text(1)? != "primary" {
             return Ok(None);
         }
-        let newest = Read {
+        let newest = ReadRow {
             version: first.number(3)?,
             nonce: first.text(4)?,
             incarnation: first.text(5)?,
@@ -279,7 +279,7 @@ fn change(kind: &str, object: Option<&str>) -> Change {
 }
 
 /// Converts the rows of a read by id.
-pub(crate) fn by_id(mut rows: Vec<Read>, sent_at: Moment) -> Result<Versioned<Option<Record>>, Corrupt> {
+pub(crate) fn by_id(mut rows: Vec<ReadRow>, sent_at: Moment) -> Result<Versioned<Option<Record>>, Corrupt> {
     if rows.len() > 1 {
         return Err(Corrupt("two rows have the same id"));
     }
@@ -292,7 +292,7 @@ pub(crate) fn by_id(mut rows: Vec<Read>, sent_at: Moment) -> Result<Versioned<Op
 /// Converts the rows of a read by digests. If there are several keys, takes the one whose digest comes first in
 /// `digests`.
 pub(crate) fn by_digests(
-    rows: Vec<Read>,
+    rows: Vec<ReadRow>,
     digests: &Digests,
     sent_at: Moment,
 ) -> Result<Versioned<Option<Record>>, Corrupt> {
@@ -324,8 +324,8 @@ pub(crate) fn trust(row: &impl RowExt) -> Result<Trust, sqlx::Error> {
 
 /// A key, from the columns id, trust (id, name, enabled), hint, scheme, name, scopes, allowed CIDRs, creation time, not
 /// before, expiry, revocation, and the fingerprint of its pepper.
-pub(crate) fn key(row: &impl RowExt) -> Result<Key, sqlx::Error> {
-    Ok(Key {
+pub(crate) fn key(row: &impl RowExt) -> Result<KeyDetails, sqlx::Error> {
+    Ok(KeyDetails {
         id: KeyId(uuid(&row.text(0)?)?),
         trust_id: TrustId(uuid(&row.text(1)?)?),
         trust_name: row.text(2)?,
@@ -351,8 +351,8 @@ pub(crate) fn stored_key(row: &impl RowExt) -> Result<StoredKey, sqlx::Error> {
 
 /// A replica, from the columns id, name, applied version, time of the last heartbeat, and the time at which that
 /// heartbeat expires.
-pub(crate) fn replica(row: &impl RowExt) -> Result<Replica, sqlx::Error> {
-    Ok(Replica {
+pub(crate) fn replica(row: &impl RowExt) -> Result<ReplicaStatus, sqlx::Error> {
+    Ok(ReplicaStatus {
         id: uuid(&row.text(0)?)?,
         name: row.text(1)?,
         applied: version(row.number(2)?)?,

@@ -16,7 +16,7 @@ pub(crate) const COMPATIBLE_FROM: i64 = 2;
 
 /// The newest row of the table `schema`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Tables {
+pub(crate) struct TableVersion {
     /// The version of the tables.
     pub(crate) version: i64,
     /// Releases from this version on may use them.
@@ -27,14 +27,16 @@ pub(crate) struct Tables {
 ///
 /// # Errors
 /// [`StoreError::Schema`], whose message contains the remedy.
-pub(crate) fn check(tables: Option<Tables>, place: &str) -> Result<(), StoreError> {
+pub(crate) fn check(tables: Option<TableVersion>, place: &str) -> Result<(), StoreError> {
     match tables {
         None => Err(missing(place)),
-        Some(Tables { compatible_from, version }) if compatible_from > VERSION => Err(StoreError::Schema(format!(
-            "tables too new: {place} has tables of version {version}, which require a release that supports version \
+        Some(TableVersion { compatible_from, version }) if compatible_from > VERSION => {
+            Err(StoreError::Schema(format!(
+                "tables too new: {place} has tables of version {version}, which require a release that supports version \
              {compatible_from}; this release supports {VERSION}: install a newer trustgate"
-        ))),
-        Some(Tables { version, .. }) if version < VERSION => Err(StoreError::Schema(format!(
+            )))
+        }
+        Some(TableVersion { version, .. }) if version < VERSION => Err(StoreError::Schema(format!(
             "{place} has tables of version {version}, but this release needs {VERSION}: run `trustgate migrate`"
         ))),
         Some(_) => Ok(()),
@@ -62,7 +64,7 @@ mod tests {
 
     #[test]
     fn newer_tables_are_used_if_they_allow_it_and_every_refusal_says_what_to_do() {
-        let tables = |version, compatible_from| Some(Tables { version, compatible_from });
+        let tables = |version, compatible_from| Some(TableVersion { version, compatible_from });
         for (tables, says) in [
             (tables(VERSION, COMPATIBLE_FROM), None),
             (tables(VERSION + 3, VERSION), None),

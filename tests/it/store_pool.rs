@@ -16,7 +16,7 @@ use trustgate::{
     record::{ApiKeyDigest, Digests},
     store::{
         self, Heartbeat, Missing, Source, StoreSettings,
-        reads::pool::{Connect, Limits, Pool, PoolError},
+        reads::pool::{Connect, Pool, PoolError, PoolLimits},
     },
 };
 
@@ -289,7 +289,7 @@ fn fake_pool(
     connect_timeout: Duration,
 ) -> (Arc<FakeDatabase>, Arc<Pool<FakeDatabase>>) {
     let database = Arc::new(FakeDatabase::default());
-    let pool = Pool::new("test", Arc::clone(&database), Limits { connections_max, waiting_max, connect_timeout });
+    let pool = Pool::new("test", Arc::clone(&database), PoolLimits { connections_max, waiting_max, connect_timeout });
     (database, Arc::new(pool))
 }
 

@@ -62,9 +62,9 @@ struct Part {
 }
 
 /// The statements of all roles, in the order in which they have to be run.
-struct Script(Vec<Part>);
+struct AttachScript(Vec<Part>);
 
-impl Script {
+impl AttachScript {
     /// The script as text, for operators who run it with other tools.
     fn print(&self, name: &SchemaName) -> String {
         let parts = self.0.iter().filter(|part| !part.statements.is_empty());
@@ -155,7 +155,7 @@ async fn script(
     name: &SchemaName,
     table: &ExistingTable,
     action: AttachAction,
-) -> Result<Script, StoreError> {
+) -> Result<AttachScript, StoreError> {
     let place = describe(address, name);
     let tables = schema::postgres::tables(connection, name).await?;
     schema::check(tables, &place)?;
@@ -187,7 +187,7 @@ async fn attach(
     name: &SchemaName,
     table: &ExistingTable,
     ours: String,
-) -> Result<Script, StoreError> {
+) -> Result<AttachScript, StoreError> {
     let Some(home) = &table.table.schema else {
         return Err(StoreError::Unusable(
             "store.table: write the table with its schema, such as \"public.trust\". Without it, the triggers could be \
@@ -239,7 +239,7 @@ async fn attach(
     }
     let schema = format!("the schema {}", name.as_str());
     let triggers = triggers(&tree, table)?;
-    Ok(Script(vec![
+    Ok(AttachScript(vec![
         Part { what: schema.clone(), owner: ours.clone(), statements: first },
         Part { what: format!("the table {}", table.table), owner, statements: triggers },
         Part { what: schema, owner: ours, statements: last },
@@ -382,7 +382,7 @@ async fn detach(
     name: &SchemaName,
     table: &ExistingTable,
     ours: String,
-) -> Result<Script, StoreError> {
+) -> Result<AttachScript, StoreError> {
     if let Some(other) = other_attached(connection, name, table).await? {
         return Err(StoreError::Unusable(format!(
             "{other} is attached, and not {}: set store.table to the attached table",
@@ -403,5 +403,5 @@ async fn detach(
         "DROP FUNCTION IF EXISTS {s}.attached_changed()".to_owned(),
     ];
     parts.push(Part { what: format!("the schema {}", name.as_str()), owner: ours, statements });
-    Ok(Script(parts))
+    Ok(AttachScript(parts))
 }

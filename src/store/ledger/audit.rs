@@ -4,7 +4,7 @@ use serde_json::{Value, json};
 
 use super::{
     backend::LedgerBackend,
-    types::{Actor, AuditEntry, Key, Trust},
+    types::{Actor, AuditEntry, KeyDetails, Trust},
 };
 use crate::base::clock::DatabaseTime;
 
@@ -28,8 +28,8 @@ pub(crate) fn trust_json(trust: &Trust) -> Value {
     })
 }
 
-pub(crate) fn key_json(key: &Key) -> Value {
-    let Key { id, trust_id, hint, scheme, name, scopes, .. } = key;
+pub(crate) fn key_json(key: &KeyDetails) -> Value {
+    let KeyDetails { id, trust_id, hint, scheme, name, scopes, .. } = key;
     let cidrs: Vec<String> = key.allowed_cidrs.iter().map(ToString::to_string).collect();
     json!({
         "id": id.to_string(), "trust_id": trust_id.to_string(), "hint": hint, "scheme": scheme.as_str(), "name": name,

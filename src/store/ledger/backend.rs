@@ -2,7 +2,7 @@
 
 use async_trait::async_trait;
 
-use super::types::{Actor, AuditEntry, Key, NewKey, Replica, Trust, TrustRef};
+use super::types::{Actor, AuditEntry, KeyDetails, NewKey, ReplicaStatus, Trust, TrustRef};
 use crate::{
     record::{ApiKeyDigest, Digests, Fingerprint, KeyId, TrustId},
     store::error::StoreError,
@@ -37,7 +37,7 @@ pub(crate) const BATCH: usize = 1_000;
 #[derive(Debug)]
 pub(crate) struct StoredKey {
     /// The key, as management shows it.
-    pub(crate) key: Key,
+    pub(crate) key: KeyDetails,
     /// The digest of the key.
     pub(crate) digest: ApiKeyDigest,
 }
@@ -60,7 +60,7 @@ pub(crate) trait LedgerBackend: Send + Sync {
     async fn delete_trust(&mut self, id: TrustId) -> Result<(), sqlx::Error>;
     async fn delete_keys(&mut self, trust: TrustId) -> Result<(), sqlx::Error>;
     /// The selected keys, newest first.
-    async fn keys(&mut self, which: KeyFilter<'_>) -> Result<Vec<Key>, sqlx::Error>;
+    async fn keys(&mut self, which: KeyFilter<'_>) -> Result<Vec<KeyDetails>, sqlx::Error>;
     /// At most `count_max` keys in the order of their ids, starting after the id `after`.
     async fn stored_keys(&mut self, after: Option<KeyId>, count_max: usize) -> Result<Vec<StoredKey>, sqlx::Error>;
     /// Inserts copies of trusts. Fails if one of them exists.
@@ -82,7 +82,7 @@ pub(crate) trait LedgerBackend: Send + Sync {
     /// The newest version.
     async fn newest(&mut self) -> Result<i64, sqlx::Error>;
     /// Replicas that may still grant keys from their caches.
-    async fn replicas(&mut self) -> Result<Vec<Replica>, sqlx::Error>;
+    async fn replicas(&mut self) -> Result<Vec<ReplicaStatus>, sqlx::Error>;
     async fn insert_audit(&mut self, actor: &Actor, entry: &AuditEntry) -> Result<(), sqlx::Error>;
     /// Translates the error of a failed statement of this transaction.
     fn explain(&self, error: sqlx::Error) -> StoreError {

@@ -10,7 +10,7 @@ use sqlx::{
 
 use super::{
     backend::{KeyFilter, LedgerBackend, StoredKey, TxMode},
-    types::{Actor, AuditEntry, Key, NewKey, Replica, Trust, TrustRef},
+    types::{Actor, AuditEntry, KeyDetails, NewKey, ReplicaStatus, Trust, TrustRef},
 };
 use crate::{
     base::clock::DatabaseTime,
@@ -157,7 +157,7 @@ impl LedgerBackend for PostgresTables {
         self.change(query).await.map(drop)
     }
 
-    async fn keys(&mut self, which: KeyFilter<'_>) -> Result<Vec<Key>, sqlx::Error> {
+    async fn keys(&mut self, which: KeyFilter<'_>) -> Result<Vec<KeyDetails>, sqlx::Error> {
         let select = |condition: &str| select_keys("", condition, "k.created_at DESC, k.id");
         let query = match which {
             KeyFilter::All => self.query(&select("true")),
@@ -261,7 +261,7 @@ impl LedgerBackend for PostgresTables {
         self.one(query).await?.try_get(0)
     }
 
-    async fn replicas(&mut self) -> Result<Vec<Replica>, sqlx::Error> {
+    async fn replicas(&mut self) -> Result<Vec<ReplicaStatus>, sqlx::Error> {
         let sql = format!(
             "SELECT id::text, name, applied, {seen}, {until} FROM {{s}}.replica
              WHERE until > clock_timestamp() ORDER BY name, id",

@@ -7,7 +7,7 @@ use sqlx::{AssertSqlSafe, Executor, Row, Sqlite, SqliteConnection, sqlite::Sqlit
 
 use super::{
     backend::{KeyFilter, LedgerBackend, StoredKey, TxMode},
-    types::{Actor, AuditEntry, Key, NewKey, Replica, Trust, TrustRef},
+    types::{Actor, AuditEntry, KeyDetails, NewKey, ReplicaStatus, Trust, TrustRef},
 };
 use crate::{
     base::clock::DatabaseTime,
@@ -26,13 +26,13 @@ use crate::{
 pub(crate) struct SqliteTables {
     connection: SqliteConnection,
     path: PathBuf,
-    files: file::Files,
+    files: file::OpenFiles,
 }
 
 /// Opens the database at `path`, which must exist and contain our tables.
 pub(crate) async fn open(path: &Path) -> Result<SqliteTables, StoreError> {
     file::prepare(path, Missing::Refuse)?;
-    let mut files = file::Files::before_connect(path).map_err(sqlx::Error::Io)?;
+    let mut files = file::OpenFiles::before_connect(path).map_err(sqlx::Error::Io)?;
     let mut connection = connect(path, Access::Write).await?;
     schema::check(schema::sqlite::tables(&mut connection).await?, &describe_sqlite(path))?;
     let has_log = has_log(&mut connection).await?;
@@ -116,7 +116,7 @@ impl LedgerBackend for SqliteTables {
         self.change(sqlx::query("DELETE FROM api_key WHERE trust_id = ?").bind(trust.to_string())).await.map(drop)
     }
 
-    async fn keys(&mut self, which: KeyFilter<'_>) -> Result<Vec<Key>, sqlx::Error> {
+    async fn keys(&mut self, which: KeyFilter<'_>) -> Result<Vec<KeyDetails>, sqlx::Error> {
         let (condition, values) = match which {
             KeyFilter::All => ("true".to_owned(), vec![]),
             KeyFilter::Of(trust) => ("k.trust_id = ?".to_owned(), vec![trust.to_string()]),
@@ -237,7 +237,7 @@ impl LedgerBackend for SqliteTables {
         self.connection.fetch_one("SELECT max(version) FROM version").await?.try_get(0)
     }
 
-    async fn replicas(&mut self) -> Result<Vec<Replica>, sqlx::Error> {
+    async fn replicas(&mut self) -> Result<Vec<ReplicaStatus>, sqlx::Error> {
         let sql = format!("SELECT id, name, applied, seen_at, until FROM replica WHERE until > {NOW} ORDER BY id");
         self.connection.fetch_all(sqlx::query(AssertSqlSafe(sql))).await?.iter().map(rows::replica).collect()
     }

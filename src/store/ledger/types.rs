@@ -1,7 +1,6 @@
 //! Trusts, keys and replicas, as management reads and changes them.
 
 use ipnet::IpNet;
-use serde::Serialize;
 
 use crate::{
     base::clock::DatabaseTime,
@@ -13,7 +12,7 @@ use crate::{
 pub struct Actor(pub String);
 
 /// A change as the audit records it. Contains neither keys nor digests.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug)]
 pub struct AuditEntry {
     /// The action: `trust.create`, `key.revoke`, ...
     pub action: &'static str,
@@ -68,7 +67,7 @@ pub struct NewKey {
 
 /// A key, as management shows it: everything except its digest.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Key {
+pub struct KeyDetails {
     /// Its id.
     pub id: KeyId,
     /// Its trust.
@@ -102,7 +101,7 @@ pub struct Key {
 
 /// A replica that may still grant keys from its cache.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Replica {
+pub struct ReplicaStatus {
     /// The id of the replica, which is new at each start of the process.
     pub id: uuid::Uuid,
     /// The name of its host or pod.

@@ -43,7 +43,7 @@ pub trait Connect: Send + Sync + 'static {
 
 /// The limits of a pool.
 #[derive(Clone, Copy, Debug)]
-pub struct Limits {
+pub struct PoolLimits {
     /// The most connections: idle, in use and being opened.
     pub connections_max: usize,
     /// The most reads that may wait for a connection.
@@ -59,7 +59,7 @@ pub enum PoolError {
     Sql(Arc<sqlx::Error>),
     /// Connecting took longer than this.
     Connect(Duration),
-    /// [`Limits::waiting_max`] reads wait already.
+    /// [`PoolLimits::waiting_max`] reads wait already.
     Full,
     /// The pool was closed.
     Closed,
@@ -76,19 +76,19 @@ impl From<PoolError> for Fault {
     }
 }
 
-/// Opens connections when reads need them, at most [`Limits::connections_max`].
+/// Opens connections when reads need them, at most [`PoolLimits::connections_max`].
 #[derive(Debug)]
 pub struct Pool<C: Connect>(Arc<Shared<C>>);
 
 impl<C: Connect> Pool<C> {
     /// A pool without connections. `name` identifies it in the log.
     #[must_use]
-    pub fn new(name: &'static str, connect: Arc<C>, limits: Limits) -> Self {
+    pub fn new(name: &'static str, connect: Arc<C>, limits: PoolLimits) -> Self {
         Self(Arc::new(Shared {
             name,
             connect,
             limits,
-            state: Mutex::new(State::new()),
+            state: Mutex::new(PoolState::new()),
             tasks: TaskTracker::new(),
             stop: CancellationToken::new(),
         }))
@@ -168,15 +168,15 @@ const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
 struct Shared<C: Connect> {
     name: &'static str,
     connect: Arc<C>,
-    limits: Limits,
-    state: Mutex<State<C>>,
+    limits: PoolLimits,
+    state: Mutex<PoolState<C>>,
     tasks: TaskTracker,
     stop: CancellationToken,
 }
 
 type Waiter<C> = oneshot::Sender<Result<PooledConn<C>, PoolError>>;
 
-struct State<C: Connect> {
+struct PoolState<C: Connect> {
     /// Usable connections that no read uses, the most recently used one last. Empty while a read waits.
     idle: Vec<C::Connection>,
     /// Number of connections: idle, in use and being opened.
@@ -195,14 +195,14 @@ struct State<C: Connect> {
     closed: bool,
 }
 
-impl<C: Connect> std::fmt::Debug for State<C> {
+impl<C: Connect> std::fmt::Debug for PoolState<C> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let Self { idle, open, connecting, waiting, .. } = self;
         write!(f, "{open} connections, {} idle, {connecting} being opened, {} reads waiting", idle.len(), waiting.len())
     }
 }
 
-impl<C: Connect> State<C> {
+impl<C: Connect> PoolState<C> {
     const fn new() -> Self {
         Self {
             idle: Vec::new(),
@@ -220,7 +220,7 @@ impl<C: Connect> State<C> {
 // === impl Shared ===
 
 impl<C: Connect> Shared<C> {
-    fn lock(&self) -> MutexGuard<'_, State<C>> {
+    fn lock(&self) -> MutexGuard<'_, PoolState<C>> {
         // No code under the lock can panic in the middle of a change, so the state is consistent even if the lock is
         // poisoned.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
@@ -252,7 +252,7 @@ impl<C: Connect> Shared<C> {
     }
 
     /// A connect for each waiting read that has none in flight, as far as the limit allows.
-    fn wanted_connects(self: &Arc<Self>, state: &mut State<C>) -> Vec<Pending<C>> {
+    fn wanted_connects(self: &Arc<Self>, state: &mut PoolState<C>) -> Vec<Pending<C>> {
         let wanted = state.waiting.iter().filter(|waiter| !waiter.is_closed()).count();
         let mut connects = Vec::new();
         while !state.closed && state.open < self.limits.connections_max && state.connecting < wanted {
@@ -297,7 +297,7 @@ impl<C: Connect> Shared<C> {
     /// Gives a usable connection to the read that has waited longest, or keeps it as idle.
     fn hand_to_waiter(
         self: &Arc<Self>,
-        mut state: MutexGuard<'_, State<C>>,
+        mut state: MutexGuard<'_, PoolState<C>>,
         connection: C::Connection,
         generation: u64,
         reused: bool,
@@ -342,7 +342,7 @@ impl<C: Connect> Shared<C> {
         }
     }
 
-    fn log_change(&self, state: &mut State<C>, outcome: Result<(), &PoolError>) {
+    fn log_change(&self, state: &mut PoolState<C>, outcome: Result<(), &PoolError>) {
         if state.closed || state.up.replace(outcome.is_ok()) == Some(outcome.is_ok()) {
             return;
         }

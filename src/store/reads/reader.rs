@@ -14,7 +14,7 @@ use uuid::Uuid;
 
 use super::{
     lookup::{Heartbeat, Lookup, Missing, PollError, Polled, Source, Tended},
-    pool::{Connect, Limits, Pool, PoolError},
+    pool::{Connect, Pool, PoolError, PoolLimits},
 };
 use crate::{
     base::{
@@ -24,13 +24,13 @@ use crate::{
     record::{ApiKeyDigest, Digests, Fingerprint, KeyId, Record, Version, Versioned, bytes_from_hex},
     store::{
         error::StoreError,
-        rows::{self, Corrupt, Read, RowExt},
+        rows::{self, Corrupt, ReadRow, RowExt},
         schema,
         settings::StoreSettings,
     },
 };
 
-/// The statements of one kind of database. Reads for decisions return the columns of [`Read`].
+/// The statements of one kind of database. Reads for decisions return the columns of [`ReadRow`].
 pub(crate) trait Dialect: Connect<Row: RowExt> {
     /// The query for the record stored under one of `digests`.
     fn find(&self, digests: &Digests) -> Self::Query;
@@ -91,7 +91,7 @@ pub(crate) struct OwnTableQueries<Q> {
 }
 
 /// [`Lookup`] over either database.
-pub(crate) struct Reader<D: Dialect> {
+pub(crate) struct StoreReader<D: Dialect> {
     dialect: Arc<D>,
     reads: Pool<D>,
     /// One connection, used only for polls, so that polls and reads do not wait for each other.
@@ -108,16 +108,16 @@ pub(crate) struct Reader<D: Dialect> {
 /// The shortest time between two reconnects to a server whose answers to polls are unusable.
 const RECONNECT_WAIT: Duration = Duration::from_secs(1);
 
-impl<D: Dialect> Reader<D> {
+impl<D: Dialect> StoreReader<D> {
     /// Does not connect yet.
     pub(crate) fn new(dialect: D, settings: &StoreSettings, clock: Arc<dyn Clock>) -> Self {
         let dialect = Arc::new(dialect);
-        let limits = Limits {
+        let limits = PoolLimits {
             connections_max: usize::try_from(settings.connections_max).unwrap_or(usize::MAX),
             waiting_max: usize::try_from(settings.reads_max).unwrap_or(usize::MAX),
             connect_timeout: settings.connect_timeout,
         };
-        let poll = Limits { connections_max: 1, waiting_max: 1, ..limits };
+        let poll = PoolLimits { connections_max: 1, waiting_max: 1, ..limits };
         Self {
             reads: Pool::new("reads", Arc::clone(&dialect), limits),
             poll: Pool::new("poll", Arc::clone(&dialect), poll),
@@ -129,9 +129,12 @@ impl<D: Dialect> Reader<D> {
         }
     }
 
-    async fn ask(&self, query: &D::Query) -> Result<Vec<Read>, Fault> {
+    async fn ask(&self, query: &D::Query) -> Result<Vec<ReadRow>, Fault> {
         let rows = self.reads.read(query).await?;
-        rows.iter().map(Read::of).collect::<Result<_, _>>().map_err(|_| Corrupt("a column has the wrong type").into())
+        rows.iter()
+            .map(ReadRow::of)
+            .collect::<Result<_, _>>()
+            .map_err(|_| Corrupt("a column has the wrong type").into())
     }
 
     /// Closes all connections, so that new ones follow the URL to where it leads now. A connection to a server that has
@@ -147,7 +150,7 @@ impl<D: Dialect> Reader<D> {
     }
 
     /// Queues keys whose pepper this read proved and the database does not record yet.
-    fn note_proven(&self, rows: &[Read], digests: &Digests) {
+    fn note_proven(&self, rows: &[ReadRow], digests: &Digests) {
         for row in rows {
             if let Some(stored) = row.unrecorded()
                 && let Some(position) = digests.all().position(|digest| digest.matches(&stored))
@@ -194,13 +197,13 @@ fn others(known: &[Fingerprint], literal: fn(Fingerprint) -> String) -> Vec<Stri
 }
 
 /// Converts the answer to [`OwnTableQueries::schema`]; `None` if there are no tables.
-pub(crate) fn newest_tables(rows: &[impl RowExt]) -> Result<Option<schema::Tables>, sqlx::Error> {
+pub(crate) fn newest_tables(rows: &[impl RowExt]) -> Result<Option<schema::TableVersion>, sqlx::Error> {
     let Some(row) = rows.first() else { return Ok(None) };
-    Ok(Some(schema::Tables { version: row.number(0)?, compatible_from: row.number(1)? }))
+    Ok(Some(schema::TableVersion { version: row.number(0)?, compatible_from: row.number(1)? }))
 }
 
 #[async_trait]
-impl<D: Dialect> Lookup for Reader<D> {
+impl<D: Dialect> Lookup for StoreReader<D> {
     async fn find(&self, digests: &Digests) -> Result<Versioned<Option<Record>>, Fault> {
         let sent_at = self.clock.now();
         let rows = self.ask(&self.dialect.find(digests)).await?;
@@ -303,7 +306,7 @@ impl<D: Dialect> Lookup for Reader<D> {
 }
 
 #[async_trait]
-impl<D: Dialect> Source for Reader<D> {
+impl<D: Dialect> Source for StoreReader<D> {
     async fn prepare(&self, missing: Missing) -> Result<(), StoreError> {
         self.dialect.prepare(missing).await?;
         if let Some(ours) = self.dialect.ours() {

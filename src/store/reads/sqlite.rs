@@ -14,7 +14,7 @@ use std::{
 use sqlx::{Connection, SqliteConnection, sqlite::SqliteRow};
 use uuid::Uuid;
 
-use self::query::{DAY, Query, Value, own, poll, poll_from_start, trust_table, trust_table_poll};
+use self::query::{BoundValue, DAY, Query, own, poll, poll_from_start, trust_table, trust_table_poll};
 use super::{
     lookup::{Heartbeat, Missing, OTHER_KEYS_MAX},
     pool::Connect,
@@ -29,7 +29,7 @@ use crate::{
         settings::Preset,
         sqlite::{
             Access, HOLD_PEPPER, NOW, code, connect,
-            file::{self, Change},
+            file::{self, FileChange},
             has_log, is_missing,
         },
         url::describe_sqlite,
@@ -47,7 +47,7 @@ pub(crate) struct Sqlite {
     has_warned: Arc<AtomicBool>,
     /// Files whose log or index was replaced. All connections to them must be closed before the database is opened
     /// again.
-    replaced: Arc<Mutex<Option<file::Files>>>,
+    replaced: Arc<Mutex<Option<file::OpenFiles>>>,
 }
 
 impl Sqlite {
@@ -82,8 +82,8 @@ impl Sqlite {
 
     /// If `error` says that the log or its index was replaced, refuses new connections until all connections to `files`
     /// are closed. Returns `error`.
-    fn note_replaced(&self, files: &file::Files, error: sqlx::Error) -> sqlx::Error {
-        if file::change(&error) == Some(Change::Beside) {
+    fn note_replaced(&self, files: &file::OpenFiles, error: sqlx::Error) -> sqlx::Error {
+        if file::change(&error) == Some(FileChange::Beside) {
             *self.replaced.lock().unwrap_or_else(PoisonError::into_inner) = Some(files.clone());
         }
         error
@@ -96,7 +96,7 @@ impl Sqlite {
         &self,
         access: Access,
         first_read: &'static str,
-    ) -> Result<(SqliteConnection, file::Files), sqlx::Error> {
+    ) -> Result<(SqliteConnection, file::OpenFiles), sqlx::Error> {
         match self.open_once(access, first_read).await {
             Err(error) if access == Access::Read && code(&error) == Some(SQLITE_READONLY) => {
                 let mut writer = connect(&self.path, Access::Write).await?;
@@ -112,9 +112,9 @@ impl Sqlite {
         &self,
         access: Access,
         first_read: &'static str,
-    ) -> Result<(SqliteConnection, file::Files), sqlx::Error> {
+    ) -> Result<(SqliteConnection, file::OpenFiles), sqlx::Error> {
         self.check_closed()?;
-        let mut files = file::Files::before_connect(&self.path)?;
+        let mut files = file::OpenFiles::before_connect(&self.path)?;
         let mut connection = connect(&self.path, access).await?;
         sqlx::raw_sql(first_read).execute(&mut connection).await?;
         let has_log = has_log(&mut connection).await?;
@@ -133,7 +133,7 @@ const PAGE_CACHE: &str = "PRAGMA cache_size = -512";
 /// and would not see changes in the new ones.
 pub(crate) struct Opened {
     connection: SqliteConnection,
-    files: file::Files,
+    files: file::OpenFiles,
     writable: bool,
 }
 
@@ -141,7 +141,7 @@ pub(crate) struct Opened {
 /// opened.
 struct Writer {
     connection: SqliteConnection,
-    files: file::Files,
+    files: file::OpenFiles,
 }
 
 impl Sqlite {
@@ -191,7 +191,8 @@ impl Connect for Sqlite {
     }
 
     fn lost(error: &sqlx::Error) -> bool {
-        matches!(error, sqlx::Error::WorkerCrashed | sqlx::Error::Io(_)) && file::change(error) != Some(Change::Beside)
+        matches!(error, sqlx::Error::WorkerCrashed | sqlx::Error::Io(_))
+            && file::change(error) != Some(FileChange::Beside)
     }
 }
 
@@ -201,23 +202,23 @@ impl Dialect for Sqlite {
         match self.preset {
             None => Query::new(
                 own(&format!("k.digest IN ({marks})")),
-                digests.all().map(|digest| Value::Bytes(digest.as_bytes().to_vec())),
+                digests.all().map(|digest| BoundValue::Bytes(digest.as_bytes().to_vec())),
             ),
             Some(Preset::TrustTable) => Query::new(
                 trust_table(&format!("t.api_key_hash IN ({marks})")),
-                digests.all().map(|digest| Value::Text(digest.to_hex())),
+                digests.all().map(|digest| BoundValue::Text(digest.to_hex())),
             ),
         }
     }
 
     fn find_by_id(&self, key: KeyId) -> Query {
         match self.preset {
-            None => Query::new(own("k.id = ?"), [Value::Text(key.to_string())]),
+            None => Query::new(own("k.id = ?"), [BoundValue::Text(key.to_string())]),
             // The UUIDs of an existing table may be in either case, with or without hyphens.
             Some(Preset::TrustTable) => {
                 let (hyphens, simple) = (key.0.hyphenated().to_string(), key.0.simple().to_string());
                 let forms = [hyphens.to_uppercase(), simple.to_uppercase(), hyphens, simple];
-                Query::new(trust_table("t.id IN (?, ?, ?, ?)"), forms.map(Value::Text))
+                Query::new(trust_table("t.id IN (?, ?, ?, ?)"), forms.map(BoundValue::Text))
             }
         }
     }
@@ -229,7 +230,7 @@ impl Dialect for Sqlite {
             (Some(Preset::TrustTable), _) => trust_table_poll(),
         };
         let since = since.map(|since| since.0.cast_signed());
-        Query::new(sql, [Value::Number(Some(echo)), Value::Number(since), Value::Writable])
+        Query::new(sql, [BoundValue::Number(Some(echo)), BoundValue::Number(since), BoundValue::Writable])
     }
 
     fn answered(error: &sqlx::Error) -> bool {
@@ -239,7 +240,7 @@ impl Dialect for Sqlite {
     }
 
     fn is_replaced(error: &sqlx::Error) -> bool {
-        file::change(error) == Some(Change::Beside)
+        file::change(error) == Some(FileChange::Beside)
     }
 
     async fn listen(&self, _changed: &(dyn Fn() + Send + Sync)) -> sqlx::Error {
@@ -284,7 +285,10 @@ impl Dialect for Sqlite {
                 WHERE api_key.id = p.value ->> 0 AND scheme = 1 AND pepper_fingerprint IS NULL;
              {HOLD_PEPPER} AND ?2 IN (SELECT value ->> 1 FROM json_each(?1))"
         );
-        Query::writing(sql, [Value::Text(serde_json::json!(list).to_string()), Value::Text(current.to_string())])
+        Query::writing(
+            sql,
+            [BoundValue::Text(serde_json::json!(list).to_string()), BoundValue::Text(current.to_string())],
+        )
     }
 
     fn fingerprint_literal(fingerprint: Fingerprint) -> String {
@@ -320,10 +324,10 @@ impl Dialect for Sqlite {
                  DELETE FROM replica WHERE until < {NOW} - {DAY}"
             ),
             [
-                Value::Text(replica.to_string()),
-                Value::Text(name.clone()),
-                Value::Number(Some(applied.0.cast_signed())),
-                Value::Number(Some(rows::micros(*lasts))),
+                BoundValue::Text(replica.to_string()),
+                BoundValue::Text(name.clone()),
+                BoundValue::Number(Some(applied.0.cast_signed())),
+                BoundValue::Number(Some(rows::micros(*lasts))),
             ],
         )
     }

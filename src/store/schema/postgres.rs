@@ -80,13 +80,13 @@ const TABLE_LOCK_LIMIT: &str = "SET LOCAL lock_timeout = '5s'; SET LOCAL client_
 pub(crate) async fn tables(
     connection: &mut PgConnection,
     name: &SchemaName,
-) -> Result<Option<schema::Tables>, sqlx::Error> {
+) -> Result<Option<schema::TableVersion>, sqlx::Error> {
     // This nested transaction is a savepoint: the error for a missing table must not abort the outer transaction.
     let mut attempt = connection.begin().await?;
     match sqlx::raw_sql(in_schema(SCHEMA, name)).fetch_all(&mut *attempt).await {
         Ok(rows) => match rows.first() {
             None => Ok(None),
-            Some(row) => Ok(Some(schema::Tables { version: row.try_get(0)?, compatible_from: row.try_get(1)? })),
+            Some(row) => Ok(Some(schema::TableVersion { version: row.try_get(0)?, compatible_from: row.try_get(1)? })),
         },
         Err(error) if is_missing(&error) => attempt.rollback().await.map(|()| None),
         Err(error) => Err(error),

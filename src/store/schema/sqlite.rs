@@ -124,11 +124,11 @@ pub(crate) async fn begin_incarnation(
 }
 
 /// The version of the tables, or `None` if there are none.
-pub(crate) async fn tables(connection: &mut SqliteConnection) -> Result<Option<schema::Tables>, sqlx::Error> {
+pub(crate) async fn tables(connection: &mut SqliteConnection) -> Result<Option<schema::TableVersion>, sqlx::Error> {
     match sqlx::raw_sql(SCHEMA).fetch_all(connection).await {
         Ok(rows) => match rows.first() {
             None => Ok(None),
-            Some(row) => Ok(Some(schema::Tables { version: row.try_get(0)?, compatible_from: row.try_get(1)? })),
+            Some(row) => Ok(Some(schema::TableVersion { version: row.try_get(0)?, compatible_from: row.try_get(1)? })),
         },
         Err(error) if is_missing(&error) => Ok(None),
         Err(error) => Err(error),

@@ -70,9 +70,9 @@ pub(crate) fn prepare(path: &Path, missing: Missing) -> Result<(), StoreError> {
 }
 
 /// Identifies a file independently of its path: device and inode.
-type Identity = (u64, u64);
+type FileId = (u64, u64);
 
-fn identity(path: &Path) -> io::Result<Identity> {
+fn identity(path: &Path) -> io::Result<FileId> {
     let found = fs::metadata(path)?;
     Ok((found.dev(), found.ino()))
 }
@@ -84,18 +84,18 @@ fn identity(path: &Path) -> io::Result<Identity> {
 /// removed, moved or not shared between processes, this process and the next command use different files: neither sees
 /// the other's changes, and each can overwrite them (<https://www.sqlite.org/howtocorrupt.html>, sections 1.3 and 2.5).
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Files {
+pub(crate) struct OpenFiles {
     /// The path with all symbolic links resolved: SQLite puts the other two files beside it.
     resolved: PathBuf,
-    main: Identity,
+    main: FileId,
     /// `None` for a database without a write-ahead log.
-    beside: Option<[Identity; 2]>,
+    beside: Option<[FileId; 2]>,
 }
 
 /// The suffixes that SQLite appends to the database path for the log and its index.
 const BESIDE: [&str; 2] = ["-wal", "-shm"];
 
-impl Files {
+impl OpenFiles {
     /// The files at `path` before a connection is made.
     ///
     /// # Errors
@@ -141,7 +141,7 @@ impl Files {
         Ok(main.nlink())
     }
 
-    fn beside(&self) -> io::Result<[Identity; 2]> {
+    fn beside(&self) -> io::Result<[FileId; 2]> {
         let [wal, shm] = BESIDE.map(|suffix| {
             let mut path = self.resolved.clone().into_os_string();
             path.push(suffix);
@@ -152,12 +152,12 @@ impl Files {
 }
 
 /// True if any connection of this process has the database of `files` open.
-pub(crate) fn is_open(files: &Files) -> io::Result<bool> {
+pub(crate) fn is_open(files: &OpenFiles) -> io::Result<bool> {
     Ok(open_files()?.contains(&files.main))
 }
 
 /// All files that this process has open.
-fn open_files() -> io::Result<Vec<Identity>> {
+fn open_files() -> io::Result<Vec<FileId>> {
     let descriptors = fs::read_dir("/proc/self/fd")?;
     // Skip a descriptor that is closed while this function runs.
     Ok(descriptors.filter_map(|descriptor| identity(&descriptor.ok()?.path()).ok()).collect())
@@ -186,7 +186,7 @@ pub(crate) fn still_open() -> io::Error {
 
 /// The file that was replaced, according to the error of a read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Change {
+pub(crate) enum FileChange {
     /// Another database is at the path. A new connection reads it.
     Main,
     /// The log or its index is not the one that this process has open. All connections of a process share the index, so
@@ -195,10 +195,10 @@ pub(crate) enum Change {
 }
 
 /// The file that was replaced, if `error` is [`Replaced`].
-pub(crate) fn change(error: &sqlx::Error) -> Option<Change> {
+pub(crate) fn change(error: &sqlx::Error) -> Option<FileChange> {
     let sqlx::Error::Io(error) = error else { return None };
     let Replaced(suffix) = error.get_ref()?.downcast_ref()?;
-    Some(if suffix.is_empty() { Change::Main } else { Change::Beside })
+    Some(if suffix.is_empty() { FileChange::Main } else { FileChange::Beside })
 }
 
 /// Returns why the database file can be reached by more than one path, or `None`. If a process opens it through a hard

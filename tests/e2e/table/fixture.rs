@@ -12,7 +12,7 @@ use trustgate::{
         check::Checker,
         credential::{CredentialSettings, Hasher, Source, format},
     },
-    manage::{Manager, import::Form, keys::Wanted},
+    manage::{Manager, import::LineForm, keys::Wanted},
     record::KeyId,
     server::{AppBuilder, Delay, Running},
     store::{
@@ -279,12 +279,12 @@ async fn issue(manager: &mut Manager, wanted: Wanted) -> TestKey {
 }
 
 async fn import(manager: &mut Manager, secret: &str) -> TestKey {
-    manager.import_keys(&trust_named("beta"), Form::Plaintext, secret.as_bytes(), |_| ()).await.unwrap();
+    manager.import_keys(&trust_named("beta"), LineForm::Plaintext, secret.as_bytes(), |_| ()).await.unwrap();
     let (found, _) = manager.identify_keys(secret).await.unwrap();
     test_key(secret, found[0].key.as_ref().unwrap())
 }
 
-fn test_key(secret: &str, key: &store::ledger::Key) -> TestKey {
+fn test_key(secret: &str, key: &store::ledger::KeyDetails) -> TestKey {
     TestKey {
         secret: secret.to_owned(),
         id: key.id.0.to_string(),

@@ -11,11 +11,11 @@ use crate::store::{
 /// A statement and its values.
 pub(crate) struct Query {
     sql: String,
-    values: Vec<Value>,
+    values: Vec<BoundValue>,
     pub(super) access: Access,
 }
 
-pub(super) enum Value {
+pub(super) enum BoundValue {
     Text(String),
     Bytes(Vec<u8>),
     Number(Option<i64>),
@@ -24,11 +24,11 @@ pub(super) enum Value {
 }
 
 impl Query {
-    pub(super) fn new(sql: impl Into<String>, values: impl IntoIterator<Item = Value>) -> Self {
+    pub(super) fn new(sql: impl Into<String>, values: impl IntoIterator<Item = BoundValue>) -> Self {
         Self { sql: sql.into(), values: values.into_iter().collect(), access: Access::Read }
     }
 
-    pub(super) fn writing(sql: impl Into<String>, values: impl IntoIterator<Item = Value>) -> Self {
+    pub(super) fn writing(sql: impl Into<String>, values: impl IntoIterator<Item = BoundValue>) -> Self {
         Self { access: Access::Write, ..Self::new(sql, values) }
     }
 
@@ -42,10 +42,10 @@ impl Query {
         let mut bound = sqlx::query(AssertSqlSafe(self.sql.clone()));
         for value in &self.values {
             bound = match value {
-                Value::Text(text) => bound.bind(text.as_str()),
-                Value::Bytes(bytes) => bound.bind(bytes.as_slice()),
-                Value::Number(number) => bound.bind(*number),
-                Value::Writable => bound.bind(writable),
+                BoundValue::Text(text) => bound.bind(text.as_str()),
+                BoundValue::Bytes(bytes) => bound.bind(bytes.as_slice()),
+                BoundValue::Number(number) => bound.bind(*number),
+                BoundValue::Writable => bound.bind(writable),
             };
         }
         bound.fetch_all(connection).await
