@@ -61,8 +61,8 @@ pub(crate) trait LedgerBackend: Send + Sync {
     async fn delete_keys(&mut self, trust: TrustId) -> Result<(), sqlx::Error>;
     /// The selected keys, newest first.
     async fn keys(&mut self, which: KeyFilter<'_>) -> Result<Vec<KeyDetails>, sqlx::Error>;
-    /// At most `count_max` keys in the order of their ids, starting after the id `after`.
-    async fn stored_keys(&mut self, after: Option<KeyId>, count_max: usize) -> Result<Vec<StoredKey>, sqlx::Error>;
+    /// At most [`BATCH`] keys in the order of their ids, starting after the id `after`.
+    async fn stored_keys(&mut self, after: Option<KeyId>) -> Result<Vec<StoredKey>, sqlx::Error>;
     /// Inserts copies of trusts. Fails if one of them exists.
     async fn put_trusts(&mut self, trusts: &[Trust]) -> Result<(), sqlx::Error>;
     /// Inserts copies of keys. Fails if one of them exists.

@@ -7,7 +7,7 @@ use serde_json::json;
 
 use super::{
     audit::note,
-    backend::{BATCH, LedgerBackend, TxMode},
+    backend::{LedgerBackend, TxMode},
     types::Actor,
 };
 use crate::{
@@ -131,7 +131,7 @@ pub async fn copy(
     let mut last_id = None;
     loop {
         progress(copied.keys, total);
-        let keys = source.stored_keys(last_id, BATCH).await.map_err(|error| from_failed(error.into()))?;
+        let keys = source.stored_keys(last_id).await.map_err(|error| from_failed(error.into()))?;
         let Some(last) = keys.last() else { break };
         last_id = Some(last.key.id);
         target.put_keys(&keys).await.map_err(|error| to_failed(target.explain(error)))?;

@@ -9,7 +9,7 @@ use sqlx::{
 };
 
 use super::{
-    backend::{KeyFilter, LedgerBackend, StoredKey, TxMode},
+    backend::{BATCH, KeyFilter, LedgerBackend, StoredKey, TxMode},
     types::{Actor, AuditEntry, KeyDetails, NewKey, ReplicaStatus, Trust, TrustRef},
 };
 use crate::{
@@ -171,10 +171,9 @@ impl LedgerBackend for PostgresTables {
         self.rows(query).await?.iter().map(rows::key).collect()
     }
 
-    async fn stored_keys(&mut self, after: Option<KeyId>, count_max: usize) -> Result<Vec<StoredKey>, sqlx::Error> {
-        let sql = select_keys(", encode(k.digest, 'hex')", "$1 IS NULL OR k.id > $1", "k.id LIMIT $2");
-        let count_max = i64::try_from(count_max).unwrap_or(i64::MAX);
-        let query = self.query(&sql).bind(after.map(|id| id.0)).bind(count_max);
+    async fn stored_keys(&mut self, after: Option<KeyId>) -> Result<Vec<StoredKey>, sqlx::Error> {
+        let sql = select_keys(", encode(k.digest, 'hex')", "$1 IS NULL OR k.id > $1", &format!("k.id LIMIT {BATCH}"));
+        let query = self.query(&sql).bind(after.map(|id| id.0));
         self.rows(query).await?.iter().map(rows::stored_key).collect()
     }
 

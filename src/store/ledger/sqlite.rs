@@ -6,7 +6,7 @@ use async_trait::async_trait;
 use sqlx::{AssertSqlSafe, Executor, Row, Sqlite, SqliteConnection, sqlite::SqliteArguments};
 
 use super::{
-    backend::{KeyFilter, LedgerBackend, StoredKey, TxMode},
+    backend::{BATCH, KeyFilter, LedgerBackend, StoredKey, TxMode},
     types::{Actor, AuditEntry, KeyDetails, NewKey, ReplicaStatus, Trust, TrustRef},
 };
 use crate::{
@@ -131,10 +131,10 @@ impl LedgerBackend for SqliteTables {
         self.connection.fetch_all(query).await?.iter().map(rows::key).collect()
     }
 
-    async fn stored_keys(&mut self, after: Option<KeyId>, count_max: usize) -> Result<Vec<StoredKey>, sqlx::Error> {
-        let sql = select_keys(", hex(k.digest)", "k.id > ?", "k.id LIMIT ?");
+    async fn stored_keys(&mut self, after: Option<KeyId>) -> Result<Vec<StoredKey>, sqlx::Error> {
+        let sql = select_keys(", hex(k.digest)", "k.id > ?", &format!("k.id LIMIT {BATCH}"));
         let after = after.map_or_else(String::new, |id| id.to_string());
-        let query = sqlx::query(AssertSqlSafe(sql)).bind(after).bind(i64::try_from(count_max).unwrap_or(i64::MAX));
+        let query = sqlx::query(AssertSqlSafe(sql)).bind(after);
         self.connection.fetch_all(query).await?.iter().map(rows::stored_key).collect()
     }
 

@@ -146,12 +146,6 @@ impl<C: Connect> Pool<C> {
     pub fn forget(&self) {
         self.0.forget();
     }
-
-    /// The current number of connections, including those being opened.
-    #[must_use]
-    pub fn connections(&self) -> usize {
-        self.0.lock().open
-    }
 }
 
 impl<C: Connect> Drop for Pool<C> {
