@@ -214,7 +214,7 @@ mod tests {
         let mut fixture = fixture().await;
         fixture.replicas.heartbeat(1, NEWER, MINUTE).await;
         fixture.replicas.heartbeat(2, OLDER, Duration::from_secs(1)).await;
-        assert_eq!(fixture.manager.replicas().await.unwrap().len(), 2);
+        assert_eq!(fixture.manager.ledger.replicas().await.unwrap().len(), 2);
         let effect = fixture.manager.effect(&SystemClock, MINUTE).await.unwrap();
         assert!(effect.to_string().starts_with("effective on 1/1 replicas after "), "{effect}");
     }
