@@ -64,7 +64,7 @@ impl At for ManageError {
 fn with_option(error: &ManageError) -> String {
     match error {
         ManageError::Ledger(StoreError::HasKeys(_)) => format!("{error}, or delete it with --with-keys"),
-        ManageError::Ledger(StoreError::NotOwner { .. }) => {
+        ManageError::Ledger(StoreError::NotOwner(_)) => {
             format!("{error}, or let each owner run its part of the output of --print")
         }
         error => error.to_string(),

@@ -1,6 +1,5 @@
 //! The errors of the store: why the database cannot be used, or why a change was not made.
 
-use super::names::{SchemaName, TableName};
 use crate::{
     base::fault::Fault,
     record::{Fingerprint, KeyId},
@@ -55,19 +54,9 @@ pub enum StoreError {
          trustgate reads and does not change. Change it with your own tools"
     )]
     NotOurs,
-    /// The role lacks rights of an owner to attach or detach a table.
-    #[error(
-        "{error}: run this as a role with the rights of the owners of {table} and of the schema {}",
-        schema.as_str()
-    )]
-    NotOwner {
-        /// The error of the database.
-        error: sqlx::Error,
-        /// The table to attach or detach.
-        table: TableName,
-        /// The schema of our tables.
-        schema: SchemaName,
-    },
+    /// The role lacks the rights of an owner that attaching or detaching a table needs.
+    #[error("{0}")]
+    NotOwner(String),
     /// The database cannot be used: a network filesystem, wrong permissions, a bad URL.
     #[error("{0}")]
     Unusable(String),

@@ -159,8 +159,9 @@ fn filled(text: &str, schema: &SchemaName) -> String {
     text.replace("{functions}", &digests.collect::<Vec<_>>().join(", "))
 }
 
-/// A query for the problems that keep changes from being recorded, as messages for [`TrackingProblem::of_gaps`]. It is the query inside the function
-/// `gaps`, for a role that may not call that function. It reads only the catalog and `meta`.
+/// A query for the problems that keep changes from being recorded, as messages for [`TrackingProblem::of_gaps`]. It is
+/// the query inside the function `gaps`, for a role that may not call that function. It reads only the catalog and
+/// `meta`.
 pub(crate) fn problems(schema: &SchemaName) -> String {
     let gaps = filled(GAPS, schema);
     format!("SELECT g.problem FROM ({gaps}) AS g (relation, name, disabled, creation, problem)")

@@ -117,7 +117,11 @@ pub(crate) async fn run(
     let script = script(&mut transaction, address, name, table, action).await?;
     if let Err(error) = script.run(&mut transaction, name).await {
         return Err(match code(&error).as_deref() {
-            Some("42501") => StoreError::NotOwner { error, table: table.table.clone(), schema: name.clone() },
+            Some("42501") => StoreError::NotOwner(format!(
+                "{error}: run this as a role with the rights of the owners of {} and of the schema {}",
+                table.table,
+                name.as_str()
+            )),
             Some("55P03" | "57014") => StoreError::Unusable(format!(
                 "timeout: {} was in use for too long, so it could not be altered. Nothing was changed; try again",
                 table.table
