@@ -16,7 +16,7 @@ use crate::{
         grpc::{CheckClient, is_serving},
         http,
         load::{self, KeyCase},
-        machine,
+        machine::{PAUSE_MARGIN, keep_undisturbed},
         probe::{Probe, Probing, granted_after},
         server::{IssuedKey, Server, digest, made_up_key},
     },
@@ -149,7 +149,7 @@ async fn cut_off(loss: Loss) {
 }
 
 /// Waits until `server` grants `unseen`, which it has not cached, and its lease is young. Panics if that takes longer
-/// than `limit` after `back`.
+/// than `limit` after `back`, with a margin for a pause of the machine.
 async fn fresh_again(server: &Server, client: &CheckClient, unseen: &KeyCase, back: Instant, limit: Duration) {
     eventually("the lease is fresh again", PATIENCE, || async {
         is_serving(server.grpc(), "trustgate.fresh").await
@@ -157,9 +157,9 @@ async fn fresh_again(server: &Server, client: &CheckClient, unseen: &KeyCase, ba
             && server.metric("trustgate_lease_age_seconds").await < 0.5
     })
     .await;
-    let took = machine::elapsed(back);
+    let took = back.elapsed();
     println!("lease fresh {took:?} after the database was back");
-    assert!(took <= limit, "{took:?}\n{}", server.log());
+    assert!(took <= limit + PAUSE_MARGIN, "{took:?}\n{}", server.log());
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -281,7 +281,8 @@ async fn a_key_added_to_the_deny_file_is_denied_within_a_second_with_the_databas
     let (probes, other_probes) = (probes.stop().await, other_probes.stop().await);
     let late = granted_after(written, &probes);
     println!("last grant began {late:?} after the keys were in the deny file");
-    assert!(late <= Duration::from_secs(1), "{late:?}");
+    // The replica reads the file five times a second. A pause of the machine delays the next read.
+    assert!(late <= Duration::from_secs(1) + PAUSE_MARGIN, "{late:?}");
     for (number, key) in denied.iter().enumerate() {
         let of_key = probes.iter().filter(|probe| probe.key == number);
         assert!(of_key.clone().any(Probe::is_grant), "{} was not granted before", key.id);
@@ -363,34 +364,25 @@ async fn pause_during_revocation(connections_dropped: bool) {
     all_granted("good", &of_good, |probe| probe.began > resumed + Duration::from_millis(500));
 }
 
-/// Asserts that the probes that `selected` picks were granted. Faults while the machine was paused are excused.
+/// Asserts that the probes that `selected` picks were granted. A fault is excused if the machine was disturbed during
+/// it.
 #[track_caller]
 fn all_granted(name: &str, probes: &[Probe], selected: impl Fn(&Probe) -> bool) {
-    all(name, "granted", probes.iter().filter(|probe| selected(probe)), Probe::is_grant, Probe::is_excused);
+    let samples = probes.iter().filter(|probe| selected(probe)).map(Probe::sample);
+    let kept = keep_undisturbed(name, samples, |probe| probe.is_fault());
+    all(name, "granted", &kept, Probe::is_grant);
 }
 
 /// Asserts that the probes that `selected` picks are faults.
 #[track_caller]
 fn all_faults(name: &str, probes: &[Probe], selected: impl Fn(&Probe) -> bool) {
-    all(name, "a fault", probes.iter().filter(|probe| selected(probe)), Probe::is_fault, |_| false);
+    let probes: Vec<_> = probes.iter().filter(|probe| selected(probe)).collect();
+    all(name, "a fault", &probes, Probe::is_fault);
 }
 
 #[track_caller]
-fn all<'p>(
-    name: &str,
-    what: &str,
-    probes: impl Iterator<Item = &'p Probe>,
-    is: impl Fn(&Probe) -> bool,
-    is_excused: impl Fn(&Probe) -> bool,
-) {
-    let (right, others): (Vec<_>, Vec<_>) = probes.partition(|probe| is(probe));
+fn all(name: &str, what: &str, probes: &[&Probe], is: impl Fn(&Probe) -> bool) {
+    let (right, wrong): (Vec<&Probe>, Vec<_>) = probes.iter().copied().partition(|probe| is(probe));
     assert!(right.len() >= 20, "{name}: only {} are {what}", right.len());
-    let wrong: Vec<_> = others.iter().filter(|probe| !is_excused(probe)).collect();
-    assert!(
-        wrong.is_empty(),
-        "{name}: {} of {} are not {what}: {:?}",
-        wrong.len(),
-        right.len() + others.len(),
-        wrong[0]
-    );
+    assert!(wrong.is_empty(), "{name}: {} of {} are not {what}: {:?}", wrong.len(), probes.len(), wrong[0]);
 }

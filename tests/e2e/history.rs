@@ -14,7 +14,7 @@ use crate::{
         eventually, exclusive,
         forward::Forwarder,
         grpc::{CheckClient, granted, is_serving, refused},
-        machine,
+        machine::PAUSE_MARGIN,
         postgres::Postgres,
         probe::{Probe, Probing, granted_after},
         server::{IssuedKey, Server, TestConfig, digest},
@@ -22,7 +22,8 @@ use crate::{
 };
 
 const PATIENCE: Duration = Duration::from_secs(30);
-/// The maximum time that a revoked key may be granted if only polls detect the revocation.
+/// The maximum time that a revoked key may be granted if only polls detect the revocation. The tests add
+/// [`PAUSE_MARGIN`], because the machine may be paused between two polls.
 const BY_POLLING: Duration = Duration::from_millis(400);
 /// The maximum time that a revoked key may be granted in any of these cases, as long as a database answers.
 const AT_WORST: Duration = Duration::from_millis(1_200);
@@ -211,9 +212,9 @@ async fn lose_changes(origin: Origin) {
             server.metric("trustgate_lost_history_total").await > 0.0
         })
         .await;
-        let took = machine::elapsed(switched);
+        let took = switched.elapsed();
         println!("{origin:?}: noticed {took:?} after the new primary could be reached");
-        assert!(took <= Duration::from_secs(1), "{took:?}");
+        assert!(took <= Duration::from_secs(1) + PAUSE_MARGIN, "{took:?}");
     }
     for (server, client) in &replicas {
         eventually("the lease is fresh again", PATIENCE, || is_serving(server.grpc(), "trustgate.fresh")).await;
@@ -234,7 +235,8 @@ async fn lose_changes(origin: Origin) {
         assert!(denied.iter().any(|probe| probe.began < switched && probe.is_grant()), "no key was granted before");
         let late = granted_after(switched, &denied);
         println!("{origin:?}: last wrong grant began {late:?} after the new primary could be reached");
-        assert!(late <= AT_WORST, "{late:?}");
+        // The stale window may be open, so the lease does not limit this time: a pause of the machine delays the poll.
+        assert!(late <= AT_WORST + PAUSE_MARGIN, "{late:?}");
         refused(client, setup.missing(), "unknown").await;
         refused(client, &setup.revoked_later, "revoked").await;
     }
@@ -409,7 +411,7 @@ async fn a_disabled_trigger_ends_the_lease_until_it_is_enabled_again() {
     let of = |key: usize| probes.iter().filter(move |probe| probe.key == key);
     let (late, late_after) = (granted_after(disabled, of(0)), granted_after(revoked, of(1)));
     println!("last grant began {late:?} after the commit that disabled the trigger, {late_after:?} after a later one");
-    assert!(late <= BY_POLLING, "{late:?}");
+    assert!(late <= BY_POLLING + PAUSE_MARGIN, "{late:?}");
     assert_eq!(late_after, Duration::ZERO, "a cached value was granted without a lease");
     assert!(of(2).all(|probe| probe.is_grant() || probe.is_fault()));
     refused(&client, &revoked_with, "revoked").await;
@@ -515,7 +517,7 @@ async fn on_sqlite_writes_by_another_program_take_effect_within_the_bound() {
         refused(&client, &key, reason).await;
         late.push((name, last));
     }
-    assert!(late.iter().all(|(_, late)| *late <= BY_POLLING), "{late:?}");
+    assert!(late.iter().all(|(_, late)| *late <= BY_POLLING + PAUSE_MARGIN), "{late:?}");
 
     // `key revoke` is another program too. It ends once the server has applied the change.
     test_config.trust("acme").await;
@@ -553,7 +555,7 @@ async fn on_sqlite_dropped_triggers_end_the_lease() {
     sleep(Duration::from_millis(1_500)).await;
     let late = granted_after(committed, &probing.stop().await);
     println!("SQLite: last grant began {late:?} after the commit that dropped the triggers");
-    assert!(late <= BY_POLLING, "{late:?}");
+    assert!(late <= BY_POLLING + PAUSE_MARGIN, "{late:?}");
     refused(&client, &revoked, "revoked").await;
     granted(&client, &good).await;
     assert!(!is_serving(server.grpc(), "trustgate.fresh").await);

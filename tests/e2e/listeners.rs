@@ -25,7 +25,8 @@ use crate::{
         envoy::Plan,
         eventually, exclusive,
         grpc::{CheckClient, request},
-        http, load, machine,
+        http, load,
+        machine::PAUSE_MARGIN,
         server::{IssuedKey, LONG_DEADLINES, Server, TestConfig, made_up_key},
         shared,
     },
@@ -378,9 +379,9 @@ async fn five_thousand_resets_at_once_close_no_connection() {
         let again = answer(call(connection, &key.key)).await.expect("the connection was not closed");
         assert_eq!(again.trust_id.as_ref(), Some(&key.trust_id));
     }
-    let took = machine::elapsed(reset);
+    let took = reset.elapsed();
     println!("5 000 resets: all connections answer again after {took:?}");
-    assert!(took < Duration::from_secs(1), "{took:?}");
+    assert!(took < Duration::from_secs(1) + PAUSE_MARGIN, "{took:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -17,7 +17,7 @@ use crate::{
         grpc::CheckClient,
         http,
         load::{self, KeyCase, LoadResult},
-        machine,
+        machine::{self, PAUSE_MARGIN, Sample, keep_undisturbed},
         server::{Server, made_up_key},
         shared,
     },
@@ -73,7 +73,7 @@ async fn redis_killed_restarted_and_hung_changes_no_answer_and_delays_none() {
         let new = fixture.test_config.issue("globex", &[]).await;
         let asked = Instant::now();
         let answer = envoy.get("/new", &[("x-api-key", &new.key)]).await;
-        new_keys.push(machine::elapsed(asked));
+        new_keys.push(Sample::new(asked, Instant::now(), asked.elapsed()));
         assert_eq!((answer.status, answer.saw("x-trust-id")), (200, Some(new.trust_id)));
     }
     at(16).await;
@@ -86,15 +86,17 @@ async fn redis_killed_restarted_and_hung_changes_no_answer_and_delays_none() {
         let within = Duration::from_secs(from)..Duration::from_secs(to);
         load::print_times(&format!("Redis {name}"), hits.iter().filter(|hit| within.contains(&hit.due)));
     }
-    let slowest = new_keys.iter().max().unwrap();
+    let slowest = new_keys.iter().map(|sample| sample.value).max().unwrap();
     println!("{} new keys while Redis hangs, the slowest in {slowest:?}", new_keys.len());
     assert_eq!(hits.len(), 8_000);
     for server in [&one, &other] {
         server.log().lines().filter(|line| line.contains("could not be decided")).for_each(|line| println!("{line}"));
     }
     load::assert_expected(hits.iter());
-    assert!(slowest < &Duration::from_millis(200), "{new_keys:?}");
     quick_checks(&envoy.access_log(hits.len() + new_keys.len()).await, hits.len() + new_keys.len());
+    let is_slow = |took: &Duration| *took >= Duration::from_millis(200);
+    let kept = keep_undisturbed("new keys while Redis hangs", new_keys, is_slow);
+    assert!(!kept.iter().any(is_slow), "{kept:?}");
 
     // Each server used Redis, logged its failure, and uses it again.
     for server in [&one, &other] {
@@ -253,19 +255,19 @@ async fn not_ready(server: &Server, client: &CheckClient, case: &KeyCase) {
     assert_eq!((verdict.status, verdict.reason.as_deref()), (503, Some("fault")));
 }
 
-/// Asserts that the server grants the key and is ready within a second.
+/// Asserts that the server grants the key and is ready within a second, with a margin for a pause of the machine.
 async fn serves_within_a_second(server: &Server, client: &CheckClient, case: &KeyCase) {
     let back = Instant::now();
     eventually("a key is granted", PATIENCE, || async { client.check(&case.key).await.trust_id == case.trust_id })
         .await;
     eventually("the server is ready", PATIENCE, || async { server.readiness().await.status == 200 }).await;
-    let took = machine::elapsed(back);
+    let took = back.elapsed();
     println!("serving {took:?} after Redis and PostgreSQL were back");
-    assert!(took < Duration::from_secs(1), "{took:?}\n{}", server.log());
+    assert!(took < Duration::from_secs(1) + PAUSE_MARGIN, "{took:?}\n{}", server.log());
 }
 
-/// Asserts that `count` requests in the access log had a check, and that no check took longer than [`CHECK_MAX`] unless
-/// the machine was paused.
+/// Asserts that `count` requests in the access log had a check, and that no check took longer than [`CHECK_MAX`]. A
+/// longer one is excused if the machine was disturbed during it.
 fn quick_checks(log: &[Value], count: usize) {
     let check = |line: &Value| {
         let began = OffsetDateTime::parse(line["time"].as_str()?, &Rfc3339).ok()?;
@@ -276,10 +278,10 @@ fn quick_checks(log: &[Value], count: usize) {
     let mut took: Vec<_> = checks.iter().map(|(_, took)| *took).collect();
     took.sort();
     load::print_quantiles("checks", &took);
-    let slow: Vec<_> = checks.iter().filter(|(_, took)| *took > CHECK_MAX).collect();
-    assert!(slow.len() <= count / 10, "{} of {count} checks took too long", slow.len());
-    let undisturbed = slow.iter().filter(|(began, took)| !machine::was_disturbed(*began, *began + *took));
-    assert_eq!(undisturbed.count(), 0, "the longest checks took {:?}", &took[count - 5..]);
+    let samples = checks.iter().map(|(began, took)| Sample::new(*began, *began + *took, *took));
+    let is_slow = |took: &Duration| *took > CHECK_MAX;
+    let kept = keep_undisturbed("checks in the access log", samples, is_slow);
+    assert!(!kept.iter().any(is_slow), "the longest checks took {:?}", &took[count - 5..]);
 }
 
 #[tokio::test(flavor = "multi_thread")]

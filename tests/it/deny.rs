@@ -30,12 +30,17 @@ use uuid::Uuid;
 
 use crate::{
     program::Place,
-    support::{exclusive, grpc::CheckClient, machine, postgres::Postgres, redis::Redis, server::TestConfig},
+    support::{
+        exclusive, grpc::CheckClient, machine::PAUSE_MARGIN, postgres::Postgres, redis::Redis, server::TestConfig,
+    },
 };
 
 const MAC_KEY: [u8; 32] = [7; 32];
 const HASH: &str = "trustgate:deny";
 const NOW: DatabaseTime = DatabaseTime::from_micros(1_000_000);
+/// The maximum time until an entry takes effect: a second, as documented, and a margin because a pause of the machine
+/// delays the replica's next read of the list.
+const EFFECTIVE_WITHIN: Duration = Duration::from_secs(1).saturating_add(PAUSE_MARGIN);
 
 /// The part of a replica that reads the deny list.
 struct Replica {
@@ -76,7 +81,7 @@ impl Replica {
             assert!(start.elapsed() < Duration::from_secs(30), "the condition was not met within 30 s");
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
-        machine::elapsed(start)
+        start.elapsed()
     }
 
     fn shows(&self, line: &str) -> bool {
@@ -142,7 +147,7 @@ async fn deny_add_and_remove_take_effect_within_a_second_without_a_database() {
         let added = json(&place, &["deny", "add", which[0], which[1], "--for", "1h"]).await;
         assert_eq!((&added[0]["kind"], &added[0]["id"]), (&json!(which[0].trim_start_matches('-')), &json!(which[1])));
         let took = replica.until_it_denies(record, true).await;
-        assert!(took < Duration::from_secs(1), "{took:?}");
+        assert!(took < EFFECTIVE_WITHIN, "{took:?}");
     }
     let listed = json(&place, &["deny", "list"]).await;
     assert_eq!(listed.as_array().unwrap().len(), 3, "{listed}");
@@ -150,7 +155,7 @@ async fn deny_add_and_remove_take_effect_within_a_second_without_a_database() {
 
     json(&place, &["deny", "remove", "--key", &key]).await;
     let took = replica.until_it_denies(&by_key, false).await;
-    assert!(took < Duration::from_secs(1), "{took:?}");
+    assert!(took < EFFECTIVE_WITHIN, "{took:?}");
     assert!(replica.denies(&by_trust) && replica.denies(&by_digest));
     assert_eq!(json(&place, &["deny", "list"]).await.as_array().unwrap().len(), 2);
 }
@@ -332,9 +337,9 @@ async fn with_the_database_down_an_entry_stops_a_key_within_a_second() {
             }
             tokio::time::sleep(Duration::from_millis(5)).await;
         };
-        let took = machine::elapsed(start);
+        let took = start.elapsed();
         assert_eq!((denied.status, denied.reason.as_deref()), (401, Some("deny_listed")));
-        assert!(took < Duration::from_secs(1), "{took:?}");
+        assert!(took < EFFECTIVE_WITHIN, "{took:?}");
     };
     fs::write(&file, format!("key {}\n", by_file.id)).unwrap();
     until_denied(&by_file.key).await;

@@ -12,6 +12,7 @@ mod cli;
 mod config;
 mod copy;
 mod deny;
+mod disturbed_samples;
 mod doctor;
 mod layers;
 mod program;

@@ -13,7 +13,7 @@ use tokio::{
 
 use super::{
     http::{self, Connection, HttpError},
-    machine,
+    machine::{Sample, keep_undisturbed},
 };
 
 /// A key and the expected answer.
@@ -118,18 +118,13 @@ async fn idle_connection(idle: &Mutex<Vec<Connection>>) -> Option<Connection> {
 /// wrong grant or denial is not.
 ///
 /// # Panics
-/// If an answer is wrong; the message contains up to five of them. If more than a tenth of the answers are excused
-/// faults.
+/// If an answer is wrong; the message contains up to five of them. If more than a tenth of the answers are excused.
 #[track_caller]
 pub fn assert_expected<'h>(results: impl Iterator<Item = &'h LoadResult>) {
-    let results: Vec<_> = results.collect();
-    let is_excused =
-        |result: &&&LoadResult| result.is_fault() && machine::was_disturbed(result.at, result.at + result.took);
-    let unexpected = results.iter().filter(|result| !result.is_expected());
-    let (excused, wrong): (Vec<&&LoadResult>, Vec<_>) = unexpected.partition(is_excused);
+    let samples = results.map(|result| Sample::new(result.at, result.at + result.took, result));
+    let kept = keep_undisturbed("answers", samples, |result| result.is_fault());
+    let wrong: Vec<_> = kept.into_iter().filter(|result| !result.is_expected()).collect();
     assert!(wrong.is_empty(), "{} wrong answers, for example {:?}", wrong.len(), &wrong[..wrong.len().min(5)]);
-    let (faults, all) = (excused.len(), results.len());
-    assert!(faults * 10 <= all, "machine disturbed too often: {faults} of {all} answers are excused faults");
 }
 
 /// Prints quantiles of the times that some requests took.

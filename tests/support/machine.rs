@@ -1,5 +1,7 @@
-//! Detects disturbances of the machine while a test measures times. A busy host pauses a virtual machine now and then,
-//! with all programs in it; the tests must not blame the server for such delays.
+//! Detects disturbances of the machine while a test measures times, and decides which results they excuse. A busy host
+//! pauses a virtual machine now and then, with all programs in it; the tests must not blame the server for such delays.
+//!
+//! Measured times are never corrected. [`keep_undisturbed`] drops a whole sample or keeps it as it is.
 
 // Pauses of the machine can only be measured with the machine's own clocks.
 #![allow(clippy::disallowed_methods)]
@@ -41,24 +43,100 @@ const STEAL_INTERVAL: Duration = Duration::from_millis(100);
 /// Steal time above one tenth of the processor time is a disturbance: the tests need most of the rest.
 const STEAL_DIVISOR: u64 = 10;
 
+/// Added to the limit of a time that a test measures only once: a single sample cannot be dropped. Pauses of up to half
+/// a second have been seen on the machines that run the tests.
+pub const PAUSE_MARGIN: Duration = Duration::from_millis(500);
+
+/// [`keep_undisturbed`] may drop one sample in this many.
+const DROPPED_DIVISOR: usize = 10;
+
+/// A disturbance has been recorded at the latest this long after its end.
+const RECORDED_WITHIN: Duration = STEAL_INTERVAL.saturating_mul(2);
+
+/// One result of a measurement, and the period in which a disturbance can affect it.
+#[derive(Clone, Copy, Debug)]
+pub struct Sample<T> {
+    from: Instant,
+    to: Instant,
+    pub value: T,
+}
+
+impl<T> Sample<T> {
+    /// A result that was measured between two moments.
+    pub fn new(from: impl Into<Instant>, to: impl Into<Instant>, value: T) -> Self {
+        Self { from: from.into(), to: to.into(), value }
+    }
+
+    /// The start of the period.
+    pub fn start(&self) -> Instant {
+        self.from
+    }
+
+    /// The same period with another result.
+    pub fn map<U>(self, change: impl FnOnce(T) -> U) -> Sample<U> {
+        Sample { from: self.from, to: self.to, value: change(self.value) }
+    }
+}
+
+impl Sample<Duration> {
+    /// One sample of two replicas: the longer time, and the whole period of both.
+    pub fn or_longer(self, other: Self) -> Self {
+        Self { from: self.from.min(other.from), to: self.to.max(other.to), value: self.value.max(other.value) }
+    }
+}
+
+/// Returns the samples without those that a disturbance of the machine excuses, and prints how many it dropped. Only
+/// this function excuses anything because of a disturbance.
+///
+/// `can_be_spoiled` selects the samples that may be dropped. For measured times it selects all of them, so that the
+/// choice does not depend on the result. For answers it selects failures that a pause causes, such as faults. A grant
+/// that should have been a denial is never one of them, because the lease must hold through a pause.
+///
+/// # Panics
+/// If more than a tenth of the samples were dropped.
+#[track_caller]
+pub fn keep_undisturbed<T>(
+    name: &str,
+    samples: impl IntoIterator<Item = Sample<T>>,
+    can_be_spoiled: impl Fn(&T) -> bool,
+) -> Vec<T> {
+    let samples: Vec<_> = samples.into_iter().collect();
+    // The threads of the watch record a disturbance after its end, and the last samples may be that recent.
+    if let Some(last) = samples.iter().map(|sample| sample.to).max() {
+        thread::sleep((last + RECORDED_WITHIN).saturating_duration_since(Instant::now()));
+    }
+    keep_unless(was_disturbed, name, samples, can_be_spoiled)
+}
+
+/// [`keep_undisturbed`], with the function that decides whether the machine was disturbed between two moments.
+///
+/// # Panics
+/// If more than a tenth of the samples were dropped.
+#[track_caller]
+pub fn keep_unless<T>(
+    was_disturbed: impl Fn(Instant, Instant) -> bool,
+    name: &str,
+    samples: Vec<Sample<T>>,
+    can_be_spoiled: impl Fn(&T) -> bool,
+) -> Vec<T> {
+    let all = samples.len();
+    let is_dropped = |sample: &Sample<T>| can_be_spoiled(&sample.value) && was_disturbed(sample.from, sample.to);
+    let kept: Vec<_> = samples.into_iter().filter(|sample| !is_dropped(sample)).map(|sample| sample.value).collect();
+    let dropped = all - kept.len();
+    println!("{name}: dropped {dropped} of {all} samples because the machine was disturbed");
+    assert!(
+        dropped * DROPPED_DIVISOR <= all,
+        "{name}: machine disturbed too often: dropped {dropped} of {all} samples, at most one in {DROPPED_DIVISOR} is \
+         allowed"
+    );
+    kept
+}
+
 /// True if the machine was disturbed between two moments. A disturbance counts for twice its length: while it lasts,
 /// work queues up, which is still being done afterwards.
-pub fn was_disturbed(from: impl Into<Instant>, to: impl Into<Instant>) -> bool {
-    let (from, to) = (from.into(), to.into());
+fn was_disturbed(from: Instant, to: Instant) -> bool {
     let meets = |pause: &Pause| pause.from <= to && from <= pause.to + (pause.to - pause.from);
     pauses().iter().any(meets) || lock(&STARVED).iter().any(meets)
-}
-
-/// The total time that processors were paused between two moments.
-pub fn pause_time(from: impl Into<Instant>, to: impl Into<Instant>) -> Duration {
-    let (from, to) = (from.into(), to.into());
-    pauses().iter().map(|pause| pause.to.min(to).saturating_duration_since(pause.from.max(from))).sum()
-}
-
-/// The time since `from`, without the time for which the machine was paused.
-pub fn elapsed(from: impl Into<Instant>) -> Duration {
-    let (from, now) = (from.into(), Instant::now());
-    now.saturating_duration_since(from).saturating_sub(pause_time(from, now))
 }
 
 /// The instant of a wall-clock time in the past, which another program recorded.

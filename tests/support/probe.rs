@@ -11,7 +11,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::{
     grpc::{CheckClient, Verdict},
-    machine,
+    machine::Sample,
 };
 
 /// One check.
@@ -38,10 +38,9 @@ impl Probe {
         self.verdict.as_ref().is_ok_and(|verdict| verdict.status == 503 && verdict.reason.as_deref() == Some("fault"))
     }
 
-    /// True if the answer is a fault that a disturbance of the machine may have caused. A grant or a denial is not
-    /// excused.
-    pub fn is_excused(&self) -> bool {
-        self.is_fault() && machine::was_disturbed(self.began, self.answered)
+    /// This probe as a sample of the time that it took.
+    pub fn sample(&self) -> Sample<&Self> {
+        Sample::new(self.began, self.answered, self)
     }
 
     /// The status that the client would receive; `None` if there was no answer.
@@ -130,10 +129,15 @@ pub fn last_grant<'p>(probes: impl IntoIterator<Item = &'p Probe>) -> Option<Ins
     probes.into_iter().filter(|probe| probe.is_grant()).map(|probe| probe.began).max()
 }
 
-/// The time from `event` to the start of the last granted check, without the time for which the machine was paused;
-/// zero if no check that began after `event` was granted.
+/// The time from `event` to the start of the last granted check; zero if no check that began after `event` was granted.
 pub fn granted_after<'p>(event: Instant, probes: impl IntoIterator<Item = &'p Probe>) -> Duration {
-    let late = last_grant(probes)
-        .map(|began| began.saturating_duration_since(event).saturating_sub(machine::pause_time(event, began)));
-    late.unwrap_or_default()
+    last_grant(probes).map(|began| began.saturating_duration_since(event)).unwrap_or_default()
+}
+
+/// [`granted_after`] as a sample. Its period ends with the start of the first check after the last grant: a pause within
+/// it delays the denial, or leaves a gap in the checks that can hide a later grant.
+pub fn sample_of_grants<'p>(event: Instant, probes: impl IntoIterator<Item = &'p Probe> + Clone) -> Sample<Duration> {
+    let late = granted_after(event, probes.clone());
+    let later = probes.into_iter().map(|probe| probe.began).filter(|began| *began > event + late);
+    Sample::new(event, later.min().unwrap_or(event + late), late)
 }

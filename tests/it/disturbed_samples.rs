@@ -1,0 +1,53 @@
+//! Which samples of a measurement a disturbance of the machine excuses, and how many of them.
+
+use std::{panic::catch_unwind, time::Duration};
+
+use tokio::time::Instant;
+
+use crate::support::machine::{Sample, keep_unless};
+
+/// 20 samples, one second each. The value of each is its number.
+fn samples() -> Vec<Sample<u32>> {
+    let start = Instant::now();
+    let at = |second: u32| start + Duration::from_secs(second.into());
+    (0..20).map(|number| Sample::new(at(number), at(number + 1), number)).collect()
+}
+
+/// Judges the samples, of which those with these numbers were disturbed. Only the samples that `can_be_spoiled` selects
+/// may be dropped.
+fn kept(disturbed: &'static [usize], can_be_spoiled: fn(&u32) -> bool) -> Result<Vec<u32>, String> {
+    let judge = move || {
+        let samples = samples();
+        let starts: Vec<_> = samples.iter().map(Sample::start).collect();
+        let was_disturbed = |from, _| disturbed.iter().any(|number| starts[*number] == from);
+        keep_unless(was_disturbed, "numbers", samples, can_be_spoiled)
+    };
+    catch_unwind(judge).map_err(|panic| *panic.downcast::<String>().unwrap())
+}
+
+#[test]
+fn a_disturbed_sample_is_dropped_as_a_whole() {
+    let kept = kept(&[3], |_| true).unwrap();
+    assert_eq!(kept, (0..20).filter(|number| *number != 3).collect::<Vec<_>>());
+}
+
+#[test]
+fn a_sample_that_no_disturbance_can_spoil_is_kept() {
+    let all: Vec<_> = (0..20).collect();
+    assert_eq!(kept(&[0, 1, 2, 3, 4, 5], |_| false).unwrap(), all);
+    assert_eq!(kept(&[3, 4], |number| *number != 3).unwrap().len(), 19);
+}
+
+#[test]
+fn more_than_a_tenth_of_dropped_samples_is_a_failure() {
+    assert_eq!(kept(&[3, 4], |_| true).unwrap().len(), 18);
+    let message = kept(&[3, 4, 5], |_| true).unwrap_err();
+    assert_eq!(message, "numbers: machine disturbed too often: dropped 3 of 20 samples, at most one in 10 is allowed");
+}
+
+#[test]
+fn a_single_disturbed_sample_cannot_be_dropped() {
+    let now = Instant::now();
+    let judge = move || keep_unless(|_, _| true, "single", vec![Sample::new(now, now, 0)], |_| true);
+    assert!(catch_unwind(judge).is_err());
+}
