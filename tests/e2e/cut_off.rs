@@ -338,6 +338,7 @@ async fn pause_during_revocation(connections_dropped: bool) {
     ];
     let start = Instant::now();
     sleep(Duration::from_secs(1)).await;
+    let revoking = Instant::now();
     let answer = fixture.test_config.run(&["--output", "json", "key", "revoke", &revoked.id]).await;
     println!("output of `key revoke`: {answer:?}");
     let answer: serde_json::Value = serde_json::from_str(&answer.out).unwrap();
@@ -357,6 +358,8 @@ async fn pause_during_revocation(connections_dropped: bool) {
     let sent_while_paused = probes.iter().filter(|probe| probe.began < resumed).count();
     println!("{sent_while_paused} checks were sent during the pause, {} after it", probes.len() - sent_while_paused);
     assert!(sent_while_paused > 700 && probes.len() - sent_while_paused > 100);
+    // SIGSTOP does not stop all threads at once, so the replica may still answer a check that was sent just after it.
+    let probes: Vec<_> = probes.into_iter().filter(|probe| probe.answered >= revoking).collect();
     let wrong: Vec<_> = probes.iter().filter(|probe| probe.is_grant()).collect();
     assert!(wrong.is_empty(), "{} grants of a revoked key; the first: {:?}", wrong.len(), wrong[0]);
     let answered: BTreeSet<_> = probes.iter().map(Probe::status).collect();
