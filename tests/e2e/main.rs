@@ -8,6 +8,7 @@ mod support;
 
 mod canary;
 mod cut_off;
+mod database_load;
 mod drain;
 mod fill;
 mod fixture;
@@ -23,7 +24,6 @@ mod peppers;
 mod pgbouncer;
 mod postgres_connect;
 mod prometheus;
-mod quiet;
 mod redis_refusals;
 mod redis_tls;
 mod released_snippets;
