@@ -7,7 +7,6 @@
 mod support;
 
 mod canary;
-mod cut_off;
 mod database_load;
 mod drain;
 mod fixture;
@@ -18,6 +17,7 @@ mod listeners;
 mod messages;
 mod migrating;
 mod modes;
+mod network_partition;
 mod outage;
 mod peppers;
 mod pgbouncer;
