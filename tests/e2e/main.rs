@@ -8,10 +8,10 @@ mod support;
 
 mod canary;
 mod database_load;
+mod database_replaced;
 mod drain;
 mod fixture;
 mod herd;
-mod history;
 mod http_callers;
 mod listeners;
 mod messages;
