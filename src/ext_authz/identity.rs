@@ -1,6 +1,6 @@
 //! The identity headers: the one list of the request headers that identify the caller and that only trustgate may set.
 //!
-//! The code that sets and removes identity headers uses this list. `tests/it/agreement.rs` compares the list with the
+//! The code that sets and removes identity headers uses this list. `tests/it/docs_match_code.rs` compares the list with the
 //! configurations in `envoy/` and in the documentation.
 
 /// The trust's id.

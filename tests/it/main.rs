@@ -6,13 +6,13 @@
 #[path = "../support/mod.rs"]
 mod support;
 
-mod agreement;
 mod attach;
 mod cli;
 mod config;
 mod copy;
 mod deny;
 mod disturbed_samples;
+mod docs_match_code;
 mod doctor;
 mod layers;
 mod program;
