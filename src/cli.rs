@@ -1,7 +1,7 @@
 //! The command line: parses the arguments, runs the command and writes its answer.
 //!
 //! Answers go to standard output; errors, warnings and progress go to standard error. `key issue` is the only command
-//! that shows a key (`tests/it/cli.rs`).
+//! that shows a key (`tests/integration/cli.rs`).
 
 mod answer;
 mod args;

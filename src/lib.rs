@@ -2,8 +2,8 @@
 //!
 //! `docs/architecture.md` describes how a request passes through the modules, and which rules each module follows. This
 //! list has every module in the order of layers, lowest first. A module imports only from itself and from modules above
-//! it in this list. If two names in the list match a module, the longer one applies. `tests/it/layers.rs` compares
-//! every import with this list, and checks that no module has a cycle of imports within it.
+//! it in this list. If two names in the list match a module, the longer one applies. `tests/integration/layers.rs`
+//! compares every import with this list, and checks that no module has a cycle of imports within it.
 //!
 //! Foundations:
 //!

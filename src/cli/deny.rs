@@ -1,6 +1,6 @@
 //! The commands about the deny list.
 //!
-//! A key from standard input is hashed here; only its digests are stored and shown (`tests/it/deny.rs`).
+//! A key from standard input is hashed here; only its digests are stored and shown (`tests/integration/deny.rs`).
 
 use std::time::Duration;
 

@@ -1,6 +1,7 @@
 //! The commands about keys.
 //!
-//! `key issue` shows the new key. The other commands show no key, nor any text from standard input (`tests/it/cli.rs`).
+//! `key issue` shows the new key. The other commands show no key, nor any text from standard input
+//! (`tests/integration/cli.rs`).
 
 use std::{fs::File, path::Path};
 

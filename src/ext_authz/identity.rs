@@ -1,7 +1,7 @@
 //! The identity headers: the one list of the request headers that identify the caller and that only trustgate may set.
 //!
-//! The code that sets and removes identity headers uses this list. `tests/it/docs_match_code.rs` compares the list with the
-//! configurations in `envoy/` and in the documentation.
+//! The code that sets and removes identity headers uses this list. `tests/integration/docs_match_code.rs` compares the
+//! list with the configurations in `envoy/` and in the documentation.
 
 /// The trust's id.
 pub const TRUST_ID: &str = "x-trust-id";

@@ -115,7 +115,7 @@ fn the_index_of_the_docs_lists_every_page() {
 #[test]
 fn each_row_of_the_migration_page_names_tests_that_exist() {
     let page = file("docs/migrating.md");
-    let tests: String = ["it", "e2e", "bound"].into_iter().flat_map(sources).collect();
+    let tests: String = ["integration", "e2e", "bound"].into_iter().flat_map(sources).collect();
     let test_cells: Vec<_> =
         cells(section(&page, "## What the cache in front of such a table does, and what does it here").as_str())
             .skip(2)
