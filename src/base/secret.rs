@@ -6,8 +6,9 @@ use zeroize::{Zeroize, Zeroizing};
 
 use super::text;
 
-/// A secret text: a password, a pepper, or a URL that may contain one. Dropping it overwrites its memory.
-#[derive(Clone, PartialEq, Eq)]
+/// A secret text: a password, a pepper, or a URL that may contain one. Dropping it overwrites its memory. It has no
+/// `PartialEq`, because `==` would compare in variable time.
+#[derive(Clone)]
 pub struct Secret(String);
 
 impl Secret {
