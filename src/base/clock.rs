@@ -15,6 +15,8 @@ use std::{
 
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 
+use super::saturate::Saturate as _;
+
 /// A moment on `CLOCK_BOOTTIME`, in nanoseconds since the machine started. Unlike [`std::time::Instant`], this clock
 /// advances while the machine is suspended, so that leases and cache entries expire during a suspension.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -36,13 +38,13 @@ impl Moment {
     /// `self` plus `wait`, or the latest possible moment if that overflows.
     #[must_use]
     pub fn after(self, wait: Duration) -> Self {
-        Self(self.0.saturating_add(u64::try_from(wait.as_nanos()).unwrap_or(u64::MAX)))
+        Self(self.0.saturating_add(wait.as_nanos().saturate()))
     }
 
     /// `self` minus `age`, or the start of the machine if that would be earlier.
     #[must_use]
     pub fn before(self, age: Duration) -> Self {
-        Self(self.0.saturating_sub(u64::try_from(age.as_nanos()).unwrap_or(u64::MAX)))
+        Self(self.0.saturating_sub(age.as_nanos().saturate()))
     }
 
     /// Nanoseconds since the machine started.
@@ -91,7 +93,7 @@ impl DatabaseTime {
     /// `self` plus `wait`.
     #[must_use]
     pub fn after(self, wait: Duration) -> Self {
-        Self::from_micros(self.micros().saturating_add(i64::try_from(wait.as_micros()).unwrap_or(i64::MAX)))
+        Self::from_micros(self.micros().saturating_add(wait.as_micros().saturate()))
     }
 }
 
@@ -158,7 +160,7 @@ impl ManualClock {
 
     /// Advances the clock by `step`.
     pub fn advance(&self, step: Duration) {
-        self.0.fetch_add(u64::try_from(step.as_nanos()).unwrap_or(u64::MAX), Ordering::SeqCst);
+        self.0.fetch_add(step.as_nanos().saturate(), Ordering::SeqCst);
     }
 }
 

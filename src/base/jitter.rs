@@ -22,7 +22,7 @@ impl Jitter {
     pub fn around(&mut self, time: Duration) -> Duration {
         // A linear congruential generator (Knuth, MMIX). Its upper bits are the most random ones.
         self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        let upper = u8::try_from(self.0 >> 56).unwrap_or(0); // 8 bits are left
+        let [upper, ..] = self.0.to_be_bytes();
         time.mul_f64(0.9 + 0.2 * f64::from(upper) / 255.0)
     }
 }

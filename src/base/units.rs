@@ -2,6 +2,8 @@
 
 use std::{fmt, time::Duration};
 
+use super::saturate::Saturate as _;
+
 /// A number of bytes, written as `512KiB`, `128MiB` or `1GiB` (powers of 1 024), or as `300B`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct ByteSize(u64);
@@ -24,7 +26,7 @@ impl ByteSize {
     /// The size in bytes, for use as a length in memory.
     #[must_use]
     pub fn length(self) -> usize {
-        usize::try_from(self.0).unwrap_or(usize::MAX)
+        self.0.saturate()
     }
 
     /// Reads a size such as `128MiB`; `None` if the number or its unit is missing.

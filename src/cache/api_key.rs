@@ -9,6 +9,7 @@ use crate::{
     base::{
         clock::DatabaseTime,
         fault::{Fault, Tier},
+        saturate::Saturate as _,
     },
     record::{ApiKeyDigest, Digests, KeyId, Record, TrustId, Versioned},
     store::Lookup,
@@ -116,7 +117,7 @@ impl Cacheable for ApiKey {
 /// Writes texts as a count, then each with its length before it. The store limits the texts of a record, so each length
 /// fits into 32 bits.
 fn put_texts<'t>(texts: impl ExactSizeIterator<Item = &'t str>, into: &mut Vec<u8>) {
-    let length = |length: usize| u32::try_from(length).unwrap_or(u32::MAX).to_be_bytes();
+    let length = |length: usize| length.saturate::<u32>().to_be_bytes();
     into.extend_from_slice(&length(texts.len()));
     for text in texts {
         into.extend_from_slice(&length(text.len()));

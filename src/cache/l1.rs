@@ -11,7 +11,7 @@ use smallvec::SmallVec;
 
 use super::cacheable::Cacheable;
 use crate::{
-    base::{clock::Moment, units::ByteSize},
+    base::{clock::Moment, saturate::Saturate as _, units::ByteSize},
     freshness::{Epoch, ReplicaView, lease::stripe},
     record::Version,
 };
@@ -64,7 +64,8 @@ impl<K: Cacheable> Entry<K> {
             Some(value) => Content::Record(value),
             None => Content::NotFound(K::asked(query).map(stripe).collect()),
         };
-        let lasts_millis = u32::try_from(lifetime.lasts.as_millis()).unwrap_or(u32::MAX);
+        // The largest value is 49 days; an entry that ends earlier than its lifetime is only loaded again.
+        let lasts_millis = lifetime.lasts.as_millis().saturate();
         Self { content, as_of, born: lifetime.born, lasts_millis, epoch }
     }
 
@@ -128,7 +129,7 @@ impl<K: Cacheable> Entry<K> {
 
     fn weight(&self) -> u32 {
         let value = self.value().map_or(0, K::heap_bytes);
-        u32::try_from(ENTRY_BYTES + size_of::<Self>() + value).unwrap_or(u32::MAX)
+        (ENTRY_BYTES + size_of::<Self>() + value).saturate()
     }
 }
 

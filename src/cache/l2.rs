@@ -21,7 +21,10 @@ use uuid::Uuid;
 
 use super::cacheable::Cacheable;
 use crate::{
-    base::clock::{DatabaseTime, Moment},
+    base::{
+        clock::{DatabaseTime, Moment},
+        saturate::Saturate as _,
+    },
     record::{Lineage, Nonce, Version, Versioned, bytes_from_hex, hex},
     redis::{QueryError, Redis, Script},
 };
@@ -151,7 +154,7 @@ impl<K: Cacheable> Names<K> {
     fn mac(&self, mac_key: &[u8; 32], key: &K::Key, body: &[u8]) -> Hmac<Sha256> {
         // The length before the kind keeps two inputs from producing the same bytes. All keys of a kind have the same
         // length.
-        let name_length = u8::try_from(self.kind.len()).unwrap_or(u8::MAX);
+        let name_length = self.kind.len().saturate::<u8>();
         Hmac::<Sha256>::new_from_slice(mac_key)
             .unwrap_or_else(|_| unreachable!("HMAC takes a key of any length (RFC 2104)"))
             .chain_update([LAYOUT, name_length])

@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 
 use super::answer::{self, Answer};
 use crate::{
-    base::clock::SystemClock,
+    base::{clock::SystemClock, saturate::Saturate as _},
     config::Config,
     freshness::Freshness,
     manage::{Effect, Manager},
@@ -47,7 +47,7 @@ pub(crate) fn effect_json(effect: &Effect) -> Value {
         "version": effect.version.0,
         "replicas": effect.replicas,
         "applied": effect.applied(),
-        "after_ms": u64::try_from(effect.after.as_millis()).unwrap_or(u64::MAX),
+        "after_ms": effect.after.as_millis().saturate::<u64>(),
         "missing": missing.collect::<Vec<_>>(),
     })
 }

@@ -6,6 +6,8 @@
 
 use bytes::{BufMut, Bytes, BytesMut};
 
+use crate::base::saturate::Saturate as _;
+
 /// The method that Envoy calls.
 pub const CHECK_PATH: &str = "/envoy.service.auth.v3.Authorization/Check";
 /// The service name in gRPC health checks.
@@ -51,7 +53,7 @@ pub fn frame(message: &impl prost::Message) -> Bytes {
     let mut framed = BytesMut::with_capacity(PREFIX_BYTES + length);
     framed.put_u8(0);
     // Responses are a few hundred bytes; the bounds on scopes and settings keep them far below 4 GiB.
-    framed.put_u32(u32::try_from(length).unwrap_or(u32::MAX));
+    framed.put_u32(length.saturate());
     message.encode_raw(&mut framed);
     framed.freeze()
 }
@@ -62,7 +64,7 @@ pub fn frame_bytes(message: &[u8]) -> Bytes {
     let mut framed = BytesMut::with_capacity(PREFIX_BYTES + message.len());
     framed.put_u8(0);
     // `limits.message_size` keeps messages far below 4 GiB.
-    framed.put_u32(u32::try_from(message.len()).unwrap_or(u32::MAX));
+    framed.put_u32(message.len().saturate());
     framed.put_slice(message);
     framed.freeze()
 }

@@ -31,6 +31,7 @@ use crate::{
     base::{
         clock::DatabaseTime,
         metrics::{IntGauge, IntGaugeVec, Opts, Registry, register},
+        saturate::Saturate as _,
     },
     record::{ApiKeyDigest, Record},
 };
@@ -220,7 +221,7 @@ impl DenyList {
 
     fn put(&self, source: Source, entries: Entries) {
         let _changing = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
-        self.metrics.entries[source as usize].set(i64::try_from(entries.len()).unwrap_or(i64::MAX));
+        self.metrics.entries[source as usize].set(entries.len().saturate());
         let mut lists = Lists::clone(&self.lists.load());
         lists.0[source as usize] = Arc::new(entries);
         let any = lists.0.iter().any(|entries| !entries.is_empty());

@@ -74,7 +74,8 @@ pub fn stripe(object: &[u8]) -> u16 {
     let folded = words.iter().fold(0, |folded: u64, word| folded.rotate_left(23) ^ u64::from_le_bytes(*word));
     let folded = rest.iter().fold(folded, |folded, byte| folded.rotate_left(8) ^ u64::from(*byte));
     let spread = folded.wrapping_mul(0x9E37_79B9_7F4A_7C15); // 2^64 divided by the golden ratio
-    u16::try_from(spread >> 48).unwrap_or(0) // 16 bits are left
+    let [first, second, ..] = spread.to_be_bytes();
+    u16::from_be_bytes([first, second])
 }
 
 impl Stripes {

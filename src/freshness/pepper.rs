@@ -14,7 +14,10 @@ use std::{
 use tokio::sync::watch;
 
 use crate::{
-    base::metrics::{IntGauge, Opts, Registry, register},
+    base::{
+        metrics::{IntGauge, Opts, Registry, register},
+        saturate::Saturate as _,
+    },
     record::{Fingerprint, StoredPeppers},
     store::reads::lookup::OTHER_KEYS_MAX,
 };
@@ -140,7 +143,7 @@ impl Peppers {
 
     /// Exposes the number of active keys under other peppers, and logs when it becomes or stops being zero.
     pub(crate) fn count_others(&self, count: u64) {
-        let count = i64::try_from(count).unwrap_or(i64::MAX); // at most 10 000
+        let count = count.saturate(); // at most 10 000
         let before = self.metrics.other_keys.get();
         self.metrics.other_keys.set(count);
         if before == 0 && count > 0 {

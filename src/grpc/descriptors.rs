@@ -3,6 +3,7 @@
 use rustix::process::{Resource, getrlimit, setrlimit};
 
 use super::settings::LimitsSettings;
+use crate::base::saturate::Saturate as _;
 
 /// The maximum number of open connections: `limits.connections_max`, or fewer if the file descriptor limit is too low
 /// for that. Raises the soft limit to the hard limit first. Some descriptors are reserved for the database, Redis,
@@ -12,7 +13,7 @@ pub fn connections(limits: &LimitsSettings) -> u32 {
     allowed.current = allowed.maximum;
     // If the limit cannot be raised, the current one applies.
     let _ = setrlimit(Resource::Nofile, allowed);
-    let descriptors = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX);
+    let descriptors = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX); // `None` is no limit
     let possible = connections_for(descriptors);
     if possible < limits.connections_max {
         tracing::warn!(
@@ -28,7 +29,7 @@ pub fn connections(limits: &LimitsSettings) -> u32 {
 /// The number of connections that `descriptors` are enough for. A quarter of them, at most 256, is reserved.
 fn connections_for(descriptors: u64) -> u32 {
     let reserved = (descriptors / 4).min(256);
-    u32::try_from(descriptors - reserved).unwrap_or(u32::MAX)
+    (descriptors - reserved).saturate()
 }
 
 #[cfg(test)]

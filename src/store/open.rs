@@ -22,7 +22,7 @@ use super::{
     sqlite,
     url::{Backend, Env, Role, StoreUrl},
 };
-use crate::base::clock::Clock;
+use crate::base::{clock::Clock, saturate::Saturate as _};
 
 /// Describes the configured database for messages: its kind and its host or path, without user, password and URL
 /// parameters.
@@ -70,7 +70,7 @@ pub fn open_lookup(
 /// answers.
 fn sqlite_connections() -> u32 {
     let processors = available_parallelism().map_or(1, NonZero::get);
-    u32::try_from(processors).unwrap_or(u32::MAX).saturating_mul(2)
+    processors.saturate::<u32>().saturating_mul(2)
 }
 
 /// Opens the ledger, through which management changes trusts and keys. Connects at once.

@@ -20,6 +20,7 @@ use crate::{
     base::{
         clock::{DatabaseTime, Moment},
         fault::{Fault, Tier},
+        saturate::Saturate as _,
     },
     record::{
         ApiKeyDigest, Change, ChangeKind, Digests, Fingerprint, KeyId, Lineage, Nonce, Record, Scheme, StoredPeppers,
@@ -382,7 +383,7 @@ pub(crate) fn networks(cidrs: &[IpNet]) -> Vec<IpNet> {
 
 /// A duration in microseconds, at most [`FOR_EVER`].
 pub(crate) fn micros(time: Duration) -> i64 {
-    i64::try_from(time.as_micros()).unwrap_or(i64::MAX).min(FOR_EVER)
+    time.as_micros().saturate::<i64>().min(FOR_EVER)
 }
 
 /// About 146 000 years in microseconds. Added to the current time, it is still a valid time in both databases.

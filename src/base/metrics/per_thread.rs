@@ -19,6 +19,8 @@ use prometheus::{
     proto::{self, MetricFamily, MetricType},
 };
 
+use crate::base::saturate::Saturate as _;
+
 /// Copies in addition to one per processor, for threads other than the workers.
 const OTHER_THREADS: usize = 4;
 
@@ -209,7 +211,7 @@ fn family(desc: &Desc, kind: MetricType, metrics: Vec<proto::Metric>) -> MetricF
 }
 
 fn nanos(duration: Duration) -> u64 {
-    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
+    duration.as_nanos().saturate()
 }
 
 /// Exact up to 2^53, which a counter reaches only after centuries.

@@ -10,10 +10,13 @@ use std::cell::RefCell;
 use bytes::{BufMut, Bytes, BytesMut};
 use uuid::fmt::Hyphenated;
 
-use crate::ext_authz::{
-    credential::extract::Removals,
-    decision::{Basis, Grant},
-    framing, identity,
+use crate::{
+    base::saturate::Saturate as _,
+    ext_authz::{
+        credential::extract::Removals,
+        decision::{Basis, Grant},
+        framing, identity,
+    },
 };
 
 /// The size of a thread's buffer. If the responses of one batch need more, the next ones go into a new buffer.
@@ -168,7 +171,7 @@ impl<'a, 's> Answer<'a, 's> {
     fn put(&self, sizes: Sizes, into: &mut BytesMut) {
         into.put_u8(0);
         // The bounds on scopes and on messages keep the response far below 4 GiB.
-        into.put_u32(u32::try_from(sizes.message).unwrap_or(u32::MAX));
+        into.put_u32(sizes.message.saturate());
         put_field(into, 1, 0);
         put_field(into, 3, sizes.ok);
         for (name, value) in self.headers() {

@@ -17,7 +17,7 @@ use sha2::Sha256;
 
 use super::entries::{Denied, Entries};
 use crate::{
-    base::clock::DatabaseTime,
+    base::{clock::DatabaseTime, saturate::Saturate as _},
     redis::{QueryError, Redis},
 };
 
@@ -186,7 +186,7 @@ impl SharedList {
             command.arg(NAME).arg(ended.iter().map(|(denied, _)| denied.line()).collect::<Vec<_>>());
             self.redis.query::<()>(&command).await.map_err(SharedError::Down)?;
         }
-        let life = i64::try_from(life.as_micros()).unwrap_or(i64::MAX);
+        let life = life.as_micros().saturate();
         let mut command = redis::cmd("HSET");
         command.arg(NAME);
         let terms = denied.iter().map(|denied| {

@@ -13,7 +13,7 @@ use super::{
     types::{Actor, AuditEntry, KeyDetails, NewKey, ReplicaStatus, Trust, TrustRef},
 };
 use crate::{
-    base::clock::DatabaseTime,
+    base::{clock::DatabaseTime, saturate::Saturate as _},
     record::{ApiKeyDigest, Fingerprint, KeyId, TrustId},
     store::{
         error::StoreError,

@@ -20,6 +20,7 @@ use crate::{
     base::{
         clock::{Clock, Moment},
         fault::{Fault, Tier},
+        saturate::Saturate as _,
     },
     record::{ApiKeyDigest, Digests, Fingerprint, KeyId, Record, Version, Versioned, bytes_from_hex},
     store::{
@@ -113,8 +114,8 @@ impl<D: Dialect> StoreReader<D> {
     pub(crate) fn new(dialect: D, settings: &StoreSettings, clock: Arc<dyn Clock>) -> Self {
         let dialect = Arc::new(dialect);
         let limits = PoolLimits {
-            connections_max: usize::try_from(settings.connections_max).unwrap_or(usize::MAX),
-            waiting_max: usize::try_from(settings.reads_max).unwrap_or(usize::MAX),
+            connections_max: settings.connections_max.saturate(),
+            waiting_max: settings.reads_max.saturate(),
             connect_timeout: settings.connect_timeout,
         };
         let poll = PoolLimits { connections_max: 1, waiting_max: 1, ..limits };

@@ -1,0 +1,58 @@
+//! Conversion of unsigned integers that stops at the largest value of a smaller type.
+
+/// An unsigned integer that can be converted to a smaller type.
+///
+/// Use this only if no real value reaches the bound (the length of a message in memory, as a `u32`), or if the bound has
+/// the same effect as the value (a duration of 584 years, as nanoseconds in a `u64`). Otherwise an overflow is an error,
+/// and `TryFrom` reports it.
+pub trait Saturate: Sized {
+    /// `self`, or the largest value of `T` if `self` is larger.
+    #[must_use]
+    fn saturate<T: Largest + TryFrom<Self>>(self) -> T {
+        T::try_from(self).unwrap_or(T::LARGEST)
+    }
+}
+
+// Signed integers are missing: a negative number must not become the largest value.
+impl Saturate for u32 {}
+impl Saturate for u64 {}
+impl Saturate for u128 {}
+impl Saturate for usize {}
+
+/// An integer type that has a largest value.
+pub trait Largest {
+    /// The largest value.
+    const LARGEST: Self;
+}
+
+impl Largest for u8 {
+    const LARGEST: Self = Self::MAX;
+}
+
+impl Largest for u32 {
+    const LARGEST: Self = Self::MAX;
+}
+
+impl Largest for u64 {
+    const LARGEST: Self = Self::MAX;
+}
+
+impl Largest for usize {
+    const LARGEST: Self = Self::MAX;
+}
+
+impl Largest for i64 {
+    const LARGEST: Self = Self::MAX;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn values_that_fit_are_kept_and_larger_ones_become_the_largest() {
+        assert_eq!([255_u64, 256, u64::MAX].map(Saturate::saturate::<u8>), [255, 255, 255]);
+        assert_eq!([7_u64, u64::MAX].map(Saturate::saturate::<i64>), [7, i64::MAX]);
+        assert_eq!([7_u128, u128::MAX].map(Saturate::saturate::<u64>), [7, u64::MAX]);
+    }
+}
