@@ -36,6 +36,12 @@
 //! - [`cli`], the command line
 //! - `main`, passes the process's arguments to [`cli`]
 
+#[cfg(not(target_os = "linux"))]
+compile_error!(
+    "trustgate needs Linux: leases are measured with CLOCK_BOOTTIME, which counts the time of a suspended machine, and \
+     threads that load records get a lower priority than other threads. On other systems, run trustgate in a container."
+);
+
 pub mod api;
 pub mod base;
 pub mod cache;

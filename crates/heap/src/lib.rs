@@ -5,7 +5,7 @@
 /// them for later allocations. Locks each arena while it searches the arena's free chunks. Does nothing with other C
 /// libraries.
 pub fn trim() {
-    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    #[cfg(target_env = "gnu")]
     // SAFETY: `malloc_trim` has no preconditions and is MT-Safe.
     unsafe {
         libc::malloc_trim(0);
