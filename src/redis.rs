@@ -8,11 +8,13 @@ pub(crate) mod client;
 pub(crate) mod connection;
 pub(crate) mod notifications;
 pub(crate) mod reconnect;
+pub(crate) mod sealed;
 pub(crate) mod settings;
 
 pub use self::{
     client::{QueryError, Redis, RedisMetrics, Script},
     connection::{Connection, Link},
     notifications::listen,
+    sealed::MacKey,
     settings::{RedisSettings, read_mac_key},
 };

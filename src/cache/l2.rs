@@ -1,38 +1,31 @@
 //! L2: records in Redis, shared between replicas, each with its version and a MAC.
 //!
-//! A value consists of the layout (1 byte), a MAC (32), the lineage (16 + 8 + 4), `as_of` (16 hexadecimal digits, so
-//! that Lua in Redis can compare it), the nonce (16), the database's time (8) and the record. The MAC is HMAC-SHA-256
-//! over the layout, the kind, the table, the key and all bytes after the MAC. It is verified before the value is
-//! parsed.
+//! A value is sealed ([`crate::redis::sealed`]) under its kind, its table and its key. Its body consists of the lineage
+//! (16 + 8 + 4 bytes), `as_of` (16 hexadecimal digits, so that Lua in Redis can compare it), the nonce (16), the
+//! database's time (8) and the record. The MAC is verified before the body is parsed.
 //!
 //! L2 contains no negative entries, and an older value does not replace a newer one. A value whose MAC does not verify
 //! is ignored. So a client that can write to Redis but lacks the MAC key can only cause more reads of the store.
 
-use std::{
-    marker::PhantomData,
-    sync::{Arc, LazyLock, OnceLock},
-    time::Duration,
-};
+use std::{marker::PhantomData, sync::LazyLock, time::Duration};
 
-use hmac::{Hmac, KeyInit, Mac};
-use sha2::Sha256;
 use tokio::time::sleep;
 use uuid::Uuid;
 
 use super::cacheable::Cacheable;
+pub use crate::redis::MacKey;
 use crate::{
-    base::{
-        clock::{DatabaseTime, Moment},
-        saturate::Saturate as _,
-    },
+    base::clock::{DatabaseTime, Moment},
     record::{Lineage, Nonce, Version, Versioned, bytes_from_hex, hex},
-    redis::{QueryError, Redis, Script},
+    redis::{
+        QueryError, Redis, Script,
+        sealed::{Envelope, Name},
+    },
 };
 
 /// The layout of values. A value with another layout belongs to another release: it counts as a miss, and stays until a
 /// value replaces it.
 const LAYOUT: u8 = 2;
-const MAC_BYTES: usize = 32;
 const AS_OF_BYTES: usize = 16;
 /// The maximum length of a value, in bytes. Longer values are not written, and reads stop there, so that values written
 /// by other clients cannot exhaust our memory. It is enough for a thousand scopes.
@@ -40,9 +33,6 @@ const VALUE_BYTES_MAX: usize = 64 << 10;
 
 static REPLACE: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("l2/replace.lua")));
 static DISCARD: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("l2/discard.lua")));
-
-/// The MAC key. It comes from a file, or from the store once that has answered.
-pub type MacKey = Arc<OnceLock<[u8; 32]>>;
 
 /// Records of one kind in Redis.
 pub struct L2<K: Cacheable> {
@@ -151,38 +141,25 @@ impl<K: Cacheable> Names<K> {
         format!("trustgate:{}:{}", self.kind, hex(key.as_ref()))
     }
 
-    fn mac(&self, mac_key: &[u8; 32], key: &K::Key, body: &[u8]) -> Hmac<Sha256> {
-        // The length before the kind keeps two inputs from producing the same bytes. All keys of a kind have the same
-        // length.
-        let name_length = self.kind.len().saturate::<u8>();
-        Hmac::<Sha256>::new_from_slice(mac_key)
-            .unwrap_or_else(|_| unreachable!("HMAC takes a key of any length (RFC 2104)"))
-            .chain_update([LAYOUT, name_length])
-            .chain_update(&self.kind)
-            .chain_update(key.as_ref())
-            .chain_update(body)
+    fn envelope(&self) -> Envelope<'_> {
+        Envelope { layout: LAYOUT, kind: &self.kind }
     }
 
     fn seal(&self, mac_key: &[u8; 32], key: &K::Key, found: &Versioned<&K::Value>) -> Vec<u8> {
         let Versioned { value, as_of, nonce, lineage, read_at, sent_at: _ } = found;
-        let mut bytes = vec![LAYOUT];
-        bytes.resize(1 + MAC_BYTES, 0);
-        bytes.extend_from_slice(lineage.incarnation.as_bytes());
-        bytes.extend_from_slice(&lineage.system.to_be_bytes());
-        bytes.extend_from_slice(&lineage.timeline.to_be_bytes());
-        bytes.extend_from_slice(hex(&as_of.0.to_be_bytes()).as_bytes());
-        bytes.extend_from_slice(&nonce.0);
-        bytes.extend_from_slice(&read_at.micros().to_be_bytes());
-        K::encode(value, &mut bytes);
-        let mac = self.mac(mac_key, key, &bytes[1 + MAC_BYTES..]).finalize().into_bytes();
-        bytes[1..=MAC_BYTES].copy_from_slice(&mac);
-        bytes
+        self.envelope().seal(mac_key, Name::Fixed(key.as_ref()), |body| {
+            body.extend_from_slice(lineage.incarnation.as_bytes());
+            body.extend_from_slice(&lineage.system.to_be_bytes());
+            body.extend_from_slice(&lineage.timeline.to_be_bytes());
+            body.extend_from_slice(hex(&as_of.0.to_be_bytes()).as_bytes());
+            body.extend_from_slice(&nonce.0);
+            body.extend_from_slice(&read_at.micros().to_be_bytes());
+            K::encode(value, body);
+        })
     }
 
     fn open(&self, mac_key: &[u8; 32], key: &K::Key, bytes: &[u8], now: Moment) -> Option<Versioned<K::Value>> {
-        let (&[LAYOUT], rest) = bytes.split_first_chunk()? else { return None };
-        let (found_mac, body) = rest.split_first_chunk::<MAC_BYTES>()?;
-        self.mac(mac_key, key, body).verify_slice(found_mac).ok()?;
+        let body = self.envelope().open(mac_key, Name::Fixed(key.as_ref()), bytes)?;
         let (incarnation, rest) = body.split_first_chunk()?;
         let (system, rest) = rest.split_first_chunk()?;
         let (timeline, rest) = rest.split_first_chunk()?;

@@ -1,31 +1,29 @@
 //! The deny list in Redis: one hash, `trustgate:deny`, whose fields are entries and whose values are their terms.
 //!
-//! A value consists of the layout (1 byte), a MAC (32), `set_at` (8) and `end` (8); both times are microseconds by
-//! Redis's clock. Of two values for one entry, the one set later counts. A command removes an entry by setting an end
+//! A value is sealed ([`crate::redis::sealed`]) under its entry. Its body consists of `set_at` (8 bytes) and `end` (8);
+//! both times are microseconds by Redis's clock. Of two values for one entry, the one set later counts. A command removes an entry by setting an end
 //! in the past. A replica that has read an entry keeps it until its end even if it is missing from Redis, for example
 //! after a restart without data. So a client that can write to Redis but lacks the MAC key can neither add an entry nor
 //! remove one from such a replica.
 
 use std::{
     collections::{HashMap, HashSet},
-    sync::{Arc, OnceLock},
     time::Duration,
 };
-
-use hmac::{Hmac, KeyInit, Mac};
-use sha2::Sha256;
 
 use super::entries::{Denied, Entries};
 use crate::{
     base::{clock::DatabaseTime, saturate::Saturate as _},
-    redis::{QueryError, Redis},
+    redis::{
+        MacKey, QueryError, Redis,
+        sealed::{Envelope, Name, SEALED_BYTES_MIN},
+    },
 };
 
 /// The name of the hash.
 const NAME: &str = "trustgate:deny";
-/// The layout of values. Values with another layout are refused.
-const LAYOUT: u8 = 1;
-const MAC_BYTES: usize = 32;
+/// The envelope of values. No value in L2 has its kind. Values with another layout are refused.
+const ENVELOPE: Envelope<'_> = Envelope { layout: 1, kind: "deny" };
 /// The maximum number of entries in the hash. Each replica reads all of them twice a second. To deny many keys, deny
 /// their trust, which is one entry, or use the file, which has a higher limit.
 pub const ENTRIES_MAX: usize = 1_000;
@@ -40,7 +38,7 @@ const FIELDS_MAX: usize = 4 * ENTRIES_MAX;
 /// The length of the longest field: `digest`, a space and 64 hexadecimal digits.
 const FIELD_BYTES_MAX: usize = 71;
 /// The length of a value.
-const VALUE_BYTES: usize = 1 + MAC_BYTES + 8 + 8;
+const VALUE_BYTES: usize = SEALED_BYTES_MIN + 8 + 8;
 
 /// Atomically returns Redis's clock, the number of fields, the number of foreign fields (their length, or that of their
 /// value, rules them out as entries), and the remaining fields with their values. A client with write access to Redis
@@ -73,7 +71,7 @@ end";
 /// The deny list in Redis.
 pub struct SharedList {
     redis: Redis,
-    mac_key: Arc<OnceLock<[u8; 32]>>,
+    mac_key: MacKey,
 }
 
 /// The term of an entry: microseconds since the Unix epoch by Redis's clock.
@@ -126,7 +124,7 @@ pub enum SharedError {
 impl SharedList {
     /// The list in `redis`. It can be used once `mac_key` is set, which authenticates the entries.
     #[must_use]
-    pub const fn new(redis: Redis, mac_key: Arc<OnceLock<[u8; 32]>>) -> Self {
+    pub const fn new(redis: Redis, mac_key: MacKey) -> Self {
         Self { redis, mac_key }
     }
 
@@ -206,31 +204,17 @@ const fn ended_long_ago(end: i64, now: i64) -> bool {
     end.saturating_add(KEPT_MICROS) < now
 }
 
-/// The MAC of an entry. The input has the same form as that of a value in L2, under a kind that no cached value has.
-/// The length before the entry keeps two inputs from producing the same bytes.
-fn mac(mac_key: &[u8; 32], line: &str, body: &[u8]) -> Hmac<Sha256> {
-    let length = u8::try_from(line.len()).unwrap_or_else(|_| unreachable!("a line has 71 bytes at most"));
-    Hmac::<Sha256>::new_from_slice(mac_key)
-        .unwrap_or_else(|_| unreachable!("HMAC takes a key of any length (RFC 2104)"))
-        .chain_update([LAYOUT, 4])
-        .chain_update("deny")
-        .chain_update([length])
-        .chain_update(line)
-        .chain_update(body)
-}
-
 fn seal(mac_key: &[u8; 32], denied: &Denied, term: Term) -> Vec<u8> {
-    let body = [term.set_at.to_be_bytes(), term.end.to_be_bytes()].concat();
-    let mac = mac(mac_key, &denied.line(), &body).finalize().into_bytes();
-    [&[LAYOUT][..], &mac, &body].concat()
+    ENVELOPE.seal(mac_key, Name::Varying(&denied.line()), |body| {
+        body.extend_from_slice(&term.set_at.to_be_bytes());
+        body.extend_from_slice(&term.end.to_be_bytes());
+    })
 }
 
 fn open(mac_key: &[u8; 32], field: &[u8], value: &[u8]) -> Option<(Denied, Term)> {
     let (kind, id) = std::str::from_utf8(field).ok()?.split_once(' ')?;
     let denied = Denied::read(kind, id)?;
-    let (&[LAYOUT], rest) = value.split_first_chunk()? else { return None };
-    let (found_mac, body) = rest.split_first_chunk::<MAC_BYTES>()?;
-    mac(mac_key, &denied.line(), body).verify_slice(found_mac).ok()?;
+    let body = ENVELOPE.open(mac_key, Name::Varying(&denied.line()), value)?;
     let (set_at, end) = body.split_first_chunk()?;
     let term = Term { set_at: i64::from_be_bytes(*set_at), end: i64::from_be_bytes(end.try_into().ok()?) };
     Some((denied, term))
