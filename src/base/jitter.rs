@@ -1,6 +1,8 @@
-//! Jitter: small variations of intervals, so that replicas do not act at the same moments.
+//! Jitter: small variations of times, so that replicas do not act, and entries and connections do not end, at the same
+//! moments.
 //!
-//! The variations depend only on the replica's id, so they are the same in each run.
+//! The variations depend only on numbers that the caller has, such as the replica's id, so they are the same in each
+//! run.
 
 use std::time::Duration;
 
@@ -23,6 +25,28 @@ impl Jitter {
         // A linear congruential generator (Knuth, MMIX). Its upper bits are the most random ones.
         self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         let [upper, ..] = self.0.to_be_bytes();
-        time.mul_f64(0.9 + 0.2 * f64::from(upper) / 255.0)
+        vary(time, 0.1, f64::from(upper) / 255.0)
+    }
+}
+
+/// `time`, varied by up to `share` of it in either direction. `position`: the place in that range, from 0 to 1.
+#[must_use]
+pub fn vary(time: Duration, share: f64, position: f64) -> Duration {
+    time.mul_f64(1.0 - share + 2.0 * share * position)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_vary_by_their_share_in_either_direction() {
+        let vary = |position| vary(Duration::from_secs(10), 0.2, position).as_millis();
+        assert_eq!([0.0, 0.5, 1.0].map(vary), [8_000, 10_000, 12_000]);
+        let mut jitter = Jitter::of(Uuid::from_u128(7));
+        for _ in 0..1_000 {
+            let millis = jitter.around(Duration::from_secs(1)).as_millis();
+            assert!((900..=1_100).contains(&millis), "{millis}");
+        }
     }
 }

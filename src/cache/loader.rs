@@ -23,6 +23,7 @@ use crate::{
         breaker::{self, Breaker},
         clock::Clock,
         fault::{Fault, Tier},
+        jitter,
     },
     freshness::{ReplicaState, history::Provenance, lease::LeaseState},
     record::Versioned,
@@ -258,11 +259,8 @@ impl<K: Cacheable> Loader<K> {
     fn lifetime(&self, spread: u8, found: &Versioned<Option<K::Value>>) -> Lifetime {
         let now = self.replica_state.database_clock.at(found.sent_at);
         let age = now.map_or(Duration::ZERO, |now| now.since(found.read_at));
-        Lifetime { born: found.sent_at.before(age), lasts: jittered(self.ages.any, spread) }
+        // Entries that were read together must not expire together.
+        let lasts = jitter::vary(self.ages.any, 0.2, f64::from(spread) / 255.0);
+        Lifetime { born: found.sent_at.before(age), lasts }
     }
-}
-
-/// `time` +-20 %, by `spread`, so that entries that were read together do not expire together.
-fn jittered(time: Duration, spread: u8) -> Duration {
-    time.mul_f64(0.8 + 0.4 * f64::from(spread) / 255.0)
 }

@@ -15,7 +15,7 @@ use super::{
     stream::{Refused, Stream},
     worker::Workers,
 };
-use crate::base::log_limit::LogLimit;
+use crate::base::{jitter, log_limit::LogLimit};
 
 /// Wait after a failed accept (out of file descriptors, for example). Each further failure doubles the wait, up to
 /// [`ACCEPT_WAIT_MAX`].
@@ -78,8 +78,8 @@ pub async fn run(
     }
 }
 
-/// `age`, changed by up to 20 %, so that connections that were opened together are not all closed together.
+/// `age`, varied by up to 20 %, so that connections that were opened together are not all closed together.
 fn jittered_age(age: Duration, number: u16) -> Duration {
     // Multiplying by the golden ratio (40 503 / 65 536) distributes consecutive numbers evenly over the range.
-    age.mul_f64(0.8 + 0.4 * f64::from(number.wrapping_mul(40_503)) / f64::from(u16::MAX))
+    jitter::vary(age, 0.2, f64::from(number.wrapping_mul(40_503)) / f64::from(u16::MAX))
 }
