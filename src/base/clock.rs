@@ -90,6 +90,20 @@ impl DatabaseTime {
         Duration::from_micros(u64::try_from(self.micros().saturating_sub(earlier.micros())).unwrap_or(0))
     }
 
+    /// The time in RFC 3339 format, in UTC; `None` if it is outside the range of the calendar.
+    #[must_use]
+    pub fn to_rfc3339(self) -> Option<String> {
+        let at = OffsetDateTime::from_unix_timestamp_nanos(i128::from(self.micros()) * 1_000).ok()?;
+        at.format(&Rfc3339).ok()
+    }
+
+    /// Reads a time in RFC 3339 format. Digits after the microseconds are ignored.
+    #[must_use]
+    pub fn from_rfc3339(text: &str) -> Option<Self> {
+        let nanos = OffsetDateTime::parse(text, &Rfc3339).ok()?.unix_timestamp_nanos();
+        i64::try_from(nanos / 1_000).ok().map(Self::from_micros)
+    }
+
     /// `self` plus `wait`.
     #[must_use]
     pub fn after(self, wait: Duration) -> Self {
@@ -106,8 +120,7 @@ impl fmt::Debug for DatabaseTime {
 /// RFC 3339 in UTC. A time outside the range of the calendar is shown as its number of microseconds.
 impl fmt::Display for DatabaseTime {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let at = OffsetDateTime::from_unix_timestamp_nanos(i128::from(self.micros()) * 1_000);
-        match at.ok().and_then(|at| at.format(&Rfc3339).ok()) {
+        match self.to_rfc3339() {
             Some(text) => f.write_str(&text),
             None => write!(f, "{} us", self.micros()),
         }

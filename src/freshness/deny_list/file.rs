@@ -13,8 +13,6 @@ use std::{
     sync::Arc,
 };
 
-use time::{OffsetDateTime, format_description::well_known::Rfc3339};
-
 use super::entries::{Denied, Entries, add};
 use crate::base::{clock::DatabaseTime, text};
 
@@ -141,15 +139,10 @@ fn parse_line(line: &[u8]) -> Result<Option<(Denied, Option<DatabaseTime>)>, &'s
     let denied = words.next().and_then(|id| Denied::read(kind, id)).ok_or(EXPECTED)?;
     let until = match (words.next(), words.next(), words.next()) {
         (None, ..) => None,
-        (Some("until"), Some(end), None) => Some(parse_time(end).ok_or(EXPECTED_END)?),
+        (Some("until"), Some(end), None) => Some(DatabaseTime::from_rfc3339(end).ok_or(EXPECTED_END)?),
         _ => return Err(EXPECTED_END),
     };
     Ok(Some((denied, until)))
-}
-
-fn parse_time(text: &str) -> Option<DatabaseTime> {
-    let nanos = OffsetDateTime::parse(text, &Rfc3339).ok()?.unix_timestamp_nanos();
-    i64::try_from(nanos / 1_000).ok().map(DatabaseTime::from_micros)
 }
 
 /// A file that is examined for changes at intervals.

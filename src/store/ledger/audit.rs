@@ -41,9 +41,5 @@ pub(crate) fn key_json(key: &KeyDetails) -> Value {
 
 /// A time in RFC 3339 format, or the number of microseconds since the Unix epoch if the format cannot represent it.
 fn time_json(time: DatabaseTime) -> Value {
-    let format = &time::format_description::well_known::Rfc3339;
-    time::OffsetDateTime::from_unix_timestamp_nanos(i128::from(time.micros()) * 1_000)
-        .ok()
-        .and_then(|time| time.format(format).ok())
-        .map_or_else(|| json!(time.micros()), Value::from)
+    time.to_rfc3339().map_or_else(|| json!(time.micros()), Value::from)
 }
