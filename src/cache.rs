@@ -111,8 +111,8 @@ impl<K: Cacheable> Cache<K> {
             replica_state,
             clock,
             ages,
-            metrics: CacheMetrics::register::<K>(registry, breaker_open)?,
-            reads: StoreReads::new(limits),
+            metrics: CacheMetrics::register::<K>(registry)?,
+            reads: StoreReads::new(limits, breaker_open),
         };
         Ok(Self { loader: Arc::new(loader), loads: SingleFlight::new(io) })
     }

@@ -4,11 +4,15 @@
 //! Concurrent failures count as one. If this machine pauses for a moment, all calls in flight time out together, and
 //! that must not open the breaker.
 //!
-//! The breaker does not wait and does not read the clock: callers pass the time.
+//! The breaker does not wait and does not read the clock: callers pass the time. It logs when it opens and closes, and
+//! sets its gauge; it does not log repeated failures.
 
-use std::{sync::Mutex, time::Duration};
+use std::{
+    sync::{Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
 
-use super::clock::Moment;
+use super::{clock::Moment, metrics::IntGauge};
 
 /// The rules by which a breaker opens.
 #[derive(Clone, Copy, Debug)]
@@ -21,7 +25,7 @@ pub struct Rules {
 
 /// Closed -> (`failures_max` in a row) -> Open -> (after `open_for`) -> Probing (half-open) -> Closed or Open.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum State {
+enum State {
     /// All callers may use the tier.
     Closed {
         /// Failures in a row so far.
@@ -42,9 +46,12 @@ pub enum State {
 }
 
 impl State {
+    const fn is_closed(self) -> bool {
+        matches!(self, Self::Closed { .. })
+    }
+
     /// The state after a caller asked for permission at `now`, and true if the caller may use the tier.
-    #[must_use]
-    pub fn asked(self, now: Moment, rules: &Rules) -> (Self, bool) {
+    fn asked(self, now: Moment, rules: &Rules) -> (Self, bool) {
         match self {
             Self::Closed { .. } => (self, true),
             Self::Open { until } if now >= until => (Self::Probing { since: now }, true),
@@ -54,8 +61,7 @@ impl State {
     }
 
     /// The state after a call that began at `began` failed at `now`.
-    #[must_use]
-    pub fn failed(self, began: Moment, now: Moment, rules: &Rules) -> Self {
+    fn failed(self, began: Moment, now: Moment, rules: &Rules) -> Self {
         match self {
             Self::Closed { failures: 1.., last: before } | Self::Probing { since: before } if began < before => self,
             Self::Closed { failures, .. } if failures + 1 < rules.failures_max => {
@@ -71,29 +77,30 @@ impl State {
 /// Closed, without failures.
 const CLOSED: State = State::Closed { failures: 0, last: Moment::from_nanos(0) };
 
+/// How a breaker appears in the log and in metrics.
+#[derive(Debug)]
+pub struct Labels {
+    /// The tier, for the start of log lines.
+    pub tier: &'static str,
+    /// The effect of an open breaker, for the log line that reports it.
+    pub effect: &'static str,
+    /// The gauge that is 1 while not all callers may use the tier.
+    pub open: IntGauge,
+}
+
 /// A breaker that threads share. Only misses take its lock, for a few instructions.
 #[derive(Debug)]
 pub struct Breaker {
     rules: Rules,
+    labels: Labels,
     state: Mutex<State>,
-}
-
-/// The state change that a report caused. Callers log state changes, and do not log repeated failures.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Change {
-    /// No change.
-    None,
-    /// The breaker opened.
-    Opened,
-    /// The breaker closed again.
-    Closed,
 }
 
 impl Breaker {
     /// A closed breaker.
     #[must_use]
-    pub const fn new(rules: Rules) -> Self {
-        Self { rules, state: Mutex::new(CLOSED) }
+    pub const fn new(rules: Rules, labels: Labels) -> Self {
+        Self { rules, labels, state: Mutex::new(CLOSED) }
     }
 
     /// True if the caller may use the tier now. It must then report with [`Self::succeeded`] or [`Self::failed`].
@@ -105,28 +112,37 @@ impl Breaker {
     }
 
     /// Reports that the tier answered.
-    pub fn succeeded(&self) -> Change {
-        let was = std::mem::replace(&mut *self.lock(), CLOSED);
-        if matches!(was, State::Closed { .. }) { Change::None } else { Change::Closed }
+    pub fn succeeded(&self) {
+        self.report(|_| CLOSED);
     }
 
     /// Reports that a call that began at `began` failed at `now`.
-    pub fn failed(&self, began: Moment, now: Moment) -> Change {
-        let mut state = self.lock();
-        let was = *state;
-        *state = was.failed(began, now, &self.rules);
-        let opened = matches!((was, *state), (State::Closed { .. }, State::Open { .. }));
-        if opened { Change::Opened } else { Change::None }
+    pub fn failed(&self, began: Moment, now: Moment) {
+        self.report(|state| state.failed(began, now, &self.rules));
     }
 
-    /// True if all callers may use the tier.
-    pub fn is_closed(&self) -> bool {
-        matches!(*self.lock(), State::Closed { .. })
+    fn report(&self, next: impl FnOnce(State) -> State) {
+        let (was_closed, is_closed) = {
+            let mut state = self.lock();
+            let was = *state;
+            *state = next(was);
+            let (was_closed, is_closed) = (was.is_closed(), state.is_closed());
+            if was_closed != is_closed {
+                self.labels.open.set(i64::from(!is_closed)); // under the lock, so that the last change counts
+            }
+            (was_closed, is_closed)
+        };
+        let Labels { tier, effect, .. } = &self.labels;
+        match (was_closed, is_closed) {
+            (true, false) => tracing::warn!("{tier} circuit breaker opened: repeated failures; {effect}"),
+            (false, true) => tracing::info!("{tier} circuit breaker closed: the tier is used again"),
+            (true, true) | (false, false) => {}
+        }
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, State> {
+    fn lock(&self) -> MutexGuard<'_, State> {
         // The state is a plain value that is replaced as a whole, so a panic cannot leave it half changed.
-        self.state.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -139,44 +155,55 @@ mod tests {
         Moment::from_nanos(millis * 1_000_000)
     }
 
-    /// Reports a call that failed as soon as it began.
-    fn fails(breaker: &Breaker, millis: u64) -> Change {
-        breaker.failed(at(millis), at(millis))
+    fn closed() -> Breaker {
+        let open = IntGauge::new("open", "1 while open.").unwrap();
+        Breaker::new(RULES, Labels { tier: "tier", effect: "it is skipped", open })
+    }
+
+    /// Reports a call that failed at `failed`. Returns the state after it.
+    fn fails(breaker: &Breaker, began: u64, failed: u64) -> State {
+        breaker.failed(at(began), at(failed));
+        let state = *breaker.lock();
+        assert_eq!(breaker.labels.open.get(), i64::from(!state.is_closed()));
+        state
     }
 
     #[test]
     fn breaker_opens_after_failures_in_a_row_and_lets_one_caller_try() {
-        let breaker = Breaker::new(RULES);
-        assert_eq!(fails(&breaker, 0), Change::None);
+        let breaker = closed();
+        assert!(fails(&breaker, 0, 0).is_closed());
         breaker.succeeded();
-        assert_eq!(fails(&breaker, 1), Change::None, "a success starts the count again");
-        assert_eq!(fails(&breaker, 2), Change::Opened);
+        assert!(fails(&breaker, 1, 1).is_closed(), "a success starts the count again");
+        let open = State::Open { until: at(102) };
+        assert_eq!(fails(&breaker, 2, 2), open);
         assert!(!breaker.admits(at(50)));
-        assert_eq!(fails(&breaker, 60), Change::None, "a late failure does not keep the breaker open for longer");
+        assert_eq!(fails(&breaker, 60, 60), open, "a late failure does not keep the breaker open for longer");
         assert!(breaker.admits(at(102)), "the breaker was open for `open_for`");
         assert!(!breaker.admits(at(103)), "but only one caller tries");
-        assert_eq!(breaker.failed(at(1), at(104)), Change::None, "a call that began before the trial does not count");
-        assert_eq!(breaker.succeeded(), Change::Closed);
+        let trial = State::Probing { since: at(102) };
+        assert_eq!(fails(&breaker, 1, 104), trial, "a call that began before the trial does not count");
+        breaker.succeeded();
+        assert_eq!((*breaker.lock(), breaker.labels.open.get()), (CLOSED, 0));
         assert!(breaker.admits(at(104)));
     }
 
     #[test]
     fn concurrent_failures_count_as_one() {
-        let breaker = Breaker::new(RULES);
+        let breaker = closed();
         for began in 0..50 {
-            assert_eq!(breaker.failed(at(began), at(100 + began)), Change::None);
+            assert!(fails(&breaker, began, 100 + began).is_closed());
         }
         assert!(breaker.admits(at(150)));
-        assert_eq!(breaker.failed(at(100), at(200)), Change::Opened, "this call began after the first failure");
+        assert!(!fails(&breaker, 100, 200).is_closed(), "this call began after the first failure");
     }
 
     #[test]
     fn a_failed_trial_reopens_the_breaker_and_a_lost_trial_is_replaced() {
-        let breaker = Breaker::new(RULES);
-        fails(&breaker, 0);
-        fails(&breaker, 0);
+        let breaker = closed();
+        fails(&breaker, 0, 0);
+        fails(&breaker, 0, 0);
         assert!(breaker.admits(at(100)));
-        breaker.failed(at(100), at(110));
+        fails(&breaker, 100, 110);
         assert!(!breaker.admits(at(150)));
         assert!(breaker.admits(at(210)));
         assert!(!breaker.admits(at(300)));

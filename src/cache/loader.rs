@@ -24,6 +24,7 @@ use crate::{
         clock::Clock,
         fault::{Fault, Tier},
         jitter,
+        metrics::IntGauge,
     },
     freshness::{ReplicaState, history::Provenance, lease::LeaseState},
     record::Versioned,
@@ -82,12 +83,14 @@ pub(crate) struct StoreReads {
 }
 
 impl StoreReads {
-    /// Creates free slots and a closed circuit breaker.
-    pub(crate) fn new(limits: StoreLimits) -> Self {
+    /// Creates free slots and a closed circuit breaker, whose gauge is `breaker_open`.
+    pub(crate) fn new(limits: StoreLimits, breaker_open: IntGauge) -> Self {
         let slots = limits.reads_max as usize;
+        let labels =
+            breaker::Labels { tier: "database", effect: "checks that need a read get a fault", open: breaker_open };
         Self {
             timeout: limits.read_timeout,
-            breaker: Breaker::new(limits.breaker),
+            breaker: Breaker::new(limits.breaker, labels),
             slots: Semaphore::new(slots),
             slots_for_unknown: Semaphore::new((slots * 3 / 4).max(1)),
         }
@@ -178,35 +181,22 @@ impl<K: Cacheable> Loader<K> {
                 if self.clock.now().since(found.sent_at) <= limit {
                     self.replica_state.database_clock.observe(found.sent_at, found.read_at);
                 }
-                self.report(self.reads.breaker.succeeded());
+                self.reads.breaker.succeeded();
                 let outcome = if found.value.is_some() { &self.metrics.store.hit } else { &self.metrics.store.miss };
                 outcome.inc();
                 self.metrics.reads_ok.inc();
             }
             Err(fault) => {
                 if fault.blames_tier() {
-                    self.report(self.reads.breaker.failed(began, self.clock.now()));
+                    self.reads.breaker.failed(began, self.clock.now());
                 } else if fault.is_answer() {
-                    self.report(self.reads.breaker.succeeded());
+                    self.reads.breaker.succeeded();
                 }
                 self.metrics.store.error.inc();
                 self.metrics.reads_failed.inc();
             }
         }
         answer
-    }
-
-    fn report(&self, change: breaker::Change) {
-        match change {
-            breaker::Change::None => {}
-            breaker::Change::Opened => {
-                tracing::warn!(
-                    "database circuit breaker opened: reads failed repeatedly; checks that need a read get a fault"
-                );
-            }
-            breaker::Change::Closed => tracing::info!("database circuit breaker closed"),
-        }
-        self.metrics.breaker_open.set(i64::from(!self.reads.breaker.is_closed()));
     }
 
     /// Makes an entry from a found value, and puts it into L1 if a poll has confirmed its version.

@@ -28,16 +28,15 @@ pub(crate) struct CacheMetrics {
     pub(crate) reads_ok: IntCounter,
     pub(crate) reads_failed: IntCounter,
     pub(crate) read_seconds: Histogram,
-    pub(crate) breaker_open: IntGauge,
     pub(crate) samples: SampleCounts,
 }
 
 impl CacheMetrics {
-    /// Declares the metrics; `breaker_open` is the gauge of the store's circuit breaker.
+    /// Declares the metrics.
     ///
     /// # Errors
     /// As [`register`].
-    pub(crate) fn register<K: Cacheable>(registry: &Registry, breaker_open: IntGauge) -> prometheus::Result<Self> {
+    pub(crate) fn register<K: Cacheable>(registry: &Registry) -> prometheus::Result<Self> {
         let lookups = ThreadCounters::new(
             Opts::new(
                 "trustgate_cache_lookups_total",
@@ -77,7 +76,6 @@ impl CacheMetrics {
             reads_ok: reads.with_label_values(&["ok"]),
             reads_failed: reads.with_label_values(&["error"]),
             read_seconds: register(registry, Histogram::with_opts(seconds.buckets(SHORT_SECONDS.to_vec())))?,
-            breaker_open,
             samples: SampleCounts::register::<K>(registry)?,
         })
     }

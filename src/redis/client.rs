@@ -173,10 +173,15 @@ impl Redis {
         stop: CancellationToken,
     ) -> (Self, impl Future<Output = ()> + Send + use<L>) {
         let rules = breaker::Rules { failures_max: settings.breaker_failures, open_for: settings.breaker_open };
+        let labels = breaker::Labels {
+            tier: "redis",
+            effect: "records are read from the database instead",
+            open: metrics.breaker_open.clone(),
+        };
         let (sender, connection) = watch::channel(None);
         let handle = Self {
             connection,
-            breaker: Arc::new(Breaker::new(rules)),
+            breaker: Arc::new(Breaker::new(rules, labels)),
             clock,
             limit: settings.timeout,
             metrics: metrics.clone(),
@@ -204,12 +209,12 @@ impl Redis {
             return Err(QueryError::Paused);
         }
         let Some(mut connection) = self.connection.borrow().clone() else {
-            self.report(self.breaker.failed(began, began));
+            self.breaker.failed(began, began);
             return Err(QueryError::Paused);
         };
         let fault = match timeout(self.limit, connection.send(command)).await {
             Ok(Ok(value)) => {
-                self.report(self.breaker.succeeded());
+                self.breaker.succeeded();
                 return Ok(value);
             }
             Ok(Err(error)) => {
@@ -220,7 +225,7 @@ impl Redis {
                     _ => None,
                 };
                 if let Some(answer) = answer {
-                    self.report(self.breaker.succeeded());
+                    self.breaker.succeeded();
                     return Err(answer);
                 }
                 let refusal = Refusal::of(&error);
@@ -230,14 +235,14 @@ impl Redis {
                 let fault = Fault::unreachable(Tier::L2, error);
                 if matches!(refusal, Some(Refusal::ReadOnly | Refusal::OutOfMemory | Refusal::Misconfigured)) {
                     // The server still answers reads, so this is a success for the circuit breaker.
-                    self.report(self.breaker.succeeded());
+                    self.breaker.succeeded();
                     return Err(QueryError::Failed(fault));
                 }
                 fault
             }
             Err(_) => Fault::Timeout { tier: Tier::L2, limit: self.limit },
         };
-        self.report(self.breaker.failed(began, self.clock.now()));
+        self.breaker.failed(began, self.clock.now());
         Err(QueryError::Failed(fault))
     }
 
@@ -298,17 +303,6 @@ impl Redis {
     #[must_use]
     pub const fn limit(&self) -> Duration {
         self.limit
-    }
-
-    fn report(&self, change: breaker::Change) {
-        match change {
-            breaker::Change::None => {}
-            breaker::Change::Opened => tracing::warn!(
-                "redis circuit breaker opened: repeated failures; records are read from the database instead"
-            ),
-            breaker::Change::Closed => tracing::info!("redis circuit breaker closed: redis is used again"),
-        }
-        self.metrics.breaker_open.set(i64::from(!self.breaker.is_closed()));
     }
 }
 
