@@ -75,10 +75,12 @@ pub enum Fault {
         /// The deadline.
         limit: Duration,
     },
-    /// No usable value was found: each loaded value was outdated by the time it arrived, or the database's clock is not
-    /// known yet.
-    #[error("record not confirmed: it kept changing while it was read, or the database has not answered yet")]
+    /// Each loaded value was out of date by the time it arrived.
+    #[error("record not confirmed: it kept changing while it was read")]
     Unconfirmed,
+    /// The database's clock is not known yet, so this server cannot decide whether a key has expired.
+    #[error("database clock unknown: the database has not answered yet")]
+    ClockUnknown,
     /// The route has a trustgate context extension that this server does not understand.
     #[error("route invalid: cannot use the context extension {name:?} with the value {value:?}: {problem}")]
     Route {
@@ -164,6 +166,7 @@ impl Fault {
             | Self::Unreachable { .. }
             | Self::Corrupt { .. }
             | Self::Unconfirmed
+            | Self::ClockUnknown
             | Self::Ended => FaultReason::Store,
             Self::Paused { .. } => FaultReason::Breaker,
             Self::Route { .. } | Self::Compressed { .. } => FaultReason::Route,

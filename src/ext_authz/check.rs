@@ -269,7 +269,7 @@ impl Checker {
     ) -> Outcome<'r> {
         let replica_state = &self.parts.replica_state;
         // Polls and database reads set the database's clock. Before the first one, expiry cannot be decided.
-        let now = replica_state.database_clock.at(now).ok_or(Fault::Unconfirmed)?;
+        let now = replica_state.database_clock.at(now).ok_or(Fault::ClockUnknown)?;
         // Without the recorded pepper this server cannot find new keys, so it must not deny them as unknown.
         if found.record.is_none() && !replica_state.pepper.identifies_all() {
             return Err(Fault::Pepper);
