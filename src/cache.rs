@@ -245,7 +245,7 @@ mod tests {
             metrics::Opts,
             secret::Secret,
         },
-        freshness::{history::Provenance, lease::Limits},
+        freshness::{ChangeLog, history::Provenance, lease::Limits},
         record::{ApiKeyDigest, Digests, KeyId, Lineage, Nonce, Record, StoredPeppers, TrustId, Version, Versioned},
         store::{Polled, StoreSettings, open_lookup},
     };
@@ -312,13 +312,13 @@ mod tests {
             expires_at: None,
             revoked_at: None,
         };
-        loader.replica_state.apply(&polled(5..=5), true);
+        loader.replica_state.apply(&polled(5..=5), ChangeLog::Present);
         for found in [Some(record), None] {
             let newest = loader.replica_state.load().applied().0;
             let result = loader.insert_if_confirmed(&query, versioned(found, newest + 1), Tier::Store);
             assert_eq!(result.provenance(&loader.replica_state.load()), Provenance::Ahead);
             loader.l1.forget(&DIGEST);
-            loader.replica_state.apply(&polled(newest..=newest + 1), true);
+            loader.replica_state.apply(&polled(newest..=newest + 1), ChangeLog::Present);
             loader.publish(&query, result).await;
             let entry = loader.l1.get(&DIGEST).expect("in L1");
             assert!(entry.is_current(&loader.replica_state.load(), SystemClock.now()));

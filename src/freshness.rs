@@ -193,6 +193,15 @@ pub struct ReplicaState {
     wake: Notify,
 }
 
+/// The kind of tables that a poll reads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ChangeLog {
+    /// The tables have a change log.
+    Present,
+    /// An existing table that is not attached. Its polls do not start a lease.
+    Absent,
+}
+
 /// The effect of applying the answer to a poll.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Applied {
@@ -284,9 +293,9 @@ impl ReplicaState {
         }
     }
 
-    /// Applies the answer to a poll that was sent for [`ReplicaView::since`] of the current view. `tracks_changes`:
-    /// true for tables with a change log; without one, the poll does not start a lease.
-    pub fn apply(&self, polled: &Polled, tracks_changes: bool) -> Applied {
+    /// Applies the answer to a poll that was sent for [`ReplicaView::since`] of the current view.
+    pub fn apply(&self, polled: &Polled, change_log: ChangeLog) -> Applied {
+        let tracks_changes = change_log == ChangeLog::Present;
         let newest = &polled.newest;
         self.database_clock.observe(newest.sent_at, newest.read_at);
         let view = self.present.load_full();
@@ -392,7 +401,7 @@ mod tests {
         assert_eq!((replica_state.is_confirmed(), replica_state.load().since()), (false, None));
         let digest = ApiKeyDigest::from_bytes([1; 32]);
         assert_eq!(
-            replica_state.apply(&polled(&[(5, 5), (7, 7)], &[(7, Change::Absent(digest))]), true),
+            replica_state.apply(&polled(&[(5, 5), (7, 7)], &[(7, Change::Absent(digest))]), ChangeLog::Present),
             Applied::Begun
         );
         assert_eq!((replica_state.is_confirmed(), replica_state.load().since()), (true, Some(Version(7))));
@@ -408,14 +417,15 @@ mod tests {
     fn lost_history_starts_a_new_view_where_revoked_digests_stay_denied() {
         let replica_state = ReplicaState::new(LIMITS);
         let digest = ApiKeyDigest::from_bytes([1; 32]);
-        replica_state.apply(&polled(&[(5, 5)], &[]), true);
+        replica_state.apply(&polled(&[(5, 5)], &[]), ChangeLog::Present);
         assert_eq!(
-            replica_state.apply(&polled(&[(5, 5), (6, 6)], &[(6, Change::Gone(digest))]), true),
+            replica_state.apply(&polled(&[(5, 5), (6, 6)], &[(6, Change::Gone(digest))]), ChangeLog::Present),
             Applied::Changed
         );
         let before = replica_state.load();
         // Lost history takes precedence over altered triggers.
-        let lost = replica_state.apply(&Polled { triggers_intact: false, ..polled(&[(6, 1), (7, 7)], &[]) }, true);
+        let lost = replica_state
+            .apply(&Polled { triggers_intact: false, ..polled(&[(6, 1), (7, 7)], &[]) }, ChangeLog::Present);
         assert!(matches!(lost, Applied::Lost { applied: Version(6), .. }), "{lost:?}");
         assert_eq!(before.lease_state(Moment::from_nanos(8)), LeaseState::Expired, "the old lease has ended");
         assert_eq!(
@@ -425,9 +435,9 @@ mod tests {
         assert!(replica_state.revoked.binds(&digest));
         let issued = (5, Change::Absent(digest));
         let begins = polled(&[(5, 5), (6, 1), (7, 7)], std::slice::from_ref(&issued));
-        assert_eq!(replica_state.apply(&begins, true), Applied::Begun);
+        assert_eq!(replica_state.apply(&begins, ChangeLog::Present), Applied::Begun);
         assert!(replica_state.revoked.binds(&digest), "the change that issued it is older than the revocation");
-        replica_state.apply(&polled(&[(7, 7), (8, 8)], &[(8, issued.1)]), true);
+        replica_state.apply(&polled(&[(7, 7), (8, 8)], &[(8, issued.1)]), ChangeLog::Present);
         assert!(!replica_state.revoked.binds(&digest), "a change in the new history releases it");
         assert_ne!(replica_state.load().epoch(), before.epoch());
     }
@@ -439,11 +449,11 @@ mod tests {
         // Once under a version number that the lost history used too, and once under a later number.
         for (versions, issued) in [(&[(5, 5), (6, 1)][..], issued(6)), (&[(5, 5), (6, 1), (7, 7)][..], issued(7))] {
             let replica_state = ReplicaState::new(LIMITS);
-            replica_state.apply(&polled(&[(5, 5)], &[]), true);
-            replica_state.apply(&polled(&[(5, 5), (6, 6)], &[(6, Change::Gone(digest))]), true);
-            assert!(matches!(replica_state.apply(&polled(versions, &[]), true), Applied::Lost { .. }));
+            replica_state.apply(&polled(&[(5, 5)], &[]), ChangeLog::Present);
+            replica_state.apply(&polled(&[(5, 5), (6, 6)], &[(6, Change::Gone(digest))]), ChangeLog::Present);
+            assert!(matches!(replica_state.apply(&polled(versions, &[]), ChangeLog::Present), Applied::Lost { .. }));
             assert!(replica_state.revoked.binds(&digest));
-            assert_eq!(replica_state.apply(&polled(versions, &[issued]), true), Applied::Begun);
+            assert_eq!(replica_state.apply(&polled(versions, &[issued]), ChangeLog::Present), Applied::Begun);
             assert!(!replica_state.revoked.binds(&digest), "{versions:?}");
         }
     }
@@ -452,23 +462,23 @@ mod tests {
     fn key_issued_again_before_the_first_poll_is_not_remembered_as_revoked() {
         let (replica_state, digest) = (ReplicaState::new(LIMITS), ApiKeyDigest::from_bytes([1; 32]));
         let changes = [(5, Change::Gone(digest)), (6, Change::Absent(digest))];
-        replica_state.apply(&polled(&[(5, 5), (6, 6)], &changes), true);
-        replica_state.apply(&polled(&[(6, 1)], &[]), true);
+        replica_state.apply(&polled(&[(5, 5), (6, 6)], &changes), ChangeLog::Present);
+        replica_state.apply(&polled(&[(6, 1)], &[]), ChangeLog::Present);
         assert!(!replica_state.revoked.binds(&digest));
     }
 
     #[test]
     fn lease_is_expired_while_triggers_are_not_intact() {
         let replica_state = ReplicaState::new(LIMITS);
-        replica_state.apply(&polled(&[(5, 5)], &[]), true);
+        replica_state.apply(&polled(&[(5, 5)], &[]), ChangeLog::Present);
         let unwatched = Polled { triggers_intact: false, ..polled(&[(5, 5), (6, 6)], &[]) };
-        assert_eq!(replica_state.apply(&unwatched, true), Applied::Unwatched);
+        assert_eq!(replica_state.apply(&unwatched, ChangeLog::Present), Applied::Unwatched);
         assert_eq!(replica_state.load().lease_state(Moment::from_nanos(8)), LeaseState::Expired);
         assert_eq!(replica_state.load().applied(), Version(5));
         let other = Polled { triggers_intact: false, ..polled(&[(5, 6)], &[]) };
-        assert!(matches!(ReplicaState::new(LIMITS).apply(&other, true), Applied::Unwatched));
+        assert!(matches!(ReplicaState::new(LIMITS).apply(&other, ChangeLog::Present), Applied::Unwatched));
         assert_eq!(
-            replica_state.apply(&polled(&[(5, 5), (6, 6), (7, 7)], &[(7, Change::Everything)]), true),
+            replica_state.apply(&polled(&[(5, 5), (6, 6), (7, 7)], &[(7, Change::Everything)]), ChangeLog::Present),
             Applied::Changed
         );
         assert!(!covers_negative_entry(&replica_state, 6));
@@ -477,9 +487,9 @@ mod tests {
     #[test]
     fn incomplete_poll_makes_every_older_value_out_of_date() {
         let replica_state = ReplicaState::new(LIMITS);
-        replica_state.apply(&polled(&[(5, 5)], &[]), true);
+        replica_state.apply(&polled(&[(5, 5)], &[]), ChangeLog::Present);
         let much = Polled { complete: false, ..polled(&[(5, 5), (9, 9)], &[]) };
-        assert_eq!(replica_state.apply(&much, true), Applied::Everything);
+        assert_eq!(replica_state.apply(&much, ChangeLog::Present), Applied::Everything);
         assert!(!covers_negative_entry(&replica_state, 8) && covers_negative_entry(&replica_state, 9));
     }
 
@@ -487,18 +497,18 @@ mod tests {
     fn tables_without_a_change_log_are_confirmed_but_get_no_lease() {
         let replica_state = ReplicaState::new(LIMITS);
         let untracked = Polled { triggers_intact: false, ..polled(&[(0, 0)], &[]) };
-        assert_eq!(replica_state.apply(&untracked, false), Applied::Begun);
+        assert_eq!(replica_state.apply(&untracked, ChangeLog::Absent), Applied::Begun);
         assert_eq!(replica_state.load().lease_state(Moment::from_nanos(8)), LeaseState::Expired);
         assert!(replica_state.is_confirmed());
         let epoch = replica_state.load().epoch();
-        assert_eq!(replica_state.apply(&Polled { versions: vec![], ..untracked }, false), Applied::Nothing);
+        assert_eq!(replica_state.apply(&Polled { versions: vec![], ..untracked }, ChangeLog::Absent), Applied::Nothing);
         assert_eq!(replica_state.load().epoch(), epoch, "no history is lost");
     }
 
     #[tokio::test]
     async fn waiter_for_a_version_wakes_when_it_is_applied_or_its_view_is_replaced() {
         let replica_state = Arc::new(ReplicaState::new(LIMITS));
-        replica_state.apply(&polled(&[(5, 5)], &[]), true);
+        replica_state.apply(&polled(&[(5, 5)], &[]), ChangeLog::Present);
         for answer in [polled(&[(5, 5), (6, 6)], &[]), polled(&[(6, 7)], &[])] {
             let waiting = tokio::spawn({
                 let replica_state = Arc::clone(&replica_state);
@@ -509,7 +519,7 @@ mod tests {
                 }
             });
             replica_state.woken().await; // `reached` requested a poll
-            replica_state.apply(&answer, true);
+            replica_state.apply(&answer, ChangeLog::Present);
             waiting.await.unwrap();
         }
     }

@@ -176,7 +176,7 @@ mod tests {
     use crate::{
         base::clock::{DatabaseTime, Moment},
         cache::{CacheSettings, api_key::ApiKey, l1::Lifetime},
-        freshness::{ReplicaState, lease::Limits},
+        freshness::{ChangeLog, ReplicaState, lease::Limits},
         record::{ApiKeyDigest, Change, Digests, KeyId, Lineage, Nonce, Record, StoredPeppers, TrustId, Version},
         store::Polled,
     };
@@ -233,8 +233,8 @@ mod tests {
     #[test]
     fn differing_row_counts_as_different_only_without_an_applied_change() {
         let replica_state = ReplicaState::new(LIMITS);
-        replica_state.apply(&polled(5..=5, &[]), true);
-        replica_state.apply(&polled(5..=7, &[(6, Change::Key(KeyId(Uuid::from_u128(1))))]), true);
+        replica_state.apply(&polled(5..=5, &[]), ChangeLog::Present);
+        replica_state.apply(&polled(5..=7, &[(6, Change::Key(KeyId(Uuid::from_u128(1))))]), ChangeLog::Present);
         let view = replica_state.load();
         let revoked = |key| Some(Record { revoked_at: Some(DatabaseTime::from_micros(1)), ..record(key) });
         for (key, live, want) in [

@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use super::{
-    Applied, FreshnessSettings, ReplicaState,
+    Applied, ChangeLog, FreshnessSettings, ReplicaState,
     lease::LeaseState,
     pepper::{Compared, FileState, Peppers},
 };
@@ -288,7 +288,8 @@ impl Poll {
 
     async fn apply_answer(&self, polled: &Polled, to_report: &watch::Sender<Version>, state: &mut State) {
         let newest = polled.newest.as_of;
-        let applied = self.replica_state.apply(polled, self.tracks_changes);
+        let change_log = if self.tracks_changes { ChangeLog::Present } else { ChangeLog::Absent };
+        let applied = self.replica_state.apply(polled, change_log);
         match applied {
             Applied::Nothing => {}
             Applied::Begun => {

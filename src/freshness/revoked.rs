@@ -38,10 +38,18 @@ pub struct Revoked {
 
 #[derive(Debug, Default)]
 struct Digests {
-    /// Each digest with the time it was last seen revoked, and true if the history in which that happened is lost.
-    seen: HashMap<ApiKeyDigest, (Moment, bool)>,
+    /// Each digest with its last revocation.
+    seen: HashMap<ApiKeyDigest, Revocation>,
     /// The times in `seen`, in ascending order. A digest that was seen again has more than one.
     order: VecDeque<(Moment, ApiKeyDigest)>,
+}
+
+#[derive(Debug)]
+struct Revocation {
+    /// When this replica saw it.
+    seen_at: Moment,
+    /// True if the history in which it happened is lost.
+    is_lost: bool,
 }
 
 impl Revoked {
@@ -57,17 +65,19 @@ impl Revoked {
             match change {
                 Change::Gone(digest) => {
                     // A digest that is already denied stays denied.
-                    digests.seen.entry(*digest).or_insert((now, false)).0 = now;
+                    let new = Revocation { seen_at: now, is_lost: false };
+                    digests.seen.entry(*digest).or_insert(new).seen_at = now;
                     digests.order.push_back((now, *digest));
                 }
                 // The current history has changed this digest, so the lost history no longer counts for it.
                 Change::Absent(digest) => {
-                    if let Some((_, true)) = digests.seen.remove(digest) {
+                    if digests.seen.remove(digest).is_some_and(|revocation| revocation.is_lost) {
                         released.push(*digest);
                     }
                 }
                 Change::Whole(ChangeKind::Absences | ChangeKind::Gone) => {
-                    released.extend(digests.seen.extract_if(|_, (_, lost)| *lost).map(|(digest, _)| digest));
+                    released
+                        .extend(digests.seen.extract_if(|_, revocation| revocation.is_lost).map(|(digest, _)| digest));
                 }
                 _ => {}
             }
@@ -86,8 +96,8 @@ impl Revoked {
     /// Denies all remembered digests from now on, because history was lost.
     pub fn bind(&self) {
         let mut digests = self.lock();
-        for (_, lost) in digests.seen.values_mut() {
-            *lost = true;
+        for revocation in digests.seen.values_mut() {
+            revocation.is_lost = true;
         }
         let binding = digests.seen.keys().copied().collect();
         drop(digests);
@@ -126,8 +136,8 @@ impl Digests {
             && (self.order.len() > DIGESTS_MAX || now.since(at) > KEPT)
         {
             self.order.pop_front();
-            if self.seen.get(&digest).is_some_and(|(seen, _)| *seen == at)
-                && let Some((_, true)) = self.seen.remove(&digest)
+            if self.seen.get(&digest).is_some_and(|revocation| revocation.seen_at == at)
+                && self.seen.remove(&digest).is_some_and(|revocation| revocation.is_lost)
             {
                 released.push(digest);
             }
@@ -172,7 +182,7 @@ mod tests {
         for n in 0..=DIGESTS_MAX {
             let mut digests = revoked.lock();
             let now = Moment::from_nanos(1);
-            digests.seen.insert(digest(n), (now, false));
+            digests.seen.insert(digest(n), Revocation { seen_at: now, is_lost: false });
             digests.order.push_back((now, digest(n)));
             digests.forget(now, &mut Vec::new());
         }
