@@ -1,5 +1,5 @@
-//! The poll task: reads the change log at intervals and applies it to the replica state. It also sends heartbeats,
-//! prunes old versions and restores triggers.
+//! The poll task: reads the change log at intervals and applies it to the replica state. It also runs the tasks that send
+//! heartbeats, prune old versions, restore triggers and compare peppers.
 //!
 //! It does not touch the cache, and it continues when the store fails. It runs on a separate thread, so that other work
 //! does not delay it.
@@ -13,30 +13,27 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
+pub use super::metrics::PollMetrics;
 use super::{
-    Applied, ChangeLog, FreshnessSettings, ReplicaState,
+    FreshnessSettings,
+    heartbeat::{Heartbeats, Registration},
     lease::LeaseState,
     pepper::{Compared, FileState, Peppers},
+    replica_state::{Applied, ChangeLog, ReplicaState},
 };
 use crate::{
     base::{
         clock::Clock,
         fault::{Fault, Tier},
         jitter::Jitter,
-        metrics::{
-            Gauge, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, Opts, Registry, SHORT_SECONDS,
-            register,
-        },
     },
     record::Version,
-    store::{Heartbeat, Lookup, PollError, Polled, Tended},
+    store::{Lookup, PollError, Polled, Tended},
 };
 
-/// The longest time between two heartbeats, +-10 %. Commands that wait for all replicas read them.
-const REPORT_INTERVAL: Duration = Duration::from_secs(5);
-/// The wait before a failed heartbeat is sent again while polls are answered.
-const REPORT_AGAIN: Duration = Duration::from_secs(1);
-/// The maximum time that one write to the store may take: a heartbeat, pruning, restoring triggers.
+/// The interval at which peppers are compared and recorded, +-10 %.
+const PEPPER_INTERVAL: Duration = Duration::from_secs(5);
+/// The maximum time that one write to the store may take: pruning, restoring triggers, recording peppers.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(2);
 /// The interval at which old versions are deleted. All replicas try; the database lets one at a time delete.
 const PRUNE_INTERVAL: Duration = Duration::from_secs(30);
@@ -53,88 +50,6 @@ const LISTEN_WAIT: Duration = Duration::from_secs(1);
 /// The maximum drift between the wall clock and the boot clock from one poll to the next. A larger one means that this
 /// machine was paused without its boot clock counting the time, or that the wall clock was set.
 const CLOCK_STEP_MAX: Duration = Duration::from_secs(1);
-/// An addition to the time that a heartbeat covers, for its way to the database.
-const HEARTBEAT_MARGIN: Duration = Duration::from_millis(200);
-
-/// The metrics of the poll and the lease.
-#[derive(Clone)]
-pub struct PollMetrics {
-    store_up: IntGauge,
-    applied_version: IntGauge,
-    lease_age: Gauge,
-    bound: Gauge,
-    latency: Histogram,
-    lost: IntCounter,
-    confirmed: IntCounter,
-    unanswered: IntCounter,
-    unusable: IntCounter,
-}
-
-impl PollMetrics {
-    /// Declares the metrics.
-    ///
-    /// # Errors
-    /// As [`register`].
-    pub fn register(registry: &Registry) -> prometheus::Result<Self> {
-        let gauge = |name, help| register(registry, IntGauge::with_opts(Opts::new(name, help)));
-        let seconds = |name, help| register(registry, Gauge::with_opts(Opts::new(name, help)));
-        let polls = IntCounterVec::new(
-            Opts::new(
-                "trustgate_polls_total",
-                "Polls of the database by outcome: ok, unanswered, or unusable (answered, but lease not renewed).",
-            ),
-            &["outcome"],
-        );
-        let polls = register(registry, polls)?;
-        let latency = HistogramOpts::new(
-            "trustgate_revocation_latency_seconds",
-            "Time from the commit of a change until this replica applied it, by the database's clock, in seconds.",
-        );
-        let mut buckets = SHORT_SECONDS.to_vec();
-        buckets.extend([0.5, 1.0, 2.5]);
-        Ok(Self {
-            store_up: gauge("trustgate_store_up", "1 while the database answers polls and can be used, else 0.")?,
-            applied_version: gauge(
-                "trustgate_applied_version",
-                "The newest version of the database that this replica has applied.",
-            )?,
-            lease_age: seconds(
-                "trustgate_lease_age_seconds",
-                "Seconds since the lease began, when the last successful poll was sent; +Inf without a lease.",
-            )?,
-            bound: seconds(
-                "trustgate_revocation_bound_seconds",
-                "The current revocation bound: the maximum time that a revoked key is still granted, in seconds.",
-            )?,
-            latency: register(registry, Histogram::with_opts(latency.buckets(buckets)))?,
-            lost: register(
-                registry,
-                IntCounter::new(
-                    "trustgate_lost_history_total",
-                    "Losses of database history that this replica detected: a restore, or a failover with data loss.",
-                ),
-            )?,
-            confirmed: polls.with_label_values(&["ok"]),
-            unanswered: polls.with_label_values(&["unanswered"]),
-            unusable: polls.with_label_values(&["unusable"]),
-        })
-    }
-
-    /// True if the last poll was answered and the database can be used.
-    #[must_use]
-    pub fn is_store_up(&self) -> bool {
-        self.store_up.get() == 1
-    }
-
-    /// Sets the gauges that are computed at scrape time. `bound` returns the revocation bound; its argument is true
-    /// while polls get no answer.
-    pub fn observe(&self, replica_state: &ReplicaState, clock: &dyn Clock, bound: impl FnOnce(bool) -> Duration) {
-        let view = replica_state.load();
-        let age = view.lease().start().map_or(f64::INFINITY, |start| clock.now().since(start).as_secs_f64());
-        self.lease_age.set(age);
-        self.bound.set(bound(view.lease().is_unanswered()).as_secs_f64());
-    }
-}
 
 /// The poll task and its dependencies.
 pub struct Poll {
@@ -168,13 +83,14 @@ impl Poll {
     /// # Cancel safety
     /// `stop` does not interrupt the application of an answer, because [`ReplicaState::apply`] does not wait.
     pub async fn run(self, stop: CancellationToken) {
-        let to_report = watch::Sender::new(Version(0));
+        let heartbeats = self.heartbeats();
+        let applied = watch::Sender::new(Version(0));
         let compared = Compared::default();
         let polling = async {
             tokio::join!(
-                self.poll(&to_report, &compared),
+                self.poll(&heartbeats, &applied, &compared),
                 self.watch_freshness(),
-                self.report(to_report.subscribe()),
+                heartbeats.repeat(applied.subscribe()),
                 self.prune(),
                 self.tend_peppers(),
                 self.watch_pepper_files(&compared),
@@ -182,24 +98,28 @@ impl Poll {
             );
         };
         stop.run_until_cancelled(polling).await;
-        // Commands that wait for all replicas need not wait for this one any longer.
-        let farewell = Heartbeat { lasts: Duration::ZERO, ..self.heartbeat(self.replica_state.load().applied()) };
-        let _ = timeout(WRITE_TIMEOUT, self.store.report(&farewell)).await;
+        heartbeats.end().await;
     }
 
-    async fn poll(&self, to_report: &watch::Sender<Version>, compared: &Compared) {
-        let mut state = State {
-            up: None,
-            registered: false,
-            warned: false,
-            attempted: None,
-            restored: None,
-            offset: self.clock.wall_offset(),
-        };
+    fn heartbeats(&self) -> Heartbeats {
+        let FreshnessSettings { lease, stale_if_unconfirmed, .. } = self.settings;
+        Heartbeats {
+            store: Arc::clone(&self.store),
+            replica_state: Arc::clone(&self.replica_state),
+            replica: self.replica,
+            name: self.name.clone(),
+            lease_time: lease + stale_if_unconfirmed,
+        }
+    }
+
+    async fn poll(&self, heartbeats: &Heartbeats, applied: &watch::Sender<Version>, compared: &Compared) {
+        let mut state =
+            State { up: None, registration: Registration::default(), restored: None, offset: self.clock.wall_offset() };
         let (mut rate, mut jitter) = (Rate::default(), Jitter::of(self.replica));
         loop {
             let due = Instant::now() + jitter.around(self.settings.poll_interval);
-            self.poll_once(to_report, compared, &mut state).await;
+            heartbeats.register(&mut state.registration, state.up == Some(Up::Yes), self.settings.poll_timeout).await;
+            self.poll_once(applied, compared, &mut state).await;
             self.publish_freshness();
             tokio::select! {
                 biased;
@@ -231,20 +151,7 @@ impl Poll {
         }
     }
 
-    async fn poll_once(&self, to_report: &watch::Sender<Version>, compared: &Compared, state: &mut State) {
-        if !state.registered && state.may_report() {
-            state.attempted = Some(Instant::now());
-            // Send the heartbeat before a poll can begin a lease. Otherwise a command that waits for all replicas could
-            // overlook a replica that is starting or was cut off.
-            let heartbeat = self.heartbeat(self.replica_state.load().applied());
-            state.registered = self.send(&heartbeat, self.settings.poll_timeout).await;
-            if !state.registered && !std::mem::replace(&mut state.warned, true) {
-                tracing::warn!(
-                    "heartbeat failed: commands that wait for all replicas may overlook this one until a heartbeat \
-                     succeeds; retrying"
-                );
-            }
-        }
+    async fn poll_once(&self, newest_applied: &watch::Sender<Version>, compared: &Compared, state: &mut State) {
         self.detect_pause(state);
         let limit = self.settings.poll_timeout;
         let timed_out = Err(PollError::NoAnswer(Fault::Timeout { tier: Tier::Store, limit }));
@@ -257,7 +164,7 @@ impl Poll {
             Ok(polled) => {
                 // Compare the peppers first: applying the answer can make the server ready.
                 self.peppers.compare(polled.peppers, compared, &self.replica_state.pepper);
-                self.apply_answer(&polled, to_report, state).await;
+                self.apply_answer(&polled, newest_applied, state).await;
             }
             Err(PollError::NoAnswer(fault)) => {
                 let given_up = self.clock.now();
@@ -267,7 +174,7 @@ impl Poll {
                     self.replica_state.load().lease().note_unanswered(given_up);
                 }
                 self.metrics.unanswered.inc();
-                state.registered = false;
+                state.registration.lapse();
                 if state.up.replace(Up::No) != Some(Up::No) {
                     let interval = self.settings.poll_interval;
                     tracing::warn!(%fault, "poll failed: the database does not answer; retrying every {interval:?}");
@@ -277,7 +184,7 @@ impl Poll {
             Err(PollError::Unusable(problem)) => {
                 self.replica_state.load().lease().note_unusable();
                 self.metrics.unusable.inc();
-                state.registered = false;
+                state.registration.lapse();
                 if state.up.replace(Up::Unusable) != Some(Up::Unusable) {
                     tracing::error!(%problem, "poll result unusable; lease not renewed: run `trustgate doctor`");
                 }
@@ -286,7 +193,7 @@ impl Poll {
         }
     }
 
-    async fn apply_answer(&self, polled: &Polled, to_report: &watch::Sender<Version>, state: &mut State) {
+    async fn apply_answer(&self, polled: &Polled, newest_applied: &watch::Sender<Version>, state: &mut State) {
         let newest = polled.newest.as_of;
         let change_log = if self.tracks_changes { ChangeLog::Present } else { ChangeLog::Absent };
         let applied = self.replica_state.apply(polled, change_log);
@@ -331,7 +238,7 @@ impl Poll {
         self.metrics.confirmed.inc();
         self.metrics.applied_version.set(newest.0.cast_signed());
         if applied != Applied::Nothing {
-            to_report.send_replace(self.replica_state.load().applied());
+            newest_applied.send_replace(self.replica_state.load().applied());
         }
         if matches!(applied, Applied::Changed | Applied::Everything) {
             (self.applied)();
@@ -390,35 +297,6 @@ impl Poll {
         }
     }
 
-    /// Sends a heartbeat after each applied version, and at least every [`REPORT_INTERVAL`].
-    async fn report(&self, mut to_report: watch::Receiver<Version>) {
-        let mut jitter = Jitter::of(self.replica);
-        loop {
-            tokio::select! {
-                biased;
-                changed = to_report.changed() => if changed.is_err() { return },
-                () = sleep(jitter.around(REPORT_INTERVAL)) => {}
-            }
-            let applied = *to_report.borrow_and_update();
-            if self.replica_state.is_confirmed() {
-                // Best effort: the next heartbeat carries the same information.
-                self.send(&self.heartbeat(applied), WRITE_TIMEOUT).await;
-            }
-        }
-    }
-
-    /// Sends one heartbeat. Returns true if the database accepted it.
-    async fn send(&self, heartbeat: &Heartbeat, limit: Duration) -> bool {
-        match timeout(limit, self.store.report(heartbeat)).await {
-            Ok(Ok(())) => true,
-            Ok(Err(fault)) => {
-                tracing::debug!(%fault, "heartbeat failed");
-                false
-            }
-            Err(_) => false,
-        }
-    }
-
     async fn prune(&self) {
         let (mut jitter, mut wait) = (Jitter::of(self.replica), PRUNE_INTERVAL);
         loop {
@@ -440,7 +318,7 @@ impl Poll {
         let mut jitter = Jitter::of(self.replica);
         let mut failed = false;
         loop {
-            sleep(jitter.around(REPORT_INTERVAL)).await;
+            sleep(jitter.around(PEPPER_INTERVAL)).await;
             if !self.replica_state.is_confirmed() {
                 continue;
             }
@@ -464,7 +342,7 @@ impl Poll {
         let Some(reread) = &self.peppers.reread else { return pending().await };
         let (mut jitter, mut last) = (Jitter::of(self.replica), FileState::Same);
         loop {
-            sleep(jitter.around(REPORT_INTERVAL)).await;
+            sleep(jitter.around(PEPPER_INTERVAL)).await;
             let reread = Arc::clone(reread);
             // Reading may take long on a network file system.
             let read = tokio::task::spawn_blocking(move || reread()).await;
@@ -483,38 +361,17 @@ impl Poll {
             sleep(LISTEN_WAIT).await;
         }
     }
-
-    fn heartbeat(&self, applied: Version) -> Heartbeat {
-        let FreshnessSettings { lease, stale_if_unconfirmed, .. } = self.settings;
-        // The next heartbeat may follow after a whole interval (+10 %). A poll just before it may begin a lease, which
-        // this replica may use to its end and through its stale time.
-        let lasts = REPORT_INTERVAL + REPORT_INTERVAL / 10 + lease + stale_if_unconfirmed + HEARTBEAT_MARGIN;
-        Heartbeat { replica: self.replica, name: self.name.clone(), applied, lasts }
-    }
 }
 
 /// The state of the poll task between polls.
 struct State {
     /// The result of the last poll. The poll task logs a result only if it differs from this one.
     up: Option<Up>,
-    /// True if the database accepted a heartbeat since the last poll that failed.
-    registered: bool,
-    /// True once a warning about a failed heartbeat was logged.
-    warned: bool,
-    /// When the poll task last tried to register.
-    attempted: Option<Instant>,
-    /// When it last tried to restore the triggers.
+    registration: Registration,
+    /// When the poll task last tried to restore the triggers.
     restored: Option<Instant>,
     /// How far the wall clock was ahead of the boot clock, in microseconds.
     offset: i64,
-}
-
-impl State {
-    /// True if the poll task may send a heartbeat now. If polls are answered but heartbeats fail, rights are missing.
-    /// Each attempt then costs a new connection, so limit them to one per [`REPORT_AGAIN`].
-    fn may_report(&self) -> bool {
-        self.up != Some(Up::Yes) || self.attempted.is_none_or(|last| last.elapsed() >= REPORT_AGAIN)
-    }
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -562,22 +419,5 @@ mod tests {
         assert_eq!(rate.earliest(start), start + REQUESTED_PERIOD);
         let later = start + REQUESTED_PERIOD * 2;
         assert_eq!(rate.earliest(later), later);
-    }
-
-    #[test]
-    fn failed_heartbeats_are_retried_at_intervals_while_polls_are_answered() {
-        let attempted_after = |up, attempted| {
-            State { up, registered: false, warned: true, attempted, restored: None, offset: 0 }.may_report()
-        };
-        let (now, earlier) = (Some(Instant::now()), Instant::now().checked_sub(REPORT_AGAIN));
-        for (up, attempted, want) in [
-            (Some(Up::Yes), None, true),
-            (Some(Up::Yes), now, false),
-            (Some(Up::Yes), earlier, true),
-            (Some(Up::No), now, true),
-            (None, now, true),
-        ] {
-            assert_eq!(attempted_after(up, attempted), want);
-        }
     }
 }
