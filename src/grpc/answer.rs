@@ -13,7 +13,7 @@ use crate::ext_authz::response::Reply;
 pub(crate) const UNAVAILABLE: HeaderValue = HeaderValue::from_static("14");
 
 /// The answer to a call.
-pub(crate) enum Answer {
+pub(crate) enum CallAnswer {
     /// The reply to a check: HTTP 200 with a gRPC status.
     Reply(Reply),
     /// An HTTP error, because no complete gRPC call has arrived: an HTTP caller would take 200 for a grant.
@@ -25,7 +25,7 @@ pub(crate) enum Answer {
 /// Sends the answer that `work` returns, unless the peer resets the stream first.
 pub(crate) async fn answer_unless_reset(
     mut respond: SendResponse<Bytes>,
-    work: impl Future<Output = Answer>,
+    work: impl Future<Output = CallAnswer>,
     unread: &Arc<Semaphore>,
 ) {
     let found = tokio::select! {
@@ -38,10 +38,10 @@ pub(crate) async fn answer_unless_reset(
 
 /// Sends `answer`. A failure to send is ignored: the peer has left. `unread` has the permits for answers that the peer
 /// does not read.
-pub(crate) fn answer(mut respond: SendResponse<Bytes>, answer: Answer, unread: &Arc<Semaphore>) {
+pub(crate) fn answer(mut respond: SendResponse<Bytes>, answer: CallAnswer, unread: &Arc<Semaphore>) {
     match answer {
-        Answer::Reply(reply) => send(respond, reply, unread),
-        Answer::Status(status) => {
+        CallAnswer::Reply(reply) => send(respond, reply, unread),
+        CallAnswer::Status(status) => {
             let mut response = Response::new(());
             *response.status_mut() = status;
             if status == StatusCode::METHOD_NOT_ALLOWED {
@@ -49,7 +49,7 @@ pub(crate) fn answer(mut respond: SendResponse<Bytes>, answer: Answer, unread: &
             }
             let _ = respond.send_response(response, true);
         }
-        Answer::Nothing => {}
+        CallAnswer::Nothing => {}
     }
 }
 

@@ -17,7 +17,7 @@ use tokio::{sync::OwnedSemaphorePermit, time::timeout};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 use super::{
-    answer::{Answer, answer, answer_unless_reset, send},
+    answer::{CallAnswer, answer, answer_unless_reset, send},
     body::{BodyError, MessageReader},
     refused::Reason,
     rpc::Rpc,
@@ -58,7 +58,7 @@ impl Calls {
             Ok(rpc @ (Rpc::HealthCheck | Rpc::HealthWatch)) => {
                 let (service, peer, drain) = (Arc::clone(&self.service), self.peer, self.drain.clone());
                 let Some(permit) = service.health.admit(rpc) else {
-                    return answer(respond, Answer::Status(StatusCode::SERVICE_UNAVAILABLE), &self.service.unread);
+                    return answer(respond, CallAnswer::Status(StatusCode::SERVICE_UNAVAILABLE), &self.service.unread);
                 };
                 // Health calls do not count in `load`: a watch stays open for hours and causes almost no work.
                 self.tasks.spawn(async move {
@@ -81,7 +81,7 @@ impl Calls {
             Poll::Pending => {
                 let Ok(permit) = Arc::clone(&service.unfinished).try_acquire_owned() else {
                     service.checker.shed("unfinished messages");
-                    return answer(respond, Answer::Status(StatusCode::SERVICE_UNAVAILABLE), &service.unread);
+                    return answer(respond, CallAnswer::Status(StatusCode::SERVICE_UNAVAILABLE), &service.unread);
                 };
                 let (service, peer) = (Arc::clone(service), self.peer);
                 return self.spawn(async move {
@@ -100,7 +100,7 @@ impl Calls {
                 let service = Arc::clone(service);
                 self.spawn(async move {
                     let unread = Arc::clone(&service.unread);
-                    let work = async move { Answer::Reply(service.finish(message, waiting, permit).await) };
+                    let work = async move { CallAnswer::Reply(service.finish(message, waiting, permit).await) };
                     answer_unless_reset(respond, work, &unread).await;
                 });
             }
@@ -119,7 +119,12 @@ impl Calls {
 
 impl Service {
     /// Reads the rest of a message and decides it. `unfinished` is the permit for an incomplete message.
-    async fn read(&self, mut reader: MessageReader, unfinished: OwnedSemaphorePermit, peer: Option<IpAddr>) -> Answer {
+    async fn read(
+        &self,
+        mut reader: MessageReader,
+        unfinished: OwnedSemaphorePermit,
+        peer: Option<IpAddr>,
+    ) -> CallAnswer {
         let mut reserved = self.budget.reserve_nothing();
         let read = poll_fn(|cx| {
             let message = reader.poll(cx);
@@ -133,11 +138,11 @@ impl Service {
             Ok(Err(error)) => return self.refuse(error, &reader, peer),
             Err(_) => {
                 self.checker.late(self.limits.preface_timeout);
-                return Answer::Status(StatusCode::REQUEST_TIMEOUT);
+                return CallAnswer::Status(StatusCode::REQUEST_TIMEOUT);
             }
         };
         drop(unfinished);
-        Answer::Reply(match self.checker.try_decide(&message) {
+        CallAnswer::Reply(match self.checker.try_decide(&message) {
             Progress::Done(reply) => reply,
             Progress::Pending(waiting) => match self.checks.try_acquire() {
                 // Boxed, so that the task of a call stays small while its message is incomplete.
@@ -158,26 +163,26 @@ impl Service {
         self.checker.shed("limits.messages_in_flight_size")
     }
 
-    fn refuse(&self, error: BodyError, reader: &MessageReader, peer: Option<IpAddr>) -> Answer {
+    fn refuse(&self, error: BodyError, reader: &MessageReader, peer: Option<IpAddr>) -> CallAnswer {
         match error {
-            BodyError::Denied(reason) => Answer::Reply(self.checker.refuse(reason)),
-            BodyError::Compressed => Answer::Reply(self.checker.compressed(reader.encoding())),
-            BodyError::NoRoom { is_whole: true } => Answer::Reply(self.over_budget()),
+            BodyError::Denied(reason) => CallAnswer::Reply(self.checker.refuse(reason)),
+            BodyError::Compressed => CallAnswer::Reply(self.checker.compressed(reader.encoding())),
+            BodyError::NoRoom { is_whole: true } => CallAnswer::Reply(self.over_budget()),
             BodyError::NoRoom { is_whole: false } => {
                 self.over_budget(); // counts and logs the fault
-                Answer::Status(StatusCode::SERVICE_UNAVAILABLE)
+                CallAnswer::Status(StatusCode::SERVICE_UNAVAILABLE)
             }
             BodyError::Incomplete => self.not_grpc(StatusCode::BAD_REQUEST, peer),
             BodyError::Gone => {
                 self.checker.abandoned();
-                Answer::Nothing
+                CallAnswer::Nothing
             }
         }
     }
 
     /// Counts and logs a request that does not call a gRPC method of this server. Returns `status` as its answer.
-    pub(crate) fn not_grpc(&self, status: StatusCode, peer: Option<IpAddr>) -> Answer {
+    pub(crate) fn not_grpc(&self, status: StatusCode, peer: Option<IpAddr>) -> CallAnswer {
         self.refuse_peer(Reason::NotGrpc, peer, format_args!("answered with HTTP {status}"));
-        Answer::Status(status)
+        CallAnswer::Status(status)
     }
 }

@@ -13,7 +13,7 @@ use tonic::body::Body;
 use tower_service::Service as _;
 
 use super::{
-    answer::{Answer, UNAVAILABLE, answer},
+    answer::{CallAnswer, UNAVAILABLE, answer},
     body::{BodyError, MessageReader},
     rpc::Rpc,
     service::Service,
@@ -41,10 +41,10 @@ impl Service {
             Ok(Ok(message)) => message,
             Ok(Err(BodyError::Gone)) => return,
             Ok(Err(BodyError::Denied(DenyReason::TooLarge))) => {
-                return answer(respond, Answer::Status(StatusCode::PAYLOAD_TOO_LARGE));
+                return answer(respond, CallAnswer::Status(StatusCode::PAYLOAD_TOO_LARGE));
             }
             Ok(Err(_)) => return answer(respond, self.not_grpc(StatusCode::BAD_REQUEST, peer)),
-            Err(_) => return answer(respond, Answer::Status(StatusCode::REQUEST_TIMEOUT)),
+            Err(_) => return answer(respond, CallAnswer::Status(StatusCode::REQUEST_TIMEOUT)),
         };
         let mut call = Request::new(Full::new(frame_bytes(&message)));
         (*call.method_mut(), *call.uri_mut(), *call.headers_mut()) = (method, path, headers);
