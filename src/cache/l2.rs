@@ -42,7 +42,7 @@ pub struct L2<K: Cacheable> {
 }
 
 /// The result of a lookup in Redis.
-pub enum Answer<V> {
+pub enum L2Lookup<V> {
     /// A value whose MAC verifies. It may be out of date.
     Found(Versioned<V>),
     /// No value.
@@ -61,21 +61,21 @@ impl<K: Cacheable> L2<K> {
     }
 
     /// The value of `key`. Waits at most `redis.timeout`.
-    pub async fn get(&self, key: &K::Key, now: Moment) -> Answer<K::Value> {
-        let Some(mac_key) = self.mac_key.get() else { return Answer::Down };
+    pub async fn get(&self, key: &K::Key, now: Moment) -> L2Lookup<K::Value> {
+        let Some(mac_key) = self.mac_key.get() else { return L2Lookup::Down };
         let name = self.names.redis_key(key);
         let deadline = sleep(self.redis.limit());
         let mut command = redis::cmd("GETRANGE");
         command.arg(&name).arg(0).arg(VALUE_BYTES_MAX - 1);
         let bad = match self.redis.query::<Vec<u8>>(&command).await {
             // A missing value reads as empty.
-            Ok(bytes) if bytes.first().is_none_or(|layout| *layout != LAYOUT) => return Answer::Absent,
+            Ok(bytes) if bytes.first().is_none_or(|layout| *layout != LAYOUT) => return L2Lookup::Absent,
             Ok(bytes) => match self.names.open(mac_key, key, &bytes, now) {
-                Some(found) => return Answer::Found(found),
+                Some(found) => return L2Lookup::Found(found),
                 None => bytes,
             },
             Err(QueryError::WrongType) => Vec::new(),
-            Err(QueryError::Paused | QueryError::Failed(_) | QueryError::NoScript) => return Answer::Down,
+            Err(QueryError::Paused | QueryError::Failed(_) | QueryError::NoScript) => return L2Lookup::Down,
         };
         // Best effort, in the remaining time: later reads of the same value would fail too.
         tokio::select! {
@@ -83,7 +83,7 @@ impl<K: Cacheable> L2<K> {
             () = self.discard(&name, &bad) => {}
             () = deadline => {}
         }
-        Answer::Refused
+        L2Lookup::Refused
     }
 
     async fn discard(&self, name: &str, bad: &[u8]) {

@@ -135,16 +135,16 @@ impl<K: Cacheable> Loader<K> {
         let found = self.l2.as_ref()?.get(&K::key(query), self.clock.now()).await;
         let outcomes = &self.metrics.l2;
         let found = match found {
-            l2::Answer::Found(found) => found,
-            l2::Answer::Absent => {
+            l2::L2Lookup::Found(found) => found,
+            l2::L2Lookup::Absent => {
                 outcomes.miss.inc();
                 return None;
             }
-            l2::Answer::Refused => {
+            l2::L2Lookup::Refused => {
                 outcomes.refused.inc();
                 return None;
             }
-            l2::Answer::Down => {
+            l2::L2Lookup::Down => {
                 outcomes.error.inc();
                 return None;
             }

@@ -21,7 +21,7 @@ use trustgate::{
     },
     cache::{
         api_key::ApiKey,
-        l2::{Answer, L2, MacKey},
+        l2::{L2, L2Lookup, MacKey},
     },
     record::{ApiKeyDigest, KeyId, Lineage, Nonce, Record, TrustId, Version, Versioned},
     redis::{Redis as Handle, RedisMetrics, RedisSettings, listen},
@@ -78,10 +78,10 @@ impl Replica {
 
     async fn get(&self, key: ApiKeyDigest) -> String {
         match self.l2.get(&key, SystemClock.now()).await {
-            Answer::Found(found) => format!("{:x} of {}", found.as_of.0, found.lineage.timeline),
-            Answer::Absent => "absent".to_owned(),
-            Answer::Refused => "refused".to_owned(),
-            Answer::Down => "down".to_owned(),
+            L2Lookup::Found(found) => format!("{:x} of {}", found.as_of.0, found.lineage.timeline),
+            L2Lookup::Absent => "absent".to_owned(),
+            L2Lookup::Refused => "refused".to_owned(),
+            L2Lookup::Down => "down".to_owned(),
         }
     }
 
