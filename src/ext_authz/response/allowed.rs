@@ -29,7 +29,7 @@ thread_local! {
 /// The framed `CheckResponse` that lets a request pass. `grant` has the identity (`None`: anonymous); `removals` lists
 /// the credentials that the upstream must not see.
 pub(crate) fn allowed(grant: Option<&Grant<'_>>, removals: &Removals<'_>, basis: Basis) -> Bytes {
-    let answer = Answer::new(grant, removals, basis);
+    let answer = GrantReply::new(grant, removals, basis);
     BUFFER.with_borrow_mut(|buffer| {
         let sizes = answer.sizes();
         let bytes = framing::PREFIX_BYTES + sizes.message;
@@ -92,14 +92,14 @@ struct Sizes {
 }
 
 /// The content of one response.
-struct Answer<'a, 's> {
+struct GrantReply<'a, 's> {
     ids: Option<[[u8; Hyphenated::LENGTH]; 2]>,
     scopes: &'a [String],
     removals: &'a Removals<'s>,
     basis: Basis,
 }
 
-impl<'a, 's> Answer<'a, 's> {
+impl<'a, 's> GrantReply<'a, 's> {
     fn new(grant: Option<&Grant<'a>>, removals: &'a Removals<'s>, basis: Basis) -> Self {
         let ids = grant.map(|grant| {
             [grant.trust_id().0, grant.key_id().0].map(|id| {
