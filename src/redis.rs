@@ -13,7 +13,7 @@ pub(crate) mod settings;
 
 pub use self::{
     client::{QueryError, Redis, RedisMetrics, Script},
-    connection::{Connection, Link},
+    connection::{Link, RedisConnection},
     notifications::listen,
     sealed::MacKey,
     settings::{RedisSettings, read_mac_key},

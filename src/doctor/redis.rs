@@ -14,7 +14,7 @@ use super::diagnosis::{Diagnosis, Times, complete, located, milliseconds, resolv
 use crate::{
     base::clock::Clock,
     redis::{
-        Connection, Link as _, RedisSettings,
+        Link as _, RedisConnection, RedisSettings,
         connection::servers,
         notifications::CHANNEL,
         reconnect::{CONNECT_TIMEOUT, timed_out},
@@ -123,7 +123,11 @@ fn unconnected(error: &RedisError) -> Diagnosis {
     Diagnosis::failed(CONNECTION, text(error), remedy).about(URL)
 }
 
-async fn pings(connection: &mut Connection, settings: &RedisSettings, clock: &dyn Clock) -> Result<Times, RedisError> {
+async fn pings(
+    connection: &mut RedisConnection,
+    settings: &RedisSettings,
+    clock: &dyn Clock,
+) -> Result<Times, RedisError> {
     let mut times = Vec::new();
     for _ in 0..ROUNDS {
         let sent_at = clock.now();
@@ -140,7 +144,12 @@ async fn pings(connection: &mut Connection, settings: &RedisSettings, clock: &dy
 /// If more answers than this are late, the measurement ends: the result is clear.
 const LATE_MAX: usize = 4;
 
-async fn judged(connection: &mut Connection, settings: &RedisSettings, took: Duration, times: &Times) -> Diagnosis {
+async fn judged(
+    connection: &mut RedisConnection,
+    settings: &RedisSettings,
+    took: Duration,
+    times: &Times,
+) -> Diagnosis {
     const SETTING: &[&str] = &["redis.timeout"];
     // Redis lets every user send HELLO, whatever its rights.
     let hello = ask::<BTreeMap<String, Value>>(connection, redis::cmd("HELLO")).await.unwrap_or_default();
@@ -166,7 +175,7 @@ async fn judged(connection: &mut Connection, settings: &RedisSettings, took: Dur
 
 /// Diagnoses whether the user may send the commands that `serve` sends. Each is sent so that it finds and changes
 /// nothing.
-async fn commands(connection: &mut Connection) -> Diagnosis {
+async fn commands(connection: &mut RedisConnection) -> Diagnosis {
     let name = format!("trustgate:doctor:{}", Uuid::new_v4().simple());
     let values: [(&str, &[&str]); 5] = [
         ("GETRANGE", &[&name, "0", "0"]),
@@ -198,7 +207,7 @@ async fn commands(connection: &mut Connection) -> Diagnosis {
 }
 
 /// The commands among `commands` that Redis refuses, each with the error.
-async fn refused(connection: &mut Connection, commands: &[(&str, &[&str])]) -> Vec<String> {
+async fn refused(connection: &mut RedisConnection, commands: &[(&str, &[&str])]) -> Vec<String> {
     let mut refused = Vec::new();
     for (word, arguments) in commands {
         let mut command = redis::cmd(word);
@@ -214,7 +223,11 @@ async fn refused(connection: &mut Connection, commands: &[(&str, &[&str])]) -> V
 }
 
 /// Diagnoses whether notifications through Redis arrive, and how soon.
-async fn diagnose_notifications(connection: &mut Connection, settings: &RedisSettings, clock: &dyn Clock) -> Diagnosis {
+async fn diagnose_notifications(
+    connection: &mut RedisConnection,
+    settings: &RedisSettings,
+    clock: &dyn Clock,
+) -> Diagnosis {
     let lost = |problem: String| {
         let found = format!("notifications do not arrive through Redis ({problem})");
         let remedy = "let the user publish and subscribe on the channel trustgate:hints: until then replicas find a \
@@ -247,7 +260,7 @@ async fn diagnose_notifications(connection: &mut Connection, settings: &RedisSet
     }
 }
 
-async fn ask<T: redis::FromRedisValue>(connection: &mut Connection, command: Cmd) -> Result<T, RedisError> {
+async fn ask<T: redis::FromRedisValue>(connection: &mut RedisConnection, command: Cmd) -> Result<T, RedisError> {
     within(ANSWER_TIMEOUT, connection.send(&command)).await
 }
 

@@ -17,7 +17,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use super::{
-    connection::{Connection, Link},
+    connection::{Link, RedisConnection},
     notifications::CHANNEL,
     reconnect::{Attempts, PING_INTERVAL, timed_out},
     settings::RedisSettings,
@@ -125,7 +125,7 @@ struct Refusing {
 /// A handle to Redis, cheap to clone.
 #[derive(Clone)]
 pub struct Redis {
-    connection: watch::Receiver<Option<Connection>>,
+    connection: watch::Receiver<Option<RedisConnection>>,
     breaker: Arc<Breaker>,
     clock: Arc<dyn Clock>,
     limit: Duration,
@@ -308,7 +308,7 @@ impl Redis {
 
 async fn keep_connected(
     link: &impl Link,
-    sender: watch::Sender<Option<Connection>>,
+    sender: watch::Sender<Option<RedisConnection>>,
     metrics: RedisMetrics,
     refusing: &Refusing,
 ) {
@@ -343,7 +343,7 @@ async fn keep_connected(
 }
 
 /// Pings the connection until it fails; returns the error.
-async fn until_broken(mut connection: Connection) -> RedisError {
+async fn until_broken(mut connection: RedisConnection) -> RedisError {
     loop {
         sleep(PING_INTERVAL).await;
         match timeout(PING_INTERVAL, connection.ping()).await {

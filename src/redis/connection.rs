@@ -24,7 +24,7 @@ pub trait Link: Send + Sync + 'static {
     ///
     /// # Errors
     /// The error of Redis or of the network.
-    async fn connect(&self) -> Result<Connection, RedisError>;
+    async fn connect(&self) -> Result<RedisConnection, RedisError>;
 
     /// Opens a connection that can subscribe. If there are several addresses, each `turn` uses the next one.
     ///
@@ -35,7 +35,7 @@ pub trait Link: Send + Sync + 'static {
 
 #[async_trait]
 impl<L: Link + ?Sized> Link for Arc<L> {
-    async fn connect(&self) -> Result<Connection, RedisError> {
+    async fn connect(&self) -> Result<RedisConnection, RedisError> {
         (**self).connect().await
     }
 
@@ -46,14 +46,14 @@ impl<L: Link + ?Sized> Link for Arc<L> {
 
 /// A connection that many callers share.
 #[derive(Clone)]
-pub enum Connection {
+pub enum RedisConnection {
     /// A connection to one server.
     Server(MultiplexedConnection),
     /// Connections to all nodes of a Cluster; follows `MOVED` and `ASK`, and reconnects to nodes that were lost.
     Cluster(ClusterConnection),
 }
 
-impl Connection {
+impl RedisConnection {
     /// Sends `command` and waits for the reply, without a timeout: the caller sets one.
     pub(crate) async fn send<T: FromRedisValue>(&mut self, command: &Cmd) -> Result<T, RedisError> {
         match self {
@@ -80,14 +80,14 @@ const REDIRECTS_MAX: u32 = 3;
 
 #[async_trait]
 impl Link for RedisSettings {
-    async fn connect(&self) -> Result<Connection, RedisError> {
+    async fn connect(&self) -> Result<RedisConnection, RedisError> {
         let mut connection = if self.cluster {
-            Connection::Cluster(cluster(Files::of(self).await?)?.get_async_connection().await?)
+            RedisConnection::Cluster(cluster(Files::of(self).await?)?.get_async_connection().await?)
         } else {
             let config =
                 AsyncConnectionConfig::new().set_connection_timeout(Some(CONNECT_TIMEOUT)).set_response_timeout(None);
             let client = server(self, 0).await?;
-            Connection::Server(client.get_multiplexed_async_connection_with_config(&config).await?)
+            RedisConnection::Server(client.get_multiplexed_async_connection_with_config(&config).await?)
         };
         // A server that requires a password reports that only in reply to a command.
         connection.ping().await?;

@@ -18,7 +18,7 @@ use tokio::{
     sync::broadcast,
     time::{Instant, sleep, sleep_until},
 };
-use trustgate::redis::{Connection, Link};
+use trustgate::redis::{Link, RedisConnection};
 
 use crate::chance::Chance;
 
@@ -223,12 +223,12 @@ async fn number(read: &mut (impl tokio::io::AsyncBufRead + Unpin), kind: u8) -> 
 
 #[async_trait]
 impl Link for Redis {
-    async fn connect(&self) -> Result<Connection, RedisError> {
+    async fn connect(&self) -> Result<RedisConnection, RedisError> {
         let config = AsyncConnectionConfig::new().set_response_timeout(None).set_connection_timeout(None);
         let (connection, driver) =
             MultiplexedConnection::new_with_config(&RedisConnectionInfo::default(), self.open()?, config).await?;
         tokio::spawn(driver);
-        Ok(Connection::Server(connection))
+        Ok(RedisConnection::Server(connection))
     }
 
     async fn subscriber(&self, _: usize) -> Result<PubSub, RedisError> {
