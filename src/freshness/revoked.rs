@@ -28,7 +28,7 @@ const DIGESTS_MAX: usize = 100_000;
 /// The revoked digests. Only the poll task changes them; checks read them.
 #[derive(Debug, Default)]
 pub struct Revoked {
-    digests: Mutex<Digests>,
+    digests: Mutex<RevokedDigests>,
     /// Digests revoked in a lost history, which checks deny. Replaced as a whole, so that checks look them up without a
     /// lock.
     binding: ArcSwap<HashSet<ApiKeyDigest>>,
@@ -37,7 +37,7 @@ pub struct Revoked {
 }
 
 #[derive(Debug, Default)]
-struct Digests {
+struct RevokedDigests {
     /// Each digest with its last revocation.
     seen: HashMap<ApiKeyDigest, Revocation>,
     /// The times in `seen`, in ascending order. A digest that was seen again has more than one.
@@ -123,13 +123,13 @@ impl Revoked {
         self.any_binds.store(any_binds, Ordering::Release);
     }
 
-    fn lock(&self) -> MutexGuard<'_, Digests> {
+    fn lock(&self) -> MutexGuard<'_, RevokedDigests> {
         // No update can panic halfway, so the data behind a poisoned lock is still consistent.
         self.digests.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl Digests {
+impl RevokedDigests {
     /// Drops digests that are too old or too many, oldest first. Those that checks denied are added to `released`.
     fn forget(&mut self, now: Moment, released: &mut Vec<ApiKeyDigest>) {
         while let Some((at, digest)) = self.order.front().copied()
