@@ -234,12 +234,12 @@ fn utf8(bytes: &[u8]) -> Result<&[u8], Undecodable> {
 
 /// The content of a field, by its wire type.
 #[derive(Clone, Copy)]
-enum Field<'m> {
+enum WireField<'m> {
     Bytes(&'m [u8]),
     Other,
 }
 
-impl<'m> Field<'m> {
+impl<'m> WireField<'m> {
     /// The bytes of a length-delimited field. A known field with another wire type makes the message undecodable.
     const fn bytes(self) -> Result<&'m [u8], Undecodable> {
         match self {
@@ -252,15 +252,15 @@ impl<'m> Field<'m> {
 /// Calls `take` with the number and the content of each field of `message`.
 fn each<'m>(
     mut message: &'m [u8],
-    mut take: impl FnMut(u64, Field<'m>) -> Result<(), Undecodable>,
+    mut take: impl FnMut(u64, WireField<'m>) -> Result<(), Undecodable>,
 ) -> Result<(), Undecodable> {
     while !message.is_empty() {
         let (number, kind) = key(&mut message)?;
         let field = match kind {
-            2 => Field::Bytes(length_delimited(&mut message)?),
+            2 => WireField::Bytes(length_delimited(&mut message)?),
             kind => {
                 skip(&mut message, number, kind)?;
-                Field::Other
+                WireField::Other
             }
         };
         take(number, field)?;
