@@ -82,7 +82,7 @@ const REDIRECTS_MAX: u32 = 3;
 impl Link for RedisSettings {
     async fn connect(&self) -> Result<RedisConnection, RedisError> {
         let mut connection = if self.cluster {
-            RedisConnection::Cluster(cluster(Files::of(self).await?)?.get_async_connection().await?)
+            RedisConnection::Cluster(cluster(SecretFiles::of(self).await?)?.get_async_connection().await?)
         } else {
             let config =
                 AsyncConnectionConfig::new().set_connection_timeout(Some(CONNECT_TIMEOUT)).set_response_timeout(None);
@@ -101,13 +101,13 @@ impl Link for RedisSettings {
 }
 
 /// The current values of the settings, including those from files.
-struct Files {
+struct SecretFiles {
     servers: Vec<ConnectionInfo>,
     certificates: Option<TlsCertificates>,
     sentinel_password: Option<Secret>,
 }
 
-impl Files {
+impl SecretFiles {
     fn read(settings: &RedisSettings) -> Result<Self, RedisError> {
         let sentinel_password =
             secret(settings.sentinel_password.as_ref(), settings.sentinel_password_file.as_deref())?;
@@ -123,7 +123,7 @@ impl Files {
 
 /// A client for the single server, for the master that the Sentinels name now, or for the `turn`-th node of a Cluster.
 async fn server(settings: &RedisSettings, turn: usize) -> Result<Client, RedisError> {
-    let mut files = Files::of(settings).await?;
+    let mut files = SecretFiles::of(settings).await?;
     if let Some(name) = &settings.sentinel_master {
         return master(name, files).await;
     }
@@ -134,7 +134,7 @@ async fn server(settings: &RedisSettings, turn: usize) -> Result<Client, RedisEr
     }
 }
 
-async fn master(name: &str, files: Files) -> Result<Client, RedisError> {
+async fn master(name: &str, files: SecretFiles) -> Result<Client, RedisError> {
     let sentinels = &files.servers;
     let addresses = sentinels.iter().map(|sentinel| sentinel.addr().clone());
     let mut builder = SentinelClientBuilder::new(addresses, name, SentinelServerType::Master)?;
@@ -161,7 +161,7 @@ async fn master(name: &str, files: Files) -> Result<Client, RedisError> {
     builder.build()?.async_get_client().await
 }
 
-fn cluster(files: Files) -> Result<ClusterClient, RedisError> {
+fn cluster(files: SecretFiles) -> Result<ClusterClient, RedisError> {
     let builder = ClusterClientBuilder::new(files.servers)
         .connection_timeout(NODE_TIMEOUT)
         .response_timeout(NODE_TIMEOUT)
