@@ -85,7 +85,7 @@ pub struct Term {
 
 /// The content of the hash.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Found {
+pub struct SharedEntries {
     /// Redis's clock, in microseconds since the Unix epoch.
     pub now: i64,
     /// The entries whose MAC verifies, including ended ones.
@@ -96,7 +96,7 @@ pub struct Found {
     pub foreign: usize,
 }
 
-impl Found {
+impl SharedEntries {
     /// The problem to log, if there are fields that are not entries.
     pub(crate) fn problem(&self) -> Option<String> {
         let count = self.refused + self.foreign;
@@ -137,7 +137,7 @@ impl SharedList {
     ///
     /// # Errors
     /// [`SharedError`]
-    pub async fn read(&self) -> Result<Found, SharedError> {
+    pub async fn read(&self) -> Result<SharedEntries, SharedError> {
         let mac_key = self.mac_key.get().ok_or(SharedError::NoMacKey)?;
         let mut command = redis::cmd("EVAL");
         command.arg(READ).arg(1).arg(NAME).arg(FIELDS_MAX).arg(FIELD_BYTES_MAX).arg(VALUE_BYTES);
@@ -147,7 +147,7 @@ impl SharedList {
             return Err(SharedError::TooMany(count));
         }
         let now = seconds.saturating_mul(1_000_000).saturating_add(micros);
-        let mut found = Found { now, foreign, ..Found::default() };
+        let mut found = SharedEntries { now, foreign, ..SharedEntries::default() };
         for [field, value] in fields.as_chunks().0 {
             match open(mac_key, field, value) {
                 Some((denied, term)) => drop(found.entries.insert(denied, term)),
@@ -167,7 +167,7 @@ impl SharedList {
     /// # Errors
     /// [`SharedError`]. The entries may or may not have been set.
     pub async fn set(&self, denied: &[Denied], life: Duration) -> Result<Vec<(Denied, Term)>, SharedError> {
-        let Found { now, entries, foreign, .. } = self.read().await?;
+        let SharedEntries { now, entries, foreign, .. } = self.read().await?;
         if foreign > 0 {
             let mut command = redis::cmd("EVAL");
             command.arg(DELETE_FOREIGN).arg(1).arg(NAME).arg(FIELD_BYTES_MAX).arg(VALUE_BYTES);
@@ -233,7 +233,7 @@ struct Known {
 impl Memory {
     /// Merges the content of the hash, read at `now` by the database's clock, and returns the entries in force. While
     /// that clock is unknown, the entries are returned without an end.
-    pub(crate) fn merge(&mut self, found: Found, now: Option<DatabaseTime>) -> Entries {
+    pub(crate) fn merge(&mut self, found: SharedEntries, now: Option<DatabaseTime>) -> Entries {
         let listed: HashSet<Denied> = found.entries.keys().copied().collect();
         for (denied, term) in found.entries {
             let known = self.0.entry(denied).or_insert(Known { term, until: None });
@@ -270,9 +270,9 @@ mod tests {
         Denied::Key(KeyId(Uuid::from_u128(number)))
     }
 
-    fn found(now: i64, entries: &[(u128, i64, i64)]) -> Found {
+    fn found(now: i64, entries: &[(u128, i64, i64)]) -> SharedEntries {
         let entries = entries.iter().map(|(number, set_at, end)| (key(*number), Term { set_at: *set_at, end: *end }));
-        Found { now, entries: entries.collect(), refused: 0, foreign: 0 }
+        SharedEntries { now, entries: entries.collect(), refused: 0, foreign: 0 }
     }
 
     #[test]
