@@ -77,7 +77,7 @@ pub struct Removals<'s> {
 }
 
 /// The values found in one source.
-type Found<'m> = SmallVec<[Cow<'m, [u8]>; 1]>;
+type FoundKeys<'m> = SmallVec<[Cow<'m, [u8]>; 1]>;
 
 /// Stop the search of one source here: two values are ambiguous, and more make no difference.
 const FOUND_MAX: usize = 2;
@@ -85,9 +85,9 @@ const FOUND_MAX: usize = 2;
 /// Extracts the credential of the request in `view`, by the rules of `settings`.
 #[must_use]
 pub fn extract<'m: 's, 's>(settings: &'s CredentialSettings, view: &View<'m>) -> Extracted<'m, 's> {
-    let mut found: SmallVec<[(&'s Source, Found<'m>); 2]> = SmallVec::new();
+    let mut found: SmallVec<[(&'s Source, FoundKeys<'m>); 2]> = SmallVec::new();
     for source in &settings.sources {
-        let values: Found<'m> = match source {
+        let values: FoundKeys<'m> = match source {
             Source::Header(name) => view.header(name).map(Cow::Borrowed).take(FOUND_MAX).collect(),
             Source::Authorization(scheme) => authorization(view, *scheme),
             Source::Query(name) => query(view.path, name),
@@ -107,7 +107,7 @@ pub fn extract<'m: 's, 's>(settings: &'s CredentialSettings, view: &View<'m>) ->
         });
     }
     let mut removals = Removals::default();
-    let mut keys: Found<'m> = SmallVec::new();
+    let mut keys: FoundKeys<'m> = SmallVec::new();
     let mut ambiguous = false;
     for (source, mut values) in found {
         match source {
@@ -131,7 +131,7 @@ fn is_foreign(settings: &CredentialSettings, value: &[u8]) -> bool {
     !is_well_formed(settings, value) && format::form(&settings.prefix, value) == Form::Foreign
 }
 
-fn choose<'m>(settings: &CredentialSettings, keys: Found<'m>, ambiguous: bool) -> Result<Key<'m>, CredentialError> {
+fn choose<'m>(settings: &CredentialSettings, keys: FoundKeys<'m>, ambiguous: bool) -> Result<Key<'m>, CredentialError> {
     let differ = keys.windows(2).any(|pair| pair[0] != pair[1]);
     let mut keys = keys.into_iter().map(Key);
     let Some(key) = keys.next() else { return Err(CredentialError::Missing) };
@@ -146,7 +146,7 @@ fn choose<'m>(settings: &CredentialSettings, keys: Found<'m>, ambiguous: bool) -
 
 /// The credentials of `scheme` in `Authorization`. Envoy may have joined several headers with commas. If one of the
 /// joined parts has our scheme, the result contains a comma, which [`extract`] treats as ambiguous.
-fn authorization<'m>(view: &View<'m>, scheme: Scheme) -> Found<'m> {
+fn authorization<'m>(view: &View<'m>, scheme: Scheme) -> FoundKeys<'m> {
     let scheme = match scheme {
         Scheme::Bearer => &b"bearer"[..],
         Scheme::ApiKey => b"apikey",
@@ -157,7 +157,7 @@ fn authorization<'m>(view: &View<'m>, scheme: Scheme) -> Found<'m> {
         let ends = rest.first().is_none_or(|byte| *byte == b' ' || *byte == b'\t');
         (name.eq_ignore_ascii_case(scheme) && ends).then(|| rest.trim_ascii())
     };
-    let mut found = Found::new();
+    let mut found = FoundKeys::new();
     let mut other = false;
     for value in view.header("authorization") {
         if found.len() == FOUND_MAX {
@@ -203,7 +203,7 @@ fn pairs_of<'m>(path: &'m str, name: &str) -> impl Iterator<Item = (&'m str, Opt
 }
 
 /// The values of the query parameter `name`, percent-decoded.
-fn query<'m>(path: &'m str, name: &str) -> Found<'m> {
+fn query<'m>(path: &'m str, name: &str) -> FoundKeys<'m> {
     let values = pairs_of(path, name).map(|(_, value)| percent_decode_str(value.unwrap_or_default()).into());
     values.take(FOUND_MAX).collect()
 }
@@ -246,10 +246,10 @@ fn cookie_value<'m>(cookie: &'m [u8], name: &str) -> Option<&'m [u8]> {
     is_ours.then_some(unquoted)
 }
 
-fn cookies<'m>(view: &View<'m>, name: &str) -> Found<'m> {
+fn cookies<'m>(view: &View<'m>, name: &str) -> FoundKeys<'m> {
     let cookies = || view.header("cookie").flat_map(each_cookie);
     let values = cookies().filter_map(|cookie| cookie_value(cookie, name)).map(Cow::Borrowed);
-    let mut found: Found<'m> = values.take(FOUND_MAX).collect();
+    let mut found: FoundKeys<'m> = values.take(FOUND_MAX).collect();
     // Without raw headers, a comma may also be the place where Envoy joined two Cookie headers, which clients must not
     // send (RFC 6265, section 5.4). The two cases look the same, so the credential is ambiguous.
     let follows_comma =
