@@ -141,7 +141,7 @@ impl Checker {
         let digest = self.parts.hasher.current(key.expose());
         let policy = ReadPolicy::new(self.freshness(&request.demands), lease);
         if let Some(entry) = self.parts.cache.hit(policy, &view, &digest, began) {
-            let found = Found { record: entry.value(), digest: &digest, provenance: Provenance::Known };
+            let found = FoundRecord { record: entry.value(), digest: &digest, provenance: Provenance::Known };
             let matches_key = |stored: &ApiKeyDigest| self.parts.hasher.matches(stored, &digest, key.expose());
             let outcome = self.decide(&found, matches_key, &request.demands, began);
             let basis = if policy == ReadPolicy::GrantOnly { Basis::Stale } else { Basis::Confirmed };
@@ -179,7 +179,7 @@ impl Checker {
         let outcome = match &loaded {
             Ok(loaded) => {
                 let provenance = loaded.provenance(&context.view);
-                let found = Found { record: loaded.entry.value(), digest: &digests.current, provenance };
+                let found = FoundRecord { record: loaded.entry.value(), digest: &digests.current, provenance };
                 self.decide(&found, |stored| digests.contains(stored), &request.demands, clock.now())
             }
             Err(fault) => Err(fault.clone()),
@@ -262,7 +262,7 @@ impl Checker {
     /// Decides by `found`. `matches_key` compares the stored digest with the presented key, in constant time.
     fn decide<'r>(
         &self,
-        found: &Found<'r, '_>,
+        found: &FoundRecord<'r, '_>,
         matches_key: impl FnOnce(&ApiKeyDigest) -> bool,
         demands: &Demands<'_>,
         now: Moment,
@@ -372,7 +372,7 @@ enum Refusal {
 }
 
 /// The result of a lookup in the cache or the store. `'r` is the lifetime of the record.
-struct Found<'r, 'd> {
+struct FoundRecord<'r, 'd> {
     /// `None`: no such key.
     record: Option<&'r Record>,
     /// The digest of the presented key under the current pepper.
