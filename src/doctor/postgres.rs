@@ -177,7 +177,7 @@ const TLS: &str =
     "SELECT s.ssl::int::bigint, coalesce(s.version, '') FROM pg_stat_ssl s WHERE s.pid = pg_backend_pid()";
 
 /// The server, the role of the connection, and the database.
-struct Identity {
+struct ServerIdentity {
     /// `primary`, `standby` or `read-only`.
     state: String,
     version: String,
@@ -186,10 +186,10 @@ struct Identity {
     database: String,
 }
 
-async fn identify(session: &mut Session<'_, Postgres>) -> Result<Identity, Trouble> {
+async fn identify(session: &mut Session<'_, Postgres>) -> Result<ServerIdentity, Trouble> {
     let rows = session.ask(&IDENTITY.to_owned()).await?;
     let row = rows.first().ok_or(sqlx::Error::RowNotFound)?;
-    Ok(Identity { state: row.text(0)?, version: row.text(1)?, role: row.text(2)?, database: row.text(3)? })
+    Ok(ServerIdentity { state: row.text(0)?, version: row.text(1)?, role: row.text(2)?, database: row.text(3)? })
 }
 
 const IDENTITY: &str = "
@@ -201,8 +201,8 @@ SELECT CASE
     current_setting('server_version'), current_user::text,
     (SELECT system_identifier FROM pg_control_system()) || ' ' || current_database()";
 
-fn server(identity: &Identity) -> Diagnosis {
-    let Identity { state, version, role, .. } = identity;
+fn server(identity: &ServerIdentity) -> Diagnosis {
+    let ServerIdentity { state, version, role, .. } = identity;
     let found = format!("PostgreSQL {version}, {state}, as the role {role:?}");
     match state.as_str() {
         "standby" => {
@@ -220,7 +220,7 @@ fn server(identity: &Identity) -> Diagnosis {
 }
 
 /// Examines the rights of the role of management. Returns the role if it is not the role of `serve`.
-async fn manager(serve: &Identity, examination: Examination<'_>, report: &mut Report) -> Option<String> {
+async fn manager(serve: &ServerIdentity, examination: Examination<'_>, report: &mut Report) -> Option<String> {
     const SETTING: &[&str] = &["store.management_url", "store.management_url_file"];
     let StoreSettings { management_url, management_url_file, schema, .. } = examination.settings;
     if management_url.is_none() && management_url_file.is_none() {
@@ -282,7 +282,7 @@ async fn manager(serve: &Identity, examination: Examination<'_>, report: &mut Re
 /// exists.
 async fn rights(
     session: &mut Session<'_, Postgres>,
-    identity: &Identity,
+    identity: &ServerIdentity,
     manager: Option<&str>,
     schema: &SchemaName,
 ) -> Diagnosis {
