@@ -11,7 +11,7 @@ use tokio::time::timeout;
 use super::{
     credential::{
         CredentialSettings, Hasher,
-        extract::{CredentialError, Extracted, Key, Removals, extract},
+        extract::{CredentialError, Extracted, PresentedKey, Removals, extract},
     },
     decision::{Basis, Decision, DenyReason, decide},
     metrics::CheckMetrics,
@@ -360,7 +360,7 @@ struct Request<'m, 'c> {
 /// The caller of a request.
 enum Subject<'m> {
     /// A caller with this key.
-    Key(Key<'m>),
+    Key(PresentedKey<'m>),
     /// A caller without an identity, whose request may pass without a key.
     Anonymous,
 }

@@ -32,16 +32,16 @@ pub enum CredentialError {
 #[derive(Debug, PartialEq, Eq)]
 pub struct Extracted<'m, 's> {
     /// The key, borrowed from the message or percent-decoded from the query.
-    pub key: Result<Key<'m>, CredentialError>,
+    pub key: Result<PresentedKey<'m>, CredentialError>,
     /// What to remove so that no credential reaches the upstream.
     pub removals: Removals<'s>,
 }
 
 /// A presented key. Its `Debug` form is `***`.
 #[derive(PartialEq, Eq)]
-pub struct Key<'m>(Cow<'m, [u8]>);
+pub struct PresentedKey<'m>(Cow<'m, [u8]>);
 
-impl Key<'_> {
+impl PresentedKey<'_> {
     /// The key's bytes. The name makes each use easy to find.
     #[must_use]
     pub fn expose(&self) -> &[u8] {
@@ -49,7 +49,7 @@ impl Key<'_> {
     }
 }
 
-impl Drop for Key<'_> {
+impl Drop for PresentedKey<'_> {
     fn drop(&mut self) {
         if let Cow::Owned(bytes) = &mut self.0 {
             zeroize::Zeroize::zeroize(bytes);
@@ -57,7 +57,7 @@ impl Drop for Key<'_> {
     }
 }
 
-impl std::fmt::Debug for Key<'_> {
+impl std::fmt::Debug for PresentedKey<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str("***")
     }
@@ -131,9 +131,13 @@ fn is_foreign(settings: &CredentialSettings, value: &[u8]) -> bool {
     !is_well_formed(settings, value) && format::form(&settings.prefix, value) == Form::Foreign
 }
 
-fn choose<'m>(settings: &CredentialSettings, keys: FoundKeys<'m>, ambiguous: bool) -> Result<Key<'m>, CredentialError> {
+fn choose<'m>(
+    settings: &CredentialSettings,
+    keys: FoundKeys<'m>,
+    ambiguous: bool,
+) -> Result<PresentedKey<'m>, CredentialError> {
     let differ = keys.windows(2).any(|pair| pair[0] != pair[1]);
-    let mut keys = keys.into_iter().map(Key);
+    let mut keys = keys.into_iter().map(PresentedKey);
     let Some(key) = keys.next() else { return Err(CredentialError::Missing) };
     if ambiguous || (differ && settings.on_multiple == OnMultiple::Deny) {
         Err(CredentialError::Ambiguous)
