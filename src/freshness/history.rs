@@ -23,11 +23,11 @@ const NONCES_MAX: usize = 100_000;
 pub struct History {
     lineage: Lineage,
     /// In ascending order; the last one is the version applied. Empty only before the first poll.
-    known: VecDeque<Known>,
+    known: VecDeque<KnownVersion>,
 }
 
 #[derive(Clone, Copy, Debug)]
-struct Known {
+struct KnownVersion {
     version: Version,
     nonce: Nonce,
     /// When a poll first returned it.
@@ -110,7 +110,7 @@ impl History {
         self.lineage = newest.lineage;
         for (version, nonce) in polled.versions.iter().copied().chain([(newest.as_of, newest.nonce)]) {
             if !self.is_begun() || version > self.applied() {
-                self.known.push_back(Known { version, nonce, seen: newest.sent_at });
+                self.known.push_back(KnownVersion { version, nonce, seen: newest.sent_at });
             }
         }
         // A version was the newest until its successor was seen, so the age of the successor counts. The version
@@ -137,7 +137,7 @@ impl History {
         }
     }
 
-    fn find(&self, version: Version) -> Option<&Known> {
+    fn find(&self, version: Version) -> Option<&KnownVersion> {
         let found = self.known.binary_search_by_key(&version, |known| known.version);
         found.ok().and_then(|index| self.known.get(index))
     }
