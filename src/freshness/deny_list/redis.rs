@@ -222,9 +222,9 @@ fn open(mac_key: &[u8; 32], field: &[u8], value: &[u8]) -> Option<(Denied, Term)
 
 /// The entries that one replica has read, including those no longer in the hash.
 #[derive(Default)]
-pub(crate) struct Memory(HashMap<Denied, Known>);
+pub(crate) struct Memory(HashMap<Denied, KnownTerm>);
 
-struct Known {
+struct KnownTerm {
     term: Term,
     /// The end by the database's clock, computed once when both clocks are known.
     until: Option<DatabaseTime>,
@@ -236,9 +236,9 @@ impl Memory {
     pub(crate) fn merge(&mut self, found: SharedEntries, now: Option<DatabaseTime>) -> Entries {
         let listed: HashSet<Denied> = found.entries.keys().copied().collect();
         for (denied, term) in found.entries {
-            let known = self.0.entry(denied).or_insert(Known { term, until: None });
+            let known = self.0.entry(denied).or_insert(KnownTerm { term, until: None });
             if term.set_at > known.term.set_at {
-                *known = Known { term, until: None };
+                *known = KnownTerm { term, until: None };
             }
         }
         self.0.retain(|_, known| !ended_long_ago(known.term.end, found.now));
@@ -249,7 +249,7 @@ impl Memory {
             let left = u64::try_from(known.term.end.saturating_sub(found.now)).unwrap_or(0);
             known.until = now.map(|now| now.after(Duration::from_micros(left)));
         }
-        let denies = |known: &Known| match (known.until, now) {
+        let denies = |known: &KnownTerm| match (known.until, now) {
             (Some(until), Some(now)) => now < until,
             _ => found.now < known.term.end,
         };
