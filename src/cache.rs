@@ -245,12 +245,12 @@ mod tests {
             metrics::Opts,
             secret::Secret,
         },
-        freshness::{ChangeLog, history::Provenance, lease::Limits},
+        freshness::{ChangeLog, history::Provenance, lease::LeaseLimits},
         record::{ApiKeyDigest, Digests, KeyId, Lineage, Nonce, Record, StoredPeppers, TrustId, Version, Versioned},
         store::{Polled, StoreSettings, open_lookup},
     };
 
-    const LIMITS: Limits = Limits { lease: Duration::from_secs(1), stale: Duration::ZERO };
+    const LIMITS: LeaseLimits = LeaseLimits { lease: Duration::from_secs(1), stale: Duration::ZERO };
     const DIGEST: ApiKeyDigest = ApiKeyDigest::from_bytes([1; 32]);
 
     fn versioned<T>(value: T, version: u64) -> Versioned<T> {

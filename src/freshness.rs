@@ -13,7 +13,7 @@ pub mod revoked;
 
 use std::{path::PathBuf, time::Duration};
 
-use self::lease::Limits;
+use self::lease::LeaseLimits;
 pub use self::{
     mode::Freshness,
     replica_state::{Applied, ChangeLog, Epoch, ReplicaState, ReplicaView},
@@ -68,8 +68,8 @@ crate::settings! {
 impl FreshnessSettings {
     /// The limits of the lease, from `lease` and `stale_if_unconfirmed`.
     #[must_use]
-    pub const fn limits(&self) -> Limits {
-        Limits { lease: self.lease, stale: self.stale_if_unconfirmed }
+    pub const fn limits(&self) -> LeaseLimits {
+        LeaseLimits { lease: self.lease, stale: self.stale_if_unconfirmed }
     }
 
     /// The revocation bound under `mode`: a check that starts later than this after the commit of a revocation refuses

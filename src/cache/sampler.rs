@@ -176,12 +176,12 @@ mod tests {
     use crate::{
         base::clock::{DatabaseTime, Moment},
         cache::{CacheSettings, api_key::ApiKey, l1::Lifetime},
-        freshness::{ChangeLog, ReplicaState, lease::Limits},
+        freshness::{ChangeLog, ReplicaState, lease::LeaseLimits},
         record::{ApiKeyDigest, Change, Digests, KeyId, Lineage, Nonce, Record, StoredPeppers, TrustId, Version},
         store::Polled,
     };
 
-    const LIMITS: Limits = Limits { lease: Duration::from_secs(1), stale: Duration::ZERO };
+    const LIMITS: LeaseLimits = LeaseLimits { lease: Duration::from_secs(1), stale: Duration::ZERO };
 
     fn digests(key: u8) -> Digests {
         Digests { current: ApiKeyDigest::from_bytes([key; 32]), older: Vec::new() }

@@ -18,7 +18,7 @@ use crate::{
 
 /// The maximum times that a replica may use its cache entries.
 #[derive(Clone, Copy, Debug)]
-pub struct Limits {
+pub struct LeaseLimits {
     /// From the sending of the last successful poll.
     pub lease: Duration,
     /// The maximum additional time that records may be used to grant, while polls get no answer at all.
@@ -111,7 +111,7 @@ impl Lease {
 
     /// The state of the lease at `now`. A check must call this before it looks at any value.
     #[must_use]
-    pub fn lease_state(&self, now: Moment, limits: Limits) -> LeaseState {
+    pub fn lease_state(&self, now: Moment, limits: LeaseLimits) -> LeaseState {
         let Some(start) = self.start() else { return LeaseState::Expired };
         let age = now.since(start);
         if age <= limits.lease {
@@ -126,7 +126,7 @@ impl Lease {
     /// True if polls get no answer and the last of them was given up recently. After a pause of this process, the last
     /// failed poll is old and proves nothing about the database now. The allowed time is two leases, enough for two
     /// polls.
-    fn is_unanswered_at(&self, now: Moment, limits: Limits) -> bool {
+    fn is_unanswered_at(&self, now: Moment, limits: LeaseLimits) -> bool {
         let given_up = self.unanswered.load(Ordering::Relaxed).checked_sub(1).map(Moment::from_nanos);
         given_up.is_some_and(|moment| now.since(moment) <= limits.lease.saturating_mul(2))
     }
@@ -238,7 +238,7 @@ mod tests {
     use super::*;
     use crate::record::{ApiKeyDigest, KeyId, TrustId};
 
-    const LIMITS: Limits = Limits { lease: Duration::from_nanos(100), stale: Duration::from_micros(1) };
+    const LIMITS: LeaseLimits = LeaseLimits { lease: Duration::from_nanos(100), stale: Duration::from_micros(1) };
 
     fn at(nanos: u64) -> Moment {
         Moment::from_nanos(nanos)

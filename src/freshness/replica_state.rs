@@ -16,7 +16,7 @@ use tokio::sync::{Notify, watch};
 
 use super::{
     history::{Continuity, History, Provenance},
-    lease::{Lease, LeaseState, Limits},
+    lease::{Lease, LeaseLimits, LeaseState},
     pepper::PepperState,
     revoked::Revoked,
 };
@@ -31,7 +31,7 @@ use crate::{
 #[derive(Debug)]
 pub struct ReplicaView {
     epoch: Epoch,
-    limits: Limits,
+    limits: LeaseLimits,
     lease: Lease,
     history: Mutex<History>,
     /// The lost history that the view before this one followed; empty in the first view.
@@ -45,7 +45,7 @@ pub struct Epoch(NonZeroU32);
 
 impl ReplicaView {
     /// A view that follows `earlier` views. `lost`: the history of the last of them.
-    fn new(earlier: u32, limits: Limits, lost: History) -> Self {
+    fn new(earlier: u32, limits: LeaseLimits, lost: History) -> Self {
         Self {
             epoch: Epoch(NonZeroU32::MIN.saturating_add(earlier)),
             limits,
@@ -102,7 +102,7 @@ impl ReplicaView {
 #[derive(Debug)]
 pub struct ReplicaState {
     present: ArcSwap<ReplicaView>,
-    limits: Limits,
+    limits: LeaseLimits,
     epochs: AtomicU32,
     /// Digests that this replica saw revoked. They stay denied if the database loses that history.
     pub revoked: Revoked,
@@ -150,7 +150,7 @@ pub enum Applied {
 impl ReplicaState {
     /// A state without a lease: no cache entry may be used before the first poll.
     #[must_use]
-    pub fn new(limits: Limits) -> Self {
+    pub fn new(limits: LeaseLimits) -> Self {
         Self {
             present: ArcSwap::from_pointee(ReplicaView::new(0, limits, History::default())),
             limits,
@@ -172,7 +172,7 @@ impl ReplicaState {
 
     /// The limits of the lease.
     #[must_use]
-    pub const fn limits(&self) -> Limits {
+    pub const fn limits(&self) -> LeaseLimits {
         self.limits
     }
 
@@ -292,7 +292,7 @@ mod tests {
         record::{ApiKeyDigest, Nonce},
     };
 
-    const LIMITS: Limits = Limits { lease: Duration::from_secs(1), stale: Duration::from_mins(2) };
+    const LIMITS: LeaseLimits = LeaseLimits { lease: Duration::from_secs(1), stale: Duration::from_mins(2) };
 
     fn polled(versions: &[(u64, u8)], changes: &[(u64, Change)]) -> Polled {
         let (version, nonce) = *versions.last().unwrap();
