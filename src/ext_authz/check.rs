@@ -95,7 +95,7 @@ pub struct Checker {
 }
 
 /// The result of a check, before it is encoded for Envoy.
-type Outcome<'r> = Result<Decision<'r>, Fault>;
+type DecisionResult<'r> = Result<Decision<'r>, Fault>;
 
 impl Checker {
     /// Creates a checker from `parts` and registers its metrics.
@@ -266,7 +266,7 @@ impl Checker {
         matches_key: impl FnOnce(&ApiKeyDigest) -> bool,
         demands: &Demands<'_>,
         now: Moment,
-    ) -> Outcome<'r> {
+    ) -> DecisionResult<'r> {
         let replica_state = &self.parts.replica_state;
         // Polls and database reads set the database's clock. Before the first one, expiry cannot be decided.
         let now = replica_state.database_clock.at(now).ok_or(Fault::ClockUnknown)?;
@@ -292,7 +292,7 @@ impl Checker {
     }
 
     /// The reply to a request whose check began at `began`.
-    fn answer(&self, outcome: Outcome<'_>, request: &Request<'_, '_>, basis: Basis, began: Moment) -> Reply {
+    fn answer(&self, outcome: DecisionResult<'_>, request: &Request<'_, '_>, basis: Basis, began: Moment) -> Reply {
         let took = self.parts.clock.now().since(began);
         let limit = self.parts.decision.deadline;
         match outcome {
