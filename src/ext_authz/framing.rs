@@ -18,20 +18,20 @@ pub const PREFIX_BYTES: usize = 5;
 /// The message in the body of a unary call; `None` if the body is not exactly one uncompressed message.
 #[must_use]
 pub fn unframe(body: &Bytes) -> Option<Bytes> {
-    let prefix = Prefix::of(body).filter(|prefix| prefix.flag == 0)?;
+    let prefix = MessagePrefix::of(body).filter(|prefix| prefix.flag == 0)?;
     (body.len() as u64 == prefix.framed_bytes()).then(|| body.slice(PREFIX_BYTES..))
 }
 
 /// The five-byte prefix of a gRPC message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Prefix {
+pub struct MessagePrefix {
     /// 0 for an uncompressed message, 1 for one compressed with the algorithm in the header `grpc-encoding`.
     pub flag: u8,
     /// Length of the message in bytes.
     pub length: u32,
 }
 
-impl Prefix {
+impl MessagePrefix {
     /// The prefix at the start of `body`; `None` if fewer than five bytes have arrived.
     #[must_use]
     pub fn of(body: &[u8]) -> Option<Self> {

@@ -15,7 +15,7 @@ use http::Request;
 
 use crate::ext_authz::{
     decision::DenyReason,
-    framing::{PREFIX_BYTES, Prefix, unframe},
+    framing::{MessagePrefix, PREFIX_BYTES, unframe},
 };
 
 /// The memory budget for messages that wait, shared by all connections.
@@ -88,7 +88,7 @@ pub(crate) struct MessageReader {
     /// The prefix and the part of the message that has arrived; `None` before that, and for a message that is too
     /// large.
     received: Option<Bytes>,
-    prefix: Option<Prefix>,
+    prefix: Option<MessagePrefix>,
     /// Number of bytes that have arrived, discarded ones included.
     seen: u64,
     too_large: bool,
@@ -142,7 +142,7 @@ impl MessageReader {
             None => data, // most messages arrive in one frame, which is not copied
             Some(before) => joined(before, &data),
         };
-        self.prefix = self.prefix.or_else(|| Prefix::of(&received));
+        self.prefix = self.prefix.or_else(|| MessagePrefix::of(&received));
         let announced = self.prefix.map_or(0, |prefix| u64::from(prefix.length));
         self.too_large = announced > self.bytes_max || self.seen > self.bytes_max + PREFIX_BYTES as u64;
         self.received = (!self.too_large).then_some(received);
