@@ -27,18 +27,18 @@ pub(crate) struct Reading {
     /// The entries on readable lines.
     pub(crate) entries: Entries,
     /// The first line that cannot be read.
-    pub(crate) problem: Option<Problem>,
+    pub(crate) problem: Option<LineProblem>,
 }
 
 /// A line that cannot be read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Problem {
+pub(crate) struct LineProblem {
     /// The number of the line, from 1.
     line: usize,
     expected: &'static str,
 }
 
-impl fmt::Display for Problem {
+impl fmt::Display for LineProblem {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "line {}: {}", self.line, self.expected)
     }
@@ -106,7 +106,7 @@ fn parse(bytes: &[u8]) -> Reading {
     let mut reading = Reading::default();
     let is_whole = bytes.len() <= FILE_BYTES_MAX;
     let Ok(bytes) = text::without_mark(&bytes[..bytes.len().min(FILE_BYTES_MAX)]) else {
-        reading.problem = Some(Problem { line: 1, expected: "the file is UTF-16; save it as UTF-8" });
+        reading.problem = Some(LineProblem { line: 1, expected: "the file is UTF-16; save it as UTF-8" });
         return reading;
     };
     let mut lines = bytes.split(|byte| *byte == b'\n').zip(1..).peekable();
@@ -124,7 +124,7 @@ fn parse(bytes: &[u8]) -> Reading {
             }
             Err(expected) => Some(expected),
         };
-        reading.problem = reading.problem.or(problem.map(|expected| Problem { line: number, expected }));
+        reading.problem = reading.problem.or(problem.map(|expected| LineProblem { line: number, expected }));
     }
     reading
 }
