@@ -14,12 +14,12 @@ pub struct Loaded<K: Cacheable> {
     /// The value.
     pub entry: Arc<Entry<K>>,
     /// The read that found it; `None` where another load had put it into L1 in the meantime.
-    pub(crate) read: Option<Read>,
+    pub(crate) read: Option<TierRead>,
 }
 
 /// Where and when a load found its value.
 #[derive(Clone)]
-pub(crate) struct Read {
+pub(crate) struct TierRead {
     /// The version and the time of the read.
     pub(crate) version: Versioned<()>,
     /// L2 or the store.

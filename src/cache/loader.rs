@@ -14,7 +14,7 @@ use super::{
     cacheable::Cacheable,
     l1::{Entry, L1, Lifetime},
     l2::{self, L2},
-    loaded::{Loaded, Read},
+    loaded::{Loaded, TierRead},
     metrics::CacheMetrics,
     policy::AgeLimits,
 };
@@ -213,14 +213,14 @@ impl<K: Cacheable> Loader<K> {
         if epoch.is_some() {
             self.l1.put(key, Arc::clone(&entry));
         }
-        Loaded { entry, read: Some(Read { version, tier }) }
+        Loaded { entry, read: Some(TierRead { version, tier }) }
     }
 
     /// Runs after the waiters of a load have their value. If no poll had confirmed the version of the value, this waits
     /// for a poll and then puts the value into L1. It writes records to Redis, where the other replicas find them.
     /// Negative entries are not written to Redis.
     pub(crate) async fn publish(&self, query: &K::Query, loaded: Loaded<K>) {
-        let Loaded { mut entry, read: Some(Read { version, tier: Tier::Store }) } = loaded else { return };
+        let Loaded { mut entry, read: Some(TierRead { version, tier: Tier::Store }) } = loaded else { return };
         let (view, key) = (Arc::clone(&self.replica_state.load()), K::key(query));
         if !entry.is_of(&view) {
             if view.provenance(&version) == Provenance::Ahead && view.lease_state(self.clock.now()) == LeaseState::Fresh
