@@ -34,7 +34,7 @@ use crate::{
 const TRIED_MAX: usize = 64;
 
 /// A cached record.
-type Record<K> = (<K as Cacheable>::Key, Arc<Entry<K>>);
+type CachedRecord<K> = (<K as Cacheable>::Key, Arc<Entry<K>>);
 
 /// Compares one record after another, each `interval` after the one before, until `stop`. It walks over all records in
 /// an order that differs between processes, and then starts again.
@@ -70,7 +70,7 @@ pub(crate) async fn sample<K: Cacheable>(
 }
 
 /// Sends all records of `l1`, then `None`, and repeats that until the receiver is dropped.
-fn walk<K: Cacheable>(l1: &L1<K>, found: &mpsc::Sender<Option<Record<K>>>) {
+fn walk<K: Cacheable>(l1: &L1<K>, found: &mpsc::Sender<Option<CachedRecord<K>>>) {
     loop {
         for record in l1.records().map(Some).chain([None]) {
             if found.blocking_send(record).is_err() {
@@ -82,7 +82,7 @@ fn walk<K: Cacheable>(l1: &L1<K>, found: &mpsc::Sender<Option<Record<K>>>) {
 
 /// The next record to compare.
 enum Next<K: Cacheable> {
-    Record(Record<K>),
+    Record(CachedRecord<K>),
     /// No usable record was found.
     None,
     /// The walk has ended unexpectedly.
@@ -92,7 +92,7 @@ enum Next<K: Cacheable> {
 /// Returns the next record that a check would use.
 async fn next<K: Cacheable>(
     loader: &Loader<K>,
-    records: &mut mpsc::Receiver<Option<Record<K>>>,
+    records: &mut mpsc::Receiver<Option<CachedRecord<K>>>,
     view: &ReplicaView,
 ) -> Next<K> {
     let mut ends = 0;
