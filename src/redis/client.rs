@@ -37,7 +37,7 @@ const REPLACE_INTERVAL_MAX: Duration = Duration::from_mins(1);
 pub struct RedisMetrics {
     up: IntGauge,
     breaker_open: IntGauge,
-    refused: [IntCounter; Refusal::ALL.len()],
+    refused: [IntCounter; CommandRefusal::ALL.len()],
 }
 
 impl RedisMetrics {
@@ -55,7 +55,7 @@ impl RedisMetrics {
         Ok(Self {
             up: register(registry, IntGauge::with_opts(up))?,
             breaker_open,
-            refused: Refusal::ALL.map(|refusal| refused.with_label_values(&[refusal.as_str()])),
+            refused: CommandRefusal::ALL.map(|refusal| refused.with_label_values(&[refusal.as_str()])),
         })
     }
 }
@@ -63,7 +63,7 @@ impl RedisMetrics {
 /// Why a reachable server refuses commands
 /// (<https://redis.io/docs/latest/develop/reference/protocol-spec/#simple-errors>).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Refusal {
+enum CommandRefusal {
     /// The node has become a replica.
     ReadOnly,
     /// The node is a replica that has lost its master.
@@ -76,7 +76,7 @@ enum Refusal {
     Misconfigured,
 }
 
-impl Refusal {
+impl CommandRefusal {
     const ALL: [Self; 5] = [Self::ReadOnly, Self::MasterDown, Self::Loading, Self::OutOfMemory, Self::Misconfigured];
 
     /// The value of the label `reason`.
@@ -228,12 +228,15 @@ impl Redis {
                     self.breaker.succeeded();
                     return Err(answer);
                 }
-                let refusal = Refusal::of(&error);
+                let refusal = CommandRefusal::of(&error);
                 if let Some(refusal) = refusal {
                     self.note_refused(refusal, &error);
                 }
                 let fault = Fault::unreachable(Tier::L2, error);
-                if matches!(refusal, Some(Refusal::ReadOnly | Refusal::OutOfMemory | Refusal::Misconfigured)) {
+                if matches!(
+                    refusal,
+                    Some(CommandRefusal::ReadOnly | CommandRefusal::OutOfMemory | CommandRefusal::Misconfigured)
+                ) {
                     // The server still answers reads, so this is a success for the circuit breaker.
                     self.breaker.succeeded();
                     return Err(QueryError::Failed(fault));
@@ -278,7 +281,7 @@ impl Redis {
         }
     }
 
-    fn note_refused(&self, refusal: Refusal, error: &RedisError) {
+    fn note_refused(&self, refusal: CommandRefusal, error: &RedisError) {
         self.metrics.refused[refusal as usize].inc();
         if refusal.may_pass_elsewhere() {
             self.refusing.replace.notify_one();
