@@ -12,7 +12,7 @@ pub(crate) mod sealed;
 pub(crate) mod settings;
 
 pub use self::{
-    client::{QueryError, Redis, RedisMetrics, Script},
+    client::{LuaScript, QueryError, Redis, RedisMetrics},
     connection::{Link, RedisConnection},
     notifications::listen,
     sealed::MacKey,

@@ -18,7 +18,7 @@ use crate::{
     base::clock::{DatabaseTime, Moment},
     record::{Lineage, Nonce, Version, Versioned, bytes_from_hex, hex},
     redis::{
-        QueryError, Redis, Script,
+        LuaScript, QueryError, Redis,
         sealed::{Envelope, Name},
     },
 };
@@ -31,8 +31,8 @@ const AS_OF_BYTES: usize = 16;
 /// by other clients cannot exhaust our memory. It is enough for a thousand scopes.
 const VALUE_BYTES_MAX: usize = 64 << 10;
 
-static REPLACE: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("l2/replace.lua")));
-static DISCARD: LazyLock<Script> = LazyLock::new(|| Script::new(include_str!("l2/discard.lua")));
+static REPLACE: LazyLock<LuaScript> = LazyLock::new(|| LuaScript::new(include_str!("l2/replace.lua")));
+static DISCARD: LazyLock<LuaScript> = LazyLock::new(|| LuaScript::new(include_str!("l2/discard.lua")));
 
 /// Records of one kind in Redis.
 pub struct L2<K: Cacheable> {

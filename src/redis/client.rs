@@ -149,12 +149,12 @@ pub enum QueryError {
 }
 
 /// A Lua script. It is called by its hash; the full text is sent only to a server that does not have it.
-pub struct Script {
+pub struct LuaScript {
     code: &'static str,
     hash: String,
 }
 
-impl Script {
+impl LuaScript {
     /// The script `code`, which takes one Redis key.
     #[must_use]
     pub fn new(code: &'static str) -> Self {
@@ -259,7 +259,7 @@ impl Redis {
     /// Safe. After a cancelled call, the script may or may not have run.
     pub async fn run<T: FromRedisValue>(
         &self,
-        script: &Script,
+        script: &LuaScript,
         key: &str,
         arguments: &[&[u8]],
     ) -> Result<T, QueryError> {
