@@ -28,7 +28,7 @@ impl Tier {
 }
 
 /// The cause of a fault. It is shared, because all waiters of one load receive the same fault.
-pub type Source = Arc<dyn Error + Send + Sync>;
+pub type Cause = Arc<dyn Error + Send + Sync>;
 
 /// Why trustgate could not decide a request.
 #[derive(Clone, Debug, thiserror::Error)]
@@ -47,7 +47,7 @@ pub enum Fault {
         /// The tier.
         tier: Tier,
         /// The cause.
-        source: Source,
+        source: Cause,
     },
     /// The circuit breaker of a tier is open.
     #[error("{} circuit breaker open: the tier failed repeatedly", tier.as_str())]
