@@ -48,7 +48,7 @@ const MAC_KEY_INTERVAL: Duration = Duration::from_millis(50);
 
 /// A source of entries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Source {
+enum ListSource {
     File,
     Redis,
 }
@@ -113,8 +113,8 @@ impl DenyList {
         };
         if let Some(path) = &list.file {
             let reading = file::read(path)?;
-            list.put(Source::File, reading.entries);
-            list.log_problem(Source::File, reading.problem.map(|problem| problem.to_string()));
+            list.put(ListSource::File, reading.entries);
+            list.log_problem(ListSource::File, reading.problem.map(|problem| problem.to_string()));
         }
         Ok(list)
     }
@@ -174,7 +174,7 @@ impl DenyList {
     }
 
     async fn watch_file(&self, path: PathBuf) {
-        let mut watched = Watched::new(path, self.lists.load().of(Source::File));
+        let mut watched = Watched::new(path, self.lists.load().of(ListSource::File));
         let mut ticks = interval(FILE_INTERVAL);
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
@@ -191,10 +191,10 @@ impl DenyList {
             match look {
                 Look::Same => {}
                 Look::Read { in_force, problem } => {
-                    self.put(Source::File, in_force);
-                    self.log_problem(Source::File, problem);
+                    self.put(ListSource::File, in_force);
+                    self.log_problem(ListSource::File, problem);
                 }
-                Look::Failed(problem) => self.log_problem(Source::File, Some(problem)),
+                Look::Failed(problem) => self.log_problem(ListSource::File, Some(problem)),
             }
         }
     }
@@ -211,15 +211,15 @@ impl DenyList {
             match shared.read().await {
                 Ok(found) => {
                     let problem = found.problem();
-                    self.put(Source::Redis, memory.merge(found, now()));
-                    self.log_problem(Source::Redis, problem);
+                    self.put(ListSource::Redis, memory.merge(found, now()));
+                    self.log_problem(ListSource::Redis, problem);
                 }
-                Err(error) => self.log_problem(Source::Redis, Some(error.to_string())),
+                Err(error) => self.log_problem(ListSource::Redis, Some(error.to_string())),
             }
         }
     }
 
-    fn put(&self, source: Source, entries: Entries) {
+    fn put(&self, source: ListSource, entries: Entries) {
         let _changing = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
         self.metrics.entries[source as usize].set(entries.len().saturate());
         let mut lists = Lists::clone(&self.lists.load());
@@ -231,14 +231,14 @@ impl DenyList {
     }
 
     /// Logs the problem of a source when it changes, and logs when it is solved.
-    fn log_problem(&self, source: Source, problem: Option<String>) {
+    fn log_problem(&self, source: ListSource, problem: Option<String>) {
         self.metrics.stale[source as usize].set(i64::from(problem.is_some()));
         let logged = &mut self.logged.lock().unwrap_or_else(PoisonError::into_inner)[source as usize];
         if problem == *logged {
             return;
         }
         let name = match (source, &self.file) {
-            (Source::File, Some(path)) => format!("freshness.deny_file {}", path.display()),
+            (ListSource::File, Some(path)) => format!("freshness.deny_file {}", path.display()),
             _ => "Redis".to_owned(),
         };
         if let Some(problem) = &problem {
@@ -254,7 +254,7 @@ impl DenyList {
 }
 
 impl Lists {
-    fn of(&self, source: Source) -> Arc<Entries> {
+    fn of(&self, source: ListSource) -> Arc<Entries> {
         Arc::clone(&self.0[source as usize])
     }
 }
@@ -310,7 +310,7 @@ mod tests {
             ("another trust", trust(1), None, false),
             ("another digest", digest(5), None, false),
         ] {
-            for source in [Source::File, Source::Redis] {
+            for source in [ListSource::File, ListSource::Redis] {
                 let list = list(None);
                 assert!(!denies(&list));
                 list.put(source, [(denied, until)].into());
