@@ -25,7 +25,7 @@ pub struct Rules {
 
 /// Closed -> (`failures_max` in a row) -> Open -> (after `open_for`) -> Probing (half-open) -> Closed or Open.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum State {
+enum BreakerState {
     /// All callers may use the tier.
     Closed {
         /// Failures in a row so far.
@@ -45,7 +45,7 @@ enum State {
     },
 }
 
-impl State {
+impl BreakerState {
     const fn is_closed(self) -> bool {
         matches!(self, Self::Closed { .. })
     }
@@ -75,7 +75,7 @@ impl State {
 }
 
 /// Closed, without failures.
-const CLOSED: State = State::Closed { failures: 0, last: Moment::from_nanos(0) };
+const CLOSED: BreakerState = BreakerState::Closed { failures: 0, last: Moment::from_nanos(0) };
 
 /// How a breaker appears in the log and in metrics.
 #[derive(Debug)]
@@ -93,7 +93,7 @@ pub struct Labels {
 pub struct Breaker {
     rules: Rules,
     labels: Labels,
-    state: Mutex<State>,
+    state: Mutex<BreakerState>,
 }
 
 impl Breaker {
@@ -121,7 +121,7 @@ impl Breaker {
         self.report(|state| state.failed(began, now, &self.rules));
     }
 
-    fn report(&self, next: impl FnOnce(State) -> State) {
+    fn report(&self, next: impl FnOnce(BreakerState) -> BreakerState) {
         let (was_closed, is_closed) = {
             let mut state = self.lock();
             let was = *state;
@@ -140,7 +140,7 @@ impl Breaker {
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
+    fn lock(&self) -> MutexGuard<'_, BreakerState> {
         // The state is a plain value that is replaced as a whole, so a panic cannot leave it half changed.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -161,7 +161,7 @@ mod tests {
     }
 
     /// Reports a call that failed at `failed`. Returns the state after it.
-    fn fails(breaker: &Breaker, began: u64, failed: u64) -> State {
+    fn fails(breaker: &Breaker, began: u64, failed: u64) -> BreakerState {
         breaker.failed(at(began), at(failed));
         let state = *breaker.lock();
         assert_eq!(breaker.labels.open.get(), i64::from(!state.is_closed()));
@@ -174,13 +174,13 @@ mod tests {
         assert!(fails(&breaker, 0, 0).is_closed());
         breaker.succeeded();
         assert!(fails(&breaker, 1, 1).is_closed(), "a success starts the count again");
-        let open = State::Open { until: at(102) };
+        let open = BreakerState::Open { until: at(102) };
         assert_eq!(fails(&breaker, 2, 2), open);
         assert!(!breaker.admits(at(50)));
         assert_eq!(fails(&breaker, 60, 60), open, "a late failure does not keep the breaker open for longer");
         assert!(breaker.admits(at(102)), "the breaker was open for `open_for`");
         assert!(!breaker.admits(at(103)), "but only one caller tries");
-        let trial = State::Probing { since: at(102) };
+        let trial = BreakerState::Probing { since: at(102) };
         assert_eq!(fails(&breaker, 1, 104), trial, "a call that began before the trial does not count");
         breaker.succeeded();
         assert_eq!((*breaker.lock(), breaker.labels.open.get()), (CLOSED, 0));
