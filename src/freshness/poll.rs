@@ -113,8 +113,12 @@ impl Poll {
     }
 
     async fn poll(&self, heartbeats: &Heartbeats, applied: &watch::Sender<Version>, compared: &Compared) {
-        let mut state =
-            State { up: None, registration: Registration::default(), restored: None, offset: self.clock.wall_offset() };
+        let mut state = PollState {
+            up: None,
+            registration: Registration::default(),
+            restored: None,
+            offset: self.clock.wall_offset(),
+        };
         let (mut rate, mut jitter) = (Rate::default(), Jitter::of(self.replica));
         loop {
             let due = Instant::now() + jitter.around(self.settings.poll_interval);
@@ -151,7 +155,7 @@ impl Poll {
         }
     }
 
-    async fn poll_once(&self, newest_applied: &watch::Sender<Version>, compared: &Compared, state: &mut State) {
+    async fn poll_once(&self, newest_applied: &watch::Sender<Version>, compared: &Compared, state: &mut PollState) {
         self.detect_pause(state);
         let limit = self.settings.poll_timeout;
         let timed_out = Err(PollError::NoAnswer(Fault::Timeout { tier: Tier::Store, limit }));
@@ -193,7 +197,7 @@ impl Poll {
         }
     }
 
-    async fn apply_answer(&self, polled: &Polled, newest_applied: &watch::Sender<Version>, state: &mut State) {
+    async fn apply_answer(&self, polled: &Polled, newest_applied: &watch::Sender<Version>, state: &mut PollState) {
         let newest = polled.newest.as_of;
         let change_log = if self.tracks_changes { ChangeLog::Present } else { ChangeLog::Absent };
         let applied = self.replica_state.apply(polled, change_log);
@@ -250,7 +254,7 @@ impl Poll {
     }
 
     /// Ends the lease if time passed that the boot clock did not count. Returns true in that case.
-    fn detect_pause(&self, state: &mut State) -> bool {
+    fn detect_pause(&self, state: &mut PollState) -> bool {
         let offset = self.clock.wall_offset();
         let step = Duration::from_micros(offset.abs_diff(state.offset));
         state.offset = offset;
@@ -267,7 +271,7 @@ impl Poll {
     }
 
     /// Restores the triggers that record changes, at most once per [`RESTORE_INTERVAL`].
-    async fn restore_triggers(&self, state: &mut State) {
+    async fn restore_triggers(&self, state: &mut PollState) {
         if state.restored.is_some_and(|last| last.elapsed() < RESTORE_INTERVAL) {
             return;
         }
@@ -364,7 +368,7 @@ impl Poll {
 }
 
 /// The state of the poll task between polls.
-struct State {
+struct PollState {
     /// The result of the last poll. The poll task logs a result only if it differs from this one.
     up: Option<Up>,
     registration: Registration,
