@@ -16,7 +16,7 @@ use crate::{
     config::{Config, LoadError, SECTIONS},
     doctor::{
         database::{NAMES as DATABASE, diagnose as examine_database},
-        diagnosis::{Diagnosis, State, complete},
+        diagnosis::{Diagnosis, DiagnosisState, complete},
         redis::{NAMES as REDIS, diagnose as examine_redis},
         session::{Examined, Use},
     },
@@ -257,7 +257,11 @@ fn answer(diagnoses: &[Diagnosis], config: &Config, envoy_timeout_is_valid: bool
             in_envoy(timeout),
         ));
     }
-    if diagnoses.iter().any(|diagnosis| diagnosis.state == State::Failed) { answer.exit(FAILED) } else { answer }
+    if diagnoses.iter().any(|diagnosis| diagnosis.state == DiagnosisState::Failed) {
+        answer.exit(FAILED)
+    } else {
+        answer
+    }
 }
 
 /// The remedy of `diagnosis`, and where the settings behind the problem are set.
@@ -312,9 +316,9 @@ mod tests {
     #[test]
     fn a_short_margin_to_the_timeout_of_envoy_is_a_warning() {
         let mut config = Config::default();
-        assert_eq!(deadlines(&config).state, State::Ok);
+        assert_eq!(deadlines(&config).state, DiagnosisState::Ok);
         config.decision.envoy_timeout = config.decision.deadline + Duration::from_millis(19);
-        assert_eq!(deadlines(&config).state, State::Warning);
+        assert_eq!(deadlines(&config).state, DiagnosisState::Warning);
         assert_eq!(in_envoy(Duration::from_millis(250)), "0.25s");
     }
 }

@@ -8,7 +8,7 @@ use tokio::{net::lookup_host, time::timeout};
 
 /// The outcome of an examination.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum State {
+pub enum DiagnosisState {
     /// Everything examined works.
     Ok,
     /// Everything examined works, but the operator should change something.
@@ -19,7 +19,7 @@ pub enum State {
     Skipped,
 }
 
-impl State {
+impl DiagnosisState {
     /// The word in the output.
     #[must_use]
     pub const fn as_str(self) -> &'static str {
@@ -38,7 +38,7 @@ pub struct Diagnosis {
     /// The name of the examination.
     pub name: &'static str,
     /// How it ended.
-    pub state: State,
+    pub state: DiagnosisState,
     /// The facts found, with figures.
     pub found: String,
     /// The action to take; `None` if none is needed.
@@ -50,22 +50,22 @@ pub struct Diagnosis {
 impl Diagnosis {
     /// Everything examined works.
     pub fn ok(name: &'static str, found: impl Into<String>) -> Self {
-        Self { name, state: State::Ok, found: found.into(), remedy: None, settings: &[] }
+        Self { name, state: DiagnosisState::Ok, found: found.into(), remedy: None, settings: &[] }
     }
 
     /// A problem that does not stop the server.
     pub fn warning(name: &'static str, found: impl Into<String>, remedy: impl Into<String>) -> Self {
-        Self { state: State::Warning, remedy: Some(remedy.into()), ..Self::ok(name, found) }
+        Self { state: DiagnosisState::Warning, remedy: Some(remedy.into()), ..Self::ok(name, found) }
     }
 
     /// Something that the server needs does not work.
     pub fn failed(name: &'static str, found: impl Into<String>, remedy: impl Into<String>) -> Self {
-        Self { state: State::Failed, remedy: Some(remedy.into()), ..Self::ok(name, found) }
+        Self { state: DiagnosisState::Failed, remedy: Some(remedy.into()), ..Self::ok(name, found) }
     }
 
     /// The examination was skipped, for the reason `because`.
     pub fn skipped(name: &'static str, because: impl Into<String>) -> Self {
-        Self { state: State::Skipped, ..Self::ok(name, because) }
+        Self { state: DiagnosisState::Skipped, ..Self::ok(name, because) }
     }
 
     /// Adds the settings concerned.

@@ -6,7 +6,7 @@ use std::{future::Future, time::Duration};
 
 use tokio::time::timeout;
 
-use super::diagnosis::{Diagnosis, State, Times, complete, milliseconds};
+use super::diagnosis::{Diagnosis, DiagnosisState, Times, complete, milliseconds};
 use crate::{
     base::clock::{Clock, DatabaseTime, Moment, wall_time},
     record::{ApiKeyDigest, Digests, Fingerprint, StoredPeppers, Version, bytes_from_hex},
@@ -95,9 +95,9 @@ impl Report {
     pub(crate) fn examined(self) -> Examined {
         let Self { diagnoses, redis_mac_key } = self;
         let is = |state| move |diagnosis: &&Diagnosis| diagnosis.state == state;
-        let failed = diagnoses.iter().find(is(State::Failed));
+        let failed = diagnoses.iter().find(is(DiagnosisState::Failed));
         let because =
-            failed.or_else(|| diagnoses.iter().rfind(is(State::Warning))).map_or_else(String::new, because_of);
+            failed.or_else(|| diagnoses.iter().rfind(is(DiagnosisState::Warning))).map_or_else(String::new, because_of);
         Examined {
             diagnoses: complete(NAMES, diagnoses, &because),
             redis_mac_key: redis_mac_key.unwrap_or(Err(because)),
@@ -173,7 +173,7 @@ impl<'a, D: Dialect> Session<'a, D> {
             };
             let closed = tables.is_err();
             let diagnosis = self.tables(kind, tables);
-            let fits = diagnosis.state == State::Ok;
+            let fits = diagnosis.state == DiagnosisState::Ok;
             report.add(diagnosis);
             if closed {
                 return Tables::Closed;
@@ -411,7 +411,12 @@ mod tests {
     #[test]
     fn the_longest_time_decides_the_state() {
         let limit = Duration::from_millis(100);
-        for (longest, state) in [(25, State::Ok), (26, State::Warning), (99, State::Warning), (100, State::Failed)] {
+        for (longest, state) in [
+            (25, DiagnosisState::Ok),
+            (26, DiagnosisState::Warning),
+            (99, DiagnosisState::Warning),
+            (100, DiagnosisState::Failed),
+        ] {
             let times = Times::new(vec![Duration::from_millis(1), Duration::from_millis(longest)]);
             assert_eq!(judged(POLLS, &times, limit, "").state, state, "{longest} ms");
         }

@@ -7,7 +7,7 @@ use std::{fs, os::unix::fs::MetadataExt};
 use sqlx::{Connection, Row};
 
 use super::{
-    diagnosis::{Diagnosis, State, milliseconds},
+    diagnosis::{Diagnosis, DiagnosisState, milliseconds},
     session::{
         ADDRESS, ALTERED, CLOCK, CONNECTION, Examination, Kind, MANAGEMENT, NOTIFICATIONS, RIGHTS, Report, SERVER,
         Session, Tables, Trouble, URL, WATCH, within,
@@ -31,7 +31,7 @@ pub(crate) async fn run(sqlite: Sqlite, examination: Examination<'_>, report: &m
         report.add(Diagnosis::skipped(name, because));
     }
     let address = address(&sqlite);
-    let exists = sqlite.path.exists() && !matches!(address.state, State::Failed);
+    let exists = sqlite.path.exists() && !matches!(address.state, DiagnosisState::Failed);
     report.add(address);
     if !exists {
         return;
