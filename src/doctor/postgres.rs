@@ -12,7 +12,7 @@ use super::{
     diagnosis::{Diagnosis, located, milliseconds, resolve},
     session::{
         ADDRESS, ALTERED, CONNECTION, Examination, Kind, MANAGEMENT, NOTIFICATIONS, RIGHTS, Report, SERVER, Session,
-        Tables, Trouble, URL, WATCH,
+        TablesState, Trouble, URL, WATCH,
     },
 };
 use crate::store::{
@@ -62,10 +62,10 @@ pub(crate) async fn run(postgres: Postgres, examination: Examination<'_>, report
     let tables = session.diagnose(Kind::Server, report).await;
     if postgres.tracks_changes() {
         let manager = manager(&identity, examination, report).await;
-        if tables != Tables::Unfit {
+        if tables != TablesState::Unfit {
             report.add(rights(&mut session, &identity, manager.as_deref(), &postgres.schema).await);
         }
-        if let Tables::Fit { triggers_intact } = tables {
+        if let TablesState::Fit { triggers_intact } = tables {
             report.add(watch(&mut session, triggers_intact, &postgres).await);
         }
         report.add(notifications(&mut session, &postgres.address, examination).await);

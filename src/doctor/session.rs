@@ -37,7 +37,7 @@ pub(crate) const CLOCK: &str = "database_clock";
 pub(crate) const NOTIFICATIONS: &str = "database_notifications";
 
 /// All triggers are intact, but no replica has verified them since tables, triggers or rights were altered.
-pub(crate) const ALTERED: &str = "every change is recorded: each trigger has its original definition. Tables, triggers \
+pub(crate) const ALTERED: &str = "every change is recorded: each trigger has its original definition. TablesState, triggers \
     or rights were altered since a replica verified this; the next poll of a replica verifies it again";
 
 /// The settings that contain the URL of `serve`.
@@ -164,7 +164,7 @@ impl<'a, D: Dialect> Session<'a, D> {
     }
 
     /// Examines our own tables or the existing table, as far as the queries are the same for both kinds of database.
-    pub(crate) async fn diagnose(&mut self, kind: Kind, report: &mut Report) -> Tables {
+    pub(crate) async fn diagnose(&mut self, kind: Kind, report: &mut Report) -> TablesState {
         if let Some(ours) = self.dialect.ours() {
             let tables = match self.ask(&ours.schema).await {
                 Ok(rows) => newest_tables(&rows).map_err(Trouble::from),
@@ -176,17 +176,17 @@ impl<'a, D: Dialect> Session<'a, D> {
             let fits = diagnosis.state == DiagnosisState::Ok;
             report.add(diagnosis);
             if closed {
-                return Tables::Closed;
+                return TablesState::Closed;
             }
             if !fits {
-                return Tables::Unfit;
+                return TablesState::Unfit;
             }
         }
         report.redis_mac_key = Some(self.redis_mac_key().await);
         let triggers_intact = self.polls(kind, report).await;
         let reads = self.reads().await;
         report.add(reads);
-        Tables::Fit { triggers_intact }
+        TablesState::Fit { triggers_intact }
     }
 
     /// Diagnoses whether our tables exist and have a compatible version.
@@ -348,7 +348,7 @@ impl<'a, D: Dialect> Session<'a, D> {
 
 /// The result of examining the tables.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Tables {
+pub(crate) enum TablesState {
     /// The tables can be read.
     Fit {
         /// True if the last poll confirms that every change is recorded; `None` if no poll was answered.

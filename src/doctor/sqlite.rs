@@ -10,7 +10,7 @@ use super::{
     diagnosis::{Diagnosis, DiagnosisState, milliseconds},
     session::{
         ADDRESS, ALTERED, CLOCK, CONNECTION, Examination, Kind, MANAGEMENT, NOTIFICATIONS, RIGHTS, Report, SERVER,
-        Session, Tables, Trouble, URL, WATCH, within,
+        Session, TablesState, Trouble, URL, WATCH, within,
     },
 };
 use crate::store::{
@@ -69,7 +69,7 @@ pub(crate) async fn run(sqlite: Sqlite, examination: Examination<'_>, report: &m
     session.close().await;
     if sqlite.preset.is_some() {
         report.add(Diagnosis::skipped(WATCH, "store.preset is set: changes to that table are not recorded"));
-    } else if let Tables::Fit { triggers_intact: Some(triggers_intact) } = tables {
+    } else if let TablesState::Fit { triggers_intact: Some(triggers_intact) } = tables {
         report.add(watch(triggers_intact, problem));
     }
 }
