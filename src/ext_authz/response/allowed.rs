@@ -75,7 +75,7 @@ impl Text<'_> {
 
 /// A value in the dynamic metadata.
 #[derive(Clone, Copy)]
-enum Value<'t> {
+enum MetadataValue<'t> {
     Text(&'t [u8]),
     List(&'t [String]),
     Yes,
@@ -145,17 +145,17 @@ impl<'a, 's> GrantReply<'a, 's> {
         self.removals.headers.iter().copied().chain(identity).chain(cookies)
     }
 
-    fn metadata(&self) -> impl Iterator<Item = (&'static str, Value<'_>)> {
+    fn metadata(&self) -> impl Iterator<Item = (&'static str, MetadataValue<'_>)> {
         let identity = self.ids().map(|[trust_id, key_id]| {
-            let stale = (self.basis == Basis::Stale).then_some(("stale", Value::Yes));
+            let stale = (self.basis == Basis::Stale).then_some(("stale", MetadataValue::Yes));
             [
-                Some(("trust_id", Value::Text(trust_id))),
-                Some(("key_id", Value::Text(key_id))),
-                Some(("scopes", Value::List(self.scopes))),
+                Some(("trust_id", MetadataValue::Text(trust_id))),
+                Some(("key_id", MetadataValue::Text(key_id))),
+                Some(("scopes", MetadataValue::List(self.scopes))),
                 stale,
             ]
         });
-        let anonymous = self.ids.is_none().then_some(("anonymous", Value::Yes));
+        let anonymous = self.ids.is_none().then_some(("anonymous", MetadataValue::Yes));
         identity.into_iter().flatten().flatten().chain(anonymous)
     }
 
@@ -196,15 +196,15 @@ impl<'a, 's> GrantReply<'a, 's> {
             put_name(into, 1, name);
             put_field(into, 2, value_bytes(value));
             match value {
-                Value::Text(text) => put_text(into, 3, Text::Whole(text)),
-                Value::List(texts) => {
+                MetadataValue::Text(text) => put_text(into, 3, Text::Whole(text)),
+                MetadataValue::List(texts) => {
                     put_field(into, 6, list_bytes(texts));
                     for text in texts {
                         put_field(into, 1, field_bytes(text.len()));
                         put_name(into, 3, text);
                     }
                 }
-                Value::Yes => into.put_slice(YES),
+                MetadataValue::Yes => into.put_slice(YES),
             }
         }
     }
@@ -225,16 +225,16 @@ fn pair_bytes(name: &str, value: usize) -> usize {
     field_bytes(name.len()) + field_bytes(value)
 }
 
-fn entry_bytes(name: &str, value: Value<'_>) -> usize {
+fn entry_bytes(name: &str, value: MetadataValue<'_>) -> usize {
     pair_bytes(name, value_bytes(value))
 }
 
-/// The encoded length of a `Value`.
-fn value_bytes(value: Value<'_>) -> usize {
+/// The encoded length of a `MetadataValue`.
+fn value_bytes(value: MetadataValue<'_>) -> usize {
     match value {
-        Value::Text(text) => field_bytes(text.len()),
-        Value::List(texts) => field_bytes(list_bytes(texts)),
-        Value::Yes => YES.len(),
+        MetadataValue::Text(text) => field_bytes(text.len()),
+        MetadataValue::List(texts) => field_bytes(list_bytes(texts)),
+        MetadataValue::Yes => YES.len(),
     }
 }
 
