@@ -71,9 +71,8 @@ impl Revoked {
                 }
                 // The current history has changed this digest, so the lost history no longer counts for it.
                 Change::Absent(digest) => {
-                    if digests.seen.remove(digest).is_some_and(|revocation| revocation.is_lost) {
-                        released.push(*digest);
-                    }
+                    let removed = digests.seen.remove(digest);
+                    released.extend(removed.filter(|revocation| revocation.is_lost).map(|_| *digest));
                 }
                 Change::Whole(ChangeKind::Absences | ChangeKind::Gone) => {
                     released
