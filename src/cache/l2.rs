@@ -1,6 +1,6 @@
 //! L2: records in Redis, shared between replicas, each with its version and a MAC.
 //!
-//! A value is sealed ([`crate::redis::sealed`]) under its kind, its table and its key. Its body consists of the lineage
+//! A value is sealed (`redis/sealed.rs`) under its kind, its table and its key. Its body consists of the lineage
 //! (16 + 8 + 4 bytes), `as_of` (16 hexadecimal digits, so that Lua in Redis can compare it), the nonce (16), the
 //! database's time (8) and the record. The MAC is verified before the body is parsed.
 //!

@@ -1,6 +1,6 @@
 //! The deny list in Redis: one hash, `trustgate:deny`, whose fields are entries and whose values are their terms.
 //!
-//! A value is sealed ([`crate::redis::sealed`]) under its entry. Its body consists of `set_at` (8 bytes) and `end` (8);
+//! A value is sealed (`redis/sealed.rs`) under its entry. Its body consists of `set_at` (8 bytes) and `end` (8);
 //! both times are microseconds by Redis's clock. Of two values for one entry, the one set later counts. A command removes an entry by setting an end
 //! in the past. A replica that has read an entry keeps it until its end even if it is missing from Redis, for example
 //! after a restart without data. So a client that can write to Redis but lacks the MAC key can neither add an entry nor

@@ -13,7 +13,7 @@ use super::{
     types::{Actor, AuditEntry, KeyDetails, NewKey, ReplicaStatus, Trust, TrustRef},
 };
 use crate::{
-    base::{clock::DatabaseTime, saturate::Saturate as _},
+    base::clock::DatabaseTime,
     record::{ApiKeyDigest, Fingerprint, KeyId, TrustId},
     store::{
         error::StoreError,

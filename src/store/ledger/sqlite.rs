@@ -10,7 +10,7 @@ use super::{
     types::{Actor, AuditEntry, KeyDetails, NewKey, ReplicaStatus, Trust, TrustRef},
 };
 use crate::{
-    base::{clock::DatabaseTime, saturate::Saturate as _},
+    base::clock::DatabaseTime,
     record::{ApiKeyDigest, Fingerprint, KeyId, TrustId},
     store::{
         change_log,
