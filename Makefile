@@ -122,7 +122,7 @@ fmt-check: ## check the format of the code
 lint: ## run clippy and rustdoc, where a warning is an error, and check the wording
 	tools/words
 	cargo clippy --all-targets --locked -- -D warnings
-	RUSTDOCFLAGS="-D warnings" cargo doc --no-deps --locked
+	RUSTDOCFLAGS="-D warnings" cargo doc --no-deps --locked --document-private-items
 
 .PHONY: envoy-check
 envoy-check: setup ## validate every configuration in envoy/ with a real Envoy

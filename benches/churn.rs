@@ -22,7 +22,7 @@ use std::{
 
 use clap::Parser;
 use rustix::time::{ClockId, clock_gettime};
-use trustgate::{
+use trustgate::testing::{
     base::{clock::Moment, units::ByteSize},
     cache::{
         CacheSettings,

@@ -16,7 +16,7 @@ use std::{
 };
 
 use clap::{Parser, ValueEnum};
-use trustgate::{
+use trustgate::testing::{
     base::clock::DatabaseTime,
     config::{self, Purpose},
     ext_authz::{

@@ -3,14 +3,14 @@
 //! A hit is synchronous and takes none of our locks; only a miss is a future. The cache makes no decisions about
 //! requests, and it does not turn an error into "not found" (`tests/e2e/outage.rs`).
 
-pub mod api_key;
-pub mod cacheable;
-pub mod l1;
-pub mod l2;
+pub(crate) mod api_key;
+pub(crate) mod cacheable;
+pub(crate) mod l1;
+pub(crate) mod l2;
 pub(crate) mod loaded;
 pub(crate) mod loader;
 pub(crate) mod metrics;
-pub mod policy;
+pub(crate) mod policy;
 pub(crate) mod sampler;
 pub(crate) mod single_flight;
 
@@ -28,7 +28,7 @@ use self::{
     policy::{Candidate, is_usable},
     single_flight::{Joined, SingleFlight},
 };
-pub use self::{
+pub(crate) use self::{
     loaded::Loaded,
     loader::StoreLimits,
     policy::{AgeLimits, ReadPolicy},
@@ -245,7 +245,7 @@ mod tests {
             metrics::Opts,
             secret::Secret,
         },
-        freshness::{ChangeLog, history::Provenance, lease::LeaseLimits},
+        freshness::{history::Provenance, lease::LeaseLimits, replica_state::ChangeLog},
         record::{ApiKeyDigest, Digests, KeyId, Lineage, Nonce, Record, StoredPeppers, TrustId, Version, Versioned},
         store::{Polled, StoreSettings, open_lookup},
     };

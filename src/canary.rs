@@ -5,10 +5,11 @@
 //! checks over gRPC as Envoy does. Each round deletes its trust and key; about once an hour, a round also deletes
 //! trusts that other canaries left behind.
 
-pub mod client;
-pub mod metrics;
+pub(crate) mod client;
+pub(crate) mod metrics;
+pub(crate) mod settings;
 
-use std::{io, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
+use std::{io, sync::Arc, time::Duration};
 
 use futures_util::future::join_all;
 use tokio::time::{sleep, timeout};
@@ -16,8 +17,9 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use self::{
-    client::{ConnectError, Connector, Replica, Target, Verdict},
+    client::{ConnectError, Connector, Replica, Verdict},
     metrics::CanaryMetrics,
+    settings::{CanarySettings, Target},
 };
 use crate::{
     base::{
@@ -30,31 +32,6 @@ use crate::{
     record::TrustId,
     store::{Actor, Management, StoreError, ledger::TrustRef},
 };
-
-crate::settings! {
-    /// The canary, a separate process (`trustgate canary`) that tests revocation on running replicas.
-    pub struct CanarySettings in "canary" {
-        /// The gRPC listeners to test: one address or a list. If `HOST:PORT` has a host name, the canary tests each
-        /// address that DNS returns for the name, at most 64: with a headless Kubernetes service, all of its pods.
-        /// `unix:///PATH` is a Unix socket.
-        targets: Vec<Target> = "127.0.0.1:50051",
-        /// The interval at which the canary starts rounds, varied by up to 10 %. At least 1 s. Each round writes four
-        /// audit entries.
-        interval: Duration = "1m",
-        /// Addresses of the listener for metrics: one address or a list.
-        listen: Vec<SocketAddr> = "127.0.0.1:9181",
-        /// PEM file with the certificate authorities of the servers' certificates. If set, the canary connects to TCP
-        /// targets over TLS. Read in each round.
-        tls_ca_file: Option<PathBuf> = "",
-        /// The name that the servers' certificates must contain. Unset: the host of the target.
-        tls_server_name: Option<String> = "",
-        /// PEM file with the canary's certificate, for servers that require one (`grpc.tls_client_ca_file`). Requires
-        /// `tls_ca_file` and `tls_key_file`. Read in each round.
-        tls_certificate_file: Option<PathBuf> = "",
-        /// PEM file with the private key of the certificate. Read in each round.
-        tls_key_file: Option<PathBuf> = "",
-    }
-}
 
 /// Prefix of the names of canary trusts. A random id follows.
 const PREFIX: &str = "trustgate-canary-";
@@ -75,7 +52,7 @@ const CLEAN_INTERVAL: Duration = Duration::from_hours(1);
 const LEFT_BEHIND_AFTER: Duration = Duration::from_hours(1);
 
 /// The dependencies of a canary.
-pub struct CanaryDeps {
+pub(crate) struct CanaryDeps {
     /// Issues and revokes the keys.
     pub management: Management,
     /// The clock.
@@ -93,7 +70,7 @@ pub struct CanaryDeps {
 }
 
 /// A canary that is not running yet.
-pub struct Canary {
+pub(crate) struct Canary {
     deps: CanaryDeps,
     metrics: CanaryMetrics,
 }
@@ -101,19 +78,19 @@ pub struct Canary {
 impl Canary {
     /// A canary with these dependencies.
     #[must_use]
-    pub const fn new(deps: CanaryDeps, metrics: CanaryMetrics) -> Self {
+    pub(crate) const fn new(deps: CanaryDeps, metrics: CanaryMetrics) -> Self {
         Self { deps, metrics }
     }
 
     /// Runs one round after another until `stop`. A round that `stop` interrupts deletes its trust.
-    pub async fn run(self, stop: CancellationToken) {
+    pub(crate) async fn run(self, stop: CancellationToken) {
         let targets = &self.deps.settings.targets;
         let (mut jitter, mut cleaned) = (Jitter::of(Uuid::new_v4()), None);
         let mut previous = vec![Outcome::Ok; targets.len()];
         loop {
             let Some(outcomes) = self.round(&mut cleaned, &stop).await else { return };
             for ((target, outcome), previous) in targets.iter().zip(outcomes).zip(&mut previous) {
-                self.metrics.count(target, &outcome);
+                self.metrics.count(target, outcome.label());
                 if outcome != *previous {
                     log(target, &outcome);
                 }
@@ -334,7 +311,7 @@ async fn within<T>(change: impl Future<Output = Result<T, ManageError>>) -> Resu
 
 /// The outcome of a round for a replica or a target, from good to bad. The texts name the replica, or the cause.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Outcome {
+pub(crate) enum Outcome {
     /// The key was granted and, after its revocation, denied in time.
     Ok,
     /// The round could not be completed, for this reason.
@@ -346,6 +323,16 @@ pub enum Outcome {
 }
 
 impl Outcome {
+    /// The value of the label `outcome`.
+    const fn label(&self) -> &'static str {
+        match self {
+            Self::Ok => "ok",
+            Self::Late(_) => "late",
+            Self::Denied(_) => "denied",
+            Self::Failed(_) => "failed",
+        }
+    }
+
     /// Becomes `other` if that is worse.
     fn worsen(&mut self, other: Self) {
         let current = std::mem::replace(self, Self::Ok);

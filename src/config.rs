@@ -3,7 +3,7 @@
 //! The caller passes the environment. Errors do not quote values that may be secrets.
 
 mod check;
-pub mod document;
+pub(crate) mod document;
 mod environment;
 mod file;
 pub(crate) mod suggest;
@@ -22,7 +22,7 @@ use crate::{
         telemetry::LogSettings,
     },
     cache::CacheSettings,
-    canary::CanarySettings,
+    canary::settings::CanarySettings,
     ext_authz::{check::DecisionSettings, credential::CredentialSettings},
     freshness::FreshnessSettings,
     grpc::{GrpcSettings, LimitsSettings},
@@ -32,7 +32,7 @@ use crate::{
 };
 
 /// The environment variable with the path of the file. `--config` takes precedence.
-pub const FILE_VARIABLE: &str = "TRUSTGATE_CONFIG";
+pub(crate) const FILE_VARIABLE: &str = "TRUSTGATE_CONFIG";
 
 /// Declares `Config` and `SECTIONS`. To add a section, add a line to the call below.
 macro_rules! sections {
@@ -155,7 +155,7 @@ pub fn load(
 ///
 /// # Errors
 /// If the file cannot be read.
-pub fn load_with_errors(
+pub(crate) fn load_with_errors(
     file: Option<&Path>,
     environment: impl IntoIterator<Item = (OsString, OsString)>,
     purpose: Purpose,

@@ -1,22 +1,22 @@
 //! How long this replica may use cached data: its view of the change log, and the poll that keeps the view current.
 
-pub mod deny_list;
+pub(crate) mod deny_list;
 mod heartbeat;
-pub mod history;
-pub mod lease;
+pub(crate) mod history;
+pub(crate) mod lease;
 mod metrics;
-pub mod mode;
-pub mod pepper;
-pub mod poll;
-mod replica_state;
-pub mod revoked;
+pub(crate) mod mode;
+pub(crate) mod pepper;
+pub(crate) mod poll;
+pub(crate) mod replica_state;
+pub(crate) mod revoked;
 
 use std::{path::PathBuf, time::Duration};
 
 use self::lease::LeaseLimits;
-pub use self::{
+pub(crate) use self::{
     mode::Freshness,
-    replica_state::{Applied, ChangeLog, Epoch, ReplicaState, ReplicaView},
+    replica_state::{Epoch, ReplicaState, ReplicaView},
 };
 
 crate::settings! {

@@ -34,6 +34,7 @@
 //! - [`doctor`], examines the database and Redis for `trustgate doctor`
 //! - [`server`], creates and connects the parts, starts the server and drains it at the end
 //! - [`cli`], the command line
+//! - [`testing`], exports to the tests and benchmarks what they use
 //! - `main`, passes the process's arguments to [`cli`]
 
 #[cfg(not(target_os = "linux"))]
@@ -42,18 +43,21 @@ compile_error!(
      threads that load records get a lower priority than other threads. On other systems, run trustgate in a container."
 );
 
-pub mod api;
-pub mod base;
-pub mod cache;
-pub mod canary;
+mod api;
+mod base;
+mod cache;
+mod canary;
 pub mod cli;
-pub mod config;
-pub mod doctor;
-pub mod ext_authz;
-pub mod freshness;
-pub mod grpc;
-pub mod manage;
-pub mod record;
-pub mod redis;
-pub mod server;
-pub mod store;
+mod config;
+mod doctor;
+mod ext_authz;
+mod freshness;
+mod grpc;
+mod manage;
+mod record;
+mod redis;
+mod server;
+mod store;
+
+#[doc(hidden)]
+pub mod testing;

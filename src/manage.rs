@@ -2,12 +2,12 @@
 //!
 //! It takes no part in checks. It returns a new key once and does not keep it.
 
-pub mod deny;
+pub(crate) mod deny;
 #[cfg(test)]
 mod fixture;
-pub mod import;
-pub mod keys;
-pub mod trusts;
+pub(crate) mod import;
+pub(crate) mod keys;
+pub(crate) mod trusts;
 
 use std::{fmt, io, time::Duration};
 

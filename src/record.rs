@@ -26,7 +26,7 @@ const SCOPE_BYTES_MAX: usize = 128;
 /// True if `text` is valid as a scope of a key: RFC 6749, section 3.3, but without the comma, so that a comma or a
 /// space can separate scopes in a list.
 #[must_use]
-pub fn is_scope(text: &str) -> bool {
+pub(crate) fn is_scope(text: &str) -> bool {
     (1..=SCOPE_BYTES_MAX).contains(&text.len())
         && text.bytes().all(|byte| byte.is_ascii_graphic() && !b"\"\\,".contains(&byte))
 }
@@ -34,7 +34,7 @@ pub fn is_scope(text: &str) -> bool {
 /// Converts a network of IPv4-mapped addresses (RFC 4291, section 2.5.5.2) to IPv4, as is done with the source address
 /// of a request, so that the two can be compared.
 #[must_use]
-pub fn canonical(network: IpNet) -> IpNet {
+pub(crate) fn canonical(network: IpNet) -> IpNet {
     let IpNet::V6(mapped) = network else { return network };
     let prefix = mapped.prefix_len().checked_sub(96);
     let network =
@@ -101,7 +101,7 @@ impl fmt::Debug for ApiKeyDigest {
 
 /// `N` bytes from `2 * N` hexadecimal digits, in upper or lower case.
 #[must_use]
-pub fn bytes_from_hex<const N: usize>(text: &str) -> Option<[u8; N]> {
+pub(crate) fn bytes_from_hex<const N: usize>(text: &str) -> Option<[u8; N]> {
     let (pairs, []) = text.as_bytes().as_chunks::<2>() else { return None };
     let digit = |byte: u8| char::from(byte).to_digit(16).and_then(|digit| u8::try_from(digit).ok());
     let bytes: Option<Vec<u8>> = pairs.iter().map(|[high, low]| Some(digit(*high)? << 4 | digit(*low)?)).collect();
@@ -110,7 +110,7 @@ pub fn bytes_from_hex<const N: usize>(text: &str) -> Option<[u8; N]> {
 
 /// `bytes` as lower-case hexadecimal digits.
 #[must_use]
-pub fn hex(bytes: &[u8]) -> String {
+pub(crate) fn hex(bytes: &[u8]) -> String {
     bytes
         .iter()
         .flat_map(|byte| [byte >> 4, byte & 15])

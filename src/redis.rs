@@ -11,7 +11,7 @@ pub(crate) mod reconnect;
 pub(crate) mod sealed;
 pub(crate) mod settings;
 
-pub use self::{
+pub(crate) use self::{
     client::{LuaScript, QueryError, Redis, RedisMetrics},
     connection::{Link, RedisConnection},
     notifications::listen,

@@ -1,12 +1,12 @@
 //! Builds the server from its parts, starts it, and shuts it down in order.
 
-pub mod admin;
+pub(crate) mod admin;
 pub(crate) mod error;
 pub(crate) mod health;
-pub mod lifecycle;
+pub(crate) mod lifecycle;
 pub(crate) mod memory;
 pub(crate) mod readiness;
-pub mod replica;
+pub(crate) mod replica;
 pub(crate) mod runtime;
 pub(crate) mod signals;
 
@@ -30,7 +30,7 @@ use self::{
     runtime::{OwnedRuntime, Priority},
     signals::SystemSignals,
 };
-pub use self::{error::AppError, lifecycle::Delay};
+pub(crate) use self::{error::AppError, lifecycle::Delay};
 use crate::{
     base::{
         clock::{Clock, SystemClock},
@@ -74,13 +74,6 @@ impl AppBuilder {
     #[must_use]
     pub fn wrap_store(mut self, wrap: impl FnOnce(Arc<dyn Source>) -> Arc<dyn Source>) -> Self {
         self.source = wrap(self.source);
-        self
-    }
-
-    /// Uses `clock` instead of the machine's clock.
-    #[must_use]
-    pub fn clock(mut self, clock: Arc<dyn Clock>) -> Self {
-        self.clock = clock;
         self
     }
 
@@ -256,7 +249,7 @@ impl Running {
 ///
 /// # Errors
 /// If the server cannot start, ends without a signal, or cannot shut down in order.
-pub fn serve(config: Config, env: Env<'_>) -> Result<(), AppError> {
+pub(crate) fn serve(config: Config, env: Env<'_>) -> Result<(), AppError> {
     telemetry::start(&config.log);
     // This runtime accepts connections, and starts and ends the tasks. Checks run on the workers.
     let runtime = Builder::new_multi_thread().worker_threads(1).enable_all().thread_name("trustgate").build()?;

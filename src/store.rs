@@ -6,29 +6,28 @@
 //! taken for "not found".
 
 pub(crate) mod change_log;
-pub mod error;
-pub mod existing_table;
-pub mod ledger;
-pub mod names;
-pub mod open;
+pub(crate) mod error;
+pub(crate) mod existing_table;
+pub(crate) mod ledger;
+pub(crate) mod names;
+pub(crate) mod open;
 pub(crate) mod postgres;
-pub mod reads;
+pub(crate) mod reads;
 pub(crate) mod rows;
 pub(crate) mod schema;
-pub mod settings;
+pub(crate) mod settings;
 pub(crate) mod sql;
 pub(crate) mod sqlite;
-pub mod url;
+pub(crate) mod url;
 
-pub use self::{
+pub(crate) use self::{
     error::StoreError,
-    ledger::{Actor, AuditEntry, Ledger},
-    names::TableName,
+    ledger::{Actor, Ledger},
     open::{
         Management, attach, describe, detach, grants, management, migrate, new_incarnation, open_history, open_ledger,
         open_lookup, print_attach, print_detach,
     },
     reads::lookup::{Heartbeat, Lookup, Missing, PollError, Polled, Source, Tended},
-    settings::{Preset, StoreSettings},
-    url::{Env, default_path},
+    settings::StoreSettings,
+    url::Env,
 };

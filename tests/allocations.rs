@@ -19,7 +19,7 @@ use std::{
 };
 
 use proptest::{collection::vec, prelude::*};
-use trustgate::{
+use trustgate::testing::{
     base::settings::{RawValue, Reader, Section as _},
     ext_authz::{
         check::Progress,

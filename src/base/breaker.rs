@@ -79,7 +79,7 @@ const CLOSED: BreakerState = BreakerState::Closed { failures: 0, last: Moment::f
 
 /// How a breaker appears in the log and in metrics.
 #[derive(Debug)]
-pub struct Labels {
+pub(crate) struct Labels {
     /// The tier, for the start of log lines.
     pub tier: &'static str,
     /// The effect of an open breaker, for the log line that reports it.
@@ -90,7 +90,7 @@ pub struct Labels {
 
 /// A breaker that threads share. Only misses take its lock, for a few instructions.
 #[derive(Debug)]
-pub struct Breaker {
+pub(crate) struct Breaker {
     rules: Rules,
     labels: Labels,
     state: Mutex<BreakerState>,
@@ -99,12 +99,12 @@ pub struct Breaker {
 impl Breaker {
     /// A closed breaker.
     #[must_use]
-    pub const fn new(rules: Rules, labels: Labels) -> Self {
+    pub(crate) const fn new(rules: Rules, labels: Labels) -> Self {
         Self { rules, labels, state: Mutex::new(CLOSED) }
     }
 
     /// True if the caller may use the tier now. It must then report with [`Self::succeeded`] or [`Self::failed`].
-    pub fn admits(&self, now: Moment) -> bool {
+    pub(crate) fn admits(&self, now: Moment) -> bool {
         let mut state = self.lock();
         let (next, may) = state.asked(now, &self.rules);
         *state = next;
@@ -112,12 +112,12 @@ impl Breaker {
     }
 
     /// Reports that the tier answered.
-    pub fn succeeded(&self) {
+    pub(crate) fn succeeded(&self) {
         self.report(|_| CLOSED);
     }
 
     /// Reports that a call that began at `began` failed at `now`.
-    pub fn failed(&self, began: Moment, now: Moment) {
+    pub(crate) fn failed(&self, began: Moment, now: Moment) {
         self.report(|state| state.failed(began, now, &self.rules));
     }
 

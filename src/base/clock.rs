@@ -6,10 +6,7 @@
 use std::{
     fmt,
     num::NonZeroU64,
-    sync::{
-        Arc,
-        atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering},
-    },
+    sync::atomic::{AtomicBool, AtomicI64, Ordering},
     time::Duration,
 };
 
@@ -127,7 +124,7 @@ impl fmt::Display for DatabaseTime {
     }
 }
 
-/// A source of time. The program uses [`SystemClock`]; tests use [`ManualClock`].
+/// A source of time. The program uses [`SystemClock`]; tests use clocks that they set.
 pub trait Clock: Send + Sync + 'static {
     /// The current moment.
     fn now(&self) -> Moment;
@@ -156,35 +153,8 @@ impl Clock for SystemClock {
 /// The time that the wall clock of this machine showed at `at`, if it was not set since. For diagnostics, not for
 /// decisions.
 #[must_use]
-pub fn wall_time(clock: &dyn Clock, at: Moment) -> DatabaseTime {
+pub(crate) fn wall_time(clock: &dyn Clock, at: Moment) -> DatabaseTime {
     DatabaseTime::from_micros(at.micros().saturating_add(clock.wall_offset()))
-}
-
-/// A clock for tests that only moves when [`Self::advance`] is called.
-#[derive(Debug, Default)]
-pub struct ManualClock(AtomicU64);
-
-impl ManualClock {
-    /// A clock that shows `start`.
-    #[must_use]
-    pub fn at(start: Moment) -> Arc<Self> {
-        Arc::new(Self(AtomicU64::new(start.0)))
-    }
-
-    /// Advances the clock by `step`.
-    pub fn advance(&self, step: Duration) {
-        self.0.fetch_add(step.as_nanos().saturate(), Ordering::SeqCst);
-    }
-}
-
-impl Clock for ManualClock {
-    fn now(&self) -> Moment {
-        Moment(self.0.load(Ordering::SeqCst))
-    }
-
-    fn wall_offset(&self) -> i64 {
-        0
-    }
 }
 
 /// An estimate of the database's clock: its offset to the boot clock, updated by each answered read.

@@ -28,7 +28,7 @@ impl Tier {
 }
 
 /// The cause of a fault. It is shared, because all waiters of one load receive the same fault.
-pub type Cause = Arc<dyn Error + Send + Sync>;
+pub(crate) type Cause = Arc<dyn Error + Send + Sync>;
 
 /// Why trustgate could not decide a request.
 #[derive(Clone, Debug, thiserror::Error)]
@@ -148,7 +148,7 @@ impl FaultReason {
 
 /// Text from a request, cut to 128 bytes, for a log line that prints it escaped (`{:?}`).
 #[must_use]
-pub fn quoted(text: &[u8]) -> Box<str> {
+pub(crate) fn quoted(text: &[u8]) -> Box<str> {
     String::from_utf8_lossy(&text[..text.len().min(128)]).into()
 }
 

@@ -31,7 +31,7 @@ impl Jitter {
 
 /// `time`, varied by up to `share` of it in either direction. `position`: the place in that range, from 0 to 1.
 #[must_use]
-pub fn vary(time: Duration, share: f64, position: f64) -> Duration {
+pub(crate) fn vary(time: Duration, share: f64, position: f64) -> Duration {
     time.mul_f64(1.0 - share + 2.0 * share * position)
 }
 

@@ -8,7 +8,7 @@ use std::{
 use super::clock::Moment;
 
 /// Permits one log line per interval, and counts the events that were not logged in between.
-pub struct LogLimit {
+pub(crate) struct LogLimit {
     interval: Duration,
     /// The time from which the next line is permitted, in nanoseconds of [`Moment`]; 0 until the first line.
     next: AtomicU64,
@@ -18,13 +18,13 @@ pub struct LogLimit {
 impl LogLimit {
     /// Permits one line per `interval`.
     #[must_use]
-    pub const fn every(interval: Duration) -> Self {
+    pub(crate) const fn every(interval: Duration) -> Self {
         Self { interval, next: AtomicU64::new(0), suppressed: AtomicU64::new(0) }
     }
 
     /// If this event may be logged, returns the number of events suppressed since the last logged line; otherwise
     /// returns `None`.
-    pub fn permit(&self, now: Moment) -> Option<u64> {
+    pub(crate) fn permit(&self, now: Moment) -> Option<u64> {
         let next = self.next.load(Ordering::Relaxed);
         let after = now.after(self.interval).nanos();
         // Of several threads that arrive at once, only one moves `next` forward and logs.

@@ -4,22 +4,22 @@
 
 pub(crate) mod per_thread;
 
-pub use prometheus::{
+pub(crate) use prometheus::{
     Gauge, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
     core::Collector,
 };
 
-pub use self::per_thread::{ThreadCounter, ThreadCounters, ThreadHistogram};
+pub(crate) use self::per_thread::{ThreadCounter, ThreadCounters, ThreadHistogram};
 
 /// Upper bounds of histogram buckets in seconds, from 10 us to 250 ms.
-pub const SHORT_SECONDS: [f64; 14] =
+pub(crate) const SHORT_SECONDS: [f64; 14] =
     [0.000_01, 0.000_02, 0.000_05, 0.000_1, 0.000_2, 0.000_5, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.25];
 
 /// Registers `metric` and returns it.
 ///
 /// # Errors
 /// If its name or description is taken or invalid. This is a programming error, which shows at startup.
-pub fn register<M: Collector + Clone + 'static>(
+pub(crate) fn register<M: Collector + Clone + 'static>(
     registry: &Registry,
     metric: prometheus::Result<M>,
 ) -> prometheus::Result<M> {

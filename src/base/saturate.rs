@@ -5,7 +5,7 @@
 /// Use this only if no real value reaches the bound (the length of a message in memory, as a `u32`), or if the bound has
 /// the same effect as the value (a duration of 584 years, as nanoseconds in a `u64`). Otherwise an overflow is an error,
 /// and `TryFrom` reports it.
-pub trait Saturate: Sized {
+pub(crate) trait Saturate: Sized {
     /// `self`, or the largest value of `T` if `self` is larger.
     #[must_use]
     fn saturate<T: Largest + TryFrom<Self>>(self) -> T {
@@ -20,7 +20,7 @@ impl Saturate for u128 {}
 impl Saturate for usize {}
 
 /// An integer type that has a largest value.
-pub trait Largest {
+pub(crate) trait Largest {
     /// The largest value.
     const LARGEST: Self;
 }

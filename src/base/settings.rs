@@ -21,7 +21,7 @@ pub enum RawValue {
 }
 
 /// The place where a value was set, for messages: `trustgate.toml:12` or `TRUSTGATE__GRPC__LISTEN`.
-pub type Origin = String;
+pub(crate) type Origin = String;
 
 /// One error in the configuration.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -33,7 +33,7 @@ impl From<TextError> for io::Error {
 ///
 /// # Errors
 /// [`TextError::Utf16`]
-pub fn without_mark(bytes: &[u8]) -> Result<&[u8], TextError> {
+pub(crate) fn without_mark(bytes: &[u8]) -> Result<&[u8], TextError> {
     if bytes.starts_with(&[0xff, 0xfe]) || bytes.starts_with(&[0xfe, 0xff]) {
         return Err(TextError::Utf16);
     }
@@ -44,7 +44,7 @@ pub fn without_mark(bytes: &[u8]) -> Result<&[u8], TextError> {
 ///
 /// # Errors
 /// [`TextError::Utf16`] and [`TextError::NotUtf8`]
-pub fn decode(bytes: &[u8]) -> Result<&str, TextError> {
+pub(crate) fn decode(bytes: &[u8]) -> Result<&str, TextError> {
     std::str::from_utf8(without_mark(bytes)?).map_err(|_| TextError::NotUtf8)
 }
 
@@ -52,7 +52,7 @@ pub fn decode(bytes: &[u8]) -> Result<&str, TextError> {
 ///
 /// # Errors
 /// [`TextError::Empty`] and [`TextError::Control`]
-pub fn value(text: &str) -> Result<&str, TextError> {
+pub(crate) fn value(text: &str) -> Result<&str, TextError> {
     let value = text.strip_prefix('\u{feff}').unwrap_or(text).trim_end_matches(['\r', '\n']);
     if value.is_empty() {
         return Err(TextError::Empty);

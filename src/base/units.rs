@@ -48,7 +48,7 @@ impl fmt::Display for ByteSize {
 
 /// Reads a duration such as `150ms`, `2s` or `90d`; `None` if the number or its unit is missing.
 #[must_use]
-pub fn parse_duration(text: &str) -> Option<Duration> {
+pub(crate) fn parse_duration(text: &str) -> Option<Duration> {
     // humantime accepts a bare "0", but a duration here needs its unit.
     text.contains(|c: char| c.is_ascii_alphabetic()).then(|| humantime::parse_duration(text).ok())?
 }

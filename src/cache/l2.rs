@@ -13,7 +13,7 @@ use tokio::time::sleep;
 use uuid::Uuid;
 
 use super::cacheable::Cacheable;
-pub use crate::redis::MacKey;
+pub(crate) use crate::redis::MacKey;
 use crate::{
     base::clock::{DatabaseTime, Moment},
     record::{Lineage, Nonce, Version, Versioned, bytes_from_hex, hex},

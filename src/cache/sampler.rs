@@ -176,7 +176,7 @@ mod tests {
     use crate::{
         base::clock::{DatabaseTime, Moment},
         cache::{CacheSettings, api_key::ApiKey, l1::Lifetime},
-        freshness::{ChangeLog, ReplicaState, lease::LeaseLimits},
+        freshness::{ReplicaState, lease::LeaseLimits, replica_state::ChangeLog},
         record::{ApiKeyDigest, Change, Digests, KeyId, Lineage, Nonce, Record, StoredPeppers, TrustId, Version},
         store::Polled,
     };

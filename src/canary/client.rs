@@ -1,13 +1,7 @@
 //! The client of the canary: connects to replicas over gRPC, sends checks as Envoy does, and interprets the answers as
 //! Envoy does.
 
-use std::{
-    fmt, io,
-    net::{Ipv6Addr, SocketAddr},
-    path::PathBuf,
-    sync::Arc,
-    time::Duration,
-};
+use std::{fmt, io, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
 use envoy_types::pb::{
     envoy::service::auth::v3::{
@@ -21,13 +15,10 @@ use futures_util::future::join_all;
 use tokio::{fs, net::lookup_host, time::timeout};
 use tonic::transport::{Certificate, Channel, ClientTlsConfig, Endpoint, Identity};
 
-use super::CanarySettings;
-use crate::{
-    base::settings::{RawValue, Setting},
-    ext_authz::credential::{
-        CredentialSettings,
-        source::{Scheme, Source},
-    },
+use super::settings::{CanarySettings, Target};
+use crate::ext_authz::credential::{
+    CredentialSettings,
+    source::{Scheme, Source},
 };
 
 /// Timeout for the DNS lookup of a target, and for each connect.
@@ -37,46 +28,10 @@ const CHECK_TIMEOUT: Duration = Duration::from_secs(1);
 /// The maximum number of addresses of one target.
 const ADDRESSES_MAX: usize = 64;
 
-/// A gRPC listener to test, as configured.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Target {
-    /// A host name or IP address, with its port.
-    Tcp(String, u16),
-    /// A Unix socket, by its absolute path.
-    Unix(PathBuf),
-}
-
-impl Setting for Target {
-    const EXPECTED: &'static str =
-        "a host with its port, such as \"127.0.0.1:50051\" or \"trustgate:50051\", or \"unix:///PATH\"";
-
-    fn read(written: &RawValue) -> Option<Self> {
-        let RawValue::One(text) = written else { return None };
-        if let Some(path) = text.strip_prefix("unix://") {
-            return (path.starts_with('/') && path.len() > 1).then(|| Self::Unix(path.into()));
-        }
-        let (host, port) = text.rsplit_once(':')?;
-        let port = port.parse().ok().filter(|port| *port > 0)?;
-        let is_ipv6 = || host.strip_prefix('[')?.strip_suffix(']')?.parse::<Ipv6Addr>().ok();
-        let is_name =
-            !host.is_empty() && host.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-._".contains(&byte));
-        (is_name || is_ipv6().is_some()).then(|| Self::Tcp(host.to_owned(), port))
-    }
-}
-
-impl fmt::Display for Target {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Tcp(host, port) => write!(f, "{host}:{port}"),
-            Self::Unix(path) => write!(f, "unix://{}", path.display()),
-        }
-    }
-}
-
 /// A file of the TLS settings that cannot be read.
 #[derive(Debug, thiserror::Error)]
 #[error("canary.{setting}: cannot read {path}: {source}", path = path.display())]
-pub struct TlsFileError {
+pub(crate) struct TlsFileError {
     setting: &'static str,
     path: PathBuf,
     source: io::Error,
@@ -84,7 +39,7 @@ pub struct TlsFileError {
 
 /// Why the canary cannot connect to a target or to one of its replicas.
 #[derive(Debug, thiserror::Error)]
-pub enum ConnectError {
+pub(crate) enum ConnectError {
     /// The TLS files cannot be read.
     #[error(transparent)]
     Tls(#[from] Arc<TlsFileError>),
@@ -97,7 +52,7 @@ pub enum ConnectError {
 }
 
 /// Connects to replicas.
-pub struct Connector {
+pub(crate) struct Connector {
     /// The TLS configuration; `None` for connections without TLS.
     tls: Option<ClientTlsConfig>,
     server_name: Option<String>,
@@ -108,7 +63,7 @@ impl Connector {
     ///
     /// # Errors
     /// A file cannot be read.
-    pub async fn new(settings: &CanarySettings) -> Result<Self, TlsFileError> {
+    pub(crate) async fn new(settings: &CanarySettings) -> Result<Self, TlsFileError> {
         let CanarySettings { tls_ca_file, tls_server_name, tls_certificate_file, tls_key_file, .. } = settings;
         let mut tls = None;
         if let Some(authorities) = tls_ca_file {
@@ -128,7 +83,7 @@ impl Connector {
     /// # Errors
     /// [`ConnectError::Dns`] if the target has no address. An address that cannot be reached is an error inside the
     /// list.
-    pub async fn connect(&self, target: &Target) -> Result<Vec<Result<Replica, ConnectError>>, ConnectError> {
+    pub(crate) async fn connect(&self, target: &Target) -> Result<Vec<Result<Replica, ConnectError>>, ConnectError> {
         match target {
             Target::Unix(path) => {
                 let uri = format!("unix://{}", path.display());
@@ -192,7 +147,7 @@ fn causes(error: &dyn std::error::Error) -> String {
 }
 
 /// A connection to one replica.
-pub struct Replica {
+pub(crate) struct Replica {
     name: String,
     client: AuthorizationClient<Channel>,
 }
@@ -205,7 +160,7 @@ impl fmt::Display for Replica {
 
 impl Replica {
     /// Sends a check. A gRPC error, and an answer that takes longer than 1 s, are undecided.
-    pub async fn check(&self, request: &Request) -> Verdict {
+    pub(crate) async fn check(&self, request: &Request) -> Verdict {
         match timeout(CHECK_TIMEOUT, self.client.clone().check(request.0.clone())).await {
             Ok(Ok(response)) => verdict(&response.into_inner()),
             Ok(Err(status)) => Verdict::Undecided(format!("gRPC status {:?}", status.code())),
@@ -216,7 +171,7 @@ impl Replica {
 
 /// What an answer means for a request.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Verdict {
+pub(crate) enum Verdict {
     /// The request passes.
     Granted {
         /// True for a stale grant: the database did not answer, so it has not confirmed the record recently.
@@ -230,11 +185,11 @@ pub enum Verdict {
 
 /// A check of one key. Its `Debug` output would contain the key, so it has none.
 #[derive(Clone)]
-pub struct Request(CheckRequest);
+pub(crate) struct Request(CheckRequest);
 
 /// A check of a GET request that presents `key` in the first of the configured sources.
 #[must_use]
-pub fn request(credential: &CredentialSettings, key: &str) -> Request {
+pub(crate) fn request(credential: &CredentialSettings, key: &str) -> Request {
     let (mut path, mut headers) = ("/".to_owned(), Vec::new());
     match credential.sources.first() {
         Some(Source::Header(name)) => headers.push((name.clone(), key.to_owned())),
@@ -276,26 +231,16 @@ mod tests {
     use prost::Message as _;
 
     use super::*;
-    use crate::ext_authz::{
-        credential::extract::{Removals, extract},
-        decision::{Basis, Decision, DenyReason},
-        framing,
-        request::View,
-        response::{OnFault, Replies, Reply},
+    use crate::{
+        base::settings::{RawValue, Setting as _},
+        ext_authz::{
+            credential::extract::{Removals, extract},
+            decision::{Basis, Decision, DenyReason},
+            framing,
+            request::View,
+            response::{OnFault, Replies, Reply},
+        },
     };
-
-    #[test]
-    fn targets_are_hosts_with_ports_and_unix_sockets() {
-        let read = |text: &str| Target::read(&RawValue::One(text.to_owned()));
-        for valid in ["127.0.0.1:50051", "[::1]:50051", "trustgate.example:1", "unix:///run/trustgate.sock"] {
-            assert_eq!(read(valid).map(|target| target.to_string()).as_deref(), Some(valid));
-        }
-        for invalid in
-            ["127.0.0.1", ":50051", "::1:50051", "host:0", "host:65536", "unix://", "unix://run", "a b:1", ""]
-        {
-            assert_eq!(read(invalid), None, "{invalid}");
-        }
-    }
 
     #[test]
     fn the_key_is_presented_in_the_first_source() {

@@ -11,7 +11,7 @@ use zeroize::Zeroizing;
 
 use crate::base::{secret::Secret, text};
 
-/// The longest text that [`text`] accepts, in bytes.
+/// The longest text that [`text()`] accepts, in bytes.
 const TEXT_BYTES_MAX: usize = 1 << 20;
 
 /// Standard input as a file, without the buffer of the standard library.

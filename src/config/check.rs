@@ -11,7 +11,7 @@ use self::refuse::{either, needs, refuse_first_set, scheme, sound};
 use super::{Config, Purpose};
 use crate::{
     base::{settings::Reader, units::ByteSize},
-    canary::CanarySettings,
+    canary::settings::CanarySettings,
     ext_authz::credential::Pepper,
     freshness::{Freshness, FreshnessSettings},
     grpc::{GrpcSettings, listener::ListenAddress},

@@ -8,7 +8,7 @@ use crate::base::settings::Field;
 
 /// A file with all settings, their descriptions and their defaults. Settings without a default are commented out.
 #[must_use]
-pub fn toml() -> String {
+pub(crate) fn toml() -> String {
     let mut lines = vec![
         "# All settings of trustgate with their defaults. Settings without a default are commented out.".to_owned(),
         "# The environment variable TRUSTGATE__SECTION__NAME overrides a setting; commas separate the values of a list."
@@ -29,8 +29,8 @@ pub fn toml() -> String {
 }
 
 /// The documentation of all settings as a Markdown page.
-#[must_use]
-pub fn markdown() -> String {
+#[cfg(test)]
+pub(crate) fn markdown() -> String {
     let mut lines = vec![PAGE_START.to_owned()];
     for section in SECTIONS {
         lines.push(format!("\n## `[{}]`\n", section.name));
@@ -45,6 +45,7 @@ pub fn markdown() -> String {
     lines.join("\n")
 }
 
+#[cfg(test)]
 const PAGE_START: &str = "# Configuration
 
 trustgate reads one TOML file: pass its path with `--config FILE` or in the environment variable `TRUSTGATE_CONFIG`.
@@ -62,7 +63,7 @@ This page is generated from the code: `UPDATE=1 cargo test --locked --lib config
 
 /// The documentation of all settings as JSON.
 #[must_use]
-pub fn json() -> serde_json::Value {
+pub(crate) fn json() -> serde_json::Value {
     let all = SECTIONS.iter().flat_map(|section| section.fields.iter().map(|field| (section.name, field)));
     all.map(|(section, field)| {
         json!({

@@ -1,6 +1,6 @@
 //! Examines the database for `doctor`: one diagnosis for each of [`NAMES`].
 
-pub use super::session::NAMES;
+pub(crate) use super::session::NAMES;
 use super::{
     diagnosis::Diagnosis,
     session::{ADDRESS, Examination, Examined, Report, URL, Use},
@@ -16,7 +16,7 @@ use crate::{
 };
 
 /// Examines the database that `serve` would use.
-pub async fn diagnose(settings: &StoreSettings, usage: Use<'_>, env: Env<'_>, clock: &dyn Clock) -> Examined {
+pub(crate) async fn diagnose(settings: &StoreSettings, usage: Use<'_>, env: Env<'_>, clock: &dyn Clock) -> Examined {
     let address = StoreUrl::of(settings, Role::Serve);
     let examination = Examination { settings, usage, env, clock };
     let place = address.backend(env).and_then(|place| match place {

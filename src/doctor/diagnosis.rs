@@ -8,7 +8,7 @@ use tokio::{net::lookup_host, time::timeout};
 
 /// The outcome of an examination.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum DiagnosisState {
+pub(crate) enum DiagnosisState {
     /// Everything examined works.
     Ok,
     /// Everything examined works, but the operator should change something.
@@ -22,7 +22,7 @@ pub enum DiagnosisState {
 impl DiagnosisState {
     /// The word in the output.
     #[must_use]
-    pub const fn as_str(self) -> &'static str {
+    pub(crate) const fn as_str(self) -> &'static str {
         match self {
             Self::Ok => "ok",
             Self::Warning => "warning",
@@ -34,7 +34,7 @@ impl DiagnosisState {
 
 /// The result of one examination.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Diagnosis {
+pub(crate) struct Diagnosis {
     /// The name of the examination.
     pub name: &'static str,
     /// How it ended.
@@ -49,28 +49,28 @@ pub struct Diagnosis {
 
 impl Diagnosis {
     /// Everything examined works.
-    pub fn ok(name: &'static str, found: impl Into<String>) -> Self {
+    pub(crate) fn ok(name: &'static str, found: impl Into<String>) -> Self {
         Self { name, state: DiagnosisState::Ok, found: found.into(), remedy: None, settings: &[] }
     }
 
     /// A problem that does not stop the server.
-    pub fn warning(name: &'static str, found: impl Into<String>, remedy: impl Into<String>) -> Self {
+    pub(crate) fn warning(name: &'static str, found: impl Into<String>, remedy: impl Into<String>) -> Self {
         Self { state: DiagnosisState::Warning, remedy: Some(remedy.into()), ..Self::ok(name, found) }
     }
 
     /// Something that the server needs does not work.
-    pub fn failed(name: &'static str, found: impl Into<String>, remedy: impl Into<String>) -> Self {
+    pub(crate) fn failed(name: &'static str, found: impl Into<String>, remedy: impl Into<String>) -> Self {
         Self { state: DiagnosisState::Failed, remedy: Some(remedy.into()), ..Self::ok(name, found) }
     }
 
     /// The examination was skipped, for the reason `because`.
-    pub fn skipped(name: &'static str, because: impl Into<String>) -> Self {
+    pub(crate) fn skipped(name: &'static str, because: impl Into<String>) -> Self {
         Self { state: DiagnosisState::Skipped, ..Self::ok(name, because) }
     }
 
     /// Adds the settings concerned.
     #[must_use]
-    pub const fn about(mut self, settings: &'static [&'static str]) -> Self {
+    pub(crate) const fn about(mut self, settings: &'static [&'static str]) -> Self {
         self.settings = settings;
         self
     }
@@ -79,7 +79,7 @@ impl Diagnosis {
 /// Returns one diagnosis for each of `names`, in that order. Examinations that are not in `diagnoses` were skipped, for
 /// the reason `because`.
 #[must_use]
-pub fn complete(names: &[&'static str], mut diagnoses: Vec<Diagnosis>, because: &str) -> Vec<Diagnosis> {
+pub(crate) fn complete(names: &[&'static str], mut diagnoses: Vec<Diagnosis>, because: &str) -> Vec<Diagnosis> {
     let mut one = |name: &&'static str| {
         let at = diagnoses.iter().position(|diagnosis| diagnosis.name == *name);
         at.map_or_else(|| Diagnosis::skipped(name, because), |at| diagnoses.swap_remove(at))
@@ -89,31 +89,31 @@ pub fn complete(names: &[&'static str], mut diagnoses: Vec<Diagnosis>, because: 
 
 /// The durations of repeated requests, sorted.
 #[derive(Clone, Debug, Default)]
-pub struct Times(Vec<Duration>);
+pub(crate) struct Times(Vec<Duration>);
 
 impl Times {
     /// These durations, in any order.
     #[must_use]
-    pub fn new(mut times: Vec<Duration>) -> Self {
+    pub(crate) fn new(mut times: Vec<Duration>) -> Self {
         times.sort_unstable();
         Self(times)
     }
 
     /// The median duration.
     #[must_use]
-    pub fn median(&self) -> Duration {
+    pub(crate) fn median(&self) -> Duration {
         self.0.get(self.0.len() / 2).copied().unwrap_or_default()
     }
 
     /// The longest duration.
     #[must_use]
-    pub fn longest(&self) -> Duration {
+    pub(crate) fn longest(&self) -> Duration {
         self.0.last().copied().unwrap_or_default()
     }
 
     /// A summary in words, with the `limit` of one request.
     #[must_use]
-    pub fn beside(&self, limit: Duration) -> String {
+    pub(crate) fn beside(&self, limit: Duration) -> String {
         let (median, longest) = (milliseconds(self.median()), milliseconds(self.longest()));
         format!("{} measured: median {median}, longest {longest}, limit {limit:?}", self.0.len())
     }
@@ -121,13 +121,13 @@ impl Times {
 
 /// A duration in milliseconds, for people: `0.4 ms`.
 #[must_use]
-pub fn milliseconds(duration: Duration) -> String {
+pub(crate) fn milliseconds(duration: Duration) -> String {
     format!("{:.1} ms", duration.as_secs_f64() * 1e3)
 }
 
 /// A host and its addresses, or only the address if `host` is one: `db.example.org resolves to 192.0.2.1, 192.0.2.2`.
 #[must_use]
-pub fn located(host: &str, addresses: &[IpAddr]) -> String {
+pub(crate) fn located(host: &str, addresses: &[IpAddr]) -> String {
     match addresses {
         [address] if address.to_string() == host => host.to_owned(),
         _ => format!("{host} resolves to {}", addresses.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")),
@@ -138,7 +138,7 @@ pub fn located(host: &str, addresses: &[IpAddr]) -> String {
 ///
 /// # Errors
 /// A text: the name has no address, or was not resolved within `limit`.
-pub async fn resolve((host, port): (&str, u16), limit: Duration) -> Result<Vec<IpAddr>, String> {
+pub(crate) async fn resolve((host, port): (&str, u16), limit: Duration) -> Result<Vec<IpAddr>, String> {
     // A URL has brackets around an IPv6 address: `[::1]`.
     let host = host.trim_matches(['[', ']']);
     let mut addresses: Vec<_> = match timeout(limit, lookup_host((host, port))).await {

@@ -22,7 +22,7 @@ use crate::{
 };
 
 /// The examinations of Redis, in order.
-pub const NAMES: &[&str] = &[ADDRESS, CONNECTION, COMMANDS, NOTIFICATIONS];
+pub(crate) const NAMES: &[&str] = &[ADDRESS, CONNECTION, COMMANDS, NOTIFICATIONS];
 
 const ADDRESS: &str = "redis_address";
 const CONNECTION: &str = "redis_connection";
@@ -39,7 +39,7 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(1);
 const NOTIFICATION_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// Examines the Redis in `settings`; notifications only if `notifications` is set.
-pub async fn diagnose(settings: &RedisSettings, notifications: bool, clock: &dyn Clock) -> Vec<Diagnosis> {
+pub(crate) async fn diagnose(settings: &RedisSettings, notifications: bool, clock: &dyn Clock) -> Vec<Diagnosis> {
     if !settings.is_configured() {
         return complete(NAMES, Vec::new(), "redis.url is not set: Redis is not used");
     }

@@ -20,7 +20,7 @@ use crate::{
 };
 
 /// The examinations of the database, in order.
-pub const NAMES: &[&str] =
+pub(crate) const NAMES: &[&str] =
     &[ADDRESS, CONNECTION, SERVER, TABLES, RIGHTS, MANAGEMENT, WATCH, POLLS, PEPPER, READS, CLOCK, NOTIFICATIONS];
 
 pub(crate) const ADDRESS: &str = "database_address";
@@ -51,7 +51,7 @@ const OFFSET_MAX: Duration = Duration::from_secs(1);
 
 /// The settings of other sections that concern the database.
 #[derive(Clone, Copy, Debug)]
-pub struct Use<'a> {
+pub(crate) struct Use<'a> {
     /// The fingerprints of the peppers, the current one first; `None` if the peppers cannot be read.
     pub peppers: Option<&'a [Fingerprint]>,
     /// `freshness.poll_timeout`.
@@ -62,7 +62,7 @@ pub struct Use<'a> {
 
 /// The results of the database examinations.
 #[derive(Debug)]
-pub struct Examined {
+pub(crate) struct Examined {
     /// One diagnosis for each of [`NAMES`].
     pub diagnoses: Vec<Diagnosis>,
     /// `Ok` if the database has the key of the Redis MAC; otherwise the reason why it is not available.

@@ -2,10 +2,10 @@
 //!
 //! Apart from reading pepper files, this module does no I/O. It does not store keys.
 
-pub mod digest;
-pub mod extract;
-pub mod format;
-pub mod source;
+pub(crate) mod digest;
+pub(crate) mod extract;
+pub(crate) mod format;
+pub(crate) mod source;
 
 use std::{
     fs, io,
@@ -15,7 +15,7 @@ use std::{
 use zeroize::Zeroizing;
 
 pub use self::digest::Hasher;
-pub use self::format::Prefix;
+pub(crate) use self::format::Prefix;
 pub use self::source::Source;
 use crate::base::{
     secret::Secret,
@@ -175,15 +175,15 @@ crate::setting_enum! {
 }
 
 /// The shortest credential that is looked up, in bytes.
-pub const KEY_BYTES_MIN: usize = 16;
+pub(crate) const KEY_BYTES_MIN: usize = 16;
 /// The longest credential that is looked up, in bytes.
-pub const KEY_BYTES_MAX: usize = 512;
+pub(crate) const KEY_BYTES_MAX: usize = 512;
 
 /// True if `key` can be looked up: 16 to 512 bytes of visible ASCII without a comma, and not a trustgate key with a
 /// wrong checksum (nor a foreign key, if `require_checksum` is set). Envoy joins repeated headers with a comma, so a
 /// key with a comma would be ambiguous.
 #[must_use]
-pub fn is_well_formed(settings: &CredentialSettings, key: &[u8]) -> bool {
+pub(crate) fn is_well_formed(settings: &CredentialSettings, key: &[u8]) -> bool {
     (KEY_BYTES_MIN..=KEY_BYTES_MAX).contains(&key.len())
         && key.iter().all(|byte| byte.is_ascii_graphic() && *byte != b',')
         && match format::form(&settings.prefix, key) {

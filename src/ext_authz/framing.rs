@@ -13,18 +13,18 @@ pub const CHECK_PATH: &str = "/envoy.service.auth.v3.Authorization/Check";
 /// The service name in gRPC health checks.
 pub const SERVICE: &str = "envoy.service.auth.v3.Authorization";
 /// Length of the prefix: a compression flag of one byte, and the message's length.
-pub const PREFIX_BYTES: usize = 5;
+pub(crate) const PREFIX_BYTES: usize = 5;
 
 /// The message in the body of a unary call; `None` if the body is not exactly one uncompressed message.
 #[must_use]
-pub fn unframe(body: &Bytes) -> Option<Bytes> {
+pub(crate) fn unframe(body: &Bytes) -> Option<Bytes> {
     let prefix = MessagePrefix::of(body).filter(|prefix| prefix.flag == 0)?;
     (body.len() as u64 == prefix.framed_bytes()).then(|| body.slice(PREFIX_BYTES..))
 }
 
 /// The five-byte prefix of a gRPC message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct MessagePrefix {
+pub(crate) struct MessagePrefix {
     /// 0 for an uncompressed message, 1 for one compressed with the algorithm in the header `grpc-encoding`.
     pub flag: u8,
     /// Length of the message in bytes.
@@ -34,14 +34,14 @@ pub struct MessagePrefix {
 impl MessagePrefix {
     /// The prefix at the start of `body`; `None` if fewer than five bytes have arrived.
     #[must_use]
-    pub fn of(body: &[u8]) -> Option<Self> {
+    pub(crate) fn of(body: &[u8]) -> Option<Self> {
         let ([flag, length @ ..], _) = body.split_first_chunk::<PREFIX_BYTES>()?;
         Some(Self { flag: *flag, length: u32::from_be_bytes(*length) })
     }
 
     /// Length of the message and its prefix, in bytes.
     #[must_use]
-    pub const fn framed_bytes(self) -> u64 {
+    pub(crate) const fn framed_bytes(self) -> u64 {
         PREFIX_BYTES as u64 + self.length as u64
     }
 }

@@ -6,9 +6,9 @@
 /// The trust's id.
 pub const TRUST_ID: &str = "x-trust-id";
 /// The key's id.
-pub const KEY_ID: &str = "x-trust-key-id";
+pub(crate) const KEY_ID: &str = "x-trust-key-id";
 /// The key's scopes, separated by spaces; not sent for a key without scopes.
-pub const SCOPES: &str = "x-trust-scopes";
+pub(crate) const SCOPES: &str = "x-trust-scopes";
 
 /// All identity headers. On a request that passes, trustgate either overwrites or removes each of them.
 pub const HEADERS: [&str; 3] = [TRUST_ID, KEY_ID, SCOPES];

@@ -117,7 +117,7 @@ fn source(view: &View<'_>) -> Option<IpAddr> {
 /// True if the request is a CORS preflight (Fetch standard, "CORS-preflight fetch"). Browsers send preflights without
 /// credentials.
 #[must_use]
-pub fn is_preflight(view: &View<'_>) -> bool {
+pub(crate) fn is_preflight(view: &View<'_>) -> bool {
     let has = |name| view.header(name).next().is_some();
     view.method == "OPTIONS" && has("origin") && has("access-control-request-method")
 }

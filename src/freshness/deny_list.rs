@@ -4,9 +4,9 @@
 //! The list can only deny; a missing entry grants nothing. Its sources are a file and a list in Redis. If a source
 //! cannot be read, the entries read from it before stay in force.
 
-pub mod entries;
+pub(crate) mod entries;
 pub(crate) mod file;
-pub mod redis;
+pub(crate) mod redis;
 
 use std::{
     io,
@@ -36,9 +36,9 @@ use crate::{
     record::{ApiKeyDigest, Record},
 };
 
-pub use self::file::check_file;
+pub(crate) use self::file::check_file;
 
-/// The interval at which the file is read. A change takes effect after at most two reads (see [`file`]), well within
+/// The interval at which the file is read. A change takes effect after at most two reads (see [`mod@file`]), well within
 /// the documented second.
 const FILE_INTERVAL: Duration = Duration::from_millis(200);
 /// The interval at which the list in Redis is read.

@@ -20,7 +20,7 @@ const NONCES_MAX: usize = 100_000;
 
 /// The history of one view. Empty until its first poll.
 #[derive(Clone, Debug, Default)]
-pub struct History {
+pub(crate) struct History {
     lineage: Lineage,
     /// In ascending order; the last one is the version applied. Empty only before the first poll.
     known: VecDeque<KnownVersion>,
@@ -36,7 +36,7 @@ struct KnownVersion {
 
 /// How the answer to a poll continues a history.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Continuity {
+pub(crate) enum Continuity {
     /// The answer continues from the version applied, and contains all later changes.
     Follow,
     /// The answer continues the history, but some of the changes in between are unknown. Every value read before the
@@ -60,25 +60,25 @@ pub enum Provenance {
 impl History {
     /// True after the first poll.
     #[must_use]
-    pub fn is_begun(&self) -> bool {
+    pub(crate) fn is_begun(&self) -> bool {
         !self.known.is_empty()
     }
 
     /// The lineage of this history.
     #[must_use]
-    pub const fn lineage(&self) -> Lineage {
+    pub(crate) const fn lineage(&self) -> Lineage {
         self.lineage
     }
 
     /// The last version applied; 0 before the first poll.
     #[must_use]
-    pub fn applied(&self) -> Version {
+    pub(crate) fn applied(&self) -> Version {
         self.known.back().map_or(Version(0), |known| known.version)
     }
 
     /// How `polled`, the answer to a poll from the version applied, continues this history.
     #[must_use]
-    pub fn judge(&self, polled: &Polled) -> Continuity {
+    pub(crate) fn judge(&self, polled: &Polled) -> Continuity {
         let Some(applied) = self.known.back() else { return Continuity::Follow };
         let newest = &polled.newest;
         if newest.lineage != self.lineage || newest.as_of < applied.version {
@@ -100,12 +100,12 @@ impl History {
     /// either `version` is higher than the last version applied from this history, or this history has a different
     /// nonce for it.
     #[must_use]
-    pub fn is_news(&self, version: Version, nonce: Nonce) -> bool {
+    pub(crate) fn is_news(&self, version: Version, nonce: Nonce) -> bool {
         version > self.applied() || self.find(version).is_some_and(|known| known.nonce != nonce)
     }
 
     /// Adds the versions in `polled`. The caller has already applied their changes.
-    pub fn advance(&mut self, polled: &Polled) {
+    pub(crate) fn advance(&mut self, polled: &Polled) {
         let newest = &polled.newest;
         self.lineage = newest.lineage;
         for (version, nonce) in polled.versions.iter().copied().chain([(newest.as_of, newest.nonce)]) {
@@ -124,7 +124,7 @@ impl History {
 
     /// The relation of a value to this history.
     #[must_use]
-    pub fn provenance<T>(&self, value: &Versioned<T>) -> Provenance {
+    pub(crate) fn provenance<T>(&self, value: &Versioned<T>) -> Provenance {
         if !self.is_begun() || value.lineage != self.lineage {
             return Provenance::Foreign;
         }

@@ -68,7 +68,7 @@ const STRIPES: usize = if cfg!(trustgate_loom) { 2 } else { 1 << 16 };
 
 /// The stripe of an object, by the bytes of its id or digest.
 #[must_use]
-pub fn stripe(object: &[u8]) -> u16 {
+pub(crate) fn stripe(object: &[u8]) -> u16 {
     // Most bytes of ids and digests are random, so folding and one multiplication distribute them evenly enough.
     let (words, rest) = object.as_chunks::<8>();
     let folded = words.iter().fold(0, |folded: u64, word| folded.rotate_left(23) ^ u64::from_le_bytes(*word));

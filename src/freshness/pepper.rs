@@ -65,10 +65,10 @@ impl PepperState {
 }
 
 /// Reads the peppers from their files again.
-pub type Reread = Arc<dyn Fn() -> io::Result<Vec<Fingerprint>> + Send + Sync>;
+pub(crate) type Reread = Arc<dyn Fn() -> io::Result<Vec<Fingerprint>> + Send + Sync>;
 
 /// The peppers of this server, and how to check them.
-pub struct Peppers {
+pub(crate) struct Peppers {
     /// The fingerprints, the current one first, in the order of [`Digests::all`](crate::record::Digests::all).
     pub known: Vec<Fingerprint>,
     /// Reads the pepper files again; `None` if no pepper comes from a file.
@@ -79,7 +79,7 @@ pub struct Peppers {
 
 /// Metrics of the peppers.
 #[derive(Clone)]
-pub struct PepperMetrics {
+pub(crate) struct PepperMetrics {
     fits: IntGauge,
     other_keys: IntGauge,
 }
@@ -89,7 +89,7 @@ impl PepperMetrics {
     ///
     /// # Errors
     /// As [`register`].
-    pub fn register(registry: &Registry) -> prometheus::Result<Self> {
+    pub(crate) fn register(registry: &Registry) -> prometheus::Result<Self> {
         let gauge = |name, help: String| register(registry, IntGauge::with_opts(Opts::new(name, help)));
         let fits = "1 if this server has the recorded pepper or the one before it, or none is recorded; else 0.";
         let other_keys = format!(

@@ -13,7 +13,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
-pub use super::metrics::PollMetrics;
+pub(crate) use super::metrics::PollMetrics;
 use super::{
     FreshnessSettings,
     heartbeat::{Heartbeats, Registration},
@@ -52,7 +52,7 @@ const LISTEN_WAIT: Duration = Duration::from_secs(1);
 const CLOCK_STEP_MAX: Duration = Duration::from_secs(1);
 
 /// The poll task and its dependencies.
-pub struct Poll {
+pub(crate) struct Poll {
     /// The store.
     pub store: Arc<dyn Lookup>,
     /// The state to which it applies the change log.
@@ -82,7 +82,7 @@ impl Poll {
     ///
     /// # Cancel safety
     /// `stop` does not interrupt the application of an answer, because [`ReplicaState::apply`] does not wait.
-    pub async fn run(self, stop: CancellationToken) {
+    pub(crate) async fn run(self, stop: CancellationToken) {
         let heartbeats = self.heartbeats();
         let applied = watch::Sender::new(Version(0));
         let compared = Compared::default();

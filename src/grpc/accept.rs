@@ -25,7 +25,7 @@ const ACCEPT_WAIT_MAX: Duration = Duration::from_secs(1);
 const FAILURE_LOG_INTERVAL: Duration = Duration::from_mins(1);
 
 /// Accepts from `listener` until `signals.drain`, then closes it. Open connections continue in `tasks`, on `workers`.
-pub async fn run(
+pub(crate) async fn run(
     listener: Listener,
     service: Arc<Service>,
     workers: Arc<Workers>,

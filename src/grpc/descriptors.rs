@@ -8,7 +8,7 @@ use crate::base::saturate::Saturate as _;
 /// The maximum number of open connections: `limits.connections_max`, or fewer if the file descriptor limit is too low
 /// for that. Raises the soft limit to the hard limit first. Some descriptors are reserved for the database, Redis,
 /// probes and files.
-pub fn connections(limits: &LimitsSettings) -> u32 {
+pub(crate) fn connections(limits: &LimitsSettings) -> u32 {
     let mut allowed = getrlimit(Resource::Nofile);
     allowed.current = allowed.maximum;
     // If the limit cannot be raised, the current one applies.

@@ -83,7 +83,7 @@ impl Setting for SocketOwner {
 }
 
 /// A bound listener.
-pub enum Listener {
+pub(crate) enum Listener {
     /// Over TCP.
     Tcp(TcpListener),
     /// Over a Unix socket; its file is removed with the listener.
@@ -113,7 +113,11 @@ impl Listener {
     ///
     /// # Errors
     /// The error of the operating system; `AddrInUse` also if another server still answers on the Unix socket.
-    pub async fn bind(address: &ListenAddress, mode: SocketMode, owner: Option<SocketOwner>) -> io::Result<Self> {
+    pub(crate) async fn bind(
+        address: &ListenAddress,
+        mode: SocketMode,
+        owner: Option<SocketOwner>,
+    ) -> io::Result<Self> {
         match address {
             ListenAddress::Tcp(address) => TcpListener::bind(address).await.map(Self::Tcp),
             ListenAddress::Unix(path) => {
@@ -133,7 +137,7 @@ impl Listener {
     ///
     /// # Errors
     /// The error of the operating system.
-    pub fn address(&self) -> io::Result<ListenAddress> {
+    pub(crate) fn address(&self) -> io::Result<ListenAddress> {
         match self {
             Self::Tcp(listener) => listener.local_addr().map(ListenAddress::Tcp),
             Self::Unix(_, file) => Ok(ListenAddress::Unix(file.path.clone())),
@@ -175,7 +179,7 @@ fn clear(path: &Path) -> io::Result<()> {
 }
 
 /// The file of a Unix socket. Dropping this removes the file, unless another server has replaced it since.
-pub struct SocketFile {
+pub(crate) struct SocketFile {
     path: PathBuf,
     inode: (u64, u64),
 }

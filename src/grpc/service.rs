@@ -34,7 +34,7 @@ const UNFINISHED_MAX: usize = 8_192;
 const UNREAD_MAX: usize = 2_048;
 
 /// Serves calls. All listeners share it.
-pub struct Service {
+pub(crate) struct Service {
     pub(crate) checker: Arc<Checker>,
     pub(crate) health: Health,
     pub(crate) tls: Option<TlsAcceptor>,
@@ -56,7 +56,7 @@ impl Service {
     ///
     /// # Errors
     /// If a metric of that name exists already.
-    pub fn new(
+    pub(crate) fn new(
         checker: Arc<Checker>,
         health: Routes,
         tls: Option<TlsAcceptor>,
@@ -83,7 +83,7 @@ impl Service {
     }
 
     /// Number of connections that have closed so far.
-    pub fn connections_closed(&self) -> u64 {
+    pub(crate) fn connections_closed(&self) -> u64 {
         self.connections_closed.load(Ordering::Relaxed)
     }
 
@@ -121,7 +121,7 @@ impl Health {
 
 /// The shutdown signals for connections: graceful when `drain` is cancelled, immediate when `end` is cancelled.
 #[derive(Clone, Default)]
-pub struct Signals {
+pub(crate) struct Signals {
     /// Finish the calls in flight and accept no new ones.
     pub drain: CancellationToken,
     /// Close the connections at once.

@@ -30,7 +30,7 @@ pub struct TlsError {
 }
 
 /// Installs `ring` as the cryptography provider of this process, unless it has one already.
-pub fn install_provider() {
+pub(crate) fn install_provider() {
     let _ = ring::default_provider().install_default();
 }
 
@@ -38,7 +38,7 @@ pub fn install_provider() {
 ///
 /// # Errors
 /// [`TlsError`], with the setting and the file, if a file cannot be read or the key does not match the certificate.
-pub fn acceptor(settings: &GrpcSettings) -> Result<Option<TlsAcceptor>, TlsError> {
+pub(crate) fn acceptor(settings: &GrpcSettings) -> Result<Option<TlsAcceptor>, TlsError> {
     let (Some(certificate), Some(key)) = (&settings.tls_certificate_file, &settings.tls_key_file) else {
         return Ok(None); // a configuration with only one of the two is refused
     };
@@ -76,12 +76,12 @@ fn read_certificates(setting: &'static str, path: &Path) -> Result<Vec<Certifica
 }
 
 /// The name of the examination of the server's certificate.
-pub const EXAMINATION: &str = "tls";
+pub(crate) const EXAMINATION: &str = "tls";
 
 /// Examines for `doctor` the TLS files that `settings` name, and when the certificates expire. `now` is the time of
 /// this machine's clock.
 #[must_use]
-pub fn diagnose(settings: &GrpcSettings, now: DatabaseTime) -> Diagnosis {
+pub(crate) fn diagnose(settings: &GrpcSettings, now: DatabaseTime) -> Diagnosis {
     const SETTING: &[&str] = &["grpc.tls_certificate_file"];
     let Some(path) = &settings.tls_certificate_file else {
         return Diagnosis::skipped(EXAMINATION, "grpc.tls_certificate_file is not set: the listener does not use TLS");

@@ -18,7 +18,7 @@ use tokio::runtime::{Builder, Handle};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
 /// All workers. Dropping this ends their threads and closes the connections that they still serve.
-pub struct Workers {
+pub(crate) struct Workers {
     workers: Vec<Worker>,
     end: CancellationToken,
 }
@@ -31,7 +31,7 @@ struct Worker {
 
 /// The load of a worker: its open streams and connections.
 #[derive(Default)]
-pub struct WorkerLoad {
+pub(crate) struct WorkerLoad {
     streams: AtomicUsize,
     connections: AtomicUsize,
 }
@@ -41,7 +41,7 @@ impl Workers {
     ///
     /// # Errors
     /// If the operating system refuses a thread or a file descriptor.
-    pub fn start(count: usize) -> io::Result<Self> {
+    pub(crate) fn start(count: usize) -> io::Result<Self> {
         let mut started = Self { workers: Vec::new(), end: CancellationToken::new() };
         for number in 0..count {
             let runtime = Builder::new_current_thread().enable_all().build()?;
@@ -55,14 +55,14 @@ impl Workers {
 
     /// The runtimes of the workers, for the readiness probe.
     #[must_use]
-    pub fn handles(&self) -> Vec<Handle> {
+    pub(crate) fn handles(&self) -> Vec<Handle> {
         self.workers.iter().map(|worker| worker.handle.clone()).collect()
     }
 
     /// Serves a connection, in `tasks`, on the worker with the fewest open streams. Only streams of calls that wait
     /// count: others are answered as soon as they arrive. If several workers have equally few, the one with the fewest
     /// connections serves it, since idle connections may become busy.
-    pub fn serve<F: Future<Output = ()> + Send + 'static>(
+    pub(crate) fn serve<F: Future<Output = ()> + Send + 'static>(
         &self,
         tasks: &TaskTracker,
         connection: impl FnOnce(Arc<WorkerLoad>) -> F,
@@ -98,14 +98,14 @@ impl Drop for Workers {
 
 impl WorkerLoad {
     /// Counts a stream as open until the returned guard is dropped.
-    pub fn stream(self: &Arc<Self>) -> Open {
+    pub(crate) fn stream(self: &Arc<Self>) -> Open {
         self.streams.fetch_add(1, Ordering::Relaxed);
         Open { load: Arc::clone(self), of: |load| &load.streams }
     }
 }
 
 /// Counts a stream or a connection as open until this is dropped.
-pub struct Open {
+pub(crate) struct Open {
     load: Arc<WorkerLoad>,
     of: fn(&WorkerLoad) -> &AtomicUsize,
 }

@@ -37,7 +37,7 @@ const COMMAND_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Why nothing was denied or listed.
 #[derive(Debug, thiserror::Error)]
-pub enum DenyError {
+pub(crate) enum DenyError {
     /// An argument is invalid.
     #[error("{what} must be {expected}")]
     Invalid {
@@ -103,7 +103,7 @@ fn of_redis(error: &SharedError) -> String {
 
 /// An entry, as the commands show it. Its times are by Redis's clock.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct DenyEntry {
+pub(crate) struct DenyEntry {
     /// The key, trust or digest that it denies.
     pub denied: Denied,
     /// When it was set.
@@ -121,7 +121,7 @@ impl DenyEntry {
 
 /// The content of the deny list.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Listed {
+pub(crate) struct Listed {
     /// Entries that are in effect, ordered by their end.
     pub entries: Vec<DenyEntry>,
     /// The number of entries with a wrong MAC or of another release, which replicas of this release ignore.
@@ -132,7 +132,7 @@ pub struct Listed {
 ///
 /// # Errors
 /// The file or the database cannot be read, or the database has no MAC key.
-pub async fn mac_key(redis: &RedisSettings, store: &StoreSettings, env: Env<'_>) -> Result<[u8; 32], DenyError> {
+pub(crate) async fn mac_key(redis: &RedisSettings, store: &StoreSettings, env: Env<'_>) -> Result<[u8; 32], DenyError> {
     if let Some(path) = &redis.mac_key_file {
         return read_mac_key(path).map_err(|source| DenyError::MacKeyFile { path: path.clone(), source });
     }
@@ -149,14 +149,14 @@ pub async fn mac_key(redis: &RedisSettings, store: &StoreSettings, env: Env<'_>)
 }
 
 /// The deny list in Redis, for reading and changing it.
-pub struct Denials(SharedList);
+pub(crate) struct Denials(SharedList);
 
 impl Denials {
     /// Runs `work` with the deny list in the Redis of `settings`. The connection is closed when `work` ends.
     ///
     /// # Errors
     /// The error of `work`.
-    pub async fn with<T>(
+    pub(crate) async fn with<T>(
         settings: RedisSettings,
         mac_key: [u8; 32],
         work: impl AsyncFnOnce(&Self) -> Result<T, DenyError>,
@@ -177,7 +177,7 @@ impl Denials {
     ///
     /// # Errors
     /// `life` is zero or longer than a year, or Redis failed.
-    pub async fn add(&self, denied: &[Denied], life: Duration) -> Result<Vec<DenyEntry>, DenyError> {
+    pub(crate) async fn add(&self, denied: &[Denied], life: Duration) -> Result<Vec<DenyEntry>, DenyError> {
         if life.is_zero() || life > LIFE_MAX {
             return Err(DenyError::Invalid {
                 what: "the duration of an entry",
@@ -191,7 +191,7 @@ impl Denials {
     ///
     /// # Errors
     /// Redis failed.
-    pub async fn remove(&self, denied: &[Denied]) -> Result<Vec<DenyEntry>, DenyError> {
+    pub(crate) async fn remove(&self, denied: &[Denied]) -> Result<Vec<DenyEntry>, DenyError> {
         self.set(denied, Duration::ZERO).await
     }
 
@@ -199,7 +199,7 @@ impl Denials {
     ///
     /// # Errors
     /// Redis failed.
-    pub async fn list(&self) -> Result<Listed, DenyError> {
+    pub(crate) async fn list(&self) -> Result<Listed, DenyError> {
         let found = self.connected(async || self.0.read().await).await?;
         let active = found.entries.into_iter().filter(|(_, term)| found.now < term.end);
         let mut entries: Vec<_> = active.map(|(denied, term)| DenyEntry::new(denied, term)).collect();

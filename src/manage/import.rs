@@ -16,7 +16,7 @@ use crate::{
 };
 
 /// The maximum number of keys in one import. Each takes about 200 bytes of memory.
-pub const KEYS_MAX: usize = 500_000;
+pub(crate) const KEYS_MAX: usize = 500_000;
 /// The maximum length of a line, in bytes. It leaves room for spaces around a key, and for comments.
 const LINE_BYTES_MAX: usize = 2 * KEY_BYTES_MAX;
 

@@ -86,7 +86,7 @@ pub struct Issued {
 
 /// The state of a key: active, or the reason for its denial.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum KeyState {
+pub(crate) enum KeyState {
     /// Checks grant the key.
     Active,
     /// The key was revoked.
@@ -102,7 +102,7 @@ pub enum KeyState {
 impl KeyState {
     /// The state of `key` at `now`, by the database's clock.
     #[must_use]
-    pub fn of(key: &KeyDetails, now: DatabaseTime) -> Self {
+    pub(crate) fn of(key: &KeyDetails, now: DatabaseTime) -> Self {
         if key.revoked_at.is_some() {
             Self::Revoked
         } else if key.expires_at.is_some_and(|end| end <= now) {
@@ -118,7 +118,7 @@ impl KeyState {
 
     /// The name of the state in the output of commands.
     #[must_use]
-    pub const fn as_str(self) -> &'static str {
+    pub(crate) const fn as_str(self) -> &'static str {
         match self {
             Self::Active => "active",
             Self::Revoked => "revoked",

@@ -15,7 +15,7 @@ const NAME_CHARS_MAX: usize = 100;
 
 /// Parses a reference to a trust: a UUID is an id, any other text is a name.
 #[must_use]
-pub fn trust_ref(text: &str) -> TrustRef {
+pub(crate) fn trust_ref(text: &str) -> TrustRef {
     Uuid::parse_str(text).map_or_else(|_| TrustRef::Name(text.to_owned()), |id| TrustRef::Id(TrustId(id)))
 }
 

@@ -72,7 +72,7 @@ impl RedisSettings {
 ///
 /// # Errors
 /// The file cannot be read, or has other content.
-pub fn read_mac_key(path: &Path) -> io::Result<[u8; 32]> {
+pub(crate) fn read_mac_key(path: &Path) -> io::Result<[u8; 32]> {
     let bytes = fs::read(path)?;
     let from_hex = || bytes_from_hex(text::decode(&bytes).ok()?.trim());
     <[u8; 32]>::try_from(&*bytes).ok().or_else(from_hex).ok_or_else(|| {

@@ -50,7 +50,7 @@ const ACCEPT_WAIT: Duration = Duration::from_secs(1);
 const FAILURE_LOG_INTERVAL: Duration = Duration::from_mins(1);
 
 /// What the admin listener exposes.
-pub struct Admin {
+pub(crate) struct Admin {
     /// All metrics.
     pub registry: Registry,
     /// Called before each scrape.
@@ -63,13 +63,13 @@ pub struct Admin {
 
 /// Decides whether this process is ready for work.
 #[async_trait]
-pub trait Readiness: Send + Sync {
+pub(crate) trait Readiness: Send + Sync {
     /// Examines this process. Returns whether it is ready, and the details as text for people.
     async fn examine(&self) -> (bool, String);
 }
 
 /// Serves `listener` until `stop`, then closes its connections.
-pub async fn run(listener: TcpListener, admin: Arc<Admin>, stop: CancellationToken) {
+pub(crate) async fn run(listener: TcpListener, admin: Arc<Admin>, stop: CancellationToken) {
     let mut connections = JoinSet::new();
     let mut open = VecDeque::<AbortHandle>::new();
     let failures = LogLimit::every(FAILURE_LOG_INTERVAL);

@@ -4,7 +4,7 @@ use tokio::sync::watch;
 
 /// The phases of a server's life, in order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Phase {
+pub(crate) enum Phase {
     /// Listening, but the database has not answered yet: not ready.
     Start,
     /// Ready.
@@ -18,7 +18,7 @@ pub enum Phase {
 impl Phase {
     /// The word for `/readyz` and logs.
     #[must_use]
-    pub const fn as_str(self) -> &'static str {
+    pub(crate) const fn as_str(self) -> &'static str {
         match self {
             Self::Start => "starting",
             Self::Serve => "ready",
@@ -30,7 +30,7 @@ impl Phase {
 
 /// The current phase, shared between the tasks that set it and those that watch it. It only moves forward.
 #[derive(Clone)]
-pub struct Life(watch::Sender<Phase>);
+pub(crate) struct Life(watch::Sender<Phase>);
 
 impl Default for Life {
     fn default() -> Self {
@@ -41,12 +41,12 @@ impl Default for Life {
 impl Life {
     /// The current phase.
     #[must_use]
-    pub fn phase(&self) -> Phase {
+    pub(crate) fn phase(&self) -> Phase {
         *self.0.borrow()
     }
 
     /// Advances to `phase`, unless the server has reached it already.
-    pub fn advance(&self, phase: Phase) {
+    pub(crate) fn advance(&self, phase: Phase) {
         self.0.send_if_modified(|now| {
             let forward = phase > *now;
             if forward {
@@ -58,7 +58,7 @@ impl Life {
 
     /// Returns a receiver that is notified when the phase changes.
     #[must_use]
-    pub fn watch(&self) -> watch::Receiver<Phase> {
+    pub(crate) fn watch(&self) -> watch::Receiver<Phase> {
         self.0.subscribe()
     }
 }

@@ -24,8 +24,8 @@ const LOW: i32 = 3;
 impl Priority {
     /// Applies the priority to the calling thread. Ignores a failure: the server also works with the default priority.
     fn take(self) {
-        // Only on Linux does this set the priority of one thread. Elsewhere it would set that of the whole process.
-        if let (Self::Low, true) = (self, cfg!(target_os = "linux")) {
+        if matches!(self, Self::Low) {
+            // On Linux this sets the priority of the calling thread only (setpriority(2), "C library/kernel differences").
             let _ = rustix::process::setpriority_process(None, LOW);
         }
     }

@@ -81,7 +81,7 @@ impl ExistingTable {
 /// other purposes of its columns, have another identity. `None`: trustgate uses its own tables. Cached values need this
 /// identity because a table that is not attached has no lineage.
 #[must_use]
-pub fn identity_of(settings: &StoreSettings, place: &str) -> Option<String> {
+pub(crate) fn identity_of(settings: &StoreSettings, place: &str) -> Option<String> {
     ExistingTable::of(settings).map(|table| table.identity_at(place))
 }
 

@@ -5,7 +5,7 @@
 
 mod audit;
 pub(crate) mod backend;
-pub mod copy;
+pub(crate) mod copy;
 pub(crate) mod postgres;
 pub(crate) mod sqlite;
 pub(crate) mod types;
@@ -14,7 +14,7 @@ use std::collections::HashSet;
 
 use serde_json::json;
 
-pub use self::types::{Actor, AuditEntry, KeyDetails, NewKey, ReplicaStatus, Trust, TrustRef};
+pub(crate) use self::types::{Actor, KeyDetails, NewKey, ReplicaStatus, Trust, TrustRef};
 use self::{
     audit::{key_json, note, trust_json},
     backend::{BATCH, KeyFilter, LedgerBackend, TxMode},

@@ -84,7 +84,7 @@ pub async fn open_ledger(settings: &StoreSettings, env: Env<'_>) -> Result<Ledge
 
 /// How management connects to the database. One value serves for any number of connections.
 #[derive(Clone, Debug)]
-pub struct Management {
+pub(crate) struct Management {
     address: StoreUrl,
     backend: Backend,
     schema: SchemaName,
@@ -96,7 +96,7 @@ pub struct Management {
 /// # Errors
 /// [`StoreError::NotOurs`] if the keys are in an existing table; [`StoreError::Unusable`] if the URL is wrong or its
 /// file cannot be read.
-pub fn management(settings: &StoreSettings, env: Env<'_>) -> Result<Management, StoreError> {
+pub(crate) fn management(settings: &StoreSettings, env: Env<'_>) -> Result<Management, StoreError> {
     if settings.reads_existing() {
         return Err(StoreError::NotOurs);
     }
@@ -108,7 +108,7 @@ pub fn management(settings: &StoreSettings, env: Env<'_>) -> Result<Management, 
 ///
 /// # Errors
 /// As [`open_ledger`].
-pub async fn open_history(settings: &StoreSettings, env: Env<'_>) -> Result<Ledger, StoreError> {
+pub(crate) async fn open_history(settings: &StoreSettings, env: Env<'_>) -> Result<Ledger, StoreError> {
     if !settings.tracks_changes() {
         return Err(StoreError::NotOurs);
     }
@@ -126,7 +126,7 @@ impl Management {
     ///
     /// # Errors
     /// As [`open_ledger`].
-    pub async fn open(&self) -> Result<Ledger, StoreError> {
+    pub(crate) async fn open(&self) -> Result<Ledger, StoreError> {
         Ok(Ledger::new(self.tables().await?))
     }
 
@@ -196,15 +196,15 @@ pub async fn new_incarnation(settings: &StoreSettings, env: Env<'_>) -> Result<(
 /// [`StoreError::Unusable`], which lists the obstacles; [`StoreError::NotOwner`] if a right is missing;
 /// [`StoreError::Schema`] if `trustgate migrate` has not been run; or the database cannot be reached. After an error
 /// nothing has changed.
-pub async fn attach(settings: &StoreSettings, env: Env<'_>) -> Result<String, StoreError> {
+pub(crate) async fn attach(settings: &StoreSettings, env: Env<'_>) -> Result<String, StoreError> {
     action(settings, env, AttachAction::Attach).await
 }
 
-/// Removes what [`attach`] added. Returns the name of the table.
+/// Removes what [`attach()`] added. Returns the name of the table.
 ///
 /// # Errors
-/// As [`attach`].
-pub async fn detach(settings: &StoreSettings, env: Env<'_>) -> Result<String, StoreError> {
+/// As [`attach()`].
+pub(crate) async fn detach(settings: &StoreSettings, env: Env<'_>) -> Result<String, StoreError> {
     action(settings, env, AttachAction::Detach).await
 }
 
@@ -214,11 +214,11 @@ async fn action(settings: &StoreSettings, env: Env<'_>, action: AttachAction) ->
     Ok(table.table.to_string())
 }
 
-/// The statements of [`attach`], each with the role that must run it.
+/// The statements of [`attach()`], each with the role that must run it.
 ///
 /// # Errors
-/// As [`attach`].
-pub async fn print_attach(settings: &StoreSettings, env: Env<'_>) -> Result<String, StoreError> {
+/// As [`attach()`].
+pub(crate) async fn print_attach(settings: &StoreSettings, env: Env<'_>) -> Result<String, StoreError> {
     let (address, table) = attachable(settings, env)?;
     attach::print(&address, &settings.schema, &table, AttachAction::Attach, settings.connect_timeout).await
 }
@@ -227,7 +227,7 @@ pub async fn print_attach(settings: &StoreSettings, env: Env<'_>) -> Result<Stri
 ///
 /// # Errors
 /// As [`detach`].
-pub async fn print_detach(settings: &StoreSettings, env: Env<'_>) -> Result<String, StoreError> {
+pub(crate) async fn print_detach(settings: &StoreSettings, env: Env<'_>) -> Result<String, StoreError> {
     let (address, table) = attachable(settings, env)?;
     attach::print(&address, &settings.schema, &table, AttachAction::Detach, settings.connect_timeout).await
 }

@@ -1,8 +1,8 @@
 //! The reads of checks and of the poll: the [`lookup::Lookup`] trait, a connection pool, and one dialect for each kind
 //! of database.
 
-pub mod lookup;
-pub mod pool;
+pub(crate) mod lookup;
+pub(crate) mod pool;
 pub(crate) mod postgres;
 pub(crate) mod reader;
 pub(crate) mod sqlite;

@@ -174,7 +174,7 @@ pub(crate) fn describe_sqlite(path: &Path) -> String {
 ///
 /// # Errors
 /// [`StoreError::Unusable`] if the environment sets none of these variables to an absolute path.
-pub fn default_path(env: Env<'_>) -> Result<PathBuf, StoreError> {
+fn default_path(env: Env<'_>) -> Result<PathBuf, StoreError> {
     // A relative path would depend on where the command was started; the XDG rules say to ignore it.
     let directory = |name: &str, pick: fn(&str) -> &str| {
         env(name).map(|value| PathBuf::from(pick(&value))).filter(|path| path.is_absolute())

@@ -7,7 +7,7 @@ use std::{
 };
 
 use tokio::time::{Instant, sleep};
-use trustgate::record::ApiKeyDigest;
+use trustgate::testing::record::ApiKeyDigest;
 
 use crate::{
     fixture::Fixture,

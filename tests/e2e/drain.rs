@@ -9,7 +9,7 @@ use tokio::{
 };
 use tonic::{Code, transport::Channel};
 use tonic_health::pb::{HealthCheckRequest, health_check_response::ServingStatus, health_client::HealthClient};
-use trustgate::ext_authz::framing::SERVICE;
+use trustgate::testing::ext_authz::framing::SERVICE;
 
 use crate::{
     fixture::Fixture,

@@ -5,7 +5,7 @@ use std::{future::poll_fn, pin::Pin, sync::Arc, task::Poll, time::Duration};
 
 use prost::Message as _;
 use tokio::task::JoinSet;
-use trustgate::{
+use trustgate::testing::{
     ext_authz::response::Reply,
     server::{Delay, Running},
 };

@@ -7,7 +7,7 @@ use ::http::{Method, Request, Uri};
 use bytes::Bytes;
 use http_body_util::Full;
 use tokio::net::TcpStream;
-use trustgate::ext_authz::framing::{CHECK_PATH, frame};
+use trustgate::testing::ext_authz::framing::{CHECK_PATH, frame};
 
 use crate::support::{
     connection::connect,

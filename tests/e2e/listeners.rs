@@ -15,7 +15,7 @@ use tokio::{
     time::{Instant, timeout},
 };
 use tokio_rustls::TlsConnector;
-use trustgate::ext_authz::framing::frame;
+use trustgate::testing::ext_authz::framing::frame;
 
 use crate::{
     fixture::Fixture,

@@ -18,7 +18,7 @@ use serde_json::Value;
 use tokio::runtime::Handle;
 use tonic::{body::Body, transport::Channel};
 use tower_service::Service as _;
-use trustgate::ext_authz::{framing::CHECK_PATH, response::Reply};
+use trustgate::testing::ext_authz::{framing::CHECK_PATH, response::Reply};
 
 use crate::table::{
     answer,

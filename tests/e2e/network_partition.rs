@@ -5,7 +5,7 @@ use std::{collections::BTreeSet, path::Path, time::Duration};
 
 use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 use tokio::time::{Instant, sleep, sleep_until};
-use trustgate::ext_authz::framing::SERVICE;
+use trustgate::testing::ext_authz::framing::SERVICE;
 
 use crate::{
     fixture::Fixture,

@@ -8,7 +8,7 @@ use rustix::{
     process::{PidfdFlags, PidfdGetfdFlags, getpid, pidfd_getfd, pidfd_open},
 };
 use tokio::time::Instant;
-use trustgate::{
+use trustgate::testing::{
     base::{clock::SystemClock, secret::Secret},
     store::{self, Source, StoreSettings},
 };

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use redis::{AsyncCommands as _, aio::MultiplexedConnection};
 use sha2::{Digest as _, Sha256};
-use trustgate::record::ApiKeyDigest;
+use trustgate::testing::record::ApiKeyDigest;
 
 use crate::{
     fixture::Fixture,

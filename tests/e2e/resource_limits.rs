@@ -10,7 +10,7 @@ use tokio::{
     net::TcpStream,
     time::{Instant, timeout},
 };
-use trustgate::ext_authz::framing::frame_bytes;
+use trustgate::testing::ext_authz::framing::frame_bytes;
 
 use crate::support::{
     connection::{answer, call, connect, head, head_of},

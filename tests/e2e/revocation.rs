@@ -6,7 +6,7 @@ use std::time::Duration;
 use serde_json::Value;
 use sqlx::Connection as _;
 use tokio::time::{Instant, sleep, sleep_until};
-use trustgate::server::Delay;
+use trustgate::testing::server::Delay;
 
 use crate::{
     fixture::Fixture,

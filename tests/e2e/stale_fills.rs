@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use tokio::task::JoinHandle;
-use trustgate::server::Delay;
+use trustgate::testing::server::Delay;
 
 use crate::{
     fixture::Fixture,

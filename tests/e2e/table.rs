@@ -69,13 +69,13 @@ fn the_table_has_every_denial_reason_and_every_identity_header() {
         assert_eq!(denial(reason), denial("unknown"), "{reason}");
     }
     // At least one row has each reason, except that of the deny list, which has its own tests.
-    let reasons =
-        trustgate::ext_authz::decision::DenyReason::ALL.map(trustgate::ext_authz::decision::DenyReason::as_str);
+    let reasons = trustgate::testing::ext_authz::decision::DenyReason::ALL
+        .map(trustgate::testing::ext_authz::decision::DenyReason::as_str);
     for reason in reasons.into_iter().filter(|reason| *reason != "deny_listed") {
         assert!(table.rows().any(|row| row.want.reason.as_deref() == Some(reason)), "no row has {reason}");
     }
     // At least one row forges each identity header.
-    for header in trustgate::ext_authz::identity::HEADERS {
+    for header in trustgate::testing::ext_authz::identity::HEADERS {
         let forged = |name: &String| name.eq_ignore_ascii_case(header);
         assert!(
             table.rows().any(|row| row.send.headers.iter().any(|(name, _)| forged(name))),

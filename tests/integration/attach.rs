@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use sqlx::{AssertSqlSafe, Connection, PgConnection, postgres::PgConnectOptions};
-use trustgate::{
+use trustgate::testing::{
     base::{
         clock::{DatabaseTime, SystemClock},
         secret::Secret,

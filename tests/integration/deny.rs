@@ -12,7 +12,7 @@ use redis::AsyncCommands as _;
 use serde_json::json;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
-use trustgate::{
+use trustgate::testing::{
     base::{
         clock::{DatabaseTime, SystemClock},
         metrics::{self, IntGauge, Registry},

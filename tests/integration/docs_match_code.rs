@@ -13,9 +13,9 @@ use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpStream,
 };
-use trustgate::{
+use trustgate::testing::{
     base::metrics::{self, Registry},
-    canary::{CanarySettings, metrics::CanaryMetrics},
+    canary::{metrics::CanaryMetrics, settings::CanarySettings},
     config::{self, Purpose, SECTIONS},
     ext_authz::identity,
     server::{AppBuilder, Delay},

@@ -13,7 +13,7 @@ use std::{
 use redis::{AsyncCommands as _, aio::MultiplexedConnection};
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
-use trustgate::{
+use trustgate::testing::{
     base::{
         clock::{Clock as _, DatabaseTime, SystemClock},
         metrics::{IntGauge, Registry},

@@ -3,7 +3,7 @@
 
 use std::{os::unix::fs::PermissionsExt, path::Path, sync::Arc, time::Duration};
 
-use trustgate::{
+use trustgate::testing::{
     base::{clock::SystemClock, fault::Fault},
     record::{ApiKeyDigest, Digests, Version},
     store::{self, Heartbeat, Missing, StoreError, StoreSettings},
@@ -75,7 +75,10 @@ async fn a_file_that_is_not_a_database_is_reported_and_not_changed() {
 async fn a_file_that_was_replaced_or_removed_is_no_longer_read() {
     let dir = tempfile::tempdir().unwrap();
     let settings = |name: &str| StoreSettings {
-        url: Some(trustgate::base::secret::Secret::new(format!("sqlite://{}/{name}.db", dir.path().display()))),
+        url: Some(trustgate::testing::base::secret::Secret::new(format!(
+            "sqlite://{}/{name}.db",
+            dir.path().display()
+        ))),
         ..StoreSettings::default()
     };
     let lookup = store::open_lookup(&settings("used"), &|_| None, Arc::new(SystemClock)).unwrap();
@@ -99,7 +102,7 @@ async fn a_file_that_was_replaced_or_removed_is_no_longer_read() {
 async fn a_preset_creates_no_file() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("theirs.db");
-    let url = Some(trustgate::base::secret::Secret::new(format!("sqlite://{}", path.display())));
+    let url = Some(trustgate::testing::base::secret::Secret::new(format!("sqlite://{}", path.display())));
     let settings = StoreSettings { url, preset: Some(store::Preset::TrustTable), ..StoreSettings::default() };
     let lookup = store::open_lookup(&settings, &|_| None, Arc::new(SystemClock)).unwrap();
     assert!(matches!(lookup.prepare(Missing::Create).await, Err(StoreError::NoDatabase { .. })));
@@ -128,7 +131,7 @@ async fn a_table_whose_application_was_killed_during_a_commit_is_read() {
     std::fs::copy(&theirs, &copy).unwrap();
     std::fs::copy(dir.path().join("theirs.db-journal"), dir.path().join("copy.db-journal")).unwrap();
     let settings = StoreSettings {
-        url: Some(trustgate::base::secret::Secret::new(format!("sqlite://{}", copy.display()))),
+        url: Some(trustgate::testing::base::secret::Secret::new(format!("sqlite://{}", copy.display()))),
         preset: Some(store::Preset::TrustTable),
         ..StoreSettings::default()
     };

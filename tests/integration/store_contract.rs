@@ -4,7 +4,7 @@ use std::{collections::HashSet, future::poll_fn, path::PathBuf, pin::pin, sync::
 
 use sqlx::{AssertSqlSafe, Connection, Row, SqliteConnection, sqlite::SqliteConnectOptions};
 use tokio_util::sync::CancellationToken;
-use trustgate::{
+use trustgate::testing::{
     base::{
         clock::{DatabaseTime, SystemClock},
         fault::{Fault, Tier},

@@ -11,7 +11,7 @@ use std::{
 
 use sqlx::Row;
 use tokio::{sync::Semaphore, task::JoinSet};
-use trustgate::{
+use trustgate::testing::{
     base::{clock::SystemClock, fault::Fault, secret::Secret},
     record::{ApiKeyDigest, Digests},
     store::{
@@ -160,7 +160,7 @@ async fn the_printed_grants_are_enough_to_serve_and_to_manage_and_no_more() {
     lookup.report(&heartbeat).await.unwrap();
     assert!(lookup.redis_mac_key().await.unwrap().is_some());
     let actor = store::Actor("test".into());
-    let id = trustgate::record::TrustId(uuid::Uuid::from_u128(7));
+    let id = trustgate::testing::record::TrustId(uuid::Uuid::from_u128(7));
     let mut as_reader = store::open_ledger(&reader, &|_| None).await.unwrap();
     let refused = as_reader.create_trust(&actor, id, "acme").await.unwrap_err().to_string();
     assert!(refused.contains("permission denied"), "{refused}");
@@ -172,10 +172,10 @@ async fn the_printed_grants_are_enough_to_serve_and_to_manage_and_no_more() {
     let trust = store::ledger::TrustRef::Id(id);
     ledger.enable_trust(&actor, &trust, false).await.unwrap();
     let key = store::ledger::NewKey {
-        id: trustgate::record::KeyId(uuid::Uuid::from_u128(8)),
+        id: trustgate::testing::record::KeyId(uuid::Uuid::from_u128(8)),
         digest: unknown_key().current,
         older: Vec::new(),
-        made: trustgate::record::Made::Elsewhere,
+        made: trustgate::testing::record::Made::Elsewhere,
         hint: "tg_abcde".into(),
         name: None,
         scopes: vec![],
@@ -184,7 +184,7 @@ async fn the_printed_grants_are_enough_to_serve_and_to_manage_and_no_more() {
         expires_in: None,
     };
     ledger.add_key(&actor, &trust, key).await.unwrap();
-    ledger.revoke_key(&actor, trustgate::record::KeyId(uuid::Uuid::from_u128(8))).await.unwrap();
+    ledger.revoke_key(&actor, trustgate::testing::record::KeyId(uuid::Uuid::from_u128(8))).await.unwrap();
     ledger.clear_caches(&actor).await.unwrap();
     assert_eq!(ledger.replicas().await.unwrap().len(), 1);
     ledger.delete_trust(&actor, &trust, true).await.unwrap();

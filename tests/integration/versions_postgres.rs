@@ -15,7 +15,7 @@ use std::{
 
 use sqlx::{AssertSqlSafe, Connection, PgConnection, Row, postgres::PgConnectOptions};
 use tokio::task::JoinSet;
-use trustgate::{
+use trustgate::testing::{
     base::{clock::SystemClock, fault::Fault, secret::Secret},
     record::{Change, ChangeKind, KeyId, Version},
     store::{self, Actor, Missing, Polled, Source, StoreError, StoreSettings},
@@ -296,8 +296,8 @@ async fn each_kind_of_statement_is_recorded_for_a_role_without_rights_on_the_cha
             assert_eq!(changes.iter().filter(|found| *found == change).count(), 1, "{change:?} in {changes:?}");
         }
     };
-    let absent = |number| Change::Absent(trustgate::record::ApiKeyDigest::from_hex(&digest(number)).unwrap());
-    let gone = |number| Change::Gone(trustgate::record::ApiKeyDigest::from_hex(&digest(number)).unwrap());
+    let absent = |number| Change::Absent(trustgate::testing::record::ApiKeyDigest::from_hex(&digest(number)).unwrap());
+    let gone = |number| Change::Gone(trustgate::testing::record::ApiKeyDigest::from_hex(&digest(number)).unwrap());
 
     let upsert = format!("{} ON CONFLICT (id) DO UPDATE SET revoked_at = now()", insert(1));
     run(&mut writer, &upsert).await;
@@ -349,13 +349,19 @@ async fn each_kind_of_statement_is_recorded_for_a_role_without_rights_on_the_cha
     let (changes, versions) = db.recorded(&mut seen).await;
     has(
         &changes,
-        &[Change::Trust(trustgate::record::TrustId(TRUST)), Change::Trust(trustgate::record::TrustId(other))],
+        &[
+            Change::Trust(trustgate::testing::record::TrustId(TRUST)),
+            Change::Trust(trustgate::testing::record::TrustId(other)),
+        ],
     );
     has(&changes, &[Change::Key(key(1)), Change::Key(key(3)), Change::Key(key(62))]);
     assert_eq!(versions, 1);
     run(&mut writer, &format!("DELETE FROM trustgate.trust WHERE id = '{other}'")).await;
     let (changes, versions) = db.recorded(&mut seen).await;
-    has(&changes, &[Change::Trust(trustgate::record::TrustId(other)), Change::Key(key(1)), gone(62), gone(50)]);
+    has(
+        &changes,
+        &[Change::Trust(trustgate::testing::record::TrustId(other)), Change::Key(key(1)), gone(62), gone(50)],
+    );
     assert_eq!(versions, 1);
 
     db.execute(&format!("INSERT INTO trustgate.trust (id, name) VALUES ('{TRUST}', 'acme')")).await;

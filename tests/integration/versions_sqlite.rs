@@ -14,7 +14,7 @@ use std::{
 
 use sqlx::{AssertSqlSafe, Connection, Row, SqliteConnection, sqlite::SqliteConnectOptions};
 use tokio::task::JoinSet;
-use trustgate::{
+use trustgate::testing::{
     base::{clock::SystemClock, secret::Secret},
     record::{ApiKeyDigest, Change, Digests, KeyId, Nonce, Version},
     store::{self, Heartbeat, Ledger, Missing, PollError, Polled, Source, StoreError, StoreSettings},

@@ -11,7 +11,7 @@ use tokio::{
     sync::mpsc::{Receiver, channel},
     task::{JoinHandle, JoinSet},
 };
-use trustgate::{
+use trustgate::testing::{
     base::{clock::SystemClock, fault::Fault, secret::Secret},
     record::{ApiKeyDigest, Change, ChangeKind, Digests, Fingerprint, KeyId, Made, TrustId, Version},
     store::{
@@ -619,8 +619,10 @@ async fn through_a_pooler_all_but_notifications_works() {
 async fn two_schemas_in_one_database_are_independent() {
     let db = Db::new().await;
     let mut other = db.settings.clone();
-    other.schema =
-        trustgate::base::settings::Setting::read(&trustgate::base::settings::RawValue::One("gate_2".into())).unwrap();
+    other.schema = trustgate::testing::base::settings::Setting::read(
+        &trustgate::testing::base::settings::RawValue::One("gate_2".into()),
+    )
+    .unwrap();
     store::migrate(&other, &|_| None).await.unwrap();
     let lookup = open(&other);
     lookup.prepare(Missing::Refuse).await.unwrap();

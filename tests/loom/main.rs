@@ -14,7 +14,7 @@ use std::{
 
 use loom::thread;
 // The modules that the file under test imports from its crate.
-use trustgate::{base, record};
+use trustgate::testing::{base, record};
 
 use base::clock::Moment;
 use lease::{Lease, stripe};

@@ -11,7 +11,7 @@ use std::{
 };
 
 use tokio::{sync::Notify, time::Instant};
-use trustgate::{
+use trustgate::testing::{
     base::clock::{DatabaseTime, Moment},
     record::{
         ApiKeyDigest, Change, ChangeKind, Digests, KeyId, Lineage, Nonce, Record, StoredPeppers, TrustId, Version,

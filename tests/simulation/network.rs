@@ -9,7 +9,7 @@ use std::{
 
 use async_trait::async_trait;
 use tokio::time::{Instant, sleep};
-use trustgate::{
+use trustgate::testing::{
     base::{
         clock::{Clock, DatabaseTime, Moment},
         fault::{Fault, Tier},

@@ -18,7 +18,7 @@ use tokio::{
     sync::broadcast,
     time::{Instant, sleep, sleep_until},
 };
-use trustgate::redis::{Link, RedisConnection};
+use trustgate::testing::redis::{Link, RedisConnection};
 
 use crate::chance::Chance;
 

@@ -16,7 +16,7 @@ use tokio::{
     time::{Instant, sleep, sleep_until},
 };
 use tokio_util::sync::CancellationToken;
-use trustgate::{
+use trustgate::testing::{
     base::metrics::{self, Registry},
     config::{self, Config, Purpose},
     ext_authz::{check::Checker, credential::Hasher, response::Reply},

@@ -3,7 +3,7 @@
 use bytes::Bytes;
 use h2::client::{ResponseFuture, SendRequest};
 use tokio::io::{AsyncRead, AsyncWrite};
-use trustgate::ext_authz::framing::{CHECK_PATH, frame};
+use trustgate::testing::ext_authz::framing::{CHECK_PATH, frame};
 
 use super::grpc::{Verdict, request, verdict};
 

@@ -133,7 +133,7 @@ impl Envoy {
 
     /// Waits until Envoy finds `server` healthy.
     pub async fn until_healthy(&self, server: SocketAddr) {
-        let healthy = format!("trustgate::{server}::health_flags::healthy");
+        let healthy = format!("trustgate::testing::{server}::health_flags::healthy");
         let found = self.program.until(async || {
             let clusters = http::get(self.admin, "/clusters", &[]).await.body;
             clusters.contains(&healthy).then_some(())

@@ -8,7 +8,7 @@ use redis::{
     aio::MultiplexedConnection,
 };
 use tempfile::TempDir;
-use trustgate::{base::settings::Section as _, redis::RedisSettings};
+use trustgate::testing::{base::settings::Section as _, redis::RedisSettings};
 
 use super::{
     certificates, eventually,

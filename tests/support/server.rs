@@ -14,7 +14,7 @@ use rustix::process::{Pid, Resource, Rlimit, prlimit};
 use serde_json::Value;
 use sha2::{Digest as _, Sha256};
 use tempfile::TempDir;
-use trustgate::record::ApiKeyDigest;
+use trustgate::testing::record::ApiKeyDigest;
 use uuid::Uuid;
 
 use super::{

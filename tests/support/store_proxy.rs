@@ -11,7 +11,7 @@ use std::{
 
 use async_trait::async_trait;
 use tokio::sync::watch;
-use trustgate::{
+use trustgate::testing::{
     base::fault::Fault,
     config::{self, Purpose},
     record::{Digests, Fingerprint, KeyId, Record, Version, Versioned},

@@ -60,7 +60,7 @@ impl<T> PerThread<T> {
 
 /// One counter.
 #[derive(Clone, Debug)]
-pub struct ThreadCounter(Arc<PerThread<AtomicU64>>);
+pub(crate) struct ThreadCounter(Arc<PerThread<AtomicU64>>);
 
 impl ThreadCounter {
     fn new() -> Self {
@@ -68,7 +68,7 @@ impl ThreadCounter {
     }
 
     /// Adds one.
-    pub fn inc(&self) {
+    pub(crate) fn inc(&self) {
         self.0.own().fetch_add(1, Ordering::Relaxed);
     }
 
@@ -79,7 +79,7 @@ impl ThreadCounter {
 
 /// A family of counters, with or without labels.
 #[derive(Clone, Debug)]
-pub struct ThreadCounters {
+pub(crate) struct ThreadCounters {
     labels: &'static [&'static str],
     desc: Desc,
     counters: Arc<Mutex<HashMap<Vec<&'static str>, ThreadCounter>>>,
@@ -90,7 +90,7 @@ impl ThreadCounters {
     ///
     /// # Errors
     /// If a name or the description is invalid.
-    pub fn new(opts: Opts, labels: &'static [&'static str]) -> prometheus::Result<Self> {
+    pub(crate) fn new(opts: Opts, labels: &'static [&'static str]) -> prometheus::Result<Self> {
         let names = labels.iter().map(|label| (*label).to_owned()).collect();
         let desc = Desc::new(opts.fq_name(), opts.help, names, HashMap::new())?;
         Ok(Self { labels, desc, counters: Arc::default() })
@@ -98,7 +98,7 @@ impl ThreadCounters {
 
     /// The counter with these label values. Callers keep the result, because the lookup takes a lock.
     #[must_use]
-    pub fn with(&self, values: &[&'static str]) -> ThreadCounter {
+    pub(crate) fn with(&self, values: &[&'static str]) -> ThreadCounter {
         // A panic cannot leave an insertion half done.
         let mut counters = self.counters.lock().unwrap_or_else(PoisonError::into_inner);
         counters.entry(values.to_owned()).or_insert_with(ThreadCounter::new).clone()
@@ -133,7 +133,7 @@ impl Collector for ThreadCounters {
 
 /// A histogram of durations. Scrapes return it in seconds.
 #[derive(Clone, Debug)]
-pub struct ThreadHistogram {
+pub(crate) struct ThreadHistogram {
     desc: Desc,
     /// The upper bound of each bucket, in seconds and in nanoseconds.
     bounds: Arc<[(f64, u64)]>,
@@ -152,7 +152,7 @@ impl ThreadHistogram {
     ///
     /// # Errors
     /// If its name or description is invalid.
-    pub fn new(opts: HistogramOpts) -> prometheus::Result<Self> {
+    pub(crate) fn new(opts: HistogramOpts) -> prometheus::Result<Self> {
         let bound = |seconds: &f64| (*seconds, nanos(Duration::from_secs_f64(*seconds)));
         let bounds: Arc<[_]> = opts.buckets.iter().map(bound).collect();
         let desc = Desc::new(opts.common_opts.fq_name(), opts.common_opts.help, Vec::new(), HashMap::new())?;
@@ -164,7 +164,7 @@ impl ThreadHistogram {
     }
 
     /// Adds a duration.
-    pub fn observe(&self, took: Duration) {
+    pub(crate) fn observe(&self, took: Duration) {
         let (took, own) = (nanos(took), self.copies.own());
         // Search from the front, because most durations fall into the first bucket.
         let bucket = self.bounds.iter().position(|(_, nanos)| took <= *nanos).unwrap_or(self.bounds.len());

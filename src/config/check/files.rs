@@ -8,7 +8,7 @@ use std::{
 
 use crate::{
     base::{secret::Secret, settings::Reader},
-    canary::CanarySettings,
+    canary::settings::CanarySettings,
     config::{Config, Purpose},
     ext_authz::credential::Pepper,
     freshness::deny_list,

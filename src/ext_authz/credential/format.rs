@@ -15,7 +15,7 @@ const RANDOM_CHARS: usize = 43;
 /// 62^6 > 2^32: enough characters for a CRC-32.
 const CHECKSUM_CHARS: usize = 6;
 /// Number of characters in a trustgate key after its prefix and `_`.
-pub const BODY_CHARS: usize = RANDOM_CHARS + CHECKSUM_CHARS;
+pub(crate) const BODY_CHARS: usize = RANDOM_CHARS + CHECKSUM_CHARS;
 /// Number of characters after the prefix and `_` in the hint of a trustgate key.
 const HINT_CHARS: usize = 5;
 
@@ -58,7 +58,7 @@ pub enum Form {
 
 /// Classifies `key` by its form, without a lookup.
 #[must_use]
-pub fn form(prefix: &Prefix, key: &[u8]) -> Form {
+pub(crate) fn form(prefix: &Prefix, key: &[u8]) -> Form {
     match prefix.body(key) {
         Some(body) if body.len() == BODY_CHARS => {
             let (random, checksum) = body.split_at(RANDOM_CHARS);
@@ -70,7 +70,7 @@ pub fn form(prefix: &Prefix, key: &[u8]) -> Form {
 
 /// True if `text` is a trustgate key under any prefix. For places that must not show a key.
 #[must_use]
-pub fn is_key(text: &str) -> bool {
+pub(crate) fn is_key(text: &str) -> bool {
     let prefix = text.rsplit_once('_').and_then(|(prefix, _)| Prefix::read(&RawValue::One(prefix.to_owned())));
     prefix.is_some_and(|prefix| form(&prefix, text.as_bytes()) == Form::Ours)
 }
@@ -98,7 +98,7 @@ fn from_random(prefix: &Prefix, bytes: [u8; 32]) -> Secret {
 /// The leading characters that are stored so that people recognise a key: of a trustgate key the prefix, `_` and 5
 /// more; of a foreign key a quarter of its length, but at most 4.
 #[must_use]
-pub fn hint(prefix: &Prefix, key: &[u8]) -> String {
+pub(crate) fn hint(prefix: &Prefix, key: &[u8]) -> String {
     let chars = match form(prefix, key) {
         Form::Ours => prefix.0.len() + 1 + HINT_CHARS,
         Form::Mistyped | Form::Foreign => (key.len() / 4).min(4),

@@ -48,7 +48,7 @@ impl fmt::Display for LineProblem {
 ///
 /// # Errors
 /// The file cannot be read; or `InvalidData`, with the number of the first line that cannot be read.
-pub fn check_file(path: &Path) -> io::Result<()> {
+pub(crate) fn check_file(path: &Path) -> io::Result<()> {
     let problem = read(path)?.problem;
     problem.map_or(Ok(()), |problem| Err(io::Error::new(io::ErrorKind::InvalidData, problem.to_string())))
 }

@@ -22,7 +22,7 @@ use crate::{
 
 /// The source and the target. `None` is the database that the configuration sets for management.
 #[derive(Debug)]
-pub struct Ends {
+pub(crate) struct Ends {
     /// The URL of the source.
     pub from: Option<GivenUrl>,
     /// The URL of the target.
@@ -31,7 +31,7 @@ pub struct Ends {
 
 /// A URL that the operator gave to a command.
 #[derive(Debug)]
-pub struct GivenUrl {
+pub(crate) struct GivenUrl {
     /// The name of the command's option, for messages.
     pub option: &'static str,
     /// The URL.
@@ -40,7 +40,7 @@ pub struct GivenUrl {
 
 /// The result of a copy.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Copied {
+pub(crate) struct Copied {
     /// A description of the source, without secrets.
     pub from: String,
     /// A description of the target, without secrets.
@@ -53,7 +53,7 @@ pub struct Copied {
 
 /// Why nothing was copied.
 #[derive(Debug, thiserror::Error)]
-pub enum CopyError {
+pub(crate) enum CopyError {
     /// The source cannot be used or read.
     #[error("cannot copy from {place}: {error}")]
     From {
@@ -92,7 +92,7 @@ pub enum CopyError {
 ///
 /// # Cancel safety
 /// Safe: if the future is dropped before the commit, the target rolls back, and nothing is copied.
-pub async fn copy(
+pub(crate) async fn copy(
     settings: &StoreSettings,
     ends: Ends,
     env: Env<'_>,

@@ -13,7 +13,7 @@ pub struct Actor(pub String);
 
 /// A change as the audit records it. Contains neither keys nor digests.
 #[derive(Clone, Debug)]
-pub struct AuditEntry {
+pub(crate) struct AuditEntry {
     /// The action: `trust.create`, `key.revoke`, ...
     pub action: &'static str,
     /// The id of the object that the action changed.

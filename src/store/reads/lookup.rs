@@ -100,7 +100,7 @@ pub struct Tended {
 }
 
 /// The count of keys under other peppers stops at this number.
-pub const OTHER_KEYS_MAX: u64 = 10_000;
+pub(crate) const OTHER_KEYS_MAX: u64 = 10_000;
 
 /// The answer to a poll, from one snapshot.
 #[derive(Clone, Debug)]

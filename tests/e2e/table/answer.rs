@@ -12,7 +12,7 @@ use envoy_types::pb::{
 };
 use prost::Message as _;
 use serde_json::{Map, Value, json};
-use trustgate::ext_authz::response::Reply;
+use trustgate::testing::ext_authz::response::Reply;
 
 /// Converts the reply of a checker.
 pub fn read(reply: Reply) -> Value {

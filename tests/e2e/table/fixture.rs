@@ -6,7 +6,7 @@ use percent_encoding::{NON_ALPHANUMERIC, percent_encode};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use tokio::sync::RwLockReadGuard;
-use trustgate::{
+use trustgate::testing::{
     config::{self, Config, Purpose},
     ext_authz::{
         check::Checker,
@@ -228,7 +228,11 @@ impl KeyFactory {
         let secret = format::generate(&credential.prefix).unwrap();
         let new = new_key(&hasher, secret.expose());
         let key = ledger
-            .add_key(&actor(), &trust_named("beta"), NewKey { made: trustgate::record::Made::Elsewhere, ..new })
+            .add_key(
+                &actor(),
+                &trust_named("beta"),
+                NewKey { made: trustgate::testing::record::Made::Elsewhere, ..new },
+            )
             .await
             .unwrap();
         test_key(secret.expose(), &key)

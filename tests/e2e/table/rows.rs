@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use base64::{Engine as _, prelude::BASE64_STANDARD};
 use serde::Deserialize;
 use serde_json::{Map, Value, json};
-use trustgate::ext_authz::identity;
+use trustgate::testing::ext_authz::identity;
 
 use super::{
     fixture::{Fixture, TestKey},
