@@ -1,8 +1,8 @@
-//! Single flight: concurrent callers that need the same key share one load. The load continues when the caller that
+//! Single flight: concurrent callers that need the same key share one load. The load continues even if the caller that
 //! started it leaves.
 //!
-//! This module does not depend on the cache: the caller passes the load, and the work that follows once the waiters
-//! have their result.
+//! This module does not depend on the cache: the caller passes the load, and the work to do after the waiters have
+//! received the result.
 
 use std::{
     collections::HashMap,
@@ -15,27 +15,31 @@ use tokio_util::task::TaskTracker;
 
 use crate::base::fault::Fault;
 
-/// The maximum number of tasks at one time over all keys. A task is a load and the work that follows it. Beyond the
-/// limit, a caller gets a fault at once, because waiting would only use up its deadline.
-const TASKS_MAX: usize = 4_096;
+/// The maximum number of loads in flight, over all keys. Beyond this limit, a caller gets a fault immediately, because
+/// waiting would only use up the caller's deadline.
+const LOADS_MAX: usize = 4_096;
+/// The maximum number of tasks that publish values or load them. A value whose load ends beyond this limit is not
+/// published: the waiters have the value, and the next check of the key loads it again. Publishing can take as long as
+/// a lease, so tasks that publish do not count as loads: they must not turn checks into faults.
+const TASKS_MAX: usize = 2 * LOADS_MAX;
 
-/// The result of one load, shared by its waiters. They wake in the order in which they arrived.
+/// The result of one load, shared by its waiters. The waiters wake in the order of their arrival.
 type ResultSlot<V> = Arc<SetOnce<Result<V, Fault>>>;
 type InFlight<K, V> = Arc<Mutex<HashMap<K, ResultSlot<V>>>>;
 
-/// The loads that are in flight, run on the I/O runtime. Callers may be on any runtime.
+/// The loads that are in flight. Loads run on the I/O runtime; callers may run on any runtime.
 pub(crate) struct SingleFlight<K, V> {
     io: Handle,
     tasks: TaskTracker,
     in_flight: InFlight<K, V>,
 }
 
-/// How a caller got its result.
+/// The source of a caller's result.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Joined {
-    /// From a load that this caller started.
+    /// A load that this caller started, or the limit on loads, which prevented a load.
     Own,
-    /// From a load that was in flight before, or from the cache.
+    /// A load that was already in flight, or the cache.
     Other,
 }
 
@@ -49,17 +53,18 @@ where
         Self { io, tasks: TaskTracker::new(), in_flight: Arc::default() }
     }
 
-    /// Waits for the load of `key` that is in flight, or starts one.
+    /// Joins the load of `key` that is in flight, or starts a load, and waits for the result.
     ///
-    /// `cached` runs right before a load starts, because another load may have ended since the caller looked into its
-    /// cache. `start` is called only if this caller starts the load. It returns the load, and the work that follows
-    /// once the waiters have their value.
+    /// `cached` runs right before a load would start, because another load may have ended since the caller looked into
+    /// the cache. `start` is called only if this caller starts the load. It returns the load, and the work to do after
+    /// the waiters have received their value.
     ///
     /// # Errors
-    /// The [`Fault`] of the load, shared by all its waiters; [`Fault::Overloaded`] beyond the limit of tasks.
+    /// Returns the [`Fault`] of the load, which all waiters share, or [`Fault::Overloaded`] if there are already
+    /// [`LOADS_MAX`] loads in flight.
     ///
     /// # Cancel safety
-    /// Safe: the load continues and its value reaches the other waiters.
+    /// Safe: the load continues, and the other waiters receive its value.
     pub(crate) async fn join_or_start<L, F, P>(
         &self,
         key: K,
@@ -77,7 +82,7 @@ where
                 (Arc::clone(slot), Joined::Other)
             } else if let Some(value) = cached() {
                 return (Ok(value), Joined::Other);
-            } else if self.tasks.len() >= TASKS_MAX {
+            } else if in_flight.len() >= LOADS_MAX {
                 return (Err(Fault::Overloaded { limit: "loads in flight" }), Joined::Own);
             } else {
                 let slot = ResultSlot::<V>::default();
@@ -88,8 +93,8 @@ where
                     slot: Arc::clone(&slot),
                     outcome: Err(Fault::Ended),
                 };
-                // Release the lock before the spawn: a runtime that is shutting down drops the task at once on this
-                // thread, and the drop of `guard` takes the lock.
+                // Release the lock before the spawn: a runtime that is shutting down drops the task immediately on this
+                // thread, and dropping `guard` takes the lock.
                 drop(in_flight);
                 let (load, publish) = start();
                 self.spawn(guard, load, publish);
@@ -104,12 +109,15 @@ where
         L: Future<Output = Result<V, Fault>> + Send + 'static,
         P: Future<Output = ()> + Send + 'static,
     {
+        let tasks = self.tasks.clone();
         self.tasks.spawn_on(
             async move {
                 guard.outcome = load.await;
                 let outcome = guard.outcome.clone();
                 drop(guard);
-                if let Ok(value) = outcome {
+                if let Ok(value) = outcome
+                    && tasks.len() <= TASKS_MAX
+                {
                     publish(value).await;
                 }
             },
@@ -117,7 +125,7 @@ where
         );
     }
 
-    /// The number of tasks that have not ended.
+    /// Returns the number of tasks that have not ended.
     pub(crate) fn tasks(&self) -> usize {
         self.tasks.len()
     }
@@ -129,8 +137,8 @@ where
     }
 }
 
-/// Removes a load from the map when it ends, and passes its outcome to the waiters. The outcome is [`Fault::Ended`] if
-/// the load panicked or its runtime shut down.
+/// Removes a load from the map when the load ends, and passes its outcome to the waiters. The outcome is
+/// [`Fault::Ended`] if the load panicked or its runtime shut down.
 struct InFlightGuard<K: Eq + Hash, V> {
     key: K,
     in_flight: InFlight<K, V>,
@@ -141,28 +149,52 @@ struct InFlightGuard<K: Eq + Hash, V> {
 impl<K: Eq + Hash, V> Drop for InFlightGuard<K, V> {
     fn drop(&mut self) {
         lock(&self.in_flight).remove(&self.key);
-        // Only this guard sets the slot, so it is still empty.
+        // The slot is still empty, because only this guard sets it.
         let _ = self.slot.set(std::mem::replace(&mut self.outcome, Err(Fault::Ended)));
     }
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    // Each insertion and removal is one call, so a panic elsewhere leaves the map intact.
+    // Each insertion and removal is one call, so a panic between calls leaves the map consistent.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]
 mod tests {
-    use std::{sync::mpsc, thread, time::Duration};
+    use std::{
+        future::pending,
+        sync::{
+            atomic::{AtomicUsize, Ordering},
+            mpsc,
+        },
+        thread,
+        time::Duration,
+    };
 
     use tokio::runtime::{Builder, Runtime};
 
     use super::*;
 
+    #[tokio::test]
+    async fn values_that_wait_to_be_published_prevent_no_load_and_are_bounded() {
+        let loads = SingleFlight::<usize, usize>::new(Handle::current());
+        let published = Arc::new(AtomicUsize::new(0));
+        for key in 0..TASKS_MAX + 10 {
+            let published = Arc::clone(&published);
+            let publish = move |_| async move {
+                published.fetch_add(1, Ordering::Relaxed);
+                pending::<()>().await;
+            };
+            let (outcome, _) = loads.join_or_start(key, || None, || (async move { Ok(key) }, publish)).await;
+            assert!(matches!(outcome, Ok(value) if value == key), "{key}: {outcome:?}");
+        }
+        assert_eq!(published.load(Ordering::Relaxed), TASKS_MAX);
+    }
+
     #[test]
-    fn a_load_on_a_runtime_that_has_ended_fails_and_does_not_hang() {
+    fn load_on_a_runtime_that_has_shut_down_fails_without_hanging() {
         let (done, is_done) = mpsc::channel();
-        // On another thread, because a deadlock would block it forever.
+        // Run the load on another thread, because a deadlock would block this test forever.
         thread::spawn(move || {
             let ended = Runtime::new().unwrap();
             let io = ended.handle().clone();
