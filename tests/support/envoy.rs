@@ -9,7 +9,7 @@ use super::{
     process::{End, Guarded, directory},
 };
 
-/// The shipped configuration.
+/// The Envoy configuration that the project ships.
 const CONFIG: &str = include_str!("../../envoy/envoy.yaml");
 
 /// A running Envoy process.
@@ -26,13 +26,14 @@ pub struct Plan {
 }
 
 impl Plan {
-    /// The shipped configuration. Envoy sends requests to `application` and checks to `servers`. The access log has an
-    /// additional field `check_us`: the duration of the check that Envoy measured, in microseconds.
+    /// Creates a plan with the shipped configuration. Envoy sends requests to `application` and checks to `servers`.
+    /// The access log has an additional field `check_us`: the duration of the check that Envoy measured, in
+    /// microseconds.
     pub fn new(application: SocketAddr, servers: &[SocketAddr]) -> Self {
         Self::of(CONFIG, application, servers)
     }
 
-    /// As [`Self::new`], with `config` instead, which an earlier release shipped.
+    /// Like [`Self::new`], but with `config`, the configuration that an earlier release shipped.
     pub fn of(config: &str, application: SocketAddr, servers: &[SocketAddr]) -> Self {
         let endpoint = |address: &SocketAddr| {
             let (ip, port) = (address.ip(), address.port());
@@ -82,11 +83,11 @@ impl Plan {
         Self { workers, ..self }
     }
 
-    /// Starts Envoy and waits until it listens. It may not have found a healthy server yet.
+    /// Starts Envoy and waits until Envoy listens. Envoy may not have found a healthy server yet.
     ///
     /// # Panics
-    /// If Envoy is not installed; the message says how to install it. If it does not start; the message contains its
-    /// log.
+    /// If Envoy is not installed; the message says how to install Envoy. Also if Envoy does not start; the message
+    /// contains the log.
     pub async fn start(self) -> Envoy {
         let dir = directory("envoy");
         let (config, admin_file) = (dir.join("envoy.yaml"), dir.join("admin"));
@@ -112,7 +113,7 @@ impl Plan {
 }
 
 impl Envoy {
-    /// Starts Envoy with [`Plan::new`] and waits until it finds each server healthy.
+    /// Starts Envoy with [`Plan::new`] and waits until Envoy considers each server healthy.
     pub async fn start(application: SocketAddr, servers: &[SocketAddr]) -> Self {
         let envoy = Plan::new(application, servers).start().await;
         for server in servers {
@@ -121,19 +122,19 @@ impl Envoy {
         envoy
     }
 
-    /// The address of Envoy's listener for requests.
+    /// Returns the address of Envoy's listener for requests.
     pub const fn address(&self) -> SocketAddr {
         self.address
     }
 
-    /// The address of Envoy's admin interface: statistics and configuration.
+    /// Returns the address of Envoy's admin interface, which serves statistics and the configuration.
     pub const fn admin(&self) -> SocketAddr {
         self.admin
     }
 
-    /// Waits until Envoy finds `server` healthy.
+    /// Waits until Envoy considers `server` healthy.
     pub async fn until_healthy(&self, server: SocketAddr) {
-        let healthy = format!("trustgate::testing::{server}::health_flags::healthy");
+        let healthy = format!("trustgate::{server}::health_flags::healthy");
         let found = self.program.until(async || {
             let clusters = http::get(self.admin, "/clusters", &[]).await.body;
             clusters.contains(&healthy).then_some(())
@@ -159,7 +160,8 @@ impl Envoy {
     }
 }
 
-/// The path in `TRUSTGATE_TEST_ENVOY`, or else the path of the binary that `make setup` fetches.
+/// Returns the path in `TRUSTGATE_TEST_ENVOY` if that variable is set, otherwise the path of the Envoy binary that
+/// `make setup` downloads.
 fn binary() -> PathBuf {
     let configured = std::env::var_os("TRUSTGATE_TEST_ENVOY").map(PathBuf::from);
     let path = configured.unwrap_or_else(|| concat!(env!("CARGO_MANIFEST_DIR"), "/target/tools/bin/envoy").into());

@@ -1,9 +1,10 @@
-//! Detects disturbances of the machine while a test measures times, and decides which results they excuse. A busy host
-//! pauses a virtual machine now and then, with all programs in it; the tests must not blame the server for such delays.
+//! Detects disturbances of the machine while a test measures times, and decides which results to excuse because of
+//! them. A busy host now and then pauses a virtual machine with all programs in it, and the tests must not blame the
+//! server for such delays.
 //!
-//! Measured times are never corrected. [`keep_undisturbed`] drops a whole sample or keeps it as it is.
+//! The tests do not correct measured times: [`keep_undisturbed`] either drops a sample or keeps it unchanged.
 
-// Pauses of the machine can only be measured with the machine's own clocks.
+// Measuring pauses needs the system clocks, which the lint forbids in the server.
 #![allow(clippy::disallowed_methods)]
 
 use std::{
@@ -20,10 +21,10 @@ use rustix::{
     thread::{CpuSet, sched_getaffinity, sched_setaffinity},
 };
 
-/// The interval at which each watching thread wakes.
+/// The interval at which each watching thread wakes up.
 const STEP: Duration = Duration::from_millis(4);
-/// A wake-up that is late by more than this is a pause of the processor. A thread with the highest priority that needs
-/// a processor for a moment usually gets it much sooner.
+/// A wake-up that is late by more than this counts as a pause of the processor. On an undisturbed machine, a thread
+/// with the highest priority usually wakes up with a much shorter delay.
 const PAUSE: Duration = Duration::from_millis(25);
 
 /// A period in which the machine was disturbed.
@@ -33,27 +34,28 @@ struct Pause {
     to: Instant,
 }
 
-/// Periods in which a processor was paused, of the current or the last [`Watch`].
+/// The periods in which a processor was paused, as recorded by the current or the previous [`Watch`].
 static PAUSES: Mutex<Vec<Pause>> = Mutex::new(Vec::new());
-/// Periods in which the hypervisor took more than a tenth of the processor time (steal time), of the same watch. The
-/// single pauses may be too short for [`PAUSES`].
+/// The periods in which the hypervisor took more than a tenth of the processor time (steal time), as recorded by the
+/// current or the previous [`Watch`]. The single pauses in such a period may be too short for [`PAUSES`].
 static STARVED: Mutex<Vec<Pause>> = Mutex::new(Vec::new());
-/// The interval at which the steal time is read. The kernel counts it in hundredths of a second.
+/// The interval at which a [`Watch`] reads the steal time. The kernel counts steal time in hundredths of a second.
 const STEAL_INTERVAL: Duration = Duration::from_millis(100);
-/// Steal time above one tenth of the processor time is a disturbance: the tests need most of the rest.
+/// Steal time above one tenth of the processor time is a disturbance, because the tests need most of the processor
+/// time.
 const STEAL_DIVISOR: u64 = 10;
 
-/// Added to the limit of a time that a test measures only once: a single sample cannot be dropped. Pauses of up to half
-/// a second have been seen on the machines that run the tests.
+/// The margin that a test adds to the limit of a time that it measures only once, because it cannot drop its only
+/// sample. Pauses of up to half a second have been observed on the machines that run the tests.
 pub const PAUSE_MARGIN: Duration = Duration::from_millis(500);
 
-/// [`keep_undisturbed`] may drop one sample in this many.
+/// [`keep_undisturbed`] may drop at most one sample in this many.
 const DROPPED_DIVISOR: usize = 10;
 
-/// A disturbance has been recorded at the latest this long after its end.
+/// The maximum time from the end of a disturbance until a [`Watch`] has recorded it.
 const RECORDED_WITHIN: Duration = STEAL_INTERVAL.saturating_mul(2);
 
-/// One result of a measurement, and the period in which a disturbance can affect it.
+/// One result of a measurement, with the period in which a disturbance can affect the result.
 #[derive(Clone, Copy, Debug)]
 pub struct Sample<T> {
     from: Instant,
@@ -62,38 +64,39 @@ pub struct Sample<T> {
 }
 
 impl<T> Sample<T> {
-    /// A result that was measured between two moments.
+    /// Creates a sample of a result that was measured between `from` and `to`.
     pub fn new(from: impl Into<Instant>, to: impl Into<Instant>, value: T) -> Self {
         Self { from: from.into(), to: to.into(), value }
     }
 
-    /// The start of the period.
+    /// Returns the start of the period.
     pub fn start(&self) -> Instant {
         self.from
     }
 
-    /// The same period with another result.
+    /// Replaces the result and keeps the period.
     pub fn map<U>(self, change: impl FnOnce(T) -> U) -> Sample<U> {
         Sample { from: self.from, to: self.to, value: change(self.value) }
     }
 }
 
 impl Sample<Duration> {
-    /// One sample of two replicas: the longer time, and the whole period of both.
+    /// Combines the samples of two replicas: returns the longer time, with the period that covers both samples.
     pub fn or_longer(self, other: Self) -> Self {
         Self { from: self.from.min(other.from), to: self.to.max(other.to), value: self.value.max(other.value) }
     }
 }
 
-/// Returns the samples without those that a disturbance of the machine excuses, and prints how many it dropped. Only
-/// this function excuses anything because of a disturbance.
+/// Drops the samples that a disturbance of the machine may have affected, prints how many it dropped, and returns the
+/// values of the remaining samples. No other function excuses a result because of a disturbance.
 ///
-/// `can_be_spoiled` selects the samples that may be dropped. For measured times it selects all of them, so that the
-/// choice does not depend on the result. For answers it selects failures that a pause causes, such as faults. A grant
-/// that should have been a denial is never one of them, because the lease must hold through a pause.
+/// `can_be_spoiled` selects the samples that may be dropped. A test that computes quantiles of times must select all
+/// samples, so that the choice does not depend on the result. Other tests select only failures that a pause can cause,
+/// such as faults and slow answers. No test may select a grant that should have been a denial, because the lease must
+/// hold through a pause.
 ///
 /// # Panics
-/// If more than a tenth of the samples were dropped.
+/// If more than a tenth of the samples are dropped.
 #[track_caller]
 pub fn keep_undisturbed<T>(
     name: &str,
@@ -101,17 +104,18 @@ pub fn keep_undisturbed<T>(
     can_be_spoiled: impl Fn(&T) -> bool,
 ) -> Vec<T> {
     let samples: Vec<_> = samples.into_iter().collect();
-    // The threads of the watch record a disturbance after its end, and the last samples may be that recent.
-    if let Some(last) = samples.iter().map(|sample| sample.to).max() {
+    // The threads of the watch record a disturbance only after it has ended, so wait until they have recorded the
+    // disturbances during the last of the samples that may be dropped.
+    if let Some(last) = samples.iter().filter(|sample| can_be_spoiled(&sample.value)).map(|sample| sample.to).max() {
         thread::sleep((last + RECORDED_WITHIN).saturating_duration_since(Instant::now()));
     }
     keep_unless(was_disturbed, name, samples, can_be_spoiled)
 }
 
-/// [`keep_undisturbed`], with the function that decides whether the machine was disturbed between two moments.
+/// Like [`keep_undisturbed`], but `was_disturbed` decides whether the machine was disturbed between two moments.
 ///
 /// # Panics
-/// If more than a tenth of the samples were dropped.
+/// If more than a tenth of the samples are dropped.
 #[track_caller]
 pub fn keep_unless<T>(
     was_disturbed: impl Fn(Instant, Instant) -> bool,
@@ -132,17 +136,17 @@ pub fn keep_unless<T>(
     kept
 }
 
-/// True if the machine was disturbed between two moments. A disturbance counts for twice its length: while it lasts,
-/// work queues up, which is still being done afterwards.
+/// Returns true if the machine was disturbed between two moments. A disturbance counts for twice its length, because
+/// work queues up while it lasts and is done only afterwards.
 fn was_disturbed(from: Instant, to: Instant) -> bool {
     let meets = |pause: &Pause| pause.from <= to && from <= pause.to + (pause.to - pause.from);
     pauses().iter().any(meets) || lock(&STARVED).iter().any(meets)
 }
 
-/// The instant of a wall-clock time in the past, which another program recorded.
+/// Converts a wall-clock time in the past, which another program recorded, to an [`Instant`].
 ///
 /// # Panics
-/// If the time is in the future, or before the start of the machine.
+/// If the time is in the future, or before the machine was started.
 pub fn moment(wall: SystemTime) -> Instant {
     let age = SystemTime::now().duration_since(wall).expect("in the past");
     Instant::now().checked_sub(age).expect("since the machine's start")
@@ -153,21 +157,22 @@ fn pauses() -> MutexGuard<'static, Vec<Pause>> {
 }
 
 fn lock<T>(mutex: &'static Mutex<T>) -> MutexGuard<'static, T> {
-    // Each change of these values is a single step, so a panic of another thread cannot leave them half changed.
+    // Each lock holder changes the value in a single step, so a panic in another thread cannot leave the value half
+    // changed.
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// The time that the machine must be undisturbed before a measurement starts.
+/// The time for which the machine must have been undisturbed before a measurement starts.
 const UNDISTURBED: Duration = Duration::from_secs(2);
-/// The maximum total time that the tests of one binary wait for an undisturbed machine. After that they measure anyway,
-/// so that a constantly disturbed machine shows up in the results.
+/// The maximum total time that the tests of one binary wait for an undisturbed machine. After that, the tests measure
+/// anyway, so that their results show that the machine is constantly disturbed.
 const WAITED_MAX: Duration = Duration::from_mins(8);
 
-/// The rest of [`WAITED_MAX`].
+/// The part of [`WAITED_MAX`] that the tests of this binary have not used yet.
 static LEFT: Mutex<Duration> = Mutex::new(WAITED_MAX);
 
-/// Waits until the machine is undisturbed. Tests call this before a measurement; they do not repeat a measurement
-/// because of its result.
+/// Waits until the machine has been undisturbed for [`UNDISTURBED`], or until [`WAITED_MAX`] is used up. Tests call
+/// this function before a measurement; they do not repeat a measurement because of its result.
 pub async fn until_undisturbed() {
     let began = Instant::now();
     let left = *lock(&LEFT);
@@ -176,7 +181,7 @@ pub async fn until_undisturbed() {
     let is_undisturbed = || last(&PAUSES).max(last(&STARVED)).elapsed() >= UNDISTURBED;
     while began.elapsed() < left {
         tokio::time::sleep(STEP).await;
-        // Some hosts take processor time away only while the processors are busy.
+        // Some hosts take processor time away only while the processors are busy, so look again after some work.
         if is_undisturbed() && tokio::task::spawn_blocking(work).await.is_ok() && is_undisturbed() {
             break;
         }
@@ -188,7 +193,7 @@ pub async fn until_undisturbed() {
     }
 }
 
-/// Keeps every processor busy, long enough to measure the steal time.
+/// Keeps every processor busy for long enough to measure the steal time.
 fn work() {
     let end = Instant::now() + 3 * STEAL_INTERVAL;
     thread::scope(|threads| {
@@ -198,15 +203,15 @@ fn work() {
     });
 }
 
-/// Records disturbances of the machine until it is dropped. One thread is pinned to each processor, and one more thread
-/// reads the steal time. Only one watch may exist at a time.
+/// Records disturbances of the machine until this value is dropped. One thread is pinned to each processor and measures
+/// pauses; one more thread reads the steal time. Only one watch may exist at a time.
 pub struct Watch {
     stop: Arc<AtomicBool>,
     threads: Vec<JoinHandle<()>>,
 }
 
 impl Watch {
-    /// Clears the records of the last watch and starts to watch.
+    /// Clears the records of the previous watch and starts a new watch.
     ///
     /// # Panics
     /// If the kernel does not report which processors this process may use.
@@ -231,7 +236,7 @@ impl Drop for Watch {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::Relaxed);
         for thread in self.threads.drain(..) {
-            // Ignore a panic of the thread: it must not hide the message of a failed test.
+            // Ignore a panic of the thread, so that it does not hide the message of a failed test.
             let _ = thread.join();
         }
         let pauses = pauses().clone();
@@ -249,8 +254,8 @@ fn watch(processor: usize, stop: &AtomicBool) {
     let mut only = CpuSet::new();
     only.set(processor);
     sched_setaffinity(None, &only).expect("a processor of this process");
-    // Take the highest priority, so that a delay by another program is not recorded as a pause. If that is not
-    // permitted, such delays are still shorter than `PAUSE` in most cases.
+    // Raise this thread to the highest priority, so that a delay by another program is not recorded as a pause. If this
+    // thread lacks the permission, most such delays are still shorter than `PAUSE`.
     let _ = setpriority_process(None, -20);
     let mut woke = Instant::now();
     while !stop.load(Ordering::Relaxed) {
@@ -276,8 +281,8 @@ fn watch_steal(stop: &AtomicBool) {
     }
 }
 
-/// The time of all processors since the start of the machine, and the part of it that the hypervisor took (`steal` in
-/// `proc_stat(5)`), in clock ticks.
+/// Returns the time of all processors since the machine was started, and the part of that time that the hypervisor took
+/// (`steal` in `proc_stat(5)`), both in clock ticks.
 fn processor_times() -> (u64, u64) {
     let all = std::fs::read_to_string("/proc/stat").unwrap_or_default();
     let times: Vec<u64> =
