@@ -1,4 +1,5 @@
-//! Sets `TRUSTGATE_COMMIT` for the compiler: the environment variable if it is set, else git's commit, else "unknown".
+//! Sets `TRUSTGATE_COMMIT` for the compiler: to the environment variable of that name if it is set, else to the commit
+//! that git reports, else to "unknown".
 
 use std::{path::Path, process::Command};
 

@@ -1,9 +1,9 @@
 //! Measures the longest lookup in a full L1 cache during insertions and evictions. Part of `benches/run scale`.
 //!
-//! One thread looks keys up, uniformly at random. Another thread inserts values of new keys, each of which evicts an
-//! old value. The program prints one line of JSON. `longest_us` is the longest time that a caller waited.
-//! `longest_cpu_us` is the longest processor time of one lookup, which pauses of the machine do not change. The program
-//! uses no network.
+//! One thread looks up keys in a pseudo-random order. Another thread inserts entries for new keys, each of which evicts
+//! an old entry if the cache is full. The program uses no network and prints one line of JSON: `longest_us` is the
+//! longest elapsed time of one lookup, and `longest_cpu_us` is the longest processor time of one lookup, which does not
+//! include pauses of the machine.
 
 // This program measures real time.
 #![allow(clippy::disallowed_methods)]
@@ -36,11 +36,11 @@ use uuid::Uuid;
 #[derive(Parser)]
 #[command(about = "Measures lookups in a full L1 cache during insertions and evictions")]
 struct Arguments {
-    /// Memory of the cache, in the form of `cache.size`.
+    /// Memory of the cache, in the same form as the setting `cache.size`.
     size: String,
-    /// Number of keys that are inserted before the measurement, and then looked up.
+    /// Number of keys to insert before the measurement and to look up during it.
     keys: u64,
-    /// Number of new keys that are inserted in a second.
+    /// Number of new keys to insert per second.
     #[arg(long, default_value_t = 1_000)]
     rate: u32,
     /// Length of the measurement, in seconds.
@@ -89,7 +89,7 @@ struct Lookups {
 fn run_lookups(l1: &L1<ApiKey>, keys: u64, length: Duration) -> Lookups {
     let (mut lookups, mut number, began) = (Lookups::default(), 0_u64, Instant::now());
     loop {
-        // Visit all keys, in an order that the processor cannot predict.
+        // Spread the lookups over all keys, in an order that the processor cannot predict.
         number = number.wrapping_add(0x9E37_79B9_7F4A_7C15);
         let key = digest(number % keys);
         let (start, start_cpu) = (Instant::now(), cpu());
@@ -135,7 +135,7 @@ fn put(l1: &L1<ApiKey>, number: u64) {
     l1.put(digest, Arc::new(Entry::new(&query, Some(record), Version(1), lifetime, None)));
 }
 
-/// A digest whose bytes are all distributed evenly, like those of real digests.
+/// Returns a digest whose bytes are evenly distributed, as in real digests.
 fn digest(number: u64) -> ApiKeyDigest {
     let mut bytes = [0; 32];
     let mut word = number;
@@ -146,7 +146,7 @@ fn digest(number: u64) -> ApiKeyDigest {
     ApiKeyDigest::from_bytes(bytes)
 }
 
-/// The processor time of this thread.
+/// Returns the processor time of this thread.
 fn cpu() -> Duration {
     let time = clock_gettime(ClockId::ThreadCPUTime);
     Duration::new(time.tv_sec.unsigned_abs(), u32::try_from(time.tv_nsec).unwrap_or(0))

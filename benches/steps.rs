@@ -1,9 +1,9 @@
 //! Runs one step of a check, or a complete check, many times in this process. `benches/run instructions` counts the
 //! instructions.
 //!
-//! Prints the nanoseconds for one step. Under callgrind, only the instructions in [`measured`] are collected. The
-//! complete check runs in a server with the settings from the environment, with the key in its cache. It does not
-//! include the cost of the transport, which other benchmarks measure.
+//! Prints the average time of one step in nanoseconds. Under callgrind, only the instructions in [`measured`] are
+//! counted. The complete check runs in a server that is configured by environment variables and has the key in its
+//! cache. The result does not include the cost of the transport, which other benchmarks measure.
 
 // This program measures real time.
 #![allow(clippy::disallowed_methods)]
@@ -32,9 +32,9 @@ use trustgate::testing::{
 };
 use uuid::Uuid;
 
-/// A message as Envoy 1.40 sends it.
+/// The message of a check as Envoy 1.40 sends it.
 const MESSAGE: &[u8] = include_bytes!("check_request.bin");
-/// The part of the message to replace with the key.
+/// The part of the message that is replaced with the key.
 const PLACEHOLDER: &[u8] = b"tg_0000000000000000000000000000000000000000000000000";
 
 #[derive(Parser)]
@@ -42,7 +42,7 @@ const PLACEHOLDER: &[u8] = b"tg_000000000000000000000000000000000000000000000000
 struct Arguments {
     /// The step to run.
     step: Step,
-    /// How many times to run it.
+    /// How many times to run the step.
     count: u64,
     /// A key that exists in the database of the server.
     #[arg(long)]
@@ -133,7 +133,7 @@ fn check(count: u64, message: &[u8]) -> Result<Duration, Box<dyn Error>> {
     Ok(took)
 }
 
-/// The function whose instructions callgrind collects.
+/// Runs `step` `count` times and returns the elapsed time. Callgrind counts only the instructions in this function.
 #[inline(never)]
 fn measured(count: u64, step: &mut dyn FnMut()) -> Duration {
     let began = Instant::now();

@@ -1,4 +1,5 @@
-//! The section of the management API, which this release does not have. No code listens on its addresses.
+//! The configuration section of the management API, which this release does not have. No code listens on the addresses
+//! in this section.
 
 use std::net::SocketAddr;
 

@@ -1,7 +1,8 @@
-//! Finds a value through the tiers: L1 in this process, then one load shared by all callers, through L2 to the store.
+//! Looks up values in the cache tiers: first in L1 in this process, then in L2 (Redis) and the store, through one load
+//! that concurrent callers share.
 //!
-//! A hit is synchronous and takes none of our locks; only a miss is a future. The cache makes no decisions about
-//! requests, and it does not turn an error into "not found" (`tests/e2e/outage.rs`).
+//! A hit in L1 is synchronous and takes no lock of this crate; only a miss needs a future. The cache makes no decisions
+//! about requests, and it does not turn an error into "not found" (`tests/e2e/outage.rs`).
 
 pub(crate) mod api_key;
 pub(crate) mod cacheable;
@@ -48,30 +49,29 @@ use crate::{
 crate::settings! {
     /// The cache in the memory of this process (L1).
     pub struct CacheSettings in "cache" {
-        /// Memory for cached records of keys. When it is full, entries are evicted.
+        /// Memory for cached records of keys. When this memory is full, entries are evicted.
         size: ByteSize = "128MiB",
-        /// Memory for negative entries ("not found"). It is separate from `size`, so that requests with random keys do
-        /// not evict the records of good keys.
+        /// Memory for negative entries ("not found"). This memory is separate from `size`, so that requests with random
+        /// keys do not evict the records of good keys.
         negative_size: ByteSize = "8MiB",
-        /// The maximum age of a cache entry in any mode, counted from the read of the database. It varies by +-20 %
-        /// from entry to entry, so that entries do not expire together.
+        /// The maximum age of a cache entry in any mode, counted from the database read. It varies from entry to entry
+        /// by up to 20 % in either direction, so that entries do not all expire at the same time.
         value_age_max: Duration = "15m",
     }
 }
 
 /// The dependencies and settings of a cache.
 pub struct CacheParts<K: Cacheable> {
-    /// The system of record.
+    /// The database.
     pub store: Arc<dyn Lookup>,
-    /// Redis; `None` if it is not configured.
+    /// L2; `None` if Redis is not configured.
     pub l2: Option<L2<K>>,
-    /// The changes that this replica has applied.
+    /// The view of the change log, and the data that survives when the view is replaced.
     pub replica_state: Arc<ReplicaState>,
-    /// The clock.
     pub clock: Arc<dyn Clock>,
     /// The runtime on which loads read from Redis and the store.
     pub io: Handle,
-    /// Limits on reads of the store.
+    /// The limits on reads of the store.
     pub limits: StoreLimits,
     /// The maximum ages of values.
     pub ages: AgeLimits,
@@ -79,7 +79,7 @@ pub struct CacheParts<K: Cacheable> {
     pub settings: CacheSettings,
 }
 
-/// The cache for one kind of value: L1, Redis and the store, with one load shared by concurrent callers.
+/// The cache for one kind of value. Reads L1, Redis and the store, with one load shared by concurrent callers.
 pub struct Cache<K: Cacheable> {
     loader: Arc<Loader<K>>,
     loads: SingleFlight<(K::Key, LoadPath), Loaded<K>>,
@@ -100,7 +100,7 @@ impl<K: Cacheable> Cache<K> {
     /// Creates an empty cache.
     ///
     /// # Errors
-    /// A metric of the same name is already registered.
+    /// Returns an error if a metric with the same name is already registered.
     pub fn new(parts: CacheParts<K>, registry: &Registry, breakers: &IntGaugeVec) -> prometheus::Result<Self> {
         let CacheParts { store, l2, replica_state, clock, io, limits, ages, settings } = parts;
         let breaker_open = breakers.with_label_values(&[Tier::Store.as_str()]);
@@ -117,11 +117,11 @@ impl<K: Cacheable> Cache<K> {
         Ok(Self { loader: Arc::new(loader), loads: SingleFlight::new(io) })
     }
 
-    /// The entry of `key` in L1, if a check under `policy` and `view` may use it at `now`. Does not wait.
+    /// Returns the L1 entry of `key` if a check with `policy` and `view` may use that entry at `now`. Does not wait.
     #[must_use]
     pub fn hit(&self, policy: ReadPolicy, view: &ReplicaView, key: &K::Key, now: Moment) -> Option<Arc<Entry<K>>> {
         if policy == ReadPolicy::Store {
-            return None; // no entry would be usable, so do not count a lookup
+            return None; // no cache entry is usable under this policy, so do not count a lookup
         }
         let Loader { l1, metrics, ages, .. } = &*self.loader;
         let Some(entry) = l1.get(key) else {
@@ -139,12 +139,12 @@ impl<K: Cacheable> Cache<K> {
         Some(entry)
     }
 
-    /// Loads the value of `query` from L2 or the store until `context` allows its use. Concurrent callers share one
-    /// load, and each judges its result by its own context.
+    /// Loads the value for `query` from L2 or the store, and loads it again if `context` does not allow the use of the
+    /// result. Concurrent callers share one load, and each caller judges the result by its own context.
     ///
     /// # Errors
-    /// A [`Fault`], shared by all callers that waited for the same load; [`Fault::Unconfirmed`] if the last of
-    /// `JOINS_MAX` loads was still not usable.
+    /// Returns the [`Fault`] of a load, which all callers that waited for that load share, or [`Fault::Unconfirmed`] if
+    /// none of `JOINS_MAX` loads returned a usable value.
     ///
     /// # Cancel safety
     /// Safe: the load continues and fills the cache for later checks. The caller sets the deadline.
@@ -152,13 +152,13 @@ impl<K: Cacheable> Cache<K> {
         for attempt in 0..JOINS_MAX {
             let path = match context.policy {
                 ReadPolicy::GrantOnly | ReadPolicy::Store => LoadPath::Store,
-                // The tiers have just returned a value that is too old.
+                // The first load, which may read from L2, returned a value that is too old.
                 ReadPolicy::Age if attempt > 0 => LoadPath::Store,
                 ReadPolicy::Lease | ReadPolicy::Age => LoadPath::Tiers,
             };
             let loaded = match self.join_or_load(query.clone(), path).await {
                 (Ok(loaded), _) => loaded,
-                // A read that another caller started has failed. A new read may succeed.
+                // A load that another caller started has failed. A new load may succeed.
                 (Err(_), Joined::Other) if attempt == 0 && path == LoadPath::Store => continue,
                 (Err(fault), _) => return Err(fault),
             };
@@ -186,50 +186,51 @@ impl<K: Cacheable> Cache<K> {
         self.loads.join_or_start((key, path), cached, start).await
     }
 
-    /// True if `context` allows the use of `loaded`, the result of a load. May wait for a poll to confirm its version.
+    /// Returns true if `context` allows the use of `loaded`, the result of a load. May wait until a poll confirms the
+    /// version of `loaded`.
     async fn allows(&self, context: &ReadContext, loaded: &Loaded<K>) -> bool {
         let Loader { replica_state, clock, ages, .. } = &*self.loader;
         let ReadContext { policy, view, began } = context;
         let candidate = Candidate::Loaded { loaded, began: *began };
         if *policy == ReadPolicy::Age {
-            // Only the age counts here, so use the current view and time.
+            // Under this policy, the state at the start of the check does not matter, so use the current view and time.
             return is_usable(*policy, &candidate, &replica_state.load(), ages, clock.now());
         }
         if *policy == ReadPolicy::Lease
             && let Some(version) = loaded.ahead_of(view)
             && !loaded.is_read_after(*began)
         {
-            // A poll will confirm the version, or find that it belongs to another history.
+            // Wait for a poll, which either confirms the version or shows that it belongs to another history.
             replica_state.reached(view, version).await;
         }
         is_usable(*policy, &candidate, view, ages, clock.now())
     }
 
-    /// Compares one cached record after another with the database, each `interval` after the one before, until `stop`.
+    /// Compares cached records with the database, one record per `interval`, until `stop` is cancelled.
     pub async fn sample(&self, interval: Duration, jitter: Jitter, stop: CancellationToken) {
         sampler::sample(&self.loader, interval, jitter, stop).await;
     }
 
-    /// Sets the gauges that are computed at scrape time.
+    /// Sets the gauge of cache entries, whose value is computed at scrape time.
     pub fn observe_entries(&self) {
         self.loader.metrics.entries.set(self.loader.l1.entries().cast_signed());
     }
 
-    /// Waits until no load is in flight. Each load has a timeout, so this ends.
+    /// Waits until no load is in flight. Each load has a timeout, so this wait ends.
     pub async fn drain(&self) {
         self.loads.drain().await;
     }
 
-    /// The number of loads in flight, including those whose value is still being published.
+    /// Returns the number of loads in flight, including loads whose value is still being published.
     #[must_use]
     pub fn loads(&self) -> usize {
         self.loads.tasks()
     }
 }
 
-/// The maximum number of loads that one call of [`Cache::find`] joins or starts. The first load may have been in flight
-/// before the call; the second was not. A third is needed only if a change is applied between the second read and its
-/// return.
+/// The maximum number of loads that one call of [`Cache::find`] joins or starts. The first load may have started before
+/// the call, but the second starts after it. A third load is needed only if a change is applied while the second is
+/// running.
 const JOINS_MAX: u32 = 3;
 
 #[cfg(test)]
@@ -277,7 +278,7 @@ mod tests {
         }
     }
 
-    /// The loader of a cache whose store is not read in the tests.
+    /// Creates the loader of a cache. The tests do not read its store.
     fn loader() -> Arc<Loader<ApiKey>> {
         let clock: Arc<dyn Clock> = Arc::new(SystemClock);
         let url = Some(Secret::new("sqlite:///never/opened".to_owned()));
@@ -298,7 +299,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn value_confirmed_right_after_its_read_enters_l1() {
+    async fn value_that_a_poll_confirms_right_after_its_read_enters_l1() {
         let loader = loader();
         let query = Digests { current: DIGEST, older: Vec::new() };
         let record = Record {

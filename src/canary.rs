@@ -1,8 +1,8 @@
 //! The canary: repeatedly issues a key, waits until each replica grants it, revokes it, and checks it until each
-//! replica denies it. It shows on running replicas whether revocations take effect within the revocation bound.
+//! replica denies it. The canary shows whether revocations take effect on running replicas within the revocation bound.
 //!
 //! The canary is a client like any other: it changes keys through management, which writes audit entries, and sends
-//! checks over gRPC as Envoy does. Each round deletes its trust and key; about once an hour, a round also deletes
+//! checks over gRPC as Envoy does. Each round deletes its trust and key; about once an hour, a round also deletes the
 //! trusts that other canaries left behind.
 
 pub(crate) mod client;
@@ -37,52 +37,50 @@ use crate::{
 const PREFIX: &str = "trustgate-canary-";
 /// Wait between two checks of the key on one replica.
 const PROBE_WAIT: Duration = Duration::from_millis(5);
-/// The maximum time that a new key may be denied before the round counts as `denied`. It should be granted at once.
+/// The maximum time that a new key may be denied before the round counts as `denied`. Normally, a new key is granted at
+/// once.
 const GRANTED_WITHIN: Duration = Duration::from_secs(5);
-/// The maximum time that a revoked key is checked beyond the revocation bound.
+/// How long the canary continues to check a revoked key after the revocation bound.
 const PROBE_MARGIN: Duration = Duration::from_secs(1);
-/// Added to the longest time of a round to get the lifetime of its key. The key expires soon even if this process ends
-/// in the middle of a round.
+/// Added to the maximum duration of a round to get the lifetime of its key. Because of the limited lifetime, the key
+/// expires even if this process ends in the middle of a round.
 const LIFETIME_MARGIN: Duration = Duration::from_mins(1);
 /// Timeout of one management operation.
 const CHANGE_TIMEOUT: Duration = Duration::from_secs(5);
 /// Minimum time between two searches for trusts that other canaries left behind. Each search lists all trusts.
 const CLEAN_INTERVAL: Duration = Duration::from_hours(1);
-/// A canary trust that is older than this was left behind: a round takes minutes at most.
+/// Age from which a canary trust counts as left behind: a round takes minutes at most.
 const LEFT_BEHIND_AFTER: Duration = Duration::from_hours(1);
 
-/// The dependencies of a canary.
+/// The dependencies of a [`Canary`].
 pub(crate) struct CanaryDeps {
     /// Issues and revokes the keys.
     pub management: Management,
-    /// The clock.
     pub clock: Arc<dyn Clock>,
-    /// The settings of the canary.
     pub settings: CanarySettings,
-    /// The sources of a key in a request, and the pepper.
+    /// The configured sources of keys, and the pepper.
     pub credential: CredentialSettings,
     /// The revocation bound of the replicas.
     pub freshness: FreshnessSettings,
     /// The freshness mode of the replicas.
     pub mode: Freshness,
-    /// The name of this machine or pod, for the audit.
+    /// The name of this machine or pod, for the audit entries.
     pub name: String,
 }
 
-/// A canary that is not running yet.
+/// A canary. [`Canary::run`] runs its rounds.
 pub(crate) struct Canary {
     deps: CanaryDeps,
     metrics: CanaryMetrics,
 }
 
 impl Canary {
-    /// A canary with these dependencies.
     #[must_use]
     pub(crate) const fn new(deps: CanaryDeps, metrics: CanaryMetrics) -> Self {
         Self { deps, metrics }
     }
 
-    /// Runs one round after another until `stop`. A round that `stop` interrupts deletes its trust.
+    /// Runs one round after another until `stop` is cancelled. A round that `stop` interrupts still deletes its trust.
     pub(crate) async fn run(self, stop: CancellationToken) {
         let targets = &self.deps.settings.targets;
         let (mut jitter, mut cleaned) = (Jitter::of(Uuid::new_v4()), None);
@@ -151,8 +149,8 @@ impl Canary {
         join_all(connecting).await
     }
 
-    /// Tries a key of its own trust on the replicas, and deletes the trust. Returns the outcome for each replica;
-    /// `None` if `stop` interrupted this.
+    /// Creates a trust, tests a key of this trust on the replicas, and deletes the trust. Returns the outcome for each
+    /// replica; `None` if `stop` interrupted the test.
     async fn try_key(
         &self,
         replicas: &[(usize, Replica)],
@@ -173,7 +171,7 @@ impl Canary {
             Some(tried) => tried?,
         };
         if let Err(problem) = deleted {
-            // A late revocation is reported even if the trust could not be deleted.
+            // Keep the outcomes: a late revocation must be reported even if the trust could not be deleted.
             for outcome in &mut outcomes {
                 outcome.worsen(Outcome::Failed(problem.to_string()));
             }
@@ -209,8 +207,8 @@ impl Canary {
         let filled = join_all(replicas.iter().map(|(index, replica)| fill((index, replica)))).await;
 
         within(manager.revoke_key(issued.key.id)).await?;
-        // The revocation was committed before this moment. So a grant that begins more than the bound after this moment
-        // also begins more than the bound after the commit.
+        // The revocation was committed before this moment. A check that starts more than the bound after this moment
+        // therefore also starts more than the bound after the commit.
         let revoked = clock.now();
         let bound_of = |is_stale| freshness.bound(*mode, is_stale);
         let probed = replicas.iter().zip(filled).map(async |((index, replica), filled)| match filled {
@@ -224,7 +222,7 @@ impl Canary {
         Ok(join_all(probed).await)
     }
 
-    /// The longest time of a round, with a margin.
+    /// Returns the lifetime of a canary key: the maximum duration of a round, plus a margin.
     fn key_lifetime(&self) -> Duration {
         let CanaryDeps { freshness, mode, .. } = &self.deps;
         let polled = freshness.poll_interval + freshness.poll_timeout;
@@ -232,7 +230,7 @@ impl Canary {
         GRANTED_WITHIN + polled + 2 * CHANGE_TIMEOUT + bound + PROBE_MARGIN + LIFETIME_MARGIN
     }
 
-    /// Checks the new key on `replica` until it is granted, and once more when it must be cached there.
+    /// Checks the new key on `replica` until it is granted, and then once more, so that the replica caches the key.
     async fn fill_cache(&self, replica: &Replica, request: &client::Request) -> Outcome {
         let start = self.deps.clock.now();
         loop {
@@ -270,7 +268,7 @@ impl Canary {
             let verdict = replica.check(request).await;
             if let Verdict::Granted { is_stale } = verdict {
                 last = began.since(revoked);
-                // A stale grant means that the replica's polls get no answer, for which the bound is longer.
+                // A stale grant means that the replica's polls get no answer. In that case, the bound is longer.
                 is_late |= last > bound_of(is_stale);
             }
             if matches!(verdict, Verdict::Denied) || began.since(revoked) > bound_of(false) + PROBE_MARGIN {
@@ -295,7 +293,7 @@ async fn clean(manager: &mut Manager) -> Result<(), Problem> {
         let is_canary = trust.name.strip_prefix(PREFIX).is_some_and(|id| Uuid::parse_str(id).is_ok());
         if is_canary && now.since(trust.created_at) > LEFT_BEHIND_AFTER {
             match within(manager.delete_trust(&TrustRef::Id(trust.id), true)).await {
-                // `NoTrust`: another canary has deleted it.
+                // `NoTrust`: another canary has already deleted the trust.
                 Ok(_) | Err(Problem::Manage(ManageError::Ledger(StoreError::NoTrust(_)))) => {}
                 Err(problem) => return Err(problem),
             }
@@ -309,12 +307,13 @@ async fn within<T>(change: impl Future<Output = Result<T, ManageError>>) -> Resu
     Ok(timeout(CHANGE_TIMEOUT, change).await.map_err(|_| Problem::Timeout)??)
 }
 
-/// The outcome of a round for a replica or a target, from good to bad. The texts name the replica, or the cause.
+/// The outcome of a round for a replica or a target, ordered from best to worst. The text is the name of the replica,
+/// or the cause.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Outcome {
     /// The key was granted and, after its revocation, denied in time.
     Ok,
-    /// The round could not be completed, for this reason.
+    /// The round could not be completed for this reason.
     Failed(String),
     /// This replica denied the valid key.
     Denied(String),
@@ -323,7 +322,7 @@ pub(crate) enum Outcome {
 }
 
 impl Outcome {
-    /// The value of the label `outcome`.
+    /// Returns the value of the label `outcome`.
     const fn label(&self) -> &'static str {
         match self {
             Self::Ok => "ok",
@@ -333,7 +332,7 @@ impl Outcome {
         }
     }
 
-    /// Becomes `other` if that is worse.
+    /// Replaces this outcome with `other` if `other` is worse.
     fn worsen(&mut self, other: Self) {
         let current = std::mem::replace(self, Self::Ok);
         *self = current.max(other);
@@ -350,7 +349,7 @@ fn log(target: &Target, outcome: &Outcome) {
             tracing::error!(%target, replica, "canary late: the revoked key was granted beyond the revocation bound");
         }
         Outcome::Denied(replica) => {
-            tracing::error!(%target, replica, "canary denied: the valid key was not granted");
+            tracing::error!(%target, replica, "canary denied: the replica did not grant the valid key");
         }
         Outcome::Failed(problem) => tracing::warn!(%target, problem, "canary round failed"),
     }
@@ -372,7 +371,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_worst_outcome_of_its_replicas_is_that_of_a_target() {
+    fn a_target_has_the_worst_outcome_of_its_replicas() {
         let of = |text: &str| text.to_owned();
         let mut outcome = Outcome::Ok;
         for (next, worst) in [

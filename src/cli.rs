@@ -42,7 +42,7 @@ pub fn run(
     err: &mut dyn Write,
 ) -> u8 {
     let arguments: Vec<_> = arguments.into_iter().collect();
-    // Check this first: parse errors repeat arguments, and commands may store them.
+    // Look for keys before parsing: parse errors quote arguments, and commands may store them.
     if arguments.iter().any(is_key) {
         let _ = writeln!(
             err,
@@ -60,7 +60,8 @@ pub fn run(
         Ok(answer) => match show(&answer, output, out) {
             Ok(()) => answer.code,
             Err(error) => {
-                // A reader that closes the pipe (`head`) is not an error, unless the lost output matters.
+                // A reader such as `head` closes the pipe early. Report the closed pipe only if the lost output
+                // matters.
                 if error.kind() != ErrorKind::BrokenPipe || answer.if_lost.is_some() {
                     let _ = writeln!(err, "error: the output could not be written: {error}");
                 }
@@ -77,7 +78,7 @@ pub fn run(
     }
 }
 
-/// True if `argument`, or the value in `--option=value`, is an API key in trustgate's own format.
+/// Returns true if `argument`, or the value in `--option=value`, is an API key in trustgate's own format.
 fn is_key(argument: &OsString) -> bool {
     let text = argument.to_string_lossy();
     format::is_key(&text) || text.split_once('=').is_some_and(|(_, value)| format::is_key(value))

@@ -1,6 +1,6 @@
 //! The configuration: one TOML file, overridden by environment variables, and checked as a whole.
 //!
-//! The caller passes the environment. Errors do not quote values that may be secrets.
+//! Callers pass the environment variables as an argument. Errors do not quote values that may be secrets.
 
 mod check;
 pub(crate) mod document;
@@ -31,20 +31,20 @@ use crate::{
     store::StoreSettings,
 };
 
-/// The environment variable with the path of the file. `--config` takes precedence.
+/// The environment variable that contains the path of the configuration file. `--config` takes precedence.
 pub(crate) const FILE_VARIABLE: &str = "TRUSTGATE_CONFIG";
 
-/// Declares `Config` and `SECTIONS`. To add a section, add a line to the call below.
+/// Declares `Config` and `SECTIONS`. To add a section, add a line to the `sections!` call below.
 macro_rules! sections {
     ($($name:ident: $Section:ty,)+) => {
-        /// The values of all settings: as configured, or their defaults.
+        /// The values of all settings: configured values or defaults.
         #[derive(Clone, Debug, Default)]
         pub struct Config {
             $( #[doc = concat!("`[", stringify!($name), "]`")] pub $name: $Section, )+
             origins: BTreeMap<String, Origin>,
         }
 
-        /// All sections, in the order of the documentation.
+        /// All sections, in the order in which the documentation lists them.
         pub const SECTIONS: &[SectionInfo] = &[
             $( SectionInfo { name: <$Section>::NAME, doc: <$Section>::DOC, fields: <$Section>::FIELDS }, )+
         ];
@@ -89,17 +89,17 @@ pub enum LoadError {
     Unreadable {
         /// The path of the file.
         path: PathBuf,
-        /// The source of the path: `--config` or the environment variable.
+        /// The source of the path: `--config` or `TRUSTGATE_CONFIG`.
         named_by: &'static str,
         /// The error of the operating system.
         source: io::Error,
     },
-    /// The configuration has errors; all of them.
+    /// The configuration has errors. The value contains all of them.
     #[error("{0}")]
     Invalid(ConfigErrors),
 }
 
-/// All errors of a configuration; at least one.
+/// All errors in a configuration. There is at least one error.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ConfigErrors(pub Vec<ConfigError>);
 
@@ -114,7 +114,7 @@ impl fmt::Display for ConfigErrors {
     }
 }
 
-/// The purpose of a configuration. It decides which secret files must be readable.
+/// The purpose for which the configuration is loaded. The purpose determines which files must be readable.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Purpose {
     /// Answer checks.
@@ -123,25 +123,25 @@ pub enum Purpose {
     Canary,
     /// Change trusts and keys. Redis is not needed.
     Manage,
-    /// Change the deny list in Redis. The database is needed only if it has the MAC key.
+    /// Change the deny list in Redis. The database is needed only if the MAC key is stored in it.
     Deny,
     /// Find all errors in the configuration.
     Check,
 }
 
 impl Config {
-    /// The place where `section.name` was set, if it was set.
+    /// Returns the place where `section.name` is set; `None` if it is not set.
     #[must_use]
     pub fn origin(&self, section: &str, name: &str) -> Option<&str> {
         self.origins.get(&format!("{section}.{name}")).map(String::as_str)
     }
 }
 
-/// Reads `file`, or else the file that `TRUSTGATE_CONFIG` names, and overrides it with `environment`. Without a file,
-/// the defaults apply.
+/// Reads the settings in `file` or, if that is `None`, in the file that `TRUSTGATE_CONFIG` names. The variables in
+/// `environment` override the settings in the file. Settings that are not set have their defaults.
 ///
 /// # Errors
-/// If the file cannot be read, or if the configuration has errors. The result lists all of them.
+/// If the file cannot be read, or if the configuration has errors. The returned error lists all of them.
 pub fn load(
     file: Option<&Path>,
     environment: impl IntoIterator<Item = (OsString, OsString)>,
@@ -151,7 +151,8 @@ pub fn load(
     if config_errors.is_empty() { Ok(config) } else { Err(LoadError::Invalid(ConfigErrors(config_errors))) }
 }
 
-/// As [`load`], but returns the configuration even if it has errors. A setting with an invalid value has its default.
+/// Like [`load`], but returns the configuration even if it has errors. A setting with an invalid value gets its
+/// default.
 ///
 /// # Errors
 /// If the file cannot be read.
@@ -197,8 +198,8 @@ mod tests {
     use super::*;
     use crate::grpc::listener::ListenAddress;
 
-    /// The configuration errors in a file with this text and in this environment, one per line, as an operator sees
-    /// them.
+    /// Returns the configuration errors of a file with the content `text` and of the variables in `environment`: one
+    /// string per error, as an operator sees it.
     pub(crate) fn config_errors(text: &str, environment: &[(&str, &str)]) -> Vec<String> {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("trustgate.toml");
@@ -260,7 +261,7 @@ mod tests {
     }
 
     #[test]
-    fn the_error_for_a_missing_file_says_where_its_path_was_set() {
+    fn error_for_a_missing_file_names_the_source_of_its_path() {
         let missing = OsString::from("/nowhere/trustgate.toml");
         let error = load(None, [(FILE_VARIABLE.into(), missing)], Purpose::Serve).unwrap_err().to_string();
         assert!(error.contains("/nowhere/trustgate.toml (named by TRUSTGATE_CONFIG)"), "{error}");

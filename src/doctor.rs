@@ -1,4 +1,4 @@
-//! The examinations of the database and of Redis for `trustgate doctor`, and their results as data.
+//! The examinations of the database and of Redis for `trustgate doctor`, and the types of their results.
 
 pub(crate) mod database;
 pub(crate) mod diagnosis;

@@ -1,6 +1,7 @@
 //! The gRPC server: accepts connections, answers `Check` calls and health checks, and enforces the limits.
 //!
-//! `ext_authz::check` decodes the messages and decides them. `server` passes in the listeners and the shutdown signals.
+//! `ext_authz::check` decodes the message of a check and decides it. `server` passes in the listeners and the shutdown
+//! signals.
 
 pub(crate) mod accept;
 pub(crate) mod answer;

@@ -1,29 +1,31 @@
-//! trustgate: whose request is this, and may it pass?
+//! trustgate is an external authorization server for Envoy: it identifies the caller of each request, and decides
+//! whether the request may pass.
 //!
-//! `docs/architecture.md` describes how a request passes through the modules, and which rules each module follows. This
-//! list has every module in the order of layers, lowest first. A module imports only from itself and from modules above
-//! it in this list. If two names in the list match a module, the longer one applies. `tests/integration/layers.rs`
-//! compares every import with this list, and checks that no module has a cycle of imports within it.
+//! `docs/architecture.md` describes how a request passes through the modules, and which rules each module follows. The
+//! list below contains every module in the order of layers, lowest first. A module imports only from itself and from
+//! modules above it in the list. If two names in the list match a module, the longer name applies.
+//! `tests/integration/layers.rs` compares every import with this list, and checks that no module has a cycle of imports
+//! within it.
 //!
 //! Foundations:
 //!
-//! - [`base`], time, text, secrets, units, settings, metrics, circuit breaker, faults and logging
-//! - [`record`], the record of a key, and the database version at which a value was read
+//! - [`base`], building blocks: time, text, secrets, units, settings, metrics, circuit breaker, faults and logging
+//! - [`record`], the record of a key, and the version of the database at which a value was read
 //! - [`doctor::diagnosis`], the result of one examination of `trustgate doctor`
 //!
 //! Loading a record:
 //!
 //! - [`store`], the database: reads, changes, tables and their change log
 //! - [`redis`], the connection to Redis, and the notifications that replicas send each other
-//! - [`freshness`], this replica's view of the database's change log, and the poll that keeps it up to date
+//! - [`freshness`], the replica state, and the poll that updates this state from the change log
 //! - [`cache`], loads a value through L1, single flight, L2 and the store
 //!
 //! Checks and management:
 //!
-//! - [`ext_authz`], a check from request message to reply, in the order of a request
+//! - [`ext_authz`], the processing of a check, from the request message to the reply
 //! - [`manage`], the only module that changes trusts and keys
 //! - [`grpc`], listeners, and the connections that Envoy opens
-//! - [`api`], the settings of the management API; not in this release
+//! - [`api`], the settings of the management API, which this release does not have
 //!
 //! The program:
 //!
@@ -32,9 +34,9 @@
 //! - [`canary`], issues a key, revokes it and checks that the revocation takes effect on running replicas
 //! - [`config`], reads settings from the file and the environment, and reports all errors at once
 //! - [`doctor`], examines the database and Redis for `trustgate doctor`
-//! - [`server`], creates and connects the parts, starts the server and drains it at the end
+//! - [`server`], creates and connects the parts of the server, starts it and shuts it down
 //! - [`cli`], the command line
-//! - [`testing`], exports to the tests and benchmarks what they use
+//! - [`testing`], exports the items that tests and benchmarks use
 //! - `main`, passes the process's arguments to [`cli`]
 
 #[cfg(not(target_os = "linux"))]

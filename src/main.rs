@@ -1,4 +1,4 @@
-//! The program `trustgate`: passes its arguments and environment to [`trustgate::cli`], which does the work.
+//! The program `trustgate`: passes its arguments and environment variables to [`trustgate::cli`].
 
 use std::{io, process::ExitCode};
 

@@ -1,6 +1,6 @@
 //! Management: the operations that change trusts and keys, for the command line and the canary.
 //!
-//! It takes no part in checks. It returns a new key once and does not keep it.
+//! Checks do not use this module. It returns a newly issued key once and does not keep it.
 
 pub(crate) mod deny;
 #[cfg(test)]
@@ -18,10 +18,10 @@ use crate::{
     store::{Actor, Ledger, StoreError, ledger::ReplicaStatus},
 };
 
-/// The interval at which a command reads the list of replicas while it waits for them.
+/// The interval at which a command reads the list of replicas while it waits for them to apply a change.
 const EFFECT_POLL: Duration = Duration::from_millis(10);
 
-/// Why a change was not made, or a query failed.
+/// Why a management operation failed.
 #[derive(Debug, thiserror::Error)]
 pub enum ManageError {
     /// The store rejected the change, or failed.
@@ -30,7 +30,7 @@ pub enum ManageError {
     /// An argument is invalid.
     #[error("{what} must be {expected}")]
     Invalid {
-        /// The argument: "the name of a trust".
+        /// The name of the argument, such as "the name of a trust".
         what: &'static str,
         /// A description of valid values.
         expected: &'static str,
@@ -55,7 +55,8 @@ pub struct Manager {
 }
 
 impl Manager {
-    /// Manages `ledger` on behalf of `actor`; `credential` sets how keys are generated and hashed.
+    /// Creates a manager that changes `ledger` on behalf of `actor`. `credential` sets how keys are generated and
+    /// hashed.
     ///
     /// # Errors
     /// A pepper file cannot be read.
@@ -64,17 +65,17 @@ impl Manager {
         Ok(Self { ledger, actor, credential, hasher })
     }
 
-    /// Makes all replicas discard their cached data and waits, as [`Self::effect`] does, until they have.
+    /// Makes all replicas discard their cached data, and waits as [`Self::effect`] does until they have discarded it.
     ///
     /// # Errors
-    /// The database failed. If it failed during the wait, the replicas discard their cached data nevertheless.
+    /// The database failed. If it failed during the wait, the replicas still discard their cached data.
     pub async fn clear_caches(&mut self, clock: &impl Clock, wait_max: Duration) -> Result<Effect, ManageError> {
         let version = self.ledger.clear_caches(&self.actor).await?;
         self.effect_of(version, clock, wait_max).await
     }
 
     /// Waits, at most `wait_max`, until each replica that may still grant keys from its cache has applied all changes
-    /// that were committed before this call. Returns which replicas have.
+    /// that were committed before this call. Returns which replicas have applied them.
     ///
     /// # Errors
     /// The database failed, so the effect is unknown. The changes stay committed.
@@ -83,7 +84,7 @@ impl Manager {
         self.effect_of(version, clock, wait_max).await
     }
 
-    /// The time of the database's clock.
+    /// Returns the current time by the database's clock.
     ///
     /// # Errors
     /// The database failed.
@@ -111,10 +112,10 @@ impl Manager {
     }
 }
 
-/// The replicas on which a change is effective.
+/// The effect of a change: which replicas have applied it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Effect {
-    /// The version of the change.
+    /// The version that the replicas must have applied.
     pub version: Version,
     /// The number of replicas that may still grant keys from their caches.
     pub replicas: usize,
@@ -125,7 +126,7 @@ pub struct Effect {
 }
 
 impl Effect {
-    /// The number of replicas on which the change is effective.
+    /// Returns the number of replicas on which the change is effective.
     #[must_use]
     pub const fn applied(&self) -> usize {
         self.replicas - self.missing.len()
@@ -155,8 +156,9 @@ mod tests {
 
     const WAIT: Duration = Duration::from_millis(100);
     const MINUTE: Duration = Duration::from_mins(1);
-    /// A version that is newer than each change of a test, and one that is older.
+    /// A version that is newer than all changes that a test makes.
     const NEWER: Version = Version(1_000_000);
+    /// A version that is older than all changes that a test makes.
     const OLDER: Version = Version(1);
 
     async fn fixture() -> Fixture {
@@ -220,7 +222,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn effect_without_replicas_says_that_none_is_running() {
+    async fn effect_without_replicas_reports_that_none_is_running() {
         let effect = fixture().await.manager.effect(&SystemClock, WAIT).await.unwrap();
         assert_eq!(effect.to_string(), "effective: no replica is running");
     }

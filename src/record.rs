@@ -1,7 +1,7 @@
 //! The data types of keys and trusts, and [`Versioned`], which combines a value with the database version at which it
 //! was read.
 //!
-//! Plain data without I/O and without decisions.
+//! This module does no I/O and makes no decisions.
 
 use std::fmt;
 
@@ -11,28 +11,29 @@ use uuid::Uuid;
 
 use crate::base::clock::{DatabaseTime, Moment};
 
-/// The id of a trust, the tenant organisation that a key belongs to. The store assigns it; it is not taken from a
-/// request.
+/// The id of a trust, the tenant organisation that a key belongs to. Checks take the id from the database and not from
+/// the request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct TrustId(pub Uuid);
 
-/// The id of a key's row. It can be logged, shown and used in commands.
+/// The id of a key's row in the database. It is not secret: logs, messages and commands may contain it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct KeyId(pub Uuid);
 
-/// The longest scope, in bytes.
+/// The maximum length of a scope, in bytes.
 const SCOPE_BYTES_MAX: usize = 128;
 
-/// True if `text` is valid as a scope of a key: RFC 6749, section 3.3, but without the comma, so that a comma or a
-/// space can separate scopes in a list.
+/// Returns true if `text` is a valid scope: a scope token of RFC 6749, section 3.3, that contains no comma, so that a
+/// comma or a space can separate the scopes in a list.
 #[must_use]
 pub(crate) fn is_scope(text: &str) -> bool {
     (1..=SCOPE_BYTES_MAX).contains(&text.len())
         && text.bytes().all(|byte| byte.is_ascii_graphic() && !b"\"\\,".contains(&byte))
 }
 
-/// Converts a network of IPv4-mapped addresses (RFC 4291, section 2.5.5.2) to IPv4, as is done with the source address
-/// of a request, so that the two can be compared.
+/// Converts a network of IPv4-mapped IPv6 addresses (RFC 4291, section 2.5.5.2) to an IPv4 network, and returns any
+/// other network unchanged. The source address of a request is converted in the same way, so that the two can be
+/// compared.
 #[must_use]
 pub(crate) fn canonical(network: IpNet) -> IpNet {
     let IpNet::V6(mapped) = network else { return network };
@@ -54,52 +55,52 @@ impl fmt::Display for KeyId {
     }
 }
 
-/// HMAC-SHA-256 (FIPS 198-1) of a key under the pepper, or its plain SHA-256 (FIPS 180-4): the only form in which a key
-/// is stored. 32 bytes.
+/// The 32-byte digest of a key, which is the only form in which a key is stored: its HMAC-SHA-256 (FIPS 198-1) under
+/// the pepper, or its plain SHA-256 (FIPS 180-4).
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct ApiKeyDigest([u8; 32]);
 
 impl ApiKeyDigest {
-    /// A digest from its bytes.
+    /// Creates a digest from its bytes.
     #[must_use]
     pub const fn from_bytes(bytes: [u8; 32]) -> Self {
         Self(bytes)
     }
 
-    /// A digest from 64 hexadecimal digits, in upper or lower case.
+    /// Parses a digest from 64 hexadecimal digits, in upper or lower case. Returns `None` for any other text.
     #[must_use]
     pub fn from_hex(text: &str) -> Option<Self> {
         bytes_from_hex(text).map(Self)
     }
 
-    /// The digest as bytes, for storage and lookup.
+    /// Returns the bytes of the digest, for storage and lookup.
     #[must_use]
     pub const fn as_bytes(&self) -> &[u8; 32] {
         &self.0
     }
 
-    /// The digest as 64 lower-case hexadecimal digits.
+    /// Formats the digest as 64 lower-case hexadecimal digits.
     #[must_use]
     pub fn to_hex(&self) -> String {
         hex(&self.0)
     }
 
-    /// True if two digests are equal; compares in constant time. Maps may use `Eq`; the last comparison before a grant
-    /// uses this function.
+    /// Returns true if the two digests are equal; compares them in constant time. Map lookups may use `Eq`, which is
+    /// not constant-time; the last comparison before a grant uses this function.
     #[must_use]
     pub fn matches(&self, stored: &Self) -> bool {
         self.0.ct_eq(&stored.0).into()
     }
 }
 
-/// Shows four bytes: enough to correlate two log lines, but useless to an attacker.
+/// Shows only the first four bytes, which are enough to correlate log lines but useless to an attacker.
 impl fmt::Debug for ApiKeyDigest {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "ApiKeyDigest({}…)", hex(&self.0[..4]))
     }
 }
 
-/// `N` bytes from `2 * N` hexadecimal digits, in upper or lower case.
+/// Parses `N` bytes from `2 * N` hexadecimal digits, in upper or lower case.
 #[must_use]
 pub(crate) fn bytes_from_hex<const N: usize>(text: &str) -> Option<[u8; N]> {
     let (pairs, []) = text.as_bytes().as_chunks::<2>() else { return None };
@@ -108,7 +109,7 @@ pub(crate) fn bytes_from_hex<const N: usize>(text: &str) -> Option<[u8; N]> {
     bytes?.try_into().ok()
 }
 
-/// `bytes` as lower-case hexadecimal digits.
+/// Formats `bytes` as lower-case hexadecimal digits.
 #[must_use]
 pub(crate) fn hex(bytes: &[u8]) -> String {
     bytes
@@ -118,7 +119,7 @@ pub(crate) fn hex(bytes: &[u8]) -> String {
         .collect()
 }
 
-/// How a digest was computed.
+/// The algorithm that computed a digest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Scheme {
     /// Plain SHA-256 of the key.
@@ -128,7 +129,7 @@ pub enum Scheme {
 }
 
 impl Scheme {
-    /// The number of the scheme in the database.
+    /// Returns the number of the scheme in the database.
     #[must_use]
     pub const fn number(self) -> i16 {
         match self {
@@ -137,7 +138,7 @@ impl Scheme {
         }
     }
 
-    /// The scheme of `number`, if this release supports it.
+    /// Returns the scheme with this number, if this release supports it.
     #[must_use]
     pub const fn from_number(number: i16) -> Option<Self> {
         match number {
@@ -147,7 +148,7 @@ impl Scheme {
         }
     }
 
-    /// The name of the scheme in listings.
+    /// Returns the name of the scheme, as commands print it.
     #[must_use]
     pub const fn as_str(self) -> &'static str {
         match self {
@@ -162,10 +163,10 @@ impl Scheme {
 pub struct Fingerprint(pub [u8; 8]);
 
 impl Fingerprint {
-    /// Means "no pepper" in the database: keys are stored under their plain SHA-256.
+    /// The value that means "no pepper" in the database: keys are stored under their plain SHA-256 digest.
     pub const NO_PEPPER: Self = Self([0; 8]);
 
-    /// The fingerprint written as 16 hexadecimal digits.
+    /// Parses a fingerprint from 16 hexadecimal digits.
     #[must_use]
     pub fn from_hex(text: &str) -> Option<Self> {
         bytes_from_hex(text).map(Self)
@@ -178,20 +179,23 @@ impl fmt::Display for Fingerprint {
     }
 }
 
-/// The pepper that the database records for new keys, and the previous one.
+/// The fingerprints of the pepper that the database records for new keys, and of the pepper recorded before it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct StoredPeppers {
-    /// Recorded by the first command that issued or imported a key, or by `pepper use`; `None`: no such command has
-    /// run.
+    /// The pepper for new keys; `None` until one is recorded. The first command that issues or imports keys under a
+    /// pepper records that pepper. So does `pepper use`, and so does a server that finds a key stored under its current
+    /// pepper.
     pub current: Option<Fingerprint>,
-    /// The pepper before `current`; [`Fingerprint::NO_PEPPER`] if keys were stored without a pepper before.
+    /// The pepper recorded before `current`; [`Fingerprint::NO_PEPPER`] if keys were issued without a pepper before the
+    /// first pepper was recorded.
     pub previous: Option<Fingerprint>,
 }
 
 impl StoredPeppers {
-    /// True if a server whose peppers have the fingerprints `known` is ready: one of its peppers is recorded here, or
-    /// none is recorded yet. The previous pepper also counts, so that a change to the pepper does not make servers
-    /// unready that have not been restarted.
+    /// Returns true if a server whose peppers have the fingerprints `known` may report that it is ready: no pepper is
+    /// recorded yet, or `known` contains the current or the previous recorded pepper. The previous pepper counts so
+    /// that servers that still use it stay ready after `pepper use`. A server without a pepper is ready if `previous`
+    /// is [`Fingerprint::NO_PEPPER`].
     #[must_use]
     pub fn fit(&self, known: &[Fingerprint]) -> bool {
         let recorded = [self.current, self.previous].into_iter().flatten();
@@ -199,8 +203,8 @@ impl StoredPeppers {
         self.current.is_none() || has_none || recorded.into_iter().any(|one| known.contains(&one))
     }
 
-    /// True if a server with the peppers `known` can recognise every key. Without the current pepper, a key that it
-    /// does not find may be a new key.
+    /// Returns true if a server with the peppers `known` can recognise every key. A server without the current pepper
+    /// cannot find the keys that are stored under it, so a key that it does not find may still exist.
     #[must_use]
     pub fn identify_all(&self, known: &[Fingerprint]) -> bool {
         self.current.is_none_or(|current| known.contains(&current))
@@ -210,16 +214,16 @@ impl StoredPeppers {
 /// The origin of a new key's digest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Made {
-    /// Imported as a SHA-256 digest; the pepper does not apply.
+    /// Computed elsewhere and imported as a SHA-256 digest, so no pepper applies.
     Elsewhere,
-    /// Issued here without a pepper.
+    /// Computed by trustgate without a pepper.
     Plain,
-    /// Issued here under this pepper.
+    /// Computed by trustgate under this pepper.
     Peppered(Fingerprint),
 }
 
 impl Made {
-    /// The scheme of the digest.
+    /// Returns the scheme of the digest.
     #[must_use]
     pub const fn scheme(self) -> Scheme {
         match self {
@@ -228,7 +232,7 @@ impl Made {
         }
     }
 
-    /// The pepper, if there is one.
+    /// Returns the fingerprint of the pepper, if the digest was computed under one.
     #[must_use]
     pub const fn fingerprint(self) -> Option<Fingerprint> {
         match self {
@@ -248,12 +252,13 @@ pub struct Digests {
 }
 
 impl Digests {
-    /// All digests, the current one first.
+    /// Iterates over all digests, the current one first.
     pub fn all(&self) -> impl Iterator<Item = &ApiKeyDigest> {
         std::iter::once(&self.current).chain(&self.older)
     }
 
-    /// True if `stored` is one of them; compares with each digest, in constant time.
+    /// Returns true if `stored` is one of these digests. Compares with each digest in constant time, even after a
+    /// match.
     #[must_use]
     pub fn contains(&self, stored: &ApiKeyDigest) -> bool {
         self.all().fold(false, |found, digest| found | digest.matches(stored))
@@ -273,17 +278,17 @@ pub struct Record {
     pub digest: ApiKeyDigest,
     /// The scopes of the key, sorted, without duplicates.
     pub scopes: Box<[String]>,
-    /// The networks that the key may be used from. If empty, any network.
+    /// The networks from which the key may be used. An empty list allows any network.
     pub allowed_cidrs: Box<[IpNet]>,
     /// The key is not valid before this time.
     pub not_before: Option<DatabaseTime>,
     /// The key is not valid from this time on.
     pub expires_at: Option<DatabaseTime>,
-    /// When the key was revoked. Any value, also one in the future, means that it is revoked.
+    /// When the key was revoked. Any value, even a time in the future, means that the key is revoked.
     pub revoked_at: Option<DatabaseTime>,
 }
 
-/// The number of a committed change, in commit order.
+/// The number of a committed change. Versions increase in commit order.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Version(pub u64);
 
@@ -292,10 +297,12 @@ pub struct Version(pub u64);
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Nonce(pub [u8; 16]);
 
-/// The database history that a version belongs to. A restored copy or a promoted standby has another lineage.
+/// The database history that a version belongs to. Promoting a PostgreSQL standby starts a new lineage, and so does a
+/// new incarnation, which replicas or the operator request after committed changes were lost.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Lineage {
-    /// Generated by the first migration, and again when it is known that history was lost.
+    /// A random id: generated by the first migration, and again when a replica or the operator reports that the
+    /// database lost committed changes.
     pub incarnation: Uuid,
     /// PostgreSQL's system identifier; 0 for SQLite.
     pub system: u64,
@@ -310,24 +317,24 @@ pub struct Versioned<T> {
     pub value: T,
     /// The newest version at the time of the read.
     pub as_of: Version,
-    /// The nonce of that version.
+    /// The nonce of `as_of`.
     pub nonce: Nonce,
-    /// The lineage of that version.
+    /// The lineage of `as_of`.
     pub lineage: Lineage,
-    /// The database's clock at the time of the read. The age of the value counts from here, in each cache.
+    /// The time of the read, by the database's clock. Every cache computes the age of the value from this time.
     pub read_at: DatabaseTime,
-    /// When the read was sent, by this machine's clock; for a value from Redis, when it was fetched from there.
+    /// When this process sent the read, by its own clock. For a value from Redis: when this process fetched the value.
     pub sent_at: Moment,
 }
 
 impl<T> Versioned<T> {
-    /// Converts the value with `make`; the version stays the same.
+    /// Converts the value with `make` and keeps the version.
     pub fn map<U>(self, make: impl FnOnce(T) -> U) -> Versioned<U> {
         let Self { value, as_of, nonce, lineage, read_at, sent_at } = self;
         Versioned { value: make(value), as_of, nonce, lineage, read_at, sent_at }
     }
 
-    /// A reference to the value, with the same version.
+    /// Returns a reference to the value, with the same version.
     pub const fn as_ref(&self) -> Versioned<&T> {
         let Self { value, as_of, nonce, lineage, read_at, sent_at } = self;
         Versioned { value, as_of: *as_of, nonce: *nonce, lineage: *lineage, read_at: *read_at, sent_at: *sent_at }
@@ -337,28 +344,28 @@ impl<T> Versioned<T> {
 /// An entry of the change log: the cached values that a committed change makes out of date.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Change {
-    /// Records of this key.
+    /// All cached records of this key.
     Key(KeyId),
-    /// Records of this trust.
+    /// All cached records of keys of this trust.
     Trust(TrustId),
     /// The negative entry of this digest: the key may exist now.
     Absent(ApiKeyDigest),
     /// Affects no cached value. The key with this digest was revoked or deleted, or its digest was replaced. Replicas
     /// remember the digest in case the database loses history.
     Gone(ApiKeyDigest),
-    /// All values of one kind.
+    /// All cached values of one kind.
     Whole(ChangeKind),
-    /// All values. Also represents an entry of a newer release that this release does not support.
+    /// All cached values. Also represents an entry that a newer release wrote and that this release does not support.
     Everything,
 }
 
-/// The kinds of objects. If too many objects of one kind change at once, the change log has one entry for the whole
-/// kind.
+/// The kinds of objects in the change log. If too many objects of one kind change at once, one entry for the whole kind
+/// replaces their entries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ChangeKind {
-    /// Records, by key.
+    /// Records, identified by their keys.
     Keys,
-    /// Records, by trust.
+    /// Records, identified by their trusts.
     Trusts,
     /// Negative entries.
     Absences,

@@ -2,7 +2,7 @@
 //! background task reconnects when the connection breaks, and a circuit breaker skips Redis after repeated failures.
 //! Replicas also notify each other through Redis.
 //!
-//! Redis is an optimisation: a caller does not wait for a connection, and the server starts without one.
+//! Redis is an optimisation: callers do not wait for a connection, and the server starts without a connection.
 
 pub(crate) mod client;
 pub(crate) mod connection;

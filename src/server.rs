@@ -1,4 +1,4 @@
-//! Builds the server from its parts, starts it, and shuts it down in order.
+//! Builds the server from its parts, starts the server, and shuts it down gracefully.
 
 pub(crate) mod admin;
 pub(crate) mod error;
@@ -49,7 +49,7 @@ use crate::{
     store::{self, Env, Source},
 };
 
-/// Builds and starts a server. [`Self::new`] takes everything that is required; the rest has defaults.
+/// Builds and starts a server. [`Self::new`] takes all required inputs.
 pub struct AppBuilder {
     config: Config,
     source: Arc<dyn Source>,
@@ -58,7 +58,8 @@ pub struct AppBuilder {
 }
 
 impl AppBuilder {
-    /// A server with the settings and the database of `config`. Does not connect to the database.
+    /// Creates the builder of a server with the settings and the database of `config`. Does not connect to the
+    /// database.
     ///
     /// # Errors
     /// [`AppError::Store`] if the settings of the database are invalid.
@@ -70,7 +71,7 @@ impl AppBuilder {
         Ok(Self { config, source, place, clock })
     }
 
-    /// Wraps the database with `wrap`, for tests that delay a read.
+    /// Wraps access to the database with `wrap`, for tests that delay a read.
     #[must_use]
     pub fn wrap_store(mut self, wrap: impl FnOnce(Arc<dyn Source>) -> Arc<dyn Source>) -> Self {
         self.source = wrap(self.source);
@@ -78,10 +79,10 @@ impl AppBuilder {
     }
 
     /// Binds the listeners and starts all tasks. Returns as soon as clients can connect. The server becomes ready
-    /// later, when the database has answered.
+    /// later, when a poll of the database has succeeded.
     ///
     /// # Errors
-    /// If an address is in use or the file of a secret cannot be read, for example.
+    /// For example, if an address is in use or a secret file cannot be read.
     pub async fn start(self) -> Result<Running, AppError> {
         let Self { config, source, place, clock } = self;
         tls::install_provider();
@@ -144,7 +145,7 @@ impl AppBuilder {
     }
 }
 
-/// A running server. Dropping it without [`Self::stop`] ends it at once.
+/// A running server. Dropping it without [`Self::stop`] ends the server at once.
 pub struct Running {
     config: Config,
     addresses: Addresses,
@@ -160,12 +161,12 @@ pub struct Running {
     runtimes: (OwnedRuntime, OwnedRuntime, OwnedRuntime),
 }
 
-/// Timeout for the rest of the shutdown after the calls have ended: deregistering the replica and closing the database,
-/// for example.
+/// Timeout for the shutdown after the last call has ended. In this time, the server deregisters the replica and closes
+/// the database connections, for example.
 const STOP_TIMEOUT: Duration = Duration::from_secs(5);
 
 impl Running {
-    /// The first TCP address of the gRPC listeners; port 0 is resolved.
+    /// Returns the first TCP address of the gRPC listeners, with the actual port if port 0 is configured.
     #[must_use]
     pub fn grpc_address(&self) -> Option<SocketAddr> {
         self.addresses.0.iter().find_map(|address| match address {
@@ -174,19 +175,19 @@ impl Running {
         })
     }
 
-    /// The first address of the admin listeners; port 0 is resolved.
+    /// Returns the first address of the admin listeners, with the actual port if port 0 is configured.
     #[must_use]
     pub fn admin_address(&self) -> SocketAddr {
         self.addresses.1[0] // a configuration without an address is refused
     }
 
-    /// The checker, for callers in this process.
+    /// Returns the checker, for callers in this process.
     #[must_use]
     pub fn checker(&self) -> Arc<Checker> {
         Arc::clone(&self.checker)
     }
 
-    /// Number of loads in flight.
+    /// Returns the number of loads in flight.
     #[must_use]
     pub fn loads(&self) -> usize {
         self.cache.loads()
@@ -198,7 +199,7 @@ impl Running {
         let _ = self.life.watch().wait_for(|phase| *phase >= Phase::Serve).await;
     }
 
-    /// Returns when a task of the server has ended before the shutdown, with the reason.
+    /// Waits until a task of the server ends before the shutdown, and returns the reason.
     pub async fn ended(&mut self) -> AppError {
         match self.parts.join_next().await {
             Some((_, Err(error))) => error,
@@ -207,13 +208,14 @@ impl Running {
         }
     }
 
-    /// Shuts the server down: reports not ready, waits for `delay`, stops accepting, waits for the calls in flight, and
-    /// then ends the other tasks.
+    /// Shuts the server down: reports not ready, waits for `delay`, stops accepting connections, waits for the calls in
+    /// flight, and then ends the other tasks.
     ///
     /// # Errors
-    /// [`AppError::GraceExceeded`] if calls had to be cut off; otherwise the first error with which a task ended.
+    /// [`AppError::GraceExceeded`] if connections had to be closed while calls were in flight; otherwise the first
+    /// error with which a task ended.
     pub async fn stop(mut self, delay: Delay) -> Result<(), AppError> {
-        // Envoy sends no calls to a server that has not been ready, so there are none to divert.
+        // If the server has never been ready, Envoy sends it no calls, so no delay is needed.
         let was_ready = self.life.phase() == Phase::Serve;
         self.life.advance(Phase::Drain);
         tracing::info!("draining: not ready, still serving");
@@ -248,7 +250,7 @@ impl Running {
 /// Runs a server with `config` until SIGTERM, SIGQUIT or SIGINT. A second such signal ends the server at once.
 ///
 /// # Errors
-/// If the server cannot start, ends without a signal, or cannot shut down in order.
+/// If the server cannot start, ends without a signal, or does not shut down gracefully.
 pub(crate) fn serve(config: Config, env: Env<'_>) -> Result<(), AppError> {
     telemetry::start(&config.log);
     // This runtime accepts connections, and starts and ends the tasks. Checks run on the workers.
@@ -278,7 +280,7 @@ async fn bind_grpc(config: &Config) -> Result<Vec<Listener>, AppError> {
     Ok(listeners)
 }
 
-/// Binds the TCP addresses of a setting, which is given by its section and its full name.
+/// Binds the TCP addresses of a setting. `setting` contains the section and the full name of the setting, for errors.
 pub(crate) async fn bind_tcp(
     config: &Config,
     addresses: &[SocketAddr],
@@ -310,13 +312,14 @@ fn addresses(grpc: &[Listener], admin: &[TcpListener]) -> io::Result<Addresses> 
     Ok((grpc, admin.iter().map(TcpListener::local_addr).collect::<io::Result<_>>()?))
 }
 
-/// Addresses for the log: `[127.0.0.1:1, unix:///s]`.
+/// Formats addresses for the log: `[127.0.0.1:1, unix:///s]`.
 pub(crate) fn listed(addresses: &[impl ToString]) -> String {
     let addresses: Vec<_> = addresses.iter().map(ToString::to_string).collect();
     format!("[{}]", addresses.join(", "))
 }
 
-/// Returns the function that sets, before each scrape, the gauges that depend on the time of the scrape.
+/// Returns the function that the admin listener calls before each scrape. It sets the gauges whose values are computed
+/// only when they are scraped.
 fn observe(
     config: &Config,
     cache: &Arc<Cache<ApiKey>>,
@@ -345,7 +348,7 @@ fn start_admin(
         let listener = listener.into_std()?;
         let (shown, stop) = (Arc::clone(&shown), stop.clone());
         let serving = async move {
-            // A tokio listener belongs to the runtime on which it is created.
+            // A tokio listener belongs to the runtime that creates it, so create it here.
             admin::run(TcpListener::from_std(listener)?, shown, stop).await;
             Ok(())
         };
@@ -354,7 +357,7 @@ fn start_admin(
     Ok(runtime)
 }
 
-/// The host name of this machine or pod.
+/// Returns the host name of this machine or pod.
 pub(crate) fn host_name() -> String {
     rustix::system::uname().nodename().to_string_lossy().into_owned()
 }

@@ -2,8 +2,8 @@
 //! it through [`Ledger`].
 //!
 //! There are two adapters, `sqlite` (embedded, the default) and `postgres`, and one contract test suite that runs on
-//! both. Reads go to the primary. "No such key" is `Ok(None)`, and a failed read is an `Err`, so that an error is not
-//! taken for "not found".
+//! both. Reads go to the primary. "No such key" is `Ok(None)`, and a failed read is an `Err`, so that a caller cannot
+//! mistake an error for "not found".
 
 pub(crate) mod change_log;
 pub(crate) mod error;

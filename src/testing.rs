@@ -1,5 +1,5 @@
-//! What the tests and benchmarks use, under the paths of the modules that define it. Everything else is private to this
-//! crate, so the compiler reports code that nothing uses.
+//! Exports the items that tests and benchmarks use, under the paths of the modules that define them. All other items
+//! are private to this crate, so the compiler reports unused code.
 
 #![allow(missing_docs)] // each item is documented where it is defined
 

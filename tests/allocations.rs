@@ -1,7 +1,7 @@
-//! The memory that the server allocates for a check: a small multiple of the message's size for any message, and
-//! nothing for a check that is answered from L1.
+//! Measures the memory that the server allocates for a check: at most a small multiple of the message's size for any
+//! message, and nothing for a check that is answered from L1.
 //!
-//! This is a separate binary because its allocator counts all allocations of the process, for each thread.
+//! This is a separate binary because its global allocator counts the allocations of each thread in the process.
 
 #![allow(clippy::unwrap_used, unreachable_pub)]
 #![expect(
@@ -66,7 +66,7 @@ unsafe impl GlobalAlloc for Counting {
     }
 }
 
-/// The peak of the memory that this thread allocated during `work`, in bytes.
+/// Returns the peak memory, in bytes, that this thread allocates during `work`.
 fn peak_of(work: impl FnOnce()) -> usize {
     LIVE.set(0);
     PEAK.set(0);
@@ -74,7 +74,7 @@ fn peak_of(work: impl FnOnce()) -> usize {
     PEAK.get()
 }
 
-/// The number of allocations of this thread during `work`.
+/// Returns the number of allocations that this thread makes during `work`.
 fn allocations_of(work: impl FnOnce()) -> usize {
     COUNT.set(0);
     work();
@@ -88,7 +88,7 @@ fn settings() -> CredentialSettings {
     CredentialSettings::read(&mut reader)
 }
 
-/// Everything that a check does with a message, except the lookup of its key.
+/// Does everything that a check does with a message, except the lookup of the key.
 fn check(settings: &CredentialSettings, replies: &Replies, message: &[u8]) {
     let Ok(view) = View::parse(message) else { return drop(replies.denial(DenyReason::Undecodable)) };
     let extracted = extract(settings, &view);
@@ -109,7 +109,7 @@ fn field(number: u8, content: &[u8]) -> Vec<u8> {
     field
 }
 
-/// A message with this `attributes.request.http`.
+/// Returns a message with this content in `attributes.request.http`.
 fn http(content: &[u8]) -> Vec<u8> {
     field(1, &field(4, &field(2, content)))
 }
@@ -118,7 +118,8 @@ fn raw_header(name: &[u8], value: &[u8]) -> Vec<u8> {
     field(1, &[field(1, name), field(3, value)].concat())
 }
 
-/// A list of raw headers with one header. If a message contains several lists, the decoder merges them.
+/// Returns a list of raw headers that contains one header. If a message contains several lists, the decoder merges
+/// them.
 fn raw_header_list(name: &[u8], value: &[u8]) -> Vec<u8> {
     field(13, &raw_header(name, value))
 }
@@ -127,11 +128,12 @@ fn map_header(name: &[u8], value: &[u8]) -> Vec<u8> {
     field(3, &[field(1, name), field(2, value)].concat())
 }
 
-/// The maximum number of bytes allocated at one time for each byte of the message. The shortest header takes 5 bytes in
-/// the message and 32 bytes in a list that doubles its capacity: a factor of 19. The shortest scope takes 2 and 16
-/// bytes: a factor of 24. A generated decoder would need more.
+/// The maximum number of bytes allocated at one time for each byte of the message. While a list grows, its old buffer
+/// and a new buffer of twice the size exist at the same time. The shortest header takes 5 bytes in the message and 32
+/// bytes in such a list: a factor of 19. The shortest scope takes 2 and 16 bytes: a factor of 24. A generated decoder
+/// would need more.
 const MULTIPLE: usize = 32;
-/// The maximum number of bytes for the smallest message: its answer.
+/// The maximum number of bytes that the answer takes, for a message of any size.
 const FIXED: usize = 4 << 10;
 
 fn assert_small(content: &str, settings: &CredentialSettings, replies: &Replies, message: &[u8]) {
@@ -150,7 +152,7 @@ fn allocator_measures_the_size_of_an_allocation() {
 /// messages contain keys with and without scopes, in both encodings of headers, in `authorization` and in the query.
 /// Two of the checks are denied.
 #[tokio::test]
-async fn ten_thousand_hits_allocate_nothing() {
+async fn checks_answered_from_l1_allocate_nothing() {
     let test_config = TestConfig::new().with("credential.sources", "header:x-api-key,authorization:bearer,query:key");
     test_config.migrate().await;
     test_config.trust("acme").await;
@@ -173,7 +175,7 @@ async fn ten_thousand_hits_allocate_nothing() {
         ("no key", http(&head)),
     ];
     for (content, message) in &messages {
-        // The first check reads the key from the store. The next ones allocate the buffers of this thread.
+        // The first check reads the key from the store. The next two checks allocate the buffers of this thread.
         for _ in 0..3 {
             assert!(matches!(checker.check(message).await, Reply::Message(_)), "{content}");
         }
@@ -192,7 +194,7 @@ async fn ten_thousand_hits_allocate_nothing() {
 #[test]
 fn worst_case_messages_allocate_a_small_multiple_of_their_size() {
     let (settings, replies) = checker_parts();
-    // Just above a power of two, where a list that doubles its capacity has the most unused capacity.
+    // Use counts just above a power of two, where a list that doubles its capacity has the most unused capacity.
     for count in [1, 33, 1_025, 65_537] {
         let many = |content: &[u8]| content.repeat(count);
         let raw = |content: &[u8]| http(&field(13, &many(content)));
@@ -233,7 +235,7 @@ proptest! {
         assert_small("bytes as headers", &settings, &replies, &http(&field(13, &bytes)));
     }
 
-    /// Valid fields in any number and order.
+    /// The requests contain valid fields in any number and order.
     #[test]
     fn random_requests_allocate_a_small_multiple_of_their_size(pieces in vec(piece(), 0..60)) {
         let (settings, replies) = checker_parts();

@@ -1,9 +1,9 @@
-//! Runs the load: one thread sends checks over all connections until the time is over, and then waits for the remaining
-//! answers.
+//! Generates the load: one thread sends checks over all connections until the time is over, and then waits for the
+//! remaining answers.
 //!
-//! In a closed loop, a fixed number of checks is in flight, and each answer is followed by the next check. In an open
-//! loop, each check is sent when it is due, without waiting for earlier answers. Its time counts from the due time, so
-//! the times include the delay of the checks that are due while the server stalls.
+//! In a closed loop, a fixed number of checks is in flight: after each answer, the next check is sent. In an open loop,
+//! each check is sent when it is due, without waiting for earlier answers. The time of a check counts from its due
+//! time, so the times include the delays of checks that become due while the server stalls.
 
 use std::{
     collections::VecDeque,
@@ -22,7 +22,7 @@ use crate::{
 
 /// How long to wait for the remaining answers after the last check was sent.
 const REST_MAX: Duration = Duration::from_secs(5);
-/// The longest wait for an answer before the run checks the time again.
+/// The maximum time to wait for an answer before the loop checks the clock again.
 const WAIT_MAX: Duration = Duration::from_millis(50);
 
 /// The parameters of a run.
@@ -30,15 +30,15 @@ pub(crate) struct Plan {
     pub(crate) address: Address,
     pub(crate) tls: Option<Tls>,
     pub(crate) connections: usize,
-    /// Checks a second in an open loop; `None`: a closed loop.
+    /// Checks per second in an open loop; `None` for a closed loop.
     pub(crate) rate: Option<f64>,
-    /// How long to send before the measurement.
+    /// How long to send checks before the measurement.
     pub(crate) warm_up: Duration,
-    /// How long to send during the measurement.
+    /// How long to send checks during the measurement.
     pub(crate) length: Duration,
     /// The maximum number of checks to send.
     pub(crate) requests: u64,
-    /// True to poll for answers all the time instead of sleeping until they arrive.
+    /// True to poll for answers continuously instead of sleeping until they arrive.
     pub(crate) spins: bool,
 }
 
@@ -48,7 +48,7 @@ struct Link<S> {
     session: S,
     input: Input,
     output: Vec<u8>,
-    /// True if the kernel accepts no more bytes until the socket is writable again.
+    /// True if the kernel accepts no more bytes for now: wait until the socket is writable.
     is_full: bool,
 }
 
@@ -65,7 +65,7 @@ struct Run<'p, S, F> {
     are_out: bool,
     /// The index of the connection to try first for the next check.
     turn: usize,
-    /// Checks to send again, because the server did not process them.
+    /// Checks to send again because the server did not process them.
     again: VecDeque<Ticket>,
     ended: Vec<Ended>,
 }
@@ -87,7 +87,7 @@ pub(crate) fn run<S: Session>(plan: &Plan, keys: Keys, make: impl Fn() -> S) -> 
     run.start = Instant::now();
     let stopped = run.send_all()?;
     run.wait_for_rest()?;
-    // If the checks run out before the time is over, the run ends with the last answer.
+    // If all checks were sent before the time was over, the measurement ends with the last answer.
     let stopped = if run.are_out { run.start.elapsed() } else { stopped };
     let measured = stopped.min(plan.warm_up + plan.length).saturating_sub(plan.warm_up);
     Ok((run.tally, measured.as_secs_f64()))
@@ -170,7 +170,7 @@ impl<S: Session, F: Fn() -> S> Run<'_, S, F> {
         }
     }
 
-    /// Sends one check, if a connection has room and there is a key; returns true if it did.
+    /// Sends one check if a connection has room and a key is left; returns true if a check was sent.
     fn send_one(&mut self, due: u64) -> bool {
         let Some(index) = self.room() else { return false };
         let key = if self.sent < self.plan.requests { self.keys.next() } else { None };
@@ -183,7 +183,7 @@ impl<S: Session, F: Fn() -> S> Run<'_, S, F> {
         true
     }
 
-    /// The index of the next connection with room, in turn.
+    /// Returns the index of the next connection with room, in round-robin order.
     fn room(&mut self) -> Option<usize> {
         let count = self.links.len();
         let found = (self.turn..self.turn + count).map(|index| index % count);
@@ -224,7 +224,7 @@ impl<S: Session, F: Fn() -> S> Run<'_, S, F> {
         Ok(())
     }
 
-    /// Counts the checks that have ended. All their answers arrived before this function reads the clock.
+    /// Counts the checks that have ended. The time of their answers is the time at which this function reads the clock.
     fn count(&mut self) {
         let now = self.start.elapsed();
         let is_measured = now >= self.plan.warm_up && now < self.plan.warm_up + self.plan.length;
@@ -249,7 +249,7 @@ impl<S: Session> Link<S> {
 
     /// Processes the bytes that have arrived; returns true if the server has closed the connection.
     fn receive(&mut self, keys: &Keys, ended: &mut Vec<Ended>) -> io::Result<bool> {
-        // Treat a reset like any other end of a connection: the missing answers are counted as errors.
+        // Treat a reset like a normal end of the connection: the missing answers are counted as errors.
         let is_over = self.wire.read(&mut self.input).or_else(|error| match error.kind() {
             io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe | io::ErrorKind::UnexpectedEof => Ok(true),
             _ => Err(error),
@@ -262,7 +262,7 @@ impl<S: Session> Link<S> {
     fn flush(&mut self) -> io::Result<()> {
         match self.wire.write(&mut self.output) {
             Ok(is_all) => self.is_full = !is_all,
-            // Ignore the error here: the next read returns it, too.
+            // Ignore the error here, because the next read also returns it.
             Err(error) if matches!(error.kind(), io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe) => {}
             Err(error) => return Err(error),
         }
@@ -278,7 +278,7 @@ fn wait(polled: &mut [PollFd<'_>], limit: Option<Duration>) -> io::Result<()> {
     }
 }
 
-/// When the check after `sent` others is due.
+/// Returns the due time of a check, counted from the start, if `sent` checks are sent before it.
 #[expect(clippy::cast_precision_loss, reason = "a run has far fewer than 2^53 checks")]
 fn due(sent: u64, rate: f64) -> Duration {
     Duration::from_secs_f64(sent as f64 / rate)

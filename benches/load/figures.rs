@@ -1,7 +1,7 @@
 //! The results of a run: the number of checks, their outcomes and their times.
 //!
-//! Times are counted in a histogram whose steps are 1/64 of the value. A quantile is the upper end of a step, so it is
-//! at most 1.6 % too high, and not too low.
+//! Times are counted in a histogram whose steps have a width of at most 1/64 of the value. A quantile is the upper end
+//! of a step, so it is at most 1.6 % too high, but not too low.
 
 use std::collections::BTreeMap;
 
@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use crate::message::Outcome;
 
-/// 2^6 steps between a power of two and the next.
+/// There are 2^6 steps between one power of two and the next.
 const STEP_BITS: u32 = 6;
 
 /// A histogram of times.
@@ -31,7 +31,8 @@ impl Times {
         self.max = self.max.max(nanos);
     }
 
-    /// The time, in nanoseconds, that this share of all checks did not exceed. The share is in thousandths.
+    /// Returns the time, in nanoseconds, that the given share of all checks did not exceed. The share is in
+    /// thousandths.
     fn quantile(&self, thousandths: u64) -> u64 {
         let wanted = (self.count * thousandths).div_ceil(1_000);
         let mut seen = 0;
@@ -56,26 +57,27 @@ impl Times {
     }
 }
 
-/// The step of a value. Each small value has a step for itself; for larger values, the highest 7 bits select the step.
+/// Returns the step of a value. Each value below 128 has a separate step; for larger values, the highest 7 bits select
+/// the step.
 fn step_of(nanos: u64) -> usize {
     let shift = (u64::BITS - nanos.leading_zeros()).saturating_sub(STEP_BITS + 1);
     ((shift as usize) << STEP_BITS) + usize::try_from(nanos >> shift).unwrap_or(usize::MAX)
 }
 
-/// The largest value of a step.
+/// Returns the largest value of a step.
 fn end_of(step: usize) -> u64 {
     let shift = (step >> STEP_BITS).saturating_sub(1);
     let high = (step - (shift << STEP_BITS)) as u64;
     ((high + 1) << shift) - 1
 }
 
-/// Whole nanoseconds as microseconds with three digits.
+/// Converts nanoseconds to microseconds.
 #[expect(clippy::cast_precision_loss, reason = "53 bits of nanoseconds are 104 days")]
 fn micros(nanos: u64) -> f64 {
     nanos as f64 / 1_000.0
 }
 
-/// The expected outcome of each check. If one has another outcome, the run fails.
+/// The expected outcome of each check. If a check has another outcome, the run fails.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub(crate) enum Expected {
     /// Each check is granted.
@@ -84,7 +86,7 @@ pub(crate) enum Expected {
     Denial,
     /// Each check is granted or denied.
     Any,
-    /// Each check is granted, denied or answered with a fault, as by an overloaded server.
+    /// Each check is granted, denied or answered with a fault, as an overloaded server does.
     Answer,
 }
 
@@ -119,12 +121,12 @@ impl Tally {
         self.times.add(nanos);
     }
 
-    /// The number of checks that were answered.
+    /// Returns the number of checks that were answered.
     pub(crate) const fn answered(&self) -> u64 {
         self.grants + self.denials + self.faults
     }
 
-    /// True if there was an answer, and each check had the expected outcome.
+    /// True if at least one check was answered and each check had the expected outcome.
     pub(crate) fn is_as(&self, expected: Expected) -> bool {
         let wrong = match expected {
             Expected::Grant => self.denials + self.faults,
@@ -135,7 +137,7 @@ impl Tally {
         wrong == 0 && self.errors.is_empty() && self.answered() > 0
     }
 
-    /// The results as JSON, for a measurement of `seconds`.
+    /// Returns the results as JSON. `seconds` is the length of the measurement.
     #[expect(clippy::cast_precision_loss, reason = "a run has far fewer than 2^53 checks")]
     pub(crate) fn json(&self, seconds: f64) -> Value {
         json!({

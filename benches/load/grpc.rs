@@ -1,7 +1,8 @@
-//! Check calls over HTTP/2 (RFC 9113) with prepared frames: the bytes that Envoy sends, at a fraction of its cost.
+//! Sends Check calls over HTTP/2 (RFC 9113) with prepared frames: the bytes that Envoy sends, at a fraction of the
+//! cost.
 //!
 //! The client obeys the flow-control windows and the stream limit of the server. It sends a call again only if the
-//! server reported in a GOAWAY frame that it did not process the call.
+//! server reported, in a GOAWAY frame, that the call was not processed.
 
 use std::{collections::VecDeque, rc::Rc};
 
@@ -14,12 +15,12 @@ use crate::{
 
 const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 const FRAME_BYTES: usize = 9;
-/// The initial flow-control window of both sides (section 6.5.2).
+/// The initial flow-control window of both sides, in bytes (section 6.5.2).
 const FIRST_WINDOW: i64 = 65_535;
-/// The windows that Envoy uses by default, large enough that the server does not have to wait before it sends an
-/// answer.
+/// The flow-control windows of this client, in bytes. Envoy uses this size by default. The windows are so large that
+/// the server does not have to wait before it sends an answer.
 const OUR_WINDOW: u32 = 256 << 20;
-/// After this stream number, which is far below the maximum of HTTP/2, the client opens a new connection.
+/// After this stream number, the client opens a new connection. The maximum of HTTP/2 is 2^31 - 1.
 const LAST_STREAM: u32 = 1 << 30;
 
 const DATA: u8 = 0;
@@ -31,9 +32,9 @@ const GOAWAY: u8 = 7;
 const WINDOW_UPDATE: u8 = 8;
 const CONTINUATION: u8 = 9;
 
-/// Flag of DATA and HEADERS.
+/// Flag of DATA and HEADERS frames: the sender sends no further frames on the stream.
 const END_STREAM: u8 = 1;
-/// Flag of SETTINGS and PING: an acknowledgement.
+/// Flag of SETTINGS and PING frames: the frame is an acknowledgement.
 const ACK: u8 = 1;
 const END_HEADERS: u8 = 4;
 const PADDED: u8 = 8;
@@ -41,9 +42,9 @@ const PRIORITY: u8 = 32;
 
 /// The first header block that Envoy 1.40 sends on a connection.
 const FIRST_BLOCK: &[u8] = include_bytes!("../check_headers_first.bin");
-/// Each later header block, which refers to the dynamic table of the server.
+/// Each later header block, which refers to entries in the dynamic table of the connection.
 const LATER_BLOCK: &[u8] = include_bytes!("../check_headers_later.bin");
-/// The positions of `:scheme` in these two blocks.
+/// The byte positions of `:scheme` in these two blocks.
 const SCHEME_AT: [usize; 2] = [42, 35];
 /// `:scheme: http` (appendix A of RFC 7541).
 const HTTP: u8 = 0x86;
@@ -52,8 +53,8 @@ const HTTPS: u8 = 0x87;
 /// The size of the dynamic table that these blocks need, in bytes (section 4.1 of RFC 7541).
 const TABLE_BYTES: u32 = 373;
 
-/// A call as bytes: the first call of a connection, and each later one. Before a call is sent, the stream number and
-/// the key are written into the bytes.
+/// A call as bytes, for the first call of a connection and for each later call. Before a call is sent, the stream
+/// number and the key are written into the bytes.
 pub(crate) struct Call {
     first: Shape,
     later: Shape,
@@ -67,7 +68,7 @@ struct Shape {
 }
 
 impl Call {
-    /// A Check call with the message of `template`.
+    /// Creates a Check call with the message of `template`.
     pub(crate) fn of(template: &Template, is_tls: bool) -> Self {
         let shape = |block: &[u8], scheme_at: usize| {
             let mut block = block.to_vec();
@@ -98,14 +99,14 @@ pub(crate) struct Grpc {
     decoder: Decoder,
     streams_max: usize,
     next_stream: u32,
-    /// The calls since the oldest open one, by stream; `None` for a call that has ended.
+    /// The calls since the oldest open call, in the order of their stream numbers; `None` for a call that has ended.
     calls: VecDeque<Option<Open>>,
     in_flight: usize,
-    /// How many bytes the server still accepts on the connection.
+    /// The number of bytes that the server still accepts on the connection.
     window: i64,
-    /// How many bytes the server accepts on a new stream.
+    /// The number of bytes that the server accepts on a new stream.
     stream_window: i64,
-    /// Bytes that were received since the last `WINDOW_UPDATE`.
+    /// The number of bytes that were received since the last `WINDOW_UPDATE`.
     received: u32,
     is_ready: bool,
     /// True if no more calls may be sent on this connection.
@@ -116,12 +117,12 @@ struct Open {
     ticket: Ticket,
     status: Option<u16>,
     outcome: Option<Outcome>,
-    /// The part of the message that has arrived, if it comes in several frames.
+    /// The part of the message that has arrived, if the message consists of several frames.
     part: Vec<u8>,
 }
 
 impl Grpc {
-    /// A connection that has at most `streams_max` calls in flight.
+    /// Creates a connection with at most `streams_max` calls in flight.
     pub(crate) fn new(call: Rc<Call>, streams_max: usize) -> Self {
         Self {
             call,
@@ -193,8 +194,8 @@ impl Grpc {
             block = block.get(5..).ok_or("HEADERS frame without its priority fields")?;
         }
         if frame.flags & END_HEADERS == 0 || frame.kind == CONTINUATION {
-            // A block in several frames would have END_STREAM on its first frame only. No server answers checks with
-            // headers of 16 KiB, so this client does not support it.
+            // In a block of several frames, only the first frame would have END_STREAM. No server answers checks with
+            // 16 KiB of headers, so this client does not support such blocks.
             return Err("header block in several frames: not supported".to_owned());
         }
         let statuses = self.decoder.read(block).ok_or("invalid header block")?;
@@ -254,7 +255,7 @@ impl Grpc {
     }
 }
 
-/// True if `bytes` are one complete gRPC message with its prefix.
+/// True if `bytes` consist of exactly one complete gRPC message with its prefix.
 fn is_whole(bytes: &[u8]) -> bool {
     matches!(bytes, [_, a, b, c, d, message @ ..] if u32::from_be_bytes([*a, *b, *c, *d]) as usize == message.len())
 }
@@ -350,7 +351,7 @@ struct Frame<'i> {
 }
 
 impl<'i> Frame<'i> {
-    /// The first frame of `input` and the rest after it; `None` if the frame is incomplete.
+    /// Returns the first frame of `input` and the bytes after this frame; `None` if the frame is incomplete.
     fn split(input: &'i [u8]) -> Option<(Self, &'i [u8])> {
         let (head, rest) = input.split_first_chunk::<FRAME_BYTES>()?;
         let [a, b, c, kind, flags, stream @ ..] = *head;
@@ -358,7 +359,7 @@ impl<'i> Frame<'i> {
         Some((Self { kind, flags, stream: u32::from_be_bytes(stream) & 0x7fff_ffff, payload }, rest))
     }
 
-    /// The payload without its padding.
+    /// Returns the payload without its padding; `None` if the padding is invalid.
     fn content(&self) -> Option<&'i [u8]> {
         if self.flags & PADDED == 0 || self.kind == CONTINUATION {
             return Some(self.payload);

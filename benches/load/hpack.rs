@@ -1,12 +1,13 @@
-//! The part of header compression (RFC 7541) that answers need. Requests consist of bytes that Envoy wrote.
+//! The part of header compression (RFC 7541) that is needed to decode answers. Requests need no encoder, because their
+//! headers are prepared bytes that Envoy wrote.
 //!
-//! The decoder accepts every encoding of a header, and returns only the headers that say how a call ended.
+//! The decoder accepts every encoding of a header, but returns only the headers that contain the status of a call.
 
 use std::collections::VecDeque;
 
-/// The initial size of the dynamic table, in bytes as section 4.1 counts them.
+/// The initial size of the dynamic table, in bytes as defined in section 4.1.
 const TABLE_BYTES: usize = 4_096;
-/// The first index after the static table (appendix A).
+/// The first index of the dynamic table, which follows the static table (appendix A).
 const DYNAMIC: usize = 62;
 /// The index of `:status: 200` in the static table.
 const STATUS_200: usize = 8;
@@ -73,7 +74,7 @@ impl Decoder {
     fn at(&self, number: usize) -> Option<Meaning> {
         match number {
             0 => None,
-            // 204, 206, 304, 400, 404 and 500. The caller only needs to know that the status is not 200.
+            // The statuses 204, 206, 304, 400, 404 and 500. The caller only needs to know that the status is not 200.
             STATUS_200 => Some(Meaning::Status(200)),
             9..=14 => Some(Meaning::Status(0)),
             1..DYNAMIC => Some(Meaning::Other),
@@ -85,7 +86,8 @@ impl Decoder {
         let name = match number(block, bits)? {
             0 => text(block)?.into(),
             STATUS_200..=14 => Box::from(&b":status"[..]),
-            // The decoder does not use these headers. Only the length of the name matters, for the size of the table.
+            // The decoder does not use these headers. Only the length of the name matters, because it counts towards
+            // the size of the table.
             number @ 1..DYNAMIC => vec![b'?'; static_name_bytes(number)].into(),
             number => self.table.get(number - DYNAMIC)?.name.clone(),
         };
@@ -117,7 +119,7 @@ fn meaning(name: &[u8], value: &[u8]) -> Meaning {
     }
 }
 
-/// The length of a name in the static table (appendix A), whose first index is 1.
+/// Returns the length of a name in the static table (appendix A), whose first index is 1.
 fn static_name_bytes(number: usize) -> usize {
     const LENGTHS: [u8; DYNAMIC - 1] = [
         10, 7, 7, 5, 5, 7, 7, 7, 7, 7, 7, 7, 7, 7, 14, 15, 15, 13, 6, 27, 3, 5, 13, 13, 19, 16, 16, 14, 16, 13, 12, 6,
@@ -126,7 +128,7 @@ fn static_name_bytes(number: usize) -> usize {
     usize::from(LENGTHS[number - 1])
 }
 
-/// Reads an integer whose first byte has `bits` bits for it (section 5.1).
+/// Reads an integer that begins in the lowest `bits` bits of the first byte (section 5.1).
 fn number(block: &mut &[u8], bits: u32) -> Option<usize> {
     let mask = (1_u8 << bits) - 1;
     let (first, rest) = block.split_first()?;
@@ -155,9 +157,9 @@ fn text(block: &mut &[u8]) -> Option<Vec<u8>> {
     if is_coded { decode(text) } else { Some(text.to_vec()) }
 }
 
-/// The length of the code of each character in appendix B, in bits. The code is canonical: codes of the same length are
-/// consecutive numbers, so the lengths determine the codes. The last entry is the end-of-string symbol, which no valid
-/// string contains.
+/// The length of the Huffman code of each character in appendix B, in bits. The code is canonical: codes of the same
+/// length are consecutive numbers, so the lengths determine the codes. The last entry is the end-of-string symbol,
+/// which no valid string contains.
 #[rustfmt::skip]
 const CODE_BITS: [u8; 257] = [
     13, 23, 28, 28, 28, 28, 28, 28, 28, 24, 30, 28, 28, 30, 28, 28, 28, 28, 28, 28, 28, 28, 30, 28,
@@ -179,13 +181,13 @@ struct Level {
     /// The lowest code.
     first: u32,
     count: u32,
-    /// The index in [`CHARACTERS`] at which they begin.
+    /// The index in [`CHARACTERS`] of the first of these characters.
     start: u32,
 }
 
-/// The levels, by the length of the codes in bits.
+/// The levels, indexed by the length of the codes in bits.
 const LEVELS: [Level; 31] = levels();
-/// All characters, ordered by the length of their codes and then by their number.
+/// All characters, ordered by the length of their codes and then by their numeric value.
 const CHARACTERS: [u16; 257] = characters();
 
 const fn levels() -> [Level; 31] {

@@ -1,6 +1,8 @@
-//! Requests over HTTP/1.1, for a server behind Envoy: one request at a time on each connection, as with most clients.
+//! Sends requests over HTTP/1.1, to measure a server behind Envoy. Like most clients, sends one request at a time on
+//! each connection.
 //!
-//! 200 is a grant, 401 and 403 are denials, 503 is a fault. An answer without `content-length` is an error of the run.
+//! Status 200 is a grant, 401 and 403 are denials, and 503 is a fault. An answer without `content-length` makes the run
+//! fail.
 
 use std::rc::Rc;
 
@@ -13,12 +15,12 @@ use crate::{
 /// A request as bytes.
 pub(crate) struct Request {
     bytes: Vec<u8>,
-    /// The position of the key in the bytes, if the request has one.
+    /// The position of the key in the bytes, if the request contains a key.
     key_at: Option<usize>,
 }
 
 impl Request {
-    /// A GET request for `path`.
+    /// Creates a GET request for `path`.
     pub(crate) fn of(path: &str, with_key: bool) -> Self {
         let mut bytes = format!("GET {path} HTTP/1.1\r\nhost: service.example\r\nuser-agent: load\r\naccept: */*\r\n");
         let key_at = with_key.then(|| {
@@ -41,7 +43,7 @@ pub(crate) struct Http1 {
 }
 
 impl Http1 {
-    /// A connection that sends `request`.
+    /// Creates a connection that sends `request`.
     pub(crate) const fn new(request: Rc<Request>) -> Self {
         Self { request, waiting: None, is_leaving: false }
     }

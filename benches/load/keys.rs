@@ -9,17 +9,18 @@ use crate::message::KEY_BYTES;
 /// The order in which the keys of a file are used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub(crate) enum Order {
-    /// At random, a few keys often and most keys rarely: the probability of the n-th key is proportional to 1/n.
+    /// Random, with a few frequent keys and many rare keys: the probability of the n-th key is proportional to 1/n.
     Zipf,
-    /// At random, each key with the same probability.
+    /// Random, with the same probability for each key.
     Uniform,
-    /// In the order of the file, each key once. The run ends with the last key.
+    /// Each key once, in the order of the file. The run ends with the last key.
     Once,
 }
 
-/// The number of checks whose keys are drawn before the run. After them, the same sequence of keys begins again.
+/// With [`Order::Zipf`], the number of keys that are drawn before the run. After these keys, the same sequence begins
+/// again.
 const DRAWN: usize = 1 << 20;
-/// 64 characters that a key may contain.
+/// The characters of random keys.
 const CHARACTERS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_";
 
 /// A source of keys.
@@ -37,11 +38,11 @@ struct Key {
 }
 
 impl Keys {
-    /// The keys in `file`, one key a line. A space and the id of the trust may follow the key; grants must then be for
-    /// this trust.
+    /// Reads the keys in `file`, one key per line. A space and the id of a trust may follow the key; grants must then
+    /// be for this trust.
     ///
     /// # Errors
-    /// If the file cannot be read, contains no key, or contains a key of another length.
+    /// If the file cannot be read, contains no key, or contains a key that does not have [`KEY_BYTES`] bytes.
     pub(crate) fn from_file(file: &Path, order: Order, seed: u64) -> Result<Self, String> {
         let text = fs::read_to_string(file).map_err(|error| format!("{}: {error}", file.display()))?;
         let keys: Vec<_> =
@@ -54,12 +55,12 @@ impl Keys {
         Ok(Self { all: keys, order: Some(order), drawn, used: 0, random })
     }
 
-    /// Random keys, which the server does not know, all different.
+    /// Generates a different random key, which the server does not know, for each check.
     pub(crate) const fn made_up(seed: u64) -> Self {
         Self { all: Vec::new(), order: None, drawn: Vec::new(), used: 0, random: Random(seed) }
     }
 
-    /// The index of the next key; `None` when all keys were used.
+    /// Returns the index of the next key; `None` when all keys have been used.
     pub(crate) fn next(&mut self) -> Option<u32> {
         self.used += 1;
         match self.order {
@@ -76,7 +77,7 @@ impl Keys {
             place.copy_from_slice(&key.bytes);
             return;
         }
-        // The key does not have the form of trustgate's keys, so the server cannot reject it by its checksum.
+        // The key does not have the form of a trustgate key, so the server cannot reject the key by its checksum.
         for ten in place.chunks_mut(10) {
             let mut bits = self.random.next();
             for character in ten {
@@ -86,7 +87,7 @@ impl Keys {
         }
     }
 
-    /// The id of the key's trust, if the file contains it.
+    /// Returns the id of the trust of this key, if the file contains the id.
     pub(crate) fn trust(&self, key: u32) -> Option<&[u8]> {
         self.all.get(key as usize)?.trust.as_deref()
     }
@@ -116,7 +117,7 @@ fn zipf(keys: usize, random: &mut Random) -> Vec<u32> {
     std::iter::repeat_with(draw).take(DRAWN).collect()
 }
 
-/// `SplitMix64` (Steele, Lea, Flood 2014): good enough to choose keys.
+/// The generator `SplitMix64` (Steele, Lea, Flood 2014), which is good enough to choose keys.
 struct Random(u64);
 
 impl Random {
@@ -128,13 +129,13 @@ impl Random {
         mixed ^ mixed >> 31
     }
 
-    /// A number below `end`, which is at most 2^32.
+    /// Returns a random number below `end`, which must be at most 2^32.
     fn below(&mut self, end: usize) -> u32 {
         let (high, end) = (self.next() >> 32, end as u64);
         u32::try_from((high * end) >> 32).unwrap_or(u32::MAX)
     }
 
-    /// A number from 0 to 1.
+    /// Returns a random number from 0 (inclusive) to 1 (exclusive).
     #[expect(clippy::cast_precision_loss, reason = "53 bits fit")]
     fn share(&mut self) -> f64 {
         (self.next() >> 11) as f64 / (1_u64 << 53) as f64

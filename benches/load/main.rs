@@ -1,8 +1,9 @@
-//! A load generator for benchmarks, which `benches/run` calls. It sends Check calls as Envoy does, and prints the
-//! number, the outcomes and the times of the answers as one line of JSON.
+//! A load generator for benchmarks, which `benches/run` starts. The load generator sends Check calls as Envoy does, and
+//! prints the number, the outcomes and the times of the answers as one line of JSON.
 //!
-//! It runs on one thread, sends prepared frames and does not allocate for an answer, because it must cost less than the
-//! cheapest server that it drives. It checks each answer; if one has not the expected outcome, the exit code is not 0.
+//! It runs on one thread, sends prepared frames and does not allocate memory for an answer, because it must use less
+//! processor time than the fastest server that it measures. It checks each answer: if an answer does not have the
+//! expected outcome, the exit code is not 0.
 
 // This program measures real time.
 #![allow(clippy::disallowed_methods)]
@@ -50,7 +51,7 @@ const RAW_MESSAGE: &[u8] = include_bytes!("../check_request_raw.bin");
 struct Arguments {
     /// The server: `IP:PORT` or `unix:///PATH`.
     address: Address,
-    /// A file of keys, one key a line. A space and the id of the expected trust may follow the key.
+    /// A file of keys, one key per line. A space and the id of the expected trust may follow the key.
     #[arg(long, value_name = "FILE", required_unless_present_any = ["made_up", "no_key"])]
     keys: Option<PathBuf>,
     /// The order in which the keys of the file are used.
@@ -71,7 +72,8 @@ struct Arguments {
     /// Maximum number of checks in flight on each connection.
     #[arg(short = 'm', long, default_value_t = 32)]
     streams: usize,
-    /// Checks a second, evenly spaced (open loop). Without it, each answer is followed by the next check (closed loop).
+    /// Number of checks per second, evenly spaced (open loop). Default: send the next check after each answer (closed
+    /// loop).
     #[arg(long)]
     rate: Option<f64>,
     /// Length of the measurement, in seconds.
@@ -80,14 +82,14 @@ struct Arguments {
     /// Length of the warm-up before the measurement, in seconds.
     #[arg(long, default_value_t = 1.0)]
     warm_up: f64,
-    /// Maximum number of checks.
+    /// Maximum number of checks to send.
     #[arg(long, default_value_t = u64::MAX)]
     requests: u64,
     /// The expected outcome of each check.
     #[arg(long, value_enum, default_value_t = Expected::Grant)]
     expect: Expected,
-    /// Poll for answers instead of sleeping. Times are then exact to the microsecond, but the program uses a whole
-    /// processor.
+    /// Poll for answers continuously instead of sleeping. Times are then accurate to the microsecond, but the program
+    /// keeps one processor fully busy.
     #[arg(long)]
     spin: bool,
     /// Encode the headers in the message as Envoy does with `encode_raw_headers`.
@@ -96,16 +98,16 @@ struct Arguments {
     /// Send GET requests for this path over HTTP/1.1 instead of Check calls, one at a time on each connection.
     #[arg(long, value_name = "PATH")]
     http1: Option<String>,
-    /// Use TLS, and trust the certificate authorities in this PEM file.
+    /// Use TLS and trust the certificate authorities in this PEM file.
     #[arg(long, value_name = "FILE")]
     tls_ca: Option<PathBuf>,
-    /// The name in the certificate of the server.
+    /// The name that the certificate of the server must contain.
     #[arg(long, value_name = "NAME", default_value = "localhost")]
     tls_name: String,
-    /// The client certificate, a PEM file, for a server that requires one.
+    /// PEM file with the client certificate, for a server that requires one.
     #[arg(long, value_name = "FILE", requires_all = ["tls_key", "tls_ca"])]
     tls_certificate: Option<PathBuf>,
-    /// The private key of the client certificate, a PEM file.
+    /// PEM file with the private key of the client certificate.
     #[arg(long, value_name = "FILE", requires = "tls_certificate")]
     tls_key: Option<PathBuf>,
 }
@@ -131,7 +133,7 @@ fn report(line: &str) {
 }
 
 fn run(arguments: &Arguments) -> Result<bool, Box<dyn Error>> {
-    // With the default timer slack, each sleep, and so each check of an open loop, is up to 50 us late.
+    // With the default timer slack, each sleep ends up to 50 us late, and so does each check of an open loop.
     rustix::thread::set_current_timer_slack(NonZeroU64::new(1))?;
     let plan = plan(arguments)?;
     let keys = match &arguments.keys {

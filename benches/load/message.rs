@@ -1,27 +1,29 @@
-//! The `CheckRequest` to send, and the part of a `CheckResponse` that distinguishes grants, denials and faults.
+//! Prepares the `CheckRequest` to send, and reads the part of a `CheckResponse` that distinguishes grants, denials and
+//! faults.
 //!
-//! An answer counts as wrong if it is not clearly one of these, or if it grants for another trust.
+//! An answer counts as wrong if it is not clearly a grant, a denial or a fault, or if it is a grant for another trust.
 
 /// The outcome of a check.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Outcome {
-    /// Granted, for the trust that owns the key.
+    /// Granted; if the trust of the key is known, the grant is for this trust.
     Grant,
     /// Denied.
     Denial,
     /// The server could not decide.
     Fault,
-    /// The answer is wrong or missing, for this reason.
+    /// The answer is wrong or missing for this reason.
     Wrong(&'static str),
 }
 
-/// The part of the stored message to replace with a key. It has the length of the keys that trustgate issues.
+/// The part of the stored message that is replaced with a key. The placeholder has the length of the keys that
+/// trustgate issues.
 pub(crate) const PLACEHOLDER: &[u8; KEY_BYTES] = b"tg_0000000000000000000000000000000000000000000000000";
-/// The length of every key that is sent.
+/// The length of every key that is sent, in bytes.
 pub(crate) const KEY_BYTES: usize = 52;
 /// The header that contains the key.
 const KEY_HEADER: &[u8] = b"x-api-key";
-/// A header name of the same length, which is not a source of keys.
+/// A header name of the same length that is not a source of keys.
 const OTHER_HEADER: &[u8] = b"x-api-kez";
 
 /// A message as Envoy sends it, with its gRPC prefix.
@@ -32,8 +34,8 @@ pub(crate) struct Template {
 }
 
 impl Template {
-    /// Creates a template from a `CheckRequest` that contains [`PLACEHOLDER`] once. If `with_key` is false, its header
-    /// is renamed, so that the request has no key.
+    /// Creates a template from a `CheckRequest` that contains [`PLACEHOLDER`] once. If `with_key` is false, renames the
+    /// header of the key, so that the request has no key.
     ///
     /// # Errors
     /// If the message is too long, or does not contain the placeholder or the header exactly once.
@@ -51,7 +53,7 @@ impl Template {
     }
 }
 
-/// The position of `wanted`, which `bytes` must contain exactly once.
+/// Returns the position of `wanted`, which `bytes` must contain exactly once.
 fn only(bytes: &[u8], wanted: &[u8]) -> Result<usize, String> {
     let mut places = bytes.windows(wanted.len()).enumerate().filter(|(_, part)| *part == wanted);
     match (places.next(), places.next()) {
@@ -63,7 +65,7 @@ fn only(bytes: &[u8], wanted: &[u8]) -> Result<usize, String> {
     }
 }
 
-/// The outcome in a `CheckResponse` with its gRPC prefix. `trust`: the id of the key's trust, if it is known.
+/// Reads the outcome from a `CheckResponse` with its gRPC prefix. `trust`: the id of the key's trust, if it is known.
 pub(crate) fn read(framed: &[u8], trust: Option<&[u8]>) -> Outcome {
     let Some((prefix, message)) = framed.split_at_checked(5) else { return Outcome::Wrong("incomplete message") };
     let [compressed, length @ ..] = prefix else { return Outcome::Wrong("incomplete message") };
@@ -73,7 +75,7 @@ pub(crate) fn read(framed: &[u8], trust: Option<&[u8]>) -> Outcome {
     decode(message, trust).unwrap_or(Outcome::Wrong("invalid CheckResponse"))
 }
 
-/// Field numbers: `envoy/service/auth/v3/external_auth.proto`, `google/rpc/status.proto`.
+/// Decodes a `CheckResponse`. Field numbers: `envoy/service/auth/v3/external_auth.proto`, `google/rpc/status.proto`.
 fn decode(message: &[u8], trust: Option<&[u8]>) -> Result<Outcome, Malformed> {
     let (mut code, mut ok, mut denied, mut is_error) = (0, None, None, false);
     let mut fields = Fields(message);
@@ -108,7 +110,7 @@ fn decode(message: &[u8], trust: Option<&[u8]>) -> Result<Outcome, Malformed> {
     })
 }
 
-/// The value of `x-trust-id` among the headers of an `OkHttpResponse`.
+/// Returns the value of `x-trust-id` among the headers of an `OkHttpResponse`.
 fn trust_in(ok: &[u8]) -> Result<Option<&[u8]>, Malformed> {
     let mut options = Fields(ok);
     while let Some((number, option)) = options.next()? {
@@ -133,7 +135,7 @@ fn trust_in(ok: &[u8]) -> Result<Option<&[u8]>, Malformed> {
     Ok(None)
 }
 
-/// The value of a number field of a message; 0 if the field is absent.
+/// Returns the value of the integer field `wanted` of a message; 0 if the field is absent.
 fn number_in(message: &[u8], wanted: u64) -> Result<u64, Malformed> {
     let mut found = 0;
     let mut fields = Fields(message);
@@ -147,7 +149,7 @@ fn number_in(message: &[u8], wanted: u64) -> Result<u64, Malformed> {
     Ok(found)
 }
 
-/// The bytes are not a valid protobuf message.
+/// The error for bytes that are not a valid protobuf message.
 struct Malformed;
 
 /// Iterates over the fields of a protobuf message.
@@ -160,7 +162,7 @@ enum Field<'m> {
 }
 
 impl<'m> Fields<'m> {
-    /// The next field with its number; `None` at the end.
+    /// Returns the next field with its number; `None` at the end of the message.
     fn next(&mut self) -> Result<Option<(u64, Field<'m>)>, Malformed> {
         if self.0.is_empty() {
             return Ok(None);

@@ -1,25 +1,26 @@
-//! The interface between the sender and a protocol: room for requests, bytes to send, and outcomes of earlier requests.
+//! The interface between the load loop and a protocol. A session accepts requests and received bytes, and produces
+//! bytes to send and the outcomes of requests.
 
 use crate::{keys::Keys, message::Outcome};
 
 /// One check.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Ticket {
-    /// When it was due, in nanoseconds since the start. Its time counts from then on.
+    /// When the check was due, in nanoseconds since the start. The time of the check counts from this moment.
     pub(crate) due: u64,
-    /// The index of its key.
+    /// The index of the key in [`Keys`].
     pub(crate) key: u32,
 }
 
 /// How a check ended.
 pub(crate) enum Ended {
-    /// The server answered, or the answer cannot arrive any more.
+    /// The server answered, or the answer can no longer arrive.
     Answered(Ticket, Outcome),
-    /// The server closes the connection and did not process the check: send it on another connection.
+    /// The server is closing the connection and did not process the check: send the check on another connection.
     NotProcessed(Ticket),
 }
 
-/// The client side of a protocol on one connection. It does not read or write the socket.
+/// The client side of a protocol on one connection. A session does not access the socket.
 pub(crate) trait Session {
     /// Appends the first bytes to send.
     fn begin(&mut self, out: &mut Vec<u8>);
@@ -27,14 +28,14 @@ pub(crate) trait Session {
     fn is_ready(&self) -> bool;
     /// True if another request can be sent now.
     fn has_room(&self) -> bool;
-    /// The number of requests without an answer.
+    /// Returns the number of requests without an answer.
     fn in_flight(&self) -> usize;
     /// True if the connection accepts no more requests and all requests are answered, so that it can be replaced.
     fn is_done(&self) -> bool;
     /// Appends a request to `out`. May only be called if [`Self::has_room`] is true.
     fn send(&mut self, ticket: Ticket, keys: &mut Keys, out: &mut Vec<u8>);
-    /// Processes the complete messages in `input`; returns the number of bytes processed. The next call gets the rest
-    /// again, with the bytes that follow.
+    /// Processes the complete messages in `input`; returns the number of bytes processed. The next call receives the
+    /// remaining bytes again, together with the bytes that arrived after them.
     ///
     /// # Errors
     /// If the server violates the protocol.

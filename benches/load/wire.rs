@@ -1,4 +1,4 @@
-//! A connection to the server: TCP, TLS over TCP, or a Unix socket. Once connected, it does not block.
+//! A connection to the server: TCP, TLS over TCP, or a Unix socket. Once connected, the socket does not block.
 
 use std::{
     io::{self, Read, Write},
@@ -38,7 +38,7 @@ impl FromStr for Address {
     }
 }
 
-/// The configuration of TLS.
+/// The TLS configuration of the client.
 #[derive(Clone)]
 pub(crate) struct Tls {
     config: Arc<ClientConfig>,
@@ -88,7 +88,7 @@ enum Socket {
 }
 
 impl Wire {
-    /// Connects. Does not wait for the TLS handshake, which continues with each read and write.
+    /// Connects to `address`. Does not wait for the TLS handshake, which continues with each read and write.
     ///
     /// # Errors
     /// If the connection fails.
@@ -114,7 +114,7 @@ impl Wire {
     /// connection.
     ///
     /// # Errors
-    /// If reading or TLS fails.
+    /// If the read fails, or if TLS reports an error.
     pub(crate) fn read(&mut self, input: &mut Input) -> io::Result<bool> {
         let Some(tls) = &mut self.tls else { return closed(input.fill(&mut self.socket)) };
         let ended = match tls.read_tls(&mut self.socket) {
@@ -134,10 +134,11 @@ impl Wire {
         }
     }
 
-    /// Sends as much of `output` as the kernel accepts, and removes it from `output`; returns true if nothing is left.
+    /// Sends as many bytes of `output` as the kernel accepts, and removes them from `output`; returns true if none are
+    /// left.
     ///
     /// # Errors
-    /// If writing fails.
+    /// If a write fails.
     pub(crate) fn write(&mut self, output: &mut Vec<u8>) -> io::Result<bool> {
         if let Some(tls) = &mut self.tls {
             let taken = tls.writer().write(output)?;
@@ -201,7 +202,7 @@ impl Write for Socket {
     }
 }
 
-/// Bytes that have arrived and are not processed yet.
+/// A buffer for bytes that have arrived but are not processed yet.
 pub(crate) struct Input {
     bytes: Box<[u8]>,
     from: usize,
@@ -209,7 +210,7 @@ pub(crate) struct Input {
 }
 
 impl Input {
-    /// An empty buffer of 256 KiB, larger than any frame of the initial maximum size.
+    /// Creates an empty buffer of 256 KiB, which is larger than an HTTP/2 frame of the default maximum size (16 KiB).
     pub(crate) fn new() -> Self {
         Self { bytes: vec![0; 256 << 10].into(), from: 0, to: 0 }
     }
@@ -226,7 +227,7 @@ impl Input {
         }
     }
 
-    /// Reads once; returns 0 at the end of the input. A full buffer is an error.
+    /// Reads once and returns the number of bytes; 0 at the end of the input. Fails if the buffer is full.
     fn fill(&mut self, source: &mut impl Read) -> io::Result<usize> {
         if self.to == self.bytes.len() {
             self.bytes.copy_within(self.from..self.to, 0);

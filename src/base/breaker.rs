@@ -1,11 +1,11 @@
-//! A circuit breaker for a tier. After repeated failures it opens, and callers skip the tier; after a while it lets one
-//! caller try the tier again.
+//! A circuit breaker for a tier. After repeated failures, the breaker opens, and callers skip the tier. After a while,
+//! the breaker lets one caller try the tier again.
 //!
 //! Concurrent failures count as one. If this machine pauses for a moment, all calls in flight time out together, and
 //! that must not open the breaker.
 //!
-//! The breaker does not wait and does not read the clock: callers pass the time. It logs when it opens and closes, and
-//! sets its gauge; it does not log repeated failures.
+//! The breaker does not wait and does not read the clock: callers pass the time. When it opens or closes, it writes a
+//! log line and sets its gauge. It does not log each failure.
 
 use std::{
     sync::{Mutex, MutexGuard, PoisonError},
@@ -14,12 +14,13 @@ use std::{
 
 use super::{clock::Moment, metrics::IntGauge};
 
-/// The rules by which a breaker opens.
+/// The rules by which a breaker opens and lets callers try again.
 #[derive(Clone, Copy, Debug)]
 pub struct Rules {
-    /// Failures in a row that open the breaker. A failure counts only if its call began after the previous failure.
+    /// The number of failures in a row that open the breaker. A failure counts only if its call began after the
+    /// previous failure.
     pub failures_max: u32,
-    /// The time that the breaker stays open before one caller tries again.
+    /// How long the breaker stays open before one caller may try again.
     pub open_for: Duration,
 }
 
@@ -38,9 +39,10 @@ enum BreakerState {
         /// The time from which one caller may try again.
         until: Moment,
     },
-    /// Half-open: one caller tries since `since`. If it does not report, another caller may try after `open_for`.
+    /// Half-open: one caller has been trying the tier since `since`. If that caller does not report a result within
+    /// `open_for`, another caller may try.
     Probing {
-        /// The start of the trial.
+        /// The time at which the trial began.
         since: Moment,
     },
 }
@@ -50,7 +52,7 @@ impl BreakerState {
         matches!(self, Self::Closed { .. })
     }
 
-    /// The state after a caller asked for permission at `now`, and true if the caller may use the tier.
+    /// Returns the state after a caller asked for permission at `now`, and true if that caller may use the tier.
     fn asked(self, now: Moment, rules: &Rules) -> (Self, bool) {
         match self {
             Self::Closed { .. } => (self, true),
@@ -60,7 +62,7 @@ impl BreakerState {
         }
     }
 
-    /// The state after a call that began at `began` failed at `now`.
+    /// Returns the state after a call that began at `began` failed at `now`.
     fn failed(self, began: Moment, now: Moment, rules: &Rules) -> Self {
         match self {
             Self::Closed { failures: 1.., last: before } | Self::Probing { since: before } if began < before => self,
@@ -68,7 +70,7 @@ impl BreakerState {
                 Self::Closed { failures: failures + 1, last: now }
             }
             Self::Closed { .. } | Self::Probing { .. } => Self::Open { until: now.after(rules.open_for) },
-            // A call that began before the breaker opened must not keep it open.
+            // A call that began before the breaker opened must not extend the time for which the breaker stays open.
             Self::Open { .. } => self,
         }
     }
@@ -77,18 +79,18 @@ impl BreakerState {
 /// Closed, without failures.
 const CLOSED: BreakerState = BreakerState::Closed { failures: 0, last: Moment::from_nanos(0) };
 
-/// How a breaker appears in the log and in metrics.
+/// The texts and the gauge by which a breaker appears in logs and metrics.
 #[derive(Debug)]
 pub(crate) struct Labels {
     /// The tier, for the start of log lines.
     pub tier: &'static str,
     /// The effect of an open breaker, for the log line that reports it.
     pub effect: &'static str,
-    /// The gauge that is 1 while not all callers may use the tier.
+    /// The gauge: 0 while the breaker is closed, 1 while it is open or half-open.
     pub open: IntGauge,
 }
 
-/// A breaker that threads share. Only misses take its lock, for a few instructions.
+/// A breaker that several threads share. Only cache misses take the lock, which is held for a few instructions.
 #[derive(Debug)]
 pub(crate) struct Breaker {
     rules: Rules,
@@ -97,13 +99,14 @@ pub(crate) struct Breaker {
 }
 
 impl Breaker {
-    /// A closed breaker.
+    /// Creates a closed breaker.
     #[must_use]
     pub(crate) const fn new(rules: Rules, labels: Labels) -> Self {
         Self { rules, labels, state: Mutex::new(CLOSED) }
     }
 
-    /// True if the caller may use the tier now. It must then report with [`Self::succeeded`] or [`Self::failed`].
+    /// Returns true if the caller may use the tier now. The caller must then report the result with [`Self::succeeded`]
+    /// or [`Self::failed`].
     pub(crate) fn admits(&self, now: Moment) -> bool {
         let mut state = self.lock();
         let (next, may) = state.asked(now, &self.rules);
@@ -128,7 +131,7 @@ impl Breaker {
             *state = next(was);
             let (was_closed, is_closed) = (was.is_closed(), state.is_closed());
             if was_closed != is_closed {
-                self.labels.open.set(i64::from(!is_closed)); // under the lock, so that the last change counts
+                self.labels.open.set(i64::from(!is_closed)); // under the lock, so that gauge and state agree
             }
             (was_closed, is_closed)
         };
@@ -141,7 +144,7 @@ impl Breaker {
     }
 
     fn lock(&self) -> MutexGuard<'_, BreakerState> {
-        // The state is a plain value that is replaced as a whole, so a panic cannot leave it half changed.
+        // Ignore poisoning: the state is replaced as a whole, so a panic cannot leave it half changed.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -160,7 +163,7 @@ mod tests {
         Breaker::new(RULES, Labels { tier: "tier", effect: "it is skipped", open })
     }
 
-    /// Reports a call that failed at `failed`. Returns the state after it.
+    /// Reports a call that began at `began` and failed at `failed` (in milliseconds). Returns the resulting state.
     fn fails(breaker: &Breaker, began: u64, failed: u64) -> BreakerState {
         breaker.failed(at(began), at(failed));
         let state = *breaker.lock();

@@ -1,7 +1,7 @@
 //! Time: moments on the boot clock, times on the database's clock, and the [`Clock`] trait that tests implement.
 //!
-//! The host's wall clock is only compared with its boot clock, to detect a pause of the machine that the boot clock
-//! missed. No decision depends on the time that the wall clock shows.
+//! The wall clock of the machine is only compared with the boot clock, to detect a pause of the machine that the boot
+//! clock missed. No decision depends on the time that the wall clock shows.
 
 use std::{
     fmt,
@@ -20,52 +20,52 @@ use super::saturate::Saturate as _;
 pub struct Moment(u64);
 
 impl Moment {
-    /// A moment `nanos` nanoseconds after the machine started.
+    /// Returns the moment `nanos` nanoseconds after the machine started.
     #[must_use]
     pub const fn from_nanos(nanos: u64) -> Self {
         Self(nanos)
     }
 
-    /// Time from `earlier` to `self`; zero if `earlier` is later than `self`.
+    /// Returns the time from `earlier` to `self`; zero if `earlier` is later than `self`.
     #[must_use]
     pub const fn since(self, earlier: Self) -> Duration {
         Duration::from_nanos(self.0.saturating_sub(earlier.0))
     }
 
-    /// `self` plus `wait`, or the latest possible moment if that overflows.
+    /// Returns `self` plus `wait`, or the latest possible moment if the sum overflows.
     #[must_use]
     pub fn after(self, wait: Duration) -> Self {
         Self(self.0.saturating_add(wait.as_nanos().saturate()))
     }
 
-    /// `self` minus `age`, or the start of the machine if that would be earlier.
+    /// Returns `self` minus `age`, or the start of the machine if the difference is before it.
     #[must_use]
     pub fn before(self, age: Duration) -> Self {
         Self(self.0.saturating_sub(age.as_nanos().saturate()))
     }
 
-    /// Nanoseconds since the machine started.
+    /// Returns the nanoseconds since the machine started.
     #[must_use]
     pub const fn nanos(self) -> u64 {
         self.0
     }
 
     const fn micros(self) -> i64 {
-        (self.0 / 1_000).cast_signed() // u64 / 1000 fits an i64
+        (self.0 / 1_000).cast_signed() // a u64 divided by 1000 fits into an i64
     }
 }
 
 /// A point in time by the database's clock: microseconds since the Unix epoch.
 ///
-/// Stored with its sign bit flipped, which keeps the order. Zero is then unused, so that an `Option` takes no extra
-/// memory: each cached record has three of them.
+/// The microseconds are stored with the sign bit flipped, which keeps their order. Zero is then unused, so an `Option`
+/// of this type takes no extra memory. Each cached record contains three such options.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub struct DatabaseTime(NonZeroU64);
 
 const SIGN: u64 = 1 << 63;
 
 impl DatabaseTime {
-    /// The time `micros` microseconds after the Unix epoch. `i64::MIN`, which would be stored as zero, becomes
+    /// Returns the time `micros` microseconds after the Unix epoch. `i64::MIN`, which would be stored as zero, becomes
     /// `i64::MIN + 1`.
     #[must_use]
     pub const fn from_micros(micros: i64) -> Self {
@@ -75,33 +75,33 @@ impl DatabaseTime {
         }
     }
 
-    /// Microseconds since the Unix epoch.
+    /// Returns the microseconds since the Unix epoch.
     #[must_use]
     pub const fn micros(self) -> i64 {
         (self.0.get() ^ SIGN).cast_signed()
     }
 
-    /// Time from `earlier` to `self`; zero if `earlier` is later than `self`.
+    /// Returns the time from `earlier` to `self`; zero if `earlier` is later than `self`.
     #[must_use]
     pub fn since(self, earlier: Self) -> Duration {
         Duration::from_micros(u64::try_from(self.micros().saturating_sub(earlier.micros())).unwrap_or(0))
     }
 
-    /// The time in RFC 3339 format, in UTC; `None` if it is outside the range of the calendar.
+    /// Formats the time as RFC 3339 in UTC. Returns `None` if the time is outside the range of the calendar.
     #[must_use]
     pub fn to_rfc3339(self) -> Option<String> {
         let at = OffsetDateTime::from_unix_timestamp_nanos(i128::from(self.micros()) * 1_000).ok()?;
         at.format(&Rfc3339).ok()
     }
 
-    /// Reads a time in RFC 3339 format. Digits after the microseconds are ignored.
+    /// Parses a time in RFC 3339 format. Ignores digits after the microseconds.
     #[must_use]
     pub fn from_rfc3339(text: &str) -> Option<Self> {
         let nanos = OffsetDateTime::parse(text, &Rfc3339).ok()?.unix_timestamp_nanos();
         i64::try_from(nanos / 1_000).ok().map(Self::from_micros)
     }
 
-    /// `self` plus `wait`.
+    /// Returns `self` plus `wait`, or the latest possible time if the sum overflows.
     #[must_use]
     pub fn after(self, wait: Duration) -> Self {
         Self::from_micros(self.micros().saturating_add(wait.as_micros().saturate()))
@@ -114,7 +114,7 @@ impl fmt::Debug for DatabaseTime {
     }
 }
 
-/// RFC 3339 in UTC. A time outside the range of the calendar is shown as its number of microseconds.
+/// Formats the time as RFC 3339 in UTC, or as a number of microseconds if it is outside the range of the calendar.
 impl fmt::Display for DatabaseTime {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.to_rfc3339() {
@@ -124,16 +124,16 @@ impl fmt::Display for DatabaseTime {
     }
 }
 
-/// A source of time. The program uses [`SystemClock`]; tests use clocks that they set.
+/// A source of time. The program uses [`SystemClock`]; tests use clocks that they control.
 pub trait Clock: Send + Sync + 'static {
-    /// The current moment.
+    /// Returns the current moment.
     fn now(&self) -> Moment;
-    /// Microseconds by which the wall clock is ahead of the boot clock. A jump means that the wall clock was set, or
-    /// that the whole machine was paused and its boot clock stopped.
+    /// Returns the number of microseconds by which the wall clock is ahead of the boot clock. A jump of this offset
+    /// means that the wall clock was set, or that the whole machine was paused and its boot clock stopped.
     fn wall_offset(&self) -> i64;
 }
 
-/// `CLOCK_BOOTTIME` of this machine.
+/// The clock `CLOCK_BOOTTIME` of this machine.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct SystemClock;
 
@@ -150,17 +150,19 @@ impl Clock for SystemClock {
     }
 }
 
-/// The time that the wall clock of this machine showed at `at`, if it was not set since. For diagnostics, not for
-/// decisions.
+/// Returns the time that the wall clock of this machine showed at `at`, unless the wall clock was set afterwards. Use
+/// the result only for diagnostics, not for decisions.
 #[must_use]
 pub(crate) fn wall_time(clock: &dyn Clock, at: Moment) -> DatabaseTime {
     DatabaseTime::from_micros(at.micros().saturating_add(clock.wall_offset()))
 }
 
-/// An estimate of the database's clock: its offset to the boot clock, updated by each answered read.
+/// An estimate of the database's clock, stored as its offset to the boot clock. Each answered read updates the
+/// estimate.
 ///
-/// The estimate assumes that the database read its clock when the read was sent. So it may be ahead of the database by
-/// the duration of that read, but not behind: values age and keys expire slightly early, not late.
+/// The estimate assumes that the database read its clock when the read was sent. It may therefore be ahead of the
+/// database by the duration of that read, but not behind. As a result, cached values and keys expire slightly early,
+/// but not late.
 #[derive(Debug, Default)]
 pub struct DatabaseClock {
     offset_micros: AtomicI64,
@@ -174,7 +176,7 @@ impl DatabaseClock {
         self.known.store(true, Ordering::Release);
     }
 
-    /// The database's time at `now`, or `None` before the first answered read.
+    /// Returns the database's time at `now`; `None` before the first answered read.
     #[must_use]
     pub fn at(&self, now: Moment) -> Option<DatabaseTime> {
         self.known
@@ -188,7 +190,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_database_clock_is_unknown_until_a_read_and_then_never_behind() {
+    fn database_clock_is_unknown_until_the_first_read_and_then_not_behind() {
         let clock = DatabaseClock::default();
         let sent = Moment::from_nanos(5_000_000_000);
         assert_eq!(clock.at(sent), None);
@@ -198,7 +200,7 @@ mod tests {
     }
 
     #[test]
-    fn database_times_keep_their_order_and_an_option_takes_no_extra_memory() {
+    fn database_times_keep_their_order_and_fit_into_an_option_without_extra_memory() {
         let times = [i64::MIN + 1, -1, 0, 1, i64::MAX];
         assert!(times.windows(2).all(|pair| DatabaseTime::from_micros(pair[0]) < DatabaseTime::from_micros(pair[1])));
         assert_eq!(times.map(|micros| DatabaseTime::from_micros(micros).micros()), times);

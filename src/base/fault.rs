@@ -4,7 +4,7 @@
 
 use std::{error::Error, sync::Arc, time::Duration};
 
-/// A place where a record can be found.
+/// A place from which a record can be loaded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Tier {
     /// The cache in this process.
@@ -16,7 +16,7 @@ pub enum Tier {
 }
 
 impl Tier {
-    /// The word for labels and logs.
+    /// Returns the name of the tier for metric labels and logs.
     #[must_use]
     pub const fn as_str(self) -> &'static str {
         match self {
@@ -36,29 +36,29 @@ pub enum Fault {
     /// A tier did not answer in time.
     #[error("{} timeout: no answer within {limit:?}", tier.as_str())]
     Timeout {
-        /// The tier.
+        /// The affected tier.
         tier: Tier,
-        /// The timeout that it exceeded.
+        /// The timeout that the tier exceeded.
         limit: Duration,
     },
     /// A tier failed or cannot be reached.
     #[error("{} failed: {source}", tier.as_str())]
     Unreachable {
-        /// The tier.
+        /// The affected tier.
         tier: Tier,
-        /// The cause.
+        /// The underlying error.
         source: Cause,
     },
     /// The circuit breaker of a tier is open.
     #[error("{} circuit breaker open: the tier failed repeatedly", tier.as_str())]
     Paused {
-        /// The tier.
+        /// The affected tier.
         tier: Tier,
     },
     /// A tier returned data that is not a valid record.
     #[error("{} record invalid: {problem}", tier.as_str())]
     Corrupt {
-        /// The tier.
+        /// The affected tier.
         tier: Tier,
         /// The problem with the data.
         problem: &'static str,
@@ -76,7 +76,7 @@ pub enum Fault {
         limit: Duration,
     },
     /// Each loaded value was out of date by the time it arrived.
-    #[error("record not confirmed: it kept changing while it was read")]
+    #[error("record not confirmed: the record kept changing while it was read")]
     Unconfirmed,
     /// The database's clock is not known yet, so this server cannot decide whether a key has expired.
     #[error("database clock unknown: the database has not answered yet")]
@@ -88,7 +88,7 @@ pub enum Fault {
         name: Box<str>,
         /// The value of the context extension, cut by [`quoted`].
         value: Box<str>,
-        /// The expected form.
+        /// The expected form of the value.
         problem: &'static str,
     },
     /// The caller compressed its message. This server offers no compression, so it cannot read the message.
@@ -124,7 +124,7 @@ pub enum FaultReason {
     Overload,
     /// The check took longer than its deadline.
     Deadline,
-    /// This server lacks a secret that it needs to judge the credential.
+    /// This server may lack the pepper that it needs to find the key.
     Keys,
 }
 
@@ -132,7 +132,7 @@ impl FaultReason {
     /// All reasons, in the order of the enum.
     pub const ALL: [Self; 6] = [Self::Store, Self::Breaker, Self::Route, Self::Overload, Self::Deadline, Self::Keys];
 
-    /// The value of the label.
+    /// Returns the value of the label.
     #[must_use]
     pub const fn as_str(self) -> &'static str {
         match self {
@@ -146,19 +146,19 @@ impl FaultReason {
     }
 }
 
-/// Text from a request, cut to 128 bytes, for a log line that prints it escaped (`{:?}`).
+/// Cuts text from a request to 128 bytes, for a log line that prints the text escaped (`{:?}`).
 #[must_use]
 pub(crate) fn quoted(text: &[u8]) -> Box<str> {
     String::from_utf8_lossy(&text[..text.len().min(128)]).into()
 }
 
 impl Fault {
-    /// A fault of `tier`, which failed with `source`.
+    /// Creates the fault for a `tier` that failed with `source`.
     pub fn unreachable(tier: Tier, source: impl Error + Send + Sync + 'static) -> Self {
         Self::Unreachable { tier, source: Arc::new(source) }
     }
 
-    /// The kind of this fault.
+    /// Returns the kind of this fault.
     #[must_use]
     pub const fn reason(&self) -> FaultReason {
         match self {
@@ -176,13 +176,14 @@ impl Fault {
         }
     }
 
-    /// True if the tier itself failed, so that the fault counts for its circuit breaker.
+    /// Returns true if the tier itself failed, so that its circuit breaker must count the fault.
     #[must_use]
     pub const fn blames_tier(&self) -> bool {
         matches!(self, Self::Timeout { .. } | Self::Unreachable { .. })
     }
 
-    /// True if the tier did answer. One invalid row must not open the circuit breaker for all other rows.
+    /// Returns true if the tier answered, but with invalid data. One invalid row must not open the circuit breaker for
+    /// all other rows.
     #[must_use]
     pub const fn is_answer(&self) -> bool {
         matches!(self, Self::Corrupt { .. })

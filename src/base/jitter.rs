@@ -1,8 +1,8 @@
-//! Jitter: small variations of times, so that replicas do not act, and entries and connections do not end, at the same
-//! moments.
+//! Jitter: small variations of times. Without jitter, many replicas would act at the same moment, and many cache
+//! entries and connections would expire at the same moment.
 //!
-//! The variations depend only on numbers that the caller has, such as the replica's id, so they are the same in each
-//! run.
+//! The variations depend only on numbers that the caller passes, such as the replica's id, so that simulations can be
+//! repeated.
 
 use std::time::Duration;
 
@@ -13,14 +13,14 @@ use uuid::Uuid;
 pub struct Jitter(u64);
 
 impl Jitter {
-    /// The jitter of `replica`.
+    /// Creates the jitter of the replica with this id.
     #[must_use]
     pub const fn of(replica: Uuid) -> Self {
         let (high, low) = replica.as_u64_pair();
         Self(high ^ low)
     }
 
-    /// `time`, varied by up to 10 % in either direction.
+    /// Returns `time`, varied by up to 10 % in either direction.
     pub fn around(&mut self, time: Duration) -> Duration {
         // A linear congruential generator (Knuth, MMIX). Its upper bits are the most random ones.
         self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
@@ -29,7 +29,8 @@ impl Jitter {
     }
 }
 
-/// `time`, varied by up to `share` of it in either direction. `position`: the place in that range, from 0 to 1.
+/// Returns `time`, varied by up to the fraction `share` in either direction. `position`, from 0 to 1, selects a point
+/// in that range.
 #[must_use]
 pub(crate) fn vary(time: Duration, share: f64, position: f64) -> Duration {
     time.mul_f64(1.0 - share + 2.0 * share * position)

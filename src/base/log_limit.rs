@@ -7,7 +7,7 @@ use std::{
 
 use super::clock::Moment;
 
-/// Permits one log line per interval, and counts the events that were not logged in between.
+/// Permits one log line per interval, and counts the events that were not logged since the last line.
 pub(crate) struct LogLimit {
     interval: Duration,
     /// The time from which the next line is permitted, in nanoseconds of [`Moment`]; 0 until the first line.
@@ -16,7 +16,7 @@ pub(crate) struct LogLimit {
 }
 
 impl LogLimit {
-    /// Permits one line per `interval`.
+    /// Creates a limit of one log line per `interval`.
     #[must_use]
     pub(crate) const fn every(interval: Duration) -> Self {
         Self { interval, next: AtomicU64::new(0), suppressed: AtomicU64::new(0) }
@@ -27,7 +27,7 @@ impl LogLimit {
     pub(crate) fn permit(&self, now: Moment) -> Option<u64> {
         let next = self.next.load(Ordering::Relaxed);
         let after = now.after(self.interval).nanos();
-        // Of several threads that arrive at once, only one moves `next` forward and logs.
+        // If several threads arrive at once, only one of them moves `next` forward and may log.
         let is_permitted = now.nanos() >= next
             && self.next.compare_exchange(next, after, Ordering::Relaxed, Ordering::Relaxed).is_ok();
         if is_permitted {
@@ -43,7 +43,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn one_line_per_interval_reports_the_number_of_suppressed_lines() {
+    fn one_line_per_interval_is_permitted_and_gets_the_number_of_suppressed_lines() {
         let limit = LogLimit::every(Duration::from_mins(1));
         let at = |seconds: u64| Moment::from_nanos(seconds * 1_000_000_000);
         assert_eq!(limit.permit(at(5)), Some(0));

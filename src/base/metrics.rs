@@ -1,6 +1,7 @@
 //! The registry of metrics and its text form. Each module declares its own metrics in a typed struct.
 //!
-//! Label values are fixed in the code or in the configuration: nothing from a request becomes a label value.
+//! Label values come from the code or the configuration. No text from a request becomes a label value, so the number of
+//! time series is limited.
 
 pub(crate) mod per_thread;
 
@@ -18,7 +19,8 @@ pub(crate) const SHORT_SECONDS: [f64; 14] =
 /// Registers `metric` and returns it.
 ///
 /// # Errors
-/// If its name or description is taken or invalid. This is a programming error, which shows at startup.
+/// If the name is taken, or if the name or the description is invalid. This is a programming error, which shows at
+/// startup.
 pub(crate) fn register<M: Collector + Clone + 'static>(
     registry: &Registry,
     metric: prometheus::Result<M>,
@@ -28,10 +30,11 @@ pub(crate) fn register<M: Collector + Clone + 'static>(
     Ok(metric)
 }
 
-/// Creates a registry with the metrics of the process: its build, and the figures that the kernel keeps for it.
+/// Creates a registry with the metrics of the process: build information, and kernel statistics such as CPU time and
+/// memory.
 ///
 /// # Errors
-/// As [`register`].
+/// The same as for [`register`].
 pub fn registry(version: &str, commit: &str) -> prometheus::Result<Registry> {
     let registry = Registry::new();
     registry.register(Box::new(prometheus::process_collector::ProcessCollector::for_self()))?;
@@ -43,7 +46,7 @@ pub fn registry(version: &str, commit: &str) -> prometheus::Result<Registry> {
     Ok(registry)
 }
 
-/// All metrics in the Prometheus text format.
+/// Returns all metrics in the Prometheus text format.
 #[must_use]
 pub fn text(registry: &Registry) -> String {
     let mut text = String::new();

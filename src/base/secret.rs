@@ -6,13 +6,13 @@ use zeroize::{Zeroize, Zeroizing};
 
 use super::text;
 
-/// A secret text: a password, a pepper, or a URL that may contain one. Dropping it overwrites its memory. It has no
-/// `PartialEq`, because `==` would compare in variable time.
+/// A secret text: a password, a pepper, or a URL that may contain a password. Dropping a secret overwrites its memory.
+/// The type has no `PartialEq`, because `==` would not compare in constant time.
 #[derive(Clone)]
 pub struct Secret(String);
 
 impl Secret {
-    /// Wraps `text`.
+    /// Wraps `text` as a secret.
     #[must_use]
     pub const fn new(text: String) -> Self {
         Self(text)
@@ -27,16 +27,16 @@ impl Secret {
         Ok(Self(text::value(&Self::read_text(path)?.0)?.to_owned()))
     }
 
-    /// Reads a text that may have several lines and may contain secrets.
+    /// Reads a text from a file. The text may have several lines and contain secrets.
     ///
     /// # Errors
-    /// As [`Self::read`], but the text may be empty.
+    /// The same as for [`Self::read`], but the text may be empty or have several lines.
     pub fn read_text(path: &Path) -> io::Result<Self> {
         let bytes = Zeroizing::new(fs::read(path)?);
         Ok(Self(text::decode(&bytes)?.to_owned()))
     }
 
-    /// The secret itself. The name makes each use easy to find.
+    /// Returns the secret in plaintext. The name of this method makes each use easy to find.
     #[must_use]
     pub fn expose(&self) -> &str {
         &self.0

@@ -1,7 +1,7 @@
-//! Settings: each has a name in a section, a type, a default, and a description for operators.
+//! Settings. Each setting has a section, a name, a type, a default, and a description for operators.
 //!
-//! A module declares its section with `settings!`; `config` reads the file and the environment. Errors from this module
-//! do not contain values, because a value may be a secret.
+//! A module declares its section with `settings!`. The module `config` reads the file and the environment variables.
+//! Errors from this module do not contain values, because a value may be a secret.
 
 use std::{collections::BTreeMap, fmt, net::SocketAddr, path::PathBuf, time::Duration};
 
@@ -11,7 +11,7 @@ use super::{
     units::{ByteSize, parse_duration},
 };
 
-/// A value as the operator wrote it, before it is parsed. Numbers and booleans of the file are texts here.
+/// A value as the operator wrote it, before parsing. Numbers and booleans from the file are stored as text.
 #[derive(Clone, PartialEq, Eq)]
 pub enum RawValue {
     /// One value.
@@ -28,13 +28,13 @@ pub(crate) type Origin = String;
 pub struct ConfigError {
     /// The setting, as `section.name`.
     pub setting: String,
-    /// The place where it was set; `None` if it is not set.
+    /// The place where the setting is set; `None` if the setting is not set.
     pub origin: Option<Origin>,
     /// The problem and its remedy, without the value of a secret.
     pub problem: String,
 }
 
-/// One line, which begins with the place where the setting was set.
+/// Formats the error as one line, which begins with the place where the setting is set.
 impl fmt::Display for ConfigError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { setting, origin, problem } = self;
@@ -50,9 +50,9 @@ impl fmt::Display for ConfigError {
 pub trait Setting: Sized {
     /// The accepted form, for messages: "a duration with its unit, such as 150ms".
     const EXPECTED: &'static str;
-    /// Parses a value; `None` if `written` does not have the accepted form.
+    /// Parses a value. Returns `None` if `written` does not have the accepted form.
     fn read(written: &RawValue) -> Option<Self>;
-    /// The value of a setting that has no default and is not set.
+    /// Returns the value of a setting that has no default and is not set.
     #[must_use]
     fn unset() -> Option<Self> {
         None
@@ -66,9 +66,9 @@ pub struct Field {
     pub name: &'static str,
     /// The description of the setting, in one or a few lines.
     pub doc: &'static str,
-    /// The default, as an operator would write it; `""` for unset.
+    /// The default, as an operator would write it; `""` if the setting has no default.
     pub default: &'static str,
-    /// The accepted form.
+    /// The accepted form of a value, for messages.
     pub expected: &'static str,
 }
 
@@ -80,12 +80,12 @@ pub trait Section: Sized {
     const DOC: &'static str;
     /// The settings of the section, in the order of the documentation.
     const FIELDS: &'static [Field];
-    /// Reads the section from `reader`, with defaults for settings that are not set. Adds configuration errors to
-    /// `reader`.
+    /// Reads the section from `reader`, with defaults for settings that are not set. Adds a configuration error to
+    /// `reader` for each invalid value.
     fn read(reader: &mut Reader) -> Self;
 }
 
-/// The values of the file and the environment, and the configuration errors found so far.
+/// The values from the file and the environment, and the configuration errors that were found so far.
 #[derive(Default)]
 pub struct Reader {
     written: BTreeMap<(String, String), (RawValue, Origin)>,
@@ -93,13 +93,13 @@ pub struct Reader {
 }
 
 impl Reader {
-    /// Records that `section.name` was set to `written` at `origin`. A later call replaces an earlier one: the
-    /// environment comes after the file.
+    /// Records that `section.name` was set to `written` at `origin`. A later call replaces the value of an earlier
+    /// call. The environment is read after the file, so it overrides the file.
     pub fn put(&mut self, section: &str, name: &str, written: RawValue, origin: Origin) {
         self.written.insert((section.to_owned(), name.to_owned()), (written, origin));
     }
 
-    /// The place where `section.name` was set, if it was set.
+    /// Returns the place where `section.name` is set; `None` if it is not set.
     #[must_use]
     pub fn origin(&self, section: &str, name: &str) -> Option<&Origin> {
         self.written.get(&(section.to_owned(), name.to_owned())).map(|(_, origin)| origin)
@@ -116,11 +116,11 @@ impl Reader {
         self.config_errors.push(ConfigError { setting, origin: Some(origin), problem });
     }
 
-    /// The value of a setting, or its default if it is not set. An invalid value adds a configuration error and yields
-    /// the default.
+    /// Returns the value of a setting, or the default if the setting is not set. If the value is invalid, adds a
+    /// configuration error and returns the default.
     ///
     /// # Panics
-    /// If `default` is invalid. This is an error in the declaration, which the test of the defaults finds.
+    /// If `default` is invalid. This is a programming error in the declaration, which a test of all defaults finds.
     pub fn take<T: Setting>(&mut self, section: &str, name: &str, default: &'static str) -> T {
         let written = self.written.get(&(section.to_owned(), name.to_owned())).map(|(written, _)| written);
         if let Some(value) = written.and_then(T::read) {
@@ -133,20 +133,21 @@ impl Reader {
         fallback.unwrap_or_else(|| panic!("the default of {section}.{name} is not {}", T::EXPECTED))
     }
 
-    /// All configuration errors, in the order in which they were found.
+    /// Returns all configuration errors, in the order in which they were found.
     #[must_use]
     pub fn into_errors(self) -> Vec<ConfigError> {
         self.config_errors
     }
 
-    /// The configuration errors found so far.
+    /// Returns the configuration errors that were found so far.
     #[must_use]
     pub fn config_errors(&self) -> &[ConfigError] {
         &self.config_errors
     }
 }
 
-/// Declares a section: a struct whose fields each have a description, a type and a default (`""`: unset).
+/// Declares a section: a struct whose fields each have a description, a type and a default. The default `""` means that
+/// the setting is unset.
 #[macro_export]
 macro_rules! settings {
     (
@@ -203,7 +204,7 @@ macro_rules! setting_enum {
             }
         }
         impl $Enum {
-            /// The variant of `word`, if there is one.
+            /// Returns the variant for `word`; `None` if no variant has this word.
             #[must_use]
             pub fn from_word(word: &str) -> Option<Self> {
                 match word {
@@ -211,7 +212,7 @@ macro_rules! setting_enum {
                     _ => None,
                 }
             }
-            /// The word of this variant in the configuration.
+            /// Returns the word for this variant in the configuration.
             #[must_use]
             pub const fn as_str(self) -> &'static str {
                 match self { $( Self::$Variant => $word, )+ }
@@ -261,7 +262,8 @@ impl<T: Setting> Setting for Option<T> {
     }
 }
 
-/// A list. A single text is split at its commas, because an environment variable cannot contain a list.
+/// A setting that is a list. A single text is split at its commas, because an environment variable cannot contain a
+/// list.
 impl<T: Setting> Setting for Vec<T> {
     const EXPECTED: &'static str = T::EXPECTED;
     fn read(written: &RawValue) -> Option<Self> {

@@ -1,7 +1,7 @@
 //! Logging to standard error: its level and its format.
 //!
-//! Only trustgate's own log lines are written. Those of libraries may contain secrets, such as the headers of a
-//! request.
+//! Only trustgate's own log lines are written, because log lines of libraries may contain secrets, such as the headers
+//! of a request.
 
 use std::io::IsTerminal as _;
 
@@ -45,7 +45,8 @@ crate::setting_enum! {
     }
 }
 
-/// Starts logging to standard error, as `settings` say. Only the first call has an effect; tests call this repeatedly.
+/// Starts logging to standard error with the level and the format in `settings`. Only the first call in a process has
+/// an effect, so tests may call this function repeatedly.
 pub fn start(settings: &LogSettings) {
     let level = match settings.level {
         Level::Error => tracing::Level::ERROR,
@@ -55,7 +56,7 @@ pub fn start(settings: &LogSettings) {
         Level::Trace => tracing::Level::TRACE,
     };
     let is_terminal = std::io::stderr().is_terminal();
-    // Only our own lines: those of libraries may contain secrets, such as the headers of a request.
+    // Write only trustgate's own log lines: those of libraries may contain secrets, such as the headers of a request.
     let filter = tracing_subscriber::filter::Targets::new().with_target("trustgate", level);
     let format = tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_ansi(is_terminal);
     let format = match settings.format {

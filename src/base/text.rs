@@ -1,12 +1,12 @@
-//! Cleans text from files, environment variables and standard input. All of them use this module, so that the same text
-//! has the same meaning in each of them.
+//! Decodes text from files, environment variables and standard input. All three sources use this module, so that the
+//! same text has the same meaning in each source.
 //!
 //! Editors add a byte order mark; shells and Kubernetes secrets add a line end. Errors do not quote the text, because
 //! it may be a secret.
 
 use std::io;
 
-/// Why bytes are not usable as text.
+/// Why bytes cannot be used as text.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum TextError {
     /// The text begins with a byte order mark of UTF-16.
@@ -15,7 +15,7 @@ pub enum TextError {
     /// The bytes are not UTF-8.
     #[error("this is not UTF-8 text; for a random secret, use `openssl rand -hex 32`")]
     NotUtf8,
-    /// The text is empty, or consists of a byte order mark and line ends.
+    /// The text is empty, or contains only a byte order mark and line ends.
     #[error("it is empty")]
     Empty,
     /// The text contains a control character.
@@ -29,7 +29,7 @@ impl From<TextError> for io::Error {
     }
 }
 
-/// `bytes` without a UTF-8 byte order mark.
+/// Returns `bytes` without a UTF-8 byte order mark.
 ///
 /// # Errors
 /// [`TextError::Utf16`]
@@ -40,7 +40,7 @@ pub(crate) fn without_mark(bytes: &[u8]) -> Result<&[u8], TextError> {
     Ok(bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(bytes))
 }
 
-/// `bytes` as text, without a byte order mark.
+/// Decodes `bytes` as UTF-8, and removes a byte order mark.
 ///
 /// # Errors
 /// [`TextError::Utf16`] and [`TextError::NotUtf8`]
@@ -48,7 +48,7 @@ pub(crate) fn decode(bytes: &[u8]) -> Result<&str, TextError> {
     std::str::from_utf8(without_mark(bytes)?).map_err(|_| TextError::NotUtf8)
 }
 
-/// The value in `text`, without the byte order mark and trailing line breaks.
+/// Returns the value in `text`, without a byte order mark at the start and line ends at the end.
 ///
 /// # Errors
 /// [`TextError::Empty`] and [`TextError::Control`]
@@ -65,7 +65,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn marks_and_line_ends_are_removed_and_anything_else_stays() {
+    fn byte_order_marks_and_line_ends_are_removed_and_other_text_is_kept() {
         for (bytes, want) in [
             (&b"pepper"[..], Ok("pepper")),
             (b"pepper\n", Ok("pepper")),

@@ -1,4 +1,5 @@
-//! Durations and sizes as operators write them. The unit is required: a bare number is refused.
+//! Parses and formats durations and sizes as operators write them. The unit is required: a number without a unit is
+//! refused.
 
 use std::{fmt, time::Duration};
 
@@ -11,25 +12,26 @@ pub struct ByteSize(u64);
 const SIZE_UNITS: [(&str, u64); 4] = [("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10), ("B", 1)];
 
 impl ByteSize {
-    /// A size of `bytes` bytes.
+    /// Returns a size of `bytes` bytes.
     #[must_use]
     pub const fn from_bytes(bytes: u64) -> Self {
         Self(bytes)
     }
 
-    /// The size in bytes.
+    /// Returns the size in bytes.
     #[must_use]
     pub const fn bytes(self) -> u64 {
         self.0
     }
 
-    /// The size in bytes, for use as a length in memory.
+    /// Returns the size in bytes as a `usize`, or the largest `usize` if the size is larger.
     #[must_use]
     pub fn length(self) -> usize {
         self.0.saturate()
     }
 
-    /// Reads a size such as `128MiB`; `None` if the number or its unit is missing.
+    /// Parses a size such as `128MiB`. Returns `None` if the number or the unit is missing, or if the size is too
+    /// large.
     #[must_use]
     pub fn parse(text: &str) -> Option<Self> {
         let (unit, bytes) = SIZE_UNITS.into_iter().find(|(unit, _)| text.ends_with(unit))?;
@@ -46,10 +48,10 @@ impl fmt::Display for ByteSize {
     }
 }
 
-/// Reads a duration such as `150ms`, `2s` or `90d`; `None` if the number or its unit is missing.
+/// Parses a duration such as `150ms`, `2s` or `90d`. Returns `None` if the number or the unit is missing.
 #[must_use]
 pub(crate) fn parse_duration(text: &str) -> Option<Duration> {
-    // humantime accepts a bare "0", but a duration here needs its unit.
+    // humantime accepts "0" without a unit, but trustgate requires a unit.
     text.contains(|c: char| c.is_ascii_alphabetic()).then(|| humantime::parse_duration(text).ok())?
 }
 

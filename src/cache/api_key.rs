@@ -1,4 +1,4 @@
-//! API keys as a kind of cached value. They are found by their digest under the current scheme.
+//! API keys as a kind of cached value. The cache finds a record by the digest of its key under the current scheme.
 
 use async_trait::async_trait;
 use ipnet::IpNet;
@@ -15,7 +15,7 @@ use crate::{
     store::Lookup,
 };
 
-/// API keys.
+/// The kind of cached value for API keys.
 #[derive(Debug)]
 pub enum ApiKey {}
 
@@ -114,8 +114,8 @@ impl Cacheable for ApiKey {
     }
 }
 
-/// Writes texts as a count, then each with its length before it. The store limits the texts of a record, so each length
-/// fits into 32 bits.
+/// Writes the number of texts, and then each text after its length in bytes. The store limits the texts of a record, so
+/// each of these numbers fits into 32 bits.
 fn put_texts<'t>(texts: impl ExactSizeIterator<Item = &'t str>, into: &mut Vec<u8>) {
     let length = |length: usize| length.saturate::<u32>().to_be_bytes();
     into.extend_from_slice(&length(texts.len()));
@@ -139,7 +139,7 @@ fn take_flag(rest: &mut &[u8]) -> Option<bool> {
     }
 }
 
-/// Reads an optional time; `Err` if the bytes do not contain one.
+/// Reads an optional time. Returns `Err` if the bytes are not a valid encoding.
 fn take_time(rest: &mut &[u8]) -> Result<Option<DatabaseTime>, ()> {
     let is_set = take_flag(rest).ok_or(())?;
     let time = DatabaseTime::from_micros(i64::from_be_bytes(*take(rest).ok_or(())?));
@@ -189,7 +189,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn record_round_trips_and_a_truncated_one_is_rejected(record in record()) {
+        fn record_round_trips_and_a_truncated_record_is_rejected(record in record()) {
             let mut bytes = Vec::new();
             ApiKey::encode(&record, &mut bytes);
             prop_assert_eq!(ApiKey::decode(&bytes), Some(record));

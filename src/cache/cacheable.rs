@@ -1,4 +1,4 @@
-//! The trait for kinds of cached values. The tiers of the cache are generic over it; `api_key` implements it.
+//! The trait for kinds of cached values. The tiers of the cache are generic over this trait; `api_key` implements it.
 
 use std::{fmt::Debug, hash::Hash};
 
@@ -18,26 +18,28 @@ pub trait Cacheable: Send + Sync + 'static {
     /// The value.
     type Value: Clone + PartialEq + Send + Sync + 'static;
 
-    /// The cache key for `query`.
+    /// Returns the cache key for `query`.
     fn key(query: &Self::Query) -> Self::Key;
-    /// Everything that `query` searches for. A change that concerns one of these makes a negative entry for `query` out
-    /// of date.
+    /// Returns everything that `query` searches for, as bytes. A change that concerns one of these items makes a
+    /// negative entry for `query` out of date.
     fn asked(query: &Self::Query) -> impl Iterator<Item = &[u8]>;
-    /// A byte that differs between keys, for jitter in the lifetimes of their entries.
+    /// Returns a byte that is evenly distributed over the keys. The lifetime of an entry gets its jitter from this
+    /// byte.
     fn spread(key: &Self::Key) -> u8;
-    /// The approximate number of heap bytes of a value.
+    /// Returns the approximate number of heap bytes of a value.
     fn heap_bytes(value: &Self::Value) -> usize;
-    /// Encodes a value for Redis.
+    /// Encodes a value for Redis and appends the bytes to `into`.
     fn encode(value: &Self::Value, into: &mut Vec<u8>);
-    /// Decodes the output of [`Self::encode`]; `None` for anything else.
+    /// Decodes the output of [`Self::encode`]. Returns `None` for any other bytes.
     fn decode(bytes: &[u8]) -> Option<Self::Value>;
-    /// The ids of the rows from which a value was made, at most four. A change to one of these rows affects the value.
+    /// Returns the ids of the rows from which a value was made, at most four. A change to one of these rows makes the
+    /// value out of date.
     fn objects(value: &Self::Value) -> impl Iterator<Item = uuid::Uuid>;
 
-    /// Reads the value from the store.
+    /// Reads the value for `query` from the store.
     async fn load(store: &dyn Lookup, query: &Self::Query) -> Result<Versioned<Option<Self::Value>>, Fault>;
     /// Reads the row of `entry` from the store again.
     async fn load_again(store: &dyn Lookup, entry: &Self::Value) -> Result<Versioned<Option<Self::Value>>, Fault>;
-    /// True if `live` still answers the query that found `entry`. Compares secrets in constant time.
+    /// Returns true if `live` still answers the query that found `entry`. Compares secrets in constant time.
     fn is_same(live: &Self::Value, entry: &Self::Value) -> bool;
 }

@@ -1,6 +1,7 @@
-//! L1: the cache in this process. moka only stores the entries; `cache::policy` decides whether a check may use one.
+//! L1: the cache in this process. moka only stores the entries; `cache::policy` decides whether a check may use an
+//! entry.
 //!
-//! Entries that may no longer be used stay until they are replaced or evicted, because they show that a key was good
+//! An entry that checks may no longer use stays until it is replaced or evicted, because it shows that the key was good
 //! before.
 
 use std::{sync::Arc, time::Duration};
@@ -16,16 +17,16 @@ use crate::{
     record::Version,
 };
 
-/// An entry of L1. It contains only the data that checks need, because there may be a million entries.
+/// An entry of L1. An entry contains only the data that checks need, because there may be a million entries.
 pub struct Entry<K: Cacheable> {
     content: Content<K::Value>,
-    /// The newest version when the store was read.
+    /// The newest version at the time of the store read.
     as_of: Version,
     /// When the store was read, by this machine's clock.
     born: Moment,
     lasts_millis: u32,
-    /// The view in which it entered the cache; `None`: it is not in the cache, and only the callers of its load may use
-    /// it.
+    /// The epoch of the view in which the entry was inserted into L1. `None` if it was not inserted; then only the
+    /// callers of its load may use the entry.
     epoch: Option<Epoch>,
 }
 
@@ -41,18 +42,19 @@ enum Content<V> {
 pub struct Lifetime {
     /// When the store was read, by this machine's clock.
     pub born: Moment,
-    /// The maximum time after `born` for which any read policy may use the entry. Rounded down to milliseconds.
+    /// The maximum time after `born` for which any read policy may use the entry. This time is rounded down to
+    /// milliseconds.
     pub lasts: Duration,
 }
 
 /// The memory overhead of an entry, in bytes: 326 bytes in moka, measured with a million entries (`benches/churn.rs`),
-/// the counts of the `Arc`, and the overhead of the allocator. With a lower number, the cache would use more memory
-/// than `cache.size`.
+/// plus the reference counts of the `Arc` and the overhead of the allocator. With a lower number, the cache would use
+/// more memory than `cache.size`.
 const ENTRY_BYTES: usize = 350;
 
 impl<K: Cacheable> Entry<K> {
-    /// The result of `query` at the version `as_of`. `epoch`: the view in which it enters the cache; `None` if only the
-    /// callers of its load may use it.
+    /// Creates an entry from the result of `query` at the version `as_of`. `epoch` is the epoch of the view in which
+    /// the entry is inserted into L1, or `None` if only the callers of its load may use the entry.
     pub fn new(
         query: &K::Query,
         found: Option<K::Value>,
@@ -64,19 +66,20 @@ impl<K: Cacheable> Entry<K> {
             Some(value) => Content::Record(value),
             None => Content::NotFound(K::asked(query).map(stripe).collect()),
         };
-        // The largest value is 49 days; an entry that ends earlier than its lifetime is only loaded again.
+        // The maximum lifetime is 49 days (2^32 ms). A longer lifetime is shortened, which only makes a check load the
+        // value again.
         let lasts_millis = lifetime.lasts.as_millis().saturate();
         Self { content, as_of, born: lifetime.born, lasts_millis, epoch }
     }
 
-    /// A copy that enters the cache in the view of `epoch`.
+    /// Returns a copy for insertion into L1 in the view with `epoch`.
     #[must_use]
     pub fn entered(&self, epoch: Epoch) -> Self {
         let Self { content, as_of, born, lasts_millis, epoch: _ } = self;
         Self { content: content.clone(), as_of: *as_of, born: *born, lasts_millis: *lasts_millis, epoch: Some(epoch) }
     }
 
-    /// The value; `None` for a negative entry.
+    /// Returns the value; `None` for a negative entry.
     #[must_use]
     pub const fn value(&self) -> Option<&K::Value> {
         match &self.content {
@@ -85,31 +88,32 @@ impl<K: Cacheable> Entry<K> {
         }
     }
 
-    /// The newest version when the store was read.
+    /// Returns the newest version at the time of the store read.
     #[must_use]
     pub const fn as_of(&self) -> Version {
         self.as_of
     }
 
-    /// The end of its lifetime.
+    /// Returns the end of the entry's lifetime.
     #[must_use]
     pub fn deadline(&self) -> Moment {
         self.born.after(Duration::from_millis(self.lasts_millis.into()))
     }
 
-    /// True if it entered the cache in `view`.
+    /// Returns true if the entry was inserted into L1 in `view`.
     #[must_use]
     pub fn is_of(&self, view: &ReplicaView) -> bool {
         self.epoch == Some(view.epoch())
     }
 
-    /// True if it entered the cache in `view`, no change applied there concerns it, and its lifetime has not ended.
+    /// Returns true if the entry was inserted into L1 in `view`, no change applied in `view` concerns the entry, and
+    /// its lifetime has not ended.
     #[must_use]
     pub fn is_current(&self, view: &ReplicaView, now: Moment) -> bool {
         self.is_of(view) && now < self.deadline() && self.is_covered(view)
     }
 
-    /// True if no change that was applied in `view` concerns it.
+    /// Returns true if no change that was applied in `view` concerns the entry.
     #[must_use]
     pub fn is_covered(&self, view: &ReplicaView) -> bool {
         let lease = view.lease();
@@ -121,7 +125,7 @@ impl<K: Cacheable> Entry<K> {
         }
     }
 
-    /// The time since the store was read.
+    /// Returns the time since the store was read.
     #[must_use]
     pub fn age(&self, now: Moment) -> Duration {
         now.since(self.born)
@@ -133,11 +137,12 @@ impl<K: Cacheable> Entry<K> {
     }
 }
 
-/// Keys of L1 are digests, so a fast hash is enough. Its random seed keeps clients from choosing keys that collide.
+/// A map of entries. The keys are digests, so a fast hash function is sufficient. Its random seed prevents clients from
+/// choosing keys that collide.
 type Storage<K> = Cache<<K as Cacheable>::Key, Arc<Entry<K>>, RandomState>;
 
-/// The storage of records and of negative entries. They are separate, so that requests with random keys do not evict
-/// records.
+/// The cache in this process. Records and negative entries are stored separately, so that requests with random keys do
+/// not evict records.
 pub struct L1<K: Cacheable> {
     records: Storage<K>,
     negatives: Storage<K>,
@@ -154,13 +159,13 @@ impl<K: Cacheable> L1<K> {
         Self { records: storage(size), negatives: storage(negative_size) }
     }
 
-    /// The entry of `key`, usable or not.
+    /// Returns the entry of `key`, even if checks may no longer use it.
     #[must_use]
     pub fn get(&self, key: &K::Key) -> Option<Arc<Entry<K>>> {
         self.records.get(key).or_else(|| self.negatives.get(key))
     }
 
-    /// Puts `entry` in place of the current entry of `key`, if any.
+    /// Inserts `entry` for `key`. Replaces the current entry, if there is one.
     pub fn put(&self, key: K::Key, entry: Arc<Entry<K>>) {
         if entry.value().is_some() {
             self.records.insert(key, entry);
@@ -171,7 +176,7 @@ impl<K: Cacheable> L1<K> {
         }
     }
 
-    /// All records, usable or not, in an order that differs between processes.
+    /// Returns all records, including those that checks may no longer use, in an order that differs between processes.
     pub fn records(&self) -> impl Iterator<Item = (K::Key, Arc<Entry<K>>)> {
         self.records.iter().map(|(key, entry)| (*key, entry))
     }
@@ -182,7 +187,7 @@ impl<K: Cacheable> L1<K> {
         self.negatives.invalidate(key);
     }
 
-    /// The number of entries. First runs moka's pending maintenance, which is too slow for checks.
+    /// Returns the number of entries. Runs moka's pending maintenance first, so this is too slow for checks.
     #[must_use]
     pub fn entries(&self) -> u64 {
         self.records.run_pending_tasks();

@@ -1,11 +1,11 @@
-//! L2: records in Redis, shared between replicas, each with its version and a MAC.
+//! L2: records in Redis, which the replicas share. Each record has a version and a MAC.
 //!
-//! A value is sealed (`redis/sealed.rs`) under its kind, its table and its key. Its body consists of the lineage
-//! (16 + 8 + 4 bytes), `as_of` (16 hexadecimal digits, so that Lua in Redis can compare it), the nonce (16), the
-//! database's time (8) and the record. The MAC is verified before the body is parsed.
+//! Each value is sealed (`redis/sealed.rs`) under its kind, table and key. The body of a value consists of the lineage
+//! (16 + 8 + 4 bytes), `as_of` (16 hexadecimal digits, so that a Lua script in Redis can compare it), the nonce (16
+//! bytes), the database's time of the read (8 bytes) and the record. The MAC is verified before the body is parsed.
 //!
-//! L2 contains no negative entries, and an older value does not replace a newer one. A value whose MAC does not verify
-//! is ignored. So a client that can write to Redis but lacks the MAC key can only cause more reads of the store.
+//! L2 contains no negative entries, and an older value does not replace a newer value. A value whose MAC does not
+//! verify is ignored. So a client that can write to Redis but lacks the MAC key can only cause more reads of the store.
 
 use std::{marker::PhantomData, sync::LazyLock, time::Duration};
 
@@ -23,12 +23,12 @@ use crate::{
     },
 };
 
-/// The layout of values. A value with another layout belongs to another release: it counts as a miss, and stays until a
-/// value replaces it.
+/// The layout of the values. A value with another layout was written by another release: it counts as a miss, and stays
+/// in Redis until another value replaces it.
 const LAYOUT: u8 = 2;
 const AS_OF_BYTES: usize = 16;
-/// The maximum length of a value, in bytes. Longer values are not written, and reads stop there, so that values written
-/// by other clients cannot exhaust our memory. It is enough for a thousand scopes.
+/// The maximum length of a value, in bytes; enough for a thousand scopes of 60 bytes. Longer values are not written.
+/// Reads stop at this length, so that values written by other clients cannot exhaust the memory of this server.
 const VALUE_BYTES_MAX: usize = 64 << 10;
 
 static REPLACE: LazyLock<LuaScript> = LazyLock::new(|| LuaScript::new(include_str!("l2/replace.lua")));
@@ -45,22 +45,23 @@ pub struct L2<K: Cacheable> {
 pub enum L2Lookup<V> {
     /// A value whose MAC verifies. It may be out of date.
     Found(Versioned<V>),
-    /// No value.
+    /// There is no value, or its layout is that of another release.
     Absent,
-    /// A value whose MAC does not verify, or of another type. A delete was attempted.
+    /// A value whose MAC does not verify, or whose type is wrong. L2 has tried to delete it.
     Refused,
-    /// No answer in time, or the MAC key is not known yet.
+    /// Redis did not answer in time, or the MAC key is not known yet.
     Down,
 }
 
 impl<K: Cacheable> L2<K> {
-    /// Records in `redis`, authenticated with `mac_key`. `table`: the identity of the table that the records come from,
-    /// if it is not our own table ([`crate::store::existing_table::identity_of`]).
+    /// Creates a handle to the records in `redis`, which `mac_key` authenticates. `table` is the identity of the
+    /// existing table that the records come from ([`crate::store::existing_table::identity_of`]); `None` for our own
+    /// table.
     pub fn new(redis: Redis, mac_key: MacKey, table: Option<&str>) -> Self {
         Self { redis, mac_key, names: Names::of(table) }
     }
 
-    /// The value of `key`. Waits at most `redis.timeout`.
+    /// Looks up the value of `key`. Waits at most `redis.timeout`.
     pub async fn get(&self, key: &K::Key, now: Moment) -> L2Lookup<K::Value> {
         let Some(mac_key) = self.mac_key.get() else { return L2Lookup::Down };
         let name = self.names.redis_key(key);
@@ -68,7 +69,7 @@ impl<K: Cacheable> L2<K> {
         let mut command = redis::cmd("GETRANGE");
         command.arg(&name).arg(0).arg(VALUE_BYTES_MAX - 1);
         let bad = match self.redis.query::<Vec<u8>>(&command).await {
-            // A missing value reads as empty.
+            // Redis returns an empty string for a missing value.
             Ok(bytes) if bytes.first().is_none_or(|layout| *layout != LAYOUT) => return L2Lookup::Absent,
             Ok(bytes) => match self.names.open(mac_key, key, &bytes, now) {
                 Some(found) => return L2Lookup::Found(found),
@@ -77,7 +78,7 @@ impl<K: Cacheable> L2<K> {
             Err(QueryError::WrongType) => Vec::new(),
             Err(QueryError::Paused | QueryError::Failed(_) | QueryError::NoScript) => return L2Lookup::Down,
         };
-        // Best effort, in the remaining time: later reads of the same value would fail too.
+        // Delete the value, because later reads of it would fail too. Best effort, in the remaining time.
         tokio::select! {
             biased;
             () = self.discard(&name, &bad) => {}
@@ -91,7 +92,7 @@ impl<K: Cacheable> L2<K> {
         let _ = self.redis.run::<()>(&DISCARD, name, &[bad, VALUE_BYTES_MAX.to_string().as_bytes()]).await;
     }
 
-    /// Writes the value of `key` to Redis for `lifetime`, unless Redis has a newer one.
+    /// Writes the value of `key` to Redis for `lifetime`, unless Redis already has a value that is at least as new.
     pub async fn put(&self, key: &K::Key, found: &Versioned<&K::Value>, lifetime: Duration) {
         let Some(mac_key) = self.mac_key.get() else { return };
         let bytes = self.names.seal(mac_key, key, found);
@@ -115,19 +116,20 @@ impl<K: Cacheable> L2<K> {
     }
 }
 
-/// The maximum lifetime of a value in Redis, even if it could be used for longer.
+/// The maximum lifetime of a value in Redis, even if checks could use the value for longer.
 const LIFETIME_MAX: Duration = Duration::from_mins(10);
 
-/// The names in Redis of records of one kind from one table. Two tables may contain the same key in rows with different
-/// ids and limits. A record from one table must not be used for the other, whose changes do not concern it.
+/// The Redis keys of records of one kind from one table. Two tables may contain the same API key in rows with different
+/// ids and limits. A record from one table must not be used for the other table, because changes to the other table do
+/// not make that record out of date.
 struct Names<K: Cacheable> {
     /// `KIND`, or `KIND@TABLE`.
     kind: String,
     of: PhantomData<K>,
 }
 
-/// The number of digits of a table's identity in a name. They are enough to distinguish the few tables that share one
-/// Redis.
+/// The number of digits of a table's identity in a Redis key. This is enough to distinguish the few tables that share
+/// one Redis.
 const TABLE_DIGITS: usize = 16;
 
 impl<K: Cacheable> Names<K> {
@@ -136,7 +138,7 @@ impl<K: Cacheable> Names<K> {
         Self { kind: format!("{}{}", K::NAME, table.unwrap_or_default()), of: PhantomData }
     }
 
-    /// `trustgate:KIND:HEX`, where `HEX` is the digest of the API key.
+    /// Returns `trustgate:KIND:HEX`, where `HEX` is the digest of the API key in hexadecimal digits.
     fn redis_key(&self, key: &K::Key) -> String {
         format!("trustgate:{}:{}", self.kind, hex(key.as_ref()))
     }
@@ -214,7 +216,7 @@ mod tests {
     }
 
     #[test]
-    fn sealed_record_opens_only_unchanged_under_its_own_key_table_and_mac_key() {
+    fn sealed_record_opens_only_if_unchanged_and_under_its_own_key_table_and_mac_key() {
         let digest = ApiKeyDigest::from_bytes([1; 32]);
         let (ours, now) = (Names::<ApiKey>::of(None), Moment::from_nanos(0));
         let sealed = ours.seal(&[5; 32], &digest, &found(digest).as_ref());

@@ -13,11 +13,11 @@ use crate::{
 pub struct Loaded<K: Cacheable> {
     /// The value.
     pub entry: Arc<Entry<K>>,
-    /// The read that found it; `None` where another load had put it into L1 in the meantime.
+    /// The read that found the value; `None` if another load put the value into L1 in the meantime.
     pub(crate) read: Option<TierRead>,
 }
 
-/// Where and when a load found its value.
+/// The read in which a load found its value.
 #[derive(Clone)]
 pub(crate) struct TierRead {
     /// The version and the time of the read.
@@ -27,7 +27,7 @@ pub(crate) struct TierRead {
 }
 
 impl<K: Cacheable> Loaded<K> {
-    /// The relation of the value to the history of `view`.
+    /// Returns how the value relates to the history of `view`.
     #[must_use]
     pub fn provenance(&self, view: &ReplicaView) -> Provenance {
         match &self.read {
@@ -37,14 +37,14 @@ impl<K: Cacheable> Loaded<K> {
         }
     }
 
-    /// The version at which the value was read, if no poll of `view` has reached it yet.
+    /// Returns the version at which the value was read, if no poll has returned that version in `view` yet.
     #[must_use]
     pub fn ahead_of(&self, view: &ReplicaView) -> Option<Version> {
         let read = self.read.as_ref()?;
         (self.provenance(view) == Provenance::Ahead).then_some(read.version.as_of)
     }
 
-    /// True if the value comes from a read of the store that was sent at `began` or later.
+    /// Returns true if the value comes from a read of the store that was sent at `began` or later.
     #[must_use]
     pub fn is_read_after(&self, began: Moment) -> bool {
         self.read.as_ref().is_some_and(|read| read.tier == Tier::Store && read.version.sent_at >= began)

@@ -1,7 +1,7 @@
 //! Loads values: L2 first, then the store. A loaded value enters L1 once a poll has confirmed its version.
 //!
-//! Checks read the store only through this module, so it contains the limits, the timeout and the circuit breaker of
-//! reads.
+//! Checks read the store only through this module, so it also enforces the limits, the timeout and the circuit breaker
+//! of store reads.
 
 use std::{sync::Arc, time::Duration};
 
@@ -34,9 +34,9 @@ use crate::{
 /// The limits on reads of the store.
 #[derive(Clone, Copy, Debug)]
 pub struct StoreLimits {
-    /// The maximum number of reads that may wait or run at one time.
+    /// The maximum number of reads that may wait or run at the same time.
     pub reads_max: u32,
-    /// The maximum time that one read may take.
+    /// The timeout of one read.
     pub read_timeout: Duration,
     /// The rules of the circuit breaker.
     pub breaker: breaker::Rules,
@@ -51,18 +51,18 @@ pub(crate) enum LoadPath {
     Store,
 }
 
-/// The kind of key that a read is for. A quarter of the slots is reserved for keys with a record in L1, so that a flood
-/// of unknown keys cannot use all of them.
+/// Shows whether L1 has a record of the key that a read is for. A quarter of the slots is reserved for keys with a
+/// record in L1, so that a flood of unknown keys cannot use all slots.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Seen {
     /// L1 has a record of the key.
     Good,
-    /// L1 has none.
+    /// L1 has no record of the key.
     Unknown,
 }
 
-/// The dependencies of loads. The tasks of loads share them, so that a load continues when the caller that started it
-/// leaves.
+/// The dependencies of loads. Each load runs in a separate task, which shares this loader, so that the load continues
+/// even if the caller that started it leaves.
 pub(crate) struct Loader<K: Cacheable> {
     pub(crate) l1: L1<K>,
     pub(crate) l2: Option<L2<K>>,
@@ -74,7 +74,7 @@ pub(crate) struct Loader<K: Cacheable> {
     pub(crate) reads: StoreReads,
 }
 
-/// The slots and the circuit breaker of reads of the store.
+/// The slots, the timeout and the circuit breaker of store reads.
 pub(crate) struct StoreReads {
     timeout: Duration,
     breaker: Breaker,
@@ -107,7 +107,7 @@ impl StoreReads {
 }
 
 impl<K: Cacheable> Loader<K> {
-    /// Runs one load. The value is in L1 when this returns, if a poll has confirmed its version by then.
+    /// Runs one load. When this returns, the value is in L1 if a poll has already confirmed its version.
     pub(crate) async fn load(&self, query: &K::Query, path: LoadPath) -> Result<Loaded<K>, Fault> {
         let before = self.l1.get(&K::key(query));
         let record = before.as_deref().and_then(Entry::value);
@@ -119,8 +119,7 @@ impl<K: Cacheable> Loader<K> {
         if path == LoadPath::Store
             && let Some(record) = record
         {
-            // First read one row by its primary key, which is cheaper. Use it if it still is the row that was asked
-            // for.
+            // First read the row by its primary key, which is cheaper. Use the row only if it still answers the query.
             let live = self.read(Seen::Good, K::load_again(&*self.store, record)).await?;
             if live.value.as_ref().is_some_and(|live| K::is_same(live, record)) {
                 return Ok(self.insert_if_confirmed(query, live, Tier::Store));
@@ -176,8 +175,8 @@ impl<K: Cacheable> Loader<K> {
         timer.observe_duration();
         match &answer {
             Ok(found) => {
-                // If the reply took longer than `limit`, this process was paused and `read_at` may be old: do not set
-                // the clock from it.
+                // If the reply took longer than `limit`, this process was paused and `read_at` may be old, so do not
+                // set the database clock from it.
                 if self.clock.now().since(found.sent_at) <= limit {
                     self.replica_state.database_clock.observe(found.sent_at, found.read_at);
                 }
@@ -199,7 +198,8 @@ impl<K: Cacheable> Loader<K> {
         answer
     }
 
-    /// Makes an entry from a found value, and puts it into L1 if a poll has confirmed its version.
+    /// Creates an entry from the result of a read, and puts the entry into L1 if a poll has confirmed the version of
+    /// the read.
     pub(crate) fn insert_if_confirmed(
         &self,
         query: &K::Query,
@@ -216,21 +216,21 @@ impl<K: Cacheable> Loader<K> {
         Loaded { entry, read: Some(TierRead { version, tier }) }
     }
 
-    /// Runs after the waiters of a load have their value. If no poll had confirmed the version of the value, this waits
-    /// for a poll and then puts the value into L1. It writes records to Redis, where the other replicas find them.
-    /// Negative entries are not written to Redis.
+    /// Runs after the waiters of a load have received their value. If no poll has confirmed the version of the value
+    /// yet, waits for a poll and then puts the value into L1. Also writes records to Redis, where other replicas find
+    /// them, but does not write negative entries to Redis.
     pub(crate) async fn publish(&self, query: &K::Query, loaded: Loaded<K>) {
         let Loaded { mut entry, read: Some(TierRead { version, tier: Tier::Store }) } = loaded else { return };
         let (view, key) = (Arc::clone(&self.replica_state.load()), K::key(query));
         if !entry.is_of(&view) {
             if view.provenance(&version) == Provenance::Ahead && view.lease_state(self.clock.now()) == LeaseState::Fresh
             {
-                // Do not wait longer than the lease: a poll that takes longer has failed.
+                // Wait at most for the duration of the lease: if no poll succeeds in that time, the lease has expired.
                 let lease = self.replica_state.limits().lease;
                 let _ = timeout(lease, self.replica_state.reached(&view, version.as_of)).await;
             }
-            // Test again even if this did not wait: a poll on another thread may have confirmed the version after
-            // `insert_if_confirmed` tested it.
+            // Test again even if this function did not wait: a poll on another thread may have confirmed the version
+            // after `insert_if_confirmed` tested it.
             if view.provenance(&version) == Provenance::Known {
                 entry = Arc::new(entry.entered(view.epoch()));
                 self.l1.put(key, Arc::clone(&entry));
@@ -244,12 +244,12 @@ impl<K: Cacheable> Loader<K> {
         }
     }
 
-    /// The lifetime of an entry. It starts with the read of the database, so it includes the time that a value spent in
-    /// Redis.
+    /// Returns the lifetime of an entry. The lifetime starts at the database read, so it includes the time that the
+    /// value spent in Redis.
     fn lifetime(&self, spread: u8, found: &Versioned<Option<K::Value>>) -> Lifetime {
         let now = self.replica_state.database_clock.at(found.sent_at);
         let age = now.map_or(Duration::ZERO, |now| now.since(found.read_at));
-        // Entries that were read together must not expire together.
+        // Add jitter, so that entries that were read at the same time do not expire at the same time.
         let lasts = jitter::vary(self.ages.any, 0.2, f64::from(spread) / 255.0);
         Lifetime { born: found.sent_at.before(age), lasts }
     }

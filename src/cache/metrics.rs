@@ -1,5 +1,5 @@
-//! The metrics of the tiers. Label values are resolved once, at registration, because a lookup by label hashes and
-//! locks.
+//! The metrics of the cache tiers. The counter of each label value is looked up once, at registration, because a lookup
+//! by label computes a hash and takes a lock.
 
 use super::cacheable::Cacheable;
 use crate::base::{
@@ -35,7 +35,7 @@ impl CacheMetrics {
     /// Declares the metrics.
     ///
     /// # Errors
-    /// As [`register`].
+    /// Returns the error of [`register`].
     pub(crate) fn register<K: Cacheable>(registry: &Registry) -> prometheus::Result<Self> {
         let lookups = ThreadCounters::new(
             Opts::new(
@@ -56,17 +56,17 @@ impl CacheMetrics {
             }
         };
         let entries = IntGaugeVec::new(
-            Opts::new("trustgate_cache_entries", "Entries in L1, negative entries included, by kind."),
+            Opts::new("trustgate_cache_entries", "Entries in L1, including negative entries, by kind of value."),
             &["kind"],
         );
         let reads = IntCounterVec::new(
-            Opts::new("trustgate_store_reads_total", "Reads of the database for checks, by outcome (ok, error)."),
+            Opts::new("trustgate_store_reads_total", "Database reads for checks and samples, by outcome (ok, error)."),
             &["outcome"],
         );
         let reads = register(registry, reads)?;
         let seconds = HistogramOpts::new(
             "trustgate_store_read_duration_seconds",
-            "Duration of database reads for checks, in seconds.",
+            "Duration of database reads for checks and samples, in seconds.",
         );
         Ok(Self {
             l1: outcomes(Tier::L1),
@@ -86,16 +86,16 @@ impl CacheMetrics {
 pub(crate) enum Comparison {
     /// The cached copy matches the database.
     Same,
-    /// A change concerned the record in the meantime, so no check would use it.
+    /// A change to the record was applied in the meantime, so no check would use the cached copy.
     Changed,
-    /// The row differs or is missing, and no recorded change explains it.
+    /// The row differs or is missing, and no recorded change explains the difference.
     Different,
-    /// The comparison was not possible: the database did not answer, or no poll has confirmed the version of its
+    /// The comparison was not possible: the database did not answer, or no poll has confirmed the version of the
     /// answer.
     Error,
 }
 
-/// Counters of the comparisons by the sampler, one for each outcome.
+/// The counters of the sampler's comparisons, one for each outcome.
 pub(crate) struct SampleCounts {
     same: IntCounter,
     changed: IntCounter,
@@ -108,7 +108,7 @@ impl SampleCounts {
         let opts = Opts::new(
             "trustgate_samples_total",
             "Cached records compared with the database, by kind and outcome: same, changed (a change was applied in \
-             the meantime), different (no recorded change explains the difference) or error (not comparable).",
+             the meantime), different (no recorded change explains the difference) or error (not compared).",
         );
         let samples = register(registry, IntCounterVec::new(opts, &["kind", "outcome"]))?;
         let count = |outcome| samples.with_label_values(&[K::NAME, outcome]);

@@ -1,7 +1,7 @@
-//! The freshness rule: whether a value may be used for a check.
+//! The freshness rule, which decides whether a check may use a value.
 //!
-//! No other module decides this. A check chooses its [`ReadPolicy`] once, when it begins; `is_usable` then judges
-//! each value that the check finds in L1 or gets from a load.
+//! No other module makes this decision. A check chooses its [`ReadPolicy`] once, when it begins; `is_usable` then
+//! judges each value that the check finds in L1 or gets from a load.
 
 use std::time::Duration;
 
@@ -11,23 +11,23 @@ use crate::{
     freshness::{Freshness, ReplicaView, history::Provenance, lease::LeaseState},
 };
 
-/// The values that a check may use. The policy follows from the demand of its route and the state of the lease when the
-/// check began.
+/// The values that a check may use. The policy follows from the freshness that the route demands and from the state of
+/// the lease when the check began.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ReadPolicy {
-    /// The lease is fresh: a cache entry that no applied change concerns.
+    /// The lease is fresh: the check may use a cache entry that no applied change concerns.
     Lease,
-    /// The lease is stale: the same, but an entry may only be used to grant. The database may have changed since, so a
-    /// cached denial or "not found" must not be served.
+    /// The lease is stale: the check may use a cache entry that no applied change concerns, but only to grant. The
+    /// database may have changed since, so the check must not use a cached denial or a negative entry.
     GrantOnly,
-    /// A read of the store that is sent after the check began.
+    /// The check may use only the result of a store read that was sent after the check began.
     Store,
-    /// A value from any tier that is young enough.
+    /// The check may use a value from any tier if the value is young enough.
     Age,
 }
 
 impl ReadPolicy {
-    /// The policy for a route that demands `freshness`, while the lease is in `state`.
+    /// Returns the policy for a route that demands `freshness`, while the lease is in `state`.
     #[must_use]
     pub const fn new(freshness: Freshness, state: LeaseState) -> Self {
         match (freshness, state) {
@@ -44,11 +44,12 @@ impl ReadPolicy {
 /// The maximum ages of values, counted from the read of the database.
 #[derive(Clone, Copy, Debug)]
 pub struct AgeLimits {
-    /// A record under [`ReadPolicy::Age`].
+    /// The limit for a record under [`ReadPolicy::Age`].
     pub record: Duration,
-    /// A negative entry under [`ReadPolicy::Age`].
+    /// The limit for a negative entry under [`ReadPolicy::Age`].
     pub negative: Duration,
-    /// Any entry, under any policy. Each entry gets this time +-20 %, so that entries do not expire together.
+    /// The limit for any entry, under any policy. The limit of each entry varies by up to 20 % in either direction, so
+    /// that entries do not all expire at the same time.
     pub any: Duration,
 }
 
@@ -58,7 +59,7 @@ impl AgeLimits {
     }
 }
 
-/// A value to be judged.
+/// A value that [`is_usable`] judges.
 pub(crate) enum Candidate<'a, K: Cacheable> {
     /// An entry of L1.
     Cached(&'a Entry<K>),
@@ -66,7 +67,7 @@ pub(crate) enum Candidate<'a, K: Cacheable> {
     Loaded { loaded: &'a Loaded<K>, began: Moment },
 }
 
-/// True if a check under `policy` may use `candidate` at `now`, given the changes applied in `view`.
+/// Returns true if a check under `policy` may use `candidate` at `now`, given the changes that were applied in `view`.
 pub(crate) fn is_usable<K: Cacheable>(
     policy: ReadPolicy,
     candidate: &Candidate<'_, K>,
@@ -93,8 +94,8 @@ pub(crate) fn is_usable<K: Cacheable>(
     }
 }
 
-/// True if a change that this replica has applied concerns the value. A value whose version no poll has returned yet
-/// counts as newer than all applied changes.
+/// Returns true if a change that this replica has applied concerns the value. A value whose version no poll has
+/// returned yet counts as newer than all applied changes.
 fn is_outdated<K: Cacheable>(loaded: &Loaded<K>, view: &ReplicaView) -> bool {
     loaded.provenance(view) == Provenance::Known && !loaded.entry.is_covered(view)
 }

@@ -1,9 +1,9 @@
-//! The sampler: compares cached records with their rows in the database, and counts those that differ although no
+//! The sampler: compares cached records with their rows in the database, and counts the records that differ although no
 //! recorded change explains the difference.
 //!
-//! It detects changes that are missing from the change log while the server runs. It puts nothing into a cache and
-//! decides no check. If a record differs, later checks load it again. The sampler is off unless
-//! `freshness.sample_interval` is set.
+//! While the server runs, the sampler detects changes that are missing from the change log. It adds no cache entries
+//! and does not influence the decision of any check, except that later checks load a differing record again. The
+//! sampler is off unless `freshness.sample_interval` is set.
 
 use std::{panic::resume_unwind, sync::Arc, time::Duration};
 
@@ -30,21 +30,21 @@ use crate::{
     record::Versioned,
 };
 
-/// The maximum number of records to try for one comparison. Records in L1 may be out of date, and those are skipped.
+/// The maximum number of records to examine for one comparison. Records in L1 that are out of date are skipped.
 const TRIED_MAX: usize = 64;
 
-/// A cached record.
+/// A cached record and its cache key.
 type CachedRecord<K> = (<K as Cacheable>::Key, Arc<Entry<K>>);
 
-/// Compares one record after another, each `interval` after the one before, until `stop`. It walks over all records in
-/// an order that differs between processes, and then starts again.
+/// Compares cached records with the database, one record per `interval`, until `stop` is cancelled. Walks over all
+/// records in an order that differs between processes, and then starts again.
 pub(crate) async fn sample<K: Cacheable>(
     loader: &Arc<Loader<K>>,
     interval: Duration,
     mut jitter: Jitter,
     stop: CancellationToken,
 ) {
-    // moka's iterator cannot move between threads, so the walk runs and blocks on a separate thread.
+    // moka's iterator cannot move between threads, so the walk runs on one separate thread, which it blocks.
     let (found, mut records) = mpsc::channel(1);
     let walked = Arc::clone(loader);
     let walk = spawn_blocking(move || walk(&walked.l1, &found));
@@ -53,7 +53,7 @@ pub(crate) async fn sample<K: Cacheable>(
             sleep(jitter.around(interval)).await;
             let view = Arc::clone(&loader.replica_state.load());
             if view.lease_state(loader.clock.now()) != LeaseState::Fresh {
-                continue; // checks do not use cache entries now, apart from stale grants
+                continue; // polls do not succeed now, so no poll could confirm the version of a read
             }
             match next(loader, &mut records, &view).await {
                 Next::Record((key, entry)) => compare(loader, &view, &key, &entry).await,
@@ -69,7 +69,7 @@ pub(crate) async fn sample<K: Cacheable>(
     }
 }
 
-/// Sends all records of `l1`, then `None`, and repeats that until the receiver is dropped.
+/// Sends all records of `l1` and then `None`, and repeats this until the receiver is dropped.
 fn walk<K: Cacheable>(l1: &L1<K>, found: &mpsc::Sender<Option<CachedRecord<K>>>) {
     loop {
         for record in l1.records().map(Some).chain([None]) {
@@ -89,7 +89,7 @@ enum Next<K: Cacheable> {
     Ended,
 }
 
-/// Returns the next record that a check would use.
+/// Returns the next record that a check could use. Examines at most [`TRIED_MAX`] records.
 async fn next<K: Cacheable>(
     loader: &Loader<K>,
     records: &mut mpsc::Receiver<Option<CachedRecord<K>>>,
@@ -110,7 +110,7 @@ async fn next<K: Cacheable>(
     Next::None
 }
 
-/// Compares `entry`, which a check would use under `view`, with its row in the database.
+/// Compares `entry`, which a check could use in `view`, with its row in the database.
 async fn compare<K: Cacheable>(loader: &Loader<K>, view: &ReplicaView, key: &K::Key, entry: &Entry<K>) {
     let Some(record) = entry.value() else { return };
     let comparison = match loader.read(Seen::Good, K::load_again(&*loader.store, record)).await {
@@ -125,13 +125,13 @@ async fn compare<K: Cacheable>(loader: &Loader<K>, view: &ReplicaView, key: &K::
             }
             comparison
         }
-        Err(_) => Comparison::Error, // `read` has counted the failure and logged a change of the circuit breaker
+        Err(_) => Comparison::Error, // `read` has counted the failure
     };
     loader.metrics.samples.of(comparison).inc();
 }
 
-/// Logs that `record` differs from its row, and makes sure that checks no longer use it or other entries from the same
-/// rows.
+/// Logs that `record` differs from its row, and ensures that checks no longer use this record or other entries made
+/// from the same rows.
 async fn discard<K: Cacheable>(
     loader: &Loader<K>,
     view: &ReplicaView,
@@ -144,24 +144,25 @@ async fn discard<K: Cacheable>(
         kind = K::NAME,
         ids = ids.join(", "),
         version = live.as_of.0,
-        "sample differs: a cached record does not match the database, and no recorded change explains it. The record \
-         is loaded again; run `trustgate cache clear`, because other entries may be affected"
+        "sample differs: a cached record does not match the database, and no recorded change explains the difference. \
+         The next check loads the record again. Other entries may be affected: run `trustgate cache clear`"
     );
     view.lease().refuse(live.as_of, K::objects(record).map(|id| stripe(id.as_bytes())));
-    // If the change did not even get a version, an older value in Redis has the same version and would be used again.
+    // If the change was committed without a new version, an outdated value in Redis still has the current version, and
+    // checks would use that value again. So delete the value from Redis.
     if let Some(l2) = &loader.l2 {
         l2.forget(key).await;
     }
     loader.l1.forget(key);
 }
 
-/// Compares `entry` with `live`, a read of its row. The changes that were applied under `view` up to the version of
-/// that read are taken into account.
+/// Compares `entry` with `live`, the result of reading its row again. Takes into account the changes that were applied
+/// in `view` up to the version of that read.
 fn judge<K: Cacheable>(entry: &Entry<K>, view: &ReplicaView, live: &Versioned<Option<K::Value>>) -> Comparison {
     if view.provenance(live) != Provenance::Known || live.as_of < entry.as_of() {
         return Comparison::Error;
     }
-    // Test this after the version is known to be applied, because then its changes are visible in `view`.
+    // At this point, the version of `live` has been applied, so `view` contains all changes up to that version.
     if !entry.is_covered(view) {
         return Comparison::Changed;
     }

@@ -23,9 +23,10 @@ use crate::ext_authz::credential::{
 
 /// Timeout for the DNS lookup of a target, and for each connect.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
-/// Timeout of one check. Envoy gives up sooner, but then the canary could not tell a slow replica from a broken one.
+/// Timeout of one check. Envoy's timeout is shorter, but with a shorter timeout the canary could not distinguish a slow
+/// replica from a broken replica.
 const CHECK_TIMEOUT: Duration = Duration::from_secs(1);
-/// The maximum number of addresses of one target.
+/// Maximum number of addresses of one target that the canary connects to.
 const ADDRESSES_MAX: usize = 64;
 
 /// A file of the TLS settings that cannot be read.
@@ -43,8 +44,8 @@ pub(crate) enum ConnectError {
     /// The TLS files cannot be read.
     #[error(transparent)]
     Tls(#[from] Arc<TlsFileError>),
-    /// DNS returns no address for the host.
-    #[error("cannot find an address of {0}: {1}")]
+    /// The DNS lookup of the host failed or returned no address.
+    #[error("DNS lookup of {0} failed: {1}")]
     Dns(Target, io::Error),
     /// The replica does not accept the connection.
     #[error("cannot connect to {0}: {1}")]
@@ -53,16 +54,16 @@ pub(crate) enum ConnectError {
 
 /// Connects to replicas.
 pub(crate) struct Connector {
-    /// The TLS configuration; `None` for connections without TLS.
+    /// `None` for connections without TLS.
     tls: Option<ClientTlsConfig>,
     server_name: Option<String>,
 }
 
 impl Connector {
-    /// A connector with these settings. Reads the TLS files.
+    /// Creates a connector from `settings`. Reads the TLS files.
     ///
     /// # Errors
-    /// A file cannot be read.
+    /// If a file cannot be read.
     pub(crate) async fn new(settings: &CanarySettings) -> Result<Self, TlsFileError> {
         let CanarySettings { tls_ca_file, tls_server_name, tls_certificate_file, tls_key_file, .. } = settings;
         let mut tls = None;
@@ -81,8 +82,8 @@ impl Connector {
     /// Connects to each address of `target`.
     ///
     /// # Errors
-    /// [`ConnectError::Dns`] if the target has no address. An address that cannot be reached is an error inside the
-    /// list.
+    /// [`ConnectError::Dns`] if the target has no address. For an address that cannot be reached, the list contains an
+    /// error.
     pub(crate) async fn connect(&self, target: &Target) -> Result<Vec<Result<Replica, ConnectError>>, ConnectError> {
         match target {
             Target::Unix(path) => {
@@ -97,7 +98,7 @@ impl Connector {
                 addresses.sort_unstable();
                 addresses.dedup();
                 if addresses.is_empty() {
-                    return Err(failed(io::Error::other("DNS returns none")));
+                    return Err(failed(io::Error::other("DNS returned no address")));
                 }
                 let connecting = addresses.iter().map(|address| self.connect_to(host, *port, *address));
                 Ok(join_all(connecting).await)
@@ -134,7 +135,7 @@ async fn replica(name: String, endpoint: Result<Endpoint, tonic::transport::Erro
     }
 }
 
-/// The causes of `error`; its own text says only that the transport failed.
+/// Returns the causes of `error`, because the text of a transport error only says that the transport failed.
 fn causes(error: &dyn std::error::Error) -> String {
     let mut texts = Vec::new();
     let mut next = error.source();
@@ -159,7 +160,7 @@ impl fmt::Display for Replica {
 }
 
 impl Replica {
-    /// Sends a check. A gRPC error, and an answer that takes longer than 1 s, are undecided.
+    /// Sends a check. Returns [`Verdict::Undecided`] for a gRPC error, and if no answer arrives within 1 s.
     pub(crate) async fn check(&self, request: &Request) -> Verdict {
         match timeout(CHECK_TIMEOUT, self.client.clone().check(request.0.clone())).await {
             Ok(Ok(response)) => verdict(&response.into_inner()),
@@ -169,25 +170,25 @@ impl Replica {
     }
 }
 
-/// What an answer means for a request.
+/// The meaning of an answer for a request.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Verdict {
     /// The request passes.
     Granted {
-        /// True for a stale grant: the database did not answer, so it has not confirmed the record recently.
+        /// True for a stale grant: the database does not answer, so it has not confirmed the record recently.
         is_stale: bool,
     },
     /// The request is denied.
     Denied,
-    /// The replica could not decide, for this reason.
+    /// The replica could not decide the check for this reason.
     Undecided(String),
 }
 
-/// A check of one key. Its `Debug` output would contain the key, so it has none.
+/// A check of one key. The type does not implement `Debug`, because the output would contain the key.
 #[derive(Clone)]
 pub(crate) struct Request(CheckRequest);
 
-/// A check of a GET request that presents `key` in the first of the configured sources.
+/// Creates a check of a GET request that presents `key` in the first configured source.
 #[must_use]
 pub(crate) fn request(credential: &CredentialSettings, key: &str) -> Request {
     let (mut path, mut headers) = ("/".to_owned(), Vec::new());
@@ -197,7 +198,7 @@ pub(crate) fn request(credential: &CredentialSettings, key: &str) -> Request {
         Some(Source::Authorization(Scheme::ApiKey)) => headers.push(("authorization".into(), format!("ApiKey {key}"))),
         Some(Source::Query(name)) => path = format!("/?{name}={key}"),
         Some(Source::Cookie(name)) => headers.push(("cookie".into(), format!("{name}={key}"))),
-        None => {} // a configuration without a source is refused
+        None => {} // loading refuses a configuration without a source
     }
     let http = HttpRequest {
         method: "GET".to_owned(),
@@ -212,7 +213,7 @@ pub(crate) fn request(credential: &CredentialSettings, key: &str) -> Request {
     Request(CheckRequest { attributes: Some(AttributeContext { request, ..AttributeContext::default() }) })
 }
 
-/// The meaning of `response`.
+/// Interprets `response` as Envoy does.
 fn verdict(response: &CheckResponse) -> Verdict {
     let CheckResponse { status, dynamic_metadata, .. } = response;
     let field = |name| dynamic_metadata.as_ref().and_then(|metadata| metadata.fields.get(name)?.kind.as_ref());
@@ -268,6 +269,6 @@ mod tests {
             let granted = replies.decision(&Decision::Anonymous, &Removals::default(), Basis::Confirmed);
             assert_eq!(of(&granted), Verdict::Granted { is_stale: false });
         }
-        assert_eq!(verdict(&CheckResponse::default()), Verdict::Granted { is_stale: false }, "an empty one");
+        assert_eq!(verdict(&CheckResponse::default()), Verdict::Granted { is_stale: false }, "an empty response");
     }
 }

@@ -5,7 +5,7 @@ use std::time::Duration;
 use super::settings::Target;
 use crate::base::metrics::{HistogramOpts, HistogramVec, IntCounterVec, Opts, Registry, SHORT_SECONDS, register};
 
-/// The metrics of the canary.
+/// The counter of rounds and the histogram of revocation times.
 #[derive(Clone)]
 pub struct CanaryMetrics {
     rounds: IntCounterVec,
@@ -13,15 +13,16 @@ pub struct CanaryMetrics {
 }
 
 impl CanaryMetrics {
-    /// Declares the metrics, with all their series for `targets`: a series must exist before it first increases.
+    /// Registers the metrics and creates all their series for `targets`, because Prometheus misses the first increase
+    /// of a series that did not exist before.
     ///
     /// # Errors
-    /// As [`register`].
+    /// Same as [`register`].
     pub fn register(registry: &Registry, targets: &[Target]) -> prometheus::Result<Self> {
         let rounds = Opts::new(
             "trustgate_canary_rounds_total",
-            "Rounds of the canary by target and outcome: ok, late (granted for longer than the bound allows), denied \
-             (a good key was denied) or failed.",
+            "Rounds of the canary by target and outcome: ok, late (the revoked key was granted beyond the bound), \
+             denied (the valid key was denied) or failed.",
         );
         let rounds = register(registry, IntCounterVec::new(rounds, &["target", "outcome"]))?;
         let revocation = HistogramOpts::new(
@@ -41,7 +42,7 @@ impl CanaryMetrics {
         Ok(Self { rounds, revocation })
     }
 
-    /// Counts a round.
+    /// Counts a round of `target` with the outcome `outcome`.
     pub(crate) fn count(&self, target: &Target, outcome: &str) {
         self.rounds.with_label_values(&[&*target.to_string(), outcome]).inc();
     }

@@ -13,23 +13,23 @@ crate::settings! {
     /// The canary, a separate process (`trustgate canary`) that tests revocation on running replicas.
     pub struct CanarySettings in "canary" {
         /// The gRPC listeners to test: one address or a list. If `HOST:PORT` has a host name, the canary tests each
-        /// address that DNS returns for the name, at most 64: with a headless Kubernetes service, all of its pods.
-        /// `unix:///PATH` is a Unix socket.
+        /// address that DNS returns for the name, at most 64. For a headless Kubernetes service, these are all of its
+        /// pods. `unix:///PATH` is a Unix socket.
         targets: Vec<Target> = "127.0.0.1:50051",
-        /// The interval at which the canary starts rounds, varied by up to 10 %. At least 1 s. Each round writes four
-        /// audit entries.
+        /// The time between the end of one round and the start of the next, varied by up to 10 %. At least 1 s. Each
+        /// round writes four audit entries.
         interval: Duration = "1m",
-        /// Addresses of the listener for metrics: one address or a list.
+        /// Addresses on which the canary serves its metrics: one address or a list.
         listen: Vec<SocketAddr> = "127.0.0.1:9181",
         /// PEM file with the certificate authorities of the servers' certificates. If set, the canary connects to TCP
-        /// targets over TLS. Read in each round.
+        /// targets over TLS. The canary reads the file in each round.
         tls_ca_file: Option<PathBuf> = "",
         /// The name that the servers' certificates must contain. Unset: the host of the target.
         tls_server_name: Option<String> = "",
         /// PEM file with the canary's certificate, for servers that require one (`grpc.tls_client_ca_file`). Requires
-        /// `tls_ca_file` and `tls_key_file`. Read in each round.
+        /// `tls_ca_file` and `tls_key_file`. The canary reads the file in each round.
         tls_certificate_file: Option<PathBuf> = "",
-        /// PEM file with the private key of the certificate. Read in each round.
+        /// PEM file with the private key of the certificate. The canary reads the file in each round.
         tls_key_file: Option<PathBuf> = "",
     }
 }
@@ -75,7 +75,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn targets_are_hosts_with_ports_and_unix_sockets() {
+    fn a_target_is_a_host_with_a_port_or_a_unix_socket() {
         let read = |text: &str| Target::read(&RawValue::One(text.to_owned()));
         for valid in ["127.0.0.1:50051", "[::1]:50051", "trustgate.example:1", "unix:///run/trustgate.sock"] {
             assert_eq!(read(valid).map(|target| target.to_string()).as_deref(), Some(valid));

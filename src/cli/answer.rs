@@ -1,4 +1,4 @@
-//! The answer of a command: as text for people, as JSON for programs, and with an exit code. `cli` writes it.
+//! The answer of a command: text for people, JSON for programs, and an exit code. The module `cli` writes the answer.
 
 use comfy_table::{Table, presets};
 use serde_json::Value;
@@ -9,18 +9,18 @@ use crate::base::clock::DatabaseTime;
 
 /// The answer of a command.
 pub(crate) struct Answer {
-    /// The text for people. Ends with a line break, unless it is empty.
+    /// The text for people. A text that is not empty ends with a line break.
     pub(crate) text: String,
-    /// The value for `--output json`. `None`: `text` is printed with either output format.
+    /// The value for `--output json`; `None` if `text` is printed in both output formats.
     pub(crate) json: Option<Value>,
-    /// The exit code.
+    /// The exit code of the program.
     pub(crate) code: u8,
     /// The text for standard error if the answer cannot be written.
     pub(crate) if_lost: Option<String>,
 }
 
 impl Answer {
-    /// A text that is printed with either output format.
+    /// Creates an answer whose text is printed in both output formats.
     pub(crate) fn text(mut text: String) -> Self {
         if !text.is_empty() && !text.ends_with('\n') {
             text.push('\n');
@@ -28,7 +28,8 @@ impl Answer {
         Self { text, json: None, code: DONE, if_lost: None }
     }
 
-    /// One object. The text has one line for each field: the fields in `first`, in that order, then all other fields.
+    /// Creates an answer from one object. The text has one line for each field: the fields in `first`, in that order,
+    /// then all other fields.
     pub(crate) fn object(object: Value, first: &[&str]) -> Self {
         let others = object.as_object().into_iter().flatten().map(|(name, _)| name.as_str());
         let names = first.iter().copied().chain(others.filter(|name| !first.contains(name)));
@@ -36,13 +37,13 @@ impl Answer {
         Self { text: table(None, rows), json: Some(object), code: DONE, if_lost: None }
     }
 
-    /// A list of objects. The text has one row for each object, with the fields in `columns`.
+    /// Creates an answer from a list of objects. The text has one row for each object, with the fields in `columns`.
     pub(crate) fn list(objects: Vec<Value>, columns: &[&str]) -> Self {
         let rows = objects.iter().map(|object| columns.iter().map(|column| cell(&object[*column])).collect());
         Self { text: table(Some(columns), rows), json: Some(Value::Array(objects)), code: DONE, if_lost: None }
     }
 
-    /// Adds a member to the JSON object; the text does not show it.
+    /// Adds a member to the JSON object, but not to the text.
     pub(crate) fn member(mut self, name: &str, value: Value) -> Self {
         if let Some(Value::Object(members)) = &mut self.json {
             members.insert(name.to_owned(), value);
@@ -50,7 +51,7 @@ impl Answer {
         self
     }
 
-    /// Adds a note below the text; the JSON does not contain it.
+    /// Adds a note below the text, but not to the JSON value.
     pub(crate) fn note(mut self, note: &str) -> Self {
         self.text.push('\n');
         self.text.push_str(note);
@@ -71,17 +72,17 @@ impl Answer {
     }
 }
 
-/// A time as RFC 3339 in UTC.
+/// Formats a time as RFC 3339 in UTC.
 pub(crate) fn time(at: DatabaseTime) -> Value {
     Value::String(at.to_string())
 }
 
-/// An optional time as RFC 3339 in UTC, or null.
+/// Formats a time as RFC 3339 in UTC, and `None` as null.
 pub(crate) fn time_or_null(at: Option<DatabaseTime>) -> Value {
     at.map_or(Value::Null, time)
 }
 
-/// Aligned columns without borders, so that tools such as `awk` can split the lines.
+/// Formats rows in aligned columns without borders, so that tools such as `awk` can split the lines.
 fn table(header: Option<&[&str]>, rows: impl Iterator<Item = Vec<String>>) -> String {
     let mut table = Table::new();
     table.load_style(presets::NOTHING);
@@ -98,8 +99,8 @@ fn table(header: Option<&[&str]>, rows: impl Iterator<Item = Vec<String>>) -> St
     lines.collect::<Vec<_>>().concat()
 }
 
-/// A value for people: without quotes, `-` if it is null or empty, times to the second. Replaces control characters,
-/// because they could control the terminal.
+/// Formats a value for people: strings without quotes, null and empty values as `-`, times in whole seconds. Replaces
+/// control characters, because they could control the terminal.
 fn cell(value: &Value) -> String {
     let text = match value {
         Value::Null => return "-".to_owned(),
@@ -115,7 +116,7 @@ fn cell(value: &Value) -> String {
     text.replace(char::is_control, "\u{fffd}")
 }
 
-/// An RFC 3339 time without its fraction of a second; any other text unchanged.
+/// Removes the fraction of a second from an RFC 3339 time. Returns any other text unchanged.
 fn seconds(text: &str) -> String {
     let Ok(at) = OffsetDateTime::parse(text, &Rfc3339) else { return text.to_owned() };
     let whole = at.replace_nanosecond(0).unwrap_or(at);

@@ -1,7 +1,7 @@
-//! The commands and options, for clap. Their doc comments are the text of `--help`.
+//! The commands and options of the program, declared for clap. Their doc comments are the text of `--help`.
 //!
-//! No argument takes an API key, because other users of the machine can read the command line. Keys come from standard
-//! input.
+//! No argument takes an API key, because other users of the machine can read the command line. Commands read keys from
+//! standard input.
 
 use std::{net::IpAddr, path::PathBuf, time::Duration};
 
@@ -22,13 +22,14 @@ use crate::{
 
 const VERSION: &str = concat!(env!("CARGO_PKG_VERSION"), " (", env!("TRUSTGATE_COMMIT"), ")");
 
-/// External authorization for Envoy: identifies the caller of each request and decides whether it may pass.
+/// External authorization server for Envoy: identifies the caller of each request and decides whether the request may
+/// pass.
 ///
-/// Exit codes: 0 success, 1 failure, 2 usage error. `check` exits with 3 if the key is denied.
+/// Exit codes: 0 success, 1 failure, 2 usage error. The command `check` exits with code 3 if the key is denied.
 #[derive(Parser)]
 #[command(name = "trustgate", version = VERSION, arg_required_else_help = true)]
 pub(crate) struct Arguments {
-    /// Configuration file. Default: the file named by the variable `TRUSTGATE_CONFIG`, or none.
+    /// Path of the configuration file. Default: the value of the environment variable `TRUSTGATE_CONFIG`, if it is set.
     #[arg(long, global = true, value_name = "FILE")]
     pub(crate) config: Option<PathBuf>,
     /// Output format.
@@ -41,9 +42,9 @@ pub(crate) struct Arguments {
 /// Output format.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Output {
-    /// Columns, for people.
+    /// Text in columns, for people to read.
     Table,
-    /// JSON, for programs.
+    /// JSON, for programs to parse.
     Json,
 }
 
@@ -51,39 +52,42 @@ pub(crate) enum Output {
 pub(crate) enum Command {
     /// Run the server that answers Envoy's checks.
     ///
-    /// Creates and upgrades an embedded SQLite database; a PostgreSQL database needs `migrate` first. Stops on SIGTERM,
-    /// SIGQUIT or SIGINT.
+    /// At startup, the server creates or upgrades the tables of an embedded SQLite database. For a PostgreSQL database,
+    /// run `trustgate migrate` first. The server shuts down on SIGTERM, SIGQUIT or SIGINT.
     Serve,
-    /// Test on running replicas that revocations take effect in time (`[canary]`).
+    /// Test continuously that running replicas apply revocations in time.
     ///
-    /// Repeatedly issues a key, checks that each replica grants it, revokes it, and checks it until each replica denies
-    /// it. Run it with the configuration of the replicas and with a database role that may change keys. Exposes its
-    /// results as metrics. Stops on SIGTERM, SIGQUIT or SIGINT.
+    /// In each round, the canary issues a key, checks that every replica grants the key, revokes the key, and checks
+    /// how soon every replica denies it. The results are exposed as metrics. Run the canary with the configuration of
+    /// the replicas, the settings in the section `[canary]`, and a database role that may change keys. The canary stops
+    /// on SIGTERM, SIGQUIT or SIGINT.
     Canary,
     /// Create, upgrade or repair the tables in the database.
     ///
-    /// It is safe to run this again.
+    /// It is safe to run this command more than once.
     Migrate {
-        /// Print the statements that grant the PostgreSQL roles the rights they need, and change nothing.
+        /// Print the SQL statements that grant the PostgreSQL roles the rights they need. With this option, the command
+        /// changes nothing.
         #[arg(long)]
         print_grants: bool,
-        /// Also start a new database history. Use this once, after restoring a backup or a copy of the database, so
-        /// that replicas do not use values cached from the earlier history.
+        /// Also start a new database history. Use this option once after you restore a backup or a copy of the
+        /// database, so that replicas do not use data cached from the previous history.
         #[arg(long, conflicts_with = "print_grants")]
         new_incarnation: bool,
-        /// Role of `serve` in the printed statements.
+        /// Role that `trustgate serve` connects as, for the statements that --print-grants prints.
         #[arg(long, value_name = "ROLE", default_value = "trustgate_serve", requires = "print_grants")]
         serve_role: String,
-        /// Role of the management commands (`trust`, `key`, `cache`) in the printed statements.
+        /// Role that the management commands (`trust`, `key`, `pepper`, `cache`) connect as, for the statements that
+        /// --print-grants prints.
         #[arg(long, value_name = "ROLE", default_value = "trustgate_manage", requires = "print_grants")]
         manage_role: String,
     },
-    /// Record the changes to an existing table (`store.table`), so that replicas can cache its rows under the lease.
+    /// Record every change to an existing table (`store.table`), so that replicas can cache its rows under the lease.
     ///
-    /// Adds two triggers to the table, and changes nothing else in it. Run `migrate` first. Afterwards, set
-    /// `store.attached = true` and restart every replica.
+    /// The command adds two triggers to the table and changes nothing else in the table. Run `trustgate migrate` first.
+    /// Afterwards, set `store.attached = true` and restart every replica.
     Attach(Alter),
-    /// Remove the triggers that `attach` added.
+    /// Remove the triggers that `trustgate attach` added to the existing table.
     Detach(Alter),
     /// Manage trusts, the tenant organisations that keys belong to.
     #[command(subcommand)]
@@ -91,41 +95,42 @@ pub(crate) enum Command {
     /// Manage API keys.
     #[command(subcommand)]
     Key(Key),
-    /// Manage the pepper, the secret that keys are hashed with.
+    /// Manage the pepper, the secret that is used to hash keys.
     #[command(subcommand)]
     Pepper(Pepper),
-    /// Manage the deny list, which denies keys whatever the database says, even while the database is down.
+    /// Manage the deny list, which denies keys even if the database grants them or is unavailable.
     #[command(subcommand)]
     Deny(Deny),
     /// Manage the caches of the replicas.
     #[command(subcommand)]
     Cache(Cache),
-    /// Copy a whole database.
+    /// Copy trusts and keys to another database.
     #[command(subcommand)]
     Store(Store),
-    /// Check the configuration, or print the default one.
+    /// Validate the configuration, or print the default configuration.
     #[command(subcommand)]
     Config(Config),
-    /// Read a key from standard input and print the decision and its reason.
+    /// Read a key from standard input, decide on it, and print the decision and the reason.
     ///
-    /// Reads the database, not a cache. Exit code 3: the key is denied.
+    /// The command reads the database and uses neither caches nor the deny list. Exit code 3 means that the key is
+    /// denied.
     Check,
-    /// Examine everything that `serve` needs: configuration, deadlines, files, database, rights and Redis.
+    /// Examine everything that `trustgate serve` needs: configuration, deadlines, files, database, rights and Redis.
     ///
-    /// Run it on the machine that runs `serve`, as the same user and with the same configuration. Prints the result of
-    /// each examination and a remedy for each problem. Changes nothing. Exit code 1: something that `serve` needs does
-    /// not work.
+    /// Run this command on the machine that runs `trustgate serve`, as the same user and with the same configuration.
+    /// The command prints the result of each examination and a remedy for each problem, and changes nothing. Exit code
+    /// 1 means that at least one examination failed.
     Doctor,
-    /// Print a completion script for a shell.
+    /// Print a script that enables tab completion in a shell.
     Completions {
-        /// Shell that the script is for.
+        /// Shell to print the script for.
         shell: Shell,
     },
 }
 
 #[derive(Args)]
 pub(crate) struct Alter {
-    /// Print the statements, each under the role that has to run it, and change nothing.
+    /// Print the SQL statements, each with the role that must run it. With this option, the command changes nothing.
     #[arg(long)]
     pub(crate) print: bool,
 }
@@ -134,26 +139,28 @@ pub(crate) struct Alter {
 pub(crate) enum Trust {
     /// Create a trust.
     Create {
-        /// Name of the trust.
+        /// Name of the new trust.
         name: String,
     },
     /// List all trusts.
     List,
-    /// Show one trust.
+    /// Show a single trust.
     Show(WhichTrust),
     /// Enable a trust, so that its keys are granted again.
     Enable(WhichTrust),
-    /// Disable a trust: all its keys are denied until it is enabled again.
+    /// Disable a trust, so that all its keys are denied until the trust is enabled again.
     ///
-    /// Prints how many replicas have applied the change.
+    /// The command waits for at most `freshness.lease` until all replicas have applied the change, and prints how many
+    /// have applied it.
     Disable(WhichTrust),
-    /// Delete a trust. Fails if the trust still has keys, unless you also delete the keys.
+    /// Delete a trust. A trust that still has keys is deleted only with --with-keys.
     ///
-    /// Prints how many replicas have applied the change.
+    /// The command waits for at most `freshness.lease` until all replicas have applied the change, and prints how many
+    /// have applied it.
     Delete {
         #[command(flatten)]
         which: WhichTrust,
-        /// Also delete the keys of the trust.
+        /// Also delete all keys of the trust.
         #[arg(long)]
         with_keys: bool,
     },
@@ -168,41 +175,43 @@ pub(crate) struct WhichTrust {
 
 #[derive(Subcommand)]
 pub(crate) enum Key {
-    /// Create a key and print it. The key cannot be shown again.
+    /// Issue a new key and print it. The key is shown only once.
     Issue(Issue),
     /// List keys, newest first.
     List {
         /// List only the keys of this trust.
         #[arg(long, value_name = "NAME_OR_ID", value_parser = to_trust())]
         trust: Option<TrustRef>,
-        /// List only the keys issued under this pepper: `current` or `previous` (in this configuration), `unknown` (not
-        /// in this configuration), `unrecorded` (no check has identified it yet), or a fingerprint of 16 hexadecimal
-        /// digits.
+        /// List only the keys that are stored under this pepper: `current` or `previous` (a pepper of this
+        /// configuration), `unknown` (a pepper that is not in this configuration), `unrecorded` (the database does not
+        /// know the pepper of the key until a check finds the key), or a fingerprint of 16 hexadecimal digits.
         #[arg(long, value_name = "PEPPER", value_parser = to_pepper)]
         pepper: Option<PepperFilter>,
     },
-    /// Show one key.
+    /// Show a single key.
     Show(WhichKey),
     /// Revoke a key permanently.
     ///
-    /// Prints how many replicas have applied the revocation. Revoking a key again changes nothing.
+    /// The command waits for at most `freshness.lease` until all replicas have applied the revocation, and prints how
+    /// many have applied it. Revoking a revoked key again changes nothing.
     Revoke(WhichKey),
-    /// Find the keys in a text from standard input, and print which trust each belongs to.
+    /// Find the keys in a text from standard input, and print which trust each key belongs to.
     ///
-    /// The text can be a single key or a longer text, such as a log, of up to 1 MiB. Exit code 1: the text contains no
-    /// key from this database.
+    /// The text can be a single key or a longer text, such as a log file, of up to 1 MiB. Exit code 1 means that the
+    /// text contains no key of this database.
     Identify,
-    /// Import existing keys, one per line.
+    /// Import existing keys from a file or from standard input, one key per line.
     ///
-    /// Imports nothing if any line is invalid. Skips blank lines and lines that begin with `#`.
+    /// If any line is invalid, the command imports nothing. Blank lines and lines that begin with `#` are skipped.
     Import(Import),
 }
 
 #[derive(Subcommand)]
 pub(crate) enum Pepper {
-    /// Record the configured pepper as the one for new keys.
+    /// Record in the database that new keys are stored under the configured pepper.
     ///
-    /// First give every server the new pepper, with the old one in `credential.previous_pepper_files`.
+    /// Before you run this command, configure the new pepper on every server, and list the old pepper in
+    /// `credential.previous_pepper_files`.
     Use,
 }
 
@@ -215,32 +224,34 @@ pub(crate) struct WhichKey {
 
 #[derive(Args)]
 pub(crate) struct Issue {
-    /// Trust that the key belongs to.
+    /// Name or id of the trust that the key belongs to.
     #[arg(long, value_name = "NAME_OR_ID", value_parser = to_trust())]
     pub(crate) trust: TrustRef,
-    /// Name of the key: what it is for.
+    /// Name that describes the purpose of the key.
     #[arg(long, value_name = "TEXT")]
     pub(crate) name: Option<String>,
-    /// How long the key is valid, such as 90d or 12h. Default: until it is revoked.
+    /// Time until the key expires, such as 90d or 12h. Default: the key does not expire.
     #[arg(long, value_name = "DURATION", value_parser = to_duration)]
     pub(crate) expires_in: Option<Duration>,
-    /// Scope of the key: what it may be used for. Can be given several times.
+    /// Scope of the key. Repeat this option to give the key several scopes.
     #[arg(long = "scope", value_name = "SCOPE")]
     pub(crate) scopes: Vec<String>,
-    /// Network that the key may be used from, such as 192.0.2.0/24. Can be given several times. Default: any network.
+    /// Network from which the key may be used, such as 192.0.2.0/24. Repeat this option to allow several networks.
+    /// Default: any network.
     #[arg(long = "allow-cidr", value_name = "CIDR", value_parser = to_network)]
     pub(crate) allowed_cidrs: Vec<IpNet>,
 }
 
 #[derive(Args)]
 pub(crate) struct Import {
-    /// Trust that the keys belong to.
+    /// Name or id of the trust that the keys belong to.
     #[arg(long, value_name = "NAME_OR_ID", value_parser = to_trust())]
     pub(crate) trust: TrustRef,
-    /// The lines are keys instead of SHA-256 digests in hexadecimal. Only the digests of the keys are stored.
+    /// Read each line as a plaintext key instead of a SHA-256 digest in hexadecimal. Only the digests of the keys are
+    /// stored.
     #[arg(long)]
     pub(crate) plaintext: bool,
-    /// File to read; - is standard input.
+    /// File to read. Use - for standard input.
     #[arg(value_name = "FILE", default_value = "-")]
     pub(crate) file: PathBuf,
 }
@@ -249,19 +260,19 @@ pub(crate) struct Import {
 pub(crate) enum Deny {
     /// Deny a key, or every key of a trust, for a limited time.
     ///
-    /// Needs Redis. Needs the database only if `redis.mac_key_file` is not set.
+    /// The command needs Redis. It needs the database only if `redis.mac_key_file` is not set.
     Add {
         #[command(flatten)]
         which: WhichDenied,
-        /// How long to deny it, such as 12h or 90d.
+        /// Time until the entry expires, such as 12h or 90d.
         #[arg(long = "for", value_name = "DURATION", value_parser = to_duration)]
         life: Duration,
     },
-    /// List the entries that `deny add` made.
+    /// List the entries that `trustgate deny add` created.
     ///
-    /// Does not list the entries in the file of `freshness.deny_file`.
+    /// The entries in the file that `freshness.deny_file` names are not listed.
     List,
-    /// Remove entries that `deny add` made.
+    /// Remove the entries that `trustgate deny add` created for a key or a trust.
     Remove {
         #[command(flatten)]
         which: WhichDenied,
@@ -271,16 +282,17 @@ pub(crate) enum Deny {
 #[derive(Args)]
 #[group(required = true, multiple = false)]
 pub(crate) struct WhichDenied {
-    /// Key with this id.
+    /// Select the key with this id.
     #[arg(long, value_name = "KEY_ID", value_parser = to_key)]
     pub(crate) key: Option<KeyId>,
-    /// Every key of the trust with this id. A name is not accepted, because only the database could resolve it.
+    /// Select every key of the trust with this id. A name is not accepted, because only the database can resolve a
+    /// name.
     #[arg(long, value_name = "TRUST_ID", value_parser = to_trust_id)]
     pub(crate) trust: Option<TrustId>,
-    /// Key with this digest of 64 hexadecimal digits.
+    /// Select the key with this digest of 64 hexadecimal digits.
     #[arg(long, value_name = "DIGEST", value_parser = to_digest)]
     pub(crate) digest: Option<ApiKeyDigest>,
-    /// Key read from standard input.
+    /// Read the key from standard input.
     #[arg(long)]
     pub(crate) stdin: bool,
 }
@@ -289,17 +301,17 @@ pub(crate) struct WhichDenied {
 pub(crate) enum Cache {
     /// Clear the caches of all replicas.
     ///
-    /// Waits up to `freshness.lease` until every replica has cleared its caches, and lists the replicas that have not.
-    /// Exit code 1: at least one replica has not.
+    /// The command waits for at most `freshness.lease` until every replica has cleared its caches, and lists the
+    /// replicas that have not. Exit code 1 means that at least one replica has not cleared its caches.
     Clear,
 }
 
 #[derive(Subcommand)]
 pub(crate) enum Store {
-    /// Copy every trust and key from one database into an empty one.
+    /// Copy every trust and key from one database to an empty database.
     ///
-    /// Run `migrate` on the target first. The keys keep working under the same peppers. The audit log and the change
-    /// log are not copied.
+    /// Run `trustgate migrate` on the target database first. The copied keys keep working with the same peppers. The
+    /// audit log and the change log are not copied.
     Copy(Copy),
 }
 
@@ -307,8 +319,8 @@ pub(crate) enum Store {
 #[group(required = true, multiple = true)]
 pub(crate) struct Copy {
     /// URL of the database to copy from, in the format of `store.url`. Default: the configured database. Other users of
-    /// this machine can read the command line, so put a password into the variable PGPASSWORD, a `.pgpass` file or the
-    /// configuration.
+    /// this machine can read the command line, so put a password into the environment variable PGPASSWORD, a `.pgpass`
+    /// file or the configuration.
     #[arg(long, value_name = "URL", value_parser = to_secret())]
     pub(crate) from: Option<Secret>,
     /// URL of the database to copy to, in the format of `store.url`. Default: the configured database.
@@ -320,7 +332,7 @@ pub(crate) struct Copy {
 pub(crate) enum Config {
     /// Validate the configuration and list every error.
     ///
-    /// Exit code 1: there are errors.
+    /// Exit code 1 means that the configuration has errors.
     Check,
     /// Print a configuration file with every setting, its meaning and its default.
     Default,
@@ -347,7 +359,7 @@ fn to_pepper(text: &str) -> Result<PepperFilter, &'static str> {
     })
 }
 
-// These messages do not repeat the value, because it may be a secret.
+// The error messages below do not quote the argument, because the argument may be a secret.
 fn to_key(text: &str) -> Result<KeyId, String> {
     Uuid::parse_str(text)
         .map(KeyId)
@@ -381,7 +393,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_declarations_are_valid_and_every_command_and_argument_has_help() {
+    fn every_command_and_argument_is_declared_correctly_and_has_help() {
         fn explained(command: &clap::Command) {
             assert!(command.get_about().is_some(), "{}", command.get_name());
             for argument in command.get_arguments() {
@@ -395,7 +407,7 @@ mod tests {
     }
 
     #[test]
-    fn an_address_without_a_prefix_length_is_a_network_of_one_address() {
+    fn address_without_a_prefix_length_is_read_as_a_network_of_one_address() {
         assert_eq!(to_network("192.0.2.1").unwrap().to_string(), "192.0.2.1/32");
         assert!(to_network("192.0.2.0/33").is_err());
         assert_eq!(to_network("::ffff:10.0.0.0/104").unwrap().to_string(), "10.0.0.0/8");

@@ -1,4 +1,4 @@
-//! `trustgate canary`: runs the canary and the listener for its metrics until a signal ends it.
+//! Implements `trustgate canary`: runs the canary and the listener for its metrics until a signal arrives.
 
 use std::sync::Arc;
 
@@ -23,11 +23,12 @@ use crate::{
     store::{self, Env},
 };
 
-/// Runs the canary until SIGTERM, SIGQUIT or SIGINT. A second such signal ends it at once.
+/// Runs the canary until SIGTERM, SIGQUIT or SIGINT. The round in progress then deletes its key, unless a second signal
+/// ends the process at once.
 ///
 /// # Errors
-/// The settings cannot be used, or a listener cannot be bound. A database or a replica that cannot be reached is not an
-/// error: the round fails and is counted.
+/// A setting is invalid, a listener cannot be bound, or a second signal arrived. An unreachable database or replica is
+/// not an error: the metrics count the failed round.
 pub(crate) fn run(config: &Config, env: Env<'_>) -> Result<(), AppError> {
     telemetry::start(&config.log);
     tls::install_provider();
@@ -77,7 +78,7 @@ async fn run_until_stopped(config: &Config, deps: CanaryDeps) -> Result<(), AppE
     Ok(())
 }
 
-/// The canary serves no requests, so it is ready as soon as it listens. Its results are in its metrics.
+/// Reports the canary as ready. The canary serves no requests, so it is ready as soon as it listens.
 struct AlwaysReady;
 
 #[async_trait]

@@ -1,4 +1,5 @@
-//! Runs a command: loads the configuration, opens the database and returns the answer. `cli` writes it.
+//! Runs a command: loads the configuration, opens the database if the command needs it, and returns the answer. The
+//! module `cli` writes the answer.
 
 use std::ffi::OsString;
 
@@ -162,7 +163,7 @@ fn altered(config: &Config, env: Env<'_>, table: &str, attached: bool) -> Answer
     if !attached || config.store.attached {
         return answer;
     }
-    answer.note("Set `store.attached = true` and restart every replica: until then, replicas read the table as before.")
+    answer.note("Set `store.attached = true` and restart every replica. Until then, replicas ignore the change log.")
 }
 
 async fn copy(config: &Config, environment: &[(OsString, OsString)], ends: Ends) -> Result<Answer, CliError> {
@@ -179,12 +180,13 @@ async fn copy(config: &Config, environment: &[(OsString, OsString)], ends: Ends)
     Ok(Answer::object(object, &["from", "to", "trusts", "keys"]))
 }
 
-/// The value of an environment variable; `None` if it is not set or not UTF-8.
+/// Returns the value of an environment variable; `None` if the variable is not set or not UTF-8.
 fn variable(environment: &[(OsString, OsString)], name: &str) -> Option<String> {
     environment.iter().find(|(found, _)| found == name)?.1.to_str().map(str::to_owned)
 }
 
-/// The name of the operator for the audit log, from `USER` or `LOGNAME`. The operator can set these, so it is no proof.
+/// Returns the operator's name for the audit log, from the variable `USER` or `LOGNAME`. The operator can set these
+/// variables, so the name proves nothing.
 fn actor(environment: &[(OsString, OsString)]) -> Actor {
     let user = ["USER", "LOGNAME"].iter().find_map(|name| variable(environment, name).filter(|user| !user.is_empty()));
     let user: String =

@@ -1,6 +1,7 @@
-//! The commands about the deny list.
+//! The `trustgate deny` commands.
 //!
-//! A key from standard input is hashed here; only its digests are stored and shown (`tests/integration/deny.rs`).
+//! This module hashes a key from standard input. Only the digests of the key are stored and printed
+//! (`tests/integration/deny.rs`).
 
 use std::time::Duration;
 
@@ -22,11 +23,12 @@ use crate::{
 };
 
 const COLUMNS: &[&str] = &["kind", "id", "set_at", "until"];
-/// The promise in this text leaves room for one failed read: replicas read the list in Redis every 500 ms.
-const EFFECTIVE: &str = "Every replica that reaches Redis applies this within 1 s, even while the database is down.";
+/// Replicas read the deny list in Redis every 500 ms, so a limit of 1 s leaves room for one failed read.
+const EFFECTIVE: &str =
+    "Every replica that can reach Redis applies the change within 1 s, even while the database is down.";
 
 pub(crate) async fn run(config: &Config, env: Env<'_>, command: args::Deny) -> Result<Answer, CliError> {
-    // Only the log records why the connection to Redis failed.
+    // Start logging, because the reason for a failed connection to Redis appears only in the log.
     telemetry::start(&LogSettings { level: Level::Warn, format: Format::Text });
     let (which, life) = match command {
         args::Deny::List => (Vec::new(), None),
@@ -36,7 +38,7 @@ pub(crate) async fn run(config: &Config, env: Env<'_>, command: args::Deny) -> R
     change(config, env, &which, life).await.map_err(|error| error.at(config))
 }
 
-/// Adds the entries in `which` if there is a `life`, else removes them. Lists all entries if `which` is empty.
+/// Adds the entries in `which` if `life` is set, else removes them. Lists all entries if `which` is empty.
 async fn change(config: &Config, env: Env<'_>, which: &[Denied], life: Option<Duration>) -> Result<Answer, DenyError> {
     if !config.redis.is_configured() {
         return Err(DenyError::NoRedis(if life.is_some() { which.to_owned() } else { Vec::new() }));
@@ -49,9 +51,9 @@ async fn change(config: &Config, env: Env<'_>, which: &[Denied], life: Option<Du
                 let answer = list(&listed.entries);
                 match listed.refused {
                     0 => answer,
-                    refused => {
-                        answer.note(&format!("{refused} more ignored by replicas: wrong MAC, or from another release."))
-                    }
+                    refused => answer.note(&format!(
+                        "Entries that replicas ignore (wrong MAC, or written by another release): {refused}."
+                    )),
                 }
             }
             (which, Some(life)) => list(&denials.add(which, life).await?).note(EFFECTIVE),
@@ -89,6 +91,6 @@ fn denied(which: &args::WhichDenied, config: &Config) -> Result<Vec<Denied>, Cli
         return Err(CliError::usage(problem.to_owned()));
     }
     let hasher = config.credential.hasher().map_err(|error| unreadable("the pepper", error))?;
-    // The key may be stored under any configured pepper, or without one.
+    // The key may be stored under any configured pepper or without a pepper.
     Ok(hasher.digests(hasher.current(key), key).all().copied().map(Denied::Digest).collect())
 }

@@ -1,7 +1,7 @@
-//! `trustgate doctor`: examines everything that `serve` needs, and lists the diagnoses in a fixed order.
+//! Implements `trustgate doctor`: examines everything that `serve` needs, and lists the diagnoses in a fixed order.
 //!
-//! Changes nothing. The command ends even if a server hangs: each examination has its own timeouts, and name lookups
-//! that timed out are abandoned.
+//! The command changes nothing. It ends even if a server hangs: each examination has timeouts, and name lookups that
+//! time out are abandoned.
 
 use std::{fmt::Write as _, time::Duration};
 
@@ -36,8 +36,8 @@ const PEPPER: &str = "pepper";
 const DENY_FILE: &str = "deny_file";
 const MAC_KEY: &str = "redis_mac_key";
 
-/// The minimum difference between Envoy's timeout and the deadline of a check: time for the network round trip and for
-/// Envoy itself.
+/// The minimum difference between Envoy's timeout and the deadline of a check. It leaves time for the network round
+/// trip and for Envoy itself.
 const MARGIN: Duration = Duration::from_millis(20);
 
 pub(crate) fn run(loaded: Result<(Config, Vec<ConfigError>), LoadError>, env: Env<'_>) -> Result<Answer, CliError> {
@@ -56,26 +56,26 @@ pub(crate) fn run(loaded: Result<(Config, Vec<ConfigError>), LoadError>, env: En
         }
         None => runtime.block_on(diagnose(&loaded, env)),
     };
-    // Do not wait for threads: a name lookup without a reply blocks one.
+    // Do not wait for the threads of the runtime: a name lookup that gets no reply blocks its thread.
     runtime.shutdown_background();
     Ok(answer(&diagnoses, &loaded.config, unreadable.is_none() && loaded.skip_reason(&["decision"]).is_none()))
 }
 
-/// The names of all examinations, in the order of the answer.
+/// Returns the names of all examinations, in the order of the answer.
 fn names() -> Vec<&'static str> {
     let own = [CONFIGURATION, DEADLINES, ENVOY, PEPPER, tls::EXAMINATION, DENY_FILE];
     [&own[..], DATABASE, REDIS, &[MAC_KEY]].concat()
 }
 
-/// The configuration, with its errors.
+/// The configuration and its errors.
 struct LoadedConfig {
     config: Config,
     config_errors: Vec<ConfigError>,
 }
 
 impl LoadedConfig {
-    /// Why examinations that depend on `sections` must be skipped: the first configuration error that is in one of
-    /// them, or in no known section, so that it may concern any section.
+    /// Returns the reason to skip examinations that depend on `sections`: the first configuration error in one of these
+    /// sections. An error outside the known sections may concern any section, so it counts for all of them.
     fn skip_reason(&self, sections: &[&str]) -> Option<String> {
         let section =
             |config_error: &ConfigError| config_error.setting.split('.').next().unwrap_or_default().to_owned();
@@ -87,7 +87,7 @@ impl LoadedConfig {
         first.map(|config_error| format!("because of this configuration error: {config_error}"))
     }
 
-    /// Runs `examination`. If `sections` have a configuration error, skips the examinations in `names` instead.
+    /// Runs `examination`, or skips the examinations in `names` if `sections` have a configuration error.
     async fn unless_skipped(
         &self,
         sections: &[&str],
@@ -149,14 +149,15 @@ fn configuration(config_errors: &[ConfigError]) -> Diagnosis {
     }
 }
 
-/// Warns if the deadlines leave too little time for Envoy. Deadlines that do not nest at all are configuration errors.
+/// Warns if `decision.envoy_timeout` exceeds `decision.deadline` by too little. A timeout that does not exceed the
+/// deadline is a configuration error.
 fn deadlines(config: &Config) -> Diagnosis {
     let (read, redis) = (config.store.read_timeout, config.redis.timeout);
     let (deadline, envoy) = (config.decision.deadline, config.decision.envoy_timeout);
     let (margin, rest) = (envoy.saturating_sub(deadline), deadline.saturating_sub(read + redis));
     let found = format!(
-        "a check may take {deadline:?}: Redis {redis:?}, a database read {read:?}, the rest {rest:?}; Envoy's timeout \
-         {envoy:?} exceeds this by {margin:?}"
+        "a check may take {deadline:?}: {redis:?} for Redis, {read:?} for a database read and {rest:?} for other work; \
+         Envoy's timeout ({envoy:?}) is longer by {margin:?}"
     );
     if margin < MARGIN {
         let remedy = format!(
@@ -169,18 +170,18 @@ fn deadlines(config: &Config) -> Diagnosis {
     }
 }
 
-/// Reminds the operator of Envoy's own timeout, which cannot be examined from here.
+/// Reminds the operator to check the timeout in Envoy's configuration, which `doctor` cannot read.
 fn envoy(config: &Config) -> Diagnosis {
     let timeout = config.decision.envoy_timeout;
     let found = format!(
-        "Envoy's configuration cannot be read from here: its grpc_service.timeout must be {} or more, because \
+        "Envoy's configuration cannot be read from here: grpc_service.timeout in it must be {} or more, because \
          decision.envoy_timeout is {timeout:?}",
         in_envoy(timeout)
     );
     Diagnosis::skipped(ENVOY, found).about(&["decision.envoy_timeout"])
 }
 
-/// A duration in the format of Envoy's configuration: `0.25s`.
+/// Formats a duration for Envoy's configuration: `0.25s`.
 fn in_envoy(duration: Duration) -> String {
     format!("{}s", duration.as_secs_f64())
 }
@@ -198,7 +199,7 @@ fn pepper(config: &Config) -> Diagnosis {
         }
         Ok(_) => {
             let previous = settings.previous_pepper_files.len();
-            Diagnosis::ok(PEPPER, format!("a pepper is set, and {previous} previous peppers"))
+            Diagnosis::ok(PEPPER, format!("a pepper and {previous} previous peppers are set"))
         }
     }
 }
@@ -211,13 +212,13 @@ fn deny_file(config: &Config) -> Diagnosis {
     match deny_list::check_file(file) {
         Ok(()) => Diagnosis::ok(DENY_FILE, format!("every line of {} is valid", file.display())),
         Err(error) => {
-            let remedy = "correct the file: `serve` ignores lines that it cannot read";
+            let remedy = "correct the file: `serve` ignores invalid lines";
             Diagnosis::failed(DENY_FILE, format!("{}: {error}", file.display()), remedy).about(SETTING)
         }
     }
 }
 
-/// Whether the key for the MAC of Redis values can be read, and where it comes from.
+/// Diagnoses whether the key for the MAC of Redis values can be read, and from which source.
 fn mac_key(config: &Config, in_database: Result<(), String>) -> Diagnosis {
     const SETTING: &[&str] = &["redis.mac_key_file"];
     if !config.redis.is_configured() {
@@ -227,11 +228,11 @@ fn mac_key(config: &Config, in_database: Result<(), String>) -> Diagnosis {
                   to a file with 32 bytes or 64 hexadecimal digits, the same for every replica";
     match &config.redis.mac_key_file {
         Some(file) => match read_mac_key(file) {
-            Ok(_) => Diagnosis::ok(MAC_KEY, format!("in {}", file.display())),
+            Ok(_) => Diagnosis::ok(MAC_KEY, format!("read from {}", file.display())),
             Err(error) => Diagnosis::failed(MAC_KEY, format!("{}: {error}", file.display()), remedy).about(SETTING),
         },
         None => match in_database {
-            Ok(()) => Diagnosis::ok(MAC_KEY, "in the database"),
+            Ok(()) => Diagnosis::ok(MAC_KEY, "read from the database"),
             Err(problem) => {
                 let found = format!("cannot read the key from the database: {problem}");
                 Diagnosis::failed(MAC_KEY, found, remedy).about(SETTING)
@@ -264,7 +265,7 @@ fn answer(diagnoses: &[Diagnosis], config: &Config, envoy_timeout_is_valid: bool
     }
 }
 
-/// The remedy of `diagnosis`, and where the settings behind the problem are set.
+/// Formats the remedy of `diagnosis`, and the places where the settings that may have caused the problem are set.
 fn advice(diagnosis: &Diagnosis, remedy: &str, config: &Config) -> String {
     let mut text = format!("{} ({}): {}", diagnosis.name, diagnosis.state.as_str(), remedy.replace('\n', "\n    "));
     for (setting, origin) in settings(diagnosis, config) {
@@ -284,7 +285,8 @@ fn data(diagnosis: &Diagnosis, config: &Config) -> Value {
     json!({ "name": name, "state": state.as_str(), "found": found, "remedy": remedy, "settings": settings })
 }
 
-/// The settings of `diagnosis` that are set, with their origins. If none is set: the first one, without an origin.
+/// Returns the settings of `diagnosis` that are set, with their origins. If none of them is set, returns the first one,
+/// without an origin.
 fn settings<'c>(diagnosis: &Diagnosis, config: &'c Config) -> Vec<(&'static str, Option<&'c str>)> {
     let all: Vec<_> = diagnosis.settings.iter().map(|setting| (*setting, origin(config, setting))).collect();
     let set: Vec<_> = all.iter().copied().filter(|(_, origin)| origin.is_some()).collect();
@@ -301,7 +303,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_config_error_skips_its_own_section_and_one_in_no_known_section_skips_all() {
+    fn config_error_skips_examinations_of_its_section_or_all_if_its_section_is_unknown() {
         let config_error =
             |setting: &str| ConfigError { setting: setting.to_owned(), origin: None, problem: "no".to_owned() };
         let loaded =
@@ -314,7 +316,7 @@ mod tests {
     }
 
     #[test]
-    fn a_short_margin_to_the_timeout_of_envoy_is_a_warning() {
+    fn deadline_close_to_the_timeout_of_envoy_is_a_warning() {
         let mut config = Config::default();
         assert_eq!(deadlines(&config).state, DiagnosisState::Ok);
         config.decision.envoy_timeout = config.decision.deadline + Duration::from_millis(19);

@@ -1,6 +1,7 @@
-//! Shows the operator on which replicas a change is effective.
+//! Shows the operator which replicas have applied a change.
 //!
-//! The change is already committed here. So a failure to find its effect is part of the answer, not an error.
+//! The change is already committed when this module runs. A failure to determine its effect is therefore part of the
+//! answer, not an error.
 
 use serde_json::{Value, json};
 
@@ -12,8 +13,8 @@ use crate::{
     manage::{Effect, Manager},
 };
 
-/// Waits until all replicas have applied the change just committed, for `freshness.lease` at most, and adds to `answer`
-/// on which replicas it is effective. Leaves the exit code as it is, because the change is committed.
+/// Waits for at most `freshness.lease` until all replicas have applied the committed change, and adds to `answer` which
+/// replicas have applied it. Does not change the exit code, because the change is committed in any case.
 pub(crate) async fn with_effect(answer: Answer, manager: &mut Manager, config: &Config) -> Answer {
     let effect = manager.effect(&SystemClock, config.freshness.lease).await;
     let (json, note) = match &effect {
@@ -33,7 +34,7 @@ pub(crate) async fn with_effect(answer: Answer, manager: &mut Manager, config: &
     }
 }
 
-/// `effect` as JSON.
+/// Formats `effect` as JSON.
 pub(crate) fn effect_json(effect: &Effect) -> Value {
     let missing = effect.missing.iter().map(|replica| {
         json!({

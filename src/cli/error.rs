@@ -1,6 +1,7 @@
-//! Errors of commands as the operator sees them: the problem, what to do, and where the setting in question is set.
+//! The errors that commands show to the operator: the problem, its remedy, and the place where the relevant setting is
+//! set.
 //!
-//! The texts contain no secrets, because the errors they are made from contain none.
+//! The texts contain no secrets, because the underlying errors contain none.
 
 use std::fmt;
 
@@ -16,32 +17,33 @@ use crate::{
 #[derive(Debug)]
 pub(crate) struct CliError {
     problem: String,
-    /// The place that sets the setting behind the problem.
+    /// The setting that may have caused the problem, and the place where it is set, for people.
     place: Option<String>,
-    /// The exit code.
+    /// The exit code of the program.
     pub(crate) code: u8,
 }
 
 impl CliError {
-    /// A failure with exit code 1.
+    /// Creates the error for a failure, with exit code 1.
     pub(crate) const fn new(problem: String) -> Self {
         Self { problem, place: None, code: FAILED }
     }
 
-    /// An invalid argument or input: exit code 2.
+    /// Creates the error for an invalid argument or input, with exit code 2.
     pub(crate) const fn usage(problem: String) -> Self {
         Self { problem, place: None, code: USAGE }
     }
 
-    /// A failure of the database, with where the database is configured if that may be the cause.
+    /// Creates the error for a failure of the database. Adds the place that configures the database if a wrong setting
+    /// may be the cause.
     pub(crate) fn of_store(error: StoreError, config: &Config) -> Self {
         ManageError::from(error).at(config)
     }
 }
 
-/// Adds to an error where the configuration sets what may have caused it.
+/// Converts an error to a [`CliError`], which also names the setting that may have caused the error.
 pub(crate) trait At {
-    /// The error for the operator, with the origin of the setting that may have caused it.
+    /// Returns the error for the operator, with the origin of the setting that may have caused it.
     fn at(self, config: &Config) -> CliError;
 }
 
@@ -60,7 +62,7 @@ impl At for ManageError {
     }
 }
 
-/// The message of `error`. If an option of the command helps, the message names it.
+/// Returns the message of `error`. If an option of the command solves the problem, the message names that option.
 fn with_option(error: &ManageError) -> String {
     match error {
         ManageError::Ledger(StoreError::HasKeys(_)) => format!("{error}, or delete it with --with-keys"),
@@ -88,7 +90,7 @@ fn redis_place(config: &Config) -> Option<String> {
     ["url", "url_file"].into_iter().find_map(set)
 }
 
-/// True if the URL of the database may be the cause, so that its origin helps the operator.
+/// Returns true if a wrong database URL may be the cause, so that the operator needs to know where the URL is set.
 const fn may_be_misconfigured(error: &StoreError) -> bool {
     !matches!(
         error,
@@ -106,7 +108,7 @@ fn database_place(config: &Config) -> String {
     let settings = ["management_url", "management_url_file", "url", "url_file"];
     let set = settings.iter().find_map(|name| Some((name, config.origin("store", name)?)));
     set.map_or_else(
-        || "store.url is not set, so this is the embedded database at its default path".to_owned(),
+        || "store.url is not set, so the database is the embedded one at its default path".to_owned(),
         |(name, origin)| format!("store.{name} is set in {origin}"),
     )
 }

@@ -6,5 +6,5 @@ pub(crate) const DONE: u8 = 0;
 pub(crate) const FAILED: u8 = 1;
 /// The arguments or their values are invalid.
 pub(crate) const USAGE: u8 = 2;
-/// `trustgate check`: the key is denied.
+/// The key is denied. Only `trustgate check` exits with this code.
 pub(crate) const DENIED: u8 = 3;

@@ -1,4 +1,4 @@
-//! `trustgate check`: decides one key without a request, and explains the decision.
+//! Implements `trustgate check`: decides on one key without a request, and explains the decision.
 
 use std::sync::Arc;
 
@@ -26,7 +26,7 @@ use crate::{
 pub(crate) struct Explanation {
     /// True if the key is granted.
     pub allowed: bool,
-    /// The reason as in metrics and Envoy's dynamic metadata: `granted`, `revoked`, ...
+    /// The reason, as shown in metrics and in Envoy's dynamic metadata: `granted`, `revoked` and so on.
     pub reason: &'static str,
     /// The reason as a sentence for people.
     pub sentence: String,
@@ -38,10 +38,11 @@ pub(crate) struct Explanation {
     pub scopes: Vec<String>,
 }
 
-/// Decides `key` as for a request to a route without demands. Reads the record from the database, not from a cache.
+/// Decides on `key` as if a request to a route without demands contained the key. Reads the record from the database,
+/// not from a cache.
 ///
 /// # Errors
-/// The settings cannot be used, a pepper cannot be read, or the database cannot be read.
+/// A setting is invalid, a pepper file cannot be read, or the database cannot be read.
 pub(crate) fn explain(config: &Config, env: Env<'_>, key: &Secret) -> Result<Explanation, AppError> {
     let bytes = key.expose().as_bytes();
     if bytes.is_empty() {
@@ -63,8 +64,8 @@ pub(crate) fn explain(config: &Config, env: Env<'_>, key: &Secret) -> Result<Exp
         source.close().await;
         let found = found?;
         let record = found.value.as_ref();
-        // There is no request, so there is no source address. Assume an address that the key allows; the sentence lists
-        // the allowed networks.
+        // Without a request, there is no source address. Use an address that the key allows; the explanation lists the
+        // allowed networks.
         let demands = Demands { source: record.and_then(from_an_allowed_network), ..Demands::default() };
         Ok(explained(&decide(record, &demands, found.read_at), record))
     })
@@ -78,10 +79,10 @@ fn explained(decision: &Decision<'_>, record: Option<&Record>) -> Explanation {
     let date = |time: Option<DatabaseTime>| time.map(|time| time.to_string()).unwrap_or_default();
     let (reason, sentence) = match decision {
         Decision::Allow(_) => match record.map_or(&[][..], |record| &*record.allowed_cidrs) {
-            [] => ("granted", "the key is good".to_owned()),
+            [] => ("granted", "the key is valid".to_owned()),
             cidrs => {
                 let cidrs: Vec<String> = cidrs.iter().map(ToString::to_string).collect();
-                ("granted", format!("the key is good, but only from {}", cidrs.join(", ")))
+                ("granted", format!("the key is valid, but only from {}", cidrs.join(", ")))
             }
         },
         Decision::Anonymous => ("anonymous", "the request passes without a key".to_owned()),
@@ -92,12 +93,12 @@ fn explained(decision: &Decision<'_>, record: Option<&Record>) -> Explanation {
                     "this is not a key: too short or too long, not visible ASCII, or a wrong checksum".to_owned()
                 }
                 DenyReason::Unknown => {
-                    "the database has no such key, or has it under a pepper that is not configured".to_owned()
+                    "the database has no such key, or the key needs a pepper that is not configured".to_owned()
                 }
                 DenyReason::Revoked => format!("revoked at {}", date(record.and_then(|record| record.revoked_at))),
                 DenyReason::Expired => format!("expired at {}", date(record.and_then(|record| record.expires_at))),
                 DenyReason::NotYetValid => format!("valid from {}", date(record.and_then(|record| record.not_before))),
-                DenyReason::TrustDisabled => "its trust is disabled".to_owned(),
+                DenyReason::TrustDisabled => "the trust of the key is disabled".to_owned(),
                 other => format!("denied: {}", other.as_str()),
             };
             (reason.as_str(), sentence)

@@ -1,6 +1,6 @@
-//! The commands about keys.
+//! The `trustgate key` commands.
 //!
-//! `key issue` shows the new key. The other commands show no key, nor any text from standard input
+//! `key issue` prints the new key. The other commands print neither keys nor text from standard input
 //! (`tests/integration/cli.rs`).
 
 use std::{fs::File, path::Path};

@@ -1,5 +1,5 @@
 //! Reads standard input, which may contain API keys. This module bypasses the buffer of the standard library, which
-//! would keep the keys in memory, and overwrites its own buffer.
+//! would keep the keys in memory. It uses a buffer of its own, and overwrites that buffer after use.
 
 use std::{
     fs::File,
@@ -11,22 +11,22 @@ use zeroize::Zeroizing;
 
 use crate::base::{secret::Secret, text};
 
-/// The longest text that [`text()`] accepts, in bytes.
+/// The maximum length of the text that [`text()`] accepts, in bytes.
 const TEXT_BYTES_MAX: usize = 1 << 20;
 
-/// Standard input as a file, without the buffer of the standard library.
+/// Opens standard input as a file, which bypasses the buffer of the standard library.
 pub(crate) fn open() -> io::Result<File> {
     Ok(File::from(io::stdin().as_fd().try_clone_to_owned()?))
 }
 
-/// All of standard input, without a byte order mark. Bytes that are not UTF-8 become replacement characters, which no
-/// key contains.
+/// Reads all of standard input, and removes a byte order mark. Bytes that are not UTF-8 become replacement characters,
+/// which no key contains.
 ///
 /// # Errors
 /// Standard input cannot be read, is UTF-16, or is longer than [`TEXT_BYTES_MAX`].
 pub(crate) fn text() -> io::Result<Secret> {
     if io::stdin().is_terminal() {
-        // Otherwise the command would seem to hang. If the prompt cannot be written, read all the same.
+        // Without a prompt, the command would seem to hang. If the prompt cannot be written, read anyway.
         let _ = io::Write::write_all(&mut io::stderr(), b"Reading from the terminal; end with Ctrl-D on a new line.\n");
     }
     read(open()?)

@@ -1,4 +1,4 @@
-//! The commands about trusts: call [`Manager`] and show the trust that it returns.
+//! The `trustgate trust` commands: they call [`Manager`] and print the trusts that it returns.
 
 use serde_json::{Value, json};
 

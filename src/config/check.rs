@@ -1,6 +1,7 @@
-//! Checks across settings: settings that exclude each other, deadlines that must nest, files that must be readable.
+//! Checks that need more than one setting or the file system: settings that exclude each other, timeouts that must fit
+//! into other timeouts, and files that must be readable.
 //!
-//! No check opens a connection. A setting that already has an error is not compared with others.
+//! No check opens a connection. A setting that already has an error is not compared with other settings.
 
 mod files;
 mod refuse;
@@ -18,10 +19,10 @@ use crate::{
     redis::RedisSettings,
 };
 
-/// The longest message that `limits.message_size` may allow; the protocol layer refuses longer ones.
+/// The maximum of `limits.message_size`. The protocol layer rejects longer messages.
 const MESSAGE_SIZE_MAX: ByteSize = ByteSize::from_bytes(4 << 20);
 
-/// Adds the errors between the settings of `config` to `reader`.
+/// Checks the settings in `config` against each other, and adds the errors to `reader`.
 pub(crate) fn run(config: &Config, purpose: Purpose, reader: &mut Reader) {
     listeners(config, reader);
     canary(config, reader);
@@ -73,7 +74,8 @@ fn canary(config: &Config, reader: &mut Reader) {
     needs(reader, "canary", ("tls_key_file", key), ("tls_certificate_file", certificate));
 }
 
-/// The shortest interval of the canary. Each round makes four changes that all replicas apply.
+/// The minimum of `canary.interval`. Each round makes four changes that all replicas must apply, so rounds must not be
+/// too frequent.
 const CANARY_INTERVAL_MIN: Duration = Duration::from_secs(1);
 
 fn store(config: &Config, reader: &mut Reader) {
@@ -95,7 +97,7 @@ fn store(config: &Config, reader: &mut Reader) {
         ("management_url_file", store.management_url_file.is_some()),
     ] {
         if set && no_url {
-            reader.refuse("store", name, "needs store.url: the embedded SQLite database does not use it".to_owned());
+            reader.refuse("store", name, "needs store.url: the embedded database ignores this setting".to_owned());
         }
     }
     if store.reads_existing() {
@@ -156,7 +158,7 @@ fn redis(config: &Config, reader: &mut Reader) {
         }
     }
     if redis.cluster && redis.sentinel_master.is_some() {
-        let problem = "excludes redis.sentinel_master, because a Cluster has no Sentinels: unset one of them";
+        let problem = "excludes redis.sentinel_master, because a Cluster has no Sentinels: unset one of the two";
         reader.refuse("redis", "cluster", problem.to_owned());
     }
     redis_urls(redis, reader);
@@ -206,16 +208,16 @@ fn deadlines(config: &Config, reader: &mut Reader) {
     let (deadline, envoy) = (config.decision.deadline, config.decision.envoy_timeout);
     if sound(reader, &["store.read_timeout", "redis.timeout", "decision.deadline"]) && read + redis > deadline {
         let problem = format!(
-            "store.read_timeout ({read:?}) and redis.timeout ({redis:?}) must together not exceed decision.deadline \
-             ({deadline:?})"
+            "store.read_timeout ({read:?}) and redis.timeout ({redis:?}) must not exceed decision.deadline \
+             ({deadline:?}) in total"
         );
         let settings = [("store", "read_timeout"), ("redis", "timeout"), ("decision", "deadline")];
         refuse_first_set(reader, &settings, problem);
     }
     if sound(reader, &["decision.deadline", "decision.envoy_timeout"]) && deadline >= envoy {
         let problem = format!(
-            "decision.deadline ({deadline:?}) must be shorter than decision.envoy_timeout ({envoy:?}), or Envoy stops \
-             waiting before it gets an answer"
+            "decision.deadline ({deadline:?}) must be shorter than decision.envoy_timeout ({envoy:?}): otherwise \
+             Envoy stops waiting before the reply arrives"
         );
         refuse_first_set(reader, &[("decision", "deadline"), ("decision", "envoy_timeout")], problem);
     }
@@ -229,11 +231,11 @@ fn freshness(config: &Config, reader: &mut Reader) {
         reader.refuse("freshness", "mode", problem.to_owned());
     }
     if sound(reader, &["freshness.lease", "freshness.poll_interval", "freshness.poll_timeout"]) {
-        // The lease must outlast one poll that times out.
+        // The lease must stay fresh even if one poll times out.
         if poll_interval + poll_timeout * 2 > lease {
             let problem = format!(
                 "freshness.lease ({lease:?}) must be at least freshness.poll_interval ({poll_interval:?}) plus twice \
-                 freshness.poll_timeout ({poll_timeout:?}), or one slow poll makes the lease stale"
+                 freshness.poll_timeout ({poll_timeout:?}): otherwise one slow poll makes the lease stale"
             );
             let settings = [("freshness", "lease"), ("freshness", "poll_interval"), ("freshness", "poll_timeout")];
             refuse_first_set(reader, &settings, problem);
@@ -241,7 +243,8 @@ fn freshness(config: &Config, reader: &mut Reader) {
     }
     let sample_interval = config.freshness.sample_interval;
     if sample_interval > Duration::ZERO && !config.store.tracks_changes() {
-        let problem = "needs a table with a change log: run `trustgate attach` and set store.attached, or unset this";
+        let problem =
+            "needs a table with a change log: run `trustgate attach` and set store.attached, or unset this setting";
         reader.refuse("freshness", "sample_interval", problem.to_owned());
     }
     if sample_interval > Duration::ZERO && sample_interval < SAMPLE_INTERVAL_MIN {
@@ -255,12 +258,13 @@ fn freshness(config: &Config, reader: &mut Reader) {
     }
 }
 
-/// The longest lease. With a longer one, the revocation bound would be no better than a TTL.
+/// The maximum of `freshness.lease`. With a longer lease, the revocation bound would be no better than a TTL.
 const LEASE_MAX: Duration = Duration::from_mins(1);
-/// The longest time for stale grants. A replica that is cut off for longer must not grant any more.
+/// The maximum of `freshness.stale_if_unconfirmed`. A replica that cannot reach the database for a longer time must
+/// stop granting keys.
 const STALE_MAX: Duration = Duration::from_mins(15);
 
-/// The shortest interval of the sampler. More frequent samples would burden the database.
+/// The minimum of `freshness.sample_interval`. More frequent samples would burden the database.
 const SAMPLE_INTERVAL_MIN: Duration = Duration::from_millis(10);
 
 fn amounts(config: &Config, reader: &mut Reader) {
@@ -397,7 +401,7 @@ mod tests {
     }
 
     #[test]
-    fn settings_of_sampler_and_canary_that_cannot_work_are_refused() {
+    fn invalid_settings_of_the_sampler_and_the_canary_are_refused() {
         for (text, want) in [
             (
                 "freshness.sample_interval = \"9ms\"",
@@ -462,7 +466,7 @@ mod tests {
     }
 
     #[test]
-    fn a_value_and_its_file_exclude_each_other_wherever_they_were_set() {
+    fn setting_and_its_file_variant_exclude_each_other_even_if_one_is_an_environment_variable() {
         let text = "[credential]\npepper_file = \"/proc/version\"";
         assert_eq!(
             config_errors(text, &[("TRUSTGATE__CREDENTIAL__PEPPER", "hunter2-hunter2-hunter2")]),
@@ -472,7 +476,7 @@ mod tests {
     }
 
     #[test]
-    fn a_setting_with_an_error_is_not_compared_with_others() {
+    fn setting_with_an_error_is_not_compared_with_other_settings() {
         let got = config_errors("store.read_timeout = \"long\"\ndecision.deadline = \"110ms\"", &[]);
         assert_eq!(got.len(), 1, "{got:?}");
     }

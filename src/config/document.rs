@@ -1,12 +1,13 @@
-//! The documentation of all settings, as a TOML file to start from, as a Markdown page and as JSON. All three are
-//! generated from the declarations of the settings, and do not contain the values that are configured.
+//! Generates the documentation of all settings as a TOML file to start from, as a Markdown page and as JSON. All three
+//! are generated from the declarations of the settings and do not contain configured values.
 
 use serde_json::json;
 
 use super::{SECTIONS, environment::variable};
 use crate::base::settings::Field;
 
-/// A file with all settings, their descriptions and their defaults. Settings without a default are commented out.
+/// Returns a configuration file with all settings, their descriptions and their defaults. Settings without a default
+/// are commented out.
 #[must_use]
 pub(crate) fn toml() -> String {
     let mut lines = vec![
@@ -28,7 +29,7 @@ pub(crate) fn toml() -> String {
     lines.join("\n")
 }
 
-/// The documentation of all settings as a Markdown page.
+/// Returns the documentation of all settings as a Markdown page.
 #[cfg(test)]
 pub(crate) fn markdown() -> String {
     let mut lines = vec![PAGE_START.to_owned()];
@@ -61,7 +62,7 @@ contains the value. Set only one of the two.
 
 This page is generated from the code: `UPDATE=1 cargo test --locked --lib config` writes it again.";
 
-/// The documentation of all settings as JSON.
+/// Returns the documentation of all settings as JSON.
 #[must_use]
 pub(crate) fn json() -> serde_json::Value {
     let all = SECTIONS.iter().flat_map(|section| section.fields.iter().map(|field| (section.name, field)));
@@ -77,19 +78,19 @@ pub(crate) fn json() -> serde_json::Value {
     .collect()
 }
 
-/// The default as TOML; numbers and booleans without quotes.
+/// Formats the default of a setting as TOML, with numbers and booleans unquoted.
 fn value(field: &Field) -> String {
     let default = field.default;
     let is_number = default.parse::<u64>().is_ok_and(|number| number.to_string() == default);
     if is_number || default.parse::<bool>().is_ok() { default.to_owned() } else { format!("\"{default}\"") }
 }
 
-/// The lines of a doc comment.
+/// Returns the lines of a doc comment, trimmed.
 fn prose(doc: &str) -> impl Iterator<Item = &str> {
     doc.lines().map(str::trim)
 }
 
-/// A doc comment on one line.
+/// Joins the lines of a doc comment into one line.
 fn sentence(doc: &str) -> String {
     prose(doc).collect::<Vec<_>>().join(" ")
 }
@@ -99,9 +100,9 @@ mod tests {
     use crate::config::tests::config_errors;
 
     #[test]
-    fn the_default_file_is_valid_and_contains_all_settings() {
+    fn default_configuration_file_is_valid_and_contains_all_settings() {
         assert_eq!(config_errors(&super::toml(), &[]), [""; 0]);
-        // Uncomment all settings: their values may be invalid, but each name must be known.
+        // Uncomment all settings. Their values may be invalid, but every name must be known.
         let all: String = super::toml()
             .lines()
             .map(|line| if line.ends_with("= \"\"") { &line[2..] } else { line }.to_owned() + "\n")
@@ -111,7 +112,7 @@ mod tests {
     }
 
     #[test]
-    fn the_page_in_docs_is_up_to_date() {
+    fn configuration_page_in_docs_is_up_to_date() {
         let path = concat!(env!("CARGO_MANIFEST_DIR"), "/docs/configuration.md");
         if std::env::var_os("UPDATE").is_some() {
             std::fs::write(path, super::markdown()).unwrap();

@@ -1,7 +1,8 @@
-//! Reads the environment: `TRUSTGATE__SECTION__NAME` sets `section.name`; commas separate the values of a list.
+//! Reads settings from environment variables: `TRUSTGATE__SECTION__NAME` sets `section.name`. Commas separate the
+//! values of a list.
 //!
-//! Variables with another prefix are ignored: Kubernetes sets `TRUSTGATE_PORT` and similar variables for a service that
-//! is called trustgate.
+//! Variables with another prefix are ignored, because Kubernetes sets `TRUSTGATE_PORT` and similar variables for a
+//! service named trustgate.
 
 use std::ffi::OsString;
 
@@ -36,20 +37,20 @@ pub(crate) fn put(reader: &mut Reader, variables: &[(OsString, OsString)]) {
     }
 }
 
-/// The error for the variable [`PREFIX`]`rest` if its setting was renamed.
+/// Returns the error for the variable [`PREFIX`]`rest`; `None` if its setting was not renamed.
 fn renamed(rest: &str) -> Option<String> {
     let (section, name) = rest.split_once("__")?;
     suggest::renamed(&section.to_ascii_lowercase(), &name.to_ascii_lowercase(), variable)
 }
 
-/// A suggestion for the operator who set the unknown variable [`PREFIX`]`rest`. `known` has all variables.
+/// Returns a suggestion to replace the unknown variable [`PREFIX`]`rest`. `known` contains all known variables.
 fn suggestion(rest: &str, known: &[(String, &str, &str)]) -> String {
     let names = known.iter().map(|(variable, ..)| &variable[PREFIX.len()..]);
     suggest::nearest(&rest.to_ascii_uppercase(), names)
         .map_or_else(|| "see `trustgate config default`".to_owned(), |near| format!("did you mean {PREFIX}{near}?"))
 }
 
-/// The variable that sets `section.name`.
+/// Returns the name of the environment variable that sets `section.name`.
 pub(crate) fn variable(section: &str, name: &str) -> String {
     format!("{PREFIX}{}__{}", section.to_ascii_uppercase(), name.to_ascii_uppercase())
 }

@@ -1,6 +1,6 @@
-//! Reads the TOML file: its values, each with its line number.
+//! Reads the TOML file: the value and the line number of each setting.
 //!
-//! This module does not parse values, and its errors do not contain them.
+//! This module does not parse the values, and its errors do not quote them.
 
 use toml_edit::{Document, TableLike, Value};
 
@@ -51,7 +51,8 @@ fn put_section(reader: &mut Reader, section: &SectionInfo, table: &dyn TableLike
     }
 }
 
-/// The error for the unknown name `wrong`: it suggests the nearest of `names`, or lists all of them.
+/// Returns the error for the unknown name `wrong`. The error suggests the most similar name in `names`, or lists all
+/// names if no name is similar.
 pub(crate) fn no_such<'n>(
     what: &str,
     wrong: &str,
@@ -66,7 +67,7 @@ pub(crate) fn no_such<'n>(
 }
 
 /// Returns a TOML value as text. Numbers are formatted in decimal, booleans as `true` or `false`. An integer written
-/// with `0x`, `0o` or `0b` keeps its spelling, because a setting of permission bits only accepts octal.
+/// with `0x`, `0o` or `0b` keeps its spelling, because the setting for permission bits accepts only octal numbers.
 fn written(value: &Value, text: &str) -> Option<RawValue> {
     let scalar = |value| scalar(value, text);
     match value {
@@ -89,7 +90,7 @@ fn scalar(value: &Value, text: &str) -> Option<String> {
     }
 }
 
-/// Finds the line number of a position in the text.
+/// Finds the line number of a position in `text`.
 struct Lines<'t> {
     path: &'t str,
     text: &'t str,
@@ -143,11 +144,12 @@ mod tests {
     }
 
     #[test]
-    fn permission_bits_are_octal_however_they_are_written() {
+    fn permission_bits_must_be_octal() {
         for mode in ["\"0660\"", "0o660", "\"0o660\""] {
             assert_eq!(config_errors(&format!("grpc.socket_mode = {mode}"), &[]), [""; 0], "{mode}");
         }
-        // A decimal number is refused: 432 is 0o660, but read as octal it would let all users connect.
+        // Decimal numbers are refused because they are ambiguous: 432 equals 0o660, but 0o432 would let all users
+        // connect.
         for mode in ["432", "660", "\"660\"", "0x1b0", "0b110110000", "0o1000"] {
             let got = config_errors(&format!("grpc.socket_mode = {mode}"), &[]);
             assert!(got.len() == 1 && got[0].contains("permission bits in octal"), "{mode}: {got:?}");
@@ -156,7 +158,7 @@ mod tests {
     }
 
     #[test]
-    fn dotted_and_inline_forms_are_the_same() {
+    fn dotted_keys_and_inline_tables_are_accepted() {
         for text in ["grpc.listen = \"127.0.0.1:1\"", "grpc = {listen = \"127.0.0.1:1\"}"] {
             assert_eq!(config_errors(text, &[]), [""; 0], "{text}");
         }

@@ -1,11 +1,11 @@
 //! Suggests a known name in place of an unknown one.
 //!
-//! If no name is similar, there is no suggestion: a list of all names is more helpful than a bad guess.
+//! If no known name is similar, there is no suggestion, because a list of all names is more helpful than a bad guess.
 
-/// The minimum similarity of a suggestion; 1 means identical.
+/// The minimum similarity of a suggested name, from 0 to 1 (identical).
 const SIMILARITY_MIN: f64 = 0.5;
 
-/// The name in `names` that is most similar to `wrong`, if it is similar enough.
+/// Returns the name in `names` that is most similar to `wrong`; `None` if no name is similar enough.
 pub(crate) fn nearest<'n>(wrong: &str, names: impl Iterator<Item = &'n str>) -> Option<&'n str> {
     names
         .map(|name| (strsim::normalized_damerau_levenshtein(wrong, name), name))
@@ -14,7 +14,8 @@ pub(crate) fn nearest<'n>(wrong: &str, names: impl Iterator<Item = &'n str>) -> 
         .map(|(_, name)| name)
 }
 
-/// Settings that had another name in an earlier release: section, old name; section, new name; an explanation.
+/// Settings that had another name in an earlier release: the old section and name, the new section and name, and a text
+/// that is appended to the error.
 const RENAMED: [(&str, &str, (&str, &str), &str); 4] = [
     ("cache", "absences_size", ("cache", "negative_size"), ""),
     ("freshness", "absence_ttl", ("freshness", "negative_ttl"), ""),
@@ -27,8 +28,8 @@ const RENAMED: [(&str, &str, (&str, &str), &str); 4] = [
     ),
 ];
 
-/// The error for a setting that an earlier release called `section.name`. `show` formats the current name from its
-/// section and its name.
+/// Returns the error for a setting that an earlier release called `section.name`; `None` if there was no such setting.
+/// `show` formats the new section and name.
 pub(crate) fn renamed(section: &str, name: &str, show: impl Fn(&str, &str) -> String) -> Option<String> {
     let (.., (new_section, new), explanation) = RENAMED.iter().find(|(of, old, ..)| *of == section && *old == name)?;
     Some(format!("this setting is now called {}{explanation}", show(new_section, new)))

@@ -1,4 +1,4 @@
-//! Examines the database for `doctor`: one diagnosis for each of [`NAMES`].
+//! Examines the database for `doctor`. Returns one diagnosis for each name in [`NAMES`].
 
 pub(crate) use super::session::NAMES;
 use super::{
@@ -30,7 +30,7 @@ pub(crate) async fn diagnose(settings: &StoreSettings, usage: Use<'_>, env: Env<
             super::sqlite::run(sqlite, examination, &mut report).await;
         }
         Ok(Backend::Postgres) => {
-            // Longer than `serve`'s timeout, so that slow queries are measured instead of cancelled.
+            // This timeout is longer than the one of `serve`, so that slow queries are measured instead of cancelled.
             let statement_timeout = settings.connect_timeout;
             let (schema, existing) = (settings.schema.clone(), ExistingTable::of(settings));
             let postgres = Postgres { address, schema, existing, statement_timeout };

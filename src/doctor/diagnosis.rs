@@ -1,12 +1,12 @@
-//! The results of `doctor`'s examinations as data, and helpers for examining a server: durations and name resolution.
+//! The results of the examinations of `doctor`, and helpers for examinations: measured durations and name resolution.
 //!
-//! The texts contain addresses, roles and figures, but no secrets.
+//! The texts contain addresses, roles and measurements, but no secrets.
 
 use std::{net::IpAddr, time::Duration};
 
 use tokio::{net::lookup_host, time::timeout};
 
-/// The outcome of an examination.
+/// The possible outcomes of an examination.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum DiagnosisState {
     /// Everything examined works.
@@ -15,12 +15,12 @@ pub(crate) enum DiagnosisState {
     Warning,
     /// Something that is needed does not work.
     Failed,
-    /// The examination was skipped, for the given reason.
+    /// The examination was skipped. [`Diagnosis::found`] contains the reason.
     Skipped,
 }
 
 impl DiagnosisState {
-    /// The word in the output.
+    /// Returns the state as a word for the output.
     #[must_use]
     pub(crate) const fn as_str(self) -> &'static str {
         match self {
@@ -37,38 +37,38 @@ impl DiagnosisState {
 pub(crate) struct Diagnosis {
     /// The name of the examination.
     pub name: &'static str,
-    /// How it ended.
+    /// The outcome of the examination.
     pub state: DiagnosisState,
-    /// The facts found, with figures.
+    /// The facts that the examination found, for people.
     pub found: String,
-    /// The action to take; `None` if none is needed.
+    /// The action that the operator should take; `None` if no action is needed.
     pub remedy: Option<String>,
-    /// The settings concerned, each as `section.name`.
+    /// The settings that may have caused the problem, each as `section.name`.
     pub settings: &'static [&'static str],
 }
 
 impl Diagnosis {
-    /// Everything examined works.
+    /// Creates a diagnosis with the state [`DiagnosisState::Ok`].
     pub(crate) fn ok(name: &'static str, found: impl Into<String>) -> Self {
         Self { name, state: DiagnosisState::Ok, found: found.into(), remedy: None, settings: &[] }
     }
 
-    /// A problem that does not stop the server.
+    /// Creates a diagnosis of a problem that does not stop the server.
     pub(crate) fn warning(name: &'static str, found: impl Into<String>, remedy: impl Into<String>) -> Self {
         Self { state: DiagnosisState::Warning, remedy: Some(remedy.into()), ..Self::ok(name, found) }
     }
 
-    /// Something that the server needs does not work.
+    /// Creates a diagnosis of a failure: something that the server needs does not work.
     pub(crate) fn failed(name: &'static str, found: impl Into<String>, remedy: impl Into<String>) -> Self {
         Self { state: DiagnosisState::Failed, remedy: Some(remedy.into()), ..Self::ok(name, found) }
     }
 
-    /// The examination was skipped, for the reason `because`.
+    /// Creates a diagnosis for an examination that was skipped for the reason `because`.
     pub(crate) fn skipped(name: &'static str, because: impl Into<String>) -> Self {
         Self { state: DiagnosisState::Skipped, ..Self::ok(name, because) }
     }
 
-    /// Adds the settings concerned.
+    /// Sets the settings that may have caused the problem.
     #[must_use]
     pub(crate) const fn about(mut self, settings: &'static [&'static str]) -> Self {
         self.settings = settings;
@@ -76,8 +76,8 @@ impl Diagnosis {
     }
 }
 
-/// Returns one diagnosis for each of `names`, in that order. Examinations that are not in `diagnoses` were skipped, for
-/// the reason `because`.
+/// Returns one diagnosis for each name in `names`, in that order. A name without a diagnosis in `diagnoses` gets the
+/// diagnosis that its examination was skipped for the reason `because`.
 #[must_use]
 pub(crate) fn complete(names: &[&'static str], mut diagnoses: Vec<Diagnosis>, because: &str) -> Vec<Diagnosis> {
     let mut one = |name: &&'static str| {
@@ -92,26 +92,26 @@ pub(crate) fn complete(names: &[&'static str], mut diagnoses: Vec<Diagnosis>, be
 pub(crate) struct Times(Vec<Duration>);
 
 impl Times {
-    /// These durations, in any order.
+    /// Creates a sorted list from `times`, which may have any order.
     #[must_use]
     pub(crate) fn new(mut times: Vec<Duration>) -> Self {
         times.sort_unstable();
         Self(times)
     }
 
-    /// The median duration.
+    /// Returns the median duration.
     #[must_use]
     pub(crate) fn median(&self) -> Duration {
         self.0.get(self.0.len() / 2).copied().unwrap_or_default()
     }
 
-    /// The longest duration.
+    /// Returns the longest duration.
     #[must_use]
     pub(crate) fn longest(&self) -> Duration {
         self.0.last().copied().unwrap_or_default()
     }
 
-    /// A summary in words, with the `limit` of one request.
+    /// Formats a summary, together with the timeout `limit` of one request.
     #[must_use]
     pub(crate) fn beside(&self, limit: Duration) -> String {
         let (median, longest) = (milliseconds(self.median()), milliseconds(self.longest()));
@@ -119,13 +119,14 @@ impl Times {
     }
 }
 
-/// A duration in milliseconds, for people: `0.4 ms`.
+/// Formats a duration in milliseconds for people: `0.4 ms`.
 #[must_use]
 pub(crate) fn milliseconds(duration: Duration) -> String {
     format!("{:.1} ms", duration.as_secs_f64() * 1e3)
 }
 
-/// A host and its addresses, or only the address if `host` is one: `db.example.org resolves to 192.0.2.1, 192.0.2.2`.
+/// Formats a host and its addresses: `db.example.org resolves to 192.0.2.1, 192.0.2.2`. If `host` is an address,
+/// returns only that address.
 #[must_use]
 pub(crate) fn located(host: &str, addresses: &[IpAddr]) -> String {
     match addresses {
@@ -134,12 +135,12 @@ pub(crate) fn located(host: &str, addresses: &[IpAddr]) -> String {
     }
 }
 
-/// Resolves the name of a host to its addresses, of which there is at least one.
+/// Resolves a host name. Returns at least one address.
 ///
 /// # Errors
-/// A text: the name has no address, or was not resolved within `limit`.
+/// A description of the problem: the name has no address, or could not be resolved within `limit`.
 pub(crate) async fn resolve((host, port): (&str, u16), limit: Duration) -> Result<Vec<IpAddr>, String> {
-    // A URL has brackets around an IPv6 address: `[::1]`.
+    // In a URL, brackets surround an IPv6 address: `[::1]`.
     let host = host.trim_matches(['[', ']']);
     let mut addresses: Vec<_> = match timeout(limit, lookup_host((host, port))).await {
         Ok(Ok(addresses)) => addresses.map(|address| address.ip()).collect(),

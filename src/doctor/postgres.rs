@@ -1,6 +1,7 @@
-//! Examines for `doctor` a PostgreSQL server, the connection to it, and the rights of the roles.
+//! Examines a PostgreSQL server for `doctor`: the connection, the server, our tables and the rights of the roles.
 //!
-//! Changes nothing. The one NOTIFY uses a random channel to which only `doctor` listens.
+//! The examinations change nothing. They send one NOTIFY, on a channel with a random name to which only `doctor`
+//! listens.
 
 use std::{net::IpAddr, time::Duration};
 
@@ -28,10 +29,10 @@ use crate::store::{
 
 /// Timeout for the arrival of a notification.
 const NOTIFICATION_TIMEOUT: Duration = Duration::from_secs(1);
-/// Maximum number of statements or problems that are listed.
+/// Maximum number of statements or problems that one diagnosis lists.
 const LISTED: usize = 3;
 
-/// Examines the server at the address of `postgres`, and our tables there.
+/// Examines the server at the address in `postgres`, and our tables on that server.
 pub(crate) async fn run(postgres: Postgres, examination: Examination<'_>, report: &mut Report) {
     let options = match postgres.address.postgres() {
         Ok(options) => options,
@@ -79,12 +80,12 @@ pub(crate) async fn run(postgres: Postgres, examination: Examination<'_>, report
     session.close().await;
 }
 
-/// Examines the address of the server. Returns with the diagnosis whether the server is on this machine.
+/// Examines the address of the server. Returns the diagnosis, and true if the server is on this machine.
 async fn address(options: &PgConnectOptions, examination: Examination<'_>) -> Result<(Diagnosis, bool), Diagnosis> {
     let directory = options.get_socket().map(|directory| directory.display().to_string());
     let directory = directory.or_else(|| options.get_host().starts_with('/').then(|| options.get_host().to_owned()));
     if let Some(directory) = directory {
-        // The name of the socket in that directory: see "host" in the documentation of libpq.
+        // PostgreSQL names the socket in this directory by its port: see "host" in the documentation of libpq.
         let socket = format!("{directory}/.s.PGSQL.{}", options.get_port());
         return match std::fs::metadata(&socket) {
             Ok(_) => Ok((Diagnosis::ok(ADDRESS, format!("the socket {socket}")), true)),
@@ -110,7 +111,7 @@ async fn address(options: &PgConnectOptions, examination: Examination<'_>) -> Re
     }
 }
 
-/// The diagnosis of a failed connection.
+/// Diagnoses why the connection failed.
 fn refused(trouble: &Trouble, address: &StoreUrl) -> Diagnosis {
     let remedy = match trouble {
         Trouble::Sql(error) => match code(error).as_deref() {
@@ -127,8 +128,8 @@ fn refused(trouble: &Trouble, address: &StoreUrl) -> Diagnosis {
                  name the host in the URL"
             }
             None => {
-                "start the server, and make its port reachable from this machine: listen_addresses, firewall, network \
-                 policy"
+                "start the server, and make its port reachable from this machine: check listen_addresses, firewalls \
+                 and network policies"
             }
         },
         Trouble::Late(_) | Trouble::Gone => {
@@ -138,7 +139,7 @@ fn refused(trouble: &Trouble, address: &StoreUrl) -> Diagnosis {
     Diagnosis::failed(CONNECTION, format!("{}: {trouble}", address.describe_postgres()), remedy)
 }
 
-/// Diagnoses the time of connecting, and whether TLS protects the connection to another machine.
+/// Diagnoses how long it took to connect, and whether TLS protects a connection to another machine.
 async fn connection(session: &mut Session<'_, Postgres>, options: &PgConnectOptions, is_local: bool) -> Diagnosis {
     let took = milliseconds(session.connected_after);
     let answer = session.ask(&TLS.to_owned()).await;
@@ -167,7 +168,7 @@ async fn connection(session: &mut Session<'_, Postgres>, options: &PgConnectOpti
         )
         .about(URL),
         Err(trouble) => {
-            let found = format!("connected in {took}, but the use of TLS is unknown: {trouble}");
+            let found = format!("connected in {took}, but cannot determine whether TLS is used: {trouble}");
             Diagnosis::warning(CONNECTION, found, "let the role read pg_stat_ssl").about(URL)
         }
     }
@@ -176,13 +177,13 @@ async fn connection(session: &mut Session<'_, Postgres>, options: &PgConnectOpti
 const TLS: &str =
     "SELECT s.ssl::int::bigint, coalesce(s.version, '') FROM pg_stat_ssl s WHERE s.pid = pg_backend_pid()";
 
-/// The server, the role of the connection, and the database.
+/// The properties of the server, the database and the role of the connection.
 struct ServerIdentity {
     /// `primary`, `standby` or `read-only`.
     state: String,
     version: String,
     role: String,
-    /// Identifies the database, whatever the role of the connection.
+    /// Identifies the database. The value does not depend on the role of the connection.
     database: String,
 }
 
@@ -207,7 +208,7 @@ fn server(identity: &ServerIdentity) -> Diagnosis {
     match state.as_str() {
         "standby" => {
             let remedy = "point the URL to the primary: a standby cannot confirm what its primary has committed, so no \
-                          replica becomes ready there";
+                          replica that uses the standby becomes ready";
             Diagnosis::failed(SERVER, found, remedy).about(URL)
         }
         "read-only" => {
@@ -219,14 +220,15 @@ fn server(identity: &ServerIdentity) -> Diagnosis {
     }
 }
 
-/// Examines the rights of the role of management. Returns the role if it is not the role of `serve`.
+/// Examines the rights of the role that management commands connect as. Returns that role if it is not the role of
+/// `serve`.
 async fn manager(serve: &ServerIdentity, examination: Examination<'_>, report: &mut Report) -> Option<String> {
     const SETTING: &[&str] = &["store.management_url", "store.management_url_file"];
     let StoreSettings { management_url, management_url_file, schema, .. } = examination.settings;
     if management_url.is_none() && management_url_file.is_none() {
         report.add(Diagnosis::skipped(
             MANAGEMENT,
-            "store.management_url is not set: management uses store.url, unless its configuration has another URL",
+            "store.management_url is not set: with this configuration, management commands use store.url",
         ));
         return None;
     }
@@ -236,7 +238,7 @@ async fn manager(serve: &ServerIdentity, examination: Examination<'_>, report: &
     match place {
         Ok(Backend::Postgres) => {}
         Ok(Backend::Sqlite(_)) => {
-            report.add(failed("it refers to another database than store.url".to_owned(), "correct one of the URLs"));
+            report.add(failed("management uses another database than store.url".to_owned(), "correct one of the URLs"));
             return None;
         }
         Err(error) => {
@@ -256,7 +258,7 @@ async fn manager(serve: &ServerIdentity, examination: Examination<'_>, report: &
     let diagnosis = match identify(&mut session).await {
         Err(trouble) => Err(failed(trouble.to_string(), "see the log of the server")),
         Ok(identity) if identity.database != serve.database => {
-            Err(failed("it refers to another database than store.url".to_owned(), "correct one of the URLs"))
+            Err(failed("management uses another database than store.url".to_owned(), "correct one of the URLs"))
         }
         Ok(identity) => Ok((missing(&mut session, &grants::MANAGE, &identity.role, schema).await, identity.role)),
     };
@@ -278,8 +280,8 @@ async fn manager(serve: &ServerIdentity, examination: Examination<'_>, report: &
     }
 }
 
-/// Diagnoses the rights of the role of `serve`. Its right to change keys is a warning if another role, `manager`,
-/// exists.
+/// Diagnoses the rights of the role that `serve` connects as. Warns if this role may change keys although management
+/// has another role, `manager`.
 async fn rights(
     session: &mut Session<'_, Postgres>,
     identity: &ServerIdentity,
@@ -302,7 +304,7 @@ async fn rights(
             format!("{found}, and may also change trusts and keys"),
             format!(
                 "let `serve` connect as a role that has only the rights that `trustgate migrate --print-grants` prints \
-                 for it: only {manager:?} needs to change keys"
+                 for this role: only {manager:?} needs to change keys"
             ),
         )
         .about(URL),
@@ -314,7 +316,8 @@ fn has_all(role: &str, needs: &Needs) -> String {
     format!("{role:?} has all {} rights that it needs", needs.count())
 }
 
-/// The rights in `needs` that `role`, the role of the connection, lacks, and the statements that grant them.
+/// Finds the rights in `needs` that `role`, the role of the connection, lacks. Returns a description of these rights
+/// and the statements that grant them; `None` if no right is missing.
 async fn missing(
     session: &mut Session<'_, Postgres>,
     needs: &Needs,
@@ -329,7 +332,7 @@ async fn missing(
         return Ok(None);
     }
     let found = format!("{role:?} lacks {} of the {} rights that it needs", statements.len(), needs.count());
-    let mut remedy = vec!["as the owner of the tables:"];
+    let mut remedy = vec!["as the owner of the tables, run:"];
     remedy.extend(statements.iter().take(LISTED).map(String::as_str));
     if statements.len() > LISTED {
         remedy.push(
@@ -340,12 +343,12 @@ async fn missing(
     Ok(Some((found, remedy.join("\n"))))
 }
 
-/// The first column of the answer to `question`.
+/// Returns the first column of the rows that the query `question` returns.
 async fn texts(session: &mut Session<'_, Postgres>, question: &String) -> Result<Vec<String>, Trouble> {
     session.ask(question).await?.iter().map(|row| row.text(0).map_err(Trouble::Sql)).collect()
 }
 
-/// Diagnoses whether every change is recorded, by the answers to polls and by the triggers themselves.
+/// Diagnoses whether every change is recorded, based on the poll results and on the definitions of the triggers.
 async fn watch(session: &mut Session<'_, Postgres>, triggers_intact: Option<bool>, postgres: &Postgres) -> Diagnosis {
     let problems = texts(session, &postgres::problems(&postgres.schema)).await;
     let mut problems = problems.map(|found| found.into_iter().map(TrackingProblem::of_gaps).collect::<Vec<_>>());
@@ -363,26 +366,26 @@ async fn watch(session: &mut Session<'_, Postgres>, triggers_intact: Option<bool
             let found = if more > 0 { format!("{listed}; and {more} more") } else { listed };
             let command = if problems.iter().any(TrackingProblem::needs_attach) { "attach" } else { "migrate" };
             let remedy = format!(
-                "run `trustgate {command}`, which repairs this: until then revocations may go unnoticed, so replicas \
-                 do not rely on cached data"
+                "run `trustgate {command}` to repair this: until then revocations may go unnoticed, so replicas do not \
+                 rely on cached data"
             );
             Diagnosis::failed(WATCH, found, remedy)
         }
         (Ok(_), Some(true)) => {
             Diagnosis::ok(WATCH, "every change is recorded: no trigger has been altered since it was created")
         }
-        // Granting a right is also such an alteration.
+        // A granted right also counts as an alteration.
         (Ok(_), Some(false)) => Diagnosis::ok(WATCH, ALTERED),
         (Ok(_), None) => Diagnosis::skipped(
             WATCH,
-            "no poll was answered, so it is unknown whether polls accept the triggers; no trigger has been altered \
+            "no poll was answered, so it is unknown whether replicas accept the triggers; no trigger has been altered \
              since it was created",
         ),
         (Err(trouble), _) => Diagnosis::failed(WATCH, trouble.to_string(), "see database_rights"),
     }
 }
 
-/// Diagnoses whether notifications of the database arrive, and how soon.
+/// Diagnoses whether notifications from the database arrive, and how long they take.
 async fn notifications(
     session: &mut Session<'_, Postgres>,
     address: &StoreUrl,
@@ -393,9 +396,9 @@ async fn notifications(
         return Diagnosis::skipped(NOTIFICATIONS, "freshness.notifications is false").about(SETTING);
     }
     let lost = |problem: String| {
-        let found = format!("notifications do not arrive: replicas depend on polling only ({problem})");
-        let remedy = "with a pooler, no action is needed: the revocation bound is the same, but a revocation may take \
-                      up to freshness.poll_interval longer; otherwise connect to the server directly";
+        let found = format!("notifications do not arrive: replicas rely on polling only ({problem})");
+        let remedy = "with a connection pooler, no action is needed: the revocation bound is the same, but revocations \
+                      may take up to freshness.poll_interval longer; otherwise connect to the server directly";
         Diagnosis::warning(NOTIFICATIONS, found, remedy).about(URL)
     };
     let channel = format!("trustgate_doctor_{}", Uuid::new_v4().simple());
@@ -414,6 +417,6 @@ async fn notifications(
         }
         Ok(Ok(None)) => lost("the connection was lost".to_owned()),
         Ok(Err(error)) => lost(Trouble::Sql(error).to_string()),
-        Err(_) => lost(format!("none within {NOTIFICATION_TIMEOUT:?}")),
+        Err(_) => lost(format!("no notification within {NOTIFICATION_TIMEOUT:?}")),
     }
 }

@@ -1,7 +1,7 @@
-//! Examines Redis for `doctor`: one diagnosis for each of [`NAMES`].
+//! Examines Redis for `doctor`. Returns one diagnosis for each name in [`NAMES`].
 //!
-//! Connects like `serve`, and changes no data: the commands that write are sent with arguments that write nothing. The
-//! notification on the replicas' channel makes each replica poll once.
+//! The examinations connect like `serve` and change no data, because write commands are sent with arguments that write
+//! nothing. They send one notification on the channel of the replicas, which makes each replica poll once.
 
 use std::{collections::BTreeMap, time::Duration};
 
@@ -31,14 +31,15 @@ const NOTIFICATIONS: &str = "redis_notifications";
 
 /// The settings that contain the URL.
 const URL: &[&str] = &["redis.url", "redis.url_file"];
-/// Number of requests in the measurement.
+/// The number of requests in the measurement.
 const ROUNDS: usize = 20;
-/// Timeout for one answer. Longer than the usual `redis.timeout`, to distinguish a slow answer from none.
+/// Timeout for one answer. It is longer than the default of `redis.timeout`, to distinguish a slow answer from a
+/// missing answer.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(1);
 /// Timeout for the arrival of a notification.
 const NOTIFICATION_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Examines the Redis in `settings`; notifications only if `notifications` is set.
+/// Examines the Redis that `settings` configure. Examines notifications only if `notifications` is true.
 pub(crate) async fn diagnose(settings: &RedisSettings, notifications: bool, clock: &dyn Clock) -> Vec<Diagnosis> {
     if !settings.is_configured() {
         return complete(NAMES, Vec::new(), "redis.url is not set: Redis is not used");
@@ -94,7 +95,7 @@ async fn examine(
     Ok(())
 }
 
-/// The addresses of the servers, in words. Fails if one of them cannot be resolved.
+/// Returns a description of the servers' addresses. Fails if a host name cannot be resolved.
 async fn address(settings: &RedisSettings) -> Result<String, String> {
     let servers = servers(settings).map_err(|error| error.to_string())?;
     let found = join_all(servers.iter().map(|server| resolved(server.addr()))).await;
@@ -141,7 +142,7 @@ async fn pings(
     Ok(Times::new(times))
 }
 
-/// If more answers than this are late, the measurement ends: the result is clear.
+/// Maximum number of late answers. If more answers are late, the measurement ends early, because its result is clear.
 const LATE_MAX: usize = 4;
 
 async fn judged(
@@ -151,7 +152,7 @@ async fn judged(
     times: &Times,
 ) -> Diagnosis {
     const SETTING: &[&str] = &["redis.timeout"];
-    // Redis lets every user send HELLO, whatever its rights.
+    // Every Redis user may send HELLO, regardless of the user's rights.
     let hello = ask::<BTreeMap<String, Value>>(connection, redis::cmd("HELLO")).await.unwrap_or_default();
     let word = |name: &str| hello.get(name).and_then(|value| redis::from_redis_value_ref::<String>(value).ok());
     let server = word("server").unwrap_or_else(|| "a server".to_owned());
@@ -173,13 +174,13 @@ async fn judged(
     }
 }
 
-/// Diagnoses whether the user may send the commands that `serve` sends. Each is sent so that it finds and changes
-/// nothing.
+/// Diagnoses whether the user may send the commands that `serve` sends. The arguments are chosen so that no command
+/// reads or changes existing data.
 async fn commands(connection: &mut RedisConnection) -> Diagnosis {
     let name = format!("trustgate:doctor:{}", Uuid::new_v4().simple());
     let values: [(&str, &[&str]); 5] = [
         ("GETRANGE", &[&name, "0", "0"]),
-        // XX: only if the key exists, which it does not.
+        // XX writes only if the key exists, and this key does not exist.
         ("SET", &[&name, "", "XX"]),
         ("UNLINK", &[&name]),
         ("EVAL", &["return redis.call('GETRANGE', KEYS[1], 0, 0)", "1", &name]),
@@ -206,7 +207,7 @@ async fn commands(connection: &mut RedisConnection) -> Diagnosis {
     Diagnosis::ok(COMMANDS, "the user may read, write, delete and run scripts on keys that begin with trustgate:")
 }
 
-/// The commands among `commands` that Redis refuses, each with the error.
+/// Sends `commands`, and returns the ones that Redis refuses, each with its error.
 async fn refused(connection: &mut RedisConnection, commands: &[(&str, &[&str])]) -> Vec<String> {
     let mut refused = Vec::new();
     for (word, arguments) in commands {
@@ -222,7 +223,7 @@ async fn refused(connection: &mut RedisConnection, commands: &[(&str, &[&str])])
     refused
 }
 
-/// Diagnoses whether notifications through Redis arrive, and how soon.
+/// Diagnoses whether notifications through Redis arrive, and how long they take.
 async fn diagnose_notifications(
     connection: &mut RedisConnection,
     settings: &RedisSettings,
@@ -256,7 +257,7 @@ async fn diagnose_notifications(
             Diagnosis::ok(NOTIFICATIONS, format!("a notification arrived after {took}"))
         }
         Ok(None) => lost("the connection was lost".to_owned()),
-        Err(_) => lost(format!("none within {NOTIFICATION_TIMEOUT:?}")),
+        Err(_) => lost(format!("no notification within {NOTIFICATION_TIMEOUT:?}")),
     }
 }
 
@@ -268,7 +269,7 @@ async fn within<T>(limit: Duration, work: impl Future<Output = Result<T, RedisEr
     timeout(limit, work).await.unwrap_or_else(|_| Err(timed_out()))
 }
 
-/// The text of an error. An error that is only our timeout says so.
+/// Formats an error for people. A timeout of this module is shown as a missing answer.
 fn text(error: &RedisError) -> String {
     if error.is_timeout() { "no answer in time".to_owned() } else { error.to_string() }
 }

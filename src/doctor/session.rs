@@ -1,6 +1,6 @@
-//! The database connection of `doctor`, and the examinations that SQLite and PostgreSQL have in common.
+//! The database connection of `doctor`, and the examinations that are the same for SQLite and PostgreSQL.
 //!
-//! They send the queries that `serve` sends, and change nothing. Each wait has a timeout.
+//! The examinations send the queries that `serve` sends, and change nothing. Each wait has a timeout.
 
 use std::{future::Future, time::Duration};
 
@@ -37,16 +37,16 @@ pub(crate) const CLOCK: &str = "database_clock";
 pub(crate) const NOTIFICATIONS: &str = "database_notifications";
 
 /// All triggers are intact, but no replica has verified them since tables, triggers or rights were altered.
-pub(crate) const ALTERED: &str = "every change is recorded: each trigger has its original definition. TablesState, triggers \
-    or rights were altered since a replica verified this; the next poll of a replica verifies it again";
+pub(crate) const ALTERED: &str = "every change is recorded: each trigger has its original definition. Tables, triggers \
+    or rights were altered after a replica last verified the triggers; the next poll of a replica verifies them again";
 
 /// The settings that contain the URL of `serve`.
 pub(crate) const URL: &[&str] = &["store.url", "store.url_file"];
-/// Number of requests in a measurement.
+/// The number of requests in a measurement.
 const ROUNDS: i64 = 20;
-/// A measurement sends no further request after this time: a database that is so slow has been found out by then.
+/// After this time, a measurement sends no further request, because the result for such a slow database is clear.
 const MEASUREMENT_TIMEOUT: Duration = Duration::from_secs(5);
-/// A larger offset between the clocks is a warning: it misleads people who compare logs.
+/// The maximum offset between the clocks without a warning. A larger offset misleads people who compare logs.
 const OFFSET_MAX: Duration = Duration::from_secs(1);
 
 /// The settings of other sections that concern the database.
@@ -63,9 +63,9 @@ pub(crate) struct Use<'a> {
 /// The results of the database examinations.
 #[derive(Debug)]
 pub(crate) struct Examined {
-    /// One diagnosis for each of [`NAMES`].
+    /// One diagnosis for each name in [`NAMES`].
     pub diagnoses: Vec<Diagnosis>,
-    /// `Ok` if the database has the key of the Redis MAC; otherwise the reason why it is not available.
+    /// `Ok` if the database has the key of the Redis MAC; otherwise the reason why the key is not available.
     pub redis_mac_key: Result<(), String>,
 }
 
@@ -90,8 +90,8 @@ impl Report {
         self.diagnoses.push(diagnosis);
     }
 
-    /// Completes the report: examinations that did not run were skipped because of the first failure, or else because
-    /// of the last warning.
+    /// Completes the report. The first failure or, without a failure, the last warning is the reason why the missing
+    /// examinations were skipped.
     pub(crate) fn examined(self) -> Examined {
         let Self { diagnoses, redis_mac_key } = self;
         let is = |state| move |diagnosis: &&Diagnosis| diagnosis.state == state;
@@ -105,7 +105,7 @@ impl Report {
     }
 }
 
-/// The reason to skip an examination because of an earlier diagnosis.
+/// Formats the reason to skip an examination because of an earlier diagnosis.
 fn because_of(diagnosis: &Diagnosis) -> String {
     format!("because of {}", diagnosis.name)
 }
@@ -124,7 +124,7 @@ pub(crate) enum Trouble {
     Gone,
 }
 
-/// The message of an error. Leaves out the words that sqlx adds before a message of the database.
+/// Returns the message of an error, without the prefix that sqlx adds to messages of the database.
 fn message(error: &sqlx::Error) -> String {
     error.as_database_error().map_or_else(|| error.to_string(), |error| error.message().to_owned())
 }
@@ -148,7 +148,7 @@ impl<'a, D: Dialect> Session<'a, D> {
 
     pub(crate) async fn ask(&mut self, query: &D::Query) -> Result<Vec<D::Row>, Trouble> {
         let connection = self.connection.as_mut().ok_or(Trouble::Gone)?;
-        // Wait longer than `serve` does, to distinguish a slow answer from none.
+        // Wait longer than `serve` does, to distinguish a slow answer from a missing answer.
         let answer = within(self.examination.settings.connect_timeout, self.dialect.run(connection, query)).await;
         if matches!(answer, Err(Trouble::Late(_))) {
             self.connection = None;
@@ -163,7 +163,7 @@ impl<'a, D: Dialect> Session<'a, D> {
         }
     }
 
-    /// Examines our own tables or the existing table, as far as the queries are the same for both kinds of database.
+    /// Runs the examinations of our own tables or of the existing table that are the same for both kinds of database.
     pub(crate) async fn diagnose(&mut self, kind: Kind, report: &mut Report) -> TablesState {
         if let Some(ours) = self.dialect.ours() {
             let tables = match self.ask(&ours.schema).await {
@@ -223,8 +223,8 @@ impl<'a, D: Dialect> Session<'a, D> {
         key.map(drop).ok_or_else(|| "the setting redis_mac_key is missing or not 32 bytes".to_owned())
     }
 
-    /// Polls as a replica does: the first poll like a new replica, the others like one that follows the change log.
-    /// Returns `triggers_intact` of the last answer; `None` if no poll was answered.
+    /// Polls as a replica does: the first poll like a replica that starts, the other polls like a replica that follows
+    /// the change log. Returns `triggers_intact` of the last answered poll; `None` if no poll was answered.
     async fn polls(&mut self, kind: Kind, report: &mut Report) -> Option<bool> {
         const SETTING: &[&str] = &["freshness.poll_timeout"];
         let limit = self.examination.usage.poll_timeout;
@@ -242,13 +242,14 @@ impl<'a, D: Dialect> Session<'a, D> {
                     samples.push(sample);
                 }
                 Err(problem) => {
-                    let remedy = "`serve` confirms nothing until polls work: see the failed lines above this one";
+                    let remedy = "`serve` is not ready until polls work: see the failed examinations above this one";
                     report.add(Diagnosis::failed(POLLS, problem, remedy).about(SETTING));
                     return last.map(|polled| polled.triggers_intact);
                 }
             }
         }
-        // Leave out the first poll: it reads a quarter of an hour of history, which a replica does only when it starts.
+        // Leave out the first poll, which reads the changes of the last 15 minutes: a replica does this only at
+        // startup.
         let times = Times::new(samples.iter().skip(1).map(Sample::took).collect());
         let remedy = "run `serve` closer to its database, find out why the database is slow, or raise \
                       freshness.poll_timeout (and freshness.lease, which must be longer than twice that)";
@@ -280,7 +281,7 @@ impl<'a, D: Dialect> Session<'a, D> {
             return Diagnosis::ok(PEPPER, format!("keys are issued under the current pepper ({recorded})"));
         }
         let found =
-            format!("keys are issued under the pepper {recorded}, which is not the current one of this configuration");
+            format!("keys are issued under the pepper {recorded}, which is not this configuration's current pepper");
         let remedy = "once every server has the new pepper, run `trustgate pepper use` with it; until then no key can \
                       be issued with this configuration";
         Diagnosis::warning(PEPPER, found, remedy).about(SETTINGS)
@@ -316,7 +317,7 @@ impl<'a, D: Dialect> Session<'a, D> {
             let sent_at = self.examination.clock.now();
             if let Err(trouble) = self.ask(&query).await {
                 let remedy =
-                    "keys that are not cached cannot be checked until reads work: see the failed lines above this one";
+                    "keys that are not cached cannot be checked until reads work: see the failed examinations above";
                 return Diagnosis::failed(READS, trouble.to_string(), remedy).about(SETTING);
             }
             times.push(self.examination.clock.now().since(sent_at));
@@ -326,7 +327,8 @@ impl<'a, D: Dialect> Session<'a, D> {
         judged(READS, &Times::new(times), self.examination.settings.read_timeout, remedy).about(SETTING)
     }
 
-    /// Compares the database's clock with this machine's, by the shortest poll: its time is known most precisely.
+    /// Compares the clock of the database with the clock of this machine. `sample` is the fastest poll, which gives the
+    /// most precise result.
     fn clock(&self, sample: &Sample) -> Diagnosis {
         let half = sample.took() / 2;
         let here = wall_time(self.examination.clock, sample.sent_at.after(half));
@@ -346,7 +348,7 @@ impl<'a, D: Dialect> Session<'a, D> {
     }
 }
 
-/// The result of examining the tables.
+/// The result of the examination of the tables.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum TablesState {
     /// The tables can be read.
@@ -360,16 +362,16 @@ pub(crate) enum TablesState {
     Closed,
 }
 
-/// The kinds of databases.
+/// The kind of the database.
 #[derive(Clone, Copy)]
 pub(crate) enum Kind {
-    /// On this machine, with its clock; `serve` creates and upgrades the tables.
+    /// SQLite, which uses the clock of this machine. `serve` creates and upgrades the tables.
     Embedded,
-    /// On any machine, with a separate clock; `migrate` creates and upgrades the tables.
+    /// PostgreSQL, which may use the clock of another machine. `trustgate migrate` creates and upgrades the tables.
     Server,
 }
 
-/// When a poll was sent and answered, and the time of the database's clock in between.
+/// The moments at which a poll was sent and answered, and the time that the database's clock showed in between.
 struct Sample {
     sent_at: Moment,
     answered_at: Moment,
@@ -382,7 +384,8 @@ impl Sample {
     }
 }
 
-/// Diagnoses measured times: failed if the longest reaches `limit`, a warning if it exceeds a quarter of it.
+/// Diagnoses measured times. The diagnosis is failed if the longest time reaches `limit`, and a warning if it exceeds a
+/// quarter of `limit`.
 fn judged(name: &'static str, times: &Times, limit: Duration, remedy: &str) -> Diagnosis {
     let found = times.beside(limit);
     if times.longest() >= limit {
@@ -409,7 +412,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_longest_time_decides_the_state() {
+    fn longest_measured_time_decides_the_state_of_the_diagnosis() {
         let limit = Duration::from_millis(100);
         for (longest, state) in [
             (25, DiagnosisState::Ok),

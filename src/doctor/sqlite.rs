@@ -1,6 +1,6 @@
 //! Examines the embedded database for `doctor`.
 //!
-//! Does not create the file, and changes nothing in it.
+//! The examinations do not create the database file, and change nothing in it.
 
 use std::{fs, os::unix::fs::MetadataExt};
 
@@ -20,7 +20,7 @@ use crate::store::{
     sqlite::{Access, connect, file},
 };
 
-/// Examines the file of `sqlite`, and our tables in it.
+/// Examines the database file of `sqlite`, and our tables in that file.
 pub(crate) async fn run(sqlite: Sqlite, examination: Examination<'_>, report: &mut Report) {
     for (name, because) in [
         (RIGHTS, "SQLite has no roles"),
@@ -53,7 +53,7 @@ pub(crate) async fn run(sqlite: Sqlite, examination: Examination<'_>, report: &m
             let server = if journal == "wal" || sqlite.preset.is_some() {
                 Diagnosis::ok(SERVER, found)
             } else {
-                let remedy = "run `trustgate migrate`, which turns on the write-ahead log: readers then do not wait \
+                let remedy = "run `trustgate migrate`, which turns on the write-ahead log, so that readers do not wait \
                               for writers";
                 Diagnosis::warning(SERVER, found, remedy)
             };
@@ -74,7 +74,7 @@ pub(crate) async fn run(sqlite: Sqlite, examination: Examination<'_>, report: &m
     }
 }
 
-/// Diagnoses the place of the file, its permissions and its owner.
+/// Diagnoses the path, the permissions and the owner of the database file.
 fn address(sqlite: &Sqlite) -> Diagnosis {
     let path = &sqlite.path;
     match file::prepare(path, Missing::Refuse) {
@@ -109,7 +109,7 @@ fn unusable(found: String) -> Diagnosis {
     Diagnosis::failed(ADDRESS, found, "put the database on a local disk, where this user may write it").about(URL)
 }
 
-/// Reads the version, the journal mode, and the problem that keeps changes from being recorded, if any.
+/// Reads the SQLite version, the journal mode, and the problem that prevents changes from being recorded, if any.
 async fn inspect(sqlite: &Sqlite) -> Result<(String, String, Option<TrackingProblem>), sqlx::Error> {
     let mut connection = connect(&sqlite.path, Access::Read).await?;
     let version = sqlx::raw_sql("SELECT sqlite_version()").fetch_one(&mut connection).await?.try_get(0)?;

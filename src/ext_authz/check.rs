@@ -1,4 +1,4 @@
-//! Runs one check, from the bytes of the message to the reply. It does not depend on the transport.
+//! Runs one check, from the bytes of the message to the reply. This module does not depend on the transport.
 //!
 //! A check that hits in L1 returns without waiting; a miss waits for Redis or the database. A fault becomes a gRPC
 //! error only with `decision.on_fault = "error"`.
@@ -34,22 +34,22 @@ use crate::{
 crate::settings! {
     /// How trustgate answers checks, and how long a check may take.
     pub struct DecisionSettings in "decision" {
-        /// The answer to Envoy when trustgate cannot decide. `deny`: a denial with 503, which Envoy enforces whatever
-        /// its `failure_mode_allow` says. `error`: the gRPC error UNAVAILABLE, so that Envoy's retry policy,
-        /// `failure_mode_allow` and `status_on_error` decide. `error_response`: a 503 that Envoy counts as an error, so
-        /// that `failure_mode_allow` decides (Envoy 1.37 and later; an older Envoy denies with 403).
+        /// The answer to Envoy when trustgate cannot decide. `deny`: a denial with 503, which Envoy enforces regardless
+        /// of its `failure_mode_allow`. `error`: the gRPC error UNAVAILABLE, so that Envoy's retry policy,
+        /// `failure_mode_allow` and `status_on_error` apply. `error_response`: a 503 that Envoy counts as an error, so
+        /// that `failure_mode_allow` applies (Envoy 1.37 and later; an older Envoy denies with 403).
         on_fault: OnFault = "deny",
-        /// How to treat a CORS preflight. `check`: like any other request. `pass`: let it pass as anonymous, for
-        /// proxies that call trustgate before they apply CORS, such as Istio.
+        /// How to treat a CORS preflight request. `check`: like any other request. `pass`: let the preflight pass as
+        /// anonymous. Set `pass` for proxies that call trustgate before they apply CORS, such as Istio.
         preflight: Preflight = "check",
-        /// The maximum time that one whole check may take. After that, trustgate answers as `on_fault` says.
-        /// `store.read_timeout` and `redis.timeout` together must not exceed it.
+        /// The maximum duration of a check. If a check takes longer, trustgate answers as `on_fault` says. The sum of
+        /// `store.read_timeout` and `redis.timeout` must not exceed the deadline.
         deadline: Duration = "150ms",
-        /// Envoy's timeout for the check (`grpc_service.timeout` of its `ext_authz` filter), or a shorter time.
-        /// `deadline` must be shorter than this.
+        /// Envoy's timeout for a check (`grpc_service.timeout` of the `ext_authz` filter), or a shorter time.
+        /// `deadline` must be shorter than `envoy_timeout`.
         envoy_timeout: Duration = "200ms",
-        /// The `Retry-After` header that clients receive when trustgate cannot decide. Rounded down to whole seconds;
-        /// at least one second.
+        /// The value of the `Retry-After` header that clients receive when trustgate cannot decide. Rounded down to
+        /// whole seconds; at least one second.
         retry_after: Duration = "1s",
     }
 }
@@ -57,9 +57,9 @@ crate::settings! {
 crate::setting_enum! {
     /// How to treat a CORS preflight.
     pub enum Preflight ("\"check\" or \"pass\"") {
-        /// Check it like any other request.
+        /// Check the preflight like any other request.
         Check = "check",
-        /// Let it pass as anonymous.
+        /// Let the preflight pass as anonymous.
         Pass = "pass",
     }
 }
@@ -72,7 +72,7 @@ pub struct CheckerParts {
     pub credential: CredentialSettings,
     /// The freshness for routes that do not set `trustgate.freshness`.
     pub freshness: Freshness,
-    /// True if the tables have a change log. Without one there is no lease.
+    /// True if the tables have a change log. Without a change log, there is no lease.
     pub tracks_changes: bool,
     /// Computes the digests of keys.
     pub hasher: Hasher,
@@ -80,7 +80,7 @@ pub struct CheckerParts {
     pub cache: Arc<Cache<ApiKey>>,
     /// The changes that this replica has applied, and its lease.
     pub replica_state: Arc<ReplicaState>,
-    /// The deny list, which applies even to keys that the store calls good.
+    /// The deny list, which applies even to keys that are valid in the store.
     pub denials: Arc<DenyList>,
     /// The clock for deadlines, the lease and metrics.
     pub clock: Arc<dyn Clock>,
@@ -127,8 +127,8 @@ impl Checker {
     #[must_use]
     pub fn try_decide(&self, message: &[u8]) -> Progress {
         let began = self.parts.clock.now();
-        // Read the lease before looking up a value. In the other order, a poll in between could outdate the value and
-        // renew the lease, and this check would rely on both.
+        // Read the lease before looking up the entry. In the other order, a poll in between could invalidate the entry
+        // and renew the lease, and this check would use the outdated entry under the renewed lease.
         let view = self.parts.replica_state.load();
         let lease = view.lease_state(began);
         let request = match self.read(message) {
@@ -146,7 +146,8 @@ impl Checker {
             let outcome = self.decide(&found, matches_key, &request.demands, began);
             let basis = if policy == ReadPolicy::GrantOnly { Basis::Stale } else { Basis::Confirmed };
             let denies_key = matches!(&outcome, Ok(Decision::Deny(reason)) if reason.is_of_key());
-            // While the lease is stale, an unknown key gets a fault. A cached denial of a key must not look different.
+            // While the lease is stale, an unknown key gets a fault. Do not serve a cached denial of a key either: the
+            // different answer would reveal that the key exists.
             if basis == Basis::Confirmed || !denies_key {
                 return Progress::Done(self.answer(outcome, &request, basis, began));
             }
@@ -158,7 +159,7 @@ impl Checker {
     /// Decides a check that [`Self::try_decide`] left pending, for the same `message`.
     ///
     /// # Cancel safety
-    /// As [`Self::check`].
+    /// Same as [`Self::check`].
     pub async fn finish(&self, message: &[u8], waiting: Waiting) -> Reply {
         let Waiting { digests, context } = waiting;
         let began = context.began;
@@ -171,7 +172,7 @@ impl Checker {
             self.await_poll_after_lost_revocation(loaded, &digests, &context).await;
         }
         cancel_guard.disarm();
-        // Parse the message again: a pending check does not borrow from it.
+        // Parse the message again, because a pending check does not borrow from the message.
         let request = match self.read(message) {
             Ok(request) => request,
             Err(refusal) => return self.refused(&refusal, began),
@@ -187,9 +188,9 @@ impl Checker {
         self.answer(outcome, &request, Basis::Confirmed, began)
     }
 
-    /// If the record is newer than the last poll and this replica once saw its key revoked, waits for a poll: the
-    /// database may have been restored to a state in which the key is good. If no poll arrives before the deadline,
-    /// [`Self::decide`] denies the key.
+    /// If the record is newer than the last poll and this replica has seen the key revoked before, waits for a poll:
+    /// the database may have been restored to a state in which the key is still valid. If no poll arrives before the
+    /// deadline, [`Self::decide`] denies the key.
     async fn await_poll_after_lost_revocation(
         &self,
         loaded: &Loaded<ApiKey>,
@@ -206,23 +207,24 @@ impl Checker {
         }
     }
 
-    /// The reply to a message that the transport refuses without reading all of it.
+    /// Returns the reply to a message that the transport refuses because of its size or framing, and counts the denial.
     pub fn refuse(&self, reason: DenyReason) -> Reply {
         self.denied(reason, self.parts.clock.now())
     }
 
-    /// The reply to a message that exceeds `limit` of this server.
+    /// Returns the reply to a message that would exceed `limit`, a limit of this server, and counts the fault.
     pub fn shed(&self, limit: &'static str) -> Reply {
         self.failed(&Fault::Overloaded { limit }, self.parts.clock.now(), Duration::ZERO)
     }
 
-    /// Counts a message that did not arrive within `limit`. `grpc::call` answers it with HTTP 408, not with a
-    /// [`Reply`].
+    /// Counts a fault for a message that did not arrive within `limit`. `grpc::call` answers such a message with HTTP
+    /// 408, not with a [`Reply`].
     pub fn late(&self, limit: Duration) {
         self.failed(&Fault::Late { limit }, self.parts.clock.now(), limit);
     }
 
-    /// The reply to a compressed message. `encoding` is its header `grpc-encoding`.
+    /// Returns the reply to a compressed message, and counts the fault. `encoding` is the value of the header
+    /// `grpc-encoding`.
     pub fn compressed(&self, encoding: &[u8]) -> Reply {
         self.failed(&Fault::Compressed { encoding: quoted(encoding) }, self.parts.clock.now(), Duration::ZERO)
     }
@@ -232,7 +234,7 @@ impl Checker {
         self.metrics.observe(&self.metrics.cancelled, Duration::ZERO);
     }
 
-    /// The parts of `message` that a decision needs, borrowed from it.
+    /// Parses `message` into the parts that a decision needs. The parts borrow from `message`.
     fn read<'c, 'm: 'c>(&'c self, message: &'m [u8]) -> Result<Request<'m, 'c>, Refusal> {
         let view = View::parse(message).map_err(|_| Refusal::Denied(DenyReason::Undecodable))?;
         if !view.is_http {
@@ -250,8 +252,8 @@ impl Checker {
         Ok(Request { subject, demands, removals })
     }
 
-    /// The freshness that the route demands, or else the configured one. Without a change log there is no lease: a
-    /// route that demands a lease gets `live` instead, which is stricter.
+    /// Returns the freshness that the route demands, or else the configured freshness. Without a change log there is no
+    /// lease: `live`, which is stricter, then replaces `lease` and `strict`.
     fn freshness(&self, demands: &Demands<'_>) -> Freshness {
         match demands.freshness.unwrap_or(self.parts.freshness) {
             Freshness::Lease | Freshness::Strict if !self.parts.tracks_changes => Freshness::Live,
@@ -259,7 +261,7 @@ impl Checker {
         }
     }
 
-    /// Decides by `found`. `matches_key` compares the stored digest with the presented key, in constant time.
+    /// Decides based on `found`. `matches_key` compares the stored digest with the presented key, in constant time.
     fn decide<'r>(
         &self,
         found: &FoundRecord<'r, '_>,
@@ -268,9 +270,11 @@ impl Checker {
         now: Moment,
     ) -> DecisionResult<'r> {
         let replica_state = &self.parts.replica_state;
-        // Polls and database reads set the database's clock. Before the first one, expiry cannot be decided.
+        // Polls and database reads set `database_clock`. Before the first answer of the database, expiry cannot be
+        // decided.
         let now = replica_state.database_clock.at(now).ok_or(Fault::ClockUnknown)?;
-        // Without the recorded pepper this server cannot find new keys, so it must not deny them as unknown.
+        // Without the pepper that the database records, this server cannot find keys that were issued with that pepper,
+        // so it must not deny a key as unknown.
         if found.record.is_none() && !replica_state.pepper.identifies_all() {
             return Err(Fault::Pepper);
         }
@@ -291,12 +295,12 @@ impl Checker {
         Ok(if is_bound { Decision::Deny(DenyReason::Revoked) } else { decision })
     }
 
-    /// The reply to a request whose check began at `began`.
+    /// Counts the outcome of a check that began at `began`, and returns the reply.
     fn answer(&self, outcome: DecisionResult<'_>, request: &Request<'_, '_>, basis: Basis, began: Moment) -> Reply {
         let took = self.parts.clock.now().since(began);
         let limit = self.parts.decision.deadline;
         match outcome {
-            // The lease that was read at `began` may have expired.
+            // Do not grant after the deadline: the lease that was read at `began` may have expired.
             Ok(Decision::Allow(_)) if took > limit => self.failed(&Fault::Late { limit }, began, took),
             Ok(decision) => {
                 if basis == Basis::Stale && matches!(decision, Decision::Allow(_)) {
@@ -350,7 +354,7 @@ pub struct Waiting {
     context: ReadContext,
 }
 
-/// The parts of a request that a decision needs. `'m`: the message, `'c`: the checker.
+/// The parts of a request that a decision needs. `'m` is the lifetime of the message, `'c` the lifetime of the checker.
 struct Request<'m, 'c> {
     subject: Subject<'m>,
     demands: Demands<'m>,
@@ -373,11 +377,11 @@ enum Refusal {
 
 /// The result of a lookup in the cache or the store. `'r` is the lifetime of the record.
 struct FoundRecord<'r, 'd> {
-    /// `None`: no such key.
+    /// `None`: the store has no such key.
     record: Option<&'r Record>,
     /// The digest of the presented key under the current pepper.
     digest: &'d ApiKeyDigest,
-    /// The relation of the value to the database history that this replica has applied.
+    /// The relation between the record and the database history that this replica has applied.
     provenance: Provenance,
 }
 
@@ -403,5 +407,5 @@ impl Drop for CancelGuard<'_> {
     }
 }
 
-/// The shortest time between two log lines about faults, so that an outage does not flood the log.
+/// Minimum interval between two log lines about faults, so that an outage does not flood the log.
 const FAULT_LOG_INTERVAL: Duration = Duration::from_secs(1);

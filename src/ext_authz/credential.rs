@@ -41,18 +41,18 @@ crate::settings! {
         /// Accept only keys in the form that trustgate issues, with a correct checksum. Set this when every client has
         /// a key that trustgate issued.
         require_checksum: bool = "false",
-        /// The pepper: a secret of 16 bytes or more under which keys are hashed, so that the stored digests are useless
-        /// without it. Unset: digests are plain SHA-256.
+        /// The pepper: a secret of at least 16 bytes with which keys are hashed, so that the stored digests are useless
+        /// without the secret. Unset: digests are plain SHA-256.
         pepper: Option<Pepper> = "",
         /// A file that contains the pepper.
         pepper_file: Option<PathBuf> = "",
-        /// Files that contain earlier peppers, newest first. Keys stored under them keep working.
+        /// Files that contain earlier peppers, newest first. Keys that were stored under these peppers keep working.
         previous_pepper_files: Vec<PathBuf> = "",
     }
 }
 
 impl CredentialSettings {
-    /// Creates the hasher with the configured peppers. Reads their files.
+    /// Creates the hasher with the configured peppers. Reads the pepper files.
     ///
     /// # Errors
     /// If a pepper file cannot be read or does not contain one line of text.
@@ -60,15 +60,16 @@ impl CredentialSettings {
         self.read_hasher(|warning| tracing::warn!("{warning}"))
     }
 
-    /// Reads the peppers again, to compare them with those read at startup. Does not log the warnings a second time.
+    /// Reads the peppers again, so that the caller can compare them with the peppers that were read at startup. Does
+    /// not log the warnings a second time.
     ///
     /// # Errors
-    /// As [`Self::hasher`].
+    /// Same as [`Self::hasher`].
     pub fn hasher_again(&self) -> io::Result<Hasher> {
         self.read_hasher(|_| ())
     }
 
-    /// True if a pepper is read from a file.
+    /// True if at least one pepper comes from a file.
     #[must_use]
     pub const fn has_pepper_files(&self) -> bool {
         self.pepper_file.is_some() || !self.previous_pepper_files.is_empty()
@@ -100,9 +101,9 @@ impl CredentialSettings {
     }
 }
 
-/// The shortest pepper under which trustgate issues keys, in bytes.
+/// Minimum length of a pepper under which trustgate issues keys, in bytes.
 const PEPPER_BYTES_MIN: usize = 16;
-/// The error for a shorter pepper.
+/// The error for a pepper that is too short.
 const SHORT_PEPPER: &str = "a pepper must have 16 bytes or more: generate one with `openssl rand -hex 32`";
 
 /// A pepper, from a setting or from a file.
@@ -119,7 +120,7 @@ impl Pepper {
         self.secret.expose().len() < PEPPER_BYTES_MIN
     }
 
-    /// Refuses a current pepper that is too short.
+    /// Returns an error if the pepper is too short to be the current pepper.
     ///
     /// # Errors
     /// `InvalidData`, with the minimum length in its text.
@@ -131,12 +132,13 @@ impl Pepper {
     /// Reads a pepper from a file.
     ///
     /// # Errors
-    /// As [`Secret::read`].
+    /// Same as [`Secret::read`].
     pub fn read_file(path: &Path) -> io::Result<Self> {
         let bytes = Zeroizing::new(fs::read(path)?);
         let text = text::decode(&bytes)?;
         let secret = text::value(text)?;
-        // Earlier releases removed line ends from a pepper file but kept a byte order mark.
+        // Earlier releases removed line ends from the text of a pepper file but not a byte order mark, so keys may have
+        // been hashed with the mark.
         let has_mark = text.len() < bytes.len();
         let untrimmed = has_mark.then(|| Secret::new(format!("\u{feff}{secret}")));
         Ok(Self { secret: Secret::new(secret.to_owned()), untrimmed })
@@ -169,19 +171,19 @@ crate::setting_enum! {
     pub enum QueryRemoval ("\"parameter\" or \"exact\"") {
         /// Envoy removes the parameter (`query_parameters_to_remove`).
         Parameter = "parameter",
-        /// trustgate sets a new `:path`.
+        /// trustgate sets a new `:path` without the parameter.
         Exact = "exact",
     }
 }
 
-/// The shortest credential that is looked up, in bytes.
+/// Minimum length of a credential that is looked up, in bytes.
 pub(crate) const KEY_BYTES_MIN: usize = 16;
-/// The longest credential that is looked up, in bytes.
+/// Maximum length of a credential that is looked up, in bytes.
 pub(crate) const KEY_BYTES_MAX: usize = 512;
 
-/// True if `key` can be looked up: 16 to 512 bytes of visible ASCII without a comma, and not a trustgate key with a
-/// wrong checksum (nor a foreign key, if `require_checksum` is set). Envoy joins repeated headers with a comma, so a
-/// key with a comma would be ambiguous.
+/// True if `key` can be looked up. The key must have 16 to 512 bytes of visible ASCII and no comma: Envoy joins
+/// repeated headers with a comma, so a key with a comma would be ambiguous. The checksum of a trustgate key must be
+/// right. If `require_checksum` is set, foreign keys are refused.
 #[must_use]
 pub(crate) fn is_well_formed(settings: &CredentialSettings, key: &[u8]) -> bool {
     (KEY_BYTES_MIN..=KEY_BYTES_MAX).contains(&key.len())
@@ -207,7 +209,7 @@ mod tests {
     }
 
     #[test]
-    fn keys_under_a_pepper_with_its_line_end_are_found() {
+    fn keys_hashed_with_the_line_end_of_the_pepper_are_found() {
         let hasher = |text: &str| {
             let pepper = Pepper::read(&RawValue::One(text.to_owned()));
             CredentialSettings { pepper, ..CredentialSettings::default() }.hasher().unwrap()
@@ -220,7 +222,7 @@ mod tests {
     }
 
     #[test]
-    fn keys_under_a_pepper_file_with_a_byte_order_mark_are_found() {
+    fn keys_hashed_with_the_byte_order_mark_of_a_pepper_file_are_found() {
         let file = tempfile::NamedTempFile::new().unwrap();
         fs::write(file.path(), "\u{feff}pepper\r\n").unwrap();
         let settings =

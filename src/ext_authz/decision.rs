@@ -1,6 +1,6 @@
 //! The decision: turns a record, the route's demands and the time into a grant or a denial.
 //!
-//! Pure: it uses no I/O, no clock, no configuration and no key.
+//! This module is pure: it does no I/O and uses no clock, configuration or key.
 
 use super::{credential::extract::CredentialError, route::Demands};
 use crate::{
@@ -8,7 +8,7 @@ use crate::{
     record::{KeyId, Record, TrustId},
 };
 
-/// The answer to "whose request is this, and may it pass?".
+/// The result of a check: whether the request may pass, and on whose behalf.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Decision<'r> {
     /// The request belongs to a trust and may pass.
@@ -45,7 +45,7 @@ impl<'r> Grant<'r> {
 
 macro_rules! reasons {
     ($($(#[doc = $doc:literal])+ $Reason:ident = $word:literal,)+) => {
-        /// Why a request is denied. Unlike a fault, the cause lies with the request or its credential.
+        /// Why a request is denied. Unlike the cause of a fault, the reason lies in the request or its credential.
         #[derive(Clone, Copy, Debug, PartialEq, Eq)]
         pub enum DenyReason { $( $(#[doc = $doc])+ $Reason, )+ }
 
@@ -53,7 +53,7 @@ impl DenyReason {
             /// All reasons.
             pub const ALL: [Self; [$($word),+].len()] = [$(Self::$Reason),+];
 
-            /// The word for labels, metadata and logs.
+            /// Returns the word for labels, metadata and logs.
             #[must_use]
             pub const fn as_str(self) -> &'static str {
                 match self { $( Self::$Reason => $word, )+ }
@@ -63,11 +63,11 @@ impl DenyReason {
 }
 
 reasons! {
-    /// No credential.
+    /// The request has no credential.
     Missing = "missing",
-    /// More than one credential, or a value that may be two credentials.
+    /// The request has more than one credential, or a value that may be two credentials.
     Ambiguous = "ambiguous",
-    /// A credential that cannot be a key.
+    /// The credential cannot be a key.
     Malformed = "malformed",
     /// The store has no such key.
     Unknown = "unknown",
@@ -92,8 +92,8 @@ reasons! {
 }
 
 impl DenyReason {
-    /// True if the reason is the state of the key or its trust in the store. Clients receive the same response for all
-    /// of these reasons.
+    /// True if the reason depends on the store: the key is unknown or not valid, or its trust is disabled. Clients
+    /// receive the same response for all these reasons.
     #[must_use]
     pub const fn is_of_key(self) -> bool {
         matches!(self, Self::Unknown | Self::Revoked | Self::Expired | Self::NotYetValid | Self::TrustDisabled)
@@ -119,14 +119,14 @@ impl From<CredentialError> for DenyReason {
     }
 }
 
-/// Decides about a request with the demands `demands` whose key has the record `record` (`None`: no such key). `now` is
-/// the time on the database's clock.
+/// Decides a request from the record of its key (`None`: the store has no such key) and the demands of its route. `now`
+/// is the time according to the database's clock.
 #[must_use]
 pub fn decide<'r>(record: Option<&'r Record>, demands: &Demands<'_>, now: DatabaseTime) -> Decision<'r> {
     let Some(record) = record else { return Decision::Deny(DenyReason::Unknown) };
     let has_scope = |scope: &&str| record.scopes.iter().any(|own| own == scope);
     let is_allowed_from = |cidrs: &[ipnet::IpNet]| {
-        // A source without an address (a Unix socket) belongs to no network.
+        // A source without an address (a Unix socket) is in no network.
         cidrs.is_empty() || demands.source.is_some_and(|source| cidrs.iter().any(|cidr| cidr.contains(&source)))
     };
     let denial = if !record.trust_enabled {
@@ -171,7 +171,7 @@ mod tests {
     }
 
     #[test]
-    fn every_condition_denies_by_itself() {
+    fn each_unmet_condition_is_enough_to_deny() {
         use DenyReason::*;
         type Change = fn(&mut Record);
         let same: Change = |_| ();

@@ -1,21 +1,21 @@
 //! The gRPC framing of one message: a prefix of five bytes, then the message
 //! (<https://github.com/grpc/grpc/blob/master/doc/PROTOCOL-HTTP2.md>).
 //!
-//! A malformed body is `None`, which the caller must deny. A gRPC error would let the request pass where Envoy has
-//! `failure_mode_allow`.
+//! [`unframe`] returns `None` for a malformed body, which the caller must deny: after a gRPC error, Envoy with
+//! `failure_mode_allow` would let the request pass.
 
 use bytes::{BufMut, Bytes, BytesMut};
 
 use crate::base::saturate::Saturate as _;
 
-/// The method that Envoy calls.
+/// The path of the gRPC method that Envoy calls.
 pub const CHECK_PATH: &str = "/envoy.service.auth.v3.Authorization/Check";
 /// The service name in gRPC health checks.
 pub const SERVICE: &str = "envoy.service.auth.v3.Authorization";
-/// Length of the prefix: a compression flag of one byte, and the message's length.
+/// Length of the prefix in bytes: a compression flag of one byte, and four bytes for the length of the message.
 pub(crate) const PREFIX_BYTES: usize = 5;
 
-/// The message in the body of a unary call; `None` if the body is not exactly one uncompressed message.
+/// Returns the message in the body of a unary call; `None` if the body is not exactly one uncompressed message.
 #[must_use]
 pub(crate) fn unframe(body: &Bytes) -> Option<Bytes> {
     let prefix = MessagePrefix::of(body).filter(|prefix| prefix.flag == 0)?;
@@ -25,40 +25,40 @@ pub(crate) fn unframe(body: &Bytes) -> Option<Bytes> {
 /// The five-byte prefix of a gRPC message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct MessagePrefix {
-    /// 0 for an uncompressed message, 1 for one compressed with the algorithm in the header `grpc-encoding`.
+    /// 0: the message is not compressed. 1: the message is compressed with the algorithm in the header `grpc-encoding`.
     pub flag: u8,
     /// Length of the message in bytes.
     pub length: u32,
 }
 
 impl MessagePrefix {
-    /// The prefix at the start of `body`; `None` if fewer than five bytes have arrived.
+    /// Returns the prefix at the start of `body`; `None` if fewer than five bytes have arrived.
     #[must_use]
     pub(crate) fn of(body: &[u8]) -> Option<Self> {
         let ([flag, length @ ..], _) = body.split_first_chunk::<PREFIX_BYTES>()?;
         Some(Self { flag: *flag, length: u32::from_be_bytes(*length) })
     }
 
-    /// Length of the message and its prefix, in bytes.
+    /// Returns the length of the message with its prefix, in bytes.
     #[must_use]
     pub(crate) const fn framed_bytes(self) -> u64 {
         PREFIX_BYTES as u64 + self.length as u64
     }
 }
 
-/// Encodes `message`, with its prefix.
+/// Encodes `message` with the prefix.
 #[must_use]
 pub fn frame(message: &impl prost::Message) -> Bytes {
     let length = message.encoded_len();
     let mut framed = BytesMut::with_capacity(PREFIX_BYTES + length);
     framed.put_u8(0);
-    // Responses are a few hundred bytes; the bounds on scopes and settings keep them far below 4 GiB.
+    // Responses have a few hundred bytes; the limits on scopes and settings keep them far below 4 GiB.
     framed.put_u32(length.saturate());
     message.encode_raw(&mut framed);
     framed.freeze()
 }
 
-/// Puts the prefix before an encoded message.
+/// Copies an encoded message and puts the prefix before it.
 #[must_use]
 pub fn frame_bytes(message: &[u8]) -> Bytes {
     let mut framed = BytesMut::with_capacity(PREFIX_BYTES + message.len());

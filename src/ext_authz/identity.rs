@@ -1,13 +1,13 @@
-//! The identity headers: the one list of the request headers that identify the caller and that only trustgate may set.
+//! The identity headers: the request headers that identify the caller to the upstream. Only trustgate may set them.
 //!
-//! The code that sets and removes identity headers uses this list. `tests/integration/docs_match_code.rs` compares the
-//! list with the configurations in `envoy/` and in the documentation.
+//! The code that sets and removes identity headers uses [`HEADERS`]. `tests/integration/docs_match_code.rs` compares
+//! this list with the configurations in `envoy/` and in the documentation.
 
-/// The trust's id.
+/// The header with the id of the trust.
 pub const TRUST_ID: &str = "x-trust-id";
-/// The key's id.
+/// The header with the id of the key.
 pub(crate) const KEY_ID: &str = "x-trust-key-id";
-/// The key's scopes, separated by spaces; not sent for a key without scopes.
+/// The header with the scopes of the key, separated by spaces. Not set for a key without scopes.
 pub(crate) const SCOPES: &str = "x-trust-scopes";
 
 /// All identity headers. On a request that passes, trustgate either overwrites or removes each of them.

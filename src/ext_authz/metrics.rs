@@ -1,5 +1,5 @@
-//! The metrics of checks. Label values are resolved once, at startup, because a lookup by label hashes and takes a
-//! lock.
+//! The metrics of checks. The counters are looked up by their labels once, at startup, because each lookup hashes the
+//! labels and takes a lock.
 
 use std::time::Duration;
 
@@ -15,7 +15,7 @@ pub(crate) struct CheckMetrics {
     pub(crate) anonymous: ThreadCounter,
     pub(crate) denied: [ThreadCounter; DenyReason::ALL.len()],
     pub(crate) cancelled: ThreadCounter,
-    /// Grants under a stale lease.
+    /// Grants while the lease was stale.
     pub(crate) stale: ThreadCounter,
     faults: [ThreadCounter; FaultReason::ALL.len()],
     seconds: ThreadHistogram,
@@ -25,7 +25,7 @@ impl CheckMetrics {
     /// Registers the metrics.
     ///
     /// # Errors
-    /// As [`register`].
+    /// Same as [`register`].
     pub(crate) fn register(registry: &Registry) -> prometheus::Result<Self> {
         let checks = ThreadCounters::new(
             Opts::new(
@@ -55,12 +55,12 @@ impl CheckMetrics {
         })
     }
 
-    /// The counter of faults with this reason.
+    /// Returns the counter of faults with this reason.
     pub(crate) const fn fault(&self, reason: FaultReason) -> &ThreadCounter {
         &self.faults[reason as usize]
     }
 
-    /// Counts one check that took `took`.
+    /// Counts one check in `counter`, and records its duration `took`.
     pub(crate) fn observe(&self, counter: &ThreadCounter, took: Duration) {
         counter.inc();
         self.seconds.observe(took);

@@ -1,13 +1,13 @@
-//! Parses an `envoy.service.auth.v3.CheckRequest` into a [`View`] that borrows the fields a decision needs.
+//! Parses an `envoy.service.auth.v3.CheckRequest` into a [`View`], which borrows the fields that a decision needs.
 //!
-//! The parser accepts what a generated decoder accepts, and also header values that are not UTF-8. Envoy forwards the
-//! bytes of the client. A decoder that refuses them fails the call with a gRPC error, and `failure_mode_allow` then
-//! lets the request pass (GHSA-9g5w-hqr3-w2ph). Fields that no decision needs are skipped without decoding their
-//! content. The parser is stricter than prost in one case: it refuses a map field whose tag does not have the wire type
-//! of a message, which prost does not check.
+//! The parser accepts what a generated decoder accepts, and also header values that are not UTF-8, because Envoy
+//! forwards the bytes of the client. A decoder that refuses such values fails the call with a gRPC error, and
+//! `failure_mode_allow` then lets the request pass (GHSA-9g5w-hqr3-w2ph). Fields that no decision needs are skipped
+//! without decoding their content. The parser is stricter than prost in one case: it refuses a map field whose tag does
+//! not have the wire type of a message, which prost does not check.
 //!
-//! Values are not copied. Each header or context extension beyond the inline ones takes 32 bytes of memory. Entries
-//! without a name, which no HTTP request has, are dropped.
+//! The parser does not copy values. Each header or context extension beyond the inline capacity of the view takes 32
+//! bytes of heap memory. Entries without a name, which no HTTP request has, are dropped.
 //!
 //! Field numbers: `envoy/service/auth/v3/attribute_context.proto`, `external_auth.proto`,
 //! `config/core/v3/address.proto` and `base.proto`. Wire format: <https://protobuf.dev/programming-guides/encoding/>.
@@ -22,13 +22,14 @@ pub struct Undecodable;
 /// One request header as Envoy sent it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Header<'m> {
-    /// The name, valid UTF-8. Envoy sends it in lower case, but compare it case-insensitively.
+    /// The name, which is valid UTF-8. Envoy sends names in lower case, but other proxies may not, so comparisons
+    /// ignore case.
     pub name: &'m [u8],
     /// The value: any bytes.
     pub value: &'m [u8],
 }
 
-/// The source of a connection to Envoy.
+/// The remote end of a client's connection to Envoy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Peer<'m> {
     /// An IP address, as text.
@@ -40,13 +41,13 @@ pub enum Peer<'m> {
 /// The parts of a `CheckRequest` that a decision needs. Strings that are missing in the message are empty.
 #[derive(Debug, Default)]
 pub struct View<'m> {
-    /// True if the message has a `request.http`. The message about a TCP connection has none.
+    /// True if the message has a `request.http`. A message about a TCP connection has none.
     pub is_http: bool,
     /// The method, as the client sent it.
     pub method: &'m str,
     /// Path and query, not decoded.
     pub path: &'m str,
-    /// The authority.
+    /// The host of the request, from `Host` or `:authority`.
     pub host: &'m str,
     /// The direct peer of Envoy.
     pub peer: Option<Peer<'m>>,
@@ -71,20 +72,20 @@ impl<'m> View<'m> {
         Ok(view)
     }
 
-    /// The request's headers: the raw list if Envoy sent one (`encode_raw_headers`), else the map. The two are not
-    /// combined, because only one of them is the list that the client sent.
+    /// Returns the headers of the request: the raw list if Envoy sent one (`encode_raw_headers`), otherwise the map.
+    /// The two are not combined: the raw list already contains each header as the client sent it.
     #[must_use]
     pub fn headers(&self) -> &[Header<'m>] {
         if self.raw.is_empty() { &self.map } else { &self.raw }
     }
 
-    /// True if the headers are as the client sent them. Otherwise, Envoy has joined headers of one name with commas.
+    /// True if the headers are as the client sent them. Otherwise, Envoy has joined repeated headers with commas.
     #[must_use]
     pub fn has_raw_headers(&self) -> bool {
         !self.raw.is_empty()
     }
 
-    /// The values of all headers called `name`, in any case.
+    /// Returns the values of all headers with the name `name`, compared case-insensitively.
     pub fn header<'a>(&'a self, name: &'a str) -> impl Iterator<Item = &'m [u8]> + 'a {
         self.headers()
             .iter()
@@ -92,7 +93,8 @@ impl<'m> View<'m> {
             .map(|header| header.value)
     }
 
-    /// The route's context extensions in the order of the message. If a key occurs twice, the last value counts.
+    /// Returns the context extensions of the route in the order of the message. If a key occurs twice, the last value
+    /// counts.
     pub fn context_extensions(&self) -> impl Iterator<Item = (&'m str, &'m str)> + '_ {
         self.extensions.iter().copied()
     }
@@ -128,7 +130,7 @@ impl<'m> View<'m> {
         })
     }
 
-    /// Reads a `core.Address`. It is a oneof, so the last field wins.
+    /// Reads a `core.Address`. Its fields form a oneof, so the last field wins.
     fn address(&mut self, message: &'m [u8]) -> Result<(), Undecodable> {
         each(message, |number, field| {
             match number {
@@ -204,7 +206,7 @@ fn entry(message: &[u8]) -> Result<(&[u8], &[u8]), Undecodable> {
     Ok((key, value))
 }
 
-/// Reads a `core.HeaderValue` of the raw list, where Envoy fills `raw_value` and leaves `value` empty.
+/// Reads a `core.HeaderValue` of the raw list, where Envoy sets `raw_value` and leaves `value` empty.
 fn header_value(message: &[u8]) -> Result<Header<'_>, Undecodable> {
     let mut header = Header::default();
     let mut raw: &[u8] = &[];
@@ -227,7 +229,8 @@ fn text(bytes: &[u8]) -> Result<&str, Undecodable> {
     std::str::from_utf8(bytes).map_err(|_| Undecodable)
 }
 
-/// Checks that `bytes` are UTF-8 and returns them as bytes. Most names are ASCII, which is faster to check.
+/// Checks that `bytes` are UTF-8 and returns them unchanged. Tests for ASCII first, because most names are ASCII and
+/// that test is faster.
 fn utf8(bytes: &[u8]) -> Result<&[u8], Undecodable> {
     if bytes.is_ascii() { Ok(bytes) } else { text(bytes).map(str::as_bytes) }
 }
@@ -240,7 +243,8 @@ enum WireField<'m> {
 }
 
 impl<'m> WireField<'m> {
-    /// The bytes of a length-delimited field. A known field with another wire type makes the message undecodable.
+    /// Returns the bytes of a length-delimited field. A known field with another wire type makes the message
+    /// undecodable.
     const fn bytes(self) -> Result<&'m [u8], Undecodable> {
         match self {
             Self::Bytes(bytes) => Ok(bytes),
@@ -268,7 +272,7 @@ fn each<'m>(
     Ok(())
 }
 
-/// Reads a field's key: its number, 1 or more, and its wire type.
+/// Reads the key of a field: the field number (at least 1) and the wire type.
 fn key(message: &mut &[u8]) -> Result<(u64, u64), Undecodable> {
     let key = varint(message)?;
     let (number, kind) = (key >> 3, key & 7);

@@ -30,18 +30,18 @@ use super::{
 crate::setting_enum! {
     /// The answer to Envoy when trustgate cannot decide.
     pub enum OnFault ("\"deny\", \"error\" or \"error_response\"") {
-        /// A denial with 503, which Envoy enforces whatever its `failure_mode_allow` says.
+        /// A denial with 503, which Envoy enforces regardless of its `failure_mode_allow`.
         Deny = "deny",
-        /// The gRPC error UNAVAILABLE. Envoy may retry another replica; then its `failure_mode_allow` and
-        /// `status_on_error` decide.
+        /// The gRPC error UNAVAILABLE. Envoy may retry with another replica. If no replica decides,
+        /// `failure_mode_allow` and `status_on_error` apply.
         Error = "error",
-        /// `CheckResponse.error_response` with 503 (Envoy 1.37 and later). It counts as an error, so
+        /// `CheckResponse.error_response` with 503 (Envoy 1.37 and later). Envoy counts this response as an error, so
         /// `failure_mode_allow` applies. An older Envoy treats it as a denial with 403.
         ErrorResponse = "error_response",
     }
 }
 
-/// Denials use only these two values of `google.rpc.Code`: an Envoy before 1.32 treated other codes as errors.
+/// Denials use only these two values of `google.rpc.Code`: Envoy before 1.32 treated other codes as errors.
 const PERMISSION_DENIED: i32 = 7;
 const UNAUTHENTICATED: i32 = 16;
 
@@ -61,7 +61,8 @@ pub struct Replies {
 }
 
 impl Replies {
-    /// Creates replies that answer faults as `on_fault` says, with the header `Retry-After: {retry_after}`.
+    /// Encodes the replies. `on_fault` selects the form of the reply to a fault; `retry_after` is the value of its
+    /// `Retry-After` header.
     #[must_use]
     pub fn new(on_fault: OnFault, retry_after: Duration) -> Self {
         let retry_after = retry_after.as_secs().max(1).to_string();
@@ -75,7 +76,7 @@ impl Replies {
         };
         let metadata = reason_metadata("fault");
         let fault = match on_fault {
-            // Envoy sends this denial to the client whatever its own settings are.
+            // Envoy sends this denial to the client regardless of its error settings.
             OnFault::Deny => {
                 Reply::Message(response(PERMISSION_DENIED, HttpResponse::DeniedResponse(unavailable()), metadata))
             }
@@ -89,8 +90,8 @@ impl Replies {
         Self { denials: DenyReason::ALL.map(denial), fault }
     }
 
-    /// The reply to a decided request. `removals` lists the credentials that must not reach the upstream. The dynamic
-    /// metadata of a grant records whether `basis` is stale.
+    /// Returns the reply to a decided request. `removals` lists the credentials that must not reach the upstream. The
+    /// dynamic metadata of a grant records whether `basis` is stale.
     #[must_use]
     pub fn decision(&self, decision: &Decision<'_>, removals: &Removals<'_>, basis: Basis) -> Reply {
         Reply::Message(match decision {
@@ -100,13 +101,13 @@ impl Replies {
         })
     }
 
-    /// The reply to a request that is denied without a lookup.
+    /// Returns the reply to a request that is denied without a lookup.
     #[must_use]
     pub fn denial(&self, reason: DenyReason) -> Reply {
         Reply::Message(self.denials[reason as usize].clone())
     }
 
-    /// The reply to a request that could not be decided.
+    /// Returns the reply to a request that could not be decided.
     #[must_use]
     pub fn fault(&self) -> Reply {
         self.fault.clone()
@@ -122,7 +123,7 @@ fn denial(reason: DenyReason) -> Bytes {
         DenyReason::Malformed => {
             (UNAUTHENTICATED, unauthorized("malformed_credential", "what was sent cannot be an API key"))
         }
-        // The client must not learn which of these applies, because that would reveal whether a key exists.
+        // The client must not learn which of these reasons applies, because that would reveal whether a key exists.
         DenyReason::Unknown
         | DenyReason::Revoked
         | DenyReason::Expired
@@ -140,7 +141,7 @@ fn denial(reason: DenyReason) -> Bytes {
     response(code, HttpResponse::DeniedResponse(response_parts), reason_metadata(reason.as_str()))
 }
 
-/// A 401 response must name the scheme to use (RFC 9110, section 15.5.2).
+/// Builds a 401 response, which must name the authentication scheme to use (RFC 9110, section 15.5.2).
 fn unauthorized(error: &str, message: &str) -> DeniedHttpResponse {
     denied(401, error, message, &[("www-authenticate", "ApiKey")])
 }
@@ -162,8 +163,8 @@ fn response(code: i32, http: HttpResponse, metadata: Struct) -> Bytes {
     })
 }
 
-/// Sets both `append` and `append_action`. Only then does each version of Envoy replace the client's header: 1.37.0
-/// appends if both are unset.
+/// Builds an option that overwrites a header. Sets both `append` and `append_action`, so that every version of Envoy
+/// replaces the client's header: Envoy up to 1.40 reads only `append`, and Envoy 1.37.0 appends if both are unset.
 fn overwrite(name: &str, value: String) -> HeaderValueOption {
     #[expect(deprecated, reason = "Envoy up to 1.40 only looks at `append`")]
     HeaderValueOption {

@@ -1,7 +1,8 @@
 //! The demands of a route, from Envoy's `context_extensions`.
 //!
 //! Envoy merges the extensions of the virtual host with those of the route, so both can contribute. An invalid
-//! trustgate extension is a fault, because without its demand the route would admit too many requests.
+//! trustgate extension is a fault: if trustgate ignored the extension, the route could admit requests that it should
+//! refuse.
 
 use std::net::IpAddr;
 
@@ -17,18 +18,18 @@ use crate::{
 /// The demands of a route on a request.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Demands<'m> {
-    /// The scopes that the key must have, all of them.
+    /// The scopes that the route demands. The key must have all of them.
     pub scopes: SmallVec<[&'m str; 4]>,
-    /// How fresh the record must be, if the route sets it.
+    /// The freshness that the route demands; `None` if the route demands none.
     pub freshness: Option<Freshness>,
-    /// The value of `trustgate.optional`. [`Self::admits_anonymous`] returns whether it has an effect.
+    /// The value of `trustgate.optional`. The value has an effect only if [`Self::admits_anonymous`] returns true.
     pub optional: bool,
     /// The source address of the request: the direct peer of Envoy, if it has an address.
     pub source: Option<IpAddr>,
 }
 
 const PREFIX: &str = "trustgate.";
-/// The known names after the prefix.
+/// The known names of extensions, without the prefix.
 const NAMES: [&str; 3] = ["scopes", "freshness", "optional"];
 
 impl<'m> Demands<'m> {
@@ -77,8 +78,8 @@ impl<'m> Demands<'m> {
         }
     }
 
-    /// True if a request without a credential may pass. A route that demands scopes does not admit it, even if the
-    /// virtual host sets `trustgate.optional`, because an anonymous request has no scopes.
+    /// True if a request without a credential may pass. A route that demands scopes does not admit such a request, even
+    /// if the virtual host sets `trustgate.optional`, because an anonymous request has no scopes.
     #[must_use]
     pub fn admits_anonymous(&self) -> bool {
         self.optional && self.scopes.is_empty()
@@ -89,9 +90,9 @@ fn route(name: &str, value: &str, problem: &'static str) -> Fault {
     Fault::Route { name: quoted(name.as_bytes()), value: quoted(value.as_bytes()), problem }
 }
 
-/// True if `name` has another prefix but is probably meant for trustgate. Such a name begins with `trustgate` in
-/// another spelling (`Trustgate.scopes`, `trust-gate/scopes`, `trustgate_scopes`), or it ends in a known name after a
-/// word that differs from `trustgate` in one or two letters.
+/// True if `name` does not have the prefix `trustgate.` but is probably meant for trustgate. Such a name begins with
+/// `trustgate` in another spelling (`Trustgate.scopes`, `trust-gate/scopes`, `trustgate_scopes`), or it ends in a known
+/// name after a word that differs from `trustgate` in one or two letters.
 fn is_misspelt(name: &str) -> bool {
     let letters = name.bytes().filter(u8::is_ascii_alphanumeric).map(|byte| byte.to_ascii_lowercase());
     if letters.take("trustgate".len()).eq(*b"trustgate") {

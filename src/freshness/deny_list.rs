@@ -1,8 +1,8 @@
-//! The deny list: keys, digests and trusts to deny whatever the database says. It also works while the database is
-//! down.
+//! The deny list: keys, trusts and digests that checks deny, even if the database contains a good record. The deny list
+//! also works while the database is down.
 //!
-//! The list can only deny; a missing entry grants nothing. Its sources are a file and a list in Redis. If a source
-//! cannot be read, the entries read from it before stay in force.
+//! The deny list can only deny requests; it cannot grant them. Its sources are a file and a hash in Redis. If a source
+//! cannot be read, the entries that were read from it before stay in force.
 
 pub(crate) mod entries;
 pub(crate) mod file;
@@ -38,22 +38,23 @@ use crate::{
 
 pub(crate) use self::file::check_file;
 
-/// The interval at which the file is read. A change takes effect after at most two reads (see [`mod@file`]), well within
-/// the documented second.
+/// The interval at which the server looks for changes to the file. A change takes effect after at most two reads (see
+/// [`mod@file`]), well within the documented second.
 const FILE_INTERVAL: Duration = Duration::from_millis(200);
-/// The interval at which the list in Redis is read.
+/// The interval at which the server reads the list in Redis.
 const SHARED_INTERVAL: Duration = Duration::from_millis(500);
-/// The interval at which the server tests whether the MAC key of the list is known. The test sends nothing.
+/// The interval at which the server tests whether the MAC key is known yet, before it first reads the list in Redis.
+/// The test does no I/O.
 const MAC_KEY_INTERVAL: Duration = Duration::from_millis(50);
 
-/// A source of entries.
+/// A source of deny list entries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum ListSource {
     File,
     Redis,
 }
 
-/// Entries by their source.
+/// The entries of each source.
 #[derive(Clone, Debug, Default)]
 struct Lists([Arc<Entries>; 2]);
 
@@ -68,13 +69,13 @@ impl DenyMetrics {
     /// Declares the metrics.
     ///
     /// # Errors
-    /// As [`register`].
+    /// Returns the error of [`register`].
     pub fn register(registry: &Registry) -> prometheus::Result<Self> {
-        let entries = Opts::new("trustgate_deny_entries", "Entries of the deny list by their source (file, redis).");
+        let entries = Opts::new("trustgate_deny_entries", "Entries of the deny list, by source (file, redis).");
         let stale = Opts::new(
             "trustgate_deny_stale",
-            "1 while a source of the deny list (file, redis) cannot be read completely, else 0; entries read earlier \
-             stay in force.",
+            "1 while a source of the deny list (file, redis) cannot be read completely, otherwise 0. Entries that were \
+             read before stay in force.",
         );
         let gauges = |opts| -> prometheus::Result<[IntGauge; 2]> {
             let gauges = register(registry, IntGaugeVec::new(opts, &["source"]))?;
@@ -84,24 +85,24 @@ impl DenyMetrics {
     }
 }
 
-/// The deny list that checks use, with its sources.
+/// The deny list that checks use, and the state of its sources.
 pub struct DenyList {
-    /// False while both lists are empty, so that checks skip the lookup.
+    /// False while both lists are empty, so that checks can skip the lookup.
     any: AtomicBool,
     lists: ArcSwap<Lists>,
-    /// Locked while `lists` and `any` change together.
+    /// Locked while `lists` and `any` are updated together.
     changing: Mutex<()>,
-    /// The problem of each source that was logged last.
+    /// For each source, the problem that was logged last.
     logged: Mutex<[Option<String>; 2]>,
     file: Option<PathBuf>,
     metrics: DenyMetrics,
 }
 
 impl DenyList {
-    /// Opens the list and reads `file`. Lines that cannot be read are skipped and logged.
+    /// Creates the deny list and reads `file`. Skips lines that cannot be read, and logs the first of them.
     ///
     /// # Errors
-    /// The file cannot be read, which is a configuration error at startup.
+    /// Returns an error if the file cannot be read, which is a configuration error at startup.
     pub fn open(file: Option<PathBuf>, metrics: DenyMetrics) -> io::Result<Self> {
         let list = Self {
             any: AtomicBool::new(false),
@@ -119,8 +120,8 @@ impl DenyList {
         Ok(list)
     }
 
-    /// True if the list denies the key at `now`. The check looked it up by the digest `lookup` and found `record`.
-    /// Costs one atomic load while the list is empty.
+    /// Returns true if the list denies a key at `now`. `lookup` is the digest by which the check looked up the key, and
+    /// `record` is the record that the check found. Costs one atomic load while the list is empty.
     #[must_use]
     pub fn denies(&self, lookup: &ApiKeyDigest, record: &Record, now: DatabaseTime) -> bool {
         if !self.any.load(Ordering::Acquire) {
@@ -138,9 +139,9 @@ impl DenyList {
         })
     }
 
-    /// Applies changes to the sources until `stop`: new entries in the file after 200 ms and removed ones after 400 ms,
-    /// changes in Redis after 500 ms, each plus the time of the read. `now` returns the database's time, once it is
-    /// known.
+    /// Applies changes to the sources until `stop` is cancelled. New entries in the file take effect after at most 200
+    /// ms, removals from the file after at most 400 ms, and changes in Redis after at most 500 ms, plus the duration of
+    /// the reads. `now` returns the database's time, or `None` while the time is unknown.
     ///
     /// # Cancel safety
     /// Safe: the entries that were read last stay in force.
@@ -163,7 +164,7 @@ impl DenyList {
             }
         };
         stop.run_until_cancelled(async {
-            // Both run until the runtime shuts down.
+            // Neither future ends before the runtime shuts down.
             tokio::select! {
                 biased;
                 () = file => {}
@@ -179,13 +180,13 @@ impl DenyList {
         ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             ticks.tick().await;
-            // Reading may take long on a network file system.
+            // A read can block for a long time on a network file system.
             let looking = tokio::task::spawn_blocking(move || (watched.look(), watched));
             let (look, after) = match looking.await {
                 Ok(looked) => looked,
-                // The panic ends this task; the server then logs the name of the task and stops.
+                // Propagate the panic, which ends this task. The server then logs the name of the task and stops.
                 Err(error) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
-                Err(_) => return, // the runtime shuts down
+                Err(_) => return, // the runtime is shutting down
             };
             watched = after;
             match look {
@@ -226,11 +227,11 @@ impl DenyList {
         lists.0[source as usize] = Arc::new(entries);
         let any = lists.0.iter().any(|entries| !entries.is_empty());
         self.lists.store(Arc::new(lists));
-        // Store `any` after the lists, so that a check that sees it also sees them.
+        // Store `any` after the lists, so that a check that sees the new `any` also sees the new lists.
         self.any.store(any, Ordering::Release);
     }
 
-    /// Logs the problem of a source when it changes, and logs when it is solved.
+    /// Sets the metric of a source, logs its problem when the problem changes, and logs when the problem is solved.
     fn log_problem(&self, source: ListSource, problem: Option<String>) {
         self.metrics.stale[source as usize].set(i64::from(problem.is_some()));
         let logged = &mut self.logged.lock().unwrap_or_else(PoisonError::into_inner)[source as usize];
@@ -244,7 +245,7 @@ impl DenyList {
         if let Some(problem) = &problem {
             tracing::error!(
                 problem,
-                "deny list not fully loaded from {name}: see `problem`; entries read before stay in force"
+                "deny list not fully loaded from {name}; entries that were read before stay in force"
             );
         } else {
             tracing::info!("deny list fully loaded again from {name}");
@@ -343,7 +344,7 @@ mod tests {
         assert_eq!(stale.get(), 1);
 
         let stop = CancellationToken::new();
-        // The database's clock stays unknown; entries of the file do not need it.
+        // The database's clock stays unknown in this test, because entries from the file do not need it.
         let running = {
             let (list, stop) = (Arc::clone(&list), stop.clone());
             async move { list.run(None, || None, stop).await }

@@ -1,5 +1,5 @@
-//! Heartbeats: rows of the database that say which replicas are alive, and which version each has applied. Commands that
-//! wait for all replicas read them.
+//! Heartbeats: rows in the database that record which replicas are alive and which version each replica has applied.
+//! Commands read these rows to wait until all replicas have applied a change.
 
 use std::{sync::Arc, time::Duration};
 
@@ -16,45 +16,46 @@ use crate::{
     store::{Heartbeat, Lookup},
 };
 
-/// The longest time between two heartbeats, +-10 %.
+/// The maximum time between two heartbeats, varied by up to 10 % in either direction.
 const INTERVAL: Duration = Duration::from_secs(5);
-/// The wait before a failed heartbeat is sent again while polls are answered.
+/// The minimum time between two attempts to send a heartbeat before a poll, while the database answers polls.
 const RETRY_WAIT: Duration = Duration::from_secs(1);
-/// The maximum time that one heartbeat may take.
+/// Timeout of a heartbeat that is sent independently of polls.
 const TIMEOUT: Duration = Duration::from_secs(2);
-/// An addition to the time that a heartbeat covers, for its way to the database.
+/// Extra time in [`Heartbeat::lasts`], because a heartbeat takes some time to reach the database.
 const MARGIN: Duration = Duration::from_millis(200);
 
-/// The heartbeats of one replica.
+/// Sends the heartbeats of one replica.
 pub(super) struct Heartbeats {
     pub(super) store: Arc<dyn Lookup>,
     pub(super) replica_state: Arc<ReplicaState>,
     pub(super) replica: Uuid,
-    /// The name of the replica for operators.
+    /// The name of the replica, shown to operators.
     pub(super) name: String,
-    /// The longest time that this replica may use one lease, its stale time included.
+    /// The maximum time for which this replica may use one lease, including the stale time.
     pub(super) lease_time: Duration,
 }
 
-/// The state of heartbeats before polls.
+/// The state of the heartbeats that [`Heartbeats::register`] sends before polls.
 #[derive(Default)]
 pub(super) struct Registration {
-    /// True if the database accepted a heartbeat since the last poll that failed.
+    /// True if the database has accepted a heartbeat since the last failed poll.
     is_valid: bool,
-    /// True once a warning about a failed heartbeat was logged.
+    /// True once a failed heartbeat has been logged as a warning.
     has_warned: bool,
-    /// When the last heartbeat before a poll was sent.
+    /// When [`Heartbeats::register`] last sent a heartbeat.
     attempted: Option<Instant>,
 }
 
 impl Registration {
-    /// Requires another heartbeat before the next poll, because a poll failed.
+    /// Requires another heartbeat before the next poll. The poll task calls this after a failed poll.
     pub(super) const fn lapse(&mut self) {
         self.is_valid = false;
     }
 
-    /// True if a heartbeat is due now. If polls are answered but heartbeats fail, rights are missing. Each attempt then
-    /// costs a new connection, so limit them to one per [`RETRY_WAIT`].
+    /// Returns true if a heartbeat is due before the next poll. If the database answers polls but refuses heartbeats, a
+    /// database right is probably missing. Each attempt then costs a new connection, so attempts are limited to one per
+    /// [`RETRY_WAIT`].
     fn is_due(&self, polls_are_answered: bool) -> bool {
         let may_retry = !polls_are_answered || self.attempted.is_none_or(|last| last.elapsed() >= RETRY_WAIT);
         !self.is_valid && may_retry
@@ -62,8 +63,9 @@ impl Registration {
 }
 
 impl Heartbeats {
-    /// Sends a heartbeat, if one is due, before a poll can begin a lease. Otherwise a command that waits for all
-    /// replicas could overlook a replica that is starting or was cut off.
+    /// Sends a heartbeat if one is due. The poll task calls this before each poll, because a poll can begin a lease:
+    /// without a heartbeat, a command that waits for all replicas could overlook a replica that is starting or was cut
+    /// off.
     pub(super) async fn register(&self, registration: &mut Registration, polls_are_answered: bool, limit: Duration) {
         if !registration.is_due(polls_are_answered) {
             return;
@@ -72,13 +74,13 @@ impl Heartbeats {
         registration.is_valid = self.send(&self.heartbeat(self.replica_state.load().applied()), limit).await;
         if !registration.is_valid && !std::mem::replace(&mut registration.has_warned, true) {
             tracing::warn!(
-                "heartbeat failed: commands that wait for all replicas may overlook this one until a heartbeat \
+                "heartbeat failed: commands that wait for all replicas may overlook this replica until a heartbeat \
                  succeeds; retrying"
             );
         }
     }
 
-    /// Sends a heartbeat after each version that is applied, and at least every [`INTERVAL`].
+    /// Sends a heartbeat after each newly applied version, and at least every [`INTERVAL`].
     pub(super) async fn repeat(&self, mut applied: watch::Receiver<Version>) {
         let mut jitter = Jitter::of(self.replica);
         loop {
@@ -95,13 +97,13 @@ impl Heartbeats {
         }
     }
 
-    /// Sends the last heartbeat: commands that wait for all replicas need not wait for this one any longer.
+    /// Sends the last heartbeat, so that commands that wait for all replicas no longer wait for this replica.
     pub(super) async fn end(&self) {
         let last = Heartbeat { lasts: Duration::ZERO, ..self.heartbeat(self.replica_state.load().applied()) };
         let _ = timeout(TIMEOUT, self.store.report(&last)).await;
     }
 
-    /// Sends one heartbeat. Returns true if the database accepted it.
+    /// Sends one heartbeat and returns true if the database accepted it.
     async fn send(&self, heartbeat: &Heartbeat, limit: Duration) -> bool {
         match timeout(limit, self.store.report(heartbeat)).await {
             Ok(Ok(())) => true,
@@ -114,8 +116,8 @@ impl Heartbeats {
     }
 
     fn heartbeat(&self, applied: Version) -> Heartbeat {
-        // The next heartbeat may follow after a whole interval (+10 %). A poll just before it may begin a lease, which
-        // this replica may use to its end and through its stale time.
+        // The next heartbeat may be sent up to 110 % of the interval later. A poll just before that heartbeat may begin
+        // a lease, and this replica may then grant until the stale time of that lease has passed.
         let lasts = INTERVAL + INTERVAL / 10 + self.lease_time + MARGIN;
         Heartbeat { replica: self.replica, name: self.name.clone(), applied, lasts }
     }

@@ -1,8 +1,7 @@
-//! One history of the database, as this replica records it: the last version applied, and the nonces of recent
-//! versions.
+//! One database history, as far as this replica knows it: the last version applied, and the nonces of recent versions.
 //!
-//! It does no I/O. It decides whether the answer to a poll continues this history and whether a value was read from it;
-//! `lease` decides which values are out of date.
+//! This module does no I/O. It decides whether the answer to a poll continues the history, and whether a value belongs
+//! to the history. The module `lease` decides which values are out of date.
 
 use std::{collections::VecDeque, time::Duration};
 
@@ -12,17 +11,18 @@ use crate::{
     store::Polled,
 };
 
-/// The time that the nonce of a version is kept after a newer version is seen. This is longer than a value stays in
-/// Redis.
+/// The time for which the nonce of a version is kept after a poll returned a newer version. It is longer than the
+/// lifetime of a value in Redis.
 const NONCES_KEPT: Duration = Duration::from_mins(20);
-/// The maximum number of nonces kept. Values read at older versions are loaded again.
+/// The maximum number of nonces kept. Values that were read at a version whose nonce was dropped are loaded again.
 const NONCES_MAX: usize = 100_000;
 
-/// The history of one view. Empty until its first poll.
+/// The history of one view. Empty until the first poll of the view.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct History {
     lineage: Lineage,
-    /// In ascending order; the last one is the version applied. Empty only before the first poll.
+    /// The versions whose nonces are kept, in ascending order. The last of them is the version applied. Empty only
+    /// before the first poll.
     known: VecDeque<KnownVersion>,
 }
 
@@ -30,53 +30,53 @@ pub(crate) struct History {
 struct KnownVersion {
     version: Version,
     nonce: Nonce,
-    /// When a poll first returned it.
+    /// When the poll that first returned this version was sent.
     seen: Moment,
 }
 
-/// How the answer to a poll continues a history.
+/// The relation between the answer to a poll and a history.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Continuity {
-    /// The answer continues from the version applied, and contains all later changes.
+    /// The answer continues the history and contains all changes since the version applied.
     Follow,
-    /// The answer continues the history, but some of the changes in between are unknown. Every value read before the
-    /// newest version is out of date.
+    /// The answer continues the history, but lacks some of the changes since the version applied. Every value that was
+    /// read before the newest version is out of date.
     Jump,
-    /// The answer does not continue the history: the database has another history, or lost a part of this one.
+    /// The answer does not continue the history: the database has another history, or has lost a part of this history.
     Lost,
 }
 
-/// The relation of a value to a history.
+/// The relation between a value and a history.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Provenance {
     /// The value was read at a known version of this history.
     Known,
     /// The value was read at a version that no poll has returned yet.
     Ahead,
-    /// The value was read in another history, or at a version whose nonce is no longer kept.
+    /// The value belongs to another history, or was read at a version whose nonce is no longer kept.
     Foreign,
 }
 
 impl History {
-    /// True after the first poll.
+    /// Returns true after the first poll.
     #[must_use]
     pub(crate) fn is_begun(&self) -> bool {
         !self.known.is_empty()
     }
 
-    /// The lineage of this history.
     #[must_use]
     pub(crate) const fn lineage(&self) -> Lineage {
         self.lineage
     }
 
-    /// The last version applied; 0 before the first poll.
+    /// Returns the last version applied; 0 before the first poll.
     #[must_use]
     pub(crate) fn applied(&self) -> Version {
         self.known.back().map_or(Version(0), |known| known.version)
     }
 
-    /// How `polled`, the answer to a poll from the version applied, continues this history.
+    /// Decides whether `polled` continues this history. The poll must have read the change log from the version
+    /// applied.
     #[must_use]
     pub(crate) fn judge(&self, polled: &Polled) -> Continuity {
         let Some(applied) = self.known.back() else { return Continuity::Follow };
@@ -96,15 +96,14 @@ impl History {
         }
     }
 
-    /// A new history has replaced this one. Returns true if this history does not contain `version` of the new one:
-    /// either `version` is higher than the last version applied from this history, or this history has a different
-    /// nonce for it.
+    /// Returns true if `version` of the new history, which has replaced this history, is not in this history: either
+    /// `version` is higher than the last version applied here, or this history has a different nonce for it.
     #[must_use]
     pub(crate) fn is_news(&self, version: Version, nonce: Nonce) -> bool {
         version > self.applied() || self.find(version).is_some_and(|known| known.nonce != nonce)
     }
 
-    /// Adds the versions in `polled`. The caller has already applied their changes.
+    /// Adds the versions in `polled` to this history. The caller must already have applied their changes.
     pub(crate) fn advance(&mut self, polled: &Polled) {
         let newest = &polled.newest;
         self.lineage = newest.lineage;
@@ -113,8 +112,8 @@ impl History {
                 self.known.push_back(KnownVersion { version, nonce, seen: newest.sent_at });
             }
         }
-        // A version was the newest until its successor was seen, so the age of the successor counts. The version
-        // applied is kept at any age.
+        // A version was the newest version until a poll returned its successor, so the age of the successor decides.
+        // The version applied is kept at any age.
         while let Some(next) = self.known.get(1)
             && (newest.sent_at.since(next.seen) > NONCES_KEPT || self.known.len() > NONCES_MAX)
         {
@@ -122,7 +121,7 @@ impl History {
         }
     }
 
-    /// The relation of a value to this history.
+    /// Returns how `value` relates to this history.
     #[must_use]
     pub(crate) fn provenance<T>(&self, value: &Versioned<T>) -> Provenance {
         if !self.is_begun() || value.lineage != self.lineage {
@@ -159,7 +158,7 @@ mod tests {
         }
     }
 
-    /// The answer to a poll, with these versions (number and nonce) in ascending order.
+    /// Returns the answer to a poll, with these versions (number and nonce) in ascending order.
     fn polled(versions: &[(u64, u8)]) -> Polled {
         let (version, nonce) = *versions.last().unwrap();
         Polled {
@@ -181,7 +180,7 @@ mod tests {
     }
 
     #[test]
-    fn history_continues_only_from_the_applied_version_with_the_same_nonce() {
+    fn history_continues_only_if_the_applied_version_still_has_the_same_nonce() {
         let history = begun();
         let other = |change: fn(&mut Polled), versions| {
             let mut polled = polled(versions);
@@ -204,7 +203,7 @@ mod tests {
     }
 
     #[test]
-    fn provenance_depends_on_version_and_nonce() {
+    fn provenance_depends_on_version_nonce_and_lineage() {
         let mut history = begun();
         history.advance(&polled(&[(6, 6), (8, 8), (9, 9)]));
         assert_eq!(history.applied(), Version(9));
@@ -224,7 +223,7 @@ mod tests {
     }
 
     #[test]
-    fn versions_missing_from_this_history_are_news() {
+    fn version_that_is_missing_from_the_lost_history_is_news() {
         let history = begun();
         for (version, nonce, is_news) in [(5, 5, false), (5, 1, true), (6, 6, false), (6, 1, true), (7, 7, true)] {
             assert_eq!(history.is_news(Version(version), Nonce([nonce; 16])), is_news, "{version}, {nonce}");
@@ -234,7 +233,7 @@ mod tests {
     }
 
     #[test]
-    fn old_nonces_are_dropped_but_not_that_of_the_applied_version() {
+    fn old_nonces_are_dropped_except_that_of_the_applied_version() {
         let mut history = begun();
         let at = |after: Duration, versions: &[(u64, u8)]| {
             let mut polled = polled(versions);

@@ -1,10 +1,13 @@
-//! The part of a view that checks read while the poll task writes it: the lease, the floors and the stripes.
+//! The part of a view that checks read while the poll task writes to it: the lease, and the versions below which cached
+//! values are out of date. Such a version is either a floor, which applies to all values of one kind, or belongs to a
+//! stripe, a group of objects whose ids or digests have the same hash.
 //!
-//! The poll task raises stripes and floors first and begins the lease last. A check loads the lease first and the
-//! stripes last. So a check that sees a lease also sees every change that was committed before the lease began
-//! (`tests/loom`). This file does no I/O, reads no clock and takes no lock.
+//! The poll task raises floors and stripes first and begins the lease last. A check loads the lease first and the
+//! floors and stripes last. So a check that sees a lease also sees every change that was committed before the lease
+//! began (`tests/loom`). This file does no I/O, reads no clock and takes no lock.
 
-// `tests/loom` compiles this file on its own, with loom's atomics, and explores the orders of memory operations.
+// `tests/loom` compiles this file separately, with loom's atomics, and explores the possible orders of memory
+// operations.
 #[cfg(trustgate_loom)]
 use loom::sync::atomic::{AtomicU64, Ordering};
 #[cfg(not(trustgate_loom))]
@@ -16,16 +19,16 @@ use crate::{
     record::{Change, ChangeKind, Version},
 };
 
-/// The maximum times that a replica may use its cache entries.
+/// The maximum times for which a replica may use its cache entries.
 #[derive(Clone, Copy, Debug)]
 pub struct LeaseLimits {
-    /// From the sending of the last successful poll.
+    /// The maximum time after the last successful poll was sent.
     pub lease: Duration,
-    /// The maximum additional time that records may be used to grant, while polls get no answer at all.
+    /// The maximum additional time for which cached records may be used to grant while polls get no answer at all.
     pub stale: Duration,
 }
 
-/// The state of a lease at a moment.
+/// The state of a lease at a given moment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LeaseState {
     /// Cache entries may be used.
@@ -37,36 +40,36 @@ pub enum LeaseState {
     Expired,
 }
 
-/// The lease of a view, and the versions of the changes that were applied in it. Within a view, versions and the start
-/// of the lease only rise, except that [`Self::end`] ends the lease.
+/// The lease of a view, and the versions of the changes that were applied in that view. Within a view, these versions
+/// and the start of the lease only increase, except that [`Self::end`] resets the start.
 #[derive(Debug)]
 pub struct Lease {
-    /// When the lease began, in nanoseconds of the boot clock, plus one; 0: there is no lease.
+    /// When the lease began: nanoseconds on the boot clock, plus one. 0 means that there is no lease.
     start: AtomicU64,
-    /// When the last poll was given up because no answer came, encoded as `start`; 0: the last poll got an answer, even
-    /// if it could not be applied.
+    /// When the last poll was given up without an answer, encoded like `start`. 0 means that no poll was given up since
+    /// the last answer, including an answer that could not be applied.
     unanswered: AtomicU64,
-    /// Floor: records read before this version are out of date, because many keys changed.
+    /// Floor: records that were read before this version are out of date, because many keys changed.
     keys: AtomicU64,
-    /// Floor: records read before this version are out of date, because many trusts changed.
+    /// Floor: records that were read before this version are out of date, because many trusts changed.
     trusts: AtomicU64,
-    /// Floor: negative entries read before this version are out of date.
+    /// Floor: negative entries that were read before this version are out of date.
     negatives: AtomicU64,
-    /// Changes to single keys and trusts, by their ids.
+    /// The newest changes to single keys and trusts, by the stripes of their ids.
     changed_records: Stripes,
-    /// Changes that may end a negative entry, by digest.
+    /// The newest changes that make negative entries out of date, by the stripes of their digests.
     changed_negatives: Stripes,
 }
 
-/// For each stripe, the newest version that changed one of the objects that share it.
+/// For each stripe, the newest version that changed an object in this stripe.
 #[derive(Debug)]
 struct Stripes(Box<[AtomicU64]>);
 
-/// The number of stripes in one table. If two objects share a stripe, a change to one makes checks read the other from
-/// the store again; the answer stays correct.
+/// The number of stripes in one [`Stripes`] table. If two objects share a stripe, a change to one object also makes
+/// checks load the other object again, which costs a read but does not affect the decision.
 const STRIPES: usize = if cfg!(trustgate_loom) { 2 } else { 1 << 16 };
 
-/// The stripe of an object, by the bytes of its id or digest.
+/// Returns the stripe of an object from the bytes of its id or digest.
 #[must_use]
 pub(crate) fn stripe(object: &[u8]) -> u16 {
     // Most bytes of ids and digests are random, so folding and one multiplication distribute them evenly enough.
@@ -109,7 +112,8 @@ impl Default for Lease {
 impl Lease {
     // === used by checks ===
 
-    /// The state of the lease at `now`. A check must call this before it looks at any value.
+    /// Returns the state of the lease at `now`. A check must call this before it looks up any value, so that it sees
+    /// every change that the lease covers.
     #[must_use]
     pub fn lease_state(&self, now: Moment, limits: LeaseLimits) -> LeaseState {
         let Some(start) = self.start() else { return LeaseState::Expired };
@@ -123,9 +127,9 @@ impl Lease {
         }
     }
 
-    /// True if polls get no answer and the last of them was given up recently. After a pause of this process, the last
-    /// failed poll is old and proves nothing about the database now. The allowed time is two leases, enough for two
-    /// polls.
+    /// Returns true if polls get no answer and the last poll was given up at most two leases ago, which is enough time
+    /// for two polls. After a pause of this process, the last failed poll is older and proves nothing about the current
+    /// state of the database.
     fn is_unanswered_at(&self, now: Moment, limits: LeaseLimits) -> bool {
         let given_up = self.unanswered.load(Ordering::Relaxed).checked_sub(1).map(Moment::from_nanos);
         given_up.is_some_and(|moment| now.since(moment) <= limits.lease.saturating_mul(2))
@@ -153,9 +157,9 @@ impl Lease {
 
     // === used by the poll task ===
 
-    /// Applies the answer to a poll that was sent at `sent`. Values read before `floor`, and older values that
-    /// `changes` concern, become out of date. Then it calls `advance`, and the lease begins at `sent`; `None`: it does
-    /// not begin.
+    /// Applies the answer to a poll. Values that were read before `floor`, and older values that `changes` concern,
+    /// become out of date. Then calls `advance`, and begins the lease at `sent`, the time at which the poll was sent.
+    /// If `sent` is `None`, no lease begins.
     pub fn renew(
         &self,
         floor: Option<Version>,
@@ -194,33 +198,33 @@ impl Lease {
         }
     }
 
-    /// Marks records of the objects of these stripes as out of date if they were read before `version`. The sampler
-    /// calls this for a record that differs from its row although no change explains it.
+    /// Marks records with objects in these stripes as out of date if they were read before `version`. The sampler calls
+    /// this if a record differs from its row although no change explains the difference.
     pub fn refuse(&self, version: Version, stripes: impl Iterator<Item = u16>) {
         for stripe in stripes {
             self.changed_records.raise(stripe, version);
         }
     }
 
-    /// Notes that a poll got no answer and was given up at `now`. The lease keeps its end. After that it is stale, as
-    /// long as the next polls get no answer either.
+    /// Records that a poll got no answer and was given up at `now`. The end of the lease does not change. After its
+    /// end, the lease is stale while later polls get no answer either.
     pub fn note_unanswered(&self, now: Moment) {
         self.unanswered.store(now.nanos().saturating_add(1), Ordering::Relaxed);
     }
 
-    /// Notes that a poll was answered but the answer could not be applied. The lease keeps its end and does not become
-    /// stale.
+    /// Records that a poll was answered but the answer could not be applied. The end of the lease does not change, and
+    /// the lease does not become stale.
     pub fn note_unusable(&self) {
         self.unanswered.store(0, Ordering::Relaxed);
     }
 
-    /// Ends the lease at once.
+    /// Ends the lease immediately.
     pub fn end(&self) {
         self.unanswered.store(0, Ordering::Relaxed);
         self.start.store(0, Ordering::Release);
     }
 
-    /// True while polls get no answer at all.
+    /// Returns true while polls get no answer at all.
     #[must_use]
     pub fn is_unanswered(&self) -> bool {
         self.unanswered.load(Ordering::Relaxed) > 0
@@ -245,7 +249,7 @@ mod tests {
     }
 
     #[test]
-    fn lease_counts_from_the_sending_of_its_poll_and_becomes_stale_only_without_an_answer() {
+    fn lease_begins_when_its_poll_was_sent_and_becomes_stale_only_without_an_answer() {
         let lease = Lease::default();
         assert_eq!(lease.lease_state(at(0), LIMITS), LeaseState::Expired, "no poll yet");
         lease.note_unanswered(at(0));
@@ -299,7 +303,7 @@ mod tests {
     }
 
     #[test]
-    fn refuse_makes_older_records_of_its_stripes_out_of_date() {
+    fn refused_stripe_makes_older_records_out_of_date() {
         let (lease, key, other) = (Lease::default(), Uuid::from_u128(0xA1), Uuid::from_u128(0xB2));
         let covers = |id: Uuid, as_of| lease.covers_record(Version(as_of), std::iter::once(stripe(id.as_bytes())));
         lease.refuse(Version(5), std::iter::once(stripe(key.as_bytes())));

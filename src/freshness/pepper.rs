@@ -1,7 +1,8 @@
-//! Compares the peppers of this server with those recorded in the database, under which the digests of keys were made.
+//! Compares the peppers of this server with the peppers recorded in the database, under which the digests of keys were
+//! computed.
 //!
-//! With a wrong pepper, a server would not find any key and would reject every client. So it is not ready, and it
-//! answers a check of an unknown key with a fault.
+//! With a wrong pepper, a server would not find any key and would reject every client. So a server with a wrong pepper
+//! is not ready, and it answers a check of an unknown key with a fault instead of a denial.
 
 use std::{
     io,
@@ -22,7 +23,7 @@ use crate::{
     store::reads::lookup::OTHER_KEYS_MAX,
 };
 
-/// The result of comparing this server's peppers with the recorded ones. Both flags are false until the first poll.
+/// The result of comparing this server's peppers with the recorded peppers. Both flags are false until the first poll.
 #[derive(Debug)]
 pub struct PepperState {
     fits: AtomicBool,
@@ -37,14 +38,16 @@ impl Default for PepperState {
 }
 
 impl PepperState {
-    /// True if this server has a recorded pepper, or none is recorded. The server is ready only then.
+    /// Returns true if this server has a recorded pepper, or if no pepper is recorded. Otherwise the server is not
+    /// ready.
     #[must_use]
     pub fn fits(&self) -> bool {
         self.fits.load(Ordering::Relaxed)
     }
 
-    /// True if a key that is not found can be denied as unknown. False if it may have been issued under the current
-    /// pepper, which this server does not have. Cheap enough for each check: it reads one byte.
+    /// Returns true if this server may deny a key as unknown when it does not find the key. Returns false if the key
+    /// may have been issued under the current pepper and this server does not have that pepper. Loads one atomic flag,
+    /// so each check can call this.
     #[must_use]
     pub fn identifies_all(&self) -> bool {
         self.identifies_all.load(Ordering::Relaxed)
@@ -64,20 +67,20 @@ impl PepperState {
     }
 }
 
-/// Reads the peppers from their files again.
+/// A function that reads the pepper files again and returns the fingerprints of the peppers.
 pub(crate) type Reread = Arc<dyn Fn() -> io::Result<Vec<Fingerprint>> + Send + Sync>;
 
-/// The peppers of this server, and how to check them.
+/// The peppers of this server, and the function that reads the pepper files again.
 pub(crate) struct Peppers {
-    /// The fingerprints, the current one first, in the order of [`Digests::all`](crate::record::Digests::all).
+    /// The fingerprints of the peppers, the current pepper first, in the order of
+    /// [`Digests::all`](crate::record::Digests::all).
     pub known: Vec<Fingerprint>,
     /// Reads the pepper files again; `None` if no pepper comes from a file.
     pub reread: Option<Reread>,
-    /// The metrics.
     pub metrics: PepperMetrics,
 }
 
-/// Metrics of the peppers.
+/// The metrics of the peppers.
 #[derive(Clone)]
 pub(crate) struct PepperMetrics {
     fits: IntGauge,
@@ -88,12 +91,12 @@ impl PepperMetrics {
     /// Declares the metrics.
     ///
     /// # Errors
-    /// As [`register`].
+    /// Returns the error of [`register`].
     pub(crate) fn register(registry: &Registry) -> prometheus::Result<Self> {
         let gauge = |name, help: String| register(registry, IntGauge::with_opts(Opts::new(name, help)));
-        let fits = "1 if this server has the recorded pepper or the one before it, or none is recorded; else 0.";
+        let fits = "1 if this server has the recorded pepper or the previous one, or none is recorded; otherwise 0.";
         let other_keys = format!(
-            "Active keys issued under a pepper that this server does not have, counted up to {OTHER_KEYS_MAX}."
+            "Active keys that were issued under a pepper that this server lacks, counted up to {OTHER_KEYS_MAX}."
         );
         Ok(Self {
             fits: gauge("trustgate_pepper_fits", fits.to_owned())?,
@@ -102,21 +105,21 @@ impl PepperMetrics {
     }
 }
 
-/// The last recorded peppers that a poll returned. The poll task and the check of the pepper files share them, so that
-/// each change is logged once.
+/// The recorded peppers that the last poll returned. [`Peppers::compare`] does nothing until they change, so that each
+/// change is logged once. [`Peppers::compare_files`] compares the pepper files with them.
 #[derive(Default)]
 pub(crate) struct Compared {
     stored: Mutex<Option<StoredPeppers>>,
 }
 
-/// Fingerprints for a log line.
+/// Formats fingerprints for a log line.
 fn listed(fingerprints: impl IntoIterator<Item = Fingerprint>) -> String {
     let listed: Vec<_> = fingerprints.into_iter().map(|fingerprint| fingerprint.to_string()).collect();
     if listed.is_empty() { "none".to_owned() } else { listed.join(", ") }
 }
 
 impl Peppers {
-    /// Compares them with the recorded peppers that a poll returned, and logs changes.
+    /// Compares the peppers of this server with `stored`, the recorded peppers that a poll returned, and logs changes.
     pub(crate) fn compare(&self, stored: StoredPeppers, compared: &Compared, state: &PepperState) {
         let mut last = compared.stored.lock().unwrap_or_else(PoisonError::into_inner);
         if last.replace(stored) == Some(stored) {
@@ -130,20 +133,21 @@ impl Peppers {
                 configured = listed(self.known.iter().copied()),
                 recorded = listed(stored.current),
                 "pepper mismatch: this server does not have the pepper recorded in the database, so it is not ready; \
-                 set credential.pepper_file or credential.previous_pepper_files and restart. If a command recorded a \
-                 wrong pepper, run `trustgate pepper use` with the right one"
+                 set credential.pepper_file or credential.previous_pepper_files, and restart. If a command recorded \
+                 the wrong pepper, run `trustgate pepper use` with the right pepper"
             );
         } else if changed && stored.current.is_some() {
             tracing::info!(
                 recorded = listed(stored.current),
-                "pepper matches: this server has the pepper recorded in the database"
+                "pepper matches: this server has a pepper recorded in the database"
             );
         }
     }
 
-    /// Exposes the number of active keys under other peppers, and logs when it becomes or stops being zero.
+    /// Sets the metric of active keys under unknown peppers. Logs when their number rises above zero and when it
+    /// returns to zero.
     pub(crate) fn count_others(&self, count: u64) {
-        let count = count.saturate(); // at most 10 000
+        let count = count.saturate(); // at most `OTHER_KEYS_MAX`
         let before = self.metrics.other_keys.get();
         self.metrics.other_keys.set(count);
         if before == 0 && count > 0 {
@@ -154,12 +158,11 @@ impl Peppers {
                  grant them; list them with `trustgate key list --pepper unknown`"
             );
         } else if before > 0 && count == 0 {
-            tracing::info!("unknown pepper: no such active keys are left");
+            tracing::info!("unknown pepper resolved: this server now has the peppers of all active keys");
         }
     }
 
-    /// Compares the current content of the pepper files with that at startup and with the recorded peppers, and logs
-    /// changes.
+    /// Compares the peppers in the files with those loaded at startup and with the recorded peppers, and logs changes.
     pub(crate) fn compare_files(&self, read: io::Result<Vec<Fingerprint>>, compared: &Compared, last: &mut FileState) {
         let stored = compared.stored.lock().unwrap_or_else(PoisonError::into_inner).unwrap_or_default();
         let (state, problem) = match read {
@@ -173,14 +176,14 @@ impl Peppers {
         *last = state;
         let configured = listed(self.known.iter().copied());
         match last {
-            FileState::Same => tracing::info!("pepper files restored: they match what this server loaded"),
+            FileState::Same => tracing::info!("pepper files restored: they match the peppers loaded at startup"),
             FileState::Unreadable => {
                 tracing::error!(problem, "pepper files unreadable: a restart would fail; restore the files");
             }
             FileState::Other(found) if stored.fit(found) => tracing::warn!(
                 configured,
                 found = listed(found.iter().copied()),
-                "pepper files changed: this server keeps the peppers it loaded at startup until it restarts"
+                "pepper files changed: until it restarts, this server uses the peppers that it loaded at startup"
             ),
             FileState::Other(found) => tracing::error!(
                 configured,

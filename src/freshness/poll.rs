@@ -1,8 +1,8 @@
-//! The poll task: reads the change log at intervals and applies it to the replica state. It also runs the tasks that send
-//! heartbeats, prune old versions, restore triggers and compare peppers.
+//! The poll task: reads the change log at intervals and applies the changes to the replica state. It also sends
+//! heartbeats, prunes old versions, restores triggers and compares peppers.
 //!
-//! It does not touch the cache, and it continues when the store fails. It runs on a separate thread, so that other work
-//! does not delay it.
+//! The poll task does not access the cache, and it continues when the store fails. It runs on a separate thread, so
+//! that other work does not delay polls.
 
 use std::{collections::VecDeque, future::pending, sync::Arc, time::Duration};
 
@@ -31,57 +31,53 @@ use crate::{
     store::{Lookup, PollError, Polled, Tended},
 };
 
-/// The interval at which peppers are compared and recorded, +-10 %.
+/// The interval at which the peppers of keys are recorded and the pepper files are read again, varied by up to 10 % in
+/// either direction.
 const PEPPER_INTERVAL: Duration = Duration::from_secs(5);
-/// The maximum time that one write to the store may take: pruning, restoring triggers, recording peppers.
+/// Timeout of one write to the store: pruning, restoring triggers, recording peppers or renewing the incarnation.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(2);
-/// The interval at which old versions are deleted. All replicas try; the database lets one at a time delete.
+/// The interval at which old versions are deleted. All replicas try to delete them, but the database lets only one
+/// replica delete at a time.
 const PRUNE_INTERVAL: Duration = Duration::from_secs(30);
-/// The wait before the next attempt if one attempt could not delete all old versions.
+/// The wait before the next deletion if the previous deletion left old versions in the database.
 const PRUNE_AGAIN: Duration = Duration::from_secs(1);
-/// The wait between two attempts to restore the triggers, while they are not intact.
+/// The minimum time between two attempts to restore the triggers.
 const RESTORE_INTERVAL: Duration = Duration::from_secs(1);
-/// The maximum number of requested polls in [`REQUESTED_PERIOD`]. Notifications and waiting checks request polls.
+/// The maximum number of requested polls per [`REQUESTED_PERIOD`]. Notifications and waiting checks request polls.
 const REQUESTED_MAX: usize = 20;
 /// See [`REQUESTED_MAX`].
 const REQUESTED_PERIOD: Duration = Duration::from_secs(1);
-/// The wait before the poll task listens again after the connection for notifications failed.
+/// The wait before the poll task listens for notifications again after the connection failed.
 const LISTEN_WAIT: Duration = Duration::from_secs(1);
-/// The maximum drift between the wall clock and the boot clock from one poll to the next. A larger one means that this
-/// machine was paused without its boot clock counting the time, or that the wall clock was set.
+/// The maximum drift between the wall clock and the boot clock from one poll to the next. A larger drift means that the
+/// wall clock was set, or that this machine was paused and its boot clock stopped.
 const CLOCK_STEP_MAX: Duration = Duration::from_secs(1);
 
 /// The poll task and its dependencies.
 pub(crate) struct Poll {
-    /// The store.
     pub store: Arc<dyn Lookup>,
-    /// The state to which it applies the change log.
     pub replica_state: Arc<ReplicaState>,
-    /// The time.
     pub clock: Arc<dyn Clock>,
-    /// The intervals and limits of the poll task.
     pub settings: FreshnessSettings,
     /// True if the tables have a change log.
     pub tracks_changes: bool,
-    /// The id of this replica. It stays the same until the process ends.
+    /// The id of this replica, which is new each time the process starts.
     pub replica: Uuid,
-    /// The name of this replica for operators.
+    /// The name of this replica, shown to operators.
     pub name: String,
-    /// The peppers of this server.
     pub peppers: Peppers,
-    /// The metrics.
     pub metrics: PollMetrics,
-    /// True while the lease is fresh; for health checks.
+    /// Contains true while the lease is fresh. Health checks subscribe to changes.
     pub fresh: watch::Sender<bool>,
-    /// Called after new versions were applied, to notify replicas that may not have seen them.
+    /// Called after new versions were applied, to notify replicas that may not have applied them yet.
     pub applied: Box<dyn Fn() + Send + Sync>,
 }
 
 impl Poll {
-    /// Polls until `stop`, then sends a last heartbeat.
+    /// Polls until `stop` is cancelled, then sends a last heartbeat.
     ///
     /// # Cancel safety
-    /// `stop` does not interrupt the application of an answer, because [`ReplicaState::apply`] does not wait.
+    /// Cancelling `stop` cannot interrupt [`ReplicaState::apply`], because that function does not await anything.
     pub(crate) async fn run(self, stop: CancellationToken) {
         let heartbeats = self.heartbeats();
         let applied = watch::Sender::new(Version(0));
@@ -133,7 +129,7 @@ impl Poll {
         }
     }
 
-    /// Publishes whether the lease is fresh, for health checks.
+    /// Updates `fresh`, so that health checks see whether the lease is fresh.
     fn publish_freshness(&self) {
         self.fresh.send_if_modified(|fresh| {
             let is_fresh = self.replica_state.load().lease_state(self.clock.now()) == LeaseState::Fresh;
@@ -141,15 +137,15 @@ impl Poll {
         });
     }
 
-    /// Publishes the end of the lease even while a poll waits for its answer. Only a poll can make the lease fresh
-    /// again.
+    /// Publishes that the lease is no longer fresh, even while a poll is still waiting for its answer. The start of a
+    /// lease needs no such timer, because only a poll can make the lease fresh again.
     async fn watch_freshness(&self) {
         let mut fresh = self.fresh.subscribe();
         while fresh.wait_for(|is_fresh| *is_fresh).await.is_ok() {
             let view = self.replica_state.load();
             let age = view.lease().start().map_or(Duration::MAX, |start| self.clock.now().since(start));
             let left = self.settings.lease.saturating_sub(age);
-            // The lease is still fresh at exactly `lease`, so wait a little longer.
+            // The lease is still fresh when its age is exactly `lease`, so wait slightly longer.
             sleep(left + Duration::from_millis(1)).await;
             self.publish_freshness();
         }
@@ -211,7 +207,8 @@ impl Poll {
                 self.observe_latency(polled);
                 tracing::warn!(
                     version = newest.0,
-                    "too many changes for one poll: values cached before are out of date and are loaded again"
+                    "changes missed: there were more changes than one poll can read, or some were pruned before this \
+                     replica read them; all cached values are out of date and will be loaded again"
                 );
             }
             Applied::Lost { lineage, applied } => {
@@ -219,8 +216,9 @@ impl Poll {
                 tracing::error!(
                     applied = applied.0,
                     newest = newest.0,
-                    "database history lost: the database was restored, or failed over with data loss; values cached \
-                     before are not used. Recent revocations may be missing from the database: repeat them"
+                    "database history lost: the database was restored or replaced, or failed over with data loss; \
+                     values cached before are no longer used. Recent revocations may be missing from the database: \
+                     repeat them"
                 );
                 if lineage == polled.newest.lineage {
                     let renewed = timeout(WRITE_TIMEOUT, self.store.renew_incarnation(lineage.incarnation)).await;
@@ -232,7 +230,7 @@ impl Poll {
                         );
                     }
                 }
-                self.replica_state.wake(); // start the new view at once
+                self.replica_state.wake(); // poll again now, to begin the new view
             }
             Applied::Unwatched => {
                 self.metrics.unusable.inc();
@@ -253,7 +251,8 @@ impl Poll {
         self.metrics.store_up.set(1);
     }
 
-    /// Ends the lease if time passed that the boot clock did not count. Returns true in that case.
+    /// Ends the lease and returns true if the wall clock and the boot clock have drifted apart since the last call,
+    /// because this machine may have been paused.
     fn detect_pause(&self, state: &mut PollState) -> bool {
         let offset = self.clock.wall_offset();
         let step = Duration::from_micros(offset.abs_diff(state.offset));
@@ -263,14 +262,14 @@ impl Poll {
         }
         tracing::warn!(
             ?step,
-            "clock step: the wall clock was set, or this machine was paused; the lease ended until the next poll"
+            "clock step: the wall clock was set, or this machine was paused; lease ended, waiting for a successful poll"
         );
         self.replica_state.load().lease().end();
         self.publish_freshness();
         true
     }
 
-    /// Restores the triggers that record changes, at most once per [`RESTORE_INTERVAL`].
+    /// Tries to restore the triggers that record changes, at most once per [`RESTORE_INTERVAL`].
     async fn restore_triggers(&self, state: &mut PollState) {
         if state.restored.is_some_and(|last| last.elapsed() < RESTORE_INTERVAL) {
             return;
@@ -278,8 +277,8 @@ impl Poll {
         state.restored = Some(Instant::now());
         if state.up.replace(Up::Unusable) != Some(Up::Unusable) {
             tracing::warn!(
-                "triggers not intact: tables or triggers of the database were altered; the lease ended until they are \
-                 restored"
+                "triggers not intact: tables or triggers in the database were altered; lease ended, restoring the \
+                 triggers"
             );
         }
         self.metrics.store_up.set(1);
@@ -317,7 +316,8 @@ impl Poll {
         }
     }
 
-    /// Records the peppers of keys, as found by checks, and counts the active keys under unknown peppers.
+    /// Records the pepper of each key that a check has found, and counts the active keys under peppers that this server
+    /// does not have.
     async fn tend_peppers(&self) {
         let mut jitter = Jitter::of(self.replica);
         let mut failed = false;
@@ -348,7 +348,7 @@ impl Poll {
         loop {
             sleep(jitter.around(PEPPER_INTERVAL)).await;
             let reread = Arc::clone(reread);
-            // Reading may take long on a network file system.
+            // A read can block for a long time on a network file system.
             let read = tokio::task::spawn_blocking(move || reread()).await;
             self.peppers.compare_files(read.unwrap_or_else(|panic| Err(panic.into())), compared, &mut last);
         }
@@ -367,14 +367,15 @@ impl Poll {
     }
 }
 
-/// The state of the poll task between polls.
+/// The state that the poll task keeps between polls.
 struct PollState {
-    /// The result of the last poll. The poll task logs a result only if it differs from this one.
+    /// The result of the last poll. The poll task logs the next result only if it differs.
     up: Option<Up>,
     registration: Registration,
     /// When the poll task last tried to restore the triggers.
     restored: Option<Instant>,
-    /// How far the wall clock was ahead of the boot clock, in microseconds.
+    /// The time by which the wall clock was ahead of the boot clock at the last check, in microseconds. Negative if it
+    /// was behind.
     offset: i64,
 }
 
@@ -385,19 +386,19 @@ enum Up {
     Unusable,
 }
 
-/// Limits requested polls. Contains the times of the recent ones.
+/// Limits the rate of requested polls. Contains the times of the most recent requested polls.
 #[derive(Default)]
 struct Rate(VecDeque<Instant>);
 
 impl Rate {
-    /// Waits until a poll is requested and the limit allows it.
+    /// Waits until a poll is requested and the rate limit allows it.
     async fn woken(&mut self, replica_state: &ReplicaState) {
         replica_state.woken().await;
         sleep_until(self.earliest(Instant::now())).await;
         self.0.push_back(Instant::now());
     }
 
-    /// The earliest time for the next requested poll.
+    /// Returns the earliest time at which the next requested poll may run.
     fn earliest(&mut self, now: Instant) -> Instant {
         while self.0.front().is_some_and(|oldest| now.duration_since(*oldest) > REQUESTED_PERIOD) {
             self.0.pop_front();
@@ -414,7 +415,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn requested_polls_are_limited_per_second() {
+    fn requested_polls_are_limited_to_twenty_per_second() {
         let (mut rate, start) = (Rate::default(), Instant::now());
         for _ in 0..REQUESTED_MAX {
             assert_eq!(rate.earliest(start), start, "polls within the limit are not delayed");

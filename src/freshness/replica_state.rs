@@ -1,7 +1,7 @@
-//! The replica state: this replica's view of the change log, and the state that outlives a view.
+//! The replica state: the current view of the change log, and the data that survives when the view is replaced.
 //!
-//! A view does no I/O and does not touch the cache. `cache::policy` asks the view about each cached value and refuses
-//! the value if the view no longer covers it.
+//! A view does no I/O and does not modify the cache. `cache::policy` asks the view whether an applied change concerns a
+//! cached value, and refuses the value in that case.
 
 use std::{
     num::NonZeroU32,
@@ -26,25 +26,25 @@ use crate::{
     store::Polled,
 };
 
-/// This replica's view of one history of the database: the version applied, the lease, and which cached values are out
-/// of date.
+/// This replica's view of one database history: the last version applied, the lease, and the versions of the changes
+/// that make cached values out of date.
 #[derive(Debug)]
 pub struct ReplicaView {
     epoch: Epoch,
     limits: LeaseLimits,
     lease: Lease,
     history: Mutex<History>,
-    /// The lost history that the view before this one followed; empty in the first view.
+    /// The lost history that the previous view followed. Empty in the first view.
     lost: History,
 }
 
-/// Identifies a view. A cache entry carries the epoch of the view in which it entered the cache. Each new view takes at
-/// least one poll, so at ten polls per second the 32-bit numbers last for more than ten years.
+/// The number of a view. Each cache entry contains the epoch of the view in which the entry was inserted. Every new
+/// view takes at least one poll, so at ten polls per second the 32-bit numbers last for more than ten years.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Epoch(NonZeroU32);
 
 impl ReplicaView {
-    /// A view that follows `earlier` views. `lost`: the history of the last of them.
+    /// Creates a view after `earlier` previous views. `lost` is the history of the most recent of them.
     fn new(earlier: u32, limits: LeaseLimits, lost: History) -> Self {
         Self {
             epoch: Epoch(NonZeroU32::MIN.saturating_add(earlier)),
@@ -55,37 +55,38 @@ impl ReplicaView {
         }
     }
 
-    /// The epoch that identifies this view.
+    /// Returns the epoch that identifies this view.
     #[must_use]
     pub const fn epoch(&self) -> Epoch {
         self.epoch
     }
 
-    /// The lease, and the changes that were applied under it.
+    /// Returns the lease, which also records the changes that were applied in this view.
     #[must_use]
     pub const fn lease(&self) -> &Lease {
         &self.lease
     }
 
-    /// The state of the lease at `now`. A check must call this before it looks at any value.
+    /// Returns the state of the lease at `now`. A check must call this before it looks up any value, so that it sees
+    /// every change that the lease covers.
     #[must_use]
     pub fn lease_state(&self, now: Moment) -> LeaseState {
         self.lease.lease_state(now, self.limits)
     }
 
-    /// The relation of a value to this view's history.
+    /// Returns how `value` relates to the history of this view.
     #[must_use]
     pub fn provenance<T>(&self, value: &Versioned<T>) -> Provenance {
         self.history().provenance(value)
     }
 
-    /// The version applied; 0 before the first poll.
+    /// Returns the last version applied; 0 before the first poll.
     #[must_use]
     pub fn applied(&self) -> Version {
         self.history().applied()
     }
 
-    /// The version from which the next poll reads the change log; `None` before the first poll.
+    /// Returns the version from which the next poll reads the change log; `None` before the first poll.
     #[must_use]
     pub fn since(&self) -> Option<Version> {
         let history = self.history();
@@ -98,13 +99,14 @@ impl ReplicaView {
     }
 }
 
-/// The current view, and the state that outlives a view.
+/// The current view, and the data that survives when the view is replaced.
 #[derive(Debug)]
 pub struct ReplicaState {
     present: ArcSwap<ReplicaView>,
     limits: LeaseLimits,
     epochs: AtomicU32,
-    /// Digests that this replica saw revoked. They stay denied if the database loses that history.
+    /// The digests of keys whose revocation this replica saw. If the database loses the history that contains a
+    /// revocation, checks still deny the digest.
     pub revoked: Revoked,
     /// An estimate of the database's clock.
     pub database_clock: DatabaseClock,
@@ -115,40 +117,42 @@ pub struct ReplicaState {
     wake: Notify,
 }
 
-/// The kind of tables that a poll reads.
+/// The two kinds of tables that a poll can read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ChangeLog {
-    /// The tables have a change log.
+    /// Tables with a change log.
     Present,
-    /// An existing table that is not attached. Its polls do not start a lease.
+    /// An existing table that is not attached. A poll of such a table does not begin a lease.
     Absent,
 }
 
-/// The effect of applying the answer to a poll.
+/// The effect of a poll's answer on the replica state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Applied {
     /// There was no new version.
     Nothing,
     /// This was the first poll of the view.
     Begun,
-    /// There were new versions. Values that their changes concern are out of date.
+    /// There were new versions. Cached values that their changes concern are now out of date.
     Changed,
-    /// There were new versions, but the answer does not contain all of their changes. Every value read before is out of
-    /// date.
+    /// There were new versions, but the answer does not contain all of their changes. Every value that was read before
+    /// the newest version is now out of date.
     Everything,
-    /// The database lost history. No value read before is used, and the next poll starts a new view.
+    /// The database lost history. Checks no longer use values from the lost history, and the next poll begins a new
+    /// view.
     Lost {
         /// The lineage of the lost history.
         lineage: Lineage,
-        /// The last version of that history that this replica applied.
+        /// The last version of the lost history that this replica applied.
         applied: Version,
     },
-    /// The triggers that record changes are not intact. The lease ended; it can begin again once they are restored.
+    /// The triggers that record changes are not intact. The lease has ended, and no lease begins until the triggers are
+    /// restored.
     Unwatched,
 }
 
 impl ReplicaState {
-    /// A state without a lease: no cache entry may be used before the first poll.
+    /// Creates a state without a lease: checks may not use any cache entry before the first poll.
     #[must_use]
     pub fn new(limits: LeaseLimits) -> Self {
         Self {
@@ -164,19 +168,19 @@ impl ReplicaState {
         }
     }
 
-    /// The current view. A check loads it once and uses it to the end.
+    /// Returns the current view. A check calls this once and uses the same view until it ends.
     #[must_use]
     pub fn load(&self) -> Guard<Arc<ReplicaView>> {
         self.present.load()
     }
 
-    /// The limits of the lease.
+    /// Returns the limits of the lease.
     #[must_use]
     pub const fn limits(&self) -> LeaseLimits {
         self.limits
     }
 
-    /// True once the answer to a poll has been applied.
+    /// Returns true once the answer to a poll has been applied.
     #[must_use]
     pub fn is_confirmed(&self) -> bool {
         *self.confirmed.borrow()
@@ -184,29 +188,30 @@ impl ReplicaState {
 
     /// Waits until the answer to a poll has been applied.
     pub async fn confirmed(&self) {
-        // `self` owns the sender, so the channel is open.
+        // `wait_for` fails only if the channel is closed, and `self` keeps the channel open.
         let _ = self.confirmed.subscribe().wait_for(|confirmed| *confirmed).await;
     }
 
-    /// Requests a poll without waiting for `poll_interval`.
+    /// Asks the poll task to poll now instead of after `poll_interval`.
     pub fn wake(&self) {
         self.wake.notify_one();
     }
 
-    /// Waits until a poll is requested.
+    /// Waits until [`Self::wake`] requests a poll.
     ///
     /// # Cancel safety
-    /// Safe: the next call returns at once if a poll was requested in between.
+    /// Safe: if a poll is requested between two calls, the next call returns immediately.
     pub async fn woken(&self) {
         self.wake.notified().await;
     }
 
-    /// Requests a poll, and waits until `view` has applied `version` or is no longer the current view. The caller sets
-    /// the deadline.
+    /// Requests a poll, and waits until `view` has applied `version` or has been replaced. The caller sets the
+    /// deadline.
     pub async fn reached(&self, view: &ReplicaView, version: Version) {
         self.wake();
         loop {
-            // Register before the test, so that a poll applied in between wakes this task.
+            // Create this future before testing the condition, so that a poll that is applied in between still wakes
+            // this task.
             let applied = self.applied.notified();
             if view.applied() >= version || self.load().epoch != view.epoch {
                 return;
@@ -215,7 +220,7 @@ impl ReplicaState {
         }
     }
 
-    /// Applies the answer to a poll that was sent for [`ReplicaView::since`] of the current view.
+    /// Applies the answer to a poll that read the change log from [`ReplicaView::since`] of the current view.
     pub fn apply(&self, polled: &Polled, change_log: ChangeLog) -> Applied {
         let tracks_changes = change_log == ChangeLog::Present;
         let newest = &polled.newest;
@@ -237,18 +242,19 @@ impl ReplicaState {
                 return lost;
             }
             Continuity::Follow if begun => None,
-            // The changes before the first version of the answer are unknown, so older values are out of date.
+            // Changes before the first version in the answer are unknown, so values that were read before that version
+            // are out of date.
             Continuity::Follow if polled.complete => {
                 Some(polled.versions.first().map_or(newest.as_of, |(first, _)| *first))
             }
             Continuity::Follow | Continuity::Jump => Some(newest.as_of),
         };
-        // Only this function changes the history, and only the poll task calls it. Release the lock, so that the work
-        // below does not block checks.
+        // Release the lock, so that the work below does not block checks. The history cannot change in the meantime:
+        // only this function changes it, and only the poll task calls this function.
         drop(history);
-        // The first poll of a view returns the changes of the last 15 minutes, which may include changes from before
-        // history was lost. Such a change must not release a digest that was revoked after it, so only changes that the
-        // lost history does not contain may release digests. A `Gone` change only adds a denial and is always noted.
+        // The first poll of a view returns the changes of the last 15 minutes. Some of them may also be in the lost
+        // history. Such an old change must not release a digest that was revoked after the change, so only changes that
+        // are not in the lost history may release digests. A `Gone` change only adds a denial, so it is always applied.
         let is_news = |of: Version| {
             let found = polled.versions.binary_search_by_key(&of, |(version, _)| *version).ok();
             let nonce = found.map_or(newest.nonce, |index| polled.versions[index].1);
@@ -270,7 +276,8 @@ impl ReplicaState {
         }
     }
 
-    /// Replaces the view whose history was lost. Checks that still use that view find its lease expired.
+    /// Replaces `lost`, the view whose history the database no longer has. Checks that still use the old view see an
+    /// expired lease.
     fn replace(&self, lost: &ReplicaView) {
         lost.lease.end();
         self.revoked.bind();
@@ -321,7 +328,7 @@ mod tests {
     }
 
     #[test]
-    fn first_poll_covers_values_read_at_its_versions_but_no_older_ones() {
+    fn first_poll_covers_only_values_read_at_or_after_its_first_version() {
         let replica_state = ReplicaState::new(LIMITS);
         assert_eq!((replica_state.is_confirmed(), replica_state.load().since()), (false, None));
         let digest = ApiKeyDigest::from_bytes([1; 32]);
@@ -339,7 +346,7 @@ mod tests {
     }
 
     #[test]
-    fn lost_history_starts_a_new_view_where_revoked_digests_stay_denied() {
+    fn revoked_digest_stays_denied_after_history_is_lost() {
         let replica_state = ReplicaState::new(LIMITS);
         let digest = ApiKeyDigest::from_bytes([1; 32]);
         replica_state.apply(&polled(&[(5, 5)], &[]), ChangeLog::Present);
@@ -361,17 +368,18 @@ mod tests {
         let issued = (5, Change::Absent(digest));
         let begins = polled(&[(5, 5), (6, 1), (7, 7)], std::slice::from_ref(&issued));
         assert_eq!(replica_state.apply(&begins, ChangeLog::Present), Applied::Begun);
-        assert!(replica_state.revoked.binds(&digest), "the change that issued it is older than the revocation");
+        assert!(replica_state.revoked.binds(&digest), "the change that issued the key is older than the revocation");
         replica_state.apply(&polled(&[(7, 7), (8, 8)], &[(8, issued.1)]), ChangeLog::Present);
-        assert!(!replica_state.revoked.binds(&digest), "a change in the new history releases it");
+        assert!(!replica_state.revoked.binds(&digest), "a change in the new history releases the digest");
         assert_ne!(replica_state.load().epoch(), before.epoch());
     }
 
     #[test]
-    fn changes_of_the_new_history_before_its_first_poll_release_digests() {
+    fn key_issued_in_the_new_history_before_its_first_poll_is_not_denied() {
         let digest = ApiKeyDigest::from_bytes([1; 32]);
         let issued = |version| (version, Change::Absent(digest));
-        // Once under a version number that the lost history used too, and once under a later number.
+        // The key is issued once under a version number that the lost history also used, and once under a higher
+        // number.
         for (versions, issued) in [(&[(5, 5), (6, 1)][..], issued(6)), (&[(5, 5), (6, 1), (7, 7)][..], issued(7))] {
             let replica_state = ReplicaState::new(LIMITS);
             replica_state.apply(&polled(&[(5, 5)], &[]), ChangeLog::Present);
@@ -419,7 +427,7 @@ mod tests {
     }
 
     #[test]
-    fn tables_without_a_change_log_are_confirmed_but_get_no_lease() {
+    fn poll_of_a_table_without_a_change_log_is_applied_but_begins_no_lease() {
         let replica_state = ReplicaState::new(LIMITS);
         let untracked = Polled { triggers_intact: false, ..polled(&[(0, 0)], &[]) };
         assert_eq!(replica_state.apply(&untracked, ChangeLog::Absent), Applied::Begun);
@@ -431,7 +439,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn waiter_for_a_version_wakes_when_it_is_applied_or_its_view_is_replaced() {
+    async fn waiter_for_a_version_wakes_when_the_version_is_applied_or_the_view_is_replaced() {
         let replica_state = Arc::new(ReplicaState::new(LIMITS));
         replica_state.apply(&polled(&[(5, 5)], &[]), ChangeLog::Present);
         for answer in [polled(&[(5, 5), (6, 6)], &[]), polled(&[(6, 7)], &[])] {

@@ -1,8 +1,8 @@
-//! Remembers the digests that this replica saw revoked, deleted or replaced, and denies them if the database loses that
-//! history.
+//! Remembers the digests of keys that were revoked, deleted or given a new digest while this replica was running, and
+//! denies these digests if the database loses the history that contains those changes.
 //!
-//! Best effort: the list is in the memory of one replica. It can only deny, and it does not affect values of the
-//! current history until that history is lost.
+//! Best effort: each replica has its list only in memory. The list can only cause denials, and it does not affect
+//! values of the current history until that history is lost.
 
 use std::{
     collections::{HashMap, HashSet, VecDeque},
@@ -20,56 +20,59 @@ use crate::{
     record::{ApiKeyDigest, Change, ChangeKind, Version},
 };
 
-/// The time that a digest is remembered.
+/// The time for which a digest is remembered.
 const KEPT: Duration = Duration::from_hours(24);
-/// The maximum number of digests remembered. The oldest are dropped first.
+/// The maximum number of remembered digests. The oldest digests are dropped first.
 const DIGESTS_MAX: usize = 100_000;
 
-/// The revoked digests. Only the poll task changes them; checks read them.
+/// The digests of revoked keys. Only the poll task changes them; checks read them.
 #[derive(Debug, Default)]
 pub struct Revoked {
     digests: Mutex<RevokedDigests>,
-    /// Digests revoked in a lost history, which checks deny. Replaced as a whole, so that checks look them up without a
-    /// lock.
+    /// Digests that were revoked in a lost history; checks deny them. The set is replaced as a whole, so that checks
+    /// can read it without a lock.
     binding: ArcSwap<HashSet<ApiKeyDigest>>,
-    /// False while `binding` is empty, so that checks skip the lookup.
+    /// False while `binding` is empty, so that checks can skip the lookup.
     any_binds: AtomicBool,
 }
 
 #[derive(Debug, Default)]
 struct RevokedDigests {
-    /// Each digest with its last revocation.
+    /// Each remembered digest with its last revocation.
     seen: HashMap<ApiKeyDigest, Revocation>,
-    /// The times in `seen`, in ascending order. A digest that was seen again has more than one.
+    /// The times at which digests were seen, in ascending order. A digest that was seen more than once has several
+    /// entries.
     order: VecDeque<(Moment, ApiKeyDigest)>,
 }
 
 #[derive(Debug)]
 struct Revocation {
-    /// When this replica saw it.
+    /// When this replica last saw a revocation of the digest.
     seen_at: Moment,
-    /// True if the history in which it happened is lost.
+    /// True if the database has lost the history that contains the revocation.
     is_lost: bool,
 }
 
 impl Revoked {
-    /// Notes changes of the current history. They may be in any order.
+    /// Applies changes of the current history: remembers revoked digests, and releases denied digests whose keys the
+    /// current history has changed. `changes` may be in any order.
     pub fn note<'c>(&self, changes: impl Iterator<Item = &'c (Version, Change)>, now: Moment) {
         let mut changes: Vec<_> = changes.collect();
-        // A revocation records `Absent` and `Gone` for its digest in the same version. `Gone` must come last to take
-        // effect.
+        // A revocation records both `Absent` and `Gone` for its digest, in the same version. Apply `Gone` last, because
+        // `Absent` makes this list forget the digest.
         changes.sort_by_key(|(version, change)| (*version, matches!(change, Change::Gone(_))));
         let mut digests = self.lock();
         let mut released = Vec::new();
         for (_, change) in changes {
             match change {
                 Change::Gone(digest) => {
-                    // A digest that is already denied stays denied.
+                    // Do not reset `is_lost`: a digest that is already denied stays denied.
                     let new = Revocation { seen_at: now, is_lost: false };
                     digests.seen.entry(*digest).or_insert(new).seen_at = now;
                     digests.order.push_back((now, *digest));
                 }
-                // The current history has changed this digest, so the lost history no longer counts for it.
+                // The current history has changed the key with this digest, so revocations in a lost history no longer
+                // count.
                 Change::Absent(digest) => {
                     let removed = digests.seen.remove(digest);
                     released.extend(removed.filter(|revocation| revocation.is_lost).map(|_| *digest));
@@ -92,7 +95,7 @@ impl Revoked {
         }
     }
 
-    /// Denies all remembered digests from now on, because history was lost.
+    /// Denies all remembered digests from now on. The caller has found that the database lost history.
     pub fn bind(&self) {
         let mut digests = self.lock();
         for revocation in digests.seen.values_mut() {
@@ -103,14 +106,14 @@ impl Revoked {
         self.bind_all(binding);
     }
 
-    /// True if checks must deny `digest`, even if it is good in the current history.
+    /// Returns true if checks must deny `digest`, even if the current history contains a good key with this digest.
     #[must_use]
     pub fn binds(&self, digest: &ApiKeyDigest) -> bool {
         self.any_binds.load(Ordering::Acquire) && self.binding.load().contains(digest)
     }
 
-    /// True if checks must deny `digest` in a record whose version no poll has returned yet. Such a record may come
-    /// from another history, so all remembered digests count. Takes a lock.
+    /// Returns true if checks must deny `digest` when they find it in a record whose version no poll has returned yet.
+    /// Such a record may come from another history, so all remembered digests are denied. Takes a lock.
     #[must_use]
     pub fn binds_elsewhere(&self, digest: &ApiKeyDigest) -> bool {
         self.lock().seen.contains_key(digest)
@@ -129,7 +132,8 @@ impl Revoked {
 }
 
 impl RevokedDigests {
-    /// Drops digests that are too old or too many, oldest first. Those that checks denied are added to `released`.
+    /// Drops digests that are older than [`KEPT`], and the oldest digests beyond [`DIGESTS_MAX`]. Adds the dropped
+    /// digests that checks denied to `released`.
     fn forget(&mut self, now: Moment, released: &mut Vec<ApiKeyDigest>) {
         while let Some((at, digest)) = self.order.front().copied()
             && (self.order.len() > DIGESTS_MAX || now.since(at) > KEPT)
@@ -149,7 +153,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn revoked_digests_are_denied_after_lost_history_until_the_new_history_changes_them() {
+    fn revoked_digest_is_denied_after_history_is_lost_until_the_new_history_changes_it() {
         let revoked = Revoked::default();
         let [one, other] = [1, 2].map(|byte| ApiKeyDigest::from_bytes([byte; 32]));
         let now = Moment::from_nanos(1);
@@ -171,7 +175,7 @@ mod tests {
     }
 
     #[test]
-    fn oldest_digests_are_dropped() {
+    fn oldest_digests_are_dropped_by_count_and_by_age() {
         let revoked = Revoked::default();
         let digest = |n: usize| {
             let mut bytes = [0; 32];

@@ -1,7 +1,7 @@
-//! Accepts connections up to `limits.connections_max`, and retries after a wait when the operating system refuses one.
+//! Accepts connections up to `limits.connections_max`. After a failed accept, waits and retries.
 //!
 //! A failed accept does not end the listener: otherwise one shortage of file descriptors would make the server
-//! unreachable until its restart.
+//! unreachable until it is restarted.
 
 use std::{sync::Arc, time::Duration};
 
@@ -17,14 +17,15 @@ use super::{
 };
 use crate::base::{jitter, log_limit::LogLimit};
 
-/// Wait after a failed accept (out of file descriptors, for example). Each further failure doubles the wait, up to
-/// [`ACCEPT_WAIT_MAX`].
+/// Wait after a failed accept, for example when the process is out of file descriptors. Each further failure doubles
+/// the wait, up to [`ACCEPT_WAIT_MAX`].
 const ACCEPT_WAIT: Duration = Duration::from_millis(10);
 const ACCEPT_WAIT_MAX: Duration = Duration::from_secs(1);
-/// The interval at which failed accepts are logged: a shortage of file descriptors can last for hours.
+/// Minimum interval between two log lines about failed accepts. A shortage of file descriptors can last for hours.
 const FAILURE_LOG_INTERVAL: Duration = Duration::from_mins(1);
 
-/// Accepts from `listener` until `signals.drain`, then closes it. Open connections continue in `tasks`, on `workers`.
+/// Accepts connections from `listener` until `signals.drain` is cancelled, then closes the listener. Open connections
+/// continue in `tasks`, on `workers`.
 pub(crate) async fn run(
     listener: Listener,
     service: Arc<Service>,
@@ -35,8 +36,8 @@ pub(crate) async fn run(
     let (mut wait, mut number, failures) = (ACCEPT_WAIT, 0_u16, LogLimit::every(FAILURE_LOG_INTERVAL));
     loop {
         let accepted = signals.drain.run_until_cancelled(async {
-            // Acquiring fails only if the semaphore is closed, which no code does. Without a permit the number of
-            // connections would be unlimited, so stop.
+            // `acquire_owned` fails only if the semaphore is closed, and no code closes it. Stop in that case: without
+            // permits, the number of connections would be unlimited.
             let permit = Arc::clone(&service.connections).acquire_owned().await.ok()?;
             Some((permit, listener.accept().await))
         });
@@ -78,7 +79,8 @@ pub(crate) async fn run(
     }
 }
 
-/// `age`, varied by up to 20 %, so that connections that were opened together are not all closed together.
+/// Returns `age` varied by up to 20 %, so that connections that were opened at the same time are not all closed at the
+/// same time. `number` determines the variation.
 fn jittered_age(age: Duration, number: u16) -> Duration {
     // Multiplying by the golden ratio (40 503 / 65 536) distributes consecutive numbers evenly over the range.
     jitter::vary(age, 0.2, f64::from(number.wrapping_mul(40_503)) / f64::from(u16::MAX))

@@ -9,14 +9,14 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 use crate::ext_authz::response::Reply;
 
-/// The gRPC status UNAVAILABLE: the client may retry, here or at another server.
+/// The gRPC status UNAVAILABLE: the client may retry the call, on this server or another.
 pub(crate) const UNAVAILABLE: HeaderValue = HeaderValue::from_static("14");
 
 /// The answer to a call.
 pub(crate) enum CallAnswer {
     /// The reply to a check: HTTP 200 with a gRPC status.
     Reply(Reply),
-    /// An HTTP error, because no complete gRPC call has arrived: an HTTP caller would take 200 for a grant.
+    /// An HTTP error, for a request that is not a complete gRPC call. An HTTP caller would take status 200 for a grant.
     Status(StatusCode),
     /// No answer: the caller has left.
     Nothing,
@@ -29,15 +29,15 @@ pub(crate) async fn answer_unless_reset(
     unread: &Arc<Semaphore>,
 ) {
     let found = tokio::select! {
-        biased; // poll `work` first: it reads the body, and counts a caller that has left
+        biased; // poll `work` first: it reads the body, and counts a check whose caller has left
         answer = work => answer,
         _ = poll_fn(|cx| respond.poll_reset(cx)) => return,
     };
     answer(respond, found, unread);
 }
 
-/// Sends `answer`. A failure to send is ignored: the peer has left. `unread` has the permits for answers that the peer
-/// does not read.
+/// Sends `answer`. Ignores a failure to send, because it means that the peer has left. `unread` contains the permits
+/// for answers that peers do not read.
 pub(crate) fn answer(mut respond: SendResponse<Bytes>, answer: CallAnswer, unread: &Arc<Semaphore>) {
     match answer {
         CallAnswer::Reply(reply) => send(respond, reply, unread),
@@ -53,8 +53,8 @@ pub(crate) fn answer(mut respond: SendResponse<Bytes>, answer: CallAnswer, unrea
     }
 }
 
-/// An answer that waits until the peer opens its flow-control window. The message is copied: a slice would keep the
-/// larger shared buffer allocated for as long as the peer does not read.
+/// An answer that waits until the peer opens its flow-control window. The message is a copy, because a slice would keep
+/// the larger shared buffer allocated until the peer reads the answer.
 struct Unread {
     message: Box<[u8]>,
     _permit: OwnedSemaphorePermit,
@@ -67,7 +67,7 @@ impl AsRef<[u8]> for Unread {
 }
 
 /// Sends `reply`. If the peer's flow-control window is too small, h2 queues the answer. If `UNREAD_MAX` answers are
-/// queued already, resets the stream.
+/// already queued, resets the stream.
 pub(crate) fn send(mut respond: SendResponse<Bytes>, reply: Reply, unread: &Arc<Semaphore>) {
     let mut response = Response::new(());
     response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static("application/grpc"));

@@ -1,8 +1,8 @@
 //! Reads the one message in the body of a gRPC call, within the limits on size and memory.
 //!
-//! A complete message is answered with a `CheckResponse`, not a gRPC error, even if its bytes are invalid: Envoy's
-//! `failure_mode_allow` would let a request with a gRPC error pass. Only `decision.on_fault = "error"` answers with
-//! one. A body that ends before its message is complete is not a gRPC call.
+//! A complete message is answered with a `CheckResponse`, even if its bytes are invalid. After a gRPC error, Envoy's
+//! `failure_mode_allow` would let the request pass, so only `decision.on_fault = "error"` answers with a gRPC error. A
+//! body that ends before its message is complete is not a gRPC call and is answered with an HTTP error.
 
 use std::{
     sync::atomic::{AtomicUsize, Ordering},
@@ -18,37 +18,38 @@ use crate::ext_authz::{
     framing::{MessagePrefix, PREFIX_BYTES, unframe},
 };
 
-/// The memory budget for messages that wait, shared by all connections.
+/// The memory budget for incomplete messages and for the messages of pending checks. All connections share the budget.
 pub(crate) struct ByteBudget {
     free: AtomicUsize,
 }
 
 impl ByteBudget {
-    /// A budget of `bytes` bytes.
+    /// Creates a budget of `bytes` bytes.
     pub(crate) const fn new(bytes: usize) -> Self {
         Self { free: AtomicUsize::new(bytes) }
     }
 
-    /// Reserves `bytes` bytes; `None` if fewer are free.
+    /// Reserves `bytes` bytes; returns `None` if fewer bytes are free.
     pub(crate) fn reserve(&self, bytes: usize) -> Option<ReservedBytes<'_>> {
         let mut reserved = self.reserve_nothing();
         reserved.grow_to(bytes).then_some(reserved)
     }
 
-    /// An empty reservation, to be grown later.
+    /// Creates an empty reservation, which [`ReservedBytes::grow_to`] can grow.
     pub(crate) const fn reserve_nothing(&self) -> ReservedBytes<'_> {
         ReservedBytes { budget: self, bytes: 0 }
     }
 }
 
-/// A part of the budget, reserved until this is dropped.
+/// A reserved part of the budget. Dropping the reservation returns its bytes to the budget.
 pub(crate) struct ReservedBytes<'r> {
     budget: &'r ByteBudget,
     bytes: usize,
 }
 
 impl ReservedBytes<'_> {
-    /// Grows the reservation to `bytes` bytes. Returns false, and leaves it unchanged, if too few are free.
+    /// Grows the reservation to `bytes` bytes. If too few bytes are free, leaves the reservation unchanged and returns
+    /// false.
     pub(crate) fn grow_to(&mut self, bytes: usize) -> bool {
         let missing = bytes.saturating_sub(self.bytes);
         let free = |free: usize| free.checked_sub(missing);
@@ -73,7 +74,7 @@ pub(crate) enum BodyError {
     Denied(DenyReason),
     /// A complete message arrived, but it is compressed.
     Compressed,
-    /// The memory budget for messages is used up.
+    /// The memory budget for messages is exhausted.
     NoRoom {
         /// True if the message was complete.
         is_whole: bool,
@@ -85,41 +86,43 @@ pub(crate) enum BodyError {
 /// Reads the message of one call.
 pub(crate) struct MessageReader {
     request: Request<RecvStream>,
-    /// The prefix and the part of the message that has arrived; `None` before that, and for a message that is too
-    /// large.
+    /// The bytes of the prefix and the message that have arrived. `None` before the first bytes arrive, and for a
+    /// message that is too large.
     received: Option<Bytes>,
     prefix: Option<MessagePrefix>,
-    /// Number of bytes that have arrived, discarded ones included.
+    /// Number of bytes that have arrived, including discarded bytes.
     seen: u64,
     too_large: bool,
     bytes_max: u64,
 }
 
 impl MessageReader {
-    /// Reads the body of `request`. The bytes of a message over `bytes_max` are discarded as they arrive, so that the
-    /// connection stays usable.
+    /// Creates a reader for the body of `request`. The reader discards the bytes of a message larger than `bytes_max`
+    /// as they arrive, so that the connection stays usable.
     pub(crate) const fn new(request: Request<RecvStream>, bytes_max: u64) -> Self {
         Self { request, received: None, prefix: None, seen: 0, too_large: false, bytes_max }
     }
 
-    /// Number of bytes in the buffer.
+    /// Returns the number of buffered bytes.
     pub(crate) fn bytes(&self) -> usize {
         self.received.as_ref().map_or(0, Bytes::len)
     }
 
-    /// The compression algorithm that the caller announced in the header `grpc-encoding`.
+    /// Returns the value of the header `grpc-encoding`, the compression algorithm that the caller uses; empty if the
+    /// header is absent.
     pub(crate) fn encoding(&self) -> &[u8] {
         self.request.headers().get("grpc-encoding").map_or(b"", |value| value.as_bytes())
     }
 
-    /// Reads the data that has arrived. Ready once the body has ended: with the message, or the reason why there is
-    /// none.
+    /// Reads the data that has arrived. Ready once the body has ended, with the message or with the reason why the body
+    /// contains no message to decide.
     pub(crate) fn poll(&mut self, cx: &mut Context<'_>) -> Poll<Result<Bytes, BodyError>> {
         loop {
             let body = self.request.body_mut();
             match ready!(body.poll_data(cx)) {
                 Some(Ok(data)) => {
-                    // Let the peer send as many bytes again. This fails only after the connection has ended.
+                    // Let the peer send as many bytes again. `release_capacity` fails only after the connection has
+                    // ended.
                     let _ = body.flow_control().release_capacity(data.len());
                     let is_end = body.is_end_stream();
                     self.take(data);
@@ -139,7 +142,7 @@ impl MessageReader {
             return;
         }
         let received = match self.received.take() {
-            None => data, // most messages arrive in one frame, which is not copied
+            None => data, // most messages arrive in one frame and are not copied
             Some(before) => joined(before, &data),
         };
         self.prefix = self.prefix.or_else(|| MessagePrefix::of(&received));
@@ -157,7 +160,7 @@ impl MessageReader {
         if prefix.flag == 1 {
             return Err(BodyError::Compressed);
         }
-        // Do not take `received`: the caller reserves `bytes()` for the message after this.
+        // Do not take `received`: after this function returns, the caller reserves memory for `bytes()` bytes.
         self.received.as_ref().and_then(unframe).ok_or(BodyError::Denied(DenyReason::Undecodable))
     }
 }

@@ -39,8 +39,8 @@ pub(crate) struct Calls {
 }
 
 impl Calls {
-    /// Serves calls from `peer`. Checks that cannot be answered at once run in `tasks` and count in `load`. Health
-    /// watches end at `drain`.
+    /// Creates the handler for calls from `peer`. Checks that cannot be answered at once run in `tasks` and count in
+    /// `load`. Health watches end when `drain` is cancelled.
     pub(crate) const fn new(
         service: Arc<Service>,
         peer: Option<IpAddr>,
@@ -60,7 +60,7 @@ impl Calls {
                 let Some(permit) = service.health.admit(rpc) else {
                     return answer(respond, CallAnswer::Status(StatusCode::SERVICE_UNAVAILABLE), &self.service.unread);
                 };
-                // Health calls do not count in `load`: a watch stays open for hours and causes almost no work.
+                // Health calls do not count in `load`: a watch stays open for hours but causes almost no work.
                 self.tasks.spawn(async move {
                     service.check_health(rpc, request, respond, peer, drain).await;
                     drop(permit);
@@ -109,7 +109,7 @@ impl Calls {
 
     fn spawn(&self, call: impl Future<Output = ()> + Send + 'static) {
         let open = self.load.stream();
-        // The task runs on the worker of the connection, since this method is called there.
+        // The task runs on the worker of the connection, because this method is called on that worker.
         self.tasks.spawn(async move {
             call.await;
             drop(open);
@@ -118,7 +118,8 @@ impl Calls {
 }
 
 impl Service {
-    /// Reads the rest of a message and decides it. `unfinished` is the permit for an incomplete message.
+    /// Reads the remaining bytes of an incomplete message and decides the check. `unfinished` is the permit for the
+    /// incomplete message.
     async fn read(
         &self,
         mut reader: MessageReader,
@@ -145,15 +146,15 @@ impl Service {
         CallAnswer::Reply(match self.checker.try_decide(&message) {
             Progress::Done(reply) => reply,
             Progress::Pending(waiting) => match self.checks.try_acquire() {
-                // Boxed, so that the task of a call stays small while its message is incomplete.
+                // Box the future, so that the task of a call stays small while the message is incomplete.
                 Ok(_permit) => Box::pin(self.checker.finish(&message, waiting)).await,
                 Err(_) => self.checker.shed("limits.checks_in_flight"),
             },
         })
     }
 
-    /// Finishes a pending check under `_permit`. First reserves memory for its message: `Calls::check` did not, because
-    /// the message was complete at once.
+    /// Finishes a pending check while holding `_permit`. First reserves memory for the message: `Calls::check` reserved
+    /// none, because the message was complete at once.
     async fn finish(&self, message: Bytes, waiting: Waiting, _permit: OwnedSemaphorePermit) -> Reply {
         let Some(_reserved) = self.budget.reserve(message.len()) else { return self.over_budget() };
         self.checker.finish(&message, waiting).await
@@ -180,7 +181,7 @@ impl Service {
         }
     }
 
-    /// Counts and logs a request that does not call a gRPC method of this server. Returns `status` as its answer.
+    /// Counts and logs a request that does not call a gRPC method of this server. Returns an answer with `status`.
     pub(crate) fn not_grpc(&self, status: StatusCode, peer: Option<IpAddr>) -> CallAnswer {
         self.refuse_peer(Reason::NotGrpc, peer, format_args!("answered with HTTP {status}"));
         CallAnswer::Status(status)

@@ -31,26 +31,28 @@ use super::{
     worker::WorkerLoad,
 };
 
-/// Maximum number of streams that the peer has reset before this server accepted them. Envoy resets many streams
-/// together when its own timeout passes.
+/// Maximum number of queued streams that the peer has reset before this server accepted them; one more closes the
+/// connection. Envoy resets many streams at once when its timeout expires.
 const PENDING_ACCEPT_RESETS_MAX: usize = 1_000;
 /// Maximum number of streams that this server resets because of the peer's protocol errors; one more closes the
 /// connection.
 const LOCAL_ERROR_RESETS_MAX: usize = 1_024;
 /// Maximum size of the request headers of one call, in bytes. Envoy accepts 60 KiB of headers from its client and may
-/// forward some of them (tracing). Larger headers cause a protocol error, which `failure_mode_allow` would let pass.
+/// forward some of them, for example for tracing. h2 refuses a call with larger headers, and `failure_mode_allow` would
+/// then let the request pass.
 const HEADER_LIST_BYTES_MAX: u32 = 96 << 10;
-/// Maximum number of calls that are answered before anything is sent. The frames of all these answers are in memory
-/// together, and h2 keeps the memory for the largest batch until the connection closes.
+/// Maximum number of calls in a batch, whose answers are sent together. The frames of all these answers are in memory
+/// at the same time, and h2 keeps the memory for the largest batch until the connection closes.
 const BATCH_CALLS: usize = 32;
 /// Maximum number of batches that are answered before the worker polls its other connections.
 const BATCHES_MAX: usize = 32;
-/// Size of the flow-control windows, in bytes: how much the peer may send before this server reads it, on one stream
-/// and on the whole connection.
+/// Size of the flow-control windows, in bytes: how much unread data the peer may send on one stream, and on the whole
+/// connection.
 const WINDOW_BYTES: u32 = 1 << 20;
 
-/// Serves one connection until it closes. At `age` or `signals.drain`, the connection shuts down gracefully: it waits
-/// for calls in flight for at most `limits.drain_grace`. At `signals.end`, the connection closes at once.
+/// Serves one connection until it closes. At `age`, or when `signals.drain` is cancelled, shuts the connection down
+/// gracefully: waits for calls in flight for at most `limits.drain_grace`. When `signals.end` is cancelled, closes the
+/// connection at once.
 pub(crate) async fn serve(
     service: Arc<Service>,
     io: impl AsyncRead + AsyncWrite + Unpin,
@@ -76,7 +78,7 @@ pub(crate) async fn serve(
             }
         });
         poll_fn(|cx| {
-            // Protocol errors and disconnects of the peer end the connection. They are not logged.
+            // Protocol errors and disconnects of the peer end the connection and are not logged.
             if connection.poll(cx).is_ready() || lost.as_mut().poll(cx).is_ready() {
                 return Poll::Ready(true);
             }
@@ -89,14 +91,14 @@ pub(crate) async fn serve(
         tokio::select! {
             () = poll_fn(|cx| connection.poll(cx)) => {}
             () = lost => {}
-            // The peer may keep its streams open without end.
+            // The peer may keep its streams open indefinitely.
             () = sleep(limits.drain_grace) => {}
             () = signals.end.cancelled() => {}
         }
     }
 }
 
-/// Counts a connection as open until it is dropped, however the connection ends.
+/// Counts a connection as open until this guard is dropped, no matter how the connection ends.
 struct OpenConnection(Arc<Service>);
 
 impl OpenConnection {
@@ -131,7 +133,7 @@ async fn handshake<T: AsyncRead + AsyncWrite + Unpin>(
 struct Connection<T> {
     http2: server::Connection<T, Bytes>,
     calls: Calls,
-    /// Calls that have arrived and are not handled yet. A field, so that the allocation is reused.
+    /// Calls that have arrived but are not handled yet. The vector is a field so that its allocation is reused.
     arrived: Vec<(Request<RecvStream>, SendResponse<Bytes>)>,
 }
 
@@ -160,7 +162,7 @@ impl<T: AsyncRead + AsyncWrite + Unpin> Connection<T> {
     }
 }
 
-/// Returns once the peer does not answer a ping in time.
+/// Pings the peer at regular intervals; returns when the peer does not answer a ping in time.
 async fn until_lost(pings: Option<PingPong>, limits: &LimitsSettings) {
     let Some(mut pings) = pings else { return };
     loop {

@@ -5,15 +5,15 @@ use rustix::process::{Resource, getrlimit, setrlimit};
 use super::settings::LimitsSettings;
 use crate::base::saturate::Saturate as _;
 
-/// The maximum number of open connections: `limits.connections_max`, or fewer if the file descriptor limit is too low
-/// for that. Raises the soft limit to the hard limit first. Some descriptors are reserved for the database, Redis,
-/// probes and files.
+/// Raises the soft limit on file descriptors to the hard limit, and returns the maximum number of open connections:
+/// `limits.connections_max`, or fewer if the limit on file descriptors is too low. Reserves some descriptors for the
+/// database, Redis, probes and files.
 pub(crate) fn connections(limits: &LimitsSettings) -> u32 {
     let mut allowed = getrlimit(Resource::Nofile);
     allowed.current = allowed.maximum;
-    // If the limit cannot be raised, the current one applies.
+    // If the limit cannot be raised, the current limit applies.
     let _ = setrlimit(Resource::Nofile, allowed);
-    let descriptors = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX); // `None` is no limit
+    let descriptors = getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX); // `None`: no limit
     let possible = connections_for(descriptors);
     if possible < limits.connections_max {
         tracing::warn!(
@@ -26,7 +26,8 @@ pub(crate) fn connections(limits: &LimitsSettings) -> u32 {
     possible.min(limits.connections_max)
 }
 
-/// The number of connections that `descriptors` are enough for. A quarter of them, at most 256, is reserved.
+/// Returns the number of connections that `descriptors` file descriptors allow. Reserves a quarter of the descriptors,
+/// but at most 256.
 fn connections_for(descriptors: u64) -> u32 {
     let reserved = (descriptors / 4).min(256);
     (descriptors - reserved).saturate()
@@ -37,7 +38,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn some_descriptors_are_reserved() {
+    fn a_quarter_of_the_descriptors_but_at_most_256_is_reserved() {
         for (descriptors, connections) in [(0, 0), (64, 48), (1024, 768), (4352, 4096), (u64::MAX, u32::MAX)] {
             assert_eq!(connections_for(descriptors), connections, "{descriptors}");
         }

@@ -20,10 +20,10 @@ use super::{
 };
 use crate::ext_authz::{decision::DenyReason, framing::frame_bytes};
 
-/// Maximum size of a request message, in bytes. The message contains the name of a service.
+/// Maximum size of a request message, in bytes. The message contains only the name of a service.
 const MESSAGE_BYTES_MAX: u64 = 512;
 impl Service {
-    /// Serves one health check or watch. A watch lasts until the peer ends it, or until `drain`.
+    /// Serves one health check or watch. A watch lasts until the peer ends it or `drain` is cancelled.
     pub(crate) async fn check_health(
         &self,
         rpc: Rpc,
@@ -48,7 +48,7 @@ impl Service {
         };
         let mut call = Request::new(Full::new(frame_bytes(&message)));
         (*call.method_mut(), *call.uri_mut(), *call.headers_mut()) = (method, path, headers);
-        // `poll_ready` is not needed: tonic's health service is ready at once, and answers without waiting.
+        // `poll_ready` is not needed: tonic's health service is always ready and answers without waiting.
         let Ok(response) = self.health.routes.clone().call(call).await;
         let (head, body) = response.into_parts();
         let ends = body.is_end_stream();
@@ -56,8 +56,8 @@ impl Service {
         if ends {
             return;
         }
-        // A watch lasts as long as its client wants. The answer to a check has a timeout, so that a client that does
-        // not read it cannot keep its permit.
+        // A watch has no timeout: the client decides when to end it. The answer to a check has a timeout, so that a
+        // client that does not read the answer cannot occupy a permit indefinitely.
         let limit = if rpc == Rpc::HealthWatch { Duration::MAX } else { self.limits.preface_timeout };
         match timeout(limit, send(&mut stream, body, &drain)).await {
             // `Gone` needs no reset: the peer has left.

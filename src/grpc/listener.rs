@@ -1,6 +1,6 @@
-//! Binds the addresses that Envoy calls: TCP addresses and Unix sockets.
+//! Binds the addresses that Envoy connects to: TCP addresses and Unix sockets.
 //!
-//! Binding fails if another server uses the TCP address, or still answers on the Unix socket.
+//! Binding fails if another server uses the TCP address, or still accepts connections on the Unix socket.
 
 use std::{
     fmt, io,
@@ -56,7 +56,7 @@ impl Setting for SocketMode {
 
     fn read(written: &RawValue) -> Option<Self> {
         let RawValue::One(text) = written else { return None };
-        // Require the leading zero: other digits may be a decimal number, which means different bits.
+        // Require a leading zero: without it, the digits may be a decimal number, which means different bits.
         let digits = text.strip_prefix("0o").or_else(|| text.strip_prefix('0'))?;
         u32::from_str_radix(digits, 8).ok().filter(|mode| *mode <= 0o777).map(Self)
     }
@@ -86,11 +86,11 @@ impl Setting for SocketOwner {
 pub(crate) enum Listener {
     /// Over TCP.
     Tcp(TcpListener),
-    /// Over a Unix socket; its file is removed with the listener.
+    /// Over a Unix socket. Dropping the listener removes the file of the socket.
     Unix(UnixListener, SocketFile),
 }
 
-/// An accepted stream that no runtime has registered yet.
+/// An accepted stream that is not registered with a runtime yet.
 pub(crate) enum Accepted {
     /// Over TCP, with the peer's address.
     Tcp(StdTcpStream, IpAddr),
@@ -99,7 +99,7 @@ pub(crate) enum Accepted {
 }
 
 impl Accepted {
-    /// The address of the peer; `None` for a Unix socket.
+    /// Returns the address of the peer; `None` for a Unix socket.
     pub(crate) const fn peer(&self) -> Option<IpAddr> {
         match self {
             Self::Tcp(_, peer) => Some(*peer),
@@ -109,10 +109,11 @@ impl Accepted {
 }
 
 impl Listener {
-    /// Binds `address`. A Unix socket gets `mode` and, if given, `owner`.
+    /// Binds `address`. For a Unix socket, sets the permission bits `mode` and, if given, the owner `owner`.
     ///
     /// # Errors
-    /// The error of the operating system; `AddrInUse` also if another server still answers on the Unix socket.
+    /// The error of the operating system; `AddrInUse` also if another server still accepts connections on the Unix
+    /// socket.
     pub(crate) async fn bind(
         address: &ListenAddress,
         mode: SocketMode,
@@ -133,7 +134,8 @@ impl Listener {
         }
     }
 
-    /// The bound address; port 0 is resolved.
+    /// Returns the bound address. If the configured port is 0, the returned address has the port that the operating
+    /// system chose.
     ///
     /// # Errors
     /// The error of the operating system.
@@ -147,7 +149,7 @@ impl Listener {
     /// Accepts the next connection.
     ///
     /// # Errors
-    /// The error of the operating system: out of file descriptors, for example.
+    /// The error of the operating system, for example because the process is out of file descriptors.
     ///
     /// # Cancel safety
     /// Safe: no connection is lost.
@@ -162,7 +164,8 @@ impl Listener {
     }
 }
 
-/// Removes a socket that a killed server has left behind. Fails if a server still answers on it.
+/// Removes a socket file that a killed server has left behind. Fails if a server still accepts connections on the
+/// socket.
 fn clear(path: &Path) -> io::Result<()> {
     match std::fs::symlink_metadata(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
@@ -178,7 +181,8 @@ fn clear(path: &Path) -> io::Result<()> {
     }
 }
 
-/// The file of a Unix socket. Dropping this removes the file, unless another server has replaced it since.
+/// The file of a Unix socket. Dropping this value removes the file, unless another server has replaced the file in the
+/// meantime.
 pub(crate) struct SocketFile {
     path: PathBuf,
     inode: (u64, u64),
@@ -197,7 +201,7 @@ fn inode(path: &Path) -> io::Result<(u64, u64)> {
 impl Drop for SocketFile {
     fn drop(&mut self) {
         if inode(&self.path).is_ok_and(|inode| inode == self.inode) {
-            // If this fails, the next server removes the file when it starts.
+            // If the removal fails, the next server removes the file when it starts.
             let _ = std::fs::remove_file(&self.path);
         }
     }

@@ -1,15 +1,15 @@
-//! Detects the protocol of a peer from the first bytes of its connection. `stream` peeks at them (or, under TLS, reads
-//! and replays them), so that HTTP/2 still receives them.
+//! Detects the protocol of a peer from the first bytes of its connection. `stream` peeks at these bytes (or, under TLS,
+//! reads and replays them), so that h2 still receives them.
 
 use super::refused::Reason;
 
-/// Number of bytes to look at: the length of the HTTP/2 preface (RFC 9113, section 3.4).
+/// Number of bytes to inspect: the length of the HTTP/2 preface (RFC 9113, section 3.4).
 pub(crate) const FIRST_BYTES: usize = HTTP2_PREFACE.len();
 const HTTP2_PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 /// A TLS record that contains a handshake (RFC 8446, section 5.1).
 const TLS_HANDSHAKE: u8 = 22;
 
-/// The reason to refuse a connection that begins with `first`; `None` if it is accepted. `has_tls`: true if the
+/// Returns the reason to refuse a connection that begins with `first`, or `None` to accept it. `has_tls`: true if the
 /// listener expects TLS.
 pub(crate) fn refusal(first: &[u8], has_tls: bool) -> Option<Reason> {
     let speaks_tls = first.first() == Some(&TLS_HANDSHAKE);
@@ -22,9 +22,9 @@ pub(crate) fn refusal(first: &[u8], has_tls: bool) -> Option<Reason> {
     }
 }
 
-/// True if `first` begins like an HTTP/1 request: a method and a space (RFC 9112, section 3). A method can be any
-/// token; the methods in use are in capitals. Peers with other methods get the same answer, but are counted as
-/// `unrecognized`.
+/// True if `first` begins like an HTTP/1 request: a method and a space (RFC 9112, section 3). The standard allows any
+/// token as a method, but the methods in use consist of capital letters, `-` and `_`. A peer that uses another method
+/// gets the same answer but is counted as `unrecognized`.
 fn is_http1(first: &[u8]) -> bool {
     let method = first.iter().take_while(|byte| byte.is_ascii_uppercase() || b"-_".contains(byte)).count();
     method > 0 && first.get(method).is_none_or(|byte| *byte == b' ')

@@ -1,4 +1,5 @@
-//! Counts refused peers, which do not speak gRPC as this listener expects it, and logs them at a limited rate.
+//! Counts peers that are refused because they do not speak gRPC as the listener expects, and logs them at a limited
+//! rate.
 //!
 //! A connection that sends no bytes (a TCP health probe, for example) is neither counted nor logged. Port scans that
 //! send bytes are counted as `unrecognized`, but not logged.
@@ -19,11 +20,12 @@ const LOG_INTERVAL: Duration = Duration::from_mins(1);
 pub(crate) enum Reason {
     /// The peer spoke HTTP/1.
     Http1,
-    /// The peer spoke TLS to a listener without it, spoke no TLS to a listener with it, or its handshake failed.
+    /// The peer spoke TLS to a listener without TLS, did not speak TLS to a listener with TLS, or failed the TLS
+    /// handshake.
     Tls,
-    /// The peer presented no certificate that `grpc.tls_client_ca_file` accepts.
+    /// The peer presented no valid certificate from an authority in `grpc.tls_client_ca_file`.
     NoClientCertificate,
-    /// An HTTP/2 request was not a call of a gRPC method that this server has.
+    /// An HTTP/2 request did not call a gRPC method of this server.
     NotGrpc,
     /// The first bytes were neither HTTP nor TLS.
     Unrecognized,
@@ -32,7 +34,7 @@ pub(crate) enum Reason {
 impl Reason {
     const ALL: [Self; 5] = [Self::Http1, Self::Tls, Self::NoClientCertificate, Self::NotGrpc, Self::Unrecognized];
 
-    /// The label of the metric.
+    /// Returns the value of the label `reason`.
     const fn as_str(self) -> &'static str {
         match self {
             Self::Http1 => "http1",
@@ -43,25 +45,25 @@ impl Reason {
         }
     }
 
-    /// The cause and the remedy for the log; `None` if the refusal is not logged.
+    /// Returns the cause and the remedy for the log; `None` if refusals for this reason are not logged.
     const fn remedy(self) -> Option<&'static str> {
         match self {
             Self::Http1 => Some(
-                "it speaks HTTP/1, and this listener serves gRPC over HTTP/2; in Envoy, use grpc_service (not \
+                "the peer speaks HTTP/1, but this listener serves gRPC over HTTP/2; in Envoy, use grpc_service (not \
                  http_service) and set http2_protocol_options on the cluster",
             ),
             Self::Tls => Some(
-                "its TLS does not match this listener; compare the transport_socket of Envoy's cluster with \
+                "the peer's TLS does not match this listener; compare the transport_socket of Envoy's cluster with \
                  grpc.tls_certificate_file",
             ),
             Self::NoClientCertificate => {
-                Some("it has no client certificate from an authority in grpc.tls_client_ca_file")
+                Some("the peer has no client certificate from an authority in grpc.tls_client_ca_file")
             }
             Self::NotGrpc => Some(
-                "it sent HTTP requests that are not gRPC calls; in Envoy, use grpc_service (not http_service) for this \
-                 listener",
+                "the peer sent HTTP requests that are not gRPC calls; in Envoy, use grpc_service (not http_service) \
+                 for this listener",
             ),
-            // Port scanners send such bytes.
+            // Not logged, because port scanners send such bytes.
             Self::Unrecognized => None,
         }
     }
@@ -74,10 +76,10 @@ pub(crate) struct RefusedPeers {
 }
 
 impl RefusedPeers {
-    /// Declares the counter in `registry`.
+    /// Registers the counter in `registry`.
     ///
     /// # Errors
-    /// If a metric of that name exists already.
+    /// If `registry` already has a metric with this name.
     pub(crate) fn register(registry: &Registry) -> prometheus::Result<Self> {
         let opts = Opts::new(
             "trustgate_grpc_refused_total",
@@ -91,7 +93,7 @@ impl RefusedPeers {
         })
     }
 
-    /// Counts a refused peer. `detail` goes to the log only.
+    /// Counts a refused peer and logs it at a limited rate. `detail` appears only in the log.
     pub(crate) fn note(&self, reason: Reason, peer: Option<IpAddr>, detail: impl Display, clock: &dyn Clock) {
         self.counters[reason as usize].inc();
         let Some(remedy) = reason.remedy() else { return };

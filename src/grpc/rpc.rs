@@ -1,8 +1,9 @@
-//! Determines the gRPC method that a request calls, or the HTTP status that refuses it.
+//! Determines the gRPC method that a request calls, or the HTTP status with which to refuse the request.
 //!
-//! An HTTP caller must not get 200 for a request that is not a gRPC call: Envoy in `http_service` mode takes any 200 as
-//! a grant (`envoy.extensions.filters.http.ext_authz.v3.HttpService`). gRPC clients turn these statuses into gRPC codes
-//! (<https://github.com/grpc/grpc/blob/master/doc/http-grpc-status-mapping.md>): 404 becomes UNIMPLEMENTED.
+//! An HTTP caller must not get 200 for a request that is not a gRPC call: Envoy in `http_service` mode treats any 200
+//! as a grant (`envoy.extensions.filters.http.ext_authz.v3.HttpService`). gRPC clients map the HTTP status of a refusal
+//! to a gRPC code, for example 404 to UNIMPLEMENTED
+//! (<https://github.com/grpc/grpc/blob/master/doc/http-grpc-status-mapping.md>).
 
 use http::{
     HeaderMap, Method, Request, StatusCode,
@@ -14,7 +15,7 @@ use crate::ext_authz::framing::CHECK_PATH;
 const HEALTH_CHECK_PATH: &str = "/grpc.health.v1.Health/Check";
 const HEALTH_WATCH_PATH: &str = "/grpc.health.v1.Health/Watch";
 
-/// The gRPC methods that this server has.
+/// A gRPC method of this server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Rpc {
     /// `envoy.service.auth.v3.Authorization/Check`
@@ -26,7 +27,7 @@ pub(crate) enum Rpc {
 }
 
 impl Rpc {
-    /// The method that `request` calls.
+    /// Returns the method that `request` calls.
     ///
     /// # Errors
     /// The HTTP status for a request that is not a gRPC call of one of these methods.
@@ -38,7 +39,7 @@ impl Rpc {
         if !is_grpc(headers) {
             return Err(StatusCode::UNSUPPORTED_MEDIA_TYPE);
         }
-        // Compare the query too: the path of a gRPC call has none.
+        // Include the query in the comparison, because the path of a gRPC call has no query.
         let rpc = match request.uri().path_and_query().map_or("", |path| path.as_str()) {
             CHECK_PATH => Self::Check,
             HEALTH_CHECK_PATH => Self::HealthCheck,
@@ -48,10 +49,10 @@ impl Rpc {
         if only(headers, &TE) != Some(b"trailers") {
             return Err(StatusCode::BAD_REQUEST);
         }
-        // gRPC clients send no length; Envoy in `http_service` mode sends one. Without this rule, a client could send
-        // the path, the headers and the body of a health check through such an Envoy and get 200. A `Check` with a
-        // length is accepted, because a proxy in front of this server may add one; SECURITY.md describes the remaining
-        // risk.
+        // gRPC clients send no `content-length`, but Envoy in `http_service` mode does. Without this rule, a client
+        // could send the path, the headers and the body of a health check through such an Envoy and get 200. A `Check`
+        // with a `content-length` is accepted, because a proxy in front of this server may add the header; SECURITY.md
+        // describes the remaining risk.
         if rpc != Self::Check && headers.contains_key(CONTENT_LENGTH) {
             return Err(StatusCode::BAD_REQUEST);
         }
@@ -66,7 +67,7 @@ fn is_grpc(headers: &HeaderMap) -> bool {
     })
 }
 
-/// The value of a header that occurs exactly once.
+/// Returns the value of the header `name` if the header occurs exactly once.
 fn only<'h>(headers: &'h HeaderMap, name: &HeaderName) -> Option<&'h [u8]> {
     let mut values = headers.get_all(name).iter();
     let value = values.next()?;

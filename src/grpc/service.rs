@@ -1,4 +1,4 @@
-//! The state that the connections of all listeners share: the checker, the limits, and how much of them is in use.
+//! The state that the connections of all listeners share: the checker, the limits and their current use.
 
 use std::{
     net::IpAddr,
@@ -27,13 +27,13 @@ use crate::{
     ext_authz::check::Checker,
 };
 
-/// Maximum number of calls with an incomplete message, over all connections: each takes about 1 KiB. Envoy sends a
-/// message at once; other clients send the headers of all calls of a burst before the first message.
+/// Maximum number of calls with an incomplete message, over all connections. Each takes about 1 KiB. Envoy sends the
+/// message directly after the headers; other clients send the headers of all calls in a burst before the first message.
 const UNFINISHED_MAX: usize = 8_192;
-/// Maximum number of queued answers that their callers do not read, over all connections: each takes about 2 KiB.
+/// Maximum number of queued answers that callers have not read, over all connections. Each takes about 2 KiB.
 const UNREAD_MAX: usize = 2_048;
 
-/// Serves calls. All listeners share it.
+/// Serves calls. All listeners share one service.
 pub(crate) struct Service {
     pub(crate) checker: Arc<Checker>,
     pub(crate) health: Health,
@@ -51,11 +51,11 @@ pub(crate) struct Service {
 }
 
 impl Service {
-    /// A service that answers `Check` calls with `checker` and health checks with `health`, which serves
-    /// `grpc.health.v1`. With `tls`, TCP connections must use TLS.
+    /// Creates a service that answers `Check` calls with `checker` and health checks with `health`, which serves
+    /// `grpc.health.v1`. If `tls` is set, TCP connections must use TLS.
     ///
     /// # Errors
-    /// If a metric of that name exists already.
+    /// If `registry` already has one of the metrics.
     pub(crate) fn new(
         checker: Arc<Checker>,
         health: Routes,
@@ -82,20 +82,20 @@ impl Service {
         })
     }
 
-    /// Number of connections that have closed so far.
+    /// Returns the number of connections that have closed so far.
     pub(crate) fn connections_closed(&self) -> u64 {
         self.connections_closed.load(Ordering::Relaxed)
     }
 
-    /// Counts a peer that does not speak gRPC as this listener expects it, and logs it at a limited rate.
+    /// Counts a peer that does not speak gRPC as the listener expects, and logs the peer at a limited rate.
     pub(crate) fn refuse_peer(&self, reason: Reason, peer: Option<IpAddr>, detail: impl std::fmt::Display) {
         self.refused.note(reason, peer, detail, &*self.clock);
     }
 }
 
-/// Maximum number of concurrent health checks, over all connections: each takes about 10 KiB.
+/// Maximum number of concurrent health checks, over all connections. Each takes about 10 KiB.
 const CHECKS_MAX: usize = 256;
-/// Maximum number of concurrent watches, over all connections: each takes about 9 KiB until its client ends it.
+/// Maximum number of concurrent watches, over all connections. Each takes about 9 KiB until its client ends it.
 const WATCHES_MAX: usize = 512;
 
 /// Serves health checks and watches, up to a maximum number of each.
@@ -106,13 +106,13 @@ pub(crate) struct Health {
 }
 
 impl Health {
-    /// Answers with `routes`, which serves `grpc.health.v1`.
+    /// Creates a health service that answers with `routes`, which serves `grpc.health.v1`.
     pub(crate) fn new(routes: Routes) -> Self {
         let semaphore = |permits| Arc::new(Semaphore::new(permits));
         Self { routes, checks: semaphore(CHECKS_MAX), watches: semaphore(WATCHES_MAX) }
     }
 
-    /// Returns a permit for one call of `rpc`; `None` if too many are in flight.
+    /// Returns a permit for one call of `rpc`; `None` if too many calls are in flight.
     pub(crate) fn admit(&self, rpc: Rpc) -> Option<OwnedSemaphorePermit> {
         let semaphore = if rpc == Rpc::HealthWatch { &self.watches } else { &self.checks };
         Arc::clone(semaphore).try_acquire_owned().ok()
@@ -122,7 +122,7 @@ impl Health {
 /// The shutdown signals for connections: graceful when `drain` is cancelled, immediate when `end` is cancelled.
 #[derive(Clone, Default)]
 pub(crate) struct Signals {
-    /// Finish the calls in flight and accept no new ones.
+    /// Accept no new connections or calls, and finish the calls in flight.
     pub drain: CancellationToken,
     /// Close the connections at once.
     pub end: CancellationToken,

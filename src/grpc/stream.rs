@@ -1,6 +1,6 @@
 //! The byte stream of a connection: TCP, TLS over TCP, or a Unix socket.
 //!
-//! [`Stream`] does not report support for vectored writes, although the sockets have it. h2 therefore copies small
+//! [`Stream`] does not report support for vectored writes, although the sockets support them. h2 therefore copies small
 //! answers into one buffer and sends them with one write, instead of one write for each answer.
 
 use std::{
@@ -34,8 +34,8 @@ pub(crate) enum Stream {
 }
 
 impl Stream {
-    /// Registers `accepted` with the runtime of the caller, completes the TLS handshake if it is a TCP stream and `tls`
-    /// is set, and detects the protocol. The caller sets the deadline.
+    /// Registers `accepted` with the runtime of the caller, completes the TLS handshake if `accepted` is a TCP stream
+    /// and `tls` is set, and detects the protocol. The caller is responsible for a timeout.
     ///
     /// # Errors
     /// The reason why the peer is refused.
@@ -50,8 +50,8 @@ impl Stream {
             }
             Accepted::Tcp(stream, _) => {
                 let stream = TcpStream::from_std(stream)?;
-                // Without this option, Nagle's algorithm delays small answers. A socket that refuses the option still
-                // works.
+                // Without this option, Nagle's algorithm delays small answers. Ignore an error: the socket works
+                // without the option.
                 let _ = stream.set_nodelay(true);
                 let length = stream.peek(&mut first).await?;
                 let Some(tls) = tls else { return Self::Tcp(stream).recognized(&first[..length]) };
@@ -66,7 +66,7 @@ impl Stream {
                     Some(reason) => return Err(Refused::NotHttp2(reason, Self::Tcp(stream))),
                 }
                 let mut stream = tls.accept(stream).await?;
-                // A TLS stream cannot be peeked.
+                // A TLS stream does not support peeking, so read the bytes here and let `Rewound` return them again.
                 let length = stream.read(&mut first).await?;
                 let rewound = BytesMut::from(&first[..length]);
                 Self::Tls(Box::new(Rewound { first: rewound, stream })).recognized(&first[..length])
@@ -74,7 +74,7 @@ impl Stream {
         }
     }
 
-    /// Returns `self` if the peer's bytes `first` begin like HTTP/2.
+    /// Returns `self` if `first`, the first bytes from the peer, begin like HTTP/2.
     fn recognized(self, first: &[u8]) -> Result<Self, Refused> {
         if first.is_empty() {
             return Err(Refused::Ended);
@@ -82,7 +82,7 @@ impl Stream {
         match refusal(first, false) {
             None => Ok(self),
             Some(Reason::Tls) => {
-                let detail = "the peer speaks TLS, and grpc.tls_certificate_file is not set";
+                let detail = "the peer speaks TLS, but grpc.tls_certificate_file is not set";
                 Err(Refused::Peer(Reason::Tls, detail.to_owned()))
             }
             Some(reason) => Err(Refused::NotHttp2(reason, self)),
@@ -96,11 +96,11 @@ pub(crate) enum Refused {
     Peer(Reason, String),
     /// The peer speaks HTTP/1 or an unknown protocol on this stream.
     NotHttp2(Reason, Stream),
-    /// The connection ended, or the operating system failed.
+    /// The connection ended, or the operating system reported an error.
     Ended,
 }
 
-/// An error of the connection, or of its TLS handshake.
+/// Classifies an I/O error of the connection, which may contain an error of the TLS handshake.
 impl From<io::Error> for Refused {
     fn from(error: io::Error) -> Self {
         match error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>()) {
@@ -113,7 +113,7 @@ impl From<io::Error> for Refused {
     }
 }
 
-/// A stream whose first bytes were read already. Its reads return these bytes again.
+/// A stream whose first bytes were already read. `poll_read` returns these bytes again before it reads from the stream.
 pub(crate) struct Rewound<T> {
     first: BytesMut,
     stream: T,
@@ -144,7 +144,7 @@ impl<T: AsyncWrite + Unpin> AsyncWrite for Rewound<T> {
     }
 }
 
-/// Calls the method of the stream inside.
+/// Calls a method of the socket or TLS stream inside a [`Stream`].
 macro_rules! on {
     ($stream:expr, $call:ident($($argument:expr),*)) => {
         match $stream.get_mut() {

@@ -29,18 +29,18 @@ pub struct TlsError {
     problem: String,
 }
 
-/// Installs `ring` as the cryptography provider of this process, unless it has one already.
+/// Installs `ring` as the cryptography provider of this process, unless a provider is already installed.
 pub(crate) fn install_provider() {
     let _ = ring::default_provider().install_default();
 }
 
-/// Creates the acceptor of TLS connections from `settings`; `None` if they name no certificate.
+/// Creates the acceptor of TLS connections from `settings`; returns `None` if no certificate is configured.
 ///
 /// # Errors
 /// [`TlsError`], with the setting and the file, if a file cannot be read or the key does not match the certificate.
 pub(crate) fn acceptor(settings: &GrpcSettings) -> Result<Option<TlsAcceptor>, TlsError> {
     let (Some(certificate), Some(key)) = (&settings.tls_certificate_file, &settings.tls_key_file) else {
-        return Ok(None); // a configuration with only one of the two is refused
+        return Ok(None); // loading refuses a configuration with only one of the two
     };
     let certificates = read_certificates("grpc.tls_certificate_file", certificate)?;
     let builder = ServerConfig::builder();
@@ -56,11 +56,12 @@ pub(crate) fn acceptor(settings: &GrpcSettings) -> Result<Option<TlsAcceptor>, T
             builder.with_client_cert_verifier(verifier.map_err(|error| failed(error.to_string()))?)
         }
     };
-    // These errors describe the format of the file, not its content, so they reveal nothing of the key.
+    // These errors describe the format of the file, not its content, so they do not reveal the key.
     let failed = |problem: String| TlsError { setting: "grpc.tls_key_file", path: key.clone(), problem };
     let private = PrivateKeyDer::from_pem_file(key).map_err(|error| failed(error.to_string()))?;
     let mut config = builder.with_single_cert(certificates, private).map_err(|error| failed(error.to_string()))?;
-    // Accept HTTP/1.1 too: a peer that offers only HTTP/1 must get an HTTP error, not a failed handshake. See `http1`.
+    // Also offer HTTP/1.1: a peer that supports only HTTP/1 must get an HTTP error, not a failed handshake. See
+    // `http1`.
     config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
     Ok(Some(TlsAcceptor::from(Arc::new(config))))
 }
@@ -75,11 +76,11 @@ fn read_certificates(setting: &'static str, path: &Path) -> Result<Vec<Certifica
     Ok(certificates)
 }
 
-/// The name of the examination of the server's certificate.
+/// The name of this examination in the output of `doctor`.
 pub(crate) const EXAMINATION: &str = "tls";
 
-/// Examines for `doctor` the TLS files that `settings` name, and when the certificates expire. `now` is the time of
-/// this machine's clock.
+/// Examines for `doctor` whether the configured TLS files are usable and when the certificates expire. `now` is the
+/// time according to this machine's clock.
 #[must_use]
 pub(crate) fn diagnose(settings: &GrpcSettings, now: DatabaseTime) -> Diagnosis {
     const SETTING: &[&str] = &["grpc.tls_certificate_file"];
@@ -117,11 +118,12 @@ pub(crate) fn diagnose(settings: &GrpcSettings, now: DatabaseTime) -> Diagnosis 
 }
 
 const DAY: Duration = Duration::from_hours(24);
-/// `doctor` warns if the certificate expires sooner. Certificates are usually renewed earlier than that.
+/// `doctor` warns if the certificate expires within this time. Certificates are usually renewed before then.
 const RENEWAL_MARGIN: Duration = Duration::from_hours(30 * 24);
 
-/// The latest start of validity of `certificates`, if it is in the future, and the earliest end. rustls exposes these
-/// times only in verification errors, and verification checks them first.
+/// Returns the latest start of validity of `certificates`, if it is in the future, and their earliest end of validity.
+/// rustls exposes these times only in verification errors. Verification checks the times first, so no root certificates
+/// are needed.
 fn validity(certificates: &[CertificateDer<'_>], now: DatabaseTime) -> Option<(Option<DatabaseTime>, DatabaseTime)> {
     let seconds = |seconds: u64| i64::try_from(seconds).ok()?.checked_mul(1_000_000).map(DatabaseTime::from_micros);
     let now = Duration::from_micros(u64::try_from(now.micros()).ok()?);
@@ -138,7 +140,7 @@ fn validity(certificates: &[CertificateDer<'_>], now: DatabaseTime) -> Option<(O
     Some((begins, ends?))
 }
 
-/// The error of verifying `certificate` at the time `at`, counted from 1970.
+/// Returns the error from verifying `certificate` at `at`, a duration since the Unix epoch.
 fn rejection(certificate: &CertificateDer<'_>, at: Duration) -> Option<CertificateError> {
     let parsed = ParsedCertificate::try_from(certificate).ok()?;
     let algorithms = ring::default_provider().signature_verification_algorithms.all;

@@ -1,8 +1,8 @@
-//! The workers that serve connections. Each worker is a thread with a single-threaded runtime, so that a check that L1
-//! can answer neither waits for another thread nor wakes one.
+//! The workers that serve connections. Each worker is a thread with a single-threaded runtime, so that a check that
+//! hits in L1 neither waits for another thread nor wakes another thread.
 //!
-//! A worker sends no requests to Redis or the database. A check that needs them waits for the I/O runtime, and the
-//! worker serves its other connections meanwhile.
+//! A worker sends no requests to Redis or the database. A check that needs Redis or the database waits for the I/O
+//! runtime; meanwhile, the worker serves its other connections.
 
 use std::{
     future::Future,
@@ -17,7 +17,7 @@ use std::{
 use tokio::runtime::{Builder, Handle};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 
-/// All workers. Dropping this ends their threads and closes the connections that they still serve.
+/// All workers. Dropping this value ends their threads and closes the connections that they still serve.
 pub(crate) struct Workers {
     workers: Vec<Worker>,
     end: CancellationToken,
@@ -29,7 +29,7 @@ struct Worker {
     thread: Option<JoinHandle<()>>,
 }
 
-/// The load of a worker: its open streams and connections.
+/// The load of a worker: the numbers of its open streams and connections.
 #[derive(Default)]
 pub(crate) struct WorkerLoad {
     streams: AtomicUsize,
@@ -40,7 +40,7 @@ impl Workers {
     /// Starts `count` workers.
     ///
     /// # Errors
-    /// If the operating system refuses a thread or a file descriptor.
+    /// If the operating system cannot create a thread or a file descriptor.
     pub(crate) fn start(count: usize) -> io::Result<Self> {
         let mut started = Self { workers: Vec::new(), end: CancellationToken::new() };
         for number in 0..count {
@@ -53,15 +53,15 @@ impl Workers {
         Ok(started)
     }
 
-    /// The runtimes of the workers, for the readiness probe.
+    /// Returns the runtimes of the workers, for the readiness probe.
     #[must_use]
     pub(crate) fn handles(&self) -> Vec<Handle> {
         self.workers.iter().map(|worker| worker.handle.clone()).collect()
     }
 
-    /// Serves a connection, in `tasks`, on the worker with the fewest open streams. Only streams of calls that wait
-    /// count: others are answered as soon as they arrive. If several workers have equally few, the one with the fewest
-    /// connections serves it, since idle connections may become busy.
+    /// Serves a connection, in `tasks`, on the worker with the fewest open streams. Only streams of calls that wait are
+    /// counted, because other calls are answered as soon as they arrive. Among workers with equally few streams, the
+    /// worker with the fewest connections is chosen, because idle connections may become busy.
     pub(crate) fn serve<F: Future<Output = ()> + Send + 'static>(
         &self,
         tasks: &TaskTracker,
@@ -71,7 +71,7 @@ impl Workers {
             let load = &worker.load;
             (load.streams.load(Ordering::Relaxed), load.connections.load(Ordering::Relaxed))
         };
-        // The server starts at least one worker.
+        // The list is not empty: the server starts at least one worker.
         let Some(worker) = self.workers.iter().min_by_key(weight) else { return };
         worker.load.connections.fetch_add(1, Ordering::Relaxed);
         let open = Open { load: Arc::clone(&worker.load), of: |load| &load.connections };
@@ -90,7 +90,7 @@ impl Drop for Workers {
     fn drop(&mut self) {
         self.end.cancel();
         for worker in &mut self.workers {
-            // A thread that panicked has ended, and its panic was printed.
+            // Ignore a panic of the thread: the message was already printed.
             let _ = worker.thread.take().map(JoinHandle::join);
         }
     }
@@ -104,7 +104,7 @@ impl WorkerLoad {
     }
 }
 
-/// Counts a stream or a connection as open until this is dropped.
+/// Counts a stream or a connection as open until this guard is dropped.
 pub(crate) struct Open {
     load: Arc<WorkerLoad>,
     of: fn(&WorkerLoad) -> &AtomicUsize,
@@ -125,7 +125,8 @@ mod tests {
     #[tokio::test]
     async fn a_new_connection_goes_to_the_worker_with_the_fewest_streams() {
         let (workers, tasks) = (Workers::start(3).unwrap(), TaskTracker::new());
-        // Opens connections with one stream each. Returns the threads that serve them, and the senders that end them.
+        // Opens `count` connections with one stream each. Returns the names of the threads that serve them, and
+        // senders: dropping a sender ends its connection.
         let serve = async |count: usize| {
             let (mut places, mut ends) = (Vec::new(), Vec::new());
             for _ in 0..count {
@@ -145,7 +146,7 @@ mod tests {
         places.sort();
         assert_eq!(places, ["worker-0", "worker-1", "worker-2"]);
         ends.extend(serve(3).await.1);
-        // Two connections of one worker end: the next two go there.
+        // End both connections of `worker-0`. The next two connections go to that worker.
         drop((ends.remove(0), ends.remove(2)));
         while tasks.len() > 4 {
             tokio::task::yield_now().await;

@@ -1,7 +1,7 @@
-//! The commands `trustgate deny`: entries of the deny list in Redis, which replicas read even while the database is
-//! unavailable.
+//! The `trustgate deny` commands: they add, remove and list entries of the deny list in Redis, which replicas read even
+//! while the database is unavailable.
 //!
-//! They do not change keys or trusts: an entry expires, a revocation does not.
+//! These commands do not change keys or trusts. A deny list entry expires, whereas a revocation is permanent.
 
 use std::{
     io,
@@ -30,40 +30,39 @@ use crate::{
 const LIFE_MAX: Duration = Duration::from_hours(366 * 24);
 /// The maximum time to wait for a connection to Redis: somewhat longer than one attempt to connect may take.
 const CONNECT_MAX: Duration = Duration::from_secs(3);
-/// The interval between attempts while there is no connection.
+/// The interval between attempts to run a command while there is no connection.
 const CONNECT_POLL: Duration = Duration::from_millis(20);
-/// Timeout of a Redis command. No check waits for it, so it can be longer than `redis.timeout`.
+/// The timeout of a Redis command. No check waits for these commands, so the timeout can be longer than
+/// `redis.timeout`.
 const COMMAND_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Why nothing was denied or listed.
+/// Why a `trustgate deny` command failed.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum DenyError {
     /// An argument is invalid.
     #[error("{what} must be {expected}")]
     Invalid {
-        /// The argument.
+        /// The name of the argument.
         what: &'static str,
         /// A description of valid values.
         expected: &'static str,
     },
-    /// Redis is not configured. Contains what should have been denied.
+    /// Redis is not configured. The value lists what the command should have denied.
     #[error("{}", without_redis(.0))]
     NoRedis(Vec<Denied>),
     /// The file with the MAC key cannot be used.
     #[error("redis.mac_key_file: cannot read {path}: {source}")]
-    MacKeyFile {
-        /// The path of the file.
-        path: PathBuf,
-        /// The cause.
-        source: io::Error,
-    },
-    /// The database has no MAC key, because the configured tables are not ours.
-    #[error("no MAC key for the deny list: an existing table has none. Set redis.mac_key_file, here and for `serve`")]
-    NoMacKey,
-    /// The MAC key is in the database, which failed.
+    MacKeyFile { path: PathBuf, source: io::Error },
+    /// The database has no MAC key, because it contains an existing table of the operator instead of our own tables.
     #[error(
-        "the MAC key of the deny list is in the database: {0}\n  \
-         Set redis.mac_key_file, here and for `serve`, to deny without the database"
+        "no MAC key for the deny list: a database with an existing table has none. Set redis.mac_key_file for this \
+         command and for `serve`"
+    )]
+    NoMacKey,
+    /// The MAC key cannot be read from the database.
+    #[error(
+        "cannot read the MAC key of the deny list from the database: {0}\n  \
+         To deny without the database, set redis.mac_key_file for this command and for `serve`"
     )]
     Store(#[from] StoreError),
     /// Redis failed.
@@ -75,8 +74,8 @@ pub(crate) enum DenyError {
 }
 
 fn without_redis(denied: &[Denied]) -> String {
-    let problem = "redis.url is not set: without Redis, a replica denies the entries in its own file, which \
-                   freshness.deny_file names";
+    let problem = "redis.url is not set: without Redis, each replica reads the deny list only from its own file, \
+                   which freshness.deny_file names";
     if denied.is_empty() {
         return problem.to_owned();
     }
@@ -101,14 +100,14 @@ fn of_redis(error: &SharedError) -> String {
     }
 }
 
-/// An entry, as the commands show it. Its times are by Redis's clock.
+/// A deny list entry, as the commands show it. The times are by Redis's clock.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct DenyEntry {
-    /// The key, trust or digest that it denies.
+    /// The key, trust or digest that the entry denies.
     pub denied: Denied,
-    /// When it was set.
+    /// When the entry was set.
     pub set_at: DatabaseTime,
-    /// When it ends.
+    /// When the entry expires.
     pub until: DatabaseTime,
 }
 
@@ -122,13 +121,14 @@ impl DenyEntry {
 /// The content of the deny list.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Listed {
-    /// Entries that are in effect, ordered by their end.
+    /// The entries that have not expired, ordered by expiry.
     pub entries: Vec<DenyEntry>,
-    /// The number of entries with a wrong MAC or of another release, which replicas of this release ignore.
+    /// The number of entries that replicas of this release ignore, because the MAC is wrong or another release wrote
+    /// them.
     pub refused: usize,
 }
 
-/// The MAC key: from `redis.mac_key_file` if that is set, else from the database.
+/// Reads the MAC key from `redis.mac_key_file` if that is set, else from the database.
 ///
 /// # Errors
 /// The file or the database cannot be read, or the database has no MAC key.
@@ -148,20 +148,22 @@ pub(crate) async fn mac_key(redis: &RedisSettings, store: &StoreSettings, env: E
     key.unwrap_or_else(|_| Err(late()))?.ok_or(DenyError::NoMacKey)
 }
 
-/// The deny list in Redis, for reading and changing it.
+/// Reads and changes the deny list in Redis.
 pub(crate) struct Denials(SharedList);
 
 impl Denials {
-    /// Runs `work` with the deny list in the Redis of `settings`. The connection is closed when `work` ends.
+    /// Connects to the Redis server of `settings`, runs `work` on the deny list there, and closes the connection when
+    /// `work` ends.
     ///
     /// # Errors
-    /// The error of `work`.
+    /// The error of `work`, or [`DenyError::Start`].
     pub(crate) async fn with<T>(
         settings: RedisSettings,
         mac_key: [u8; 32],
         work: impl AsyncFnOnce(&Self) -> Result<T, DenyError>,
     ) -> Result<T, DenyError> {
-        // A command waits for a connection anyway, so the circuit breaker must stay closed after failures.
+        // `connected` repeats a command until there is a connection, so the circuit breaker must not open after
+        // failures.
         let settings = RedisSettings { timeout: COMMAND_TIMEOUT, breaker_failures: u32::MAX, ..settings };
         let metrics = RedisMetrics::register(&Registry::new(), IntGauge::new("breaker", "Not exported.")?)?;
         let stop = CancellationToken::new();
@@ -173,7 +175,7 @@ impl Denials {
         }
     }
 
-    /// Adds an entry for each of `denied`, which lasts for `life` from now.
+    /// Adds an entry for each item of `denied`. The entries expire after `life`.
     ///
     /// # Errors
     /// `life` is zero or longer than a year, or Redis failed.
@@ -187,7 +189,7 @@ impl Denials {
         self.set(denied, life).await
     }
 
-    /// Ends the entries for `denied` now. This includes entries that Redis has lost and replicas still remember.
+    /// Ends the entries for `denied` now, including entries that Redis has lost but replicas still remember.
     ///
     /// # Errors
     /// Redis failed.
@@ -195,7 +197,7 @@ impl Denials {
         self.set(denied, Duration::ZERO).await
     }
 
-    /// All entries of the list.
+    /// Reads the entries of the list.
     ///
     /// # Errors
     /// Redis failed.

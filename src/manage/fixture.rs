@@ -1,4 +1,4 @@
-//! A manager on a new SQLite database, for the unit tests of management.
+//! A [`Manager`] with a new SQLite database, for the unit tests of management.
 
 use std::{sync::Arc, time::Duration};
 
@@ -14,11 +14,11 @@ use crate::{
 pub(crate) struct Fixture {
     pub(crate) manager: Manager,
     pub(crate) replicas: Replicas,
-    /// The directory of the database. Dropping it removes the directory.
+    /// The directory of the database, which is removed when this field is dropped.
     _directory: tempfile::TempDir,
 }
 
-/// The replicas that serve from the same database.
+/// Represents the replicas that use the same database.
 pub(crate) struct Replicas(Arc<dyn Source>);
 
 impl Fixture {
@@ -36,7 +36,7 @@ impl Fixture {
 }
 
 impl Replicas {
-    /// Sends a heartbeat of the replica with the id `id`, which is named `pod-ID`.
+    /// Sends a heartbeat for the replica with the id `id` and the name `pod-{id}`.
     pub(crate) async fn heartbeat(&self, id: u128, applied: Version, lasts: Duration) {
         let replica = uuid::Uuid::from_u128(id);
         self.0.report(&Heartbeat { replica, name: format!("pod-{id}"), applied, lasts }).await.unwrap();

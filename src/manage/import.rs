@@ -1,6 +1,7 @@
 //! Imports keys that were issued elsewhere, one per line. All lines are checked before any key is stored.
 //!
-//! A plaintext key stays in memory only until it is hashed. Messages do not quote a line, because it may contain a key.
+//! A plaintext key stays in memory only until it is hashed. Messages do not quote the input, because a line may contain
+//! a key.
 
 use std::{fmt, io::Read};
 
@@ -15,9 +16,9 @@ use crate::{
     store::ledger::{NewKey, Trust, TrustRef},
 };
 
-/// The maximum number of keys in one import. Each takes about 200 bytes of memory.
+/// The maximum number of keys in one import. Each key takes about 200 bytes of memory.
 pub(crate) const KEYS_MAX: usize = 500_000;
-/// The maximum length of a line, in bytes. It leaves room for spaces around a key, and for comments.
+/// The maximum length of a line, in bytes. The limit leaves room for comments and for spaces around a key.
 const LINE_BYTES_MAX: usize = 2 * KEY_BYTES_MAX;
 
 /// The format of the input lines.
@@ -25,7 +26,7 @@ const LINE_BYTES_MAX: usize = 2 * KEY_BYTES_MAX;
 pub enum LineForm {
     /// The SHA-256 digest of a key, as 64 hexadecimal digits.
     Digests,
-    /// A key itself.
+    /// A key in plaintext.
     Plaintext,
 }
 
@@ -36,7 +37,7 @@ pub struct Imported {
     pub trust: Trust,
     /// The number of keys that were stored.
     pub new: u64,
-    /// The number of lines with a key that was already stored, or that is repeated in the input.
+    /// The number of lines whose key was already stored or appears on an earlier line.
     pub known: u64,
 }
 
@@ -74,7 +75,7 @@ impl Manager {
     ///
     /// # Errors
     /// The trust does not exist, the input cannot be read, some of its lines are invalid (the error lists all of them),
-    /// or the database failed. Nothing was stored.
+    /// or the database failed. After an error, no key has been stored.
     pub async fn import_keys(
         &mut self,
         trust: &TrustRef,
@@ -82,11 +83,11 @@ impl Manager {
         input: impl Read,
         when_read: impl FnOnce(usize),
     ) -> Result<Imported, ManageError> {
-        let trust = self.ledger.trust(trust).await?; // before reading the input, which may take long
+        let trust = self.ledger.trust(trust).await?; // report a missing trust before the long input is read
         let keys = self.read_keys(form, input)?;
         let count = keys.len() as u64;
         if count == 0 {
-            return Err(ManageError::Invalid { what: "the input", expected: "one key per line; it contains no key" });
+            return Err(ManageError::Invalid { what: "the input", expected: "one key per line: it contains no key" });
         }
         when_read(keys.len());
         let new = self.ledger.import_keys(&self.actor, &TrustRef::Id(trust.id), keys).await?;
@@ -98,7 +99,7 @@ impl Manager {
         while let Some(line) = lines.next()? {
             let bytes = if line.number == 1 { text::without_mark(line.bytes) } else { Ok(line.bytes) };
             let Ok(bytes) = bytes else {
-                return Err(ManageError::Invalid { what: "the input", expected: "UTF-8 text; this is UTF-16" });
+                return Err(ManageError::Invalid { what: "the input", expected: "UTF-8 text, but it is UTF-16" });
             };
             let text = bytes.trim_ascii();
             if line.whole && (text.is_empty() || text.starts_with(b"#")) {
@@ -157,18 +158,18 @@ impl Manager {
 struct Line<'l> {
     /// The line number, from 1.
     number: usize,
-    /// The line without its line end; only the beginning if it is too long.
+    /// The line without its line end; only its beginning if the line is too long.
     bytes: &'l [u8],
     /// True if `bytes` is the complete line.
     whole: bool,
 }
 
 /// Reads the lines of an input that may contain keys. Keeps only the current line and chunk, in buffers that are not
-/// reallocated and are overwritten when dropped.
+/// reallocated and are overwritten when dropped, so that no copy of a key stays in memory.
 struct LineReader<R> {
     input: R,
     chunk: Zeroizing<Vec<u8>>,
-    /// The part of `chunk` that was read and is not used yet.
+    /// The range of `chunk` that was read from the input but not processed yet.
     unused: std::ops::Range<usize>,
     line: Zeroizing<Vec<u8>>,
     number: usize,
@@ -187,7 +188,7 @@ impl<R: Read> LineReader<R> {
             if self.unused.is_empty() {
                 self.unused = 0..self.input.read(&mut self.chunk)?;
                 if self.unused.is_empty() {
-                    break; // the last line needs no line end
+                    break; // the last line may have no line end
                 }
             }
             any = true;
@@ -231,7 +232,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_byte_order_mark_is_no_part_of_the_first_line() {
+    async fn byte_order_mark_is_not_part_of_the_first_line() {
         let digest = "a1".repeat(32);
         assert_eq!(import(LineForm::Digests, format!("\u{feff}{digest}\r\n").as_bytes()).await, Ok((1, 0)));
         let error = import(LineForm::Digests, b"\xff\xfea\x001\0").await.unwrap_err();

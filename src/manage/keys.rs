@@ -1,6 +1,6 @@
-//! Operations on keys: issue, list, revoke and identify. [`Manager::issue_key`] returns a new key once, to its caller.
+//! Operations on keys: issue, list, revoke and identify. [`Manager::issue_key`] returns a new key to its caller once.
 //!
-//! Only the digest and a hint of a key are stored.
+//! Of a key itself, only the digest and the hint are stored.
 
 use std::time::Duration;
 
@@ -24,9 +24,9 @@ const NAME_CHARS_MAX: usize = 200;
 const SCOPES_MAX: usize = 64;
 /// The maximum number of networks of a key.
 const CIDRS_MAX: usize = 64;
-/// The maximum validity of a key: 100 years. A longer one is probably a typing error.
+/// The maximum validity period of a key: 100 years. A longer period is probably a typing error.
 const LIFE_MAX: Duration = Duration::from_hours(100 * 366 * 24);
-/// The maximum number of key-like strings in one call of [`Manager::identify_keys`].
+/// The maximum number of strings that may be keys in one call of [`Manager::identify_keys`].
 const IDENTIFY_MAX: usize = 1_000;
 
 /// The properties of a key to issue.
@@ -38,29 +38,31 @@ pub struct Wanted {
     pub name: Option<String>,
     /// The scopes of the key.
     pub scopes: Vec<String>,
-    /// The networks that the key may be used from. If empty, any network.
+    /// The networks from which the key may be used. An empty list allows any network.
     pub allowed_cidrs: Vec<IpNet>,
-    /// The time that the key is valid; `None`: until it is revoked.
+    /// How long the key is valid. `None`: the key does not expire.
     pub expires_in: Option<Duration>,
 }
 
-/// Selects keys by the pepper of their digest. The configured peppers are those of [`Manager`].
+/// Selects keys by the pepper under which their digest was computed. "Configured" refers to the configuration of the
+/// [`Manager`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PepperFilter {
-    /// The current configured pepper.
+    /// Keys under the current configured pepper.
     Current,
-    /// The previous configured peppers.
+    /// Keys under a previous configured pepper.
     Previous,
-    /// Recorded peppers that are not configured.
+    /// Keys whose recorded pepper is not configured.
     Unknown,
-    /// A pepper that is not recorded for the key.
+    /// Keys under a pepper that the database does not record yet.
     Unrecorded,
-    /// The pepper with this fingerprint.
+    /// Keys under the pepper with this fingerprint.
     Fingerprint(Fingerprint),
 }
 
 impl PepperFilter {
-    /// True if the filter selects `key`. `known`: the fingerprints of the configured peppers, the current one first.
+    /// Returns true if the filter selects `key`. `known` contains the fingerprints of the configured peppers, the
+    /// current one first.
     fn passes(self, key: &KeyDetails, known: &[Fingerprint]) -> bool {
         let Some(pepper) = key.pepper else {
             return self == Self::Unrecorded && key.scheme == Scheme::Hmac;
@@ -100,7 +102,7 @@ pub(crate) enum KeyState {
 }
 
 impl KeyState {
-    /// The state of `key` at `now`, by the database's clock.
+    /// Returns the state of `key` at the time `now` of the database's clock.
     #[must_use]
     pub(crate) fn of(key: &KeyDetails, now: DatabaseTime) -> Self {
         if key.revoked_at.is_some() {
@@ -116,7 +118,7 @@ impl KeyState {
         }
     }
 
-    /// The name of the state in the output of commands.
+    /// Returns the name of the state, as commands print it.
     #[must_use]
     pub(crate) const fn as_str(self) -> &'static str {
         match self {
@@ -129,14 +131,14 @@ impl KeyState {
     }
 }
 
-/// The result for one key-like string. Does not contain the string.
+/// The result for one string that may be a key. Does not contain the string.
 #[derive(Clone, Debug)]
 pub struct Identified {
-    /// The number of its line in the text, from 1.
+    /// The number of the line that contains the string, from 1.
     pub line: usize,
     /// The form of the string.
     pub form: Form,
-    /// The stored key, if the string is one.
+    /// The stored key, if the string is a stored key.
     pub key: Option<KeyDetails>,
 }
 
@@ -155,7 +157,7 @@ impl Manager {
         let new = NewKey {
             id: KeyId(Uuid::now_v7()),
             digest: self.hasher.current(bytes),
-            older: Vec::new(), // a random key cannot be stored already
+            older: Vec::new(), // a newly generated key cannot be stored already
             made: self.hasher.made(),
             hint: format::hint(&self.credential.prefix, bytes),
             name,
@@ -168,8 +170,8 @@ impl Manager {
         Ok(Issued { key, secret })
     }
 
-    /// Records the configured pepper as the pepper for new keys. Returns its fingerprint, and that of the pepper that
-    /// was recorded before.
+    /// Records the configured pepper as the pepper for new keys. Returns the fingerprints of this pepper and of the
+    /// pepper recorded before it.
     ///
     /// # Errors
     /// No pepper is configured, or the database failed.
@@ -181,8 +183,8 @@ impl Manager {
         Ok((pepper, self.ledger.use_pepper(&self.actor, pepper).await?))
     }
 
-    /// Lists keys, newest first: of one trust or of all, and of some peppers or of all. Also returns the database's
-    /// time, by which the keys are valid or not.
+    /// Lists the keys of one trust, or of all trusts, newest first. `pepper` limits the list to the keys that it
+    /// selects. Also returns the current time by the database's clock, which determines the state of each key.
     ///
     /// # Errors
     /// The trust does not exist, or the database failed.
@@ -196,7 +198,7 @@ impl Manager {
         Ok((keys, self.ledger.now().await?))
     }
 
-    /// One key, and the database's time.
+    /// Returns one key, and the current time by the database's clock.
     ///
     /// # Errors
     /// The key does not exist, or the database failed.
@@ -204,8 +206,8 @@ impl Manager {
         Ok((self.ledger.key(id).await?, self.ledger.now().await?))
     }
 
-    /// Revokes a key permanently. A key that is already revoked keeps its time of revocation. Also returns the
-    /// database's time.
+    /// Revokes a key permanently. A key that is already revoked keeps its time of revocation. Also returns the current
+    /// time by the database's clock.
     ///
     /// # Errors
     /// The key does not exist, or the database failed.
@@ -213,8 +215,8 @@ impl Manager {
         Ok((self.ledger.revoke_key(&self.actor, id).await?, self.ledger.now().await?))
     }
 
-    /// Looks up each key-like string in `text`: the keys of our own form in a line, or else the whole line. Also
-    /// returns the database's time.
+    /// Looks up each string in `text` that may be a key: in each line, the strings with the form of a trustgate key, or
+    /// the whole line if there are none. Also returns the current time by the database's clock.
     ///
     /// # Errors
     /// The text has too many such strings, or the database failed.
@@ -226,7 +228,7 @@ impl Manager {
             .flat_map(|(index, line)| key_like(&prefix, line).into_iter().map(move |string| (index + 1, string)))
             .collect();
         if strings.len() > IDENTIFY_MAX {
-            return Err(ManageError::Invalid { what: "the text", expected: "shorter: at most 1000 keys at a time" });
+            return Err(ManageError::Invalid { what: "the number of keys in the text", expected: "at most 1000" });
         }
         let mut found = Vec::with_capacity(strings.len());
         for (line, string) in strings {
@@ -238,7 +240,7 @@ impl Manager {
     }
 }
 
-/// The strings of `line` that may be keys.
+/// Returns the strings of `line` that may be keys, as [`Manager::identify_keys`] describes.
 fn key_like<'l>(prefix: &credential::Prefix, line: &'l str) -> Vec<&'l [u8]> {
     let start = format!("{}_", prefix.as_str());
     let ours: Vec<_> = line
@@ -268,14 +270,14 @@ fn check(wanted: &Wanted) -> Result<(), ManageError> {
     if wanted.scopes.len() > SCOPES_MAX || !wanted.scopes.iter().all(|scope| is_scope(scope)) {
         return invalid(
             "the scopes of a key",
-            "at most 64, each of 1 to 128 visible ASCII characters without \", \\ and comma",
+            "at most 64 scopes, each of 1 to 128 visible ASCII characters other than \", \\ and the comma",
         );
     }
     if wanted.allowed_cidrs.len() > CIDRS_MAX {
-        return invalid("the networks of a key", "at most 64");
+        return invalid("the number of networks of a key", "at most 64");
     }
     if wanted.expires_in.is_some_and(|life| life.is_zero() || life > LIFE_MAX) {
-        return invalid("the validity of a key", "longer than zero and at most 100 years");
+        return invalid("the validity period of a key", "longer than zero and at most 100 years");
     }
     Ok(())
 }

@@ -1,6 +1,6 @@
 //! Operations on trusts, the tenant organisations that keys belong to.
 //!
-//! They do not change keys, except that deleting a trust can delete its keys.
+//! These operations do not change keys, except that deleting a trust can delete its keys.
 
 use uuid::Uuid;
 
@@ -34,7 +34,7 @@ impl Manager {
         Ok(self.ledger.create_trust(&self.actor, TrustId(Uuid::new_v4()), name).await?)
     }
 
-    /// Every trust, ordered by name.
+    /// Returns all trusts, ordered by name.
     ///
     /// # Errors
     /// The database failed.
@@ -42,7 +42,7 @@ impl Manager {
         Ok(self.ledger.trusts().await?)
     }
 
-    /// One trust.
+    /// Returns one trust.
     ///
     /// # Errors
     /// The trust does not exist, or the database failed.
@@ -58,7 +58,7 @@ impl Manager {
         Ok(self.ledger.enable_trust(&self.actor, which, enabled).await?)
     }
 
-    /// Deletes a trust. If it has keys, they are deleted if `with_keys` is set; otherwise this fails.
+    /// Deletes a trust. If the trust has keys, deletes them if `with_keys` is set, and fails otherwise.
     ///
     /// # Errors
     /// The trust does not exist, it has keys and `with_keys` is not set, or the database failed.

@@ -1,4 +1,4 @@
-//! The handle to Redis that the rest of the server uses, and the task that keeps its connection.
+//! The handle to Redis that the rest of the server uses, and the task that maintains its connection.
 
 use std::{
     sync::{
@@ -44,11 +44,11 @@ impl RedisMetrics {
     /// Registers the metrics; `breaker_open` is the gauge of the circuit breaker for Redis.
     ///
     /// # Errors
-    /// As [`register`].
+    /// Returns the error of [`register`].
     pub fn register(registry: &Registry, breaker_open: IntGauge) -> prometheus::Result<Self> {
         let up = Opts::new(
             "trustgate_redis_up",
-            "1 while Redis (in a Cluster, every master) is connected and answers, else 0.",
+            "1 while Redis (in a Cluster, every master) is connected and answers, otherwise 0.",
         );
         let refused = Opts::new("trustgate_redis_refused_total", "Commands that Redis refused, by reason.");
         let refused = register(registry, IntCounterVec::new(refused, &["reason"]))?;
@@ -60,7 +60,7 @@ impl RedisMetrics {
     }
 }
 
-/// Why a reachable server refuses commands
+/// The reason why a reachable server refuses a command
 /// (<https://redis.io/docs/latest/develop/reference/protocol-spec/#simple-errors>).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum CommandRefusal {
@@ -70,7 +70,7 @@ enum CommandRefusal {
     MasterDown,
     /// The node is still loading its data.
     Loading,
-    /// The memory limit is reached, and the eviction policy frees none.
+    /// The memory limit is reached, and the eviction policy does not free any memory.
     OutOfMemory,
     /// The node cannot save its data, or has too few replicas.
     Misconfigured,
@@ -79,7 +79,7 @@ enum CommandRefusal {
 impl CommandRefusal {
     const ALL: [Self; 5] = [Self::ReadOnly, Self::MasterDown, Self::Loading, Self::OutOfMemory, Self::Misconfigured];
 
-    /// The value of the label `reason`.
+    /// Returns the value of the metric label `reason`.
     const fn as_str(self) -> &'static str {
         match self {
             Self::ReadOnly => "readonly",
@@ -107,16 +107,16 @@ impl CommandRefusal {
         error.code().and_then(refusal).or_else(in_script)
     }
 
-    /// True if a new connection may lead to a node that accepts the command.
+    /// Returns true if a new connection may lead to a node that accepts the command.
     const fn may_pass_elsewhere(self) -> bool {
         matches!(self, Self::ReadOnly | Self::MasterDown | Self::Loading)
     }
 }
 
-/// The state of refusals by Redis.
+/// The state of commands that Redis refuses.
 #[derive(Default)]
 struct Refusing {
-    /// True while Redis refuses commands, so that the log reports the start and the end once.
+    /// True while Redis refuses commands. The log reports only the changes of this flag.
     is_refusing: AtomicBool,
     /// Requests a new connection.
     replace: Notify,
@@ -135,7 +135,7 @@ pub struct Redis {
     refusing: Arc<Refusing>,
 }
 
-/// Why a command has no usable reply.
+/// The reason why a command has no usable reply.
 #[derive(Debug)]
 pub enum QueryError {
     /// The circuit breaker is open, or there is no connection at the moment.
@@ -148,14 +148,15 @@ pub enum QueryError {
     NoScript,
 }
 
-/// A Lua script. It is called by its hash; the full text is sent only to a server that does not have it.
+/// A Lua script. The server runs it by its hash; [`Redis::run`] sends the full text only to a server that does not have
+/// the script.
 pub struct LuaScript {
     code: &'static str,
     hash: String,
 }
 
 impl LuaScript {
-    /// The script `code`, which takes one Redis key.
+    /// Creates a script from its source text `code`, which must use exactly one Redis key.
     #[must_use]
     pub fn new(code: &'static str) -> Self {
         Self { code, hash: redis::Script::new(code).get_hash().to_owned() }
@@ -163,8 +164,8 @@ impl LuaScript {
 }
 
 impl Redis {
-    /// Creates a handle, and a task that keeps a connection over `link` and publishes notifications until `stop`. The
-    /// caller must run the task.
+    /// Creates a handle, and a task that maintains a connection over `link` and publishes notifications until `stop` is
+    /// cancelled. The caller must run the task.
     pub fn new<L: Link>(
         settings: &RedisSettings,
         link: L,
@@ -196,10 +197,10 @@ impl Redis {
         (handle, keeper)
     }
 
-    /// Sends `command`, waiting at most `redis.timeout`.
+    /// Sends `command` and waits for the reply, at most for `redis.timeout`.
     ///
     /// # Errors
-    /// [`QueryError`]. The circuit breaker has already counted a failure.
+    /// Returns a [`QueryError`]. If Redis failed, the circuit breaker has already counted the failure.
     ///
     /// # Cancel safety
     /// Safe: the connection, which all callers share, stays usable.
@@ -218,7 +219,7 @@ impl Redis {
                 return Ok(value);
             }
             Ok(Err(error)) => {
-                // These errors concern the command, not the server.
+                // These errors concern the command and not the server, so the circuit breaker must not count them.
                 let answer = match error.code() {
                     Some("WRONGTYPE") => Some(QueryError::WrongType),
                     Some("NOSCRIPT") => Some(QueryError::NoScript),
@@ -237,7 +238,7 @@ impl Redis {
                     refusal,
                     Some(CommandRefusal::ReadOnly | CommandRefusal::OutOfMemory | CommandRefusal::Misconfigured)
                 ) {
-                    // The server still answers reads, so this is a success for the circuit breaker.
+                    // The server still answers reads, so the circuit breaker must count this as a success.
                     self.breaker.succeeded();
                     return Err(QueryError::Failed(fault));
                 }
@@ -249,11 +250,11 @@ impl Redis {
         Err(QueryError::Failed(fault))
     }
 
-    /// Runs `script` on the Redis key `key`. Waits at most `redis.timeout`, or twice that if it has to send the script
-    /// first.
+    /// Runs `script` on the Redis key `key`. Waits at most `redis.timeout`, or twice that time if the server does not
+    /// have the script yet.
     ///
     /// # Errors
-    /// As [`Self::query`].
+    /// Returns the same errors as [`Self::query`].
     ///
     /// # Cancel safety
     /// Safe. After a cancelled call, the script may or may not have run.
@@ -290,19 +291,19 @@ impl Redis {
             tracing::warn!(
                 reason = refusal.as_str(),
                 %error,
-                "redis refuses commands: replicas do not share records until it accepts them again"
+                "redis refuses commands: replicas do not share records until Redis accepts writes again"
             );
         }
     }
 
-    /// Asks the background task to notify the other replicas of a change in the database. Returns at once. Best effort:
-    /// requests that arrive while a notification is being sent become one, and a notification that Redis does not
-    /// accept is lost.
+    /// Asks the background task to notify the other replicas of a change in the database. Returns immediately. Best
+    /// effort: requests that arrive while a notification is being sent are combined into one notification, and a
+    /// notification that Redis does not accept is lost.
     pub fn publish(&self) {
         self.wake.notify_one();
     }
 
-    /// The timeout of one command.
+    /// Returns the timeout of one command.
     #[must_use]
     pub const fn limit(&self) -> Duration {
         self.limit
@@ -316,13 +317,13 @@ async fn keep_connected(
     refusing: &Refusing,
 ) {
     let mut attempts = Attempts::new("");
-    // The minimum lifetime of a connection whose node refuses commands. It doubles with each replacement, because the
-    // address may lead to a replica permanently.
+    // The minimum lifetime of a connection whose node refuses commands. This time doubles with each replacement,
+    // because the address may always lead to a replica.
     let mut kept_for = PING_INTERVAL;
     loop {
         let Some(connection) = attempts.make(Box::pin(link.connect())).await else { continue };
         metrics.up.set(1);
-        // Discard a request for replacement that a command on the previous connection made.
+        // Discard a replacement request that a command on the previous connection may have made.
         let _ = refusing.replace.notified().now_or_never();
         sender.send_replace(Some(connection.clone()));
         let made = Instant::now();
@@ -345,7 +346,7 @@ async fn keep_connected(
     }
 }
 
-/// Pings the connection until it fails; returns the error.
+/// Pings the connection until a ping fails. Returns the error.
 async fn until_broken(mut connection: RedisConnection) -> RedisError {
     loop {
         sleep(PING_INTERVAL).await;
@@ -357,14 +358,14 @@ async fn until_broken(mut connection: RedisConnection) -> RedisError {
     }
 }
 
-/// Publishes a notification for each request by [`Redis::publish`]. Does not return.
+/// Publishes a notification after each call of [`Redis::publish`]. Does not return.
 async fn publish(redis: &Redis) {
     let mut command = redis::cmd("PUBLISH");
     command.arg(CHANNEL).arg("");
     loop {
         redis.wake.notified().await;
-        // Ignore a failure: `query` has reported it to the circuit breaker, and replicas also poll without
-        // notifications.
+        // Ignore a failure: `query` has reported it to the circuit breaker, and replicas also poll without a
+        // notification.
         let _ = redis.query::<()>(&command).await;
     }
 }

@@ -1,6 +1,6 @@
-//! Connects to Redis as the settings say: to a single server, to the master that Sentinels name, or to a Cluster.
+//! Connects to Redis according to the settings: to a single server, to the master that Sentinels name, or to a Cluster.
 //!
-//! Reads the files with secrets again at each connect. Error messages do not contain their content.
+//! Each connect reads the files with secrets again. Error messages do not contain the content of these files.
 
 use std::{fs, io, path::Path, sync::Arc, time::Duration};
 
@@ -17,19 +17,20 @@ use redis::{
 use super::{reconnect::CONNECT_TIMEOUT, settings::RedisSettings};
 use crate::base::secret::Secret;
 
-/// Opens connections to Redis. [`RedisSettings`] is the implementation of the server.
+/// Opens connections to Redis. The server uses the implementation for [`RedisSettings`].
 #[async_trait]
 pub trait Link: Send + Sync + 'static {
     /// Connects and waits for a first reply. The caller sets the timeout.
     ///
     /// # Errors
-    /// The error of Redis or of the network.
+    /// Returns the error of Redis or of the network.
     async fn connect(&self) -> Result<RedisConnection, RedisError>;
 
-    /// Opens a connection that can subscribe. If there are several addresses, each `turn` uses the next one.
+    /// Opens a connection for a subscription. If there are several addresses, `turn` selects one of them, so that
+    /// successive turns use successive addresses.
     ///
     /// # Errors
-    /// As [`Self::connect`].
+    /// Returns the same errors as [`Self::connect`].
     async fn subscriber(&self, turn: usize) -> Result<PubSub, RedisError>;
 }
 
@@ -49,12 +50,12 @@ impl<L: Link + ?Sized> Link for Arc<L> {
 pub enum RedisConnection {
     /// A connection to one server.
     Server(MultiplexedConnection),
-    /// Connections to all nodes of a Cluster; follows `MOVED` and `ASK`, and reconnects to nodes that were lost.
+    /// Connections to all nodes of a Cluster. The client follows `MOVED` and `ASK`, and reconnects to lost nodes.
     Cluster(ClusterConnection),
 }
 
 impl RedisConnection {
-    /// Sends `command` and waits for the reply, without a timeout: the caller sets one.
+    /// Sends `command` and waits for the reply. The caller sets the timeout.
     pub(crate) async fn send<T: FromRedisValue>(&mut self, command: &Cmd) -> Result<T, RedisError> {
         match self {
             Self::Server(connection) => command.query_async(connection).await,
@@ -62,20 +63,21 @@ impl RedisConnection {
         }
     }
 
-    /// Sends a PING; in a Cluster, to every master.
+    /// Sends a PING to the server, or to every master of a Cluster.
     pub(crate) async fn ping(&mut self) -> Result<(), RedisError> {
         self.send(&redis::cmd("PING")).await
     }
 }
 
-/// Timeout for connecting to a node of a Cluster, and for its reply. It is short, so that a node that hangs leaves time
-/// to connect to the other nodes.
+/// Timeout for connecting to a node of a Cluster, and for each reply of a node. It is short, so that a node that hangs
+/// leaves enough time to connect to the other nodes.
 const NODE_TIMEOUT: Duration = Duration::from_millis(500);
-// The client waits for a node that hangs twice: as one of the configured nodes, and as one that another node lists.
+// The client waits twice for a node that hangs: first because the settings list the node, then because another node
+// lists it.
 const _: () = assert!(NODE_TIMEOUT.as_millis() * 4 <= CONNECT_TIMEOUT.as_millis());
-/// The number of times that the client sends a command again within a Cluster, after `MOVED`, `ASK` or a broken
-/// connection. `redis.timeout` limits how long the caller waits, but not the client: with more retries, commands could
-/// pile up.
+/// The maximum number of times that the client repeats a command within a Cluster, after `MOVED`, `ASK` or a broken
+/// connection. `redis.timeout` limits how long the caller waits, but the client continues to repeat the command. With a
+/// higher limit, commands could pile up.
 const REDIRECTS_MAX: u32 = 3;
 
 #[async_trait]
@@ -89,7 +91,7 @@ impl Link for RedisSettings {
             let client = server(self, 0).await?;
             RedisConnection::Server(client.get_multiplexed_async_connection_with_config(&config).await?)
         };
-        // A server that requires a password reports that only in reply to a command.
+        // A server that requires a password reports a missing or wrong password only in reply to a command.
         connection.ping().await?;
         Ok(connection)
     }
@@ -100,7 +102,7 @@ impl Link for RedisSettings {
     }
 }
 
-/// The current values of the settings, including those from files.
+/// The current values of the settings, including the values read from files.
 struct SecretFiles {
     servers: Vec<ConnectionInfo>,
     certificates: Option<TlsCertificates>,
@@ -114,14 +116,15 @@ impl SecretFiles {
         Ok(Self { servers: servers(settings)?, certificates: certificates(settings)?, sentinel_password })
     }
 
-    /// Reads the files on another thread, because reading can block for long on a network filesystem.
+    /// Reads the files on another thread, because a read can block for a long time on a network file system.
     async fn of(settings: &RedisSettings) -> Result<Self, RedisError> {
         let settings = settings.clone();
         tokio::task::spawn_blocking(move || Self::read(&settings)).await.map_err(io::Error::from)?
     }
 }
 
-/// A client for the single server, for the master that the Sentinels name now, or for the `turn`-th node of a Cluster.
+/// Creates a client for the single server, for the master that the Sentinels name now, or for the `turn`-th node of a
+/// Cluster.
 async fn server(settings: &RedisSettings, turn: usize) -> Result<Client, RedisError> {
     let mut files = SecretFiles::of(settings).await?;
     if let Some(name) = &settings.sentinel_master {
@@ -138,7 +141,7 @@ async fn master(name: &str, files: SecretFiles) -> Result<Client, RedisError> {
     let sentinels = &files.servers;
     let addresses = sentinels.iter().map(|sentinel| sentinel.addr().clone());
     let mut builder = SentinelClientBuilder::new(addresses, name, SentinelServerType::Master)?;
-    let first = &sentinels[0]; // `servers` returns at least one
+    let first = &sentinels[0]; // `servers` returns at least one server
     let redis = first.redis_settings();
     builder = builder.set_client_to_redis_protocol(redis.protocol()).set_client_to_redis_db(redis.db());
     if let Some(user) = redis.username() {
@@ -172,7 +175,7 @@ fn cluster(files: SecretFiles) -> Result<ClusterClient, RedisError> {
     }
 }
 
-/// The servers in `redis.url` or its file now, with the password; at least one.
+/// Returns the servers (at least one) that `redis.url` or its file lists now, with the password.
 pub(crate) fn servers(settings: &RedisSettings) -> Result<Vec<ConnectionInfo>, RedisError> {
     let urls = match &settings.url_file {
         Some(file) => urls_in(&Secret::read_text(file)?),
@@ -180,7 +183,7 @@ pub(crate) fn servers(settings: &RedisSettings) -> Result<Vec<ConnectionInfo>, R
     };
     let password = secret(settings.password.as_ref(), settings.password_file.as_deref())?;
     let servers = urls.iter().map(|url| {
-        // The parser's own message can quote the URL, which may contain a password.
+        // Do not use the parser's message: it can quote the URL, which may contain a password.
         let info = url.expose().into_connection_info().map_err(|_| invalid("redis.url is not a Redis URL"))?;
         let Some(password) = &password else { return Ok(info) };
         let redis = info.redis_settings().clone().set_password(password.expose());
@@ -196,7 +199,7 @@ pub(crate) fn servers(settings: &RedisSettings) -> Result<Vec<ConnectionInfo>, R
 
 const SEVERAL: &str = "redis.url contains several URLs: set redis.sentinel_master or redis.cluster";
 
-/// The URLs in a file: one per line, or separated by commas, as in an environment variable.
+/// Returns the URLs in the text of a file: one URL per line, or separated by commas, as in an environment variable.
 fn urls_in(text: &Secret) -> Vec<Secret> {
     let urls = text.expose().split(['\n', ',']).map(str::trim).filter(|url| !url.is_empty());
     urls.map(|url| Secret::new(url.to_owned())).collect()

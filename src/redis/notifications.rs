@@ -1,6 +1,8 @@
-//! Notifications through Redis: a replica notifies the others that the database has a new version, and they poll.
+//! Notifications through Redis: a replica notifies the other replicas that the database has a new version, and the
+//! other replicas then poll.
 //!
-//! The content of a notification is ignored. If one is lost, the replicas learn of the change with their next poll.
+//! The content of a notification is ignored. If a notification is lost, the replicas see the change at their next
+//! regular poll.
 
 use futures_util::StreamExt as _;
 use redis::{RedisError, aio::PubSub};
@@ -12,15 +14,15 @@ use super::{
     reconnect::{Attempts, PING_INTERVAL, timed_out},
 };
 
-/// The channel of the notifications. A message that is published in a Cluster reaches all nodes.
+/// The channel of the notifications. In a Cluster, a published message reaches all nodes.
 pub(crate) const CHANNEL: &str = "trustgate:hints";
 
-/// Subscribes on a dedicated connection until `stop`. Calls `on_notification` for each notification, and after each
-/// connect, because earlier notifications were missed. `on_notification` must not block.
+/// Subscribes on a dedicated connection until `stop` is cancelled. Calls `on_notification` for each notification, and
+/// after each connect, because notifications may have been missed before. `on_notification` must not block.
 pub async fn listen(link: impl Link, on_notification: impl Fn() + Send + Sync, stop: CancellationToken) {
     let listening = async {
         let mut attempts = Attempts::new(" for notifications");
-        // Each attempt uses the next node of a Cluster, so that it skips a node that is down.
+        // In a Cluster, each attempt uses the next node, so that a node that is down is skipped.
         for turn in 0_usize.. {
             let Some(subscriber) = attempts.make(Box::pin(subscribe(&link, turn))).await else { continue };
             on_notification();
@@ -37,7 +39,7 @@ async fn subscribe(link: &impl Link, turn: usize) -> Result<PubSub, RedisError> 
     Ok(subscriber)
 }
 
-/// Calls `on_notification` for each notification until the connection fails; returns the error.
+/// Calls `on_notification` for each notification until the connection fails. Returns the error.
 async fn receive(subscriber: PubSub, on_notification: &(impl Fn() + Sync)) -> RedisError {
     let (mut sender, mut notifications) = subscriber.split();
     let until_ping_fails = async {

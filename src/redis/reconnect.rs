@@ -5,30 +5,32 @@ use std::time::Duration;
 use redis::RedisError;
 use tokio::time::{sleep, timeout};
 
-/// Timeout of a connect, including the search for the master or the nodes, TLS, authentication and a first reply.
+/// Timeout of one connection attempt, including the search for the master or the nodes, TLS, authentication and a first
+/// reply.
 pub(crate) const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
-/// The interval between two PINGs on a connection, and the timeout of each.
+/// The interval between two PINGs on a connection, and the timeout of each PING.
 pub(crate) const PING_INTERVAL: Duration = Duration::from_secs(1);
-/// The first back-off after a failed connect or a broken connection; it doubles up to [`PING_INTERVAL`].
+/// The first back-off after a failed attempt or a broken connection. The back-off doubles up to [`PING_INTERVAL`].
 const RECONNECT_WAIT: Duration = Duration::from_millis(50);
 
-/// Attempts to connect, each with a timeout, and with a back-off after a failure. The log shows a change of state once.
+/// Makes connection attempts, each with a timeout, and with a back-off after a failure. Logs only changes: the first
+/// failure in a row, and a new connection.
 pub(crate) struct Attempts {
     purpose: &'static str,
     wait: Option<Duration>,
     was_down: bool,
-    /// True if the next connection replaces a working one whose node refused commands. The log shows the refusals, so
-    /// it does not show the new connection.
+    /// True if the next connection replaces a working connection whose node refused commands. The refusals are in the
+    /// log already, so the new connection is not logged.
     is_replacement: bool,
 }
 
 impl Attempts {
-    /// The state before the first attempt. `purpose` follows "redis connection" in the log.
+    /// Creates the state before the first attempt. `purpose` is the text that follows "redis connection" in the log.
     pub(crate) const fn new(purpose: &'static str) -> Self {
         Self { purpose, wait: None, was_down: false, is_replacement: false }
     }
 
-    /// Makes one attempt, after the back-off that the previous result requires. Returns `None` if it fails.
+    /// Makes one attempt, after the back-off that the previous result requires. Returns `None` if the attempt fails.
     pub(crate) async fn make<C>(&mut self, connect: impl Future<Output = Result<C, RedisError>>) -> Option<C> {
         let purpose = self.purpose;
         if let Some(wait) = self.wait {
@@ -44,7 +46,7 @@ impl Attempts {
             }
             Err(error) => {
                 if !self.was_down {
-                    tracing::warn!(%error, "redis connection{purpose} failed; trying again in the background");
+                    tracing::warn!(%error, "redis connection{purpose} failed; retrying in the background");
                 }
                 self.wait = Some(self.wait.map_or(RECONNECT_WAIT, |wait| (wait * 2).min(PING_INTERVAL)));
                 self.was_down = true;
@@ -53,19 +55,19 @@ impl Attempts {
         }
     }
 
-    /// Records that the connection broke.
+    /// Logs that the connection broke, and starts the back-off.
     pub(crate) fn broke(&mut self, error: &RedisError) {
-        tracing::warn!(%error, "redis connection{} broke; connecting again", self.purpose);
+        tracing::warn!(%error, "redis connection{} broke; reconnecting", self.purpose);
         self.wait = Some(RECONNECT_WAIT);
     }
 
-    /// Records that the connection was closed and that a new connection will replace it.
+    /// Starts the back-off after the caller has closed the connection in order to replace it.
     pub(crate) fn replaced(&mut self) {
         (self.wait, self.is_replacement) = (Some(RECONNECT_WAIT), true);
     }
 }
 
-/// The error of a command or connect that took too long.
+/// Returns the error for a command or connection attempt that timed out.
 pub(crate) fn timed_out() -> RedisError {
     std::io::Error::from(std::io::ErrorKind::TimedOut).into()
 }

@@ -1,8 +1,8 @@
-//! Sealed values: the form of data in Redis that only holders of the MAC key can write.
+//! Sealed values: the format of data in Redis that only programs with the MAC key can write.
 //!
 //! A sealed value consists of the layout (1 byte), a MAC (32 bytes) and the body. The MAC is HMAC-SHA-256 over the
-//! layout, the kind, the name under which Redis has the value, and the body. So a client that can write to Redis but
-//! lacks the MAC key can neither make a value nor move one to another name or kind.
+//! layout, the kind, the name and the body. So a client that can write to Redis but lacks the MAC key can neither
+//! create a value nor move a value to another name or kind.
 
 use std::sync::{Arc, OnceLock};
 
@@ -11,24 +11,24 @@ use sha2::Sha256;
 
 use crate::base::saturate::Saturate as _;
 
-/// The MAC key. It comes from a file, or from the store once that has answered.
+/// The MAC key. It comes from a file, or from the store once the store has answered.
 pub type MacKey = Arc<OnceLock<[u8; 32]>>;
 
 /// The length of a sealed value with an empty body, in bytes.
 pub(crate) const SEALED_BYTES_MIN: usize = 1 + MAC_BYTES;
 const MAC_BYTES: usize = 32;
 
-/// The envelope of one kind of sealed values.
+/// The part of a sealed value that all values of one kind share.
 #[derive(Clone, Copy)]
 pub(crate) struct Envelope<'k> {
-    /// The layout of bodies. A value with another layout does not open.
+    /// The version of the format of the body. A value with another layout does not open.
     pub(crate) layout: u8,
-    /// The kind, of at most 255 bytes. Two kinds of values that share a MAC key must differ in it.
+    /// The kind of value, at most 255 bytes long. Kinds that share a MAC key must have different names.
     pub(crate) kind: &'k str,
 }
 
 impl Envelope<'_> {
-    /// Seals the body that `write_body` appends, under `name`.
+    /// Seals the body that `write_body` appends, and returns the value to store under `name`.
     pub(crate) fn seal(self, mac_key: &[u8; 32], name: Name<'_>, write_body: impl FnOnce(&mut Vec<u8>)) -> Vec<u8> {
         let mut bytes = vec![self.layout];
         bytes.resize(SEALED_BYTES_MIN, 0);
@@ -38,7 +38,8 @@ impl Envelope<'_> {
         bytes
     }
 
-    /// The body of `value`; `None` unless it was sealed with this MAC key, under this name and in this envelope.
+    /// Returns the body of `value`, or `None` unless the value was sealed with this MAC key, under this name and in
+    /// this envelope.
     pub(crate) fn open<'v>(self, mac_key: &[u8; 32], name: Name<'_>, value: &'v [u8]) -> Option<&'v [u8]> {
         let ([layout], rest) = value.split_first_chunk()?;
         let (mac, body) = rest.split_first_chunk::<MAC_BYTES>()?;
@@ -46,8 +47,8 @@ impl Envelope<'_> {
         is_genuine.then_some(body)
     }
 
-    /// The length before the kind, and before a name whose length varies, keeps two inputs from producing the same
-    /// bytes.
+    /// Computes the MAC. The kind, and a name whose length varies, are preceded by their length, so that two different
+    /// inputs do not produce the same bytes.
     fn mac(self, mac_key: &[u8; 32], name: Name<'_>, body: &[u8]) -> Hmac<Sha256> {
         let mac = Hmac::<Sha256>::new_from_slice(mac_key)
             .unwrap_or_else(|_| unreachable!("HMAC takes a key of any length (RFC 2104)"))
@@ -61,12 +62,12 @@ impl Envelope<'_> {
     }
 }
 
-/// The name under which Redis has a value.
+/// The name of a value, which the MAC covers.
 #[derive(Clone, Copy)]
 pub(crate) enum Name<'n> {
-    /// All names of the kind have the same length.
+    /// All names of this kind have the same length.
     Fixed(&'n [u8]),
-    /// The lengths of names vary, up to 255 bytes.
+    /// The lengths of the names vary, up to 255 bytes.
     Varying(&'n str),
 }
 
@@ -78,7 +79,7 @@ mod tests {
     const ENVELOPE: Envelope<'_> = Envelope { layout: 1, kind: "kind" };
 
     #[test]
-    fn value_opens_only_unchanged_in_its_envelope_under_its_name_and_mac_key() {
+    fn value_opens_only_if_unchanged_and_in_its_envelope_under_its_name_and_mac_key() {
         let name = Name::Varying("name");
         let sealed = ENVELOPE.seal(&MAC_KEY, name, |body| body.extend(b"body"));
         assert_eq!(ENVELOPE.open(&MAC_KEY, name, &sealed), Some(&b"body"[..]));
@@ -97,9 +98,9 @@ mod tests {
         }
     }
 
-    /// Replicas of two releases share values, so the bytes must stay the same.
+    /// Replicas of different releases share values, so the bytes must stay the same.
     #[test]
-    fn sealed_bytes_are_those_of_earlier_releases() {
+    fn sealed_bytes_match_those_of_earlier_releases() {
         let hex = |value: Vec<u8>| crate::record::hex(&value);
         let varying = ENVELOPE.seal(&MAC_KEY, Name::Varying("name"), |body| body.extend(b"body"));
         assert_eq!(hex(varying), "01403271eb280d0b81519b85673cb16417e2d0a2a1aa30a94c38207c5718be9693626f6479");

@@ -12,56 +12,57 @@ use crate::{
 };
 
 crate::settings! {
-    /// Redis or Valkey, shared between replicas: a single server, the master that Sentinels name, or a Cluster. Without
-    /// it, every replica reads from the database itself. The Redis user needs the keys `~trustgate:*`, the channel
-    /// `&trustgate:hints` and the commands `+ping +getrange +set +unlink +eval +evalsha +publish +subscribe`. Add for
-    /// the deny list `+time +hlen +hkeys +hstrlen +hget`; for the user that runs `trustgate deny` also `+hset +hdel`;
-    /// for Sentinels `+role`; for a Cluster `+cluster|slots +asking`; for a database other than 0 `+select`.
+    /// The Redis or Valkey that the replicas share: a single server, the master that Sentinels name, or a Cluster.
+    /// Without Redis, each replica loads all records from the database. The Redis user needs the keys `~trustgate:*`,
+    /// the channel `&trustgate:hints` and the commands
+    /// `+ping +getrange +set +unlink +eval +evalsha +publish +subscribe`. Also grant
+    /// `+time +hlen +hkeys +hstrlen +hget` for the deny list, `+hset +hdel` to the user that runs `trustgate deny`,
+    /// `+role` for Sentinels, `+cluster|slots +asking` for a Cluster, and `+select` for a database other than 0.
     pub struct RedisSettings in "redis" {
         /// URL of Redis: `redis://user@host:6379/0`, or `rediss://` for TLS. Append `?protocol=resp3` to use RESP3
-        /// instead of RESP2. For Sentinels or a Cluster, list the URLs of the Sentinels or of the nodes; one that
-        /// answers is enough. Unset: Redis is not used.
+        /// instead of RESP2. For Sentinels or a Cluster, list the URLs of the Sentinels or of the nodes; it is enough
+        /// if one of them answers. Unset: Redis is not used.
         url: Vec<Secret> = "",
-        /// File that contains the URL, or several URLs, one per line, instead of `url`. It is read again at each
-        /// connect.
+        /// File that contains the URL, or several URLs, one per line. Replaces `url`. The server reads the file again
+        /// at each connect.
         url_file: Option<PathBuf> = "",
-        /// Password for Redis, if the URL contains none.
+        /// Password for Redis, if the URL does not contain one.
         password: Option<Secret> = "",
-        /// File that contains the password, instead of `password`. It is read again at each connect.
+        /// File that contains the password. Replaces `password`. The server reads the file again at each connect.
         password_file: Option<PathBuf> = "",
-        /// Name of the master, as the Sentinels know it. `redis.url` then lists the Sentinels with their port
-        /// (usually 26379); the user, password, database and protocol in the first URL are those of the master; TLS
+        /// Name of the master in the configuration of the Sentinels. `redis.url` then lists the Sentinels with their
+        /// port (usually 26379). The user, password, database and protocol in the first URL apply to the master. TLS
         /// applies to the master and the Sentinels. Unset: no Sentinels.
         sentinel_master: Option<String> = "",
         /// Password for the Sentinels, if they require one.
         sentinel_password: Option<Secret> = "",
-        /// File that contains the password for the Sentinels, instead of `sentinel_password`. It is read again at each
-        /// connect.
+        /// File that contains the password for the Sentinels. Replaces `sentinel_password`. The server reads the file
+        /// again at each connect.
         sentinel_password_file: Option<PathBuf> = "",
         /// Set to `true` if the servers in `redis.url` are nodes of a Cluster.
         cluster: bool = "false",
-        /// File that contains a key of 32 bytes (or 64 hexadecimal digits), which authenticates cached values and the
-        /// deny list in Redis. All replicas need the same key. The server reads the file once, at startup. To change
-        /// the key, save the output of `trustgate deny list`, restart every replica with the new key, and add the
-        /// entries again. Unset: the key that the first migration stored in the database.
+        /// File that contains the MAC key: 32 bytes, or 64 hexadecimal digits. The MAC key authenticates cached values
+        /// and the deny list in Redis. All replicas need the same key. The server reads the file once, at startup. To
+        /// change the key, save the output of `trustgate deny list`, restart every replica with the new key, and add
+        /// the deny list entries again. Unset: the key that the first migration stored in the database.
         mac_key_file: Option<PathBuf> = "",
-        /// PEM file with the certificate authorities to trust for TLS. The certificates must match the host names or
-        /// addresses in `redis.url`, and those that Sentinels or Cluster nodes announce. Unset: the authorities of the
-        /// system.
+        /// PEM file with the certificate authorities to trust for TLS. The certificates of the servers must match the
+        /// host names or addresses in `redis.url`, and those that Sentinels or Cluster nodes announce. Unset: the
+        /// certificate authorities of the operating system.
         ca_file: Option<PathBuf> = "",
-        /// Timeout of one command. After it, trustgate reads from the database instead. Together with
-        /// `store.read_timeout` it must fit into `decision.deadline`.
+        /// Timeout of one command. If a command times out, trustgate reads from the database instead. The sum of
+        /// `redis.timeout` and `store.read_timeout` must not exceed `decision.deadline`.
         timeout: Duration = "20ms",
-        /// Consecutive failures after which the circuit breaker of Redis opens: trustgate then does not use Redis.
-        /// Concurrent failures count as one.
+        /// Consecutive failures after which the circuit breaker of Redis opens. While it is open, trustgate does not
+        /// use Redis. Concurrent failures count as one.
         breaker_failures: u32 = "5",
-        /// The time that the circuit breaker stays open. After that, one command tries Redis again.
+        /// The time for which the circuit breaker stays open. After that, one command tries Redis again.
         breaker_open: Duration = "500ms",
     }
 }
 
 impl RedisSettings {
-    /// True if Redis is configured.
+    /// Returns true if Redis is configured.
     #[must_use]
     pub const fn is_configured(&self) -> bool {
         !self.url.is_empty() || self.url_file.is_some()
@@ -71,7 +72,7 @@ impl RedisSettings {
 /// Reads the MAC key from the file at `path`: 32 bytes, or 64 hexadecimal digits.
 ///
 /// # Errors
-/// The file cannot be read, or has other content.
+/// Returns an error if the file cannot be read or has other content.
 pub(crate) fn read_mac_key(path: &Path) -> io::Result<[u8; 32]> {
     let bytes = fs::read(path)?;
     let from_hex = || bytes_from_hex(text::decode(&bytes).ok()?.trim());

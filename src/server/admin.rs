@@ -1,8 +1,8 @@
 //! The admin listener: metrics and probes, over HTTP/1.
 //!
-//! The listener has its own thread, so that it answers while the workers are busy. It lists no keys and changes
-//! nothing. Its connections, requests and times are limited, so that unfinished requests can neither exhaust memory and
-//! file descriptors nor delay the shutdown.
+//! The listener has its own thread, so that it answers even while the workers are busy. It exposes no keys and changes
+//! nothing. The number of connections, the size of requests and the time for each request are limited, so that
+//! unfinished requests can neither exhaust memory and file descriptors nor delay the shutdown.
 
 use std::{collections::VecDeque, convert::Infallible, net::SocketAddr, sync::Arc, time::Duration};
 
@@ -36,39 +36,39 @@ crate::settings! {
     }
 }
 
-/// Maximum number of open connections. One more closes the oldest, so that unfinished requests cannot keep a probe out.
+/// Maximum number of open connections. A further connection closes the oldest one, so that unfinished requests cannot
+/// block a probe.
 const CONNECTIONS_MAX: usize = 64;
-/// Timeout for the arrival of a request's head.
+/// Timeout for receiving the head of a request.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(2);
 /// Timeout for a whole connection, which serves one request. A scrape takes a few milliseconds.
 const CONNECTION_TIMEOUT: Duration = Duration::from_secs(10);
 /// Maximum size of a request's head, in bytes. Hyper accepts no smaller limit.
 const HEAD_BYTES_MAX: usize = 8 << 10;
-/// Wait after a failed accept (out of file descriptors, for example).
+/// Wait after a failed accept, for example because the process has no free file descriptor.
 const ACCEPT_WAIT: Duration = Duration::from_secs(1);
-/// The interval at which failed accepts are logged: a shortage of file descriptors can last for hours.
+/// Minimum interval between log lines about failed accepts, because a shortage of file descriptors can last for hours.
 const FAILURE_LOG_INTERVAL: Duration = Duration::from_mins(1);
 
-/// What the admin listener exposes.
+/// The data that the admin listener exposes.
 pub(crate) struct Admin {
     /// All metrics.
     pub registry: Registry,
-    /// Called before each scrape.
+    /// A function that is called before each scrape.
     pub before_scrape: Box<dyn Fn() + Send + Sync>,
     /// Answers readiness probes.
     pub readiness: Box<dyn Readiness>,
-    /// The clock.
     pub clock: Arc<dyn Clock>,
 }
 
-/// Decides whether this process is ready for work.
+/// Reports whether this process is ready.
 #[async_trait]
 pub(crate) trait Readiness: Send + Sync {
-    /// Examines this process. Returns whether it is ready, and the details as text for people.
+    /// Returns true if this process is ready, and a text with details for people.
     async fn examine(&self) -> (bool, String);
 }
 
-/// Serves `listener` until `stop`, then closes its connections.
+/// Serves `listener` until `stop` is cancelled, then closes the connections.
 pub(crate) async fn run(listener: TcpListener, admin: Arc<Admin>, stop: CancellationToken) {
     let mut connections = JoinSet::new();
     let mut open = VecDeque::<AbortHandle>::new();
@@ -88,7 +88,7 @@ pub(crate) async fn run(listener: TcpListener, admin: Arc<Admin>, stop: Cancella
                 }
                 Err(error) => {
                     if let Some(suppressed) = failures.permit(admin.clock.now()) {
-                        tracing::warn!(%error, suppressed, "admin accept failed; trying again in {ACCEPT_WAIT:?}");
+                        tracing::warn!(%error, suppressed, "admin accept failed: trying again in {ACCEPT_WAIT:?}");
                     }
                     sleep(ACCEPT_WAIT).await;
                 }
@@ -96,11 +96,11 @@ pub(crate) async fn run(listener: TcpListener, admin: Arc<Admin>, stop: Cancella
         }
     };
     stop.run_until_cancelled(accepting).await;
-    // The connections that are still open wait for slow callers, so do not wait for them.
+    // Abort the connections that are still open, because they may wait for slow clients.
     connections.shutdown().await;
 }
 
-/// Serves one request. Errors of the connection are not logged: the caller causes them.
+/// Serves one request. Errors of the connection are not logged, because the client causes them.
 async fn serve(stream: TcpStream, admin: Arc<Admin>) {
     let service = service_fn(move |request: Request<Incoming>| {
         let admin = Arc::clone(&admin);

@@ -7,17 +7,17 @@ use crate::{
     store::StoreError,
 };
 
-/// Why the server did not start, ended before it was asked to, or did not shut down in order.
+/// Why the server did not start, ended without a signal, or did not shut down gracefully.
 #[derive(Debug, thiserror::Error)]
 pub enum AppError {
     /// A listener cannot be bound.
     #[error("cannot listen on {address} ({setting}{}): {source}", set_in(origin.as_deref()))]
     Listen {
-        /// The address.
+        /// The address that cannot be bound.
         address: ListenAddress,
         /// The setting that contains the address.
         setting: &'static str,
-        /// The file and line, or the variable, that sets it.
+        /// The file and line, or the environment variable, that sets the address.
         origin: Option<String>,
         /// The error of the operating system.
         source: io::Error,
@@ -42,12 +42,12 @@ pub enum AppError {
     /// The database cannot be used, and retrying would not help.
     #[error("{place}: {source}")]
     Store {
-        /// The database, in words.
+        /// A description of the database for people.
         place: String,
-        /// The problem.
+        /// The problem with the database.
         source: StoreError,
     },
-    /// The operating system refused something.
+    /// The operating system returned an error during startup.
     #[error("cannot start: {0}")]
     Start(#[from] io::Error),
     /// Two metrics have the same name: a bug in the program.
@@ -59,8 +59,8 @@ pub enum AppError {
     /// Calls in flight did not end within `limits.drain_grace`.
     #[error("grace period exceeded: {0} connections did not end within limits.drain_grace and were closed")]
     GraceExceeded(usize),
-    /// A second signal came while the server stopped.
-    #[error("shutdown forced: a second signal ended the server before calls in flight were done")]
+    /// A second signal arrived during the shutdown.
+    #[error("shutdown forced: a second signal arrived before the calls in flight had finished")]
     Forced,
 }
 

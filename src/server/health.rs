@@ -16,10 +16,11 @@ use crate::{ext_authz::framing, freshness::ReplicaState};
 /// The health service that is `SERVING` only while the server is ready and its lease is fresh.
 const FRESH: &str = "trustgate.fresh";
 
-/// Maximum size of a health check's message, in bytes. The message contains the name of a service.
+/// Maximum size of a health check request, in bytes. The request contains only the name of a service.
 const HEALTH_MESSAGE_BYTES_MAX: usize = 512;
 
-/// The gRPC health service (`grpc.health.v1`), which starts as `NOT_SERVING`: tonic's default is `SERVING`.
+/// Creates the gRPC health service (`grpc.health.v1`). Its initial status is `NOT_SERVING`, because tonic's default is
+/// `SERVING`.
 pub(crate) async fn health() -> (Routes, HealthReporter) {
     let (reporter, server) = tonic_health::server::health_reporter();
     for service in ["", framing::SERVICE, FRESH] {
@@ -29,8 +30,8 @@ pub(crate) async fn health() -> (Routes, HealthReporter) {
     (Routes::new(server).prepare(), reporter)
 }
 
-/// Publishes every change of the phase, the pepper and the lease to health checks, until `stop`. Makes the server ready
-/// when the database has confirmed its state and the pepper matches.
+/// Publishes every change of the phase, the pepper and the lease to health checks, until `stop` is cancelled. Makes the
+/// server ready as soon as a poll has confirmed the replica state and the pepper matches.
 pub(crate) async fn announce(
     replica_state: Arc<ReplicaState>,
     mut fresh: watch::Receiver<bool>,

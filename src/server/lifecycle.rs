@@ -1,8 +1,8 @@
-//! The phases of the server's life, from its start to its shutdown.
+//! The phases of the server from start to shutdown.
 
 use tokio::sync::watch;
 
-/// The phases of a server's life, in order.
+/// The phases of the server, in order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Phase {
     /// Listening, but the database has not answered yet: not ready.
@@ -16,7 +16,7 @@ pub(crate) enum Phase {
 }
 
 impl Phase {
-    /// The word for `/readyz` and logs.
+    /// Returns the name of the phase for `/readyz`.
     #[must_use]
     pub(crate) const fn as_str(self) -> &'static str {
         match self {
@@ -28,7 +28,7 @@ impl Phase {
     }
 }
 
-/// The current phase, shared between the tasks that set it and those that watch it. It only moves forward.
+/// The current phase, which several tasks share. The phase only moves forward.
 #[derive(Clone)]
 pub(crate) struct Life(watch::Sender<Phase>);
 
@@ -39,13 +39,13 @@ impl Default for Life {
 }
 
 impl Life {
-    /// The current phase.
+    /// Returns the current phase.
     #[must_use]
     pub(crate) fn phase(&self) -> Phase {
         *self.0.borrow()
     }
 
-    /// Advances to `phase`, unless the server has reached it already.
+    /// Advances to `phase`, unless the server has already reached that phase.
     pub(crate) fn advance(&self, phase: Phase) {
         self.0.send_if_modified(|now| {
             let forward = phase > *now;
@@ -63,11 +63,11 @@ impl Life {
     }
 }
 
-/// The time that the server continues to serve, not ready, before the shutdown closes anything.
+/// How long the server reports not ready but still serves new calls, before the shutdown closes the listeners.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Delay {
-    /// For `limits.drain_delay`, in which Envoy finds out and sends new calls elsewhere.
+    /// For `limits.drain_delay`, so that Envoy can notice that the server is not ready and send new calls elsewhere.
     Full,
-    /// Not at all: an operator waits at a terminal, or a task of the server has failed.
+    /// No delay, because an operator waits at a terminal or a task of the server has failed.
     None,
 }

@@ -11,10 +11,10 @@ use crate::grpc::Service;
 /// Minimum time between two trims.
 const INTERVAL: Duration = Duration::from_secs(10);
 /// Minimum number of closed connections between two trims. A trim locks the allocator, which delays cache misses that
-/// allocate.
+/// allocate memory.
 const CONNECTIONS_MIN: u64 = 16;
 
-/// Trims the heap when enough connections have closed, until `stop`.
+/// Trims the heap whenever enough connections have closed, until `stop` is cancelled.
 pub(crate) async fn give_back(service: Arc<Service>, stop: CancellationToken) -> Result<(), AppError> {
     let giving = async {
         let mut seen = 0;

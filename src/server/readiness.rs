@@ -1,4 +1,4 @@
-//! Readiness of the server: what `/readyz` reports.
+//! The readiness of the server, which `/readyz` reports.
 
 use std::{sync::Arc, time::Duration};
 
@@ -15,16 +15,14 @@ use crate::{
     freshness::{ReplicaState, lease::LeaseState, poll::PollMetrics},
 };
 
-/// Timeout for all workers together to answer a readiness probe.
+/// Timeout within which all workers must answer a readiness probe.
 const PROBE_TIMEOUT: Duration = Duration::from_millis(250);
 
 /// The state that decides whether the server is ready.
 pub(crate) struct ServerReadiness {
-    /// The phase of the server's life.
+    /// The phase of the server.
     pub(crate) life: Life,
-    /// The replica state.
     pub(crate) replica_state: Arc<ReplicaState>,
-    /// The clock.
     pub(crate) clock: Arc<dyn Clock>,
     /// The metrics of the poll, which show whether the database answers.
     pub(crate) poll: PollMetrics,
@@ -36,7 +34,7 @@ pub(crate) struct ServerReadiness {
 impl Readiness for ServerReadiness {
     /// The server is ready from the first confirmed poll until the drain, if the workers respond and this server has
     /// the recorded pepper. It stays ready while the database or Redis is down: otherwise Envoy would lose all replicas
-    /// at once. The details show what is unavailable.
+    /// at once. The returned details show which part is unavailable.
     async fn examine(&self) -> (bool, String) {
         let phase = self.life.phase();
         let probes = self.workers.iter().map(|worker| worker.spawn(async {}));
@@ -53,7 +51,7 @@ impl Readiness for ServerReadiness {
         };
         let fits = self.replica_state.pepper.fits();
         let serving = if answers { "ok" } else { "does not answer" };
-        // The first poll compares the peppers.
+        // The first poll compares the peppers, so there is no result before that poll.
         let pepper = match (fits, self.replica_state.is_confirmed()) {
             (true, _) => "ok",
             (false, true) => "mismatch with the database; both fingerprints are in the log",

@@ -51,11 +51,11 @@ use crate::{
 pub struct ReplicaDeps {
     /// The database.
     pub source: Arc<dyn Source>,
-    /// The database in words, for messages.
+    /// A description of the database for messages.
     pub place: String,
     /// Connects to Redis; `None` if Redis is not used.
     pub redis: Option<Arc<dyn Link>>,
-    /// The clock.
+    /// The clock that the replica reads.
     pub clock: Arc<dyn Clock>,
     /// The id of the replica, which is new at each start.
     pub id: Uuid,
@@ -73,9 +73,9 @@ pub struct ReplicaDeps {
 pub struct Replica {
     /// Decides checks.
     pub checker: Arc<Checker>,
-    /// Finds records.
+    /// Loads and caches the records of keys.
     pub cache: Arc<Cache<ApiKey>>,
-    /// The replica state.
+    /// The replica state, which the poll updates.
     pub replica_state: Arc<ReplicaState>,
     /// The metrics of the poll.
     pub poll: PollMetrics,
@@ -83,7 +83,7 @@ pub struct Replica {
     pub fresh: watch::Receiver<bool>,
 }
 
-/// Tasks that run until the server stops, each with a name. If a task ends earlier, the server ends.
+/// The named tasks that run until the server stops. If a task ends earlier, the server stops.
 #[derive(Default)]
 pub struct Tasks {
     running: JoinSet<Result<(), AppError>>,
@@ -102,7 +102,7 @@ impl Tasks {
         self.names.insert(task.id(), name);
     }
 
-    /// Returns the name and the result of the next task that ends; `None` once there is no task left.
+    /// Waits for the next task to end, and returns the name and the result of that task; `None` if no task is left.
     ///
     /// # Cancel safety
     /// Safe: no task is lost.
@@ -117,17 +117,18 @@ impl Tasks {
 }
 
 impl Replica {
-    /// Starts a replica. Its background tasks are added to `tasks`, and end at `deps.stop`.
+    /// Starts a replica. Adds the background tasks of the replica to `tasks`. The tasks end when `deps.stop` is
+    /// cancelled.
     ///
     /// # Errors
-    /// If the file of a secret or of the deny list cannot be read.
+    /// If a secret file or the file of the deny list cannot be read.
     pub fn start(config: &Config, deps: ReplicaDeps, registry: &Registry, tasks: &mut Tasks) -> Result<Self, AppError> {
         let ReplicaDeps { source, place, redis, clock, id, name, io, poll: poll_runtime, stop } = deps;
         let replica_state = Arc::new(ReplicaState::new(config.freshness.limits()));
         let breakers = breaker_gauges(registry)?;
         let l2 = match &redis {
             Some(link) => Some(start_redis(config, link, registry, &breakers, &clock, &stop, (tasks, &io))?),
-            None => None, // no Redis metrics either: `trustgate_redis_up` must not report an unused Redis as down
+            None => None, // register no Redis metrics: `trustgate_redis_up` must not report an unused Redis as down
         };
         let mac_key = l2.as_ref().map(|(_, mac_key)| Arc::clone(mac_key));
         let notified =
@@ -181,13 +182,13 @@ impl Replica {
 fn breaker_gauges(registry: &Registry) -> prometheus::Result<IntGaugeVec> {
     let opts = Opts::new(
         "trustgate_breaker_state",
-        "State of a tier's circuit breaker: 0 closed (requests pass), 1 open (requests are not sent).",
+        "State of a tier's circuit breaker: 0 closed (requests pass), 1 open or half-open (requests are skipped).",
     );
     register(registry, IntGaugeVec::new(opts, &["tier"]))
 }
 
-/// Starts the connection to Redis. Returns it with its MAC key, which is set later if it must be read from the
-/// database.
+/// Starts the connection to Redis. Returns the connection and the MAC key for Redis values. If the key must be read
+/// from the database, the key is set later.
 fn start_redis(
     config: &Config,
     link: &Arc<dyn Link>,
@@ -209,7 +210,8 @@ fn start_redis(
     Ok((redis, mac_key))
 }
 
-/// Listens for notifications from other replicas through Redis, if it is used. Returns the function that notifies them.
+/// Starts to listen for notifications from other replicas through Redis, if Redis is used. Returns the function that
+/// notifies the other replicas.
 fn start_notifications(
     redis: Option<(Arc<dyn Link>, Redis)>,
     replica_state: &Arc<ReplicaState>,
@@ -229,7 +231,7 @@ fn open_denials(config: &Config, registry: &Registry) -> Result<Arc<DenyList>, A
     opened.map(Arc::new).map_err(|source| AppError::DenyFile { source })
 }
 
-/// Keeps the deny list up to date with its sources, until `stop`.
+/// Keeps the deny list up to date with the deny file and Redis, until `stop` is cancelled.
 fn keep_denials(
     denials: Arc<DenyList>,
     shared: Option<SharedList>,
@@ -258,7 +260,7 @@ const fn age_limits(config: &Config) -> AgeLimits {
     AgeLimits { record: freshness.ttl, negative: freshness.negative_ttl, any: config.cache.value_age_max }
 }
 
-/// Starts the sampler, if an interval is set and the tables track their changes.
+/// Starts the sampler if its interval is longer than zero and the tables track changes.
 fn sample(
     config: &Config,
     (cache, jitter): (&Arc<Cache<ApiKey>>, Jitter),
@@ -275,7 +277,8 @@ fn sample(
     }
 }
 
-/// The peppers of this server. The poll compares them with the database and with the pepper files.
+/// Returns the peppers of this server. The poll compares them with the pepper that the database records, and reads the
+/// pepper files again.
 fn peppers(config: &Config, hasher: &Hasher, registry: &Registry) -> prometheus::Result<Peppers> {
     let credential = config.credential.clone();
     let reread: Reread = Arc::new(move || Ok(credential.hasher_again()?.fingerprints().to_vec()));
@@ -307,7 +310,7 @@ fn check_parts(
     }
 }
 
-/// The freshness mode of routes that do not set their own.
+/// Returns the freshness mode of routes that do not set a mode.
 pub(crate) fn mode(config: &Config) -> Freshness {
     let usual = if config.store.tracks_changes() { Freshness::Lease } else { Freshness::Ttl };
     config.freshness.mode.unwrap_or(usual)
@@ -316,7 +319,7 @@ pub(crate) fn mode(config: &Config) -> Freshness {
 /// Wait between attempts to prepare the database, or to read the MAC key from it.
 const PREPARE_WAIT: Duration = Duration::from_millis(250);
 
-/// The database, for the task that prepares and polls it.
+/// The inputs of the task that prepares and polls the database.
 struct Database {
     place: String,
     source: Arc<dyn Source>,
@@ -324,7 +327,8 @@ struct Database {
     limit: Duration,
 }
 
-/// Prepares the database, then polls it until `stop`. Retries the preparation after transient errors, without a limit.
+/// Prepares the database, then polls it until `stop` is cancelled. Retries the preparation after transient errors,
+/// without a limit on the number of attempts.
 async fn prepare_and_poll(
     Database { place, source, mac_key, limit }: Database,
     poll: Poll,
@@ -361,20 +365,20 @@ async fn prepare_and_poll(
         poll.run(stop).await;
         return Ok(());
     };
-    // Try to read the key before the first poll makes the server ready, so that L2 serves the first checks already. If
-    // that fails, the server works without L2 until a later attempt succeeds.
+    // Try to read the key before the first poll makes the server ready, so that L2 is available for the first checks.
+    // If that fails, the server works without L2 until a later attempt succeeds.
     let mut fetch = MacKeyFetch { source, mac_key, limit: limit.saturating_mul(2), reported: String::new() };
     stop.run_until_cancelled(fetch.once()).await;
     tokio::join!(stop.run_until_cancelled(fetch.until_done()), poll.run(stop.clone()));
     Ok(())
 }
 
-/// Reads the key of the Redis MAC from the database, unless it came from a file.
+/// Reads the MAC key for Redis values from the database, unless the key came from a file.
 struct MacKeyFetch {
     source: Arc<dyn Source>,
     mac_key: MacKey,
     limit: Duration,
-    /// The problem that was logged last.
+    /// The problem that was logged last, so that it is not logged again.
     reported: String,
 }
 
@@ -406,7 +410,7 @@ impl MacKeyFetch {
     }
 }
 
-/// The problem that retrying cannot solve: the database has no MAC key.
+/// The problem that is not retried: the database has no MAC key.
 const NO_MAC_KEY: &str = "these tables have no MAC key: set redis.mac_key_file";
 
 pub(crate) fn hasher(config: &Config) -> Result<Hasher, AppError> {
@@ -418,7 +422,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn a_task_that_ends_or_panics_is_reported_with_its_name() {
+    async fn task_that_ends_or_panics_is_reported_with_its_name() {
         let mut tasks = Tasks::default();
         tasks.spawn_on("poll", async { Ok(()) }, &Handle::current());
         assert!(matches!(tasks.join_next().await, Some(("poll", Ok(())))));

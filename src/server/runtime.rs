@@ -4,7 +4,7 @@ use std::io;
 
 use tokio::runtime::{Builder, Handle, Runtime};
 
-/// A runtime with its own threads. Dropping it does not wait for its tasks, so it can be dropped inside another
+/// A runtime with its own threads. Dropping it does not wait for its tasks, so it may be dropped inside another
 /// runtime.
 pub(crate) struct OwnedRuntime(Option<Runtime>);
 
@@ -18,14 +18,15 @@ pub(crate) enum Priority {
 }
 
 /// The nice value for [`Priority::Low`]. It gives a thread half of the default weight (sched(7), "The nice value").
-/// With a much lower weight, programs outside the server's control group would delay its reads until they time out.
+/// With a much lower weight, programs outside the server's control group could delay the server's reads until the reads
+/// time out.
 const LOW: i32 = 3;
 
 impl Priority {
     /// Applies the priority to the calling thread. Ignores a failure: the server also works with the default priority.
     fn take(self) {
         if matches!(self, Self::Low) {
-            // On Linux this sets the priority of the calling thread only (setpriority(2), "C library/kernel differences").
+            // Linux sets the priority of the calling thread only (setpriority(2), "C library/kernel differences").
             let _ = rustix::process::setpriority_process(None, LOW);
         }
     }
@@ -43,7 +44,7 @@ impl OwnedRuntime {
     }
 
     pub(crate) fn handle(&self) -> Handle {
-        // Present until `drop`.
+        // The runtime is present until `drop` takes it.
         self.0
             .as_ref()
             .map_or_else(|| unreachable!("the runtime exists until it is dropped"), |runtime| runtime.handle().clone())

@@ -1,4 +1,4 @@
-//! The signals of the operating system that a server reacts to.
+//! The signals of the operating system that the server handles.
 
 use std::io;
 
@@ -6,7 +6,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use super::lifecycle::Delay;
 
-/// Receives signals. Once it exists, none of these signals ends the process by default.
+/// Receives signals. Once a value of this type has been created, the signals no longer end the process by default.
 pub(crate) struct SystemSignals {
     terminate: Signal,
     quit: Signal,
@@ -32,8 +32,9 @@ impl SystemSignals {
         })
     }
 
-    /// Returns once a signal asks the server to stop. SIGHUP, SIGUSR1 and SIGUSR2 are logged and ignored: log rotation,
-    /// `systemctl reload` and closed terminals send them, and by default they would end the process without a drain.
+    /// Waits for a signal that asks the server to stop, and returns the delay of the shutdown. Logs and ignores SIGHUP,
+    /// SIGUSR1 and SIGUSR2: log rotation, `systemctl reload` and closed terminals send these signals, which by default
+    /// would end the process without a drain.
     ///
     /// # Cancel safety
     /// Safe: no signal is lost.
@@ -49,7 +50,7 @@ impl SystemSignals {
             };
             tracing::info!(
                 signal = ignored,
-                "signal ignored: it does not reload anything; send SIGTERM to stop the server"
+                "signal ignored: trustgate reloads nothing on this signal; send SIGTERM to stop the process"
             );
         }
     }

@@ -1,4 +1,4 @@
-//! The change log: triggers give each committed change to a trust or key a version and record what it changed.
+//! The change log: triggers give each committed change to a trust or key a version and record what changed.
 //!
 //! On PostgreSQL the triggers also send notifications, to which [`listen`] subscribes.
 

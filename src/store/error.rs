@@ -1,4 +1,4 @@
-//! The errors of the store: why the database cannot be used, or why a change was not made.
+//! The errors of the store.
 
 use crate::{
     base::fault::Fault,
@@ -34,7 +34,7 @@ pub enum StoreError {
         recorded: Fingerprint,
     },
     /// The trust still has this many keys, and the caller did not ask to delete them.
-    #[error("the trust still has {0} keys; disable it")]
+    #[error("trust not deleted: it still has {0} keys. Disable the trust instead")]
     HasKeys(u64),
     /// There is no SQLite database at the expected path.
     #[error(
@@ -51,16 +51,16 @@ pub enum StoreError {
     /// The keys are in an existing table of the operator, which trustgate only reads.
     #[error(
         "existing table is read-only: with `store.preset` or `store.table`, the keys are in a table of yours, which \
-         trustgate reads and does not change. Change it with your own tools"
+         trustgate does not change. Use your own tools to change its rows"
     )]
     NotOurs,
-    /// The role lacks the rights of an owner that attaching or detaching a table needs.
+    /// The role lacks the rights of the owner, which attaching or detaching a table needs.
     #[error("{0}")]
     NotOwner(String),
-    /// The database cannot be used: a network filesystem, wrong permissions, a bad URL.
+    /// The database cannot be used, for example because of a network filesystem, wrong permissions or a bad URL.
     #[error("{0}")]
     Unusable(String),
-    /// Another database session kept a lock for too long.
+    /// Another database session held a lock for too long.
     #[error(
         "lock timeout: gave up after {waited:?}; the lock is held by: {blockers}. Try again when that transaction has \
          ended"
@@ -80,8 +80,8 @@ pub enum StoreError {
 }
 
 impl StoreError {
-    /// True if the same call may succeed later without a change to the configuration: the database may come back, or
-    /// the operator may run `trustgate migrate`.
+    /// Returns true if the same call may succeed later without a change to the configuration: the database may come
+    /// back, or the operator may run `trustgate migrate`.
     #[must_use]
     pub const fn is_transient(&self) -> bool {
         matches!(self, Self::Database(_) | Self::Blocked { .. } | Self::Fault(_) | Self::Schema(_))

@@ -1,6 +1,6 @@
 //! An existing table of the operator: its columns, as the settings describe them, and its identity.
 //!
-//! The types here do no I/O. Names of tables and columns enter SQL statements as quoted identifiers.
+//! This module does no I/O. It puts names of tables and columns into SQL statements only as quoted identifiers.
 
 pub(crate) mod attach;
 pub(crate) mod reads;
@@ -17,7 +17,7 @@ use crate::record::hex;
 #[derive(Clone, Debug)]
 pub(crate) struct ExistingTable {
     pub(crate) table: TableName,
-    /// The id of the row, which is the key id.
+    /// The column with the id of the row, which is the key id.
     pub(crate) id: ColumnName,
     pub(crate) trust: ColumnName,
     pub(crate) digest: ColumnName,
@@ -27,12 +27,12 @@ pub(crate) struct ExistingTable {
     pub(crate) not_before: Option<ColumnName>,
     pub(crate) expires_at: Option<ColumnName>,
     pub(crate) revoked_at: Option<ColumnName>,
-    /// True if the operator has run `trustgate attach` on it (`store.attached`), so that triggers record its changes.
+    /// The setting `store.attached`: true if triggers, which `trustgate attach` adds, record the changes of the table.
     pub(crate) attached: bool,
 }
 
 impl ExistingTable {
-    /// The existing table in `settings`; `None`: trustgate uses its own tables.
+    /// Returns the existing table that `settings` describe; `None` if trustgate uses its own tables.
     pub(crate) fn of(settings: &StoreSettings) -> Option<Self> {
         let preset = settings.preset.map(|Preset::TrustTable| TableName { schema: None, name: "trust".to_owned() });
         Some(Self {
@@ -50,7 +50,8 @@ impl ExistingTable {
         })
     }
 
-    /// The columns that a decision reads, each with its purpose. A column can appear twice, with different purposes.
+    /// Returns the columns that decisions read, each with its purpose. A column can appear twice, with different
+    /// purposes.
     pub(crate) fn columns(&self) -> impl Iterator<Item = (&'static str, &ColumnName)> {
         let always = [("id", &self.id), ("trust", &self.trust), ("digest", &self.digest)].into_iter();
         let others = [
@@ -63,13 +64,14 @@ impl ExistingTable {
         always.chain(others.into_iter().filter_map(|(purpose, column)| Some((purpose, column.as_ref()?))))
     }
 
-    /// A hash of [`Self::identity`] and `place`, in hexadecimal: it identifies the table in one database.
+    /// Returns a hash of [`Self::identity`] and `place`, in hexadecimal, which identifies the table in one database.
     pub(crate) fn identity_at(&self, place: &str) -> String {
         hex(&Sha256::digest(format!("{} {place}", self.identity())))
     }
 
-    /// A hash of the table name and the purposes of its columns, in hexadecimal. `trustgate attach` records it. A
-    /// server that reads the table compares it, to make sure that the triggers track the columns that it reads.
+    /// Returns a hash of the table name, the format of its digests and the purpose of each column, in hexadecimal.
+    /// `trustgate attach` records this hash. A server that reads the table compares the recorded hash with that of its
+    /// own settings, to make sure that the triggers track the columns that it reads.
     pub(crate) fn identity(&self) -> String {
         let columns = self.columns().map(|(purpose, column)| format!("{purpose}={}", column.sql()));
         let all: Vec<_> = [self.table.sql(), self.digest_form.as_str().to_owned()].into_iter().chain(columns).collect();
@@ -77,9 +79,9 @@ impl ExistingTable {
     }
 }
 
-/// The identity of the existing table in `settings`, in the database at `place`, in hexadecimal. Another table, or
-/// other purposes of its columns, have another identity. `None`: trustgate uses its own tables. Cached values need this
-/// identity because a table that is not attached has no lineage.
+/// Returns the identity of the existing table in `settings`, in the database at `place`, in hexadecimal; `None` if
+/// trustgate uses its own tables. A different table, or different purposes of its columns, have a different identity.
+/// Cached values include this identity because a table that is not attached has no lineage.
 #[must_use]
 pub(crate) fn identity_of(settings: &StoreSettings, place: &str) -> Option<String> {
     ExistingTable::of(settings).map(|table| table.identity_at(place))

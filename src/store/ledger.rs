@@ -57,7 +57,7 @@ impl Ledger {
         self.end(outcome).await
     }
 
-    /// Every trust, ordered by name.
+    /// Returns all trusts, ordered by name.
     ///
     /// # Errors
     /// The database failed.
@@ -67,7 +67,7 @@ impl Ledger {
         self.end(outcome).await
     }
 
-    /// One trust.
+    /// Returns one trust.
     ///
     /// # Errors
     /// [`StoreError::NoTrust`], or the database failed.
@@ -174,7 +174,7 @@ impl Ledger {
         self.end(outcome).await
     }
 
-    /// The keys of one trust, or all keys, newest first.
+    /// Returns the keys of one trust, or all keys, newest first.
     ///
     /// # Errors
     /// [`StoreError::NoTrust`], or the database failed.
@@ -191,7 +191,7 @@ impl Ledger {
         self.end(outcome).await
     }
 
-    /// One key.
+    /// Returns one key.
     ///
     /// # Errors
     /// [`StoreError::NoKey`], or the database failed.
@@ -201,7 +201,7 @@ impl Ledger {
         self.end(outcome).await
     }
 
-    /// The key stored under one of `digests`, if any.
+    /// Returns the key stored under one of `digests`, if any.
     ///
     /// # Errors
     /// The database failed.
@@ -248,7 +248,7 @@ impl Ledger {
         self.end(outcome).await
     }
 
-    /// Commits a version "everything changed", which makes all data that replicas have cached out of date. Returns that
+    /// Commits a version that marks everything as changed, so that replicas discard all cached data. Returns that
     /// version or a newer one.
     ///
     /// # Errors
@@ -264,7 +264,8 @@ impl Ledger {
         self.newest().await
     }
 
-    /// The newest version. A replica that has applied it has applied each change that was committed before this call.
+    /// Returns the newest version. A replica that has applied this version has applied all changes that were committed
+    /// before this call.
     ///
     /// # Errors
     /// The database failed.
@@ -275,7 +276,8 @@ impl Ledger {
         Ok(Version(newest.cast_unsigned())) // versions are positive
     }
 
-    /// The replicas that may still grant keys from their caches, by their last heartbeats and the database's clock.
+    /// Returns the replicas that may still grant keys from their caches, according to their last heartbeats and the
+    /// database's clock.
     ///
     /// # Errors
     /// The database failed.
@@ -285,7 +287,7 @@ impl Ledger {
         self.end(outcome).await
     }
 
-    /// The current time by the database's clock.
+    /// Returns the current time by the database's clock.
     ///
     /// # Errors
     /// The database failed.
@@ -295,7 +297,7 @@ impl Ledger {
         self.end(outcome).await
     }
 
-    /// Begins a transaction. Its caller runs statements on the returned backend, and then calls [`Self::end`].
+    /// Begins a transaction. The caller runs statements on the returned backend, and then calls [`Self::end`].
     async fn begin(&mut self, mode: TxMode) -> Result<&mut dyn LedgerBackend, StoreError> {
         if self.open {
             self.backend.rollback().await?;
@@ -344,7 +346,7 @@ async fn one_key(tables: &mut dyn LedgerBackend, id: KeyId) -> Result<KeyDetails
     tables.keys(KeyFilter::Id(id)).await?.into_iter().next().ok_or(StoreError::NoKey(id))
 }
 
-/// Rejects new keys hashed under a pepper other than the recorded one: servers could not verify them.
+/// Rejects new keys hashed under a pepper other than the recorded one, because servers could not verify such keys.
 async fn check_pepper(tables: &mut dyn LedgerBackend, made: Made) -> Result<(), StoreError> {
     if made == Made::Elsewhere {
         return Ok(());

@@ -7,7 +7,7 @@ use crate::base::settings::{RawValue, Setting};
 pub struct SchemaName(String);
 
 impl SchemaName {
-    /// The name. It needs no quotes in a statement.
+    /// Returns the name, which needs no quotes in a statement.
     #[must_use]
     pub fn as_str(&self) -> &str {
         &self.0
@@ -37,47 +37,48 @@ pub struct TableName {
     pub(crate) name: String,
 }
 
-/// The longest identifier of PostgreSQL, in bytes.
+/// The maximum length of a PostgreSQL identifier, in bytes.
 const IDENTIFIER_BYTES_MAX: usize = 63;
 
-/// True if `name` can be the name of a table or column. Braces and `$body$` are refused, because the templates of our
-/// statements use them as placeholders and as quotes.
+/// Returns true if `name` can be the name of a table or column. Braces and `$body$` are refused, because the templates
+/// of our statements use them as placeholders and as quotes.
 fn is_identifier(name: &str) -> bool {
     let is_plain = !name.contains(['{', '}']) && !name.contains("$body$") && !name.chars().any(char::is_control);
     !name.is_empty() && name.len() <= IDENTIFIER_BYTES_MAX && is_plain
 }
 
-/// `name` as a quoted SQL identifier.
+/// Formats `name` as a quoted SQL identifier.
 pub(crate) fn quoted(name: &str) -> String {
     format!("\"{}\"", name.replace('"', "\"\""))
 }
 
-/// `text` as an SQL string literal.
+/// Formats `text` as an SQL string literal.
 pub(crate) fn literal(text: &str) -> String {
-    // In an E-string, two backslashes mean one, whatever the value of `standard_conforming_strings`.
+    // In an E-string, two backslashes always mean one backslash. In a plain string, their meaning depends on
+    // `standard_conforming_strings`.
     format!("E'{}'", text.replace('\\', r"\\").replace('\'', "''"))
 }
 
-/// An SQL literal for a `bytea`, made from the hexadecimal digits of its bytes.
+/// Formats a `bytea` as an SQL literal, from the hexadecimal digits of its bytes.
 pub(crate) fn bytes_literal(hex: &str) -> String {
-    // An E-string, as in `literal`.
+    // Use an E-string for the same reason as in `literal`.
     format!(r"E'\\x{hex}'")
 }
 
 impl ColumnName {
-    /// The quoted name, for a statement.
+    /// Returns the quoted name, for a statement.
     pub(crate) fn sql(&self) -> String {
         quoted(&self.0)
     }
 
-    /// The name without quotes, as in the catalog.
+    /// Returns the name without quotes, as in the catalog.
     pub(crate) fn as_str(&self) -> &str {
         &self.0
     }
 }
 
 impl TableName {
-    /// The quoted name, for a statement.
+    /// Returns the quoted name, for a statement.
     pub(crate) fn sql(&self) -> String {
         let name = quoted(&self.name);
         self.schema.as_deref().map_or_else(|| name.clone(), |schema| format!("{}.{name}", quoted(schema)))

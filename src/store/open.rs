@@ -65,9 +65,9 @@ pub fn open_lookup(
     })
 }
 
-/// The most connections that help with SQLite: two for each processor. Each read of the file occupies a thread of this
-/// process, so more connections would not read faster, and would take processor time from requests that the cache
-/// answers.
+/// Returns the maximum number of useful connections to SQLite: two for each processor. Each read of the file occupies a
+/// thread of this process, so more connections would not read faster, and would take processor time from requests that
+/// the cache answers.
 fn sqlite_connections() -> u32 {
     let processors = available_parallelism().map_or(1, NonZero::get);
     processors.saturate::<u32>().saturating_mul(2)
@@ -82,7 +82,7 @@ pub async fn open_ledger(settings: &StoreSettings, env: Env<'_>) -> Result<Ledge
     management(settings, env)?.open().await
 }
 
-/// How management connects to the database. One value serves for any number of connections.
+/// The settings for the connections of management to the database. One value can open any number of connections.
 #[derive(Clone, Debug)]
 pub(crate) struct Management {
     address: StoreUrl,
@@ -91,7 +91,7 @@ pub(crate) struct Management {
     connect_timeout: Duration,
 }
 
-/// Prepares the connections of management, for a caller that connects repeatedly. Does not connect yet.
+/// Prepares the settings for connections of management, for a caller that connects repeatedly. Does not connect yet.
 ///
 /// # Errors
 /// [`StoreError::NotOurs`] if the keys are in an existing table; [`StoreError::Unusable`] if the URL is wrong or its
@@ -107,7 +107,7 @@ pub(crate) fn management(settings: &StoreSettings, env: Env<'_>) -> Result<Manag
 /// `trustgate cache clear`. Also works with an attached existing table. Connects at once.
 ///
 /// # Errors
-/// As [`open_ledger`].
+/// See [`open_ledger`].
 pub(crate) async fn open_history(settings: &StoreSettings, env: Env<'_>) -> Result<Ledger, StoreError> {
     if !settings.tracks_changes() {
         return Err(StoreError::NotOurs);
@@ -122,10 +122,10 @@ fn manage(settings: &StoreSettings, env: Env<'_>) -> Result<Management, StoreErr
 }
 
 impl Management {
-    /// Connects. Reads the files of the URL and the password again.
+    /// Connects to the database. Reads the files of the URL and the password again.
     ///
     /// # Errors
-    /// As [`open_ledger`].
+    /// See [`open_ledger`].
     pub(crate) async fn open(&self) -> Result<Ledger, StoreError> {
         Ok(Ledger::new(self.tables().await?))
     }
@@ -142,7 +142,7 @@ impl Management {
 /// Opens the tables at `address`. Connects at once.
 ///
 /// # Errors
-/// As [`open_ledger`].
+/// See [`open_ledger`].
 pub(crate) async fn open_tables(
     address: &StoreUrl,
     settings: &StoreSettings,
@@ -152,7 +152,8 @@ pub(crate) async fn open_tables(
     Management { backend: address.backend(env)?, address: address.clone(), schema, connect_timeout }.tables().await
 }
 
-/// Creates the tables, or adds what this release needs. Can be repeated, and several processes may run it at once.
+/// Creates the tables, or adds what this release needs to existing tables. Can be repeated, and several processes may
+/// run it at once.
 ///
 /// # Errors
 /// [`StoreError::NotOurs`] with an existing table and without `store.attached`; [`StoreError::Schema`] if the tables
@@ -175,7 +176,7 @@ pub async fn migrate(settings: &StoreSettings, env: Env<'_>) -> Result<(), Store
 /// that replicas do not use values of the earlier history that they or Redis have cached.
 ///
 /// # Errors
-/// As [`open_ledger`].
+/// See [`open_ledger`].
 pub async fn new_incarnation(settings: &StoreSettings, env: Env<'_>) -> Result<(), StoreError> {
     if !settings.tracks_changes() {
         return Err(StoreError::NotOurs);
@@ -189,21 +190,21 @@ pub async fn new_incarnation(settings: &StoreSettings, env: Env<'_>) -> Result<(
     }
 }
 
-/// Adds triggers to the existing table that record its changes in the change log, in one transaction. Returns the name
-/// of the table.
+/// Adds triggers to the existing table in one transaction. The triggers record the changes of the table in the change
+/// log. Returns the name of the table.
 ///
 /// # Errors
-/// [`StoreError::Unusable`], which lists the obstacles; [`StoreError::NotOwner`] if a right is missing;
-/// [`StoreError::Schema`] if `trustgate migrate` has not been run; or the database cannot be reached. After an error
+/// [`StoreError::Unusable`], whose message lists all problems; [`StoreError::NotOwner`] if a right is missing;
+/// [`StoreError::Schema`] if `trustgate migrate` has not been run; or the database cannot be reached. After an error,
 /// nothing has changed.
 pub(crate) async fn attach(settings: &StoreSettings, env: Env<'_>) -> Result<String, StoreError> {
     action(settings, env, AttachAction::Attach).await
 }
 
-/// Removes what [`attach()`] added. Returns the name of the table.
+/// Removes everything that [`attach()`] added. Returns the name of the table.
 ///
 /// # Errors
-/// As [`attach()`].
+/// See [`attach()`].
 pub(crate) async fn detach(settings: &StoreSettings, env: Env<'_>) -> Result<String, StoreError> {
     action(settings, env, AttachAction::Detach).await
 }
@@ -214,19 +215,19 @@ async fn action(settings: &StoreSettings, env: Env<'_>, action: AttachAction) ->
     Ok(table.table.to_string())
 }
 
-/// The statements of [`attach()`], each with the role that must run it.
+/// Returns the statements of [`attach()`], each with the role that must run it.
 ///
 /// # Errors
-/// As [`attach()`].
+/// See [`attach()`].
 pub(crate) async fn print_attach(settings: &StoreSettings, env: Env<'_>) -> Result<String, StoreError> {
     let (address, table) = attachable(settings, env)?;
     attach::print(&address, &settings.schema, &table, AttachAction::Attach, settings.connect_timeout).await
 }
 
-/// The statements of [`detach`], each with the role that must run it.
+/// Returns the statements of [`detach`], each with the role that must run it.
 ///
 /// # Errors
-/// As [`detach`].
+/// See [`detach`].
 pub(crate) async fn print_detach(settings: &StoreSettings, env: Env<'_>) -> Result<String, StoreError> {
     let (address, table) = attachable(settings, env)?;
     attach::print(&address, &settings.schema, &table, AttachAction::Detach, settings.connect_timeout).await
@@ -238,7 +239,7 @@ fn attachable(settings: &StoreSettings, env: Env<'_>) -> Result<(StoreUrl, Exist
         return Err(not_on_sqlite());
     }
     let table = ExistingTable::of(settings).ok_or_else(|| {
-        StoreError::Unusable("store.table: not set: set it to your table with its schema: \"public.trust\"".into())
+        StoreError::Unusable("store.table is not set: set it to your table with its schema (\"public.trust\")".into())
     })?;
     Ok((address, table))
 }
@@ -251,13 +252,13 @@ fn not_on_sqlite() -> StoreError {
     )
 }
 
-/// The GRANT statements for the roles `serve` and `manage`, for the owner of the tables to run. An SQLite file has no
-/// roles and needs none.
+/// Returns the GRANT statements for the roles `serve` and `manage`. The owner of the tables must run them. An SQLite
+/// file has no roles, so it needs no grants.
 #[must_use]
 pub fn grants(settings: &StoreSettings, serve: &str, manage: &str) -> String {
     schema::grants::grants(&settings.schema, ExistingTable::of(settings).as_ref(), serve, manage)
 }
 
-/// The time beyond `store.read_timeout` that the server may work on a read, so that the timeout of this process fires
-/// first.
+/// The time by which the server's limit for a read exceeds `store.read_timeout`, so that the timeout of this process
+/// fires first.
 const GRACE: Duration = Duration::from_millis(20);

@@ -22,7 +22,7 @@ pub(crate) async fn connect(address: &StoreUrl) -> Result<PgConnection, sqlx::Er
     PgConnection::connect_with(&options).await
 }
 
-/// As [`connect`], but fails after `limit`.
+/// Like [`connect`], but fails with a timeout after `limit`.
 pub(crate) async fn connect_within(address: &StoreUrl, limit: Duration) -> Result<PgConnection, sqlx::Error> {
     tokio::time::timeout(limit, connect(address)).await.unwrap_or_else(|_| {
         let problem = format!("connect timeout: no answer within {limit:?}");
@@ -35,17 +35,17 @@ pub(crate) fn describe(address: &StoreUrl, schema: &SchemaName) -> String {
     format!("{} (schema {:?})", address.describe_postgres(), schema.as_str())
 }
 
-/// `text` with every `{s}` replaced with the schema, whose name needs no quotes.
+/// Replaces every `{s}` in `text` with the schema, whose name needs no quotes.
 pub(crate) fn in_schema(text: &str, schema: &SchemaName) -> AssertSqlSafe<String> {
     AssertSqlSafe(text.replace("{s}", schema.as_str()))
 }
 
-/// The SQLSTATE code of a database error: five characters, of which the first two are its class.
+/// Returns the SQLSTATE code of a database error: five characters, of which the first two are its class.
 pub(crate) fn code(error: &sqlx::Error) -> Option<String> {
     error.as_database_error().and_then(sqlx::error::DatabaseError::code).map(std::borrow::Cow::into_owned)
 }
 
-/// True if `error` means that a table or the schema does not exist.
+/// Returns true if `error` means that a table or the schema does not exist.
 pub(crate) fn is_missing(error: &sqlx::Error) -> bool {
     matches!(code(error).as_deref(), Some("42P01" | "3F000"))
 }

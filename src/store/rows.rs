@@ -1,7 +1,7 @@
 //! Converts the rows of both adapters to records, trusts, keys and answers of polls.
 //!
 //! Both adapters select the same columns in the same order and in the same plain types: whole numbers, texts, lists as
-//! JSON, times in microseconds, digests and nonces in hexadecimal. Does no I/O.
+//! JSON, times in microseconds, digests and nonces in hexadecimal. This module does no I/O.
 
 use std::{sync::Arc, time::Duration};
 
@@ -28,7 +28,7 @@ use crate::{
     },
 };
 
-/// The columns of a read for a decision, in this order. The columns of the key are null where there is no key.
+/// The columns of a read for a decision, in this order. The columns of the key are null if no key was found.
 pub(crate) struct ReadRow {
     version: i64,
     nonce: String,
@@ -53,15 +53,11 @@ struct KeyRow {
     pepper_unrecorded: i64,
 }
 
-/// Reads whole numbers and texts from a row, by the position of the column.
+/// Reads whole numbers and texts from a row, by the index of the column (from 0).
 pub(crate) trait RowExt {
-    /// A whole number.
     fn number(&self, column: usize) -> Result<i64, sqlx::Error>;
-    /// A whole number or null.
     fn number_or_null(&self, column: usize) -> Result<Option<i64>, sqlx::Error>;
-    /// A text.
     fn text(&self, column: usize) -> Result<String, sqlx::Error>;
-    /// A text or null.
     fn text_or_null(&self, column: usize) -> Result<Option<String>, sqlx::Error>;
 }
 
@@ -86,7 +82,7 @@ where
     }
 }
 
-/// A row does not have the expected format.
+/// The error for a row that does not have the expected format.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 pub(crate) struct Corrupt(pub(crate) &'static str);
@@ -133,13 +129,12 @@ impl ReadRow {
         })
     }
 
-    /// The digest of the key, if the database does not record the pepper that it was made under.
+    /// Returns the digest of the key if the database does not record the pepper under which it was computed.
     pub(crate) fn unrecorded(&self) -> Option<ApiKeyDigest> {
         let key = self.key.as_ref().filter(|key| key.pepper_unrecorded != 0)?;
         ApiKeyDigest::from_hex(&key.digest)
     }
 
-    /// The id of the key.
     pub(crate) fn key_id(&self) -> Option<KeyId> {
         self.key.as_ref().and_then(|key| uuid(&key.id).ok()).map(KeyId)
     }
@@ -152,8 +147,7 @@ impl ReadRow {
             lineage: Lineage {
                 incarnation: uuid(&self.incarnation)?,
                 system: self.system.cast_unsigned(), // PostgreSQL returns these 64 bits as a signed number
-                timeline: u32::try_from(self.timeline)
-                    .map_err(|_| Corrupt("the timeline is not a number of 32 bits"))?,
+                timeline: u32::try_from(self.timeline).map_err(|_| Corrupt("the timeline is not a 32-bit number"))?,
             },
             read_at: DatabaseTime::from_micros(self.clock),
             sent_at,
@@ -178,16 +172,17 @@ impl KeyRow {
     }
 }
 
-/// The most rows that a poll takes. The statement asks for one more: if that row arrives, the answer is incomplete.
+/// The maximum number of rows that a poll accepts. The statement asks for one more: if that row arrives, the answer is
+/// incomplete.
 pub(crate) const POLL_ROWS_MAX: usize = 5_000;
 
-/// Converts the rows of a poll. `echo`: the number that the poll was sent with.
+/// Converts the rows of a poll. `echo` is the number with which the poll was sent.
 ///
 /// The first row has all columns below. Further rows need only columns 11 to 14.
 ///
 /// - 0: `echo`
 /// - 1: the state of the server: `primary`, `standby` or `read-only`
-/// - 2: the oldest version, or the version that the poll asked from if it still exists
+/// - 2: the oldest version, or the version that the poll started from if that version still exists
 /// - 3, 4: the newest version and its nonce
 /// - 5, 6, 7: incarnation, system identifier and timeline
 /// - 8: the database's clock
@@ -237,8 +232,8 @@ pub(crate) fn polled(rows: &[impl RowExt], echo: i64, sent_at: Moment) -> Result
             }
         }
         polled.versions.sort_by_key(|(version, _)| *version);
-        // The change log records a revoked key twice: as `Absent`, because the digest may be stored now, and as
-        // `Gone`. `Gone` must take effect, so it comes last.
+        // The change log records a revoked key twice: as `Absent`, because the digest may now be stored, and as `Gone`.
+        // `Gone` must take effect, so it comes last.
         polled.changes.sort_by_key(|(version, change)| (*version, matches!(change, Change::Gone(_))));
         Ok(Some(polled))
     };
@@ -265,8 +260,9 @@ pub(crate) fn fingerprint(hex: Option<String>) -> Result<Option<Fingerprint>, Co
     hex.map(|hex| Fingerprint::from_hex(&hex).ok_or(Corrupt("the fingerprint of a pepper is not 8 bytes"))).transpose()
 }
 
-/// The change that a row of the change log records. A kind that this release does not know counts as "everything", and
-/// an object that it cannot parse counts as its whole kind: one unexpected row must not make the whole poll unusable.
+/// Parses the change that a row of the change log records. A kind that this release does not know counts as
+/// "everything", and an object that cannot be parsed counts as its whole kind, so that one unexpected row does not make
+/// the whole poll unusable.
 fn change(kind: &str, object: Option<&str>) -> Change {
     let digest = |change: fn(ApiKeyDigest) -> Change| object.and_then(ApiKeyDigest::from_hex).map(change);
     let id = |change: fn(Uuid) -> Change| object.and_then(|id| uuid(id).ok()).map(change);
@@ -290,7 +286,7 @@ pub(crate) fn by_id(mut rows: Vec<ReadRow>, sent_at: Moment) -> Result<Versioned
     Ok(date.map(|()| record))
 }
 
-/// Converts the rows of a read by digests. If there are several keys, takes the one whose digest comes first in
+/// Converts the rows of a read by digests. If there are several keys, returns the key whose digest comes first in
 /// `digests`.
 pub(crate) fn by_digests(
     rows: Vec<ReadRow>,
@@ -309,10 +305,10 @@ pub(crate) fn by_digests(
             return Ok(date.map(|()| Some(record.clone())));
         }
     }
-    if found.is_empty() { Ok(date.map(|()| None)) } else { Err(Corrupt("a row has a digest that was not asked for")) }
+    if found.is_empty() { Ok(date.map(|()| None)) } else { Err(Corrupt("a row has a digest that was not requested")) }
 }
 
-/// A trust, from the columns id, name, enabled, creation time and number of keys.
+/// Reads a trust from the columns id, name, enabled, creation time and number of keys.
 pub(crate) fn trust(row: &impl RowExt) -> Result<Trust, sqlx::Error> {
     Ok(Trust {
         id: TrustId(uuid(&row.text(0)?)?),
@@ -323,8 +319,8 @@ pub(crate) fn trust(row: &impl RowExt) -> Result<Trust, sqlx::Error> {
     })
 }
 
-/// A key, from the columns id, trust (id, name, enabled), hint, scheme, name, scopes, allowed CIDRs, creation time, not
-/// before, expiry, revocation, and the fingerprint of its pepper.
+/// Reads a key from the columns id, trust (id, name, enabled), hint, scheme, name, scopes, allowed CIDRs, creation
+/// time, not before, expiry, revocation, and the fingerprint of its pepper.
 pub(crate) fn key(row: &impl RowExt) -> Result<KeyDetails, sqlx::Error> {
     Ok(KeyDetails {
         id: KeyId(uuid(&row.text(0)?)?),
@@ -344,13 +340,13 @@ pub(crate) fn key(row: &impl RowExt) -> Result<KeyDetails, sqlx::Error> {
     })
 }
 
-/// A key with its digest, from the columns of [`key`] and the digest after them.
+/// Reads a key and its digest from the columns of [`key`] and the column after them.
 pub(crate) fn stored_key(row: &impl RowExt) -> Result<StoredKey, sqlx::Error> {
     let digest = ApiKeyDigest::from_hex(&row.text(14)?).ok_or(Corrupt("a digest is not 32 bytes"))?;
     Ok(StoredKey { key: key(row)?, digest })
 }
 
-/// A replica, from the columns id, name, applied version, time of the last heartbeat, and the time at which that
+/// Reads a replica from the columns id, name, applied version, time of the last heartbeat, and the time at which that
 /// heartbeat expires.
 pub(crate) fn replica(row: &impl RowExt) -> Result<ReplicaStatus, sqlx::Error> {
     Ok(ReplicaStatus {
@@ -362,7 +358,7 @@ pub(crate) fn replica(row: &impl RowExt) -> Result<ReplicaStatus, sqlx::Error> {
     })
 }
 
-/// Digests in hexadecimal, one in each row.
+/// Reads digests in hexadecimal, one from each row.
 pub(crate) fn digests(rows: &[impl RowExt]) -> Result<Vec<ApiKeyDigest>, sqlx::Error> {
     let digest = |row: &_| {
         let hex = RowExt::text(row, 0)?;
@@ -371,22 +367,22 @@ pub(crate) fn digests(rows: &[impl RowExt]) -> Result<Vec<ApiKeyDigest>, sqlx::E
     rows.iter().map(digest).collect()
 }
 
-/// A list as a JSON array of texts, the form in which both adapters send lists.
+/// Formats a list as a JSON array of strings, the form in which both adapters send lists.
 pub(crate) fn json_list<T: ToString>(list: &[T]) -> String {
     serde_json::Value::from(list.iter().map(ToString::to_string).collect::<Vec<_>>()).to_string()
 }
 
-/// The networks with their host bits cleared: PostgreSQL's `cidr` refuses a network that has any set.
+/// Clears the host bits of the networks, because PostgreSQL's type `cidr` rejects a network that has any of them set.
 pub(crate) fn networks(cidrs: &[IpNet]) -> Vec<IpNet> {
     cidrs.iter().map(IpNet::trunc).collect()
 }
 
-/// A duration in microseconds, at most [`FOR_EVER`].
+/// Converts a duration to microseconds, at most [`FOR_EVER`].
 pub(crate) fn micros(time: Duration) -> i64 {
     time.as_micros().saturate::<i64>().min(FOR_EVER)
 }
 
-/// About 146 000 years in microseconds. Added to the current time, it is still a valid time in both databases.
+/// About 146 000 years in microseconds. The current time plus this duration is still a valid time in both databases.
 const FOR_EVER: i64 = i64::MAX / 2;
 
 const NO_VERSION: Corrupt = Corrupt("the tables have no version, or no incarnation");
@@ -411,10 +407,10 @@ fn is_word(text: &str) -> bool {
     !text.is_empty() && !text.chars().any(|char| char.is_whitespace() || char.is_control())
 }
 
-/// Parses the scopes. Drops a scope that is empty or contains white space or control characters: in the header that
-/// lists the scopes it would read as other scopes, or end the header.
+/// Parses the scopes. Drops a scope that is empty or contains white space or control characters. In the header that
+/// lists the scopes, white space would split such a scope into several scopes, and a line break would end the header.
 fn scopes(json: &str) -> Result<Vec<String>, Corrupt> {
-    let texts: Vec<String> = serde_json::from_str(json).map_err(|_| Corrupt("scopes are not a list of texts"))?;
+    let texts: Vec<String> = serde_json::from_str(json).map_err(|_| Corrupt("scopes are not a list of strings"))?;
     Ok(texts.into_iter().filter(|text| is_word(text)).collect())
 }
 
@@ -433,7 +429,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn ipv4_mapped_networks_are_networks_of_ipv4() {
+    fn ipv4_mapped_networks_are_converted_to_ipv4() {
         let networks = cidrs(r#"["::ffff:10.0.0.0/104", "::ffff:10.1.2.3/128", "2001:db8::/32"]"#).unwrap();
         let texts: Vec<_> = networks.iter().map(ToString::to_string).collect();
         assert_eq!(texts, ["10.0.0.0/8", "10.1.2.3/32", "2001:db8::/32"]);

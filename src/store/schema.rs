@@ -1,7 +1,8 @@
 //! The version of the tables, and the check that this release can use them.
 //!
 //! A migration only adds; anything it replaces is dropped one release later. The table `schema` records the oldest
-//! release that can use the tables. So a release can serve from newer tables, and a rolled-back image keeps working.
+//! release that can use the tables. So an older release can use the tables of a newer one, and a deployment can be
+//! rolled back.
 
 pub(crate) mod grants;
 pub(crate) mod postgres;
@@ -11,7 +12,7 @@ use super::error::StoreError;
 
 /// The version of the tables that this release creates and needs.
 pub(crate) const VERSION: i64 = 4;
-/// The oldest release that can use these tables, given as the version of the tables that it creates.
+/// The oldest release that can use these tables, identified by the version of the tables that it creates.
 pub(crate) const COMPATIBLE_FROM: i64 = 2;
 
 /// The newest row of the table `schema`.
@@ -19,11 +20,11 @@ pub(crate) const COMPATIBLE_FROM: i64 = 2;
 pub(crate) struct TableVersion {
     /// The version of the tables.
     pub(crate) version: i64,
-    /// Releases from this version on may use them.
+    /// Releases that create tables of this version or a newer one can use these tables.
     pub(crate) compatible_from: i64,
 }
 
-/// Checks that this release can use the tables at `place`; `None`: there are none.
+/// Checks that this release can use the tables at `place`. `tables` is `None` if the database has no tables.
 ///
 /// # Errors
 /// [`StoreError::Schema`], whose message contains the remedy.
@@ -43,12 +44,12 @@ pub(crate) fn check(tables: Option<TableVersion>, place: &str) -> Result<(), Sto
     }
 }
 
-/// The error for a database at `place` that has no tables.
+/// Returns the error for a database at `place` that has no tables.
 pub(crate) fn missing(place: &str) -> StoreError {
     StoreError::Schema(format!("{place} has no trustgate tables: run `trustgate migrate`"))
 }
 
-/// `N` random bytes from the operating system, for nonces and keys.
+/// Returns `N` random bytes from the operating system, for nonces and keys.
 ///
 /// # Errors
 /// [`StoreError::Unusable`] if the operating system provides no random bytes.
@@ -63,7 +64,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn newer_tables_are_used_if_they_allow_it_and_every_refusal_says_what_to_do() {
+    fn newer_tables_are_used_if_compatible_and_each_error_names_the_remedy() {
         let tables = |version, compatible_from| Some(TableVersion { version, compatible_from });
         for (tables, says) in [
             (tables(VERSION, COMPATIBLE_FROM), None),

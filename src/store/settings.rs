@@ -56,11 +56,12 @@ crate::settings! {
         /// Set to `true` before `trustgate migrate` and `trustgate attach`, and leave it set: the triggers on `table`
         /// then record its changes, and cached keys are used under the lease, as with trustgate's own tables.
         attached: bool = "false",
-        /// The most connections for reads of checks. The server opens one more for polls, and another for notifications
-        /// with PostgreSQL and `freshness.notifications`. With SQLite it opens at most two for each processor.
+        /// Maximum number of connections for reads of checks. The server opens one more for polls, and another for
+        /// notifications with PostgreSQL and `freshness.notifications`. With SQLite it opens at most two for each
+        /// processor.
         connections_max: u32 = "8",
-        /// The most reads of checks that may wait or run at the same time. A quarter of them is reserved for keys that
-        /// are in the cache as good keys, so that a flood of unknown keys cannot use all of them.
+        /// Maximum number of reads of checks that may wait or run at the same time. A quarter of them is reserved for
+        /// keys that are in the cache as good keys, so that a flood of unknown keys cannot use all of them.
         reads_max: u32 = "64",
         /// Timeout of one read. Together with `redis.timeout` it must fit into `decision.deadline`.
         read_timeout: Duration = "100ms",
@@ -75,13 +76,13 @@ crate::settings! {
 }
 
 impl StoreSettings {
-    /// True if keys are read from an existing table.
+    /// Returns true if keys are read from an existing table.
     #[must_use]
     pub const fn reads_existing(&self) -> bool {
         self.preset.is_some() || self.table.is_some()
     }
 
-    /// True if changes to trusts and keys are tracked in the change log, which the lease needs.
+    /// Returns true if changes to trusts and keys are tracked in the change log, which the lease needs.
     #[must_use]
     pub const fn tracks_changes(&self) -> bool {
         !self.reads_existing() || self.attached

@@ -1,7 +1,8 @@
-//! SQL texts that are files beside the modules that use them. In these files `{s}` is the schema of our tables.
+//! Helpers for the `.sql` files, which are beside the modules that use them. In these files, `{s}` is the schema of our
+//! tables.
 
-/// The text of a file without the newline at its end. The database keeps some texts as we send them, and we compare
-/// them byte by byte, or they become part of such a text.
+/// Returns the text of a file without the newline at its end. The database stores the text of a function or trigger
+/// exactly as it was sent, and this program compares the stored text with the file byte by byte.
 pub(crate) const fn without_newline(file: &str) -> &str {
     match file.as_bytes() {
         [text @ .., b'\n'] => file.split_at(text.len()).0,
@@ -9,7 +10,7 @@ pub(crate) const fn without_newline(file: &str) -> &str {
     }
 }
 
-/// The text between the quotes `$body$` of a statement that creates a function, as the catalog keeps it.
+/// Returns the text between the quotes `$body$` of a statement that creates a function, as the catalog stores it.
 pub(crate) fn body(statement: &str) -> &str {
     statement.split(BODY).nth(1).unwrap_or_default()
 }
@@ -27,7 +28,7 @@ mod tests {
     }
 
     #[test]
-    fn one_newline_is_cut_off_at_the_end_of_a_file() {
+    fn one_newline_at_the_end_of_a_file_is_removed() {
         for (file, want) in [("", ""), ("\n", ""), ("END", "END"), ("END\n", "END"), ("\nEND\n\n", "\nEND\n")] {
             assert_eq!(without_newline(file), want);
         }

@@ -1,7 +1,7 @@
 //! The embedded database: one SQLite file, which `serve` creates and migrates itself.
 //!
-//! It is for one `serve` process and the commands on the same machine, on a local disk. Known network filesystems are
-//! refused.
+//! The database is for one `serve` process and the commands on the same machine, on a local disk. Known network
+//! filesystems are refused.
 
 pub(crate) mod file;
 
@@ -12,7 +12,7 @@ use sqlx::{
     sqlite::{SqliteConnectOptions, SqliteSynchronous},
 };
 
-/// The maximum time that a write waits for the write of another process to end.
+/// The maximum time that a write waits for a write of another process to end.
 pub(crate) const BUSY_TIMEOUT: Duration = Duration::from_secs(2);
 /// The maximum time that a read waits while another process has locked the whole database. It is well below
 /// `freshness.poll_timeout`, so that a poll fails with "locked" in time, which counts as an answer. A poll that waited
@@ -26,7 +26,7 @@ pub(crate) const NOW: &str = "CAST(round(unixepoch('subsec') * 1000) AS INTEGER)
 pub(crate) const MINUTE: i64 = 60_000_000;
 
 /// Records the pepper with the fingerprint ?2, in hexadecimal, if none is recorded. If keys were issued without a
-/// pepper, also records "no pepper" as the previous one. Imported digests do not count as issued; they have no hint.
+/// pepper, also records "no pepper" as the previous one. Imported digests have no hint and do not count as issued.
 pub(crate) const HOLD_PEPPER: &str = "UPDATE meta SET pepper_fingerprint = unhex(?2),
         previous_pepper_fingerprint = CASE WHEN EXISTS (SELECT 1 FROM api_key WHERE scheme = 0 AND hint <> '') THEN zeroblob(8) END
     WHERE pepper_fingerprint IS NULL";
@@ -34,9 +34,10 @@ pub(crate) const HOLD_PEPPER: &str = "UPDATE meta SET pepper_fingerprint = unhex
 /// The access mode of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Access {
-    /// Reads only. Closing such a connection does not copy the write-ahead log into the database: SQLite takes an
-    /// exclusive lock for that when the last connection closes, and the lock needs a descriptor that can write. So a
-    /// connection whose `-shm` was removed can be closed without overwriting later commits of other processes.
+    /// Reads only. Closing such a connection does not copy the write-ahead log into the database: SQLite copies the log
+    /// when the last connection closes, under an exclusive lock, which needs a file descriptor that is open for
+    /// writing. So a connection whose `-shm` was removed can be closed without overwriting later commits of other
+    /// processes.
     Read,
     /// Reads and writes.
     Write,
@@ -58,25 +59,25 @@ pub(crate) async fn connect(path: &Path, access: Access) -> Result<SqliteConnect
     SqliteConnection::connect_with(&options).await
 }
 
-/// True if the database uses a write-ahead log. Reads from the database first, so that SQLite opens the files beside
-/// it.
+/// Returns true if the database uses a write-ahead log. Reads from the database first, so that SQLite opens the files
+/// `-wal` and `-shm`.
 pub(crate) async fn has_log(connection: &mut SqliteConnection) -> Result<bool, sqlx::Error> {
     sqlx::raw_sql("SELECT count(*) FROM sqlite_schema").execute(&mut *connection).await?;
     let mode = sqlx::raw_sql("PRAGMA journal_mode").fetch_one(connection).await?;
     Ok(mode.try_get::<String, _>(0)? == "wal")
 }
 
-/// True if `error` means that a table does not exist.
+/// Returns true if `error` means that a table does not exist.
 pub(crate) fn is_missing(error: &sqlx::Error) -> bool {
     error.as_database_error().is_some_and(|error| error.message().starts_with("no such table"))
 }
 
-/// True if `error` is `SQLITE_BUSY`: another connection has a lock that this one needs.
+/// Returns true if `error` is `SQLITE_BUSY`: another connection has a lock that this one needs.
 pub(crate) fn is_busy(error: &sqlx::Error) -> bool {
     code(error) == Some(5)
 }
 
-/// The primary code of an error of SQLite itself (<https://www.sqlite.org/rescode.html>).
+/// Returns the primary result code of an SQLite error (<https://www.sqlite.org/rescode.html>).
 pub(crate) fn code(error: &sqlx::Error) -> Option<u32> {
     let code = error.as_database_error().and_then(sqlx::error::DatabaseError::code)?;
     code.parse::<u32>().ok().map(|code| code & 0xff) // the higher bits of an extended code only add detail

@@ -28,7 +28,7 @@ pub(crate) enum Backend {
 pub(crate) enum Role {
     /// Reads by `serve`: `store.url`.
     Serve,
-    /// Changes: `store.management_url`, or `store.url` if that is not set.
+    /// Changes by management commands: `store.management_url`, or `store.url` if that is not set.
     Manage,
 }
 
@@ -44,7 +44,7 @@ pub(crate) struct StoreUrl {
 }
 
 impl StoreUrl {
-    /// The URL and password for `role`.
+    /// Returns the URL and password for `role`.
     pub(crate) fn of(settings: &StoreSettings, role: Role) -> Self {
         let StoreSettings { url, url_file, management_url, management_url_file, password, password_file, .. } =
             settings.clone();
@@ -57,12 +57,12 @@ impl StoreUrl {
         Self { url, url_file, password, password_file, names }
     }
 
-    /// A URL that was given as the option `name` of a command.
+    /// Creates the address for a URL that was given as the option `name` of a command.
     pub(crate) const fn given(name: &'static str, url: Secret) -> Self {
         Self { url: Some(url), url_file: None, password: None, password_file: None, names: (name, name) }
     }
 
-    /// The kind of database that the URL leads to.
+    /// Returns the kind of database that the URL selects.
     pub(crate) fn backend(&self, env: Env<'_>) -> Result<Backend, StoreError> {
         let Some(url) = self.url()? else { return Ok(Backend::Sqlite(default_path(env)?)) };
         match url.expose().split_once(':') {
@@ -77,7 +77,7 @@ impl StoreUrl {
         }
     }
 
-    /// The options for a connection to PostgreSQL. Reads the files again.
+    /// Returns the options for a connection to PostgreSQL. Reads the files of the URL and the password again.
     pub(crate) fn postgres(&self) -> Result<PgConnectOptions, StoreError> {
         let url =
             self.url()?.ok_or_else(|| self.refuse("no URL is set: expected postgres://user@host:5432/database"))?;
@@ -169,13 +169,14 @@ pub(crate) fn describe_sqlite(path: &Path) -> String {
     format!("the SQLite database at {}", path.display())
 }
 
-/// The default path of the embedded database: `$STATE_DIRECTORY/trustgate.db` (systemd sets this variable), else
-/// `$XDG_STATE_HOME/trustgate/trustgate.db`, else `~/.local/state/trustgate/trustgate.db`.
+/// Returns the default path of the embedded database: `$STATE_DIRECTORY/trustgate.db` (systemd sets this variable),
+/// else `$XDG_STATE_HOME/trustgate/trustgate.db`, else `~/.local/state/trustgate/trustgate.db`.
 ///
 /// # Errors
 /// [`StoreError::Unusable`] if the environment sets none of these variables to an absolute path.
 fn default_path(env: Env<'_>) -> Result<PathBuf, StoreError> {
-    // A relative path would depend on where the command was started; the XDG rules say to ignore it.
+    // A relative path would depend on where the command was started; the XDG Base Directory Specification says to
+    // ignore it.
     let directory = |name: &str, pick: fn(&str) -> &str| {
         env(name).map(|value| PathBuf::from(pick(&value))).filter(|path| path.is_absolute())
     };
@@ -190,8 +191,8 @@ fn default_path(env: Env<'_>) -> Result<PathBuf, StoreError> {
     })
 }
 
-/// The parameters that may follow the `?` of a PostgreSQL URL. The parser would silently ignore others, for example a
-/// misspelt `sslmode`.
+/// The parameters that may follow the `?` of a PostgreSQL URL. The parser would silently ignore any other parameter,
+/// such as a misspelt `sslmode`.
 const PARAMETERS: &[&str] = &[
     "sslmode",
     "sslrootcert",
@@ -214,7 +215,7 @@ fn secret(value: Option<&Secret>, file: Option<&Path>, name: &str) -> Result<Opt
         .map_err(|error| StoreError::Unusable(format!("{name}: cannot read {}: {error}", file.display())))
 }
 
-/// The path in `rest`, the part of an SQLite URL after `sqlite:`. Percent signs are not decoded.
+/// Returns the path in `rest`, the part of an SQLite URL after `sqlite:`. Does not decode percent-encoded characters.
 fn sqlite_path(rest: &str) -> Option<PathBuf> {
     let path = rest.strip_prefix("//")?;
     (path.starts_with('/') && path.len() > 1 && !path.contains('?')).then(|| PathBuf::from(path))

@@ -1,6 +1,5 @@
-//! Measures the same for an attached table: how long a revoked key is still granted by three replicas, while the
-//! application that owns the table writes to its million rows. Also measures how much the triggers slow the application
-//! down.
+//! Measures for an attached table how long three replicas still grant a revoked key while the application that owns the
+//! table writes to its million rows. Also measures how much the triggers slow the application down.
 
 use std::{
     sync::Arc,
@@ -31,17 +30,17 @@ use crate::{
 };
 
 const ROWS: u32 = 1_000_000;
-/// The number of writes of the application in a second.
+/// The number of writes per second of the application.
 const WRITES_PER_SECOND: u32 = 300;
-/// One in this many writes changes a key; the others change a column that trustgate does not use.
+/// One in this many writes changes a key; the other writes change a column that trustgate does not use.
 const KEY_WRITE_EVERY: u32 = 150;
-/// The number of rounds of writes without the triggers and with them, in turn.
+/// The number of rounds. In each round, the application writes without the triggers first, and then with them.
 const ROUNDS: usize = 5;
 const ROUND: Duration = Duration::from_secs(3);
 const SPACING: Duration = Duration::from_millis(700);
 const WATCH_FOR: Duration = Duration::from_millis(1_250);
 
-/// The application writes to the rows from this one on; the checks use the keys of the rows before it.
+/// The number of the first row that the application writes to. The checks use the keys of earlier rows.
 const FIRST_WRITTEN: u32 = 10_000;
 
 fn row_id(number: u32) -> String {
@@ -97,13 +96,13 @@ struct Application {
 /// One write of the application.
 struct Write {
     due: Instant,
-    /// The time from the due time to the commit.
+    /// The time from `due` to the commit.
     took: Duration,
     is_of_key: bool,
 }
 
 impl Application {
-    /// Starts the writes, each at its due time, over four connections.
+    /// Starts the application, which writes over four connections at a fixed rate.
     async fn start(postgres: &Postgres, database: &str) -> Self {
         let mut idle = Vec::new();
         for _ in 0..4 {
@@ -114,7 +113,7 @@ impl Application {
         Self { stop, writing }
     }
 
-    /// Stops the application; returns its writes.
+    /// Stops the application and returns its writes.
     async fn stop(self) -> Vec<Write> {
         self.stop.cancel();
         self.writing.await.expect("no panic")
@@ -158,7 +157,7 @@ async fn write(idle: Arc<Mutex<Vec<PgConnection>>>, stop: CancellationToken) -> 
     took
 }
 
-/// The time in which 99 % of the writes in these spans were committed.
+/// Returns the 99th percentile of the durations of the writes that were due in `spans`.
 fn percentile_99<'w>(writes: impl IntoIterator<Item = &'w Write>, spans: &[(Instant, Instant)]) -> Duration {
     let within = |write: &&Write| spans.iter().any(|(from, until)| (*from..*until).contains(&write.due));
     let mut took: Vec<_> = writes.into_iter().filter(within).map(|write| write.took).collect();
@@ -167,7 +166,7 @@ fn percentile_99<'w>(writes: impl IntoIterator<Item = &'w Write>, spans: &[(Inst
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn attached_table_with_a_million_rows_revoked_keys_are_denied_within_15_ms_median_1200_ms_max() {
+async fn revoked_keys_of_a_million_row_attached_table_are_denied_within_15_ms_median_1200_ms_max() {
     let _turn = exclusive().await;
     let postgres = Postgres::start().await;
     let database = postgres.database().await;
@@ -182,7 +181,7 @@ async fn attached_table_with_a_million_rows_revoked_keys_are_denied_within_15_ms
     let print_grants = ["migrate", "--print-grants", "--serve-role", "serve", "--manage-role", "gate"];
     let grants = test_config.run(&print_grants).await.out;
     postgres.execute(&database, &grants).await;
-    // The superuser, who has the rights for both parts of `attach` and `detach`.
+    // The two parts of `attach` and `detach` need different rights. The superuser has the rights for both.
     let admin =
         TestConfig::new().with_default_deadlines().with("store.table", "hospital.trust").with("store.attached", "true");
     let admin = admin.with("store.url", postgres.url("admin", &database));

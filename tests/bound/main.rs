@@ -1,8 +1,9 @@
-//! Measures how long a revoked key is still granted. Three replicas are under load, and each of them gets checks of the
-//! key all the time. In the meantime, the tests kill and empty Redis, forge its values, and restore old ones.
+//! Measures how long a revoked key is still granted. Three replicas are under load, and each of them continuously
+//! receives checks of the key. Meanwhile, the tests kill Redis, delete its values, forge values, and restore old
+//! values.
 //!
 //! The measured time starts when the revoking client learns of the commit. It ends at the start of the last granted
-//! check on any replica. `docs/revocation.md` describes the measurement, and which samples the tests drop.
+//! check on any replica. `docs/revocation.md` describes the measurement and the samples that the tests drop.
 
 // This crate contains only tests: they may panic, each uses only a part of `support`, and they print their
 // measurements.
@@ -39,18 +40,21 @@ use crate::{
 };
 
 const REPLICAS: usize = 3;
-/// Checks of good keys a second on each replica: slightly more than the 500 that the measurement requires.
+/// The number of checks of good keys per second on each replica: slightly more than the 500 that the measurement
+/// requires.
 const GOOD_PER_SECOND: u32 = 520;
-/// Checks of a key that is revoked, a second on each replica: slightly more than the 200 that the measurement requires.
+/// The number of checks per second that each replica receives of a key that will be revoked: slightly more than the 200
+/// that the measurement requires.
 const REVOKED_PER_SECOND: u32 = 215;
 /// The time that a transaction stays open after it has changed the row.
 const LATE: Duration = Duration::from_millis(400);
-/// The limit for each revocation, also if the machine was disturbed during it, because the lease must hold through a
-/// pause. It is the default of `freshness.lease` and a margin: for the command line the clock starts before the commit.
+/// The limit for each revocation, including those during which the machine was disturbed, because the lease must hold
+/// through a pause. The limit is the default of `freshness.lease` plus a margin: if the command line revokes the key,
+/// the measured time starts before the commit.
 const LEASE_LIMIT: Duration = Duration::from_millis(1_200);
-/// The limit for a revocation that only polls report.
+/// The limit for a revocation of which the replicas learn only by polling.
 const POLLING_LIMIT: Duration = Duration::from_millis(400);
-/// The minimum rate of checks a second with a revoked key on each replica.
+/// The minimum number of checks per second of a revoked key on each replica.
 const REVOKED_PER_SECOND_MIN: u128 = 200;
 
 /// The parameters of a run.
@@ -60,7 +64,8 @@ struct Plan {
     revocations: usize,
     /// The interval between revocations. The tests observe several revocations at the same time.
     spacing: Duration,
-    /// The time that checks of a key continue after its revocation commits: longer than a revoked key may be granted.
+    /// How long the checks of a key continue after the commit of its revocation: longer than a revoked key may be
+    /// granted.
     watch_for: Duration,
 }
 
@@ -90,12 +95,12 @@ async fn by_polling_only_revoked_keys_are_denied_within_400_ms() {
     assert!(longest <= POLLING_LIMIT, "{longest:?}");
 }
 
-/// The number of revocations: the value of `REVOCATIONS`, which `make bound` sets, or else `few`.
+/// Returns the number of revocations: the value of `REVOCATIONS`, which `make bound` sets, or else `few`.
 fn revocations(few: usize) -> usize {
     std::env::var("REVOCATIONS").ok().and_then(|many| many.parse().ok()).unwrap_or(few)
 }
 
-/// Asserts the limits for revocations that notifications report. `late` is in ascending order.
+/// Asserts the limits for revocations when notifications are on. `late` is in ascending order.
 #[track_caller]
 fn assert_with_notifications(late: &[Duration]) {
     let at = |share: usize| late[(late.len() * share).div_ceil(100) - 1];
@@ -103,8 +108,8 @@ fn assert_with_notifications(late: &[Duration]) {
     assert!(at(99) <= Duration::from_millis(100), "{:?}", at(99));
 }
 
-/// Asserts [`LEASE_LIMIT`] for all revocations, then drops those during which the machine was disturbed, whatever their
-/// result. `late` returns the time from the commit to the start of the last granted check.
+/// Asserts [`LEASE_LIMIT`] for all revocations, then drops the revocations during which the machine was disturbed,
+/// regardless of their results. `late` returns the time from the commit to the start of the last granted check.
 #[track_caller]
 fn keep_undisturbed_revocations<T>(samples: Vec<Sample<T>>, late: impl Fn(&T) -> Duration) -> Vec<T> {
     let longest = samples.iter().map(|sample| late(&sample.value)).max().unwrap_or_default();
@@ -141,7 +146,8 @@ async fn run(plan: &Plan) -> Vec<Duration> {
             sleep_until(start + plan.spacing * u32::try_from(number).unwrap()).await;
             watching.spawn(Arc::clone(&setup).watch(how, case, plan.watch_for));
             if number == plan.revocations * 17 / 20 {
-                // The replicas must read all values again, and now find the old values that were restored in Redis.
+                // After this command, the replicas read all values again and find the old values that were restored in
+                // Redis.
                 setup.test_config.json(&["cache", "clear"]).await;
             }
         }
@@ -180,9 +186,9 @@ enum Revocation {
     Update,
     Delete,
     Cli,
-    /// In a transaction that commits late.
+    /// By a transaction that commits [`LATE`] after the update.
     LateCommit,
-    /// By disabling its trust.
+    /// By disabling the trust of the key.
     TrustDisabled,
 }
 
@@ -192,11 +198,11 @@ struct Ended {
     committed: Instant,
     /// The time from the commit to the start of the last granted check.
     late: Duration,
-    /// The checks a second with the key, of each replica.
+    /// The number of checks of the key per second, for each replica.
     rates: Vec<Sample<u128>>,
 }
 
-/// Creates `count` keys to revoke, each with the way to revoke it.
+/// Creates `count` keys and chooses for each key how to revoke it.
 async fn revoked_keys(fixture: &Fixture, count: usize) -> Vec<(Revocation, KeyCase)> {
     let mut revoked_keys = Vec::new();
     for (number, case) in fixture.keys(count).await.into_iter().enumerate() {
@@ -261,7 +267,7 @@ impl Setup {
         late.map(|late| Ended { how, committed, late, rates })
     }
 
-    /// Revokes the key. Returns when the commit was known.
+    /// Revokes the key. Returns the moment at which the client learned of the commit.
     async fn revoke(&self, how: Revocation, case: &KeyCase) -> Instant {
         let digest = format!("sha256(convert_to('{}', 'UTF8'))", case.key);
         let revoke = format!("UPDATE trustgate.api_key SET revoked_at = now() WHERE digest = {digest}");
@@ -286,8 +292,9 @@ impl Setup {
         execute(&mut *self.sql.lock().await, sql).await
     }
 
-    /// The command waits for the replicas before it ends, so this function reads the row all the time. It returns the
-    /// start of the last read that did not see the revocation: the commit was later.
+    /// Revokes the key with the command line. The command waits for the replicas before it ends, so this function
+    /// continuously reads the row to find the time of the commit. Returns the start of the last read that did not see
+    /// the revocation, which was before the commit.
     async fn revoke_by_cli(&self, digest: &str) -> Instant {
         let of_key = |what: &str| format!("SELECT {what} FROM trustgate.api_key WHERE digest = {digest}");
         let id: String = self.postgres.value(&self.database, &of_key("id::text")).await;
@@ -314,7 +321,7 @@ impl Setup {
         committed
     }
 
-    /// Deletes all keys at once.
+    /// Deletes all keys with `TRUNCATE` and asserts that the replicas deny them in time.
     async fn truncate(&self, cases: &[KeyCase], plan: &Plan) {
         let per_second = REVOKED_PER_SECOND * u32::try_from(cases.len()).unwrap();
         let mut probing: Vec<_> = self.clients.iter().map(|client| send_checks(client, per_second, cases)).collect();
@@ -335,7 +342,8 @@ impl Setup {
         }
         late.sort();
         print_quantiles("last grant after TRUNCATE", &late);
-        // One event is a single sample, which cannot be dropped if the machine was disturbed.
+        // `TRUNCATE` is measured only once, and a single sample cannot be dropped if the machine was disturbed. The
+        // limit is wider instead.
         let limit = if plan.notifications == "true" { LEASE_LIMIT } else { POLLING_LIMIT + PAUSE_MARGIN };
         assert!(late[late.len() - 1] <= limit, "{late:?}");
     }
@@ -356,7 +364,7 @@ impl Setup {
 async fn execute(connection: &mut PgConnection, sql: &str) -> Instant {
     let done = sqlx::raw_sql(AssertSqlSafe(sql)).execute(connection).await;
     let known = Instant::now();
-    // Only statements that begin with UPDATE or DELETE must change exactly one row.
+    // A statement that begins with UPDATE or DELETE must change exactly one row.
     let changed = done.unwrap_or_else(|error| panic!("{sql}: {error}")).rows_affected();
     assert!(changed == 1 || !sql.starts_with("UPDATE") && !sql.starts_with("DELETE"), "{sql} changed {changed} rows");
     known
@@ -370,8 +378,8 @@ fn per_second(probes: usize, took: Duration) -> u128 {
     probes as u128 * 1_000 / took.as_millis()
 }
 
-/// Asserts that there were enough checks of good keys, and that each was granted for the right trust. A few may be
-/// faults, and a fault during which the machine was disturbed is excused.
+/// Asserts that there were enough checks of good keys, and that each check was granted for the right trust. A few
+/// checks may be faults. A fault while the machine was disturbed does not count.
 fn assert_good_keys(probes: &[Probe], cases: &[KeyCase], start: Instant, took: Duration) {
     let before: Vec<_> = probes.iter().filter(|probe| probe.began < start).collect();
     let measured: Vec<_> = probes.iter().filter(|probe| (start..start + took).contains(&probe.began)).collect();
@@ -394,7 +402,8 @@ fn assert_good_keys(probes: &[Probe], cases: &[KeyCase], start: Instant, took: D
         let (began, answered) = (probe.began.duration_since(start), probe.answered.duration_since(start));
         println!("fault although the machine was not disturbed: {began:?} to {answered:?}");
     }
-    // All of this runs on two processors, so a check may be late now and then: allow one fault in 1 000 checks.
+    // All servers and clients share one machine, so a check occasionally exceeds its deadline. Allow one fault in 1 000
+    // checks.
     assert!(faults.len() * 1_000 <= kept.len(), "{} faults in {} checks", faults.len(), kept.len());
 }
 
@@ -426,7 +435,7 @@ async fn disturb(mut redis: Redis, start: Instant, length: Duration) {
     }
 }
 
-/// Replaces every second value with random bytes, and the other values with those of other keys.
+/// Replaces every second value with random bytes, and each other value with the value of another key.
 async fn forge(connection: &mut MultiplexedConnection) {
     let values = values(connection).await;
     let mut forging = redis::pipe();
@@ -454,14 +463,14 @@ async fn replay(connection: &mut MultiplexedConnection, first_seen: &mut HashMap
     send(&replaying, connection).await;
 }
 
-/// Sends commands, if there are any.
+/// Sends the commands in `pipeline`, if there are any.
 async fn send(pipeline: &redis::Pipeline, connection: &mut MultiplexedConnection) {
     if pipeline.cmd_iter().next().is_some() {
         pipeline.exec_async(connection).await.unwrap();
     }
 }
 
-/// All cached values, in the serialised form of Redis.
+/// Returns the names of all cached values with the values as `DUMP` serialises them.
 async fn values(connection: &mut MultiplexedConnection) -> Vec<(String, Vec<u8>)> {
     let names: Vec<String> = redis::cmd("KEYS").arg("trustgate:api_key:*").query_async(connection).await.unwrap();
     if names.is_empty() {

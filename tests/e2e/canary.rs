@@ -10,8 +10,8 @@ use crate::{
 
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// Suppresses the change log for revocations: from now on the revocation of a key gets a version, but no row in
-/// `trustgate.change`. Replicas then keep the cached grant of the key.
+/// SQL that suppresses the change log for revocations: from now on the revocation of a key gets a version, but no row
+/// in `trustgate.change`. Replicas therefore keep granting the key from their caches.
 const SUPPRESS_CHANGES: &str = "
 CREATE FUNCTION public.unrecorded() RETURNS trigger LANGUAGE plpgsql AS $$
 BEGIN
@@ -21,7 +21,7 @@ END
 $$;
 CREATE TRIGGER unrecorded AFTER INSERT ON trustgate.audit
     FOR EACH ROW WHEN (NEW.action = 'key.revoke') EXECUTE FUNCTION public.unrecorded()";
-/// Undoes [`SUPPRESS_CHANGES`].
+/// SQL that undoes [`SUPPRESS_CHANGES`].
 const RECORD_CHANGES: &str = "DROP TRIGGER unrecorded ON trustgate.audit";
 
 const TRUSTS: &str = "SELECT coalesce(string_agg(name, ' ' ORDER BY name), '') FROM trustgate.trust
@@ -31,8 +31,8 @@ const TRUSTS: &str = "SELECT coalesce(string_agg(name, ' ' ORDER BY name), '') F
 async fn a_revocation_missing_from_the_change_log_is_found_on_every_replica() {
     let _turn = shared().await;
     let mut fixture = Fixture::new(&[("canary.interval", "1s"), ("limits.drain_delay", "0s")]).await;
-    // The first two trusts look like those of other canaries: one was killed hours ago and its trust must be deleted,
-    // the other is running. The third does not belong to a canary.
+    // The first two trusts look like trusts of other canaries. One of these canaries was killed hours ago, so its trust
+    // must be deleted; the other canary is still running. The third trust does not belong to a canary.
     let (left_behind, running) = (canary_trust(), canary_trust());
     let others = "trustgate-canary-in-a-coal-mine";
     for name in [&*left_behind, &*running, others] {
@@ -86,7 +86,7 @@ async fn a_revocation_missing_from_the_change_log_is_found_on_every_replica() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn replicas_are_probed_over_mutual_tls_and_unix_sockets_and_a_dead_one_fails_alone() {
+async fn the_canary_probes_replicas_over_mutual_tls_and_unix_sockets_despite_a_dead_one() {
     let _turn = shared().await;
     let mut fixture = Fixture::new(&[("canary.interval", "1s")]).await;
     let certificates = certificates();
@@ -120,7 +120,7 @@ async fn replicas_are_probed_over_mutual_tls_and_unix_sockets_and_a_dead_one_fai
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_database_that_refuses_changes_fails_rounds_and_probes_resume_afterwards() {
+async fn canary_rounds_fail_while_the_database_refuses_changes_and_then_succeed_again() {
     let _turn = shared().await;
     let mut fixture = Fixture::new(&[("canary.interval", "1s")]).await;
     let server = fixture.test_config.serve().await;
@@ -143,7 +143,7 @@ async fn a_database_that_refuses_changes_fails_rounds_and_probes_resume_afterwar
     }
 }
 
-/// A name as canaries give it to their trusts.
+/// Returns a trust name in the form that canaries use.
 fn canary_trust() -> String {
     format!("trustgate-canary-{}", uuid::Uuid::new_v4())
 }

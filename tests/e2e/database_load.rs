@@ -1,5 +1,5 @@
-//! How much work freshness causes in the database: an import makes no replica read unchanged keys again, and without
-//! changes a replica sends few statements.
+//! The load that the freshness protocol causes in the database: an import makes no replica read unchanged keys again,
+//! and without changes a replica sends few statements.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -25,8 +25,8 @@ use crate::{
 const CACHED: usize = 1_000;
 const IMPORTED: usize = 100_000;
 
-/// A lease that does not expire where polls are late because the import and other programs use the processors: each check
-/// would then read the database, whatever the import did to the cache.
+/// A lease that does not expire when the import and other programs delay the polls. Without a lease, each check would
+/// read the database, so the number of reads would not show whether the keys stayed in the cache.
 const LONG_LEASE: (&str, &str) = ("freshness.lease", "1m");
 
 #[tokio::test(flavor = "multi_thread")]
@@ -87,7 +87,8 @@ async fn import_beside_traffic(test_config: &TestConfig, cached: Vec<KeyCase>) {
     let answer = test_config.json(&["key", "import", "--trust", "acme", &path]).await;
     let took = start.elapsed();
     assert_eq!(answer["imported"], IMPORTED, "{answer}");
-    // At 500 checks per second this is long enough to check each cached key once more after the import was applied.
+    // At 500 checks per second, this time is long enough to check each cached key once more after the import was
+    // applied.
     sleep(Duration::from_secs(3)).await;
     let probes = probing.stop().await;
     let read = reads(&server).await - before;
@@ -98,11 +99,11 @@ async fn import_beside_traffic(test_config: &TestConfig, cached: Vec<KeyCase>) {
     assert!(probes.len() >= CACHED);
     let limit = f64::from(u32::try_from(CACHED / 100).unwrap());
     assert!(read <= limit, "{read} reads of the database, at most {limit} are allowed");
-    // The replica has applied the import: it grants an imported key.
+    // The replica has applied the import, because it grants an imported key.
     assert_eq!(client.check(&imported).await.status, 200);
 }
 
-/// Reads of the database for checks, successful or not.
+/// Returns the number of database reads for checks, successful or not.
 async fn reads(server: &Server) -> f64 {
     server.metric("trustgate_store_reads_total{outcome=\"ok\"}").await
         + server.metric("trustgate_store_reads_total{outcome=\"error\"}").await
@@ -126,7 +127,7 @@ async fn without_changes_a_replica_sends_at_most_eleven_polls_and_one_write_per_
         probing.push(Probing::start(&client, 100, cached.iter().map(|case| case.key.clone()).collect(), &[]));
         servers.push(server);
     }
-    // Startup takes statements that do not recur, so let it pass before counting.
+    // At startup, a replica sends statements that do not recur. Wait before counting, so that they are not counted.
     sleep(Duration::from_secs(2)).await;
     for sql in [
         "ALTER SYSTEM SET log_line_prefix = 'said by %a, '",
@@ -152,7 +153,7 @@ async fn without_changes_a_replica_sends_at_most_eleven_polls_and_one_write_per_
         }
         println!("{name} in {took:?}: {counts:?}");
         let at_most = |kind, per_second: u64| {
-            // The period may begin and end with a statement, so allow one more than the rate gives.
+            // The period may begin and end with a statement, so allow one statement more than the rate gives.
             let limit = u128::from(per_second) * took.as_millis() / 1_000 + 1;
             let count: u128 = counts.get(&kind).copied().unwrap_or(0);
             assert!(count <= limit, "{count} of {kind:?}, at most {limit} are allowed");
@@ -172,7 +173,7 @@ async fn without_changes_a_replica_sends_at_most_eleven_polls_and_one_write_per_
 enum Kind {
     Poll,
     Write,
-    /// A setting of the session, sent in one message with a poll or a write.
+    /// A `SET LOCAL` statement, which the server sends in one message with a poll or a write.
     Setting,
     /// The check that the connection for notifications still listens.
     Listening,
@@ -194,7 +195,7 @@ fn kind(statement: &str) -> Kind {
     }
 }
 
-/// The statements in a log of PostgreSQL, by the name of the application that sent them.
+/// Returns the statements in a PostgreSQL log, by the name of the application that sent them.
 fn statements(log: &str) -> BTreeMap<&str, Vec<String>> {
     let mut statements = BTreeMap::<_, Vec<String>>::new();
     let mut sender = None;
@@ -209,7 +210,7 @@ fn statements(log: &str) -> BTreeMap<&str, Vec<String>> {
                 statements.entry(name).or_default().push(statement.to_owned());
             }
         } else if let (Some(name), Some(more)) = (sender, line.strip_prefix('\t')) {
-            // PostgreSQL begins each further line of a statement with a tab.
+            // PostgreSQL begins each continuation line of a statement with a tab.
             let statement = statements.get_mut(name).and_then(|sent| sent.last_mut()).unwrap();
             statement.push('\n');
             statement.push_str(more);

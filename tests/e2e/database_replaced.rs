@@ -1,6 +1,6 @@
 //! Changes to the database that bypass the change log: a restored copy, a standby promoted too early, a standby in
-//! place of the primary, disabled triggers, a replaced SQLite file. The server must notice each of them and must not
-//! grant keys from what it read before. Also writes to SQLite by other programs.
+//! place of the primary, disabled triggers, and a replaced SQLite file. The server must notice each of these changes,
+//! and must then not grant keys from data that it had read before. Also tests writes to SQLite by other programs.
 
 use std::{path::Path, time::Duration};
 
@@ -22,31 +22,31 @@ use crate::{
 };
 
 const PATIENCE: Duration = Duration::from_secs(30);
-/// The maximum time that a revoked key may be granted if only polls detect the revocation. The tests add
+/// The maximum time for which a revoked key may still be granted if only polls detect the revocation. The tests add
 /// [`PAUSE_MARGIN`], because the machine may be paused between two polls.
 const BY_POLLING: Duration = Duration::from_millis(400);
-/// The maximum time that a revoked key may be granted in any of these cases, as long as a database answers.
+/// The maximum time for which a revoked key may still be granted in any of these tests while a database answers.
 const AT_WORST: Duration = Duration::from_millis(1_200);
 
 // === a new primary that lacks the newest changes ===
 
-/// Why the new primary lacks the newest changes.
+/// The origin of the new primary, which is the reason why it lacks the newest changes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Origin {
-    /// A copy of the data directory was restored. The cluster, the timeline and the incarnation stay the same; only the
-    /// nonces of the versions differ.
+    /// A restored copy of the data directory. The database cluster, the timeline and the incarnation are the same as
+    /// before; only the nonces of the versions differ.
     RestoredCopy,
-    /// A standby was promoted before it had replicated the changes.
+    /// A standby that was promoted before it had replicated the changes.
     PromotedStandby,
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_restored_copy_is_noticed_at_the_same_version_number() {
+async fn a_restored_copy_is_noticed_although_version_numbers_match() {
     lose_changes(Origin::RestoredCopy).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_standby_promoted_too_early_is_noticed_at_the_same_version_number() {
+async fn a_standby_promoted_too_early_is_noticed_although_version_numbers_match() {
     lose_changes(Origin::PromotedStandby).await;
 }
 
@@ -60,18 +60,18 @@ async fn replicas_started_on_a_standby_promoted_too_early_grant_nothing_from_old
     lose_changes_and_restart(Origin::PromotedStandby).await;
 }
 
-/// A configuration, its servers and keys, and the new primary that will lack the newest changes.
+/// The setup of a failover that loses changes: the servers, the configuration and the keys.
 struct FailoverWithLoss {
     fixture: Fixture,
-    /// Connects the replicas to the database.
+    /// The port through which the replicas connect to the database.
     forwarder: Forwarder,
     origin: Origin,
     standby: Option<Postgres>,
     /// The newest version that both primaries have.
     fork: i64,
-    /// Keys that were revoked. The new primary lacks the revocations.
+    /// Revoked keys whose revocations the new primary lacks.
     lost: [IssuedKey; 3],
-    /// A key that was issued. The new primary lacks it.
+    /// A key that the new primary lacks, because it was issued after `fork`.
     missing: Option<IssuedKey>,
     /// A key that is revoked on the new primary only.
     revoked_later: IssuedKey,
@@ -79,7 +79,7 @@ struct FailoverWithLoss {
 }
 
 impl FailoverWithLoss {
-    /// Starts the servers, issues keys, and makes the copy or the standby that will become the new primary.
+    /// Starts PostgreSQL and Redis, issues keys, and makes the copy or the standby that will become the new primary.
     async fn new(origin: Origin) -> Self {
         let mut fixture = Fixture::new(&[]).await;
         let issue = async || fixture.test_config.issue("acme", &[]).await;
@@ -103,8 +103,8 @@ impl FailoverWithLoss {
         Self { fixture, forwarder, origin, standby, fork, lost, missing: None, revoked_later, good }
     }
 
-    /// Makes the changes that the new primary will lack. Waits until each replica has applied them and Redis has values
-    /// of the newest version.
+    /// Makes the changes that the new primary will lack. Waits until each replica has applied the changes and Redis has
+    /// values of the newest version.
     async fn make_changes(&mut self, replicas: &[(Server, CheckClient)]) {
         for (_, client) in replicas {
             for key in self.lost.iter().chain([&self.good]) {
@@ -126,7 +126,8 @@ impl FailoverWithLoss {
                 refused(client, key, "revoked").await;
             }
             granted(client, &missing).await;
-            granted(client, &self.revoked_later).await; // its first check, so its value has the newest version
+            // No check has used this key before, so the cached value has the newest version.
+            granted(client, &self.revoked_later).await;
         }
         for key in [&missing, &self.revoked_later] {
             eventually("the value is in Redis", PATIENCE, || self.is_in_redis(key)).await;
@@ -141,8 +142,8 @@ impl FailoverWithLoss {
         !names.is_empty()
     }
 
-    /// Stops the old primary and starts the new one, which lacks the changes after `fork`. Makes as many other changes
-    /// there, so that the newest version of both primaries has the same number.
+    /// Stops the old primary and starts the new primary, which lacks the changes after `fork`. Makes an equal number of
+    /// other changes on the new primary, so that the newest version has the same number on both.
     async fn replace_primary(&mut self) {
         let database = &self.fixture.database;
         let newest_before = newest(&self.fixture.postgres, database).await;
@@ -157,7 +158,7 @@ impl FailoverWithLoss {
         let sequence = "SELECT format('%I.%I', schemaname, sequencename) FROM pg_sequences
             WHERE schemaname = 'trustgate' AND sequencename LIKE '%version%'";
         let sequence: String = primary.value(database, sequence).await;
-        // After a crash, PostgreSQL may continue a sequence at a higher number.
+        // After a crash, PostgreSQL may continue a sequence at a higher number, so reset the sequence.
         let set: i64 = primary.value(database, &format!("SELECT setval('{sequence}', {})", self.fork)).await;
         assert_eq!(set, self.fork);
         primary.execute(database, &revocation(&self.revoked_later)).await;
@@ -218,7 +219,7 @@ async fn lose_changes(origin: Origin) {
     }
     for (server, client) in &replicas {
         eventually("the lease is fresh again", PATIENCE, || is_serving(server.grpc(), "trustgate.fresh")).await;
-        // Reads that failed while the primary was away have opened the circuit breaker. It stays open for 250 ms.
+        // Reads that failed while the primary was away have opened the circuit breaker, which stays open for 250 ms.
         let is_granted = || async { client.check(&setup.good.key).await.status == 200 };
         eventually("a good key is granted", PATIENCE, is_granted).await;
     }
@@ -231,17 +232,18 @@ async fn lose_changes(origin: Origin) {
         for key in &setup.lost {
             assert_eq!(client.check(&key.key).await.status, 401);
         }
-        // The replica denies what the new primary denies soon after it can reach the new primary.
+        // Soon after a replica can reach the new primary, it denies the keys that the new primary denies.
         assert!(denied.iter().any(|probe| probe.began < switched && probe.is_grant()), "no key was granted before");
         let late = granted_after(switched, &denied);
         println!("{origin:?}: last wrong grant began {late:?} after the new primary could be reached");
-        // The stale window may be open, so the lease does not limit this time: a pause of the machine delays the poll.
+        // Add a margin: the stale window may be open, so the lease does not limit this time, and a pause of the machine
+        // can delay the next poll.
         assert!(late <= AT_WORST + PAUSE_MARGIN, "{late:?}");
         refused(client, setup.missing(), "unknown").await;
         refused(client, &setup.revoked_later, "revoked").await;
     }
 
-    // Once the new primary records a change to such a key, its row decides again.
+    // Once the new primary records a change to one of these keys, the row on the new primary decides again.
     let id = &setup.lost[0].id;
     let change = format!("UPDATE trustgate.api_key SET scopes = '{{again}}' WHERE id = '{id}'");
     setup.primary().execute(&setup.fixture.database, &change).await;
@@ -252,8 +254,9 @@ async fn lose_changes(origin: Origin) {
     }
 }
 
-/// Restarts the replicas on the new primary. No replica remembers the lost revocations, so these keys may be granted.
-/// No replica may grant what the new primary denies, although Redis still has older values of those keys.
+/// Replaces the replicas with new replicas on the new primary. The new replicas do not know the lost revocations, so
+/// they may grant those keys. They must not grant a key that the new primary denies, although Redis still has an older
+/// value of that key.
 async fn lose_changes_and_restart(origin: Origin) {
     let _turn = exclusive().await;
     let mut setup = FailoverWithLoss::new(origin).await;
@@ -381,7 +384,7 @@ async fn a_disabled_trigger_ends_the_lease_until_it_is_enabled_again() {
     let probing = Probing::start(&client, 600, texts([&revoked_with, &revoked_after, &good]), &[]);
     sleep(Duration::from_millis(300)).await;
 
-    // In one transaction, so that no poll can run between the two changes.
+    // Disable the triggers and revoke the key in one transaction, so that no poll can run between the two changes.
     let at_once =
         format!("BEGIN; ALTER TABLE trustgate.api_key DISABLE TRIGGER USER; {}; COMMIT", revocation(&revoked_with));
     fixture.postgres.execute(database, &at_once).await;
@@ -399,7 +402,7 @@ async fn a_disabled_trigger_ends_the_lease_until_it_is_enabled_again() {
     }
     refused(&client, &revoked_with, "revoked").await;
     refused(&client, &revoked_after, "revoked").await;
-    granted(&client, &good).await; // the check reads the database
+    granted(&client, &good).await; // without a lease, this check reads the database
 
     fixture.postgres.execute(database, &enable_all).await;
     let enabled = Instant::now();
@@ -417,7 +420,7 @@ async fn a_disabled_trigger_ends_the_lease_until_it_is_enabled_again() {
     refused(&client, &revoked_with, "revoked").await;
     granted_without_reads(&server, &client, &good).await;
 
-    // `migrate` creates a dropped trigger again.
+    // `migrate` recreates a dropped trigger.
     let drop_one = "DO $$ DECLARE name text; BEGIN
         SELECT tgname INTO STRICT name FROM pg_trigger
         WHERE tgrelid = 'trustgate.api_key'::regclass AND NOT tgisinternal ORDER BY tgname LIMIT 1;
@@ -431,7 +434,7 @@ async fn a_disabled_trigger_ends_the_lease_until_it_is_enabled_again() {
     refused(&client, &good, "revoked").await;
 }
 
-/// Asserts that the server grants a cached key without a read of the database.
+/// Asserts that the server grants a cached key without reading the database.
 async fn granted_without_reads(server: &Server, client: &CheckClient, key: &IssuedKey) {
     granted(client, key).await;
     let reads = async || server.metric("trustgate_store_reads_total{outcome=\"ok\"}").await;
@@ -445,8 +448,8 @@ async fn granted_without_reads(server: &Server, client: &CheckClient, key: &Issu
 
 // === SQLite ===
 
-/// Statements by which another program changes the key whose digest is `{digest}`: a name, the reason of the denial
-/// that follows, and the SQL. The program does not enforce foreign keys.
+/// Statements with which another program changes the key with the digest `{digest}`. Each entry has a name, the reason
+/// for the denial that follows, and the SQL. The other program does not enforce foreign keys.
 const STATEMENTS: &[(&str, &str, &str)] = &[
     ("UPDATE", "revoked", "UPDATE api_key SET revoked_at = created_at WHERE digest = {digest}"),
     ("DELETE", "unknown", "DELETE FROM api_key WHERE digest = {digest}"),
@@ -519,7 +522,7 @@ async fn on_sqlite_writes_by_another_program_take_effect_within_the_bound() {
     }
     assert!(late.iter().all(|(_, late)| *late <= BY_POLLING + PAUSE_MARGIN), "{late:?}");
 
-    // `key revoke` is another program too. It ends once the server has applied the change.
+    // `key revoke` also runs as a separate program. It ends once the server has applied the change.
     test_config.trust("acme").await;
     let key = test_config.issue("acme", &[]).await;
     granted(&client, &key).await;
@@ -577,7 +580,8 @@ async fn on_sqlite_a_replaced_database_file_is_noticed() {
     test_config.trust("acme").await;
     let issue = async || test_config.issue("acme", &[]).await;
     let (revoked, lost, good) = (issue().await, issue().await, issue().await);
-    // In the copy one key is revoked. The copy lacks the revocation of another key, which follows below.
+    // Revoke one key in a copy of the database. The copy lacks the later revocation of another key, which the test
+    // makes below.
     std::fs::create_dir(&theirs).unwrap();
     let copy = theirs.join("trustgate.db");
     let mut other_program = sqlite(&file).await;
@@ -627,7 +631,7 @@ fn revocation(key: &IssuedKey) -> String {
     format!("UPDATE trustgate.api_key SET revoked_at = now() WHERE id = '{}'", key.id)
 }
 
-/// The newest version in the database.
+/// Returns the newest version in the database.
 async fn newest(postgres: &Postgres, database: &str) -> i64 {
     postgres.value(database, "SELECT max(version) FROM trustgate.version").await
 }

@@ -1,5 +1,5 @@
-//! Graceful shutdown: no request through Envoy fails, and calls in flight are finished. Also the error of a server
-//! whose address is in use.
+//! Graceful shutdown: no request through Envoy fails, and the server finishes in-flight calls. Also tests the error of
+//! a server whose address is in use.
 
 use std::time::Duration;
 
@@ -31,7 +31,7 @@ const DELAY: Duration = Duration::from_secs(5);
 const GRACE: Duration = Duration::from_secs(20);
 
 #[tokio::test(flavor = "multi_thread")]
-async fn one_of_two_replicas_shuts_down_under_load_and_no_request_fails() {
+async fn no_request_fails_while_one_of_two_replicas_shuts_down_under_load() {
     let _turn = exclusive().await;
     let fixture = Fixture::new(&[]).await;
     let mut keys = fixture.keys(300).await;
@@ -86,7 +86,7 @@ async fn health_watchers_are_notified_of_the_drain_and_do_not_delay_it() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn calls_in_flight_are_finished_after_goaway() {
+async fn in_flight_calls_are_answered_after_goaway() {
     let _turn = shared().await;
     let fixture = Fixture::new(&[LONG_DEADLINES.as_slice(), &[("limits.drain_delay", "1s")]].concat()).await;
     let key = fixture.test_config.issue("acme", &[]).await;
@@ -113,7 +113,7 @@ async fn calls_in_flight_are_finished_after_goaway() {
         readiness.status == 503 && readiness.body.starts_with("draining")
     })
     .await;
-    // The server still answers checks: Envoy needs a moment to stop sending them.
+    // The draining server still answers checks, because Envoy needs a moment to stop sending them.
     while serving().await.unwrap() != ServingStatus::NotServing {
         tokio::task::yield_now().await; // the health service changes a moment after `/readyz`
     }

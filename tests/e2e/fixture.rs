@@ -1,27 +1,28 @@
-//! The setup that most of these tests use: PostgreSQL, Redis, a configuration that points to them, and three trusts.
+//! The setup that most tests of this binary use: PostgreSQL, Redis, a configuration that points to them, and three
+//! trusts.
 
 use std::time::Duration;
 
 use crate::support::{eventually, load::KeyCase, postgres::Postgres, redis::Redis, server::TestConfig};
 
-/// PostgreSQL and Redis servers that belong to one test, which may stop them, and a configuration that points to them.
+/// Private PostgreSQL and Redis servers, which the test may stop, and a configuration that points to them.
 pub struct Fixture {
     pub postgres: Postgres,
     pub redis: Redis,
     pub test_config: TestConfig,
     /// The name of the database in PostgreSQL.
     pub database: String,
-    /// Name and id of each trust.
+    /// The name and the id of each trust.
     pub trusts: Vec<(String, String)>,
 }
 
 impl Fixture {
-    /// Starts PostgreSQL and Redis, and creates the tables and the trusts. Starts no trustgate server.
+    /// Starts PostgreSQL and Redis, and creates the tables and the trusts. Does not start a trustgate server.
     pub async fn new(settings: &[(&str, &str)]) -> Self {
         Self::of(TestConfig::new(), settings).await
     }
 
-    /// The same with the default deadlines, for tests of the promised times.
+    /// Like [`Self::new`], but with the default deadlines, for tests that check documented times.
     pub async fn with_default_deadlines(settings: &[(&str, &str)]) -> Self {
         Self::of(TestConfig::new().with_default_deadlines(), settings).await
     }
@@ -42,7 +43,7 @@ impl Fixture {
         Self { postgres, redis, test_config, database, trusts }
     }
 
-    /// Imports keys for each trust. Returns `count` of them, with the trusts in turn.
+    /// Imports keys for each trust. Returns `count` of the keys, taken from the trusts in turn.
     pub async fn keys(&self, count: usize) -> Vec<KeyCase> {
         let mut cases = Vec::new();
         for (name, id) in &self.trusts {
@@ -57,14 +58,14 @@ impl Fixture {
         mixed
     }
 
-    /// Issues a key and revokes it before any check of it.
+    /// Issues a key and revokes the key before any check uses it.
     pub async fn revoked_key(&self) -> KeyCase {
         let issued = self.test_config.issue(&self.trusts[0].0, &[]).await;
         self.test_config.revoke(&issued).await;
         KeyCase { key: issued.key, trust_id: None }
     }
 
-    /// Waits until Redis has exactly `count` values.
+    /// Waits until Redis has exactly `count` entries.
     pub async fn until_shared(&self, count: u64) {
         eventually("the values are in Redis", Duration::from_secs(30), || async {
             let size = redis::cmd("DBSIZE").query_async::<u64>(&mut self.redis.connection().await).await;

@@ -1,5 +1,5 @@
-//! A thousand concurrent checks of one key that is not cached: one read of the database serves them all, even if half
-//! of the callers cancel their checks meanwhile.
+//! A thousand concurrent checks of one key that is not cached: one read of the database serves all of them, even if
+//! half of the callers cancel their checks in the meantime.
 
 use std::{future::poll_fn, pin::Pin, sync::Arc, task::Poll, time::Duration};
 
@@ -22,7 +22,8 @@ const CALLERS: usize = 1_000;
 const CANCELLING: usize = 500;
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// Starts a server with long deadlines and this `freshness.mode`, and issues a key that it has not cached.
+/// Issues a key, then starts a server with long deadlines and `mode` as `freshness.mode`. The server has not cached the
+/// key.
 async fn start(mode: &str) -> (Running, Arc<StoreProxy>, IssuedKey, TestConfig) {
     let test_config = TestConfig::new()
         .with_long_deadlines()
@@ -37,14 +38,14 @@ async fn start(mode: &str) -> (Running, Arc<StoreProxy>, IssuedKey, TestConfig) 
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn in_process_one_read_serves_the_waiters_after_its_first_caller_cancels() {
+async fn in_process_one_read_serves_all_waiters_after_the_first_caller_cancels() {
     let _turn = shared().await;
     let (running, proxy, key, _test_config) = start("lease").await;
     proxy.before_find().close();
     let message = request(&key.key, &[]).encode_to_vec();
     let mut calls: Vec<_> = (0..CALLERS).map(|_| check(&running, &message)).collect();
     for call in &mut calls {
-        // Poll each call once: the first call starts the load, the others join it.
+        // Poll each call once: the first call starts the load, and the other calls join it.
         assert!(poll_fn(|context| Poll::Ready(call.as_mut().poll(context))).await.is_pending());
     }
     eventually("the read is blocked", PATIENCE, || async { proxy.before_find().waiting() == 1 }).await;
@@ -59,7 +60,7 @@ async fn in_process_one_read_serves_the_waiters_after_its_first_caller_cancels()
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn over_grpc_one_read_serves_the_waiters_after_its_first_caller_cancels() {
+async fn over_grpc_one_read_serves_all_waiters_after_the_first_caller_cancels() {
     let _turn = shared().await;
     let (running, proxy, key, _test_config) = start("lease").await;
     let client = CheckClient::connect(running.grpc_address().unwrap()).await;

@@ -1,4 +1,4 @@
-//! A misconfigured Envoy that calls the gRPC listener with `http_service`. In that mode Envoy takes any HTTP 200 for a
+//! A misconfigured Envoy that calls the gRPC listener with `http_service`. In that mode Envoy takes every HTTP 200 as a
 //! grant, so the gRPC listener must not answer 200 to anything but a complete gRPC call.
 
 use std::sync::{Arc, atomic::AtomicUsize, atomic::Ordering::Relaxed};
@@ -21,7 +21,7 @@ use crate::support::{
 /// The part of a request that Envoy forwards to the authorization server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Forwarding {
-    /// Method, path and the headers that Envoy forwards by default.
+    /// The method, the path, and the headers that Envoy forwards by default.
     Default,
     /// All headers and the body.
     Everything,
@@ -33,7 +33,7 @@ impl Forwarding {
     const ALL: [Self; 3] = [Self::Default, Self::Everything, Self::EverythingBelowPrefix];
 }
 
-/// The protocol in which Envoy calls the authorization server.
+/// The protocol that Envoy uses to call the authorization server.
 #[derive(Clone, Copy, Debug)]
 enum Upstream {
     Http1,
@@ -58,7 +58,7 @@ async fn envoy(
     }
     let plan = Plan::new(application, &[server.grpc()])
         .replace_block("grpc_service:  ", "emit_filter_state_stats", &filter)
-        // gRPC health checks need HTTP/2. Without health checks Envoy takes the server for healthy.
+        // gRPC health checks need HTTP/2, so remove them. Without health checks, Envoy considers the server healthy.
         .replace_block("    health_checks:", "    load_assignment:\n      cluster_name: trustgate", "");
     let plan = match upstream {
         Upstream::Http2 => plan,
@@ -71,8 +71,8 @@ async fn envoy(
     plan.start().await
 }
 
-/// The requests that clients send: each combination of path, method, content type and body, with forged identity
-/// headers.
+/// Returns the requests that clients send: each combination of path, method, content type and body, with forged
+/// identity headers.
 fn requests(key: &IssuedKey) -> Vec<(String, Request<Bytes>)> {
     let message = frame(&request(&key.key, &[]));
     let bodies = [
@@ -135,33 +135,34 @@ fn requests(key: &IssuedKey) -> Vec<(String, Request<Bytes>)> {
     requests
 }
 
-/// True for the one exception, which SECURITY.md describes: the client's request is a gRPC call of the Check method,
-/// and Envoy forwards all of it, to the same path.
+/// Returns true if the exception in SECURITY.md can apply to `request`: Envoy forwards the whole request, and the path
+/// is that of the Check method.
 fn is_exception(request: &Request<Bytes>, forwarding: Forwarding) -> bool {
     forwarding == Forwarding::Everything && request.uri().path_and_query().unwrap() == CHECK_PATH
 }
 
-/// Sends `request` over HTTP/1.1; returns the status.
+/// Sends `request` over HTTP/1.1; returns the status of the response.
 async fn over_http1(connection: &mut http::Connection, request: &Request<Bytes>) -> u16 {
     let (mut head, body) = request.clone().into_parts();
     head.headers.insert("host", "service.example".parse().unwrap());
     http::send(connection, Request::from_parts(head, Full::new(body))).await.unwrap().status
 }
 
-/// Sends `request` over HTTP/2; returns the status.
+/// Sends `request` over HTTP/2; returns the status of the response.
 async fn over_http2(connection: &h2::client::SendRequest<Bytes>, request: &Request<Bytes>) -> u16 {
     let (mut head, body) = request.clone().into_parts();
     head.uri = format!("http://service.example{}", head.uri).parse::<Uri>().unwrap();
     let mut connection = connection.clone().ready().await.unwrap();
     let (answered, mut stream) = connection.send_request(Request::from_parts(head, ()), body.is_empty()).unwrap();
     if !body.is_empty() {
-        // Fails if Envoy has already answered.
+        // Ignore the error: Envoy may have answered already.
         let _ = stream.send_data(body, true);
     }
     answered.await.unwrap().status().as_u16()
 }
 
-/// Sends each request over HTTP/1.1 and over HTTP/2; returns how many it sent. Panics if one reaches the application.
+/// Sends each request over HTTP/1.1 and over HTTP/2; returns the number of requests. Panics if a request reaches the
+/// application.
 async fn none_reaches_the_application(
     envoy: &Envoy,
     key: &IssuedKey,
@@ -190,7 +191,7 @@ async fn none_reaches_the_application(
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_envoy_in_http_service_mode_lets_no_request_in() {
+async fn an_envoy_in_http_service_mode_lets_no_request_through() {
     let _turn = shared().await;
     let test_config = TestConfig::new();
     test_config.migrate().await;

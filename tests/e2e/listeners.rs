@@ -1,5 +1,5 @@
-//! The gRPC listeners: TLS with and without client certificates, Unix sockets, the spread over workers, and what
-//! misbehaving peers can do.
+//! The gRPC listeners: TLS with and without client certificates, Unix sockets, the distribution of connections over the
+//! workers, and the effects of misbehaving peers.
 
 use std::{net::SocketAddr, os::unix::fs::PermissionsExt as _, path::Path, sync::Arc, time::Duration};
 
@@ -35,7 +35,7 @@ use crate::{
 const PATIENCE: Duration = Duration::from_secs(30);
 
 #[tokio::test(flavor = "multi_thread")]
-async fn envoy_is_answered_over_a_unix_socket() {
+async fn the_server_answers_envoy_over_a_unix_socket() {
     let _turn = shared().await;
     let mut test_config = TestConfig::new();
     let socket = test_config.path().join("trustgate.sock");
@@ -60,7 +60,8 @@ async fn envoy_is_answered_over_a_unix_socket() {
     assert_eq!(envoy.get("/", &[]).await.status, 401);
     drop(envoy);
 
-    // A second server cannot use the path while the first one runs. The next server can use it, even after SIGKILL.
+    // A second server cannot use the socket path while the first server runs. A later server can use the path, even if
+    // SIGKILL ended the first server.
     let ran = test_config.run(&["serve"]).await;
     assert_eq!(ran.code, 1, "{ran:?}");
     for text in ["in use", "grpc.listen", "unix:///"] {
@@ -79,7 +80,7 @@ async fn envoy_is_answered_over_a_unix_socket() {
     assert_eq!(std::fs::read_to_string(&socket).unwrap(), "precious");
 }
 
-/// A configuration with TLS and a good key. With `with_clients` the server requires client certificates.
+/// Returns a configuration with TLS, and a good key. With `with_clients`, the server requires client certificates.
 async fn encrypted(certificates: &Path, with_clients: bool) -> (TestConfig, IssuedKey) {
     let file = |name: &str| certificates.join(name).display().to_string();
     let mut test_config = TestConfig::new().with("grpc.tls_certificate_file", file("server.pem"));
@@ -125,7 +126,8 @@ async fn over_tls_only_peers_with_the_required_certificate_are_answered() {
         assert_eq!((granted.status, granted.saw("x-trust-id")), (200, Some(key.trust_id.clone())), "{with_clients}");
         assert_eq!(envoy.get("/", &[]).await.status, 401);
 
-        // The server refuses peers without TLS and, if it requires client certificates, peers without one.
+        // The server refuses peers without TLS. If it requires client certificates, it also refuses peers without a
+        // certificate.
         let mut unencrypted = TcpStream::connect(server.grpc()).await.unwrap();
         unencrypted.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").await.unwrap();
         assert!(ends(&mut unencrypted).await);
@@ -144,7 +146,7 @@ async fn over_tls_only_peers_with_the_required_certificate_are_answered() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn sigterm_ends_a_server_in_time_with_unfinished_tls_connections() {
+async fn sigterm_ends_the_server_in_time_despite_unfinished_tls_connections() {
     let _turn = exclusive().await;
     let certificates = certificates();
     let (mut test_config, key) = encrypted(certificates.path(), false).await;
@@ -153,7 +155,8 @@ async fn sigterm_ends_a_server_in_time_with_unfinished_tls_connections() {
     let server = test_config.serve().await;
     let (mut raw, mut connections, mut unfinished, mut unread) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     for _ in 0..100 {
-        // A silent peer, half a handshake, half a message, idle HTTP/2, an answer that the client does not read.
+        // Open a silent connection, half a TLS handshake, half a message, an idle HTTP/2 connection, and a call whose
+        // answer the client does not read.
         raw.push(TcpStream::connect(server.grpc()).await.unwrap());
         let mut half = TcpStream::connect(server.grpc()).await.unwrap();
         half.write_all(b"\x16\x03\x01\x02").await.unwrap();
@@ -175,7 +178,7 @@ async fn sigterm_ends_a_server_in_time_with_unfinished_tls_connections() {
     let (_, log) = server.ended(PATIENCE).await;
     let took = signalled.elapsed();
     println!("the server exited {took:?} after SIGTERM");
-    // Drain delay, grace period, and a moment to start and exit.
+    // The limit is the sum of the drain delay (1 s), the grace period (2 s), and 0.5 s for the rest of the shutdown.
     assert!(took < Duration::from_millis(3_500), "{took:?}\n{log}");
     assert!(log.contains("\"stopped\""), "{log}");
     drop((raw, connections, unfinished, unread));
@@ -228,7 +231,7 @@ async fn connections_of_envoy_workers_are_spread_over_the_server_workers() {
 
 // === peers that misbehave ===
 
-/// The default of `limits.preface_timeout`, and a second more.
+/// The default of `limits.preface_timeout`, plus one second.
 const SLOW: Duration = Duration::from_secs(3);
 
 #[tokio::test(flavor = "multi_thread")]
@@ -239,7 +242,8 @@ async fn slow_peers_are_disconnected_and_unfinished_messages_time_out() {
     let behind_tls = test_config.serve().await;
     let plain = TestConfig::new().serve().await;
     let begun = Instant::now();
-    // Silent peers, a part of the HTTP/2 preface, and a TLS handshake with nothing after it.
+    // Open silent connections, a connection with a part of the HTTP/2 preface, and a TLS handshake with nothing after
+    // it.
     let mut silent = TcpStream::connect(plain.grpc()).await.unwrap();
     let mut partial = TcpStream::connect(plain.grpc()).await.unwrap();
     partial.write_all(b"PRI * HTT").await.unwrap();
@@ -248,12 +252,12 @@ async fn slow_peers_are_disconnected_and_unfinished_messages_time_out() {
     assert!(ends(&mut silent).await && ends(&mut partial).await);
     assert!(ends(&mut unencrypted).await && ends(&mut shaken).await);
     assert!(begun.elapsed() < 2 * SLOW, "{:?}", begun.elapsed());
-    // An unfinished message gets an HTTP error: an Envoy in `http_service` mode would take 200 for a grant.
+    // An unfinished message gets an HTTP error, because an Envoy in `http_service` mode would take a 200 as a grant.
     let mut connection = connect(tls(behind_tls.grpc(), certificates.path(), None).await.unwrap()).await;
     let (unfinished, mut stream) = connection.send_request(head(), false).unwrap();
     stream.send_data(frame(&request(&key.key, &[])).slice(..20), false).unwrap();
     assert_eq!(timeout(SLOW, unfinished).await.unwrap().unwrap().status(), 408);
-    // Health checks get HTTP errors for the same reason.
+    // Unfinished and oversized health checks get HTTP errors for the same reason.
     let (unfinished, mut stream) = connection.send_request(head_of(HEALTH), false).unwrap();
     stream.send_data(Bytes::from_static(&[0, 0, 0, 0, 100, 10, 98, b'a']), false).unwrap();
     assert_eq!(timeout(SLOW, unfinished).await.unwrap().unwrap().status(), 408);
@@ -263,7 +267,7 @@ async fn slow_peers_are_disconnected_and_unfinished_messages_time_out() {
     assert_eq!(answer(call(&connection, &key.key)).await.unwrap().status, 200);
 }
 
-/// Path of the gRPC health check.
+/// The path of the gRPC health check.
 const HEALTH: &str = "/grpc.health.v1.Health/Check";
 
 #[tokio::test(flavor = "multi_thread")]
@@ -297,7 +301,8 @@ async fn messages_in_flight_are_bounded_even_if_their_streams_opened_earlier() {
         begun.push(connection.send_request(head(), false).unwrap());
         connection = connection.ready().await.unwrap();
     }
-    // The server has read the three heads before this call, so when it answers this call it waits for their messages.
+    // The server reads the three heads before this call, so once it has answered this call, it waits for the messages
+    // of the three streams.
     assert_eq!(answer(call(&connection, &key.key)).await.unwrap().status, 200);
     let mut waiting = Vec::new();
     for (answered, mut stream) in begun {
@@ -305,7 +310,8 @@ async fn messages_in_flight_are_bounded_even_if_their_streams_opened_earlier() {
         stream.send_data(message, true).unwrap();
         waiting.push(tokio::spawn(answer(answered)));
     }
-    // Two messages fit into `limits.messages_in_flight_size` and wait for the database. The third is answered first.
+    // Two messages fit into `limits.messages_in_flight_size` and wait for the database. The server refuses the third
+    // message immediately.
     let (first, ..) = timeout(PATIENCE, select_all(waiting)).await.expect("one message exceeds the limit");
     assert_eq!(first.unwrap().unwrap().status, 503);
 }
@@ -337,7 +343,7 @@ async fn streams_per_connection_are_limited() {
     let server = fixture.test_config.serve().await;
     let frozen = fixture.postgres.freeze();
     let connection = connect(TcpStream::connect(server.grpc()).await.unwrap()).await;
-    // After this call the client knows the server's HTTP/2 settings, and queues streams above the limit.
+    // After this call, the client knows the server's HTTP/2 settings and queues streams above the limit.
     assert_eq!(answer(call(&connection, "too-short")).await.unwrap().status, 401);
     let waiting: Vec<_> = (0..20).map(|_| call(&connection, &key.key)).collect();
     let misses = "trustgate_cache_lookups_total{kind=\"api_key\",outcome=\"miss\",tier=\"l1\"}";
@@ -452,8 +458,8 @@ async fn a_server_without_free_descriptors_serves_open_connections_and_recovers(
     .await;
 }
 
-/// The server must not just close the connection: an Envoy in `http_service` mode that forwards a gRPC content type
-/// turns that into a grant.
+/// The server must not close the connection without a response: an Envoy in `http_service` mode that forwards a gRPC
+/// content type would turn a closed connection into a grant.
 #[tokio::test(flavor = "multi_thread")]
 async fn http1_inside_tls_gets_an_http_error() {
     let _turn = shared().await;
@@ -468,7 +474,7 @@ async fn http1_inside_tls_gets_an_http_error() {
     eventually("the refusal is counted", PATIENCE, || async { refused(&server, "http1").await > 0.5 }).await;
 }
 
-/// Per-message gRPC compression, which Envoy's `google_grpc` client can be configured to use.
+/// Tests per-message gRPC compression, which Envoy's `google_grpc` client can be configured to use.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_compressed_message_is_a_fault_whose_log_line_names_the_encoding() {
     let _turn = shared().await;
@@ -522,11 +528,11 @@ async fn refused_peers_are_counted_by_reason_and_logged_once_a_minute() {
     let mut unencrypted = TcpStream::connect(behind_tls.grpc()).await.unwrap();
     unencrypted.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").await.unwrap();
     assert!(ends(&mut unencrypted).await);
-    // The connection may end before the refusal is counted.
+    // The connection may end before the refusal is counted, so wait for the count.
     eventually("the refusal is counted", PATIENCE, || async { refused(&behind_tls, "tls").await > 0.5 }).await;
     assert_eq!(lines(&plain, "tls"), 1);
     if let Ok(mut anonymous) = tls(behind_tls.grpc(), certificates.path(), None).await {
-        // In TLS 1.3 the client may finish its handshake before the server refuses it.
+        // In TLS 1.3, the client may finish its handshake before the server refuses the connection.
         let _ = ends(&mut anonymous).await;
     }
     let is_counted = || async { refused(&behind_tls, "no_client_certificate").await > 0.5 };
@@ -562,7 +568,7 @@ async fn port_scans_cause_no_log_lines() {
         assert!(refused(&server, reason).await < 0.5, "{reason}");
         assert!(refused(&behind_tls, reason).await < 0.5, "{reason}");
     }
-    // On a busy machine the log may have lines about late polls.
+    // Look only for lines about peers: on a busy machine, the log may have lines about late polls.
     for server in [&server, &behind_tls] {
         assert!(!server.log().contains("peer"), "{}", server.log());
     }
@@ -570,7 +576,7 @@ async fn port_scans_cause_no_log_lines() {
 
 // === clients ===
 
-/// A TLS connection to `server`; `client_name`: the name of the client certificate to present.
+/// Opens a TLS connection to `server`. `client_name` is the name of the client certificate to present.
 async fn tls(
     server: SocketAddr,
     certificates: &Path,
@@ -579,7 +585,7 @@ async fn tls(
     tls_for(b"h2", server, certificates, client_name).await
 }
 
-/// The same with this ALPN protocol.
+/// Like [`tls`], but with `protocol` as the ALPN protocol.
 async fn tls_for(
     protocol: &[u8],
     server: SocketAddr,
@@ -604,7 +610,7 @@ async fn tls_for(
     TlsConnector::from(Arc::new(config)).connect("localhost".try_into().unwrap(), stream).await
 }
 
-/// True if the server closes the connection within [`SLOW`], whatever it sends before.
+/// Returns true if the server closes the connection within [`SLOW`], whatever data it sends before.
 async fn ends(stream: &mut (impl AsyncRead + Unpin)) -> bool {
     let mut received = Vec::new();
     timeout(SLOW, stream.read_to_end(&mut received)).await.is_ok()

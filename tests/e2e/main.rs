@@ -1,6 +1,6 @@
 //! Tests of the real server with real Envoy, PostgreSQL, Redis and Prometheus: one binary, one module per subject.
 
-// A test may panic, and prints its measurements. No other crate uses these items.
+// Tests may panic and print their measurements. Items are `pub` only for the other modules of this binary.
 #![allow(clippy::unwrap_used, clippy::print_stdout, unreachable_pub)]
 
 #[path = "../support/mod.rs"]

@@ -1,6 +1,6 @@
 //! Messages and bodies that Envoy does not send. The server answers a complete message with a `CheckResponse` and not
-//! with a gRPC error, because an Envoy with `failure_mode_allow` lets a request pass on an error. A body that ends
-//! before its message does is not a gRPC call and gets HTTP 400.
+//! with a gRPC error, because Envoy with `failure_mode_allow` lets a request pass after an error. A body that ends
+//! before its message is complete is not a gRPC call and gets HTTP 400.
 
 use std::convert::Infallible;
 
@@ -74,7 +74,7 @@ async fn random_and_damaged_messages_get_a_check_response() {
             for message in [&bytes, &damaged] {
                 let reply = handle.block_on(checker.check(message));
                 prop_assert!(matches!(reply, Reply::Message(_)));
-                answer::read(reply); // panics if the response breaks a rule for all responses
+                answer::read(reply); // panics if the response breaks a rule that all responses must follow
             }
             Ok(())
         })
@@ -84,7 +84,7 @@ async fn random_and_damaged_messages_get_a_check_response() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_complete_message_gets_a_response_and_an_incomplete_one_http_400() {
+async fn a_complete_message_gets_a_check_response_and_an_incomplete_one_http_400() {
     let fixture = fixture().await;
     let mut client = Client::connect(&fixture).await;
     let message = good(&fixture).message(Encoding::Raw);
@@ -128,15 +128,16 @@ async fn a_message_at_the_size_limit_is_decided_and_a_larger_one_is_denied() {
             let outcome = client.outcome(framed(&padded(&fixture, encoding, size))).await;
             assert_eq!(outcome, "too_large", "{size} bytes ({encoding:?})");
         }
-        // The connection works afterwards.
+        // The connection must still work after messages that were too large.
         assert_eq!(client.outcome(framed(&at_bound)).await, "ok", "{encoding:?}");
     }
     fixture.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn header_values_that_are_not_utf8_do_not_fail_the_message() {
-    // Envoy replaces such bytes with `!`, but other proxies may not. A generated decoder would refuse the message.
+async fn a_message_with_header_values_that_are_not_utf8_is_decided() {
+    // Envoy replaces bytes that are not UTF-8 with `!`, but other proxies may not. A generated decoder would reject the
+    // whole message.
     let fixture = fixture().await;
     let mut client = Client::connect(&fixture).await;
     let secret = &fixture.key("scoped").secret;
@@ -156,13 +157,13 @@ async fn header_values_that_are_not_utf8_do_not_fail_the_message() {
     fixture.stop().await;
 }
 
-/// Placeholder that the test replaces with bytes that are not UTF-8.
+/// A placeholder that the test replaces with bytes that are not UTF-8.
 const MARK: &str = "~~~~~~";
 
-/// A good message of exactly `size` bytes.
+/// Returns a good message of exactly `size` bytes.
 fn padded(fixture: &Fixture, encoding: Encoding, size: usize) -> Vec<u8> {
     let with = |pad: usize| good(fixture).with_header("x-pad", &"p".repeat(pad)).message(encoding);
-    // A little less padding leaves the size of the length prefixes unchanged.
+    // Measure the overhead with a little less padding, for which the length prefixes have the same size.
     let around = with(size - 1_000).len() - (size - 1_000);
     let message = with(size - around);
     assert_eq!(message.len(), size);
@@ -177,7 +178,7 @@ fn framed(message: &[u8]) -> Body {
     Body::new(http_body_util::Full::new(frame(0, message.len(), message).into()))
 }
 
-/// A client that sends any body.
+/// A gRPC client that can send any body.
 struct Client(Channel);
 
 impl Client {
@@ -186,7 +187,7 @@ impl Client {
         Self(Channel::from_shared(url).unwrap().connect().await.unwrap())
     }
 
-    /// Sends `body`. Returns `ok`, the reason of a denial, or the HTTP status of an error; panics on any other answer.
+    /// Sends `body`. Returns `ok`, the reason for a denial, or the HTTP status of an error; panics on any other answer.
     async fn outcome(&mut self, body: Body) -> String {
         std::future::poll_fn(|cx| self.0.poll_ready(cx)).await.unwrap();
         let request = HttpRequest::post(CHECK_PATH).header("content-type", "application/grpc").header("te", "trailers");

@@ -1,5 +1,6 @@
-//! The migration in `docs/migrating.md`: trustgate reads an application's table of trusts and key digests as it is,
-//! then attaches it, then the operator moves its rows into trustgate's own tables.
+//! The migration in `docs/migrating.md`: trustgate first reads an application's table of trusts and key digests
+//! unchanged, then the operator attaches the table, and finally the operator moves its rows into trustgate's own
+//! tables.
 
 use std::time::Duration;
 
@@ -36,14 +37,14 @@ impl Application {
         self.postgres.execute(&self.database, sql).await;
     }
 
-    /// Inserts a trust with a key; returns its id and the key.
+    /// Inserts a trust with a key; returns the id of the trust and the key.
     async fn trust(&self) -> (String, String) {
         let (id, key) = (Uuid::new_v4().to_string(), made_up_key());
         self.execute(&format!("INSERT INTO trust VALUES ('{id}', '{}')", digest(&key))).await;
         (id, key)
     }
 
-    /// Starts a server with these further settings.
+    /// Starts a server with the additional `settings`.
     async fn served(mut self, settings: &[(&str, &str)]) -> (Self, Server, CheckClient) {
         for (setting, value) in settings {
             self.test_config.set(setting, *value);
@@ -76,7 +77,7 @@ fn assert_unknown(verdict: &Verdict) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_hit_is_compared_with_the_live_row_before_it_is_granted() {
+async fn a_cached_key_is_compared_with_its_live_row_before_it_is_granted() {
     let _turn = shared().await;
     let (app, server, client) = Application::new().await.served(LIVE).await;
     let (id, key) = app.trust().await;
@@ -111,7 +112,7 @@ async fn a_key_that_moved_to_another_row_is_found_there() {
     let ((one, key), (other, _)) = (app.trust().await, app.trust().await);
     assert_granted(&client.check(&key).await, &one);
     app.execute(&move_it(&one, &other, &key)).await;
-    // `cache clear` ends once all replicas have applied what was committed before it.
+    // `cache clear` ends once all replicas have applied the changes that were committed before the command.
     app.test_config.json(&["cache", "clear"]).await;
     assert_granted(&client.check(&key).await, &other);
 }
@@ -138,7 +139,7 @@ async fn a_cached_key_of_an_attached_table_needs_no_read_until_its_row_changes()
     let _turn = shared().await;
     let (app, server, client) = Application::new().await.attached().await;
     let ((id, key), (other, other_key)) = (app.trust().await, app.trust().await);
-    // After this the replica has confirmed the newest version, so the first read of a key caches it.
+    // After `cache clear`, the replica has confirmed the newest version, so it caches a key at the first read.
     app.test_config.json(&["cache", "clear"]).await;
     assert_granted(&client.check(&key).await, &id);
     assert_granted(&client.check(&other_key).await, &other);
@@ -156,7 +157,7 @@ async fn a_cached_key_of_an_attached_table_needs_no_read_until_its_row_changes()
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn moved_into_our_own_tables_every_key_keeps_its_trust() {
+async fn keys_moved_into_our_own_tables_keep_their_trusts() {
     let _turn = shared().await;
     let (redis, mut app) = (Redis::start().await, Application::new().await);
     app.test_config.set("redis.url", redis.url());
@@ -180,21 +181,21 @@ async fn moved_into_our_own_tables_every_key_keeps_its_trust() {
     .await;
     let keys = app.test_config.json(&["key", "list"]).await;
     assert_eq!((keys.as_array().unwrap().len(), &keys[0]["trust_id"]), (1, &id.as_str().into()), "{keys}");
-    // This changes trustgate's own table only, so the denial shows that the server reads that table.
+    // `key revoke` changes trustgate's own table only, so the denial shows that the server reads that table.
     app.test_config.json(&["key", "revoke", keys[0]["id"].as_str().unwrap()]).await;
     assert_eq!(client.check(&key).await.reason.as_deref(), Some("revoked"));
     attached.json(&["detach"]).await;
     assert_eq!(client.check(&key).await.reason.as_deref(), Some("revoked"));
 }
 
-/// The number of API key records in Redis.
+/// Returns the number of API key records in Redis.
 async fn keys_in(redis: &Redis) -> usize {
     let names: Vec<String> =
         redis::cmd("KEYS").arg("trustgate:api_key*").query_async(&mut redis.connection().await).await.unwrap();
     names.len()
 }
 
-/// The SQL statements of `docs/migrating.md`.
+/// Returns the SQL statements of `docs/migrating.md`.
 fn statements_of_the_page() -> String {
     let page = include_str!("../../docs/migrating.md");
     let block = page.split_once("```sql\n").expect("the page has statements").1;

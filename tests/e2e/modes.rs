@@ -1,7 +1,7 @@
-//! The modes `lease`, `strict`, `live` and `ttl` on each kind of table (trustgate's own, an attached table, one that is
-//! not attached, a preset), on PostgreSQL and SQLite. In each mode the server caches as the mode says, logs no warning,
-//! loses no history, denies a revoked key within the bound of the mode, and behaves in an outage as
-//! `docs/revocation.md` says.
+//! The modes `lease`, `strict`, `live` and `ttl` on each kind of table (trustgate's own, an attached table, an existing
+//! table that is not attached, a preset), on PostgreSQL and SQLite. In each mode the server caches keys only if the
+//! mode allows it, logs no warning, loses no history, denies a revoked key within the bound of the mode, and behaves in
+//! an outage as `docs/revocation.md` says.
 
 use std::{fs, os::unix::fs::PermissionsExt as _, time::Duration};
 
@@ -21,11 +21,11 @@ use crate::support::{
 const PATIENCE: Duration = Duration::from_secs(30);
 const LEASE: Duration = Duration::from_secs(1);
 const TTL: Duration = Duration::from_secs(2);
-/// The default of `decision.deadline`, which is part of the bound of a mode that caches.
+/// The default of `decision.deadline`, which is part of the bound of each mode that caches keys.
 const DEADLINE: Duration = Duration::from_millis(150);
 const CHECKS: u32 = 20;
 
-/// The kind of table that the keys are in.
+/// The kind of table that contains the keys.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Tables {
     Own,
@@ -39,8 +39,8 @@ impl Tables {
         matches!(self, Self::Own | Self::Attached)
     }
 
-    /// The mode that takes effect on a route that demands `mode`. Where changes are not tracked, no lease can confirm
-    /// cached data, so `lease` and `strict` become `live`.
+    /// Returns the mode that takes effect on a route that demands `mode`. If changes are not tracked, no lease can
+    /// confirm cached data, so `lease` and `strict` become `live`.
     const fn effective(self, mode: Mode) -> Mode {
         match mode {
             Mode::Lease | Mode::Strict if !self.track_changes() => Mode::Live,
@@ -69,7 +69,7 @@ impl Mode {
         }
     }
 
-    /// The maximum time that a revoked key may pass while the database can be reached.
+    /// Returns the maximum time for which a revoked key may still be granted while the database can be reached.
     fn bound(self) -> Duration {
         match self {
             Self::Lease | Self::Strict => LEASE + DEADLINE,
@@ -116,7 +116,7 @@ impl Fixture {
         fixture.configured().await
     }
 
-    /// Sets the settings for the tables, and creates trustgate's own tables where they are needed.
+    /// Applies the settings for the kind of table, and creates trustgate's own tables if they are needed.
     async fn configured(mut self) -> Self {
         match self.tables {
             Tables::Own => {
@@ -149,7 +149,7 @@ impl Fixture {
         }
     }
 
-    /// Adds a good key; returns it with the SQL statement that revokes it.
+    /// Adds a good key; returns the key and the SQL statement that revokes it.
     async fn key(&self) -> (String, String) {
         if self.tables == Tables::Own {
             let issued = self.test_config.issue("acme", &[]).await;
@@ -183,7 +183,7 @@ impl Fixture {
     }
 }
 
-/// A database that cannot be reached.
+/// An outage of the database, which ends when this value is dropped.
 enum Outage<'s> {
     Frozen(#[expect(dead_code, reason = "its drop resumes the process")] Frozen),
     Moved(&'s TestConfig),
@@ -212,7 +212,7 @@ async fn hits(server: &Server) -> f64 {
     server.metric(&format!("trustgate_cache_lookups_total{{{labels}}}")).await
 }
 
-/// Asserts that the server caches the key, or reads it for each check, as the mode says.
+/// Asserts that the server caches the key, or reads the key for each check, as the mode requires.
 async fn is_cached_as_the_mode_says(server: &Server, client: &CheckClient, key: &str, (tables, mode): (Tables, Mode)) {
     let name = format!("{tables:?}, {mode:?}");
     eventually(&format!("{name}: the key is granted, from the cache if the mode allows it"), PATIENCE, || async {
@@ -230,7 +230,7 @@ async fn is_cached_as_the_mode_says(server: &Server, client: &CheckClient, key: 
     let is_as_documented = if tables.effective(mode) == Mode::Live {
         read >= checks && hit < 0.5
     } else {
-        // The entry may reach its TTL during these checks, and is read once more.
+        // In mode `ttl`, the entry may expire during these checks and is then read once more.
         let again = if mode == Mode::Ttl { 1.5 } else { 0.5 };
         read < again && hit > checks - again
     };
@@ -248,7 +248,7 @@ async fn behaves_as_documented(tables: Tables, database: Database) {
         keys.push((mode, key, revoke));
     }
 
-    // No warnings, and no lost history.
+    // The server must log no warning and must not detect lost history.
     let log = server.log();
     let loud: Vec<_> = log.lines().filter(|line| line.contains("\"WARN\"") || line.contains("\"ERROR\"")).collect();
     assert!(loud.is_empty(), "{tables:?}: {loud:#?}");
@@ -267,7 +267,7 @@ async fn behaves_as_documented(tables: Tables, database: Database) {
         assert_ne!(status, 200, "{tables:?}, {mode:?}: granted {:?} after the revocation", revoked.elapsed());
     }
 
-    // In an outage the mode `lease` grants cached keys. All other checks are faults.
+    // In an outage, mode `lease` grants cached keys. All other checks are faults.
     let mut keys = Vec::new();
     for mode in Mode::ALL {
         let (key, _) = fixture.key().await;
@@ -298,37 +298,37 @@ async fn postgres() -> Database {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn own_tables_on_postgresql() {
+async fn each_mode_works_as_documented_on_own_tables_in_postgresql() {
     let _turn = shared().await;
     behaves_as_documented(Tables::Own, postgres().await).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn an_attached_table_on_postgresql() {
+async fn each_mode_works_as_documented_on_an_attached_table_in_postgresql() {
     let _turn = shared().await;
     behaves_as_documented(Tables::Attached, postgres().await).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_table_that_is_not_attached_on_postgresql() {
+async fn each_mode_works_as_documented_on_an_unattached_table_in_postgresql() {
     let _turn = shared().await;
     behaves_as_documented(Tables::Unattached, postgres().await).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_preset_on_postgresql() {
+async fn each_mode_works_as_documented_with_a_preset_on_postgresql() {
     let _turn = shared().await;
     behaves_as_documented(Tables::Preset, postgres().await).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn own_tables_on_sqlite() {
+async fn each_mode_works_as_documented_on_own_tables_in_sqlite() {
     let _turn = shared().await;
     behaves_as_documented(Tables::Own, Database::Sqlite).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_preset_on_sqlite() {
+async fn each_mode_works_as_documented_with_a_preset_on_sqlite() {
     let _turn = shared().await;
     behaves_as_documented(Tables::Preset, Database::Sqlite).await;
 }

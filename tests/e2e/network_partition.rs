@@ -1,5 +1,5 @@
 //! A replica that cannot reach the database, or that was paused: which keys it still grants and for how long, what its
-//! probes report meanwhile, and how soon its lease is fresh again.
+//! probes report in the meantime, and how soon its lease is fresh again.
 
 use std::{collections::BTreeSet, path::Path, time::Duration};
 
@@ -25,9 +25,9 @@ use crate::{
 const PATIENCE: Duration = Duration::from_secs(30);
 /// The default of `freshness.lease`.
 const LEASE: Duration = Duration::from_secs(1);
-/// `freshness.stale_if_unconfirmed` in the tests that set it.
+/// The value of `freshness.stale_if_unconfirmed` in the tests that set it.
 const STALE: Duration = Duration::from_secs(3);
-/// Tolerance for the ends of the lease and of the stale window: how long one check may take, and a little more.
+/// The tolerance for the ends of the lease and of the stale window: the deadline of one check (150 ms) and 50 ms more.
 const MARGIN: Duration = Duration::from_millis(200);
 const STRICT: &[(&str, &str)] = &[("trustgate.freshness", "strict")];
 const LIVE: &[(&str, &str)] = &[("trustgate.freshness", "live")];
@@ -35,7 +35,7 @@ const LIVE: &[(&str, &str)] = &[("trustgate.freshness", "live")];
 /// How the replica loses the database.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Loss {
-    /// The forwarder closes all connections, and closes new ones immediately.
+    /// The forwarder closes all connections, and closes new connections immediately.
     Dropped,
     /// SIGSTOP pauses all processes of PostgreSQL: connections stay open, but no reply arrives.
     Stopped,
@@ -47,7 +47,7 @@ async fn with_connections_dropped_cached_keys_pass_until_the_stale_window_ends()
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn with_postgresql_stopped_cached_keys_pass_until_the_stale_window_ends() {
+async fn with_postgresql_paused_cached_keys_pass_until_the_stale_window_ends() {
     cut_off(Loss::Stopped).await;
 }
 
@@ -119,8 +119,8 @@ async fn cut_off(loss: Loss) {
         all_granted(name, lease_only, |probe| probe.answered < losing + LEASE / 2);
         all_faults(name, lease_only, |probe| probe.began > lost + LEASE + MARGIN);
     }
-    // After the stale window all checks are faults. In mode `live`, and for keys that are not cached, they are faults
-    // from the start. Negative entries are not served after the end of the lease.
+    // After the stale window, all checks are faults. Checks in mode `live` and checks of keys that are not cached are
+    // faults from the start of the outage. Negative entries are not served after the end of the lease.
     all_faults("cached", cached_probes, |probe| probe.began > lost + LEASE + STALE + MARGIN);
     all_faults("live", live, |probe| probe.began > lost + MARGIN);
     all_faults("unseen", unseen_probes, |probe| probe.began > lost + MARGIN);
@@ -148,8 +148,8 @@ async fn cut_off(loss: Loss) {
     }
 }
 
-/// Waits until `server` grants `unseen`, which it has not cached, and its lease is young. Panics if that takes longer
-/// than `limit` after `back`, with a margin for a pause of the machine.
+/// Waits until the lease of `server` is fresh and young, and the server grants `unseen`, a key that it has not cached.
+/// Panics if that takes longer than `limit` after `back`, plus a margin for a pause of the machine.
 async fn fresh_again(server: &Server, client: &CheckClient, unseen: &KeyCase, back: Instant, limit: Duration) {
     eventually("the lease is fresh again", PATIENCE, || async {
         is_serving(server.grpc(), "trustgate.fresh").await
@@ -175,7 +175,7 @@ async fn a_key_revoked_while_a_replica_is_cut_off_is_denied_after_its_stale_wind
     assert_eq!(client.check(&key.key).await.status, 200);
     let probing = Probing::start(&client, 200, vec![key.key.clone()], &[]);
     sleep(LEASE / 2).await;
-    // `key revoke` waits for the replica before it ends, so the time is counted from before the command.
+    // `key revoke` waits for the replica before it ends, so count the time from before the command.
     let revoking = Instant::now();
     forwarder.cut();
     let answer = fixture.test_config.run(&["--output", "json", "key", "revoke", &key.id]).await;
@@ -197,7 +197,7 @@ async fn a_key_revoked_while_a_replica_is_cut_off_is_denied_after_its_stale_wind
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn postgresql_down_for_15_seconds_under_load_fails_no_request_for_a_cached_key() {
+async fn no_request_for_a_cached_key_fails_while_postgresql_is_down_for_15_seconds() {
     const LENGTH: Duration = Duration::from_secs(20);
     let _turn = exclusive().await;
     let mut fixture = Fixture::with_default_deadlines(&[]).await;
@@ -281,7 +281,7 @@ async fn a_key_added_to_the_deny_file_is_denied_within_a_second_with_the_databas
     let (probes, other_probes) = (probes.stop().await, other_probes.stop().await);
     let late = granted_after(written, &probes);
     println!("last grant began {late:?} after the keys were in the deny file");
-    // The replica reads the file five times a second. A pause of the machine delays the next read.
+    // The replica reads the file five times a second, but a pause of the machine can delay the next read.
     assert!(late <= Duration::from_secs(1) + PAUSE_MARGIN, "{late:?}");
     for (number, key) in denied.iter().enumerate() {
         let of_key = probes.iter().filter(|probe| probe.key == number);
@@ -305,18 +305,18 @@ fn write(file: &Path, text: &str) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_replica_paused_for_ten_seconds_grants_no_key_revoked_meanwhile() {
+async fn a_replica_paused_for_ten_seconds_grants_no_key_revoked_during_the_pause() {
     pause_during_revocation(false).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_paused_replica_with_dropped_connections_grants_no_key_revoked_meanwhile() {
+async fn a_paused_replica_with_dropped_connections_grants_no_key_revoked_during_the_pause() {
     pause_during_revocation(true).await;
 }
 
-/// Revokes a key while SIGSTOP pauses a replica, then resumes the replica. With `connections_dropped` its first poll
-/// after the pause fails. The failure must not open a stale window: it does not show that the database was unreachable
-/// during the pause.
+/// Revokes a key while SIGSTOP pauses a replica, then resumes the replica. With `connections_dropped`, the first poll
+/// after the pause fails. The failure must not open a stale window, because it does not show that the database was
+/// unreachable during the pause.
 async fn pause_during_revocation(connections_dropped: bool) {
     let _turn = exclusive().await;
     let mut fixture = Fixture::with_default_deadlines(&[]).await;
@@ -358,7 +358,8 @@ async fn pause_during_revocation(connections_dropped: bool) {
     let sent_while_paused = probes.iter().filter(|probe| probe.began < resumed).count();
     println!("{sent_while_paused} checks were sent during the pause, {} after it", probes.len() - sent_while_paused);
     assert!(sent_while_paused > 700 && probes.len() - sent_while_paused > 100);
-    // SIGSTOP does not stop all threads at once, so the replica may still answer a check that was sent just after it.
+    // SIGSTOP does not stop all threads at once, so the replica may still answer a check that was sent just after the
+    // signal. Ignore answers from before the revocation.
     let probes: Vec<_> = probes.into_iter().filter(|probe| probe.answered >= revoking).collect();
     let wrong: Vec<_> = probes.iter().filter(|probe| probe.is_grant()).collect();
     assert!(wrong.is_empty(), "{} grants of a revoked key; the first: {:?}", wrong.len(), wrong[0]);
@@ -367,8 +368,8 @@ async fn pause_during_revocation(connections_dropped: bool) {
     all_granted("good", &of_good, |probe| probe.began > resumed + Duration::from_millis(500));
 }
 
-/// Asserts that the probes that `selected` picks were granted. A fault is excused if the machine was disturbed during
-/// it.
+/// Asserts that all probes that `selected` picks were granted. A fault is excused if the machine was disturbed during
+/// the check.
 #[track_caller]
 fn all_granted(name: &str, probes: &[Probe], selected: impl Fn(&Probe) -> bool) {
     let samples = probes.iter().filter(|probe| selected(probe)).map(Probe::sample);
@@ -376,7 +377,7 @@ fn all_granted(name: &str, probes: &[Probe], selected: impl Fn(&Probe) -> bool) 
     all(name, "granted", &kept, Probe::is_grant);
 }
 
-/// Asserts that the probes that `selected` picks are faults.
+/// Asserts that all probes that `selected` picks are faults.
 #[track_caller]
 fn all_faults(name: &str, probes: &[Probe], selected: impl Fn(&Probe) -> bool) {
     let probes: Vec<_> = probes.iter().filter(|probe| selected(probe)).collect();

@@ -1,7 +1,7 @@
-//! Redis and PostgreSQL are killed, restarted or hang under load through Envoy, or are down when the server starts.
+//! Redis and PostgreSQL are killed, restarted or paused under load through Envoy, or are down when the server starts.
 //!
-//! The duration of a check is taken from Envoy's access log: from when its filter sent the check until it had the
-//! answer.
+//! The tests take the duration of a check from Envoy's access log: the time from when Envoy's filter sent the check
+//! until the filter had the answer.
 
 use std::time::Duration;
 
@@ -23,22 +23,22 @@ use crate::{
     },
 };
 
-/// The maximum time that one check may take, also in an outage.
+/// The maximum time that one check may take, even in an outage.
 const CHECK_MAX: Duration = Duration::from_millis(150);
 
-/// The maximum time that the tests wait for a condition. Far longer than any documented bound.
+/// The maximum time that the tests wait for a condition, far longer than any documented bound.
 const PATIENCE: Duration = Duration::from_secs(30);
 
 #[tokio::test(flavor = "multi_thread")]
-async fn redis_killed_restarted_and_hung_changes_no_answer_and_delays_none() {
-    // Two servers, Envoy, both databases and the sender need most of two processors for 1 000 a second: too much for the
-    // times below where another program takes half of one.
+async fn redis_outages_change_no_answer_and_delay_no_check() {
+    // Do not send 1 000 requests per second: the servers, Envoy and the load generator would need most of two
+    // processors, and the times below would be too long if another program took half a processor.
     const PER_SECOND: u32 = 400;
     const LENGTH: Duration = Duration::from_secs(20);
     let _turn = exclusive().await;
     let mut fixture = Fixture::with_default_deadlines(&[]).await;
-    // 20 hot keys that stay the same, and 20 cold keys. Ten times a second the load moves to 20 other cold keys, which
-    // no check has used before.
+    // Half of the requests use 20 hot keys, and half use 20 cold keys. Ten times a second, the load moves to 20 other
+    // cold keys, which no check has used before.
     let mut hot = fixture.keys(18).await;
     hot.extend([fixture.revoked_key().await, fixture.revoked_key().await]);
     let mut cold = fixture.keys(200 * 20).await;
@@ -98,7 +98,7 @@ async fn redis_killed_restarted_and_hung_changes_no_answer_and_delays_none() {
     let kept = keep_undisturbed("new keys while Redis hangs", new_keys, is_slow);
     assert!(!kept.iter().any(is_slow), "{kept:?}");
 
-    // Each server used Redis, logged its failure, and uses it again.
+    // Each server has used Redis, has logged the failure of Redis, and uses Redis again.
     for server in [&one, &other] {
         assert!(server.l2("hit").await > 0.0 && server.l2("error").await > 0.0);
         for text in ["redis connection broke", "redis circuit breaker opened", "redis circuit breaker closed"] {
@@ -127,7 +127,8 @@ async fn with_postgresql_hung_cached_keys_pass_until_the_stale_window_ends() {
 async fn postgresql_lost(loss: Loss) {
     const LEASE: Duration = Duration::from_secs(1);
     const STALE: Duration = Duration::from_secs(2);
-    /// The maximum time from the start of the last lease to the failure: a poll in flight, or the wait before it.
+    /// The maximum time from the start of the last lease to the failure: the wait for the next poll, and the poll in
+    /// flight.
     const POLL: Duration = Duration::from_millis(250);
     const LENGTH: Duration = Duration::from_secs(7);
     let _turn = exclusive().await;
@@ -142,7 +143,8 @@ async fn postgresql_lost(loss: Loss) {
     for case in &hot {
         assert_eq!(envoy.get("/", &[("x-api-key", &case.key)]).await.status, 200);
     }
-    // Half of the requests use the hot keys in turn. Each of the others uses a cold key that no check has used before.
+    // Half of the requests use the hot keys in turn. Each of the other requests uses a cold key that no check has used
+    // before.
     let (hot_keys, mut new, mut number) = (hot.clone(), cold.clone().into_iter(), 0);
     let aim = move |_| {
         number += 1;
@@ -210,7 +212,7 @@ async fn postgresql_lost(loss: Loss) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_server_started_with_redis_and_postgresql_down_logs_why_and_serves_within_a_second_of_their_return() {
+async fn a_server_started_with_redis_and_postgresql_down_serves_within_a_second_of_their_return() {
     let _turn = exclusive().await;
     let mut fixture = Fixture::with_default_deadlines(&[]).await;
     let case = fixture.keys(1).await.remove(0);
@@ -229,7 +231,7 @@ async fn a_server_started_with_redis_and_postgresql_down_logs_why_and_serves_wit
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_server_started_with_redis_and_postgresql_hung_logs_why_and_serves_within_a_second_of_their_return() {
+async fn a_server_started_with_redis_and_postgresql_hung_serves_within_a_second_of_their_return() {
     let _turn = exclusive().await;
     let fixture = Fixture::with_default_deadlines(&[]).await;
     let case = fixture.keys(1).await.remove(0);
@@ -244,7 +246,7 @@ async fn a_server_started_with_redis_and_postgresql_hung_logs_why_and_serves_wit
     eventually("Redis is used", PATIENCE, || async { server.metric("trustgate_redis_up").await > 0.0 }).await;
 }
 
-/// Asserts that the server runs, is not ready, reports why, and answers checks with faults.
+/// Asserts that the server runs, is not ready, reports the reason, and answers checks with faults.
 async fn not_ready(server: &Server, client: &CheckClient, case: &KeyCase) {
     let readiness = server.readiness().await;
     assert_eq!(readiness.status, 503, "{readiness:?}");
@@ -255,7 +257,7 @@ async fn not_ready(server: &Server, client: &CheckClient, case: &KeyCase) {
     assert_eq!((verdict.status, verdict.reason.as_deref()), (503, Some("fault")));
 }
 
-/// Asserts that the server grants the key and is ready within a second, with a margin for a pause of the machine.
+/// Asserts that the server grants the key and is ready within a second, plus a margin for a pause of the machine.
 async fn serves_within_a_second(server: &Server, client: &CheckClient, case: &KeyCase) {
     let back = Instant::now();
     eventually("a key is granted", PATIENCE, || async { client.check(&case.key).await.trust_id == case.trust_id })
@@ -267,7 +269,7 @@ async fn serves_within_a_second(server: &Server, client: &CheckClient, case: &Ke
 }
 
 /// Asserts that `count` requests in the access log had a check, and that no check took longer than [`CHECK_MAX`]. A
-/// longer one is excused if the machine was disturbed during it.
+/// longer check is excused if the machine was disturbed during the check.
 fn quick_checks(log: &[Value], count: usize) {
     let check = |line: &Value| {
         let began = OffsetDateTime::parse(line["time"].as_str()?, &Rfc3339).ok()?;
@@ -285,7 +287,7 @@ fn quick_checks(log: &[Value], count: usize) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn without_a_mac_key_redis_is_not_used_and_checks_are_decided() {
+async fn without_a_mac_key_the_server_decides_checks_without_redis() {
     let _turn = shared().await;
     let fixture = Fixture::with_default_deadlines(&[]).await;
     fixture.postgres.execute(&fixture.database, "DELETE FROM trustgate.setting WHERE name = 'redis_mac_key'").await;

@@ -1,5 +1,5 @@
-//! A server whose pepper is not the one recorded in the database denies no valid key. It reports that it is not ready,
-//! logs the reason, and answers checks with 503.
+//! A server that does not have the pepper recorded in the database denies no valid key. The server reports that it is
+//! not ready, logs the reason, and answers checks with 503.
 
 use std::{path::Path, time::Duration};
 
@@ -18,7 +18,7 @@ const PATIENCE: Duration = Duration::from_secs(30);
 
 /// A database and a directory with pepper files.
 struct Peppers {
-    /// The server that has the database; `None` for SQLite.
+    /// The PostgreSQL server; `None` if the database is SQLite.
     postgres: Option<Postgres>,
     database: String,
     files: tempfile::TempDir,
@@ -43,7 +43,8 @@ impl Peppers {
         std::fs::write(self.file(name), pepper.repeat(8)).unwrap();
     }
 
-    /// Settings with the pepper `current` (`None`: no pepper) and the previous peppers `previous`.
+    /// Writes pepper files and returns settings with the pepper `current`, or without a pepper if `current` is `None`,
+    /// and with the previous peppers `previous`.
     fn test_config(&self, current: Option<&str>, previous: &[&str]) -> TestConfig {
         let url = match &self.postgres {
             Some(postgres) => postgres.url("admin", &self.database),
@@ -63,8 +64,8 @@ impl Peppers {
         test_config
     }
 
-    /// Deletes the recorded fingerprints of peppers. After an upgrade from a release that recorded none, the tables
-    /// look like this.
+    /// Deletes the recorded fingerprints of peppers, so that the tables look as they do after an upgrade from a release
+    /// that recorded no fingerprints.
     async fn clear_recorded(&self) {
         let clear = |schema: &str| {
             format!(
@@ -86,7 +87,7 @@ async fn sqlite(path: &Path, sql: &str) {
     sqlx::raw_sql(sqlx::AssertSqlSafe(sql.to_owned())).execute(&mut connection).await.unwrap();
 }
 
-/// The fingerprint of the pepper that the database records for a key.
+/// Returns the fingerprint of the pepper that the database records for a key.
 async fn pepper(test_config: &TestConfig, key: &IssuedKey) -> Option<String> {
     let shown: Value = test_config.json(&["key", "show", &key.id]).await;
     shown["pepper"].as_str().map(str::to_owned)
@@ -103,7 +104,7 @@ async fn status(server: &Server, key: &str) -> u16 {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_server_with_another_pepper_is_not_ready_and_answers_503() {
+async fn a_server_without_the_recorded_pepper_is_not_ready_and_answers_503() {
     let _turn = shared().await;
     for peppers in [Peppers::on_postgres().await, Peppers::on_sqlite()] {
         let old = peppers.test_config(Some("old-pepper"), &[]);
@@ -115,7 +116,7 @@ async fn a_server_with_another_pepper_is_not_ready_and_answers_503() {
         assert!(is_granted(&server, &first).await);
         assert_eq!(status(&server, &made_up_key()).await, 401);
 
-        // A server with another pepper, and one without a pepper.
+        // Test a server with the wrong pepper, and a server without a pepper.
         for current in [Some("new-pepper"), None] {
             let wrong = peppers.test_config(current, &[]);
             let other = wrong.listening().await;
@@ -137,7 +138,7 @@ async fn a_server_with_another_pepper_is_not_ready_and_answers_503() {
             assert!(doctor.out.contains("the database records the pepper"), "{doctor:?}");
         }
 
-        // The change of the pepper as the documentation describes it.
+        // Change the pepper as the documentation describes.
         let new = peppers.test_config(Some("new-pepper"), &["old-pepper"]);
         let changed = new.serve().await;
         assert!(is_granted(&changed, &first).await);
@@ -149,14 +150,14 @@ async fn a_server_with_another_pepper_is_not_ready_and_answers_503() {
         let second = new.issue("acme", &[]).await;
         assert_eq!(pepper(&new, &second).await.as_deref(), used["pepper"].as_str());
         assert!(is_granted(&changed, &first).await && is_granted(&changed, &second).await);
-        // The servers read the recorded pepper at each poll, so neither needs a restart.
+        // The servers read the recorded pepper at each poll, so neither server needs a restart.
         waiting.until_ready().await;
         assert!(is_granted(&waiting, &second).await);
         waiting.until_logged("this server does not have, so it cannot grant them").await;
         assert!((waiting.metric("trustgate_other_pepper_keys").await - 1.0).abs() < 0.5);
         assert_eq!(server.readiness().await.status, 200, "a server with the previous pepper must stay ready");
         server.until_logged("this server does not have, so it cannot grant them").await;
-        // This server cannot tell an unknown key from one issued under the new pepper.
+        // This server cannot distinguish an unknown key from a key that was issued under the new pepper.
         assert_eq!(status(&server, &second.key).await, 503);
         assert!(is_granted(&server, &first).await);
         assert!(old.run(&["key", "issue", "--trust", "acme"]).await.err.contains("pepper use"));
@@ -176,7 +177,7 @@ async fn a_server_with_another_pepper_is_not_ready_and_answers_503() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_check_records_the_pepper_of_a_key_from_before_an_upgrade() {
+async fn a_check_records_the_pepper_of_a_key_issued_before_an_upgrade() {
     let _turn = shared().await;
     for peppers in [Peppers::on_postgres().await, Peppers::on_sqlite()] {
         let test_config = peppers.test_config(Some("a-pepper"), &[]);
@@ -193,7 +194,7 @@ async fn a_check_records_the_pepper_of_a_key_from_before_an_upgrade() {
         })
         .await;
         assert_eq!(pepper(&test_config, &unused).await, None, "a pepper is recorded for a key that no check used");
-        // The server also recorded its pepper for the whole database, so a command with another pepper cannot issue
+        // The server has also recorded its pepper for the whole database, so a command with another pepper cannot issue
         // keys.
         let wrong = peppers.test_config(Some("another-pepper"), &[]);
         assert!(wrong.run(&["key", "issue", "--trust", "acme"]).await.err.contains("pepper use"));
@@ -203,7 +204,7 @@ async fn a_check_records_the_pepper_of_a_key_from_before_an_upgrade() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_changed_pepper_file_is_reported_and_not_used() {
+async fn a_pepper_file_changed_at_runtime_is_logged_and_not_used() {
     let _turn = shared().await;
     let peppers = Peppers::on_sqlite();
     let test_config = peppers.test_config(Some("a-pepper"), &[]);

@@ -1,5 +1,5 @@
-//! Connections to PostgreSQL have `TCP_NODELAY` set, so that a small message does not wait for an acknowledgement.
-//! Connecting with TLS then takes hardly longer than without.
+//! Connections to PostgreSQL have `TCP_NODELAY` set, so that a small message does not wait for the acknowledgement of
+//! the previous one. A connect with TLS therefore takes hardly longer than a connect without TLS.
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
@@ -15,9 +15,9 @@ use trustgate::testing::{
 
 use crate::support::{certificates::certificates, exclusive, postgres::Postgres};
 
-/// The number of connects with TLS, and also of connects without TLS.
+/// The number of connects with TLS, and also the number of connects without TLS.
 const ROUNDS: usize = 20;
-/// The maximum additional time of a TLS connect: enough for a handshake, but less than a delayed acknowledgement
+/// The maximum additional time of a connect with TLS: enough for a handshake, but less than a delayed acknowledgement
 /// (40 ms).
 const TLS_MAX: Duration = Duration::from_millis(20);
 
@@ -41,12 +41,13 @@ fn median(mut times: Vec<Duration>) -> Duration {
     times[times.len() / 2]
 }
 
-/// For each TCP connection of this process to `port`: true if it has `TCP_NODELAY`.
+/// Returns, for each TCP connection of this process to `port`, whether `TCP_NODELAY` is set.
 fn nodelay(port: u16) -> Vec<bool> {
     let process = pidfd_open(getpid(), PidfdFlags::empty()).unwrap();
     let numbers = std::fs::read_dir("/proc/self/fd").unwrap();
     let numbers = numbers.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
-    // `pidfd_getfd` duplicates a descriptor. It fails for one that was closed meanwhile, and the filter skips that one.
+    // `pidfd_getfd` duplicates a descriptor. It fails for a descriptor that was closed in the meantime, which is then
+    // skipped.
     let sockets = numbers.filter_map(|number| pidfd_getfd(&process, number, PidfdGetfdFlags::empty()).ok());
     let connected = sockets.filter(|socket| {
         let peer = getpeername(socket).ok().flatten().and_then(|peer| SocketAddr::try_from(peer).ok());
@@ -56,7 +57,7 @@ fn nodelay(port: u16) -> Vec<bool> {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn tls_connects_take_at_most_20_ms_longer_than_plain_ones() {
+async fn tls_connects_take_at_most_20_ms_longer_than_plain_connects() {
     let _turn = exclusive().await;
     let postgres = Postgres::start().await;
     let certificates = certificates();

@@ -45,8 +45,8 @@ async fn prometheus_scrapes_the_metrics_and_promtool_reports_no_problem() {
         ("trustgate_checks_total{credential=\"key\",decision=\"allow\",reason=\"key\",transport=\"grpc\"}", "7"),
         ("trustgate_checks_total{credential=\"key\",decision=\"deny\",reason=\"unknown\",transport=\"grpc\"}", "1"),
         ("trustgate_check_duration_seconds_count", "8"),
-        // L1 keeps an entry only after a poll has confirmed its version within a lease, so on a busy machine there may
-        // be fewer than eight entries.
+        // L1 keeps an entry only after a poll has confirmed the version of the entry within a lease, so on a busy
+        // machine there may be fewer than eight entries.
         ("trustgate_cache_entries > bool 0", "1"),
         ("trustgate_store_up", "1"),
         ("trustgate_redis_up", "1"),
@@ -81,7 +81,7 @@ fn the_documented_alerts_are_valid_and_fire_when_they_should() {
     }
 }
 
-/// Starts a Prometheus that scrapes `target`; returns it and its address.
+/// Starts a Prometheus that scrapes `target`; returns the process and its address.
 async fn start(target: SocketAddr) -> (Guarded, SocketAddr) {
     for _ in 0..10 {
         let (dir, address) = (directory("prometheus"), SocketAddr::from(([127, 0, 0, 1], free_port())));
@@ -102,13 +102,13 @@ async fn start(target: SocketAddr) -> (Guarded, SocketAddr) {
         if ready.await.is_some() {
             return (prometheus, address);
         }
-        // Another process took the port first.
+        // Another process took the port first, so try another port.
         assert!(prometheus.log().contains("address already in use"), "{}", prometheus.log());
     }
     panic!("Prometheus does not start");
 }
 
-/// The current result of `query`, which must give at most one value.
+/// Returns the current result of `query`, which must have at most one value.
 async fn value(prometheus: SocketAddr, query: &str) -> Option<String> {
     let encoded = utf8_percent_encode(query, NON_ALPHANUMERIC);
     let answer = http::get(prometheus, &format!("/api/v1/query?query={encoded}"), &[]).await.body;

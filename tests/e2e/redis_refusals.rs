@@ -18,8 +18,8 @@ use crate::support::{
 
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// Forwards new connections to the Redis at `target`, or after a failover to the address that was sent to the channel.
-/// Open connections keep their target.
+/// Starts a forwarder of new connections to the Redis at `target`. After a failover, the test sends the address of the
+/// new target to the channel. Open connections keep their target.
 async fn forwarder(target: SocketAddr) -> (SocketAddr, watch::Sender<SocketAddr>) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
@@ -65,7 +65,7 @@ async fn served(url: String) -> (TestConfig, Server, CheckClient) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_connection_to_a_node_that_became_a_replica_is_replaced() {
+async fn a_connection_to_a_redis_that_became_a_replica_is_replaced() {
     let _turn = shared().await;
     let (old, new) = (Redis::start().await, Redis::start().await);
     let (front, target_sender) = forwarder(address(&old)).await;
@@ -91,7 +91,7 @@ async fn a_connection_to_a_node_that_became_a_replica_is_replaced() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn writes_refused_for_lack_of_memory_are_counted_and_logged_once() {
+async fn redis_writes_refused_for_lack_of_memory_are_counted_and_logged_once() {
     let _turn = shared().await;
     let redis = Redis::start().await;
     let (test_config, server, client) = served(redis.url()).await;
@@ -102,7 +102,7 @@ async fn writes_refused_for_lack_of_memory_are_counted_and_logged_once() {
             .await;
     }
     assert_eq!(lines(&server, "redis refuses commands"), 1, "{}", server.log());
-    // The server keeps its connection, because a new one would meet the same refusal.
+    // The server keeps its connection, because Redis would refuse the commands on a new connection for the same reason.
     assert_eq!(lines(&server, "redis connection established\""), 1, "{}", server.log());
     redis.ask::<()>(&["CONFIG", "SET", "maxmemory", "0"]).await;
     eventually("the log reports that Redis accepts writes again", PATIENCE, || async {

@@ -1,5 +1,5 @@
-//! Redis with TLS and a password, behind Sentinels and as a Cluster, and a Redis into which other programs write:
-//! forged values grant nothing.
+//! Redis with TLS and a password, Redis behind Sentinels, and a Redis Cluster. Also a Redis to which another program
+//! writes forged values, which must not grant anything.
 
 use std::time::Duration;
 
@@ -47,8 +47,9 @@ async fn replicas_share_records_through_a_redis_cluster() {
     assert_replicas_share(&test_config, async |name: &str| cluster.node_of(name).await.0.connection().await).await;
 }
 
-/// Starts two replicas and asserts that the first reads a key from the database and the second reads it from Redis.
-/// `home` connects to the Redis node that stores the entry with a given name.
+/// Starts two replicas and asserts that the first reads a key from the database and the second reads the key from
+/// Redis. Also asserts that the value in Redis does not contain the key. `home` connects to the Redis node that stores
+/// the entry with a given name.
 async fn assert_replicas_share(test_config: &TestConfig, home: impl AsyncFn(&str) -> MultiplexedConnection) {
     let key = test_config.issue("acme", &[]).await;
     let (one, other) = (test_config.serve().await, test_config.serve().await);
@@ -86,7 +87,7 @@ async fn without_the_redis_password_the_server_runs_without_redis_and_logs_the_c
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn with_another_certificate_authority_the_server_runs_without_redis_and_logs_the_cause() {
+async fn with_the_wrong_redis_ca_the_server_runs_without_redis_and_logs_the_cause() {
     let _turn = shared().await;
     let (_redis, mut test_config, _postgres) = secured().await;
     let other_redis = Redis::start_secured().await;
@@ -135,7 +136,7 @@ async fn forged_redis_values_are_refused_deleted_and_grant_nothing() {
     }));
     let count = forged.len();
     for (what, value) in forged {
-        // A forged value for a key that was not issued.
+        // Write a forged value for a key that was not issued.
         let unissued = made_up_key();
         connection.set::<_, _, ()>(name(&unissued), value).await.unwrap();
         let verdict = client.check(&unissued).await;
@@ -143,7 +144,7 @@ async fn forged_redis_values_are_refused_deleted_and_grant_nothing() {
         assert!(!connection.exists::<_, bool>(name(&unissued)).await.unwrap(), "{what} was not deleted");
     }
     assert!((server.l2("refused").await - f64::from(u32::try_from(count).unwrap())).abs() < 0.5);
-    // Values that another release may have written grant nothing either, but this server leaves them in Redis.
+    // Values that another release may have written must not grant anything either, but the server leaves them in Redis.
     for (what, value) in [
         ("nothing", Vec::new()),
         ("text", b"{\"trust_id\":\"00000000-0000-0000-0000-000000000001\"}".to_vec()),
@@ -155,7 +156,8 @@ async fn forged_redis_values_are_refused_deleted_and_grant_nothing() {
         assert_eq!(client.check(&unissued).await.reason.as_deref(), Some("unknown"), "{what}");
         assert!(connection.exists::<_, bool>(name(&unissued)).await.unwrap(), "{what} was deleted");
     }
-    // The value of one key under the name of another. The database decides which trust the other key belongs to.
+    // Write the value of one key under the name of another key. The database must decide which trust the other key
+    // belongs to.
     connection.set::<_, _, ()>(name(&other.key), &genuine).await.unwrap();
     assert_eq!(client.check(&other.key).await.trust_id, Some(other.trust_id));
     eventually("a genuine value has replaced the forged one", PATIENCE, || async {
@@ -163,7 +165,7 @@ async fn forged_redis_values_are_refused_deleted_and_grant_nothing() {
         value.is_some_and(|value| value != genuine)
     })
     .await;
-    // A value that is a Redis list instead of a string.
+    // Write a value that is a Redis list instead of a string.
     let (unissued, refused) = (made_up_key(), server.l2("refused").await);
     connection.lpush::<_, _, ()>(name(&unissued), &genuine).await.unwrap();
     assert_eq!(client.check(&unissued).await.status, 401);
@@ -171,7 +173,8 @@ async fn forged_redis_values_are_refused_deleted_and_grant_nothing() {
     assert!(server.l2("refused").await > refused);
 }
 
-/// A Redis with TLS and a password, and settings for both except `redis.ca_file`.
+/// Starts a Redis with TLS and a password. Returns the Redis, settings for its URL and password but without
+/// `redis.ca_file`, and the shared PostgreSQL.
 async fn secured() -> (Redis, TestConfig, std::sync::Arc<Postgres>) {
     let (postgres, redis) = (Postgres::shared().await, Redis::start_secured().await);
     let mut test_config = test_config(&postgres, &[("redis.url", &redis.url())]).await;
@@ -181,7 +184,7 @@ async fn secured() -> (Redis, TestConfig, std::sync::Arc<Postgres>) {
     (redis, test_config, postgres)
 }
 
-/// These settings and a new database with the trust "acme".
+/// Creates a database with the trust "acme". Returns `settings` with the URL of that database.
 async fn test_config(postgres: &Postgres, settings: &[(&str, &str)]) -> TestConfig {
     let database = postgres.database().await;
     let mut test_config = TestConfig::new().with("store.url", postgres.url("admin", &database));
@@ -197,7 +200,7 @@ async fn until_connected(server: &Server) {
     eventually("Redis is connected", PATIENCE, || async { server.metric("trustgate_redis_up").await > 0.0 }).await;
 }
 
-/// The name of the Redis entry for `key`.
+/// Returns the name of the Redis entry for `key`.
 fn name(key: &str) -> String {
     let digest = ApiKeyDigest::from_bytes(Sha256::digest(key).into());
     format!("trustgate:api_key:{}", digest.to_hex())

@@ -1,14 +1,15 @@
-//! Operators have copied the Envoy configurations of earlier releases, so these must work with the current server.
-//! Another test checks `credential.query_removal = "exact"`, which needs one change to the shipped configuration.
+//! Operators have copied the Envoy configurations of earlier releases, so these configurations must work with the
+//! current server. Another test checks `credential.query_removal = "exact"`, which needs one change to the shipped
+//! configuration.
 
 use crate::support::{envoy::Plan, http, server::TestConfig, shared};
 
-/// Released configurations, each with a description of the change that came after it.
+/// Released configurations, each with a description of the later change that it lacks.
 const RELEASED: [(&str, &str); 1] =
     [("before identity headers were allowed by their prefix", include_str!("released/envoy-1.yaml"))];
 
 #[tokio::test(flavor = "multi_thread")]
-async fn every_released_configuration_works_with_the_present_server() {
+async fn every_released_envoy_configuration_works_with_the_current_server() {
     let _turn = shared().await;
     let test_config = TestConfig::new();
     test_config.migrate().await;
@@ -31,7 +32,7 @@ async fn every_released_configuration_works_with_the_present_server() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn exact_query_removal_leaves_the_rest_of_the_query_unchanged() {
+async fn exact_query_removal_leaves_the_other_query_parameters_unchanged() {
     let _turn = shared().await;
     let test_config =
         TestConfig::new().with("credential.sources", "query:key").with("credential.query_removal", "exact");

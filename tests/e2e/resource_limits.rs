@@ -1,5 +1,5 @@
-//! Callers cannot make a server use memory, connections or time without bound. Signals end the server in a limited
-//! time, whatever its connections do.
+//! Callers cannot make a server use an unlimited amount of memory, connections or time. A signal ends the server within
+//! a limited time, whatever its connections do.
 
 use std::{sync::Mutex, time::Duration};
 
@@ -20,10 +20,10 @@ use crate::support::{
     shared,
 };
 
-/// The maximum memory that the callers of one test may add to a server, in MiB.
+/// The maximum memory, in MiB, that the callers of one test may add to a server.
 const GROWTH_MAX: f64 = 32.0;
 
-/// The maximum part of the added memory that may remain after the callers have disconnected, in MiB.
+/// The maximum part of the added memory, in MiB, that may remain after the callers have disconnected.
 const LEFT_MAX: f64 = 8.0;
 
 struct Fixture {
@@ -50,7 +50,7 @@ impl Fixture {
         connect(TcpStream::connect(self.server.grpc()).await.unwrap()).await
     }
 
-    /// Runs `callers` twice. Peak memory after both runs must stay within [`GROWTH_MAX`] of the start, so that repeated
+    /// Runs `callers` twice. The peak memory must grow by less than [`GROWTH_MAX`] over both runs, so that repeated
     /// attacks do not accumulate memory.
     async fn assert_memory_is_bounded<C>(&self, what: &str, callers: impl AsyncFn() -> C) {
         let before = self.server.memory();
@@ -62,7 +62,7 @@ impl Fixture {
         let growth = (after_first.peak - before.now, after_second.peak - before.now);
         println!("{what}: the peak grew by {:.1} MiB, and by {:.1} MiB after the second run", growth.0, growth.1);
         assert!(growth.1 < GROWTH_MAX, "{what}: {before:?}, then {after_first:?}, then {after_second:?}");
-        // Checks on a new connection are still granted.
+        // Checks on a new connection must still be granted.
         granted(&CheckClient::connect(self.server.grpc()).await, &self.key).await;
         drop(second);
         self.until_released(what, before).await;
@@ -77,7 +77,7 @@ impl Fixture {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn unfinished_admin_requests_are_bounded() {
+async fn memory_for_unfinished_admin_requests_is_bounded() {
     let _turn = exclusive().await;
     let fixture = Fixture::new(&[]).await;
     let padding = format!("GET /metrics HTTP/1.1\r\nx-padding: {}", "x".repeat(400 << 10));
@@ -85,11 +85,11 @@ async fn unfinished_admin_requests_are_bounded() {
         let mut callers = Vec::new();
         for _ in 0..1_000 {
             let mut caller = TcpStream::connect(fixture.server.admin()).await.unwrap();
-            // The server stops reading a head that is too large, or closes the connection.
+            // Ignore the result: the server stops reading a head that is too large, or closes the connection.
             let _ = timeout(Duration::from_millis(5), caller.write_all(padding.as_bytes())).await;
             callers.push(caller);
         }
-        // Readiness probes succeed meanwhile.
+        // Readiness probes must succeed in the meantime.
         for _ in 0..10 {
             assert_eq!(fixture.server.readiness().await.status, 200);
         }
@@ -99,7 +99,7 @@ async fn unfinished_admin_requests_are_bounded() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn health_watches_are_bounded() {
+async fn memory_for_health_watches_is_bounded() {
     let _turn = exclusive().await;
     let fixture = Fixture::new(&[]).await;
     let callers = async || {
@@ -110,7 +110,7 @@ async fn health_watches_are_bounded() {
                 .map(|_| {
                     let head = head_of("/grpc.health.v1.Health/Watch");
                     let (watch, mut stream) = connection.clone().send_request(head, false).unwrap();
-                    // This fails if the server has refused the stream already.
+                    // Ignore the error: the server may have refused the stream already.
                     let _ = stream.send_data(frame_bytes(b""), true);
                     watch
                 })
@@ -135,14 +135,14 @@ async fn health_watches_are_bounded() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn streams_without_a_message_are_bounded() {
+async fn memory_for_streams_without_a_message_is_bounded() {
     let _turn = exclusive().await;
     let fixture = Fixture::new(&[("limits.preface_timeout", "500ms")]).await;
     let callers = async || {
         let mut callers = Vec::new();
         for _ in 0..40 {
             let connection = fixture.connection().await;
-            // The client queues streams beyond `limits.streams_per_connection` until earlier ones have ended.
+            // The client queues streams beyond `limits.streams_per_connection` until earlier streams have ended.
             let unfinished: Vec<_> =
                 (0..1_000).map(|_| connection.clone().send_request(head(), false).unwrap()).collect();
             callers.push((connection, unfinished));
@@ -156,7 +156,7 @@ async fn streams_without_a_message_are_bounded() {
                         assert_eq!(status, 408);
                         late += 1;
                     }
-                    // The client opened this stream before it had received the limit.
+                    // The client opened this stream before it had received the server's limit.
                     Err(error) => {
                         assert_eq!(error.reason(), Some(h2::Reason::REFUSED_STREAM));
                         refused += 1;
@@ -172,10 +172,11 @@ async fn streams_without_a_message_are_bounded() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn bursts_of_calls_are_bounded() {
+async fn memory_for_bursts_of_calls_is_bounded() {
     let _turn = exclusive().await;
     let fixture = Fixture::new(&[]).await;
-    // Both bursts use the same connections, because a connection keeps the buffers of a burst until it ends.
+    // Both bursts use the same connections, because a connection keeps the buffers of a burst until the connection
+    // ends.
     let reused = Mutex::new(None);
     let bursts = async || {
         let earlier = reused.lock().unwrap().take();
@@ -201,7 +202,7 @@ async fn bursts_of_calls_are_bounded() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn unread_answers_are_bounded() {
+async fn memory_for_unread_answers_is_bounded() {
     let _turn = exclusive().await;
     let fixture = Fixture::new(&[]).await;
     let reader = fixture.connection().await;
@@ -216,8 +217,8 @@ async fn unread_answers_are_bounded() {
             let mut unread = Vec::new();
             for number in 0..64 {
                 unread.push(call(&closed, &fixture.key.key));
-                // Another connection gets answers from the same workers in between. If connections shared buffers, an
-                // unread answer would keep a whole shared buffer alive.
+                // Between these calls, another connection gets answers from the same workers. If connections shared
+                // buffers, an unread answer would keep a whole shared buffer alive.
                 if number % 50 == 0 {
                     assert_eq!(answer(call(&reader, &fixture.key.key)).await.unwrap().status, 200);
                 }
@@ -302,7 +303,7 @@ async fn sigterm_ends_the_server_in_time_despite_open_connections() {
     let (_, log) = fixture.server.ended(Duration::from_secs(30)).await;
     let took = asked.elapsed();
     println!("ended {took:?} after SIGTERM");
-    // The drain delay (1 s) and grace period (2 s), and 0.5 s to start and end.
+    // The limit is the sum of the drain delay (1 s), the grace period (2 s), and 0.5 s for the rest of the shutdown.
     assert!(took < Duration::from_millis(3_500), "{took:?}\n{log}");
     assert!(log.contains("\"stopped\""), "{log}");
     drop((open, connections, unfinished, fixture.test_config));
@@ -315,14 +316,14 @@ async fn a_second_signal_ends_the_server_at_once() {
     server.signal("TERM");
     server.until_logged("draining").await;
     server.signal("TERM");
-    // The drain delay would take 5 s.
+    // Without the second signal, the server would wait for the drain delay of 5 s.
     let (code, log) = server.ended(Duration::from_secs(3)).await;
     assert_eq!(code, 1, "{log}");
     assert!(log.contains("second signal"), "{log}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn sighup_and_sigusr_are_ignored_and_sigquit_drains() {
+async fn sighup_sigusr1_and_sigusr2_are_ignored_and_sigquit_drains() {
     let _turn = shared().await;
     let server = TestConfig::new().with("limits.drain_delay", "1s").serve().await;
     for signal in ["HUP", "USR1", "USR2"] {

@@ -1,4 +1,4 @@
-//! A revoked key is denied in time: on all replicas once the command reports it, at once where a check reads the
+//! A revoked key is denied in time: on all replicas once the command reports success, at once if each check reads the
 //! database, and within the TTL on an existing table, which has no change log.
 
 use std::time::Duration;
@@ -41,7 +41,7 @@ async fn revoked_keys_are_denied_within_the_ttl_on_tables_without_a_change_log()
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn revoked_keys_are_denied_on_all_replicas_once_the_command_reports_it() {
+async fn revoked_keys_are_denied_on_all_replicas_once_the_command_succeeds() {
     let _turn = shared().await;
     let fixture = Fixture::new(&LONG_DEADLINES).await;
     let (one, other) = (fixture.test_config.serve().await, fixture.test_config.serve().await);
@@ -73,8 +73,8 @@ async fn revoked_keys_are_denied_at_once_in_live_mode() {
     let client = CheckClient::connect(server.grpc()).await;
     for _ in 0..3 {
         let key = fixture.test_config.issue("acme", &[]).await;
-        granted(&client, &key).await; // read by its digest
-        granted(&client, &key).await; // read by its primary key
+        granted(&client, &key).await; // the server reads the key by its digest
+        granted(&client, &key).await; // the server reads the key by its primary key
         fixture.test_config.revoke(&key).await;
         refused(&client, &key, "revoked").await;
     }
@@ -119,7 +119,7 @@ async fn cache_clear_discards_entries_on_every_replica_and_in_redis() {
     println!("cleared: {cleared}");
     assert_eq!((&cleared["replicas"], &cleared["applied"]), (&2.into(), &2.into()), "{cleared}");
     // Check the other replica first. Two of the keys are not in its L1, so it reads their values from Redis, which were
-    // written before the clearing.
+    // written before `cache clear`.
     let before = other.metric("trustgate_store_reads_total{outcome=\"ok\"}").await;
     for client in [&at_other, &at_one] {
         for key in [&on_both, &first_on_one, &second_on_one] {
@@ -134,7 +134,7 @@ async fn cache_clear_discards_entries_on_every_replica_and_in_redis() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_ttl_counts_from_the_database_read_through_both_tiers() {
+async fn the_ttl_counts_from_the_database_read_even_for_values_from_redis() {
     let _turn = shared().await;
     let ttl = Duration::from_secs(4);
     let fixture = Fixture::new(&[]).await;
@@ -172,7 +172,7 @@ async fn cache_clear_counts_a_replica_that_is_just_starting() {
     running.stop(Delay::None).await.unwrap();
 }
 
-/// Repeats a check until the key is denied. Returns the start of the last check that was granted.
+/// Repeats a check until the key is denied with `reason`. Returns the start of the last check that was granted.
 async fn last_grant(client: &CheckClient, key: &IssuedKey, reason: &str) -> Option<Instant> {
     let (start, mut last) = (Instant::now(), None);
     loop {
@@ -188,8 +188,8 @@ async fn last_grant(client: &CheckClient, key: &IssuedKey, reason: &str) -> Opti
     }
 }
 
-/// Creates an existing table (one that trustgate does not manage) in the fixture's database server, and settings that
-/// read it.
+/// Creates a table that trustgate does not manage (an existing table) on the fixture's database server. Returns
+/// settings with which trustgate reads the table, and the table.
 async fn existing_table(fixture: &Fixture, ttl: &str) -> (TestConfig, ExistingTable) {
     let database = fixture.postgres.database().await;
     let url = fixture.postgres.url("admin", &database);

@@ -7,7 +7,7 @@ use crate::support::{
     shared,
 };
 
-/// A server with two keys: one without scopes, one with the scope `admin`.
+/// Starts a server and issues two keys: the first without scopes, the second with the scope `admin`.
 async fn server() -> (TestConfig, Server, IssuedKey, IssuedKey) {
     let test_config = TestConfig::new();
     test_config.migrate().await;
@@ -20,8 +20,8 @@ async fn server() -> (TestConfig, Server, IssuedKey, IssuedKey) {
 /// The demands of the route `/admin` in the shipped configuration.
 const ADMIN: &str = "context_extensions: {trustgate.scopes: \"admin\", trustgate.freshness: \"live\"}";
 
-/// The shipped configuration with the context extensions `virtual_host` on the virtual host, and `admin` in place of
-/// [`ADMIN`].
+/// Returns the shipped configuration with the context extensions `virtual_host` on the virtual host, and with the
+/// demands `admin` in place of [`ADMIN`].
 async fn plan(server: &Server, virtual_host: &str, admin: &str) -> Plan {
     let domains = "              domains: [\"*\"]\n";
     let extensions = format!(
@@ -35,7 +35,7 @@ async fn plan(server: &Server, virtual_host: &str, admin: &str) -> Plan {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_route_with_scopes_denies_anonymous_requests_below_an_optional_virtual_host() {
+async fn a_route_with_scopes_denies_anonymous_requests_that_its_virtual_host_allows() {
     let _turn = shared().await;
     let (_test_config, server, plain, admin) = server().await;
     let envoy = plan(&server, "trustgate.optional: \"true\"", "trustgate.scopes: \"admin\"").await.start().await;

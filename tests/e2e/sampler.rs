@@ -1,5 +1,5 @@
 //! The sampler on three replicas of one database finds changes that are missing from the change log, and reports no
-//! difference for changes that are in it.
+//! difference for changes that are recorded there.
 
 use std::time::Duration;
 
@@ -37,7 +37,7 @@ async fn a_change_missing_from_the_change_log_is_found_on_every_replica() {
         }
     }
 
-    // Changes in the change log cause no difference, whether a command or plain SQL made them.
+    // The sampler reports no difference for recorded changes, whether a command or plain SQL made them.
     fixture.test_config.revoke(&ordinary[0]).await;
     fixture.postgres.execute(&fixture.database, &update(&ordinary[1])).await;
     for (server, client) in sampled.iter().zip(&clients) {
@@ -72,8 +72,8 @@ async fn a_change_missing_from_the_change_log_is_found_on_every_replica() {
     }
 }
 
-/// A change that is missing from the change log. It has a version, but the transaction deletes its rows in
-/// `trustgate.change`, which list the changed keys.
+/// Returns SQL that makes `change` without recording it in the change log. The transaction gets a version, but deletes
+/// its rows in `trustgate.change`, which list the changed keys.
 fn unrecorded(change: &str) -> String {
     format!("BEGIN; {change}; DELETE FROM trustgate.change WHERE tx = pg_current_xact_id(); COMMIT")
 }

@@ -1,6 +1,6 @@
 //! The files of the embedded database are removed, moved, restored, or opened through a hard link or a mount, while a
-//! server uses them. The server must apply each revocation that a command reported as done, and a restart must not lose
-//! it.
+//! server uses them. If a command reports a revocation as done, the server must apply the revocation, and a restart
+//! must not lose it.
 
 use std::{
     fs,
@@ -19,7 +19,8 @@ use crate::support::{
     shared,
 };
 
-/// The maximum time after the commit that a revoked key is granted: the lease (1 s) and the deadline of a check.
+/// The maximum time after the commit for which a revoked key may be granted: the lease (1 s) plus the deadline of a
+/// check (150 ms).
 const BOUND: Duration = Duration::from_millis(1_150);
 const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -32,7 +33,7 @@ struct Fixture {
 }
 
 impl Fixture {
-    /// Starts a server and puts two keys into its cache.
+    /// Starts a server and fills its cache with two keys.
     async fn new() -> Self {
         let test_config = TestConfig::new().with_default_deadlines();
         test_config.migrate().await;
@@ -49,7 +50,7 @@ impl Fixture {
         file(&self.test_config, suffix)
     }
 
-    /// Copies the write-ahead log (WAL) into the database.
+    /// Copies the write-ahead log (WAL) into the database file and empties it.
     async fn checkpoint(&self) {
         let options = SqliteConnectOptions::new().filename(self.file(""));
         let mut connection = options.connect().await.unwrap();
@@ -61,8 +62,8 @@ impl Fixture {
         self.client.check_with(&key.key, &[("trustgate.freshness", freshness)]).await.unwrap().status
     }
 
-    /// Revokes the key with the command, which must report success. After [`BOUND`] no check may grant the key, not
-    /// even after a restart, and the server must log that its files were replaced.
+    /// Revokes the key with `key revoke`, which must succeed. Asserts that no check grants the key after [`BOUND`], not
+    /// even after a restart, and that the server logs that its files were replaced.
     async fn assert_revocation_holds(self) {
         self.test_config.revoke(&self.key).await;
         let revoked = Instant::now();
@@ -120,7 +121,7 @@ async fn a_revocation_holds_after_a_backup_is_copied_over_the_database() {
     fs::copy(fixture.file(""), &backup).unwrap();
     fs::remove_file(fixture.file("-wal")).unwrap();
     fs::remove_file(fixture.file("-shm")).unwrap();
-    // Like `cp`, this keeps the inode of the database file.
+    // Write into the existing file, which keeps its inode, as `cp` does.
     fs::write(fixture.file(""), fs::read(&backup).unwrap()).unwrap();
     fixture.assert_revocation_holds().await;
 }
@@ -141,7 +142,7 @@ async fn a_revocation_holds_after_a_wal_with_changes_is_removed() {
     let _turn = shared().await;
     let fixture = Fixture::new().await;
     fixture.checkpoint().await;
-    // After the checkpoint the WAL is empty, so this key is only in the WAL.
+    // After the checkpoint the WAL is empty, so the new key is only in the WAL.
     let applied = fixture.server.metric("trustgate_applied_version").await;
     let late = fixture.test_config.issue("acme", &[]).await;
     granted(&fixture.client, &late).await;
@@ -155,20 +156,21 @@ async fn a_revocation_holds_after_a_wal_with_changes_is_removed() {
         fixture.test_config.run(&["key", "list", "--trust", "acme"]).await.code == 0
     })
     .await;
-    // The changes in the removed WAL are lost, and the server must notice this.
+    // The changes in the removed WAL are lost, and the server must notice the loss.
     fixture.server.until_logged("database history lost").await;
     fixture.assert_revocation_holds().await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_hard_link_warns_a_running_server_and_blocks_commands_and_startup() {
+async fn a_hard_link_is_logged_by_a_running_server_and_refused_by_commands_and_serve() {
     let _turn = shared().await;
     let fixture = Fixture::new().await;
     let link = fixture.test_config.path().join("link.db");
     fs::hard_link(fixture.file(""), &link).unwrap();
     fixture.server.until_logged("several names (hard links)").await;
     granted(&fixture.client, &fixture.key).await;
-    // Under both names the command refuses to revoke, because the server might not see the change.
+    // `key revoke` refuses the file under either name, because the server might not see a change that is made under the
+    // other name.
     let url = format!("sqlite://{}", link.display());
     let mut by_link = TestConfig::new().with_default_deadlines().with("store.url", url);
     by_link.set("grpc.listen", "127.0.0.1:0");
@@ -204,9 +206,11 @@ async fn commands_and_serve_refuse_a_bind_mounted_database_file() {
     granted(&fixture.client, &fixture.key).await;
 }
 
-/// Runs a command of trustgate while `from` is mounted at `to`. `store.url` is set to `to`. Returns the exit code and the
-/// output. Root mounts in the namespace of this test, because `unshare` cannot make a mount namespace in a chroot. Other
-/// users need a namespace to be allowed to mount.
+/// Runs a trustgate command with `store.url` set to `to`, while `from` is mounted at `to`. Returns the exit code and
+/// the output.
+///
+/// Root mounts in the namespace of this test, because `unshare` cannot make a mount namespace in a chroot. Other users
+/// need a separate namespace, in which they are allowed to mount.
 fn run_on_bind_mount(from: &Path, to: &Path, arguments: &str) -> (i32, String) {
     let script = "mount --bind \"$1\" \"$2\" || exit; trap 'umount \"$2\"' EXIT; \"$3\" $4";
     let is_root = rustix::process::getuid().is_root();
@@ -225,7 +229,7 @@ fn run_on_bind_mount(from: &Path, to: &Path, arguments: &str) -> (i32, String) {
     (output.status.code().unwrap_or(-1), String::from_utf8_lossy(&output_bytes).into_owned())
 }
 
-/// Runs the commands of docs/backups.md: a backup while the server runs, and the restore while it is stopped.
+/// Runs the commands of docs/backups.md: a backup while the server runs, and the restore while the server is stopped.
 #[tokio::test(flavor = "multi_thread")]
 async fn the_documented_backup_and_restore_work() {
     let _turn = shared().await;
@@ -250,7 +254,7 @@ async fn the_documented_backup_and_restore_work() {
         assert!(output.status.success(), "{script}\n{output:?}");
     };
     run(commands("Back up SQLite"));
-    // Revoke the key after the backup, so that the backup still has it as valid.
+    // Revoke the key after the backup, so that the key is still valid in the backup.
     fixture.test_config.revoke(&fixture.key).await;
     let Fixture { test_config, server, key, other, .. } = fixture;
     server.signal("INT");

@@ -1,5 +1,5 @@
-//! Loads that overlap a change: a value that was read before the change and reaches L1 or Redis after it must not grant
-//! a later check.
+//! Loads that overlap a change: a later check must not be granted from a value that was read before the change and
+//! reached L1 or Redis after the change.
 
 use std::time::Duration;
 
@@ -55,7 +55,7 @@ async fn a_key_read_before_its_revocation_is_denied_after_it() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_key_read_before_the_caches_were_cleared_is_denied_after_it() {
+async fn a_key_revoked_during_its_load_is_denied_after_cache_clear() {
     let _turn = shared().await;
     let test_config = TestConfig::new().with_long_deadlines();
     test_config.migrate().await;
@@ -79,8 +79,8 @@ async fn a_key_read_before_the_caches_were_cleared_is_denied_after_it() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_stale_value_put_into_redis_is_refused_by_replicas_that_applied_the_revocation() {
     let _turn = shared().await;
-    // Polls of the first replica are blocked below, so it does not see the revocation. Its lease allows it to use the
-    // old value for a minute.
+    // The test blocks the polls of the first replica below, so that this replica does not see the revocation. Its lease
+    // allows the replica to use the old value for a minute.
     let fixture = Fixture::new(&[LONG_DEADLINES.as_slice(), &[("freshness.lease", "1m")]].concat()).await;
     let key = fixture.test_config.issue("acme", &[]).await;
     let (running, proxy) = StoreProxy::start(&fixture.test_config, |_| ()).await;
@@ -147,7 +147,7 @@ fn refused(verdict: &Verdict) {
     assert_eq!((verdict.status, verdict.reason.as_deref()), (401, Some("revoked")), "{verdict:?}");
 }
 
-/// Revokes a key by SQL and waits until `server` has applied the change. `key revoke` would wait for all replicas.
+/// Revokes a key with SQL and waits until `server` has applied the change. `key revoke` would wait for all replicas.
 async fn revoke_by_sql(fixture: &Fixture, key: &IssuedKey, server: &Server) {
     let revocation = format!("UPDATE trustgate.api_key SET revoked_at = now() WHERE id = '{}'", key.id);
     fixture.postgres.execute(&fixture.database, &revocation).await;

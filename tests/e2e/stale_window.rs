@@ -17,14 +17,14 @@ use crate::{
 };
 
 const PATIENCE: Duration = Duration::from_secs(30);
-/// The maximum time after the commit that a revoked key is granted: the lease (1 s) and the deadline of a check.
-/// `freshness.stale_if_unconfirmed` must not extend it.
+/// The maximum time after the commit for which a revoked key may be granted: the lease (1 s) plus the deadline of a
+/// check (150 ms). `freshness.stale_if_unconfirmed` must not extend this time.
 const BOUND: Duration = Duration::from_millis(1_150);
 
-/// A way in which PostgreSQL refuses a replica, with its SQLSTATE.
+/// A way in which PostgreSQL refuses a replica, with the SQLSTATE of the error.
 #[derive(Clone, Copy, Debug)]
 enum Refusal {
-    /// 53300: the role has no connection left.
+    /// 53300: the role has reached its connection limit.
     TooManyClients,
     /// 28000: `pg_hba.conf` rejects the role.
     RejectedLogin,
@@ -38,8 +38,8 @@ enum Refusal {
     CancelledStatement,
 }
 
-/// Guards a refusal. Dropping it aborts the task that has locked the table or cancels statements, which releases the
-/// lock.
+/// Keeps a refusal active. Dropping this value aborts the task that has locked the table and cancels statements, if
+/// there is such a task, and so releases the lock.
 struct RefusalGuard(Option<tokio::task::JoinHandle<()>>);
 
 impl Drop for RefusalGuard {
@@ -99,7 +99,7 @@ impl Refusal {
     }
 }
 
-/// Adds a rule to `pg_hba.conf` that rejects the role, or removes the rule.
+/// Adds a rule to `pg_hba.conf` that rejects the role, or removes that rule if `rejects` is false.
 async fn reject(postgres: &Postgres, rejects: bool) {
     let file = postgres.directory().join("data/pg_hba.conf");
     let rule = "host all serve 127.0.0.1/32 reject\n";
@@ -113,7 +113,7 @@ async fn is_fresh(server: &Server) -> bool {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn no_refusal_of_the_database_opens_the_stale_window() {
+async fn a_refusal_by_the_database_does_not_open_the_stale_window() {
     let _turn = shared().await;
     let mut fixture = Fixture::with_default_deadlines(&[("freshness.stale_if_unconfirmed", "60s")]).await;
     let roles = ["migrate", "--print-grants", "--serve-role", "serve", "--manage-role", "manage"];

@@ -1,5 +1,5 @@
-//! Three runners check the table of requests and answers (`table.json`): in process, over gRPC from Python (another
-//! implementation of both gRPC and protobuf), and through a real Envoy to a real application.
+//! Three runners check the table of requests and answers (`table.json`): in process, over gRPC from Python (with other
+//! implementations of gRPC and protobuf), and through a real Envoy to a real application.
 //!
 //! Only the Rust code reads the file and replaces its placeholders. The Python runners get complete requests and
 //! complete expected answers.
@@ -20,11 +20,11 @@ use self::{
     rows::{Expected, Table},
 };
 
-/// The smallest number of rows that the table may have, so that rows cannot get lost unnoticed.
+/// The minimum number of rows in the table, so that a loss of rows does not go unnoticed.
 const ROWS_MIN: usize = 60;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn rows_get_their_answers_in_process() {
+async fn requests_get_their_expected_answers_in_process() {
     let (table, fixture) = (Table::read(), Fixture::start().await);
     let rows = table.expanded_rows(&fixture);
     let (mut wrong, mut checked) = (String::new(), 0);
@@ -46,14 +46,14 @@ async fn rows_get_their_answers_in_process() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn rows_get_their_answers_over_grpc_from_python() {
+async fn requests_get_their_expected_answers_over_grpc_from_python() {
     let (table, fixture) = (Table::read(), Fixture::start().await);
     python::run("table_grpc.py", &runner_input(&table, &fixture)).await;
     fixture.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn rows_get_their_answers_through_envoy() {
+async fn requests_get_their_expected_answers_through_envoy() {
     let (table, fixture) = (Table::read(), Fixture::start().await);
     python::run("table_envoy.py", &runner_input(&table, &fixture)).await;
     fixture.stop().await;
@@ -68,13 +68,13 @@ fn the_table_has_every_denial_reason_and_every_identity_header() {
     for reason in ["revoked", "expired", "not_yet_valid", "trust_disabled"] {
         assert_eq!(denial(reason), denial("unknown"), "{reason}");
     }
-    // At least one row has each reason, except that of the deny list, which has its own tests.
+    // Each denial reason must have a row, except the reason of the deny list, which other tests cover.
     let reasons = trustgate::testing::ext_authz::decision::DenyReason::ALL
         .map(trustgate::testing::ext_authz::decision::DenyReason::as_str);
     for reason in reasons.into_iter().filter(|reason| *reason != "deny_listed") {
         assert!(table.rows().any(|row| row.want.reason.as_deref() == Some(reason)), "no row has {reason}");
     }
-    // At least one row forges each identity header.
+    // Each identity header must be forged in at least one row.
     for header in trustgate::testing::ext_authz::identity::HEADERS {
         let forged = |name: &String| name.eq_ignore_ascii_case(header);
         assert!(
@@ -84,7 +84,8 @@ fn the_table_has_every_denial_reason_and_every_identity_header() {
     }
 }
 
-/// The input of a Python runner: the servers, and for each row the complete request and the expected answer.
+/// Returns the input of a Python runner: the servers, the secrets that the application must not receive, and for each
+/// row the complete request and the expected answer.
 fn runner_input(table: &Table, fixture: &Fixture) -> Value {
     let rows: Vec<Value> = table.expanded_rows(fixture).iter().map(Expected::json).collect();
     json!({ "rows": rows, "servers": fixture.servers(), "secrets": fixture.secrets() })

@@ -1,6 +1,6 @@
 //! Upgrades the tables of an earlier build under load. Servers of the earlier build keep running on the upgraded
-//! tables, also beside servers of this build. Then the earlier build is installed again. `make upgrade OLD=...` builds
-//! the earlier build and runs this test.
+//! tables, also next to servers of this build. Then the test returns to the earlier build. `make upgrade OLD=...`
+//! compiles the earlier build and runs this test.
 
 use std::{
     path::PathBuf,
@@ -21,11 +21,11 @@ use crate::support::{
     shared,
 };
 
-/// Sends checks to one server, one after another, until it is stopped.
+/// A load of checks that are sent to one server, one after another.
 struct Load {
     stop: Arc<AtomicBool>,
     checks: Arc<AtomicU64>,
-    /// Returns the wrong answers.
+    /// The task that sends the checks. It returns the wrong answers.
     task: JoinHandle<Vec<String>>,
 }
 
@@ -61,7 +61,7 @@ impl Load {
         Self { stop, checks, task }
     }
 
-    /// Waits until `more` further checks are done.
+    /// Waits until `more` further checks have been answered.
     async fn wait_for(&self, more: u64) {
         let target = self.checks.load(Ordering::Relaxed) + more;
         while self.checks.load(Ordering::Relaxed) < target {
@@ -78,7 +78,7 @@ impl Load {
     }
 }
 
-/// Issues keys of the trust "acme"; returns the good ones and the revoked ones.
+/// Issues keys for the trust "acme"; returns the good keys and the revoked keys.
 async fn keys(test_config: &TestConfig) -> (Vec<IssuedKey>, Vec<IssuedKey>) {
     let mut good = Vec::new();
     for _ in 0..20 {
@@ -91,12 +91,12 @@ async fn keys(test_config: &TestConfig) -> (Vec<IssuedKey>, Vec<IssuedKey>) {
     (good, revoked)
 }
 
-/// The minimum number of checks that each step waits for.
+/// The minimum number of checks for which each step waits.
 const CHECKS: u64 = 3_000;
 
 #[tokio::test(flavor = "multi_thread")]
 #[ignore = "needs an earlier build: make upgrade OLD=..."]
-async fn an_upgrade_under_load_and_a_return_to_the_earlier_build_cause_no_wrong_answer() {
+async fn an_upgrade_under_load_and_a_downgrade_cause_no_wrong_answer() {
     let _turn = shared().await;
     let old_program: PathBuf = std::env::var_os("TRUSTGATE_OLD").expect("run `make upgrade OLD=...`").into();
     let postgres = Postgres::start().await;
@@ -109,7 +109,7 @@ async fn an_upgrade_under_load_and_a_return_to_the_earlier_build_cause_no_wrong_
             .with("credential.pepper", "a pepper of more than 16 bytes")
     };
     let old = |user: &str| test_config(user).run_by(&old_program);
-    // The roles get the privileges that the earlier build prints. The upgrade must need no others.
+    // The roles get the privileges that the earlier build prints. The upgrade must not need any others.
     old("admin").migrate().await;
     let grants = old("admin").run(&["migrate", "--print-grants"]).await.out;
     postgres.execute(&database, &grants).await;
@@ -118,7 +118,7 @@ async fn an_upgrade_under_load_and_a_return_to_the_earlier_build_cause_no_wrong_
     let (mut good, mut revoked) = keys(&manage_old).await;
     let mut checks = 0;
 
-    // Servers of the earlier build run on its own tables, and then on the upgraded ones.
+    // Servers of the earlier build run first on the tables of that build, and then on the upgraded tables.
     let (first, second) = (old("trustgate_serve").serve().await, old("trustgate_serve").serve().await);
     let loads = [
         Load::on("old", &first, good.clone(), revoked.clone()).await,
@@ -130,7 +130,7 @@ async fn an_upgrade_under_load_and_a_return_to_the_earlier_build_cause_no_wrong_
     let [load, other] = loads;
     checks += load.end().await + other.end().await;
 
-    // The commands of both builds change keys, and a server of this build runs beside one of the earlier build.
+    // The commands of both builds change keys, and a server of this build runs next to a server of the earlier build.
     revoked.push(good.pop().unwrap());
     manage_old.revoke(revoked.last().unwrap()).await;
     revoked.push(good.pop().unwrap());

@@ -1,5 +1,5 @@
-//! `trustgate attach` and `detach` on an existing table: the triggers record each change that decisions depend on, the
-//! application needs no rights on our tables, and `detach` leaves nothing behind.
+//! Tests `trustgate attach` and `detach` on an existing table: the triggers record each change that decisions depend
+//! on, the application needs no rights on trustgate's tables, and `detach` leaves nothing behind.
 
 use std::sync::Arc;
 
@@ -17,8 +17,9 @@ use uuid::Uuid;
 
 use crate::{program::Place, support::postgres::Postgres};
 
-/// A database with the table of an application. The role `…-owner` owns the table and `…-app` writes it. Neither has
-/// any right on our tables, which belong to `…-gate`. `…-serve` reads the table and our tables.
+/// A database with the table of an application. The role `…-owner` owns this table, and the role `…-app` writes to it.
+/// Neither role has any right on trustgate's tables, which belong to the role `…-gate`. The role `…-serve` reads the
+/// application's table and trustgate's tables.
 struct AppDb {
     server: Arc<Postgres>,
     name: String,
@@ -105,7 +106,7 @@ impl AppDb {
         lookup
     }
 
-    /// Opens a lookup on the attached table and has it examine the triggers. Returns the lookup and the newest version.
+    /// Opens a lookup on the attached table and examines the triggers. Returns the lookup and the newest version.
     async fn attached_lookup(&self) -> (Arc<dyn Source>, Version) {
         let lookup = self.lookup().await;
         lookup.restore_watch().await.unwrap();
@@ -119,7 +120,8 @@ async fn execute(connection: &mut PgConnection, sql: &str) {
     done.unwrap_or_else(|error| panic!("{sql}: {error}"));
 }
 
-/// The changes recorded after `version`, sorted, and the number of new versions. Advances `version` to the newest.
+/// Returns the changes recorded after `version`, sorted, and the number of new versions. Advances `version` to the
+/// newest version.
 async fn recorded(lookup: &Arc<dyn Source>, version: &mut Version) -> (Vec<String>, usize) {
     let polled = lookup.poll(Some(*version)).await.unwrap();
     assert!(polled.triggers_intact && polled.complete, "{polled:?}");
@@ -151,10 +153,10 @@ fn key(number: u128) -> Change {
     Change::Key(KeyId(id(number)))
 }
 
-/// Statements that an application may run, in this order, and the changes that each one records.
+/// Returns statements that an application may run, in this order, and the changes that each statement must record.
 fn statements() -> Vec<(String, Vec<Change>)> {
     vec![
-        // A row without a digest is no key yet.
+        // A row without a digest is not a key yet.
         (format!("INSERT INTO hospital.trust (id) VALUES ('{}')", id(1)), vec![]),
         (
             format!("UPDATE hospital.trust SET api_key_hash = '{}' WHERE id = '{}'", hash(11), id(1)),
@@ -234,7 +236,8 @@ async fn changes_of_an_attached_table_are_recorded_and_last_seen_updates_are_not
             "a transaction that is rolled back records nothing"
         );
         execute(&mut app, "TRUNCATE hospital.trust").await;
-        // TRUNCATE gives the table a new file, as a replacement of the table does.
+        // TRUNCATE gives the table a new file. So does a replacement of the table, and a poll cannot distinguish the
+        // two.
         assert!(!lookup.poll(Some(seen)).await.unwrap().triggers_intact);
         lookup.restore_watch().await.unwrap();
         let whole = [Change::Whole(ChangeKind::Keys), Change::Whole(ChangeKind::Trusts), Change::Everything];
@@ -251,7 +254,7 @@ async fn changes_of_an_attached_table_are_recorded_and_last_seen_updates_are_not
 }
 
 #[tokio::test]
-async fn a_read_of_an_attached_table_has_a_version_and_follows_its_columns() {
+async fn a_read_of_an_attached_table_returns_the_record_and_its_version() {
     let app_db = AppDb::new().await;
     app_db.run_printed("attach").await;
     let (lookup, newest) = app_db.attached_lookup().await;
@@ -281,11 +284,11 @@ async fn a_read_of_an_attached_table_has_a_version_and_follows_its_columns() {
 }
 
 #[tokio::test]
-async fn detach_restores_the_schema_as_it_was() {
+async fn detach_restores_the_original_schema() {
     for printed in [true, false] {
         let mut app_db = AppDb::new().await;
         if !printed {
-            // A role that may run both parts.
+            // Use a role that may run both parts of each command.
             let all = app_db.server.url("admin", &app_db.name);
             app_db.place = app_db.place.with("TRUSTGATE__STORE__MANAGEMENT_URL", &all);
         }
@@ -319,7 +322,7 @@ async fn detach_restores_the_schema_as_it_was() {
 }
 
 #[tokio::test]
-async fn a_table_whose_changes_would_be_missed_is_not_attached() {
+async fn attach_refuses_a_table_whose_changes_it_cannot_record() {
     let app_db = AppDb::with(
         "CREATE SCHEMA hospital;
          CREATE TABLE hospital.base (id bigint, api_key_hash text, revoked_at timestamp);
@@ -351,7 +354,7 @@ async fn a_table_whose_changes_would_be_missed_is_not_attached() {
 }
 
 #[tokio::test]
-async fn attach_without_the_rights_fails_and_points_to_print() {
+async fn attach_without_the_required_rights_fails_and_suggests_the_option_print() {
     let app_db = AppDb::new().await;
     app_db.place.run(&["attach"]).failed(1, &["hospital.trust", "--print"]);
     let (lookup, newest) = (app_db.lookup().await, Version(1));
@@ -397,7 +400,7 @@ async fn altered_triggers_end_the_lease_until_attach_restores_them() {
 }
 
 #[tokio::test]
-async fn a_partition_that_is_added_later_gets_the_triggers_by_itself() {
+async fn a_partition_that_is_added_after_attach_gets_the_triggers_automatically() {
     let app_db = AppDb::with(
         "CREATE SCHEMA hospital;
          CREATE TABLE hospital.trust (id uuid, api_key_hash char(64), revoked_at timestamptz, PRIMARY KEY (id))
@@ -457,7 +460,7 @@ async fn renaming_columns_ends_the_lease_and_does_not_break_application_writes()
         "the trigger reads the column that has the name now"
     );
 
-    // Without a column that decisions need, the trigger cannot compare it and records `Change::Everything`.
+    // If a column that decisions need is missing, the trigger cannot compare rows and records `Change::Everything`.
     app_db.run("owner", &rename("revoked_at", "ended_at")).await;
     assert!(!lookup.poll(Some(seen)).await.unwrap().triggers_intact);
     for sql in [
@@ -475,7 +478,7 @@ async fn renaming_columns_ends_the_lease_and_does_not_break_application_writes()
 }
 
 #[tokio::test]
-async fn row_level_security_that_is_enabled_later_ends_the_lease() {
+async fn row_level_security_that_is_enabled_after_attach_ends_the_lease() {
     let app_db = AppDb::new().await;
     app_db.run_printed("attach").await;
     let (lookup, seen) = app_db.attached_lookup().await;
@@ -488,7 +491,7 @@ async fn row_level_security_that_is_enabled_later_ends_the_lease() {
 }
 
 #[tokio::test]
-async fn unusual_rows_are_decided_or_rejected_one_by_one() {
+async fn unusual_column_values_are_read_correctly_and_a_duplicate_digest_is_an_error() {
     let app_db = AppDb::with(
         "CREATE SCHEMA hospital;
          CREATE TABLE hospital.trust (
@@ -545,12 +548,12 @@ async fn attach_reports_other_triggers_missing_indexes_and_another_attached_tabl
          CREATE INDEX ON hospital.other (api_key_hash) WHERE revoked_at IS NULL"
     ))
     .await;
-    app_db.place.run(&["attach"]).failed(1, &["hospital.trust already has another trigger trustgate_changed"]);
+    app_db.place.run(&["attach"]).failed(1, &["hospital.trust already has another trigger named trustgate_changed"]);
     let other = Place::new().like(&app_db.place).with("TRUSTGATE__STORE__TABLE", "hospital.other");
     other.run(&["attach"]).failed(1, &["no index of all rows begins with column \"api_key_hash\""]);
     app_db.run("owner", "DROP TRIGGER trustgate_changed ON hospital.trust").await;
     app_db.run_printed("attach").await;
-    other.run(&["detach"]).failed(1, &["hospital.trust is attached, and not hospital.other"]);
+    other.run(&["detach"]).failed(1, &["hospital.trust is attached, not hospital.other"]);
     other.run(&["attach"]).failed(1, &["hospital.trust is attached, and only one table can be"]);
     app_db.attached_lookup().await;
 }
@@ -570,7 +573,7 @@ async fn migrate_restores_trustgate_table_triggers_even_if_the_attached_table_la
 }
 
 #[tokio::test]
-async fn a_replica_that_reads_columns_without_triggers_gets_no_lease() {
+async fn a_replica_whose_columns_differ_from_the_attached_columns_gets_no_lease() {
     let app_db = AppDb::new().await;
     app_db.run_printed("attach").await;
     let (lookup, newest) = app_db.attached_lookup().await;
@@ -594,7 +597,7 @@ async fn with_an_attached_table_cache_clear_works_and_trust_create_is_refused() 
 }
 
 #[tokio::test]
-async fn attach_before_migrate_says_to_run_migrate() {
+async fn attach_before_migrate_fails_and_suggests_migrate() {
     let server = Postgres::shared().await;
     let name = server.database().await;
     server.execute(&name, TABLE).await;
@@ -602,7 +605,7 @@ async fn attach_before_migrate_says_to_run_migrate() {
         .with("TRUSTGATE__STORE__URL", &server.url("admin", &name))
         .with("TRUSTGATE__STORE__TABLE", "hospital.trust");
     place.run(&["attach"]).failed(1, &["run `trustgate migrate`"]);
-    place.run(&["migrate"]).failed(1, &["reads and does not change"]);
+    place.run(&["migrate"]).failed(1, &["which trustgate does not change"]);
     let attached = place.with("TRUSTGATE__STORE__ATTACHED", "true");
     let settings = StoreSettings {
         url: Some(Secret::new(server.url("admin", &name))),

@@ -1,4 +1,4 @@
-//! The command line on the SQLite database: results, exit codes, errors, imports and the handling of secrets.
+//! Tests the command line with an SQLite database: results, exit codes, errors, imports and the handling of secrets.
 
 use std::fs;
 
@@ -54,7 +54,7 @@ fn time(value: &Value) -> time::OffsetDateTime {
 }
 
 #[test]
-fn table_output_has_columns_and_notes_for_people() {
+fn table_output_has_columns_and_explanatory_notes() {
     let place = Place::migrated();
     place.run(&["trust", "create", "acme"]).done();
     let issued = place.run(&["key", "issue", "--trust", "acme"]).done().out;
@@ -82,7 +82,7 @@ fn table_output_has_columns_and_notes_for_people() {
 }
 
 #[test]
-fn a_trust_is_disabled_enabled_and_deleted_only_with_its_keys() {
+fn a_trust_with_keys_is_deleted_only_if_the_option_with_keys_is_set() {
     let place = Place::migrated();
     place.json(&["trust", "create", "acme"]);
     place.run(&["trust", "create", "acme"]).failed(1, &["trust \"acme\" already exists"]);
@@ -100,7 +100,7 @@ fn a_trust_is_disabled_enabled_and_deleted_only_with_its_keys() {
 }
 
 #[test]
-fn ten_thousand_digests_are_imported_once_and_an_invalid_line_stops_the_import() {
+fn a_digest_is_imported_only_once_and_an_invalid_line_prevents_the_import() {
     let place = Place::migrated();
     place.json(&["trust", "create", "acme"]);
     let digests: Vec<_> = (0..10_000).map(|number| format!("{number:064x}")).collect();
@@ -124,7 +124,7 @@ fn ten_thousand_digests_are_imported_once_and_an_invalid_line_stops_the_import()
 }
 
 #[test]
-fn foreign_keys_are_imported_as_plaintext_and_found_under_a_pepper() {
+fn foreign_keys_are_imported_from_plaintext_and_identified_under_a_pepper() {
     let place = Place::migrated().with("TRUSTGATE__CREDENTIAL__PEPPER", "pepper-hunter2-hunter2");
     place.json(&["trust", "create", "acme"]);
     let keys = "first-foreign-key-1234\nsecond-foreign-key-5678\n";
@@ -151,7 +151,7 @@ fn foreign_keys_are_imported_as_plaintext_and_found_under_a_pepper() {
             ran.hides(secret);
         }
     }
-    // No file of the database contains a key.
+    // No database file contains a plaintext key.
     for file in fs::read_dir(place.path()).unwrap() {
         let content = fs::read(file.unwrap().path()).unwrap();
         assert!(!String::from_utf8_lossy(&content).contains("foreign-key"));
@@ -217,12 +217,12 @@ fn commands_refuse_to_change_an_existing_table() {
     place.write("t.toml", &format!("[store]\nurl = \"{url}\"\npreset = \"trust-table\"\n"));
     for command in [&["trust", "create", "acme"][..], &["key", "list"], &["migrate"], &["cache", "clear"]] {
         let ran = place.run(&[&["--config", "t.toml"], command].concat());
-        ran.failed(1, &["reads and does not change", "store.preset is set in t.toml:3"]);
+        ran.failed(1, &["which trustgate does not change", "store.preset is set in t.toml:3"]);
     }
 }
 
 #[test]
-fn a_pepper_file_is_used_and_a_missing_one_is_an_error() {
+fn a_pepper_file_is_used_and_a_missing_pepper_file_is_an_error() {
     let place = Place::migrated().with("TRUSTGATE__CREDENTIAL__PEPPER_FILE", "pepper");
     place
         .run(&["trust", "list"])
@@ -306,7 +306,7 @@ fn each_command_has_help() {
 }
 
 #[test]
-fn the_key_id_is_reported_if_the_key_cannot_be_written() {
+fn key_issue_reports_the_key_id_if_the_key_cannot_be_written() {
     let place = Place::migrated();
     place.run(&["trust", "create", "acme"]).done();
     for (output, command) in [("text", "key issue --trust acme"), ("json", "--output json key issue --trust acme")] {
@@ -322,7 +322,7 @@ fn the_key_id_is_reported_if_the_key_cannot_be_written() {
 }
 
 #[test]
-fn a_pepper_is_the_same_in_a_variable_and_in_a_file() {
+fn a_pepper_has_the_same_effect_in_a_variable_and_in_a_file() {
     let place = Place::migrated();
     place.run(&["trust", "create", "acme"]).done();
     let pepper = "a-pepper-of-more-than-sixteen-bytes";

@@ -1,11 +1,11 @@
-//! The configuration file and its errors, as an operator sees them on the command line.
+//! Tests the configuration file and its errors, as an operator sees them on the command line.
 
 use crate::program::Place;
 
 const SECRETS: [&str; 3] = ["pepper-hunter2-hunter2", "password-hunter2", "url-hunter2"];
 
 #[test]
-fn all_configuration_errors_are_listed_at_once_with_their_place_and_without_values() {
+fn config_check_lists_every_error_with_its_location_and_without_its_value() {
     let place = Place::new().with("TRUSTGATE__CREDENTIAL__PEPPER", SECRETS[0]).with("TRUSTGATE__CACHE__SZIE", "1GiB");
     place.write(
         "trustgate.toml",
@@ -43,7 +43,7 @@ fn all_configuration_errors_are_listed_at_once_with_their_place_and_without_valu
 }
 
 #[test]
-fn the_file_comes_from_the_option_or_the_variable_and_a_missing_file_is_an_error() {
+fn the_configuration_file_named_by_an_option_or_a_variable_must_exist() {
     let place = Place::new().with("TRUSTGATE_CONFIG", "other.toml");
     place
         .run(&["config", "check"])
@@ -55,7 +55,7 @@ fn the_file_comes_from_the_option_or_the_variable_and_a_missing_file_is_an_error
 }
 
 #[test]
-fn the_printed_default_file_is_valid() {
+fn the_file_that_config_default_prints_is_valid() {
     let place = Place::new();
     place.write("trustgate.toml", &place.run(&["config", "default"]).done().out);
     assert_eq!(place.run(&["config", "check", "--config", "trustgate.toml"]).done().out, "ok\n");

@@ -1,10 +1,11 @@
-//! `trustgate store copy` between SQLite and PostgreSQL: a copy keeps all fields, and a failed copy leaves no rows.
+//! Tests `trustgate store copy` between SQLite and PostgreSQL: a copy keeps all fields, and a failed copy leaves no
+//! rows.
 
 use serde_json::{Value, json};
 
 use crate::{program::Place, support::postgres::Postgres};
 
-/// Creates trusts and keys in different states. Returns a key that is granted.
+/// Creates trusts and keys in different states. Returns a valid key.
 fn fill(place: &Place) -> String {
     place.json(&["trust", "create", "acme"]);
     place.json(&["trust", "create", "closed"]);
@@ -16,13 +17,13 @@ fn fill(place: &Place) -> String {
     place.json(&["key", "revoke", revoked["id"].as_str().unwrap()]);
     place.json(&["key", "issue", "--trust", "closed", "--expires-in", "36500d"]);
     place.json(&["trust", "disable", "closed"]);
-    // More keys than one INSERT statement takes.
+    // Import more keys than one INSERT statement can insert.
     let digests: Vec<_> = (0..2_500).map(|number| format!("{number:064x}")).collect();
     place.feed(&["key", "import", "--trust", "acme", "-"], &digests.join("\n")).done();
     good
 }
 
-/// All trusts and keys. The keys are sorted by id, because the databases return them in different orders.
+/// Returns all trusts and keys. The keys are sorted by id, because the databases return them in different orders.
 fn stored(place: &Place) -> (Value, Vec<Value>) {
     let mut keys = place.json(&["key", "list"]).as_array().unwrap().clone();
     keys.sort_by_key(|key| key["id"].as_str().unwrap().to_owned());
@@ -34,7 +35,7 @@ fn with_pepper(place: Place) -> Place {
 }
 
 #[tokio::test]
-async fn a_copy_to_postgresql_and_back_keeps_all_fields_and_the_key_still_works() {
+async fn a_copy_to_postgresql_and_back_keeps_all_fields_and_keys_still_work() {
     let server = Postgres::shared().await;
     let database = server.database().await;
     let url = server.url("admin", &database);

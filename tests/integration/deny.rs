@@ -1,5 +1,5 @@
-//! The deny list in a real Redis: entries take effect within a second, and a program that can write to Redis, but does
-//! not have the MAC key, can neither add nor remove an entry.
+//! Tests the deny list with a real Redis server. Entries take effect within a second. A program that can write to Redis
+//! but does not have the MAC key can neither add nor remove an entry.
 
 use std::{
     ffi::OsString,
@@ -38,8 +38,8 @@ use crate::{
 const MAC_KEY: [u8; 32] = [7; 32];
 const HASH: &str = "trustgate:deny";
 const NOW: DatabaseTime = DatabaseTime::from_micros(1_000_000);
-/// The maximum time until an entry takes effect: a second, as documented, and a margin because a pause of the machine
-/// delays the replica's next read of the list.
+/// The maximum time until an entry takes effect: one second, as documented, plus a margin, because a pause of the
+/// machine delays the replica's next read of the list.
 const EFFECTIVE_WITHIN: Duration = Duration::from_secs(1).saturating_add(PAUSE_MARGIN);
 
 /// The part of a replica that reads the deny list.
@@ -88,7 +88,7 @@ impl Replica {
         metrics::text(&self.registry).lines().any(|shown| shown == line)
     }
 
-    /// Waits until the replica has read the list again: twice the interval between two reads.
+    /// Waits long enough for the replica to read the list again: more than twice the interval between two reads.
     async fn after_another_read(&self) {
         tokio::time::sleep(Duration::from_millis(1_100)).await;
     }
@@ -114,7 +114,7 @@ fn record(number: u128) -> Record {
     }
 }
 
-/// The command line of an operator who has the MAC key but cannot reach the database.
+/// Returns the command line of an operator who has the MAC key but cannot reach the database.
 fn operator(redis: &Redis) -> Place {
     let place = Place::new()
         .with("TRUSTGATE__REDIS__URL", &redis.url())
@@ -193,7 +193,8 @@ async fn writes_to_redis_without_the_mac_key_neither_add_nor_remove_an_entry() {
     assert!(replica.denies(&denied) && replica.shows("trustgate_deny_stale{source=\"redis\"} 1"));
     let _: () = connection.del(HASH).await.unwrap();
 
-    // The operator removes the entry although the hash is gone. Writing the old value again does not deny the key.
+    // The operator removes the entry although the hash is gone. Restoring the old value in Redis does not deny the key
+    // again.
     json(&place, &["deny", "remove", "--key", &key]).await;
     replica.until_it_denies(&denied, false).await;
     let _: () = connection.hset(HASH, &field, &genuine[..]).await.unwrap();
@@ -233,7 +234,7 @@ async fn large_and_foreign_fields_are_not_read_and_do_not_block_new_entries() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn entries_stay_in_force_while_redis_is_down() {
+async fn deny_entries_stay_in_force_while_redis_is_down() {
     let mut redis = Redis::start().await;
     let (replica, place) = (Replica::start(&redis), Arc::new(operator(&redis)));
     let (denied, other) = (record(1), record(2));
@@ -248,7 +249,7 @@ async fn entries_stay_in_force_while_redis_is_down() {
     failed
         .failed(1, &["no connection to Redis", "redis.url is set in TRUSTGATE__REDIS__URL", "redis connection failed"]);
 
-    redis.resume().await; // without its data
+    redis.resume().await; // Redis restarts without its data
     replica.until(|| replica.shows("trustgate_deny_stale{source=\"redis\"} 0")).await;
     assert!(replica.denies(&denied) && !replica.denies(&other));
     json(&place, &["deny", "add", "--key", &other.key_id.to_string(), "--for", "1h"]).await;
@@ -274,7 +275,7 @@ async fn a_key_on_standard_input_is_denied_under_every_digest_it_may_have() {
     });
     let added = added.await.unwrap();
     let ids: Vec<_> = added.as_array().unwrap().iter().map(|entry| entry["id"].as_str().unwrap().to_owned()).collect();
-    // One digest without a pepper, and one under the pepper.
+    // The key has one digest without a pepper, and one digest with the pepper.
     assert_eq!(ids.len(), 2, "{ids:?}");
 }
 
@@ -286,26 +287,26 @@ async fn the_mac_key_comes_from_the_database_if_no_file_is_set() {
         let place = Place::migrated().with("TRUSTGATE__REDIS__URL", &url);
         let id = Uuid::from_u128(7).to_string();
         let added = place.run(&["deny", "add", "--key", &id, "--for", "1h"]).done();
-        assert!(added.out.contains("Every replica that reaches Redis applies this within 1 s"), "{added:?}");
+        assert!(added.out.contains("Every replica that can reach Redis applies the change within 1 s"), "{added:?}");
         assert_eq!(place.json(&["deny", "list"])[0]["id"], json!(id));
 
         let other = Place::migrated().with("TRUSTGATE__REDIS__URL", &url);
         let listed = other.run(&["deny", "list"]).done();
         assert!(
-            listed.out.contains("1 more ignored by replicas"),
+            listed.out.contains("Entries that replicas ignore (wrong MAC, or written by another release): 1"),
             "the other database has another MAC key: {listed:?}"
         );
         assert_eq!(other.json(&["deny", "list"]), json!([]));
 
         let nowhere = Place::new().with("TRUSTGATE__REDIS__URL", &url);
-        nowhere.run(&["deny", "list"]).failed(1, &["is in the database: no database at", "redis.mac_key_file"]);
+        nowhere.run(&["deny", "list"]).failed(1, &["from the database: no database at", "redis.mac_key_file"]);
     })
     .await
     .unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn with_the_database_down_an_entry_stops_a_key_within_a_second() {
+async fn a_deny_entry_stops_a_key_within_a_second_while_the_database_is_down() {
     let _turn = exclusive().await;
     let (postgres, redis) = (Postgres::start().await, Redis::start().await);
     let database = postgres.database().await;

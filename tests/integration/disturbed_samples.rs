@@ -1,4 +1,4 @@
-//! Which samples of a measurement a disturbance of the machine excuses, and how many of them.
+//! Tests which samples, and how many, a measurement may drop because the machine was disturbed.
 
 use std::{panic::catch_unwind, time::Duration};
 
@@ -6,15 +6,15 @@ use tokio::time::Instant;
 
 use crate::support::machine::{Sample, keep_unless};
 
-/// 20 samples, one second each. The value of each is its number.
+/// Returns 20 consecutive samples of one second. The value of each sample is its index.
 fn samples() -> Vec<Sample<u32>> {
     let start = Instant::now();
     let at = |second: u32| start + Duration::from_secs(second.into());
     (0..20).map(|number| Sample::new(at(number), at(number + 1), number)).collect()
 }
 
-/// Judges the samples, of which those with these numbers were disturbed. Only the samples that `can_be_spoiled` selects
-/// may be dropped.
+/// Drops disturbed samples from the 20 samples. `disturbed` has the indices of the disturbed samples; only those that
+/// `can_be_spoiled` selects may be dropped. Returns the remaining values, or the message of the panic.
 fn kept(disturbed: &'static [usize], can_be_spoiled: fn(&u32) -> bool) -> Result<Vec<u32>, String> {
     let judge = move || {
         let samples = samples();
@@ -26,20 +26,20 @@ fn kept(disturbed: &'static [usize], can_be_spoiled: fn(&u32) -> bool) -> Result
 }
 
 #[test]
-fn a_disturbed_sample_is_dropped_as_a_whole() {
+fn a_disturbed_sample_is_dropped() {
     let kept = kept(&[3], |_| true).unwrap();
     assert_eq!(kept, (0..20).filter(|number| *number != 3).collect::<Vec<_>>());
 }
 
 #[test]
-fn a_sample_that_no_disturbance_can_spoil_is_kept() {
+fn a_disturbed_sample_that_cannot_be_spoiled_is_kept() {
     let all: Vec<_> = (0..20).collect();
     assert_eq!(kept(&[0, 1, 2, 3, 4, 5], |_| false).unwrap(), all);
     assert_eq!(kept(&[3, 4], |number| *number != 3).unwrap().len(), 19);
 }
 
 #[test]
-fn more_than_a_tenth_of_dropped_samples_is_a_failure() {
+fn dropping_more_than_a_tenth_of_the_samples_is_a_failure() {
     assert_eq!(kept(&[3, 4], |_| true).unwrap().len(), 18);
     let message = kept(&[3, 4, 5], |_| true).unwrap_err();
     assert_eq!(message, "numbers: machine disturbed too often: dropped 3 of 20 samples, at most one in 10 is allowed");

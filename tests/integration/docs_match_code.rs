@@ -1,5 +1,5 @@
-//! The documentation, `envoy/`, `helm/` and the code agree on metrics, settings, commands, identity headers and
-//! versions.
+//! Checks that the documentation, `envoy/`, `helm/` and the code agree on metrics, settings, commands, identity headers
+//! and versions.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -53,7 +53,7 @@ async fn the_metrics_page_lists_exactly_the_metrics_that_a_server_and_a_canary_e
     assert_eq!(documented_metrics(&file("docs/metrics.md")), exposed_metrics(&exposed));
 }
 
-/// Maps each metric name in the text format to the type and the labels.
+/// Parses the text format of the metrics endpoint. Returns the type and the labels of each metric by its name.
 fn exposed_metrics(text: &str) -> BTreeMap<String, (String, BTreeSet<String>)> {
     let mut metrics = BTreeMap::new();
     for line in text.lines() {
@@ -68,7 +68,8 @@ fn exposed_metrics(text: &str) -> BTreeMap<String, (String, BTreeSet<String>)> {
     metrics
 }
 
-/// Maps each metric name in the tables of `page` to the type and the labels. These three are the first columns.
+/// Parses the tables of `page`, whose first three columns are the name, the type and the labels of a metric. Returns
+/// the type and the labels of each metric by its name.
 fn documented_metrics(page: &str) -> BTreeMap<String, (String, BTreeSet<String>)> {
     let rows = rows(page).filter(|cells| cells.len() > 3);
     rows.map(|cells| {
@@ -89,7 +90,7 @@ const PAGES: [&str; 7] = [
     "docs/operations.md",
 ];
 
-/// The README must stay short enough to be read in ten minutes.
+/// The maximum number of lines of the README, which must be readable in ten minutes.
 const README_LINES_MAX: usize = 320;
 
 #[test]
@@ -111,7 +112,7 @@ fn the_index_of_the_docs_lists_every_page() {
     }
 }
 
-/// The last column of the table names a test that proves the row.
+/// The last column of the table names the tests that prove the claims of the row.
 #[test]
 fn each_row_of_the_migration_page_names_tests_that_exist() {
     let page = file("docs/migrating.md");
@@ -138,7 +139,7 @@ fn sources(binary: &str) -> Vec<String> {
 }
 
 #[test]
-fn the_readme_mentions_only_metrics_and_settings_that_exist() {
+fn the_docs_mention_only_metrics_and_settings_that_exist() {
     let settings = settings();
     let metrics = documented_metrics(&file("docs/metrics.md"));
     let (mut settings_found, mut metrics_found) = (0, 0);
@@ -215,7 +216,7 @@ fn the_readme_lists_every_command_with_its_options_and_no_other() {
     }
     assert_eq!(listed, commands);
 
-    // The commands that the pages show in shell blocks and in inline code exist too.
+    // The commands that the pages show in shell blocks and in inline code must also exist.
     let mut seen = 0;
     for page in PAGES {
         let text = file(page);
@@ -274,7 +275,7 @@ fn the_yaml_in_the_readme_is_part_of_the_envoy_example() {
     }
 }
 
-/// YAML without comments, empty lines and indentation.
+/// Returns the lines of a YAML text without comments, empty lines and indentation.
 fn plain_yaml(text: &str) -> String {
     let lines = text.lines().map(|line| line.split_once(" #").map_or(line, |(code, _)| code).trim());
     lines.filter(|line| !line.is_empty() && !line.starts_with('#')).flat_map(|line| [line, "\n"]).collect()
@@ -290,7 +291,8 @@ fn each_snippet_that_strips_identity_headers_strips_all_of_them() {
     assert_eq!(removed, identity::HEADERS);
 
     let expression = between(&envoy, "identity expression");
-    // The expression permits the prefix, so that a snippet that is copied today permits the headers of later releases.
+    // The expression permits the whole prefix, so that a snippet that an operator copies today also permits identity
+    // headers that later releases add.
     assert_eq!(
         expression.trim(),
         format!("allow_expression: {{regex: \"^(x-trust-[a-z-]+|{DEFAULT_CREDENTIAL_HEADER})$\"}}")
@@ -309,7 +311,7 @@ fn each_snippet_that_strips_identity_headers_strips_all_of_them() {
     }
 }
 
-/// The lines between `# BEGIN name` and `# END name`.
+/// Returns the lines between `# BEGIN name` and `# END name`.
 fn between(text: &str, name: &str) -> String {
     let (begin, end) = (format!("# BEGIN {name}"), format!("# END {name}"));
     let lines = text.lines().skip_while(|line| !line.contains(&begin)).skip(1);
@@ -345,7 +347,7 @@ fn the_chart_has_each_setting_except_listeners_secrets_and_the_canary() {
 }
 
 #[test]
-fn the_crate_the_chart_and_the_changelog_have_one_version() {
+fn the_crate_the_chart_and_the_changelog_have_the_same_version() {
     let version = env!("CARGO_PKG_VERSION");
     let chart = file("helm/trustgate/Chart.yaml");
     assert!(chart.lines().any(|line| line == format!("appVersion: \"{version}\"")), "Chart.yaml: appVersion");
@@ -367,22 +369,22 @@ fn file(path: &str) -> String {
     fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
 }
 
-/// The cells of each table row in `page` whose first cell is a name in backticks.
+/// Returns the cells of each table row in `page` whose first cell is a name in backticks.
 fn rows(page: &str) -> impl Iterator<Item = Vec<String>> {
     cells(page).filter(|cells| cells[0].starts_with('`'))
 }
 
-/// The cells of each table row in `page`.
+/// Returns the cells of each table row in `page`.
 fn cells(page: &str) -> impl Iterator<Item = Vec<String>> {
     let lines = page.lines().filter_map(|line| line.strip_prefix('|')?.strip_suffix('|'));
     lines.map(|line| {
-        // `\|` is a bar inside a cell.
+        // `\|` is an escaped bar inside a cell.
         let line = line.replace("\\|", "\u{0}");
         line.split('|').map(|cell| cell.trim().replace('\u{0}', "|")).collect::<Vec<_>>()
     })
 }
 
-/// The texts between backticks: code blocks and inline code.
+/// Returns the texts between backticks: code blocks and inline code.
 fn quoted(text: &str) -> Vec<&str> {
     let mut found = Vec::new();
     for (at, part) in text.split("```").enumerate() {
@@ -395,13 +397,13 @@ fn quoted(text: &str) -> Vec<&str> {
     found
 }
 
-/// The code blocks with this language.
+/// Returns the code blocks with this language.
 fn blocks(text: &str, language: &str) -> Vec<String> {
     let fence = format!("```{language}\n");
     text.split(&fence).skip(1).map(|rest| rest.split("```").next().unwrap().to_owned()).collect()
 }
 
-/// The lines from `heading` to the next heading of level two.
+/// Returns the lines from `heading` to the next heading of level two.
 fn section(text: &str, heading: &str) -> String {
     let mut lines = text.lines().skip_while(|line| *line != heading);
     assert!(lines.next().is_some(), "no {heading:?}");

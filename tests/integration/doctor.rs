@@ -1,5 +1,5 @@
-//! `trustgate doctor` against real servers: in a healthy set-up each diagnostic is ok, and each problem appears in the
-//! diagnostic that covers it, with a remedy and without a secret.
+//! Tests `trustgate doctor` with real servers. In a healthy set-up, each examination is ok. A problem appears in the
+//! examination that covers it, with a remedy and without secrets.
 
 use std::{fs, net::TcpListener, os::unix::fs::PermissionsExt as _, path::Path};
 
@@ -43,7 +43,7 @@ const NAMES: [&str; 23] = [
     "redis_mac_key",
 ];
 
-/// Timeouts that are long enough for a busy machine.
+/// Returns an environment with timeouts that are long enough for a busy machine.
 fn unhurried() -> Place {
     let settings = [
         ("STORE__READ_TIMEOUT", "40s"),
@@ -85,7 +85,7 @@ impl Report {
         self.findings.iter().find(|finding| finding["name"] == name).unwrap()
     }
 
-    /// Asserts that the diagnostic `name` has this state, and that its finding or its remedy contains each of `texts`.
+    /// Asserts that the examination `name` has this state, and that its finding or its remedy contains each of `texts`.
     #[track_caller]
     fn shows(&self, name: &str, state: &str, texts: &[&str]) -> &Self {
         let finding = self.one(name);
@@ -97,7 +97,7 @@ impl Report {
         self
     }
 
-    /// Asserts that the examinations in `skipped` were skipped and all others are ok.
+    /// Asserts that the examinations in `skipped` were skipped and that all other examinations are ok.
     #[track_caller]
     fn is_ok_except(&self, skipped: &[&str]) -> &Self {
         for finding in &self.findings {
@@ -109,7 +109,7 @@ impl Report {
     }
 }
 
-/// A database with our tables, and a serving and a managing role that have the printed grants.
+/// A database with the tables of trustgate, and a serving and a managing role that have the printed grants.
 struct Setup {
     server: std::sync::Arc<Postgres>,
     database: String,
@@ -140,7 +140,7 @@ impl Setup {
         self.server.execute(&self.database, sql).await;
     }
 
-    /// The program with the role that owns the tables.
+    /// Returns an environment that connects as the role that owns the tables.
     fn owner(&self) -> Place {
         Place::new().with("TRUSTGATE__STORE__URL", &self.server.url("admin", &self.database))
     }
@@ -154,11 +154,11 @@ impl Setup {
 
 const WITHOUT_REDIS: [&str; 5] =
     ["redis_address", "redis_connection", "redis_commands", "redis_notifications", "redis_mac_key"];
-/// The examinations that are skipped if none of these is configured.
+/// The examinations of optional features, which are skipped because the tests do not configure these features.
 const FILES: [&str; 3] = ["envoy", "tls", "deny_file"];
 
 #[tokio::test]
-async fn a_healthy_set_up_passes_each_examination_and_is_not_changed() {
+async fn doctor_passes_a_healthy_set_up_and_changes_nothing() {
     let (setup, redis) = (Setup::new().await, Redis::start().await);
     let place = setup.place().with("TRUSTGATE__REDIS__URL", &redis.url());
     let before = setup.server.dump(&setup.database, &[]);
@@ -179,7 +179,7 @@ async fn a_healthy_set_up_passes_each_examination_and_is_not_changed() {
 }
 
 #[tokio::test]
-async fn the_proposed_statement_grants_the_missing_right() {
+async fn doctor_proposes_the_statement_that_grants_a_missing_right() {
     let setup = Setup::new().await;
     let Setup { serve, manage, .. } = &setup;
     let place = setup.place();
@@ -229,13 +229,13 @@ async fn the_proposed_statement_grants_the_missing_right() {
 }
 
 #[tokio::test]
-async fn a_serving_role_that_may_change_keys_is_a_warning() {
+async fn doctor_warns_if_the_serving_role_may_change_keys() {
     let setup = Setup::new().await;
     setup.execute(&format!("GRANT UPDATE ON trustgate.api_key TO {}", setup.serve)).await;
     let report = Report::of(&setup.place());
     report.shows("database_rights", "warning", &["may also change trusts and keys", &setup.manage]);
     assert_eq!(report.ran.code, 0);
-    // If one role serves and manages, it needs that right, and there is no warning.
+    // If the same role serves and manages, it needs this right, so there is no warning.
     let place = unhurried().with("TRUSTGATE__STORE__URL", &setup.server.url("admin", &setup.database));
     let report = Report::of(&place);
     report.shows("database_rights", "ok", &[]).shows(
@@ -249,7 +249,7 @@ async fn a_serving_role_that_may_change_keys_is_a_warning() {
 }
 
 #[tokio::test]
-async fn broken_triggers_are_reported_also_to_a_role_that_cannot_repair_them() {
+async fn doctor_reports_broken_triggers_to_a_role_that_cannot_repair_them() {
     let setup = Setup::new().await;
     let place = setup.place();
     for (harm, text) in [
@@ -301,7 +301,7 @@ async fn doctor_fails_if_the_table_is_not_attached_or_was_attached_with_other_co
 }
 
 #[tokio::test]
-async fn missing_tables_too_new_tables_and_a_read_only_role_fail() {
+async fn doctor_reports_missing_tables_too_new_tables_and_a_read_only_role() {
     let setup = Setup::new().await;
     let empty = setup.server.database().await;
     let place = unhurried().with("TRUSTGATE__STORE__URL", &setup.server.url("admin", &empty));
@@ -324,7 +324,7 @@ async fn missing_tables_too_new_tables_and_a_read_only_role_fail() {
 }
 
 #[tokio::test]
-async fn a_standby_fails_the_examination_of_the_server() {
+async fn doctor_reports_that_the_database_is_a_standby() {
     let primary = Postgres::start().await;
     let owner = Place::new().with("TRUSTGATE__STORE__URL", &primary.url("admin", "postgres"));
     owner.run(&["migrate"]).done();
@@ -333,23 +333,15 @@ async fn a_standby_fails_the_examination_of_the_server() {
     let report = Report::of(&place);
     report.shows("database_server", "failed", &["standby", "point the URL to the primary"]);
     report.shows("database_polls", "failed", &["standby"]).shows("database_tables", "ok", &[]);
-    report.shows(
-        "database_notifications",
-        "warning",
-        &["notifications do not arrive: replicas depend on polling only"],
-    );
+    report.shows("database_notifications", "warning", &["notifications do not arrive: replicas rely on polling only"]);
 }
 
 #[tokio::test]
-async fn through_a_pooler_only_the_notifications_are_a_warning() {
+async fn through_a_pooler_doctor_warns_only_about_notifications() {
     let setup = Setup::new().await;
     let pooler = PgBouncer::start(&setup.server).await;
     let report = Report::of(&unhurried().with("TRUSTGATE__STORE__URL", &pooler.url(&setup.database)));
-    report.shows(
-        "database_notifications",
-        "warning",
-        &["notifications do not arrive: replicas depend on polling only"],
-    );
+    report.shows("database_notifications", "warning", &["notifications do not arrive: replicas rely on polling only"]);
     for name in ["database_connection", "database_rights", "database_watch", "database_polls", "database_reads"] {
         report.shows(name, "ok", &[]);
     }
@@ -357,7 +349,7 @@ async fn through_a_pooler_only_the_notifications_are_a_warning() {
 }
 
 #[tokio::test]
-async fn an_unreachable_database_fails_with_a_remedy_and_without_its_password() {
+async fn doctor_reports_an_unreachable_database_with_a_remedy_and_without_its_password() {
     let setup = Setup::new().await;
     let quick = |url: &str| Place::new().with("TRUSTGATE__STORE__URL", url);
     let tcp = setup.server.tcp_url(&setup.serve, &setup.database);
@@ -405,7 +397,7 @@ async fn an_unreachable_database_fails_with_a_remedy_and_without_its_password() 
 }
 
 #[tokio::test]
-async fn redis_diagnostics_report_a_bad_mac_key_and_a_failed_connection() {
+async fn redis_examinations_report_a_bad_mac_key_and_a_failed_connection() {
     let mut redis = Redis::start().await;
     let place = unhurried().with("TRUSTGATE__REDIS__URL", &redis.url());
     place.run(&["migrate"]).done();
@@ -413,7 +405,7 @@ async fn redis_diagnostics_report_a_bad_mac_key_and_a_failed_connection() {
     for name in ["redis_address", "redis_connection", "redis_commands", "redis_notifications", "redis_mac_key"] {
         report.shows(name, "ok", &[]);
     }
-    assert_eq!(report.one("redis_mac_key")["found"], "in the database");
+    assert_eq!(report.one("redis_mac_key")["found"], "read from the database");
 
     let key_file = place.write("mac-key", "too short");
     let place = place.with("TRUSTGATE__REDIS__MAC_KEY_FILE", key_file.to_str().unwrap());
@@ -441,7 +433,7 @@ async fn redis_diagnostics_report_a_bad_mac_key_and_a_failed_connection() {
 }
 
 #[tokio::test]
-async fn a_redis_user_that_lacks_a_command_is_reported() {
+async fn doctor_reports_a_redis_user_that_lacks_a_command() {
     let redis = Redis::start_secured().await;
     let place = unhurried()
         .with("TRUSTGATE__REDIS__URL", &redis.url())
@@ -452,7 +444,7 @@ async fn a_redis_user_that_lacks_a_command_is_reported() {
     report.shows("redis_connection", "failed", &["redis.password_file"]).ran.hides("hunter2");
     let place = place.with("TRUSTGATE__REDIS__PASSWORD", USER.1);
     let report = Report::of(&place);
-    // Only the deny list needs these commands. It is optional, so the result is a warning.
+    // Only the deny list needs these commands. The deny list is optional, so the result is a warning.
     report.shows(
         "redis_commands",
         "warning",
@@ -472,7 +464,7 @@ async fn a_redis_user_that_lacks_a_command_is_reported() {
 }
 
 #[tokio::test]
-async fn an_embedded_database_is_examined_as_a_file() {
+async fn doctor_examines_the_file_of_an_sqlite_database() {
     let place = unhurried();
     let path = place.path().join("trustgate.db");
     let report = Report::of(&place);
@@ -509,7 +501,7 @@ async fn sqlite(path: &Path, sql: &'static str) {
 }
 
 #[test]
-fn configuration_errors_are_listed_and_independent_examinations_still_run() {
+fn doctor_lists_configuration_errors_and_still_runs_independent_examinations() {
     let place = unhurried();
     place.run(&["migrate"]).done();
     place.write(
@@ -539,11 +531,11 @@ fn configuration_errors_are_listed_and_independent_examinations_still_run() {
 }
 
 #[test]
-fn deadlines_the_deny_file_and_the_pepper_are_examined() {
+fn doctor_examines_deadlines_the_deny_file_and_the_pepper() {
     let place = unhurried();
     place.run(&["migrate"]).done();
     let margin = place.with("TRUSTGATE__DECISION__ENVOY_TIMEOUT", "50010ms");
-    Report::of(&margin).shows("deadlines", "warning", &["exceeds this by 10ms", "decision.deadline"]);
+    Report::of(&margin).shows("deadlines", "warning", &["is longer by 10ms", "decision.deadline"]);
     margin.write("denied", "key 00000000-0000-0000-0000-000000000001\nnonsense\n");
     let place = margin.with("TRUSTGATE__FRESHNESS__DENY_FILE", "denied");
     Report::of(&place).shows("deny_file", "failed", &["line 2"]);
@@ -553,7 +545,7 @@ fn deadlines_the_deny_file_and_the_pepper_are_examined() {
 }
 
 #[test]
-fn the_certificate_of_the_listener_must_match_its_key_and_be_valid() {
+fn doctor_reports_a_listener_certificate_that_is_invalid_or_does_not_match_its_key() {
     let place = unhurried()
         .with("TRUSTGATE__GRPC__TLS_CERTIFICATE_FILE", "server.pem")
         .with("TRUSTGATE__GRPC__TLS_KEY_FILE", "server.key");

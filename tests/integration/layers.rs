@@ -1,12 +1,13 @@
-//! The layers of the source code: which module may import which, that no module has an import cycle, and which module
-//! may use which crate.
+//! Checks the structure of the source code: a module imports only modules of its own or a lower layer, imports have no
+//! cycles, and only certain modules use certain crates.
 
 use std::{
     fs,
     path::{Path, PathBuf},
 };
 
-/// The modules, with their submodules, that may use a crate. A crate that one module uses can be replaced in one place.
+/// For each crate, the modules that may use it, including their submodules. A crate that only one module uses can be
+/// replaced in one place.
 const HOMES: &[(&str, &[&str])] = &[
     ("clap", &["cli"]),
     ("comfy_table", &["cli"]),
@@ -17,23 +18,23 @@ const HOMES: &[(&str, &[&str])] = &[
     ("indicatif", &["cli"]),
     ("moka", &["cache::l1"]),
     ("prost", &["ext_authz"]),
-    // `redis` has the connection; L2 and the deny list have the commands.
+    // The module `redis` manages the connection. The other modules send commands.
     ("redis", &["redis", "cache::l2", "freshness::deny_list", "doctor::redis"]),
     ("rustls", &["grpc"]),
     ("sqlx", &["store", "doctor"]),
     ("toml_edit", &["config"]),
-    // The server makes the health service, and the listeners pass health checks to it. The canary is a gRPC client.
+    // `server` creates the health service, `grpc` passes health checks to it, and `canary::client` is a gRPC client.
     ("tonic", &["grpc", "server", "canary::client"]),
     ("tonic_health", &["server"]),
     ("tracing_subscriber", &["base::telemetry"]),
 ];
 
-/// Rust source code whose comments and string literals are replaced with blanks.
+/// Rust source code in which comments and string literals are replaced with spaces.
 struct Code(String);
 
 /// A source file of the library.
 struct Source {
-    /// The module, such as `store::sqlite`; `main` for the program.
+    /// The path of the module, such as `store::sqlite`, or `main` for the program.
     module: String,
     code: Code,
 }
@@ -94,14 +95,14 @@ fn no_module_has_an_import_cycle() {
 }
 
 #[test]
-fn cycles_are_found() {
+fn import_cycles_are_detected() {
     assert_eq!(cycle(&[vec![1], vec![2], vec![]]), None);
     assert_eq!(cycle(&[vec![1, 2], vec![2], vec![]]), None);
     assert_eq!(cycle(&[vec![1], vec![2], vec![1]]), Some(vec![1, 2]));
     assert_eq!(cycle(&[vec![], vec![1, 0]]), Some(vec![1]));
 }
 
-/// A cycle in `graph`, which has the successors of each node.
+/// Returns a cycle in `graph`, if there is one. `graph` lists the successors of each node.
 fn cycle(graph: &[Vec<usize>]) -> Option<Vec<usize>> {
     fn visit(graph: &[Vec<usize>], node: usize, path: &mut Vec<usize>, done: &mut [bool]) -> Option<Vec<usize>> {
         if let Some(start) = path.iter().position(|earlier| *earlier == node) {
@@ -121,7 +122,7 @@ fn cycle(graph: &[Vec<usize>]) -> Option<Vec<usize>> {
 }
 
 #[test]
-fn crates_are_used_only_in_their_modules() {
+fn crates_are_used_only_in_the_modules_that_may_use_them() {
     let mut wrong = Vec::new();
     let mut homes_seen = vec![0; HOMES.len()];
     for source in sources() {
@@ -141,7 +142,7 @@ fn crates_are_used_only_in_their_modules() {
 }
 
 #[test]
-fn paths_resolve_as_in_rust() {
+fn import_paths_resolve_as_in_rust() {
     let imports = |text: &str| Source::new("a::b".into(), text).imports();
     assert_eq!(imports("use crate::x::{self, y::{Z, w}, V as U};"), ["x::self", "x::y::Z", "x::y::w", "x::V"]);
     assert_eq!(imports("fn f() -> crate::x::Y { super::z::f(self::c) }"), ["x::Y", "a::z::f", "a::b::c"]);
@@ -162,7 +163,7 @@ fn paths_resolve_as_in_rust() {
     assert!(!uses_redis("#[cfg(test)]\nmod tests {\n    use redis::Client;\n}"));
 }
 
-/// The modules in the order of their layers, lowest first.
+/// Returns the modules in the order of their layers, lowest first.
 fn layers() -> Vec<String> {
     let map = fs::read_to_string(root().join("src/lib.rs")).unwrap();
     let listed = map.lines().filter_map(|line| line.strip_prefix("//! - "));
@@ -175,7 +176,7 @@ fn layers() -> Vec<String> {
         .collect()
 }
 
-/// The index of `path` in `layers`, by the longest name that matches.
+/// Returns the index of the longest name in `layers` that matches `path`.
 fn layer(layers: &[String], path: &str) -> Option<usize> {
     let fitting = layers.iter().enumerate().filter(|(_, layer)| is_within(path, layer));
     fitting.max_by_key(|(_, layer)| layer.len()).map(|(at, _)| at)
@@ -216,17 +217,17 @@ impl Source {
         Self { module, code: Code::of(text) }
     }
 
-    /// The position of the unit tests at the end of the file.
+    /// Returns the position of the unit tests, which are at the end of the file.
     fn tests_at(&self) -> usize {
         self.code.0.find("mod tests {").unwrap_or(usize::MAX)
     }
 
-    /// Every path in the file that leads to a module of the library, from the root of the crate.
+    /// Returns every path in the file that leads to a module of the library, relative to the root of the crate.
     fn imports(&self) -> Vec<String> {
         self.imports_before(usize::MAX)
     }
 
-    /// As [`Self::imports`], up to the position `end`.
+    /// Like [`Self::imports`], but only for paths before the position `end`.
     fn imports_before(&self, end: usize) -> Vec<String> {
         let mut found = Vec::new();
         let starts: &[&str] = if self.module == "main" { &["trustgate"] } else { &["crate", "super", "self"] };
@@ -238,7 +239,7 @@ impl Source {
                     _ => String::new(),
                 };
                 if *start == "super" {
-                    // In the unit tests, the first `super` is the module itself.
+                    // In the unit tests, the first `super` refers to the module of this file.
                     let mut up = usize::from(at < self.tests_at());
                     while let Some(further) = rest.strip_prefix("super::") {
                         (rest, up) = (further, up + 1);
@@ -253,8 +254,8 @@ impl Source {
         found
     }
 
-    /// True if the file, apart from its tests, uses the crate `name`. The same name within a list of imports, or for an
-    /// imported module of the library, is not the crate.
+    /// Returns true if the file, apart from its tests, uses the crate `name`. The name does not refer to the crate
+    /// within a list of imports, or if the file imports a module of the library with this name.
     fn uses_crate(&self, name: &str) -> bool {
         if self.module.ends_with("::tests") || self.imports().iter().any(|path| path == name) {
             return false;
@@ -267,7 +268,7 @@ impl Source {
     }
 }
 
-/// Parses the import tree at the start of `text` and adds its paths to `found`. Returns the rest of `text`.
+/// Parses the import tree at the start of `text` and adds its paths to `found`. Returns the text after the tree.
 fn expand<'t>(base: &str, text: &'t str, found: &mut Vec<String>) -> &'t str {
     let join = |name: &str| if base.is_empty() { name.to_owned() } else { format!("{base}::{name}") };
     let text = text.trim_start();
@@ -290,7 +291,7 @@ fn expand<'t>(base: &str, text: &'t str, found: &mut Vec<String>) -> &'t str {
     }
     let end = text.find(|c: char| !is_name(c)).unwrap_or(text.len());
     let (name, rest) = text.split_at(end);
-    // The macros that declare settings are exported at the root of the crate.
+    // The macros that declare settings are defined in `base::settings` and exported at the root of the crate.
     let path = if base.is_empty() && rest.starts_with('!') { "base::settings".to_owned() } else { join(name) };
     match rest.strip_prefix("::") {
         Some(rest) if !rest.starts_with('<') => expand(&path, rest, found),
@@ -320,7 +321,7 @@ impl Code {
                     let start = hashes + 2;
                     rest[start..].find(&end).map_or(rest.len(), |at| start + at + end.len())
                 }
-                // A character literal with a quote.
+                // A character literal that contains a double quote.
                 '\'' if rest.starts_with("'\"'") => 3,
                 '\'' if rest.starts_with("'\\\"'") => 4,
                 other => {
@@ -335,7 +336,7 @@ impl Code {
         Self(code)
     }
 
-    /// The positions of paths that begin with `name`.
+    /// Returns the positions of the paths that begin with `name`.
     fn paths(&self, name: &str) -> Vec<usize> {
         let start = format!("{name}::");
         let starts = self.0.match_indices(&start).map(|(at, _)| at);
@@ -343,7 +344,7 @@ impl Code {
     }
 }
 
-/// The length of the string literal at the start of `rest`, including its quotes.
+/// Returns the length of the string literal at the start of `rest`, including its quotes.
 fn text_length(rest: &str) -> usize {
     let mut escaped = false;
     for (at, c) in rest.char_indices().skip(1) {

@@ -1,6 +1,6 @@
 //! Tests that need the real program or real servers, in one test binary.
 
-// Test code may panic on errors and print its measurements, and no other crate uses its items.
+// This crate contains only tests: they may panic and print measurements, and no other crate uses the items.
 #![allow(clippy::unwrap_used, clippy::print_stdout, unreachable_pub)]
 
 #[path = "../support/mod.rs"]

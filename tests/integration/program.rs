@@ -1,4 +1,4 @@
-//! Runs the real program with an empty environment, in a temporary directory that also contains its database.
+//! Runs the real program with an empty environment, in a temporary directory that also contains the database.
 
 use std::{
     fs,
@@ -10,7 +10,7 @@ use std::{
 use serde_json::Value;
 use tempfile::TempDir;
 
-/// A temporary directory, and the environment variables with which the program runs in it.
+/// A temporary directory in which the program runs, and the environment variables of the program.
 pub struct Place {
     dir: TempDir,
     variables: Vec<(String, String)>,
@@ -25,12 +25,12 @@ pub struct Ran {
 }
 
 impl Place {
-    /// An empty directory, and no variables.
+    /// Creates an empty directory and sets no environment variables.
     pub fn new() -> Self {
         Self { dir: tempfile::tempdir().unwrap(), variables: Vec::new() }
     }
 
-    /// A directory in which `trustgate migrate` has created the database.
+    /// Creates a directory and runs `trustgate migrate`, which creates the database in it.
     pub fn migrated() -> Self {
         let place = Self::new();
         place.run(&["migrate"]).done();
@@ -43,7 +43,7 @@ impl Place {
         self
     }
 
-    /// Takes the variables of `other`. The directories stay separate.
+    /// Copies the environment variables of `other`. The directories stay separate.
     pub fn like(mut self, other: &Self) -> Self {
         self.variables.clone_from(&other.variables);
         self
@@ -64,7 +64,7 @@ impl Place {
         self.feed(arguments, "")
     }
 
-    /// Runs the program with `/dev/full` as standard output: each write fails as on a full disk.
+    /// Runs the program with `/dev/full` as standard output, so that each write fails as on a full disk.
     pub fn run_to_full_disk(&self, arguments: &[&str]) -> Ran {
         let full = fs::File::options().write(true).open("/dev/full").unwrap();
         self.launch(arguments, "", full.into())

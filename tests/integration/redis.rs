@@ -1,4 +1,4 @@
-//! The Redis tier and notifications against real servers: which values Redis keeps, which ones a reader deletes, and
+//! Tests L2 and notifications with real Redis servers: which values Redis keeps, which values a reader deletes, and
 //! single servers, Sentinels, a Cluster and TLS.
 
 use std::{
@@ -85,7 +85,7 @@ impl Replica {
         }
     }
 
-    /// The number of notifications so far. Each connect of the listener counts as one.
+    /// Returns the number of notifications so far. Each connect of the listener also counts as a notification.
     fn received(&self) -> usize {
         self.notifications.load(Ordering::SeqCst)
     }
@@ -100,11 +100,12 @@ impl Replica {
 
 fn settings(url: impl Into<String>) -> RedisSettings {
     let url = vec![Secret::new(url.into())];
-    // No test here measures this timeout, and a busy machine must not open the circuit breaker.
+    // Set a long timeout, so that a busy machine does not open the circuit breaker. No test in this file measures the
+    // timeout.
     RedisSettings { url, timeout: Duration::from_secs(5), ..RedisSettings::default() }
 }
 
-/// Settings with the password of [`USER`] and TLS.
+/// Returns settings with the password of [`USER`] and TLS.
 fn secured(redis: &Redis) -> RedisSettings {
     let password = Some(Secret::new(USER.1.to_owned()));
     RedisSettings { password, ca_file: Some(redis.ca_file()), ..settings(redis.url()) }
@@ -116,12 +117,12 @@ fn key(number: u16) -> ApiKeyDigest {
     ApiKeyDigest::from_bytes(bytes)
 }
 
-/// The name of the value of `key` in Redis.
+/// Returns the name under which Redis stores the value of `key`.
 fn name(key: ApiKeyDigest) -> String {
     format!("trustgate:api_key:{}", key.to_hex())
 }
 
-/// A record of `key` as of this version, in a lineage with this timeline.
+/// Returns a record of `key` that was read at version `as_of`, in a lineage with this timeline.
 fn found(key: ApiKeyDigest, as_of: u64, timeline: u32) -> Versioned<Record> {
     let record = Record {
         key_id: KeyId(Uuid::from_u128(1)),
@@ -149,7 +150,7 @@ async fn raw(connection: &mut MultiplexedConnection, key: ApiKeyDigest) -> Optio
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn only_a_newer_version_or_another_lineage_replaces_a_value() {
+async fn only_a_newer_version_or_another_lineage_replaces_a_value_in_redis() {
     let server = Redis::start().await;
     for (number, protocol) in ["", "?protocol=resp2", "?protocol=resp3"].into_iter().enumerate() {
         let (replica, key) =
@@ -181,7 +182,8 @@ async fn only_a_newer_version_or_another_lineage_replaces_a_value() {
         replica.put(found(key, 3, 1)).await;
         assert_eq!(raw(&mut connection, key).await.unwrap(), before);
         assert!(connection.pttl::<_, i64>(name(key)).await.unwrap() <= 200_000);
-        // A value with another layout is replaced, and so are bytes that are no value, whatever version they contain.
+        // A write replaces a value with another layout, and bytes that are no valid value, regardless of the version
+        // that they contain.
         for other in [[&[1], &before[1..]].concat(), [&[3], &before[1..]].concat(), before[..60].to_vec(), vec![]] {
             connection.set::<_, _, ()>(name(key), other).await.unwrap();
             replica.put(found(key, 2, 1)).await;
@@ -191,7 +193,7 @@ async fn only_a_newer_version_or_another_lineage_replaces_a_value() {
         connection.lpush::<_, _, ()>(name(key), "x").await.unwrap();
         replica.put(found(key, 1, 1)).await;
         assert_eq!(replica.get(key).await, "1 of 1");
-        // After the server has lost the script, the replica sends it again.
+        // After the server has lost the script, the replica sends the script again.
         server.ask::<()>(&["SCRIPT", "FLUSH"]).await;
         replica.put(found(key, 2, 1)).await;
         assert_eq!(replica.get(key).await, "2 of 1");
@@ -221,14 +223,14 @@ async fn invalid_values_are_deleted_and_values_of_other_releases_are_kept() {
         assert_eq!(replica.get(key).await, "refused", "{what}");
         assert_eq!(raw(&mut connection, key).await, None, "{what} is still there");
     }
-    // A value of another Redis type is an invalid value. It does not count as a failure of Redis.
+    // A value of another Redis type, such as a list, is invalid, but does not count as a failure of Redis.
     for _ in 0..RedisSettings::default().breaker_failures * 2 {
         connection.lpush::<_, _, ()>(name(key), &genuine).await.unwrap();
         assert_eq!(replica.get(key).await, "refused");
         assert!(!connection.exists::<_, bool>(name(key)).await.unwrap(), "the list is still there");
     }
     assert_eq!(replica.breaker_open.get(), 0);
-    // Another release may be able to read a layout that this release cannot read.
+    // Values with another layout are kept, because another release may be able to read them.
     for layout in [1, 3, b'{'] {
         let other = [&[layout], &genuine[1..]].concat();
         connection.set::<_, _, ()>(name(key), &other).await.unwrap();
@@ -241,7 +243,7 @@ async fn invalid_values_are_deleted_and_values_of_other_releases_are_kept() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_valid_value_that_is_written_meanwhile_is_not_deleted_with_the_invalid_one() {
+async fn a_valid_value_that_replaced_an_invalid_value_is_not_deleted() {
     let server = Redis::start().await;
     let mut connection = server.connection().await;
     // A reader runs this script after it has read the invalid value `bad`.
@@ -274,11 +276,11 @@ async fn the_documented_rights_of_a_redis_user_are_enough() {
     }
 }
 
-/// Asserts that `other` reads the values that `one` writes, and that the notifications of each reach both.
+/// Asserts that `other` reads the values that `one` writes, and that a notification from either of them reaches both.
 async fn everything_works(one: &Replica, other: &Replica, keys: u16) {
     for number in 1..=keys {
         let key = key(number);
-        // A Cluster that has just recovered sometimes still reports that it is down.
+        // Retry, because a Cluster that has just recovered sometimes still reports that it is down.
         eventually("the value is shared", TIMEOUT, || async {
             one.put(found(key, 7, 1)).await;
             one.put(found(key, 6, 1)).await;
@@ -310,14 +312,14 @@ async fn each_notification_arrives_once_and_the_listener_reconnects() {
         }
         assert_eq!(replica.received(), 5);
         server.kill();
-        replica.handle.publish(); // lost, but the call does not wait
+        replica.handle.publish(); // this notification is lost, but the call does not block
         server.resume().await;
         eventually("the listener is back", TIMEOUT, || async { replica.received() == 6 }).await;
         replica.connected().await;
         replica.handle.publish();
         eventually("the notification arrives", TIMEOUT, || async { replica.received() == 7 }).await;
-        // The server hangs but keeps its connections. The listener notices within 2 s: it sends a PING each second and
-        // waits up to 1 s for the reply.
+        // The server hangs but keeps its connections. The listener notices within 2 s, because it sends a PING each
+        // second and waits up to 1 s for the reply.
         let frozen = server.freeze();
         eventually("Redis counts as down", TIMEOUT, || async { replica.get(key(1)).await == "down" }).await;
         tokio::time::sleep(Duration::from_secs(3)).await;
@@ -328,7 +330,7 @@ async fn each_notification_arrives_once_and_the_listener_reconnects() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn replicas_find_the_new_master_after_a_failover_of_the_sentinels() {
+async fn replicas_find_the_new_master_after_a_sentinel_failover() {
     for with_tls in [false, true] {
         let mut setup = SentinelSetup::start(with_tls).await;
         let sentinel = &setup.sentinel;
@@ -360,13 +362,13 @@ async fn replicas_find_the_new_master_after_a_failover_of_the_sentinels() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn in_a_cluster_every_node_is_used_and_moved_slots_are_found() {
+async fn replicas_use_every_node_of_a_cluster_and_follow_moved_slots() {
     for with_tls in [false, true] {
         let mut cluster = Cluster::start(with_tls).await;
         let first = &cluster.nodes[0];
         let base = if with_tls { secured(first) } else { settings(first.url()) };
         let urls = cluster.nodes.iter().map(|node| Secret::new(node.url())).collect();
-        // `one` has the URLs of all nodes, and `other` finds the nodes through the first one.
+        // `one` has the URLs of all nodes, and `other` finds the nodes through the first node.
         let one = RedisSettings { url: urls, cluster: true, ..base.clone() };
         let other = RedisSettings { cluster: true, ..base };
         let (one, other) = (Replica::start(one).await, Replica::start(other).await);
@@ -380,7 +382,7 @@ async fn in_a_cluster_every_node_is_used_and_moved_slots_are_found() {
         move_slot_of(&cluster, key(1), (&one, &other)).await;
         everything_works(&one, &other, 20).await;
 
-        // A node stops and starts again without its data. Meanwhile the Cluster does not serve.
+        // A node stops and restarts without its data. The Cluster is down in the meantime.
         cluster.nodes[2].kill();
         eventually("the Cluster counts as down", TIMEOUT, || async { one.get(key(2)).await == "down" }).await;
         cluster.nodes[2].resume().await;
@@ -389,7 +391,7 @@ async fn in_a_cluster_every_node_is_used_and_moved_slots_are_found() {
         other.connected().await;
         everything_works(&one, &other, 20).await;
 
-        // A node hangs: the listener reconnects through another node.
+        // A node hangs, and the listener reconnects through another node.
         let before = one.received();
         let frozen = cluster.nodes[0].freeze();
         eventually("the listener is back", TIMEOUT, || async { one.received() > before }).await;
@@ -414,14 +416,14 @@ async fn move_slot_of(cluster: &Cluster, key: ApiKeyDigest, (one, other): (&Repl
     to.ask::<()>(&["CLUSTER", "SETSLOT", &slot, "IMPORTING", &from_id]).await;
     from.ask::<()>(&["CLUSTER", "SETSLOT", &slot, "MIGRATING", &to_id]).await;
     from.ask::<()>(&["DEL", &name]).await;
-    one.put(found(key, 8, 1)).await; // follows ASK
+    one.put(found(key, 8, 1)).await; // the client follows ASK
     assert_eq!(other.get(key).await, "8 of 1");
     let at_home = redis::cmd("GET").arg(&name).query_async::<()>(&mut from.connection().await).await;
     assert_eq!(at_home.unwrap_err().code(), Some("ASK"));
     for node in [to, from] {
         node.ask::<()>(&["CLUSTER", "SETSLOT", &slot, "NODE", &to_id]).await;
     }
-    assert_eq!(one.get(key).await, "8 of 1"); // follows MOVED
+    assert_eq!(one.get(key).await, "8 of 1"); // the client follows MOVED
     one.put(found(key, 9, 1)).await;
     assert_eq!(other.get(key).await, "9 of 1");
     // Delete the value, because the rest of the test writes older versions.

@@ -1,5 +1,5 @@
-//! The SQLite database file: its default path, its mode, which commands create it, and what happens when it is replaced
-//! or removed.
+//! Tests the SQLite database file: its default path and mode, which commands create it, and what happens when it is
+//! replaced or removed.
 
 use std::{os::unix::fs::PermissionsExt, path::Path, sync::Arc, time::Duration};
 
@@ -50,7 +50,7 @@ async fn only_serve_and_migrate_create_the_file_and_only_its_owner_can_read_it()
     store::open_ledger(&settings, &env).await.unwrap();
     lookup.close().await;
 
-    // trustgate still uses a file that other users can read, and leaves its mode as it is.
+    // trustgate accepts a file that other users can read, and does not change the mode of the file.
     std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o644)).unwrap();
     store::migrate(&settings, &env).await.unwrap();
     assert_eq!(mode(&path), 0o644);
@@ -72,7 +72,7 @@ async fn a_file_that_is_not_a_database_is_reported_and_not_changed() {
 }
 
 #[tokio::test]
-async fn a_file_that_was_replaced_or_removed_is_no_longer_read() {
+async fn a_replaced_or_removed_database_file_is_no_longer_read() {
     let dir = tempfile::tempdir().unwrap();
     let settings = |name: &str| StoreSettings {
         url: Some(trustgate::testing::base::secret::Secret::new(format!(
@@ -99,7 +99,7 @@ async fn a_file_that_was_replaced_or_removed_is_no_longer_read() {
 }
 
 #[tokio::test]
-async fn a_preset_creates_no_file() {
+async fn a_preset_does_not_create_a_missing_database() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("theirs.db");
     let url = Some(trustgate::testing::base::secret::Secret::new(format!("sqlite://{}", path.display())));
@@ -115,7 +115,7 @@ async fn a_preset_creates_no_file() {
 }
 
 #[tokio::test]
-async fn a_table_whose_application_was_killed_during_a_commit_is_read() {
+async fn a_table_is_readable_after_its_application_was_killed_during_a_commit() {
     use sqlx::{ConnectOptions as _, sqlite::SqliteConnectOptions};
     let dir = tempfile::tempdir().unwrap();
     let (theirs, copy) = (dir.path().join("theirs.db"), dir.path().join("copy.db"));
@@ -127,7 +127,8 @@ async fn a_table_whose_application_was_killed_during_a_commit_is_read() {
             SELECT printf('00000000-0000-0000-0000-%012d', n), printf('%064d', n) FROM n;
         BEGIN IMMEDIATE; UPDATE trust SET api_key_hash = api_key_hash || 'x'";
     sqlx::raw_sql(start).execute(&mut application).await.unwrap();
-    // A killed application leaves the same files: a part of the change, and the journal that undoes it.
+    // These copies are the files that a killed application leaves: a database with a part of the change, and the
+    // journal that undoes this part.
     std::fs::copy(&theirs, &copy).unwrap();
     std::fs::copy(dir.path().join("theirs.db-journal"), dir.path().join("copy.db-journal")).unwrap();
     let settings = StoreSettings {

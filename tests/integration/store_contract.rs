@@ -1,4 +1,4 @@
-//! The contract of a store: each test runs on SQLite and on PostgreSQL.
+//! Tests the contract of a store. Each test runs on SQLite and on PostgreSQL.
 
 use std::{collections::HashSet, future::poll_fn, path::PathBuf, pin::pin, sync::Arc, task::Poll, time::Duration};
 
@@ -35,31 +35,31 @@ macro_rules! contract {
 }
 
 contract! {
-    the_read_of_a_known_and_of_an_unknown_key_has_a_version
+    reads_of_known_and_unknown_keys_have_a_version
     a_key_stored_under_an_older_scheme_is_found
     a_record_and_its_version_are_from_one_snapshot
     the_fields_of_a_decision_are_returned_as_stored
     only_keys_under_the_recorded_pepper_are_accepted
-    servers_without_a_pepper_still_fit_after_the_first_key_under_a_pepper
+    servers_without_a_pepper_stay_compatible_after_the_first_peppered_key
     imported_digests_do_not_count_as_keys_without_a_pepper
     a_check_records_the_pepper_of_an_older_key
     a_trust_is_disabled_enabled_and_deleted_with_its_keys
-    names_of_trusts_and_digests_are_unique
+    trust_names_and_key_digests_are_unique
     an_import_can_be_repeated
-    a_key_is_identified_without_its_digest
-    revoking_twice_keeps_the_first_time
+    identifying_a_key_does_not_reveal_its_digest
+    a_second_revocation_keeps_the_time_of_the_first
     clearing_the_caches_creates_a_version_with_a_new_nonce
-    each_change_records_what_it_makes_out_of_date
+    each_change_records_the_cache_entries_that_it_makes_out_of_date
     the_first_poll_returns_the_changes_of_the_last_15_minutes
     old_versions_are_pruned_and_the_newest_is_kept
     a_lost_lineage_is_replaced_once
     restoring_intact_triggers_creates_no_version
     a_change_and_its_audit_entry_are_one_transaction
     replicas_that_send_heartbeats_are_listed
-    an_existing_table_is_read_as_it_is
+    an_existing_table_is_read_and_not_changed
     a_missing_column_of_an_existing_table_is_reported_at_startup
     tables_that_are_too_new_are_refused_and_newer_compatible_tables_are_used
-    repeated_and_concurrent_migrations_equal_one_migration
+    repeated_and_concurrent_migrations_have_the_effect_of_one
     a_row_that_cannot_be_read_is_a_fault
     a_dropped_ledger_call_leaves_no_partial_change
 }
@@ -86,13 +86,13 @@ impl Db {
     async fn postgres() -> Self {
         let server = Postgres::shared().await;
         let database = server.database().await;
-        // With this `search_path`, the tests can use the same names of tables on both databases.
+        // With this `search_path`, the tests can use the same table names on both databases.
         server.execute("postgres", &format!("ALTER DATABASE {database} SET search_path = trustgate, public")).await;
         let url = Some(Secret::new(server.url("admin", &database)));
         Self { settings: StoreSettings { url, ..unhurried() }, backend: Backend::Postgres { server, database } }
     }
 
-    /// Creates our tables.
+    /// Creates trustgate's tables.
     async fn migrated(self) -> Self {
         store::migrate(&self.settings, NO_ENV).await.unwrap();
         self
@@ -126,7 +126,7 @@ impl Db {
         }
     }
 
-    /// The texts in the first column of the rows.
+    /// Runs a query and returns the texts in the first column of the rows.
     async fn texts(&self, sql: &str) -> Vec<String> {
         match &self.backend {
             Backend::Postgres { server, database } => {
@@ -150,7 +150,7 @@ impl Db {
 
 const NO_ENV: store::Env<'static> = &|_| None;
 
-/// Timeouts that are long enough for a busy machine.
+/// Returns settings with timeouts that are long enough for a busy machine.
 fn unhurried() -> StoreSettings {
     let second = Duration::from_secs(1);
     StoreSettings { read_timeout: 20 * second, connect_timeout: 20 * second, ..StoreSettings::default() }
@@ -198,7 +198,7 @@ async fn with_acme(ledger: &mut Ledger) -> TrustId {
     ledger.create_trust(&actor(), TrustId(Uuid::new_v4()), "acme").await.unwrap().id
 }
 
-async fn the_read_of_a_known_and_of_an_unknown_key_has_a_version(db: Db) {
+async fn reads_of_known_and_unknown_keys_have_a_version(db: Db) {
     let db = db.migrated().await;
     let (lookup, mut ledger) = (db.lookup().await, db.ledger().await);
     let trust = with_acme(&mut ledger).await;
@@ -299,7 +299,7 @@ async fn only_keys_under_the_recorded_pepper_are_accepted(db: Db) {
     ledger.add_key(&actor(), &acme(), under(1, first)).await.unwrap();
     let stored = |current, previous| StoredPeppers { current, previous };
     assert_eq!(lookup.poll(None).await.unwrap().peppers, stored(Some(PEPPER), None));
-    // A digest from elsewhere has no pepper, so a database accepts it under any recorded pepper.
+    // trustgate does not record a pepper for an imported digest, so it accepts the digest under any current pepper.
     ledger.import_keys(&actor(), &acme(), vec![new_key(2)]).await.unwrap();
     for (made, number) in [(second, 3), (Made::Plain, 4)] {
         let refused = ledger.add_key(&actor(), &acme(), under(number, made)).await;
@@ -336,7 +336,7 @@ async fn only_keys_under_the_recorded_pepper_are_accepted(db: Db) {
     assert_eq!(lookup.tend_peppers(&[OTHER_PEPPER]).await.unwrap().others, 0, "only active keys count");
 }
 
-async fn servers_without_a_pepper_still_fit_after_the_first_key_under_a_pepper(db: Db) {
+async fn servers_without_a_pepper_stay_compatible_after_the_first_peppered_key(db: Db) {
     let db = db.migrated().await;
     let (lookup, mut ledger) = (db.lookup().await, db.ledger().await);
     with_acme(&mut ledger).await;
@@ -367,12 +367,12 @@ async fn a_check_records_the_pepper_of_an_older_key(db: Db) {
     for number in 1..=3 {
         ledger.add_key(&actor(), &acme(), NewKey { made: Made::Peppered(PEPPER), ..new_key(number) }).await.unwrap();
     }
-    // An earlier release stored keys without a fingerprint of the pepper.
+    // Imitate an earlier release, which stored keys without a fingerprint of the pepper.
     let tables = if db.is_postgres() { "trustgate." } else { "" };
     db.execute(&format!("UPDATE {tables}api_key SET pepper_fingerprint = NULL")).await;
     db.execute(&format!("UPDATE {tables}meta SET pepper_fingerprint = NULL")).await;
     let before = lookup.poll(None).await.unwrap().newest.as_of;
-    // The first is found under the current pepper, the second under the previous one, the third not at all.
+    // The first key is found under the current pepper, the second under the previous pepper, and the third not at all.
     let found = lookup.find(&Digests { current: digest(1), older: vec![digest(9)] }).await.unwrap();
     assert!(found.value.is_some());
     let found = lookup.find(&Digests { current: digest(8), older: vec![digest(2)] }).await.unwrap();
@@ -468,7 +468,7 @@ async fn a_trust_is_disabled_enabled_and_deleted_with_its_keys(db: Db) {
     ledger.delete_trust(&actor(), &TrustRef::Name("Zebra".into()), false).await.unwrap();
 }
 
-async fn names_of_trusts_and_digests_are_unique(db: Db) {
+async fn trust_names_and_key_digests_are_unique(db: Db) {
     let db = db.migrated().await;
     let mut ledger = db.ledger().await;
     with_acme(&mut ledger).await;
@@ -503,8 +503,8 @@ async fn an_import_can_be_repeated(db: Db) {
     assert_eq!(stored.len(), 1_600);
     assert_eq!(stored.iter().map(|key| key.scopes.len()).sum::<usize>(), 1_599, "each with its own scopes");
     assert_eq!(stored.iter().filter(|key| key.name.is_some()).count(), 800);
-    // An import skips a key that is stored under an older digest. With two rows, the key would still pass after the
-    // revocation of one of them.
+    // An import skips a key that is stored under an older digest. Otherwise the key would have two rows and would still
+    // pass after one of them is revoked.
     let moved = |key: &NewKey| {
         let mut digest = [9; 32];
         digest[..16].copy_from_slice(key.id.0.as_bytes());
@@ -524,7 +524,7 @@ async fn an_import_can_be_repeated(db: Db) {
     assert_eq!(ledger.keys(None).await.unwrap().len(), 1_602);
 }
 
-async fn a_key_is_identified_without_its_digest(db: Db) {
+async fn identifying_a_key_does_not_reveal_its_digest(db: Db) {
     let db = db.migrated().await;
     let mut ledger = db.ledger().await;
     with_acme(&mut ledger).await;
@@ -536,7 +536,7 @@ async fn a_key_is_identified_without_its_digest(db: Db) {
     assert!(!shown.contains("090909") && !shown.contains("9, 9, 9"), "{shown}");
 }
 
-async fn revoking_twice_keeps_the_first_time(db: Db) {
+async fn a_second_revocation_keeps_the_time_of_the_first(db: Db) {
     let db = db.migrated().await;
     let (lookup, mut ledger) = (db.lookup().await, db.ledger().await);
     with_acme(&mut ledger).await;
@@ -571,7 +571,7 @@ async fn clearing_the_caches_creates_a_version_with_a_new_nonce(db: Db) {
         let mut ledger = db.ledger().await;
         clearing.spawn(async move { ledger.clear_caches(&actor()).await.unwrap() });
     }
-    // A call returns a version that is not older than the version that it created.
+    // The version that a call returns is at least as new as the version that the call created.
     let last = clearing.join_all().await.into_iter().max().unwrap();
     assert_eq!(newest(&lookup).await.as_of, last);
     let everything = (lookup.poll(Some(drawn)).await.unwrap().changes)
@@ -621,7 +621,8 @@ async fn a_change_and_its_audit_entry_are_one_transaction(db: Db) {
     assert_eq!(db.texts("SELECT action FROM audit ORDER BY id").await.last().unwrap(), "trust.delete");
 }
 
-/// The changes recorded after `version`: each one once, as text, sorted. Advances `version` to the newest.
+/// Returns the changes recorded after `version` as sorted texts without duplicates. Advances `version` to the newest
+/// version.
 async fn recorded_since(lookup: &Arc<dyn Source>, version: &mut Version) -> Vec<String> {
     let polled = lookup.poll(Some(*version)).await.unwrap();
     assert!(polled.triggers_intact && polled.complete, "{polled:?}");
@@ -641,7 +642,7 @@ async fn recorded_since(lookup: &Arc<dyn Source>, version: &mut Version) -> Vec<
     recorded
 }
 
-async fn each_change_records_what_it_makes_out_of_date(db: Db) {
+async fn each_change_records_the_cache_entries_that_it_makes_out_of_date(db: Db) {
     let db = db.migrated().await;
     let (lookup, mut ledger) = (db.lookup().await, db.ledger().await);
     let mut seen = newest(&lookup).await.as_of;
@@ -727,7 +728,7 @@ async fn the_first_poll_returns_the_changes_of_the_last_15_minutes(db: Db) {
         (first, recorded.contains(&first))
     };
     assert_eq!(first_poll(versions[0], 16).await, (versions[1], true), "the changes of the first version are included");
-    // The poll does not select each row by its age: the row of a long transaction can have an old time.
+    // A poll must not select each version by its time, because the version of a long transaction can have an old time.
     let at = if db.is_postgres() { "now() - interval '1 hour'" } else { "at - 3600000000" };
     db.execute(&format!("UPDATE version SET at = {at} WHERE version = {}", versions[2].0)).await;
     assert_eq!(first_poll(versions[0], 14).await.0, Version(1));
@@ -756,7 +757,8 @@ async fn old_versions_are_pruned_and_the_newest_is_kept(db: Db) {
     let old = if db.is_postgres() { "now() - interval '21 minutes'" } else { "at - 21 * 60000000" };
     assert_eq!(left().await, numbers, "no version is old enough");
     let third = numbers[numbers.len() - 3];
-    // After the clock was set back, a version can have an older time than the versions before it. All are kept.
+    // After the clock was set back, a version can have an older time than the versions before it. All versions are
+    // kept.
     db.execute(&format!("UPDATE version SET at = {old} WHERE version = {third}")).await;
     assert_eq!(left().await, numbers);
     db.execute(&format!("UPDATE version SET at = {old} WHERE version <= {third}")).await;
@@ -774,7 +776,7 @@ async fn old_versions_are_pruned_and_the_newest_is_kept(db: Db) {
     db.execute(&format!("UPDATE version SET at = {old}")).await;
     assert_eq!(left().await, [*numbers.last().unwrap()], "the newest version is kept");
     assert_eq!(newest(&lookup).await.nonce, all.newest.nonce);
-    // More versions than one call prunes.
+    // Insert more old versions than one call prunes.
     let numbers = "WITH RECURSIVE number (n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM number WHERE n < 1500)";
     let (nonce, old) = if db.is_postgres() { ("decode(repeat('00', 16), 'hex')", old) } else { ("zeroblob(16)", "0") };
     let last = all.newest.as_of.0;
@@ -878,7 +880,7 @@ async fn replicas_that_send_heartbeats_are_listed(db: Db) {
     assert_eq!(db.lookup().await.redis_mac_key().await.unwrap(), Some(key));
 }
 
-async fn an_existing_table_is_read_as_it_is(mut db: Db) {
+async fn an_existing_table_is_read_and_not_changed(mut db: Db) {
     let id_type = if db.is_postgres() { "uuid" } else { "text" };
     db.execute(&format!("CREATE TABLE trust (id {id_type} PRIMARY KEY, api_key_hash char(64) NULL)")).await;
     db.settings.preset = Some(Preset::TrustTable);
@@ -934,7 +936,7 @@ async fn a_missing_column_of_an_existing_table_is_reported_at_startup(mut db: Db
 }
 
 async fn tables_that_are_too_new_are_refused_and_newer_compatible_tables_are_used(db: Db) {
-    // Without tables, commands fail. On PostgreSQL `serve` fails too, because it does not create tables there.
+    // Without tables, commands fail. On PostgreSQL, `serve` also fails, because it creates tables only on SQLite.
     if db.is_postgres() {
         let problem = db.open().prepare(Missing::Create).await.unwrap_err();
         assert!(matches!(problem, StoreError::Schema(_)) && problem.to_string().contains("trustgate migrate"));
@@ -960,7 +962,7 @@ async fn tables_that_are_too_new_are_refused_and_newer_compatible_tables_are_use
     }
 }
 
-async fn repeated_and_concurrent_migrations_equal_one_migration(db: Db) {
+async fn repeated_and_concurrent_migrations_have_the_effect_of_one(db: Db) {
     let mut migrating = tokio::task::JoinSet::new();
     for _ in 0..6 {
         let settings = db.settings.clone();
@@ -1008,7 +1010,7 @@ fn empty(db: &Db) -> &'static str {
 async fn a_dropped_ledger_call_leaves_no_partial_change(db: Db) {
     let db = db.migrated().await;
     let mut ledger = db.ledger().await;
-    // Each call is dropped after another number of polls, and none leaves a part of a change.
+    // Each call is dropped after a different number of polls. No call may leave a part of a change.
     for polls in 0..40 {
         let name = format!("trust {polls}");
         let actor = actor();
@@ -1019,7 +1021,7 @@ async fn a_dropped_ledger_call_leaves_no_partial_change(db: Db) {
     assert_eq!(db.texts("SELECT CAST(count(*) AS text) FROM audit").await, [trusts]);
 }
 
-/// Polls `future` the given number of times, then drops it.
+/// Polls `future` the given number of times, and then drops it.
 async fn poll_and_drop(future: impl Future, polls: u32) {
     let (mut future, mut left) = (pin!(future), polls);
     poll_fn(|context| {

@@ -1,5 +1,5 @@
-//! The connections for reads from PostgreSQL: restarts and hangs of the server, timeouts, limits, grants and password
-//! files.
+//! Tests the connection pool for reads from PostgreSQL: restarts and hangs of the server, timeouts, limits, grants and
+//! password files.
 
 use std::{
     sync::{
@@ -52,14 +52,15 @@ async fn read_at_once(lookup: &Arc<dyn Source>, count: usize) {
     reading.join_all().await;
 }
 
-/// The number of connections of `user`, counted by the server.
+/// Returns the number of connections of `user`, as PostgreSQL counts them.
 async fn connections(server: &Postgres, user: &str) -> i64 {
     let count = "SELECT count(*) FROM pg_stat_activity WHERE usename = $1";
     let row = sqlx::query(count).bind(user).fetch_one(&mut server.admin("postgres").await).await.unwrap();
     row.get(0)
 }
 
-/// Creates our tables, and the roles `reader` and `manager` with the printed grants. Returns the settings of `reader`.
+/// Creates trustgate's tables, and the roles `reader` and `manager` with the printed grants. Returns the settings of
+/// `reader`.
 async fn migrated(server: &Postgres) -> StoreSettings {
     store::migrate(&settings(server.url("admin", "postgres")), &|_| None).await.unwrap();
     let settings = settings(server.url("reader", "postgres"));
@@ -69,7 +70,7 @@ async fn migrated(server: &Postgres) -> StoreSettings {
 }
 
 #[tokio::test]
-async fn after_a_restart_of_the_server_the_next_read_works() {
+async fn the_next_read_after_a_restart_of_postgresql_works() {
     let mut server = Postgres::start().await;
     let lookup = open(&migrated(&server).await);
     lookup.prepare(Missing::Refuse).await.unwrap();
@@ -93,7 +94,7 @@ async fn after_a_restart_of_the_server_the_next_read_works() {
 }
 
 #[tokio::test]
-async fn a_lookup_that_is_opened_before_the_server_runs_works_once_the_server_runs() {
+async fn a_lookup_that_is_opened_while_postgresql_is_down_works_after_postgresql_starts() {
     let mut server = Postgres::start().await;
     let settings = migrated(&server).await;
     server.stop();
@@ -107,7 +108,7 @@ async fn a_lookup_that_is_opened_before_the_server_runs_works_once_the_server_ru
 }
 
 #[tokio::test]
-async fn cancelled_reads_close_their_connections_while_the_server_hangs() {
+async fn cancelled_reads_close_their_connections_while_postgresql_hangs() {
     let server = Postgres::start().await;
     let lookup = open(&migrated(&server).await);
     read_at_once(&lookup, 9).await;
@@ -128,7 +129,7 @@ async fn cancelled_reads_close_their_connections_while_the_server_hangs() {
 }
 
 #[tokio::test]
-async fn the_server_also_ends_a_cancelled_read_that_waits_for_a_lock() {
+async fn postgresql_ends_a_cancelled_read_that_waits_for_a_lock() {
     let server = Postgres::start().await;
     let settings = StoreSettings { read_timeout: Duration::from_millis(100), ..migrated(&server).await };
     let lookup = open(&settings);
@@ -149,7 +150,7 @@ async fn the_server_also_ends_a_cancelled_read_that_waits_for_a_lock() {
 }
 
 #[tokio::test]
-async fn the_printed_grants_are_enough_to_serve_and_to_manage_and_no_more() {
+async fn the_printed_grants_suffice_to_serve_and_manage_and_grant_no_more() {
     let server = Postgres::start().await;
     let reader = migrated(&server).await;
     let lookup = open(&reader);
@@ -296,7 +297,7 @@ fn fake_pool(
 #[test]
 fn a_read_on_a_runtime_that_has_ended_fails_and_does_not_hang() {
     let (done, is_done) = std::sync::mpsc::channel();
-    // On another thread, because a deadlock would block it forever.
+    // Run the test on another thread, because a deadlock would block the thread forever.
     std::thread::spawn(move || {
         let ended = tokio::runtime::Runtime::new().unwrap();
         let home = ended.handle().clone();
@@ -311,7 +312,7 @@ fn a_read_on_a_runtime_that_has_ended_fails_and_does_not_hang() {
 }
 
 #[tokio::test]
-async fn connects_run_on_the_runtime_of_the_pool_and_not_on_that_of_the_first_caller() {
+async fn connects_run_on_the_pool_runtime_and_not_on_the_caller_runtime() {
     let io =
         tokio::runtime::Builder::new_multi_thread().worker_threads(1).thread_name("io").enable_time().build().unwrap();
     let (database, pool) = fake_pool(1, 4, 60 * SECONDS);
@@ -367,7 +368,7 @@ async fn reads_beyond_the_limit_fail_and_connections_stay_within_their_limit() {
 }
 
 #[tokio::test]
-async fn a_dropped_read_closes_its_connection_and_frees_its_place() {
+async fn a_dropped_read_closes_its_connection_and_frees_its_slot() {
     let (database, pool) = fake_pool(1, 5, 60 * SECONDS);
     database.may_connect.0.add_permits(1_000);
     // The first connection is in the middle of an answer when its read is dropped.

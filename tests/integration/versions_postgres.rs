@@ -1,7 +1,7 @@
-//! The change log on PostgreSQL: each committed change has a version, in commit order, whichever role and statement
-//! makes the change.
+//! Tests the change log on PostgreSQL: each committed change has a version, in commit order, regardless of the role and
+//! the statement that make the change.
 
-// Some tests measure wall-clock time, and some are long because each step depends on the step before.
+// Some tests measure wall-clock time, and some are long because each step depends on the previous step.
 #![allow(clippy::disallowed_methods, clippy::too_many_lines, clippy::similar_names, clippy::needless_for_each)]
 
 use std::{
@@ -26,7 +26,8 @@ use crate::support::postgres::Postgres;
 
 const SECONDS: Duration = Duration::from_secs(1);
 
-/// A database with our tables, one trust and the role `writer`, which may change trusts and keys and nothing else.
+/// A database with trustgate's tables, one trust, and the role `writer`, which may change trusts and keys but nothing
+/// else.
 struct Db {
     server: Arc<Postgres>,
     name: String,
@@ -44,7 +45,7 @@ impl Db {
     async fn on(server: Arc<Postgres>) -> Self {
         let name = server.database().await;
         let url = Some(Secret::new(server.url("admin", &name)));
-        // Timeouts that are long enough for a busy machine.
+        // Set timeouts that are long enough for a busy machine.
         let settings = StoreSettings {
             url,
             read_timeout: 20 * SECONDS,
@@ -97,7 +98,8 @@ impl Db {
         polled
     }
 
-    /// The changes recorded after `version`, with repetitions, and the number of new versions. Advances `version`.
+    /// Returns the changes recorded after `version`, including repeated changes, and the number of new versions.
+    /// Advances `version` to the newest version.
     async fn recorded(&self, version: &mut Version) -> (Vec<Change>, usize) {
         let polled = self.since(version).await;
         (polled.changes.into_iter().map(|(_, change)| change).collect(), polled.versions.len() - 1)
@@ -131,16 +133,16 @@ async fn refused(connection: &mut PgConnection, sql: &str) -> (String, String) {
     (error.code().unwrap().into_owned(), error.message().to_owned())
 }
 
-/// A committed transaction of a writer: the transaction id, and the text that it wrote to each key.
+/// A committed transaction of a writer: the transaction id, and the text that the transaction wrote to each key.
 type Committed = (u64, BTreeMap<Uuid, String>);
 
 const WRITERS: u128 = 4;
 const KEYS_EACH: u128 = 8;
-/// The distance between the first keys of two writers, so that their keys are not on the same page of an index. Under
-/// SERIALIZABLE, a lookup of a key counts as a read of the whole page.
+/// The distance between the first key numbers of two writers. It is so large that the keys of two writers are not on
+/// the same index page, because under SERIALIZABLE a lookup of a key counts as a read of the whole page.
 const BETWEEN: u128 = 2_000;
 
-/// The number of the first key of a writer.
+/// Returns the number of the first key of a writer.
 const fn first(writer: u128) -> u128 {
     1 + writer * BETWEEN
 }
@@ -158,7 +160,7 @@ async fn write(mut connection: PgConnection, writer: u128, isolation: &'static s
         let update = |id: Uuid| format!("UPDATE trustgate.api_key SET scopes = ARRAY['{word}'] WHERE id = '{id}'");
         run(&mut connection, &format!("BEGIN ISOLATION LEVEL {isolation}")).await;
         if number % 10 == 0 {
-            // In some transactions the change that is rolled back is the first one, in others it is not.
+            // In half of these transactions, another change precedes the change that is rolled back.
             if number % 20 == 0 {
                 run(&mut connection, &update(pick(0))).await;
                 wrote.insert(pick(0), word.clone());
@@ -189,7 +191,7 @@ struct Snapshot {
     keys: BTreeMap<Uuid, String>,
 }
 
-/// Takes one snapshot after another until `stop` is set.
+/// Takes snapshots one after another until `stop` is set.
 async fn take_snapshots(mut connection: PgConnection, stop: Arc<AtomicBool>) -> Vec<Snapshot> {
     let mut snapshots = Vec::new();
     while !stop.load(Ordering::Relaxed) {
@@ -205,7 +207,7 @@ async fn take_snapshots(mut connection: PgConnection, stop: Arc<AtomicBool>) -> 
     snapshots
 }
 
-/// Polls as a replica does until `stop` is set. Returns each recorded change with its version.
+/// Polls like a replica until `stop` is set. Returns each recorded change with its version.
 async fn follow(db: Arc<Db>, mut since: Version, stop: Arc<AtomicBool>) -> Vec<(Version, Change)> {
     let mut changes = Vec::new();
     loop {
@@ -223,7 +225,7 @@ async fn follow(db: Arc<Db>, mut since: Version, stop: Arc<AtomicBool>) -> Vec<(
 #[tokio::test]
 async fn versions_follow_the_commit_order_and_no_writer_fails() {
     let db = Arc::new(Db::new().await);
-    // A heap page contains only a few keys, so that two writers do not conflict on a page under SERIALIZABLE.
+    // Put only a few keys on each heap page, so that two writers do not conflict on a page under SERIALIZABLE.
     db.execute("ALTER TABLE trustgate.api_key SET (fillfactor = 10)").await;
     db.lookup.restore_watch().await.unwrap();
     db.execute(&format!(
@@ -257,7 +259,8 @@ async fn versions_follow_the_commit_order_and_no_writer_fails() {
         assert_eq!(versions.len(), committed.len());
         assert_eq!(versions.values().collect::<BTreeSet<_>>(), committed.keys().collect::<BTreeSet<_>>());
 
-        // Each version records the keys that its transaction changed, once, and no change that was rolled back.
+        // Each version records exactly the keys that its transaction changed, each key once. It records no change that
+        // was rolled back.
         let mut recorded: BTreeMap<i64, Vec<Uuid>> = BTreeMap::new();
         for (version, change) in &changes {
             if let Change::Key(id) = change {
@@ -269,7 +272,7 @@ async fn versions_follow_the_commit_order_and_no_writer_fails() {
             versions.iter().map(|(version, tx)| (*version, committed[tx].keys().copied().collect())).collect();
         assert_eq!(recorded, changed, "{isolation}");
 
-        // A snapshot contains exactly the changes of the versions up to its newest one.
+        // A snapshot contains exactly the changes up to its newest version.
         assert!(snapshots.len() > 20, "{isolation}: only {} snapshots", snapshots.len());
         let mut expected = snapshots[0].keys.clone();
         let mut upcoming = versions.iter().skip_while(|(version, _)| **version <= snapshots[0].newest).peekable();
@@ -334,7 +337,7 @@ async fn each_kind_of_statement_is_recorded_for_a_role_without_rights_on_the_cha
     has(&changes, &[absent(60), absent(61), absent(62)]);
     assert_eq!((changes.len(), versions), (3, 1));
 
-    // PostgreSQL runs a cascade with the rights of the table's owner, not of the writer. Here `key_use` also
+    // PostgreSQL runs a cascade with the rights of the table's owner, not with the rights of the writer. `key_use` also
     // references the keys.
     db.execute(
         "ALTER TABLE trustgate.api_key DROP CONSTRAINT api_key_trust_id_fkey,
@@ -387,7 +390,7 @@ async fn each_kind_of_statement_is_recorded_for_a_role_without_rights_on_the_cha
 }
 
 #[tokio::test]
-async fn no_session_setting_prevents_the_record_of_a_change() {
+async fn no_session_setting_prevents_a_change_from_being_recorded() {
     let db = Db::new().await;
     db.keys(1..10).await;
     let mut seen = db.newest().await;
@@ -396,7 +399,7 @@ async fn no_session_setting_prevents_the_record_of_a_change() {
         (false, "SET trustgate.trustgate_key = '-5'; SET trustgate.trustgate_absent = '3'"),
         (false, "SET trustgate.trustgate_key = 'garbage'; SET trustgate.trustgate_gone = ''"),
         (false, "SET trustgate.tx = '1'; SET trustgate.stamped = 'on'"),
-        // Temporary objects with the names that the functions of the triggers use.
+        // Create temporary objects with names that the trigger functions use.
         (
             false,
             "CREATE TEMPORARY TABLE tx (a int); CREATE TEMPORARY TABLE change (a int);
@@ -416,7 +419,8 @@ async fn no_session_setting_prevents_the_record_of_a_change() {
             changes.iter().filter(|change| matches!(change, Change::Key(_))).map(|c| format!("{c:?}")).collect();
         assert_eq!((keys.len(), changes.len(), versions), (9, 18, 1), "{sql}");
     }
-    // With a counter that the session sets too high, the triggers record all keys instead of single ones.
+    // If the session sets the counter too high, the triggers record one change of all keys instead of one change for
+    // each key.
     let mut session = db.writer().await;
     run(&mut session, "SET trustgate.trustgate_key = '99999999'").await;
     run(&mut session, change).await;
@@ -426,13 +430,14 @@ async fn no_session_setting_prevents_the_record_of_a_change() {
 }
 
 #[tokio::test]
-async fn a_lock_that_is_taken_early_is_released() {
+async fn a_version_lock_that_is_taken_early_is_released() {
     let db = Db::new().await;
     db.keys(1..4).await;
     let mut seen = db.newest().await;
     let (mut early, mut other) = (db.writer().await, db.writer().await);
     let update = |number| format!("UPDATE trustgate.api_key SET scheme = 1 - scheme WHERE id = '{}'", key(number));
-    // After it has taken the lock, a transaction can change more keys. All its changes get one version at the commit.
+    // A transaction that has already taken the lock can change more keys. All its changes get one version at the
+    // commit.
     run(&mut early, &format!("BEGIN; SET CONSTRAINTS ALL IMMEDIATE; {}", update(1))).await;
     run(&mut early, &update(2)).await;
     assert_eq!(db.recorded(&mut seen).await, (vec![], 0));
@@ -448,7 +453,7 @@ async fn a_lock_that_is_taken_early_is_released() {
     let (changes, versions) = db.recorded(&mut seen).await;
     assert_eq!((changes.len(), versions), (4, 2));
 
-    // PostgreSQL ends a session that is idle for 3 s while it has the lock.
+    // PostgreSQL ends a session that is idle for 3 s while it holds the lock.
     run(&mut early, &format!("BEGIN; SET CONSTRAINTS ALL IMMEDIATE; {}", update(1))).await;
     assert_eq!(refused(&mut other, &update(3)).await.0, "55P03");
     run(&mut other, "SET lock_timeout = '20s'").await;
@@ -461,7 +466,7 @@ async fn a_lock_that_is_taken_early_is_released() {
 }
 
 #[tokio::test]
-async fn no_prepared_transaction_can_keep_the_lock() {
+async fn a_prepared_transaction_cannot_keep_the_version_lock() {
     let mut server = Postgres::start().await;
     server.execute("postgres", "ALTER SYSTEM SET max_prepared_transactions = 5").await;
     server.stop();
@@ -543,7 +548,7 @@ async fn a_huge_and_an_open_transaction_do_not_block_other_writers() {
 }
 
 #[tokio::test]
-async fn an_import_is_listed_up_to_a_limit_and_cached_records_stay_valid() {
+async fn an_import_is_listed_key_by_key_up_to_a_limit_and_cached_records_stay_valid() {
     let db = Db::new().await;
     let mut seen = db.newest().await;
     let before = seen;
@@ -562,7 +567,8 @@ async fn an_import_is_listed_up_to_a_limit_and_cached_records_stay_valid() {
     assert_eq!(changes.len(), 2, "{changes:?}");
     assert!(changes.contains(&Change::Whole(ChangeKind::Absences)));
     assert!(matches!(changes[0], Change::Trust(_)) || matches!(changes[1], Change::Trust(_)), "{changes:?}");
-    // The limit applies to each kind of change: of 2 000 revocations, only the negative entries are not listed.
+    // The poll summarizes single kinds of changes: of 2 000 revocations, it lists the keys and the removed digests, but
+    // not the negative entries.
     db.execute(
         "UPDATE trustgate.api_key SET revoked_at = now() WHERE id IN (SELECT id FROM trustgate.api_key LIMIT 2000)",
     )
@@ -572,7 +578,7 @@ async fn an_import_is_listed_up_to_a_limit_and_cached_records_stay_valid() {
     assert_eq!(count(|change| matches!(change, Change::Key(_))), 2_000);
     assert_eq!(count(|change| matches!(change, Change::Gone(_))), 2_000);
     assert_eq!(changes.len(), 4_001, "and the negative entries as a whole");
-    // Too many changes to list: the poll returns `Change::Everything`.
+    // There are too many changes to list, so the poll returns `Change::Everything`.
     for part in 0..5 {
         db.execute(&import(20_000 + part * 9_000, 28_999 + part * 9_000)).await;
     }
@@ -580,7 +586,7 @@ async fn an_import_is_listed_up_to_a_limit_and_cached_records_stay_valid() {
     assert!(changes.contains(&Change::Everything), "{changes:?}");
     assert_eq!(versions, 5);
     assert!(db.lookup.poll(Some(before)).await.unwrap().complete);
-    // More versions than one poll returns.
+    // Commit more versions than one poll returns.
     db.execute(
         "DO $$ BEGIN FOR i IN 1..5100 LOOP UPDATE trustgate.trust SET enabled = NOT enabled; COMMIT; END LOOP; END $$",
     )
@@ -590,7 +596,7 @@ async fn an_import_is_listed_up_to_a_limit_and_cached_records_stay_valid() {
 }
 
 #[tokio::test]
-async fn versions_that_were_polled_survive_a_crash() {
+async fn versions_that_a_poll_returned_survive_a_crash() {
     let mut server = Postgres::start().await;
     // With these settings, a crash loses a commit unless PostgreSQL has flushed it to disk for another reason.
     for setting in ["wal_writer_delay = '10s'", "synchronous_commit = off"] {
@@ -631,11 +637,11 @@ fn open(settings: &StoreSettings) -> Arc<dyn Source> {
 }
 
 #[tokio::test]
-async fn a_restored_dump_records_changes_although_transaction_ids_repeat() {
+async fn a_restored_database_records_changes_although_transaction_ids_repeat() {
     let (first, second) = (Arc::new(Postgres::start().await), Arc::new(Postgres::start().await));
     let db = Db::on(Arc::clone(&first)).await;
     db.keys(1..3).await;
-    // The dump contains the ids of these transactions, and the other server will use many of them again.
+    // The dump contains the ids of these transactions, and the other server will use many of these ids again.
     db.execute(
         "DO $$ BEGIN FOR i IN 1..600 LOOP UPDATE trustgate.api_key SET scheme = 1 - scheme; COMMIT; END LOOP; END $$",
     )
@@ -679,7 +685,8 @@ async fn a_lock_timeout_names_the_blocking_session() {
     let mut writer = db.writer().await;
     let pid: i32 = sqlx::query("SELECT pg_backend_pid()").fetch_one(&mut writer).await.unwrap().get(0);
     run(&mut writer, "SET application_name = 'a billing job'; SET idle_in_transaction_session_timeout = '60s'").await;
-    // The first lock is on a row and blocks a statement. The second is the lock for new versions and blocks a commit.
+    // The first lock is on a row and blocks a statement. The second lock is the lock for new versions and blocks a
+    // commit.
     let secret = format!("UPDATE trustgate.api_key SET scheme = 1 WHERE digest = '\\x{}'", digest(1));
     for (sql, id) in [(format!("BEGIN; {secret}"), 1), (format!("BEGIN; SET CONSTRAINTS ALL IMMEDIATE; {secret}"), 2)] {
         run(&mut writer, &sql).await;
@@ -716,7 +723,7 @@ async fn each_commit_sends_a_notification_and_a_lost_connection_is_reported() {
     notifications.recv().await.unwrap();
     assert!(notifications.try_recv().is_err(), "only commits of recorded changes send a notification");
 
-    // The server hangs, and the connection stays open.
+    // The server hangs, but the connection stays open.
     let frozen = db.server.freeze();
     let fault = tokio::time::timeout(15 * SECONDS, listening).await.expect("noticed").unwrap();
     assert!(matches!(fault, Fault::Unreachable { .. }), "{fault:?}");

@@ -1,7 +1,7 @@
-//! The change log on SQLite: each committed change is recorded, whichever program and statement makes it, and a poll
-//! notices when a change may be missing.
+//! Tests the change log on SQLite: each committed change is recorded, regardless of the program and the statement that
+//! make the change, and a poll notices if a change may be missing.
 
-// Some tests measure wall-clock time, and some are long because each step depends on the step before.
+// Some tests measure wall-clock time, and some are long because each step depends on the previous step.
 #![allow(clippy::disallowed_methods, clippy::too_many_lines, clippy::single_match_else, clippy::result_large_err)]
 
 use std::{
@@ -28,20 +28,20 @@ struct Db {
 }
 
 impl Db {
-    /// The path of a file that does not exist.
+    /// Chooses the path of a database file but does not create the file.
     fn nowhere() -> Self {
         let dir = tempfile::tempdir().unwrap();
         Self { path: dir.path().join("trustgate.db"), _dir: dir }
     }
 
-    /// With our tables.
+    /// Creates a database with trustgate's tables.
     async fn new() -> Self {
         let db = Self::nowhere();
         store::migrate(&settings(&db.path), NO_ENV).await.unwrap();
         db
     }
 
-    /// With trusts 1 and 2, and the keys 11 and 12 of trust 1 with digests 1 and 2.
+    /// Creates a database with trusts 1 and 2, and with keys 11 and 12 of trust 1, which have digests 1 and 2.
     async fn with_keys() -> Self {
         let db = Self::new().await;
         let mut writer = db.writer().await;
@@ -69,7 +69,7 @@ impl Db {
         store::open_lookup(&settings(&self.path), NO_ENV, Arc::new(SystemClock)).unwrap()
     }
 
-    /// A follower that has polled once.
+    /// Returns a follower that has polled once.
     async fn follower(&self) -> Follower {
         let lookup = self.open();
         let start = lookup.poll(None).await.unwrap();
@@ -98,7 +98,7 @@ impl Writer {
         Self(SqliteConnection::connect_with(&options).await.unwrap())
     }
 
-    /// Runs statements in which `$k7` is the id of a key, `$t7` that of a trust and `$d7` a digest.
+    /// Runs statements in which `$k7` is the id of key 7, `$t7` is the id of trust 7, and `$d7` is digest 7.
     async fn run(&mut self, sql: &str) -> Result<(), sqlx::Error> {
         sqlx::raw_sql(AssertSqlSafe(expand(sql))).execute(&mut self.0).await.map(drop)
     }
@@ -129,7 +129,7 @@ fn digest(number: u32) -> ApiKeyDigest {
     ApiKeyDigest::from_bytes(bytes)
 }
 
-/// `INSERT {how} api_key` of a key of trust 1.
+/// Returns an `INSERT {how} api_key` statement for a key of trust 1.
 fn insert(how: &str, key: u32, digest: u32, conflict: &str) -> String {
     format!(
         "INSERT {how} api_key (id, trust_id, digest, scheme, hint, created_at)
@@ -137,7 +137,7 @@ fn insert(how: &str, key: u32, digest: u32, conflict: &str) -> String {
     )
 }
 
-/// Polls as a replica does.
+/// A client that polls the database like a replica.
 struct Follower {
     lookup: Arc<dyn Source>,
     at: (Version, Nonce),
@@ -145,7 +145,7 @@ struct Follower {
 }
 
 impl Follower {
-    /// The changes recorded since the last poll.
+    /// Returns the changes recorded since the last poll.
     async fn recorded(&mut self) -> Vec<String> {
         let polled = self.poll().await;
         assert!(polled.triggers_intact && polled.complete, "{polled:?}");
@@ -167,7 +167,7 @@ impl Follower {
     }
 }
 
-/// A short description of a change.
+/// Returns a short description of a change.
 fn describe(change: &Change) -> String {
     let number =
         |digest: &ApiKeyDigest| digest.as_bytes()[28..].iter().fold(0, |all, byte| all << 8 | u32::from(*byte));
@@ -181,7 +181,7 @@ fn describe(change: &Change) -> String {
     }
 }
 
-/// Runs each statement and compares the changes that it records, in any order.
+/// Runs each statement and asserts that it records the expected changes, in any order.
 async fn check(cases: &[(&str, &[&str])], prepare: &str) {
     let db = Db::with_keys().await;
     let (mut writer, mut follower) = (db.writer().await, db.follower().await);
@@ -225,7 +225,7 @@ async fn only_changes_that_decisions_depend_on_are_recorded() {
             "UPDATE api_key SET revoked_at = 7 WHERE id IN ($k12, $k13)",
             &["absent 2", "absent 3", "gone 2", "gone 3", "key 12", "key 13"],
         ),
-        // Values that stay the same, and columns that no decision reads.
+        // These statements write unchanged values, or columns that no decision reads.
         ("UPDATE api_key SET digest = digest, id = id, scopes = scopes, revoked_at = revoked_at", &[]),
         ("UPDATE api_key SET name = 'x', hint = 'y', created_at = 9, pepper_fingerprint = x'0102030405060708', metadata = '{}', rotated_from = NULL", &[]),
         ("UPDATE api_key SET rowid = rowid + 100", &[]),
@@ -279,7 +279,7 @@ async fn rows_removed_by_or_replace_are_recorded_and_rows_kept_by_or_ignore_are_
             (by_rowid, &["absent 4", "gone 3", "key 12"]),
             (revoked, &["absent 4", "gone 4", "key 14"]),
             ("UPDATE api_key SET revoked_at = NULL", &["absent 4", "key 14"]),
-            // Several rows in one statement, one of which is ignored.
+            // This statement inserts several rows, one of which is ignored.
             (
                 "INSERT OR IGNORE INTO api_key (id, trust_id, digest, scheme, hint, created_at) VALUES
                 ($k15, $t1, $d5, 0, 'hint', 0), ($k16, $t1, $d5, 0, 'hint', 0), ($k17, $t1, $d7, 0, 'hint', 0)",
@@ -314,7 +314,8 @@ async fn rows_removed_by_or_replace_are_recorded_and_rows_kept_by_or_ignore_are_
                 &["trust 3"],
             ),
             ("UPDATE OR REPLACE trust SET name = 'two' WHERE id = $t1", either(&["trust 1", "trust 3"], &["trust 3"])),
-            // Without foreign keys, a trust can be deleted and inserted again. Its keys are not found meanwhile.
+            // Without foreign keys, a trust can be deleted and inserted again. In the meantime, the keys of the trust
+            // are not found.
             ("DELETE FROM trust", &["trust 1"]),
             ("INSERT INTO trust (id, name, enabled, created_at) VALUES ($t1, 'one', 1, 0)", &["absent 5", "trust 1"]),
             ("UPDATE trust SET id = $t2", &["trust 1", "trust 2"]),
@@ -341,7 +342,7 @@ async fn changes_that_are_rolled_back_are_not_recorded() {
     assert_eq!(follower.recorded().await, [""; 0]);
     writer.run("ROLLBACK TO b; RELEASE a; COMMIT").await.unwrap();
     assert_eq!(follower.recorded().await, ["absent 2", "key 12", "gone 2"], "removed digests come last");
-    // A statement that fails undoes its rows. With OR FAIL it keeps the rows before the one that failed.
+    // SQLite undoes the rows of a statement that fails. With OR FAIL, it keeps the rows before the row that failed.
     let three = |how: &str| {
         format!(
             "INSERT {how} INTO api_key (id, trust_id, digest, scheme, hint, created_at) VALUES
@@ -359,11 +360,11 @@ async fn changes_that_are_rolled_back_are_not_recorded() {
     assert_eq!(follower.recorded().await, [""; 0]);
 }
 
-/// The numbers of a writer's keys begin at the number of the writer times this.
+/// The distance between the first key numbers of two writers.
 const OBJECTS: u32 = 100_000;
 
-/// Runs transactions on the keys of one writer. A third is rolled back, and one in ten uses savepoints. Returns the
-/// changes that the committed transactions must record.
+/// Runs transactions on the keys of one writer. One third of the transactions are rolled back, and one in ten uses
+/// savepoints. Returns the changes that the committed transactions must record.
 async fn write(path: PathBuf, writer: u32, transactions: u32) -> Vec<String> {
     let mut connection = Writer::open(&path).await;
     let mut expected = Vec::new();
@@ -398,8 +399,8 @@ async fn write(path: PathBuf, writer: u32, transactions: u32) -> Vec<String> {
     expected
 }
 
-/// A writer in another process, with the SQLite library of Python. It uses `executemany`, and each transaction creates
-/// a trust.
+/// A program that writes to the database from another process, with Python's SQLite library. It uses `executemany`, and
+/// each transaction creates a trust.
 const PYTHON: &str = r"
 import sqlite3, sys, uuid
 path, first, transactions = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
@@ -434,7 +435,7 @@ async fn write_in_another_process(path: PathBuf, writer: u32, transactions: u32)
 }
 
 #[tokio::test]
-async fn polls_beside_several_writers_miss_no_change() {
+async fn concurrent_polls_miss_no_change_of_several_writers() {
     const WRITERS: u32 = 4;
     const TRANSACTIONS: u32 = 200;
     let db = Db::with_keys().await;
@@ -465,7 +466,7 @@ async fn polls_beside_several_writers_miss_no_change() {
 }
 
 #[tokio::test]
-async fn a_thousand_changes_of_a_kind_are_listed_and_more_are_recorded_as_a_whole() {
+async fn up_to_a_thousand_changes_of_a_kind_are_listed_one_by_one() {
     let db = Db::with_keys().await;
     let (mut writer, mut follower) = (db.writer().await, db.follower().await);
     let many = |from: u32, count: u32| {
@@ -480,7 +481,7 @@ async fn a_thousand_changes_of_a_kind_are_listed_and_more_are_recorded_as_a_whol
     let recorded = follower.recorded().await;
     assert_eq!(recorded.iter().collect::<BTreeSet<_>>().len(), 1_000);
     assert!(recorded.iter().all(|change| change.starts_with("absent ")));
-    // One more change of this kind, and a change of another kind.
+    // Make one more change of this kind, and a change of another kind.
     writer.run(&many(2_000, 1)).await.unwrap();
     writer.run("UPDATE trust SET enabled = 0 WHERE id = $t2").await.unwrap();
     follower.at = since;
@@ -497,7 +498,7 @@ async fn a_thousand_changes_of_a_kind_are_listed_and_more_are_recorded_as_a_whol
     println!("100 000 keys in {inserted:?}, the poll after them {:?}", started.elapsed());
     assert_eq!(follower.recorded().await, [""; 0]);
     assert_eq!(writer.number("SELECT count(*) FROM api_key").await, 101_003);
-    // The same holds for the first poll of a replica.
+    // The first poll of a replica also returns one change for all negative entries.
     let start = follower.lookup.poll(None).await.unwrap();
     assert!(start.triggers_intact && start.complete && start.newest.as_of == follower.at.0);
     assert_eq!(start.versions.len(), 1_001);
@@ -518,8 +519,9 @@ async fn alterations_that_may_hide_a_change_are_noticed_and_repaired_or_reported
     let unseen = "UPDATE api_key SET revoked_at = ifnull(revoked_at, 0) + 1";
     let within_one = format!("BEGIN; DROP TRIGGER api_key_update; {unseen}; {update}; COMMIT");
     let tampered = format!("DROP TRIGGER api_key_update; {}", update.replace("OLD.scopes", "NEW.scopes"));
-    // The alteration; the problem that `restore_watch` reports (`None` if it succeeds); and the SQL that undoes the
-    // alteration. If that SQL ends with `migrate`, the test also runs a migration, which must succeed.
+    // Each case has the alteration, the problem that `restore_watch` reports (`None` if `restore_watch` succeeds), and
+    // the SQL that undoes the alteration. If this SQL ends with `migrate`, the test also runs a migration, which must
+    // succeed.
     for (alteration, problem, undo) in [
         (&*within_one, None, ""),
         ("VACUUM", None, ""),
@@ -581,13 +583,13 @@ async fn alterations_that_may_hide_a_change_are_noticed_and_repaired_or_reported
         writer.run(unseen).await.unwrap();
         assert_eq!(follower.recorded().await.len(), 6, "{alteration}: changes are recorded again");
     }
-    // A table is missing.
+    // In the last case, a table is missing.
     writer.run("DROP TABLE api_key").await.unwrap();
     assert!(!follower.poll().await.triggers_intact);
     assert!(follower.lookup.restore_watch().await.unwrap_err().to_string().contains("is missing"));
 }
 
-/// Replaces the file of a database and removes its `-wal` and `-shm` files.
+/// Replaces the database file `to` with the file `from`, and removes the `-wal` and `-shm` files of `to`.
 fn put_in_place(from: &Path, to: &Path) {
     for beside in ["-wal", "-shm"] {
         let _ = std::fs::remove_file(to.with_file_name(format!("trustgate.db{beside}")));
@@ -596,7 +598,7 @@ fn put_in_place(from: &Path, to: &Path) {
 }
 
 #[tokio::test]
-async fn a_copy_that_is_put_back_and_changed_as_often_differs_by_the_nonce() {
+async fn a_restored_copy_with_the_same_version_number_has_another_nonce() {
     let db = Db::with_keys().await;
     let (mut writer, follower) = (db.writer().await, db.follower().await);
     let copy = db.path.with_file_name("copy.db");
@@ -620,7 +622,8 @@ async fn a_copy_that_is_put_back_and_changed_as_often_differs_by_the_nonce() {
     assert_eq!(same.versions, [(same.newest.as_of, same.newest.nonce)]);
     assert_ne!(same.newest.nonce, known.newest.nonce, "the same version number in another lineage");
 
-    // The replica that notices this gives the database a new incarnation, once.
+    // A replica that notices the lost history gives the database a new incarnation. A second call for the same
+    // incarnation changes nothing.
     let lost = same.newest.lineage.incarnation;
     follower.lookup.renew_incarnation(lost).await.unwrap();
     let renewed = follower.lookup.poll(Some(same.newest.as_of)).await.unwrap();
@@ -636,12 +639,12 @@ async fn a_poll_does_not_confirm_a_file_that_was_removed_or_replaced() {
     let (db, other) = (Db::with_keys().await, Db::new().await);
     let follower = db.follower().await;
     let before = follower.lookup.poll(Some(follower.at.0)).await.unwrap();
-    // The file is removed, but its open connection could still read it.
+    // The file is removed, but an open connection could still read it.
     let aside = db.path.with_file_name("aside.db");
     std::fs::rename(&db.path, &aside).unwrap();
     let gone = follower.lookup.poll(Some(follower.at.0)).await;
     assert!(matches!(gone, Err(PollError::NoAnswer(_))), "{gone:?}");
-    // Another file takes its place: the poll reads the new file.
+    // Another file takes the place of the removed file, and the poll reads the new file.
     put_in_place(&other.path, &db.path);
     let swapped = follower.lookup.poll(Some(follower.at.0)).await.unwrap();
     assert_ne!(swapped.newest.lineage.incarnation, before.newest.lineage.incarnation);
@@ -741,7 +744,7 @@ async fn unusable_answers_and_missing_answers_are_different_errors() {
     let is_unusable = |outcome: Result<Polled, PollError>, part: &str| {
         matches!(&outcome, Err(PollError::Unusable(text)) if text.contains(part)).then_some(()).ok_or(outcome)
     };
-    // Another program has locked the whole file, and may commit changes.
+    // Another program has locked the whole file, so it may commit changes that this poll cannot see.
     let db = Db::with_keys().await;
     let mut holder = db.writer().await;
     holder.run("PRAGMA journal_mode = DELETE; BEGIN EXCLUSIVE").await.unwrap();
@@ -750,7 +753,7 @@ async fn unusable_answers_and_missing_answers_are_different_errors() {
     holder.run("ROLLBACK; PRAGMA journal_mode = DELETE").await.unwrap();
     assert!(db.open().poll(None).await.unwrap().triggers_intact);
 
-    // A table of ours is missing.
+    // A table of trustgate is missing.
     let follower = db.follower().await;
     holder.run("DROP TABLE change").await.unwrap();
     is_unusable(follower.lookup.poll(Some(follower.at.0)).await, "no such table").unwrap();
@@ -767,7 +770,7 @@ async fn unusable_answers_and_missing_answers_are_different_errors() {
     std::fs::write(&db.path, &bytes).unwrap();
     is_unusable(db.open().poll(None).await, "read-only").unwrap();
 
-    // Damaged files, a truncated file, a file that is not a database, an empty file, and a removed file.
+    // Poll a damaged file, a truncated file, a file that is not a database, an empty file and a removed file.
     let whole = bytes.clone();
     bytes[4_096..].fill(0xff);
     std::fs::write(&db.path, &bytes).unwrap();
@@ -819,8 +822,8 @@ async fn the_oldest_versions_are_pruned_and_the_newest_is_kept() {
     }
     follower.recorded().await;
     let newest = follower.at.0;
-    // All versions but the last ten get an old time. The version before these ten was the newest until the first of
-    // them, so it is kept.
+    // Make all versions but the last ten old. The version before these ten is kept, because it was the newest version
+    // until the first of the ten was committed.
     let age = |to: u64| format!("UPDATE version SET at = at - 1210000000 WHERE version <= {to}");
     writer.run(&age(newest.0 - 10)).await.unwrap();
     let total = all + 1_500;
@@ -838,12 +841,13 @@ async fn the_oldest_versions_are_pruned_and_the_newest_is_kept() {
     let polled = follower.lookup.poll(Some(pruned)).await.unwrap();
     assert_eq!(polled.oldest, Version(newest.0 - 10));
     assert_ne!(polled.versions.first().unwrap().0, pruned, "the version that the poll starts from was pruned");
-    // The first poll returns the oldest version of the last 15 minutes and all later ones, whatever time they have.
+    // The first poll returns the oldest version of the last 15 minutes and all later versions, regardless of their
+    // times.
     writer.run(&format!("UPDATE version SET at = at - 1210000000 WHERE version = {}", newest.0 - 3)).await.unwrap();
     let start = follower.lookup.poll(None).await.unwrap();
     assert_eq!(start.versions.first().unwrap().0, Version(newest.0 - 9));
     assert_eq!((start.versions.len(), start.changes.len()), (10, 10), "the changes of the first version are included");
-    // All versions are old.
+    // Make all versions old.
     writer.run(&age(newest.0)).await.unwrap();
     follower.lookup.prune().await.unwrap();
     assert_eq!(writer.number(rows).await, 1);
@@ -855,7 +859,7 @@ async fn the_oldest_versions_are_pruned_and_the_newest_is_kept() {
 }
 
 #[tokio::test]
-async fn a_replica_is_listed_until_its_last_heartbeat_ends() {
+async fn a_replica_is_listed_until_its_last_heartbeat_expires() {
     let db = Db::new().await;
     let (lookup, mut ledger, mut writer) = (db.open(), db.ledger().await, db.writer().await);
     let heartbeat = |replica, applied, seconds| Heartbeat {
@@ -874,7 +878,7 @@ async fn a_replica_is_listed_until_its_last_heartbeat_ends() {
     }
     assert_eq!(until.keys().collect::<Vec<_>>(), ["pod-1", "pod-3"]);
     assert_eq!(until["pod-1"], 90);
-    // Rows of replicas that have ended are kept for a day, whatever the duration of their heartbeat was.
+    // Rows of replicas that have ended are kept for a day, regardless of the duration of their heartbeats.
     let mut age = async |hours: i64| {
         let sql = format!(
             "UPDATE replica SET seen_at = seen_at - {hours} * 3600000000,

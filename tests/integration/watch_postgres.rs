@@ -1,7 +1,7 @@
-//! On PostgreSQL, a poll notices altered triggers, functions and tables. Also: upgrades, grants, and the servers,
-//! poolers and session settings under which a poll works.
+//! Tests that polls on PostgreSQL notice altered triggers, functions and tables. Also tests upgrades, grants, standbys,
+//! poolers and session settings.
 
-// Some tests measure wall-clock time, and some are long because each step depends on the step before.
+// Some tests measure wall-clock time, and some are long because each step depends on the previous step.
 #![allow(clippy::disallowed_methods, clippy::too_many_lines, clippy::similar_names, clippy::needless_for_each)]
 
 use std::{sync::Arc, time::Duration};
@@ -35,7 +35,7 @@ struct Db {
 }
 
 fn settings(url: String) -> StoreSettings {
-    // Timeouts that are long enough for a busy machine.
+    // Set timeouts that are long enough for a busy machine.
     StoreSettings {
         url: Some(Secret::new(url)),
         read_timeout: 20 * SECONDS,
@@ -52,21 +52,21 @@ fn open(settings: &StoreSettings) -> Arc<dyn Source> {
 fn listen(lookup: &Arc<dyn Source>) -> (Receiver<()>, JoinHandle<Fault>) {
     let ((sender, notifications), lookup) = (channel(10), Arc::clone(lookup));
     let woken = move || {
-        // If the channel is full, it already contains a notification, and one is enough.
+        // If the channel is full, it already contains a notification, and the test needs only one.
         let _ = sender.try_send(());
     };
     (notifications, tokio::spawn(async move { lookup.listen(&woken).await }))
 }
 
 impl Db {
-    /// Without tables.
+    /// Creates a database without tables.
     async fn empty(server: Arc<Postgres>) -> Self {
         let name = server.database().await;
         let settings = settings(server.url("admin", &name));
         Self { server, name, lookup: open(&settings), settings }
     }
 
-    /// With one trust and one key.
+    /// Creates a database with one trust and one key.
     async fn new() -> Self {
         let db = Self::empty(Postgres::shared().await).await;
         db.migrate().await;
@@ -95,7 +95,7 @@ impl Db {
         self.lookup.poll(None).await.unwrap().newest.as_of
     }
 
-    /// The changes recorded after `version`. Advances `version` to the newest.
+    /// Returns the changes recorded after `version`. Advances `version` to the newest version.
     async fn recorded(&self, version: &mut Version) -> Vec<Change> {
         let polled = self.lookup.poll(Some(*version)).await.unwrap();
         assert!(polled.complete);
@@ -103,7 +103,7 @@ impl Db {
         polled.changes.into_iter().map(|(_, change)| change).collect()
     }
 
-    /// Asserts that a change to the key is recorded.
+    /// Changes the key and asserts that the change is recorded.
     async fn records_a_change(&self, seen: &mut Version) {
         self.execute("UPDATE trustgate.api_key SET scheme = 1 - scheme").await;
         let changes = self.recorded(seen).await;
@@ -111,10 +111,11 @@ impl Db {
     }
 }
 
-/// What repairs an alteration.
+/// The way to repair an alteration.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Repair {
-    /// `restore_watch` succeeds: the triggers are intact again, but changes may have passed unrecorded.
+    /// `restore_watch` repairs the alteration and records that everything changed, because changes may have been
+    /// missed.
     Restore,
     /// `restore_watch` fails until the test has run this SQL.
     Run(&'static str),
@@ -125,7 +126,7 @@ enum Repair {
 }
 
 #[tokio::test]
-async fn alterations_that_prevent_records_of_changes_are_noticed_until_they_are_repaired() {
+async fn alterations_that_may_hide_changes_are_noticed_until_they_are_repaired() {
     const ROW: &str = "TRIGGER trustgate_changed";
     let on = |rest: &str| format!("ALTER TABLE trustgate.api_key {rest}");
     let cases: Vec<(&str, String, Repair)> = vec![
@@ -205,7 +206,7 @@ async fn alterations_that_prevent_records_of_changes_are_noticed_until_they_are_
     );
     let mut seen = db.newest().await;
     for (what, sql, repair) in cases {
-        // Statements run one by one, because some of them cannot run in a transaction.
+        // Run the statements one by one, because some of them cannot run in a transaction.
         let whole = sql.contains("BEGIN") || sql.contains("$$");
         for statement in if whole { vec![&*sql] } else { sql.split(';').collect() } {
             db.execute(statement).await;
@@ -240,7 +241,7 @@ async fn alterations_that_prevent_records_of_changes_are_noticed_until_they_are_
 }
 
 #[tokio::test]
-async fn changes_of_children_and_partitions_are_recorded_once_they_have_triggers() {
+async fn changes_in_child_tables_and_partitions_are_recorded_after_they_have_triggers() {
     let db = Db::new().await;
     db.execute("CREATE TABLE trustgate.child () INHERITS (trustgate.api_key)").await;
     db.migrate().await;
@@ -259,13 +260,13 @@ async fn changes_of_children_and_partitions_are_recorded_once_they_have_triggers
     db.execute("BEGIN; ALTER TABLE trustgate.child NO INHERIT trustgate.api_key; ALTER TABLE trustgate.child INHERIT trustgate.api_key; COMMIT").await;
     assert!(!db.triggers_intact().await);
     db.lookup.restore_watch().await.unwrap();
-    // A child of the child.
+    // Also create a child of the child table.
     db.execute("CREATE TABLE trustgate.grandchild () INHERITS (trustgate.child)").await;
     assert!(db.lookup.restore_watch().await.is_err());
     db.execute("DROP TABLE trustgate.grandchild").await;
     db.lookup.restore_watch().await.unwrap();
 
-    // The same rows in partitions.
+    // Move the rows to a partitioned table.
     db.execute(
         "DROP TABLE trustgate.child, trustgate.key_use; ALTER TABLE trustgate.api_key RENAME TO old;
          CREATE TABLE trustgate.api_key (LIKE trustgate.old INCLUDING DEFAULTS) PARTITION BY HASH (id);
@@ -405,7 +406,7 @@ async fn tables_of_the_first_release_are_upgraded_in_place() {
 }
 
 #[tokio::test]
-async fn functions_that_an_upgrade_adds_need_no_new_rights() {
+async fn functions_that_an_upgrade_adds_need_no_new_grants() {
     let db = Db::new().await;
     let (serve, manage) = (format!("serve_{}", db.name), format!("manage-\"{}", db.name));
     let quoted = manage.replace('"', "\"\"");
@@ -430,7 +431,7 @@ async fn functions_that_an_upgrade_adds_need_no_new_rights() {
 }
 
 #[tokio::test]
-async fn the_printed_grants_are_enough_and_no_more() {
+async fn the_printed_grants_are_sufficient_and_not_excessive() {
     let db = Db::new().await;
     let (serve, manage) = (format!("serve_{}", db.name), format!("manage_{}", db.name));
     db.execute(&format!("CREATE ROLE {serve} LOGIN; CREATE ROLE {manage} LOGIN")).await;
@@ -499,8 +500,8 @@ async fn the_printed_grants_are_enough_and_no_more() {
         let refused = sqlx::raw_sql(AssertSqlSafe(sql)).execute(&mut connection).await.unwrap_err();
         assert_eq!(refused.as_database_error().unwrap().code().as_deref(), Some("42501"), "{role}: {sql}");
     }
-    // After a right is revoked, the answer of the database is unusable. That is not a missing answer, which would start
-    // stale grants.
+    // After a right is revoked, the database answers, but the answer is unusable. It must not count as a missing
+    // answer, which would start stale grants.
     db.execute(&format!("REVOKE SELECT ON trustgate.change FROM {serve}")).await;
     let outcome = lookup.poll(Some(Version(1))).await;
     assert!(
@@ -510,7 +511,7 @@ async fn the_printed_grants_are_enough_and_no_more() {
 }
 
 #[tokio::test]
-async fn only_a_primary_that_can_be_written_confirms_a_poll() {
+async fn only_a_writable_primary_confirms_a_poll() {
     let primary = Arc::new(Postgres::start().await);
     let db = Db::empty(Arc::clone(&primary)).await;
     db.migrate().await;
@@ -524,9 +525,9 @@ async fn only_a_primary_that_can_be_written_confirms_a_poll() {
     let lookup = open(&db.settings);
     unusable(&lookup, "read-only").await;
     primary.execute("postgres", &read_only.replace("= on", "= off")).await;
-    // A session keeps the settings that it started with, so the lookup closes it and opens another one.
+    // A session keeps the settings with which it started, so the lookup must open a new session.
     eventually("a new session", 20 * SECONDS, || async { lookup.poll(None).await.is_ok() }).await;
-    // Our reads do not use SERIALIZABLE, even if it is the default of the database.
+    // trustgate's reads do not use SERIALIZABLE, even if it is the default of the database.
     let serializable = format!("ALTER DATABASE {} SET default_transaction_isolation = 'serializable'", db.name);
     primary.execute("postgres", &serializable).await;
     open(&db.settings).poll(None).await.unwrap();
@@ -553,7 +554,7 @@ async fn only_a_primary_that_can_be_written_confirms_a_poll() {
         db.execute(sql).await;
         unusable(&db.lookup, word).await;
     }
-    // A server that does not run gives no answer.
+    // A poll gets no answer from a server that is not running.
     let Db { server, lookup, .. } = db;
     drop(primary);
     let mut primary = Arc::into_inner(server).unwrap();
@@ -563,7 +564,7 @@ async fn only_a_primary_that_can_be_written_confirms_a_poll() {
 }
 
 #[tokio::test]
-async fn through_a_pooler_all_but_notifications_works() {
+async fn everything_except_notifications_works_through_a_pooler() {
     let server = Arc::new(Postgres::start().await);
     let db = Db::empty(Arc::clone(&server)).await;
     db.migrate().await;
@@ -575,7 +576,7 @@ async fn through_a_pooler_all_but_notifications_works() {
     let mut ledger = store::open_ledger(&settings, &|_| None).await.unwrap();
     let actor = Actor("test:operator".into());
     let mut seen = lookup.poll(None).await.unwrap().newest.as_of;
-    // Meanwhile other clients use the same server connections, and change the settings of the session.
+    // In the meantime, other clients use the same server connections and change the settings of their sessions.
     let stop = tokio_util::sync::CancellationToken::new();
     let mut others = JoinSet::new();
     for _ in 0..3 {
@@ -609,7 +610,8 @@ async fn through_a_pooler_all_but_notifications_works() {
     stop.cancel();
     others.join_all().await;
 
-    // A pooler does not pass on notifications, and LISTEN would affect its other clients, so `listen` fails at once.
+    // A pooler does not forward notifications, and LISTEN would affect other clients of the pooler, so `listen` fails
+    // at once.
     let fault =
         tokio::time::timeout(10 * SECONDS, lookup.listen(&|| panic!("an unexpected notification"))).await.unwrap();
     assert!(matches!(fault, Fault::Unreachable { .. }), "{fault:?}");
@@ -639,7 +641,7 @@ async fn two_schemas_in_one_database_are_independent() {
     assert!(notifications.try_recv().is_err(), "each schema has a separate channel for notifications");
     db.execute("ALTER TABLE trustgate.api_key DISABLE TRIGGER ALL").await;
     assert!(lookup.poll(None).await.unwrap().triggers_intact && !db.triggers_intact().await);
-    // One transaction changes both schemas, and each schema records only its own change.
+    // If one transaction changes both schemas, each schema records only the change to its own tables.
     db.migrate().await;
     db.execute("BEGIN; UPDATE trustgate.api_key SET scheme = 0; UPDATE gate_2.trust SET enabled = false; COMMIT").await;
     assert_eq!(lookup.poll(Some(Version(before.1.0 + 1))).await.unwrap().changes.len(), 1);
@@ -690,7 +692,7 @@ async fn session_settings_of_a_database_do_not_affect_reads() {
 }
 
 #[tokio::test]
-async fn a_url_with_an_ipv6_address_leads_to_the_database() {
+async fn a_database_url_may_contain_an_ipv6_address() {
     let db = Db::new().await;
     let url =
         db.server.tcp_url("trusted", &db.name).replace("127.0.0.1", "[::1]").replace("trusted@", "trusted:secret@");

@@ -1,7 +1,9 @@
-//! A poll and a check that use one lease at the same time. loom explores every order of their memory operations that
-//! the memory model allows. A check that sees a lease must also see the changes that were applied before it.
+//! Tests a poll and a check that use the same lease concurrently. loom runs them in every order of memory operations
+//! that the memory model allows. A check that sees a lease must also see the changes that were applied before the lease
+//! began.
 //!
-//! Compiles `src/freshness/lease.rs` separately, with loom's atomics: `make loom`. The library keeps its own atomics.
+//! `make loom` compiles `src/freshness/lease.rs` into this test with loom's atomics. The library that the test links
+//! keeps the standard atomics.
 
 #![cfg(trustgate_loom)]
 // The file under test is part of a library, so its items are `pub`.
@@ -37,8 +39,9 @@ fn covers_negative(lease: &Lease, as_of: u64) -> bool {
     lease.covers_absence(Version(as_of), &[stripe(DIGEST.as_bytes())])
 }
 
-/// Does what a check does with a value that was read at `as_of`: loads the lease first, and then tests if the lease
-/// covers the value. Returns when the lease began (0: no lease), and true if it covers the value.
+/// Does what a check does with a value that was read at version `as_of`: loads the lease first, and then tests whether
+/// the lease covers the value. Returns when the lease began (0 if there is no lease) and true if the lease covers the
+/// value.
 fn check(lease: &Lease, covers: Covers, as_of: u64) -> (u64, bool) {
     let begun = lease.start().map_or(0, Moment::nanos);
     (begun, covers(lease, as_of))
@@ -51,13 +54,13 @@ fn begin(lease: &Lease, sent: u64) {
     lease.renew(None, &[], || (), Some(Moment::from_nanos(sent)));
 }
 
-/// Runs a check at the same time as `polls`, in every order, and returns all results of [`check`] that occur.
+/// Runs a check and `polls` concurrently, in every order, and returns all results of [`check`] that occur.
 fn seen(polls: &'static [(u64, Change)], covers: Covers, as_of: u64) -> BTreeSet<(u64, bool)> {
     let seen = Arc::new(Mutex::new(BTreeSet::new()));
     let all = Arc::clone(&seen);
     loom::model(move || {
         let lease = loom::sync::Arc::new(Lease::default());
-        begin(&lease, 4); // the poll that found version 4
+        begin(&lease, 4); // a poll that found version 4
         let checked = loom::sync::Arc::clone(&lease);
         let checking = thread::spawn(move || check(&checked, covers, as_of));
         for (number, change) in polls {
@@ -71,7 +74,7 @@ fn seen(polls: &'static [(u64, Change)], covers: Covers, as_of: u64) -> BTreeSet
 }
 
 #[test]
-fn check_that_sees_a_lease_sees_the_changes_applied_before_it() {
+fn check_that_sees_a_new_lease_also_sees_earlier_changes() {
     static KEY_CHANGED: [(u64, Change); 1] = [(5, Change::Key(KEY))];
     static TRUST_CHANGED: [(u64, Change); 1] = [(5, Change::Trust(TRUST))];
     static KEYS_CHANGED: [(u64, Change); 1] = [(5, Change::Whole(ChangeKind::Keys))];
@@ -97,7 +100,7 @@ fn check_that_sees_a_lease_sees_the_changes_applied_before_it() {
 }
 
 #[test]
-fn check_that_sees_a_later_lease_sees_the_changes_of_both_polls() {
+fn check_that_sees_the_second_lease_sees_the_changes_of_both_polls() {
     static POLLS: [(u64, Change); 2] = [(5, Change::Key(KEY)), (6, Change::Trust(TRUST))];
     let seen_of = |as_of| seen(&POLLS, covers_record, as_of);
     assert!(seen_of(4).iter().all(|(begun, covered)| *begun < 5 || !covered), "{:?}", seen_of(4));
@@ -106,9 +109,9 @@ fn check_that_sees_a_later_lease_sees_the_changes_of_both_polls() {
 }
 
 #[test]
-fn check_that_sees_a_lease_after_an_ended_one_sees_the_new_floor() {
+fn check_that_sees_a_lease_after_an_ended_lease_sees_the_raised_floor() {
     // The poll task ends the first lease before it begins the second. A check that sees the second lease must also see
-    // the floor that was raised before it.
+    // the floor that was raised before that lease began.
     loom::model(|| {
         let lease = loom::sync::Arc::new(Lease::default());
         begin(&lease, 4);

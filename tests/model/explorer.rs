@@ -12,14 +12,14 @@ pub struct Explored {
     pub states: usize,
     /// The number of transitions that decide a check.
     pub decided: usize,
-    /// The number of them that grant.
+    /// The number of transitions that grant a check.
     pub granted: usize,
-    /// A shortest path to a wrong answer, if there is one.
+    /// The shortest path to a wrong answer, if there is one.
     pub wrong: Option<Vec<Step>>,
 }
 
-/// Visits the reachable states until it finds a wrong answer. It recognises a visited state by a hash of 64 bits. Among
-/// a few million states, a collision is very unlikely; it would leave one state out.
+/// Visits the reachable states until it finds a wrong answer. Visited states are recognised by a 64-bit hash. A
+/// collision would hide a state, but is very unlikely among a few million states.
 pub fn explore(world: &World) -> Explored {
     let hasher = FixedState::with_seed(7);
     let start = world.start();
@@ -53,7 +53,7 @@ pub fn explore(world: &World) -> Explored {
     explored
 }
 
-/// The steps that lead to the state `index`, and then `last`.
+/// Returns the steps that lead to the state with this index, followed by `last`.
 fn path_to(transitions: &[(u32, Step)], mut index: u32, last: Step) -> Vec<Step> {
     let mut steps = vec![last];
     while index != 0 {

@@ -1,8 +1,9 @@
-//! Explores a model of the freshness protocol in every order of its steps, within stated bounds. Each answer of a check
-//! must have been true at some moment of the allowed time. Also breaks each rule of the protocol once, and expects to
-//! find a wrong answer.
+//! Explores a model of the freshness protocol in every order of its steps, within the bounds of each scenario. Each
+//! answer of a check must have been true at some moment of the allowed time. Also breaks each rule of the protocol
+//! once, and expects to find a wrong answer.
 //!
-//! The model was written after the design and the code, and is not derived from them. Other tests cover the code.
+//! The model was written by hand to match the design and the code. It does not execute the code, which other tests
+//! cover.
 
 // This crate contains only tests: they may panic, and they print their results.
 #![allow(clippy::unwrap_used, clippy::print_stdout, clippy::disallowed_methods, unreachable_pub)]
@@ -44,7 +45,7 @@ const BACKLOG: Bounds =
     Bounds { name: "more versions than a poll lists", changes: &[Revoke, Other], listed: 1, ..BASE };
 const LIVE: Bounds = Bounds { name: "the route demands `live`", changes: &[Revoke, Unrevoke], live: true, ..BASE };
 
-/// The scenarios. Together they contain everything that can happen; one scenario with all of it would have too many
+/// The scenarios. Together they contain every event of the model; a single scenario with all events would have too many
 /// states.
 const SCENARIOS: [Bounds; 10] = [
     KEYS,
@@ -59,7 +60,7 @@ const SCENARIOS: [Bounds; 10] = [
     Bounds { name: "old versions are pruned", changes: &[Revoke, Other], prunes: 2, moments: 2, ..BASE },
 ];
 
-/// The scenario in which breaking `rule` leads to a wrong answer.
+/// Returns the scenario in which breaking `rule` leads to a wrong answer.
 const fn scenario_for(rule: Rule) -> Bounds {
     match rule {
         Rule::TrustChangesReachRecords => TRUSTS,

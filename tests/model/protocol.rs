@@ -1,18 +1,18 @@
-//! The freshness protocol as steps between states, with everything that can happen between them.
+//! Models the freshness protocol as steps between states, including the events that can occur between these steps.
 //!
 //! The model has one replica and one digest. Time can pass between any two steps. The database commits, fails over with
-//! or without a loss, and prunes old versions. Redis answers with any value that any replica ever read, or with
-//! nothing, so it needs no state: these answers include the values that other replicas wrote late, twice or not at all,
-//! and old values that an attacker restored. A replica can poll at any time, so notifications need no step. Values with
-//! a wrong MAC are not modelled, because replicas ignore them.
+//! or without a loss, and prunes old versions. Redis needs no state in the model, because it may answer with any value
+//! that any replica ever read, or with nothing. These answers include values that other replicas wrote late, twice or
+//! not at all, and old values that an attacker restored. A replica can poll at any time, so notifications need no step.
+//! Values with a wrong MAC are not modelled, because replicas ignore them.
 
 use std::fmt;
 
-/// The duration of a lease, in moments.
+/// The duration of a lease, in moments, the unit of time in this model.
 const LEASE: u8 = 1;
-/// The maximum number of versions in one run, including those of a lost branch.
+/// The maximum number of versions in one run, including the versions of a lost branch.
 const VERSIONS_MAX: usize = 5;
-/// The number of loads that a check waits for, at most.
+/// The maximum number of loads that a check waits for.
 const ATTEMPTS: u8 = 2;
 
 /// A rule of the protocol. A test breaks each rule, to show that the rule is necessary.
@@ -24,33 +24,34 @@ pub enum Rule {
     StripesBeforeVersion,
     /// A check loads the lease before it looks at a value.
     LeaseBeforeValue,
-    /// The lease begins when the poll was sent.
+    /// A lease begins at the moment at which the poll was sent, not when the answer arrives.
     LeaseFromSending,
-    /// A notification does not change the view.
+    /// A notification only triggers a poll. It does not change the replica state.
     NotificationsCarryNoData,
-    /// The version of a value is that of the statement that read it, not that of the view.
+    /// A value has the version of the statement that read it, not the version that the replica has applied.
     VersionOfItsRead,
-    /// One statement reads the value and the version.
+    /// A load reads the value and its version with one statement.
     OneStatement,
-    /// A standby cannot renew the lease.
+    /// An answer from a standby does not renew the lease.
     PrimaryOnly,
-    /// The database must have the applied version with the same nonce, even if there is no new version.
+    /// A poll compares the nonce of the applied version with the database, even if there is no new version.
     NonceOfApplied,
-    /// A value is usable only if the nonce of its version is known.
+    /// A check may use a value only if the replica knows the nonce of the value's version.
     NonceOfValue,
-    /// The first poll of a view applies the recent changes.
+    /// The first poll of a new replica state applies the recent changes.
     StartFromChanges,
     /// If a poll cannot list all new versions, all earlier values are out of date.
     FloorAfterALongPoll,
-    /// Each check that waited for a load decides whether it may use the loaded value.
+    /// Each check that waited for a load decides for itself whether it may use the loaded value.
     LoadsAreChecked,
     /// Without a fresh lease, a check may use only a read that was sent after the check began.
     OwnReadWithoutLease,
-    /// The same for a check with the read policy `live`.
+    /// A check with the read policy `live` may use only a read that was sent after the check began.
     OwnReadWhenLive,
-    /// A change to a trust makes the records of its keys out of date.
+    /// A change to a trust makes the records of the trust's keys out of date.
     TrustChangesReachRecords,
-    /// Negative entries have a floor, like records.
+    /// Like records, negative entries have a floor. Entries that were read at a version below the floor are out of
+    /// date.
     NegativeEntriesHaveAFloor,
 }
 
@@ -100,7 +101,7 @@ pub struct Bounds {
     pub begins_good: bool,
     pub changes: &'static [Change],
     pub commits: u8,
-    /// The last moment.
+    /// The last moment of a run.
     pub moments: u8,
     pub failovers: u8,
     pub crashes: u8,
@@ -124,7 +125,7 @@ struct Key {
     revoked: bool,
 }
 
-/// The rows of the digest in the database.
+/// The database rows that determine the decision about the digest: the key and its trust.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 struct Content {
     key: Option<Key>,
@@ -152,11 +153,11 @@ struct Version {
     number: u8,
     changed_objects: Changed,
     content: Content,
-    /// The lineages that contain it, one bit each.
+    /// The lineages that contain this version, one bit each.
     lineages: u8,
 }
 
-/// The versions of a lineage in order, each by its nonce.
+/// The nonces of the versions of a lineage, in order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 struct Branch {
     lineage: u8,
@@ -189,7 +190,7 @@ struct Value {
     lineage: u8,
 }
 
-/// The view of a replica. `applied` is a nonce.
+/// The replica state. `applied` is a nonce.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
 struct View {
     epoch: u8,
@@ -203,7 +204,7 @@ struct View {
     keys: [u8; VERSIONS_MAX],
     trust: u8,
     negative: u8,
-    /// When the lease began, plus one; 0: there is no lease.
+    /// The moment at which the lease began, plus one, or 0 if there is no lease.
     lease: u8,
 }
 
@@ -217,9 +218,9 @@ enum Poll {
         at: u8,
         answer: Branch,
     },
-    /// The replica has interpreted the answer, and has done `done` of the three steps that apply it. `after`: the
-    /// version that was applied before. `jumps`: all earlier values are out of date. `begins`: the first poll of the
-    /// view.
+    /// The replica has interpreted the answer and has completed `done` of the three steps that apply it. `after` is the
+    /// version that was applied before. `jumps` means that all earlier values are out of date. `begins` means that this
+    /// is the first poll of a new replica state.
     Applying {
         lease_from: u8,
         answer: Branch,
@@ -236,12 +237,13 @@ enum Load {
     FoundInRedis {
         value: Value,
     },
-    /// `tiers`: a load for checks with a fresh lease, which may use the caches. `own`: sent after the check began.
+    /// `tiers` means that the load is for checks with a fresh lease, which may use the caches. `own` means that the
+    /// load was sent after the check began.
     Sent {
         tiers: bool,
         own: bool,
     },
-    /// The rows are read, but not yet their version: only if [`Rule::OneStatement`] is broken.
+    /// The load has read the rows but not yet their version. This happens only if [`Rule::OneStatement`] is broken.
     HalfRead {
         tiers: bool,
         own: bool,
@@ -252,7 +254,8 @@ enum Load {
         own: bool,
         value: Value,
     },
-    /// The load has completed, with a version that is newer than the applied one. The value is inserted after a poll.
+    /// The load has completed with a version that is newer than the applied version. The value is inserted after a
+    /// poll.
     Ahead {
         value: Value,
     },
@@ -272,11 +275,11 @@ struct Question {
 enum Check {
     None,
     Begun(Question),
-    /// The check has read L1, but not yet the lease: only if [`Rule::LeaseBeforeValue`] is broken.
+    /// The check has read L1 but not yet the lease. This happens only if [`Rule::LeaseBeforeValue`] is broken.
     ReadL1(Question, Option<Content>),
     /// The check waits for a load.
     Waits(Question),
-    /// The load has completed. `entered`: the epoch of the view in which the value was inserted into L1.
+    /// The load has completed. `entered` is the epoch of the replica state in which the value was inserted into L1.
     Loaded {
         question: Question,
         value: Value,
@@ -291,7 +294,7 @@ pub struct State {
     now: u8,
     /// The moments at which the key was good in the database, one bit each.
     good: u8,
-    /// The moments at which it was not.
+    /// The moments at which the key was not good in the database, one bit each.
     bad: u8,
     versions: [Option<Version>; VERSIONS_MAX],
     database: Branch,
@@ -299,16 +302,16 @@ pub struct State {
     crashes: u8,
     prunes: u8,
     view: View,
-    /// The previous view, as long as a check that began in it is not decided.
+    /// The previous replica state, until the check that began in it is decided.
     former: View,
-    /// The cache entry, and the epoch of the view in which it was inserted.
+    /// The cache entry, and the epoch of the replica state in which the entry was inserted.
     l1: Option<(Value, u8)>,
     poll: Poll,
     load: Load,
     check: Check,
 }
 
-/// A step of the model, to be printed.
+/// A step of the model, as it is printed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Step {
     TimePasses,
@@ -368,7 +371,7 @@ impl World {
         self.broken != Some(rule)
     }
 
-    /// The initial state: a replica that has not polled yet.
+    /// Returns the initial state: a replica that has not polled yet.
     pub fn start(&self) -> State {
         let key = self.bounds.begins_good.then_some(Key { id: 0, revoked: false });
         let content = Content { key, trust_enabled: true };
@@ -491,15 +494,15 @@ impl World {
                 }
             }
             Poll::Applying { .. } => {
-                // The code does not cancel this, but the model allows it.
+                // The code does not drop a poll at this point, but the model allows it.
                 go(Step::PollIsDropped, Poll::Idle);
                 self.apply(state, next);
             }
         }
     }
 
-    /// Interprets an answer. `None`: the database has lost history, so that a new view must begin. Else true if all
-    /// earlier values are out of date.
+    /// Interprets an answer. Returns `None` if the database has lost history, so that a new replica state must begin.
+    /// Otherwise returns true if all earlier values are out of date.
     fn interpret(&self, state: &State, answer: Branch) -> Option<bool> {
         let view = &state.view;
         if !view.begun {
@@ -523,7 +526,7 @@ impl World {
         }
     }
 
-    /// The versions after `after` that a poll lists: oldest first, at most as many as the bounds allow.
+    /// Returns the versions after `after` that a poll lists: oldest first, and at most as many as the bounds allow.
     fn listed(&self, state: &State, answer: Branch, after: u8) -> Vec<u8> {
         let new = answer.kept().iter().copied().filter(|nonce| state.version(*nonce).number > after);
         new.take(self.bounds.listed).collect()
@@ -646,7 +649,7 @@ impl World {
         }
     }
 
-    /// Inserts a value into L1 if its version is known; returns true if it did.
+    /// Inserts a value into L1 if the version of the value is known. Returns true if the value was inserted.
     fn insert_if_known(&self, state: &mut State, value: Value) -> bool {
         let is_known = self.provenance(state, &state.view, value) == Provenance::Known;
         if is_known {
@@ -655,7 +658,7 @@ impl World {
         is_known
     }
 
-    /// Completes a load. If the check waits for such a load, it gets the value.
+    /// Completes a load. If the check waits for a load of this kind, the check gets the value.
     fn complete_load(
         &self,
         mut state: State,
@@ -668,7 +671,8 @@ impl World {
             Check::Waits(question) if question.fresh == tiers => {
                 let entered = entered.then_some(state.view.epoch);
                 state.check = Check::Loaded { question, value, entered, own };
-                // Continue the check at once: a delay could only make it refuse a value that it would use now.
+                // Continue the check at once, because a delay could only make the check refuse a value that it would
+                // use now.
                 self.check(&state, next);
             }
             _ => next(Next::State(Step::LoadCompletes, state)),
@@ -680,7 +684,8 @@ impl World {
         match state.check {
             Check::None => {
                 for live in [false, true] {
-                    // An earlier check may use any state since the start of the run, so its answer cannot be wrong.
+                    // A check that begins earlier may use any state since the start of the run, so its answer cannot be
+                    // wrong.
                     let first = if live { 1 } else { LEASE + 1 };
                     if live && !self.bounds.live || state.now < first {
                         continue;
@@ -793,7 +798,7 @@ impl State {
         if self.view.epoch == epoch { &self.view } else { &self.former }
     }
 
-    /// Drops the former view if the check did not begin in it.
+    /// Drops the former replica state if the check did not begin in it.
     fn drop_unused_view(&mut self) {
         let of_former = match self.check {
             Check::None => false,
@@ -813,7 +818,7 @@ impl State {
         *(if is_good { &mut self.good } else { &mut self.bad }) |= 1 << self.now;
     }
 
-    /// The rows after `change` and the objects that it changes; `None` if the change is not possible now.
+    /// Returns the rows after `change` and the objects that it changes, or `None` if the change is not possible now.
     fn effect_of(&self, change: Change) -> Option<(Content, Changed)> {
         let content = self.version(self.database.newest()).content;
         let Content { key, trust_enabled } = content;
@@ -869,8 +874,8 @@ impl State {
         }
     }
 
-    /// Decides the check. The answer must have been true at some moment between now and one lease before the check
-    /// began; if the read policy is `live`, between now and the beginning of the check.
+    /// Decides the check. The answer must have been true at some moment from one lease before the beginning of the
+    /// check until now. With the read policy `live`, that time starts at the beginning of the check.
     fn decide(&self, question: Question, content: Content) -> Next {
         let earliest = if question.live { question.at } else { question.at.saturating_sub(LEASE) };
         let (grants, until_now) = (content.is_good(), (2_u8 << self.now).wrapping_sub(1));

@@ -1,4 +1,4 @@
-//! Random values that a seed determines: the same seed gives the same run.
+//! Random values that are determined by a seed: the same seed gives the same run.
 
 use std::{
     ops::Range,
@@ -6,42 +6,41 @@ use std::{
     time::Duration,
 };
 
-/// A source of random values; clones share it.
+/// A source of random values. Clones of a source draw from the same generator.
 #[derive(Clone)]
 pub struct Chance(Arc<Mutex<fastrand::Rng>>);
 
 impl Chance {
-    /// The source with this seed.
     pub fn of(seed: u64) -> Self {
         Self(Arc::new(Mutex::new(fastrand::Rng::with_seed(seed))))
     }
 
-    /// A new source, which from now on is independent of this one.
+    /// Returns a new source whose values do not depend on later use of this source.
     pub fn fork(&self) -> Self {
         Self(Arc::new(Mutex::new(self.lock().fork())))
     }
 
-    /// True once in `times`.
+    /// Returns true with a probability of one in `times`.
     pub fn one_in(&self, times: u32) -> bool {
         self.lock().u32(0..times) == 0
     }
 
-    /// A whole number in this range.
+    /// Returns a random number in this range.
     pub fn number(&self, of: Range<usize>) -> usize {
         self.lock().usize(of)
     }
 
-    /// A duration in this range of microseconds.
+    /// Returns a random duration in this range of microseconds.
     pub fn micros(&self, of: Range<u64>) -> Duration {
         Duration::from_micros(self.lock().u64(of))
     }
 
-    /// One of `all`.
+    /// Returns a random element of `all`.
     pub fn one_of<T: Copy>(&self, all: &[T]) -> T {
         all[self.number(0..all.len())]
     }
 
-    /// 16 random bytes.
+    /// Returns 16 random bytes.
     pub fn bytes(&self) -> [u8; 16] {
         self.lock().u128(..).to_be_bytes()
     }

@@ -1,8 +1,8 @@
 //! The simulated database with its change log: the true state of each key, and the answers to the reads and polls of a
 //! replica.
 //!
-//! The database can fail over, lose committed versions and prune old ones, and its triggers can be dropped. Each answer
-//! shows a state that existed at some moment.
+//! The database can fail over, lose committed versions and prune old versions, and its triggers can be dropped. Each
+//! answer shows one state that the database had at some moment.
 
 use std::{
     collections::VecDeque,
@@ -23,7 +23,7 @@ use uuid::Uuid;
 
 use crate::chance::Chance;
 
-/// The number of keys that the checks use. At any time, some of them have no row.
+/// The number of keys that the checks use. A key need not have a row.
 pub const KEYS: usize = 6;
 /// The number of trusts; key `k` belongs to trust `k % TRUSTS`.
 pub const TRUSTS: usize = 2;
@@ -35,7 +35,7 @@ const ENTRIES_MAX: usize = 4;
 
 const KINDS: [ChangeKind; 4] = [ChangeKind::Keys, ChangeKind::Trusts, ChangeKind::Absences, ChangeKind::Gone];
 
-/// True if `change` concerns one object of this kind.
+/// Returns true if `change` concerns a single object of this kind.
 const fn is_of(change: &Change, kind: ChangeKind) -> bool {
     matches!(
         (change, kind),
@@ -46,7 +46,6 @@ const fn is_of(change: &Change, kind: ChangeKind) -> bool {
     )
 }
 
-/// The text of key `number`.
 pub fn key(number: usize) -> String {
     format!("simulated-key-number-{number}")
 }
@@ -58,13 +57,13 @@ pub enum Event {
     Restore(usize),
     Delete(usize),
     Issue(usize),
-    /// The row of the first key gets the digest of the second, which has no row.
+    /// Gives the row of the first key the digest of the second key, which has no row.
     Rename(usize, usize),
     SetTrust(usize, bool),
     Truncate,
     /// Issues all keys in one version.
     IssueAll,
-    /// The command `cache clear`.
+    /// Marks everything as changed, like the command `cache clear`.
     Everything,
     /// A change to an object that no check uses.
     Other,
@@ -104,22 +103,23 @@ pub struct Database {
 
 struct State {
     lineage: Lineage,
-    /// All versions that were not lost, newest last. There is at least one.
+    /// All versions that no failover has lost, oldest first. There is always at least one.
     stamps: VecDeque<Stamp>,
-    /// The oldest version that was not pruned. Polls do not show earlier ones.
+    /// The oldest version that was not pruned. Polls do not list earlier versions.
     oldest: Version,
     tables: Tables,
     /// True if the triggers record changes.
     triggers_intact: bool,
-    /// For each key, the moments at which it became good and bad, in turn. No key is good at first.
+    /// For each key, the moments at which the key became good and bad, alternately. Every key is bad at the start. A
+    /// key is good if it has a row that is not revoked and belongs to an enabled trust.
     truth: [Vec<Instant>; KEYS],
-    /// Keys that were revoked, deleted or replaced.
+    /// For each key, true if the triggers have ever recorded that the key was revoked, deleted or renamed.
     gone: [bool; KEYS],
-    /// The keys among them whose revocation, deletion or replacement was lost in a failover.
+    /// For each key, true if a failover has lost a version that revoked, deleted or renamed the key.
     forgotten: [bool; KEYS],
-    /// When the last failover was, if there was one.
+    /// The time of the last failover, if there was one.
     failed_over: Option<Instant>,
-    /// True if a poll did not list all changes one by one.
+    /// True if any poll omitted changes, or replaced the changes of negative entries with one entry for all of them.
     withheld: bool,
 }
 
@@ -156,7 +156,7 @@ impl Database {
         }
     }
 
-    /// The time on the database's clock.
+    /// Returns the time on the database's clock.
     pub fn time(&self) -> DatabaseTime {
         let micros = u64::try_from(self.began.elapsed().as_micros()).expect("a short run");
         DatabaseTime::from_micros(micros.cast_signed())
@@ -169,7 +169,8 @@ impl Database {
 
     // === commits ===
 
-    /// Commits `event`, if it changes anything. `recorded`: true if the triggers record it; false if they were dropped.
+    /// Commits `event` if it changes anything. If `recorded` is false, the triggers have been dropped and do not record
+    /// the change.
     pub fn commit(&self, event: Event, recorded: bool) {
         let mut state = self.lock();
         let Some(changes) = self.apply(&mut state.tables, event) else { return };
@@ -181,8 +182,8 @@ impl Database {
         self.note_truth(&mut state);
     }
 
-    /// Replaces the server with one that lacks the last `lost` versions. `copied`: the new server is a copy of the old
-    /// one with the same lineage, so that only the versions and their nonces differ.
+    /// Replaces the database server with one that lacks the last `lost` versions. If `copied` is true, the new server
+    /// is a copy that keeps the lineage of the old server, so only the versions and their nonces reveal the loss.
     pub fn fail_over(&self, lost: usize, copied: bool) {
         let mut state = self.lock();
         for _ in 0..lost.min(state.stamps.len() - 1) {
@@ -194,7 +195,8 @@ impl Database {
             }
         }
         state.failed_over = Some(Instant::now());
-        // A change that the triggers did not record is in no version, so it is lost with the old server.
+        // Restore the state after the newest remaining version. The failover thereby also loses later changes that the
+        // triggers did not record.
         state.tables = state.stamps.back().expect("at least one version").after.clone();
         state.oldest = state.oldest.min(state.stamps.back().expect("at least one version").version);
         if !copied {
@@ -203,7 +205,7 @@ impl Database {
         self.note_truth(&mut state);
     }
 
-    /// Deletes old versions, except for the last few.
+    /// Prunes all but the last few versions.
     pub fn prune(&self) {
         let mut state = self.lock();
         let kept = self.chance.number(1..4).min(state.stamps.len());
@@ -298,26 +300,28 @@ impl Database {
         }
     }
 
-    /// True if key `number` was good (or bad, if `good` is false) at some moment between `from` and `to`.
+    /// Returns true if key `number` was good (or bad, if `good` is false) at some moment between `from` and `to`.
     pub fn was(&self, number: usize, good: bool, from: Instant, to: Instant) -> bool {
         let state = self.lock();
         let turns = &state.truth[number];
-        // The key was bad before turn 0 and good after it. Look at its state at `from`, and at each turn until `to`.
+        // The key was bad before turn 0 and good after it, and so on in alternation. Check the state at `from` and at
+        // each turn until `to`.
         let before = turns.iter().take_while(|turn| **turn <= from).count();
         let until = turns.iter().take_while(|turn| **turn <= to).count();
         let is_turn_at_from = turns.iter().any(|turn| *turn == from);
         (before % 2 == 1) == good || until > before || is_turn_at_from
     }
 
-    /// True if a replica may deny key `number` although it is good. The replica may have seen that the key was revoked;
-    /// and the revocation was lost in a failover, or there was a failover and a poll did not list the change that made
-    /// the key good again, or the replica is disconnected (`is_cut`) and does not know whether there was a failover.
+    /// Returns true if a replica may deny key `number` although the key is good. This is the case if the replica may
+    /// have applied a revocation that a failover then lost. It is also the case if the replica may have applied a
+    /// revocation and cannot know that the key is good again: either it is disconnected (`is_cut`), or a poll after a
+    /// failover did not list every change.
     pub fn is_remembered(&self, number: usize, is_cut: bool) -> bool {
         let state = self.lock();
         state.forgotten[number] || (state.gone[number] && (is_cut || (state.failed_over.is_some() && state.withheld)))
     }
 
-    /// When `version` was committed; `None` if there was a failover within `period`.
+    /// Returns when `version` was committed, or `None` if there was a failover within the last `period`.
     pub fn committed_at(&self, version: Version, period: Duration) -> Option<Instant> {
         let state = self.lock();
         if state.failed_over.is_some_and(|at| at.elapsed() < period) {
@@ -326,14 +330,14 @@ impl Database {
         state.stamps.iter().find(|stamp| stamp.version == version).map(|stamp| stamp.committed)
     }
 
-    /// When key `number` became good and bad, in turn, since the start of the run.
+    /// Returns the times since the start of the run at which key `number` became good and bad, alternately.
     pub fn turns(&self, number: usize) -> Vec<Duration> {
         self.lock().truth[number].iter().map(|turn| *turn - self.began).collect()
     }
 
     // === answers to a replica ===
 
-    /// The key found under one of `digests`.
+    /// Finds the key with one of `digests`.
     pub fn find(&self, digests: &Digests, read_at: DatabaseTime, sent_at: Moment) -> Versioned<Option<Record>> {
         let state = self.lock();
         let found = (0..KEYS).find(|number| digests.contains(&self.digests[*number]));
@@ -341,7 +345,7 @@ impl Database {
         state.versioned(record, read_at, sent_at)
     }
 
-    /// The key with this id.
+    /// Finds the key with this id.
     pub fn find_by_id(&self, id: KeyId, read_at: DatabaseTime, sent_at: Moment) -> Versioned<Option<Record>> {
         let state = self.lock();
         let found = (0..KEYS).find(|number| state.tables.keys[*number].is_some_and(|row| row.id == id));
@@ -349,7 +353,7 @@ impl Database {
         state.versioned(record, read_at, sent_at)
     }
 
-    /// The answer to a poll that asks for the versions from `since` on.
+    /// Returns the answer to a poll that asks for `since` and all later versions.
     pub fn poll(&self, since: Option<Version>, read_at: DatabaseTime, sent_at: Moment) -> Polled {
         let mut state = self.lock();
         let shown = state.stamps.iter().filter(|stamp| stamp.version >= state.oldest);
@@ -369,7 +373,7 @@ impl Database {
             if count <= room {
                 room -= count;
             } else {
-                // There is no room for these changes: list one change of the whole kind instead.
+                // There is no room for these changes, so list a single change of the whole kind instead.
                 changes.retain(|(_, change)| !is_of(change, kind));
                 changes.push((newest, Change::Whole(kind)));
             }
@@ -391,7 +395,7 @@ impl Database {
         }
     }
 
-    /// Restores the triggers, and commits a version that marks everything as changed.
+    /// Restores the triggers if they were dropped, and commits a version that marks everything as changed.
     pub fn restore_watch(&self) {
         let mut state = self.lock();
         if !state.triggers_intact {

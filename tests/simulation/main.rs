@@ -3,8 +3,8 @@
 //!
 //! The replicas run the code of the server, from the message of a check to its answer, including polls, caches and the
 //! redis crate. Time, the database, the network and the Redis server are simulated, so a seed that fails once fails
-//! each time: `make simulate SEED=n` prints the events of its run. The simulation also pauses the process that runs the
-//! replicas. It does not cover threads, listeners and SQL.
+//! every time. `make simulate SEED=n` prints the events of the run with seed `n`. The simulation also pauses the
+//! process that runs the replicas. It does not cover threads, listeners and SQL.
 
 // This crate contains only tests: they may panic, each uses only a part of `support`, and they print their results.
 #![allow(clippy::unwrap_used, clippy::print_stdout, dead_code, unreachable_pub)]
@@ -29,7 +29,7 @@ use std::{
 
 use crate::run::{EventLog, Plan, run};
 
-/// In one of this many runs, nothing fails.
+/// Nothing fails in one out of this many runs.
 const CALM_EVERY: u64 = 10;
 
 fn plan(seed: u64, events: EventLog) -> Plan {
@@ -52,7 +52,7 @@ fn same_seed_gives_the_same_run() {
 }
 
 #[test]
-fn no_key_is_granted_longer_than_promised_whatever_fails() {
+fn no_revoked_key_is_granted_beyond_the_bound_whatever_fails() {
     if let Some(seed) = variable("SEED") {
         tracing_subscriber::fmt().without_time().with_ansi(false).with_writer(std::io::stdout).init();
         let wrong = run(plan(seed, EventLog::Printed)).wrong;
@@ -93,7 +93,7 @@ fn no_key_is_granted_longer_than_promised_whatever_fails() {
     if let Some((seed, first)) = wrong.iter().min() {
         panic!("{} wrong answers, the first: {first}\n`make simulate SEED={seed}` prints the events", wrong.len());
     }
-    // Runs in which one of these events does not occur did not test it.
+    // Each of these events must occur in some run. Otherwise the simulation has not tested the event.
     let others = [
         "found in Redis",
         "refused from Redis",

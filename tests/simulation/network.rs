@@ -24,17 +24,17 @@ use crate::{chance::Chance, database::Database};
 /// The condition of the network.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Condition {
-    /// Short delays.
+    /// Delays are short.
     Fine,
-    /// Up to half a second in each direction.
+    /// Delays of up to half a second in each direction.
     Slow,
-    /// Up to a twentieth of a second in each direction.
+    /// Delays of up to a twentieth of a second in each direction.
     Lagging,
-    /// Requests arrive soon, answers almost as late as a poll allows.
+    /// Requests arrive soon, but answers arrive just before a poll times out.
     LateBack,
     /// Requests and answers are lost.
     Cut,
-    /// Each attempt fails at once.
+    /// Each request fails at once.
     Refused,
     /// The connection leads to a standby.
     Standby,
@@ -54,12 +54,11 @@ impl Network {
         Self { database, clock, chance: chance.fork(), condition }
     }
 
-    /// Sets the condition from now on.
     pub fn set(&self, condition: Condition) {
         *self.condition.lock().unwrap_or_else(PoisonError::into_inner) = (condition, Instant::now());
     }
 
-    /// The condition, and the time at which it was set.
+    /// Returns the condition and the time at which it was set.
     pub fn condition(&self) -> (Condition, Instant) {
         *self.condition.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -81,8 +80,8 @@ impl Network {
         if self.condition().0 == Condition::Cut { pending().await } else { Ok(()) }
     }
 
-    /// Runs one statement. `answer` gets the database, the time at which the statement began by the database's clock,
-    /// and the moment at which it was sent by the replica's clock.
+    /// Runs one statement. `answer` receives the database, the start of the statement on the database's clock, and the
+    /// moment on the replica's clock at which the replica sent the statement.
     async fn query<T>(&self, answer: impl FnOnce(&Database, DatabaseTime, Moment) -> T) -> Result<T, Fault> {
         let sent_at = self.clock.now();
         self.deliver(false).await?;
@@ -172,13 +171,13 @@ impl Source for Network {
 /// A boot clock that runs slightly fast or slow.
 pub struct DriftingClock {
     began: Instant,
-    /// The time that it shows at the beginning.
+    /// The time that the clock shows when it is created.
     from: Moment,
-    /// The nanoseconds by which it advances in a million nanoseconds.
+    /// The nanoseconds by which the clock advances per million nanoseconds of simulated time.
     rate: u64,
 }
 
-/// The maximum error of a boot clock, in nanoseconds per million.
+/// The maximum error of a boot clock, in nanoseconds per million nanoseconds.
 const DRIFT_MAX: usize = 10_000;
 
 impl DriftingClock {

@@ -1,5 +1,5 @@
-//! A simulated Redis server that speaks the Redis protocol over streams in memory. It can be down, hang, lose its
-//! values, and contain old or forged values.
+//! A simulated Redis server that speaks the Redis protocol over streams in memory. The server can be down, hang, lose
+//! its values, and contain old or forged values.
 
 use std::{
     collections::BTreeMap,
@@ -24,9 +24,9 @@ use crate::chance::Chance;
 
 /// The script with which a replica stores a value.
 const REPLACE: &str = include_str!("../../src/cache/l2/replace.lua");
-/// The bytes of a value that contain its lineage.
+/// The byte range of the lineage in a value.
 const LINEAGE: std::ops::Range<usize> = 33..61;
-/// The bytes of a value that contain its version.
+/// The byte range of the version in a value.
 const AS_OF: std::ops::Range<usize> = 61..77;
 
 #[derive(Clone)]
@@ -58,7 +58,7 @@ impl Redis {
         self.lock().refuses = refuses;
     }
 
-    /// Makes the server hang until `until`: it delays its replies.
+    /// Makes the server delay its replies until `until`.
     pub fn hang_until(&self, until: Instant) {
         self.lock().hangs_until = Some(until);
     }
@@ -78,7 +78,7 @@ impl Redis {
         }
     }
 
-    /// Flips a bit of each value, or replaces the value with that of another key.
+    /// Flips a bit of each value, or replaces the value with a random stored value.
     pub fn forge(&self) {
         let state = &mut *self.lock();
         let others: Vec<_> = state.values.values().cloned().collect();
@@ -149,7 +149,7 @@ impl Redis {
         match command[0].as_slice() {
             b"PING" => b"+PONG\r\n".to_vec(),
             b"GETRANGE" => bulk(state.values.get(&command[1]).map_or(&[], Vec::as_slice)),
-            // This server stores no scripts, so replicas send the full text.
+            // This server stores no scripts, so replicas send the full text of each script.
             b"EVALSHA" => b"-NOSCRIPT No matching script.\r\n".to_vec(),
             b"EVAL" if command[1] == REPLACE.as_bytes() => {
                 let (name, value) = (&command[3], &command[4]);
@@ -166,7 +166,7 @@ impl Redis {
                 b":1\r\n".to_vec()
             }
             b"PUBLISH" => {
-                // The error says that there is no subscriber.
+                // `send` fails only if there is no subscriber.
                 let _ = self.0.notifications.send(());
                 b":1\r\n".to_vec()
             }
@@ -204,7 +204,8 @@ impl Redis {
     }
 }
 
-/// True if the stored value has the same lineage as `value` and is not older: the rule of `replace.lua`.
+/// Returns true if the stored value has the lineage of `value` and is not older than `value`, which is the rule of
+/// `replace.lua`.
 fn is_newer(stored: &[u8], value: &[u8]) -> bool {
     stored.get(LINEAGE) == value.get(LINEAGE) && stored.get(AS_OF) >= value.get(AS_OF)
 }

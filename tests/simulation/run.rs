@@ -37,7 +37,7 @@ use crate::{
 const REPLICAS: usize = 3;
 /// The duration of a run, without pauses.
 const LENGTH: Duration = Duration::from_secs(6);
-/// L: the default of `freshness.lease`.
+/// The duration of the lease: the default of `freshness.lease`.
 const LEASE: Duration = Duration::from_secs(1);
 /// The maximum time that a replica's lease may remain stale after its network has recovered. A connection attempt may
 /// take two seconds, and the lease can be stale for up to two lease durations after the last unanswered poll.
@@ -58,9 +58,9 @@ pub struct Plan {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum EventLog {
     Off,
-    /// In the outcome.
+    /// Events are collected in the outcome.
     Collected,
-    /// On standard output, as they happen.
+    /// Events are printed to standard output as they happen.
     Printed,
 }
 
@@ -71,7 +71,7 @@ pub struct Outcome {
     pub counts: BTreeMap<&'static str, u64>,
     /// Descriptions of the wrong answers.
     pub wrong: Vec<String>,
-    /// The events, if they are [`EventLog::Collected`].
+    /// The events, if the log is [`EventLog::Collected`].
     pub events: Vec<String>,
 }
 
@@ -105,14 +105,14 @@ struct World {
     began: Instant,
     chance: Chance,
     config: Config,
-    /// S: how long the lease stays stale while polls get no answer (`freshness.stale_if_unconfirmed`).
+    /// How long checks may still rely on a stale lease while polls get no answer (`freshness.stale_if_unconfirmed`).
     stale: Duration,
     database: Arc<Database>,
     redis: Redis,
     slots: [Mutex<Slot>; REPLICAS],
     /// No change is committed before this moment.
     quiet_until: Mutex<Instant>,
-    /// The total time that the process of the replicas was paused.
+    /// The total time for which the process that runs the replicas was paused.
     paused: Mutex<Duration>,
     checks: Mutex<JoinSet<()>>,
     outcome: Mutex<Outcome>,
@@ -130,7 +130,7 @@ struct Running {
     replica_state: Arc<ReplicaState>,
     network: Arc<Network>,
     registry: Registry,
-    /// Dropping the tasks ends all of them at once: a crash.
+    /// Dropping the tasks ends all of them at once, like a crash.
     _tasks: Tasks,
 }
 
@@ -172,7 +172,7 @@ impl World {
         }
     }
 
-    /// Starts replica `number`; if it is running, it crashes first.
+    /// Starts replica `number`. A running replica with this number crashes.
     fn start(&self, number: usize) {
         let mut slot = lock(&self.slots[number]);
         let clock = Arc::new(DriftingClock::new(&self.chance));
@@ -218,7 +218,7 @@ impl World {
         *lock(&self.outcome).counts.entry(what).or_default() += times;
     }
 
-    /// Adds events that the metrics of a replica have counted.
+    /// Adds the events that the metrics of a replica have counted to the outcome.
     fn count_metrics(&self, running: &Running) {
         for family in running.registry.gather() {
             for metric in family.get_metric() {
@@ -269,7 +269,7 @@ impl World {
                 _ => Event::Other,
             };
             if !self.plan.calm && chance.one_in(8) {
-                // Revoke the key while many checks wait for one read of it.
+                // Revoke the key while many checks wait for a single read of the key.
                 let replica = chance.number(0..REPLICAS);
                 event = Event::Revoke(number);
                 let good = [Event::Issue(number), Event::Restore(number), Event::SetTrust(number % TRUSTS, true)];
@@ -307,7 +307,7 @@ impl World {
                     self.set_condition_for(&[number], condition, chance.micros(10_000..4_000_000));
                 }
                 14..16 => {
-                    // Cut the network after a late answer, so that this answer is the last for a while.
+                    // Cut the network after a late answer, so that no other answer arrives for a while.
                     self.set_condition_for(&[number], Condition::LateBack, Duration::from_secs(3));
                     sleep(chance.micros(300_000..800_000)).await;
                     self.set_condition_for(&[number], Condition::Cut, chance.micros(1_000_000..3_000_000));
@@ -341,7 +341,8 @@ impl World {
                     self.log(|| format!("failover, {lost} versions lost{}", if copied { ", to a copy" } else { "" }));
                     self.database.fail_over(lost, copied);
                     if copied && chance.one_in(2) {
-                        // Commit as many versions as were lost, and then none for a while: only the nonces differ.
+                        // Commit as many versions as were lost, and then none for a while, so that only the nonces
+                        // reveal the loss.
                         for _ in 0..lost {
                             self.database.commit(Event::Other, true);
                         }
@@ -380,7 +381,7 @@ impl World {
         }
     }
 
-    /// Pauses the process in which the replicas and the checks run. A key is revoked at the beginning of the pause.
+    /// Pauses the process that runs the replicas and the checks. Revokes a key at the beginning of the pause.
     async fn pause(&self, length: Duration, chance: &Chance) {
         let number = chance.number(0..KEYS);
         self.log(|| format!("all replicas are paused for {length:?}, and key {number} is revoked"));
@@ -419,7 +420,7 @@ impl World {
                 1 => Demand::Strict,
                 _ => Demand::Lease,
             };
-            // Use some keys more often than others.
+            // Use some keys more often than other keys.
             let key = chance.number(0..KEYS).min(chance.number(0..KEYS));
             let times = if chance.one_in(40) { 10 } else { 1 };
             for _ in 0..times {
@@ -463,7 +464,7 @@ impl World {
 
     // === verdict ===
 
-    /// Checks an answer: a grant or a denial must have been true at some moment within the bound.
+    /// Checks an answer: a grant or a denial must have been true at some moment within the revocation bound.
     fn judge(&self, check: &Check) {
         let Check { replica, number, demand, applied, began, decided, ref verdict } = *check;
         let is_at_once = began == decided;
@@ -487,13 +488,13 @@ impl World {
         }
         let is_cut = self.was_cut(replica, began);
         let stale = if is_cut { self.stale } else { Duration::ZERO };
-        // The boot clocks are wrong by up to 1 %.
+        // The boot clocks run up to 1 % fast or slow.
         let bound = match demand {
             Demand::Lease => (LEASE + stale).mul_f64(1.02),
             Demand::Strict => LEASE.mul_f64(1.02),
             Demand::Live => Duration::ZERO,
         };
-        // The replica must not fall behind the version that it has applied: earlier states do not count.
+        // The replica must not answer from a state before the version that it has applied.
         let known_since = self.database.committed_at(applied, 2 * (LEASE + self.stale));
         let known_since = known_since.map_or(self.began, |committed| committed + Duration::from_nanos(1));
         let from = began.checked_sub(bound).unwrap_or(began).max(known_since).max(self.began);
@@ -507,7 +508,8 @@ impl World {
         }
     }
 
-    /// True if this replica could not reach the database recently, so that polls may have got no answer.
+    /// Returns true if this replica could not reach the database at some time shortly before `began`, so that polls may
+    /// have got no answer.
     fn was_cut(&self, replica: usize, began: Instant) -> bool {
         let slot = lock(&self.slots[replica]);
         let since = began.checked_sub(UNREACHED).unwrap_or(self.began);
@@ -545,7 +547,7 @@ struct Check {
     verdict: Verdict,
 }
 
-/// The freshness that the route demands.
+/// The read policy that the route demands.
 #[derive(Clone, Copy, Debug)]
 enum Demand {
     Lease,

@@ -1,18 +1,18 @@
-//! Certificates with which the servers and clients of the tests authenticate.
+//! Certificates for the TLS servers and clients of the tests.
 
 use std::{path::Path, sync::Arc};
 
 use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair};
 use tempfile::TempDir;
 
-/// Creates a directory with a certificate authority (`ca.pem`) and two certificates that it signed: one for this
-/// machine (`server.pem`, `server.key`) and one for a client (`client.pem`, `client.key`).
+/// Creates a directory with the certificate of an authority (`ca.pem`) and two certificates that the authority signed:
+/// one for servers on this machine (`server.pem`, `server.key`) and one for clients (`client.pem`, `client.key`).
 pub fn certificates() -> Arc<TempDir> {
     let ca_key = KeyPair::generate().expect("a key");
     let mut ca = CertificateParams::default();
     ca.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-    // Without a separate name for the authority, subject and issuer of the other certificates would have the same
-    // default name, and OpenSSL would take these certificates for self-signed.
+    // Give the authority a separate name. Otherwise, subject and issuer of the other certificates would have the same
+    // default name, and OpenSSL would treat those certificates as self-signed.
     ca.distinguished_name.push(DnType::CommonName, "the tests' authority");
     let ca_certificate = ca.self_signed(&ca_key).expect("a certificate");
     let issuer = Issuer::new(ca, ca_key);

@@ -1,4 +1,5 @@
-//! An HTTP/2 connection to trustgate on which a test controls each stream, for behaviour that a gRPC client hides.
+//! An HTTP/2 connection to trustgate on which a test controls each stream. Tests use it for behaviour that a gRPC
+//! client would hide.
 
 use bytes::Bytes;
 use h2::client::{ResponseFuture, SendRequest};
@@ -10,7 +11,7 @@ use super::grpc::{Verdict, request, verdict};
 /// Opens an HTTP/2 connection over `stream`.
 ///
 /// # Errors
-/// If the server refuses it.
+/// If the server refuses the connection.
 pub async fn try_connect<T>(stream: T) -> Result<SendRequest<Bytes>, h2::Error>
 where
     T: AsyncRead + AsyncWrite + Unpin + Send + 'static,
@@ -23,20 +24,20 @@ where
     sender.ready().await
 }
 
-/// As [`try_connect`], where the server must accept the connection.
+/// Opens an HTTP/2 connection over `stream`, which the server must accept.
 ///
 /// # Panics
-/// If the server refuses it.
+/// If the server refuses the connection.
 pub async fn connect(stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static) -> SendRequest<Bytes> {
     try_connect(stream).await.expect("a connection")
 }
 
-/// The request head of a Check call.
+/// Returns the request head of a Check call.
 pub fn head() -> ::http::Request<()> {
     head_of(CHECK_PATH)
 }
 
-/// The request head of a call of another gRPC method.
+/// Returns the request head of a call of the gRPC method at `path`.
 ///
 /// # Panics
 /// If `path` is not a valid path.
@@ -45,19 +46,19 @@ pub fn head_of(path: &str) -> ::http::Request<()> {
     head.header("content-type", "application/grpc").header("te", "trailers").body(()).expect("a request")
 }
 
-/// Sends a check of `key`. While the server accepts no more streams, the h2 client queues the check.
+/// Sends a check of `key`. If the server accepts no further stream at the moment, the h2 client queues the check.
 ///
 /// # Panics
 /// If the connection has ended.
 pub fn call(connection: &SendRequest<Bytes>, key: &str) -> ResponseFuture {
-    // Use a new handle for each call: h2 refuses a second request on a handle whose first request still waits for a
+    // Use a new handle for each call: h2 refuses a second request on a handle while the first request waits for a
     // stream.
     let (answer, mut stream) = connection.clone().send_request(head(), false).expect("an open connection");
     stream.send_data(frame(&request(key, &[])), true).expect("an open stream");
     answer
 }
 
-/// Waits for the answer to a call; `None` if the call ends without one.
+/// Waits for the answer to a call; returns `None` if the call ends without an answer.
 ///
 /// # Panics
 /// If the answer is not a `CheckResponse`.

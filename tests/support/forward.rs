@@ -1,4 +1,5 @@
-//! A TCP port that forwards to a PostgreSQL server. A test can switch it to another server, or cut the connection.
+//! A TCP port that forwards to a PostgreSQL server. A test can redirect the port to another server, or cut the
+//! connection.
 
 use std::{net::SocketAddr, path::PathBuf};
 
@@ -8,7 +9,7 @@ use tokio::{
     sync::watch,
 };
 
-/// A forwarding port. It closes when the test's runtime ends.
+/// A forwarding port, which closes when the test's runtime ends.
 pub struct Forwarder {
     address: SocketAddr,
     /// The Unix socket of the server; `None` while the connection is cut.
@@ -25,12 +26,12 @@ impl Forwarder {
         Self { address, target }
     }
 
-    /// The URL for `user` and `database` through this port.
+    /// Returns the URL for `user` and `database` through this port.
     pub fn url(&self, user: &str, database: &str) -> String {
         format!("postgres://{user}@{}/{database}?sslmode=disable", self.address)
     }
 
-    /// Closes all connections, and from now on each new connection at once.
+    /// Closes all connections, and from now on closes each new connection immediately.
     pub fn cut(&self) {
         self.target.send_replace(None);
     }
@@ -54,7 +55,7 @@ async fn forward(mut stream: TcpStream, socket: Option<PathBuf>, mut target: wat
     let Ok(mut server) = UnixStream::connect(socket).await else { return };
     stream.set_nodelay(true).expect("a TCP stream");
     tokio::select! {
-        // Returning drops and thereby closes both sides, however the copy ended.
+        // When either future completes, this function returns and so closes both sockets.
         _ = copy_bidirectional(&mut stream, &mut server) => {}
         _ = target.changed() => {}
     }

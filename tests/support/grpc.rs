@@ -1,4 +1,4 @@
-//! A client that sends checks to trustgate directly, in the form in which Envoy sends them.
+//! A client that sends checks directly to trustgate, in the same form as Envoy.
 
 use std::{net::SocketAddr, time::Duration};
 
@@ -20,10 +20,10 @@ use super::{eventually, load::KeyCase, server::IssuedKey};
 #[derive(Clone)]
 pub struct CheckClient(AuthorizationClient<Channel>);
 
-/// The result of a check, as Envoy applies it.
+/// The result of a check, as Envoy interprets it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Verdict {
-    /// 200 for a grant, else the status that the client would receive.
+    /// 200 for a grant; otherwise the status that the client receives.
     pub status: u16,
     /// The value of the header `x-trust-id` that a grant sets.
     pub trust_id: Option<String>,
@@ -32,10 +32,10 @@ pub struct Verdict {
 }
 
 impl CheckClient {
-    /// Connects.
+    /// Connects to `server`.
     ///
     /// # Panics
-    /// If no server listens.
+    /// If the connection fails.
     pub async fn connect(server: SocketAddr) -> Self {
         let endpoint = Channel::from_shared(format!("http://{server}")).expect("a URL");
         Self(AuthorizationClient::new(endpoint.connect().await.expect("a connection")))
@@ -44,12 +44,12 @@ impl CheckClient {
     /// Sends a check of a request with `key` in `x-api-key`.
     ///
     /// # Panics
-    /// If the answer is a gRPC error.
+    /// If the server answers with a gRPC error.
     pub async fn check(&self, key: &str) -> Verdict {
         self.check_with(key, &[]).await.expect("an answer")
     }
 
-    /// Checks each of these good keys until it is granted, so that it is in the cache afterwards.
+    /// Checks each key until it is granted, so that the server has cached it. All keys must be good.
     ///
     /// # Panics
     /// If a key is denied, or is not granted within 30 s.
@@ -64,35 +64,29 @@ impl CheckClient {
         }
     }
 
-    /// As [`Self::check`], with the context extensions of a route.
+    /// Like [`Self::check`], with `extensions` as the context extensions of the route.
     ///
     /// # Errors
-    /// If the answer is a gRPC error.
+    /// If the server answers with a gRPC error.
     pub async fn check_with(&self, key: &str, extensions: &[(&str, &str)]) -> Result<Verdict, Status> {
         let answer = self.0.clone().check(request(key, extensions)).await?;
         Ok(verdict(&answer.into_inner()))
     }
 }
 
-/// Asserts that `key` is granted, for its trust.
-///
-/// # Panics
-/// If it is not.
+/// Asserts that `key` is granted for its trust.
 pub async fn granted(client: &CheckClient, key: &IssuedKey) {
     let verdict = client.check(&key.key).await;
     assert_eq!((verdict.status, verdict.trust_id.as_ref()), (200, Some(&key.trust_id)), "{verdict:?}");
 }
 
 /// Asserts that `key` is denied with `reason`.
-///
-/// # Panics
-/// If it is not.
 pub async fn refused(client: &CheckClient, key: &IssuedKey, reason: &str) {
     let verdict = client.check(&key.key).await;
     assert_eq!((verdict.status, verdict.reason.as_deref()), (401, Some(reason)), "{verdict:?}");
 }
 
-/// True if the gRPC health service of `server` reports `service` as SERVING.
+/// Returns true if the gRPC health service of `server` reports `service` as SERVING.
 ///
 /// # Panics
 /// If the server does not answer, or does not know the service.
@@ -104,7 +98,8 @@ pub async fn is_serving(server: SocketAddr, service: &str) -> bool {
     answer.status() == ServingStatus::Serving
 }
 
-/// The `CheckRequest` for a request with `key` in `x-api-key`.
+/// Returns the `CheckRequest` for a request with `key` in `x-api-key`, on a route with the context extensions
+/// `extensions`.
 pub fn request(key: &str, extensions: &[(&str, &str)]) -> CheckRequest {
     let headers = [(":method", "GET"), (":path", "/"), (":authority", "service.example"), ("x-api-key", key)];
     let http = HttpRequest {
@@ -124,7 +119,7 @@ pub fn request(key: &str, extensions: &[(&str, &str)]) -> CheckRequest {
     }
 }
 
-/// The result that Envoy derives from `answer`.
+/// Returns the result that Envoy derives from `answer`.
 pub fn verdict(answer: &CheckResponse) -> Verdict {
     let granted = answer.status.as_ref().is_none_or(|status| status.code == 0);
     let mut verdict = Verdict { status: if granted { 200 } else { 403 }, trust_id: None, reason: None };

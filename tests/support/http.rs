@@ -21,26 +21,28 @@ use tokio::net::{TcpListener, TcpStream};
 /// One connection to a server.
 pub type Connection = http1::SendRequest<Full<Bytes>>;
 
-/// A response.
+/// An HTTP response.
 #[derive(Clone, Debug)]
 pub struct Answer {
     pub status: u16,
-    /// By name in lower case; the values of headers with the same name are joined with commas.
+    /// The values by lower-case header name. Values of headers with the same name are joined with commas.
     pub headers: BTreeMap<String, String>,
     pub body: String,
 }
 
 impl Answer {
-    /// The value of a header that the [`application`] received; also `None` if the response is not the application's.
+    /// Returns the value of a header that the [`application`] received. Returns `None` if the application did not
+    /// receive the header, and also if the response is not from the application.
     pub fn saw_or_none(&self, header: &str) -> Option<String> {
         let seen: Value = serde_json::from_str(&self.body).ok()?;
         seen["headers"][header].as_str().map(str::to_owned)
     }
 
-    /// The value of a header that the [`application`] received.
+    /// Returns the value of a header that the [`application`] received, or `None` if the application did not receive
+    /// it.
     ///
     /// # Panics
-    /// If the response is not the application's.
+    /// If the response is not from the application.
     pub fn saw(&self, header: &str) -> Option<String> {
         let seen = serde_json::from_str::<Value>(&self.body);
         let seen = seen.unwrap_or_else(|_| panic!("not a response of the application: {self:?}"));
@@ -51,17 +53,17 @@ impl Answer {
 /// An error of a connection or of a request.
 pub type HttpError = Box<dyn Error + Send + Sync>;
 
-/// Connects to a server.
+/// Connects to `server`.
 pub async fn connect(server: SocketAddr) -> Result<Connection, HttpError> {
     let stream = TcpStream::connect(server).await?;
     stream.set_nodelay(true)?;
     let (sender, connection) = http1::handshake(TokioIo::new(stream)).await?;
-    // This task ends when the sender is dropped. The sender reports errors of the connection.
+    // The task ends when `sender` is dropped. Requests on `sender` return the errors of the connection.
     tokio::spawn(connection);
     Ok(sender)
 }
 
-/// Sends a GET request for `path` on a connection that is ready.
+/// Sends a GET request for `path` on a connection that is ready for a request.
 pub async fn ask(connection: &mut Connection, path: &str, headers: &[(&str, &str)]) -> Result<Answer, HttpError> {
     let mut request = hyper::Request::get(path).header("host", "service.example");
     for (name, value) in headers {
@@ -70,7 +72,7 @@ pub async fn ask(connection: &mut Connection, path: &str, headers: &[(&str, &str
     send(connection, request.body(Full::default()).expect("a request")).await
 }
 
-/// Sends any request on a connection that is ready.
+/// Sends `request` on a connection that is ready for a request.
 pub async fn send(connection: &mut Connection, request: hyper::Request<Full<Bytes>>) -> Result<Answer, HttpError> {
     let answer = connection.send_request(request).await?;
     let (head, body) = answer.into_parts();
@@ -89,23 +91,24 @@ pub async fn send(connection: &mut Connection, request: hyper::Request<Full<Byte
 /// Sends a GET request for `path` on a new connection.
 ///
 /// # Panics
-/// If there is no response.
+/// If the server sends no response.
 pub async fn get(server: SocketAddr, path: &str, headers: &[(&str, &str)]) -> Answer {
     let mut connection = connect(server).await.unwrap_or_else(|error| panic!("{server}: {error}"));
     ask(&mut connection, path, headers).await.unwrap_or_else(|error| panic!("{server}{path}: {error}"))
 }
 
-/// As [`get`], but returns `None` if there is no response, for example because no server listens.
+/// Like [`get`], but returns `None` if the server sends no response, for example because no server listens.
 pub async fn try_get(server: SocketAddr, path: &str) -> Option<Answer> {
     ask(&mut connect(server).await.ok()?, path, &[]).await.ok()
 }
 
-/// Starts an application that answers each request with the request's path and headers, as JSON. It ends with the test.
+/// Starts an application that answers each request with the request's path and headers, as JSON, and returns its
+/// address. The application ends with the test.
 pub async fn application() -> SocketAddr {
     counting_application().await.0
 }
 
-/// As [`application`], also with the number of requests that have reached the application.
+/// Like [`application`], but also returns a counter of the requests that have reached the application.
 pub async fn counting_application() -> (SocketAddr, Arc<AtomicUsize>) {
     let reached = Arc::new(AtomicUsize::new(0));
     let counter = Arc::clone(&reached);

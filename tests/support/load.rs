@@ -16,7 +16,7 @@ use super::{
     machine::{Sample, keep_undisturbed},
 };
 
-/// A key and the expected answer.
+/// A key, and the expected answer to a request with this key.
 #[derive(Clone, Debug)]
 pub struct KeyCase {
     /// The key to send.
@@ -28,33 +28,33 @@ pub struct KeyCase {
 /// The result of one request.
 #[derive(Clone, Debug)]
 pub struct LoadResult {
-    /// When the request was due, from the start of the load.
+    /// The due time of the request, counted from the start of the load.
     pub due: Duration,
-    /// The same moment as an [`Instant`].
+    /// The due time of the request as an [`Instant`].
     pub at: Instant,
-    /// The time from the due time to the answer, as a client would have waited, including queueing.
+    /// The time from the due time to the answer: how long a client would have waited, including queueing.
     pub took: Duration,
-    /// The key that was sent.
+    /// The key that was sent, and the expected answer.
     pub case: KeyCase,
-    /// The status, and the trust id that the application received; or the error on the way to Envoy.
+    /// The status and the trust id that the application received, or the error of the connection to Envoy.
     pub answer: Result<(u16, Option<String>), String>,
 }
 
 impl LoadResult {
-    /// True if the answer is the expected one.
+    /// Returns true if the answer is the expected one.
     pub fn is_expected(&self) -> bool {
         let wanted = if self.case.trust_id.is_some() { 200 } else { 401 };
         self.answer == Ok((wanted, self.case.trust_id.clone()))
     }
 
-    /// True if the answer is a fault: trustgate could not decide.
+    /// Returns true if the answer is a fault, which means that trustgate could not decide.
     pub fn is_fault(&self) -> bool {
         self.answer == Ok((503, None))
     }
 }
 
-/// Sends `per_second` requests a second to `server` for `length`. `next_case` returns the key of each request, by the
-/// request's due time.
+/// Sends `per_second` requests per second to `server` for `length`. For each request, `next_case` gets the due time and
+/// returns the key to send.
 pub async fn send_requests(
     server: SocketAddr,
     per_second: u32,
@@ -103,8 +103,8 @@ async fn answer(
     Ok((answer.status, seen))
 }
 
-/// Takes an idle connection that is still open, if there is one. Requests are not repeated, so a connection that the
-/// server has closed must not be used.
+/// Takes an idle connection that is still open; returns `None` if there is none. The load generator does not repeat a
+/// failed request, so it must not use a connection that the server has closed.
 async fn idle_connection(idle: &Mutex<Vec<Connection>>) -> Option<Connection> {
     loop {
         let mut connection = idle.lock().expect("no panic").pop()?;
@@ -118,7 +118,8 @@ async fn idle_connection(idle: &Mutex<Vec<Connection>>) -> Option<Connection> {
 /// wrong grant or denial is not.
 ///
 /// # Panics
-/// If an answer is wrong; the message contains up to five of them. If more than a tenth of the answers are excused.
+/// If an answer is wrong; the message contains up to five wrong answers. Also if more than a tenth of the answers are
+/// excused.
 #[track_caller]
 pub fn assert_expected<'h>(results: impl Iterator<Item = &'h LoadResult>) {
     let samples = results.map(|result| Sample::new(result.at, result.at + result.took, result));
@@ -127,14 +128,14 @@ pub fn assert_expected<'h>(results: impl Iterator<Item = &'h LoadResult>) {
     assert!(wrong.is_empty(), "{} wrong answers, for example {:?}", wrong.len(), &wrong[..wrong.len().min(5)]);
 }
 
-/// Prints quantiles of the times that some requests took.
+/// Prints quantiles of the times that the requests took.
 pub fn print_times<'h>(name: &str, results: impl Iterator<Item = &'h LoadResult>) {
     let mut took: Vec<_> = results.map(|result| result.took).collect();
     took.sort();
     print_quantiles(name, &took);
 }
 
-/// Prints quantiles of `took`, which is sorted in ascending order.
+/// Prints quantiles of `took`, which must be sorted in ascending order.
 ///
 /// # Panics
 /// If `took` is empty.

@@ -1,7 +1,7 @@
-//! Code that the tests share: private servers that stop with their test, and functions that wait for a condition
-//! instead of for a fixed time.
+//! Code that the test binaries share: private servers that stop with their test, and functions that wait for a
+//! condition instead of sleeping for a fixed time.
 
-// Each test binary uses only a part of this module. Tests print their measurements.
+// Each test binary uses only a part of this module, and tests print their measurements.
 #![allow(dead_code, clippy::print_stdout)]
 
 pub mod certificates;
@@ -27,7 +27,7 @@ use tokio::sync::{RwLock, RwLockReadGuard, RwLockWriteGuard};
 /// Calls `condition` every 10 ms until it returns true, for at most `limit`.
 ///
 /// # Panics
-/// If it does not return true in time; the message contains `what`.
+/// If `condition` does not return true within `limit`; the message contains `what`.
 pub async fn eventually<F: Future<Output = bool>>(what: &str, limit: Duration, mut condition: impl FnMut() -> F) {
     let waiting = tokio::time::timeout(limit, async {
         while !condition().await {
@@ -37,18 +37,19 @@ pub async fn eventually<F: Future<Output = bool>>(what: &str, limit: Duration, m
     assert!(waiting.await.is_ok(), "not within {limit:?}: {what}");
 }
 
-/// The turn of a test that measures time. While it exists, tests that call [`shared`] wait, and [`machine::Watch`]
-/// records disturbances of the machine.
+/// The turn of a test that measures time. Until this value is dropped, tests that call [`shared`] or [`exclusive`]
+/// wait, and a [`machine::Watch`] records disturbances of the machine.
 pub struct ExclusiveTurn(machine::Watch, RwLockWriteGuard<'static, ()>);
 
-/// Waits until no other test runs and the machine is undisturbed.
+/// Waits until no other test has a turn and the machine is undisturbed, then returns an exclusive turn.
 pub async fn exclusive() -> ExclusiveTurn {
     let turn = TURN.write().await;
     machine::until_undisturbed().await;
     ExclusiveTurn(machine::Watch::start(), turn)
 }
 
-/// The turn of a test that measures no time, in a binary with tests that do. Such tests run at the same time.
+/// Waits until no test has an exclusive turn, then returns a shared turn. A test that measures no time takes a shared
+/// turn, and runs concurrently with other such tests.
 pub async fn shared() -> RwLockReadGuard<'static, ()> {
     TURN.read().await
 }

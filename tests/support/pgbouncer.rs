@@ -1,4 +1,4 @@
-//! A private PgBouncer in transaction mode: it assigns a server connection to a client for one transaction.
+//! A private PgBouncer in transaction mode, in which a client has a server connection only during a transaction.
 
 use tokio::net::TcpStream;
 
@@ -7,14 +7,13 @@ use super::{
     process::{End, Guarded, directory, free_port, program},
 };
 
-/// A running PgBouncer.
 pub struct PgBouncer {
     _server: Guarded,
     port: u16,
 }
 
 impl PgBouncer {
-    /// Starts PgBouncer in front of `postgres`. Each client connects as the superuser.
+    /// Starts PgBouncer in front of `postgres`. PgBouncer connects to PostgreSQL as the superuser for each client.
     ///
     /// # Panics
     /// If PgBouncer is not installed; the message says how to install it.
@@ -40,13 +39,13 @@ impl PgBouncer {
             if up && !server.has_ended() {
                 return Self { _server: server, port };
             }
-            // Another process took the port: try another port.
+            // Another process took the port, so try another port.
             assert!(server.log().contains("Address already in use"), "{}", server.log());
         }
         panic!("PgBouncer does not start");
     }
 
-    /// The URL for `database` through PgBouncer.
+    /// Returns the URL for `database` through PgBouncer.
     pub fn url(&self, database: &str) -> String {
         format!("postgres://admin@127.0.0.1:{}/{database}?sslmode=disable", self.port)
     }

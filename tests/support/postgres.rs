@@ -1,5 +1,5 @@
-//! A private PostgreSQL server with a separate data directory and socket, which stops with the test. A test can start
-//! standbys of it, and can back up and restore its data.
+//! A private PostgreSQL server with a separate data directory and socket, which stops with the test. A test can also
+//! start standbys of the server, and can back up and restore its data.
 
 use std::{
     cell::Cell,
@@ -21,7 +21,7 @@ use super::{
     process::{Frozen, Guarded, free_port, has_ended, signal},
 };
 
-/// A running server. Its superuser is `admin`. Over the socket, all users log in without a password; over TCP, the
+/// A PostgreSQL server. Its superuser is `admin`. Over the socket, all users log in without a password; over TCP, the
 /// server asks for passwords.
 pub struct Postgres {
     dir: PathBuf,
@@ -54,8 +54,8 @@ impl Postgres {
         postgres
     }
 
-    /// Creates and starts a standby of this server, and waits until it has applied everything that was committed so
-    /// far.
+    /// Creates and starts a standby of this server, and waits until the standby has applied everything that this server
+    /// has committed so far.
     pub async fn standby(&self) -> Self {
         let dir = Self::create_directory();
         let data = dir.join("data");
@@ -80,14 +80,14 @@ impl Postgres {
         standby
     }
 
-    /// Waits until this standby has applied everything that `primary` committed so far.
+    /// Waits until this standby has applied everything that `primary` has committed so far.
     pub async fn until_caught_up_with(&self, primary: &Self) {
         let written: String = primary.value("postgres", "SELECT pg_current_wal_lsn()::text").await;
         let applied = format!("SELECT coalesce(pg_last_wal_replay_lsn() >= '{written}', false)");
         eventually("the standby has caught up", LIMIT, || self.value::<bool>("postgres", &applied)).await;
     }
 
-    /// Disconnects this standby from its primary for good.
+    /// Disconnects this standby from its primary permanently.
     pub async fn cut_replication(&self) {
         self.execute("postgres", "ALTER SYSTEM SET primary_conninfo = ''").await;
         self.execute("postgres", "SELECT pg_reload_conf()").await;
@@ -104,14 +104,15 @@ impl Postgres {
         eventually("the standby is a primary", LIMIT, || self.value::<bool>("postgres", is_primary)).await;
     }
 
-    /// Stops the server, copies its data for [`Self::restore`], and starts it again.
+    /// Stops the server, copies its data for [`Self::restore`], and restarts the server.
     pub async fn back_up(&mut self) {
         self.stop();
         self.copy("data", "backup");
         self.resume().await;
     }
 
-    /// Stops the server if it runs, replaces its data with the copy of [`Self::back_up`], and starts it again.
+    /// Stops the server if it is running, replaces its data with the copy of [`Self::back_up`], and restarts the
+    /// server.
     pub async fn restore(&mut self) {
         if let Some(server) = self.server.take() {
             server.stop();
@@ -127,15 +128,15 @@ impl Postgres {
         assert!(done.status.success(), "cp: {}", String::from_utf8_lossy(&done.stderr));
     }
 
-    /// Creates a directory that belongs to the user as which the server runs.
+    /// Creates a directory that belongs to the user who runs the server.
     fn create_directory() -> PathBuf {
         let dir = tempfile::Builder::new().prefix("trustgate-pg").tempdir().expect("a directory").keep();
         hand_over(&dir);
         dir
     }
 
-    /// The output of `pg_dump` with these options for a database, without the lines that contain a new random value in
-    /// each run.
+    /// Returns the output of `pg_dump` with `options` for a database, without the lines that contain a new random value
+    /// in each run.
     pub fn dump(&self, database: &str, options: &[&str]) -> String {
         let pg_dump = binary("pg_dump");
         let output =
@@ -161,15 +162,16 @@ impl Postgres {
         ["-h", text(&self.dir), "-p", &port, "-U", "admin", "-d", database].map(str::to_owned).to_vec()
     }
 
-    /// The server that all tests of a binary share, as long as they do not harm it. It stops with the process.
+    /// Returns the server that the tests of a binary share. Tests must not stop or damage this server. It stops with
+    /// the test process.
     pub async fn shared() -> Arc<Self> {
         static SERVER: OnceCell<Arc<Postgres>> = OnceCell::const_new();
         Arc::clone(SERVER.get_or_init(|| async { Arc::new(Self::start().await) }).await)
     }
 
-    /// Starts the server again after [`Self::stop`], with the same data.
+    /// Starts the server, or starts it again with the same data after [`Self::stop`].
     pub async fn resume(&mut self) {
-        // Another process may take a free port first. The server then ends: try another port.
+        // Another process may take the port first. The server then ends, so try another port.
         for _ in 0..10 {
             if self.port == 0 {
                 self.port = free_port();
@@ -221,7 +223,7 @@ impl Postgres {
         up.get()
     }
 
-    /// Stops the server at once, like a crash; its data stays.
+    /// Stops the server immediately, as in a crash, and keeps its data.
     pub fn stop(&mut self) {
         self.server.take().expect("running").stop();
     }
@@ -229,7 +231,7 @@ impl Postgres {
     /// Pauses all processes of the server (SIGSTOP) until the returned value is dropped.
     pub fn freeze(&self) -> Frozen {
         let postmaster = self.server.as_ref().and_then(Guarded::pid).expect("running");
-        // Pause the postmaster first, so that it starts no process while its children are listed.
+        // Pause the postmaster first, so that it starts no process while the test lists its children.
         signal("STOP", &[postmaster]);
         let mut pids = vec![postmaster];
         let children = std::fs::read_to_string(format!("/proc/{postmaster}/task/{postmaster}/children"));
@@ -238,37 +240,37 @@ impl Postgres {
         Frozen(pids)
     }
 
-    /// The directory of the server, which contains its socket.
+    /// Returns the directory of the server, which contains its socket.
     pub fn directory(&self) -> &Path {
         &self.dir
     }
 
-    /// The port of the server.
+    /// Returns the port of the server.
     pub const fn port(&self) -> u16 {
         self.port
     }
 
-    /// The Unix socket of the server.
+    /// Returns the path of the server's Unix socket.
     pub fn socket(&self) -> PathBuf {
         self.dir.join(format!(".s.PGSQL.{}", self.port))
     }
 
-    /// The log since the server was created.
+    /// Returns the log since the server was created.
     pub fn log(&self) -> String {
         std::fs::read_to_string(self.dir.join("log")).unwrap_or_default()
     }
 
-    /// The URL for `user` and `database` over the socket.
+    /// Returns the URL for `user` and `database` over the socket.
     pub fn url(&self, user: &str, database: &str) -> String {
         format!("postgres://{user}@{}:{}/{database}?sslmode=disable", text(&self.dir).replace('/', "%2F"), self.port)
     }
 
-    /// The URL for `user` and `database` over TCP, where the server asks for a password.
+    /// Returns the URL for `user` and `database` over TCP, where the server asks for a password.
     pub fn tcp_url(&self, user: &str, database: &str) -> String {
         format!("postgres://{user}@127.0.0.1:{}/{database}?sslmode=disable", self.port)
     }
 
-    /// Turns TLS on, with the certificate `server.pem` in `certificates`.
+    /// Turns on TLS with the certificate `server.pem` in `certificates`.
     pub async fn turn_on_tls(&self, certificates: &Path) {
         for name in ["server.pem", "server.key"] {
             let copy = self.dir.join(name);
@@ -325,10 +327,12 @@ impl Postgres {
     }
 }
 
-/// A timeout far above the usual times.
+/// The maximum time that the tests wait for a change of the server's state, far longer than such a change usually
+/// takes.
 const LIMIT: Duration = Duration::from_secs(30);
 
-/// The program `name` in the directory `POSTGRES_BIN`, or else of the newest installed PostgreSQL.
+/// Returns the path of PostgreSQL's program `name`, in the directory `POSTGRES_BIN` if that variable is set, otherwise
+/// in the newest installed version.
 fn binary(name: &str) -> PathBuf {
     let configured = std::env::var_os("POSTGRES_BIN").map(PathBuf::from);
     let mut found: Vec<PathBuf> = configured.map_or_else(
@@ -350,8 +354,8 @@ fn binary(name: &str) -> PathBuf {
     dir.join(name)
 }
 
-/// The user and the group of PostgreSQL's package, if this process runs as root. PostgreSQL refuses to run as root, so
-/// the tests start it as this user.
+/// Returns the ids of the user and the group that the PostgreSQL package creates; `None` if this process does not run
+/// as root. PostgreSQL refuses to run as root, so a test that runs as root starts it as this user.
 fn unprivileged() -> Option<(u32, u32)> {
     let number = |option: &str, user: &[&str]| -> u32 {
         let output = Command::new("id").arg(option).args(user).output().expect("id is there");
@@ -361,14 +365,15 @@ fn unprivileged() -> Option<(u32, u32)> {
     (number("-u", &[]) == 0).then(|| (number("-u", &["postgres"]), number("-g", &["postgres"])))
 }
 
-/// Changes the owner of a file or directory to the user as which the server runs.
+/// Changes the owner of a file or directory to the user who runs the server.
 pub(super) fn hand_over(dir: &Path) {
     if let Some((user, group)) = unprivileged() {
         chown(dir, Some(user), Some(group)).expect("root can change owners");
     }
 }
 
-/// The words to put before a command that refuses to run as root.
+/// Returns the words to put before a command that refuses to run as root. They run the command as the user of the
+/// PostgreSQL package; there are none if this process does not run as root.
 pub(super) fn owner_prefix() -> Vec<String> {
     unprivileged().map_or_else(Vec::new, |(user, group)| {
         vec!["setpriv".into(), format!("--reuid={user}"), format!("--regid={group}"), "--clear-groups".into()]

@@ -1,4 +1,4 @@
-//! Sends checks when they are due, without waiting for earlier answers, and records the results.
+//! Sends checks at a fixed rate, without waiting for earlier answers, and records the results.
 
 use std::{collections::HashSet, time::Duration};
 
@@ -14,42 +14,42 @@ use super::{
     machine::Sample,
 };
 
-/// One check.
+/// One check and its result.
 #[derive(Clone, Debug)]
 pub struct Probe {
-    /// The index of its key.
+    /// The index of the key that was checked.
     pub key: usize,
-    /// The moment just before it was sent.
+    /// The moment just before the check was sent.
     pub began: Instant,
     /// The moment at which the answer arrived.
     pub answered: Instant,
-    /// The answer, or the error if there was none.
+    /// The answer, or the error if there was no answer.
     pub verdict: Result<Verdict, String>,
 }
 
 impl Probe {
-    /// True if it was granted, for any trust.
+    /// Returns true if the key was granted, for any trust.
     pub fn is_grant(&self) -> bool {
         self.status() == Some(200)
     }
 
-    /// True if the answer is a fault: trustgate could not decide.
+    /// Returns true if the answer is a fault, which means that trustgate could not decide.
     pub fn is_fault(&self) -> bool {
         self.verdict.as_ref().is_ok_and(|verdict| verdict.status == 503 && verdict.reason.as_deref() == Some("fault"))
     }
 
-    /// This probe as a sample of the time that it took.
+    /// Returns this probe as a sample whose period is the duration of the check.
     pub fn sample(&self) -> Sample<&Self> {
         Sample::new(self.began, self.answered, self)
     }
 
-    /// The status that the client would receive; `None` if there was no answer.
+    /// Returns the status that the client would receive; `None` if there was no answer.
     pub fn status(&self) -> Option<u16> {
         self.verdict.as_ref().ok().map(|verdict| verdict.status)
     }
 }
 
-/// A series of checks that is being sent.
+/// A running series of checks.
 pub struct Probing {
     stop: CancellationToken,
     /// The number of keys.
@@ -60,8 +60,8 @@ pub struct Probing {
 }
 
 impl Probing {
-    /// Sends `per_second` checks a second through `client`, with each of `keys` in turn, on a route with these context
-    /// extensions.
+    /// Starts to send `per_second` checks per second through `client`, with each of `keys` in turn, on a route with the
+    /// context extensions `extensions`.
     pub fn start(
         client: &CheckClient,
         per_second: u32,
@@ -75,17 +75,18 @@ impl Probing {
         Self { stop, keys: count, granted, sending }
     }
 
-    /// Waits until each of the keys was granted at least once.
+    /// Waits until each of the keys has been granted at least once.
     ///
     /// # Panics
-    /// If that takes longer than 30 s.
+    /// If a key is not granted within 30 s.
     pub async fn until_granted(&mut self) {
         let all = self.keys;
         let granted = tokio::time::timeout(Duration::from_secs(30), self.granted.wait_for(|granted| *granted == all));
         granted.await.expect("all keys granted within 30 s").expect("checks are being sent");
     }
 
-    /// Stops sending and waits for the remaining answers. Returns all results, in the order in which they arrived.
+    /// Stops sending and waits for the remaining answers. Returns all probes, in the order in which their answers
+    /// arrived.
     pub async fn stop(self) -> Vec<Probe> {
         self.stop.cancel();
         self.sending.await.expect("no panic")
@@ -124,18 +125,20 @@ async fn send(
     done
 }
 
-/// When the last granted check began; `None` if none was granted.
+/// Returns when the last granted check began; `None` if no check was granted.
 pub fn last_grant<'p>(probes: impl IntoIterator<Item = &'p Probe>) -> Option<Instant> {
     probes.into_iter().filter(|probe| probe.is_grant()).map(|probe| probe.began).max()
 }
 
-/// The time from `event` to the start of the last granted check; zero if no check that began after `event` was granted.
+/// Returns the time from `event` to the start of the last granted check; zero if no check that began after `event` was
+/// granted.
 pub fn granted_after<'p>(event: Instant, probes: impl IntoIterator<Item = &'p Probe>) -> Duration {
     last_grant(probes).map(|began| began.saturating_duration_since(event)).unwrap_or_default()
 }
 
-/// [`granted_after`] as a sample. Its period ends with the start of the first check after the last grant: a pause within
-/// it delays the denial, or leaves a gap in the checks that can hide a later grant.
+/// Returns the result of [`granted_after`] as a sample. The period of the sample ends at the start of the first check
+/// after the last grant. A pause of the machine within that period delays the denial, or leaves a gap in the checks
+/// that can hide a later grant.
 pub fn sample_of_grants<'p>(event: Instant, probes: impl IntoIterator<Item = &'p Probe> + Clone) -> Sample<Duration> {
     let late = granted_after(event, probes.clone());
     let later = probes.into_iter().map(|probe| probe.began).filter(|began| *began > event + late);

@@ -1,5 +1,6 @@
-//! Child processes that cannot outlive the test. A small shell starts each program, and ends it when the shell's
-//! standard input closes. That happens however the test process ends.
+//! Child processes that cannot outlive the test. A small shell script starts each program, and ends the program when
+//! the script's standard input closes. The kernel closes that input when the test process ends, even if the test
+//! process is killed.
 
 use std::{
     ffi::OsStr,
@@ -13,26 +14,28 @@ use rustix::process::{Pid, Signal, kill_process};
 
 use super::eventually;
 
-/// A running program.
+/// A running program. Dropping this value ends the program and removes its directory.
 pub struct Guarded {
     shell: Child,
     input: Option<ChildStdin>,
     dir: PathBuf,
 }
 
-/// How to end a program that does not end by itself.
+/// The signal that ends a program.
 #[derive(Clone, Copy, Debug)]
 pub enum End {
-    /// SIGQUIT, for programs that then end their own children.
+    /// SIGQUIT, for programs that end their child processes when they receive it.
     Quit,
-    /// SIGKILL.
+    /// SIGKILL, for all other programs.
     Kill,
 }
 
-/// Starts the command in the arguments after `$2`, with its output in `$1/log`. At the end of input, sends signal `$2`
-/// to the program, writes its exit code to `$1/exit`, and removes `$1` unless the input was `keep`. The program runs in
-/// a separate session, as under a service manager: the kernel then divides processor time between programs instead of
-/// between their threads (sched(7), "The autogroup feature").
+/// The script that starts a program. Its arguments are a directory, the name of a signal, and the command.
+///
+/// The script writes the output of the program to `log` in the directory. When the script reads a line or its input
+/// ends, it sends the signal to the program, writes the exit code to `exit`, and removes the directory unless the line
+/// is `keep`. The program runs in a separate session, as it would under systemd: the kernel then divides processor time
+/// between programs instead of between their threads (sched(7), "The autogroup feature").
 const SHELL: &str = r#"
 trap "" INT TERM HUP
 dir=$1; end=$2; shift 2
@@ -47,13 +50,13 @@ echo $? >"$dir/exit"
 "#;
 
 impl Guarded {
-    /// Starts `command`, a program and its arguments, and later ends it with SIGQUIT. No other program may use `dir`:
-    /// it contains the output, and is removed at the end.
+    /// Starts `command`, a program and its arguments. Dropping the returned value ends the program with SIGQUIT. `dir`
+    /// receives the output and is removed at the end, so no other program may use it.
     pub fn start(dir: &Path, command: &[&str]) -> Self {
         Self::start_with_end(End::Quit, dir, command)
     }
 
-    /// As [`Self::start`], but later ends the program with `end`.
+    /// Like [`Self::start`], but ends the program with `end`.
     pub fn start_with_end<S: AsRef<OsStr>>(end: End, dir: &Path, command: &[S]) -> Self {
         for old in ["shell.pid", "exit"] {
             let _ = std::fs::remove_file(dir.join(old));
@@ -73,34 +76,36 @@ impl Guarded {
         Self { shell, input, dir: dir.to_owned() }
     }
 
-    /// The process id of the program; `None` if the program has not started yet.
+    /// Returns the process id of the program; `None` if the program has not started yet.
     pub fn pid(&self) -> Option<u32> {
         std::fs::read_to_string(self.dir.join("shell.pid")).ok()?.trim().parse().ok()
     }
 
-    /// The output of the program so far: standard output and standard error.
+    /// Returns the output of the program so far: standard output and standard error.
     pub fn log(&self) -> String {
         let bytes = std::fs::read(self.dir.join("log")).unwrap_or_default();
         String::from_utf8_lossy(&bytes).into_owned()
     }
 
-    /// True if the program was started and has ended.
+    /// Returns true if the program has started and ended.
     pub fn has_ended(&self) -> bool {
         self.pid().is_some_and(has_ended)
     }
 
-    /// Sends a signal to the program.
+    /// Sends the signal `name`, such as `TERM`, to the program.
     ///
     /// # Panics
-    /// If it was not started yet.
+    /// If the program has not started yet.
     pub fn signal(&self, name: &str) {
         signal(name, &[self.pid().expect("started")]);
     }
 
-    /// Calls `ready` until it returns a value; returns `None` if the program ends first.
+    /// Calls `ready` every 10 ms until `ready` returns a value, and returns that value; returns `None` if the program
+    /// ends first.
     ///
     /// # Panics
-    /// If neither happens within 30 s; the message contains the output of the program.
+    /// If `ready` returns no value and the program does not end within 30 s; the message contains the output of the
+    /// program.
     pub async fn until<T>(&self, ready: impl AsyncFn() -> Option<T>) -> Option<T> {
         let waiting = tokio::time::timeout(STARTING, async {
             loop {
@@ -117,7 +122,7 @@ impl Guarded {
         waiting.await.unwrap_or_else(|_| panic!("neither ready nor ended within {STARTING:?}:\n{}", self.log()))
     }
 
-    /// Waits until the program ends by itself, for at most `limit`; returns its exit code and its output.
+    /// Waits for at most `limit` until the program ends by itself; returns the exit code and the output of the program.
     pub async fn ended(mut self, limit: Duration) -> (i32, String) {
         eventually("the program ends", limit, || async { self.has_ended() }).await;
         self.keep();
@@ -147,15 +152,15 @@ impl Drop for Guarded {
     }
 }
 
-/// The maximum time that a program may take to become ready; usually less than 1 s.
+/// The maximum time that a program may take to become ready. Programs usually take less than 1 s.
 const STARTING: Duration = Duration::from_secs(30);
 
-/// Creates a directory for a program; its [`Guarded`] removes the directory.
+/// Creates a directory for a program. The [`Guarded`] value of the program removes the directory.
 pub fn directory(name: &str) -> PathBuf {
     tempfile::Builder::new().prefix(&format!("trustgate-{name}-")).tempdir().expect("a directory").keep()
 }
 
-/// Sends a signal to processes.
+/// Sends the signal `name`, such as `TERM`, to each of `pids`.
 pub fn signal(name: &str, pids: &[u32]) {
     let signal = match name {
         "CONT" => Signal::CONT,
@@ -176,7 +181,7 @@ pub fn signal(name: &str, pids: &[u32]) {
     }
 }
 
-/// True if a process has ended, whether or not it was reaped.
+/// Returns true if a process has ended, even if its parent has not reaped it yet.
 pub fn has_ended(pid: u32) -> bool {
     std::fs::read_to_string(format!("/proc/{pid}/stat")).map_or(true, |stat| stat.contains(") Z "))
 }
@@ -198,8 +203,9 @@ impl Drop for Frozen {
     }
 }
 
-/// A free port below the range that the kernel uses for outgoing connections, so that a restarted server can use it
-/// again. Another process may take it before the server does; the caller then tries another port.
+/// Returns a free port below the range that the kernel uses for outgoing connections, so that a server can listen on
+/// the same port after a restart. Another process may take the port before the server does; the caller must then try
+/// another port.
 pub fn free_port() -> u16 {
     loop {
         let mut random = [0; 2];
@@ -211,11 +217,11 @@ pub fn free_port() -> u16 {
     }
 }
 
-/// The first of `candidates` in `PATH` or in `/usr/sbin`, where Debian installs servers and which few users have in
-/// `PATH`.
+/// Returns the path of the first of `candidates` that is installed in `PATH` or in `/usr/sbin`. Debian installs servers
+/// in `/usr/sbin`, which most users do not have in `PATH`.
 ///
 /// # Panics
-/// If there is none; the message names the package to install.
+/// If none of `candidates` is installed; the message names the package to install.
 pub fn program(candidates: &[&str], package: &str) -> PathBuf {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let directories = || std::env::split_paths(&path).chain(["/usr/sbin".into()]);

@@ -15,13 +15,13 @@ use super::{
     process::{End, Frozen, Guarded, directory, free_port, program},
 };
 
-/// A running server.
+/// A Redis server, a Sentinel or a node of a Cluster.
 pub struct Redis {
     dir: PathBuf,
     role: Role,
     tls: Option<Arc<TempDir>>,
     port: u16,
-    /// The port on which the nodes of a Cluster communicate.
+    /// The port on which this node communicates with the other nodes of its Cluster.
     bus: u16,
     server: Option<Guarded>,
 }
@@ -34,17 +34,17 @@ enum Role {
     Node,
 }
 
-/// The user and the password for a server with TLS. The user has exactly the permissions that the documentation of the
-/// settings requires.
+/// The user and the password with which trustgate connects to a server with TLS. The user has exactly the permissions
+/// that the documentation of the Redis settings requires.
 pub const USER: (&str, &str) = ("gate", "letmein-4711");
-/// The user with which the tests themselves connect to such a server.
+/// The user and the password with which the tests connect to a server with TLS.
 const ADMIN: (&str, &str) = ("admin", "hunter2");
 /// The password of a Sentinel with TLS.
 pub const SENTINEL_PASSWORD: &str = "who-goes-there";
 /// The name of the master in the Sentinel's configuration.
 pub const MASTER: &str = "main";
 
-/// The maximum time that servers may take to find each other; usually 2 s.
+/// The maximum time that servers may take to find each other. They usually take 2 s.
 const PATIENCE: Duration = Duration::from_mins(1);
 
 impl Redis {
@@ -56,27 +56,29 @@ impl Redis {
         Self::new(Role::Single, None).await
     }
 
-    /// Starts a single server that requires TLS and a user: [`USER`], or the user of the tests.
+    /// Starts a single server that requires TLS and a login as [`USER`] or as the user of the tests.
     pub async fn start_secured() -> Self {
         Self::new(Role::Single, Some(certificates::certificates())).await
     }
 
     async fn new(role: Role, tls: Option<Arc<TempDir>>) -> Self {
-        // Fails if another test of this binary has installed the provider already.
+        // Ignore the error: another test of this binary may have installed the provider already.
         let _ = rustls::crypto::ring::default_provider().install_default();
         let mut redis = Self { dir: directory("redis"), role, tls, port: 0, bus: 0, server: None };
         redis.resume().await;
         redis
     }
 
-    /// Starts the server again after [`Self::kill`], on the same port. A single server is then empty.
+    /// Starts the server, or starts it again on the same port after [`Self::kill`]. A single server has no data after a
+    /// restart.
     pub async fn resume(&mut self) {
         let is_restart = self.port != 0;
         for _ in 0..10 {
             if !is_restart {
                 (self.port, self.bus) = (free_port(), free_port());
             }
-            // Keep the files of Sentinels and Cluster nodes: they describe the other servers.
+            // On a restart, write the configuration file of a single server only. Sentinels write current roles and
+            // addresses into the configuration files of their servers, and a restart must keep these.
             if !is_restart || matches!(self.role, Role::Single) {
                 std::fs::write(self.dir.join("redis.conf"), self.config()).expect("a writable directory");
             }
@@ -86,7 +88,7 @@ impl Redis {
                 words.push("--sentinel".into());
             }
             let server = Guarded::start_with_end(End::Kill, &self.dir, &words);
-            // Another process may take the port first. The server then ends: try another port.
+            // Another process may take the port first. The server then ends, so try another port.
             if server.until(async || self.try_connection().await).await.is_some() && !server.has_ended() {
                 self.server = Some(server);
                 return;
@@ -107,7 +109,7 @@ impl Redis {
         Frozen::of(self.server.as_ref().and_then(Guarded::pid).expect("running"))
     }
 
-    /// The URL, with the user if the server has users, and without the password.
+    /// Returns the URL, with the user if the server has users, and without the password.
     pub fn url(&self) -> String {
         if self.tls.is_some() {
             format!("rediss://{}@localhost:{}/0", USER.0, self.port)
@@ -116,10 +118,10 @@ impl Redis {
         }
     }
 
-    /// The PEM file of the certificate authority that signed the server's certificate.
+    /// Returns the path of the certificate of the authority that signed the server's certificate.
     ///
     /// # Panics
-    /// If the server has no TLS.
+    /// If the server does not use TLS.
     pub fn ca_file(&self) -> PathBuf {
         self.tls.as_ref().expect("with TLS").path().join("ca.pem")
     }
@@ -154,7 +156,7 @@ impl Redis {
             let redis = redis::RedisConnectionInfo::default();
             Client::open(info.set_redis_settings(redis)).expect("a URL")
         };
-        // Timeouts for a server that hangs; long enough for a busy machine.
+        // Set timeouts, so that a server that hangs does not block the test. 10 s is long enough for a busy machine.
         let limit = Some(Duration::from_secs(10));
         let config = AsyncConnectionConfig::new().set_connection_timeout(limit).set_response_timeout(limit);
         let mut connection = client.get_multiplexed_async_connection_with_config(&config).await.ok()?;
@@ -205,7 +207,8 @@ impl Redis {
         lines.join("\n") + "\n"
     }
 
-    /// The permissions that the documentation of the settings requires for the user of a server with this role.
+    /// Returns the permissions that the documentation of the Redis settings requires for the user of a server with this
+    /// role.
     fn permissions(&self) -> String {
         let quoted: Vec<&str> = RedisSettings::DOC.split('`').skip(1).step_by(2).collect();
         let documented = |part: &str| {
@@ -228,13 +231,13 @@ impl Redis {
 impl Drop for Redis {
     fn drop(&mut self) {
         drop(self.server.take());
-        // The directory is already removed, unless the server was killed before.
+        // Dropping `server` has removed the directory, unless the test had killed the server before.
         let _ = std::fs::remove_dir_all(&self.dir);
     }
 }
 
-/// A master, its replica, and a Sentinel that monitors both. A server that does not answer the Sentinel for 500 ms is
-/// down.
+/// A master, its replica, and a Sentinel that monitors both. The Sentinel considers a server down that has not answered
+/// for 500 ms.
 pub struct SentinelSetup {
     pub master: Redis,
     pub replica: Redis,
@@ -242,7 +245,7 @@ pub struct SentinelSetup {
 }
 
 impl SentinelSetup {
-    /// Starts the three servers and waits until they know each other.
+    /// Starts the three servers and waits until the replica is connected and the Sentinel knows both servers.
     pub async fn start(secured: bool) -> Self {
         let tls = secured.then(certificates::certificates);
         let master = Redis::new(Role::Master, tls.clone()).await;
@@ -262,7 +265,8 @@ impl SentinelSetup {
     /// Waits until the replica has become the master.
     pub async fn failed_over(&self) {
         eventually("the replica became master", PATIENCE, || async {
-            // The Sentinel closes all connections to a server whose role it changes.
+            // Connecting may fail: the Sentinel closes all connections to a server when it changes the role of the
+            // server.
             let Some(mut connection) = self.replica.try_connection().await else { return false };
             let info = redis::cmd("INFO").arg("replication").query_async::<String>(&mut connection).await;
             info.is_ok_and(|info| info.contains("role:master"))
@@ -277,7 +281,7 @@ pub struct Cluster {
 }
 
 impl Cluster {
-    /// Starts the nodes and waits until each knows all slots.
+    /// Starts the nodes and waits until each node knows which node serves which slots.
     pub async fn start(secured: bool) -> Self {
         let tls = secured.then(certificates::certificates);
         let mut nodes = Vec::new();
@@ -294,7 +298,7 @@ impl Cluster {
         cluster
     }
 
-    /// Waits until each node knows which node has which slots.
+    /// Waits until each node knows which node serves which slots.
     pub async fn until_ready(&self) {
         for node in &self.nodes {
             eventually("the Cluster is ready", PATIENCE, || async {
@@ -305,7 +309,7 @@ impl Cluster {
         }
     }
 
-    /// The node that stores the Redis key `name`, and the node after it.
+    /// Returns the node that stores the Redis key `name`, and the next node.
     pub async fn node_of(&self, name: &str) -> (&Redis, &Redis) {
         let slot: u16 = self.nodes[0].ask(&["CLUSTER", "KEYSLOT", name]).await;
         let at = usize::from(slot > 5460) + usize::from(slot > 10922);

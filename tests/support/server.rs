@@ -22,8 +22,8 @@ use super::{
     process::{End, Frozen, Guarded, directory},
 };
 
-/// Timeouts and deadlines that no test reaches. The server writes a record to Redis once, best effort, and does not repeat
-/// a write that timed out while the record is in L1: a test that waits for a record in Redis needs them too.
+/// Timeouts and deadlines that no test reaches. A test that waits for a record in Redis also needs them: the server
+/// writes a record to Redis once, best effort, and does not repeat a write that timed out while the record is in L1.
 pub const LONG_DEADLINES: [(&str, &str); 4] = [
     ("store.read_timeout", "60s"),
     ("redis.timeout", "5s"),
@@ -31,8 +31,8 @@ pub const LONG_DEADLINES: [(&str, &str); 4] = [
     ("decision.envoy_timeout", "80s"),
 ];
 
-/// Five times the default deadlines, so that a busy machine does not turn a check into a fault in a test that measures no
-/// time. Tests of the promised times use [`TestConfig::with_default_deadlines`].
+/// Five times the default deadlines. With them, a busy machine does not turn checks into faults in tests that measure
+/// no time. Tests that check documented times use [`TestConfig::with_default_deadlines`].
 const RELAXED_DEADLINES: [(&str, &str); 4] = [
     ("store.read_timeout", "500ms"),
     ("redis.timeout", "100ms"),
@@ -40,11 +40,12 @@ const RELAXED_DEADLINES: [(&str, &str); 4] = [
     ("decision.envoy_timeout", "1s"),
 ];
 
-/// Settings, and a directory for the embedded database. The program runs with these settings and no other environment.
+/// The settings of trustgate, and a directory for the embedded database. The program inherits no environment variables
+/// from the test process.
 pub struct TestConfig {
     dir: TempDir,
     settings: Vec<(String, String)>,
-    /// The path of the program.
+    /// The path of the trustgate binary.
     program: PathBuf,
 }
 
@@ -56,7 +57,6 @@ pub struct CommandOutput {
     pub err: String,
 }
 
-/// A key that was issued.
 #[derive(Clone, Debug)]
 pub struct IssuedKey {
     pub id: String,
@@ -65,8 +65,8 @@ pub struct IssuedKey {
 }
 
 impl TestConfig {
-    /// The embedded database and the default settings, but with free ports for the listeners and with
-    /// [`RELAXED_DEADLINES`].
+    /// Creates a configuration with the embedded database and the default settings, but with free ports for the
+    /// listeners and with [`RELAXED_DEADLINES`].
     pub fn new() -> Self {
         let program = env!("CARGO_BIN_EXE_trustgate").into();
         let mut test_config = Self { dir: tempfile::tempdir().expect("a directory"), settings: Vec::new(), program };
@@ -80,13 +80,13 @@ impl TestConfig {
         test_config
     }
 
-    /// The same with the default deadlines, for tests of the promised times.
+    /// Restores the default deadlines, for tests that check documented times.
     pub fn with_default_deadlines(mut self) -> Self {
         self.settings.retain(|(name, _)| RELAXED_DEADLINES.iter().all(|(setting, _)| *name != variable(setting)));
         self
     }
 
-    /// Uses another build of trustgate.
+    /// Uses the build of trustgate at `program`.
     pub fn run_by(self, program: &Path) -> Self {
         Self { program: program.to_owned(), ..self }
     }
@@ -99,20 +99,20 @@ impl TestConfig {
         self
     }
 
-    /// Sets `section.name` to `value`.
+    /// Sets `setting`, such as `store.url`, to `value`.
     pub fn with(mut self, setting: &str, value: impl Into<String>) -> Self {
         self.set(setting, value);
         self
     }
 
-    /// Sets `section.name` for programs that are started from now on.
+    /// Sets `setting` to `value` for programs that are started from now on.
     pub fn set(&mut self, setting: &str, value: impl Into<String>) {
         let name = variable(setting);
         self.settings.retain(|(set, _)| *set != name);
         self.settings.push((name, value.into()));
     }
 
-    /// The settings as environment variables.
+    /// Returns the environment variables of the program: the settings, the state directory and a user name.
     pub fn variables(&self) -> Vec<(String, String)> {
         let mut variables = self.settings.clone();
         variables.push(("STATE_DIRECTORY".to_owned(), self.path().display().to_string()));
@@ -124,7 +124,7 @@ impl TestConfig {
         self.dir.path()
     }
 
-    /// Runs the program with `input` on standard input.
+    /// Runs the program with `arguments`, and with `input` on standard input.
     pub async fn feed(&self, arguments: &[&str], input: &str) -> CommandOutput {
         let mut command = Command::new(&self.program);
         command.args(arguments).env_clear().envs(self.variables()).current_dir(self.path());
@@ -137,7 +137,7 @@ impl TestConfig {
                 .spawn()
                 .expect("a program that starts");
             let mut stdin = child.stdin.take().expect("piped");
-            // A command that fails early does not read its input.
+            // Ignore a write error: a command that fails early does not read its input.
             let feeder = std::thread::spawn(move || drop(stdin.write_all(input.as_bytes())));
             let output = child.wait_with_output().expect("an exit status");
             feeder.join().expect("no panic");
@@ -151,22 +151,22 @@ impl TestConfig {
         }
     }
 
-    /// Runs the program.
+    /// Runs the program with `arguments` and empty standard input.
     pub async fn run(&self, arguments: &[&str]) -> CommandOutput {
         self.feed(arguments, "").await
     }
 
-    /// Runs the program with `--output json` and returns its answer.
+    /// Runs the program with `--output json` and returns the parsed output.
     ///
     /// # Panics
-    /// If the command fails.
+    /// If the command fails, or if its output is not JSON.
     pub async fn json(&self, arguments: &[&str]) -> Value {
         let ran = self.run(&[&["--output", "json"], arguments].concat()).await;
         assert_eq!(ran.code, 0, "{arguments:?}: {ran:?}");
         serde_json::from_str(&ran.out).unwrap_or_else(|_| panic!("{arguments:?}: {ran:?}"))
     }
 
-    /// Creates the tables.
+    /// Creates or upgrades the tables.
     pub async fn migrate(&self) {
         self.json(&["migrate"]).await;
     }
@@ -176,13 +176,13 @@ impl TestConfig {
         text(&self.json(&["trust", "create", name]).await["id"])
     }
 
-    /// Issues a key, with `options` of `key issue`.
+    /// Issues a key for `trust`, with further `options` of `key issue`.
     pub async fn issue(&self, trust: &str, options: &[&str]) -> IssuedKey {
         let issued = self.json(&[&["key", "issue", "--trust", trust], options].concat()).await;
         IssuedKey { id: text(&issued["id"]), key: text(&issued["key"]), trust_id: text(&issued["trust_id"]) }
     }
 
-    /// Revokes a key.
+    /// Revokes a key with `key revoke`, which must succeed.
     pub async fn revoke(&self, key: &IssuedKey) {
         self.json(&["key", "revoke", &key.id]).await;
     }
@@ -196,26 +196,26 @@ impl TestConfig {
         keys
     }
 
-    /// Starts the server and waits until it listens. It may not be ready yet.
+    /// Starts the server and waits until the server listens. The server may not be ready yet.
     ///
     /// # Panics
-    /// If the server ends instead; the message contains its log.
+    /// If the server ends before it listens; the message contains the log.
     pub async fn listening(&self) -> Server {
         let (program, line) = self.start("serve", "listening").await;
         let grpc = first(&line["grpc"]).expect("an address");
         Server { program, grpc, admin: first(&line["admin"]).expect("an address") }
     }
 
-    /// Starts the canary and waits until its metrics can be read. It may not have completed a round yet.
+    /// Starts the canary and waits until its metrics can be read. The canary may not have completed a round yet.
     ///
     /// # Panics
-    /// If the canary ends instead; the message contains its log.
+    /// If the canary ends before its metrics can be read; the message contains the log.
     pub async fn canary(&self) -> Canary {
         let (program, line) = self.start("canary", "canary started").await;
         Canary { program, metrics: first(&line["metrics"]).expect("an address") }
     }
 
-    /// Starts the program with `command`, and returns it with its log line `message`.
+    /// Starts the program with `command` and waits for its log line `message`; returns the program and the line.
     async fn start(&self, command: &str, message: &str) -> (Guarded, Value) {
         let variables = self.variables().into_iter().map(|(name, value)| format!("{name}={value}").into());
         let mut words = vec![OsString::from("env"), "-i".into()];
@@ -231,7 +231,7 @@ impl TestConfig {
         (program, line)
     }
 
-    /// Starts the server and waits until it is ready.
+    /// Starts the server and waits until the server is ready.
     pub async fn serve(&self) -> Server {
         let server = self.listening().await;
         server.until_ready().await;
@@ -247,12 +247,12 @@ pub struct Server {
 }
 
 impl Server {
-    /// The address of the gRPC listener.
+    /// Returns the address of the gRPC listener.
     pub const fn grpc(&self) -> SocketAddr {
         self.grpc
     }
 
-    /// The address of the admin listener.
+    /// Returns the address of the admin listener.
     pub const fn admin(&self) -> SocketAddr {
         self.admin
     }
@@ -263,17 +263,17 @@ impl Server {
         assert!(ready.await.is_some(), "the server ended:\n{}", self.log());
     }
 
-    /// The response of `/readyz`.
+    /// Returns the response of `/readyz`.
     pub async fn readiness(&self) -> http::Answer {
         http::get(self.admin, "/readyz", &[]).await
     }
 
-    /// The value of one metric; see [`metric`].
+    /// Returns the value of one metric; see [`metric`].
     pub async fn metric(&self, name: &str) -> f64 {
         metric(self.admin, name).await
     }
 
-    /// The number of lookups in Redis with this outcome.
+    /// Returns the number of lookups in Redis with the outcome `outcome`.
     pub async fn l2(&self, outcome: &str) -> f64 {
         let labels = format!("kind=\"api_key\",outcome=\"{outcome}\",tier=\"l2\"");
         self.metric(&format!("trustgate_cache_lookups_total{{{labels}}}")).await
@@ -285,12 +285,12 @@ impl Server {
         eventually(&what, Duration::from_secs(30), || async { self.log().contains(text) }).await;
     }
 
-    /// The log so far.
+    /// Returns the log so far.
     pub fn log(&self) -> String {
         self.program.log()
     }
 
-    /// True if the process has not ended.
+    /// Returns true if the process has not ended.
     pub fn is_running(&self) -> bool {
         !self.program.has_ended()
     }
@@ -300,7 +300,7 @@ impl Server {
         Frozen::of(self.program.pid().expect("running"))
     }
 
-    /// The memory of the process in RAM, now and at its peak.
+    /// Returns the resident memory of the process, now and at its peak.
     ///
     /// # Panics
     /// If the server has ended.
@@ -314,8 +314,8 @@ impl Server {
         Memory { now: mib("VmRSS:"), peak: mib("VmHWM:") }
     }
 
-    /// The number of times that each worker thread has waited for work, by the thread's name. The number hardly rises
-    /// for a worker that serves nothing.
+    /// Returns how often each worker thread has waited for work, by the name of the thread. The number hardly rises for
+    /// a worker that serves no requests.
     ///
     /// # Panics
     /// If the server has ended.
@@ -327,7 +327,7 @@ impl Server {
         waits.collect()
     }
 
-    /// The nice value of each thread, with the thread's name (`proc_pid_stat(5)`).
+    /// Returns the name and the nice value of each thread (`proc_pid_stat(5)`).
     ///
     /// # Panics
     /// If the server has ended.
@@ -336,7 +336,7 @@ impl Server {
         self.threads("stat").into_iter().map(|(name, stat)| (name, nice(&stat).expect("a number"))).collect()
     }
 
-    /// The content of `file` in /proc for each thread, with the thread's name.
+    /// Returns the name of each thread, and the content of `file` in /proc for the thread.
     fn threads(&self, file: &str) -> Vec<(String, String)> {
         let tasks = format!("/proc/{}/task", self.program.pid().expect("started"));
         let threads = std::fs::read_dir(tasks).expect("a running process").filter_map(Result::ok);
@@ -357,12 +357,12 @@ impl Server {
         prlimit(Pid::from_raw(pid), Resource::Nofile, limit).expect("a process of the test");
     }
 
-    /// Sends a signal, such as `TERM`.
+    /// Sends the signal `name`, such as `TERM`, to the process.
     pub fn signal(&self, name: &str) {
         self.program.signal(name);
     }
 
-    /// Waits until the process ends by itself, for at most `limit`; returns its exit code and its log.
+    /// Waits for at most `limit` until the process ends by itself; returns its exit code and its log.
     pub async fn ended(self, limit: Duration) -> (i32, String) {
         self.program.ended(limit).await
     }
@@ -375,28 +375,28 @@ pub struct Canary {
 }
 
 impl Canary {
-    /// The number of rounds for `target` with this outcome.
+    /// Returns the number of rounds for `target` with the outcome `outcome`.
     pub async fn rounds(&self, target: &str, outcome: &str) -> f64 {
         let labels = format!("outcome=\"{outcome}\",target=\"{target}\"");
         metric(self.metrics, &format!("trustgate_canary_rounds_total{{{labels}}}")).await
     }
 
-    /// The number of revocations of which the time was measured for `target`.
+    /// Returns the number of revocations whose time the canary has measured for `target`.
     pub async fn revocations(&self, target: &str) -> f64 {
         metric(self.metrics, &format!("trustgate_canary_revocation_seconds_count{{target=\"{target}\"}}")).await
     }
 
-    /// The metrics page.
+    /// Returns the metrics page.
     pub async fn metrics(&self) -> String {
         http::get(self.metrics, "/metrics", &[]).await.body
     }
 
-    /// The log so far.
+    /// Returns the log so far.
     pub fn log(&self) -> String {
         self.program.log()
     }
 
-    /// Sends SIGTERM and waits until the process ends, for at most `limit`; returns its exit code and its log.
+    /// Sends SIGTERM and waits for at most `limit` until the process ends; returns its exit code and its log.
     pub async fn stop(self, limit: Duration) -> (i32, String) {
         self.program.signal("TERM");
         self.program.ended(limit).await
@@ -410,10 +410,11 @@ pub struct Memory {
     pub peak: f64,
 }
 
-/// The value of one metric of the server at `admin`. `name`: the name with its labels, in the form of `/metrics`.
+/// Returns the value of one metric of the process at `admin`. `name` is the name of the metric with its labels, as
+/// `/metrics` prints it.
 ///
 /// # Panics
-/// If there is no such metric.
+/// If `/metrics` has no such metric.
 pub async fn metric(admin: SocketAddr, name: &str) -> f64 {
     let metrics = http::get(admin, "/metrics", &[]).await.body;
     let value = metrics.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
@@ -421,17 +422,18 @@ pub async fn metric(admin: SocketAddr, name: &str) -> f64 {
     value.parse().expect("a number")
 }
 
-/// The variable that sets `section.name`.
+/// Returns the environment variable that sets `setting`.
 fn variable(setting: &str) -> String {
     format!("TRUSTGATE__{}", setting.to_uppercase().replace('.', "__"))
 }
 
-/// A random key that no command has issued: to import it, or to send it as an unknown key.
+/// Returns a random key that no command has issued. Tests import it or send it as an unknown key.
 pub fn made_up_key() -> String {
     format!("key-{}", Uuid::new_v4().simple())
 }
 
-/// The digest under which the database stores a key if there is no pepper: its SHA-256, in hexadecimal.
+/// Returns the digest under which the database stores a key if there is no pepper: the SHA-256 of the key, in
+/// hexadecimal.
 pub fn digest(key: &str) -> String {
     ApiKeyDigest::from_bytes(Sha256::digest(key).into()).to_hex()
 }
@@ -440,7 +442,7 @@ fn text(value: &Value) -> String {
     value.as_str().unwrap_or_else(|| panic!("not a text: {value}")).to_owned()
 }
 
-/// The first address in a list that the server has logged.
+/// Returns the first address in a list that the server has logged.
 fn first(list: &Value) -> Option<SocketAddr> {
     list.as_str()?.trim_matches(['[', ']']).split(", ").next()?.parse().ok()
 }

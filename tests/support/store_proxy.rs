@@ -1,5 +1,5 @@
-//! A server inside the test process, with a proxy between it and its store. The proxy counts reads, can make them wait,
-//! and can make them panic.
+//! A server inside the test process, with a proxy between the server and its store. The proxy counts the reads of keys,
+//! and can delay them or make them panic.
 
 use std::{
     ffi::OsString,
@@ -22,7 +22,7 @@ use uuid::Uuid;
 
 use super::server::TestConfig;
 
-/// The proxy. Its gates are open at first.
+/// A proxy in front of a store. All its gates are open at first.
 pub struct StoreProxy {
     inner: Arc<dyn Source>,
     finds: AtomicUsize,
@@ -45,17 +45,17 @@ impl Default for Gate {
 }
 
 impl Gate {
-    /// Closes the gate: from now on, callers wait.
+    /// Closes the gate, so that from now on callers wait.
     pub fn close(&self) {
         self.open.send_replace(false);
     }
 
-    /// Opens the gate for waiting and for later callers.
+    /// Opens the gate: waiting callers continue, and later callers do not wait.
     pub fn open(&self) {
         self.open.send_replace(true);
     }
 
-    /// The number of waiting callers.
+    /// Returns the number of waiting callers.
     pub fn waiting(&self) -> usize {
         self.waiting.load(Ordering::SeqCst)
     }
@@ -66,7 +66,7 @@ impl Gate {
     }
 }
 
-/// A waiting caller. It is counted until this value is dropped, so a caller that is cancelled is not counted any more.
+/// Counts a caller as waiting until this value is dropped, which also happens if the caller is cancelled.
 struct Waiter<'g>(&'g AtomicUsize);
 
 impl<'g> Waiter<'g> {
@@ -107,27 +107,27 @@ impl StoreProxy {
         (builder.start().await.expect("a server that starts"), created.expect("a proxy from `wrap_store`"))
     }
 
-    /// The number of reads of keys, by digest or by id, that have begun.
+    /// Returns the number of reads of keys, by digest or by id, that have started.
     pub fn finds(&self) -> usize {
         self.finds.load(Ordering::SeqCst)
     }
 
-    /// The gate before a key is read.
+    /// Returns the gate at which callers wait before the proxy reads a key.
     pub const fn before_find(&self) -> &Gate {
         &self.before_find
     }
 
-    /// The gate after a key was read, before the caller gets the result.
+    /// Returns the gate at which callers wait after the proxy has read a key, before they get the result.
     pub const fn after_find(&self) -> &Gate {
         &self.after_find
     }
 
-    /// The gate after a poll, before the caller gets the result.
+    /// Returns the gate at which callers wait after a poll, before they get the result.
     pub const fn after_poll(&self) -> &Gate {
         &self.after_poll
     }
 
-    /// Sets whether reads of keys panic after they have passed the first gate.
+    /// Sets whether reads of keys panic after they have passed [`Self::before_find`].
     pub fn set_panics(&self, panics: bool) {
         self.panics.store(panics, Ordering::SeqCst);
     }

@@ -1,7 +1,7 @@
 //! Counters and histograms for the request path. Each thread adds to its own copy, so that threads do not contend for
 //! cache lines. A scrape sums the copies, and the result looks like an ordinary metric.
 //!
-//! If there are more threads than copies, some threads share a copy. That costs time, but loses no count.
+//! If there are more threads than copies, some threads share a copy. Sharing costs time, but loses no counts.
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -21,23 +21,24 @@ use prometheus::{
 
 use crate::base::saturate::Saturate as _;
 
-/// Copies in addition to one per processor, for threads other than the workers.
+/// The number of copies in addition to one per processor, for threads other than the workers.
 const OTHER_THREADS: usize = 4;
 
 thread_local! {
-    /// The number of this thread. It selects the copy that the thread adds to.
+    /// The number of this thread, which selects the copy that the thread adds to.
     static COPY: usize = {
         static NEXT: AtomicUsize = AtomicUsize::new(0);
         NEXT.fetch_add(1, Ordering::Relaxed)
     };
 }
 
-/// A value that shares no cache line with another. The alignment is 128 bytes, because processors fetch lines in pairs.
+/// A value that shares no cache line with other values. The alignment is 128 bytes, because processors fetch cache
+/// lines in pairs.
 #[derive(Debug)]
 #[repr(align(128))]
 struct CacheAligned<T>(T);
 
-/// The copies of a value. Each thread uses one of them.
+/// The copies of a value. Each thread uses one copy.
 #[derive(Debug)]
 struct PerThread<T>(Box<[CacheAligned<T>]>);
 
@@ -47,7 +48,7 @@ impl<T> PerThread<T> {
         Arc::new(Self((0..processors + OTHER_THREADS).map(|_| CacheAligned(one())).collect()))
     }
 
-    /// The copy of this thread.
+    /// Returns the copy that this thread uses.
     fn own(&self) -> &T {
         // There is at least one copy.
         &self.0[COPY.with(|copy| *copy) % self.0.len()].0
@@ -58,7 +59,7 @@ impl<T> PerThread<T> {
     }
 }
 
-/// One counter.
+/// A single counter.
 #[derive(Clone, Debug)]
 pub(crate) struct ThreadCounter(Arc<PerThread<AtomicU64>>);
 
@@ -96,10 +97,10 @@ impl ThreadCounters {
         Ok(Self { labels, desc, counters: Arc::default() })
     }
 
-    /// The counter with these label values. Callers keep the result, because the lookup takes a lock.
+    /// Returns the counter with these label values. Callers keep the counter, because the lookup takes a lock.
     #[must_use]
     pub(crate) fn with(&self, values: &[&'static str]) -> ThreadCounter {
-        // A panic cannot leave an insertion half done.
+        // Ignore poisoning: a panic cannot leave an insertion half done.
         let mut counters = self.counters.lock().unwrap_or_else(PoisonError::into_inner);
         counters.entry(values.to_owned()).or_insert_with(ThreadCounter::new).clone()
     }
@@ -151,7 +152,7 @@ impl ThreadHistogram {
     /// Creates a histogram with the buckets of `opts`.
     ///
     /// # Errors
-    /// If its name or description is invalid.
+    /// If the name or the description is invalid.
     pub(crate) fn new(opts: HistogramOpts) -> prometheus::Result<Self> {
         let bound = |seconds: &f64| (*seconds, nanos(Duration::from_secs_f64(*seconds)));
         let bounds: Arc<[_]> = opts.buckets.iter().map(bound).collect();
@@ -214,7 +215,7 @@ fn nanos(duration: Duration) -> u64 {
     duration.as_nanos().saturate()
 }
 
-/// Exact up to 2^53, which a counter reaches only after centuries.
+/// Converts a count. The result is exact up to 2^53, which a counter reaches only after centuries.
 #[expect(clippy::cast_precision_loss, reason = "Prometheus values are floating-point numbers")]
 const fn as_float(count: u64) -> f64 {
     count as f64

@@ -1,4 +1,4 @@
-//! Checks that the files in the settings can be read.
+//! Checks that the files that settings name can be read.
 
 use std::{
     fs::File,
@@ -15,11 +15,12 @@ use crate::{
     grpc::GrpcSettings,
 };
 
-/// Checks that files can be read. Secrets are read again when they are used; this check reports unreadable files early.
+/// Checks that the files needed for `purpose` can be read. The files are read again when they are used; this check only
+/// reports problems early.
 pub(super) fn run(config: &Config, purpose: Purpose, reader: &mut Reader) {
     let Config { store, redis, credential, freshness, .. } = config;
     let own_management = store.management_url.is_some() || store.management_url_file.is_some();
-    // `trustgate deny` must work during an outage, so files that it does not need may be missing.
+    // `trustgate deny` must work during an outage, so files that this command does not need may be missing.
     let denying = purpose == Purpose::Deny;
     let serve = !matches!(purpose, Purpose::Manage | Purpose::Canary);
     let manage = matches!(purpose, Purpose::Manage | Purpose::Canary | Purpose::Check);
@@ -49,13 +50,13 @@ pub(super) fn run(config: &Config, purpose: Purpose, reader: &mut Reader) {
     for file in credential.previous_pepper_files.iter().filter(|_| !denying) {
         readable(reader, "credential", "previous_pepper_files", file, Secret::read(file).map(drop));
     }
-    // These files need not be text, so this only checks that the first byte can be read.
+    // These files may contain binary data, so only check that the first byte can be read.
     for (name, file) in [("mac_key_file", &redis.mac_key_file), ("ca_file", &redis.ca_file)] {
         if let (Some(file), true) = (file, serve) {
             readable(reader, "redis", name, file, first_byte(file));
         }
     }
-    // `serve` and `doctor` load these files themselves and report more details.
+    // `serve` and `doctor` load the TLS files themselves and report more detailed errors.
     let GrpcSettings { tls_certificate_file, tls_key_file, tls_client_ca_file, .. } = &config.grpc;
     let used = purpose == Purpose::Check && tls_certificate_file.is_some() && tls_key_file.is_some();
     for (name, file) in [
@@ -76,7 +77,8 @@ pub(super) fn run(config: &Config, purpose: Purpose, reader: &mut Reader) {
         }
     }
     match &freshness.deny_file {
-        // A server starts with the valid lines of the file. `config check` also reports invalid lines.
+        // The server ignores invalid lines in the deny file, so for `serve` the file only has to be readable. `config
+        // check` also reports invalid lines.
         Some(file) if purpose == Purpose::Serve => {
             readable(reader, "freshness", "deny_file", file, File::open(file).map(drop));
         }
@@ -87,7 +89,7 @@ pub(super) fn run(config: &Config, purpose: Purpose, reader: &mut Reader) {
     }
 }
 
-/// Reads the first byte of `file`, which shows that it can be read and is not empty.
+/// Reads the first byte of `file`, to check that the file can be read and is not empty.
 fn first_byte(file: &Path) -> io::Result<()> {
     File::open(file)?.read_exact(&mut [0])
 }

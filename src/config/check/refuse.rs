@@ -1,8 +1,8 @@
-//! Errors about several settings: rules that many checks share.
+//! Rules that many checks share. Each rule adds an error if several settings do not fit together.
 
 use crate::base::{secret::Secret, settings::Reader};
 
-/// True if none of `settings` has an error, so that they can be compared.
+/// Returns true if none of `settings` has an error, so that their values can be compared.
 pub(super) fn sound(reader: &Reader, settings: &[&str]) -> bool {
     !reader.config_errors().iter().any(|config_error| settings.contains(&config_error.setting.as_str()))
 }
@@ -43,7 +43,7 @@ pub(super) fn scheme(
     }
 }
 
-/// Adds an error between `settings`, at the first of them that is set.
+/// Adds an error about several `settings`, at the first one that is set.
 pub(super) fn refuse_first_set(reader: &mut Reader, settings: &[(&str, &str)], problem: String) {
     let set = settings.iter().find(|(section, name)| reader.origin(section, name).is_some());
     // The defaults are consistent, so at least one of the settings is set.

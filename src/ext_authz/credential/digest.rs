@@ -1,4 +1,4 @@
-//! Digests of keys: HMAC-SHA-256 under the pepper if one is set, else plain SHA-256.
+//! Computes the digests of keys: HMAC-SHA-256 with the pepper if a pepper is set, otherwise plain SHA-256.
 //!
 //! Keys are hashed in place, without a copy.
 
@@ -13,19 +13,20 @@ use crate::{
 /// Hashes keys under the current scheme and under the earlier schemes that stored keys may still use.
 #[derive(Clone)]
 pub struct Hasher {
-    /// HMAC states that already contain the pepper, the current pepper first. Empty: only plain SHA-256.
+    /// HMAC states that are initialised with the peppers, the current pepper first. Empty: keys are hashed with plain
+    /// SHA-256.
     peppers: Vec<Hmac<Sha256>>,
     /// The fingerprint of each of `peppers`, in the same order.
     fingerprints: Vec<Fingerprint>,
 }
 
-/// The text whose HMAC is the fingerprint of a pepper. It contains spaces, so it cannot be an API key.
+/// The text whose HMAC is the fingerprint of a pepper. The text contains spaces, so it cannot be an API key.
 const FINGERPRINTED: &[u8] = b"trustgate pepper fingerprint";
 
 impl Hasher {
-    /// Creates a hasher with the current `pepper` (`None`: plain SHA-256) and the `previous` peppers, newest first.
-    /// Keys stored under plain SHA-256 are also found, so that an operator can set a pepper on a store that already has
-    /// keys.
+    /// Creates a hasher with the current `pepper` (`None`: plain SHA-256) and the `previous` peppers, newest first. The
+    /// hasher also finds keys stored under plain SHA-256, so that an operator can set a pepper when the store already
+    /// contains keys.
     #[must_use]
     pub fn new(pepper: Option<&Secret>, previous: &[Secret]) -> Self {
         let keyed = |secret: &Secret| {
@@ -37,25 +38,26 @@ impl Hasher {
         Self { peppers, fingerprints }
     }
 
-    /// The digest under the current scheme. A cache hit needs no other digest.
+    /// Returns the digest of `key` under the current scheme. A cache hit needs no other digest.
     #[must_use]
     pub fn current(&self, key: &[u8]) -> ApiKeyDigest {
         self.peppers.first().map_or_else(|| plain(key), |pepper| peppered(pepper, key))
     }
 
-    /// The fingerprints of the peppers, the current one first: in the order of [`Digests::all`].
+    /// Returns the fingerprints of the peppers, the current pepper first, in the order of [`Digests::all`].
     #[must_use]
     pub fn fingerprints(&self) -> &[Fingerprint] {
         &self.fingerprints
     }
 
-    /// The scheme under which new keys are stored.
+    /// Returns the scheme under which new keys are stored.
     #[must_use]
     pub fn made(&self) -> Made {
         self.fingerprints.first().map_or(Made::Plain, |fingerprint| Made::Peppered(*fingerprint))
     }
 
-    /// `current` and the digests of `key` under the earlier schemes. Costs one hash per scheme; only misses call this.
+    /// Returns `current` and the digests of `key` under the earlier schemes. Only cache misses call this function,
+    /// because it computes one hash for each earlier scheme.
     #[must_use]
     pub fn digests(&self, current: ApiKeyDigest, key: &[u8]) -> Digests {
         Digests { current, older: self.older(key).collect() }
@@ -105,7 +107,7 @@ mod tests {
     }
 
     #[test]
-    fn keys_stored_before_a_pepper_or_under_an_older_one_are_found() {
+    fn keys_stored_without_a_pepper_or_under_a_previous_pepper_are_found() {
         let (old, new) = (Secret::new("old".into()), Secret::new("new".into()));
         let now = Hasher::new(Some(&new), std::slice::from_ref(&old));
         let digests = now.digests(now.current(b"key"), b"key");

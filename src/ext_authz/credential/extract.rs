@@ -1,8 +1,8 @@
 //! Extracts the one credential of a request, and lists what Envoy must remove so that no credential reaches the
 //! upstream.
 //!
-//! Does no I/O. A key is borrowed from the message where possible; a decoded copy is overwritten in memory when
-//! dropped.
+//! This module does no I/O. A key borrows from the message where possible. A decoded copy of a key is overwritten in
+//! memory when it is dropped.
 
 use std::borrow::Cow;
 
@@ -22,9 +22,9 @@ use crate::ext_authz::request::View;
 pub enum CredentialError {
     /// No source contains a credential.
     Missing,
-    /// There is more than one credential, or there may be.
+    /// The request has more than one credential, or a value that may be two credentials.
     Ambiguous,
-    /// There is one credential, but it cannot be a key.
+    /// The request has one credential, but the credential cannot be a key.
     Malformed,
 }
 
@@ -42,7 +42,7 @@ pub struct Extracted<'m, 's> {
 pub struct PresentedKey<'m>(Cow<'m, [u8]>);
 
 impl PresentedKey<'_> {
-    /// The key's bytes. The name makes each use easy to find.
+    /// Returns the bytes of the key. The name `expose` makes each use easy to find.
     #[must_use]
     pub fn expose(&self) -> &[u8] {
         &self.0
@@ -63,7 +63,7 @@ impl std::fmt::Debug for PresentedKey<'_> {
     }
 }
 
-/// The places where credentials were found, to be removed from the request.
+/// The parts of a request that contained credentials and must be removed.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Removals<'s> {
     /// Headers to remove.
@@ -79,10 +79,11 @@ pub struct Removals<'s> {
 /// The values found in one source.
 type FoundKeys<'m> = SmallVec<[Cow<'m, [u8]>; 1]>;
 
-/// Stop the search of one source here: two values are ambiguous, and more make no difference.
+/// Maximum number of values to collect from one source. Two values are already ambiguous, so further values make no
+/// difference.
 const FOUND_MAX: usize = 2;
 
-/// Extracts the credential of the request in `view`, by the rules of `settings`.
+/// Extracts the credential of the request in `view`, according to `settings`.
 #[must_use]
 pub fn extract<'m: 's, 's>(settings: &'s CredentialSettings, view: &View<'m>) -> Extracted<'m, 's> {
     let mut found: SmallVec<[(&'s Source, FoundKeys<'m>); 2]> = SmallVec::new();
@@ -98,7 +99,8 @@ pub fn extract<'m: 's, 's>(settings: &'s CredentialSettings, view: &View<'m>) ->
         }
     }
     // `Authorization` often belongs to the application. If another source has a key, a single token in `Authorization`
-    // that cannot be a key is not a credential and stays in the request. Anything less clear may be a second key.
+    // that cannot be a key is not a credential and stays in the request. Anything else in `Authorization` may be a
+    // second key.
     if found.len() > 1 && found.iter().any(|(_, values)| values.iter().all(|value| is_well_formed(settings, value))) {
         let has_one = view.header("authorization").count() == 1;
         found.retain(|(source, values)| {
@@ -148,8 +150,9 @@ fn choose<'m>(
     }
 }
 
-/// The credentials of `scheme` in `Authorization`. Envoy may have joined several headers with commas. If one of the
-/// joined parts has our scheme, the result contains a comma, which [`extract`] treats as ambiguous.
+/// Returns the credentials with the scheme `scheme` in `Authorization`. Envoy may have joined several headers with
+/// commas. If one of the joined parts has this scheme, the result contains a comma, which [`extract`] treats as
+/// ambiguous.
 fn authorization<'m>(view: &View<'m>, scheme: Scheme) -> FoundKeys<'m> {
     let scheme = match scheme {
         Scheme::Bearer => &b"bearer"[..],
@@ -188,15 +191,15 @@ fn split_path(path: &str) -> Option<(&str, &str, &str)> {
     Some((before, query, &path[end..]))
 }
 
-/// True if `written`, a name in a query, means `name`. Applications compare names after decoding them (WHATWG URL
-/// Standard, section 5.1), so `k%65y` means `key`.
+/// True if `written`, a parameter name as the query spells it, means `name`. Applications compare decoded names (WHATWG
+/// URL Standard, section 5.1), so `k%65y` means `key`.
 fn is_name(written: &str, name: &str) -> bool {
     written == name
         || (written.contains(['%', '+'])
             && percent_decode_str(written).map(|byte| if byte == b'+' { b' ' } else { byte }).eq(name.bytes()))
 }
 
-/// The pairs of a query whose name means `name`: each name as written, and its value.
+/// Returns the query parameters whose name means `name`: each name as the query spells it, and its value.
 fn pairs_of<'m>(path: &'m str, name: &str) -> impl Iterator<Item = (&'m str, Option<&'m str>)> {
     let query = split_path(path).map_or("", |(_, query, _)| query);
     let pairs = query.split('&').map(|pair| match pair.split_once('=') {
@@ -206,13 +209,13 @@ fn pairs_of<'m>(path: &'m str, name: &str) -> impl Iterator<Item = (&'m str, Opt
     pairs.filter(move |(written, _)| is_name(written, name))
 }
 
-/// The values of the query parameter `name`, percent-decoded.
+/// Returns the values of the query parameter `name`, percent-decoded.
 fn query<'m>(path: &'m str, name: &str) -> FoundKeys<'m> {
     let values = pairs_of(path, name).map(|(_, value)| percent_decode_str(value.unwrap_or_default()).into());
     values.take(FOUND_MAX).collect()
 }
 
-/// The spellings of the parameter `name` in the query, without duplicates.
+/// Returns the spellings of the parameter `name` in the query, without duplicates.
 fn spellings<'m>(path: &'m str, name: &str) -> SmallVec<[&'m str; 2]> {
     let mut spellings = SmallVec::<[&str; 2]>::new();
     for (written, _) in pairs_of(path, name) {
@@ -223,7 +226,7 @@ fn spellings<'m>(path: &'m str, name: &str) -> SmallVec<[&'m str; 2]> {
     spellings
 }
 
-/// `path` without the parameters that contain credentials. All other bytes stay the same.
+/// Returns `path` without the query parameters that contain credentials. All other bytes stay the same.
 fn path_left(settings: &CredentialSettings, path: &str) -> String {
     let Some((before, query, fragment)) = split_path(path) else { return path.to_owned() };
     let is_ours = |pair: &&str| {
@@ -235,13 +238,14 @@ fn path_left(settings: &CredentialSettings, path: &str) -> String {
     [before, mark, &left.join("&"), fragment].concat()
 }
 
-/// Splits a `Cookie` header into cookies, with the spaces around them. Only `;` separates cookies (RFC 6265, section
-/// 4.2.1); a comma is part of a value.
+/// Splits a `Cookie` header into cookies, which keep the spaces around them. Only `;` separates cookies (RFC 6265,
+/// section 4.2.1); a comma is part of a value.
 fn each_cookie(line: &[u8]) -> impl Iterator<Item = &[u8]> {
     line.split(|byte| *byte == b';')
 }
 
-/// The value of a cookie, if its name means `name`. Applications trim names, and some applications decode them.
+/// Returns the value of a cookie, without quotes, if its name means `name`. Compares the trimmed name, both as it is
+/// and decoded: applications trim cookie names, and some also decode them.
 fn cookie_value<'m>(cookie: &'m [u8], name: &str) -> Option<&'m [u8]> {
     let at = cookie.iter().position(|byte| *byte == b'=')?;
     let (written, value) = (cookie[..at].trim_ascii(), cookie[at + 1..].trim_ascii());
@@ -254,8 +258,9 @@ fn cookies<'m>(view: &View<'m>, name: &str) -> FoundKeys<'m> {
     let cookies = || view.header("cookie").flat_map(each_cookie);
     let values = cookies().filter_map(|cookie| cookie_value(cookie, name)).map(Cow::Borrowed);
     let mut found: FoundKeys<'m> = values.take(FOUND_MAX).collect();
-    // Without raw headers, a comma may also be the place where Envoy joined two Cookie headers, which clients must not
-    // send (RFC 6265, section 5.4). The two cases look the same, so the credential is ambiguous.
+    // Without raw headers, a comma may be part of a value, or the place where Envoy joined two `Cookie` headers,
+    // although clients must not send two (RFC 6265, section 5.4). The two cases look the same, so the credential is
+    // ambiguous.
     let follows_comma =
         |cookie: &[u8]| cookie.split(|byte| *byte == b',').skip(1).any(|part| cookie_value(part, name).is_some());
     if !view.has_raw_headers() && cookies().any(follows_comma) {
@@ -264,8 +269,8 @@ fn cookies<'m>(view: &View<'m>, name: &str) -> FoundKeys<'m> {
     found
 }
 
-/// The cookies without credentials, byte for byte, for the upstream. A cookie that is not UTF-8 or contains a control
-/// character cannot be sent in a response and is dropped.
+/// Returns the cookies that contain no credential, byte for byte, for the upstream. Drops a cookie that is not UTF-8 or
+/// contains a control character, because a `CheckResponse` cannot contain it.
 fn cookies_left(settings: &CredentialSettings, view: &View<'_>) -> String {
     let is_ours = |cookie: &[u8]| {
         settings
@@ -380,7 +385,7 @@ mod tests {
     }
 
     #[test]
-    fn cookies_lose_exactly_the_bytes_of_the_key() {
+    fn only_the_key_is_removed_from_the_cookies() {
         let settings = settings("cookie:key", "deny");
         for (cookie, left) in [
             ("prefs={\"a\":1,\"b\":2}; key=K; x=1", "prefs={\"a\":1,\"b\":2}; x=1"),
@@ -403,7 +408,7 @@ mod tests {
     }
 
     #[test]
-    fn names_are_compared_after_decoding() {
+    fn query_parameter_names_are_compared_after_decoding() {
         let by_parameter = settings("query:key", "deny");
         let path = format!("/p?a=1&k%65y={A}&key={A}");
         let bytes = message(&path, &[]);
@@ -416,7 +421,7 @@ mod tests {
     }
 
     #[test]
-    fn the_rest_of_a_query_stays_byte_for_byte() {
+    fn exact_removal_does_not_change_other_query_parameters() {
         let settings = CredentialSettings { query_removal: QueryRemoval::Exact, ..settings("query:key", "deny") };
         for (path, left) in [
             ("/things?z=1&a=2&key=K&m=3", "/things?z=1&a=2&m=3"),
@@ -435,7 +440,7 @@ mod tests {
     }
 
     #[test]
-    fn a_token_of_the_application_beside_a_key_stays() {
+    fn an_application_token_is_not_removed_if_another_source_has_a_key() {
         let sources = "header:x-api-key,authorization:bearer";
         let settings = CredentialSettings { require_checksum: true, ..settings(sources, "deny") };
         let key = format::generate(&settings.prefix).unwrap();
@@ -444,14 +449,14 @@ mod tests {
         let extracted = extract(&settings, &View::parse(&bytes).unwrap());
         assert_eq!(extracted.key.unwrap().expose(), key.expose().as_bytes());
         assert_eq!(&*extracted.removals.headers, &["x-api-key"][..]);
-        // Without a key in another source, the token may be a wrong credential, so the request is denied.
+        // Without a key in another source, the token may be an invalid key, so the request is denied.
         let bytes = message("/", &[("authorization", token)]);
         assert_eq!(extract(&settings, &View::parse(&bytes).unwrap()).key, Err(Malformed));
         for unclear in [format!("Basic x,Bearer {A}"), format!("Bearer {A}, Bearer y"), "Bearer x y".to_owned()] {
             let bytes = message("/", &[("x-api-key", key.expose()), ("authorization", &unclear)]);
             assert_eq!(extract(&settings, &View::parse(&bytes).unwrap()).key, Err(Ambiguous), "{unclear}");
         }
-        // A mistyped trustgate key is not a token of the application.
+        // A mistyped trustgate key does not count as a token of the application.
         let mut mistyped = key.expose().to_owned();
         mistyped.replace_range(4..5, if mistyped.as_bytes()[4] == b'A' { "B" } else { "A" });
         let mistyped = format!("Bearer {mistyped}");
@@ -460,7 +465,7 @@ mod tests {
     }
 
     #[test]
-    fn the_first_source_wins_where_that_is_configured() {
+    fn on_multiple_first_uses_the_key_of_the_first_source() {
         let settings = settings("query:key,header:x-api-key", "first");
         let bytes = message(&format!("/p?key={B}"), &[("x-api-key", A)]);
         let extracted = extract(&settings, &View::parse(&bytes).unwrap());

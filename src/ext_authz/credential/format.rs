@@ -1,8 +1,8 @@
 //! The form of the keys that trustgate issues: a prefix, `_`, 43 base62 characters from 32 random bytes, and 6 base62
 //! characters of a CRC-32.
 //!
-//! The checksum detects typing errors and lets scanners recognise a leaked key. It does not prove that trustgate issued
-//! the key.
+//! The checksum detects typing errors and lets scanners recognise a leaked key. The checksum does not prove that
+//! trustgate issued the key.
 
 use crate::base::{
     secret::Secret,
@@ -19,17 +19,17 @@ pub(crate) const BODY_CHARS: usize = RANDOM_CHARS + CHECKSUM_CHARS;
 /// Number of characters after the prefix and `_` in the hint of a trustgate key.
 const HINT_CHARS: usize = 5;
 
-/// The prefix of trustgate keys: 1 to 16 letters, digits or `_`. In the key, an `_` follows it.
+/// The prefix of trustgate keys: 1 to 16 letters, digits or `_`. In a key, `_` follows the prefix.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Prefix(String);
 
 impl Prefix {
-    /// The prefix, without the `_` that follows it.
+    /// Returns the prefix, without the `_` that follows it in a key.
     pub fn as_str(&self) -> &str {
         &self.0
     }
 
-    /// The part of `key` after the prefix and `_`, if `key` begins with them.
+    /// Returns the part of `key` after the prefix and `_`; `None` if `key` does not begin with them.
     fn body<'k>(&self, key: &'k [u8]) -> Option<&'k [u8]> {
         key.strip_prefix(self.0.as_bytes())?.strip_prefix(b"_")
     }
@@ -68,14 +68,14 @@ pub(crate) fn form(prefix: &Prefix, key: &[u8]) -> Form {
     }
 }
 
-/// True if `text` is a trustgate key under any prefix. For places that must not show a key.
+/// True if `text` is a trustgate key with any prefix. Used to avoid showing a key in an error message.
 #[must_use]
 pub(crate) fn is_key(text: &str) -> bool {
     let prefix = text.rsplit_once('_').and_then(|(prefix, _)| Prefix::read(&RawValue::One(prefix.to_owned())));
     prefix.is_some_and(|prefix| form(&prefix, text.as_bytes()) == Form::Ours)
 }
 
-/// Generates a new key from 32 random bytes of the operating system.
+/// Generates a new key from 32 random bytes, which the operating system provides.
 ///
 /// # Errors
 /// If the operating system provides no randomness.
@@ -95,8 +95,9 @@ fn from_random(prefix: &Prefix, bytes: [u8; 32]) -> Secret {
     Secret::new(key)
 }
 
-/// The leading characters that are stored so that people recognise a key: of a trustgate key the prefix, `_` and 5
-/// more; of a foreign key a quarter of its length, but at most 4.
+/// Returns the leading characters of `key`, which are stored so that people can recognise the key. For a trustgate key,
+/// these are the prefix, `_` and 5 more characters; for any other key, a quarter of its length, but at most 4
+/// characters.
 #[must_use]
 pub(crate) fn hint(prefix: &Prefix, key: &[u8]) -> String {
     let chars = match form(prefix, key) {
@@ -106,8 +107,8 @@ pub(crate) fn hint(prefix: &Prefix, key: &[u8]) -> String {
     String::from_utf8_lossy(&key[..chars]).into_owned()
 }
 
-/// CRC-32 (IEEE, as in zlib) of the prefix, `_` and the random characters, in base 62. It covers the prefix, so that it
-/// also detects a prefix that was mistyped as another configured one.
+/// Returns the CRC-32 (IEEE, as in zlib) of the prefix, `_` and the random characters, in base 62. The checksum covers
+/// the prefix, so it does not match under another prefix.
 fn checksum_of(prefix: &Prefix, random: &[u8]) -> [u8; CHECKSUM_CHARS] {
     let mut crc = crc32fast::Hasher::new();
     crc.update(prefix.0.as_bytes());
@@ -148,13 +149,14 @@ mod tests {
 
     #[test]
     fn key_format_stays_the_same_between_releases() {
-        // A release must recognise the keys of earlier releases. Another implementation of the format made this key.
+        // A release must recognise the keys of earlier releases. An independent implementation of the format generated
+        // this key.
         assert_eq!(from_random(&tg(), [0xff; 32]).expose(), "tg_yhjskwdA6OZ1AL1YmHWZWm8LLG7HjnuCA2j5rOw8Xp10Xwm86");
     }
 
     proptest! {
         #[test]
-        fn generated_keys_are_recognised_and_mistyped_ones_are_not(
+        fn generated_keys_are_recognised_and_mistyped_keys_are_not(
             bytes: [u8; 32],
             at in 3_usize..52,
             to in 0_usize..62,
@@ -170,7 +172,7 @@ mod tests {
     }
 
     #[test]
-    fn is_key_recognises_keys_under_any_prefix() {
+    fn is_key_recognises_keys_with_any_prefix() {
         for prefix in ["tg", "acme", "a_b"] {
             let prefix = Prefix::read(&RawValue::One(prefix.to_owned())).unwrap();
             assert!(is_key(generate(&prefix).unwrap().expose()));

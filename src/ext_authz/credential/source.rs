@@ -32,7 +32,7 @@ impl Setting for Source {
     fn read(written: &RawValue) -> Option<Self> {
         let text = String::read(written)?;
         let (place, name) = text.split_once(':')?;
-        // RFC 9110 token characters that need no encoding in any of the three places.
+        // Allow only the token characters of RFC 9110 that need no encoding in a header, a query or a cookie.
         let plain =
             !name.is_empty() && name.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_.~".contains(&byte));
         match (place, name) {
@@ -46,9 +46,9 @@ impl Setting for Source {
     }
 }
 
-/// The source `header:NAME`. Refuses `authorization` and `cookie`, which have their own sources, and the identity
-/// headers: Envoy removes the header with the credential after it sets the identity headers, so it would remove the
-/// identity.
+/// Returns the source `header:NAME`. Refuses `authorization` and `cookie`, for which separate sources exist, and the
+/// identity headers: Envoy sets the identity headers before it removes the header that contained the credential, so
+/// Envoy would remove the identity.
 fn header(name: String) -> Option<Source> {
     let reserved = ["authorization", "cookie"].contains(&name.as_str()) || identity::HEADERS.contains(&name.as_str());
     (!reserved).then_some(Source::Header(name))

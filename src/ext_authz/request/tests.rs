@@ -121,7 +121,8 @@ proptest! {
         assert_same(&message.encode_to_vec(), &message);
     }
 
-    /// Two encodings in a row are one message: the scalars of the second one win, and lists are concatenated.
+    /// The concatenation of two encoded messages is one message: the scalars of the second message win, and lists are
+    /// concatenated.
     #[test]
     fn view_merges_as_the_generated_decoder_does(first in message(), second in message()) {
         let bytes = [first.encode_to_vec(), second.encode_to_vec()].concat();
@@ -136,9 +137,9 @@ proptest! {
         }
     }
 
-    /// Well-formed messages with a few changed bytes reach more of the parser than random bytes.
+    /// Well-formed messages with a few changed bytes exercise more of the parser than random bytes do.
     #[test]
-    fn damaged_messages_do_not_panic(
+    fn parsing_damaged_messages_does_not_panic(
         message in message(),
         damage in vec((any::<prop::sample::Index>(), any::<u8>()), 1..4),
     ) {

@@ -1,8 +1,8 @@
 //! Encodes the response to a request that passes. Most responses have this form, and generated code makes about thirty
 //! allocations for each. This hand-written encoder makes none (`tests/allocations.rs`): it appends the responses of a
-//! thread to one buffer, and reuses the buffer after they were sent.
+//! thread to one buffer, and reuses the buffer after these responses were sent.
 //!
-//! A test compares the output with the generated decoder. Field numbers: `envoy/service/auth/v3/external_auth.proto`,
+//! A test decodes the output with the generated decoder. Field numbers: `envoy/service/auth/v3/external_auth.proto`,
 //! `envoy/config/core/v3/base.proto`, `google/protobuf/struct.proto`.
 
 use std::cell::RefCell;
@@ -19,36 +19,38 @@ use crate::{
     },
 };
 
-/// The size of a thread's buffer. If the responses of one batch need more, the next ones go into a new buffer.
+/// Size of a thread's buffer, in bytes. If the responses of one batch need more, further responses go into a new
+/// buffer.
 const BUFFER_BYTES: usize = 64 << 10;
 
 thread_local! {
     static BUFFER: RefCell<BytesMut> = RefCell::new(BytesMut::new());
 }
 
-/// The framed `CheckResponse` that lets a request pass. `grant` has the identity (`None`: anonymous); `removals` lists
-/// the credentials that the upstream must not see.
+/// Encodes the framed `CheckResponse` that lets a request pass. `grant` contains the identity (`None`: anonymous);
+/// `removals` lists the credentials that the upstream must not see.
 pub(crate) fn allowed(grant: Option<&Grant<'_>>, removals: &Removals<'_>, basis: Basis) -> Bytes {
     let answer = GrantReply::new(grant, removals, basis);
     BUFFER.with_borrow_mut(|buffer| {
         let sizes = answer.sizes();
         let bytes = framing::PREFIX_BYTES + sizes.message;
-        // When half of the buffer is used, try to start again at its front: that works if all responses were sent.
+        // When more than half of the buffer is used, try to reclaim it. This succeeds only if all responses in the
+        // buffer were sent.
         let has_room = buffer.capacity() >= BUFFER_BYTES / 2 || buffer.try_reclaim(BUFFER_BYTES);
         if !has_room && buffer.capacity() < bytes {
             buffer.reserve(BUFFER_BYTES);
         }
-        buffer.reserve(bytes); // for a response that is larger than a buffer
+        buffer.reserve(bytes); // needed only for a response that is larger than a whole buffer
         answer.put(sizes, buffer);
         buffer.split().freeze()
     })
 }
 
-/// A text in one piece or in several.
+/// A text: one string, or several words.
 #[derive(Clone, Copy)]
 enum Text<'t> {
     Whole(&'t [u8]),
-    /// Words, to be joined by spaces.
+    /// Words to join with spaces.
     Words(&'t [String]),
 }
 
@@ -115,8 +117,8 @@ impl<'a, 's> GrantReply<'a, 's> {
         self.ids.as_ref().map(|ids| ids.each_ref().map(<[u8; Hyphenated::LENGTH]>::as_slice))
     }
 
-    /// The headers to set. Envoy removes headers after it sets them, so a header must not be in both lists. A header
-    /// with an empty value is not set but removed, because Envoy would forward the empty header.
+    /// Returns the headers to set. Envoy removes headers after it sets headers, so no header may be both set and
+    /// removed. A header with an empty value is not set but removed, because Envoy would forward the empty header.
     fn headers(&self) -> impl Iterator<Item = (&str, Text<'_>)> {
         let [trust_id, key_id] = self.ids().map_or([None; 2], |ids| ids.map(Some));
         let identity = [
@@ -133,7 +135,8 @@ impl<'a, 's> GrantReply<'a, 's> {
         headers.filter_map(|(name, value)| Some((name, value?)))
     }
 
-    /// The headers to remove: those that contained a credential, and the identity headers that are not set.
+    /// Returns the headers to remove: the headers that contained a credential, and the identity headers that are not
+    /// set.
     fn removed(&self) -> impl Iterator<Item = &str> {
         let (has_identity, has_scopes) = (self.ids.is_some(), !self.scopes.is_empty());
         let identity = identity::HEADERS.into_iter().filter(move |name| match *name {
@@ -170,7 +173,7 @@ impl<'a, 's> GrantReply<'a, 's> {
 
     fn put(&self, sizes: Sizes, into: &mut BytesMut) {
         into.put_u8(0);
-        // The bounds on scopes and on messages keep the response far below 4 GiB.
+        // The limits on scopes and messages keep the response far below 4 GiB.
         into.put_u32(sizes.message.saturate());
         put_field(into, 1, 0);
         put_field(into, 3, sizes.ok);
@@ -179,9 +182,9 @@ impl<'a, 's> GrantReply<'a, 's> {
             put_field(into, 1, pair_bytes(name, value.bytes()));
             put_name(into, 1, name);
             put_text(into, 2, value);
-            // Set both fields: only then does each version of Envoy replace the client's header. `append` is present
-            // and false (1.37.0 appends if both fields are unset; Envoy up to 1.40 only looks at `append`), and
-            // `append_action` is OVERWRITE_IF_EXISTS_OR_ADD.
+            // Set both fields, so that every version of Envoy replaces the client's header: `append` to false, and
+            // `append_action` to OVERWRITE_IF_EXISTS_OR_ADD. Envoy up to 1.40 reads only `append`, and Envoy 1.37.0
+            // appends if both fields are unset.
             into.put_slice(OVERWRITE);
         }
         for name in self.removed() {
@@ -215,12 +218,12 @@ const OVERWRITE: &[u8] = &[2 << 3 | 2, 0, 3 << 3, 2];
 /// `Value.bool_value` = true.
 const YES: &[u8] = &[4 << 3, 1];
 
-/// The encoded length of a `HeaderValueOption` that overwrites.
+/// Returns the encoded length in bytes of a `HeaderValueOption` that overwrites a header.
 fn option_bytes(name: &str, value: Text<'_>) -> usize {
     field_bytes(pair_bytes(name, value.bytes())) + OVERWRITE.len()
 }
 
-/// The encoded length of a message with two fields: a name, and a value of `value` bytes.
+/// Returns the encoded length in bytes of a message with two fields: a name, and a value of `value` bytes.
 fn pair_bytes(name: &str, value: usize) -> usize {
     field_bytes(name.len()) + field_bytes(value)
 }
@@ -229,7 +232,7 @@ fn entry_bytes(name: &str, value: MetadataValue<'_>) -> usize {
     pair_bytes(name, value_bytes(value))
 }
 
-/// The encoded length of a `MetadataValue`.
+/// Returns the encoded length of a `MetadataValue` in bytes.
 fn value_bytes(value: MetadataValue<'_>) -> usize {
     match value {
         MetadataValue::Text(text) => field_bytes(text.len()),
@@ -238,12 +241,12 @@ fn value_bytes(value: MetadataValue<'_>) -> usize {
     }
 }
 
-/// The encoded length of a `ListValue` of texts.
+/// Returns the encoded length in bytes of a `ListValue` of texts.
 fn list_bytes(texts: &[String]) -> usize {
     texts.iter().map(|text| field_bytes(field_bytes(text.len()))).sum()
 }
 
-/// The encoded length of a length-delimited field with a number below 16 and `bytes` bytes of content.
+/// Returns the encoded length in bytes of a length-delimited field with a number below 16 and `bytes` bytes of content.
 fn field_bytes(bytes: usize) -> usize {
     let bits = usize::BITS - (bytes | 1).leading_zeros();
     1 + bits.div_ceil(7) as usize + bytes
@@ -315,7 +318,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn generated_code_decodes_what_was_encoded(
+        fn generated_code_decodes_the_encoded_response(
             ids in option::of((any::<u128>(), any::<u128>())),
             scopes in vec("[a-z:]{1,300}", 0..5),
             (headers, query) in (vec("[a-z-]{1,200}", 0..3), vec("[a-z]{1,9}", 0..3)),

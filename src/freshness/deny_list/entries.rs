@@ -14,19 +14,20 @@ pub enum Denied {
     Key(KeyId),
     /// Every key of a trust.
     Trust(TrustId),
-    /// The key with this digest: the digest stored in its row, or the one by which a check looked it up.
+    /// The key with this digest: either the digest stored in the key's row, or the digest by which a check looked up
+    /// the key.
     Digest(ApiKeyDigest),
 }
 
 impl Denied {
-    /// The entry as a line of the file: `key UUID`, `trust UUID` or `digest HEX64`. This is not a `Display`
-    /// implementation, so that no digest gets into a log by accident.
+    /// Returns the entry as a line of the file: `key UUID`, `trust UUID` or `digest HEX64`. This is not a `Display`
+    /// implementation, so that no digest is logged by accident.
     #[must_use]
     pub fn line(&self) -> String {
         format!("{} {}", self.kind(), self.id())
     }
 
-    /// The first word of [`Self::line`].
+    /// Returns the first word of [`Self::line`].
     #[must_use]
     pub const fn kind(&self) -> &'static str {
         match self {
@@ -36,7 +37,7 @@ impl Denied {
         }
     }
 
-    /// The second word of [`Self::line`]: a UUID, or 64 hexadecimal digits.
+    /// Returns the second word of [`Self::line`]: a UUID, or 64 hexadecimal digits.
     #[must_use]
     pub fn id(&self) -> String {
         match self {
@@ -58,10 +59,10 @@ impl Denied {
     }
 }
 
-/// Entries with the end of each by the database's clock; `None`: no end.
+/// Entries, each with the time at which the entry ends, by the database's clock. `None`: the entry does not end.
 pub(crate) type Entries = HashMap<Denied, Option<DatabaseTime>>;
 
-/// Adds an entry. If it is already listed, the later of the two ends counts.
+/// Adds an entry. If `entries` already contains it, the later of the two ends counts.
 pub(crate) fn add(entries: &mut Entries, denied: Denied, until: Option<DatabaseTime>) {
     let end = entries.entry(denied).or_insert(until);
     *end = end.zip(until).map(|(one, other)| one.max(other));

@@ -1,8 +1,8 @@
-//! The deny list in a file: parses its lines and detects changes.
+//! The deny list in a file: parses the lines and detects changes to the file.
 //!
-//! If a line cannot be read, the last good list stays in force, together with the readable lines of the new one. An
-//! entry is removed only if two reads, one interval apart, do not find it, because a file that is being rewritten is
-//! empty for a moment. Messages do not contain the text of a line, which may be a secret.
+//! If a line cannot be read, the last good list stays in force, together with the readable lines of the new list. An
+//! entry is removed only if two reads of the file, one interval apart, do not find it, because an editor may leave the
+//! file empty for a moment. Messages do not contain the text of a line, which may be a secret.
 
 use std::{
     fmt,
@@ -18,10 +18,10 @@ use crate::base::{clock::DatabaseTime, text};
 
 /// The maximum number of entries in one file.
 const ENTRIES_MAX: usize = 100_000;
-/// The largest file, in bytes: an entry and a short comment for each of [`ENTRIES_MAX`].
+/// The maximum size of the file, in bytes: an entry and a short comment for each of [`ENTRIES_MAX`].
 const FILE_BYTES_MAX: usize = 16 << 20;
 
-/// The content of a file.
+/// The parsed content of a deny file.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(crate) struct Reading {
     /// The entries on readable lines.
@@ -33,7 +33,7 @@ pub(crate) struct Reading {
 /// A line that cannot be read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct LineProblem {
-    /// The number of the line, from 1.
+    /// The number of the line, counted from 1.
     line: usize,
     expected: &'static str,
 }
@@ -47,22 +47,23 @@ impl fmt::Display for LineProblem {
 /// Checks that each line of the deny list at `path` can be read.
 ///
 /// # Errors
-/// The file cannot be read; or `InvalidData`, with the number of the first line that cannot be read.
+/// Returns the I/O error if the file cannot be read, or `InvalidData` with the number of the first line that cannot be
+/// read.
 pub(crate) fn check_file(path: &Path) -> io::Result<()> {
     let problem = read(path)?.problem;
     problem.map_or(Ok(()), |problem| Err(io::Error::new(io::ErrorKind::InvalidData, problem.to_string())))
 }
 
-/// Reads the file at `path`.
+/// Reads and parses the deny file at `path`.
 ///
 /// # Errors
-/// The error of the operating system; `InvalidInput` if `path` is not a regular file.
+/// Returns the error of the operating system, or `InvalidInput` if `path` is not a regular file.
 pub(crate) fn read(path: &Path) -> io::Result<Reading> {
     read_open(&open(path)?.0)
 }
 
-/// Metadata that identifies the content of a file. It changes when the file is replaced or written, and when Kubernetes
-/// updates a mounted `ConfigMap` by changing a symbolic link.
+/// File metadata that shows whether the content may have changed. The metadata changes when the file is written or
+/// replaced, and when Kubernetes updates a mounted `ConfigMap` by changing a symbolic link.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Stamp {
     device: u64,
@@ -74,7 +75,7 @@ struct Stamp {
 
 impl Stamp {
     /// # Errors
-    /// `InvalidInput` if it is not a regular file: reading a pipe might not end.
+    /// Returns `InvalidInput` if the file is not a regular file, because reading a pipe might never end.
     fn of(metadata: &fs::Metadata) -> io::Result<Self> {
         if !metadata.is_file() {
             return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file"));
@@ -90,7 +91,7 @@ impl Stamp {
 }
 
 fn open(path: &Path) -> io::Result<(File, Stamp)> {
-    Stamp::of(&fs::metadata(path)?)?; // before opening: opening a pipe waits for a writer
+    Stamp::of(&fs::metadata(path)?)?; // before opening, because opening a pipe waits for a writer
     let file = File::open(path)?;
     let stamp = Stamp::of(&file.metadata()?)?;
     Ok((file, stamp))
@@ -129,7 +130,7 @@ fn parse(bytes: &[u8]) -> Reading {
     reading
 }
 
-/// The entry on a line; `None` if the line is empty or a comment. The error says what was expected.
+/// Returns the entry on a line, or `None` if the line is empty or a comment. The error describes the expected format.
 fn parse_line(line: &[u8]) -> Result<Option<(Denied, Option<DatabaseTime>)>, &'static str> {
     const EXPECTED: &str = "expected `key UUID`, `trust UUID` or `digest` and 64 hexadecimal digits";
     const EXPECTED_END: &str = "expected the end of the line, or `until` and a time such as 2026-01-31T12:00:00Z";
@@ -145,14 +146,14 @@ fn parse_line(line: &[u8]) -> Result<Option<(Denied, Option<DatabaseTime>)>, &'s
     Ok(Some((denied, until)))
 }
 
-/// A file that is examined for changes at intervals.
+/// A deny file that the server examines for changes at intervals.
 pub(crate) struct Watched {
     path: PathBuf,
-    /// The last list without an unreadable line, confirmed by a second read.
+    /// The last list that had no unreadable line and that a second read confirmed.
     good: Arc<Entries>,
-    /// The entries that were in force after the last second read of an unchanged file.
+    /// The entries that were in force when a second read last found the file unchanged.
     settled: Arc<Entries>,
-    /// The stamp of the file at the last read, and true if that file was read twice.
+    /// The stamp of the file at the last read, and true if the file was read twice with that stamp.
     seen: Option<(Stamp, bool)>,
 }
 
@@ -168,22 +169,23 @@ pub(crate) enum Look {
         /// The first unreadable line.
         problem: Option<String>,
     },
-    /// The file could not be read, for this reason. The entries that were in force stay in force.
+    /// The reason why the file could not be read. The entries that were in force stay in force.
     Failed(String),
 }
 
 impl Watched {
-    /// Watches the file at `path`, from which `entries` were read before.
+    /// Creates a watcher for the file at `path`. `entries` are the entries that were already read from the file.
     pub(crate) fn new(path: PathBuf, entries: Arc<Entries>) -> Self {
         Self { path, good: Arc::clone(&entries), settled: entries, seen: None }
     }
 
-    /// Examines the file, and reads it if it changed since the last call or was read only once since it changed.
+    /// Examines the file. Reads it if it has changed since the last call, or if it was read only once since its last
+    /// change.
     pub(crate) fn look(&mut self) -> Look {
         match self.try_look() {
             Ok(look) => look,
             Err(error) => {
-                self.seen = None; // read the file when it is back, even if its stamp is the same
+                self.seen = None; // read the file again once it is readable, even if its stamp has not changed
                 Look::Failed(error.to_string())
             }
         }
@@ -234,7 +236,7 @@ mod tests {
         Denied::Key(KeyId(Uuid::from_u128(number)))
     }
 
-    /// A file with an entry for each of these keys.
+    /// Returns the text of a file with an entry for each of `keys`.
     fn text(keys: &[u128]) -> String {
         keys.iter().map(|number| key(*number).line() + "\n").collect()
     }
@@ -295,7 +297,7 @@ mod tests {
     }
 
     #[test]
-    fn malformed_lines_deny_nothing_and_their_text_is_not_shown() {
+    fn malformed_line_denies_nothing_and_its_text_is_not_shown() {
         let uuid = Uuid::from_u128(7);
         for line in [
             format!("key {uuid} until"),
@@ -319,24 +321,24 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_bytes_do_not_panic(bytes: Vec<u8>) {
+        fn parser_survives_any_bytes(bytes: Vec<u8>) {
             let _ = parse(&bytes);
         }
 
         #[test]
-        fn any_words_do_not_panic(line in "(key|trust|digest)? ?[0-9a-f-]{0,70}( until [0-9TZ:.+-]{0,40})?[ #\n]?") {
+        fn parser_survives_any_words(line in "(key|trust|digest)? ?[0-9a-f-]{0,70}( until [0-9TZ:.+-]{0,40})?[ #\n]?") {
             let _ = parse(line.as_bytes());
         }
     }
 
     #[test]
-    fn files_over_a_limit_are_cut_and_reported() {
+    fn file_over_a_limit_is_truncated_and_reported() {
         let numbers: Vec<u128> = (0..100_001).collect();
         let reading = parse((text(&numbers) + &text(&[0])).as_bytes());
         assert_eq!(reading.entries.len(), 100_000);
         assert!(reading.problem.unwrap().to_string().starts_with("line 100001: the file has more than 100000"));
 
-        // The limit cuts the second entry in the middle; the rest must not be read as another entry.
+        // The size limit cuts the second entry in the middle. The truncated line must not be read as an entry.
         let comment = "#".repeat(FILE_BYTES_MAX - 80);
         let reading = parse(format!("{}{comment}\n{}", text(&[1]), text(&[2])).as_bytes());
         assert_eq!(reading.entries, [(key(1), None)].into());
@@ -355,7 +357,7 @@ mod tests {
 
         fs::write(&path, text(&[2])).unwrap();
         assert_eq!(keys(&watched.look()), [1, 2], "1 stays denied until the file was read twice");
-        // The same size again, and perhaps the same modification time.
+        // The new content has the same size, and perhaps the same modification time.
         fs::write(&path, text(&[3])).unwrap();
         let both = keys(&watched.look());
         assert!(both == [1, 3] || both == [3], "{both:?}");
@@ -367,7 +369,7 @@ mod tests {
         assert_eq!(watched.look(), Look::Same);
         assert_eq!(watched.settled.keys().collect::<Vec<_>>(), [&key(3)]);
 
-        // An editor empties the file before it writes it.
+        // An editor empties the file before it writes the new content.
         fs::write(&path, "").unwrap();
         assert_eq!(keys(&watched.look()), [3]);
         fs::write(&path, text(&[3, 4])).unwrap();
@@ -391,7 +393,8 @@ mod tests {
             assert!(problem(&look).unwrap().starts_with("line 2: expected"), "{look:?}");
         }
         assert_eq!(watched.look(), Look::Same);
-        // Entries of a bad file end when it is replaced; those of the last good file stay.
+        // Entries from a file with an unreadable line disappear when that file is replaced. Entries from the last good
+        // file stay.
         fs::write(&path, text(&[4]) + "hunter2\n").unwrap();
         watched.look();
         assert_eq!(keys(&watched.look()), [1, 2, 4]);
@@ -409,7 +412,8 @@ mod tests {
 
     #[test]
     fn update_of_a_mounted_config_map_is_detected() {
-        // Like the kubelet: `deny` links to `..data/deny`, and `..data` links to a directory that is replaced.
+        // Imitate the kubelet: `deny` is a link to `..data/deny`, and `..data` is a link that an update replaces with a
+        // link to another directory.
         let dir = tempfile::tempdir().unwrap();
         let at = |name: &str| dir.path().join(name);
         for (version, content) in [("one", text(&[1])), ("two", text(&[2]))] {

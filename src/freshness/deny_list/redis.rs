@@ -1,10 +1,11 @@
-//! The deny list in Redis: one hash, `trustgate:deny`, whose fields are entries and whose values are their terms.
+//! The deny list in Redis: one hash, `trustgate:deny`. Each field is an entry, and its value is the term of the entry.
 //!
-//! A value is sealed (`redis/sealed.rs`) under its entry. Its body consists of `set_at` (8 bytes) and `end` (8);
-//! both times are microseconds by Redis's clock. Of two values for one entry, the one set later counts. A command removes an entry by setting an end
-//! in the past. A replica that has read an entry keeps it until its end even if it is missing from Redis, for example
-//! after a restart without data. So a client that can write to Redis but lacks the MAC key can neither add an entry nor
-//! remove one from such a replica.
+//! Each value is sealed (`redis/sealed.rs`) under the text of its entry. The body of a value consists of `set_at` (8
+//! bytes) and `end` (8 bytes), both in microseconds by Redis's clock. If a replica reads two values for one entry, the
+//! value with the later `set_at` counts. A command removes an entry by setting a value whose `end` has passed. A
+//! replica that has read an entry keeps it until its end, even if Redis no longer has the entry, for example after a
+//! restart without data. So a client that can write to Redis but lacks the MAC key can neither add an entry nor remove
+//! an entry that a replica has read.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -20,30 +21,31 @@ use crate::{
     },
 };
 
-/// The name of the hash.
+/// The Redis key of the hash.
 const NAME: &str = "trustgate:deny";
-/// The envelope of values. No value in L2 has its kind. Values with another layout are refused.
+/// The envelope of the values. Its kind differs from all kinds in L2, so a value copied from L2 does not open. Values
+/// with another layout are refused.
 const ENVELOPE: Envelope<'_> = Envelope { layout: 1, kind: "deny" };
-/// The maximum number of entries in the hash. Each replica reads all of them twice a second. To deny many keys, deny
+/// The maximum number of entries in the hash. Each replica reads all entries twice a second. To deny many keys, deny
 /// their trust, which is one entry, or use the file, which has a higher limit.
 pub const ENTRIES_MAX: usize = 1_000;
-/// The maximum number of entries that one replica remembers, including those no longer in the hash.
+/// The maximum number of entries that one replica remembers, including entries that are no longer in the hash.
 const MEMORY_MAX: usize = 10 * ENTRIES_MAX;
-/// The time that an ended entry is kept, in microseconds: one day. A replica that was cut off from Redis in the
-/// meantime then still reads that the entry was removed, and an older value that is replayed does not count.
+/// The time for which an entry is kept after its end, in microseconds: one day. A replica that was cut off from Redis
+/// can then still read that the entry was removed, and replaying an older value has no effect.
 const KEPT_MICROS: i64 = 24 * 3_600 * 1_000_000;
 
-/// The maximum number of fields in the hash, including foreign ones.
+/// The maximum number of fields in the hash, including foreign fields.
 const FIELDS_MAX: usize = 4 * ENTRIES_MAX;
-/// The length of the longest field: `digest`, a space and 64 hexadecimal digits.
+/// The length of the longest field, in bytes: `digest`, a space and 64 hexadecimal digits.
 const FIELD_BYTES_MAX: usize = 71;
-/// The length of a value.
+/// The length of a value, in bytes.
 const VALUE_BYTES: usize = SEALED_BYTES_MIN + 8 + 8;
 
-/// Atomically returns Redis's clock, the number of fields, the number of foreign fields (their length, or that of their
-/// value, rules them out as entries), and the remaining fields with their values. A client with write access to Redis
-/// can store anything in the hash. So the script filters by length inside Redis, and oversized values cannot exhaust
-/// our memory.
+/// A Lua script that atomically returns Redis's clock, the number of fields, the number of foreign fields, and the
+/// other fields with their values. A foreign field is a field that cannot be an entry, because of its length or the
+/// length of its value. A client with write access to Redis can store anything in the hash, so the script filters by
+/// length inside Redis: oversized values cannot exhaust the memory of this server.
 const READ: &str = "\
 local now = redis.call('TIME')
 local count = redis.call('HLEN', KEYS[1])
@@ -60,7 +62,7 @@ if count <= tonumber(ARGV[1]) then
 end
 return {now[1], now[2], count, foreign, entries}";
 
-/// Deletes the foreign fields.
+/// A Lua script that deletes the foreign fields.
 const DELETE_FOREIGN: &str = "\
 for _, field in ipairs(redis.call('HKEYS', KEYS[1])) do
   if #field > tonumber(ARGV[1]) or redis.call('HSTRLEN', KEYS[1], field) ~= tonumber(ARGV[2]) then
@@ -74,44 +76,44 @@ pub struct SharedList {
     mac_key: MacKey,
 }
 
-/// The term of an entry: microseconds since the Unix epoch by Redis's clock.
+/// The term of an entry. Both times are in microseconds since the Unix epoch, by Redis's clock.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Term {
-    /// When it was set.
+    /// When the entry was set.
     pub set_at: i64,
-    /// When it ends.
+    /// When the entry ends.
     pub end: i64,
 }
 
 /// The content of the hash.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct SharedEntries {
-    /// Redis's clock, in microseconds since the Unix epoch.
+    /// Redis's clock at the time of the read, in microseconds since the Unix epoch.
     pub now: i64,
-    /// The entries whose MAC verifies, including ended ones.
+    /// The entries whose MAC verifies, including entries that have ended.
     pub entries: HashMap<Denied, Term>,
-    /// The number of fields with the length of an entry whose MAC or layout does not match.
+    /// The number of fields that have the length of an entry, but whose name, MAC or layout is not valid.
     pub refused: usize,
-    /// The number of fields whose length, or that of their value, rules them out as entries.
+    /// The number of foreign fields: they cannot be entries, because of their length or the length of their value.
     pub foreign: usize,
 }
 
 impl SharedEntries {
-    /// The problem to log, if there are fields that are not entries.
+    /// Returns the problem to log if the hash contains fields that are not valid entries.
     pub(crate) fn problem(&self) -> Option<String> {
         let count = self.refused + self.foreign;
-        (count > 0).then(|| format!("{count} entries are not genuine or belong to another release, and are ignored"))
+        (count > 0).then(|| format!("{count} fields ignored: they are not genuine, or belong to another release"))
     }
 }
 
-/// Why the list cannot be read or changed.
+/// The reason why the list cannot be read or changed.
 #[derive(Debug, thiserror::Error)]
 pub enum SharedError {
     /// The MAC key is not known.
     #[error("the MAC key of the deny list is not known yet")]
     NoMacKey,
-    /// Redis does not answer.
-    #[error("Redis does not answer")]
+    /// Redis did not answer, or its answer cannot be used.
+    #[error("Redis gave no usable answer")]
     Down(QueryError),
     /// There are more fields or entries than the limits allow.
     #[error(
@@ -122,13 +124,14 @@ pub enum SharedError {
 }
 
 impl SharedList {
-    /// The list in `redis`. It can be used once `mac_key` is set, which authenticates the entries.
+    /// Creates a handle to the list in `redis`. The list can be used once `mac_key`, which authenticates the entries,
+    /// is set.
     #[must_use]
     pub const fn new(redis: Redis, mac_key: MacKey) -> Self {
         Self { redis, mac_key }
     }
 
-    /// True if the MAC key is known, so that the list can be read.
+    /// Returns true if the MAC key is known, so that the list can be read.
     pub(crate) fn has_mac_key(&self) -> bool {
         self.mac_key.get().is_some()
     }
@@ -154,18 +157,18 @@ impl SharedList {
                 None => found.refused += 1,
             }
         }
-        // Refused fields count only against `FIELDS_MAX`.
+        // Refused fields count against `FIELDS_MAX` but not against `ENTRIES_MAX`.
         if found.entries.len() > ENTRIES_MAX {
             return Err(SharedError::TooMany(found.entries.len()));
         }
         Ok(found)
     }
 
-    /// Sets each of `denied` to end after `life`, and deletes foreign fields and entries that ended more than a day
-    /// ago. Waits at most four times `redis.timeout`.
+    /// Adds the entries `denied`, or renews them, so that they end after `life`. Also deletes foreign fields, and
+    /// entries that ended more than a day ago. Waits at most four times `redis.timeout`.
     ///
     /// # Errors
-    /// [`SharedError`]. The entries may or may not have been set.
+    /// Returns a [`SharedError`]. In that case, the entries may or may not have been set.
     pub async fn set(&self, denied: &[Denied], life: Duration) -> Result<Vec<(Denied, Term)>, SharedError> {
         let SharedEntries { now, entries, foreign, .. } = self.read().await?;
         if foreign > 0 {
@@ -188,7 +191,8 @@ impl SharedList {
         let mut command = redis::cmd("HSET");
         command.arg(NAME);
         let terms = denied.iter().map(|denied| {
-            // Later than the current value, even if Redis was replaced with a server whose clock is behind.
+            // `set_at` must be later than in the current value, even if Redis was replaced with a server whose clock is
+            // behind.
             let set_at = entries.get(denied).map_or(now, |term| now.max(term.set_at.saturating_add(1)));
             let term = Term { set_at, end: set_at.saturating_add(life) };
             command.arg(denied.line()).arg(seal(mac_key, denied, term));
@@ -220,19 +224,19 @@ fn open(mac_key: &[u8; 32], field: &[u8], value: &[u8]) -> Option<(Denied, Term)
     Some((denied, term))
 }
 
-/// The entries that one replica has read, including those no longer in the hash.
+/// The entries that one replica has read, including entries that are no longer in the hash.
 #[derive(Default)]
 pub(crate) struct Memory(HashMap<Denied, KnownTerm>);
 
 struct KnownTerm {
     term: Term,
-    /// The end by the database's clock, computed once when both clocks are known.
+    /// The end by the database's clock. Computed once, when the database's clock is known.
     until: Option<DatabaseTime>,
 }
 
 impl Memory {
-    /// Merges the content of the hash, read at `now` by the database's clock, and returns the entries in force. While
-    /// that clock is unknown, the entries are returned without an end.
+    /// Merges `found`, the content of the hash, and returns the entries in force. `now` is the time of the read by the
+    /// database's clock. While that clock is unknown, the entries are returned without an end.
     pub(crate) fn merge(&mut self, found: SharedEntries, now: Option<DatabaseTime>) -> Entries {
         let listed: HashSet<Denied> = found.entries.keys().copied().collect();
         for (denied, term) in found.entries {
@@ -276,7 +280,7 @@ mod tests {
     }
 
     #[test]
-    fn entry_verifies_only_unchanged_under_its_own_name_and_mac_key() {
+    fn entry_opens_only_if_unchanged_and_under_its_own_name_and_mac_key() {
         let term = Term { set_at: 1, end: 9 };
         let (uuid, digest) = (Uuid::from_u128(7), ApiKeyDigest::from_bytes([7; 32]));
         for denied in [Denied::Key(KeyId(uuid)), Denied::Trust(TrustId(uuid)), Denied::Digest(digest)] {
@@ -301,20 +305,20 @@ mod tests {
     }
 
     #[test]
-    fn end_is_converted_once_from_redis_clock_to_database_clock() {
+    fn end_is_converted_only_once_from_the_redis_clock_to_the_database_clock() {
         let at = |micros| Some(DatabaseTime::from_micros(micros));
         let mut memory = Memory::default();
-        // The database's clock is 1 000 microseconds behind, and unknown at first.
+        // The database's clock is 1 000 microseconds behind Redis's clock, and is unknown at first.
         let listed = || found(5_000, &[(1, 4_000, 6_000), (2, 4_000, 5_000)]);
         assert_eq!(memory.merge(listed(), None), [(key(1), None)].into());
         assert_eq!(memory.merge(listed(), at(4_000)), [(key(1), at(5_000))].into());
-        // Now the end is fixed, and a change of Redis's clock has no effect.
+        // The end is fixed now, so a change of Redis's clock has no effect.
         assert_eq!(memory.merge(found(90_000, &[(1, 4_000, 6_000)]), at(4_999)), [(key(1), at(5_000))].into());
         assert_eq!(memory.merge(found(90_000, &[(1, 4_000, 6_000)]), at(5_000)), [].into());
     }
 
     #[test]
-    fn entry_is_removed_by_a_newer_end_but_not_when_it_is_missing() {
+    fn newer_end_removes_an_entry_but_its_absence_from_redis_does_not() {
         let now = Some(DatabaseTime::from_micros(0));
         let mut memory = Memory::default();
         let denied = |memory: &mut Memory, found| memory.merge(found, now).contains_key(&key(1));

@@ -17,7 +17,7 @@ use uuid::Uuid;
 
 use crate::store::{names::SchemaName, postgres::in_schema, url::StoreUrl};
 
-/// After this time without a notification, the connection is checked with a query.
+/// After this time without a notification, a query checks the connection.
 const SILENCE: Duration = Duration::from_secs(10);
 /// Timeout for connecting, and for each reply.
 const ANSWER: Duration = Duration::from_secs(2);
@@ -25,8 +25,8 @@ const ANSWER: Duration = Duration::from_secs(2);
 /// Calls `changed` when it starts to listen, and again for each notification.
 ///
 /// # Errors
-/// The connection broke, does not reply in time, or leads through a pooler. Notifications sent in the meantime are
-/// lost.
+/// The connection broke, did not reply in time, or leads through a pooler. Notifications are lost until the caller
+/// listens again.
 pub(crate) async fn attend(
     address: &StoreUrl,
     schema: &SchemaName,
@@ -40,8 +40,8 @@ pub(crate) async fn attend(
             Ok(Ok(Some(_))) => changed(),
             Ok(Ok(None)) => return Err(lost("notification connection broke")),
             Ok(Err(error)) => return Err(error),
-            // The query ran in another server process. A pooler can do this for each transaction, and then no client
-            // receives the notifications of the process that listens.
+            // The query ran in another server process than LISTEN. A pooler can choose another process for each
+            // transaction, and then this client does not receive the notifications of the process that listens.
             Err(_) if backend(&mut listener, schema).await? != listening => return Err(lost(POOLER)),
             Err(_) => {}
         }
@@ -73,7 +73,7 @@ pub(crate) async fn open(address: &StoreUrl, channel: &str) -> Result<PgListener
     Ok(listener)
 }
 
-/// The id of the server process, and true if it listens to our channel.
+/// Returns the id of the server process, and true if that process listens to our channel.
 async fn backend(listener: &mut PgListener, schema: &SchemaName) -> Result<(i32, bool), sqlx::Error> {
     let sql = "SELECT pg_backend_pid(), '{s}' IN (SELECT pg_listening_channels())";
     let row = in_time(sqlx::raw_sql(in_schema(sql, schema)).fetch_one(listener)).await?;

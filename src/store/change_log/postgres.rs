@@ -1,9 +1,10 @@
 //! The change log on PostgreSQL: triggers give each committed change a version, no matter which client makes it. A
 //! fingerprint of the triggers and their functions shows when they were altered.
 //!
-//! Inside a writer's transaction these functions only insert. A read would take the predicate locks by which PostgreSQL
-//! detects conflicts between SERIALIZABLE transactions, and an update could itself conflict, so the triggers would make
-//! writers fail. The functions do not rely on session settings to be correct, because any client can change those.
+//! Inside a writer's transaction, the trigger functions only insert rows. A read would take the predicate locks by
+//! which PostgreSQL detects conflicts between SERIALIZABLE transactions, and an update could itself conflict, so the
+//! triggers would make the transactions of writers fail. The correctness of the functions does not depend on session
+//! settings, because any client can change those.
 
 use sha2::{Digest, Sha256};
 use sqlx::{AssertSqlSafe, PgConnection};
@@ -19,8 +20,8 @@ use crate::{
     },
 };
 
-/// Blocks writers and waits for running ones. Use it before any other lock: a migration that waits for writers while it
-/// already holds a stronger lock would block readers during that time.
+/// Blocks new writers and waits for running writers. Take this lock before any other lock: a migration that waits for
+/// writers while it already holds a stronger lock would block readers during that time.
 pub(crate) const HOLD_WRITERS: &str = "LOCK TABLE {s}.trust, {s}.api_key IN SHARE ROW EXCLUSIVE MODE";
 
 /// Repairs the change log: creates or replaces functions that are missing or differ from this release, and triggers
@@ -51,18 +52,18 @@ pub(crate) async fn mend(connection: &mut PgConnection, name: &SchemaName) -> Re
     Ok(())
 }
 
-/// Creates and enables the triggers that `gaps` reports with a statement that creates them.
+/// Creates or enables the triggers on our own tables that the function `gaps` reports as missing or disabled.
 const MEND_TRIGGERS: &str = include_str!("postgres/mend_triggers.sql");
 
 /// Deletes rows that were written while the trigger `trustgate_stamp` was missing. They have no version, and pruning
-/// goes by version, so it would not delete them.
+/// selects rows by version, so pruning would not delete them.
 const FORGET_UNSTAMPED: &str = include_str!("postgres/forget_unstamped.sql");
 
 /// A function in our schema.
 struct Function {
     /// The name, with the types of the arguments.
     signature: &'static str,
-    /// The statement that creates it. [`Function::filled`] fills the placeholders.
+    /// The statement that creates the function. [`Function::filled`] fills in its placeholders.
     sql: &'static str,
     /// The signature of an older function whose callers also need this one. When a migration adds this function, each
     /// role that may call the older one gets the right to call this one, so an upgrade needs no new grants.
@@ -78,10 +79,10 @@ impl Function {
         Self { rights_of: Some(older), ..self }
     }
 
-    /// True if the database has this function as this release defines it.
+    /// Returns true if the database has this function as this release defines it.
     async fn is_current(&self, connection: &mut PgConnection, name: &SchemaName) -> Result<bool, sqlx::Error> {
-        // The catalog keeps the text of the body, but only a parsed form of the attributes: compare the body as text,
-        // and of the attributes the two that matter for security.
+        // The catalog stores the body as text, but the attributes only in parsed form. So compare the body as text, and
+        // of the attributes only the two that matter for security.
         let sql = "SELECT FROM pg_proc
              WHERE oid = to_regprocedure($1) AND prosrc = $2 AND proconfig @> ARRAY['search_path=pg_catalog, pg_temp']
                 AND prosecdef = $3";
@@ -94,7 +95,7 @@ impl Function {
         Ok(found.is_some())
     }
 
-    /// The signature, qualified with the schema.
+    /// Returns the signature, qualified with the schema.
     fn qualified(&self, schema: &SchemaName) -> String {
         format!("{}.{}", schema.as_str(), self.signature)
     }
@@ -103,8 +104,8 @@ impl Function {
         self.signature.split('(').next().unwrap_or(self.signature)
     }
 
-    /// GRANT statements that give a new function the rights of [`Self::rights_of`]; empty if the function already
-    /// exists.
+    /// Returns GRANT statements that give a new function the rights of [`Self::rights_of`], or an empty string if the
+    /// function already exists.
     async fn inherited_rights(
         &self,
         connection: &mut PgConnection,
@@ -123,18 +124,18 @@ impl Function {
         Ok(grants.concat())
     }
 
-    /// The statements that create the function, or replace it, and take the right to call it from all other roles.
+    /// Returns the statements that create or replace the function and revoke the right of PUBLIC to call it.
     fn definition(&self, schema: &SchemaName) -> String {
         format!("{}REVOKE ALL ON FUNCTION {} FROM PUBLIC", self.filled(schema), self.qualified(schema))
     }
 
-    /// The part of the statement before the body, without the comment above the statement.
+    /// Returns the part of the statement before the body, without the comment above it.
     fn head(&self) -> &'static str {
         let statement = self.sql.find("CREATE OR REPLACE FUNCTION").map_or(self.sql, |start| &self.sql[start..]);
         statement.split(BODY).next().unwrap_or(statement)
     }
 
-    /// The text that the catalog keeps as the body of the function.
+    /// Returns the text that the catalog stores as the body of the function.
     fn body(&self, schema: &SchemaName) -> String {
         body(&self.filled(schema)).to_owned()
     }
@@ -146,7 +147,8 @@ impl Function {
     }
 }
 
-/// Fills the placeholders in `text`: the schema, some constants, and the digests of the functions that record changes.
+/// Fills in the placeholders in `text`: the schema, some constants, and the digests of the functions that record
+/// changes.
 fn filled(text: &str, schema: &SchemaName) -> String {
     let no_pepper = format!("{}::bytea", bytes_literal(&Fingerprint::NO_PEPPER.to_string()));
     let text = text.replace("{s}", schema.as_str()).replace("{attach}", ATTACH).replace("{no_pepper}", &no_pepper);
@@ -159,9 +161,9 @@ fn filled(text: &str, schema: &SchemaName) -> String {
     text.replace("{functions}", &digests.collect::<Vec<_>>().join(", "))
 }
 
-/// A query for the problems that keep changes from being recorded, as messages for [`TrackingProblem::of_gaps`]. It is
-/// the query inside the function `gaps`, for a role that may not call that function. It reads only the catalog and
-/// `meta`.
+/// Returns a query for the problems that keep changes from being recorded, as messages for
+/// [`TrackingProblem::of_gaps`]. It is the query inside the function `gaps`, for roles that may not call that function.
+/// It reads only the catalog and `meta`.
 pub(crate) fn problems(schema: &SchemaName) -> String {
     let gaps = filled(GAPS, schema);
     format!("SELECT g.problem FROM ({gaps}) AS g (relation, name, disabled, creation, problem)")
@@ -175,9 +177,9 @@ const RECORDING: &[&str] = &["note", "api_key_changed", "trust_changed", "trunca
 const GAPS: &str = without_newline(include_str!("postgres/gaps.sql"));
 
 /// The functions of this release, in the order in which [`mend`] creates them. Each file contains one statement, below
-/// the comments about the function. A change of the text between the quotes `$body$` replaces the function in each
-/// database, although an older release that runs beside this one needs its own text: `gaps` compares the functions that
-/// record changes with digests of their bodies.
+/// the comments about the function. If the text between the quotes `$body$` changes, the next migration replaces the
+/// function in each database. An older release that still uses such a database expects its own text, because `gaps`
+/// compares the functions that record changes with digests of their bodies.
 const FUNCTIONS: &[Function] = &[
     Function::new("note(text, text)", include_str!("postgres/functions/note.sql")),
     Function::new("api_key_changed()", include_str!("postgres/functions/api_key_changed.sql")),

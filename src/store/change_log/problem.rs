@@ -1,6 +1,6 @@
 //! The problems that keep changes from being recorded.
 
-/// A problem that keeps changes from being recorded. The message names the remedy if it is not obvious.
+/// A problem that keeps changes from being recorded. The message includes the remedy, unless the remedy is obvious.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum TrackingProblem {
     /// A problem of the attached table. Only `trustgate attach` repairs it, because only the owner of that table can
@@ -27,13 +27,14 @@ pub(crate) enum TrackingProblem {
     OtherUniqueIndex(String),
 }
 
-/// The end of the messages about problems of the attached table. The function `gaps` in the database contains it.
+/// The end of the messages about problems of the attached table. The function `gaps` in the database contains this
+/// text.
 pub(crate) const ATTACH: &str = ": run `trustgate attach`";
 
 impl TrackingProblem {
-    /// The problem in a message of the function `gaps`. That function returns only texts, and it must stay as it is,
-    /// because each release that uses the same tables compares it with its own. So the end of the message is the only
-    /// mark of a problem of the attached table.
+    /// Parses a message of the function `gaps`. That function returns only texts, and it must not change, because each
+    /// release that uses the same tables compares the function with its own version. So only the end of a message shows
+    /// that the problem is one of the attached table.
     pub(crate) fn of_gaps(message: String) -> Self {
         match message.strip_suffix(ATTACH) {
             Some(problem) => Self::AttachedTable(problem.to_owned()),
@@ -41,16 +42,16 @@ impl TrackingProblem {
         }
     }
 
-    /// True if only `trustgate attach` repairs it.
+    /// Returns true if only `trustgate attach` can repair the problem.
     pub(crate) const fn needs_attach(&self) -> bool {
         matches!(self, Self::AttachedTable(_))
     }
 }
 
-/// Why the change log was not recorded as intact.
+/// Why the change log could not be recorded as intact.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum NotIntact {
-    /// Changes may not be recorded.
+    /// A problem that keeps changes from being recorded was found.
     #[error(transparent)]
     Problem(#[from] TrackingProblem),
     /// The database failed.
@@ -63,7 +64,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn messages_of_the_database_stay_as_they_are() {
+    fn messages_from_the_database_are_reported_unchanged() {
         let missing = "the trigger trustgate_changed on table public.trust is missing";
         for (message, needs_attach) in [(missing.to_owned(), false), (format!("{missing}{ATTACH}"), true)] {
             let problem = TrackingProblem::of_gaps(message.clone());

@@ -1,13 +1,14 @@
-//! The change log on SQLite: triggers give each committed change to a trust or key a version, and a check shows when
-//! they were altered.
+//! The change log on SQLite: triggers give each committed change to a trust or key a version, and a check detects when
+//! the triggers were altered.
 //!
 //! The triggers are part of the database file, so they run in each program that writes to it with SQLite 3.37 or later.
 //!
 //! INSERT OR REPLACE and UPDATE OR REPLACE delete the rows that conflict with the new row. By default, SQLite does not
 //! run DELETE triggers for these rows. So a BEFORE trigger copies the conflicting rows to `displaced`, and an AFTER
-//! trigger records those that no longer exist. It must look, because with OR IGNORE and ON CONFLICT the BEFORE trigger
-//! runs, and no row is deleted. This works if no other trigger on these tables runs between the two, and if there is no
-//! other unique index, with conflicts that the BEFORE trigger does not look for. [`problem`] checks both conditions.
+//! trigger records those that no longer exist. The AFTER trigger must check which rows still exist, because with OR
+//! IGNORE and ON CONFLICT the BEFORE trigger runs although no row is deleted. This mechanism works only if no other
+//! trigger on these tables runs between the two triggers, and if there is no other unique index, whose conflicts the
+//! BEFORE trigger would miss. [`problem`] checks both conditions.
 
 use sqlx::{AssertSqlSafe, Row, SqliteConnection};
 
@@ -20,7 +21,7 @@ use crate::store::{
 /// Creates missing tables and triggers, replaces triggers that differ, and records that the change log is intact.
 ///
 /// # Errors
-/// The database failed, or has a problem that only its owner can repair.
+/// The database failed, or has a problem that only the operator can repair.
 pub(crate) async fn install(connection: &mut SqliteConnection) -> Result<(), NotIntact> {
     sqlx::raw_sql(TABLES).execute(&mut *connection).await?;
     let found = found(connection).await?;
@@ -33,8 +34,9 @@ pub(crate) async fn install(connection: &mut SqliteConnection) -> Result<(), Not
     restore(connection).await
 }
 
-/// Records that the change log is intact. If that was not recorded before, also adds a version "everything changed",
-/// because changes may be missing. The caller must be in a transaction that has the write lock.
+/// Records that the change log is intact. If the database did not record this before, also adds a version that marks
+/// everything as changed, because changes may be missing from the change log. The caller must have begun a transaction
+/// that holds the write lock.
 ///
 /// # Errors
 /// The database failed, or has a problem that keeps changes from being recorded.
@@ -50,7 +52,7 @@ pub(crate) async fn restore(connection: &mut SqliteConnection) -> Result<(), Not
     Ok(())
 }
 
-/// True if the schema has not changed since [`restore`] last found the change log intact.
+/// Returns true if the schema has not changed since [`restore`] last found the change log intact.
 pub(crate) async fn in_force(connection: &mut SqliteConnection) -> Result<bool, sqlx::Error> {
     sqlx::raw_sql(AssertSqlSafe(format!("SELECT {IN_FORCE} FROM meta m"))).fetch_one(connection).await?.try_get(0)
 }
@@ -59,26 +61,26 @@ pub(crate) async fn in_force(connection: &mut SqliteConnection) -> Result<bool, 
 /// with each change to the schema, and reads it from the snapshot of the statement.
 pub(crate) const IN_FORCE: &str = "m.fingerprint IS (SELECT schema_version FROM pragma_schema_version)";
 
-/// Adds a version "everything changed".
+/// Adds a version that marks everything as changed.
 pub(crate) async fn everything(connection: &mut SqliteConnection) -> Result<(), sqlx::Error> {
     let sql = format!("{DRAW} INSERT INTO change (kind, version, object) VALUES ('*', last_insert_rowid(), '')");
     sqlx::raw_sql(AssertSqlSafe(sql)).execute(connection).await.map(drop)
 }
 
-/// The statements that delete, of the oldest versions, up to a thousand whose successors are older than 20 minutes, and
-/// then their changes. If a poll still asks from a deleted version, it does not find that version, and the replica then
-/// uses no value older than the newest version.
+/// Returns the statements that delete up to a thousand of the oldest versions, and their changes. They delete only
+/// versions whose successor is older than 20 minutes. If a poll starts from a deleted version, the answer does not
+/// contain that version, and the replica then uses no value that is older than the newest version.
 pub(crate) fn prune() -> String {
     format!(include_str!("sqlite/prune.sql"), now = NOW, old = OLD)
 }
 
-/// The query that returns true if [`prune`] has more to delete. `prune` keeps the last version that is older than its
-/// limit, so the query looks at the second oldest.
+/// Returns the query that is true if [`prune`] has more to delete. `prune` keeps the newest version that is older than
+/// its limit, so the query looks at the second-oldest version.
 pub(crate) fn is_more() -> String {
     format!("SELECT at < {NOW} - {OLD} - {MINUTE} FROM version ORDER BY version LIMIT 1 OFFSET 1")
 }
 
-/// 20 minutes in microseconds. Polls do not ask from a version that was superseded this long ago.
+/// 20 minutes in microseconds. Replicas do not poll from a version that was superseded longer ago.
 const OLD: i64 = 20 * MINUTE;
 
 /// A trigger on one of our tables.
@@ -88,14 +90,14 @@ struct Trigger {
 }
 
 async fn found(connection: &mut SqliteConnection) -> Result<Vec<Trigger>, sqlx::Error> {
-    // `tbl_name` keeps upper and lower case as the CREATE statement had it.
+    // `tbl_name` is spelt as in the CREATE statement, in upper or lower case.
     let sql = "SELECT name, sql FROM sqlite_schema WHERE type = 'trigger'
         AND lower(tbl_name) IN ('api_key', 'trust', 'version', 'change', 'displaced')";
     let rows = sqlx::raw_sql(sql).fetch_all(connection).await?;
     rows.iter().map(|row| Ok(Trigger { name: row.try_get(0)?, text: row.try_get(1)? })).collect()
 }
 
-/// The first problem that keeps changes from being recorded; `None`: the triggers are intact.
+/// Returns the first problem that keeps changes from being recorded, or `None` if the triggers are intact.
 pub(crate) async fn problem(connection: &mut SqliteConnection) -> Result<Option<TrackingProblem>, sqlx::Error> {
     let found = found(connection).await?;
     for (name, text) in triggers() {
@@ -114,12 +116,13 @@ pub(crate) async fn problem(connection: &mut SqliteConnection) -> Result<Option<
     other.map(|row| Ok(TrackingProblem::OtherUniqueIndex(row.try_get(0)?))).transpose()
 }
 
-/// A query for a unique index with conflicts that the BEFORE triggers do not look for.
+/// A query for a unique index whose conflicts the BEFORE triggers do not detect.
 const OTHER_UNIQUE: &str = include_str!("sqlite/other_unique.sql");
 
 const TABLES: &str = include_str!("sqlite/tables.sql");
 
-/// The name and the text of each trigger. The text equals the one that SQLite stores in `sqlite_schema`.
+/// Returns the name and the text of each trigger. The text is identical to the text that SQLite stores in
+/// `sqlite_schema`.
 fn triggers() -> impl Iterator<Item = (&'static str, String)> {
     TRIGGERS.iter().map(|(name, text)| {
         let text = text
@@ -132,8 +135,8 @@ fn triggers() -> impl Iterator<Item = (&'static str, String)> {
     })
 }
 
-/// Inserts a version, which SQLite numbers one higher than the highest. The time is in microseconds since the Unix
-/// epoch; the expression for it also works in the old SQLite versions of other writers.
+/// Inserts a version, whose number is one higher than the highest number so far. The time is in microseconds since the
+/// Unix epoch; the expression for it also works in the old SQLite versions of other writers.
 const DRAW: &str = "INSERT INTO version (nonce, at) VALUES (
         randomblob(16), CAST((julianday('now') - 2440587.5) * 86400000.0 + 0.5 AS INTEGER) * 1000
     );";
@@ -145,15 +148,16 @@ const FORGET: &str = "DELETE FROM displaced WHERE true;";
 const REMOVED: &str = "displaced d
         WHERE NOT EXISTS (SELECT 1 FROM {table} t WHERE t.id = d.id AND t.id <> NEW.id)";
 
-/// A trigger by its name, which is also the name of its file.
+/// Expands to the name of a trigger and the text of its file, which has the same name.
 macro_rules! trigger {
     ($name:literal) => {
         ($name, without_newline(include_str!(concat!("sqlite/triggers/", $name, ".sql"))))
     };
 }
 
-/// Each changed row gets one version; the versions of a transaction become visible together. UNION removes duplicates.
-/// SQLite keeps the text of a trigger as it was created, so a change of a file replaces the trigger in each database.
+/// The triggers. They give each changed row its own version; all versions of a transaction become visible at once.
+/// Their statements use UNION to remove duplicates. SQLite stores the text of a trigger as it was created, so after a
+/// change to a file, [`install`] replaces the trigger in each database.
 const TRIGGERS: [(&str, &str); 10] = [
     trigger!("api_key_before_insert"),
     trigger!("api_key_insert"),
@@ -161,7 +165,7 @@ const TRIGGERS: [(&str, &str); 10] = [
     trigger!("api_key_update"),
     trigger!("api_key_delete"),
     trigger!("trust_before_insert"),
-    // SQLite checks foreign keys only in connections that turn this on, so keys can exist before their trust.
+    // SQLite checks foreign keys only in connections that turn this check on, so keys can exist before their trust.
     trigger!("trust_insert"),
     trigger!("trust_before_update"),
     trigger!("trust_update"),

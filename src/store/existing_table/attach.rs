@@ -1,7 +1,8 @@
-//! Attaching an existing table of the operator on PostgreSQL: the triggers that record its changes.
+//! Attaches an existing table of the operator on PostgreSQL: adds triggers that record its changes.
 //!
 //! Attaching adds two triggers to the table and changes nothing else in it; detaching removes them. The triggers run
-//! with the rights of the owner of our tables, so clients that write the table need no rights on ours.
+//! with the rights of the owner of our tables, so clients that write to the existing table need no rights on our
+//! tables.
 
 use sha2::{Digest, Sha256};
 use sqlx::{AssertSqlSafe, Connection, PgConnection, Row, postgres::PgRow};
@@ -21,8 +22,9 @@ use crate::{
 };
 
 impl ExistingTable {
-    /// The statement that creates the function that both triggers call. Like the trigger functions of our own tables
-    /// (`change_log/postgres/functions/`), it only inserts, and it ignores changes to columns that no decision reads.
+    /// Returns the statement that creates the function that both triggers call. Like the trigger functions of our own
+    /// tables (`change_log/postgres/functions/`), this function only inserts rows, and it ignores changes to columns
+    /// that no decision reads.
     fn function(&self) -> String {
         let row = |row: &str| {
             let columns: Vec<_> = self.columns().map(|(_, column)| format!("{row}.{}", column.sql())).collect();
@@ -46,13 +48,13 @@ impl ExistingTable {
     }
 }
 
-/// The function reads the columns in a nested block. If a column was renamed, dropped or given another type, the block
-/// fails, and the function records that everything changed, so that the application's statement still succeeds. The
-/// block writes nothing, so it uses no transaction number. The function does not record a value that has not the form
-/// of a digest, because no request can look it up.
+/// The template of the trigger function. It reads the columns in a nested block. If a column was renamed, dropped or
+/// given another type, the block fails, and the function records that everything changed, so that the application's
+/// statement still succeeds. The block writes nothing, so it uses no transaction number. The function does not record a
+/// value that does not have the form of a digest, because no request can look up such a value.
 const FUNCTION: &str = without_newline(include_str!("attach/attached_changed.sql"));
 
-/// The statements that one role has to run.
+/// The statements that one role must run.
 struct Part {
     /// The object that the role must own.
     what: String,
@@ -61,11 +63,11 @@ struct Part {
     statements: Vec<String>,
 }
 
-/// The statements of all roles, in the order in which they have to be run.
+/// The statements of all roles, in the order in which they must run.
 struct AttachScript(Vec<Part>);
 
 impl AttachScript {
-    /// The script as text, for operators who run it with other tools.
+    /// Returns the script as text, for operators who run it with other tools.
     fn print(&self, name: &SchemaName) -> String {
         let parts = self.0.iter().filter(|part| !part.statements.is_empty());
         let parts = parts.map(|Part { what, owner, statements }| {
@@ -84,8 +86,9 @@ impl AttachScript {
     }
 }
 
-/// A statement that waits for a table lock blocks all later statements on that table. A session whose client has
-/// disappeared can keep a lock for hours. So the script gives up early, and the operator can run it again.
+/// Limits how long the script waits for locks. A statement that waits for a table lock blocks all later statements on
+/// that table, and a session whose client has disappeared can keep a lock for hours. So the script gives up early, and
+/// the operator can run it again.
 const WAITS: &str = "SET LOCAL lock_timeout = '2s';
 SET LOCAL statement_timeout = '5s';
 SET LOCAL idle_in_transaction_session_timeout = '5s'";
@@ -103,8 +106,8 @@ pub(crate) enum AttachAction {
 ///
 /// # Errors
 /// [`StoreError::Unusable`]: the message lists all problems that keep the table from being attached.
-/// [`StoreError::NotOwner`]: a right is missing. [`StoreError::Schema`]: our own tables are missing, or of another
-/// release. Or the database failed. Nothing was changed.
+/// [`StoreError::NotOwner`]: a right is missing. [`StoreError::Schema`]: our own tables are missing, or belong to
+/// another release. Any other error means that the database failed. After an error, nothing has changed.
 pub(crate) async fn run(
     address: &StoreUrl,
     name: &SchemaName,
@@ -118,7 +121,7 @@ pub(crate) async fn run(
     if let Err(error) = script.run(&mut transaction, name).await {
         return Err(match code(&error).as_deref() {
             Some("42501") => StoreError::NotOwner(format!(
-                "{error}: run this as a role with the rights of the owners of {} and of the schema {}",
+                "{error}: run this command as a role with the rights of the owners of {} and of the schema {}",
                 table.table,
                 name.as_str()
             )),
@@ -134,10 +137,10 @@ pub(crate) async fn run(
     Ok(connection.close().await?)
 }
 
-/// The statements of `action` as text, grouped by the roles that have to run them.
+/// Returns the statements of `action` as text, grouped by the roles that must run them.
 ///
 /// # Errors
-/// As [`run`].
+/// See [`run`].
 pub(crate) async fn print(
     address: &StoreUrl,
     name: &SchemaName,
@@ -194,15 +197,15 @@ async fn attach(
 ) -> Result<AttachScript, StoreError> {
     let Some(home) = &table.table.schema else {
         return Err(StoreError::Unusable(
-            "store.table: write the table with its schema, such as \"public.trust\". Without it, the triggers could be \
-             added to another table than the one that `serve` reads"
+            "store.table: add the schema to the name of the table, as in \"public.trust\". Without the schema, the \
+             triggers could be added to a different table than the one that `serve` reads"
                 .into(),
         ));
     };
     if let Some(other) = other_attached(connection, name, table).await? {
         return Err(StoreError::Unusable(format!(
-            "{other} is attached, and only one table can be attached: set store.table to it and run `trustgate detach` \
-             first"
+            "{other} is attached, and only one table can be attached: set store.table to that table and run `trustgate \
+             detach` first"
         )));
     }
     let tree = sqlx::query(in_schema(TREE, name)).bind(home).bind(&table.table.name).bind(&[CHANGED, TRUNCATED][..]);
@@ -230,9 +233,9 @@ async fn attach(
             table.identity(),
         ),
     ];
-    // A client that fires a trigger needs no right on its function, but the owner of the table needs one to create the
-    // trigger: now, and for each new partition, to which PostgreSQL adds the trigger. The right is harmless, because a
-    // trigger function cannot be called directly.
+    // A client whose statement fires a trigger needs no right on the trigger function, but the owner of the table needs
+    // one to create the trigger: now, and for each new partition, because PostgreSQL then creates the trigger on the
+    // partition. The right is harmless, because a trigger function cannot be called directly.
     if !has_our_rights {
         first.push(format!("GRANT EXECUTE ON FUNCTION {{s}}.attached_changed() TO {owner}"));
     }
@@ -250,7 +253,7 @@ async fn attach(
     ]))
 }
 
-/// The attached table, if it is not `table`.
+/// Returns the attached table if it is not `table`.
 async fn other_attached(
     connection: &mut PgConnection,
     name: &SchemaName,
@@ -305,11 +308,11 @@ fn triggers(tree: &[PgRow], table: &ExistingTable) -> Result<Vec<String>, sqlx::
     Ok(statements)
 }
 
-/// A query for the type of a column of the table, if the column exists. Further columns: true if an index finds rows by
-/// it; true if it is a virtual generated column (PostgreSQL 18), whose value no trigger sees.
+/// A query for the type of a column of the table, if the column exists. Further columns: true if an index can find rows
+/// by this column; true if the column is a virtual generated column (PostgreSQL 18), whose value triggers cannot see.
 const COLUMN: &str = include_str!("attach/column.sql");
 
-/// All problems that keep the table from being attached.
+/// Returns all problems that keep the table from being attached.
 async fn problems(
     connection: &mut PgConnection,
     tree: &[PgRow],
@@ -317,13 +320,13 @@ async fn problems(
     table: &ExistingTable,
 ) -> Result<Vec<String>, sqlx::Error> {
     if tree.is_empty() {
-        return Ok(vec!["there is no such table (or the role cannot see it)".to_owned()]);
+        return Ok(vec!["there is no such table, or this role cannot see it".to_owned()]);
     }
     let mut problems = Vec::new();
     for row in tree {
         let (relation, kind, hides_rows): (String, String, bool) = (row.try_get(0)?, row.try_get(2)?, row.try_get(3)?);
         for trigger in row.try_get::<Vec<String>, _>(4)? {
-            problems.push(format!("{relation} already has another trigger {trigger}"));
+            problems.push(format!("{relation} already has another trigger named {trigger}"));
         }
         if !["r", "p"].contains(&kind.as_str()) {
             problems.push(format!(
@@ -333,8 +336,8 @@ async fn problems(
         }
         if hides_rows {
             problems.push(format!(
-                "{relation} has row level security, and a policy can show other rows without a change to any row: \
-                 disable it for this table"
+                "{relation} has row level security, and a policy can reveal or hide rows although no row changes: \
+                 disable row level security for this table"
             ));
         }
     }
@@ -389,7 +392,7 @@ async fn detach(
 ) -> Result<AttachScript, StoreError> {
     if let Some(other) = other_attached(connection, name, table).await? {
         return Err(StoreError::Unusable(format!(
-            "{other} is attached, and not {}: set store.table to the attached table",
+            "{other} is attached, not {}: set store.table to the attached table",
             table.table
         )));
     }

@@ -11,7 +11,7 @@ use crate::{
 };
 
 impl ExistingTable {
-    /// The condition that row `t` stores one of `digests`.
+    /// Returns the SQL condition that row `t` stores one of `digests`.
     pub(crate) fn has_digest(&self, digests: &Digests) -> String {
         let form = |hex: String| match self.digest_form {
             DigestForm::Hex => format!("'{hex}'"),
@@ -21,13 +21,13 @@ impl ExistingTable {
         format!("t.{} IN ({})", self.digest.sql(), list.join(", "))
     }
 
-    /// The condition that row `t` has the id `key`.
+    /// Returns the SQL condition that row `t` has the id `key`.
     pub(crate) fn has_id(&self, key: KeyId) -> String {
         format!("t.{} = '{key}'", self.id.sql())
     }
 
-    /// A query for the rows that fulfil `condition`, with the columns of the function `find_key`. A table that is not
-    /// attached has no versions: all its values get version 0.
+    /// Returns a query for the rows that satisfy `condition`, with the columns of the function `find_key`. A table that
+    /// is not attached has no versions, so all its values get version 0.
     pub(crate) fn find(&self, condition: &str) -> String {
         let (system, timeline, clock) = ("c.system_identifier", TIMELINE, CLOCK);
         let (date, from) = if self.attached {
@@ -37,7 +37,7 @@ impl ExistingTable {
                  CROSS JOIN {s}.meta m CROSS JOIN pg_control_system() c",
             )
         } else {
-            // Reading the timeline fails on a standby, as intended. The value itself is not used.
+            // The query reads the timeline only because that fails on a standby. It does not use the value.
             (
                 format!(
                     "0::bigint, repeat('0', 32), '00000000-0000-0000-0000-000000000000', 0::bigint, 0 * {timeline}, {clock}"

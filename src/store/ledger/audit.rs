@@ -1,4 +1,4 @@
-//! The entries of the audit. They contain neither keys nor digests.
+//! Creates audit entries, which contain neither keys nor digests.
 
 use serde_json::{Value, json};
 
@@ -39,7 +39,8 @@ pub(crate) fn key_json(key: &KeyDetails) -> Value {
     })
 }
 
-/// A time in RFC 3339 format, or the number of microseconds since the Unix epoch if the format cannot represent it.
+/// Formats a time as in RFC 3339, or as the number of microseconds since the Unix epoch if RFC 3339 cannot represent
+/// the time.
 fn time_json(time: DatabaseTime) -> Value {
     time.to_rfc3339().map_or_else(|| json!(time.micros()), Value::from)
 }

@@ -1,4 +1,4 @@
-//! The statements of the ledger, which each database implements.
+//! The interface between the ledger and a database: the statements of management, which each database implements.
 
 use async_trait::async_trait;
 
@@ -17,7 +17,7 @@ pub(crate) enum TxMode {
     Change,
 }
 
-/// Selects keys.
+/// A condition that selects keys.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum KeyFilter<'a> {
     /// Every key.
@@ -38,53 +38,53 @@ pub(crate) const BATCH: usize = 1_000;
 pub(crate) struct StoredKey {
     /// The key, as management shows it.
     pub(crate) key: KeyDetails,
-    /// The digest of the key.
     pub(crate) digest: ApiKeyDigest,
 }
 
-/// One connection and the statements that management needs. The caller runs them inside a transaction.
+/// A connection to one database, with the statements that management needs. The caller runs them inside a transaction.
 #[async_trait]
 pub(crate) trait LedgerBackend: Send + Sync {
     async fn begin(&mut self, mode: TxMode) -> Result<(), sqlx::Error>;
     async fn commit(&mut self) -> Result<(), sqlx::Error>;
     async fn rollback(&mut self) -> Result<(), sqlx::Error>;
-    /// The database's time, in microseconds since the Unix epoch.
+    /// Returns the database's time, in microseconds since the Unix epoch.
     async fn now(&mut self) -> Result<i64, sqlx::Error>;
     /// Locks the trust until the transaction ends: other transactions can neither change it nor add keys to it.
     async fn lock_trust(&mut self, which: &TrustRef) -> Result<(), sqlx::Error>;
-    /// One trust, or all trusts ordered by name.
+    /// Returns one trust, or all trusts ordered by name.
     async fn trusts(&mut self, which: Option<&TrustRef>) -> Result<Vec<Trust>, sqlx::Error>;
-    /// Returns false if the name is taken.
+    /// Inserts a trust. Returns false if the name is taken.
     async fn insert_trust(&mut self, id: TrustId, name: &str) -> Result<bool, sqlx::Error>;
     async fn set_enabled(&mut self, id: TrustId, enabled: bool) -> Result<(), sqlx::Error>;
     async fn delete_trust(&mut self, id: TrustId) -> Result<(), sqlx::Error>;
     async fn delete_keys(&mut self, trust: TrustId) -> Result<(), sqlx::Error>;
-    /// The selected keys, newest first.
+    /// Returns the selected keys, newest first.
     async fn keys(&mut self, which: KeyFilter<'_>) -> Result<Vec<KeyDetails>, sqlx::Error>;
-    /// At most [`BATCH`] keys in the order of their ids, starting after the id `after`.
+    /// Returns at most [`BATCH`] keys in the order of their ids, starting after the id `after`.
     async fn stored_keys(&mut self, after: Option<KeyId>) -> Result<Vec<StoredKey>, sqlx::Error>;
-    /// Inserts copies of trusts. Fails if one of them exists.
+    /// Inserts copies of trusts. Fails if one of them already exists.
     async fn put_trusts(&mut self, trusts: &[Trust]) -> Result<(), sqlx::Error>;
-    /// Inserts copies of keys. Fails if one of them exists.
+    /// Inserts copies of keys. Fails if one of them already exists.
     async fn put_keys(&mut self, keys: &[StoredKey]) -> Result<(), sqlx::Error>;
-    /// Inserts new keys, except those whose digest is stored already. Returns the number of inserted keys.
+    /// Inserts new keys, except keys whose digest is already stored. Returns the number of inserted keys.
     async fn insert_keys(&mut self, trust: TrustId, keys: &[NewKey]) -> Result<u64, sqlx::Error>;
-    /// The subset of `digests` under which keys are stored.
+    /// Returns the subset of `digests` under which keys are stored.
     async fn stored_digests(&mut self, digests: &[ApiKeyDigest]) -> Result<Vec<ApiKeyDigest>, sqlx::Error>;
-    /// Returns false if the key is already revoked or does not exist.
+    /// Revokes a key. Returns false if the key is already revoked or does not exist.
     async fn revoke_key(&mut self, id: KeyId) -> Result<bool, sqlx::Error>;
-    /// Gives this transaction a version "everything changed".
+    /// Gives this transaction a version that marks everything as changed.
     async fn change_everything(&mut self) -> Result<(), sqlx::Error>;
-    /// Records this pepper if none is recorded. Returns the recorded pepper. With `None`, only reads it.
+    /// Records `pepper` if no pepper is recorded, and returns the recorded pepper. If `pepper` is `None`, only reads
+    /// the recorded pepper.
     async fn hold_pepper(&mut self, pepper: Option<Fingerprint>) -> Result<Option<Fingerprint>, sqlx::Error>;
-    /// Records this pepper for new keys and returns the one recorded before.
+    /// Records `pepper` as the pepper for new keys, and returns the pepper recorded before.
     async fn use_pepper(&mut self, pepper: Fingerprint) -> Result<Option<Fingerprint>, sqlx::Error>;
-    /// The newest version.
+    /// Returns the newest version.
     async fn newest(&mut self) -> Result<i64, sqlx::Error>;
-    /// Replicas that may still grant keys from their caches.
+    /// Returns the replicas that may still grant keys from their caches.
     async fn replicas(&mut self) -> Result<Vec<ReplicaStatus>, sqlx::Error>;
     async fn insert_audit(&mut self, actor: &Actor, entry: &AuditEntry) -> Result<(), sqlx::Error>;
-    /// Translates the error of a failed statement of this transaction.
+    /// Converts the error of a failed statement of this transaction to a [`StoreError`].
     fn explain(&self, error: sqlx::Error) -> StoreError {
         error.into()
     }

@@ -1,7 +1,8 @@
 //! Copies all trusts and keys from one database to another, with their ids, digests, states and times, so that clients
 //! can keep using their keys.
 //!
-//! Does not copy the data that belongs to one database only: versions and lineage, the MAC key for Redis, the audit.
+//! Does not copy data that belongs to one database only: versions and lineage, the MAC key for Redis, and audit
+//! entries.
 
 use serde_json::json;
 
@@ -20,7 +21,7 @@ use crate::{
     },
 };
 
-/// The source and the target. `None` is the database that the configuration sets for management.
+/// The source and the target of a copy. `None` is the database that the configuration sets for management.
 #[derive(Debug)]
 pub(crate) struct Ends {
     /// The URL of the source.
@@ -34,7 +35,6 @@ pub(crate) struct Ends {
 pub(crate) struct GivenUrl {
     /// The name of the command's option, for messages.
     pub option: &'static str,
-    /// The URL.
     pub url: Secret,
 }
 
@@ -59,7 +59,6 @@ pub(crate) enum CopyError {
     From {
         /// A description of the source, without secrets.
         place: String,
-        /// The cause.
         error: StoreError,
     },
     /// The target cannot be used or written.
@@ -67,7 +66,6 @@ pub(crate) enum CopyError {
     To {
         /// A description of the target, without secrets.
         place: String,
-        /// The cause.
         error: StoreError,
     },
     /// The configuration or a given URL rules out the copy.
@@ -83,12 +81,12 @@ pub(crate) enum CopyError {
     },
 }
 
-/// Copies every trust and key, in one transaction on each side: the copy is a consistent snapshot, and all or nothing.
-/// Both databases must have our tables, and the target must contain no trusts. `progress` receives the number of keys
-/// copied so far and the total.
+/// Copies every trust and key, in one transaction on each side, so the copy is a consistent snapshot, and a failed copy
+/// leaves nothing in the target. Both databases must have our tables, and the target must contain no trusts. `progress`
+/// receives the number of keys copied so far and the total.
 ///
 /// # Errors
-/// [`CopyError`]; nothing was copied.
+/// [`CopyError`]. After an error, nothing has been copied.
 ///
 /// # Cancel safety
 /// Safe: if the future is dropped before the commit, the target rolls back, and nothing is copied.

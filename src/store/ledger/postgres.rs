@@ -34,7 +34,7 @@ pub(crate) struct PostgresTables {
     connection: PgConnection,
     /// The schema of our tables.
     schema: SchemaName,
-    /// The database, for a second connection that finds out which processes block this one.
+    /// The database, for a second connection that looks up which processes block this one.
     address: StoreUrl,
     /// The server process of the current transaction.
     pid: Option<i32>,
@@ -57,8 +57,8 @@ pub(crate) async fn open(
 type Prepared<'q> = sqlx::query::Query<'q, sqlx::Postgres, PgArguments>;
 
 impl PostgresTables {
-    /// A statement for our schema. It is not a named prepared statement, because a pooler may run the next transaction
-    /// on another server connection.
+    /// Creates a statement for our schema. It is not a named prepared statement, because a pooler may run the next
+    /// transaction on another server connection.
     fn query<'q>(&self, sql: &str) -> Prepared<'q> {
         sqlx::query(in_schema(sql, &self.schema)).persistent(false)
     }
@@ -96,7 +96,8 @@ impl LedgerBackend for PostgresTables {
     }
 
     async fn commit(&mut self) -> Result<(), sqlx::Error> {
-        // The trigger `trustgate_stamp` runs here. It assigns versions one transaction at a time, so a commit may wait.
+        // The trigger `trustgate_stamp` runs here. It assigns versions one transaction at a time, so this commit may
+        // wait.
         let Self { connection, address, pid, blockers, .. } = self;
         let commit = connection.execute(sqlx::raw_sql("COMMIT"));
         blocked::with_blockers(address, *pid, blockers, commit).await.map(drop)
@@ -292,7 +293,7 @@ impl LedgerBackend for PostgresTables {
         let blockers = self.blockers.as_deref().filter(|blockers| !blockers.is_empty());
         StoreError::Blocked {
             waited: LOCK_TIMEOUT,
-            blockers: blockers.unwrap_or("an unknown process (it is gone, or could not be looked up)").to_owned(),
+            blockers: blockers.unwrap_or("an unknown process (it has ended, or could not be looked up)").to_owned(),
         }
     }
 }
@@ -305,7 +306,7 @@ fn column<T, V>(rows: &[T], value: impl Fn(&T) -> V) -> Vec<V> {
     rows.iter().map(value).collect()
 }
 
-/// A query for the columns that `rows::key` reads, followed by those in `more`.
+/// Returns a query for the columns that `rows::key` reads, followed by those in `more`.
 fn select_keys(more: &str, condition: &str, order: &str) -> String {
     format!(
         "SELECT k.id::text, t.id::text, t.name, t.enabled::int::bigint, k.hint, k.scheme::bigint, k.name,

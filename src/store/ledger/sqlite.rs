@@ -258,7 +258,7 @@ fn bytes(fingerprint: Fingerprint) -> Vec<u8> {
     fingerprint.0.to_vec()
 }
 
-/// A query for the columns that `rows::key` reads, followed by those in `more`.
+/// Returns a query for the columns that `rows::key` reads, followed by those in `more`.
 fn select_keys(more: &str, condition: &str, order: &str) -> String {
     format!(
         "SELECT k.id, t.id, t.name, t.enabled, k.hint, k.scheme, k.name, k.scopes, k.allowed_cidrs, k.created_at,

@@ -7,7 +7,7 @@ use crate::{
     record::{ApiKeyDigest, Fingerprint, KeyId, Made, Scheme, TrustId, Version},
 };
 
-/// The person or program that makes a change, as the audit records it: `cli:USER`, `api:...`.
+/// The person or program that makes a change, as the audit records it, such as `cli:USER`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Actor(pub String);
 
@@ -27,75 +27,76 @@ pub(crate) struct AuditEntry {
 /// A trust, as management shows it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Trust {
-    /// Its id.
+    /// The id of the trust.
     pub id: TrustId,
-    /// Its name, which is unique.
+    /// The name of the trust, which is unique.
     pub name: String,
-    /// True if its keys may be granted; the keys of a disabled trust are denied.
+    /// True if keys of the trust may be granted. Keys of a disabled trust are denied.
     pub enabled: bool,
-    /// When it was created.
+    /// When the trust was created.
     pub created_at: DatabaseTime,
-    /// The number of its keys, including revoked and expired keys.
+    /// The number of keys of the trust, including revoked and expired keys.
     pub keys: u64,
 }
 
 /// A key to store.
 #[derive(Clone, Debug)]
 pub struct NewKey {
-    /// Its id.
+    /// The id of the key.
     pub id: KeyId,
-    /// Its digest.
+    /// The digest of the key.
     pub digest: ApiKeyDigest,
-    /// Its digests under earlier schemes (a previous pepper, or none). An import skips a key that is stored under one
-    /// of them.
+    /// The digests of the key under earlier schemes (a previous pepper, or none). An import skips a key that is already
+    /// stored under one of these digests.
     pub older: Vec<ApiKeyDigest>,
     /// How the digest was computed.
     pub made: Made,
     /// The key hint: the few leading characters by which people recognise the key. Empty for an imported digest.
     pub hint: String,
-    /// Its name: the purpose of the key, in the operator's words.
+    /// The name of the key: its purpose, in the operator's words.
     pub name: Option<String>,
-    /// Its scopes, sorted, without duplicates.
+    /// The scopes of the key, sorted, without duplicates.
     pub scopes: Vec<String>,
-    /// The networks that the key may be used from. If empty, any network.
+    /// The networks from which the key may be used. An empty list allows any network.
     pub allowed_cidrs: Vec<IpNet>,
     /// The key is not valid before this time.
     pub not_before: Option<DatabaseTime>,
-    /// The time that the key is valid, by the database's clock, from the start of the transaction that stores it.
+    /// How long the key is valid, by the database's clock, from the start of the transaction that stores the key.
+    /// `None`: the key does not expire.
     pub expires_in: Option<std::time::Duration>,
 }
 
 /// A key, as management shows it: everything except its digest.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct KeyDetails {
-    /// Its id.
+    /// The id of the key.
     pub id: KeyId,
-    /// Its trust.
+    /// The id of the trust that the key belongs to.
     pub trust_id: TrustId,
-    /// The name of its trust.
+    /// The name of the trust that the key belongs to.
     pub trust_name: String,
-    /// True if its trust is enabled.
+    /// True if the trust of the key is enabled.
     pub trust_enabled: bool,
     /// The key hint: the few leading characters by which people recognise the key.
     pub hint: String,
-    /// How its digest was computed.
+    /// How the digest of the key was computed.
     pub scheme: Scheme,
-    /// The fingerprint of the pepper under which its digest was computed; `None`: no pepper, or a pepper that is not
-    /// recorded yet.
+    /// The fingerprint of the pepper under which the digest was computed; `None` if there was no pepper, or if the
+    /// pepper is not recorded yet.
     pub pepper: Option<Fingerprint>,
-    /// Its name: the purpose of the key, in the operator's words.
+    /// The name of the key: its purpose, in the operator's words.
     pub name: Option<String>,
-    /// Its scopes.
+    /// The scopes of the key.
     pub scopes: Vec<String>,
-    /// The networks that the key may be used from. If empty, any network.
+    /// The networks from which the key may be used. An empty list allows any network.
     pub allowed_cidrs: Vec<IpNet>,
-    /// When it was stored.
+    /// When the key was stored.
     pub created_at: DatabaseTime,
     /// The key is not valid before this time.
     pub not_before: Option<DatabaseTime>,
     /// The key is not valid from this time on.
     pub expires_at: Option<DatabaseTime>,
-    /// When it was revoked.
+    /// When the key was revoked.
     pub revoked_at: Option<DatabaseTime>,
 }
 
@@ -104,13 +105,13 @@ pub struct KeyDetails {
 pub struct ReplicaStatus {
     /// The id of the replica, which is new at each start of the process.
     pub id: uuid::Uuid,
-    /// The name of its host or pod.
+    /// The name of the host or pod of the replica.
     pub name: String,
     /// The version that the replica has applied.
     pub applied: Version,
-    /// When its last heartbeat arrived.
+    /// When the last heartbeat of the replica arrived.
     pub seen_at: DatabaseTime,
-    /// Unless it sends another heartbeat, the replica grants no cached key after this time.
+    /// After this time, the replica grants no cached key unless it has sent another heartbeat.
     pub until: DatabaseTime,
 }
 

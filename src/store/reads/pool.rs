@@ -1,10 +1,10 @@
 //! A small, bounded pool of connections for the reads of checks. It fails fast and does not reuse a connection whose
 //! state is unknown.
 //!
-//! A read waits for a connection, but a task of the pool opens it. So a connect that takes longer than the read's
-//! deadline can still succeed, and a later read uses the connection. A read whose future is dropped while its query
-//! runs closes the connection, because its late answer could be taken for the answer to the next read. The pool does
-//! not log addresses.
+//! A read waits for a connection, but a separate task of the pool opens the connection. So a connect that takes longer
+//! than the read's deadline can still succeed, and a later read uses the connection. A read whose future is dropped
+//! while its query runs closes the connection, because its late answer could be taken for the answer to the next read.
+//! The pool does not log addresses.
 
 use std::{
     collections::VecDeque,
@@ -36,7 +36,7 @@ pub trait Connect: Send + Sync + 'static {
     ) -> impl Future<Output = Result<Vec<Self::Row>, sqlx::Error>> + Send;
     /// Closes a connection gracefully. Dropping a connection closes it without notice to the server.
     fn close(connection: Self::Connection) -> impl Future<Output = ()> + Send;
-    /// True if `error` means that the connection to the server is lost, so that the query may succeed on a new
+    /// Returns true if `error` means that the connection to the server is lost, so that the query may succeed on a new
     /// connection.
     fn lost(error: &sqlx::Error) -> bool;
 }
@@ -44,9 +44,9 @@ pub trait Connect: Send + Sync + 'static {
 /// The limits of a pool.
 #[derive(Clone, Copy, Debug)]
 pub struct PoolLimits {
-    /// The most connections: idle, in use and being opened.
+    /// The maximum number of connections: idle, in use and being opened.
     pub connections_max: usize,
-    /// The most reads that may wait for a connection.
+    /// The maximum number of reads that may wait for a connection.
     pub waiting_max: usize,
     /// The maximum time that connecting may take.
     pub connect_timeout: Duration,
@@ -57,9 +57,9 @@ pub struct PoolLimits {
 pub enum PoolError {
     /// The database or the network failed.
     Sql(Arc<sqlx::Error>),
-    /// Connecting took longer than this.
+    /// Connecting took longer than this limit.
     Connect(Duration),
-    /// [`PoolLimits::waiting_max`] reads wait already.
+    /// [`PoolLimits::waiting_max`] reads are already waiting.
     Full,
     /// The pool was closed.
     Closed,
@@ -81,7 +81,7 @@ impl From<PoolError> for Fault {
 pub struct Pool<C: Connect>(Arc<Shared<C>>);
 
 impl<C: Connect> Pool<C> {
-    /// A pool without connections. `name` identifies it in the log.
+    /// Creates a pool without connections. `name` identifies the pool in the log.
     #[must_use]
     pub fn new(name: &'static str, connect: Arc<C>, limits: PoolLimits) -> Self {
         Self(Arc::new(Shared {
@@ -116,7 +116,7 @@ impl<C: Connect> Pool<C> {
         }
     }
 
-    /// Opens connections on `runtime` from now on, whichever runtime a read is sent from.
+    /// Opens connections on `runtime` from now on, regardless of the runtime that a read is sent from.
     pub fn run_on(&self, runtime: Handle) {
         self.0.lock().runtime = Some(runtime);
     }
@@ -142,7 +142,7 @@ impl<C: Connect> Pool<C> {
         let _ = timeout(CLOSE_TIMEOUT, close_idle).await;
     }
 
-    /// Closes the idle connections, and those in use when their reads give them back.
+    /// Closes the idle connections, and each connection in use as soon as its read returns it.
     pub fn forget(&self) {
         self.0.forget();
     }
@@ -179,10 +179,11 @@ struct PoolState<C: Connect> {
     connecting: usize,
     /// Reads that wait for a connection, the oldest first.
     waiting: VecDeque<Waiter<C>>,
-    /// Rises when all connections are to be replaced. A connection of an earlier generation is closed when it is given
-    /// back.
+    /// Increases when all connections must be replaced. A connection of an earlier generation is closed when its read
+    /// returns it.
     generation: u64,
-    /// The runtime of connects: the one given to [`Pool::run_on`], else the one of the first read that waited.
+    /// The runtime that opens connections: the runtime passed to [`Pool::run_on`], else the runtime of the first read
+    /// that waited.
     runtime: Option<Handle>,
     /// True if the last connect succeeded. The pool logs a result only if it differs from this one.
     up: Option<bool>,
@@ -245,7 +246,7 @@ impl<C: Connect> Shared<C> {
         receiver.await.unwrap_or(Err(PoolError::Closed))
     }
 
-    /// A connect for each waiting read that has none in flight, as far as the limit allows.
+    /// Creates a connect for each waiting read that has none in flight, up to the limit of connections.
     fn wanted_connects(self: &Arc<Self>, state: &mut PoolState<C>) -> Vec<Pending<C>> {
         let wanted = state.waiting.iter().filter(|waiter| !waiter.is_closed()).count();
         let mut connects = Vec::new();
@@ -265,7 +266,8 @@ impl<C: Connect> Shared<C> {
         }
     }
 
-    /// Takes the outcome of a connect.
+    /// Handles the outcome of a connect. A new connection goes to a waiting read. If the connect failed and there are
+    /// no other connections, all waiting reads get the error.
     fn on_connect_done(self: &Arc<Self>, outcome: Result<C::Connection, PoolError>) {
         let mut state = self.lock();
         state.connecting -= 1;
@@ -288,7 +290,7 @@ impl<C: Connect> Shared<C> {
         }
     }
 
-    /// Gives a usable connection to the read that has waited longest, or keeps it as idle.
+    /// Gives a usable connection to the read that has waited longest, or adds it to the idle connections.
     fn hand_to_waiter(
         self: &Arc<Self>,
         mut state: MutexGuard<'_, PoolState<C>>,
@@ -312,7 +314,7 @@ impl<C: Connect> Shared<C> {
 
     /// Closes a connection, and opens another if a read waits for one.
     fn discard(self: &Arc<Self>, connection: C::Connection) {
-        drop(connection); // close it before it stops counting, so that the limit is not exceeded
+        drop(connection); // before the count is reduced, so that the limit is not exceeded
         let mut state = self.lock();
         state.open -= 1;
         let (connects, runtime) = (self.wanted_connects(&mut state), state.runtime.clone());
@@ -323,7 +325,7 @@ impl<C: Connect> Shared<C> {
         }
     }
 
-    /// As [`Pool::forget`].
+    /// See [`Pool::forget`].
     fn forget(self: &Arc<Self>) {
         self.lock().generation += 1;
         self.discard_idle();
@@ -352,7 +354,8 @@ impl<C: Connect> Shared<C> {
     }
 }
 
-/// A connect in flight. Its drop reports the outcome to the pool, also after a panic or when the runtime shuts down.
+/// A connect in flight. Dropping this value reports the outcome to the pool, even after a panic or when the runtime
+/// shuts down.
 struct Pending<C: Connect> {
     shared: Arc<Shared<C>>,
     outcome: Option<Result<C::Connection, PoolError>>,
@@ -406,8 +409,8 @@ impl<C: Connect> PooledConn<C> {
                 self.reused = true;
                 Ok(rows)
             }
-            // The connection stays dirty after an error, so it is closed: the next read does not meet the same standby,
-            // missing right or dead server again.
+            // The connection stays dirty after an error, so it is closed. Otherwise the next read could fail on the
+            // same standby, missing right or dead server.
             Err(error) => {
                 self.reused = false; // the error came in time, so keep the idle connections
                 Err(PoolError::Sql(Arc::new(error)))
@@ -425,7 +428,7 @@ impl<C: Connect> Drop for PooledConn<C> {
         self.shared.discard(connection);
         if self.reused {
             // The read got no answer in time on a connection that worked before. The network may be losing packets
-            // silently; each idle connection would then cost another read its deadline.
+            // silently; each idle connection would then make another read miss its deadline.
             self.shared.discard_idle();
         }
     }

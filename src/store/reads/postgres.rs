@@ -27,15 +27,14 @@ use crate::{
 /// A PostgreSQL database, with our own tables or with an existing table.
 #[derive(Clone, Debug)]
 pub(crate) struct Postgres {
-    /// The address of the database.
     pub(crate) address: StoreUrl,
     /// The schema of our tables.
     pub(crate) schema: SchemaName,
     /// The existing table to read instead of our own tables, if the settings name one.
     pub(crate) existing: Option<ExistingTable>,
-    /// The maximum time that the server may work on a read, which is longer than the caller waits. The limit ends
-    /// statements whose connection was closed: while a statement waits for a lock, the server does not notice that
-    /// its client has gone.
+    /// The maximum time that the server may work on a read, which is longer than the time that the caller waits. The
+    /// limit ends statements whose connection was closed: while a statement waits for a lock, the server does not
+    /// notice that its client has disconnected.
     pub(crate) statement_timeout: Duration,
 }
 
@@ -56,7 +55,7 @@ impl Connect for Postgres {
     }
 
     async fn close(connection: PgConnection) {
-        // An error leaves the connection closed all the same.
+        // The connection is closed even after an error.
         let _ = connection.close().await;
     }
 
@@ -175,7 +174,7 @@ impl Dialect for Postgres {
             redis_mac_key: self.timed("SELECT encode(value, 'hex') FROM {s}.setting WHERE name = 'redis_mac_key'"),
             // The server may continue after the caller has stopped waiting, which leaves less for the next call.
             prune: self.within(PRUNE_TIMEOUT, "SELECT {s}.prune()"),
-            // `prune` keeps the last version that is older than its limit, so look at the second oldest.
+            // `prune` keeps the newest version that is older than its limit, so look at the second-oldest version.
             is_more: self.timed(
                 "SELECT (at < clock_timestamp() - interval '21 minutes')::int::bigint
                  FROM {s}.version ORDER BY version LIMIT 1 OFFSET 1",
@@ -217,7 +216,7 @@ impl Dialect for Postgres {
 
     fn report(&self, heartbeat: &Heartbeat) -> String {
         let Heartbeat { replica, name, applied, lasts } = heartbeat;
-        // Send the host name as a list of character codes: a text from outside must not become part of a statement.
+        // Send the host name as a list of character codes: text from outside must not become part of a statement.
         let name = name.chars().filter(char::is_ascii_graphic).take(NAME_CHARS_MAX);
         let name = name.map(|c| u32::from(c).to_string()).collect::<Vec<_>>().join(", ");
         self.timed(&format!(
@@ -244,17 +243,18 @@ impl Dialect for Postgres {
 }
 
 impl Postgres {
-    /// True if the database has our tables, whose change log records changes: our own tables, or an attached table.
+    /// Returns true if the database has our tables, whose change log records changes: our own tables, or an attached
+    /// table.
     pub(crate) fn tracks_changes(&self) -> bool {
         self.existing.as_ref().is_none_or(|table| table.attached)
     }
 
-    /// A query that returns a row unless the existing table is attached with the columns configured here, and the
-    /// problem if it returns a row. `None`: the settings name no attached table.
+    /// Returns a query and a problem. The problem exists if the query returns a row: the existing table is not attached
+    /// with the columns configured here. Returns `None` if the settings name no attached table.
     pub(crate) fn unattached(&self) -> Option<(String, TrackingProblem)> {
         let table = self.existing.as_ref().filter(|table| table.attached)?;
         let problem =
-            format!("{} is not attached, or was attached with other columns than are configured here", table.table);
+            format!("{} is not attached, or was attached with other columns than those configured here", table.table);
         let question = format!("SELECT 1 WHERE NOT {}", attached_as(&table.identity()));
         Some((self.within(CALL_TIMEOUT, &question), TrackingProblem::AttachedTable(problem)))
     }
@@ -271,14 +271,14 @@ impl Postgres {
         connection.close().await
     }
 
-    /// `text` for our schema, with the time limit of a read for the server.
+    /// Fills in our schema in `text` and adds the time limit of a read for the server.
     fn timed(&self, text: &str) -> String {
         self.within(self.statement_timeout, text)
     }
 
-    /// `text` for our schema, with a time limit for the server. `SET LOCAL` ends with the implicit transaction around
-    /// the whole text. The isolation level is set because SERIALIZABLE may be the default of the database, and
-    /// SERIALIZABLE reads would make writers fail.
+    /// Fills in our schema in `text` and adds a time limit for the server. `SET LOCAL` ends with the implicit
+    /// transaction around the whole text. The text sets the isolation level because SERIALIZABLE may be the default of
+    /// the database, and SERIALIZABLE reads would make writers fail.
     fn within(&self, limit: Duration, text: &str) -> String {
         format!(
             "SET LOCAL transaction_isolation = 'read committed'; SET LOCAL statement_timeout = {}; {}",
@@ -289,20 +289,20 @@ impl Postgres {
 }
 
 /// The maximum time that the server may work on a poll: longer than the default of `freshness.poll_timeout`, for the
-/// reason given at [`Postgres::statement_timeout`].
+/// reason explained at [`Postgres::statement_timeout`].
 const POLL_TIMEOUT: Duration = Duration::from_secs(1);
 /// The maximum time that a poll may wait for a lock on our tables. It is well below `freshness.poll_timeout`, so that
-/// the server reports in time that a table is locked. That is an answer, which allows no stale grants. Without this
-/// limit the poll would count as unanswered.
+/// the server reports in time that a table is locked. Such a report counts as an answer, which allows no stale grants.
+/// Without this limit the poll would count as unanswered.
 const POLL_LOCK_TIMEOUT: Duration = Duration::from_millis(50);
 /// The maximum time that the server may work on deleting old versions.
 const PRUNE_TIMEOUT: Duration = Duration::from_secs(10);
 /// The maximum time that the server may work on a function call.
 const CALL_TIMEOUT: Duration = Duration::from_secs(2);
-/// The longest host name that a heartbeat records (RFC 1035, section 2.3.4).
+/// The maximum length of a host name in a heartbeat, in characters (RFC 1035, section 2.3.4).
 const NAME_CHARS_MAX: usize = 255;
 
-/// The SQL condition that the attached table has this identity.
+/// Returns the SQL condition that the attached table has this identity.
 fn attached_as(identity: &str) -> String {
     format!("(SELECT attached_identity IS NOT DISTINCT FROM '{identity}' FROM {{s}}.meta)")
 }
@@ -312,8 +312,8 @@ pub(crate) const TIMELINE: &str = "('x' || left(pg_walfile_name(pg_current_wal_l
 /// SQL for the database's clock, in microseconds since the Unix epoch.
 pub(crate) const CLOCK: &str = "(extract(epoch FROM statement_timestamp()) * 1000000)::bigint";
 
-/// SQL for the time in `column`, in microseconds since the Unix epoch. A time that does not fit, such as `infinity`,
-/// becomes the latest or earliest time of the supported range.
+/// Returns SQL for the time in `column`, in microseconds since the Unix epoch. A time that does not fit, such as
+/// `infinity`, becomes the latest or earliest time of the supported range.
 pub(crate) fn micros(column: &str) -> String {
     format!(
         "(extract(epoch FROM CASE WHEN {column} > '200000-01-01+00' THEN '200000-01-01+00'

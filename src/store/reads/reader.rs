@@ -33,61 +33,61 @@ use crate::{
 
 /// The statements of one kind of database. Reads for decisions return the columns of [`ReadRow`].
 pub(crate) trait Dialect: Connect<Row: RowExt> {
-    /// The query for the record stored under one of `digests`.
+    /// Returns the query for the record stored under one of `digests`.
     fn find(&self, digests: &Digests) -> Self::Query;
-    /// The query for the record of a key.
+    /// Returns the query for the record of a key.
     fn find_by_id(&self, key: KeyId) -> Self::Query;
-    /// The query for what was committed from `since` on, in the columns of [`rows::polled`]; the first column is
-    /// `echo`.
+    /// Returns the query for the versions from `since` on and their changes, in the columns of [`rows::polled`]. The
+    /// first column is `echo`.
     fn poll(&self, since: Option<Version>, echo: i64) -> Self::Query;
-    /// True if a failed poll counts as an answer: the server is up, but is a standby, or our tables or the rights to
-    /// them are missing.
+    /// Returns true if a failed poll counts as an answer: the server is up, but is a standby, or our tables or the
+    /// rights to them are missing.
     fn answered(error: &sqlx::Error) -> bool;
-    /// True if all connections of this process must be closed before a new one can see the current database.
+    /// Returns true if all connections of this process must be closed before a new one can see the current database.
     fn is_replaced(_error: &sqlx::Error) -> bool {
         false
     }
-    /// As [`Lookup::listen`].
+    /// See [`Lookup::listen`].
     fn listen(&self, changed: &(dyn Fn() + Send + Sync)) -> impl Future<Output = sqlx::Error> + Send;
-    /// The statements on our tables; `None` where changes are not tracked.
+    /// Returns the statements on our tables; `None` if changes are not tracked.
     fn ours(&self) -> Option<OwnTableQueries<Self::Query>>;
-    /// The statement that records the pepper of each key. `current`: the current pepper of the server. Only for keys in
-    /// our own tables.
+    /// Returns the statement that records the pepper of each key. `current` is the current pepper of the server.
+    /// Callers use this only for keys in our own tables.
     fn record_peppers(&self, proven: &[(KeyId, Fingerprint)], current: Fingerprint) -> Self::Query;
-    /// A fingerprint as an SQL literal.
+    /// Formats a fingerprint as an SQL literal.
     fn fingerprint_literal(fingerprint: Fingerprint) -> String;
-    /// The query for the number of active keys whose recorded pepper fulfils one of `conditions`, at most
-    /// [`super::lookup::OTHER_KEYS_MAX`]. It reads no more rows than that for each condition.
+    /// Returns the query for the number of active keys whose recorded pepper satisfies one of `conditions`, at most
+    /// [`super::lookup::OTHER_KEYS_MAX`]. The query reads no more rows than this limit for each condition.
     fn count_keys(&self, conditions: &[String]) -> Self::Query;
-    /// The statement that records a heartbeat.
+    /// Returns the statement that records a heartbeat.
     fn report(&self, heartbeat: &Heartbeat) -> Self::Query;
-    /// As [`Lookup::restore_watch`], on a separate connection.
+    /// Like [`Lookup::restore_watch`], on a separate connection.
     fn restore_watch(&self) -> impl Future<Output = Result<(), sqlx::Error>> + Send;
-    /// As [`Lookup::renew_incarnation`], on a separate connection.
+    /// Like [`Lookup::renew_incarnation`], on a separate connection.
     fn renew_incarnation(&self, lost: Uuid) -> impl Future<Output = Result<(), sqlx::Error>> + Send;
-    /// True if the keys are in our own tables.
+    /// Returns true if the keys are in our own tables.
     fn has_own_keys(&self) -> bool;
     /// Creates and migrates an embedded database, as `missing` allows. Does nothing for a database server.
     fn prepare(&self, missing: Missing) -> impl Future<Output = Result<(), StoreError>> + Send;
-    /// Runs after all connections are closed.
+    /// Does the last work on the database, after all connections are closed.
     fn finish(&self) -> impl Future<Output = ()> + Send {
         std::future::ready(())
     }
     /// Describes the database, for messages.
     fn backend(&self) -> String;
-    /// True if `error` means that a table or the schema does not exist.
+    /// Returns true if `error` means that a table or the schema does not exist.
     fn is_missing(error: &sqlx::Error) -> bool;
 }
 
 /// Statements on our tables.
 pub(crate) struct OwnTableQueries<Q> {
-    /// The columns `version` and `compatible_from` of the table `schema`, newest first.
+    /// Reads the columns `version` and `compatible_from` of the table `schema`, newest first.
     pub(crate) schema: Q,
-    /// The Redis MAC key in hexadecimal.
+    /// Reads the Redis MAC key in hexadecimal.
     pub(crate) redis_mac_key: Q,
-    /// As [`Lookup::prune`].
+    /// See [`Lookup::prune`].
     pub(crate) prune: Q,
-    /// 1 if there is more to delete, else 0 or no row.
+    /// Returns 1 if there are more versions to delete, else 0 or no row.
     pub(crate) is_more: Q,
 }
 
@@ -97,7 +97,7 @@ pub(crate) struct StoreReader<D: Dialect> {
     reads: Pool<D>,
     /// One connection, used only for polls, so that polls and reads do not wait for each other.
     poll: Pool<D>,
-    /// Number of polls sent so far, from which each poll gets its `echo`.
+    /// The number of polls sent so far, from which each poll gets its `echo`.
     polls: AtomicI64,
     /// When [`Self::reconnect`] last closed the connections.
     reconnected: Mutex<Option<Moment>>,
@@ -106,11 +106,11 @@ pub(crate) struct StoreReader<D: Dialect> {
     clock: Arc<dyn Clock>,
 }
 
-/// The shortest time between two reconnects to a server whose answers to polls are unusable.
+/// The minimum time between two reconnects to a server whose answers to polls are unusable.
 const RECONNECT_WAIT: Duration = Duration::from_secs(1);
 
 impl<D: Dialect> StoreReader<D> {
-    /// Does not connect yet.
+    /// Creates a reader. Does not connect yet.
     pub(crate) fn new(dialect: D, settings: &StoreSettings, clock: Arc<dyn Clock>) -> Self {
         let dialect = Arc::new(dialect);
         let limits = PoolLimits {
@@ -138,8 +138,9 @@ impl<D: Dialect> StoreReader<D> {
             .map_err(|_| Corrupt("a column has the wrong type").into())
     }
 
-    /// Closes all connections, so that new ones follow the URL to where it leads now. A connection to a server that has
-    /// become a standby or read-only would otherwise last as long as that server. At most once in [`RECONNECT_WAIT`].
+    /// Closes all connections, so that new connections go to the server that the URL leads to now. Otherwise,
+    /// connections to a server that has become a standby or read-only would stay open as long as that server runs. Does
+    /// this at most once in [`RECONNECT_WAIT`].
     fn reconnect(&self) {
         let now = self.clock.now();
         let mut last = self.reconnected.lock().unwrap_or_else(PoisonError::into_inner);
@@ -178,11 +179,12 @@ impl<D: Dialect> StoreReader<D> {
     }
 }
 
-/// The most keys whose pepper one statement records.
+/// The maximum number of keys whose pepper one statement records.
 const PROVEN_MAX: usize = 500;
 
-/// SQL conditions for the fingerprints that are not among `known`; exactly one of them holds for each such fingerprint.
-/// They are ranges, so that the database finds the few matching rows through an index and does not read the others.
+/// Returns SQL conditions for the fingerprints that are not among `known`. Exactly one condition is true for each such
+/// fingerprint. The conditions are ranges, so that the database finds the few matching rows through an index and does
+/// not read the other rows.
 fn others(known: &[Fingerprint], literal: fn(Fingerprint) -> String) -> Vec<String> {
     let mut known = known.to_vec();
     known.sort_unstable();
@@ -313,7 +315,7 @@ impl<D: Dialect> Source for StoreReader<D> {
         if let Some(ours) = self.dialect.ours() {
             self.check_schema(&ours.schema).await?;
         }
-        // Send each read once, so that a missing column or right is found now and not by a request.
+        // Run each kind of read once, so that a missing column or right is found now and not by a request.
         let no_key = Digests { current: ApiKeyDigest::from_bytes([0; 32]), older: Vec::new() };
         self.find(&no_key).await?;
         self.find_by_id(KeyId(Uuid::nil())).await?;

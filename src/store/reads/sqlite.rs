@@ -39,7 +39,6 @@ use crate::{
 /// An SQLite file, with our own tables or with an existing table.
 #[derive(Clone, Debug)]
 pub(crate) struct Sqlite {
-    /// The path of the file.
     pub(crate) path: PathBuf,
     /// The layout of the existing table, if the file has one instead of our own tables.
     pub(crate) preset: Option<Preset>,
@@ -51,13 +50,13 @@ pub(crate) struct Sqlite {
 }
 
 impl Sqlite {
-    /// The database at `path`.
+    /// Creates a reader for the database at `path`. Does not open the file.
     pub(crate) fn new(path: PathBuf, preset: Option<Preset>) -> Self {
         Self { path, preset, has_warned: Arc::default(), replaced: Arc::default() }
     }
 
-    /// Warns once when the database file has several hard links, and again only after it had one in between. `serve`
-    /// refuses to start on such a file, but a backup tool that makes hard links must not stop a running server.
+    /// Warns once when the database file has several hard links, and again only if it had one link in the meantime.
+    /// `serve` refuses to start on such a file, but a backup tool that makes hard links must not stop a running server.
     fn note_links(&self, links: u64) {
         if self.has_warned.swap(links > 1, Ordering::Relaxed) || links <= 1 {
             return;
@@ -80,8 +79,8 @@ impl Sqlite {
         Ok(())
     }
 
-    /// If `error` says that the log or its index was replaced, refuses new connections until all connections to `files`
-    /// are closed. Returns `error`.
+    /// Refuses new connections until all connections to `files` are closed, if `error` means that the log or its index
+    /// was replaced. Returns `error`.
     fn note_replaced(&self, files: &file::OpenFiles, error: sqlx::Error) -> sqlx::Error {
         if file::change(&error) == Some(FileChange::Beside) {
             *self.replaced.lock().unwrap_or_else(PoisonError::into_inner) = Some(files.clone());
@@ -90,8 +89,8 @@ impl Sqlite {
     }
 
     /// Opens a connection, runs `first_read` on it, and returns it with its files. If an application was killed in the
-    /// middle of a commit, only a connection that can write is able to roll that commit back. In that case this
-    /// function opens such a connection, reads from it, closes it, and tries again.
+    /// middle of a commit, only a connection that can write can roll that commit back. In that case this function opens
+    /// such a connection, reads from it, closes it, and tries again.
     async fn open(
         &self,
         access: Access,
@@ -129,8 +128,8 @@ impl Sqlite {
 /// operating system caches the other pages once for all connections.
 const PAGE_CACHE: &str = "PRAGMA cache_size = -512";
 
-/// A read connection and the files that it has open. SQLite would continue to read files that were removed or replaced,
-/// and would not see changes in the new ones.
+/// A read connection and the files that it has open. Each query first checks these files, because SQLite would continue
+/// to read files that were removed or replaced, and would not see changes in the new files.
 pub(crate) struct Opened {
     connection: SqliteConnection,
     files: file::OpenFiles,
@@ -186,7 +185,7 @@ impl Connect for Sqlite {
     }
 
     async fn close(opened: Opened) {
-        // An error leaves the connection closed all the same.
+        // The connection is closed even after an error.
         let _ = opened.connection.close().await;
     }
 
@@ -234,8 +233,8 @@ impl Dialect for Sqlite {
     }
 
     fn answered(error: &sqlx::Error) -> bool {
-        // Replaced files may contain revocations that this process has not seen. So this counts as an answer, which
-        // allows no stale grants.
+        // The new files may contain revocations that this process has not seen. So this error counts as an answer,
+        // which allows no stale grants.
         file::change(error).is_some() || code(error).is_some_and(|code| !NO_ANSWER.contains(&code))
     }
 
@@ -279,7 +278,7 @@ impl Dialect for Sqlite {
 
     fn record_peppers(&self, proven: &[(KeyId, Fingerprint)], current: Fingerprint) -> Query {
         let list: Vec<_> = proven.iter().map(|(id, fingerprint)| [id.to_string(), fingerprint.to_string()]).collect();
-        // No version is recorded: no decision reads this column.
+        // The change gets no version, because no decision reads this column.
         let sql = format!(
             "UPDATE api_key SET pepper_fingerprint = unhex(p.value ->> 1) FROM json_each(?1) p
                 WHERE api_key.id = p.value ->> 0 AND scheme = 1 AND pepper_fingerprint IS NULL;
@@ -333,7 +332,7 @@ impl Dialect for Sqlite {
     }
 
     async fn prepare(&self, missing: Missing) -> Result<(), StoreError> {
-        // An existing table must be there: do not create a database for it.
+        // The database of an existing table must already exist, so do not create one.
         let missing = if self.preset.is_some() { Missing::Refuse } else { missing };
         file::prepare(&self.path, missing)?;
         if missing == Missing::Create {
@@ -342,8 +341,8 @@ impl Dialect for Sqlite {
         Ok(())
     }
 
-    /// Copies the write-ahead log into the database, so that the file of a stopped server is complete. SQLite does that
-    /// when a connection that can write is the last one to close; the read connections leave the log as it is.
+    /// Copies the write-ahead log into the database, so that the file of a stopped server is complete. SQLite copies
+    /// the log when a connection that can write is the last one to close; the read connections leave the log as it is.
     async fn finish(&self) {
         if self.preset.is_none()
             && let Ok(writer) = self.begin().await
@@ -363,8 +362,8 @@ impl Dialect for Sqlite {
 }
 
 /// Error codes that do not count as an answer: the database cannot be reached or read now. Other errors count as an
-/// answer: the file is not a database or is damaged, lacks our tables, may not be opened by us, or is locked by a
-/// program that may commit changes.
+/// answer: the file is not a database or is damaged, lacks our tables, cannot be opened with the rights of this
+/// process, or is locked by a program that may commit changes.
 const NO_ANSWER: [u32; 6] = [
     7,  // SQLITE_NOMEM
     9,  // SQLITE_INTERRUPT
@@ -375,9 +374,9 @@ const NO_ANSWER: [u32; 6] = [
 ];
 const SQLITE_READONLY: u32 = 8;
 
-/// True if this process can write to the database. SQLite opens a file without write permission for reading and reports
-/// no error, so this function asks for the write lock, without waiting: if another connection has the lock, this one
-/// could write. Other errors are ignored here, because the next use of the database reports them.
+/// Returns true if this process can write to the database. SQLite opens a file without write permission for reading and
+/// reports no error, so this function asks for the write lock, without waiting. If another connection has the lock,
+/// this process is able to write. Other errors are ignored here, because the next use of the database reports them.
 async fn can_write(path: &Path) -> Result<bool, sqlx::Error> {
     let mut connection = connect(path, Access::Write).await?;
     let statements = "PRAGMA busy_timeout = 0; DELETE FROM meta WHERE false";
@@ -392,8 +391,8 @@ mod tests {
 
     use super::*;
 
-    /// The number of virtual-machine instructions that SQLite runs for a poll that finds nothing new, after `named`
-    /// changes of each kind.
+    /// Returns the number of virtual-machine instructions that SQLite runs for a poll that finds nothing new, after
+    /// `named` changes of each kind.
     async fn instructions_of_a_poll(named: u32) -> u64 {
         let directory = tempfile::tempdir().unwrap();
         let sqlite = Sqlite::new(directory.path().join("trustgate.db"), None);

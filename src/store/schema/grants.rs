@@ -1,14 +1,14 @@
 //! The rights that the roles of `serve` and of management need on the tables. `migrate --print-grants` prints this
 //! list, and `doctor` checks it on the server.
 //!
-//! The list is as short as possible. This module only writes statements and does not run them.
+//! The list contains no right that is not needed. This module creates the statements but does not run them.
 
 use crate::store::{
     existing_table::ExistingTable,
     names::{SchemaName, quoted},
 };
 
-/// The kinds of objects that rights are granted on.
+/// The kinds of objects on which rights are granted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum On {
     Schema,
@@ -64,14 +64,14 @@ pub(crate) const MANAGE: Needs = Needs(&[
     right(&["EXECUTE"], On::Function, &["everything()", "hold_pepper(bytea)", "use_pepper(bytea)"]),
 ]);
 
-/// The GRANT statements for the roles `serve` and `manage`, for the owner of the tables to run.
+/// Returns the GRANT statements for the roles `serve` and `manage`, for the owner of the tables to run.
 #[must_use]
 pub(crate) fn grants(schema: &SchemaName, existing: Option<&ExistingTable>, serve: &str, manage: &str) -> String {
     let ours = format!(
         "-- For the role that `trustgate serve` connects as:\n{}\
          -- For the role that `trustgate trust`, `key` and `cache clear` connect as (store.management_url):\n{}\
-         -- Any other role that changes trusts and keys by itself needs rights on those two tables, and none on the \
-         rest.\n",
+         -- Any other role that changes trusts and keys needs rights on the tables trust and api_key, and on no \
+         other table.\n",
         SERVE.statements(schema, serve),
         MANAGE.statements(schema, manage),
     );
@@ -82,7 +82,7 @@ pub(crate) fn grants(schema: &SchemaName, existing: Option<&ExistingTable>, serv
     }
 }
 
-/// The GRANT statements for the role `serve` on an existing table.
+/// Returns the GRANT statements for the role `serve` on an existing table.
 fn on_existing_table(ExistingTable { table, .. }: &ExistingTable, serve: &str) -> String {
     let serve = quoted(serve);
     let home = table.schema.as_deref();
@@ -100,7 +100,7 @@ impl Needs {
         lines.collect()
     }
 
-    /// All pairs of one privilege and one object.
+    /// Returns all pairs of one privilege and one object.
     fn each(&self) -> impl Iterator<Item = Need> {
         self.0.iter().flat_map(|Right { privileges, on, objects }| {
             let pairs = objects.iter().flat_map(move |object| privileges.iter().map(move |of| (*object, *of)));
@@ -108,9 +108,9 @@ impl Needs {
         })
     }
 
-    /// The query for the rights that the role of the connection does not have. It returns their positions, for
-    /// [`Self::at`]. It uses object ids (oid), because a role without USAGE on a schema may not refer to the objects in
-    /// it by name.
+    /// Returns the query for the rights that the role of the connection lacks. The query returns the positions of these
+    /// rights, for [`Self::at`]. It uses object ids (oid), because a role without USAGE on a schema may not refer to
+    /// the objects in it by name.
     pub(crate) fn question(&self, schema: &SchemaName) -> String {
         let wanted = self.each().enumerate().map(|(at, Need { privilege, on, object })| {
             let kind = match on {
@@ -123,13 +123,12 @@ impl Needs {
         QUESTION.replace("{wanted}", &wanted.collect::<Vec<_>>().join(", ")).replace("{s}", schema.as_str())
     }
 
-    /// The statement that grants `role` the right at this position.
+    /// Returns the statement that grants `role` the right at `position`.
     pub(crate) fn at(&self, position: usize, schema: &SchemaName, role: &str) -> Option<String> {
         let Need { privilege, on, object } = self.each().nth(position)?;
         Some(format!("GRANT {privilege} ON {}{} TO {};", on.word(), on.name(schema, object), quoted(role)))
     }
 
-    /// The number of rights.
     pub(crate) fn count(&self) -> usize {
         self.each().count()
     }
@@ -143,7 +142,7 @@ struct Need {
 }
 
 impl On {
-    /// The keyword before names of this kind in a GRANT statement.
+    /// Returns the keyword that precedes the names of such objects in a GRANT statement, with a space at its end.
     const fn word(self) -> &'static str {
         match self {
             Self::Schema => "SCHEMA ",
@@ -160,7 +159,7 @@ impl On {
     }
 }
 
-/// The query for the number of tables, `trust` and `api_key`, that the role of the connection may change.
+/// The query that counts how many of the tables `trust` and `api_key` the role of the connection may change.
 pub(crate) const WRITES: &str = "
 SELECT count(*) FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
 WHERE n.nspname = '{s}' AND c.relname IN ('trust', 'api_key')

@@ -17,11 +17,11 @@ use crate::store::{
 /// The query for the version of the tables, newest first.
 pub(crate) const SCHEMA: &str = "SELECT version, compatible_from FROM {s}.schema ORDER BY version DESC LIMIT 1";
 
-/// Creates the tables, or adds and repairs what is missing. Several processes may run this at once: one works, and the
-/// others wait for its lock.
+/// Creates the tables, or adds and repairs what is missing. Several processes may run this at once: one process
+/// migrates, and the others wait for its lock.
 ///
 /// # Errors
-/// [`StoreError::Schema`] where the tables are too new for this release; or the database failed.
+/// [`StoreError::Schema`] if the tables are too new for this release; or the database failed.
 pub(crate) async fn run(address: &StoreUrl, name: &SchemaName, connect_timeout: Duration) -> Result<(), StoreError> {
     let mut connection = connect_within(address, connect_timeout).await?;
     let mut transaction = connection.begin().await?;
@@ -52,8 +52,8 @@ pub(crate) async fn run(address: &StoreUrl, name: &SchemaName, connect_timeout: 
     schema::check(tables, &describe(address, name))
 }
 
-/// Starts a new database history after the operator restored a backup, so that replicas and Redis do not use values of
-/// the earlier history.
+/// Starts a new database history after the operator restored a backup, so that replicas do not use values of the
+/// earlier history that they or Redis have cached.
 ///
 /// # Errors
 /// The database failed, or has no tables of trustgate.
@@ -69,14 +69,14 @@ pub(crate) async fn new_incarnation(
     Ok(connection.close().await?)
 }
 
-/// Takes one lock for all schemas of the database, which is enough because migrations are rare. The number is the first
-/// 8 bytes of SHA-256("trustgate migrate").
+/// Takes one lock for all schemas of the database. A lock for each schema is not needed, because migrations are rare.
+/// The number is the first 8 bytes of SHA-256("trustgate migrate").
 const LOCK: &str = "SET LOCAL lock_timeout = '60s'; SET LOCAL statement_timeout = 0; SELECT pg_advisory_xact_lock(2242996985564621124)";
 /// Limits the wait for a table lock to 5 s. While the migration waits, later statements on that table queue behind it,
-/// so it is better to give up and to let the operator run it again.
+/// so the migration gives up early, and the operator can run it again.
 const TABLE_LOCK_LIMIT: &str = "SET LOCAL lock_timeout = '5s'; SET LOCAL client_min_messages = warning";
 
-/// The version of the tables, or `None` if there are none.
+/// Returns the version of the tables, or `None` if there are none.
 pub(crate) async fn tables(
     connection: &mut PgConnection,
     name: &SchemaName,
@@ -123,21 +123,22 @@ async fn first(connection: &mut PgConnection, name: &SchemaName) -> Result<(), S
     Ok(())
 }
 
-/// Version 2: adds the change log.
+/// Table version 2: adds the change log.
 async fn second(connection: &mut PgConnection, name: &SchemaName) -> Result<(), sqlx::Error> {
     sqlx::raw_sql(in_schema(postgres::HOLD_WRITERS, name)).execute(&mut *connection).await?;
     sqlx::raw_sql(in_schema(SECOND, name)).execute(&mut *connection).await?;
     stamp(connection, name, 2).await
 }
 
-/// Version 3: an existing table can be attached. `meta` describes it, because `serve` has the right to read `meta`.
+/// Table version 3: adds the columns that describe the attached table. They are in `meta`, because `serve` has the
+/// right to read that table.
 async fn third(connection: &mut PgConnection, name: &SchemaName) -> Result<(), sqlx::Error> {
     sqlx::raw_sql(in_schema(THIRD, name)).execute(&mut *connection).await?;
     stamp(connection, name, 3).await
 }
 
-/// Version 4: adds the pepper of each key. No statement here reads the rows of a large table. The other columns are for
-/// later releases: they are added now, so that the tables that checks read change only once.
+/// Table version 4: adds the pepper of each key. None of these statements reads the rows of a large table. The other
+/// columns are for later releases: they are added now, so that the tables that checks read change only once.
 async fn fourth(connection: &mut PgConnection, name: &SchemaName) -> Result<(), sqlx::Error> {
     sqlx::raw_sql(in_schema(postgres::HOLD_WRITERS, name)).execute(&mut *connection).await?;
     sqlx::raw_sql(in_schema(FOURTH, name)).execute(&mut *connection).await?;
@@ -153,8 +154,8 @@ const THIRD: &str = "ALTER TABLE {s}.meta ADD COLUMN attached_schema text, ADD C
 
 const FOURTH: &str = include_str!("postgres/version_4.sql");
 
-/// The index of version 4. It is created after the commit of the migration, because it reads all of `api_key`.
-/// Meanwhile only writers wait.
+/// The index of table version 4. It is created after the migration has been committed, because creating it reads the
+/// whole table `api_key`. During that time, only writers wait.
 const PEPPER_INDEX: &str = "
 CREATE INDEX IF NOT EXISTS api_key_pepper ON {s}.api_key (pepper_fingerprint)
     WHERE pepper_fingerprint IS NOT NULL AND revoked_at IS NULL";

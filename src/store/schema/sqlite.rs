@@ -23,7 +23,7 @@ pub(crate) const SCHEMA: &str = "SELECT version, compatible_from FROM schema ORD
 /// Creates the tables, or adds what is missing. The file must exist. Several processes may run this at once.
 ///
 /// # Errors
-/// [`StoreError::Schema`] where the tables are too new for this release; or the database failed.
+/// [`StoreError::Schema`] if the tables are too new for this release; or the database failed.
 pub(crate) async fn run(path: &Path) -> Result<(), StoreError> {
     let mut left = ATTEMPTS;
     loop {
@@ -41,13 +41,13 @@ pub(crate) async fn run(path: &Path) -> Result<(), StoreError> {
 
 /// The maximum number of retries of a migration while another process writes.
 const ATTEMPTS: u32 = 100;
-/// The wait between two attempts.
+/// The time between two attempts.
 const PAUSE: Duration = Duration::from_millis(20);
 
 async fn attempt(path: &Path) -> Result<(), StoreError> {
     let mut connection = connect(path, Access::Write).await?;
     if !is_done(&mut connection).await? {
-        // The file stores this mode. With it, readers do not wait for the writer.
+        // The database file stores this mode. In this mode, readers do not wait for the writer.
         sqlx::raw_sql("PRAGMA journal_mode = WAL").execute(&mut connection).await?;
         let mut transaction = connection.begin_with("BEGIN IMMEDIATE").await?;
         // Another process may have migrated the database in the meantime.
@@ -78,8 +78,8 @@ async fn attempt(path: &Path) -> Result<(), StoreError> {
     schema::check(tables, &describe_sqlite(path))
 }
 
-/// True if there is nothing to do: the tables have the version of this release and their triggers are intact, or they
-/// are newer.
+/// Returns true if no migration is needed: the tables have the version of this release and their triggers are intact,
+/// or the tables are newer.
 async fn is_done(connection: &mut SqliteConnection) -> Result<bool, sqlx::Error> {
     match tables(connection).await? {
         Some(tables) if tables.version == schema::VERSION => sqlite::in_force(connection).await,
@@ -91,8 +91,8 @@ fn triggers_broken(path: &Path, problem: &TrackingProblem) -> StoreError {
     StoreError::Schema(format!("{}: {problem}", describe_sqlite(path)))
 }
 
-/// Starts a new database history after the operator restored a copy, so that replicas and Redis do not use values of
-/// the earlier history.
+/// Starts a new database history after the operator restored a copy, so that replicas do not use values of the earlier
+/// history that they or Redis have cached.
 ///
 /// # Errors
 /// [`StoreError::NoDatabase`], [`StoreError::Schema`], or the database failed.
@@ -123,7 +123,7 @@ pub(crate) async fn begin_incarnation(
     Ok(())
 }
 
-/// The version of the tables, or `None` if there are none.
+/// Returns the version of the tables, or `None` if there are none.
 pub(crate) async fn tables(connection: &mut SqliteConnection) -> Result<Option<schema::TableVersion>, sqlx::Error> {
     match sqlx::raw_sql(SCHEMA).fetch_all(connection).await {
         Ok(rows) => match rows.first() {
@@ -153,14 +153,15 @@ async fn first(connection: &mut SqliteConnection) -> Result<(), StoreError> {
     Ok(())
 }
 
-/// Version 2: the column that the change log needs beside its triggers, and the name and expiry of heartbeats.
+/// Table version 2: adds the column that records the schema for which the triggers were found intact, and the name and
+/// the expiry of heartbeats.
 async fn second(connection: &mut SqliteConnection) -> Result<(), sqlx::Error> {
     sqlx::raw_sql(SECOND).execute(&mut *connection).await?;
     stamp(connection, 2).await
 }
 
-/// Version 4: adds the pepper of each key. The other columns are for later releases: they are added now, so that the
-/// tables that checks read change only once.
+/// Table version 4: adds the pepper of each key. The other columns are for later releases: they are added now, so that
+/// the tables that checks read change only once.
 async fn fourth(connection: &mut SqliteConnection) -> Result<(), sqlx::Error> {
     sqlx::raw_sql(FOURTH).execute(&mut *connection).await?;
     stamp(connection, schema::VERSION).await

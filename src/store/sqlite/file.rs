@@ -1,4 +1,4 @@
-//! The database file: creates it with safe permissions, refuses places where SQLite would lose writes, and detects that
+//! Creates the database file with safe permissions, refuses locations where SQLite would lose writes, and detects that
 //! the files of an open connection were replaced.
 
 use std::{
@@ -10,9 +10,9 @@ use std::{
 
 use crate::store::{error::StoreError, reads::lookup::Missing};
 
-/// Network filesystems, by `f_type` of statfs(2). SQLite's write-ahead log needs shared memory and locks that all its
-/// users see, which these filesystems do not provide. FUSE is not in the list: its number does not show what is behind
-/// it, and many FUSE filesystems are local.
+/// Network filesystems, by `f_type` of statfs(2). SQLite's write-ahead log needs shared memory and locks that all
+/// processes with the file see, which these filesystems do not provide. FUSE is not in the list, because its number
+/// does not show which filesystem it provides, and many FUSE filesystems are local.
 const NETWORK: &[(u32, &str)] = &[
     (0x0000_6969, "NFS"),
     (0x0000_517b, "SMB"),
@@ -43,7 +43,7 @@ pub(crate) fn prepare(path: &Path, missing: Missing) -> Result<(), StoreError> {
             refuse_aliases(path)?;
             if found.mode() & 0o077 != 0 {
                 let mode = format!("{:o}", found.mode() & 0o777);
-                tracing::warn!(path = %path.display(), mode, "database file open to other users: `chmod 600` it");
+                tracing::warn!(path = %path.display(), mode, "database file open to other users: set its mode to 0600");
             }
             Ok(())
         }
@@ -80,7 +80,7 @@ fn identity(path: &Path) -> io::Result<FileId> {
 /// The files that one connection works with: the database, its write-ahead log (`-wal`) and the index of that log
 /// (`-shm`).
 ///
-/// SQLite opens each by its path, once, and all connections of a process share one `-shm`. If `-wal` or `-shm` is
+/// SQLite opens each file once, by its path, and all connections of a process share one `-shm`. If `-wal` or `-shm` is
 /// removed, moved or not shared between processes, this process and the next command use different files: neither sees
 /// the other's changes, and each can overwrite them (<https://www.sqlite.org/howtocorrupt.html>, sections 1.3 and 2.5).
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -96,7 +96,7 @@ pub(crate) struct OpenFiles {
 const BESIDE: [&str; 2] = ["-wal", "-shm"];
 
 impl OpenFiles {
-    /// The files at `path` before a connection is made.
+    /// Records the database file at `path` before a connection is opened.
     ///
     /// # Errors
     /// The error of the operating system if the database cannot be found.
@@ -126,7 +126,7 @@ impl OpenFiles {
     /// Checks that `path` still leads to these files. Returns the number of names (hard links) of the database.
     ///
     /// # Errors
-    /// [`Replaced`] if it does not; the error of the operating system if there is no database.
+    /// [`Replaced`] if `path` leads to other files; the error of the operating system if there is no database.
     pub(crate) fn verify(&self, path: &Path) -> io::Result<u64> {
         let main = fs::metadata(path)?;
         if (main.dev(), main.ino()) != self.main {
@@ -151,20 +151,20 @@ impl OpenFiles {
     }
 }
 
-/// True if any connection of this process has the database of `files` open.
+/// Returns true if any connection of this process has the database of `files` open.
 pub(crate) fn is_open(files: &OpenFiles) -> io::Result<bool> {
     Ok(open_files()?.contains(&files.main))
 }
 
-/// All files that this process has open.
+/// Returns the identities of all files that this process has open.
 fn open_files() -> io::Result<Vec<FileId>> {
     let descriptors = fs::read_dir("/proc/self/fd")?;
     // Skip a descriptor that is closed while this function runs.
     Ok(descriptors.filter_map(|descriptor| identity(&descriptor.ok()?.path()).ok()).collect())
 }
 
-/// The path leads to other files than those that a connection has open. The value is the suffix of the file, empty for
-/// the database itself.
+/// The error if a path leads to other files than those that a connection has open. The value is the suffix of the
+/// replaced file; it is empty for the database file.
 #[derive(Debug, thiserror::Error)]
 #[error(
     "the database file{} was replaced, removed or moved while it was in use: its connections are closed and opened \
@@ -179,7 +179,7 @@ impl From<Replaced> for io::Error {
     }
 }
 
-/// The error of a connect that is tried before all connections to replaced files are closed.
+/// Returns the error of a connect that is attempted while this process still has replaced files open.
 pub(crate) fn still_open() -> io::Error {
     Replaced(BESIDE[1]).into()
 }
@@ -187,14 +187,14 @@ pub(crate) fn still_open() -> io::Error {
 /// The file that was replaced, according to the error of a read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum FileChange {
-    /// Another database is at the path. A new connection reads it.
+    /// The database file. A new connection opens the file that is now at the path.
     Main,
-    /// The log or its index is not the one that this process has open. All connections of a process share the index, so
-    /// a new connection reads the files at the paths only once every old one is closed.
+    /// The log or its index. All connections of a process share the index, so a new connection uses the files at the
+    /// paths only after all old connections are closed.
     Beside,
 }
 
-/// The file that was replaced, if `error` is [`Replaced`].
+/// Returns the file that was replaced, if `error` is [`Replaced`].
 pub(crate) fn change(error: &sqlx::Error) -> Option<FileChange> {
     let sqlx::Error::Io(error) = error else { return None };
     let Replaced(suffix) = error.get_ref()?.downcast_ref()?;
@@ -202,8 +202,8 @@ pub(crate) fn change(error: &sqlx::Error) -> Option<FileChange> {
 }
 
 /// Returns why the database file can be reached by more than one path, or `None`. If a process opens it through a hard
-/// link or a bind mount of only this file, SQLite looks for `-wal` and `-shm` under another name or in another
-/// directory, and misses committed changes.
+/// link, or through a bind mount of the file without its directory, SQLite looks for `-wal` and `-shm` under another
+/// name or in another directory, and misses committed changes.
 pub(crate) fn alias_problem(path: &Path) -> io::Result<Option<String>> {
     let links = fs::metadata(path)?.nlink();
     if links > 1 {
@@ -214,7 +214,7 @@ pub(crate) fn alias_problem(path: &Path) -> io::Result<Option<String>> {
     Ok(is_mounted.then(|| "the file is mounted by itself, without its directory".to_owned()))
 }
 
-/// True if `mountinfo` (`proc_pid_mountinfo(5)`) has a mount at exactly this path.
+/// Returns true if `mountinfo` (`proc_pid_mountinfo(5)`) has a mount at exactly this path.
 fn is_mount_point(mountinfo: &str, path: &Path) -> bool {
     let unescaped = |field: &str| {
         ["\\040", "\\011", "\\012", "\\134"]
@@ -266,7 +266,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_mount_of_the_file_itself_is_recognized() {
+    fn mount_of_the_file_itself_is_recognized() {
         let mountinfo = "63 43 254:0 /a /data/trust\\040gate.db rw,relatime - ext4 /dev/vda rw\n\
                          64 43 254:0 /b /data rw - ext4 /dev/vda rw\n";
         assert!(is_mount_point(mountinfo, Path::new("/data/trust gate.db")));
@@ -275,7 +275,7 @@ mod tests {
     }
 
     #[test]
-    fn network_filesystems_are_recognized_also_by_sign_extended_numbers() {
+    fn network_filesystems_are_recognized_even_if_their_numbers_are_sign_extended() {
         assert_eq!(network_name(0x6969), Some("NFS"));
         assert_eq!(network_name(0xff53_4d42), Some("CIFS"));
         assert_eq!(network_name(0xffff_ffff_ff53_4d42), Some("CIFS"));

@@ -1,5 +1,5 @@
-//! Converts a reply into the form of the expected answers in the table, and asserts the rules that hold for all
-//! replies.
+//! Converts a reply into the form of the expected answers in the table, and asserts the rules that all replies must
+//! follow.
 
 use std::collections::BTreeSet;
 
@@ -30,7 +30,7 @@ pub fn read(reply: Reply) -> Value {
 /// Converts an encoded `CheckResponse`.
 pub fn decode(message: &[u8]) -> Value {
     let response = CheckResponse::decode(message).unwrap();
-    // Envoy decides by `status.code` only and reads a missing status as OK, so a reply must set it.
+    // Envoy decides by `status.code` only and reads a missing status as OK, so each reply must have a status.
     let code = response.status.expect("a reply has a status").code;
     let metadata = object(&response.dynamic_metadata.expect("a reply has dynamic metadata"));
     match response.http_response.expect("a reply has an HTTP response") {
@@ -59,8 +59,8 @@ fn denial(kind: &str, code: i32, denied: &DeniedHttpResponse, metadata: &Map<Str
     json!({ "kind": kind, "code": code, "status": status, "headers": headers, "body": body, "metadata": metadata })
 }
 
-/// The headers that a reply sets. Each must occur once, must not be empty, and must overwrite in all supported versions
-/// of Envoy.
+/// Returns the headers that a reply sets. Asserts that each header occurs once, is not empty, and overwrites the
+/// client's header in all supported versions of Envoy.
 fn overwrites(headers: &[HeaderValueOption]) -> Map<String, Value> {
     let mut set = Map::new();
     for option in headers {

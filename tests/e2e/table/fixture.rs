@@ -1,4 +1,5 @@
-//! The servers of the table, one for each configuration in it. They use one database, which has a key of each kind.
+//! The servers of the table: one for each configuration in the table. All servers use one database, which has a key of
+//! each kind.
 
 use std::{collections::BTreeMap, io::Write as _, net::SocketAddr, path::Path, sync::Arc, time::Duration};
 
@@ -24,7 +25,8 @@ use trustgate::testing::{
 use super::rows::Table;
 use crate::support::shared;
 
-/// Settings of all servers of the table. The timeouts are long, so that a slow machine does not change an answer.
+/// The settings that all servers of the table share. The timeouts are long, so that a slow machine does not change an
+/// answer.
 const SETTINGS: [(&str, &str); 6] = [
     ("TRUSTGATE__GRPC__LISTEN", "127.0.0.1:0"),
     ("TRUSTGATE__ADMIN__LISTEN", "127.0.0.1:0"),
@@ -57,7 +59,7 @@ impl Fixture {
         Self::of(|_| true).await
     }
 
-    /// Starts the servers for whose names `wanted` returns true.
+    /// Starts the servers whose names `wanted` accepts.
     pub async fn of(wanted: impl Fn(&str) -> bool) -> Self {
         let (turn, dir) = (shared().await, tempfile::tempdir().unwrap());
         let table = Table::read();
@@ -76,7 +78,7 @@ impl Fixture {
         Self { servers, keys, _dir: dir, _turn: turn }
     }
 
-    /// Stops all servers; none may report an error.
+    /// Stops all servers and asserts that none of them reports an error.
     pub async fn stop(self) {
         for (running, _) in self.servers.into_values() {
             running.stop(Delay::None).await.unwrap();
@@ -95,13 +97,13 @@ impl Fixture {
         self.keys.get(name).unwrap_or_else(|| panic!("there is no key {name:?}"))
     }
 
-    /// The secrets of all keys, which the application must not get.
+    /// Returns the secrets of all keys, which the application must not receive.
     pub fn secrets(&self) -> Vec<&str> {
         self.keys.values().map(|key| key.secret.as_str()).collect()
     }
 
-    /// The servers for the Python runners: the port of each, and the headers besides the identity headers that its
-    /// answers may change.
+    /// Returns the servers for the Python runners: for each server, the port, and the headers that its answers may
+    /// change in addition to the identity headers.
     pub fn servers(&self) -> Value {
         let header = |source: &Source| match source {
             Source::Header(name) => Some(name.clone()),
@@ -220,8 +222,8 @@ impl KeyFactory {
         Manager::new(ledger, actor(), credential.clone()).unwrap()
     }
 
-    /// Adds a key under a pepper that the database does not record, like a key from an earlier release. Servers without
-    /// this pepper deny it.
+    /// Adds a key under a pepper, without a record of that pepper in the database, like a key from an earlier release.
+    /// Servers without the pepper deny the key.
     async fn peppered(&self, credential: &CredentialSettings) -> TestKey {
         let mut ledger = store::open_ledger(&self.store, &|_| None).await.unwrap();
         let hasher = credential.hasher().unwrap();
@@ -238,7 +240,8 @@ impl KeyFactory {
         test_key(secret.expose(), &key)
     }
 
-    /// Adds a key that becomes valid after 24 hours. No command creates such a key, so this uses the ledger.
+    /// Adds a key that becomes valid after 24 hours. No command creates such a key, so this function writes to the
+    /// ledger directly.
     async fn not_yet(&self) -> TestKey {
         let mut ledger = store::open_ledger(&self.store, &|_| None).await.unwrap();
         let (credential, hasher) = (CredentialSettings::default(), Hasher::new(None, &[]));

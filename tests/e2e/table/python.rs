@@ -7,10 +7,10 @@ use std::{
 
 use serde_json::Value;
 
-/// Runs a program of tests/e2e, which reads `input` from a file, and prints its output.
+/// Runs `program` from tests/e2e and prints the output. The program reads `input` from a file.
 ///
 /// # Panics
-/// If the program reports an error.
+/// If the program fails, or if `make setup` has not installed Python and Envoy.
 pub async fn run(program: &'static str, input: &Value) {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let (python, envoy) = (root.join("target/tools/venv/bin/python"), root.join("target/tools/bin/envoy"));

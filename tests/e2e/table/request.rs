@@ -1,4 +1,4 @@
-//! Encodes a request as a `CheckRequest`, in both encodings that Envoy has for headers.
+//! Encodes a request as a `CheckRequest`, in each of the two encodings that Envoy has for headers.
 
 use std::collections::{BTreeMap, HashMap};
 
@@ -16,7 +16,8 @@ use prost::Message as _;
 pub enum Encoding {
     /// `encode_raw_headers: true`: a list of the headers as the client sent them.
     Raw,
-    /// A map: values of equal names are joined with a comma, and each byte that is not UTF-8 is replaced with `!`.
+    /// A map: the values of headers with the same name are joined with commas, and each byte that is not UTF-8 is
+    /// replaced with `!`.
     Map,
 }
 
@@ -57,7 +58,7 @@ impl Request {
         self
     }
 
-    /// The bytes of the `CheckRequest`.
+    /// Returns the encoded `CheckRequest`, or the bytes to send instead.
     pub fn message(&self, encoding: Encoding) -> Vec<u8> {
         self.instead.clone().unwrap_or_else(|| self.proto(encoding).encode_to_vec())
     }
@@ -118,7 +119,7 @@ impl Request {
     }
 }
 
-/// The text that Envoy sends for a value in the map encoding.
+/// Returns the text that Envoy sends for a header value in the map encoding.
 fn sanitized(value: &[u8]) -> String {
     value.utf8_chunks().map(|chunk| chunk.valid().to_owned() + &"!".repeat(chunk.invalid().len())).collect()
 }

@@ -1,4 +1,5 @@
-//! Reads the table's file and expands its rows with the keys of a fixture. The file describes its fields at `about`.
+//! Reads `table.json` and replaces the placeholders in its rows with the keys of a fixture. The field `about` of the
+//! file describes the other fields.
 
 use std::collections::BTreeMap;
 
@@ -20,7 +21,7 @@ pub struct Table {
     _about: Vec<String>,
     /// The configuration of each server, by name, without the settings that all servers share.
     pub servers: BTreeMap<String, String>,
-    /// The answer for each reason of a denial.
+    /// The answer for each denial reason.
     denials: BTreeMap<String, Denial>,
     groups: Vec<Group>,
 }
@@ -35,7 +36,7 @@ pub struct Denial {
     message: String,
 }
 
-/// Rows for the same server.
+/// Rows whose requests go to one server.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Group {
@@ -126,7 +127,7 @@ impl Table {
         self.denials.get(reason).unwrap_or_else(|| panic!("there is no denial {reason:?}"))
     }
 
-    /// All rows, with their placeholders replaced with the keys of `fixture`.
+    /// Returns all rows, with their placeholders replaced with the keys of `fixture`.
     pub fn expanded_rows(&self, fixture: &Fixture) -> Vec<Expected> {
         let expand = |group: &Group, row: &Row| {
             let raw = self.answer(&row.want, fixture);
@@ -147,7 +148,7 @@ impl Table {
         self.groups.iter().flat_map(|group| group.rows.iter().map(move |row| expand(group, row))).collect()
     }
 
-    /// The expected answer in the form that `answer::read` returns.
+    /// Returns the expected answer in the form that `answer::read` returns.
     fn answer(&self, want: &Want, fixture: &Fixture) -> Value {
         match (&want.who, &want.reason) {
             (Some(who), None) => granted(want, (who != "nobody").then(|| fixture.key(who))),
@@ -226,7 +227,7 @@ impl Send {
 }
 
 impl Expected {
-    /// The expected answer to a request in this encoding.
+    /// Returns the expected answer to a request in this encoding.
     pub fn want(&self, encoding: Encoding) -> &Value {
         match encoding {
             Encoding::Raw => &self.raw,
@@ -234,7 +235,7 @@ impl Expected {
         }
     }
 
-    /// The row in the form that the Python runners read, with bytes in base64.
+    /// Returns the row in the form that the Python runners read, with bytes in base64.
     pub fn json(&self) -> Value {
         let Request { method, path, from, headers, route, instead } = &self.request;
         let encoded = |bytes: &Vec<u8>| BASE64_STANDARD.encode(bytes);

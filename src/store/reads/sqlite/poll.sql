@@ -1,6 +1,6 @@
--- First the row that is always there. Then the newest versions, and the first version if it is not among them. Then the
--- kinds of which too many objects changed, and the changes of the other kinds. The last part is for kinds that only a
--- newer release knows.
+-- The first row is always present. The next rows are the newest versions, the first version if it is not among them,
+-- the kinds of which too many objects changed, and the changes of the other kinds. The last SELECT is for kinds that
+-- only a newer release knows.
 {with}
 SELECT ?1, CASE WHEN ?3 THEN 'primary' ELSE 'read-only' END, (SELECT min(version) FROM version),
     v.version, hex(v.nonce), m.incarnation, 0, 0, {now}, {in_force}, v.at, NULL, NULL, NULL, NULL,

@@ -1,4 +1,4 @@
-//! The statements that read an SQLite file, and their values. Only [`Query::run`] does I/O.
+//! The statements that run on an SQLite file, and their values. Only [`Query::run`] does I/O.
 
 use sqlx::{AssertSqlSafe, SqliteConnection, sqlite::SqliteRow};
 
@@ -52,16 +52,17 @@ impl Query {
     }
 }
 
-/// The statement for the changes committed from version ?2 on, in the columns of [`rows::polled`]: first the row
-/// that is always there, then versions, then changes. It reads at most a thousand versions and a thousand changes of
-/// each kind. Most polls find nothing new, so it uses no temporary tables, which would be most of the cost of such a
-/// poll.
+/// Returns the statement for the versions from ?2 on and their changes, in the columns of [`rows::polled`]: first a row
+/// that is always present, then versions, then changes. The statement reads at most a thousand versions and a thousand
+/// changes of each kind. Most polls find nothing new, so the statement uses no temporary tables, which would cause most
+/// of the cost of such a poll.
 pub(super) fn poll() -> String {
     committed("", "?2", "?2")
 }
 
-/// As [`poll`], for a replica that has applied no version: from the first version of the last 15 minutes on, including
-/// the changes of that version. The statement finds that version once, because the clock advances while it runs.
+/// Like [`poll`], but for a replica that has applied no version: starts with the first version of the last 15 minutes
+/// and includes the changes of that version. The statement finds that version once, because the clock advances while
+/// the statement runs.
 pub(super) fn poll_from_start() -> String {
     let start = format!(
         "WITH start AS MATERIALIZED (
@@ -73,7 +74,8 @@ pub(super) fn poll_from_start() -> String {
     committed(&start, "(SELECT version FROM start)", "(SELECT version - 1 FROM start)")
 }
 
-/// Versions from `first` on, and changes after `known`. Both are SQL expressions; `with` comes before the statement.
+/// Returns the statement for the versions from `first` on and the changes after `known`. Both are SQL expressions.
+/// `with` is the WITH clause before the statement.
 fn committed(with: &str, first: &str, known: &str) -> String {
     const KINDS: &str = "(SELECT '*' AS kind UNION ALL SELECT 'absent' UNION ALL SELECT 'gone' UNION ALL SELECT 'key'
             UNION ALL SELECT 'trust') k";
@@ -99,22 +101,22 @@ fn committed(with: &str, first: &str, known: &str) -> String {
 
 /// Nulls for the columns that only the first row has.
 const NOTHING: &str = "NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL, NULL";
-/// The most versions, and the most changes of one kind, that a poll returns one by one. If there are more changes, it
-/// returns the whole kind as changed.
+/// The maximum number of versions, and of changes of one kind, that a poll returns one by one. If there are more
+/// changes of a kind, the poll returns the whole kind as changed.
 const EACH_MAX: usize = 1_000;
 /// 15 minutes in microseconds: longer than values stay in Redis.
 const RECENT: i64 = 15 * MINUTE;
 /// A day in microseconds.
 pub(super) const DAY: i64 = 24 * 60 * MINUTE;
 
-/// The query for the newest version and, if a row fulfils `condition`, a key with its trust. It is one statement, so
-/// both come from one snapshot.
+/// Returns the query for the newest version and, if a row satisfies `condition`, a key with its trust. The query is one
+/// statement, so both come from one snapshot.
 pub(super) fn own(condition: &str) -> String {
     format!(include_str!("find.sql"), now = NOW, condition = condition)
 }
 
-/// The query for the same columns from a table `trust(id, api_key_hash)`. The table has no versions, so the query
-/// returns version 0.
+/// Returns the query for the same columns from a table `trust(id, api_key_hash)`. The table has no versions, so the
+/// query returns version 0.
 pub(super) fn trust_table(condition: &str) -> String {
     format!(
         "SELECT 0, '00000000000000000000000000000000', '00000000-0000-0000-0000-000000000000', 0, 0, {NOW},
@@ -124,7 +126,7 @@ pub(super) fn trust_table(condition: &str) -> String {
     )
 }
 
-/// The poll of such a table. It only proves that the table exists.
+/// Returns the poll statement for such a table. The statement only proves that the table exists.
 pub(super) fn trust_table_poll() -> String {
     format!(
         "SELECT ?1, 'primary', 0, 0, '00000000000000000000000000000000', '00000000-0000-0000-0000-000000000000', 0, 0,

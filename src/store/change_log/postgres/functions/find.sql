@@ -1,4 +1,5 @@
--- For releases with version 3 of the tables, which may still be running, or to which an operator may roll back.
+-- Only releases with table version 3 call this function. Such a release may still be running, or an operator may roll
+-- back to it.
 CREATE OR REPLACE FUNCTION {s}.find(digests bytea[], key uuid) RETURNS TABLE (
     version bigint, nonce text, incarnation text, system bigint, timeline bigint, clock bigint,
     key_id text, trust_id text, trust_enabled bigint, digest text, scheme bigint, scopes text, allowed_cidrs text,

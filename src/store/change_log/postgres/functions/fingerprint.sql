@@ -1,8 +1,9 @@
 -- The attributes and settings are those of `poll` (poll.sql), for the same reasons.
 --
--- An object that is altered and restored within one transaction also changes the fingerprint: xmin is the
--- transaction that wrote the catalog row. Renaming or dropping a column changes only the row of that column, so
--- columns are listed, but only those of the root tables: partitions and child tables follow their parents.
+-- Altering an object and restoring it within one transaction still changes the fingerprint, because xmin is the
+-- transaction that wrote the catalog row. Renaming or dropping a column changes only the catalog row of that column, so
+-- the fingerprint also includes columns, but only those of the root tables: the columns of partitions and child tables
+-- follow their parents.
 CREATE OR REPLACE FUNCTION {s}.fingerprint() RETURNS bytea
 LANGUAGE plpgsql STABLE SET enable_seqscan = off SET enable_bitmapscan = off SET jit = off
 SET search_path = pg_catalog, pg_temp AS $body$

@@ -1,6 +1,6 @@
--- Records the pepper of the first key if none is recorded, and returns the recorded one. Concurrent calls wait
--- for each other. If keys were issued without a pepper, records "no pepper" as the previous one. Imported
--- digests have an empty hint and do not count as issued.
+-- Records `made_under` as the pepper for new keys if no pepper is recorded, and returns the recorded pepper. Concurrent
+-- calls wait for each other. If keys were issued without a pepper, the function records "no pepper" as the previous
+-- pepper. Imported digests have an empty hint and do not count as issued.
 CREATE OR REPLACE FUNCTION {s}.hold_pepper(made_under bytea) RETURNS text
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $body$
 BEGIN

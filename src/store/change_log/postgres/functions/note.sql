@@ -1,6 +1,6 @@
--- If a transaction changes more than 10 000 objects of one kind, the function records that the whole kind
--- changed, because no poll reads that many rows. The count is in a session setting, which any client can
--- change. A wrong count makes the record coarser or finer, but not wrong.
+-- If a transaction changes more than 10 000 objects of one kind, the function records that the whole kind changed,
+-- because no poll reads that many rows. The function counts in a session setting, which any client can change. A wrong
+-- count makes the record coarser or finer, but not incorrect.
 CREATE OR REPLACE FUNCTION {s}.note(kind text, object text) RETURNS void
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $body$
 DECLARE

@@ -1,6 +1,6 @@
--- Keeps all versions of the last 20 minutes and the one before them, which was the newest until then: a
--- starting replica reads the last 15 minutes, and a running replica polls from the version that it applied
--- last. The number of the lock is the first 8 bytes of SHA-256('trustgate prune').
+-- Deletes old versions and their changes, a limited number in each call. Keeps all versions of the last 20 minutes and
+-- the newest version before them, because a starting replica reads the last 15 minutes, and a running replica polls
+-- from the version that it applied last. The number of the lock is the first 8 bytes of SHA-256('trustgate prune').
 CREATE OR REPLACE FUNCTION {s}.prune() RETURNS void
 LANGUAGE plpgsql SECURITY DEFINER SET enable_seqscan = off SET enable_bitmapscan = off SET jit = off
 SET search_path = pg_catalog, pg_temp AS $body$

@@ -1,5 +1,5 @@
--- Called by the role of `serve`, which can change nothing else in a key. The change gets no version, because no
--- decision reads this column. Skips keys that another replica has locked.
+-- Records the peppers of keys. The role of `serve` calls this function; it can change nothing else in a key. The change
+-- gets no version, because no decision reads this column. The function skips keys that another replica has locked.
 CREATE OR REPLACE FUNCTION {s}.record_peppers(keys uuid[], made_under bytea[], current bytea) RETURNS void
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $body$
 BEGIN

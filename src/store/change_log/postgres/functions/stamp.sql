@@ -1,7 +1,7 @@
--- Runs once per transaction, at the commit. The lock is released when the commit becomes visible, so versions
--- are in commit order. A visible commit must be on disk, so asynchronous commits are turned off. A client can
--- run this trigger before the commit (SET CONSTRAINTS), so an idle timeout keeps it from holding the lock
--- without end. PREPARE TRANSACTION would also keep the lock, but PostgreSQL rejects it after a NOTIFY.
+-- Runs once per transaction, at the commit. PostgreSQL releases the lock when the commit becomes visible, so versions
+-- are in commit order. A visible commit must be on disk, so the function turns off asynchronous commit. A client can
+-- run this trigger before the commit (SET CONSTRAINTS), so an idle timeout keeps such a client from holding the lock
+-- indefinitely. PREPARE TRANSACTION would also keep the lock, but PostgreSQL rejects it after a NOTIFY.
 CREATE OR REPLACE FUNCTION {s}.stamp() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $body$
 BEGIN

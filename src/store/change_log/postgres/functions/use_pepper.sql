@@ -1,4 +1,4 @@
--- Returns the pepper that was recorded before.
+-- Records the pepper `made_under` for new keys, and returns the pepper that was recorded before.
 CREATE OR REPLACE FUNCTION {s}.use_pepper(made_under bytea) RETURNS text
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $body$
 DECLARE
