@@ -1,5 +1,5 @@
 //! Building blocks that all other modules can use: time, settings, text and units, secrets, faults, logs, metrics,
-//! jitter, conversion of integers and the circuit breaker.
+//! jitter, integer conversion and the circuit breaker.
 
 pub(crate) mod breaker;
 pub(crate) mod clock;

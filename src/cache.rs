@@ -1,8 +1,8 @@
 //! Looks up values in the cache tiers: first in L1 in this process, then in L2 (Redis) and the store, through one load
 //! that concurrent callers share.
 //!
-//! A hit in L1 is synchronous and takes no lock of this crate; only a miss needs a future. The cache makes no decisions
-//! about requests, and it does not turn an error into "not found" (`tests/e2e/outage.rs`).
+//! A hit in L1 is synchronous and takes none of this crate's locks; only a miss needs a future. The cache makes no
+//! decisions about requests, and it does not turn an error into "not found" (`tests/e2e/outage.rs`).
 
 pub(crate) mod api_key;
 pub(crate) mod cacheable;
@@ -49,10 +49,10 @@ use crate::{
 crate::settings! {
     /// The cache in the memory of this process (L1).
     pub struct CacheSettings in "cache" {
-        /// Memory for cached records of keys. When this memory is full, entries are evicted.
+        /// Memory for cached key records. When this memory is full, entries are evicted.
         size: ByteSize = "128MiB",
         /// Memory for negative entries ("not found"). This memory is separate from `size`, so that requests with random
-        /// keys do not evict the records of good keys.
+        /// keys do not evict the records of valid keys.
         negative_size: ByteSize = "8MiB",
         /// The maximum age of a cache entry in any mode, counted from the database read. It varies from entry to entry
         /// by up to 20 % in either direction, so that entries do not all expire at the same time.
@@ -71,7 +71,7 @@ pub struct CacheParts<K: Cacheable> {
     pub clock: Arc<dyn Clock>,
     /// The runtime on which loads read from Redis and the store.
     pub io: Handle,
-    /// The limits on reads of the store.
+    /// The limits on store reads.
     pub limits: StoreLimits,
     /// The maximum ages of values.
     pub ages: AgeLimits,
@@ -88,9 +88,9 @@ pub struct Cache<K: Cacheable> {
 /// The inputs of the freshness rule that stay the same during one check.
 #[derive(Clone, Debug)]
 pub struct ReadContext {
-    /// The read policy of the check.
+    /// The check's read policy.
     pub policy: ReadPolicy,
-    /// The view of the replica when the check began.
+    /// The replica's view when the check began.
     pub view: Arc<ReplicaView>,
     /// When the check began.
     pub began: Moment,
@@ -117,7 +117,7 @@ impl<K: Cacheable> Cache<K> {
         Ok(Self { loader: Arc::new(loader), loads: SingleFlight::new(io) })
     }
 
-    /// Returns the L1 entry of `key` if a check with `policy` and `view` may use that entry at `now`. Does not wait.
+    /// Returns the L1 entry for `key` if a check with `policy` and `view` may use that entry at `now`. Does not wait.
     #[must_use]
     pub fn hit(&self, policy: ReadPolicy, view: &ReplicaView, key: &K::Key, now: Moment) -> Option<Arc<Entry<K>>> {
         if policy == ReadPolicy::Store {
@@ -193,14 +193,14 @@ impl<K: Cacheable> Cache<K> {
         let ReadContext { policy, view, began } = context;
         let candidate = Candidate::Loaded { loaded, began: *began };
         if *policy == ReadPolicy::Age {
-            // Under this policy, the state at the start of the check does not matter, so use the current view and time.
+            // Under this policy, the state when the check began does not matter, so use the current view and time.
             return is_usable(*policy, &candidate, &replica_state.load(), ages, clock.now());
         }
         if *policy == ReadPolicy::Lease
             && let Some(version) = loaded.ahead_of(view)
             && !loaded.is_read_after(*began)
         {
-            // Wait for a poll, which either confirms the version or shows that it belongs to another history.
+            // Wait for a poll, which either confirms the version or shows that it belongs to a different history.
             replica_state.reached(view, version).await;
         }
         is_usable(*policy, &candidate, view, ages, clock.now())
@@ -228,7 +228,7 @@ impl<K: Cacheable> Cache<K> {
     }
 }
 
-/// The maximum number of loads that one call of [`Cache::find`] joins or starts. The first load may have started before
+/// The maximum number of loads that one call to [`Cache::find`] joins or starts. The first load may have started before
 /// the call, but the second starts after it. A third load is needed only if a change is applied while the second is
 /// running.
 const JOINS_MAX: u32 = 3;
@@ -278,7 +278,7 @@ mod tests {
         }
     }
 
-    /// Creates the loader of a cache. The tests do not read its store.
+    /// Creates a cache loader. The tests do not read from its store.
     fn loader() -> Arc<Loader<ApiKey>> {
         let clock: Arc<dyn Clock> = Arc::new(SystemClock);
         let url = Some(Secret::new("sqlite:///never/opened".to_owned()));

@@ -35,14 +35,14 @@ use crate::{
 
 /// Prefix of the names of canary trusts. A random id follows.
 const PREFIX: &str = "trustgate-canary-";
-/// Wait between two checks of the key on one replica.
+/// Wait between two checks with the key on one replica.
 const PROBE_WAIT: Duration = Duration::from_millis(5);
 /// The maximum time that a new key may be denied before the round counts as `denied`. Normally, a new key is granted at
 /// once.
 const GRANTED_WITHIN: Duration = Duration::from_secs(5);
 /// How long the canary continues to check a revoked key after the revocation bound.
 const PROBE_MARGIN: Duration = Duration::from_secs(1);
-/// Added to the maximum duration of a round to get the lifetime of its key. Because of the limited lifetime, the key
+/// Margin between the maximum duration of a round and the lifetime of its key. The lifetime is limited so that the key
 /// expires even if this process ends in the middle of a round.
 const LIFETIME_MARGIN: Duration = Duration::from_mins(1);
 /// Timeout of one management operation.
@@ -60,9 +60,9 @@ pub(crate) struct CanaryDeps {
     pub settings: CanarySettings,
     /// The configured sources of keys, and the pepper.
     pub credential: CredentialSettings,
-    /// The revocation bound of the replicas.
+    /// The replicas' revocation bound.
     pub freshness: FreshnessSettings,
-    /// The freshness mode of the replicas.
+    /// The replicas' freshness mode.
     pub mode: Freshness,
     /// The name of this machine or pod, for the audit entries.
     pub name: String,
@@ -242,7 +242,7 @@ impl Canary {
                 }
                 Verdict::Denied => return Outcome::Denied(replica.to_string()),
                 Verdict::Undecided(why) => {
-                    return Outcome::Failed(format!("{replica} could not decide the valid key: {why}"));
+                    return Outcome::Failed(format!("{replica} could not check the valid key: {why}"));
                 }
             }
         }
@@ -253,7 +253,7 @@ impl Canary {
         Outcome::Ok
     }
 
-    /// Checks the revoked key on `replica` until it is denied, for at most the bound and a margin. Returns the time
+    /// Checks the revoked key on `replica` until it is denied, for up to the bound plus a margin. Returns the time
     /// from `revoked` to the start of the last granted check, and the outcome.
     async fn until_denied(
         &self,
@@ -279,8 +279,10 @@ impl Canary {
         let outcome = match end {
             _ if is_late => Outcome::Late(replica.to_string()),
             Verdict::Denied => Outcome::Ok,
-            Verdict::Granted { .. } => Outcome::Failed(format!("{replica} gives stale grants: its database is down")),
-            Verdict::Undecided(why) => Outcome::Failed(format!("{replica} could not decide the revoked key: {why}")),
+            Verdict::Granted { .. } => Outcome::Failed(format!(
+                "{replica} still grants the revoked key: its lease is stale, because its polls get no answer"
+            )),
+            Verdict::Undecided(why) => Outcome::Failed(format!("{replica} could not check the revoked key: {why}")),
         };
         (last, outcome)
     }
@@ -307,8 +309,8 @@ async fn within<T>(change: impl Future<Output = Result<T, ManageError>>) -> Resu
     Ok(timeout(CHANGE_TIMEOUT, change).await.map_err(|_| Problem::Timeout)??)
 }
 
-/// The outcome of a round for a replica or a target, ordered from best to worst. The text is the name of the replica,
-/// or the cause.
+/// The outcome of a round for a replica or a target, ordered from best to worst. The string is the name of the
+/// replica, or the cause.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(crate) enum Outcome {
     /// The key was granted and, after its revocation, denied in time.

@@ -33,8 +33,8 @@ use self::{
 
 use crate::ext_authz::credential::format;
 
-/// Runs the command in `arguments` with the variables in `environment`. Returns the exit code: 0 success,
-/// 1 failure, 2 usage error, 3 the checked key is denied.
+/// Runs the command in `arguments` with the variables in `environment`. Returns the exit code: 0 for success,
+/// 1 for failure, 2 for a usage error, and 3 if the checked key is denied.
 pub fn run(
     arguments: impl IntoIterator<Item = OsString>,
     environment: &[(OsString, OsString)],
@@ -42,7 +42,7 @@ pub fn run(
     err: &mut dyn Write,
 ) -> u8 {
     let arguments: Vec<_> = arguments.into_iter().collect();
-    // Look for keys before parsing: parse errors quote arguments, and commands may store them.
+    // Look for keys before parsing, because parse errors quote arguments and commands may store arguments.
     if arguments.iter().any(is_key) {
         let _ = writeln!(
             err,
@@ -63,7 +63,7 @@ pub fn run(
                 // A reader such as `head` closes the pipe early. Report the closed pipe only if the lost output
                 // matters.
                 if error.kind() != ErrorKind::BrokenPipe || answer.if_lost.is_some() {
-                    let _ = writeln!(err, "error: the output could not be written: {error}");
+                    let _ = writeln!(err, "error: cannot write the output: {error}");
                 }
                 if let Some(lost) = &answer.if_lost {
                     let _ = writeln!(err, "{lost}");

@@ -91,7 +91,7 @@ pub enum LoadError {
         path: PathBuf,
         /// The source of the path: `--config` or `TRUSTGATE_CONFIG`.
         named_by: &'static str,
-        /// The error of the operating system.
+        /// The error from the operating system.
         source: io::Error,
     },
     /// The configuration has errors. The value contains all of them.
@@ -198,8 +198,8 @@ mod tests {
     use super::*;
     use crate::grpc::listener::ListenAddress;
 
-    /// Returns the configuration errors of a file with the content `text` and of the variables in `environment`: one
-    /// string per error, as an operator sees it.
+    /// Returns the configuration errors in a file with the content `text` and in the variables in `environment`: one
+    /// string per error, as an operator sees the error.
     pub(crate) fn config_errors(text: &str, environment: &[(&str, &str)]) -> Vec<String> {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("trustgate.toml");

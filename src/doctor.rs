@@ -1,4 +1,4 @@
-//! The examinations of the database and of Redis for `trustgate doctor`, and the types of their results.
+//! The database and Redis examinations for `trustgate doctor`, and their result types.
 
 pub(crate) mod database;
 pub(crate) mod diagnosis;

@@ -1,5 +1,5 @@
 //! Keeps cached data current: the poll task reads the change log, and the lease limits how long cache entries may be
-//! used. Also contains the deny list, the heartbeats and the comparison of peppers.
+//! used. Also contains the deny list, the heartbeats and the pepper comparison.
 
 pub(crate) mod deny_list;
 mod heartbeat;
@@ -27,9 +27,9 @@ crate::settings! {
         /// poll is at most `lease` old, so with the default settings it refuses a revoked key after about one second at
         /// most. If the database stops answering, the server continues to grant known-good keys for another
         /// `stale_if_unconfirmed`. `strict`: like `lease`, but without that additional time. `live`: for each request,
-        /// the server reads the row of the key from the database. `ttl`: the server uses a cached record until it is
-        /// `ttl` old. The context extension `trustgate.freshness` overrides this setting for one route. Unset: `lease`,
-        /// or `ttl` for an existing table that is not attached, because such a table has no change log.
+        /// the server reads the key's row from the database. `ttl`: the server uses a cached record until it is `ttl`
+        /// old. The context extension `trustgate.freshness` overrides this setting for one route. Unset: `lease`, or
+        /// `ttl` for an existing table that is not attached, because such a table has no change log.
         mode: Option<Freshness> = "",
         /// The maximum time for which cache entries may be used after the server sent its last successful poll (L).
         /// While the server reaches the database, it refuses a revoked key in checks that start more than this time

@@ -4,14 +4,14 @@
 //! `docs/architecture.md` describes how a request passes through the modules, and which rules each module follows. The
 //! list below contains every module in the order of layers, lowest first. A module imports only from itself and from
 //! modules above it in the list. If two names in the list match a module, the longer name applies.
-//! `tests/integration/layers.rs` compares every import with this list, and checks that no module has a cycle of imports
-//! within it.
+//! `tests/integration/layers.rs` compares every import with this list, and checks that no module contains an import
+//! cycle.
 //!
 //! Foundations:
 //!
 //! - [`base`], building blocks: time, text, secrets, units, settings, metrics, circuit breaker, faults and logging
-//! - [`record`], the record of a key, and the version of the database at which a value was read
-//! - [`doctor::diagnosis`], the result of one examination of `trustgate doctor`
+//! - [`record`], a key's record, and the database version at which a value was read
+//! - [`doctor::diagnosis`], the result of one examination by `trustgate doctor`
 //!
 //! Loading a record:
 //!
@@ -41,8 +41,9 @@
 
 #[cfg(not(target_os = "linux"))]
 compile_error!(
-    "trustgate needs Linux: leases are measured with CLOCK_BOOTTIME, which counts the time of a suspended machine, and \
-     threads that load records get a lower priority than other threads. On other systems, run trustgate in a container."
+    "trustgate needs Linux: leases are measured with CLOCK_BOOTTIME, which advances while the machine is suspended, \
+     and threads that load records get a lower priority than other threads. On other systems, run trustgate in a \
+     container."
 );
 
 mod api;

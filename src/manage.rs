@@ -1,6 +1,6 @@
 //! Management: the operations that change trusts and keys, for the command line and the canary.
 //!
-//! Checks do not use this module. It returns a newly issued key once and does not keep it.
+//! Checks do not use this module. The caller receives a newly issued key once; the module does not keep it.
 
 pub(crate) mod deny;
 #[cfg(test)]
@@ -65,7 +65,7 @@ impl Manager {
         Ok(Self { ledger, actor, credential, hasher })
     }
 
-    /// Makes all replicas discard their cached data, and waits as [`Self::effect`] does until they have discarded it.
+    /// Makes all replicas discard their cached data, and waits for them to do so, as [`Self::effect`] does.
     ///
     /// # Errors
     /// The database failed. If it failed during the wait, the replicas still discard their cached data.
@@ -74,8 +74,8 @@ impl Manager {
         self.effect_of(version, clock, wait_max).await
     }
 
-    /// Waits, at most `wait_max`, until each replica that may still grant keys from its cache has applied all changes
-    /// that were committed before this call. Returns which replicas have applied them.
+    /// Waits up to `wait_max` for each replica that may still grant keys from its cache to apply all changes that were
+    /// committed before this call. Returns which replicas have applied them.
     ///
     /// # Errors
     /// The database failed, so the effect is unknown. The changes stay committed.
@@ -119,7 +119,7 @@ pub struct Effect {
     pub version: Version,
     /// The number of replicas that may still grant keys from their caches.
     pub replicas: usize,
-    /// The time that the command waited.
+    /// How long the command waited.
     pub after: Duration,
     /// The replicas that have not applied the change.
     pub missing: Vec<ReplicaStatus>,
@@ -156,9 +156,9 @@ mod tests {
 
     const WAIT: Duration = Duration::from_millis(100);
     const MINUTE: Duration = Duration::from_mins(1);
-    /// A version that is newer than all changes that a test makes.
+    /// A version newer than any change that a test makes.
     const NEWER: Version = Version(1_000_000);
-    /// A version that is older than all changes that a test makes.
+    /// A version older than any change that a test makes.
     const OLDER: Version = Version(1);
 
     async fn fixture() -> Fixture {

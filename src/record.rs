@@ -23,8 +23,8 @@ pub struct KeyId(pub Uuid);
 /// The maximum length of a scope, in bytes.
 const SCOPE_BYTES_MAX: usize = 128;
 
-/// Returns true if `text` is a valid scope: a scope token of RFC 6749, section 3.3, that contains no comma, so that a
-/// comma or a space can separate the scopes in a list.
+/// Returns true if `text` is a valid scope: a scope token as defined in RFC 6749, section 3.3, without a comma, so that
+/// a comma or a space can separate the scopes in a list.
 #[must_use]
 pub(crate) fn is_scope(text: &str) -> bool {
     (1..=SCOPE_BYTES_MAX).contains(&text.len())
@@ -55,8 +55,8 @@ impl fmt::Display for KeyId {
     }
 }
 
-/// The 32-byte digest of a key, which is the only form in which a key is stored: its HMAC-SHA-256 (FIPS 198-1) under
-/// the pepper, or its plain SHA-256 (FIPS 180-4).
+/// The 32-byte digest of a key, which is the only form in which a key is stored: its HMAC-SHA-256 (FIPS 198-1), keyed
+/// with the pepper, or its plain SHA-256 (FIPS 180-4).
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct ApiKeyDigest([u8; 32]);
 
@@ -67,7 +67,7 @@ impl ApiKeyDigest {
         Self(bytes)
     }
 
-    /// Parses a digest from 64 hexadecimal digits, in upper or lower case. Returns `None` for any other text.
+    /// Parses a digest from 64 hexadecimal digits, in upper or lower case. Returns `None` for any other string.
     #[must_use]
     pub fn from_hex(text: &str) -> Option<Self> {
         bytes_from_hex(text).map(Self)
@@ -124,7 +124,7 @@ pub(crate) fn hex(bytes: &[u8]) -> String {
 pub enum Scheme {
     /// Plain SHA-256 of the key.
     Sha256,
-    /// HMAC-SHA-256 of the key under the server's pepper.
+    /// HMAC-SHA-256 of the key, keyed with the server's pepper.
     Hmac,
 }
 
@@ -158,12 +158,13 @@ impl Scheme {
     }
 }
 
-/// Identifies a pepper without revealing it: the first 8 bytes of the HMAC-SHA-256 of a constant under the pepper.
+/// Identifies a pepper without revealing it: the first 8 bytes of the HMAC-SHA-256 of a constant, keyed with the
+/// pepper.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Fingerprint(pub [u8; 8]);
 
 impl Fingerprint {
-    /// The value that means "no pepper" in the database: keys are stored under their plain SHA-256 digest.
+    /// The value that means "no pepper" in the database: keys are stored as plain SHA-256 digests.
     pub const NO_PEPPER: Self = Self([0; 8]);
 
     /// Parses a fingerprint from 16 hexadecimal digits.
@@ -182,8 +183,8 @@ impl fmt::Display for Fingerprint {
 /// The fingerprints of the pepper that the database records for new keys, and of the pepper recorded before it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct StoredPeppers {
-    /// The pepper for new keys; `None` until one is recorded. The first command that issues or imports keys under a
-    /// pepper records that pepper. So does `pepper use`, and so does a server that finds a key stored under its current
+    /// The pepper for new keys; `None` until one is recorded. A pepper is recorded by the first command that issues or
+    /// imports keys hashed with a pepper, by `pepper use`, or by a server that reads a key hashed with its current
     /// pepper.
     pub current: Option<Fingerprint>,
     /// The pepper recorded before `current`; [`Fingerprint::NO_PEPPER`] if keys were issued without a pepper before the
@@ -204,7 +205,7 @@ impl StoredPeppers {
     }
 
     /// Returns true if a server with the peppers `known` can recognise every key. A server without the current pepper
-    /// cannot find the keys that are stored under it, so a key that it does not find may still exist.
+    /// cannot find the keys that were hashed with it, so a key that this server does not find may still exist.
     #[must_use]
     pub fn identify_all(&self, known: &[Fingerprint]) -> bool {
         self.current.is_none_or(|current| known.contains(&current))
@@ -218,7 +219,7 @@ pub enum Made {
     Elsewhere,
     /// Computed by trustgate without a pepper.
     Plain,
-    /// Computed by trustgate under this pepper.
+    /// Computed by trustgate with this pepper.
     Peppered(Fingerprint),
 }
 
@@ -232,7 +233,7 @@ impl Made {
         }
     }
 
-    /// Returns the fingerprint of the pepper, if the digest was computed under one.
+    /// Returns the fingerprint of the pepper, if the digest was computed with one.
     #[must_use]
     pub const fn fingerprint(self) -> Option<Fingerprint> {
         match self {
@@ -245,9 +246,9 @@ impl Made {
 /// The digests under which one presented key may be stored.
 #[derive(Clone, Debug)]
 pub struct Digests {
-    /// The digest under the current scheme, by which caches look up the key.
+    /// The digest computed with the current scheme. Caches look up the key by this digest.
     pub current: ApiKeyDigest,
-    /// The digests under earlier schemes (before a pepper was set or changed), newest first.
+    /// The digests computed with earlier schemes (before a pepper was set or changed), newest first.
     pub older: Vec<ApiKeyDigest>,
 }
 
@@ -257,15 +258,15 @@ impl Digests {
         std::iter::once(&self.current).chain(&self.older)
     }
 
-    /// Returns true if `stored` is one of these digests. Compares with each digest in constant time, even after a
-    /// match.
+    /// Returns true if `stored` is one of these digests. Compares `stored` with every digest in constant time, even
+    /// after a match.
     #[must_use]
     pub fn contains(&self, stored: &ApiKeyDigest) -> bool {
         self.all().fold(false, |found, digest| found | digest.matches(stored))
     }
 }
 
-/// The data of a key and its trust that decisions need.
+/// The data that a decision needs about a key and its trust.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Record {
     /// The id of the key's row.
@@ -292,13 +293,13 @@ pub struct Record {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Version(pub u64);
 
-/// The random nonce of a version. Two versions with the same number and different nonces are from different database
+/// The random nonce of a version. Two versions with the same number and different nonces belong to different database
 /// histories.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Nonce(pub [u8; 16]);
 
 /// The database history that a version belongs to. Promoting a PostgreSQL standby starts a new lineage, and so does a
-/// new incarnation, which replicas or the operator request after committed changes were lost.
+/// new incarnation, which a replica or the operator requests after committed changes have been lost.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Lineage {
     /// A random id: generated by the first migration, and again when a replica or the operator reports that the
@@ -310,7 +311,7 @@ pub struct Lineage {
     pub timeline: u32,
 }
 
-/// A value and the database version at which it was read. One statement reads both.
+/// A value and the database version at which it was read. One statement reads the value and the version.
 #[derive(Clone, Debug)]
 pub struct Versioned<T> {
     /// The value.
@@ -346,7 +347,7 @@ impl<T> Versioned<T> {
 pub enum Change {
     /// All cached records of this key.
     Key(KeyId),
-    /// All cached records of keys of this trust.
+    /// All cached records of keys that belong to this trust.
     Trust(TrustId),
     /// The negative entry of this digest: the key may exist now.
     Absent(ApiKeyDigest),
@@ -378,7 +379,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn hexadecimal_digests_round_trip_and_other_text_is_rejected() {
+    fn hexadecimal_digests_round_trip_and_other_strings_are_rejected() {
         let digest = ApiKeyDigest::from_bytes(std::array::from_fn(|i| u8::try_from(i * 7).unwrap()));
         assert_eq!(ApiKeyDigest::from_hex(&digest.to_hex()), Some(digest));
         assert_eq!(ApiKeyDigest::from_hex(&digest.to_hex().to_uppercase()), Some(digest));

@@ -58,11 +58,11 @@ pub struct AppBuilder {
 }
 
 impl AppBuilder {
-    /// Creates the builder of a server with the settings and the database of `config`. Does not connect to the
+    /// Creates a builder for a server with the settings and the database from `config`. Does not connect to the
     /// database.
     ///
     /// # Errors
-    /// [`AppError::Store`] if the settings of the database are invalid.
+    /// [`AppError::Store`] if the database settings are invalid.
     pub fn new(config: Config, env: Env<'_>) -> Result<Self, AppError> {
         let clock: Arc<dyn Clock> = Arc::new(SystemClock);
         let place = store::describe(&config.store, env);
@@ -79,7 +79,7 @@ impl AppBuilder {
     }
 
     /// Binds the listeners and starts all tasks. Returns as soon as clients can connect. The server becomes ready
-    /// later, when a poll of the database has succeeded.
+    /// later, once a poll has succeeded.
     ///
     /// # Errors
     /// For example, if an address is in use or a secret file cannot be read.
@@ -199,12 +199,12 @@ impl Running {
         let _ = self.life.watch().wait_for(|phase| *phase >= Phase::Serve).await;
     }
 
-    /// Waits until a task of the server ends before the shutdown, and returns the reason.
+    /// Waits until a server task ends before shutdown begins, and returns the reason.
     pub async fn ended(&mut self) -> AppError {
         match self.parts.join_next().await {
             Some((_, Err(error))) => error,
-            Some((name, Ok(()))) => AppError::Ended(name, "it returned".to_owned()),
-            None => AppError::Ended("server", "it has no tasks".to_owned()),
+            Some((name, Ok(()))) => AppError::Ended(name, "the task returned".to_owned()),
+            None => AppError::Ended("server", "no task is left".to_owned()),
         }
     }
 
@@ -263,7 +263,7 @@ pub(crate) fn serve(config: Config, env: Env<'_>) -> Result<(), AppError> {
             error = running.ended() => (Delay::None, Some(error)),
         };
         tokio::select! {
-            // If a task has ended, its error is the cause, so it takes precedence over errors of the shutdown.
+            // If a task has ended, its error is the cause, so it takes precedence over shutdown errors.
             stopped = running.stop(delay) => failed.map_or(stopped, Err),
             _ = signals.stop() => Err(AppError::Forced),
         }
@@ -318,8 +318,8 @@ pub(crate) fn listed(addresses: &[impl ToString]) -> String {
     format!("[{}]", addresses.join(", "))
 }
 
-/// Returns the function that the admin listener calls before each scrape. It sets the gauges whose values are computed
-/// only when they are scraped.
+/// Returns the function that the admin listener calls before each scrape. The function sets the gauges whose values
+/// are computed only for a scrape.
 fn observe(
     config: &Config,
     cache: &Arc<Cache<ApiKey>>,

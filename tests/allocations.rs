@@ -1,12 +1,12 @@
-//! Measures the memory that the server allocates for a check: at most a small multiple of the message's size for any
-//! message, and nothing for a check that is answered from L1.
+//! Measures the memory that the server allocates for a check: at most a small multiple of the message size, and nothing
+//! for a check that is answered from L1.
 //!
 //! This is a separate binary because its global allocator counts the allocations of each thread in the process.
 
 #![allow(clippy::unwrap_used, unreachable_pub)]
 #![expect(
     unsafe_code,
-    reason = "`GlobalAlloc` is an unsafe trait; this allocator counts, and calls the system's allocator"
+    reason = "`GlobalAlloc` is an unsafe trait; this allocator counts, and calls the system allocator"
 )]
 
 #[path = "support/mod.rs"]
@@ -48,14 +48,14 @@ thread_local! {
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
 
-// SAFETY: each call is passed to `System` with its arguments, and the result of `System` is returned. The counters are
-// thread-local cells without a destructor, so counting allocates nothing and cannot fail.
+// SAFETY: each method passes its arguments to `System` and returns the result. The counters are thread-local cells
+// without a destructor, so counting allocates nothing and cannot fail.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         LIVE.set(LIVE.get().wrapping_add(layout.size()));
         PEAK.set(PEAK.get().max(LIVE.get()));
         COUNT.set(COUNT.get() + 1);
-        // SAFETY: the caller keeps the contract of `GlobalAlloc::alloc`, which is that of `System`.
+        // SAFETY: the caller upholds the contract of `GlobalAlloc::alloc`, and `System.alloc` has the same contract.
         unsafe { System.alloc(layout) }
     }
 
@@ -88,7 +88,7 @@ fn settings() -> CredentialSettings {
     CredentialSettings::read(&mut reader)
 }
 
-/// Does everything that a check does with a message, except the lookup of the key.
+/// Does everything that a check does with a message, except looking up the key.
 fn check(settings: &CredentialSettings, replies: &Replies, message: &[u8]) {
     let Ok(view) = View::parse(message) else { return drop(replies.denial(DenyReason::Undecodable)) };
     let extracted = extract(settings, &view);
@@ -133,7 +133,7 @@ fn map_header(name: &[u8], value: &[u8]) -> Vec<u8> {
 /// bytes in such a list: a factor of 19. The shortest scope takes 2 and 16 bytes: a factor of 24. A generated decoder
 /// would need more.
 const MULTIPLE: usize = 32;
-/// The maximum number of bytes that the answer takes, for a message of any size.
+/// The maximum number of bytes allocated for the answer to a message of any size.
 const FIXED: usize = 4 << 10;
 
 fn assert_small(content: &str, settings: &CredentialSettings, replies: &Replies, message: &[u8]) {
@@ -179,7 +179,7 @@ async fn checks_answered_from_l1_allocate_nothing() {
         for _ in 0..3 {
             assert!(matches!(checker.check(message).await, Reply::Message(_)), "{content}");
         }
-        // Reading this metric makes the cache finish its pending work for the insertion.
+        // Reading this metric makes the cache finish its pending work from the insertion, so that no hit does it.
         metric(running.admin_address(), "trustgate_cache_entries{kind=\"api_key\"}").await;
         let count = allocations_of(|| {
             for _ in 0..10_000 {

@@ -4,8 +4,8 @@
 //! Concurrent failures count as one. If this machine pauses for a moment, all calls in flight time out together, and
 //! that must not open the breaker.
 //!
-//! The breaker does not wait and does not read the clock: callers pass the time. When it opens or closes, it writes a
-//! log line and sets its gauge. It does not log each failure.
+//! The breaker does not wait and does not read the clock: callers pass the time. When the breaker opens or closes, it
+//! writes a log line and sets the gauge. Individual failures are not logged.
 
 use std::{
     sync::{Mutex, MutexGuard, PoisonError},
@@ -14,7 +14,7 @@ use std::{
 
 use super::{clock::Moment, metrics::IntGauge};
 
-/// The rules by which a breaker opens and lets callers try again.
+/// The conditions under which a breaker opens and lets a caller try again.
 #[derive(Clone, Copy, Debug)]
 pub struct Rules {
     /// The number of failures in a row that open the breaker. A failure counts only if its call began after the
@@ -79,10 +79,10 @@ impl BreakerState {
 /// Closed, without failures.
 const CLOSED: BreakerState = BreakerState::Closed { failures: 0, last: Moment::from_nanos(0) };
 
-/// The texts and the gauge by which a breaker appears in logs and metrics.
+/// The strings for a breaker's log lines, and its gauge.
 #[derive(Debug)]
 pub(crate) struct Labels {
-    /// The tier, for the start of log lines.
+    /// The name of the tier, with which log lines start.
     pub tier: &'static str,
     /// The effect of an open breaker, for the log line that reports it.
     pub effect: &'static str,
@@ -172,11 +172,11 @@ mod tests {
     }
 
     #[test]
-    fn breaker_opens_after_failures_in_a_row_and_lets_one_caller_try() {
+    fn breaker_opens_after_consecutive_failures_and_later_admits_one_caller() {
         let breaker = closed();
         assert!(fails(&breaker, 0, 0).is_closed());
         breaker.succeeded();
-        assert!(fails(&breaker, 1, 1).is_closed(), "a success starts the count again");
+        assert!(fails(&breaker, 1, 1).is_closed(), "a success resets the count");
         let open = BreakerState::Open { until: at(102) };
         assert_eq!(fails(&breaker, 2, 2), open);
         assert!(!breaker.admits(at(50)));
@@ -201,7 +201,7 @@ mod tests {
     }
 
     #[test]
-    fn a_failed_trial_reopens_the_breaker_and_a_lost_trial_is_replaced() {
+    fn a_failed_trial_reopens_the_breaker_and_an_unreported_trial_admits_another_caller() {
         let breaker = closed();
         fails(&breaker, 0, 0);
         fails(&breaker, 0, 0);
@@ -210,6 +210,6 @@ mod tests {
         assert!(!breaker.admits(at(150)));
         assert!(breaker.admits(at(210)));
         assert!(!breaker.admits(at(300)));
-        assert!(breaker.admits(at(310)), "the caller of 210 did not report");
+        assert!(breaker.admits(at(310)), "the caller that was admitted at 210 did not report a result");
     }
 }

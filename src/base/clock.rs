@@ -1,7 +1,7 @@
 //! Time: moments on the boot clock, times on the database's clock, and the [`Clock`] trait that tests implement.
 //!
-//! The wall clock of the machine is only compared with the boot clock, to detect a pause of the machine that the boot
-//! clock missed. No decision depends on the time that the wall clock shows.
+//! Apart from diagnostics, the machine's wall clock is used only for comparison with the boot clock, to detect a pause
+//! of the machine that the boot clock missed. No decision depends on the time that the wall clock shows.
 
 use std::{
     fmt,
@@ -38,7 +38,7 @@ impl Moment {
         Self(self.0.saturating_add(wait.as_nanos().saturate()))
     }
 
-    /// Returns `self` minus `age`, or the start of the machine if the difference is before it.
+    /// Returns `self` minus `age`, or the time at which the machine started if the result would be earlier.
     #[must_use]
     pub fn before(self, age: Duration) -> Self {
         Self(self.0.saturating_sub(age.as_nanos().saturate()))
@@ -157,12 +157,12 @@ pub(crate) fn wall_time(clock: &dyn Clock, at: Moment) -> DatabaseTime {
     DatabaseTime::from_micros(at.micros().saturating_add(clock.wall_offset()))
 }
 
-/// An estimate of the database's clock, stored as its offset to the boot clock. Each answered read updates the
-/// estimate.
+/// An estimate of the database's clock, stored as its offset from the boot clock. Each read that the
+/// database answers updates the estimate.
 ///
-/// The estimate assumes that the database read its clock when the read was sent. It may therefore be ahead of the
-/// database by the duration of that read, but not behind. As a result, cached values and keys expire slightly early,
-/// but not late.
+/// The estimate assumes that the database read its clock when the read was sent. The estimate may therefore be ahead of
+/// the database's clock by up to the duration of that read, but not behind it. As a result, cached values and keys
+/// expire slightly early, but not late.
 #[derive(Debug, Default)]
 pub struct DatabaseClock {
     offset_micros: AtomicI64,
@@ -176,7 +176,7 @@ impl DatabaseClock {
         self.known.store(true, Ordering::Release);
     }
 
-    /// Returns the database's time at `now`; `None` before the first answered read.
+    /// Returns the database's time at `now`; `None` until the database has answered a read.
     #[must_use]
     pub fn at(&self, now: Moment) -> Option<DatabaseTime> {
         self.known
@@ -190,7 +190,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn database_clock_is_unknown_until_the_first_read_and_then_not_behind() {
+    fn database_clock_is_unknown_before_the_first_read_and_not_behind_the_database_afterwards() {
         let clock = DatabaseClock::default();
         let sent = Moment::from_nanos(5_000_000_000);
         assert_eq!(clock.at(sent), None);
@@ -209,7 +209,7 @@ mod tests {
     }
 
     #[test]
-    fn arithmetic_with_moments_saturates() {
+    fn moment_arithmetic_saturates() {
         let (early, late) = (Moment::from_nanos(1), Moment::from_nanos(9));
         assert_eq!(early.since(late), Duration::ZERO);
         assert_eq!(late.since(early), Duration::from_nanos(8));

@@ -27,7 +27,7 @@ impl Tier {
     }
 }
 
-/// The cause of a fault. It is shared, because all waiters of one load receive the same fault.
+/// The cause of a fault. It is shared, because all waiters on one load receive the same fault.
 pub(crate) type Cause = Arc<dyn Error + Send + Sync>;
 
 /// Why trustgate could not decide a request.
@@ -64,7 +64,7 @@ pub enum Fault {
         problem: &'static str,
     },
     /// A limit of this server is reached.
-    #[error("overload: over the limit of {limit}")]
+    #[error("overload: limit exceeded ({limit})")]
     Overloaded {
         /// The setting or constant that was exceeded.
         limit: &'static str,
@@ -84,9 +84,9 @@ pub enum Fault {
     /// The route has a trustgate context extension that this server does not understand.
     #[error("route invalid: cannot use the context extension {name:?} with the value {value:?}: {problem}")]
     Route {
-        /// The name of the context extension, cut by [`quoted`].
+        /// The name of the context extension, truncated by [`quoted`].
         name: Box<str>,
-        /// The value of the context extension, cut by [`quoted`].
+        /// The value of the context extension, truncated by [`quoted`].
         value: Box<str>,
         /// The expected form of the value.
         problem: &'static str,
@@ -97,7 +97,7 @@ pub enum Fault {
          ext_authz gRPC service"
     )]
     Compressed {
-        /// The header `grpc-encoding`, cut by [`quoted`].
+        /// The header `grpc-encoding`, truncated by [`quoted`].
         encoding: Box<str>,
     },
     /// The key was not found, and this server is not confirmed to have the pepper that the database records.
@@ -107,18 +107,18 @@ pub enum Fault {
     )]
     Pepper,
     /// The task that loads the record panicked or was shut down.
-    #[error("load aborted: its task ended without a result")]
+    #[error("load aborted: the load task ended without a result")]
     Ended,
 }
 
-/// The kind of a fault: the label `reason` of the metric `trustgate_checks_total`.
+/// The kind of fault: the `reason` label of the metric `trustgate_checks_total`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FaultReason {
     /// The database, or a record in it, could not be used.
     Store,
-    /// The circuit breaker of the database is open.
+    /// The database's circuit breaker is open.
     Breaker,
-    /// The configuration of the proxy is wrong: an invalid context extension, or a compressed message.
+    /// The proxy's configuration is wrong: an invalid context extension, or a compressed message.
     Route,
     /// A limit of this server is reached.
     Overload,
@@ -146,7 +146,7 @@ impl FaultReason {
     }
 }
 
-/// Cuts text from a request to 128 bytes, for a log line that prints the text escaped (`{:?}`).
+/// Truncates text from a request to 128 bytes, for a log line that prints the text escaped (`{:?}`).
 #[must_use]
 pub(crate) fn quoted(text: &[u8]) -> Box<str> {
     String::from_utf8_lossy(&text[..text.len().min(128)]).into()

@@ -1,4 +1,4 @@
-//! Jitter: small variations of times. Without jitter, many replicas would act at the same moment, and many cache
+//! Jitter: small variations in timing. Without jitter, many replicas would act at the same moment, and many cache
 //! entries and connections would expire at the same moment.
 //!
 //! The variations depend only on numbers that the caller passes, such as the replica's id, so that simulations can be
@@ -13,7 +13,7 @@ use uuid::Uuid;
 pub struct Jitter(u64);
 
 impl Jitter {
-    /// Creates the jitter of the replica with this id.
+    /// Creates the jitter for the replica with this id.
     #[must_use]
     pub const fn of(replica: Uuid) -> Self {
         let (high, low) = replica.as_u64_pair();
@@ -41,7 +41,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn times_vary_by_their_share_in_either_direction() {
+    fn jitter_varies_a_time_by_at_most_its_share_in_either_direction() {
         let vary = |position| vary(Duration::from_secs(10), 0.2, position).as_millis();
         assert_eq!([0.0, 0.5, 1.0].map(vary), [8_000, 10_000, 12_000]);
         let mut jitter = Jitter::of(Uuid::from_u128(7));

@@ -43,7 +43,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn one_line_per_interval_is_permitted_and_gets_the_number_of_suppressed_lines() {
+    fn one_line_per_interval_is_permitted_with_the_number_of_suppressed_lines() {
         let limit = LogLimit::every(Duration::from_mins(1));
         let at = |seconds: u64| Moment::from_nanos(seconds * 1_000_000_000);
         assert_eq!(limit.permit(at(5)), Some(0));

@@ -1,4 +1,4 @@
-//! The registry of metrics and its text form. Each module declares its own metrics in a typed struct.
+//! The metrics registry and its text format. Each module declares its own metrics in a typed struct.
 //!
 //! Label values come from the code or the configuration. No text from a request becomes a label value, so the number of
 //! time series is limited.
@@ -19,7 +19,7 @@ pub(crate) const SHORT_SECONDS: [f64; 14] =
 /// Registers `metric` and returns it.
 ///
 /// # Errors
-/// If the name is taken, or if the name or the description is invalid. This is a programming error, which shows at
+/// If the name is taken, or if the name or the description is invalid. Both are programming errors that show at
 /// startup.
 pub(crate) fn register<M: Collector + Clone + 'static>(
     registry: &Registry,
@@ -30,8 +30,8 @@ pub(crate) fn register<M: Collector + Clone + 'static>(
     Ok(metric)
 }
 
-/// Creates a registry with the metrics of the process: build information, and kernel statistics such as CPU time and
-/// memory.
+/// Creates a registry with the process metrics: build information, and kernel statistics such as CPU time and memory
+/// usage.
 ///
 /// # Errors
 /// The same as for [`register`].
@@ -53,7 +53,7 @@ pub fn text(registry: &Registry) -> String {
     let encoder = prometheus::TextEncoder::new();
     // Writing to a String cannot fail, and families from one registry are consistent.
     if let Err(error) = encoder.encode_utf8(&registry.gather(), &mut text) {
-        tracing::error!(%error, "metrics could not be encoded");
+        tracing::error!(%error, "metrics encoding failed");
     }
     text
 }

@@ -51,7 +51,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn values_that_fit_are_kept_and_larger_values_become_the_largest_value() {
+    fn values_that_fit_are_unchanged_and_larger_values_saturate() {
         assert_eq!([255_u64, 256, u64::MAX].map(Saturate::saturate::<u8>), [255, 255, 255]);
         assert_eq!([7_u64, u64::MAX].map(Saturate::saturate::<i64>), [7, i64::MAX]);
         assert_eq!([7_u128, u128::MAX].map(Saturate::saturate::<u64>), [7, u64::MAX]);

@@ -1,4 +1,4 @@
-//! Texts that must not be printed. [`Secret`] has no `Display`, and its `Debug` prints `***`.
+//! Strings that must not be printed. [`Secret`] has no `Display`, and its `Debug` prints `***`.
 
 use std::{fmt, fs, io, path::Path};
 
@@ -6,8 +6,8 @@ use zeroize::{Zeroize, Zeroizing};
 
 use super::text;
 
-/// A secret text: a password, a pepper, or a URL that may contain a password. Dropping a secret overwrites its memory.
-/// The type has no `PartialEq`, because `==` would not compare in constant time.
+/// A secret string: a password, a pepper, or a URL that may contain a password. Dropping a secret overwrites its
+/// memory. The type has no `PartialEq`, because `==` would not compare in constant time.
 #[derive(Clone)]
 pub struct Secret(String);
 
@@ -21,13 +21,13 @@ impl Secret {
     /// Reads a secret from a file, without the byte order mark and the line end that editors add.
     ///
     /// # Errors
-    /// The error of the operating system if the file cannot be read, or `InvalidData` with the reason if the file does
+    /// The operating system's error if the file cannot be read, or `InvalidData` with the reason if the file does
     /// not contain one line of text.
     pub fn read(path: &Path) -> io::Result<Self> {
         Ok(Self(text::value(&Self::read_text(path)?.0)?.to_owned()))
     }
 
-    /// Reads a text from a file. The text may have several lines and contain secrets.
+    /// Reads text from a file. The text may span several lines and contain secrets.
     ///
     /// # Errors
     /// The same as for [`Self::read`], but the text may be empty or have several lines.

@@ -85,7 +85,7 @@ pub trait Section: Sized {
     fn read(reader: &mut Reader) -> Self;
 }
 
-/// The values from the file and the environment, and the configuration errors that were found so far.
+/// The values from the file and the environment, and the configuration errors found so far.
 #[derive(Default)]
 pub struct Reader {
     written: BTreeMap<(String, String), (RawValue, Origin)>,
@@ -120,7 +120,7 @@ impl Reader {
     /// configuration error and returns the default.
     ///
     /// # Panics
-    /// If `default` is invalid. This is a programming error in the declaration, which a test of all defaults finds.
+    /// If `default` is invalid. This is a programming error in the declaration, which a test of all defaults detects.
     pub fn take<T: Setting>(&mut self, section: &str, name: &str, default: &'static str) -> T {
         let written = self.written.get(&(section.to_owned(), name.to_owned())).map(|(written, _)| written);
         if let Some(value) = written.and_then(T::read) {
@@ -139,7 +139,7 @@ impl Reader {
         self.config_errors
     }
 
-    /// Returns the configuration errors that were found so far.
+    /// Returns the configuration errors found so far.
     #[must_use]
     pub fn config_errors(&self) -> &[ConfigError] {
         &self.config_errors
@@ -262,7 +262,7 @@ impl<T: Setting> Setting for Option<T> {
     }
 }
 
-/// A setting that is a list. A single text is split at its commas, because an environment variable cannot contain a
+/// A setting that is a list. A single string is split at its commas, because an environment variable cannot contain a
 /// list.
 impl<T: Setting> Setting for Vec<T> {
     const EXPECTED: &'static str = T::EXPECTED;

@@ -1,7 +1,7 @@
 //! Logging to standard error: its level and its format.
 //!
-//! Only trustgate's own log lines are written, because log lines of libraries may contain secrets, such as the headers
-//! of a request.
+//! Only trustgate's own log lines are written, because log lines from libraries may contain secrets, such as
+//! request headers.
 
 use std::io::IsTerminal as _;
 
@@ -38,7 +38,7 @@ crate::setting_enum! {
     pub enum Format ("\"auto\", \"text\" or \"json\"") {
         /// Text on a terminal, else JSON.
         Auto = "auto",
-        /// Text for people.
+        /// Human-readable text.
         Text = "text",
         /// One JSON object per line.
         Json = "json",
@@ -56,7 +56,7 @@ pub fn start(settings: &LogSettings) {
         Level::Trace => tracing::Level::TRACE,
     };
     let is_terminal = std::io::stderr().is_terminal();
-    // Write only trustgate's own log lines: those of libraries may contain secrets, such as the headers of a request.
+    // Write only trustgate's own log lines: log lines from libraries may contain secrets, such as request headers.
     let filter = tracing_subscriber::filter::Targets::new().with_target("trustgate", level);
     let format = tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_ansi(is_terminal);
     let format = match settings.format {

@@ -1,25 +1,25 @@
 //! Decodes text from files, environment variables and standard input. All three sources use this module, so that the
 //! same text has the same meaning in each source.
 //!
-//! Editors add a byte order mark; shells and Kubernetes secrets add a line end. Errors do not quote the text, because
-//! it may be a secret.
+//! Editors may add a byte order mark; shells and Kubernetes secrets may add a line end. `value` removes both. Errors
+//! do not quote the text, because the text may be a secret.
 
 use std::io;
 
 /// Why bytes cannot be used as text.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum TextError {
-    /// The text begins with a byte order mark of UTF-16.
-    #[error("this is UTF-16: save it as UTF-8")]
+    /// The text begins with a UTF-16 byte order mark.
+    #[error("the text is UTF-16; save it as UTF-8")]
     Utf16,
     /// The bytes are not UTF-8.
-    #[error("this is not UTF-8 text; for a random secret, use `openssl rand -hex 32`")]
+    #[error("the text is not UTF-8; for a random secret, use `openssl rand -hex 32`")]
     NotUtf8,
     /// The text is empty, or contains only a byte order mark and line ends.
-    #[error("it is empty")]
+    #[error("the text is empty")]
     Empty,
     /// The text contains a control character.
-    #[error("it contains a control character or a line end: a value must be one line of text")]
+    #[error("the text contains a control character or a line end; a value must be one line of text")]
     Control,
 }
 

@@ -1,4 +1,5 @@
-//! API keys as a kind of cached value. The cache finds a record by the digest of its key under the current scheme.
+//! API keys as a kind of cached value. The cache key of a record is the digest of its API key, computed with the
+//! current scheme.
 
 use async_trait::async_trait;
 use ipnet::IpNet;
@@ -114,8 +115,8 @@ impl Cacheable for ApiKey {
     }
 }
 
-/// Writes the number of texts, and then each text after its length in bytes. The store limits the texts of a record, so
-/// each of these numbers fits into 32 bits.
+/// Writes the number of strings, and then the length in bytes and the content of each string. The store limits the
+/// strings in a record, so each of these numbers fits into 32 bits.
 fn put_texts<'t>(texts: impl ExactSizeIterator<Item = &'t str>, into: &mut Vec<u8>) {
     let length = |length: usize| length.saturate::<u32>().to_be_bytes();
     into.extend_from_slice(&length(texts.len()));

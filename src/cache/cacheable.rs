@@ -20,11 +20,11 @@ pub trait Cacheable: Send + Sync + 'static {
 
     /// Returns the cache key for `query`.
     fn key(query: &Self::Query) -> Self::Key;
-    /// Returns everything that `query` searches for, as bytes. A change that concerns one of these items makes a
+    /// Returns everything that `query` searches for, as bytes. A change that affects one of these items makes a
     /// negative entry for `query` out of date.
     fn asked(query: &Self::Query) -> impl Iterator<Item = &[u8]>;
-    /// Returns a byte that is evenly distributed over the keys. The lifetime of an entry gets its jitter from this
-    /// byte.
+    /// Returns a byte that is evenly distributed over the keys. This byte determines the jitter in the lifetime of an
+    /// entry.
     fn spread(key: &Self::Key) -> u8;
     /// Returns the approximate number of heap bytes of a value.
     fn heap_bytes(value: &Self::Value) -> usize;

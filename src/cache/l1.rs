@@ -1,8 +1,8 @@
 //! L1: the cache in this process. moka only stores the entries; `cache::policy` decides whether a check may use an
 //! entry.
 //!
-//! An entry that checks may no longer use stays until it is replaced or evicted, because it shows that the key was good
-//! before.
+//! An entry that checks may no longer use stays until it is replaced or evicted, because it shows that the key was
+//! valid before.
 
 use std::{sync::Arc, time::Duration};
 
@@ -25,8 +25,8 @@ pub struct Entry<K: Cacheable> {
     /// When the store was read, by this machine's clock.
     born: Moment,
     lasts_millis: u32,
-    /// The epoch of the view in which the entry was inserted into L1. `None` if it was not inserted; then only the
-    /// callers of its load may use the entry.
+    /// The epoch of the view in which the entry was inserted into L1. `None` if it was not inserted; in that case, only
+    /// the callers that shared its load may use the entry.
     epoch: Option<Epoch>,
 }
 
@@ -54,7 +54,7 @@ const ENTRY_BYTES: usize = 350;
 
 impl<K: Cacheable> Entry<K> {
     /// Creates an entry from the result of `query` at the version `as_of`. `epoch` is the epoch of the view in which
-    /// the entry is inserted into L1, or `None` if only the callers of its load may use the entry.
+    /// the entry is inserted into L1, or `None` if only the callers that shared its load may use the entry.
     pub fn new(
         query: &K::Query,
         found: Option<K::Value>,
@@ -106,14 +106,14 @@ impl<K: Cacheable> Entry<K> {
         self.epoch == Some(view.epoch())
     }
 
-    /// Returns true if the entry was inserted into L1 in `view`, no change applied in `view` concerns the entry, and
-    /// its lifetime has not ended.
+    /// Returns true if the entry was inserted into L1 in `view`, no change applied in `view` affects the entry, and its
+    /// lifetime has not ended.
     #[must_use]
     pub fn is_current(&self, view: &ReplicaView, now: Moment) -> bool {
         self.is_of(view) && now < self.deadline() && self.is_covered(view)
     }
 
-    /// Returns true if no change that was applied in `view` concerns the entry.
+    /// Returns true if no change that was applied in `view` affects the entry.
     #[must_use]
     pub fn is_covered(&self, view: &ReplicaView) -> bool {
         let lease = view.lease();
@@ -159,7 +159,7 @@ impl<K: Cacheable> L1<K> {
         Self { records: storage(size), negatives: storage(negative_size) }
     }
 
-    /// Returns the entry of `key`, even if checks may no longer use it.
+    /// Returns the entry for `key`, even if checks may no longer use it.
     #[must_use]
     pub fn get(&self, key: &K::Key) -> Option<Arc<Entry<K>>> {
         self.records.get(key).or_else(|| self.negatives.get(key))
@@ -181,7 +181,7 @@ impl<K: Cacheable> L1<K> {
         self.records.iter().map(|(key, entry)| (*key, entry))
     }
 
-    /// Removes the entry of `key`.
+    /// Removes the entry for `key`.
     pub fn forget(&self, key: &K::Key) {
         self.records.invalidate(key);
         self.negatives.invalidate(key);

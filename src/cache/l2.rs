@@ -2,10 +2,11 @@
 //!
 //! Each value is sealed (`redis/sealed.rs`) under its kind, table and key. The body of a value consists of the lineage
 //! (16 + 8 + 4 bytes), `as_of` (16 hexadecimal digits, so that a Lua script in Redis can compare it), the nonce (16
-//! bytes), the database's time of the read (8 bytes) and the record. The MAC is verified before the body is parsed.
+//! bytes), the time of the read by the database's clock (8 bytes) and the record. The MAC is verified before the body
+//! is parsed.
 //!
 //! L2 contains no negative entries, and an older value does not replace a newer value. A value whose MAC does not
-//! verify is ignored. So a client that can write to Redis but lacks the MAC key can only cause more reads of the store.
+//! verify is ignored. So a client that can write to Redis but lacks the MAC key can only cause more store reads.
 
 use std::{marker::PhantomData, sync::LazyLock, time::Duration};
 
@@ -23,8 +24,8 @@ use crate::{
     },
 };
 
-/// The layout of the values. A value with another layout was written by another release: it counts as a miss, and stays
-/// in Redis until another value replaces it.
+/// The layout of the values. A value with a different layout was written by a different release. Such a value counts as
+/// a miss, and stays in Redis until a new value replaces it.
 const LAYOUT: u8 = 2;
 const AS_OF_BYTES: usize = 16;
 /// The maximum length of a value, in bytes; enough for a thousand scopes of 60 bytes. Longer values are not written.
@@ -41,11 +42,11 @@ pub struct L2<K: Cacheable> {
     names: Names<K>,
 }
 
-/// The result of a lookup in Redis.
+/// The result of a Redis lookup.
 pub enum L2Lookup<V> {
     /// A value whose MAC verifies. It may be out of date.
     Found(Versioned<V>),
-    /// There is no value, or its layout is that of another release.
+    /// There is no value, or a different release wrote it.
     Absent,
     /// A value whose MAC does not verify, or whose type is wrong. L2 has tried to delete it.
     Refused,
@@ -55,13 +56,13 @@ pub enum L2Lookup<V> {
 
 impl<K: Cacheable> L2<K> {
     /// Creates a handle to the records in `redis`, which `mac_key` authenticates. `table` is the identity of the
-    /// existing table that the records come from ([`crate::store::existing_table::identity_of`]); `None` for our own
-    /// table.
+    /// existing table that the records come from ([`crate::store::existing_table::identity_of`]); `None` for
+    /// trustgate's own table.
     pub fn new(redis: Redis, mac_key: MacKey, table: Option<&str>) -> Self {
         Self { redis, mac_key, names: Names::of(table) }
     }
 
-    /// Looks up the value of `key`. Waits at most `redis.timeout`.
+    /// Looks up the value for `key`. Waits up to `redis.timeout`.
     pub async fn get(&self, key: &K::Key, now: Moment) -> L2Lookup<K::Value> {
         let Some(mac_key) = self.mac_key.get() else { return L2Lookup::Down };
         let name = self.names.redis_key(key);
@@ -78,7 +79,7 @@ impl<K: Cacheable> L2<K> {
             Err(QueryError::WrongType) => Vec::new(),
             Err(QueryError::Paused | QueryError::Failed(_) | QueryError::NoScript) => return L2Lookup::Down,
         };
-        // Delete the value, because later reads of it would fail too. Best effort, in the remaining time.
+        // Delete the value, because every later read of it would fail. Best effort, in the remaining time.
         tokio::select! {
             biased;
             () = self.discard(&name, &bad) => {}
@@ -92,7 +93,7 @@ impl<K: Cacheable> L2<K> {
         let _ = self.redis.run::<()>(&DISCARD, name, &[bad, VALUE_BYTES_MAX.to_string().as_bytes()]).await;
     }
 
-    /// Writes the value of `key` to Redis for `lifetime`, unless Redis already has a value that is at least as new.
+    /// Writes the value for `key` to Redis for `lifetime`, unless Redis already has a value that is at least as new.
     pub async fn put(&self, key: &K::Key, found: &Versioned<&K::Value>, lifetime: Duration) {
         let Some(mac_key) = self.mac_key.get() else { return };
         let bytes = self.names.seal(mac_key, key, found);
@@ -107,7 +108,7 @@ impl<K: Cacheable> L2<K> {
         }
     }
 
-    /// Deletes the value of `key` from Redis. Best effort.
+    /// Deletes the value for `key` from Redis. Best effort.
     pub async fn forget(&self, key: &K::Key) {
         let mut command = redis::cmd("UNLINK");
         command.arg(self.names.redis_key(key));
@@ -128,8 +129,8 @@ struct Names<K: Cacheable> {
     of: PhantomData<K>,
 }
 
-/// The number of digits of a table's identity in a Redis key. This is enough to distinguish the few tables that share
-/// one Redis.
+/// The number of digits of a table's identity that a Redis key contains: enough to distinguish the few tables that
+/// share one Redis.
 const TABLE_DIGITS: usize = 16;
 
 impl<K: Cacheable> Names<K> {
@@ -216,14 +217,14 @@ mod tests {
     }
 
     #[test]
-    fn sealed_record_opens_only_if_unchanged_and_under_its_own_key_table_and_mac_key() {
+    fn record_is_rejected_if_changed_or_moved_or_if_the_mac_key_differs() {
         let digest = ApiKeyDigest::from_bytes([1; 32]);
         let (ours, now) = (Names::<ApiKey>::of(None), Moment::from_nanos(0));
         let sealed = ours.seal(&[5; 32], &digest, &found(digest).as_ref());
         let opened = ours.open(&[5; 32], &digest, &sealed, now).unwrap();
         assert_eq!(opened.value, found(digest).value);
         assert_eq!((opened.as_of, opened.nonce, opened.lineage.system), (Version(7), Nonce([9; 16]), 3));
-        assert!(ours.open(&[6; 32], &digest, &sealed, now).is_none(), "another MAC key");
+        assert!(ours.open(&[6; 32], &digest, &sealed, now).is_none(), "different MAC key");
         let other = ApiKeyDigest::from_bytes([2; 32]);
         assert!(ours.open(&[5; 32], &other, &sealed, now).is_none(), "moved to another key");
         let other_tables = ["0123456789abcdef0", "123456789abcdef01"].map(|table| Names::<ApiKey>::of(Some(table)));

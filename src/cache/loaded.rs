@@ -1,4 +1,4 @@
-//! The result of a load: a value, and the read that found it.
+//! The result of a load: a value, and the read that returned it.
 
 use std::sync::Arc;
 
@@ -13,11 +13,11 @@ use crate::{
 pub struct Loaded<K: Cacheable> {
     /// The value.
     pub entry: Arc<Entry<K>>,
-    /// The read that found the value; `None` if another load put the value into L1 in the meantime.
+    /// The read that returned the value; `None` if another load put the value into L1 in the meantime.
     pub(crate) read: Option<TierRead>,
 }
 
-/// The read in which a load found its value.
+/// The read that returned the value of a load.
 #[derive(Clone)]
 pub(crate) struct TierRead {
     /// The version and the time of the read.

@@ -31,7 +31,7 @@ use crate::{
     store::Lookup,
 };
 
-/// The limits on reads of the store.
+/// The limits on store reads.
 #[derive(Clone, Copy, Debug)]
 pub struct StoreLimits {
     /// The maximum number of reads that may wait or run at the same time.
@@ -51,8 +51,8 @@ pub(crate) enum LoadPath {
     Store,
 }
 
-/// Shows whether L1 has a record of the key that a read is for. A quarter of the slots is reserved for keys with a
-/// record in L1, so that a flood of unknown keys cannot use all slots.
+/// Indicates whether L1 has a record of the key for which the store is read. A quarter of the slots is reserved for
+/// keys with a record in L1, so that a flood of unknown keys cannot use all slots.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Seen {
     /// L1 has a record of the key.
@@ -62,7 +62,7 @@ pub(crate) enum Seen {
 }
 
 /// The dependencies of loads. Each load runs in a separate task, which shares this loader, so that the load continues
-/// even if the caller that started it leaves.
+/// even if the caller that started it is cancelled.
 pub(crate) struct Loader<K: Cacheable> {
     pub(crate) l1: L1<K>,
     pub(crate) l2: Option<L2<K>>,
@@ -225,7 +225,8 @@ impl<K: Cacheable> Loader<K> {
         if !entry.is_of(&view) {
             if view.provenance(&version) == Provenance::Ahead && view.lease_state(self.clock.now()) == LeaseState::Fresh
             {
-                // Wait at most for the duration of the lease: if no poll succeeds in that time, the lease has expired.
+                // Wait no longer than the duration of the lease: if no poll succeeds in that time, the lease has
+                // expired.
                 let lease = self.replica_state.limits().lease;
                 let _ = timeout(lease, self.replica_state.reached(&view, version.as_of)).await;
             }

@@ -1,5 +1,5 @@
-//! The metrics of the cache tiers. The counter of each label value is looked up once, at registration, because a lookup
-//! by label computes a hash and takes a lock.
+//! The metrics of the cache tiers. The counter for each label value is looked up once, at registration, because a
+//! lookup by label computes a hash and takes a lock.
 
 use super::cacheable::Cacheable;
 use crate::base::{

@@ -15,9 +15,9 @@ use crate::{
 /// the lease when the check began.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ReadPolicy {
-    /// The lease is fresh: the check may use a cache entry that no applied change concerns.
+    /// The lease is fresh: the check may use a cache entry that no applied change affects.
     Lease,
-    /// The lease is stale: the check may use a cache entry that no applied change concerns, but only to grant. The
+    /// The lease is stale: the check may use a cache entry that no applied change affects, but only to grant. The
     /// database may have changed since, so the check must not use a cached denial or a negative entry.
     GrantOnly,
     /// The check may use only the result of a store read that was sent after the check began.
@@ -41,7 +41,7 @@ impl ReadPolicy {
     }
 }
 
-/// The maximum ages of values, counted from the read of the database.
+/// The maximum ages of values, counted from the database read.
 #[derive(Clone, Copy, Debug)]
 pub struct AgeLimits {
     /// The limit for a record under [`ReadPolicy::Age`].
@@ -94,8 +94,8 @@ pub(crate) fn is_usable<K: Cacheable>(
     }
 }
 
-/// Returns true if a change that this replica has applied concerns the value. A value whose version no poll has
-/// returned yet counts as newer than all applied changes.
+/// Returns true if a change that this replica has applied affects the value. A value whose version no poll has returned
+/// yet counts as newer than all applied changes.
 fn is_outdated<K: Cacheable>(loaded: &Loaded<K>, view: &ReplicaView) -> bool {
     loaded.provenance(view) == Provenance::Known && !loaded.entry.is_covered(view)
 }

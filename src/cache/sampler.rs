@@ -1,5 +1,5 @@
-//! The sampler: compares cached records with their rows in the database, and counts the records that differ although no
-//! recorded change explains the difference.
+//! The sampler: compares cached records with their rows in the database, and counts the records that differ without a
+//! recorded change that explains the difference.
 //!
 //! While the server runs, the sampler detects changes that are missing from the change log. It adds no cache entries
 //! and does not influence the decision of any check, except that later checks load a differing record again. The
@@ -44,7 +44,7 @@ pub(crate) async fn sample<K: Cacheable>(
     mut jitter: Jitter,
     stop: CancellationToken,
 ) {
-    // moka's iterator cannot move between threads, so the walk runs on one separate thread, which it blocks.
+    // moka's iterator cannot move between threads, so the walk runs on a dedicated thread and blocks that thread.
     let (found, mut records) = mpsc::channel(1);
     let walked = Arc::clone(loader);
     let walk = spawn_blocking(move || walk(&walked.l1, &found));
@@ -53,7 +53,7 @@ pub(crate) async fn sample<K: Cacheable>(
             sleep(jitter.around(interval)).await;
             let view = Arc::clone(&loader.replica_state.load());
             if view.lease_state(loader.clock.now()) != LeaseState::Fresh {
-                continue; // polls do not succeed now, so no poll could confirm the version of a read
+                continue; // polls are not succeeding, so no poll could confirm the version of a read
             }
             match next(loader, &mut records, &view).await {
                 Next::Record((key, entry)) => compare(loader, &view, &key, &entry).await,

@@ -1,5 +1,5 @@
 //! Single flight: concurrent callers that need the same key share one load. The load continues even if the caller that
-//! started it leaves.
+//! started it is cancelled.
 //!
 //! This module does not depend on the cache: the caller passes the load, and the work to do after the waiters have
 //! received the result.
@@ -18,9 +18,9 @@ use crate::base::fault::Fault;
 /// The maximum number of loads in flight, over all keys. Beyond this limit, a caller gets a fault immediately, because
 /// waiting would only use up the caller's deadline.
 const LOADS_MAX: usize = 4_096;
-/// The maximum number of tasks that publish values or load them. A value whose load ends beyond this limit is not
-/// published: the waiters have the value, and the next check of the key loads it again. Publishing can take as long as
-/// a lease, so tasks that publish do not count as loads: they must not turn checks into faults.
+/// The maximum number of tasks that publish values or load them. If this limit is exceeded when a load ends, the loaded
+/// value is not published: the waiters have the value, and the next check of the key loads it again. Publishing can
+/// take as long as a lease, so tasks that publish do not count as loads: they must not turn checks into faults.
 const TASKS_MAX: usize = 2 * LOADS_MAX;
 
 /// The result of one load, shared by its waiters. The waiters wake in the order of their arrival.
@@ -53,9 +53,9 @@ where
         Self { io, tasks: TaskTracker::new(), in_flight: Arc::default() }
     }
 
-    /// Joins the load of `key` that is in flight, or starts a load, and waits for the result.
+    /// Joins the load for `key` that is in flight, or starts a load, and waits for the result.
     ///
-    /// `cached` runs right before a load would start, because another load may have ended since the caller looked into
+    /// `cached` runs right before a load would start, because another load may have ended since the caller looked in
     /// the cache. `start` is called only if this caller starts the load. It returns the load, and the work to do after
     /// the waiters have received their value.
     ///
@@ -176,7 +176,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn values_that_wait_to_be_published_prevent_no_load_and_are_bounded() {
+    async fn values_waiting_to_be_published_are_bounded_and_do_not_block_loads() {
         let loads = SingleFlight::<usize, usize>::new(Handle::current());
         let published = Arc::new(AtomicUsize::new(0));
         for key in 0..TASKS_MAX + 10 {

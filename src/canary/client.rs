@@ -21,7 +21,7 @@ use crate::ext_authz::credential::{
     source::{Scheme, Source},
 };
 
-/// Timeout for the DNS lookup of a target, and for each connect.
+/// Timeout for the DNS lookup of a target, and for each connection attempt.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
 /// Timeout of one check. Envoy's timeout is shorter, but with a shorter timeout the canary could not distinguish a slow
 /// replica from a broken replica.
@@ -29,7 +29,7 @@ const CHECK_TIMEOUT: Duration = Duration::from_secs(1);
 /// Maximum number of addresses of one target that the canary connects to.
 const ADDRESSES_MAX: usize = 64;
 
-/// A file of the TLS settings that cannot be read.
+/// Why a file in the TLS settings cannot be read.
 #[derive(Debug, thiserror::Error)]
 #[error("canary.{setting}: cannot read {path}: {source}", path = path.display())]
 pub(crate) struct TlsFileError {
@@ -135,7 +135,7 @@ async fn replica(name: String, endpoint: Result<Endpoint, tonic::transport::Erro
     }
 }
 
-/// Returns the causes of `error`, because the text of a transport error only says that the transport failed.
+/// Returns the causes of `error`, because the message of a transport error only says that the transport failed.
 fn causes(error: &dyn std::error::Error) -> String {
     let mut texts = Vec::new();
     let mut next = error.source();
@@ -184,11 +184,11 @@ pub(crate) enum Verdict {
     Undecided(String),
 }
 
-/// A check of one key. The type does not implement `Debug`, because the output would contain the key.
+/// A check with one key. The type does not implement `Debug`, because the output would contain the key.
 #[derive(Clone)]
 pub(crate) struct Request(CheckRequest);
 
-/// Creates a check of a GET request that presents `key` in the first configured source.
+/// Creates a check for a GET request that presents `key` in the first configured source.
 #[must_use]
 pub(crate) fn request(credential: &CredentialSettings, key: &str) -> Request {
     let (mut path, mut headers) = ("/".to_owned(), Vec::new());
@@ -217,7 +217,7 @@ pub(crate) fn request(credential: &CredentialSettings, key: &str) -> Request {
 fn verdict(response: &CheckResponse) -> Verdict {
     let CheckResponse { status, dynamic_metadata, .. } = response;
     let field = |name| dynamic_metadata.as_ref().and_then(|metadata| metadata.fields.get(name)?.kind.as_ref());
-    // Envoy takes a response without a status for OK.
+    // Envoy treats a response without a status as OK.
     if status.as_ref().is_none_or(|status| status.code == 0) {
         return Verdict::Granted { is_stale: field("stale") == Some(&Kind::BoolValue(true)) };
     }

@@ -42,7 +42,7 @@ impl CanaryMetrics {
         Ok(Self { rounds, revocation })
     }
 
-    /// Counts a round of `target` with the outcome `outcome`.
+    /// Counts a round for `target` with the outcome `outcome`.
     pub(crate) fn count(&self, target: &Target, outcome: &str) {
         self.rounds.with_label_values(&[&*target.to_string(), outcome]).inc();
     }

@@ -21,8 +21,8 @@ crate::settings! {
         interval: Duration = "1m",
         /// Addresses on which the canary serves its metrics: one address or a list.
         listen: Vec<SocketAddr> = "127.0.0.1:9181",
-        /// PEM file with the certificate authorities of the servers' certificates. If set, the canary connects to TCP
-        /// targets over TLS. The canary reads the file in each round.
+        /// PEM file with the certificate authorities that issued the servers' certificates. If set, the canary connects
+        /// to TCP targets over TLS. The canary reads the file in each round.
         tls_ca_file: Option<PathBuf> = "",
         /// The name that the servers' certificates must contain. Unset: the host of the target.
         tls_server_name: Option<String> = "",

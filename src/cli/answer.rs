@@ -1,4 +1,4 @@
-//! The answer of a command: text for people, JSON for programs, and an exit code. The module `cli` writes the answer.
+//! A command's answer: human-readable text, JSON for programs, and an exit code. The module `cli` writes the answer.
 
 use comfy_table::{Table, presets};
 use serde_json::Value;
@@ -7,15 +7,14 @@ use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 use super::exit::DONE;
 use crate::base::clock::DatabaseTime;
 
-/// The answer of a command.
 pub(crate) struct Answer {
-    /// The text for people. A text that is not empty ends with a line break.
+    /// The human-readable text. If it is not empty, it ends with a line break.
     pub(crate) text: String,
     /// The value for `--output json`; `None` if `text` is printed in both output formats.
     pub(crate) json: Option<Value>,
-    /// The exit code of the program.
+    /// The program's exit code.
     pub(crate) code: u8,
-    /// The text for standard error if the answer cannot be written.
+    /// The message to write to standard error if the answer cannot be written.
     pub(crate) if_lost: Option<String>,
 }
 
@@ -59,13 +58,12 @@ impl Answer {
         self
     }
 
-    /// Sets the text for standard error if the answer cannot be written.
+    /// Sets the message to write to standard error if the answer cannot be written.
     pub(crate) fn if_lost(mut self, note: String) -> Self {
         self.if_lost = Some(note);
         self
     }
 
-    /// Sets the exit code.
     pub(crate) const fn exit(mut self, code: u8) -> Self {
         self.code = code;
         self
@@ -99,8 +97,8 @@ fn table(header: Option<&[&str]>, rows: impl Iterator<Item = Vec<String>>) -> St
     lines.collect::<Vec<_>>().concat()
 }
 
-/// Formats a value for people: strings without quotes, null and empty values as `-`, times in whole seconds. Replaces
-/// control characters, because they could control the terminal.
+/// Formats a value as human-readable text: strings without quotes, null and empty values as `-`, times in whole
+/// seconds. Replaces control characters, because they could control the terminal.
 fn cell(value: &Value) -> String {
     let text = match value {
         Value::Null => return "-".to_owned(),
@@ -116,7 +114,7 @@ fn cell(value: &Value) -> String {
     text.replace(char::is_control, "\u{fffd}")
 }
 
-/// Removes the fraction of a second from an RFC 3339 time. Returns any other text unchanged.
+/// Removes the fraction of a second from an RFC 3339 time. Returns any other string unchanged.
 fn seconds(text: &str) -> String {
     let Ok(at) = OffsetDateTime::parse(text, &Rfc3339) else { return text.to_owned() };
     let whole = at.replace_nanosecond(0).unwrap_or(at);

@@ -42,9 +42,9 @@ pub(crate) struct Arguments {
 /// Output format.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Output {
-    /// Text in columns, for people to read.
+    /// Human-readable columns.
     Table,
-    /// JSON, for programs to parse.
+    /// JSON for programs.
     Json,
 }
 
@@ -55,12 +55,12 @@ pub(crate) enum Command {
     /// At startup, the server creates or upgrades the tables of an embedded SQLite database. For a PostgreSQL database,
     /// run `trustgate migrate` first. The server shuts down on SIGTERM, SIGQUIT or SIGINT.
     Serve,
-    /// Test continuously that running replicas apply revocations in time.
+    /// Continuously test that running replicas apply revocations in time.
     ///
-    /// In each round, the canary issues a key, checks that every replica grants the key, revokes the key, and checks
-    /// how soon every replica denies it. The results are exposed as metrics. Run the canary with the configuration of
-    /// the replicas, the settings in the section `[canary]`, and a database role that may change keys. The canary stops
-    /// on SIGTERM, SIGQUIT or SIGINT.
+    /// In each round, the canary issues a key, checks that every replica grants the key, revokes the key, and measures
+    /// how soon every replica denies it. The results are exposed as metrics. Run the canary with the same configuration
+    /// as the replicas, plus the settings in the section `[canary]` and a database role that may change keys. The
+    /// canary stops on SIGTERM, SIGQUIT or SIGINT.
     Canary,
     /// Create, upgrade or repair the tables in the database.
     ///
@@ -84,7 +84,7 @@ pub(crate) enum Command {
     },
     /// Record every change to an existing table (`store.table`), so that replicas can cache its rows under the lease.
     ///
-    /// The command adds two triggers to the table and changes nothing else in the table. Run `trustgate migrate` first.
+    /// The command adds two triggers to the table and makes no other changes to it. Run `trustgate migrate` first.
     /// Afterwards, set `store.attached = true` and restart every replica.
     Attach(Alter),
     /// Remove the triggers that `trustgate attach` added to the existing table.
@@ -95,7 +95,7 @@ pub(crate) enum Command {
     /// Manage API keys.
     #[command(subcommand)]
     Key(Key),
-    /// Manage the pepper, the secret that is used to hash keys.
+    /// Manage the pepper, the secret that keys are hashed with.
     #[command(subcommand)]
     Pepper(Pepper),
     /// Manage the deny list, which denies keys even if the database grants them or is unavailable.
@@ -110,7 +110,7 @@ pub(crate) enum Command {
     /// Validate the configuration, or print the default configuration.
     #[command(subcommand)]
     Config(Config),
-    /// Read a key from standard input, decide on it, and print the decision and the reason.
+    /// Read a key from standard input, decide whether to grant it, and print the decision and the reason.
     ///
     /// The command reads the database and uses neither caches nor the deny list. Exit code 3 means that the key is
     /// denied.
@@ -150,13 +150,13 @@ pub(crate) enum Trust {
     Enable(WhichTrust),
     /// Disable a trust, so that all its keys are denied until the trust is enabled again.
     ///
-    /// The command waits for at most `freshness.lease` until all replicas have applied the change, and prints how many
-    /// have applied it.
+    /// The command waits up to `freshness.lease` for all replicas to apply the change, and prints how many have applied
+    /// it.
     Disable(WhichTrust),
     /// Delete a trust. A trust that still has keys is deleted only with --with-keys.
     ///
-    /// The command waits for at most `freshness.lease` until all replicas have applied the change, and prints how many
-    /// have applied it.
+    /// The command waits up to `freshness.lease` for all replicas to apply the change, and prints how many have applied
+    /// it.
     Delete {
         #[command(flatten)]
         which: WhichTrust,
@@ -182,9 +182,9 @@ pub(crate) enum Key {
         /// List only the keys of this trust.
         #[arg(long, value_name = "NAME_OR_ID", value_parser = to_trust())]
         trust: Option<TrustRef>,
-        /// List only the keys that are stored under this pepper: `current` or `previous` (a pepper of this
-        /// configuration), `unknown` (a pepper that is not in this configuration), `unrecorded` (the database does not
-        /// know the pepper of the key until a check finds the key), or a fingerprint of 16 hexadecimal digits.
+        /// List only the keys that are hashed with this pepper: `current` or `previous` (a pepper of this
+        /// configuration), `unknown` (a pepper that is not in this configuration), `unrecorded` (no check has found the
+        /// key yet, so the database has not recorded the key's pepper), or a fingerprint of 16 hexadecimal digits.
         #[arg(long, value_name = "PEPPER", value_parser = to_pepper)]
         pepper: Option<PepperFilter>,
     },
@@ -192,13 +192,13 @@ pub(crate) enum Key {
     Show(WhichKey),
     /// Revoke a key permanently.
     ///
-    /// The command waits for at most `freshness.lease` until all replicas have applied the revocation, and prints how
-    /// many have applied it. Revoking a revoked key again changes nothing.
+    /// The command waits up to `freshness.lease` for all replicas to apply the revocation, and prints how many have
+    /// applied it. Revoking a revoked key again changes nothing.
     Revoke(WhichKey),
-    /// Find the keys in a text from standard input, and print which trust each key belongs to.
+    /// Find the keys in text read from standard input, and print which trust each key belongs to.
     ///
-    /// The text can be a single key or a longer text, such as a log file, of up to 1 MiB. Exit code 1 means that the
-    /// text contains no key of this database.
+    /// The input can be a single key or longer text, such as a log file, up to 1 MiB. Exit code 1 means that the
+    /// input contains no key from this database.
     Identify,
     /// Import existing keys from a file or from standard input, one key per line.
     ///
@@ -208,7 +208,7 @@ pub(crate) enum Key {
 
 #[derive(Subcommand)]
 pub(crate) enum Pepper {
-    /// Record in the database that new keys are stored under the configured pepper.
+    /// Record in the database that new keys are hashed with the configured pepper.
     ///
     /// Before you run this command, configure the new pepper on every server, and list the old pepper in
     /// `credential.previous_pepper_files`.
@@ -247,8 +247,8 @@ pub(crate) struct Import {
     /// Name or id of the trust that the keys belong to.
     #[arg(long, value_name = "NAME_OR_ID", value_parser = to_trust())]
     pub(crate) trust: TrustRef,
-    /// Read each line as a plaintext key instead of a SHA-256 digest in hexadecimal. Only the digests of the keys are
-    /// stored.
+    /// Read each line as a plaintext key. Without this option, each line is a SHA-256 digest in hexadecimal. In both
+    /// cases, only digests are stored.
     #[arg(long)]
     pub(crate) plaintext: bool,
     /// File to read. Use - for standard input.
@@ -289,7 +289,7 @@ pub(crate) struct WhichDenied {
     /// name.
     #[arg(long, value_name = "TRUST_ID", value_parser = to_trust_id)]
     pub(crate) trust: Option<TrustId>,
-    /// Select the key with this digest of 64 hexadecimal digits.
+    /// Select the key with this digest (64 hexadecimal digits).
     #[arg(long, value_name = "DIGEST", value_parser = to_digest)]
     pub(crate) digest: Option<ApiKeyDigest>,
     /// Read the key from standard input.
@@ -301,8 +301,8 @@ pub(crate) struct WhichDenied {
 pub(crate) enum Cache {
     /// Clear the caches of all replicas.
     ///
-    /// The command waits for at most `freshness.lease` until every replica has cleared its caches, and lists the
-    /// replicas that have not. Exit code 1 means that at least one replica has not cleared its caches.
+    /// The command waits up to `freshness.lease` for every replica to clear its caches, and lists the replicas that
+    /// have not. Exit code 1 means that at least one replica has not cleared its caches.
     Clear,
 }
 
@@ -319,7 +319,7 @@ pub(crate) enum Store {
 #[group(required = true, multiple = true)]
 pub(crate) struct Copy {
     /// URL of the database to copy from, in the format of `store.url`. Default: the configured database. Other users of
-    /// this machine can read the command line, so put a password into the environment variable PGPASSWORD, a `.pgpass`
+    /// this machine can read the command line, so put the password in the environment variable PGPASSWORD, a `.pgpass`
     /// file or the configuration.
     #[arg(long, value_name = "URL", value_parser = to_secret())]
     pub(crate) from: Option<Secret>,
@@ -363,13 +363,13 @@ fn to_pepper(text: &str) -> Result<PepperFilter, &'static str> {
 fn to_key(text: &str) -> Result<KeyId, String> {
     Uuid::parse_str(text)
         .map(KeyId)
-        .map_err(|_| "expected a key's id: a UUID, as shown by `trustgate key list`".to_owned())
+        .map_err(|_| "expected the UUID of a key, as shown by `trustgate key list`".to_owned())
 }
 
 fn to_trust_id(text: &str) -> Result<TrustId, String> {
     Uuid::parse_str(text)
         .map(TrustId)
-        .map_err(|_| "expected a trust's id: a UUID, as shown by `trustgate trust list`".to_owned())
+        .map_err(|_| "expected the UUID of a trust, as shown by `trustgate trust list`".to_owned())
 }
 
 fn to_digest(text: &str) -> Result<ApiKeyDigest, String> {

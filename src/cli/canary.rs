@@ -67,14 +67,14 @@ async fn run_until_stopped(config: &Config, deps: CanaryDeps) -> Result<(), AppE
     let stopping = async {
         signals.stop().await;
         stop.cancel();
-        tracing::info!("stopping: the round in progress deletes its key");
+        tracing::info!("canary stopping: waiting for the round in progress to delete its key");
         signals.stop().await;
     };
     tokio::select! {
         () = running => {}
         () = stopping => return Err(AppError::Forced),
     }
-    tracing::info!("stopped");
+    tracing::info!("canary stopped");
     Ok(())
 }
 

@@ -134,7 +134,7 @@ async fn migrate(
     let database = store::describe(&config.store, &variable);
     let json = Some(json!({ "database": database, "migrated": true, "new_incarnation": new_incarnation }));
     let more = if new_incarnation { "; a new database history was started" } else { "" };
-    let text = format!("tables up to date: {database} has the table version of this release{more}");
+    let text = format!("tables up to date: {database} has this release's table version{more}");
     Ok(Answer { json, ..Answer::text(text) })
 }
 
@@ -222,7 +222,7 @@ async fn pepper_used(manager: &mut Manager) -> Result<Answer, ManageError> {
             "Existing keys keep working on servers that list the previous pepper in credential.previous_pepper_files. \
              List these keys with `trustgate key list --pepper previous`.",
         ),
-        Some(_) => answer.note("This pepper is already the recorded one; nothing changed."),
+        Some(_) => answer.note("This pepper was already recorded; nothing changed."),
         None => answer,
     })
 }

@@ -38,7 +38,7 @@ pub(crate) async fn run(config: &Config, env: Env<'_>, command: args::Deny) -> R
     change(config, env, &which, life).await.map_err(|error| error.at(config))
 }
 
-/// Adds the entries in `which` if `life` is set, else removes them. Lists all entries if `which` is empty.
+/// Adds the entries in `which` if `life` is set, otherwise removes them. Lists all entries if `which` is empty.
 async fn change(config: &Config, env: Env<'_>, which: &[Denied], life: Option<Duration>) -> Result<Answer, DenyError> {
     if !config.redis.is_configured() {
         return Err(DenyError::NoRedis(if life.is_some() { which.to_owned() } else { Vec::new() }));
@@ -91,6 +91,6 @@ fn denied(which: &args::WhichDenied, config: &Config) -> Result<Vec<Denied>, Cli
         return Err(CliError::usage(problem.to_owned()));
     }
     let hasher = config.credential.hasher().map_err(|error| unreadable("the pepper", error))?;
-    // The key may be stored under any configured pepper or without a pepper.
+    // The database may store a digest that was hashed with any configured pepper or without one. Deny all of them.
     Ok(hasher.digests(hasher.current(key), key).all().copied().map(Denied::Digest).collect())
 }

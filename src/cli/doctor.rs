@@ -1,7 +1,7 @@
 //! Implements `trustgate doctor`: examines everything that `serve` needs, and lists the diagnoses in a fixed order.
 //!
-//! The command changes nothing. It ends even if a server hangs: each examination has timeouts, and name lookups that
-//! time out are abandoned.
+//! The command changes nothing. It terminates even if a server hangs: each examination has timeouts, and name lookups
+//! that time out are abandoned.
 
 use std::{fmt::Write as _, time::Duration};
 
@@ -56,12 +56,12 @@ pub(crate) fn run(loaded: Result<(Config, Vec<ConfigError>), LoadError>, env: En
         }
         None => runtime.block_on(diagnose(&loaded, env)),
     };
-    // Do not wait for the threads of the runtime: a name lookup that gets no reply blocks its thread.
+    // Do not wait for the runtime's threads: a name lookup that gets no reply blocks its thread.
     runtime.shutdown_background();
     Ok(answer(&diagnoses, &loaded.config, unreadable.is_none() && loaded.skip_reason(&["decision"]).is_none()))
 }
 
-/// Returns the names of all examinations, in the order of the answer.
+/// Returns the names of all examinations, in the order in which the answer lists them.
 fn names() -> Vec<&'static str> {
     let own = [CONFIGURATION, DEADLINES, ENVOY, PEPPER, tls::EXAMINATION, DENY_FILE];
     [&own[..], DATABASE, REDIS, &[MAC_KEY]].concat()
@@ -174,7 +174,7 @@ fn deadlines(config: &Config) -> Diagnosis {
 fn envoy(config: &Config) -> Diagnosis {
     let timeout = config.decision.envoy_timeout;
     let found = format!(
-        "Envoy's configuration cannot be read from here: grpc_service.timeout in it must be {} or more, because \
+        "Envoy's configuration cannot be read from here; its grpc_service.timeout must be {} or more, because \
          decision.envoy_timeout is {timeout:?}",
         in_envoy(timeout)
     );
@@ -218,7 +218,7 @@ fn deny_file(config: &Config) -> Diagnosis {
     }
 }
 
-/// Diagnoses whether the key for the MAC of Redis values can be read, and from which source.
+/// Diagnoses whether the MAC key for Redis values can be read, and from which source.
 fn mac_key(config: &Config, in_database: Result<(), String>) -> Diagnosis {
     const SETTING: &[&str] = &["redis.mac_key_file"];
     if !config.redis.is_configured() {
@@ -252,7 +252,7 @@ fn answer(diagnoses: &[Diagnosis], config: &Config, envoy_timeout_is_valid: bool
         let timeout = config.decision.envoy_timeout;
         answer = answer.note(&format!(
             "Envoy's timeout must not be shorter than decision.envoy_timeout:\n  decision.envoy_timeout  {timeout:?}, \
-             {}\n  grpc_service.timeout    {} or more, in the ext_authz filter of Envoy",
+             {}\n  grpc_service.timeout    {} or more, in Envoy's ext_authz filter",
             origin(config, "decision.envoy_timeout")
                 .map_or_else(|| "the default".to_owned(), |at| format!("set in {at}")),
             in_envoy(timeout),
@@ -303,7 +303,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn config_error_skips_examinations_of_its_section_or_all_if_its_section_is_unknown() {
+    fn config_error_skips_dependent_examinations_and_all_examinations_if_its_section_is_unknown() {
         let config_error =
             |setting: &str| ConfigError { setting: setting.to_owned(), origin: None, problem: "no".to_owned() };
         let loaded =
@@ -316,7 +316,7 @@ mod tests {
     }
 
     #[test]
-    fn deadline_close_to_the_timeout_of_envoy_is_a_warning() {
+    fn deadline_close_to_the_envoy_timeout_is_a_warning() {
         let mut config = Config::default();
         assert_eq!(deadlines(&config).state, DiagnosisState::Ok);
         config.decision.envoy_timeout = config.decision.deadline + Duration::from_millis(19);

@@ -13,8 +13,8 @@ use crate::{
     manage::{Effect, Manager},
 };
 
-/// Waits for at most `freshness.lease` until all replicas have applied the committed change, and adds to `answer` which
-/// replicas have applied it. Does not change the exit code, because the change is committed in any case.
+/// Waits up to `freshness.lease` for all replicas to apply the committed change, and adds to `answer` which replicas
+/// have applied it. Does not change the exit code, because the change is already committed.
 pub(crate) async fn with_effect(answer: Answer, manager: &mut Manager, config: &Config) -> Answer {
     let effect = manager.effect(&SystemClock, config.freshness.lease).await;
     let (json, note) = match &effect {
@@ -34,7 +34,6 @@ pub(crate) async fn with_effect(answer: Answer, manager: &mut Manager, config: &
     }
 }
 
-/// Formats `effect` as JSON.
 pub(crate) fn effect_json(effect: &Effect) -> Value {
     let missing = effect.missing.iter().map(|replica| {
         json!({

@@ -1,7 +1,7 @@
 //! The errors that commands show to the operator: the problem, its remedy, and the place where the relevant setting is
 //! set.
 //!
-//! The texts contain no secrets, because the underlying errors contain none.
+//! The messages contain no secrets, because the underlying errors contain none.
 
 use std::fmt;
 
@@ -17,9 +17,9 @@ use crate::{
 #[derive(Debug)]
 pub(crate) struct CliError {
     problem: String,
-    /// The setting that may have caused the problem, and the place where it is set, for people.
+    /// Human-readable text: the setting that may have caused the problem, and the place where it is set.
     place: Option<String>,
-    /// The exit code of the program.
+    /// The program's exit code.
     pub(crate) code: u8,
 }
 
@@ -34,8 +34,8 @@ impl CliError {
         Self { problem, place: None, code: USAGE }
     }
 
-    /// Creates the error for a failure of the database. Adds the place that configures the database if a wrong setting
-    /// may be the cause.
+    /// Creates the error for a database failure. If a wrong setting may be the cause, adds the place where the database
+    /// is configured.
     pub(crate) fn of_store(error: StoreError, config: &Config) -> Self {
         ManageError::from(error).at(config)
     }
@@ -43,7 +43,6 @@ impl CliError {
 
 /// Converts an error to a [`CliError`], which also names the setting that may have caused the error.
 pub(crate) trait At {
-    /// Returns the error for the operator, with the origin of the setting that may have caused it.
     fn at(self, config: &Config) -> CliError;
 }
 
@@ -67,7 +66,7 @@ fn with_option(error: &ManageError) -> String {
     match error {
         ManageError::Ledger(StoreError::HasKeys(_)) => format!("{error}, or delete it with --with-keys"),
         ManageError::Ledger(StoreError::NotOwner(_)) => {
-            format!("{error}, or let each owner run its part of the output of --print")
+            format!("{error}, or let each owner run its part of the --print output")
         }
         error => error.to_string(),
     }
@@ -108,7 +107,7 @@ fn database_place(config: &Config) -> String {
     let settings = ["management_url", "management_url_file", "url", "url_file"];
     let set = settings.iter().find_map(|name| Some((name, config.origin("store", name)?)));
     set.map_or_else(
-        || "store.url is not set, so the database is the embedded one at its default path".to_owned(),
+        || "store.url is not set, so the embedded database at its default path is used".to_owned(),
         |(name, origin)| format!("store.{name} is set in {origin}"),
     )
 }

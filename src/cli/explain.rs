@@ -1,4 +1,4 @@
-//! Implements `trustgate check`: decides on one key without a request, and explains the decision.
+//! Implements `trustgate check`: decides whether to grant one key without a request, and explains the decision.
 
 use std::sync::Arc;
 
@@ -28,18 +28,18 @@ pub(crate) struct Explanation {
     pub allowed: bool,
     /// The reason, as shown in metrics and in Envoy's dynamic metadata: `granted`, `revoked` and so on.
     pub reason: &'static str,
-    /// The reason as a sentence for people.
+    /// The reason as a human-readable sentence.
     pub sentence: String,
-    /// The trust of the key, if the database has the key.
+    /// The trust that the key belongs to, if the database contains the key.
     pub trust_id: Option<TrustId>,
-    /// The id of the key, if the database has the key.
+    /// The key id, if the database contains the key.
     pub key_id: Option<KeyId>,
     /// The scopes of the key.
     pub scopes: Vec<String>,
 }
 
-/// Decides on `key` as if a request to a route without demands contained the key. Reads the record from the database,
-/// not from a cache.
+/// Decides whether to grant `key`, as if a request to a route without demands contained the key. Reads the record from
+/// the database, not from a cache.
 ///
 /// # Errors
 /// A setting is invalid, a pepper file cannot be read, or the database cannot be read.
@@ -98,7 +98,7 @@ fn explained(decision: &Decision<'_>, record: Option<&Record>) -> Explanation {
                 DenyReason::Revoked => format!("revoked at {}", date(record.and_then(|record| record.revoked_at))),
                 DenyReason::Expired => format!("expired at {}", date(record.and_then(|record| record.expires_at))),
                 DenyReason::NotYetValid => format!("valid from {}", date(record.and_then(|record| record.not_before))),
-                DenyReason::TrustDisabled => "the trust of the key is disabled".to_owned(),
+                DenyReason::TrustDisabled => "the key's trust is disabled".to_owned(),
                 other => format!("denied: {}", other.as_str()),
             };
             (reason.as_str(), sentence)

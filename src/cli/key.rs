@@ -108,7 +108,7 @@ fn identified(found: &[Identified], now: DatabaseTime) -> Answer {
         })
     });
     let answer = Answer::list(objects.collect(), IDENTIFIED_COLUMNS);
-    if known { answer } else { answer.note("No key of this database was found in the text.").exit(FAILED) }
+    if known { answer } else { answer.note("No key from this database was found in the input.").exit(FAILED) }
 }
 
 fn data(key: &KeyDetails, now: DatabaseTime) -> Value {

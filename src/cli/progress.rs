@@ -1,4 +1,4 @@
-//! Progress bars for long commands. They appear on standard error, and only if it is a terminal.
+//! Progress bars for long commands. They appear on standard error, and only if standard error is a terminal.
 
 use indicatif::{ProgressBar, ProgressStyle};
 

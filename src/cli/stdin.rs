@@ -1,5 +1,5 @@
-//! Reads standard input, which may contain API keys. This module bypasses the buffer of the standard library, which
-//! would keep the keys in memory. It uses a buffer of its own, and overwrites that buffer after use.
+//! Reads standard input, which may contain API keys. This module bypasses the standard library's buffer, which
+//! would keep the keys in memory. It uses its own buffer, and overwrites that buffer after use.
 
 use std::{
     fs::File,
@@ -14,7 +14,7 @@ use crate::base::{secret::Secret, text};
 /// The maximum length of the text that [`text()`] accepts, in bytes.
 const TEXT_BYTES_MAX: usize = 1 << 20;
 
-/// Opens standard input as a file, which bypasses the buffer of the standard library.
+/// Opens standard input as a file, which bypasses the standard library's buffer.
 pub(crate) fn open() -> io::Result<File> {
     Ok(File::from(io::stdin().as_fd().try_clone_to_owned()?))
 }

@@ -1,5 +1,5 @@
 //! Checks that need more than one setting or the file system: settings that exclude each other, timeouts that must fit
-//! into other timeouts, and files that must be readable.
+//! within other timeouts, and files that must be readable.
 //!
 //! No check opens a connection. A setting that already has an error is not compared with other settings.
 
@@ -48,7 +48,7 @@ fn listeners(config: &Config, reader: &mut Reader) {
     }
     let is_both = |at: &&SocketAddr| at.port() != 0 && config.grpc.listen.contains(&ListenAddress::Tcp(**at));
     if let Some(both) = config.admin.listen.iter().find(is_both) {
-        reader.refuse("admin", "listen", format!("{both} is also in grpc.listen: use another port"));
+        reader.refuse("admin", "listen", format!("{both} is also in grpc.listen: use a different port"));
     }
     let GrpcSettings { tls_certificate_file, tls_key_file, tls_client_ca_file, .. } = &config.grpc;
     let (certificate, key) = (tls_certificate_file.is_some(), tls_key_file.is_some());
@@ -198,7 +198,7 @@ fn credential(config: &Config, purpose: Purpose, reader: &mut Reader) {
     }
     let no_pepper = credential.pepper.is_none() && credential.pepper_file.is_none();
     if no_pepper && !credential.previous_pepper_files.is_empty() {
-        let problem = "needs credential.pepper or credential.pepper_file: the pepper under which new keys are stored";
+        let problem = "needs credential.pepper or credential.pepper_file, the pepper that new keys are hashed with";
         reader.refuse("credential", "previous_pepper_files", problem.to_owned());
     }
 }
@@ -317,7 +317,7 @@ mod tests {
     use crate::config::tests::config_errors;
 
     #[test]
-    fn inconsistent_settings_of_an_existing_table_are_refused() {
+    fn inconsistent_existing_table_settings_are_refused() {
         for (text, want) in [
             ("store.table = \"a.b.c\"", "trustgate.toml:1: store.table: expected a table, such as \"public.trust\""),
             ("store.table = \"public.t\"", "trustgate.toml:1: store.table: needs store.url"),
@@ -393,7 +393,7 @@ mod tests {
             ),
             (
                 "credential.pepper_file = \"/dev/null\"",
-                "trustgate.toml:1: credential.pepper_file: cannot read /dev/null: it is empty",
+                "trustgate.toml:1: credential.pepper_file: cannot read /dev/null: the text is empty",
             ),
         ] {
             refused(text, want);
@@ -401,7 +401,7 @@ mod tests {
     }
 
     #[test]
-    fn invalid_settings_of_the_sampler_and_the_canary_are_refused() {
+    fn invalid_sampler_and_canary_settings_are_refused() {
         for (text, want) in [
             (
                 "freshness.sample_interval = \"9ms\"",

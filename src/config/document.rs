@@ -1,5 +1,5 @@
 //! Generates the documentation of all settings as a TOML file to start from, as a Markdown page and as JSON. All three
-//! are generated from the declarations of the settings and do not contain configured values.
+//! are generated from the setting declarations and do not contain configured values.
 
 use serde_json::json;
 
@@ -50,7 +50,7 @@ pub(crate) fn markdown() -> String {
 const PAGE_START: &str = "# Configuration
 
 trustgate reads one TOML file: pass its path with `--config FILE` or in the environment variable `TRUSTGATE_CONFIG`.
-Without a file, the defaults below apply. The environment variable `TRUSTGATE__SECTION__NAME` overrides a setting of the
+Without a file, the defaults below apply. The environment variable `TRUSTGATE__SECTION__NAME` overrides a setting in the
 file; commas separate the values of a list. Durations and sizes need a unit. An unknown name is an error, both in the
 file and in a variable that begins with `TRUSTGATE__`.
 
@@ -60,7 +60,7 @@ all errors.
 If a setting exists with and without `_file` at the end of its name, the one with `_file` is the path of a file that
 contains the value. Set only one of the two.
 
-This page is generated from the code: `UPDATE=1 cargo test --locked --lib config` writes it again.";
+This page is generated from the code: `UPDATE=1 cargo test --locked --lib config` regenerates it.";
 
 /// Returns the documentation of all settings as JSON.
 #[must_use]

@@ -43,7 +43,8 @@ fn renamed(rest: &str) -> Option<String> {
     suggest::renamed(&section.to_ascii_lowercase(), &name.to_ascii_lowercase(), variable)
 }
 
-/// Returns a suggestion to replace the unknown variable [`PREFIX`]`rest`. `known` contains all known variables.
+/// Returns a suggestion for the unknown variable [`PREFIX`]`rest`: the most similar name in `known`, which contains all
+/// known variables, or a pointer to the list of all settings.
 fn suggestion(rest: &str, known: &[(String, &str, &str)]) -> String {
     let names = known.iter().map(|(variable, ..)| &variable[PREFIX.len()..]);
     suggest::nearest(&rest.to_ascii_uppercase(), names)

@@ -66,7 +66,7 @@ pub(crate) fn no_such<'n>(
     format!("there is no such {what}; use one of {}", all.join(", "))
 }
 
-/// Returns a TOML value as text. Numbers are formatted in decimal, booleans as `true` or `false`. An integer written
+/// Returns a TOML value as strings. Numbers are formatted in decimal, booleans as `true` or `false`. An integer written
 /// with `0x`, `0o` or `0b` keeps its spelling, because the setting for permission bits accepts only octal numbers.
 fn written(value: &Value, text: &str) -> Option<RawValue> {
     let scalar = |value| scalar(value, text);
@@ -109,7 +109,7 @@ mod tests {
     use crate::config::tests::config_errors;
 
     #[test]
-    fn old_names_of_settings_are_refused_with_the_new_name() {
+    fn old_setting_names_are_refused_with_the_new_name() {
         for (old, new) in [
             ("cache.absences_size = \"1MiB\"", "cache.negative_size"),
             ("freshness.absence_ttl = \"1s\"", "freshness.negative_ttl"),

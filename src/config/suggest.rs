@@ -14,8 +14,8 @@ pub(crate) fn nearest<'n>(wrong: &str, names: impl Iterator<Item = &'n str>) -> 
         .map(|(_, name)| name)
 }
 
-/// Settings that had another name in an earlier release: the old section and name, the new section and name, and a text
-/// that is appended to the error.
+/// Settings that had a different name in an earlier release: the old section and name, the new section and name, and a
+/// string that is appended to the error.
 const RENAMED: [(&str, &str, (&str, &str), &str); 4] = [
     ("cache", "absences_size", ("cache", "negative_size"), ""),
     ("freshness", "absence_ttl", ("freshness", "negative_ttl"), ""),

@@ -30,7 +30,8 @@ pub(crate) async fn diagnose(settings: &StoreSettings, usage: Use<'_>, env: Env<
             super::sqlite::run(sqlite, examination, &mut report).await;
         }
         Ok(Backend::Postgres) => {
-            // This timeout is longer than the one of `serve`, so that slow queries are measured instead of cancelled.
+            // This timeout is longer than the timeout that `serve` uses, so that slow queries are measured and not
+            // cancelled.
             let statement_timeout = settings.connect_timeout;
             let (schema, existing) = (settings.schema.clone(), ExistingTable::of(settings));
             let postgres = Postgres { address, schema, existing, statement_timeout };

@@ -1,6 +1,6 @@
-//! The results of the examinations of `doctor`, and helpers for examinations: measured durations and name resolution.
+//! The results of the `doctor` examinations, and helpers for examinations: measured durations and name resolution.
 //!
-//! The texts contain addresses, roles and measurements, but no secrets.
+//! The results contain addresses, roles and measurements, but no secrets.
 
 use std::{net::IpAddr, time::Duration};
 
@@ -39,7 +39,7 @@ pub(crate) struct Diagnosis {
     pub name: &'static str,
     /// The outcome of the examination.
     pub state: DiagnosisState,
-    /// The facts that the examination found, for people.
+    /// The facts that the examination found, as human-readable text.
     pub found: String,
     /// The action that the operator should take; `None` if no action is needed.
     pub remedy: Option<String>,
@@ -76,8 +76,8 @@ impl Diagnosis {
     }
 }
 
-/// Returns one diagnosis for each name in `names`, in that order. A name without a diagnosis in `diagnoses` gets the
-/// diagnosis that its examination was skipped for the reason `because`.
+/// Returns one diagnosis for each name in `names`, in that order. If `diagnoses` has none for a name, reports that
+/// examination as skipped for the reason `because`.
 #[must_use]
 pub(crate) fn complete(names: &[&'static str], mut diagnoses: Vec<Diagnosis>, because: &str) -> Vec<Diagnosis> {
     let mut one = |name: &&'static str| {
@@ -99,13 +99,11 @@ impl Times {
         Self(times)
     }
 
-    /// Returns the median duration.
     #[must_use]
     pub(crate) fn median(&self) -> Duration {
         self.0.get(self.0.len() / 2).copied().unwrap_or_default()
     }
 
-    /// Returns the longest duration.
     #[must_use]
     pub(crate) fn longest(&self) -> Duration {
         self.0.last().copied().unwrap_or_default()
@@ -119,7 +117,7 @@ impl Times {
     }
 }
 
-/// Formats a duration in milliseconds for people: `0.4 ms`.
+/// Formats a duration in milliseconds, with its unit: `0.4 ms`.
 #[must_use]
 pub(crate) fn milliseconds(duration: Duration) -> String {
     format!("{:.1} ms", duration.as_secs_f64() * 1e3)
@@ -156,7 +154,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn missing_examinations_are_skipped_and_names_keep_their_order() {
+    fn missing_examinations_are_reported_as_skipped_in_the_given_order() {
         let diagnoses = vec![Diagnosis::ok("c", "3"), Diagnosis::failed("a", "1", "do")];
         let all = complete(&["a", "b", "c"], diagnoses, "not examined");
         let words: Vec<_> = all.iter().map(|one| (one.name, one.state.as_str(), one.found.as_str())).collect();
@@ -164,7 +162,7 @@ mod tests {
     }
 
     #[test]
-    fn times_are_summarised_by_median_and_longest() {
+    fn summary_of_times_shows_the_median_and_the_longest() {
         let times = Times::new([9, 1, 2].map(Duration::from_millis).to_vec());
         assert_eq!(times.beside(Duration::from_millis(250)), "3 measured: median 2.0 ms, longest 9.0 ms, limit 250ms");
         assert_eq!(Times::default().longest(), Duration::ZERO);

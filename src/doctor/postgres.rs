@@ -55,7 +55,7 @@ pub(crate) async fn run(postgres: Postgres, examination: Examination<'_>, report
     let identity = match identify(&mut session).await {
         Ok(identity) => identity,
         Err(trouble) => {
-            let remedy = "see the log of the server: it does not answer simple queries";
+            let remedy = "see the server log: it does not answer simple queries";
             return report.add(Diagnosis::failed(SERVER, trouble.to_string(), remedy).about(URL));
         }
     };
@@ -85,7 +85,8 @@ async fn address(options: &PgConnectOptions, examination: Examination<'_>) -> Re
     let directory = options.get_socket().map(|directory| directory.display().to_string());
     let directory = directory.or_else(|| options.get_host().starts_with('/').then(|| options.get_host().to_owned()));
     if let Some(directory) = directory {
-        // PostgreSQL names the socket in this directory by its port: see "host" in the documentation of libpq.
+        // PostgreSQL derives the name of the socket in this directory from the port: see "host" in the libpq
+        // documentation.
         let socket = format!("{directory}/.s.PGSQL.{}", options.get_port());
         return match std::fs::metadata(&socket) {
             Ok(_) => Ok((Diagnosis::ok(ADDRESS, format!("the socket {socket}")), true)),
@@ -120,9 +121,9 @@ fn refused(trouble: &Trouble, address: &StoreUrl) -> Diagnosis {
                  the user in pg_hba.conf"
             }
             Some("3D000") => "create the database, or correct its name in the URL",
-            Some("53300") => "raise max_connections of the server, or lower store.connections_max",
+            Some("53300") => "raise max_connections on the server, or lower store.connections_max",
             Some("57P03") => "wait until the server has started",
-            Some(_) => "see the log of the server",
+            Some(_) => "see the server log",
             None if matches!(error, sqlx::Error::Tls(_)) => {
                 "correct sslmode or sslrootcert in the URL: the certificate must come from a trusted authority and \
                  name the host in the URL"
@@ -177,7 +178,7 @@ async fn connection(session: &mut Session<'_, Postgres>, options: &PgConnectOpti
 const TLS: &str =
     "SELECT s.ssl::int::bigint, coalesce(s.version, '') FROM pg_stat_ssl s WHERE s.pid = pg_backend_pid()";
 
-/// The properties of the server, the database and the role of the connection.
+/// The properties of the server, the database and the connection's role.
 struct ServerIdentity {
     /// `primary`, `standby` or `read-only`.
     state: String,
@@ -238,7 +239,10 @@ async fn manager(serve: &ServerIdentity, examination: Examination<'_>, report: &
     match place {
         Ok(Backend::Postgres) => {}
         Ok(Backend::Sqlite(_)) => {
-            report.add(failed("management uses another database than store.url".to_owned(), "correct one of the URLs"));
+            report.add(failed(
+                "store.management_url leads to a different database from store.url".to_owned(),
+                "correct one of the URLs",
+            ));
             return None;
         }
         Err(error) => {
@@ -256,10 +260,11 @@ async fn manager(serve: &ServerIdentity, examination: Examination<'_>, report: &
         }
     };
     let diagnosis = match identify(&mut session).await {
-        Err(trouble) => Err(failed(trouble.to_string(), "see the log of the server")),
-        Ok(identity) if identity.database != serve.database => {
-            Err(failed("management uses another database than store.url".to_owned(), "correct one of the URLs"))
-        }
+        Err(trouble) => Err(failed(trouble.to_string(), "see the server log")),
+        Ok(identity) if identity.database != serve.database => Err(failed(
+            "store.management_url leads to a different database from store.url".to_owned(),
+            "correct one of the URLs",
+        )),
         Ok(identity) => Ok((missing(&mut session, &grants::MANAGE, &identity.role, schema).await, identity.role)),
     };
     session.close().await;
@@ -272,7 +277,7 @@ async fn manager(serve: &ServerIdentity, examination: Examination<'_>, report: &
             let diagnosis = match missing {
                 Ok(None) => Diagnosis::ok(MANAGEMENT, has_all(&role, &grants::MANAGE)),
                 Ok(Some((found, remedy))) => Diagnosis::failed(MANAGEMENT, found, remedy).about(SETTING),
-                Err(trouble) => failed(trouble.to_string(), "see the log of the server"),
+                Err(trouble) => failed(trouble.to_string(), "see the server log"),
             };
             report.add(diagnosis);
             (role != serve.role).then_some(role)
@@ -280,8 +285,8 @@ async fn manager(serve: &ServerIdentity, examination: Examination<'_>, report: &
     }
 }
 
-/// Diagnoses the rights of the role that `serve` connects as. Warns if this role may change keys although management
-/// has another role, `manager`.
+/// Diagnoses the rights of the role that `serve` connects as. Warns if this role may change keys even though
+/// management commands connect as a different role, `manager`.
 async fn rights(
     session: &mut Session<'_, Postgres>,
     identity: &ServerIdentity,
@@ -292,7 +297,7 @@ async fn rights(
     match missing(session, &grants::SERVE, &identity.role, schema).await {
         Ok(None) => {}
         Ok(Some((found, remedy))) => return failed(found, remedy),
-        Err(trouble) => return failed(trouble.to_string(), "see the log of the server".to_owned()),
+        Err(trouble) => return failed(trouble.to_string(), "see the server log".to_owned()),
     }
     let found = has_all(&identity.role, &grants::SERVE);
     let writes = session.ask(&grants::WRITES.replace("{s}", schema.as_str())).await;
@@ -303,8 +308,8 @@ async fn rights(
             RIGHTS,
             format!("{found}, and may also change trusts and keys"),
             format!(
-                "let `serve` connect as a role that has only the rights that `trustgate migrate --print-grants` prints \
-                 for this role: only {manager:?} needs to change keys"
+                "connect `serve` as a role that has only the rights that `trustgate migrate --print-grants` prints for \
+                 `trustgate serve`; only {manager:?} needs to change keys"
             ),
         )
         .about(URL),
@@ -348,7 +353,7 @@ async fn texts(session: &mut Session<'_, Postgres>, question: &String) -> Result
     session.ask(question).await?.iter().map(|row| row.text(0).map_err(Trouble::Sql)).collect()
 }
 
-/// Diagnoses whether every change is recorded, based on the poll results and on the definitions of the triggers.
+/// Diagnoses whether every change is recorded, based on the poll results and on the trigger definitions.
 async fn watch(session: &mut Session<'_, Postgres>, triggers_intact: Option<bool>, postgres: &Postgres) -> Diagnosis {
     let problems = texts(session, &postgres::problems(&postgres.schema)).await;
     let mut problems = problems.map(|found| found.into_iter().map(TrackingProblem::of_gaps).collect::<Vec<_>>());
@@ -374,7 +379,7 @@ async fn watch(session: &mut Session<'_, Postgres>, triggers_intact: Option<bool
         (Ok(_), Some(true)) => {
             Diagnosis::ok(WATCH, "every change is recorded: no trigger has been altered since it was created")
         }
-        // A granted right also counts as an alteration.
+        // Granting a right also counts as an alteration.
         (Ok(_), Some(false)) => Diagnosis::ok(WATCH, ALTERED),
         (Ok(_), None) => Diagnosis::skipped(
             WATCH,

@@ -1,7 +1,7 @@
 //! Examines Redis for `doctor`. Returns one diagnosis for each name in [`NAMES`].
 //!
-//! The examinations connect like `serve` and change no data, because write commands are sent with arguments that write
-//! nothing. They send one notification on the channel of the replicas, which makes each replica poll once.
+//! The examinations connect as `serve` does. They change no data: the arguments of the write commands are chosen so
+//! that Redis writes nothing. They send one notification on the replicas' channel, which makes each replica poll once.
 
 use std::{collections::BTreeMap, time::Duration};
 
@@ -39,7 +39,7 @@ const ANSWER_TIMEOUT: Duration = Duration::from_secs(1);
 /// Timeout for the arrival of a notification.
 const NOTIFICATION_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Examines the Redis that `settings` configure. Examines notifications only if `notifications` is true.
+/// Examines the Redis servers that `settings` name. Examines notifications only if `notifications` is true.
 pub(crate) async fn diagnose(settings: &RedisSettings, notifications: bool, clock: &dyn Clock) -> Vec<Diagnosis> {
     if !settings.is_configured() {
         return complete(NAMES, Vec::new(), "redis.url is not set: Redis is not used");
@@ -118,8 +118,9 @@ fn unconnected(error: &RedisError) -> Diagnosis {
     let remedy = if refused {
         "correct the user in the URL or its password (redis.password_file, redis.password, the URL)"
     } else {
-        "start Redis, and make its port reachable from this machine; with rediss:// its certificate must come from a \
-         trusted authority (redis.ca_file) and name the host in the URL. Until then each L1 miss reads the database"
+        "start Redis, and make its port reachable from this machine; with rediss://, the server's certificate must \
+         come from a trusted authority (redis.ca_file) and name the host in the URL. Until then, each L1 miss reads \
+         the database"
     };
     Diagnosis::failed(CONNECTION, text(error), remedy).about(URL)
 }
@@ -194,7 +195,7 @@ async fn commands(connection: &mut RedisConnection) -> Diagnosis {
         ("HGET", &[&name, "field"]),
     ];
     let remedy = "give the Redis user the commands and keys that [redis] in docs/configuration.md lists (ACL SETUSER); \
-                  for errors of other kinds, see the log of Redis";
+                  for any other error, see the Redis log";
     let refused_values = refused(connection, &values).await;
     if !refused_values.is_empty() {
         return Diagnosis::failed(COMMANDS, refused_values.join("; "), remedy).about(URL);
@@ -269,7 +270,7 @@ async fn within<T>(limit: Duration, work: impl Future<Output = Result<T, RedisEr
     timeout(limit, work).await.unwrap_or_else(|_| Err(timed_out()))
 }
 
-/// Formats an error for people. A timeout of this module is shown as a missing answer.
+/// Formats an error as human-readable text. A timeout in this module is shown as a missing answer.
 fn text(error: &RedisError) -> String {
     if error.is_timeout() { "no answer in time".to_owned() } else { error.to_string() }
 }

@@ -1,4 +1,4 @@
-//! The database connection of `doctor`, and the examinations that are the same for SQLite and PostgreSQL.
+//! The database connection that `doctor` uses, and the examinations that SQLite and PostgreSQL share.
 //!
 //! The examinations send the queries that `serve` sends, and change nothing. Each wait has a timeout.
 
@@ -38,7 +38,7 @@ pub(crate) const NOTIFICATIONS: &str = "database_notifications";
 
 /// All triggers are intact, but no replica has verified them since tables, triggers or rights were altered.
 pub(crate) const ALTERED: &str = "every change is recorded: each trigger has its original definition. Tables, triggers \
-    or rights were altered after a replica last verified the triggers; the next poll of a replica verifies them again";
+    or rights were altered after a replica last verified the triggers; a replica's next poll verifies them again";
 
 /// The settings that contain the URL of `serve`.
 pub(crate) const URL: &[&str] = &["store.url", "store.url_file"];
@@ -46,10 +46,10 @@ pub(crate) const URL: &[&str] = &["store.url", "store.url_file"];
 const ROUNDS: i64 = 20;
 /// After this time, a measurement sends no further request, because the result for such a slow database is clear.
 const MEASUREMENT_TIMEOUT: Duration = Duration::from_secs(5);
-/// The maximum offset between the clocks without a warning. A larger offset misleads people who compare logs.
+/// The maximum clock offset that causes no warning. A larger offset misleads operators who compare logs.
 const OFFSET_MAX: Duration = Duration::from_secs(1);
 
-/// The settings of other sections that concern the database.
+/// The settings from other sections that concern the database.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Use<'a> {
     /// The fingerprints of the peppers, the current one first; `None` if the peppers cannot be read.
@@ -65,7 +65,7 @@ pub(crate) struct Use<'a> {
 pub(crate) struct Examined {
     /// One diagnosis for each name in [`NAMES`].
     pub diagnoses: Vec<Diagnosis>,
-    /// `Ok` if the database has the key of the Redis MAC; otherwise the reason why the key is not available.
+    /// `Ok` if the database has the MAC key for Redis values; otherwise the reason why the key is unavailable.
     pub redis_mac_key: Result<(), String>,
 }
 
@@ -113,7 +113,7 @@ fn because_of(diagnosis: &Diagnosis) -> String {
 /// Why a query has no answer.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum Trouble {
-    /// The database or the connection has reported an error.
+    /// The database or the connection reported an error.
     #[error("{}", message(.0))]
     Sql(#[from] sqlx::Error),
     /// The database did not answer within the timeout.
@@ -124,7 +124,7 @@ pub(crate) enum Trouble {
     Gone,
 }
 
-/// Returns the message of an error, without the prefix that sqlx adds to messages of the database.
+/// Returns the message of an error, without the prefix that sqlx adds to database messages.
 fn message(error: &sqlx::Error) -> String {
     error.as_database_error().map_or_else(|| error.to_string(), |error| error.message().to_owned())
 }
@@ -163,7 +163,7 @@ impl<'a, D: Dialect> Session<'a, D> {
         }
     }
 
-    /// Runs the examinations of our own tables or of the existing table that are the same for both kinds of database.
+    /// Runs the table examinations that SQLite and PostgreSQL share, on our own tables or on the existing table.
     pub(crate) async fn diagnose(&mut self, kind: Kind, report: &mut Report) -> TablesState {
         if let Some(ours) = self.dialect.ours() {
             let tables = match self.ask(&ours.schema).await {
@@ -195,7 +195,7 @@ impl<'a, D: Dialect> Session<'a, D> {
         let found = match found {
             Ok(found) => found,
             Err(trouble) => {
-                let remedy = "let the role of `serve` read the tables; see database_rights";
+                let remedy = "let the role that `serve` connects as read the tables; see database_rights";
                 return Diagnosis::failed(TABLES, format!("{place}: {trouble}"), remedy).about(URL);
             }
         };
@@ -224,7 +224,7 @@ impl<'a, D: Dialect> Session<'a, D> {
     }
 
     /// Polls as a replica does: the first poll like a replica that starts, the other polls like a replica that follows
-    /// the change log. Returns `triggers_intact` of the last answered poll; `None` if no poll was answered.
+    /// the change log. Returns `triggers_intact` from the last answered poll; `None` if no poll was answered.
     async fn polls(&mut self, kind: Kind, report: &mut Report) -> Option<bool> {
         const SETTING: &[&str] = &["freshness.poll_timeout"];
         let limit = self.examination.usage.poll_timeout;
@@ -278,10 +278,9 @@ impl<'a, D: Dialect> Session<'a, D> {
             return Diagnosis::failed(PEPPER, found, remedy).about(SETTINGS);
         }
         if known.first() == Some(&recorded) {
-            return Diagnosis::ok(PEPPER, format!("keys are issued under the current pepper ({recorded})"));
+            return Diagnosis::ok(PEPPER, format!("new keys are hashed with the current pepper ({recorded})"));
         }
-        let found =
-            format!("keys are issued under the pepper {recorded}, which is not this configuration's current pepper");
+        let found = format!("new keys are hashed with {recorded}, which is not this configuration's current pepper");
         let remedy = "once every server has the new pepper, run `trustgate pepper use` with it; until then no key can \
                       be issued with this configuration";
         Diagnosis::warning(PEPPER, found, remedy).about(SETTINGS)
@@ -327,7 +326,7 @@ impl<'a, D: Dialect> Session<'a, D> {
         judged(READS, &Times::new(times), self.examination.settings.read_timeout, remedy).about(SETTING)
     }
 
-    /// Compares the clock of the database with the clock of this machine. `sample` is the fastest poll, which gives the
+    /// Compares the database's clock with this machine's clock. `sample` is the fastest poll, which gives the
     /// most precise result.
     fn clock(&self, sample: &Sample) -> Diagnosis {
         let half = sample.took() / 2;
@@ -343,7 +342,7 @@ impl<'a, D: Dialect> Session<'a, D> {
             return Diagnosis::ok(CLOCK, found);
         }
         let remedy = "synchronise both clocks by NTP: no decision depends on this machine's clock, but the times in \
-                      its log do not match those in the database (audit, expiry)";
+                      this machine's logs do not match those in the database (audit, expiry)";
         Diagnosis::warning(CLOCK, found, remedy)
     }
 }
@@ -412,7 +411,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn longest_measured_time_decides_the_state_of_the_diagnosis() {
+    fn longest_measured_time_determines_the_state_of_the_diagnosis() {
         let limit = Duration::from_millis(100);
         for (longest, state) in [
             (25, DiagnosisState::Ok),

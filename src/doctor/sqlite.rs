@@ -20,13 +20,13 @@ use crate::store::{
     sqlite::{Access, connect, file},
 };
 
-/// Examines the database file of `sqlite`, and our tables in that file.
+/// Examines the database file at the path in `sqlite`, and our tables in that file.
 pub(crate) async fn run(sqlite: Sqlite, examination: Examination<'_>, report: &mut Report) {
     for (name, because) in [
         (RIGHTS, "SQLite has no roles"),
         (MANAGEMENT, "SQLite has no roles"),
         (CLOCK, "SQLite uses this machine's clock"),
-        (NOTIFICATIONS, "SQLite sends no notifications of changes by other processes: polls find them"),
+        (NOTIFICATIONS, "SQLite sends no notifications of changes by other processes: polls detect such changes"),
     ] {
         report.add(Diagnosis::skipped(name, because));
     }
@@ -93,7 +93,7 @@ fn address(sqlite: &Sqlite) -> Diagnosis {
             let text = format!("{}, on a local disk, mode {mode:o}, owned by user {owner}", path.display());
             let user = rustix::process::geteuid().as_raw();
             if mode & 0o077 != 0 {
-                let remedy = format!("other users may read it: run `chmod 600 {}`", path.display());
+                let remedy = format!("other users may read the database file: run `chmod 600 {}`", path.display());
                 Diagnosis::warning(ADDRESS, text, remedy).about(URL)
             } else if owner != user {
                 let remedy = format!("run `serve` as the owner of the file; the current user is {user}");

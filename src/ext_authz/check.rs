@@ -189,7 +189,7 @@ impl Checker {
     }
 
     /// If the record is newer than the last poll and this replica has seen the key revoked before, waits for a poll:
-    /// the database may have been restored to a state in which the key is still valid. If no poll arrives before the
+    /// the database may have been restored to a state in which the key is still valid. If no poll finishes before the
     /// deadline, [`Self::decide`] denies the key.
     async fn await_poll_after_lost_revocation(
         &self,
@@ -270,7 +270,7 @@ impl Checker {
         now: Moment,
     ) -> DecisionResult<'r> {
         let replica_state = &self.parts.replica_state;
-        // Polls and database reads set `database_clock`. Before the first answer of the database, expiry cannot be
+        // Polls and database reads set `database_clock`. Before the database first answers, expiry cannot be
         // decided.
         let now = replica_state.database_clock.at(now).ok_or(Fault::ClockUnknown)?;
         // Without the pepper that the database records, this server cannot find keys that were issued with that pepper,
@@ -379,7 +379,7 @@ enum Refusal {
 struct FoundRecord<'r, 'd> {
     /// `None`: the store has no such key.
     record: Option<&'r Record>,
-    /// The digest of the presented key under the current pepper.
+    /// The digest of the presented key with the current pepper.
     digest: &'d ApiKeyDigest,
     /// The relation between the record and the database history that this replica has applied.
     provenance: Provenance,

@@ -46,7 +46,7 @@ crate::settings! {
         pepper: Option<Pepper> = "",
         /// A file that contains the pepper.
         pepper_file: Option<PathBuf> = "",
-        /// Files that contain earlier peppers, newest first. Keys that were stored under these peppers keep working.
+        /// Files that contain earlier peppers, newest first. Keys hashed with these peppers remain valid.
         previous_pepper_files: Vec<PathBuf> = "",
     }
 }
@@ -101,7 +101,7 @@ impl CredentialSettings {
     }
 }
 
-/// Minimum length of a pepper under which trustgate issues keys, in bytes.
+/// Minimum length of a pepper with which trustgate hashes new keys, in bytes.
 const PEPPER_BYTES_MIN: usize = 16;
 /// The error for a pepper that is too short.
 const SHORT_PEPPER: &str = "a pepper must have 16 bytes or more: generate one with `openssl rand -hex 32`";
@@ -110,7 +110,8 @@ const SHORT_PEPPER: &str = "a pepper must have 16 bytes or more: generate one wi
 #[derive(Clone, Debug)]
 pub struct Pepper {
     secret: Secret,
-    /// The text before cleaning, if cleaning changed it. Earlier releases hashed keys with that text.
+    /// The text before a byte order mark and line ends were removed, if there were any. Earlier releases hashed keys
+    /// with that text.
     untrimmed: Option<Secret>,
 }
 
@@ -123,7 +124,7 @@ impl Pepper {
     /// Returns an error if the pepper is too short to be the current pepper.
     ///
     /// # Errors
-    /// `InvalidData`, with the minimum length in its text.
+    /// `InvalidData`, with the minimum length in its message.
     pub fn check_length(&self) -> io::Result<()> {
         let short = || io::Error::new(io::ErrorKind::InvalidData, SHORT_PEPPER);
         if self.is_short() { Err(short()) } else { Ok(()) }
@@ -137,8 +138,8 @@ impl Pepper {
         let bytes = Zeroizing::new(fs::read(path)?);
         let text = text::decode(&bytes)?;
         let secret = text::value(text)?;
-        // Earlier releases removed line ends from the text of a pepper file but not a byte order mark, so keys may have
-        // been hashed with the mark.
+        // Earlier releases removed line ends from the text of a pepper file, but not a byte order mark, so keys may
+        // have been hashed with a pepper that includes the mark.
         let has_mark = text.len() < bytes.len();
         let untrimmed = has_mark.then(|| Secret::new(format!("\u{feff}{secret}")));
         Ok(Self { secret: Secret::new(secret.to_owned()), untrimmed })
@@ -183,7 +184,7 @@ pub(crate) const KEY_BYTES_MAX: usize = 512;
 
 /// True if `key` can be looked up. The key must have 16 to 512 bytes of visible ASCII and no comma: Envoy joins
 /// repeated headers with a comma, so a key with a comma would be ambiguous. The checksum of a trustgate key must be
-/// right. If `require_checksum` is set, foreign keys are refused.
+/// correct. If `require_checksum` is set, foreign keys are refused.
 #[must_use]
 pub(crate) fn is_well_formed(settings: &CredentialSettings, key: &[u8]) -> bool {
     (KEY_BYTES_MIN..=KEY_BYTES_MAX).contains(&key.len())
@@ -209,7 +210,7 @@ mod tests {
     }
 
     #[test]
-    fn keys_hashed_with_the_line_end_of_the_pepper_are_found() {
+    fn keys_hashed_with_a_pepper_that_includes_its_line_end_are_found() {
         let hasher = |text: &str| {
             let pepper = Pepper::read(&RawValue::One(text.to_owned()));
             CredentialSettings { pepper, ..CredentialSettings::default() }.hasher().unwrap()
@@ -222,7 +223,7 @@ mod tests {
     }
 
     #[test]
-    fn keys_hashed_with_the_byte_order_mark_of_a_pepper_file_are_found() {
+    fn keys_hashed_with_a_pepper_that_includes_a_byte_order_mark_are_found() {
         let file = tempfile::NamedTempFile::new().unwrap();
         fs::write(file.path(), "\u{feff}pepper\r\n").unwrap();
         let settings =

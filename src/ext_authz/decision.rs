@@ -36,7 +36,7 @@ impl<'r> Grant<'r> {
         self.0.key_id
     }
 
-    /// The scopes of the key.
+    /// The key's scopes.
     #[must_use]
     pub fn scopes(&self) -> &'r [String] {
         &self.0.scopes
@@ -83,7 +83,7 @@ reasons! {
     DenyListed = "deny_listed",
     /// The key lacks a scope that the route demands.
     Scope = "scope",
-    /// The key may not be used from the source address of the request.
+    /// The key may not be used from the request's source address.
     Source = "source",
     /// The message cannot be decoded, or does not describe an HTTP request.
     Undecodable = "undecodable",
@@ -103,9 +103,9 @@ impl DenyReason {
 /// How recently the database confirmed the data behind a decision.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Basis {
-    /// The database confirmed the data within the bound of the route's freshness.
+    /// The database confirmed the data recently enough for the route's freshness mode.
     Confirmed,
-    /// The last confirmation is older: the lease is stale because the database does not answer.
+    /// The last confirmation is too old: the lease is stale because the database does not answer.
     Stale,
 }
 
@@ -176,8 +176,8 @@ mod tests {
         type Change = fn(&mut Record);
         let same: Change = |_| ();
         for (name, change, scopes, source, now, want) in [
-            ("good", same, &[][..], "10.1.2.3", 150, None),
-            ("good, IPv6", same, &["read"], "2001:db8::1", 150, None),
+            ("valid", same, &[][..], "10.1.2.3", 150, None),
+            ("valid, IPv6", same, &["read"], "2001:db8::1", 150, None),
             ("from the first moment", same, &[], "10.1.2.3", 100, None),
             ("before it", same, &[], "10.1.2.3", 99, Some(NotYetValid)),
             ("at the last moment", same, &[], "10.1.2.3", 199, None),
@@ -191,9 +191,9 @@ mod tests {
                 Some(Revoked),
             ),
             ("trust disabled", |r| r.trust_enabled = false, &[], "10.1.2.3", 150, Some(TrustDisabled)),
-            ("elsewhere", same, &[], "11.0.0.1", 150, Some(Source)),
-            ("from no address", same, &[], "", 150, Some(Source)),
-            ("anywhere", |r| r.allowed_cidrs = [].into(), &[], "", 150, None),
+            ("source outside the networks", same, &[], "11.0.0.1", 150, Some(Source)),
+            ("source without an address", same, &[], "", 150, Some(Source)),
+            ("no network restriction", |r| r.allowed_cidrs = [].into(), &[], "", 150, None),
             ("one scope missing", same, &["read", "admin"], "10.1.2.3", 150, Some(Scope)),
         ] {
             let mut record = record();

@@ -4,10 +4,10 @@
 //! forwards the bytes of the client. A decoder that refuses such values fails the call with a gRPC error, and
 //! `failure_mode_allow` then lets the request pass (GHSA-9g5w-hqr3-w2ph). Fields that no decision needs are skipped
 //! without decoding their content. The parser is stricter than prost in one case: it refuses a map field whose tag does
-//! not have the wire type of a message, which prost does not check.
+//! not have the wire type of a message. prost does not check this wire type.
 //!
-//! The parser does not copy values. Each header or context extension beyond the inline capacity of the view takes 32
-//! bytes of heap memory. Entries without a name, which no HTTP request has, are dropped.
+//! The parser does not copy values. Each header or context extension beyond the view's inline capacity takes 32 bytes
+//! of heap memory. Entries without a name, which no HTTP request has, are dropped.
 //!
 //! Field numbers: `envoy/service/auth/v3/attribute_context.proto`, `external_auth.proto`,
 //! `config/core/v3/address.proto` and `base.proto`. Wire format: <https://protobuf.dev/programming-guides/encoding/>.
@@ -38,7 +38,7 @@ pub enum Peer<'m> {
     Pipe,
 }
 
-/// The parts of a `CheckRequest` that a decision needs. Strings that are missing in the message are empty.
+/// The parts of a `CheckRequest` that a decision needs. Strings that are missing from the message are empty.
 #[derive(Debug, Default)]
 pub struct View<'m> {
     /// True if the message has a `request.http`. A message about a TCP connection has none.
@@ -72,7 +72,7 @@ impl<'m> View<'m> {
         Ok(view)
     }
 
-    /// Returns the headers of the request: the raw list if Envoy sent one (`encode_raw_headers`), otherwise the map.
+    /// Returns the request headers: the raw list if Envoy sent one (`encode_raw_headers`), otherwise the map.
     /// The two are not combined: the raw list already contains each header as the client sent it.
     #[must_use]
     pub fn headers(&self) -> &[Header<'m>] {
@@ -93,8 +93,8 @@ impl<'m> View<'m> {
             .map(|header| header.value)
     }
 
-    /// Returns the context extensions of the route in the order of the message. If a key occurs twice, the last value
-    /// counts.
+    /// Returns the route's context extensions, in the order in which the message contains them. If a key occurs twice,
+    /// the last value counts.
     pub fn context_extensions(&self) -> impl Iterator<Item = (&'m str, &'m str)> + '_ {
         self.extensions.iter().copied()
     }

@@ -1,7 +1,7 @@
 //! Encodes a decision as a `CheckResponse`. Only this module chooses status codes, headers and bodies.
 //!
 //! Envoy decides by `status.code` and allows the request if the status is unset (envoy.service.auth.v3,
-//! `CheckResponse.status`), so each response sets it. The texts are fixed: none contains details of an internal error.
+//! `CheckResponse.status`), so each response sets it. The bodies are fixed and contain no details of internal errors.
 
 pub(crate) mod allowed;
 

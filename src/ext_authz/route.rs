@@ -24,16 +24,16 @@ pub struct Demands<'m> {
     pub freshness: Option<Freshness>,
     /// The value of `trustgate.optional`. The value has an effect only if [`Self::admits_anonymous`] returns true.
     pub optional: bool,
-    /// The source address of the request: the direct peer of Envoy, if it has an address.
+    /// The request's source address: the address of Envoy's direct peer, if the peer has one.
     pub source: Option<IpAddr>,
 }
 
 const PREFIX: &str = "trustgate.";
-/// The known names of extensions, without the prefix.
+/// The known extension names, without the prefix.
 const NAMES: [&str; 3] = ["scopes", "freshness", "optional"];
 
 impl<'m> Demands<'m> {
-    /// Reads the demands of the route from `view`.
+    /// Reads the route's demands from `view`.
     ///
     /// # Errors
     /// [`Fault::Route`] for a trustgate extension that is invalid, misspelt, or unknown to this release.

@@ -1,5 +1,5 @@
-//! The deny list: keys, trusts and digests that checks deny, even if the database contains a good record. The deny list
-//! also works while the database is down.
+//! The deny list: keys, trusts and digests that checks deny, even if the database contains a valid record. The deny
+//! list also works while the database is down.
 //!
 //! The deny list can only deny requests; it cannot grant them. Its sources are a file and a hash in Redis. If a source
 //! cannot be read, the entries that were read from it before stay in force.
@@ -43,7 +43,7 @@ pub(crate) use self::file::check_file;
 const FILE_INTERVAL: Duration = Duration::from_millis(200);
 /// The interval at which the server reads the list in Redis.
 const SHARED_INTERVAL: Duration = Duration::from_millis(500);
-/// The interval at which the server tests whether the MAC key is known yet, before it first reads the list in Redis.
+/// The interval at which the server tests whether the MAC key is known. After that, the server reads the list in Redis.
 /// The test does no I/O.
 const MAC_KEY_INTERVAL: Duration = Duration::from_millis(50);
 
@@ -54,7 +54,7 @@ enum ListSource {
     Redis,
 }
 
-/// The entries of each source.
+/// The entries from each source.
 #[derive(Clone, Debug, Default)]
 struct Lists([Arc<Entries>; 2]);
 
@@ -231,7 +231,8 @@ impl DenyList {
         self.any.store(any, Ordering::Release);
     }
 
-    /// Sets the metric of a source, logs its problem when the problem changes, and logs when the problem is solved.
+    /// Sets the metric for a source. Logs the source's problem when the problem changes, and logs when the problem is
+    /// resolved.
     fn log_problem(&self, source: ListSource, problem: Option<String>) {
         self.metrics.stale[source as usize].set(i64::from(problem.is_some()));
         let logged = &mut self.logged.lock().unwrap_or_else(PoisonError::into_inner)[source as usize];

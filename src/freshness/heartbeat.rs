@@ -54,8 +54,8 @@ impl Registration {
     }
 
     /// Returns true if a heartbeat is due before the next poll. If the database answers polls but refuses heartbeats, a
-    /// database right is probably missing. Each attempt then costs a new connection, so attempts are limited to one per
-    /// [`RETRY_WAIT`].
+    /// database privilege is probably missing. Each attempt then costs a new connection, so attempts are limited to one
+    /// per [`RETRY_WAIT`].
     fn is_due(&self, polls_are_answered: bool) -> bool {
         let may_retry = !polls_are_answered || self.attempted.is_none_or(|last| last.elapsed() >= RETRY_WAIT);
         !self.is_valid && may_retry

@@ -11,8 +11,8 @@ use crate::{
     store::Polled,
 };
 
-/// The time for which the nonce of a version is kept after a poll returned a newer version. It is longer than the
-/// lifetime of a value in Redis.
+/// The time for which the nonce of a version is kept after a poll returned a newer version. This time is longer than
+/// the lifetime of a value in Redis.
 const NONCES_KEPT: Duration = Duration::from_mins(20);
 /// The maximum number of nonces kept. Values that were read at a version whose nonce was dropped are loaded again.
 const NONCES_MAX: usize = 100_000;
@@ -42,7 +42,8 @@ pub(crate) enum Continuity {
     /// The answer continues the history, but lacks some of the changes since the version applied. Every value that was
     /// read before the newest version is out of date.
     Jump,
-    /// The answer does not continue the history: the database has another history, or has lost a part of this history.
+    /// The answer does not continue the history: the database has a different history, or has lost a part of this
+    /// history.
     Lost,
 }
 
@@ -53,7 +54,7 @@ pub enum Provenance {
     Known,
     /// The value was read at a version that no poll has returned yet.
     Ahead,
-    /// The value belongs to another history, or was read at a version whose nonce is no longer kept.
+    /// The value belongs to a different history, or was read at a version whose nonce is no longer kept.
     Foreign,
 }
 
@@ -96,7 +97,7 @@ impl History {
         }
     }
 
-    /// Returns true if `version` of the new history, which has replaced this history, is not in this history: either
+    /// Returns true if `version`, which is in the history that replaced this history, is not in this history: either
     /// `version` is higher than the last version applied here, or this history has a different nonce for it.
     #[must_use]
     pub(crate) fn is_news(&self, version: Version, nonce: Nonce) -> bool {
@@ -112,8 +113,8 @@ impl History {
                 self.known.push_back(KnownVersion { version, nonce, seen: newest.sent_at });
             }
         }
-        // A version was the newest version until a poll returned its successor, so the age of the successor decides.
-        // The version applied is kept at any age.
+        // A version was the newest version until a poll returned its successor, so the age of the successor decides
+        // whether the nonce is dropped. The version applied is kept at any age.
         while let Some(next) = self.known.get(1)
             && (newest.sent_at.since(next.seen) > NONCES_KEPT || self.known.len() > NONCES_MAX)
         {

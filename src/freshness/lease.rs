@@ -55,9 +55,9 @@ pub struct Lease {
     trusts: AtomicU64,
     /// Floor: negative entries that were read before this version are out of date.
     negatives: AtomicU64,
-    /// The newest changes to single keys and trusts, by the stripes of their ids.
+    /// For the stripe of each id, the newest version that changed a single key or trust.
     changed_records: Stripes,
-    /// The newest changes that make negative entries out of date, by the stripes of their digests.
+    /// For the stripe of each digest, the newest version that made negative entries out of date.
     changed_negatives: Stripes,
 }
 
@@ -135,20 +135,21 @@ impl Lease {
         given_up.is_some_and(|moment| now.since(moment) <= limits.lease.saturating_mul(2))
     }
 
-    /// When the lease began; `None` if there is no lease.
+    /// Returns when the lease began; `None` if there is no lease.
     #[must_use]
     pub fn start(&self) -> Option<Moment> {
         self.start.load(Ordering::Acquire).checked_sub(1).map(Moment::from_nanos)
     }
 
-    /// True if no applied change concerns a record that was read at `as_of` from the objects of these stripes.
+    /// Returns true if no applied change affects a record that was read at `as_of` from the objects of these stripes.
     #[must_use]
     pub fn covers_record(&self, as_of: Version, mut stripes: impl Iterator<Item = u16>) -> bool {
         let floor = self.keys.load(Ordering::Relaxed).max(self.trusts.load(Ordering::Relaxed));
         as_of.0 >= floor && stripes.all(|stripe| as_of >= self.changed_records.at(stripe))
     }
 
-    /// True if no applied change concerns a negative entry that was read at `as_of` for the digests of these stripes.
+    /// Returns true if no applied change affects a negative entry that was read at `as_of` for the digests of these
+    /// stripes.
     #[must_use]
     pub fn covers_absence(&self, as_of: Version, stripes: &[u16]) -> bool {
         as_of.0 >= self.negatives.load(Ordering::Relaxed)
@@ -157,7 +158,7 @@ impl Lease {
 
     // === used by the poll task ===
 
-    /// Applies the answer to a poll. Values that were read before `floor`, and older values that `changes` concern,
+    /// Applies the answer to a poll. Values that were read before `floor`, and older values that `changes` affect,
     /// become out of date. Then calls `advance`, and begins the lease at `sent`, the time at which the poll was sent.
     /// If `sent` is `None`, no lease begins.
     pub fn renew(
@@ -180,7 +181,7 @@ impl Lease {
         self.start.fetch_max(sent.nanos().saturating_add(1), Ordering::Release);
     }
 
-    /// Marks the values that `change` concerns as out of date if they were read before `version`.
+    /// Marks the values that `change` affects as out of date if they were read before `version`.
     fn apply(&self, version: Version, change: &Change) {
         match change {
             Change::Key(id) => self.changed_records.raise(stripe(id.0.as_bytes()), version),
@@ -199,15 +200,15 @@ impl Lease {
     }
 
     /// Marks records with objects in these stripes as out of date if they were read before `version`. The sampler calls
-    /// this if a record differs from its row although no change explains the difference.
+    /// this if a record differs from its row and no change explains the difference.
     pub fn refuse(&self, version: Version, stripes: impl Iterator<Item = u16>) {
         for stripe in stripes {
             self.changed_records.raise(stripe, version);
         }
     }
 
-    /// Records that a poll got no answer and was given up at `now`. The end of the lease does not change. After its
-    /// end, the lease is stale while later polls get no answer either.
+    /// Records that a poll got no answer and was given up at `now`. The lease still ends at the same time. After that
+    /// time, the lease is stale as long as later polls get no answer either.
     pub fn note_unanswered(&self, now: Moment) {
         self.unanswered.store(now.nanos().saturating_add(1), Ordering::Relaxed);
     }
@@ -275,7 +276,7 @@ mod tests {
     }
 
     #[test]
-    fn change_makes_only_the_values_it_concerns_out_of_date() {
+    fn change_makes_only_the_values_it_affects_out_of_date() {
         let (key, trust) = (Uuid::from_u128(0xA1), Uuid::from_u128(0xB2));
         let digest = ApiKeyDigest::from_bytes([7; 32]);
         let covered = |change: &Change, as_of: u64| {

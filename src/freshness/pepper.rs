@@ -1,8 +1,8 @@
-//! Compares the peppers of this server with the peppers recorded in the database, under which the digests of keys were
-//! computed.
+//! Compares this server's peppers with the peppers recorded in the database, which were used to compute the key
+//! digests.
 //!
 //! With a wrong pepper, a server would not find any key and would reject every client. So a server with a wrong pepper
-//! is not ready, and it answers a check of an unknown key with a fault instead of a denial.
+//! is not ready, and it answers a check of an unknown key with a fault, not with a denial.
 
 use std::{
     io,
@@ -46,7 +46,7 @@ impl PepperState {
     }
 
     /// Returns true if this server may deny a key as unknown when it does not find the key. Returns false if the key
-    /// may have been issued under the current pepper and this server does not have that pepper. Loads one atomic flag,
+    /// may have been hashed with the current pepper and this server does not have that pepper. Loads one atomic flag,
     /// so each check can call this.
     #[must_use]
     pub fn identifies_all(&self) -> bool {
@@ -70,7 +70,7 @@ impl PepperState {
 /// A function that reads the pepper files again and returns the fingerprints of the peppers.
 pub(crate) type Reread = Arc<dyn Fn() -> io::Result<Vec<Fingerprint>> + Send + Sync>;
 
-/// The peppers of this server, and the function that reads the pepper files again.
+/// This server's peppers, and the function that reads the pepper files again.
 pub(crate) struct Peppers {
     /// The fingerprints of the peppers, the current pepper first, in the order of
     /// [`Digests::all`](crate::record::Digests::all).
@@ -96,7 +96,7 @@ impl PepperMetrics {
         let gauge = |name, help: String| register(registry, IntGauge::with_opts(Opts::new(name, help)));
         let fits = "1 if this server has the recorded pepper or the previous one, or none is recorded; otherwise 0.";
         let other_keys = format!(
-            "Active keys that were issued under a pepper that this server lacks, counted up to {OTHER_KEYS_MAX}."
+            "Active keys that were hashed with a pepper that this server lacks, counted up to {OTHER_KEYS_MAX}."
         );
         Ok(Self {
             fits: gauge("trustgate_pepper_fits", fits.to_owned())?,
@@ -119,7 +119,7 @@ fn listed(fingerprints: impl IntoIterator<Item = Fingerprint>) -> String {
 }
 
 impl Peppers {
-    /// Compares the peppers of this server with `stored`, the recorded peppers that a poll returned, and logs changes.
+    /// Compares this server's peppers with `stored`, the recorded peppers that a poll returned, and logs changes.
     pub(crate) fn compare(&self, stored: StoredPeppers, compared: &Compared, state: &PepperState) {
         let mut last = compared.stored.lock().unwrap_or_else(PoisonError::into_inner);
         if last.replace(stored) == Some(stored) {
@@ -139,13 +139,13 @@ impl Peppers {
         } else if changed && stored.current.is_some() {
             tracing::info!(
                 recorded = listed(stored.current),
-                "pepper matches: this server has a pepper recorded in the database"
+                "pepper matches: this server has the current or the previous pepper recorded in the database"
             );
         }
     }
 
-    /// Sets the metric of active keys under unknown peppers. Logs when their number rises above zero and when it
-    /// returns to zero.
+    /// Sets the metric that counts active keys hashed with unknown peppers. Logs when the count rises above zero and
+    /// when it returns to zero.
     pub(crate) fn count_others(&self, count: u64) {
         let count = count.saturate(); // at most `OTHER_KEYS_MAX`
         let before = self.metrics.other_keys.get();
@@ -154,7 +154,7 @@ impl Peppers {
             tracing::warn!(
                 count,
                 configured = listed(self.known.iter().copied()),
-                "unknown pepper: active keys were issued under a pepper that this server does not have, so it cannot \
+                "unknown pepper: active keys were hashed with a pepper that this server does not have, so it cannot \
                  grant them; list them with `trustgate key list --pepper unknown`"
             );
         } else if before > 0 && count == 0 {
@@ -201,7 +201,7 @@ impl Peppers {
 pub(crate) enum FileState {
     /// The same peppers as at startup.
     Same,
-    /// Other peppers.
+    /// Different peppers from those at startup.
     Other(Vec<Fingerprint>),
     /// A file cannot be read.
     Unreadable,

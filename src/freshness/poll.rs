@@ -186,7 +186,7 @@ impl Poll {
                 self.metrics.unusable.inc();
                 state.registration.lapse();
                 if state.up.replace(Up::Unusable) != Some(Up::Unusable) {
-                    tracing::error!(%problem, "poll result unusable; lease not renewed: run `trustgate doctor`");
+                    tracing::error!(%problem, "poll result unusable: lease not renewed; run `trustgate doctor`");
                 }
                 self.metrics.store_up.set(0);
             }
@@ -217,7 +217,7 @@ impl Poll {
                     applied = applied.0,
                     newest = newest.0,
                     "database history lost: the database was restored or replaced, or failed over with data loss; \
-                     values cached before are no longer used. Recent revocations may be missing from the database: \
+                     previously cached values are no longer used. Recent revocations may be missing from the database: \
                      repeat them"
                 );
                 if lineage == polled.newest.lineage {
@@ -316,8 +316,8 @@ impl Poll {
         }
     }
 
-    /// Records the pepper of each key that a check has found, and counts the active keys under peppers that this server
-    /// does not have.
+    /// Records the pepper of each key that checks have looked up successfully, and counts the active keys hashed with
+    /// peppers that this server does not have.
     async fn tend_peppers(&self) {
         let mut jitter = Jitter::of(self.replica);
         let mut failed = false;
@@ -331,11 +331,11 @@ impl Poll {
                     self.peppers.count_others(others);
                     let had_failed = std::mem::replace(&mut failed, unrecorded.is_some());
                     if let Some(fault) = unrecorded.filter(|_| !had_failed) {
-                        tracing::warn!(%fault, "pepper check failed: cannot record the peppers of keys; retrying");
+                        tracing::warn!(%fault, "pepper check failed: cannot record the keys' peppers; retrying");
                     }
                 }
                 Ok(Err(fault)) if !std::mem::replace(&mut failed, true) => {
-                    tracing::warn!(%fault, "pepper check failed: cannot count keys under unknown peppers; retrying");
+                    tracing::warn!(%fault, "pepper check failed: cannot count keys with unknown peppers; retrying");
                 }
                 Ok(Err(_)) | Err(_) => {}
             }

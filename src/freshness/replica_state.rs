@@ -1,6 +1,6 @@
 //! The replica state: the current view of the change log, and the data that survives when the view is replaced.
 //!
-//! A view does no I/O and does not modify the cache. `cache::policy` asks the view whether an applied change concerns a
+//! A view does no I/O and does not modify the cache. `cache::policy` asks the view whether an applied change affects a
 //! cached value, and refuses the value in that case.
 
 use std::{
@@ -34,17 +34,17 @@ pub struct ReplicaView {
     limits: LeaseLimits,
     lease: Lease,
     history: Mutex<History>,
-    /// The lost history that the previous view followed. Empty in the first view.
+    /// The lost history on which the previous view was based. Empty in the first view.
     lost: History,
 }
 
-/// The number of a view. Each cache entry contains the epoch of the view in which the entry was inserted. Every new
+/// The sequence number of a view. Each cache entry contains the epoch of the view in which it was inserted. Every new
 /// view takes at least one poll, so at ten polls per second the 32-bit numbers last for more than ten years.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Epoch(NonZeroU32);
 
 impl ReplicaView {
-    /// Creates a view after `earlier` previous views. `lost` is the history of the most recent of them.
+    /// Creates a view. `earlier` is the number of previous views, and `lost` is the history of the most recent one.
     fn new(earlier: u32, limits: LeaseLimits, lost: History) -> Self {
         Self {
             epoch: Epoch(NonZeroU32::MIN.saturating_add(earlier)),
@@ -133,7 +133,7 @@ pub enum Applied {
     Nothing,
     /// This was the first poll of the view.
     Begun,
-    /// There were new versions. Cached values that their changes concern are now out of date.
+    /// There were new versions. Cached values affected by their changes are now out of date.
     Changed,
     /// There were new versions, but the answer does not contain all of their changes. Every value that was read before
     /// the newest version is now out of date.
@@ -143,7 +143,7 @@ pub enum Applied {
     Lost {
         /// The lineage of the lost history.
         lineage: Lineage,
-        /// The last version of the lost history that this replica applied.
+        /// The last version that this replica applied from the lost history.
         applied: Version,
     },
     /// The triggers that record changes are not intact. The lease has ended, and no lease begins until the triggers are
@@ -252,7 +252,7 @@ impl ReplicaState {
         // Release the lock, so that the work below does not block checks. The history cannot change in the meantime:
         // only this function changes it, and only the poll task calls this function.
         drop(history);
-        // The first poll of a view returns the changes of the last 15 minutes. Some of them may also be in the lost
+        // The first poll of a view returns the changes from the last 15 minutes. Some of them may also be in the lost
         // history. Such an old change must not release a digest that was revoked after the change, so only changes that
         // are not in the lost history may release digests. A `Gone` change only adds a denial, so it is always applied.
         let is_news = |of: Version| {
@@ -375,7 +375,7 @@ mod tests {
     }
 
     #[test]
-    fn key_issued_in_the_new_history_before_its_first_poll_is_not_denied() {
+    fn key_issued_in_the_new_history_before_the_first_poll_is_not_denied() {
         let digest = ApiKeyDigest::from_bytes([1; 32]);
         let issued = |version| (version, Change::Absent(digest));
         // The key is issued once under a version number that the lost history also used, and once under a higher

@@ -1,8 +1,8 @@
 //! Remembers the digests of keys that were revoked, deleted or given a new digest while this replica was running, and
 //! denies these digests if the database loses the history that contains those changes.
 //!
-//! Best effort: each replica has its list only in memory. The list can only cause denials, and it does not affect
-//! values of the current history until that history is lost.
+//! Best effort: each replica keeps its list only in memory. The list can only cause denials, and it does not affect
+//! values from the current history until that history is lost.
 
 use std::{
     collections::{HashMap, HashSet, VecDeque},
@@ -54,7 +54,7 @@ struct Revocation {
 }
 
 impl Revoked {
-    /// Applies changes of the current history: remembers revoked digests, and releases denied digests whose keys the
+    /// Applies changes from the current history: remembers revoked digests, and releases denied digests whose keys the
     /// current history has changed. `changes` may be in any order.
     pub fn note<'c>(&self, changes: impl Iterator<Item = &'c (Version, Change)>, now: Moment) {
         let mut changes: Vec<_> = changes.collect();
@@ -95,7 +95,7 @@ impl Revoked {
         }
     }
 
-    /// Denies all remembered digests from now on. The caller has found that the database lost history.
+    /// Denies all remembered digests from now on. The caller has detected that the database lost history.
     pub fn bind(&self) {
         let mut digests = self.lock();
         for revocation in digests.seen.values_mut() {
@@ -106,14 +106,14 @@ impl Revoked {
         self.bind_all(binding);
     }
 
-    /// Returns true if checks must deny `digest`, even if the current history contains a good key with this digest.
+    /// Returns true if checks must deny `digest`, even if the current history contains a valid key with this digest.
     #[must_use]
     pub fn binds(&self, digest: &ApiKeyDigest) -> bool {
         self.any_binds.load(Ordering::Acquire) && self.binding.load().contains(digest)
     }
 
     /// Returns true if checks must deny `digest` when they find it in a record whose version no poll has returned yet.
-    /// Such a record may come from another history, so all remembered digests are denied. Takes a lock.
+    /// Such a record may come from a different history, so all remembered digests are denied. Takes a lock.
     #[must_use]
     pub fn binds_elsewhere(&self, digest: &ApiKeyDigest) -> bool {
         self.lock().seen.contains_key(digest)
@@ -132,8 +132,8 @@ impl Revoked {
 }
 
 impl RevokedDigests {
-    /// Drops digests that are older than [`KEPT`], and the oldest digests beyond [`DIGESTS_MAX`]. Adds the dropped
-    /// digests that checks denied to `released`.
+    /// Drops digests that are older than [`KEPT`], and the oldest digests beyond [`DIGESTS_MAX`]. Appends to `released`
+    /// each dropped digest that checks still deny, so that the caller can stop denying it.
     fn forget(&mut self, now: Moment, released: &mut Vec<ApiKeyDigest>) {
         while let Some((at, digest)) = self.order.front().copied()
             && (self.order.len() > DIGESTS_MAX || now.since(at) > KEPT)
@@ -158,15 +158,15 @@ mod tests {
         let [one, other] = [1, 2].map(|byte| ApiKeyDigest::from_bytes([byte; 32]));
         let now = Moment::from_nanos(1);
         revoked.note([(Version(1), Change::Gone(one))].iter(), now);
-        assert!(!revoked.binds(&one), "the current history denies it itself");
+        assert!(!revoked.binds(&one), "the current history already denies the digest");
         assert!(revoked.binds_elsewhere(&one));
         revoked.note([(Version(1), Change::Gone(one)), (Version(1), Change::Absent(one))].iter(), now);
-        assert!(revoked.binds_elsewhere(&one), "a revocation records both");
+        assert!(revoked.binds_elsewhere(&one), "`Gone` is applied after `Absent`");
         revoked.bind();
         revoked.note([(Version(1), Change::Gone(other))].iter(), now);
         assert!(revoked.binds(&one) && !revoked.binds(&other));
         revoked.note([(Version(1), Change::Everything)].iter(), now);
-        assert!(revoked.binds(&one), "a change of everything releases no single digest");
+        assert!(revoked.binds(&one), "a change to everything releases no digest");
         revoked.note([(Version(1), Change::Absent(one))].iter(), now);
         assert!(!revoked.binds(&one) && revoked.binds_elsewhere(&other));
         revoked.bind();
@@ -195,6 +195,6 @@ mod tests {
         revoked.bind();
         assert!(revoked.binds(&digest(0)));
         revoked.note([].iter(), Moment::from_nanos(0).after(KEPT * 4));
-        assert!(!revoked.binds(&digest(0)), "also without another revocation");
+        assert!(!revoked.binds(&digest(0)), "an old digest is dropped even without a new revocation");
     }
 }

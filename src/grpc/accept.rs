@@ -46,7 +46,7 @@ pub(crate) async fn run(
             Ok(accepted) => accepted,
             Err(error) => {
                 if let Some(suppressed) = failures.permit(service.clock.now()) {
-                    tracing::warn!(%error, suppressed, "gRPC accept failed; trying again in {wait:?}");
+                    tracing::warn!(%error, suppressed, "gRPC accept failed; retrying in {wait:?}");
                 }
                 sleep(wait).await;
                 wait = (wait * 2).min(ACCEPT_WAIT_MAX);
@@ -69,7 +69,7 @@ pub(crate) async fn run(
                         service.refuse_peer(reason, peer, "answered with HTTP 400");
                         http1::refuse(stream, service.limits.preface_timeout).await;
                     }
-                    // The peer left, or sent nothing before the timeout: there is no request to answer or to log.
+                    // The peer disconnected, or sent nothing before the timeout: no request to answer or to log.
                     Ok(Err(Refused::Ended)) | Err(_) => {}
                 }
             };

@@ -16,9 +16,9 @@ pub(crate) const UNAVAILABLE: HeaderValue = HeaderValue::from_static("14");
 pub(crate) enum CallAnswer {
     /// The reply to a check: HTTP 200 with a gRPC status.
     Reply(Reply),
-    /// An HTTP error, for a request that is not a complete gRPC call. An HTTP caller would take status 200 for a grant.
+    /// An HTTP error, for a request that is not a complete gRPC call. An HTTP caller would treat status 200 as a grant.
     Status(StatusCode),
-    /// No answer: the caller has left.
+    /// No answer: the caller has reset the stream or disconnected.
     Nothing,
 }
 
@@ -29,15 +29,15 @@ pub(crate) async fn answer_unless_reset(
     unread: &Arc<Semaphore>,
 ) {
     let found = tokio::select! {
-        biased; // poll `work` first: it reads the body, and counts a check whose caller has left
+        biased; // poll `work` first: it reads the body, and counts a check that its caller cancelled
         answer = work => answer,
         _ = poll_fn(|cx| respond.poll_reset(cx)) => return,
     };
     answer(respond, found, unread);
 }
 
-/// Sends `answer`. Ignores a failure to send, because it means that the peer has left. `unread` contains the permits
-/// for answers that peers do not read.
+/// Sends `answer`. Ignores a failure to send, because it means that the peer has disconnected or reset the stream.
+/// `unread` contains the permits for answers that peers have not read yet.
 pub(crate) fn answer(mut respond: SendResponse<Bytes>, answer: CallAnswer, unread: &Arc<Semaphore>) {
     match answer {
         CallAnswer::Reply(reply) => send(respond, reply, unread),

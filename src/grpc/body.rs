@@ -79,7 +79,7 @@ pub(crate) enum BodyError {
         /// True if the message was complete.
         is_whole: bool,
     },
-    /// The peer reset the stream, or the connection ended.
+    /// The peer reset the stream, or the connection closed.
     Gone,
 }
 
@@ -122,7 +122,7 @@ impl MessageReader {
             match ready!(body.poll_data(cx)) {
                 Some(Ok(data)) => {
                     // Let the peer send as many bytes again. `release_capacity` fails only after the connection has
-                    // ended.
+                    // closed.
                     let _ = body.flow_control().release_capacity(data.len());
                     let is_end = body.is_end_stream();
                     self.take(data);

@@ -1,7 +1,7 @@
 //! Handles one call: reads its message, gets the decision and sends the answer.
 //!
-//! If L1 has a usable entry, the connection's own task answers the check, without spawning another task and without
-//! waiting.
+//! If L1 has a usable entry, the connection's task answers the check directly: the task neither spawns another task nor
+//! waits.
 
 use std::{
     future::{Future, poll_fn},
@@ -109,7 +109,7 @@ impl Calls {
 
     fn spawn(&self, call: impl Future<Output = ()> + Send + 'static) {
         let open = self.load.stream();
-        // The task runs on the worker of the connection, because this method is called on that worker.
+        // The task runs on the connection's worker, because this method is called on that worker.
         self.tasks.spawn(async move {
             call.await;
             drop(open);
@@ -146,7 +146,7 @@ impl Service {
         CallAnswer::Reply(match self.checker.try_decide(&message) {
             Progress::Done(reply) => reply,
             Progress::Pending(waiting) => match self.checks.try_acquire() {
-                // Box the future, so that the task of a call stays small while the message is incomplete.
+                // Box the future, so that the call's task stays small while the message is incomplete.
                 Ok(_permit) => Box::pin(self.checker.finish(&message, waiting)).await,
                 Err(_) => self.checker.shed("limits.checks_in_flight"),
             },

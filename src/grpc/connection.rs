@@ -31,7 +31,7 @@ use super::{
     worker::WorkerLoad,
 };
 
-/// Maximum number of queued streams that the peer has reset before this server accepted them; one more closes the
+/// Maximum number of queued streams that the peer reset before this server accepted them; one more closes the
 /// connection. Envoy resets many streams at once when its timeout expires.
 const PENDING_ACCEPT_RESETS_MAX: usize = 1_000;
 /// Maximum number of streams that this server resets because of the peer's protocol errors; one more closes the
@@ -51,8 +51,8 @@ const BATCHES_MAX: usize = 32;
 const WINDOW_BYTES: u32 = 1 << 20;
 
 /// Serves one connection until it closes. At `age`, or when `signals.drain` is cancelled, shuts the connection down
-/// gracefully: waits for calls in flight for at most `limits.drain_grace`. When `signals.end` is cancelled, closes the
-/// connection at once.
+/// gracefully: waits up to `limits.drain_grace` for calls in flight to finish. When `signals.end` is cancelled, closes
+/// the connection at once.
 pub(crate) async fn serve(
     service: Arc<Service>,
     io: impl AsyncRead + AsyncWrite + Unpin,
@@ -78,7 +78,7 @@ pub(crate) async fn serve(
             }
         });
         poll_fn(|cx| {
-            // Protocol errors and disconnects of the peer end the connection and are not logged.
+            // Protocol errors and disconnects by the peer end the connection and are not logged.
             if connection.poll(cx).is_ready() || lost.as_mut().poll(cx).is_ready() {
                 return Poll::Ready(true);
             }
@@ -91,7 +91,7 @@ pub(crate) async fn serve(
         tokio::select! {
             () = poll_fn(|cx| connection.poll(cx)) => {}
             () = lost => {}
-            // The peer may keep its streams open indefinitely.
+            // Limit the wait, because the peer may keep its streams open indefinitely.
             () = sleep(limits.drain_grace) => {}
             () = signals.end.cancelled() => {}
         }

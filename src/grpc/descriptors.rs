@@ -1,12 +1,12 @@
-//! Limits the number of connections to the file descriptors that this process may open (`RLIMIT_NOFILE`).
+//! Limits the number of connections to what the process's file descriptor limit (`RLIMIT_NOFILE`) allows.
 
 use rustix::process::{Resource, getrlimit, setrlimit};
 
 use super::settings::LimitsSettings;
 use crate::base::saturate::Saturate as _;
 
-/// Raises the soft limit on file descriptors to the hard limit, and returns the maximum number of open connections:
-/// `limits.connections_max`, or fewer if the limit on file descriptors is too low. Reserves some descriptors for the
+/// Raises the soft file descriptor limit to the hard limit, and returns the maximum number of open connections:
+/// `limits.connections_max`, or fewer if the file descriptor limit is too low. Reserves some descriptors for the
 /// database, Redis, probes and files.
 pub(crate) fn connections(limits: &LimitsSettings) -> u32 {
     let mut allowed = getrlimit(Resource::Nofile);
@@ -38,7 +38,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_quarter_of_the_descriptors_but_at_most_256_is_reserved() {
+    fn a_quarter_of_the_descriptors_up_to_256_is_reserved() {
         for (descriptors, connections) in [(0, 0), (64, 48), (1024, 768), (4352, 4096), (u64::MAX, u32::MAX)] {
             assert_eq!(connections_for(descriptors), connections, "{descriptors}");
         }

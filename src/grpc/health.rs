@@ -60,7 +60,7 @@ impl Service {
         // client that does not read the answer cannot occupy a permit indefinitely.
         let limit = if rpc == Rpc::HealthWatch { Duration::MAX } else { self.limits.preface_timeout };
         match timeout(limit, send(&mut stream, body, &drain)).await {
-            // `Gone` needs no reset: the peer has left.
+            // `Gone` needs no reset: the peer has reset the stream or disconnected, or the server is draining.
             Ok(Sent::Whole | Sent::Gone) => {}
             Ok(Sent::Broken) => stream.send_reset(Reason::INTERNAL_ERROR),
             Err(_) => stream.send_reset(Reason::CANCEL),

@@ -2,7 +2,7 @@
 //!
 //! Closing the connection without an answer would be dangerous, because Envoy in `http_service` mode would then
 //! generate the response itself. If the request that Envoy forwarded has the `content-type` `application/grpc`, Envoy
-//! generates HTTP 200 with a gRPC status, and takes that response for a grant.
+//! generates HTTP 200 with a gRPC status, and treats that response as a grant.
 
 use std::time::Duration;
 
@@ -25,7 +25,7 @@ pub(crate) async fn refuse(mut stream: impl AsyncRead + AsyncWrite + Unpin, limi
         while stream.read(&mut unread).await? > 0 {}
         std::io::Result::Ok(())
     });
-    // Ignore errors and the timeout: the peer has left or is too slow.
+    // Ignore errors and the timeout: the peer has disconnected or is too slow.
     let _ = answered.await;
 }
 

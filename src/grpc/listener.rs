@@ -56,7 +56,7 @@ impl Setting for SocketMode {
 
     fn read(written: &RawValue) -> Option<Self> {
         let RawValue::One(text) = written else { return None };
-        // Require a leading zero: without it, the digits may be a decimal number, which means different bits.
+        // Require a leading zero: without it, the digits may be a decimal number, which would set different bits.
         let digits = text.strip_prefix("0o").or_else(|| text.strip_prefix('0'))?;
         u32::from_str_radix(digits, 8).ok().filter(|mode| *mode <= 0o777).map(Self)
     }
@@ -70,7 +70,7 @@ pub struct SocketOwner {
 }
 
 impl Setting for SocketOwner {
-    const EXPECTED: &'static str = "the number of a user, or of a user and a group, such as \"101\" or \"101:101\"";
+    const EXPECTED: &'static str = "a numeric user id, or a user id and a group id, such as \"101\" or \"101:101\"";
 
     fn read(written: &RawValue) -> Option<Self> {
         let RawValue::One(text) = written else { return None };
@@ -86,7 +86,7 @@ impl Setting for SocketOwner {
 pub(crate) enum Listener {
     /// Over TCP.
     Tcp(TcpListener),
-    /// Over a Unix socket. Dropping the listener removes the file of the socket.
+    /// Over a Unix socket. Dropping the listener removes the socket file.
     Unix(UnixListener, SocketFile),
 }
 
@@ -112,8 +112,7 @@ impl Listener {
     /// Binds `address`. For a Unix socket, sets the permission bits `mode` and, if given, the owner `owner`.
     ///
     /// # Errors
-    /// The error of the operating system; `AddrInUse` also if another server still accepts connections on the Unix
-    /// socket.
+    /// The operating system's error; `AddrInUse` also if another server still accepts connections on the Unix socket.
     pub(crate) async fn bind(
         address: &ListenAddress,
         mode: SocketMode,
@@ -138,7 +137,7 @@ impl Listener {
     /// system chose.
     ///
     /// # Errors
-    /// The error of the operating system.
+    /// The operating system's error.
     pub(crate) fn address(&self) -> io::Result<ListenAddress> {
         match self {
             Self::Tcp(listener) => listener.local_addr().map(ListenAddress::Tcp),
@@ -149,7 +148,7 @@ impl Listener {
     /// Accepts the next connection.
     ///
     /// # Errors
-    /// The error of the operating system, for example because the process is out of file descriptors.
+    /// The operating system's error, for example if the process is out of file descriptors.
     ///
     /// # Cancel safety
     /// Safe: no connection is lost.
@@ -164,7 +163,7 @@ impl Listener {
     }
 }
 
-/// Removes a socket file that a killed server has left behind. Fails if a server still accepts connections on the
+/// Removes a socket file that a killed server left behind. Fails if a server still accepts connections on the
 /// socket.
 fn clear(path: &Path) -> io::Result<()> {
     match std::fs::symlink_metadata(path) {
@@ -181,8 +180,8 @@ fn clear(path: &Path) -> io::Result<()> {
     }
 }
 
-/// The file of a Unix socket. Dropping this value removes the file, unless another server has replaced the file in the
-/// meantime.
+/// The socket file of a Unix listener. Dropping this value removes the file, unless another server has replaced
+/// the file in the meantime.
 pub(crate) struct SocketFile {
     path: PathBuf,
     inode: (u64, u64),

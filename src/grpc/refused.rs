@@ -57,7 +57,7 @@ impl Reason {
                  grpc.tls_certificate_file",
             ),
             Self::NoClientCertificate => {
-                Some("the peer has no client certificate from an authority in grpc.tls_client_ca_file")
+                Some("the peer has no valid client certificate from an authority in grpc.tls_client_ca_file")
             }
             Self::NotGrpc => Some(
                 "the peer sent HTTP requests that are not gRPC calls; in Envoy, use grpc_service (not http_service) \

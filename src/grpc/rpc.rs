@@ -15,7 +15,7 @@ use crate::ext_authz::framing::CHECK_PATH;
 const HEALTH_CHECK_PATH: &str = "/grpc.health.v1.Health/Check";
 const HEALTH_WATCH_PATH: &str = "/grpc.health.v1.Health/Watch";
 
-/// A gRPC method of this server.
+/// A gRPC method that this server implements.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Rpc {
     /// `envoy.service.auth.v3.Authorization/Check`
@@ -30,7 +30,7 @@ impl Rpc {
     /// Returns the method that `request` calls.
     ///
     /// # Errors
-    /// The HTTP status for a request that is not a gRPC call of one of these methods.
+    /// The HTTP status for a request that is not a gRPC call to one of these methods.
     pub(crate) fn of<B>(request: &Request<B>) -> Result<Self, StatusCode> {
         if request.method() != Method::POST {
             return Err(StatusCode::METHOD_NOT_ALLOWED);

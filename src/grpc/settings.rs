@@ -11,7 +11,7 @@ crate::settings! {
         /// Addresses to listen on: one address or a list. `unix:///PATH` is a Unix socket, for an Envoy on the same
         /// machine.
         listen: Vec<ListenAddress> = "127.0.0.1:50051",
-        /// Permission bits of a Unix socket, which determine the users that may connect.
+        /// Permission bits of a Unix socket, which determine which users may connect.
         socket_mode: SocketMode = "0660",
         /// Owner of a Unix socket: a numeric user id, or a user id and a group id (`101:101`). Unset: the user that
         /// runs the server.

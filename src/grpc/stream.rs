@@ -1,7 +1,7 @@
 //! The byte stream of a connection: TCP, TLS over TCP, or a Unix socket.
 //!
-//! [`Stream`] does not report support for vectored writes, although the sockets support them. h2 therefore copies small
-//! answers into one buffer and sends them with one write, instead of one write for each answer.
+//! [`Stream`] reports that it does not support vectored writes, so that h2 copies small answers into one buffer and
+//! sends the buffer with a single write. The sockets themselves do support vectored writes.
 
 use std::{
     io,
@@ -34,7 +34,7 @@ pub(crate) enum Stream {
 }
 
 impl Stream {
-    /// Registers `accepted` with the runtime of the caller, completes the TLS handshake if `accepted` is a TCP stream
+    /// Registers `accepted` with the caller's runtime, completes the TLS handshake if `accepted` is a TCP stream
     /// and `tls` is set, and detects the protocol. The caller is responsible for a timeout.
     ///
     /// # Errors
@@ -92,7 +92,7 @@ impl Stream {
 
 /// Why a connection is not served.
 pub(crate) enum Refused {
-    /// The peer's protocol, TLS handshake or certificate is refused. The text is a detail for the log.
+    /// The peer's protocol, TLS handshake or certificate is refused. The string is a detail for the log.
     Peer(Reason, String),
     /// The peer speaks HTTP/1 or an unknown protocol on this stream.
     NotHttp2(Reason, Stream),
@@ -100,7 +100,7 @@ pub(crate) enum Refused {
     Ended,
 }
 
-/// Classifies an I/O error of the connection, which may contain an error of the TLS handshake.
+/// Classifies an I/O error on the connection. The error may contain a TLS handshake error.
 impl From<io::Error> for Refused {
     fn from(error: io::Error) -> Self {
         match error.get_ref().and_then(|inner| inner.downcast_ref::<rustls::Error>()) {

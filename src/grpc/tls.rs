@@ -1,4 +1,4 @@
-//! TLS of the gRPC listener: the server's certificate, and the authorities for client certificates.
+//! TLS for the gRPC listener: the server's certificate, and the authorities for client certificates.
 //!
 //! The server reads the files once, at startup. If a certificate is configured, `stream` refuses TCP peers without TLS.
 
@@ -34,7 +34,7 @@ pub(crate) fn install_provider() {
     let _ = ring::default_provider().install_default();
 }
 
-/// Creates the acceptor of TLS connections from `settings`; returns `None` if no certificate is configured.
+/// Creates the TLS acceptor from `settings`; returns `None` if no certificate is configured.
 ///
 /// # Errors
 /// [`TlsError`], with the setting and the file, if a file cannot be read or the key does not match the certificate.
@@ -97,11 +97,11 @@ pub(crate) fn diagnose(settings: &GrpcSettings, now: DatabaseTime) -> Diagnosis 
     }
     let certificates = read_certificates("grpc.tls_certificate_file", path).unwrap_or_default();
     let Some((begins, ends)) = validity(&certificates, now) else {
-        return Diagnosis::ok(EXAMINATION, "certificate and key match; the expiry of the certificate is unknown");
+        return Diagnosis::ok(EXAMINATION, "certificate and key match; the certificate's expiry date is unknown");
     };
     let renew = "renew the certificate and restart `serve`, which reads the file once, at startup";
     if let Some(begins) = begins {
-        let remedy = "wait until then, use another certificate, or correct this machine's clock";
+        let remedy = "wait until then, use a different certificate, or correct this machine's clock";
         return Diagnosis::failed(EXAMINATION, format!("the certificate is valid only from {begins}"), remedy)
             .about(SETTING);
     }
@@ -118,10 +118,11 @@ pub(crate) fn diagnose(settings: &GrpcSettings, now: DatabaseTime) -> Diagnosis 
 }
 
 const DAY: Duration = Duration::from_hours(24);
-/// `doctor` warns if the certificate expires within this time. Certificates are usually renewed before then.
+/// `doctor` warns if the certificate expires within this time. Certificates are usually renewed earlier, so the warning
+/// may mean that the renewal failed.
 const RENEWAL_MARGIN: Duration = Duration::from_hours(30 * 24);
 
-/// Returns the latest start of validity of `certificates`, if it is in the future, and their earliest end of validity.
+/// Returns the latest `notBefore` time of `certificates`, if it is in the future, and their earliest `notAfter` time.
 /// rustls exposes these times only in verification errors. Verification checks the times first, so no root certificates
 /// are needed.
 fn validity(certificates: &[CertificateDer<'_>], now: DatabaseTime) -> Option<(Option<DatabaseTime>, DatabaseTime)> {

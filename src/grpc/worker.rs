@@ -59,9 +59,9 @@ impl Workers {
         self.workers.iter().map(|worker| worker.handle.clone()).collect()
     }
 
-    /// Serves a connection, in `tasks`, on the worker with the fewest open streams. Only streams of calls that wait are
-    /// counted, because other calls are answered as soon as they arrive. Among workers with equally few streams, the
-    /// worker with the fewest connections is chosen, because idle connections may become busy.
+    /// Serves a connection, in `tasks`, on the worker with the fewest open streams. Only streams whose calls are
+    /// waiting are counted, because other calls are answered as soon as they arrive. Among workers with equally few
+    /// streams, the worker with the fewest connections is chosen, because idle connections may become busy.
     pub(crate) fn serve<F: Future<Output = ()> + Send + 'static>(
         &self,
         tasks: &TaskTracker,
@@ -90,7 +90,7 @@ impl Drop for Workers {
     fn drop(&mut self) {
         self.end.cancel();
         for worker in &mut self.workers {
-            // Ignore a panic of the thread: the message was already printed.
+            // Ignore a panic in the thread: its message has already been printed.
             let _ = worker.thread.take().map(JoinHandle::join);
         }
     }

@@ -1,5 +1,5 @@
-//! The `trustgate deny` commands: they add, remove and list entries of the deny list in Redis, which replicas read even
-//! while the database is unavailable.
+//! The `trustgate deny` commands: they add, remove and list entries in the deny list in Redis. Replicas read this list
+//! even while the database is unavailable.
 //!
 //! These commands do not change keys or trusts. A deny list entry expires, whereas a revocation is permanent.
 
@@ -28,7 +28,7 @@ use crate::{
 
 /// The maximum duration of an entry: a year. To deny a key for longer, revoke it.
 const LIFE_MAX: Duration = Duration::from_hours(366 * 24);
-/// The maximum time to wait for a connection to Redis: somewhat longer than one attempt to connect may take.
+/// The maximum time to wait for a connection to Redis: slightly longer than one connection attempt may take.
 const CONNECT_MAX: Duration = Duration::from_secs(3);
 /// The interval between attempts to run a command while there is no connection.
 const CONNECT_POLL: Duration = Duration::from_millis(20);
@@ -39,37 +39,30 @@ const COMMAND_TIMEOUT: Duration = Duration::from_secs(2);
 /// Why a `trustgate deny` command failed.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum DenyError {
-    /// An argument is invalid.
     #[error("{what} must be {expected}")]
-    Invalid {
-        /// The name of the argument.
-        what: &'static str,
-        /// A description of valid values.
-        expected: &'static str,
-    },
-    /// Redis is not configured. The value lists what the command should have denied.
+    Invalid { what: &'static str, expected: &'static str },
+    /// Redis is not configured. The value contains the entries that the command was asked to add. It is empty for other
+    /// commands.
     #[error("{}", without_redis(.0))]
     NoRedis(Vec<Denied>),
-    /// The file with the MAC key cannot be used.
     #[error("redis.mac_key_file: cannot read {path}: {source}")]
     MacKeyFile { path: PathBuf, source: io::Error },
-    /// The database has no MAC key, because it contains an existing table of the operator instead of our own tables.
+    /// The database has no MAC key, because it contains the operator's existing table and not our own tables.
     #[error(
-        "no MAC key for the deny list: a database with an existing table has none. Set redis.mac_key_file for this \
+        "deny list MAC key not found: a database with an existing table has none. Set redis.mac_key_file for this \
          command and for `serve`"
     )]
     NoMacKey,
     /// The MAC key cannot be read from the database.
     #[error(
-        "cannot read the MAC key of the deny list from the database: {0}\n  \
+        "deny list MAC key not read from the database: {0}\n  \
          To deny without the database, set redis.mac_key_file for this command and for `serve`"
     )]
     Store(#[from] StoreError),
-    /// Redis failed.
     #[error("{}", of_redis(.0))]
     Redis(#[from] SharedError),
     /// The metrics that the connection to Redis needs could not be created.
-    #[error("cannot start: {0}")]
+    #[error("deny command cannot start: {0}")]
     Start(#[from] prometheus::Error),
 }
 
@@ -89,14 +82,14 @@ fn without_redis(denied: &[Denied]) -> String {
 
 fn of_redis(error: &SharedError) -> String {
     match error {
-        SharedError::Down(QueryError::Failed(fault)) => format!("deny list in Redis failed: {fault}"),
+        SharedError::Down(QueryError::Failed(fault)) => format!("deny list request to Redis failed: {fault}"),
         SharedError::Down(QueryError::Paused) => "no connection to Redis".to_owned(),
         SharedError::Down(QueryError::WrongType | QueryError::NoScript) => {
             "deny list in Redis is unusable: `trustgate:deny` is not a hash. Delete it in Redis, then add the entries \
              again"
                 .to_owned()
         }
-        other => format!("deny list in Redis failed: {other}"),
+        other => other.to_string(),
     }
 }
 
@@ -123,8 +116,8 @@ impl DenyEntry {
 pub(crate) struct Listed {
     /// The entries that have not expired, ordered by expiry.
     pub entries: Vec<DenyEntry>,
-    /// The number of entries that replicas of this release ignore, because the MAC is wrong or another release wrote
-    /// them.
+    /// The number of entries that replicas running this release ignore, because the MAC is wrong or a different release
+    /// wrote them.
     pub refused: usize,
 }
 
@@ -152,7 +145,7 @@ pub(crate) async fn mac_key(redis: &RedisSettings, store: &StoreSettings, env: E
 pub(crate) struct Denials(SharedList);
 
 impl Denials {
-    /// Connects to the Redis server of `settings`, runs `work` on the deny list there, and closes the connection when
+    /// Connects to the Redis server in `settings`, runs `work` on the deny list there, and closes the connection when
     /// `work` ends.
     ///
     /// # Errors
@@ -189,7 +182,7 @@ impl Denials {
         self.set(denied, life).await
     }
 
-    /// Ends the entries for `denied` now, including entries that Redis has lost but replicas still remember.
+    /// Makes the entries for `denied` expire now, including entries that Redis has lost but replicas still remember.
     ///
     /// # Errors
     /// Redis failed.
@@ -197,7 +190,7 @@ impl Denials {
         self.set(denied, Duration::ZERO).await
     }
 
-    /// Reads the entries of the list.
+    /// Reads the deny list.
     ///
     /// # Errors
     /// Redis failed.
@@ -214,7 +207,7 @@ impl Denials {
         Ok(terms.into_iter().map(|(denied, term)| DenyEntry::new(denied, term)).collect())
     }
 
-    /// Repeats `work` until there is a connection, for at most [`CONNECT_MAX`].
+    /// Repeats `work` for up to [`CONNECT_MAX`] until there is a connection.
     async fn connected<T>(&self, work: impl AsyncFn() -> Result<T, SharedError>) -> Result<T, DenyError> {
         let start = SystemClock.now();
         loop {

@@ -14,7 +14,7 @@ use crate::{
 pub(crate) struct Fixture {
     pub(crate) manager: Manager,
     pub(crate) replicas: Replicas,
-    /// The directory of the database, which is removed when this field is dropped.
+    /// The directory that contains the database. Dropping this field removes the directory.
     _directory: tempfile::TempDir,
 }
 

@@ -221,7 +221,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn valid_lines_are_stored_once_each() {
+    async fn duplicate_lines_are_counted_and_stored_once() {
         let (one, two) = ("a1".repeat(32), "b2".repeat(32));
         let text = format!("# from the old gateway\n\n{one}\r\n  {two}\n{}", one.to_uppercase());
         assert_eq!(import(LineForm::Digests, text.as_bytes()).await, Ok((2, 1)));
@@ -263,7 +263,7 @@ mod tests {
     }
 
     #[test]
-    fn lines_do_not_depend_on_how_the_input_is_split_into_reads() {
+    fn line_reader_joins_lines_that_span_several_reads() {
         struct Slow<'i>(&'i [u8]);
         impl Read for Slow<'_> {
             fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {

@@ -1,6 +1,6 @@
 //! Operations on keys: issue, list, revoke and identify. [`Manager::issue_key`] returns a new key to its caller once.
 //!
-//! Of a key itself, only the digest and the hint are stored.
+//! The database stores the key's digest and hint, but not the key itself.
 
 use std::time::Duration;
 
@@ -26,7 +26,7 @@ const SCOPES_MAX: usize = 64;
 const CIDRS_MAX: usize = 64;
 /// The maximum validity period of a key: 100 years. A longer period is probably a typing error.
 const LIFE_MAX: Duration = Duration::from_hours(100 * 366 * 24);
-/// The maximum number of strings that may be keys in one call of [`Manager::identify_keys`].
+/// The maximum number of candidate strings in one call to [`Manager::identify_keys`].
 const IDENTIFY_MAX: usize = 1_000;
 
 /// The properties of a key to issue.
@@ -44,19 +44,19 @@ pub struct Wanted {
     pub expires_in: Option<Duration>,
 }
 
-/// Selects keys by the pepper under which their digest was computed. "Configured" refers to the configuration of the
+/// Selects keys by the pepper with which their digest was computed. "Configured" refers to the configuration of the
 /// [`Manager`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PepperFilter {
-    /// Keys under the current configured pepper.
+    /// Keys hashed with the current configured pepper.
     Current,
-    /// Keys under a previous configured pepper.
+    /// Keys hashed with a previous configured pepper.
     Previous,
     /// Keys whose recorded pepper is not configured.
     Unknown,
-    /// Keys under a pepper that the database does not record yet.
+    /// Keys whose pepper the database does not record yet.
     Unrecorded,
-    /// Keys under the pepper with this fingerprint.
+    /// Keys hashed with the pepper that has this fingerprint.
     Fingerprint(Fingerprint),
 }
 
@@ -102,7 +102,7 @@ pub(crate) enum KeyState {
 }
 
 impl KeyState {
-    /// Returns the state of `key` at the time `now` of the database's clock.
+    /// Returns the state of `key` at the time `now`, by the database's clock.
     #[must_use]
     pub(crate) fn of(key: &KeyDetails, now: DatabaseTime) -> Self {
         if key.revoked_at.is_some() {
@@ -183,8 +183,8 @@ impl Manager {
         Ok((pepper, self.ledger.use_pepper(&self.actor, pepper).await?))
     }
 
-    /// Lists the keys of one trust, or of all trusts, newest first. `pepper` limits the list to the keys that it
-    /// selects. Also returns the current time by the database's clock, which determines the state of each key.
+    /// Lists the keys of one trust, or of all trusts, newest first. If `pepper` is given, lists only the keys that this
+    /// filter selects. Also returns the current time by the database's clock, which determines the state of each key.
     ///
     /// # Errors
     /// The trust does not exist, or the database failed.
@@ -219,7 +219,7 @@ impl Manager {
     /// the whole line if there are none. Also returns the current time by the database's clock.
     ///
     /// # Errors
-    /// The text has too many such strings, or the database failed.
+    /// The input has too many such strings, or the database failed.
     pub async fn identify_keys(&mut self, text: &str) -> Result<(Vec<Identified>, DatabaseTime), ManageError> {
         let prefix = self.credential.prefix.clone();
         let strings: Vec<_> = text
@@ -228,7 +228,7 @@ impl Manager {
             .flat_map(|(index, line)| key_like(&prefix, line).into_iter().map(move |string| (index + 1, string)))
             .collect();
         if strings.len() > IDENTIFY_MAX {
-            return Err(ManageError::Invalid { what: "the number of keys in the text", expected: "at most 1000" });
+            return Err(ManageError::Invalid { what: "the number of keys in the input", expected: "at most 1000" });
         }
         let mut found = Vec::with_capacity(strings.len());
         for (line, string) in strings {
@@ -240,7 +240,7 @@ impl Manager {
     }
 }
 
-/// Returns the strings of `line` that may be keys, as [`Manager::identify_keys`] describes.
+/// Returns the substrings of `line` that may be keys, as described in [`Manager::identify_keys`].
 fn key_like<'l>(prefix: &credential::Prefix, line: &'l str) -> Vec<&'l [u8]> {
     let start = format!("{}_", prefix.as_str());
     let ours: Vec<_> = line

@@ -13,7 +13,7 @@ use crate::{
 /// The maximum length of a trust's name, in characters.
 const NAME_CHARS_MAX: usize = 100;
 
-/// Parses a reference to a trust: a UUID is an id, any other text is a name.
+/// Parses a reference to a trust: a UUID is an id, any other string is a name.
 #[must_use]
 pub(crate) fn trust_ref(text: &str) -> TrustRef {
     Uuid::parse_str(text).map_or_else(|_| TrustRef::Name(text.to_owned()), |id| TrustRef::Id(TrustId(id)))
@@ -73,7 +73,7 @@ mod tests {
     use crate::{ext_authz::credential::CredentialSettings, manage::fixture::Fixture};
 
     #[test]
-    fn trust_ref_reads_a_uuid_as_an_id_and_other_text_as_a_name() {
+    fn trust_ref_parses_a_uuid_as_an_id_and_any_other_string_as_a_name() {
         let id = Uuid::from_u128(7);
         assert_eq!(trust_ref(&id.to_string()), TrustRef::Id(TrustId(id)));
         assert_eq!(trust_ref("acme"), TrustRef::Name("acme".to_owned()));

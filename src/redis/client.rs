@@ -1,4 +1,4 @@
-//! The handle to Redis that the rest of the server uses, and the task that maintains its connection.
+//! The Redis handle that the rest of the server uses, and the task that maintains its connection.
 
 use std::{
     sync::{
@@ -32,7 +32,7 @@ use crate::base::{
 /// The maximum time for which a connection to a node that refuses commands is kept.
 const REPLACE_INTERVAL_MAX: Duration = Duration::from_mins(1);
 
-/// The metrics of the connection to Redis.
+/// The Redis connection metrics.
 #[derive(Clone)]
 pub struct RedisMetrics {
     up: IntGauge,
@@ -41,7 +41,7 @@ pub struct RedisMetrics {
 }
 
 impl RedisMetrics {
-    /// Registers the metrics; `breaker_open` is the gauge of the circuit breaker for Redis.
+    /// Registers the metrics; `breaker_open` is the gauge of the Redis circuit breaker.
     ///
     /// # Errors
     /// Returns the error of [`register`].
@@ -99,7 +99,7 @@ impl CommandRefusal {
             "MISCONF" | "NOREPLICAS" => Some(Self::Misconfigured),
             _ => None,
         };
-        // Before Redis 7, the error code of a command inside a script follows a dash in the error text.
+        // Before Redis 7, if a command inside a script fails, its error code follows a dash in the error message.
         let in_script = || {
             let text = error.to_string();
             text.split('-').skip(1).find_map(|part| refusal(part.split_whitespace().next().unwrap_or_default()))
@@ -116,7 +116,7 @@ impl CommandRefusal {
 /// The state of commands that Redis refuses.
 #[derive(Default)]
 struct Refusing {
-    /// True while Redis refuses commands. The log reports only the changes of this flag.
+    /// True while Redis refuses commands. Only changes of this flag are logged.
     is_refusing: AtomicBool,
     /// Requests a new connection.
     replace: Notify,
@@ -142,21 +142,21 @@ pub enum QueryError {
     Paused,
     /// Redis failed or did not reply within the timeout.
     Failed(Fault),
-    /// The Redis key has a value of another type than the command expects (`WRONGTYPE`).
+    /// The value at the Redis key has a different type from the one that the command expects (`WRONGTYPE`).
     WrongType,
     /// The server does not have the script (`NOSCRIPT`).
     NoScript,
 }
 
-/// A Lua script. The server runs it by its hash; [`Redis::run`] sends the full text only to a server that does not have
-/// the script.
+/// A Lua script. The server runs it by its hash; [`Redis::run`] sends the full source only to a server that does not
+/// have the script.
 pub struct LuaScript {
     code: &'static str,
     hash: String,
 }
 
 impl LuaScript {
-    /// Creates a script from its source text `code`, which must use exactly one Redis key.
+    /// Creates a script from its source `code`, which must use exactly one Redis key.
     #[must_use]
     pub fn new(code: &'static str) -> Self {
         Self { code, hash: redis::Script::new(code).get_hash().to_owned() }
@@ -197,7 +197,7 @@ impl Redis {
         (handle, keeper)
     }
 
-    /// Sends `command` and waits for the reply, at most for `redis.timeout`.
+    /// Sends `command` and waits up to `redis.timeout` for the reply.
     ///
     /// # Errors
     /// Returns a [`QueryError`]. If Redis failed, the circuit breaker has already counted the failure.
@@ -250,7 +250,7 @@ impl Redis {
         Err(QueryError::Failed(fault))
     }
 
-    /// Runs `script` on the Redis key `key`. Waits at most `redis.timeout`, or twice that time if the server does not
+    /// Runs `script` on the Redis key `key`. Waits up to `redis.timeout`, or twice that time if the server does not
     /// have the script yet.
     ///
     /// # Errors

@@ -1,6 +1,7 @@
 //! Connects to Redis according to the settings: to a single server, to the master that Sentinels name, or to a Cluster.
 //!
-//! Each connect reads the files with secrets again. Error messages do not contain the content of these files.
+//! The files with secrets are read again for each new connection. Error messages do not contain the content of these
+//! files.
 
 use std::{fs, io, path::Path, sync::Arc, time::Duration};
 
@@ -23,7 +24,7 @@ pub trait Link: Send + Sync + 'static {
     /// Connects and waits for a first reply. The caller sets the timeout.
     ///
     /// # Errors
-    /// Returns the error of Redis or of the network.
+    /// Returns the Redis or network error.
     async fn connect(&self) -> Result<RedisConnection, RedisError>;
 
     /// Opens a connection for a subscription. If there are several addresses, `turn` selects one of them, so that
@@ -72,7 +73,7 @@ impl RedisConnection {
 /// Timeout for connecting to a node of a Cluster, and for each reply of a node. It is short, so that a node that hangs
 /// leaves enough time to connect to the other nodes.
 const NODE_TIMEOUT: Duration = Duration::from_millis(500);
-// The client waits twice for a node that hangs: first because the settings list the node, then because another node
+// The client waits twice for a node that hangs: first because the settings list the node, then because a different node
 // lists it.
 const _: () = assert!(NODE_TIMEOUT.as_millis() * 4 <= CONNECT_TIMEOUT.as_millis());
 /// The maximum number of times that the client repeats a command within a Cluster, after `MOVED`, `ASK` or a broken
@@ -199,7 +200,8 @@ pub(crate) fn servers(settings: &RedisSettings) -> Result<Vec<ConnectionInfo>, R
 
 const SEVERAL: &str = "redis.url contains several URLs: set redis.sentinel_master or redis.cluster";
 
-/// Returns the URLs in the text of a file: one URL per line, or separated by commas, as in an environment variable.
+/// Returns the URLs in `text`, the content of a file: one URL per line, or separated by commas, as in an environment
+/// variable.
 fn urls_in(text: &Secret) -> Vec<Secret> {
     let urls = text.expose().split(['\n', ',']).map(str::trim).filter(|url| !url.is_empty());
     urls.map(|url| Secret::new(url.to_owned())).collect()

@@ -18,7 +18,8 @@ use super::{
 pub(crate) const CHANNEL: &str = "trustgate:hints";
 
 /// Subscribes on a dedicated connection until `stop` is cancelled. Calls `on_notification` for each notification, and
-/// after each connect, because notifications may have been missed before. `on_notification` must not block.
+/// after each new connection is established, because notifications may have been missed before that. `on_notification`
+/// must not block.
 pub async fn listen(link: impl Link, on_notification: impl Fn() + Send + Sync, stop: CancellationToken) {
     let listening = async {
         let mut attempts = Attempts::new(" for notifications");

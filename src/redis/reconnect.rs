@@ -1,4 +1,4 @@
-//! Reconnects to Redis: timeouts and back-off of the attempts, and the log lines about them.
+//! Makes connection attempts to Redis, with timeouts and back-off, and logs them.
 
 use std::time::Duration;
 
@@ -25,7 +25,7 @@ pub(crate) struct Attempts {
 }
 
 impl Attempts {
-    /// Creates the state before the first attempt. `purpose` is the text that follows "redis connection" in the log.
+    /// Creates the state before the first attempt. `purpose` follows "redis connection" in log messages.
     pub(crate) const fn new(purpose: &'static str) -> Self {
         Self { purpose, wait: None, was_down: false, is_replacement: false }
     }

@@ -2,7 +2,7 @@
 //!
 //! A sealed value consists of the layout (1 byte), a MAC (32 bytes) and the body. The MAC is HMAC-SHA-256 over the
 //! layout, the kind, the name and the body. So a client that can write to Redis but lacks the MAC key can neither
-//! create a value nor move a value to another name or kind.
+//! create a value nor move a value to a different name or kind.
 
 use std::sync::{Arc, OnceLock};
 
@@ -21,7 +21,7 @@ const MAC_BYTES: usize = 32;
 /// The part of a sealed value that all values of one kind share.
 #[derive(Clone, Copy)]
 pub(crate) struct Envelope<'k> {
-    /// The version of the format of the body. A value with another layout does not open.
+    /// The format version of the body. [`Envelope::open`] rejects a value with a different version.
     pub(crate) layout: u8,
     /// The kind of value, at most 255 bytes long. Kinds that share a MAC key must have different names.
     pub(crate) kind: &'k str,
@@ -79,11 +79,11 @@ mod tests {
     const ENVELOPE: Envelope<'_> = Envelope { layout: 1, kind: "kind" };
 
     #[test]
-    fn value_opens_only_if_unchanged_and_in_its_envelope_under_its_name_and_mac_key() {
+    fn value_is_rejected_if_changed_or_if_the_envelope_name_or_mac_key_differs() {
         let name = Name::Varying("name");
         let sealed = ENVELOPE.seal(&MAC_KEY, name, |body| body.extend(b"body"));
         assert_eq!(ENVELOPE.open(&MAC_KEY, name, &sealed), Some(&b"body"[..]));
-        assert_eq!(ENVELOPE.open(&[6; 32], name, &sealed), None, "another MAC key");
+        assert_eq!(ENVELOPE.open(&[6; 32], name, &sealed), None, "different MAC key");
         for other in [Name::Varying("nam"), Name::Varying("eman"), Name::Fixed(b"name")] {
             assert_eq!(ENVELOPE.open(&MAC_KEY, other, &sealed), None);
         }
@@ -100,7 +100,7 @@ mod tests {
 
     /// Replicas of different releases share values, so the bytes must stay the same.
     #[test]
-    fn sealed_bytes_match_those_of_earlier_releases() {
+    fn sealed_bytes_match_those_from_earlier_releases() {
         let hex = |value: Vec<u8>| crate::record::hex(&value);
         let varying = ENVELOPE.seal(&MAC_KEY, Name::Varying("name"), |body| body.extend(b"body"));
         assert_eq!(hex(varying), "01403271eb280d0b81519b85673cb16417e2d0a2a1aa30a94c38207c5718be9693626f6479");

@@ -64,7 +64,7 @@ pub(crate) struct Admin {
 /// Reports whether this process is ready.
 #[async_trait]
 pub(crate) trait Readiness: Send + Sync {
-    /// Returns true if this process is ready, and a text with details for people.
+    /// Returns true if this process is ready, and human-readable details.
     async fn examine(&self) -> (bool, String);
 }
 
@@ -88,7 +88,7 @@ pub(crate) async fn run(listener: TcpListener, admin: Arc<Admin>, stop: Cancella
                 }
                 Err(error) => {
                     if let Some(suppressed) = failures.permit(admin.clock.now()) {
-                        tracing::warn!(%error, suppressed, "admin accept failed: trying again in {ACCEPT_WAIT:?}");
+                        tracing::warn!(%error, suppressed, "admin accept failed; retrying in {ACCEPT_WAIT:?}");
                     }
                     sleep(ACCEPT_WAIT).await;
                 }
@@ -100,7 +100,7 @@ pub(crate) async fn run(listener: TcpListener, admin: Arc<Admin>, stop: Cancella
     connections.shutdown().await;
 }
 
-/// Serves one request. Errors of the connection are not logged, because the client causes them.
+/// Serves one request. Connection errors are not logged, because the client causes them.
 async fn serve(stream: TcpStream, admin: Arc<Admin>) {
     let service = service_fn(move |request: Request<Incoming>| {
         let admin = Arc::clone(&admin);
@@ -125,7 +125,7 @@ async fn answer(request: &Request<Incoming>, admin: &Admin) -> Response<Full<Byt
             (admin.before_scrape)();
             (StatusCode::OK, METRICS, metrics::text(&admin.registry))
         }
-        _ => (StatusCode::NOT_FOUND, TEXT, "there is /livez, /readyz and /metrics\n".to_owned()),
+        _ => (StatusCode::NOT_FOUND, TEXT, "not found: use /livez, /readyz or /metrics\n".to_owned()),
     };
     let mut response = Response::new(Full::from(text));
     *response.status_mut() = status;

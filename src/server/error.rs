@@ -19,7 +19,7 @@ pub enum AppError {
         setting: &'static str,
         /// The file and line, or the environment variable, that sets the address.
         origin: Option<String>,
-        /// The error of the operating system.
+        /// The operating system's error.
         source: io::Error,
     },
     /// A file with a secret cannot be read.
@@ -33,7 +33,7 @@ pub enum AppError {
     /// TLS cannot be set up.
     #[error(transparent)]
     Tls(#[from] TlsError),
-    /// The file of the deny list cannot be read.
+    /// The deny list file cannot be read.
     #[error("freshness.deny_file: {source}")]
     DenyFile {
         /// The problem with the file.
@@ -42,7 +42,7 @@ pub enum AppError {
     /// The database cannot be used, and retrying would not help.
     #[error("{place}: {source}")]
     Store {
-        /// A description of the database for people.
+        /// A human-readable description of the database.
         place: String,
         /// The problem with the database.
         source: StoreError,
@@ -53,8 +53,8 @@ pub enum AppError {
     /// Two metrics have the same name: a bug in the program.
     #[error("cannot start: {0}")]
     Metrics(#[from] prometheus::Error),
-    /// A task of the server ended before the shutdown.
-    #[error("server task ended unexpectedly, so the server stops: {0}: {1}")]
+    /// A server task ended before shutdown began.
+    #[error("server task ended unexpectedly: {0} ({1}); the server stops")]
     Ended(&'static str, String),
     /// Calls in flight did not end within `limits.drain_grace`.
     #[error("grace period exceeded: {0} connections did not end within limits.drain_grace and were closed")]

@@ -1,4 +1,4 @@
-//! Publishes the state of the server to gRPC health checks and readiness probes.
+//! Publishes the server's state to gRPC health checks and readiness probes.
 
 use std::{future::pending, sync::Arc};
 
@@ -57,7 +57,7 @@ pub(crate) async fn announce(
                 }
                 changed = phases.changed() => if changed.is_err() { return },
                 changed = pepper.changed() => if changed.is_err() { return },
-                // The poll has ended, so the lease does not change any more.
+                // The poll task has ended, so the lease no longer changes.
                 changed = fresh.changed() => if changed.is_err() { return pending().await },
             }
         }

@@ -11,7 +11,7 @@ pub(crate) enum Phase {
     Serve,
     /// Shutting down: not ready but still serving, so that Envoy sends new calls elsewhere.
     Drain,
-    /// No longer accepting; calls in flight finish.
+    /// No longer accepting connections; calls in flight finish.
     Stop,
 }
 
@@ -68,6 +68,6 @@ impl Life {
 pub enum Delay {
     /// For `limits.drain_delay`, so that Envoy can notice that the server is not ready and send new calls elsewhere.
     Full,
-    /// No delay, because an operator waits at a terminal or a task of the server has failed.
+    /// No delay, because an operator waits at a terminal or a server task has failed.
     None,
 }

@@ -1,4 +1,4 @@
-//! The readiness of the server, which `/readyz` reports.
+//! The server's readiness, which `/readyz` reports.
 
 use std::{sync::Arc, time::Duration};
 
@@ -20,11 +20,11 @@ const PROBE_TIMEOUT: Duration = Duration::from_millis(250);
 
 /// The state that decides whether the server is ready.
 pub(crate) struct ServerReadiness {
-    /// The phase of the server.
+    /// The server's current phase.
     pub(crate) life: Life,
     pub(crate) replica_state: Arc<ReplicaState>,
     pub(crate) clock: Arc<dyn Clock>,
-    /// The metrics of the poll, which show whether the database answers.
+    /// The poll's metrics, which show whether the database answers.
     pub(crate) poll: PollMetrics,
     /// The runtimes of the workers.
     pub(crate) workers: Vec<Handle>,
@@ -46,8 +46,8 @@ impl Readiness for ServerReadiness {
         };
         let lease = match self.replica_state.load().lease_state(self.clock.now()) {
             LeaseState::Fresh => "fresh",
-            LeaseState::Stale => "stale; keys that were good are still granted for freshness.stale_if_unconfirmed",
-            LeaseState::Expired => "none; checks that would rely on it ask the database",
+            LeaseState::Stale => "stale; keys that were valid are still granted for freshness.stale_if_unconfirmed",
+            LeaseState::Expired => "none; checks that need a lease read the database instead",
         };
         let fits = self.replica_state.pepper.fits();
         let serving = if answers { "ok" } else { "does not answer" };

@@ -51,21 +51,21 @@ use crate::{
 pub struct ReplicaDeps {
     /// The database.
     pub source: Arc<dyn Source>,
-    /// A description of the database for messages.
+    /// A description of the database, for log and error messages.
     pub place: String,
     /// Connects to Redis; `None` if Redis is not used.
     pub redis: Option<Arc<dyn Link>>,
     /// The clock that the replica reads.
     pub clock: Arc<dyn Clock>,
-    /// The id of the replica, which is new at each start.
+    /// The replica id. Each start generates a new one.
     pub id: Uuid,
-    /// The name of the replica, for people.
+    /// The human-readable name of the replica.
     pub name: String,
     /// The runtime for requests to the database and Redis.
     pub io: Handle,
-    /// The runtime of the poll.
+    /// The runtime for the poll.
     pub poll: Handle,
-    /// Ends all tasks of the replica.
+    /// Ends all of the replica's tasks when it is cancelled.
     pub stop: CancellationToken,
 }
 
@@ -77,7 +77,7 @@ pub struct Replica {
     pub cache: Arc<Cache<ApiKey>>,
     /// The replica state, which the poll updates.
     pub replica_state: Arc<ReplicaState>,
-    /// The metrics of the poll.
+    /// The poll's metrics.
     pub poll: PollMetrics,
     /// True while the lease is fresh.
     pub fresh: watch::Receiver<bool>,
@@ -102,7 +102,7 @@ impl Tasks {
         self.names.insert(task.id(), name);
     }
 
-    /// Waits for the next task to end, and returns the name and the result of that task; `None` if no task is left.
+    /// Waits for the next task to end, and returns the task's name and result; `None` if no task is left.
     ///
     /// # Cancel safety
     /// Safe: no task is lost.
@@ -117,11 +117,10 @@ impl Tasks {
 }
 
 impl Replica {
-    /// Starts a replica. Adds the background tasks of the replica to `tasks`. The tasks end when `deps.stop` is
-    /// cancelled.
+    /// Starts a replica. Adds the replica's background tasks to `tasks`. The tasks end when `deps.stop` is cancelled.
     ///
     /// # Errors
-    /// If a secret file or the file of the deny list cannot be read.
+    /// If a secret file or the deny list file cannot be read.
     pub fn start(config: &Config, deps: ReplicaDeps, registry: &Registry, tasks: &mut Tasks) -> Result<Self, AppError> {
         let ReplicaDeps { source, place, redis, clock, id, name, io, poll: poll_runtime, stop } = deps;
         let replica_state = Arc::new(ReplicaState::new(config.freshness.limits()));
@@ -277,7 +276,7 @@ fn sample(
     }
 }
 
-/// Returns the peppers of this server. The poll compares them with the pepper that the database records, and reads the
+/// Returns this server's peppers. The poll compares them with the pepper that the database records, and reads the
 /// pepper files again.
 fn peppers(config: &Config, hasher: &Hasher, registry: &Registry) -> prometheus::Result<Peppers> {
     let credential = config.credential.clone();
@@ -310,7 +309,7 @@ fn check_parts(
     }
 }
 
-/// Returns the freshness mode of routes that do not set a mode.
+/// Returns the freshness mode for routes that do not set a mode.
 pub(crate) fn mode(config: &Config) -> Freshness {
     let usual = if config.store.tracks_changes() { Freshness::Lease } else { Freshness::Ttl };
     config.freshness.mode.unwrap_or(usual)
@@ -365,8 +364,8 @@ async fn prepare_and_poll(
         poll.run(stop).await;
         return Ok(());
     };
-    // Try to read the key before the first poll makes the server ready, so that L2 is available for the first checks.
-    // If that fails, the server works without L2 until a later attempt succeeds.
+    // Try to read the MAC key before the first poll makes the server ready, so that L2 is available for the first
+    // checks. If that fails, the server works without L2 until a later attempt succeeds.
     let mut fetch = MacKeyFetch { source, mac_key, limit: limit.saturating_mul(2), reported: String::new() };
     stop.run_until_cancelled(fetch.once()).await;
     tokio::join!(stop.run_until_cancelled(fetch.until_done()), poll.run(stop.clone()));
@@ -396,7 +395,7 @@ impl MacKeyFetch {
         }
         let problem = match timeout(self.limit, self.source.redis_mac_key()).await {
             Ok(Ok(Some(key))) => {
-                let _ = self.mac_key.set(key); // fails only if the key is set already
+                let _ = self.mac_key.set(key); // fails only if the key is already set
                 return;
             }
             Ok(Ok(None)) => NO_MAC_KEY.to_owned(),
@@ -404,7 +403,7 @@ impl MacKeyFetch {
             Err(_) => Fault::Timeout { tier: Tier::Store, limit: self.limit }.to_string(),
         };
         if problem != self.reported {
-            tracing::warn!(problem, "redis cache disabled: its MAC key is not available");
+            tracing::warn!(problem, "redis cache disabled: the MAC key is not available");
             self.reported = problem;
         }
     }
@@ -422,7 +421,7 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn task_that_ends_or_panics_is_reported_with_its_name() {
+    async fn a_task_that_ends_or_panics_is_reported_by_name() {
         let mut tasks = Tasks::default();
         tasks.spawn_on("poll", async { Ok(()) }, &Handle::current());
         assert!(matches!(tasks.join_next().await, Some(("poll", Ok(())))));

@@ -1,4 +1,4 @@
-//! The signals of the operating system that the server handles.
+//! The operating system signals that the server handles.
 
 use std::io;
 
@@ -17,10 +17,10 @@ pub(crate) struct SystemSignals {
 }
 
 impl SystemSignals {
-    /// Registers the handlers of the signals.
+    /// Registers the signal handlers.
     ///
     /// # Errors
-    /// The error of the operating system.
+    /// The operating system's error.
     pub(crate) fn listen() -> io::Result<Self> {
         Ok(Self {
             terminate: signal(SignalKind::terminate())?,
@@ -32,7 +32,7 @@ impl SystemSignals {
         })
     }
 
-    /// Waits for a signal that asks the server to stop, and returns the delay of the shutdown. Logs and ignores SIGHUP,
+    /// Waits for a signal that asks the server to stop, and returns the shutdown delay. Logs and ignores SIGHUP,
     /// SIGUSR1 and SIGUSR2: log rotation, `systemctl reload` and closed terminals send these signals, which by default
     /// would end the process without a drain.
     ///

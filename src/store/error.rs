@@ -17,7 +17,7 @@ pub enum StoreError {
     /// Another trust has this name.
     #[error("trust {0:?} already exists")]
     NameTaken(String),
-    /// The digest is already stored, under this key id.
+    /// The key with this id already has the digest.
     #[error("a key with this digest is already stored (key id {0})")]
     DigestTaken(KeyId),
     /// The configured pepper is not the one that the database records for new keys.
@@ -48,16 +48,16 @@ pub enum StoreError {
     /// The tables are missing, too old, or too new for this release.
     #[error("{0}")]
     Schema(String),
-    /// The keys are in an existing table of the operator, which trustgate only reads.
+    /// The keys are in the operator's existing table, which trustgate only reads.
     #[error(
-        "existing table is read-only: with `store.preset` or `store.table`, the keys are in a table of yours, which \
+        "existing table is read-only: with `store.preset` or `store.table`, the keys are in your existing table, which \
          trustgate does not change. Use your own tools to change its rows"
     )]
     NotOurs,
-    /// The role lacks the rights of the owner, which attaching or detaching a table needs.
+    /// The role lacks the owner's rights, which are needed to attach or detach a table.
     #[error("{0}")]
     NotOwner(String),
-    /// The database cannot be used, for example because of a network filesystem, wrong permissions or a bad URL.
+    /// The database cannot be used, for example because of a network filesystem, wrong permissions or an invalid URL.
     #[error("{0}")]
     Unusable(String),
     /// Another database session held a lock for too long.
@@ -66,7 +66,7 @@ pub enum StoreError {
          ended"
     )]
     Blocked {
-        /// The time that this process waited.
+        /// How long this process waited.
         waited: std::time::Duration,
         /// The sessions that hold the lock, described for the operator.
         blockers: String,
@@ -80,8 +80,8 @@ pub enum StoreError {
 }
 
 impl StoreError {
-    /// Returns true if the same call may succeed later without a change to the configuration: the database may come
-    /// back, or the operator may run `trustgate migrate`.
+    /// Returns true if the same call may succeed later without a change to the configuration: the database may become
+    /// reachable again, or the operator may run `trustgate migrate`.
     #[must_use]
     pub const fn is_transient(&self) -> bool {
         matches!(self, Self::Database(_) | Self::Blocked { .. } | Self::Fault(_) | Self::Schema(_))

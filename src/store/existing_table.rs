@@ -1,4 +1,4 @@
-//! An existing table of the operator: its columns, as the settings describe them, and its identity.
+//! The operator's existing table: its columns, as the settings describe them, and its identity.
 //!
 //! This module does no I/O. It puts names of tables and columns into SQL statements only as quoted identifiers.
 
@@ -17,7 +17,7 @@ use crate::record::hex;
 #[derive(Clone, Debug)]
 pub(crate) struct ExistingTable {
     pub(crate) table: TableName,
-    /// The column with the id of the row, which is the key id.
+    /// The column with the row's id, which is the key id.
     pub(crate) id: ColumnName,
     pub(crate) trust: ColumnName,
     pub(crate) digest: ColumnName,
@@ -27,7 +27,7 @@ pub(crate) struct ExistingTable {
     pub(crate) not_before: Option<ColumnName>,
     pub(crate) expires_at: Option<ColumnName>,
     pub(crate) revoked_at: Option<ColumnName>,
-    /// The setting `store.attached`: true if triggers, which `trustgate attach` adds, record the changes of the table.
+    /// The setting `store.attached`: true if triggers, which `trustgate attach` adds, record changes to the table.
     pub(crate) attached: bool,
 }
 
@@ -69,9 +69,9 @@ impl ExistingTable {
         hex(&Sha256::digest(format!("{} {place}", self.identity())))
     }
 
-    /// Returns a hash of the table name, the format of its digests and the purpose of each column, in hexadecimal.
-    /// `trustgate attach` records this hash. A server that reads the table compares the recorded hash with that of its
-    /// own settings, to make sure that the triggers track the columns that it reads.
+    /// Returns a hash of the table name, the format of the digests and the purpose of each column, in hexadecimal.
+    /// `trustgate attach` records this hash. A server that reads the table compares the recorded hash with the hash of
+    /// its own settings, to make sure that the triggers track the columns that it reads.
     pub(crate) fn identity(&self) -> String {
         let columns = self.columns().map(|(purpose, column)| format!("{purpose}={}", column.sql()));
         let all: Vec<_> = [self.table.sql(), self.digest_form.as_str().to_owned()].into_iter().chain(columns).collect();
@@ -80,8 +80,8 @@ impl ExistingTable {
 }
 
 /// Returns the identity of the existing table in `settings`, in the database at `place`, in hexadecimal; `None` if
-/// trustgate uses its own tables. A different table, or different purposes of its columns, have a different identity.
-/// Cached values include this identity because a table that is not attached has no lineage.
+/// trustgate uses its own tables. A different table, or a table whose columns have different purposes, has a different
+/// identity. Cached values include this identity because a table that is not attached has no lineage.
 #[must_use]
 pub(crate) fn identity_of(settings: &StoreSettings, place: &str) -> Option<String> {
     ExistingTable::of(settings).map(|table| table.identity_at(place))

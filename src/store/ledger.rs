@@ -26,7 +26,7 @@ use crate::{
 };
 
 /// Reads and changes trusts and keys, on one connection. A change and its audit entry are one transaction: either both
-/// are committed or neither.
+/// are committed or neither is.
 pub struct Ledger {
     backend: Box<dyn LedgerBackend>,
     /// True while a transaction is open. Still true at the start of the next call if a call was cancelled or its
@@ -39,7 +39,7 @@ impl Ledger {
         Self { backend, open: false }
     }
 
-    /// Creates an enabled trust with the name `name`.
+    /// Creates an enabled trust named `name`.
     ///
     /// # Errors
     /// [`StoreError::NameTaken`], or the database failed.
@@ -136,8 +136,8 @@ impl Ledger {
             check_pepper(tables, key.made).await?;
             if tables.insert_keys(trust.id, std::slice::from_ref(&key)).await? == 0 {
                 let digests = Digests { current: key.digest, older: Vec::new() };
-                // If another transaction deletes the stored key before this query, its id is unknown: report the id of
-                // the new key.
+                // Another transaction may have deleted the stored key before this query, so that its id is unknown. In
+                // that case, report the id of the new key.
                 let taken = tables.keys(KeyFilter::Digests(&digests)).await?.into_iter().next();
                 return Err(StoreError::DigestTaken(taken.map_or(key.id, |taken| taken.id)));
             }
@@ -158,7 +158,7 @@ impl Ledger {
         let tables = self.begin(TxMode::Change).await?;
         let outcome = async {
             let trust = locked_trust(tables, trust).await?;
-            // The digests of one import are all computed in the same way, so one check is enough.
+            // All digests in one import are computed in the same way, so one check is enough.
             if let Some(first) = keys.first() {
                 check_pepper(tables, first.made).await?;
             }
@@ -307,7 +307,7 @@ impl Ledger {
         Ok(&mut *self.backend)
     }
 
-    /// Commits if `outcome` is `Ok`, else rolls back. Returns `outcome`, or the error of the commit.
+    /// Commits if `outcome` is `Ok`, else rolls back. Returns `outcome`, or the commit error.
     async fn end<R>(&mut self, outcome: Result<R, StoreError>) -> Result<R, StoreError> {
         match outcome {
             Ok(done) => {
@@ -346,7 +346,8 @@ async fn one_key(tables: &mut dyn LedgerBackend, id: KeyId) -> Result<KeyDetails
     tables.keys(KeyFilter::Id(id)).await?.into_iter().next().ok_or(StoreError::NoKey(id))
 }
 
-/// Rejects new keys hashed under a pepper other than the recorded one, because servers could not verify such keys.
+/// Rejects new keys that were hashed with a pepper different from the recorded one, because servers that have only the
+/// recorded pepper could not verify such keys.
 async fn check_pepper(tables: &mut dyn LedgerBackend, made: Made) -> Result<(), StoreError> {
     if made == Made::Elsewhere {
         return Ok(());
@@ -358,15 +359,15 @@ async fn check_pepper(tables: &mut dyn LedgerBackend, made: Made) -> Result<(), 
     }
 }
 
-/// Inserts the keys that are stored neither under their digest nor under an older one. Returns the number of inserted
+/// Inserts the keys of which neither the current digest nor an older digest is stored. Returns the number of inserted
 /// keys.
 async fn insert_new(tables: &mut dyn LedgerBackend, trust: TrustId, keys: &[NewKey]) -> Result<u64, StoreError> {
     let older: Vec<_> = keys.iter().flat_map(|key| key.older.iter().copied()).collect();
     if older.is_empty() {
         return Ok(tables.insert_keys(trust, keys).await?);
     }
-    // Skip keys that are stored under an older digest. Otherwise one key would have two rows, and revoking one of them
-    // would leave the key valid through the other.
+    // Skip keys that are stored under an older digest. Otherwise one key would have two rows, and after the revocation
+    // of one row the key would still be valid through the other row.
     let known: HashSet<_> = tables.stored_digests(&older).await?.into_iter().collect();
     let new: Vec<_> = keys.iter().filter(|key| !key.older.iter().any(|digest| known.contains(digest))).collect();
     Ok(tables.insert_keys(trust, &new.into_iter().cloned().collect::<Vec<_>>()).await?)

@@ -35,8 +35,8 @@ pub fn describe(settings: &StoreSettings, env: Env<'_>) -> String {
 /// [`Source::prepare`] connects.
 ///
 /// # Errors
-/// [`StoreError::Unusable`]: the URL is wrong or does not fit the other settings, or the file of a secret cannot be
-/// read.
+/// [`StoreError::Unusable`]: the URL is wrong or does not fit the other settings, or a file that contains a secret
+/// cannot be read.
 pub fn open_lookup(
     settings: &StoreSettings,
     env: Env<'_>,
@@ -65,9 +65,9 @@ pub fn open_lookup(
     })
 }
 
-/// Returns the maximum number of useful connections to SQLite: two for each processor. Each read of the file occupies a
-/// thread of this process, so more connections would not read faster, and would take processor time from requests that
-/// the cache answers.
+/// Returns the maximum number of useful connections to SQLite: two for each processor. Each read from the file occupies
+/// a thread of this process, so more connections would not read faster, and would take processor time from requests
+/// that the cache answers.
 fn sqlite_connections() -> u32 {
     let processors = available_parallelism().map_or(1, NonZero::get);
     processors.saturate::<u32>().saturating_mul(2)
@@ -82,7 +82,7 @@ pub async fn open_ledger(settings: &StoreSettings, env: Env<'_>) -> Result<Ledge
     management(settings, env)?.open().await
 }
 
-/// The settings for the connections of management to the database. One value can open any number of connections.
+/// The settings for management connections to the database. One value can open any number of connections.
 #[derive(Clone, Debug)]
 pub(crate) struct Management {
     address: StoreUrl,
@@ -91,7 +91,7 @@ pub(crate) struct Management {
     connect_timeout: Duration,
 }
 
-/// Prepares the settings for connections of management, for a caller that connects repeatedly. Does not connect yet.
+/// Prepares the settings for management connections, for a caller that connects repeatedly. Does not connect yet.
 ///
 /// # Errors
 /// [`StoreError::NotOurs`] if the keys are in an existing table; [`StoreError::Unusable`] if the URL is wrong or its
@@ -103,7 +103,7 @@ pub(crate) fn management(settings: &StoreSettings, env: Env<'_>) -> Result<Manag
     manage(settings, env)
 }
 
-/// Opens the ledger for a caller that uses only versions and replicas and changes no trust and no key, such as
+/// Opens the ledger for a caller that uses only versions and replicas and does not change trusts or keys, such as
 /// `trustgate cache clear`. Also works with an attached existing table. Connects at once.
 ///
 /// # Errors
@@ -122,7 +122,7 @@ fn manage(settings: &StoreSettings, env: Env<'_>) -> Result<Management, StoreErr
 }
 
 impl Management {
-    /// Connects to the database. Reads the files of the URL and the password again.
+    /// Connects to the database. Reads the files that contain the URL and the password again.
     ///
     /// # Errors
     /// See [`open_ledger`].
@@ -172,8 +172,8 @@ pub async fn migrate(settings: &StoreSettings, env: Env<'_>) -> Result<(), Store
     }
 }
 
-/// Starts a new database history. The operator asks for this after restoring a backup or a copy of the database, so
-/// that replicas do not use values of the earlier history that they or Redis have cached.
+/// Starts a new database history. The operator requests this after restoring a backup or a copy of the database, so
+/// that replicas do not use values from the earlier history that are still in their caches or in Redis.
 ///
 /// # Errors
 /// See [`open_ledger`].
@@ -190,8 +190,8 @@ pub async fn new_incarnation(settings: &StoreSettings, env: Env<'_>) -> Result<(
     }
 }
 
-/// Adds triggers to the existing table in one transaction. The triggers record the changes of the table in the change
-/// log. Returns the name of the table.
+/// Adds triggers to the existing table in one transaction. The triggers record changes to the table in the change log.
+/// Returns the name of the table.
 ///
 /// # Errors
 /// [`StoreError::Unusable`], whose message lists all problems; [`StoreError::NotOwner`] if a right is missing;

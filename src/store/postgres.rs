@@ -1,5 +1,5 @@
-//! PostgreSQL, the database for more than one replica: connections and error codes. `trustgate migrate` creates the
-//! tables.
+//! Connections and error codes of PostgreSQL, the database for deployments with more than one replica.
+//! `trustgate migrate` creates the tables.
 //!
 //! Reads and writes work through a connection pooler in transaction mode: reads use the simple query protocol, writes
 //! stay inside one transaction, and no setting applies to a whole session.
@@ -12,10 +12,10 @@ use sqlx::{AssertSqlSafe, Connection, PgConnection};
 
 use super::{names::SchemaName, url::StoreUrl};
 
-/// Opens a connection. Reads the files of the URL and the password again.
+/// Opens a connection. Reads the files that contain the URL and the password again.
 pub(crate) async fn connect(address: &StoreUrl) -> Result<PgConnection, sqlx::Error> {
-    // These files may be on a slow network filesystem, so a blocking thread reads them: the thread of the poll task
-    // must not be blocked.
+    // These files may be on a slow network filesystem, so a blocking thread reads them: the poll task's thread must not
+    // be blocked.
     let address = address.clone();
     let options = tokio::task::spawn_blocking(move || address.postgres()).await.map_err(std::io::Error::from)?;
     let options = options.map_err(|error| sqlx::Error::Configuration(Box::new(error)))?;

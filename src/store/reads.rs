@@ -1,5 +1,5 @@
-//! The reads of checks and of the poll: the [`lookup::Lookup`] trait, a connection pool, and one dialect for each kind
-//! of database.
+//! The database reads that checks and the poll task make: the [`lookup::Lookup`] trait, a connection pool, and one
+//! dialect for each kind of database.
 
 pub(crate) mod lookup;
 pub(crate) mod pool;

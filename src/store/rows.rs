@@ -1,7 +1,7 @@
-//! Converts the rows of both adapters to records, trusts, keys and answers of polls.
+//! Converts the rows of both adapters to records, trusts, keys and poll answers.
 //!
-//! Both adapters select the same columns in the same order and in the same plain types: whole numbers, texts, lists as
-//! JSON, times in microseconds, digests and nonces in hexadecimal. This module does no I/O.
+//! Both adapters select the same columns in the same order and in the same plain types: whole numbers, strings, lists
+//! as JSON, times in microseconds, digests and nonces in hexadecimal. This module does no I/O.
 
 use std::{sync::Arc, time::Duration};
 
@@ -28,7 +28,7 @@ use crate::{
     },
 };
 
-/// The columns of a read for a decision, in this order. The columns of the key are null if no key was found.
+/// The columns that a read for a decision returns, in this order. The columns of the key are null if no key was found.
 pub(crate) struct ReadRow {
     version: i64,
     nonce: String,
@@ -53,7 +53,7 @@ struct KeyRow {
     pepper_unrecorded: i64,
 }
 
-/// Reads whole numbers and texts from a row, by the index of the column (from 0).
+/// Reads whole numbers and strings from a row, by the column's index (from 0).
 pub(crate) trait RowExt {
     fn number(&self, column: usize) -> Result<i64, sqlx::Error>;
     fn number_or_null(&self, column: usize) -> Result<Option<i64>, sqlx::Error>;
@@ -176,7 +176,7 @@ impl KeyRow {
 /// incomplete.
 pub(crate) const POLL_ROWS_MAX: usize = 5_000;
 
-/// Converts the rows of a poll. `echo` is the number with which the poll was sent.
+/// Converts the rows of a poll. `echo` is the number that was sent with the poll.
 ///
 /// The first row has all columns below. Further rows need only columns 11 to 14.
 ///
@@ -196,7 +196,7 @@ pub(crate) fn polled(rows: &[impl RowExt], echo: i64, sent_at: Moment) -> Result
     let read = || -> Result<Option<Polled>, sqlx::Error> {
         let Some(first) = rows.first() else { return Ok(None) };
         if first.number(0)? != echo {
-            return Err(Corrupt("the answer belongs to another poll").into());
+            return Err(Corrupt("the answer belongs to a different poll").into());
         }
         if first.text(1)? != "primary" {
             return Ok(None);
@@ -232,8 +232,8 @@ pub(crate) fn polled(rows: &[impl RowExt], echo: i64, sent_at: Moment) -> Result
             }
         }
         polled.versions.sort_by_key(|(version, _)| *version);
-        // The change log records a revoked key twice: as `Absent`, because the digest may now be stored, and as `Gone`.
-        // `Gone` must take effect, so it comes last.
+        // A revocation records two changes for its digest in the same version: `Absent`, like every update of a key,
+        // and `Gone`. `Absent` makes replicas forget the revocation of a digest, so `Gone` must come last.
         polled.changes.sort_by_key(|(version, change)| (*version, matches!(change, Change::Gone(_))));
         Ok(Some(polled))
     };

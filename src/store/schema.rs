@@ -1,8 +1,8 @@
 //! The version of the tables, and the check that this release can use them.
 //!
-//! A migration only adds; anything it replaces is dropped one release later. The table `schema` records the oldest
-//! release that can use the tables. So an older release can use the tables of a newer one, and a deployment can be
-//! rolled back.
+//! A migration only adds objects; objects that they replace are dropped one release later. The table `schema` records
+//! the oldest release that can use the tables. So an older release can use tables from a newer release, and a
+//! deployment can be rolled back.
 
 pub(crate) mod grants;
 pub(crate) mod postgres;
@@ -12,10 +12,10 @@ use super::error::StoreError;
 
 /// The version of the tables that this release creates and needs.
 pub(crate) const VERSION: i64 = 4;
-/// The oldest release that can use these tables, identified by the version of the tables that it creates.
+/// The oldest release that can use these tables, identified by the version of the tables that the release creates.
 pub(crate) const COMPATIBLE_FROM: i64 = 2;
 
-/// The newest row of the table `schema`.
+/// The newest row in the table `schema`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct TableVersion {
     /// The version of the tables.

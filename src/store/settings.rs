@@ -1,4 +1,4 @@
-//! The settings of the section `store`: the database and the reads of checks.
+//! The settings of the section `store`: the database, and how checks read it.
 
 use std::{path::PathBuf, time::Duration};
 
@@ -8,22 +8,23 @@ use crate::base::secret::Secret;
 crate::settings! {
     /// The database that contains trusts and keys.
     pub struct StoreSettings in "store" {
-        /// URL of the database: `sqlite:///path/to/trustgate.db`, or
-        /// `postgres://user@host/database?sslmode=verify-full`. Unset: an embedded SQLite file in `$STATE_DIRECTORY`,
-        /// else in `$XDG_STATE_HOME/trustgate`, else in `~/.local/state/trustgate`.
+        /// Database URL: `sqlite:///path/to/trustgate.db`, or `postgres://user@host/database?sslmode=verify-full`.
+        /// Unset: an embedded SQLite file in `$STATE_DIRECTORY`, else in `$XDG_STATE_HOME/trustgate`, else in
+        /// `~/.local/state/trustgate`.
         url: Option<Secret> = "",
-        /// File that contains the URL, instead of `url`. It is read again at each connect.
+        /// File that contains the URL. Replaces `url`. The file is read again for each new connection.
         url_file: Option<PathBuf> = "",
         /// Password for the database, used with `url` and with `management_url` if they contain none.
         password: Option<Secret> = "",
-        /// File that contains the password, instead of `password`. It is read again at each connect.
+        /// File that contains the password. Replaces `password`. The file is read again for each new connection.
         password_file: Option<PathBuf> = "",
-        /// URL of the database with a separate role, for everything that changes it: `migrate`, `attach`, `detach`,
-        /// `trust`, `key`, `pepper`, `cache`, `store copy` and `canary`. Unset: `url`.
+        /// Database URL with a separate role, for everything that changes it: `migrate`, `attach`, `detach`, `trust`,
+        /// `key`, `pepper`, `cache`, `store copy` and `canary`. Unset: `url`.
         management_url: Option<Secret> = "",
-        /// File that contains the management URL, instead of `management_url`. It is read again at each connect.
+        /// File that contains the management URL. Replaces `management_url`. The file is read again for each new
+        /// connection.
         management_url_file: Option<PathBuf> = "",
-        /// PostgreSQL schema for the tables of trustgate.
+        /// PostgreSQL schema for trustgate's tables.
         schema: SchemaName = "trustgate",
         /// Set to `trust-table` to read the keys from an existing table `trust(id uuid, api_key_hash char(64) null)`
         /// instead of trustgate's own tables.
@@ -31,7 +32,7 @@ crate::settings! {
         /// Existing PostgreSQL table to read the keys from instead of trustgate's own tables, with its schema:
         /// `public.tokens`. The settings that begin with `table_` name its columns. See `docs/migrating.md`.
         table: Option<TableName> = "",
-        /// Column of `table` with the id of the row, a `uuid`. It is the key id.
+        /// Column of `table` with the row's id, a `uuid`. It is the key id.
         table_id: ColumnName = "id",
         /// Column of `table` with the id of the trust, a `uuid`. It may be the same column as `table_id`.
         table_trust: ColumnName = "id",
@@ -56,19 +57,18 @@ crate::settings! {
         /// Set to `true` before `trustgate migrate` and `trustgate attach`, and leave it set: the triggers on `table`
         /// then record its changes, and cached keys are used under the lease, as with trustgate's own tables.
         attached: bool = "false",
-        /// Maximum number of connections for reads of checks. The server opens one more for polls, and another for
-        /// notifications with PostgreSQL and `freshness.notifications`. With SQLite it opens at most two for each
-        /// processor.
+        /// Maximum number of connections for the reads that checks make. The server opens one more for polls, and
+        /// another for notifications with PostgreSQL and `freshness.notifications`. With SQLite it opens at most two
+        /// for each processor.
         connections_max: u32 = "8",
-        /// Maximum number of reads of checks that may wait or run at the same time. A quarter of them is reserved for
-        /// keys that are in the cache as good keys, so that a flood of unknown keys cannot use all of them.
+        /// Maximum number of reads by checks that may wait or run at the same time. A quarter of them is reserved for
+        /// keys that are cached as valid, so that a flood of unknown keys cannot use all of them.
         reads_max: u32 = "64",
         /// Timeout of one read. Together with `redis.timeout` it must fit into `decision.deadline`.
         read_timeout: Duration = "100ms",
-        /// Timeout of connecting to the database.
+        /// Timeout for connecting to the database.
         connect_timeout: Duration = "2s",
-        /// Consecutive failed reads after which the circuit breaker of the database opens. Concurrent failures count as
-        /// one.
+        /// Consecutive failed reads after which the database circuit breaker opens. Concurrent failures count as one.
         breaker_failures: u32 = "5",
         /// The time that the circuit breaker stays open. After that, one read tries the database again.
         breaker_open: Duration = "250ms",

@@ -1,7 +1,7 @@
-//! Helpers for the `.sql` files, which are beside the modules that use them. In these files, `{s}` is the schema of our
-//! tables.
+//! Helpers for the `.sql` files, which are stored beside the modules that use them. In these files, `{s}` is the schema
+//! of our tables.
 
-/// Returns the text of a file without the newline at its end. The database stores the text of a function or trigger
+/// Returns the content of a file without the newline at its end. The database stores the text of a function or trigger
 /// exactly as it was sent, and this program compares the stored text with the file byte by byte.
 pub(crate) const fn without_newline(file: &str) -> &str {
     match file.as_bytes() {
@@ -10,7 +10,7 @@ pub(crate) const fn without_newline(file: &str) -> &str {
     }
 }
 
-/// Returns the text between the quotes `$body$` of a statement that creates a function, as the catalog stores it.
+/// Returns the string between the `$body$` quotes in a statement that creates a function, as the catalog stores it.
 pub(crate) fn body(statement: &str) -> &str {
     statement.split(BODY).nth(1).unwrap_or_default()
 }

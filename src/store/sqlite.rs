@@ -12,14 +12,14 @@ use sqlx::{
     sqlite::{SqliteConnectOptions, SqliteSynchronous},
 };
 
-/// The maximum time that a write waits for a write of another process to end.
+/// The maximum time that a write waits for a write by another process to finish.
 pub(crate) const BUSY_TIMEOUT: Duration = Duration::from_secs(2);
 /// The maximum time that a read waits while another process has locked the whole database. It is well below
 /// `freshness.poll_timeout`, so that a poll fails with "locked" in time, which counts as an answer. A poll that waited
 /// longer would count as unanswered.
 pub(crate) const BUSY_TIMEOUT_OF_READS: Duration = Duration::from_millis(50);
 
-/// SQL for the current time in microseconds since the Unix epoch. The clock of SQLite counts milliseconds.
+/// SQL for the current time in microseconds since the Unix epoch. SQLite's clock has a resolution of one millisecond.
 pub(crate) const NOW: &str = "CAST(round(unixepoch('subsec') * 1000) AS INTEGER) * 1000";
 
 /// A minute in microseconds.
@@ -34,10 +34,10 @@ pub(crate) const HOLD_PEPPER: &str = "UPDATE meta SET pepper_fingerprint = unhex
 /// The access mode of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Access {
-    /// Reads only. Closing such a connection does not copy the write-ahead log into the database: SQLite copies the log
-    /// when the last connection closes, under an exclusive lock, which needs a file descriptor that is open for
-    /// writing. So a connection whose `-shm` was removed can be closed without overwriting later commits of other
-    /// processes.
+    /// Reads only. Closing a read-only connection does not copy the write-ahead log into the database: SQLite copies
+    /// the log when the last connection closes, under an exclusive lock, and the lock needs a file descriptor that is
+    /// open for writing. So a connection whose `-shm` was removed can be closed without overwriting later commits by
+    /// other processes.
     Read,
     /// Reads and writes.
     Write,

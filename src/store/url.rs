@@ -1,7 +1,7 @@
-//! The address of the database: the URL and the password, whose files are read again at each use, and the default path
-//! of the embedded database.
+//! The address of the database: the URL, the password, and the default path of the embedded database. A file that
+//! contains the URL or the password is read again at each use.
 //!
-//! Messages give the kind of database, its host or path and its name. They contain no user, no password and no URL
+//! Messages show the kind of database, its host or path and its name. They contain no user, no password and no URL
 //! parameters.
 
 use std::path::{Path, PathBuf};
@@ -32,7 +32,7 @@ pub(crate) enum Role {
     Manage,
 }
 
-/// The URL and the password of the database, or the files that contain them.
+/// The database URL and password, or the files that contain them.
 #[derive(Clone, Debug)]
 pub(crate) struct StoreUrl {
     url: Option<Secret>,
@@ -57,7 +57,7 @@ impl StoreUrl {
         Self { url, url_file, password, password_file, names }
     }
 
-    /// Creates the address for a URL that was given as the option `name` of a command.
+    /// Creates the address for a URL that was given in the command's option `name`.
     pub(crate) const fn given(name: &'static str, url: Secret) -> Self {
         Self { url: Some(url), url_file: None, password: None, password_file: None, names: (name, name) }
     }
@@ -77,7 +77,7 @@ impl StoreUrl {
         }
     }
 
-    /// Returns the options for a connection to PostgreSQL. Reads the files of the URL and the password again.
+    /// Returns the options for a connection to PostgreSQL. Reads the files that contain the URL and the password again.
     pub(crate) fn postgres(&self) -> Result<PgConnectOptions, StoreError> {
         let url =
             self.url()?.ok_or_else(|| self.refuse("no URL is set: expected postgres://user@host:5432/database"))?;
@@ -89,7 +89,7 @@ impl StoreUrl {
             let problem = format!("unknown parameter {parameter:?}: expected one of {}", PARAMETERS.join(", "));
             return Err(self.refuse(&problem));
         }
-        // The error of the parser may contain a part of the URL, so it is not shown.
+        // The parser's error may contain a part of the URL, so it is not shown.
         let mut options: PgConnectOptions =
             url.parse().map_err(|_| self.refuse("malformed URL: expected postgres://user@host:5432/database"))?;
         // A URL has brackets around an IPv6 address (RFC 3986, section 3.2.2), which the parser does not remove.
@@ -191,7 +191,7 @@ fn default_path(env: Env<'_>) -> Result<PathBuf, StoreError> {
     })
 }
 
-/// The parameters that may follow the `?` of a PostgreSQL URL. The parser would silently ignore any other parameter,
+/// The parameters that may follow the `?` in a PostgreSQL URL. The parser would silently ignore any other parameter,
 /// such as a misspelt `sslmode`.
 const PARAMETERS: &[&str] = &[
     "sslmode",

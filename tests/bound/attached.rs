@@ -1,5 +1,5 @@
-//! Measures for an attached table how long three replicas still grant a revoked key while the application that owns the
-//! table writes to its million rows. Also measures how much the triggers slow the application down.
+//! Measures, for an attached table, how long three replicas still grant a revoked key while the application that owns
+//! the table writes to the table's million rows. Also measures how much the triggers slow the application down.
 
 use std::{
     sync::Arc,
@@ -30,7 +30,7 @@ use crate::{
 };
 
 const ROWS: u32 = 1_000_000;
-/// The number of writes per second of the application.
+/// The number of writes per second by the application.
 const WRITES_PER_SECOND: u32 = 300;
 /// One in this many writes changes a key; the other writes change a column that trustgate does not use.
 const KEY_WRITE_EVERY: u32 = 150;
@@ -93,7 +93,7 @@ struct Application {
     writing: JoinHandle<Vec<Write>>,
 }
 
-/// One write of the application.
+/// One write by the application.
 struct Write {
     due: Instant,
     /// The time from `due` to the commit.
@@ -181,7 +181,7 @@ async fn revoked_keys_of_a_million_row_attached_table_are_denied_within_15_ms_me
     let print_grants = ["migrate", "--print-grants", "--serve-role", "serve", "--manage-role", "gate"];
     let grants = test_config.run(&print_grants).await.out;
     postgres.execute(&database, &grants).await;
-    // The two parts of `attach` and `detach` need different rights. The superuser has the rights for both.
+    // The two parts of `attach` and `detach` need different privileges. The superuser has the privileges for both.
     let admin =
         TestConfig::new().with_default_deadlines().with("store.table", "hospital.trust").with("store.attached", "true");
     let admin = admin.with("store.url", postgres.url("admin", &database));
@@ -203,13 +203,13 @@ async fn revoked_keys_of_a_million_row_attached_table_are_denied_within_15_ms_me
     let rounds = |spans: &[(Instant, Instant)]| {
         let mut each: Vec<_> = spans.iter().map(|span| percentile_99(&writes, &[*span])).collect();
         each.sort();
-        println!("99 % of the application's writes, in each round: {each:?}");
+        println!("99th percentile of the application's writes in each round: {each:?}");
         each[each.len() / 2]
     };
     let (before, after) = (rounds(&without), rounds(&with));
     println!("detached {before:?}, attached {after:?}: {:.2}", after.as_secs_f64() / before.as_secs_f64());
     let of_keys = |spans| percentile_99(writes.iter().filter(|write| write.is_of_key), spans);
-    println!("99 % of the writes of keys: detached {:?}, attached {:?}", of_keys(&without), of_keys(&with));
+    println!("99th percentile of writes to keys: detached {:?}, attached {:?}", of_keys(&without), of_keys(&with));
     let longest =
         writes.iter().filter(|write| altering.iter().any(|(from, until)| (*from..*until).contains(&write.due)));
     let longest = longest.map(|write| write.took).max().unwrap();
@@ -243,7 +243,7 @@ async fn revoked_keys_of_a_million_row_attached_table_are_denied_within_15_ms_me
     }
     let writes = application.stop().await;
     let during_checks = percentile_99(&writes, &[(start, start + took)]);
-    println!("99 % of the application's writes during the checks: {during_checks:?}");
+    println!("99th percentile of the application's writes during the checks: {during_checks:?}");
     let mut late = keep_undisturbed_revocations(late, |late| *late);
     late.sort();
     print_quantiles("last grant after the commit, attached table", &late);

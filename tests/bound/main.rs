@@ -82,7 +82,7 @@ async fn with_notifications_revoked_keys_are_denied_within_15_ms_median_100_ms_p
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn by_polling_only_revoked_keys_are_denied_within_400_ms() {
+async fn without_notifications_revoked_keys_are_denied_within_400_ms() {
     let _turn = exclusive().await;
     let plan = Plan {
         notifications: "false",
@@ -188,7 +188,7 @@ enum Revocation {
     Cli,
     /// By a transaction that commits [`LATE`] after the update.
     LateCommit,
-    /// By disabling the trust of the key.
+    /// By disabling the key's trust.
     TrustDisabled,
 }
 
@@ -198,7 +198,7 @@ struct Ended {
     committed: Instant,
     /// The time from the commit to the start of the last granted check.
     late: Duration,
-    /// The number of checks of the key per second, for each replica.
+    /// The number of checks per second of the key, for each replica.
     rates: Vec<Sample<u128>>,
 }
 
@@ -348,7 +348,7 @@ impl Setup {
         assert!(late[late.len() - 1] <= limit, "{late:?}");
     }
 
-    /// Asserts that the replicas noticed the disturbances of Redis.
+    /// Asserts that the replicas' metrics show the Redis disturbances.
     async fn redis_was_disturbed(&self) {
         let mut sums = HashMap::new();
         for outcome in ["hit", "miss", "refused", "error"] {
@@ -435,7 +435,7 @@ async fn disturb(mut redis: Redis, start: Instant, length: Duration) {
     }
 }
 
-/// Replaces every second value with random bytes, and each other value with the value of another key.
+/// Replaces cached values, alternately with random bytes and with the value of a different key.
 async fn forge(connection: &mut MultiplexedConnection) {
     let values = values(connection).await;
     let mut forging = redis::pipe();

@@ -1,4 +1,4 @@
-//! The canary on three replicas of one database: its rounds succeed over TCP, TLS and a Unix socket, it finds a
+//! The canary on three replicas of one database: its rounds succeed over TCP, TLS and a Unix socket, it detects a
 //! revocation that is missing from the change log, and it leaves no trusts or keys behind.
 
 use std::time::Duration;
@@ -10,7 +10,7 @@ use crate::{
 
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// SQL that suppresses the change log for revocations: from now on the revocation of a key gets a version, but no row
+/// SQL that suppresses the change log for revocations: from now on a key revocation creates a version, but no row
 /// in `trustgate.change`. Replicas therefore keep granting the key from their caches.
 const SUPPRESS_CHANGES: &str = "
 CREATE FUNCTION public.unrecorded() RETURNS trigger LANGUAGE plpgsql AS $$
@@ -28,10 +28,10 @@ const TRUSTS: &str = "SELECT coalesce(string_agg(name, ' ' ORDER BY name), '') F
     WHERE name LIKE 'trustgate-canary-%'";
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_revocation_missing_from_the_change_log_is_found_on_every_replica() {
+async fn a_revocation_missing_from_the_change_log_is_detected_on_every_replica() {
     let _turn = shared().await;
     let mut fixture = Fixture::new(&[("canary.interval", "1s"), ("limits.drain_delay", "0s")]).await;
-    // The first two trusts look like trusts of other canaries. One of these canaries was killed hours ago, so its trust
+    // The first two trusts look like those of other canaries. One of these canaries was killed hours ago, so its trust
     // must be deleted; the other canary is still running. The third trust does not belong to a canary.
     let (left_behind, running) = (canary_trust(), canary_trust());
     let others = "trustgate-canary-in-a-coal-mine";
@@ -86,7 +86,7 @@ async fn a_revocation_missing_from_the_change_log_is_found_on_every_replica() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_canary_probes_replicas_over_mutual_tls_and_unix_sockets_despite_a_dead_one() {
+async fn the_canary_probes_replicas_over_mutual_tls_and_unix_sockets_despite_an_unreachable_target() {
     let _turn = shared().await;
     let mut fixture = Fixture::new(&[("canary.interval", "1s")]).await;
     let certificates = certificates();
@@ -105,7 +105,7 @@ async fn the_canary_probes_replicas_over_mutual_tls_and_unix_sockets_despite_a_d
     }
     let server = fixture.test_config.serve().await;
     let target = server.grpc().to_string();
-    // Nothing listens on port 1.
+    // No server listens on port 1, so this target is unreachable.
     fixture.test_config.set("canary.targets", format!("{target},{socket},127.0.0.1:1"));
     let canary = fixture.test_config.canary().await;
     for target in [&target, &socket] {

@@ -92,13 +92,13 @@ async fn import_beside_traffic(test_config: &TestConfig, cached: Vec<KeyCase>) {
     sleep(Duration::from_secs(3)).await;
     let probes = probing.stop().await;
     let read = reads(&server).await - before;
-    println!("{IMPORTED} keys imported in {took:?}; meanwhile {} checks with cached keys, {read} reads", probes.len());
+    println!("{IMPORTED} keys imported in {took:?}, with {} checks of cached keys and {read} reads", probes.len());
     let kept = keep_undisturbed("checks of cached keys", probes.iter().map(Probe::sample), |probe| probe.is_fault());
     let wrong: Vec<_> = kept.into_iter().filter(|probe| !probe.is_grant()).collect();
     assert!(wrong.is_empty(), "{} of {}: {:?}", wrong.len(), probes.len(), wrong[0]);
     assert!(probes.len() >= CACHED);
     let limit = f64::from(u32::try_from(CACHED / 100).unwrap());
-    assert!(read <= limit, "{read} reads of the database, at most {limit} are allowed");
+    assert!(read <= limit, "{read} database reads, at most {limit} are allowed");
     // The replica has applied the import, because it grants an imported key.
     assert_eq!(client.check(&imported).await.status, 200);
 }
@@ -127,7 +127,8 @@ async fn without_changes_a_replica_sends_at_most_eleven_polls_and_one_write_per_
         probing.push(Probing::start(&client, 100, cached.iter().map(|case| case.key.clone()).collect(), &[]));
         servers.push(server);
     }
-    // At startup, a replica sends statements that do not recur. Wait before counting, so that they are not counted.
+    // At startup, a replica sends statements that do not recur. Wait until these statements have been sent before
+    // counting.
     sleep(Duration::from_secs(2)).await;
     for sql in [
         "ALTER SYSTEM SET log_line_prefix = 'said by %a, '",
@@ -162,7 +163,7 @@ async fn without_changes_a_replica_sends_at_most_eleven_polls_and_one_write_per_
         at_most(Kind::Poll, 11);
         at_most(Kind::Write, 1);
         at_most(Kind::Setting, 12);
-        // Every 10 s a replica checks that its connection for notifications still listens.
+        // Every 10 s a replica checks that its notification connection still listens.
         at_most(Kind::Listening, 1);
         let others: Vec<_> = statements[name].iter().filter(|statement| kind(statement) == Kind::Other).collect();
         assert!(others.is_empty(), "{others:?}");
@@ -175,7 +176,7 @@ enum Kind {
     Write,
     /// A `SET LOCAL` statement, which the server sends in one message with a poll or a write.
     Setting,
-    /// The check that the connection for notifications still listens.
+    /// The check that the notification connection still listens.
     Listening,
     Other,
 }
@@ -195,7 +196,7 @@ fn kind(statement: &str) -> Kind {
     }
 }
 
-/// Returns the statements in a PostgreSQL log, by the name of the application that sent them.
+/// Returns the statements in a PostgreSQL log, grouped by the name of the application that sent them.
 fn statements(log: &str) -> BTreeMap<&str, Vec<String>> {
     let mut statements = BTreeMap::<_, Vec<String>>::new();
     let mut sender = None;

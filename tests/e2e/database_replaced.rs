@@ -1,6 +1,6 @@
 //! Changes to the database that bypass the change log: a restored copy, a standby promoted too early, a standby in
-//! place of the primary, disabled triggers, and a replaced SQLite file. The server must notice each of these changes,
-//! and must then not grant keys from data that it had read before. Also tests writes to SQLite by other programs.
+//! place of the primary, disabled triggers, and a replaced SQLite file. The server must detect each of these changes,
+//! and must then grant no key from data that it read before the change. Also tests writes to SQLite by other programs.
 
 use std::{path::Path, time::Duration};
 
@@ -30,23 +30,23 @@ const AT_WORST: Duration = Duration::from_millis(1_200);
 
 // === a new primary that lacks the newest changes ===
 
-/// The origin of the new primary, which is the reason why it lacks the newest changes.
+/// How the new primary was created, and therefore why it lacks the newest changes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Origin {
     /// A restored copy of the data directory. The database cluster, the timeline and the incarnation are the same as
-    /// before; only the nonces of the versions differ.
+    /// before; only the version nonces differ.
     RestoredCopy,
     /// A standby that was promoted before it had replicated the changes.
     PromotedStandby,
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_restored_copy_is_noticed_although_version_numbers_match() {
+async fn a_restored_copy_is_detected_even_if_version_numbers_match() {
     lose_changes(Origin::RestoredCopy).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_standby_promoted_too_early_is_noticed_although_version_numbers_match() {
+async fn a_standby_promoted_too_early_is_detected_even_if_version_numbers_match() {
     lose_changes(Origin::PromotedStandby).await;
 }
 
@@ -104,7 +104,7 @@ impl FailoverWithLoss {
     }
 
     /// Makes the changes that the new primary will lack. Waits until each replica has applied the changes and Redis has
-    /// values of the newest version.
+    /// values with the newest version.
     async fn make_changes(&mut self, replicas: &[(Server, CheckClient)]) {
         for (_, client) in replicas {
             for key in self.lost.iter().chain([&self.good]) {
@@ -143,7 +143,7 @@ impl FailoverWithLoss {
     }
 
     /// Stops the old primary and starts the new primary, which lacks the changes after `fork`. Makes an equal number of
-    /// other changes on the new primary, so that the newest version has the same number on both.
+    /// other changes on the new primary, so that the newest version has the same number on both primaries.
     async fn replace_primary(&mut self) {
         let database = &self.fixture.database;
         let newest_before = newest(&self.fixture.postgres, database).await;
@@ -209,19 +209,20 @@ async fn lose_changes(origin: Origin) {
     let switched = Instant::now();
     setup.forwarder.forward_to(setup.primary().socket());
     for (server, _) in &replicas {
-        eventually("the loss is noticed", PATIENCE, || async {
+        eventually("the loss is detected", PATIENCE, || async {
             server.metric("trustgate_lost_history_total").await > 0.0
         })
         .await;
         let took = switched.elapsed();
-        println!("{origin:?}: noticed {took:?} after the new primary could be reached");
+        println!("{origin:?}: detected {took:?} after the new primary became reachable");
         assert!(took <= Duration::from_secs(1) + PAUSE_MARGIN, "{took:?}");
     }
     for (server, client) in &replicas {
         eventually("the lease is fresh again", PATIENCE, || is_serving(server.grpc(), "trustgate.fresh")).await;
-        // Reads that failed while the primary was away have opened the circuit breaker, which stays open for 250 ms.
+        // Wait for the circuit breaker: reads failed while the primary was unreachable, so the breaker may stay open
+        // for up to 250 ms.
         let is_granted = || async { client.check(&setup.good.key).await.status == 200 };
-        eventually("a good key is granted", PATIENCE, is_granted).await;
+        eventually("a valid key is granted", PATIENCE, is_granted).await;
     }
     sleep_until(switched + Duration::from_secs(3)).await;
     for ((_, client), (lost, denied)) in replicas.iter().zip(probing) {
@@ -235,7 +236,7 @@ async fn lose_changes(origin: Origin) {
         // Soon after a replica can reach the new primary, it denies the keys that the new primary denies.
         assert!(denied.iter().any(|probe| probe.began < switched && probe.is_grant()), "no key was granted before");
         let late = granted_after(switched, &denied);
-        println!("{origin:?}: last wrong grant began {late:?} after the new primary could be reached");
+        println!("{origin:?}: last wrong grant began {late:?} after the new primary became reachable");
         // Add a margin: the stale window may be open, so the lease does not limit this time, and a pause of the machine
         // can delay the next poll.
         assert!(late <= AT_WORST + PAUSE_MARGIN, "{late:?}");
@@ -255,8 +256,8 @@ async fn lose_changes(origin: Origin) {
 }
 
 /// Replaces the replicas with new replicas on the new primary. The new replicas do not know the lost revocations, so
-/// they may grant those keys. They must not grant a key that the new primary denies, although Redis still has an older
-/// value of that key.
+/// they may grant those keys. They must not grant a key that the new primary denies, even though Redis still has an
+/// older value for that key.
 async fn lose_changes_and_restart(origin: Origin) {
     let _turn = exclusive().await;
     let mut setup = FailoverWithLoss::new(origin).await;
@@ -322,7 +323,7 @@ async fn a_replica_started_on_a_standby_grants_nothing_until_the_standby_is_prom
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_replica_switched_to_a_standby_loses_its_lease_and_gets_no_stale_window() {
+async fn a_replica_switched_to_a_standby_loses_its_lease_and_opens_no_stale_window() {
     let _turn = exclusive().await;
     let mut fixture = Fixture::new(&[]).await;
     let (revoked, good) = (fixture.test_config.issue("acme", &[]).await, fixture.test_config.issue("acme", &[]).await);
@@ -448,8 +449,8 @@ async fn granted_without_reads(server: &Server, client: &CheckClient, key: &Issu
 
 // === SQLite ===
 
-/// Statements with which another program changes the key with the digest `{digest}`. Each entry has a name, the reason
-/// for the denial that follows, and the SQL. The other program does not enforce foreign keys.
+/// Changes that another program makes to the key with the digest `{digest}`. Each entry has a name, the reason for the
+/// expected denial, and the SQL. The other program does not enforce foreign keys.
 const STATEMENTS: &[(&str, &str, &str)] = &[
     ("UPDATE", "revoked", "UPDATE api_key SET revoked_at = created_at WHERE digest = {digest}"),
     ("DELETE", "unknown", "DELETE FROM api_key WHERE digest = {digest}"),
@@ -522,7 +523,7 @@ async fn on_sqlite_writes_by_another_program_take_effect_within_the_bound() {
     }
     assert!(late.iter().all(|(_, late)| *late <= BY_POLLING + PAUSE_MARGIN), "{late:?}");
 
-    // `key revoke` also runs as a separate program. It ends once the server has applied the change.
+    // `key revoke` is also a separate program. It exits once the server has applied the change.
     test_config.trust("acme").await;
     let key = test_config.issue("acme", &[]).await;
     granted(&client, &key).await;
@@ -570,7 +571,7 @@ async fn on_sqlite_dropped_triggers_end_the_lease() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn on_sqlite_a_replaced_database_file_is_noticed() {
+async fn on_sqlite_a_replaced_database_file_is_detected() {
     let _turn = exclusive().await;
     let mut test_config = TestConfig::new();
     let (ours, theirs) = (test_config.path().join("ours"), test_config.path().join("theirs"));
@@ -607,8 +608,8 @@ async fn on_sqlite_a_replaced_database_file_is_noticed() {
     renameat_with(CWD, &theirs, CWD, &ours, RenameFlags::EXCHANGE).unwrap();
     let exchanged = Instant::now();
     let is_noticed = || async { server.metric("trustgate_lost_history_total").await > 0.0 };
-    eventually("the other file is noticed", PATIENCE, is_noticed).await;
-    println!("SQLite: another file noticed after {:?}", exchanged.elapsed());
+    eventually("the replaced file is detected", PATIENCE, is_noticed).await;
+    println!("SQLite: replaced file detected after {:?}", exchanged.elapsed());
     eventually("the lease is fresh again", PATIENCE, || is_serving(server.grpc(), "trustgate.fresh")).await;
     sleep_until(exchanged + Duration::from_secs(2)).await;
     let probes = probing.stop().await;

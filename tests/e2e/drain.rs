@@ -1,5 +1,5 @@
-//! Graceful shutdown: no request through Envoy fails, and the server finishes in-flight calls. Also tests the error of
-//! a server whose address is in use.
+//! Graceful shutdown: no request through Envoy fails, and the server finishes in-flight calls. Also tests the error
+//! that a server reports if its address is in use.
 
 use std::time::Duration;
 

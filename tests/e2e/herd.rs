@@ -1,5 +1,5 @@
-//! A thousand concurrent checks of one key that is not cached: one read of the database serves all of them, even if
-//! half of the callers cancel their checks in the meantime.
+//! A thousand concurrent checks of one key that is not cached: one database read serves all of them, even if half
+//! of the callers cancel their checks in the meantime.
 
 use std::{future::poll_fn, pin::Pin, sync::Arc, task::Poll, time::Duration};
 
@@ -23,7 +23,7 @@ const CANCELLING: usize = 500;
 const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Issues a key, then starts a server with long deadlines and `mode` as `freshness.mode`. The server has not cached the
-/// key.
+/// key yet.
 async fn start(mode: &str) -> (Running, Arc<StoreProxy>, IssuedKey, TestConfig) {
     let test_config = TestConfig::new()
         .with_long_deadlines()

@@ -135,8 +135,8 @@ fn requests(key: &IssuedKey) -> Vec<(String, Request<Bytes>)> {
     requests
 }
 
-/// Returns true if the exception in SECURITY.md can apply to `request`: Envoy forwards the whole request, and the path
-/// is that of the Check method.
+/// Returns true if the exception in SECURITY.md can apply to `request`, that is, if Envoy forwards the whole request
+/// and its path is the path of the Check method.
 fn is_exception(request: &Request<Bytes>, forwarding: Forwarding) -> bool {
     forwarding == Forwarding::Everything && request.uri().path_and_query().unwrap() == CHECK_PATH
 }

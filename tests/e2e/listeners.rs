@@ -80,7 +80,7 @@ async fn the_server_answers_envoy_over_a_unix_socket() {
     assert_eq!(std::fs::read_to_string(&socket).unwrap(), "precious");
 }
 
-/// Returns a configuration with TLS, and a good key. With `with_clients`, the server requires client certificates.
+/// Returns a configuration with TLS, and a valid key. With `with_clients`, the server requires client certificates.
 async fn encrypted(certificates: &Path, with_clients: bool) -> (TestConfig, IssuedKey) {
     let file = |name: &str| certificates.join(name).display().to_string();
     let mut test_config = TestConfig::new().with("grpc.tls_certificate_file", file("server.pem"));
@@ -461,7 +461,7 @@ async fn a_server_without_free_descriptors_serves_open_connections_and_recovers(
 /// The server must not close the connection without a response: an Envoy in `http_service` mode that forwards a gRPC
 /// content type would turn a closed connection into a grant.
 #[tokio::test(flavor = "multi_thread")]
-async fn http1_inside_tls_gets_an_http_error() {
+async fn http1_inside_tls_is_answered_with_an_http_error() {
     let _turn = shared().await;
     let certificates = certificates();
     let (test_config, _) = encrypted(certificates.path(), false).await;

@@ -38,7 +38,7 @@ fn good(fixture: &Fixture) -> Request {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn every_truncation_of_a_good_message_is_denied() {
+async fn every_truncation_of_a_valid_message_is_denied() {
     let fixture = fixture().await;
     let checker = fixture.checker("default");
     for encoding in Encoding::BOTH {
@@ -58,7 +58,7 @@ async fn every_truncation_of_a_good_message_is_denied() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn random_and_damaged_messages_get_a_check_response() {
+async fn random_and_damaged_messages_are_answered_with_a_check_response() {
     let fixture = fixture().await;
     let (checker, handle) = (fixture.checker("default"), Handle::current());
     let message = good(&fixture).message(Encoding::Raw);
@@ -84,14 +84,14 @@ async fn random_and_damaged_messages_get_a_check_response() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_complete_message_gets_a_check_response_and_an_incomplete_one_http_400() {
+async fn complete_messages_are_answered_with_a_check_response_and_incomplete_messages_with_http_400() {
     let fixture = fixture().await;
     let mut client = Client::connect(&fixture).await;
     let message = good(&fixture).message(Encoding::Raw);
     let framed = frame(0, message.len(), &message);
     let longer = message.len() + 1;
     for (name, body, want) in [
-        ("a good message", framed.clone(), "ok"),
+        ("a valid message", framed.clone(), "ok"),
         ("an empty body", vec![], "HTTP 400"),
         ("an empty message", frame(0, 0, &[]), "undecodable"),
         ("less than a prefix", vec![0, 0, 0, 0], "HTTP 400"),
@@ -160,7 +160,7 @@ async fn a_message_with_header_values_that_are_not_utf8_is_decided() {
 /// A placeholder that the test replaces with bytes that are not UTF-8.
 const MARK: &str = "~~~~~~";
 
-/// Returns a good message of exactly `size` bytes.
+/// Returns a valid message of exactly `size` bytes.
 fn padded(fixture: &Fixture, encoding: Encoding, size: usize) -> Vec<u8> {
     let with = |pad: usize| good(fixture).with_header("x-pad", &"p".repeat(pad)).message(encoding);
     // Measure the overhead with a little less padding, for which the length prefixes have the same size.

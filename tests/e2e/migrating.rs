@@ -15,7 +15,7 @@ use crate::support::{
     shared,
 };
 
-/// PostgreSQL with the table of an application, and a configuration that points to it.
+/// PostgreSQL with an application's table, and a configuration that points to it.
 struct Application {
     postgres: Postgres,
     database: String,
@@ -93,7 +93,7 @@ async fn a_cached_key_is_compared_with_its_live_row_before_it_is_granted() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_key_that_moved_to_another_row_is_found_there() {
+async fn a_key_moved_to_another_row_is_granted_for_the_trust_in_that_row() {
     let _turn = shared().await;
     let move_it = |from: &str, to: &str, key: &str| {
         format!(
@@ -112,7 +112,7 @@ async fn a_key_that_moved_to_another_row_is_found_there() {
     let ((one, key), (other, _)) = (app.trust().await, app.trust().await);
     assert_granted(&client.check(&key).await, &one);
     app.execute(&move_it(&one, &other, &key)).await;
-    // `cache clear` ends once all replicas have applied the changes that were committed before the command.
+    // `cache clear` returns once all replicas have applied the changes that were committed before the command.
     app.test_config.json(&["cache", "clear"]).await;
     assert_granted(&client.check(&key).await, &other);
 }
@@ -135,7 +135,7 @@ async fn a_trust_without_a_digest_has_no_key_until_the_digest_is_written() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_cached_key_of_an_attached_table_needs_no_read_until_its_row_changes() {
+async fn a_cached_key_from_an_attached_table_needs_no_read_until_its_row_changes() {
     let _turn = shared().await;
     let (app, server, client) = Application::new().await.attached().await;
     let ((id, key), (other, other_key)) = (app.trust().await, app.trust().await);
@@ -157,7 +157,7 @@ async fn a_cached_key_of_an_attached_table_needs_no_read_until_its_row_changes()
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn keys_moved_into_our_own_tables_keep_their_trusts() {
+async fn keys_moved_into_trustgate_tables_keep_their_trusts() {
     let _turn = shared().await;
     let (redis, mut app) = (Redis::start().await, Application::new().await);
     app.test_config.set("redis.url", redis.url());

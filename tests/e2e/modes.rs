@@ -149,7 +149,7 @@ impl Fixture {
         }
     }
 
-    /// Adds a good key; returns the key and the SQL statement that revokes it.
+    /// Adds a valid key; returns the key and the SQL statement that revokes it.
     async fn key(&self) -> (String, String) {
         if self.tables == Tables::Own {
             let issued = self.test_config.issue("acme", &[]).await;
@@ -183,7 +183,7 @@ impl Fixture {
     }
 }
 
-/// An outage of the database, which ends when this value is dropped.
+/// A database outage, which ends when this value is dropped.
 enum Outage<'s> {
     Frozen(#[expect(dead_code, reason = "its drop resumes the process")] Frozen),
     Moved(&'s TestConfig),
@@ -230,7 +230,7 @@ async fn is_cached_as_the_mode_says(server: &Server, client: &CheckClient, key: 
     let is_as_documented = if tables.effective(mode) == Mode::Live {
         read >= checks && hit < 0.5
     } else {
-        // In mode `ttl`, the entry may expire during these checks and is then read once more.
+        // In mode `ttl`, the entry may expire during these checks; the server then reads the key once more.
         let again = if mode == Mode::Ttl { 1.5 } else { 0.5 };
         read < again && hit > checks - again
     };
@@ -298,7 +298,7 @@ async fn postgres() -> Database {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn each_mode_works_as_documented_on_own_tables_in_postgresql() {
+async fn each_mode_works_as_documented_on_trustgate_tables_in_postgresql() {
     let _turn = shared().await;
     behaves_as_documented(Tables::Own, postgres().await).await;
 }
@@ -322,7 +322,7 @@ async fn each_mode_works_as_documented_with_a_preset_on_postgresql() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn each_mode_works_as_documented_on_own_tables_in_sqlite() {
+async fn each_mode_works_as_documented_on_trustgate_tables_in_sqlite() {
     let _turn = shared().await;
     behaves_as_documented(Tables::Own, Database::Sqlite).await;
 }

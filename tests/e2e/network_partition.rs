@@ -27,12 +27,12 @@ const PATIENCE: Duration = Duration::from_secs(30);
 const LEASE: Duration = Duration::from_secs(1);
 /// The value of `freshness.stale_if_unconfirmed` in the tests that set it.
 const STALE: Duration = Duration::from_secs(3);
-/// The tolerance for the ends of the lease and of the stale window: the deadline of one check (150 ms) and 50 ms more.
+/// The tolerance for the end of the lease and the end of the stale window: the check deadline (150 ms) plus 50 ms.
 const MARGIN: Duration = Duration::from_millis(200);
 const STRICT: &[(&str, &str)] = &[("trustgate.freshness", "strict")];
 const LIVE: &[(&str, &str)] = &[("trustgate.freshness", "live")];
 
-/// How the replica loses the database.
+/// How the replica loses contact with the database.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Loss {
     /// The forwarder closes all connections, and closes new connections immediately.
@@ -148,7 +148,7 @@ async fn cut_off(loss: Loss) {
     }
 }
 
-/// Waits until the lease of `server` is fresh and young, and the server grants `unseen`, a key that it has not cached.
+/// Waits until `server` has a fresh lease that was renewed recently, and grants `unseen`, a key that is not cached.
 /// Panics if that takes longer than `limit` after `back`, plus a margin for a pause of the machine.
 async fn fresh_again(server: &Server, client: &CheckClient, unseen: &KeyCase, back: Instant, limit: Duration) {
     eventually("the lease is fresh again", PATIENCE, || async {
@@ -158,7 +158,7 @@ async fn fresh_again(server: &Server, client: &CheckClient, unseen: &KeyCase, ba
     })
     .await;
     let took = back.elapsed();
-    println!("lease fresh {took:?} after the database was back");
+    println!("lease fresh {took:?} after the database returned");
     assert!(took <= limit + PAUSE_MARGIN, "{took:?}\n{}", server.log());
 }
 

@@ -31,8 +31,9 @@ const PATIENCE: Duration = Duration::from_secs(30);
 
 #[tokio::test(flavor = "multi_thread")]
 async fn redis_outages_change_no_answer_and_delay_no_check() {
-    // Do not send 1 000 requests per second: the servers, Envoy and the load generator would need most of two
-    // processors, and the times below would be too long if another program took half a processor.
+    // Send fewer than 1 000 requests per second: at that rate, the servers, Envoy and the load generator would need
+    // most of two processors, and the measured times would exceed the limits below if another program used half a
+    // processor.
     const PER_SECOND: u32 = 400;
     const LENGTH: Duration = Duration::from_secs(20);
     let _turn = exclusive().await;
@@ -127,7 +128,7 @@ async fn with_postgresql_hung_cached_keys_pass_until_the_stale_window_ends() {
 async fn postgresql_lost(loss: Loss) {
     const LEASE: Duration = Duration::from_secs(1);
     const STALE: Duration = Duration::from_secs(2);
-    /// The maximum time from the start of the last lease to the failure: the wait for the next poll, and the poll in
+    /// The maximum time from the start of the last lease to the failure: the wait for the next poll plus the poll in
     /// flight.
     const POLL: Duration = Duration::from_millis(250);
     const LENGTH: Duration = Duration::from_secs(7);
@@ -166,7 +167,7 @@ async fn postgresql_lost(loss: Loss) {
     while start.elapsed() < LENGTH {
         let readiness = server.readiness().await;
         assert_eq!(readiness.status, 200, "{readiness:?}");
-        if readiness.body.contains("lease: stale; keys that were good are still granted") {
+        if readiness.body.contains("lease: stale; keys that were valid are still granted") {
             reported_stale = true;
             assert_eq!(client.check(&revoked.key).await.status, 503, "a cached denial was served in the stale window");
         }
@@ -264,7 +265,7 @@ async fn serves_within_a_second(server: &Server, client: &CheckClient, case: &Ke
         .await;
     eventually("the server is ready", PATIENCE, || async { server.readiness().await.status == 200 }).await;
     let took = back.elapsed();
-    println!("serving {took:?} after Redis and PostgreSQL were back");
+    println!("serving {took:?} after Redis and PostgreSQL returned");
     assert!(took < Duration::from_secs(1) + PAUSE_MARGIN, "{took:?}\n{}", server.log());
 }
 

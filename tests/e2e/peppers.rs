@@ -43,8 +43,8 @@ impl Peppers {
         std::fs::write(self.file(name), pepper.repeat(8)).unwrap();
     }
 
-    /// Writes pepper files and returns settings with the pepper `current`, or without a pepper if `current` is `None`,
-    /// and with the previous peppers `previous`.
+    /// Writes pepper files. Returns settings with `current` as the pepper, or without a pepper if `current` is `None`,
+    /// and with `previous` as the previous peppers.
     fn test_config(&self, current: Option<&str>, previous: &[&str]) -> TestConfig {
         let url = match &self.postgres {
             Some(postgres) => postgres.url("admin", &self.database),
@@ -64,7 +64,7 @@ impl Peppers {
         test_config
     }
 
-    /// Deletes the recorded fingerprints of peppers, so that the tables look as they do after an upgrade from a release
+    /// Deletes the recorded pepper fingerprints, so that the tables look as they do after an upgrade from a release
     /// that recorded no fingerprints.
     async fn clear_recorded(&self) {
         let clear = |schema: &str| {
@@ -189,7 +189,7 @@ async fn a_check_records_the_pepper_of_a_key_issued_before_an_upgrade() {
         let server = test_config.serve().await;
         assert!(is_granted(&server, &used).await);
         let version = server.metric("trustgate_applied_version").await;
-        eventually("the pepper of the key is recorded", PATIENCE, || async {
+        eventually("the key's pepper is recorded", PATIENCE, || async {
             pepper(&test_config, &used).await == recorded
         })
         .await;

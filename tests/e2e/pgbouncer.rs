@@ -1,5 +1,5 @@
 //! PgBouncer in transaction mode does not support `LISTEN`, and a statement that was prepared on one server connection
-//! may be missing on the next one. Behind PgBouncer, replicas therefore learn of changes only by polling, and a
+//! may be missing on the next connection. Behind PgBouncer, replicas therefore learn of changes only by polling, and a
 //! revocation must still take effect in time.
 
 use std::time::Duration;
@@ -18,8 +18,8 @@ use crate::support::{
 };
 
 const REVOCATIONS: usize = 20;
-/// The default of `freshness.lease`, plus a margin: if the command revokes a key, the test counts from a moment before
-/// the commit.
+/// The default of `freshness.lease`, plus a margin: if the command revokes a key, the test starts to count before the
+/// commit.
 const LEASE_LIMIT: Duration = Duration::from_millis(1_200);
 
 #[tokio::test(flavor = "multi_thread")]
@@ -43,8 +43,8 @@ async fn revoked_keys_are_denied_within_400_ms_through_pgbouncer_in_transaction_
         for probing in &mut probing {
             probing.until_granted().await;
         }
-        // The command revokes every fifth key, and connects through PgBouncer like the servers. The test does not see
-        // when the command commits, so it counts from the start of the command.
+        // The command revokes every fifth key, and connects through PgBouncer like the servers. The test cannot see
+        // when the command commits, so it starts to count before it runs the command.
         let committed = if number % 5 == 0 {
             let before = Instant::now();
             let answer = test_config.json(&["key", "revoke", &key.id]).await;
@@ -69,7 +69,7 @@ async fn revoked_keys_are_denied_within_400_ms_through_pgbouncer_in_transaction_
         assert_eq!(granted_before, clients.len());
         late.push(sample);
     }
-    // The lease must hold through a pause of the machine, so the limit of the lease applies to all samples.
+    // The lease must hold through a pause of the machine, so the lease limit applies to all samples.
     assert!(late.iter().all(|sample| sample.value <= LEASE_LIMIT), "{late:?}");
     let mut late = keep_undisturbed("revocations", late, |_| true);
     late.sort();

@@ -1,5 +1,5 @@
 //! Connections to PostgreSQL have `TCP_NODELAY` set, so that a small message does not wait for the acknowledgement of
-//! the previous one. A connect with TLS therefore takes hardly longer than a connect without TLS.
+//! the previous one. A connect with TLS therefore takes only slightly longer than a connect without TLS.
 
 use std::{net::SocketAddr, sync::Arc, time::Duration};
 
@@ -46,8 +46,8 @@ fn nodelay(port: u16) -> Vec<bool> {
     let process = pidfd_open(getpid(), PidfdFlags::empty()).unwrap();
     let numbers = std::fs::read_dir("/proc/self/fd").unwrap();
     let numbers = numbers.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
-    // `pidfd_getfd` duplicates a descriptor. It fails for a descriptor that was closed in the meantime, which is then
-    // skipped.
+    // `pidfd_getfd` duplicates a descriptor. It fails if the descriptor was closed in the meantime, so skip such
+    // descriptors.
     let sockets = numbers.filter_map(|number| pidfd_getfd(&process, number, PidfdGetfdFlags::empty()).ok());
     let connected = sockets.filter(|socket| {
         let peer = getpeername(socket).ok().flatten().and_then(|peer| SocketAddr::try_from(peer).ok());

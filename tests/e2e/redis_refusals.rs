@@ -18,8 +18,8 @@ use crate::support::{
 
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// Starts a forwarder of new connections to the Redis at `target`. After a failover, the test sends the address of the
-/// new target to the channel. Open connections keep their target.
+/// Starts a forwarder that forwards new connections to the Redis at `target`. After a failover, the test sends the new
+/// target's address to the channel. Open connections keep their target.
 async fn forwarder(target: SocketAddr) -> (SocketAddr, watch::Sender<SocketAddr>) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();

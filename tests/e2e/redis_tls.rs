@@ -71,7 +71,7 @@ async fn with_a_wrong_redis_password_the_server_runs_without_redis_and_logs_the_
     std::fs::write(test_config.path().join("password"), "wrong").unwrap();
     let server = serve_without_redis(&test_config, "AuthenticationFailed").await;
     assert!(!server.log().contains("redis connection established"));
-    // The server reads the password file at each connect, so it needs no restart.
+    // The server reads the password file for each new connection, so it needs no restart.
     std::fs::write(test_config.path().join("password"), USER.1).unwrap();
     until_connected(&server).await;
 }
@@ -160,7 +160,7 @@ async fn forged_redis_values_are_refused_deleted_and_grant_nothing() {
     // belongs to.
     connection.set::<_, _, ()>(name(&other.key), &genuine).await.unwrap();
     assert_eq!(client.check(&other.key).await.trust_id, Some(other.trust_id));
-    eventually("a genuine value has replaced the forged one", PATIENCE, || async {
+    eventually("a genuine value has replaced the forgery", PATIENCE, || async {
         let value: Option<Vec<u8>> = connection.clone().get(name(&other.key)).await.unwrap();
         value.is_some_and(|value| value != genuine)
     })

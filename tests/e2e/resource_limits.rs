@@ -23,7 +23,7 @@ use crate::support::{
 /// The maximum memory, in MiB, that the callers of one test may add to a server.
 const GROWTH_MAX: f64 = 32.0;
 
-/// The maximum part of the added memory, in MiB, that may remain after the callers have disconnected.
+/// The maximum amount of the added memory, in MiB, that may remain after the callers have disconnected.
 const LEFT_MAX: f64 = 8.0;
 
 struct Fixture {
@@ -68,7 +68,7 @@ impl Fixture {
         self.until_released(what, before).await;
     }
 
-    /// Waits until the memory of the server is at most [`LEFT_MAX`] above `before`.
+    /// Waits until the server's memory is at most [`LEFT_MAX`] above `before`.
     async fn until_released(&self, what: &str, before: Memory) {
         let released = "the server releases memory after the connections ended";
         eventually(released, Duration::from_secs(40), async || self.server.memory().now < before.now + LEFT_MAX).await;
@@ -231,7 +231,7 @@ async fn memory_for_unread_answers_is_bounded() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_health_watch_does_not_keep_connections_away_from_its_worker() {
+async fn a_worker_with_a_health_watch_still_accepts_connections() {
     let _turn = exclusive().await;
     let fixture = Fixture::new(&[]).await;
     let workers = std::thread::available_parallelism().unwrap().get();
@@ -338,7 +338,7 @@ async fn sighup_sigusr1_and_sigusr2_are_ignored_and_sigquit_drains() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_admin_listener_speaks_http1_only_and_closes_slow_connections() {
+async fn the_admin_listener_accepts_only_http1_and_closes_slow_connections() {
     let _turn = shared().await;
     let server = TestConfig::new().serve().await;
     let mut http2 = TcpStream::connect(server.admin()).await.unwrap();

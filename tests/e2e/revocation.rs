@@ -118,8 +118,8 @@ async fn cache_clear_discards_entries_on_every_replica_and_in_redis() {
     let cleared = fixture.test_config.json(&["cache", "clear"]).await;
     println!("cleared: {cleared}");
     assert_eq!((&cleared["replicas"], &cleared["applied"]), (&2.into(), &2.into()), "{cleared}");
-    // Check the other replica first. Two of the keys are not in its L1, so it reads their values from Redis, which were
-    // written before `cache clear`.
+    // Check the other replica first. Two of the keys are not in its L1, so it reads their values from Redis. These
+    // values were written before `cache clear`.
     let before = other.metric("trustgate_store_reads_total{outcome=\"ok\"}").await;
     for client in [&at_other, &at_one] {
         for key in [&on_both, &first_on_one, &second_on_one] {
@@ -162,7 +162,7 @@ async fn cache_clear_counts_a_replica_that_is_just_starting() {
     let test_config = TestConfig::new();
     test_config.migrate().await;
     let (running, proxy) = StoreProxy::start(&test_config, |proxy| proxy.after_poll().close()).await;
-    // The replica has read the newest version and is about to serve, but the proxy delays the result of the poll.
+    // The replica has read the newest version and is about to serve, but the proxy delays the poll result.
     eventually("the replica has read the version", PATIENCE, || async { proxy.after_poll().waiting() == 1 }).await;
     let cleared = test_config.run(&["--output", "json", "cache", "clear"]).await;
     let counts: Value = serde_json::from_str(&cleared.out).unwrap();

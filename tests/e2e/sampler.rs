@@ -1,5 +1,5 @@
-//! The sampler on three replicas of one database finds changes that are missing from the change log, and reports no
-//! difference for changes that are recorded there.
+//! The sampler on three replicas of one database detects changes that are missing from the change log, and reports no
+//! difference for changes that the log contains.
 
 use std::time::Duration;
 
@@ -16,7 +16,7 @@ use crate::{
 const PATIENCE: Duration = Duration::from_secs(30);
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_change_missing_from_the_change_log_is_found_on_every_replica() {
+async fn a_change_missing_from_the_change_log_is_detected_on_every_replica() {
     let _turn = shared().await;
     let mut fixture = Fixture::new(&[]).await;
     let issue = async |trust: &str| fixture.test_config.issue(trust, &[]).await;
@@ -55,7 +55,7 @@ async fn a_change_missing_from_the_change_log_is_found_on_every_replica() {
     {
         fixture.postgres.execute(&fixture.database, &unrecorded(&change)).await;
         for (server, client) in sampled.iter().zip(&clients) {
-            eventually("the sampler finds the change", PATIENCE, || async {
+            eventually("the sampler detects the change", PATIENCE, || async {
                 samples(server, "different").await >= count
             })
             .await;

@@ -50,7 +50,7 @@ impl Fixture {
         file(&self.test_config, suffix)
     }
 
-    /// Copies the write-ahead log (WAL) into the database file and empties it.
+    /// Copies the write-ahead log (WAL) into the database file and empties the WAL.
     async fn checkpoint(&self) {
         let options = SqliteConnectOptions::new().filename(self.file(""));
         let mut connection = options.connect().await.unwrap();
@@ -77,7 +77,7 @@ impl Fixture {
         }
         self.server.until_logged("was replaced, removed or moved").await;
         assert!(self.server.metric("trustgate_polls_total{outcome=\"unusable\"}").await > 0.5);
-        eventually("good keys are granted again", PATIENCE, || async {
+        eventually("valid keys are granted again", PATIENCE, || async {
             self.status(&self.other, "live").await == 200 && self.server.readiness().await.body.contains("lease: fresh")
         })
         .await;
@@ -156,7 +156,7 @@ async fn a_revocation_holds_after_a_wal_with_changes_is_removed() {
         fixture.test_config.run(&["key", "list", "--trust", "acme"]).await.code == 0
     })
     .await;
-    // The changes in the removed WAL are lost, and the server must notice the loss.
+    // The changes in the removed WAL are lost, and the server must detect the loss.
     fixture.server.until_logged("database history lost").await;
     fixture.assert_revocation_holds().await;
 }
@@ -201,7 +201,7 @@ async fn commands_and_serve_refuse_a_bind_mounted_database_file() {
         let arguments =
             if command == "key revoke" { format!("{command} {}", fixture.key.id) } else { command.to_owned() };
         let (code, output) = run_on_bind_mount(&fixture.file(""), &mounted, &arguments);
-        assert!(code != 0 && output.contains("mounted by itself"), "{command}: {code}: {output}");
+        assert!(code != 0 && output.contains("mounted without its directory"), "{command}: {code}: {output}");
     }
     granted(&fixture.client, &fixture.key).await;
 }
@@ -209,8 +209,8 @@ async fn commands_and_serve_refuse_a_bind_mounted_database_file() {
 /// Runs a trustgate command with `store.url` set to `to`, while `from` is mounted at `to`. Returns the exit code and
 /// the output.
 ///
-/// Root mounts in the namespace of this test, because `unshare` cannot make a mount namespace in a chroot. Other users
-/// need a separate namespace, in which they are allowed to mount.
+/// As root, mounts in the test's mount namespace, because `unshare` cannot create a mount namespace in a chroot. Other
+/// users need a separate namespace, in which they are allowed to mount.
 fn run_on_bind_mount(from: &Path, to: &Path, arguments: &str) -> (i32, String) {
     let script = "mount --bind \"$1\" \"$2\" || exit; trap 'umount \"$2\"' EXIT; \"$3\" $4";
     let is_root = rustix::process::getuid().is_root();

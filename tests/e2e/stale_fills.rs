@@ -96,10 +96,10 @@ async fn a_stale_value_put_into_redis_is_refused_by_replicas_that_applied_the_re
     revoke_by_sql(&fixture, &key, &other).await;
 
     proxy.after_find().open();
-    assert_eq!(waiting.await.unwrap().trust_id.as_ref(), Some(&key.trust_id), "its lease is fresh");
+    assert_eq!(waiting.await.unwrap().trust_id.as_ref(), Some(&key.trust_id), "not granted despite a fresh lease");
     fixture.until_shared(1).await;
     refused(&other_client.check(&key.key).await);
-    assert!(other.l2("refused").await > 0.0, "the old value was in Redis");
+    assert!(other.l2("refused").await > 0.0, "the replica refused no value from Redis");
     let late = fixture.test_config.serve().await;
     refused(&CheckClient::connect(late.grpc()).await.check(&key.key).await);
 
@@ -133,7 +133,7 @@ async fn a_stale_value_read_from_redis_during_a_revocation_is_refused() {
     revoke_by_sql(&fixture, &key, &other).await;
     drop(frozen);
     refused(&waiting.await.unwrap());
-    assert!(other.l2("refused").await > 0.0, "Redis returned the old value");
+    assert!(other.l2("refused").await > 0.0, "the replica refused no value from Redis");
     refused(&other_client.check(&key.key).await);
 }
 

@@ -34,12 +34,12 @@ enum Refusal {
     ChangedPassword,
     /// 55P03: another session has locked one of trustgate's tables.
     LockedTable,
-    /// 57014: another session cancels the statements of the replica.
+    /// 57014: another session cancels the replica's statements.
     CancelledStatement,
 }
 
-/// Keeps a refusal active. Dropping this value aborts the task that has locked the table and cancels statements, if
-/// there is such a task, and so releases the lock.
+/// Keeps a refusal active. If a task has locked the table and cancels statements, dropping this value aborts the task,
+/// which releases the lock.
 struct RefusalGuard(Option<tokio::task::JoinHandle<()>>);
 
 impl Drop for RefusalGuard {
@@ -148,7 +148,7 @@ async fn a_refusal_by_the_database_does_not_open_the_stale_window() {
             sleep(Duration::from_millis(10)).await;
         }
         refusal.end(&fixture.postgres, &fixture.database, guard).await;
-        eventually("good keys are granted again", PATIENCE, || async { client.check(&good.key).await.status == 200 })
+        eventually("valid keys are granted again", PATIENCE, || async { client.check(&good.key).await.status == 200 })
             .await;
         eventually("the revoked key is denied", PATIENCE, || async { client.check(&key.key).await.status == 401 })
             .await;

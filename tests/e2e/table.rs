@@ -24,7 +24,7 @@ use self::{
 const ROWS_MIN: usize = 60;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn requests_get_their_expected_answers_in_process() {
+async fn answers_in_process_match_the_table() {
     let (table, fixture) = (Table::read(), Fixture::start().await);
     let rows = table.expanded_rows(&fixture);
     let (mut wrong, mut checked) = (String::new(), 0);
@@ -46,14 +46,14 @@ async fn requests_get_their_expected_answers_in_process() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn requests_get_their_expected_answers_over_grpc_from_python() {
+async fn answers_over_grpc_to_a_python_client_match_the_table() {
     let (table, fixture) = (Table::read(), Fixture::start().await);
     python::run("table_grpc.py", &runner_input(&table, &fixture)).await;
     fixture.stop().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn requests_get_their_expected_answers_through_envoy() {
+async fn answers_through_envoy_match_the_table() {
     let (table, fixture) = (Table::read(), Fixture::start().await);
     python::run("table_envoy.py", &runner_input(&table, &fixture)).await;
     fixture.stop().await;

@@ -1,5 +1,5 @@
-//! Upgrades the tables of an earlier build under load. Servers of the earlier build keep running on the upgraded
-//! tables, also next to servers of this build. Then the test returns to the earlier build. `make upgrade OLD=...`
+//! Upgrades the tables of an earlier build under load. Servers from the earlier build keep running on the upgraded
+//! tables, also alongside servers from this build. Then the test returns to the earlier build. `make upgrade OLD=...`
 //! compiles the earlier build and runs this test.
 
 use std::{
@@ -21,7 +21,7 @@ use crate::support::{
     shared,
 };
 
-/// A load of checks that are sent to one server, one after another.
+/// A load that sends checks to one server, one after another.
 struct Load {
     stop: Arc<AtomicBool>,
     checks: Arc<AtomicU64>,
@@ -30,7 +30,7 @@ struct Load {
 }
 
 impl Load {
-    /// Starts to check `good` keys, which must be granted, and `revoked` and unknown keys, which must be denied.
+    /// Starts checking `good` keys, which must be granted, and `revoked` and unknown keys, which must be denied.
     async fn on(name: &'static str, server: &Server, good: Vec<IssuedKey>, revoked: Vec<IssuedKey>) -> Self {
         let client = CheckClient::connect(server.grpc()).await;
         let (stop, checks) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
@@ -41,7 +41,7 @@ impl Load {
                 for key in &good {
                     let verdict = client.check(&key.key).await;
                     if (verdict.status, verdict.trust_id.as_ref()) != (200, Some(&key.trust_id)) {
-                        wrong.push(format!("{name}: a good key: {verdict:?}"));
+                        wrong.push(format!("{name}: a valid key: {verdict:?}"));
                     }
                 }
                 for key in &revoked {
@@ -78,7 +78,7 @@ impl Load {
     }
 }
 
-/// Issues keys for the trust "acme"; returns the good keys and the revoked keys.
+/// Issues keys for the trust "acme"; returns the valid keys and the revoked keys.
 async fn keys(test_config: &TestConfig) -> (Vec<IssuedKey>, Vec<IssuedKey>) {
     let mut good = Vec::new();
     for _ in 0..20 {
@@ -109,7 +109,7 @@ async fn an_upgrade_under_load_and_a_downgrade_cause_no_wrong_answer() {
             .with("credential.pepper", "a pepper of more than 16 bytes")
     };
     let old = |user: &str| test_config(user).run_by(&old_program);
-    // The roles get the privileges that the earlier build prints. The upgrade must not need any others.
+    // Grant the roles the privileges that the earlier build prints. The upgrade must need no other privileges.
     old("admin").migrate().await;
     let grants = old("admin").run(&["migrate", "--print-grants"]).await.out;
     postgres.execute(&database, &grants).await;
@@ -118,7 +118,7 @@ async fn an_upgrade_under_load_and_a_downgrade_cause_no_wrong_answer() {
     let (mut good, mut revoked) = keys(&manage_old).await;
     let mut checks = 0;
 
-    // Servers of the earlier build run first on the tables of that build, and then on the upgraded tables.
+    // Servers from the earlier build run first on the tables of that build, and then on the upgraded tables.
     let (first, second) = (old("trustgate_serve").serve().await, old("trustgate_serve").serve().await);
     let loads = [
         Load::on("old", &first, good.clone(), revoked.clone()).await,
@@ -130,7 +130,7 @@ async fn an_upgrade_under_load_and_a_downgrade_cause_no_wrong_answer() {
     let [load, other] = loads;
     checks += load.end().await + other.end().await;
 
-    // The commands of both builds change keys, and a server of this build runs next to a server of the earlier build.
+    // The commands of both builds change keys, and a server from this build runs alongside one from the earlier build.
     revoked.push(good.pop().unwrap());
     manage_old.revoke(revoked.last().unwrap()).await;
     revoked.push(good.pop().unwrap());

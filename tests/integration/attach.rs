@@ -17,7 +17,7 @@ use uuid::Uuid;
 
 use crate::{program::Place, support::postgres::Postgres};
 
-/// A database with the table of an application. The role `…-owner` owns this table, and the role `…-app` writes to it.
+/// A database with an application's table. The role `…-owner` owns this table, and the role `…-app` writes to it.
 /// Neither role has any right on trustgate's tables, which belong to the role `…-gate`. The role `…-serve` reads the
 /// application's table and trustgate's tables.
 struct AppDb {
@@ -213,7 +213,7 @@ fn statements() -> Vec<(String, Vec<Change>)> {
 }
 
 #[tokio::test]
-async fn changes_of_an_attached_table_are_recorded_and_last_seen_updates_are_not() {
+async fn changes_to_an_attached_table_are_recorded_and_last_seen_updates_are_not() {
     let app_db = AppDb::new().await;
     app_db.run_printed("attach").await;
     let (lookup, mut seen) = app_db.attached_lookup().await;
@@ -236,8 +236,8 @@ async fn changes_of_an_attached_table_are_recorded_and_last_seen_updates_are_not
             "a transaction that is rolled back records nothing"
         );
         execute(&mut app, "TRUNCATE hospital.trust").await;
-        // TRUNCATE gives the table a new file. So does a replacement of the table, and a poll cannot distinguish the
-        // two.
+        // TRUNCATE gives the table a new file, as replacing the table does. A poll cannot distinguish the two, so it
+        // stops confirming the lease.
         assert!(!lookup.poll(Some(seen)).await.unwrap().triggers_intact);
         lookup.restore_watch().await.unwrap();
         let whole = [Change::Whole(ChangeKind::Keys), Change::Whole(ChangeKind::Trusts), Change::Everything];
@@ -249,7 +249,7 @@ async fn changes_of_an_attached_table_are_recorded_and_last_seen_updates_are_not
     );
     assert!(
         !app_db.server.value::<bool>(&app_db.name, &rights).await,
-        "the application and the owner of the table need no right on our tables"
+        "the application and the table owner need no right on trustgate's tables"
     );
 }
 
@@ -272,7 +272,7 @@ async fn a_read_of_an_attached_table_returns_the_record_and_its_version() {
     let good = lookup.find(&digests(11)).await.unwrap();
     let record = good.value.clone().unwrap();
     assert_eq!((record.key_id.0, record.trust_id.0, record.trust_enabled), (id(1), id(1), true));
-    assert_eq!((record.revoked_at, record.expires_at), (None, None), "an infinite time counts as no time");
+    assert_eq!((record.revoked_at, record.expires_at), (None, None), "an infinite time counts as unset");
     let polled = lookup.poll(Some(newest)).await.unwrap();
     assert_eq!(
         (good.as_of, good.nonce, good.lineage),
@@ -313,7 +313,7 @@ async fn detach_restores_the_original_schema() {
         assert!(schema() == before, "{}", schema());
         assert!(
             !lookup.poll(Some(newest)).await.unwrap().triggers_intact,
-            "the poll notices that the triggers are gone"
+            "the poll detects that the triggers are gone"
         );
         let problem = lookup.restore_watch().await.unwrap_err().to_string();
         assert!(problem.contains("run `trustgate attach`"), "{problem}");
@@ -354,7 +354,7 @@ async fn attach_refuses_a_table_whose_changes_it_cannot_record() {
 }
 
 #[tokio::test]
-async fn attach_without_the_required_rights_fails_and_suggests_the_option_print() {
+async fn attach_without_the_required_rights_fails_and_suggests_the_print_option() {
     let app_db = AppDb::new().await;
     app_db.place.run(&["attach"]).failed(1, &["hospital.trust", "--print"]);
     let (lookup, newest) = (app_db.lookup().await, Version(1));
@@ -400,7 +400,7 @@ async fn altered_triggers_end_the_lease_until_attach_restores_them() {
 }
 
 #[tokio::test]
-async fn a_partition_that_is_added_after_attach_gets_the_triggers_automatically() {
+async fn a_partition_that_is_added_after_attach_receives_the_triggers_automatically() {
     let app_db = AppDb::with(
         "CREATE SCHEMA hospital;
          CREATE TABLE hospital.trust (id uuid, api_key_hash char(64), revoked_at timestamptz, PRIMARY KEY (id))
@@ -413,7 +413,7 @@ async fn a_partition_that_is_added_after_attach_gets_the_triggers_automatically(
     let (lookup, mut seen) = app_db.attached_lookup().await;
     let part = "CREATE TABLE hospital.two PARTITION OF hospital.trust FOR VALUES WITH (MODULUS 2, REMAINDER 1)";
     app_db.run("owner", part).await;
-    assert!(!lookup.poll(Some(seen)).await.unwrap().triggers_intact, "nothing has examined the new partition yet");
+    assert!(!lookup.poll(Some(seen)).await.unwrap().triggers_intact, "the new partition has not been examined yet");
     lookup.restore_watch().await.unwrap();
     assert_eq!(recorded(&lookup, &mut seen).await, (texts(&[Change::Everything]), 1));
     for number in 1..9 {
@@ -457,7 +457,7 @@ async fn renaming_columns_ends_the_lease_and_does_not_break_application_writes()
     assert_eq!(
         recorded(&lookup, &mut seen).await,
         (texts(&gone), 1),
-        "the trigger reads the column that has the name now"
+        "the trigger reads the column that now has the name"
     );
 
     // If a column that decisions need is missing, the trigger cannot compare rows and records `Change::Everything`.
@@ -533,13 +533,13 @@ async fn unusual_column_values_are_read_correctly_and_a_duplicate_digest_is_an_e
     assert!(bad.not_before > Some(now) && bad.expires_at.unwrap() < now && bad.revoked_at.is_some(), "{bad:?}");
     let far = found(3).await.unwrap().unwrap();
     assert!(far.not_before > Some(now) && far.expires_at.unwrap() < now && far.scopes.len() == 2, "{far:?}");
-    assert_eq!(found(4).await.unwrap(), None, "a row without a trust is no key");
+    assert_eq!(found(4).await.unwrap(), None, "a row without a trust is not a key");
     let twice = found(5).await.unwrap_err();
     assert!(twice.is_answer() && !twice.blames_tier(), "{twice}");
 }
 
 #[tokio::test]
-async fn attach_reports_other_triggers_missing_indexes_and_another_attached_table() {
+async fn attach_reports_conflicting_triggers_missing_indexes_and_an_already_attached_table() {
     let app_db = AppDb::with(&format!(
         "{TABLE}
          CREATE FUNCTION hospital.theirs() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NULL; END';
@@ -548,7 +548,10 @@ async fn attach_reports_other_triggers_missing_indexes_and_another_attached_tabl
          CREATE INDEX ON hospital.other (api_key_hash) WHERE revoked_at IS NULL"
     ))
     .await;
-    app_db.place.run(&["attach"]).failed(1, &["hospital.trust already has another trigger named trustgate_changed"]);
+    app_db
+        .place
+        .run(&["attach"])
+        .failed(1, &["hospital.trust already has a different trigger named trustgate_changed"]);
     let other = Place::new().like(&app_db.place).with("TRUSTGATE__STORE__TABLE", "hospital.other");
     other.run(&["attach"]).failed(1, &["no index of all rows begins with column \"api_key_hash\""]);
     app_db.run("owner", "DROP TRIGGER trustgate_changed ON hospital.trust").await;
@@ -573,7 +576,7 @@ async fn migrate_restores_trustgate_table_triggers_even_if_the_attached_table_la
 }
 
 #[tokio::test]
-async fn a_replica_whose_columns_differ_from_the_attached_columns_gets_no_lease() {
+async fn a_replica_whose_columns_differ_from_the_attached_columns_has_no_lease() {
     let app_db = AppDb::new().await;
     app_db.run_printed("attach").await;
     let (lookup, newest) = app_db.attached_lookup().await;
@@ -586,13 +589,13 @@ async fn a_replica_whose_columns_differ_from_the_attached_columns_gets_no_lease(
 }
 
 #[tokio::test]
-async fn with_an_attached_table_cache_clear_works_and_trust_create_is_refused() {
+async fn cache_clear_works_and_trust_create_is_refused_for_an_attached_table() {
     let app_db = AppDb::new().await;
     app_db.run_printed("attach").await;
     let (lookup, mut seen) = app_db.attached_lookup().await;
     app_db.place.run(&["cache", "clear"]).done();
     assert_eq!(recorded(&lookup, &mut seen).await, (texts(&[Change::Everything]), 1));
-    app_db.place.run(&["trust", "create", "acme"]).failed(1, &["a table of yours", "store.table is set in"]);
+    app_db.place.run(&["trust", "create", "acme"]).failed(1, &["your existing table", "store.table is set in"]);
     app_db.place.run(&["migrate"]).done();
 }
 

@@ -82,7 +82,7 @@ fn table_output_has_columns_and_explanatory_notes() {
 }
 
 #[test]
-fn a_trust_with_keys_is_deleted_only_if_the_option_with_keys_is_set() {
+fn a_trust_with_keys_is_deleted_only_with_the_option_with_keys() {
     let place = Place::migrated();
     place.json(&["trust", "create", "acme"]);
     place.run(&["trust", "create", "acme"]).failed(1, &["trust \"acme\" already exists"]);
@@ -124,7 +124,7 @@ fn a_digest_is_imported_only_once_and_an_invalid_line_prevents_the_import() {
 }
 
 #[test]
-fn foreign_keys_are_imported_from_plaintext_and_identified_under_a_pepper() {
+fn keys_from_other_systems_are_imported_from_plaintext_and_identified_with_a_pepper() {
     let place = Place::migrated().with("TRUSTGATE__CREDENTIAL__PEPPER", "pepper-hunter2-hunter2");
     place.json(&["trust", "create", "acme"]);
     let keys = "first-foreign-key-1234\nsecond-foreign-key-5678\n";
@@ -133,7 +133,7 @@ fn foreign_keys_are_imported_from_plaintext_and_identified_under_a_pepper() {
     let found = place.feed(&["--output", "json", "key", "identify"], "  second-foreign-key-5678\n").done();
     assert_eq!(found.parsed()[0]["hint"], "seco");
     assert_eq!(place.json(&["key", "list"])[0]["scheme"], "hmac-sha256");
-    // With another pepper, an import still finds the keys that are stored under the earlier pepper.
+    // After the pepper is changed, an import still recognizes keys whose digests use the earlier pepper.
     let (url, earlier) = (place.path().join("trustgate.db"), place.write("earlier", "pepper-hunter2-hunter2"));
     let other = Place::new()
         .with("TRUSTGATE__STORE__URL", &format!("sqlite://{}", url.display()))
@@ -170,7 +170,7 @@ fn key_identify_reports_unknown_mistyped_and_foreign_keys() {
         ran.hides(input);
     }
     let ran = place.feed(&["key", "identify"], "nothing here\n");
-    assert!(ran.code == 1 && ran.out.contains("No key of this database was found"), "{ran:?}");
+    assert!(ran.code == 1 && ran.out.contains("No key from this database was found"), "{ran:?}");
 }
 
 #[test]
@@ -314,7 +314,7 @@ fn key_issue_reports_the_key_id_if_the_key_cannot_be_written() {
         let keys = place.json(&["key", "list"]);
         let id = keys[0]["id"].as_str().unwrap();
         assert_eq!(ran.code, 1, "{output}: {ran:?}");
-        assert!(ran.err.contains("could not be written") && ran.err.contains(id), "{output}: {ran:?}");
+        assert!(ran.err.contains("cannot write the output") && ran.err.contains(id), "{output}: {ran:?}");
         assert!(ran.err.contains("trustgate key revoke"), "{output}: {ran:?}");
     }
     let ran = place.run_to_full_disk(&["key", "list"]);

@@ -38,8 +38,8 @@ use crate::{
 const MAC_KEY: [u8; 32] = [7; 32];
 const HASH: &str = "trustgate:deny";
 const NOW: DatabaseTime = DatabaseTime::from_micros(1_000_000);
-/// The maximum time until an entry takes effect: one second, as documented, plus a margin, because a pause of the
-/// machine delays the replica's next read of the list.
+/// The maximum time until an entry takes effect: the documented second, plus a margin, because the replica reads the
+/// list late if the machine pauses.
 const EFFECTIVE_WITHIN: Duration = Duration::from_secs(1).saturating_add(PAUSE_MARGIN);
 
 /// The part of a replica that reads the deny list.
@@ -70,7 +70,7 @@ impl Replica {
         self.list.denies(&record.digest, record, NOW)
     }
 
-    /// Waits until [`Self::denies`] returns `denies`. Returns how long that took.
+    /// Waits until [`Self::denies`] returns `denies`, and returns the time that this took.
     async fn until_it_denies(&self, record: &Record, denies: bool) -> Duration {
         self.until(|| self.denies(record) == denies).await
     }
@@ -171,7 +171,7 @@ async fn writes_to_redis_without_the_mac_key_neither_add_nor_remove_an_entry() {
     let mut connection = redis.connection().await;
     let genuine: Vec<u8> = connection.hget(HASH, &field).await.unwrap();
 
-    // A genuine value under the field of another key, and a value without a valid MAC.
+    // Write a genuine value to the field of a different key, and a value without a valid MAC.
     for (field, value) in [(Denied::Key(good.key_id).line(), &genuine[..]), (Denied::Trust(good.trust_id).line(), b"x")]
     {
         let _: () = connection.hset(HASH, field, value).await.unwrap();
@@ -179,7 +179,7 @@ async fn writes_to_redis_without_the_mac_key_neither_add_nor_remove_an_entry() {
     replica.until(|| replica.shows("trustgate_deny_stale{source=\"redis\"} 1")).await;
     assert!(!replica.denies(&good) && replica.denies(&denied));
 
-    // The key stays denied after the hash is deleted, replaced with a text, or filled with too many fields.
+    // The key stays denied after the hash is deleted, replaced with a string, or filled with too many fields.
     let _: () = connection.del(HASH).await.unwrap();
     replica.until(|| replica.shows("trustgate_deny_stale{source=\"redis\"} 0")).await;
     assert!(replica.denies(&denied));
@@ -193,8 +193,8 @@ async fn writes_to_redis_without_the_mac_key_neither_add_nor_remove_an_entry() {
     assert!(replica.denies(&denied) && replica.shows("trustgate_deny_stale{source=\"redis\"} 1"));
     let _: () = connection.del(HASH).await.unwrap();
 
-    // The operator removes the entry although the hash is gone. Restoring the old value in Redis does not deny the key
-    // again.
+    // The operator can remove the entry even though the hash is missing. Writing the old value back to Redis does not
+    // deny the key again.
     json(&place, &["deny", "remove", "--key", &key]).await;
     replica.until_it_denies(&denied, false).await;
     let _: () = connection.hset(HASH, &field, &genuine[..]).await.unwrap();
@@ -203,7 +203,7 @@ async fn writes_to_redis_without_the_mac_key_neither_add_nor_remove_an_entry() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn large_and_foreign_fields_are_not_read_and_do_not_block_new_entries() {
+async fn oversized_and_unknown_fields_are_not_read_and_do_not_block_new_entries() {
     let redis = Redis::start().await;
     let (replica, place) = (Replica::start(&redis), Arc::new(operator(&redis)));
     let denied = record(1);
@@ -223,9 +223,9 @@ async fn large_and_foreign_fields_are_not_read_and_do_not_block_new_entries() {
     let before = sent().await;
     replica.after_another_read().await;
     let after = sent().await;
-    assert!(after - before < 1 << 20, "{} bytes left Redis", after - before);
+    assert!(after - before < 1 << 20, "Redis sent {} bytes", after - before);
 
-    // `deny add` deletes the foreign fields, and the new entry reaches the replica.
+    // `deny add` deletes the oversized and unknown fields, and the replica applies the new entry.
     json(&place, &["deny", "add", "--key", &denied.key_id.to_string(), "--for", "1h"]).await;
     replica.until_it_denies(&denied, true).await;
     let left: usize = connection.hlen(HASH).await.unwrap();
@@ -258,7 +258,7 @@ async fn deny_entries_stay_in_force_while_redis_is_down() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn a_key_on_standard_input_is_denied_under_every_digest_it_may_have() {
+async fn every_possible_digest_of_a_key_on_standard_input_is_denied() {
     const KEY: &str = "a-foreign-key-of-some-length";
     let redis = Redis::start().await;
     let place = operator(&redis).with("TRUSTGATE__CREDENTIAL__PEPPER", "pepper-hunter2-hunter2");
@@ -275,7 +275,7 @@ async fn a_key_on_standard_input_is_denied_under_every_digest_it_may_have() {
     });
     let added = added.await.unwrap();
     let ids: Vec<_> = added.as_array().unwrap().iter().map(|entry| entry["id"].as_str().unwrap().to_owned()).collect();
-    // The key has one digest without a pepper, and one digest with the pepper.
+    // The key has one digest without a pepper and one digest with the pepper.
     assert_eq!(ids.len(), 2, "{ids:?}");
 }
 
@@ -294,7 +294,7 @@ async fn the_mac_key_comes_from_the_database_if_no_file_is_set() {
         let listed = other.run(&["deny", "list"]).done();
         assert!(
             listed.out.contains("Entries that replicas ignore (wrong MAC, or written by another release): 1"),
-            "the other database has another MAC key: {listed:?}"
+            "the other database has a different MAC key: {listed:?}"
         );
         assert_eq!(other.json(&["deny", "list"]), json!([]));
 
@@ -351,14 +351,14 @@ async fn a_deny_entry_stops_a_key_within_a_second_while_the_database_is_down() {
     until_denied(&by_trust.key).await;
     assert_eq!(client.check(&good.key).await.status, 200, "a key that is not on the deny list still passes");
 
-    // After the database is back, the entries are still in force.
+    // The entries are still in force after the database is reachable again.
     drop(frozen);
     assert_eq!(client.check(&by_file.key).await.reason.as_deref(), Some("deny_listed"));
     assert!(server.metric("trustgate_deny_entries{source=\"file\"}").await > 0.0);
 }
 
 #[test]
-fn without_redis_deny_add_points_to_the_deny_file() {
+fn deny_add_without_redis_suggests_the_deny_file() {
     let place = Place::new();
     let id = Uuid::from_u128(7).to_string();
     let line = format!("\n  key {id}\n");

@@ -13,14 +13,14 @@ fn samples() -> Vec<Sample<u32>> {
     (0..20).map(|number| Sample::new(at(number), at(number + 1), number)).collect()
 }
 
-/// Drops disturbed samples from the 20 samples. `disturbed` has the indices of the disturbed samples; only those that
-/// `can_be_spoiled` selects may be dropped. Returns the remaining values, or the message of the panic.
-fn kept(disturbed: &'static [usize], can_be_spoiled: fn(&u32) -> bool) -> Result<Vec<u32>, String> {
+/// Drops disturbed samples from the 20 samples. `disturbed` contains the indices of the disturbed samples, and
+/// `may_drop` selects the samples that may be dropped. Returns the remaining values, or the panic message.
+fn kept(disturbed: &'static [usize], may_drop: fn(&u32) -> bool) -> Result<Vec<u32>, String> {
     let judge = move || {
         let samples = samples();
         let starts: Vec<_> = samples.iter().map(Sample::start).collect();
         let was_disturbed = |from, _| disturbed.iter().any(|number| starts[*number] == from);
-        keep_unless(was_disturbed, "numbers", samples, can_be_spoiled)
+        keep_unless(was_disturbed, "numbers", samples, may_drop)
     };
     catch_unwind(judge).map_err(|panic| *panic.downcast::<String>().unwrap())
 }
@@ -32,7 +32,7 @@ fn a_disturbed_sample_is_dropped() {
 }
 
 #[test]
-fn a_disturbed_sample_that_cannot_be_spoiled_is_kept() {
+fn a_disturbed_sample_that_may_not_be_dropped_is_kept() {
     let all: Vec<_> = (0..20).collect();
     assert_eq!(kept(&[0, 1, 2, 3, 4, 5], |_| false).unwrap(), all);
     assert_eq!(kept(&[3, 4], |number| *number != 3).unwrap().len(), 19);

@@ -32,7 +32,7 @@ async fn the_metrics_page_lists_exactly_the_metrics_that_a_server_and_a_canary_e
     let variables = [
         ("TRUSTGATE__GRPC__LISTEN", "127.0.0.1:0"),
         ("TRUSTGATE__ADMIN__LISTEN", "127.0.0.1:0"),
-        ("TRUSTGATE__REDIS__URL", "redis://127.0.0.1:1/0"), // nothing listens there, but the metrics exist
+        ("TRUSTGATE__REDIS__URL", "redis://127.0.0.1:1/0"), // unreachable, but the metrics exist
     ];
     let variables = variables.map(|(name, value)| (OsString::from(name), OsString::from(value)));
     let config = config::load(None, variables, Purpose::Serve).unwrap();
@@ -53,7 +53,7 @@ async fn the_metrics_page_lists_exactly_the_metrics_that_a_server_and_a_canary_e
     assert_eq!(documented_metrics(&file("docs/metrics.md")), exposed_metrics(&exposed));
 }
 
-/// Parses the text format of the metrics endpoint. Returns the type and the labels of each metric by its name.
+/// Parses the metrics endpoint's text format. Returns the type and the labels of each metric by name.
 fn exposed_metrics(text: &str) -> BTreeMap<String, (String, BTreeSet<String>)> {
     let mut metrics = BTreeMap::new();
     for line in text.lines() {
@@ -69,7 +69,7 @@ fn exposed_metrics(text: &str) -> BTreeMap<String, (String, BTreeSet<String>)> {
 }
 
 /// Parses the tables of `page`, whose first three columns are the name, the type and the labels of a metric. Returns
-/// the type and the labels of each metric by its name.
+/// the type and the labels of each metric by name.
 fn documented_metrics(page: &str) -> BTreeMap<String, (String, BTreeSet<String>)> {
     let rows = rows(page).filter(|cells| cells.len() > 3);
     rows.map(|cells| {
@@ -112,7 +112,7 @@ fn the_index_of_the_docs_lists_every_page() {
     }
 }
 
-/// The last column of the table names the tests that prove the claims of the row.
+/// The last column of each row names the tests that prove the claims in the row.
 #[test]
 fn each_row_of_the_migration_page_names_tests_that_exist() {
     let page = file("docs/migrating.md");
@@ -200,7 +200,7 @@ fn the_configuration_in_the_readme_is_accepted() {
 }
 
 #[test]
-fn the_readme_lists_every_command_with_its_options_and_no_other() {
+fn the_readme_lists_exactly_the_existing_commands_and_options() {
     let place = Place::new();
     let mut commands = BTreeMap::new();
     leaf_commands(&place, &mut Vec::new(), &mut commands);
@@ -268,14 +268,14 @@ fn the_yaml_in_the_readme_is_part_of_the_envoy_example() {
     let whole = plain_yaml(&file("envoy/envoy.yaml"));
     let steps = section(&readme, "## Into an existing Envoy in five minutes");
     let blocks = blocks(&steps, "yaml");
-    assert_eq!(blocks.len(), 3, "the early strip, the filter and the cluster");
+    assert_eq!(blocks.len(), 3, "the early header removal, the filter and the cluster");
     for block in blocks {
         let block = plain_yaml(&block);
         assert!(whole.contains(&block), "envoy/envoy.yaml does not contain this block:\n{block}");
     }
 }
 
-/// Returns the lines of a YAML text without comments, empty lines and indentation.
+/// Returns the lines of a YAML document without comments, empty lines and indentation.
 fn plain_yaml(text: &str) -> String {
     let lines = text.lines().map(|line| line.split_once(" #").map_or(line, |(code, _)| code).trim());
     lines.filter(|line| !line.is_empty() && !line.starts_with('#')).flat_map(|line| [line, "\n"]).collect()
@@ -291,7 +291,7 @@ fn each_snippet_that_strips_identity_headers_strips_all_of_them() {
     assert_eq!(removed, identity::HEADERS);
 
     let expression = between(&envoy, "identity expression");
-    // The expression permits the whole prefix, so that a snippet that an operator copies today also permits identity
+    // The expression permits the whole prefix, so that a snippet that an operator copies today also covers identity
     // headers that later releases add.
     assert_eq!(
         expression.trim(),
@@ -356,7 +356,7 @@ fn the_crate_the_chart_and_the_changelog_have_the_same_version() {
     assert!(newest.starts_with(&format!("## [{version}] - ")), "CHANGELOG.md begins with {newest}");
     let manifest: toml_edit::Document<String> = file("Cargo.toml").parse().unwrap();
     let compiler = manifest["package"]["rust-version"].as_str().unwrap();
-    assert!(file("README.md").contains(&format!("Rust {compiler}")), "README.md: the version of Rust");
+    assert!(file("README.md").contains(&format!("Rust {compiler}")), "README.md: the Rust version");
 }
 
 fn settings() -> BTreeSet<String> {
@@ -384,7 +384,7 @@ fn cells(page: &str) -> impl Iterator<Item = Vec<String>> {
     })
 }
 
-/// Returns the texts between backticks: code blocks and inline code.
+/// Returns the strings between backticks: code blocks and inline code.
 fn quoted(text: &str) -> Vec<&str> {
     let mut found = Vec::new();
     for (at, part) in text.split("```").enumerate() {

@@ -1,4 +1,4 @@
-//! Tests `trustgate doctor` with real servers. In a healthy set-up, each examination is ok. A problem appears in the
+//! Tests `trustgate doctor` with real servers. In a healthy setup, each examination is ok. A problem appears in the
 //! examination that covers it, with a remedy and without secrets.
 
 use std::{fs, net::TcpListener, os::unix::fs::PermissionsExt as _, path::Path};
@@ -85,7 +85,7 @@ impl Report {
         self.findings.iter().find(|finding| finding["name"] == name).unwrap()
     }
 
-    /// Asserts that the examination `name` has this state, and that its finding or its remedy contains each of `texts`.
+    /// Asserts that the examination `name` has this state, and that its finding or remedy contains each of `texts`.
     #[track_caller]
     fn shows(&self, name: &str, state: &str, texts: &[&str]) -> &Self {
         let finding = self.one(name);
@@ -109,7 +109,7 @@ impl Report {
     }
 }
 
-/// A database with the tables of trustgate, and a serving and a managing role that have the printed grants.
+/// A database with trustgate's tables, and with a serving and a managing role that have the printed grants.
 struct Setup {
     server: std::sync::Arc<Postgres>,
     database: String,
@@ -170,7 +170,7 @@ async fn doctor_passes_a_healthy_set_up_and_changes_nothing() {
     let names: Vec<_> = lines[1..=NAMES.len()].iter().map(|words| words[0]).collect();
     assert_eq!(names, NAMES);
     let two = "Envoy's timeout must not be shorter than decision.envoy_timeout:\n  decision.envoy_timeout  60s, set in \
-               TRUSTGATE__DECISION__ENVOY_TIMEOUT\n  grpc_service.timeout    60s or more, in the ext_authz filter of Envoy\n";
+               TRUSTGATE__DECISION__ENVOY_TIMEOUT\n  grpc_service.timeout    60s or more, in Envoy's ext_authz filter\n";
     assert!(table.ends_with(two), "{table}");
 
     assert_eq!(setup.server.dump(&setup.database, &[]), before);
@@ -235,7 +235,7 @@ async fn doctor_warns_if_the_serving_role_may_change_keys() {
     let report = Report::of(&setup.place());
     report.shows("database_rights", "warning", &["may also change trusts and keys", &setup.manage]);
     assert_eq!(report.ran.code, 0);
-    // If the same role serves and manages, it needs this right, so there is no warning.
+    // A role that both serves and manages needs this right, so there is no warning.
     let place = unhurried().with("TRUSTGATE__STORE__URL", &setup.server.url("admin", &setup.database));
     let report = Report::of(&place);
     report.shows("database_rights", "ok", &[]).shows(
@@ -245,7 +245,7 @@ async fn doctor_warns_if_the_serving_role_may_change_keys() {
     );
     let elsewhere = setup.server.database().await;
     let place = place.with("TRUSTGATE__STORE__MANAGEMENT_URL", &setup.server.url("admin", &elsewhere));
-    Report::of(&place).shows("management_rights", "failed", &["another database"]);
+    Report::of(&place).shows("management_rights", "failed", &["a different database"]);
 }
 
 #[tokio::test]
@@ -397,7 +397,7 @@ async fn doctor_reports_an_unreachable_database_with_a_remedy_and_without_its_pa
 }
 
 #[tokio::test]
-async fn redis_examinations_report_a_bad_mac_key_and_a_failed_connection() {
+async fn redis_examinations_report_an_invalid_mac_key_and_a_failed_connection() {
     let mut redis = Redis::start().await;
     let place = unhurried().with("TRUSTGATE__REDIS__URL", &redis.url());
     place.run(&["migrate"]).done();
@@ -464,7 +464,7 @@ async fn doctor_reports_a_redis_user_that_lacks_a_command() {
 }
 
 #[tokio::test]
-async fn doctor_examines_the_file_of_an_sqlite_database() {
+async fn doctor_examines_the_sqlite_database_file() {
     let place = unhurried();
     let path = place.path().join("trustgate.db");
     let report = Report::of(&place);
@@ -541,7 +541,7 @@ fn doctor_examines_deadlines_the_deny_file_and_the_pepper() {
     Report::of(&place).shows("deny_file", "failed", &["line 2"]);
     place.write("pepper", "hunter2-hunter2-hunter2");
     let place = place.with("TRUSTGATE__CREDENTIAL__PEPPER_FILE", "pepper");
-    Report::of(&place).shows("pepper", "ok", &["a pepper is set"]).ran.hides("hunter2");
+    Report::of(&place).shows("pepper", "ok", &["a pepper and 0 previous peppers are set"]).ran.hides("hunter2");
 }
 
 #[test]

@@ -1,13 +1,13 @@
-//! Checks the structure of the source code: a module imports only modules of its own or a lower layer, imports have no
-//! cycles, and only certain modules use certain crates.
+//! Checks the structure of the source code: a module imports only modules in the same layer or a lower layer, imports
+//! have no cycles, and certain crates are used only in certain modules.
 
 use std::{
     fs,
     path::{Path, PathBuf},
 };
 
-/// For each crate, the modules that may use it, including their submodules. A crate that only one module uses can be
-/// replaced in one place.
+/// For each crate, the modules that may use it, including their submodules. A crate that is used in only one module can
+/// be replaced without changes elsewhere.
 const HOMES: &[(&str, &[&str])] = &[
     ("clap", &["cli"]),
     ("comfy_table", &["cli"]),
@@ -67,7 +67,7 @@ fn lib_rs_lists_every_module_once() {
     let layers = layers();
     let modules: Vec<String> = sources().into_iter().map(|source| source.module).collect();
     for (at, layer) in layers.iter().enumerate() {
-        assert!(modules.contains(layer), "src/lib.rs lists {layer}, which is no module");
+        assert!(modules.contains(layer), "src/lib.rs lists {layer}, which is not a module");
         assert!(!layers[..at].contains(layer), "src/lib.rs lists {layer} twice");
     }
     for module in modules.iter().filter(|module| !module.contains("::")) {
@@ -102,7 +102,7 @@ fn import_cycles_are_detected() {
     assert_eq!(cycle(&[vec![], vec![1, 0]]), Some(vec![1]));
 }
 
-/// Returns a cycle in `graph`, if there is one. `graph` lists the successors of each node.
+/// Returns a cycle in `graph`, if one exists. `graph` lists the successors of each node.
 fn cycle(graph: &[Vec<usize>]) -> Option<Vec<usize>> {
     fn visit(graph: &[Vec<usize>], node: usize, path: &mut Vec<usize>, done: &mut [bool]) -> Option<Vec<usize>> {
         if let Some(start) = path.iter().position(|earlier| *earlier == node) {
@@ -222,7 +222,7 @@ impl Source {
         self.code.0.find("mod tests {").unwrap_or(usize::MAX)
     }
 
-    /// Returns every path in the file that leads to a module of the library, relative to the root of the crate.
+    /// Returns every path in the file that refers to a library module, relative to the crate root.
     fn imports(&self) -> Vec<String> {
         self.imports_before(usize::MAX)
     }
@@ -254,8 +254,8 @@ impl Source {
         found
     }
 
-    /// Returns true if the file, apart from its tests, uses the crate `name`. The name does not refer to the crate
-    /// within a list of imports, or if the file imports a module of the library with this name.
+    /// Returns true if the file, apart from its tests, uses the crate `name`. Inside the braces of an import, or if the
+    /// file imports a library module named `name`, the name does not refer to the crate.
     fn uses_crate(&self, name: &str) -> bool {
         if self.module.ends_with("::tests") || self.imports().iter().any(|path| path == name) {
             return false;
@@ -268,7 +268,7 @@ impl Source {
     }
 }
 
-/// Parses the import tree at the start of `text` and adds its paths to `found`. Returns the text after the tree.
+/// Parses the import tree at the start of `text` and adds its paths to `found`. Returns the rest of `text`.
 fn expand<'t>(base: &str, text: &'t str, found: &mut Vec<String>) -> &'t str {
     let join = |name: &str| if base.is_empty() { name.to_owned() } else { format!("{base}::{name}") };
     let text = text.trim_start();
@@ -278,7 +278,7 @@ fn expand<'t>(base: &str, text: &'t str, found: &mut Vec<String>) -> &'t str {
             if let Some(after) = rest.strip_prefix('}') {
                 return after;
             }
-            assert!(!rest.is_empty(), "a list of imports without its end");
+            assert!(!rest.is_empty(), "an import list is not closed");
             rest = expand(base, rest, found).trim_start();
             if let Some(after) = rest.strip_prefix("as ") {
                 rest = after.trim_start_matches(|c: char| c.is_alphanumeric() || c == '_');
@@ -291,7 +291,7 @@ fn expand<'t>(base: &str, text: &'t str, found: &mut Vec<String>) -> &'t str {
     }
     let end = text.find(|c: char| !is_name(c)).unwrap_or(text.len());
     let (name, rest) = text.split_at(end);
-    // The macros that declare settings are defined in `base::settings` and exported at the root of the crate.
+    // The macros that declare settings are defined in `base::settings` and exported at the crate root.
     let path = if base.is_empty() && rest.starts_with('!') { "base::settings".to_owned() } else { join(name) };
     match rest.strip_prefix("::") {
         Some(rest) if !rest.starts_with('<') => expand(&path, rest, found),

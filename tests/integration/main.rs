@@ -1,6 +1,6 @@
 //! Tests that need the real program or real servers, in one test binary.
 
-// This crate contains only tests: they may panic and print measurements, and no other crate uses the items.
+// This crate contains only tests, which may panic and print measurements. No other crate uses its items.
 #![allow(clippy::unwrap_used, clippy::print_stdout, unreachable_pub)]
 
 #[path = "../support/mod.rs"]

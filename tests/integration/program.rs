@@ -43,7 +43,7 @@ impl Place {
         self
     }
 
-    /// Copies the environment variables of `other`. The directories stay separate.
+    /// Copies the environment variables from `other`, but not its directory.
     pub fn like(mut self, other: &Self) -> Self {
         self.variables.clone_from(&other.variables);
         self
@@ -53,7 +53,7 @@ impl Place {
         self.dir.path()
     }
 
-    /// Writes a file into the directory.
+    /// Writes a file to the directory.
     pub fn write(&self, name: &str, content: &str) -> PathBuf {
         let path = self.dir.path().join(name);
         fs::write(&path, content).unwrap();

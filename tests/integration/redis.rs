@@ -85,7 +85,7 @@ impl Replica {
         }
     }
 
-    /// Returns the number of notifications so far. Each connect of the listener also counts as a notification.
+    /// Returns the number of notifications so far. Each new listener connection also counts as a notification.
     fn received(&self) -> usize {
         self.notifications.load(Ordering::SeqCst)
     }
@@ -100,8 +100,8 @@ impl Replica {
 
 fn settings(url: impl Into<String>) -> RedisSettings {
     let url = vec![Secret::new(url.into())];
-    // Set a long timeout, so that a busy machine does not open the circuit breaker. No test in this file measures the
-    // timeout.
+    // Set a long timeout, so that a busy machine does not cause timeouts that open the circuit breaker. No test in this
+    // file measures the timeout.
     RedisSettings { url, timeout: Duration::from_secs(5), ..RedisSettings::default() }
 }
 
@@ -150,7 +150,7 @@ async fn raw(connection: &mut MultiplexedConnection, key: ApiKeyDigest) -> Optio
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn only_a_newer_version_or_another_lineage_replaces_a_value_in_redis() {
+async fn only_a_newer_version_or_a_different_lineage_replaces_a_value_in_redis() {
     let server = Redis::start().await;
     for (number, protocol) in ["", "?protocol=resp2", "?protocol=resp3"].into_iter().enumerate() {
         let (replica, key) =
@@ -166,14 +166,14 @@ async fn only_a_newer_version_or_another_lineage_replaces_a_value_in_redis() {
             (1 << 53, 1, "20000000000000 of 1"),
             ((1 << 53) + 1, 1, "20000000000001 of 1"), // a Lua number cannot represent the difference
             (1 << 53, 1, "20000000000001 of 1"),
-            (1, 2, "1 of 2"), // another lineage
+            (1, 2, "1 of 2"), // a different lineage
             (u64::MAX, 2, "ffffffffffffffff of 2"),
             (3, 1, "3 of 1"),
         ] {
             replica.put(found(key, as_of, timeline)).await;
             assert_eq!(replica.get(key).await, want, "after {as_of:x} of {timeline} by {protocol:?}");
         }
-        // A value of the same version replaces neither the stored bytes nor their time to live.
+        // A value with the same version replaces neither the stored bytes nor their time to live.
         let before = raw(&mut connection, key).await.unwrap();
         assert_eq!((before[0], &before[61..77]), (2, &b"0000000000000003"[..]));
         let ttl: u64 = connection.pttl::<_, i64>(name(key)).await.unwrap().try_into().unwrap();
@@ -182,8 +182,8 @@ async fn only_a_newer_version_or_another_lineage_replaces_a_value_in_redis() {
         replica.put(found(key, 3, 1)).await;
         assert_eq!(raw(&mut connection, key).await.unwrap(), before);
         assert!(connection.pttl::<_, i64>(name(key)).await.unwrap() <= 200_000);
-        // A write replaces a value with another layout, and bytes that are no valid value, regardless of the version
-        // that they contain.
+        // A write replaces a value that has a different layout, and bytes that are not a valid value, regardless of the
+        // version in them.
         for other in [[&[1], &before[1..]].concat(), [&[3], &before[1..]].concat(), before[..60].to_vec(), vec![]] {
             connection.set::<_, _, ()>(name(key), other).await.unwrap();
             replica.put(found(key, 2, 1)).await;
@@ -221,16 +221,16 @@ async fn invalid_values_are_deleted_and_values_of_other_releases_are_kept() {
     ] {
         connection.set::<_, _, ()>(name(key), value).await.unwrap();
         assert_eq!(replica.get(key).await, "refused", "{what}");
-        assert_eq!(raw(&mut connection, key).await, None, "{what} is still there");
+        assert_eq!(raw(&mut connection, key).await, None, "{what} was not deleted");
     }
-    // A value of another Redis type, such as a list, is invalid, but does not count as a failure of Redis.
+    // A value with a different Redis type, such as a list, is invalid, but does not count as a Redis failure.
     for _ in 0..RedisSettings::default().breaker_failures * 2 {
         connection.lpush::<_, _, ()>(name(key), &genuine).await.unwrap();
         assert_eq!(replica.get(key).await, "refused");
-        assert!(!connection.exists::<_, bool>(name(key)).await.unwrap(), "the list is still there");
+        assert!(!connection.exists::<_, bool>(name(key)).await.unwrap(), "the list was not deleted");
     }
     assert_eq!(replica.breaker_open.get(), 0);
-    // Values with another layout are kept, because another release may be able to read them.
+    // Values with a different layout are kept, because another release may be able to read them.
     for layout in [1, 3, b'{'] {
         let other = [&[layout], &genuine[1..]].concat();
         connection.set::<_, _, ()>(name(key), &other).await.unwrap();
@@ -261,7 +261,7 @@ async fn a_valid_value_that_replaced_an_invalid_value_is_not_deleted() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn the_documented_rights_of_a_redis_user_are_enough() {
+async fn the_documented_redis_permissions_are_sufficient() {
     let server = Redis::start_secured().await;
     for protocol in ["", "?protocol=resp3"] {
         let mut settings = secured(&server);
@@ -276,7 +276,7 @@ async fn the_documented_rights_of_a_redis_user_are_enough() {
     }
 }
 
-/// Asserts that `other` reads the values that `one` writes, and that a notification from either of them reaches both.
+/// Asserts that `other` reads the values that `one` writes, and that a notification from either replica reaches both.
 async fn everything_works(one: &Replica, other: &Replica, keys: u16) {
     for number in 1..=keys {
         let key = key(number);
@@ -303,7 +303,7 @@ async fn each_notification_arrives_once_and_the_listener_reconnects() {
     let mut server = Redis::start().await;
     for protocol in ["", "?protocol=resp3"] {
         let replica = Replica::start(settings(server.url() + protocol)).await;
-        assert_eq!(replica.received(), 1, "one for the connect");
+        assert_eq!(replica.received(), 1, "one for the connection");
         let mut connection = server.connection().await;
         for (number, content) in ["", "12", "{}", "\0"].into_iter().enumerate() {
             connection.publish::<_, _, ()>("trustgate:hints", content).await.unwrap();
@@ -318,8 +318,8 @@ async fn each_notification_arrives_once_and_the_listener_reconnects() {
         replica.connected().await;
         replica.handle.publish();
         eventually("the notification arrives", TIMEOUT, || async { replica.received() == 7 }).await;
-        // The server hangs but keeps its connections. The listener notices within 2 s, because it sends a PING each
-        // second and waits up to 1 s for the reply.
+        // The server hangs but keeps its connections open. The listener detects this within 2 s, because it sends a
+        // PING every second and waits up to 1 s for the reply.
         let frozen = server.freeze();
         eventually("Redis counts as down", TIMEOUT, || async { replica.get(key(1)).await == "down" }).await;
         tokio::time::sleep(Duration::from_secs(3)).await;
@@ -382,7 +382,7 @@ async fn replicas_use_every_node_of_a_cluster_and_follow_moved_slots() {
         move_slot_of(&cluster, key(1), (&one, &other)).await;
         everything_works(&one, &other, 20).await;
 
-        // A node stops and restarts without its data. The Cluster is down in the meantime.
+        // A node stops and restarts without its data. The Cluster is down until the node has restarted.
         cluster.nodes[2].kill();
         eventually("the Cluster counts as down", TIMEOUT, || async { one.get(key(2)).await == "down" }).await;
         cluster.nodes[2].resume().await;
@@ -406,7 +406,7 @@ async fn replicas_use_every_node_of_a_cluster_and_follow_moved_slots() {
     }
 }
 
-/// Moves the slot of `key` to another node step by step: the old node first answers `ASK`, and then `MOVED`.
+/// Moves the slot of `key` to another node step by step: the old node first answers `ASK` and then `MOVED`.
 async fn move_slot_of(cluster: &Cluster, key: ApiKeyDigest, (one, other): (&Replica, &Replica)) {
     let name = name(key);
     let (from, to) = cluster.node_of(&name).await;

@@ -50,7 +50,7 @@ async fn only_serve_and_migrate_create_the_file_and_only_its_owner_can_read_it()
     store::open_ledger(&settings, &env).await.unwrap();
     lookup.close().await;
 
-    // trustgate accepts a file that other users can read, and does not change the mode of the file.
+    // trustgate accepts a file that other users can read, and does not change its mode.
     std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o644)).unwrap();
     store::migrate(&settings, &env).await.unwrap();
     assert_eq!(mode(&path), 0o644);
@@ -110,7 +110,7 @@ async fn a_preset_does_not_create_a_missing_database() {
     let nowhere = StoreSettings { url: None, ..settings };
     assert!(
         store::open_lookup(&nowhere, &|_| None, Arc::new(SystemClock)).is_err(),
-        "a preset needs the URL of the database"
+        "a preset requires a database URL"
     );
 }
 
@@ -127,8 +127,8 @@ async fn a_table_is_readable_after_its_application_was_killed_during_a_commit() 
             SELECT printf('00000000-0000-0000-0000-%012d', n), printf('%064d', n) FROM n;
         BEGIN IMMEDIATE; UPDATE trust SET api_key_hash = api_key_hash || 'x'";
     sqlx::raw_sql(start).execute(&mut application).await.unwrap();
-    // These copies are the files that a killed application leaves: a database with a part of the change, and the
-    // journal that undoes this part.
+    // These copies are the files that a killed application leaves behind: a database with a partial change, and the
+    // journal that undoes the partial change.
     std::fs::copy(&theirs, &copy).unwrap();
     std::fs::copy(dir.path().join("theirs.db-journal"), dir.path().join("copy.db-journal")).unwrap();
     let settings = StoreSettings {

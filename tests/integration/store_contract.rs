@@ -38,14 +38,14 @@ contract! {
     reads_of_known_and_unknown_keys_have_a_version
     a_key_stored_under_an_older_scheme_is_found
     a_record_and_its_version_are_from_one_snapshot
-    the_fields_of_a_decision_are_returned_as_stored
-    only_keys_under_the_recorded_pepper_are_accepted
+    the_fields_that_a_decision_needs_are_returned_as_stored
+    only_keys_with_the_recorded_pepper_are_accepted
     servers_without_a_pepper_stay_compatible_after_the_first_peppered_key
     imported_digests_do_not_count_as_keys_without_a_pepper
     a_check_records_the_pepper_of_an_older_key
     a_trust_is_disabled_enabled_and_deleted_with_its_keys
     trust_names_and_key_digests_are_unique
-    an_import_can_be_repeated
+    a_repeated_import_skips_stored_keys
     identifying_a_key_does_not_reveal_its_digest
     a_second_revocation_keeps_the_time_of_the_first
     clearing_the_caches_creates_a_version_with_a_new_nonce
@@ -126,7 +126,7 @@ impl Db {
         }
     }
 
-    /// Runs a query and returns the texts in the first column of the rows.
+    /// Runs a query and returns the first column of each row as a string.
     async fn texts(&self, sql: &str) -> Vec<String> {
         match &self.backend {
             Backend::Postgres { server, database } => {
@@ -278,7 +278,7 @@ async fn a_record_and_its_version_are_from_one_snapshot(db: Db) {
     }
     stop.cancel();
     let seen = reading.await.unwrap();
-    // The key is active at first, and then alternates between revoked and active.
+    // The key is active at first and then alternates between revoked and active.
     let versions: Vec<_> = lookup.poll(Some(issued)).await.unwrap().versions.into_iter().map(|(of, _)| of).collect();
     assert_eq!(versions.len(), 301);
     for (as_of, revoked) in &seen {
@@ -289,7 +289,7 @@ async fn a_record_and_its_version_are_from_one_snapshot(db: Db) {
     assert!(distinct.len() > 50, "{} reads saw {} versions", seen.len(), distinct.len());
 }
 
-async fn only_keys_under_the_recorded_pepper_are_accepted(db: Db) {
+async fn only_keys_with_the_recorded_pepper_are_accepted(db: Db) {
     let db = db.migrated().await;
     let (lookup, mut ledger) = (db.lookup().await, db.ledger().await);
     with_acme(&mut ledger).await;
@@ -367,12 +367,13 @@ async fn a_check_records_the_pepper_of_an_older_key(db: Db) {
     for number in 1..=3 {
         ledger.add_key(&actor(), &acme(), NewKey { made: Made::Peppered(PEPPER), ..new_key(number) }).await.unwrap();
     }
-    // Imitate an earlier release, which stored keys without a fingerprint of the pepper.
+    // Imitate an earlier release, which stored keys without a pepper fingerprint.
     let tables = if db.is_postgres() { "trustgate." } else { "" };
     db.execute(&format!("UPDATE {tables}api_key SET pepper_fingerprint = NULL")).await;
     db.execute(&format!("UPDATE {tables}meta SET pepper_fingerprint = NULL")).await;
     let before = lookup.poll(None).await.unwrap().newest.as_of;
-    // The first key is found under the current pepper, the second under the previous pepper, and the third not at all.
+    // Look up the first key by its digest under the current pepper and the second key by its digest under the previous
+    // pepper. No lookup reads the third key.
     let found = lookup.find(&Digests { current: digest(1), older: vec![digest(9)] }).await.unwrap();
     assert!(found.value.is_some());
     let found = lookup.find(&Digests { current: digest(8), older: vec![digest(2)] }).await.unwrap();
@@ -384,15 +385,15 @@ async fn a_check_records_the_pepper_of_an_older_key(db: Db) {
     assert_eq!([pepper(1), pepper(2), pepper(3)], [Some(OTHER_PEPPER), Some(PEPPER), None]);
     let polled = lookup.poll(None).await.unwrap();
     assert_eq!(polled.newest.as_of, before, "no decision reads the fingerprint, so there is no new version");
-    assert_eq!(polled.peppers.current, Some(OTHER_PEPPER), "a key was found under the current pepper of the server");
-    // A pepper that is recorded is not replaced.
+    assert_eq!(polled.peppers.current, Some(OTHER_PEPPER), "a key was found under the server's current pepper");
+    // A later lookup does not replace a recorded pepper.
     lookup.find(&Digests { current: digest(1), older: Vec::new() }).await.unwrap();
     lookup.tend_peppers(&[PEPPER]).await.unwrap();
     let key = ledger.key(KeyId(Uuid::from_u128(1))).await.unwrap();
     assert_eq!(key.pepper, Some(OTHER_PEPPER));
 }
 
-async fn the_fields_of_a_decision_are_returned_as_stored(db: Db) {
+async fn the_fields_that_a_decision_needs_are_returned_as_stored(db: Db) {
     let db = db.migrated().await;
     let (lookup, mut ledger) = (db.lookup().await, db.ledger().await);
     let trust = with_acme(&mut ledger).await;
@@ -425,7 +426,7 @@ async fn the_fields_of_a_decision_are_returned_as_stored(db: Db) {
     assert!(expires >= before.after(hour) && expires <= after.after(hour), "{expires:?}");
     assert_eq!(stored.expires_at, Some(expires));
 
-    // The longest duration still gives a valid time.
+    // The longest duration still yields a valid time.
     let endless = NewKey { expires_in: Some(Duration::MAX), ..new_key(2) };
     assert!(ledger.add_key(&actor(), &acme(), endless).await.unwrap().expires_at > Some(expires));
 }
@@ -482,7 +483,7 @@ async fn trust_names_and_key_digests_are_unique(db: Db) {
     assert_eq!(ledger.trusts().await.unwrap().len(), 1);
 }
 
-async fn an_import_can_be_repeated(db: Db) {
+async fn a_repeated_import_skips_stored_keys(db: Db) {
     let db = db.migrated().await;
     let mut ledger = db.ledger().await;
     with_acme(&mut ledger).await;
@@ -503,8 +504,8 @@ async fn an_import_can_be_repeated(db: Db) {
     assert_eq!(stored.len(), 1_600);
     assert_eq!(stored.iter().map(|key| key.scopes.len()).sum::<usize>(), 1_599, "each with its own scopes");
     assert_eq!(stored.iter().filter(|key| key.name.is_some()).count(), 800);
-    // An import skips a key that is stored under an older digest. Otherwise the key would have two rows and would still
-    // pass after one of them is revoked.
+    // An import skips a key that is stored under an older digest. Otherwise the key would have two rows, and it would
+    // still be granted after only one of the rows was revoked.
     let moved = |key: &NewKey| {
         let mut digest = [9; 32];
         digest[..16].copy_from_slice(key.id.0.as_bytes());
@@ -565,7 +566,7 @@ async fn clearing_the_caches_creates_a_version_with_a_new_nonce(db: Db) {
     assert_ne!(second.nonce, first.nonce);
     assert_eq!(lookup.find(&only(digest(1))).await.unwrap().as_of, drawn);
 
-    // Each of several concurrent calls creates a version.
+    // Each concurrent call creates a version.
     let mut clearing = tokio::task::JoinSet::new();
     for _ in 0..8 {
         let mut ledger = db.ledger().await;
@@ -600,7 +601,7 @@ async fn a_change_and_its_audit_entry_are_one_transaction(db: Db) {
     assert!(entries[0].contains(&id.to_string()) && entries[0].contains("acme"), "{}", entries[0]);
     assert!(entries.iter().all(|entry| !entry.to_lowercase().contains("abab")), "the audit contains no digest");
 
-    // A change whose audit entry cannot be written is rolled back.
+    // If the audit entry cannot be written, the change is rolled back.
     let lookup = db.lookup().await;
     let before = newest(&lookup).await.as_of;
     db.execute("ALTER TABLE audit RENAME TO away").await;
@@ -621,7 +622,7 @@ async fn a_change_and_its_audit_entry_are_one_transaction(db: Db) {
     assert_eq!(db.texts("SELECT action FROM audit ORDER BY id").await.last().unwrap(), "trust.delete");
 }
 
-/// Returns the changes recorded after `version` as sorted texts without duplicates. Advances `version` to the newest
+/// Returns the changes recorded after `version` as sorted strings without duplicates. Advances `version` to the newest
 /// version.
 async fn recorded_since(lookup: &Arc<dyn Source>, version: &mut Version) -> Vec<String> {
     let polled = lookup.poll(Some(*version)).await.unwrap();
@@ -728,7 +729,7 @@ async fn the_first_poll_returns_the_changes_of_the_last_15_minutes(db: Db) {
         (first, recorded.contains(&first))
     };
     assert_eq!(first_poll(versions[0], 16).await, (versions[1], true), "the changes of the first version are included");
-    // A poll must not select each version by its time, because the version of a long transaction can have an old time.
+    // A poll must not filter versions by time: a long transaction's version can have an old time.
     let at = if db.is_postgres() { "now() - interval '1 hour'" } else { "at - 3600000000" };
     db.execute(&format!("UPDATE version SET at = {at} WHERE version = {}", versions[2].0)).await;
     assert_eq!(first_poll(versions[0], 14).await.0, Version(1));
@@ -737,7 +738,7 @@ async fn the_first_poll_returns_the_changes_of_the_last_15_minutes(db: Db) {
         lookup.poll(None).await.unwrap().versions.len(),
         usize::try_from(versions[3].0 - versions[0].0).unwrap()
     );
-    assert_eq!(first_poll(versions[3], 16).await, (versions[3], true), "the newest version, whatever its age");
+    assert_eq!(first_poll(versions[3], 16).await, (versions[3], true), "the newest version, regardless of age");
 }
 
 async fn old_versions_are_pruned_and_the_newest_is_kept(db: Db) {
@@ -757,12 +758,12 @@ async fn old_versions_are_pruned_and_the_newest_is_kept(db: Db) {
     let old = if db.is_postgres() { "now() - interval '21 minutes'" } else { "at - 21 * 60000000" };
     assert_eq!(left().await, numbers, "no version is old enough");
     let third = numbers[numbers.len() - 3];
-    // After the clock was set back, a version can have an older time than the versions before it. All versions are
-    // kept.
+    // If the clock is set back, a version can have an earlier time than the versions before it. Pruning stops at the
+    // first recent version, so it deletes nothing here.
     db.execute(&format!("UPDATE version SET at = {old} WHERE version = {third}")).await;
     assert_eq!(left().await, numbers);
     db.execute(&format!("UPDATE version SET at = {old} WHERE version <= {third}")).await;
-    assert_eq!(left().await, numbers[numbers.len() - 3..], "the last of these was the newest less than 20 minutes ago");
+    assert_eq!(left().await, numbers[numbers.len() - 3..], "the first of these was the newest 20 minutes ago");
     let polled = lookup.poll(Some(Version(third))).await.unwrap();
     assert_eq!((polled.versions[0], polled.oldest), (all.versions[numbers.len() - 3], Version(third)));
     let polled = lookup.poll(Some(Version(numbers[0]))).await.unwrap();
@@ -797,7 +798,7 @@ async fn a_lost_lineage_is_replaced_once(db: Db) {
     let mut seen = newest(&lookup).await.as_of;
     let first = newest(&lookup).await.lineage;
     lookup.renew_incarnation(Uuid::new_v4()).await.unwrap();
-    assert_eq!(newest(&lookup).await.lineage, first, "a call with an incarnation that is not current changes nothing");
+    assert_eq!(newest(&lookup).await.lineage, first, "a call with an outdated incarnation changes nothing");
     assert_eq!(recorded_since(&lookup, &mut seen).await, Vec::<String>::new());
     lookup.renew_incarnation(first.incarnation).await.unwrap();
     lookup.renew_incarnation(first.incarnation).await.unwrap();
@@ -864,16 +865,16 @@ async fn replicas_that_send_heartbeats_are_listed(db: Db) {
     db.execute(&format!("UPDATE replica SET until = {} WHERE id = '{one}'", ago(1))).await;
     assert_eq!(ledger.replicas().await.unwrap().iter().map(|replica| replica.id).collect::<Vec<_>>(), [other]);
     lookup.report(&heartbeat(other, 4)).await.unwrap();
-    assert_eq!(db.texts("SELECT CAST(count(*) AS text) FROM replica").await, ["2"], "a row that ended 1 s ago is kept");
+    assert_eq!(db.texts("SELECT CAST(count(*) AS text) FROM replica").await, ["2"], "a row expired for 1 s is kept");
     db.execute(&format!("UPDATE replica SET until = {} WHERE id = '{one}'", ago(25 * 60 * 60))).await;
     lookup.report(&heartbeat(other, 6)).await.unwrap();
     assert_eq!(
         db.texts("SELECT CAST(count(*) AS text) FROM replica").await,
         ["1"],
-        "a row that ended more than a day ago is deleted"
+        "a row that expired more than a day ago is deleted"
     );
     lookup.report(&Heartbeat { lasts: Duration::ZERO, ..heartbeat(other, 7) }).await.unwrap();
-    assert_eq!(ledger.replicas().await.unwrap(), [], "a heartbeat with a duration of zero ends the row");
+    assert_eq!(ledger.replicas().await.unwrap(), [], "a heartbeat with a duration of zero expires at once");
 
     let key = lookup.redis_mac_key().await.unwrap().expect("made by the first migration");
     assert_ne!(key, [0; 32]);
@@ -898,7 +899,7 @@ async fn an_existing_table_is_read_and_not_changed(mut db: Db) {
     assert_eq!((record.trust_id, record.key_id, record.digest), (TrustId(first), KeyId(first), digest(1)));
     assert!(record.trust_enabled && record.scopes.is_empty() && record.allowed_cidrs.is_empty());
     assert_eq!(lookup.find_by_id(KeyId(first)).await.unwrap().value, Some(record));
-    assert_eq!(lookup.find_by_id(KeyId(second)).await.unwrap().value, None, "a row without a digest is no key");
+    assert_eq!(lookup.find_by_id(KeyId(second)).await.unwrap().value, None, "a row without a digest is not a key");
     if !db.is_postgres() {
         let odd = first.simple().to_string().to_uppercase();
         db.execute(&format!("UPDATE trust SET id = '{odd}' WHERE id = '{first}'")).await;
@@ -998,9 +999,9 @@ async fn a_row_that_cannot_be_read_is_a_fault(db: Db) {
     }
     db.execute("DELETE FROM version").await;
     let outcome = lookup.find(&only(digest(2))).await;
-    assert!(matches!(outcome, Err(Fault::Corrupt { .. })), "without a version a read fails: {outcome:?}");
+    assert!(matches!(outcome, Err(Fault::Corrupt { .. })), "a read without any version fails: {outcome:?}");
     let outcome = lookup.poll(None).await;
-    assert!(matches!(outcome, Err(PollError::Unusable(_))), "without a version a poll is unusable: {outcome:?}");
+    assert!(matches!(outcome, Err(PollError::Unusable(_))), "a poll without any version is unusable: {outcome:?}");
 }
 
 fn empty(db: &Db) -> &'static str {
@@ -1010,7 +1011,7 @@ fn empty(db: &Db) -> &'static str {
 async fn a_dropped_ledger_call_leaves_no_partial_change(db: Db) {
     let db = db.migrated().await;
     let mut ledger = db.ledger().await;
-    // Each call is dropped after a different number of polls. No call may leave a part of a change.
+    // Each call is dropped after a different number of polls. None of them may leave a partial change behind.
     for polls in 0..40 {
         let name = format!("trust {polls}");
         let actor = actor();
@@ -1021,7 +1022,7 @@ async fn a_dropped_ledger_call_leaves_no_partial_change(db: Db) {
     assert_eq!(db.texts("SELECT CAST(count(*) AS text) FROM audit").await, [trusts]);
 }
 
-/// Polls `future` the given number of times, and then drops it.
+/// Polls `future` the given number of times and then drops it.
 async fn poll_and_drop(future: impl Future, polls: u32) {
     let (mut future, mut left) = (pin!(future), polls);
     poll_fn(|context| {

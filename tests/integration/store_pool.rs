@@ -1,4 +1,4 @@
-//! Tests the connection pool for reads from PostgreSQL: restarts and hangs of the server, timeouts, limits, grants and
+//! Tests the connection pool for reads from PostgreSQL: server restarts and hangs, timeouts, limits, grants and
 //! password files.
 
 use std::{
@@ -78,14 +78,14 @@ async fn the_next_read_after_a_restart_of_postgresql_works() {
     server.stop();
     let refused = tokio::time::timeout(20 * SECONDS, lookup.find(&unknown_key())).await;
     let fault = refused.expect("a read fails at once if the server refuses the connect").unwrap_err();
-    assert!(matches!(fault, Fault::Unreachable { .. }), "refused at once: {fault:?}");
+    assert!(matches!(fault, Fault::Unreachable { .. }), "the read fails at once: {fault:?}");
     let text = fault.to_string();
     assert!(!text.contains("reader") && !text.contains("postgres://"), "{text}");
     server.resume().await;
     read_at_once(&lookup, 9).await;
     server.stop();
     server.resume().await;
-    // This time no read ran while the server was down, so the pool has not noticed that its connections are closed.
+    // No read ran while the server was down, so the pool has not detected that its connections are closed.
     lookup.find(&unknown_key()).await.unwrap();
     lookup.poll(None).await.unwrap();
     lookup.close().await;
@@ -194,7 +194,7 @@ async fn the_printed_grants_suffice_to_serve_and_manage_and_grant_no_more() {
 }
 
 #[tokio::test]
-async fn a_password_file_is_read_at_each_connect() {
+async fn the_password_file_is_read_for_each_new_connection() {
     let server = Postgres::start().await;
     let dir = tempfile::tempdir().unwrap();
     let (url_file, password_file) = (dir.path().join("url"), dir.path().join("password"));
@@ -228,7 +228,7 @@ async fn a_password_file_is_read_at_each_connect() {
 /// A fake database: each connect and each answer waits for a permit from the test.
 #[derive(Default)]
 struct FakeDatabase {
-    /// The number of connects that were started.
+    /// The number of connects that have started.
     connects: AtomicUsize,
     /// The number of connections that are open now.
     open: Arc<AtomicUsize>,
@@ -295,7 +295,7 @@ fn fake_pool(
 }
 
 #[test]
-fn a_read_on_a_runtime_that_has_ended_fails_and_does_not_hang() {
+fn a_read_on_a_runtime_that_was_shut_down_fails_and_does_not_hang() {
     let (done, is_done) = std::sync::mpsc::channel();
     // Run the test on another thread, because a deadlock would block the thread forever.
     std::thread::spawn(move || {
@@ -346,7 +346,7 @@ async fn a_connect_that_hangs_fails_the_waiting_reads_after_the_connect_timeout(
     assert!(matches!((one, other), (Err(PoolError::Connect(_)), Err(PoolError::Connect(_)))));
     database.may_connect.0.add_permits(1);
     database.may_answer.0.add_permits(1);
-    assert!(pool.read(&()).await.is_ok(), "the failed connect no longer counts as the one connection");
+    assert!(pool.read(&()).await.is_ok(), "the failed connect no longer counts towards the limit");
 }
 
 #[tokio::test]

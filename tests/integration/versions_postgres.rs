@@ -1,5 +1,5 @@
-//! Tests the change log on PostgreSQL: each committed change has a version, in commit order, regardless of the role and
-//! the statement that make the change.
+//! Tests the change log on PostgreSQL: each committed change has a version, in commit order, regardless of which role
+//! makes the change and with which statement.
 
 // Some tests measure wall-clock time, and some are long because each step depends on the previous step.
 #![allow(clippy::disallowed_methods, clippy::too_many_lines, clippy::similar_names, clippy::needless_for_each)]
@@ -129,11 +129,11 @@ async fn run(connection: &mut PgConnection, sql: &str) {
 /// Runs a statement that the server must refuse. Returns the SQLSTATE and the message.
 async fn refused(connection: &mut PgConnection, sql: &str) -> (String, String) {
     let error = sqlx::raw_sql(AssertSqlSafe(sql)).execute(connection).await.expect_err(sql);
-    let error = error.into_database_error().expect("an error of the server");
+    let error = error.into_database_error().expect("an error from the server");
     (error.code().unwrap().into_owned(), error.message().to_owned())
 }
 
-/// A committed transaction of a writer: the transaction id, and the text that the transaction wrote to each key.
+/// A writer's committed transaction: the transaction id, and the string that the transaction wrote to each key.
 type Committed = (u64, BTreeMap<Uuid, String>);
 
 const WRITERS: u128 = 4;
@@ -150,7 +150,7 @@ const TRANSACTIONS: u64 = 500;
 
 /// Changes the keys of one writer in transactions of several kinds. Returns the committed transactions.
 async fn write(mut connection: PgConnection, writer: u128, isolation: &'static str) -> Vec<Committed> {
-    // Use only the index, because under SERIALIZABLE a scan of the table counts as a read of all keys.
+    // Force index scans, because under SERIALIZABLE a table scan counts as a read of all keys.
     run(&mut connection, "SET enable_seqscan = off; SET enable_bitmapscan = off").await;
     let mut committed = Vec::new();
     for number in 0..TRANSACTIONS {
@@ -185,7 +185,8 @@ async fn write(mut connection: PgConnection, writer: u128, isolation: &'static s
     committed
 }
 
-/// The newest version and the text of each key, read in one snapshot of the database.
+/// The newest version and the first scope of each key, read in one snapshot of the database. Each transaction sets a
+/// different scope, so the scope shows which transactions the snapshot includes.
 struct Snapshot {
     newest: i64,
     keys: BTreeMap<Uuid, String>,
@@ -337,7 +338,7 @@ async fn each_kind_of_statement_is_recorded_for_a_role_without_rights_on_the_cha
     has(&changes, &[absent(60), absent(61), absent(62)]);
     assert_eq!((changes.len(), versions), (3, 1));
 
-    // PostgreSQL runs a cascade with the rights of the table's owner, not with the rights of the writer. `key_use` also
+    // PostgreSQL runs a cascade with the table owner's rights, not with the writer's rights. `key_use` also
     // references the keys.
     db.execute(
         "ALTER TABLE trustgate.api_key DROP CONSTRAINT api_key_trust_id_fkey,
@@ -371,7 +372,7 @@ async fn each_kind_of_statement_is_recorded_for_a_role_without_rights_on_the_cha
     db.execute("INSERT INTO trustgate.key_use SELECT id, now() FROM trustgate.api_key").await;
     db.recorded(&mut seen).await;
     db.execute("UPDATE trustgate.key_use SET last_used_at = now(); DELETE FROM trustgate.key_use").await;
-    assert_eq!(db.recorded(&mut seen).await, (vec![], 0), "an update of the last use of a key records no change");
+    assert_eq!(db.recorded(&mut seen).await, (vec![], 0), "updating the last use of a key records no change");
 
     // The writer may neither call these functions nor access these tables.
     for sql in [
@@ -436,8 +437,8 @@ async fn a_version_lock_that_is_taken_early_is_released() {
     let mut seen = db.newest().await;
     let (mut early, mut other) = (db.writer().await, db.writer().await);
     let update = |number| format!("UPDATE trustgate.api_key SET scheme = 1 - scheme WHERE id = '{}'", key(number));
-    // A transaction that has already taken the lock can change more keys. All its changes get one version at the
-    // commit.
+    // A transaction that has already taken the lock can change more keys. All its changes receive one version when it
+    // commits.
     run(&mut early, &format!("BEGIN; SET CONSTRAINTS ALL IMMEDIATE; {}", update(1))).await;
     run(&mut early, &update(2)).await;
     assert_eq!(db.recorded(&mut seen).await, (vec![], 0));
@@ -453,14 +454,14 @@ async fn a_version_lock_that_is_taken_early_is_released() {
     let (changes, versions) = db.recorded(&mut seen).await;
     assert_eq!((changes.len(), versions), (4, 2));
 
-    // PostgreSQL ends a session that is idle for 3 s while it holds the lock.
+    // PostgreSQL terminates a session that holds the lock and has been idle for 3 s.
     run(&mut early, &format!("BEGIN; SET CONSTRAINTS ALL IMMEDIATE; {}", update(1))).await;
     assert_eq!(refused(&mut other, &update(3)).await.0, "55P03");
     run(&mut other, "SET lock_timeout = '20s'").await;
     let begun = Instant::now();
     run(&mut other, &update(3)).await;
     println!("the lock was free after {:?} and 50 ms", begun.elapsed());
-    assert!(sqlx::raw_sql("COMMIT").execute(&mut early).await.is_err(), "its session was ended");
+    assert!(sqlx::raw_sql("COMMIT").execute(&mut early).await.is_err(), "PostgreSQL terminated its session");
     let (changes, versions) = db.recorded(&mut seen).await;
     assert_eq!((changes.contains(&Change::Key(key(3))), changes.len(), versions), (true, 2, 1));
 }
@@ -489,7 +490,7 @@ async fn a_prepared_transaction_cannot_keep_the_version_lock() {
 }
 
 #[tokio::test]
-async fn a_huge_and_an_open_transaction_do_not_block_other_writers() {
+async fn huge_and_open_transactions_do_not_block_other_writers() {
     let db = Arc::new(Db::new().await);
     db.execute(&format!(
         "INSERT INTO trustgate.api_key (id, trust_id, digest, scheme, hint)
@@ -526,12 +527,12 @@ async fn a_huge_and_an_open_transaction_do_not_block_other_writers() {
     stop.store(true, Ordering::Relaxed);
     let (changes, longest) = others.await.unwrap();
     println!(
-        "commit of the huge transaction: {commit:?}; {changes} other changes meanwhile, the longest took {longest:?}"
+        "commit of the huge transaction: {commit:?}; {changes} other changes ran, and the slowest took {longest:?}"
     );
     assert!(changes > 100);
     let polled = db.since(&mut seen).await;
     let whole = |kind| polled.changes.iter().filter(|(_, change)| *change == Change::Whole(kind)).count();
-    assert_eq!(whole(ChangeKind::Keys), 1, "recorded as a whole");
+    assert_eq!(whole(ChangeKind::Keys), 1, "one change for all keys");
     assert_eq!((whole(ChangeKind::Gone), whole(ChangeKind::Absences), whole(ChangeKind::Trusts)), (1, 1, 0));
     let listed = sqlx::query("SELECT kind, count(*) FROM trustgate.change GROUP BY kind HAVING count(*) > 30000");
     assert!(
@@ -548,7 +549,7 @@ async fn a_huge_and_an_open_transaction_do_not_block_other_writers() {
 }
 
 #[tokio::test]
-async fn an_import_is_listed_key_by_key_up_to_a_limit_and_cached_records_stay_valid() {
+async fn a_poll_lists_imported_keys_up_to_a_limit_and_then_summarizes_them() {
     let db = Db::new().await;
     let mut seen = db.newest().await;
     let before = seen;
@@ -567,8 +568,8 @@ async fn an_import_is_listed_key_by_key_up_to_a_limit_and_cached_records_stay_va
     assert_eq!(changes.len(), 2, "{changes:?}");
     assert!(changes.contains(&Change::Whole(ChangeKind::Absences)));
     assert!(matches!(changes[0], Change::Trust(_)) || matches!(changes[1], Change::Trust(_)), "{changes:?}");
-    // The poll summarizes single kinds of changes: of 2 000 revocations, it lists the keys and the removed digests, but
-    // not the negative entries.
+    // The poll summarizes each kind of change separately: for 2 000 revocations, it lists the keys and the removed
+    // digests, but returns one change for all negative entries.
     db.execute(
         "UPDATE trustgate.api_key SET revoked_at = now() WHERE id IN (SELECT id FROM trustgate.api_key LIMIT 2000)",
     )
@@ -577,7 +578,7 @@ async fn an_import_is_listed_key_by_key_up_to_a_limit_and_cached_records_stay_va
     let count = |wanted: fn(&Change) -> bool| changes.iter().filter(|change| wanted(change)).count();
     assert_eq!(count(|change| matches!(change, Change::Key(_))), 2_000);
     assert_eq!(count(|change| matches!(change, Change::Gone(_))), 2_000);
-    assert_eq!(changes.len(), 4_001, "and the negative entries as a whole");
+    assert_eq!(changes.len(), 4_001, "plus one change for all negative entries");
     // There are too many changes to list, so the poll returns `Change::Everything`.
     for part in 0..5 {
         db.execute(&import(20_000 + part * 9_000, 28_999 + part * 9_000)).await;
@@ -598,7 +599,7 @@ async fn an_import_is_listed_key_by_key_up_to_a_limit_and_cached_records_stay_va
 #[tokio::test]
 async fn versions_that_a_poll_returned_survive_a_crash() {
     let mut server = Postgres::start().await;
-    // With these settings, a crash loses a commit unless PostgreSQL has flushed it to disk for another reason.
+    // With these settings, a crash loses each commit that PostgreSQL has not flushed to disk for a different reason.
     for setting in ["wal_writer_delay = '10s'", "synchronous_commit = off"] {
         server.execute("postgres", &format!("ALTER SYSTEM SET {setting}")).await;
     }
@@ -624,7 +625,7 @@ async fn versions_that_a_poll_returned_survive_a_crash() {
     server.resume().await;
     let db = Db { server: Arc::new(server), name, lookup: open(&settings), settings };
     let after = db.lookup.poll(Some(begin)).await.unwrap();
-    assert_eq!(after.versions, before.versions, "a version that was polled is on disk");
+    assert_eq!(after.versions, before.versions, "a polled version is on disk");
     assert_eq!(after.newest.lineage, before.newest.lineage);
     let lost = sqlx::query("SELECT n FROM beside").fetch_all(&mut db.admin().await).await.unwrap();
     assert!(lost.is_empty(), "this test needs a crash that loses other commits");
@@ -637,11 +638,11 @@ fn open(settings: &StoreSettings) -> Arc<dyn Source> {
 }
 
 #[tokio::test]
-async fn a_restored_database_records_changes_although_transaction_ids_repeat() {
+async fn a_restored_database_records_changes_even_if_transaction_ids_repeat() {
     let (first, second) = (Arc::new(Postgres::start().await), Arc::new(Postgres::start().await));
     let db = Db::on(Arc::clone(&first)).await;
     db.keys(1..3).await;
-    // The dump contains the ids of these transactions, and the other server will use many of these ids again.
+    // The dump contains the ids of these transactions, and the second server will assign many of these ids again.
     db.execute(
         "DO $$ BEGIN FOR i IN 1..600 LOOP UPDATE trustgate.api_key SET scheme = 1 - scheme; COMMIT; END LOOP; END $$",
     )
@@ -654,8 +655,8 @@ async fn a_restored_database_records_changes_although_transaction_ids_repeat() {
     let restored = Db { server: Arc::clone(&second), name, lookup: open(&settings), settings };
     let polled = restored.lookup.poll(None).await.unwrap();
     assert_eq!((polled.newest.as_of, polled.newest.nonce), (before.newest.as_of, before.newest.nonce));
-    assert_ne!(polled.newest.lineage, before.newest.lineage, "another server is another lineage");
-    assert!(!polled.triggers_intact, "the restored triggers were not examined yet");
+    assert_ne!(polled.newest.lineage, before.newest.lineage, "a different server has a different lineage");
+    assert!(!polled.triggers_intact, "the restored triggers have not been examined yet");
     restored.lookup.restore_watch().await.unwrap();
     let mut seen = polled.newest.as_of;
     assert_eq!(restored.recorded(&mut seen).await, (vec![Change::Everything], 1));
@@ -671,7 +672,7 @@ async fn a_restored_database_records_changes_although_transaction_ids_repeat() {
     assert_eq!((changes.len(), versions), (1_200, 600));
     let twice = "SELECT count(*) FROM (SELECT id FROM trustgate.tx WHERE whole = '' GROUP BY id HAVING count(*) > 1) t";
     let twice: i64 = sqlx::query(twice).fetch_one(&mut writer).await.unwrap().get(0);
-    assert!(twice > 50, "only {twice} transaction ids were repeated: the test needs more");
+    assert!(twice > 50, "only {twice} transaction ids were repeated, the test needs more than 50");
     store::migrate(&restored.settings, &|_| None).await.unwrap();
     assert_eq!(restored.newest().await, seen, "nothing is left to repair");
 }
@@ -685,8 +686,8 @@ async fn a_lock_timeout_names_the_blocking_session() {
     let mut writer = db.writer().await;
     let pid: i32 = sqlx::query("SELECT pg_backend_pid()").fetch_one(&mut writer).await.unwrap().get(0);
     run(&mut writer, "SET application_name = 'a billing job'; SET idle_in_transaction_session_timeout = '60s'").await;
-    // The first lock is on a row and blocks a statement. The second lock is the lock for new versions and blocks a
-    // commit.
+    // In the first case, the lock is on a row and blocks a statement. In the second case, it is the version lock and
+    // blocks a commit.
     let secret = format!("UPDATE trustgate.api_key SET scheme = 1 WHERE digest = '\\x{}'", digest(1));
     for (sql, id) in [(format!("BEGIN; {secret}"), 1), (format!("BEGIN; SET CONSTRAINTS ALL IMMEDIATE; {secret}"), 2)] {
         run(&mut writer, &sql).await;
@@ -725,13 +726,13 @@ async fn each_commit_sends_a_notification_and_a_lost_connection_is_reported() {
 
     // The server hangs, but the connection stays open.
     let frozen = db.server.freeze();
-    let fault = tokio::time::timeout(15 * SECONDS, listening).await.expect("noticed").unwrap();
+    let fault = tokio::time::timeout(15 * SECONDS, listening).await.expect("detected").unwrap();
     assert!(matches!(fault, Fault::Unreachable { .. }), "{fault:?}");
     drop(frozen);
     let listening = listen(Arc::clone(&db.lookup));
     notifications.recv().await.unwrap();
     let others = "FROM pg_stat_activity WHERE pid <> pg_backend_pid() AND backend_type = 'client backend'";
     db.execute(&format!("SELECT pg_terminate_backend(pid) {others}")).await;
-    tokio::time::timeout(5 * SECONDS, listening).await.expect("noticed at once").unwrap();
-    assert!(notifications.try_recv().is_err(), "`listen` does not reconnect by itself");
+    tokio::time::timeout(5 * SECONDS, listening).await.expect("detected at once").unwrap();
+    assert!(notifications.try_recv().is_err(), "`listen` does not reconnect");
 }

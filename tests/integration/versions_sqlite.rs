@@ -1,5 +1,5 @@
-//! Tests the change log on SQLite: each committed change is recorded, regardless of the program and the statement that
-//! make the change, and a poll notices if a change may be missing.
+//! Tests the change log on SQLite: each committed change is recorded, regardless of which program makes the change and
+//! with which statement, and a poll detects that a change may be missing.
 
 // Some tests measure wall-clock time, and some are long because each step depends on the previous step.
 #![allow(clippy::disallowed_methods, clippy::too_many_lines, clippy::single_match_else, clippy::result_large_err)]
@@ -88,7 +88,7 @@ fn settings(path: &Path) -> StoreSettings {
     }
 }
 
-/// A connection of another program that writes to the file. Foreign keys are off, which is the default of SQLite.
+/// A connection from another program that writes to the file. Foreign keys are off, which is the SQLite default.
 struct Writer(SqliteConnection);
 
 impl Writer {
@@ -216,7 +216,7 @@ async fn only_changes_that_decisions_depend_on_are_recorded() {
     cases.extend(columns.iter().map(|sql| (&**sql, &["absent 1", "key 11"][..])));
     cases.extend([
         (&*revoked, &["absent 1", "gone 1", "key 11"][..]),
-        // A key that is already revoked gets another time of revocation.
+        // The revocation time of a key that is already revoked changes.
         ("UPDATE api_key SET revoked_at = 6 WHERE id = $k11", &["absent 1", "gone 1", "key 11"]),
         ("UPDATE api_key SET revoked_at = NULL WHERE id = $k11", &["absent 1", "key 11"]),
         ("UPDATE api_key SET digest = $d4 WHERE id = $k11", &["absent 4", "gone 1", "key 11"]),
@@ -265,7 +265,7 @@ async fn rows_removed_by_or_replace_are_recorded_and_rows_kept_by_or_ignore_are_
             (&nothing_of_digest, &[]),
             (&unrelated, &[]),
             (&upsert, &["absent 1", "key 11"]),
-            // With recursive triggers, REPLACE also runs the delete trigger, which records the digest as gone.
+            // With recursive triggers, REPLACE also runs the delete trigger, which records the digest as removed.
             (&same, either(&["absent 1", "key 11"], &["absent 1", "gone 1", "key 11"])),
             (&by_digest, either(&["absent 1", "key 11"], &["absent 1", "gone 1", "key 11"])),
             (&by_id, &["absent 3", "gone 1", "key 13"]),
@@ -314,8 +314,8 @@ async fn rows_removed_by_or_replace_are_recorded_and_rows_kept_by_or_ignore_are_
                 &["trust 3"],
             ),
             ("UPDATE OR REPLACE trust SET name = 'two' WHERE id = $t1", either(&["trust 1", "trust 3"], &["trust 3"])),
-            // Without foreign keys, a trust can be deleted and inserted again. In the meantime, the keys of the trust
-            // are not found.
+            // Without foreign keys, a trust can be deleted while it still has keys, and inserted again. Until it is
+            // inserted again, lookups do not find its keys.
             ("DELETE FROM trust", &["trust 1"]),
             ("INSERT INTO trust (id, name, enabled, created_at) VALUES ($t1, 'one', 1, 0)", &["absent 5", "trust 1"]),
             ("UPDATE trust SET id = $t2", &["trust 1", "trust 2"]),
@@ -337,12 +337,12 @@ async fn changes_that_are_rolled_back_are_not_recorded() {
     writer.run(&format!("BEGIN; {first} {}; DELETE FROM trust; ROLLBACK", insert("INTO", 13, 3, ""))).await.unwrap();
     assert_eq!(follower.recorded().await, [""; 0]);
     assert_eq!(follower.at.0, start);
-    // The changes appear at the commit, all at once.
+    // All changes become visible at once, when the transaction commits.
     writer.run(&format!("BEGIN; SAVEPOINT a; {first} ROLLBACK TO a; {second} SAVEPOINT b; {first}")).await.unwrap();
     assert_eq!(follower.recorded().await, [""; 0]);
     writer.run("ROLLBACK TO b; RELEASE a; COMMIT").await.unwrap();
     assert_eq!(follower.recorded().await, ["absent 2", "key 12", "gone 2"], "removed digests come last");
-    // SQLite undoes the rows of a statement that fails. With OR FAIL, it keeps the rows before the row that failed.
+    // SQLite undoes all rows of a failed statement, but with OR FAIL it keeps the rows before the row that failed.
     let three = |how: &str| {
         format!(
             "INSERT {how} INTO api_key (id, trust_id, digest, scheme, hint, created_at) VALUES
@@ -399,8 +399,8 @@ async fn write(path: PathBuf, writer: u32, transactions: u32) -> Vec<String> {
     expected
 }
 
-/// A program that writes to the database from another process, with Python's SQLite library. It uses `executemany`, and
-/// each transaction creates a trust.
+/// A Python program that writes to the database from a separate process. It calls `executemany`, and each of its
+/// transactions creates a trust.
 const PYTHON: &str = r"
 import sqlite3, sys, uuid
 path, first, transactions = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
@@ -435,7 +435,7 @@ async fn write_in_another_process(path: PathBuf, writer: u32, transactions: u32)
 }
 
 #[tokio::test]
-async fn concurrent_polls_miss_no_change_of_several_writers() {
+async fn concurrent_polls_miss_no_change_from_several_writers() {
     const WRITERS: u32 = 4;
     const TRANSACTIONS: u32 = 200;
     let db = Db::with_keys().await;
@@ -481,7 +481,7 @@ async fn up_to_a_thousand_changes_of_a_kind_are_listed_one_by_one() {
     let recorded = follower.recorded().await;
     assert_eq!(recorded.iter().collect::<BTreeSet<_>>().len(), 1_000);
     assert!(recorded.iter().all(|change| change.starts_with("absent ")));
-    // Make one more change of this kind, and a change of another kind.
+    // Make one more change of this kind and one change of a different kind.
     writer.run(&many(2_000, 1)).await.unwrap();
     writer.run("UPDATE trust SET enabled = 0 WHERE id = $t2").await.unwrap();
     follower.at = since;
@@ -489,7 +489,7 @@ async fn up_to_a_thousand_changes_of_a_kind_are_listed_one_by_one() {
     let newest = polled.newest.as_of;
     let changes: Vec<(Version, String)> = polled.changes.iter().map(|(at, change)| (*at, describe(change))).collect();
     assert_eq!(changes, [(Version(newest.0 - 1), "all Absences".into()), (newest, "trust 2".into())]);
-    assert_eq!(polled.versions.len(), 1_001, "the newest thousand versions, and the one that the poll starts from");
+    assert_eq!(polled.versions.len(), 1_001, "the newest thousand versions, and the version that the poll starts from");
 
     let started = Instant::now();
     writer.run(&many(100_000, 100_000)).await.unwrap();
@@ -510,7 +510,7 @@ async fn up_to_a_thousand_changes_of_a_kind_are_listed_one_by_one() {
 }
 
 #[tokio::test]
-async fn alterations_that_may_hide_a_change_are_noticed_and_repaired_or_reported() {
+async fn alterations_that_may_hide_a_change_are_detected_and_repaired_or_reported() {
     let db = Db::with_keys().await;
     let (mut writer, mut follower) = (db.writer().await, db.follower().await);
     let text = |name: &str| format!("SELECT sql FROM sqlite_schema WHERE name = '{name}'");
@@ -598,7 +598,7 @@ fn put_in_place(from: &Path, to: &Path) {
 }
 
 #[tokio::test]
-async fn a_restored_copy_with_the_same_version_number_has_another_nonce() {
+async fn a_restored_copy_with_the_same_version_number_has_a_different_nonce() {
     let db = Db::with_keys().await;
     let (mut writer, follower) = (db.writer().await, db.follower().await);
     let copy = db.path.with_file_name("copy.db");
@@ -620,9 +620,9 @@ async fn a_restored_copy_with_the_same_version_number_has_another_nonce() {
     let same = follower.lookup.poll(Some(known.newest.as_of)).await.unwrap();
     assert_eq!((same.newest.as_of, same.newest.lineage), (known.newest.as_of, known.newest.lineage));
     assert_eq!(same.versions, [(same.newest.as_of, same.newest.nonce)]);
-    assert_ne!(same.newest.nonce, known.newest.nonce, "the same version number in another lineage");
+    assert_ne!(same.newest.nonce, known.newest.nonce, "the same version number has a different nonce");
 
-    // A replica that notices the lost history gives the database a new incarnation. A second call for the same
+    // A replica that detects the lost history gives the database a new incarnation. A second call that names the old
     // incarnation changes nothing.
     let lost = same.newest.lineage.incarnation;
     follower.lookup.renew_incarnation(lost).await.unwrap();
@@ -635,23 +635,23 @@ async fn a_restored_copy_with_the_same_version_number_has_another_nonce() {
 }
 
 #[tokio::test]
-async fn a_poll_does_not_confirm_a_file_that_was_removed_or_replaced() {
+async fn a_poll_fails_if_the_file_was_removed_and_reads_the_file_that_replaced_it() {
     let (db, other) = (Db::with_keys().await, Db::new().await);
     let follower = db.follower().await;
     let before = follower.lookup.poll(Some(follower.at.0)).await.unwrap();
-    // The file is removed, but an open connection could still read it.
+    // The file is removed. An open connection could still read it, so the poll must check for this case.
     let aside = db.path.with_file_name("aside.db");
     std::fs::rename(&db.path, &aside).unwrap();
     let gone = follower.lookup.poll(Some(follower.at.0)).await;
     assert!(matches!(gone, Err(PollError::NoAnswer(_))), "{gone:?}");
-    // Another file takes the place of the removed file, and the poll reads the new file.
+    // A different file replaces the removed file, and the poll reads the new file.
     put_in_place(&other.path, &db.path);
     let swapped = follower.lookup.poll(Some(follower.at.0)).await.unwrap();
     assert_ne!(swapped.newest.lineage.incarnation, before.newest.lineage.incarnation);
     assert!(swapped.newest.as_of < before.newest.as_of);
 }
 
-/// The tables and rows of release 0.1.
+/// The tables and rows that release 0.1 created.
 const VERSION_1: &str = "
 PRAGMA journal_mode = WAL;
 CREATE TABLE schema (
@@ -703,7 +703,7 @@ INSERT INTO replica VALUES ('00000000-0000-0000-0000-000000000099', 2, 0);
 ";
 
 #[tokio::test]
-async fn a_database_of_the_first_release_is_upgraded_and_keeps_its_keys() {
+async fn a_database_from_the_first_release_is_upgraded_and_keeps_its_keys() {
     let db = Db::nowhere();
     std::fs::write(&db.path, "").unwrap();
     let mut writer = db.writer().await;
@@ -732,9 +732,9 @@ async fn a_database_of_the_first_release_is_upgraded_and_keeps_its_keys() {
     assert_eq!(follower.recorded().await, ["absent 1", "key 11", "gone 1"]);
     assert_eq!(ledger.newest().await.unwrap(), follower.at.0);
     assert_eq!(writer.number("SELECT count(*) FROM schema").await, 4);
-    assert_eq!(ledger.replicas().await.unwrap(), [], "the first release stored no end of a heartbeat");
+    assert_eq!(ledger.replicas().await.unwrap(), [], "the first release did not store when a heartbeat expires");
 
-    // Another migration changes nothing.
+    // A second migration changes nothing.
     store::migrate(&settings(&db.path), NO_ENV).await.unwrap();
     assert_eq!(follower.recorded().await, [""; 0]);
 }
@@ -744,7 +744,8 @@ async fn unusable_answers_and_missing_answers_are_different_errors() {
     let is_unusable = |outcome: Result<Polled, PollError>, part: &str| {
         matches!(&outcome, Err(PollError::Unusable(text)) if text.contains(part)).then_some(()).ok_or(outcome)
     };
-    // Another program has locked the whole file, so it may commit changes that this poll cannot see.
+    // Another program has locked the whole file, so it may commit changes that this poll cannot see. The answer is
+    // therefore unusable, and does not count as missing.
     let db = Db::with_keys().await;
     let mut holder = db.writer().await;
     holder.run("PRAGMA journal_mode = DELETE; BEGIN EXCLUSIVE").await.unwrap();
@@ -753,7 +754,7 @@ async fn unusable_answers_and_missing_answers_are_different_errors() {
     holder.run("ROLLBACK; PRAGMA journal_mode = DELETE").await.unwrap();
     assert!(db.open().poll(None).await.unwrap().triggers_intact);
 
-    // A table of trustgate is missing.
+    // One of trustgate's tables is missing.
     let follower = db.follower().await;
     holder.run("DROP TABLE change").await.unwrap();
     is_unusable(follower.lookup.poll(Some(follower.at.0)).await, "no such table").unwrap();
@@ -841,8 +842,8 @@ async fn the_oldest_versions_are_pruned_and_the_newest_is_kept() {
     let polled = follower.lookup.poll(Some(pruned)).await.unwrap();
     assert_eq!(polled.oldest, Version(newest.0 - 10));
     assert_ne!(polled.versions.first().unwrap().0, pruned, "the version that the poll starts from was pruned");
-    // The first poll returns the oldest version of the last 15 minutes and all later versions, regardless of their
-    // times.
+    // The first poll returns the oldest version from the last 15 minutes and every later version, even if a later
+    // version has an older time.
     writer.run(&format!("UPDATE version SET at = at - 1210000000 WHERE version = {}", newest.0 - 3)).await.unwrap();
     let start = follower.lookup.poll(None).await.unwrap();
     assert_eq!(start.versions.first().unwrap().0, Version(newest.0 - 9));
@@ -878,7 +879,7 @@ async fn a_replica_is_listed_until_its_last_heartbeat_expires() {
     }
     assert_eq!(until.keys().collect::<Vec<_>>(), ["pod-1", "pod-3"]);
     assert_eq!(until["pod-1"], 90);
-    // Rows of replicas that have ended are kept for a day, regardless of the duration of their heartbeats.
+    // A row is kept for a day after its heartbeat expires, regardless of how long the heartbeat was valid.
     let mut age = async |hours: i64| {
         let sql = format!(
             "UPDATE replica SET seen_at = seen_at - {hours} * 3600000000,

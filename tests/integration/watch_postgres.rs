@@ -1,4 +1,4 @@
-//! Tests that polls on PostgreSQL notice altered triggers, functions and tables. Also tests upgrades, grants, standbys,
+//! Tests that polls on PostgreSQL detect altered triggers, functions and tables. Also tests upgrades, grants, standbys,
 //! poolers and session settings.
 
 // Some tests measure wall-clock time, and some are long because each step depends on the previous step.
@@ -121,12 +121,12 @@ enum Repair {
     Run(&'static str),
     /// `restore_watch` fails until `trustgate migrate` has repaired the alteration.
     Migrate,
-    /// The alteration does not affect the triggers, and no poll notices it.
+    /// No repair is needed: the alteration does not affect the triggers, and polls do not report it.
     Unneeded,
 }
 
 #[tokio::test]
-async fn alterations_that_may_hide_changes_are_noticed_until_they_are_repaired() {
+async fn alterations_that_may_hide_changes_are_detected_until_they_are_repaired() {
     const ROW: &str = "TRIGGER trustgate_changed";
     let on = |rest: &str| format!("ALTER TABLE trustgate.api_key {rest}");
     let cases: Vec<(&str, String, Repair)> = vec![
@@ -155,7 +155,7 @@ async fn alterations_that_may_hide_changes_are_noticed_until_they_are_repaired()
             Repair::Migrate,
         ),
         (
-            "a trigger is replaced by another one with its name",
+            "a trigger is replaced by a different trigger with the same name",
             format!(
                 "DROP {ROW} ON trustgate.api_key; CREATE {ROW} AFTER UPDATE OF name ON trustgate.api_key
                     FOR EACH ROW EXECUTE FUNCTION trustgate.api_key_changed(); {}",
@@ -170,9 +170,9 @@ async fn alterations_that_may_hide_changes_are_noticed_until_they_are_repaired()
                 .into(),
             Repair::Migrate,
         ),
-        ("an attribute of a function is changed", "ALTER FUNCTION trustgate.note(text, text) COST 99".into(), Repair::Restore),
+        ("a function attribute is changed", "ALTER FUNCTION trustgate.note(text, text) COST 99".into(), Repair::Restore),
         (
-            "the table is swapped for another",
+            "the table is replaced by a different table",
             format!("{}; CREATE TABLE trustgate.api_key (LIKE trustgate.away INCLUDING ALL)", on("RENAME TO away")),
             Repair::Run("DROP TABLE trustgate.api_key; ALTER TABLE trustgate.away RENAME TO api_key"),
         ),
@@ -182,7 +182,7 @@ async fn alterations_that_may_hide_changes_are_noticed_until_they_are_repaired()
             Repair::Restore,
         ),
         (
-            "a table inherits from ours",
+            "a table inherits from trustgate's table",
             "CREATE TABLE trustgate.child () INHERITS (trustgate.api_key)".into(),
             Repair::Run("ALTER TABLE trustgate.child NO INHERIT trustgate.api_key; DROP TABLE trustgate.child"),
         ),
@@ -311,7 +311,7 @@ async fn changes_in_child_tables_and_partitions_are_recorded_after_they_have_tri
     db.records_a_change(&mut seen).await;
 }
 
-/// The tables and rows of the first release.
+/// The tables and rows that the first release created.
 const FIRST: &str = "
 CREATE SCHEMA trustgate; SET search_path = trustgate;
 CREATE TABLE schema (version bigint PRIMARY KEY, compatible_from bigint NOT NULL, at timestamptz NOT NULL DEFAULT now());
@@ -364,7 +364,7 @@ INSERT INTO api_key (id, trust_id, digest, scheme, hint)
 INSERT INTO replica VALUES (gen_random_uuid(), 41, now())";
 
 #[tokio::test]
-async fn tables_of_the_first_release_are_upgraded_in_place() {
+async fn tables_from_the_first_release_are_upgraded_in_place() {
     let db = Db::empty(Postgres::shared().await).await;
     db.execute(FIRST).await;
     let problem = db.lookup.prepare(Missing::Refuse).await.unwrap_err().to_string();
@@ -399,10 +399,10 @@ async fn tables_of_the_first_release_are_upgraded_in_place() {
     db.records_a_change(&mut seen).await;
     assert_eq!(seen, Version(43));
     db.migrate().await;
-    assert_eq!(db.newest().await, seen, "another migration changes nothing");
+    assert_eq!(db.newest().await, seen, "a second migration changes nothing");
     assert!(db.lookup.redis_mac_key().await.unwrap().is_some());
     let mut ledger = store::open_ledger(&db.settings, &|_| None).await.unwrap();
-    assert_eq!(ledger.replicas().await.unwrap(), [], "the first release stored no end of a heartbeat");
+    assert_eq!(ledger.replicas().await.unwrap(), [], "the first release did not store when a heartbeat expires");
 }
 
 #[tokio::test]
@@ -500,8 +500,8 @@ async fn the_printed_grants_are_sufficient_and_not_excessive() {
         let refused = sqlx::raw_sql(AssertSqlSafe(sql)).execute(&mut connection).await.unwrap_err();
         assert_eq!(refused.as_database_error().unwrap().code().as_deref(), Some("42501"), "{role}: {sql}");
     }
-    // After a right is revoked, the database answers, but the answer is unusable. It must not count as a missing
-    // answer, which would start stale grants.
+    // Without a required right, the database answers, but the answer is unusable. An unusable answer must not count as
+    // a missing answer, because a missing answer starts stale grants.
     db.execute(&format!("REVOKE SELECT ON trustgate.change FROM {serve}")).await;
     let outcome = lookup.poll(Some(Version(1))).await;
     assert!(
@@ -525,9 +525,9 @@ async fn only_a_writable_primary_confirms_a_poll() {
     let lookup = open(&db.settings);
     unusable(&lookup, "read-only").await;
     primary.execute("postgres", &read_only.replace("= on", "= off")).await;
-    // A session keeps the settings with which it started, so the lookup must open a new session.
+    // A session keeps the settings that it started with, so the lookup must open a new session.
     eventually("a new session", 20 * SECONDS, || async { lookup.poll(None).await.is_ok() }).await;
-    // trustgate's reads do not use SERIALIZABLE, even if it is the default of the database.
+    // trustgate's reads do not use SERIALIZABLE, even if it is the default in the database.
     let serializable = format!("ALTER DATABASE {} SET default_transaction_isolation = 'serializable'", db.name);
     primary.execute("postgres", &serializable).await;
     open(&db.settings).poll(None).await.unwrap();
@@ -576,7 +576,7 @@ async fn everything_except_notifications_works_through_a_pooler() {
     let mut ledger = store::open_ledger(&settings, &|_| None).await.unwrap();
     let actor = Actor("test:operator".into());
     let mut seen = lookup.poll(None).await.unwrap().newest.as_of;
-    // In the meantime, other clients use the same server connections and change the settings of their sessions.
+    // Meanwhile, other clients use the same server connections and change their session settings.
     let stop = tokio_util::sync::CancellationToken::new();
     let mut others = JoinSet::new();
     for _ in 0..3 {

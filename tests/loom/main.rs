@@ -49,7 +49,7 @@ fn check(lease: &Lease, covers: Covers, as_of: u64) -> (u64, bool) {
 
 type Covers = fn(&Lease, u64) -> bool;
 
-/// Applies the answer to a poll that was sent at `sent` and found no changes.
+/// Applies the answer to a poll that was sent at `sent` and returned no changes.
 fn begin(lease: &Lease, sent: u64) {
     lease.renew(None, &[], || (), Some(Moment::from_nanos(sent)));
 }
@@ -60,7 +60,7 @@ fn seen(polls: &'static [(u64, Change)], covers: Covers, as_of: u64) -> BTreeSet
     let all = Arc::clone(&seen);
     loom::model(move || {
         let lease = loom::sync::Arc::new(Lease::default());
-        begin(&lease, 4); // a poll that found version 4
+        begin(&lease, 4); // a poll that returned version 4
         let checked = loom::sync::Arc::clone(&lease);
         let checking = thread::spawn(move || check(&checked, covers, as_of));
         for (number, change) in polls {

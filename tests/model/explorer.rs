@@ -18,7 +18,7 @@ pub struct Explored {
     pub wrong: Option<Vec<Step>>,
 }
 
-/// Visits the reachable states until it finds a wrong answer. Visited states are recognised by a 64-bit hash. A
+/// Visits the reachable states until a check gets a wrong answer. Visited states are recognised by a 64-bit hash. A
 /// collision would hide a state, but is very unlikely among a few million states.
 pub fn explore(world: &World) -> Explored {
     let hasher = FixedState::with_seed(7);

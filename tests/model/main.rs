@@ -1,6 +1,6 @@
-//! Explores a model of the freshness protocol in every order of its steps, within the bounds of each scenario. Each
-//! answer of a check must have been true at some moment of the allowed time. Also breaks each rule of the protocol
-//! once, and expects to find a wrong answer.
+//! Explores a model of the freshness protocol in every order of its steps, within the bounds of each scenario. The
+//! answer to each check must have been correct at some moment within the allowed time. A second test breaks each rule
+//! of the protocol once, and expects the exploration to find a wrong answer.
 //!
 //! The model was written by hand to match the design and the code. It does not execute the code, which other tests
 //! cover.

@@ -1,16 +1,16 @@
 //! Models the freshness protocol as steps between states, including the events that can occur between these steps.
 //!
 //! The model has one replica and one digest. Time can pass between any two steps. The database commits, fails over with
-//! or without a loss, and prunes old versions. Redis needs no state in the model, because it may answer with any value
-//! that any replica ever read, or with nothing. These answers include values that other replicas wrote late, twice or
-//! not at all, and old values that an attacker restored. A replica can poll at any time, so notifications need no step.
-//! Values with a wrong MAC are not modelled, because replicas ignore them.
+//! or without data loss, and prunes old versions. Redis needs no state in the model, because it may answer with any
+//! value that any replica ever read, or with nothing. These answers include values that other replicas wrote late,
+//! twice or not at all, and old values that an attacker restored. A replica can poll at any time, so notifications need
+//! no step. Values with a wrong MAC are not modelled, because replicas ignore them.
 
 use std::fmt;
 
 /// The duration of a lease, in moments, the unit of time in this model.
 const LEASE: u8 = 1;
-/// The maximum number of versions in one run, including the versions of a lost branch.
+/// The maximum number of versions in one run, including the versions in a lost branch.
 const VERSIONS_MAX: usize = 5;
 /// The maximum number of loads that a check waits for.
 const ATTEMPTS: u8 = 2;
@@ -355,7 +355,7 @@ pub enum Next {
     Decided(Step, Result<(), Wrong>),
 }
 
-/// The answer was true at no moment of the allowed time.
+/// The answer was not correct at any moment within the allowed time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Wrong;
 
@@ -591,7 +591,7 @@ impl World {
         let newest = |content| Value { content, as_of: state.database.newest(), lineage: state.database.lineage };
         let in_database = state.version(state.database.newest()).content;
         match state.load {
-            // The load is for the check of this model, or for a check of another caller.
+            // The load is for the check of this model, or for a check by another caller.
             Load::None => {
                 let own = state.check != Check::None;
                 for (nonce, version) in (0..).zip(state.versions.iter().flatten()) {
@@ -671,8 +671,8 @@ impl World {
             Check::Waits(question) if question.fresh == tiers => {
                 let entered = entered.then_some(state.view.epoch);
                 state.check = Check::Loaded { question, value, entered, own };
-                // Continue the check at once, because a delay could only make the check refuse a value that it would
-                // use now.
+                // Continue the check at once instead of adding a step. A delay could only make the check refuse a value
+                // that it would use now, so it could not lead to a wrong answer.
                 self.check(&state, next);
             }
             _ => next(Next::State(Step::LoadCompletes, state)),
@@ -798,7 +798,7 @@ impl State {
         if self.view.epoch == epoch { &self.view } else { &self.former }
     }
 
-    /// Drops the former replica state if the check did not begin in it.
+    /// Drops the previous replica state if the check did not begin in it.
     fn drop_unused_view(&mut self) {
         let of_former = match self.check {
             Check::None => false,
@@ -874,8 +874,8 @@ impl State {
         }
     }
 
-    /// Decides the check. The answer must have been true at some moment from one lease before the beginning of the
-    /// check until now. With the read policy `live`, that time starts at the beginning of the check.
+    /// Decides the check. The answer must have been correct at some moment between one lease before the start of the
+    /// check and now. With the read policy `live`, that period begins when the check starts.
     fn decide(&self, question: Question, content: Content) -> Next {
         let earliest = if question.live { question.at } else { question.at.saturating_sub(LEASE) };
         let (grants, until_now) = (content.is_good(), (2_u8 << self.now).wrapping_sub(1));

@@ -57,7 +57,7 @@ pub enum Event {
     Restore(usize),
     Delete(usize),
     Issue(usize),
-    /// Gives the row of the first key the digest of the second key, which has no row.
+    /// Changes the digest in the first key's row to the digest of the second key, which has no row.
     Rename(usize, usize),
     SetTrust(usize, bool),
     Truncate,
@@ -304,15 +304,15 @@ impl Database {
     pub fn was(&self, number: usize, good: bool, from: Instant, to: Instant) -> bool {
         let state = self.lock();
         let turns = &state.truth[number];
-        // The key was bad before turn 0 and good after it, and so on in alternation. Check the state at `from` and at
-        // each turn until `to`.
+        // The key was bad before turn 0 and good after it, and every later turn changes this again. Check the state at
+        // `from` and at each turn until `to`.
         let before = turns.iter().take_while(|turn| **turn <= from).count();
         let until = turns.iter().take_while(|turn| **turn <= to).count();
         let is_turn_at_from = turns.iter().any(|turn| *turn == from);
         (before % 2 == 1) == good || until > before || is_turn_at_from
     }
 
-    /// Returns true if a replica may deny key `number` although the key is good. This is the case if the replica may
+    /// Returns true if a replica may deny key `number` even while the key is good. This is the case if the replica may
     /// have applied a revocation that a failover then lost. It is also the case if the replica may have applied a
     /// revocation and cannot know that the key is good again: either it is disconnected (`is_cut`), or a poll after a
     /// failover did not list every change.
@@ -373,7 +373,7 @@ impl Database {
             if count <= room {
                 room -= count;
             } else {
-                // There is no room for these changes, so list a single change of the whole kind instead.
+                // There is no room for these changes, so list a single change to the whole kind instead.
                 changes.retain(|(_, change)| !is_of(change, kind));
                 changes.push((newest, Change::Whole(kind)));
             }

@@ -1,10 +1,10 @@
 //! Runs complete replicas in a simulated environment, with many seeds and random failures. No replica may grant a
 //! revoked key for longer than the revocation bound.
 //!
-//! The replicas run the code of the server, from the message of a check to its answer, including polls, caches and the
-//! redis crate. Time, the database, the network and the Redis server are simulated, so a seed that fails once fails
-//! every time. `make simulate SEED=n` prints the events of the run with seed `n`. The simulation also pauses the
-//! process that runs the replicas. It does not cover threads, listeners and SQL.
+//! The replicas run the server code, from the check request to the answer, including polls, caches and the redis crate.
+//! Time, the database, the network and the Redis server are simulated, so a seed that fails once fails every time.
+//! `make simulate SEED=n` prints the events of the run with seed `n`. The simulation also pauses the process that runs
+//! the replicas. It does not cover threads, listeners or SQL.
 
 // This crate contains only tests: they may panic, each uses only a part of `support`, and they print their results.
 #![allow(clippy::unwrap_used, clippy::print_stdout, dead_code, unreachable_pub)]

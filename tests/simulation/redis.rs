@@ -149,11 +149,11 @@ impl Redis {
         match command[0].as_slice() {
             b"PING" => b"+PONG\r\n".to_vec(),
             b"GETRANGE" => bulk(state.values.get(&command[1]).map_or(&[], Vec::as_slice)),
-            // This server stores no scripts, so replicas send the full text of each script.
+            // This server stores no scripts, so replicas send the full source of each script.
             b"EVALSHA" => b"-NOSCRIPT No matching script.\r\n".to_vec(),
             b"EVAL" if command[1] == REPLACE.as_bytes() => {
                 let (name, value) = (&command[3], &command[4]);
-                // Sometimes ignore the rule of the script: replicas must cope with an older value.
+                // Sometimes ignore the script's rule: replicas must cope with an older value.
                 if self.0.chance.one_in(10) || state.values.get(name).is_none_or(|stored| !is_newer(stored, value)) {
                     state.values.insert(name.clone(), value.clone());
                     state.past.push((name.clone(), value.clone()));

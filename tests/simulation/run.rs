@@ -218,7 +218,7 @@ impl World {
         *lock(&self.outcome).counts.entry(what).or_default() += times;
     }
 
-    /// Adds the events that the metrics of a replica have counted to the outcome.
+    /// Adds to the outcome the events that a replica's metrics have counted.
     fn count_metrics(&self, running: &Running) {
         for family in running.registry.gather() {
             for metric in family.get_metric() {
@@ -464,7 +464,7 @@ impl World {
 
     // === verdict ===
 
-    /// Checks an answer: a grant or a denial must have been true at some moment within the revocation bound.
+    /// Checks an answer: a grant or a denial must have been correct at some moment within the revocation bound.
     fn judge(&self, check: &Check) {
         let Check { replica, number, demand, applied, began, decided, ref verdict } = *check;
         let is_at_once = began == decided;
@@ -500,11 +500,11 @@ impl World {
         let from = began.checked_sub(bound).unwrap_or(began).max(known_since).max(self.began);
         let good = verdict.status == 200;
         if good && decided - began > DEADLINE.mul_f64(1.02) {
-            self.wrong(check, "granted after the deadline of the check");
+            self.wrong(check, "granted after the check's deadline");
         }
         let is_remembered = !good && self.database.is_remembered(number, is_cut);
         if !is_remembered && !self.database.was(number, good, from, decided) {
-            self.wrong(check, "the answer was true at no moment of the allowed time");
+            self.wrong(check, "the answer was not correct at any moment within the allowed time");
         }
     }
 

@@ -5,13 +5,13 @@ use std::{path::Path, sync::Arc};
 use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair};
 use tempfile::TempDir;
 
-/// Creates a directory with the certificate of an authority (`ca.pem`) and two certificates that the authority signed:
-/// one for servers on this machine (`server.pem`, `server.key`) and one for clients (`client.pem`, `client.key`).
+/// Creates a directory with a CA certificate (`ca.pem`) and two certificates that the CA signed: one for servers on
+/// this machine (`server.pem`, `server.key`) and one for clients (`client.pem`, `client.key`).
 pub fn certificates() -> Arc<TempDir> {
     let ca_key = KeyPair::generate().expect("a key");
     let mut ca = CertificateParams::default();
     ca.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-    // Give the authority a separate name. Otherwise, subject and issuer of the other certificates would have the same
+    // Give the CA a separate name. Otherwise, the subject and the issuer of the other certificates would have the same
     // default name, and OpenSSL would treat those certificates as self-signed.
     ca.distinguished_name.push(DnType::CommonName, "the tests' authority");
     let ca_certificate = ca.self_signed(&ca_key).expect("a certificate");

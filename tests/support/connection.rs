@@ -49,7 +49,7 @@ pub fn head_of(path: &str) -> ::http::Request<()> {
 /// Sends a check of `key`. If the server accepts no further stream at the moment, the h2 client queues the check.
 ///
 /// # Panics
-/// If the connection has ended.
+/// If the connection is closed.
 pub fn call(connection: &SendRequest<Bytes>, key: &str) -> ResponseFuture {
     // Use a new handle for each call: h2 refuses a second request on a handle while the first request waits for a
     // stream.

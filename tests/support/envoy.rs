@@ -27,7 +27,7 @@ pub struct Plan {
 
 impl Plan {
     /// Creates a plan with the shipped configuration. Envoy sends requests to `application` and checks to `servers`.
-    /// The access log has an additional field `check_us`: the duration of the check that Envoy measured, in
+    /// The access log has an additional field `check_us`: the duration of the check as measured by Envoy, in
     /// microseconds.
     pub fn new(application: SocketAddr, servers: &[SocketAddr]) -> Self {
         Self::of(CONFIG, application, servers)

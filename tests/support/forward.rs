@@ -12,7 +12,7 @@ use tokio::{
 /// A forwarding port, which closes when the test's runtime ends.
 pub struct Forwarder {
     address: SocketAddr,
-    /// The Unix socket of the server; `None` while the connection is cut.
+    /// The server's Unix socket; `None` while the connection is cut.
     target: watch::Sender<Option<PathBuf>>,
 }
 

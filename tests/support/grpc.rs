@@ -49,13 +49,13 @@ impl CheckClient {
         self.check_with(key, &[]).await.expect("an answer")
     }
 
-    /// Checks each key until it is granted, so that the server has cached it. All keys must be good.
+    /// Checks each key until it is granted, so that the server has cached it. All keys must be valid.
     ///
     /// # Panics
     /// If a key is denied, or is not granted within 30 s.
     pub async fn fill_cache(&self, cases: &[KeyCase]) {
         for case in cases {
-            eventually("a good key is granted", Duration::from_secs(30), || async {
+            eventually("a valid key is granted", Duration::from_secs(30), || async {
                 let verdict = self.check(&case.key).await;
                 assert!(verdict.trust_id == case.trust_id || verdict.status == 503, "{verdict:?}");
                 verdict.status == 200

@@ -45,12 +45,12 @@ impl Answer {
     /// If the response is not from the application.
     pub fn saw(&self, header: &str) -> Option<String> {
         let seen = serde_json::from_str::<Value>(&self.body);
-        let seen = seen.unwrap_or_else(|_| panic!("not a response of the application: {self:?}"));
+        let seen = seen.unwrap_or_else(|_| panic!("not a response from the application: {self:?}"));
         seen["headers"][header].as_str().map(str::to_owned)
     }
 }
 
-/// An error of a connection or of a request.
+/// A connection error or a request error.
 pub type HttpError = Box<dyn Error + Send + Sync>;
 
 /// Connects to `server`.
@@ -58,7 +58,7 @@ pub async fn connect(server: SocketAddr) -> Result<Connection, HttpError> {
     let stream = TcpStream::connect(server).await?;
     stream.set_nodelay(true)?;
     let (sender, connection) = http1::handshake(TokioIo::new(stream)).await?;
-    // The task ends when `sender` is dropped. Requests on `sender` return the errors of the connection.
+    // The task ends when `sender` is dropped. Requests on `sender` return connection errors.
     tokio::spawn(connection);
     Ok(sender)
 }

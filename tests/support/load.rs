@@ -36,7 +36,7 @@ pub struct LoadResult {
     pub took: Duration,
     /// The key that was sent, and the expected answer.
     pub case: KeyCase,
-    /// The status and the trust id that the application received, or the error of the connection to Envoy.
+    /// The status and the trust id that the application received, or the error from the connection to Envoy.
     pub answer: Result<(u16, Option<String>), String>,
 }
 
@@ -53,8 +53,8 @@ impl LoadResult {
     }
 }
 
-/// Sends `per_second` requests per second to `server` for `length`. For each request, `next_case` gets the due time and
-/// returns the key to send.
+/// Sends `per_second` requests per second to `server` for `length`. For each request, `next_case` takes the due time
+/// and returns the key to send.
 pub async fn send_requests(
     server: SocketAddr,
     per_second: u32,

@@ -90,7 +90,7 @@ impl Sample<Duration> {
 /// Drops the samples that a disturbance of the machine may have affected, prints how many it dropped, and returns the
 /// values of the remaining samples. No other function excuses a result because of a disturbance.
 ///
-/// `can_be_spoiled` selects the samples that may be dropped. A test that computes quantiles of times must select all
+/// `may_drop` selects the samples that may be dropped. A test that computes quantiles of times must select all
 /// samples, so that the choice does not depend on the result. Other tests select only failures that a pause can cause,
 /// such as faults and slow answers. No test may select a grant that should have been a denial, because the lease must
 /// hold through a pause.
@@ -101,15 +101,15 @@ impl Sample<Duration> {
 pub fn keep_undisturbed<T>(
     name: &str,
     samples: impl IntoIterator<Item = Sample<T>>,
-    can_be_spoiled: impl Fn(&T) -> bool,
+    may_drop: impl Fn(&T) -> bool,
 ) -> Vec<T> {
     let samples: Vec<_> = samples.into_iter().collect();
-    // The threads of the watch record a disturbance only after it has ended, so wait until they have recorded the
+    // The watch's threads record a disturbance only after it has ended, so wait until they have recorded the
     // disturbances during the last of the samples that may be dropped.
-    if let Some(last) = samples.iter().filter(|sample| can_be_spoiled(&sample.value)).map(|sample| sample.to).max() {
+    if let Some(last) = samples.iter().filter(|sample| may_drop(&sample.value)).map(|sample| sample.to).max() {
         thread::sleep((last + RECORDED_WITHIN).saturating_duration_since(Instant::now()));
     }
-    keep_unless(was_disturbed, name, samples, can_be_spoiled)
+    keep_unless(was_disturbed, name, samples, may_drop)
 }
 
 /// Like [`keep_undisturbed`], but `was_disturbed` decides whether the machine was disturbed between two moments.
@@ -121,10 +121,10 @@ pub fn keep_unless<T>(
     was_disturbed: impl Fn(Instant, Instant) -> bool,
     name: &str,
     samples: Vec<Sample<T>>,
-    can_be_spoiled: impl Fn(&T) -> bool,
+    may_drop: impl Fn(&T) -> bool,
 ) -> Vec<T> {
     let all = samples.len();
-    let is_dropped = |sample: &Sample<T>| can_be_spoiled(&sample.value) && was_disturbed(sample.from, sample.to);
+    let is_dropped = |sample: &Sample<T>| may_drop(&sample.value) && was_disturbed(sample.from, sample.to);
     let kept: Vec<_> = samples.into_iter().filter(|sample| !is_dropped(sample)).map(|sample| sample.value).collect();
     let dropped = all - kept.len();
     println!("{name}: dropped {dropped} of {all} samples because the machine was disturbed");
@@ -137,7 +137,7 @@ pub fn keep_unless<T>(
 }
 
 /// Returns true if the machine was disturbed between two moments. A disturbance counts for twice its length, because
-/// work queues up while it lasts and is done only afterwards.
+/// work queues up during the disturbance and is done only afterwards.
 fn was_disturbed(from: Instant, to: Instant) -> bool {
     let meets = |pause: &Pause| pause.from <= to && from <= pause.to + (pause.to - pause.from);
     pauses().iter().any(meets) || lock(&STARVED).iter().any(meets)
@@ -254,8 +254,8 @@ fn watch(processor: usize, stop: &AtomicBool) {
     let mut only = CpuSet::new();
     only.set(processor);
     sched_setaffinity(None, &only).expect("a processor of this process");
-    // Raise this thread to the highest priority, so that a delay by another program is not recorded as a pause. If this
-    // thread lacks the permission, most such delays are still shorter than `PAUSE`.
+    // Raise this thread to the highest priority, so that a delay caused by another program is not recorded as a pause.
+    // If this thread may not raise its priority, most such delays are still shorter than `PAUSE`.
     let _ = setpriority_process(None, -20);
     let mut woke = Instant::now();
     while !stop.load(Ordering::Relaxed) {
@@ -281,7 +281,7 @@ fn watch_steal(stop: &AtomicBool) {
     }
 }
 
-/// Returns the time of all processors since the machine was started, and the part of that time that the hypervisor took
+/// Returns the total time of all processors since the machine booted, and the part of it that the hypervisor took
 /// (`steal` in `proc_stat(5)`), both in clock ticks.
 fn processor_times() -> (u64, u64) {
     let all = std::fs::read_to_string("/proc/stat").unwrap_or_default();

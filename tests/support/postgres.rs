@@ -1,5 +1,5 @@
 //! A private PostgreSQL server with a separate data directory and socket, which stops with the test. A test can also
-//! start standbys of the server, and can back up and restore its data.
+//! start standbys for the server, and back up and restore its data.
 
 use std::{
     cell::Cell,
@@ -111,20 +111,20 @@ impl Postgres {
         self.resume().await;
     }
 
-    /// Stops the server if it is running, replaces its data with the copy of [`Self::back_up`], and restarts the
+    /// Stops the server if it is running, replaces its data with the copy from [`Self::back_up`], and restarts the
     /// server.
     pub async fn restore(&mut self) {
         if let Some(server) = self.server.take() {
             server.stop();
         }
-        std::fs::remove_dir_all(self.dir.join("data")).expect("a directory of the test");
+        std::fs::remove_dir_all(self.dir.join("data")).expect("a test directory");
         self.copy("backup", "data");
         self.resume().await;
     }
 
     fn copy(&self, from: &str, to: &str) {
         let (from, to) = (self.dir.join(from), self.dir.join(to));
-        let done = Command::new("cp").args(["-a", text(&from), text(&to)]).output().expect("cp is there");
+        let done = Command::new("cp").args(["-a", text(&from), text(&to)]).output().expect("cp is installed");
         assert!(done.status.success(), "cp: {}", String::from_utf8_lossy(&done.stderr));
     }
 
@@ -140,7 +140,7 @@ impl Postgres {
     pub fn dump(&self, database: &str, options: &[&str]) -> String {
         let pg_dump = binary("pg_dump");
         let output =
-            Command::new(pg_dump).args(self.client(database)).args(options).output().expect("pg_dump is there");
+            Command::new(pg_dump).args(self.client(database)).args(options).output().expect("pg_dump is installed");
         assert!(output.status.success(), "pg_dump: {}", String::from_utf8_lossy(&output.stderr));
         let dump = String::from_utf8(output.stdout).expect("text");
         let is_random = |line: &str| line.starts_with("\\restrict ") || line.starts_with("\\unrestrict ");
@@ -153,7 +153,7 @@ impl Postgres {
         std::fs::write(&file, script).expect("a writable directory");
         let mut psql = Command::new(binary("psql"));
         let output = psql.args(self.client(database)).args(["-q", "-v", "ON_ERROR_STOP=1", "-f", text(&file)]).output();
-        let output = output.expect("psql is there");
+        let output = output.expect("psql is installed");
         assert!(output.status.success(), "psql: {}", String::from_utf8_lossy(&output.stderr));
     }
 
@@ -162,7 +162,7 @@ impl Postgres {
         ["-h", text(&self.dir), "-p", &port, "-U", "admin", "-d", database].map(str::to_owned).to_vec()
     }
 
-    /// Returns the server that the tests of a binary share. Tests must not stop or damage this server. It stops with
+    /// Returns the server that all tests in a binary share. Tests must not stop or damage this server. It stops with
     /// the test process.
     pub async fn shared() -> Arc<Self> {
         static SERVER: OnceCell<Arc<Postgres>> = OnceCell::const_new();
@@ -228,7 +228,7 @@ impl Postgres {
         self.server.take().expect("running").stop();
     }
 
-    /// Pauses all processes of the server (SIGSTOP) until the returned value is dropped.
+    /// Pauses all server processes (SIGSTOP) until the returned value is dropped.
     pub fn freeze(&self) -> Frozen {
         let postmaster = self.server.as_ref().and_then(Guarded::pid).expect("running");
         // Pause the postmaster first, so that it starts no process while the test lists its children.
@@ -240,12 +240,12 @@ impl Postgres {
         Frozen(pids)
     }
 
-    /// Returns the directory of the server, which contains its socket.
+    /// Returns the server's directory, which contains its socket.
     pub fn directory(&self) -> &Path {
         &self.dir
     }
 
-    /// Returns the port of the server.
+    /// Returns the server's port.
     pub const fn port(&self) -> u16 {
         self.port
     }
@@ -275,7 +275,7 @@ impl Postgres {
         for name in ["server.pem", "server.key"] {
             let copy = self.dir.join(name);
             std::fs::copy(certificates.join(name), &copy).expect("a writable directory");
-            std::fs::set_permissions(&copy, std::fs::Permissions::from_mode(0o600)).expect("a file of the test");
+            std::fs::set_permissions(&copy, std::fs::Permissions::from_mode(0o600)).expect("a test file");
             hand_over(&copy);
         }
         for (setting, value) in [("ssl_cert_file", "server.pem"), ("ssl_key_file", "server.key")] {
@@ -327,7 +327,7 @@ impl Postgres {
     }
 }
 
-/// The maximum time that the tests wait for a change of the server's state, far longer than such a change usually
+/// The maximum time that the tests wait for a change in the server's state, far longer than such a change usually
 /// takes.
 const LIMIT: Duration = Duration::from_secs(30);
 
@@ -358,7 +358,7 @@ fn binary(name: &str) -> PathBuf {
 /// as root. PostgreSQL refuses to run as root, so a test that runs as root starts it as this user.
 fn unprivileged() -> Option<(u32, u32)> {
     let number = |option: &str, user: &[&str]| -> u32 {
-        let output = Command::new("id").arg(option).args(user).output().expect("id is there");
+        let output = Command::new("id").arg(option).args(user).output().expect("id is installed");
         let shown = String::from_utf8_lossy(&output.stdout);
         shown.trim().parse().unwrap_or_else(|_| panic!("there is no user {user:?}: `apt-get install postgresql`"))
     };
@@ -372,8 +372,8 @@ pub(super) fn hand_over(dir: &Path) {
     }
 }
 
-/// Returns the words to put before a command that refuses to run as root. They run the command as the user of the
-/// PostgreSQL package; there are none if this process does not run as root.
+/// Returns a command prefix for a program that refuses to run as root. The prefix runs the program as the user of the
+/// PostgreSQL package; it is empty if this process does not run as root.
 pub(super) fn owner_prefix() -> Vec<String> {
     unprivileged().map_or_else(Vec::new, |(user, group)| {
         vec!["setpriv".into(), format!("--reuid={user}"), format!("--regid={group}"), "--clear-groups".into()]

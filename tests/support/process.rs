@@ -71,7 +71,7 @@ impl Guarded {
             .args(command)
             .stdin(Stdio::piped())
             .spawn()
-            .expect("sh is there");
+            .expect("sh is installed");
         let input = shell.stdin.take();
         Self { shell, input, dir: dir.to_owned() }
     }
@@ -122,13 +122,13 @@ impl Guarded {
         waiting.await.unwrap_or_else(|_| panic!("neither ready nor ended within {STARTING:?}:\n{}", self.log()))
     }
 
-    /// Waits for at most `limit` until the program ends by itself; returns the exit code and the output of the program.
+    /// Waits up to `limit` for the program to exit; returns the program's exit code and output.
     pub async fn ended(mut self, limit: Duration) -> (i32, String) {
         eventually("the program ends", limit, || async { self.has_ended() }).await;
         self.keep();
         let code = std::fs::read_to_string(self.dir.join("exit")).expect("an exit code from the shell");
         let log = self.log();
-        std::fs::remove_dir_all(&self.dir).expect("a directory of the test");
+        std::fs::remove_dir_all(&self.dir).expect("a test directory");
         (code.trim().parse().expect("a number"), log)
     }
 

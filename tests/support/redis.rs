@@ -44,7 +44,7 @@ pub const SENTINEL_PASSWORD: &str = "who-goes-there";
 /// The name of the master in the Sentinel's configuration.
 pub const MASTER: &str = "main";
 
-/// The maximum time that servers may take to find each other. They usually take 2 s.
+/// The maximum time that servers may take to discover each other. They usually take 2 s.
 const PATIENCE: Duration = Duration::from_mins(1);
 
 impl Redis {
@@ -118,7 +118,7 @@ impl Redis {
         }
     }
 
-    /// Returns the path of the certificate of the authority that signed the server's certificate.
+    /// Returns the path of the certificate of the CA that signed the server's certificate.
     ///
     /// # Panics
     /// If the server does not use TLS.
@@ -236,8 +236,8 @@ impl Drop for Redis {
     }
 }
 
-/// A master, its replica, and a Sentinel that monitors both. The Sentinel considers a server down that has not answered
-/// for 500 ms.
+/// A master, its replica, and a Sentinel that monitors both. The Sentinel considers a server down if the server has
+/// not answered for 500 ms.
 pub struct SentinelSetup {
     pub master: Redis,
     pub replica: Redis,

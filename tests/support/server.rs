@@ -23,7 +23,7 @@ use super::{
 };
 
 /// Timeouts and deadlines that no test reaches. A test that waits for a record in Redis also needs them: the server
-/// writes a record to Redis once, best effort, and does not repeat a write that timed out while the record is in L1.
+/// writes a record to Redis once, best effort, and after a timeout does not retry while the record is in L1.
 pub const LONG_DEADLINES: [(&str, &str); 4] = [
     ("store.read_timeout", "60s"),
     ("redis.timeout", "5s"),
@@ -300,7 +300,7 @@ impl Server {
         Frozen::of(self.program.pid().expect("running"))
     }
 
-    /// Returns the resident memory of the process, now and at its peak.
+    /// Returns the current and the peak resident memory of the process.
     ///
     /// # Panics
     /// If the server has ended.
@@ -354,7 +354,7 @@ impl Server {
     pub fn limit_descriptors(&self, most: u64) {
         let pid = i32::try_from(self.program.pid().expect("started")).expect("a process id");
         let limit = Rlimit { current: Some(most), maximum: Some(most) };
-        prlimit(Pid::from_raw(pid), Resource::Nofile, limit).expect("a process of the test");
+        prlimit(Pid::from_raw(pid), Resource::Nofile, limit).expect("a test process");
     }
 
     /// Sends the signal `name`, such as `TERM`, to the process.
@@ -362,7 +362,7 @@ impl Server {
         self.program.signal(name);
     }
 
-    /// Waits for at most `limit` until the process ends by itself; returns its exit code and its log.
+    /// Waits up to `limit` for the process to exit; returns its exit code and its log.
     pub async fn ended(self, limit: Duration) -> (i32, String) {
         self.program.ended(limit).await
     }
@@ -396,7 +396,7 @@ impl Canary {
         self.program.log()
     }
 
-    /// Sends SIGTERM and waits for at most `limit` until the process ends; returns its exit code and its log.
+    /// Sends SIGTERM and waits up to `limit` for the process to exit; returns its exit code and its log.
     pub async fn stop(self, limit: Duration) -> (i32, String) {
         self.program.signal("TERM");
         self.program.ended(limit).await
@@ -410,7 +410,7 @@ pub struct Memory {
     pub peak: f64,
 }
 
-/// Returns the value of one metric of the process at `admin`. `name` is the name of the metric with its labels, as
+/// Returns the value of one metric that the process at `admin` exports. `name` is the metric's name with its labels, as
 /// `/metrics` prints it.
 ///
 /// # Panics
@@ -432,14 +432,13 @@ pub fn made_up_key() -> String {
     format!("key-{}", Uuid::new_v4().simple())
 }
 
-/// Returns the digest under which the database stores a key if there is no pepper: the SHA-256 of the key, in
-/// hexadecimal.
+/// Returns the digest that the database stores for a key if there is no pepper: the key's SHA-256 hash in hexadecimal.
 pub fn digest(key: &str) -> String {
     ApiKeyDigest::from_bytes(Sha256::digest(key).into()).to_hex()
 }
 
 fn text(value: &Value) -> String {
-    value.as_str().unwrap_or_else(|| panic!("not a text: {value}")).to_owned()
+    value.as_str().unwrap_or_else(|| panic!("not a string: {value}")).to_owned()
 }
 
 /// Returns the first address in a list that the server has logged.

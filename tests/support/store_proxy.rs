@@ -1,5 +1,5 @@
-//! A server inside the test process, with a proxy between the server and its store. The proxy counts the reads of keys,
-//! and can delay them or make them panic.
+//! A server inside the test process, with a proxy between the server and its store. The proxy counts the reads
+//! of keys, and can delay these reads or make them panic.
 
 use std::{
     ffi::OsString,
@@ -62,7 +62,7 @@ impl Gate {
 
     async fn pass(&self) {
         let _waiter = Waiter::at(&self.waiting);
-        self.open.subscribe().wait_for(|open| *open).await.expect("the gate has the sender");
+        self.open.subscribe().wait_for(|open| *open).await.expect("the gate owns the sender");
     }
 }
 
@@ -88,10 +88,10 @@ impl StoreProxy {
     pub async fn start(test_config: &TestConfig, prepare: impl FnOnce(&Self)) -> (Running, Arc<Self>) {
         let variables = test_config.variables();
         let environment = variables.iter().map(|(name, value)| (OsString::from(name), OsString::from(value)));
-        let config = config::load(None, environment, Purpose::Serve).expect("good settings");
+        let config = config::load(None, environment, Purpose::Serve).expect("valid settings");
         let variable = |name: &str| variables.iter().find(|(set, _)| set == name).map(|(_, value)| value.clone());
         let mut created = None;
-        let builder = AppBuilder::new(config, &variable).expect("good settings").wrap_store(|inner| {
+        let builder = AppBuilder::new(config, &variable).expect("valid settings").wrap_store(|inner| {
             let proxy = Arc::new(Self {
                 inner,
                 finds: AtomicUsize::new(0),
@@ -107,7 +107,7 @@ impl StoreProxy {
         (builder.start().await.expect("a server that starts"), created.expect("a proxy from `wrap_store`"))
     }
 
-    /// Returns the number of reads of keys, by digest or by id, that have started.
+    /// Returns the number of key reads, by digest or by id, that have started.
     pub fn finds(&self) -> usize {
         self.finds.load(Ordering::SeqCst)
     }
@@ -127,7 +127,7 @@ impl StoreProxy {
         &self.after_poll
     }
 
-    /// Sets whether reads of keys panic after they have passed [`Self::before_find`].
+    /// Sets whether key reads panic after they have passed [`Self::before_find`].
     pub fn set_panics(&self, panics: bool) {
         self.panics.store(panics, Ordering::SeqCst);
     }

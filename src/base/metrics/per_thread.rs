@@ -59,7 +59,7 @@ impl<T> PerThread<T> {
     }
 }
 
-/// A single counter.
+/// One counter of a [`ThreadCounters`] family.
 #[derive(Clone, Debug)]
 pub(crate) struct ThreadCounter(Arc<PerThread<AtomicU64>>);
 
@@ -68,7 +68,6 @@ impl ThreadCounter {
         Self(PerThread::of(|| AtomicU64::new(0)))
     }
 
-    /// Adds one.
     pub(crate) fn inc(&self) {
         self.0.own().fetch_add(1, Ordering::Relaxed);
     }
@@ -87,7 +86,7 @@ pub(crate) struct ThreadCounters {
 }
 
 impl ThreadCounters {
-    /// Creates a family whose counters differ in the values of `labels`.
+    /// Creates a family of counters with the label names `labels`.
     ///
     /// # Errors
     /// If a name or the description is invalid.

@@ -1,4 +1,4 @@
-//! Checks that the files that settings name can be read.
+//! Checks that the files named in the settings can be read.
 
 use std::{
     fs::File,

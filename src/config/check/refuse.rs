@@ -19,7 +19,7 @@ pub(super) fn needs(
     }
 }
 
-/// Refuses `section.name` together with its `_file` variant.
+/// Refuses the `_file` variant of `section.name` if both are set.
 pub(super) fn either(reader: &mut Reader, section: &str, name: &str, value: bool, file: bool) {
     if value && file {
         let other = reader.origin(section, name).cloned().unwrap_or_default();

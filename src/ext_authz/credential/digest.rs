@@ -10,7 +10,7 @@ use crate::{
     record::{ApiKeyDigest, Digests, Fingerprint, Made},
 };
 
-/// Hashes keys under the current scheme and under the earlier schemes that stored keys may still use.
+/// Hashes keys with the current scheme and with the earlier schemes that stored keys may still use.
 #[derive(Clone)]
 pub struct Hasher {
     /// HMAC states that are initialised with the peppers, the current pepper first. Empty: keys are hashed with plain
@@ -20,12 +20,12 @@ pub struct Hasher {
     fingerprints: Vec<Fingerprint>,
 }
 
-/// The text whose HMAC is the fingerprint of a pepper. The text contains spaces, so it cannot be an API key.
+/// The message whose HMAC is a pepper's fingerprint. The message contains spaces, so it cannot be an API key.
 const FINGERPRINTED: &[u8] = b"trustgate pepper fingerprint";
 
 impl Hasher {
     /// Creates a hasher with the current `pepper` (`None`: plain SHA-256) and the `previous` peppers, newest first. The
-    /// hasher also finds keys stored under plain SHA-256, so that an operator can set a pepper when the store already
+    /// hasher also finds keys hashed with plain SHA-256, so that an operator can set a pepper when the store already
     /// contains keys.
     #[must_use]
     pub fn new(pepper: Option<&Secret>, previous: &[Secret]) -> Self {
@@ -38,7 +38,7 @@ impl Hasher {
         Self { peppers, fingerprints }
     }
 
-    /// Returns the digest of `key` under the current scheme. A cache hit needs no other digest.
+    /// Returns the digest of `key` with the current scheme. A cache hit needs no other digest.
     #[must_use]
     pub fn current(&self, key: &[u8]) -> ApiKeyDigest {
         self.peppers.first().map_or_else(|| plain(key), |pepper| peppered(pepper, key))
@@ -50,21 +50,21 @@ impl Hasher {
         &self.fingerprints
     }
 
-    /// Returns the scheme under which new keys are stored.
+    /// Returns the scheme with which new keys are hashed.
     #[must_use]
     pub fn made(&self) -> Made {
         self.fingerprints.first().map_or(Made::Plain, |fingerprint| Made::Peppered(*fingerprint))
     }
 
-    /// Returns `current` and the digests of `key` under the earlier schemes. Only cache misses call this function,
+    /// Returns `current` and the digests of `key` with the earlier schemes. Only cache misses call this function,
     /// because it computes one hash for each earlier scheme.
     #[must_use]
     pub fn digests(&self, current: ApiKeyDigest, key: &[u8]) -> Digests {
         Digests { current, older: self.older(key).collect() }
     }
 
-    /// True if `stored` is a digest of `key`, whose digest under the current scheme is `current`. Compares in constant
-    /// time. Hashes `key` under the earlier schemes only if `current` does not match.
+    /// True if `stored` is a digest of `key`, whose digest with the current scheme is `current`. Compares in constant
+    /// time. Hashes `key` with the earlier schemes only if `current` does not match.
     #[must_use]
     pub fn matches(&self, stored: &ApiKeyDigest, current: &ApiKeyDigest, key: &[u8]) -> bool {
         current.matches(stored) || self.older(key).any(|digest| digest.matches(stored))
@@ -107,7 +107,7 @@ mod tests {
     }
 
     #[test]
-    fn keys_stored_without_a_pepper_or_under_a_previous_pepper_are_found() {
+    fn keys_hashed_without_a_pepper_or_with_a_previous_pepper_are_found() {
         let (old, new) = (Secret::new("old".into()), Secret::new("new".into()));
         let now = Hasher::new(Some(&new), std::slice::from_ref(&old));
         let digests = now.digests(now.current(b"key"), b"key");

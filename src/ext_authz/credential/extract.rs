@@ -1,4 +1,4 @@
-//! Extracts the one credential of a request, and lists what Envoy must remove so that no credential reaches the
+//! Extracts the one credential from a request, and lists what Envoy must remove so that no credential reaches the
 //! upstream.
 //!
 //! This module does no I/O. A key borrows from the message where possible. A decoded copy of a key is overwritten in
@@ -42,7 +42,7 @@ pub struct Extracted<'m, 's> {
 pub struct PresentedKey<'m>(Cow<'m, [u8]>);
 
 impl PresentedKey<'_> {
-    /// Returns the bytes of the key. The name `expose` makes each use easy to find.
+    /// Returns the key's bytes. The name `expose` makes each use easy to find.
     #[must_use]
     pub fn expose(&self) -> &[u8] {
         &self.0
@@ -83,7 +83,7 @@ type FoundKeys<'m> = SmallVec<[Cow<'m, [u8]>; 1]>;
 /// difference.
 const FOUND_MAX: usize = 2;
 
-/// Extracts the credential of the request in `view`, according to `settings`.
+/// Extracts the credential from the request in `view`, according to `settings`.
 #[must_use]
 pub fn extract<'m: 's, 's>(settings: &'s CredentialSettings, view: &View<'m>) -> Extracted<'m, 's> {
     let mut found: SmallVec<[(&'s Source, FoundKeys<'m>); 2]> = SmallVec::new();
@@ -244,7 +244,7 @@ fn each_cookie(line: &[u8]) -> impl Iterator<Item = &[u8]> {
     line.split(|byte| *byte == b';')
 }
 
-/// Returns the value of a cookie, without quotes, if its name means `name`. Compares the trimmed name, both as it is
+/// Returns the value of a cookie, without quotes, if its name means `name`. Compares the trimmed name, both as sent
 /// and decoded: applications trim cookie names, and some also decode them.
 fn cookie_value<'m>(cookie: &'m [u8], name: &str) -> Option<&'m [u8]> {
     let at = cookie.iter().position(|byte| *byte == b'=')?;
@@ -258,8 +258,8 @@ fn cookies<'m>(view: &View<'m>, name: &str) -> FoundKeys<'m> {
     let cookies = || view.header("cookie").flat_map(each_cookie);
     let values = cookies().filter_map(|cookie| cookie_value(cookie, name)).map(Cow::Borrowed);
     let mut found: FoundKeys<'m> = values.take(FOUND_MAX).collect();
-    // Without raw headers, a comma may be part of a value, or the place where Envoy joined two `Cookie` headers,
-    // although clients must not send two (RFC 6265, section 5.4). The two cases look the same, so the credential is
+    // Without raw headers, a comma may be part of a value, or mark the place where Envoy joined two `Cookie` headers,
+    // which a client may send in violation of RFC 6265, section 5.4. The two cases look the same, so the credential is
     // ambiguous.
     let follows_comma =
         |cookie: &[u8]| cookie.split(|byte| *byte == b',').skip(1).any(|part| cookie_value(part, name).is_some());
@@ -347,12 +347,12 @@ mod tests {
             ("blank inside", "/", vec![("x-api-key", "sixteen characte")], Err(Malformed)),
             ("not ASCII", "/", vec![("x-api-key", "sixteen-charäcter")], Err(Malformed)),
             ("bearer", "/", vec![("authorization", bearer_a.as_str())], Ok(A)),
-            ("bearer alone", "/", vec![("authorization", "Bearer")], Err(Malformed)),
+            ("bearer without a token", "/", vec![("authorization", "Bearer")], Err(Malformed)),
             ("another scheme", "/", vec![("authorization", "Basic abc")], Err(Missing)),
             ("a longer scheme", "/", vec![("authorization", "BearerX abcdefghijklmnop")], Err(Missing)),
             ("two schemes joined", "/", vec![("authorization", two_bearers.as_str())], Err(Ambiguous)),
             (
-                "two schemes apart",
+                "two schemes in separate headers",
                 "/",
                 vec![("authorization", "Basic x"), ("authorization", &bearer_a)],
                 Err(Ambiguous),
@@ -456,7 +456,7 @@ mod tests {
             let bytes = message("/", &[("x-api-key", key.expose()), ("authorization", &unclear)]);
             assert_eq!(extract(&settings, &View::parse(&bytes).unwrap()).key, Err(Ambiguous), "{unclear}");
         }
-        // A mistyped trustgate key does not count as a token of the application.
+        // A mistyped trustgate key does not count as an application token.
         let mut mistyped = key.expose().to_owned();
         mistyped.replace_range(4..5, if mistyped.as_bytes()[4] == b'A' { "B" } else { "A" });
         let mistyped = format!("Bearer {mistyped}");

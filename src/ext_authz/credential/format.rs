@@ -48,9 +48,9 @@ impl Setting for Prefix {
 /// The class of a key, by its form.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Form {
-    /// The form of a trustgate key, with the right checksum.
+    /// The form of a trustgate key, with a correct checksum.
     Ours,
-    /// The prefix and length of a trustgate key, with a wrong checksum: mistyped or made up.
+    /// The prefix and length of a trustgate key, with an incorrect checksum: mistyped or made up.
     Mistyped,
     /// Any other form: an opaque key that another system issued.
     Foreign,
@@ -68,7 +68,7 @@ pub(crate) fn form(prefix: &Prefix, key: &[u8]) -> Form {
     }
 }
 
-/// True if `text` is a trustgate key with any prefix. Used to avoid showing a key in an error message.
+/// True if `text` is a trustgate key with any prefix. Callers use this function to keep keys out of error messages.
 #[must_use]
 pub(crate) fn is_key(text: &str) -> bool {
     let prefix = text.rsplit_once('_').and_then(|(prefix, _)| Prefix::read(&RawValue::One(prefix.to_owned())));
@@ -95,8 +95,8 @@ fn from_random(prefix: &Prefix, bytes: [u8; 32]) -> Secret {
     Secret::new(key)
 }
 
-/// Returns the leading characters of `key`, which are stored so that people can recognise the key. For a trustgate key,
-/// these are the prefix, `_` and 5 more characters; for any other key, a quarter of its length, but at most 4
+/// Returns the leading characters of `key`, which are stored so that operators can recognise the key. For a trustgate
+/// key, these are the prefix, `_` and 5 more characters; for any other key, a quarter of its length, but at most 4
 /// characters.
 #[must_use]
 pub(crate) fn hint(prefix: &Prefix, key: &[u8]) -> String {
@@ -148,7 +148,7 @@ mod tests {
     }
 
     #[test]
-    fn key_format_stays_the_same_between_releases() {
+    fn key_format_is_stable_across_releases() {
         // A release must recognise the keys of earlier releases. An independent implementation of the format generated
         // this key.
         assert_eq!(from_random(&tg(), [0xff; 32]).expose(), "tg_yhjskwdA6OZ1AL1YmHWZWm8LLG7HjnuCA2j5rOw8Xp10Xwm86");

@@ -124,7 +124,7 @@ proptest! {
     /// The concatenation of two encoded messages is one message: the scalars of the second message win, and lists are
     /// concatenated.
     #[test]
-    fn view_merges_as_the_generated_decoder_does(first in message(), second in message()) {
+    fn view_merges_fields_like_the_generated_decoder(first in message(), second in message()) {
         let bytes = [first.encode_to_vec(), second.encode_to_vec()].concat();
         let merged = CheckRequest::decode(&*bytes).unwrap();
         assert_same(&bytes, &merged);

@@ -1,6 +1,6 @@
 //! Encodes the response to a request that passes. Most responses have this form, and generated code makes about thirty
-//! allocations for each. This hand-written encoder makes none (`tests/allocations.rs`): it appends the responses of a
-//! thread to one buffer, and reuses the buffer after these responses were sent.
+//! allocations for each. This hand-written encoder makes none (`tests/allocations.rs`): it appends a thread's
+//! responses to one buffer, and reuses the buffer once these responses have been sent.
 //!
 //! A test decodes the output with the generated decoder. Field numbers: `envoy/service/auth/v3/external_auth.proto`,
 //! `envoy/config/core/v3/base.proto`, `google/protobuf/struct.proto`.
@@ -19,8 +19,8 @@ use crate::{
     },
 };
 
-/// Size of a thread's buffer, in bytes. If the responses of one batch need more, further responses go into a new
-/// buffer.
+/// Size of a thread's buffer, in bytes. If the responses in one batch need more space, further responses go into a
+/// new buffer.
 const BUFFER_BYTES: usize = 64 << 10;
 
 thread_local! {
@@ -35,7 +35,7 @@ pub(crate) fn allowed(grant: Option<&Grant<'_>>, removals: &Removals<'_>, basis:
         let sizes = answer.sizes();
         let bytes = framing::PREFIX_BYTES + sizes.message;
         // When more than half of the buffer is used, try to reclaim it. This succeeds only if all responses in the
-        // buffer were sent.
+        // buffer have been sent.
         let has_room = buffer.capacity() >= BUFFER_BYTES / 2 || buffer.try_reclaim(BUFFER_BYTES);
         if !has_room && buffer.capacity() < bytes {
             buffer.reserve(BUFFER_BYTES);
@@ -46,7 +46,7 @@ pub(crate) fn allowed(grant: Option<&Grant<'_>>, removals: &Removals<'_>, basis:
     })
 }
 
-/// A text: one string, or several words.
+/// A string value: one string, or several words joined with spaces.
 #[derive(Clone, Copy)]
 enum Text<'t> {
     Whole(&'t [u8]),
@@ -241,7 +241,7 @@ fn value_bytes(value: MetadataValue<'_>) -> usize {
     }
 }
 
-/// Returns the encoded length in bytes of a `ListValue` of texts.
+/// Returns the encoded length in bytes of a `ListValue` of strings.
 fn list_bytes(texts: &[String]) -> usize {
     texts.iter().map(|text| field_bytes(field_bytes(text.len()))).sum()
 }

@@ -59,10 +59,10 @@ impl Denied {
     }
 }
 
-/// Entries, each with the time at which the entry ends, by the database's clock. `None`: the entry does not end.
+/// Entries, each with the time at which the entry expires, by the database's clock. `None`: the entry does not expire.
 pub(crate) type Entries = HashMap<Denied, Option<DatabaseTime>>;
 
-/// Adds an entry. If `entries` already contains it, the later of the two ends counts.
+/// Adds an entry. If `entries` already contains it, the later of the two expiry times applies.
 pub(crate) fn add(entries: &mut Entries, denied: Denied, until: Option<DatabaseTime>) {
     let end = entries.entry(denied).or_insert(until);
     *end = end.zip(until).map(|(one, other)| one.max(other));

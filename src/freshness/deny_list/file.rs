@@ -1,8 +1,9 @@
 //! The deny list in a file: parses the lines and detects changes to the file.
 //!
-//! If a line cannot be read, the last good list stays in force, together with the readable lines of the new list. An
-//! entry is removed only if two reads of the file, one interval apart, do not find it, because an editor may leave the
-//! file empty for a moment. Messages do not contain the text of a line, which may be a secret.
+//! If a line cannot be read, the last valid list stays in force, together with the readable lines of the new list. An
+//! entry is removed only if it is missing from two reads of the file, one interval apart, because an editor may empty
+//! the file for a moment before it writes the new content. Messages do not quote the lines, because a line may contain
+//! a secret.
 
 use std::{
     fmt,
@@ -18,7 +19,7 @@ use crate::base::{clock::DatabaseTime, text};
 
 /// The maximum number of entries in one file.
 const ENTRIES_MAX: usize = 100_000;
-/// The maximum size of the file, in bytes: an entry and a short comment for each of [`ENTRIES_MAX`].
+/// The maximum file size in bytes: room for [`ENTRIES_MAX`] entries, each with a short comment.
 const FILE_BYTES_MAX: usize = 16 << 20;
 
 /// The parsed content of a deny file.
@@ -57,7 +58,7 @@ pub(crate) fn check_file(path: &Path) -> io::Result<()> {
 /// Reads and parses the deny file at `path`.
 ///
 /// # Errors
-/// Returns the error of the operating system, or `InvalidInput` if `path` is not a regular file.
+/// Returns the operating system's error, or `InvalidInput` if `path` is not a regular file.
 pub(crate) fn read(path: &Path) -> io::Result<Reading> {
     read_open(&open(path)?.0)
 }
@@ -151,9 +152,9 @@ pub(crate) struct Watched {
     path: PathBuf,
     /// The last list that had no unreadable line and that a second read confirmed.
     good: Arc<Entries>,
-    /// The entries that were in force when a second read last found the file unchanged.
+    /// The entries that were in force when a second read last confirmed that the file had not changed.
     settled: Arc<Entries>,
-    /// The stamp of the file at the last read, and true if the file was read twice with that stamp.
+    /// The file's stamp at the last read, and true if the file has been read twice with that stamp.
     seen: Option<(Stamp, bool)>,
 }
 
@@ -236,7 +237,7 @@ mod tests {
         Denied::Key(KeyId(Uuid::from_u128(number)))
     }
 
-    /// Returns the text of a file with an entry for each of `keys`.
+    /// Returns the content of a file with an entry for each of `keys`.
     fn text(keys: &[u128]) -> String {
         keys.iter().map(|number| key(*number).line() + "\n").collect()
     }
@@ -272,7 +273,7 @@ mod tests {
     }
 
     #[test]
-    fn each_kind_of_line_is_read_and_the_first_bad_line_is_reported() {
+    fn each_kind_of_line_is_read_and_the_first_invalid_line_is_reported() {
         let (uuid, digest) = (Uuid::from_u128(7).to_string(), "aB".repeat(32));
         let lines = [
             "# leaked on Friday".to_owned(),
@@ -297,7 +298,7 @@ mod tests {
     }
 
     #[test]
-    fn malformed_line_denies_nothing_and_its_text_is_not_shown() {
+    fn malformed_line_denies_nothing_and_is_not_quoted() {
         let uuid = Uuid::from_u128(7);
         for line in [
             format!("key {uuid} until"),
@@ -326,7 +327,7 @@ mod tests {
         }
 
         #[test]
-        fn parser_survives_any_words(line in "(key|trust|digest)? ?[0-9a-f-]{0,70}( until [0-9TZ:.+-]{0,40})?[ #\n]?") {
+        fn parser_survives_almost_valid_lines(line in "(key|trust|digest)? ?[0-9a-f-]{0,70}( until [0-9TZ:.+-]{0,40})?[ #\n]?") {
             let _ = parse(line.as_bytes());
         }
     }
@@ -356,7 +357,7 @@ mod tests {
         assert_eq!(watched.look(), Look::Same);
 
         fs::write(&path, text(&[2])).unwrap();
-        assert_eq!(keys(&watched.look()), [1, 2], "1 stays denied until the file was read twice");
+        assert_eq!(keys(&watched.look()), [1, 2], "1 stays denied until the file has been read twice");
         // The new content has the same size, and perhaps the same modification time.
         fs::write(&path, text(&[3])).unwrap();
         let both = keys(&watched.look());
@@ -393,7 +394,7 @@ mod tests {
             assert!(problem(&look).unwrap().starts_with("line 2: expected"), "{look:?}");
         }
         assert_eq!(watched.look(), Look::Same);
-        // Entries from a file with an unreadable line disappear when that file is replaced. Entries from the last good
+        // Entries from a file with an unreadable line disappear when that file is replaced. Entries from the last valid
         // file stay.
         fs::write(&path, text(&[4]) + "hunter2\n").unwrap();
         watched.look();
@@ -433,7 +434,7 @@ mod tests {
     }
 
     #[test]
-    fn check_file_reports_a_missing_file_and_a_bad_line() {
+    fn check_file_reports_a_missing_file_and_an_invalid_line() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("deny");
         assert_eq!(check_file(&path).unwrap_err().kind(), io::ErrorKind::NotFound);

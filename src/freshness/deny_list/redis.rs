@@ -1,11 +1,11 @@
 //! The deny list in Redis: one hash, `trustgate:deny`. Each field is an entry, and its value is the term of the entry.
 //!
-//! Each value is sealed (`redis/sealed.rs`) under the text of its entry. The body of a value consists of `set_at` (8
-//! bytes) and `end` (8 bytes), both in microseconds by Redis's clock. If a replica reads two values for one entry, the
-//! value with the later `set_at` counts. A command removes an entry by setting a value whose `end` has passed. A
-//! replica that has read an entry keeps it until its end, even if Redis no longer has the entry, for example after a
-//! restart without data. So a client that can write to Redis but lacks the MAC key can neither add an entry nor remove
-//! an entry that a replica has read.
+//! Each value is sealed (`redis/sealed.rs`) with the line of its entry as the name. The body of a value consists of
+//! `set_at` (8 bytes) and `end` (8 bytes), both in microseconds by Redis's clock. If a replica reads two values for one
+//! entry, the value with the later `set_at` counts. A command removes an entry by setting a value whose `end` has
+//! passed. A replica that has read an entry keeps it until its end, even if Redis no longer has the entry, for example
+//! after a restart without data. So a client that can write to Redis but lacks the MAC key can neither add an entry nor
+//! remove an entry that a replica has read.
 
 use std::{
     collections::{HashMap, HashSet},
@@ -23,8 +23,8 @@ use crate::{
 
 /// The Redis key of the hash.
 const NAME: &str = "trustgate:deny";
-/// The envelope of the values. Its kind differs from all kinds in L2, so a value copied from L2 does not open. Values
-/// with another layout are refused.
+/// The envelope of the values. Its kind differs from all kinds in L2, so a value copied from L2 is rejected. Values
+/// with a different layout are also rejected.
 const ENVELOPE: Envelope<'_> = Envelope { layout: 1, kind: "deny" };
 /// The maximum number of entries in the hash. Each replica reads all entries twice a second. To deny many keys, deny
 /// their trust, which is one entry, or use the file, which has a higher limit.
@@ -32,7 +32,7 @@ pub const ENTRIES_MAX: usize = 1_000;
 /// The maximum number of entries that one replica remembers, including entries that are no longer in the hash.
 const MEMORY_MAX: usize = 10 * ENTRIES_MAX;
 /// The time for which an entry is kept after its end, in microseconds: one day. A replica that was cut off from Redis
-/// can then still read that the entry was removed, and replaying an older value has no effect.
+/// can then still read that the entry was removed, and restoring an older value has no effect.
 const KEPT_MICROS: i64 = 24 * 3_600 * 1_000_000;
 
 /// The maximum number of fields in the hash, including foreign fields.
@@ -90,7 +90,7 @@ pub struct Term {
 pub struct SharedEntries {
     /// Redis's clock at the time of the read, in microseconds since the Unix epoch.
     pub now: i64,
-    /// The entries whose MAC verifies, including entries that have ended.
+    /// The entries whose MAC verifies, including expired entries.
     pub entries: HashMap<Denied, Term>,
     /// The number of fields that have the length of an entry, but whose name, MAC or layout is not valid.
     pub refused: usize,
@@ -102,7 +102,7 @@ impl SharedEntries {
     /// Returns the problem to log if the hash contains fields that are not valid entries.
     pub(crate) fn problem(&self) -> Option<String> {
         let count = self.refused + self.foreign;
-        (count > 0).then(|| format!("{count} fields ignored: they are not genuine, or belong to another release"))
+        (count > 0).then(|| format!("{count} fields ignored: invalid MAC or format, or written by a different release"))
     }
 }
 
@@ -136,7 +136,7 @@ impl SharedList {
         self.mac_key.get().is_some()
     }
 
-    /// Reads the list. Waits at most `redis.timeout`.
+    /// Reads the list. Waits up to `redis.timeout`.
     ///
     /// # Errors
     /// [`SharedError`]
@@ -164,8 +164,8 @@ impl SharedList {
         Ok(found)
     }
 
-    /// Adds the entries `denied`, or renews them, so that they end after `life`. Also deletes foreign fields, and
-    /// entries that ended more than a day ago. Waits at most four times `redis.timeout`.
+    /// Adds the entries `denied`, or renews them, so that they expire after `life`. Also deletes foreign fields, and
+    /// entries that expired more than a day ago. Waits up to four times `redis.timeout`.
     ///
     /// # Errors
     /// Returns a [`SharedError`]. In that case, the entries may or may not have been set.
@@ -235,7 +235,7 @@ struct KnownTerm {
 }
 
 impl Memory {
-    /// Merges `found`, the content of the hash, and returns the entries in force. `now` is the time of the read by the
+    /// Merges `found`, the content of the hash, and returns the entries in force. `now` is the time of the read, by the
     /// database's clock. While that clock is unknown, the entries are returned without an end.
     pub(crate) fn merge(&mut self, found: SharedEntries, now: Option<DatabaseTime>) -> Entries {
         let listed: HashSet<Denied> = found.entries.keys().copied().collect();
@@ -280,13 +280,13 @@ mod tests {
     }
 
     #[test]
-    fn entry_opens_only_if_unchanged_and_under_its_own_name_and_mac_key() {
+    fn entry_is_rejected_if_changed_or_moved_or_if_the_mac_key_differs() {
         let term = Term { set_at: 1, end: 9 };
         let (uuid, digest) = (Uuid::from_u128(7), ApiKeyDigest::from_bytes([7; 32]));
         for denied in [Denied::Key(KeyId(uuid)), Denied::Trust(TrustId(uuid)), Denied::Digest(digest)] {
             let (field, sealed) = (denied.line(), seal(&KEY, &denied, term));
             assert_eq!(open(&KEY, field.as_bytes(), &sealed), Some((denied, term)));
-            assert_eq!(open(&[6; 32], field.as_bytes(), &sealed), None, "another MAC key");
+            assert_eq!(open(&[6; 32], field.as_bytes(), &sealed), None, "different MAC key");
             for other in
                 [key(8).line(), format!("trust {}", Uuid::from_u128(8)), "key".to_owned(), field.replace(' ', "")]
             {
@@ -298,7 +298,7 @@ mod tests {
                 assert_eq!(open(&KEY, field.as_bytes(), &forged), None, "byte {at}");
                 assert_eq!(open(&KEY, field.as_bytes(), &sealed[..at]), None, "{at} bytes");
             }
-            assert_eq!(open(&KEY, field.as_bytes(), &[&sealed[..], &[0]].concat()), None, "one more byte");
+            assert_eq!(open(&KEY, field.as_bytes(), &[&sealed[..], &[0]].concat()), None, "extra byte");
         }
         let moved = seal(&KEY, &Denied::Key(KeyId(uuid)), term);
         assert_eq!(open(&KEY, Denied::Trust(TrustId(uuid)).line().as_bytes(), &moved), None, "moved to a trust");
@@ -312,13 +312,13 @@ mod tests {
         let listed = || found(5_000, &[(1, 4_000, 6_000), (2, 4_000, 5_000)]);
         assert_eq!(memory.merge(listed(), None), [(key(1), None)].into());
         assert_eq!(memory.merge(listed(), at(4_000)), [(key(1), at(5_000))].into());
-        // The end is fixed now, so a change of Redis's clock has no effect.
+        // The converted end is now fixed, so a change to Redis's clock has no effect.
         assert_eq!(memory.merge(found(90_000, &[(1, 4_000, 6_000)]), at(4_999)), [(key(1), at(5_000))].into());
         assert_eq!(memory.merge(found(90_000, &[(1, 4_000, 6_000)]), at(5_000)), [].into());
     }
 
     #[test]
-    fn newer_end_removes_an_entry_but_its_absence_from_redis_does_not() {
+    fn newer_end_removes_an_entry_but_absence_from_redis_does_not() {
         let now = Some(DatabaseTime::from_micros(0));
         let mut memory = Memory::default();
         let denied = |memory: &mut Memory, found| memory.merge(found, now).contains_key(&key(1));

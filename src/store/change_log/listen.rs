@@ -1,6 +1,6 @@
 //! Notifications from PostgreSQL, on a connection that is used only to LISTEN.
 //!
-//! A notification does not say what changed: the receiver polls the change log.
+//! A notification does not say what changed, so the receiver polls the change log.
 
 use std::{
     convert::Infallible,
@@ -40,15 +40,16 @@ pub(crate) async fn attend(
             Ok(Ok(Some(_))) => changed(),
             Ok(Ok(None)) => return Err(lost("notification connection broke")),
             Ok(Err(error)) => return Err(error),
-            // The query ran in another server process than LISTEN. A pooler can choose another process for each
-            // transaction, and then this client does not receive the notifications of the process that listens.
+            // The query did not run in the server process that ran LISTEN. A pooler can choose a different process for
+            // each transaction, so notifications to the process that ran LISTEN may not reach this client.
             Err(_) if backend(&mut listener, schema).await? != listening => return Err(lost(POOLER)),
             Err(_) => {}
         }
     }
 }
 
-const POOLER: &str = "notifications do not pass a connection pooler: connect to PostgreSQL directly to receive them";
+const POOLER: &str =
+    "notifications do not pass through a connection pooler: connect to PostgreSQL directly to receive them";
 
 /// Opens a dedicated connection that listens to `channel`.
 ///
@@ -63,7 +64,7 @@ pub(crate) async fn open(address: &StoreUrl, channel: &str) -> Result<PgListener
     let options = options.options([("trustgate.session", &session)]);
     let pool = PgPoolOptions::new().max_connections(1).acquire_timeout(ANSWER).connect_lazy_with(options);
     let mut listener = PgListener::connect_with(&pool).await?;
-    // Without this, the listener reconnects by itself and hides that notifications were lost.
+    // Otherwise the listener would reconnect automatically and hide the loss of notifications.
     listener.eager_reconnect(false);
     let own = sqlx::raw_sql("SELECT coalesce(current_setting('trustgate.session', true), '')").fetch_one(&mut listener);
     if in_time(own).await?.try_get::<String, _>(0)? != session {

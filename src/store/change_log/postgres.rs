@@ -1,10 +1,10 @@
 //! The change log on PostgreSQL: triggers give each committed change a version, no matter which client makes it. A
-//! fingerprint of the triggers and their functions shows when they were altered.
+//! fingerprint of the triggers and their functions shows whether they have been altered.
 //!
 //! Inside a writer's transaction, the trigger functions only insert rows. A read would take the predicate locks by
-//! which PostgreSQL detects conflicts between SERIALIZABLE transactions, and an update could itself conflict, so the
-//! triggers would make the transactions of writers fail. The correctness of the functions does not depend on session
-//! settings, because any client can change those.
+//! which PostgreSQL detects conflicts between SERIALIZABLE transactions, and an update could itself conflict, so either
+//! could make a writer's transaction fail. The correctness of the functions does not depend on session settings,
+//! because any client can change those.
 
 use sha2::{Digest, Sha256};
 use sqlx::{AssertSqlSafe, PgConnection};
@@ -82,7 +82,7 @@ impl Function {
     /// Returns true if the database has this function as this release defines it.
     async fn is_current(&self, connection: &mut PgConnection, name: &SchemaName) -> Result<bool, sqlx::Error> {
         // The catalog stores the body as text, but the attributes only in parsed form. So compare the body as text, and
-        // of the attributes only the two that matter for security.
+        // compare only the two attributes that matter for security.
         let sql = "SELECT FROM pg_proc
              WHERE oid = to_regprocedure($1) AND prosrc = $2 AND proconfig @> ARRAY['search_path=pg_catalog, pg_temp']
                 AND prosecdef = $3";
@@ -135,7 +135,7 @@ impl Function {
         statement.split(BODY).next().unwrap_or(statement)
     }
 
-    /// Returns the text that the catalog stores as the body of the function.
+    /// Returns the string that the catalog stores as the function's body.
     fn body(&self, schema: &SchemaName) -> String {
         body(&self.filled(schema)).to_owned()
     }
@@ -178,8 +178,8 @@ const GAPS: &str = without_newline(include_str!("postgres/gaps.sql"));
 
 /// The functions of this release, in the order in which [`mend`] creates them. Each file contains one statement, below
 /// the comments about the function. If the text between the quotes `$body$` changes, the next migration replaces the
-/// function in each database. An older release that still uses such a database expects its own text, because `gaps`
-/// compares the functions that record changes with digests of their bodies.
+/// function in each database. An older release that still uses such a database expects its own version of the text,
+/// because `gaps` compares the functions that record changes with digests of their bodies.
 const FUNCTIONS: &[Function] = &[
     Function::new("note(text, text)", include_str!("postgres/functions/note.sql")),
     Function::new("api_key_changed()", include_str!("postgres/functions/api_key_changed.sql")),
@@ -209,7 +209,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn each_function_has_a_body_and_looks_names_up_in_the_catalog_only() {
+    fn each_function_has_a_body_and_restricts_its_search_path() {
         for function in FUNCTIONS {
             let (head, name) = (function.head(), function.name());
             assert!(head.starts_with(&format!("CREATE OR REPLACE FUNCTION {{s}}.{name}(")), "{name}: {head}");

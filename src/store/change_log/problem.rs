@@ -3,17 +3,17 @@
 /// A problem that keeps changes from being recorded. The message includes the remedy, unless the remedy is obvious.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum TrackingProblem {
-    /// A problem of the attached table. Only `trustgate attach` repairs it, because only the owner of that table can
+    /// A problem with the attached table. Only `trustgate attach` repairs it, because only the owner of that table can
     /// change its triggers.
     #[error("{0}{ATTACH}")]
     AttachedTable(String),
-    /// A problem of our own tables on PostgreSQL.
+    /// A problem with our own tables on PostgreSQL.
     #[error("{0}")]
     OwnTables(String),
     /// A trigger on our tables in SQLite is missing.
     #[error("the trigger {0} is missing: run `trustgate migrate`")]
     MissingTrigger(&'static str),
-    /// A trigger on our tables in SQLite has another text than this release created it with.
+    /// A trigger on our tables in SQLite differs from the trigger that this release creates.
     #[error("the trigger {0} was altered: run `trustgate migrate`")]
     AlteredTrigger(&'static str),
     /// Our tables in SQLite have a trigger that another program created.
@@ -27,14 +27,14 @@ pub(crate) enum TrackingProblem {
     OtherUniqueIndex(String),
 }
 
-/// The end of the messages about problems of the attached table. The function `gaps` in the database contains this
-/// text.
+/// The end of the messages about problems with the attached table. The function `gaps` in the database contains this
+/// string.
 pub(crate) const ATTACH: &str = ": run `trustgate attach`";
 
 impl TrackingProblem {
-    /// Parses a message of the function `gaps`. That function returns only texts, and it must not change, because each
-    /// release that uses the same tables compares the function with its own version. So only the end of a message shows
-    /// that the problem is one of the attached table.
+    /// Parses a message from the function `gaps`. That function returns only strings, and it must not change, because
+    /// each release that uses the same tables compares the function with its own version. So only the end of a message
+    /// shows that the problem concerns the attached table.
     pub(crate) fn of_gaps(message: String) -> Self {
         match message.strip_suffix(ATTACH) {
             Some(problem) => Self::AttachedTable(problem.to_owned()),

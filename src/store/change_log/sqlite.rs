@@ -1,14 +1,14 @@
-//! The change log on SQLite: triggers give each committed change to a trust or key a version, and a check detects when
-//! the triggers were altered.
+//! The change log on SQLite: triggers give each committed change to a trust or key a version, and a check detects
+//! whether the triggers have been altered.
 //!
 //! The triggers are part of the database file, so they run in each program that writes to it with SQLite 3.37 or later.
 //!
 //! INSERT OR REPLACE and UPDATE OR REPLACE delete the rows that conflict with the new row. By default, SQLite does not
 //! run DELETE triggers for these rows. So a BEFORE trigger copies the conflicting rows to `displaced`, and an AFTER
 //! trigger records those that no longer exist. The AFTER trigger must check which rows still exist, because with OR
-//! IGNORE and ON CONFLICT the BEFORE trigger runs although no row is deleted. This mechanism works only if no other
-//! trigger on these tables runs between the two triggers, and if there is no other unique index, whose conflicts the
-//! BEFORE trigger would miss. [`problem`] checks both conditions.
+//! IGNORE and ON CONFLICT the BEFORE trigger runs even if no row is deleted. This mechanism works only if no other
+//! trigger on these tables runs between the two triggers, and if there is no additional unique index, because the
+//! BEFORE trigger would miss conflicts on that index. [`problem`] checks both conditions.
 
 use sqlx::{AssertSqlSafe, Row, SqliteConnection};
 
@@ -58,7 +58,7 @@ pub(crate) async fn in_force(connection: &mut SqliteConnection) -> Result<bool, 
 }
 
 /// The condition of [`in_force`] in SQL, for a statement that reads `meta` as `m`. SQLite increments `schema_version`
-/// with each change to the schema, and reads it from the snapshot of the statement.
+/// with each change to the schema, and the statement reads `schema_version` from the snapshot that it sees.
 pub(crate) const IN_FORCE: &str = "m.fingerprint IS (SELECT schema_version FROM pragma_schema_version)";
 
 /// Adds a version that marks everything as changed.
@@ -74,8 +74,8 @@ pub(crate) fn prune() -> String {
     format!(include_str!("sqlite/prune.sql"), now = NOW, old = OLD)
 }
 
-/// Returns the query that is true if [`prune`] has more to delete. `prune` keeps the newest version that is older than
-/// its limit, so the query looks at the second-oldest version.
+/// Returns the query whose result is true if [`prune`] has more to delete. `prune` keeps the newest version that is
+/// older than its limit, so the query looks at the second-oldest version.
 pub(crate) fn is_more() -> String {
     format!("SELECT at < {NOW} - {OLD} - {MINUTE} FROM version ORDER BY version LIMIT 1 OFFSET 1")
 }
@@ -136,7 +136,7 @@ fn triggers() -> impl Iterator<Item = (&'static str, String)> {
 }
 
 /// Inserts a version, whose number is one higher than the highest number so far. The time is in microseconds since the
-/// Unix epoch; the expression for it also works in the old SQLite versions of other writers.
+/// Unix epoch; the expression for it also works in the older SQLite versions that other writers may use.
 const DRAW: &str = "INSERT INTO version (nonce, at) VALUES (
         randomblob(16), CAST((julianday('now') - 2440587.5) * 86400000.0 + 0.5 AS INTEGER) * 1000
     );";
@@ -148,7 +148,7 @@ const FORGET: &str = "DELETE FROM displaced WHERE true;";
 const REMOVED: &str = "displaced d
         WHERE NOT EXISTS (SELECT 1 FROM {table} t WHERE t.id = d.id AND t.id <> NEW.id)";
 
-/// Expands to the name of a trigger and the text of its file, which has the same name.
+/// Expands to the name of a trigger and the content of the file with the same name.
 macro_rules! trigger {
     ($name:literal) => {
         ($name, without_newline(include_str!(concat!("sqlite/triggers/", $name, ".sql"))))

@@ -1,4 +1,4 @@
-//! Attaches an existing table of the operator on PostgreSQL: adds triggers that record its changes.
+//! Attaches the operator's existing table on PostgreSQL: adds triggers that record its changes.
 //!
 //! Attaching adds two triggers to the table and changes nothing else in it; detaching removes them. The triggers run
 //! with the rights of the owner of our tables, so clients that write to the existing table need no rights on our
@@ -49,7 +49,7 @@ impl ExistingTable {
 }
 
 /// The template of the trigger function. It reads the columns in a nested block. If a column was renamed, dropped or
-/// given another type, the block fails, and the function records that everything changed, so that the application's
+/// given a different type, the block fails, and the function records that everything changed, so that the application's
 /// statement still succeeds. The block writes nothing, so it uses no transaction number. The function does not record a
 /// value that does not have the form of a digest, because no request can look up such a value.
 const FUNCTION: &str = without_newline(include_str!("attach/attached_changed.sql"));
@@ -63,11 +63,11 @@ struct Part {
     statements: Vec<String>,
 }
 
-/// The statements of all roles, in the order in which they must run.
+/// The statements for all roles, in the order in which they must run.
 struct AttachScript(Vec<Part>);
 
 impl AttachScript {
-    /// Returns the script as text, for operators who run it with other tools.
+    /// Returns the script as a string, for operators who run it with other tools.
     fn print(&self, name: &SchemaName) -> String {
         let parts = self.0.iter().filter(|part| !part.statements.is_empty());
         let parts = parts.map(|Part { what, owner, statements }| {
@@ -87,8 +87,8 @@ impl AttachScript {
 }
 
 /// Limits how long the script waits for locks. A statement that waits for a table lock blocks all later statements on
-/// that table, and a session whose client has disappeared can keep a lock for hours. So the script gives up early, and
-/// the operator can run it again.
+/// that table, and a session whose client has crashed can keep a lock for hours. So the script gives up early, and the
+/// operator can run it again.
 const WAITS: &str = "SET LOCAL lock_timeout = '2s';
 SET LOCAL statement_timeout = '5s';
 SET LOCAL idle_in_transaction_session_timeout = '5s'";
@@ -106,8 +106,8 @@ pub(crate) enum AttachAction {
 ///
 /// # Errors
 /// [`StoreError::Unusable`]: the message lists all problems that keep the table from being attached.
-/// [`StoreError::NotOwner`]: a right is missing. [`StoreError::Schema`]: our own tables are missing, or belong to
-/// another release. Any other error means that the database failed. After an error, nothing has changed.
+/// [`StoreError::NotOwner`]: a right is missing. [`StoreError::Schema`]: our own tables are missing, or belong to a
+/// different release. Any other error means that the database failed. After an error, nothing has changed.
 pub(crate) async fn run(
     address: &StoreUrl,
     name: &SchemaName,
@@ -137,7 +137,7 @@ pub(crate) async fn run(
     Ok(connection.close().await?)
 }
 
-/// Returns the statements of `action` as text, grouped by the roles that must run them.
+/// Returns the statements for `action` as a string, grouped by the roles that must run them.
 ///
 /// # Errors
 /// See [`run`].
@@ -168,7 +168,7 @@ async fn script(
     schema::check(tables, &place)?;
     if tables.is_some_and(|tables| tables.version > schema::VERSION) {
         return Err(StoreError::Schema(format!(
-            "{place} has tables of a newer release: run `trustgate {action}` of that release"
+            "{place} has tables from a newer release: run `trustgate {action}` from that release"
         )));
     }
     let owner: String = sqlx::query_scalar(in_schema(OWNER, name)).fetch_one(&mut *connection).await?;
@@ -198,7 +198,7 @@ async fn attach(
     let Some(home) = &table.table.schema else {
         return Err(StoreError::Unusable(
             "store.table: add the schema to the name of the table, as in \"public.trust\". Without the schema, the \
-             triggers could be added to a different table than the one that `serve` reads"
+             triggers could be added to a different table from the one that `serve` reads"
                 .into(),
         ));
     };
@@ -233,8 +233,8 @@ async fn attach(
             table.identity(),
         ),
     ];
-    // A client whose statement fires a trigger needs no right on the trigger function, but the owner of the table needs
-    // one to create the trigger: now, and for each new partition, because PostgreSQL then creates the trigger on the
+    // A client whose statement fires a trigger needs no right on the trigger function, but the table owner needs one to
+    // create the trigger: now, and for each new partition, because PostgreSQL then creates the trigger on the
     // partition. The right is harmless, because a trigger function cannot be called directly.
     if !has_our_rights {
         first.push(format!("GRANT EXECUTE ON FUNCTION {{s}}.attached_changed() TO {owner}"));
@@ -267,8 +267,8 @@ async fn other_attached(
 
 const ATTACHED: &str = "SELECT attached_schema, attached_table FROM {s}.meta";
 
-/// A query for the owner of the table. Further columns: true if that role may use our schema; true if it has the rights
-/// of the owner of our tables.
+/// A query for the table owner. Further columns: true if that role may use our schema; true if it has the rights of the
+/// owner of our tables.
 const TABLE_OWNER: &str =
     "SELECT c.relowner::regrole::text, has_schema_privilege(c.relowner, ours.relnamespace, 'USAGE'),
     pg_has_role(c.relowner, ours.relowner, 'USAGE')
@@ -308,7 +308,7 @@ fn triggers(tree: &[PgRow], table: &ExistingTable) -> Result<Vec<String>, sqlx::
     Ok(statements)
 }
 
-/// A query for the type of a column of the table, if the column exists. Further columns: true if an index can find rows
+/// A query for the type of a column in the table, if the column exists. Further columns: true if an index can find rows
 /// by this column; true if the column is a virtual generated column (PostgreSQL 18), whose value triggers cannot see.
 const COLUMN: &str = include_str!("attach/column.sql");
 
@@ -326,7 +326,7 @@ async fn problems(
     for row in tree {
         let (relation, kind, hides_rows): (String, String, bool) = (row.try_get(0)?, row.try_get(2)?, row.try_get(3)?);
         for trigger in row.try_get::<Vec<String>, _>(4)? {
-            problems.push(format!("{relation} already has another trigger named {trigger}"));
+            problems.push(format!("{relation} already has a different trigger named {trigger}"));
         }
         if !["r", "p"].contains(&kind.as_str()) {
             problems.push(format!(
@@ -336,7 +336,7 @@ async fn problems(
         }
         if hides_rows {
             problems.push(format!(
-                "{relation} has row level security, and a policy can reveal or hide rows although no row changes: \
+                "{relation} has row level security, so a policy can reveal or hide rows without a change to any row: \
                  disable row level security for this table"
             ));
         }

@@ -20,11 +20,8 @@ pub(crate) enum TxMode {
 /// A condition that selects keys.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum KeyFilter<'a> {
-    /// Every key.
     All,
-    /// The keys of a trust.
     Of(TrustId),
-    /// The key with this id.
     Id(KeyId),
     /// The keys stored under one of these digests.
     Digests(&'a Digests),

@@ -68,7 +68,7 @@ pub(crate) enum CopyError {
         place: String,
         error: StoreError,
     },
-    /// The configuration or a given URL rules out the copy.
+    /// The configuration or a URL that the operator gave makes the copy impossible.
     #[error(transparent)]
     Unusable(#[from] StoreError),
     /// The target already contains trusts.
@@ -81,9 +81,9 @@ pub(crate) enum CopyError {
     },
 }
 
-/// Copies every trust and key, in one transaction on each side, so the copy is a consistent snapshot, and a failed copy
-/// leaves nothing in the target. Both databases must have our tables, and the target must contain no trusts. `progress`
-/// receives the number of keys copied so far and the total.
+/// Copies every trust and key, in one transaction on each side, so that the copy is a consistent snapshot and a failed
+/// copy writes nothing to the target. Both databases must have our tables, and the target must contain no trusts.
+/// `progress` receives the number of keys copied so far and the total.
 ///
 /// # Errors
 /// [`CopyError`]. After an error, nothing has been copied.

@@ -36,9 +36,9 @@ pub(crate) struct PostgresTables {
     schema: SchemaName,
     /// The database, for a second connection that looks up which processes block this one.
     address: StoreUrl,
-    /// The server process of the current transaction.
+    /// The id of the server process that runs the current transaction.
     pid: Option<i32>,
-    /// The processes that blocked the last slow statement, as text.
+    /// A description of the processes that blocked the last slow statement.
     blockers: Option<String>,
 }
 
@@ -58,7 +58,7 @@ type Prepared<'q> = sqlx::query::Query<'q, sqlx::Postgres, PgArguments>;
 
 impl PostgresTables {
     /// Creates a statement for our schema. It is not a named prepared statement, because a pooler may run the next
-    /// transaction on another server connection.
+    /// transaction on a different server connection.
     fn query<'q>(&self, sql: &str) -> Prepared<'q> {
         sqlx::query(in_schema(sql, &self.schema)).persistent(false)
     }
@@ -293,7 +293,7 @@ impl LedgerBackend for PostgresTables {
         let blockers = self.blockers.as_deref().filter(|blockers| !blockers.is_empty());
         StoreError::Blocked {
             waited: LOCK_TIMEOUT,
-            blockers: blockers.unwrap_or("an unknown process (it has ended, or could not be looked up)").to_owned(),
+            blockers: blockers.unwrap_or("an unknown process (it has exited, or could not be looked up)").to_owned(),
         }
     }
 }

@@ -60,15 +60,15 @@ impl LedgerBackend for SqliteTables {
     }
 
     async fn commit(&mut self) -> Result<(), sqlx::Error> {
-        // If another file has replaced the database at this path, a commit to the old file would be lost, although we
-        // would report success.
+        // If another file has replaced the database at this path, a commit to the old file would be lost, but we would
+        // report success.
         self.files.verify(&self.path)?;
         self.connection.execute("COMMIT").await.map(drop)
     }
 
     async fn rollback(&mut self) -> Result<(), sqlx::Error> {
         match self.connection.execute("ROLLBACK").await {
-            // SQLite rolls back by itself after some errors, and after a failed BEGIN there is no transaction.
+            // SQLite rolls back automatically after some errors, and after a failed BEGIN there is no transaction.
             Err(sqlx::Error::Database(error)) if error.message().contains("no transaction is active") => Ok(()),
             outcome => outcome.map(drop),
         }

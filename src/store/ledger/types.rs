@@ -46,12 +46,12 @@ pub struct NewKey {
     pub id: KeyId,
     /// The digest of the key.
     pub digest: ApiKeyDigest,
-    /// The digests of the key under earlier schemes (a previous pepper, or none). An import skips a key that is already
+    /// The key's digests under earlier schemes (a previous pepper, or none). An import skips a key that is already
     /// stored under one of these digests.
     pub older: Vec<ApiKeyDigest>,
     /// How the digest was computed.
     pub made: Made,
-    /// The key hint: the few leading characters by which people recognise the key. Empty for an imported digest.
+    /// The key hint: the few leading characters by which operators recognise the key. Empty for an imported digest.
     pub hint: String,
     /// The name of the key: its purpose, in the operator's words.
     pub name: Option<String>,
@@ -75,13 +75,13 @@ pub struct KeyDetails {
     pub trust_id: TrustId,
     /// The name of the trust that the key belongs to.
     pub trust_name: String,
-    /// True if the trust of the key is enabled.
+    /// True if the key's trust is enabled.
     pub trust_enabled: bool,
-    /// The key hint: the few leading characters by which people recognise the key.
+    /// The key hint: the few leading characters by which operators recognise the key.
     pub hint: String,
-    /// How the digest of the key was computed.
+    /// How the key's digest was computed.
     pub scheme: Scheme,
-    /// The fingerprint of the pepper under which the digest was computed; `None` if there was no pepper, or if the
+    /// The fingerprint of the pepper with which the digest was computed; `None` if there was no pepper, or if the
     /// pepper is not recorded yet.
     pub pepper: Option<Fingerprint>,
     /// The name of the key: its purpose, in the operator's words.
@@ -103,15 +103,15 @@ pub struct KeyDetails {
 /// A replica that may still grant keys from its cache.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ReplicaStatus {
-    /// The id of the replica, which is new at each start of the process.
+    /// The id of the replica. Each start of the process generates a new id.
     pub id: uuid::Uuid,
-    /// The name of the host or pod of the replica.
+    /// The name of the host or pod on which the replica runs.
     pub name: String,
     /// The version that the replica has applied.
     pub applied: Version,
-    /// When the last heartbeat of the replica arrived.
+    /// When the replica's last heartbeat arrived.
     pub seen_at: DatabaseTime,
-    /// After this time, the replica grants no cached key unless it has sent another heartbeat.
+    /// After this time, the replica grants no cached key unless the replica has sent another heartbeat.
     pub until: DatabaseTime,
 }
 

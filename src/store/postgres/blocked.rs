@@ -1,4 +1,4 @@
-//! Finds the database sessions that block a statement of management.
+//! Finds the database sessions that block a management statement.
 //!
 //! Reports their server processes and states, but not their statements, which may contain confidential values.
 
@@ -13,7 +13,7 @@ use crate::store::url::StoreUrl;
 /// The time that a statement may take before this module looks for the sessions that block it. The rest of
 /// [`LOCK_TIMEOUT`] is left for that search.
 const SEARCH_DELAY: Duration = Duration::from_secs(1);
-/// The maximum time that a statement of management waits for a lock. While it waits, later statements queue behind it.
+/// The maximum time that a management statement waits for a lock. While it waits, later statements queue behind it.
 pub(crate) const LOCK_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Runs `work` on the connection whose server process is `pid`. If it takes longer than [`SEARCH_DELAY`], describes the

@@ -1,6 +1,6 @@
 //! The interface between checks and the store: reads, each with the database version at which its statement ran.
 //!
-//! This interface cannot change trusts and keys, except that it records the pepper of a key. Its other writes are
+//! This interface cannot change trusts or keys, except that it records the pepper of a key. Its other writes are
 //! heartbeats, versions that mark everything as changed, new incarnations, and the deletion of old versions.
 
 use std::{sync::Arc, time::Duration};
@@ -48,7 +48,7 @@ pub trait Lookup: Send + Sync + 'static {
     async fn listen(&self, changed: &(dyn Fn() + Send + Sync)) -> Fault;
 
     /// Sends one heartbeat, which reports that this replica is alive and which version it has applied. A command that
-    /// changes keys finds out from the heartbeats when its change has taken effect. Does nothing if changes are not
+    /// changes keys uses the heartbeats to determine when its change has taken effect. Does nothing if changes are not
     /// tracked.
     ///
     /// # Errors
@@ -63,7 +63,7 @@ pub trait Lookup: Send + Sync + 'static {
     /// A [`Fault`] that describes the problem: a trigger was dropped or disabled, or a table was replaced.
     async fn restore_watch(&self) -> Result<(), Fault>;
 
-    /// Commits a new incarnation if the current one is still `lost`. A replica calls this when it finds that the
+    /// Commits a new incarnation if the current one is still `lost`. A replica calls this when it detects that the
     /// database has lost committed versions, so that no replica continues with the earlier history.
     ///
     /// # Errors
@@ -99,11 +99,11 @@ pub trait Lookup: Send + Sync + 'static {
 pub struct Tended {
     /// The number of active keys whose recorded pepper this server does not have, at most [`OTHER_KEYS_MAX`].
     pub others: u64,
-    /// The fault, if the peppers of keys could not be recorded.
+    /// The fault that kept the peppers of keys from being recorded, if any.
     pub unrecorded: Option<Fault>,
 }
 
-/// The number at which [`Lookup::tend_peppers`] stops counting keys under other peppers.
+/// The number at which [`Lookup::tend_peppers`] stops counting keys hashed with other peppers.
 pub(crate) const OTHER_KEYS_MAX: u64 = 10_000;
 
 /// The answer to a poll, from one snapshot.
@@ -116,7 +116,7 @@ pub struct Polled {
     /// The oldest version that is not pruned yet, or the version that the poll started from if that version still
     /// exists.
     pub oldest: Version,
-    /// True if the triggers that fill the change log are as they were when a migration or [`Lookup::restore_watch`]
+    /// True if the triggers that fill the change log have not changed since a migration or [`Lookup::restore_watch`]
     /// last checked them. False if changes are not tracked.
     pub triggers_intact: bool,
     /// The versions from the one that the poll started from, including that version, oldest first; there may be gaps.
@@ -147,9 +147,9 @@ pub enum PollError {
 /// A report that a replica is alive.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Heartbeat {
-    /// The id of the replica, which is new at each start of the process.
+    /// The id of the replica. Each start of the process generates a new id.
     pub replica: Uuid,
-    /// The name of the host or pod of the replica, for operators.
+    /// The name of the host or pod on which the replica runs, for operators.
     pub name: String,
     /// The version that the replica has applied.
     pub applied: Version,

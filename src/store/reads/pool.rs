@@ -1,5 +1,5 @@
-//! A small, bounded pool of connections for the reads of checks. It fails fast and does not reuse a connection whose
-//! state is unknown.
+//! A small, bounded pool of connections for the reads that checks make. It fails fast and does not reuse a connection
+//! whose state is unknown.
 //!
 //! A read waits for a connection, but a separate task of the pool opens the connection. So a connect that takes longer
 //! than the read's deadline can still succeed, and a later read uses the connection. A read whose future is dropped
@@ -34,7 +34,7 @@ pub trait Connect: Send + Sync + 'static {
         connection: &mut Self::Connection,
         query: &Self::Query,
     ) -> impl Future<Output = Result<Vec<Self::Row>, sqlx::Error>> + Send;
-    /// Closes a connection gracefully. Dropping a connection closes it without notice to the server.
+    /// Closes a connection gracefully. Dropping a connection closes it without notifying the server.
     fn close(connection: Self::Connection) -> impl Future<Output = ()> + Send;
     /// Returns true if `error` means that the connection to the server is lost, so that the query may succeed on a new
     /// connection.
@@ -138,7 +138,7 @@ impl<C: Connect> Pool<C> {
                 C::close(connection).await;
             }
         };
-        // On a timeout, dropping the remaining connections closes them without notice to the server.
+        // On a timeout, dropping the remaining connections closes them without notifying the server.
         let _ = timeout(CLOSE_TIMEOUT, close_idle).await;
     }
 
@@ -155,7 +155,7 @@ impl<C: Connect> Drop for Pool<C> {
     }
 }
 
-/// The maximum time that a graceful close of all connections together may take.
+/// The maximum total time for closing all connections gracefully.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(1);
 
 #[derive(Debug)]
@@ -216,8 +216,8 @@ impl<C: Connect> PoolState<C> {
 
 impl<C: Connect> Shared<C> {
     fn lock(&self) -> MutexGuard<'_, PoolState<C>> {
-        // No code under the lock can panic in the middle of a change, so the state is consistent even if the lock is
-        // poisoned.
+        // No code that holds the lock can panic in the middle of a change, so the state is consistent even if the lock
+        // is poisoned.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -409,8 +409,8 @@ impl<C: Connect> PooledConn<C> {
                 self.reused = true;
                 Ok(rows)
             }
-            // The connection stays dirty after an error, so it is closed. Otherwise the next read could fail on the
-            // same standby, missing right or dead server.
+            // The connection stays dirty after an error, so it is closed. Otherwise the next read could fail for the
+            // same reason: a standby, a missing right or a dead server.
             Err(error) => {
                 self.reused = false; // the error came in time, so keep the idle connections
                 Err(PoolError::Sql(Arc::new(error)))

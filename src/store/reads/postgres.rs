@@ -1,4 +1,4 @@
-//! The reads of checks on PostgreSQL.
+//! The reads that checks and the poll task make on PostgreSQL.
 
 use std::time::Duration;
 
@@ -40,9 +40,9 @@ pub(crate) struct Postgres {
 
 impl Connect for Postgres {
     type Connection = PgConnection;
-    /// The whole text of a statement, including its values: digests, ids and numbers that this program formats, but no
-    /// text from outside. The simple query protocol needs one round trip, also on a new connection, and leaves no
-    /// prepared statement on the server that a pooler could lose.
+    /// A complete statement, including its values: digests, ids and numbers that this program formats, but no external
+    /// input. The simple query protocol needs one round trip, even on a new connection, and leaves no prepared
+    /// statement on the server that a pooler could lose.
     type Query = String;
     type Row = PgRow;
 
@@ -172,7 +172,8 @@ impl Dialect for Postgres {
         self.tracks_changes().then(|| OwnTableQueries {
             schema: self.timed(schema::postgres::SCHEMA),
             redis_mac_key: self.timed("SELECT encode(value, 'hex') FROM {s}.setting WHERE name = 'redis_mac_key'"),
-            // The server may continue after the caller has stopped waiting, which leaves less for the next call.
+            // The server may continue deleting after the caller has stopped waiting. The next call then has less to
+            // delete.
             prune: self.within(PRUNE_TIMEOUT, "SELECT {s}.prune()"),
             // `prune` keeps the newest version that is older than its limit, so look at the second-oldest version.
             is_more: self.timed(
@@ -216,7 +217,7 @@ impl Dialect for Postgres {
 
     fn report(&self, heartbeat: &Heartbeat) -> String {
         let Heartbeat { replica, name, applied, lasts } = heartbeat;
-        // Send the host name as a list of character codes: text from outside must not become part of a statement.
+        // Send the host name as a list of character codes: external input must not become part of a statement.
         let name = name.chars().filter(char::is_ascii_graphic).take(NAME_CHARS_MAX);
         let name = name.map(|c| u32::from(c).to_string()).collect::<Vec<_>>().join(", ");
         self.timed(&format!(
@@ -249,12 +250,14 @@ impl Postgres {
         self.existing.as_ref().is_none_or(|table| table.attached)
     }
 
-    /// Returns a query and a problem. The problem exists if the query returns a row: the existing table is not attached
-    /// with the columns configured here. Returns `None` if the settings name no attached table.
+    /// Returns a query and the description of a problem: the existing table is not attached with the columns configured
+    /// here. The problem exists if the query returns a row. Returns `None` if the settings name no attached table.
     pub(crate) fn unattached(&self) -> Option<(String, TrackingProblem)> {
         let table = self.existing.as_ref().filter(|table| table.attached)?;
-        let problem =
-            format!("{} is not attached, or was attached with other columns than those configured here", table.table);
+        let problem = format!(
+            "{} is not attached, or was attached with columns different from those configured here",
+            table.table
+        );
         let question = format!("SELECT 1 WHERE NOT {}", attached_as(&table.identity()));
         Some((self.within(CALL_TIMEOUT, &question), TrackingProblem::AttachedTable(problem)))
     }
@@ -271,14 +274,14 @@ impl Postgres {
         connection.close().await
     }
 
-    /// Fills in our schema in `text` and adds the time limit of a read for the server.
+    /// Fills in our schema in `text` and adds the server's time limit for a read.
     fn timed(&self, text: &str) -> String {
         self.within(self.statement_timeout, text)
     }
 
     /// Fills in our schema in `text` and adds a time limit for the server. `SET LOCAL` ends with the implicit
-    /// transaction around the whole text. The text sets the isolation level because SERIALIZABLE may be the default of
-    /// the database, and SERIALIZABLE reads would make writers fail.
+    /// transaction around all statements in the string. The string sets the isolation level because SERIALIZABLE may be
+    /// the database default, and SERIALIZABLE reads would make writers fail.
     fn within(&self, limit: Duration, text: &str) -> String {
         format!(
             "SET LOCAL transaction_isolation = 'read committed'; SET LOCAL statement_timeout = {}; {}",

@@ -1,4 +1,5 @@
-//! The reads of checks over either database: a pool of connections for reads, and a separate connection for polls.
+//! Reads for checks and the poll task, over either database: a pool of connections for reads and a separate connection
+//! for polls.
 
 use std::{
     future::Future,
@@ -51,8 +52,8 @@ pub(crate) trait Dialect: Connect<Row: RowExt> {
     fn listen(&self, changed: &(dyn Fn() + Send + Sync)) -> impl Future<Output = sqlx::Error> + Send;
     /// Returns the statements on our tables; `None` if changes are not tracked.
     fn ours(&self) -> Option<OwnTableQueries<Self::Query>>;
-    /// Returns the statement that records the pepper of each key. `current` is the current pepper of the server.
-    /// Callers use this only for keys in our own tables.
+    /// Returns the statement that records the pepper of each key. `current` is the server's current pepper. Callers use
+    /// this only for keys in our own tables.
     fn record_peppers(&self, proven: &[(KeyId, Fingerprint)], current: Fingerprint) -> Self::Query;
     /// Formats a fingerprint as an SQL literal.
     fn fingerprint_literal(fingerprint: Fingerprint) -> String;
@@ -69,7 +70,7 @@ pub(crate) trait Dialect: Connect<Row: RowExt> {
     fn has_own_keys(&self) -> bool;
     /// Creates and migrates an embedded database, as `missing` allows. Does nothing for a database server.
     fn prepare(&self, missing: Missing) -> impl Future<Output = Result<(), StoreError>> + Send;
-    /// Does the last work on the database, after all connections are closed.
+    /// Finishes work on the database after all connections have been closed.
     fn finish(&self) -> impl Future<Output = ()> + Send {
         std::future::ready(())
     }
@@ -138,7 +139,7 @@ impl<D: Dialect> StoreReader<D> {
             .map_err(|_| Corrupt("a column has the wrong type").into())
     }
 
-    /// Closes all connections, so that new connections go to the server that the URL leads to now. Otherwise,
+    /// Closes all connections, so that new connections go to the server to which the URL now leads. Otherwise,
     /// connections to a server that has become a standby or read-only would stay open as long as that server runs. Does
     /// this at most once in [`RECONNECT_WAIT`].
     fn reconnect(&self) {
@@ -151,7 +152,7 @@ impl<D: Dialect> StoreReader<D> {
         }
     }
 
-    /// Queues keys whose pepper this read proved and the database does not record yet.
+    /// Queues the keys whose pepper this read proved, if the database does not record it yet.
     fn note_proven(&self, rows: &[ReadRow], digests: &Digests) {
         for row in rows {
             if let Some(stored) = row.unrecorded()
@@ -288,8 +289,8 @@ impl<D: Dialect> Lookup for StoreReader<D> {
             _ => None,
         };
         if unrecorded.is_some() {
-            // Keep these keys for the next call. This drops keys that reads queued in the meantime; later reads prove
-            // those again.
+            // Keep these keys for the next call. This drops keys that reads queued during the failed call; later reads
+            // prove those keys again.
             *self.proven.lock().unwrap_or_else(PoisonError::into_inner) = proven;
         }
         let conditions = others(known, D::fingerprint_literal);

@@ -1,4 +1,4 @@
-//! The reads of checks on SQLite.
+//! The reads that checks and the poll task make on SQLite.
 
 mod query;
 
@@ -40,7 +40,7 @@ use crate::{
 #[derive(Clone, Debug)]
 pub(crate) struct Sqlite {
     pub(crate) path: PathBuf,
-    /// The layout of the existing table, if the file has one instead of our own tables.
+    /// The layout of the existing table, if the file contains such a table and not our own tables.
     pub(crate) preset: Option<Preset>,
     /// True if the warning about hard links was logged.
     has_warned: Arc<AtomicBool>,
@@ -55,8 +55,9 @@ impl Sqlite {
         Self { path, preset, has_warned: Arc::default(), replaced: Arc::default() }
     }
 
-    /// Warns once when the database file has several hard links, and again only if it had one link in the meantime.
-    /// `serve` refuses to start on such a file, but a backup tool that makes hard links must not stop a running server.
+    /// Warns once when the database file has several hard links, and again only after the file has had a single link in
+    /// between. `serve` refuses to start on such a file, but a backup tool that makes hard links must not stop a
+    /// running server.
     fn note_links(&self, links: u64) {
         if self.has_warned.swap(links > 1, Ordering::Relaxed) || links <= 1 {
             return;
@@ -342,7 +343,7 @@ impl Dialect for Sqlite {
     }
 
     /// Copies the write-ahead log into the database, so that the file of a stopped server is complete. SQLite copies
-    /// the log when a connection that can write is the last one to close; the read connections leave the log as it is.
+    /// the log when a connection that can write is the last one to close; the read connections do not copy the log.
     async fn finish(&self) {
         if self.preset.is_none()
             && let Ok(writer) = self.begin().await
@@ -362,8 +363,8 @@ impl Dialect for Sqlite {
 }
 
 /// Error codes that do not count as an answer: the database cannot be reached or read now. Other errors count as an
-/// answer: the file is not a database or is damaged, lacks our tables, cannot be opened with the rights of this
-/// process, or is locked by a program that may commit changes.
+/// answer: the file is not a database or is damaged, lacks our tables, cannot be opened with this process's rights, or
+/// is locked by a program that may commit changes.
 const NO_ANSWER: [u32; 6] = [
     7,  // SQLITE_NOMEM
     9,  // SQLITE_INTERRUPT
@@ -375,7 +376,7 @@ const NO_ANSWER: [u32; 6] = [
 const SQLITE_READONLY: u32 = 8;
 
 /// Returns true if this process can write to the database. SQLite opens a file without write permission for reading and
-/// reports no error, so this function asks for the write lock, without waiting. If another connection has the lock,
+/// reports no error, so this function requests the write lock, without waiting. If another connection has the lock,
 /// this process is able to write. Other errors are ignored here, because the next use of the database reports them.
 async fn can_write(path: &Path) -> Result<bool, sqlx::Error> {
     let mut connection = connect(path, Access::Write).await?;
@@ -391,7 +392,7 @@ mod tests {
 
     use super::*;
 
-    /// Returns the number of virtual-machine instructions that SQLite runs for a poll that finds nothing new, after
+    /// Returns the number of virtual-machine instructions that SQLite runs for a poll that reads no new version, after
     /// `named` changes of each kind.
     async fn instructions_of_a_poll(named: u32) -> u64 {
         let directory = tempfile::tempdir().unwrap();

@@ -1,7 +1,7 @@
 //! The rights that the roles of `serve` and of management need on the tables. `migrate --print-grants` prints this
 //! list, and `doctor` checks it on the server.
 //!
-//! The list contains no right that is not needed. This module creates the statements but does not run them.
+//! The list contains only the rights that are needed. This module creates the statements but does not run them.
 
 use crate::store::{
     existing_table::ExistingTable,
@@ -43,7 +43,7 @@ pub(crate) const SERVE: Needs = Needs(&[
         &["EXECUTE"],
         On::Function,
         &[
-            "find(bytea[], uuid)", // earlier releases call it, and an operator may roll back to one
+            "find(bytea[], uuid)", // earlier releases call this function, and an operator may roll back to one
             "find_key(bytea[], uuid)",
             "poll(bigint, bigint)",
             "fingerprint()",
@@ -55,7 +55,7 @@ pub(crate) const SERVE: Needs = Needs(&[
     ),
 ]);
 
-/// The rights of the role that `trust`, `key` and `cache clear` connect as.
+/// The rights of the role that the commands `trust`, `key`, `pepper` and `cache` connect as.
 pub(crate) const MANAGE: Needs = Needs(&[
     right(&["USAGE"], On::Schema, &[""]),
     right(&["SELECT"], On::Table, &["schema", "version", "trust", "api_key", "replica"]),
@@ -69,7 +69,7 @@ pub(crate) const MANAGE: Needs = Needs(&[
 pub(crate) fn grants(schema: &SchemaName, existing: Option<&ExistingTable>, serve: &str, manage: &str) -> String {
     let ours = format!(
         "-- For the role that `trustgate serve` connects as:\n{}\
-         -- For the role that `trustgate trust`, `key` and `cache clear` connect as (store.management_url):\n{}\
+         -- For the role that `trustgate trust`, `key`, `pepper` and `cache` connect as (store.management_url):\n{}\
          -- Any other role that changes trusts and keys needs rights on the tables trust and api_key, and on no \
          other table.\n",
         SERVE.statements(schema, serve),
@@ -108,9 +108,9 @@ impl Needs {
         })
     }
 
-    /// Returns the query for the rights that the role of the connection lacks. The query returns the positions of these
-    /// rights, for [`Self::at`]. It uses object ids (oid), because a role without USAGE on a schema may not refer to
-    /// the objects in it by name.
+    /// Returns the query for the rights that the connected role lacks. The query returns the positions of these rights,
+    /// for [`Self::at`]. It uses object ids (oid), because a role without USAGE on a schema may not refer to the
+    /// objects in it by name.
     pub(crate) fn question(&self, schema: &SchemaName) -> String {
         let wanted = self.each().enumerate().map(|(at, Need { privilege, on, object })| {
             let kind = match on {
@@ -159,7 +159,7 @@ impl On {
     }
 }
 
-/// The query that counts how many of the tables `trust` and `api_key` the role of the connection may change.
+/// The query that counts how many of the tables `trust` and `api_key` the connected role may change.
 pub(crate) const WRITES: &str = "
 SELECT count(*) FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
 WHERE n.nspname = '{s}' AND c.relname IN ('trust', 'api_key')

@@ -52,11 +52,11 @@ pub(crate) async fn run(address: &StoreUrl, name: &SchemaName, connect_timeout: 
     schema::check(tables, &describe(address, name))
 }
 
-/// Starts a new database history after the operator restored a backup, so that replicas do not use values of the
-/// earlier history that they or Redis have cached.
+/// Starts a new database history after the operator has restored a backup, so that replicas do not use data that they
+/// or Redis cached from the previous history.
 ///
 /// # Errors
-/// The database failed, or has no tables of trustgate.
+/// The database failed, or has no trustgate tables.
 pub(crate) async fn new_incarnation(
     address: &StoreUrl,
     name: &SchemaName,
@@ -69,7 +69,7 @@ pub(crate) async fn new_incarnation(
     Ok(connection.close().await?)
 }
 
-/// Takes one lock for all schemas of the database. A lock for each schema is not needed, because migrations are rare.
+/// Takes one lock for all schemas in the database. A lock for each schema is not needed, because migrations are rare.
 /// The number is the first 8 bytes of SHA-256("trustgate migrate").
 const LOCK: &str = "SET LOCAL lock_timeout = '60s'; SET LOCAL statement_timeout = 0; SELECT pg_advisory_xact_lock(2242996985564621124)";
 /// Limits the wait for a table lock to 5 s. While the migration waits, later statements on that table queue behind it,
@@ -154,8 +154,8 @@ const THIRD: &str = "ALTER TABLE {s}.meta ADD COLUMN attached_schema text, ADD C
 
 const FOURTH: &str = include_str!("postgres/version_4.sql");
 
-/// The index of table version 4. It is created after the migration has been committed, because creating it reads the
-/// whole table `api_key`. During that time, only writers wait.
+/// The index that table version 4 adds. `migrate` creates it after the migration has been committed, because building
+/// it reads the whole table `api_key`. During that time, only writers wait.
 const PEPPER_INDEX: &str = "
 CREATE INDEX IF NOT EXISTS api_key_pepper ON {s}.api_key (pepper_fingerprint)
     WHERE pepper_fingerprint IS NOT NULL AND revoked_at IS NULL";

@@ -39,7 +39,7 @@ pub(crate) async fn run(path: &Path) -> Result<(), StoreError> {
     }
 }
 
-/// The maximum number of retries of a migration while another process writes.
+/// The maximum number of times that a migration is retried while another process writes.
 const ATTEMPTS: u32 = 100;
 /// The time between two attempts.
 const PAUSE: Duration = Duration::from_millis(20);
@@ -50,7 +50,7 @@ async fn attempt(path: &Path) -> Result<(), StoreError> {
         // The database file stores this mode. In this mode, readers do not wait for the writer.
         sqlx::raw_sql("PRAGMA journal_mode = WAL").execute(&mut connection).await?;
         let mut transaction = connection.begin_with("BEGIN IMMEDIATE").await?;
-        // Another process may have migrated the database in the meantime.
+        // Another process may have migrated the database before this one got the write lock.
         if !is_done(&mut transaction).await? {
             let version = tables(&mut transaction).await?.map_or(0, |tables| tables.version);
             if version < 1 {
@@ -91,8 +91,8 @@ fn triggers_broken(path: &Path, problem: &TrackingProblem) -> StoreError {
     StoreError::Schema(format!("{}: {problem}", describe_sqlite(path)))
 }
 
-/// Starts a new database history after the operator restored a copy, so that replicas do not use values of the earlier
-/// history that they or Redis have cached.
+/// Starts a new database history after the operator has restored a copy, so that replicas do not use values from the
+/// earlier history that are still in their caches or in Redis.
 ///
 /// # Errors
 /// [`StoreError::NoDatabase`], [`StoreError::Schema`], or the database failed.

@@ -1,5 +1,5 @@
-//! Creates the database file with safe permissions, refuses locations where SQLite would lose writes, and detects that
-//! the files of an open connection were replaced.
+//! Creates the database file with safe permissions, refuses locations where SQLite would lose writes, and detects the
+//! replacement of files that a connection has open.
 
 use std::{
     fs::{self, DirBuilder, OpenOptions},
@@ -10,9 +10,9 @@ use std::{
 
 use crate::store::{error::StoreError, reads::lookup::Missing};
 
-/// Network filesystems, by `f_type` of statfs(2). SQLite's write-ahead log needs shared memory and locks that all
-/// processes with the file see, which these filesystems do not provide. FUSE is not in the list, because its number
-/// does not show which filesystem it provides, and many FUSE filesystems are local.
+/// Network filesystems, by `f_type` of statfs(2). SQLite's write-ahead log needs shared memory and locks that work
+/// between all processes that use the file, and these filesystems do not provide them. FUSE is not in the list, because
+/// its `f_type` does not identify the actual filesystem, and many FUSE filesystems are local.
 const NETWORK: &[(u32, &str)] = &[
     (0x0000_6969, "NFS"),
     (0x0000_517b, "SMB"),
@@ -43,7 +43,10 @@ pub(crate) fn prepare(path: &Path, missing: Missing) -> Result<(), StoreError> {
             refuse_aliases(path)?;
             if found.mode() & 0o077 != 0 {
                 let mode = format!("{:o}", found.mode() & 0o777);
-                tracing::warn!(path = %path.display(), mode, "database file open to other users: set its mode to 0600");
+                tracing::warn!(
+                    path = %path.display(), mode,
+                    "database file accessible to other users: set its mode to 0600"
+                );
             }
             Ok(())
         }
@@ -99,7 +102,7 @@ impl OpenFiles {
     /// Records the database file at `path` before a connection is opened.
     ///
     /// # Errors
-    /// The error of the operating system if the database cannot be found.
+    /// The operating system's error if the database cannot be found.
     pub(crate) fn before_connect(path: &Path) -> io::Result<Self> {
         Ok(Self { resolved: fs::canonicalize(path)?, main: identity(path)?, beside: None })
     }
@@ -123,10 +126,10 @@ impl OpenFiles {
         Ok(())
     }
 
-    /// Checks that `path` still leads to these files. Returns the number of names (hard links) of the database.
+    /// Checks that `path` still leads to these files. Returns the database file's number of names (hard links).
     ///
     /// # Errors
-    /// [`Replaced`] if `path` leads to other files; the error of the operating system if there is no database.
+    /// [`Replaced`] if `path` leads to other files; the operating system's error if there is no database.
     pub(crate) fn verify(&self, path: &Path) -> io::Result<u64> {
         let main = fs::metadata(path)?;
         if (main.dev(), main.ino()) != self.main {
@@ -163,7 +166,7 @@ fn open_files() -> io::Result<Vec<FileId>> {
     Ok(descriptors.filter_map(|descriptor| identity(&descriptor.ok()?.path()).ok()).collect())
 }
 
-/// The error if a path leads to other files than those that a connection has open. The value is the suffix of the
+/// The error if a path leads to different files from those that a connection has open. The value is the suffix of the
 /// replaced file; it is empty for the database file.
 #[derive(Debug, thiserror::Error)]
 #[error(
@@ -179,12 +182,12 @@ impl From<Replaced> for io::Error {
     }
 }
 
-/// Returns the error of a connect that is attempted while this process still has replaced files open.
+/// Returns the error for a connect that is attempted while this process still has replaced files open.
 pub(crate) fn still_open() -> io::Error {
     Replaced(BESIDE[1]).into()
 }
 
-/// The file that was replaced, according to the error of a read.
+/// The file that was replaced, according to a read error.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum FileChange {
     /// The database file. A new connection opens the file that is now at the path.
@@ -211,7 +214,7 @@ pub(crate) fn alias_problem(path: &Path) -> io::Result<Option<String>> {
     }
     let mounts = fs::read_to_string("/proc/self/mountinfo")?;
     let is_mounted = is_mount_point(&mounts, &fs::canonicalize(path)?);
-    Ok(is_mounted.then(|| "the file is mounted by itself, without its directory".to_owned()))
+    Ok(is_mounted.then(|| "the file is mounted without its directory".to_owned()))
 }
 
 /// Returns true if `mountinfo` (`proc_pid_mountinfo(5)`) has a mount at exactly this path.
@@ -237,7 +240,9 @@ fn refuse_aliases(path: &Path) -> Result<(), StoreError> {
     match alias_problem(path) {
         Ok(None) => Ok(()),
         Ok(Some(why)) => Err(unusable(why)),
-        Err(error) => Err(unusable(format!("cannot determine how the file is mounted: {error}"))),
+        Err(error) => {
+            Err(StoreError::Unusable(format!("{}: cannot determine how the file is mounted: {error}", path.display())))
+        }
     }
 }
 
@@ -266,7 +271,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn mount_of_the_file_itself_is_recognized() {
+    fn mount_point_at_the_database_file_is_detected() {
         let mountinfo = "63 43 254:0 /a /data/trust\\040gate.db rw,relatime - ext4 /dev/vda rw\n\
                          64 43 254:0 /b /data rw - ext4 /dev/vda rw\n";
         assert!(is_mount_point(mountinfo, Path::new("/data/trust gate.db")));

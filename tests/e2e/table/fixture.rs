@@ -1,5 +1,5 @@
-//! The servers of the table: one for each configuration in the table. All servers use one database, which has a key of
-//! each kind.
+//! The servers that the table needs: one for each configuration in the table. All servers use one database, which has
+//! a key of each kind.
 
 use std::{collections::BTreeMap, io::Write as _, net::SocketAddr, path::Path, sync::Arc, time::Duration};
 
@@ -25,7 +25,7 @@ use trustgate::testing::{
 use super::rows::Table;
 use crate::support::shared;
 
-/// The settings that all servers of the table share. The timeouts are long, so that a slow machine does not change an
+/// The settings that all of these servers share. The timeouts are long, so that a slow machine does not change an
 /// answer.
 const SETTINGS: [(&str, &str); 6] = [
     ("TRUSTGATE__GRPC__LISTEN", "127.0.0.1:0"),
@@ -36,7 +36,7 @@ const SETTINGS: [(&str, &str); 6] = [
     ("TRUSTGATE__FRESHNESS__LEASE", "1m"),
 ];
 
-/// The running servers and the keys of the table.
+/// The running servers, and the keys that the table uses.
 pub struct Fixture {
     servers: BTreeMap<String, (Running, Config)>,
     keys: BTreeMap<&'static str, TestKey>,
@@ -44,7 +44,7 @@ pub struct Fixture {
     _turn: RwLockReadGuard<'static, ()>,
 }
 
-/// A key of the table. A key that does not exist in the database has only a secret.
+/// A key that the table uses. A key that does not exist in the database has only a secret.
 #[derive(Clone, Debug, Default)]
 pub struct TestKey {
     pub secret: String,
@@ -164,7 +164,7 @@ fn load_config(dir: &Path, more: &str) -> Config {
     config::load(Some(file.path()), settings, Purpose::Serve).unwrap_or_else(|error| panic!("{error}"))
 }
 
-/// Creates the keys of the table.
+/// Creates the keys that the table uses.
 struct KeyFactory {
     store: StoreSettings,
 }
@@ -222,7 +222,7 @@ impl KeyFactory {
         Manager::new(ledger, actor(), credential.clone()).unwrap()
     }
 
-    /// Adds a key under a pepper, without a record of that pepper in the database, like a key from an earlier release.
+    /// Adds a key that is hashed with a pepper that the database does not record, like a key from an earlier release.
     /// Servers without the pepper deny the key.
     async fn peppered(&self, credential: &CredentialSettings) -> TestKey {
         let mut ledger = store::open_ledger(&self.store, &|_| None).await.unwrap();

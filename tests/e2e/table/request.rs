@@ -25,7 +25,7 @@ impl Encoding {
     pub const BOTH: [Self; 2] = [Self::Raw, Self::Map];
 }
 
-/// A request of the table.
+/// A request from the table.
 #[derive(Clone, Debug)]
 pub struct Request {
     pub method: String,
@@ -119,7 +119,7 @@ impl Request {
     }
 }
 
-/// Returns the text that Envoy sends for a header value in the map encoding.
+/// Returns the string that Envoy sends for a header value in the map encoding.
 fn sanitized(value: &[u8]) -> String {
     value.utf8_chunks().map(|chunk| chunk.valid().to_owned() + &"!".repeat(chunk.invalid().len())).collect()
 }

@@ -26,7 +26,7 @@ pub struct Table {
     groups: Vec<Group>,
 }
 
-/// The answer that the client gets for a denial.
+/// The answer that the client receives for a denial.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Denial {

@@ -38,7 +38,7 @@ impl Query {
         connection: &mut SqliteConnection,
         writable: bool,
     ) -> Result<Vec<SqliteRow>, sqlx::Error> {
-        // The text consists only of constants of this program and of placeholders.
+        // The statement consists only of constants in this program and placeholders.
         let mut bound = sqlx::query(AssertSqlSafe(self.sql.clone()));
         for value in &self.values {
             bound = match value {
@@ -54,15 +54,15 @@ impl Query {
 
 /// Returns the statement for the versions from ?2 on and their changes, in the columns of [`rows::polled`]: first a row
 /// that is always present, then versions, then changes. The statement reads at most a thousand versions and a thousand
-/// changes of each kind. Most polls find nothing new, so the statement uses no temporary tables, which would cause most
-/// of the cost of such a poll.
+/// changes of each kind. Most polls read no new version, so the statement uses no temporary tables, which would account
+/// for most of the cost of such a poll.
 pub(super) fn poll() -> String {
     committed("", "?2", "?2")
 }
 
 /// Like [`poll`], but for a replica that has applied no version: starts with the first version of the last 15 minutes
-/// and includes the changes of that version. The statement finds that version once, because the clock advances while
-/// the statement runs.
+/// and includes the changes of that version. The statement looks that version up only once, because the clock advances
+/// while the statement runs.
 pub(super) fn poll_from_start() -> String {
     let start = format!(
         "WITH start AS MATERIALIZED (
@@ -126,7 +126,7 @@ pub(super) fn trust_table(condition: &str) -> String {
     )
 }
 
-/// Returns the poll statement for such a table. The statement only proves that the table exists.
+/// Returns the poll statement for a table `trust(id, api_key_hash)`. The statement only proves that the table exists.
 pub(super) fn trust_table_poll() -> String {
     format!(
         "SELECT ?1, 'primary', 0, 0, '00000000000000000000000000000000', '00000000-0000-0000-0000-000000000000', 0, 0,

@@ -1,8 +1,8 @@
 -- Returns the versions after `since` and the changes that they made, in at most `rows_max` rows.
 --
 -- STABLE: all statements in the function see the snapshot of the calling statement. A connection plans each statement
--- once, so the plan must stay good while the tables grow: use indexes, and no JIT compilation, which takes longer than
--- the statements themselves.
+-- once, so the plan must stay efficient while the tables grow: use indexes, and no JIT compilation, which takes longer
+-- than the statements themselves.
 CREATE OR REPLACE FUNCTION {s}.poll(since bigint, rows_max bigint) RETURNS TABLE (
     state text, oldest bigint, newest bigint, newest_nonce text, incarnation text, system bigint, timeline bigint,
     clock bigint, watched bigint, stamped_at bigint, version bigint, nonce text, kind text, object text

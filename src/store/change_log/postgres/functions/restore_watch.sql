@@ -1,5 +1,5 @@
--- The function computes the fingerprint before it checks the triggers. A change in between makes the
--- fingerprint differ again, so the next poll notices it.
+-- The function computes the fingerprint before it checks the triggers. A change in between makes the fingerprint differ
+-- again, so the next poll detects it.
 CREATE OR REPLACE FUNCTION {s}.restore_watch() RETURNS void
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $body$
 DECLARE
