@@ -63,7 +63,7 @@ pub enum Fault {
         /// The problem with the data.
         problem: &'static str,
     },
-    /// A limit of this server is reached.
+    /// The check would exceed one of this server's limits.
     #[error("overload: limit exceeded ({limit})")]
     Overloaded {
         /// The setting or constant that was exceeded.
@@ -120,7 +120,7 @@ pub enum FaultReason {
     Breaker,
     /// The proxy's configuration is wrong: an invalid context extension, or a compressed message.
     Route,
-    /// A limit of this server is reached.
+    /// The check would exceed one of this server's limits.
     Overload,
     /// The check took longer than its deadline.
     Deadline,

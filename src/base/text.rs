@@ -65,7 +65,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn byte_order_marks_and_line_ends_are_removed_and_other_text_is_kept() {
+    fn byte_order_mark_and_trailing_line_breaks_are_removed_and_other_text_is_kept() {
         for (bytes, want) in [
             (&b"pepper"[..], Ok("pepper")),
             (b"pepper\n", Ok("pepper")),

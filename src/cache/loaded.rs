@@ -37,7 +37,8 @@ impl<K: Cacheable> Loaded<K> {
         }
     }
 
-    /// Returns the version at which the value was read, if no poll has returned that version in `view` yet.
+    /// Returns the version at which the value was read, if `view` does not contain that version yet because no poll has
+    /// returned it.
     #[must_use]
     pub fn ahead_of(&self, view: &ReplicaView) -> Option<Version> {
         let read = self.read.as_ref()?;

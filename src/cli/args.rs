@@ -270,7 +270,7 @@ pub(crate) enum Deny {
     },
     /// List the entries that `trustgate deny add` created.
     ///
-    /// The entries in the file that `freshness.deny_file` names are not listed.
+    /// Entries in the file specified by `freshness.deny_file` are not listed.
     List,
     /// Remove the entries that `trustgate deny add` created for a key or a trust.
     Remove {

@@ -40,7 +40,7 @@ pub(crate) const NOTIFICATIONS: &str = "database_notifications";
 pub(crate) const ALTERED: &str = "every change is recorded: each trigger has its original definition. Tables, triggers \
     or rights were altered after a replica last verified the triggers; a replica's next poll verifies them again";
 
-/// The settings that contain the URL of `serve`.
+/// The settings for the database URL that `serve` uses.
 pub(crate) const URL: &[&str] = &["store.url", "store.url_file"];
 /// The number of requests in a measurement.
 const ROUNDS: i64 = 20;

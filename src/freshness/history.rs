@@ -76,8 +76,8 @@ impl History {
         self.known.back().map_or(Version(0), |known| known.version)
     }
 
-    /// Decides whether `polled` continues this history. The poll must have read the change log from the version
-    /// applied.
+    /// Decides whether `polled` continues this history. The poll must have read the change log starting at the version
+    /// that this replica has applied.
     #[must_use]
     pub(crate) fn judge(&self, polled: &Polled) -> Continuity {
         let Some(applied) = self.known.back() else { return Continuity::Follow };

@@ -48,9 +48,9 @@ pub struct Wanted {
 /// [`Manager`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum PepperFilter {
-    /// Keys hashed with the current configured pepper.
+    /// Keys hashed with the configured current pepper.
     Current,
-    /// Keys hashed with a previous configured pepper.
+    /// Keys hashed with one of the configured previous peppers.
     Previous,
     /// Keys whose recorded pepper is not configured.
     Unknown,

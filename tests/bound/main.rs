@@ -43,8 +43,8 @@ const REPLICAS: usize = 3;
 /// The number of checks of good keys per second on each replica: slightly more than the 500 that the measurement
 /// requires.
 const GOOD_PER_SECOND: u32 = 520;
-/// The number of checks per second that each replica receives of a key that will be revoked: slightly more than the 200
-/// that the measurement requires.
+/// The number of checks per second that each replica receives for a key that will be revoked: slightly more than the
+/// 200 that the measurement requires.
 const REVOKED_PER_SECOND: u32 = 215;
 /// The time that a transaction stays open after it has changed the row.
 const LATE: Duration = Duration::from_millis(400);
@@ -54,7 +54,7 @@ const LATE: Duration = Duration::from_millis(400);
 const LEASE_LIMIT: Duration = Duration::from_millis(1_200);
 /// The limit for a revocation of which the replicas learn only by polling.
 const POLLING_LIMIT: Duration = Duration::from_millis(400);
-/// The minimum number of checks per second of a revoked key on each replica.
+/// The minimum number of checks per second that each replica must receive for a revoked key.
 const REVOKED_PER_SECOND_MIN: u128 = 200;
 
 /// The parameters of a run.

@@ -581,8 +581,8 @@ async fn on_sqlite_a_replaced_database_file_is_detected() {
     test_config.trust("acme").await;
     let issue = async || test_config.issue("acme", &[]).await;
     let (revoked, lost, good) = (issue().await, issue().await, issue().await);
-    // Revoke one key in a copy of the database. The copy lacks the later revocation of another key, which the test
-    // makes below.
+    // Revoke one key in a copy of the database. Below, the test revokes another key in the original, so the copy lacks
+    // that revocation.
     std::fs::create_dir(&theirs).unwrap();
     let copy = theirs.join("trustgate.db");
     let mut other_program = sqlite(&file).await;

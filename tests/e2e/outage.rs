@@ -30,7 +30,7 @@ const CHECK_MAX: Duration = Duration::from_millis(150);
 const PATIENCE: Duration = Duration::from_secs(30);
 
 #[tokio::test(flavor = "multi_thread")]
-async fn redis_outages_change_no_answer_and_delay_no_check() {
+async fn redis_outages_do_not_change_answers_or_delay_checks() {
     // Send fewer than 1 000 requests per second: at that rate, the servers, Envoy and the load generator would need
     // most of two processors, and the measured times would exceed the limits below if another program used half a
     // processor.

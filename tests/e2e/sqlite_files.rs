@@ -142,7 +142,7 @@ async fn a_revocation_holds_after_a_wal_with_changes_is_removed() {
     let _turn = shared().await;
     let fixture = Fixture::new().await;
     fixture.checkpoint().await;
-    // After the checkpoint the WAL is empty, so the new key is only in the WAL.
+    // The checkpoint has emptied the WAL. The key issued below is therefore stored only in the WAL.
     let applied = fixture.server.metric("trustgate_applied_version").await;
     let late = fixture.test_config.issue("acme", &[]).await;
     granted(&fixture.client, &late).await;

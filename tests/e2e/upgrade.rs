@@ -21,7 +21,7 @@ use crate::support::{
     shared,
 };
 
-/// A load that sends checks to one server, one after another.
+/// A load generator that sends checks to one server, one at a time.
 struct Load {
     stop: Arc<AtomicBool>,
     checks: Arc<AtomicU64>,

@@ -254,7 +254,7 @@ fn usage_errors_exit_with_code_2_and_say_what_is_expected() {
     ] {
         place.run(command).failed(2, &[text]);
     }
-    place.run(&["key", "show", "x"]).failed(2, &["expected a key's id"]);
+    place.run(&["key", "show", "x"]).failed(2, &["expected the UUID of a key"]);
 }
 
 #[test]

@@ -32,7 +32,7 @@ fn a_disturbed_sample_is_dropped() {
 }
 
 #[test]
-fn a_disturbed_sample_that_may_not_be_dropped_is_kept() {
+fn a_disturbed_sample_that_must_not_be_dropped_is_kept() {
     let all: Vec<_> = (0..20).collect();
     assert_eq!(kept(&[0, 1, 2, 3, 4, 5], |_| false).unwrap(), all);
     assert_eq!(kept(&[3, 4], |number| *number != 3).unwrap().len(), 19);

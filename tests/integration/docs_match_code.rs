@@ -275,7 +275,7 @@ fn the_yaml_in_the_readme_is_part_of_the_envoy_example() {
     }
 }
 
-/// Returns the lines of a YAML document without comments, empty lines and indentation.
+/// Returns the lines of a YAML document without comments, empty lines or indentation.
 fn plain_yaml(text: &str) -> String {
     let lines = text.lines().map(|line| line.split_once(" #").map_or(line, |(code, _)| code).trim());
     lines.filter(|line| !line.is_empty() && !line.starts_with('#')).flat_map(|line| [line, "\n"]).collect()

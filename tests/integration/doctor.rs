@@ -265,7 +265,7 @@ async fn doctor_reports_broken_triggers_to_a_role_that_cannot_repair_them() {
         Report::of(&place).shows("database_watch", "ok", &[]);
     }
     setup.execute("ALTER TABLE trustgate.api_key ADD COLUMN note text").await;
-    Report::of(&place).shows("database_watch", "ok", &["were altered", "the next poll"]);
+    Report::of(&place).shows("database_watch", "ok", &["were altered", "next poll verifies them again"]);
 }
 
 #[tokio::test]

@@ -236,7 +236,7 @@ struct FakeDatabase {
     open_max: AtomicUsize,
     may_connect: Permits,
     may_answer: Permits,
-    /// The name of the thread of each connect.
+    /// For each connect, the name of the thread that ran it.
     threads: Mutex<Vec<Option<String>>>,
 }
 

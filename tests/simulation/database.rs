@@ -330,7 +330,7 @@ impl Database {
         state.stamps.iter().find(|stamp| stamp.version == version).map(|stamp| stamp.committed)
     }
 
-    /// Returns the times since the start of the run at which key `number` became good and bad, alternately.
+    /// Returns the times at which key `number` changed between good and bad, relative to the start of the run.
     pub fn turns(&self, number: usize) -> Vec<Duration> {
         self.lock().truth[number].iter().map(|turn| *turn - self.began).collect()
     }

@@ -171,7 +171,7 @@ impl Postgres {
 
     /// Starts the server, or starts it again with the same data after [`Self::stop`].
     pub async fn resume(&mut self) {
-        // Another process may take the port first. The server then ends, so try another port.
+        // If another process takes the port first, the server exits. In that case, try another port.
         for _ in 0..10 {
             if self.port == 0 {
                 self.port = free_port();
@@ -210,11 +210,11 @@ impl Postgres {
         panic!("PostgreSQL does not start: {}", std::fs::read_to_string(self.dir.join("log")).unwrap_or_default());
     }
 
-    /// Waits until the server answers or ends; returns true if it answers.
+    /// Waits until the server answers or exits; returns true if it answers.
     async fn has_started(&self) -> bool {
         let server = self.server.as_ref().expect("started");
         let up = Cell::new(false);
-        eventually("PostgreSQL answers or ends", Duration::from_secs(30), || async {
+        eventually("PostgreSQL answers or exits", Duration::from_secs(30), || async {
             let Some(pid) = server.pid() else { return false };
             up.set(PgConnection::connect(&self.url("admin", "postgres")).await.is_ok());
             up.get() || has_ended(pid)

@@ -46,7 +46,8 @@ pub(super) fn scheme(
 /// Adds an error about several `settings`, at the first one that is set.
 pub(super) fn refuse_first_set(reader: &mut Reader, settings: &[(&str, &str)], problem: String) {
     let set = settings.iter().find(|(section, name)| reader.origin(section, name).is_some());
-    // The defaults are consistent, so at least one of the settings is set.
+    // The defaults do not conflict, so an error means that at least one of the settings is set. The fallback to the
+    // first setting is only a safeguard.
     let Some((section, name)) = set.or(settings.first()) else { return };
     reader.refuse(section, name, problem);
 }

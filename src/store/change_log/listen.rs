@@ -54,7 +54,7 @@ const POOLER: &str =
 /// Opens a dedicated connection that listens to `channel`.
 ///
 /// # Errors
-/// The connection fails, or it leads through a pooler.
+/// The connection fails, or it goes through a pooler.
 pub(crate) async fn open(address: &StoreUrl, channel: &str) -> Result<PgListener, sqlx::Error> {
     // Behind a pooler, LISTEN would stay in effect on a server connection that the pooler hands to other clients, whose
     // drivers may fail on unexpected notifications. So look for a pooler first: set a random session setting when

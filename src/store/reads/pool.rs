@@ -319,7 +319,8 @@ impl<C: Connect> Shared<C> {
         state.open -= 1;
         let (connects, runtime) = (self.wanted_connects(&mut state), state.runtime.clone());
         drop(state);
-        // The runtime is known as soon as a read has waited.
+        // The first read that waits for a connection sets the runtime. If the runtime is unset, no read is waiting, so
+        // there is nothing to connect for.
         if let Some(runtime) = runtime {
             self.spawn(connects, &runtime);
         }

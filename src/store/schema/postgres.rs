@@ -21,7 +21,7 @@ pub(crate) const SCHEMA: &str = "SELECT version, compatible_from FROM {s}.schema
 /// migrates, and the others wait for its lock.
 ///
 /// # Errors
-/// [`StoreError::Schema`] if the tables are too new for this release; or the database failed.
+/// Returns [`StoreError::Schema`] if the tables are too new for this release, or the database error.
 pub(crate) async fn run(address: &StoreUrl, name: &SchemaName, connect_timeout: Duration) -> Result<(), StoreError> {
     let mut connection = connect_within(address, connect_timeout).await?;
     let mut transaction = connection.begin().await?;

@@ -17,13 +17,13 @@ use crate::store::{
     url::describe_sqlite,
 };
 
-/// The query for the version of the tables, newest first.
+/// The query for the newest version of the tables.
 pub(crate) const SCHEMA: &str = "SELECT version, compatible_from FROM schema ORDER BY version DESC LIMIT 1";
 
 /// Creates the tables, or adds what is missing. The file must exist. Several processes may run this at once.
 ///
 /// # Errors
-/// [`StoreError::Schema`] if the tables are too new for this release; or the database failed.
+/// Returns [`StoreError::Schema`] if the tables are too new for this release, or the database error.
 pub(crate) async fn run(path: &Path) -> Result<(), StoreError> {
     let mut left = ATTEMPTS;
     loop {
@@ -95,7 +95,7 @@ fn triggers_broken(path: &Path, problem: &TrackingProblem) -> StoreError {
 /// earlier history that are still in their caches or in Redis.
 ///
 /// # Errors
-/// [`StoreError::NoDatabase`], [`StoreError::Schema`], or the database failed.
+/// Returns [`StoreError::NoDatabase`], [`StoreError::Schema`] or the database error.
 pub(crate) async fn new_incarnation(path: &Path) -> Result<(), StoreError> {
     file::prepare(path, Missing::Refuse)?;
     let mut connection = connect(path, Access::Write).await?;

@@ -126,7 +126,7 @@ impl OpenFiles {
         Ok(())
     }
 
-    /// Checks that `path` still leads to these files. Returns the database file's number of names (hard links).
+    /// Checks that `path` still refers to these files. Returns the number of hard links to the database file.
     ///
     /// # Errors
     /// [`Replaced`] if `path` leads to other files; the operating system's error if there is no database.
