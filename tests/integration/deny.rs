@@ -369,7 +369,7 @@ fn deny_add_without_redis_suggests_the_deny_file() {
         (&["deny", "add", "--key", &id][..], "--for"),
         (&["deny", "add", "--for", "1h"], "--stdin"),
         (&["deny", "add", "--key", &id, "--trust", &id, "--for", "1h"], "cannot be used with"),
-        (&["deny", "add", "--trust", "acme", "--for", "1h"], "expected a trust's id"),
+        (&["deny", "add", "--trust", "acme", "--for", "1h"], "expected the UUID of a trust"),
         (&["deny", "add", "--digest", "hunter2", "--for", "1h"], "64 hexadecimal digits"),
         (&["deny", "remove"], "--stdin"),
     ] {
