@@ -17,7 +17,7 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use self::{
-    client::{ConnectError, Connector, Replica, Verdict},
+    client::{Connector, Replica, Verdict},
     metrics::CanaryMetrics,
     settings::{CanarySettings, Target},
 };
@@ -103,23 +103,7 @@ impl Canary {
     /// Runs one round. Returns the outcome for each target, which is the worst outcome of its replicas; `None` if
     /// `stop` interrupted the round.
     async fn round(&self, cleaned: &mut Option<Moment>, stop: &CancellationToken) -> Option<Vec<Outcome>> {
-        let targets = &self.deps.settings.targets;
-        let mut outcomes = vec![Outcome::Ok; targets.len()];
-        let mut replicas = Vec::new();
-        for (index, connected) in self.connect().await.into_iter().enumerate() {
-            let mut worsen = |outcome| outcomes[index].worsen(outcome);
-            match connected {
-                Err(error) => worsen(Outcome::Failed(error.to_string())),
-                Ok(connections) => {
-                    for connection in connections {
-                        match connection {
-                            Ok(replica) => replicas.push((index, replica)),
-                            Err(error) => worsen(Outcome::Failed(error.to_string())),
-                        }
-                    }
-                }
-            }
-        }
+        let (mut outcomes, replicas) = self.connect().await;
         if replicas.is_empty() {
             return (!stop.is_cancelled()).then_some(outcomes);
         }
@@ -139,14 +123,25 @@ impl Canary {
         Some(outcomes)
     }
 
-    /// Connects to the replicas of each target.
-    async fn connect(&self) -> Vec<Result<Vec<Result<Replica, ConnectError>>, ConnectError>> {
-        let connector = Connector::new(&self.deps.settings).await.map_err(Arc::new);
-        let connecting = self.deps.settings.targets.iter().map(async |target| match &connector {
-            Ok(connector) => connector.connect(target).await,
-            Err(error) => Err(ConnectError::Tls(Arc::clone(error))),
-        });
-        join_all(connecting).await
+    /// Connects to the replicas of each target. Returns the outcome for each target, `Failed` if a replica of the target
+    /// cannot be reached, and each connected replica with the index of its target.
+    async fn connect(&self) -> (Vec<Outcome>, Vec<(usize, Replica)>) {
+        let targets = &self.deps.settings.targets;
+        let connector = match Connector::new(&self.deps.settings).await {
+            Ok(connector) => connector,
+            Err(error) => return (vec![Outcome::Failed(error.to_string()); targets.len()], Vec::new()),
+        };
+        let connected = join_all(targets.iter().map(|target| connector.connect(target))).await;
+        let (mut outcomes, mut replicas) = (vec![Outcome::Ok; targets.len()], Vec::new());
+        for (index, connections) in connected.into_iter().enumerate() {
+            for connection in connections {
+                match connection {
+                    Ok(replica) => replicas.push((index, replica)),
+                    Err(error) => outcomes[index].worsen(Outcome::Failed(error.to_string())),
+                }
+            }
+        }
+        (outcomes, replicas)
     }
 
     /// Creates a trust, tests a key of this trust on the replicas, and deletes the trust. Returns the outcome for each
@@ -203,8 +198,7 @@ impl Canary {
         }))
         .await?;
         let request = client::request(&self.deps.credential, issued.secret.expose());
-        let fill = |(_, replica)| self.fill_cache(replica, &request);
-        let filled = join_all(replicas.iter().map(|(index, replica)| fill((index, replica)))).await;
+        let filled = join_all(replicas.iter().map(|(_, replica)| self.fill_cache(replica, &request))).await;
 
         within(manager.revoke_key(issued.key.id)).await?;
         // The revocation was committed before this moment. A check that starts more than the bound after this moment

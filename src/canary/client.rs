@@ -1,7 +1,7 @@
 //! The client of the canary: connects to replicas over gRPC, sends checks as Envoy does, and interprets the answers as
 //! Envoy does.
 
-use std::{fmt, io, net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
+use std::{fmt, io, net::SocketAddr, path::PathBuf, time::Duration};
 
 use envoy_types::pb::{
     envoy::service::auth::v3::{
@@ -41,9 +41,6 @@ pub(crate) struct TlsFileError {
 /// Why the canary cannot connect to a target or to one of its replicas.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ConnectError {
-    /// The TLS files cannot be read.
-    #[error(transparent)]
-    Tls(#[from] Arc<TlsFileError>),
     /// The DNS lookup of the host failed or returned no address.
     #[error("DNS lookup of {0} failed: {1}")]
     Dns(Target, io::Error),
@@ -79,30 +76,17 @@ impl Connector {
         Ok(Self { tls, server_name: tls_server_name.clone() })
     }
 
-    /// Connects to each address of `target`.
-    ///
-    /// # Errors
-    /// [`ConnectError::Dns`] if the target has no address. For an address that cannot be reached, the list contains an
-    /// error.
-    pub(crate) async fn connect(&self, target: &Target) -> Result<Vec<Result<Replica, ConnectError>>, ConnectError> {
+    /// Connects to each address of `target`. The list has an error for each address that cannot be reached, or one
+    /// error if the target has no address.
+    pub(crate) async fn connect(&self, target: &Target) -> Vec<Result<Replica, ConnectError>> {
         match target {
             Target::Unix(path) => {
-                let uri = format!("unix://{}", path.display());
-                Ok(vec![replica(target.to_string(), Endpoint::from_shared(uri)).await])
+                vec![replica(target.to_string(), Endpoint::from_shared(format!("unix://{}", path.display()))).await]
             }
-            Target::Tcp(host, port) => {
-                let failed = |error| ConnectError::Dns(target.clone(), error);
-                let found = timeout(CONNECT_TIMEOUT, lookup_host(target.to_string())).await;
-                let found = found.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())).map_err(failed)?;
-                let mut addresses: Vec<_> = found.take(ADDRESSES_MAX).collect();
-                addresses.sort_unstable();
-                addresses.dedup();
-                if addresses.is_empty() {
-                    return Err(failed(io::Error::other("DNS returned no address")));
-                }
-                let connecting = addresses.iter().map(|address| self.connect_to(host, *port, *address));
-                Ok(join_all(connecting).await)
-            }
+            Target::Tcp(host, port) => match addresses(target).await {
+                Ok(addresses) => join_all(addresses.iter().map(|address| self.connect_to(host, *port, *address))).await,
+                Err(error) => vec![Err(ConnectError::Dns(target.clone(), error))],
+            },
         }
     }
 
@@ -122,12 +106,22 @@ impl Connector {
     }
 }
 
+/// Returns the addresses that DNS returns for `target`, without duplicates.
+async fn addresses(target: &Target) -> io::Result<Vec<SocketAddr>> {
+    let found = timeout(CONNECT_TIMEOUT, lookup_host(target.to_string())).await;
+    let found = found.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))?;
+    let mut addresses: Vec<_> = found.take(ADDRESSES_MAX).collect();
+    addresses.sort_unstable();
+    addresses.dedup();
+    if addresses.is_empty() { Err(io::Error::other("DNS returned no address")) } else { Ok(addresses) }
+}
+
 async fn read(setting: &'static str, path: &PathBuf) -> Result<Vec<u8>, TlsFileError> {
     fs::read(path).await.map_err(|source| TlsFileError { setting, path: path.clone(), source })
 }
 
 async fn replica(name: String, endpoint: Result<Endpoint, tonic::transport::Error>) -> Result<Replica, ConnectError> {
-    let connected = async { endpoint?.connect_timeout(CONNECT_TIMEOUT).connect().await };
+    let connected = async { endpoint?.connect().await };
     match timeout(CONNECT_TIMEOUT, connected).await {
         Ok(Ok(channel)) => Ok(Replica { name, client: AuthorizationClient::new(channel) }),
         Ok(Err(error)) => Err(ConnectError::Refused(name, causes(&error))),
